@@ -1,0 +1,126 @@
+"""What ``services`` says to whoever programs it: service ports with their frontends and backends.
+
+Addresses are packed bytes in network order, 4 of them for IPv4 and 16 for IPv6; ports are plain integers.
+Everything here is immutable, hashable and compares by value, so that a change is a comparison.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from typing import NamedTuple
+
+import msgspec
+
+
+class Protocol(enum.IntEnum):
+    """IANA protocol numbers, as in the IP header."""
+
+    TCP = 6
+    UDP = 17
+    SCTP = 132
+
+
+class Family(enum.IntEnum):
+    IPV4 = 4
+    IPV6 = 6
+
+    def __str__(self) -> str:
+        return f"IPv{self.value}"
+
+
+class FrontendKind(enum.IntEnum):
+    CLUSTER_IP = 0
+    EXTERNAL_IP = 1
+    LOAD_BALANCER = 2
+    NODE_PORT = 3
+
+    def __str__(self) -> str:
+        return _KIND_NAMES[self]
+
+
+_KIND_NAMES = {
+    FrontendKind.CLUSTER_IP: "ClusterIP",
+    FrontendKind.EXTERNAL_IP: "ExternalIP",
+    FrontendKind.LOAD_BALANCER: "LoadBalancer",
+    FrontendKind.NODE_PORT: "NodePort",
+}
+
+
+class Policy(enum.IntEnum):
+    """Which of a service port's two backend sets a frontend uses (a traffic policy's values)."""
+
+    CLUSTER = 0
+    LOCAL = 1
+
+
+class BackendState(enum.IntEnum):
+    ACTIVE = 0
+    TERMINATING = 1
+    QUARANTINED = 2
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Backend(NamedTuple):
+    """An endpoint's address and port. Its identity; the state is kept beside it."""
+
+    address: bytes
+    port: int
+    protocol: Protocol
+
+
+class Frontend(NamedTuple):
+    """Address, port and protocol that clients use, with the policy of each scope.
+
+    A NodePort's address is all zeros: it stands for every address of the node.
+    ``internal`` is for clients in the cluster (pods of this node and the node itself), ``external`` for
+    traffic that arrives from outside.
+    """
+
+    kind: FrontendKind
+    address: bytes
+    port: int
+    protocol: Protocol
+    internal: Policy
+    external: Policy
+
+
+class ServicePortKey(NamedTuple):
+    """Identity of a service port in one family: what a service id stands for, across restarts."""
+
+    namespace: str
+    name: str
+    port_name: str
+    protocol: Protocol
+    family: Family
+
+
+class ServicePort(msgspec.Struct, frozen=True, gc=False):
+    """One port of a Service in one address family: all that a datapath must know of it.
+
+    ``cluster`` and ``local`` are the backends that new connections use under each policy, sorted, without
+    duplicates. ``draining`` are the terminating endpoints in neither set: they serve old connections only.
+    ``terminating`` names the backends of ``cluster`` and ``local`` that are terminating (they are used
+    because nothing else is left).
+    """
+
+    key: ServicePortKey
+    frontends: tuple[Frontend, ...]
+    cluster: tuple[Backend, ...]
+    local: tuple[Backend, ...]
+    draining: tuple[Backend, ...] = ()
+    terminating: frozenset[Backend] = frozenset()
+    affinity_seconds: int = 0
+    algorithm: str = ""
+
+
+def format_address(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def format_endpoint(address: bytes, port: int) -> str:
+    """``10.0.0.1:53`` or ``[fd00::1]:53``."""
+    text = format_address(address)
+    return f"{text}:{port}" if len(address) == 4 else f"[{text}]:{port}"

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What a socket asked for, so that it can be told the same address back.
+ *
+ * A connected socket has one peer: its origin lives in the socket (sk-local storage) and dies with it.
+ * An unconnected one may talk to many: those live in an LRU hash by socket cookie and backend, where
+ * kernels without sk-local storage in these hooks keep the connected ones, too.
+ */
+#ifndef EBPFPROXY_ORIGIN_H
+#define EBPFPROXY_ORIGIN_H
+
+#include "addr.h"
+#include "maps.h"
+#include "service.h"
+
+/* bcc declares the cookie as u32 and would cut it. */
+static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
+
+static __always_inline struct revnat_key revnat_key(struct bpf_sock_addr *ctx,
+						    const struct inet_addr *backend, __be16 port)
+{
+	return (struct revnat_key){
+		.cookie = get_socket_cookie(ctx),
+		.backend = *backend,
+		.backend_port = port,
+	};
+}
+
+static __always_inline void revnat_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
+					    const struct backend *backend)
+{
+	struct revnat_key key = revnat_key(ctx, &backend->addr, backend->port);
+	struct revnat value = { .frontend = frontend->addr, .frontend_port = frontend->port };
+	struct revnat *known = map_lookup(sock_revnat, &key);
+
+	/* Most datagrams of a socket go where one went before: a look is cheaper than a write. */
+	if (known && known->frontend_port == frontend->port &&
+	    addr_equal(&known->frontend, &frontend->addr))
+		return;
+	map_update(sock_revnat, &key, &value);
+}
+
+static __always_inline bool revnat_recall(struct bpf_sock_addr *ctx, struct target *peer)
+{
+	struct revnat_key key = revnat_key(ctx, &peer->addr, peer->port);
+	struct revnat *known = map_lookup(sock_revnat, &key);
+
+	if (!known)
+		return false;
+	peer->addr = known->frontend;
+	peer->port = known->frontend_port;
+	return true;
+}
+
+#if HAVE_SK_STORAGE
+
+static __always_inline void origin_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
+					    u32 service_id, u32 backend_id,
+					    const struct backend *backend)
+{
+	struct origin *o;
+
+	if (!ctx->sk)
+		return;
+	o = bpf_sk_storage_get(MAP(sock_origin), ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!o)
+		return;
+	o->frontend = frontend->addr;
+	o->frontend_port = frontend->port;
+	o->backend = backend->addr;
+	o->backend_port = backend->port;
+	o->service_id = service_id;
+	o->backend_id = backend_id;
+}
+
+/* A socket that failed to connect may connect again, and then to no Service. */
+static __always_inline void origin_forget(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	(void)to;
+	if (ctx->sk)
+		bpf_sk_storage_delete(MAP(sock_origin), ctx->sk);
+}
+
+/* Replaces a backend's address by the frontend's. */
+static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct target *peer)
+{
+	struct origin *o;
+
+	if (!ctx->sk)
+		return false;
+	o = bpf_sk_storage_get(MAP(sock_origin), ctx->sk, NULL, 0);
+	if (!o || o->backend_port != peer->port || !addr_equal(&o->backend, &peer->addr))
+		return false;
+	peer->addr = o->frontend;
+	peer->port = o->frontend_port;
+	return true;
+}
+
+#else
+
+static __always_inline void origin_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
+					    u32 service_id, u32 backend_id,
+					    const struct backend *backend)
+{
+	(void)service_id;
+	(void)backend_id;
+	revnat_remember(ctx, frontend, backend);
+}
+
+static __always_inline void origin_forget(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct revnat_key key = revnat_key(ctx, &to->addr, to->port);
+
+	map_delete(sock_revnat, &key);
+}
+
+static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct target *peer)
+{
+	return revnat_recall(ctx, peer);
+}
+
+#endif
+#endif

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Which frontend is meant by an address, and which backend serves it. */
+#ifndef EBPFPROXY_SERVICE_H
+#define EBPFPROXY_SERVICE_H
+
+#include "addr.h"
+#include "maps.h"
+
+/* What a packet or socket is on its way to. */
+struct target {
+	struct inet_addr addr;
+	__be16 port;
+	u8 proto;
+};
+
+enum verdict {
+	VERDICT_TRANSLATE,
+	VERDICT_REFUSE, /* no endpoint anywhere: the client is told at once */
+	VERDICT_DROP,	/* policy Local, endpoints on other nodes only */
+};
+
+static __always_inline struct service *service_lookup4(__be32 addr, const struct target *to,
+						       u8 scope)
+{
+	struct service4_key key = { addr, to->port, to->proto, scope };
+
+	return map_lookup(services4, &key);
+}
+
+static __always_inline struct service *service_lookup6(const struct inet_addr *addr,
+						       const struct target *to, u8 scope)
+{
+	struct service6_key key = { *addr, to->port, to->proto, scope };
+
+	return map_lookup(services6, &key);
+}
+
+/* The Service whose frontend is exactly this address. The unspecified one is a NodePort's key. */
+static __always_inline struct service *service_by_address(const struct target *to, u8 scope)
+{
+	if (addr_is_v4(&to->addr))
+		return to->addr.word[3] ? service_lookup4(to->addr.word[3], to, scope) : NULL;
+	if (addr_is_loopback(&to->addr))
+		return NULL;
+	return service_lookup6(&to->addr, to, scope);
+}
+
+/* The Service with this NodePort, whatever the address. */
+static __always_inline struct service *service_by_node_port(const struct target *to, u8 scope)
+{
+	const struct inet_addr any = {};
+
+	return addr_is_v4(&to->addr) ? service_lookup4(0, to, scope) :
+				       service_lookup6(&any, to, scope);
+}
+
+static __always_inline bool addr_is_this_node(const struct inet_addr *a)
+{
+	return map_lookup(node_addresses, a) != NULL;
+}
+
+static __always_inline union selection selection_of(u32 service_id, enum policy policy)
+{
+	u32 index = service_id * POLICIES + policy;
+	union selection *found = map_lookup(selections, &index);
+	union selection range = {};
+
+	if (found)
+		range.word = *(volatile u64 *)&found->word;
+	return range;
+}
+
+/* The place for algorithms: a slot of the range. Here uniformly random, without a division. */
+static __always_inline u32 pick_slot(const union selection *range)
+{
+	return range->base + (u32)(((u64)bpf_get_prandom_u32() * range->count) >> 32);
+}
+
+static __always_inline void count_service(u32 service_id, enum verdict verdict)
+{
+	struct service_stats *stats = map_lookup(service_stats, &service_id);
+
+	if (!stats)
+		return;
+	/* Socket hooks can be preempted: only an atomic add is exact, even per CPU. */
+	if (verdict == VERDICT_TRANSLATE)
+		__sync_fetch_and_add(&stats->chosen, 1);
+	else if (verdict == VERDICT_REFUSE)
+		__sync_fetch_and_add(&stats->refused, 1);
+	else
+		__sync_fetch_and_add(&stats->dropped, 1);
+}
+
+static __always_inline void count_backend(u32 backend_id)
+{
+	struct backend_stats *stats = map_lookup(backend_stats, &backend_id);
+
+	if (stats)
+		__sync_fetch_and_add(&stats->chosen, 1);
+}
+
+/* One hash lookup led to @svc; two array lookups lead to the backend. */
+static __always_inline enum verdict service_choose(const struct service *svc, u32 *backend_id,
+						   struct backend **backend)
+{
+	enum policy policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
+	union selection range = selection_of(svc->id, policy);
+	u32 slot, *id;
+
+	if (!range.count) {
+		if (policy == POLICY_LOCAL && selection_of(svc->id, POLICY_CLUSTER).count)
+			return VERDICT_DROP;
+		return VERDICT_REFUSE;
+	}
+	slot = pick_slot(&range);
+	id = map_lookup(slots, &slot);
+	if (!id)
+		return VERDICT_REFUSE;
+	*backend_id = *id;
+	*backend = map_lookup(backends, backend_id);
+	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
+}
+
+#endif

@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Services at the socket (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): connect() and unconnected sends go to a
+ * backend's own address, and the application is told the frontend's address back. Packets then need no
+ * translation. Sockets and addresses of no Service are left exactly as they are.
+ */
+#include "lib/compat.h"
+#include "lib/addr.h"
+#include "lib/maps.h"
+#include "lib/service.h"
+#include "lib/origin.h"
+
+/* What a cgroup program answers the kernel. */
+#define REJECT	0
+#define PROCEED 1
+
+/* UDP-Lite (RFC 3828) has its own protocol number and uses UDP's Services. */
+static __always_inline u8 service_protocol(u32 protocol)
+{
+	return protocol == IPPROTO_UDPLITE ? IPPROTO_UDP : protocol;
+}
+
+static __always_inline struct target target4(struct bpf_sock_addr *ctx)
+{
+	return (struct target){ addr_of_v4(ctx->user_ip4), ctx->user_port,
+				service_protocol(ctx->protocol) };
+}
+
+static __always_inline struct target target6(struct bpf_sock_addr *ctx)
+{
+	struct target to = { .port = ctx->user_port, .proto = service_protocol(ctx->protocol) };
+
+	to.addr.word[0] = ctx->user_ip6[0];
+	to.addr.word[1] = ctx->user_ip6[1];
+	to.addr.word[2] = ctx->user_ip6[2];
+	to.addr.word[3] = ctx->user_ip6[3];
+	return to;
+}
+
+static __always_inline void set_target4(struct bpf_sock_addr *ctx, const struct inet_addr *addr,
+					__be16 port)
+{
+	ctx->user_ip4 = addr->word[3];
+	ctx->user_port = port;
+}
+
+static __always_inline void set_target6(struct bpf_sock_addr *ctx, const struct inet_addr *addr,
+					__be16 port)
+{
+	ctx->user_ip6[0] = addr->word[0];
+	ctx->user_ip6[1] = addr->word[1];
+	ctx->user_ip6[2] = addr->word[2];
+	ctx->user_ip6[3] = addr->word[3];
+	ctx->user_port = port;
+}
+
+static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
+{
+	return bpf_get_netns_cookie(ctx) == HOST_NETNS_COOKIE;
+}
+
+static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx, const struct inet_addr *addr)
+{
+	/* A pod's loopback is the pod's own. */
+	if (addr_is_loopback(addr))
+		return NODEPORTS_ON_LOOPBACK && in_host_namespace(ctx);
+	return addr_is_this_node(addr);
+}
+
+static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
+						    const struct target *to)
+{
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
+
+	if (svc)
+		return svc;
+	svc = service_by_node_port(to, SCOPE_INTERNAL);
+	return svc && reaches_this_node(ctx, &to->addr) ? svc : NULL;
+}
+
+static __always_inline int reject(enum verdict verdict)
+{
+#if HAVE_SET_RETVAL
+	bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
+#endif
+	(void)verdict;
+	return REJECT;
+}
+
+/* Chooses and counts. */
+static __always_inline enum verdict choose(const struct service *svc, u32 *backend_id,
+					   struct backend **backend)
+{
+	enum verdict verdict = service_choose(svc, backend_id, backend);
+
+	count_service(svc->id, verdict);
+	if (verdict == VERDICT_TRANSLATE)
+		count_backend(*backend_id);
+	return verdict;
+}
+
+/* Leaves the backend in @backend where there is one to go to. */
+static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct target *to,
+				      struct backend **backend)
+{
+	struct service *svc = find_service(ctx, to);
+	enum verdict verdict;
+	u32 backend_id;
+
+	if (!svc) {
+		origin_forget(ctx, to);
+		return PROCEED;
+	}
+	verdict = choose(svc, &backend_id, backend);
+	if (verdict != VERDICT_TRANSLATE)
+		return reject(verdict);
+	origin_remember(ctx, to, svc->id, backend_id, *backend);
+	return PROCEED;
+}
+
+static __always_inline int sending(struct bpf_sock_addr *ctx, const struct target *to,
+				   struct backend **backend)
+{
+	struct service *svc = find_service(ctx, to);
+	enum verdict verdict;
+	u32 backend_id;
+
+	if (!svc)
+		return PROCEED;
+	verdict = choose(svc, &backend_id, backend);
+	if (verdict != VERDICT_TRANSLATE)
+		return reject(verdict);
+	revnat_remember(ctx, to, *backend);
+	return PROCEED;
+}
+
+/* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
+static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
+{
+#if HAVE_SK_STORAGE
+	if (origin_recall(ctx, from))
+		return true;
+#endif
+	return revnat_recall(ctx, from);
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct target to = target4(ctx);
+	struct backend *backend = NULL;
+	int answer = connecting(ctx, &to, &backend);
+
+	if (answer == PROCEED && backend)
+		set_target4(ctx, &backend->addr, backend->port);
+	return answer;
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct target to = target6(ctx);
+	struct backend *backend = NULL;
+	int answer = connecting(ctx, &to, &backend);
+
+	if (answer == PROCEED && backend)
+		set_target6(ctx, &backend->addr, backend->port);
+	return answer;
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct target to = target4(ctx);
+	struct backend *backend = NULL;
+	int answer = sending(ctx, &to, &backend);
+
+	if (answer == PROCEED && backend)
+		set_target4(ctx, &backend->addr, backend->port);
+	return answer;
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct target to = target6(ctx);
+	struct backend *backend = NULL;
+	int answer = sending(ctx, &to, &backend);
+
+	if (answer == PROCEED && backend)
+		set_target6(ctx, &backend->addr, backend->port);
+	return answer;
+}
+
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	struct target from = target4(ctx);
+
+	if (receiving(ctx, &from))
+		set_target4(ctx, &from.addr, from.port);
+	return PROCEED;
+}
+
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	struct target from = target6(ctx);
+
+	if (receiving(ctx, &from))
+		set_target6(ctx, &from.addr, from.port);
+	return PROCEED;
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct target peer = target4(ctx);
+
+	if (origin_recall(ctx, &peer))
+		set_target4(ctx, &peer.addr, peer.port);
+	return PROCEED;
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct target peer = target6(ctx);
+
+	if (origin_recall(ctx, &peer))
+		set_target6(ctx, &peer.addr, peer.port);
+	return PROCEED;
+}

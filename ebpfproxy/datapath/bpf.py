@@ -1,0 +1,326 @@
+"""The kernel's bpf interface, through libbpf's low-level functions (libbpf.so.1, a dependency of bcc).
+
+Thin: arguments as the kernel wants them, ``BpfError`` for failures. File descriptors are plain integers;
+whoever gets one closes it. See bpf(2) and https://docs.kernel.org/bpf/.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import errno
+import os
+from pathlib import Path
+
+# enum bpf_map_type (include/uapi/linux/bpf.h)
+MAP_HASH = 1
+MAP_ARRAY = 2
+MAP_PERCPU_ARRAY = 6
+MAP_LRU_HASH = 9
+MAP_ARRAY_OF_MAPS = 12
+MAP_SK_STORAGE = 24
+
+# Map creation flags
+F_NO_PREALLOC = 1 << 0
+F_MMAPABLE = 1 << 10
+
+PROG_CGROUP_SOCK_ADDR = 18
+
+# enum bpf_func_id
+FUNC_SK_STORAGE_GET = 107
+FUNC_GET_NETNS_COOKIE = 122
+FUNC_SET_RETVAL = 187
+
+LINK_CGROUP = 3
+
+
+class BpfError(OSError):
+    """A bpf(2) command failed; ``errno`` is the kernel's."""
+
+    def __init__(self, code: int, what: str) -> None:
+        super().__init__(code, f"{what}: {os.strerror(code)}")
+
+
+class _MapCreateOpts(ct.Structure):
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("btf_fd", ct.c_uint32),
+        ("btf_key_type_id", ct.c_uint32),
+        ("btf_value_type_id", ct.c_uint32),
+        ("btf_vmlinux_value_type_id", ct.c_uint32),
+        ("inner_map_fd", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("map_extra", ct.c_uint64),
+        ("numa_node", ct.c_uint32),
+        ("map_ifindex", ct.c_uint32),
+    )
+
+
+class _ProgLoadOpts(ct.Structure):
+    _fields_ = (
+        ("sz", ct.c_size_t),
+        ("attempts", ct.c_int),
+        ("expected_attach_type", ct.c_int),
+        ("prog_btf_fd", ct.c_uint32),
+        ("prog_flags", ct.c_uint32),
+        ("prog_ifindex", ct.c_uint32),
+        ("kern_version", ct.c_uint32),
+        ("attach_btf_id", ct.c_uint32),
+        ("attach_prog_fd", ct.c_uint32),
+        ("attach_btf_obj_fd", ct.c_uint32),
+        ("fd_array", ct.c_void_p),
+        ("func_info", ct.c_void_p),
+        ("func_info_cnt", ct.c_uint32),
+        ("func_info_rec_size", ct.c_uint32),
+        ("line_info", ct.c_void_p),
+        ("line_info_cnt", ct.c_uint32),
+        ("line_info_rec_size", ct.c_uint32),
+        ("log_level", ct.c_uint32),
+        ("log_size", ct.c_uint32),
+        ("log_buf", ct.c_void_p),
+    )
+
+
+class MapInfo(ct.Structure):
+    """struct bpf_map_info, the fields that every supported kernel has."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("key_size", ct.c_uint32),
+        ("value_size", ct.c_uint32),
+        ("max_entries", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("name", ct.c_char * 16),
+    )
+
+
+class ProgInfo(ct.Structure):
+    """struct bpf_prog_info up to and including ``load_time`` (nanoseconds since boot)."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("tag", ct.c_uint8 * 8),
+        ("jited_prog_len", ct.c_uint32),
+        ("xlated_prog_len", ct.c_uint32),
+        ("jited_prog_insns", ct.c_uint64),
+        ("xlated_prog_insns", ct.c_uint64),
+        ("load_time", ct.c_uint64),
+    )
+
+
+class CgroupLinkInfo(ct.Structure):
+    """struct bpf_link_info of a cgroup link. ``cgroup_id`` is 0 once the cgroup is gone."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("cgroup_id", ct.c_uint64),
+        ("attach_type", ct.c_uint32),
+        ("pad2", ct.c_uint32),
+    )
+
+
+def _load() -> ct.CDLL:
+    try:
+        lib = ct.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise SystemExit(f"ebpfproxy: libbpf.so.1 is missing ({error}); install python3-bpfcc") from error
+    lib.libbpf_set_print.argtypes = (ct.c_void_p,)
+    lib.libbpf_set_print(None)
+    lib.btf__new_empty.restype = ct.c_void_p
+    lib.btf__free.argtypes = (ct.c_void_p,)
+    lib.btf__add_int.argtypes = (ct.c_void_p, ct.c_char_p, ct.c_size_t, ct.c_int)
+    lib.btf__add_array.argtypes = (ct.c_void_p, ct.c_int, ct.c_int, ct.c_uint32)
+    lib.btf__load_into_kernel.argtypes = (ct.c_void_p,)
+    lib.btf__fd.argtypes = (ct.c_void_p,)
+    lib.bpf_map_create.argtypes = (
+        ct.c_uint32,
+        ct.c_char_p,
+        ct.c_uint32,
+        ct.c_uint32,
+        ct.c_uint32,
+        ct.c_void_p,
+    )
+    lib.bpf_map_update_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_uint64)
+    lib.bpf_map_lookup_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
+    lib.bpf_map_delete_elem.argtypes = (ct.c_int, ct.c_void_p)
+    lib.bpf_map_update_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p, ct.c_void_p)
+    lib.bpf_map_delete_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p)
+    lib.bpf_map_lookup_batch.argtypes = (
+        ct.c_int,
+        ct.c_void_p,
+        ct.c_void_p,
+        ct.c_void_p,
+        ct.c_void_p,
+        ct.c_void_p,
+        ct.c_void_p,
+    )
+    lib.bpf_obj_get_info_by_fd.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
+    lib.bpf_prog_load.argtypes = (
+        ct.c_int,
+        ct.c_char_p,
+        ct.c_char_p,
+        ct.c_void_p,
+        ct.c_size_t,
+        ct.c_void_p,
+    )
+    lib.libbpf_probe_bpf_helper.argtypes = (ct.c_int, ct.c_int, ct.c_void_p)
+    return lib
+
+
+_lib = _load()
+
+
+def _check(result: int, what: str) -> int:
+    # libbpf 1.x returns -errno and sets errno, too.
+    if result < 0:
+        raise BpfError(ct.get_errno() or -result, what)
+    return result
+
+
+def map_create(
+    kind: int,
+    name: str,
+    key_size: int,
+    value_size: int,
+    max_entries: int,
+    flags: int = 0,
+    *,
+    inner_fd: int = 0,
+) -> int:
+    """Creates a map and returns its file descriptor. Sk-local storage gets the BTF that it demands."""
+    opts = _MapCreateOpts(sz=ct.sizeof(_MapCreateOpts), map_flags=flags, inner_map_fd=inner_fd)
+    btf = None
+    if kind == MAP_SK_STORAGE:
+        btf = _lib.btf__new_empty()
+        key_type = _check(_lib.btf__add_int(btf, b"int", 4, 1), "BTF int")
+        byte_type = _check(_lib.btf__add_int(btf, b"u8", 1, 0), "BTF u8")
+        value_type = _check(_lib.btf__add_array(btf, key_type, byte_type, value_size), "BTF array")
+        _check(_lib.btf__load_into_kernel(btf), "load BTF")
+        opts.btf_fd = _lib.btf__fd(btf)
+        opts.btf_key_type_id = key_type
+        opts.btf_value_type_id = value_type
+    try:
+        return _check(
+            _lib.bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, ct.byref(opts)),
+            f"create map {name}",
+        )
+    finally:
+        if btf is not None:
+            _lib.btf__free(btf)
+
+
+def map_update(fd: int, key: bytes, value: bytes) -> None:
+    _check(_lib.bpf_map_update_elem(fd, key, value, 0), "update map")
+
+
+def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """The value, or None where there is none. Per-CPU maps: ``value_size`` covers all possible CPUs."""
+    buffer = ct.create_string_buffer(value_size)
+    result = _lib.bpf_map_lookup_elem(fd, key, buffer)
+    if result < 0 and ct.get_errno() == errno.ENOENT:
+        return None
+    _check(result, "look up in map")
+    return buffer.raw
+
+
+def map_delete(fd: int, key: bytes) -> bool:
+    """False where there was no such key."""
+    result = _lib.bpf_map_delete_elem(fd, key)
+    if result < 0 and ct.get_errno() == errno.ENOENT:
+        return False
+    _check(result, "delete from map")
+    return True
+
+
+def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
+    """Writes ``count`` entries; returns how many were written before the first failure (E2BIG: full)."""
+    done = ct.c_uint32(count)
+    result = _lib.bpf_map_update_batch(fd, keys, values, ct.byref(done), None)
+    if result < 0 and ct.get_errno() not in (errno.E2BIG, errno.ENOMEM):
+        _check(result, "update map")
+    return done.value
+
+
+def map_lookup_all(fd: int, key_size: int, value_size: int, max_entries: int) -> tuple[bytes, bytes, int]:
+    """Keys, values and number of entries, in one batch. ``value_size`` as in :func:`map_lookup`."""
+    keys = ct.create_string_buffer(max(1, key_size * max_entries))
+    values = ct.create_string_buffer(max(1, value_size * max_entries))
+    count = ct.c_uint32(max_entries)
+    token = ct.create_string_buffer(max(4, key_size))
+    result = _lib.bpf_map_lookup_batch(fd, None, token, keys, values, ct.byref(count), None)
+    if result < 0 and ct.get_errno() != errno.ENOENT:
+        _check(result, "read map")
+    n = count.value
+    return ct.string_at(keys, n * key_size), ct.string_at(values, n * value_size), n
+
+
+def map_info(fd: int) -> MapInfo:
+    info = MapInfo()
+    _info(fd, info)
+    return info
+
+
+def prog_info(fd: int) -> ProgInfo:
+    info = ProgInfo()
+    _info(fd, info)
+    return info
+
+
+def cgroup_link_info(fd: int) -> CgroupLinkInfo:
+    info = CgroupLinkInfo()
+    _info(fd, info)
+    return info
+
+
+def _info(fd: int, info: ct.Structure) -> None:
+    size = ct.c_uint32(ct.sizeof(info))
+    _check(_lib.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "get info")
+
+
+def pin(fd: int, path: Path) -> None:
+    _check(_lib.bpf_obj_pin(fd, os.fsencode(path)), f"pin {path}")
+
+
+def get_pinned(path: Path) -> int:
+    """A file descriptor of the object pinned at ``path``; BpfError with ENOENT where nothing is."""
+    return _check(_lib.bpf_obj_get(os.fsencode(path)), f"open {path}")
+
+
+def link_create(prog_fd: int, target_fd: int, attach_type: int) -> int:
+    return _check(_lib.bpf_link_create(prog_fd, target_fd, attach_type, None), "attach program")
+
+
+def link_update(link_fd: int, prog_fd: int) -> None:
+    """Replaces the link's program in one step."""
+    _check(_lib.bpf_link_update(link_fd, prog_fd, None), "replace program")
+
+
+def attached_programs(cgroup_fd: int, attach_type: int) -> list[int]:
+    """Ids of the programs attached to this cgroup itself, in the order in which they run."""
+    ids = (ct.c_uint32 * 64)()
+    count = ct.c_uint32(64)
+    _check(
+        _lib.bpf_prog_query(cgroup_fd, attach_type, 0, None, ids, ct.byref(count)), "query cgroup programs"
+    )
+    return list(ids[: count.value])
+
+
+def has_helper(prog_type: int, helper: int) -> bool:
+    return bool(_lib.libbpf_probe_bpf_helper(prog_type, helper, None) == 1)
+
+
+def try_load(prog_type: int, attach_type: int, insns: bytes) -> int:
+    """Loads raw instructions and returns the program's file descriptor."""
+    opts = _ProgLoadOpts(sz=ct.sizeof(_ProgLoadOpts), expected_attach_type=attach_type)
+    return _check(
+        _lib.bpf_prog_load(prog_type, b"probe", b"GPL", insns, len(insns) // 8, ct.byref(opts)), "load probe"
+    )
+
+
+def possible_cpus() -> int:
+    """How many values a per-CPU map holds for each key."""
+    return _check(_lib.libbpf_num_possible_cpus(), "count CPUs")

@@ -187,8 +187,8 @@ def map_create(
     key_size: int,
     value_size: int,
     max_entries: int,
-    flags: int = 0,
     *,
+    flags: int = 0,
     inner_fd: int = 0,
 ) -> int:
     """Creates a map and returns its file descriptor. Sk-local storage gets the BTF that it demands."""

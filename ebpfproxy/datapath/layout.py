@@ -23,6 +23,7 @@ from ebpfproxy.services.model import (
     Policy,
     Protocol,
     ServicePortKey,
+    format_endpoint,
 )
 
 SCHEMA_VERSION = 1
@@ -216,3 +217,8 @@ def unpack_name(packed: bytes) -> ServicePortKey:
         Protocol(protocol),
         Family(family),
     )
+
+
+def format_frontend(address: bytes, port: int, protocol: Protocol) -> str:
+    """``10.96.0.10:53/UDP`` or ``[fd00::1]:53/UDP``."""
+    return f"{format_endpoint(address, port)}/{protocol.name}"

@@ -24,6 +24,11 @@ class Map:
         if spec.kind == bpf.MAP_PERCPU_ARRAY:
             self._value_size = (spec.value_size + 7) // 8 * 8 * bpf.possible_cpus()
 
+    @property
+    def zero(self) -> bytes:
+        """A value of zeros, for all CPUs of a per-CPU map."""
+        return bytes(self._value_size)
+
     def update(self, key: bytes, value: bytes) -> None:
         bpf.map_update(self.fd, key, value)
         self.writes += 1
@@ -127,14 +132,17 @@ def open_or_create(pins: Path, capacity: Capacity, *, sk_storage: bool = True) -
             if error.errno != errno.ENOENT:
                 raise
             adopted = False
-            fd = bpf.map_create(*_creation(spec))
+            fd = bpf.map_create(
+                spec.kind,
+                spec.name[:15],
+                spec.key_size,
+                spec.value_size,
+                spec.max_entries,
+                flags=spec.flags,
+            )
             bpf.pin(fd, path)
         maps[spec.name] = _wrap(fd, spec)
     return MapSet(folder, maps, adopted=adopted)
-
-
-def _creation(spec: MapSpec) -> tuple[int, str, int, int, int, int]:
-    return spec.kind, spec.name[:15], spec.key_size, spec.value_size, spec.max_entries, spec.flags
 
 
 def open_pinned(folder: Path) -> MapSet:

@@ -1,0 +1,98 @@
+"""Attachments: one pinned cgroup link a hook, beside whatever others attached, replaced in one step.
+
+Links (Linux 5.7) attach with the multi-program flag and are detached by nobody but their holder: the pin.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.hooks import SOCKET_HOOKS, Hook
+
+LINKS = "links"
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A hook as the kernel has it now. ``program_id`` is None where we are not attached."""
+
+    hook: str
+    program_id: int | None
+    cgroup_id: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.program_id is not None and self.cgroup_id != 0
+
+
+def attach_all(pins: Path, programs: Path, cgroup_root: Path) -> list[str]:
+    """Brings every hook's link to the program in ``programs``. Returns what changed, a phrase for each.
+
+    A hook that has a link keeps having one at every moment. Raises BpfError.
+    """
+    (pins / LINKS).mkdir(parents=True, exist_ok=True)
+    cgroup = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return [
+            f"{hook.name} {what}"
+            for hook in SOCKET_HOOKS
+            if (what := _attach(hook, pins / LINKS / hook.name, programs / hook.name, cgroup))
+        ]
+    finally:
+        os.close(cgroup)
+
+
+def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str:
+    program = bpf.get_pinned(program_path)
+    link = _open(link_path)
+    try:
+        if link is not None:
+            info = bpf.cgroup_link_info(link)
+            if info.cgroup_id == os.fstat(cgroup).st_ino:
+                if info.prog_id == bpf.prog_info(program).id:
+                    return ""
+                bpf.link_update(link, program)
+                return "replaced"
+        # Attached to another cgroup, or to one that is gone: the new link comes first.
+        fresh = bpf.link_create(program, cgroup, hook.attach_type)
+        try:
+            beside = link_path.with_name(f"{hook.name}-new")
+            beside.unlink(missing_ok=True)
+            bpf.pin(fresh, beside)
+            beside.replace(link_path)
+        finally:
+            os.close(fresh)
+        return "attached" if link is None else "moved"
+    finally:
+        if link is not None:
+            os.close(link)
+        os.close(program)
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return bpf.get_pinned(path)
+    except bpf.BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def attachments(pins: Path) -> list[Attachment]:
+    """What the kernel says of every hook: not what was once attached, but what runs."""
+    found = []
+    for hook in SOCKET_HOOKS:
+        link = _open(pins / LINKS / hook.name)
+        if link is None:
+            found.append(Attachment(hook.name, None))
+            continue
+        try:
+            info = bpf.cgroup_link_info(link)
+            found.append(Attachment(hook.name, info.prog_id, info.cgroup_id))
+        finally:
+            os.close(link)
+    return found

@@ -1,0 +1,62 @@
+"""Small stable numbers for things with a longer identity: service ports, backends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+class IdsExhaustedError(Exception):
+    """Every id is in use."""
+
+
+class Ids(Generic[K]):
+    """Ids below ``size``. One that returns is given out again after all others that are free."""
+
+    def __init__(self, size: int, known: Mapping[K, int] | None = None) -> None:
+        self._size = size
+        self._ids: dict[K, int] = dict(known or {})
+        used = set(self._ids.values())
+        self._fresh = max(used, default=-1) + 1
+        self._returned = deque(i for i in range(self._fresh) if i not in used)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def recycles(self) -> bool:
+        """True once ids have been used before."""
+        return self._fresh >= self._size
+
+    @property
+    def end(self) -> int:
+        """One more than the highest id ever given out."""
+        return self._fresh
+
+    def get(self, key: K) -> int | None:
+        return self._ids.get(key)
+
+    def add(self, key: K) -> int:
+        """A new id for a key that has none. Raises IdsExhaustedError."""
+        if self._fresh < self._size:
+            number = self._fresh
+            self._fresh += 1
+        elif self._returned:
+            number = self._returned.popleft()
+        else:
+            raise IdsExhaustedError(f"all {self._size} ids are in use")
+        self._ids[key] = number
+        return number
+
+    def forget(self, key: K) -> int:
+        """The key has no id any more; the id stays taken until :meth:`give_back`."""
+        return self._ids.pop(key)
+
+    def give_back(self, number: int) -> None:
+        self._returned.append(number)
+
+    def items(self) -> list[tuple[K, int]]:
+        return list(self._ids.items())

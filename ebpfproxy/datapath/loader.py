@@ -1,0 +1,50 @@
+"""The compiler's process: ``python -m ebpfproxy.datapath.loader`` loads and pins programs, and exits.
+
+It reads a :class:`LoadRequest` as JSON from standard input and inherits the maps' file descriptors. Clang
+and LLVM live and die here; the agent never holds them. What the compiler or the verifier has to say goes
+to standard error as they say it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath import bpf
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """``programs``: pairs of function name and attach type. ``pin_folder`` exists and is on a bpffs."""
+
+    source: str
+    headers: str
+    cflags: list[str]
+    programs: list[tuple[str, int]]
+    pin_folder: str
+
+
+def main() -> None:
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=LoadRequest)
+    os.environ["BCC_KERNEL_SOURCE"] = request.headers
+    try:
+        from bcc import BPF  # noqa: PLC0415 - only this process may load LLVM
+    except ImportError as error:
+        raise SystemExit(f"bcc is missing ({error}): install the distribution's python3-bpfcc") from None
+    try:
+        module = BPF(src_file=request.source, cflags=request.cflags)
+    except Exception:
+        raise SystemExit(2) from None
+    for name, attach_type in request.programs:
+        print(f"program {name}:", file=sys.stderr, flush=True)
+        try:
+            function = module.load_func(name, bpf.PROG_CGROUP_SOCK_ADDR, None, attach_type)
+        except Exception as error:
+            raise SystemExit(str(error)) from None
+        bpf.pin(function.fd, Path(request.pin_folder) / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What this kernel has: asked once, of the kernel itself and not of its version."""
+
+from __future__ import annotations
+
+import enum
+import os
+import platform
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+
+OLDEST_KERNEL = "5.15"
+
+
+class Feature(enum.StrEnum):
+    """Features that are used where present; without one the named fallback works."""
+
+    SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
+    SK_STORAGE = "sk-storage"  # without: an LRU hash by socket cookie
+
+
+class UnsupportedKernelError(Exception):
+    """A must-have is missing; the message names it and the kernel version that brought it."""
+
+
+class Features(msgspec.Struct, frozen=True):
+    set_retval: bool
+    sk_storage: bool
+
+    def without(self, names: frozenset[Feature]) -> Features:
+        """The same with some left unused, to try the fallbacks."""
+        return Features(
+            set_retval=self.set_retval and Feature.SET_RETVAL not in names,
+            sk_storage=self.sk_storage and Feature.SK_STORAGE not in names,
+        )
+
+
+# Two instructions that let everything proceed (return 1).
+_PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
+
+
+class _MustHave(NamedTuple):
+    what: str
+    since: str
+    check: Callable[[], bool]
+
+
+def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int = 0) -> bool:
+    try:
+        os.close(bpf.map_create(kind, "probe", key_size, value_size, entries, flags=flags))
+    except bpf.BpfError:
+        return False
+    return True
+
+
+def _attach_types_load() -> bool:
+    try:
+        for hook in SOCKET_HOOKS:
+            os.close(bpf.try_load(bpf.PROG_CGROUP_SOCK_ADDR, hook.attach_type, _PROCEED))
+    except bpf.BpfError:
+        return False
+    return True
+
+
+def _batch_works() -> bool:
+    fd = bpf.map_create(bpf.MAP_PERCPU_ARRAY, "probe", 4, 8, 1)
+    try:
+        bpf.map_lookup_all(fd, 4, 8 * bpf.possible_cpus(), 1)
+    except bpf.BpfError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+_MUST_HAVES = (
+    _MustHave(
+        "BPF hash maps (CONFIG_BPF_SYSCALL, CAP_BPF or root)", "4.4", lambda: _creates(bpf.MAP_HASH, 4, 4, 1)
+    ),
+    _MustHave(
+        "cgroup socket address programs up to getpeername (CONFIG_CGROUP_BPF)", "5.8", _attach_types_load
+    ),
+    _MustHave("mmap of BPF arrays", "5.5", lambda: _creates(bpf.MAP_ARRAY, 4, 8, 1, bpf.F_MMAPABLE)),
+    _MustHave(
+        "bpf_get_netns_cookie in cgroup programs",
+        "5.7",
+        lambda: bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_GET_NETNS_COOKIE),
+    ),
+    _MustHave("batched lookup in per-CPU arrays", "5.13", _batch_works),
+)
+
+
+def probe() -> Features:
+    """Raises UnsupportedKernelError."""
+    for must in _MUST_HAVES:
+        if not must.check():
+            raise UnsupportedKernelError(
+                f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
+                f"the oldest supported kernel is {OLDEST_KERNEL}"
+            )
+    has_set_retval = bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL)
+    has_storage_helper = bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SK_STORAGE_GET)
+    return Features(
+        set_retval=has_set_retval,
+        sk_storage=has_storage_helper and _creates(bpf.MAP_SK_STORAGE, 4, 8, 0, bpf.F_NO_PREALLOC),
+    )

@@ -1,0 +1,153 @@
+"""Compiled programs, pinned beside the maps they were compiled for, and reused while nothing changed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+import ebpfproxy
+from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.loader import LoadRequest
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.probe import Features
+
+_SHOWN_LINES = 12
+_LOAD_SECONDS = 120
+
+
+class LoadError(Exception):
+    """Programs did not compile or load; the message has the program's name and the tool's own words."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What is compiled in, because it cannot change while programs run."""
+
+    features: Features
+    host_netns_cookie: int
+    node_ports_on_loopback: bool
+
+    def defines(self) -> list[str]:
+        return [
+            f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
+            f"-DHAVE_SK_STORAGE={int(self.features.sk_storage)}",
+            f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
+            f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
+        ]
+
+
+def source_folder() -> Path:
+    """``bpf/``: inside the installed package, or at the top of a checkout."""
+    package = Path(ebpfproxy.__file__).parent
+    for folder in (package / "bpf", package.parent / "bpf"):
+        if (folder / "sock.c").exists():
+            return folder
+    raise LoadError(f"the BPF sources are neither in {package / 'bpf'} nor in {package.parent / 'bpf'}")
+
+
+def _digest(sources: Path, defines: list[str]) -> str:
+    digest = hashlib.sha256("\0".join(defines).encode())
+    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".c", ".h")):
+        digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def ensure_loaded(maps: MapSet, options: Options) -> Path:
+    """The folder with one pinned program a hook, compiled now if these were never compiled before.
+
+    Raises LoadError; then nothing that is attached has changed.
+    """
+    sources = source_folder()
+    defines = options.defines()
+    home = maps.folder / f"progs-{_digest(sources, defines)}"
+    if all((home / hook.name).exists() for hook in SOCKET_HOOKS):
+        return home
+    fresh = maps.folder / "progs-loading"
+    for leftover in (home, fresh):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        _load(sources, defines, maps, fresh)
+        fresh.rename(home)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    return home
+
+
+def _load(sources: Path, defines: list[str], maps: MapSet, pin_folder: Path) -> None:
+    fds = {name: each.fd for name, each in maps.maps.items()}
+    request = LoadRequest(
+        source=str(sources / "sock.c"),
+        headers=str(sources / "include"),
+        cflags=[
+            f"-I{sources}",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *defines,
+            *(f"-DMAP_FD_{name}={fd}" for name, fd in fds.items()),
+        ],
+        programs=[(hook.name, hook.attach_type) for hook in SOCKET_HOOKS],
+        pin_folder=str(pin_folder),
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ebpfproxy.datapath.loader"],
+            input=msgspec.json.encode(request),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=tuple(fds.values()),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            timeout=_LOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise LoadError(f"loading took longer than {_LOAD_SECONDS} s") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace")
+        raise LoadError(explain(said, request.source, platform.release()))
+
+
+def explain(said: str, source: str, kernel: str) -> str:
+    """The compiler's or the verifier's own message, shortened, with the program and the kernel."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    starts = [i for i, line in enumerate(lines) if line.startswith("program ")]
+    if not starts:
+        first = next((i for i, line in enumerate(lines) if "error" in line), 0)
+        shown = lines[first : first + _SHOWN_LINES]
+        return f"{source} does not compile (kernel {kernel}):\n" + "\n".join(shown)
+    name = lines[starts[-1]].removeprefix("program ").rstrip(":")
+    # The verifier gives its reason last.
+    shown = lines[starts[-1] + 1 :][-_SHOWN_LINES:]
+    return f"program {name} does not load (kernel {kernel}):\n" + "\n".join(shown)
+
+
+def remove_others(maps: MapSet, keep: Path) -> list[Path]:
+    """Unpins the programs of earlier builds; those still attached live on until they are replaced."""
+    removed = [p for p in maps.folder.glob("progs-*") if p != keep]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
+
+
+def program_id(path: Path) -> int | None:
+    """The id of the pinned program, None where nothing is pinned."""
+    try:
+        fd = bpf.get_pinned(path)
+    except bpf.BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    try:
+        return int(bpf.prog_info(fd).id)
+    finally:
+        os.close(fd)

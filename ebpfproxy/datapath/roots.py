@@ -1,0 +1,110 @@
+"""Where an agent works: the cgroup it attaches to, the bpffs folder it pins in; one agent for each."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+BPFFS = Path("/sys/fs/bpf")
+PIN_FOLDER = "ebpfproxy"
+
+
+class RootError(Exception):
+    """A root that cannot be used; the message says which and why."""
+
+
+class _Mount(NamedTuple):
+    point: Path
+    kind: str
+
+
+def _mounts() -> list[_Mount]:
+    found = []
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        _, point, kind = line.split(" ")[:3]
+        # Spaces and the like are octal escapes there (proc(5)).
+        found.append(_Mount(Path(point.encode().decode("unicode_escape")), kind))
+    return found
+
+
+def find_cgroup_root() -> Path:
+    """The cgroup v2 mount, found by type: it may be beside v1's mounts. Raises RootError."""
+    for mount in _mounts():
+        if mount.kind == "cgroup2":
+            return mount.point
+    raise RootError("no cgroup v2 mount in /proc/self/mounts: mount one, or name a cgroup with --cgroup-root")
+
+
+def _on_bpffs(path: Path) -> bool:
+    """Whether ``path``, or the nearest folder above it that exists, is on a bpffs."""
+    while not path.exists():
+        path = path.parent
+    device = path.stat().st_dev
+    return any(m.kind == "bpf" and m.point.exists() and m.point.stat().st_dev == device for m in _mounts())
+
+
+def ensure_bpffs(root: Path) -> bool:
+    """Makes ``root`` a folder on a bpffs, mounting one there where none is. True if it was mounted.
+
+    Raises RootError.
+    """
+    if _on_bpffs(root):
+        root.mkdir(parents=True, exist_ok=True)
+        return False
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RootError(f"--bpf-root {root}: {error.strerror}") from error
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", os.fsencode(root), b"bpf", 0, b"mode=0700") != 0:
+        raise RootError(f"--bpf-root {root}: cannot mount a bpffs there: {os.strerror(ctypes.get_errno())}")
+    return True
+
+
+def check_cgroup(root: Path) -> None:
+    """Raises RootError unless ``root`` is a cgroup v2 folder."""
+    if not (root / "cgroup.procs").exists() or not (root / "cgroup.controllers").exists():
+        raise RootError(f"--cgroup-root {root}: not a cgroup v2 folder")
+
+
+class Lock:
+    """Held while an agent, or a clean-up, works on a root: flock(2) on the folder itself.
+
+    It leaves nothing behind and ends with the process, however that ends.
+    """
+
+    def __init__(self, folders: list[tuple[str, Path]]) -> None:
+        """``folders`` with the option that named each. Raises RootError where another process holds one."""
+        self._fds: list[int] = []
+        for option, folder in folders:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                self.release()
+                raise RootError(f"{option} {folder} is in use by another ebpfproxy agent") from None
+            self._fds.append(fd)
+
+    def release(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether an agent runs on this root."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def pin_folder(bpf_root: Path) -> Path:
+    return bpf_root / PIN_FOLDER

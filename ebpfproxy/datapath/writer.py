@@ -1,0 +1,449 @@
+"""Brings the maps to the wanted state, in an order in which no reader sees a mixture.
+
+For every change: new backends and their slots are written where nobody looks yet; then the selection word
+that names the range is stored, one word for all frontends of a service port; then frontends appear and
+disappear. What was replaced is *retired*: ids and ranges return to use only after a grace period
+(``datapath.grace``), when no program can still hold them.
+
+On start the maps are adopted as they are: ids, ranges and entries keep their places, and only differences
+are written. Leftovers go with the first complete state, not before. One thread uses a Writer.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable, Collection, Iterable
+
+import msgspec
+
+from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
+from ebpfproxy.datapath.layout import U32, ServiceFlags
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.services.model import (
+    Backend,
+    BackendState,
+    Frontend,
+    Policy,
+    ServicePort,
+    ServicePortKey,
+)
+
+_STATE_OFFSET = 19
+_NO_IDS: array[int] = array("I")
+_NO_KEYS: frozenset[int] = frozenset()
+
+
+class _Programmed(msgspec.Struct):
+    """What the maps hold for one service port."""
+
+    id: int
+    entries: tuple[bytes, ...] = ()
+    held: frozenset[int] = _NO_KEYS
+    leaving: frozenset[int] = _NO_KEYS
+    bases: list[int] = msgspec.field(default_factory=lambda: [0, 0])
+    slots: list[array[int]] = msgspec.field(default_factory=lambda: [_NO_IDS, _NO_IDS])
+
+
+class Retired(msgspec.Struct, frozen=True):
+    """Ids and ranges that are out of use, but perhaps not yet out of every program's sight."""
+
+    services: list[int]
+    backends: list[int]
+    ranges: list[tuple[int, int]]
+
+    def __bool__(self) -> bool:
+        return bool(self.services or self.backends or self.ranges)
+
+
+def _nothing_retired() -> Retired:
+    return Retired([], [], [])
+
+
+class _Plan(msgspec.Struct):
+    """The part of a change that readers can see: it is carried out after everything else is in place."""
+
+    names: dict[bytes, bytes] = msgspec.field(default_factory=dict)
+    words: dict[int, int] = msgspec.field(default_factory=dict)
+    entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
+    vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
+
+
+class Writer:
+    """The only writer of the services', selections', slots' and backends' maps.
+
+    ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots ran out.
+    """
+
+    def __init__(self, maps: MapSet, wait_for_readers: Callable[[], None]) -> None:
+        self._maps = maps
+        self._wait_for_readers = wait_for_readers
+        self._selections = maps.shared("selections")
+        self._words = self._selections.words()
+        self._slots = maps.shared("slots")
+        self._backends = maps.shared("backends")
+        self._fence = threading.Lock()
+        self._retired = _nothing_retired()
+        self._refs: dict[int, int] = {}
+        self._leaving: dict[int, int] = {}
+        self._entries: dict[bytes, bytes] = {}
+        self._programmed: dict[ServicePortKey, _Programmed] = {}
+        self._node_addresses: frozenset[bytes] = frozenset()
+        self._fresh_backends: list[Backend] = []
+        self._adopt()
+
+    # -- what is there
+
+    @property
+    def service_ports(self) -> int:
+        return len(self._programmed)
+
+    @property
+    def frontends(self) -> int:
+        return len(self._entries)
+
+    @property
+    def backends(self) -> int:
+        return len(self._backend_ids)
+
+    def _adopt(self) -> None:
+        names = {
+            U32.unpack(key)[0]: layout.unpack_name(value)
+            for key, value in self._maps["service_names"].items()
+        }
+        entries_of: dict[int, list[bytes]] = {}
+        for table in ("services4", "services6"):
+            for key, value in self._maps[table].items():
+                self._entries[key] = value
+                entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
+        slots = self._slots.bytes.cast("I")
+        used: list[tuple[int, int]] = []
+        for number, name in names.items():
+            known = _Programmed(number, tuple(entries_of.get(number, ())))
+            for policy in Policy:
+                base, count = layout.selection_range(self._words[number * layout.POLICIES + policy])
+                if count:
+                    known.bases[policy] = base
+                    known.slots[policy] = array("I", slots[base : base + count])
+                    used.append((base, count))
+            known.held = frozenset(known.slots[Policy.CLUSTER]) | frozenset(known.slots[Policy.LOCAL])
+            known.leaving = frozenset(filter(self._is_terminating, known.held))
+            for backend_id in known.held:
+                self._refs[backend_id] = self._refs.get(backend_id, 0) + 1
+            for backend_id in known.leaving:
+                self._leaving[backend_id] = self._leaving.get(backend_id, 0) + 1
+            self._programmed[name] = known
+        slots.release()
+        self._ranges = Ranges(self._slots.spec.max_entries, used)
+        self._service_ids: Ids[ServicePortKey] = Ids(
+            self._maps["service_stats"].spec.max_entries, {name: number for number, name in names.items()}
+        )
+        self._backend_ids: Ids[Backend] = Ids(self._backends.spec.max_entries, self._adopted_backends())
+        self._node_addresses = frozenset(
+            layout.unpack_address(key) for key, _ in self._maps["node_addresses"].items()
+        )
+
+    def _adopted_backends(self) -> dict[Backend, int]:
+        if not self._maps.adopted:
+            return {}
+        memory, stride = self._backends.bytes, self._backends.stride
+        found: dict[Backend, int] = {}
+        for number in range(self._backends.spec.max_entries):
+            # The protocol's byte tells a taken place from a free one without unpacking it.
+            if memory[number * stride + _STATE_OFFSET - 1]:
+                known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
+                if known is not None:
+                    found[known[0]] = number
+        return found
+
+    # -- changes
+
+    def apply(
+        self,
+        changed: Iterable[ServicePort],
+        removed: Iterable[ServicePortKey] = (),
+        *,
+        complete: bool = False,
+    ) -> list[str]:
+        """Programs a change. ``complete``: ``changed`` is all there is, everything else goes.
+
+        Returns one sentence for each service port that did not fit; it keeps what it had.
+        """
+        plan = _Plan()
+        problems: list[str] = []
+        wanted: set[ServicePortKey] = set()
+        for port in changed:
+            wanted.add(port.key)
+            problem = self._place(port, plan)
+            if problem:
+                problems.append(problem)
+        gone: Collection[ServicePortKey] = set(removed)
+        if complete:
+            gone = self._programmed.keys() - wanted
+        for key in gone:
+            self._withdraw(key, plan)
+        problems += self._publish(plan)
+        for key in gone:
+            self._drop(key)
+        if complete:
+            self._drop_leftovers()
+        return problems
+
+    def _place(self, port: ServicePort, plan: _Plan) -> str | None:
+        """Writes what nobody looks at yet, and plans the rest."""
+        try:
+            self._try_place(port, plan)
+            return None
+        except (IdsExhaustedError, RangesExhaustedError):
+            self._wait_for_readers()
+            self.reclaim(self.take_retired())
+        try:
+            self._try_place(port, plan)
+            return None
+        except IdsExhaustedError as error:
+            return f"{_describe(port.key)}: no room for its backends or the service: {error}"
+        except RangesExhaustedError as error:
+            return f"{_describe(port.key)}: no room for its slots: {error}"
+
+    def _try_place(self, port: ServicePort, plan: _Plan) -> None:
+        """Raises IdsExhaustedError or RangesExhaustedError with everything as it was."""
+        known = self._programmed.get(port.key)
+        uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
+        sets = (port.cluster, port.local if uses_local else ())
+        if known is None:
+            # The id is taken last, so that a port that does not fit leaves nothing behind.
+            known = _Programmed(-1)
+        bases, slots = list(known.bases), list(known.slots)
+        ids: list[array[int]] = []
+        try:
+            ids = [array("I", map(self._backend_id, each)) for each in sets]
+            draining = frozenset(map(self._backend_id, port.draining))
+            for policy in Policy:
+                if ids[policy] != slots[policy]:
+                    bases[policy] = self._write_slots(ids[policy])
+                    slots[policy] = ids[policy]
+            if known.id < 0:
+                known.id = self._new_service(port.key, plan)
+                self._programmed[port.key] = known
+        except (IdsExhaustedError, RangesExhaustedError):
+            for policy in Policy:
+                if slots[policy] is not known.slots[policy] and slots[policy]:
+                    self._ranges.release(bases[policy], len(slots[policy]))
+            self._drop_unheld(self._fresh_backends)
+            raise
+        finally:
+            self._fresh_backends = []
+        for policy in Policy:
+            if slots[policy] is known.slots[policy]:
+                continue
+            if known.slots[policy]:
+                self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
+            index = known.id * layout.POLICIES + policy
+            plan.words[index] = layout.selection_word(bases[policy], len(slots[policy]))
+        known.bases, known.slots = bases, slots
+        leaving = draining | frozenset(map(self._backend_id, port.terminating))
+        self._hold(known, draining.union(*ids), leaving)
+        self._plan_entries(port, known, plan)
+
+    def _backend_id(self, backend: Backend) -> int:
+        number = self._backend_ids.get(backend)
+        if number is None:
+            number = self._backend_ids.add(backend)
+            self._fresh_backends.append(backend)
+            self._store_backend(number, layout.pack_backend(backend, BackendState.ACTIVE))
+            if self._maps.adopted or self._backend_ids.recycles:
+                self._maps["backend_stats"].update(U32.pack(number), self._maps["backend_stats"].zero)
+        return number
+
+    def _store_backend(self, number: int, packed: bytes) -> None:
+        start = number * self._backends.stride
+        self._backends.bytes[start : start + len(packed)] = packed
+        self._backends.writes += 1
+
+    def _write_slots(self, ids: array[int]) -> int:
+        if not ids:
+            return 0
+        base = self._ranges.allocate(len(ids))
+        self._slots.bytes[base * 4 : (base + len(ids)) * 4] = ids.tobytes()
+        self._slots.writes += len(ids)
+        return base
+
+    def _new_service(self, key: ServicePortKey, plan: _Plan) -> int:
+        number = self._service_ids.add(key)
+        plan.names[U32.pack(number)] = layout.pack_name(key)
+        if self._maps.adopted or self._service_ids.recycles:
+            self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
+        return number
+
+    def _hold(self, known: _Programmed, held: frozenset[int], leaving: frozenset[int]) -> None:
+        """Counts references, so that a backend's state and end follow from its users."""
+        came, went = held - known.held, known.held - held
+        turned = leaving ^ known.leaving
+        if not (came or went or turned):
+            return
+        for number in came:
+            self._refs[number] = self._refs.get(number, 0) + 1
+        for number in leaving - known.leaving:
+            self._leaving[number] = self._leaving.get(number, 0) + 1
+        for number in known.leaving - leaving:
+            self._leaving[number] -= 1
+            if not self._leaving[number]:
+                del self._leaving[number]
+        for number in went:
+            self._refs[number] -= 1
+        known.held, known.leaving = held, leaving
+        for number in came | turned | went:
+            if not self._refs.get(number):
+                self._retire_backend(number)
+            else:
+                self._store_state(number)
+
+    def _is_terminating(self, number: int) -> bool:
+        at = number * self._backends.stride + _STATE_OFFSET
+        return self._backends.bytes[at] == BackendState.TERMINATING
+
+    def _store_state(self, number: int) -> None:
+        """Terminating once every user says so."""
+        all_leave = self._leaving.get(number, 0) == self._refs[number]
+        state = BackendState.TERMINATING if all_leave else BackendState.ACTIVE
+        at = number * self._backends.stride + _STATE_OFFSET
+        if self._backends.bytes[at] != state:
+            self._backends.bytes[at] = state
+            self._backends.writes += 1
+
+    def _retire_backend(self, number: int) -> None:
+        start = number * self._backends.stride
+        known = layout.unpack_backend(bytes(self._backends.bytes[start : start + layout.BACKEND_SIZE]))
+        assert known is not None, f"backend {number} is held but not written"
+        self._refs.pop(number, None)
+        self._backend_ids.forget(known[0])
+        self._retired.backends.append(number)
+
+    def _drop_unheld(self, backends: Iterable[Backend]) -> None:
+        for backend in backends:
+            number = self._backend_ids.get(backend)
+            if number is not None and not self._refs.get(number):
+                self._retire_backend(number)
+
+    def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
+        entries: dict[bytes, bytes] = {}
+        for frontend in port.frontends:
+            entries.update(_entries_of(frontend, known.id, port.affinity_seconds))
+        for key, value in entries.items():
+            if self._entries.get(key) != value:
+                plan.entries[key] = value
+        plan.vanished += [(known.id, key) for key in known.entries if key not in entries]
+        known.entries = tuple(entries)
+
+    def _withdraw(self, key: ServicePortKey, plan: _Plan) -> None:
+        known = self._programmed.get(key)
+        if known is not None:
+            plan.vanished += [(known.id, entry) for entry in known.entries]
+
+    def _publish(self, plan: _Plan) -> list[str]:
+        """Lets readers see the plan, each step after what it refers to."""
+        full = [
+            f"service_names: no room for service id {U32.unpack(key)[0]}"
+            for key in self._maps["service_names"].update_many(plan.names)
+        ]
+        # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
+        with self._fence:
+            pass
+        for index, word in plan.words.items():
+            self._words[index] = word
+        self._selections.writes += len(plan.words)
+        for table in ("services4", "services6"):
+            size = self._maps[table].spec.key_size
+            batch = {key: value for key, value in plan.entries.items() if len(key) == size}
+            refused = set(self._maps[table].update_many(batch))
+            self._entries.update((key, value) for key, value in batch.items() if key not in refused)
+            full += [f"{table}: no room for {describe_frontend(key)}" for key in refused]
+        for service_id, key in plan.vanished:
+            # A frontend that another service port has taken over is the other's.
+            value = self._entries.get(key)
+            if value is not None and layout.unpack_service(value).id == service_id:
+                self._delete_entry(key)
+        return full
+
+    def _delete_entry(self, key: bytes) -> None:
+        table = "services4" if len(key) == self._maps["services4"].spec.key_size else "services6"
+        self._maps[table].delete(key)
+        del self._entries[key]
+
+    def _drop(self, key: ServicePortKey) -> None:
+        known = self._programmed.pop(key, None)
+        if known is None:
+            return
+        self._hold(known, _NO_KEYS, _NO_KEYS)
+        for policy in Policy:
+            if known.slots[policy]:
+                self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
+        self._maps["service_names"].delete(U32.pack(known.id))
+        self._service_ids.forget(key)
+        self._retired.services.append(known.id)
+
+    def _drop_leftovers(self) -> None:
+        """What a killed agent left half done: entries and backends of no service port."""
+        ids = {known.id for known in self._programmed.values()}
+        for key, value in list(self._entries.items()):
+            if layout.unpack_service(value).id not in ids:
+                self._delete_entry(key)
+        self._drop_unheld([backend for backend, _ in self._backend_ids.items()])
+
+    # -- what was replaced
+
+    def take_retired(self) -> Retired:
+        """What is retired so far; give it to :meth:`reclaim` after a grace period."""
+        taken, self._retired = self._retired, _nothing_retired()
+        return taken
+
+    def reclaim(self, retired: Retired) -> None:
+        """Ids and ranges that no program can hold any more are free again."""
+        for base, count in retired.ranges:
+            self._ranges.release(base, count)
+        for number in retired.backends:
+            self._store_backend(number, bytes(layout.BACKEND_SIZE))
+            self._backend_ids.give_back(number)
+        for number in retired.services:
+            for policy in Policy:
+                self._words[number * layout.POLICIES + policy] = 0
+            self._selections.writes += layout.POLICIES
+            self._service_ids.give_back(number)
+
+    # -- the node
+
+    def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
+        """The addresses at which this node's NodePorts answer."""
+        table = self._maps["node_addresses"]
+        table.update_many({layout.pack_address(a): U32.pack(1) for a in addresses - self._node_addresses})
+        for address in self._node_addresses - addresses:
+            table.delete(layout.pack_address(address))
+        self._node_addresses = addresses
+
+
+def _entries_of(frontend: Frontend, service_id: int, affinity_seconds: int) -> Iterable[tuple[bytes, bytes]]:
+    """One entry, or two where the scopes' policies differ."""
+    kind, address, port, protocol, internal, external = frontend
+    two = ServiceFlags.TWO_SCOPES if internal != external else ServiceFlags(0)
+    scopes = [(layout.Scope.INTERNAL, internal)]
+    if two:
+        scopes.append((layout.Scope.EXTERNAL, external))
+    for scope, policy in scopes:
+        flags = two | (ServiceFlags.LOCAL if policy == Policy.LOCAL else ServiceFlags(0))
+        yield (
+            layout.pack_service_key(address, port, protocol, scope),
+            layout.pack_service(service_id, flags, kind, 0, affinity_seconds),
+        )
+
+
+def _describe(key: ServicePortKey) -> str:
+    name = f":{key.port_name}" if key.port_name else ""
+    return f"{key.namespace}/{key.name}{name} ({key.family})"
+
+
+def describe_frontend(packed: bytes) -> str:
+    """``10.96.0.1:443/TCP`` for a key of the services' maps."""
+    key = layout.unpack_service_key(packed)
+    return layout.format_frontend(key.address, key.port, key.protocol)

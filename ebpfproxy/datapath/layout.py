@@ -83,6 +83,9 @@ BACKEND_STATS = struct.Struct("=Q")
 U32 = struct.Struct("=I")
 
 BACKEND_SIZE = _BACKEND.size
+#: Offsets in ``struct backend``; a place whose protocol is 0 is free.
+BACKEND_PROTOCOL_OFFSET = 18
+BACKEND_STATE_OFFSET = 19
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 4096
 

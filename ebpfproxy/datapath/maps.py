@@ -50,6 +50,10 @@ class Map:
     def lookup(self, key: bytes) -> bytes | None:
         return bpf.map_lookup(self.fd, key, self._value_size)
 
+    def count(self) -> int:
+        """How many entries a hash holds."""
+        return bpf.map_lookup_all(self.fd, self.spec.key_size, self._value_size, self.spec.max_entries)[2]
+
     def items(self, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Every entry; of an array only the first ``limit``."""
         keys, values, count = bpf.map_lookup_all(

@@ -31,7 +31,6 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
-_STATE_OFFSET = 19
 _NO_IDS: array[int] = array("I")
 _NO_KEYS: frozenset[int] = frozenset()
 
@@ -152,7 +151,7 @@ class Writer:
         found: dict[Backend, int] = {}
         for number in range(self._backends.spec.max_entries):
             # The protocol's byte tells a taken place from a free one without unpacking it.
-            if memory[number * stride + _STATE_OFFSET - 1]:
+            if memory[number * stride + layout.BACKEND_PROTOCOL_OFFSET]:
                 known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
                 if known is not None:
                     found[known[0]] = number
@@ -301,14 +300,14 @@ class Writer:
                 self._store_state(number)
 
     def _is_terminating(self, number: int) -> bool:
-        at = number * self._backends.stride + _STATE_OFFSET
+        at = number * self._backends.stride + layout.BACKEND_STATE_OFFSET
         return self._backends.bytes[at] == BackendState.TERMINATING
 
     def _store_state(self, number: int) -> None:
         """Terminating once every user says so."""
         all_leave = self._leaving.get(number, 0) == self._refs[number]
         state = BackendState.TERMINATING if all_leave else BackendState.ACTIVE
-        at = number * self._backends.stride + _STATE_OFFSET
+        at = number * self._backends.stride + layout.BACKEND_STATE_OFFSET
         if self._backends.bytes[at] != state:
             self._backends.bytes[at] = state
             self._backends.writes += 1

@@ -1,0 +1,5 @@
+"""``python -m ebpfproxy`` is the ``ebpfproxy`` command."""
+
+from ebpfproxy.cli import main
+
+main()

@@ -1,0 +1,42 @@
+"""The commands, one module a group: they print what other parts say and know no rules themselves.
+
+Modules are imported when their command is called, so that ``service list`` does not wait for the
+Kubernetes client to be imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+import ebpfproxy
+
+_COMMANDS = {
+    "run": "Run the agent of this node.",
+    "status": "What runs on this node: programs, maps, watches, health.",
+    "service": "Services as the maps hold them.",
+    "backend": "Backends as the maps hold them.",
+    "cleanup": "Remove every attachment and pin of a root.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"ebpfproxy.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(ebpfproxy.__version__, prog_name="ebpfproxy")
+def main() -> None:
+    """An eBPF kube-proxy replacement: Kubernetes Services on any CNI, translated at the socket."""

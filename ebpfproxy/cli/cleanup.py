@@ -1,0 +1,38 @@
+"""``ebpfproxy cleanup``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ebpfproxy.cli import options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.datapath.cleanup import remove_everything
+from ebpfproxy.datapath.roots import Lock, pin_folder
+
+
+@click.command("cleanup")
+@options.bpf_root
+@options.cgroup_root
+def command(bpf_root: Path, cgroup_root: Path | None) -> None:
+    """Remove every attachment and pin of a root, and say what was removed.
+
+    Refused while an agent runs there. From then on no Service is translated on this node.
+    """
+    with one_line():
+        pins = pin_folder(bpf_root)
+        if not pins.is_dir():
+            click.echo(f"nothing is pinned below {pins}")
+            return
+        folders = [("--bpf-root", bpf_root)]
+        if cgroup_root is not None and cgroup_root.is_dir():
+            folders.append(("--cgroup-root", cgroup_root))
+        lock = Lock(folders)
+        try:
+            removed = remove_everything(pins)
+        finally:
+            lock.release()
+    for line in removed:
+        click.echo(line)
+    click.echo(f"removed {pins}")

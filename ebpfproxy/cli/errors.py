@@ -1,0 +1,27 @@
+"""Errors that a user can act on end a command with one line and exit code 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from ebpfproxy.datapath.bpf import BpfError
+from ebpfproxy.datapath.dump import NothingPinnedError
+from ebpfproxy.datapath.probe import UnsupportedKernelError
+from ebpfproxy.datapath.programs import LoadError
+from ebpfproxy.datapath.roots import RootError
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    try:
+        yield
+    except (NothingPinnedError, UnsupportedKernelError, LoadError, RootError) as error:
+        raise click.ClickException(str(error)) from error
+    except BpfError as error:
+        hint = " (root or CAP_BPF is needed)" if error.errno == 1 else ""
+        raise click.ClickException(f"{error.strerror}{hint}") from error
+    except PermissionError as error:
+        raise click.ClickException(f"{error}; root is needed") from error

@@ -1,0 +1,65 @@
+"""Printing: the same values as a table, JSON or YAML, once or whenever they change."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import msgspec
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+_WATCH_SECONDS = 0.5
+
+
+def table(*columns: str) -> Table:
+    """A plain table as kubectl prints them: no borders, upper-case heads."""
+    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for column in columns:
+        made.add_column(column.upper(), overflow="fold", no_wrap=not sys.stdout.isatty())
+    return made
+
+
+def console() -> Console:
+    """As wide as the terminal; unlimited where there is none, so that nothing is cut in a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False)
+
+
+def emit(value: Any, form: str, as_table: Callable[[Any], None]) -> None:
+    """Prints ``value`` (anything msgspec can turn into builtins)."""
+    if form == "json":
+        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    elif form == "yaml":
+        click.echo(yaml.safe_dump(msgspec.to_builtins(value), sort_keys=False).rstrip())
+    else:
+        as_table(value)
+
+
+def emit_watching(read: Callable[[], Any], form: str, as_table: Callable[[Any], None], watch: bool) -> None:
+    """Prints what ``read`` gives; with ``watch`` again at every change. A terminal is cleared before."""
+    before: Any = None
+    while True:
+        value = read()
+        if value != before:
+            if watch and sys.stdout.isatty() and form == "table":
+                click.clear()
+            elif before is not None and form == "yaml":
+                click.echo("---")
+            emit(value, form, as_table)
+            sys.stdout.flush()
+        if not watch:
+            return
+        before = value
+        time.sleep(_WATCH_SECONDS)
+
+
+def age(seconds: float) -> str:
+    """``3s``, ``5m``, ``2h``, ``4d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{seconds:.0f}s"

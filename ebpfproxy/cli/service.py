@@ -1,0 +1,78 @@
+"""``ebpfproxy service list|get``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ebpfproxy.cli import options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import console, emit_watching, table
+from ebpfproxy.datapath.dump import Dump, FrontendRow, open_maps
+
+_SHOWN_BACKENDS = 4
+
+
+@click.group("service")
+def command() -> None:
+    """Services as the maps hold them."""
+
+
+@command.command("list")
+@options.bpf_root
+@options.output_format
+@options.watch
+@click.option("-n", "--namespace", help="Only Services of this namespace.")
+def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
+    """Every frontend, a row for each scope, with the backends that new connections use."""
+    with one_line():
+        maps = open_maps(bpf_root)
+
+        def read() -> list[FrontendRow]:
+            rows = Dump(maps).frontends()
+            return [row for row in rows if namespace in (None, row.namespace)]
+
+        emit_watching(read, output, _print_list, watch)
+
+
+@command.command("get")
+@click.argument("service", metavar="NAMESPACE/NAME")
+@options.bpf_root
+@options.output_format
+@options.watch
+def get_service(service: str, bpf_root: Path, output: str, watch: bool) -> None:
+    """One Service: its frontends with all their backends."""
+    namespace, slash, name = service.partition("/")
+    if not slash:
+        namespace, name = "default", service
+    with one_line():
+        maps = open_maps(bpf_root)
+
+        def read() -> list[FrontendRow]:
+            return [r for r in Dump(maps).frontends() if (r.namespace, r.name) == (namespace, name)]
+
+        if not read() and not watch:
+            raise click.ClickException(f"no frontend of a Service {namespace}/{name} in {maps.folder}")
+        emit_watching(read, output, _print_all, watch)
+
+
+def _print_list(rows: list[FrontendRow]) -> None:
+    _print(rows, _SHOWN_BACKENDS)
+
+
+def _print_all(rows: list[FrontendRow]) -> None:
+    _print(rows, None)
+
+
+def _print(rows: list[FrontendRow], most: int | None) -> None:
+    printed = table("namespace", "name", "port", "type", "scope", "frontend", "backends")
+    for row in rows:
+        shown = [b.address if b.state == "active" else f"{b.address} ({b.state})" for b in row.backends]
+        text = ", ".join(shown[:most])
+        if most is not None and len(shown) > most:
+            text += f" … {len(shown)} in all"
+        printed.add_row(
+            row.namespace, row.name, row.port_name, row.type, row.scope, row.frontend, text or "none"
+        )
+    console().print(printed)

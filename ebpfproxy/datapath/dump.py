@@ -1,0 +1,212 @@
+"""What the pinned maps hold now, for commands and metrics: read from the kernel, whoever wrote it.
+
+Nothing here needs a running agent. Names come from the ``service_names`` map.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath import bpf, layout
+from ebpfproxy.datapath.attach import LINKS, attachments
+from ebpfproxy.datapath.layout import U32, Scope, ServiceFlags
+from ebpfproxy.datapath.maps import MapSet, open_pinned
+from ebpfproxy.datapath.programs import program_id
+from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.services.model import Family, Protocol, ServicePortKey, format_endpoint
+
+
+class NothingPinnedError(Exception):
+    """No agent has ever worked on this root, or it was cleaned up."""
+
+
+class BackendRef(msgspec.Struct, frozen=True, order=True):
+    address: str
+    state: str
+
+
+class FrontendRow(msgspec.Struct, frozen=True):
+    """One frontend in one scope. The JSON of ``ebpfproxy service list``: these names stay."""
+
+    namespace: str
+    name: str
+    port_name: str
+    type: str
+    scope: str
+    frontend: str
+    backends: tuple[BackendRef, ...]
+
+
+class BackendRow(msgspec.Struct, frozen=True):
+    """One backend with everything that uses it. ``connections`` counts connections and datagrams."""
+
+    id: int
+    address: str
+    protocol: str
+    state: str
+    services: tuple[str, ...]
+    connections: int
+
+
+class MapFill(msgspec.Struct, frozen=True):
+    name: str
+    entries: int
+    capacity: int
+
+
+class ServiceCounters(msgspec.Struct, frozen=True):
+    """Connections and datagrams of one service port since its id was made."""
+
+    key: ServicePortKey
+    chosen: int
+    refused: int
+    dropped: int
+
+
+def open_maps(bpf_root: Path) -> MapSet:
+    """The maps that attached programs use, else the newest. Raises NothingPinnedError."""
+    pins = pin_folder(bpf_root)
+    versions = [p for p in pins.glob("v*-*") if (p / "maps").is_dir()] if pins.is_dir() else []
+    if not versions:
+        raise NothingPinnedError(f"nothing is pinned below {pins}: no agent has run with this --bpf-root")
+    running = {a.hook: a.program_id for a in attachments(pins)} if (pins / LINKS).is_dir() else {}
+
+    def preference(version: Path) -> tuple[bool, float]:
+        used = any(
+            program_id(program) == running.get(program.name) for program in version.glob("progs-*/connect4")
+        )
+        return used, version.stat().st_mtime
+
+    return open_pinned(max(versions, key=preference))
+
+
+class Dump:
+    """A reading of the maps at one moment, decoded as far as asked."""
+
+    def __init__(self, maps: MapSet) -> None:
+        self._maps = maps
+        self._words = maps.shared("selections").words()
+        self._slots = maps.shared("slots").bytes.cast("I")
+        self.names: dict[int, ServicePortKey] = {
+            U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()
+        }
+        self._refs: dict[int, BackendRef] = {}
+
+    def selection(self, service_id: int, policy: int) -> array[int]:
+        """Backend ids in the order of their slots."""
+        base, count = layout.selection_range(self._words[service_id * layout.POLICIES + policy])
+        return array("I", self._slots[base : base + count])
+
+    def _packed_backend(self, number: int) -> bytes:
+        backends = self._maps.shared("backends")
+        return bytes(backends.bytes[number * backends.stride : (number + 1) * backends.stride])
+
+    def backend_ref(self, number: int) -> BackendRef:
+        known = self._refs.get(number)
+        if known is None:
+            found = layout.unpack_backend(self._packed_backend(number))
+            known = BackendRef("?", "missing")
+            if found is not None:
+                backend, state = found
+                known = BackendRef(format_endpoint(backend.address, backend.port), str(state))
+            self._refs[number] = known
+        return known
+
+    def entries(self) -> Iterator[tuple[layout.ServiceKey, layout.ServiceEntry]]:
+        for table in ("services4", "services6"):
+            for key, value in self._maps[table].items():
+                yield layout.unpack_service_key(key), layout.unpack_service(value)
+
+    def frontends(self) -> list[FrontendRow]:
+        """A row for every frontend and scope, sorted by service, port, kind, address and scope."""
+        rows = []
+        unknown = ServicePortKey("?", "?", "?", Protocol.TCP, Family.IPV4)
+        for key, entry in self.entries():
+            name = self.names.get(entry.id, unknown)
+            shared = key.scope == Scope.INTERNAL and not entry.flags & ServiceFlags.TWO_SCOPES
+            backends = tuple(sorted(map(self.backend_ref, self.selection(entry.id, entry.policy))))
+            rows += [
+                (
+                    (name.namespace, name.name, name.port_name, entry.kind, key.address, key.port, scope),
+                    FrontendRow(
+                        namespace=name.namespace,
+                        name=name.name,
+                        port_name=name.port_name,
+                        type=str(entry.kind),
+                        scope=str(scope),
+                        frontend=layout.format_frontend(key.address, key.port, key.protocol),
+                        backends=backends,
+                    ),
+                )
+                for scope in (Scope if shared else (key.scope,))
+            ]
+        return [row for _, row in sorted(rows, key=lambda pair: (*pair[0], pair[1].frontend))]
+
+    def backends(self) -> list[BackendRow]:
+        """Every backend, sorted by address: also those that only serve old connections."""
+        users: dict[int, set[str]] = {}
+        for number, name in self.names.items():
+            for policy in range(layout.POLICIES):
+                for backend_id in self.selection(number, policy):
+                    users.setdefault(backend_id, set()).add(f"{name.namespace}/{name.name}")
+        rows = []
+        shared = self._maps.shared("backends")
+        for number in range(shared.spec.max_entries):
+            if not shared.bytes[number * shared.stride + layout.BACKEND_PROTOCOL_OFFSET]:
+                continue
+            found = layout.unpack_backend(self._packed_backend(number))
+            if found is None:
+                continue
+            backend, state = found
+            rows.append(
+                (
+                    backend,
+                    BackendRow(
+                        id=number,
+                        address=format_endpoint(backend.address, backend.port),
+                        protocol=backend.protocol.name,
+                        state=str(state),
+                        services=tuple(sorted(users.get(number, ()))),
+                        connections=self._sum("backend_stats", number, layout.BACKEND_STATS.size)[0],
+                    ),
+                )
+            )
+        return [row for _, row in sorted(rows, key=lambda pair: (len(pair[0].address), pair[0]))]
+
+    def service_counters(self) -> list[ServiceCounters]:
+        return [
+            ServiceCounters(key, *self._sum("service_stats", number, layout.SERVICE_STATS.size))
+            for number, key in self.names.items()
+        ]
+
+    def _sum(self, stats: str, index: int, size: int) -> list[int]:
+        """The 64-bit counters of one index, summed over all CPUs."""
+        packed = self._maps[stats].lookup(U32.pack(index)) or b""
+        values = memoryview(packed).cast("Q")
+        fields = size // 8
+        return [sum(values[field::fields]) for field in range(fields)]
+
+
+def fill(maps: MapSet) -> list[MapFill]:
+    """How full each map is; per-CPU statistics and sk-local storage have no fill of their own."""
+    found = []
+    for name, each in maps.maps.items():
+        if each.spec.kind in (bpf.MAP_PERCPU_ARRAY, bpf.MAP_SK_STORAGE) or name == "agent_state":
+            continue
+        found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
+    return found
+
+
+def _entries(maps: MapSet, name: str) -> int:
+    if name == "backends":
+        shared = maps.shared(name)
+        protocols = shared.bytes[layout.BACKEND_PROTOCOL_OFFSET :: shared.stride]
+        return shared.spec.max_entries - bytes(protocols).count(0)
+    if name in ("selections", "slots"):
+        counts = [layout.selection_range(word)[1] for word in maps.shared("selections").words() if word]
+        return len(counts) if name == "selections" else sum(counts)
+    return maps[name].count()

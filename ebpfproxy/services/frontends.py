@@ -1,0 +1,210 @@
+"""From a Service to its ports and their frontends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from ebpfproxy.objects import Resource, Service, ServicePortSpec, key_of
+from ebpfproxy.services.model import (
+    Family,
+    Frontend,
+    FrontendKind,
+    Policy,
+    Protocol,
+    ServicePortKey,
+)
+from ebpfproxy.services.values import (
+    MAX_NAME,
+    Warning,
+    parse_address,
+    parse_protocol,
+    unusable_frontend,
+    valid_port,
+)
+
+DEFAULT_AFFINITY_SECONDS = 10800
+MAX_AFFINITY_SECONDS = 86400
+
+_ANY = {Family.IPV4: bytes(4), Family.IPV6: bytes(16)}
+
+
+class PortFrontends(msgspec.Struct, frozen=True, gc=False):
+    """One port of a Service in one family, before endpoints and conflicts are known."""
+
+    key: ServicePortKey
+    frontends: tuple[Frontend, ...]
+    affinity_seconds: int
+    algorithm: str
+
+
+class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
+    """All that a Service says. ``age``: the older of two claims to one address has the smaller age."""
+
+    age: tuple[str, str, str]
+    ports: tuple[PortFrontends, ...]
+    warnings: tuple[Warning, ...]
+    internal: Policy = Policy.CLUSTER
+    external: Policy = Policy.CLUSTER
+
+
+def frontends_of(service: Service) -> ServiceFrontends:
+    """The ports and frontends of a Service.
+
+    None for headless and ExternalName Services and those of another proxy. ClusterIPs follow the internal
+    traffic policy. ExternalIPs, load-balancer addresses and NodePorts follow the external one for traffic
+    from outside; a client in the cluster that uses them gets policy Cluster ("short circuit", KEP-2086).
+    Only the families of its cluster IPs are served, as kube-proxy does.
+    """
+    return _Reader(service).read()
+
+
+class _Reader:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._key = key_of(service)
+        self._warnings: list[Warning] = []
+
+    def _warn(self, field: str, message: str) -> None:
+        self._warnings.append(Warning(Resource.SERVICES, self._key, field, message))
+
+    def read(self) -> ServiceFrontends:
+        service, spec = self._service, self._service.spec
+        age = (service.metadata.creation_timestamp or "", *self._key)
+        labels = service.metadata.labels
+        none = ServiceFrontends(age, (), ())
+        if spec.type == "ExternalName" or (labels is not None and labels.proxy_name is not None):
+            return none
+        cluster_ips = spec.cluster_ips or ((spec.cluster_ip,) if spec.cluster_ip else ())
+        if not cluster_ips or cluster_ips[0] in ("None", ""):
+            return none
+        if spec.type not in ("ClusterIP", "NodePort", "LoadBalancer"):
+            self._warn("spec.type", f"unknown type {spec.type!r}")
+            return ServiceFrontends(age, (), tuple(self._warnings))
+        if max(len(self._key.name.encode()), len(self._key.namespace.encode())) > MAX_NAME:
+            self._warn("metadata.name", f"name or namespace is longer than {MAX_NAME} bytes")
+            return ServiceFrontends(age, (), tuple(self._warnings))
+
+        internal = self._policy("internalTrafficPolicy", spec.internal_traffic_policy)
+        external = self._policy("externalTrafficPolicy", spec.external_traffic_policy)
+        addresses = list(self._addresses(cluster_ips, internal, external))
+        families = sorted({_family(address) for kind, address, *_ in addresses if not kind})
+        affinity = self._affinity_seconds()
+        annotations = service.metadata.annotations
+        algorithm = (annotations.lb_algorithm or "") if annotations is not None else ""
+
+        ports: list[PortFrontends] = []
+        for port, protocol in self._ports():
+            for family in families:
+                frontends = {
+                    address: Frontend(kind, address, port.port, protocol, inside, outside)
+                    for kind, address, inside, outside in reversed(addresses)
+                    if _family(address) == family
+                }
+                found = tuple(reversed(frontends.values()))
+                if port.node_port and spec.type != "ClusterIP":
+                    found += (
+                        Frontend(
+                            FrontendKind.NODE_PORT,
+                            _ANY[family],
+                            port.node_port,
+                            protocol,
+                            Policy.CLUSTER,
+                            external,
+                        ),
+                    )
+                key = ServicePortKey(self._key.namespace, self._key.name, port.name, protocol, family)
+                ports.append(PortFrontends(key, found, affinity, algorithm))
+        return ServiceFrontends(age, tuple(ports), tuple(self._warnings), internal, external)
+
+    def _policy(self, field: str, value: str | None) -> Policy:
+        if value not in (None, "", "Cluster", "Local"):
+            self._warn(f"spec.{field}", f"unknown policy {value!r}, Cluster is used")
+        return Policy.LOCAL if value == "Local" else Policy.CLUSTER
+
+    def _affinity_seconds(self) -> int:
+        """0 without affinity."""
+        spec = self._service.spec
+        if spec.session_affinity in ("None", ""):
+            return 0
+        if spec.session_affinity != "ClientIP":
+            self._warn("spec.sessionAffinity", f"unknown affinity {spec.session_affinity!r}, none is used")
+            return 0
+        config = spec.session_affinity_config
+        seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
+        if seconds is None:
+            return DEFAULT_AFFINITY_SECONDS
+        if not 0 < seconds <= MAX_AFFINITY_SECONDS:
+            self._warn(
+                "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+                f"{seconds} is not in 1 to {MAX_AFFINITY_SECONDS}, {DEFAULT_AFFINITY_SECONDS} is used",
+            )
+            return DEFAULT_AFFINITY_SECONDS
+        return seconds
+
+    def _addresses(
+        self, cluster_ips: tuple[str, ...], internal: Policy, external: Policy
+    ) -> Iterator[tuple[FrontendKind, bytes, Policy, Policy]]:
+        """Kind, address, and the policies of the internal and the external scope."""
+        spec, status = self._service.spec, self._service.status
+        families = set()
+        for i, text in enumerate(cluster_ips):
+            address = self._address(f"spec.clusterIPs[{i}]", text)
+            if address is not None:
+                families.add(_family(address))
+                yield FrontendKind.CLUSTER_IP, address, internal, internal
+        for i, text in enumerate(spec.external_ips or ()):
+            address = self._address(f"spec.externalIPs[{i}]", text)
+            if address is not None and _family(address) in families:
+                yield FrontendKind.EXTERNAL_IP, address, Policy.CLUSTER, external
+        balancer = status.load_balancer if status is not None else None
+        if spec.type != "LoadBalancer" or balancer is None:
+            return
+        for i, ingress in enumerate(balancer.ingress or ()):
+            if not ingress.ip or ingress.ip_mode not in (None, "", "VIP"):
+                continue
+            address = self._address(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
+            if address is not None and _family(address) in families:
+                yield FrontendKind.LOAD_BALANCER, address, Policy.CLUSTER, external
+
+    def _address(self, field: str, text: str) -> bytes | None:
+        address = parse_address(text)
+        if address is None:
+            self._warn(field, f"{text!r} is not an IP address")
+            return None
+        reason = unusable_frontend(address)
+        if reason is not None:
+            self._warn(field, f"{text} {reason}")
+            return None
+        return address
+
+    def _ports(self) -> Iterator[tuple[ServicePortSpec, Protocol]]:
+        """The usable ports. A NodePort out of range is left out of its port; the port itself stays."""
+        names: set[str] = set()
+        numbers: set[tuple[int, Protocol]] = set()
+        for i, port in enumerate(self._service.spec.ports or ()):
+            field = f"spec.ports[{i}]"
+            protocol = parse_protocol(port.protocol)
+            if protocol is None:
+                self._warn(f"{field}.protocol", f"unknown protocol {port.protocol!r}")
+            elif not valid_port(port.port):
+                self._warn(f"{field}.port", f"{port.port} is not in 1 to 65535")
+            elif len(port.name.encode()) > MAX_NAME:
+                self._warn(f"{field}.name", f"longer than {MAX_NAME} bytes")
+            elif port.name in names:
+                self._warn(f"{field}.name", f"another port of this Service has the name {port.name!r}")
+            elif (port.port, protocol) in numbers:
+                self._warn(f"{field}.port", f"another port of this Service is {port.port}/{protocol.name}")
+            else:
+                names.add(port.name)
+                numbers.add((port.port, protocol))
+                if port.node_port and not valid_port(port.node_port):
+                    self._warn(f"{field}.nodePort", f"{port.node_port} is not in 1 to 65535")
+                    yield msgspec.structs.replace(port, node_port=0), protocol
+                else:
+                    yield port, protocol
+
+
+def _family(address: bytes) -> Family:
+    return Family.IPV4 if len(address) == 4 else Family.IPV6

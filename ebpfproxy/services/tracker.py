@@ -1,0 +1,321 @@
+"""From a stream of events to changed service ports: the state of the cluster, as far as Services need it.
+
+Events are indexed as they come and only mark Services as touched; ``drain`` computes the touched ones once,
+however many events there were, and returns what really differs from what was drained before. The order in
+which Services, slices and the Node arrive does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+import msgspec
+
+from ebpfproxy.objects import (
+    Changed,
+    Deleted,
+    EndpointSlice,
+    Event,
+    Node,
+    Object,
+    ObjectKey,
+    Replaced,
+    Resource,
+    Service,
+    key_of,
+)
+from ebpfproxy.services.conflicts import Claims, claim_of
+from ebpfproxy.services.endpoints import Candidate, SliceEndpoints, endpoints_of
+from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends, frontends_of
+from ebpfproxy.services.model import (
+    Backend,
+    Frontend,
+    Policy,
+    ServicePort,
+    ServicePortKey,
+    format_endpoint,
+)
+from ebpfproxy.services.policy import usable_endpoints
+from ebpfproxy.services.values import Warning
+
+
+class Update(msgspec.Struct, frozen=True):
+    """What changed since the last drain.
+
+    ``triggers`` are Unix times at which pods or Services changed (the annotation
+    ``endpoints.kubernetes.io/last-change-trigger-time`` of changed slices); ``received`` are the monotonic
+    times at which the events' bytes were read. First lists and new lists have neither.
+    """
+
+    changed: tuple[ServicePort, ...]
+    removed: tuple[ServicePortKey, ...]
+    warnings: tuple[Warning, ...]
+    triggers: tuple[float, ...]
+    received: tuple[float, ...]
+    service_changes: int
+    endpoint_changes: int
+
+
+class Tracker:
+    """Services, slices and the Node as last heard of, for the node ``node_name``."""
+
+    def __init__(self, node_name: str) -> None:
+        self._node_name = node_name
+        self._heard_of: set[Resource] = set()
+        self._services: dict[ObjectKey, ServiceFrontends] = {}
+        self._slices: dict[ObjectKey, SliceEndpoints] = {}
+        self._slices_of: dict[ObjectKey, dict[str, SliceEndpoints]] = {}
+        self._claims = Claims()
+        self._ports: dict[ObjectKey, dict[ServicePortKey, ServicePort]] = {}
+        self._touched: dict[ObjectKey, None] = {}
+        self._warned: dict[tuple[Resource, ObjectKey], frozenset[Warning]] = {}
+        self._conflicts: dict[ObjectKey, frozenset[Warning]] = {}
+        self._new_warnings: list[Warning] = []
+        self._triggers: list[float] = []
+        self._received: list[float] = []
+        self._service_changes = 0
+        self._endpoint_changes = 0
+        self.node: Node | None = None
+
+    # -- what is known
+
+    @property
+    def synced(self) -> bool:
+        """Whether every resource has been listed once."""
+        return len(self._heard_of) == len(Resource)
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._touched or self._new_warnings)
+
+    @property
+    def pending_changes(self) -> tuple[int, int]:
+        """Changes of Services and of endpoints since the last drain."""
+        return self._service_changes, self._endpoint_changes
+
+    @property
+    def services(self) -> int:
+        """Services that have a frontend."""
+        return len(self._ports)
+
+    def service_ports(self) -> list[ServicePort]:
+        """Everything as last drained, sorted."""
+        return sorted((p for ports in self._ports.values() for p in ports.values()), key=lambda p: p.key)
+
+    def without_local_endpoints(self) -> tuple[int, int]:
+        """Service ports with policy Local, internal and external, that have endpoints but none here."""
+        internal = external = 0
+        for ports in self._ports.values():
+            for port in ports.values():
+                if port.cluster and not port.local:
+                    internal += any(f.internal == Policy.LOCAL for f in port.frontends)
+                    external += any(f.internal < f.external for f in port.frontends)
+        return internal, external
+
+    @property
+    def _zone(self) -> str | None:
+        labels = self.node.metadata.labels if self.node is not None else None
+        return labels.zone if labels is not None else None
+
+    # -- events
+
+    def apply(self, event: Event) -> None:
+        if isinstance(event, Replaced):
+            self._replace(event)
+        elif isinstance(event, Changed):
+            self._set(event.object)
+            self._received.append(event.received)
+            if isinstance(event.object, EndpointSlice):
+                self._note_trigger(event.object)
+        elif isinstance(event, Deleted):
+            self._remove(event.resource, event.key)
+            self._received.append(event.received)
+
+    def _note_trigger(self, piece: EndpointSlice) -> None:
+        annotations = piece.metadata.annotations
+        if annotations is None or annotations.trigger_time is None:
+            return
+        try:
+            self._triggers.append(datetime.fromisoformat(annotations.trigger_time).timestamp())
+        except ValueError:
+            return
+
+    def _replace(self, event: Replaced[Service] | Replaced[EndpointSlice] | Replaced[Node]) -> None:
+        self._heard_of.add(event.resource)
+        here = {key_of(each) for each in event.objects} | event.unreadable
+        for gone in self._known(event.resource) - here:
+            self._remove(event.resource, gone)
+        for each in event.objects:
+            self._set(each)
+
+    def _known(self, resource: Resource) -> set[ObjectKey]:
+        if resource is Resource.SERVICES:
+            return set(self._services)
+        if resource is Resource.ENDPOINTSLICES:
+            return set(self._slices)
+        return {key_of(self.node)} if self.node is not None else set()
+
+    def _set(self, each: Object) -> None:
+        if isinstance(each, Service):
+            self._set_service(key_of(each), frontends_of(each))
+        elif isinstance(each, EndpointSlice):
+            self._set_slice(key_of(each), endpoints_of(each, self._node_name))
+        elif each.metadata.name == self._node_name:
+            self._set_node(each)
+
+    def _remove(self, resource: Resource, key: ObjectKey) -> None:
+        self._warn(resource, key, ())
+        if resource is Resource.SERVICES:
+            self._set_service(key, None)
+        elif resource is Resource.ENDPOINTSLICES:
+            self._set_slice(key, None)
+        elif key.name == self._node_name:
+            self._set_node(None)
+
+    def _set_service(self, key: ObjectKey, new: ServiceFrontends | None) -> None:
+        old = self._services.get(key)
+        if old == new:
+            return
+        if new is None:
+            del self._services[key]
+        else:
+            self._services[key] = new
+            self._warn(Resource.SERVICES, key, new.warnings)
+        self._service_changes += 1
+        self._touched[key] = None
+        age = new.age if new is not None else ("", *key)
+        claims = {claim_of(f) for port in (new.ports if new is not None else ()) for f in port.frontends}
+        for other in self._claims.replace(key, age, claims):
+            self._touched[other] = None
+
+    def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> None:
+        old = self._slices.get(key)
+        if old == new:
+            return
+        if new is None:
+            del self._slices[key]
+        else:
+            self._slices[key] = new
+            self._warn(Resource.ENDPOINTSLICES, key, new.warnings)
+        self._endpoint_changes += 1
+        if old is not None and old.service is not None:
+            slices = self._slices_of[old.service]
+            del slices[key.name]
+            if not slices:
+                del self._slices_of[old.service]
+            self._touched[old.service] = None
+        if new is not None and new.service is not None:
+            self._slices_of.setdefault(new.service, {})[key.name] = new
+            self._touched[new.service] = None
+
+    def _set_node(self, node: Node | None) -> None:
+        zone = self._zone
+        self.node = node
+        if self._zone != zone:
+            self._touched.update(dict.fromkeys(self._services))
+
+    def _warn(self, resource: Resource, key: ObjectKey, warnings: Iterable[Warning]) -> None:
+        """Reports those that were not there before."""
+        new = frozenset(warnings)
+        old = self._warned.pop((resource, key), frozenset())
+        if new:
+            self._warned[resource, key] = new
+            self._new_warnings += sorted(new - old, key=str)
+
+    # -- results
+
+    def drain(self) -> Update:
+        changed: list[ServicePort] = []
+        removed: list[ServicePortKey] = []
+        for key in self._touched:
+            old = self._ports.get(key, {})
+            new = self._compute(key)
+            changed += [port for name, port in new.items() if old.get(name) != port]
+            removed += [name for name in old if name not in new]
+            if new:
+                self._ports[key] = new
+            else:
+                self._ports.pop(key, None)
+        update = Update(
+            changed=tuple(changed),
+            removed=tuple(removed),
+            warnings=tuple(self._new_warnings),
+            triggers=tuple(self._triggers),
+            received=tuple(self._received),
+            service_changes=self._service_changes,
+            endpoint_changes=self._endpoint_changes,
+        )
+        self._touched = {}
+        self._new_warnings, self._triggers, self._received = [], [], []
+        self._service_changes = self._endpoint_changes = 0
+        return update
+
+    def _compute(self, key: ObjectKey) -> dict[ServicePortKey, ServicePort]:
+        service = self._services.get(key)
+        if service is None:
+            self._conflicts.pop(key, None)
+            return {}
+        conflicts: list[Warning] = []
+        ports = {}
+        for port in service.ports:
+            frontends = tuple(f for f in port.frontends if self._owns(key, f, conflicts))
+            if not frontends:
+                continue
+            usable = usable_endpoints(self._candidates(key, port), self._node_name, self._zone)
+            ports[port.key] = ServicePort(
+                key=port.key,
+                frontends=frontends,
+                cluster=usable.cluster,
+                local=usable.local,
+                draining=usable.draining,
+                terminating=usable.terminating,
+                affinity_seconds=port.affinity_seconds,
+                algorithm=port.algorithm,
+            )
+        before = self._conflicts.pop(key, frozenset())
+        if conflicts:
+            self._conflicts[key] = frozenset(conflicts)
+            self._new_warnings += [w for w in conflicts if w not in before]
+        return ports
+
+    def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:
+        owner = self._claims.owner(claim_of(frontend))
+        if owner == key:
+            return True
+        where = format_endpoint(frontend.address, frontend.port)
+        conflicts.append(
+            Warning(
+                Resource.SERVICES,
+                key,
+                str(frontend.kind),
+                f"{where}/{frontend.protocol.name} already belongs to {owner}",
+            )
+        )
+        return False
+
+    def _candidates(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Candidate]:
+        """The endpoints of all slices that have this port, by name and protocol.
+
+        An address in two slices counts once: ready before terminating, local before remote.
+        """
+        found: dict[Backend, Candidate] = {}
+        name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
+        for piece in self._slices_of.get(key, {}).values():
+            if piece.family is not family:
+                continue
+            for slice_port in piece.ports:
+                if slice_port.name != name or slice_port.protocol is not protocol:
+                    continue
+                number = slice_port.port
+                for candidate in piece.candidates:
+                    backend = Backend(candidate.address, number, protocol)
+                    known = found.setdefault(backend, candidate)
+                    if known is not candidate:
+                        found[backend] = _merge(known, candidate)
+        return found
+
+
+def _merge(one: Candidate, other: Candidate) -> Candidate:
+    best = max(one, other, key=lambda c: (c.ready, c.local, c.zones, c.nodes))
+    return best._replace(local=one.local or other.local)

@@ -1,0 +1,59 @@
+"""The agent's account of itself, kept in a pinned map for ``ebpfproxy status`` to read at any time."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ebpfproxy.datapath.layout import AGENT_STATE_SIZE, U32
+from ebpfproxy.datapath.maps import MapSet
+
+_ERROR_LENGTH = 300
+
+
+class WatchState(msgspec.Struct, frozen=True):
+    """One watch. Times are Unix seconds."""
+
+    resource: str
+    state: str
+    since: float
+    last_event: float | None = None
+    error: str | None = None
+
+
+class AgentState(msgspec.Struct, frozen=True, kw_only=True):
+    """Times are Unix seconds, durations seconds."""
+
+    pid: int
+    version: str
+    node: str
+    source: str
+    started: float
+    written: float
+    synced: bool = False
+    healthy: bool = False
+    last_programmed: float | None = None
+    last_duration: float | None = None
+    services: int = 0
+    watches: tuple[WatchState, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def save(maps: MapSet, state: AgentState) -> None:
+    """Replaces the whole record in one step; long error texts are cut so that it always fits."""
+    watches = tuple(
+        msgspec.structs.replace(w, error=w.error[:_ERROR_LENGTH]) if w.error else w for w in state.watches
+    )
+    problems = tuple(p[:_ERROR_LENGTH] for p in state.problems[:5])
+    encoded = msgspec.json.encode(msgspec.structs.replace(state, watches=watches, problems=problems))
+    maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
+
+
+def load(maps: MapSet) -> AgentState | None:
+    """What the last agent wrote; None where none has, or where another version's record cannot be read."""
+    stored = maps["agent_state"].lookup(U32.pack(0))
+    if stored is None:
+        return None
+    try:
+        return msgspec.json.decode(stored.rstrip(b"\0"), type=AgentState)
+    except msgspec.DecodeError:
+        return None

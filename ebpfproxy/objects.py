@@ -12,7 +12,7 @@ hence ``| None``.
 from __future__ import annotations
 
 import enum
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,6 +28,7 @@ class ServiceAnnotations(_Record, frozen=True, rename=None):
 
 class ServiceLabels(_Record, frozen=True, rename=None):
     proxy_name: str | None = msgspec.field(name="service.kubernetes.io/service-proxy-name", default=None)
+    headless: str | None = msgspec.field(name="service.kubernetes.io/headless", default=None)
 
 
 class SliceAnnotations(_Record, frozen=True, rename=None):
@@ -218,10 +219,7 @@ def key_of(obj: Object) -> ObjectKey:
     return ObjectKey("" if isinstance(meta, NodeMeta) else meta.namespace, meta.name)
 
 
-T = TypeVar("T", bound=Object)
-
-
-class Replaced(msgspec.Struct, Generic[T], frozen=True, gc=False):
+class Replaced(msgspec.Struct, frozen=True, gc=False):
     """The complete content of one resource: a first list, a new list after a gap, all manifests.
 
     ``unreadable`` names objects that are there but could not be decoded: what was last known of them
@@ -229,15 +227,15 @@ class Replaced(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """
 
     resource: Resource
-    objects: tuple[T, ...]
+    objects: tuple[Object, ...]
     unreadable: frozenset[ObjectKey] = frozenset()
 
 
-class Changed(msgspec.Struct, Generic[T], frozen=True, gc=False):
+class Changed(msgspec.Struct, frozen=True, gc=False):
     """One object was added or modified. ``received`` is ``time.monotonic()`` when its bytes were read."""
 
     resource: Resource
-    object: T
+    object: Object
     received: float = 0.0
 
 
@@ -247,12 +245,4 @@ class Deleted(msgspec.Struct, frozen=True, gc=False):
     received: float = 0.0
 
 
-Event = (
-    Replaced[Service]
-    | Replaced[EndpointSlice]
-    | Replaced[Node]
-    | Changed[Service]
-    | Changed[EndpointSlice]
-    | Changed[Node]
-    | Deleted
-)
+Event = Replaced | Changed | Deleted

@@ -7,6 +7,7 @@ which Services, slices and the Node arrive does not matter.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -14,7 +15,6 @@ import msgspec
 
 from ebpfproxy.objects import (
     Changed,
-    Deleted,
     EndpointSlice,
     Event,
     Node,
@@ -30,6 +30,7 @@ from ebpfproxy.services.endpoints import Candidate, SliceEndpoints, endpoints_of
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends, frontends_of
 from ebpfproxy.services.model import (
     Backend,
+    Family,
     Frontend,
     Policy,
     ServicePort,
@@ -103,15 +104,16 @@ class Tracker:
         """Everything as last drained, sorted."""
         return sorted((p for ports in self._ports.values() for p in ports.values()), key=lambda p: p.key)
 
-    def without_local_endpoints(self) -> tuple[int, int]:
-        """Service ports with policy Local, internal and external, that have endpoints but none here."""
-        internal = external = 0
+    def without_local_endpoints(self) -> Counter[tuple[Family, str]]:
+        """Service ports with policy Local that have endpoints but none here, by family and policy."""
+        found: Counter[tuple[Family, str]] = Counter()
         for ports in self._ports.values():
             for port in ports.values():
                 if port.cluster and not port.local:
-                    internal += any(f.internal == Policy.LOCAL for f in port.frontends)
-                    external += any(f.internal < f.external for f in port.frontends)
-        return internal, external
+                    family = port.key.family
+                    found[family, "internal"] += any(f.internal == Policy.LOCAL for f in port.frontends)
+                    found[family, "external"] += any(f.internal < f.external for f in port.frontends)
+        return found
 
     @property
     def _zone(self) -> str | None:
@@ -128,7 +130,7 @@ class Tracker:
             self._received.append(event.received)
             if isinstance(event.object, EndpointSlice):
                 self._note_trigger(event.object)
-        elif isinstance(event, Deleted):
+        else:
             self._remove(event.resource, event.key)
             self._received.append(event.received)
 
@@ -141,7 +143,7 @@ class Tracker:
         except ValueError:
             return
 
-    def _replace(self, event: Replaced[Service] | Replaced[EndpointSlice] | Replaced[Node]) -> None:
+    def _replace(self, event: Replaced) -> None:
         self._heard_of.add(event.resource)
         here = {key_of(each) for each in event.objects} | event.unreadable
         for gone in self._known(event.resource) - here:

@@ -1,0 +1,389 @@
+"""The agent: which parts there are, and in what order they start and stop.
+
+Threads: one for each watched resource (or one for the manifests), one for the node's addresses, two HTTP
+servers, and the reconciler, which alone owns the tracker and the maps' contents. They meet at one queue.
+Slow things that the reconciler starts (compiling, a grace period) run beside it and report to the queue.
+
+Order of a start: roots and lock; kernel probe; maps (adopted or made); then, at the same time, the watches'
+first lists and the programs' compilation; the first full programming; and only then programs are attached
+or replaced. A stop changes nothing: maps and programs go on without an agent.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import structlog
+
+import ebpfproxy
+from ebpfproxy import state
+from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
+from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.writer import Retired, Writer
+from ebpfproxy.health.proxy import ProxyHealth, eligible
+from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.manifests import ManifestSource
+from ebpfproxy.kube.reflector import reflectors
+from ebpfproxy.kube.status import SourceStatus
+from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.maps import MapCollector
+from ebpfproxy.node.addresses import AddressWatcher
+from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.objects import Deleted, Event, Replaced
+from ebpfproxy.services.model import Family
+from ebpfproxy.services.tracker import Tracker, Update
+
+log = structlog.get_logger()
+
+#: How often the agent writes what ``status`` shows when nothing happens, in seconds.
+_HEARTBEAT = 5.0
+
+
+class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``ebpfproxy run`` was told."""
+
+    node_name: str
+    bpf_root: Path
+    cgroup_root: Path
+    manifests: Path | None = None
+    kubeconfig: Path | None = None
+    master: str | None = None
+    healthz_bind_address: str = "0.0.0.0:10256"
+    metrics_bind_address: str = "127.0.0.1:10249"
+    node_ports_on_loopback: bool = True
+    capacity: Capacity = Capacity()
+    without: frozenset[probe.Feature] = frozenset()
+
+
+class AddressesChanged(msgspec.Struct, frozen=True):
+    addresses: frozenset[bytes]
+
+
+class GracePassed(msgspec.Struct, frozen=True):
+    retired: Retired
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """The programs are compiled and pinned in ``folder``, or ``error`` says why not."""
+
+    folder: Path | None
+    error: str | None = None
+
+
+class Stop(msgspec.Struct, frozen=True):
+    pass
+
+
+Message = Event | AddressesChanged | GracePassed | Loaded | Stop
+
+
+class _Source:
+    """Where objects come from: the API server's watches, or manifests."""
+
+    def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
+        self.has_cluster = options.manifests is None
+        self.requests: Callable[[], dict[str, int]] = dict
+        if options.manifests is not None:
+            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name)
+            self.description = f"manifests {options.manifests}"
+            self.host = ""
+            self.start, self.stop = manifests.start, manifests.stop
+            self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
+            return
+        connection = ApiConnection.from_options(options.kubeconfig, options.master)
+        watches = reflectors(connection, options.node_name, sink)
+        self.description = f"API server {connection.host}"
+        self.host = connection.host.partition("://")[2]
+        self.requests = lambda: dict(connection.requests)
+        self.statuses = lambda: [watch.status for watch in watches]
+
+        def start() -> None:
+            for watch in watches:
+                watch.start()
+
+        def stop() -> None:
+            for watch in watches:
+                watch.stop()
+
+        self.start, self.stop = start, stop
+
+
+class Agent:
+    """One node's agent. :meth:`run` is the reconciler, and returns after SIGTERM or SIGINT.
+
+    Raises what ``cli.errors`` turns into one line: RootError, UnsupportedKernelError, LoadError, BpfError,
+    and the sources' own.
+    """
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._tracker = Tracker(options.node_name)
+        self._health = ProxyHealth()
+        self._metrics = AgentMetrics()
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
+        self._started = time.time()
+        self._programs: Path | None = None
+        self._complete = False
+        self._attached = False
+        self._grace_runs = False
+        self._last_programmed: float | None = None
+        self._last_duration: float | None = None
+        self._state_written = 0.0
+        self._problems: tuple[str, ...] = ()
+
+    # -- start and stop
+
+    def run(self) -> None:
+        options = self._options
+        mounted = roots.ensure_bpffs(options.bpf_root)
+        if mounted:
+            log.info("mounted a bpffs", path=str(options.bpf_root))
+        roots.check_cgroup(options.cgroup_root)
+        lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
+        features = probe.probe().without(options.without)
+        self._pins = roots.pin_folder(options.bpf_root)
+        self._maps = maps.open_or_create(self._pins, options.capacity, sk_storage=features.sk_storage)
+        self._grace = Grace()
+        self._writer = Writer(self._maps, self._grace.wait)
+        log.info(
+            "maps are adopted" if self._maps.adopted else "maps are made",
+            folder=str(self._maps.folder),
+            service_ports=self._writer.service_ports,
+            backends=self._writer.backends,
+        )
+        source = self._source = _Source(options, self._queue.put)
+        servers = self._servers(source)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._queue.put(Stop()))
+        self._workers.submit(self._load, features)
+        for server in servers:
+            server.start()
+        AddressWatcher(lambda found: self._queue.put(AddressesChanged(found))).start()
+        source.start()
+        log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
+        try:
+            self._reconcile()
+        finally:
+            source.stop()
+            for server in servers:
+                server.stop()
+            self._workers.shutdown(wait=False, cancel_futures=True)
+            lock.release()
+        log.info("stopped, traffic goes on")
+
+    def _load(self, features: probe.Features) -> None:
+        wanted = programs.Options(
+            features=features,
+            host_netns_cookie=netns_cookie(),
+            node_ports_on_loopback=self._options.node_ports_on_loopback,
+        )
+        try:
+            self._queue.put(Loaded(programs.ensure_loaded(self._maps, wanted)))
+        except (programs.LoadError, OSError) as error:
+            self._queue.put(Loaded(None, str(error)))
+
+    def _servers(self, source: _Source) -> list[HttpServer]:
+        self._metrics.registry.register(SourceCollector(source.statuses, source.requests, source.host))
+        self._metrics.registry.register(MapCollector(self._maps))
+
+        def proxy_page(path: str, ask: Callable[[], tuple[bool, dict[str, object]]]) -> Callable[[], Answer]:
+            def page() -> Answer:
+                good, body = ask()
+                code = 200 if good else 503
+                self._metrics.asked(path, code)
+                return json_answer(body, code)
+
+            return page
+
+        return [
+            HttpServer(
+                "healthz",
+                self._options.healthz_bind_address,
+                {
+                    "/healthz": proxy_page("healthz", self._health.healthz),
+                    "/livez": proxy_page("livez", self._health.livez),
+                },
+            ),
+            HttpServer(
+                "metrics",
+                self._options.metrics_bind_address,
+                {
+                    "/metrics": lambda: Answer(
+                        200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.render()
+                    ),
+                    "/healthz": lambda: text_answer("ok"),
+                    "/proxyMode": lambda: text_answer("ebpf"),
+                    "/configz": lambda: json_answer(
+                        {"ebpfproxy.io": msgspec.to_builtins(self._options, enc_hook=str)}
+                    ),
+                },
+            ),
+        ]
+
+    # -- the reconciler
+
+    def _reconcile(self) -> None:
+        while True:
+            for message in self._next_messages():
+                if isinstance(message, Stop):
+                    return
+                self._handle(message)
+            if self._tracker.synced and (self._tracker.pending or not self._complete):
+                self._program()
+            self._attach_when_ready()
+            self._start_grace()
+            self._write_state()
+
+    def _next_messages(self) -> list[Message]:
+        """Waits for one, and takes all that are there by then: many events become one change."""
+        try:
+            found = [self._queue.get(timeout=_HEARTBEAT)]
+        except queue.Empty:
+            return []
+        while not self._queue.empty():
+            found.append(self._queue.get())
+        return found
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, AddressesChanged):
+            log.info("node addresses", count=len(message.addresses))
+            self._writer.set_node_addresses(message.addresses)
+        elif isinstance(message, GracePassed):
+            self._grace_runs = False
+            self._writer.reclaim(message.retired)
+        elif isinstance(message, Loaded):
+            if message.folder is None:
+                raise programs.LoadError(message.error or "")
+            self._programs = message.folder
+        elif not isinstance(message, Stop):
+            self._health.queued()
+            if isinstance(message, Replaced):
+                log.debug("list", resource=str(message.resource), objects=len(message.objects))
+            elif not isinstance(message, Deleted):
+                log.debug("change", resource=str(message.resource))
+            self._tracker.apply(message)
+
+    def _program(self) -> None:
+        began = time.monotonic()
+        update = self._tracker.drain()
+        full = not self._complete
+        problems = self._writer.apply(update.changed, update.removed, complete=full)
+        done = time.monotonic()
+        self._complete = True
+        self._health.programmed()
+        self._problems = tuple(problems) or (self._problems if update.changed == () else ())
+        self._last_programmed, self._last_duration = time.time(), done - began
+        self._report(update, problems, done, full=full)
+
+    def _report(self, update: Update, problems: list[str], done: float, *, full: bool) -> None:
+        metrics, now = self._metrics, time.time()
+        families = set(Family) if full else {port.key.family for port in update.changed}
+        families |= {key.family for key in update.removed}
+        metrics.queued(now)
+        metrics.programmed(families, self._last_duration or 0.0, full=full, now=now)
+        metrics.changes(update.service_changes, update.endpoint_changes)
+        metrics.no_local_endpoints(self._tracker.without_local_endpoints())
+        for received in update.received:
+            metrics.event_to_map.observe(done - received)
+        for trigger in update.triggers:
+            # One from before this agent's start was programmed by another (KEP-2433's metric does so, too).
+            if trigger > self._started:
+                metrics.network_programming(families, max(0.0, now - trigger))
+        for warning in update.warnings:
+            metrics.warned(str(warning.resource))
+            log.warning(
+                "value is not used",
+                resource=str(warning.resource),
+                object=str(warning.key),
+                field=warning.field,
+                error=warning.message,
+            )
+        for problem in problems:
+            metrics.did_not_fit()
+            log.error("service port is not programmed", error=problem)
+        if full:
+            log.info(
+                "programmed everything",
+                service_ports=self._writer.service_ports,
+                frontends=self._writer.frontends,
+                backends=self._writer.backends,
+                seconds=round(self._last_duration or 0.0, 3),
+            )
+        else:
+            log.debug("programmed", changed=len(update.changed), removed=len(update.removed))
+
+    def _attach_when_ready(self) -> None:
+        if self._attached or not self._complete or self._programs is None:
+            return
+        changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
+        self._attached = True
+        programs.remove_others(self._maps, self._programs)
+        removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
+        log.info(
+            "programs are attached",
+            cgroup=str(self._options.cgroup_root),
+            changed=changed or "nothing",
+            removed=[str(p) for p in removed],
+            seconds_since_start=round(time.time() - self._started, 3),
+        )
+
+    def _start_grace(self) -> None:
+        """One grace period at a time, for all that was retired until it begins."""
+        if self._grace_runs:
+            return
+        retired = self._writer.take_retired()
+        if not retired:
+            return
+        self._grace_runs = True
+
+        def passed(waited: Future[None]) -> None:
+            if not waited.cancelled():
+                waited.result()
+                self._queue.put(GracePassed(retired))
+
+        self._workers.submit(self._grace.wait).add_done_callback(passed)
+
+    # -- what status shows
+
+    def _write_state(self) -> None:
+        """At most once a second while much happens: it is for people to read."""
+        now = time.monotonic()
+        if now - self._state_written < 1.0 and self._attached:
+            return
+        self._state_written = now
+        self._metrics.pending(*self._tracker.pending_changes)
+        self._health.set_eligible(
+            eligible(self._tracker.node) or (self._tracker.node is None and not self._source.has_cluster)
+        )
+        statuses = self._source.statuses()
+        state.save(
+            self._maps,
+            state.AgentState(
+                pid=os.getpid(),
+                version=ebpfproxy.__version__,
+                node=self._options.node_name,
+                source=self._source.description,
+                started=self._started,
+                written=time.time(),
+                synced=self._complete and self._attached,
+                healthy=self._health.healthy,
+                last_programmed=self._last_programmed,
+                last_duration=self._last_duration,
+                services=self._tracker.services,
+                watches=tuple(
+                    state.WatchState(str(s.resource), str(s.state), s.since, s.last_event, s.error)
+                    for s in statuses
+                ),
+                problems=self._problems,
+            ),
+        )

@@ -1,0 +1,163 @@
+"""From bytes to records: list pages and the lines of a watch, straight from JSON.
+
+An object that cannot be decoded is lost alone: it is reported with its name and the field, and what was
+known of it stays in force.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Any
+
+import msgspec
+
+from ebpfproxy.objects import RECORD_TYPES, Object, ObjectKey, Resource
+
+
+class EventType(enum.StrEnum):
+    ADDED = "ADDED"
+    MODIFIED = "MODIFIED"
+    DELETED = "DELETED"
+    BOOKMARK = "BOOKMARK"
+    ERROR = "ERROR"
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The API's answer when something is wrong (meta/v1 Status)."""
+
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+class _Annotations(msgspec.Struct, frozen=True):
+    initial_events_end: str | None = msgspec.field(name="k8s.io/initial-events-end", default=None)
+
+
+class _Meta(msgspec.Struct, frozen=True, rename="camel"):
+    name: str = ""
+    namespace: str = ""
+    resource_version: str = ""
+    annotations: _Annotations | None = None
+
+
+class _Head(msgspec.Struct, frozen=True):
+    metadata: _Meta
+
+
+class _Line(msgspec.Struct, frozen=True):
+    type: EventType
+    object: msgspec.Raw
+
+
+class _ListMeta(msgspec.Struct, frozen=True, rename="camel"):
+    resource_version: str = ""
+    continue_token: str = msgspec.field(name="continue", default="")
+
+
+class _RawPage(msgspec.Struct, frozen=True):
+    metadata: _ListMeta
+    items: tuple[msgspec.Raw, ...] | None = None
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """An object that is there but could not be decoded, and why: ``spec.ports[0].port: Expected …``."""
+
+    key: ObjectKey
+    why: str
+
+
+class WatchEvent(msgspec.Struct, frozen=True):
+    """One line of a watch. ``object`` of ADDED and MODIFIED, ``status`` of ERROR, else neither."""
+
+    type: EventType
+    key: ObjectKey
+    resource_version: str = ""
+    object: Object | None = None
+    status: Status | None = None
+    initial_events_end: bool = False
+    unreadable: Unreadable | None = None
+
+
+class Page(msgspec.Struct, frozen=True):
+    resource_version: str
+    continue_token: str
+    objects: tuple[Object, ...]
+    unreadable: tuple[Unreadable, ...]
+
+
+_head = msgspec.json.Decoder(_Head)
+_line = msgspec.json.Decoder(_Line)
+_raw_page = msgspec.json.Decoder(_RawPage)
+_status = msgspec.json.Decoder(Status)
+
+
+def explain(error: msgspec.DecodeError) -> str:
+    """msgspec's message with the field first, as the API writes it."""
+    found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", str(error))
+    return f"{found[2]}: {found[1]}" if found else str(error)
+
+
+class Decoder:
+    """Decodes one resource. Raises msgspec.DecodeError where not even the envelope can be read."""
+
+    def __init__(self, resource: Resource) -> None:
+        kind: Any = RECORD_TYPES[resource]
+        self._object: msgspec.json.Decoder[Any] = msgspec.json.Decoder(kind)
+        page = msgspec.defstruct(
+            "Page", [("metadata", _ListMeta), ("items", tuple[kind, ...] | None, None)], frozen=True
+        )
+        self._page: msgspec.json.Decoder[Any] = msgspec.json.Decoder(page)
+
+    def line(self, line: bytes) -> WatchEvent:
+        raw = _line.decode(line)
+        if raw.type is EventType.ERROR:
+            return WatchEvent(raw.type, ObjectKey("", ""), status=_status.decode(raw.object))
+        if raw.type in (EventType.ADDED, EventType.MODIFIED):
+            try:
+                return self._with_object(raw.type, self._object.decode(raw.object))
+            except msgspec.ValidationError as error:
+                meta = _head.decode(raw.object).metadata
+                key = ObjectKey(meta.namespace, meta.name)
+                return WatchEvent(
+                    raw.type, key, meta.resource_version, unreadable=Unreadable(key, explain(error))
+                )
+        meta = _head.decode(raw.object).metadata
+        end = meta.annotations is not None and meta.annotations.initial_events_end == "true"
+        return WatchEvent(
+            raw.type, ObjectKey(meta.namespace, meta.name), meta.resource_version, initial_events_end=end
+        )
+
+    @staticmethod
+    def _with_object(kind: EventType, found: Object) -> WatchEvent:
+        meta = found.metadata
+        namespace = getattr(meta, "namespace", "")
+        return WatchEvent(kind, ObjectKey(namespace, meta.name), meta.resource_version, object=found)
+
+    def page(self, body: bytes) -> Page:
+        try:
+            page = self._page.decode(body)
+        except msgspec.ValidationError:
+            return self._page_by_item(_raw_page.decode(body))
+        return Page(page.metadata.resource_version, page.metadata.continue_token, page.items or (), ())
+
+    def _page_by_item(self, page: _RawPage) -> Page:
+        objects, unreadable = [], []
+        for raw in page.items or ():
+            try:
+                objects.append(self._object.decode(raw))
+            except msgspec.ValidationError as error:
+                head = _head.decode(raw).metadata
+                unreadable.append(Unreadable(ObjectKey(head.namespace, head.name), explain(error)))
+        meta = page.metadata
+        return Page(meta.resource_version, meta.continue_token, tuple(objects), tuple(unreadable))
+
+
+def decode_status(body: bytes, http_status: int) -> Status:
+    """The Status in an error's body; made up from the HTTP status where a proxy answered instead."""
+    try:
+        found = _status.decode(body)
+    except msgspec.DecodeError:
+        found = Status(message=body[:200].decode(errors="replace"))
+    return found if found.code else Status(http_status, found.reason, found.message)

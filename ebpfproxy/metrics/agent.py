@@ -1,0 +1,219 @@
+"""What the agent counts as it works. Names, labels and buckets of ``kubeproxy_*`` are kube-proxy v1.36's."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter as CounterDict
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import ebpfproxy
+from ebpfproxy.health.proxy import FAMILIES
+from ebpfproxy.kube.status import SourceStatus, State
+from ebpfproxy.services.model import Family
+
+_SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))
+_NETWORK_BUCKETS = (
+    0.25,
+    0.5,
+    *range(1, 60),
+    *range(60, 120, 5),
+    *range(120, 301, 30),
+)
+_EVENT_BUCKETS = (
+    *(i / 10_000 for i in (1, 2, 3, 4, 5, 6, 8)),
+    *(i / 1000 for i in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 100, 250, 500)),
+    1,
+    2.5,
+    5,
+    10,
+)
+
+
+class AgentMetrics:
+    """One registry an agent, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        def sync_histogram(name: str, text: str) -> Histogram:
+            return Histogram(
+                f"kubeproxy_{name}", text, ["ip_family"], buckets=_SYNC_BUCKETS, registry=registry
+            )
+
+        self._sync = sync_histogram("sync_proxy_rules_duration_seconds", "SyncProxyRules latency in seconds")
+        self._sync_full = sync_histogram(
+            "sync_full_proxy_rules_duration_seconds", "SyncProxyRules latency in seconds for full resyncs"
+        )
+        self._sync_partial = sync_histogram(
+            "sync_partial_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds for partial resyncs",
+        )
+        self._network = Histogram(
+            "kubeproxy_network_programming_duration_seconds",
+            "In Cluster Network Programming Latency in seconds",
+            ["ip_family"],
+            buckets=_NETWORK_BUCKETS,
+            registry=registry,
+        )
+        self._last = Gauge(
+            "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+            "The last time proxy rules were successfully synced",
+            ["ip_family"],
+            registry=registry,
+        )
+        self._last_queued = Gauge(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+            "The last time a sync of proxy rules was queued",
+            ["ip_family"],
+            registry=registry,
+        )
+        self._pending = {
+            what: Gauge(
+                f"kubeproxy_sync_proxy_rules_{what.lower()}_changes_pending",
+                f"Pending proxy rules {what} changes",
+                registry=registry,
+            )
+            for what in ("Endpoint", "Service")
+        }
+        self._changes = {
+            what: Counter(
+                f"kubeproxy_sync_proxy_rules_{what.lower()}_changes",
+                f"Cumulative proxy rules {what} changes",
+                registry=registry,
+            )
+            for what in ("Endpoint", "Service")
+        }
+        self._no_local = Gauge(
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+            "Number of services with a Local traffic policy and no endpoints",
+            ["ip_family", "traffic_policy"],
+            registry=registry,
+        )
+        self._asked = {
+            path: Counter(
+                f"kubeproxy_proxy_{path}", f"Cumulative proxy {path} HTTP status", ["code"], registry=registry
+            )
+            for path in ("healthz", "livez")
+        }
+        self.event_to_map = Histogram(
+            "ebpfproxy_event_to_map_seconds",
+            "From reading an event's bytes to the maps having what it changed",
+            buckets=_EVENT_BUCKETS,
+            registry=registry,
+        )
+        self._warnings = Counter(
+            "ebpfproxy_warnings",
+            "Values of objects that were not used, and why is in the log",
+            ["resource"],
+            registry=registry,
+        )
+        self._capacity_problems = Counter(
+            "ebpfproxy_capacity_problems",
+            "Service ports that could not be programmed because a map is full",
+            registry=registry,
+        )
+        Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
+            ebpfproxy.__version__, platform.release()
+        ).set(1)
+
+    def queued(self, now: float) -> None:
+        for family in FAMILIES:
+            self._last_queued.labels(family).set(now)
+
+    def programmed(self, families: Iterable[Family], seconds: float, *, full: bool, now: float) -> None:
+        part = self._sync_full if full else self._sync_partial
+        for family in families:
+            self._sync.labels(str(family)).observe(seconds)
+            part.labels(str(family)).observe(seconds)
+        for name in FAMILIES:
+            self._last.labels(name).set(now)
+
+    def network_programming(self, families: Iterable[Family], seconds: float) -> None:
+        for family in families:
+            self._network.labels(str(family)).observe(seconds)
+
+    def changes(self, services: int, endpoints: int) -> None:
+        self._changes["Service"].inc(services)
+        self._changes["Endpoint"].inc(endpoints)
+
+    def pending(self, services: int, endpoints: int) -> None:
+        self._pending["Service"].set(services)
+        self._pending["Endpoint"].set(endpoints)
+
+    def no_local_endpoints(self, counts: CounterDict[tuple[Family, str]]) -> None:
+        for family in Family:
+            for policy in ("internal", "external"):
+                self._no_local.labels(str(family), policy).set(counts[family, policy])
+
+    def asked(self, path: str, code: int) -> None:
+        """``path`` is healthz or livez."""
+        self._asked[path].labels(str(code)).inc()
+
+    def warned(self, resource: str) -> None:
+        self._warnings.labels(resource).inc()
+
+    def did_not_fit(self) -> None:
+        self._capacity_problems.inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class SourceCollector(Collector):
+    """The watches' own account, read when asked. ``requests`` counts answers by HTTP status."""
+
+    def __init__(
+        self,
+        statuses: Callable[[], list[SourceStatus]],
+        requests: Callable[[], dict[str, int]],
+        host: str,
+    ) -> None:
+        self._statuses = statuses
+        self._requests = requests
+        self._host = host
+
+    def collect(self) -> Iterator[Metric]:
+        connected = GaugeMetricFamily(
+            "ebpfproxy_watch_connected", "1 while a watch works", labels=["resource"]
+        )
+        last = GaugeMetricFamily(
+            "ebpfproxy_watch_last_event_timestamp_seconds", "Last bytes of a watch", labels=["resource"]
+        )
+        lists = CounterMetricFamily("ebpfproxy_watch_lists", "Complete lists", labels=["resource"])
+        failures = CounterMetricFamily(
+            "ebpfproxy_watch_failures", "Failed requests and streams", labels=["resource", "reason"]
+        )
+        for status in self._statuses():
+            resource = [str(status.resource)]
+            connected.add_metric(resource, status.state is State.CONNECTED)
+            last.add_metric(resource, status.last_event or 0)
+            lists.add_metric(resource, status.lists)
+            for reason, count in status.failures.items():
+                failures.add_metric([*resource, reason], count)
+        yield from (connected, last, lists, failures)
+        requests = CounterMetricFamily(
+            "rest_client_requests",
+            "Number of HTTP requests, partitioned by status code, method, and host.",
+            labels=["code", "host", "method"],
+        )
+        for code, count in self._requests().items():
+            requests.add_metric([code, self._host, "GET"], count)
+        yield requests

@@ -1,0 +1,4 @@
+"""This node: its name, its network namespace and its addresses, from the kernel (netlink, pyroute2).
+
+Must not know: Services, maps, the API server.
+"""

@@ -1,0 +1,68 @@
+"""One file a case: Kubernetes YAML in, frontends and backends out (tests/cases).
+
+The first comment of each says what it shows. This node is ``node-a``. After a change on purpose,
+``UPDATE_CASES=1 pytest tests/services/test_cases.py`` writes the expected files again: read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.kube.manifests import parse
+from ebpfproxy.objects import EndpointSlice, Node, Object, Replaced, Resource, Service, key_of
+from ebpfproxy.services.tracker import Tracker
+from tests.services.dump import dump
+
+CASES = sorted((Path(__file__).parents[1] / "cases").glob("*.yaml"))
+NODE = "node-a"
+
+
+def replaced(objects: list[Object]) -> list[Replaced]:
+    kinds: list[tuple[Resource, type[Object]]] = [
+        (Resource.SERVICES, Service),
+        (Resource.ENDPOINTSLICES, EndpointSlice),
+        (Resource.NODES, Node),
+    ]
+    return [
+        Replaced(resource, tuple({key_of(o): o for o in objects if isinstance(o, kind)}.values()))
+        for resource, kind in kinds
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_case(case: Path) -> None:
+    objects = list(parse(case.read_text()))
+    tracker = Tracker(NODE)
+    for event in replaced(objects):
+        tracker.apply(event)
+    warnings = tracker.drain().warnings
+    found = dump(tracker.service_ports(), warnings)
+    expected = case.with_suffix(".expected")
+    if os.environ.get("UPDATE_CASES"):
+        expected.write_text(found)
+    assert found == expected.read_text()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_case_in_another_order(case: Path) -> None:
+    """Neither the order of the lists nor that of the objects in them matters."""
+    objects = list(parse(case.read_text()))
+    events = replaced(list(reversed(objects)))
+    random.Random(1).shuffle(events)
+    tracker = Tracker(NODE)
+    for event in events:
+        tracker.apply(event)
+        tracker.drain()
+    found = dump(tracker.service_ports(), ())
+    expected = case.with_suffix(".expected").read_text().splitlines(keepends=True)
+    assert found == "".join(line for line in expected if not line.startswith("warning:"))
+
+
+def test_there_are_enough_cases_and_each_says_what_it_shows() -> None:
+    assert len(CASES) >= 40
+    for case in CASES:
+        assert case.read_text().startswith("# "), case

@@ -1,0 +1,84 @@
+"""The policy function against the written rules, restated here as naively as they are written."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebpfproxy.services.endpoints import Candidate
+from ebpfproxy.services.model import Backend, Protocol
+from ebpfproxy.services.policy import usable_endpoints
+
+NODE = "node-a"
+
+candidates = st.builds(
+    Candidate,
+    address=st.integers(1, 40).map(lambda n: bytes([10, 0, 0, n])),
+    ready=st.booleans(),
+    local=st.booleans(),
+    zones=st.lists(st.sampled_from(["z1", "z2"]), max_size=2, unique=True).map(tuple),
+    nodes=st.lists(st.sampled_from([NODE, "node-b"]), max_size=2, unique=True).map(tuple),
+)
+populations = st.lists(candidates, max_size=12, unique_by=lambda c: c.address).map(
+    lambda found: {Backend(c.address, 80, Protocol.TCP): c for c in found}
+)
+zones = st.sampled_from([None, "z1", "z3"])
+
+
+def naive_cluster(population: dict[Backend, Candidate], zone: str | None) -> set[Backend]:
+    ready = {b: c for b, c in population.items() if c.ready}
+    if not ready:
+        return {b for b, c in population.items() if not c.ready}
+    if all(c.nodes for c in ready.values()) and any(NODE in c.nodes for c in ready.values()):
+        return {b for b, c in ready.items() if NODE in c.nodes}
+    if (
+        zone is not None
+        and all(c.zones for c in ready.values())
+        and any(zone in c.zones for c in ready.values())
+    ):
+        return {b for b, c in ready.items() if zone in c.zones}
+    return set(ready)
+
+
+def naive_local(population: dict[Backend, Candidate]) -> set[Backend]:
+    ready = {b for b, c in population.items() if c.local and c.ready}
+    return ready or {b for b, c in population.items() if c.local and not c.ready}
+
+
+@given(populations, zones)
+def test_the_sets_are_those_of_the_written_rules(
+    population: dict[Backend, Candidate], zone: str | None
+) -> None:
+    usable = usable_endpoints(population, NODE, zone)
+    assert set(usable.cluster) == naive_cluster(population, zone)
+    assert set(usable.local) == naive_local(population)
+
+
+@given(populations, zones)
+def test_every_terminating_endpoint_is_accounted_for(
+    population: dict[Backend, Candidate], zone: str | None
+) -> None:
+    usable = usable_endpoints(population, NODE, zone)
+    leaving = {b for b, c in population.items() if not c.ready}
+    used = {*usable.cluster, *usable.local}
+    assert set(usable.draining) == leaving - used
+    assert set(usable.terminating) == leaving & used
+
+
+@given(populations, zones)
+def test_sets_are_sorted_and_empty_only_together_with_everything(
+    population: dict[Backend, Candidate], zone: str | None
+) -> None:
+    usable = usable_endpoints(population, NODE, zone)
+    for backends in (usable.cluster, usable.local, usable.draining):
+        assert list(backends) == sorted(set(backends))
+    assert bool(usable.cluster) == bool(population)
+
+
+@given(populations, zones, st.randoms())
+def test_the_order_of_endpoints_does_not_matter(
+    population: dict[Backend, Candidate], zone: str | None, order: object
+) -> None:
+    items = list(population.items())
+    order.shuffle(items)  # type: ignore[attr-defined]
+    assert usable_endpoints(dict(items), NODE, zone) == usable_endpoints(population, NODE, zone)

@@ -1,0 +1,115 @@
+"""Replaying what a real API server sent: incremental is the same as from scratch, at every step."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+
+from ebpfproxy.objects import Event, Replaced
+from ebpfproxy.services.model import ServicePort, ServicePortKey
+from ebpfproxy.services.tracker import Tracker, Update
+from tests import recordings
+
+pytestmark = recordings.needs_recordings
+
+NODES = ("node-a1", "node-b1")
+
+
+def from_scratch(lists: list[Replaced], node: str) -> list[ServicePort]:
+    tracker = Tracker(node)
+    for each in lists:
+        tracker.apply(each)
+    tracker.drain()
+    return tracker.service_ports()
+
+
+class Mirror:
+    """What somebody holds who only follows the updates, as the datapath does."""
+
+    def __init__(self) -> None:
+        self.ports: dict[ServicePortKey, ServicePort] = {}
+
+    def apply(self, update: Update) -> None:
+        for port in update.changed:
+            assert self.ports.get(port.key) != port, "reported as changed, but is the same"
+            self.ports[port.key] = port
+        for key in update.removed:
+            del self.ports[key]
+
+    def sorted(self) -> list[ServicePort]:
+        return sorted(self.ports.values(), key=lambda port: port.key)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_after_every_event_incremental_equals_from_scratch(node: str) -> None:
+    first = recordings.as_events(recordings.lists("initial"))
+    world, tracker, mirror = recordings.World(first), Tracker(node), Mirror()
+    for each in first:
+        tracker.apply(each)
+    mirror.apply(tracker.drain())
+    for event in recordings.watch_events():
+        world.apply(event)
+        tracker.apply(event)
+        mirror.apply(tracker.drain())
+        expected = from_scratch(world.lists(), node)
+        assert tracker.service_ports() == expected
+        assert mirror.sorted() == expected
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_end_equals_the_final_lists(node: str) -> None:
+    tracker = Tracker(node)
+    for each in [*recordings.as_events(recordings.lists("initial")), *recordings.watch_events()]:
+        tracker.apply(each)
+    tracker.drain()
+    assert tracker.service_ports() == from_scratch(recordings.as_events(recordings.lists("final")), node)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) -> None:
+    """The API promises an order for each object only: watches of different resources interleave freely."""
+    order = random.Random(seed)
+    queues: dict[object, list[Event]] = defaultdict(list)
+    for event in recordings.watch_events():
+        queues[recordings.event_key(event)].append(event)
+    tracker, mirror = Tracker("node-a1"), Mirror()
+    for each in order.sample(recordings.as_events(recordings.lists("initial")), 3):
+        tracker.apply(each)
+    waiting = [list(reversed(queue)) for queue in queues.values()]
+    while waiting:
+        queue = order.choice(waiting)
+        tracker.apply(queue.pop())
+        if order.random() < 0.3:
+            mirror.apply(tracker.drain())
+        if not queue:
+            waiting.remove(queue)
+    mirror.apply(tracker.drain())
+    expected = from_scratch(recordings.as_events(recordings.lists("final")), "node-a1")
+    assert tracker.service_ports() == expected
+    assert mirror.sorted() == expected
+
+
+def test_a_new_list_in_the_middle_changes_only_what_differs() -> None:
+    """As after a 410: the list is compared with what is known, and what is the same is not reported."""
+    first = recordings.as_events(recordings.lists("initial"))
+    world, tracker = recordings.World(first), Tracker("node-a1")
+    events = recordings.watch_events()
+    half = len(events) // 2
+    for each in first:
+        tracker.apply(each)
+    for event in events[:half]:
+        world.apply(event)
+        tracker.apply(event)
+    tracker.drain()
+    for each in world.lists():
+        tracker.apply(each)
+    update = tracker.drain()
+    assert (update.changed, update.removed) == ((), ())
+    for event in events[half:]:
+        world.apply(event)
+    for each in world.lists():
+        tracker.apply(each)
+    tracker.drain()
+    assert tracker.service_ports() == from_scratch(recordings.as_events(recordings.lists("final")), "node-a1")

@@ -105,7 +105,8 @@ static __always_inline enum verdict service_choose(const struct service *svc, u3
 {
 	enum policy policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
 	union selection range = selection_of(svc->id, policy);
-	u32 slot, *id;
+	u32 slot;
+	u64 *id;
 
 	if (!range.count) {
 		if (policy == POLICY_LOCAL && selection_of(svc->id, POLICY_CLUSTER).count)

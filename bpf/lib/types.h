@@ -68,6 +68,8 @@ union selection {
 	u64 word;
 };
 
+/* Slots hold backend ids as u64: an array's elements are 8 bytes apart in any case. */
+
 /* Index: backend id. */
 struct backend {
 	struct inet_addr addr;

@@ -90,7 +90,7 @@ class Dump:
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
         self._words = maps.shared("selections").words()
-        self._slots = maps.shared("slots").bytes.cast("I")
+        self._slots = maps.shared("slots").bytes.cast("Q")
         self.names: dict[int, ServicePortKey] = {
             U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()
         }
@@ -99,7 +99,7 @@ class Dump:
     def selection(self, service_id: int, policy: int) -> array[int]:
         """Backend ids in the order of their slots."""
         base, count = layout.selection_range(self._words[service_id * layout.POLICIES + policy])
-        return array("I", self._slots[base : base + count])
+        return array("Q", self._slots[base : base + count])
 
     def _packed_backend(self, number: int) -> bytes:
         backends = self._maps.shared("backends")

@@ -82,6 +82,8 @@ SERVICE_STATS = struct.Struct("=QQQ")
 BACKEND_STATS = struct.Struct("=Q")
 U32 = struct.Struct("=I")
 
+#: A backend id as u64.
+SLOT_SIZE = 8
 BACKEND_SIZE = _BACKEND.size
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.
 BACKEND_PROTOCOL_OFFSET = 18
@@ -111,7 +113,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
             bpf.F_NO_PREALLOC,
         ),
         MapSpec("selections", *array, _SELECTION.size, capacity.services * POLICIES, bpf.F_MMAPABLE),
-        MapSpec("slots", *array, U32.size, capacity.slots, bpf.F_MMAPABLE),
+        MapSpec("slots", *array, SLOT_SIZE, capacity.slots, bpf.F_MMAPABLE),
         MapSpec("backends", *array, _BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("sock_revnat", bpf.MAP_LRU_HASH, 32, 20, capacity.revnat),

@@ -75,7 +75,9 @@ class SharedArray(Map):
 
     def __init__(self, fd: int, spec: MapSpec) -> None:
         super().__init__(fd, spec)
-        stride = (spec.value_size + 7) // 8 * 8
+        # The kernel rounds an element up to 8 bytes; so must whoever maps the array.
+        assert spec.value_size % 8 == 0, spec.name
+        stride = spec.value_size
         size = -(-stride * spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(fd, size)
         self.bytes = memoryview(self._memory)

@@ -31,7 +31,7 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
-_NO_IDS: array[int] = array("I")
+_NO_IDS: array[int] = array("Q")
 _NO_KEYS: frozenset[int] = frozenset()
 
 
@@ -117,7 +117,7 @@ class Writer:
             for key, value in self._maps[table].items():
                 self._entries[key] = value
                 entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
-        slots = self._slots.bytes.cast("I")
+        slots = self._slots.bytes.cast("Q")
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(number, tuple(entries_of.get(number, ())))
@@ -125,7 +125,7 @@ class Writer:
                 base, count = layout.selection_range(self._words[number * layout.POLICIES + policy])
                 if count:
                     known.bases[policy] = base
-                    known.slots[policy] = array("I", slots[base : base + count])
+                    known.slots[policy] = array("Q", slots[base : base + count])
                     used.append((base, count))
             known.held = frozenset(known.slots[Policy.CLUSTER]) | frozenset(known.slots[Policy.LOCAL])
             known.leaving = frozenset(filter(self._is_terminating, known.held))
@@ -217,7 +217,7 @@ class Writer:
         bases, slots = list(known.bases), list(known.slots)
         ids: list[array[int]] = []
         try:
-            ids = [array("I", map(self._backend_id, each)) for each in sets]
+            ids = [array("Q", map(self._backend_id, each)) for each in sets]
             draining = frozenset(map(self._backend_id, port.draining))
             for policy in Policy:
                 if ids[policy] != slots[policy]:
@@ -265,7 +265,8 @@ class Writer:
         if not ids:
             return 0
         base = self._ranges.allocate(len(ids))
-        self._slots.bytes[base * 4 : (base + len(ids)) * 4] = ids.tobytes()
+        size = layout.SLOT_SIZE
+        self._slots.bytes[base * size : (base + len(ids)) * size] = ids.tobytes()
         self._slots.writes += len(ids)
         return base
 

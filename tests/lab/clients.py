@@ -1,0 +1,86 @@
+"""Functions that pods call (``pod.call``): one socket, one question."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from collections import Counter
+from typing import Any
+
+UDPLITE = 136
+
+
+def _family(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def ask_tcp(host: str, port: int, timeout: float = 3.0) -> dict[str, Any]:
+    """Who answered, and what getpeername says."""
+    with socket.socket(_family(host), socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout)
+        sock.connect((host, port))
+        peer = sock.getpeername()
+        answer: dict[str, Any] = json.loads(sock.recv(4096))
+        return {**answer, "getpeername": peer[:2]}
+
+
+def ask_udp(host: str, port: int, *, connected: bool = False, protocol: int = 0) -> dict[str, Any]:
+    """Who answered, and from which address the answer seems to come."""
+    with socket.socket(_family(host), socket.SOCK_DGRAM, protocol) as sock:
+        sock.settimeout(3.0)
+        if connected:
+            sock.connect((host, port))
+            sock.send(b"?")
+        else:
+            sock.sendto(b"?", (host, port))
+        data, source = sock.recvfrom(4096)
+        found: dict[str, Any] = {**json.loads(data), "from": source[:2]}
+        if connected:
+            found["getpeername"] = sock.getpeername()[:2]
+        return found
+
+
+def ask_udp_connected(host: str, port: int) -> dict[str, Any]:
+    return ask_udp(host, port, connected=True)
+
+
+def spread_tcp(host: str, port: int, count: int) -> Counter[str]:
+    """How often each backend answered ``count`` connections."""
+    return Counter(ask_tcp(host, port)["name"] for _ in range(count))
+
+
+def spread_udp(host: str, port: int, count: int) -> Counter[str]:
+    """How often each backend answered ``count`` datagrams of one unconnected socket."""
+    found: Counter[str] = Counter()
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3.0)
+        for _ in range(count):
+            sock.sendto(b"?", (host, port))
+            data, source = sock.recvfrom(4096)
+            assert source[:2] == (host, port), f"answer from {source}"
+            found[json.loads(data)["name"]] += 1
+    return found
+
+
+def connect_error(host: str, port: int, timeout: float = 3.0) -> str:
+    """The name of the error that connect() gives."""
+    try:
+        ask_tcp(host, port, timeout)
+    except OSError as error:
+        return type(error).__name__ if error.errno is None else _name(error)
+    return "connected"
+
+
+def send_error(host: str, port: int) -> str:
+    """The name of the error that sendto() gives on an unconnected socket."""
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as sock:
+        try:
+            sock.sendto(b"?", (host, port))
+        except OSError as error:
+            return _name(error)
+    return "sent"
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error))

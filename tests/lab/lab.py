@@ -1,0 +1,326 @@
+"""A lab: nodes joined by a switch, pods behind their nodes, an agent for each node.
+
+Every node has a number N: 172.18.0.N and fd00:172:18::N on the switch, pods in 10.244.N.0/24 and
+fd00:10:244:N::/64, native routes between all. Nothing in the root namespace is changed; names carry the
+process id of the lab, so that several can run at once and what a killed one left can be found.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pyroute2 import NetNS, netns
+
+from ebpfproxy.datapath.cleanup import remove_everything
+from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_folder
+from tests.lab.spaces import Space
+
+READY_SECONDS = 30.0
+_counter = iter(range(1_000_000))
+
+
+class Agent:
+    """``ebpfproxy run`` on a lab node."""
+
+    def __init__(self, node: LabNode, arguments: list[str]) -> None:
+        self._node = node
+        self._arguments = arguments
+        self.log = node.lab.folder / f"{node.name}-{next(_counter)}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, wait: bool = True) -> Agent:
+        command = [sys.executable, "-m", "ebpfproxy", "run", *self._node.roots, *self._arguments]
+        with self.log.open("ab") as log:
+            self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log)
+        if wait:
+            self.wait_ready()
+        return self
+
+    def wait_ready(self, timeout: float = READY_SECONDS) -> None:
+        """Until /livez is good and the programs are attached."""
+        deadline = time.monotonic() + timeout
+        seen = len(self.text.split("started")) - 1
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"the agent ended with {self.process.returncode}:\n{self.text}")
+            if seen and self.text.rpartition("started")[2].count("programs are attached"):
+                return
+            seen = len(self.text.split("started")) - 1
+            time.sleep(0.02)
+        raise AssertionError(f"the agent is not ready after {timeout} s:\n{self.text}")
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_log(self, text: str, timeout: float = 10.0, *, times: int = 1) -> None:
+        deadline = time.monotonic() + timeout
+        while self.text.count(text) < times:
+            assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.text}"
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(10)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def http(self, path: str, port: int = 10256) -> tuple[int, str]:
+        """A GET to this agent from its own node: status and body."""
+        return self._node.call(_get, port, path)
+
+
+def _get(port: int, path: str) -> tuple[int, str]:
+    with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body.decode()
+
+
+class Pod(Space):
+    """A namespace behind a node, with an address of each family."""
+
+    def __init__(self, node: LabNode, name: str, number: int) -> None:
+        super().__init__(f"{node.netns}-{name}", node.cgroup)
+        self.name = name
+        self.node = node
+        self.address = f"10.244.{node.number}.{number}"
+        self.address6 = f"fd00:10:244:{node.number}::{number:x}"
+
+
+class LabNode(Space):
+    """A namespace that routes for its pods; also the host namespace of its agent."""
+
+    def __init__(self, lab: Lab, name: str, number: int) -> None:
+        cgroup = find_cgroup_root() / lab.id / name
+        cgroup.mkdir(parents=True)
+        super().__init__(f"{lab.id}-{number}", cgroup)
+        self.lab = lab
+        self.name = name
+        self.number = number
+        self.address = f"172.18.0.{number}"
+        self.address6 = f"fd00:172:18::{number}"
+        self.bpf_root = BPFFS / lab.id / name
+        self.pods: list[Pod] = []
+
+    @property
+    def roots(self) -> list[str]:
+        return ["--bpf-root", str(self.bpf_root), "--cgroup-root", str(self.cgroup)]
+
+    def pod(self, name: str) -> Pod:
+        pod = Pod(self, name, len(self.pods) + 2)
+        self.pods.append(pod)
+        inside = self.lab.namespace(pod.netns)
+        link = f"p{len(self.pods)}"
+        gateway, gateway6 = f"10.244.{self.number}.1", f"fd00:10:244:{self.number}::1"
+        with NetNS(self.netns) as outside:
+            outside.link("add", ifname=link, kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
+            index = outside.link_lookup(ifname=link)[0]
+            _address(outside, index, gateway, 32)
+            _address(outside, index, gateway6, 128)
+            outside.link("set", index=index, state="up")
+            outside.route("add", dst=f"{pod.address}/32", oif=index, scope="link")
+            outside.route("add", dst=f"{pod.address6}/128", oif=index, family=socket.AF_INET6)
+        index = inside.link_lookup(ifname="eth0")[0]
+        _address(inside, index, pod.address, 32)
+        _address(inside, index, pod.address6, 128)
+        inside.link("set", index=index, state="up")
+        inside.route("add", dst=f"{gateway}/32", oif=index, scope="link")
+        inside.route("add", dst=f"{gateway6}/128", oif=index, family=socket.AF_INET6)
+        inside.route("add", dst="default", gateway=gateway)
+        inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
+        inside.close()
+        return pod
+
+    def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
+        """An agent for this node, not yet started."""
+        source = ["--manifests", str(manifests)] if manifests is not None else []
+        return Agent(self, ["--hostname-override", self.name, *source, *arguments])
+
+    def cli(self, *arguments: str, check: bool = True) -> str:
+        """An ``ebpfproxy`` command on this node's roots."""
+        command = [sys.executable, "-m", "ebpfproxy", *arguments, "--bpf-root", str(self.bpf_root)]
+        return self.run(command, check=check)
+
+
+def _address(where: Any, index: int, address: str, prefix: int) -> None:
+    # IFA_F_NODAD: the address works at once.
+    options = {"flags": 0x02} if ":" in address else {}
+    where.addr("add", index=index, address=address, prefixlen=prefix, **options)
+
+
+class Lab:
+    """Use it as a context: what it made is gone at the end, whatever happened."""
+
+    def __init__(self) -> None:
+        self.id = f"epl{os.getpid()}x{next(_counter)}"
+        self.nodes: list[LabNode] = []
+        self._names: list[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Lab:
+        ensure_bpffs(BPFFS)
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self.id)))
+        try:
+            with self.namespace(f"{self.id}-switch") as switch:
+                switch.link("add", ifname="br0", kind="bridge")
+                switch.link("set", index=switch.link_lookup(ifname="br0")[0], state="up")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            for log in sorted(self.folder.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text()[-4000:]}", file=sys.stderr)
+        self.close()
+
+    def namespace(self, name: str) -> Any:
+        """A new namespace with its loopback up; the caller closes what it gets."""
+        netns.create(name)
+        self._names.append(name)
+        made = NetNS(name)
+        made.link("set", index=1, state="up")
+        return made
+
+    def node(self, name: str) -> LabNode:
+        number = len(self.nodes) + 1
+        node = LabNode(self, name, number)
+        made = self.namespace(node.netns)
+        with made, NetNS(f"{self.id}-switch") as switch:
+            port = f"n{number}"
+            switch.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": node.netns})
+            bridge = switch.link_lookup(ifname="br0")[0]
+            index = switch.link_lookup(ifname=port)[0]
+            switch.link("set", index=index, master=bridge, state="up")
+            index = made.link_lookup(ifname="eth0")[0]
+            _address(made, index, node.address, 24)
+            _address(made, index, node.address6, 64)
+            made.link("set", index=index, state="up")
+        node.call(_set_sysctls)
+        for other in self.nodes:
+            _route(node, other)
+            _route(other, node)
+        self.nodes.append(node)
+        return node
+
+    def close(self) -> None:
+        for node in self.nodes:
+            for space in [*node.pods, node]:
+                space.end()
+            remove_everything(pin_folder(node.bpf_root))
+        remove_leftovers(self.id)
+        for name in self._names:
+            netns.remove(name)
+        self._names.clear()
+        self.nodes.clear()
+        self._stack.close()
+
+
+def _set_sysctls() -> None:
+    """Forwarding, and what benchmarks of short connections need."""
+    for path, value in (
+        ("ipv4/ip_forward", "1"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv4/tcp_tw_reuse", "1"),
+        ("ipv4/ip_local_port_range", "1024 65000"),
+    ):
+        Path("/proc/sys/net", path).write_text(value)
+
+
+def _route(here: LabNode, there: LabNode) -> None:
+    with NetNS(here.netns) as routes:
+        index = routes.link_lookup(ifname="eth0")[0]
+        routes.route("add", dst=f"10.244.{there.number}.0/24", gateway=there.address, oif=index)
+        routes.route(
+            "add",
+            dst=f"fd00:10:244:{there.number}::/64",
+            gateway=there.address6,
+            oif=index,
+            family=socket.AF_INET6,
+        )
+
+
+def remove_leftovers(lab_id: str) -> None:
+    """Cgroups and pins of a lab."""
+    root = find_cgroup_root() / lab_id
+    if root.is_dir():
+        for folder in sorted(root.rglob("*"), reverse=True):
+            if folder.is_dir():
+                _remove_cgroup(folder)
+        _remove_cgroup(root)
+    pins = BPFFS / lab_id
+    if pins.is_dir():
+        for node in pins.iterdir():
+            remove_everything(pin_folder(node))
+        shutil.rmtree(pins)
+
+
+def _remove_cgroup(folder: Path) -> None:
+    """A cgroup can be removed a moment after its last process has ended."""
+    for _ in range(200):
+        try:
+            folder.rmdir()
+            return
+        except OSError:
+            time.sleep(0.01)
+    folder.rmdir()
+
+
+def clean_dead_labs() -> list[str]:
+    """Removes what labs left whose process is gone; returns their names."""
+    names = {n.split("-")[0] for n in netns.listnetns() if n.startswith("epl")}
+    for home in (find_cgroup_root(), BPFFS):
+        names |= {p.name for p in home.glob("epl*x*")}
+    dead = [n for n in sorted(names) if not _alive(int(n[3:].partition("x")[0]))]
+    for lab_id in dead:
+        for name in netns.listnetns():
+            if name.split("-")[0] == lab_id:
+                for pid in netns_pids(name):
+                    os.kill(pid, signal.SIGKILL)
+                netns.remove(name)
+        remove_leftovers(lab_id)
+    return dead
+
+
+def netns_pids(name: str) -> list[int]:
+    """Processes in a namespace of a lab, which only labs start."""
+    wanted = Path("/run/netns", name).stat().st_ino
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "ns/net").stat().st_ino == wanted:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

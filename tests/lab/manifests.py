@@ -1,0 +1,59 @@
+"""Manifests of Services and slices for a lab, as files that are replaced in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Document = dict[str, Any]
+
+
+def service(name: str, *, namespace: str = "shop", **spec: Any) -> Document:
+    """``spec`` as in the API; a single TCP port 80 named http unless told otherwise."""
+    body = {"ports": [{"name": "http", "port": 80, "protocol": "TCP"}], **spec}
+    if "clusterIPs" in body:
+        body["clusterIP"] = body["clusterIPs"][0]
+    meta = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": body}
+
+
+def slice_of(
+    name: str,
+    endpoints: Iterable[Document],
+    *,
+    namespace: str = "shop",
+    suffix: str = "",
+    ports: list[Document] | None = None,
+) -> Document:
+    """One slice, of the family of its addresses."""
+    found = list(endpoints)
+    is_v6 = any(":" in e["addresses"][0] for e in found)
+    family = "IPv6" if is_v6 else "IPv4"
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": f"{name}-{family.lower()}{suffix}",
+            "namespace": namespace,
+            "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": family,
+        "ports": ports or [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        "endpoints": found,
+    }
+
+
+def endpoint(address: str, node: str, *, ready: bool = True, terminating: bool = False) -> Document:
+    conditions = {"ready": ready, "serving": ready or terminating, "terminating": terminating}
+    return {"addresses": [address], "nodeName": node, "conditions": conditions}
+
+
+def write(path: Path, *documents: Document) -> None:
+    """Replaces the file in one step, as an editor or a ConfigMap does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(yaml.safe_dump_all(documents))
+    beside.rename(path)

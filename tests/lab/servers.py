@@ -1,0 +1,62 @@
+"""A small server for pods: answers every TCP connection and datagram with its name and whom it saw."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import sys
+from typing import Any
+
+from tests.lab.spaces import Space
+
+
+def start(space: Space, name: str, *ports: int) -> None:
+    """Serves TCP and UDP of both families on ``ports`` until the lab ends; returns once it does."""
+    command = [sys.executable, "-m", "tests.lab.servers", name, *map(str, ports)]
+    process = space.popen(command, stdout=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+
+
+def _answer(name: str, peer: Any) -> bytes:
+    return json.dumps({"name": name, "peer": peer[0].removeprefix("::ffff:"), "port": peer[1]}).encode()
+
+
+def main(name: str, ports: list[int]) -> None:
+    selector = selectors.DefaultSelector()
+    for port in ports:
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            listener = socket.socket(socket.AF_INET6, kind)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind(("::", port))
+            if kind == socket.SOCK_STREAM:
+                listener.listen(1024)
+            selector.register(listener, selectors.EVENT_READ, kind)
+    print("ready", flush=True)
+    while True:
+        for key, _ in selector.select():
+            sock: Any = key.fileobj
+            if key.data == socket.SOCK_DGRAM:
+                data, peer = sock.recvfrom(2048)
+                sock.sendto(_answer(name, peer) if data != b"echo" else data, peer)
+            elif key.data == socket.SOCK_STREAM:
+                connection, peer = sock.accept()
+                connection.sendall(_answer(name, peer) + b"\n")
+                selector.register(connection, selectors.EVENT_READ, None)
+            else:
+                # A line is echoed; the client closes.
+                try:
+                    data = sock.recv(65536)
+                    if data:
+                        sock.sendall(data)
+                        continue
+                except OSError:
+                    pass
+                selector.unregister(sock)
+                sock.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(port) for port in sys.argv[2:]])

@@ -1,0 +1,106 @@
+"""Processes in a network namespace and a cgroup; nothing else of them is separate."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Space:
+    """A namespace by name (in /run/netns) with the cgroup that its processes belong to."""
+
+    def __init__(self, netns: str, cgroup: Path) -> None:
+        self.netns = netns
+        self.cgroup = cgroup
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def _enter(self, *, join_cgroup: bool = True) -> None:
+        """In a child: joins both. The mounts stay, so bpffs and cgroups are as outside."""
+        if join_cgroup:
+            (self.cgroup / "cgroup.procs").write_text("0")
+        fd = os.open(f"/run/netns/{self.netns}", os.O_RDONLY)
+        if _libc.setns(fd, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {self.netns}")
+        os.close(fd)
+
+    def popen(
+        self, command: list[str], *, join_cgroup: bool = True, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Starts a process here; it is ended with the lab."""
+        process = subprocess.Popen(
+            command,
+            preexec_fn=lambda: self._enter(join_cgroup=join_cgroup),
+            start_new_session=True,
+            **options,
+        )
+        self._children.append(process)
+        return process
+
+    def run(self, command: list[str], *, timeout: float = 60, check: bool = True) -> str:
+        """Runs a command here to its end and returns what it printed."""
+        done = subprocess.run(
+            command,
+            preexec_fn=self._enter,
+            capture_output=True,
+            timeout=timeout,
+            text=True,
+            check=False,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{command} failed ({done.returncode}): {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def call(self, function: Callable[..., R], *args: Any, timeout: float = 60) -> R:
+        """Runs a function in a forked child here; returns its result or raises its exception."""
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(reader)
+                signal.alarm(int(timeout) + 1)
+                try:
+                    self._enter()
+                    answer: tuple[bool, Any] = True, function(*args)
+                except BaseException as error:
+                    error.__notes__ = [traceback.format_exc()]
+                    answer = False, error
+                with os.fdopen(writer, "wb") as pipe:
+                    pickle.dump(answer, pipe)
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            data = pipe.read()
+        os.waitpid(pid, 0)
+        if not data:
+            raise TimeoutError(f"{function.__name__} in {self.netns} took longer than {timeout} s")
+        good, value = pickle.loads(data)
+        if not good:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        """Ends what was started here, and only that."""
+        for process in self._children:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._children:
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+        self._children.clear()

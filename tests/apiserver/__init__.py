@@ -1,0 +1,9 @@
+"""A stand-in for the API server: lists, pages, streaming lists and watches over real HTTP(S), and faults.
+
+It answers as ``../shared/recordings/responses.json`` shows a real one does.
+"""
+
+from tests.apiserver.server import ApiServer, Fault
+from tests.apiserver.store import Store
+
+__all__ = ["ApiServer", "Fault", "Store"]

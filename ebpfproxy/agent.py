@@ -11,6 +11,7 @@ or replaced. A stop changes nothing: maps and programs go on without an agent.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -20,7 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import structlog
 
 import ebpfproxy
 from ebpfproxy import state
@@ -34,15 +34,17 @@ from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.manifests import ManifestSource
 from ebpfproxy.kube.reflector import reflectors
 from ebpfproxy.kube.status import SourceStatus
+from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.maps import MapCollector
 from ebpfproxy.node.addresses import AddressWatcher
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.objects import Deleted, Event, Replaced
 from ebpfproxy.services.model import Family
+from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker, Update
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 #: How often the agent writes what ``status`` shows when nothing happens, in seconds.
 _HEARTBEAT = 5.0
@@ -92,15 +94,16 @@ class _Source:
     def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
         self.has_cluster = options.manifests is None
         self.requests: Callable[[], dict[str, int]] = dict
+        reduce = reducer(options.node_name)
         if options.manifests is not None:
-            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name)
+            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
             self.description = f"manifests {options.manifests}"
             self.host = ""
             self.start, self.stop = manifests.start, manifests.stop
             self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
             return
         connection = ApiConnection.from_options(options.kubeconfig, options.master)
-        watches = reflectors(connection, options.node_name, sink)
+        watches = reflectors(connection, options.node_name, sink, reduce)
         self.description = f"API server {connection.host}"
         self.host = connection.host.partition("://")[2]
         self.requests = lambda: dict(connection.requests)
@@ -234,10 +237,8 @@ class Agent:
 
     def _reconcile(self) -> None:
         while True:
-            for message in self._next_messages():
-                if isinstance(message, Stop):
-                    return
-                self._handle(message)
+            if not self._handle_all(self._next_messages()):
+                return
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
             self._attach_when_ready()
@@ -253,6 +254,14 @@ class Agent:
         while not self._queue.empty():
             found.append(self._queue.get())
         return found
+
+    def _handle_all(self, messages: list[Message]) -> bool:
+        """False after Stop. The messages are gone when this returns: a list can be large."""
+        for message in messages:
+            if isinstance(message, Stop):
+                return False
+            self._handle(message)
+        return True
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, AddressesChanged):
@@ -279,6 +288,10 @@ class Agent:
         full = not self._complete
         problems = self._writer.apply(update.changed, update.removed, complete=full)
         done = time.monotonic()
+        if full:
+            # What is known now mostly stays: the collector need not walk it for every change.
+            gc.collect()
+            gc.freeze()
         self._complete = True
         self._health.programmed()
         self._problems = tuple(problems) or (self._problems if update.changed == () else ())
@@ -292,7 +305,7 @@ class Agent:
         metrics.queued(now)
         metrics.programmed(families, self._last_duration or 0.0, full=full, now=now)
         metrics.changes(update.service_changes, update.endpoint_changes)
-        metrics.no_local_endpoints(self._tracker.without_local_endpoints())
+        metrics.no_local_endpoints(self._tracker.without_local_endpoints)
         for received in update.received:
             metrics.event_to_map.observe(done - received)
         for trigger in update.triggers:

@@ -1,5 +1,8 @@
 """Logging: one line an event, as text or as JSON, to standard error.
 
+A thin face for the standard library's logging, with the event's facts as keywords. (structlog would do the
+same, but brings rich's tracebacks along: 13 MB in every agent for what an agent never prints.)
+
 JSON keys that stay: ``ts`` (RFC 3339, UTC), ``level``, ``event``; everything else says what it is about:
 ``resource``, ``object``, ``file``, ``error``, …
 """
@@ -8,39 +11,87 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
+from typing import Any
 
-import structlog
-from structlog.typing import Processor
+import msgspec
 
 #: kube-proxy's -v: at this level and above everything is logged.
 DEBUG_VERBOSITY = 4
 
+_FACTS = "ebpfproxy_facts"
+
+
+class Logger:
+    """``log.warning("watch is failing", resource="services")``"""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def _log(self, level: int, event: str, facts: dict[str, Any]) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, "%s", event, extra={_FACTS: facts})
+
+    def debug(self, event: str, **facts: Any) -> None:
+        self._log(logging.DEBUG, event, facts)
+
+    def info(self, event: str, **facts: Any) -> None:
+        self._log(logging.INFO, event, facts)
+
+    def warning(self, event: str, **facts: Any) -> None:
+        self._log(logging.WARNING, event, facts)
+
+    def error(self, event: str, **facts: Any) -> None:
+        self._log(logging.ERROR, event, facts)
+
+
+def get_logger(name: str) -> Logger:
+    return Logger(name)
+
+
+class _Formatter(logging.Formatter):
+    """The parts of a record: time, level, event, facts; a library's record has no facts."""
+
+    def parts(self, record: logging.LogRecord) -> tuple[str, str, str, dict[str, Any]]:
+        facts = dict(getattr(record, _FACTS, {}))
+        event = record.getMessage()
+        if not record.name.startswith("ebpfproxy"):
+            event = f"{record.name}: {event}"
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return time.replace("+00:00", "Z"), record.levelname.lower(), event, facts
+
+
+class TextFormatter(_Formatter):
+    """``2026-11-20T10:00:00.000Z warning watch is failing resource=services error='401 …'``"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time, level, event, facts = self.parts(record)
+        shown = "".join(f" {key}={_quoted(value)}" for key, value in facts.items())
+        return f"{time} {level:<7} {event}{shown}"
+
+
+class JsonFormatter(_Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time, level, event, facts = self.parts(record)
+        return msgspec.json.encode(
+            {"ts": time, "level": level, "event": event, **facts}, enc_hook=str
+        ).decode()
+
+
+def _quoted(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    plain = text and not any(c.isspace() or c in "\"'=" for c in text)
+    return text if plain else repr(text)
+
 
 def configure(form: str, verbosity: int) -> None:
     """``form`` is ``text`` or ``json``; ``verbosity`` is klog's level."""
-    level = logging.DEBUG if verbosity >= DEBUG_VERBOSITY else logging.INFO
-    shared: list[Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
-    ]
-    last: list[Processor]
-    if form == "json":
-        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    else:
-        last = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), timestamp_key="ts", pad_event_to=0)]
-    structlog.configure(
-        processors=[*shared, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    # Libraries log through the standard module: what they warn of is worth a line, the rest is noise.
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format='{"ts":"%(asctime)s","level":"%(levelname)s","event":"%(name)s: %(message)s"}'
-        if form == "json"
-        else "%(asctime)s [%(levelname)s] %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    # What libraries warn of is worth a line, the rest is noise.
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("ebpfproxy").setLevel(logging.DEBUG if verbosity >= DEBUG_VERBOSITY else logging.INFO)
     # Each failing request is logged by the reflector, once for each change of state.
     logging.getLogger("urllib3").setLevel(logging.ERROR)

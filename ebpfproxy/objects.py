@@ -12,6 +12,7 @@ hence ``| None``.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -143,7 +144,6 @@ class Endpoint(_Record, frozen=True):
     addresses: tuple[str, ...] | None = None
     conditions: EndpointConditions | None = None
     node_name: str | None = None
-    zone: str | None = None
     hints: EndpointHints | None = None
 
 
@@ -219,15 +219,19 @@ def key_of(obj: Object) -> ObjectKey:
     return ObjectKey("" if isinstance(meta, NodeMeta) else meta.namespace, meta.name)
 
 
+#: What a source makes of each object as soon as it is decoded, so that a list of many needs little memory.
+Reduce = Callable[[Object], object]
+
+
 class Replaced(msgspec.Struct, frozen=True, gc=False):
     """The complete content of one resource: a first list, a new list after a gap, all manifests.
 
-    ``unreadable`` names objects that are there but could not be decoded: what was last known of them
-    stays in force.
+    ``objects`` are reduced by the source's ``Reduce``. ``unreadable`` names objects that are there but
+    could not be decoded: what was last known of them stays in force.
     """
 
     resource: Resource
-    objects: tuple[Object, ...]
+    objects: Mapping[ObjectKey, object]
     unreadable: frozenset[ObjectKey] = frozenset()
 
 
@@ -235,7 +239,8 @@ class Changed(msgspec.Struct, frozen=True, gc=False):
     """One object was added or modified. ``received`` is ``time.monotonic()`` when its bytes were read."""
 
     resource: Resource
-    object: Object
+    key: ObjectKey
+    object: object
     received: float = 0.0
 
 

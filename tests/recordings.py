@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,6 +22,8 @@ from ebpfproxy.objects import (
     Resource,
     key_of,
 )
+from ebpfproxy.services.reduce import reducer
+from ebpfproxy.services.tracker import Tracker
 
 FOLDER = Path(__file__).parents[2] / "shared" / "recordings"
 
@@ -31,6 +34,28 @@ def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
     """``initial`` or ``final``: the three lists as JSON objects."""
     content = json.loads(gzip.decompress((FOLDER / f"{name}-lists.json.gz").read_bytes()))
     return {resource: content[resource.value]["items"] for resource in Resource}
+
+
+def replaced(resource: Resource, objects: Iterable[Object], unreadable: Iterable[ObjectKey] = ()) -> Replaced:
+    """The event of a list, its objects as they are."""
+    return Replaced(resource, {key_of(each): each for each in objects}, frozenset(unreadable))
+
+
+def changed(resource: Resource, each: Object, received: float = 0.0) -> Changed:
+    return Changed(resource, key_of(each), each, received)
+
+
+class RecordTracker(Tracker):
+    """A tracker that is fed records, and reduces them as a source would."""
+
+    def apply(self, event: Event) -> None:
+        reduce = cast(Callable[[object], object], reducer(self._node_name))
+        if isinstance(event, Replaced):
+            reduced = {key: reduce(each) for key, each in event.objects.items()}
+            event = msgspec.structs.replace(event, objects=reduced)
+        elif isinstance(event, Changed):
+            event = msgspec.structs.replace(event, object=reduce(event.object))
+        super().apply(event)
 
 
 def wanted(resource: Resource, item: dict[str, Any]) -> bool:
@@ -44,9 +69,9 @@ def wanted(resource: Resource, item: dict[str, Any]) -> bool:
 
 def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced]:
     return [
-        Replaced(
+        replaced(
             resource,
-            tuple(msgspec.convert(item, RECORD_TYPES[resource]) for item in items if wanted(resource, item)),
+            (msgspec.convert(item, RECORD_TYPES[resource]) for item in items if wanted(resource, item)),
         )
         for resource, items in content.items()
     ]
@@ -72,21 +97,21 @@ def watch_events() -> list[Event]:
             meta = event["object"]["metadata"]
             found.append(Deleted(resource, ObjectKey(meta.get("namespace", ""), meta["name"])))
         else:
-            found.append(Changed(resource, msgspec.convert(event["object"], RECORD_TYPES[resource])))
+            found.append(changed(resource, msgspec.convert(event["object"], RECORD_TYPES[resource])))
     return found
 
 
 def event_key(event: Event) -> tuple[Resource, ObjectKey]:
     assert not isinstance(event, Replaced)
-    return event.resource, event.key if isinstance(event, Deleted) else key_of(event.object)
+    return event.resource, event.key
 
 
 class World:
     """The objects after some events, to compute from scratch what a tracker computed step by step."""
 
     def __init__(self, first: list[Replaced]) -> None:
-        self.objects: dict[Resource, dict[ObjectKey, Object]] = {
-            event.resource: {key_of(each): each for each in event.objects} for event in first
+        self.objects: dict[Resource, dict[ObjectKey, object]] = {
+            event.resource: dict(event.objects) for event in first
         }
 
     def apply(self, event: Event) -> None:
@@ -97,4 +122,4 @@ class World:
             self.objects[resource].pop(key, None)
 
     def lists(self) -> list[Replaced]:
-        return [Replaced(resource, tuple(objects.values())) for resource, objects in self.objects.items()]
+        return [Replaced(resource, dict(objects)) for resource, objects in self.objects.items()]

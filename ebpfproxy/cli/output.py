@@ -26,7 +26,9 @@ def table(*columns: str) -> Table:
 
 def console() -> Console:
     """As wide as the terminal; unlimited where there is none, so that nothing is cut in a pipe."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False)
+    return Console(
+        highlight=False, markup=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False
+    )
 
 
 def emit(value: Any, form: str, as_table: Callable[[Any], None]) -> None:

@@ -40,10 +40,15 @@ class _Programmed(msgspec.Struct):
 
     id: int
     entries: tuple[bytes, ...] = ()
-    held: frozenset[int] = _NO_KEYS
+    draining: frozenset[int] = _NO_KEYS
     leaving: frozenset[int] = _NO_KEYS
     bases: list[int] = msgspec.field(default_factory=lambda: [0, 0])
     slots: list[array[int]] = msgspec.field(default_factory=lambda: [_NO_IDS, _NO_IDS])
+
+    @property
+    def held(self) -> set[int]:
+        """The backends that it refers to."""
+        return {*self.slots[Policy.CLUSTER], *self.slots[Policy.LOCAL], *self.draining}
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -85,7 +90,7 @@ class Writer:
         self._backends = maps.shared("backends")
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
-        self._refs: dict[int, int] = {}
+        self._refs = array("I", bytes(4 * self._backends.spec.max_entries))
         self._leaving: dict[int, int] = {}
         self._entries: dict[bytes, bytes] = {}
         self._programmed: dict[ServicePortKey, _Programmed] = {}
@@ -127,10 +132,9 @@ class Writer:
                     known.bases[policy] = base
                     known.slots[policy] = array("Q", slots[base : base + count])
                     used.append((base, count))
-            known.held = frozenset(known.slots[Policy.CLUSTER]) | frozenset(known.slots[Policy.LOCAL])
             known.leaving = frozenset(filter(self._is_terminating, known.held))
             for backend_id in known.held:
-                self._refs[backend_id] = self._refs.get(backend_id, 0) + 1
+                self._refs[backend_id] += 1
             for backend_id in known.leaving:
                 self._leaving[backend_id] = self._leaving.get(backend_id, 0) + 1
             self._programmed[name] = known
@@ -241,9 +245,9 @@ class Writer:
                 self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
             index = known.id * layout.POLICIES + policy
             plan.words[index] = layout.selection_word(bases[policy], len(slots[policy]))
-        known.bases, known.slots = bases, slots
-        leaving = draining | frozenset(map(self._backend_id, port.terminating))
-        self._hold(known, draining.union(*ids), leaving)
+        before = known.held
+        known.bases, known.slots, known.draining = bases, slots, draining
+        self._hold(known, before, draining | frozenset(map(self._backend_id, port.terminating)))
         self._plan_entries(port, known, plan)
 
     def _backend_id(self, backend: Backend) -> int:
@@ -277,14 +281,15 @@ class Writer:
             self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
         return number
 
-    def _hold(self, known: _Programmed, held: frozenset[int], leaving: frozenset[int]) -> None:
+    def _hold(self, known: _Programmed, before: set[int], leaving: frozenset[int]) -> None:
         """Counts references, so that a backend's state and end follow from its users."""
-        came, went = held - known.held, known.held - held
+        held = known.held
+        came, went = held - before, before - held
         turned = leaving ^ known.leaving
         if not (came or went or turned):
             return
         for number in came:
-            self._refs[number] = self._refs.get(number, 0) + 1
+            self._refs[number] += 1
         for number in leaving - known.leaving:
             self._leaving[number] = self._leaving.get(number, 0) + 1
         for number in known.leaving - leaving:
@@ -293,9 +298,9 @@ class Writer:
                 del self._leaving[number]
         for number in went:
             self._refs[number] -= 1
-        known.held, known.leaving = held, leaving
+        known.leaving = leaving
         for number in came | turned | went:
-            if not self._refs.get(number):
+            if not self._refs[number]:
                 self._retire_backend(number)
             else:
                 self._store_state(number)
@@ -317,14 +322,13 @@ class Writer:
         start = number * self._backends.stride
         known = layout.unpack_backend(bytes(self._backends.bytes[start : start + layout.BACKEND_SIZE]))
         assert known is not None, f"backend {number} is held but not written"
-        self._refs.pop(number, None)
         self._backend_ids.forget(known[0])
         self._retired.backends.append(number)
 
     def _drop_unheld(self, backends: Iterable[Backend]) -> None:
         for backend in backends:
             number = self._backend_ids.get(backend)
-            if number is not None and not self._refs.get(number):
+            if number is not None and not self._refs[number]:
                 self._retire_backend(number)
 
     def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
@@ -376,10 +380,12 @@ class Writer:
         known = self._programmed.pop(key, None)
         if known is None:
             return
-        self._hold(known, _NO_KEYS, _NO_KEYS)
         for policy in Policy:
             if known.slots[policy]:
                 self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
+        before = known.held
+        known.slots, known.draining = [_NO_IDS, _NO_IDS], _NO_KEYS
+        self._hold(known, before, _NO_KEYS)
         self._maps["service_names"].delete(U32.pack(known.id))
         self._service_ids.forget(key)
         self._retired.services.append(known.id)

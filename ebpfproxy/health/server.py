@@ -9,9 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar, NamedTuple
 
 import msgspec
-import structlog
 
-log = structlog.get_logger()
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
 
 _RETRY_SECONDS = 5.0
 _CLIENT_SECONDS = 10.0

@@ -14,25 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 import watchfiles
 import yaml
 
 from ebpfproxy.kube.decode import explain
 from ebpfproxy.kube.status import SourceStatus, State
+from ebpfproxy.logs import get_logger
 from ebpfproxy.objects import (
     RECORD_TYPES,
     Event,
     Node,
     Object,
     ObjectKey,
+    Reduce,
     Replaced,
     Resource,
     Service,
     key_of,
 )
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 _DEBOUNCE_MS = 50
@@ -70,9 +71,17 @@ class _File(msgspec.Struct):
 class ManifestSource:
     """Watches one folder. :meth:`start` runs a thread; ``statuses`` may be read by any thread."""
 
-    def __init__(self, directory: Path, sink: Callable[[Event], None], *, node_name: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        sink: Callable[[Event], None],
+        *,
+        node_name: str,
+        reduce: Reduce = lambda each: each,
+    ) -> None:
         self._directory = directory
         self._sink = sink
+        self._reduce = reduce
         self._node_name = node_name
         self._files: dict[Path, _File] = {}
         self._doubles: set[tuple[type, ObjectKey, Path]] = set()
@@ -176,7 +185,7 @@ class ManifestSource:
         return True
 
     def _deliver(self) -> None:
-        lists: dict[Resource, dict[ObjectKey, Object]] = {resource: {} for resource in Resource}
+        lists: dict[Resource, dict[ObjectKey, object]] = {resource: {} for resource in Resource}
         doubles = set()
         for path in sorted(self._files):
             for each in self._files[path].objects:
@@ -187,7 +196,7 @@ class ManifestSource:
                 if key in mine:
                     doubles.add((type(each), key, path))
                 else:
-                    mine[key] = each
+                    mine[key] = self._reduce(each)
         for kind, key, path in sorted(doubles - self._doubles, key=str):
             log.warning(
                 "object is in two manifests, the first file has it",
@@ -196,7 +205,7 @@ class ManifestSource:
             )
         self._doubles = doubles
         for resource, objects in lists.items():
-            self._sink(Replaced(resource, tuple(objects.values())))
+            self._sink(Replaced(resource, objects))
         self._last_event = time.time()
         self._reads += 1
 

@@ -18,16 +18,16 @@ import time
 from collections.abc import Callable
 
 import msgspec
-import structlog
 import urllib3
 
 from ebpfproxy.kube.client import ApiConnection, ConfigError
 from ebpfproxy.kube.decode import Decoder, EventType, Status, Unreadable, WatchEvent, decode_status
 from ebpfproxy.kube.lines import LineSplitter
 from ebpfproxy.kube.status import SourceStatus, State
-from ebpfproxy.objects import Changed, Deleted, Event, Object, ObjectKey, Replaced, Resource
+from ebpfproxy.logs import get_logger
+from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Reduce, Replaced, Resource, key_of
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 PATHS = {
     Resource.SERVICES: "/api/v1/services",
@@ -79,6 +79,7 @@ class Reflector:
         resource: Resource,
         sink: Callable[[Event], None],
         *,
+        reduce: Reduce = lambda each: each,
         label_selector: str = "",
         field_selector: str = "",
         timing: Timing | None = None,
@@ -86,6 +87,7 @@ class Reflector:
         self._connection = connection
         self._resource = resource
         self._sink = sink
+        self._reduce = reduce
         self._timing = timing or Timing()
         self._selectors = {
             name: value
@@ -205,7 +207,7 @@ class Reflector:
 
     def _page_list(self) -> None:
         """All pages, then one Replaced."""
-        objects: list[Object] = []
+        objects: dict[ObjectKey, object] = {}
         unreadable: list[Unreadable] = []
         token = ""
         while True:
@@ -220,7 +222,7 @@ class Reflector:
                 raise _Failure("garbled", f"a page cannot be decoded: {error}") from error
             if self._stop.is_set():
                 return
-            objects += page.objects
+            objects.update((key_of(each), self._reduce(each)) for each in page.objects)
             unreadable += page.unreadable
             token = page.continue_token
             if not token:
@@ -253,7 +255,7 @@ class Reflector:
             "timeoutSeconds": str(int(timing.watch * random.uniform(1, 2))),  # noqa: S311
             **(list_params or {"resourceVersion": self._version}),
         }
-        listing: _Listing | None = _Listing() if list_params else None
+        listing = _Listing(self._reduce) if list_params else None
         response = self._request(params, timing.list_wait if listing else timing.idle)
         self._response = response
         splitter = LineSplitter()
@@ -269,9 +271,7 @@ class Reflector:
                     if listing is None:
                         self._deliver(event, received)
                     elif listing.add(event):
-                        self._deliver_list(
-                            list(listing.objects.values()), list(listing.unreadable), event.resource_version
-                        )
+                        self._deliver_list(listing.objects, listing.unreadable, event.resource_version)
                         listing = None
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if self._stop.is_set():
@@ -313,13 +313,15 @@ class Reflector:
             self._warn(event.unreadable)
         elif event.object is not None:
             self._unreadable.pop(event.key, None)
-            self._sink(Changed(self._resource, event.object, received))
+            self._sink(Changed(self._resource, event.key, self._reduce(event.object), received))
 
-    def _deliver_list(self, objects: list[Object], unreadable: list[Unreadable], version: str) -> None:
+    def _deliver_list(
+        self, objects: dict[ObjectKey, object], unreadable: list[Unreadable], version: str
+    ) -> None:
         for each in unreadable:
             self._warn(each)
         self._version = version
-        self._sink(Replaced(self._resource, tuple(objects), frozenset(u.key for u in unreadable)))
+        self._sink(Replaced(self._resource, objects, frozenset(u.key for u in unreadable)))
         self._update(synced=True, resource_version=version, lists=self.status.lists + 1)
 
     def _warn(self, unreadable: Unreadable) -> None:
@@ -337,8 +339,9 @@ class Reflector:
 class _Listing:
     """Initial events of a streaming list, until they are complete."""
 
-    def __init__(self) -> None:
-        self.objects: dict[ObjectKey, Object] = {}
+    def __init__(self, reduce: Reduce) -> None:
+        self._reduce = reduce
+        self.objects: dict[ObjectKey, object] = {}
         self._unreadable: dict[ObjectKey, Unreadable] = {}
 
     @property
@@ -354,7 +357,7 @@ class _Listing:
         if event.unreadable is not None:
             self._unreadable[event.key] = event.unreadable
         elif event.object is not None:
-            self.objects[event.key] = event.object
+            self.objects[event.key] = self._reduce(event.object)
         return False
 
 
@@ -387,14 +390,19 @@ def _describe(error: Exception) -> str:
 
 
 def reflectors(
-    connection: ApiConnection, node_name: str, sink: Callable[[Event], None], timing: Timing | None = None
+    connection: ApiConnection,
+    node_name: str,
+    sink: Callable[[Event], None],
+    reduce: Reduce,
+    timing: Timing | None = None,
 ) -> list[Reflector]:
     """The three watches of an agent, with kube-proxy's selectors (cmd/kube-proxy/app/server.go)."""
     labels = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"
     return [
-        Reflector(connection, Resource.SERVICES, sink, label_selector=labels, timing=timing),
-        Reflector(connection, Resource.ENDPOINTSLICES, sink, label_selector=labels, timing=timing),
-        Reflector(
-            connection, Resource.NODES, sink, field_selector=f"metadata.name={node_name}", timing=timing
-        ),
+        Reflector(connection, resource, sink, reduce=reduce, timing=timing, **selector)
+        for resource, selector in (
+            (Resource.SERVICES, {"label_selector": labels}),
+            (Resource.ENDPOINTSLICES, {"label_selector": labels}),
+            (Resource.NODES, {"field_selector": f"metadata.name={node_name}"}),
+        )
     ]

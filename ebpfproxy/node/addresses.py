@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
-import structlog
 from pyroute2 import IPRoute
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 
-log = structlog.get_logger()
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)

@@ -1,7 +1,8 @@
-"""From an EndpointSlice to candidates: each endpoint parsed once for each version of its slice."""
+"""From an EndpointSlice to what the rules need: each endpoint parsed once for each version of its slice."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,21 +15,16 @@ from ebpfproxy.services.values import Warning, parse_address, parse_protocol, un
 _FAMILIES = {"IPv4": Family.IPV4, "IPv6": Family.IPV6}
 
 
-class Candidate(NamedTuple):
-    """An endpoint that a service port may choose, as the rules of ``policy`` see it.
+class Traits(NamedTuple):
+    """What the rules of ``policy`` look at in an endpoint. Few differ: one object serves thousands.
 
-    ``draining``: not ready, but serving and terminating. Neither ready nor draining ones are not kept.
+    Not ready means draining: serving and terminating. Endpoints that are neither are not kept.
     """
 
-    address: bytes
     ready: bool
     local: bool
     zones: tuple[str, ...]
     nodes: tuple[str, ...]
-
-    @property
-    def draining(self) -> bool:
-        return not self.ready
 
 
 class SlicePort(NamedTuple):
@@ -43,8 +39,16 @@ class SliceEndpoints(msgspec.Struct, frozen=True, gc=False):
     service: ObjectKey | None
     family: Family | None
     ports: tuple[SlicePort, ...]
-    candidates: tuple[Candidate, ...]
+    addresses: tuple[bytes, ...]
+    #: Of the address at the same place.
+    traits: tuple[Traits, ...]
     warnings: tuple[Warning, ...]
+    #: RFC 3339 time of what led to this version; see objects.SliceAnnotations.
+    trigger_time: str | None = None
+
+    def same_as(self, other: SliceEndpoints) -> bool:
+        """Whether nothing but the trigger differs."""
+        return msgspec.structs.replace(self, trigger_time=other.trigger_time) == other
 
 
 def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
@@ -60,16 +64,24 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
         or labels.headless is not None
         or labels.proxy_name is not None
     ):
-        return SliceEndpoints(None, None, (), (), ())
+        return SliceEndpoints(None, None, (), (), (), ())
     warnings = _Warnings(key_of(piece))
     service = ObjectKey(piece.metadata.namespace, labels.service_name)
     family = _FAMILIES.get(piece.address_type)
     if family is None:
         warnings.add("addressType", f"{piece.address_type!r} is neither IPv4 nor IPv6, the slice is not used")
-        return SliceEndpoints(service, None, (), (), tuple(warnings.found))
+        return SliceEndpoints(service, None, (), (), (), tuple(warnings.found))
     ports = tuple(_ports(piece, warnings))
-    candidates = tuple(_candidates(piece, family, node_name, warnings))
-    return SliceEndpoints(service, family, ports, candidates, tuple(warnings.found))
+    found = list(_endpoints(piece, family, node_name, warnings))
+    return SliceEndpoints(
+        service,
+        family,
+        ports,
+        tuple(address for address, _ in found),
+        tuple(traits for _, traits in found),
+        tuple(warnings.found),
+        piece.metadata.annotations.trigger_time if piece.metadata.annotations else None,
+    )
 
 
 class _Warnings:
@@ -94,9 +106,9 @@ def _ports(piece: EndpointSlice, warnings: _Warnings) -> Iterator[SlicePort]:
             yield SlicePort(port.name or "", protocol, port.port)
 
 
-def _candidates(
+def _endpoints(
     piece: EndpointSlice, family: Family, node_name: str, warnings: _Warnings
-) -> Iterator[Candidate]:
+) -> Iterator[tuple[bytes, Traits]]:
     size = 4 if family is Family.IPV4 else 16
     for i, endpoint in enumerate(piece.endpoints or ()):
         ready = _is_ready(endpoint.conditions)
@@ -115,13 +127,20 @@ def _candidates(
             warnings.add(f"endpoints[{i}].addresses[0]", f"{text} {reason}")
             continue
         hints = endpoint.hints
-        yield Candidate(
+        yield (
             address,
-            ready,
-            endpoint.node_name == node_name,
-            tuple(z.name for z in hints.for_zones or ()) if hints else (),
-            tuple(n.name for n in hints.for_nodes or ()) if hints else (),
+            _traits(
+                ready,
+                endpoint.node_name == node_name,
+                tuple(z.name for z in hints.for_zones or ()) if hints else (),
+                tuple(n.name for n in hints.for_nodes or ()) if hints else (),
+            ),
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _traits(ready: bool, local: bool, zones: tuple[str, ...], nodes: tuple[str, ...]) -> Traits:
+    return Traits(ready, local, zones, nodes)
 
 
 def _is_ready(conditions: EndpointConditions | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ebpfproxy.services.endpoints import Candidate
+from ebpfproxy.services.endpoints import Traits
 from ebpfproxy.services.model import Backend
 
 
@@ -21,7 +21,7 @@ class Usable(NamedTuple):
 _NONE = frozenset[Backend]()
 
 
-def usable_endpoints(candidates: Mapping[Backend, Candidate], node_name: str, zone: str | None) -> Usable:
+def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: str | None) -> Usable:
     """The endpoints that new connections may use, by traffic policy, on the node ``node_name``.
 
     ``cluster`` (policy Cluster): the ready endpoints that topology hints leave; if no endpoint at all is
@@ -40,8 +40,8 @@ def usable_endpoints(candidates: Mapping[Backend, Candidate], node_name: str, zo
     ``draining``: the terminating endpoints in neither set, which only serve old connections.
     ``terminating``: the members of both sets that are terminating.
     """
-    ready = [item for item in candidates.items() if item[1].ready]
-    leaving = [item for item in candidates.items() if not item[1].ready]
+    ready = [item for item in endpoints.items() if item[1].ready]
+    leaving = [item for item in endpoints.items() if not item[1].ready]
     if ready:
         cluster = _sorted(_by_hints(ready, node_name, zone))
     else:
@@ -60,7 +60,7 @@ def usable_endpoints(candidates: Mapping[Backend, Candidate], node_name: str, zo
     )
 
 
-def _by_hints(ready: list[tuple[Backend, Candidate]], node_name: str, zone: str | None) -> Iterable[Backend]:
+def _by_hints(ready: list[tuple[Backend, Traits]], node_name: str, zone: str | None) -> Iterable[Backend]:
     if all(c.nodes for _, c in ready):
         here = [backend for backend, c in ready if node_name in c.nodes]
         if here:

@@ -7,6 +7,7 @@ which Services, slices and the Node arrive does not matter.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
@@ -15,19 +16,16 @@ import msgspec
 
 from ebpfproxy.objects import (
     Changed,
-    EndpointSlice,
     Event,
     Node,
-    Object,
     ObjectKey,
     Replaced,
     Resource,
-    Service,
     key_of,
 )
 from ebpfproxy.services.conflicts import Claims, claim_of
-from ebpfproxy.services.endpoints import Candidate, SliceEndpoints, endpoints_of
-from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends, frontends_of
+from ebpfproxy.services.endpoints import SliceEndpoints, Traits
+from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
 from ebpfproxy.services.model import (
     Backend,
     Family,
@@ -78,6 +76,8 @@ class Tracker:
         self._service_changes = 0
         self._endpoint_changes = 0
         self.node: Node | None = None
+        #: Service ports with policy Local that have endpoints but none here, by family and policy.
+        self.without_local_endpoints: Counter[tuple[Family, str]] = Counter()
 
     # -- what is known
 
@@ -104,16 +104,15 @@ class Tracker:
         """Everything as last drained, sorted."""
         return sorted((p for ports in self._ports.values() for p in ports.values()), key=lambda p: p.key)
 
-    def without_local_endpoints(self) -> Counter[tuple[Family, str]]:
-        """Service ports with policy Local that have endpoints but none here, by family and policy."""
-        found: Counter[tuple[Family, str]] = Counter()
-        for ports in self._ports.values():
-            for port in ports.values():
-                if port.cluster and not port.local:
-                    family = port.key.family
-                    found[family, "internal"] += any(f.internal == Policy.LOCAL for f in port.frontends)
-                    found[family, "external"] += any(f.internal < f.external for f in port.frontends)
-        return found
+    def _count_without_local(self, ports: dict[ServicePortKey, ServicePort], step: int) -> None:
+        for port in ports.values():
+            if port.cluster and not port.local:
+                family = port.key.family
+                for policy, uses in (
+                    ("internal", any(f.internal == Policy.LOCAL for f in port.frontends)),
+                    ("external", any(f.internal < f.external for f in port.frontends)),
+                ):
+                    self.without_local_endpoints[family, policy] += step * uses
 
     @property
     def _zone(self) -> str | None:
@@ -123,33 +122,27 @@ class Tracker:
     # -- events
 
     def apply(self, event: Event) -> None:
+        """The event's objects are what ``services.reduce`` makes of them."""
         if isinstance(event, Replaced):
-            self._replace(event)
+            self._heard_of.add(event.resource)
+            for gone in self._known(event.resource) - event.objects.keys() - event.unreadable:
+                self._remove(event.resource, gone)
+            for key, each in event.objects.items():
+                self._set(key, each)
         elif isinstance(event, Changed):
-            self._set(event.object)
+            self._set(event.key, event.object)
             self._received.append(event.received)
-            if isinstance(event.object, EndpointSlice):
-                self._note_trigger(event.object)
+            if isinstance(event.object, SliceEndpoints):
+                self._note_trigger(event.object.trigger_time)
         else:
             self._remove(event.resource, event.key)
             self._received.append(event.received)
 
-    def _note_trigger(self, piece: EndpointSlice) -> None:
-        annotations = piece.metadata.annotations
-        if annotations is None or annotations.trigger_time is None:
+    def _note_trigger(self, trigger_time: str | None) -> None:
+        if trigger_time is None:
             return
-        try:
-            self._triggers.append(datetime.fromisoformat(annotations.trigger_time).timestamp())
-        except ValueError:
-            return
-
-    def _replace(self, event: Replaced) -> None:
-        self._heard_of.add(event.resource)
-        here = {key_of(each) for each in event.objects} | event.unreadable
-        for gone in self._known(event.resource) - here:
-            self._remove(event.resource, gone)
-        for each in event.objects:
-            self._set(each)
+        with contextlib.suppress(ValueError):
+            self._triggers.append(datetime.fromisoformat(trigger_time).timestamp())
 
     def _known(self, resource: Resource) -> set[ObjectKey]:
         if resource is Resource.SERVICES:
@@ -158,13 +151,15 @@ class Tracker:
             return set(self._slices)
         return {key_of(self.node)} if self.node is not None else set()
 
-    def _set(self, each: Object) -> None:
-        if isinstance(each, Service):
-            self._set_service(key_of(each), frontends_of(each))
-        elif isinstance(each, EndpointSlice):
-            self._set_slice(key_of(each), endpoints_of(each, self._node_name))
-        elif each.metadata.name == self._node_name:
-            self._set_node(each)
+    def _set(self, key: ObjectKey, each: object) -> None:
+        if isinstance(each, ServiceFrontends):
+            self._set_service(key, each)
+        elif isinstance(each, SliceEndpoints):
+            self._set_slice(key, each)
+        else:
+            assert isinstance(each, Node), f"{key}: a {type(each).__name__} is not reduced"
+            if key.name == self._node_name:
+                self._set_node(each)
 
     def _remove(self, resource: Resource, key: ObjectKey) -> None:
         self._warn(resource, key, ())
@@ -193,7 +188,10 @@ class Tracker:
 
     def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> None:
         old = self._slices.get(key)
-        if old == new:
+        if old is None or new is None:
+            if old is new:
+                return
+        elif old.same_as(new):
             return
         if new is None:
             del self._slices[key]
@@ -235,6 +233,8 @@ class Tracker:
             new = self._compute(key)
             changed += [port for name, port in new.items() if old.get(name) != port]
             removed += [name for name in old if name not in new]
+            self._count_without_local(old, -1)
+            self._count_without_local(new, 1)
             if new:
                 self._ports[key] = new
             else:
@@ -264,7 +264,7 @@ class Tracker:
             frontends = tuple(f for f in port.frontends if self._owns(key, f, conflicts))
             if not frontends:
                 continue
-            usable = usable_endpoints(self._candidates(key, port), self._node_name, self._zone)
+            usable = usable_endpoints(self._endpoints(key, port), self._node_name, self._zone)
             ports[port.key] = ServicePort(
                 key=port.key,
                 frontends=frontends,
@@ -296,12 +296,12 @@ class Tracker:
         )
         return False
 
-    def _candidates(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Candidate]:
+    def _endpoints(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Traits]:
         """The endpoints of all slices that have this port, by name and protocol.
 
         An address in two slices counts once: ready before terminating, local before remote.
         """
-        found: dict[Backend, Candidate] = {}
+        found: dict[Backend, Traits] = {}
         name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
         for piece in self._slices_of.get(key, {}).values():
             if piece.family is not family:
@@ -310,14 +310,14 @@ class Tracker:
                 if slice_port.name != name or slice_port.protocol is not protocol:
                     continue
                 number = slice_port.port
-                for candidate in piece.candidates:
-                    backend = Backend(candidate.address, number, protocol)
-                    known = found.setdefault(backend, candidate)
-                    if known is not candidate:
-                        found[backend] = _merge(known, candidate)
+                for address, traits in zip(piece.addresses, piece.traits, strict=True):
+                    backend = Backend(address, number, protocol)
+                    known = found.setdefault(backend, traits)
+                    if known is not traits:
+                        found[backend] = _merge(known, traits)
         return found
 
 
-def _merge(one: Candidate, other: Candidate) -> Candidate:
-    best = max(one, other, key=lambda c: (c.ready, c.local, c.zones, c.nodes))
+def _merge(one: Traits, other: Traits) -> Traits:
+    best = max(one, other, key=lambda t: (t.ready, t.local, t.zones, t.nodes))
     return best._replace(local=one.local or other.local)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_FIELDS = {"f:metadata": {"f:labels": {".": {}, "f:app": {}}}, "f:spec": {"f:ports": {".": {}}, "f:type": {}}}
+_FIELDS: dict[str, Any] = {
+    "f:metadata": {"f:labels": {".": {}, "f:app": {}}},
+    "f:spec": {"f:ports": {".": {}}, "f:type": {}},
+}
 
 
 def _managed(manager: str) -> list[dict[str, Any]]:

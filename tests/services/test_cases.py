@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.kube.manifests import parse
-from ebpfproxy.objects import EndpointSlice, Node, Object, Replaced, Resource, Service, key_of
-from ebpfproxy.services.tracker import Tracker
+from ebpfproxy.objects import EndpointSlice, Node, Object, Replaced, Resource, Service
+from tests.recordings import RecordTracker
+from tests.recordings import replaced as replaced_event
 from tests.services.dump import dump
 
 CASES = sorted((Path(__file__).parents[1] / "cases").glob("*.yaml"))
@@ -27,16 +28,13 @@ def replaced(objects: list[Object]) -> list[Replaced]:
         (Resource.ENDPOINTSLICES, EndpointSlice),
         (Resource.NODES, Node),
     ]
-    return [
-        Replaced(resource, tuple({key_of(o): o for o in objects if isinstance(o, kind)}.values()))
-        for resource, kind in kinds
-    ]
+    return [replaced_event(resource, [o for o in objects if isinstance(o, kind)]) for resource, kind in kinds]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_case(case: Path) -> None:
     objects = list(parse(case.read_text()))
-    tracker = Tracker(NODE)
+    tracker = RecordTracker(NODE)
     for event in replaced(objects):
         tracker.apply(event)
     warnings = tracker.drain().warnings
@@ -53,7 +51,7 @@ def test_case_in_another_order(case: Path) -> None:
     objects = list(parse(case.read_text()))
     events = replaced(list(reversed(objects)))
     random.Random(1).shuffle(events)
-    tracker = Tracker(NODE)
+    tracker = RecordTracker(NODE)
     for event in events:
         tracker.apply(event)
         tracker.drain()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.services.model import FrontendKind, Policy, format_address
-from ebpfproxy.services.tracker import Tracker
 from tests import recordings
+from tests.recordings import RecordTracker
 
 RULES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples" / "nft-list-ruleset.txt"
 
@@ -43,7 +43,7 @@ class Rules:
 
 
 def test_the_same_endpoints_for_every_frontend() -> None:
-    tracker = Tracker("node-a1")
+    tracker = RecordTracker("node-a1")
     for each in recordings.as_events(recordings.lists("final")):
         tracker.apply(each)
     tracker.drain()

@@ -5,27 +5,25 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.services.endpoints import Candidate
+from ebpfproxy.services.endpoints import Traits
 from ebpfproxy.services.model import Backend, Protocol
 from ebpfproxy.services.policy import usable_endpoints
 
 NODE = "node-a"
 
-candidates = st.builds(
-    Candidate,
-    address=st.integers(1, 40).map(lambda n: bytes([10, 0, 0, n])),
+traits = st.builds(
+    Traits,
     ready=st.booleans(),
     local=st.booleans(),
     zones=st.lists(st.sampled_from(["z1", "z2"]), max_size=2, unique=True).map(tuple),
     nodes=st.lists(st.sampled_from([NODE, "node-b"]), max_size=2, unique=True).map(tuple),
 )
-populations = st.lists(candidates, max_size=12, unique_by=lambda c: c.address).map(
-    lambda found: {Backend(c.address, 80, Protocol.TCP): c for c in found}
-)
+backends = st.integers(1, 40).map(lambda n: Backend(bytes([10, 0, 0, n]), 80, Protocol.TCP))
+populations = st.dictionaries(backends, traits, max_size=12)
 zones = st.sampled_from([None, "z1", "z3"])
 
 
-def naive_cluster(population: dict[Backend, Candidate], zone: str | None) -> set[Backend]:
+def naive_cluster(population: dict[Backend, Traits], zone: str | None) -> set[Backend]:
     ready = {b: c for b, c in population.items() if c.ready}
     if not ready:
         return {b for b, c in population.items() if not c.ready}
@@ -40,15 +38,13 @@ def naive_cluster(population: dict[Backend, Candidate], zone: str | None) -> set
     return set(ready)
 
 
-def naive_local(population: dict[Backend, Candidate]) -> set[Backend]:
+def naive_local(population: dict[Backend, Traits]) -> set[Backend]:
     ready = {b for b, c in population.items() if c.local and c.ready}
     return ready or {b for b, c in population.items() if c.local and not c.ready}
 
 
 @given(populations, zones)
-def test_the_sets_are_those_of_the_written_rules(
-    population: dict[Backend, Candidate], zone: str | None
-) -> None:
+def test_the_sets_are_those_of_the_written_rules(population: dict[Backend, Traits], zone: str | None) -> None:
     usable = usable_endpoints(population, NODE, zone)
     assert set(usable.cluster) == naive_cluster(population, zone)
     assert set(usable.local) == naive_local(population)
@@ -56,7 +52,7 @@ def test_the_sets_are_those_of_the_written_rules(
 
 @given(populations, zones)
 def test_every_terminating_endpoint_is_accounted_for(
-    population: dict[Backend, Candidate], zone: str | None
+    population: dict[Backend, Traits], zone: str | None
 ) -> None:
     usable = usable_endpoints(population, NODE, zone)
     leaving = {b for b, c in population.items() if not c.ready}
@@ -67,7 +63,7 @@ def test_every_terminating_endpoint_is_accounted_for(
 
 @given(populations, zones)
 def test_sets_are_sorted_and_empty_only_together_with_everything(
-    population: dict[Backend, Candidate], zone: str | None
+    population: dict[Backend, Traits], zone: str | None
 ) -> None:
     usable = usable_endpoints(population, NODE, zone)
     for backends in (usable.cluster, usable.local, usable.draining):
@@ -77,7 +73,7 @@ def test_sets_are_sorted_and_empty_only_together_with_everything(
 
 @given(populations, zones, st.randoms())
 def test_the_order_of_endpoints_does_not_matter(
-    population: dict[Backend, Candidate], zone: str | None, order: object
+    population: dict[Backend, Traits], zone: str | None, order: object
 ) -> None:
     items = list(population.items())
     order.shuffle(items)  # type: ignore[attr-defined]

@@ -9,8 +9,9 @@ import pytest
 
 from ebpfproxy.objects import Event, Replaced
 from ebpfproxy.services.model import ServicePort, ServicePortKey
-from ebpfproxy.services.tracker import Tracker, Update
+from ebpfproxy.services.tracker import Update
 from tests import recordings
+from tests.recordings import RecordTracker
 
 pytestmark = recordings.needs_recordings
 
@@ -18,7 +19,7 @@ NODES = ("node-a1", "node-b1")
 
 
 def from_scratch(lists: list[Replaced], node: str) -> list[ServicePort]:
-    tracker = Tracker(node)
+    tracker = RecordTracker(node)
     for each in lists:
         tracker.apply(each)
     tracker.drain()
@@ -45,7 +46,7 @@ class Mirror:
 @pytest.mark.parametrize("node", NODES)
 def test_after_every_event_incremental_equals_from_scratch(node: str) -> None:
     first = recordings.as_events(recordings.lists("initial"))
-    world, tracker, mirror = recordings.World(first), Tracker(node), Mirror()
+    world, tracker, mirror = recordings.World(first), RecordTracker(node), Mirror()
     for each in first:
         tracker.apply(each)
     mirror.apply(tracker.drain())
@@ -60,7 +61,7 @@ def test_after_every_event_incremental_equals_from_scratch(node: str) -> None:
 
 @pytest.mark.parametrize("node", NODES)
 def test_the_end_equals_the_final_lists(node: str) -> None:
-    tracker = Tracker(node)
+    tracker = RecordTracker(node)
     for each in [*recordings.as_events(recordings.lists("initial")), *recordings.watch_events()]:
         tracker.apply(each)
     tracker.drain()
@@ -74,7 +75,7 @@ def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) ->
     queues: dict[object, list[Event]] = defaultdict(list)
     for event in recordings.watch_events():
         queues[recordings.event_key(event)].append(event)
-    tracker, mirror = Tracker("node-a1"), Mirror()
+    tracker, mirror = RecordTracker("node-a1"), Mirror()
     for each in order.sample(recordings.as_events(recordings.lists("initial")), 3):
         tracker.apply(each)
     waiting = [list(reversed(queue)) for queue in queues.values()]
@@ -94,7 +95,7 @@ def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) ->
 def test_a_new_list_in_the_middle_changes_only_what_differs() -> None:
     """As after a 410: the list is compared with what is known, and what is the same is not reported."""
     first = recordings.as_events(recordings.lists("initial"))
-    world, tracker = recordings.World(first), Tracker("node-a1")
+    world, tracker = recordings.World(first), RecordTracker("node-a1")
     events = recordings.watch_events()
     half = len(events) // 2
     for each in first:

@@ -7,19 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpfproxy.objects import (
-    Changed,
     Deleted,
     EndpointSlice,
     Node,
     Object,
     ObjectKey,
-    Replaced,
     Resource,
     Service,
     key_of,
 )
 from ebpfproxy.services.model import ServicePort, ServicePortKey
-from ebpfproxy.services.tracker import Tracker
+from tests.recordings import RecordTracker, changed, replaced
 
 NODE = "node-a"
 
@@ -55,14 +53,14 @@ def node(zone: str) -> Node:
     return msgspec.convert({"metadata": {"name": NODE, "labels": labels}}, Node)
 
 
-def synced(*objects: Object) -> Tracker:
-    tracker = Tracker(NODE)
+def synced(*objects: Object) -> RecordTracker:
+    tracker = RecordTracker(NODE)
     for resource, kind in (
         (Resource.SERVICES, Service),
         (Resource.ENDPOINTSLICES, EndpointSlice),
         (Resource.NODES, Node),
     ):
-        tracker.apply(Replaced(resource, tuple(o for o in objects if isinstance(o, kind))))
+        tracker.apply(replaced(resource, [o for o in objects if isinstance(o, kind)]))
     tracker.drain()
     return tracker
 
@@ -112,7 +110,7 @@ def test_incremental_equals_from_scratch(steps: list[tuple[str, Object]]) -> Non
         key = resource_of(each), key_of(each)
         if step == "set":
             world[key] = each
-            tracker.apply(Changed(key[0], each))
+            tracker.apply(changed(key[0], each))
         elif step == "delete":
             world.pop(key, None)
             tracker.apply(Deleted(*key))
@@ -129,7 +127,7 @@ def test_incremental_equals_from_scratch(steps: list[tuple[str, Object]]) -> Non
 def test_many_events_for_one_service_are_one_change() -> None:
     tracker = synced(service("a"))
     for n in range(1, 50):
-        tracker.apply(Changed(Resource.ENDPOINTSLICES, piece("s1", "a", f"10.244.0.{n}")))
+        tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", f"10.244.0.{n}")))
     update = tracker.drain()
     assert [port.cluster[0].address[3] for port in update.changed] == [49]
     assert update.endpoint_changes == 49
@@ -137,25 +135,25 @@ def test_many_events_for_one_service_are_one_change() -> None:
 
 def test_an_endpoint_change_touches_its_service_only() -> None:
     tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
-    tracker.apply(Changed(Resource.ENDPOINTSLICES, piece("s1", "bb", "10.244.0.1")))
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "bb", "10.244.0.1")))
     assert [port.key.name for port in tracker.drain().changed] == ["bb"]
 
 
 def test_an_event_that_changes_nothing_is_no_change() -> None:
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1"))
-    tracker.apply(Changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.1")))
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.1")))
     assert not tracker.pending
 
 
 def test_warnings_are_given_once_while_they_last() -> None:
     tracker = synced(service("a"))
-    bad = Changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.300", "10.244.0.1"))
+    bad = changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.300", "10.244.0.1"))
     tracker.apply(bad)
     first = tracker.drain().warnings
     assert [w.field for w in first] == ["endpoints[0].addresses[0]"]
-    tracker.apply(Changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.300", "10.244.0.2")))
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.300", "10.244.0.2")))
     assert tracker.drain().warnings == ()
-    tracker.apply(Changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.2")))
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.2")))
     tracker.apply(bad)
     assert tracker.drain().warnings == first, "it was gone and came back"
 
@@ -172,7 +170,7 @@ def test_when_the_owner_of_an_address_goes_the_next_one_gets_it() -> None:
 def test_objects_of_a_list_that_cannot_be_read_keep_their_last_state() -> None:
     tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
     unreadable = frozenset({ObjectKey("shop", "a")})
-    tracker.apply(Replaced(Resource.SERVICES, (service("bb", clusterIP="10.96.0.2"),), unreadable))
+    tracker.apply(replaced(Resource.SERVICES, [service("bb", clusterIP="10.96.0.2")], unreadable))
     assert not tracker.pending
 
 
@@ -181,14 +179,14 @@ def test_another_zone_computes_every_service_again() -> None:
     slices = piece("s1", "a", "10.244.0.1", hints=one), piece("s2", "a", "10.244.0.2", hints=other)
     tracker = synced(service("a"), *slices, node("z1"))
     assert [b.address[3] for b in tracker.service_ports()[0].cluster] == [1]
-    tracker.apply(Changed(Resource.NODES, node("z2")))
+    tracker.apply(changed(Resource.NODES, node("z2")))
     assert [b.address[3] for b in tracker.drain().changed[0].cluster] == [2]
 
 
 def test_trigger_times_and_receipt_of_changes_come_with_the_update() -> None:
     tracker = synced(service("a"))
-    changed = piece("s1", "a", "10.244.0.1", trigger="2026-11-20T10:00:00.5Z")
-    tracker.apply(Changed(Resource.ENDPOINTSLICES, changed, received=7.0))
+    triggered = piece("s1", "a", "10.244.0.1", trigger="2026-11-20T10:00:00.5Z")
+    tracker.apply(changed(Resource.ENDPOINTSLICES, triggered, received=7.0))
     update = tracker.drain()
     assert update.triggers == (1795168800.5,)
     assert update.received == (7.0,)

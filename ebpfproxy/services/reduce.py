@@ -1,0 +1,21 @@
+"""What of each object the tracker needs: computed once, as soon as the object is decoded."""
+
+from __future__ import annotations
+
+from ebpfproxy.objects import EndpointSlice, Node, Object, Reduce, Service
+from ebpfproxy.services.endpoints import endpoints_of
+from ebpfproxy.services.frontends import frontends_of
+
+
+def reducer(node_name: str) -> Reduce:
+    """Services to ServiceFrontends, slices to SliceEndpoints as this node sees them; a Node stays."""
+
+    def reduce(each: Object) -> object:
+        if isinstance(each, Service):
+            return frontends_of(each)
+        if isinstance(each, EndpointSlice):
+            return endpoints_of(each, node_name)
+        assert isinstance(each, Node)
+        return each
+
+    return reduce

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Services at the socket (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): connect() and unconnected sends go to a
- * backend's own address, and the application is told the frontend's address back. Packets then need no
- * translation. Sockets and addresses of no Service are left exactly as they are.
+ * backend's own address, and the application is told the frontend's address back. Packets then need
+ * no translation. Sockets and addresses of no Service are left exactly as they are.
  */
 #include "lib/compat.h"
 #include "lib/addr.h"
@@ -22,8 +22,8 @@ static __always_inline u8 service_protocol(u32 protocol)
 
 static __always_inline struct target target4(struct bpf_sock_addr *ctx)
 {
-	return (struct target){ addr_of_v4(ctx->user_ip4), ctx->user_port,
-				service_protocol(ctx->protocol) };
+	return (struct target) { addr_of_v4(ctx->user_ip4), ctx->user_port,
+				 service_protocol(ctx->protocol) };
 }
 
 static __always_inline struct target target6(struct bpf_sock_addr *ctx)
@@ -59,7 +59,8 @@ static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
 	return bpf_get_netns_cookie(ctx) == HOST_NETNS_COOKIE;
 }
 
-static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx, const struct inet_addr *addr)
+static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
+					      const struct inet_addr *addr)
 {
 	/* A pod's loopback is the pod's own. */
 	if (addr_is_loopback(addr))

@@ -9,7 +9,7 @@
 
 static __always_inline struct inet_addr addr_of_v4(__be32 v4)
 {
-	return (struct inet_addr){ { 0, 0, V4_MAPPED, v4 } };
+	return (struct inet_addr) { { 0, 0, V4_MAPPED, v4 } };
 }
 
 static __always_inline bool addr_is_v4(const struct inet_addr *a)
@@ -19,8 +19,8 @@ static __always_inline bool addr_is_v4(const struct inet_addr *a)
 
 static __always_inline bool addr_equal(const struct inet_addr *a, const struct inet_addr *b)
 {
-	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) |
-		 (a->word[2] ^ b->word[2]) | (a->word[3] ^ b->word[3]));
+	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) |
+		 (a->word[3] ^ b->word[3]));
 }
 
 /* A connect() to the unspecified address reaches this host, as one to loopback does. */

@@ -2,9 +2,9 @@
 /*
  * What a socket asked for, so that it can be told the same address back.
  *
- * A connected socket has one peer: its origin lives in the socket (sk-local storage) and dies with it.
- * An unconnected one may talk to many: those live in an LRU hash by socket cookie and backend, where
- * kernels without sk-local storage in these hooks keep the connected ones, too.
+ * A connected socket has one peer: its origin lives in the socket (sk-local storage) and dies with
+ * it. An unconnected one may talk to many: those live in an LRU hash by socket cookie and backend,
+ * where kernels without sk-local storage in these hooks keep the connected ones, too.
  */
 #ifndef EBPFPROXY_ORIGIN_H
 #define EBPFPROXY_ORIGIN_H
@@ -19,14 +19,15 @@ static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
 static __always_inline struct revnat_key revnat_key(struct bpf_sock_addr *ctx,
 						    const struct inet_addr *backend, __be16 port)
 {
-	return (struct revnat_key){
+	return (struct revnat_key) {
 		.cookie = get_socket_cookie(ctx),
 		.backend = *backend,
 		.backend_port = port,
 	};
 }
 
-static __always_inline void revnat_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
+static __always_inline void revnat_remember(struct bpf_sock_addr *ctx,
+					    const struct target *frontend,
 					    const struct backend *backend)
 {
 	struct revnat_key key = revnat_key(ctx, &backend->addr, backend->port);
@@ -54,9 +55,9 @@ static __always_inline bool revnat_recall(struct bpf_sock_addr *ctx, struct targ
 
 #if HAVE_SK_STORAGE
 
-static __always_inline void origin_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
-					    u32 service_id, u32 backend_id,
-					    const struct backend *backend)
+static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
+					    const struct target *frontend, u32 service_id,
+					    u32 backend_id, const struct backend *backend)
 {
 	struct origin *o;
 
@@ -98,9 +99,9 @@ static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct targ
 
 #else
 
-static __always_inline void origin_remember(struct bpf_sock_addr *ctx, const struct target *frontend,
-					    u32 service_id, u32 backend_id,
-					    const struct backend *backend)
+static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
+					    const struct target *frontend, u32 service_id,
+					    u32 backend_id, const struct backend *backend)
 {
 	(void)service_id;
 	(void)backend_id;

@@ -50,8 +50,8 @@ static __always_inline struct service *service_by_node_port(const struct target 
 {
 	const struct inet_addr any = {};
 
-	return addr_is_v4(&to->addr) ? service_lookup4(0, to, scope) :
-				       service_lookup6(&any, to, scope);
+	return addr_is_v4(&to->addr) ? service_lookup4(0, to, scope)
+				     : service_lookup6(&any, to, scope);
 }
 
 static __always_inline bool addr_is_this_node(const struct inet_addr *a)

@@ -3,9 +3,9 @@
  * The structs that maps hold. ebpfproxy/datapath/layout.py describes the same bytes to the agent;
  * a change to either is a new schema version there.
  *
- * Addresses and ports are in network byte order, everything else in host order. An address of either
- * family is 16 bytes: IPv4 is written as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2), so that only the
- * frontend tables, whose keys decide the speed, exist twice.
+ * Addresses and ports are in network byte order, everything else in host order. An address of
+ * either family is 16 bytes: IPv4 is written as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2), so that only
+ * the frontend tables, whose keys decide the speed, exist twice.
  */
 #ifndef EBPFPROXY_TYPES_H
 #define EBPFPROXY_TYPES_H
@@ -24,8 +24,8 @@ enum policy {
 };
 
 /* service.flags */
-#define SERVICE_LOCAL		(1 << 0) /* this entry uses the Local set */
-#define SERVICE_TWO_SCOPES	(1 << 1) /* the external scope has an entry of its own */
+#define SERVICE_LOCAL	   (1 << 0) /* this entry uses the Local set */
+#define SERVICE_TWO_SCOPES (1 << 1) /* the external scope has an entry of its own */
 
 struct inet_addr {
 	__be32 word[4];
@@ -90,7 +90,8 @@ struct origin {
 	u32 backend_id;
 };
 
-/* Where a socket without sk-local storage, or an unconnected one, meant a backend's datagrams to go. */
+/* Where a socket without sk-local storage, or an unconnected one, meant a backend's datagrams to
+ * go. */
 struct revnat_key {
 	u64 cookie;
 	struct inet_addr backend;

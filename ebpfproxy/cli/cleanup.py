@@ -31,6 +31,8 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
         lock = Lock(folders)
         try:
             removed = remove_everything(pins)
+            if not bpf_root.is_mount() and not any(bpf_root.iterdir()):
+                bpf_root.rmdir()
         finally:
             lock.release()
     for line in removed:

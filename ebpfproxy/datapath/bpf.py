@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes as ct
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # enum bpf_map_type (include/uapi/linux/bpf.h)
@@ -245,17 +246,28 @@ def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
     return done.value
 
 
-def map_lookup_all(fd: int, key_size: int, value_size: int, max_entries: int) -> tuple[bytes, bytes, int]:
-    """Keys, values and number of entries, in one batch. ``value_size`` as in :func:`map_lookup`."""
-    keys = ct.create_string_buffer(max(1, key_size * max_entries))
-    values = ct.create_string_buffer(max(1, value_size * max_entries))
-    count = ct.c_uint32(max_entries)
+def map_lookup_batches(
+    fd: int, key_size: int, value_size: int, batch: int
+) -> Iterator[tuple[memoryview, memoryview, int]]:
+    """Keys, values and their number, up to ``batch`` entries at a time; the views are good until the next.
+
+    ``value_size`` as in :func:`map_lookup`. A hash that changes meanwhile may give an entry twice or not.
+    """
+    keys = ct.create_string_buffer(key_size * batch)
+    values = ct.create_string_buffer(value_size * batch)
     token = ct.create_string_buffer(max(4, key_size))
-    result = _lib.bpf_map_lookup_batch(fd, None, token, keys, values, ct.byref(count), None)
-    if result < 0 and ct.get_errno() != errno.ENOENT:
-        _check(result, "read map")
-    n = count.value
-    return ct.string_at(keys, n * key_size), ct.string_at(values, n * value_size), n
+    start: ct.Array[ct.c_char] | None = None
+    while True:
+        count = ct.c_uint32(batch)
+        result = _lib.bpf_map_lookup_batch(fd, start, token, keys, values, ct.byref(count), None)
+        last = result < 0 and ct.get_errno() == errno.ENOENT
+        if not last:
+            _check(result, "read map")
+        if count.value:
+            yield memoryview(keys).cast("B"), memoryview(values).cast("B"), count.value
+        if last:
+            return
+        start = token
 
 
 def map_info(fd: int) -> MapInfo:

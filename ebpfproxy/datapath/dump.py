@@ -17,7 +17,7 @@ from ebpfproxy.datapath.layout import U32, Scope, ServiceFlags
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 from ebpfproxy.datapath.programs import program_id
 from ebpfproxy.datapath.roots import pin_folder
-from ebpfproxy.services.model import Family, Protocol, ServicePortKey, format_endpoint
+from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, format_endpoint
 
 
 class NothingPinnedError(Exception):
@@ -155,6 +155,7 @@ class Dump:
                     users.setdefault(backend_id, set()).add(f"{name.namespace}/{name.name}")
         rows = []
         shared = self._maps.shared("backends")
+        connections = self.backend_connections()
         for number in range(shared.spec.max_entries):
             if not shared.bytes[number * shared.stride + layout.BACKEND_PROTOCOL_OFFSET]:
                 continue
@@ -171,24 +172,27 @@ class Dump:
                         protocol=backend.protocol.name,
                         state=str(state),
                         services=tuple(sorted(users.get(number, ()))),
-                        connections=self._sum("backend_stats", number, layout.BACKEND_STATS.size)[0],
+                        connections=connections.get(number, 0),
                     ),
                 )
             )
         return [row for _, row in sorted(rows, key=lambda pair: (len(pair[0].address), pair[0]))]
 
     def service_counters(self) -> list[ServiceCounters]:
+        """Of the service ports that have counted anything."""
         return [
-            ServiceCounters(key, *self._sum("service_stats", number, layout.SERVICE_STATS.size))
-            for number, key in self.names.items()
+            ServiceCounters(self.names[number], *sums)
+            for number, sums in self._maps["service_stats"].nonzero_counters()
+            if number in self.names
         ]
 
-    def _sum(self, stats: str, index: int, size: int) -> list[int]:
-        """The 64-bit counters of one index, summed over all CPUs."""
-        packed = self._maps[stats].lookup(U32.pack(index)) or b""
-        values = memoryview(packed).cast("Q")
-        fields = size // 8
-        return [sum(values[field::fields]) for field in range(fields)]
+    def backend_connections(self) -> dict[int, int]:
+        """Connections and datagrams by backend id, where there were any."""
+        return {number: sums[0] for number, sums in self._maps["backend_stats"].nonzero_counters()}
+
+    def backend(self, number: int) -> Backend | None:
+        found = layout.unpack_backend(self._packed_backend(number))
+        return found[0] if found is not None else None
 
 
 def fill(maps: MapSet) -> list[MapFill]:

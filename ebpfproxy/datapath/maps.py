@@ -12,6 +12,9 @@ from pathlib import Path
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.layout import Capacity, MapSpec, map_specs, version_name
 
+#: Entries a system call, when whole maps are read.
+_BATCH = 4096
+
 
 class Map:
     """One open map, with a count of the entries that were written through it."""
@@ -50,21 +53,34 @@ class Map:
     def lookup(self, key: bytes) -> bytes | None:
         return bpf.map_lookup(self.fd, key, self._value_size)
 
+    def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
+        return bpf.map_lookup_batches(self.fd, self.spec.key_size, self._value_size, _BATCH)
+
     def count(self) -> int:
         """How many entries a hash holds."""
-        return bpf.map_lookup_all(self.fd, self.spec.key_size, self._value_size, self.spec.max_entries)[2]
+        return sum(count for _, _, count in self._batches())
 
-    def items(self, limit: int | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """Every entry; of an array only the first ``limit``."""
-        keys, values, count = bpf.map_lookup_all(
-            self.fd,
-            self.spec.key_size,
-            self._value_size,
-            self.spec.max_entries if limit is None else min(limit, self.spec.max_entries),
-        )
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every entry of a hash."""
         ks, vs = self.spec.key_size, self._value_size
-        for i in range(count):
-            yield keys[i * ks : (i + 1) * ks], values[i * vs : (i + 1) * vs]
+        for keys, values, count in self._batches():
+            for i in range(count):
+                yield bytes(keys[i * ks : (i + 1) * ks]), bytes(values[i * vs : (i + 1) * vs])
+
+    def nonzero_counters(self) -> Iterator[tuple[int, list[int]]]:
+        """Of a per-CPU array of 64-bit counters: index and sums over all CPUs, where any is not zero."""
+        fields = self.spec.value_size // 8
+        words = self._value_size // 8
+        zero = bytes(self._value_size)
+        base = 0
+        for _, values, count in self._batches():
+            if values[: count * self._value_size] != bytes(count * self._value_size):
+                for i in range(count):
+                    value = values[i * self._value_size : (i + 1) * self._value_size]
+                    if value != zero:
+                        counters = value.cast("Q")
+                        yield base + i, [sum(counters[f:words:fields]) for f in range(fields)]
+            base += count
 
     def close(self) -> None:
         os.close(self.fd)

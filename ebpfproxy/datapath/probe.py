@@ -69,7 +69,8 @@ def _attach_types_load() -> bool:
 def _batch_works() -> bool:
     fd = bpf.map_create(bpf.MAP_PERCPU_ARRAY, "probe", 4, 8, 1)
     try:
-        bpf.map_lookup_all(fd, 4, 8 * bpf.possible_cpus(), 1)
+        for _ in bpf.map_lookup_batches(fd, 4, 8 * bpf.possible_cpus(), 1):
+            pass
     except bpf.BpfError:
         return False
     finally:

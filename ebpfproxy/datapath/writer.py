@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 
 import msgspec
 
@@ -31,24 +31,16 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
-_NO_IDS: array[int] = array("Q")
 _NO_KEYS: frozenset[int] = frozenset()
 
 
 class _Programmed(msgspec.Struct):
-    """What the maps hold for one service port."""
+    """What the maps hold for one service port, beyond what can be read from them."""
 
     id: int
     entries: tuple[bytes, ...] = ()
     draining: frozenset[int] = _NO_KEYS
     leaving: frozenset[int] = _NO_KEYS
-    bases: list[int] = msgspec.field(default_factory=lambda: [0, 0])
-    slots: list[array[int]] = msgspec.field(default_factory=lambda: [_NO_IDS, _NO_IDS])
-
-    @property
-    def held(self) -> set[int]:
-        """The backends that it refers to."""
-        return {*self.slots[Policy.CLUSTER], *self.slots[Policy.LOCAL], *self.draining}
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -122,23 +114,17 @@ class Writer:
             for key, value in self._maps[table].items():
                 self._entries[key] = value
                 entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
-        slots = self._slots.bytes.cast("Q")
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(number, tuple(entries_of.get(number, ())))
-            for policy in Policy:
-                base, count = layout.selection_range(self._words[number * layout.POLICIES + policy])
-                if count:
-                    known.bases[policy] = base
-                    known.slots[policy] = array("Q", slots[base : base + count])
-                    used.append((base, count))
-            known.leaving = frozenset(filter(self._is_terminating, known.held))
-            for backend_id in known.held:
+            used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
+            held = self._held(known)
+            known.leaving = frozenset(filter(self._is_terminating, held))
+            for backend_id in held:
                 self._refs[backend_id] += 1
             for backend_id in known.leaving:
                 self._leaving[backend_id] = self._leaving.get(backend_id, 0) + 1
             self._programmed[name] = known
-        slots.release()
         self._ranges = Ranges(self._slots.spec.max_entries, used)
         self._service_ids: Ids[ServicePortKey] = Ids(
             self._maps["service_stats"].spec.max_entries, {name: number for number, name in names.items()}
@@ -147,6 +133,21 @@ class Writer:
         self._node_addresses = frozenset(
             layout.unpack_address(key) for key, _ in self._maps["node_addresses"].items()
         )
+
+    def _range(self, service_id: int, policy: int) -> tuple[int, int]:
+        """Base and count of the slots in use."""
+        if service_id < 0:
+            return 0, 0
+        return layout.selection_range(self._words[service_id * layout.POLICIES + policy])
+
+    def _slot_ids(self, base: int, count: int) -> array[int]:
+        size = layout.SLOT_SIZE
+        return array("Q", bytes(self._slots.bytes[base * size : (base + count) * size]))
+
+    def _held(self, known: _Programmed) -> set[int]:
+        """The backends that a service port refers to, as the maps have it."""
+        cluster, local = (self._slot_ids(*self._range(known.id, policy)) for policy in Policy)
+        return {*cluster, *local, *known.draining}
 
     def _adopted_backends(self) -> dict[Backend, int]:
         if not self._maps.adopted:
@@ -218,36 +219,36 @@ class Writer:
         if known is None:
             # The id is taken last, so that a port that does not fit leaves nothing behind.
             known = _Programmed(-1)
-        bases, slots = list(known.bases), list(known.slots)
-        ids: list[array[int]] = []
+        before = [self._range(known.id, policy) for policy in Policy]
+        after = list(before)
         try:
             ids = [array("Q", map(self._backend_id, each)) for each in sets]
             draining = frozenset(map(self._backend_id, port.draining))
             for policy in Policy:
-                if ids[policy] != slots[policy]:
-                    bases[policy] = self._write_slots(ids[policy])
-                    slots[policy] = ids[policy]
+                if ids[policy] != self._slot_ids(*before[policy]):
+                    after[policy] = self._write_slots(ids[policy])
             if known.id < 0:
                 known.id = self._new_service(port.key, plan)
                 self._programmed[port.key] = known
         except (IdsExhaustedError, RangesExhaustedError):
-            for policy in Policy:
-                if slots[policy] is not known.slots[policy] and slots[policy]:
-                    self._ranges.release(bases[policy], len(slots[policy]))
+            for old, new in zip(before, after, strict=True):
+                if new != old and new[1]:
+                    self._ranges.release(*new)
             self._drop_unheld(self._fresh_backends)
             raise
         finally:
             self._fresh_backends = []
+        held = self._held(known)
         for policy in Policy:
-            if slots[policy] is known.slots[policy]:
+            if after[policy] == before[policy]:
                 continue
-            if known.slots[policy]:
-                self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
+            if before[policy][1]:
+                self._retired.ranges.append(before[policy])
             index = known.id * layout.POLICIES + policy
-            plan.words[index] = layout.selection_word(bases[policy], len(slots[policy]))
-        before = known.held
-        known.bases, known.slots, known.draining = bases, slots, draining
-        self._hold(known, before, draining | frozenset(map(self._backend_id, port.terminating)))
+            plan.words[index] = layout.selection_word(*after[policy])
+        known.draining = draining
+        leaving = draining | frozenset(map(self._backend_id, port.terminating))
+        self._hold(known, held, draining.union(*ids), leaving)
         self._plan_entries(port, known, plan)
 
     def _backend_id(self, backend: Backend) -> int:
@@ -265,26 +266,29 @@ class Writer:
         self._backends.bytes[start : start + len(packed)] = packed
         self._backends.writes += 1
 
-    def _write_slots(self, ids: array[int]) -> int:
+    def _write_slots(self, ids: array[int]) -> tuple[int, int]:
+        """Base and count of a fresh range."""
         if not ids:
-            return 0
+            return 0, 0
         base = self._ranges.allocate(len(ids))
         size = layout.SLOT_SIZE
         self._slots.bytes[base * size : (base + len(ids)) * size] = ids.tobytes()
         self._slots.writes += len(ids)
-        return base
+        return base, len(ids)
 
     def _new_service(self, key: ServicePortKey, plan: _Plan) -> int:
         number = self._service_ids.add(key)
+        # A killed agent may have left words behind an id that nothing named any more.
+        for policy in Policy:
+            self._words[number * layout.POLICIES + policy] = 0
         plan.names[U32.pack(number)] = layout.pack_name(key)
         if self._maps.adopted or self._service_ids.recycles:
             self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
         return number
 
-    def _hold(self, known: _Programmed, before: set[int], leaving: frozenset[int]) -> None:
+    def _hold(self, known: _Programmed, before: Set[int], after: Set[int], leaving: frozenset[int]) -> None:
         """Counts references, so that a backend's state and end follow from its users."""
-        held = known.held
-        came, went = held - before, before - held
+        came, went = after - before, before - after
         turned = leaving ^ known.leaving
         if not (came or went or turned):
             return
@@ -380,12 +384,11 @@ class Writer:
         known = self._programmed.pop(key, None)
         if known is None:
             return
+        self._hold(known, self._held(known), _NO_KEYS, _NO_KEYS)
         for policy in Policy:
-            if known.slots[policy]:
-                self._retired.ranges.append((known.bases[policy], len(known.slots[policy])))
-        before = known.held
-        known.slots, known.draining = [_NO_IDS, _NO_IDS], _NO_KEYS
-        self._hold(known, before, _NO_KEYS)
+            chosen = self._range(known.id, policy)
+            if chosen[1]:
+                self._retired.ranges.append(chosen)
         self._maps["service_names"].delete(U32.pack(known.id))
         self._service_ids.forget(key)
         self._retired.services.append(known.id)

@@ -145,7 +145,7 @@ class HttpServer:
                 return
             if self._bind():
                 log.info("serving now", server=self._name, address=self._text)
-        self._server.serve_forever()
+        self._server.serve_forever(poll_interval=0.1)
 
     def stop(self) -> None:
         self._stop.set()

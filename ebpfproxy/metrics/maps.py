@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from ebpfproxy.datapath.dump import Dump, fill
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.services.model import format_endpoint
 
 
 class MapCollector(Collector):
@@ -45,10 +46,12 @@ class MapCollector(Collector):
         yield services
         backends = CounterMetricFamily(
             "ebpfproxy_backend_connections",
-            "Connections and datagrams sent to a backend; those without any are left out",
+            "Connections and datagrams sent to a backend; only those that have any",
             labels=["address", "protocol"],
         )
-        for backend in dump.backends():
-            if backend.connections:
-                backends.add_metric([backend.address, backend.protocol], backend.connections)
+        for number, connections in dump.backend_connections().items():
+            backend = dump.backend(number)
+            if backend is not None:
+                address = format_endpoint(backend.address, backend.port)
+                backends.add_metric([address, backend.protocol.name], connections)
         yield backends

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 from ebpfproxy.objects import ObjectKey
@@ -34,29 +34,19 @@ class Claims:
 
     def __init__(self) -> None:
         self._claimants: dict[Claim, list[Age]] = {}
-        self._held: dict[ObjectKey, tuple[Age, frozenset[Claim]]] = {}
 
     def owner(self, claim: Claim) -> ObjectKey | None:
         claimants = self._claimants.get(claim)
         return _service(claimants[0]) if claimants else None
 
-    def replace(self, service: ObjectKey, age: Age, claims: Collection[Claim]) -> set[ObjectKey]:
-        """Sets what a Service claims; nothing for one that is gone.
+    def replace(self, old_age: Age, old: Set[Claim], age: Age, new: Set[Claim]) -> set[ObjectKey]:
+        """A Service's claims are ``new`` ones now; it may have been made again with another age.
 
-        Returns the other Services for which the owner of a claim is another one now.
+        Returns the Services for which the owner of a claim is another one now, itself possibly among them.
         """
-        old_age, old = self._held.get(service, (age, frozenset()))
-        new = frozenset(claims)
-        if old == new and old_age == age:
-            return set()
         touched: set[ObjectKey] = set()
         self._remove(old_age, old if old_age != age else old - new, touched)
         self._add(age, new if old_age != age else new - old, touched)
-        if new:
-            self._held[service] = age, new
-        else:
-            self._held.pop(service, None)
-        touched.discard(service)
         return touched
 
     def _remove(self, age: Age, claims: Iterable[Claim], touched: set[ObjectKey]) -> None:

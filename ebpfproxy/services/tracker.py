@@ -23,7 +23,7 @@ from ebpfproxy.objects import (
     Resource,
     key_of,
 )
-from ebpfproxy.services.conflicts import Claims, claim_of
+from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of
 from ebpfproxy.services.endpoints import SliceEndpoints, Traits
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
 from ebpfproxy.services.model import (
@@ -64,9 +64,9 @@ class Tracker:
         self._heard_of: set[Resource] = set()
         self._services: dict[ObjectKey, ServiceFrontends] = {}
         self._slices: dict[ObjectKey, SliceEndpoints] = {}
-        self._slices_of: dict[ObjectKey, dict[str, SliceEndpoints]] = {}
+        self._slices_of: dict[ObjectKey, tuple[ObjectKey, ...]] = {}
         self._claims = Claims()
-        self._ports: dict[ObjectKey, dict[ServicePortKey, ServicePort]] = {}
+        self._ports: dict[ObjectKey, tuple[ServicePort, ...]] = {}
         self._touched: dict[ObjectKey, None] = {}
         self._warned: dict[tuple[Resource, ObjectKey], frozenset[Warning]] = {}
         self._conflicts: dict[ObjectKey, frozenset[Warning]] = {}
@@ -102,10 +102,10 @@ class Tracker:
 
     def service_ports(self) -> list[ServicePort]:
         """Everything as last drained, sorted."""
-        return sorted((p for ports in self._ports.values() for p in ports.values()), key=lambda p: p.key)
+        return sorted((p for ports in self._ports.values() for p in ports), key=lambda p: p.key)
 
-    def _count_without_local(self, ports: dict[ServicePortKey, ServicePort], step: int) -> None:
-        for port in ports.values():
+    def _count_without_local(self, ports: Iterable[ServicePort], step: int) -> None:
+        for port in ports:
             if port.cluster and not port.local:
                 family = port.key.family
                 for policy, uses in (
@@ -181,9 +181,8 @@ class Tracker:
             self._warn(Resource.SERVICES, key, new.warnings)
         self._service_changes += 1
         self._touched[key] = None
-        age = new.age if new is not None else ("", *key)
-        claims = {claim_of(f) for port in (new.ports if new is not None else ()) for f in port.frontends}
-        for other in self._claims.replace(key, age, claims):
+        age, claims = _claims_of(key, new)
+        for other in self._claims.replace(*_claims_of(key, old), age, claims):
             self._touched[other] = None
 
     def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> None:
@@ -199,15 +198,19 @@ class Tracker:
             self._slices[key] = new
             self._warn(Resource.ENDPOINTSLICES, key, new.warnings)
         self._endpoint_changes += 1
-        if old is not None and old.service is not None:
-            slices = self._slices_of[old.service]
-            del slices[key.name]
-            if not slices:
-                del self._slices_of[old.service]
-            self._touched[old.service] = None
-        if new is not None and new.service is not None:
-            self._slices_of.setdefault(new.service, {})[key.name] = new
-            self._touched[new.service] = None
+        before = old.service if old is not None else None
+        after = new.service if new is not None else None
+        for service in (before, after):
+            if service is not None:
+                self._touched[service] = None
+        if before == after:
+            return
+        if before is not None:
+            left = tuple(each for each in self._slices_of.pop(before) if each != key)
+            if left:
+                self._slices_of[before] = left
+        if after is not None:
+            self._slices_of[after] = (*self._slices_of.get(after, ()), key)
 
     def _set_node(self, node: Node | None) -> None:
         zone = self._zone
@@ -229,10 +232,11 @@ class Tracker:
         changed: list[ServicePort] = []
         removed: list[ServicePortKey] = []
         for key in self._touched:
-            old = self._ports.get(key, {})
+            old = self._ports.get(key, ())
             new = self._compute(key)
-            changed += [port for name, port in new.items() if old.get(name) != port]
-            removed += [name for name in old if name not in new]
+            was = {port.key: port for port in old}
+            changed += [port for port in new if was.pop(port.key, None) != port]
+            removed += was
             self._count_without_local(old, -1)
             self._count_without_local(new, 1)
             if new:
@@ -253,33 +257,35 @@ class Tracker:
         self._service_changes = self._endpoint_changes = 0
         return update
 
-    def _compute(self, key: ObjectKey) -> dict[ServicePortKey, ServicePort]:
+    def _compute(self, key: ObjectKey) -> tuple[ServicePort, ...]:
         service = self._services.get(key)
         if service is None:
             self._conflicts.pop(key, None)
-            return {}
+            return ()
         conflicts: list[Warning] = []
-        ports = {}
+        ports = []
         for port in service.ports:
             frontends = tuple(f for f in port.frontends if self._owns(key, f, conflicts))
             if not frontends:
                 continue
             usable = usable_endpoints(self._endpoints(key, port), self._node_name, self._zone)
-            ports[port.key] = ServicePort(
-                key=port.key,
-                frontends=frontends,
-                cluster=usable.cluster,
-                local=usable.local,
-                draining=usable.draining,
-                terminating=usable.terminating,
-                affinity_seconds=port.affinity_seconds,
-                algorithm=port.algorithm,
+            ports.append(
+                ServicePort(
+                    key=port.key,
+                    frontends=port.frontends if frontends == port.frontends else frontends,
+                    cluster=usable.cluster,
+                    local=usable.local,
+                    draining=usable.draining,
+                    terminating=usable.terminating,
+                    affinity_seconds=port.affinity_seconds,
+                    algorithm=port.algorithm,
+                )
             )
         before = self._conflicts.pop(key, frozenset())
         if conflicts:
             self._conflicts[key] = frozenset(conflicts)
             self._new_warnings += [w for w in conflicts if w not in before]
-        return ports
+        return tuple(ports)
 
     def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:
         owner = self._claims.owner(claim_of(frontend))
@@ -303,7 +309,8 @@ class Tracker:
         """
         found: dict[Backend, Traits] = {}
         name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
-        for piece in self._slices_of.get(key, {}).values():
+        for slice_key in self._slices_of.get(key, ()):
+            piece = self._slices[slice_key]
             if piece.family is not family:
                 continue
             for slice_port in piece.ports:
@@ -316,6 +323,12 @@ class Tracker:
                     if known is not traits:
                         found[backend] = _merge(known, traits)
         return found
+
+
+def _claims_of(key: ObjectKey, service: ServiceFrontends | None) -> tuple[Age, set[Claim]]:
+    if service is None:
+        return ("", *key), set()
+    return service.age, {claim_of(f) for port in service.ports for f in port.frontends}
 
 
 def _merge(one: Traits, other: Traits) -> Traits:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs as root on Debian 12. The virtual environment is made from the system's Python, because
+# bcc comes from the distribution and from nowhere else.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
+
+.PHONY: demo test bench lint format setup clean
+
+demo: setup
+	$(PYTHON) -m tests.demo
+
+test: setup lint
+	$(PYTHON) -m pytest
+
+bench: setup
+	$(PYTHON) -m tests.bench --json bench.json
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	clang-format --dry-run --Werror $(C)
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	clang-format -i $(C)
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml tests/setup.sh
+	tests/setup.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

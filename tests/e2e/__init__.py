@@ -1,0 +1,1 @@
+"""Real agents, real BPF, real sockets: two nodes and their pods in namespaces."""

@@ -39,10 +39,11 @@ class Agent:
         self.log = node.lab.folder / f"{node.name}-{next(_counter)}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, wait: bool = True) -> Agent:
+    def start(self, *, wait: bool = True, cwd: Path | None = None) -> Agent:
+        """``cwd``: a checkout whose agent this is, if not the one under test."""
         command = [sys.executable, "-m", "ebpfproxy", "run", *self._node.roots, *self._arguments]
         with self.log.open("ab") as log:
-            self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log)
+            self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log, cwd=cwd)
         if wait:
             self.wait_ready()
         return self

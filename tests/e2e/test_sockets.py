@@ -1,0 +1,224 @@
+"""Processes reach Services through the socket hooks: every protocol, family and kind of frontend."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.world import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS, World
+from tests.lab import Lab, clients
+
+pytestmark = pytest.mark.root
+
+FEATURES = {
+    "this-kernel": [],
+    "fallbacks": ["--without", "sk-storage", "--without", "set-retval"],
+}
+
+
+@pytest.fixture(scope="module", params=FEATURES)
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with Lab() as lab:
+        found = World(lab)
+        found.agent(*FEATURES[request.param]).start()
+        if request.param == "fallbacks":
+            found.refused = found.dropped = "EPERM"
+        yield found
+
+
+@pytest.fixture(params=SERVICE_IPS)
+def service_ip(request: pytest.FixtureRequest) -> str:
+    return SERVICE_IPS[request.param]
+
+
+def test_tcp_reaches_every_backend_and_is_told_the_service_address(world: World, service_ip: str) -> None:
+    assert set(world.client.call(clients.spread_tcp, service_ip, 80, 30)) == {"w1", "w2"}
+    assert world.client.call(clients.ask_tcp, service_ip, 80)["getpeername"] == (service_ip, 80)
+
+
+def test_the_server_sees_the_pods_own_address(world: World) -> None:
+    assert world.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)["peer"] == world.client.address
+    assert world.client.call(clients.ask_tcp, SERVICE_IPS["v6"], 80)["peer"] == world.client.address6
+
+
+def test_datagrams_of_one_socket_spread_and_are_answered_by_the_service(
+    world: World, service_ip: str
+) -> None:
+    """Also checks that every answer seems to come from the Service's address."""
+    assert set(world.client.call(clients.spread_udp, service_ip, 53, 40)) == {"w1", "w2"}
+
+
+def test_connected_udp_stays_with_one_backend_and_keeps_the_service_address(
+    world: World, service_ip: str
+) -> None:
+    answer = world.client.call(clients.ask_udp_connected, service_ip, 53)
+    assert answer["getpeername"] == (service_ip, 53)
+    assert answer["from"] == (service_ip, 53)
+
+
+def _connected_exchange(host: str, port: int) -> set[str]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+        sock.connect((host, port))
+        found = set()
+        for _ in range(20):
+            sock.send(b"?")
+            found.add(json.loads(sock.recv(4096))["name"])
+        return found
+
+
+def test_every_datagram_of_a_connected_socket_goes_to_the_same_backend(world: World) -> None:
+    assert len(world.client.call(_connected_exchange, SERVICE_IPS["v4"], 53)) == 1
+
+
+def _udplite_exchange(service: str, port: int, server: str, server_port: int) -> tuple[str, int]:
+    """A server and a client in one: the address from which the answer seems to come."""
+    kind = (socket.AF_INET, socket.SOCK_DGRAM, clients.UDPLITE)
+    with socket.socket(*kind) as listener, socket.socket(*kind) as sock:
+        listener.bind((server, server_port))
+        for each in (listener, sock):
+            each.settimeout(3)
+        sock.sendto(b"?", (service, port))
+        data, peer = listener.recvfrom(100)
+        listener.sendto(data, peer)
+        source: tuple[str, int] = sock.recvfrom(100)[1]
+        return source
+
+
+def test_udp_lite_uses_the_services_of_udp(world: World) -> None:
+    """Unconnected sockets: the kernel calls no hook for the connect() of UDP-Lite (no pre_connect)."""
+    answer = world.w1.call(_udplite_exchange, "10.96.0.40", 53, world.w1.address, 8053)
+    assert answer == ("10.96.0.40", 53)
+
+
+@pytest.mark.parametrize("address", [EXTERNAL, BALANCER])
+def test_external_and_load_balancer_addresses(world: World, address: str) -> None:
+    assert set(world.client.call(clients.spread_tcp, address, 80, 30)) == {"w1", "w2"}
+    assert world.client.call(clients.ask_tcp, address, 80)["getpeername"] == (address, 80)
+
+
+def test_node_port_on_every_address_of_the_node_from_pods_and_from_the_host(world: World) -> None:
+    node = world.a
+    for address in (node.address, node.address6, "10.244.1.1", "fd00:10:244:1::1"):
+        for space in (world.client, node):
+            answer = space.call(clients.ask_tcp, address, NODE_PORT)
+            assert answer["getpeername"] == (address, NODE_PORT)
+    assert world.client.call(clients.ask_udp, node.address, 30053)["from"] == (node.address, 30053)
+
+
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "0.0.0.0"])
+def test_node_port_on_loopback_is_the_hosts_alone(world: World, loopback: str) -> None:
+    assert world.a.call(clients.connect_error, loopback, NODE_PORT) == "connected"
+    assert world.client.call(clients.connect_error, loopback, NODE_PORT) == "ECONNREFUSED"
+
+
+def test_node_port_of_an_address_that_is_not_the_nodes(world: World) -> None:
+    """w2 has no listener there, and no NodePort on its own address."""
+    assert world.client.call(clients.connect_error, world.w2.address, NODE_PORT) == "ECONNREFUSED"
+
+
+@pytest.mark.parametrize("host", ["10.96.0.20", "fd00:10:96::20", "::ffff:10.96.0.20"])
+def test_no_endpoint_is_refused_at_once(world: World, host: str) -> None:
+    assert world.client.call(clients.connect_error, host, 80) == world.refused
+    assert world.client.call(clients.send_error, host, 53) == world.refused
+
+
+@pytest.mark.parametrize("host", ["10.96.0.30", "fd00:10:96::30"])
+def test_policy_local_never_reaches_another_nodes_endpoint(world: World, host: str) -> None:
+    assert world.client.call(clients.connect_error, host, 80) == world.dropped
+    assert world.client.call(clients.send_error, host, 53) == world.dropped
+
+
+def test_what_is_no_service_is_left_alone(world: World) -> None:
+    for address in (world.w2.address, world.w2.address6):
+        assert world.client.call(clients.ask_tcp, address, 9000)["getpeername"] == (address, 9000)
+        assert world.client.call(clients.ask_udp, address, 9000)["from"] == (address, 9000)
+        assert world.client.call(clients.ask_udp_connected, address, 8053)["from"] == (address, 8053)
+
+
+def _two_services(first: str, second: str) -> list[Any]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+        sources = []
+        for host in (first, second) * 10:
+            sock.sendto(b"?", (host, 53))
+            sources.append((host, sock.recvfrom(4096)[1][0]))
+        return sources
+
+
+def test_one_unconnected_socket_talks_to_two_services(world: World) -> None:
+    """Where the backends differ; with one backend for both the last one asked is named."""
+    for asked, answered in world.client.call(_two_services, SERVICE_IPS["v4"], "10.96.0.40"):
+        assert asked == answered
+
+
+def _connect_again(refused: str, service: str, direct: str) -> list[Any]:
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for host, port in ((service, 53), (direct, 8053), (service, 53)):
+            sock.connect((host, port))
+            found.append(sock.getpeername())
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(3)
+        found.append(sock.connect_ex((refused, 80)) != 0)
+        sock.connect((direct, 8080))
+        found.append(sock.getpeername())
+    return found
+
+
+def test_a_socket_that_connects_again_is_told_its_new_peer(world: World) -> None:
+    found = world.client.call(_connect_again, "10.96.0.20", "10.96.0.40", world.w1.address)
+    assert found == [
+        ("10.96.0.40", 53),
+        (world.w1.address, 8053),
+        ("10.96.0.40", 53),
+        True,
+        (world.w1.address, 8080),
+    ]
+
+
+def test_processes_outside_the_cgroup_are_not_served(world: World) -> None:
+    outside = world.client.popen(
+        ["socat", "-T1", "-", "TCP:10.96.0.10:80,connect-timeout=1"],
+        join_cgroup=False,
+        stdin=-3,
+        stdout=-1,
+        stderr=-1,
+    )
+    assert outside.communicate()[0] == b""
+    assert outside.returncode != 0
+
+
+def test_counters_say_what_was_chosen_refused_and_dropped(world: World) -> None:
+    def counted(result: str) -> float:
+        metrics = world.a.call(_metrics)
+        wanted = f'result="{result}"'
+        lines = [
+            line
+            for line in metrics.splitlines()
+            if line.startswith("ebpfproxy_service_connections_total") and wanted in line
+        ]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    before = {result: counted(result) for result in ("chosen", "refused", "dropped")}
+    world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 7)
+    world.client.call(clients.spread_udp, SERVICE_IPS["v6"], 53, 5)
+    world.client.call(clients.connect_error, "10.96.0.20", 80)
+    world.client.call(clients.send_error, "10.96.0.30", 53)
+    after = {result: counted(result) for result in before}
+    assert {r: after[r] - before[r] for r in before} == {"chosen": 12, "refused": 1, "dropped": 1}
+    rows = json.loads(world.a.cli("backend", "list", "-o", "json"))
+    assert sum(row["connections"] for row in rows) == after["chosen"]
+
+
+def _metrics() -> str:
+    with socket.create_connection(("127.0.0.1", 10249), 5) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    return answer.decode()

@@ -69,10 +69,6 @@ class ApiConnection:
 
         return cls(configure, _token_file(kubeconfig) if kubeconfig is not None else None)
 
-    @property
-    def host(self) -> str:
-        return str(self._configuration.host)
-
     def _open(self) -> None:
         configuration = kube_client.Configuration()
         self._configure(configuration)
@@ -84,6 +80,8 @@ class ApiConnection:
         api.user_agent = f"ebpfproxy/{ebpfproxy.__version__}"
         self._configuration = configuration
         self._api = api
+        # The package's refresh of credentials sets the kubeconfig's own server again.
+        self.host = str(configuration.host)
 
     def reload(self) -> None:
         """Reads files and credentials again. Raises ConfigError, then the old ones stay in use."""
@@ -96,7 +94,7 @@ class ApiConnection:
         ``read_seconds`` bounds every wait for bytes. Raises urllib3's HTTPError and OSError.
         """
         with self._lock:
-            configuration, api = self._configuration, self._api
+            configuration, api, host = self._configuration, self._api, self.host
         headers = {"Accept": "application/json", "User-Agent": api.user_agent}
         if self._token_file is not None:
             headers["authorization"] = f"Bearer {self._token_file.read_text().strip()}"
@@ -112,7 +110,7 @@ class ApiConnection:
         try:
             response: urllib3.BaseHTTPResponse = pool.request(
                 "GET",
-                f"{configuration.host}{path}{query}",
+                f"{host}{path}{query}",
                 headers=headers,
                 preload_content=False,
                 retries=False,

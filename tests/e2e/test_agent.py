@@ -285,12 +285,20 @@ def test_service_list_is_the_documented_json(world: World, agent: Agent) -> None
 
 
 def test_terminating_backends_are_shown_as_such(world: World, agent: Agent) -> None:
-    """w2: another Service uses w1 as a ready endpoint, and so w1 is active."""
-    world.write_web(world.w2, ready=False, terminating=True)
+    """A backend is terminating when every Service that has it says so: this one has it alone."""
+    path = world.manifests / "leaving.yaml"
+    leaving = manifests.endpoint(world.w1.address, "node-a", ready=False, terminating=True)
+    manifests.write(
+        path,
+        manifests.service("leaving", clusterIPs=["10.96.0.50"]),
+        manifests.slice_of("leaving", [leaving], ports=[{"name": "http", "port": 9000}]),
+    )
 
-    def states() -> set[str]:
-        rows = json.loads(world.a.cli("service", "get", "shop/web", "-o", "json"))
-        return {b["state"] for row in rows for b in row["backends"]}
+    def backends() -> list[dict[str, str]]:
+        rows = json.loads(world.a.cli("service", "list", "-o", "json"))
+        return [b for row in rows if row["name"] == "leaving" for b in row["backends"]]
 
-    until(lambda: states() == {"terminating"}, "not terminating")
-    assert set(world.client.call(clients.spread_tcp, IP, 80, 5)) == {"w2"}, "nothing else is left"
+    expected = {"address": f"{world.w1.address}:9000", "state": "terminating"}
+    until(lambda: backends() == [expected] * 2, "not shown as terminating")
+    assert set(world.client.call(clients.spread_tcp, "10.96.0.50", 80, 5)) == {"w1"}, "nothing else is left"
+    path.unlink()

@@ -1,0 +1,105 @@
+"""Decoding what a real API server sent, byte by byte as it sent it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from ebpfproxy.kube.decode import Decoder, EventType, decode_status
+from ebpfproxy.kube.lines import LineSplitter
+from ebpfproxy.objects import ObjectKey, Resource
+from tests import recordings
+
+pytestmark = recordings.needs_recordings
+
+
+def exchange(what: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = json.loads((recordings.FOLDER / "responses.json").read_text())
+    return next(each for each in found if what in each["what"])
+
+
+def test_a_paged_list() -> None:
+    decoder = Decoder(Resource.SERVICES)
+    first = decoder.page(exchange("first page")["body"].encode())
+    assert len(first.objects) == 5
+    assert first.continue_token
+    second = decoder.page(exchange("second page")["body"].encode())
+    assert second.resource_version == first.resource_version
+
+
+def test_a_streaming_list_ends_with_its_bookmark() -> None:
+    lines = exchange("streaming list")["body"].encode().splitlines()
+    events = [Decoder(Resource.ENDPOINTSLICES).line(line) for line in lines]
+    assert {event.type for event in events[:-1]} == {EventType.ADDED}
+    assert [event.initial_events_end for event in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1].resource_version == "262"
+
+
+def test_410_inside_a_stream() -> None:
+    line = exchange("too old")["body"].encode().strip()
+    event = Decoder(Resource.SERVICES).line(line)
+    assert event.type is EventType.ERROR
+    assert event.status is not None
+    assert (event.status.code, event.status.reason) == (410, "Expired")
+
+
+@pytest.mark.parametrize(
+    ("what", "code"), [("no credentials", 403), ("wrong credentials", 401), ("unknown", 404)]
+)
+def test_error_bodies(what: str, code: int) -> None:
+    status = decode_status(exchange(what)["body"].encode(), code)
+    assert status.code == code
+    assert status.reason
+
+
+def test_every_line_of_the_watches_decodes() -> None:
+    decoders = {resource: Decoder(resource) for resource in Resource}
+    for resource, line in recordings.watch_lines():
+        event = decoders[resource].line(line)
+        assert event.unreadable is None
+        assert event.resource_version
+
+
+def test_the_events_applied_to_the_first_lists_give_the_final_lists() -> None:
+    decoders = {resource: Decoder(resource) for resource in Resource}
+    world: dict[Resource, dict[ObjectKey, object]] = {}
+    for resource, items in recordings.lists("initial").items():
+        page = decoders[resource].page(
+            json.dumps({"metadata": {"resourceVersion": "1"}, "items": items}).encode()
+        )
+        world[resource] = {
+            ObjectKey(getattr(each.metadata, "namespace", ""), each.metadata.name): each
+            for each in page.objects
+        }
+    for resource, line in recordings.watch_lines():
+        event = decoders[resource].line(line)
+        if event.type is EventType.DELETED:
+            del world[resource][event.key]
+        elif event.object is not None:
+            world[resource][event.key] = event.object
+    for resource, items in recordings.lists("final").items():
+        page = decoders[resource].page(json.dumps({"metadata": {}, "items": items}).encode())
+        assert sorted(map(repr, world[resource].values())) == sorted(map(repr, page.objects))
+
+
+def test_an_html_page_of_a_proxy_is_a_status_too() -> None:
+    status = decode_status(b"<html>Bad Gateway</html>", 502)
+    assert status.code == 502
+    assert "Bad Gateway" in status.message
+
+
+def test_what_is_no_json_is_an_error_of_the_stream() -> None:
+    with pytest.raises(msgspec.DecodeError):
+        Decoder(Resource.SERVICES).line(b"nonsense")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_lines_from_chunks_of_any_size(size: int) -> None:
+    data = b'{"a":1}\n\r\n{"b":2}\r\n' + b"x" * 5000 + b"\nrest"
+    splitter = LineSplitter()
+    found = [line for i in range(0, len(data), size) for line in splitter.feed(data[i : i + size])]
+    assert found == [b'{"a":1}', b'{"b":2}', b"x" * 5000]
+    assert splitter.pending

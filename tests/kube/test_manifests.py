@@ -1,0 +1,189 @@
+"""Manifests: what is read, how it is followed, and how a mistake is reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.kube.manifests import ManifestError, ManifestSource, parse
+from ebpfproxy.kube.status import State
+from ebpfproxy.objects import Event, ObjectKey, Replaced, Resource, key_of
+
+SERVICE = """
+apiVersion: v1
+kind: Service
+metadata: {name: NAME, namespace: shop, creationTimestamp: 2026-11-20T23:45:46Z}
+spec: {clusterIP: 10.96.0.1, ports: [{name: http, port: 80}]}
+"""
+
+
+def service(name: str) -> str:
+    return SERVICE.replace("NAME", name)
+
+
+class Follower:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[Resource, set[str]] = {}
+        self.events = 0
+        self.source = ManifestSource(folder, self._tell, node_name="node-a")
+
+    def _tell(self, event: Event) -> None:
+        assert isinstance(event, Replaced)
+        self.known[event.resource] = {str(key) for key in event.objects}
+        self.events += 1
+
+    @property
+    def services(self) -> set[str]:
+        return self.known[Resource.SERVICES]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < deadline, self.known
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Follower]:
+    (tmp_path / "a.yaml").write_text(service("a"))
+    made = Follower(tmp_path)
+    made.source.start()
+    time.sleep(0.2)
+    yield made
+    made.source.stop()
+
+
+def test_everything_is_read_before_start_returns(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"{service('a')}---\n{service('b')}---\n")
+    (tmp_path / "c.json").write_text('{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}')
+    (tmp_path / "d.yml").write_text("{apiVersion: v1, kind: Node, metadata: {name: node-b}}")
+    (tmp_path / "notes.txt").write_text("not a manifest")
+    (tmp_path / ".hidden.yaml").write_text(service("hidden"))
+    made = Follower(tmp_path)
+    made.source.start()
+    assert made.known == {
+        Resource.SERVICES: {"shop/a", "shop/b"},
+        Resource.ENDPOINTSLICES: set(),
+        Resource.NODES: {"node-a"},
+    }
+    made.source.stop()
+
+
+def test_lists_as_kubectl_writes_them_and_kinds_that_are_not_ours() -> None:
+    text = f"""
+apiVersion: v1
+kind: List
+metadata: {{resourceVersion: ""}}
+items:
+- {{apiVersion: v1, kind: ConfigMap, metadata: {{name: c}}}}
+- {{apiVersion: serving.knative.dev/v1, kind: Service, metadata: {{name: other}}, spec: {{}}}}
+- {{apiVersion: v1, kind: Service, metadata: {{name: a}}, spec: {{clusterIP: 10.96.0.1}}}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSliceList
+items:
+- {{metadata: {{name: a-1}}, addressType: IPv4, endpoints: null, ports: null}}
+---
+{service("b")}
+"""
+    assert [key_of(each) for each in parse(text)] == [
+        ObjectKey("default", "a"),
+        ObjectKey("default", "a-1"),
+        ObjectKey("shop", "b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: b: c", "mapping values are not allowed"),
+        ("- 1", "document 1: not an object"),
+        (
+            service("a") + "---\n" + service("b").replace("80", "eighty"),
+            "document 2, Service b: spec.ports[0].port",
+        ),
+        (
+            service("a").replace("ports: [{name: http, port: 80}]", "ports: [{}]"),
+            "spec.ports[0]: Object missing",
+        ),
+        ("{apiVersion: v1, kind: List, items: 3}", "document 1: items: not a list"),
+        ("{apiVersion: v1, kind: List, items: [{apiVersion: v1, kind: Node}]}", "items[0], Node (no name): "),
+        (
+            "{apiVersion: discovery.k8s.io/v1beta1, kind: EndpointSlice}",
+            "apiVersion: 'discovery.k8s.io/v1beta1'",
+        ),
+    ],
+)
+def test_a_mistake_names_document_object_and_field(text: str, said: str) -> None:
+    with pytest.raises(ManifestError) as error:
+        list(parse(text))
+    assert said in str(error.value)
+
+
+def test_files_that_come_change_and_go(follower: Follower) -> None:
+    (follower.folder / "b.yaml").write_text(service("b"))
+    follower.until(lambda: follower.services == {"shop/a", "shop/b"})
+    (follower.folder / "b.yaml").write_text(service("c"))
+    follower.until(lambda: follower.services == {"shop/a", "shop/c"})
+    (follower.folder / "a.yaml").unlink()
+    follower.until(lambda: follower.services == {"shop/c"})
+
+
+def test_a_file_replaced_by_rename_and_a_config_maps_swap_of_links(tmp_path: Path) -> None:
+    """A mounted ConfigMap: files are links into ..data, which is a link that is swapped."""
+    for version in ("one", "two"):
+        (tmp_path / f"..{version}").mkdir()
+        (tmp_path / f"..{version}" / "a.yaml").write_text(service(version))
+    (tmp_path / "..data").symlink_to("..one")
+    (tmp_path / "a.yaml").symlink_to("..data/a.yaml")
+    made = Follower(tmp_path)
+    made.source.start()
+    assert made.services == {"shop/one"}
+    time.sleep(0.2)
+    (tmp_path / "..data_tmp").symlink_to("..two")
+    (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+    made.until(lambda: made.services == {"shop/two"})
+    made.source.stop()
+
+
+def test_a_broken_file_keeps_its_last_good_state_and_others_go_on(
+    follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    (follower.folder / "a.yaml").write_text("{")
+    (follower.folder / "b.yaml").write_text(service("b"))
+    follower.until(lambda: follower.services == {"shop/a", "shop/b"})
+    follower.until(lambda: follower.source.statuses[0].state is State.FAILING)
+    assert "a.yaml" in (follower.source.statuses[0].error or "")
+    (follower.folder / "b.yaml").write_text(service("c"))
+    follower.until(lambda: follower.services == {"shop/a", "shop/c"})
+    (follower.folder / "a.yaml").write_text(service("a2"))
+    follower.until(lambda: follower.services == {"shop/a2", "shop/c"})
+    assert follower.source.statuses[0].state is State.CONNECTED
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "manifest is broken, its last good state stays"
+    ]
+
+
+def test_an_object_in_two_files_is_the_first_files(
+    follower: Follower, caplog: pytest.LogCaptureFixture
+) -> None:
+    (follower.folder / "b.yaml").write_text(service("a"))
+    follower.until(lambda: any("two manifests" in r.getMessage() for r in caplog.records))
+    assert follower.services == {"shop/a"}
+
+
+def test_other_proxies_services_and_headless_slices_are_kept_out(tmp_path: Path) -> None:
+    label = "labels: {service.kubernetes.io/service-proxy-name: mesh}"
+    (tmp_path / "a.yaml").write_text(service("a").replace("namespace: shop", f"namespace: shop, {label}"))
+    made = Follower(tmp_path)
+    made.source.read()
+    assert made.services == set()
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="not a folder"):
+        Follower(tmp_path / "nothing").source.start()

@@ -1,0 +1,146 @@
+"""``python -m tests.demo``: two nodes, their pods and an agent each; real traffic, real output.
+
+Ends with exit code 1 and what was expected and seen if anything is off.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tests.lab import Lab, Pod, clients, manifests, servers
+
+PORTS = [
+    {"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080},
+    {"name": "dns", "port": 53, "protocol": "UDP"},
+]
+SLICE_PORTS = [
+    {"name": "http", "port": 8080, "protocol": "TCP"},
+    {"name": "dns", "port": 8053, "protocol": "UDP"},
+]
+IP, IP6 = "10.96.0.10", "fd00:10:96::10"
+REQUESTS = 60
+
+
+class Demo:
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.folder = lab.folder / "manifests"
+
+    def say(self, text: str) -> None:
+        print(f"\n\033[1m# {text}\033[0m" if sys.stdout.isatty() else f"\n# {text}", flush=True)
+
+    def expect(self, what: str, expected: Any, seen: Any) -> None:
+        if expected != seen:
+            raise SystemExit(f"\nDEMO FAILED: {what}\n  expected: {expected}\n  seen:     {seen}")
+
+    def write(self, *pods: Pod) -> None:
+        documents = [
+            manifests.service("web", type="NodePort", clusterIPs=[IP, IP6], ports=PORTS),
+            *(
+                manifests.slice_of("web", endpoints, ports=SLICE_PORTS)
+                for endpoints in (
+                    [manifests.endpoint(p.address, p.node.name) for p in pods],
+                    [manifests.endpoint(p.address6, p.node.name) for p in pods],
+                )
+                if endpoints
+            ),
+        ]
+        manifests.write(self.folder / "web.yaml", *documents)
+
+    def spread(self, client: Pod, expected: set[str]) -> None:
+        """Sixty requests over each protocol and family, and who answered them."""
+        rows: list[tuple[str, Callable[..., Counter[str]], str, int]] = [
+            ("TCP ", clients.spread_tcp, IP, 80),
+            ("UDP ", clients.spread_udp, IP, 53),
+            ("TCP ", clients.spread_tcp, IP6, 80),
+            ("UDP ", clients.spread_udp, IP6, 53),
+        ]
+        for label, ask, host, port in rows:
+            found = client.call(ask, host, port, REQUESTS)
+            shown = "  ".join(f"{name}: {found[name]:2}" for name in sorted(found))
+            print(f"{label} {host:>15} port {port:<3} {REQUESTS} requests → {shown}")
+            self.expect(f"{label.strip()} to {host}: who answers", expected, set(found))
+
+    def until_spread(self, client: Pod, expected: set[str]) -> float:
+        """Milliseconds until new connections go to exactly these."""
+        began = time.monotonic()
+        seen: Any = None
+        while seen != expected:
+            if time.monotonic() - began > 5:
+                self.expect("backends within 5 s of a change", expected, seen)
+            try:
+                seen = set(client.call(clients.spread_tcp, IP, 80, 20))
+            except ConnectionRefusedError as error:
+                seen = error
+        return (time.monotonic() - began) * 1000
+
+
+def run(demo: Demo) -> None:
+    lab = demo.lab
+    demo.say("A lab: two nodes, four pods, real namespaces; a Service shop/web with two backends")
+    a, b = lab.node("node-a"), lab.node("node-b")
+    client = a.pod("client")
+    web = [a.pod("web-1"), b.pod("web-2"), b.pod("web-3")]
+    for pod in web:
+        servers.start(pod, pod.name, 8080, 8053)
+    demo.write(*web[:2])
+    agents = [node.agent(manifests=demo.folder).start(wait=False) for node in (a, b)]
+    for node in (a, b):
+        print(f"{node.name} {node.address:>12} pods {', '.join(p.name for p in node.pods)}")
+    for agent in agents:
+        agent.wait_ready()
+
+    demo.say("ebpfproxy service list")
+    print(a.cli("service", "list").rstrip())
+    rows = json.loads(a.cli("service", "list", "-o", "json"))
+    demo.expect("rows of service list", 12, len(rows))
+
+    demo.say("Requests from the pod client, spread over the backends")
+    demo.spread(client, {"web-1", "web-2"})
+    answer = client.call(clients.ask_tcp, IP, 80)
+    print(f"getpeername() in the client: {answer['getpeername']}; the server saw {answer['peer']}")
+    demo.expect("getpeername", (IP, 80), answer["getpeername"])
+    answer = a.call(clients.ask_tcp, "127.0.0.1", 30080)
+    print(f"NodePort 30080 on the node's own loopback: answered by {answer['name']}")
+
+    demo.say("Scaled up to three backends")
+    demo.write(*web)
+    print(f"all three get connections after {demo.until_spread(client, {p.name for p in web}):.0f} ms")
+    demo.spread(client, {p.name for p in web})
+
+    demo.say("web-1 removed")
+    demo.write(*web[1:])
+    print(f"web-1 gets none after {demo.until_spread(client, {'web-2', 'web-3'}):.0f} ms")
+    demo.spread(client, {"web-2", "web-3"})
+
+    demo.say("All backends removed: refused at once")
+    demo.write()
+    began = time.monotonic()
+    while (error := client.call(clients.connect_error, IP, 80)) == "connected":
+        demo.expect("refusal within 5 s", True, time.monotonic() - began < 5)
+    print(f"connect() to {IP}:80 → {error}")
+    demo.expect("error of connect()", "ECONNREFUSED", error)
+
+    demo.write(*web)
+    demo.until_spread(client, {p.name for p in web})
+    demo.say("ebpfproxy status (node-a)")
+    print(a.cli("status").rstrip())
+    status = json.loads(a.cli("status", "-o", "json"))
+    demo.expect("health", True, status["healthy"])
+
+
+def main() -> None:
+    began = time.monotonic()
+    with Lab() as lab:
+        run(Demo(lab))
+        took = time.monotonic() - began
+    print(f"\ndemo passed in {took:.1f} s; everything it made is removed")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,17 @@ def _endpoints(i: int, count: int) -> list[dict[str, Any]]:
     return [objects.endpoint(objects.pod_address(i * count + k), f"node-{k}") for k in range(count)]
 
 
+def add_bench_service(store: Store, address: str, backend: str) -> None:
+    """Ports of tests.bench: the load generator's for both protocols, and iperf3's."""
+    ports = [
+        {"name": f"{protocol.lower()}-{number}", "protocol": protocol, "port": number}
+        for protocol, number in (("TCP", 7777), ("UDP", 7777), ("TCP", 5201))
+    ]
+    store.put("services", objects.service("bench", address, ports=ports))
+    piece = objects.endpoint_slice("bench", [objects.endpoint(backend, "node-a")])
+    store.put("endpointslices", {**piece, "ports": ports})
+
+
 def churn(store: Store, services: int, endpoints: int, rate: float, seconds: float) -> dict[str, float]:
     order = random.Random(1)
     began = time.monotonic()
@@ -52,10 +63,13 @@ def main() -> None:
     parser.add_argument("--services", type=int, default=10)
     parser.add_argument("--endpoints", type=int, default=10)
     parser.add_argument("--node", default="node-a")
+    parser.add_argument("--bench-service", metavar="IP=BACKEND", help="one more, on the load's ports")
     parser.add_argument("--pages", action="store_true", help="no streaming lists")
     options = parser.parse_args()
     store = Store()
     fill(store, options.services, options.endpoints, options.node)
+    if options.bench_service:
+        add_bench_service(store, *options.bench_service.split("="))
     server = ApiServer(store, host=options.host, port=options.port, streaming_list=not options.pages)
 
     def control(path: str, query: dict[str, list[str]]) -> dict[str, float]:

@@ -109,7 +109,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	u32 backend_id;
 
 	if (!svc) {
-		origin_forget(ctx, to);
+		origin_forget(ctx);
 		return PROCEED;
 	}
 	verdict = choose(svc, &backend_id, backend);
@@ -138,11 +138,7 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 /* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
 static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
 {
-#if HAVE_SK_STORAGE
-	if (origin_recall(ctx, from))
-		return true;
-#endif
-	return revnat_recall(ctx, from);
+	return origin_recall(ctx, from) || revnat_recall(ctx, from);
 }
 
 int connect4(struct bpf_sock_addr *ctx)
@@ -222,5 +218,12 @@ int getpeername6(struct bpf_sock_addr *ctx)
 
 	if (origin_recall(ctx, &peer))
 		set_target6(ctx, &peer.addr, peer.port);
+	return PROCEED;
+}
+
+/* BPF_PROG_TYPE_CGROUP_SOCK: the socket is closed. */
+int sock_release(struct bpf_sock *ctx)
+{
+	origin_forget(ctx);
 	return PROCEED;
 }

@@ -155,7 +155,7 @@ class Agent:
         lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
         features = probe.probe().without(options.without)
         self._pins = roots.pin_folder(options.bpf_root)
-        self._maps = maps.open_or_create(self._pins, options.capacity, sk_storage=features.sk_storage)
+        self._maps = maps.open_or_create(self._pins, options.capacity)
         self._grace = Grace()
         self._writer = Writer(self._maps, self._grace.wait)
         log.info(

@@ -2,9 +2,9 @@
 /*
  * What a socket asked for, so that it can be told the same address back.
  *
- * A connected socket has one peer: its origin lives in the socket (sk-local storage) and dies with
- * it. An unconnected one may talk to many: those live in an LRU hash by socket cookie and backend,
- * where kernels without sk-local storage in these hooks keep the connected ones, too.
+ * A connected socket has one peer: its origin is kept by socket cookie until the socket is closed
+ * (the release hook), and never evicted. An unconnected one may talk to many: those are in an LRU
+ * hash by cookie and backend.
  */
 #ifndef EBPFPROXY_ORIGIN_H
 #define EBPFPROXY_ORIGIN_H
@@ -53,43 +53,39 @@ static __always_inline bool revnat_recall(struct bpf_sock_addr *ctx, struct targ
 	return true;
 }
 
-#if HAVE_SK_STORAGE
-
 static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 					    const struct target *frontend, u32 service_id,
 					    u32 backend_id, const struct backend *backend)
 {
-	struct origin *o;
+	u64 cookie = get_socket_cookie(ctx);
+	struct origin o = {
+		.frontend = frontend->addr,
+		.backend = backend->addr,
+		.frontend_port = frontend->port,
+		.backend_port = backend->port,
+		.service_id = service_id,
+		.backend_id = backend_id,
+	};
 
-	if (!ctx->sk)
-		return;
-	o = bpf_sk_storage_get(MAP(sock_origin), ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!o)
-		return;
-	o->frontend = frontend->addr;
-	o->frontend_port = frontend->port;
-	o->backend = backend->addr;
-	o->backend_port = backend->port;
-	o->service_id = service_id;
-	o->backend_id = backend_id;
+	map_update(sock_origin, &cookie, &o);
 }
 
 /* A socket that failed to connect may connect again, and then to no Service. */
-static __always_inline void origin_forget(struct bpf_sock_addr *ctx, const struct target *to)
+static __always_inline void origin_forget(void *ctx)
 {
-	(void)to;
-	if (ctx->sk)
-		bpf_sk_storage_delete(MAP(sock_origin), ctx->sk);
+	u64 cookie = get_socket_cookie(ctx);
+
+	/* Deleting what is not there would still take the bucket's lock. */
+	if (map_lookup(sock_origin, &cookie))
+		map_delete(sock_origin, &cookie);
 }
 
 /* Replaces a backend's address by the frontend's. */
 static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct target *peer)
 {
-	struct origin *o;
+	u64 cookie = get_socket_cookie(ctx);
+	struct origin *o = map_lookup(sock_origin, &cookie);
 
-	if (!ctx->sk)
-		return false;
-	o = bpf_sk_storage_get(MAP(sock_origin), ctx->sk, NULL, 0);
 	if (!o || o->backend_port != peer->port || !addr_equal(&o->backend, &peer->addr))
 		return false;
 	peer->addr = o->frontend;
@@ -97,28 +93,4 @@ static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct targ
 	return true;
 }
 
-#else
-
-static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
-					    const struct target *frontend, u32 service_id,
-					    u32 backend_id, const struct backend *backend)
-{
-	(void)service_id;
-	(void)backend_id;
-	revnat_remember(ctx, frontend, backend);
-}
-
-static __always_inline void origin_forget(struct bpf_sock_addr *ctx, const struct target *to)
-{
-	struct revnat_key key = revnat_key(ctx, &to->addr, to->port);
-
-	map_delete(sock_revnat, &key);
-}
-
-static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct target *peer)
-{
-	return revnat_recall(ctx, peer);
-}
-
-#endif
 #endif

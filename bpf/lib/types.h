@@ -90,8 +90,7 @@ struct origin {
 	u32 backend_id;
 };
 
-/* Where a socket without sk-local storage, or an unconnected one, meant a backend's datagrams to
- * go. */
+/* Where an unconnected socket meant the datagrams to go that went to a backend. */
 struct revnat_key {
 	u64 cookie;
 	struct inet_addr backend;

@@ -61,6 +61,12 @@ from ebpfproxy.node.identity import NodeNameError, node_name
     help="Endpoint addresses and ports that the maps hold.",
 )
 @click.option(
+    "--max-connections",
+    type=click.IntRange(1, 1 << 22),
+    default=Capacity().connected,
+    help="Open connections through Services whose getpeername() is translated.",
+)
+@click.option(
     "--without",
     "without",
     type=click.Choice([str(feature) for feature in Feature]),
@@ -82,6 +88,7 @@ def command(
     localhost_nodeports: bool,
     max_services: int,
     max_backends: int,
+    max_connections: int,
     without: tuple[str, ...],
     verbosity: int,
     logging_format: str,
@@ -107,7 +114,9 @@ def command(
                     healthz_bind_address=healthz_bind_address,
                     metrics_bind_address=metrics_bind_address,
                     node_ports_on_loopback=localhost_nodeports,
-                    capacity=Capacity(services=max_services, backends=max_backends),
+                    capacity=Capacity(
+                        services=max_services, backends=max_backends, connected=max_connections
+                    ),
                     without=frozenset(map(Feature, without)),
                 )
             ).run()

@@ -18,16 +18,15 @@ MAP_ARRAY = 2
 MAP_PERCPU_ARRAY = 6
 MAP_LRU_HASH = 9
 MAP_ARRAY_OF_MAPS = 12
-MAP_SK_STORAGE = 24
 
 # Map creation flags
 F_NO_PREALLOC = 1 << 0
 F_MMAPABLE = 1 << 10
 
+PROG_CGROUP_SOCK = 9
 PROG_CGROUP_SOCK_ADDR = 18
 
 # enum bpf_func_id
-FUNC_SK_STORAGE_GET = 107
 FUNC_GET_NETNS_COOKIE = 122
 FUNC_SET_RETVAL = 187
 
@@ -131,12 +130,6 @@ def _load() -> ct.CDLL:
         raise SystemExit(f"ebpfproxy: libbpf.so.1 is missing ({error}); install python3-bpfcc") from error
     lib.libbpf_set_print.argtypes = (ct.c_void_p,)
     lib.libbpf_set_print(None)
-    lib.btf__new_empty.restype = ct.c_void_p
-    lib.btf__free.argtypes = (ct.c_void_p,)
-    lib.btf__add_int.argtypes = (ct.c_void_p, ct.c_char_p, ct.c_size_t, ct.c_int)
-    lib.btf__add_array.argtypes = (ct.c_void_p, ct.c_int, ct.c_int, ct.c_uint32)
-    lib.btf__load_into_kernel.argtypes = (ct.c_void_p,)
-    lib.btf__fd.argtypes = (ct.c_void_p,)
     lib.bpf_map_create.argtypes = (
         ct.c_uint32,
         ct.c_char_p,
@@ -192,26 +185,12 @@ def map_create(
     flags: int = 0,
     inner_fd: int = 0,
 ) -> int:
-    """Creates a map and returns its file descriptor. Sk-local storage gets the BTF that it demands."""
+    """Creates a map and returns its file descriptor."""
     opts = _MapCreateOpts(sz=ct.sizeof(_MapCreateOpts), map_flags=flags, inner_map_fd=inner_fd)
-    btf = None
-    if kind == MAP_SK_STORAGE:
-        btf = _lib.btf__new_empty()
-        key_type = _check(_lib.btf__add_int(btf, b"int", 4, 1), "BTF int")
-        byte_type = _check(_lib.btf__add_int(btf, b"u8", 1, 0), "BTF u8")
-        value_type = _check(_lib.btf__add_array(btf, key_type, byte_type, value_size), "BTF array")
-        _check(_lib.btf__load_into_kernel(btf), "load BTF")
-        opts.btf_fd = _lib.btf__fd(btf)
-        opts.btf_key_type_id = key_type
-        opts.btf_value_type_id = value_type
-    try:
-        return _check(
-            _lib.bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, ct.byref(opts)),
-            f"create map {name}",
-        )
-    finally:
-        if btf is not None:
-            _lib.btf__free(btf)
+    return _check(
+        _lib.bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, ct.byref(opts)),
+        f"create map {name}",
+    )
 
 
 def map_update(fd: int, key: bytes, value: bytes) -> None:

@@ -196,10 +196,10 @@ class Dump:
 
 
 def fill(maps: MapSet) -> list[MapFill]:
-    """How full each map is; per-CPU statistics and sk-local storage have no fill of their own."""
+    """How full each map is; per-CPU statistics have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind in (bpf.MAP_PERCPU_ARRAY, bpf.MAP_SK_STORAGE) or name == "agent_state":
+        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or name == "agent_state":
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found

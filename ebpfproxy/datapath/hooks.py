@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ebpfproxy.datapath import bpf
+
 
 class Hook(NamedTuple):
     name: str
     attach_type: int
+    program_type: int = bpf.PROG_CGROUP_SOCK_ADDR
 
 
 #: In the order of attachment: answers are translated before the first question is.
 SOCKET_HOOKS = (
+    Hook("sock_release", 34, bpf.PROG_CGROUP_SOCK),
     Hook("getpeername4", 29),
     Hook("getpeername6", 30),
     Hook("recvmsg4", 19),

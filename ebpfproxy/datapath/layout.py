@@ -60,6 +60,8 @@ class Capacity(msgspec.Struct, frozen=True):
     services: int = 65536
     #: Distinct endpoint address, port and protocol; both families together.
     backends: int = 262144
+    #: Connected sockets that are open and were translated; memory is taken for those that are there.
+    connected: int = 1 << 17
     #: Unconnected UDP sockets' backends whose replies are translated.
     revnat: int = 131072
 
@@ -117,7 +119,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("backends", *array, _BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("sock_revnat", bpf.MAP_LRU_HASH, 32, 20, capacity.revnat),
-        MapSpec("sock_origin", bpf.MAP_SK_STORAGE, 4, 44, 0, bpf.F_NO_PREALLOC),
+        MapSpec("sock_origin", bpf.MAP_HASH, 8, 44, capacity.connected, bpf.F_NO_PREALLOC),
         MapSpec("service_stats", bpf.MAP_PERCPU_ARRAY, 4, SERVICE_STATS.size, capacity.services),
         MapSpec("backend_stats", bpf.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
         MapSpec("service_names", bpf.MAP_HASH, 4, _NAME.size, capacity.services, bpf.F_NO_PREALLOC),

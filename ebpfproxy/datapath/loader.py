@@ -17,12 +17,12 @@ from ebpfproxy.datapath import bpf
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
-    """``programs``: pairs of function name and attach type. ``pin_folder`` exists and is on a bpffs."""
+    """``programs``: function name, program type and attach type. ``pin_folder`` exists and is on a bpffs."""
 
     source: str
     headers: str
     cflags: list[str]
-    programs: list[tuple[str, int]]
+    programs: list[tuple[str, int, int]]
     pin_folder: str
 
 
@@ -37,10 +37,10 @@ def main() -> None:
         module = BPF(src_file=request.source, cflags=request.cflags)
     except Exception:
         raise SystemExit(2) from None
-    for name, attach_type in request.programs:
+    for name, program_type, attach_type in request.programs:
         print(f"program {name}:", file=sys.stderr, flush=True)
         try:
-            function = module.load_func(name, bpf.PROG_CGROUP_SOCK_ADDR, None, attach_type)
+            function = module.load_func(name, program_type, None, attach_type)
         except Exception as error:
             raise SystemExit(str(error)) from None
         bpf.pin(function.fd, Path(request.pin_folder) / name)

@@ -134,7 +134,7 @@ class MapSet:
             each.close()
 
 
-def open_or_create(pins: Path, capacity: Capacity, *, sk_storage: bool = True) -> MapSet:
+def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
     """Opens the maps of this layout below ``pins``, making those that are missing.
 
     Raises BpfError where the kernel refuses (no memory, no permission).
@@ -145,8 +145,6 @@ def open_or_create(pins: Path, capacity: Capacity, *, sk_storage: bool = True) -
     maps: dict[str, Map] = {}
     adopted = True
     for spec in map_specs(capacity):
-        if spec.kind == bpf.MAP_SK_STORAGE and not sk_storage:
-            continue
         path = home / spec.name
         try:
             fd = bpf.get_pinned(path)

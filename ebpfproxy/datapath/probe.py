@@ -20,7 +20,6 @@ class Feature(enum.StrEnum):
     """Features that are used where present; without one the named fallback works."""
 
     SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
-    SK_STORAGE = "sk-storage"  # without: an LRU hash by socket cookie
 
 
 class UnsupportedKernelError(Exception):
@@ -29,14 +28,10 @@ class UnsupportedKernelError(Exception):
 
 class Features(msgspec.Struct, frozen=True):
     set_retval: bool
-    sk_storage: bool
 
     def without(self, names: frozenset[Feature]) -> Features:
         """The same with some left unused, to try the fallbacks."""
-        return Features(
-            set_retval=self.set_retval and Feature.SET_RETVAL not in names,
-            sk_storage=self.sk_storage and Feature.SK_STORAGE not in names,
-        )
+        return Features(set_retval=self.set_retval and Feature.SET_RETVAL not in names)
 
 
 # Two instructions that let everything proceed (return 1).
@@ -60,7 +55,7 @@ def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int
 def _attach_types_load() -> bool:
     try:
         for hook in SOCKET_HOOKS:
-            os.close(bpf.try_load(bpf.PROG_CGROUP_SOCK_ADDR, hook.attach_type, _PROCEED))
+            os.close(bpf.try_load(hook.program_type, hook.attach_type, _PROCEED))
     except bpf.BpfError:
         return False
     return True
@@ -82,9 +77,7 @@ _MUST_HAVES = (
     _MustHave(
         "BPF hash maps (CONFIG_BPF_SYSCALL, CAP_BPF or root)", "4.4", lambda: _creates(bpf.MAP_HASH, 4, 4, 1)
     ),
-    _MustHave(
-        "cgroup socket address programs up to getpeername (CONFIG_CGROUP_BPF)", "5.8", _attach_types_load
-    ),
+    _MustHave("cgroup socket programs up to sock_release (CONFIG_CGROUP_BPF)", "5.9", _attach_types_load),
     _MustHave("mmap of BPF arrays", "5.5", lambda: _creates(bpf.MAP_ARRAY, 4, 8, 1, bpf.F_MMAPABLE)),
     _MustHave(
         "bpf_get_netns_cookie in cgroup programs",
@@ -103,9 +96,4 @@ def probe() -> Features:
                 f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
                 f"the oldest supported kernel is {OLDEST_KERNEL}"
             )
-    has_set_retval = bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL)
-    has_storage_helper = bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SK_STORAGE_GET)
-    return Features(
-        set_retval=has_set_retval,
-        sk_storage=has_storage_helper and _creates(bpf.MAP_SK_STORAGE, 4, 8, 0, bpf.F_NO_PREALLOC),
-    )
+    return Features(set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL))

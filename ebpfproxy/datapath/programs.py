@@ -38,7 +38,6 @@ class Options(msgspec.Struct, frozen=True):
     def defines(self) -> list[str]:
         return [
             f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
-            f"-DHAVE_SK_STORAGE={int(self.features.sk_storage)}",
             f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
         ]
@@ -96,7 +95,7 @@ def _load(sources: Path, defines: list[str], maps: MapSet, pin_folder: Path) -> 
             *defines,
             *(f"-DMAP_FD_{name}={fd}" for name, fd in fds.items()),
         ],
-        programs=[(hook.name, hook.attach_type) for hook in SOCKET_HOOKS],
+        programs=[(hook.name, hook.program_type, hook.attach_type) for hook in SOCKET_HOOKS],
         pin_folder=str(pin_folder),
     )
     try:

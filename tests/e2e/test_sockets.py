@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 FEATURES = {
     "this-kernel": [],
-    "fallbacks": ["--without", "sk-storage", "--without", "set-retval"],
+    "fallbacks": ["--without", "set-retval"],
 }
 
 

@@ -8,12 +8,14 @@ process id of the lab, so that several can run at once and what a killed one lef
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +29,7 @@ from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_
 from tests.lab.spaces import Space
 
 READY_SECONDS = 30.0
+_LAB_ID = re.compile(r"epl(\d+)x\d+")
 _counter = iter(range(1_000_000))
 
 
@@ -151,6 +154,7 @@ class LabNode(Space):
         inside.route("add", dst="default", gateway=gateway)
         inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
         inside.close()
+        pod.call(_set_sysctls)
         return pod
 
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
@@ -171,7 +175,10 @@ def _address(where: Any, index: int, address: str, prefix: int) -> None:
 
 
 class Lab:
-    """Use it as a context: what it made is gone at the end, whatever happened."""
+    """Use it as a context: what it made is gone at the end, whatever happened.
+
+    SIGTERM then ends the program as Ctrl-C does, so that the end is reached.
+    """
 
     def __init__(self) -> None:
         self.id = f"epl{os.getpid()}x{next(_counter)}"
@@ -181,7 +188,12 @@ class Lab:
 
     def __enter__(self) -> Lab:
         ensure_bpffs(BPFFS)
-        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=self.id)))
+        self._handle_signals()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{self.id}-")))
+        # In the opposite order, and each even where another fails.
+        self._stack.callback(remove_leftovers, self.id)
+        self._stack.callback(self._remove_namespaces)
+        self._stack.callback(self._end_processes)
         try:
             with self.namespace(f"{self.id}-switch") as switch:
                 switch.link("add", ifname="br0", kind="bridge")
@@ -231,26 +243,52 @@ class Lab:
         self.nodes.append(node)
         return node
 
+    def _handle_signals(self) -> None:
+        """SIGTERM and SIGINT raise KeyboardInterrupt in this process, and end those forked from it.
+
+        A forked child would unwind the lab's context as well, and remove the lab under its parent:
+        pyroute2 forks to open a socket in a namespace, and ends that child by SIGTERM.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        owner = os.getpid()
+
+        def interrupt(number: int, frame: object) -> None:
+            if os.getpid() != owner:
+                os._exit(128 + number)
+            raise KeyboardInterrupt
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.getsignal(number)
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, interrupt)
+                self._stack.callback(signal.signal, number, before)
+
     def close(self) -> None:
+        self._stack.close()
+
+    def _end_processes(self) -> None:
         for node in self.nodes:
             for space in [*node.pods, node]:
                 space.end()
-            remove_everything(pin_folder(node.bpf_root))
-        remove_leftovers(self.id)
+        self.nodes.clear()
+
+    def _remove_namespaces(self) -> None:
         for name in self._names:
             netns.remove(name)
         self._names.clear()
-        self.nodes.clear()
-        self._stack.close()
 
 
 def _set_sysctls() -> None:
-    """Forwarding, and what benchmarks of short connections need."""
+    """Forwarding, and what benchmarks of short connections need.
+
+    Local ports begin above all those that agents and servers of a lab listen on: no client takes one.
+    """
     for path, value in (
         ("ipv4/ip_forward", "1"),
         ("ipv6/conf/all/forwarding", "1"),
         ("ipv4/tcp_tw_reuse", "1"),
-        ("ipv4/ip_local_port_range", "1024 65000"),
+        ("ipv4/ip_local_port_range", "15000 65000"),
     ):
         Path("/proc/sys/net", path).write_text(value)
 
@@ -284,7 +322,8 @@ def remove_leftovers(lab_id: str) -> None:
 
 
 def _remove_cgroup(folder: Path) -> None:
-    """A cgroup can be removed a moment after its last process has ended."""
+    """Ends what is still in it (a child that a server left); it can be removed a moment after that."""
+    (folder / "cgroup.kill").write_text("1")
     for _ in range(200):
         try:
             folder.rmdir()
@@ -296,10 +335,11 @@ def _remove_cgroup(folder: Path) -> None:
 
 def clean_dead_labs() -> list[str]:
     """Removes what labs left whose process is gone; returns their names."""
-    names = {n.split("-")[0] for n in netns.listnetns() if n.startswith("epl")}
-    for home in (find_cgroup_root(), BPFFS):
-        names |= {p.name for p in home.glob("epl*x*")}
-    dead = [n for n in sorted(names) if not _alive(int(n[3:].partition("x")[0]))]
+    temporary = Path(tempfile.gettempdir())
+    names = {n.split("-")[0] for n in netns.listnetns()}
+    for home in (find_cgroup_root(), BPFFS, temporary):
+        names |= {p.name.split("-")[0] for p in home.glob("epl*")}
+    dead = [n for n in sorted(names) if (found := _LAB_ID.fullmatch(n)) and not _alive(int(found[1]))]
     for lab_id in dead:
         for name in netns.listnetns():
             if name.split("-")[0] == lab_id:
@@ -307,6 +347,8 @@ def clean_dead_labs() -> list[str]:
                     os.kill(pid, signal.SIGKILL)
                 netns.remove(name)
         remove_leftovers(lab_id)
+        for folder in temporary.glob(f"{lab_id}-*"):
+            shutil.rmtree(folder)
     return dead
 
 

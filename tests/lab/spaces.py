@@ -64,34 +64,54 @@ class Space:
         return done.stdout
 
     def call(self, function: Callable[..., R], *args: Any, timeout: float = 60) -> R:
-        """Runs a function in a forked child here; returns its result or raises its exception."""
+        """Runs a function in a forked child here; returns its result or raises its exception.
+
+        Raises TimeoutError after ``timeout`` seconds, and RuntimeError where the child ended without an
+        answer or its answer cannot be pickled.
+        """
+        # What is buffered now would be written by the child as well.
+        sys.stdout.flush()
+        sys.stderr.flush()
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
                 os.close(reader)
-                signal.alarm(int(timeout) + 1)
-                try:
-                    self._enter()
-                    answer: tuple[bool, Any] = True, function(*args)
-                except BaseException as error:
-                    error.__notes__ = [traceback.format_exc()]
-                    answer = False, error
+                # The parent's handler (pytest-timeout has one) is not the child's.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, timeout)
                 with os.fdopen(writer, "wb") as pipe:
-                    pickle.dump(answer, pipe)
-            finally:
+                    pipe.write(self._answer(function, args))
                 sys.stdout.flush()
+            finally:
                 os._exit(0)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
             data = pipe.read()
-        os.waitpid(pid, 0)
-        if not data:
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
             raise TimeoutError(f"{function.__name__} in {self.netns} took longer than {timeout} s")
+        if not data:
+            raise RuntimeError(f"{function.__name__} in {self.netns} ended with wait status {status}")
         good, value = pickle.loads(data)
         if not good:
             raise value
         return value  # type: ignore[no-any-return]
+
+    def _answer(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+        """In a child: the pickled result (True, value) or (False, exception)."""
+        try:
+            self._enter()
+            return pickle.dumps((True, function(*args)))
+        except BaseException as error:
+            trace = traceback.format_exc()
+            error.add_note(trace)
+            try:
+                data = pickle.dumps((False, error))
+                pickle.loads(data)
+            except Exception:
+                return pickle.dumps((False, RuntimeError(trace)))
+            return data
 
     def end(self) -> None:
         """Ends what was started here, and only that."""

@@ -1,0 +1,193 @@
+"""The lab itself: who reaches whom, where processes are, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyroute2 import netns
+
+from ebpfproxy.datapath.roots import BPFFS, find_cgroup_root
+from tests.lab import Lab, Pod, clients, servers
+from tests.lab.lab import clean_dead_labs
+from tests.lab.spaces import Space
+
+pytestmark = pytest.mark.root
+
+PORT = 8080
+
+
+class Cluster:
+    """A node with a client and a server, and one with a server."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.a = lab.node("node-a")
+        self.b = lab.node("node-b")
+        self.client = self.a.pod("client")
+        self.here = self.a.pod("here")
+        self.there = self.b.pod("there")
+        for pod in (self.here, self.there):
+            servers.start(pod, pod.name, PORT)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Lab() as lab:
+        yield Cluster(lab)
+
+
+@pytest.mark.parametrize("ask", [clients.ask_tcp, clients.ask_udp])
+@pytest.mark.parametrize("server", ["here", "there"])
+def test_a_pod_reaches_pods_of_both_nodes_with_its_own_address(
+    cluster: Cluster, server: str, ask: Callable[[str, int], dict[str, object]]
+) -> None:
+    pod: Pod = getattr(cluster, server)
+    for address, mine in (
+        (pod.address, cluster.client.address),
+        (pod.address6, cluster.client.address6),
+    ):
+        answer = cluster.client.call(ask, address, PORT)
+        assert (answer["name"], answer["peer"]) == (server, mine)
+
+
+def test_a_node_reaches_the_pods_of_both_nodes(cluster: Cluster) -> None:
+    for pod in (cluster.here, cluster.there):
+        for address in (pod.address, pod.address6):
+            assert cluster.a.call(clients.ask_tcp, address, PORT)["name"] == pod.name
+
+
+def test_a_port_where_nobody_listens_refuses(cluster: Cluster) -> None:
+    assert cluster.client.call(clients.connect_error, cluster.there.address, 9) == "ECONNREFUSED"
+
+
+def _memberships() -> tuple[str, str]:
+    found = Path("/proc/self/cgroup").read_text().splitlines()
+    v2 = next(line.removeprefix("0::") for line in found if line.startswith("0::"))
+    return v2, str(Path("/proc/self/ns/net").readlink())
+
+
+def test_processes_are_in_their_nodes_cgroup_and_their_pods_namespace(cluster: Cluster) -> None:
+    spaces: list[Space] = [cluster.client, cluster.a, cluster.there, cluster.b]
+    seen = [space.call(_memberships) for space in spaces]
+    for space, (cgroup, _) in zip(spaces, seen, strict=True):
+        assert find_cgroup_root() / cgroup.lstrip("/") == space.cgroup
+    assert len({namespace for _, namespace in [*seen, _memberships()]}) == 5
+    assert cluster.client.run(["cat", "/proc/self/cgroup"]).count(cluster.a.cgroup.name) == 1
+
+
+def test_no_client_takes_a_port_that_an_agent_listens_on(cluster: Cluster) -> None:
+    for space in (cluster.a, cluster.client):
+        first, _ = space.run(["sysctl", "-n", "net.ipv4.ip_local_port_range"]).split()
+        assert int(first) > 10256
+
+
+def test_a_call_returns_the_result_or_raises_the_exception(cluster: Cluster) -> None:
+    assert cluster.client.call(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError) as caught:
+        cluster.client.call(divmod, 7, 0)
+    assert any("Traceback" in note for note in caught.value.__notes__)
+
+
+class _UnpicklableError(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__("only one argument is kept")
+
+
+def _raise_unpicklable() -> None:
+    raise _UnpicklableError(1, 2)
+
+
+def test_a_call_says_why_there_is_no_answer(cluster: Cluster) -> None:
+    with pytest.raises(TimeoutError, match=r"sleep .* longer than 0\.2 s"):
+        cluster.client.call(time.sleep, 30, timeout=0.2)
+    with pytest.raises(RuntimeError, match="wait status 1792"):
+        cluster.client.call(os._exit, 7)
+    with pytest.raises(RuntimeError, match="_UnpicklableError: only one argument"):
+        cluster.client.call(_raise_unpicklable)
+
+
+def _terminate_itself() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_to_a_forked_child_does_not_end_the_lab_of_its_parent(cluster: Cluster) -> None:
+    with pytest.raises(RuntimeError, match="ended with wait status"):
+        cluster.client.call(_terminate_itself)
+    assert cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"] == "there"
+
+
+def _traces(lab_id: str) -> list[str]:
+    """What there is of a lab: namespaces, folders, processes."""
+    found = [name for name in netns.listnetns() if name.startswith(f"{lab_id}-")]
+    homes = (find_cgroup_root(), BPFFS, Path(tempfile.gettempdir()))
+    found += [str(p) for home in homes for p in home.glob(f"{lab_id}*")]
+    for process in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"LAB={lab_id}".encode() in process.read_bytes().split(b"\0"):
+                found.append(str(process))
+        except OSError:
+            continue
+    return found
+
+
+_LAB = """
+import os, sys, time
+from tests.lab import Lab
+with Lab() as lab:
+    os.environ["LAB"] = lab.id
+    pod = lab.node("node-a").pod("pod")
+    pod.popen(["sh", "-c", "setsid sleep 300 & sleep 300"])
+    lab.node("node-b").popen(["sleep", "300"], join_cgroup=False)
+    print(lab.id, flush=True)
+    if sys.argv[1] == "raise":
+        raise LookupError("something is wrong")
+    time.sleep(300)
+"""
+
+
+def _start(how: str) -> tuple[subprocess.Popen[str], str]:
+    """A lab in a process of its own, with a server that leaves a child behind."""
+    command = [sys.executable, "-c", _LAB, how]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        with process.stdout:
+            lab_id = process.stdout.readline().strip()
+        errors.seek(0)
+        assert lab_id, errors.read()
+    return process, lab_id
+
+
+@pytest.mark.parametrize("how", ["raise", "SIGTERM", "SIGINT"])
+def test_a_lab_that_ends_in_any_way_leaves_nothing(how: str) -> None:
+    process, lab_id = _start(how)
+    if how != "raise":
+        assert _traces(lab_id)
+        process.send_signal(signal.Signals[how])
+    assert process.wait(20) != 0
+    assert _traces(lab_id) == []
+
+
+def test_what_a_killed_lab_left_is_cleaned_and_no_living_lab_is_touched(cluster: Cluster) -> None:
+    process, lab_id = _start("kill")
+    process.kill()
+    process.wait(20)
+    assert _traces(lab_id)
+    assert lab_id in clean_dead_labs()
+    assert _traces(lab_id) == []
+    assert cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"] == "there"
+
+
+def test_output_that_is_not_yet_written_is_written_once() -> None:
+    script = 'from tests.lab import Lab\nwith Lab() as lab:\n    print("once")\n    lab.node("a").call(int)\n'
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment, check=True)
+    assert done.stdout == "once\n"

@@ -40,12 +40,13 @@ class Ranges:
     def allocate(self, count: int) -> int:
         """The base of a range of ``count`` places. Raises RangesExhaustedError."""
         n = len(self._starts)
+        first = bisect_left(self._starts, self._next)
         for step in range(n):
-            i = (self._next + step) % n
+            i = (first + step) % n
             base = self._starts[i]
             if self._ends[i] - base >= count:
                 self.free -= count
-                self._next = i
+                self._next = base + count
                 if self._ends[i] - base == count:
                     del self._starts[i], self._ends[i]
                 else:

@@ -104,6 +104,10 @@ class Writer:
     def backends(self) -> int:
         return len(self._backend_ids)
 
+    @property
+    def free_slots(self) -> int:
+        return self._ranges.free
+
     def _adopt(self) -> None:
         names = {
             U32.unpack(key)[0]: layout.unpack_name(value)
@@ -223,7 +227,9 @@ class Writer:
         after = list(before)
         try:
             ids = [array("Q", map(self._backend_id, each)) for each in sets]
-            draining = frozenset(map(self._backend_id, port.draining))
+            # What only the unused set has serves old connections only, like those that are draining.
+            unused = port.terminating.difference(*sets)
+            draining = frozenset(map(self._backend_id, (*port.draining, *unused)))
             for policy in Policy:
                 if ids[policy] != self._slot_ids(*before[policy]):
                     after[policy] = self._write_slots(ids[policy])

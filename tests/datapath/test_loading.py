@@ -1,0 +1,129 @@
+"""Probing, compiling, loading; and what is said when it does not work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath import bpf, maps, probe, programs
+from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.roots import BPFFS, Lock, RootError, check_cgroup, ensure_bpffs, is_locked
+
+pytestmark = pytest.mark.root
+
+OPTIONS = programs.Options(
+    features=probe.Features(set_retval=True), host_netns_cookie=1, node_ports_on_loopback=True
+)
+
+
+@pytest.fixture
+def pins() -> Iterator[Path]:
+    ensure_bpffs(BPFFS)
+    folder = BPFFS / "ebpfproxy-test-loading"
+    folder.mkdir(exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:
+    opened = maps.open_or_create(pins, Capacity())
+    folder = programs.ensure_loaded(opened, OPTIONS)
+    ids = [programs.program_id(folder / hook.name) for hook in SOCKET_HOOKS]
+    assert None not in ids
+    assert programs.ensure_loaded(opened, OPTIONS) == folder
+    assert [programs.program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
+
+
+@pytest.mark.parametrize("set_retval", [True, False])
+@pytest.mark.parametrize("on_loopback", [True, False])
+def test_every_combination_of_options_compiles_without_a_warning_and_loads(
+    pins: Path, set_retval: bool, on_loopback: bool
+) -> None:
+    """The loader compiles with -Wall -Wextra -Werror."""
+    options = programs.Options(
+        features=probe.Features(set_retval=set_retval),
+        host_netns_cookie=1,
+        node_ports_on_loopback=on_loopback,
+    )
+    assert programs.ensure_loaded(maps.open_or_create(pins, Capacity()), options).is_dir()
+
+
+def test_the_verifiers_own_words_with_program_and_kernel() -> None:
+    said = "program recvmsg4:\nbpf: Failed to load program: Permission denied\n0: (b7) r0 = 0\n1: (95) exit\nAt program exit the register R0 has value (0x0; 0x0) should have been in (0x1; 0x1)\n"
+    explained = programs.explain(said, "sock.c", "6.18.1")
+    assert explained.startswith("program recvmsg4 does not load (kernel 6.18.1):")
+    assert explained.endswith("should have been in (0x1; 0x1)")
+
+
+def test_the_compilers_own_words() -> None:
+    said = "In file included from x\n/bpf/sock.c:7:1: error: unknown type name 'foo'\nfoo bar;\n^\n1 error generated.\n"
+    explained = programs.explain(said, "/bpf/sock.c", "6.18.1")
+    assert explained.splitlines()[0] == "/bpf/sock.c does not compile (kernel 6.18.1):"
+    assert explained.splitlines()[1].endswith("unknown type name 'foo'")
+
+
+def test_a_program_that_the_verifier_refuses_leaves_no_pin(
+    pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(programs.source_folder(), tmp_path / "bpf")
+    source = tmp_path / "bpf" / "sock.c"
+    source.write_text(
+        source.read_text().replace(
+            "int recvmsg4(struct bpf_sock_addr *ctx)\n{",
+            "int recvmsg4(struct bpf_sock_addr *ctx)\n{\n\tif (ctx->user_port)\n\t\treturn 0;",
+        )
+    )
+    monkeypatch.setattr(programs, "source_folder", lambda: tmp_path / "bpf")
+    opened = maps.open_or_create(pins, Capacity())
+    with pytest.raises(programs.LoadError, match="program recvmsg4 does not load"):
+        programs.ensure_loaded(opened, OPTIONS)
+    assert list(opened.folder.glob("progs-*")) == []
+
+
+def test_a_missing_must_have_names_itself_and_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = probe._MustHave("the frobnicator", "5.9", lambda: False)
+    monkeypatch.setattr(probe, "_MUST_HAVES", (missing,))
+    with pytest.raises(probe.UnsupportedKernelError, match=r"lacks the frobnicator: Linux 5\.9 has it"):
+        probe.probe()
+
+
+def test_this_kernel_has_what_is_needed() -> None:
+    assert isinstance(probe.probe(), probe.Features)
+
+
+def test_a_grace_period_ends() -> None:
+    grace = Grace()
+    grace.wait()
+    grace.close()
+
+
+def test_one_lock_a_folder(tmp_path: Path) -> None:
+    lock = Lock([("--bpf-root", tmp_path)])
+    assert is_locked(tmp_path)
+    with pytest.raises(RootError, match=f"--bpf-root {tmp_path} is in use"):
+        Lock([("--bpf-root", tmp_path)])
+    lock.release()
+    assert not is_locked(tmp_path)
+
+
+def test_a_cgroup_root_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(RootError, match="not a cgroup v2 folder"):
+        check_cgroup(tmp_path)
+
+
+def test_a_bpffs_is_mounted_where_none_is(tmp_path: Path) -> None:
+    root = tmp_path / "bpf"
+    try:
+        assert ensure_bpffs(root)
+        assert not ensure_bpffs(root)
+        bpf.pin(fd := bpf.map_create(bpf.MAP_HASH, "x", 4, 4, 1), root / "x")
+        os.close(fd)
+    finally:
+        subprocess.run(["umount", str(root)], check=True)

@@ -1,0 +1,122 @@
+"""Commands without an agent: help, errors, and what they say where nothing is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+import ebpfproxy
+from ebpfproxy.cli import main
+from ebpfproxy.cli.output import age, emit
+from ebpfproxy.datapath.dump import BackendRef
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.output
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"ebpfproxy, version {ebpfproxy.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("run",),
+        ("status",),
+        ("service",),
+        ("service", "list"),
+        ("service", "get"),
+        ("backend", "list"),
+        ("cleanup",),
+    ],
+)
+def test_every_command_has_help(command: tuple[str, ...]) -> None:
+    code, said = run(*command, "--help")
+    assert code == 0
+    assert said.startswith("Usage: main")
+    assert len(said.splitlines()) > 5
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "command", [("status",), ("service", "list"), ("service", "get", "a/b"), ("backend", "list")]
+)
+def test_where_nothing_is_pinned(command: tuple[str, ...], tmp_path: Path) -> None:
+    code, said = run(*command, "--bpf-root", str(tmp_path))
+    assert code == 1
+    assert (
+        said
+        == f"Error: nothing is pinned below {tmp_path}/ebpfproxy: no agent has run with this --bpf-root\n"
+    )
+
+
+def test_the_environment_names_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBPFPROXY_BPF_ROOT", str(tmp_path))
+    assert str(tmp_path) in run("status")[1]
+
+
+def test_cleanup_of_nothing(tmp_path: Path) -> None:
+    code, said = run("cleanup", "--bpf-root", str(tmp_path))
+    assert (code, said) == (0, f"nothing is pinned below {tmp_path}/ebpfproxy\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--manifests", "x", "--master", "y"), "--manifests goes without --kubeconfig and --master"),
+        (("--hostname-override", " ", "--manifests", "x"), "the node has no name"),
+        (("--max-services", "0"), "0 is not in the range"),
+        (("--healthz-bind-address",), "requires an argument"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run("run", *arguments)
+    assert code in (1, 2)
+    assert said in output
+
+
+@pytest.mark.root
+def test_run_says_what_is_wrong_with_its_roots(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ebpfproxy",
+            "run",
+            "--manifests",
+            str(tmp_path),
+            "--cgroup-root",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert f"--cgroup-root {tmp_path}: not a cgroup v2 folder" in done.stderr
+
+
+def test_json_and_yaml_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    value = [BackendRef("10.0.0.1:80", "active")]
+    emit(value, "json", print)
+    emit(value, "yaml", print)
+    said = capsys.readouterr().out
+    as_json, as_yaml = said[: said.index("]") + 1], said[said.index("]") + 1 :]
+    assert json.loads(as_json) == yaml.safe_load(as_yaml) == [{"address": "10.0.0.1:80", "state": "active"}]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
+)
+def test_ages(seconds: float, shown: str) -> None:
+    assert age(seconds) == shown

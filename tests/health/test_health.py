@@ -1,0 +1,193 @@
+"""Health as kube-proxy gives it: compared with what a real one printed (../shared/kube-proxy-samples)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from ebpfproxy.health.proxy import ProxyHealth, eligible
+from ebpfproxy.health.server import (
+    BindAddressError,
+    HttpServer,
+    json_answer,
+    parse_bind_address,
+    text_answer,
+)
+from ebpfproxy.objects import Node
+
+SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_795_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def node(**parts: Any) -> Node:
+    meta = {"name": "n", **parts.pop("metadata", {})}
+    return msgspec.convert({"metadata": meta, **parts}, Node)
+
+
+def test_unhealthy_until_everything_is_programmed_once() -> None:
+    health = ProxyHealth(Clock())
+    assert not health.healthy
+    health.programmed()
+    assert health.healthy
+
+
+def test_a_change_that_waits_longer_than_two_sync_periods_is_unhealthy() -> None:
+    clock = Clock()
+    health = ProxyHealth(clock)
+    health.programmed()
+    health.queued()
+    clock.now += 59
+    health.queued()
+    assert health.healthy, "the first one counts, and has waited 59 s"
+    clock.now += 2
+    assert not health.healthy
+    health.programmed()
+    assert health.healthy
+
+
+def test_a_quiet_cluster_is_healthy_for_ever() -> None:
+    clock = Clock()
+    health = ProxyHealth(clock)
+    health.programmed()
+    clock.now += 86400
+    healthy, body = health.livez()
+    assert healthy
+    assert body["lastUpdated"] == body["currentTime"], "while healthy, lastUpdated is now"
+    assert body["status"]["IPv4"]["lastUpdated"] < body["currentTime"]
+
+
+def test_the_nodes_eligibility_decides_healthz_but_not_livez() -> None:
+    health = ProxyHealth(Clock())
+    health.programmed()
+    assert (health.healthz()[0], health.livez()[0]) == (False, True)
+    health.set_eligible(True)
+    assert health.healthz()[0]
+
+
+@pytest.mark.parametrize(
+    ("known", "may"),
+    [
+        (None, False),
+        (node(), True),
+        (node(spec={"taints": None}), True),
+        (node(spec={"taints": [{"key": "other", "effect": "NoSchedule"}]}), True),
+        (node(spec={"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}), False),
+        (node(metadata={"deletionTimestamp": "2026-11-20T10:00:00Z"}), False),
+    ],
+)
+def test_eligible(known: Node | None, may: bool) -> None:
+    assert eligible(known) is may
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"{SAMPLES} is not there")
+@pytest.mark.parametrize("path", ["healthz", "livez"])
+def test_the_body_has_kube_proxys_fields_in_its_order(path: str) -> None:
+    sample = json.loads((SAMPLES / f"{path}.txt").read_text().partition("\n\n")[2])
+    health = ProxyHealth(Clock())
+    health.programmed()
+    _, body = getattr(health, path)()
+    assert list(body) == list(sample)
+    assert list(body["status"]["IPv4"]) == list(sample["status"]["IPv4"])
+
+
+def serve(address: str) -> HttpServer:
+    server = HttpServer(
+        "test",
+        address,
+        {"/healthz": lambda: json_answer({"a": 1}, 503), "/mode": lambda: text_answer("ebpf")},
+    )
+    server.start()
+    return server
+
+
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
+    made = serve("127.0.0.1:0")
+    yield made
+    made.stop()
+
+
+def ask(server: HttpServer, path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    assert server.port is not None
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    connection.request(method, path)
+    response = connection.getresponse()
+    return response.status, dict(response.getheaders()), response.read()
+
+
+def test_status_headers_and_body(server: HttpServer) -> None:
+    status, headers, body = ask(server, "/healthz?verbose")
+    assert (status, body) == (503, b'{"a":1}')
+    assert headers["Content-Type"] == "application/json"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert ask(server, "/mode")[2] == b"ebpf"
+    assert ask(server, "/nothing")[0] == 404
+    assert ask(server, "/mode", "HEAD")[2] == b""
+
+
+def test_a_client_that_says_nothing_holds_up_nobody(server: HttpServer) -> None:
+    assert server.port is not None
+    with socket.create_connection(("127.0.0.1", server.port)):
+        assert ask(server, "/mode")[0] == 200
+
+
+def test_an_address_in_use_is_served_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ebpfproxy.health.server._RETRY_SECONDS", 0.05)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        server = serve(f"127.0.0.1:{port}")
+        assert server.port is None
+    deadline = time.monotonic() + 5
+    while server.port is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert ask(server, "/mode")[0] == 200
+    server.stop()
+
+
+def test_an_empty_address_serves_nothing() -> None:
+    server = serve("")
+    assert server.port is None
+    server.stop()
+
+
+def test_every_family_behind_an_address_without_host() -> None:
+    server = serve(":0")
+    assert ask(server, "/mode")[0] == 200
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("0.0.0.0:10256", ("0.0.0.0", 10256)),
+        ("[::]:10256", ("::", 10256)),
+        (":1", ("::", 1)),
+        ("[fd00::1]:1", ("fd00::1", 1)),
+    ],
+)
+def test_bind_addresses(text: str, parsed: tuple[str, int]) -> None:
+    assert parse_bind_address(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["10256", "host", "1.2.3.4:", "1.2.3.4:99999", "::1:80", "1.2.3.4:x"])
+def test_what_is_no_bind_address(text: str) -> None:
+    with pytest.raises(BindAddressError, match="is not IP:port"):
+        parse_bind_address(text)

@@ -161,14 +161,16 @@ class Reflector:
             self._update(state=State.FAILING, since=time.time())
         self._update(error=str(failure))
 
-    def _succeeded(self) -> None:
-        """Bytes of a good answer came."""
-        self._backoff = 0.0
-        now = time.time()
+    def _connected(self) -> None:
+        """The server has accepted; a quiet watch may have nothing to say for a while."""
         if self.status.state is not State.CONNECTED:
             log.info("watch is connected", resource=str(self._resource), server=self._connection.host)
-            self._update(state=State.CONNECTED, since=now, error=None)
-        self._update(last_event=now)
+            self._update(state=State.CONNECTED, since=time.time(), error=None)
+
+    def _received(self) -> None:
+        """Bytes of a good answer came: it is worth trying again at once when they end."""
+        self._backoff = 0.0
+        self._update(last_event=time.time())
 
     def _pause(self, retry_after: float | None) -> None:
         timing = self._timing
@@ -227,7 +229,8 @@ class Reflector:
             token = page.continue_token
             if not token:
                 break
-        self._succeeded()
+        self._connected()
+        self._received()
         self._deliver_list(objects, unreadable, page.resource_version)
         self._watch()
 
@@ -258,6 +261,7 @@ class Reflector:
         listing = _Listing(self._reduce) if list_params else None
         response = self._request(params, timing.list_wait if listing else timing.idle)
         self._response = response
+        self._connected()
         splitter = LineSplitter()
         try:
             while not self._stop.is_set():
@@ -265,7 +269,7 @@ class Reflector:
                 received = time.monotonic()
                 if not chunk:
                     break
-                self._succeeded()
+                self._received()
                 for line in splitter.feed(chunk):
                     event = self._decode(line)
                     if listing is None:

@@ -48,6 +48,8 @@ log = get_logger(__name__)
 
 #: How often the agent writes what ``status`` shows when nothing happens, in seconds.
 _HEARTBEAT = 5.0
+#: So many service ports at once are a new list, or a cluster that grew.
+_MANY_CHANGES = 1000
 
 
 class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -275,7 +277,6 @@ class Agent:
                 raise programs.LoadError(message.error or "")
             self._programs = message.folder
         elif not isinstance(message, Stop):
-            self._health.queued()
             if isinstance(message, Replaced):
                 log.debug("list", resource=str(message.resource), objects=len(message.objects))
             elif not isinstance(message, Deleted):
@@ -283,12 +284,13 @@ class Agent:
             self._tracker.apply(message)
 
     def _program(self) -> None:
+        self._health.queued()
         began = time.monotonic()
         update = self._tracker.drain()
         full = not self._complete
         problems = self._writer.apply(update.changed, update.removed, complete=full)
         done = time.monotonic()
-        if full:
+        if full or len(update.changed) > _MANY_CHANGES:
             # What is known now mostly stays: the collector need not walk it for every change.
             gc.collect()
             gc.freeze()

@@ -43,7 +43,17 @@ class Map:
         keys = list(entries)
         done = bpf.map_update_batch(self.fd, b"".join(keys), b"".join(entries.values()), len(keys))
         self.writes += done
-        return keys[done:]
+        # The batch ends at the first that does not fit; others may replace what is there.
+        return [key for key in keys[done:] if not self._fits(key, entries[key])]
+
+    def _fits(self, key: bytes, value: bytes) -> bool:
+        try:
+            self.update(key, value)
+        except bpf.BpfError as error:
+            if error.errno in (errno.E2BIG, errno.ENOMEM):
+                return False
+            raise
+        return True
 
     def delete(self, key: bytes) -> bool:
         found = bpf.map_delete(self.fd, key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,17 +82,27 @@ class Lock:
         self._fds: list[int] = []
         for option, folder in folders:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_lock(fd):
                 os.close(fd)
                 self.release()
-                raise RootError(f"{option} {folder} is in use by another ebpfproxy agent") from None
+                raise RootError(f"{option} {folder} is in use by another ebpfproxy agent")
             self._fds.append(fd)
 
     def release(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
+
+
+def _try_lock(fd: int) -> bool:
+    """Tries for half a second: a command that looks whether an agent runs holds the lock for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 def is_locked(folder: Path) -> bool:

@@ -10,7 +10,14 @@ import msgspec
 
 from ebpfproxy.objects import EndpointConditions, EndpointSlice, ObjectKey, Resource, key_of
 from ebpfproxy.services.model import Family, Protocol
-from ebpfproxy.services.values import Warning, parse_address, parse_protocol, unusable_backend, valid_port
+from ebpfproxy.services.values import (
+    LOOPBACK,
+    Warning,
+    parse_address,
+    parse_protocol,
+    unusable_address,
+    valid_port,
+)
 
 _FAMILIES = {"IPv4": Family.IPV4, "IPv6": Family.IPV6}
 
@@ -111,9 +118,6 @@ def _endpoints(
 ) -> Iterator[tuple[bytes, Traits]]:
     size = 4 if family is Family.IPV4 else 16
     for i, endpoint in enumerate(piece.endpoints or ()):
-        ready = _is_ready(endpoint.conditions)
-        if not ready and not _is_draining(endpoint.conditions):
-            continue
         if not endpoint.addresses:
             warnings.add(f"endpoints[{i}].addresses", "is empty")
             continue
@@ -122,9 +126,12 @@ def _endpoints(
         if address is None or len(address) != size:
             warnings.add(f"endpoints[{i}].addresses[0]", f"{text!r} is not an {family} address")
             continue
-        reason = unusable_backend(address)
-        if reason is not None:
+        reason = unusable_address(address)
+        if reason is not None and reason is not LOOPBACK:
             warnings.add(f"endpoints[{i}].addresses[0]", f"{text} {reason}")
+            continue
+        ready = _is_ready(endpoint.conditions)
+        if not ready and not _is_draining(endpoint.conditions):
             continue
         hints = endpoint.hints
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import msgspec
 
@@ -16,11 +16,11 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 from ebpfproxy.services.values import (
-    MAX_NAME,
     Warning,
     parse_address,
     parse_protocol,
-    unusable_frontend,
+    unusable_address,
+    unusable_name,
     valid_port,
 )
 
@@ -52,10 +52,10 @@ class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
 def frontends_of(service: Service) -> ServiceFrontends:
     """The ports and frontends of a Service.
 
-    None for headless and ExternalName Services and those of another proxy. ClusterIPs follow the internal
-    traffic policy. ExternalIPs, load-balancer addresses and NodePorts follow the external one for traffic
-    from outside; a client in the cluster that uses them gets policy Cluster ("short circuit", KEP-2086).
-    Only the families of its cluster IPs are served, as kube-proxy does.
+    There are none for headless and ExternalName Services and those of another proxy. ClusterIPs follow the
+    internal traffic policy. ExternalIPs, load-balancer addresses and NodePorts follow the external one for
+    traffic from outside; a client in the cluster that uses them gets policy Cluster ("short circuit",
+    KEP-2086). Only the families of its cluster IPs are served, as kube-proxy does.
     """
     return _Reader(service).read()
 
@@ -74,7 +74,9 @@ class _Reader:
         age = (service.metadata.creation_timestamp or "", *self._key)
         labels = service.metadata.labels
         none = ServiceFrontends(age, (), ())
-        if spec.type == "ExternalName" or (labels is not None and labels.proxy_name is not None):
+        if spec.type == "ExternalName":
+            return none
+        if labels is not None and (labels.proxy_name is not None or labels.headless is not None):
             return none
         cluster_ips = spec.cluster_ips or ((spec.cluster_ip,) if spec.cluster_ip else ())
         if not cluster_ips or cluster_ips[0] in ("None", ""):
@@ -82,9 +84,11 @@ class _Reader:
         if spec.type not in ("ClusterIP", "NodePort", "LoadBalancer"):
             self._warn("spec.type", f"unknown type {spec.type!r}")
             return ServiceFrontends(age, (), tuple(self._warnings))
-        if max(len(self._key.name.encode()), len(self._key.namespace.encode())) > MAX_NAME:
-            self._warn("metadata.name", f"name or namespace is longer than {MAX_NAME} bytes")
-            return ServiceFrontends(age, (), tuple(self._warnings))
+        for field, name in zip(("namespace", "name"), self._key, strict=True):
+            reason = unusable_name(name)
+            if reason is not None:
+                self._warn(f"metadata.{field}", reason)
+                return ServiceFrontends(age, (), tuple(self._warnings))
 
         internal = self._policy("internalTrafficPolicy", spec.internal_traffic_policy)
         external = self._policy("externalTrafficPolicy", spec.external_traffic_policy)
@@ -173,16 +177,17 @@ class _Reader:
         if address is None:
             self._warn(field, f"{text!r} is not an IP address")
             return None
-        reason = unusable_frontend(address)
+        reason = unusable_address(address)
         if reason is not None:
             self._warn(field, f"{text} {reason}")
             return None
         return address
 
     def _ports(self) -> Iterator[tuple[ServicePortSpec, Protocol]]:
-        """The usable ports. A NodePort out of range is left out of its port; the port itself stays."""
+        """The usable ports. A NodePort that cannot be used is left out of its port; the port itself stays."""
         names: set[str] = set()
         numbers: set[tuple[int, Protocol]] = set()
+        node_ports: set[tuple[int, Protocol]] = set()
         for i, port in enumerate(self._service.spec.ports or ()):
             field = f"spec.ports[{i}]"
             protocol = parse_protocol(port.protocol)
@@ -190,8 +195,8 @@ class _Reader:
                 self._warn(f"{field}.protocol", f"unknown protocol {port.protocol!r}")
             elif not valid_port(port.port):
                 self._warn(f"{field}.port", f"{port.port} is not in 1 to 65535")
-            elif len(port.name.encode()) > MAX_NAME:
-                self._warn(f"{field}.name", f"longer than {MAX_NAME} bytes")
+            elif (reason := unusable_name(port.name)) is not None:
+                self._warn(f"{field}.name", reason)
             elif port.name in names:
                 self._warn(f"{field}.name", f"another port of this Service has the name {port.name!r}")
             elif (port.port, protocol) in numbers:
@@ -199,11 +204,23 @@ class _Reader:
             else:
                 names.add(port.name)
                 numbers.add((port.port, protocol))
-                if port.node_port and not valid_port(port.node_port):
-                    self._warn(f"{field}.nodePort", f"{port.node_port} is not in 1 to 65535")
-                    yield msgspec.structs.replace(port, node_port=0), protocol
-                else:
+                reason = _unusable_node_port(port.node_port, protocol, node_ports)
+                if reason is None:
+                    node_ports.add((port.node_port, protocol))
                     yield port, protocol
+                else:
+                    self._warn(f"{field}.nodePort", reason)
+                    yield msgspec.structs.replace(port, node_port=0), protocol
+
+
+def _unusable_node_port(number: int, protocol: Protocol, taken: Set[tuple[int, Protocol]]) -> str | None:
+    if not number:
+        return None
+    if not valid_port(number):
+        return f"{number} is not in 1 to 65535"
+    if (number, protocol) in taken:
+        return f"another port of this Service has the nodePort {number}/{protocol.name}"
+    return None
 
 
 def _family(address: bytes) -> Family:

@@ -7,10 +7,9 @@ which Services, slices and the Node arrive does not matter.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime
+from itertools import chain
 
 import msgspec
 
@@ -36,7 +35,7 @@ from ebpfproxy.services.model import (
     format_endpoint,
 )
 from ebpfproxy.services.policy import usable_endpoints
-from ebpfproxy.services.values import Warning
+from ebpfproxy.services.values import Warning, parse_time
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -44,7 +43,9 @@ class Update(msgspec.Struct, frozen=True):
 
     ``triggers`` are Unix times at which pods or Services changed (the annotation
     ``endpoints.kubernetes.io/last-change-trigger-time`` of changed slices); ``received`` are the monotonic
-    times at which the events' bytes were read. First lists and new lists have neither.
+    times at which the events' bytes were read. First lists and new lists have neither, and neither have
+    events that change nothing here. A slice that is deleted takes the triggers of its Service along, as in
+    kube-proxy's EndpointsChangeTracker: its annotation tells of its last change, not of its end.
     """
 
     changed: tuple[ServicePort, ...]
@@ -71,7 +72,7 @@ class Tracker:
         self._warned: dict[tuple[Resource, ObjectKey], frozenset[Warning]] = {}
         self._conflicts: dict[ObjectKey, frozenset[Warning]] = {}
         self._new_warnings: list[Warning] = []
-        self._triggers: list[float] = []
+        self._triggers: dict[ObjectKey, list[float]] = {}
         self._received: list[float] = []
         self._service_changes = 0
         self._endpoint_changes = 0
@@ -130,19 +131,17 @@ class Tracker:
             for key, each in event.objects.items():
                 self._set(key, each)
         elif isinstance(event, Changed):
-            self._set(event.key, event.object)
-            self._received.append(event.received)
-            if isinstance(event.object, SliceEndpoints):
-                self._note_trigger(event.object.trigger_time)
-        else:
-            self._remove(event.resource, event.key)
+            if self._set(event.key, event.object):
+                self._received.append(event.received)
+                if isinstance(event.object, SliceEndpoints):
+                    self._note_trigger(event.object)
+        elif self._remove(event.resource, event.key):
             self._received.append(event.received)
 
-    def _note_trigger(self, trigger_time: str | None) -> None:
-        if trigger_time is None:
-            return
-        with contextlib.suppress(ValueError):
-            self._triggers.append(datetime.fromisoformat(trigger_time).timestamp())
+    def _note_trigger(self, piece: SliceEndpoints) -> None:
+        time = parse_time(piece.trigger_time) if piece.trigger_time is not None else None
+        if time is not None and piece.service is not None:
+            self._triggers.setdefault(piece.service, []).append(time)
 
     def _known(self, resource: Resource) -> set[ObjectKey]:
         if resource is Resource.SERVICES:
@@ -151,29 +150,27 @@ class Tracker:
             return set(self._slices)
         return {key_of(self.node)} if self.node is not None else set()
 
-    def _set(self, key: ObjectKey, each: object) -> None:
+    def _set(self, key: ObjectKey, each: object) -> bool:
+        """Whether a Service has to be computed again; so do all of the following."""
         if isinstance(each, ServiceFrontends):
-            self._set_service(key, each)
-        elif isinstance(each, SliceEndpoints):
-            self._set_slice(key, each)
-        else:
-            assert isinstance(each, Node), f"{key}: a {type(each).__name__} is not reduced"
-            if key.name == self._node_name:
-                self._set_node(each)
+            return self._set_service(key, each)
+        if isinstance(each, SliceEndpoints):
+            return self._set_slice(key, each)
+        assert isinstance(each, Node), f"{key}: a {type(each).__name__} is not reduced"
+        return key.name == self._node_name and self._set_node(each)
 
-    def _remove(self, resource: Resource, key: ObjectKey) -> None:
+    def _remove(self, resource: Resource, key: ObjectKey) -> bool:
         self._warn(resource, key, ())
         if resource is Resource.SERVICES:
-            self._set_service(key, None)
-        elif resource is Resource.ENDPOINTSLICES:
-            self._set_slice(key, None)
-        elif key.name == self._node_name:
-            self._set_node(None)
+            return self._set_service(key, None)
+        if resource is Resource.ENDPOINTSLICES:
+            return self._set_slice(key, None)
+        return key.name == self._node_name and self._set_node(None)
 
-    def _set_service(self, key: ObjectKey, new: ServiceFrontends | None) -> None:
+    def _set_service(self, key: ObjectKey, new: ServiceFrontends | None) -> bool:
         old = self._services.get(key)
         if old == new:
-            return
+            return False
         if new is None:
             del self._services[key]
         else:
@@ -184,39 +181,44 @@ class Tracker:
         age, claims = _claims_of(key, new)
         for other in self._claims.replace(*_claims_of(key, old), age, claims):
             self._touched[other] = None
+        return True
 
-    def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> None:
+    def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> bool:
         old = self._slices.get(key)
         if old is None or new is None:
             if old is new:
-                return
+                return False
         elif old.same_as(new):
-            return
+            return False
         if new is None:
             del self._slices[key]
         else:
             self._slices[key] = new
             self._warn(Resource.ENDPOINTSLICES, key, new.warnings)
-        self._endpoint_changes += 1
         before = old.service if old is not None else None
         after = new.service if new is not None else None
-        for service in (before, after):
-            if service is not None:
-                self._touched[service] = None
+        concerned = [service for service in (before, after) if service is not None]
+        self._touched.update(dict.fromkeys(concerned))
+        self._endpoint_changes += bool(concerned)
         if before == after:
-            return
+            return bool(concerned)
         if before is not None:
+            if new is None:
+                self._triggers.pop(before, None)
             left = tuple(each for each in self._slices_of.pop(before) if each != key)
             if left:
                 self._slices_of[before] = left
         if after is not None:
             self._slices_of[after] = (*self._slices_of.get(after, ()), key)
+        return bool(concerned)
 
-    def _set_node(self, node: Node | None) -> None:
+    def _set_node(self, node: Node | None) -> bool:
         zone = self._zone
         self.node = node
-        if self._zone != zone:
-            self._touched.update(dict.fromkeys(self._services))
+        if self._zone == zone:
+            return False
+        self._touched.update(dict.fromkeys(self._services))
+        return bool(self._services)
 
     def _warn(self, resource: Resource, key: ObjectKey, warnings: Iterable[Warning]) -> None:
         """Reports those that were not there before."""
@@ -247,13 +249,13 @@ class Tracker:
             changed=tuple(changed),
             removed=tuple(removed),
             warnings=tuple(self._new_warnings),
-            triggers=tuple(self._triggers),
+            triggers=tuple(chain.from_iterable(self._triggers.values())),
             received=tuple(self._received),
             service_changes=self._service_changes,
             endpoint_changes=self._endpoint_changes,
         )
         self._touched = {}
-        self._new_warnings, self._triggers, self._received = [], [], []
+        self._new_warnings, self._triggers, self._received = [], {}, []
         self._service_changes = self._endpoint_changes = 0
         return update
 
@@ -332,5 +334,6 @@ def _claims_of(key: ObjectKey, service: ServiceFrontends | None) -> tuple[Age, s
 
 
 def _merge(one: Traits, other: Traits) -> Traits:
-    best = max(one, other, key=lambda t: (t.ready, t.local, t.zones, t.nodes))
+    """Of three and more, the order in which they are merged must not matter: the order of slices is none."""
+    best = max(one, other, key=lambda t: (t.ready, t.zones, t.nodes))
     return best._replace(local=one.local or other.local)

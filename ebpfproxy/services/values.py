@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
+from datetime import datetime
 
 import msgspec
 
@@ -15,6 +15,11 @@ MAX_NAME = 63
 
 _PROTOCOLS = {protocol.name: protocol for protocol in Protocol}
 _MAPPED = b"\0" * 10 + b"\xff\xff"
+#: A reason that holds for frontends only: manifests of a single host have backends there.
+LOOPBACK = "is loopback"
+
+_LOOPBACK6 = b"\0" * 15 + b"\1"
+_BROADCAST = b"\xff" * 4
 
 
 class Warning(msgspec.Struct, frozen=True, gc=False):
@@ -43,20 +48,30 @@ def parse_address(text: str) -> bytes | None:
     return None if packed.startswith(_MAPPED) else packed
 
 
-def unusable_frontend(address: bytes) -> str | None:
-    """Why clients may not be made to mean a Service by this address, if so."""
-    ip = ipaddress.ip_address(address)
-    for kind in ("unspecified", "loopback", "link_local", "multicast"):
-        if getattr(ip, f"is_{kind}"):
-            return f"is {kind.replace('_', '-')}"
-    return None
+def unusable_address(address: bytes) -> str | None:
+    """Why this should be neither a frontend's nor a backend's address, if so.
 
-
-def unusable_backend(address: bytes) -> str | None:
-    """Why no connection can be made to this address, if so. Called once for each endpoint, hence quick."""
-    if address[0] == 0xFF or (len(address) == 4 and address[0] >= 224):
-        return "is not a unicast address"
-    return "is unspecified" if not any(address) else None
+    The API server refuses the same in endpoints and externalIPs (core/v1, ValidateEndpointIP): a link-local
+    backend would be another one on every node, or its metadata service. Multicast and broadcast are refused
+    beyond that. 240.0.0.0/4 is not: clusters give it to pods.
+    Called once for each endpoint, hence without ``ipaddress``.
+    """
+    if not any(address):
+        return "is unspecified"
+    first, second = address[0], address[1]
+    if len(address) == 4:
+        if first == 127:
+            return LOOPBACK
+        if first == 169 and second == 254:
+            return "is link-local"
+        if 224 <= first < 240:
+            return "is multicast"
+        return "is broadcast" if address == _BROADCAST else None
+    if address == _LOOPBACK6:
+        return LOOPBACK
+    if first == 0xFE and second & 0xC0 == 0x80:
+        return "is link-local"
+    return "is multicast" if first == 0xFF else None
 
 
 def parse_protocol(text: str | None) -> Protocol | None:
@@ -66,3 +81,17 @@ def parse_protocol(text: str | None) -> Protocol | None:
 
 def valid_port(number: int) -> bool:
     return 0 < number < 65536
+
+
+def unusable_name(name: str) -> str | None:
+    """Why a Service, namespace or port cannot have this name, if so. Manifests may hold any text."""
+    return f"is longer than {MAX_NAME} bytes" if len(name.encode()) > MAX_NAME else None
+
+
+def parse_time(text: str) -> float | None:
+    """Unix seconds of an RFC 3339 time; None for anything else, one without an offset among it."""
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return when.timestamp() if when.tzinfo is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,19 +83,20 @@ objects = st.one_of(
         externalIPs=st.lists(st.sampled_from(["192.0.2.1", "192.0.2.2"]), max_size=2),
     ),
     st.builds(
-        lambda name, of, found, ready, zone: piece(
+        lambda name, of, found, ready, zones, on: piece(
             name,
             of,
             *found,
-            nodeName=NODE,
+            nodeName=on,
             conditions={"ready": ready, "serving": True, "terminating": not ready},
-            hints={"forZones": [{"name": zone}]},
+            hints={"forZones": [{"name": zone} for zone in zones]},
         ),
         st.sampled_from(["s1", "s2", "s3"]),
         st.sampled_from(["a", "bb", "ccc"]),
         addresses,
         st.booleans(),
-        st.sampled_from(["z1", "z2"]),
+        st.lists(st.sampled_from(["z1", "z2"]), max_size=2),
+        st.sampled_from([NODE, "node-b"]),
     ),
     st.builds(node, st.sampled_from(["z1", "z2"])),
 )
@@ -192,6 +195,53 @@ def test_trigger_times_and_receipt_of_changes_come_with_the_update() -> None:
     assert update.received == (7.0,)
 
 
+def test_slices_that_change_nothing_leave_no_trace() -> None:
+    """Neither another trigger for the same endpoints, nor slices of no Service, nor the end of an unknown one."""
+    tracker = synced(service("a"), piece("s1", "a", "10.244.0.1"))
+    same = piece("s1", "a", "10.244.0.1", trigger="2026-11-20T10:00:00Z")
+    meta = msgspec.structs.replace(same.metadata, name="s2", labels=None)
+    tracker.apply(changed(Resource.ENDPOINTSLICES, same, received=7.0))
+    tracker.apply(
+        changed(Resource.ENDPOINTSLICES, msgspec.structs.replace(same, metadata=meta), received=7.0)
+    )
+    tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s3"), received=7.0))
+    assert not tracker.pending
+    assert tracker.pending_changes == (0, 0)
+    update = tracker.drain()
+    assert (update.received, update.triggers) == ((), ())
+
+
+def test_a_deleted_slice_takes_the_trigger_times_of_its_service_along() -> None:
+    tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
+    for name, of, second in (("s1", "a", 1), ("s2", "bb", 2)):
+        triggered = piece(name, of, "10.244.0.1", trigger=f"2026-11-20T10:00:0{second}Z")
+        tracker.apply(changed(Resource.ENDPOINTSLICES, triggered))
+    tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s1"), received=5.0))
+    update = tracker.drain()
+    assert update.triggers == (1795168802.0,)
+    assert update.received == (0.0, 0.0, 5.0)
+
+
+def test_three_slices_with_one_address_count_alike_in_any_order() -> None:
+    slices = [
+        piece(
+            "s1",
+            "a",
+            "10.244.0.1",
+            nodeName=NODE,
+            conditions={"ready": False, "serving": True, "terminating": True},
+        ),
+        piece("s2", "a", "10.244.0.1", nodeName="node-b"),
+        piece("s3", "a", "10.244.0.1", nodeName="node-b", hints={"forZones": [{"name": "z2"}]}),
+        piece("s4", "a", "10.244.0.2", nodeName="node-b", hints={"forZones": [{"name": "z1"}]}),
+    ]
+    found = {
+        tuple(synced(service("a"), node("z1"), *order).service_ports())
+        for order in itertools.permutations(slices)
+    }
+    assert len(found) == 1
+
+
 def test_five_thousand_endpoints_in_fifty_slices() -> None:
     slices = [
         piece(f"s{i}", "a", *(f"10.{i}.{n // 250}.{n % 250 + 1}" for n in range(100))) for i in range(50)
@@ -200,3 +250,13 @@ def test_five_thousand_endpoints_in_fifty_slices() -> None:
     assert len(tracker.service_ports()[0].cluster) == 5000
     tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s7")))
     assert len(tracker.drain().changed[0].cluster) == 4900
+
+
+def test_events_that_change_nothing_leave_no_trace() -> None:
+    """A Node's heartbeats go on for ever: they are neither pending nor measured."""
+    tracker = synced(service("a"), node("z1"))
+    for _ in range(3):
+        tracker.apply(changed(Resource.NODES, node("z1"), received=7.0))
+    assert not tracker.pending
+    tracker.apply(changed(Resource.SERVICES, service("a", clusterIP="10.96.0.7"), received=8.0))
+    assert tracker.drain().received == (8.0,)

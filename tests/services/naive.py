@@ -1,0 +1,186 @@
+"""The written rules (kube-proxy-behaviour.md) once more, slowly and from the plain objects.
+
+Shares nothing with ``ebpfproxy.services``: where both agree, both read the rules alike.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+Object = dict[str, Any]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+#: Service, port name, kind, scope, frontend.
+Row = tuple[str, str, str, str, str]
+#: Service, port name, protocol, IP version.
+PortRow = tuple[str, str, str, int]
+
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
+_ANY = {4: ipaddress.ip_address("0.0.0.0"), 6: ipaddress.ip_address("::")}
+
+
+def address_of(text: str, *, of_endpoint: bool = False) -> Address | None:
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(found, ipaddress.IPv6Address) and (found.scope_id is not None or found.ipv4_mapped):
+        return None
+    special = found.is_unspecified or found.is_link_local or found.is_multicast
+    special = special or (found.is_loopback and not of_endpoint)
+    return None if special or str(found) == "255.255.255.255" else found
+
+
+def _show(address: Address, port: int) -> str:
+    return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
+
+
+def _labels(each: Object) -> dict[str, Any]:
+    return {
+        name: value for name, value in (each["metadata"].get("labels") or {}).items() if value is not None
+    }
+
+
+def _is_ours(each: Object) -> bool:
+    return not _labels(each).keys() & {
+        "service.kubernetes.io/service-proxy-name",
+        "service.kubernetes.io/headless",
+    }
+
+
+def _full_name(each: Object) -> str:
+    return f"{each['metadata']['namespace']}/{each['metadata']['name']}"
+
+
+def _ports(service: Object) -> list[tuple[str, int, str, int]]:
+    """Name, port, protocol, nodePort (0: none) of the usable ones."""
+    found: list[tuple[str, int, str, int]] = []
+    for port in service["spec"].get("ports") or []:
+        name, number, protocol = port.get("name", ""), port["port"], port.get("protocol", "TCP")
+        known = [(n, (p, proto)) for n, p, proto, _ in found]
+        if protocol not in _PROTOCOLS or not 1 <= number <= 65535 or len(name.encode()) > 63:
+            continue
+        if any(name == n or (number, protocol) == p for n, p in known):
+            continue
+        node_port = port.get("nodePort") or 0
+        taken = any((node_port, protocol) == (n, proto) for _, _, proto, n in found)
+        found.append((name, number, protocol, node_port if 1 <= node_port <= 65535 and not taken else 0))
+    return found
+
+
+def _addresses(service: Object) -> list[tuple[str, Address]]:
+    spec, status = service["spec"], service.get("status") or {}
+    cluster_ips = spec.get("clusterIPs") or [spec.get("clusterIP") or "None"]
+    if spec.get("type") == "ExternalName" or cluster_ips[0] == "None" or not _is_ours(service):
+        return []
+    named = [("ClusterIP", text) for text in cluster_ips]
+    named += [("ExternalIP", text) for text in spec.get("externalIPs") or []]
+    if spec.get("type") == "LoadBalancer":
+        for ingress in (status.get("loadBalancer") or {}).get("ingress") or []:
+            if ingress.get("ip") and ingress.get("ipMode") in (None, "VIP"):
+                named.append(("LoadBalancer", ingress["ip"]))
+    parsed = [(kind, address) for kind, text in named if (address := address_of(text)) is not None]
+    versions = {address.version for kind, address in parsed if kind == "ClusterIP"}
+    found: list[tuple[str, Address]] = []
+    for kind, address in parsed:
+        if address.version in versions and address not in [a for _, a in found]:
+            found.append((kind, address))
+    return found
+
+
+def _endpoints(
+    service: Object, name: str, protocol: str, version: int, slices: list[Object]
+) -> dict[str, Object]:
+    """By address and port: ready, serving-terminating, node, zones, nodes."""
+    found: dict[str, Object] = {}
+    for piece in slices:
+        owner = _labels(piece).get("kubernetes.io/service-name")
+        if not _is_ours(piece) or f"{piece['metadata']['namespace']}/{owner}" != _full_name(service):
+            continue
+        if piece["addressType"] != f"IPv{version}":
+            continue
+        for port in piece.get("ports") or []:
+            if ((port.get("name") or ""), (port.get("protocol") or "TCP")) != (name, protocol):
+                continue
+            if port.get("port") is None or not 1 <= port["port"] <= 65535:
+                continue
+            for endpoint in piece.get("endpoints") or []:
+                address = address_of((endpoint.get("addresses") or [""])[0], of_endpoint=True)
+                if address is None or address.version != version:
+                    continue
+                conditions, hints = endpoint.get("conditions") or {}, endpoint.get("hints") or {}
+                ready = conditions.get("ready") is not False
+                serving = ready if conditions.get("serving") is None else conditions["serving"]
+                new = {
+                    "ready": ready,
+                    "leaving": not ready and serving and bool(conditions.get("terminating")),
+                    "on": {endpoint.get("nodeName")},
+                    "zones": [zone["name"] for zone in hints.get("forZones") or []],
+                    "nodes": [node["name"] for node in hints.get("forNodes") or []],
+                }
+                if not (new["ready"] or new["leaving"]):
+                    continue
+                old = found.get(_show(address, port["port"]), new)
+                best = max(old, new, key=lambda e: (e["ready"], e["zones"], e["nodes"]))
+                found[_show(address, port["port"])] = {**best, "on": old["on"] | new["on"]}
+    return found
+
+
+def _cluster(endpoints: dict[str, Object], node_name: str, zone: str | None) -> set[str]:
+    ready = {name: e for name, e in endpoints.items() if e["ready"]}
+    for hint, here in (("nodes", node_name), ("zones", zone)):
+        chosen = {name for name, e in ready.items() if here is not None and here in e[hint]}
+        if chosen and all(e[hint] for e in ready.values()):
+            return chosen
+    return set(ready) or {name for name, e in endpoints.items() if e["leaving"]}
+
+
+def _local(endpoints: dict[str, Object], node_name: str) -> set[str]:
+    here = {name: e for name, e in endpoints.items() if node_name in e["on"]}
+    return {name for name, e in here.items() if e["ready"]} or {
+        name for name, e in here.items() if e["leaving"]
+    }
+
+
+def table(
+    services: list[Object], slices: list[Object], nodes: list[Object], node_name: str
+) -> tuple[dict[Row, frozenset[str] | str], dict[PortRow, frozenset[str]]]:
+    """Backends of each frontend in each scope, ``dropped`` or ``rejected``; and each port's draining ones."""
+    zones = [
+        _labels(n).get("topology.kubernetes.io/zone") for n in nodes if n["metadata"]["name"] == node_name
+    ]
+    zone = (zones[0] if zones else None) or None
+    rows: dict[Row, frozenset[str] | str] = {}
+    draining: dict[PortRow, frozenset[str]] = {}
+    claimed: set[tuple[Address, int, str]] = set()
+    by_age = sorted(
+        services, key=lambda s: (s["metadata"].get("creationTimestamp") or "", _full_name(s).split("/"))
+    )
+    for service in by_age:
+        spec, addresses = service["spec"], _addresses(service)
+        for name, number, protocol, node_port in _ports(service):
+            for version in sorted({a.version for kind, a in addresses}):
+                frontends = [(kind, a, number) for kind, a in addresses if a.version == version]
+                if node_port and spec.get("type") in ("NodePort", "LoadBalancer"):
+                    frontends.append(("NodePort", _ANY[version], node_port))
+                frontends = [f for f in frontends if (f[1], f[2], protocol) not in claimed]
+                claimed |= {(address, port, protocol) for _, address, port in frontends}
+                if not frontends:
+                    continue
+                endpoints = _endpoints(service, name, protocol, version, slices)
+                cluster, local = _cluster(endpoints, node_name, zone), _local(endpoints, node_name)
+                leaving = {e for e, traits in endpoints.items() if traits["leaving"]}
+                draining[_full_name(service), name, protocol, version] = frozenset(leaving - cluster - local)
+                for kind, address, port in frontends:
+                    for scope in ("internal", "external"):
+                        policy = "Cluster"
+                        if kind == "ClusterIP":
+                            policy = spec.get("internalTrafficPolicy") or "Cluster"
+                        elif scope == "external":
+                            policy = spec.get("externalTrafficPolicy") or "Cluster"
+                        used: frozenset[str] | str = frozenset(local if policy == "Local" else cluster)
+                        if not used:
+                            used = "dropped" if cluster else "rejected"
+                        frontend = f"{_show(address, port)}/{protocol}"
+                        rows[_full_name(service), name, kind, scope, frontend] = used
+    return rows, draining

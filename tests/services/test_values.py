@@ -1,0 +1,134 @@
+"""Single values: what is an address, which addresses can be used, what is a time."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ebpfproxy.services.values import parse_address, parse_time, unusable_address, unusable_name, valid_port
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "10.0.0",
+        "10.0.0.256",
+        "10.0.0.01",  # octal to some, decimal to others: CVE-2021-29923
+        "10.0.0.1 ",
+        "10.0.0.1\0",
+        "10.0.0.1/32",
+        "0x0a.0.0.1",
+        "\u0661.0.0.1",  # a digit one, though not ASCII
+        "fe80::1%eth0",
+        "::ffff:10.0.0.1",
+        "::FFFF:a00:1",
+        "1::2::3",
+        "1:2:3:4::5:6:7:8",
+        "12345::",
+        "[fd00::1]",
+        "\ud800",
+        "example.com",
+    ],
+)
+def test_texts_that_are_no_address(text: str) -> None:
+    assert parse_address(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["10.0.0.1", "0.0.0.0", "fd00::1", "::", "1:2:3:4:5:6:7::", "64:ff9b::10.0.0.1"]
+)
+def test_texts_that_are_addresses(text: str) -> None:
+    assert parse_address(text) == ipaddress.ip_address(text).packed
+
+
+texts = st.one_of(
+    st.text("0123456789abcF:.% ", max_size=24),
+    st.lists(st.sampled_from(["0", "01", "1", "255", "256", ""]), min_size=3, max_size=5).map(".".join),
+    st.lists(st.sampled_from(["", "0", "ffff", "12345", "1.2.3.4"]), min_size=2, max_size=9).map(":".join),
+    st.ip_addresses().map(str),
+)
+
+
+@given(texts)
+def test_addresses_are_those_of_the_standard_library_without_zones_and_mapped_ones(text: str) -> None:
+    try:
+        known = ipaddress.ip_address(text)
+    except ValueError:
+        known = None
+    if isinstance(known, ipaddress.IPv6Address) and (known.scope_id is not None or known.ipv4_mapped):
+        known = None
+    assert parse_address(text) == (known.packed if known is not None else None)
+
+
+SPECIAL = {
+    "is unspecified": ["0.0.0.0/32", "::/128"],
+    "is loopback": ["127.0.0.0/8", "::1/128"],
+    "is link-local": ["169.254.0.0/16", "fe80::/10"],
+    "is multicast": ["224.0.0.0/4", "ff00::/8"],
+    "is broadcast": ["255.255.255.255/32"],
+}
+NETWORKS = [(reason, ipaddress.ip_network(text)) for reason, texts in SPECIAL.items() for text in texts]
+
+
+@given(
+    st.one_of(
+        st.ip_addresses(),
+        st.sampled_from(NETWORKS).flatmap(lambda each: st.ip_addresses(network=each[1])),
+        st.sampled_from(
+            ["126.255.255.255", "128.0.0.0", "169.253.255.255", "169.255.0.0", "223.255.255.255"]
+        ).map(ipaddress.ip_address),
+        st.sampled_from(["240.0.0.0", "255.255.255.254", "::2", "fe7f::", "fec0::", "feff::"]).map(
+            ipaddress.ip_address
+        ),
+    )
+)
+def test_special_addresses_cannot_be_used_and_all_others_can(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> None:
+    reasons = [reason for reason, net in NETWORKS if net.version == address.version and address in net]
+    assert unusable_address(address.packed) == (reasons[0] if reasons else None)
+
+
+def test_clusters_give_240_0_0_0_4_to_pods() -> None:
+    assert unusable_address(bytes([240, 0, 0, 1])) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "valid"), [(-1, False), (0, False), (1, True), (65535, True), (65536, False)]
+)
+def test_ports_are_1_to_65535(number: int, valid: bool) -> None:
+    assert valid_port(number) is valid
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", None),
+        ("a" * 63, None),
+        ("a" * 64, "is longer than 63 bytes"),
+        ("ä" * 32, "is longer than 63 bytes"),
+    ],
+)
+def test_names_fit_into_63_bytes(name: str, reason: str | None) -> None:
+    assert unusable_name(name) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2026-11-20T10:00:00Z", 1795168800.0),
+        ("2026-11-20T11:00:00+01:00", 1795168800.0),
+        ("2026-11-20T10:00:00.123456789Z", 1795168800.123456),  # Go writes nanoseconds
+        ("2026-11-20T10:00:00", None),
+        ("2026-11-20", None),
+        ("0001-01-01", None),
+        ("yesterday", None),
+        ("", None),
+    ],
+)
+def test_times_are_rfc_3339_with_an_offset(text: str, seconds: float | None) -> None:
+    assert parse_time(text) == seconds

@@ -241,6 +241,9 @@ class Agent:
         while True:
             if not self._handle_all(self._next_messages()):
                 return
+            node = self._tracker.node
+            # Manifests need not have a Node: then nothing speaks against this one.
+            self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
             self._attach_when_ready()
@@ -377,9 +380,6 @@ class Agent:
             return
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
-        self._health.set_eligible(
-            eligible(self._tracker.node) or (self._tracker.node is None and not self._source.has_cluster)
-        )
         statuses = self._source.statuses()
         state.save(
             self._maps,

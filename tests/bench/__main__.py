@@ -16,8 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Ratios measured in one run; goals are shown, never asserted."
     )
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=25, help="of each pair, in alternating order")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=30, help="of measurements, in random order")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()

@@ -4,11 +4,11 @@
  * hook costs is not lost in the client.
  *
  *   load server PORT                     answers TCP requests and datagrams with as many bytes
- *   load connect|crr|rr|udp HOST PORT SECONDS
+ *   load connect|crr|rr|udp|udpc HOST PORT SECONDS
  *
  * connect: connect and close.  crr: connect, request, response, close.  rr: requests on one
- * connection. udp: requests by an unconnected socket.  Connections end by RST (linger 0), so that
- * no TIME_WAIT uses up the ports. Prints operations and seconds.
+ * connection.  udp: requests by an unconnected socket, udpc: by a connected one.  Connections end
+ * by RST (linger 0), so that no TIME_WAIT uses up the ports. Prints operations and seconds.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -116,13 +116,14 @@ static void exchange(int fd)
 		die("exchange");
 }
 
-static void exchange_datagrams(int fd, const struct addrinfo *to)
+/* The address is NULL where the socket is connected. */
+static void exchange_datagrams(int fd, const struct sockaddr *to, socklen_t to_size)
 {
 	char buffer[REQUEST] = "";
 	struct sockaddr_storage from;
 	socklen_t size = sizeof(from);
 
-	if (sendto(fd, buffer, REQUEST, 0, to->ai_addr, to->ai_addrlen) != REQUEST ||
+	if (sendto(fd, buffer, REQUEST, 0, to, to_size) != REQUEST ||
 	    recvfrom(fd, buffer, REQUEST, 0, (struct sockaddr *)&from, &size) != REQUEST)
 		die("datagram");
 }
@@ -138,8 +139,10 @@ static void load(const char *mode, const char *host, const char *port, double se
 		die("address");
 	if (!strcmp(mode, "rr"))
 		long_lived = connected(to);
-	if (!strcmp(mode, "udp"))
+	if (mode[0] == 'u')
 		long_lived = socket(to->ai_family, SOCK_DGRAM, 0);
+	if (!strcmp(mode, "udpc") && connect(long_lived, to->ai_addr, to->ai_addrlen))
+		die("connect");
 	began = now();
 	do {
 		/* The clock is not what is measured. */
@@ -153,7 +156,8 @@ static void load(const char *mode, const char *host, const char *port, double se
 			} else if (mode[0] == 'r') {
 				exchange(long_lived);
 			} else {
-				exchange_datagrams(long_lived, to);
+				exchange_datagrams(long_lived, mode[3] ? NULL : to->ai_addr,
+						   mode[3] ? 0 : to->ai_addrlen);
 			}
 		}
 		end = now();

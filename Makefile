@@ -6,13 +6,17 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test bench lint format setup clean
+.PHONY: demo test test-kernel bench lint format setup clean
 
 demo: setup
 	$(PYTHON) -m tests.demo
 
 test: setup lint
 	$(PYTHON) -m pytest
+
+# The same BPF on Debian's own kernel, in an emulator.
+test-kernel: setup
+	tests/kernel.sh
 
 bench: setup
 	$(PYTHON) -m tests.bench --json bench.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
@@ -64,6 +65,25 @@ def test_services_of_the_api_server_are_reached(cluster: Cluster) -> None:
     assert cluster.status()["services"] == 21
     assert cluster.agent.http("/healthz")[0] == 200
     assert cluster.agent.http("/proxyMode", 10249) == (200, "ebpf")
+
+
+def _churn(url: str) -> None:
+    connection = http.client.HTTPConnection(url.partition("://")[2], timeout=20)
+    connection.request("POST", "/control/churn?rate=100&seconds=0.5")
+    assert connection.getresponse().read()
+
+
+def test_changes_are_measured_from_their_trigger_to_the_maps(cluster: Cluster) -> None:
+    """The annotation endpoints.kubernetes.io/last-change-trigger-time, as kube-proxy's metric uses it."""
+
+    def counted(name: str) -> float:
+        text = cluster.agent.http("/metrics", 10249)[1]
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    cluster.node.call(_churn, cluster.url)
+    until(lambda: counted("ebpfproxy_event_to_map_seconds_count") >= 50, "changes are not counted")
+    assert counted('kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"}') >= 50
+    assert counted("kubeproxy_network_programming_duration_seconds_sum") < 50
 
 
 def test_while_the_api_server_is_away_the_node_serves_what_it_knows(cluster: Cluster) -> None:

@@ -288,7 +288,7 @@ def _set_sysctls() -> None:
         ("ipv4/ip_forward", "1"),
         ("ipv6/conf/all/forwarding", "1"),
         ("ipv4/tcp_tw_reuse", "1"),
-        ("ipv4/ip_local_port_range", "15000 65000"),
+        ("ipv4/ip_local_port_range", "15000 64999"),
     ):
         Path("/proc/sys/net", path).write_text(value)
 

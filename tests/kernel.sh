@@ -1,0 +1,49 @@
+#!/bin/sh
+# Runs the BPF and socket tests on Debian's own kernel (6.1), in an emulator: no KVM needed, some minutes.
+# Needs root, the virtual environment that make setup made, and about 3 GB below /tmp.
+set -eu
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+for package in mmdebstrap qemu-system-x86 e2fsprogs; do
+	dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' && continue
+	apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$package"
+done
+
+root=$work/root
+mmdebstrap --quiet --variant=minbase \
+	--include=python3-bpfcc,clang,iproute2,socat,procps,kmod,initramfs-tools,linux-image-cloud-amd64 \
+	bookworm "$root"
+# The virtual environment knows the checkout by its path.
+mkdir -p "$root$top"
+(cd "$top" && git ls-files -z | tar -c --null -T - .venv) | tar -x -C "$root$top"
+cat >"$root/run-tests" <<END
+#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+mountpoint -q /proc || mount -t proc proc /proc
+mountpoint -q /sys || mount -t sysfs sys /sys
+mountpoint -q /run || mount -t tmpfs run /run
+mount -t tmpfs tmp /tmp
+mount -t cgroup2 cgroup /sys/fs/cgroup
+ip link set lo up
+modprobe -a veth bridge
+uname -r
+cd "$top"
+.venv/bin/python -m pytest -q --color=no -p no:cacheprovider --timeout 900 \
+	tests/datapath tests/e2e/test_sockets.py && echo KERNEL-TESTS-PASSED
+echo o >/proc/sysrq-trigger
+sleep 60
+END
+chmod +x "$root/run-tests"
+mv "$root"/boot/vmlinuz-* "$work/vmlinuz"
+mv "$root"/boot/initrd.img-* "$work/initrd"
+truncate -s 3G "$work/disk"
+mkfs.ext4 -q -d "$root" "$work/disk"
+rm -rf "$root"
+
+timeout 1800 qemu-system-x86_64 -accel tcg,thread=multi -smp 2 -m 3G -nographic -no-reboot -nic none \
+	-kernel "$work/vmlinuz" -initrd "$work/initrd" -drive "file=$work/disk,format=raw,if=virtio" \
+	-append "console=ttyS0 quiet root=/dev/vda rw init=/run-tests" </dev/null | tee "$work/log"
+grep -q KERNEL-TESTS-PASSED "$work/log"

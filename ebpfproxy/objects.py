@@ -24,7 +24,6 @@ class _Record(msgspec.Struct, frozen=True, rename="camel", kw_only=True, gc=Fals
 
 class ServiceAnnotations(_Record, frozen=True, rename=None):
     lb_algorithm: str | None = msgspec.field(name="ebpfproxy.io/lb-algorithm", default=None)
-    weights: str | None = msgspec.field(name="ebpfproxy.io/weights", default=None)
 
 
 class ServiceLabels(_Record, frozen=True, rename=None):
@@ -94,12 +93,10 @@ class ServiceSpec(_Record, frozen=True):
     cluster_ips: tuple[str, ...] | None = msgspec.field(name="clusterIPs", default=None)
     ports: tuple[ServicePortSpec, ...] | None = None
     external_ips: tuple[str, ...] | None = msgspec.field(name="externalIPs", default=None)
-    load_balancer_source_ranges: tuple[str, ...] | None = None
     session_affinity: str = "None"
     session_affinity_config: SessionAffinityConfig | None = None
     internal_traffic_policy: str | None = None
     external_traffic_policy: str | None = None
-    health_check_node_port: int = 0
 
 
 class LoadBalancerIngress(_Record, frozen=True):
@@ -163,28 +160,15 @@ class EndpointSlice(_Record, frozen=True):
 
 class Taint(_Record, frozen=True):
     key: str
-    effect: str = ""
-    value: str | None = None
 
 
 class NodeSpec(_Record, frozen=True):
     taints: tuple[Taint, ...] | None = None
-    pod_cidrs: tuple[str, ...] | None = msgspec.field(name="podCIDRs", default=None)
-
-
-class NodeAddress(_Record, frozen=True):
-    type: str
-    address: str
-
-
-class NodeStatus(_Record, frozen=True):
-    addresses: tuple[NodeAddress, ...] | None = None
 
 
 class Node(_Record, frozen=True):
     metadata: NodeMeta
     spec: NodeSpec | None = None
-    status: NodeStatus | None = None
 
 
 Object = Service | EndpointSlice | Node

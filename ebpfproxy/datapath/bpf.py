@@ -30,8 +30,6 @@ PROG_CGROUP_SOCK_ADDR = 18
 FUNC_GET_NETNS_COOKIE = 122
 FUNC_SET_RETVAL = 187
 
-LINK_CGROUP = 3
-
 
 class BpfError(OSError):
     """A bpf(2) command failed; ``errno`` is the kernel's."""
@@ -288,16 +286,6 @@ def link_create(prog_fd: int, target_fd: int, attach_type: int) -> int:
 def link_update(link_fd: int, prog_fd: int) -> None:
     """Replaces the link's program in one step."""
     _check(_lib.bpf_link_update(link_fd, prog_fd, None), "replace program")
-
-
-def attached_programs(cgroup_fd: int, attach_type: int) -> list[int]:
-    """Ids of the programs attached to this cgroup itself, in the order in which they run."""
-    ids = (ct.c_uint32 * 64)()
-    count = ct.c_uint32(64)
-    _check(
-        _lib.bpf_prog_query(cgroup_fd, attach_type, 0, None, ids, ct.byref(count)), "query cgroup programs"
-    )
-    return list(ids[: count.value])
 
 
 def has_helper(prog_type: int, helper: int) -> bool:

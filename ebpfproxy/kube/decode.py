@@ -87,16 +87,34 @@ class Page(msgspec.Struct, frozen=True):
     unreadable: tuple[Unreadable, ...]
 
 
+#: What decoders raise for an object that is JSON: a wrong type, text that is not UTF-8, far too deep.
+_MALFORMED = (msgspec.ValidationError, UnicodeDecodeError, RecursionError)
+
 _head = msgspec.json.Decoder(_Head)
 _line = msgspec.json.Decoder(_Line)
 _raw_page = msgspec.json.Decoder(_RawPage)
 _status = msgspec.json.Decoder(Status)
 
 
-def explain(error: msgspec.DecodeError) -> str:
+def explain(error: Exception) -> str:
     """msgspec's message with the field first, as the API writes it."""
     found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", str(error))
     return f"{found[2]}: {found[1]}" if found else str(error)
+
+
+def _meta_of(raw: msgspec.Raw) -> _Meta:
+    """Name and version of an object that may be malformed; what of them cannot be read is empty."""
+    try:
+        return _head.decode(raw).metadata
+    except _MALFORMED:
+        pass
+    try:
+        found = msgspec.json.decode(raw)
+    except _MALFORMED:
+        return _Meta()
+    meta = found.get("metadata") if isinstance(found, dict) else None
+    texts = {k: v for k, v in meta.items() if isinstance(v, str)} if isinstance(meta, dict) else {}
+    return _Meta(texts.get("name", ""), texts.get("namespace", ""), texts.get("resourceVersion", ""))
 
 
 class Decoder:
@@ -117,17 +135,19 @@ class Decoder:
         if raw.type in (EventType.ADDED, EventType.MODIFIED):
             try:
                 return self._with_object(raw.type, self._object.decode(raw.object))
-            except msgspec.ValidationError as error:
-                meta = _head.decode(raw.object).metadata
+            except _MALFORMED as error:
+                meta = _meta_of(raw.object)
                 key = ObjectKey(meta.namespace, meta.name)
                 return WatchEvent(
                     raw.type, key, meta.resource_version, unreadable=Unreadable(key, explain(error))
                 )
-        meta = _head.decode(raw.object).metadata
+        meta = _meta_of(raw.object)
+        key = ObjectKey(meta.namespace, meta.name)
+        if raw.type is EventType.DELETED and not key.name:
+            unreadable = Unreadable(key, "metadata.name: missing from what was deleted")
+            return WatchEvent(raw.type, key, meta.resource_version, unreadable=unreadable)
         end = meta.annotations is not None and meta.annotations.initial_events_end == "true"
-        return WatchEvent(
-            raw.type, ObjectKey(meta.namespace, meta.name), meta.resource_version, initial_events_end=end
-        )
+        return WatchEvent(raw.type, key, meta.resource_version, initial_events_end=end)
 
     @staticmethod
     def _with_object(kind: EventType, found: Object) -> WatchEvent:
@@ -138,7 +158,7 @@ class Decoder:
     def page(self, body: bytes) -> Page:
         try:
             page = self._page.decode(body)
-        except msgspec.ValidationError:
+        except _MALFORMED:
             return self._page_by_item(_raw_page.decode(body))
         return Page(page.metadata.resource_version, page.metadata.continue_token, page.items or (), ())
 
@@ -147,9 +167,9 @@ class Decoder:
         for raw in page.items or ():
             try:
                 objects.append(self._object.decode(raw))
-            except msgspec.ValidationError as error:
-                head = _head.decode(raw).metadata
-                unreadable.append(Unreadable(ObjectKey(head.namespace, head.name), explain(error)))
+            except _MALFORMED as error:
+                item = _meta_of(raw)
+                unreadable.append(Unreadable(ObjectKey(item.namespace, item.name), explain(error)))
         meta = page.metadata
         return Page(meta.resource_version, meta.continue_token, tuple(objects), tuple(unreadable))
 

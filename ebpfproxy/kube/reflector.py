@@ -6,8 +6,14 @@ last resourceVersion seen. Only when the server has forgotten that (410) everyth
 delivered as one ``Replaced`` when it is complete: nobody sees a half-listed cluster.
 
 The list is a streaming one where the server has it (KEP-3157), else paged. Failures back off exponentially
-with jitter; while they last, what was delivered stays in force. One log line says that it fails, and one
-that it works again.
+with jitter, and the waits become short again only after a change or a bookmark came, not because a server
+accepts requests and then fails them; while they last, what was delivered stays in force. One log line says
+that it fails, and one that it works again.
+
+Three things that a server may do for ever without ever being asked in a hot loop: answer 410 to each list or
+watch, accept watches and end them at once, accept watches and say nothing. The last is also what a watch
+from a resourceVersion of the future looks like, after etcd was restored from a backup: two streams in a row
+without a byte, not even a bookmark, and everything is listed again.
 """
 
 from __future__ import annotations
@@ -15,15 +21,20 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import msgspec
 import urllib3
 
+from ebpfproxy.kube import failures
+from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.client import ApiConnection, ConfigError
-from ebpfproxy.kube.decode import Decoder, EventType, Status, Unreadable, WatchEvent, decode_status
-from ebpfproxy.kube.lines import LineSplitter
+from ebpfproxy.kube.decode import Decoder, EventType, Unreadable, WatchEvent, decode_status
+from ebpfproxy.kube.failures import Expired, Failure
+from ebpfproxy.kube.listing import Listing, reduced_or_why
 from ebpfproxy.kube.status import SourceStatus, State
+from ebpfproxy.kube.stream import EventStream
 from ebpfproxy.logs import get_logger
 from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Reduce, Replaced, Resource, key_of
 
@@ -36,8 +47,9 @@ PATHS = {
 }
 
 _PAGE_LIMIT = 500
-_CHUNK = 256 * 1024
 _SHORT_WATCH_SECONDS = 1.0
+#: Whatever lasted this long worked.
+_HEALTHY_SECONDS = 60.0
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -53,25 +65,11 @@ class Timing(msgspec.Struct, frozen=True):
     list_wait: float = 30.0
 
 
-class _Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ours
-    """``reason`` is a metric label."""
-
-    def __init__(self, reason: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.retry_after = retry_after
-
-
-class _Expired(Exception):  # noqa: N818
-    """The resourceVersion is too old (410): list again."""
-
-
-class _NoStreamingList(Exception):  # noqa: N818
-    """The server does not know sendInitialEvents, or never finishes them."""
-
-
 class Reflector:
-    """One resource. :meth:`run` is a thread's main function; ``status`` may be read by any thread."""
+    """One resource. :meth:`run` is a thread's main function; ``status`` may be read by any thread.
+
+    ``sink`` is called in that thread. Where ``reduce`` fails for an object, that object counts as unreadable.
+    """
 
     def __init__(
         self,
@@ -95,11 +93,16 @@ class Reflector:
             if value
         }
         self._decoder = Decoder(resource)
+        self._backoff = Backoff(self._timing.backoff_first, self._timing.backoff_most)
         self._stop = threading.Event()
-        self._response: urllib3.BaseHTTPResponse | None = None
+        self._stream: EventStream | None = None
         self._version = ""
-        self._streaming_list = True
-        self._backoff = 0.0
+        self._has_streaming_list = True
+        self._next_list_by_pages = False
+        #: The last stream was accepted and broke at once: being accepted says nothing.
+        self._doubtful = False
+        self._expired = False
+        self._silent_streams = 0
         self._unreadable: dict[ObjectKey, str] = {}
         self.status = SourceStatus(resource=resource, since=time.time())
 
@@ -109,35 +112,39 @@ class Reflector:
     def stop(self) -> None:
         """Ends :meth:`run` soon, also while it waits for bytes."""
         self._stop.set()
-        response = self._response
-        if response is not None:
-            response.shutdown()
+        stream = self._stream
+        if stream is not None:
+            stream.abort()
 
     def run(self) -> None:
         while not self._stop.is_set():
             began = time.monotonic()
             try:
-                if self._version:
-                    self._watch()
-                elif self._streaming_list:
-                    self._stream_list()
-                else:
-                    self._page_list()
-            except _Expired:
-                log.info("watch expired, listing again", resource=str(self._resource))
-                self._count("expired")
-                self._version = ""
-            except _NoStreamingList as error:
-                log.info("no streaming list, using pages", resource=str(self._resource), why=str(error))
-                self._streaming_list = False
-            except _Failure as failure:
-                if not self._stop.is_set():
-                    self._failed(failure)
-                    self._pause(failure.retry_after)
+                self._once()
+            except Expired as expired:
+                self._after(began)
+                self._list_again(str(expired))
+            except Failure as failure:
+                self._after(began)
+                self._failed(failure)
+            except Exception as error:
+                # A mistake of ours must not end the watch for ever.
+                log.error("unexpected error in a watch", resource=str(self._resource), error=repr(error))
+                log.debug("its place", traceback=traceback.format_exc())
+                self._failed(Failure("internal", repr(error)))
             else:
+                self._after(began)
                 if time.monotonic() - began < _SHORT_WATCH_SECONDS:
                     # A server that ends watches at once would be asked without end.
-                    self._pause(None)
+                    self._pause()
+
+    def _once(self) -> None:
+        if self._version:
+            self._watch()
+        elif self._has_streaming_list and not self._next_list_by_pages:
+            self._stream_list()
+        else:
+            self._page_list()
 
     # -- state
 
@@ -145,11 +152,13 @@ class Reflector:
         self.status = msgspec.structs.replace(self.status, **changes)
 
     def _count(self, reason: str) -> None:
-        failures = dict(self.status.failures)
-        failures[reason] = failures.get(reason, 0) + 1
-        self._update(failures=failures)
+        counts = dict(self.status.failures)
+        counts[reason] = counts.get(reason, 0) + 1
+        self._update(failures=counts)
 
-    def _failed(self, failure: _Failure) -> None:
+    def _failed(self, failure: Failure) -> None:
+        if self._stop.is_set():
+            return
         self._count(failure.reason)
         if self.status.state is not State.FAILING:
             log.warning(
@@ -160,28 +169,39 @@ class Reflector:
             )
             self._update(state=State.FAILING, since=time.time())
         self._update(error=str(failure))
+        self._pause(failure.retry_after)
 
     def _connected(self) -> None:
-        """The server has accepted; a quiet watch may have nothing to say for a while."""
         if self.status.state is not State.CONNECTED:
             log.info("watch is connected", resource=str(self._resource), server=self._connection.host)
             self._update(state=State.CONNECTED, since=time.time(), error=None)
 
-    def _received(self) -> None:
-        """Bytes of a good answer came: it is worth trying again at once when they end."""
-        self._backoff = 0.0
-        self._update(last_event=time.time())
+    def _list_again(self, why: str) -> None:
+        """At once for the first 410; a server that says nothing else is failing."""
+        self._version = ""
+        if self._expired:
+            self._failed(Failure("expired", why))
+            return
+        self._expired = True
+        self._count("expired")
+        log.info("watch expired, listing again", resource=str(self._resource), why=why)
 
-    def _pause(self, retry_after: float | None) -> None:
-        timing = self._timing
-        self._backoff = min(timing.backoff_most, max(timing.backoff_first, self._backoff * 2))
-        wait = max(retry_after or 0.0, self._backoff * random.uniform(0.5, 1.0))  # noqa: S311
-        self._stop.wait(wait)
+    def _works(self) -> None:
+        """It does more than to accept requests: after the next failure it is worth trying again soon."""
+        self._backoff.reset()
+        self._expired = False
+
+    def _after(self, began: float) -> None:
+        if time.monotonic() - began >= _HEALTHY_SECONDS:
+            self._works()
+
+    def _pause(self, retry_after: float | None = None) -> None:
+        self._stop.wait(max(retry_after or 0.0, self._backoff.next()))
 
     # -- requests
 
     def _request(self, params: dict[str, str], read_seconds: float) -> urllib3.BaseHTTPResponse:
-        """A response with status 200. Raises _Failure and _Expired."""
+        """A response with status 200. Raises Failure and Expired."""
         try:
             response = self._connection.get(
                 PATHS[self._resource], {**params, **self._selectors}, read_seconds=read_seconds
@@ -191,26 +211,23 @@ class Reflector:
             body = response.read(64 * 1024)
             response.close()
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise _Failure(_reason(error), _describe(error)) from error
+            raise failures.of_exception(error) from error
         except ConfigError as error:
-            raise _Failure("credentials", str(error)) from error
-        status = decode_status(body, response.status)
-        if status.code == 410:
-            raise _Expired
-        if status.code == 401:
+            raise Failure("credentials", str(error)) from error
+        if response.status in (401, 403):
+            # 403, too: without credentials, since a plugin failed, the request was an anonymous one.
             self._reload()
-        raise _failure_of(status, response.headers.get("Retry-After"))
+        raise failures.of_status(decode_status(body, response.status), response.headers.get("Retry-After"))
 
     def _reload(self) -> None:
         try:
             self._connection.reload()
         except ConfigError as error:
-            raise _Failure("credentials", str(error)) from error
+            raise Failure("credentials", str(error)) from error
 
     def _page_list(self) -> None:
-        """All pages, then one Replaced."""
-        objects: dict[ObjectKey, object] = {}
-        unreadable: list[Unreadable] = []
+        """All pages, then one Replaced, then the watch."""
+        listing = Listing(self._reduce)
         token = ""
         while True:
             params = {"limit": str(_PAGE_LIMIT), **({"continue": token} if token else {})}
@@ -219,34 +236,35 @@ class Reflector:
                 page = self._decoder.page(response.read())
                 response.release_conn()
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                raise _Failure(_reason(error), _describe(error)) from error
-            except msgspec.DecodeError as error:
-                raise _Failure("garbled", f"a page cannot be decoded: {error}") from error
+                raise failures.of_exception(error) from error
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise Failure("garbled", f"a page cannot be decoded: {error}") from error
             if self._stop.is_set():
                 return
-            objects.update((key_of(each), self._reduce(each)) for each in page.objects)
-            unreadable += page.unreadable
+            for each in page.objects:
+                listing.put(key_of(each), each)
+            for unreadable in page.unreadable:
+                listing.put_unreadable(unreadable)
             token = page.continue_token
             if not token:
                 break
+        self._next_list_by_pages = False
         self._connected()
-        self._received()
-        self._deliver_list(objects, unreadable, page.resource_version)
+        self._update(last_event=time.time())
+        self._deliver_list(listing, page.resource_version)
         self._watch()
 
     def _stream_list(self) -> None:
         """Initial events up to the bookmark that ends them; the same stream goes on as the watch."""
-        params = {
-            "sendInitialEvents": "true",
-            "resourceVersionMatch": "NotOlderThan",
-        }
         try:
-            self._watch(params)
-        except _Failure as failure:
+            self._watch({"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"})
+        except Failure as failure:
             if failure.reason in ("400", "422"):
-                raise _NoStreamingList(str(failure)) from failure
-            if failure.reason == "idle" and not self._version:
-                raise _NoStreamingList("the initial events do not end") from failure
+                log.info("no streaming list, using pages", resource=str(self._resource), why=str(failure))
+                self._has_streaming_list = False
+                return
+            # Initial events that do not come, or do not end: perhaps pages do.
+            self._next_list_by_pages = failure.reason == "idle" and not self._version
             raise
 
     def _watch(self, list_params: dict[str, str] | None = None) -> None:
@@ -255,77 +273,78 @@ class Reflector:
         params = {
             "watch": "true",
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(int(timing.watch * random.uniform(1, 2))),  # noqa: S311
+            "timeoutSeconds": str(int(timing.watch * random.uniform(1, 2))),  # noqa: S311 - not a secret
             **(list_params or {"resourceVersion": self._version}),
         }
-        listing = _Listing(self._reduce) if list_params else None
+        listing = Listing(self._reduce) if list_params else None
         response = self._request(params, timing.list_wait if listing else timing.idle)
-        self._response = response
-        self._connected()
-        splitter = LineSplitter()
+        stream = self._stream = EventStream(response, self._decoder)
+        if not self._doubtful:
+            # A quiet cluster may have nothing to say for a while.
+            self._connected()
         try:
-            while not self._stop.is_set():
-                chunk = response.read1(_CHUNK)
-                received = time.monotonic()
-                if not chunk:
-                    break
-                self._received()
-                for line in splitter.feed(chunk):
-                    event = self._decode(line)
-                    if listing is None:
-                        self._deliver(event, received)
-                    elif listing.add(event):
-                        self._deliver_list(listing.objects, listing.unreadable, event.resource_version)
-                        listing = None
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            if self._stop.is_set():
-                return
-            reason = _reason(error)
-            if reason == "idle" and listing is None:
-                # A quiet cluster behind a server without bookmarks: not a failure, but worth a new stream.
-                self._count("idle")
-                return
-            raise _Failure(reason, _describe(error)) from error
+            for event, received in stream.events():
+                if self._stop.is_set():
+                    return
+                self._heard(stream)
+                if listing is None:
+                    self._works()
+                    self._deliver(event, received)
+                elif listing.add(event):
+                    self._deliver_list(listing, event.resource_version)
+                    listing = None
+                    stream.set_read_timeout(timing.idle)
+        except Failure as failure:
+            self._doubtful = not stream.heard and stream.age < _SHORT_WATCH_SECONDS
+            if failure.reason != "idle" or listing is not None:
+                raise
+            self._idle(stream)
         finally:
-            self._response = None
-            response.close()
-        if splitter.pending and not self._stop.is_set():
-            raise _Failure("truncated", "the stream ended within a line")
+            self._stream = None
         if listing is not None and not self._stop.is_set():
-            raise _Failure("truncated", "the stream ended within the list")
+            raise Failure("truncated", "the stream ended within the list")
+
+    def _heard(self, stream: EventStream) -> None:
+        if stream.last_bytes != self.status.last_event:
+            self._update(last_event=stream.last_bytes)
+            self._silent_streams = 0
+            self._doubtful = False
+            self._connected()
+
+    def _idle(self, stream: EventStream) -> None:
+        """A quiet cluster behind a server without bookmarks: no failure, but worth a new stream."""
+        self._count("idle")
+        if not stream.heard:
+            self._silent_streams += 1
+        if self._silent_streams >= 2:
+            self._silent_streams = 0
+            self._version = ""
 
     # -- events
-
-    def _decode(self, line: bytes) -> WatchEvent:
-        try:
-            event = self._decoder.line(line)
-        except msgspec.DecodeError as error:
-            raise _Failure("garbled", f"a line cannot be decoded: {error}") from error
-        if event.status is not None:
-            if event.status.code == 410:
-                raise _Expired
-            raise _failure_of(event.status, None)
-        return event
 
     def _deliver(self, event: WatchEvent, received: float) -> None:
         if event.resource_version:
             self._version = event.resource_version
-        if event.type is EventType.DELETED:
+        if event.unreadable is not None:
+            self._warn(event.unreadable)
+        elif event.type is EventType.DELETED:
             self._unreadable.pop(event.key, None)
             self._sink(Deleted(self._resource, event.key, received))
-        elif event.unreadable is not None:
-            self._warn(event.unreadable)
         elif event.object is not None:
+            reduced = reduced_or_why(self._reduce, event.key, event.object)
+            if isinstance(reduced, Unreadable):
+                self._warn(reduced)
+                return
             self._unreadable.pop(event.key, None)
-            self._sink(Changed(self._resource, event.key, self._reduce(event.object), received))
+            self._sink(Changed(self._resource, event.key, reduced, received))
 
-    def _deliver_list(
-        self, objects: dict[ObjectKey, object], unreadable: list[Unreadable], version: str
-    ) -> None:
-        for each in unreadable:
+    def _deliver_list(self, listing: Listing, version: str) -> None:
+        unreadable = listing.unreadable
+        self._unreadable = {key: why for key, why in self._unreadable.items() if key in unreadable}
+        for each in unreadable.values():
             self._warn(each)
         self._version = version
-        self._sink(Replaced(self._resource, objects, frozenset(u.key for u in unreadable)))
+        self._sink(Replaced(self._resource, listing.objects, frozenset(unreadable)))
         self._update(synced=True, resource_version=version, lists=self.status.lists + 1)
 
     def _warn(self, unreadable: Unreadable) -> None:
@@ -338,59 +357,6 @@ class Reflector:
                 object=str(unreadable.key),
                 error=unreadable.why,
             )
-
-
-class _Listing:
-    """Initial events of a streaming list, until they are complete."""
-
-    def __init__(self, reduce: Reduce) -> None:
-        self._reduce = reduce
-        self.objects: dict[ObjectKey, object] = {}
-        self._unreadable: dict[ObjectKey, Unreadable] = {}
-
-    @property
-    def unreadable(self) -> list[Unreadable]:
-        return list(self._unreadable.values())
-
-    def add(self, event: WatchEvent) -> bool:
-        """True with the event that ends the list."""
-        if event.type is EventType.BOOKMARK:
-            return event.initial_events_end
-        self.objects.pop(event.key, None)
-        self._unreadable.pop(event.key, None)
-        if event.unreadable is not None:
-            self._unreadable[event.key] = event.unreadable
-        elif event.object is not None:
-            self.objects[event.key] = self._reduce(event.object)
-        return False
-
-
-def _failure_of(status: Status, retry_after: str | None) -> _Failure:
-    """Retry-After counts in seconds for the API server (RFC 9110 allows a date, too: ignored)."""
-    wait = float(retry_after) if retry_after and retry_after.isdigit() else None
-    return _Failure(str(status.code), f"{status.code} {status.reason}: {status.message}".strip(), wait)
-
-
-def _reason(error: Exception) -> str:
-    """A short word for metrics."""
-    causes: list[BaseException | None] = [error, *error.args, error.__cause__, error.__context__]
-    kinds = [type(cause).__name__ for cause in causes if isinstance(cause, BaseException)]
-    for kind, reason in (
-        ("ReadTimeoutError", "idle"),
-        ("TimeoutError", "idle"),
-        ("ConnectTimeoutError", "timeout"),
-        ("SSLError", "tls"),
-        ("SSLCertVerificationError", "tls"),
-        ("ConnectionRefusedError", "refused"),
-        ("IncompleteRead", "truncated"),
-    ):
-        if kind in kinds:
-            return reason
-    return "connection"
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def reflectors(

@@ -3,7 +3,8 @@
 It answers as ``../shared/recordings/responses.json`` shows a real one does.
 """
 
-from tests.apiserver.server import ApiServer, Fault
+from tests.apiserver.faults import Fault
+from tests.apiserver.server import ApiServer
 from tests.apiserver.store import Store
 
 __all__ = ["ApiServer", "Fault", "Store"]

@@ -1,83 +1,79 @@
-"""``python -m tests.apiserver``: the stand-in as a process of its own, full of Services, for benchmarks.
+"""``python -m tests.apiserver``: the stand-in as a process of its own. Its first line is its URL.
 
-``POST /control/churn?rate=1000&seconds=10`` changes one endpoint of another Service ``rate`` times a
-second, with the trigger-time annotation set to now; the answer comes when it is done.
+Beside what ``tests.apiserver.control`` lists, ``POST /control/churn?rate=1000&seconds=10`` changes one endpoint
+of another Service ``rate`` times a second, with the trigger-time annotation set to now, and answers when that
+is done; with ``--recordings``, ``POST /control/replay?speed=10`` lets happen what was recorded (without
+``speed`` at once).
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import ssl
 import time
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-from tests.apiserver import ApiServer, Store, objects
-
-
-def fill(store: Store, services: int, endpoints: int, node: str) -> None:
-    for i in range(services):
-        name = f"load-{i}"
-        store.put("services", objects.service(name, objects.service_address(i)))
-        store.put("endpointslices", objects.endpoint_slice(name, _endpoints(i, endpoints)))
-    store.put("nodes", objects.node(node))
+from tests.apiserver import ApiServer, Store, load
+from tests.apiserver.control import Query
 
 
-def _endpoints(i: int, count: int) -> list[dict[str, Any]]:
-    return [objects.endpoint(objects.pod_address(i * count + k), f"node-{k}") for k in range(count)]
-
-
-def add_bench_service(store: Store, address: str, backend: str) -> None:
-    """Ports of tests.bench: the load generator's for both protocols, and iperf3's."""
-    ports = [
-        {"name": f"{protocol.lower()}-{number}", "protocol": protocol, "port": number}
-        for protocol, number in (("TCP", 7777), ("UDP", 7777), ("TCP", 5201))
-    ]
-    store.put("services", objects.service("bench", address, ports=ports))
-    piece = objects.endpoint_slice("bench", [objects.endpoint(backend, "node-a")])
-    store.put("endpointslices", {**piece, "ports": ports})
-
-
-def churn(store: Store, services: int, endpoints: int, rate: float, seconds: float) -> dict[str, float]:
-    order = random.Random(1)
-    began = time.monotonic()
-    total = int(rate * seconds)
-    for n in range(total):
-        wait = began + n / rate - time.monotonic()
-        if wait > 0:
-            time.sleep(wait)
-        i = order.randrange(services)
-        found = _endpoints(i, endpoints)
-        found[order.randrange(endpoints)] = objects.endpoint(
-            objects.pod_address(5_000_000 + order.randrange(1_000_000)), "node-1"
-        )
-        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        store.put("endpointslices", objects.endpoint_slice(f"load-{i}", found, trigger=now))
-    return {"changes": total, "seconds": time.monotonic() - began}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.apiserver")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--services", type=int, default=10)
-    parser.add_argument("--endpoints", type=int, default=10)
+    parser.add_argument("--endpoints", type=int, default=10, help="of each Service")
     parser.add_argument("--node", default="node-a")
     parser.add_argument("--bench-service", metavar="IP=BACKEND", help="one more, on the load's ports")
+    parser.add_argument("--recordings", type=Path, metavar="DIR", help="a recorded cluster instead of load")
     parser.add_argument("--pages", action="store_true", help="no streaming lists")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--token", action="append", help="a bearer token that is good; without it, anybody is"
+    )
+    parser.add_argument("--tls-cert", type=Path, help="HTTPS")
+    parser.add_argument("--tls-key", type=Path)
+    parser.add_argument("--client-ca", type=Path, help="certificates of whom are credentials")
+    return parser.parse_args()
+
+
+def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(options.tls_cert, options.tls_key)
+    if options.client_ca is not None:
+        context.load_verify_locations(options.client_ca)
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+def main() -> None:
+    options = _options()
     store = Store()
-    fill(store, options.services, options.endpoints, options.node)
+    if options.recordings is not None:
+        load.fill_from_recordings(store, options.recordings)
+    else:
+        load.fill(store, options.services, options.endpoints, options.node)
     if options.bench_service:
-        add_bench_service(store, *options.bench_service.split("="))
-    server = ApiServer(store, host=options.host, port=options.port, streaming_list=not options.pages)
+        load.add_bench_service(store, *options.bench_service.split("="))
+    server = ApiServer(
+        store,
+        host=options.host,
+        port=options.port,
+        tokens=set(options.token) if options.token else None,
+        tls=_tls(options),
+        streaming_list=not options.pages,
+    )
 
-    def control(path: str, query: dict[str, list[str]]) -> dict[str, float]:
-        assert path == "/control/churn"
-        rate, seconds = float(query["rate"][0]), float(query["seconds"][0])
-        return churn(store, options.services, options.endpoints, rate, seconds)
+    def churn(query: Query, body: bytes) -> Mapping[str, object]:
+        rate, seconds = float(query["rate"]), float(query["seconds"])
+        return load.churn(store, options.services, options.endpoints, rate, seconds)
 
-    server.control = control
+    def replay(query: Query, body: bytes) -> Mapping[str, object]:
+        return {"changes": load.replay(store, options.recordings, float(query.get("speed", "0")))}
+
+    server.control.actions |= {"churn": churn} if options.recordings is None else {"replay": replay}
     with server:
         print(server.url, flush=True)
         while True:

@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
-_FIELDS: dict[str, Any] = {
+_SERVICE_FIELDS: dict[str, Any] = {
     "f:metadata": {"f:labels": {".": {}, "f:app": {}}},
-    "f:spec": {"f:ports": {".": {}}, "f:type": {}},
+    "f:spec": {
+        "f:clusterIP": {},
+        "f:internalTrafficPolicy": {},
+        "f:ports": {
+            ".": {},
+            'k:{"port":80,"protocol":"TCP"}': {
+                ".": {},
+                "f:name": {},
+                "f:port": {},
+                "f:protocol": {},
+                "f:targetPort": {},
+            },
+        },
+        "f:selector": {},
+        "f:sessionAffinity": {},
+        "f:type": {},
+    },
+}
+_SLICE_FIELDS: dict[str, Any] = {
+    "f:addressType": {},
+    "f:endpoints": {},
+    "f:metadata": {
+        "f:annotations": {".": {}, "f:endpoints.kubernetes.io/last-change-trigger-time": {}},
+        "f:generateName": {},
+        "f:labels": {
+            ".": {},
+            "f:app": {},
+            "f:endpointslice.kubernetes.io/managed-by": {},
+            "f:kubernetes.io/service-name": {},
+        },
+        "f:ownerReferences": {".": {}, 'k:{"uid":"24e9c3df-d594-43ae-9d3c-64dac4256ab8"}': {}},
+    },
+    "f:ports": {},
+}
+_NODE_FIELDS: dict[str, Any] = {
+    "f:status": {
+        "f:addresses": {".": {}, 'k:{"type":"InternalIP"}': {".": {}, "f:address": {}, "f:type": {}}},
+        "f:allocatable": {".": {}, "f:cpu": {}, "f:memory": {}},
+        "f:capacity": {".": {}, "f:cpu": {}, "f:memory": {}},
+    }
 }
 
 
-def _managed(manager: str) -> list[dict[str, Any]]:
-    entry = {
-        "manager": manager,
-        "operation": "Update",
-        "apiVersion": "v1",
-        "time": "2026-11-20T23:45:46Z",
-        "fieldsType": "FieldsV1",
-        "fieldsV1": _FIELDS,
-    }
-    return [entry, {**entry, "manager": "kube-controller-manager"}]
+def _managed(manager: str, api_version: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "manager": manager,
+            "operation": "Update",
+            "apiVersion": api_version,
+            "time": "2026-11-20T23:45:46Z",
+            "fieldsType": "FieldsV1",
+            "fieldsV1": fields,
+        }
+    ]
+
+
+def _uid(*of: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, "/".join(of)))
 
 
 def service(name: str, address: str, *, namespace: str = "load", **spec: Any) -> dict[str, Any]:
@@ -28,10 +73,10 @@ def service(name: str, address: str, *, namespace: str = "load", **spec: Any) ->
         "metadata": {
             "name": name,
             "namespace": namespace,
-            "uid": f"00000000-0000-4000-8000-{abs(hash(name)) % 10**12:012}",
+            "uid": _uid("service", namespace, name),
             "creationTimestamp": "2026-11-20T23:45:46Z",
             "labels": {"app": name},
-            "managedFields": _managed("kubectl"),
+            "managedFields": _managed("kubectl", "v1", _SERVICE_FIELDS),
         },
         "spec": {
             "ports": ports,
@@ -79,7 +124,7 @@ def endpoint_slice(
             "name": f"{service_name}-{suffix}",
             "generateName": f"{service_name}-",
             "namespace": namespace,
-            "uid": "aa76f4eb-42f6-4fc6-bee7-5436926cd851",
+            "uid": _uid("slice", namespace, service_name, suffix),
             "generation": 3,
             "creationTimestamp": "2026-11-20T23:45:46Z",
             "labels": {
@@ -89,9 +134,16 @@ def endpoint_slice(
             },
             "annotations": annotations,
             "ownerReferences": [
-                {"apiVersion": "v1", "kind": "Service", "name": service_name, "controller": True}
+                {
+                    "apiVersion": "v1",
+                    "kind": "Service",
+                    "name": service_name,
+                    "uid": _uid("service", namespace, service_name),
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
             ],
-            "managedFields": _managed("kube-controller-manager"),
+            "managedFields": _managed("kube-controller-manager", "discovery.k8s.io/v1", _SLICE_FIELDS),
         },
         "addressType": "IPv6" if endpoints and ":" in endpoints[0]["addresses"][0] else "IPv4",
         "endpoints": endpoints,
@@ -99,11 +151,32 @@ def endpoint_slice(
     }
 
 
-def node(name: str, zone: str = "zone-a") -> dict[str, Any]:
+def node(name: str, zone: str = "zone-a", *, address: str = "172.18.0.1") -> dict[str, Any]:
+    labels = {
+        "kubernetes.io/hostname": name,
+        "kubernetes.io/os": "linux",
+        "topology.kubernetes.io/region": "r1",
+        "topology.kubernetes.io/zone": zone,
+    }
     return {
-        "metadata": {"name": name, "labels": {"topology.kubernetes.io/zone": zone}},
-        "spec": {"podCIDRs": ["10.244.1.0/24"]},
-        "status": {"addresses": [{"type": "InternalIP", "address": "172.18.0.1"}]},
+        "metadata": {
+            "name": name,
+            "uid": _uid("node", name),
+            "creationTimestamp": "2026-11-20T23:45:46Z",
+            "labels": labels,
+            "annotations": {"node.alpha.kubernetes.io/ttl": "0"},
+            "managedFields": _managed("kubelet", "v1", _NODE_FIELDS),
+        },
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]},
+        "status": {
+            "capacity": {"cpu": "4", "memory": "8Gi"},
+            "allocatable": {"cpu": "4", "memory": "8Gi"},
+            "addresses": [
+                {"type": "InternalIP", "address": address},
+                {"type": "Hostname", "address": name},
+            ],
+            "nodeInfo": {"kubeletVersion": "v1.36.2", "operatingSystem": "linux"},
+        },
     }
 
 

@@ -7,8 +7,11 @@ import json
 import threading
 from typing import Any, NamedTuple
 
+from tests.apiserver.selectors import Key, Selector
+
 Item = dict[str, Any]
 
+#: apiVersion, kind, and the list's kind.
 KINDS = {
     "services": ("v1", "Service", "ServiceList"),
     "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice", "EndpointSliceList"),
@@ -16,29 +19,43 @@ KINDS = {
 }
 
 
-class Entry(NamedTuple):
-    """One change: ``line`` is what a watch sends for it."""
+class Version(NamedTuple):
+    """An object as it was at one resourceVersion; ``body`` is its JSON."""
 
-    version: int
-    kind: str
-    key: tuple[str, str]
-    labels: frozenset[str]
+    number: int
+    key: Key
+    labels: dict[str, str]
     body: bytes
 
-    @property
-    def line(self) -> bytes:
-        return b'{"type":"%s","object":%s}\n' % (self.kind.encode(), self.body)
+    def line(self, kind: str) -> bytes:
+        """What a watch sends for it."""
+        return b'{"type":"%s","object":%s}\n' % (kind.encode(), self.body)
+
+    def at(self, number: int) -> Version:
+        """The same content under another resourceVersion, as deletions carry it."""
+        item = json.loads(self.body)
+        item["metadata"]["resourceVersion"] = str(number)
+        return self._replace(number=number, body=encode(item))
 
 
-class Selector:
-    """``!label,!label`` and ``metadata.name=NAME``: what the watches of an agent use."""
+class Change(NamedTuple):
+    """``before`` is None where the object was made, ``after`` where it was deleted."""
 
-    def __init__(self, labels: str = "", fields: str = "") -> None:
-        self._absent = {part.removeprefix("!") for part in labels.split(",") if part}
-        self._name = fields.removeprefix("metadata.name=")
+    number: int
+    before: Version | None
+    after: Version | None
 
-    def __call__(self, entry: Entry) -> bool:
-        return not (entry.labels & self._absent) and self._name in ("", entry.key[1])
+    def line(self, selector: Selector) -> bytes:
+        """What a watch with this selector is told: what no longer matches is deleted for it."""
+        before, after = self.before, self.after
+        matched = before is not None and selector(before.key, before.labels)
+        if after is not None and selector(after.key, after.labels):
+            return after.line("MODIFIED" if matched else "ADDED")
+        return before.at(self.number).line("DELETED") if before is not None and matched else b""
+
+
+class ExpiredError(Exception):
+    """The version is compacted away."""
 
 
 class Store:
@@ -47,60 +64,67 @@ class Store:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.version = 100
-        self._items: dict[str, dict[tuple[str, str], Entry]] = {r: {} for r in KINDS}
-        self._log: dict[str, list[Entry]] = {r: [] for r in KINDS}
-        self._compacted = 0
+        self.compacted = 0
+        self._items: dict[str, dict[Key, Version]] = {r: {} for r in KINDS}
+        self._log: dict[str, list[Change]] = {r: [] for r in KINDS}
 
     def put(self, resource: str, item: Item) -> int:
         """Adds or replaces; returns the version."""
-        version, kind, _ = KINDS[resource]
+        api_version, kind, _ = KINDS[resource]
         meta = item["metadata"]
         key = (meta.get("namespace", ""), meta["name"])
         with self.changed:
             self.version += 1
-            body = {
-                "kind": kind,
-                "apiVersion": version,
-                **item,
-                "metadata": {**meta, "resourceVersion": str(self.version)},
-            }
-            entry = Entry(
-                self.version,
-                "MODIFIED" if key in self._items[resource] else "ADDED",
-                key,
-                frozenset(meta.get("labels") or {}),
-                json.dumps(body, separators=(",", ":")).encode(),
-            )
-            self._items[resource][key] = entry
-            self._log[resource].append(entry)
+            meta = {**meta, "resourceVersion": str(self.version)}
+            body = encode({"kind": kind, "apiVersion": api_version, **item, "metadata": meta})
+            made = Version(self.version, key, meta.get("labels") or {}, body)
+            self._log[resource].append(Change(self.version, self._items[resource].get(key), made))
+            self._items[resource][key] = made
             self.changed.notify_all()
             return self.version
 
     def delete(self, resource: str, namespace: str, name: str) -> None:
         with self.changed:
-            self.version += 1
             gone = self._items[resource].pop((namespace, name))
-            body = json.loads(gone.body)
-            body["metadata"]["resourceVersion"] = str(self.version)
-            encoded = json.dumps(body, separators=(",", ":")).encode()
-            self._log[resource].append(gone._replace(version=self.version, kind="DELETED", body=encoded))
+            self.version += 1
+            self._log[resource].append(Change(self.version, gone, None))
             self.changed.notify_all()
 
     def compact(self) -> None:
-        """Forgets all history: a watch from before now is 410."""
+        """Forgets all history: a watch or a continue token from before now is 410."""
         with self.changed:
-            self._compacted = self.version
+            self.compacted = self.version
             for log in self._log.values():
                 log.clear()
 
-    def items(self, resource: str, selector: Selector) -> tuple[int, list[Entry]]:
+    def items(
+        self, resource: str, selector: Selector | None = None, *, at: int | None = None
+    ) -> tuple[int, list[Version]]:
+        """The objects by key, now or as they were ``at`` a version. Raises ExpiredError."""
         with self.changed:
-            found = sorted(self._items[resource].values(), key=lambda e: e.key)
-            return self.version, [e._replace(kind="ADDED") for e in found if selector(e)]
+            found = dict(self._items[resource])
+            number = self.version if at is None else at
+            for change in reversed(self._since(resource, number)):
+                if change.before is not None:
+                    found[change.before.key] = change.before
+                elif change.after is not None:
+                    del found[change.after.key]
+        matching = (v for v in found.values() if selector is None or selector(v.key, v.labels))
+        return number, sorted(matching, key=lambda v: v.key)
 
-    def after(self, resource: str, version: int) -> list[Entry] | None:
-        """Changes after ``version``; None where that is compacted away. The condition must be held."""
-        if version < self._compacted:
+    def after(self, resource: str, number: int) -> list[Change] | None:
+        """Changes after a version; None where that is compacted away. The condition must be held."""
+        try:
+            return self._since(resource, number)
+        except ExpiredError:
             return None
+
+    def _since(self, resource: str, number: int) -> list[Change]:
+        if number < self.compacted:
+            raise ExpiredError
         log = self._log[resource]
-        return log[bisect.bisect_right(log, version, key=lambda e: e.version) :]
+        return log[bisect.bisect_right(log, number, key=lambda change: change.number) :]
+
+
+def encode(item: Item) -> bytes:
+    return json.dumps(item, separators=(",", ":")).encode()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
+import socket
 import ssl
 import sys
 import time
@@ -12,32 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+import ebpfproxy
 from ebpfproxy.kube.client import ApiConnection, ConfigError
 from ebpfproxy.kube.reflector import Reflector, Timing
 from ebpfproxy.objects import Event, Replaced, Resource
 from tests.apiserver import ApiServer, objects
-
-
-def kubeconfig(path: Path, server: str, user: dict[str, object], **cluster: object) -> Path:
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [{"name": "c", "cluster": {"server": server, **cluster}}],
-                "users": [{"name": "u", "user": user}],
-                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                "current-context": "x",
-            }
-        )
-    )
-    return path
+from tests.apiserver.certificates import Authority
+from tests.kube.files import kubeconfig
+from tests.kube.follower import Follower, still_works
 
 
 def status_of(connection: ApiConnection) -> int:
@@ -45,50 +27,6 @@ def status_of(connection: ApiConnection) -> int:
     response.read()
     response.release_conn()
     return response.status
-
-
-class Authority:
-    """A certificate authority, and certificates for 127.0.0.1 and for a client."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-ca")])
-        self.path = folder / "ca.crt"
-        self.path.write_bytes(self._sign(self._name, self._key, ca=True))
-
-    def _sign(self, name: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool = False) -> bytes:
-        now = datetime.datetime.now(datetime.UTC)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-                critical=False,
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-        return made.public_bytes(serialization.Encoding.PEM)
-
-    def pair(self, name: str) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate, private = self._folder / f"{name}.crt", self._folder / f"{name}.key"
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate.write_bytes(self._sign(subject, key))
-        private.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return certificate, private
 
 
 def test_client_certificates_over_https(tmp_path: Path) -> None:
@@ -214,27 +152,115 @@ def test_a_proxy_is_used(tmp_path: Path) -> None:
         assert server.requests[-1][0] == "/api/v1/services"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{", "not YAML"),
-        ("apiVersion: v1\nkind: Config\n", "current-context"),
-        (json.dumps({"current-context": "x", "contexts": []}), "contexts"),
-    ],
-)
-def test_a_bad_kubeconfig_is_one_clear_error(tmp_path: Path, content: str, said: str) -> None:
-    path = tmp_path / "config"
-    path.write_text(content)
-    with pytest.raises(ConfigError) as error:
-        ApiConnection.from_options(path, None)
-    assert str(path) in str(error.value)
-    assert said in str(error.value)
-
-
 def test_without_any_option_and_outside_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="no --kubeconfig, --master or --manifests"):
         ApiConnection.from_options(None, None)
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a pod finds of its service account, the server's address excepted."""
+    certificate = Authority(tmp_path).path
+    for name, path in (("TOKEN", tmp_path / "token"), ("CERT", certificate)):
+        monkeypatch.setattr(f"kubernetes.config.incluster_config.SERVICE_{name}_FILENAME", str(path))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    return tmp_path
+
+
+def test_in_a_pod_the_service_account_is_used(
+    pod: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server").mkdir()
+    authority = Authority(tmp_path / "server")
+    monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(authority.path))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.pair("server"))
+    (pod / "token").write_text("first")
+    with ApiServer(tls=context, tokens={"first"}) as server:
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+        connection = ApiConnection.from_options(None, None)
+        assert connection.host == server.url
+        assert status_of(connection) == 200
+        # The kubelet has renewed it: read again at the latest after the refusal.
+        server.tokens = {"second"}
+        (pod / "token").write_text("second\n")
+        assert status_of(connection) == 401
+        connection.reload()
+        assert status_of(connection) == 200
+
+
+def test_an_empty_token_in_a_pod_is_said(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    (pod / "token").write_text("")
+    with pytest.raises(ConfigError, match="Token file exists but empty"):
+        ApiConnection.from_options(None, None)
+
+
+@pytest.mark.parametrize("content", [b"two\nlines", b"\xff\xfe", None], ids=["lines", "binary", "missing"])
+def test_a_token_file_that_breaks_later_is_a_failure_until_it_is_good_again(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("good")
+    with ApiServer(tokens={"good"}) as server:
+        path = kubeconfig(tmp_path / "config", server.url, {"tokenFile": "token"})
+        follower = Follower(server, connection=ApiConnection.from_options(path, None))
+        if content is None:
+            token.unlink()
+        else:
+            token.write_bytes(content)
+        follower.reflector.start()
+        follower.until(lambda: follower.failures("credentials") >= 2)
+        token.write_text("good")
+        follower.until(lambda: follower.count(Replaced) == 1)
+        follower.reflector.stop()
+
+
+def test_a_plugin_that_fails_later_is_a_failure_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kubernetes package logs its message for every try; here it is the error of the state."""
+    plugin = tmp_path / "plugin"
+    answer = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "kind": "ExecCredential",
+        "status": {"token": "t", "expirationTimestamp": "2020-01-01T00:00:00Z"},
+    }
+    (tmp_path / "answer").write_text(json.dumps(answer))
+    plugin.write_text(f"#!/bin/sh\ncat {tmp_path / 'answer'} || {{ echo no network >&2; exit 3; }}\n")
+    plugin.chmod(0o755)
+    user: dict[str, object] = {
+        "exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": str(plugin)}
+    }
+    with ApiServer(tokens={"t"}) as server:
+        connection = ApiConnection.from_options(kubeconfig(tmp_path / "config", server.url, user), None)
+        follower = Follower(server, connection=connection)
+        follower.reflector.start()
+        follower.until(lambda: follower.count(Replaced) == 1)
+        (tmp_path / "answer").rename(tmp_path / "gone")
+        server.tokens = {"other"}
+        server.drop_connections()
+        follower.until(lambda: follower.failures("credentials") >= 2)
+        assert "no network" in (follower.reflector.status.error or "")
+        server.tokens = {"t"}
+        (tmp_path / "gone").rename(tmp_path / "answer")
+        still_works(server, follower)
+        follower.reflector.stop()
+    assert not [r for r in caplog.records if r.name == "root"]
+
+
+def test_what_requests_say_and_how_their_sockets_are_kept_alive() -> None:
+    with ApiServer() as server:
+        connection = ApiConnection.from_options(None, server.url)
+        response = connection.get("/api/v1/services", {"watch": "true"}, read_seconds=3)
+        sock = response.connection.sock  # type: ignore[union-attr]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        response.close()
+        assert server.headers[-1]["User-Agent"] == f"ebpfproxy/{ebpfproxy.__version__}"
+        assert connection.requests == {"200": 1}
 
 
 def _until(condition: Callable[[], bool]) -> None:

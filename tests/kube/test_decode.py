@@ -103,3 +103,57 @@ def test_lines_from_chunks_of_any_size(size: int) -> None:
     found = [line for i in range(0, len(data), size) for line in splitter.feed(data[i : i + size])]
     assert found == [b'{"a":1}', b'{"b":2}', b"x" * 5000]
     assert splitter.pending
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"spec": {}}, {"metadata": None, "spec": {}}, {"metadata": {"name": 5}, "spec": {}}, 5, None, []],
+    ids=repr,
+)
+def test_an_object_without_readable_metadata_is_reported_without_a_name(item: object) -> None:
+    decoder = Decoder(Resource.SERVICES)
+    for kind in ("ADDED", "MODIFIED", "DELETED"):
+        event = decoder.line(json.dumps({"type": kind, "object": item}).encode())
+        assert event.unreadable is not None
+        assert event.key == ObjectKey("", "")
+    good = {"metadata": {"name": "good", "namespace": "n"}, "spec": {}}
+    page = decoder.page(json.dumps({"metadata": {"resourceVersion": "7"}, "items": [item, good]}).encode())
+    assert [each.metadata.name for each in page.objects] == ["good"]
+    assert [each.key for each in page.unreadable] == [ObjectKey("", "")]
+    assert page.resource_version == "7"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "field"),
+    [
+        ({"annotations": []}, "metadata.annotations"),
+        ({"labels": {"service.kubernetes.io/headless": 5}}, "metadata.labels"),
+        ({"creationTimestamp": 5}, "metadata.creationTimestamp"),
+    ],
+)
+def test_an_object_whose_other_metadata_is_wrong_is_reported_by_its_name(
+    metadata: dict[str, Any], field: str
+) -> None:
+    item = {"metadata": {"name": "a", "namespace": "n", "resourceVersion": "5", **metadata}, "spec": {}}
+    event = Decoder(Resource.SERVICES).line(json.dumps({"type": "ADDED", "object": item}).encode())
+    assert (event.key, event.resource_version) == (ObjectKey("n", "a"), "5")
+    assert event.unreadable is not None
+    assert event.unreadable.why.startswith(field)
+
+
+def test_every_recorded_answer_is_understood() -> None:
+    """Lists as pages, streams line by line, errors as a Status with the answer's own code."""
+    for each in json.loads((recordings.FOLDER / "responses.json").read_text()):
+        body: bytes = each["body"].encode()
+        path, _, query = each["request"].removeprefix("GET ").partition("?")
+        if each["status"] != 200:
+            assert decode_status(body, 0).code == each["status"]
+            continue
+        decoder = Decoder(Resource(path.rpartition("/")[2]))
+        if "watch=true" not in query:
+            assert decoder.page(body).unreadable == ()
+            continue
+        splitter = LineSplitter()
+        events = [decoder.line(line) for line in splitter.feed(body)]
+        assert not splitter.pending
+        assert all(event.unreadable is None for event in events)

@@ -1,4 +1,7 @@
-"""The reflector against a real kube-apiserver, where KUBEBUILDER_ASSETS names one (and etcd)."""
+"""What is asked of an API server: of the stand-in, and of a real one where KUBEBUILDER_ASSETS names it.
+
+So what other tests learn from the stand-in is what a real kube-apiserver does.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,32 @@ import ssl
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.reflector import Reflector
+from ebpfproxy.kube.reflector import Reflector, Timing
+from ebpfproxy.kube.status import State
 from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
+from tests.apiserver import ApiServer, objects
+from tests.kube.files import kubeconfig
 
 ASSETS = Path(os.environ.get("KUBEBUILDER_ASSETS", "/nonexistent"))
 TOKEN = "test-token"
+SERVICES_OF_DEFAULT = "/api/v1/namespaces/default/services"
+LABEL = "service.kubernetes.io/service-proxy-name"
 
-pytestmark = [
-    pytest.mark.apiserver,
-    pytest.mark.skipif(
-        not (ASSETS / "kube-apiserver").exists(),
-        reason="KUBEBUILDER_ASSETS names no folder with kube-apiserver and etcd",
-    ),
-]
+pytestmark = pytest.mark.apiserver
+
+
+def _service(name: str, labels: dict[str, str]) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"ports": [{"name": "http", "port": 80}]},
+    }
 
 
 class RealServer:
@@ -60,18 +69,8 @@ class RealServer:
             f"--service-account-key-file={key}",
             f"--service-account-signing-key-file={key}",
         )
-        self.kubeconfig = folder / "config"
-        cluster = {"server": "https://127.0.0.1:26443", "insecure-skip-tls-verify": True}
-        self.kubeconfig.write_text(
-            json.dumps(
-                {
-                    "clusters": [{"name": "c", "cluster": cluster}],
-                    "users": [{"name": "u", "user": {"token": TOKEN}}],
-                    "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                    "current-context": "x",
-                }
-            )
-        )
+        self._cluster = {"insecure-skip-tls-verify": True}
+        self.url = "https://127.0.0.1:26443"
         deadline = time.monotonic() + 60
         while not self._ready():
             assert time.monotonic() < deadline, "kube-apiserver does not become ready"
@@ -91,14 +90,31 @@ class RealServer:
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         request = urllib.request.Request(
-            f"https://127.0.0.1:26443{path}",
+            f"{self.url}{path}",
             method=method,
             data=json.dumps(body).encode() if body is not None else None,
-            headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"},
+            headers={
+                "Authorization": f"Bearer {TOKEN}",
+                "Content-Type": "application/json" if method != "PATCH" else "application/merge-patch+json",
+            },
         )
         with urllib.request.urlopen(request, context=ssl._create_unverified_context(), timeout=5) as answer:
             content: bytes = answer.read()
             return content
+
+    def connection(self, token: str = TOKEN) -> ApiConnection:
+        path = self._folder / f"config-{token}"
+        return ApiConnection.from_options(kubeconfig(path, self.url, {"token": token}, **self._cluster), None)
+
+    def create(self, name: str, **labels: str) -> None:
+        self.request("POST", SERVICES_OF_DEFAULT, _service(name, labels))
+
+    def relabel(self, name: str, **labels: str) -> None:
+        patch = {"metadata": {"labels": labels}}
+        self.request("PATCH", f"{SERVICES_OF_DEFAULT}/{name}", patch)
+
+    def delete(self, name: str) -> None:
+        self.request("DELETE", f"{SERVICES_OF_DEFAULT}/{name}")
 
     def stop(self) -> None:
         for process in reversed(self._processes):
@@ -106,39 +122,134 @@ class RealServer:
             process.wait(20)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    made = RealServer(tmp_path_factory.mktemp("apiserver"))
+class StandIn:
+    """The same for the stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server = ApiServer(tokens={TOKEN})
+        self._server.__enter__()
+        self.create("kubernetes")
+
+    def connection(self, token: str = TOKEN) -> ApiConnection:
+        path = self._folder / f"config-{token}"
+        return ApiConnection.from_options(kubeconfig(path, self._server.url, {"token": token}), None)
+
+    def create(self, name: str, **labels: str) -> None:
+        item = objects.service(name, "10.96.0.7", namespace="default")
+        item["metadata"]["labels"] = labels
+        self._server.store.put("services", item)
+
+    relabel = create
+
+    def delete(self, name: str) -> None:
+        self._server.store.delete("services", "default", name)
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+Api = RealServer | StandIn
+
+
+@pytest.fixture(scope="module", params=["stand-in", "kube-apiserver"])
+def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    if request.param == "kube-apiserver" and not (ASSETS / "kube-apiserver").exists():
+        pytest.skip("KUBEBUILDER_ASSETS names no folder with kube-apiserver and etcd")
+    kind = StandIn if request.param == "stand-in" else RealServer
+    made: Api = kind(tmp_path_factory.mktemp("apiserver"))
     yield made
     made.stop()
 
 
-def _service(name: str, port: int) -> dict[str, Any]:
-    return {"metadata": {"name": name}, "spec": {"ports": [{"name": "http", "port": port}]}}
+class Watch:
+    """A reflector of Services, and what it told."""
 
+    def __init__(self, connection: ApiConnection, *, pages: bool = False, selector: str = "") -> None:
+        self.events: list[Event] = []
+        self.reflector = Reflector(
+            connection,
+            Resource.SERVICES,
+            self.events.append,
+            label_selector=selector,
+            timing=Timing(backoff_first=0.05, backoff_most=0.5),
+        )
+        self.reflector._has_streaming_list = not pages
+        self.reflector.start()
 
-def test_list_and_watch(server: RealServer) -> None:
-    events: list[Event] = []
-    connection = ApiConnection.from_options(server.kubeconfig, None)
-    reflector = Reflector(connection, Resource.SERVICES, events.append)
-    reflector.start()
-
-    def until(count: int) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 30
-        while len(events) < count:
-            assert time.monotonic() < deadline, (events, reflector.status)
-            time.sleep(0.05)
+        while not condition():
+            assert time.monotonic() < deadline, (self.events, self.reflector.status)
+            time.sleep(0.02)
 
-    until(1)
-    assert isinstance(events[0], Replaced)
-    assert ObjectKey("default", "kubernetes") in events[0].objects
-    path = "/api/v1/namespaces/default/services"
-    server.request("POST", path, _service("a", 80))
-    until(2)
-    assert isinstance(events[1], Changed)
-    assert events[1].object.spec.cluster_ip.startswith("10.96.")  # type: ignore[attr-defined]
-    server.request("DELETE", f"{path}/a")
-    until(3)
-    assert events[2] == Deleted(Resource.SERVICES, ObjectKey("default", "a"), events[2].received)  # type: ignore[union-attr]
-    assert reflector.status.failures == {}
-    reflector.stop()
+    def next(self, count: int) -> Event:
+        self.until(lambda: len(self.events) >= count)
+        return self.events[count - 1]
+
+    def break_off(self) -> None:
+        stream = self.reflector._stream
+        assert stream is not None
+        stream.abort()
+
+
+@pytest.fixture
+def watching() -> Iterator[list[Watch]]:
+    """Stopped at the end."""
+    made: list[Watch] = []
+    yield made
+    for each in made:
+        each.reflector.stop()
+
+
+@pytest.mark.parametrize("pages", [False, True], ids=["streaming", "pages"])
+def test_first_a_list_then_changes(api: Api, watching: list[Watch], pages: bool) -> None:
+    watch = Watch(api.connection(), pages=pages)
+    watching.append(watch)
+    first = watch.next(1)
+    assert isinstance(first, Replaced)
+    assert ObjectKey("default", "kubernetes") in first.objects
+    key = ObjectKey("default", "a")
+    api.create("a")
+    change = watch.next(2)
+    assert isinstance(change, Changed)
+    assert change.key == key
+    assert change.object.spec.cluster_ip.startswith("10.96.")  # type: ignore[attr-defined]
+    api.delete("a")
+    gone = watch.next(3)
+    assert isinstance(gone, Deleted)
+    assert gone.key == key
+    assert watch.reflector.status.failures == {}
+    assert watch.reflector.status.state is State.CONNECTED
+
+
+def test_what_leaves_the_selection_is_deleted(api: Api, watching: list[Watch]) -> None:
+    watch = Watch(api.connection(), selector=f"!{LABEL}")
+    watching.append(watch)
+    assert isinstance(watch.next(1), Replaced)
+    api.create("meshed")
+    assert isinstance(watch.next(2), Changed)
+    api.relabel("meshed", **{LABEL: "mesh"})
+    assert isinstance(watch.next(3), Deleted)
+    api.delete("meshed")
+
+
+def test_a_broken_stream_is_taken_up_without_a_new_list(api: Api, watching: list[Watch]) -> None:
+    watch = Watch(api.connection())
+    watching.append(watch)
+    watch.next(1)
+    watch.break_off()
+    api.create("meanwhile")
+    change = watch.next(2)
+    assert isinstance(change, Changed)
+    assert change.key.name == "meanwhile"
+    assert watch.reflector.status.lists == 1
+    api.delete("meanwhile")
+
+
+def test_wrong_credentials_are_401(api: Api, watching: list[Watch]) -> None:
+    watch = Watch(api.connection("wrong"))
+    watching.append(watch)
+    watch.until(lambda: watch.reflector.status.failures.get("401", 0) >= 2)
+    assert watch.reflector.status.state is State.FAILING
+    assert not watch.events

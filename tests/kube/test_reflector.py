@@ -3,82 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.reflector import Reflector, Timing
+from ebpfproxy.kube.reflector import Timing, reflectors
 from ebpfproxy.kube.status import State
 from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
-from tests.apiserver import ApiServer, Fault, objects
-
-QUICK = Timing(backoff_first=0.02, backoff_most=0.1, watch=300, idle=0.5, list_wait=0.5)
-KEY = ObjectKey("load", "a")
-
-
-class Follower:
-    """Who listens to a reflector: what it knows, and what it was told."""
-
-    def __init__(self, server: ApiServer, **options: Any) -> None:
-        self.events: list[Event] = []
-        self.known: dict[ObjectKey, object] = {}
-        connection = ApiConnection.from_options(None, server.url)
-        options.setdefault("timing", QUICK)
-        self.reflector = Reflector(connection, Resource.SERVICES, self._tell, **options)
-
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Replaced):
-            self.known = dict(event.objects)
-        elif isinstance(event, Changed):
-            self.known[event.key] = event.object
-        else:
-            self.known.pop(event.key, None)
-        self.events.append(event)
-
-    @property
-    def names(self) -> set[str]:
-        return {key.name for key in self.known}
-
-    def count(self, kind: type[Event]) -> int:
-        return sum(isinstance(event, kind) for event in self.events)
-
-    def failures(self, reason: str) -> int:
-        return self.reflector.status.failures.get(reason, 0)
-
-    def until(self, condition: Callable[[], bool], what: str = "it did not happen") -> None:
-        deadline = time.monotonic() + 8
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}: {self.reflector.status} {self.names}"
-            time.sleep(0.005)
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as made:
-        for name in ("a", "b"):
-            made.store.put("services", objects.service(name, "10.96.0.1"))
-        yield made
-
-
-@pytest.fixture(params=["streaming", "pages"])
-def follower(request: pytest.FixtureRequest, server: ApiServer) -> Iterator[Follower]:
-    """After its first list, by either kind of list."""
-    server.streaming_list = request.param == "streaming"
-    made = Follower(server)
-    made.reflector.start()
-    made.until(lambda: made.names == {"a", "b"})
-    made.until(lambda: any(p.get("watch") for _, p in server.requests))
-    yield made
-    made.reflector.stop()
-
-
-def still_works(server: ApiServer, follower: Follower) -> None:
-    name = f"later-{len(follower.events)}"
-    server.store.put("services", objects.service(name, "10.96.0.9"))
-    follower.until(lambda: name in follower.names, "changes do not come any more")
-    follower.until(lambda: follower.reflector.status.state is State.CONNECTED)
+from tests.apiserver import ApiServer, objects
+from tests.kube.follower import KEY, Follower, still_works
 
 
 def test_first_one_list_then_changes_as_they_happen(server: ApiServer, follower: Follower) -> None:
@@ -109,14 +42,7 @@ def test_a_continue_token_that_expires_starts_the_list_again(server: ApiServer) 
         server.store.put("services", objects.service(f"s{i}", "10.96.0.1"))
     server.streaming_list = False
     follower = Follower(server)
-    original = server.take_fault
-    hits = iter([None, None, "410"])
-
-    def second_page_fails(resource: str, *, stream: bool) -> Any:
-        kind = next(hits, None) if not stream else None
-        return Fault(kind) if kind else original(resource, stream=stream)
-
-    server.take_fault = second_page_fails  # type: ignore[method-assign]
+    server.fail("410", param="continue")
     follower.reflector.start()
     follower.until(lambda: len(follower.known) == 602)
     assert follower.failures("expired") == 1
@@ -272,3 +198,76 @@ def test_a_large_object_comes_whole(server: ApiServer, follower: Follower) -> No
     follower.until(lambda: "large" in follower.names)
     large = follower.known[ObjectKey("load", "large")]
     assert len(large.spec.ports) == 5000  # type: ignore[attr-defined]
+
+
+def test_watches_end_after_five_to_ten_minutes(server: ApiServer) -> None:
+    """As client-go's, so that the connections of many nodes spread over API servers again."""
+    for _ in range(5):
+        follower = Follower(server, timing=Timing())
+        follower.reflector.start()
+        follower.until(lambda follower=follower: follower.names == {"a", "b"})  # type: ignore[misc]
+        follower.reflector.stop()
+    asked = [int(p["timeoutSeconds"]) for _, p in server.requests]
+    assert all(300 <= seconds <= 600 for seconds in asked)
+    assert len(set(asked)) > 1
+
+
+def test_an_object_that_leaves_the_selection_is_deleted(server: ApiServer) -> None:
+    label = "service.kubernetes.io/service-proxy-name"
+    follower = Follower(server, label_selector=f"!{label}")
+    follower.reflector.start()
+    follower.until(lambda: follower.names == {"a", "b"})
+    meshed = objects.service("a", "10.96.0.1")
+    meshed["metadata"]["labels"][label] = "mesh"
+    server.store.put("services", meshed)
+    follower.until(lambda: follower.names == {"b"})
+    server.store.put("services", objects.service("a", "10.96.0.1"))
+    follower.until(lambda: follower.names == {"a", "b"})
+    follower.reflector.stop()
+
+
+def test_the_three_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -> None:
+    """Both labels on Services and slices, as its one informer factory has them; one Node by its name."""
+    server.store.put("nodes", objects.node("node-1"))
+    server.store.put("nodes", objects.node("node-2"))
+    headless = objects.endpoint_slice("a", [])
+    headless["metadata"]["labels"]["service.kubernetes.io/headless"] = ""
+    server.store.put("endpointslices", headless)
+    server.store.put("endpointslices", objects.endpoint_slice("b", []))
+    events: list[Event] = []
+    connection = ApiConnection.from_options(None, server.url)
+    watches = reflectors(connection, "node-1", events.append, lambda each: each)
+    for each in watches:
+        each.start()
+    deadline = time.monotonic() + 8
+    while len(events) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    found = {event.resource: set(event.objects) for event in events if isinstance(event, Replaced)}
+    assert found == {
+        Resource.SERVICES: {KEY, ObjectKey("load", "b")},
+        Resource.ENDPOINTSLICES: {ObjectKey("load", "b-x7k2p")},
+        Resource.NODES: {ObjectKey("", "node-1")},
+    }
+    assert all(each.status.synced for each in watches)
+    for each in watches:
+        each.stop()
+
+
+def test_a_change_says_when_its_bytes_were_read(server: ApiServer, follower: Follower) -> None:
+    before = time.monotonic()
+    server.store.put("services", objects.service("c", "10.96.0.3"))
+    follower.until(lambda: "c" in follower.names)
+    event = follower.events[-1]
+    assert isinstance(event, Changed)
+    assert before <= event.received <= time.monotonic()
+
+
+def test_status_says_how_it_stands(server: ApiServer, follower: Follower) -> None:
+    status = follower.reflector.status
+    assert (status.resource, status.state, status.synced) == (Resource.SERVICES, State.CONNECTED, True)
+    assert status.resource_version == "102"
+    assert status.lists == 1
+    assert status.error is None
+    assert status.last_event is not None
+    assert status.since <= status.last_event <= time.time()

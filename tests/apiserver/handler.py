@@ -1,0 +1,277 @@
+"""One connection's requests: lists, pages, watches, and what is wrong with them."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from tests.apiserver import bodies
+from tests.apiserver.control import ControlError
+from tests.apiserver.faults import Fault
+from tests.apiserver.selectors import Selector
+from tests.apiserver.store import KINDS, ExpiredError, encode
+
+if TYPE_CHECKING:
+    from tests.apiserver.server import ApiServer, HttpServer
+
+PATHS = {
+    "/api/v1/services": "services",
+    "/apis/discovery.k8s.io/v1/endpointslices": "endpointslices",
+    "/api/v1/nodes": "nodes",
+}
+_SLOW_PIECE = 512
+_WRITE = 64 * 1024
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: HttpServer
+    api: ApiServer
+
+    def setup(self) -> None:
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.do_handshake()
+        super().setup()
+        self.api = self.server.api
+        self.api.track(self.connection, add=True)
+
+    def finish(self) -> None:
+        self.api.track(self.connection, add=False)
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        """``/control/…``: see tests.apiserver.control."""
+        split = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(split.query).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        try:
+            self._answer(200, encode(dict(self.api.control(split.path, query, body))))
+        except ControlError as error:
+            self._answer(400, encode({"error": str(error)}))
+
+    def do_GET(self) -> None:
+        split = urlsplit(self.path)
+        self._params = {name: values[0] for name, values in parse_qs(split.query).items()}
+        self.api.requests.append((split.path, self._params))
+        self.api.headers.append(dict(self.headers))
+        self._slow = 0.0
+        self._half = False
+        resource = PATHS.get(split.path)
+        watch = self._params.get("watch") in ("true", "1")
+        fault = self.api.faults.take(resource or "", self._params, in_stream=False)
+        if fault is not None and self._fail(fault):
+            return
+        user = self._user()
+        if user is None:
+            self._answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+        elif resource is None:
+            self._answer(404, bodies.status(404, "NotFound", bodies.NOT_FOUND, {}))
+        elif resource in self.api.denied or user == "system:anonymous":
+            self._answer(403, bodies.forbidden(user, "watch" if watch else "list", resource))
+        else:
+            (self._watch if watch else self._list)(resource)
+
+    def _user(self) -> str | None:
+        """None for wrong credentials; without any, ``system:anonymous`` where some are asked for."""
+        if isinstance(self.connection, ssl.SSLSocket):
+            certificate: Any = self.connection.getpeercert() or {}
+            for part in certificate.get("subject", ()):
+                return str(part[0][1])
+        if self.api.tokens is None:
+            return "test"
+        header = self.headers.get("Authorization")
+        if header is None:
+            return "system:anonymous"
+        return "test" if header[7:] in self.api.tokens and header[:7].lower() == "bearer " else None
+
+    def _fail(self, fault: Fault) -> bool:
+        """False where the request is to be answered all the same."""
+        if fault.kind == "slow":
+            self._slow = fault.seconds
+            return False
+        if fault.kind == "half":
+            self._half = self.close_connection = True
+            return False
+        if fault.kind == "html":
+            self._answer(502, b"<html><h1>502 Bad Gateway</h1></html>", content_type="text/html")
+        elif fault.kind in ("hang", "close"):
+            self.close_connection = True
+            if fault.kind == "hang":
+                self.api.stopping.wait(60)
+        else:
+            code = int(fault.kind)
+            extra = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
+            body = bodies.status(code, f"Reason{code}", f"injected {code}")
+            self._answer(code, body, extra=extra)
+        return True
+
+    # -- answers
+
+    def _head(self, code: int, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        self.send_header("Audit-Id", str(uuid.uuid4()))
+        self.send_header("Cache-Control", "no-cache, private")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _answer(
+        self,
+        code: int,
+        body: bytes,
+        *,
+        content_type: str = "application/json",
+        extra: dict[str, str] | None = None,
+    ) -> None:
+        length = {"Content-Type": content_type, "Content-Length": str(len(body))}
+        self._head(code, {**length, **(extra or {})})
+        self.wfile.write(body)
+
+    def _begin_chunks(self) -> None:
+        self._head(200, {"Content-Type": "application/json", "Transfer-Encoding": "chunked"})
+
+    def _write(self, data: bytes) -> None:
+        """Chunks, framed."""
+        if not self._slow:
+            self.wfile.write(data)
+            return
+        for i in range(0, len(data), _SLOW_PIECE):
+            self.wfile.write(data[i : i + _SLOW_PIECE])
+            self.api.stopping.wait(self._slow)
+
+    def _chunk(self, data: bytes) -> None:
+        self._write(_framed(data))
+
+    def _break_off(self, data: bytes) -> None:
+        """Half of what was to come, and the connection is gone."""
+        self._write(_framed(data)[: len(data) // 2])
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    # -- lists
+
+    def _list(self, resource: str) -> None:
+        selector = Selector(self._params.get("labelSelector", ""), self._params.get("fieldSelector", ""))
+        at, start = None, ("", "")
+        if "continue" in self._params:
+            token = json.loads(base64.b64decode(self._params["continue"]))
+            at, start = token["rv"], tuple(token["start"])
+        try:
+            version, found = self.api.store.items(resource, selector, at=at)
+        except ExpiredError:
+            self._answer(410, bodies.status(410, "Expired", bodies.TOO_OLD_TO_CONTINUE))
+            return
+        rest = [each for each in found if each.key > start]
+        page = rest[: int(self._params.get("limit", "0")) or len(rest)]
+        meta: dict[str, Any] = {"resourceVersion": str(version)}
+        if len(page) < len(rest):
+            token = {"v": "meta.k8s.io/v1", "rv": version, "start": page[-1].key}
+            meta["continue"] = base64.b64encode(encode(token)).decode()
+            meta["remainingItemCount"] = len(rest) - len(page)
+        api_version, _, kind = KINDS[resource]
+        head = b'{"kind":"%s","apiVersion":"%s","metadata":%s,"items":[' % (
+            kind.encode(),
+            api_version.encode(),
+            encode(meta),
+        )
+        body = head + b",".join(each.body for each in page) + b"]}\n"
+        self._begin_chunks()
+        if self._half:
+            self._break_off(body)
+            return
+        self._chunk(body)
+        self._chunk(b"")
+
+    # -- watches
+
+    def _watch(self, resource: str) -> None:
+        params, store = self._params, self.api.store
+        selector = Selector(params.get("labelSelector", ""), params.get("fieldSelector", ""))
+        streaming_list = params.get("sendInitialEvents") == "true"
+        if streaming_list and not self.api.streaming_list:
+            self._answer(422, bodies.status(422, "Invalid", bodies.NO_STREAMING_LIST))
+            return
+        self._begin_chunks()
+        asked = int(params.get("resourceVersion") or 0)
+        if streaming_list or not asked:
+            version, found = store.items(resource, selector)
+            lines = [each.line("ADDED") for each in found]
+            if streaming_list:
+                lines.append(bodies.bookmark(resource, version, initial_end=True))
+            if self._half:
+                self._break_off(b"".join(lines))
+                return
+            self._lines(lines)
+        else:
+            version = asked
+        self._follow(resource, selector, version)
+
+    def _follow(self, resource: str, selector: Selector, version: int) -> None:
+        """Changes after ``version``, until the timeout that the client asked for."""
+        store, params = self.api.store, self._params
+        end = time.monotonic() + float(params.get("timeoutSeconds", "1800"))
+        bookmark = time.monotonic() + self.api.bookmark_seconds
+        while not self.api.stopping.is_set():
+            with store.changed:
+                found = store.after(resource, version)
+                fault = self.api.faults.take(resource, params, in_stream=True)
+                now = time.monotonic()
+                if found == [] and fault is None and now < min(end, bookmark):
+                    store.changed.wait(min(end, bookmark) - now)
+                    continue
+                asked, version = version, max(version, store.version)
+            if fault is not None and fault.kind != "expire":
+                self._break(fault)
+                return
+            if found is None or fault is not None:
+                body = bodies.too_old(asked, store.compacted or store.version)
+                self._chunk(b'{"type":"ERROR","object":%s}\n' % body.strip())
+                break
+            self._lines(line for change in found if (line := change.line(selector)))
+            if now >= bookmark:
+                # One from the future is told nothing before that has come (a real cacheWatcher's rule).
+                if params.get("allowWatchBookmarks") == "true" and asked <= store.version:
+                    self._chunk(bodies.bookmark(resource, version))
+                bookmark = now + self.api.bookmark_seconds
+            if now >= end:
+                break
+        self._chunk(b"")
+
+    def _lines(self, lines: Iterable[bytes]) -> None:
+        """Each in its own chunk, as a real server flushes them; many in one write, to be cheap here."""
+        buffer = bytearray()
+        for line in lines:
+            buffer += _framed(line)
+            if len(buffer) > _WRITE:
+                self._write(bytes(buffer))
+                buffer.clear()
+        if buffer:
+            self._write(bytes(buffer))
+
+    def _break(self, fault: Fault) -> None:
+        self.close_connection = True
+        if fault.kind == "silence":
+            self.api.stopping.wait(60)
+        elif fault.kind == "cut":
+            self._chunk(b'{"type":"MODIFIED","object":{"kind":"Service","apiVers')
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self._chunk(b"this is no JSON\n")
+
+
+def _framed(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)

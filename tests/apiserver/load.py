@@ -1,0 +1,94 @@
+"""What fills a stand-in: many Services, changes at a rate, or a recording of a real cluster."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tests.apiserver import objects
+from tests.apiserver.store import Store
+
+
+def fill(store: Store, services: int, endpoints: int, node: str) -> None:
+    for i in range(services):
+        name = f"load-{i}"
+        store.put("services", objects.service(name, objects.service_address(i)))
+        store.put("endpointslices", objects.endpoint_slice(name, _endpoints(i, endpoints)))
+    store.put("nodes", objects.node(node))
+
+
+def _endpoints(i: int, count: int) -> list[dict[str, Any]]:
+    return [objects.endpoint(objects.pod_address(i * count + k), f"node-{k}") for k in range(count)]
+
+
+def add_bench_service(store: Store, address: str, backend: str) -> None:
+    """Ports of tests.bench: the load generator's for both protocols, and iperf3's."""
+    ports = [
+        {"name": f"{protocol.lower()}-{number}", "protocol": protocol, "port": number}
+        for protocol, number in (("TCP", 7777), ("UDP", 7777), ("TCP", 5201))
+    ]
+    store.put("services", objects.service("bench", address, ports=ports))
+    piece = objects.endpoint_slice("bench", [objects.endpoint(backend, "node-a")])
+    store.put("endpointslices", {**piece, "ports": ports})
+
+
+def churn(store: Store, services: int, endpoints: int, rate: float, seconds: float) -> dict[str, float]:
+    """One endpoint of a random load Service, ``rate`` times a second, its trigger time now.
+
+    Returns the ``changes`` made and the ``seconds`` they took, more than asked for where this is too slow.
+    """
+    order = random.Random(1)
+    began = time.monotonic()
+    total = int(rate * seconds)
+    for n in range(total):
+        wait = began + n / rate - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+        i = order.randrange(services)
+        found = _endpoints(i, endpoints)
+        found[order.randrange(endpoints)] = objects.endpoint(
+            objects.pod_address(5_000_000 + order.randrange(1_000_000)), "node-1"
+        )
+        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        store.put("endpointslices", objects.endpoint_slice(f"load-{i}", found, trigger=now))
+    return {"changes": total, "seconds": time.monotonic() - began}
+
+
+def fill_from_recordings(store: Store, folder: Path) -> None:
+    """The cluster as it was when the recording began; resourceVersions are the store's own."""
+    content = json.loads(gzip.decompress((folder / "initial-lists.json.gz").read_bytes()))
+    for resource, found in content.items():
+        for item in found["items"]:
+            store.put(resource, item)
+
+
+def replay(
+    store: Store, folder: Path, speed: float = 0.0, *, between: Callable[[], None] | None = None
+) -> int:
+    """What then happened, at once or ``speed`` times as fast as it did; returns the number of changes.
+
+    ``between`` is called after every 50 of them.
+    """
+    began, changes = time.monotonic(), 0
+    for line in gzip.decompress((folder / "watch-events.jsonl.gz").read_bytes()).splitlines():
+        entry = json.loads(line)
+        event = json.loads(entry["line"])
+        if event["type"] == "BOOKMARK":
+            continue
+        if speed:
+            time.sleep(max(0.0, began + entry["t"] / speed - time.monotonic()))
+        if event["type"] == "DELETED":
+            meta = event["object"]["metadata"]
+            store.delete(entry["resource"], meta.get("namespace", ""), meta["name"])
+        else:
+            store.put(entry["resource"], event["object"])
+        changes += 1
+        if between is not None and changes % 50 == 0:
+            between()
+    return changes

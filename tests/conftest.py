@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,14 @@ def _no_leftovers() -> None:
     """What a killed run left behind is removed before it disturbs this one."""
     if os.geteuid() == 0 and Path("/run/netns").is_dir():
         clean_dead_labs()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """``ebpfproxy run`` configures logging for its process: a test that calls it must not for all others."""
+    root, ours = logging.getLogger(), logging.getLogger("ebpfproxy")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])

@@ -79,6 +79,15 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 	return svc && reaches_this_node(ctx, &to->addr) ? svc : NULL;
 }
 
+/*
+ * Nothing to choose at the socket: an address of no Service, or one whose clients are told apart by
+ * their own address, which a socket may not have yet; packets do.
+ */
+static __always_inline bool is_left_alone(const struct service *svc)
+{
+	return !svc || svc->flags & SERVICE_SOURCES;
+}
+
 static __always_inline int reject(enum verdict verdict)
 {
 #if HAVE_SET_RETVAL
@@ -86,18 +95,6 @@ static __always_inline int reject(enum verdict verdict)
 #endif
 	(void)verdict;
 	return REJECT;
-}
-
-/* Chooses and counts. */
-static __always_inline enum verdict choose(const struct service *svc, u32 *backend_id,
-					   struct backend **backend)
-{
-	enum verdict verdict = service_choose(svc, backend_id, backend);
-
-	count_service(svc->id, verdict);
-	if (verdict == VERDICT_TRANSLATE)
-		count_backend(*backend_id);
-	return verdict;
 }
 
 /* Leaves the backend in @backend where there is one to go to. */
@@ -108,9 +105,9 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	enum verdict verdict;
 	u32 backend_id;
 
-	if (!svc) {
+	if (is_left_alone(svc)) {
 		origin_forget(ctx);
-		return PROCEED;
+		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
 	}
 	verdict = choose(svc, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE)
@@ -126,8 +123,8 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 	enum verdict verdict;
 	u32 backend_id;
 
-	if (!svc)
-		return PROCEED;
+	if (is_left_alone(svc))
+		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
 	verdict = choose(svc, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE)
 		return reject(verdict);
@@ -219,6 +216,46 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	if (origin_recall(ctx, &peer))
 		set_target6(ctx, &peer.addr, peer.port);
 	return PROCEED;
+}
+
+/*
+ * BPF_PROG_TYPE_CGROUP_SOCK: a socket has been bound. In the host's namespace a NodePort is taken:
+ * what listened there would never see a packet from outside.
+ */
+static __always_inline int binding(struct bpf_sock *ctx, const struct inet_addr *addr, bool any)
+{
+	struct target to = { *addr, bpf_htons(ctx->src_port), service_protocol(ctx->protocol) };
+
+	if (!GUARD_NODEPORTS || bpf_get_netns_cookie(ctx) != HOST_NETNS_COOKIE || !to.port)
+		return PROCEED;
+	if (!any && !addr_is_this_node(addr) && !(NODEPORTS_ON_LOOPBACK && addr_is_loopback(addr)))
+		return PROCEED;
+	if (!service_by_node_port(&to, SCOPE_INTERNAL))
+		return PROCEED;
+#if HAVE_SET_RETVAL
+	bpf_set_retval(-EADDRINUSE);
+#endif
+	return REJECT;
+}
+
+int post_bind4(struct bpf_sock *ctx)
+{
+	const struct inet_addr addr = addr_of_v4(ctx->src_ip4);
+
+	return binding(ctx, &addr, !addr.word[3]);
+}
+
+int post_bind6(struct bpf_sock *ctx)
+{
+	struct inet_addr addr;
+	bool any;
+
+	addr.word[0] = ctx->src_ip6[0];
+	addr.word[1] = ctx->src_ip6[1];
+	addr.word[2] = ctx->src_ip6[2];
+	addr.word[3] = ctx->src_ip6[3];
+	any = !(addr.word[0] | addr.word[1] | addr.word[2] | addr.word[3]);
+	return binding(ctx, &addr, any);
 }
 
 /* BPF_PROG_TYPE_CGROUP_SOCK: the socket is closed. */

@@ -1,8 +1,9 @@
 """The agent: which parts there are, and in what order they start and stop.
 
-Threads: one for each watched resource (or one for the manifests), one for the node's addresses, two HTTP
-servers, and the reconciler, which alone owns the tracker and the maps' contents. They meet at one queue.
-Slow things that the reconciler starts (compiling, a grace period) run beside it and report to the queue.
+Threads: one for each watched resource (or one for the manifests), one for the node's devices and addresses,
+the HTTP servers, and the reconciler, which alone owns the tracker and the maps' contents. They meet at one
+queue. Slow things that the reconciler starts (compiling, a grace period, a sweep of conntrack) run beside it
+and report to the queue.
 
 Order of a start: roots and lock; kernel probe; maps (adopted or made); then, at the same time, the watches'
 first lists and the programs' compilation; the first full programming; and only then programs are attached
@@ -24,10 +25,14 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy import state
-from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
+from ebpfproxy.datapath import attach, cleanup, conntrack, maps, probe, programs, roots
+from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Retired, Writer
+from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
 from ebpfproxy.kube.client import ApiConnection
@@ -37,12 +42,14 @@ from ebpfproxy.kube.status import SourceStatus
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.maps import MapCollector
-from ebpfproxy.node.addresses import AddressWatcher
 from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
 from ebpfproxy.objects import Deleted, Event, Replaced
-from ebpfproxy.services.model import Family
+from ebpfproxy.services.model import Family, Prefix
 from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker, Update
+from ebpfproxy.services.values import parse_prefix
 
 log = get_logger(__name__)
 
@@ -64,12 +71,29 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
     node_ports_on_loopback: bool = True
+    guard_node_ports: bool = True
+    #: Checked by ``node.network.parse_node_port_addresses``.
+    node_port_addresses: tuple[str, ...] = ()
+    external_ips: bool = True
+    #: Patterns of uplinks' names; empty: by routes and addresses.
+    devices: tuple[str, ...] = ()
+    local_pods: LocalPods = LocalPods()
+    cluster_cidrs: tuple[Prefix, ...] = ()
+    service_cidrs: tuple[Prefix, ...] = ()
+    masquerade_all: bool = False
+    masquerade_ports: tuple[int, int]
+    timeouts: conntrack.Timeouts = conntrack.Timeouts()
+    sweep_seconds: float = 10.0
     capacity: Capacity = Capacity()
     without: frozenset[probe.Feature] = frozenset()
 
 
-class AddressesChanged(msgspec.Struct, frozen=True):
-    addresses: frozenset[bytes]
+class NetworkChanged(msgspec.Struct, frozen=True):
+    network: Network
+
+
+class Swept(msgspec.Struct, frozen=True):
+    sweep: conntrack.Sweep
 
 
 class GracePassed(msgspec.Struct, frozen=True):
@@ -87,7 +111,7 @@ class Stop(msgspec.Struct, frozen=True):
     pass
 
 
-Message = Event | AddressesChanged | GracePassed | Loaded | Stop
+Message = Event | NetworkChanged | GracePassed | Swept | Loaded | Stop
 
 
 class _Source:
@@ -96,7 +120,7 @@ class _Source:
     def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
         self.has_cluster = options.manifests is None
         self.requests: Callable[[], dict[str, int]] = dict
-        reduce = reducer(options.node_name)
+        reduce = reducer(options.node_name, external_ips=options.external_ips)
         if options.manifests is not None:
             manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
             self.description = f"manifests {options.manifests}"
@@ -135,9 +159,15 @@ class Agent:
         self._tracker = Tracker(options.node_name)
         self._health = ProxyHealth()
         self._metrics = AgentMetrics()
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
+        self._node_port_health = NodePortHealth(lambda: self._health.healthy)
+        self._workers = ThreadPoolExecutor(3, thread_name_prefix="worker")
         self._started = time.time()
         self._programs: Path | None = None
+        self._loading = False
+        self._network: Network | None = None
+        self._pod_cidrs: tuple[Prefix, ...] | None = None
+        self._next_sweep = 0.0
+        self._device_failures: list[str] = []
         self._complete = False
         self._attached = False
         self._grace_runs = False
@@ -155,11 +185,13 @@ class Agent:
             log.info("mounted a bpffs", path=str(options.bpf_root))
         roots.check_cgroup(options.cgroup_root)
         lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
-        features = probe.probe().without(options.without)
+        self._features = probe.probe().without(options.without)
         self._pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(self._pins, options.capacity)
         self._grace = Grace()
         self._writer = Writer(self._maps, self._grace.wait)
+        self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
+        self._sweeper = conntrack.Sweeper(self._maps, options.timeouts, rest=lambda: time.sleep(0.001))
         log.info(
             "maps are adopted" if self._maps.adopted else "maps are made",
             folder=str(self._maps.folder),
@@ -170,10 +202,13 @@ class Agent:
         servers = self._servers(source)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
-        self._workers.submit(self._load, features)
+        NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
+        self._handle_all(self._next_messages())
+        self._set_cidrs()
+        self._start_load()
         for server in servers:
             server.start()
-        AddressWatcher(lambda found: self._queue.put(AddressesChanged(found))).start()
+        self._node_port_health.start()
         source.start()
         log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
         try:
@@ -182,18 +217,30 @@ class Agent:
             source.stop()
             for server in servers:
                 server.stop()
+            self._node_port_health.stop()
             self._workers.shutdown(wait=False, cancel_futures=True)
             lock.release()
         log.info("stopped, traffic goes on")
 
-    def _load(self, features: probe.Features) -> None:
+    def _start_load(self) -> None:
+        self._loading = True
+        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
+        self._workers.submit(self._load, modules)
+
+    def _load(self, modules: tuple[Module, ...]) -> None:
+        options = self._options
         wanted = programs.Options(
-            features=features,
+            features=self._features,
             host_netns_cookie=netns_cookie(),
-            node_ports_on_loopback=self._options.node_ports_on_loopback,
+            node_ports_on_loopback=options.node_ports_on_loopback,
+            guard_node_ports=options.guard_node_ports,
+            masquerade_all=options.masquerade_all,
+            masquerade_ports=options.masquerade_ports,
+            pods_by_cidr=options.local_pods.by_cidr,
+            service_cidrs=bool(options.service_cidrs),
         )
         try:
-            self._queue.put(Loaded(programs.ensure_loaded(self._maps, wanted)))
+            self._queue.put(Loaded(programs.ensure_loaded(self._maps, wanted, modules)))
         except (programs.LoadError, OSError) as error:
             self._queue.put(Loaded(None, str(error)))
 
@@ -246,8 +293,10 @@ class Agent:
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
+            self._set_cidrs()
             self._attach_when_ready()
             self._start_grace()
+            self._start_sweep()
             self._write_state()
 
     def _next_messages(self) -> list[Message]:
@@ -269,16 +318,21 @@ class Agent:
         return True
 
     def _handle(self, message: Message) -> None:
-        if isinstance(message, AddressesChanged):
-            log.info("node addresses", count=len(message.addresses))
-            self._writer.set_node_addresses(message.addresses)
+        if isinstance(message, NetworkChanged):
+            self._set_network(message.network)
+        elif isinstance(message, Swept):
+            self._next_sweep = time.monotonic() + self._options.sweep_seconds
+            self._metrics.swept(message.sweep)
         elif isinstance(message, GracePassed):
             self._grace_runs = False
             self._writer.reclaim(message.retired)
         elif isinstance(message, Loaded):
+            self._loading = False
             if message.folder is None:
                 raise programs.LoadError(message.error or "")
             self._programs = message.folder
+            if self._attached:
+                self._attach_devices()
         elif not isinstance(message, Stop):
             if isinstance(message, Replaced):
                 log.debug("list", resource=str(message.resource), objects=len(message.objects))
@@ -299,6 +353,7 @@ class Agent:
             gc.freeze()
         self._complete = True
         self._health.programmed()
+        self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
         self._problems = tuple(problems) or (self._problems if update.changed == () else ())
         self._last_programmed, self._last_duration = time.time(), done - began
         self._report(update, problems, done, full=full)
@@ -345,6 +400,7 @@ class Agent:
             return
         changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
         self._attached = True
+        changed += self._attach_devices()
         programs.remove_others(self._maps, self._programs)
         removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
         log.info(
@@ -354,6 +410,80 @@ class Agent:
             removed=[str(p) for p in removed],
             seconds_since_start=round(time.time() - self._started, 3),
         )
+
+    # -- this node's devices and addresses
+
+    def _set_network(self, network: Network) -> None:
+        self._network = network
+        options = self._options
+        node_ports = select_node_port_addresses(network, options.node_port_addresses)
+        log.info(
+            "devices and addresses",
+            uplinks=[d.name for d in network.devices if d.role is Role.UPLINK],
+            tunnels=[d.name for d in network.devices if d.role is Role.TUNNEL],
+            local=sum(d.role is Role.LOCAL for d in network.devices),
+            addresses=len(network.addresses),
+            node_port_addresses=len(node_ports),
+        )
+        self._writer.set_own_addresses(network.addresses)
+        self._writer.set_node_addresses(node_ports)
+        own = {len(address): address for address in network.primary}
+        self._packets.set_devices(
+            (
+                PacketDevice(
+                    Target(d.ifindex, d.name, "local" if d.role is Role.LOCAL else "uplink", not d.ethernet),
+                    d.address4,
+                    d.address6,
+                    options.local_pods.is_behind(d),
+                )
+                for d in network.devices
+            ),
+            own.get(4, b""),
+            own.get(16, b""),
+        )
+        if self._attached:
+            self._attach_devices()
+
+    def _attach_devices(self) -> list[str]:
+        assert self._programs is not None
+        if self._packets.needs_raw and not programs.is_loaded(self._programs, RAW_PACKETS):
+            if not self._loading:
+                self._start_load()
+            return []
+        changed, failed = self._packets.attach(self._programs)
+        if changed and self._attached:
+            log.debug("devices", changed=changed)
+        for failure in failed:
+            if failure not in self._device_failures:
+                log.error("device is not attached", error=failure)
+        self._device_failures = failed
+        return changed
+
+    def _set_cidrs(self) -> None:
+        """Known from the options, or from the Node once it is there."""
+        pods = self._options.cluster_cidrs
+        if self._options.local_pods.mode is LocalMode.NODE_CIDR:
+            node = self._tracker.node
+            texts = (node.spec.pod_cidrs if node is not None and node.spec is not None else None) or ()
+            pods = tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)
+        if pods != self._pod_cidrs:
+            self._pod_cidrs = pods
+            self._packets.set_cidrs(pods, self._options.service_cidrs)
+
+    # -- what runs beside
+
+    def _start_sweep(self) -> None:
+        now = time.monotonic()
+        if not self._attached or now < self._next_sweep:
+            return
+        # Again only after this one has reported.
+        self._next_sweep = now + 3600
+
+        def swept(done: Future[conntrack.Sweep]) -> None:
+            if not done.cancelled():
+                self._queue.put(Swept(done.result()))
+
+        self._workers.submit(self._sweeper.sweep).add_done_callback(swept)
 
     def _start_grace(self) -> None:
         """One grace period at a time, for all that was retired until it begins."""

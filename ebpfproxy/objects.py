@@ -97,6 +97,8 @@ class ServiceSpec(_Record, frozen=True):
     session_affinity_config: SessionAffinityConfig | None = None
     internal_traffic_policy: str | None = None
     external_traffic_policy: str | None = None
+    load_balancer_source_ranges: tuple[str, ...] | None = None
+    health_check_node_port: int = 0
 
 
 class LoadBalancerIngress(_Record, frozen=True):
@@ -163,6 +165,7 @@ class Taint(_Record, frozen=True):
 
 
 class NodeSpec(_Record, frozen=True):
+    pod_cidrs: tuple[str, ...] | None = msgspec.field(name="podCIDRs", default=None)
     taints: tuple[Taint, ...] | None = None
 
 

@@ -5,11 +5,39 @@
 
 #include <linux/types.h>
 
+#define IPPROTO_ICMP	1
+#define IPPROTO_TCP	6
 #define IPPROTO_UDP	17
+#define IPPROTO_ICMPV6	58
+#define IPPROTO_SCTP	132
 #define IPPROTO_UDPLITE 136
 
+/* IPv6 extension headers (RFC 8200, 4; RFC 4302). */
+#define IPPROTO_HOPOPTS	 0
+#define IPPROTO_ROUTING	 43
+#define IPPROTO_FRAGMENT 44
+#define IPPROTO_AH	 51
+#define IPPROTO_DSTOPTS	 60
+
+#define ETH_HLEN      14
+#define ETH_P_IP      0x0800
+#define ETH_P_IPV6    0x86dd
+#define AF_INET	      2
+#define AF_INET6      10
+#define PACKET_HOST   0
+#define TC_ACT_SHOT   2
+#define TC_ACT_UNSPEC (-1) /* the next program's turn; TCX_NEXT is the same */
+
+#define EADDRINUSE   98
 #define ECONNREFUSED 111
 #define EHOSTUNREACH 113
+
+#ifndef offsetof
+#define offsetof(type, member) __builtin_offsetof(type, member)
+#endif
+
+/* Keeps the compiler from reasoning about a variable across this point. */
+#define barrier_var(var) asm volatile("" : "+r"(var))
 
 #ifndef __always_inline
 #define __always_inline inline __attribute__((always_inline))
@@ -18,9 +46,13 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define bpf_htonl(x) __builtin_bswap32(x)
 #define bpf_ntohl(x) __builtin_bswap32(x)
+#define bpf_htons(x) ((__be16)__builtin_bswap16(x))
+#define bpf_ntohs(x) __builtin_bswap16(x)
 #else
 #define bpf_htonl(x) (x)
 #define bpf_ntohl(x) (x)
+#define bpf_htons(x) (x)
+#define bpf_ntohs(x) (x)
 #endif
 
 #endif

@@ -9,6 +9,6 @@
 #define MAP(name)		 ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, MAP_FD_##name))
 #define map_lookup(name, key)	 bpf_map_lookup_elem(MAP(name), (void *)(key))
 #define map_update(name, key, v) bpf_map_update_elem(MAP(name), key, v, BPF_ANY)
-#define map_delete(name, key)	 bpf_map_delete_elem(MAP(name), key)
+#define map_delete(name, key)	 bpf_map_delete_elem(MAP(name), (void *)(key))
 
 #endif

@@ -122,4 +122,24 @@ static __always_inline enum verdict service_choose(const struct service *svc, u3
 	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
 }
 
+/* Chooses and counts. */
+static __always_inline enum verdict choose(const struct service *svc, u32 *backend_id,
+					   struct backend **backend)
+{
+	enum verdict verdict = service_choose(svc, backend_id, backend);
+
+	count_service(svc->id, verdict);
+	if (verdict == VERDICT_TRANSLATE)
+		count_backend(*backend_id);
+	return verdict;
+}
+
+/* Whether this is a cluster IP, which has nothing but its Service's ports. */
+static __always_inline bool is_cluster_ip(const struct inet_addr *addr)
+{
+	const struct target any_port = { .addr = *addr };
+
+	return service_by_address(&any_port, SCOPE_INTERNAL) != NULL;
+}
+
 #endif

@@ -26,12 +26,32 @@ enum policy {
 /* service.flags */
 #define SERVICE_LOCAL	   (1 << 0) /* this entry uses the Local set */
 #define SERVICE_TWO_SCOPES (1 << 1) /* the external scope has an entry of its own */
+#define SERVICE_SOURCES	   (1 << 2) /* only sources in source_ranges: the packet path decides */
+#define SERVICE_ADDRESS	   (1 << 3) /* no Service, but a cluster IP: its other ports are rejected */
+
+/* service.kind */
+enum frontend_kind {
+	KIND_CLUSTER_IP = 0,
+	KIND_EXTERNAL_IP = 1,
+	KIND_LOAD_BALANCER = 2,
+	KIND_NODE_PORT = 3,
+};
+
+/* backend.state */
+enum backend_state {
+	BACKEND_ACTIVE = 0,
+	BACKEND_TERMINATING = 1,
+	BACKEND_QUARANTINED = 2, /* not ready: keeps connections, not UDP flows */
+};
 
 struct inet_addr {
 	__be32 word[4];
 };
 
-/* A NodePort's address is 0: it stands for every address in node_addresses. */
+/*
+ * A NodePort's address is 0: it stands for every address in node_addresses. Port and protocol 0
+ * stand for all that a cluster IP has no entry for (SERVICE_ADDRESS).
+ */
 struct service4_key {
 	__be32 addr;
 	__be16 port;
@@ -112,6 +132,113 @@ struct service_stats {
 
 struct backend_stats {
 	u64 chosen;
+};
+
+/* Where a packet is looked at: before this host's netfilter and routing, or after. */
+enum stage {
+	STAGE_INGRESS = 0,
+	STAGE_EGRESS = 1,
+};
+
+/* One direction of a TCP, UDP or SCTP exchange, as a packet shows it. */
+struct flow {
+	struct inet_addr src;
+	struct inet_addr dst;
+	__be16 sport;
+	__be16 dport;
+	u8 proto;
+	u8 stage;
+	u16 pad;
+};
+
+/* nat.flags */
+#define NAT_REPLY  (1 << 0) /* of the answers; its partner is of the questions */
+#define NAT_SOURCE (1 << 1) /* translates the client (masquerade), not the Service */
+#define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
+
+/* nat.tcp, and of UDP and SCTP the first. Both entries of a pair have them all. */
+#define SEEN_REPLY     (1 << 0)
+#define SEEN_FIN       (1 << 1) /* of the client */
+#define SEEN_REPLY_FIN (1 << 2)
+#define SEEN_RST       (1 << 3)
+
+/*
+ * Conntrack: what a flow is rewritten to. Entries come in pairs, one for each direction: the
+ * partner's key is what this one writes, reversed, at the other stage; and it writes this one's
+ * key, reversed. See lib/conntrack.h.
+ */
+struct nat {
+	struct inet_addr src;
+	struct inet_addr dst;
+	__be16 sport;
+	__be16 dport;
+	u32 service_id;
+	u32 backend_id;
+	u8 flags;
+	u8 seen;
+	u16 pad;
+	u64 last; /* CLOCK_MONOTONIC, ns: to a second */
+	u64 created;
+};
+
+/* Ports of a datagram whose first fragment has passed. IPv4's id has 16 bits, IPv6's 32. */
+struct fragment_key {
+	struct inet_addr src;
+	struct inet_addr dst;
+	__be32 id;
+	u8 proto;
+	u8 stage;
+	u16 pad;
+};
+
+struct ports {
+	__be16 sport;
+	__be16 dport;
+};
+
+/* devices, by ifindex: what masquerading to it uses, and who is behind it. */
+#define DEVICE_PODS (1 << 0)
+
+struct device {
+	struct inet_addr addr4;
+	struct inet_addr addr6;
+	u32 flags;
+};
+
+/* source_ranges: a service id and a prefix; the length counts the id's 32 bits, too. */
+struct source_range_key {
+	u32 length;
+	u32 service_id;
+	struct inet_addr addr;
+};
+
+/* cidrs: what is known of whole ranges of addresses. */
+#define CIDR_PODS     (1 << 0) /* of this node, as detectLocalMode says */
+#define CIDR_SERVICES (1 << 1)
+
+struct cidr_key {
+	u32 length;
+	struct inet_addr addr;
+};
+
+/* Index of packet_events. datapath/events.py names them. */
+enum event {
+	EVENT_NO_ENDPOINT,     /* rejected */
+	EVENT_NO_SUCH_PORT,    /* rejected */
+	EVENT_BACKEND_GONE,    /* rejected: of an established connection */
+	EVENT_NO_LOCAL,	       /* dropped: policy Local, endpoints on other nodes only */
+	EVENT_SOURCE_RANGE,    /* dropped: loadBalancerSourceRanges */
+	EVENT_NO_SUCH_SERVICE, /* dropped: in a Service CIDR */
+	EVENT_FRAGMENT,	       /* dropped: its first fragment was not seen */
+	EVENT_PORTS_TAKEN,     /* dropped: no source port left for masquerading */
+	EVENT_TABLE_FULL,      /* dropped: no room for the flow */
+	EVENT_UNROUTABLE,      /* dropped: no way from this host to the backend */
+	EVENT_REWRITE,	       /* dropped: the kernel could not change the packet */
+	EVENT_MARTIAN,	       /* passed: a source that no client can have */
+	EVENT_MALFORMED,       /* passed: headers cut short or nonsense */
+	EVENT_FLOWS_MADE,      /* conntrack entries inserted */
+	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
+	EVENTS,
 };
 
 #endif

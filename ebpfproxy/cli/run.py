@@ -10,13 +10,18 @@ from ebpfproxy import logs
 from ebpfproxy.agent import Agent, AgentOptions
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.values import Seconds, prefixes, split
+from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
 from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.roots import find_cgroup_root
 from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError
 from ebpfproxy.node.identity import NodeNameError, node_name
+from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addresses
 
 
 @click.command("run", context_settings={"auto_envvar_prefix": "EBPFPROXY", "show_default": True})
@@ -47,6 +52,71 @@ from ebpfproxy.node.identity import NodeNameError, node_name
     "--localhost-nodeports/--no-localhost-nodeports",
     default=True,
     help="NodePorts answer on loopback, for processes in the host's own network namespace.",
+)
+@click.option(
+    "--nodeport-guard/--no-nodeport-guard",
+    default=True,
+    help="bind() to a Service's NodePort fails with EADDRINUSE for processes of the host's namespace.",
+)
+@click.option(
+    "--nodeport-addresses",
+    metavar="CIDRS",
+    default="",
+    show_default=False,
+    help="Where NodePorts answer: CIDRs separated by commas, or 'primary'.  [default: all of uplinks]",
+)
+@click.option(
+    "--external-ips/--no-external-ips", default=True, help="Serve spec.externalIPs (see CVE-2020-8554)."
+)
+@click.option(
+    "--devices",
+    metavar="PATTERNS",
+    default="",
+    show_default=False,
+    help="Uplinks by name: patterns such as eth*, separated by commas.  [default: by routes and addresses]",
+)
+@click.option(
+    "--detect-local-mode",
+    type=click.Choice([str(mode) for mode in LocalMode]),
+    default=str(LocalMode.DEVICES),
+    help="How a packet of this node's own pods is told: such clients are not masqueraded.",
+)
+@click.option("--cluster-cidr", metavar="CIDRS", default="", help="Of pods, for mode ClusterCIDR.")
+@click.option("--pod-bridge-interface", metavar="NAME", default="", help="For mode BridgeInterface.")
+@click.option("--pod-interface-name-prefix", metavar="PREFIX", default="", help="For InterfaceNamePrefix.")
+@click.option(
+    "--service-cidr",
+    metavar="CIDRS",
+    default="",
+    help="Of cluster IPs: packets to an address in it that no Service has are dropped.",
+)
+@click.option("--masquerade-all", is_flag=True, help="Masquerade all traffic through Services in packets.")
+@click.option(
+    "--masquerade-ports",
+    metavar="FIRST-LAST",
+    default="",
+    show_default=False,
+    help="Source ports for masqueraded clients.  [default: the larger gap beside ip_local_port_range]",
+)
+@click.option(
+    "--conntrack-tcp-timeout-established",
+    type=Seconds(),
+    default="24h",
+    help="How long an established connection may be silent.",
+)
+@click.option(
+    "--conntrack-tcp-timeout-close-wait",
+    type=Seconds(),
+    default="1h",
+    help="How long one may be silent that one side has closed.",
+)
+@click.option("--conntrack-udp-timeout", type=Seconds(), default="30s", help="UDP flow without an answer.")
+@click.option("--conntrack-udp-timeout-stream", type=Seconds(), default="2m", help="Answered UDP flow.")
+@click.option(
+    "--max-conntrack",
+    type=click.IntRange(1024, 1 << 26),
+    default=Capacity().conntrack,
+    help="Conntrack entries: two a flow, four where it is masqueraded.",
 )
 @click.option(
     "--max-services",
@@ -86,6 +156,22 @@ def command(
     healthz_bind_address: str,
     metrics_bind_address: str,
     localhost_nodeports: bool,
+    nodeport_guard: bool,
+    nodeport_addresses: str,
+    external_ips: bool,
+    devices: str,
+    detect_local_mode: str,
+    cluster_cidr: str,
+    pod_bridge_interface: str,
+    pod_interface_name_prefix: str,
+    service_cidr: str,
+    masquerade_all: bool,
+    masquerade_ports: str,
+    conntrack_tcp_timeout_established: float,
+    conntrack_tcp_timeout_close_wait: float,
+    conntrack_udp_timeout: float,
+    conntrack_udp_timeout_stream: float,
+    max_conntrack: int,
     max_services: int,
     max_backends: int,
     max_connections: int,
@@ -114,11 +200,56 @@ def command(
                     healthz_bind_address=healthz_bind_address,
                     metrics_bind_address=metrics_bind_address,
                     node_ports_on_loopback=localhost_nodeports,
+                    guard_node_ports=nodeport_guard,
+                    node_port_addresses=parse_node_port_addresses(split(nodeport_addresses)),
+                    external_ips=external_ips,
+                    devices=split(devices),
+                    local_pods=_local_pods(
+                        LocalMode(detect_local_mode),
+                        cluster_cidr,
+                        pod_bridge_interface,
+                        pod_interface_name_prefix,
+                    ),
+                    cluster_cidrs=prefixes("--cluster-cidr", cluster_cidr),
+                    service_cidrs=prefixes("--service-cidr", service_cidr),
+                    masquerade_all=masquerade_all,
+                    masquerade_ports=(
+                        parse_range(masquerade_ports) if masquerade_ports else beside_local_range()
+                    ),
+                    timeouts=Timeouts(
+                        tcp_established=conntrack_tcp_timeout_established,
+                        tcp_close_wait=conntrack_tcp_timeout_close_wait,
+                        udp=conntrack_udp_timeout,
+                        udp_stream=conntrack_udp_timeout_stream,
+                    ),
                     capacity=Capacity(
-                        services=max_services, backends=max_backends, connected=max_connections
+                        services=max_services,
+                        backends=max_backends,
+                        connected=max_connections,
+                        conntrack=max_conntrack,
                     ),
                     without=frozenset(map(Feature, without)),
                 )
             ).run()
-    except (ConfigError, ManifestError, NodeNameError, BindAddressError) as error:
+    except (
+        ConfigError,
+        ManifestError,
+        NodeNameError,
+        BindAddressError,
+        NodePortAddressesError,
+        PortRangeError,
+    ) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _local_pods(mode: LocalMode, cluster_cidr: str, bridge: str, prefix: str) -> LocalPods:
+    """Raises UsageError where a mode's own option is missing."""
+    needed = {
+        LocalMode.CLUSTER_CIDR: ("--cluster-cidr", cluster_cidr),
+        LocalMode.BRIDGE_INTERFACE: ("--pod-bridge-interface", bridge),
+        LocalMode.INTERFACE_NAME_PREFIX: ("--pod-interface-name-prefix", prefix),
+    }
+    option, value = needed.get(mode, ("", ""))
+    if option and not value:
+        raise click.UsageError(f"--detect-local-mode {mode} needs {option}")
+    return LocalPods(mode, value)

@@ -17,17 +17,20 @@ MAP_HASH = 1
 MAP_ARRAY = 2
 MAP_PERCPU_ARRAY = 6
 MAP_LRU_HASH = 9
+MAP_LPM_TRIE = 11
 MAP_ARRAY_OF_MAPS = 12
 
 # Map creation flags
 F_NO_PREALLOC = 1 << 0
 F_MMAPABLE = 1 << 10
 
+PROG_SCHED_CLS = 3
 PROG_CGROUP_SOCK = 9
 PROG_CGROUP_SOCK_ADDR = 18
 
 # enum bpf_func_id
 FUNC_GET_NETNS_COOKIE = 122
+FUNC_REDIRECT_NEIGH = 152
 FUNC_SET_RETVAL = 187
 
 
@@ -104,6 +107,20 @@ class ProgInfo(ct.Structure):
         ("jited_prog_insns", ct.c_uint64),
         ("xlated_prog_insns", ct.c_uint64),
         ("load_time", ct.c_uint64),
+    )
+
+
+class TcxLinkInfo(ct.Structure):
+    """struct bpf_link_info of a tcx link. ``ifindex`` is 0 once the device is gone."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("ifindex", ct.c_uint32),
+        ("attach_type", ct.c_uint32),
+        ("pad2", ct.c_uint64),
     )
 
 
@@ -223,6 +240,15 @@ def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
     return done.value
 
 
+def map_delete_batch(fd: int, keys: bytes, count: int) -> int:
+    """Deletes ``count`` keys; returns how many were there before the first that was not."""
+    done = ct.c_uint32(count)
+    result = _lib.bpf_map_delete_batch(fd, keys, ct.byref(done), None)
+    if result < 0 and ct.get_errno() != errno.ENOENT:
+        _check(result, "delete from map")
+    return done.value
+
+
 def map_lookup_batches(
     fd: int, key_size: int, value_size: int, batch: int
 ) -> Iterator[tuple[memoryview, memoryview, int]]:
@@ -261,6 +287,12 @@ def prog_info(fd: int) -> ProgInfo:
 
 def cgroup_link_info(fd: int) -> CgroupLinkInfo:
     info = CgroupLinkInfo()
+    _info(fd, info)
+    return info
+
+
+def tcx_link_info(fd: int) -> TcxLinkInfo:
+    info = TcxLinkInfo()
     _info(fd, info)
     return info
 

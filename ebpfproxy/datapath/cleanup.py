@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from ebpfproxy.datapath.attach import LINKS
+from ebpfproxy.datapath.devices import remove_filters
 
 
 def remove_everything(pins: Path) -> list[str]:
     """Links first, so that no program is left without its maps. Returns what was removed, in words."""
-    removed = []
+    removed = remove_filters()
     if (pins / LINKS).is_dir():
         for link in sorted((pins / LINKS).iterdir()):
             link.unlink()

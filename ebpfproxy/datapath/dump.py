@@ -119,7 +119,9 @@ class Dump:
     def entries(self) -> Iterator[tuple[layout.ServiceKey, layout.ServiceEntry]]:
         for table in ("services4", "services6"):
             for key, value in self._maps[table].items():
-                yield layout.unpack_service_key(key), layout.unpack_service(value)
+                entry = layout.unpack_service(value)
+                if not entry.flags & ServiceFlags.ADDRESS:
+                    yield layout.unpack_service_key(key), entry
 
     def frontends(self) -> list[FrontendRow]:
         """A row for every frontend and scope, sorted by service, port, kind, address and scope."""

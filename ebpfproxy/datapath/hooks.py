@@ -1,4 +1,4 @@
-"""The hooks that programs attach to: names as in ``bpf/sock.c``, numbers as in enum bpf_attach_type."""
+"""The programs, where they attach, and in which source they are: names and numbers as the kernel has them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from ebpfproxy.datapath import bpf
 
 
 class Hook(NamedTuple):
+    """A program by its function's name, and its type and attach type (enum bpf_attach_type)."""
+
     name: str
     attach_type: int
     program_type: int = bpf.PROG_CGROUP_SOCK_ADDR
@@ -16,6 +18,8 @@ class Hook(NamedTuple):
 #: In the order of attachment: answers are translated before the first question is.
 SOCKET_HOOKS = (
     Hook("sock_release", 34, bpf.PROG_CGROUP_SOCK),
+    Hook("post_bind4", 12, bpf.PROG_CGROUP_SOCK),
+    Hook("post_bind6", 13, bpf.PROG_CGROUP_SOCK),
     Hook("getpeername4", 29),
     Hook("getpeername6", 30),
     Hook("recvmsg4", 19),
@@ -25,3 +29,34 @@ SOCKET_HOOKS = (
     Hook("connect4", 10),
     Hook("connect6", 11),
 )
+
+TCX_INGRESS, TCX_EGRESS = 46, 47
+
+#: A device's side decides which pair of these it gets: (ingress, egress).
+PACKET_PROGRAMS = {
+    "uplink": (
+        Hook("from_uplink", TCX_INGRESS, bpf.PROG_SCHED_CLS),
+        Hook("to_uplink", TCX_EGRESS, bpf.PROG_SCHED_CLS),
+    ),
+    "local": (
+        Hook("from_local", TCX_INGRESS, bpf.PROG_SCHED_CLS),
+        Hook("to_local", TCX_EGRESS, bpf.PROG_SCHED_CLS),
+    ),
+}
+
+_PACKET_HOOKS = tuple(hook for pair in PACKET_PROGRAMS.values() for hook in pair)
+
+
+class Module(NamedTuple):
+    """One compilation: a source, its programs, and what their pins' names end with."""
+
+    source: str
+    hooks: tuple[Hook, ...]
+    defines: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+SOCKETS = Module("sock.c", SOCKET_HOOKS)
+PACKETS = Module("tc.c", _PACKET_HOOKS, ("-DL3_OFFSET=14",))
+#: For devices whose packets begin with the IP header (tun, wireguard, ipip).
+RAW_PACKETS = Module("tc.c", _PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import socket
 import struct
 import sys
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from ebpfproxy.services.model import (
     format_endpoint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 POLICIES = 2
 
@@ -42,6 +43,61 @@ class Scope(enum.IntEnum):
 class ServiceFlags(enum.IntFlag):
     LOCAL = 1 << 0
     TWO_SCOPES = 1 << 1
+    SOURCES = 1 << 2
+    ADDRESS = 1 << 3
+
+
+class NatFlags(enum.IntFlag):
+    REPLY = 1 << 0
+    SOURCE = 1 << 1
+    HOST = 1 << 2
+
+
+class Seen(enum.IntFlag):
+    """What both directions of a flow have shown."""
+
+    REPLY = 1 << 0
+    FIN = 1 << 1
+    REPLY_FIN = 1 << 2
+    RST = 1 << 3
+
+
+class DeviceFlags(enum.IntFlag):
+    PODS = 1 << 0
+
+
+class CidrFlags(enum.IntFlag):
+    PODS = 1 << 0
+    SERVICES = 1 << 1
+
+
+class PacketEvent(enum.IntEnum):
+    """What befell a packet that neither simply passed nor was translated; ``enum event`` in C."""
+
+    NO_ENDPOINT = 0
+    NO_SUCH_PORT = 1
+    BACKEND_GONE = 2
+    NO_LOCAL_ENDPOINT = 3
+    SOURCE_RANGE = 4
+    NO_SUCH_SERVICE = 5
+    FRAGMENT = 6
+    PORTS_TAKEN = 7
+    TABLE_FULL = 8
+    UNROUTABLE = 9
+    REWRITE = 10
+    MARTIAN = 11
+    MALFORMED = 12
+    FLOWS_MADE = 13
+    FLOWS_ENDED = 14
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+#: What each reason means for the packet.
+REJECTED = frozenset({PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE})
+PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED})
+DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - {PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED}
 
 
 class MapSpec(NamedTuple):
@@ -64,6 +120,10 @@ class Capacity(msgspec.Struct, frozen=True):
     connected: int = 1 << 17
     #: Unconnected UDP sockets' backends whose replies are translated.
     revnat: int = 131072
+    #: Conntrack entries: two for each flow, four where it is masqueraded. 170 bytes each, taken at once.
+    conntrack: int = 1 << 19
+    #: Prefixes of all loadBalancerSourceRanges.
+    source_ranges: int = 1 << 18
 
     @property
     def frontends(self) -> int:
@@ -83,6 +143,12 @@ _NAME = struct.Struct("=64s64s64sBB6x")
 SERVICE_STATS = struct.Struct("=QQQ")
 BACKEND_STATS = struct.Struct("=Q")
 U32 = struct.Struct("=I")
+U64 = struct.Struct("=Q")
+_FLOW = struct.Struct("=16s16sHHBBxx")
+_NAT = struct.Struct("=16s16sHHIIBBxxQQ")
+_DEVICE = struct.Struct("=16s16sI")
+_SOURCE_RANGE = struct.Struct("=II16s")
+_CIDR = struct.Struct("=I16s")
 
 #: A backend id as u64.
 SLOT_SIZE = 8
@@ -90,6 +156,10 @@ BACKEND_SIZE = _BACKEND.size
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.
 BACKEND_PROTOCOL_OFFSET = 18
 BACKEND_STATE_OFFSET = 19
+#: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.filter``.
+ADDRESS_FILTER_BITS = 20
+FLOW_FILTER_BITS = 18
+CRC_STEPS = 17
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 4096
 
@@ -123,6 +193,23 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("service_stats", bpf.MAP_PERCPU_ARRAY, 4, SERVICE_STATS.size, capacity.services),
         MapSpec("backend_stats", bpf.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
         MapSpec("service_names", bpf.MAP_HASH, 4, _NAME.size, capacity.services, bpf.F_NO_PREALLOC),
+        MapSpec("conntrack", bpf.MAP_LRU_HASH, _FLOW.size, _NAT.size, capacity.conntrack),
+        MapSpec("fragments", bpf.MAP_LRU_HASH, 40, 4, 8192),
+        MapSpec(
+            "source_ranges",
+            bpf.MAP_LPM_TRIE,
+            _SOURCE_RANGE.size,
+            4,
+            capacity.source_ranges,
+            bpf.F_NO_PREALLOC,
+        ),
+        MapSpec("cidrs", bpf.MAP_LPM_TRIE, _CIDR.size, 4, 1024, bpf.F_NO_PREALLOC),
+        MapSpec("devices", bpf.MAP_HASH, 4, _DEVICE.size, 16384, bpf.F_NO_PREALLOC),
+        MapSpec("address_filter", *array, (1 << ADDRESS_FILTER_BITS) // 8, 1, bpf.F_MMAPABLE),
+        MapSpec("flow_filter", *array, 1 << FLOW_FILTER_BITS, 1),
+        MapSpec("crc32c", *array, CRC_STEPS * 4096, 1),
+        MapSpec("packet_events", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),
+        MapSpec("scratch", bpf.MAP_PERCPU_ARRAY, 4, _FLOW.size + _NAT.size + 192, 1),
         MapSpec("agent_state", bpf.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
     )
 
@@ -151,14 +238,17 @@ def pack_service_key(address: bytes, port: int, protocol: int, scope: int) -> by
 class ServiceKey(NamedTuple):
     address: bytes
     port: int
-    protocol: Protocol
+    #: None in the entry that stands for all other ports of a cluster IP.
+    protocol: Protocol | None
     scope: Scope
 
 
 def unpack_service_key(packed: bytes) -> ServiceKey:
     key = _SERVICE4_KEY if len(packed) == _SERVICE4_KEY.size else _SERVICE6_KEY
     address, port, protocol, scope = key.unpack(packed)
-    return ServiceKey(address, int.from_bytes(port, "big"), Protocol(protocol), Scope(scope))
+    return ServiceKey(
+        address, int.from_bytes(port, "big"), Protocol(protocol) if protocol else None, Scope(scope)
+    )
 
 
 class ServiceEntry(NamedTuple):
@@ -208,6 +298,109 @@ def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
     return backend, BackendState(state)
 
 
+class Flow(NamedTuple):
+    """``struct flow``. ``egress``: the packet as it is after this host's routing, not before."""
+
+    source: bytes
+    destination: bytes
+    source_port: int
+    destination_port: int
+    protocol: int
+    egress: bool
+
+
+class Nat(NamedTuple):
+    """``struct nat``. ``last`` and ``created`` are CLOCK_MONOTONIC in nanoseconds."""
+
+    source: bytes
+    destination: bytes
+    source_port: int
+    destination_port: int
+    service_id: int
+    backend_id: int
+    flags: NatFlags
+    seen: Seen
+    last: int
+    created: int
+
+
+def pack_flow(flow: Flow) -> bytes:
+    return _FLOW.pack(
+        pack_address(flow.source),
+        pack_address(flow.destination),
+        socket.htons(flow.source_port),
+        socket.htons(flow.destination_port),
+        flow.protocol,
+        flow.egress,
+    )
+
+
+def unpack_flow(packed: bytes) -> Flow:
+    source, destination, sport, dport, protocol, stage = _FLOW.unpack(packed)
+    return Flow(
+        unpack_address(source),
+        unpack_address(destination),
+        socket.ntohs(sport),
+        socket.ntohs(dport),
+        protocol,
+        bool(stage),
+    )
+
+
+def unpack_nat(packed: bytes) -> Nat:
+    source, destination, sport, dport, service, backend, flags, seen, last, created = _NAT.unpack(packed)
+    return Nat(
+        unpack_address(source),
+        unpack_address(destination),
+        socket.ntohs(sport),
+        socket.ntohs(dport),
+        service,
+        backend,
+        NatFlags(flags),
+        Seen(seen),
+        last,
+        created,
+    )
+
+
+def partner_key(flow: bytes, nat: bytes) -> bytes:
+    """The key of a packed entry's other half: what this half writes, reversed, at the other stage."""
+    protocol, stage = flow[36], flow[37]
+    return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, not stage, 0, 0))
+
+
+def pack_device(address4: bytes, address6: bytes, flags: int) -> bytes:
+    """Addresses that masquerading uses; empty ones where there is none."""
+    return _DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags)
+
+
+def _lpm(address: bytes, length: int) -> tuple[int, bytes]:
+    """Prefix length and address of a prefix in the 16 bytes of either family."""
+    return length + 8 * (16 - len(address)), pack_address(address)
+
+
+def pack_source_range(service_id: int, address: bytes, length: int) -> bytes:
+    bits, packed = _lpm(address, length)
+    return _SOURCE_RANGE.pack(32 + bits, service_id, packed)
+
+
+def source_range_service(packed: bytes) -> int:
+    """The service id in a key of ``source_ranges``."""
+    return int(_SOURCE_RANGE.unpack(packed)[1])
+
+
+def pack_cluster_ip(address: bytes) -> tuple[bytes, bytes]:
+    """Key and value of the entry that stands for all ports that a cluster IP does not have."""
+    return (
+        pack_service_key(address, 0, 0, Scope.INTERNAL),
+        pack_service(0, ServiceFlags.ADDRESS, FrontendKind.CLUSTER_IP, 0, 0),
+    )
+
+
+def pack_cidr(address: bytes, length: int) -> bytes:
+    return _CIDR.pack(*_lpm(address, length))
+
+
 def pack_name(key: ServicePortKey) -> bytes:
     """What a service id stands for; names are DNS labels of at most 63 bytes."""
     return _NAME.pack(
@@ -226,6 +419,6 @@ def unpack_name(packed: bytes) -> ServicePortKey:
     )
 
 
-def format_frontend(address: bytes, port: int, protocol: Protocol) -> str:
+def format_frontend(address: bytes, port: int, protocol: Protocol | None) -> str:
     """``10.96.0.10:53/UDP`` or ``[fd00::1]:53/UDP``."""
-    return f"{format_endpoint(address, port)}/{protocol.name}"
+    return f"{format_endpoint(address, port)}/{protocol.name if protocol else 'any'}"

@@ -17,13 +17,12 @@ from ebpfproxy.datapath import bpf
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
-    """``programs``: function name, program type and attach type. ``pin_folder`` exists and is on a bpffs."""
+    """``programs``: function, program type, attach type and pin. The pins' folders exist, on a bpffs."""
 
     source: str
     headers: str
     cflags: list[str]
-    programs: list[tuple[str, int, int]]
-    pin_folder: str
+    programs: list[tuple[str, int, int, str]]
 
 
 def main() -> None:
@@ -37,13 +36,15 @@ def main() -> None:
         module = BPF(src_file=request.source, cflags=request.cflags)
     except Exception:
         raise SystemExit(2) from None
-    for name, program_type, attach_type in request.programs:
+    for name, program_type, attach_type, pin in request.programs:
         print(f"program {name}:", file=sys.stderr, flush=True)
+        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
+        expected = -1 if program_type == bpf.PROG_SCHED_CLS else attach_type
         try:
-            function = module.load_func(name, program_type, None, attach_type)
+            function = module.load_func(name, program_type, None, expected)
         except Exception as error:
             raise SystemExit(str(error)) from None
-        bpf.pin(function.fd, Path(request.pin_folder) / name)
+        bpf.pin(function.fd, Path(pin))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import platform
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.hooks import SOCKET_HOOKS, TCX_INGRESS
 
 OLDEST_KERNEL = "5.15"
 
@@ -20,6 +21,7 @@ class Feature(enum.StrEnum):
     """Features that are used where present; without one the named fallback works."""
 
     SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
+    TCX = "tcx"  # without: clsact filters (6.6)
 
 
 class UnsupportedKernelError(Exception):
@@ -28,14 +30,21 @@ class UnsupportedKernelError(Exception):
 
 class Features(msgspec.Struct, frozen=True):
     set_retval: bool
+    tcx: bool = True
 
     def without(self, names: frozenset[Feature]) -> Features:
         """The same with some left unused, to try the fallbacks."""
-        return Features(set_retval=self.set_retval and Feature.SET_RETVAL not in names)
+        return Features(
+            set_retval=self.set_retval and Feature.SET_RETVAL not in names,
+            tcx=self.tcx and Feature.TCX not in names,
+        )
 
 
 # Two instructions that let everything proceed (return 1).
 _PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
+
+
+_NO_DEVICE = 0x7FFFFFFE
 
 
 class _MustHave(NamedTuple):
@@ -85,6 +94,11 @@ _MUST_HAVES = (
         lambda: bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_GET_NETNS_COOKIE),
     ),
     _MustHave("batched lookup in per-CPU arrays", "5.13", _batch_works),
+    _MustHave(
+        "bpf_redirect_neigh in tc programs (CONFIG_NET_CLS_BPF)",
+        "5.10",
+        lambda: bpf.has_helper(bpf.PROG_SCHED_CLS, bpf.FUNC_REDIRECT_NEIGH),
+    ),
 )
 
 
@@ -96,4 +110,16 @@ def probe() -> Features:
                 f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
                 f"the oldest supported kernel is {OLDEST_KERNEL}"
             )
-    return Features(set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL))
+    return Features(set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL), tcx=_has_tcx())
+
+
+def _has_tcx() -> bool:
+    """A link to a device that cannot be: the kernel says that it is missing, if it knows what is meant."""
+    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, _PROCEED)
+    try:
+        os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))
+    except bpf.BpfError as error:
+        return error.errno == errno.ENODEV
+    finally:
+        os.close(program)
+    return True

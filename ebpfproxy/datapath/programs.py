@@ -9,13 +9,15 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 import ebpfproxy
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.hooks import PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.loader import LoadRequest
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.probe import Features
@@ -33,13 +35,28 @@ class Options(msgspec.Struct, frozen=True):
 
     features: Features
     host_netns_cookie: int
-    node_ports_on_loopback: bool
+    node_ports_on_loopback: bool = True
+    #: bind() to a NodePort of a Service fails in the host's namespace.
+    guard_node_ports: bool = True
+    masquerade_all: bool = False
+    #: Ports that stand for masqueraded clients, first and last.
+    masquerade_ports: tuple[int, int] = (1024, 32767)
+    #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
+    pods_by_cidr: bool = False
+    #: Packets to cluster IPs that no Service has are dropped: the ``cidrs`` map names their ranges.
+    service_cidrs: bool = False
 
     def defines(self) -> list[str]:
         return [
             f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
             f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
+            f"-DGUARD_NODEPORTS={int(self.guard_node_ports)}",
+            f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
+            f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
+            f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
+            f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
+            f"-DHAVE_SERVICE_CIDRS={int(self.service_cidrs)}",
         ]
 
 
@@ -59,33 +76,52 @@ def _digest(sources: Path, defines: list[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def ensure_loaded(maps: MapSet, options: Options) -> Path:
-    """The folder with one pinned program a hook, compiled now if these were never compiled before.
+def is_loaded(home: Path, module: Module) -> bool:
+    """Whether all of the module's programs are pinned in ``home``."""
+    return all(pin.exists() for pin in _pins(home, module).values())
+
+
+def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (SOCKETS, PACKETS)) -> Path:
+    """The folder with the modules' pinned programs; those that were never compiled before are compiled now.
 
     Raises LoadError; then nothing that is attached has changed.
     """
     sources = source_folder()
     defines = options.defines()
     home = maps.folder / f"progs-{_digest(sources, defines)}"
-    if all((home / hook.name).exists() for hook in SOCKET_HOOKS):
-        return home
-    fresh = maps.folder / "progs-loading"
-    for leftover in (home, fresh):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        _load(sources, defines, maps, fresh)
-        fresh.rename(home)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    home.mkdir(exist_ok=True)
+    missing = [m for m in modules if not is_loaded(home, m)]
+    with ThreadPoolExecutor(len(missing) or 1, thread_name_prefix="loader") as workers:
+        loads = [workers.submit(_load, sources, defines, maps, home, module) for module in missing]
+    failed = [error for load in loads if (error := load.exception()) is not None]
+    if failed:
+        for module in missing:
+            _unpin(home, module)
+        if not any(home.iterdir()):
+            home.rmdir()
+        raise failed[0]
     return home
 
 
-def _load(sources: Path, defines: list[str], maps: MapSet, pin_folder: Path) -> None:
+def _pins(home: Path, module: Module) -> dict[str, Path]:
+    return {hook.name: home / f"{hook.name}{module.suffix}" for hook in module.hooks}
+
+
+def _unpin(home: Path, module: Module) -> None:
+    """What a load that failed, or was killed, has left."""
+    for pin in _pins(home, module).values():
+        pin.unlink(missing_ok=True)
+
+
+def _load(sources: Path, defines: list[str], maps: MapSet, home: Path, module: Module) -> None:
+    _unpin(home, module)
+    _compile(sources, [*defines, *module.defines], maps, module, _pins(home, module))
+
+
+def _compile(sources: Path, defines: list[str], maps: MapSet, module: Module, pins: dict[str, Path]) -> None:
     fds = {name: each.fd for name, each in maps.maps.items()}
     request = LoadRequest(
-        source=str(sources / "sock.c"),
+        source=str(sources / module.source),
         headers=str(sources / "include"),
         cflags=[
             f"-I{sources}",
@@ -95,8 +131,7 @@ def _load(sources: Path, defines: list[str], maps: MapSet, pin_folder: Path) -> 
             *defines,
             *(f"-DMAP_FD_{name}={fd}" for name, fd in fds.items()),
         ],
-        programs=[(hook.name, hook.program_type, hook.attach_type) for hook in SOCKET_HOOKS],
-        pin_folder=str(pin_folder),
+        programs=[(h.name, h.program_type, h.attach_type, str(pins[h.name])) for h in module.hooks],
     )
     try:
         done = subprocess.run(

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Set
 
 import msgspec
 
 from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.filter import AddressFilter
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, ServiceFlags
-from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.services.model import (
     Backend,
     BackendState,
     Frontend,
+    FrontendKind,
     Policy,
     ServicePort,
     ServicePortKey,
@@ -39,8 +42,11 @@ class _Programmed(msgspec.Struct):
 
     id: int
     entries: tuple[bytes, ...] = ()
-    draining: frozenset[int] = _NO_KEYS
+    sources: frozenset[bytes] = frozenset()
+    #: Backends in no selection, which only serve old connections: draining or idle ones.
+    unselected: frozenset[int] = _NO_KEYS
     leaving: frozenset[int] = _NO_KEYS
+    idle: frozenset[int] = _NO_KEYS
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -61,14 +67,16 @@ def _nothing_retired() -> Retired:
 class _Plan(msgspec.Struct):
     """The part of a change that readers can see: it is carried out after everything else is in place."""
 
+    sources: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     names: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     words: dict[int, int] = msgspec.field(default_factory=dict)
     entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
+    closed: list[bytes] = msgspec.field(default_factory=list)
 
 
 class Writer:
-    """The only writer of the services', selections', slots' and backends' maps.
+    """The only writer of the services', selections', slots' and backends' maps, and of what goes with them.
 
     ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots ran out.
     """
@@ -83,12 +91,18 @@ class Writer:
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
         self._refs = array("I", bytes(4 * self._backends.spec.max_entries))
-        self._leaving: dict[int, int] = {}
+        self._leaving: Counter[int] = Counter()
+        self._idle: Counter[int] = Counter()
+        self._filter = AddressFilter(maps.shared("address_filter"))
+        self._cluster_ips: Counter[bytes] = Counter()
+        self._own_addresses: frozenset[bytes] = frozenset()
         self._entries: dict[bytes, bytes] = {}
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._node_addresses: frozenset[bytes] = frozenset()
         self._fresh_backends: list[Backend] = []
+        self._adopting = True
         self._adopt()
+        self._adopting = False
 
     # -- what is there
 
@@ -116,18 +130,26 @@ class Writer:
         entries_of: dict[int, list[bytes]] = {}
         for table in ("services4", "services6"):
             for key, value in self._maps[table].items():
+                entry = layout.unpack_service(value)
+                if entry.flags & ServiceFlags.ADDRESS:
+                    continue
                 self._entries[key] = value
-                entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
+                self._note_address(key, entry.kind)
+                entries_of.setdefault(entry.id, []).append(key)
+        sources_of: dict[int, set[bytes]] = {}
+        for key, _ in self._maps["source_ranges"].items():
+            sources_of.setdefault(layout.source_range_service(key), set()).add(key)
         used: list[tuple[int, int]] = []
         for number, name in names.items():
-            known = _Programmed(number, tuple(entries_of.get(number, ())))
+            known = _Programmed(
+                number, tuple(entries_of.get(number, ())), frozenset(sources_of.get(number, ()))
+            )
             used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
             held = self._held(known)
-            known.leaving = frozenset(filter(self._is_terminating, held))
+            known.leaving = frozenset(n for n in held if self._state(n) == BackendState.TERMINATING)
             for backend_id in held:
                 self._refs[backend_id] += 1
-            for backend_id in known.leaving:
-                self._leaving[backend_id] = self._leaving.get(backend_id, 0) + 1
+            self._leaving.update(known.leaving)
             self._programmed[name] = known
         self._ranges = Ranges(self._slots.spec.max_entries, used)
         self._service_ids: Ids[ServicePortKey] = Ids(
@@ -151,7 +173,7 @@ class Writer:
     def _held(self, known: _Programmed) -> set[int]:
         """The backends that a service port refers to, as the maps have it."""
         cluster, local = (self._slot_ids(*self._range(known.id, policy)) for policy in Policy)
-        return {*cluster, *local, *known.draining}
+        return {*cluster, *local, *known.unselected}
 
     def _adopted_backends(self) -> dict[Backend, int]:
         if not self._maps.adopted:
@@ -230,6 +252,7 @@ class Writer:
             # What only the unused set has serves old connections only, like those that are draining.
             unused = port.terminating.difference(*sets)
             draining = frozenset(map(self._backend_id, (*port.draining, *unused)))
+            idle = frozenset(map(self._backend_id, port.idle))
             for policy in Policy:
                 if ids[policy] != self._slot_ids(*before[policy]):
                     after[policy] = self._write_slots(ids[policy])
@@ -252,9 +275,9 @@ class Writer:
                 self._retired.ranges.append(before[policy])
             index = known.id * layout.POLICIES + policy
             plan.words[index] = layout.selection_word(*after[policy])
-        known.draining = draining
+        known.unselected = draining | idle
         leaving = draining | frozenset(map(self._backend_id, port.terminating))
-        self._hold(known, held, draining.union(*ids), leaving)
+        self._hold(known, held, known.unselected.union(*ids), leaving, idle)
         self._plan_entries(port, known, plan)
 
     def _backend_id(self, backend: Backend) -> int:
@@ -292,37 +315,41 @@ class Writer:
             self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
         return number
 
-    def _hold(self, known: _Programmed, before: Set[int], after: Set[int], leaving: frozenset[int]) -> None:
+    def _hold(
+        self,
+        known: _Programmed,
+        before: Set[int],
+        after: Set[int],
+        leaving: frozenset[int],
+        idle: frozenset[int],
+    ) -> None:
         """Counts references, so that a backend's state and end follow from its users."""
         came, went = after - before, before - after
-        turned = leaving ^ known.leaving
+        turned = (leaving ^ known.leaving) | (idle ^ known.idle)
         if not (came or went or turned):
             return
         for number in came:
             self._refs[number] += 1
-        for number in leaving - known.leaving:
-            self._leaving[number] = self._leaving.get(number, 0) + 1
-        for number in known.leaving - leaving:
-            self._leaving[number] -= 1
-            if not self._leaving[number]:
-                del self._leaving[number]
+        _recount(self._leaving, known.leaving, leaving)
+        _recount(self._idle, known.idle, idle)
         for number in went:
             self._refs[number] -= 1
-        known.leaving = leaving
+        known.leaving, known.idle = leaving, idle
         for number in came | turned | went:
             if not self._refs[number]:
                 self._retire_backend(number)
             else:
                 self._store_state(number)
 
-    def _is_terminating(self, number: int) -> bool:
-        at = number * self._backends.stride + layout.BACKEND_STATE_OFFSET
-        return self._backends.bytes[at] == BackendState.TERMINATING
+    def _state(self, number: int) -> int:
+        return self._backends.bytes[number * self._backends.stride + layout.BACKEND_STATE_OFFSET]
 
     def _store_state(self, number: int) -> None:
-        """Terminating once every user says so."""
-        all_leave = self._leaving.get(number, 0) == self._refs[number]
-        state = BackendState.TERMINATING if all_leave else BackendState.ACTIVE
+        """Active while any user has it so; quarantined once it is idle for all."""
+        idle, leaving = self._idle[number], self._leaving[number]
+        state = BackendState.ACTIVE
+        if idle + leaving == self._refs[number]:
+            state = BackendState.TERMINATING if leaving else BackendState.QUARANTINED
         at = number * self._backends.stride + layout.BACKEND_STATE_OFFSET
         if self._backends.bytes[at] != state:
             self._backends.bytes[at] = state
@@ -344,23 +371,32 @@ class Writer:
     def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
         entries: dict[bytes, bytes] = {}
         for frontend in port.frontends:
-            entries.update(_entries_of(frontend, known.id, port.affinity_seconds))
+            entries.update(_entries_of(frontend, known.id, port))
         for key, value in entries.items():
             if self._entries.get(key) != value:
                 plan.entries[key] = value
         plan.vanished += [(known.id, key) for key in known.entries if key not in entries]
         known.entries = tuple(entries)
+        sources = frozenset(layout.pack_source_range(known.id, *each) for each in port.source_ranges or ())
+        plan.sources.update(dict.fromkeys(sources - known.sources, U32.pack(1)))
+        plan.closed += known.sources - sources
+        known.sources = sources
 
     def _withdraw(self, key: ServicePortKey, plan: _Plan) -> None:
         known = self._programmed.get(key)
         if known is not None:
             plan.vanished += [(known.id, entry) for entry in known.entries]
+            plan.closed += known.sources
 
     def _publish(self, plan: _Plan) -> list[str]:
         """Lets readers see the plan, each step after what it refers to."""
         full = [
             f"service_names: no room for service id {U32.unpack(key)[0]}"
             for key in self._maps["service_names"].update_many(plan.names)
+        ]
+        full += [
+            f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
+            for key in self._maps["source_ranges"].update_many(plan.sources)
         ]
         # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
         with self._fence:
@@ -371,26 +407,67 @@ class Writer:
         for table in ("services4", "services6"):
             size = self._maps[table].spec.key_size
             batch = {key: value for key, value in plan.entries.items() if len(key) == size}
+            # What a filter does not know would pass untouched: it learns first, and forgets last.
+            for key, value in batch.items():
+                self._note_address(key, layout.unpack_service(value).kind)
             refused = set(self._maps[table].update_many(batch))
-            self._entries.update((key, value) for key, value in batch.items() if key not in refused)
+            for key, value in batch.items():
+                replaced = value if key in refused else self._entries.get(key)
+                if replaced is not None:
+                    self._forget_address(key, layout.unpack_service(replaced).kind)
+                if key not in refused:
+                    self._entries[key] = value
             full += [f"{table}: no room for {describe_frontend(key)}" for key in refused]
         for service_id, key in plan.vanished:
             # A frontend that another service port has taken over is the other's.
-            value = self._entries.get(key)
-            if value is not None and layout.unpack_service(value).id == service_id:
+            present = self._entries.get(key)
+            if present is not None and layout.unpack_service(present).id == service_id:
                 self._delete_entry(key)
+        for key in plan.closed:
+            self._maps["source_ranges"].delete(key)
         return full
 
+    def _table_of(self, key: bytes) -> Map:
+        return self._maps["services4" if len(key) == self._maps["services4"].spec.key_size else "services6"]
+
     def _delete_entry(self, key: bytes) -> None:
-        table = "services4" if len(key) == self._maps["services4"].spec.key_size else "services6"
-        self._maps[table].delete(key)
-        del self._entries[key]
+        self._table_of(key).delete(key)
+        kind = layout.unpack_service(self._entries.pop(key)).kind
+        self._forget_address(key, kind)
+
+    def _note_address(self, key: bytes, kind: FrontendKind) -> None:
+        """An entry's address is of interest; a cluster IP gets an entry for all its other ports, too."""
+        if kind is FrontendKind.NODE_PORT:
+            return
+        address = layout.unpack_service_key(key).address
+        self._filter.add(address)
+        if kind is FrontendKind.CLUSTER_IP:
+            self._cluster_ips[address] += 1
+            if self._cluster_ips[address] == 1 and not self._adopting:
+                self._close_other_ports(address)
+
+    def _close_other_ports(self, address: bytes) -> None:
+        key, value = layout.pack_cluster_ip(address)
+        # Without room for it such ports are not rejected, and nothing else is different.
+        self._table_of(key).update_many({key: value})
+
+    def _forget_address(self, key: bytes, kind: FrontendKind) -> None:
+        if kind is FrontendKind.NODE_PORT:
+            return
+        address = layout.unpack_service_key(key).address
+        if kind is FrontendKind.CLUSTER_IP:
+            self._cluster_ips[address] -= 1
+            if not self._cluster_ips[address]:
+                del self._cluster_ips[address]
+                other_ports, _ = layout.pack_cluster_ip(address)
+                self._table_of(other_ports).delete(other_ports)
+        self._filter.remove(address)
 
     def _drop(self, key: ServicePortKey) -> None:
         known = self._programmed.pop(key, None)
         if known is None:
             return
-        self._hold(known, self._held(known), _NO_KEYS, _NO_KEYS)
+        self._hold(known, self._held(known), _NO_KEYS, _NO_KEYS, _NO_KEYS)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:
@@ -406,6 +483,23 @@ class Writer:
             if layout.unpack_service(value).id not in ids:
                 self._delete_entry(key)
         self._drop_unheld([backend for backend, _ in self._backend_ids.items()])
+        self._repair_cluster_ips()
+        self._filter.drop_leftovers()
+
+    def _repair_cluster_ips(self) -> None:
+        """The entries for other ports are those of the cluster IPs, whatever was adopted."""
+        found = {
+            address
+            for table in ("services4", "services6")
+            for key, value in self._maps[table].items()
+            if layout.unpack_service(value).flags & ServiceFlags.ADDRESS
+            and (address := layout.unpack_service_key(key).address)
+        }
+        for address in self._cluster_ips.keys() - found:
+            self._close_other_ports(address)
+        for address in found - self._cluster_ips.keys():
+            key, _ = layout.pack_cluster_ip(address)
+            self._table_of(key).delete(key)
 
     # -- what was replaced
 
@@ -429,6 +523,14 @@ class Writer:
 
     # -- the node
 
+    def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
+        """All addresses of this node: answers to masqueraded clients come to one of them."""
+        for address in addresses - self._own_addresses:
+            self._filter.add(address)
+        for address in self._own_addresses - addresses:
+            self._filter.remove(address)
+        self._own_addresses = addresses
+
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """The addresses at which this node's NodePorts answer."""
         table = self._maps["node_addresses"]
@@ -438,7 +540,15 @@ class Writer:
         self._node_addresses = addresses
 
 
-def _entries_of(frontend: Frontend, service_id: int, affinity_seconds: int) -> Iterable[tuple[bytes, bytes]]:
+def _recount(counts: Counter[int], before: frozenset[int], after: frozenset[int]) -> None:
+    counts.update(after - before)
+    for number in before - after:
+        counts[number] -= 1
+        if not counts[number]:
+            del counts[number]
+
+
+def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iterable[tuple[bytes, bytes]]:
     """One entry, or two where the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
     two = ServiceFlags.TWO_SCOPES if internal != external else ServiceFlags(0)
@@ -447,9 +557,11 @@ def _entries_of(frontend: Frontend, service_id: int, affinity_seconds: int) -> I
         scopes.append((layout.Scope.EXTERNAL, external))
     for scope, policy in scopes:
         flags = two | (ServiceFlags.LOCAL if policy == Policy.LOCAL else ServiceFlags(0))
+        if kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None:
+            flags |= ServiceFlags.SOURCES
         yield (
             layout.pack_service_key(address, port, protocol, scope),
-            layout.pack_service(service_id, flags, kind, 0, affinity_seconds),
+            layout.pack_service(service_id, flags, kind, 0, owner.affinity_seconds),
         )
 
 

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 import ebpfproxy
+from ebpfproxy.datapath.conntrack import Sweep
 from ebpfproxy.health.proxy import FAMILIES
 from ebpfproxy.kube.status import SourceStatus, State
 from ebpfproxy.services.model import Family
@@ -130,9 +131,32 @@ class AgentMetrics:
             "Service ports that could not be programmed because a map is full",
             registry=registry,
         )
+        self._entries = Gauge(
+            "ebpfproxy_conntrack_entries",
+            "Entries after the last sweep; two for each flow, four where it is masqueraded",
+            registry=registry,
+        )
+        self._expired = Counter(
+            "ebpfproxy_conntrack_expired", "Entries that sweeps have ended", registry=registry
+        )
+        self._evicted = Counter(
+            "ebpfproxy_conntrack_evicted", "Entries that the full table has pushed out", registry=registry
+        )
+        self._sweep = Histogram(
+            "ebpfproxy_conntrack_sweep_seconds",
+            "Reading the whole table and deleting what is over",
+            buckets=_SYNC_BUCKETS,
+            registry=registry,
+        )
         Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
             ebpfproxy.__version__, platform.release()
         ).set(1)
+
+    def swept(self, sweep: Sweep) -> None:
+        self._entries.set(sweep.entries)
+        self._expired.inc(sweep.expired)
+        self._evicted.inc(sweep.evicted)
+        self._sweep.observe(sweep.seconds)
 
     def queued(self, now: float) -> None:
         for family in FAMILIES:

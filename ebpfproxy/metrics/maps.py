@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ebpfproxy.datapath.conntrack import counters
 from ebpfproxy.datapath.dump import Dump, fill
+from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
 
@@ -21,9 +23,9 @@ class MapCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         entries = GaugeMetricFamily("ebpfproxy_map_entries", "Entries in use", labels=["map"])
         capacity = GaugeMetricFamily("ebpfproxy_map_capacity", "Entries that fit", labels=["map"])
-        for each in fill(self._maps):
-            entries.add_metric([each.name], each.entries)
-            capacity.add_metric([each.name], each.capacity)
+        for one in fill(self._maps):
+            entries.add_metric([one.name], one.entries)
+            capacity.add_metric([one.name], one.capacity)
         writes = CounterMetricFamily(
             "ebpfproxy_map_writes", "Entries written or deleted by this agent", labels=["map"]
         )
@@ -31,18 +33,19 @@ class MapCollector(Collector):
             writes.add_metric([name], opened.writes)
         yield from (entries, capacity, writes)
 
+        yield self._packet_events()
         dump = Dump(self._maps)
         services = CounterMetricFamily(
             "ebpfproxy_service_connections",
             "Connections and datagrams by what became of them: chosen, refused, dropped",
             labels=["namespace", "service", "port", "protocol", "ip_family", "result"],
         )
-        for counters in dump.service_counters():
-            key = counters.key
+        for each in dump.service_counters():
+            key = each.key
             labels = [key.namespace, key.name, key.port_name, key.protocol.name, str(key.family)]
-            services.add_metric([*labels, "chosen"], counters.chosen)
-            services.add_metric([*labels, "refused"], counters.refused)
-            services.add_metric([*labels, "dropped"], counters.dropped)
+            services.add_metric([*labels, "chosen"], each.chosen)
+            services.add_metric([*labels, "refused"], each.refused)
+            services.add_metric([*labels, "dropped"], each.dropped)
         yield services
         backends = CounterMetricFamily(
             "ebpfproxy_backend_connections",
@@ -55,3 +58,15 @@ class MapCollector(Collector):
                 address = format_endpoint(backend.address, backend.port)
                 backends.add_metric([address, backend.protocol.name], connections)
         yield backends
+
+    def _packet_events(self) -> Metric:
+        events = CounterMetricFamily(
+            "ebpfproxy_packets",
+            "Packets that were rejected, dropped, or passed though something was wrong, by reason",
+            labels=["action", "reason"],
+        )
+        found = counters(self._maps["packet_events"])
+        for action, reasons in (("rejected", REJECTED), ("dropped", DROPPED), ("passed", PASSED)):
+            for reason in sorted(reasons):
+                events.add_metric([action, str(reason)], found[reason])
+        return events

@@ -25,10 +25,11 @@ _FAMILIES = {"IPv4": Family.IPV4, "IPv6": Family.IPV6}
 class Traits(NamedTuple):
     """What the rules of ``policy`` look at in an endpoint. Few differ: one object serves thousands.
 
-    Not ready means draining: serving and terminating. Endpoints that are neither are not kept.
+    Neither ready nor draining (serving and terminating) means idle: only old connections live on.
     """
 
     ready: bool
+    draining: bool
     local: bool
     zones: tuple[str, ...]
     nodes: tuple[str, ...]
@@ -131,13 +132,12 @@ def _endpoints(
             warnings.add(f"endpoints[{i}].addresses[0]", f"{text} {reason}")
             continue
         ready = _is_ready(endpoint.conditions)
-        if not ready and not _is_draining(endpoint.conditions):
-            continue
         hints = endpoint.hints
         yield (
             address,
             _traits(
                 ready,
+                not ready and _is_draining(endpoint.conditions),
                 endpoint.node_name == node_name,
                 tuple(z.name for z in hints.for_zones or ()) if hints else (),
                 tuple(n.name for n in hints.for_nodes or ()) if hints else (),
@@ -146,8 +146,10 @@ def _endpoints(
 
 
 @functools.lru_cache(maxsize=4096)
-def _traits(ready: bool, local: bool, zones: tuple[str, ...], nodes: tuple[str, ...]) -> Traits:
-    return Traits(ready, local, zones, nodes)
+def _traits(
+    ready: bool, draining: bool, local: bool, zones: tuple[str, ...], nodes: tuple[str, ...]
+) -> Traits:
+    return Traits(ready, draining, local, zones, nodes)
 
 
 def _is_ready(conditions: EndpointConditions | None) -> bool:

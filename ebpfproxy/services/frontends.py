@@ -12,12 +12,14 @@ from ebpfproxy.services.model import (
     Frontend,
     FrontendKind,
     Policy,
+    Prefix,
     Protocol,
     ServicePortKey,
 )
 from ebpfproxy.services.values import (
     Warning,
     parse_address,
+    parse_prefix,
     parse_protocol,
     unusable_address,
     unusable_name,
@@ -37,6 +39,7 @@ class PortFrontends(msgspec.Struct, frozen=True, gc=False):
     frontends: tuple[Frontend, ...]
     affinity_seconds: int
     algorithm: str
+    source_ranges: tuple[Prefix, ...] | None = None
 
 
 class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
@@ -47,22 +50,27 @@ class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
     warnings: tuple[Warning, ...]
     internal: Policy = Policy.CLUSTER
     external: Policy = Policy.CLUSTER
+    #: spec.healthCheckNodePort where it is served: a load balancer's, with the external policy Local.
+    health_port: int = 0
 
 
-def frontends_of(service: Service) -> ServiceFrontends:
+def frontends_of(service: Service, *, external_ips: bool = True) -> ServiceFrontends:
     """The ports and frontends of a Service.
 
     There are none for headless and ExternalName Services and those of another proxy. ClusterIPs follow the
     internal traffic policy. ExternalIPs, load-balancer addresses and NodePorts follow the external one for
     traffic from outside; a client in the cluster that uses them gets policy Cluster ("short circuit",
-    KEP-2086). Only the families of its cluster IPs are served, as kube-proxy does.
+    KEP-2086). Only the families of its cluster IPs are served, as kube-proxy does. ``external_ips`` off:
+    spec.externalIPs are left out, with a warning (CVE-2020-8554: who may create Services could take
+    anybody's address).
     """
-    return _Reader(service).read()
+    return _Reader(service, external_ips).read()
 
 
 class _Reader:
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, external_ips: bool) -> None:
         self._service = service
+        self._external_ips = external_ips
         self._key = key_of(service)
         self._warnings: list[Warning] = []
 
@@ -97,6 +105,7 @@ class _Reader:
         affinity = self._affinity_seconds()
         annotations = service.metadata.annotations
         algorithm = (annotations.lb_algorithm or "") if annotations is not None else ""
+        ranges = self._source_ranges()
 
         ports: list[PortFrontends] = []
         for port, protocol in self._ports():
@@ -119,8 +128,38 @@ class _Reader:
                         ),
                     )
                 key = ServicePortKey(self._key.namespace, self._key.name, port.name, protocol, family)
-                ports.append(PortFrontends(key, found, affinity, algorithm))
-        return ServiceFrontends(age, tuple(ports), tuple(self._warnings), internal, external)
+                ports.append(PortFrontends(key, found, affinity, algorithm, ranges[family]))
+        return ServiceFrontends(
+            age, tuple(ports), tuple(self._warnings), internal, external, self._health_port(external)
+        )
+
+    def _health_port(self, external: Policy) -> int:
+        spec = self._service.spec
+        if spec.type != "LoadBalancer" or external is not Policy.LOCAL or not spec.health_check_node_port:
+            return 0
+        if not valid_port(spec.health_check_node_port):
+            self._warn("spec.healthCheckNodePort", f"{spec.health_check_node_port} is not in 1 to 65535")
+            return 0
+        return spec.health_check_node_port
+
+    def _source_ranges(self) -> dict[Family, tuple[Prefix, ...] | None]:
+        """By family. A family that none names is open to all (kube-proxy splits them in the same way).
+
+        One that cannot be read opens nothing: it may have been of either family.
+        """
+        texts = self._service.spec.load_balancer_source_ranges
+        if not texts or self._service.spec.type != "LoadBalancer":
+            return dict.fromkeys(Family)
+        found: dict[Family, set[Prefix]] = {family: set() for family in Family}
+        unreadable = False
+        for i, text in enumerate(texts):
+            prefix = parse_prefix(text.strip())
+            if prefix is None:
+                unreadable = True
+                self._warn(f"spec.loadBalancerSourceRanges[{i}]", f"{text!r} is not a CIDR")
+            else:
+                found[_family(prefix.address)].add(prefix)
+        return {f: tuple(sorted(ranges)) if ranges or unreadable else None for f, ranges in found.items()}
 
     def _policy(self, field: str, value: str | None) -> Policy:
         if value not in (None, "", "Cluster", "Local"):
@@ -158,7 +197,9 @@ class _Reader:
             if address is not None:
                 families.add(_family(address))
                 yield FrontendKind.CLUSTER_IP, address, internal, internal
-        for i, text in enumerate(spec.external_ips or ()):
+        if spec.external_ips and not self._external_ips:
+            self._warn("spec.externalIPs", "not used: external IPs are switched off")
+        for i, text in enumerate((spec.external_ips or ()) if self._external_ips else ()):
             address = self._address(f"spec.externalIPs[{i}]", text)
             if address is not None and _family(address) in families:
                 yield FrontendKind.EXTERNAL_IP, address, Policy.CLUSTER, external

@@ -47,6 +47,13 @@ _KIND_NAMES = {
 }
 
 
+class Prefix(NamedTuple):
+    """A range of addresses. The bits beyond ``length`` are 0."""
+
+    address: bytes
+    length: int
+
+
 class Policy(enum.IntEnum):
     """Which of a service port's two backend sets a frontend uses (a traffic policy's values)."""
 
@@ -103,7 +110,8 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False):
     ``cluster`` and ``local`` are the backends that new connections use under each policy, sorted, without
     duplicates. ``draining`` are the terminating endpoints in neither set: they serve old connections only.
     ``terminating`` names the backends of ``cluster`` and ``local`` that are terminating (they are used
-    because nothing else is left).
+    because nothing else is left). ``idle`` are the endpoints that are not ready, but there: established
+    connections to them go on.
     """
 
     key: ServicePortKey
@@ -112,8 +120,20 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False):
     local: tuple[Backend, ...]
     draining: tuple[Backend, ...] = ()
     terminating: frozenset[Backend] = frozenset()
+    idle: tuple[Backend, ...] = ()
     affinity_seconds: int = 0
     algorithm: str = ""
+    #: Sources that may use the load balancer's addresses; None: all.
+    source_ranges: tuple[Prefix, ...] | None = None
+
+
+class HealthCheck(NamedTuple):
+    """A Service with a healthCheckNodePort, and its ready endpoints' addresses on this node."""
+
+    namespace: str
+    name: str
+    port: int
+    local_endpoints: int
 
 
 def format_address(address: bytes) -> str:

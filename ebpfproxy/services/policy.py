@@ -16,6 +16,7 @@ class Usable(NamedTuple):
     local: tuple[Backend, ...]
     draining: tuple[Backend, ...]
     terminating: frozenset[Backend]
+    idle: tuple[Backend, ...] = ()
 
 
 _NONE = frozenset[Backend]()
@@ -38,10 +39,14 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
     uses all. Whatever the hints, the result is not empty where a ready endpoint exists.
 
     ``draining``: the terminating endpoints in neither set, which only serve old connections.
-    ``terminating``: the members of both sets that are terminating.
+    ``terminating``: the members of both sets that are terminating. ``idle``: the endpoints that are not
+    ready and not draining, which no rule looks at.
     """
     ready = [item for item in endpoints.items() if item[1].ready]
-    leaving = [item for item in endpoints.items() if not item[1].ready]
+    leaving = [item for item in endpoints.items() if item[1].draining]
+    idle: tuple[Backend, ...] = ()
+    if len(ready) + len(leaving) < len(endpoints):
+        idle = _sorted(backend for backend, c in endpoints.items() if not c.ready and not c.draining)
     if ready:
         cluster = _sorted(_by_hints(ready, node_name, zone))
     else:
@@ -50,13 +55,14 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
         backend for backend, c in leaving if c.local
     )
     if not leaving:
-        return Usable(cluster, cluster if local == cluster else local, (), _NONE)
+        return Usable(cluster, cluster if local == cluster else local, (), _NONE, idle)
     used = {*cluster, *local}
     return Usable(
         cluster,
         cluster if local == cluster else local,
         _sorted(backend for backend, _ in leaving if backend not in used),
         frozenset(backend for backend, _ in leaving if backend in used),
+        idle,
     )
 
 

@@ -7,12 +7,12 @@ from ebpfproxy.services.endpoints import endpoints_of
 from ebpfproxy.services.frontends import frontends_of
 
 
-def reducer(node_name: str) -> Reduce:
+def reducer(node_name: str, *, external_ips: bool = True) -> Reduce:
     """Services to ServiceFrontends, slices to SliceEndpoints as this node sees them; a Node stays."""
 
     def reduce(each: Object) -> object:
         if isinstance(each, Service):
-            return frontends_of(each)
+            return frontends_of(each, external_ips=external_ips)
         if isinstance(each, EndpointSlice):
             return endpoints_of(each, node_name)
         assert isinstance(each, Node)

@@ -29,6 +29,7 @@ from ebpfproxy.services.model import (
     Backend,
     Family,
     Frontend,
+    HealthCheck,
     Policy,
     ServicePort,
     ServicePortKey,
@@ -74,6 +75,7 @@ class Tracker:
         self._new_warnings: list[Warning] = []
         self._triggers: dict[ObjectKey, list[float]] = {}
         self._received: list[float] = []
+        self._health_checks: dict[ObjectKey, HealthCheck] = {}
         self._service_changes = 0
         self._endpoint_changes = 0
         self.node: Node | None = None
@@ -245,6 +247,7 @@ class Tracker:
                 self._ports[key] = new
             else:
                 self._ports.pop(key, None)
+            self._note_health(key, new)
         update = Update(
             changed=tuple(changed),
             removed=tuple(removed),
@@ -258,6 +261,22 @@ class Tracker:
         self._new_warnings, self._triggers, self._received = [], {}, []
         self._service_changes = self._endpoint_changes = 0
         return update
+
+    def _note_health(self, key: ObjectKey, ports: tuple[ServicePort, ...]) -> None:
+        service = self._services.get(key)
+        if service is None or not service.health_port or not ports:
+            self._health_checks.pop(key, None)
+            return
+        ready: dict[Family, set[bytes]] = {family: set() for family in Family}
+        for port in ports:
+            ready[port.key.family] |= {b.address for b in port.local if b not in port.terminating}
+        count = max(map(len, ready.values()))
+        self._health_checks[key] = HealthCheck(*key, service.health_port, count)
+
+    @property
+    def health_checks(self) -> list[HealthCheck]:
+        """Of the Services with a healthCheckNodePort, as last drained."""
+        return list(self._health_checks.values())
 
     def _compute(self, key: ObjectKey) -> tuple[ServicePort, ...]:
         service = self._services.get(key)
@@ -279,8 +298,10 @@ class Tracker:
                     local=usable.local,
                     draining=usable.draining,
                     terminating=usable.terminating,
+                    idle=usable.idle,
                     affinity_seconds=port.affinity_seconds,
                     algorithm=port.algorithm,
+                    source_ranges=port.source_ranges,
                 )
             )
         before = self._conflicts.pop(key, frozenset())
@@ -307,7 +328,7 @@ class Tracker:
     def _endpoints(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Traits]:
         """The endpoints of all slices that have this port, by name and protocol.
 
-        An address in two slices counts once: ready before terminating, local before remote.
+        An address in two slices counts once: ready before terminating before idle, local before remote.
         """
         found: dict[Backend, Traits] = {}
         name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
@@ -335,5 +356,5 @@ def _claims_of(key: ObjectKey, service: ServiceFrontends | None) -> tuple[Age, s
 
 def _merge(one: Traits, other: Traits) -> Traits:
     """Of three and more, the order in which they are merged must not matter: the order of slices is none."""
-    best = max(one, other, key=lambda t: (t.ready, t.zones, t.nodes))
+    best = max(one, other, key=lambda t: (t.ready, t.draining, t.zones, t.nodes))
     return best._replace(local=one.local or other.local)

@@ -8,7 +8,7 @@ from datetime import datetime
 import msgspec
 
 from ebpfproxy.objects import ObjectKey, Resource
-from ebpfproxy.services.model import Protocol
+from ebpfproxy.services.model import Prefix, Protocol
 
 #: Longest name of a Service, a namespace or a port: a DNS label (RFC 1123).
 MAX_NAME = 63
@@ -46,6 +46,19 @@ def parse_address(text: str) -> bytes | None:
     except (OSError, ValueError):
         return None
     return None if packed.startswith(_MAPPED) else packed
+
+
+def parse_prefix(text: str) -> Prefix | None:
+    """``192.0.2.0/24``; bits beyond the prefix are cleared. None for anything else."""
+    host, slash, digits = text.partition("/")
+    address = parse_address(host)
+    if address is None or not slash or not (digits.isascii() and digits.isdigit()):
+        return None
+    bits, length = 8 * len(address), int(digits)
+    if length > bits:
+        return None
+    number = int.from_bytes(address, "big") >> (bits - length) << (bits - length)
+    return Prefix(number.to_bytes(len(address), "big"), length)
 
 
 def unusable_address(address: bytes) -> str | None:

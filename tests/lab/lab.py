@@ -1,8 +1,9 @@
 """A lab: nodes joined by a switch, pods behind their nodes, an agent for each node.
 
 Every node has a number N: 172.18.0.N and fd00:172:18::N on the switch, pods in 10.244.N.0/24 and
-fd00:10:244:N::/64, native routes between all. Nothing in the root namespace is changed; names carry the
-process id of the lab, so that several can run at once and what a killed one left can be found.
+fd00:10:244:N::/64, native routes between all. The nodes' default route leads to the outside, 172.18.0.254 and
+fd00:172:18::fe, where a client can be (``lab.outside``). Nothing in the root namespace is changed; names carry
+the process id of the lab, so that several can run at once and what a killed one left can be found.
 """
 
 from __future__ import annotations
@@ -174,6 +175,24 @@ def _address(where: Any, index: int, address: str, prefix: int) -> None:
     where.addr("add", index=index, address=address, prefixlen=prefix, **options)
 
 
+OUTSIDE, OUTSIDE6 = "172.18.0.254", "fd00:172:18::fe"
+
+
+class Outside(Space):
+    """A host on the nodes' network that is no node: clients from outside, and the nodes' way to the world."""
+
+    address, address6 = OUTSIDE, OUTSIDE6
+
+    def route(self, destination: str, node: LabNode) -> None:
+        """Sends what is for ``destination`` (an address or a CIDR) to a node."""
+        family, gateway = (
+            (socket.AF_INET6, node.address6) if ":" in destination else (socket.AF_INET, node.address)
+        )
+        with NetNS(self.netns) as routes:
+            index = routes.link_lookup(ifname="eth0")[0]
+            routes.route("replace", dst=destination, gateway=gateway, oif=index, family=family)
+
+
 class Lab:
     """Use it as a context: what it made is gone at the end, whatever happened.
 
@@ -184,6 +203,7 @@ class Lab:
         self.id = f"epl{os.getpid()}x{next(_counter)}"
         self.nodes: list[LabNode] = []
         self._names: list[str] = []
+        self._outside: Outside | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Lab:
@@ -222,20 +242,41 @@ class Lab:
         made.link("set", index=1, state="up")
         return made
 
-    def node(self, name: str) -> LabNode:
-        number = len(self.nodes) + 1
-        node = LabNode(self, name, number)
-        made = self.namespace(node.netns)
-        with made, NetNS(f"{self.id}-switch") as switch:
-            port = f"n{number}"
-            switch.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": node.netns})
+    def _plug(self, name: str, port: str, address: str, address6: str) -> Any:
+        """A new namespace with its eth0 on the switch; the caller closes what it gets."""
+        made = self.namespace(name)
+        with NetNS(f"{self.id}-switch") as switch:
+            switch.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": name})
             bridge = switch.link_lookup(ifname="br0")[0]
             index = switch.link_lookup(ifname=port)[0]
             switch.link("set", index=index, master=bridge, state="up")
+        index = made.link_lookup(ifname="eth0")[0]
+        _address(made, index, address, 24)
+        _address(made, index, address6, 64)
+        made.link("set", index=index, state="up")
+        return made
+
+    @property
+    def outside(self) -> Outside:
+        """Made when first asked for. It knows the ways to all pods that nodes have by then."""
+        if self._outside is None:
+            cgroup = find_cgroup_root() / self.id / "outside"
+            cgroup.mkdir(parents=True)
+            self._outside = Outside(f"{self.id}-outside", cgroup)
+            self._plug(self._outside.netns, "outside", OUTSIDE, OUTSIDE6).close()
+            self._outside.call(_set_sysctls)
+            for node in self.nodes:
+                self._outside.route(f"10.244.{node.number}.0/24", node)
+                self._outside.route(f"fd00:10:244:{node.number}::/64", node)
+        return self._outside
+
+    def node(self, name: str) -> LabNode:
+        number = len(self.nodes) + 1
+        node = LabNode(self, name, number)
+        with self._plug(node.netns, f"n{number}", node.address, node.address6) as made:
             index = made.link_lookup(ifname="eth0")[0]
-            _address(made, index, node.address, 24)
-            _address(made, index, node.address6, 64)
-            made.link("set", index=index, state="up")
+            made.route("add", dst="default", gateway=OUTSIDE, oif=index)
+            made.route("add", dst="default", gateway=OUTSIDE6, oif=index, family=socket.AF_INET6)
         node.call(_set_sysctls)
         for other in self.nodes:
             _route(node, other)
@@ -272,6 +313,9 @@ class Lab:
             for space in [*node.pods, node]:
                 space.end()
         self.nodes.clear()
+        if self._outside is not None:
+            self._outside.end()
+            self._outside = None
 
     def _remove_namespaces(self) -> None:
         for name in self._names:

@@ -11,9 +11,11 @@ from ebpfproxy.services.policy import usable_endpoints
 
 NODE = "node-a"
 
+#: Ready, or draining, or neither.
+conditions = st.sampled_from([(True, False), (False, True), (False, False)])
 traits = st.builds(
-    Traits,
-    ready=st.booleans(),
+    lambda condition, **other: Traits(*condition, **other),
+    conditions,
     local=st.booleans(),
     zones=st.lists(st.sampled_from(["z1", "z2"]), max_size=2, unique=True).map(tuple),
     nodes=st.lists(st.sampled_from([NODE, "node-b"]), max_size=2, unique=True).map(tuple),
@@ -26,7 +28,7 @@ zones = st.sampled_from([None, "z1", "z3"])
 def naive_cluster(population: dict[Backend, Traits], zone: str | None) -> set[Backend]:
     ready = {b: c for b, c in population.items() if c.ready}
     if not ready:
-        return {b for b, c in population.items() if not c.ready}
+        return {b for b, c in population.items() if c.draining}
     if all(c.nodes for c in ready.values()) and any(NODE in c.nodes for c in ready.values()):
         return {b for b, c in ready.items() if NODE in c.nodes}
     if (
@@ -40,7 +42,7 @@ def naive_cluster(population: dict[Backend, Traits], zone: str | None) -> set[Ba
 
 def naive_local(population: dict[Backend, Traits]) -> set[Backend]:
     ready = {b for b, c in population.items() if c.local and c.ready}
-    return ready or {b for b, c in population.items() if c.local and not c.ready}
+    return ready or {b for b, c in population.items() if c.local and c.draining}
 
 
 @given(populations, zones)
@@ -55,10 +57,11 @@ def test_every_terminating_endpoint_is_accounted_for(
     population: dict[Backend, Traits], zone: str | None
 ) -> None:
     usable = usable_endpoints(population, NODE, zone)
-    leaving = {b for b, c in population.items() if not c.ready}
+    leaving = {b for b, c in population.items() if c.draining}
     used = {*usable.cluster, *usable.local}
     assert set(usable.draining) == leaving - used
     assert set(usable.terminating) == leaving & used
+    assert set(usable.idle) == {b for b, c in population.items() if not c.ready and not c.draining}
 
 
 @given(populations, zones)
@@ -66,9 +69,9 @@ def test_sets_are_sorted_and_empty_only_together_with_everything(
     population: dict[Backend, Traits], zone: str | None
 ) -> None:
     usable = usable_endpoints(population, NODE, zone)
-    for backends in (usable.cluster, usable.local, usable.draining):
+    for backends in (usable.cluster, usable.local, usable.draining, usable.idle):
         assert list(backends) == sorted(set(backends))
-    assert bool(usable.cluster) == bool(population)
+    assert bool(usable.cluster) == any(c.ready or c.draining for c in population.values())
 
 
 @given(populations, zones, st.randoms())

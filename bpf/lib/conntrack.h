@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Conntrack: flows and what they are rewritten to.
+ *
+ * A client c reaches backend b through frontend f. Netfilter, routing and the CNI's own rules must
+ * see c and b, as with kube-proxy: so the frontend is replaced before them, at ingress, and put
+ *back after them, at egress. Masquerading (c becomes the node's n) is done the other way round.
+ *That is two pairs of entries, each complete in itself:
+ *
+ *	               key                  becomes
+ *	Service        c -> f  at ingress   c -> b
+ *	  its reply    b -> c  at egress    f -> c
+ *	masquerade     c -> b  at egress    n -> b
+ *	  its reply    b -> n  at ingress   b -> c
+ *
+ * Where this host itself is the client, its packets are seen at egress only, and one pair does all:
+ *
+ *	host           c -> f  at egress    n -> b
+ *	  its reply    b -> n  at ingress   f -> c
+ *
+ * A pair's other half is always the reverse of what this half writes, at the other stage.
+ */
+#ifndef EBPFPROXY_CONNTRACK_H
+#define EBPFPROXY_CONNTRACK_H
+
+#include "events.h"
+#include "filter.h"
+#include "maps.h"
+#include "packet.h"
+
+#define NSEC_PER_SEC 1000000000ULL
+
+/* Too large for the stack. Programs at tc run with bottom halves off: one at a time on a CPU. */
+struct scratch {
+	struct flow key;
+	struct nat nat;
+	u8 bytes[192];
+};
+
+static __always_inline struct scratch *scratch(void)
+{
+	u32 zero = 0;
+
+	return map_lookup(scratch, &zero);
+}
+
+static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
+{
+	return map_lookup(conntrack, flow);
+}
+
+/* The key of the other half. */
+static __always_inline void partner_key(struct flow *key, const struct flow *flow,
+					const struct nat *nat)
+{
+	key->src = nat->dst;
+	key->dst = nat->src;
+	key->sport = nat->dport;
+	key->dport = nat->sport;
+	key->proto = flow->proto;
+	key->stage = !flow->stage;
+	key->pad = 0;
+}
+
+/* The other half of @s->key and @s->nat, in their place. */
+static __always_inline void turn_round(struct scratch *s, const struct flow *flow)
+{
+	partner_key(&s->key, flow, &s->nat);
+	s->nat.src = flow->dst;
+	s->nat.dst = flow->src;
+	s->nat.sport = flow->dport;
+	s->nat.dport = flow->sport;
+	s->nat.flags ^= NAT_REPLY;
+}
+
+enum insert {
+	INSERT_DONE,
+	INSERT_TAKEN, /* another flow has the key */
+	INSERT_FULL,
+};
+
+/* Inserts @s->key and @s->nat. @replace: a live entry may be overwritten. */
+static __always_inline enum insert conntrack_insert(struct scratch *s, bool replace)
+{
+	int error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_NOEXIST);
+
+	if (!error) {
+		count(EVENT_FLOWS_MADE);
+	} else {
+		struct nat *known = conntrack_lookup(&s->key);
+
+		if (!known)
+			return INSERT_FULL;
+		if (!replace && !(known->seen & SEEN_RST) &&
+		    (known->seen & (SEEN_FIN | SEEN_REPLY_FIN)) != (SEEN_FIN | SEEN_REPLY_FIN))
+			return INSERT_TAKEN;
+		if (bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_ANY))
+			return INSERT_FULL;
+	}
+	flow_note(&s->key);
+	return INSERT_DONE;
+}
+
+static __always_inline bool is_closed(const struct nat *nat)
+{
+	return (nat->seen & SEEN_RST) ||
+	       (nat->seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+}
+
+static __always_inline void conntrack_forget(const struct flow *flow, const struct nat *nat)
+{
+	struct flow key;
+
+	partner_key(&key, flow, nat);
+	if (!map_delete(conntrack, &key))
+		count(EVENT_FLOWS_ENDED);
+	if (!map_delete(conntrack, flow))
+		count(EVENT_FLOWS_ENDED);
+}
+
+/* Follows the state of a flow by a packet of it. Both halves learn what decides their lifetime. */
+static __always_inline void conntrack_track(const struct flow *flow, struct nat *nat, u8 tcp_flags)
+{
+	const u64 now = bpf_ktime_get_coarse_ns();
+	u8 seen = nat->seen;
+
+	if (now - nat->last > NSEC_PER_SEC)
+		nat->last = now;
+	if (nat->flags & NAT_REPLY)
+		seen |= SEEN_REPLY;
+	if (tcp_flags & TCP_RST)
+		seen |= SEEN_RST;
+	else if (tcp_flags & TCP_FIN)
+		seen |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+	if (seen != nat->seen) {
+		struct nat *partner;
+		struct flow key;
+
+		nat->seen = seen;
+		partner_key(&key, flow, nat);
+		partner = conntrack_lookup(&key);
+		if (partner) {
+			partner->seen |= seen;
+			partner->last = now;
+		}
+	}
+}
+
+#endif

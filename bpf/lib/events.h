@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What happened to packets that did not simply pass or get translated: counted by reason. */
+#ifndef EBPFPROXY_EVENTS_H
+#define EBPFPROXY_EVENTS_H
+
+#include "maps.h"
+#include "types.h"
+
+/* What becomes of a packet at a hook. */
+#define PASS TC_ACT_UNSPEC
+#define DROP TC_ACT_SHOT
+
+static __always_inline void count(enum event event)
+{
+	u32 index = event;
+	u64 *counter = map_lookup(packet_events, &index);
+
+	if (counter)
+		(*counter)++;
+}
+
+static __always_inline int drop(enum event event)
+{
+	count(event);
+	return DROP;
+}
+
+static __always_inline int pass(enum event event)
+{
+	count(event);
+	return PASS;
+}
+
+#endif

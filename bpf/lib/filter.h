@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Two Bloom filters of one hash each, so that a packet of no Service costs two array reads and no
+ * hash lookup. They may say yes wrongly, never no.
+ *
+ * address_filter, one bit an address, is the agent's: frontends' addresses and this node's own.
+ * flow_filter, one byte a pair of addresses, is written by programs when they make an entry.
+ * datapath/filter.py computes the same hash.
+ */
+#ifndef EBPFPROXY_FILTER_H
+#define EBPFPROXY_FILTER_H
+
+#include "addr.h"
+#include "maps.h"
+
+#define ADDRESS_FILTER_BITS 20
+#define FLOW_FILTER_BITS    18
+
+#define GOLDEN 0x9e3779b1U /* 2^32 / the golden ratio */
+
+static __always_inline u32 addr_fold(const struct inet_addr *a)
+{
+	return a->word[3] + a->word[2] * 0x85ebca6bU + a->word[1] * 0xc2b2ae35U +
+	       a->word[0] * 0x27d4eb2fU;
+}
+
+static __always_inline bool address_of_interest(const struct inet_addr *a)
+{
+	u32 hash = (addr_fold(a) * GOLDEN) >> (32 - ADDRESS_FILTER_BITS), zero = 0;
+	u8 *bits = map_lookup(address_filter, &zero);
+
+	return bits && bits[hash >> 3] & (1 << (hash & 7));
+}
+
+static __always_inline u8 *flow_filter_byte(const struct inet_addr *src,
+					    const struct inet_addr *dst)
+{
+	u32 hash = (addr_fold(src) * 3 + addr_fold(dst)) * GOLDEN, zero = 0;
+	u8 *bytes = map_lookup(flow_filter, &zero);
+
+	return bytes ? bytes + (hash >> (32 - FLOW_FILTER_BITS)) : NULL;
+}
+
+/* Whether conntrack may have an entry for packets from @src to @dst. */
+static __always_inline bool flow_of_interest(const struct inet_addr *src,
+					     const struct inet_addr *dst)
+{
+	u8 *byte = flow_filter_byte(src, dst);
+
+	return byte && *byte;
+}
+
+static __always_inline void flow_note(const struct flow *flow)
+{
+	u8 *byte = flow_filter_byte(&flow->src, &flow->dst);
+
+	if (byte && !*byte)
+		*byte = 1;
+}
+
+#endif

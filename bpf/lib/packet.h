@@ -1,0 +1,329 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * From a packet's bytes to its flow. IP headers are read in place, the rest is copied: what follows
+ * may lie in pages that a program cannot point into.
+ *
+ * L3_OFFSET is where the IP header begins: 14 on Ethernet, 0 on devices without a link layer.
+ */
+#ifndef EBPFPROXY_PACKET_H
+#define EBPFPROXY_PACKET_H
+
+#include "addr.h"
+#include "maps.h"
+
+struct ipv4_header {
+	u8 version_ihl;
+	u8 tos;
+	__be16 length;
+	__be16 id;
+	__be16 fragment;
+	u8 ttl;
+	u8 proto;
+	__sum16 check;
+	__be32 src;
+	__be32 dst;
+};
+
+#define IPV4_MORE_FRAGMENTS bpf_htons(0x2000)
+#define IPV4_OFFSET	    bpf_htons(0x1fff)
+
+struct ipv6_header {
+	__be32 version_class_label;
+	__be16 length;
+	u8 next;
+	u8 hops;
+	struct inet_addr src;
+	struct inet_addr dst;
+};
+
+struct ipv6_extension {
+	u8 next;
+	u8 length; /* in 8 bytes, the first 8 not counted; AH: in 4 bytes less 2 */
+};
+
+struct ipv6_fragment {
+	u8 next;
+	u8 reserved;
+	__be16 offset; /* in 8 bytes, shifted by 3; bit 0: more fragments */
+	__be32 id;
+};
+
+#define IPV6_MORE_FRAGMENTS bpf_htons(0x0001)
+#define IPV6_OFFSET	    bpf_htons(0xfff8)
+#define IPV6_EXTENSIONS	    6
+
+struct tcp_header {
+	__be16 sport;
+	__be16 dport;
+	__be32 seq;
+	__be32 ack;
+	u8 offset; /* of the data, in 4 bytes, in the upper half */
+	u8 flags;
+	__be16 window;
+	__sum16 check;
+	__be16 urgent;
+};
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+struct icmp_header {
+	u8 type;
+	u8 code;
+	__sum16 check;
+	__be32 rest;
+};
+
+#define ICMP_ECHO	      8
+#define ICMP_UNREACHABLE      3
+#define ICMP_SOURCE_QUENCH    4
+#define ICMP_TIME_EXCEEDED    11
+#define ICMP_PARAMETER	      12
+#define ICMP_PORT_UNREACHABLE 3
+
+#define ICMPV6_ECHO		128
+#define ICMPV6_UNREACHABLE	1
+#define ICMPV6_PARAMETER	4 /* errors are 1 to 4 */
+#define ICMPV6_PORT_UNREACHABLE 4
+
+/* How a packet shows its flow. */
+enum shape {
+	SHAPE_OTHER,	     /* no ports: another protocol, or headers that make no sense */
+	SHAPE_WHOLE,	     /* ports follow the IP header; perhaps a first fragment */
+	SHAPE_LATER,	     /* a fragment without them */
+	SHAPE_ICMP_ERROR,    /* in the packet that the error is about, the other way round */
+	SHAPE_CUT,	     /* not enough bytes */
+	SHAPE_LATER_UNKNOWN, /* a fragment whose first was not seen */
+};
+
+struct packet {
+	struct flow flow;
+	u32 fragment_id;
+	u32 l3_length; /* IP header and all that follows it */
+	u16 l4;
+	u16 inner_l3;
+	u16 inner_l4;
+	u8 proto;     /* of the packet itself: flow.proto is that of an ICMP error's inner packet */
+	u8 tcp_flags; /* of ICMP its type */
+	bool is_v4;
+	bool is_fragment;
+	bool is_later_fragment;
+};
+
+/*
+ * Fills in the addresses and the protocol; false where this is no IP packet, or too short for one.
+ * The IPv6 chain of headers is not walked yet.
+ */
+static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet *p)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	const u32 protocol = skb->protocol;
+
+	if (protocol == bpf_htons(ETH_P_IP)) {
+		struct ipv4_header *ip = data + L3_OFFSET;
+
+		if ((void *)(ip + 1) > end) {
+			if (bpf_skb_pull_data(skb, L3_OFFSET + sizeof(*ip)))
+				return false;
+			data = (void *)(long)skb->data;
+			end = (void *)(long)skb->data_end;
+			ip = data + L3_OFFSET;
+			if ((void *)(ip + 1) > end)
+				return false;
+		}
+		if (ip->version_ihl < 0x45 || ip->version_ihl > 0x4f)
+			return false;
+		p->is_v4 = true;
+		p->flow.src = addr_of_v4(ip->src);
+		p->flow.dst = addr_of_v4(ip->dst);
+		p->proto = ip->proto;
+		p->l4 = L3_OFFSET + (ip->version_ihl & 0xf) * 4;
+		p->l3_length = bpf_ntohs(ip->length);
+		p->fragment_id = ip->id;
+		p->is_fragment = ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET);
+		p->is_later_fragment = ip->fragment & IPV4_OFFSET;
+		return true;
+	}
+	if (protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6_header *ip = data + L3_OFFSET;
+
+		if ((void *)(ip + 1) > end) {
+			if (bpf_skb_pull_data(skb, L3_OFFSET + sizeof(*ip)))
+				return false;
+			data = (void *)(long)skb->data;
+			end = (void *)(long)skb->data_end;
+			ip = data + L3_OFFSET;
+			if ((void *)(ip + 1) > end)
+				return false;
+		}
+		if ((bpf_ntohl(ip->version_class_label) >> 28) != 6)
+			return false;
+		p->is_v4 = false;
+		p->flow.src = ip->src;
+		p->flow.dst = ip->dst;
+		p->proto = ip->next;
+		p->l4 = L3_OFFSET + sizeof(*ip);
+		p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
+		p->fragment_id = 0;
+		p->is_fragment = false;
+		p->is_later_fragment = false;
+		return true;
+	}
+	return false;
+}
+
+/* Walks IPv6's extension headers up to what they carry; false where they make no sense. */
+static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet *p)
+{
+#pragma clang loop unroll(full)
+	for (int i = 0; i < IPV6_EXTENSIONS; i++) {
+		struct ipv6_fragment header;
+
+		switch (p->proto) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_AH:
+		case IPPROTO_FRAGMENT:
+			break;
+		default:
+			return true;
+		}
+		/* The shortest one has 8 bytes, as a fragment header has. */
+		if (bpf_skb_load_bytes(skb, p->l4, &header, sizeof(header)))
+			return false;
+		if (p->proto == IPPROTO_FRAGMENT) {
+			p->fragment_id = header.id;
+			p->is_fragment = header.offset & (IPV6_OFFSET | IPV6_MORE_FRAGMENTS);
+			p->is_later_fragment = header.offset & IPV6_OFFSET;
+			p->l4 += sizeof(header);
+		} else if (p->proto == IPPROTO_AH) {
+			p->l4 += (header.reserved + 2) * 4;
+		} else {
+			p->l4 += (header.reserved + 1) * 8;
+		}
+		p->proto = header.next;
+		if (p->is_later_fragment)
+			return true;
+	}
+	return false;
+}
+
+static __always_inline bool has_ports(u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+}
+
+/* The packet that an ICMP error is about is one of ours: the flow is the one that answers it. */
+static __always_inline enum shape read_icmp(struct __sk_buff *skb, struct packet *p)
+{
+	struct {
+		__be16 sport;
+		__be16 dport;
+		__be32 rest;
+	} inner;
+	struct icmp_header icmp;
+
+	if (p->is_fragment)
+		return SHAPE_OTHER;
+	if (bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
+		return SHAPE_CUT;
+	p->tcp_flags = icmp.type;
+	p->inner_l3 = p->l4 + sizeof(icmp);
+	if (p->is_v4) {
+		struct ipv4_header ip;
+
+		if (icmp.type != ICMP_UNREACHABLE && icmp.type != ICMP_SOURCE_QUENCH &&
+		    icmp.type != ICMP_TIME_EXCEEDED && icmp.type != ICMP_PARAMETER)
+			return SHAPE_OTHER;
+		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
+			return SHAPE_CUT;
+		if (ip.version_ihl < 0x45 || ip.version_ihl > 0x4f || (ip.fragment & IPV4_OFFSET))
+			return SHAPE_OTHER;
+		p->inner_l4 = p->inner_l3 + (ip.version_ihl & 0xf) * 4;
+		p->flow.proto = ip.proto;
+		p->flow.src = addr_of_v4(ip.dst);
+		p->flow.dst = addr_of_v4(ip.src);
+	} else {
+		struct ipv6_header ip;
+
+		if (icmp.type < ICMPV6_UNREACHABLE || icmp.type > ICMPV6_PARAMETER)
+			return SHAPE_OTHER;
+		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
+			return SHAPE_CUT;
+		p->inner_l4 = p->inner_l3 + sizeof(ip);
+		p->flow.proto = ip.next;
+		p->flow.src = ip.dst;
+		p->flow.dst = ip.src;
+	}
+	if (!has_ports(p->flow.proto))
+		return SHAPE_OTHER;
+	if (bpf_skb_load_bytes(skb, p->inner_l4, &inner, sizeof(inner)))
+		return SHAPE_CUT;
+	p->flow.sport = inner.dport;
+	p->flow.dport = inner.sport;
+	return SHAPE_ICMP_ERROR;
+}
+
+static __always_inline struct fragment_key fragment_key(const struct packet *p)
+{
+	return (struct fragment_key) {
+		.src = p->flow.src,
+		.dst = p->flow.dst,
+		.id = p->fragment_id,
+		.proto = p->proto,
+		.stage = p->flow.stage,
+	};
+}
+
+/* Completes the flow with its ports. */
+static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packet *p)
+{
+	struct ports ports = {};
+
+	if (!p->is_v4 && !skip_extensions(skb, p))
+		return SHAPE_OTHER;
+	p->flow.proto = p->proto;
+	p->tcp_flags = 0;
+	if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		return read_icmp(skb, p);
+	if (!has_ports(p->proto))
+		return SHAPE_OTHER;
+	if (p->is_later_fragment) {
+		struct fragment_key key = fragment_key(p);
+		struct ports *known = map_lookup(fragments, &key);
+
+		if (!known)
+			return SHAPE_LATER_UNKNOWN;
+		p->flow.sport = known->sport;
+		p->flow.dport = known->dport;
+		return SHAPE_LATER;
+	}
+	if (p->proto == IPPROTO_TCP) {
+		struct tcp_header tcp;
+
+		if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
+			return SHAPE_CUT;
+		ports.sport = tcp.sport;
+		ports.dport = tcp.dport;
+		p->tcp_flags = tcp.flags;
+	} else {
+		__be32 eight[2]; /* UDP's header; SCTP's first two words */
+
+		if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))
+			return SHAPE_CUT;
+		__builtin_memcpy(&ports, eight, sizeof(ports));
+	}
+	p->flow.sport = ports.sport;
+	p->flow.dport = ports.dport;
+	if (p->is_fragment) {
+		struct fragment_key key = fragment_key(p);
+
+		map_update(fragments, &key, &ports);
+	}
+	return SHAPE_WHOLE;
+}
+
+#endif

@@ -1,0 +1,212 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Changing addresses and ports, and every checksum that covers them.
+ *
+ * All differences are incremental (RFC 1624), so a packet that was damaged stays so, and one whose
+ * checksum the device computes later (CHECKSUM_PARTIAL: only the pseudo-header is summed up yet)
+ * stays right: that is what BPF_F_PSEUDO_HDR tells the helper.
+ */
+#ifndef EBPFPROXY_REWRITE_H
+#define EBPFPROXY_REWRITE_H
+
+#include "packet.h"
+
+#define IPV4_CHECK offsetof(struct ipv4_header, check)
+#define IPV4_SRC   offsetof(struct ipv4_header, src)
+#define IPV6_SRC   offsetof(struct ipv6_header, src)
+#define TCP_CHECK  offsetof(struct tcp_header, check)
+#define UDP_CHECK  6
+#define SCTP_CHECK 8
+#define ICMP_CHECK offsetof(struct icmp_header, check)
+
+/* How far @word's CRC32c moves when 2^k bytes of zeros follow: four tables for each k. */
+#define CRC_STEPS 17
+
+static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
+{
+	u32 zero = 0;
+	u32 *table = map_lookup(crc32c, &zero);
+
+	if (!table)
+		return crc;
+#pragma clang loop unroll(disable)
+	for (u32 k = 0; k < CRC_STEPS; k++) {
+		u32 *step = table + k * 1024;
+
+		if (length & (1U << k))
+			crc = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
+			      step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
+	}
+	return crc;
+}
+
+/*
+ * SCTP's CRC32c (RFC 9260, appendix A) covers the ports but no address. It is linear: the new one
+ * differs from the old by the CRC of the difference, followed by as many zeros as the packet has
+ * bytes. One that is 0 is not there yet: the device, or the last hop on this host, computes it.
+ */
+static __always_inline int replace_sctp_ports(struct __sk_buff *skb, const struct packet *p,
+					      u32 difference)
+{
+	const u32 length = p->l3_length - (p->l4 - L3_OFFSET);
+	u32 check;
+
+	if (bpf_skb_load_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check)))
+		return -1;
+	if (!check)
+		return 0;
+	check ^= crc32c_zeros(difference, length);
+	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check),
+				   BPF_F_RECOMPUTE_CSUM);
+}
+
+static __always_inline int replace_ports(struct __sk_buff *skb, const struct packet *p,
+					 const struct nat *nat, u32 addr_difference)
+{
+	u32 old = p->flow.sport | (u32)p->flow.dport << 16;
+	u32 new = nat->sport | (u32)nat->dport << 16;
+	u32 offset, flags = 0;
+
+	if (old != new &&bpf_skb_store_bytes(skb, p->l4, &new, sizeof(new),
+					     p->proto == IPPROTO_SCTP ? BPF_F_RECOMPUTE_CSUM : 0))
+		return -1;
+	if (p->proto == IPPROTO_SCTP)
+		/* A fragment does not have the whole: its length is not the CRC's. */
+		return old == new ? 0 : p->is_fragment ? -1 : replace_sctp_ports(skb, p, old ^ new);
+	if (p->proto == IPPROTO_TCP) {
+		offset = p->l4 + TCP_CHECK;
+	} else {
+		offset = p->l4 + UDP_CHECK;
+		flags = BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays */
+	}
+	if (bpf_l4_csum_replace(skb, offset, 0, addr_difference, flags | BPF_F_PSEUDO_HDR))
+		return -1;
+	if (old == new)
+		return 0;
+	return bpf_l4_csum_replace(skb, offset, old, new, flags | sizeof(old));
+}
+
+/* Makes the packet's addresses, and its ports where it has them, those of @nat. */
+static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
+				   const struct nat *nat)
+{
+	u32 difference;
+
+	if (p->is_v4) {
+		__be32 old[2] = { p->flow.src.word[3], p->flow.dst.word[3] };
+		__be32 new[2] = { nat->src.word[3], nat->dst.word[3] };
+
+		difference = bpf_csum_diff(old, sizeof(old), new, sizeof(new), 0);
+		if (bpf_l3_csum_replace(skb, L3_OFFSET + IPV4_CHECK, 0, difference, 0) ||
+		    bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_SRC, new, sizeof(new), 0))
+			return -1;
+	} else {
+		const u32 size = 2 * sizeof(struct inet_addr);
+
+		difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
+		/* No header checksum makes up for the change where skb->csum has the whole sum. */
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,
+					BPF_F_RECOMPUTE_CSUM))
+			return -1;
+	}
+	return p->is_later_fragment ? 0 : replace_ports(skb, p, nat, difference);
+}
+
+static __always_inline u16 csum_fold(u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* A checksum inside an ICMP error's payload; the sum of what changed goes into @total. */
+static __always_inline int replace_inner_check(struct __sk_buff *skb, u32 offset, u32 difference,
+					       u32 *total, bool zero_is_none)
+{
+	u16 old, new;
+
+	if (bpf_skb_load_bytes(skb, offset, &old, sizeof(old)))
+		return 0; /* routers may quote less */
+	if (!old && zero_is_none)
+		return 0;
+	new = csum_fold((u64)(u16)~old + difference);
+	*total = csum_fold((u64)*total + (u16)~old + new) ^ 0xffff;
+	return bpf_skb_store_bytes(skb, offset, &new, sizeof(new), 0);
+}
+
+/*
+ * An ICMP error about a packet of a flow. Inside, that packet gets the addresses and ports that it
+ * had when its sender sent it; outside, an address that the flow translates is translated, a
+ * router's is not.
+ */
+static __always_inline int rewrite_error(struct __sk_buff *skb, const struct packet *p,
+					 const struct nat *nat)
+{
+	__be32 ports[2] = { p->flow.dport | (u32)p->flow.sport << 16,
+			    nat->dport | (u32)nat->sport << 16 };
+	struct inet_addr src, dst, new_src, new_dst;
+	u32 inner, outer, total;
+
+	if (p->is_v4) {
+		__be32 outside[2], was[2] = { p->flow.dst.word[3], p->flow.src.word[3] };
+		__be32 becomes[2] = { nat->dst.word[3], nat->src.word[3] }, new[2];
+
+		if (bpf_skb_load_bytes(skb, L3_OFFSET + IPV4_SRC, outside, sizeof(outside)))
+			return -1;
+		new[0] = outside[0] == was[1] ? becomes[1] : outside[0];
+		new[1] = outside[1] == was[0] ? becomes[0] : outside[1];
+		outer = bpf_csum_diff(outside, sizeof(outside), new, sizeof(new), 0);
+		inner = bpf_csum_diff(was, sizeof(was), becomes, sizeof(becomes), 0);
+		total = inner;
+		if (bpf_l3_csum_replace(skb, L3_OFFSET + IPV4_CHECK, 0, outer, 0) ||
+		    bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_SRC, new, sizeof(new), 0) ||
+		    bpf_skb_store_bytes(skb, p->inner_l3 + IPV4_SRC, becomes, sizeof(becomes), 0) ||
+		    replace_inner_check(skb, p->inner_l3 + IPV4_CHECK, inner, &total, false))
+			return -1;
+	} else {
+		const u32 size = sizeof(struct inet_addr);
+
+		if (bpf_skb_load_bytes(skb, L3_OFFSET + IPV6_SRC, &src, size) ||
+		    bpf_skb_load_bytes(skb, L3_OFFSET + IPV6_SRC + size, &dst, size))
+			return -1;
+		new_src = addr_equal(&src, &p->flow.src) ? nat->src : src;
+		new_dst = addr_equal(&dst, &p->flow.dst) ? nat->dst : dst;
+		outer = bpf_csum_diff(&src, size, &new_src, size, 0);
+		outer = bpf_csum_diff(&dst, size, &new_dst, size, outer);
+		inner = bpf_csum_diff((void *)&p->flow.dst, size, (void *)&nat->dst, size, 0);
+		inner = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, inner);
+		total = inner;
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, &new_src, size,
+					BPF_F_RECOMPUTE_CSUM) ||
+		    bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC + size, &new_dst, size,
+					BPF_F_RECOMPUTE_CSUM) ||
+		    bpf_skb_store_bytes(skb, p->inner_l3 + IPV6_SRC, (void *)&nat->dst, size, 0) ||
+		    bpf_skb_store_bytes(skb, p->inner_l3 + IPV6_SRC + size, (void *)&nat->src, size,
+					0))
+			return -1;
+	}
+	{
+		u32 moved = bpf_csum_diff(&ports[0], 4, &ports[1], 4, 0);
+
+		total = csum_fold((u64)total + moved) ^ 0xffff;
+		inner = csum_fold((u64)inner + moved) ^ 0xffff;
+	}
+	if (bpf_skb_store_bytes(skb, p->inner_l4, &ports[1], 4, 0))
+		return -1;
+	if (p->flow.proto == IPPROTO_TCP) {
+		if (replace_inner_check(skb, p->inner_l4 + TCP_CHECK, inner, &total, false))
+			return -1;
+	} else if (p->flow.proto == IPPROTO_UDP) {
+		if (replace_inner_check(skb, p->inner_l4 + UDP_CHECK, inner, &total, true))
+			return -1;
+	}
+	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, total, 0))
+		return -1;
+	/* ICMPv6 has a pseudo-header, ICMP has none. */
+	return p->is_v4 ? 0
+			: bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, outer, BPF_F_PSEUDO_HDR);
+}
+
+#endif

@@ -1,0 +1,409 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Services for packets that no local socket chose a backend for (BPF_PROG_TYPE_SCHED_CLS): clients
+ * outside, SCTP, kernel clients, VMs, sandboxed pods.
+ *
+ * At ingress, before netfilter and routing, a frontend becomes a backend; at egress, after them,
+ * the backend's answers become the frontend's. lib/conntrack.h has the picture. A packet of no
+ * Service passes after two reads of a filter, unchanged.
+ */
+#include "lib/compat.h"
+#include "lib/addr.h"
+#include "lib/maps.h"
+#include "lib/service.h"
+#include "lib/packet.h"
+#include "lib/filter.h"
+#include "lib/conntrack.h"
+#include "lib/rewrite.h"
+#include "lib/reject.h"
+#include "lib/masquerade.h"
+
+/* bcc 0.26 declares it without the length. */
+static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
+			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+/* What a device leads to decides which packets are ours to look at. */
+enum side {
+	SIDE_UPLINK, /* the outside, and tunnels to other nodes */
+	SIDE_LOCAL,  /* pods and VMs of this node */
+};
+
+/* A pod or VM of this node, as detectLocalMode defines it. */
+static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
+{
+#if PODS_BY_CIDR
+	struct cidr_key key = { .length = 128, .addr = p->flow.src };
+	u32 *flags = map_lookup(cidrs, &key);
+
+	(void)skb;
+	return flags && *flags & CIDR_PODS;
+#else
+	u32 ifindex = skb->ifindex;
+	struct device *device = map_lookup(devices, &ifindex);
+
+	(void)p;
+	return device && device->flags & DEVICE_PODS;
+#endif
+}
+
+static __always_inline struct service *find_service(const struct target *to, u8 scope)
+{
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL), *other;
+
+	if (!svc && addr_is_this_node(&to->addr))
+		svc = service_by_node_port(to, SCOPE_INTERNAL);
+	if (!svc || scope == SCOPE_INTERNAL || !(svc->flags & SERVICE_TWO_SCOPES))
+		return svc;
+	other = svc->kind == KIND_NODE_PORT ? service_by_node_port(to, scope)
+					    : service_by_address(to, scope);
+	return other ? other : svc;
+}
+
+static __always_inline bool source_allowed(const struct service *svc, const struct inet_addr *src)
+{
+	struct source_range_key key = {
+		.length = 32 + 128,
+		.service_id = svc->id,
+		.addr = *src,
+	};
+
+	return map_lookup(source_ranges, &key) != NULL;
+}
+
+static __always_inline bool in_service_cidr(const struct inet_addr *addr)
+{
+	struct cidr_key key = { .length = 128, .addr = *addr };
+	u32 *flags = map_lookup(cidrs, &key);
+
+	return flags && *flags & CIDR_SERVICES;
+}
+
+/* A source that no client can have (RFC 1812, 5.3.7): an answer to it would go astray. */
+static __always_inline bool is_martian(const struct inet_addr *src)
+{
+	u32 first;
+
+	if (!addr_is_v4(src))
+		return addr_is_loopback(src) || !(src->word[0] | src->word[1] | src->word[2]) ||
+		       (bpf_ntohl(src->word[0]) >> 24) == 0xff;
+	first = bpf_ntohl(src->word[3]) >> 24;
+	return first == 0 || first == 127 || (first >= 224 && first < 240) ||
+	       src->word[3] == 0xffffffff;
+}
+
+/* Packets to an address of ours with nothing there. */
+static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
+{
+	if (is_cluster_ip(&p->flow.dst))
+		return reject(skb, p, EVENT_NO_SUCH_PORT);
+	return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst) ? drop(EVENT_NO_SUCH_SERVICE)
+								   : PASS;
+}
+
+/* The flow's client is not to be seen by the backend, or the backend would not answer through us.
+ */
+static __always_inline bool must_masquerade(const struct service *svc, bool is_inside,
+					    const struct packet *p, const struct backend *backend)
+{
+	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
+		return true;
+	return !is_inside && !(svc->flags & SERVICE_LOCAL);
+}
+
+static __always_inline int not_inserted(enum insert done)
+{
+	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
+}
+
+/* Prepares the entry of a new flow's questions. */
+static __always_inline void new_entry(struct scratch *s, const struct flow *flow,
+				      const struct service *svc, u32 backend_id,
+				      const struct backend *backend)
+{
+	s->key = *flow;
+	s->nat.src = flow->src;
+	s->nat.dst = backend->addr;
+	s->nat.sport = flow->sport;
+	s->nat.dport = backend->port;
+	s->nat.service_id = svc->id;
+	s->nat.backend_id = backend_id;
+	s->nat.flags = 0;
+	s->nat.seen = 0;
+	s->nat.pad = 0;
+	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+}
+
+/* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
+static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
+{
+	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
+	const bool is_inside = from_local_pod(skb, p);
+	struct scratch *s = scratch();
+	struct inet_addr node;
+	struct backend *backend;
+	struct service *svc;
+	enum verdict verdict;
+	enum insert done;
+	u32 id, ifindex;
+
+	svc = find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL);
+	if (!svc)
+		return no_service(skb, p);
+	if (!s || is_martian(&p->flow.src))
+		return pass(EVENT_MARTIAN);
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
+		return drop(EVENT_SOURCE_RANGE);
+	verdict = choose(svc, &id, &backend);
+	if (verdict == VERDICT_REFUSE)
+		return reject(skb, p, EVENT_NO_ENDPOINT);
+	if (verdict == VERDICT_DROP)
+		return drop(EVENT_NO_LOCAL);
+
+	new_entry(s, &p->flow, svc, id, backend);
+	if (must_masquerade(svc, is_inside, p, backend) &&
+	    way_to(skb, &p->flow.src, &backend->addr, &ifindex) == WAY_OUT &&
+	    masquerade_address(ifindex, p->is_v4, &node)) {
+		struct flow between = p->flow;
+
+		between.dst = backend->addr;
+		between.dport = backend->port;
+		done = masquerade(s, &between, &node);
+		if (done != INSERT_DONE)
+			return not_inserted(done);
+		new_entry(s, &p->flow, svc, id, backend);
+	}
+	/* The answers' half first: a flow without it would be a way without return. */
+	turn_round(s, &p->flow);
+	done = conntrack_insert(s, true);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	new_entry(s, &p->flow, svc, id, backend);
+	done = conntrack_insert(s, true);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	return rewrite(skb, p, &s->nat) ? drop(EVENT_REWRITE) : PASS;
+}
+
+/* Sends a packet of this host to its new destination's own route. */
+static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
+				    const struct inet_addr *to)
+{
+	u32 ifindex;
+
+	if (way_to(skb, from, to, &ifindex) != WAY_OUT || !ifindex)
+		return drop(EVENT_UNROUTABLE);
+	return redirect_neigh(ifindex, NULL, 0, 0);
+}
+
+/* A new flow of this host, by a client that no socket hook saw. One pair does all. */
+static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p)
+{
+	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
+	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
+	struct scratch *s = scratch();
+	struct inet_addr node;
+	struct backend *backend;
+	enum verdict verdict;
+	enum insert done;
+	u32 id, ifindex;
+
+	if (!svc)
+		return no_service(skb, p);
+	if (!s)
+		return PASS;
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
+		return drop(EVENT_SOURCE_RANGE);
+	verdict = choose(svc, &id, &backend);
+	if (verdict == VERDICT_REFUSE)
+		return reject(skb, p, EVENT_NO_ENDPOINT);
+	if (verdict == VERDICT_DROP)
+		return drop(EVENT_NO_LOCAL);
+	if (way_to(skb, &p->flow.src, &backend->addr, &ifindex) != WAY_OUT ||
+	    !masquerade_address(ifindex, p->is_v4, &node))
+		return drop(EVENT_UNROUTABLE);
+
+	/* Answers: b -> n:port at ingress become f -> c. The client's own port, if it is free. */
+	new_entry(s, &p->flow, svc, id, backend);
+	s->nat.src = node;
+	turn_round(s, &p->flow);
+	s->nat.flags = NAT_HOST | NAT_REPLY;
+	done = conntrack_insert(s, false);
+	if (done == INSERT_TAKEN)
+		done = take_port(s);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	{
+		struct flow answers = s->key;
+
+		turn_round(s, &answers);
+	}
+	done = conntrack_insert(s, true);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat))
+		return drop(EVENT_REWRITE);
+	return redirect_neigh(ifindex, NULL, 0, 0);
+}
+
+/* Whether a flow's questions go to a backend that is not the Service's any more. */
+static __always_inline bool is_stale(const struct flow *flow, const struct nat *nat)
+{
+	u32 id = nat->backend_id;
+	struct backend *backend = map_lookup(backends, &id);
+
+	if (!backend || backend->proto != flow->proto || backend->port != nat->dport ||
+	    !addr_equal(&backend->addr, &nat->dst))
+		return true;
+	if (flow->proto == IPPROTO_TCP)
+		return false;
+	/* Without a connection there is nothing to lose: what is not ready is left at once. */
+	return backend->state == BACKEND_QUARANTINED ||
+	       !selection_of(nat->service_id, POLICY_CLUSTER).count;
+}
+
+enum course {
+	COURSE_FOLLOW,
+	COURSE_AGAIN,  /* as if this were the first packet */
+	COURSE_REJECT, /* a connection that has lost its backend */
+};
+
+/* What becomes of a packet for which there is an entry of questions. */
+static __always_inline enum course course_of(const struct packet *p, const struct nat *nat)
+{
+	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+
+	if (nat->flags & (NAT_REPLY | NAT_SOURCE))
+		return COURSE_FOLLOW;
+	if (is_stale(&p->flow, nat))
+		return p->flow.proto != IPPROTO_TCP || opens ? COURSE_AGAIN : COURSE_REJECT;
+	/* A client that uses a port again opens another connection. */
+	return opens && is_closed(nat) ? COURSE_AGAIN : COURSE_FOLLOW;
+}
+
+static __always_inline int follow(struct __sk_buff *skb, const struct packet *p, struct nat *nat)
+{
+	conntrack_track(&p->flow, nat, p->tcp_flags);
+	if (rewrite(skb, p, nat))
+		return drop(EVENT_REWRITE);
+	/* Only questions of this host are not where their route begins. */
+	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
+		return send_out(skb, &nat->src, &nat->dst);
+	return PASS;
+}
+
+/* Packets that are not simply one of a flow with ports. */
+static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p, enum shape shape)
+{
+	switch (shape) {
+	case SHAPE_CUT:
+		return pass(EVENT_MALFORMED);
+	case SHAPE_LATER_UNKNOWN:
+		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : PASS;
+	case SHAPE_OTHER:
+		/* Of ICMP only a ping is answered by an error. */
+		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
+		    p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
+			return PASS;
+		return no_service(skb, p);
+	default:
+		return PASS;
+	}
+}
+
+static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)
+{
+	struct nat *nat = conntrack_lookup(&p->flow);
+
+	if (!nat)
+		return PASS;
+	return rewrite_error(skb, p, nat) ? drop(EVENT_REWRITE) : PASS;
+}
+
+static __always_inline int arrive(struct __sk_buff *skb, enum side side)
+{
+	struct packet p = { .flow.stage = STAGE_INGRESS };
+	struct nat *nat = NULL;
+	enum shape shape;
+
+	/* A VLAN's packets come again on the VLAN's own device; others' are not for us. */
+	if (skb->vlan_present || (side == SIDE_UPLINK && skb->pkt_type != PACKET_HOST))
+		return PASS;
+	if (!read_addresses(skb, &p))
+		return PASS;
+	if (!address_of_interest(&p.flow.dst))
+		return HAVE_SERVICE_CIDRS && in_service_cidr(&p.flow.dst)
+			       ? drop(EVENT_NO_SUCH_SERVICE)
+			       : PASS;
+	shape = read_ports(skb, &p);
+	if (shape == SHAPE_ICMP_ERROR)
+		return translate_error(skb, &p);
+	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
+		return unusual(skb, &p, shape);
+	if (flow_of_interest(&p.flow.src, &p.flow.dst))
+		nat = conntrack_lookup(&p.flow);
+	if (nat) {
+		enum course course = course_of(&p, nat);
+
+		if (course == COURSE_FOLLOW)
+			return follow(skb, &p, nat);
+		conntrack_forget(&p.flow, nat);
+		if (course == COURSE_REJECT)
+			return reject(skb, &p, EVENT_BACKEND_GONE);
+	}
+	return begin(skb, &p);
+}
+
+static __always_inline int leave(struct __sk_buff *skb, enum side side)
+{
+	struct packet p = { .flow.stage = STAGE_EGRESS };
+	struct nat *nat = NULL;
+	bool is_known, is_mine;
+	enum shape shape;
+
+	if (skb->vlan_present || !read_addresses(skb, &p))
+		return PASS;
+	is_known = flow_of_interest(&p.flow.src, &p.flow.dst);
+	/* Only this host's own packets can still have a frontend's address here. */
+	is_mine = side == SIDE_UPLINK && !skb->ingress_ifindex &&
+		  (address_of_interest(&p.flow.dst) ||
+		   (HAVE_SERVICE_CIDRS && in_service_cidr(&p.flow.dst)));
+	if (!is_known && !is_mine && p.proto != (p.is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		return PASS;
+	shape = read_ports(skb, &p);
+	if (shape == SHAPE_ICMP_ERROR)
+		return translate_error(skb, &p);
+	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
+		return is_mine ? unusual(skb, &p, shape) : PASS;
+	if (is_known)
+		nat = conntrack_lookup(&p.flow);
+	if (nat) {
+		enum course course = course_of(&p, nat);
+
+		if (course == COURSE_FOLLOW)
+			return follow(skb, &p, nat);
+		conntrack_forget(&p.flow, nat);
+		if (course == COURSE_REJECT)
+			return reject(skb, &p, EVENT_BACKEND_GONE);
+	}
+	return is_mine ? begin_on_host(skb, &p) : PASS;
+}
+
+int from_uplink(struct __sk_buff *skb)
+{
+	return arrive(skb, SIDE_UPLINK);
+}
+
+int to_uplink(struct __sk_buff *skb)
+{
+	return leave(skb, SIDE_UPLINK);
+}
+
+int from_local(struct __sk_buff *skb)
+{
+	return arrive(skb, SIDE_LOCAL);
+}
+
+int to_local(struct __sk_buff *skb)
+{
+	return leave(skb, SIDE_LOCAL);
+}

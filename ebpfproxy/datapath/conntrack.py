@@ -1,0 +1,271 @@
+"""The conntrack map: whom an entry belongs to, how long it lives, and the sweep that ends the others.
+
+Programs make entries and note what they see of a flow (``bpf/lib/conntrack.h``); they never look for old
+ones. A sweep reads the whole map in batches and deletes the pairs of entries that have outlived what their
+state allows. An entry whose other half is still in use stays.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.layout import (
+    Flow,
+    Nat,
+    NatFlags,
+    PacketEvent,
+    Seen,
+    partner_key,
+    unpack_flow,
+    unpack_nat,
+)
+from ebpfproxy.datapath.maps import Map, MapSet
+from ebpfproxy.services.model import Protocol, format_endpoint
+
+_NS = 1_000_000_000
+#: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
+_BATCH = 1024
+#: Offsets in ``struct flow`` and ``struct nat``.
+_PROTOCOL = 36
+_SEEN_AT = 45
+_LAST = struct.Struct("=Q")
+_LAST_AT = 48
+
+
+class Timeouts(msgspec.Struct, frozen=True):
+    """Seconds without a packet after which a flow ends. Names as kube-proxy's conntrack settings."""
+
+    #: Both sides have spoken and none has closed.
+    tcp_established: float = 86400.0
+    #: One side has closed.
+    tcp_close_wait: float = 3600.0
+    #: No answer yet.
+    tcp_unreplied: float = 60.0
+    #: Both sides have closed: late packets still find their way.
+    tcp_closed: float = 30.0
+    udp: float = 30.0
+    #: Both sides have spoken.
+    udp_stream: float = 120.0
+    sctp: float = 300.0
+
+    def of(self, protocol: int, seen: int) -> float:
+        """How long a flow in this state may be silent."""
+        if protocol == Protocol.TCP:
+            both = Seen.FIN | Seen.REPLY_FIN
+            if seen & Seen.RST or seen & both == both:
+                return self.tcp_closed
+            if seen & both:
+                return self.tcp_close_wait
+            return self.tcp_established if seen & Seen.REPLY else self.tcp_unreplied
+        if protocol == Protocol.UDP:
+            return self.udp_stream if seen & Seen.REPLY else self.udp
+        return self.sctp
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    """What one sweep found. ``evicted`` since the one before: inserted, but neither there nor deleted."""
+
+    entries: int
+    expired: int
+    evicted: int
+    seconds: float
+
+
+class Sweeper:
+    """Ends flows that are over. One thread uses it."""
+
+    def __init__(
+        self,
+        maps: MapSet,
+        timeouts: Timeouts,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``clock`` is CLOCK_MONOTONIC in ns; ``rest`` is called between batches."""
+        self._map = maps["conntrack"]
+        self._events = maps["packet_events"]
+        self._clock = clock
+        self._rest = rest
+        self._limits: dict[tuple[int, int], int] = {
+            (protocol, seen): int(timeouts.of(protocol, seen) * _NS)
+            for protocol in Protocol
+            for seen in range(16)
+        }
+        self._deleted = 0
+        #: Inserted less deleted less present, when this sweeper began.
+        self._missing: int | None = None
+
+    def sweep(self) -> Sweep:
+        """Deletes what is over now. What changes meanwhile may be counted twice or not at all."""
+        began = time.monotonic()
+        entries = 0
+        old: dict[bytes, bytes] = {}
+        for keys, values, count in self._batches():
+            entries += count
+            self._collect(keys, values, count, old)
+            self._rest()
+        over = self._over(old)
+        deleted = self._delete(over)
+        self._deleted += deleted
+        return Sweep(entries - deleted, deleted, self._evicted(entries - deleted), time.monotonic() - began)
+
+    def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
+        spec = self._map.spec
+        return bpf.map_lookup_batches(self._map.fd, spec.key_size, spec.value_size, _BATCH)
+
+    def _collect(self, keys: memoryview, values: memoryview, count: int, old: dict[bytes, bytes]) -> None:
+        """Adds the entries that have been silent for too long."""
+        now, limits = self._clock(), self._limits
+        key_size, value_size = self._map.spec.key_size, self._map.spec.value_size
+        last_of = _LAST.unpack_from
+        for i in range(count):
+            at, key_at = i * value_size, i * key_size
+            limit = limits.get((keys[key_at + _PROTOCOL], values[at + _SEEN_AT]), 0)
+            if now - last_of(values, at + _LAST_AT)[0] > limit:
+                old[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])
+
+    def _over(self, old: dict[bytes, bytes]) -> list[bytes]:
+        """Those whose other half is silent, too, or gone. An answer is enough to keep a question."""
+        over = []
+        now = self._clock()
+        for key, value in old.items():
+            partner = partner_key(key, value)
+            if partner not in old and (other := self._map.lookup(partner)) is not None:
+                limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT]), 0)
+                if (
+                    now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit
+                    and partner_key(partner, other) == key
+                ):
+                    continue
+            over.append(key)
+        return over
+
+    def _delete(self, keys: list[bytes]) -> int:
+        deleted = 0
+        while keys:
+            done = bpf.map_delete_batch(self._map.fd, b"".join(keys), len(keys))
+            deleted += done
+            # The batch ends at a key that a program has deleted meanwhile.
+            keys = keys[done + 1 :]
+        return deleted
+
+    def _evicted(self, present: int) -> int:
+        """How many have vanished from the LRU map since the last time."""
+        events = counters(self._events)
+        made, ended = events[PacketEvent.FLOWS_MADE], events[PacketEvent.FLOWS_ENDED]
+        missing = made - ended - self._deleted - present
+        if self._missing is None:
+            self._missing = missing
+        evicted = max(0, missing - self._missing)
+        self._missing = max(missing, self._missing)
+        return evicted
+
+
+def counters(events: Map) -> dict[PacketEvent, int]:
+    """Every reason with its count, of all CPUs since the map was made."""
+    found = dict.fromkeys(PacketEvent, 0)
+    for number, (count,) in events.nonzero_counters():
+        found[PacketEvent(number)] = count
+    return found
+
+
+# -- what is there
+
+
+class FlowRow(msgspec.Struct, frozen=True):
+    """A flow: both halves of a pair, or all four of a masqueraded one. Times in seconds.
+
+    ``masquerade`` is the address and port that the backend sees, empty where it is the client's own.
+    """
+
+    protocol: str
+    client: str
+    frontend: str
+    backend: str
+    masquerade: str
+    state: str
+    service_id: int
+    idle: float
+    age: float
+    expires: float
+
+
+def state_of(protocol: int, seen: int) -> str:
+    """In netfilter's words."""
+    if protocol == Protocol.TCP:
+        if seen & Seen.RST:
+            return "CLOSE"
+        both = seen & (Seen.FIN | Seen.REPLY_FIN)
+        if both:
+            return "TIME_WAIT" if both == Seen.FIN | Seen.REPLY_FIN else "CLOSE_WAIT"
+        return "ESTABLISHED" if seen & Seen.REPLY else "SYN_SENT"
+    return "REPLIED" if seen & Seen.REPLY else "UNREPLIED"
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One entry, decoded, with its packed key."""
+
+    key: bytes
+    flow: Flow
+    nat: Nat
+
+
+def decode(key: bytes, value: bytes) -> Entry:
+    return Entry(key, unpack_flow(key), unpack_nat(value))
+
+
+def flows_of(
+    entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int
+) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
+    """Pairs put together, each with the keys of its entries. ``now`` is CLOCK_MONOTONIC in ns."""
+    packed = dict(entries)
+    found = []
+    for key, value in entries:
+        entry = decode(key, value)
+        nat, flow = entry.nat, entry.flow
+        if nat.flags & (NatFlags.REPLY | NatFlags.SOURCE):
+            continue
+        keys = [key]
+        last = nat.last
+        seen = nat.seen
+        partner = partner_key(key, value)
+        if partner in packed:
+            keys.append(partner)
+            other = unpack_nat(packed[partner])
+            last, seen = max(last, other.last), seen | other.seen
+        masquerade = ""
+        if nat.flags & NatFlags.HOST:
+            masquerade = format_endpoint(nat.source, nat.source_port)
+        else:
+            # From client to backend, where the packet leaves.
+            between = partner[16:32] + partner[:16] + partner[34:36] + partner[32:34] + key[36:37] + b"\1\0\0"
+            if between in packed:
+                source = unpack_nat(packed[between])
+                if source.flags & NatFlags.SOURCE:
+                    keys.append(between)
+                    masquerade = format_endpoint(source.source, source.source_port)
+                    answers = partner_key(between, packed[between])
+                    if answers in packed:
+                        keys.append(answers)
+        limit = timeouts.of(flow.protocol, seen)
+        idle = max(0.0, (now - last) / _NS)
+        row = FlowRow(
+            protocol=Protocol(flow.protocol).name,
+            client=format_endpoint(flow.source, flow.source_port),
+            frontend=format_endpoint(flow.destination, flow.destination_port),
+            backend=format_endpoint(nat.destination, nat.destination_port),
+            masquerade=masquerade,
+            state=state_of(flow.protocol, seen),
+            service_id=nat.service_id,
+            idle=round(idle, 3),
+            age=round(max(0.0, (now - nat.created) / _NS), 3),
+            expires=round(max(0.0, limit - idle), 3),
+        )
+        found.append((row, tuple(keys)))
+    return found

@@ -1,0 +1,77 @@
+"""What the packet programs know of this node: its devices, and ranges of addresses; and where they attach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ebpfproxy.datapath.crc32c import zeros_tables
+from ebpfproxy.datapath.devices import DeviceAttacher, Target
+from ebpfproxy.datapath.layout import U32, CidrFlags, DeviceFlags, pack_cidr, pack_device
+from ebpfproxy.datapath.maps import Map, MapSet
+from ebpfproxy.services.model import Prefix
+
+#: In the ``devices`` map: what masquerading uses where a device is not known.
+_ANY_DEVICE = 0
+
+
+class PacketDevice(NamedTuple):
+    """A device to attach to. ``pods``: packets from it are of this node's pods. Addresses may be empty."""
+
+    target: Target
+    address4: bytes
+    address6: bytes
+    pods: bool
+
+
+class PacketPath:
+    """The only writer of the ``devices``, ``cidrs`` and ``crc32c`` maps. One thread uses it."""
+
+    def __init__(self, maps: MapSet, pins: Path, *, tcx: bool) -> None:
+        self._devices = maps["devices"]
+        self._cidrs = maps["cidrs"]
+        self._attacher = DeviceAttacher(pins, tcx=tcx)
+        self._targets: tuple[Target, ...] = ()
+        if maps["crc32c"].lookup(U32.pack(0)) != (tables := zeros_tables()):
+            maps["crc32c"].update(U32.pack(0), tables)
+
+    @property
+    def needs_raw(self) -> bool:
+        """Whether there is a device without a link layer."""
+        return any(target.raw for target in self._targets)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self._targets
+
+    def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
+        """Exactly these devices; the addresses are the node's own, for what goes by any other device."""
+        found = list(devices)
+        wanted = {U32.pack(_ANY_DEVICE): pack_device(address4, address6, 0)}
+        for each in found:
+            flags = DeviceFlags.PODS if each.pods else DeviceFlags(0)
+            wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags)
+        _bring(self._devices, wanted)
+        self._targets = tuple(each.target for each in found)
+
+    def set_cidrs(self, pods: Iterable[Prefix], services: Iterable[Prefix]) -> None:
+        """Ranges of this node's pods, and of cluster IPs."""
+        flags: dict[bytes, CidrFlags] = {}
+        for prefixes, flag in ((pods, CidrFlags.PODS), (services, CidrFlags.SERVICES)):
+            for prefix in prefixes:
+                key = pack_cidr(*prefix)
+                flags[key] = flags.get(key, CidrFlags(0)) | flag
+        _bring(self._cidrs, {key: U32.pack(value) for key, value in flags.items()})
+
+    def attach(self, programs: Path) -> tuple[list[str], list[str]]:
+        """See :meth:`DeviceAttacher.attach`."""
+        return self._attacher.attach(self._targets, programs)
+
+
+def _bring(table: Map, wanted: dict[bytes, bytes]) -> None:
+    """Writes only differences."""
+    present = dict(table.items())
+    table.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
+    for key in present.keys() - wanted.keys():
+        table.delete(key)

@@ -1,0 +1,414 @@
+"""Flows through the packet path, step by step as their packets pass this node."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scapy.all import ARP, Ether, IPv6, Packet, Raw, raw
+from scapy.layers.inet import IP, TCP, UDP, IPOption_RR
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting
+from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
+
+from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
+from tests.packets.world import PORTS, Side
+
+pytestmark = pytest.mark.root
+
+PAYLOAD = b"0123456789abcdef"
+
+
+@pytest.fixture(params=PORTS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def segment(protocol: str, sport: int, dport: int, flags: str = "S", payload: bytes = PAYLOAD) -> Packet:
+    if protocol == "TCP":
+        return TCP(sport=sport, dport=dport, flags=flags, seq=1000, ack=2000) / Raw(payload)
+    if protocol == "UDP":
+        return UDP(sport=sport, dport=dport) / Raw(payload)
+    return SCTP(sport=sport, dport=dport, tag=7) / SCTPChunkData(tsn=1, data=payload)
+
+
+def ends(packet: Packet) -> tuple[str, int, str, int]:
+    """Source and destination with their ports."""
+    ip = ip_of(packet)
+    return ip.src, ip.payload.sport, ip.dst, ip.payload.dport
+
+
+def passed(result: Result, *expected: Any) -> Packet:
+    """It passed with these ends, its payload as it was, and every checksum right; returns it."""
+    assert result.verdict == PASS
+    packet = result.packet
+    assert ends(packet) == expected
+    assert with_right_checksums(packet) == result.bytes
+    assert PAYLOAD in result.bytes
+    return packet
+
+
+def masqueraded_port(wire: Wire, side: Side, protocol: str, port: int, node: str) -> int:
+    """Sends the first packet of a flow on its way out; the port that stands for the client."""
+    target = PORTS[protocol][2]
+    out = wire.leave(
+        side.ip(side.client, side.remote_pod) / segment(protocol, port, target), came_by="eth0"
+    ).packet
+    source = ends(out)
+    assert (source[0], source[2], source[3]) == (node, side.remote_pod, target)
+    assert with_right_checksums(out) == raw(out)
+    return source[1]
+
+
+def test_node_port_from_outside_is_masqueraded_to_a_remote_backend_and_back(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """All four rewritings: frontend to backend, client to node, and both back again."""
+    _, node_port, target = PORTS[protocol]
+    passed(
+        wire.arrive(side.ip(side.client, side.node) / segment(protocol, port, node_port)),
+        *(side.client, port, side.remote_pod, target),
+    )
+    stands = masqueraded_port(wire, side, protocol, port, side.node)
+    passed(
+        wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, stands, "SA")),
+        *(side.remote_pod, target, side.client, port),
+    )
+    passed(
+        wire.leave(
+            side.ip(side.remote_pod, side.client) / segment(protocol, target, port, "SA"), came_by="eth0"
+        ),
+        *(side.node, node_port, side.client, port),
+    )
+
+
+@pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
+def test_every_address_of_a_service_is_translated_from_outside(
+    wire: Wire, side: Side, protocol: str, port: int, frontend: str
+) -> None:
+    service_port, _, target = PORTS[protocol]
+    passed(
+        wire.arrive(side.ip(side.client, getattr(side, frontend)) / segment(protocol, port, service_port)),
+        *(side.client, port, side.remote_pod, target),
+    )
+    masqueraded_port(wire, side, protocol, port, side.node)
+
+
+def test_policy_local_keeps_the_clients_address(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    service_port, _, target = PORTS[protocol]
+    passed(
+        wire.arrive(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
+        *(side.client, port, side.local_pod, target),
+    )
+    passed(
+        wire.leave(
+            side.ip(side.client, side.local_pod) / segment(protocol, port, target), "p1", came_by="eth0"
+        ),
+        *(side.client, port, side.local_pod, target),
+    )
+    passed(
+        wire.arrive(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), "p1"),
+        *(side.local_pod, target, side.client, port),
+    )
+    passed(
+        wire.leave(
+            side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), came_by="p1"
+        ),
+        *(side.local_balancer, service_port, side.client, port),
+    )
+
+
+def test_a_pods_packets_to_a_cluster_ip_keep_its_address(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """SCTP, kernel clients, sandboxed pods: no socket hook has seen them."""
+    service_port, _, target = PORTS[protocol]
+    passed(
+        wire.arrive(side.ip(side.client_pod, side.web) / segment(protocol, port, service_port), "p2"),
+        *(side.client_pod, port, side.remote_pod, target),
+    )
+    passed(
+        wire.leave(side.ip(side.client_pod, side.remote_pod) / segment(protocol, port, target), came_by="p2"),
+        *(side.client_pod, port, side.remote_pod, target),
+    )
+    passed(
+        wire.leave(
+            side.ip(side.remote_pod, side.client_pod) / segment(protocol, target, port, "SA"),
+            "p2",
+            came_by="eth0",
+        ),
+        *(side.web, service_port, side.client_pod, port),
+    )
+
+
+def test_a_pod_reaches_itself_through_its_service(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    """Hairpin: masqueraded, or the pod would answer itself without us."""
+    service_port, _, target = PORTS[protocol]
+    passed(
+        wire.arrive(side.ip(side.local_pod, side.own) / segment(protocol, port, service_port), "p1"),
+        *(side.local_pod, port, side.local_pod, target),
+    )
+    out = wire.leave(
+        side.ip(side.local_pod, side.local_pod) / segment(protocol, port, target), "p1", came_by="p1"
+    )
+    stands = ends(out.packet)[1]
+    passed(out, side.node_on_pods, stands, side.local_pod, target)
+    passed(
+        wire.arrive(
+            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, stands, "SA"), "p1"
+        ),
+        *(side.local_pod, target, side.local_pod, port),
+    )
+    passed(
+        wire.leave(
+            side.ip(side.local_pod, side.local_pod) / segment(protocol, target, port, "SA"),
+            "p1",
+            came_by="p1",
+        ),
+        *(side.own, service_port, side.local_pod, port),
+    )
+
+
+def test_a_pod_to_a_load_balancers_address_short_circuits(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """Policy Local with endpoints elsewhere only: in-cluster clients get policy Cluster."""
+    service_port, _, target = PORTS[protocol]
+    passed(
+        wire.arrive(
+            side.ip(side.client_pod, side.elsewhere_balancer) / segment(protocol, port, service_port), "p2"
+        ),
+        *(side.client_pod, port, side.remote_pod, target),
+    )
+
+
+def test_the_hosts_own_client_is_sent_to_the_backends_route(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """A kernel client: its packets show up at egress only, with the frontend's address."""
+    service_port, _, target = PORTS[protocol]
+    out = wire.leave(side.ip(side.node, side.web) / segment(protocol, port, service_port))
+    assert out.verdict == REDIRECT
+    assert ends(out.packet) == (side.node, port, side.remote_pod, target)
+    assert with_right_checksums(out.packet) == out.bytes
+    passed(
+        wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, port, "SA")),
+        *(side.web, service_port, side.node, port),
+    )
+
+
+def test_the_hosts_client_to_a_local_pod_has_the_address_on_that_device(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    service_port, _, target = PORTS[protocol]
+    out = wire.leave(side.ip(side.node, side.own) / segment(protocol, port, service_port))
+    assert out.verdict == REDIRECT
+    source = ends(out.packet)
+    assert source == (side.node_on_pods, source[1], side.local_pod, target)
+    passed(
+        wire.arrive(
+            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, source[1], "SA"), "p1"
+        ),
+        *(side.own, service_port, side.node, port),
+    )
+
+
+def test_later_packets_go_where_the_first_went(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    service_port, _, target = PORTS[protocol]
+    for flags in ("S", "A", "PA", "FA"):
+        passed(
+            wire.arrive(side.ip(side.client, side.web) / segment(protocol, port, service_port, flags)),
+            *(side.client, port, side.remote_pod, target),
+        )
+
+
+def test_the_masquerade_keeps_its_port_for_the_whole_flow(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    wire.arrive(side.ip(side.client, side.node) / segment(protocol, port, PORTS[protocol][1]))
+    found = {masqueraded_port(wire, side, protocol, port, side.node) for _ in range(3)}
+    assert len(found) == 1
+
+
+def test_two_clients_with_the_same_port_are_told_apart(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    _, node_port, target = PORTS[protocol]
+    stands = {}
+    for client in (side.client, side.stranger):
+        wire.arrive(side.ip(client, side.node) / segment(protocol, port, node_port))
+        out = wire.leave(side.ip(client, side.remote_pod) / segment(protocol, port, target), came_by="eth0")
+        stands[client] = ends(out.packet)[1]
+    assert len(set(stands.values())) == 2
+    for client, stand in stands.items():
+        passed(
+            wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, stand, "SA")),
+            *(side.remote_pod, target, client, port),
+        )
+
+
+def test_a_thousand_masqueraded_flows_have_a_thousand_ports(
+    wire: Wire, side: Side, new_port: Callable[[], int]
+) -> None:
+    found = set()
+    for _ in range(1000):
+        port = new_port()
+        wire.arrive(side.ip(side.client, side.node) / segment("UDP", port, PORTS["UDP"][1]))
+        found.add(masqueraded_port(wire, side, "UDP", port, side.node))
+    assert len(found) == 1000
+    assert min(found) >= 1024
+    assert max(found) < 15000, "a local port of the node itself"
+
+
+def test_a_port_used_again_after_the_end_opens_another_connection(wire: Wire, side: Side, port: int) -> None:
+    """FIN of both sides, then SYN from the same port: the flow begins anew, whatever is left of the old."""
+    ask = side.ip(side.client, side.local_balancer)
+    answer = side.ip(side.local_pod, side.client)
+    wire.arrive(ask / segment("TCP", port, 80, "S"))
+    wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1")
+    wire.arrive(ask / segment("TCP", port, 80, "FA"))
+    wire.leave(answer / segment("TCP", 8080, port, "FA"), came_by="p1")
+    passed(wire.arrive(ask / segment("TCP", port, 80, "S")), side.client, port, side.local_pod, 8080)
+    passed(
+        wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1"),
+        *(side.local_balancer, 80, side.client, port),
+    )
+
+
+# -- packets that are no Service's
+
+
+@pytest.mark.parametrize("flags", ["S", "A", "R", "FPU"])
+def test_packets_to_no_service_leave_bit_identical(wire: Wire, side: Side, port: int, flags: str) -> None:
+    for destination, dport in ((side.stranger, 80), (side.node, 22), (side.remote_pod, 8080)):
+        packet = side.ip(side.client, destination) / segment("TCP", port, dport, flags)
+        for result in (wire.arrive(packet), wire.leave(packet, came_by="p1")):
+            assert result.verdict == PASS
+            assert with_right_checksums(result.packet) == result.bytes
+            assert ends(result.packet) == (side.client, port, destination, dport)
+
+
+def test_other_protocols_leave_bit_identical(wire: Wire, side: Side) -> None:
+    for number in (2, 4, 47, 50, 89, 103, 112):
+        packet = side.ip(
+            side.client, side.node, **({"proto": number} if side.version == 4 else {"nh": number})
+        )
+        before = raw(packet / Raw(b"\x01" * 24))
+        result = wire.arrive(packet / Raw(b"\x01" * 24))
+        assert (result.verdict, result.bytes[14:]) == (PASS, before)
+
+
+def test_a_damaged_checksum_stays_damaged(wire: Wire, side: Side, port: int) -> None:
+    """Rewriting is incremental: the receiver still sees that something was wrong."""
+    packet = side.ip(side.client, side.web) / TCP(sport=port, dport=80, flags="S", chksum=0x1234) / PAYLOAD
+    result = wire.arrive(packet)
+    assert result.verdict == PASS
+    assert with_right_checksums(result.packet) != result.bytes
+
+
+def test_udp_without_a_checksum_stays_without(wire: Wire, side: Side, port: int) -> None:
+    if side.version == 6:
+        pytest.skip("UDP over IPv6 has one")
+    packet = side.ip(side.client, side.web) / UDP(sport=port, dport=53, chksum=0) / PAYLOAD
+    result = wire.arrive(packet)
+    assert result.verdict == PASS
+    assert ends(result.packet) == (side.client, port, side.remote_pod, 8053)
+    assert result.packet[UDP].chksum == 0
+
+
+def test_sctp_without_a_checksum_is_left_for_the_device_to_fill_in(wire: Wire, side: Side, port: int) -> None:
+    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868, chksum=0) / SCTPChunkInit()
+    result = wire.arrive(packet)
+    assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
+    assert result.packet[SCTP].chksum == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 1000, 1399])
+def test_sctp_checksums_of_any_length(wire: Wire, side: Side, port: int, size: int) -> None:
+    chunk = SCTPChunkData(tsn=1, data=bytes(range(256)) * 5 + b"x" * size)
+    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868) / chunk
+    result = wire.arrive(packet)
+    assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
+    assert with_right_checksums(result.packet) == result.bytes
+
+
+def test_ipv4_options_are_kept(wire: Wire, port: int) -> None:
+    packet = IP(src="198.51.100.7", dst="10.96.0.10", options=[IPOption_RR()]) / segment("TCP", port, 80)
+    result = wire.arrive(packet)
+    out = passed(result, "198.51.100.7", port, "10.244.2.2", 8080)
+    assert out[IP].options[0].copy_flag == IPOption_RR().copy_flag
+    assert out[IP].ihl == packet.__class__(raw(packet)).ihl
+
+
+def test_ipv6_extension_headers_are_walked(wire: Wire, port: int) -> None:
+    packet = (
+        IPv6(src="2001:db8:51::7", dst="fd00:10:96::10")
+        / IPv6ExtHdrHopByHop()
+        / IPv6ExtHdrDestOpt()
+        / segment("TCP", port, 80)
+    )
+    result = wire.arrive(packet)
+    assert result.verdict == PASS
+    out = result.packet
+    assert (out[IPv6].dst, out[TCP].dport) == ("fd00:10:244:2::2", 8080)
+    assert with_right_checksums(out) == result.bytes
+
+
+def test_ipv6_segment_routing_leaves_the_final_destination_alone(wire: Wire, port: int) -> None:
+    packet = (
+        IPv6(src="2001:db8:51::7", dst="2001:db8:51::8")
+        / IPv6ExtHdrRouting(addresses=["fd00:10:96::10"])
+        / segment("TCP", port, 80)
+    )
+    before = raw(packet)
+    assert wire.arrive(packet).bytes[14:] == before
+
+
+def test_more_extension_headers_than_anybody_sends_are_not_followed(wire: Wire, port: int) -> None:
+    packet: Any = IPv6(src="2001:db8:51::7", dst="fd00:10:96::10")
+    for _ in range(12):
+        packet = packet / IPv6ExtHdrDestOpt()
+    packet = packet / segment("TCP", port, 80)
+    result = wire.arrive(packet)
+    assert result.verdict in (DROP, REDIRECT), "a cluster IP answers nothing else"
+
+
+def test_frames_for_another_host_are_not_looked_at(wire: Wire, side: Side, port: int) -> None:
+    packet = Ether(dst="02:00:00:00:00:98", src="02:00:00:00:00:99") / side.ip(side.client, side.web)
+    packet = packet / segment("TCP", port, 80)
+    result = wire.send("from_uplink", "eth0", packet)
+    assert (result.verdict, result.bytes) == (PASS, raw(packet))
+
+
+def test_frames_of_other_ethertypes_leave_bit_identical(wire: Wire) -> None:
+    for frame in (
+        Ether(dst="ff:ff:ff:ff:ff:ff", src="02:00:00:00:00:99") / ARP(pdst="10.96.0.10"),
+        Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99", type=0x88CC) / Raw(b"\x00" * 50),
+        Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99", type=0x8847) / Raw(b"\x45" * 50),
+    ):
+        result = wire.send("from_uplink", "eth0", frame)
+        assert (result.verdict, result.bytes) == (PASS, raw(frame))
+
+
+@pytest.mark.parametrize("length", [20, 22, 27])
+def test_truncated_headers_pass_as_they_are(wire: Wire, side: Side, port: int, length: int) -> None:
+    packet = raw(side.ip(side.client, side.web) / segment("TCP", port, 80))
+    header = 20 if side.version == 4 else 40
+    data = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
+    data += b"\x08\x00" if side.version == 4 else b"\x86\xdd"
+    data += packet[: header + length - 20]
+    result = wire.send_bytes("from_uplink", "eth0", data)
+    assert (result.verdict, result.bytes) == (PASS, data)
+
+
+def test_garbage_never_crashes_and_never_changes(wire: Wire) -> None:
+    draw = random.Random(7)
+    mac = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
+    for kind in (b"\x08\x00", b"\x86\xdd", b"\x81\x00"):
+        for _ in range(100):
+            data = mac + kind + draw.randbytes(draw.randrange(40, 200))
+            for program in ("from_uplink", "to_uplink", "from_local", "to_local"):
+                result = wire.send_bytes(program, "eth0", data)
+                assert (result.verdict, result.bytes) == (PASS, data)

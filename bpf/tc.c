@@ -321,71 +321,71 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 
 static __always_inline int arrive(struct __sk_buff *skb, enum side side)
 {
-	struct packet p = { .flow.stage = STAGE_INGRESS };
+	struct packet *p = packet_of(STAGE_INGRESS);
 	struct nat *nat = NULL;
 	enum shape shape;
 
 	/* A VLAN's packets come again on the VLAN's own device; others' are not for us. */
-	if (skb->vlan_present || (side == SIDE_UPLINK && skb->pkt_type != PACKET_HOST))
+	if (!p || skb->vlan_present || (side == SIDE_UPLINK && skb->pkt_type != PACKET_HOST))
 		return PASS;
-	if (!read_addresses(skb, &p))
+	if (!read_addresses(skb, p))
 		return PASS;
-	if (!address_of_interest(&p.flow.dst))
-		return HAVE_SERVICE_CIDRS && in_service_cidr(&p.flow.dst)
+	if (!address_of_interest(&p->flow.dst))
+		return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)
 			       ? drop(EVENT_NO_SUCH_SERVICE)
 			       : PASS;
-	shape = read_ports(skb, &p);
+	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
-		return translate_error(skb, &p);
+		return translate_error(skb, p);
 	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
-		return unusual(skb, &p, shape);
-	if (flow_of_interest(&p.flow.src, &p.flow.dst))
-		nat = conntrack_lookup(&p.flow);
+		return unusual(skb, p, shape);
+	if (flow_of_interest(&p->flow.src, &p->flow.dst))
+		nat = conntrack_lookup(&p->flow);
 	if (nat) {
-		enum course course = course_of(&p, nat);
+		enum course course = course_of(p, nat);
 
 		if (course == COURSE_FOLLOW)
-			return follow(skb, &p, nat);
-		conntrack_forget(&p.flow, nat);
+			return follow(skb, p, nat);
+		conntrack_forget(&p->flow, nat);
 		if (course == COURSE_REJECT)
-			return reject(skb, &p, EVENT_BACKEND_GONE);
+			return reject(skb, p, EVENT_BACKEND_GONE);
 	}
-	return begin(skb, &p);
+	return begin(skb, p);
 }
 
 static __always_inline int leave(struct __sk_buff *skb, enum side side)
 {
-	struct packet p = { .flow.stage = STAGE_EGRESS };
+	struct packet *p = packet_of(STAGE_EGRESS);
 	struct nat *nat = NULL;
 	bool is_known, is_mine;
 	enum shape shape;
 
-	if (skb->vlan_present || !read_addresses(skb, &p))
+	if (!p || skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
-	is_known = flow_of_interest(&p.flow.src, &p.flow.dst);
+	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
 	is_mine = side == SIDE_UPLINK && !skb->ingress_ifindex &&
-		  (address_of_interest(&p.flow.dst) ||
-		   (HAVE_SERVICE_CIDRS && in_service_cidr(&p.flow.dst)));
-	if (!is_known && !is_mine && p.proto != (p.is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+		  (address_of_interest(&p->flow.dst) ||
+		   (HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)));
+	if (!is_known && !is_mine && p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return PASS;
-	shape = read_ports(skb, &p);
+	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
-		return translate_error(skb, &p);
+		return translate_error(skb, p);
 	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
-		return is_mine ? unusual(skb, &p, shape) : PASS;
+		return is_mine ? unusual(skb, p, shape) : PASS;
 	if (is_known)
-		nat = conntrack_lookup(&p.flow);
+		nat = conntrack_lookup(&p->flow);
 	if (nat) {
-		enum course course = course_of(&p, nat);
+		enum course course = course_of(p, nat);
 
 		if (course == COURSE_FOLLOW)
-			return follow(skb, &p, nat);
-		conntrack_forget(&p.flow, nat);
+			return follow(skb, p, nat);
+		conntrack_forget(&p->flow, nat);
 		if (course == COURSE_REJECT)
-			return reject(skb, &p, EVENT_BACKEND_GONE);
+			return reject(skb, p, EVENT_BACKEND_GONE);
 	}
-	return is_mine ? begin_on_host(skb, &p) : PASS;
+	return is_mine ? begin_on_host(skb, p) : PASS;
 }
 
 int from_uplink(struct __sk_buff *skb)

@@ -30,8 +30,13 @@
 
 #define NSEC_PER_SEC 1000000000ULL
 
-/* Too large for the stack. Programs at tc run with bottom halves off: one at a time on a CPU. */
+/*
+ * Too large for the stack; and what the verifier reads back from a map it knows nothing of, so that
+ * ways through a program that differ only in the packet's values are one way to it. Programs at tc
+ * run with bottom halves off: one at a time on a CPU.
+ */
 struct scratch {
+	struct packet packet;
 	struct flow key;
 	struct nat nat;
 	u8 bytes[192];
@@ -42,6 +47,18 @@ static __always_inline struct scratch *scratch(void)
 	u32 zero = 0;
 
 	return map_lookup(scratch, &zero);
+}
+
+/* This CPU's packet, for one at a stage. */
+static __always_inline struct packet *packet_of(enum stage stage)
+{
+	struct scratch *s = scratch();
+
+	if (!s)
+		return NULL;
+	s->packet.flow.stage = stage;
+	s->packet.flow.pad = 0;
+	return &s->packet;
 }
 
 static __always_inline struct nat *conntrack_lookup(const struct flow *flow)

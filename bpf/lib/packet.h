@@ -105,6 +105,7 @@ struct packet {
 	u16 l4;
 	u16 inner_l3;
 	u16 inner_l4;
+	__sum16 ipv4_check;
 	u8 proto;     /* of the packet itself: flow.proto is that of an ICMP error's inner packet */
 	u8 tcp_flags; /* of ICMP its type */
 	bool is_v4;
@@ -141,6 +142,7 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 		p->proto = ip->proto;
 		p->l4 = L3_OFFSET + (ip->version_ihl & 0xf) * 4;
 		p->l3_length = bpf_ntohs(ip->length);
+		p->ipv4_check = ip->check;
 		p->fragment_id = ip->id;
 		p->is_fragment = ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET);
 		p->is_later_fragment = ip->fragment & IPV4_OFFSET;
@@ -278,6 +280,41 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
 	};
 }
 
+/*
+ * Ports, and TCP's flags. Behind an IP header without options they are read in place, where they
+ * are in what can be: it is the way of nearly all packets.
+ */
+static __always_inline bool read_transport(struct __sk_buff *skb, struct packet *p,
+					   struct ports *ports)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, *at = NULL;
+	struct tcp_header tcp;
+	__be32 eight[2]; /* UDP's header; SCTP's first two words */
+
+	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header))
+		at = data + L3_OFFSET + sizeof(struct ipv4_header);
+	else if (p->l4 == L3_OFFSET + sizeof(struct ipv6_header))
+		at = data + L3_OFFSET + sizeof(struct ipv6_header);
+	if (at && at + sizeof(tcp) <= end) {
+		*ports = *(struct ports *)at;
+		if (p->proto == IPPROTO_TCP)
+			p->tcp_flags = ((struct tcp_header *)at)->flags;
+		return true;
+	}
+	if (p->proto == IPPROTO_TCP) {
+		if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
+			return false;
+		ports->sport = tcp.sport;
+		ports->dport = tcp.dport;
+		p->tcp_flags = tcp.flags;
+		return true;
+	}
+	if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))
+		return false;
+	__builtin_memcpy(ports, eight, sizeof(*ports));
+	return true;
+}
+
 /* Completes the flow with its ports. */
 static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packet *p)
 {
@@ -301,21 +338,8 @@ static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packe
 		p->flow.dport = known->dport;
 		return SHAPE_LATER;
 	}
-	if (p->proto == IPPROTO_TCP) {
-		struct tcp_header tcp;
-
-		if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
-			return SHAPE_CUT;
-		ports.sport = tcp.sport;
-		ports.dport = tcp.dport;
-		p->tcp_flags = tcp.flags;
-	} else {
-		__be32 eight[2]; /* UDP's header; SCTP's first two words */
-
-		if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))
-			return SHAPE_CUT;
-		__builtin_memcpy(&ports, eight, sizeof(ports));
-	}
+	if (!read_transport(skb, p, &ports))
+		return SHAPE_CUT;
 	p->flow.sport = ports.sport;
 	p->flow.dport = ports.dport;
 	if (p->is_fragment) {

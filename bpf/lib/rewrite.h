@@ -32,10 +32,12 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 #pragma clang loop unroll(disable)
 	for (u32 k = 0; k < CRC_STEPS; k++) {
 		u32 *step = table + k * 1024;
+		/* Without a branch: the verifier would walk all 2^17 ways. */
+		u32 mask = -(length >> k & 1);
+		u32 moved = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
+			    step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
 
-		if (length & (1U << k))
-			crc = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
-			      step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
+		crc = (moved & mask) | (crc & ~mask);
 	}
 	return crc;
 }
@@ -45,7 +47,7 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
  * differs from the old by the CRC of the difference, followed by as many zeros as the packet has
  * bytes. One that is 0 is not there yet: the device, or the last hop on this host, computes it.
  */
-static __always_inline int replace_sctp_ports(struct __sk_buff *skb, const struct packet *p,
+static __always_inline int replace_sctp_check(struct __sk_buff *skb, const struct packet *p,
 					      u32 difference)
 {
 	const u32 length = p->l3_length - (p->l4 - L3_OFFSET);
@@ -56,60 +58,7 @@ static __always_inline int replace_sctp_ports(struct __sk_buff *skb, const struc
 	if (!check)
 		return 0;
 	check ^= crc32c_zeros(difference, length);
-	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check),
-				   BPF_F_RECOMPUTE_CSUM);
-}
-
-static __always_inline int replace_ports(struct __sk_buff *skb, const struct packet *p,
-					 const struct nat *nat, u32 addr_difference)
-{
-	u32 old = p->flow.sport | (u32)p->flow.dport << 16;
-	u32 new = nat->sport | (u32)nat->dport << 16;
-	u32 offset, flags = 0;
-
-	if (old != new &&bpf_skb_store_bytes(skb, p->l4, &new, sizeof(new),
-					     p->proto == IPPROTO_SCTP ? BPF_F_RECOMPUTE_CSUM : 0))
-		return -1;
-	if (p->proto == IPPROTO_SCTP)
-		/* A fragment does not have the whole: its length is not the CRC's. */
-		return old == new ? 0 : p->is_fragment ? -1 : replace_sctp_ports(skb, p, old ^ new);
-	if (p->proto == IPPROTO_TCP) {
-		offset = p->l4 + TCP_CHECK;
-	} else {
-		offset = p->l4 + UDP_CHECK;
-		flags = BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays */
-	}
-	if (bpf_l4_csum_replace(skb, offset, 0, addr_difference, flags | BPF_F_PSEUDO_HDR))
-		return -1;
-	if (old == new)
-		return 0;
-	return bpf_l4_csum_replace(skb, offset, old, new, flags | sizeof(old));
-}
-
-/* Makes the packet's addresses, and its ports where it has them, those of @nat. */
-static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
-				   const struct nat *nat)
-{
-	u32 difference;
-
-	if (p->is_v4) {
-		__be32 old[2] = { p->flow.src.word[3], p->flow.dst.word[3] };
-		__be32 new[2] = { nat->src.word[3], nat->dst.word[3] };
-
-		difference = bpf_csum_diff(old, sizeof(old), new, sizeof(new), 0);
-		if (bpf_l3_csum_replace(skb, L3_OFFSET + IPV4_CHECK, 0, difference, 0) ||
-		    bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_SRC, new, sizeof(new), 0))
-			return -1;
-	} else {
-		const u32 size = 2 * sizeof(struct inet_addr);
-
-		difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
-		/* No header checksum makes up for the change where skb->csum has the whole sum. */
-		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,
-					BPF_F_RECOMPUTE_CSUM))
-			return -1;
-	}
-	return p->is_later_fragment ? 0 : replace_ports(skb, p, nat, difference);
+	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check), 0);
 }
 
 static __always_inline u16 csum_fold(u64 sum)
@@ -119,6 +68,92 @@ static __always_inline u16 csum_fold(u64 sum)
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return ~sum;
+}
+
+/* What is behind the IP header: its checksum, where the ports are already what they will be. */
+static __always_inline int replace_transport_check(struct __sk_buff *skb, const struct packet *p,
+						   u32 old_ports, u32 new_ports,
+						   u32 addr_difference)
+{
+	u32 offset, flags = 0;
+
+	if (p->proto == IPPROTO_SCTP)
+		/* A fragment does not have the whole: its length is not the CRC's. */
+		return old_ports == new_ports ? 0
+		       : p->is_fragment	      ? -1
+					      : replace_sctp_check(skb, p, old_ports ^ new_ports);
+	if (p->proto == IPPROTO_TCP) {
+		offset = p->l4 + TCP_CHECK;
+	} else {
+		offset = p->l4 + UDP_CHECK;
+		flags = BPF_F_MARK_MANGLED_0; /* 0 is "none" and stays */
+	}
+	if (bpf_l4_csum_replace(skb, offset, 0, addr_difference, flags | BPF_F_PSEUDO_HDR))
+		return -1;
+	if (old_ports == new_ports)
+		return 0;
+	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
+}
+
+/* IPv4's header checksum, addresses and, where no options are between, the ports: in one go. */
+static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *p,
+				    const struct nat *nat)
+{
+	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
+	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
+	const u32 src = nat->src.word[3], dst = nat->dst.word[3];
+	u64 difference = (u64)(u32)~p->flow.src.word[3] + (u32)~p->flow.dst.word[3] + src + dst;
+	struct {
+		__sum16 check;
+		u16 word[6];
+	} new;
+
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	new.check = csum_fold((u64)(u16)~p->ipv4_check + difference);
+	new.word[0] = (u16)src;
+	new.word[1] = src >> 16;
+	new.word[2] = (u16)dst;
+	new.word[3] = dst >> 16;
+	new.word[4] = (u16)new_ports;
+	new.word[5] = new_ports >> 16;
+	if (p->is_later_fragment)
+		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new) - 4, 0);
+	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header)) {
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new), 0))
+			return -1;
+	} else if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new) - 4, 0) ||
+		   bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0)) {
+		return -1;
+	}
+	return replace_transport_check(skb, p, old_ports, new_ports, difference);
+}
+
+static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *p,
+				    const struct nat *nat)
+{
+	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
+	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
+	const u32 size = 2 * sizeof(struct inet_addr);
+	u32 difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
+
+	/* No header checksum makes up for the change where skb->csum has the whole packet's sum. */
+	if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,
+				BPF_F_RECOMPUTE_CSUM))
+		return -1;
+	if (p->is_later_fragment)
+		return 0;
+	if (old_ports != new_ports &&
+	    bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0))
+		return -1;
+	return replace_transport_check(skb, p, old_ports, new_ports, difference);
+}
+
+/* Makes the packet's addresses, and its ports where it has them, those of @nat. */
+static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
+				   const struct nat *nat)
+{
+	return p->is_v4 ? rewrite4(skb, p, nat) : rewrite6(skb, p, nat);
 }
 
 /* A checksum inside an ICMP error's payload; the sum of what changed goes into @total. */

@@ -160,6 +160,8 @@ BACKEND_STATE_OFFSET = 19
 ADDRESS_FILTER_BITS = 20
 FLOW_FILTER_BITS = 18
 CRC_STEPS = 17
+#: struct scratch in conntrack.h: no one but programs reads it.
+SCRATCH_SIZE = 384
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 4096
 
@@ -209,7 +211,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("flow_filter", *array, 1 << FLOW_FILTER_BITS, 1),
         MapSpec("crc32c", *array, CRC_STEPS * 4096, 1),
         MapSpec("packet_events", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),
-        MapSpec("scratch", bpf.MAP_PERCPU_ARRAY, 4, _FLOW.size + _NAT.size + 192, 1),
+        MapSpec("scratch", bpf.MAP_PERCPU_ARRAY, 4, SCRATCH_SIZE, 1),
         MapSpec("agent_state", bpf.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
     )
 

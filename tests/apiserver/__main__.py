@@ -26,6 +26,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--endpoints", type=int, default=10, help="of each Service")
     parser.add_argument("--node", default="node-a")
     parser.add_argument("--bench-service", metavar="IP=BACKEND", help="one more, on the load's ports")
+    parser.add_argument(
+        "--bench-node-port", metavar="PORT=BACKEND", action="append", default=[], help="likewise, a NodePort"
+    )
     parser.add_argument("--recordings", type=Path, metavar="DIR", help="a recorded cluster instead of load")
     parser.add_argument("--pages", action="store_true", help="no streaming lists")
     parser.add_argument(
@@ -57,6 +60,9 @@ def main() -> None:
         load.fill(store, options.services, options.endpoints, options.node)
     if options.bench_service:
         load.add_bench_service(store, *options.bench_service.split("="))
+    for number, text in enumerate(options.bench_node_port, 1):
+        port, _, backend = text.partition("=")
+        load.add_bench_node_port(store, int(port), backend, number)
     server = ApiServer(
         store,
         host=options.host,

@@ -38,6 +38,25 @@ def add_bench_service(store: Store, address: str, backend: str) -> None:
     store.put("endpointslices", {**piece, "ports": ports})
 
 
+def add_bench_node_port(store: Store, node_port: int, backend: str, number: int) -> None:
+    """A NodePort for the load generator, both protocols, and the next one for iperf3."""
+    ports = [
+        {"name": f"{protocol.lower()}-{target}", "protocol": protocol, "port": target, "nodePort": outside}
+        for protocol, target, outside in (
+            ("TCP", 7777, node_port),
+            ("UDP", 7777, node_port),
+            ("TCP", 5201, node_port + 1),
+        )
+    ]
+    name = f"bench-{number}"
+    service = objects.service(name, f"10.96.251.{number}", ports=ports)
+    service["spec"]["type"] = "NodePort"
+    store.put("services", service)
+    piece = objects.endpoint_slice(name, [objects.endpoint(backend, "node-a")])
+    inside = [{"name": p["name"], "protocol": p["protocol"], "port": p["port"]} for p in ports]
+    store.put("endpointslices", {**piece, "ports": inside})
+
+
 def churn(store: Store, services: int, endpoints: int, rate: float, seconds: float) -> dict[str, float]:
     """One endpoint of a random load Service, ``rate`` times a second, its trigger time now.
 

@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.bench import agent, sockets
+from tests.bench import agent, outside, sockets
 from tests.bench.results import Result, save, show
 
-PARTS = ("agent", "sockets")
+PARTS = ("agent", "sockets", "outside")
 
 
 def main() -> None:
@@ -28,6 +28,9 @@ def main() -> None:
     if "sockets" in options.only:
         results["sockets"] = sockets.run(options.seconds, options.rounds)
         show("Through a ClusterIP, against the pod itself", results["sockets"])
+    if "outside" in options.only:
+        results["outside"] = outside.run(options.seconds, options.rounds)
+        show("From outside through a NodePort, against the pod reached by route", results["outside"])
     named = os.environ.get("KUBE_PROXY")
     reason = "this benchmark cannot run it yet" if named else "KUBE_PROXY names no binary"
     print(f"kube-proxy: not measured, {reason}")

@@ -18,13 +18,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from tests.bench import ratio
 from tests.bench.results import Result, at_least
 from tests.lab import Lab, LabNode, Pod
+from tests.lab.spaces import Space
 
 PORT = 7777
 IPERF_PORT = 5201
@@ -51,17 +53,25 @@ def build(folder: Path) -> Path:
     return program
 
 
-def rate(pod: Pod, program: Path, mode: str, seconds: float, host: str) -> float:
+def rate(pod: Space, program: Path, mode: str, seconds: float, host: str, port: int = PORT) -> float:
     """Operations a second."""
-    count, took = pod.run([*ON_ONE_CPU, str(program), mode, host, str(PORT), str(seconds)]).split()
+    count, took = pod.run([*ON_ONE_CPU, str(program), mode, host, str(port), str(seconds)]).split()
     return int(count) / float(took)
 
 
-def throughput(pod: Pod, host: str) -> float:
+def throughput(pod: Space, host: str, port: int = IPERF_PORT) -> float:
     """Gbit/s of one TCP stream."""
-    command = ["iperf3", "-J", "-c", host, "-p", str(IPERF_PORT), "-t", str(IPERF_SECONDS)]
+    command = ["iperf3", "-J", "-c", host, "-p", str(port), "-t", str(IPERF_SECONDS)]
     report = json.loads(pod.run([*ON_ONE_CPU, *command]))
     return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9
+
+
+def serve(pod: Pod, program: Path) -> None:
+    """The load generator's server, and iperf3's."""
+    server = pod.popen([*ON_ONE_CPU, str(program), "server", str(PORT)], stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    pod.popen([*ON_ONE_CPU, "iperf3", "-s", "-p", str(IPERF_PORT)], stdout=subprocess.DEVNULL)
 
 
 class Bench:
@@ -72,30 +82,43 @@ class Bench:
         self.behind = self.node.pod("behind")
         self.program = program
         for pod in (self.direct, self.behind):
-            server = pod.popen([*ON_ONE_CPU, str(program), "server", str(PORT)], stdout=subprocess.PIPE)
-            assert server.stdout is not None
-            assert server.stdout.readline() == b"ready\n"
-            pod.popen([*ON_ONE_CPU, "iperf3", "-s", "-p", str(IPERF_PORT)], stdout=subprocess.DEVNULL)
+            serve(pod, program)
         url = start_api(self.node, services, f"{SERVICE}={self.behind.address}")
         self.node.agent("--master", url).start()
 
     def interleaved(self, rounds: int, measure: Callable[[str], float]) -> list[list[float]]:
         """Samples of each way, by round: to the first pod, to the second, to the Service."""
-        hosts = [self.direct.address, self.behind.address, SERVICE]
-        found: dict[str, list[float]] = {host: [] for host in hosts}
-        order = random.Random(0)
-        for _ in range(rounds):
-            for host in order.sample(hosts, k=len(hosts)):
-                found[host].append(measure(host))
-        return list(found.values())
+        return in_turns([self.direct.address, self.behind.address, SERVICE], rounds, measure)
 
 
-def start_api(node: LabNode, services: int, bench_service: str = "", *, endpoints: int = 10) -> str:
+W = TypeVar("W")
+
+
+def in_turns(ways: Sequence[W], rounds: int, measure: Callable[[W], float]) -> list[list[float]]:
+    """Samples of each way, by round; each round takes them in an order of its own."""
+    found: list[list[float]] = [[] for _ in ways]
+    order = random.Random(0)
+    for _ in range(rounds):
+        for i in order.sample(range(len(ways)), k=len(ways)):
+            found[i].append(measure(ways[i]))
+    return found
+
+
+def start_api(
+    node: LabNode,
+    services: int,
+    bench_service: str = "",
+    *,
+    node_ports: tuple[str, ...] = (),
+    endpoints: int = 10,
+) -> str:
     """The API stand-in in the node's namespace; its URL."""
     command = [sys.executable, "-m", "tests.apiserver", "--services", str(services), "--node", node.name]
     command += ["--endpoints", str(endpoints)]
     if bench_service:
         command += ["--bench-service", bench_service]
+    for each in node_ports:
+        command += ["--bench-node-port", each]
     process = node.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
     assert process.stdout is not None
     return process.stdout.readline().decode().strip()
@@ -110,13 +133,14 @@ def run(seconds: float, rounds: int) -> list[Result]:
             label = f"{services} Service{'s' if services > 1 else ''}"
             for mode, name in MODES.items():
                 samples = bench.interleaved(rounds, partial(rate, bench.client, program, mode, seconds))
-                results.append(_result(f"{name}, {label}", samples, RATIO, "/s"))
+                results.append(compared(f"{name}, {label}", samples, RATIO, "/s"))
             samples = bench.interleaved(rounds // 2 or 1, partial(throughput, bench.client))
-            results.append(_result(f"throughput, {label}", samples, THROUGHPUT_RATIO, " Gbit/s"))
+            results.append(compared(f"throughput, {label}", samples, THROUGHPUT_RATIO, " Gbit/s"))
     return results
 
 
-def _result(what: str, samples: list[list[float]], goal: float, unit: str) -> Result:
+def compared(what: str, samples: list[list[float]], goal: float, unit: str) -> Result:
+    """Samples of a direct way, of another that should be like it, and of the one in question."""
     direct, other, through = samples
     found, none = ratio.of_medians(through, direct), ratio.of_medians(other, direct)
     rates = f"{statistics.median(direct):.6g} → {statistics.median(through):.6g}{unit}"

@@ -18,10 +18,6 @@
 #include "lib/reject.h"
 #include "lib/masquerade.h"
 
-/* bcc 0.26 declares it without the length. */
-static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
-			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
-
 /* What a device leads to decides which packets are ours to look at. */
 enum side {
 	SIDE_UPLINK, /* the outside, and tunnels to other nodes */
@@ -133,18 +129,67 @@ static __always_inline void new_entry(struct scratch *s, const struct flow *flow
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 }
 
+/*
+ * Makes the one pair of a flow that stands for its client from the first hook on: @s->nat has the
+ * questions' half but for the client. Leaves that half in @s, with its port.
+ */
+static __always_inline enum insert insert_both(struct scratch *s, const struct flow *flow,
+					       const struct inet_addr *node, u8 flags)
+{
+	enum insert done;
+	struct flow answers;
+
+	s->nat.src = *node;
+	s->nat.flags = flags;
+	turn_round(s, flow);
+	done = flags & NAT_HOST ? conntrack_insert(s, false) : INSERT_TAKEN;
+	if (done == INSERT_TAKEN)
+		done = take_port(s);
+	if (done != INSERT_DONE)
+		return done;
+	answers = s->key;
+	turn_round(s, &answers);
+	done = conntrack_insert(s, true);
+	if (done != INSERT_DONE)
+		map_delete(conntrack, &answers);
+	return done;
+}
+
+static __always_inline int begin_past_netfilter(struct __sk_buff *skb, const struct packet *p,
+						struct scratch *s, const struct inet_addr *node)
+{
+	enum insert done = insert_both(s, &p->flow, node, NAT_BYPASS);
+
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat, true))
+		return drop(EVENT_REWRITE);
+	return send_out(skb, &s->nat.src, &s->nat.dst);
+}
+
+/* Of the device by which the packet came: what came in must go out in one piece. */
+static __always_inline u16 mtu_of(struct __sk_buff *skb)
+{
+	u32 ifindex = skb->ifindex;
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device ? device->mtu : 0;
+}
+
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 {
 	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
 	const bool is_inside = from_local_pod(skb, p);
 	struct scratch *s = scratch();
+	struct bpf_fib_lookup fib;
 	struct inet_addr node;
 	struct backend *backend;
 	struct service *svc;
 	enum verdict verdict;
 	enum insert done;
-	u32 id, ifindex;
+	enum way way;
+	u32 id;
 
 	svc = find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL);
 	if (!svc)
@@ -160,17 +205,16 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		return drop(EVENT_NO_LOCAL);
 
 	new_entry(s, &p->flow, svc, id, backend);
-	if (must_masquerade(svc, is_inside, p, backend) &&
-	    way_to(skb, &p->flow.src, &backend->addr, &ifindex) == WAY_OUT &&
-	    masquerade_address(ifindex, p->is_v4, &node)) {
-		struct flow between = p->flow;
-
-		between.dst = backend->addr;
-		between.dport = backend->port;
-		done = masquerade(s, &between, &node);
-		if (done != INSERT_DONE)
-			return not_inserted(done);
-		new_entry(s, &p->flow, svc, id, backend);
+	if (must_masquerade(svc, is_inside, p, backend)) {
+		way = way_to(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
+		if (leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node)) {
+			if (BYPASS_NETFILTER && way != WAY_NARROW && fib.ifindex && p->hops > 1)
+				return begin_past_netfilter(skb, p, s, &node);
+			done = masquerade(s, &p->flow, &node);
+			if (done != INSERT_DONE)
+				return not_inserted(done);
+			new_entry(s, &p->flow, svc, id, backend);
+		}
 	}
 	/* The answers' half first: a flow without it would be a way without return. */
 	turn_round(s, &p->flow);
@@ -181,18 +225,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	done = conntrack_insert(s, true);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
-	return rewrite(skb, p, &s->nat) ? drop(EVENT_REWRITE) : PASS;
-}
-
-/* Sends a packet of this host to its new destination's own route. */
-static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
-				    const struct inet_addr *to)
-{
-	u32 ifindex;
-
-	if (way_to(skb, from, to, &ifindex) != WAY_OUT || !ifindex)
-		return drop(EVENT_UNROUTABLE);
-	return redirect_neigh(ifindex, NULL, 0, 0);
+	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
 }
 
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
@@ -201,11 +234,12 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
 	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
 	struct scratch *s = scratch();
+	struct bpf_fib_lookup fib;
 	struct inet_addr node;
 	struct backend *backend;
 	enum verdict verdict;
 	enum insert done;
-	u32 id, ifindex;
+	u32 id;
 
 	if (!svc)
 		return no_service(skb, p);
@@ -218,31 +252,16 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 		return reject(skb, p, EVENT_NO_ENDPOINT);
 	if (verdict == VERDICT_DROP)
 		return drop(EVENT_NO_LOCAL);
-	if (way_to(skb, &p->flow.src, &backend->addr, &ifindex) != WAY_OUT ||
-	    !masquerade_address(ifindex, p->is_v4, &node))
+	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
+	    !masquerade_address(fib.ifindex, p->is_v4, &node))
 		return drop(EVENT_UNROUTABLE);
-
-	/* Answers: b -> n:port at ingress become f -> c. The client's own port, if it is free. */
 	new_entry(s, &p->flow, svc, id, backend);
-	s->nat.src = node;
-	turn_round(s, &p->flow);
-	s->nat.flags = NAT_HOST | NAT_REPLY;
-	done = conntrack_insert(s, false);
-	if (done == INSERT_TAKEN)
-		done = take_port(s);
+	done = insert_both(s, &p->flow, &node, NAT_HOST);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
-	{
-		struct flow answers = s->key;
-
-		turn_round(s, &answers);
-	}
-	done = conntrack_insert(s, true);
-	if (done != INSERT_DONE)
-		return not_inserted(done);
-	if (rewrite(skb, p, &s->nat))
+	if (rewrite(skb, p, &s->nat, false))
 		return drop(EVENT_REWRITE);
-	return redirect_neigh(ifindex, NULL, 0, 0);
+	return send_out(skb, &s->nat.src, &s->nat.dst);
 }
 
 /* Whether a flow's questions go to a backend that is not the Service's any more. */
@@ -282,11 +301,15 @@ static __always_inline enum course course_of(const struct packet *p, const struc
 
 static __always_inline int follow(struct __sk_buff *skb, const struct packet *p, struct nat *nat)
 {
+	const bool forwards = nat->flags & NAT_BYPASS;
+
 	conntrack_track(&p->flow, nat, p->tcp_flags);
-	if (rewrite(skb, p, nat))
+	if (BYPASS_NETFILTER && forwards && p->hops <= 1)
+		return drop(EVENT_HOPS);
+	if (rewrite(skb, p, nat, BYPASS_NETFILTER && forwards))
 		return drop(EVENT_REWRITE);
-	/* Only questions of this host are not where their route begins. */
-	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
+	/* This host's questions are not where their route begins. */
+	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST || (BYPASS_NETFILTER && forwards))
 		return send_out(skb, &nat->src, &nat->dst);
 	return PASS;
 }

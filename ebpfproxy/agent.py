@@ -81,6 +81,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     cluster_cidrs: tuple[Prefix, ...] = ()
     service_cidrs: tuple[Prefix, ...] = ()
     masquerade_all: bool = False
+    bypass_netfilter: bool = False
     masquerade_ports: tuple[int, int]
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
@@ -235,6 +236,7 @@ class Agent:
             node_ports_on_loopback=options.node_ports_on_loopback,
             guard_node_ports=options.guard_node_ports,
             masquerade_all=options.masquerade_all,
+            bypass_netfilter=options.bypass_netfilter,
             masquerade_ports=options.masquerade_ports,
             pods_by_cidr=options.local_pods.by_cidr,
             service_cidrs=bool(options.service_cidrs),
@@ -435,6 +437,7 @@ class Agent:
                     d.address4,
                     d.address6,
                     options.local_pods.is_behind(d),
+                    d.mtu,
                 )
                 for d in network.devices
             ),

@@ -19,6 +19,12 @@
  *	  its reply    b -> n  at ingress   f -> c
  *
  * A pair's other half is always the reverse of what this half writes, at the other stage.
+ *
+ * With --bypass-netfilter a masqueraded flow needs one pair as well, both at ingress, and is
+ * forwarded from there:
+ *
+ *	bypass         c -> f  at ingress   n -> b
+ *	  its reply    b -> n  at ingress   f -> c
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
@@ -75,7 +81,7 @@ static __always_inline void partner_key(struct flow *key, const struct flow *flo
 	key->sport = nat->dport;
 	key->dport = nat->sport;
 	key->proto = flow->proto;
-	key->stage = !flow->stage;
+	key->stage = nat->flags & NAT_BYPASS ? flow->stage : !flow->stage;
 	key->pad = 0;
 }
 

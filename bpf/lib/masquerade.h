@@ -10,46 +10,88 @@
 
 #include "conntrack.h"
 
+/* bcc 0.26 declares it without the length. */
+static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
+			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
 #define MASQUERADE_TRIES 48
 /* Tries are spread over the range: taken ports come in rows. */
 #define MASQUERADE_STEP 7919
 
+/* Where the routes send a packet. The first three are through a device. */
 enum way {
-	WAY_OUT,   /* through a device */
-	WAY_LOCAL, /* to this host itself */
+	WAY_NEIGHBOUR, /* whose link address is known */
+	WAY_OUT,
+	WAY_NARROW, /* that takes no packet of this size */
+	WAY_LOCAL,  /* to this host itself */
 	WAY_NONE,
 };
 
-/* Asks the routes for the device towards @to. */
+/*
+ * Asks the routes for the way from @from to @to, for packets of @size bytes (0: of any). @fib gets
+ * the device, 0 where the kernel has a way that this helper does not know (an encapsulating route).
+ */
 static __always_inline enum way way_to(struct __sk_buff *skb, const struct inet_addr *from,
-				       const struct inet_addr *to, u32 *ifindex)
+				       const struct inet_addr *to, u16 size,
+				       struct bpf_fib_lookup *fib)
 {
-	struct bpf_fib_lookup fib = { .ifindex = skb->ifindex };
-	long answer;
-
+	__builtin_memset(fib, 0, sizeof(*fib));
+	fib->ifindex = skb->ifindex;
+	fib->tot_len = size;
 	if (addr_is_v4(to)) {
-		fib.family = AF_INET;
-		fib.ipv4_src = from->word[3];
-		fib.ipv4_dst = to->word[3];
+		fib->family = AF_INET;
+		fib->ipv4_src = from->word[3];
+		fib->ipv4_dst = to->word[3];
 	} else {
-		fib.family = AF_INET6;
-		__builtin_memcpy(fib.ipv6_src, from, sizeof(*from));
-		__builtin_memcpy(fib.ipv6_dst, to, sizeof(*to));
+		fib->family = AF_INET6;
+		__builtin_memcpy(fib->ipv6_src, from, sizeof(*from));
+		__builtin_memcpy(fib->ipv6_dst, to, sizeof(*to));
 	}
-	answer = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
-	*ifindex = 0;
-	if (answer == BPF_FIB_LKUP_RET_SUCCESS || answer == BPF_FIB_LKUP_RET_NO_NEIGH ||
-	    answer == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
-		*ifindex = fib.ifindex;
+	switch (bpf_fib_lookup(skb, fib, sizeof(*fib), 0)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+		return WAY_NEIGHBOUR;
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		return WAY_OUT;
-	}
-	if (answer == BPF_FIB_LKUP_RET_NOT_FWDED)
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return WAY_NARROW;
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		return WAY_LOCAL;
-	/* The kernel has ways that this helper does not know: encapsulating routes. */
-	return answer == BPF_FIB_LKUP_RET_UNSUPP_LWT || answer == BPF_FIB_LKUP_RET_FWD_DISABLED
-		       ? WAY_OUT
-		       : WAY_NONE;
+	case BPF_FIB_LKUP_RET_UNSUPP_LWT:
+	case BPF_FIB_LKUP_RET_FWD_DISABLED:
+		fib->ifindex = 0;
+		return WAY_OUT;
+	default:
+		return WAY_NONE;
+	}
+}
+
+static __always_inline bool leads_out(enum way way)
+{
+	return way <= WAY_NARROW;
+}
+
+/* Sends a packet, as it is now, on its way from here. */
+static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
+				    const struct inet_addr *to)
+{
+	struct bpf_fib_lookup fib;
+	enum way way = way_to(skb, from, to, 0, &fib);
+
+	if (!leads_out(way) || !fib.ifindex)
+		return drop(EVENT_UNROUTABLE);
+#if L3_OFFSET == ETH_HLEN
+	if (way == WAY_NEIGHBOUR) {
+		u8 macs[12];
+
+		__builtin_memcpy(macs, fib.dmac, 6);
+		__builtin_memcpy(macs + 6, fib.smac, 6);
+		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+			return drop(EVENT_REWRITE);
+		return bpf_redirect(fib.ifindex, 0);
+	}
+#endif
+	return redirect_neigh(fib.ifindex, NULL, 0, 0);
 }
 
 /* The address of the device towards a backend; the node's own where the device has none. */
@@ -89,42 +131,42 @@ static __always_inline enum insert take_port(struct scratch *s)
 }
 
 /*
- * Makes the pair that masquerades packets of @flow (client to backend, as they are between ingress
- * and egress). The scratch's nat has the flow's ids; it is used up.
+ * Makes the pair that masquerades the packets of a new @flow between ingress and egress, where they
+ * go from the client to the backend that @s->nat has. @s is used up.
  */
 static __always_inline enum insert masquerade(struct scratch *s, const struct flow *flow,
 					      const struct inet_addr *addr)
 {
+	struct flow answers;
 	struct nat *known;
 	enum insert done;
 
 	s->key = *flow;
+	s->key.dst = s->nat.dst;
+	s->key.dport = s->nat.dport;
 	s->key.stage = STAGE_EGRESS;
 	known = conntrack_lookup(&s->key);
 	/* The same client's second way to the same backend: its port goes on to stand for it. */
 	if (known && known->flags & NAT_SOURCE && !(known->flags & NAT_REPLY) &&
 	    !is_closed(known) && addr_equal(&known->src, addr))
 		return INSERT_DONE;
-	s->key.src = flow->dst;
+	s->key.src = s->nat.dst;
 	s->key.dst = *addr;
-	s->key.sport = flow->dport;
+	s->key.sport = s->nat.dport;
 	s->key.stage = STAGE_INGRESS;
-	s->nat.src = flow->dst;
+	s->nat.src = s->nat.dst;
 	s->nat.dst = flow->src;
-	s->nat.sport = flow->dport;
+	s->nat.sport = s->nat.dport;
 	s->nat.dport = flow->sport;
 	s->nat.flags = NAT_SOURCE | NAT_REPLY;
 	done = take_port(s);
 	if (done != INSERT_DONE)
 		return done;
-	{
-		struct flow answers = s->key;
-
-		turn_round(s, &answers);
-		done = conntrack_insert(s, true);
-		if (done != INSERT_DONE)
-			map_delete(conntrack, &answers);
-	}
+	answers = s->key;
+	turn_round(s, &answers);
+	done = conntrack_insert(s, true);
+	if (done != INSERT_DONE)
+		map_delete(conntrack, &answers);
 	return done;
 }
 

@@ -106,6 +106,8 @@ struct packet {
 	u16 inner_l3;
 	u16 inner_l4;
 	__sum16 ipv4_check;
+	u16 ipv4_ttl_proto; /* as they lie there */
+	u8 hops;
 	u8 proto;     /* of the packet itself: flow.proto is that of an ICMP error's inner packet */
 	u8 tcp_flags; /* of ICMP its type */
 	bool is_v4;
@@ -143,6 +145,8 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 		p->l4 = L3_OFFSET + (ip->version_ihl & 0xf) * 4;
 		p->l3_length = bpf_ntohs(ip->length);
 		p->ipv4_check = ip->check;
+		p->ipv4_ttl_proto = *(u16 *)&ip->ttl;
+		p->hops = ip->ttl;
 		p->fragment_id = ip->id;
 		p->is_fragment = ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET);
 		p->is_later_fragment = ip->fragment & IPV4_OFFSET;
@@ -166,6 +170,7 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 		p->flow.src = ip->src;
 		p->flow.dst = ip->dst;
 		p->proto = ip->next;
+		p->hops = ip->hops;
 		p->l4 = L3_OFFSET + sizeof(*ip);
 		p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
 		p->fragment_id = 0;

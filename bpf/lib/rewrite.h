@@ -11,13 +11,15 @@
 
 #include "packet.h"
 
-#define IPV4_CHECK offsetof(struct ipv4_header, check)
-#define IPV4_SRC   offsetof(struct ipv4_header, src)
-#define IPV6_SRC   offsetof(struct ipv6_header, src)
-#define TCP_CHECK  offsetof(struct tcp_header, check)
-#define UDP_CHECK  6
-#define SCTP_CHECK 8
-#define ICMP_CHECK offsetof(struct icmp_header, check)
+#define IPV4_CHECK  offsetof(struct ipv4_header, check)
+#define IPV4_SRC    offsetof(struct ipv4_header, src)
+#define IPV4_TTL    offsetof(struct ipv4_header, ttl)
+#define IPV6_SRC    offsetof(struct ipv6_header, src)
+#define IPV6_LENGTH offsetof(struct ipv6_header, length)
+#define TCP_CHECK   offsetof(struct tcp_header, check)
+#define UDP_CHECK   6
+#define SCTP_CHECK  8
+#define ICMP_CHECK  offsetof(struct icmp_header, check)
 
 /* How far @word's CRC32c moves when 2^k bytes of zeros follow: four tables for each k. */
 #define CRC_STEPS 17
@@ -95,22 +97,26 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
 }
 
-/* IPv4's header checksum, addresses and, where no options are between, the ports: in one go. */
+/* IPv4's header from the TTL on and, where no options are between, the ports: in one go. */
 static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *p,
-				    const struct nat *nat)
+				    const struct nat *nat, bool forwards)
 {
 	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
 	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
 	const u32 src = nat->src.word[3], dst = nat->dst.word[3];
 	u64 difference = (u64)(u32)~p->flow.src.word[3] + (u32)~p->flow.dst.word[3] + src + dst;
 	struct {
+		u16 ttl_proto;
 		__sum16 check;
 		u16 word[6];
-	} new;
+	} new = { .ttl_proto = p->ipv4_ttl_proto };
 
 	difference = (difference & 0xffffffff) + (difference >> 32);
 	difference = (difference & 0xffffffff) + (difference >> 32);
-	new.check = csum_fold((u64)(u16)~p->ipv4_check + difference);
+	if (forwards)
+		((u8 *)&new.ttl_proto)[0]--;
+	new.check = csum_fold((u64)(u16)~p->ipv4_check + (u16)~p->ipv4_ttl_proto + new.ttl_proto +
+			      difference);
 	new.word[0] = (u16)src;
 	new.word[1] = src >> 16;
 	new.word[2] = (u16)dst;
@@ -118,25 +124,38 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	new.word[4] = (u16)new_ports;
 	new.word[5] = new_ports >> 16;
 	if (p->is_later_fragment)
-		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new) - 4, 0);
+		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new) - 4, 0);
 	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header)) {
-		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new), 0))
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new), 0))
 			return -1;
-	} else if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_CHECK, &new, sizeof(new) - 4, 0) ||
+	} else if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new) - 4, 0) ||
 		   bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0)) {
 		return -1;
 	}
 	return replace_transport_check(skb, p, old_ports, new_ports, difference);
 }
 
+static __always_inline int count_hop6(struct __sk_buff *skb)
+{
+	u8 four[4]; /* length, next header, hops: in pairs, for the sum of the whole */
+
+	if (bpf_skb_load_bytes(skb, L3_OFFSET + IPV6_LENGTH, four, sizeof(four)))
+		return -1;
+	four[3]--;
+	return bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_LENGTH, four, sizeof(four),
+				   BPF_F_RECOMPUTE_CSUM);
+}
+
 static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *p,
-				    const struct nat *nat)
+				    const struct nat *nat, bool forwards)
 {
 	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
 	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
 	const u32 size = 2 * sizeof(struct inet_addr);
 	u32 difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
 
+	if (forwards && count_hop6(skb))
+		return -1;
 	/* No header checksum makes up for the change where skb->csum has the whole packet's sum. */
 	if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,
 				BPF_F_RECOMPUTE_CSUM))
@@ -149,11 +168,14 @@ static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *
 	return replace_transport_check(skb, p, old_ports, new_ports, difference);
 }
 
-/* Makes the packet's addresses, and its ports where it has them, those of @nat. */
+/*
+ * Makes the packet's addresses, and its ports where it has them, those of @nat. @forwards: the
+ * kernel will not count this hop.
+ */
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
-				   const struct nat *nat)
+				   const struct nat *nat, bool forwards)
 {
-	return p->is_v4 ? rewrite4(skb, p, nat) : rewrite6(skb, p, nat);
+	return p->is_v4 ? rewrite4(skb, p, nat, forwards) : rewrite6(skb, p, nat, forwards);
 }
 
 /* A checksum inside an ICMP error's payload; the sum of what changed goes into @total. */

@@ -155,6 +155,7 @@ struct flow {
 #define NAT_REPLY  (1 << 0) /* of the answers; its partner is of the questions */
 #define NAT_SOURCE (1 << 1) /* translates the client (masquerade), not the Service */
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
+#define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
 
 /* nat.tcp, and of UDP and SCTP the first. Both entries of a pair have them all. */
 #define SEEN_REPLY     (1 << 0)
@@ -203,6 +204,7 @@ struct device {
 	struct inet_addr addr4;
 	struct inet_addr addr6;
 	u32 flags;
+	u32 mtu;
 };
 
 /* source_ranges: a service id and a prefix; the length counts the id's 32 bits, too. */
@@ -233,6 +235,7 @@ enum event {
 	EVENT_PORTS_TAKEN,     /* dropped: no source port left for masquerading */
 	EVENT_TABLE_FULL,      /* dropped: no room for the flow */
 	EVENT_UNROUTABLE,      /* dropped: no way from this host to the backend */
+	EVENT_HOPS,	       /* dropped: it has made too many */
 	EVENT_REWRITE,	       /* dropped: the kernel could not change the packet */
 	EVENT_MARTIAN,	       /* passed: a source that no client can have */
 	EVENT_MALFORMED,       /* passed: headers cut short or nonsense */

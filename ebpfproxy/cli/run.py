@@ -92,6 +92,11 @@ from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addre
 )
 @click.option("--masquerade-all", is_flag=True, help="Masquerade all traffic through Services in packets.")
 @click.option(
+    "--bypass-netfilter",
+    is_flag=True,
+    help="Forward masqueraded flows from the hook itself: faster, but no rule of a CNI or firewall sees them.",
+)
+@click.option(
     "--masquerade-ports",
     metavar="FIRST-LAST",
     default="",
@@ -166,6 +171,7 @@ def command(
     pod_interface_name_prefix: str,
     service_cidr: str,
     masquerade_all: bool,
+    bypass_netfilter: bool,
     masquerade_ports: str,
     conntrack_tcp_timeout_established: float,
     conntrack_tcp_timeout_close_wait: float,
@@ -213,6 +219,7 @@ def command(
                     cluster_cidrs=prefixes("--cluster-cidr", cluster_cidr),
                     service_cidrs=prefixes("--service-cidr", service_cidr),
                     masquerade_all=masquerade_all,
+                    bypass_netfilter=bypass_netfilter,
                     masquerade_ports=(
                         parse_range(masquerade_ports) if masquerade_ports else beside_local_range()
                     ),

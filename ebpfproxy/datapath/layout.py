@@ -51,6 +51,7 @@ class NatFlags(enum.IntFlag):
     REPLY = 1 << 0
     SOURCE = 1 << 1
     HOST = 1 << 2
+    BYPASS = 1 << 3
 
 
 class Seen(enum.IntFlag):
@@ -84,11 +85,12 @@ class PacketEvent(enum.IntEnum):
     PORTS_TAKEN = 7
     TABLE_FULL = 8
     UNROUTABLE = 9
-    REWRITE = 10
-    MARTIAN = 11
-    MALFORMED = 12
-    FLOWS_MADE = 13
-    FLOWS_ENDED = 14
+    HOPS = 10
+    REWRITE = 11
+    MARTIAN = 12
+    MALFORMED = 13
+    FLOWS_MADE = 14
+    FLOWS_ENDED = 15
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")
@@ -146,7 +148,7 @@ U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 _FLOW = struct.Struct("=16s16sHHBBxx")
 _NAT = struct.Struct("=16s16sHHIIBBxxQQ")
-_DEVICE = struct.Struct("=16s16sI")
+_DEVICE = struct.Struct("=16s16sII")
 _SOURCE_RANGE = struct.Struct("=II16s")
 _CIDR = struct.Struct("=I16s")
 
@@ -367,13 +369,14 @@ def unpack_nat(packed: bytes) -> Nat:
 
 def partner_key(flow: bytes, nat: bytes) -> bytes:
     """The key of a packed entry's other half: what this half writes, reversed, at the other stage."""
-    protocol, stage = flow[36], flow[37]
-    return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, not stage, 0, 0))
+    protocol, stage, flags = flow[36], flow[37], nat[44]
+    other_stage = stage if flags & NatFlags.BYPASS else not stage
+    return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, other_stage, 0, 0))
 
 
-def pack_device(address4: bytes, address6: bytes, flags: int) -> bytes:
-    """Addresses that masquerading uses; empty ones where there is none."""
-    return _DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags)
+def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:
+    """Addresses that masquerading uses; empty ones where there is none. ``mtu`` in bytes."""
+    return _DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags, mtu)
 
 
 def _lpm(address: bytes, length: int) -> tuple[int, bytes]:

@@ -23,6 +23,7 @@ class PacketDevice(NamedTuple):
     address4: bytes
     address6: bytes
     pods: bool
+    mtu: int
 
 
 class PacketPath:
@@ -48,10 +49,10 @@ class PacketPath:
     def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
         """Exactly these devices; the addresses are the node's own, for what goes by any other device."""
         found = list(devices)
-        wanted = {U32.pack(_ANY_DEVICE): pack_device(address4, address6, 0)}
+        wanted = {U32.pack(_ANY_DEVICE): pack_device(address4, address6, 0, 0)}
         for each in found:
             flags = DeviceFlags.PODS if each.pods else DeviceFlags(0)
-            wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags)
+            wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         _bring(self._devices, wanted)
         self._targets = tuple(each.target for each in found)
 

@@ -39,6 +39,8 @@ class Options(msgspec.Struct, frozen=True):
     #: bind() to a NodePort of a Service fails in the host's namespace.
     guard_node_ports: bool = True
     masquerade_all: bool = False
+    #: Masqueraded flows are forwarded from the hook: no netfilter rule sees them.
+    bypass_netfilter: bool = False
     #: Ports that stand for masqueraded clients, first and last.
     masquerade_ports: tuple[int, int] = (1024, 32767)
     #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
@@ -53,6 +55,7 @@ class Options(msgspec.Struct, frozen=True):
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
             f"-DGUARD_NODEPORTS={int(self.guard_node_ports)}",
             f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
+            f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",
             f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
             f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
             f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",

@@ -66,13 +66,14 @@ class Role(enum.IntEnum):
 
 
 class Link(NamedTuple):
-    """A device as netlink has it. ``master`` is 0 without one; ``kind`` None for hardware."""
+    """A device as netlink has it. ``master`` is 0 without one; ``kind`` None for hardware; MTU in bytes."""
 
     ifindex: int
     name: str
     kind: str | None
     type: int
     master: int
+    mtu: int = 1500
 
 
 class Address(NamedTuple):
@@ -104,6 +105,7 @@ class Device(NamedTuple):
     ethernet: bool
     address4: bytes
     address6: bytes
+    mtu: int
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -163,6 +165,7 @@ def network_of(
             link.type == _ETHERNET,
             masquerade(link.ifindex, socket.AF_INET),
             masquerade(link.ifindex, socket.AF_INET6),
+            link.mtu,
         )
         for link in sorted(used)
     )
@@ -263,7 +266,14 @@ def _links(netlink: Any) -> list[Link]:
         kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
         master = message.get_attr("IFLA_MASTER") or 0
         found.append(
-            Link(message["index"], message.get_attr("IFLA_IFNAME"), kind, message["ifi_type"], master)
+            Link(
+                message["index"],
+                message.get_attr("IFLA_IFNAME"),
+                kind,
+                message["ifi_type"],
+                master,
+                message.get_attr("IFLA_MTU") or 0,
+            )
         )
     return found
 

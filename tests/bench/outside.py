@@ -48,7 +48,7 @@ class Way(NamedTuple):
 
 
 class Bench:
-    def __init__(self, lab: Lab, program: Path, services: int) -> None:
+    def __init__(self, lab: Lab, program: Path, services: int, *options: str) -> None:
         self.a, self.b = lab.node("node-a"), lab.node("node-b")
         pods = {"local": self._pods(self.a, program), "remote": self._pods(self.b, program)}
         self.client = lab.outside
@@ -61,7 +61,7 @@ class Bench:
             services,
             node_ports=tuple(f"{NODE_PORTS[where]}={found[2]}" for where, found in pods.items()),
         )
-        self.a.agent("--master", url).start()
+        self.a.agent("--master", url, *options).start()
         self.ways = {
             where: [
                 Way(found[0], PORT, IPERF_PORT),

@@ -1,0 +1,160 @@
+"""``ebpfproxy conntrack list|get|flush``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ebpfproxy.cli import options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
+from ebpfproxy.datapath.dump import Dump, open_maps
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.services.model import Protocol
+from ebpfproxy.state import load
+
+
+class NamedFlow(msgspec.Struct, frozen=True):
+    """The JSON of ``ebpfproxy conntrack list``: these names stay. Times in seconds."""
+
+    protocol: str
+    state: str
+    client: str
+    frontend: str
+    backend: str
+    masquerade: str
+    service: str
+    idle: float
+    age: float
+    expires: float
+
+
+@click.group("conntrack")
+def command() -> None:
+    """Flows that the packet path translates."""
+
+
+def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--service", metavar="NAMESPACE/NAME", help="Only flows to this Service."),
+        click.option("--backend", metavar="ADDRESS[:PORT]", help="Only flows to this backend."),
+        click.option("--frontend", metavar="ADDRESS[:PORT]", help="Only flows to this frontend."),
+        click.option("--client", metavar="ADDRESS[:PORT]", help="Only flows of this client."),
+        click.option(
+            "--protocol",
+            type=click.Choice([p.name for p in Protocol], case_sensitive=False),
+            help="Only flows of this protocol.",
+        ),
+        click.option("--state", metavar="STATE", help="Only flows in this state, such as ESTABLISHED."),
+    ):
+        function = option(function)
+    return function
+
+
+class _Filter:
+    def __init__(self, **wanted: str | None) -> None:
+        self.wanted = {name: text for name, text in wanted.items() if text}
+
+    def matches(self, flow: NamedFlow) -> bool:
+        return all(_matches(name, text, getattr(flow, name)) for name, text in self.wanted.items())
+
+
+def _matches(name: str, wanted: str, value: str) -> bool:
+    """An endpoint is named with its port, or by its address alone."""
+    if name in ("backend", "frontend", "client"):
+        host = value.rpartition(":")[0]
+        return wanted in (value, host, host.strip("[]"))
+    return wanted.lower() == value.lower()
+
+
+def _read(maps: MapSet) -> list[tuple[NamedFlow, tuple[bytes, ...]]]:
+    names = {number: f"{key.namespace}/{key.name}" for number, key in Dump(maps).names.items()}
+    agent = load(maps)
+    timeouts = agent.timeouts if agent is not None and agent.timeouts is not None else Timeouts()
+    found = []
+    for row, keys in flows_of(list(maps["conntrack"].items()), timeouts, time.monotonic_ns()):
+        found.append((_named(row, names.get(row.service_id, "?")), keys))
+    return sorted(found, key=lambda pair: (pair[0].service, pair[0].frontend, pair[0].client))
+
+
+def _named(row: FlowRow, service: str) -> NamedFlow:
+    return NamedFlow(
+        protocol=row.protocol,
+        state=row.state,
+        client=row.client,
+        frontend=row.frontend,
+        backend=row.backend,
+        masquerade=row.masquerade,
+        service=service,
+        idle=row.idle,
+        age=row.age,
+        expires=row.expires,
+    )
+
+
+@command.command("list")
+@options.bpf_root
+@options.output_format
+@_filters
+def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
+    """Every flow, its translation, and when it ends unless another packet comes."""
+    with one_line():
+        chosen = _Filter(**wanted)
+        emit([flow for flow, _ in _read(open_maps(bpf_root)) if chosen.matches(flow)], output, _print)
+
+
+@command.command("get")
+@click.argument("client", metavar="CLIENT:PORT")
+@options.bpf_root
+@options.output_format
+def get_flow(client: str, bpf_root: Path, output: str) -> None:
+    """The flows of one client's port."""
+    with one_line():
+        found = [flow for flow, _ in _read(open_maps(bpf_root)) if flow.client == client]
+        if not found:
+            raise click.ClickException(f"no flow of {client}")
+        emit(found, output, _print)
+
+
+@command.command("flush")
+@options.bpf_root
+@_filters
+@click.option("--all", "everything", is_flag=True, help="Every flow; otherwise a filter is needed.")
+def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
+    """Forget flows. Connections among them break, unless the frontend is the backend's own address."""
+    with one_line():
+        chosen = _Filter(**wanted)
+        if not chosen.wanted and not everything:
+            raise click.UsageError("name what to flush, or say --all")
+        maps = open_maps(bpf_root)
+        flows = [keys for flow, keys in _read(maps) if everything or chosen.matches(flow)]
+        deleted = sum(maps["conntrack"].delete(key) for keys in flows for key in keys)
+        if everything:
+            # Halves whose other half was pushed out belong to no flow.
+            deleted += sum(maps["conntrack"].delete(key) for key, _ in list(maps["conntrack"].items()))
+    click.echo(f"flushed {len(flows)} flows ({deleted} entries)")
+
+
+def _print(flows: list[NamedFlow]) -> None:
+    printed = table(
+        "protocol", "state", "client", "frontend", "backend", "masqueraded as", "service", "idle", "expires"
+    )
+    for flow in flows:
+        printed.add_row(
+            flow.protocol,
+            flow.state,
+            flow.client,
+            flow.frontend,
+            flow.backend,
+            flow.masquerade or "-",
+            flow.service,
+            age(flow.idle),
+            age(flow.expires),
+        )
+    console().print(printed)

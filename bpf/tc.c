@@ -111,7 +111,14 @@ static __always_inline int not_inserted(enum insert done)
 	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
 }
 
-/* Prepares the entry of a new flow's questions. */
+static __always_inline void start_clock(struct scratch *s)
+{
+	s->nat.seen = 0;
+	s->nat.pad = 0;
+	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+}
+
+/* Prepares the entry of a new flow's questions, but for what all its entries share. */
 static __always_inline void new_entry(struct scratch *s, const struct flow *flow,
 				      const struct service *svc, u32 backend_id,
 				      const struct backend *backend)
@@ -124,9 +131,6 @@ static __always_inline void new_entry(struct scratch *s, const struct flow *flow
 	s->nat.service_id = svc->id;
 	s->nat.backend_id = backend_id;
 	s->nat.flags = 0;
-	s->nat.seen = 0;
-	s->nat.pad = 0;
-	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 }
 
 /*
@@ -204,6 +208,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	if (verdict == VERDICT_DROP)
 		return drop(EVENT_NO_LOCAL);
 
+	start_clock(s);
 	new_entry(s, &p->flow, svc, id, backend);
 	if (must_masquerade(svc, is_inside, p, backend)) {
 		way = way_to(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
@@ -255,6 +260,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
 	    !masquerade_address(fib.ifindex, p->is_v4, &node))
 		return drop(EVENT_UNROUTABLE);
+	start_clock(s);
 	new_entry(s, &p->flow, svc, id, backend);
 	done = insert_both(s, &p->flow, &node, NAT_HOST);
 	if (done != INSERT_DONE)
@@ -369,9 +375,10 @@ static __always_inline int arrive(struct __sk_buff *skb, enum side side)
 
 		if (course == COURSE_FOLLOW)
 			return follow(skb, p, nat);
-		conntrack_forget(&p->flow, nat);
-		if (course == COURSE_REJECT)
+		if (course == COURSE_REJECT) {
+			conntrack_forget(&p->flow, nat);
 			return reject(skb, p, EVENT_BACKEND_GONE);
+		}
 	}
 	return begin(skb, p);
 }
@@ -404,9 +411,10 @@ static __always_inline int leave(struct __sk_buff *skb, enum side side)
 
 		if (course == COURSE_FOLLOW)
 			return follow(skb, p, nat);
-		conntrack_forget(&p->flow, nat);
-		if (course == COURSE_REJECT)
+		if (course == COURSE_REJECT) {
+			conntrack_forget(&p->flow, nat);
 			return reject(skb, p, EVENT_BACKEND_GONE);
+		}
 	}
 	return is_mine ? begin_on_host(skb, p) : PASS;
 }

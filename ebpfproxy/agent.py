@@ -168,6 +168,8 @@ class Agent:
         self._network: Network | None = None
         self._pod_cidrs: tuple[Prefix, ...] | None = None
         self._next_sweep = 0.0
+        self._last_sweep: conntrack.Sweep | None = None
+        self._evicted = 0
         self._device_failures: list[str] = []
         self._complete = False
         self._attached = False
@@ -324,6 +326,8 @@ class Agent:
             self._set_network(message.network)
         elif isinstance(message, Swept):
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
+            self._last_sweep = message.sweep
+            self._evicted += message.sweep.evicted
             self._metrics.swept(message.sweep)
         elif isinstance(message, GracePassed):
             self._grace_runs = False
@@ -506,6 +510,11 @@ class Agent:
 
     # -- what status shows
 
+    def _unbound_ports(self) -> list[str]:
+        return [
+            f"healthCheckNodePort {port}: {error}" for port, error in self._node_port_health.failed.items()
+        ]
+
     def _write_state(self) -> None:
         """At most once a second while much happens: it is for people to read."""
         now = time.monotonic()
@@ -532,6 +541,11 @@ class Agent:
                     state.WatchState(str(s.resource), str(s.state), s.since, s.last_event, s.error)
                     for s in statuses
                 ),
-                problems=self._problems,
+                problems=(*self._problems, *self._device_failures, *self._unbound_ports()),
+                devices=len(self._packets.targets),
+                conntrack_entries=self._last_sweep.entries if self._last_sweep else 0,
+                conntrack_evicted=self._evicted,
+                health_check_ports=self._node_port_health.bound,
+                timeouts=self._options.timeouts,
             ),
         )

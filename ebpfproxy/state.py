@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import AGENT_STATE_SIZE, U32
 from ebpfproxy.datapath.maps import MapSet
 
@@ -36,6 +37,12 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     services: int = 0
     watches: tuple[WatchState, ...] = ()
     problems: tuple[str, ...] = ()
+    #: How many devices packet programs should be on.
+    devices: int = 0
+    conntrack_entries: int = 0
+    conntrack_evicted: int = 0
+    health_check_ports: int = 0
+    timeouts: Timeouts | None = None
 
 
 def save(maps: MapSet, state: AgentState) -> None:

@@ -102,32 +102,33 @@ enum insert {
 	INSERT_FULL,
 };
 
-/* Inserts @s->key and @s->nat. @replace: a live entry may be overwritten. */
-static __always_inline enum insert conntrack_insert(struct scratch *s, bool replace)
-{
-	int error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_NOEXIST);
-
-	if (!error) {
-		count(EVENT_FLOWS_MADE);
-	} else {
-		struct nat *known = conntrack_lookup(&s->key);
-
-		if (!known)
-			return INSERT_FULL;
-		if (!replace && !(known->seen & SEEN_RST) &&
-		    (known->seen & (SEEN_FIN | SEEN_REPLY_FIN)) != (SEEN_FIN | SEEN_REPLY_FIN))
-			return INSERT_TAKEN;
-		if (bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_ANY))
-			return INSERT_FULL;
-	}
-	flow_note(&s->key);
-	return INSERT_DONE;
-}
-
 static __always_inline bool is_closed(const struct nat *nat)
 {
 	return (nat->seen & SEEN_RST) ||
 	       (nat->seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+}
+
+/*
+ * Inserts @s->key and @s->nat. @replace: a live entry may be overwritten; a closed one always is,
+ * in its place: an LRU map takes a new element, and perhaps somebody's old one, before it looks.
+ */
+static __always_inline enum insert conntrack_insert(struct scratch *s, bool replace)
+{
+	struct nat *known = conntrack_lookup(&s->key);
+	long error;
+
+	if (known) {
+		if (!replace && !is_closed(known))
+			return INSERT_TAKEN;
+		*known = s->nat;
+		return INSERT_DONE;
+	}
+	error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_NOEXIST);
+	if (error)
+		return error == -EEXIST ? INSERT_TAKEN : INSERT_FULL;
+	count(EVENT_FLOWS_MADE);
+	flow_note(&s->key);
+	return INSERT_DONE;
 }
 
 static __always_inline void conntrack_forget(const struct flow *flow, const struct nat *nat)
@@ -141,29 +142,32 @@ static __always_inline void conntrack_forget(const struct flow *flow, const stru
 		count(EVENT_FLOWS_ENDED);
 }
 
-/* Follows the state of a flow by a packet of it. Both halves learn what decides their lifetime. */
+/*
+ * Follows the state of a flow by a packet of it. Both halves learn of its end, for a port that is
+ * used again shows in either; that there was an answer is enough for one to know.
+ */
 static __always_inline void conntrack_track(const struct flow *flow, struct nat *nat, u8 tcp_flags)
 {
 	const u64 now = bpf_ktime_get_coarse_ns();
-	u8 seen = nat->seen;
+	u8 ended = nat->seen;
 
 	if (now - nat->last > NSEC_PER_SEC)
 		nat->last = now;
-	if (nat->flags & NAT_REPLY)
-		seen |= SEEN_REPLY;
+	if (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY))
+		nat->seen |= SEEN_REPLY;
 	if (tcp_flags & TCP_RST)
-		seen |= SEEN_RST;
+		ended |= SEEN_RST;
 	else if (tcp_flags & TCP_FIN)
-		seen |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
-	if (seen != nat->seen) {
+		ended |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+	if (ended & ~nat->seen) {
 		struct nat *partner;
 		struct flow key;
 
-		nat->seen = seen;
+		nat->seen |= ended;
 		partner_key(&key, flow, nat);
 		partner = conntrack_lookup(&key);
 		if (partner) {
-			partner->seen |= seen;
+			partner->seen |= ended;
 			partner->last = now;
 		}
 	}

@@ -157,7 +157,7 @@ struct flow {
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
 #define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
 
-/* nat.tcp, and of UDP and SCTP the first. Both entries of a pair have them all. */
+/* nat.seen, of UDP and SCTP the first. What ends a connection both entries of a pair have. */
 #define SEEN_REPLY     (1 << 0)
 #define SEEN_FIN       (1 << 1) /* of the client */
 #define SEEN_REPLY_FIN (1 << 2)

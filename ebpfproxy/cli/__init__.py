@@ -17,6 +17,7 @@ _COMMANDS = {
     "status": "What runs on this node: programs, maps, watches, health.",
     "service": "Services as the maps hold them.",
     "backend": "Backends as the maps hold them.",
+    "conntrack": "Flows that the packet path translates.",
     "cleanup": "Remove every attachment and pin of a root.",
 }
 
@@ -39,4 +40,4 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ebpfproxy.__version__, prog_name="ebpfproxy")
 def main() -> None:
-    """An eBPF kube-proxy replacement: Kubernetes Services on any CNI, translated at the socket."""
+    """An eBPF kube-proxy replacement: Kubernetes Services on any CNI, at the socket and in packets."""

@@ -94,7 +94,7 @@ from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addre
 @click.option(
     "--bypass-netfilter",
     is_flag=True,
-    help="Forward masqueraded flows from the hook itself: faster, but no rule of a CNI or firewall sees them.",
+    help="Forward masqueraded flows from the hook: faster, but no rule of a CNI or firewall sees them.",
 )
 @click.option(
     "--masquerade-ports",

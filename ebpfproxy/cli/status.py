@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,35 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
 from ebpfproxy.datapath.attach import attachments
+from ebpfproxy.datapath.conntrack import counters
+from ebpfproxy.datapath.devices import device_attachments
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
+from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import is_locked, pin_folder
+
+_SHOWN_DEVICES = 8
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True):
     hook: str
     attached: bool
     program_id: int | None
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """A device and the directions in which packets pass our programs."""
+
+    device: str
+    directions: tuple[str, ...]
+
+
+class PacketCount(msgspec.Struct, frozen=True):
+    """Packets that were neither simply passed nor translated."""
+
+    action: str
+    reason: str
+    packets: int
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +56,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     agent: state.AgentState | None
     healthy: bool
     attachments: tuple[AttachmentStatus, ...]
+    devices: tuple[DeviceStatus, ...]
+    packets: tuple[PacketCount, ...]
     services: int
     frontends: int
     backends: int
@@ -45,19 +69,46 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     agent = state.load(maps)
     running = is_locked(bpf_root)
     hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pin_folder(bpf_root)))
+    devices = _devices(bpf_root)
+    wanted = agent.devices if agent is not None else 0
     fills = tuple(fill(maps))
     count = {each.name: each.entries for each in fills}
     return Status(
         kernel=platform.release(),
         agent_running=running,
         agent=agent,
-        healthy=running and agent is not None and agent.healthy and all(a.attached for a in hooks),
+        healthy=running
+        and agent is not None
+        and agent.healthy
+        and all(a.attached for a in hooks)
+        and len(devices) >= wanted,
         attachments=hooks,
+        devices=devices,
+        packets=tuple(_packets(maps)),
         services=len({(name.namespace, name.name) for name in dump.names.values()}),
         frontends=len({(k.address, k.port, k.protocol) for k, _ in dump.entries()}),
         backends=count["backends"],
         maps=fills,
     )
+
+
+def _devices(bpf_root: Path) -> tuple[DeviceStatus, ...]:
+    names = dict(socket.if_nameindex())
+    found: dict[int, list[str]] = {}
+    for each in device_attachments(pin_folder(bpf_root)):
+        found.setdefault(each.ifindex, []).append(each.direction)
+    return tuple(
+        DeviceStatus(names.get(index, f"device {index}"), tuple(sorted(directions, reverse=True)))
+        for index, directions in sorted(found.items())
+    )
+
+
+def _packets(maps: MapSet) -> Iterator[PacketCount]:
+    found = counters(maps["packet_events"])
+    for action, reasons in (("rejected", REJECTED), ("dropped", DROPPED), ("passed", PASSED)):
+        for reason in sorted(reasons):
+            if found[reason]:
+                yield PacketCount(action, str(reason), found[reason])
 
 
 @click.command("status")
@@ -84,11 +135,14 @@ def _print(status: Status) -> None:
     attached = [a.hook for a in status.attachments if a.attached]
     missing = [a.hook for a in status.attachments if not a.attached]
     text = f"{len(attached)} of {len(status.attachments)}: {' '.join(attached)}"
-    facts.append(("attached", text + (f"; MISSING {' '.join(missing)}" if missing else "")))
+    facts.append(("sockets", text + (f"; MISSING {' '.join(missing)}" if missing else "")))
+    facts.append(("devices", _device_line(status)))
     facts.append(
         ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
     )
     facts.append(("health", "healthy" if status.healthy else "NOT HEALTHY"))
+    if status.packets:
+        facts.append(("packets", ", ".join(f"{p.packets} {p.action} ({p.reason})" for p in status.packets)))
     out = console()
     for name, value in facts:
         out.print(f"{name + ':':<18}{value}")
@@ -110,6 +164,15 @@ def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tup
         took = f"{(agent.last_duration or 0) * 1000:.1f} ms"
         facts.append(("last programming", f"{age(now - agent.last_programmed)} ago, took {took}"))
     return facts + [("problem", problem) for problem in agent.problems]
+
+
+def _device_line(status: Status) -> str:
+    names = [d.device for d in status.devices]
+    shown = " ".join(names[:_SHOWN_DEVICES]) + (" …" if len(names) > _SHOWN_DEVICES else "")
+    wanted = status.agent.devices if status.agent is not None else len(names)
+    half = [d.device for d in status.devices if len(d.directions) < 2]
+    text = f"{len(names)} of {wanted}: {shown}"
+    return text + (f"; HALF ATTACHED {' '.join(half)}" if half else "")
 
 
 def _watches(agent: state.AgentState, now: float) -> Any:

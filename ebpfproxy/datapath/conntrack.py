@@ -137,7 +137,7 @@ class Sweeper:
         for key, value in old.items():
             partner = partner_key(key, value)
             if partner not in old and (other := self._map.lookup(partner)) is not None:
-                limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT]), 0)
+                limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT] | value[_SEEN_AT]), 0)
                 if (
                     now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit
                     and partner_key(partner, other) == key

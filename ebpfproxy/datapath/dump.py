@@ -198,10 +198,10 @@ class Dump:
 
 
 def fill(maps: MapSet) -> list[MapFill]:
-    """How full each map is; per-CPU statistics have no fill of their own."""
+    """How full each map is; statistics, and tables that are one value, have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or name == "agent_state":
+        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1:
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found

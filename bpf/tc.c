@@ -111,16 +111,21 @@ static __always_inline int not_inserted(enum insert done)
 	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
 }
 
-static __always_inline void start_clock(struct scratch *s)
+/* What all entries of a new flow have. */
+static __always_inline void start_flow(struct scratch *s, const struct service *svc, u32 backend_id)
 {
+	u32 id = svc->id;
+	u64 *epoch = map_lookup(epochs, &id);
+
+	s->nat.service_id = id;
+	s->nat.backend_id = backend_id;
 	s->nat.seen = 0;
-	s->nat.pad = 0;
+	s->nat.epoch = epoch ? (u16)*epoch : 0;
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 }
 
-/* Prepares the entry of a new flow's questions, but for what all its entries share. */
+/* The entry of a new flow's questions, as far as the flow and the backend tell. */
 static __always_inline void new_entry(struct scratch *s, const struct flow *flow,
-				      const struct service *svc, u32 backend_id,
 				      const struct backend *backend)
 {
 	s->key = *flow;
@@ -128,27 +133,39 @@ static __always_inline void new_entry(struct scratch *s, const struct flow *flow
 	s->nat.dst = backend->addr;
 	s->nat.sport = flow->sport;
 	s->nat.dport = backend->port;
-	s->nat.service_id = svc->id;
-	s->nat.backend_id = backend_id;
 	s->nat.flags = 0;
 }
 
 /*
- * Makes the one pair of a flow that stands for its client from the first hook on: @s->nat has the
- * questions' half but for the client. Leaves that half in @s, with its port.
+ * Inserts the entry of answers in @s. Where another flow of the client's port has the key (it asks
+ * the same backend through another frontend), another port is taken, and left in @s->key.
  */
-static __always_inline enum insert insert_both(struct scratch *s, const struct flow *flow,
-					       const struct inet_addr *node, u8 flags)
+static __always_inline enum insert insert_answers(struct scratch *s)
 {
+	struct nat *known = conntrack_lookup(&s->key);
 	enum insert done;
-	struct flow answers;
 
-	s->nat.src = *node;
-	s->nat.flags = flags;
+	if (known && known->sport == s->nat.sport && addr_equal(&known->src, &s->nat.src)) {
+		*known = s->nat;
+		return INSERT_DONE;
+	}
+	done = conntrack_insert(s, false);
+	return done == INSERT_TAKEN ? take_port(s) : done;
+}
+
+/*
+ * Makes a flow's Service pair, answers first: a question without a way back would be lost. @s->nat
+ * has the questions' half; it is there again afterwards, with the port that the backend will see.
+ * @fresh: a port of ours is taken in any case.
+ */
+static __always_inline enum insert insert_pair(struct scratch *s, const struct flow *flow,
+					       bool fresh)
+{
+	struct flow answers;
+	enum insert done;
+
 	turn_round(s, flow);
-	done = flags & NAT_HOST ? conntrack_insert(s, false) : INSERT_TAKEN;
-	if (done == INSERT_TAKEN)
-		done = take_port(s);
+	done = fresh ? take_port(s) : insert_answers(s);
 	if (done != INSERT_DONE)
 		return done;
 	answers = s->key;
@@ -162,8 +179,11 @@ static __always_inline enum insert insert_both(struct scratch *s, const struct f
 static __always_inline int begin_past_netfilter(struct __sk_buff *skb, const struct packet *p,
 						struct scratch *s, const struct inet_addr *node)
 {
-	enum insert done = insert_both(s, &p->flow, node, NAT_BYPASS);
+	enum insert done;
 
+	s->nat.src = *node;
+	s->nat.flags = NAT_BYPASS;
+	done = insert_pair(s, &p->flow, true);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, true))
@@ -187,11 +207,12 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	const bool is_inside = from_local_pod(skb, p);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
-	struct inet_addr node;
+	struct inet_addr node = {};
 	struct backend *backend;
 	struct service *svc;
 	enum verdict verdict;
 	enum insert done;
+	bool is_masked;
 	enum way way;
 	u32 id;
 
@@ -208,29 +229,33 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	if (verdict == VERDICT_DROP)
 		return drop(EVENT_NO_LOCAL);
 
-	start_clock(s);
-	new_entry(s, &p->flow, svc, id, backend);
-	if (must_masquerade(svc, is_inside, p, backend)) {
+	start_flow(s, svc, id);
+	new_entry(s, &p->flow, backend);
+	is_masked = must_masquerade(svc, is_inside, p, backend);
+	if (is_masked) {
 		way = way_to(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
-		if (leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node)) {
-			if (BYPASS_NETFILTER && way != WAY_NARROW && fib.ifindex && p->hops > 1)
-				return begin_past_netfilter(skb, p, s, &node);
-			done = masquerade(s, &p->flow, &node);
-			if (done != INSERT_DONE)
-				return not_inserted(done);
-			new_entry(s, &p->flow, svc, id, backend);
+		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
+		if (BYPASS_NETFILTER && is_masked && way != WAY_NARROW && fib.ifindex &&
+		    p->hops > 1)
+			return begin_past_netfilter(skb, p, s, &node);
+	}
+	done = insert_pair(s, &p->flow, false);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat, false))
+		return drop(EVENT_REWRITE);
+	if (is_masked) {
+		done = masquerade(s, p->flow.proto, &node);
+		if (done != INSERT_DONE) {
+			/* Without it the next packet would show the client to the backend. */
+			struct nat *nat = conntrack_lookup(&p->flow);
+
+			if (nat)
+				conntrack_forget(&p->flow, nat);
+			return not_inserted(done);
 		}
 	}
-	/* The answers' half first: a flow without it would be a way without return. */
-	turn_round(s, &p->flow);
-	done = conntrack_insert(s, true);
-	if (done != INSERT_DONE)
-		return not_inserted(done);
-	new_entry(s, &p->flow, svc, id, backend);
-	done = conntrack_insert(s, true);
-	if (done != INSERT_DONE)
-		return not_inserted(done);
-	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
+	return PASS;
 }
 
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
@@ -240,7 +265,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
-	struct inet_addr node;
+	struct inet_addr node = {};
 	struct backend *backend;
 	enum verdict verdict;
 	enum insert done;
@@ -260,9 +285,11 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
 	    !masquerade_address(fib.ifindex, p->is_v4, &node))
 		return drop(EVENT_UNROUTABLE);
-	start_clock(s);
-	new_entry(s, &p->flow, svc, id, backend);
-	done = insert_both(s, &p->flow, &node, NAT_HOST);
+	start_flow(s, svc, id);
+	new_entry(s, &p->flow, backend);
+	s->nat.src = node;
+	s->nat.flags = NAT_HOST;
+	done = insert_pair(s, &p->flow, false);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))
@@ -270,20 +297,28 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	return send_out(skb, &s->nat.src, &s->nat.dst);
 }
 
-/* Whether a flow's questions go to a backend that is not the Service's any more. */
-static __always_inline bool is_stale(const struct flow *flow, const struct nat *nat)
+/*
+ * Whether a flow's questions go to a backend that is not the Service's any more. Without a
+ * connection there is nothing to lose: datagrams also leave what is merely not ready.
+ */
+static __always_inline bool is_stale(const struct flow *flow, struct nat *nat)
 {
-	u32 id = nat->backend_id;
-	struct backend *backend = map_lookup(backends, &id);
+	struct departure_key key = { nat->service_id, nat->backend_id };
+	struct backend *backend = map_lookup(backends, &key.backend_id);
+	u64 *epoch = map_lookup(epochs, &key.service_id);
+	u32 *departed;
 
+	/* Of an id that has been given to another since. */
 	if (!backend || backend->proto != flow->proto || backend->port != nat->dport ||
 	    !addr_equal(&backend->addr, &nat->dst))
 		return true;
-	if (flow->proto == IPPROTO_TCP)
+	if (!epoch || nat->epoch == (u16)*epoch)
 		return false;
-	/* Without a connection there is nothing to lose: what is not ready is left at once. */
-	return backend->state == BACKEND_QUARANTINED ||
-	       !selection_of(nat->service_id, POLICY_CLUSTER).count;
+	departed = map_lookup(departures, &key);
+	if (departed)
+		return *departed == DEPARTED_GONE || flow->proto != IPPROTO_TCP;
+	nat->epoch = (u16)*epoch;
+	return false;
 }
 
 enum course {
@@ -293,7 +328,7 @@ enum course {
 };
 
 /* What becomes of a packet for which there is an entry of questions. */
-static __always_inline enum course course_of(const struct packet *p, const struct nat *nat)
+static __always_inline enum course course_of(const struct packet *p, struct nat *nat)
 {
 	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 

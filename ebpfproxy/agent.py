@@ -29,7 +29,7 @@ from ebpfproxy.datapath import attach, cleanup, conntrack, maps, probe, programs
 from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
-from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.layout import Capacity, Departure
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Retired, Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
@@ -169,6 +169,7 @@ class Agent:
         self._pod_cidrs: tuple[Prefix, ...] | None = None
         self._next_sweep = 0.0
         self._last_sweep: conntrack.Sweep | None = None
+        self._sweeping: dict[bytes, Departure] = {}
         self._evicted = 0
         self._device_failures: list[str] = []
         self._complete = False
@@ -326,6 +327,7 @@ class Agent:
             self._set_network(message.network)
         elif isinstance(message, Swept):
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
+            self._writer.forget_departures(self._sweeping)
             self._last_sweep = message.sweep
             self._evicted += message.sweep.evicted
             self._metrics.swept(message.sweep)
@@ -490,7 +492,8 @@ class Agent:
             if not done.cancelled():
                 self._queue.put(Swept(done.result()))
 
-        self._workers.submit(self._sweeper.sweep).add_done_callback(swept)
+        self._sweeping = self._writer.departures
+        self._workers.submit(self._sweeper.sweep, self._sweeping).add_done_callback(swept)
 
     def _start_grace(self) -> None:
         """One grace period at a time, for all that was retired until it begins."""

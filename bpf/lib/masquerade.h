@@ -131,43 +131,40 @@ static __always_inline enum insert take_port(struct scratch *s)
 }
 
 /*
- * Makes the pair that masquerades the packets of a new @flow between ingress and egress, where they
- * go from the client to the backend that @s->nat has. @s is used up.
+ * Makes the pair that masquerades a new flow. @s->nat is what its questions have become: packets
+ * from the client to the backend, which leave with @addr for the client's.
  */
-static __always_inline enum insert masquerade(struct scratch *s, const struct flow *flow,
+static __always_inline enum insert masquerade(struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
 {
-	struct flow answers;
-	struct nat *known;
+	const struct flow between = {
+		.src = s->nat.src,
+		.dst = s->nat.dst,
+		.sport = s->nat.sport,
+		.dport = s->nat.dport,
+		.proto = proto,
+		.stage = STAGE_EGRESS,
+	};
+	struct nat *known = conntrack_lookup(&between);
 	enum insert done;
 
-	s->key = *flow;
-	s->key.dst = s->nat.dst;
-	s->key.dport = s->nat.dport;
-	s->key.stage = STAGE_EGRESS;
-	known = conntrack_lookup(&s->key);
-	/* The same client's second way to the same backend: its port goes on to stand for it. */
+	/* A flow begun anew keeps its port while that is in use. */
 	if (known && known->flags & NAT_SOURCE && !(known->flags & NAT_REPLY) &&
 	    !is_closed(known) && addr_equal(&known->src, addr))
 		return INSERT_DONE;
-	s->key.src = s->nat.dst;
-	s->key.dst = *addr;
-	s->key.sport = s->nat.dport;
-	s->key.stage = STAGE_INGRESS;
-	s->nat.src = s->nat.dst;
-	s->nat.dst = flow->src;
-	s->nat.sport = s->nat.dport;
-	s->nat.dport = flow->sport;
-	s->nat.flags = NAT_SOURCE | NAT_REPLY;
+	s->nat.src = *addr;
+	s->nat.flags = NAT_SOURCE;
+	turn_round(s, &between);
 	done = take_port(s);
 	if (done != INSERT_DONE)
 		return done;
-	answers = s->key;
-	turn_round(s, &answers);
-	done = conntrack_insert(s, true);
-	if (done != INSERT_DONE)
-		map_delete(conntrack, &answers);
-	return done;
+	s->nat.src = *addr;
+	s->nat.dst = between.dst;
+	s->nat.sport = s->key.dport;
+	s->nat.dport = between.dport;
+	s->nat.flags = NAT_SOURCE;
+	s->key = between;
+	return conntrack_insert(s, true);
 }
 
 #endif

@@ -177,9 +177,24 @@ struct nat {
 	u32 backend_id;
 	u8 flags;
 	u8 seen;
-	u16 pad;
-	u64 last; /* CLOCK_MONOTONIC, ns: to a second */
+	u16 epoch; /* of the service when its backend was last found to be one of its own */
+	u64 last;  /* CLOCK_MONOTONIC, ns: to a second */
 	u64 created;
+};
+
+/*
+ * departures: backends that have left a Service a moment ago. Each departure also moves on the
+ * service's number in epochs, so that a flow looks here only after one. The agent takes the entries
+ * away once a sweep has ended the flows that they are about.
+ */
+struct departure_key {
+	u32 service_id;
+	u32 backend_id;
+};
+
+enum departure {
+	DEPARTED_GONE = 1, /* the endpoint is not there any more */
+	DEPARTED_IDLE = 2, /* it is, but not ready; or the Service is gone: connections go on */
 };
 
 /* Ports of a datagram whose first fragment has passed. IPv4's id has 16 bits, IPv6's 32. */

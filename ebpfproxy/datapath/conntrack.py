@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.layout import (
+    Departure,
     Flow,
     Nat,
     NatFlags,
@@ -32,6 +33,7 @@ _NS = 1_000_000_000
 _BATCH = 1024
 #: Offsets in ``struct flow`` and ``struct nat``.
 _PROTOCOL = 36
+_IDS_AT = 36
 _SEEN_AT = 45
 _LAST = struct.Struct("=Q")
 _LAST_AT = 48
@@ -101,16 +103,21 @@ class Sweeper:
         #: Inserted less deleted less present, when this sweeper began.
         self._missing: int | None = None
 
-    def sweep(self) -> Sweep:
-        """Deletes what is over now. What changes meanwhile may be counted twice or not at all."""
+    def sweep(self, departures: Mapping[bytes, Departure] | None = None) -> Sweep:
+        """Deletes what is over now, and the flows of backends that have departed.
+
+        What changes meanwhile may be counted twice or not at all.
+        """
         began = time.monotonic()
+        self._departures = departures or {}
         entries = 0
         old: dict[bytes, bytes] = {}
+        self._departed: list[bytes] = []
         for keys, values, count in self._batches():
             entries += count
             self._collect(keys, values, count, old)
             self._rest()
-        over = self._over(old)
+        over = self._over(old) + self._departed
         deleted = self._delete(over)
         self._deleted += deleted
         return Sweep(entries - deleted, deleted, self._evicted(entries - deleted), time.monotonic() - began)
@@ -124,8 +131,14 @@ class Sweeper:
         now, limits = self._clock(), self._limits
         key_size, value_size = self._map.spec.key_size, self._map.spec.value_size
         last_of = _LAST.unpack_from
+        departures = self._departures
         for i in range(count):
             at, key_at = i * value_size, i * key_size
+            why = departures.get(bytes(values[at + _IDS_AT : at + _IDS_AT + 8])) if departures else None
+            # A connection of one that is only not ready goes on.
+            if why is Departure.GONE or (why and keys[key_at + _PROTOCOL] != Protocol.TCP):
+                self._departed.append(bytes(keys[key_at : key_at + key_size]))
+                continue
             limit = limits.get((keys[key_at + _PROTOCOL], values[at + _SEEN_AT]), 0)
             if now - last_of(values, at + _LAST_AT)[0] > limit:
                 old[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])

@@ -47,6 +47,13 @@ class ServiceFlags(enum.IntFlag):
     ADDRESS = 1 << 3
 
 
+class Departure(enum.IntEnum):
+    """Why a backend has left a service: of an idle one connections go on."""
+
+    GONE = 1
+    IDLE = 2
+
+
 class NatFlags(enum.IntFlag):
     REPLY = 1 << 0
     SOURCE = 1 << 1
@@ -147,7 +154,8 @@ BACKEND_STATS = struct.Struct("=Q")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 _FLOW = struct.Struct("=16s16sHHBBxx")
-_NAT = struct.Struct("=16s16sHHIIBBxxQQ")
+_NAT = struct.Struct("=16s16sHHIIBBHQQ")
+_DEPARTURE = struct.Struct("=II")
 _DEVICE = struct.Struct("=16s16sII")
 _SOURCE_RANGE = struct.Struct("=II16s")
 _CIDR = struct.Struct("=I16s")
@@ -198,6 +206,8 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("backend_stats", bpf.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
         MapSpec("service_names", bpf.MAP_HASH, 4, _NAME.size, capacity.services, bpf.F_NO_PREALLOC),
         MapSpec("conntrack", bpf.MAP_LRU_HASH, _FLOW.size, _NAT.size, capacity.conntrack),
+        MapSpec("epochs", *array, U64.size, capacity.services, bpf.F_MMAPABLE),
+        MapSpec("departures", bpf.MAP_HASH, 8, 4, capacity.backends, bpf.F_NO_PREALLOC),
         MapSpec("fragments", bpf.MAP_LRU_HASH, 40, 4, 8192),
         MapSpec(
             "source_ranges",
@@ -352,7 +362,7 @@ def unpack_flow(packed: bytes) -> Flow:
 
 
 def unpack_nat(packed: bytes) -> Nat:
-    source, destination, sport, dport, service, backend, flags, seen, last, created = _NAT.unpack(packed)
+    source, destination, sport, dport, service, backend, flags, seen, _, last, created = _NAT.unpack(packed)
     return Nat(
         unpack_address(source),
         unpack_address(destination),
@@ -372,6 +382,16 @@ def partner_key(flow: bytes, nat: bytes) -> bytes:
     protocol, stage, flags = flow[36], flow[37], nat[44]
     other_stage = stage if flags & NatFlags.BYPASS else not stage
     return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, other_stage, 0, 0))
+
+
+def pack_departure(service_id: int, backend_id: int) -> bytes:
+    return _DEPARTURE.pack(service_id, backend_id)
+
+
+def unpack_departure(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id."""
+    service_id, backend_id = _DEPARTURE.unpack(packed)
+    return service_id, backend_id
 
 
 def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:

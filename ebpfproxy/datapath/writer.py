@@ -14,14 +14,14 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 
 import msgspec
 
 from ebpfproxy.datapath import layout
 from ebpfproxy.datapath.filter import AddressFilter
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
-from ebpfproxy.datapath.layout import U32, ServiceFlags
+from ebpfproxy.datapath.layout import U32, Departure, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.services.model import (
@@ -95,6 +95,10 @@ class Writer:
         self._idle: Counter[int] = Counter()
         self._filter = AddressFilter(maps.shared("address_filter"))
         self._cluster_ips: Counter[bytes] = Counter()
+        self._epochs = maps.shared("epochs").words()
+        self._departures: dict[bytes, Departure] = {
+            key: Departure(U32.unpack(value)[0]) for key, value in maps["departures"].items()
+        }
         self._own_addresses: frozenset[bytes] = frozenset()
         self._entries: dict[bytes, bytes] = {}
         self._programmed: dict[ServicePortKey, _Programmed] = {}
@@ -322,6 +326,8 @@ class Writer:
         after: Set[int],
         leaving: frozenset[int],
         idle: frozenset[int],
+        *,
+        departs: bool = True,
     ) -> None:
         """Counts references, so that a backend's state and end follow from its users."""
         came, went = after - before, before - after
@@ -334,12 +340,41 @@ class Writer:
         _recount(self._idle, known.idle, idle)
         for number in went:
             self._refs[number] -= 1
+        if departs:
+            self._note_departures(known.id, came | (known.idle - idle), went, idle - known.idle)
         known.leaving, known.idle = leaving, idle
         for number in came | turned | went:
             if not self._refs[number]:
                 self._retire_backend(number)
             else:
                 self._store_state(number)
+
+    def _note_departures(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
+        """Tells flows of a service which of its backends they must leave."""
+        for number in back if self._departures else ():
+            key = layout.pack_departure(service_id, number)
+            if self._departures.pop(key, None) is not None:
+                self._maps["departures"].delete(key)
+        departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
+        if not departed:
+            return
+        entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
+        self._departures.update(entries)
+        self._maps["departures"].update_many({key: U32.pack(why) for key, why in entries.items()})
+        # Only after this do flows look there.
+        self._epochs[service_id] += 1
+
+    @property
+    def departures(self) -> dict[bytes, Departure]:
+        """Of the last moments, by packed key, for a sweep to end their flows."""
+        return dict(self._departures)
+
+    def forget_departures(self, swept: Mapping[bytes, Departure]) -> None:
+        """A sweep that began after these has ended their flows."""
+        for key, why in swept.items():
+            if self._departures.get(key) == why:
+                del self._departures[key]
+                self._maps["departures"].delete(key)
 
     def _state(self, number: int) -> int:
         return self._backends.bytes[number * self._backends.stride + layout.BACKEND_STATE_OFFSET]
@@ -467,7 +502,10 @@ class Writer:
         known = self._programmed.pop(key, None)
         if known is None:
             return
-        self._hold(known, self._held(known), _NO_KEYS, _NO_KEYS, _NO_KEYS)
+        held = self._held(known)
+        # Connections outlive their Service, as in kube-proxy; what has no connection does not.
+        self._hold(known, held, held, _NO_KEYS, frozenset(held))
+        self._hold(known, held, _NO_KEYS, _NO_KEYS, _NO_KEYS, departs=False)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:

@@ -151,6 +151,8 @@ def network_of(
     used = [link for link in by_index.values() if _is_used(link, by_index.get(link.master))]
     roles = {link.ifindex: role_of(link) for link in used}
     uplinks = {index for index, role in roles.items() if role is Role.UPLINK}
+    # What a bridge to the outside switches is the outside's.
+    used = [link for link in used if link.master not in uplinks or by_index[link.master].kind != "bridge"]
     primary = {family: _primary(family, own, ways, uplinks) for family in _FAMILIES}
 
     def masquerade(index: int, family: int) -> bytes:

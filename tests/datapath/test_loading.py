@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from ebpfproxy.datapath import bpf, maps, probe, programs
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.roots import BPFFS, Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 
@@ -41,18 +43,21 @@ def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:
     assert [programs.program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
 
 
-@pytest.mark.parametrize("set_retval", [True, False])
-@pytest.mark.parametrize("on_loopback", [True, False])
-def test_every_combination_of_options_compiles_without_a_warning_and_loads(
-    pins: Path, set_retval: bool, on_loopback: bool
-) -> None:
-    """The loader compiles with -Wall -Wextra -Werror."""
-    options = programs.Options(
-        features=probe.Features(set_retval=set_retval),
-        host_netns_cookie=1,
-        node_ports_on_loopback=on_loopback,
-    )
-    assert programs.ensure_loaded(maps.open_or_create(pins, Capacity()), options).is_dir()
+CHOICES: list[dict[str, Any]] = [
+    {"features": probe.Features(set_retval=False), "guard_node_ports": False},
+    {"node_ports_on_loopback": False, "bypass_netfilter": True},
+    {"masquerade_all": True, "pods_by_cidr": True, "service_cidrs": True},
+    {"masquerade_all": True, "bypass_netfilter": True, "pods_by_cidr": True, "service_cidrs": True},
+    {"masquerade_ports": (61000, 65535)},
+]
+
+
+@pytest.mark.parametrize("chosen", CHOICES, ids="-".join)
+def test_every_option_compiles_without_a_warning_and_loads(pins: Path, chosen: dict[str, Any]) -> None:
+    """The loader compiles with -Wall -Wextra -Werror; for devices without a link layer, too."""
+    options = msgspec.structs.replace(OPTIONS, **chosen)
+    opened = maps.open_or_create(pins, Capacity())
+    assert programs.ensure_loaded(opened, options, (SOCKETS, PACKETS, RAW_PACKETS)).is_dir()
 
 
 def test_the_verifiers_own_words_with_program_and_kernel() -> None:

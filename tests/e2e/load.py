@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.lab import Pod, clients
+from tests.lab import clients
+from tests.lab.spaces import Space
 
 
 class Load:
@@ -29,7 +30,7 @@ class Load:
 
 
 @contextmanager
-def running(pod: Pod, host: str, port: int) -> Iterator[Load]:
+def running(pod: Space, host: str, port: int) -> Iterator[Load]:
     """Its ``result`` afterwards: how many connections, and the errors of those that failed."""
     command = [sys.executable, "-m", "tests.e2e.load", host, str(port)]
     load = Load(pod.popen(command, stdin=-1, stdout=-1))

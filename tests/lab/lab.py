@@ -161,7 +161,9 @@ class LabNode(Space):
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
         """An agent for this node, not yet started."""
         source = ["--manifests", str(manifests)] if manifests is not None else []
-        return Agent(self, ["--hostname-override", self.name, *source, *arguments])
+        made = Agent(self, ["--hostname-override", self.name, *source, *arguments])
+        self.lab.agents.append(made)
+        return made
 
     def cli(self, *arguments: str, check: bool = True) -> str:
         """An ``ebpfproxy`` command on this node's roots."""
@@ -202,6 +204,7 @@ class Lab:
     def __init__(self) -> None:
         self.id = f"epl{os.getpid()}x{next(_counter)}"
         self.nodes: list[LabNode] = []
+        self.agents: list[Agent] = []
         self._names: list[str] = []
         self._outside: Outside | None = None
         self._stack = ExitStack()

@@ -249,6 +249,28 @@ def test_two_clients_with_the_same_port_are_told_apart(
         )
 
 
+def test_one_client_port_through_two_frontends_to_one_backend_is_told_apart(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """The backend would see one connection twice: the second gets another port at the first hook."""
+    service_port, node_port, target = PORTS[protocol]
+    ways = []
+    for frontend, dport in ((side.web, service_port), (side.node, node_port)):
+        out = wire.arrive(side.ip(side.client, frontend) / segment(protocol, port, dport))
+        between = ends(out.packet)[1]
+        passed(out, side.client, between, side.remote_pod, target)
+        ways.append((frontend, dport, between))
+    assert len({between for _, _, between in ways}) == 2
+    for frontend, dport, between in ways:
+        passed(
+            wire.leave(
+                side.ip(side.remote_pod, side.client) / segment(protocol, target, between, "SA"),
+                came_by="eth0",
+            ),
+            *(frontend, dport, side.client, port),
+        )
+
+
 def test_a_thousand_masqueraded_flows_have_a_thousand_ports(
     wire: Wire, side: Side, new_port: Callable[[], int]
 ) -> None:

@@ -1,0 +1,55 @@
+"""``python -m tests.e2e.many HOST PORT COUNT``: connections that stay, each asked something at the end.
+
+It says how many are open, waits for a line, asks every one of them, and says how many answered.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import sys
+import time
+
+_AT_ONCE = 500
+
+
+def hold(host: str, port: int, count: int) -> list[socket.socket]:
+    """Connections on which the server has said its first word."""
+    selector = selectors.EpollSelector()
+    alive: list[socket.socket] = []
+    for start in range(0, count, _AT_ONCE):
+        waiting = min(_AT_ONCE, count - start)
+        for _ in range(waiting):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            sock.connect_ex((host, port))
+            selector.register(sock, selectors.EVENT_READ, sock)
+        deadline = time.monotonic() + 10
+        while waiting and time.monotonic() < deadline:
+            for key, _ in selector.select(1):
+                if key.data.recv(4096):
+                    alive.append(key.data)
+                selector.unregister(key.data)
+                waiting -= 1
+    return alive
+
+
+def ask(alive: list[socket.socket]) -> int:
+    for sock in alive:
+        sock.sendall(b"?")
+    answered = 0
+    for sock in alive:
+        sock.settimeout(5)
+        answered += sock.recv(10) == b"?"
+    return answered
+
+
+def main(host: str, port: int, count: int) -> None:
+    alive = hold(host, port, count)
+    print(len(alive), flush=True)
+    sys.stdin.readline()
+    print(ask(alive), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -145,7 +145,9 @@ static __always_inline enum insert insert_answers(struct scratch *s)
 	struct nat *known = conntrack_lookup(&s->key);
 	enum insert done;
 
-	if (known && known->sport == s->nat.sport && addr_equal(&known->src, &s->nat.src)) {
+	/* Of this very flow, which begins anew. */
+	if (known && known->sport == s->nat.sport && known->dport == s->nat.dport &&
+	    addr_equal(&known->src, &s->nat.src)) {
 		*known = s->nat;
 		return INSERT_DONE;
 	}

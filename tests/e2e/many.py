@@ -27,8 +27,11 @@ def hold(host: str, port: int, count: int) -> list[socket.socket]:
         deadline = time.monotonic() + 10
         while waiting and time.monotonic() < deadline:
             for key, _ in selector.select(1):
-                if key.data.recv(4096):
-                    alive.append(key.data)
+                try:
+                    if key.data.recv(4096):
+                        alive.append(key.data)
+                except OSError as error:
+                    print(f"{key.data.getsockname()}: {error}", file=sys.stderr)
                 selector.unregister(key.data)
                 waiting -= 1
     return alive

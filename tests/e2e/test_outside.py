@@ -790,7 +790,7 @@ def test_fifty_thousand_connections_at_once() -> None:
         assert said() == [12_500] * 4
         status = json.loads(world.a.cli("status", "-o", "json"))
         entries = next(m["entries"] for m in status["maps"] if m["name"] == "conntrack")
-        assert entries >= 200_000
+        assert entries >= 4 * 50_000
         for holder in holders:
             assert holder.stdin is not None
             holder.stdin.write(b"\n")

@@ -43,7 +43,11 @@ def main(name: str, ports: list[int]) -> None:
                 sock.sendto(_answer(name, peer) if data != b"echo" else data, peer)
             elif key.data == socket.SOCK_STREAM:
                 connection, peer = sock.accept()
-                connection.sendall(_answer(name, peer) + b"\n")
+                try:
+                    connection.sendall(_answer(name, peer) + b"\n")
+                except OSError:
+                    connection.close()
+                    continue
                 selector.register(connection, selectors.EVENT_READ, None)
             else:
                 # A line is echoed; the client closes.

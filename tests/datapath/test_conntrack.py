@@ -1,0 +1,200 @@
+"""Which entries a sweep ends: real maps, real batches, a clock of the test's own."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath import layout, maps
+from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, flows_of, state_of
+from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
+from ebpfproxy.services.model import Protocol
+
+pytestmark = pytest.mark.root
+
+S = 1_000_000_000
+CLIENT, FRONTEND, BACKEND, NODE = (bytes(a) for a in ((1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3), (4, 4, 4, 4)))
+BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
+
+
+class Bench:
+    def __init__(self, opened: MapSet) -> None:
+        self.maps = opened
+        self.now = 1_000_000 * S
+        self.sweeper = Sweeper(opened, Timeouts(), clock=lambda: self.now)
+
+    def add(self, flow: Flow, nat: Nat) -> tuple[bytes, bytes]:
+        """Inserts one entry."""
+        key, value = layout.pack_flow(flow), pack_nat(nat)
+        self.maps["conntrack"].update(key, value)
+        return key, value
+
+    def pair(
+        self,
+        port: int,
+        *,
+        protocol: Protocol = Protocol.TCP,
+        seen: Seen = Seen(0),
+        idle: float = 0,
+        reply_seen: Seen | None = None,
+        reply_idle: float | None = None,
+        ids: tuple[int, int] = (1, 1),
+    ) -> None:
+        """Client to frontend and back, each half silent for so many seconds."""
+        times = [self.now - int(i * S) for i in (idle, idle if reply_idle is None else reply_idle)]
+        question = Flow(CLIENT, FRONTEND, port, 80, protocol, False)
+        self.add(question, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], times[0]))
+        answer = Flow(BACKEND, CLIENT, 8080, port, protocol, True)
+        back = Nat(FRONTEND, CLIENT, 80, port, *ids, NatFlags.REPLY, seen, times[1], times[1])
+        self.add(answer, back._replace(seen=seen if reply_seen is None else reply_seen))
+
+    @property
+    def left(self) -> int:
+        return self.maps["conntrack"].count()
+
+
+def pack_nat(nat: Nat) -> bytes:
+    """As programs write it."""
+    return struct.pack(
+        "=16s16s2s2sIIBBHQQ",
+        layout.pack_address(nat.source),
+        layout.pack_address(nat.destination),
+        nat.source_port.to_bytes(2, "big"),
+        nat.destination_port.to_bytes(2, "big"),
+        nat.service_id,
+        nat.backend_id,
+        nat.flags,
+        nat.seen,
+        0,
+        nat.last,
+        nat.created,
+    )
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    ensure_bpffs(BPFFS)
+    pins = BPFFS / "ebpfproxy-test-conntrack"
+    pins.mkdir(exist_ok=True)
+    opened = maps.open_or_create(Path(pins), Capacity(conntrack=8192))
+    yield Bench(opened)
+    opened.close()
+    shutil.rmtree(pins)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seen", "limit"),
+    [
+        (Protocol.TCP, Seen(0), 60),
+        (Protocol.TCP, Seen.REPLY, 86400),
+        (Protocol.TCP, Seen.REPLY | Seen.FIN, 3600),
+        (Protocol.TCP, Seen.REPLY | Seen.REPLY_FIN, 3600),
+        (Protocol.TCP, Seen.REPLY | BOTH_FIN, 30),
+        (Protocol.TCP, Seen.REPLY | Seen.RST, 30),
+        (Protocol.UDP, Seen(0), 30),
+        (Protocol.UDP, Seen.REPLY, 120),
+        (Protocol.SCTP, Seen.REPLY, 300),
+    ],
+)
+def test_a_flow_lives_as_long_as_its_state_allows(
+    bench: Bench, protocol: Protocol, seen: Seen, limit: float
+) -> None:
+    bench.pair(1, protocol=protocol, seen=seen, idle=limit - 1)
+    bench.pair(2, protocol=protocol, seen=seen, idle=limit + 1)
+    assert bench.sweeper.sweep().expired == 2
+    assert bench.left == 2
+
+
+def test_one_half_in_use_keeps_both(bench: Bench) -> None:
+    """A stream of datagrams in one direction: the other half never sees a packet."""
+    bench.pair(1, protocol=Protocol.UDP, idle=0, reply_idle=1000)
+    bench.pair(2, protocol=Protocol.UDP, seen=Seen(0), idle=100, reply_seen=Seen.REPLY, reply_idle=100)
+    assert bench.sweeper.sweep().expired == 0, "an answer in either half makes it a stream"
+    bench.now += 60 * S
+    assert bench.sweeper.sweep().expired == 4
+
+
+def test_the_end_that_one_half_saw_ends_both(bench: Bench) -> None:
+    bench.pair(1, seen=Seen.REPLY | Seen.RST, idle=40, reply_seen=Seen.REPLY, reply_idle=40)
+    assert bench.sweeper.sweep().expired == 2
+
+
+def test_a_half_without_its_other_ends_by_itself(bench: Bench) -> None:
+    bench.add(
+        Flow(CLIENT, FRONTEND, 9, 80, 6, False),
+        Nat(CLIENT, BACKEND, 9, 8080, 1, 1, NatFlags(0), Seen(0), bench.now - 61 * S, 0),
+    )
+    assert bench.sweeper.sweep().expired == 1
+
+
+def test_thousands_in_one_sweep(bench: Bench) -> None:
+    for port in range(1, 2001):
+        bench.pair(port, idle=61 if port % 2 else 0)
+    found = bench.sweeper.sweep()
+    assert (found.expired, found.entries, bench.left) == (2000, 2000, 2000)
+
+
+def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
+    """Of one that is not ready, only those without a connection."""
+    for port, protocol in ((1, Protocol.TCP), (2, Protocol.UDP)):
+        bench.pair(port, protocol=protocol, ids=(7, 1))
+        bench.pair(port + 2, protocol=protocol, ids=(7, 2))
+        bench.pair(port + 4, protocol=protocol, ids=(8, 1))
+    departures = {
+        layout.pack_departure(7, 1): Departure.GONE,
+        layout.pack_departure(7, 2): Departure.IDLE,
+    }
+    assert bench.sweeper.sweep(departures).expired == 6
+    left = {layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
+    assert left == {3, 5, 6}
+
+
+def test_what_vanishes_without_being_deleted_was_evicted(bench: Bench) -> None:
+    bench.sweeper.sweep()
+    cpus = len(bench.maps["packet_events"].zero) // 8
+    made = struct.pack("=Q", 10) + bytes(8 * (cpus - 1))
+    bench.maps["packet_events"].update(layout.U32.pack(PacketEvent.FLOWS_MADE), made)
+    bench.pair(1)
+    assert bench.sweeper.sweep().evicted == 8
+    assert bench.sweeper.sweep().evicted == 0
+
+
+def test_partners_find_each_other_in_every_kind_of_pair() -> None:
+    for flags, other_stage in ((NatFlags(0), True), (NatFlags.BYPASS, False), (NatFlags.HOST, True)):
+        flow = Flow(CLIENT, FRONTEND, 1, 2, 6, False)
+        key = layout.pack_flow(flow)
+        value = pack_nat(Nat(NODE, BACKEND, 3, 4, 1, 1, flags, Seen(0), 0, 0))
+        partner = layout.unpack_flow(layout.partner_key(key, value))
+        assert partner == Flow(BACKEND, NODE, 4, 3, 6, other_stage)
+
+
+def test_the_four_entries_of_a_masqueraded_flow_are_one_row(bench: Bench) -> None:
+    bench.pair(5, seen=Seen.REPLY)
+    question = Flow(CLIENT, BACKEND, 5, 8080, 6, True)
+    bench.add(question, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen(0), bench.now, 0))
+    answer = Flow(BACKEND, NODE, 8080, 999, 6, False)
+    flags = NatFlags.SOURCE | NatFlags.REPLY
+    bench.add(answer, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen(0), bench.now, 0))
+    rows = flows_of(list(bench.maps["conntrack"].items()), Timeouts(), bench.now + 5 * S)
+    assert len(rows) == 1
+    row, keys = rows[0]
+    assert len(set(keys)) == 4
+    assert (row.client, row.frontend, row.backend, row.masquerade) == (
+        "1.1.1.1:5",
+        "2.2.2.2:80",
+        "3.3.3.3:8080",
+        "4.4.4.4:999",
+    )
+    assert (row.state, row.idle, row.expires) == ("ESTABLISHED", 5.0, 86395.0)
+
+
+def test_states_have_netfilters_names() -> None:
+    names = [state_of(Protocol.TCP, seen) for seen in (0, Seen.REPLY, Seen.FIN, BOTH_FIN, Seen.RST)]
+    assert names == ["SYN_SENT", "ESTABLISHED", "CLOSE_WAIT", "TIME_WAIT", "CLOSE"]
+    assert [state_of(Protocol.UDP, seen) for seen in (0, Seen.REPLY)] == ["UNREPLIED", "REPLIED"]

@@ -1,0 +1,101 @@
+"""Tables that programs read: hashes and CRCs as others compute them."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+from collections.abc import Iterator
+
+import pytest
+from scapy.layers.sctp import crc32c
+
+from ebpfproxy.datapath import maps
+from ebpfproxy.datapath.crc32c import zeros_tables
+from ebpfproxy.datapath.filter import AddressFilter, address_hash
+from ebpfproxy.datapath.layout import CRC_STEPS, Capacity
+from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
+from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
+
+
+def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:
+    """As ``crc32c_zeros`` in C does it."""
+    for k in range(CRC_STEPS):
+        if length >> k & 1:
+            step = words[k * 1024 : (k + 1) * 1024]
+            crc = (
+                step[crc & 255]
+                ^ step[256 + (crc >> 8 & 255)]
+                ^ step[512 + (crc >> 16 & 255)]
+                ^ step[768 + (crc >> 24)]
+            )
+    return crc
+
+
+def test_the_crc_of_a_changed_packet_follows_from_the_change() -> None:
+    words = struct.unpack(f"={CRC_STEPS * 1024}I", zeros_tables())
+    draw = random.Random(3)
+    for length in (12, 13, 100, 1480, 65535):
+        before = bytearray(draw.randbytes(length))
+        after = bytearray(before)
+        after[:4] = draw.randbytes(4)
+        difference = int.from_bytes(before[:4], "little") ^ int.from_bytes(after[:4], "little")
+        assert crc32c(bytes(before)) ^ over_zeros(words, difference, length) == crc32c(bytes(after))
+
+
+@pytest.fixture
+def filter_of_a_map() -> Iterator[tuple[AddressFilter, maps.SharedArray]]:
+    ensure_bpffs(BPFFS)
+    pins = BPFFS / "ebpfproxy-test-filter"
+    pins.mkdir(exist_ok=True)
+    opened = maps.open_or_create(pins, Capacity(conntrack=1024))
+    memory = opened.shared("address_filter")
+    found = AddressFilter(memory)
+    yield found, memory
+    # Views of the memory must be gone before it is closed.
+    found._memory = None  # type: ignore[assignment]
+    opened.close()
+    shutil.rmtree(pins)
+
+
+@pytest.mark.root
+def test_the_filter_counts_and_clears(filter_of_a_map: tuple[AddressFilter, maps.SharedArray]) -> None:
+    known, memory = filter_of_a_map
+    one, other = bytes([10, 96, 0, 1]), bytes(15) + b"\x07"
+
+    def has(address: bytes) -> bool:
+        number = address_hash(address)
+        return bool(memory.bytes[number >> 3] & 1 << (number & 7))
+
+    for address in (one, one, other):
+        known.add(address)
+    assert has(one)
+    assert has(other)
+    known.remove(one)
+    assert has(one), "somebody still wants it"
+    known.remove(one)
+    assert not has(one)
+    memory.bytes[5] = 0xFF
+    known.drop_leftovers()
+    assert memory.bytes[5] == 0
+    assert has(other)
+
+
+def test_addresses_spread_over_the_filter() -> None:
+    """Ten thousand cluster IPs in a row: at most 2 % share a bit with another."""
+    hashes = {address_hash(bytes([10, 96, i // 250, i % 250])) for i in range(10_000)}
+    assert len(hashes) > 9_800
+
+
+def test_masquerading_has_the_larger_gap_beside_the_kernels_own_ports() -> None:
+    assert beside_local_range("32768\t60999") == (1024, 32767)
+    assert beside_local_range("1024 40000") == (40001, 65535)
+    with pytest.raises(PortRangeError, match=r"ip_local_port_range is 1024 65535"):
+        beside_local_range("1024 65535")
+
+
+@pytest.mark.parametrize("text", ["", "1", "5-", "9-3", "0-7", "1-70000", "a-b", "-5-9"])
+def test_ranges_of_ports_that_cannot_be_used(text: str) -> None:
+    with pytest.raises(PortRangeError, match="'"):
+        parse_range(text)
+    assert parse_range("20000-29999") == (20000, 29999)

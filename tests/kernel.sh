@@ -28,11 +28,12 @@ mountpoint -q /run || mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t cgroup2 cgroup /sys/fs/cgroup
 ip link set lo up
-modprobe -a veth bridge
+modprobe -a veth bridge sch_ingress cls_bpf
 uname -r
 cd "$top"
 .venv/bin/python -m pytest -q --color=no -p no:cacheprovider --timeout 900 \
-	tests/datapath tests/e2e/test_sockets.py && echo KERNEL-TESTS-PASSED
+	tests/datapath tests/packets tests/e2e/test_sockets.py tests/e2e/test_outside.py \
+	-k "datapath or packets or sockets or safe or clsact or bypass" && echo KERNEL-TESTS-PASSED
 echo o >/proc/sysrq-trigger
 sleep 60
 END

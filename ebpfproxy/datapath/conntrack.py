@@ -144,18 +144,17 @@ class Sweeper:
                 old[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])
 
     def _over(self, old: dict[bytes, bytes]) -> list[bytes]:
-        """Those whose other half is silent, too, or gone. An answer is enough to keep a question."""
+        """Those whose other half is silent, too, or gone; and that half, if only this one saw the end."""
         over = []
         now = self._clock()
         for key, value in old.items():
             partner = partner_key(key, value)
-            if partner not in old and (other := self._map.lookup(partner)) is not None:
+            other = self._map.lookup(partner) if partner not in old else None
+            if other is not None and partner_key(partner, other) == key:
                 limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT] | value[_SEEN_AT]), 0)
-                if (
-                    now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit
-                    and partner_key(partner, other) == key
-                ):
+                if now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit:
                     continue
+                over.append(partner)
             over.append(key)
         return over
 

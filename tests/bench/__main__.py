@@ -29,7 +29,7 @@ def main() -> None:
         results["sockets"] = sockets.run(options.seconds, options.rounds)
         show("Through a ClusterIP, against the pod itself", results["sockets"])
     if "outside" in options.only:
-        results["outside"] = outside.run(options.seconds, options.rounds)
+        results["outside"] = outside.run(options.seconds, max(1, options.rounds // 2))
         show("From outside through a NodePort, against the pod reached by route", results["outside"])
     named = os.environ.get("KUBE_PROXY")
     reason = "this benchmark cannot run it yet" if named else "KUBE_PROXY names no binary"

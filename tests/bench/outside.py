@@ -79,14 +79,17 @@ class Bench:
         return [pod.address for pod in pods]
 
 
+BYPASS = "--bypass-netfilter"
+
+
 def run(seconds: float, rounds: int) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        for services in (1, 10_000):
-            label = f"{services} Service{'s' if services > 1 else ''}"
+        for services, options in ((1, ()), (10_000, ()), (1, (BYPASS,)), (10_000, (BYPASS,))):
+            label = f"{services} Service{'s' if services > 1 else ''}" + (", bypass" if options else "")
             with Lab() as lab:
-                bench = Bench(lab, program, services)
+                bench = Bench(lab, program, services, *options)
                 for where, ways in bench.ways.items():
                     for mode, name in MODES.items():
                         what = f"{name}, {where} backend, {label}"

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.root
 
 S = 1_000_000_000
 CLIENT, FRONTEND, BACKEND, NODE = (bytes(a) for a in ((1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3), (4, 4, 4, 4)))
+NOTHING = Seen(0)
 BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
 
 
@@ -40,7 +41,7 @@ class Bench:
         port: int,
         *,
         protocol: Protocol = Protocol.TCP,
-        seen: Seen = Seen(0),
+        seen: Seen = NOTHING,
         idle: float = 0,
         reply_seen: Seen | None = None,
         reply_idle: float | None = None,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
 import select
 import socket
+import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 from pyroute2 import NetNS
 from scapy.all import raw
+from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e import load
@@ -796,3 +800,35 @@ def test_fifty_thousand_connections_at_once() -> None:
             holder.stdin.write(b"\n")
             holder.stdin.flush()
         assert said() == [12_500] * 4
+
+
+# -- devices without a link layer
+
+
+def _through_tun(service: str, port: int) -> tuple[str, int, str]:
+    """A VPN's client behind a tun device opens a connection; who answers, from which port, with which flags."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    flags = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
+    fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"vpn0", flags))  # TUNSETIFF
+    for command in ("ip addr add 10.99.0.1/24 dev vpn0", "ip link set vpn0 up"):
+        subprocess.run(command.split(), check=True)
+    question = IP(src="10.99.0.2", dst=service) / TCP(sport=4321, dport=port, flags="S", seq=1)
+    deadline = time.monotonic() + 8
+    while time.monotonic() < deadline:
+        os.write(tun, raw(question))
+        while select.select([tun], [], [], 0.5)[0]:
+            answer = IP(os.read(tun, 2048))
+            if TCP in answer:
+                os.close(tun)
+                return answer.src, answer[TCP].sport, str(answer[TCP].flags)
+    raise TimeoutError("no answer on the tun device")
+
+
+def test_a_client_behind_a_tun_device(world: Outer) -> None:
+    """Its packets begin with the IP header: another build of the programs, made when the device appears."""
+    if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
+        pytest.skip("this kernel has no tun device")
+    world.add("vpn", "10.96.1.15", [world.on_a()])
+    until(lambda: "vpn" in world.a.cli("service", "list"), "not programmed")
+    assert world.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
+    assert world.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")

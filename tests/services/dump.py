@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ebpfproxy.datapath.layout import format_frontend
-from ebpfproxy.services.model import Backend, Policy, ServicePort, format_endpoint
+from ebpfproxy.services.model import (
+    Backend,
+    HealthCheck,
+    Policy,
+    ServicePort,
+    format_address,
+    format_endpoint,
+)
 from ebpfproxy.services.values import Warning
 
 
@@ -28,7 +35,9 @@ def _draining(backends: Iterable[Backend]) -> str:
     return " ".join(format_endpoint(b.address, b.port) for b in backends)
 
 
-def dump(ports: Sequence[ServicePort], warnings: Sequence[Warning]) -> str:
+def dump(
+    ports: Sequence[ServicePort], warnings: Sequence[Warning], health: Sequence[HealthCheck] = ()
+) -> str:
     rows = [("SERVICE", "KIND", "SCOPE", "FRONTEND", "BACKENDS")]
     extra = []
     for port in ports:
@@ -41,8 +50,14 @@ def dump(ports: Sequence[ServicePort], warnings: Sequence[Warning]) -> str:
             ]
         if port.draining:
             extra.append(f"draining: {name} {port.key.family} {_draining(port.draining)}")
+        if port.idle:
+            extra.append(f"idle: {name} {port.key.family} {_draining(port.idle)}")
+        if port.source_ranges is not None:
+            shown = " ".join(f"{format_address(r.address)}/{r.length}" for r in port.source_ranges)
+            extra.append(f"sources: {name} {port.key.family} {shown or 'nobody'}")
         if port.affinity_seconds:
             extra.append(f"affinity: {name} {port.key.family} {port.affinity_seconds} s")
+    extra += [f"health: {h.namespace}/{h.name} port {h.port} local {h.local_endpoints}" for h in health]
     extra += [f"warning: {warning}" for warning in sorted(warnings, key=str)]
     lines = _columns(rows) if len(rows) > 1 else ["no frontends"]
     return "\n".join([*lines, *extra]) + "\n"

@@ -38,7 +38,7 @@ def test_case(case: Path) -> None:
     for event in replaced(objects):
         tracker.apply(event)
     warnings = tracker.drain().warnings
-    found = dump(tracker.service_ports(), warnings)
+    found = dump(tracker.service_ports(), warnings, tracker.health_checks)
     expected = case.with_suffix(".expected")
     if os.environ.get("UPDATE_CASES"):
         expected.write_text(found)
@@ -55,7 +55,7 @@ def test_case_in_another_order(case: Path) -> None:
     for event in events:
         tracker.apply(event)
         tracker.drain()
-    found = dump(tracker.service_ports(), ())
+    found = dump(tracker.service_ports(), (), sorted(tracker.health_checks))
     expected = case.with_suffix(".expected").read_text().splitlines(keepends=True)
     assert found == "".join(line for line in expected if not line.startswith("warning:"))
 

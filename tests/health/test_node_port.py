@@ -1,0 +1,173 @@
+"""The answers to load balancers' health checks, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
+
+
+class Healthy:
+    def __init__(self) -> None:
+        self.proxy = True
+        self.servers = NodePortHealth(lambda: self.proxy)
+
+
+@pytest.fixture
+def healthy() -> Iterator[Healthy]:
+    made = Healthy()
+    made.servers.start()
+    yield made
+    made.servers.stop()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::", 0))
+        found: int = sock.getsockname()[1]
+        return found
+
+
+def ask(
+    port: int,
+    request: bytes = b"GET /healthz HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n",
+    host: str = "127.0.0.1",
+) -> bytes:
+    with socket.create_connection((host, port), 2) as sock:
+        sock.sendall(request)
+        answer = b""
+        while chunk := sock.recv(4096):
+            answer += chunk
+        return answer
+
+
+def web(port: int, local: int) -> ServiceHealth:
+    return ServiceHealth("shop", "web", port, local)
+
+
+def test_the_answer_is_kube_proxys(healthy: Healthy, port: int) -> None:
+    """Byte for byte, but for the date: see kube-proxy-samples/healthCheckNodePort.txt."""
+    healthy.servers.update([ServiceHealth("shop", "frontend", port, 1)])
+    head, _, body = ask(port).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "HTTP/1.1 200 OK"
+    assert lines[1:4] == [
+        "Content-Type: application/json",
+        "X-Content-Type-Options: nosniff",
+        "X-Load-Balancing-Endpoint-Weight: 1",
+    ]
+    assert lines[4].startswith("Date: ")
+    assert lines[4].endswith(" GMT")
+    assert lines[5] == "Content-Length: 116"
+    assert body == (
+        b'{\n\t"service": {\n\t\t"namespace": "shop",\n\t\t"name": "frontend"\n\t},\n'
+        b'\t"localEndpoints": 1,\n\t"serviceProxyHealthy": true\n}'
+    )
+
+
+@pytest.mark.parametrize(("local", "proxy", "status"), [(2, True, 200), (0, True, 503), (2, False, 503)])
+def test_it_takes_an_endpoint_and_a_healthy_proxy(
+    healthy: Healthy, port: int, local: int, proxy: bool, status: int
+) -> None:
+    healthy.proxy = proxy
+    healthy.servers.update([web(port, local)])
+    head, _, body = ask(port).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert json.loads(body)["localEndpoints"] == local
+    assert json.loads(body)["serviceProxyHealthy"] is proxy
+    assert f"X-Load-Balancing-Endpoint-Weight: {local}".encode() in head
+
+
+def test_a_changed_count_is_answered_at_once_on_the_same_socket(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    with socket.create_connection(("127.0.0.1", port), 2) as sock:
+        for local, status in ((1, b"200"), (0, b"503"), (3, b"200")):
+            healthy.servers.update([web(port, local)])
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: n\r\n\r\n")
+            assert sock.recv(4096).split()[1] == status
+
+
+def test_every_path_both_families_and_head(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    assert b" 200 OK" in ask(port, b"GET /anything?x=1 HTTP/1.0\r\n\r\n", "::1")
+    answer = ask(port, b"HEAD / HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n")
+    assert b" 200 OK" in answer
+
+
+@pytest.mark.parametrize(
+    "request_", [b"BREW / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\r\n\r\n", b"GET\r\n\r\n"]
+)
+def test_what_is_no_request_is_refused(healthy: Healthy, port: int, request_: bytes) -> None:
+    healthy.servers.update([web(port, 1)])
+    assert ask(port, request_).startswith(b"HTTP/1.1 400 ")
+
+
+def test_an_endless_request_is_ended(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    with socket.create_connection(("127.0.0.1", port), 2) as sock, pytest.raises(OSError):
+        for _ in range(100):
+            sock.sendall(b"x" * 4096)
+            time.sleep(0.01)
+
+
+def test_a_silent_client_holds_nobody_up(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    with socket.create_connection(("127.0.0.1", port), 2):
+        assert b" 200 OK" in ask(port)
+
+
+def test_a_service_that_goes_closes_its_port(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    assert healthy.servers.bound == 1
+    healthy.servers.update([])
+    assert healthy.servers.bound == 0
+    with pytest.raises(ConnectionRefusedError):
+        ask(port)
+
+
+def test_a_port_that_is_taken_is_named_and_the_others_are_served(
+    healthy: Healthy, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket(socket.AF_INET6) as taken, socket.socket(socket.AF_INET6) as spare:
+        taken.bind(("::", port))
+        taken.listen()
+        spare.bind(("::", 0))
+        other = spare.getsockname()[1]
+        spare.close()
+        for _ in range(3):
+            healthy.servers.update([web(port, 1), ServiceHealth("shop", "zoo", other, 1)])
+        assert list(healthy.servers.failed) == [port]
+        assert "in use" in healthy.servers.failed[port]
+        assert b" 200 OK" in ask(other)
+    assert [r.getMessage() for r in caplog.records].count("health check port cannot be bound") == 1
+
+
+def test_a_port_that_was_taken_is_tried_again(
+    healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ebpfproxy.health.node_port._RETRY_SECONDS", 0.1)
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", port))
+        taken.listen()
+        healthy.servers.update([web(port, 1)])
+        assert healthy.servers.bound == 0
+    deadline = time.monotonic() + 8
+    while not healthy.servers.bound:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert b" 200 OK" in ask(port)
+
+
+def test_of_two_services_with_one_port_the_first_by_name_has_it(
+    healthy: Healthy, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    healthy.servers.update([web(port, 1), ServiceHealth("shop", "cart", port, 0)])
+    assert json.loads(ask(port).partition(b"\r\n\r\n")[2])["service"]["name"] == "cart"
+    assert [r.getMessage() for r in caplog.records].count("health check port is another's") == 1

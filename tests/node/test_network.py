@@ -1,0 +1,261 @@
+"""Which devices are attached to and what they are; addresses; and how changes are followed."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.node.network import (
+    Address,
+    DefaultRoute,
+    Link,
+    Network,
+    NetworkWatcher,
+    NodePortAddressesError,
+    network_of,
+    parse_node_port_addresses,
+    select_node_port_addresses,
+)
+from tests.lab import Lab
+
+ETHERNET, NONE, LOOPBACK = 1, 65534, 772
+V4, V6 = socket.AF_INET, socket.AF_INET6
+
+
+def packed(text: str) -> bytes:
+    return socket.inet_pton(V6 if ":" in text else V4, text)
+
+
+def link(index: int, name: str, kind: str | None = None, master: int = 0, type: int = ETHERNET) -> Link:
+    return Link(index, name, kind, type, master)
+
+
+def address(index: int, text: str, *, fit: bool = True) -> Address:
+    return Address(index, packed(text), fit)
+
+
+def route(index: int, family: int = V4, metric: int = 0, source: str = "") -> DefaultRoute:
+    return DefaultRoute(index, family, metric, packed(source) if source else b"")
+
+
+def roles(network: Network) -> dict[str, str]:
+    return {device.name: device.role.name for device in network.devices}
+
+
+LO = link(1, "lo", type=LOOPBACK)
+ETH0 = link(2, "eth0")
+
+
+def test_hardware_with_an_address_is_an_uplink_and_a_pods_device_is_local() -> None:
+    network = network_of(
+        [LO, ETH0, link(3, "cali1", "veth"), link(4, "eth9")], [address(2, "192.0.2.1")], [route(2)]
+    )
+    assert roles(network) == {"eth0": "UPLINK", "cali1": "LOCAL", "eth9": "LOCAL"}
+
+
+def test_a_device_with_the_default_route_is_an_uplink_whatever_it_is() -> None:
+    network = network_of([ETH0, link(3, "br-ex", "bridge")], [address(3, "192.0.2.1")], [route(3)])
+    assert roles(network)["br-ex"] == "UPLINK"
+
+
+def test_a_tunnel_stays_a_tunnel_even_with_the_default_route() -> None:
+    links = [ETH0, link(3, "wg0", "wireguard", type=NONE), link(4, "flannel.1", "vxlan")]
+    network = network_of(links, [address(2, "192.0.2.1")], [route(3), route(2)])
+    assert roles(network) == {"eth0": "UPLINK", "wg0": "TUNNEL", "flannel.1": "TUNNEL"}
+    assert [d.ethernet for d in network.devices] == [True, False, True]
+
+
+def test_members_of_a_bond_are_left_to_it() -> None:
+    links = [link(2, "eth0", master=4), link(3, "eth1", master=4), link(4, "bond0", "bond")]
+    assert roles(network_of(links, [address(4, "192.0.2.1")], [route(4)])) == {"bond0": "UPLINK"}
+
+
+def test_a_vrfs_members_are_attached_and_the_vrf_is_not() -> None:
+    links = [link(2, "eth0", master=3), link(3, "red", "vrf")]
+    assert roles(network_of(links, [address(2, "192.0.2.1")], [])) == {"eth0": "UPLINK"}
+
+
+def test_of_a_bridge_of_pods_the_pods_ports_are_attached_too() -> None:
+    links = [ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3), link(5, "eth1", None, 3)]
+    network = network_of(links, [address(2, "192.0.2.1"), address(3, "10.244.1.1")], [route(2)])
+    assert roles(network) == {"eth0": "UPLINK", "cni0": "LOCAL", "veth1": "LOCAL"}
+
+
+def test_of_a_bridge_to_the_outside_no_port_is_attached() -> None:
+    links = [link(2, "eth0", "veth", 3), link(3, "br-ex", "bridge"), link(4, "tap1", "tun", 3)]
+    assert roles(network_of(links, [address(3, "192.0.2.1")], [route(3)])) == {"br-ex": "UPLINK"}
+
+
+def test_a_vlan_with_an_address_is_an_uplink_of_its_own() -> None:
+    links = [ETH0, link(3, "eth0.5", "vlan")]
+    network = network_of(links, [address(2, "192.0.2.1"), address(3, "198.51.100.1")], [route(2)])
+    assert roles(network) == {"eth0": "UPLINK", "eth0.5": "UPLINK"}
+    assert network.uplink_addresses == {packed("192.0.2.1"), packed("198.51.100.1")}
+
+
+def test_patterns_name_the_uplinks_and_nothing_else_does() -> None:
+    links = [ETH0, link(3, "ens1"), link(4, "ens2")]
+    network = network_of(links, [address(2, "192.0.2.1")], [route(2)], ("ens*",))
+    assert roles(network) == {"eth0": "LOCAL", "ens1": "UPLINK", "ens2": "UPLINK"}
+
+
+@pytest.mark.parametrize("kind", ["dummy", "ifb", "nlmon", "openvswitch"])
+def test_devices_without_clients_are_left_out(kind: str) -> None:
+    assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "LOCAL"}
+
+
+def test_masquerading_uses_the_devices_own_address_or_the_nodes() -> None:
+    links = [ETH0, link(3, "cni0", "bridge"), link(4, "cali1", "veth")]
+    addresses = [
+        address(2, "192.0.2.9", fit=False),
+        address(2, "192.0.2.1"),
+        address(2, "fe80::1", fit=False),
+        address(2, "2001:db8::1"),
+        address(3, "10.244.1.1"),
+    ]
+    found = {d.name: (d.address4, d.address6) for d in network_of(links, addresses, [route(2)]).devices}
+    node = packed("192.0.2.1"), packed("2001:db8::1")
+    assert found == {"eth0": node, "cni0": (packed("10.244.1.1"), node[1]), "cali1": node}
+
+
+def test_the_primary_address_is_the_preferred_source_else_of_the_best_default_route() -> None:
+    links = [ETH0, link(3, "eth1")]
+    addresses = [address(2, "192.0.2.1"), address(3, "198.51.100.1"), address(3, "2001:db8::1")]
+    best = network_of(links, addresses, [route(2, metric=100), route(3, metric=50), route(3, V6)])
+    assert best.primary == (packed("198.51.100.1"), packed("2001:db8::1"))
+    preferred = network_of(links, addresses, [route(2, source="203.0.113.5")])
+    assert preferred.primary == (packed("203.0.113.5"), packed("2001:db8::1"))
+    assert network_of(links, addresses, []).primary[0] == packed("192.0.2.1")
+
+
+def test_loopback_addresses_are_no_addresses_of_the_node() -> None:
+    addresses = [address(1, "127.0.0.1"), address(1, "::1"), address(1, "192.0.2.7"), address(2, "fe80::1")]
+    network = network_of([LO, ETH0], addresses, [route(2)])
+    assert network.addresses == {packed("192.0.2.7"), packed("fe80::1")}
+    assert network.uplink_addresses == frozenset()
+
+
+def test_node_port_addresses_are_the_uplinks_the_primary_or_those_in_cidrs() -> None:
+    links = [ETH0, link(3, "cni0", "bridge")]
+    addresses = [
+        address(2, "192.0.2.1"),
+        address(2, "192.0.2.2"),
+        address(3, "10.244.1.1"),
+        address(2, "2001:db8::1"),
+    ]
+    network = network_of(links, addresses, [route(2), route(2, V6)])
+
+    def chosen(*texts: str) -> set[bytes]:
+        return set(select_node_port_addresses(network, parse_node_port_addresses(texts)))
+
+    assert chosen() == {packed("192.0.2.1"), packed("192.0.2.2"), packed("2001:db8::1")}
+    assert chosen("primary") == {packed("192.0.2.1"), packed("2001:db8::1")}
+    assert chosen("10.0.0.0/8", "192.0.2.2/32") == {packed("10.244.1.1"), packed("192.0.2.2")}
+    assert chosen("::/0") == {packed("2001:db8::1")}
+
+
+@pytest.mark.parametrize("texts", [("primary", "10.0.0.0/8"), ("10.0.0.1",), ("10.0.0.0/33",), ("eth0",)])
+def test_node_port_addresses_that_cannot_be_used(texts: tuple[str, ...]) -> None:
+    with pytest.raises(NodePortAddressesError, match=r"'"):
+        parse_node_port_addresses(texts)
+
+
+def test_whose_packets_are_a_local_pods() -> None:
+    links = [ETH0, link(3, "cni0", "bridge"), link(4, "lxc1", "veth"), link(5, "vx0", "vxlan")]
+    devices = {d.name: d for d in network_of(links, [address(2, "192.0.2.1")], [route(2)]).devices}
+
+    def behind(*mode: Any) -> set[str]:
+        return {name for name, device in devices.items() if LocalPods(*mode).is_behind(device)}
+
+    assert behind() == {"cni0", "lxc1"}
+    assert behind(LocalMode.BRIDGE_INTERFACE, "cni0") == {"cni0"}
+    assert behind(LocalMode.INTERFACE_NAME_PREFIX, "lx") == {"lxc1"}
+    assert LocalPods(LocalMode.CLUSTER_CIDR).by_cidr
+
+
+# -- the kernel's own
+
+
+def _follow(script: list[tuple[str, str]]) -> list[float]:
+    """Runs commands and waits after each until what it says is to be seen; how long each took."""
+    seen: list[Network] = []
+    watcher = NetworkWatcher(seen.append)
+    watcher.start()
+    assert seen, "the first state is delivered before start returns"
+    took = []
+    for command, expected in script:
+        time.sleep(0.1)
+        began = time.monotonic()
+        subprocess.run(command.split(), check=True)
+        while time.monotonic() - began < 3:
+            shown = {
+                "devices": {d.name: d.role.name for d in seen[-1].devices},
+                "addresses": sorted(map(_text, seen[-1].addresses)),
+            }
+            if _holds(shown, expected):
+                break
+            time.sleep(0.005)
+        else:
+            raise AssertionError(f"after {command!r}: {shown}")
+        took.append(time.monotonic() - began)
+    return took
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(V4 if len(address) == 4 else V6, address)
+
+
+def _holds(shown: dict[str, Any], expected: str) -> bool:
+    absent = expected.startswith("no ")
+    name, _, role = expected.removeprefix("no ").partition("=")
+    there = name in shown["addresses"] or shown["devices"].get(name) == (
+        role or shown["devices"].get(name, 0)
+    )
+    return there != absent
+
+
+@pytest.mark.root
+def test_devices_and_addresses_are_followed_as_they_come_and_go() -> None:
+    script = [
+        ("ip link add hot type veth peer name hot-peer", "hot=LOCAL"),
+        ("ip link set hot up", "hot=LOCAL"),
+        ("ip address add 192.0.2.7/24 dev hot", "192.0.2.7"),
+        ("ip route add default via 192.0.2.254 dev hot metric 5", "hot=UPLINK"),
+        ("ip link set hot down", "hot=LOCAL"),
+        ("ip link set hot name wan", "wan=LOCAL"),
+        ("ip link add br7 type bridge", "br7=LOCAL"),
+        ("ip link set wan master br7", "wan=LOCAL"),
+        ("ip address add fd00::7/128 dev br7 nodad", "fd00::7"),
+        ("ip address del fd00::7/128 dev br7", "no fd00::7"),
+        ("ip link add vx7 type vxlan id 7 dstport 4789 remote 192.0.2.9", "vx7=TUNNEL"),
+        ("ip link del wan", "no wan"),
+    ]
+    with Lab() as lab:
+        node = lab.node("node-a")
+        took = node.call(_follow, script)
+    assert max(took) < 1.0, json.dumps(took)
+
+
+@pytest.mark.root
+def test_the_lab_node_as_it_is() -> None:
+    with Lab() as lab:
+        node = lab.node("node-a")
+        node.pod("pod")
+        network = node.call(_read)
+    assert roles(network) == {"eth0": "UPLINK", "p1": "LOCAL"}
+    assert network.primary == (packed(node.address), packed(node.address6))
+    assert {packed("10.244.1.1"), packed("fd00:10:244:1::1")} <= network.addresses
+    assert not Path(f"/run/netns/{node.netns}").exists()
+
+
+def _read() -> Network:
+    seen: list[Network] = []
+    NetworkWatcher(seen.append).start()
+    return seen[0]

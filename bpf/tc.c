@@ -18,12 +18,6 @@
 #include "lib/reject.h"
 #include "lib/masquerade.h"
 
-/* What a device leads to decides which packets are ours to look at. */
-enum side {
-	SIDE_UPLINK, /* the outside, and tunnels to other nodes */
-	SIDE_LOCAL,  /* pods and VMs of this node */
-};
-
 /* A pod or VM of this node, as detectLocalMode defines it. */
 static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
 {
@@ -385,14 +379,29 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 	return rewrite_error(skb, p, nat) ? drop(EVENT_REWRITE) : PASS;
 }
 
-static __always_inline int arrive(struct __sk_buff *skb, enum side side)
+/*
+ * On a pod's device frames to any host are ours: with a bridge behind it they are sent to the
+ * bridge's address. On an uplink others' frames are theirs.
+ */
+static __always_inline bool is_for_us(struct __sk_buff *skb)
+{
+	u32 ifindex = skb->ifindex;
+	struct device *device;
+
+	if (skb->pkt_type == PACKET_HOST)
+		return true;
+	device = map_lookup(devices, &ifindex);
+	return device && device->flags & DEVICE_LOCAL;
+}
+
+static __always_inline int arrive(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_INGRESS);
 	struct nat *nat = NULL;
 	enum shape shape;
 
 	/* A VLAN's packets come again on the VLAN's own device; others' are not for us. */
-	if (!p || skb->vlan_present || (side == SIDE_UPLINK && skb->pkt_type != PACKET_HOST))
+	if (!p || skb->vlan_present)
 		return PASS;
 	if (!read_addresses(skb, p))
 		return PASS;
@@ -400,6 +409,8 @@ static __always_inline int arrive(struct __sk_buff *skb, enum side side)
 		return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)
 			       ? drop(EVENT_NO_SUCH_SERVICE)
 			       : PASS;
+	if (!is_for_us(skb))
+		return PASS;
 	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
 		return translate_error(skb, p);
@@ -420,7 +431,7 @@ static __always_inline int arrive(struct __sk_buff *skb, enum side side)
 	return begin(skb, p);
 }
 
-static __always_inline int leave(struct __sk_buff *skb, enum side side)
+static __always_inline int leave(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
 	struct nat *nat = NULL;
@@ -431,9 +442,8 @@ static __always_inline int leave(struct __sk_buff *skb, enum side side)
 		return PASS;
 	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
-	is_mine = side == SIDE_UPLINK && !skb->ingress_ifindex &&
-		  (address_of_interest(&p->flow.dst) ||
-		   (HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)));
+	is_mine = !skb->ingress_ifindex && (address_of_interest(&p->flow.dst) ||
+					    (HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)));
 	if (!is_known && !is_mine && p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return PASS;
 	shape = read_ports(skb, p);
@@ -456,22 +466,12 @@ static __always_inline int leave(struct __sk_buff *skb, enum side side)
 	return is_mine ? begin_on_host(skb, p) : PASS;
 }
 
-int from_uplink(struct __sk_buff *skb)
+int from_device(struct __sk_buff *skb)
 {
-	return arrive(skb, SIDE_UPLINK);
+	return arrive(skb);
 }
 
-int to_uplink(struct __sk_buff *skb)
+int to_device(struct __sk_buff *skb)
 {
-	return leave(skb, SIDE_UPLINK);
-}
-
-int from_local(struct __sk_buff *skb)
-{
-	return arrive(skb, SIDE_LOCAL);
-}
-
-int to_local(struct __sk_buff *skb)
-{
-	return leave(skb, SIDE_LOCAL);
+	return leave(skb);
 }

@@ -439,9 +439,10 @@ class Agent:
         self._packets.set_devices(
             (
                 PacketDevice(
-                    Target(d.ifindex, d.name, "local" if d.role is Role.LOCAL else "uplink", not d.ethernet),
+                    Target(d.ifindex, d.name, not d.ethernet),
                     d.address4,
                     d.address6,
+                    d.role is Role.LOCAL,
                     options.local_pods.is_behind(d),
                     d.mtu,
                 )

@@ -213,7 +213,8 @@ struct ports {
 };
 
 /* devices, by ifindex: what masquerading to it uses, and who is behind it. */
-#define DEVICE_PODS (1 << 0)
+#define DEVICE_PODS  (1 << 0) /* as detectLocalMode says */
+#define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */
 
 struct device {
 	struct inet_addr addr4;

@@ -21,7 +21,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.attach import LINKS
-from ebpfproxy.datapath.hooks import PACKET_PROGRAMS, RAW_PACKETS
+from ebpfproxy.datapath.hooks import PACKET_HOOKS, RAW_PACKETS
 
 #: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
 FILTER_PRIORITY = 3
@@ -34,11 +34,10 @@ _PIN = re.compile(r"tc-(\d+)-(ingress|egress)(-new)?")
 
 
 class Target(NamedTuple):
-    """A device to attach to. ``side``: a key of PACKET_PROGRAMS. ``raw``: its packets begin with IP."""
+    """A device to attach to. ``raw``: its packets begin with the IP header."""
 
     ifindex: int
     name: str
-    side: str
     raw: bool
 
 
@@ -94,7 +93,7 @@ class DeviceAttacher:
         suffix = RAW_PACKETS.suffix if target.raw else ""
         did = []
         # Answers are translated before the first question is.
-        for hook, direction in reversed(list(zip(PACKET_PROGRAMS[target.side], _DIRECTIONS, strict=True))):
+        for hook, direction in reversed(list(zip(PACKET_HOOKS, _DIRECTIONS, strict=True))):
             with _opened(programs / f"{hook.name}{suffix}") as program:
                 if self._tcx:
                     did.append(self._link(target, hook.attach_type, direction, program))

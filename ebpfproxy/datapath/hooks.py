@@ -32,19 +32,11 @@ SOCKET_HOOKS = (
 
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
-#: A device's side decides which pair of these it gets: (ingress, egress).
-PACKET_PROGRAMS = {
-    "uplink": (
-        Hook("from_uplink", TCX_INGRESS, bpf.PROG_SCHED_CLS),
-        Hook("to_uplink", TCX_EGRESS, bpf.PROG_SCHED_CLS),
-    ),
-    "local": (
-        Hook("from_local", TCX_INGRESS, bpf.PROG_SCHED_CLS),
-        Hook("to_local", TCX_EGRESS, bpf.PROG_SCHED_CLS),
-    ),
-}
-
-_PACKET_HOOKS = tuple(hook for pair in PACKET_PROGRAMS.values() for hook in pair)
+#: Of every device: ingress and egress.
+PACKET_HOOKS = (
+    Hook("from_device", TCX_INGRESS, bpf.PROG_SCHED_CLS),
+    Hook("to_device", TCX_EGRESS, bpf.PROG_SCHED_CLS),
+)
 
 
 class Module(NamedTuple):
@@ -57,6 +49,6 @@ class Module(NamedTuple):
 
 
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
-PACKETS = Module("tc.c", _PACKET_HOOKS, ("-DL3_OFFSET=14",))
+PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
-RAW_PACKETS = Module("tc.c", _PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")
+RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

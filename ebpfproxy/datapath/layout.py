@@ -72,6 +72,7 @@ class Seen(enum.IntFlag):
 
 class DeviceFlags(enum.IntFlag):
     PODS = 1 << 0
+    LOCAL = 1 << 1
 
 
 class CidrFlags(enum.IntFlag):

@@ -17,11 +17,15 @@ _ANY_DEVICE = 0
 
 
 class PacketDevice(NamedTuple):
-    """A device to attach to. ``pods``: packets from it are of this node's pods. Addresses may be empty."""
+    """A device to attach to. ``local``: neither uplink nor tunnel. ``pods``: this node's pods are behind it.
+
+    Addresses may be empty; ``mtu`` in bytes.
+    """
 
     target: Target
     address4: bytes
     address6: bytes
+    local: bool
     pods: bool
     mtu: int
 
@@ -51,7 +55,7 @@ class PacketPath:
         found = list(devices)
         wanted = {U32.pack(_ANY_DEVICE): pack_device(address4, address6, 0, 0)}
         for each in found:
-            flags = DeviceFlags.PODS if each.pods else DeviceFlags(0)
+            flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         _bring(self._devices, wanted)
         self._targets = tuple(each.target for each in found)

@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from email.utils import formatdate
 
 import msgspec
 
@@ -218,7 +217,7 @@ class NodePortHealth:
             b"true" if healthy else b"false",
         )
         status = b"200 OK" if count and healthy else b"503 Service Unavailable"
-        answer = _HEAD % (status, count, formatdate(usegmt=True).encode(), len(body))
+        answer = _HEAD % (status, count, _http_date(), len(body))
         answer += b"Connection: close\r\n\r\n" if closes else b"\r\n"
         return answer + (body if words[0] == b"GET" else b""), not closes
 
@@ -232,10 +231,19 @@ _HEAD = (
     b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\n"
     b"X-Load-Balancing-Endpoint-Weight: %d\r\nDate: %s\r\nContent-Length: %d\r\n"
 )
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _BODY = (
     b'{\n\t"service": {\n\t\t"namespace": %s,\n\t\t"name": %s\n\t},\n'
     b'\t"localEndpoints": %d,\n\t"serviceProxyHealthy": %s\n}'
 )
+
+
+def _http_date() -> bytes:
+    """RFC 9110's, for which Python has a function in a package that is large."""
+    now = time.gmtime()
+    day, month = _DAYS[now.tm_wday], _MONTHS[now.tm_mon - 1]
+    return time.strftime(f"{day}, %d {month} %Y %H:%M:%S GMT", now).encode()
 
 
 def _listen(port: int) -> socket.socket:

@@ -400,7 +400,7 @@ def test_more_extension_headers_than_anybody_sends_are_not_followed(wire: Wire, 
 def test_frames_for_another_host_are_not_looked_at(wire: Wire, side: Side, port: int) -> None:
     packet = Ether(dst="02:00:00:00:00:98", src="02:00:00:00:00:99") / side.ip(side.client, side.web)
     packet = packet / segment("TCP", port, 80)
-    result = wire.send("from_uplink", "eth0", packet)
+    result = wire.send("from_device", "eth0", packet)
     assert (result.verdict, result.bytes) == (PASS, raw(packet))
 
 
@@ -410,7 +410,7 @@ def test_frames_of_other_ethertypes_leave_bit_identical(wire: Wire) -> None:
         Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99", type=0x88CC) / Raw(b"\x00" * 50),
         Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99", type=0x8847) / Raw(b"\x45" * 50),
     ):
-        result = wire.send("from_uplink", "eth0", frame)
+        result = wire.send("from_device", "eth0", frame)
         assert (result.verdict, result.bytes) == (PASS, raw(frame))
 
 
@@ -421,7 +421,7 @@ def test_truncated_headers_pass_as_they_are(wire: Wire, side: Side, port: int, l
     data = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
     data += b"\x08\x00" if side.version == 4 else b"\x86\xdd"
     data += packet[: header + length - 20]
-    result = wire.send_bytes("from_uplink", "eth0", data)
+    result = wire.send_bytes("from_device", "eth0", data)
     assert (result.verdict, result.bytes) == (PASS, data)
 
 
@@ -431,6 +431,6 @@ def test_garbage_never_crashes_and_never_changes(wire: Wire) -> None:
     for kind in (b"\x08\x00", b"\x86\xdd", b"\x81\x00"):
         for _ in range(100):
             data = mac + kind + draw.randbytes(draw.randrange(40, 200))
-            for program in ("from_uplink", "to_uplink", "from_local", "to_local"):
+            for program in ("from_device", "to_device"):
                 result = wire.send_bytes(program, "eth0", data)
                 assert (result.verdict, result.bytes) == (PASS, data)

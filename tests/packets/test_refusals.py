@@ -82,7 +82,7 @@ def test_no_endpoint_for_a_pod_is_told_through_its_own_device(wire: Wire, side: 
 
 def test_no_endpoint_for_the_host_comes_back_as_if_from_the_wire(wire: Wire, side: Side, port: int) -> None:
     frame = Ether(src=wire.mac("eth0"), dst="02:00:00:00:00:99") / side.ip(side.node, side.empty)
-    result = wire.send("to_uplink", "eth0", frame / segment("TCP", port, 80))
+    result = wire.send("to_device", "eth0", frame / segment("TCP", port, 80))
     assert result.verdict == REDIRECT
     assert (result.packet.dst, result.packet.src) == (wire.mac("eth0"), "02:00:00:00:00:99")
     assert ends(result.packet) == (side.empty, 80, side.node, port)

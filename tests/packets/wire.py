@@ -128,10 +128,10 @@ class Wire:
         return self.send_bytes(program, device, raw(packet), came_by=came_by)
 
     def arrive(self, packet: Packet, device: str = "eth0") -> Result:
-        return self.send("from_uplink" if device == "eth0" else "from_local", device, packet)
+        return self.send("from_device", device, packet)
 
     def leave(self, packet: Packet, device: str = "eth0", *, came_by: str = "") -> Result:
-        return self.send("to_uplink" if device == "eth0" else "to_local", device, packet, came_by=came_by)
+        return self.send("to_device", device, packet, came_by=came_by)
 
     def nanoseconds(self, program: str, device: str, packet: Packet, repeat: int) -> int:
         """Of one run, on average."""

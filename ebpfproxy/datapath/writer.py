@@ -34,7 +34,9 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
+#: Every other empty frozenset would be an object of 216 bytes, and nearly all of these are empty.
 _NO_KEYS: frozenset[int] = frozenset()
+_NO_SOURCES: frozenset[bytes] = frozenset()
 
 
 class _Programmed(msgspec.Struct):
@@ -42,7 +44,7 @@ class _Programmed(msgspec.Struct):
 
     id: int
     entries: tuple[bytes, ...] = ()
-    sources: frozenset[bytes] = frozenset()
+    sources: frozenset[bytes] = _NO_SOURCES
     #: Backends in no selection, which only serve old connections: draining or idle ones.
     unselected: frozenset[int] = _NO_KEYS
     leaving: frozenset[int] = _NO_KEYS
@@ -146,11 +148,13 @@ class Writer:
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(
-                number, tuple(entries_of.get(number, ())), frozenset(sources_of.get(number, ()))
+                number, tuple(entries_of.get(number, ())), frozenset(sources_of.get(number, _NO_SOURCES))
             )
             used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
             held = self._held(known)
-            known.leaving = frozenset(n for n in held if self._state(n) == BackendState.TERMINATING)
+            known.leaving = (
+                frozenset(n for n in held if self._state(n) == BackendState.TERMINATING) or _NO_KEYS
+            )
             for backend_id in held:
                 self._refs[backend_id] += 1
             self._leaving.update(known.leaving)
@@ -255,8 +259,8 @@ class Writer:
             ids = [array("Q", map(self._backend_id, each)) for each in sets]
             # What only the unused set has serves old connections only, like those that are draining.
             unused = port.terminating.difference(*sets)
-            draining = frozenset(map(self._backend_id, (*port.draining, *unused)))
-            idle = frozenset(map(self._backend_id, port.idle))
+            draining = self._ids_of((*port.draining, *unused))
+            idle = self._ids_of(port.idle)
             for policy in Policy:
                 if ids[policy] != self._slot_ids(*before[policy]):
                     after[policy] = self._write_slots(ids[policy])
@@ -279,10 +283,13 @@ class Writer:
                 self._retired.ranges.append(before[policy])
             index = known.id * layout.POLICIES + policy
             plan.words[index] = layout.selection_word(*after[policy])
-        known.unselected = draining | idle
-        leaving = draining | frozenset(map(self._backend_id, port.terminating))
+        known.unselected = draining | idle if idle else draining
+        leaving = draining | self._ids_of(port.terminating) if port.terminating else draining
         self._hold(known, held, known.unselected.union(*ids), leaving, idle)
         self._plan_entries(port, known, plan)
+
+    def _ids_of(self, backends: Collection[Backend]) -> frozenset[int]:
+        return frozenset(map(self._backend_id, backends)) if backends else _NO_KEYS
 
     def _backend_id(self, backend: Backend) -> int:
         number = self._backend_ids.get(backend)
@@ -412,7 +419,9 @@ class Writer:
                 plan.entries[key] = value
         plan.vanished += [(known.id, key) for key in known.entries if key not in entries]
         known.entries = tuple(entries)
-        sources = frozenset(layout.pack_source_range(known.id, *each) for each in port.source_ranges or ())
+        sources = _NO_SOURCES
+        if port.source_ranges:
+            sources = frozenset(layout.pack_source_range(known.id, *each) for each in port.source_ranges)
         plan.sources.update(dict.fromkeys(sources - known.sources, U32.pack(1)))
         plan.closed += known.sources - sources
         known.sources = sources
@@ -521,7 +530,8 @@ class Writer:
             if layout.unpack_service(value).id not in ids:
                 self._delete_entry(key)
         self._drop_unheld([backend for backend, _ in self._backend_ids.items()])
-        self._repair_cluster_ips()
+        if self._maps.adopted:
+            self._repair_cluster_ips()
         self._filter.drop_leftovers()
 
     def _repair_cluster_ips(self) -> None:

@@ -14,12 +14,6 @@
 #define REJECT	0
 #define PROCEED 1
 
-/* UDP-Lite (RFC 3828) has its own protocol number and uses UDP's Services. */
-static __always_inline u8 service_protocol(u32 protocol)
-{
-	return protocol == IPPROTO_UDPLITE ? IPPROTO_UDP : protocol;
-}
-
 static __always_inline struct target target4(struct bpf_sock_addr *ctx)
 {
 	return (struct target) { addr_of_v4(ctx->user_ip4), ctx->user_port,

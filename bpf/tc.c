@@ -199,7 +199,7 @@ static __always_inline u16 mtu_of(struct __sk_buff *skb)
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 {
-	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
+	const struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	const bool is_inside = from_local_pod(skb, p);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
@@ -257,7 +257,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
 static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p)
 {
-	const struct target to = { p->flow.dst, p->flow.dport, p->flow.proto };
+	const struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
@@ -305,8 +305,8 @@ static __always_inline bool is_stale(const struct flow *flow, struct nat *nat)
 	u32 *departed;
 
 	/* Of an id that has been given to another since. */
-	if (!backend || backend->proto != flow->proto || backend->port != nat->dport ||
-	    !addr_equal(&backend->addr, &nat->dst))
+	if (!backend || backend->proto != service_protocol(flow->proto) ||
+	    backend->port != nat->dport || !addr_equal(&backend->addr, &nat->dst))
 		return true;
 	if (!epoch || nat->epoch == (u16)*epoch)
 		return false;

@@ -526,6 +526,8 @@ class Agent:
             return
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
+        self._metrics.devices(len(self._packets.targets), len(self._device_failures))
+        self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()
         state.save(
             self._maps,

@@ -220,7 +220,8 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 
 static __always_inline bool has_ports(u8 proto)
 {
-	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP ||
+	       proto == IPPROTO_UDPLITE;
 }
 
 /* The packet that an ICMP error is about is one of ours: the flow is the one that answers it. */
@@ -294,7 +295,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end, *at = NULL;
 	struct tcp_header tcp;
-	__be32 eight[2]; /* UDP's header; SCTP's first two words */
+	__be32 eight[2]; /* UDP's or UDP-Lite's header; SCTP's first two words */
 
 	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header))
 		at = data + L3_OFFSET + sizeof(struct ipv4_header);

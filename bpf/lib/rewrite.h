@@ -255,7 +255,7 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, const struct pac
 	if (p->flow.proto == IPPROTO_TCP) {
 		if (replace_inner_check(skb, p->inner_l4 + TCP_CHECK, inner, &total, false))
 			return -1;
-	} else if (p->flow.proto == IPPROTO_UDP) {
+	} else if (p->flow.proto != IPPROTO_SCTP) {
 		if (replace_inner_check(skb, p->inner_l4 + UDP_CHECK, inner, &total, true))
 			return -1;
 	}

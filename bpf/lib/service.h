@@ -6,6 +6,12 @@
 #include "addr.h"
 #include "maps.h"
 
+/* UDP-Lite (RFC 3828) has its own protocol number and uses UDP's Services. */
+static __always_inline u8 service_protocol(u32 protocol)
+{
+	return protocol == IPPROTO_UDPLITE ? IPPROTO_UDP : protocol;
+}
+
 /* What a packet or socket is on its way to. */
 struct target {
 	struct inet_addr addr;

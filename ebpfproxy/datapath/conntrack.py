@@ -29,6 +29,9 @@ from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.services.model import Protocol, format_endpoint
 
 _NS = 1_000_000_000
+#: RFC 3828. It uses UDP's Services.
+UDPLITE = 136
+_PROTOCOL_NAMES = {**{p.value: p.name for p in Protocol}, UDPLITE: "UDPLITE"}
 #: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
 _BATCH = 1024
 #: Offsets in ``struct flow`` and ``struct nat``.
@@ -64,7 +67,7 @@ class Timeouts(msgspec.Struct, frozen=True):
             if seen & both:
                 return self.tcp_close_wait
             return self.tcp_established if seen & Seen.REPLY else self.tcp_unreplied
-        if protocol == Protocol.UDP:
+        if protocol in (Protocol.UDP, UDPLITE):
             return self.udp_stream if seen & Seen.REPLY else self.udp
         return self.sctp
 
@@ -96,7 +99,7 @@ class Sweeper:
         self._rest = rest
         self._limits: dict[tuple[int, int], int] = {
             (protocol, seen): int(timeouts.of(protocol, seen) * _NS)
-            for protocol in Protocol
+            for protocol in _PROTOCOL_NAMES
             for seen in range(16)
         }
         self._deleted = 0
@@ -268,7 +271,7 @@ def flows_of(
         limit = timeouts.of(flow.protocol, seen)
         idle = max(0.0, (now - last) / _NS)
         row = FlowRow(
-            protocol=Protocol(flow.protocol).name,
+            protocol=_PROTOCOL_NAMES[flow.protocol],
             client=format_endpoint(flow.source, flow.source_port),
             frontend=format_endpoint(flow.destination, flow.destination_port),
             backend=format_endpoint(nat.destination, nat.destination_port),

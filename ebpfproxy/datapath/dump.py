@@ -201,7 +201,7 @@ def fill(maps: MapSet) -> list[MapFill]:
     """How full each map is; statistics, and tables that are one value, have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1:
+        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name == "epochs":
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found

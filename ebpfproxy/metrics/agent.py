@@ -131,6 +131,15 @@ class AgentMetrics:
             "Service ports that could not be programmed because a map is full",
             registry=registry,
         )
+        self._devices = Gauge(
+            "ebpfproxy_devices", "Devices with packet programs", ["state"], registry=registry
+        )
+        self._health_ports = Gauge(
+            "ebpfproxy_health_check_ports",
+            "healthCheckNodePorts, by whether they could be bound",
+            ["state"],
+            registry=registry,
+        )
         self._entries = Gauge(
             "ebpfproxy_conntrack_entries",
             "Entries after the last sweep; two for each flow, four where it is masqueraded",
@@ -151,6 +160,14 @@ class AgentMetrics:
         Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
             ebpfproxy.__version__, platform.release()
         ).set(1)
+
+    def devices(self, wanted: int, failed: int) -> None:
+        self._devices.labels("attached").set(wanted - failed)
+        self._devices.labels("failed").set(failed)
+
+    def health_check_ports(self, bound: int, failed: int) -> None:
+        self._health_ports.labels("bound").set(bound)
+        self._health_ports.labels("failed").set(failed)
 
     def swept(self, sweep: Sweep) -> None:
         self._entries.set(sweep.entries)

@@ -108,6 +108,17 @@ def run(demo: Demo) -> None:
     answer = a.call(clients.ask_tcp, "127.0.0.1", 30080)
     print(f"NodePort 30080 on the node's own loopback: answered by {answer['name']}")
 
+    demo.say("A client outside the cluster, through node-a's NodePort to pods of both nodes")
+    found = Counter[str]()
+    for _ in range(REQUESTS):
+        answer = lab.outside.call(clients.ask_tcp, a.address, 30080)
+        found[f"{answer['name']} (sees {answer['peer']})"] += 1
+    print(
+        f"{lab.outside.address} → {a.address}:30080 → "
+        + "  ".join(f"{n}: {c}" for n, c in sorted(found.items()))
+    )
+    demo.expect("who answers outside", 2, len(found))
+
     demo.say("Scaled up to three backends")
     demo.write(*web)
     print(f"all three get connections after {demo.until_spread(client, {p.name for p in web}):.0f} ms")

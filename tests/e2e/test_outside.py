@@ -673,6 +673,45 @@ def test_the_health_check_node_port_follows_the_local_endpoints(world: Outer) ->
     until(lambda: status() == 0, "still served")
 
 
+def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(world: Outer) -> None:
+    server = world.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
+    until(lambda: world.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat")
+    world.balanced(
+        "blocked",
+        "10.96.1.16",
+        "203.0.113.36",
+        [world.on_a()],
+        externalTrafficPolicy="Local",
+        healthCheckNodePort=32223,
+    )
+    agent = world.lab.agents[-1]
+    agent.wait_log("health check port cannot be bound port=32223 service=shop/blocked")
+    until(
+        lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
+        "metric",
+    )
+    assert "healthCheckNodePort 32223" in world.a.cli("status")
+    assert world.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
+    server.terminate()
+    world.remove("blocked")
+
+
+def test_metrics_of_the_packet_path(world: Outer) -> None:
+    _, text = world.lab.agents[-1].http("/metrics", 10249)
+    for name in (
+        'ebpfproxy_packets_total{action="rejected",reason="no-endpoint"}',
+        'ebpfproxy_packets_total{action="dropped",reason="source-range"}',
+        'ebpfproxy_packets_total{action="passed",reason="martian"}',
+        'ebpfproxy_devices{state="attached"}',
+        "ebpfproxy_conntrack_entries",
+        "ebpfproxy_conntrack_expired_total",
+        "ebpfproxy_conntrack_evicted_total",
+        "ebpfproxy_conntrack_sweep_seconds_count",
+        'ebpfproxy_map_capacity{map="conntrack"}',
+    ):
+        assert f"\n{name} " in text, name
+
+
 # -- beside others
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from scapy.all import ARP, Ether, IPv6, Packet, Raw, raw
-from scapy.layers.inet import IP, TCP, UDP, IPOption_RR
-from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop, IPv6ExtHdrRouting
+from scapy.layers.inet import IP, TCP, UDP, IPOption_RR, in4_chksum
+from scapy.layers.inet6 import (
+    IPv6ExtHdrDestOpt,
+    IPv6ExtHdrHopByHop,
+    IPv6ExtHdrRouting,
+    in6_chksum,
+)
 from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
 
 from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
@@ -338,6 +344,24 @@ def test_udp_without_a_checksum_stays_without(wire: Wire, side: Side, port: int)
     assert result.verdict == PASS
     assert ends(result.packet) == (side.client, port, side.remote_pod, 8053)
     assert result.packet[UDP].chksum == 0
+
+
+def test_udp_lite_uses_the_services_of_udp(wire: Wire, side: Side, port: int) -> None:
+    """RFC 3828: its own number and a checksum over a part; connect() of such sockets has no hook."""
+    header = struct.pack("!HHHH", port, 53, 8, 0)
+    ip = side.ip(side.client, side.local_balancer, **({"proto": 136} if side.version == 4 else {"nh": 136}))
+    # With its length in place: it is part of what is summed up.
+    whole = type(ip)(raw(ip / Raw(header + PAYLOAD)))
+    check = (in4_chksum if side.version == 4 else in6_chksum)(136, whole, header)
+    result = wire.arrive(ip / Raw(header[:6] + check.to_bytes(2, "big") + PAYLOAD))
+    assert result.verdict == PASS
+    out = ip_of(result.packet)
+    assert out.dst == side.local_pod
+    body = raw(out.payload)
+    sport, dport, coverage, check = struct.unpack("!HHHH", body[:8])
+    assert (sport, dport, coverage, body[8:]) == (port, 8053, 8, PAYLOAD)
+    zeroed = body[:6] + b"\0\0"
+    assert check == (in4_chksum if side.version == 4 else in6_chksum)(136, out, zeroed)
 
 
 def test_sctp_without_a_checksum_is_left_for_the_device_to_fill_in(wire: Wire, side: Side, port: int) -> None:

@@ -21,7 +21,7 @@ mkdir -p "$root$top"
 (cd "$top" && git ls-files -z | tar -c --null -T - .venv) | tar -x -C "$root$top"
 cat >"$root/run-tests" <<END
 #!/bin/sh
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export EBPFPROXY_LAB_SECONDS=300 PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sys /sys
 mountpoint -q /run || mount -t tmpfs run /run

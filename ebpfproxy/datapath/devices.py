@@ -25,7 +25,8 @@ from ebpfproxy.datapath.hooks import PACKET_HOOKS, RAW_PACKETS
 
 #: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
 FILTER_PRIORITY = 3
-_FILTER_NAME = "ebpfproxy"
+#: With the program's id behind it: pyroute2 does not decode the kernel's own attribute for it.
+_FILTER_NAME = "ebpfproxy:"
 _ETH_P_ALL = 3
 _CLSACT = 0xFFFF0000
 _PARENTS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
@@ -174,7 +175,7 @@ def _filter(target: Target, direction: str, program: int) -> str:
             protocol=_ETH_P_ALL,
             prio=FILTER_PRIORITY,
             fd=program,
-            name=_FILTER_NAME,
+            name=f"{_FILTER_NAME}{bpf.prog_info(program).id}",
             classid=1,
             direct_action=True,
         )
@@ -197,8 +198,9 @@ def _our_filter(netlink: Any, index: int, direction: str) -> int | None:
         if each["info"] >> 16 != FILTER_PRIORITY or each.get_attr("TCA_KIND") != "bpf":
             continue
         options = each.get_attr("TCA_OPTIONS")
-        if options is not None and options.get_attr("TCA_BPF_NAME") == _FILTER_NAME:
-            return int(options.get_attr("TCA_BPF_ID"))
+        name = (options.get_attr("TCA_BPF_NAME") if options is not None else None) or ""
+        if name.startswith(_FILTER_NAME):
+            return int(name.removeprefix(_FILTER_NAME))
     return None
 
 

@@ -378,6 +378,23 @@ def unpack_nat(packed: bytes) -> Nat:
     )
 
 
+_NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
+
+
+def nat_ids(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id of a packed conntrack value."""
+    service_id, backend_id = _DEPARTURE.unpack_from(packed, _NAT_IDS_AT)
+    return service_id, backend_id
+
+
+def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:
+    """The same value for other ids; ``epoch`` is the service's now."""
+    changed = bytearray(packed)
+    _DEPARTURE.pack_into(changed, _NAT_IDS_AT, service_id, backend_id)
+    changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
+    return bytes(changed)
+
+
 def partner_key(flow: bytes, nat: bytes) -> bytes:
     """The key of a packed entry's other half: what this half writes, reversed, at the other stage."""
     protocol, stage, flags = flow[36], flow[37], nat[44]

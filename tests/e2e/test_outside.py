@@ -14,14 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from pyroute2 import NetNS
+from pyroute2 import IPRoute, NetNS
 from scapy.all import raw
 from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
+from ebpfproxy.datapath import bpf
 from tests.e2e import load
 from tests.e2e.test_agent import until
 from tests.e2e.world import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS, World
@@ -177,6 +179,21 @@ def test_restart_kill_and_other_options_lose_no_connection(every_way: Outer) -> 
             time.sleep(0.2)
     assert running.result["errors"] == []
     assert running.result["count"] > 50
+
+
+def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pytest.FixtureRequest) -> None:
+    """Connections through packets, and the Service's address at the socket, outlive a change of sizes."""
+    world = every_way
+    agent = world.lab.agents[-1]
+    inside = _Held(world.client, SERVICE_IPS["v4"], 80)
+    with load.running(world.outside, world.a.address, NODE_PORT) as running:
+        held = [_Held(world.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
+        agent.stop()
+        options = WAYS[request.node.callspec.params["every_way"]]
+        bigger = world.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
+        assert "flows are carried over" in bigger.text
+        assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
+    assert running.result["errors"] == []
 
 
 # -- policies
@@ -764,6 +781,65 @@ def test_conntrack_commands(world: Outer) -> None:
     assert listed("--client", flow["client"]) == []
     assert held.ask() != "alive", "its answers go nowhere"
     assert "flushed" in world.a.cli("conntrack", "flush", "--all")
+
+
+def _link_elsewhere(path: str) -> int:
+    """Attaches somebody else's program to eth0, which lets everything pass; pins it."""
+    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
+    bpf.pin(link, Path(path))
+    return 0
+
+
+def _link_is_attached(path: str) -> bool:
+    return bool(bpf.tcx_link_info(bpf.get_pinned(Path(path))).ifindex)
+
+
+def _filter_elsewhere() -> None:
+    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    with IPRoute() as netlink:
+        index = socket.if_nametoindex("eth0")
+        netlink.tc("add", "clsact", index)
+        netlink.tc(
+            "add-filter",
+            "bpf",
+            index,
+            parent=0xFFFFFFF2,
+            protocol=3,
+            prio=1,
+            fd=program,
+            name="cni",
+            classid=1,
+            direct_action=True,
+        )
+
+
+def _filters() -> list[str]:
+    with IPRoute() as netlink:
+        found = netlink.get_filters(socket.if_nametoindex("eth0"), parent=0xFFFFFFF2)
+        options = [each.get_attr("TCA_OPTIONS") for each in found]
+        return [o.get_attr("TCA_BPF_NAME") for o in options if o is not None and o.get_attr("TCA_BPF_NAME")]
+
+
+@pytest.mark.parametrize("way", ["safe", "clsact"])
+def test_others_programs_stay_where_they_are(way: str) -> None:
+    with Lab() as lab:
+        world = Outer(lab)
+        pin = str(world.a.bpf_root.parent / "somebody-elses")
+        world.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
+        world.a.call(_link_elsewhere, pin)
+        world.a.call(_filter_elsewhere)
+        agent = world.agent(*WAYS[way]).start()
+        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        names = [name.partition(":")[0] for name in world.a.call(_filters)]
+        assert names == (["cni", "ebpfproxy"] if way == "clsact" else ["cni"])
+        agent.stop()
+        said = world.a.cli("cleanup")
+        assert "detached" in said
+        assert world.a.call(_filters) == ["cni"]
+        assert world.a.call(_link_is_attached, pin)
+        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        Path(pin).unlink()
 
 
 # -- options

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scapy.all import ARP, Ether, IPv6, Packet, Raw, raw
+from scapy.all import ARP, Dot1Q, Ether, IPv6, Packet, Raw, raw
 from scapy.layers.inet import IP, TCP, UDP, IPOption_RR, in4_chksum
 from scapy.layers.inet6 import (
     IPv6ExtHdrDestOpt,
@@ -426,6 +426,15 @@ def test_frames_for_another_host_are_not_looked_at(wire: Wire, side: Side, port:
     packet = packet / segment("TCP", port, 80)
     result = wire.send("from_device", "eth0", packet)
     assert (result.verdict, result.bytes) == (PASS, raw(packet))
+
+
+def test_a_vlans_frames_are_the_vlan_devices(wire: Wire, side: Side, port: int) -> None:
+    """Tagged frames come again, untagged, on a device of their own."""
+    frame = Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99") / Dot1Q(vlan=5)
+    frame = frame / side.ip(side.client, side.web) / segment("TCP", port, 80)
+    for program in ("from_device", "to_device"):
+        result = wire.send(program, "eth0", frame)
+        assert (result.verdict, result.bytes) == (PASS, raw(frame))
 
 
 def test_frames_of_other_ethertypes_leave_bit_identical(wire: Wire) -> None:

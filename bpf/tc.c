@@ -90,7 +90,7 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 								   : PASS;
 }
 
-/* The flow's client is not to be seen by the backend, or the backend would not answer through us.
+/* Whether the backend must not see the client: it would not answer through us, or policy says so.
  */
 static __always_inline bool must_masquerade(const struct service *svc, bool is_inside,
 					    const struct packet *p, const struct backend *backend)
@@ -215,7 +215,9 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	svc = find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL);
 	if (!svc)
 		return no_service(skb, p);
-	if (!s || is_martian(&p->flow.src))
+	if (!s)
+		return PASS;
+	if (is_martian(&p->flow.src))
 		return pass(EVENT_MARTIAN);
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
 		return drop(EVENT_SOURCE_RANGE);
@@ -341,12 +343,12 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p,
 	const bool forwards = nat->flags & NAT_BYPASS;
 
 	conntrack_track(&p->flow, nat, p->tcp_flags);
-	if (BYPASS_NETFILTER && forwards && p->hops <= 1)
+	if (forwards && p->hops <= 1)
 		return drop(EVENT_HOPS);
-	if (rewrite(skb, p, nat, BYPASS_NETFILTER && forwards))
+	if (rewrite(skb, p, nat, forwards))
 		return drop(EVENT_REWRITE);
 	/* This host's questions are not where their route begins. */
-	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST || (BYPASS_NETFILTER && forwards))
+	if (forwards || (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
 		return send_out(skb, &nat->src, &nat->dst);
 	return PASS;
 }
@@ -400,10 +402,8 @@ static __always_inline int arrive(struct __sk_buff *skb)
 	struct nat *nat = NULL;
 	enum shape shape;
 
-	/* A VLAN's packets come again on the VLAN's own device; others' are not for us. */
-	if (!p || skb->vlan_present)
-		return PASS;
-	if (!read_addresses(skb, p))
+	/* A VLAN's packets come again on the VLAN's own device. */
+	if (!p || skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
 	if (!address_of_interest(&p->flow.dst))
 		return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)

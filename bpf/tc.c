@@ -212,7 +212,9 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	enum way way;
 	u32 id;
 
-	svc = find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL);
+	svc = port_of_interest(to.port)
+		      ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
+		      : NULL;
 	if (!svc)
 		return no_service(skb, p);
 	if (!s)

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Two Bloom filters of one hash each, so that a packet of no Service costs two array reads and no
- * hash lookup. They may say yes wrongly, never no.
+ * hash lookup, and a bit for each port. They may say yes wrongly, never no.
  *
- * address_filter, one bit an address, is the agent's: frontends' addresses and this node's own.
+ * address_filter, one bit an address, is the agent's: frontends' addresses and this node's own. So
+ * is port_filter, of frontends' ports: a tunnel's packets to this node come to none of them.
  * flow_filter, one byte a pair of addresses, is written by programs when they make an entry.
  * datapath/filter.py computes the same hash.
  */
@@ -30,6 +31,14 @@ static __always_inline bool address_of_interest(const struct inet_addr *a)
 	u8 *bits = map_lookup(address_filter, &zero);
 
 	return bits && bits[hash >> 3] & (1 << (hash & 7));
+}
+
+static __always_inline bool port_of_interest(__be16 port)
+{
+	u32 number = bpf_ntohs(port), zero = 0;
+	u8 *bits = map_lookup(port_filter, &zero);
+
+	return bits && bits[(number >> 3) & 0x1fff] & (1 << (number & 7));
 }
 
 static __always_inline u8 *flow_filter_byte(const struct inet_addr *src,

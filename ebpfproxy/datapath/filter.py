@@ -1,6 +1,7 @@
-"""The address filter: which destinations the packet programs look at more closely (``bpf/lib/filter.h``).
+"""Filters that tell packet programs what to look at more closely (``bpf/lib/filter.h``): a bit for each number.
 
-A Bloom filter of one hash: one bit for each hash of an address. It may say yes wrongly, never no.
+Of ports the number is the port itself. Of addresses it is a hash (a Bloom filter of one hash): the filter may
+say yes wrongly, never no.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ def address_hash(address: bytes) -> int:
     return (folded * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
 
 
-class AddressFilter:
+class BitFilter:
     """Counts who wants each bit, so that one can be taken back. One thread uses it."""
 
     def __init__(self, memory: SharedArray) -> None:
         self._memory = memory
         self._wanted: Counter[int] = Counter()
 
-    def add(self, address: bytes) -> None:
-        """The address is of interest from here on."""
-        number = address_hash(address)
+    def add(self, number: int) -> None:
+        """The number is of interest from here on."""
         self._wanted[number] += 1
         if self._wanted[number] == 1:
             at, bit = number >> 3, 1 << (number & 7)
@@ -42,9 +42,8 @@ class AddressFilter:
                 self._memory.bytes[at] = byte | bit
                 self._memory.writes += 1
 
-    def remove(self, address: bytes) -> None:
+    def remove(self, number: int) -> None:
         """Takes back one :meth:`add`."""
-        number = address_hash(address)
         self._wanted[number] -= 1
         if not self._wanted[number]:
             del self._wanted[number]
@@ -53,7 +52,7 @@ class AddressFilter:
 
     def drop_leftovers(self) -> None:
         """Clears what nobody wants: bits that an earlier agent has left."""
-        wanted = bytearray(len(self._memory.bytes))
+        wanted = bytearray(self._memory.stride)
         for number in self._wanted:
             wanted[number >> 3] |= 1 << (number & 7)
         if self._memory.bytes[: len(wanted)] != wanted:

@@ -221,6 +221,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("cidrs", bpf.MAP_LPM_TRIE, _CIDR.size, 4, 1024, bpf.F_NO_PREALLOC),
         MapSpec("devices", bpf.MAP_HASH, 4, _DEVICE.size, 16384, bpf.F_NO_PREALLOC),
         MapSpec("address_filter", *array, (1 << ADDRESS_FILTER_BITS) // 8, 1, bpf.F_MMAPABLE),
+        MapSpec("port_filter", *array, 65536 // 8, 1, bpf.F_MMAPABLE),
         MapSpec("flow_filter", *array, 1 << FLOW_FILTER_BITS, 1),
         MapSpec("crc32c", *array, CRC_STEPS * 4096, 1),
         MapSpec("packet_events", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Set
 import msgspec
 
 from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.filter import AddressFilter
+from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, Departure, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
@@ -95,7 +95,8 @@ class Writer:
         self._refs = array("I", bytes(4 * self._backends.spec.max_entries))
         self._leaving: Counter[int] = Counter()
         self._idle: Counter[int] = Counter()
-        self._filter = AddressFilter(maps.shared("address_filter"))
+        self._addresses = BitFilter(maps.shared("address_filter"))
+        self._ports = BitFilter(maps.shared("port_filter"))
         self._cluster_ips: Counter[bytes] = Counter()
         self._epochs = maps.shared("epochs").words()
         self._departures: dict[bytes, Departure] = {
@@ -140,7 +141,7 @@ class Writer:
                 if entry.flags & ServiceFlags.ADDRESS:
                     continue
                 self._entries[key] = value
-                self._note_address(key, entry.kind)
+                self._note_entry(key, entry.kind)
                 entries_of.setdefault(entry.id, []).append(key)
         sources_of: dict[int, set[bytes]] = {}
         for key, _ in self._maps["source_ranges"].items():
@@ -453,12 +454,12 @@ class Writer:
             batch = {key: value for key, value in plan.entries.items() if len(key) == size}
             # What a filter does not know would pass untouched: it learns first, and forgets last.
             for key, value in batch.items():
-                self._note_address(key, layout.unpack_service(value).kind)
+                self._note_entry(key, layout.unpack_service(value).kind)
             refused = set(self._maps[table].update_many(batch))
             for key, value in batch.items():
                 replaced = value if key in refused else self._entries.get(key)
                 if replaced is not None:
-                    self._forget_address(key, layout.unpack_service(replaced).kind)
+                    self._forget_entry(key, layout.unpack_service(replaced).kind)
                 if key not in refused:
                     self._entries[key] = value
             full += [f"{table}: no room for {describe_frontend(key)}" for key in refused]
@@ -477,14 +478,16 @@ class Writer:
     def _delete_entry(self, key: bytes) -> None:
         self._table_of(key).delete(key)
         kind = layout.unpack_service(self._entries.pop(key)).kind
-        self._forget_address(key, kind)
+        self._forget_entry(key, kind)
 
-    def _note_address(self, key: bytes, kind: FrontendKind) -> None:
-        """An entry's address is of interest; a cluster IP gets an entry for all its other ports, too."""
+    def _note_entry(self, key: bytes, kind: FrontendKind) -> None:
+        """Its address and port are of interest; a cluster IP gets an entry for all its other ports, too."""
+        frontend = layout.unpack_service_key(key)
+        self._ports.add(frontend.port)
         if kind is FrontendKind.NODE_PORT:
             return
-        address = layout.unpack_service_key(key).address
-        self._filter.add(address)
+        address = frontend.address
+        self._addresses.add(address_hash(address))
         if kind is FrontendKind.CLUSTER_IP:
             self._cluster_ips[address] += 1
             if self._cluster_ips[address] == 1 and not self._adopting:
@@ -495,17 +498,18 @@ class Writer:
         # Without room for it such ports are not rejected, and nothing else is different.
         self._table_of(key).update_many({key: value})
 
-    def _forget_address(self, key: bytes, kind: FrontendKind) -> None:
-        if kind is FrontendKind.NODE_PORT:
-            return
-        address = layout.unpack_service_key(key).address
+    def _forget_entry(self, key: bytes, kind: FrontendKind) -> None:
+        frontend = layout.unpack_service_key(key)
+        address = frontend.address
         if kind is FrontendKind.CLUSTER_IP:
             self._cluster_ips[address] -= 1
             if not self._cluster_ips[address]:
                 del self._cluster_ips[address]
                 other_ports, _ = layout.pack_cluster_ip(address)
                 self._table_of(other_ports).delete(other_ports)
-        self._filter.remove(address)
+        if kind is not FrontendKind.NODE_PORT:
+            self._addresses.remove(address_hash(address))
+        self._ports.remove(frontend.port)
 
     def _drop(self, key: ServicePortKey) -> None:
         known = self._programmed.pop(key, None)
@@ -532,7 +536,8 @@ class Writer:
         self._drop_unheld([backend for backend, _ in self._backend_ids.items()])
         if self._maps.adopted:
             self._repair_cluster_ips()
-        self._filter.drop_leftovers()
+        self._addresses.drop_leftovers()
+        self._ports.drop_leftovers()
 
     def _repair_cluster_ips(self) -> None:
         """The entries for other ports are those of the cluster IPs, whatever was adopted."""
@@ -574,9 +579,9 @@ class Writer:
     def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
         """All addresses of this node: answers to masqueraded clients come to one of them."""
         for address in addresses - self._own_addresses:
-            self._filter.add(address)
+            self._addresses.add(address_hash(address))
         for address in self._own_addresses - addresses:
-            self._filter.remove(address)
+            self._addresses.remove(address_hash(address))
         self._own_addresses = addresses
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:

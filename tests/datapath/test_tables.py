@@ -12,7 +12,7 @@ from scapy.layers.sctp import crc32c
 
 from ebpfproxy.datapath import maps
 from ebpfproxy.datapath.crc32c import zeros_tables
-from ebpfproxy.datapath.filter import AddressFilter, address_hash
+from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.layout import CRC_STEPS, Capacity
 from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
 from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
@@ -47,13 +47,13 @@ def test_the_crc_of_a_changed_packet_follows_from_the_change() -> None:
 
 
 @pytest.fixture
-def filter_of_a_map() -> Iterator[tuple[AddressFilter, maps.SharedArray]]:
+def filter_of_a_map() -> Iterator[tuple[BitFilter, maps.SharedArray]]:
     ensure_bpffs(BPFFS)
     pins = BPFFS / "ebpfproxy-test-filter"
     pins.mkdir(exist_ok=True)
     opened = maps.open_or_create(pins, Capacity(conntrack=1024))
     memory = opened.shared("address_filter")
-    found = AddressFilter(memory)
+    found = BitFilter(memory)
     yield found, memory
     # Views of the memory must be gone before it is closed.
     found._memory = None  # type: ignore[assignment]
@@ -62,7 +62,7 @@ def filter_of_a_map() -> Iterator[tuple[AddressFilter, maps.SharedArray]]:
 
 
 @pytest.mark.root
-def test_the_filter_counts_and_clears(filter_of_a_map: tuple[AddressFilter, maps.SharedArray]) -> None:
+def test_the_filter_counts_and_clears(filter_of_a_map: tuple[BitFilter, maps.SharedArray]) -> None:
     known, memory = filter_of_a_map
     one, other = bytes([10, 96, 0, 1]), bytes(15) + b"\x07"
 
@@ -71,12 +71,12 @@ def test_the_filter_counts_and_clears(filter_of_a_map: tuple[AddressFilter, maps
         return bool(memory.bytes[number >> 3] & 1 << (number & 7))
 
     for address in (one, one, other):
-        known.add(address)
+        known.add(address_hash(address))
     assert has(one)
     assert has(other)
-    known.remove(one)
+    known.remove(address_hash(one))
     assert has(one), "somebody still wants it"
-    known.remove(one)
+    known.remove(address_hash(one))
     assert not has(one)
     memory.bytes[5] = 0xFF
     known.drop_leftovers()

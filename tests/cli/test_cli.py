@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import ebpfproxy
 from ebpfproxy.cli import main
 from ebpfproxy.cli.output import age, emit
+from ebpfproxy.cli.values import Seconds
 from ebpfproxy.datapath.dump import BackendRef
 
 
@@ -36,6 +37,10 @@ def test_version() -> None:
         ("service", "list"),
         ("service", "get"),
         ("backend", "list"),
+        ("conntrack",),
+        ("conntrack", "list"),
+        ("conntrack", "get"),
+        ("conntrack", "flush"),
         ("cleanup",),
     ],
 )
@@ -46,9 +51,50 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
     assert len(said.splitlines()) > 5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodeport-addresses", "10.0.0.1"), "'10.0.0.1' is not a CIDR: it has no prefix length"),
+        (("--nodeport-addresses", "primary,10.0.0.0/8"), "'primary' goes without any other value"),
+        (("--cluster-cidr", "10.0.0.0/33"), "--cluster-cidr: '10.0.0.0/33' is not a CIDR"),
+        (("--service-cidr", "ten"), "--service-cidr: 'ten' is not a CIDR"),
+        (("--detect-local-mode", "ClusterCIDR"), "--detect-local-mode ClusterCIDR needs --cluster-cidr"),
+        (("--detect-local-mode", "BridgeInterface"), "BridgeInterface needs --pod-bridge-interface"),
+        (("--masquerade-ports", "9-3"), "'9-3': a range of ports begins at 1"),
+        (("--conntrack-udp-timeout", "soon"), "'soon' is not a duration such as 30s or 1h30m"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run("run", "--manifests", "/nowhere", *arguments)
+    assert code != 0
+    assert said in output
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("1h30m", 5400), ("1.5m", 90), ("250ms", 0.25), ("0s", 0)]
+)
+def test_durations_are_gos(text: str, seconds: float) -> None:
+    assert Seconds().convert(text, None, None) == seconds
+
+
+def test_flushing_takes_a_filter() -> None:
+    code, said = run("conntrack", "flush")
+    assert code == 2
+    assert "name what to flush, or say --all" in said
+
+
 @pytest.mark.root
 @pytest.mark.parametrize(
-    "command", [("status",), ("service", "list"), ("service", "get", "a/b"), ("backend", "list")]
+    "command",
+    [
+        ("status",),
+        ("service", "list"),
+        ("service", "get", "a/b"),
+        ("backend", "list"),
+        ("conntrack", "list"),
+        ("conntrack", "get", "192.0.2.1:80"),
+        ("conntrack", "flush", "--all"),
+    ],
 )
 def test_where_nothing_is_pinned(command: tuple[str, ...], tmp_path: Path) -> None:
     code, said = run(*command, "--bpf-root", str(tmp_path))

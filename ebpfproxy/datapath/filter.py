@@ -1,4 +1,4 @@
-"""Filters that tell packet programs what to look at more closely (``bpf/lib/filter.h``): a bit for each number.
+"""Filters that tell packet programs what to look at closely (``bpf/lib/filter.h``): a bit for each number.
 
 Of ports the number is the port itself. Of addresses it is a hash (a Bloom filter of one hash): the filter may
 say yes wrongly, never no.

@@ -26,7 +26,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy import state
 from ebpfproxy.datapath import attach, cleanup, conntrack, maps, probe, programs, roots
-from ebpfproxy.datapath.carry import carry_over
+from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
@@ -407,13 +407,16 @@ class Agent:
     def _attach_when_ready(self) -> None:
         if self._attached or not self._complete or self._programs is None:
             return
-        carried = carry_over(self._pins, self._maps)
+        carrier = Carrier(self._pins, self._maps)
+        carrier.copy()
         changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
         self._attached = True
+        carrier.copy()
         changed += self._attach_devices()
-        carried += carry_over(self._pins, self._maps)
-        if carried:
-            log.info("flows are carried over from other maps", entries=carried)
+        carrier.copy()
+        carrier.close()
+        if carrier.copied:
+            log.info("flows are carried over from other maps", entries=carrier.copied)
         programs.remove_others(self._maps, self._programs)
         removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
         log.info(

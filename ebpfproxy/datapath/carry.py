@@ -2,7 +2,8 @@
 
 Maps of another size are other maps (``datapath.maps``), with service and backend ids of their own. What
 programs have noted in the old ones is copied: conntrack with its ids translated by name and address, sockets'
-origins as they are. It is done before programs are swapped, and once more after, for what began meanwhile.
+origins as they are. It is done before programs are swapped and again as they are, for what begins meanwhile;
+a connection may still be lost whose first packets pass programs of both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.attach import LINKS
 from ebpfproxy.datapath.bpf import BpfError
 from ebpfproxy.datapath.layout import SCHEMA_VERSION, U32
 from ebpfproxy.datapath.maps import MapSet, open_pinned
@@ -19,42 +19,56 @@ from ebpfproxy.datapath.maps import MapSet, open_pinned
 _AS_THEY_ARE = ("sock_origin", "sock_revnat", "fragments")
 
 
-def carry_over(pins: Path, maps: MapSet) -> int:
-    """Copies what is not there yet from maps of the same schema; returns the number of conntrack entries.
+class Carrier:
+    """Copies, as often as it is told, what is not there yet; what can be known before is prepared at once.
 
-    Entries of Services or backends that are no more stay behind.
+    Entries of Services or backends that are no more stay behind. Close it.
     """
-    copied = 0
-    for folder in pins.glob(f"v{SCHEMA_VERSION}-*"):
-        if folder == maps.folder or folder.name == LINKS or not (folder / "maps").is_dir():
-            continue
-        try:
-            old = open_pinned(folder)
-        except (BpfError, ValueError):
-            continue
-        try:
-            copied += _carry(old, maps)
-        finally:
-            old.close()
-    return copied
+
+    def __init__(self, pins: Path, maps: MapSet) -> None:
+        self._new = maps
+        self._old = [old for folder in pins.glob(f"v{SCHEMA_VERSION}-*") if (old := _other(folder, maps))]
+        self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
+        #: Conntrack entries so far.
+        self.copied = 0
+
+    def copy(self) -> None:
+        for old, (services, backends) in zip(self._old, self._ids, strict=True):
+            self._copy(old, services, backends)
+
+    def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
+        new, entries = self._new, {}
+        for key, value in _missing(old, new, "conntrack"):
+            ids = layout.nat_ids(value)
+            service, backend = services.get(ids[0]), backends.get(ids[1])
+            if service is not None and backend is not None:
+                epoch = new.shared("epochs").words()[service]
+                entries[key] = layout.with_nat_ids(value, service, backend, epoch)
+        if entries:
+            # Programs look for an entry only where the filter says so.
+            _merge_filters(old, new)
+            new["conntrack"].update_many(entries)
+        self.copied += len(entries)
+        for name in _AS_THEY_ARE:
+            new[name].update_many(dict(_missing(old, new, name)))
+
+    def close(self) -> None:
+        while self._old:
+            self._old.pop().close()
 
 
-def _carry(old: MapSet, new: MapSet) -> int:
-    if any(old.maps.keys() ^ new.maps.keys()):
-        return 0
-    for name in _AS_THEY_ARE:
-        new[name].update_many(dict(_missing(old, new, name)))
-    services, backends = _service_ids(old, new), _backend_ids(old, new)
-    entries = {}
-    for key, value in _missing(old, new, "conntrack"):
-        ids = layout.nat_ids(value)
-        service, backend = services.get(ids[0]), backends.get(ids[1])
-        if service is not None and backend is not None:
-            epoch = new.shared("epochs").words()[service]
-            entries[key] = layout.with_nat_ids(value, service, backend, epoch)
-    new["conntrack"].update_many(entries)
-    _merge_filters(old, new)
-    return len(entries)
+def _other(folder: Path, maps: MapSet) -> MapSet | None:
+    """The maps of another layout with the same structs, None for anything else."""
+    if folder == maps.folder or not (folder / "maps").is_dir():
+        return None
+    try:
+        old = open_pinned(folder)
+    except (BpfError, ValueError):
+        return None
+    if old.maps.keys() == maps.maps.keys():
+        return old
+    old.close()
+    return None
 
 
 def _missing(old: MapSet, new: MapSet, name: str) -> Iterator[tuple[bytes, bytes]]:

@@ -194,8 +194,9 @@ def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pyt
         bigger = world.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "flows are carried over" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
-    # One that is just being opened may meet programs of both sizes: it, and no other.
-    assert len(running.result["errors"]) <= 1
+    # What is just being opened may meet programs of both sizes. The long one is asked after each of the
+    # short ones: were it lost, every round from then on would be an error.
+    assert len(running.result["errors"]) < 5, running.result
 
 
 # -- policies

@@ -355,6 +355,26 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p,
 	return PASS;
 }
 
+/* False where the packet is of a known flow: then @verdict is what becomes of it. */
+static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p, int *verdict)
+{
+	struct nat *nat = conntrack_lookup(&p->flow);
+
+	if (!nat)
+		return true;
+	switch (course_of(p, nat)) {
+	case COURSE_FOLLOW:
+		*verdict = follow(skb, p, nat);
+		return false;
+	case COURSE_REJECT:
+		conntrack_forget(&p->flow, nat);
+		*verdict = reject(skb, p, EVENT_BACKEND_GONE);
+		return false;
+	default:
+		return true;
+	}
+}
+
 /* Packets that are not simply one of a flow with ports. */
 static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p, enum shape shape)
 {
@@ -401,8 +421,8 @@ static __always_inline bool is_for_us(struct __sk_buff *skb)
 static __always_inline int arrive(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_INGRESS);
-	struct nat *nat = NULL;
 	enum shape shape;
+	int verdict;
 
 	/* A VLAN's packets come again on the VLAN's own device. */
 	if (!p || skb->vlan_present || !read_addresses(skb, p))
@@ -418,27 +438,17 @@ static __always_inline int arrive(struct __sk_buff *skb)
 		return translate_error(skb, p);
 	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
 		return unusual(skb, p, shape);
-	if (flow_of_interest(&p->flow.src, &p->flow.dst))
-		nat = conntrack_lookup(&p->flow);
-	if (nat) {
-		enum course course = course_of(p, nat);
-
-		if (course == COURSE_FOLLOW)
-			return follow(skb, p, nat);
-		if (course == COURSE_REJECT) {
-			conntrack_forget(&p->flow, nat);
-			return reject(skb, p, EVENT_BACKEND_GONE);
-		}
-	}
+	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_new(skb, p, &verdict))
+		return verdict;
 	return begin(skb, p);
 }
 
 static __always_inline int leave(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
-	struct nat *nat = NULL;
 	bool is_known, is_mine;
 	enum shape shape;
+	int verdict;
 
 	if (!p || skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
@@ -453,18 +463,8 @@ static __always_inline int leave(struct __sk_buff *skb)
 		return translate_error(skb, p);
 	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
 		return is_mine ? unusual(skb, p, shape) : PASS;
-	if (is_known)
-		nat = conntrack_lookup(&p->flow);
-	if (nat) {
-		enum course course = course_of(p, nat);
-
-		if (course == COURSE_FOLLOW)
-			return follow(skb, p, nat);
-		if (course == COURSE_REJECT) {
-			conntrack_forget(&p->flow, nat);
-			return reject(skb, p, EVENT_BACKEND_GONE);
-		}
-	}
+	if (is_known && !is_new(skb, p, &verdict))
+		return verdict;
 	return is_mine ? begin_on_host(skb, p) : PASS;
 }
 

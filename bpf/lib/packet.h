@@ -115,27 +115,33 @@ struct packet {
 	bool is_later_fragment;
 };
 
+/* The IP header in place, NULL where the packet is shorter than it. */
+static __always_inline void *l3_header(struct __sk_buff *skb, u32 size)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	if (data + L3_OFFSET + size <= end)
+		return data + L3_OFFSET;
+	if (bpf_skb_pull_data(skb, L3_OFFSET + size))
+		return NULL;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	return data + L3_OFFSET + size <= end ? data + L3_OFFSET : NULL;
+}
+
 /*
  * Fills in the addresses and the protocol; false where this is no IP packet, or too short for one.
  * The IPv6 chain of headers is not walked yet.
  */
 static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet *p)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	const u32 protocol = skb->protocol;
 
 	if (protocol == bpf_htons(ETH_P_IP)) {
-		struct ipv4_header *ip = data + L3_OFFSET;
+		struct ipv4_header *ip = l3_header(skb, sizeof(*ip));
 
-		if ((void *)(ip + 1) > end) {
-			if (bpf_skb_pull_data(skb, L3_OFFSET + sizeof(*ip)))
-				return false;
-			data = (void *)(long)skb->data;
-			end = (void *)(long)skb->data_end;
-			ip = data + L3_OFFSET;
-			if ((void *)(ip + 1) > end)
-				return false;
-		}
+		if (!ip)
+			return false;
 		if (ip->version_ihl < 0x45 || ip->version_ihl > 0x4f)
 			return false;
 		p->is_v4 = true;
@@ -153,17 +159,10 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 		return true;
 	}
 	if (protocol == bpf_htons(ETH_P_IPV6)) {
-		struct ipv6_header *ip = data + L3_OFFSET;
+		struct ipv6_header *ip = l3_header(skb, sizeof(*ip));
 
-		if ((void *)(ip + 1) > end) {
-			if (bpf_skb_pull_data(skb, L3_OFFSET + sizeof(*ip)))
-				return false;
-			data = (void *)(long)skb->data;
-			end = (void *)(long)skb->data_end;
-			ip = data + L3_OFFSET;
-			if ((void *)(ip + 1) > end)
-				return false;
-		}
+		if (!ip)
+			return false;
 		if ((bpf_ntohl(ip->version_class_label) >> 28) != 6)
 			return false;
 		p->is_v4 = false;

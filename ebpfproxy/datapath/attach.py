@@ -60,10 +60,7 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
         # Attached to another cgroup, or to one that is gone: the new link comes first.
         fresh = bpf.link_create(program, cgroup, hook.attach_type)
         try:
-            beside = link_path.with_name(f"{hook.name}-new")
-            beside.unlink(missing_ok=True)
-            bpf.pin(fresh, beside)
-            beside.replace(link_path)
+            pin_over(fresh, link_path)
         finally:
             os.close(fresh)
         return "attached" if link is None else "moved"
@@ -71,6 +68,14 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
         if link is not None:
             os.close(link)
         os.close(program)
+
+
+def pin_over(fd: int, path: Path) -> None:
+    """Pins in place of what is pinned there, in one step."""
+    beside = path.with_name(f"{path.name}-new")
+    beside.unlink(missing_ok=True)
+    bpf.pin(fd, beside)
+    beside.replace(path)
 
 
 def _open(path: Path) -> int | None:

@@ -20,7 +20,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.attach import LINKS
+from ebpfproxy.datapath.attach import LINKS, pin_over
 from ebpfproxy.datapath.hooks import PACKET_HOOKS, RAW_PACKETS
 
 #: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
@@ -112,10 +112,7 @@ class DeviceAttacher:
                 return "replaced"
         fresh = bpf.link_create(program, target.ifindex, attach_type)
         try:
-            beside = path.with_name(f"{path.name}-new")
-            beside.unlink(missing_ok=True)
-            bpf.pin(fresh, beside)
-            beside.replace(path)
+            pin_over(fresh, path)
         finally:
             os.close(fresh)
         return "attached"

@@ -6,6 +6,7 @@ kube-proxy's (pkg/proxy/healthcheck/service_health.go), on every path.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import selectors
 import socket
@@ -24,6 +25,7 @@ _CLIENT_SECONDS = 10.0
 _REQUEST_BYTES = 8192
 _MOST_CLIENTS = 1024
 _BACKLOG = 128
+_ACCEPT_PAUSE_SECONDS = 0.05
 
 
 class ServiceHealth(msgspec.Struct, frozen=True, order=True):
@@ -44,7 +46,6 @@ class _Client:
         self.port = port
         self.deadline = time.monotonic() + _CLIENT_SECONDS
         self.received = b""
-        self.to_send = b""
 
 
 class NodePortHealth:
@@ -61,6 +62,9 @@ class NodePortHealth:
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
         self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="node-port-health", daemon=True)
         self._stopping = False
 
     @property
@@ -75,13 +79,19 @@ class NodePortHealth:
             return len(self._listeners)
 
     def start(self) -> None:
-        self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ)
-        threading.Thread(target=self._run, name="node-port-health", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
+        """Every port is closed when this returns."""
         self._stopping = True
-        self._waker.send(b"!")
+        self._wake()
+        self._thread.join()
+
+    def _wake(self) -> None:
+        # A full pipe wakes the thread as well as one more byte would.
+        with contextlib.suppress(BlockingIOError):
+            self._waker.send(b"!")
 
     def update(self, wanted: Iterable[ServiceHealth]) -> None:
         """All Services that have such a port; of two with the same port the first by name has it."""
@@ -103,9 +113,9 @@ class NodePortHealth:
                 self._open(port)
         for each in doubles - self._doubles:
             owner = self._wanted[each.port]
-            log.warning("health check port is another's", port=each.port, service=each, owner=owner)
+            log.warning("health check port is another's", port=each.port, service=str(each), owner=str(owner))
         self._doubles = frozenset(doubles)
-        self._waker.send(b"!")
+        self._wake()
 
     # -- listeners; the lock is held
 
@@ -114,12 +124,12 @@ class NodePortHealth:
             listener = _listen(port)
         except OSError as error:
             if port not in self._failed:
-                service = self._wanted[port]
+                service = str(self._wanted[port])
                 log.error("health check port cannot be bound", port=port, service=service, error=error)
             self._failed[port] = str(error)
             return
         if self._failed.pop(port, None) is not None:
-            log.info("health check port is bound now", port=port, service=self._wanted[port])
+            log.info("health check port is bound now", port=port, service=str(self._wanted[port]))
         self._listeners[port] = listener
         self._selector.register(listener, selectors.EVENT_READ, port)
 
@@ -141,7 +151,7 @@ class NodePortHealth:
                 else:
                     self._accept(key.data)
             now = time.monotonic()
-            for client in [c for c in self._clients if c.deadline < now]:
+            for client in [c for c in self._clients if c.deadline < now or c.port not in self._listeners]:
                 self._end(client)
             if now >= next_retry:
                 next_retry = now + _RETRY_SECONDS
@@ -159,10 +169,9 @@ class NodePortHealth:
             listener = self._listeners.get(port)
             if listener is None:
                 return
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
+            connection = _accepted(listener)
+        if connection is None:
+            return
         if len(self._clients) >= _MOST_CLIENTS:
             connection.close()
             return
@@ -173,46 +182,45 @@ class NodePortHealth:
 
     def _serve(self, client: _Client) -> None:
         try:
-            if client.to_send:
-                client.to_send = client.to_send[client.connection.send(client.to_send) :]
-            else:
-                self._receive(client)
+            data = client.connection.recv(_REQUEST_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            self._end(client)
-
-    def _receive(self, client: _Client) -> None:
-        data = client.connection.recv(_REQUEST_BYTES)
+            data = b""
         client.received += data
         if not data or len(client.received) > _REQUEST_BYTES:
             self._end(client)
             return
-        while b"\r\n\r\n" in client.received and not client.to_send:
+        while b"\r\n\r\n" in client.received:
             head, _, client.received = client.received.partition(b"\r\n\r\n")
-            answer, goes_on = self._answer(client.port, head)
-            client.deadline = time.monotonic() + _CLIENT_SECONDS
-            sent = client.connection.send(answer)
-            client.to_send = answer[sent:]
-            if not goes_on or client.to_send:
-                # An answer is smaller than any socket's buffer: a client that leaves no room is ended.
+            with self._lock:
+                service = self._wanted.get(client.port)
+            if service is None or not self._reply(client, service, head):
                 self._end(client)
                 return
 
-    def _answer(self, port: int, head: bytes) -> tuple[bytes, bool]:
+    def _reply(self, client: _Client, service: ServiceHealth, head: bytes) -> bool:
+        """Whether the connection goes on."""
+        answer, goes_on = self._answer(service, head)
+        client.deadline = time.monotonic() + _CLIENT_SECONDS
+        try:
+            # An answer is smaller than any socket's buffer: a client that leaves no room is ended.
+            return client.connection.send(answer) == len(answer) and goes_on
+        except OSError:
+            return False
+
+    def _answer(self, service: ServiceHealth, head: bytes) -> tuple[bytes, bool]:
         """The answer, and whether the connection goes on."""
         line, *headers = head.split(b"\r\n")
         words = line.split()
         if len(words) != 3 or words[0] not in (b"GET", b"HEAD") or not words[2].startswith(b"HTTP/1."):
             return b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", False
-        closes = words[2] == b"HTTP/1.0" or any(h.lower().startswith(b"connection: close") for h in headers)
-        with self._lock:
-            service = self._wanted.get(port)
-        count = service.local_endpoints if service is not None else 0
+        closes = words[2] == b"HTTP/1.0" or any(map(_ends_connection, headers))
+        count = service.local_endpoints
         healthy = self._proxy_healthy()
         body = _BODY % (
-            msgspec.json.encode(service.namespace if service else ""),
-            msgspec.json.encode(service.name if service else ""),
+            msgspec.json.encode(service.namespace),
+            msgspec.json.encode(service.name),
             count,
             b"true" if healthy else b"false",
         )
@@ -248,14 +256,42 @@ def _http_date() -> bytes:
 
 def _listen(port: int) -> socket.socket:
     """On every address of both families; of IPv4 alone where there is no IPv6. Raises OSError."""
+    # Where the kernel has no IPv6, create_server raises ValueError for dualstack_ipv6.
+    if socket.has_dualstack_ipv6():
+        try:
+            return _unblocking(
+                socket.create_server(
+                    ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+                )
+            )
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    return _unblocking(socket.create_server(("0.0.0.0", port), backlog=_BACKLOG))
+
+
+def _unblocking(listener: socket.socket) -> socket.socket:
+    # update() can close a listener and open one with its number between select and accept.
+    listener.setblocking(False)
+    return listener
+
+
+def _accepted(listener: socket.socket) -> socket.socket | None:
+    """None where nobody waits, or this process has no descriptors left: then after a pause."""
     try:
-        return socket.create_server(
-            ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
-        )
-    except OSError as error:
-        if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            raise
-    return socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)
+        return listener.accept()[0]
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    except OSError:
+        # The listener stays readable: without a pause the thread would spin.
+        time.sleep(_ACCEPT_PAUSE_SECONDS)
+        return None
+
+
+def _ends_connection(header: bytes) -> bool:
+    """``Connection: close``, or a body, which is not read and so must not be taken for a request."""
+    name, _, value = header.lower().partition(b":")
+    return name in (b"content-length", b"transfer-encoding") or (name == b"connection" and b"close" in value)
 
 
 def _drain(wakened: socket.socket) -> None:

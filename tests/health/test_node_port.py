@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -171,3 +175,84 @@ def test_of_two_services_with_one_port_the_first_by_name_has_it(
     healthy.servers.update([web(port, 1), ServiceHealth("shop", "cart", port, 0)])
     assert json.loads(ask(port).partition(b"\r\n\r\n")[2])["service"]["name"] == "cart"
     assert [r.getMessage() for r in caplog.records].count("health check port is another's") == 1
+
+
+def test_a_kernel_without_ipv6_is_served_over_ipv4(
+    healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ipv6.disable=1: no socket of that family can be made."""
+
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *rest: Any, **named: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+            super().__init__(family, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.socket", Socket)
+        healthy.servers.update([web(port, 1)])
+    assert b" 200 OK" in ask(port)
+
+
+def test_a_kept_connection_ends_with_its_service(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    with socket.create_connection(("127.0.0.1", port), 2) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: n\r\n\r\n")
+        assert b" 200 OK" in sock.recv(4096)
+        healthy.servers.update([])
+        assert sock.recv(4096) == b""
+
+
+def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ebpfproxy.health.node_port._CLIENT_SECONDS", 0.1)
+    healthy.servers.update([web(port, 1)])
+    with socket.create_connection(("127.0.0.1", port), 2) as sock:
+        sock.sendall(b"GET / HT")
+        assert sock.recv(4096) == b""
+
+
+def test_a_body_is_not_taken_for_a_request(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    answer = ask(port, b"GET / HTTP/1.1\r\nContent-Length: 4\r\n\r\nabcd")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_changes_do_not_wait_for_the_thread(port: int) -> None:
+    servers = NodePortHealth(lambda: True)
+    for count in range(2000):
+        servers.update([web(port, count)])
+    servers.start()
+    servers.stop()
+
+
+def test_ports_are_closed_when_stop_returns(port: int) -> None:
+    servers = NodePortHealth(lambda: True)
+    servers.start()
+    servers.update([web(port, 1)])
+    servers.stop()
+    with pytest.raises(ConnectionRefusedError):
+        ask(port)
+
+
+def test_a_listener_whose_client_is_gone_holds_nobody_up(healthy: Healthy, port: int) -> None:
+    """As after an event for a listener that another one has replaced since."""
+    healthy.servers.update([web(port, 1)])
+    healthy.servers._accept(port)
+    assert b" 200 OK" in ask(port)
+
+
+def test_running_out_of_descriptors_costs_no_processor_time(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as client:
+        # The limit bounds new numbers: none is left for the server's side.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, before[1]))
+        try:
+            client.connect(("127.0.0.1", port))
+            began = time.process_time()
+            time.sleep(0.3)
+            spent = time.process_time() - began
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert spent < 0.15
+    assert b" 200 OK" in ask(port)

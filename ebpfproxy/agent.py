@@ -208,7 +208,8 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
-        self._handle_all(self._next_messages())
+        if not self._handle_all(self._next_messages()):
+            self._queue.put(Stop())
         self._set_cidrs()
         self._start_load()
         for server in servers:

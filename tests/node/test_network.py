@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import subprocess
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
+from ebpfproxy.node import network as module
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import (
     Address,
@@ -241,6 +244,176 @@ def test_devices_and_addresses_are_followed_as_they_come_and_go() -> None:
         node = lab.node("node-a")
         took = node.call(_follow, script)
     assert max(took) < 1.0, json.dumps(took)
+
+
+@pytest.mark.root
+def test_a_bridge_becomes_the_uplink_and_its_ports_are_left_to_it() -> None:
+    script = [
+        ("ip link add wan8 type veth peer name wan8-peer", "wan8=LOCAL"),
+        ("ip link add br8 type bridge", "br8=LOCAL"),
+        ("ip link set br8 up", "br8=LOCAL"),
+        ("ip address add 198.51.100.1/24 dev br8", "198.51.100.1"),
+        ("ip link set wan8 master br8", "wan8=LOCAL"),
+        ("ip route add default via 198.51.100.254 dev br8 metric 5", "br8=UPLINK"),
+        ("ip link set wan8 up", "no wan8"),
+        ("ip link set wan8 nomaster", "wan8=LOCAL"),
+        ("ip tuntap add tun8 mode tun", "tun8=TUNNEL"),
+        ("ip tuntap add tap8 mode tap", "tap8=LOCAL"),
+    ]
+    with Lab() as lab:
+        took = lab.node("node-a").call(_follow, script)
+    assert max(took) < 1.0, json.dumps(took)
+
+
+def _run(*commands: str) -> None:
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(commands).encode(), check=True)
+
+
+def _read_after(*commands: str) -> Network:
+    _run(*commands)
+    return _read()
+
+
+OTHER = ("link add other type veth peer name peer", "link set other up", "link set peer up")
+
+
+@pytest.mark.root
+def test_default_routes_of_other_tables_make_no_uplink() -> None:
+    routes = (
+        "address add 203.0.113.1/24 dev other",
+        "route add default via 203.0.113.254 dev other table 100",
+        "route add default dev other table 100 metric 5",
+    )
+    with Lab() as lab:
+        network = lab.node("node-a").call(_read_after, *OTHER, *routes)
+    assert roles(network) == {"eth0": "UPLINK", "other": "LOCAL", "peer": "LOCAL"}
+
+
+@pytest.mark.root
+def test_every_way_of_a_route_by_several_is_an_uplink_and_its_source_is_primary() -> None:
+    routes = (
+        "address add 203.0.113.1/24 dev other",
+        "address add 203.0.113.9/32 dev lo",
+        "route replace default src 203.0.113.9"
+        " nexthop via 203.0.113.254 dev other nexthop via 172.18.0.254 dev eth0",
+    )
+    with Lab() as lab:
+        network = lab.node("node-a").call(_read_after, *OTHER, *routes)
+    assert roles(network) == {"eth0": "UPLINK", "other": "UPLINK", "peer": "LOCAL"}
+    assert network.primary[0] == packed("203.0.113.9")
+
+
+@pytest.mark.root
+def test_masquerading_uses_no_secondary_and_no_deprecated_address() -> None:
+    addresses = (
+        "address add 2001:db8::1/64 dev other nodad preferred_lft 0",
+        "address add 2001:db8::2/64 dev other nodad",
+        "address add 2001:db8::3/64 dev other nodad preferred_lft 0",
+        "address add 203.0.113.1/24 dev other",
+        "address add 203.0.113.2/24 dev other",
+    )
+    with Lab() as lab:
+        network = lab.node("node-a").call(_read_after, *OTHER, *addresses)
+    other = next(d for d in network.devices if d.name == "other")
+    assert (other.address4, other.address6) == (packed("203.0.113.1"), packed("2001:db8::2"))
+    assert {packed("203.0.113.2"), packed("2001:db8::3")} <= network.addresses
+
+
+@pytest.mark.root
+def test_a_kernel_without_a_family_has_no_routes_of_it() -> None:
+    """Asked for a family that it does not have (here 12, DECnet), it answers with those that it has."""
+    with Lab() as lab:
+        assert lab.node("node-a").call(_count_default_routes, 12, V4) == [0, 1]
+
+
+def _count_default_routes(*families: int) -> list[int]:
+    return [len(list(module._dump_default_routes(family))) for family in families]
+
+
+@pytest.mark.root
+def test_thousands_of_routes_hide_no_default_route() -> None:
+    with Lab() as lab:
+        network, seconds, heard, took = lab.node("node-a").call(_with_many_routes)
+    assert roles(network) == {"eth0": "UPLINK"}, "by the route of IPv6 alone, the last of a dump"
+    assert seconds < 0.5
+    assert heard == 1, "only the default route's change is an event"
+    assert took < 1.0
+
+
+def _with_many_routes() -> tuple[Network, float, int, float]:
+    """What is read, in how many seconds; events of changes; how soon the default route's end is seen."""
+    many = [f"20.{n >> 8}.{n & 255}.0/24 via 172.18.0.254" for n in range(3000)]
+    many += [f"fd01:{n:x}::/64 via fd00:172:18::fe" for n in range(3000)]
+    _run("route del default", *(f"route add {route}" for route in many))
+    seen: list[Network] = []
+    began = time.monotonic()
+    NetworkWatcher(seen.append).start()
+    seconds = time.monotonic() - began
+    first = seen[-1]
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as events:
+        module._hear_no_other_routes(events)
+        events.bind((0, RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
+        _run(*(f"route del {route}" for route in many[::6]))
+        _run("route del default via fd00:172:18::fe")
+        began = time.monotonic()
+        while seen[-1].devices[0].role.name == "UPLINK" and time.monotonic() - began < 3:
+            time.sleep(0.005)
+        took = time.monotonic() - began
+        heard = 0
+        while select.select([events], [], [], 0)[0]:
+            events.recv(65536)
+            heard += 1
+    return first, seconds, heard, took
+
+
+@pytest.mark.root
+def test_a_burst_of_pods_is_read_a_few_times() -> None:
+    with Lab() as lab:
+        delivered, took = lab.node("node-a").call(_with_a_burst)
+    assert delivered < 25
+    assert took < 1.0
+
+
+def _with_a_burst() -> tuple[int, float]:
+    """How many states were delivered for a hundred pods, and how long after them the last one came."""
+    seen: list[Network] = []
+    NetworkWatcher(seen.append).start()
+    _run(*(f"link add burst{n} type veth peer name tsrub{n}" for n in range(100)))
+    began = time.monotonic()
+    while len(seen[-1].devices) < 201 and time.monotonic() - began < 3:
+        time.sleep(0.005)
+    return len(seen), time.monotonic() - began
+
+
+@pytest.mark.root
+def test_what_changed_while_netlink_was_lost_is_seen() -> None:
+    with Lab() as lab:
+        assert lab.node("node-a").call(_lose_netlink) < 1.0
+
+
+def _lose_netlink() -> float:
+    """Seconds from a change at which the first reading fails until it is seen."""
+    seen: list[Network] = []
+    lost: list[OSError] = []
+
+    def lose(events: socket.socket) -> None:
+        if not lost:
+            lost.append(OSError("lost"))
+            raise lost[0]
+        discard(events)
+
+    discard = module._discard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_discard", lose)
+        patch.setattr(module, "_RETRY_SECONDS", 0.1)
+        NetworkWatcher(seen.append).start()
+        time.sleep(0.2)
+        began = time.monotonic()
+        _run(*OTHER)
+        while len(seen[-1].devices) < 3 and time.monotonic() - began < 3:
+            time.sleep(0.005)
+    assert lost
+    return time.monotonic() - began
 
 
 @pytest.mark.root

@@ -91,11 +91,32 @@ static __always_inline int reject(enum verdict verdict)
 	return REJECT;
 }
 
+/*
+ * A socket's client is its namespace. Nothing tells one flow of it from another but the socket
+ * itself: datagrams of one socket stay together under Maglev, as those of one port do in packets.
+ */
+static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const struct service *svc,
+					       const struct target *to)
+{
+	struct client client = { .kind = CLIENT_NAMESPACE, .frontend = to->addr };
+	u64 cookie;
+
+	if (!asks_who(svc))
+		return client;
+	cookie = bpf_get_netns_cookie(ctx);
+	client.addr.word[0] = bpf_htonl(cookie >> 32);
+	client.addr.word[1] = bpf_htonl((u32)cookie);
+	cookie = get_socket_cookie(ctx);
+	client.flow = (u32)(cookie ^ cookie >> 32);
+	return client;
+}
+
 /* Leaves the backend in @backend where there is one to go to. */
 static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct target *to,
 				      struct backend **backend)
 {
 	struct service *svc = find_service(ctx, to);
+	struct client client;
 	enum verdict verdict;
 	u32 backend_id;
 
@@ -103,7 +124,8 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 		origin_forget(ctx);
 		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
 	}
-	verdict = choose(svc, &backend_id, backend);
+	client = client_of(ctx, svc, to);
+	verdict = choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE)
 		return reject(verdict);
 	origin_remember(ctx, to, svc->id, backend_id, *backend);
@@ -114,12 +136,14 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 				   struct backend **backend)
 {
 	struct service *svc = find_service(ctx, to);
+	struct client client;
 	enum verdict verdict;
 	u32 backend_id;
 
 	if (is_left_alone(svc))
 		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
-	verdict = choose(svc, &backend_id, backend);
+	client = client_of(ctx, svc, to);
+	verdict = choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE)
 		return reject(verdict);
 	revnat_remember(ctx, to, *backend);

@@ -81,6 +81,40 @@ static __always_inline bool is_martian(const struct inet_addr *src)
 	       src->word[3] == 0xffffffff;
 }
 
+/* A packet's client is its address; of a flow, for Maglev, its port and the Service's, too. */
+static __always_inline void set_client(struct client *client, const struct packet *p)
+{
+	client->addr = p->flow.src;
+	client->kind = CLIENT_ADDRESS;
+	client->flow = (u32)bpf_ntohs(p->flow.sport) << 16 | bpf_ntohs(p->flow.dport);
+	client->frontend = p->flow.dst;
+}
+
+/* Who serves a new flow; NULL where nobody may or can: then @verdict is what becomes of it. */
+static __always_inline struct backend *backend_for(struct __sk_buff *skb, const struct packet *p,
+						   struct scratch *s, u32 *id, int *verdict)
+{
+	const struct service *svc = &s->service;
+	struct backend *backend = NULL;
+
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src)) {
+		*verdict = drop(EVENT_SOURCE_RANGE);
+		return NULL;
+	}
+	if (asks_who(svc))
+		set_client(&s->client, p);
+	switch (choose(svc, &s->client, id, &backend)) {
+	case VERDICT_TRANSLATE:
+		return backend;
+	case VERDICT_REFUSE:
+		*verdict = reject(skb, p, EVENT_NO_ENDPOINT);
+		return NULL;
+	default:
+		*verdict = drop(EVENT_NO_LOCAL);
+		return NULL;
+	}
+}
+
 /* Packets to an address of ours with nothing there. */
 static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
 {
@@ -167,7 +201,9 @@ static __always_inline enum insert insert_pair(struct scratch *s, const struct f
 	answers = s->key;
 	turn_round(s, &answers);
 	done = conntrack_insert(s, true);
-	if (done != INSERT_DONE)
+	if (done == INSERT_DONE)
+		load_begin_flow(s->nat.backend_id);
+	else
 		map_delete(conntrack, &answers);
 	return done;
 }
@@ -206,10 +242,10 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	struct inet_addr node = {};
 	struct backend *backend;
 	struct service *svc;
-	enum verdict verdict;
 	enum insert done;
 	bool is_masked;
 	enum way way;
+	int verdict;
 	u32 id;
 
 	svc = port_of_interest(to.port)
@@ -219,15 +255,13 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		return no_service(skb, p);
 	if (!s)
 		return PASS;
+	s->service = *svc;
+	svc = &s->service;
 	if (is_martian(&p->flow.src))
 		return pass(EVENT_MARTIAN);
-	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
-		return drop(EVENT_SOURCE_RANGE);
-	verdict = choose(svc, &id, &backend);
-	if (verdict == VERDICT_REFUSE)
-		return reject(skb, p, EVENT_NO_ENDPOINT);
-	if (verdict == VERDICT_DROP)
-		return drop(EVENT_NO_LOCAL);
+	backend = backend_for(skb, p, s, &id, &verdict);
+	if (!backend)
+		return verdict;
 
 	start_flow(s, svc, id);
 	new_entry(s, &p->flow, backend);
@@ -267,21 +301,19 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	struct bpf_fib_lookup fib;
 	struct inet_addr node = {};
 	struct backend *backend;
-	enum verdict verdict;
 	enum insert done;
+	int verdict;
 	u32 id;
 
 	if (!svc)
 		return no_service(skb, p);
 	if (!s)
 		return PASS;
-	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
-		return drop(EVENT_SOURCE_RANGE);
-	verdict = choose(svc, &id, &backend);
-	if (verdict == VERDICT_REFUSE)
-		return reject(skb, p, EVENT_NO_ENDPOINT);
-	if (verdict == VERDICT_DROP)
-		return drop(EVENT_NO_LOCAL);
+	s->service = *svc;
+	svc = &s->service;
+	backend = backend_for(skb, p, s, &id, &verdict);
+	if (!backend)
+		return verdict;
 	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
 	    !masquerade_address(fib.ifindex, p->is_v4, &node))
 		return drop(EVENT_UNROUTABLE);
@@ -371,6 +403,7 @@ static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p
 		*verdict = reject(skb, p, EVENT_BACKEND_GONE);
 		return false;
 	default:
+		conntrack_end(nat);
 		return true;
 	}
 }

@@ -25,7 +25,7 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy import state
-from ebpfproxy.datapath import attach, cleanup, conntrack, maps, probe, programs, roots
+from ebpfproxy.datapath import attach, cleanup, conntrack, maglev, maps, probe, programs, roots
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.grace import Grace
@@ -47,7 +47,7 @@ from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
 from ebpfproxy.objects import Deleted, Event, Replaced
-from ebpfproxy.services.model import Family, Prefix
+from ebpfproxy.services.model import Algorithm, Family, Prefix
 from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker, Update
 from ebpfproxy.services.values import parse_prefix
@@ -83,6 +83,9 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     service_cidrs: tuple[Prefix, ...] = ()
     masquerade_all: bool = False
     bypass_netfilter: bool = False
+    #: Of Services that name none.
+    algorithm: Algorithm = Algorithm.RANDOM
+    maglev_size: int = maglev.DEFAULT_SIZE
     masquerade_ports: tuple[int, int]
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
@@ -122,7 +125,7 @@ class _Source:
     def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
         self.has_cluster = options.manifests is None
         self.requests: Callable[[], dict[str, int]] = dict
-        reduce = reducer(options.node_name, external_ips=options.external_ips)
+        reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
         if options.manifests is not None:
             manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
             self.description = f"manifests {options.manifests}"
@@ -194,7 +197,7 @@ class Agent:
         self._pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(self._pins, options.capacity)
         self._grace = Grace()
-        self._writer = Writer(self._maps, self._grace.wait)
+        self._writer = Writer(self._maps, self._grace.wait, maglev_size=options.maglev_size)
         self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
         self._sweeper = conntrack.Sweeper(self._maps, options.timeouts, rest=lambda: time.sleep(0.001))
         log.info(

@@ -24,6 +24,7 @@ class _Record(msgspec.Struct, frozen=True, rename="camel", kw_only=True, gc=Fals
 
 class ServiceAnnotations(_Record, frozen=True, rename=None):
     lb_algorithm: str | None = msgspec.field(name="ebpfproxy.io/lb-algorithm", default=None)
+    weights: str | None = msgspec.field(name="ebpfproxy.io/weights", default=None)
 
 
 class ServiceLabels(_Record, frozen=True, rename=None):
@@ -143,6 +144,7 @@ class Endpoint(_Record, frozen=True):
     addresses: tuple[str, ...] | None = None
     conditions: EndpointConditions | None = None
     node_name: str | None = None
+    zone: str | None = None
     hints: EndpointHints | None = None
 
 

@@ -29,8 +29,10 @@
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
 
+#include "algorithm.h"
 #include "events.h"
 #include "filter.h"
+#include "load.h"
 #include "maps.h"
 #include "packet.h"
 
@@ -45,8 +47,12 @@ struct scratch {
 	struct packet packet;
 	struct flow key;
 	struct nat nat;
+	struct service service;
+	struct client client;
 	u8 bytes[192];
 };
+
+_Static_assert(sizeof(struct scratch) <= 512, "SCRATCH_SIZE in layout.py");
 
 static __always_inline struct scratch *scratch(void)
 {
@@ -131,10 +137,20 @@ static __always_inline enum insert conntrack_insert(struct scratch *s, bool repl
 	return INSERT_DONE;
 }
 
-static __always_inline void conntrack_forget(const struct flow *flow, const struct nat *nat)
+/* A flow is over, if it was not before. */
+static __always_inline void conntrack_end(struct nat *nat)
+{
+	if (nat->flags & NAT_SOURCE || is_closed(nat))
+		return;
+	nat->seen |= SEEN_RST;
+	load_end_flow(nat->backend_id);
+}
+
+static __always_inline void conntrack_forget(const struct flow *flow, struct nat *nat)
 {
 	struct flow key;
 
+	conntrack_end(nat);
 	partner_key(&key, flow, nat);
 	if (!map_delete(conntrack, &key))
 		count(EVENT_FLOWS_ENDED);
@@ -161,9 +177,12 @@ static __always_inline void conntrack_track(const struct flow *flow, struct nat 
 		ended |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
 	if (ended & ~nat->seen) {
 		struct nat *partner;
+		const bool was_open = !is_closed(nat);
 		struct flow key;
 
 		nat->seen |= ended;
+		if (was_open && is_closed(nat) && !(nat->flags & NAT_SOURCE))
+			load_end_flow(nat->backend_id);
 		partner_key(&key, flow, nat);
 		partner = conntrack_lookup(&key);
 		if (partner) {

@@ -10,6 +10,7 @@
 #define EBPFPROXY_ORIGIN_H
 
 #include "addr.h"
+#include "load.h"
 #include "maps.h"
 #include "service.h"
 
@@ -67,17 +68,34 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 		.backend_id = backend_id,
 	};
 
-	map_update(sock_origin, &cookie, &o);
+	struct origin *known;
+
+	if (!bpf_map_update_elem(MAP(sock_origin), &cookie, &o, BPF_NOEXIST)) {
+		load_add_socket(backend_id);
+		return;
+	}
+	/* It failed to connect before, or is a datagram socket with another peer now. */
+	known = map_lookup(sock_origin, &cookie);
+	if (!known)
+		return;
+	load_remove_socket(known->backend_id);
+	load_add_socket(backend_id);
+	*known = o;
 }
 
 /* A socket that failed to connect may connect again, and then to no Service. */
 static __always_inline void origin_forget(void *ctx)
 {
 	u64 cookie = get_socket_cookie(ctx);
+	struct origin *known = map_lookup(sock_origin, &cookie);
+	u32 backend_id;
 
 	/* Deleting what is not there would still take the bucket's lock. */
-	if (map_lookup(sock_origin, &cookie))
-		map_delete(sock_origin, &cookie);
+	if (!known)
+		return;
+	backend_id = known->backend_id;
+	if (!map_delete(sock_origin, &cookie))
+		load_remove_socket(backend_id);
 }
 
 /* Replaces a backend's address by the frontend's. */

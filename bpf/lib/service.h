@@ -4,6 +4,8 @@
 #define EBPFPROXY_SERVICE_H
 
 #include "addr.h"
+#include "affinity.h"
+#include "algorithm.h"
 #include "maps.h"
 
 /* UDP-Lite (RFC 3828) has its own protocol number and uses UDP's Services. */
@@ -65,21 +67,14 @@ static __always_inline bool addr_is_this_node(const struct inet_addr *a)
 	return map_lookup(node_addresses, a) != NULL;
 }
 
-static __always_inline union selection selection_of(u32 service_id, enum policy policy)
+static __always_inline union selection selection_of(u32 index)
 {
-	u32 index = service_id * POLICIES + policy;
 	union selection *found = map_lookup(selections, &index);
 	union selection range = {};
 
 	if (found)
 		range.word = *(volatile u64 *)&found->word;
 	return range;
-}
-
-/* The place for algorithms: a slot of the range. Here uniformly random, without a division. */
-static __always_inline u32 pick_slot(const union selection *range)
-{
-	return range->base + (u32)(((u64)bpf_get_prandom_u32() * range->count) >> 32);
 }
 
 static __always_inline void count_service(u32 service_id, enum verdict verdict)
@@ -105,34 +100,44 @@ static __always_inline void count_backend(u32 backend_id)
 		__sync_fetch_and_add(&stats->chosen, 1);
 }
 
-/* One hash lookup led to @svc; two array lookups lead to the backend. */
-static __always_inline enum verdict service_choose(const struct service *svc, u32 *backend_id,
+/*
+ * One hash lookup led to @svc; two array lookups lead to the backend. @client is filled in where
+ * asks_who(@svc).
+ */
+static __always_inline enum verdict service_choose(const struct service *svc,
+						   const struct client *client, u32 *backend_id,
 						   struct backend **backend)
 {
 	enum policy policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
-	union selection range = selection_of(svc->id, policy);
-	u32 slot;
-	u64 *id;
+	u32 selection = svc->id * POLICIES + policy;
+	union selection range = selection_of(selection);
+	union slot *slot;
+	u32 at;
 
 	if (!range.count) {
-		if (policy == POLICY_LOCAL && selection_of(svc->id, POLICY_CLUSTER).count)
+		if (policy == POLICY_LOCAL &&
+		    selection_of(svc->id * POLICIES + POLICY_CLUSTER).count)
 			return VERDICT_DROP;
 		return VERDICT_REFUSE;
 	}
-	slot = pick_slot(&range);
-	id = map_lookup(slots, &slot);
-	if (!id)
-		return VERDICT_REFUSE;
-	*backend_id = *id;
+	if (!svc->affinity_seconds || !affinity_recall(svc, selection, client, backend_id)) {
+		at = pick_slot(svc, &range, selection, client);
+		slot = map_lookup(slots, &at);
+		if (!slot)
+			return VERDICT_REFUSE;
+		*backend_id = slot->backend_id;
+		if (svc->affinity_seconds)
+			affinity_remember(svc, selection, client, backend_id);
+	}
 	*backend = map_lookup(backends, backend_id);
 	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
 }
 
 /* Chooses and counts. */
-static __always_inline enum verdict choose(const struct service *svc, u32 *backend_id,
-					   struct backend **backend)
+static __always_inline enum verdict choose(const struct service *svc, const struct client *client,
+					   u32 *backend_id, struct backend **backend)
 {
-	enum verdict verdict = service_choose(svc, backend_id, backend);
+	enum verdict verdict = service_choose(svc, client, backend_id, backend);
 
 	count_service(svc->id, verdict);
 	if (verdict == VERDICT_TRANSLATE)

@@ -29,6 +29,21 @@ enum policy {
 #define SERVICE_SOURCES	   (1 << 2) /* only sources in source_ranges: the packet path decides */
 #define SERVICE_ADDRESS	   (1 << 3) /* no Service, but a cluster IP: its other ports are rejected */
 
+/*
+ * service.algorithm: how a slot is chosen. Names in brackets are IPVS's. Weights are in how often a
+ * backend has a slot, but for those that look at loads: there each has one, with its weight.
+ */
+enum algorithm {
+	ALGORITHM_RANDOM = 0,
+	ALGORITHM_ROUND_ROBIN = 1,	 /* [rr, wrr] */
+	ALGORITHM_LEAST_CONNECTIONS = 2, /* [lc, wlc] */
+	ALGORITHM_SHORTEST_DELAY = 3,	 /* [sed] */
+	ALGORITHM_NEVER_QUEUE = 4,	 /* [nq] */
+	ALGORITHM_DESTINATION_HASH = 5,	 /* [dh] */
+	ALGORITHM_SOURCE_HASH = 6,	 /* [sh] */
+	ALGORITHM_MAGLEV = 7,		 /* [mh]: the slots are a Maglev table */
+};
+
 /* service.kind */
 enum frontend_kind {
 	KIND_CLUSTER_IP = 0,
@@ -42,6 +57,8 @@ enum backend_state {
 	BACKEND_ACTIVE = 0,
 	BACKEND_TERMINATING = 1,
 	BACKEND_QUARANTINED = 2, /* not ready: keeps connections, not UDP flows */
+	BACKEND_DRAINED = 3,	 /* by hand or by weight 0: keeps what it has */
+	BACKEND_GONE = 4,	 /* no endpoint any more, but something is still open to it */
 };
 
 struct inet_addr {
@@ -72,7 +89,7 @@ struct service {
 	u16 flags;
 	u8 kind;
 	u8 algorithm;
-	u32 affinity_seconds;
+	u32 affinity_seconds; /* 0: none */
 	u32 reserved;
 };
 
@@ -88,7 +105,58 @@ union selection {
 	u64 word;
 };
 
-/* Slots hold backend ids as u64: an array's elements are 8 bytes apart in any case. */
+/* Array elements are 8 bytes apart in any case. */
+union slot {
+	struct {
+		u32 backend_id;
+		u32 weight; /* where the algorithm looks at loads; else 0 */
+	};
+	u64 word;
+};
+
+/*
+ * members: who is in the selection of a service with session affinity, so that a client stays only
+ * with a backend that a new client could get.
+ */
+struct member_key {
+	u32 selection; /* index in selections */
+	u32 backend_id;
+};
+
+/*
+ * Who asks. A packet shows its sender's address. A socket that connects may not have one yet: there
+ * it is the network namespace (its cookie, in the first two words), the host's being one client.
+ */
+enum client_kind {
+	CLIENT_ADDRESS = 0,
+	CLIENT_NAMESPACE = 1,
+};
+
+struct affinity_key {
+	struct inet_addr client;
+	u32 service_id;
+	u32 kind;
+};
+
+struct affinity {
+	u32 backend_id;
+	u32 reserved;
+	u64 last; /* choice; CLOCK_MONOTONIC, ns */
+};
+
+/*
+ * What is open from this node to a backend: connected sockets, and flows of the packet path.
+ * Programs add; what they cannot know (a flow that ended without a packet, sockets carried over
+ * from other maps) is in the words that only the agent writes.
+ */
+struct load {
+	u32 sockets;
+	u32 sockets_carried;
+	u32 flows_begun;
+	u32 flows_ended;
+	u32 flows_corrected;
+	u32 reserved;
+};
 
 /* Index: backend id. */
 struct backend {
@@ -96,8 +164,7 @@ struct backend {
 	__be16 port;
 	u8 proto;
 	u8 state;
-	u16 weight;
-	u16 reserved;
+	u32 reserved;
 };
 
 /* What a connected socket asked for and what it got. */

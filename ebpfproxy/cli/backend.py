@@ -22,20 +22,21 @@ def command() -> None:
 @options.output_format
 @options.watch
 def list_backends(bpf_root: Path, output: str, watch: bool) -> None:
-    """Every backend, its state, the Services that use it, and the connections it was chosen for."""
+    """Every backend, its state, what this node has open to it, how often it was chosen, and by whom."""
     with one_line():
         maps = open_maps(bpf_root)
         emit_watching(lambda: Dump(maps).backends(), output, _print, watch)
 
 
 def _print(rows: list[BackendRow]) -> None:
-    printed = table("id", "address", "protocol", "state", "connections", "services")
+    printed = table("id", "address", "protocol", "state", "open", "connections", "services")
     for row in rows:
         printed.add_row(
             str(row.id),
             row.address,
             row.protocol,
             row.state,
+            str(row.open),
             str(row.connections),
             ", ".join(row.services) or "none",
         )

@@ -11,6 +11,7 @@ from ebpfproxy.agent import Agent, AgentOptions
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.values import Seconds, prefixes, split
+from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
@@ -19,9 +20,14 @@ from ebpfproxy.datapath.roots import find_cgroup_root
 from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError
+from ebpfproxy.logs import get_logger
 from ebpfproxy.node.identity import NodeNameError, node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addresses
+from ebpfproxy.services.balancing import parse_algorithm
+from ebpfproxy.services.model import Algorithm
+
+log = get_logger(__name__)
 
 
 @click.command("run", context_settings={"auto_envvar_prefix": "EBPFPROXY", "show_default": True})
@@ -118,6 +124,18 @@ from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addre
 @click.option("--conntrack-udp-timeout", type=Seconds(), default="30s", help="UDP flow without an answer.")
 @click.option("--conntrack-udp-timeout-stream", type=Seconds(), default="2m", help="Answered UDP flow.")
 @click.option(
+    "--lb-algorithm",
+    metavar="NAME",
+    default="random",
+    help=f"How backends are chosen for Services that do not say so: {', '.join(map(str, Algorithm))}.",
+)
+@click.option(
+    "--maglev-table-size",
+    type=click.Choice([str(size) for size in maglev.SIZES]),
+    default=str(maglev.DEFAULT_SIZE),
+    help="Places in the table of a Service with Maglev; the same on every node.",
+)
+@click.option(
     "--max-conntrack",
     type=click.IntRange(1024, 1 << 26),
     default=Capacity().conntrack,
@@ -136,10 +154,25 @@ from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addre
     help="Endpoint addresses and ports that the maps hold.",
 )
 @click.option(
+    "--max-slots",
+    type=click.IntRange(1, 1 << 27),
+    default=None,
+    show_default=False,
+    help="Places in all selections: one a backend and service port, more with weights, a table with Maglev."
+    "  [default: 4 times --max-backends]",
+)
+@click.option(
+    "--max-affinity",
+    type=click.IntRange(1, 1 << 24),
+    default=Capacity().affinity,
+    help="Clients of Services with session affinity that are remembered.",
+)
+@click.option(
     "--max-connections",
     type=click.IntRange(1, 1 << 22),
     default=Capacity().connected,
-    help="Open connections through Services whose getpeername() is translated.",
+    help="Connected sockets through Services that are known; of others getpeername() is not translated, and "
+    "they are not ended when their backend goes.",
 )
 @click.option(
     "--without",
@@ -177,9 +210,13 @@ def command(
     conntrack_tcp_timeout_close_wait: float,
     conntrack_udp_timeout: float,
     conntrack_udp_timeout_stream: float,
+    lb_algorithm: str,
+    maglev_table_size: str,
     max_conntrack: int,
     max_services: int,
     max_backends: int,
+    max_slots: int | None,
+    max_affinity: int,
     max_connections: int,
     without: tuple[str, ...],
     verbosity: int,
@@ -223,6 +260,8 @@ def command(
                     masquerade_ports=(
                         parse_range(masquerade_ports) if masquerade_ports else beside_local_range()
                     ),
+                    algorithm=_algorithm(lb_algorithm),
+                    maglev_size=int(maglev_table_size),
                     timeouts=Timeouts(
                         tcp_established=conntrack_tcp_timeout_established,
                         tcp_close_wait=conntrack_tcp_timeout_close_wait,
@@ -234,6 +273,8 @@ def command(
                         backends=max_backends,
                         connected=max_connections,
                         conntrack=max_conntrack,
+                        slots=max_slots or 4 * max_backends,
+                        affinity=max_affinity,
                     ),
                     without=frozenset(map(Feature, without)),
                 )
@@ -247,6 +288,16 @@ def command(
         PortRangeError,
     ) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _algorithm(name: str) -> Algorithm:
+    """Raises UsageError for an unknown one."""
+    found, remark = parse_algorithm(name)
+    if found is None:
+        raise click.UsageError(f"--lb-algorithm: {remark}")
+    if remark:
+        log.warning("algorithm", remark=remark)
+    return found
 
 
 def _local_pods(mode: LocalMode, cluster_cidr: str, bridge: str, prefix: str) -> LocalPods:

@@ -66,13 +66,23 @@ def _print_all(rows: list[FrontendRow]) -> None:
 
 
 def _print(rows: list[FrontendRow], most: int | None) -> None:
-    printed = table("namespace", "name", "port", "type", "scope", "frontend", "backends")
+    printed = table(
+        "namespace", "name", "port", "type", "scope", "frontend", "algorithm", "affinity", "backends"
+    )
     for row in rows:
         shown = [b.address if b.state == "active" else f"{b.address} ({b.state})" for b in row.backends]
         text = ", ".join(shown[:most])
         if most is not None and len(shown) > most:
             text += f" … {len(shown)} in all"
         printed.add_row(
-            row.namespace, row.name, row.port_name, row.type, row.scope, row.frontend, text or "none"
+            row.namespace,
+            row.name,
+            row.port_name,
+            row.type,
+            row.scope,
+            row.frontend,
+            row.algorithm,
+            f"{row.affinity}s" if row.affinity else "none",
+            text or "none",
         )
     console().print(printed)

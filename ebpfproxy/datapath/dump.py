@@ -19,6 +19,9 @@ from ebpfproxy.datapath.programs import program_id
 from ebpfproxy.datapath.roots import pin_folder
 from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, format_endpoint
 
+#: Every place of these is in use, or none: they have no fill.
+_PLAIN_ARRAYS = frozenset({"epochs", "loads", "turns"})
+
 
 class NothingPinnedError(Exception):
     """No agent has ever worked on this root, or it was cleaned up."""
@@ -38,11 +41,17 @@ class FrontendRow(msgspec.Struct, frozen=True):
     type: str
     scope: str
     frontend: str
+    algorithm: str
+    #: Seconds for which a client stays with its backend; 0 without session affinity.
+    affinity: int
     backends: tuple[BackendRef, ...]
 
 
 class BackendRow(msgspec.Struct, frozen=True):
-    """One backend with everything that uses it. ``connections`` counts connections and datagrams."""
+    """One backend with everything that uses it. ``connections`` counts connections and datagrams.
+
+    ``open`` is how many of this node's connected sockets and flows are open to it.
+    """
 
     id: int
     address: str
@@ -50,6 +59,7 @@ class BackendRow(msgspec.Struct, frozen=True):
     state: str
     services: tuple[str, ...]
     connections: int
+    open: int
 
 
 class MapFill(msgspec.Struct, frozen=True):
@@ -90,16 +100,17 @@ class Dump:
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
         self._words = maps.shared("selections").words()
-        self._slots = maps.shared("slots").bytes.cast("Q")
+        self._slots = maps.shared("slots").bytes.cast("I")
         self.names: dict[int, ServicePortKey] = {
             U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()
         }
         self._refs: dict[int, BackendRef] = {}
 
     def selection(self, service_id: int, policy: int) -> array[int]:
-        """Backend ids in the order of their slots."""
+        """Backend ids in the order of their first slots."""
         base, count = layout.selection_range(self._words[service_id * layout.POLICIES + policy])
-        return array("Q", self._slots[base : base + count])
+        # union slot begins with the id.
+        return array("I", dict.fromkeys(array("I", self._slots[2 * base : 2 * (base + count)])[::2]))
 
     def _packed_backend(self, number: int) -> bytes:
         backends = self._maps.shared("backends")
@@ -141,6 +152,8 @@ class Dump:
                         type=str(entry.kind),
                         scope=str(scope),
                         frontend=layout.format_frontend(key.address, key.port, key.protocol),
+                        algorithm=str(entry.algorithm),
+                        affinity=entry.affinity_seconds,
                         backends=backends,
                     ),
                 )
@@ -157,8 +170,8 @@ class Dump:
                     users.setdefault(backend_id, set()).add(f"{name.namespace}/{name.name}")
         rows = []
         shared = self._maps.shared("backends")
-        connections = self.backend_connections()
-        for number in range(shared.spec.max_entries):
+        connections, loads = self.backend_connections(), self.backend_loads()
+        for number in range(self._backends_end()):
             if not shared.bytes[number * shared.stride + layout.BACKEND_PROTOCOL_OFFSET]:
                 continue
             found = layout.unpack_backend(self._packed_backend(number))
@@ -175,6 +188,7 @@ class Dump:
                         state=str(state),
                         services=tuple(sorted(users.get(number, ()))),
                         connections=connections.get(number, 0),
+                        open=loads.get(number, 0),
                     ),
                 )
             )
@@ -192,6 +206,21 @@ class Dump:
         """Connections and datagrams by backend id, where there were any."""
         return {number: sums[0] for number, sums in self._maps["backend_stats"].nonzero_counters()}
 
+    def backend_loads(self) -> dict[int, int]:
+        """Open connections by backend id, where there are any."""
+        found = {}
+        words = self._maps.shared("loads").bytes[: self._backends_end() * layout.LOAD_SIZE].cast("I")
+        for number in range(len(words) // layout.LOAD_WORDS):
+            load = words[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS]
+            if open_now := layout.load_of(load).open_now:
+                found[number] = open_now
+        return found
+
+    def _backends_end(self) -> int:
+        """One more than the highest id in use."""
+        shared = self._maps.shared("backends")
+        return len(bytes(shared.bytes[layout.BACKEND_PROTOCOL_OFFSET :: shared.stride]).rstrip(b"\0"))
+
     def backend(self, number: int) -> Backend | None:
         found = layout.unpack_backend(self._packed_backend(number))
         return found[0] if found is not None else None
@@ -201,7 +230,7 @@ def fill(maps: MapSet) -> list[MapFill]:
     """How full each map is; statistics, and tables that are one value, have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name == "epochs":
+        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name in _PLAIN_ARRAYS:
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found

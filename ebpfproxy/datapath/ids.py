@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -16,10 +16,11 @@ class IdsExhaustedError(Exception):
 class Ids(Generic[K]):
     """Ids below ``size``. One that returns is given out again after all others that are free."""
 
-    def __init__(self, size: int, known: Mapping[K, int] | None = None) -> None:
+    def __init__(self, size: int, known: Mapping[K, int] | None = None, resting: Iterable[int] = ()) -> None:
+        """``resting`` are taken, but no key's: they come back by :meth:`give_back`."""
         self._size = size
         self._ids: dict[K, int] = dict(known or {})
-        used = set(self._ids.values())
+        used = {*self._ids.values(), *resting}
         self._fresh = max(used, default=-1) + 1
         self._returned = deque(i for i in range(self._fresh) if i not in used)
 

@@ -11,12 +11,14 @@ import hashlib
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.services.model import (
+    Algorithm,
     Backend,
     BackendState,
     Family,
@@ -27,7 +29,7 @@ from ebpfproxy.services.model import (
     format_endpoint,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 POLICIES = 2
 
@@ -127,28 +129,33 @@ class Capacity(msgspec.Struct, frozen=True):
     #: Distinct endpoint address, port and protocol; both families together.
     backends: int = 262144
     #: Connected sockets that are open and were translated; memory is taken for those that are there.
-    connected: int = 1 << 17
+    connected: int = 1 << 19
     #: Unconnected UDP sockets' backends whose replies are translated.
     revnat: int = 131072
     #: Conntrack entries: two for each flow, four where it is masqueraded. 170 bytes each, taken at once.
     conntrack: int = 1 << 19
     #: Prefixes of all loadBalancerSourceRanges.
     source_ranges: int = 1 << 18
+    #: Places in selections: one a backend and service port, more with weights, a table's size with Maglev.
+    slots: int = 1 << 20
+    #: Clients with session affinity. 110 bytes each, taken at once.
+    affinity: int = 1 << 16
 
     @property
     def frontends(self) -> int:
         return 2 * self.services
-
-    @property
-    def slots(self) -> int:
-        return 4 * self.backends
 
 
 _SERVICE4_KEY = struct.Struct("=4s2sBB")
 _SERVICE6_KEY = struct.Struct("=16s2sBB")
 _SERVICE = struct.Struct("=IHBBII")
 _SELECTION = struct.Struct("=II")
-_BACKEND = struct.Struct("=16s2sBBHH")
+_SLOT = struct.Struct("=II")
+_BACKEND = struct.Struct("=16s2sBBI")
+_LOAD = struct.Struct("=IIIIII")
+_AFFINITY_KEY = struct.Struct("=16sII")
+_AFFINITY = struct.Struct("=IIQ")
+_PAIR = struct.Struct("=II")
 _NAME = struct.Struct("=64s64s64sBB6x")
 SERVICE_STATS = struct.Struct("=QQQ")
 BACKEND_STATS = struct.Struct("=Q")
@@ -156,12 +163,12 @@ U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 _FLOW = struct.Struct("=16s16sHHBBxx")
 _NAT = struct.Struct("=16s16sHHIIBBHQQ")
-_DEPARTURE = struct.Struct("=II")
 _DEVICE = struct.Struct("=16s16sII")
+_DRAINED = struct.Struct("=16s2s2x")
 _SOURCE_RANGE = struct.Struct("=II16s")
 _CIDR = struct.Struct("=I16s")
 
-#: A backend id as u64.
+#: Backend id and weight, as one u64.
 SLOT_SIZE = 8
 BACKEND_SIZE = _BACKEND.size
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.
@@ -172,7 +179,7 @@ ADDRESS_FILTER_BITS = 20
 FLOW_FILTER_BITS = 18
 CRC_STEPS = 17
 #: struct scratch in conntrack.h: no one but programs reads it.
-SCRATCH_SIZE = 384
+SCRATCH_SIZE = 512
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 4096
 
@@ -199,6 +206,11 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         ),
         MapSpec("selections", *array, _SELECTION.size, capacity.services * POLICIES, bpf.F_MMAPABLE),
         MapSpec("slots", *array, SLOT_SIZE, capacity.slots, bpf.F_MMAPABLE),
+        MapSpec("turns", *array, U64.size, capacity.services * POLICIES),
+        MapSpec("members", bpf.MAP_HASH, _PAIR.size, 4, capacity.slots, bpf.F_NO_PREALLOC),
+        MapSpec("affinity", bpf.MAP_LRU_HASH, _AFFINITY_KEY.size, _AFFINITY.size, capacity.affinity),
+        MapSpec("loads", *array, _LOAD.size, capacity.backends, bpf.F_MMAPABLE),
+        MapSpec("drained", bpf.MAP_HASH, _DRAINED.size, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("backends", *array, _BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("sock_revnat", bpf.MAP_LRU_HASH, 32, 20, capacity.revnat),
@@ -271,7 +283,7 @@ class ServiceEntry(NamedTuple):
     id: int
     flags: ServiceFlags
     kind: FrontendKind
-    algorithm: int
+    algorithm: Algorithm
     affinity_seconds: int
 
     @property
@@ -285,7 +297,7 @@ def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinit
 
 def unpack_service(packed: bytes) -> ServiceEntry:
     service_id, flags, kind, algorithm, affinity, _ = _SERVICE.unpack(packed)
-    return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), algorithm, affinity)
+    return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), Algorithm(algorithm), affinity)
 
 
 def selection_word(base: int, count: int) -> int:
@@ -301,13 +313,13 @@ def selection_range(word: int) -> tuple[int, int]:
 
 def pack_backend(backend: Backend, state: BackendState) -> bytes:
     return _BACKEND.pack(
-        pack_address(backend.address), backend.port.to_bytes(2, "big"), backend.protocol, state, 1, 0
+        pack_address(backend.address), backend.port.to_bytes(2, "big"), backend.protocol, state, 0
     )
 
 
 def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
     """None for an id that nobody has."""
-    address, port, protocol, state, _weight, _ = _BACKEND.unpack(packed)
+    address, port, protocol, state, _ = _BACKEND.unpack(packed)
     if not protocol:
         return None
     backend = Backend(unpack_address(address), int.from_bytes(port, "big"), Protocol(protocol))
@@ -380,18 +392,19 @@ def unpack_nat(packed: bytes) -> Nat:
 
 
 _NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
+_ORIGIN_IDS_AT = 36
 
 
 def nat_ids(packed: bytes) -> tuple[int, int]:
     """Service id and backend id of a packed conntrack value."""
-    service_id, backend_id = _DEPARTURE.unpack_from(packed, _NAT_IDS_AT)
+    service_id, backend_id = _PAIR.unpack_from(packed, _NAT_IDS_AT)
     return service_id, backend_id
 
 
 def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:
     """The same value for other ids; ``epoch`` is the service's now."""
     changed = bytearray(packed)
-    _DEPARTURE.pack_into(changed, _NAT_IDS_AT, service_id, backend_id)
+    _PAIR.pack_into(changed, _NAT_IDS_AT, service_id, backend_id)
     changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
     return bytes(changed)
 
@@ -404,13 +417,133 @@ def partner_key(flow: bytes, nat: bytes) -> bytes:
 
 
 def pack_departure(service_id: int, backend_id: int) -> bytes:
-    return _DEPARTURE.pack(service_id, backend_id)
+    return _PAIR.pack(service_id, backend_id)
 
 
 def unpack_departure(packed: bytes) -> tuple[int, int]:
     """Service id and backend id."""
-    service_id, backend_id = _DEPARTURE.unpack(packed)
+    service_id, backend_id = _PAIR.unpack(packed)
     return service_id, backend_id
+
+
+def slot(backend_id: int, weight: int = 0) -> int:
+    """``union slot`` as the one word that an array holds. ``weight`` only where loads are looked at."""
+    return int.from_bytes(_SLOT.pack(backend_id, weight), sys.byteorder)
+
+
+def slot_backend(word: int) -> int:
+    backend_id, _ = _SLOT.unpack(word.to_bytes(SLOT_SIZE, sys.byteorder))
+    return int(backend_id)
+
+
+def slot_weight(word: int) -> int:
+    _, weight = _SLOT.unpack(word.to_bytes(SLOT_SIZE, sys.byteorder))
+    return int(weight)
+
+
+def pack_member(selection: int, backend_id: int) -> bytes:
+    """Key of ``members``; ``selection`` is an index of ``selections``."""
+    return _PAIR.pack(selection, backend_id)
+
+
+def unpack_member(packed: bytes) -> tuple[int, int]:
+    selection, backend_id = _PAIR.unpack(packed)
+    return selection, backend_id
+
+
+class Load(NamedTuple):
+    """``struct load``: words of 32 bits that wrap."""
+
+    sockets: int
+    sockets_carried: int
+    flows_begun: int
+    flows_ended: int
+    flows_corrected: int
+
+    @property
+    def open_sockets(self) -> int:
+        return max(0, _signed(self.sockets + self.sockets_carried))
+
+    @property
+    def open_flows(self) -> int:
+        return max(0, _signed(self.flows_begun - self.flows_ended + self.flows_corrected))
+
+    @property
+    def open_now(self) -> int:
+        return self.open_sockets + self.open_flows
+
+
+def _signed(number: int) -> int:
+    return (number + 0x80000000 & 0xFFFFFFFF) - 0x80000000
+
+
+LOAD_SIZE = _LOAD.size
+#: In units of 32 bits; the agent writes the carried and the corrected.
+LOAD_WORDS = LOAD_SIZE // 4
+LOAD_CARRIED, LOAD_BEGUN, LOAD_ENDED, LOAD_CORRECTED = 1, 2, 3, 4
+
+
+def load_of(words: Sequence[int]) -> Load:
+    """From the words of one ``struct load``."""
+    return Load(*words[:5])
+
+
+class ClientKind(enum.IntEnum):
+    ADDRESS = 0
+    NAMESPACE = 1
+
+
+class AffinityKey(NamedTuple):
+    """``client`` is an address, or a network namespace's cookie where ``kind`` says so."""
+
+    client: bytes | int
+    service_id: int
+    kind: ClientKind
+
+
+def unpack_affinity_key(packed: bytes) -> AffinityKey:
+    client, service_id, kind = _AFFINITY_KEY.unpack(packed)
+    if kind == ClientKind.NAMESPACE:
+        return AffinityKey(int.from_bytes(client[:8], "big"), service_id, ClientKind.NAMESPACE)
+    return AffinityKey(unpack_address(client), service_id, ClientKind.ADDRESS)
+
+
+def unpack_affinity(packed: bytes) -> tuple[int, int]:
+    """Backend id, and the last choice: CLOCK_MONOTONIC in nanoseconds."""
+    backend_id, _, last = _AFFINITY.unpack(packed)
+    return backend_id, last
+
+
+def affinity_service(packed: bytes) -> int:
+    """The service id in a packed key of ``affinity``."""
+    return int(_AFFINITY_KEY.unpack(packed)[1])
+
+
+def origin_ids(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id of a socket's origin."""
+    service_id, backend_id = _PAIR.unpack_from(packed, _ORIGIN_IDS_AT)
+    return service_id, backend_id
+
+
+def origin_backend(packed: bytes) -> tuple[bytes, int]:
+    """Address and port that a socket was sent to."""
+    return unpack_address(packed[16:32]), int.from_bytes(packed[34:36], "big")
+
+
+def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
+    changed = bytearray(packed)
+    _PAIR.pack_into(changed, _ORIGIN_IDS_AT, service_id, backend_id)
+    return bytes(changed)
+
+
+def pack_drained(address: bytes, port: int) -> bytes:
+    """Key of ``drained``; port 0 stands for all."""
+    return _DRAINED.pack(pack_address(address), port.to_bytes(2, "big"))
+
+
+def unpack_drained(packed: bytes) -> tuple[bytes, int]:
+    address, port = _DRAINED.unpack(packed)
+    return unpack_address(address), int.from_bytes(port, "big")
 
 
 def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:

@@ -18,15 +18,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Set
 
 import msgspec
 
-from ebpfproxy.datapath import layout
+from ebpfproxy.datapath import layout, maglev
+from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
+from ebpfproxy.datapath.departures import Departures
 from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, Departure, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.datapath.slots import slots_of
 from ebpfproxy.services.model import (
-    Backend,
-    BackendState,
     Frontend,
     FrontendKind,
     Policy,
@@ -34,9 +35,8 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
-#: Every other empty frozenset would be an object of 216 bytes, and nearly all of these are empty.
-_NO_KEYS: frozenset[int] = frozenset()
 _NO_SOURCES: frozenset[bytes] = frozenset()
+_NO_MEMBERS = (NO_IDS, NO_IDS)
 
 
 class _Programmed(msgspec.Struct):
@@ -46,9 +46,12 @@ class _Programmed(msgspec.Struct):
     entries: tuple[bytes, ...] = ()
     sources: frozenset[bytes] = _NO_SOURCES
     #: Backends in no selection, which only serve old connections: draining or idle ones.
-    unselected: frozenset[int] = _NO_KEYS
-    leaving: frozenset[int] = _NO_KEYS
-    idle: frozenset[int] = _NO_KEYS
+    unselected: frozenset[int] = NO_IDS
+    standing: Standing = ALL_ACTIVE
+    #: By policy, where there is session affinity: who is in ``members``.
+    members: tuple[frozenset[int], frozenset[int]] = _NO_MEMBERS
+    #: By policy, what the slots were made from, as a hash: the same need not be made again.
+    made_from: tuple[int, int] = (0, 0)
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -73,6 +76,8 @@ class _Plan(msgspec.Struct):
     names: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     words: dict[int, int] = msgspec.field(default_factory=dict)
     entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
+    members: dict[bytes, bytes] = msgspec.field(default_factory=dict)
+    excluded: list[bytes] = msgspec.field(default_factory=list)
     vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
     closed: list[bytes] = msgspec.field(default_factory=list)
 
@@ -83,30 +88,31 @@ class Writer:
     ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots ran out.
     """
 
-    def __init__(self, maps: MapSet, wait_for_readers: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        maps: MapSet,
+        wait_for_readers: Callable[[], None],
+        *,
+        maglev_size: int = maglev.DEFAULT_SIZE,
+    ) -> None:
+        """``maglev_size``: places in a Maglev table, one of ``maglev.SIZES``."""
         self._maps = maps
+        self._maglev_size = maglev_size
         self._wait_for_readers = wait_for_readers
         self._selections = maps.shared("selections")
         self._words = self._selections.words()
         self._slots = maps.shared("slots")
-        self._backends = maps.shared("backends")
+        self._backends = Backends(maps)
+        self._departures = Departures(maps)
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
-        self._refs = array("I", bytes(4 * self._backends.spec.max_entries))
-        self._leaving: Counter[int] = Counter()
-        self._idle: Counter[int] = Counter()
         self._addresses = BitFilter(maps.shared("address_filter"))
         self._ports = BitFilter(maps.shared("port_filter"))
         self._cluster_ips: Counter[bytes] = Counter()
-        self._epochs = maps.shared("epochs").words()
-        self._departures: dict[bytes, Departure] = {
-            key: Departure(U32.unpack(value)[0]) for key, value in maps["departures"].items()
-        }
         self._own_addresses: frozenset[bytes] = frozenset()
         self._entries: dict[bytes, bytes] = {}
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._node_addresses: frozenset[bytes] = frozenset()
-        self._fresh_backends: list[Backend] = []
         self._adopting = True
         self._adopt()
         self._adopting = False
@@ -123,7 +129,7 @@ class Writer:
 
     @property
     def backends(self) -> int:
-        return len(self._backend_ids)
+        return len(self._backends)
 
     @property
     def free_slots(self) -> int:
@@ -146,25 +152,21 @@ class Writer:
         sources_of: dict[int, set[bytes]] = {}
         for key, _ in self._maps["source_ranges"].items():
             sources_of.setdefault(layout.source_range_service(key), set()).add(key)
+        members = self._adopted_members()
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(
                 number, tuple(entries_of.get(number, ())), frozenset(sources_of.get(number, _NO_SOURCES))
             )
+            known.members = members.pop(number, _NO_MEMBERS)
             used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
-            held = self._held(known)
-            known.leaving = (
-                frozenset(n for n in held if self._state(n) == BackendState.TERMINATING) or _NO_KEYS
-            )
-            for backend_id in held:
-                self._refs[backend_id] += 1
-            self._leaving.update(known.leaving)
+            known.standing = self._backends.adopt(self._held(known))
             self._programmed[name] = known
+        self._strangers = members
         self._ranges = Ranges(self._slots.spec.max_entries, used)
         self._service_ids: Ids[ServicePortKey] = Ids(
             self._maps["service_stats"].spec.max_entries, {name: number for number, name in names.items()}
         )
-        self._backend_ids: Ids[Backend] = Ids(self._backends.spec.max_entries, self._adopted_backends())
         self._node_addresses = frozenset(
             layout.unpack_address(key) for key, _ in self._maps["node_addresses"].items()
         )
@@ -175,27 +177,27 @@ class Writer:
             return 0, 0
         return layout.selection_range(self._words[service_id * layout.POLICIES + policy])
 
-    def _slot_ids(self, base: int, count: int) -> array[int]:
+    def _slot_words(self, base: int, count: int) -> array[int]:
         size = layout.SLOT_SIZE
         return array("Q", bytes(self._slots.bytes[base * size : (base + count) * size]))
+
+    def _slot_ids(self, base: int, count: int) -> set[int]:
+        """The backends in a range of slots: ``union slot`` begins with the id."""
+        return set(array("I", self._slot_words(base, count).tobytes())[::2])
+
+    def _adopted_members(self) -> dict[int, tuple[frozenset[int], frozenset[int]]]:
+        """By service id and policy."""
+        found: dict[int, tuple[set[int], set[int]]] = {}
+        for key, _ in self._maps["members"].items():
+            selection, backend_id = layout.unpack_member(key)
+            number, policy = divmod(selection, layout.POLICIES)
+            found.setdefault(number, (set(), set()))[policy].add(backend_id)
+        return {number: (frozenset(a), frozenset(b)) for number, (a, b) in found.items()}
 
     def _held(self, known: _Programmed) -> set[int]:
         """The backends that a service port refers to, as the maps have it."""
         cluster, local = (self._slot_ids(*self._range(known.id, policy)) for policy in Policy)
-        return {*cluster, *local, *known.unselected}
-
-    def _adopted_backends(self) -> dict[Backend, int]:
-        if not self._maps.adopted:
-            return {}
-        memory, stride = self._backends.bytes, self._backends.stride
-        found: dict[Backend, int] = {}
-        for number in range(self._backends.spec.max_entries):
-            # The protocol's byte tells a taken place from a free one without unpacking it.
-            if memory[number * stride + layout.BACKEND_PROTOCOL_OFFSET]:
-                known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
-                if known is not None:
-                    found[known[0]] = number
-        return found
+        return cluster | local | known.unselected
 
     # -- changes
 
@@ -256,15 +258,22 @@ class Writer:
             known = _Programmed(-1)
         before = [self._range(known.id, policy) for policy in Policy]
         after = list(before)
+        made_from = list(known.made_from)
         try:
-            ids = [array("Q", map(self._backend_id, each)) for each in sets]
+            ids = [array("Q", map(self._backends.id_of, each)) for each in sets]
             # What only the unused set has serves old connections only, like those that are draining.
             unused = port.terminating.difference(*sets)
-            draining = self._ids_of((*port.draining, *unused))
-            idle = self._ids_of(port.idle)
+            draining = self._backends.ids_of((*port.draining, *unused))
+            terminating = self._backends.ids_of(port.terminating)
+            idle, drained = self._backends.ids_of(port.idle), self._backends.ids_of(port.drained)
+            weights = dict(port.weights)
             for policy in Policy:
-                if ids[policy] != self._slot_ids(*before[policy]):
-                    after[policy] = self._write_slots(ids[policy])
+                chosen = [weights.get(each, 1) for each in sets[policy]] if weights else None
+                made_from[policy] = hash((port.algorithm, ids[policy].tobytes(), tuple(chosen or ()))) or 1
+                if made_from[policy] != known.made_from[policy]:
+                    words = slots_of(port.algorithm, sets[policy], ids[policy], chosen, self._maglev_size)
+                    if words != self._slot_words(*before[policy]):
+                        after[policy] = self._write_slots(words)
             if known.id < 0:
                 known.id = self._new_service(port.key, plan)
                 self._programmed[port.key] = known
@@ -272,11 +281,11 @@ class Writer:
             for old, new in zip(before, after, strict=True):
                 if new != old and new[1]:
                     self._ranges.release(*new)
-            self._drop_unheld(self._fresh_backends)
+            self._backends.drop_fresh()
             raise
-        finally:
-            self._fresh_backends = []
+        self._backends.keep_fresh()
         held = self._held(known)
+        known.made_from = (made_from[0], made_from[1])
         for policy in Policy:
             if after[policy] == before[policy]:
                 continue
@@ -284,28 +293,26 @@ class Writer:
                 self._retired.ranges.append(before[policy])
             index = known.id * layout.POLICIES + policy
             plan.words[index] = layout.selection_word(*after[policy])
-        known.unselected = draining | idle if idle else draining
-        leaving = draining | self._ids_of(port.terminating) if port.terminating else draining
-        self._hold(known, held, known.unselected.union(*ids), leaving, idle)
+        known.unselected = draining.union(idle, drained) if idle or drained else draining
+        leaving = draining | terminating if terminating else draining
+        self._hold(known, held, known.unselected.union(*ids), Standing(leaving, idle, drained))
+        wanted = _NO_MEMBERS
+        if port.affinity_seconds:
+            wanted = frozenset(ids[0]), frozenset(ids[1])
+        self._plan_members(known, wanted, plan)
         self._plan_entries(port, known, plan)
 
-    def _ids_of(self, backends: Collection[Backend]) -> frozenset[int]:
-        return frozenset(map(self._backend_id, backends)) if backends else _NO_KEYS
-
-    def _backend_id(self, backend: Backend) -> int:
-        number = self._backend_ids.get(backend)
-        if number is None:
-            number = self._backend_ids.add(backend)
-            self._fresh_backends.append(backend)
-            self._store_backend(number, layout.pack_backend(backend, BackendState.ACTIVE))
-            if self._maps.adopted or self._backend_ids.recycles:
-                self._maps["backend_stats"].update(U32.pack(number), self._maps["backend_stats"].zero)
-        return number
-
-    def _store_backend(self, number: int, packed: bytes) -> None:
-        start = number * self._backends.stride
-        self._backends.bytes[start : start + len(packed)] = packed
-        self._backends.writes += 1
+    def _plan_members(
+        self, known: _Programmed, wanted: tuple[frozenset[int], frozenset[int]], plan: _Plan
+    ) -> None:
+        if wanted == known.members:
+            return
+        for policy in Policy:
+            selection = known.id * layout.POLICIES + policy
+            came, went = wanted[policy] - known.members[policy], known.members[policy] - wanted[policy]
+            plan.members.update({layout.pack_member(selection, n): U32.pack(1) for n in came})
+            plan.excluded += [layout.pack_member(selection, n) for n in went]
+        known.members = wanted
 
     def _write_slots(self, ids: array[int]) -> tuple[int, int]:
         """Base and count of a fresh range."""
@@ -332,84 +339,29 @@ class Writer:
         known: _Programmed,
         before: Set[int],
         after: Set[int],
-        leaving: frozenset[int],
-        idle: frozenset[int],
+        standing: Standing,
         *,
         departs: bool = True,
     ) -> None:
-        """Counts references, so that a backend's state and end follow from its users."""
+        """Notes whom a service port uses, and tells its flows whom it does not any more."""
         came, went = after - before, before - after
-        turned = (leaving ^ known.leaving) | (idle ^ known.idle)
-        if not (came or went or turned):
+        if not (came or went) and standing == known.standing:
             return
-        for number in came:
-            self._refs[number] += 1
-        _recount(self._leaving, known.leaving, leaving)
-        _recount(self._idle, known.idle, idle)
-        for number in went:
-            self._refs[number] -= 1
         if departs:
-            self._note_departures(known.id, came | (known.idle - idle), went, idle - known.idle)
-        known.leaving, known.idle = leaving, idle
-        for number in came | turned | went:
-            if not self._refs[number]:
-                self._retire_backend(number)
-            else:
-                self._store_state(number)
-
-    def _note_departures(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
-        """Tells flows of a service which of its backends they must leave."""
-        for number in back if self._departures else ():
-            key = layout.pack_departure(service_id, number)
-            if self._departures.pop(key, None) is not None:
-                self._maps["departures"].delete(key)
-        departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
-        if not departed:
-            return
-        entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
-        self._departures.update(entries)
-        self._maps["departures"].update_many({key: U32.pack(why) for key, why in entries.items()})
-        # Only after this do flows look there.
-        self._epochs[service_id] += 1
+            idle, was_idle = standing.idle, known.standing.idle
+            self._departures.note(known.id, came | (was_idle - idle), went, idle - was_idle)
+        self._backends.hold(came, went, known.standing, standing)
+        known.standing = standing
 
     @property
     def departures(self) -> dict[bytes, Departure]:
-        """Of the last moments, by packed key, for a sweep to end their flows."""
-        return dict(self._departures)
+        """Of the last moments, by packed key: their flows and sockets have to be ended."""
+        return self._departures.current
 
-    def forget_departures(self, swept: Mapping[bytes, Departure]) -> None:
-        """A sweep that began after these has ended their flows."""
-        for key, why in swept.items():
-            if self._departures.get(key) == why:
-                del self._departures[key]
-                self._maps["departures"].delete(key)
-
-    def _state(self, number: int) -> int:
-        return self._backends.bytes[number * self._backends.stride + layout.BACKEND_STATE_OFFSET]
-
-    def _store_state(self, number: int) -> None:
-        """Active while any user has it so; quarantined once it is idle for all."""
-        idle, leaving = self._idle[number], self._leaving[number]
-        state = BackendState.ACTIVE
-        if idle + leaving == self._refs[number]:
-            state = BackendState.TERMINATING if leaving else BackendState.QUARANTINED
-        at = number * self._backends.stride + layout.BACKEND_STATE_OFFSET
-        if self._backends.bytes[at] != state:
-            self._backends.bytes[at] = state
-            self._backends.writes += 1
-
-    def _retire_backend(self, number: int) -> None:
-        start = number * self._backends.stride
-        known = layout.unpack_backend(bytes(self._backends.bytes[start : start + layout.BACKEND_SIZE]))
-        assert known is not None, f"backend {number} is held but not written"
-        self._backend_ids.forget(known[0])
-        self._retired.backends.append(number)
-
-    def _drop_unheld(self, backends: Iterable[Backend]) -> None:
-        for backend in backends:
-            number = self._backend_ids.get(backend)
-            if number is not None and not self._refs[number]:
-                self._retire_backend(number)
+    def forget_departures(self, ended: Mapping[bytes, Departure]) -> None:
+        """Nothing is left of what these were about."""
+        self._departures.forget(ended)
+        self._backends.free_unused()
 
     def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
         entries: dict[bytes, bytes] = {}
@@ -432,6 +384,7 @@ class Writer:
         if known is not None:
             plan.vanished += [(known.id, entry) for entry in known.entries]
             plan.closed += known.sources
+            self._plan_members(known, _NO_MEMBERS, plan)
 
     def _publish(self, plan: _Plan) -> list[str]:
         """Lets readers see the plan, each step after what it refers to."""
@@ -442,6 +395,10 @@ class Writer:
         full += [
             f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
             for key in self._maps["source_ranges"].update_many(plan.sources)
+        ]
+        full += [
+            f"members: no room for a backend of service id {layout.unpack_member(key)[0] // layout.POLICIES}"
+            for key in self._maps["members"].update_many(plan.members)
         ]
         # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
         with self._fence:
@@ -470,6 +427,8 @@ class Writer:
                 self._delete_entry(key)
         for key in plan.closed:
             self._maps["source_ranges"].delete(key)
+        for key in plan.excluded:
+            self._maps["members"].delete(key)
         return full
 
     def _table_of(self, key: bytes) -> Map:
@@ -517,8 +476,8 @@ class Writer:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        self._hold(known, held, held, _NO_KEYS, frozenset(held))
-        self._hold(known, held, _NO_KEYS, _NO_KEYS, _NO_KEYS, departs=False)
+        self._hold(known, held, held, Standing(idle=frozenset(held)))
+        self._hold(known, held, NO_IDS, ALL_ACTIVE, departs=False)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:
@@ -533,7 +492,13 @@ class Writer:
         for key, value in list(self._entries.items()):
             if layout.unpack_service(value).id not in ids:
                 self._delete_entry(key)
-        self._drop_unheld([backend for backend, _ in self._backend_ids.items()])
+        self._backends.drop_leftovers()
+        for number, members in self._strangers.items():
+            for policy in Policy:
+                for backend_id in members[policy]:
+                    key = layout.pack_member(number * layout.POLICIES + policy, backend_id)
+                    self._maps["members"].delete(key)
+        self._strangers = {}
         if self._maps.adopted:
             self._repair_cluster_ips()
         self._addresses.drop_leftovers()
@@ -559,15 +524,14 @@ class Writer:
     def take_retired(self) -> Retired:
         """What is retired so far; give it to :meth:`reclaim` after a grace period."""
         taken, self._retired = self._retired, _nothing_retired()
+        taken.backends.extend(self._backends.take_retired())
         return taken
 
     def reclaim(self, retired: Retired) -> None:
         """Ids and ranges that no program can hold any more are free again."""
         for base, count in retired.ranges:
             self._ranges.release(base, count)
-        for number in retired.backends:
-            self._store_backend(number, bytes(layout.BACKEND_SIZE))
-            self._backend_ids.give_back(number)
+        self._backends.reclaim(retired.backends)
         for number in retired.services:
             for policy in Policy:
                 self._words[number * layout.POLICIES + policy] = 0
@@ -593,14 +557,6 @@ class Writer:
         self._node_addresses = addresses
 
 
-def _recount(counts: Counter[int], before: frozenset[int], after: frozenset[int]) -> None:
-    counts.update(after - before)
-    for number in before - after:
-        counts[number] -= 1
-        if not counts[number]:
-            del counts[number]
-
-
 def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iterable[tuple[bytes, bytes]]:
     """One entry, or two where the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
@@ -614,7 +570,7 @@ def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iter
             flags |= ServiceFlags.SOURCES
         yield (
             layout.pack_service_key(address, port, protocol, scope),
-            layout.pack_service(service_id, flags, kind, 0, owner.affinity_seconds),
+            layout.pack_service(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),
         )
 
 

@@ -58,6 +58,18 @@ class MapCollector(Collector):
                 address = format_endpoint(backend.address, backend.port)
                 backends.add_metric([address, backend.protocol.name], connections)
         yield backends
+        loads = GaugeMetricFamily(
+            "ebpfproxy_backend_open_connections",
+            "Connected sockets and flows of this node that are open to a backend; only those that have any",
+            labels=["address", "protocol"],
+        )
+        for number, open_now in dump.backend_loads().items():
+            backend = dump.backend(number)
+            if backend is not None:
+                loads.add_metric(
+                    [format_endpoint(backend.address, backend.port), backend.protocol.name], open_now
+                )
+        yield loads
 
     def _packet_events(self) -> Metric:
         events = CounterMetricFamily(

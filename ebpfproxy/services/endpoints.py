@@ -33,6 +33,9 @@ class Traits(NamedTuple):
     local: bool
     zones: tuple[str, ...]
     nodes: tuple[str, ...]
+    #: Where it is; empty where that is not known. Only weights look at it.
+    node: str = ""
+    zone: str = ""
 
 
 class SlicePort(NamedTuple):
@@ -135,21 +138,24 @@ def _endpoints(
         hints = endpoint.hints
         yield (
             address,
-            _traits(
-                ready,
-                not ready and _is_draining(endpoint.conditions),
-                endpoint.node_name == node_name,
-                tuple(z.name for z in hints.for_zones or ()) if hints else (),
-                tuple(n.name for n in hints.for_nodes or ()) if hints else (),
+            _shared(
+                Traits(
+                    ready,
+                    not ready and _is_draining(endpoint.conditions),
+                    endpoint.node_name == node_name,
+                    tuple(z.name for z in hints.for_zones or ()) if hints else (),
+                    tuple(n.name for n in hints.for_nodes or ()) if hints else (),
+                    endpoint.node_name or "",
+                    endpoint.zone or "",
+                ),
             ),
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def _traits(
-    ready: bool, draining: bool, local: bool, zones: tuple[str, ...], nodes: tuple[str, ...]
-) -> Traits:
-    return Traits(ready, draining, local, zones, nodes)
+@functools.lru_cache(maxsize=8192)
+def _shared(traits: Traits) -> Traits:
+    """One object for all that are equal."""
+    return traits
 
 
 def _is_ready(conditions: EndpointConditions | None) -> bool:

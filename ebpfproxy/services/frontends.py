@@ -7,7 +7,15 @@ from collections.abc import Iterator, Set
 import msgspec
 
 from ebpfproxy.objects import Resource, Service, ServicePortSpec, key_of
+from ebpfproxy.services.balancing import (
+    ALGORITHM_ANNOTATION,
+    WEIGHTS_ANNOTATION,
+    Weights,
+    parse_algorithm,
+    parse_weights,
+)
 from ebpfproxy.services.model import (
+    Algorithm,
     Family,
     Frontend,
     FrontendKind,
@@ -38,7 +46,7 @@ class PortFrontends(msgspec.Struct, frozen=True, gc=False):
     key: ServicePortKey
     frontends: tuple[Frontend, ...]
     affinity_seconds: int
-    algorithm: str
+    algorithm: Algorithm
     source_ranges: tuple[Prefix, ...] | None = None
 
 
@@ -52,9 +60,12 @@ class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
     external: Policy = Policy.CLUSTER
     #: spec.healthCheckNodePort where it is served: a load balancer's, with the external policy Local.
     health_port: int = 0
+    weights: Weights | None = None
 
 
-def frontends_of(service: Service, *, external_ips: bool = True) -> ServiceFrontends:
+def frontends_of(
+    service: Service, *, external_ips: bool = True, algorithm: Algorithm = Algorithm.RANDOM
+) -> ServiceFrontends:
     """The ports and frontends of a Service.
 
     There are none for headless and ExternalName Services and those of another proxy. ClusterIPs follow the
@@ -62,15 +73,16 @@ def frontends_of(service: Service, *, external_ips: bool = True) -> ServiceFront
     traffic from outside; a client in the cluster that uses them gets policy Cluster ("short circuit",
     KEP-2086). Only the families of its cluster IPs are served, as kube-proxy does. ``external_ips`` off:
     spec.externalIPs are left out, with a warning (CVE-2020-8554: who may create Services could take
-    anybody's address).
+    anybody's address). ``algorithm``: where the Service names none.
     """
-    return _Reader(service, external_ips).read()
+    return _Reader(service, external_ips, algorithm).read()
 
 
 class _Reader:
-    def __init__(self, service: Service, external_ips: bool) -> None:
+    def __init__(self, service: Service, external_ips: bool, algorithm: Algorithm) -> None:
         self._service = service
         self._external_ips = external_ips
+        self._default_algorithm = algorithm
         self._key = key_of(service)
         self._warnings: list[Warning] = []
 
@@ -103,8 +115,7 @@ class _Reader:
         addresses = list(self._addresses(cluster_ips, internal, external))
         families = sorted({_family(address) for kind, address, *_ in addresses if not kind})
         affinity = self._affinity_seconds()
-        annotations = service.metadata.annotations
-        algorithm = (annotations.lb_algorithm or "") if annotations is not None else ""
+        algorithm, weights = self._algorithm(), self._weights()
         ranges = self._source_ranges()
 
         ports: list[PortFrontends] = []
@@ -130,8 +141,28 @@ class _Reader:
                 key = ServicePortKey(self._key.namespace, self._key.name, port.name, protocol, family)
                 ports.append(PortFrontends(key, found, affinity, algorithm, ranges[family]))
         return ServiceFrontends(
-            age, tuple(ports), tuple(self._warnings), internal, external, self._health_port(external)
+            age, tuple(ports), tuple(self._warnings), internal, external, self._health_port(external), weights
         )
+
+    def _algorithm(self) -> Algorithm:
+        annotations = self._service.metadata.annotations
+        if annotations is None or annotations.lb_algorithm is None:
+            return self._default_algorithm
+        found, remark = parse_algorithm(annotations.lb_algorithm)
+        if found is None:
+            remark += f"; {self._default_algorithm} is used"
+        if remark:
+            self._warn(f"metadata.annotations[{ALGORITHM_ANNOTATION}]", remark)
+        return self._default_algorithm if found is None else found
+
+    def _weights(self) -> Weights | None:
+        annotations = self._service.metadata.annotations
+        if annotations is None or annotations.weights is None:
+            return None
+        weights, problems = parse_weights(annotations.weights)
+        for problem in problems:
+            self._warn(f"metadata.annotations[{WEIGHTS_ANNOTATION}]", problem)
+        return weights
 
     def _health_port(self, external: Policy) -> int:
         spec = self._service.spec

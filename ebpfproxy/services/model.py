@@ -61,10 +61,46 @@ class Policy(enum.IntEnum):
     LOCAL = 1
 
 
+class Algorithm(enum.IntEnum):
+    """How a backend is chosen. Weights count with every one of them."""
+
+    RANDOM = 0
+    ROUND_ROBIN = 1
+    LEAST_CONNECTIONS = 2
+    SHORTEST_DELAY = 3
+    NEVER_QUEUE = 4
+    DESTINATION_HASH = 5
+    SOURCE_HASH = 6
+    MAGLEV = 7
+
+    def __str__(self) -> str:
+        return _ALGORITHM_NAMES[self]
+
+    @property
+    def looks_at_loads(self) -> bool:
+        return Algorithm.LEAST_CONNECTIONS <= self <= Algorithm.NEVER_QUEUE
+
+
+_ALGORITHM_NAMES = {
+    Algorithm.RANDOM: "random",
+    Algorithm.ROUND_ROBIN: "round-robin",
+    Algorithm.LEAST_CONNECTIONS: "least-connections",
+    Algorithm.SHORTEST_DELAY: "shortest-expected-delay",
+    Algorithm.NEVER_QUEUE: "never-queue",
+    Algorithm.DESTINATION_HASH: "destination-hash",
+    Algorithm.SOURCE_HASH: "source-hash",
+    Algorithm.MAGLEV: "maglev",
+}
+
+
 class BackendState(enum.IntEnum):
+    """DRAINED: by hand, or by weight 0. GONE: no endpoint any more, but something is still open to it."""
+
     ACTIVE = 0
     TERMINATING = 1
     QUARANTINED = 2
+    DRAINED = 3
+    GONE = 4
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -111,7 +147,9 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False):
     duplicates. ``draining`` are the terminating endpoints in neither set: they serve old connections only.
     ``terminating`` names the backends of ``cluster`` and ``local`` that are terminating (they are used
     because nothing else is left). ``idle`` are the endpoints that are not ready, but there: established
-    connections to them go on.
+    connections to them go on. ``drained`` are endpoints that could serve, but take no new connections: by
+    hand, or by a weight of 0. ``weights`` are of members of ``cluster`` and ``local``, sorted; who is not
+    named has 1.
     """
 
     key: ServicePortKey
@@ -122,7 +160,9 @@ class ServicePort(msgspec.Struct, frozen=True, gc=False):
     terminating: frozenset[Backend] = frozenset()
     idle: tuple[Backend, ...] = ()
     affinity_seconds: int = 0
-    algorithm: str = ""
+    algorithm: Algorithm = Algorithm.RANDOM
+    drained: tuple[Backend, ...] = ()
+    weights: tuple[tuple[Backend, int], ...] = ()
     #: Sources that may use the load balancer's addresses; None: all.
     source_ranges: tuple[Prefix, ...] | None = None
 

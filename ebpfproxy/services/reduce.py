@@ -5,14 +5,18 @@ from __future__ import annotations
 from ebpfproxy.objects import EndpointSlice, Node, Object, Reduce, Service
 from ebpfproxy.services.endpoints import endpoints_of
 from ebpfproxy.services.frontends import frontends_of
+from ebpfproxy.services.model import Algorithm
 
 
-def reducer(node_name: str, *, external_ips: bool = True) -> Reduce:
-    """Services to ServiceFrontends, slices to SliceEndpoints as this node sees them; a Node stays."""
+def reducer(node_name: str, *, external_ips: bool = True, algorithm: Algorithm = Algorithm.RANDOM) -> Reduce:
+    """Services to ServiceFrontends, slices to SliceEndpoints as this node sees them; a Node stays.
+
+    ``algorithm`` is that of Services which name none.
+    """
 
     def reduce(each: Object) -> object:
         if isinstance(each, Service):
-            return frontends_of(each, external_ips=external_ips)
+            return frontends_of(each, external_ips=external_ips, algorithm=algorithm)
         if isinstance(each, EndpointSlice):
             return endpoints_of(each, node_name)
         assert isinstance(each, Node)

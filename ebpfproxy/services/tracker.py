@@ -22,6 +22,7 @@ from ebpfproxy.objects import (
     Resource,
     key_of,
 )
+from ebpfproxy.services.balancing import Weights
 from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of
 from ebpfproxy.services.endpoints import SliceEndpoints, Traits
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
@@ -35,7 +36,7 @@ from ebpfproxy.services.model import (
     ServicePortKey,
     format_endpoint,
 )
-from ebpfproxy.services.policy import usable_endpoints
+from ebpfproxy.services.policy import Usable, usable_endpoints
 from ebpfproxy.services.values import Warning, parse_time
 
 
@@ -76,6 +77,7 @@ class Tracker:
         self._triggers: dict[ObjectKey, list[float]] = {}
         self._received: list[float] = []
         self._health_checks: dict[ObjectKey, HealthCheck] = {}
+        self._drained: frozenset[tuple[bytes, int]] = frozenset()
         self._service_changes = 0
         self._endpoint_changes = 0
         self.node: Node | None = None
@@ -289,7 +291,9 @@ class Tracker:
             frontends = tuple(f for f in port.frontends if self._owns(key, f, conflicts))
             if not frontends:
                 continue
-            usable = usable_endpoints(self._endpoints(key, port), self._node_name, self._zone)
+            endpoints = self._endpoints(key, port)
+            drained = self._take_drained(endpoints, service.weights)
+            usable = usable_endpoints(endpoints, self._node_name, self._zone)
             ports.append(
                 ServicePort(
                     key=port.key,
@@ -301,6 +305,8 @@ class Tracker:
                     idle=usable.idle,
                     affinity_seconds=port.affinity_seconds,
                     algorithm=port.algorithm,
+                    drained=drained,
+                    weights=_weights_of(usable, endpoints, service.weights),
                     source_ranges=port.source_ranges,
                 )
             )
@@ -309,6 +315,40 @@ class Tracker:
             self._conflicts[key] = frozenset(conflicts)
             self._new_warnings += [w for w in conflicts if w not in before]
         return tuple(ports)
+
+    def _take_drained(self, endpoints: dict[Backend, Traits], weights: Weights | None) -> tuple[Backend, ...]:
+        """Takes out those that could serve but shall not, so that the rules see only the others."""
+        if weights is None and not self._drained:
+            return ()
+        drained = [
+            backend
+            for backend, traits in endpoints.items()
+            if (traits.ready or traits.draining)
+            and (
+                (backend.address, 0) in self._drained
+                or (backend.address, backend.port) in self._drained
+                or (weights is not None and not weights.of(backend.address, traits.node, traits.zone))
+            )
+        ]
+        for backend in drained:
+            del endpoints[backend]
+        return tuple(sorted(drained))
+
+    def set_drained(self, drained: frozenset[tuple[bytes, int]]) -> None:
+        """Addresses and ports (0: all) that shall take no new connections from this node."""
+        addresses = {address for address, _ in self._drained ^ drained}
+        self._drained = drained
+        if addresses:
+            for piece in self._slices.values():
+                if piece.service is not None and not addresses.isdisjoint(piece.addresses):
+                    self._touched[piece.service] = None
+
+    def has_endpoint(self, address: bytes, port: int) -> bool:
+        """Whether any slice has it; port 0: any port."""
+        return any(
+            address in piece.addresses and (not port or any(p.port == port for p in piece.ports))
+            for piece in self._slices.values()
+        )
 
     def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:
         owner = self._claims.owner(claim_of(frontend))
@@ -354,7 +394,22 @@ def _claims_of(key: ObjectKey, service: ServiceFrontends | None) -> tuple[Age, s
     return service.age, {claim_of(f) for port in service.ports for f in port.frontends}
 
 
+def _weights_of(
+    usable: Usable, endpoints: dict[Backend, Traits], weights: Weights | None
+) -> tuple[tuple[Backend, int], ...]:
+    """Of the usable ones, where they are not 1."""
+    if weights is None:
+        return ()
+    found = []
+    for backend in sorted({*usable.cluster, *usable.local}):
+        traits = endpoints[backend]
+        weight = weights.of(backend.address, traits.node, traits.zone)
+        if weight != 1:
+            found.append((backend, weight))
+    return tuple(found)
+
+
 def _merge(one: Traits, other: Traits) -> Traits:
     """Of three and more, the order in which they are merged must not matter: the order of slices is none."""
-    best = max(one, other, key=lambda t: (t.ready, t.draining, t.zones, t.nodes))
+    best = max(one, other, key=lambda t: (t.ready, t.draining, t.zones, t.nodes, t.node, t.zone))
     return best._replace(local=one.local or other.local)

@@ -31,6 +31,17 @@ STRUCTS = {
     "revnat": "sock_revnat value",
     "service_stats": "service_stats value",
     "backend_stats": "backend_stats value",
+    "member_key": "members key",
+    "affinity_key": "affinity key",
+    "affinity": "affinity value",
+    "load": "loads value",
+    "flow": "conntrack key",
+    "nat": "conntrack value",
+    "departure_key": "departures key",
+    "device": "devices value",
+    "fragment_key": "fragments key",
+    "source_range_key": "source_ranges key",
+    "cidr_key": "cidrs key",
 }
 
 
@@ -44,7 +55,7 @@ def test_every_struct_has_the_size_that_its_map_has(tmp_path: Path) -> None:
         + "".join(f'printf("{name} %zu\\n", sizeof(struct {name}));\n' for name in STRUCTS)
         + 'printf("proto %zu\\n", offsetof(struct backend, proto));\n'
         + 'printf("state %zu\\n", offsetof(struct backend, state));\n'
-        + "return sizeof(union selection) != 8;\n}\n"
+        + "return sizeof(union selection) != 8 || sizeof(union slot) != 8;\n}\n"
     )
     program = tmp_path / "sizes"
     subprocess.run(["clang", f"-I{BPF}", "-o", str(program), str(source)], check=True)

@@ -31,7 +31,7 @@ from ebpfproxy.services.model import (
 
 pytestmark = pytest.mark.root
 
-SMALL = Capacity(services=16, backends=16, connected=16, revnat=16)
+SMALL = Capacity(services=16, backends=16, connected=16, revnat=16, slots=64)
 
 
 class Bench:

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Session affinity (sessionAffinity: ClientIP): a client comes back to its backend while its last
+ * choice is not too old, and the backend is one that others could get.
+ */
+#ifndef EBPFPROXY_AFFINITY_H
+#define EBPFPROXY_AFFINITY_H
+
+#include "algorithm.h"
+#include "maps.h"
+
+static __always_inline bool is_member(u32 selection, u32 backend_id)
+{
+	struct member_key key = { selection, backend_id };
+
+	return map_lookup(members, &key) != NULL;
+}
+
+static __always_inline struct affinity_key affinity_key(const struct service *svc,
+							const struct client *client)
+{
+	return (struct affinity_key) {
+		.client = client->addr,
+		.service_id = svc->id,
+		.kind = client->kind,
+	};
+}
+
+/* False where the client has no backend to come back to. */
+static __always_inline bool affinity_recall(const struct service *svc, u32 selection,
+					    const struct client *client, u32 *backend_id)
+{
+	struct affinity_key key = affinity_key(svc, client);
+	struct affinity *known = map_lookup(affinity, &key);
+	const u64 now = bpf_ktime_get_ns();
+
+	if (!known || now - known->last > svc->affinity_seconds * 1000000000ULL)
+		return false;
+	if (!is_member(selection, known->backend_id))
+		return false;
+	*backend_id = known->backend_id;
+	known->last = now;
+	return true;
+}
+
+/* Of two first choices at once the one that is noted first holds for both: @backend_id may change.
+ */
+static __always_inline void affinity_remember(const struct service *svc, u32 selection,
+					      const struct client *client, u32 *backend_id)
+{
+	struct affinity_key key = affinity_key(svc, client);
+	struct affinity value = { .backend_id = *backend_id, .last = bpf_ktime_get_ns() };
+
+	if (!bpf_map_update_elem(MAP(affinity), &key, &value, BPF_NOEXIST))
+		return;
+	if (!affinity_recall(svc, selection, client, backend_id))
+		map_update(affinity, &key, &value);
+}
+
+#endif

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Algorithms: which slot of a range is chosen. The agent lays the slots out so that little is left
+ * to do here (datapath/slots.py): weights are in how often a backend has a slot, and Maglev is a
+ * hash of the flow into a table.
+ */
+#ifndef EBPFPROXY_ALGORITHM_H
+#define EBPFPROXY_ALGORITHM_H
+
+#include "load.h"
+#include "maps.h"
+
+/* Sets up to this size are searched for the least loaded; of larger ones two are compared. */
+#define SEARCHED_SLOTS 8
+
+/* Who asks, and for what. */
+struct client {
+	struct inet_addr addr;
+	u32 kind;
+	u32 flow; /* differs between the flows of one client */
+	struct inet_addr frontend;
+};
+
+/* Only then is it worth finding out. */
+static __always_inline bool asks_who(const struct service *svc)
+{
+	return svc->affinity_seconds || svc->algorithm >= ALGORITHM_DESTINATION_HASH;
+}
+
+/* Multiplies and shifts as in MurmurHash3's finalizer; the same on every node. */
+static __always_inline u64 mix(u64 hash)
+{
+	hash ^= hash >> 33;
+	hash *= 0xff51afd7ed558ccdULL;
+	hash ^= hash >> 33;
+	hash *= 0xc4ceb9fe1a85ec53ULL;
+	return hash ^ hash >> 33;
+}
+
+static __always_inline u32 hash_of(const struct inet_addr *addr, u32 more)
+{
+	u64 upper = (u64)bpf_ntohl(addr->word[0]) << 32 | bpf_ntohl(addr->word[1]);
+	u64 lower = (u64)bpf_ntohl(addr->word[2]) << 32 | bpf_ntohl(addr->word[3]);
+
+	return mix(mix(upper + more) ^ lower);
+}
+
+/* A number of 32 bits, scaled to the range: without a division. */
+static __always_inline u32 slot_at(const union selection *range, u32 number)
+{
+	return range->base + (u32)(((u64)number * range->count) >> 32);
+}
+
+/* One number for all CPUs: of any so many choices in a row each slot gets its share exactly. */
+static __always_inline u32 slot_in_turn(const union selection *range, u32 selection)
+{
+	u64 *turn = map_lookup(turns, &selection);
+
+	return range->base + (turn ? __sync_fetch_and_add(turn, 1) % range->count : 0);
+}
+
+/*
+ * The least loaded of a small set, or of two random slots (Mitzenmacher, "The power of two
+ * choices", 2001). Ties go to whom the search meets first, and it begins anywhere. Cost is what
+ * IPVS compares: connections by weight; SED counts the new one, too, and NQ takes whom nobody uses,
+ * if it meets one.
+ */
+static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm)
+{
+	const bool is_small = range->count <= SEARCHED_SLOTS;
+	u32 tries = is_small ? range->count : 2;
+	u32 at = slot_at(range, bpf_get_prandom_u32());
+	const u32 end = range->base + range->count;
+	u64 best_open = 1, best_weight = 0;
+	u32 best = at;
+
+	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
+		union slot *slot = map_lookup(slots, &at);
+		struct load *load = slot ? load_of(slot->backend_id) : NULL;
+		u64 open, weight;
+
+		if (!load)
+			break;
+		open = load_open(load);
+		if (algorithm == ALGORITHM_NEVER_QUEUE && !open)
+			return at;
+		open += algorithm != ALGORITHM_LEAST_CONNECTIONS;
+		weight = slot->weight + !slot->weight;
+		if (open * best_weight < best_open * weight) {
+			best = at;
+			best_open = open;
+			best_weight = weight;
+		}
+		at = is_small ? at + 1 : slot_at(range, bpf_get_prandom_u32());
+		if (at >= end)
+			at = range->base;
+		/* Or clang compares once, with what the verifier knows no bound of. */
+		barrier_var(tries);
+		if (i + 1 >= tries)
+			break;
+	}
+	return best;
+}
+
+static __always_inline u32 pick_slot(const struct service *svc, const union selection *range,
+				     u32 selection, const struct client *client)
+{
+	const u8 algorithm = svc->algorithm;
+
+	if (algorithm == ALGORITHM_RANDOM)
+		return slot_at(range, bpf_get_prandom_u32());
+	if (algorithm == ALGORITHM_ROUND_ROBIN)
+		return slot_in_turn(range, selection);
+	if (algorithm < ALGORITHM_DESTINATION_HASH)
+		return slot_least_loaded(range, algorithm);
+	if (algorithm == ALGORITHM_MAGLEV)
+		return slot_at(range, hash_of(&client->addr, client->flow));
+	if (algorithm == ALGORITHM_SOURCE_HASH)
+		return slot_at(range, hash_of(&client->addr, client->kind));
+	return slot_at(range, hash_of(&client->frontend, 0));
+}
+
+#endif

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* How much is open to each backend. */
+#ifndef EBPFPROXY_LOAD_H
+#define EBPFPROXY_LOAD_H
+
+#include "maps.h"
+#include "types.h"
+
+static __always_inline struct load *load_of(u32 backend_id)
+{
+	return map_lookup(loads, &backend_id);
+}
+
+static __always_inline void load_add_socket(u32 backend_id)
+{
+	struct load *load = load_of(backend_id);
+
+	if (load)
+		__sync_fetch_and_add(&load->sockets, 1);
+}
+
+static __always_inline void load_remove_socket(u32 backend_id)
+{
+	struct load *load = load_of(backend_id);
+
+	if (load)
+		__sync_fetch_and_add(&load->sockets, -1);
+}
+
+static __always_inline void load_begin_flow(u32 backend_id)
+{
+	struct load *load = load_of(backend_id);
+
+	if (load)
+		__sync_fetch_and_add(&load->flows_begun, 1);
+}
+
+static __always_inline void load_end_flow(u32 backend_id)
+{
+	struct load *load = load_of(backend_id);
+
+	if (load)
+		__sync_fetch_and_add(&load->flows_ended, 1);
+}
+
+/* Connections, as far as is known; what two CPUs count at once may be less than nothing. */
+static __always_inline u32 load_open(const struct load *load)
+{
+	s32 open = load->sockets + load->sockets_carried + load->flows_begun - load->flows_ended +
+		   load->flows_corrected;
+
+	return open > 0 ? open : 0;
+}
+
+#endif

@@ -1,0 +1,47 @@
+"""Backends that have left a service a moment ago: what their flows and sockets have to learn of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.layout import U32, Departure
+from ebpfproxy.datapath.maps import MapSet
+
+
+class Departures:
+    """The ``departures`` map, and the epochs by which flows notice that there is something in it."""
+
+    def __init__(self, maps: MapSet) -> None:
+        self._map = maps["departures"]
+        self._epochs = maps.shared("epochs").words()
+        self._known: dict[bytes, Departure] = {
+            key: Departure(U32.unpack(value)[0]) for key, value in self._map.items()
+        }
+
+    def note(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
+        """Tells flows of a service which of its backends they must leave."""
+        for number in back if self._known else ():
+            key = layout.pack_departure(service_id, number)
+            if self._known.pop(key, None) is not None:
+                self._map.delete(key)
+        departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
+        if not departed:
+            return
+        entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
+        self._known.update(entries)
+        self._map.update_many({key: U32.pack(why) for key, why in entries.items()})
+        # Only after this do flows look there.
+        self._epochs[service_id] += 1
+
+    @property
+    def current(self) -> dict[bytes, Departure]:
+        """By packed key."""
+        return dict(self._known)
+
+    def forget(self, ended: Mapping[bytes, Departure]) -> None:
+        """What these were about is over."""
+        for key, why in ended.items():
+            if self._known.get(key) == why:
+                del self._known[key]
+                self._map.delete(key)

@@ -1,0 +1,61 @@
+"""Maglev's lookup table (Eisenbud et al., "Maglev", NSDI 2016, section 3.4).
+
+Every backend goes through all places of the table in an order of its own, which a hash of its address gives;
+in turns each takes the next that is free. So each gets an equal share (or one by weight), the table is the
+same on every node, and when a backend goes, hardly more than its own places change hands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+#: Primes, as Cilium's option has them.
+SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
+DEFAULT_SIZE = 16381
+
+
+def size_for(backends: int, size: int) -> int:
+    """``size``, or the next in which every backend has a place; the largest for still more."""
+    return next((each for each in SIZES if each >= max(size, backends)), SIZES[-1])
+
+
+def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[int]:
+    """Which of ``names`` (sorted, unique) each of ``size`` places belongs to; weights are 1 and more."""
+    if not names:
+        return array("I")
+    heaviest = max(weights)
+    order = [_order(name, size) for name in names]
+    at = [offset for offset, _ in order]
+    skips = [skip for _, skip in order]
+    equal = min(weights) == heaviest
+    # Who has collected the heaviest one's weight has a turn; in the first round everybody has.
+    credit = [heaviest - weight for weight in weights]
+    taken, found = bytearray(size), array("I", bytes(4 * size))
+    left = size
+    while True:
+        for i, skip in enumerate(skips):
+            if not equal:
+                credit[i] += weights[i]
+                if credit[i] < heaviest:
+                    continue
+                credit[i] -= heaviest
+            place = at[i]
+            while taken[place]:
+                place = (place + skip) % size
+            taken[place] = 1
+            found[place] = i
+            at[i] = (place + skip) % size
+            left -= 1
+            if not left:
+                return found
+
+
+def _order(name: bytes, size: int) -> tuple[int, int]:
+    """Where a backend begins, and by how much it goes on: a size that is prime makes it meet every place."""
+    digest = hashlib.blake2b(name, digest_size=16).digest()
+    return (
+        int.from_bytes(digest[:8], "big") % size,
+        int.from_bytes(digest[8:], "big") % (size - 1) + 1,
+    )

@@ -1,0 +1,96 @@
+"""What a Service says of how its backends are chosen: the algorithm and the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ebpfproxy.services.model import Algorithm
+from ebpfproxy.services.values import parse_address
+
+ALGORITHM_ANNOTATION = "ebpfproxy.io/lb-algorithm"
+WEIGHTS_ANNOTATION = "ebpfproxy.io/weights"
+#: As IPVS has them (ip_vs.h).
+MAX_WEIGHT = 65535
+
+#: Our own names and IPVS's (ipvsadm(8), --scheduler). The weighted ones are the same: weights always count.
+ALGORITHMS: Mapping[str, Algorithm] = {
+    **{str(algorithm): algorithm for algorithm in Algorithm},
+    "rr": Algorithm.ROUND_ROBIN,
+    "wrr": Algorithm.ROUND_ROBIN,
+    "lc": Algorithm.LEAST_CONNECTIONS,
+    "wlc": Algorithm.LEAST_CONNECTIONS,
+    "sed": Algorithm.SHORTEST_DELAY,
+    "nq": Algorithm.NEVER_QUEUE,
+    "dh": Algorithm.DESTINATION_HASH,
+    "sh": Algorithm.SOURCE_HASH,
+    "mh": Algorithm.MAGLEV,
+}
+#: What comes nearest to those that we do not have: a Service has one destination, so that locality by
+#: destination leaves least connections; and two random choices are how least connections are found here.
+NEAREST: Mapping[str, Algorithm] = {
+    "lblc": Algorithm.LEAST_CONNECTIONS,
+    "lblcr": Algorithm.LEAST_CONNECTIONS,
+    "twos": Algorithm.LEAST_CONNECTIONS,
+}
+
+
+def parse_algorithm(text: str) -> tuple[Algorithm | None, str]:
+    """The algorithm (None where the name is unknown), and what has to be said about it, if anything."""
+    name = text.strip().lower()
+    found = ALGORITHMS.get(name)
+    if found is not None:
+        return found, ""
+    nearest = NEAREST.get(name)
+    if nearest is not None:
+        return nearest, f"{name} is not here, the nearest is used: {nearest}"
+    return None, f"unknown algorithm {text!r}, known are {', '.join(sorted(ALGORITHMS))}"
+
+
+class Weights(NamedTuple):
+    """Weights of endpoints by the most specific that is named: address, node, zone, all others (1)."""
+
+    addresses: Mapping[bytes, int] = {}
+    nodes: Mapping[str, int] = {}
+    zones: Mapping[str, int] = {}
+    others: int = 1
+
+    def of(self, address: bytes, node: str, zone: str) -> int:
+        found = self.addresses.get(address)
+        if found is None:
+            found = self.nodes.get(node)
+        if found is None:
+            found = self.zones.get(zone)
+        return self.others if found is None else found
+
+
+def parse_weights(text: str) -> tuple[Weights | None, list[str]]:
+    """``10.0.0.7=3, node/worker-1=5, zone/eu-1a=10, *=2``: keys, each with a weight of 0 to 65535.
+
+    Parts are separated by commas or white space. A part that cannot be read is left out, and named in the
+    list. None where nothing is left.
+    """
+    addresses: dict[bytes, int] = {}
+    nodes: dict[str, int] = {}
+    zones: dict[str, int] = {}
+    others: int | None = None
+    problems = []
+    for part in text.replace(",", " ").split():
+        key, equals, digits = part.rpartition("=")
+        if not equals or not (digits.isascii() and digits.isdigit()) or int(digits) > MAX_WEIGHT:
+            problems.append(f"{part!r} is not KEY=WEIGHT with a weight of 0 to {MAX_WEIGHT}")
+            continue
+        weight = int(digits)
+        kind, slash, name = key.partition("/")
+        address = parse_address(key)
+        if key == "*":
+            others = weight
+        elif address is not None:
+            addresses[address] = weight
+        elif slash and name and kind in ("node", "zone"):
+            (nodes if kind == "node" else zones)[name] = weight
+        else:
+            problems.append(f"{part!r} names neither an address nor node/NAME, zone/NAME or *")
+    if not addresses and not nodes and not zones and others is None:
+        return None, problems
+    return Weights(addresses, nodes, zones, 1 if others is None else others), problems

@@ -31,6 +31,7 @@ from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.layout import Capacity, Departure
+from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Retired, Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
@@ -51,6 +52,7 @@ from ebpfproxy.services.model import Algorithm, Family, Prefix
 from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker, Update
 from ebpfproxy.services.values import parse_prefix
+from ebpfproxy.stale import Ended, end_stale_sockets
 
 log = get_logger(__name__)
 
@@ -89,6 +91,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     masquerade_ports: tuple[int, int]
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
+    stale_tcp: StaleTcp = StaleTcp.GONE
     capacity: Capacity = Capacity()
     without: frozenset[probe.Feature] = frozenset()
 
@@ -99,6 +102,16 @@ class NetworkChanged(msgspec.Struct, frozen=True):
 
 class Swept(msgspec.Struct, frozen=True):
     sweep: conntrack.Sweep
+
+
+class SocketsEnded(msgspec.Struct, frozen=True):
+    result: Ended
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """Something that runs beside the reconciler has failed, and the agent with it."""
+
+    error: BaseException
 
 
 class GracePassed(msgspec.Struct, frozen=True):
@@ -116,7 +129,7 @@ class Stop(msgspec.Struct, frozen=True):
     pass
 
 
-Message = Event | NetworkChanged | GracePassed | Swept | Loaded | Stop
+Message = Event | NetworkChanged | GracePassed | Swept | SocketsEnded | Failed | Loaded | Stop
 
 
 class _Source:
@@ -174,6 +187,8 @@ class Agent:
         self._next_sweep = 0.0
         self._last_sweep: conntrack.Sweep | None = None
         self._sweeping: dict[bytes, Departure] = {}
+        self._ended: dict[bytes, Departure] = {}
+        self._ending = False
         self._evicted = 0
         self._device_failures: list[str] = []
         self._complete = False
@@ -306,6 +321,7 @@ class Agent:
             self._set_cidrs()
             self._attach_when_ready()
             self._start_grace()
+            self._start_ending()
             self._start_sweep()
             self._write_state()
 
@@ -332,10 +348,19 @@ class Agent:
             self._set_network(message.network)
         elif isinstance(message, Swept):
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            self._writer.forget_departures(self._sweeping)
+            over = {key: why for key, why in self._sweeping.items() if self._ended.get(key) == why}
+            self._writer.forget_departures(over)
+            for key in over:
+                del self._ended[key]
             self._last_sweep = message.sweep
             self._evicted += message.sweep.evicted
             self._metrics.swept(message.sweep)
+        elif isinstance(message, SocketsEnded):
+            self._ending = False
+            self._ended.update(message.result.departures)
+            self._report_ended(message.result)
+        elif isinstance(message, Failed):
+            raise message.error
         elif isinstance(message, GracePassed):
             self._grace_runs = False
             self._writer.reclaim(message.retired)
@@ -494,6 +519,16 @@ class Agent:
 
     # -- what runs beside
 
+    def _beside(self, work: Callable[[], Message]) -> None:
+        """Runs it in a worker; what it returns comes to the queue, and so does its failure."""
+
+        def done(future: Future[Message]) -> None:
+            if not future.cancelled():
+                error = future.exception()
+                self._queue.put(future.result() if error is None else Failed(error))
+
+        self._workers.submit(work).add_done_callback(done)
+
     def _start_sweep(self) -> None:
         now = time.monotonic()
         if not self._attached or now < self._next_sweep:
@@ -501,12 +536,29 @@ class Agent:
         # Again only after this one has reported.
         self._next_sweep = now + 3600
 
-        def swept(done: Future[conntrack.Sweep]) -> None:
-            if not done.cancelled():
-                self._queue.put(Swept(done.result()))
+        departures, backends = self._writer.departures, self._writer.backends_end
+        self._sweeping = departures
+        self._beside(lambda: Swept(self._sweeper.sweep(departures, backends)))
 
-        self._sweeping = self._writer.departures
-        self._workers.submit(self._sweeper.sweep, self._sweeping).add_done_callback(swept)
+    def _start_ending(self) -> None:
+        """Ends the sockets whose backends have departed; one round at a time, for all until it begins."""
+        if self._ending or not self._attached:
+            return
+        departures = {k: why for k, why in self._writer.departures.items() if self._ended.get(k) != why}
+        if not departures:
+            return
+        self._ending = True
+        self._beside(
+            lambda: SocketsEnded(
+                end_stale_sockets(self._maps, self._grace, departures, self._options.stale_tcp)
+            )
+        )
+
+    def _report_ended(self, result: Ended) -> None:
+        for protocol, number in result.ended.items():
+            self._metrics.ended_sockets(protocol, number)
+        if result.ended or result.unseen:
+            log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
 
     def _start_grace(self) -> None:
         """One grace period at a time, for all that was retired until it begins."""
@@ -517,12 +569,11 @@ class Agent:
             return
         self._grace_runs = True
 
-        def passed(waited: Future[None]) -> None:
-            if not waited.cancelled():
-                waited.result()
-                self._queue.put(GracePassed(retired))
+        def wait() -> GracePassed:
+            self._grace.wait()
+            return GracePassed(retired)
 
-        self._workers.submit(self._grace.wait).add_done_callback(passed)
+        self._beside(wait)
 
     # -- what status shows
 

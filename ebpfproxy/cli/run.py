@@ -14,6 +14,7 @@ from ebpfproxy.cli.values import Seconds, prefixes, split
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
 from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.roots import find_cgroup_root
@@ -136,6 +137,13 @@ log = get_logger(__name__)
     help="Places in the table of a Service with Maglev; the same on every node.",
 )
 @click.option(
+    "--stale-tcp",
+    type=click.Choice([str(each) for each in StaleTcp]),
+    default=str(StaleTcp.GONE),
+    help="When TCP connections through a Service are ended: once their endpoint is gone, already when it is "
+    "not ready, never. Connected UDP sockets always are.",
+)
+@click.option(
     "--max-conntrack",
     type=click.IntRange(1024, 1 << 26),
     default=Capacity().conntrack,
@@ -212,6 +220,7 @@ def command(
     conntrack_udp_timeout_stream: float,
     lb_algorithm: str,
     maglev_table_size: str,
+    stale_tcp: str,
     max_conntrack: int,
     max_services: int,
     max_backends: int,
@@ -262,6 +271,7 @@ def command(
                     ),
                     algorithm=_algorithm(lb_algorithm),
                     maglev_size=int(maglev_table_size),
+                    stale_tcp=StaleTcp(stale_tcp),
                     timeouts=Timeouts(
                         tcp_established=conntrack_tcp_timeout_established,
                         tcp_close_wait=conntrack_tcp_timeout_close_wait,

@@ -108,6 +108,11 @@ class Backends:
         self._map.bytes[start : start + len(packed)] = packed
         self._map.writes += 1
 
+    @property
+    def end(self) -> int:
+        """One more than the highest id in use."""
+        return self._ids.end
+
     # -- who holds them
 
     def adopt(self, held: Set[int]) -> Standing:

@@ -1,9 +1,9 @@
 """Carrying flows over to maps of other sizes, so that connections outlive the change.
 
 Maps of another size are other maps (``datapath.maps``), with service and backend ids of their own. What
-programs have noted in the old ones is copied: conntrack with its ids translated by name and address, sockets'
-origins as they are. It is done before programs are swapped and again as they are, for what begins meanwhile;
-a connection may still be lost whose first packets pass programs of both.
+programs have noted in the old ones is copied, with its ids translated by name and address: conntrack, origins
+of sockets, session affinity. It is done before programs are swapped and again as they are, for what begins
+meanwhile; a connection may still be lost whose first packets pass programs of both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from ebpfproxy.datapath.bpf import BpfError
 from ebpfproxy.datapath.layout import SCHEMA_VERSION, U32
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 
-_AS_THEY_ARE = ("sock_origin", "sock_revnat", "fragments")
+_AS_THEY_ARE = ("sock_revnat", "fragments", "drained")
+#: An id that nothing has.
+_NOTHING = 0xFFFFFFFF
 
 
 class Carrier:
@@ -49,8 +51,37 @@ class Carrier:
             _merge_filters(old, new)
             new["conntrack"].update_many(entries)
         self.copied += len(entries)
+        self._copy_origins(old, services, backends)
+        self._copy_affinity(old, services, backends)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_missing(old, new, name)))
+
+    def _copy_origins(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
+        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's."""
+        new, entries = self._new, {}
+        loads = new.shared("loads").bytes.cast("I")
+        for key, value in _missing(old, new, "sock_origin"):
+            service, backend = layout.origin_ids(value)
+            entries[key] = layout.with_origin_ids(
+                value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
+            )
+        refused = set(new["sock_origin"].update_many(entries))
+        for key, value in entries.items():
+            _, backend = layout.origin_ids(value)
+            if backend != _NOTHING and key not in refused:
+                at = backend * layout.LOAD_WORDS + layout.LOAD_CARRIED
+                loads[at] = loads[at] + 1 & 0xFFFFFFFF
+
+    def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
+        entries = {}
+        for key, value in _missing(old, self._new, "affinity"):
+            service = services.get(layout.affinity_service(key))
+            backend = backends.get(layout.unpack_affinity(value)[0])
+            if service is not None and backend is not None:
+                entries[layout.with_affinity_service(key, service)] = layout.with_affinity_backend(
+                    value, backend
+                )
+        self._new["affinity"].update_many(entries)
 
     def close(self) -> None:
         while self._old:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import struct
 import time
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.layout import (
+    LOAD_BEGUN,
+    LOAD_CORRECTED,
+    LOAD_ENDED,
+    LOAD_WORDS,
     Departure,
     Flow,
     Nat,
@@ -31,14 +37,18 @@ from ebpfproxy.services.model import Protocol, format_endpoint
 _NS = 1_000_000_000
 #: RFC 3828. It uses UDP's Services.
 UDPLITE = 136
+_BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
 _PROTOCOL_NAMES = {**{p.value: p.name for p in Protocol}, UDPLITE: "UDPLITE"}
 #: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
 _BATCH = 1024
 #: Offsets in ``struct flow`` and ``struct nat``.
 _PROTOCOL = 36
 _IDS_AT = 36
+_BACKEND_AT = 40
+_FLAGS_AT = 44
 _SEEN_AT = 45
 _LAST = struct.Struct("=Q")
+_ID = struct.Struct("=I")
 _LAST_AT = 48
 
 
@@ -94,6 +104,7 @@ class Sweeper:
     ) -> None:
         """``clock`` is CLOCK_MONOTONIC in ns; ``rest`` is called between batches."""
         self._map = maps["conntrack"]
+        self._loads = maps.shared("loads").bytes.cast("I")
         self._events = maps["packet_events"]
         self._clock = clock
         self._rest = rest
@@ -106,23 +117,30 @@ class Sweeper:
         #: Inserted less deleted less present, when this sweeper began.
         self._missing: int | None = None
 
-    def sweep(self, departures: Mapping[bytes, Departure] | None = None) -> Sweep:
+    def sweep(self, departures: Mapping[bytes, Departure] | None = None, backends: int = 0) -> Sweep:
         """Deletes what is over now, and the flows of backends that have departed.
 
-        What changes meanwhile may be counted twice or not at all.
+        What changes meanwhile may be counted twice or not at all. ``backends``: one more than the highest id
+        in use; the flows that are open to those are counted, and their ``loads`` put right.
         """
         began = time.monotonic()
         self._departures = departures or {}
         entries = 0
         old: dict[bytes, bytes] = {}
-        self._departed: list[bytes] = []
+        self._departed: dict[bytes, bytes] = {}
+        self._open: Counter[int] = Counter()
+        before = array("I", self._loads[: backends * LOAD_WORDS])
         for keys, values, count in self._batches():
             entries += count
             self._collect(keys, values, count, old)
             self._rest()
-        over = self._over(old) + self._departed
-        deleted = self._delete(over)
+        over = self._over(old) | self._departed
+        deleted = self._delete(list(over))
         self._deleted += deleted
+        for value in over.values():
+            if is_open_question(value[_FLAGS_AT], value[_SEEN_AT]):
+                self._open[_backend_of(value, 0)] -= 1
+        self._correct_loads(before)
         return Sweep(entries - deleted, deleted, self._evicted(entries - deleted), time.monotonic() - began)
 
     def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
@@ -137,18 +155,20 @@ class Sweeper:
         departures = self._departures
         for i in range(count):
             at, key_at = i * value_size, i * key_size
+            if is_open_question(values[at + _FLAGS_AT], values[at + _SEEN_AT]):
+                self._open[_backend_of(values, at)] += 1
             why = departures.get(bytes(values[at + _IDS_AT : at + _IDS_AT + 8])) if departures else None
             # A connection of one that is only not ready goes on.
             if why is Departure.GONE or (why and keys[key_at + _PROTOCOL] != Protocol.TCP):
-                self._departed.append(bytes(keys[key_at : key_at + key_size]))
+                self._departed[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])
                 continue
             limit = limits.get((keys[key_at + _PROTOCOL], values[at + _SEEN_AT]), 0)
             if now - last_of(values, at + _LAST_AT)[0] > limit:
                 old[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])
 
-    def _over(self, old: dict[bytes, bytes]) -> list[bytes]:
+    def _over(self, old: dict[bytes, bytes]) -> dict[bytes, bytes]:
         """Those whose other half is silent, too, or gone; and that half, if only this one saw the end."""
-        over = []
+        over = {}
         now = self._clock()
         for key, value in old.items():
             partner = partner_key(key, value)
@@ -157,9 +177,27 @@ class Sweeper:
                 limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT] | value[_SEEN_AT]), 0)
                 if now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit:
                     continue
-                over.append(partner)
-            over.append(key)
+                over[partner] = other
+            over[key] = value
         return over
+
+    def _correct_loads(self, before: array[int]) -> None:
+        """Flows that ended without a packet, or were pushed out, are no load any more.
+
+        What began or ended during the sweep may or may not be among the open ones: only a count that
+        cannot be right is changed, to the nearest that can.
+        """
+        after = array("I", self._loads[: len(before)])
+        for at in _not_zero(after):
+            begun, ended = after[at + LOAD_BEGUN], after[at + LOAD_ENDED]
+            seen = self._open[at // LOAD_WORDS]
+            most = seen + (begun - before[at + LOAD_BEGUN])
+            least = seen - (ended - before[at + LOAD_ENDED])
+            corrected = after[at + LOAD_CORRECTED]
+            known = (begun - ended + corrected + 0x80000000 & 0xFFFFFFFF) - 0x80000000
+            right = min(max(known, least), most)
+            if right != known:
+                self._loads[at + LOAD_CORRECTED] = corrected + right - known & 0xFFFFFFFF
 
     def _delete(self, keys: list[bytes]) -> int:
         deleted = 0
@@ -180,6 +218,27 @@ class Sweeper:
         evicted = max(0, missing - self._missing)
         self._missing = max(missing, self._missing)
         return evicted
+
+
+def _not_zero(loads: array[int]) -> Iterator[int]:
+    """Where the loads begin that are not all zero, and some beside them: most backends have none."""
+    step = 64 * LOAD_WORDS
+    zero = array("I", bytes(4 * step))
+    for start in range(0, len(loads), step):
+        if loads[start : start + step] != zero:
+            yield from range(start, min(start + step, len(loads)), LOAD_WORDS)
+
+
+def is_open_question(flags: int, seen: int) -> bool:
+    """Whether an entry stands for a flow that is a load: one of the pair, and not of a masquerade's."""
+    if flags & (NatFlags.REPLY | NatFlags.SOURCE) or seen & Seen.RST:
+        return False
+    return seen & _BOTH_FIN != _BOTH_FIN
+
+
+def _backend_of(values: memoryview | bytes, at: int) -> int:
+    (number,) = _ID.unpack_from(values, at + _BACKEND_AT)
+    return int(number)
 
 
 def counters(events: Map) -> dict[PacketEvent, int]:

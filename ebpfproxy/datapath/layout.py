@@ -392,7 +392,7 @@ def unpack_nat(packed: bytes) -> Nat:
 
 
 _NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
-_ORIGIN_IDS_AT = 36
+ORIGIN_IDS_AT = 36
 
 
 def nat_ids(packed: bytes) -> tuple[int, int]:
@@ -519,9 +519,17 @@ def affinity_service(packed: bytes) -> int:
     return int(_AFFINITY_KEY.unpack(packed)[1])
 
 
+def with_affinity_service(packed: bytes, service_id: int) -> bytes:
+    return packed[:16] + U32.pack(service_id) + packed[20:]
+
+
+def with_affinity_backend(packed: bytes, backend_id: int) -> bytes:
+    return U32.pack(backend_id) + packed[4:]
+
+
 def origin_ids(packed: bytes) -> tuple[int, int]:
     """Service id and backend id of a socket's origin."""
-    service_id, backend_id = _PAIR.unpack_from(packed, _ORIGIN_IDS_AT)
+    service_id, backend_id = _PAIR.unpack_from(packed, ORIGIN_IDS_AT)
     return service_id, backend_id
 
 
@@ -532,7 +540,7 @@ def origin_backend(packed: bytes) -> tuple[bytes, int]:
 
 def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
     changed = bytearray(packed)
-    _PAIR.pack_into(changed, _ORIGIN_IDS_AT, service_id, backend_id)
+    _PAIR.pack_into(changed, ORIGIN_IDS_AT, service_id, backend_id)
     return bytes(changed)
 
 

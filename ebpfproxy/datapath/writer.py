@@ -132,6 +132,11 @@ class Writer:
         return len(self._backends)
 
     @property
+    def backends_end(self) -> int:
+        """One more than the highest id of a backend."""
+        return self._backends.end
+
+    @property
     def free_slots(self) -> int:
         return self._ranges.free
 

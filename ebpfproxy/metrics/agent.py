@@ -151,6 +151,12 @@ class AgentMetrics:
         self._evicted = Counter(
             "ebpfproxy_conntrack_evicted", "Entries that the full table has pushed out", registry=registry
         )
+        self._ended_sockets = Counter(
+            "ebpfproxy_stale_sockets_ended",
+            "Connected sockets that were ended because their backend had gone",
+            ["protocol"],
+            registry=registry,
+        )
         self._sweep = Histogram(
             "ebpfproxy_conntrack_sweep_seconds",
             "Reading the whole table and deleting what is over",
@@ -160,6 +166,9 @@ class AgentMetrics:
         Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
             ebpfproxy.__version__, platform.release()
         ).set(1)
+
+    def ended_sockets(self, protocol: str, number: int) -> None:
+        self._ended_sockets.labels(protocol).inc(number)
 
     def devices(self, wanted: int, failed: int) -> None:
         self._devices.labels("attached").set(wanted - failed)

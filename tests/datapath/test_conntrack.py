@@ -156,6 +156,37 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
     assert left == {3, 5, 6}
 
 
+def load(bench: Bench, number: int) -> layout.Load:
+    words = bench.maps.shared("loads").bytes.cast("I")
+    return layout.load_of(words[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS])
+
+
+def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
+    """As programs count them: each when it begins. What ends without a packet, only the sweep knows."""
+    words = bench.maps.shared("loads").bytes.cast("I")
+    for port in range(10):
+        bench.pair(port + 1, protocol=Protocol.UDP, idle=1000 if port < 4 else 0, ids=(7, 3))
+    words[3 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 10
+    assert load(bench, 3).open_flows == 10
+    bench.sweeper.sweep(backends=8)
+    assert load(bench, 3).open_flows == 6
+    bench.sweeper.sweep({layout.pack_departure(7, 3): Departure.GONE}, backends=8)
+    assert load(bench, 3).open_flows == 0
+
+
+def test_a_count_that_cannot_be_right_is_put_right(bench: Bench) -> None:
+    """Pushed out by others, counted twice, or carried over from other maps."""
+    words = bench.maps.shared("loads").bytes.cast("I")
+    bench.pair(1, ids=(7, 2))
+    bench.pair(2, ids=(7, 4))
+    bench.pair(3, ids=(7, 4), seen=Seen.REPLY | Seen.RST)
+    words[1 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 5
+    words[2 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 1
+    words[4 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 7
+    bench.sweeper.sweep(backends=8)
+    assert [load(bench, number).open_flows for number in (1, 2, 4)] == [0, 1, 1]
+
+
 def test_what_vanishes_without_being_deleted_was_evicted(bench: Bench) -> None:
     bench.sweeper.sweep()
     cpus = len(bench.maps["packet_events"].zero) // 8

@@ -1,0 +1,77 @@
+"""Connected sockets and their backends: which of them have lost theirs."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable, Mapping
+
+from ebpfproxy.datapath import bpf, layout
+from ebpfproxy.datapath.layout import Departure
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.services.model import Backend, Protocol
+
+_COOKIE = struct.Struct("=Q")
+#: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
+_BATCH = 1024
+
+
+class StaleTcp(enum.StrEnum):
+    """When TCP connections to a backend are ended: once it is gone, already when it is not ready, never."""
+
+    GONE = "gone"
+    UNREADY = "unready"
+    NEVER = "never"
+
+    def ends(self, why: Departure) -> bool:
+        return self is StaleTcp.UNREADY or (self is StaleTcp.GONE and why is Departure.GONE)
+
+
+def stale_sockets(
+    maps: MapSet,
+    departures: Mapping[bytes, Departure],
+    tcp: StaleTcp,
+    *,
+    rest: Callable[[], None] = lambda: None,
+) -> dict[Backend, set[int]]:
+    """Cookies of the sockets that were translated to backends which have departed from their service.
+
+    Datagram sockets in any case: they have no connection to lose, and would be sending to nobody.
+    ``departures`` as in the map of that name; ``rest`` is called between batches.
+    """
+    wanted = _with_sockets(maps, departures, tcp)
+    found: dict[Backend, set[int]] = {}
+    if not wanted:
+        return found
+    origins = maps["sock_origin"]
+    key_size, value_size = origins.spec.key_size, origins.spec.value_size
+    ids_at = layout.ORIGIN_IDS_AT
+    for keys, values, count in bpf.map_lookup_batches(origins.fd, key_size, value_size, _BATCH):
+        for i in range(count):
+            at = i * value_size
+            protocol = wanted.get(bytes(values[at + ids_at : at + ids_at + 8]))
+            if protocol is not None:
+                address, port = layout.origin_backend(bytes(values[at : at + value_size]))
+                (cookie,) = _COOKIE.unpack_from(keys, i * key_size)
+                found.setdefault(Backend(address, port, protocol), set()).add(cookie)
+        rest()
+    return found
+
+
+def _with_sockets(
+    maps: MapSet, departures: Mapping[bytes, Departure], tcp: StaleTcp
+) -> dict[bytes, Protocol]:
+    """The departures whose sockets are to be ended, if the backend has any: with its protocol."""
+    backends, loads = maps.shared("backends"), maps.shared("loads").bytes.cast("I")
+    found: dict[bytes, Protocol] = {}
+    for key, why in departures.items():
+        _, number = layout.unpack_departure(key)
+        start = number * backends.stride
+        known = layout.unpack_backend(bytes(backends.bytes[start : start + layout.BACKEND_SIZE]))
+        load = layout.load_of(loads[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS])
+        if known is None or not load.open_sockets:
+            continue
+        protocol = known[0].protocol
+        if protocol is not Protocol.TCP or tcp.ends(why):
+            found[key] = protocol
+    return found

@@ -1,0 +1,62 @@
+"""This node's network namespaces, as far as this process can see them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_libc = ctypes.CDLL(None, use_errno=True)
+#: Where container runtimes bind namespaces (CNI plugins get their names from there), and all of processes.
+FOLDERS = (Path("/run/netns"), Path("/run/docker/netns"))
+
+
+def namespaces() -> Iterator[Path]:
+    """A path to each, once: bound ones, and those of the processes that are visible (a host's /proc)."""
+    seen: set[tuple[int, int]] = set()
+    for path in _paths():
+        with suppress(OSError):
+            found = path.stat()
+            if (found.st_dev, found.st_ino) not in seen:
+                seen.add((found.st_dev, found.st_ino))
+                yield path
+
+
+def _paths() -> Iterator[Path]:
+    yield Path("/proc/self/ns/net")
+    for folder in FOLDERS:
+        with suppress(OSError):
+            yield from sorted(folder.iterdir())
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            yield Path(entry.path, "ns/net")
+
+
+def netlink_in(namespace: Path, protocol: int) -> socket.socket:
+    """A netlink socket that belongs to another namespace; this thread is back in its own.
+
+    Raises OSError: the namespace is gone, or this process may not enter it (CAP_SYS_ADMIN).
+    """
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        there = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter(there)
+        finally:
+            os.close(there)
+        try:
+            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        finally:
+            _enter(home)
+    finally:
+        os.close(home)
+
+
+def _enter(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise OSError(code, f"setns: {os.strerror(code)}")

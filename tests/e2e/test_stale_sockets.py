@@ -1,0 +1,226 @@
+"""Sockets whose backend has gone are ended, in whatever namespace they are, and no others."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import Agent, Lab, LabNode, manifests, servers
+from tests.lab.holders import Holder
+
+pytestmark = pytest.mark.root
+
+SERVICE, SERVICE6, OTHER = "10.96.5.1", "fd00:10:96:5::1", "10.96.5.2"
+SILENT = "10.244.2.77"
+PORTS = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "http", "port": 80, "protocol": "TCP"}]
+SLICE_PORTS = [
+    {"name": "dns", "port": 8053, "protocol": "UDP"},
+    {"name": "http", "port": 8080, "protocol": "TCP"},
+]
+#: The sockets' names, and what of their backend's they must lose.
+THROUGH = {"v4", "v6", "mapped"}
+
+
+class World:
+    """A Service with one backend, the pod ``web``, which another Service has, too; a client pod."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.node: LabNode = lab.node("node-a")
+        self.web, self.client = self.node.pod("web"), self.node.pod("client")
+        servers.start(self.web, "web", 8053, 8080)
+        self.folder: Path = lab.folder / "manifests"
+        self.set_backend("ready")
+
+    def set_backend(self, state: str) -> None:
+        """Of the Service: ready, unready, terminating or gone."""
+
+        def slices(name: str, addresses: tuple[str, ...], **conditions: Any) -> Iterator[manifests.Document]:
+            for address in addresses:
+                endpoint = manifests.endpoint(address, "node-a", **conditions)
+                yield manifests.slice_of(name, [endpoint], ports=SLICE_PORTS)
+
+        both = (self.web.address, self.web.address6)
+        conditions = {"ready": state == "ready", "terminating": state == "terminating"}
+        manifests.write(
+            self.folder / "all.yaml",
+            manifests.service("web", clusterIPs=[SERVICE, SERVICE6], ports=PORTS),
+            *slices("web", () if state == "gone" else both, **conditions),
+            manifests.service("other", clusterIPs=[OTHER], ports=PORTS),
+            *slices("other", (self.web.address,)),
+        )
+
+    def agent(self, *arguments: str) -> Agent:
+        return self.node.agent(*arguments, manifests=self.folder)
+
+    def hold(self, kind: str) -> Holder:
+        """One socket of every sort that is connected to the pod."""
+        port, target = (53, 8053) if kind == "udp" else (80, 8080)
+        holder = Holder(
+            self.client,
+            [
+                ("v4", kind, SERVICE, port, 1),
+                ("v6", kind, SERVICE6, port, 1),
+                ("mapped", kind, f"::ffff:{SERVICE}", port, 1),
+                ("other", kind, OTHER, port, 1),
+                ("direct", kind, self.web.address, target, 1),
+                ("direct6", kind, self.web.address6, target, 1),
+            ],
+        )
+        holder.wait()
+        return holder
+
+    def backends(self) -> dict[str, Any]:
+        rows = json.loads(self.node.cli("backend", "list", "-o", "json"))
+        return {f"{row['address']}/{row['protocol']}": row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab)
+
+
+@pytest.fixture
+def agent(world: World) -> Iterator[Callable[..., Agent]]:
+    """Starts one with options; it is stopped, and the Service complete again, afterwards."""
+    started: list[Agent] = []
+
+    def start(*arguments: str) -> Agent:
+        started.append(world.agent(*arguments).start())
+        return started[-1]
+
+    world.set_backend("ready")
+    yield start
+    for each in started:
+        if each.process is not None and each.process.poll() is None:
+            each.stop()
+
+
+def ended(holder: Holder) -> set[str]:
+    found, _ = holder.result()
+    return {name.split()[0] if "aborted" not in name else name for name in found}
+
+
+@pytest.mark.parametrize("kind", ["udp", "tcp"])
+@pytest.mark.parametrize(
+    ("state", "option", "ends"),
+    [
+        ("gone", "gone", {"udp", "tcp"}),
+        ("unready", "gone", {"udp"}),
+        ("unready", "unready", {"udp", "tcp"}),
+        ("gone", "never", {"udp"}),
+        ("terminating", "unready", set[str]()),
+    ],
+)
+def test_a_backend_that_goes_takes_its_sockets_along(
+    world: World, agent: Callable[..., Agent], kind: str, state: str, option: str, ends: set[str]
+) -> None:
+    """Only those of the Service that lost it: neither another's nor who connected to the pod itself."""
+    agent("--stale-tcp", option)
+    holder = world.hold(kind)
+    holder.watch()
+    world.set_backend(state)
+    assert ended(holder) == (THROUGH if kind in ends else set())
+
+
+def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callable[..., Agent]) -> None:
+    agent()
+    slow = manifests.service("slow", clusterIPs=["10.96.5.9"], ports=PORTS)
+    silent = manifests.slice_of("slow", [manifests.endpoint(SILENT, "node-b")], ports=SLICE_PORTS)
+    manifests.write(world.folder / "slow.yaml", slow, silent)
+    deadline = time.monotonic() + 5
+    while f"{SILENT}:8080/TCP" not in world.backends():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    holder = Holder(world.client, [("opening", "tcp-opening", "10.96.5.9", 80, 3)])
+    holder.wait()
+    holder.watch()
+    manifests.write(world.folder / "slow.yaml", slow)
+    found, _ = holder.result()
+    assert found == {"opening": 3}
+
+
+def test_one_that_went_while_no_agent_ran_is_noticed_at_the_start(
+    world: World, agent: Callable[..., Agent]
+) -> None:
+    first = agent()
+    holder = world.hold("udp")
+    first.kill()
+    world.set_backend("gone")
+    holder.watch()
+    agent()
+    assert ended(holder) == THROUGH
+
+
+def test_an_id_rests_while_something_is_open_to_its_backend(
+    world: World, agent: Callable[..., Agent]
+) -> None:
+    agent("--stale-tcp", "never")
+    holder = Holder(world.client, [("v6", "tcp", SERVICE6, 80, 5)])
+    holder.wait()
+    name = f"[{world.web.address6}]:8080/TCP"
+    assert world.backends()[name]["open"] == 5
+    world.set_backend("gone")
+    wait_for(lambda: world.backends()[name]["state"] == "gone")
+    assert world.backends()[name]["open"] == 5
+    # The same endpoint, back again, is another to what is counted.
+    world.set_backend("ready")
+    wait_for(lambda: world.backends()[name]["state"] == "active")
+    holder.watch()
+    holder.result()
+    holder.watch()
+    wait_for(lambda: world.backends()[name]["open"] == 0)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+#: Two backends: half of the sockets are stale, 20,000.
+NAMESPACES, SOCKETS, DIRECT = 20, 2000, 50
+
+
+def test_20000_sockets_in_20_namespaces() -> None:
+    """Half of all go to a backend that stays, and some are connected to the one that goes by themselves."""
+    with Lab() as lab:
+        node = lab.node("node-a")
+        pods = [node.pod(f"client{i}") for i in range(NAMESPACES)]
+        goes, stays = "10.244.2.10", "10.244.2.11"
+
+        def write(*addresses: str) -> None:
+            manifests.write(
+                lab.folder / "manifests" / "all.yaml",
+                manifests.service("web", clusterIPs=[SERVICE], ports=PORTS),
+                manifests.slice_of(
+                    "web", [manifests.endpoint(a, "node-b") for a in addresses], ports=SLICE_PORTS
+                ),
+            )
+
+        write(goes, stays)
+        agent = node.agent(manifests=lab.folder / "manifests").start()
+        specs = [("web", "udp", SERVICE, 53, SOCKETS), ("direct", "udp", goes, 8053, DIRECT)]
+        holders = [Holder(pod, [*specs], seconds=4.0) for pod in pods]
+        connected: Counter[str] = Counter()
+        for holder in holders:
+            connected += holder.wait()
+        assert sum(connected.values()) == NAMESPACES * (SOCKETS + DIRECT)
+        for holder in holders:
+            holder.watch()
+        began = time.time()
+        write(stays)
+        results = [holder.result() for holder in holders]
+        took = max(last for _, last in results) - began
+        found: Counter[str] = sum((each for each, _ in results), Counter())
+        assert found == {f"web {goes}": connected[f"web {goes}"]}
+        agent.wait_log("stale sockets are ended")
+        print(f"{found.total()} sockets ended {took:.3f} s after the change")

@@ -1,0 +1,96 @@
+"""A client that holds connected sockets and tells which of them were ended.
+
+``python -m tests.lab.holders SECONDS SPECS``: SPECS is a JSON list of [name, "udp" or "tcp", host, port, count].
+Prints a JSON line when all are connected: how many of each name go where. After a line on its input it watches
+for some seconds and prints another: how many were ended, by name, backend and error, and when the last was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from tests.lab.choices import remote_ends
+from tests.lab.spaces import Space
+
+
+class Holder:
+    """The same from outside: started in a space, asked for its lines."""
+
+    def __init__(
+        self, space: Space, specs: list[tuple[str, str, str, int, int]], seconds: float = 2.0
+    ) -> None:
+        command = [sys.executable, "-m", "tests.lab.holders", str(seconds), json.dumps(specs)]
+        self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        #: By name and backend (of IPv4 datagram sockets; else by name alone).
+        self.connected: Counter[str] = Counter()
+
+    def wait(self) -> Counter[str]:
+        self.connected = Counter(self._line())
+        return self.connected
+
+    def watch(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+
+    def result(self) -> tuple[Counter[str], float]:
+        """Ended sockets, and the Unix time of the last."""
+        found = self._line()
+        return Counter(found["ended"]), found["last"]
+
+    def _line(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+
+def main(seconds: float, specs: list[tuple[str, str, str, int, int]]) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    sockets: dict[int, tuple[str, socket.socket]] = {}
+    for name, kind, host, port, count in specs:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
+            if kind == "tcp-opening":
+                sock.setblocking(False)
+                sock.connect_ex((host, port))
+            else:
+                sock.connect((host, port))
+            sockets[sock.fileno()] = (name, sock)
+    ends = remote_ends()
+    meant = {}
+    for fd, (name, sock) in sockets.items():
+        is_plain = sock.family == socket.AF_INET and sock.type == socket.SOCK_DGRAM
+        meant[fd] = f"{name} {ends[sock.getsockname()[1]]}" if is_plain else name
+    print(json.dumps(Counter(meant.values())), flush=True)
+    sys.stdin.readline()
+
+    poll = select.epoll()
+    for fd in sockets:
+        poll.register(fd, select.EPOLLERR)
+    ended: Counter[str] = Counter()
+    last = 0.0
+    deadline = time.time() + seconds
+    while (left := deadline - time.time()) > 0:
+        for fd, _ in poll.poll(left):
+            error = sockets[fd][1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            ended[meant[fd] if error == errno.ECONNABORTED else f"{meant[fd]}: {os.strerror(error)}"] += 1
+            last = time.time()
+            poll.unregister(fd)
+    print(json.dumps({"ended": ended, "last": last}), flush=True)
+    # What is ended is still open: until a line, or the end of the input.
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), json.loads(sys.argv[2]))

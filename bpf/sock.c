@@ -121,8 +121,11 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	u32 backend_id;
 
 	if (is_left_alone(svc)) {
+		/* What is refused leaves a datagram socket connected as it was. */
+		if (!svc && is_cluster_ip(&to->addr))
+			return reject(VERDICT_REFUSE);
 		origin_forget(ctx);
-		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
+		return PROCEED;
 	}
 	client = client_of(ctx, svc, to);
 	verdict = choose(svc, &client, &backend_id, backend);

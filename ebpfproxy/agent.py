@@ -27,10 +27,12 @@ import ebpfproxy
 from ebpfproxy import state
 from ebpfproxy.datapath import attach, cleanup, conntrack, maglev, maps, probe, programs, roots
 from ebpfproxy.datapath.carry import Carrier
+from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.devices import Target
+from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
-from ebpfproxy.datapath.layout import Capacity, Departure
+from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Retired, Writer
@@ -58,6 +60,8 @@ log = get_logger(__name__)
 
 #: How often the agent writes what ``status`` shows when nothing happens, in seconds.
 _HEARTBEAT = 5.0
+#: How often it looks for orders of commands, in seconds.
+_ORDERS = 0.5
 #: So many service ports at once are a new list, or a cluster that grew.
 _MANY_CHANGES = 1000
 
@@ -185,9 +189,10 @@ class Agent:
         self._network: Network | None = None
         self._pod_cidrs: tuple[Prefix, ...] | None = None
         self._next_sweep = 0.0
+        self._next_orders = 0.0
         self._last_sweep: conntrack.Sweep | None = None
-        self._sweeping: dict[bytes, Departure] = {}
-        self._ended: dict[bytes, Departure] = {}
+        self._sweeping: dict[bytes, Departed] = {}
+        self._ended: dict[bytes, Departed] = {}
         self._ending = False
         self._evicted = 0
         self._device_failures: list[str] = []
@@ -213,6 +218,7 @@ class Agent:
         self._maps = maps.open_or_create(self._pins, options.capacity)
         self._grace = Grace()
         self._writer = Writer(self._maps, self._grace.wait, maglev_size=options.maglev_size)
+        self._drained = Drained(self._maps)
         self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
         self._sweeper = conntrack.Sweeper(self._maps, options.timeouts, rest=lambda: time.sleep(0.001))
         log.info(
@@ -226,7 +232,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
-        if not self._handle_all(self._next_messages()):
+        if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
         self._set_cidrs()
         self._start_load()
@@ -311,8 +317,12 @@ class Agent:
 
     def _reconcile(self) -> None:
         while True:
-            if not self._handle_all(self._next_messages()):
+            messages = self._next_messages(_ORDERS)
+            is_idle = not messages
+            if not self._handle_all(messages):
                 return
+            del messages
+            self._follow_orders()
             node = self._tracker.node
             # Manifests need not have a Node: then nothing speaks against this one.
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
@@ -323,12 +333,13 @@ class Agent:
             self._start_grace()
             self._start_ending()
             self._start_sweep()
-            self._write_state()
+            if not is_idle or time.monotonic() - self._state_written >= _HEARTBEAT:
+                self._write_state()
 
-    def _next_messages(self) -> list[Message]:
+    def _next_messages(self, seconds: float) -> list[Message]:
         """Waits for one, and takes all that are there by then: many events become one change."""
         try:
-            found = [self._queue.get(timeout=_HEARTBEAT)]
+            found = [self._queue.get(timeout=seconds)]
         except queue.Empty:
             return []
         while not self._queue.empty():
@@ -348,22 +359,21 @@ class Agent:
             self._set_network(message.network)
         elif isinstance(message, Swept):
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            over = {key: why for key, why in self._sweeping.items() if self._ended.get(key) == why}
-            self._writer.forget_departures(over)
-            for key in over:
-                del self._ended[key]
+            self._writer.forget_departures(dict(self._sweeping.items() & self._ended.items()))
             self._last_sweep = message.sweep
             self._evicted += message.sweep.evicted
             self._metrics.swept(message.sweep)
         elif isinstance(message, SocketsEnded):
             self._ending = False
-            self._ended.update(message.result.departures)
+            ended = {**self._ended, **message.result.departures}
+            self._ended = dict(self._writer.departures.items() & ended.items())
             self._report_ended(message.result)
         elif isinstance(message, Failed):
             raise message.error
         elif isinstance(message, GracePassed):
             self._grace_runs = False
             self._writer.reclaim(message.retired)
+            self._writer.retry()
         elif isinstance(message, Loaded):
             self._loading = False
             if message.folder is None:
@@ -377,6 +387,20 @@ class Agent:
             elif not isinstance(message, Deleted):
                 log.debug("change", resource=str(message.resource))
             self._tracker.apply(message)
+
+    def _follow_orders(self) -> None:
+        """``backend drain``: until it is undone or the endpoint goes."""
+        now = time.monotonic()
+        if now < self._next_orders:
+            return
+        self._next_orders = now + _ORDERS
+        drained = self._drained.read()
+        if self._complete:
+            for order in drained:
+                if not self._tracker.has_endpoint(*order):
+                    self._drained.remove(*order)
+                    drained -= {order}
+        self._tracker.set_drained(drained)
 
     def _program(self) -> None:
         self._health.queued()
@@ -392,7 +416,8 @@ class Agent:
         self._complete = True
         self._health.programmed()
         self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
-        self._problems = tuple(problems) or (self._problems if update.changed == () else ())
+        if update.changed or update.removed:
+            self._problems = tuple(problems)
         self._last_programmed, self._last_duration = time.time(), done - began
         self._report(update, problems, done, full=full)
 
@@ -610,7 +635,11 @@ class Agent:
                     state.WatchState(str(s.resource), str(s.state), s.since, s.last_event, s.error)
                     for s in statuses
                 ),
-                problems=(*self._problems, *self._device_failures, *self._unbound_ports()),
+                problems=(
+                    *dict.fromkeys((*self._writer.unplaced, *self._problems)),
+                    *self._device_failures,
+                    *self._unbound_ports(),
+                ),
                 devices=len(self._packets.targets),
                 conntrack_entries=self._last_sweep.entries if self._last_sweep else 0,
                 conntrack_evicted=self._evicted,

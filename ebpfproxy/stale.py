@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.layout import Departure
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.origins import StaleTcp, stale_sockets
 from ebpfproxy.node.sockets import Peer, end_sockets
@@ -25,13 +25,13 @@ class Ended(msgspec.Struct, frozen=True):
     Those have lost their connection already, or are in a namespace that this process cannot enter.
     """
 
-    departures: Mapping[bytes, Departure]
+    departures: Mapping[bytes, Departed]
     ended: Mapping[str, int]
     unseen: int
 
 
 def end_stale_sockets(
-    maps: MapSet, grace: Grace, departures: Mapping[bytes, Departure], tcp: StaleTcp
+    maps: MapSet, grace: Grace, departures: Mapping[bytes, Departed], tcp: StaleTcp
 ) -> Ended:
     """Ends them. Takes some time: for a thread of its own."""
     # A connect() that chose before the change has noted its choice after this.

@@ -33,12 +33,15 @@ static __always_inline bool affinity_recall(const struct service *svc, u32 selec
 	struct affinity_key key = affinity_key(svc, client);
 	struct affinity *known = map_lookup(affinity, &key);
 	const u64 now = bpf_ktime_get_ns();
+	u32 id;
 
-	if (!known || now - known->last > svc->affinity_seconds * 1000000000ULL)
+	if (!known || (s64)(now - known->last) > (s64)(svc->affinity_seconds * 1000000000ULL))
 		return false;
-	if (!is_member(selection, known->backend_id))
+	/* Read once: an LRU map may give the element to another client meanwhile. */
+	id = *(volatile u32 *)&known->backend_id;
+	if (!is_member(selection, id))
 		return false;
-	*backend_id = known->backend_id;
+	*backend_id = id;
 	known->last = now;
 	return true;
 }

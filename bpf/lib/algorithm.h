@@ -10,9 +10,6 @@
 #include "load.h"
 #include "maps.h"
 
-/* Sets up to this size are searched for the least loaded; of larger ones two are compared. */
-#define SEARCHED_SLOTS 8
-
 /* Who asks, and for what. */
 struct client {
 	struct inet_addr addr;
@@ -60,10 +57,10 @@ static __always_inline u32 slot_in_turn(const union selection *range, u32 select
 }
 
 /*
- * The least loaded of a small set, or of two random slots (Mitzenmacher, "The power of two
- * choices", 2001). Ties go to whom the search meets first, and it begins anywhere. Cost is what
- * IPVS compares: connections by weight; SED counts the new one, too, and NQ takes whom nobody uses,
- * if it meets one.
+ * The least loaded of a small set (SEARCHED_SLOTS), or of two random slots (Mitzenmacher, "The
+ * power of two choices", 2001). Ties go to whom the search meets first, and it begins anywhere.
+ * Cost is what IPVS compares: connections by weight; SED counts the new one, too, and NQ takes whom
+ * nobody uses, if it meets one.
  */
 static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm)
 {

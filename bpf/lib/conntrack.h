@@ -102,16 +102,28 @@ static __always_inline void turn_round(struct scratch *s, const struct flow *flo
 	s->nat.flags ^= NAT_REPLY;
 }
 
+/* Whether an entry writes the reverse of what @flow shows: then that is its other half. */
+static __always_inline bool is_reverse(const struct nat *nat, const struct flow *flow)
+{
+	return nat->sport == flow->dport && nat->dport == flow->sport &&
+	       addr_equal(&nat->src, &flow->dst) && addr_equal(&nat->dst, &flow->src);
+}
+
 enum insert {
 	INSERT_DONE,
 	INSERT_TAKEN, /* another flow has the key */
 	INSERT_FULL,
 };
 
+static __always_inline bool has_closed(u8 seen)
+{
+	return (seen & SEEN_RST) ||
+	       (seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+}
+
 static __always_inline bool is_closed(const struct nat *nat)
 {
-	return (nat->seen & SEEN_RST) ||
-	       (nat->seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+	return has_closed(nat->seen);
 }
 
 /*
@@ -137,13 +149,20 @@ static __always_inline enum insert conntrack_insert(struct scratch *s, bool repl
 	return INSERT_DONE;
 }
 
-/* A flow is over, if it was not before. */
+/* Both halves' packets may be looked at on two CPUs at once. True for the one that closes it. */
+static __always_inline bool mark(struct nat *nat, u8 seen)
+{
+	struct nat bits = { .seen = seen };
+
+	bits.marks = __sync_fetch_and_or(&nat->marks, bits.marks);
+	return !has_closed(bits.seen) && has_closed(bits.seen | seen);
+}
+
+/* A flow is counted, and its end, by the half of its questions. */
 static __always_inline void conntrack_end(struct nat *nat)
 {
-	if (nat->flags & NAT_SOURCE || is_closed(nat))
-		return;
-	nat->seen |= SEEN_RST;
-	load_end_flow(nat->backend_id);
+	if (!(nat->flags & (NAT_SOURCE | NAT_REPLY)) && mark(nat, SEEN_RST))
+		load_end_flow(nat->backend_id);
 }
 
 static __always_inline void conntrack_forget(const struct flow *flow, struct nat *nat)
@@ -170,25 +189,28 @@ static __always_inline void conntrack_track(const struct flow *flow, struct nat 
 	if (now - nat->last > NSEC_PER_SEC)
 		nat->last = now;
 	if (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY))
-		nat->seen |= SEEN_REPLY;
+		mark(nat, SEEN_REPLY);
 	if (tcp_flags & TCP_RST)
 		ended |= SEEN_RST;
 	else if (tcp_flags & TCP_FIN)
 		ended |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+	ended &= ~SEEN_REPLY;
 	if (ended & ~nat->seen) {
 		struct nat *partner;
-		const bool was_open = !is_closed(nat);
 		struct flow key;
+		bool closes;
 
-		nat->seen |= ended;
-		if (was_open && is_closed(nat) && !(nat->flags & NAT_SOURCE))
-			load_end_flow(nat->backend_id);
+		closes = mark(nat, ended) && !(nat->flags & NAT_REPLY);
 		partner_key(&key, flow, nat);
 		partner = conntrack_lookup(&key);
-		if (partner) {
-			partner->seen |= ended;
+		/* Of a flow that has begun anew, the old answers' partner is not theirs any more.
+		 */
+		if (partner && is_reverse(partner, flow)) {
+			closes |= mark(partner, ended) && nat->flags & NAT_REPLY;
 			partner->last = now;
 		}
+		if (closes && !(nat->flags & NAT_SOURCE))
+			load_end_flow(nat->backend_id);
 	}
 }
 

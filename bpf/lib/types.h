@@ -241,11 +241,17 @@ struct nat {
 	__be16 sport;
 	__be16 dport;
 	u32 service_id;
-	u32 backend_id;
-	u8 flags;
-	u8 seen;
-	u16 epoch; /* of the service when its backend was last found to be one of its own */
-	u64 last;  /* CLOCK_MONOTONIC, ns: to a second */
+	union {
+		struct {
+			u32 backend_id;
+			u8 flags;
+			u8 seen;   /* from any CPU: see mark() */
+			u16 epoch; /* of the service when its backend was last found to be one of
+				      its own */
+		};
+		u64 marks; /* clang's atomic instructions want 64 bits */
+	};
+	u64 last; /* CLOCK_MONOTONIC, ns: to a second */
 	u64 created;
 };
 

@@ -17,6 +17,7 @@ _COMMANDS = {
     "status": "What runs on this node: programs, maps, watches, health.",
     "service": "Services as the maps hold them.",
     "backend": "Backends as the maps hold them.",
+    "affinity": "Clients that stay with their backend.",
     "conntrack": "Flows that the packet path translates.",
     "cleanup": "Remove every attachment and pin of a root.",
 }

@@ -39,34 +39,53 @@ class Backends:
     Raises IdsExhaustedError where an id is needed and none is left.
     """
 
-    def __init__(self, maps: MapSet) -> None:
+    def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
+        """``selected``: who is in a selection of those that were there before."""
         self._map = maps.shared("backends")
         self._stats = maps["backend_stats"]
         self._loads = maps.shared("loads").bytes.cast("I")
+        self._no_load = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
         self._adopted = maps.adopted
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
         self._counts: tuple[Counter[int], Counter[int], Counter[int]] = Counter(), Counter(), Counter()
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
         self._resting: set[int] = set()
+        self._selected = selected
         known = self._read() if maps.adopted else {}
-        self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._resting)
+        self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def _read(self) -> dict[Backend, int]:
+        """Ids of those that are there. The others are gone, or an agent was killed before it said so."""
         memory, stride = self._map.bytes, self._map.stride
         found: dict[Backend, int] = {}
         for number in range(self._map.spec.max_entries):
             # The protocol's byte tells a taken place from a free one without unpacking it.
-            if memory[number * stride + layout.BACKEND_PROTOCOL_OFFSET]:
-                known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
-                if known is not None and known[1] is BackendState.GONE:
-                    self._resting.add(number)
-                elif known is not None:
-                    found[known[0]] = number
+            if not memory[number * stride + layout.BACKEND_PROTOCOL_OFFSET]:
+                continue
+            known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
+            if known is None:
+                continue
+            backend, state = known
+            if state is BackendState.GONE and number not in self._selected:
+                self._retired.append(number)
+                continue
+            other = found.setdefault(backend, number)
+            if other != number:
+                found[backend], left = (number, other) if number in self._selected else (other, number)
+                self._retired.append(left)
         return found
+
+    def busy(self) -> set[int]:
+        """Of those that were there before, in no selection: who has something open."""
+        return {n for _, n in self._ids.items() if n not in self._selected and self._load(n).open_now}
+
+    def _load(self, number: int) -> layout.Load:
+        size = layout.LOAD_WORDS
+        return layout.load_of(self._loads[number * size : (number + 1) * size])
 
     # -- ids
 
@@ -120,7 +139,10 @@ class Backends:
         for number in held:
             self._refs[number] += 1
         standing = Standing(
-            frozenset(n for n in held if self._state(n) == BackendState.TERMINATING) or NO_IDS
+            *(
+                frozenset(n for n in held if self._state(n) == state) or NO_IDS
+                for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
+            )
         )
         self._recount(ALL_ACTIVE, standing)
         return standing
@@ -171,7 +193,10 @@ class Backends:
         start = number * self._map.stride
         known = layout.unpack_backend(bytes(self._map.bytes[start : start + layout.BACKEND_SIZE]))
         assert known is not None, f"backend {number} is held but not written"
-        self._ids.forget(known[0])
+        if self._ids.get(known[0]) == number:
+            self._ids.forget(known[0])
+        # At once: its endpoint may come back, and be another record, before a killed agent starts again.
+        self._set_state(number, BackendState.GONE)
         self._retired.append(number)
 
     def take_retired(self) -> list[int]:
@@ -180,17 +205,19 @@ class Backends:
         return taken
 
     def reclaim(self, retired: Iterable[int]) -> None:
-        for number in retired:
-            self._set_state(number, BackendState.GONE)
-            self._resting.add(number)
-        self.free_unused()
+        self._resting.update(retired)
+        self._free(retired)
 
     def free_unused(self) -> None:
         """Ids of backends that are gone come back into use, where nothing is open to them any more."""
+        self._free(list(self._resting))
+
+    def _free(self, numbers: Iterable[int]) -> None:
         size = layout.LOAD_WORDS
-        for number in list(self._resting):
-            load = layout.load_of(self._loads[number * size : (number + 1) * size])
-            if not load.open_now:
-                self._resting.remove(number)
-                self._store(number, bytes(layout.BACKEND_SIZE))
-                self._ids.give_back(number)
+        for number in numbers:
+            if self._load(number).open_now or self._refs[number]:
+                continue
+            self._resting.remove(number)
+            self._store(number, bytes(layout.BACKEND_SIZE))
+            self._loads[number * size : (number + 1) * size] = self._no_load
+            self._ids.give_back(number)

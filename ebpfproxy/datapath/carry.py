@@ -31,12 +31,15 @@ class Carrier:
         self._new = maps
         self._old = [old for folder in pins.glob(f"v{SCHEMA_VERSION}-*") if (old := _other(folder, maps))]
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
+        #: Origins that have been copied, as they were written.
+        self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
         self.copied = 0
 
     def copy(self) -> None:
-        for old, (services, backends) in zip(self._old, self._ids, strict=True):
+        for old, (services, backends), origins in zip(self._old, self._ids, self._origins, strict=True):
             self._copy(old, services, backends)
+            self._copy_origins(old, services, backends, origins)
 
     def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         new, entries = self._new, {}
@@ -51,26 +54,42 @@ class Carrier:
             _merge_filters(old, new)
             new["conntrack"].update_many(entries)
         self.copied += len(entries)
-        self._copy_origins(old, services, backends)
         self._copy_affinity(old, services, backends)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_missing(old, new, name)))
 
-    def _copy_origins(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
-        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's."""
-        new, entries = self._new, {}
-        loads = new.shared("loads").bytes.cast("I")
-        for key, value in _missing(old, new, "sock_origin"):
-            service, backend = layout.origin_ids(value)
-            entries[key] = layout.with_origin_ids(
-                value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
-            )
-        refused = set(new["sock_origin"].update_many(entries))
+    def _copy_origins(
+        self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
+    ) -> None:
+        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's.
+
+        What has been copied and is in one of the maps only belongs to a socket that has been closed.
+        """
+        table, entries = self._new["sock_origin"], {}
+        there = dict(old["sock_origin"].items())
+        present = dict(table.items())
+        for key, value in there.items():
+            if key not in present and key not in copied:
+                service, backend = layout.origin_ids(value)
+                entries[key] = layout.with_origin_ids(
+                    value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
+                )
+        refused = set(table.update_many(entries))
         for key, value in entries.items():
-            _, backend = layout.origin_ids(value)
-            if backend != _NOTHING and key not in refused:
-                at = backend * layout.LOAD_WORDS + layout.LOAD_CARRIED
-                loads[at] = loads[at] + 1 & 0xFFFFFFFF
+            if key not in refused:
+                copied[key] = value
+                self._carry(value, 1)
+        for key in [key for key in copied if key not in there]:
+            value = copied.pop(key)
+            if present.get(key) == value and table.delete(key):
+                self._carry(value, -1)
+
+    def _carry(self, origin: bytes, number: int) -> None:
+        _, backend = layout.origin_ids(origin)
+        if backend != _NOTHING:
+            loads = self._new.shared("loads").bytes.cast("I")
+            at = backend * layout.LOAD_WORDS + layout.LOAD_CARRIED
+            loads[at] = loads[at] + number & 0xFFFFFFFF
 
     def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         entries = {}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 import msgspec
 
 from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import (
     LOAD_BEGUN,
     LOAD_CORRECTED,
@@ -117,14 +118,14 @@ class Sweeper:
         #: Inserted less deleted less present, when this sweeper began.
         self._missing: int | None = None
 
-    def sweep(self, departures: Mapping[bytes, Departure] | None = None, backends: int = 0) -> Sweep:
+    def sweep(self, departures: Mapping[bytes, Departed] | None = None, backends: int = 0) -> Sweep:
         """Deletes what is over now, and the flows of backends that have departed.
 
         What changes meanwhile may be counted twice or not at all. ``backends``: one more than the highest id
         in use; the flows that are open to those are counted, and their ``loads`` put right.
         """
         began = time.monotonic()
-        self._departures = departures or {}
+        self._departures = {key: departed.why for key, departed in (departures or {}).items()}
         entries = 0
         old: dict[bytes, bytes] = {}
         self._departed: dict[bytes, bytes] = {}

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from itertools import count
+from typing import NamedTuple
 
 from ebpfproxy.datapath import layout
 from ebpfproxy.datapath.layout import U32, Departure
 from ebpfproxy.datapath.maps import MapSet
+
+
+class Departed(NamedTuple):
+    """``serial`` tells a departure from another of the same backend, for the same reason, after a return."""
+
+    why: Departure
+    serial: int
 
 
 class Departures:
@@ -15,8 +24,10 @@ class Departures:
     def __init__(self, maps: MapSet) -> None:
         self._map = maps["departures"]
         self._epochs = maps.shared("epochs").words()
-        self._known: dict[bytes, Departure] = {
-            key: Departure(U32.unpack(value)[0]) for key, value in self._map.items()
+        self._serials: Iterator[int] = count()
+        self._known: dict[bytes, Departed] = {
+            key: Departed(Departure(U32.unpack(value)[0]), next(self._serials))
+            for key, value in self._map.items()
         }
 
     def note(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
@@ -29,19 +40,19 @@ class Departures:
         if not departed:
             return
         entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
-        self._known.update(entries)
+        self._known.update({key: Departed(why, next(self._serials)) for key, why in entries.items()})
         self._map.update_many({key: U32.pack(why) for key, why in entries.items()})
         # Only after this do flows look there.
         self._epochs[service_id] += 1
 
     @property
-    def current(self) -> dict[bytes, Departure]:
+    def current(self) -> dict[bytes, Departed]:
         """By packed key."""
         return dict(self._known)
 
-    def forget(self, ended: Mapping[bytes, Departure]) -> None:
+    def forget(self, ended: Mapping[bytes, Departed]) -> None:
         """What these were about is over."""
-        for key, why in ended.items():
-            if self._known.get(key) == why:
+        for key, departed in ended.items():
+            if self._known.get(key) == departed:
                 del self._known[key]
                 self._map.delete(key)

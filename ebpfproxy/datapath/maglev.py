@@ -8,8 +8,10 @@ same on every node, and when a backend goes, hardly more than its own places cha
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 #: Primes, as Cilium's option has them.
 SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
@@ -25,31 +27,35 @@ def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[in
     """Which of ``names`` (sorted, unique) each of ``size`` places belongs to; weights are 1 and more."""
     if not names:
         return array("I")
-    heaviest = max(weights)
     order = [_order(name, size) for name in names]
     at = [offset for offset, _ in order]
     skips = [skip for _, skip in order]
-    equal = min(weights) == heaviest
-    # Who has collected the heaviest one's weight has a turn; in the first round everybody has.
-    credit = [heaviest - weight for weight in weights]
     taken, found = bytearray(size), array("I", bytes(4 * size))
-    left = size
+    for i in itertools.islice(_turns(weights), size):
+        place, skip = at[i], skips[i]
+        while taken[place]:
+            place = (place + skip) % size
+        taken[place] = 1
+        found[place] = i
+        at[i] = (place + skip) % size
+    return found
+
+
+def _turns(weights: Sequence[int]) -> Iterator[int]:
+    """Whose turn it is, without end: in the first round everybody's, then by weight.
+
+    The k-th turn after that of a backend is in round k * heaviest / weight.
+    """
+    heaviest = max(weights)
+    if min(weights) == heaviest:
+        yield from itertools.cycle(range(len(weights)))
+    heap = [(0, i) for i in range(len(weights))]
+    turns = [0] * len(weights)
     while True:
-        for i, skip in enumerate(skips):
-            if not equal:
-                credit[i] += weights[i]
-                if credit[i] < heaviest:
-                    continue
-                credit[i] -= heaviest
-            place = at[i]
-            while taken[place]:
-                place = (place + skip) % size
-            taken[place] = 1
-            found[place] = i
-            at[i] = (place + skip) % size
-            left -= 1
-            if not left:
-                return found
+        i = heap[0][1]
+        turns[i] += 1
+        heapq.heapreplace(heap, (-(-turns[i] * heaviest // weights[i]), i))
+        yield i
 
 
 def _order(name: bytes, size: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 from ebpfproxy.datapath import bpf, layout
+from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import Departure
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import Backend, Protocol
@@ -29,7 +30,7 @@ class StaleTcp(enum.StrEnum):
 
 def stale_sockets(
     maps: MapSet,
-    departures: Mapping[bytes, Departure],
+    departures: Mapping[bytes, Departed],
     tcp: StaleTcp,
     *,
     rest: Callable[[], None] = lambda: None,
@@ -37,7 +38,7 @@ def stale_sockets(
     """Cookies of the sockets that were translated to backends which have departed from their service.
 
     Datagram sockets in any case: they have no connection to lose, and would be sending to nobody.
-    ``departures`` as in the map of that name; ``rest`` is called between batches.
+    ``departures`` by packed key; ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, departures, tcp)
     found: dict[Backend, set[int]] = {}
@@ -58,13 +59,11 @@ def stale_sockets(
     return found
 
 
-def _with_sockets(
-    maps: MapSet, departures: Mapping[bytes, Departure], tcp: StaleTcp
-) -> dict[bytes, Protocol]:
+def _with_sockets(maps: MapSet, departures: Mapping[bytes, Departed], tcp: StaleTcp) -> dict[bytes, Protocol]:
     """The departures whose sockets are to be ended, if the backend has any: with its protocol."""
     backends, loads = maps.shared("backends"), maps.shared("loads").bytes.cast("I")
     found: dict[bytes, Protocol] = {}
-    for key, why in departures.items():
+    for key, departed in departures.items():
         _, number = layout.unpack_departure(key)
         start = number * backends.stride
         known = layout.unpack_backend(bytes(backends.bytes[start : start + layout.BACKEND_SIZE]))
@@ -72,6 +71,6 @@ def _with_sockets(
         if known is None or not load.open_sockets:
             continue
         protocol = known[0].protocol
-        if protocol is not Protocol.TCP or tcp.ends(why):
+        if protocol is not Protocol.TCP or tcp.ends(departed.why):
             found[key] = protocol
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 import ebpfproxy
-from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath import bpf, slots
 from ebpfproxy.datapath.hooks import PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.loader import LoadRequest
 from ebpfproxy.datapath.maps import MapSet
@@ -59,6 +59,7 @@ class Options(msgspec.Struct, frozen=True):
             f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
             f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
             f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
+            f"-DSEARCHED_SLOTS={slots.SEARCHED}",
             f"-DHAVE_SERVICE_CIDRS={int(self.service_cidrs)}",
         ]
 

@@ -15,7 +15,9 @@ from ebpfproxy.datapath import layout, maglev
 from ebpfproxy.services.model import Algorithm, Backend
 
 #: Weights that would need more slots are approximated (but each backend has one).
-MOST_SLOTS = 1 << 15
+MOST_SLOTS = 1 << 17
+#: Up to so many backends are searched for the least loaded one.
+SEARCHED = 8
 
 
 def slots_of(
@@ -33,7 +35,11 @@ def slots_of(
     if not weights or min(weights) == max(weights):
         return ids
     if algorithm.looks_at_loads:
-        return array("Q", map(layout.slot, ids, weights))
+        weighted = array("Q", map(layout.slot, ids, weights))
+        if len(ids) <= SEARCHED:
+            return weighted
+        # Two are drawn by chance: by weight, or a heavy one would hardly ever be among them.
+        ids = weighted
     return array("Q", map(ids.__getitem__, spread(shares(weights))))
 
 

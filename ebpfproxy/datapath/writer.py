@@ -20,14 +20,15 @@ import msgspec
 
 from ebpfproxy.datapath import layout, maglev
 from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
-from ebpfproxy.datapath.departures import Departures
+from ebpfproxy.datapath.departures import Departed, Departures
 from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
-from ebpfproxy.datapath.layout import U32, Departure, ServiceFlags
+from ebpfproxy.datapath.layout import U32, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.slots import slots_of
 from ebpfproxy.services.model import (
+    Algorithm,
     Frontend,
     FrontendKind,
     Policy,
@@ -51,7 +52,7 @@ class _Programmed(msgspec.Struct):
     #: By policy, where there is session affinity: who is in ``members``.
     members: tuple[frozenset[int], frozenset[int]] = _NO_MEMBERS
     #: By policy, what the slots were made from, as a hash: the same need not be made again.
-    made_from: tuple[int, int] = (0, 0)
+    made_from: tuple[int | None, int | None] = (None, None)
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -78,6 +79,8 @@ class _Plan(msgspec.Struct):
     entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     members: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     excluded: list[bytes] = msgspec.field(default_factory=list)
+    #: Service id, and the backends that are back, gone, idle.
+    departures: list[tuple[int, Set[int], Set[int], Set[int]]] = msgspec.field(default_factory=list)
     vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
     closed: list[bytes] = msgspec.field(default_factory=list)
 
@@ -102,7 +105,7 @@ class Writer:
         self._selections = maps.shared("selections")
         self._words = self._selections.words()
         self._slots = maps.shared("slots")
-        self._backends = Backends(maps)
+        self._backends = Backends(maps, self._selected())
         self._departures = Departures(maps)
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
@@ -112,6 +115,7 @@ class Writer:
         self._own_addresses: frozenset[bytes] = frozenset()
         self._entries: dict[bytes, bytes] = {}
         self._programmed: dict[ServicePortKey, _Programmed] = {}
+        self._unplaced: dict[ServicePortKey, tuple[ServicePort, str]] = {}
         self._node_addresses: frozenset[bytes] = frozenset()
         self._adopting = True
         self._adopt()
@@ -158,6 +162,7 @@ class Writer:
         for key, _ in self._maps["source_ranges"].items():
             sources_of.setdefault(layout.source_range_service(key), set()).add(key)
         members = self._adopted_members()
+        unselected = self._adopted_unselected()
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(
@@ -165,6 +170,7 @@ class Writer:
             )
             known.members = members.pop(number, _NO_MEMBERS)
             used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
+            known.unselected = unselected.get(number, NO_IDS)
             known.standing = self._backends.adopt(self._held(known))
             self._programmed[name] = known
         self._strangers = members
@@ -182,6 +188,13 @@ class Writer:
             return 0, 0
         return layout.selection_range(self._words[service_id * layout.POLICIES + policy])
 
+    def _selected(self) -> set[int]:
+        """The backends in anybody's selection."""
+        if not self._maps.adopted:
+            return set()
+        numbers = [U32.unpack(key)[0] for key, _ in self._maps["service_names"].items()]
+        return {b for n in numbers for policy in Policy for b in self._slot_ids(*self._range(n, policy))}
+
     def _slot_words(self, base: int, count: int) -> array[int]:
         size = layout.SLOT_SIZE
         return array("Q", bytes(self._slots.bytes[base * size : (base + count) * size]))
@@ -198,6 +211,17 @@ class Writer:
             number, policy = divmod(selection, layout.POLICIES)
             found.setdefault(number, (set(), set()))[policy].add(backend_id)
         return {number: (frozenset(a), frozenset(b)) for number, (a, b) in found.items()}
+
+    def _adopted_unselected(self) -> dict[int, frozenset[int]]:
+        """By service id: backends in no selection, but with something open, that is told of their end."""
+        busy = self._backends.busy()
+        found: dict[int, set[int]] = {}
+        for name, ids_of in (("sock_origin", layout.origin_ids), ("conntrack", layout.nat_ids)):
+            for _, value in self._maps[name].items() if busy else ():
+                service, backend = ids_of(value)
+                if backend in busy:
+                    found.setdefault(service, set()).add(backend)
+        return {service: frozenset(each) for service, each in found.items()}
 
     def _held(self, known: _Programmed) -> set[int]:
         """The backends that a service port refers to, as the maps have it."""
@@ -222,9 +246,7 @@ class Writer:
         wanted: set[ServicePortKey] = set()
         for port in changed:
             wanted.add(port.key)
-            problem = self._place(port, plan)
-            if problem:
-                problems.append(problem)
+            problems += self._place(port, plan)
         gone: Collection[ServicePortKey] = set(removed)
         if complete:
             gone = self._programmed.keys() - wanted
@@ -232,28 +254,61 @@ class Writer:
             self._withdraw(key, plan)
         problems += self._publish(plan)
         for key in gone:
-            self._drop(key)
+            self._drop(key, plan)
+            self._unplaced.pop(key, None)
+        self._note_departures(plan)
         if complete:
             self._drop_leftovers()
         return problems
 
-    def _place(self, port: ServicePort, plan: _Plan) -> str | None:
-        """Writes what nobody looks at yet, and plans the rest."""
-        try:
-            self._try_place(port, plan)
-            return None
-        except (IdsExhaustedError, RangesExhaustedError):
-            self._wait_for_readers()
-            self.reclaim(self.take_retired())
-        try:
-            self._try_place(port, plan)
-            return None
-        except IdsExhaustedError as error:
-            return f"{_describe(port.key)}: no room for its backends or the service: {error}"
-        except RangesExhaustedError as error:
-            return f"{_describe(port.key)}: no room for its slots: {error}"
+    @property
+    def unplaced(self) -> list[str]:
+        """Of the service ports that do not fit, or not as they should: why."""
+        return [problem for _, problem in self._unplaced.values()]
 
-    def _try_place(self, port: ServicePort, plan: _Plan) -> None:
+    def retry(self) -> None:
+        """Tries again what did not fit; something may have been given back since."""
+        if self._unplaced:
+            self.apply([port for port, _ in self._unplaced.values()])
+
+    def _place(self, port: ServicePort, plan: _Plan) -> list[str]:
+        """Writes what nobody looks at yet, and plans the rest. Returns what is wrong, if anything."""
+        self._unplaced.pop(port.key, None)
+        found: list[str] = []
+        try:
+            self._try_place(port, plan, self._maglev_size)
+            return found
+        except (IdsExhaustedError, RangesExhaustedError):
+            # What this change has retired so far is in use where the new sets are only planned.
+            found += self._publish_sets(plan)
+            retired = self.take_retired()
+            if retired:
+                self._wait_for_readers()
+                self.reclaim(retired)
+        problem = ""
+        for size in self._maglev_sizes(port):
+            try:
+                self._try_place(port, plan, size)
+            except IdsExhaustedError as error:
+                problem = f"no room for its backends or the service: {error}"
+            except RangesExhaustedError as error:
+                problem = f"no room for its slots: {error}"
+            else:
+                if size == self._maglev_size:
+                    return found
+                problem = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
+                break
+        problem = f"{_describe(port.key)}: {problem}"
+        self._unplaced[port.key] = (port, problem)
+        return [*found, problem]
+
+    def _maglev_sizes(self, port: ServicePort) -> list[int]:
+        """What to try: a table that is smaller than it should be is better than none."""
+        if port.algorithm is not Algorithm.MAGLEV:
+            return [self._maglev_size]
+        return [size for size in reversed(maglev.SIZES) if len(port.cluster) <= size <= self._maglev_size]
+
+    def _try_place(self, port: ServicePort, plan: _Plan, maglev_size: int) -> None:
         """Raises IdsExhaustedError or RangesExhaustedError with everything as it was."""
         known = self._programmed.get(port.key)
         uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
@@ -274,9 +329,11 @@ class Writer:
             weights = dict(port.weights)
             for policy in Policy:
                 chosen = [weights.get(each, 1) for each in sets[policy]] if weights else None
-                made_from[policy] = hash((port.algorithm, ids[policy].tobytes(), tuple(chosen or ()))) or 1
+                made_from[policy] = hash(
+                    (port.algorithm, maglev_size, ids[policy].tobytes(), tuple(chosen or ()))
+                )
                 if made_from[policy] != known.made_from[policy]:
-                    words = slots_of(port.algorithm, sets[policy], ids[policy], chosen, self._maglev_size)
+                    words = slots_of(port.algorithm, sets[policy], ids[policy], chosen, maglev_size)
                     if words != self._slot_words(*before[policy]):
                         after[policy] = self._write_slots(words)
             if known.id < 0:
@@ -300,7 +357,7 @@ class Writer:
             plan.words[index] = layout.selection_word(*after[policy])
         known.unselected = draining.union(idle, drained) if idle or drained else draining
         leaving = draining | terminating if terminating else draining
-        self._hold(known, held, known.unselected.union(*ids), Standing(leaving, idle, drained))
+        self._hold(known, held, known.unselected.union(*ids), Standing(leaving, idle, drained), plan)
         wanted = _NO_MEMBERS
         if port.affinity_seconds:
             wanted = frozenset(ids[0]), frozenset(ids[1])
@@ -340,30 +397,23 @@ class Writer:
         return number
 
     def _hold(
-        self,
-        known: _Programmed,
-        before: Set[int],
-        after: Set[int],
-        standing: Standing,
-        *,
-        departs: bool = True,
+        self, known: _Programmed, before: Set[int], after: Set[int], standing: Standing, plan: _Plan
     ) -> None:
-        """Notes whom a service port uses, and tells its flows whom it does not any more."""
+        """Notes whom a service port uses; its flows are told whom it does not any more."""
         came, went = after - before, before - after
         if not (came or went) and standing == known.standing:
             return
-        if departs:
-            idle, was_idle = standing.idle, known.standing.idle
-            self._departures.note(known.id, came | (was_idle - idle), went, idle - was_idle)
+        idle, was_idle = standing.idle, known.standing.idle
+        plan.departures.append((known.id, came | (was_idle - idle), went, (idle - was_idle) & before))
         self._backends.hold(came, went, known.standing, standing)
         known.standing = standing
 
     @property
-    def departures(self) -> dict[bytes, Departure]:
+    def departures(self) -> dict[bytes, Departed]:
         """Of the last moments, by packed key: their flows and sockets have to be ended."""
         return self._departures.current
 
-    def forget_departures(self, ended: Mapping[bytes, Departure]) -> None:
+    def forget_departures(self, ended: Mapping[bytes, Departed]) -> None:
         """Nothing is left of what these were about."""
         self._departures.forget(ended)
         self._backends.free_unused()
@@ -391,15 +441,11 @@ class Writer:
             plan.closed += known.sources
             self._plan_members(known, _NO_MEMBERS, plan)
 
-    def _publish(self, plan: _Plan) -> list[str]:
-        """Lets readers see the plan, each step after what it refers to."""
+    def _publish_sets(self, plan: _Plan) -> list[str]:
+        """Lets readers see the part of a plan that says which backends there are to choose from."""
         full = [
             f"service_names: no room for service id {U32.unpack(key)[0]}"
             for key in self._maps["service_names"].update_many(plan.names)
-        ]
-        full += [
-            f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
-            for key in self._maps["source_ranges"].update_many(plan.sources)
         ]
         full += [
             f"members: no room for a backend of service id {layout.unpack_member(key)[0] // layout.POLICIES}"
@@ -411,6 +457,25 @@ class Writer:
         for index, word in plan.words.items():
             self._words[index] = word
         self._selections.writes += len(plan.words)
+        for key in plan.excluded:
+            self._maps["members"].delete(key)
+        plan.names, plan.members, plan.words, plan.excluded = {}, {}, {}, []
+        self._note_departures(plan)
+        return full
+
+    def _note_departures(self, plan: _Plan) -> None:
+        """Tells flows: not before new ones go elsewhere, or they could choose the same once more."""
+        for departure in plan.departures:
+            self._departures.note(*departure)
+        plan.departures = []
+
+    def _publish(self, plan: _Plan) -> list[str]:
+        """Lets readers see the plan, each step after what it refers to."""
+        full = self._publish_sets(plan)
+        full += [
+            f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
+            for key in self._maps["source_ranges"].update_many(plan.sources)
+        ]
         for table in ("services4", "services6"):
             size = self._maps[table].spec.key_size
             batch = {key: value for key, value in plan.entries.items() if len(key) == size}
@@ -432,8 +497,6 @@ class Writer:
                 self._delete_entry(key)
         for key in plan.closed:
             self._maps["source_ranges"].delete(key)
-        for key in plan.excluded:
-            self._maps["members"].delete(key)
         return full
 
     def _table_of(self, key: bytes) -> Map:
@@ -475,14 +538,14 @@ class Writer:
             self._addresses.remove(address_hash(address))
         self._ports.remove(frontend.port)
 
-    def _drop(self, key: ServicePortKey) -> None:
+    def _drop(self, key: ServicePortKey, plan: _Plan) -> None:
         known = self._programmed.pop(key, None)
         if known is None:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        self._hold(known, held, held, Standing(idle=frozenset(held)))
-        self._hold(known, held, NO_IDS, ALL_ACTIVE, departs=False)
+        self._hold(known, held, held, Standing(idle=frozenset(held)), plan)
+        self._backends.hold(NO_IDS, held, known.standing, ALL_ACTIVE)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:

@@ -17,7 +17,8 @@ import msgspec
 import watchfiles
 import yaml
 
-from ebpfproxy.kube.decode import explain
+from ebpfproxy.kube.decode import Unreadable, explain
+from ebpfproxy.kube.listing import reduced_or_why
 from ebpfproxy.kube.status import SourceStatus, State
 from ebpfproxy.logs import get_logger
 from ebpfproxy.objects import (
@@ -196,7 +197,11 @@ class ManifestSource:
                 if key in mine:
                     doubles.add((type(each), key, path))
                 else:
-                    mine[key] = self._reduce(each)
+                    reduced = reduced_or_why(self._reduce, key, each)
+                    if isinstance(reduced, Unreadable):
+                        log.warning("object is not used", object=str(key), file=str(path), error=reduced.why)
+                    else:
+                        mine[key] = reduced
         for kind, key, path in sorted(doubles - self._doubles, key=str):
             log.warning(
                 "object is in two manifests, the first file has it",

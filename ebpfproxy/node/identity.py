@@ -27,4 +27,9 @@ def node_name(override: str | None) -> str:
 def netns_cookie() -> int:
     """The cookie of this process's network namespace: what bpf_get_netns_cookie gives in programs."""
     with socket.socket() as probe:
-        return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
+        return cookie_of(probe)
+
+
+def cookie_of(probe: socket.socket) -> int:
+    """The cookie of the network namespace that a socket belongs to."""
+    return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)

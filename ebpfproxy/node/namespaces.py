@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ebpfproxy.node.identity import cookie_of
+
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Where container runtimes bind namespaces (CNI plugins get their names from there), and all of processes.
@@ -31,13 +33,37 @@ def _paths() -> Iterator[Path]:
     for folder in FOLDERS:
         with suppress(OSError):
             yield from sorted(folder.iterdir())
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            yield Path(entry.path, "ns/net")
+    with os.scandir("/proc") as processes:
+        for process in processes:
+            if process.name.isdigit():
+                # A thread may be in another than its process (setns, unshare).
+                with suppress(OSError), os.scandir(f"{process.path}/task") as threads:
+                    for thread in threads:
+                        yield Path(thread.path, "ns/net")
+
+
+def names_by_cookie() -> dict[int, str]:
+    """By cookie: ``host`` for this process's own, the name in a runtime's folder, or ``pid N``."""
+    own = Path("/proc/self/ns/net")
+    found = {}
+    for path in namespaces():
+        with suppress(OSError), socket_in(path, socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            name = f"pid {path.parts[2]}"
+            if path == own:
+                name = "host"
+            elif path.parent in FOLDERS:
+                name = path.name
+            found[cookie_of(probe)] = name
+    return found
 
 
 def netlink_in(namespace: Path, protocol: int) -> socket.socket:
-    """A netlink socket that belongs to another namespace; this thread is back in its own.
+    """A netlink socket that belongs to another namespace. Raises OSError as :func:`socket_in`."""
+    return socket_in(namespace, socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+
+
+def socket_in(namespace: Path, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    """A socket that belongs to another namespace; this thread is back in its own.
 
     Raises OSError: the namespace is gone, or this process may not enter it (CAP_SYS_ADMIN).
     """
@@ -49,7 +75,7 @@ def netlink_in(namespace: Path, protocol: int) -> socket.socket:
         finally:
             os.close(there)
         try:
-            return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+            return socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         finally:
             _enter(home)
     finally:

@@ -62,24 +62,37 @@ def end_sockets(stale: Mapping[Peer, Collection[int]]) -> set[int]:
     cookies = {protocol: {c for p in peers for c in stale[p]} for protocol, peers in by_protocol.items()}
     for path in namespaces():
         try:
-            with netlink_in(path, _NETLINK_SOCK_DIAG) as diag:
-                diag.settimeout(_TIMEOUT_SECONDS)
-                for protocol, peers in by_protocol.items():
-                    for start in range(0, len(peers), _PEERS):
-                        some = peers[start : start + _PEERS]
-                        for family in (socket.AF_INET, socket.AF_INET6):
-                            ended |= _end_in(diag, family, protocol, some, cookies[protocol])
+            diag = netlink_in(path, _NETLINK_SOCK_DIAG)
         except OSError as error:
-            _complain(path, error)
+            # Some end while they are listed.
+            if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
+                _complain(path, error)
+            continue
+        with diag:
+            diag.settimeout(_TIMEOUT_SECONDS)
+            for protocol, peers in by_protocol.items():
+                try:
+                    ended |= _end_all_in(diag, protocol, peers, cookies[protocol])
+                except OSError as error:
+                    _complain(path, error)
         if sum(map(len, cookies.values())) == len(ended):
             break
     return ended
 
 
 def _complain(path: Path, error: OSError) -> None:
-    # A namespace, or a process, that is no more.
-    if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
-        log.warning("stale sockets cannot be ended", namespace=str(path), error=str(error))
+    log.warning("stale sockets cannot be ended", namespace=str(path), error=str(error))
+
+
+def _end_all_in(
+    diag: socket.socket, protocol: int, peers: Sequence[Peer], cookies: Collection[int]
+) -> set[int]:
+    """Of one protocol in one namespace."""
+    ended: set[int] = set()
+    for start in range(0, len(peers), _PEERS):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            ended |= _end_in(diag, family, protocol, peers[start : start + _PEERS], cookies)
+    return ended
 
 
 def _end_in(

@@ -12,6 +12,9 @@ ALGORITHM_ANNOTATION = "ebpfproxy.io/lb-algorithm"
 WEIGHTS_ANNOTATION = "ebpfproxy.io/weights"
 #: As IPVS has them (ip_vs.h).
 MAX_WEIGHT = 65535
+#: Of what is wrong: characters of a text, and parts of an annotation.
+_SHOWN, _SAID = 80, 10
+_NOT_IN_NAMES = frozenset("=/")
 
 #: Our own names and IPVS's (ipvsadm(8), --scheduler). The weighted ones are the same: weights always count.
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -44,7 +47,19 @@ def parse_algorithm(text: str) -> tuple[Algorithm | None, str]:
     nearest = NEAREST.get(name)
     if nearest is not None:
         return nearest, f"{name} is not here, the nearest is used: {nearest}"
-    return None, f"unknown algorithm {text!r}, known are {', '.join(sorted(ALGORITHMS))}"
+    return None, f"unknown algorithm {_cut(text)}, known are {', '.join(sorted(ALGORITHMS))}"
+
+
+def _weight(digits: str) -> int | None:
+    # An annotation may be long, and int() has a limit.
+    digits = digits.lstrip("0") or digits[:1]
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 5 or int(digits) > MAX_WEIGHT:
+        return None
+    return int(digits)
+
+
+def _cut(text: str) -> str:
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}…"
 
 
 class Weights(NamedTuple):
@@ -77,20 +92,22 @@ def parse_weights(text: str) -> tuple[Weights | None, list[str]]:
     problems = []
     for part in text.replace(",", " ").split():
         key, equals, digits = part.rpartition("=")
-        if not equals or not (digits.isascii() and digits.isdigit()) or int(digits) > MAX_WEIGHT:
-            problems.append(f"{part!r} is not KEY=WEIGHT with a weight of 0 to {MAX_WEIGHT}")
+        weight = _weight(digits) if equals else None
+        if weight is None:
+            problems.append(f"{_cut(part)} is not KEY=WEIGHT with a weight of 0 to {MAX_WEIGHT}")
             continue
-        weight = int(digits)
         kind, slash, name = key.partition("/")
         address = parse_address(key)
         if key == "*":
             others = weight
         elif address is not None:
             addresses[address] = weight
-        elif slash and name and kind in ("node", "zone"):
+        elif slash and name and kind in ("node", "zone") and not _NOT_IN_NAMES.intersection(name):
             (nodes if kind == "node" else zones)[name] = weight
         else:
-            problems.append(f"{part!r} names neither an address nor node/NAME, zone/NAME or *")
+            problems.append(f"{_cut(part)} names neither an address nor node/NAME, zone/NAME or *")
+    if len(problems) > _SAID:
+        problems[_SAID:] = [f"and {len(problems) - _SAID} parts more"]
     if not addresses and not nodes and not zones and others is None:
         return None, problems
     return Weights(addresses, nodes, zones, 1 if others is None else others), problems

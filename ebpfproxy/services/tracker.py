@@ -337,8 +337,8 @@ class Tracker:
     def set_drained(self, drained: frozenset[tuple[bytes, int]]) -> None:
         """Addresses and ports (0: all) that shall take no new connections from this node."""
         addresses = {address for address, _ in self._drained ^ drained}
-        self._drained = drained
         if addresses:
+            self._drained = drained
             for piece in self._slices.values():
                 if piece.service is not None and not addresses.isdisjoint(piece.addresses):
                     self._touched[piece.service] = None

@@ -52,7 +52,7 @@ def parse_prefix(text: str) -> Prefix | None:
     """``192.0.2.0/24``; bits beyond the prefix are cleared. None for anything else."""
     host, slash, digits = text.partition("/")
     address = parse_address(host)
-    if address is None or not slash or not (digits.isascii() and digits.isdigit()):
+    if address is None or not slash or not (digits.isascii() and digits.isdigit()) or len(digits) > 3:
         return None
     bits, length = 8 * len(address), int(digits)
     if length > bits:

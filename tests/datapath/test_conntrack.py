@@ -11,6 +11,7 @@ import pytest
 
 from ebpfproxy.datapath import layout, maps
 from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, flows_of, state_of
+from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
@@ -148,8 +149,8 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
         bench.pair(port + 2, protocol=protocol, ids=(7, 2))
         bench.pair(port + 4, protocol=protocol, ids=(8, 1))
     departures = {
-        layout.pack_departure(7, 1): Departure.GONE,
-        layout.pack_departure(7, 2): Departure.IDLE,
+        layout.pack_departure(7, 1): Departed(Departure.GONE, 0),
+        layout.pack_departure(7, 2): Departed(Departure.IDLE, 1),
     }
     assert bench.sweeper.sweep(departures).expired == 6
     left = {layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
@@ -170,7 +171,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
     assert load(bench, 3).open_flows == 10
     bench.sweeper.sweep(backends=8)
     assert load(bench, 3).open_flows == 6
-    bench.sweeper.sweep({layout.pack_departure(7, 3): Departure.GONE}, backends=8)
+    bench.sweeper.sweep({layout.pack_departure(7, 3): Departed(Departure.GONE, 0)}, backends=8)
     assert load(bench, 3).open_flows == 0
 
 

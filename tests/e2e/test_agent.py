@@ -201,11 +201,12 @@ def test_thousands_of_changes_under_load_never_show_a_mixture(world: World, agen
     Endpoints vanish without terminating first: their connections go on where that is asked for.
     """
     agent.stop()
-    world.agent("--stale-tcp", "never").start()
+    patient = world.agent("--stale-tcp", "never").start()
     with load.running(world.client, IP, 80) as clients_load:
         for n in range(60):
             world.write_web(*((world.w1,), (world.w1, world.w2), (world.w2,))[n % 3])
             time.sleep(0.02)
+    patient.stop()
     assert clients_load.result["errors"] == []
 
 

@@ -674,7 +674,7 @@ def test_the_health_check_node_port_follows_the_local_endpoints(world: Outer) ->
     def status() -> int:
         try:
             return world.outside.call(_http, world.a.address, 32222)[0]
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):
             return 0
 
     serve(world.on_a(), world.on_b())

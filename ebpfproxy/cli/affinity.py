@@ -1,0 +1,89 @@
+"""``ebpfproxy affinity list|flush``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from ebpfproxy.cli import options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.datapath.affinity import AffinityRow, affinity_rows
+from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.node.namespaces import names_by_cookie
+
+_service = click.option("--service", metavar="NAMESPACE/NAME", help="Only clients of this Service.")
+_client = click.option("--client", metavar="ADDRESS|netns:COOKIE|NAME", help="Only this client.")
+_backend = click.option("--backend", metavar="ADDRESS[:PORT]", help="Only clients of this backend.")
+
+
+@click.group("affinity")
+def command() -> None:
+    """Clients that stay with their backend (sessionAffinity: ClientIP)."""
+
+
+def _read(
+    maps: MapSet, service: str | None, client: str | None, backend: str | None
+) -> list[tuple[AffinityRow, bytes]]:
+    rows = affinity_rows(maps, time.monotonic_ns(), names_by_cookie())
+    return [
+        (row, key)
+        for row, key in rows
+        if service in (None, row.service)
+        and client in (None, row.client, row.name)
+        and backend in (None, row.backend, row.backend.rpartition(":")[0].strip("[]"))
+    ]
+
+
+@command.command("list")
+@options.bpf_root
+@options.output_format
+@_service
+@_client
+@_backend
+def list_clients(
+    bpf_root: Path, output: str, service: str | None, client: str | None, backend: str | None
+) -> None:
+    """Every client, its backend, and when it is free to get another.
+
+    In packets a client is an address; at the socket it is a network namespace: a pod, or the host.
+    """
+    with one_line():
+        rows = _read(open_maps(bpf_root), service, client, backend)
+        emit([row for row, _ in rows], output, _print)
+
+
+@command.command("flush")
+@options.bpf_root
+@_service
+@_client
+@_backend
+@click.option("--all", "everything", is_flag=True, help="Every client; otherwise a filter is needed.")
+def flush(
+    bpf_root: Path, service: str | None, client: str | None, backend: str | None, everything: bool
+) -> None:
+    """Forget clients: their next connection may go to another backend. Open ones go on."""
+    with one_line():
+        if not (service or client or backend or everything):
+            raise click.UsageError("name what to flush, or say --all")
+        maps = open_maps(bpf_root)
+        deleted = sum(maps["affinity"].delete(key) for _, key in _read(maps, service, client, backend))
+    click.echo(f"flushed {deleted} clients")
+
+
+def _print(rows: list[AffinityRow]) -> None:
+    printed = table("service", "port", "client", "name", "backend", "idle", "expires")
+    for row in rows:
+        printed.add_row(
+            row.service,
+            row.port_name,
+            row.client,
+            row.name or "-",
+            row.backend,
+            age(row.idle),
+            age(row.expires),
+        )
+    console().print(printed)

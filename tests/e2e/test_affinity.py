@@ -1,0 +1,236 @@
+"""Session affinity and draining by hand, at the socket and in packets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scapy.layers.inet import IP, UDP
+
+from tests.lab import Agent, Lab, choices, manifests
+from tests.packets.wire import PASS, Wire
+
+pytestmark = pytest.mark.root
+
+BACKENDS = [f"10.244.2.{i}" for i in range(10, 20)]
+LOCAL = "10.244.1.77"
+#: Name: cluster IP, load balancer, seconds of affinity (0: none).
+SERVICES = {
+    "sticky": ("10.96.6.1", "203.0.113.1", 3600),
+    "short": ("10.96.6.2", "203.0.113.2", 2),
+    "loose": ("10.96.6.3", "203.0.113.3", 0),
+    "sticky-rr": ("10.96.6.4", "203.0.113.4", 3600),
+}
+_ports = itertools.count(20000)
+
+
+class World:
+    def __init__(self, lab: Lab) -> None:
+        self.node = lab.node("node-a")
+        self.pods = [self.node.pod(f"client{i}") for i in range(3)]
+        self.folder: Path = lab.folder / "manifests"
+        self.write(BACKENDS)
+        self.agent: Agent = self.node.agent(manifests=self.folder).start()
+        self.wire = Wire(self.node)
+
+    def write(self, addresses: list[str]) -> None:
+        documents = []
+        for name, (cluster_ip, balancer, seconds) in SERVICES.items():
+            spec: dict[str, Any] = {}
+            if seconds:
+                spec["sessionAffinity"] = "ClientIP"
+                spec["sessionAffinityConfig"] = {"clientIP": {"timeoutSeconds": seconds}}
+            service = manifests.service(
+                name,
+                type="LoadBalancer",
+                clusterIPs=[cluster_ip],
+                ports=[
+                    {"name": "dns", "port": 53, "protocol": "UDP"},
+                    {"name": "other", "port": 54, "protocol": "UDP"},
+                ],
+                **spec,
+            )
+            if name == "sticky-rr":
+                service["metadata"]["annotations"] = {"ebpfproxy.io/lb-algorithm": "rr"}
+            service["status"] = {"loadBalancer": {"ingress": [{"ip": balancer}]}}
+            ports = [
+                {"name": "dns", "port": 8053, "protocol": "UDP"},
+                {"name": "other", "port": 8054, "protocol": "UDP"},
+            ]
+            documents += [
+                service,
+                manifests.slice_of(name, [manifests.endpoint(a, "node-b") for a in addresses], ports=ports),
+            ]
+        manifests.write(self.folder / "all.yaml", *documents)
+
+    def set_backends(self, addresses: list[str]) -> None:
+        self.write(addresses)
+
+        def programmed() -> bool:
+            rows = json.loads(self.node.cli("service", "get", "shop/loose", "-o", "json"))
+            return all(
+                {b["address"].split(":")[0] for b in row["backends"]} == set(addresses) for row in rows
+            )
+
+        until(programmed)
+
+    def socket(self, name: str, pod: int = 0, count: int = 1, port: int = 53) -> set[str]:
+        """The backends of a pod's connects."""
+        return set(self.pods[pod].call(choices.choices, SERVICES[name][0], port, count))
+
+    def packet(self, name: str, client: str, count: int = 1) -> set[str]:
+        """The backends of a client's new flows from outside."""
+        found = set()
+        for _ in range(count):
+            result = self.wire.arrive(
+                IP(src=client, dst=SERVICES[name][1]) / UDP(sport=next(_ports), dport=53) / b"?"
+            )
+            assert result.verdict == PASS
+            found.add(result.packet[IP].dst)
+        return found
+
+    def affinity(self, *arguments: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = json.loads(self.node.cli("affinity", "list", "-o", "json", *arguments))
+        return rows
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[World]:
+    with Lab() as lab:
+        made = World(lab)
+        yield made
+        made.wire.close()
+
+
+@pytest.fixture
+def world(shared: World) -> World:
+    shared.set_backends(BACKENDS)
+    shared.node.cli("affinity", "flush", "--all")
+    return shared
+
+
+@pytest.mark.parametrize("name", ["sticky", "sticky-rr"])
+def test_a_client_stays_with_its_backend(world: World, name: str) -> None:
+    """A pod is a client, whatever of its processes and sockets asks; outside, an address is."""
+    by_pod = [world.socket(name, pod, 30) for pod in range(3)]
+    by_address = [world.packet(name, f"198.51.100.{i}", 5) for i in range(40)]
+    assert all(len(found) == 1 for found in by_pod + by_address)
+    assert len(set.union(*by_address)) > 5
+    assert [world.socket(name, pod, 5) for pod in range(3)] == by_pod
+
+
+def test_without_affinity_it_does_not(world: World) -> None:
+    assert len(world.socket("loose", 0, 100)) > 5
+
+
+def test_every_service_port_has_an_affinity_of_its_own(world: World) -> None:
+    """As in kube-proxy: with ten backends both ports of three pods agree once in a thousand runs."""
+    dns = [world.socket("sticky", pod, 3) for pod in range(3)]
+    other = [world.socket("sticky", pod, 3, port=54) for pod in range(3)]
+    assert all(len(found) == 1 for found in dns + other)
+    assert len(world.affinity("--service", "shop/sticky")) == 6
+
+
+def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> None:
+    """Two seconds, in real time: used every second it lasts; unused it is over."""
+    first = {client: world.packet("short", client) for client in (f"198.51.100.{i}" for i in range(30))}
+    for _ in range(3):
+        time.sleep(1)
+        assert {client: world.packet("short", client) for client in first} == first
+    time.sleep(2.2)
+    assert not world.affinity("--service", "shop/short")
+    again = {client: world.packet("short", client) for client in first}
+    assert again != first
+
+
+def test_a_backend_that_goes_is_replaced_at_once(world: World) -> None:
+    before = {client: world.packet("sticky", client) for client in (f"198.51.100.{i}" for i in range(50))}
+    gone = BACKENDS[0]
+    assert {gone} in before.values()
+    world.set_backends(BACKENDS[1:])
+    after = {client: world.packet("sticky", client, 2) for client in before}
+    for client, backend in before.items():
+        assert len(after[client]) == 1
+        assert (after[client] != backend) == (backend == {gone})
+    # Back again it does not get its old clients: they have another now.
+    world.set_backends(BACKENDS)
+    assert {client: world.packet("sticky", client) for client in before} == after
+
+
+def test_it_outlives_the_agent_and_a_change_of_other_backends(world: World) -> None:
+    before = [world.socket("sticky", pod) for pod in range(3)]
+    world.agent.kill()
+    world.agent = world.node.agent(manifests=world.folder).start()
+    assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
+    kept = set.union(*before)
+    world.set_backends([b for b in BACKENDS if b in kept] + [LOCAL])
+    assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
+
+
+def test_affinity_list_and_flush(world: World) -> None:
+    (backend,) = world.socket("sticky", 1)
+    world.packet("sticky", "198.51.100.99")
+    rows = {row["client"]: row for row in world.affinity()}
+    (pod,) = (row for row in rows.values() if row["client"].startswith("netns:"))
+    assert pod["name"] == world.pods[1].netns
+    assert (pod["service"], pod["port_name"], pod["backend"]) == ("shop/sticky", "dns", f"{backend}:8053")
+    assert 3590 < rows["198.51.100.99"]["expires"] <= 3600
+    assert "flushed 1 clients" in world.node.cli("affinity", "flush", "--client", pod["name"])
+    assert [row["client"] for row in world.affinity()] == ["198.51.100.99"]
+    assert world.node.cli("affinity", "flush", check=False) == ""
+
+
+def test_a_backend_drained_by_hand_gets_no_new_connections_until_that_is_undone(world: World) -> None:
+    client = next(
+        c for c in (f"198.51.100.{i}" for i in range(200)) if world.packet("sticky", c) == {BACKENDS[3]}
+    )
+    assert "is drained" in world.node.cli("backend", "drain", BACKENDS[3])
+    states = {
+        row["address"]: row["state"] for row in json.loads(world.node.cli("backend", "list", "-o", "json"))
+    }
+    assert {a for a, state in states.items() if state == "drained"} == {
+        f"{BACKENDS[3]}:8053",
+        f"{BACKENDS[3]}:8054",
+    }
+    assert BACKENDS[3] not in world.socket("loose", 0, 200)
+    assert world.packet("sticky", client) != {BACKENDS[3]}
+    world.agent.kill()
+    world.agent = world.node.agent(manifests=world.folder).start()
+    assert BACKENDS[3] not in world.socket("loose", 0, 100)
+    assert "in use again" in world.node.cli("backend", "drain", BACKENDS[3], "--undo")
+    assert BACKENDS[3] in world.socket("loose", 0, 300)
+
+
+def test_draining_one_port_leaves_the_others(world: World) -> None:
+    world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053")
+    assert BACKENDS[0] not in world.socket("loose", 0, 200)
+    assert BACKENDS[0] in world.socket("loose", 0, 300, port=54)
+    world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053", "--undo")
+
+
+def test_the_order_ends_with_the_endpoint(world: World) -> None:
+    world.node.cli("backend", "drain", BACKENDS[5])
+    world.set_backends(BACKENDS[:5])
+    time.sleep(1)
+    world.set_backends(BACKENDS)
+    until(lambda: BACKENDS[5] in world.socket("loose", 0, 100))
+
+
+def test_who_is_not_there_cannot_be_drained(world: World) -> None:
+    for arguments in (["10.99.99.99"], ["10.244.2.10:1"], [BACKENDS[0], "--undo"]):
+        with pytest.raises(RuntimeError, match=r"no backend|is not drained"):
+            world.node.cli("backend", "drain", *arguments)
+    with pytest.raises(RuntimeError, match="neither an address"):
+        world.node.cli("backend", "drain", "web-0")

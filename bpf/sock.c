@@ -98,14 +98,12 @@ static __always_inline int reject(enum verdict verdict)
 static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const struct service *svc,
 					       const struct target *to)
 {
-	struct client client = { .kind = CLIENT_NAMESPACE, .frontend = to->addr };
+	struct client client = { .frontend = to->addr };
 	u64 cookie;
 
 	if (!asks_who(svc))
 		return client;
-	cookie = bpf_get_netns_cookie(ctx);
-	client.addr.word[0] = bpf_htonl(cookie >> 32);
-	client.addr.word[1] = bpf_htonl((u32)cookie);
+	set_namespace(&client, bpf_get_netns_cookie(ctx));
 	cookie = get_socket_cookie(ctx);
 	client.flow = (u32)(cookie ^ cookie >> 32);
 	return client;

@@ -84,8 +84,15 @@ static __always_inline bool is_martian(const struct inet_addr *src)
 /* A packet's client is its address; of a flow, for Maglev, its port and the Service's, too. */
 static __always_inline void set_client(struct client *client, const struct packet *p)
 {
-	client->addr = p->flow.src;
-	client->kind = CLIENT_ADDRESS;
+	u64 *cookie = map_lookup(client_namespaces, &p->flow.src);
+
+	/* A pod of this node is the same client in packets as at the socket. */
+	if (cookie) {
+		set_namespace(client, *cookie);
+	} else {
+		client->addr = p->flow.src;
+		client->kind = CLIENT_ADDRESS;
+	}
 	client->flow = (u32)bpf_ntohs(p->flow.sport) << 16 | bpf_ntohs(p->flow.dport);
 	client->frontend = p->flow.dst;
 }

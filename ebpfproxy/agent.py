@@ -26,6 +26,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy import state
 from ebpfproxy.datapath import attach, cleanup, conntrack, maglev, maps, probe, programs, roots
+from ebpfproxy.datapath.affinity import forget_expired
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.devices import Target
@@ -46,6 +47,7 @@ from ebpfproxy.kube.status import SourceStatus
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.maps import MapCollector
+from ebpfproxy.node.clients import namespace_cookies
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
@@ -105,7 +107,10 @@ class NetworkChanged(msgspec.Struct, frozen=True):
 
 
 class Swept(msgspec.Struct, frozen=True):
+    """``clients``: the namespaces of addresses, where any Service looks at who its client is."""
+
     sweep: conntrack.Sweep
+    clients: dict[bytes, int]
 
 
 class SocketsEnded(msgspec.Struct, frozen=True):
@@ -360,6 +365,7 @@ class Agent:
         elif isinstance(message, Swept):
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
             self._writer.forget_departures(dict(self._sweeping.items() & self._ended.items()))
+            self._writer.set_client_namespaces(message.clients)
             self._last_sweep = message.sweep
             self._evicted += message.sweep.evicted
             self._metrics.swept(message.sweep)
@@ -562,8 +568,15 @@ class Agent:
         self._next_sweep = now + 3600
 
         departures, backends = self._writer.departures, self._writer.backends_end
+        asks_who = self._writer.asks_who
         self._sweeping = departures
-        self._beside(lambda: Swept(self._sweeper.sweep(departures, backends)))
+
+        def sweep() -> Swept:
+            swept = self._sweeper.sweep(departures, backends)
+            forget_expired(self._maps, time.monotonic_ns())
+            return Swept(swept, namespace_cookies() if asks_who else {})
+
+        self._beside(sweep)
 
     def _start_ending(self) -> None:
         """Ends the sockets whose backends have departed; one round at a time, for all until it begins."""

@@ -32,7 +32,7 @@ static __always_inline bool affinity_recall(const struct service *svc, u32 selec
 {
 	struct affinity_key key = affinity_key(svc, client);
 	struct affinity *known = map_lookup(affinity, &key);
-	const u64 now = bpf_ktime_get_ns();
+	const u64 now = bpf_ktime_get_coarse_ns();
 	u32 id;
 
 	if (!known || (s64)(now - known->last) > (s64)(svc->affinity_seconds * 1000000000ULL))
@@ -52,7 +52,7 @@ static __always_inline void affinity_remember(const struct service *svc, u32 sel
 					      const struct client *client, u32 *backend_id)
 {
 	struct affinity_key key = affinity_key(svc, client);
-	struct affinity value = { .backend_id = *backend_id, .last = bpf_ktime_get_ns() };
+	struct affinity value = { .backend_id = *backend_id, .last = bpf_ktime_get_coarse_ns() };
 
 	if (!bpf_map_update_elem(MAP(affinity), &key, &value, BPF_NOEXIST))
 		return;

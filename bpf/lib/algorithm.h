@@ -18,6 +18,12 @@ struct client {
 	struct inet_addr frontend;
 };
 
+static __always_inline void set_namespace(struct client *client, u64 cookie)
+{
+	client->kind = CLIENT_NAMESPACE;
+	client->addr = (struct inet_addr) { { bpf_htonl(cookie >> 32), bpf_htonl((u32)cookie) } };
+}
+
 /* Only then is it worth finding out. */
 static __always_inline bool asks_who(const struct service *svc)
 {

@@ -210,6 +210,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("members", bpf.MAP_HASH, _PAIR.size, 4, capacity.slots, bpf.F_NO_PREALLOC),
         MapSpec("affinity", bpf.MAP_LRU_HASH, _AFFINITY_KEY.size, _AFFINITY.size, capacity.affinity),
         MapSpec("loads", *array, _LOAD.size, capacity.backends, bpf.F_MMAPABLE),
+        MapSpec("client_namespaces", bpf.MAP_HASH, 16, U64.size, 65536, bpf.F_NO_PREALLOC),
         MapSpec("drained", bpf.MAP_HASH, _DRAINED.size, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("backends", *array, _BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
@@ -298,6 +299,11 @@ def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinit
 def unpack_service(packed: bytes) -> ServiceEntry:
     service_id, flags, kind, algorithm, affinity, _ = _SERVICE.unpack(packed)
     return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), Algorithm(algorithm), affinity)
+
+
+def asks_who(packed: bytes) -> bool:
+    """Whether a packed service looks at who its client is, as in lib/algorithm.h."""
+    return packed[7] >= Algorithm.DESTINATION_HASH or any(packed[8:12])
 
 
 def selection_word(base: int, count: int) -> int:

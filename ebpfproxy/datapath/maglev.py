@@ -8,10 +8,9 @@ same on every node, and when a backend goes, hardly more than its own places cha
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 #: Primes, as Cilium's option has them.
 SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
@@ -31,7 +30,7 @@ def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[in
     at = [offset for offset, _ in order]
     skips = [skip for _, skip in order]
     taken, found = bytearray(size), array("I", bytes(4 * size))
-    for i in itertools.islice(_turns(weights), size):
+    for i in _turns(weights, size):
         place, skip = at[i], skips[i]
         while taken[place]:
             place = (place + skip) % size
@@ -41,21 +40,24 @@ def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[in
     return found
 
 
-def _turns(weights: Sequence[int]) -> Iterator[int]:
-    """Whose turn it is, without end: in the first round everybody's, then by weight.
+def _turns(weights: Sequence[int], count: int) -> list[int]:
+    """Whose turn it is, so many times: in the first round everybody's, then by weight.
 
-    The k-th turn after that of a backend is in round k * heaviest / weight.
+    The k-th turn after that of a backend is in round k * heaviest / weight, rounded up. Nobody is asked in
+    rounds in which he has no turn: with one that is far heavier than all others, most rounds are like that.
     """
-    heaviest = max(weights)
+    heaviest, total, several = max(weights), sum(weights), len(weights)
     if min(weights) == heaviest:
-        yield from itertools.cycle(range(len(weights)))
-    heap = [(0, i) for i in range(len(weights))]
-    turns = [0] * len(weights)
-    while True:
-        i = heap[0][1]
-        turns[i] += 1
-        heapq.heapreplace(heap, (-(-turns[i] * heaviest // weights[i]), i))
-        yield i
+        return list(itertools.islice(itertools.cycle(range(several)), count))
+    rounds = -(-count * heaviest // total)
+    # A number that sorts by round, then by backend.
+    turns = [
+        -(-k * heaviest // weight) * several + i
+        for i, weight in enumerate(weights)
+        for k in range(rounds * weight // heaviest + 1)
+    ]
+    turns.sort()
+    return [turn % several for turn in turns[:count]]
 
 
 def _order(name: bytes, size: int) -> tuple[int, int]:

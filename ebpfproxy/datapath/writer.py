@@ -23,7 +23,7 @@ from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
 from ebpfproxy.datapath.departures import Departed, Departures
 from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
-from ebpfproxy.datapath.layout import U32, ServiceFlags
+from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.slots import slots_of
@@ -607,6 +607,20 @@ class Writer:
             self._service_ids.give_back(number)
 
     # -- the node
+
+    @property
+    def asks_who(self) -> bool:
+        """Whether any Service looks at who its client is."""
+        return any(map(layout.asks_who, self._entries.values()))
+
+    def set_client_namespaces(self, cookies: Mapping[bytes, int]) -> None:
+        """Under which names pods of this node appear as clients: by address in packets."""
+        table = self._maps["client_namespaces"]
+        wanted = {layout.pack_address(address): U64.pack(cookie) for address, cookie in cookies.items()}
+        present = dict(table.items())
+        table.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
+        for key in present.keys() - wanted.keys():
+            table.delete(key)
 
     def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
         """All addresses of this node: answers to masqueraded clients come to one of them."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from scapy.layers.inet import IP, UDP
 
-from tests.lab import Agent, Lab, choices, manifests
+from ebpfproxy.node.identity import netns_cookie
+from tests.lab import Agent, Lab, Pod, choices, manifests
 from tests.packets.wire import PASS, Wire
 
 pytestmark = pytest.mark.root
@@ -94,6 +95,14 @@ class World:
             found.add(result.packet[IP].dst)
         return found
 
+    def packet_of_pod(self, name: str, pod: int) -> str:
+        """The backend of a new flow of a pod that no socket hook saw."""
+        packet = IP(src=self.pods[pod].address, dst=SERVICES[name][0]) / UDP(sport=next(_ports), dport=53)
+        result = self.wire.arrive(packet / b"?", device=f"p{pod + 1}")
+        assert result.verdict == PASS
+        backend: str = result.packet[IP].dst
+        return backend
+
     def affinity(self, *arguments: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.node.cli("affinity", "list", "-o", "json", *arguments))
         return rows
@@ -129,6 +138,30 @@ def test_a_client_stays_with_its_backend(world: World, name: str) -> None:
     assert all(len(found) == 1 for found in by_pod + by_address)
     assert len(set.union(*by_address)) > 5
     assert [world.socket(name, pod, 5) for pod in range(3)] == by_pod
+
+
+def test_a_pod_is_one_client_in_both_ways(world: World) -> None:
+    """The agent knows which address is whose; of a pod that is new, within a sweep (10 s)."""
+    newcomer = world.node.pod("newcomer")
+    world.pods.append(newcomer)
+    world.wire.close()
+    world.wire = Wire(world.node)
+    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)}, 20)
+    for pod in range(4):
+        assert world.socket("sticky-rr", pod, 3) == {world.packet_of_pod("sticky-rr", pod)}
+    assert len({row["client"] for row in world.affinity("--service", "shop/sticky-rr")}) == 4
+
+
+def cookie(pod: Pod) -> int:
+    found: int = pod.call(netns_cookie)
+    return found
+
+
+def seen(world: World, pod: int) -> list[dict[str, Any]]:
+    """The clients after a packet of the pod's."""
+    world.node.cli("affinity", "flush", "--all")
+    world.packet_of_pod("sticky", pod)
+    return world.affinity()
 
 
 def test_without_affinity_it_does_not(world: World) -> None:

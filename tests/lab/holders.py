@@ -1,6 +1,7 @@
 """A client that holds connected sockets and tells which of them were ended.
 
-``python -m tests.lab.holders SECONDS SPECS``: SPECS is a JSON list of [name, "udp" or "tcp", host, port, count].
+``python -m tests.lab.holders SECONDS SPECS``: SPECS is a JSON list of [name, kind, host, port, count];
+kinds are udp, tcp, udp-again (connected twice), udp-asking (sends), tcp-opening (does not wait for an answer).
 Prints a JSON line when all are connected: how many of each name go where. After a line on its input it watches
 for some seconds and prints another: how many were ended, by name, backend and error, and when the last was.
 """
@@ -48,6 +49,11 @@ class Holder:
         found = self._line()
         return Counter(found["ended"]), found["last"]
 
+    def close(self) -> None:
+        """Ends it, and with it its sockets."""
+        self._process.kill()
+        self._process.wait()
+
     def _line(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
@@ -60,12 +66,16 @@ def main(seconds: float, specs: list[tuple[str, str, str, int, int]]) -> None:
     for name, kind, host, port, count in specs:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for _ in range(count):
-            sock = socket.socket(family, socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM)
+            sock = socket.socket(family, socket.SOCK_DGRAM if kind.startswith("udp") else socket.SOCK_STREAM)
             if kind == "tcp-opening":
                 sock.setblocking(False)
                 sock.connect_ex((host, port))
             else:
                 sock.connect((host, port))
+            if kind == "udp-again":
+                sock.connect((host, port))
+            elif kind == "udp-asking":
+                sock.send(b"?")
             sockets[sock.fileno()] = (name, sock)
     ends = remote_ends()
     meant = {}

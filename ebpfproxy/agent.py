@@ -2,8 +2,8 @@
 
 Threads: one for each watched resource (or one for the manifests), one for the node's devices and addresses,
 the HTTP servers, and the reconciler, which alone owns the tracker and the maps' contents. They meet at one
-queue. Slow things that the reconciler starts (compiling, a grace period, a sweep of conntrack) run beside it
-and report to the queue.
+queue. Slow things that the reconciler starts (compiling, and those of ``housekeeping``) run beside it and
+report to the queue.
 
 Order of a start: roots and lock; kernel probe; maps (adopted or made); then, at the same time, the watches'
 first lists and the programs' compilation; the first full programming; and only then programs are attached
@@ -20,43 +20,36 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 import ebpfproxy
 from ebpfproxy import state
-from ebpfproxy.datapath import attach, cleanup, conntrack, maglev, maps, probe, programs, roots
-from ebpfproxy.datapath.affinity import forget_expired
+from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
 from ebpfproxy.datapath.carry import Carrier
-from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS, Module
-from ebpfproxy.datapath.layout import Capacity
-from ebpfproxy.datapath.origins import StaleTcp
+from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
-from ebpfproxy.datapath.writer import Retired, Writer
+from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
-from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.manifests import ManifestSource
-from ebpfproxy.kube.reflector import reflectors
-from ebpfproxy.kube.status import SourceStatus
+from ebpfproxy.housekeeping import Housekeeping
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.maps import MapCollector
-from ebpfproxy.node.clients import namespace_cookies
 from ebpfproxy.node.identity import netns_cookie
-from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
 from ebpfproxy.objects import Deleted, Event, Replaced
-from ebpfproxy.services.model import Algorithm, Family, Prefix
-from ebpfproxy.services.reduce import reducer
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.services.model import Family, Prefix
 from ebpfproxy.services.tracker import Tracker, Update
 from ebpfproxy.services.values import parse_prefix
-from ebpfproxy.stale import Ended, end_stale_sockets
+from ebpfproxy.source import Source
 
 log = get_logger(__name__)
 
@@ -64,57 +57,20 @@ log = get_logger(__name__)
 _HEARTBEAT = 5.0
 #: How often it looks for orders of commands, in seconds.
 _ORDERS = 0.5
+R = TypeVar("R")
+
 #: So many service ports at once are a new list, or a cluster that grew.
 _MANY_CHANGES = 1000
-
-
-class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``ebpfproxy run`` was told."""
-
-    node_name: str
-    bpf_root: Path
-    cgroup_root: Path
-    manifests: Path | None = None
-    kubeconfig: Path | None = None
-    master: str | None = None
-    healthz_bind_address: str = "0.0.0.0:10256"
-    metrics_bind_address: str = "127.0.0.1:10249"
-    node_ports_on_loopback: bool = True
-    guard_node_ports: bool = True
-    #: Checked by ``node.network.parse_node_port_addresses``.
-    node_port_addresses: tuple[str, ...] = ()
-    external_ips: bool = True
-    #: Patterns of uplinks' names; empty: by routes and addresses.
-    devices: tuple[str, ...] = ()
-    local_pods: LocalPods = LocalPods()
-    cluster_cidrs: tuple[Prefix, ...] = ()
-    service_cidrs: tuple[Prefix, ...] = ()
-    masquerade_all: bool = False
-    bypass_netfilter: bool = False
-    #: Of Services that name none.
-    algorithm: Algorithm = Algorithm.RANDOM
-    maglev_size: int = maglev.DEFAULT_SIZE
-    masquerade_ports: tuple[int, int]
-    timeouts: conntrack.Timeouts = conntrack.Timeouts()
-    sweep_seconds: float = 10.0
-    stale_tcp: StaleTcp = StaleTcp.GONE
-    capacity: Capacity = Capacity()
-    without: frozenset[probe.Feature] = frozenset()
 
 
 class NetworkChanged(msgspec.Struct, frozen=True):
     network: Network
 
 
-class Swept(msgspec.Struct, frozen=True):
-    """``clients``: the namespaces of addresses, where any Service looks at who its client is."""
+class Finished(msgspec.Struct, frozen=True):
+    """Something that ran beside is done, and this is what the reconciler does about it."""
 
-    sweep: conntrack.Sweep
-    clients: dict[bytes, int]
-
-
-class SocketsEnded(msgspec.Struct, frozen=True):
-    result: Ended
+    then: Callable[[], None]
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -123,54 +79,11 @@ class Failed(msgspec.Struct, frozen=True):
     error: BaseException
 
 
-class GracePassed(msgspec.Struct, frozen=True):
-    retired: Retired
-
-
-class Loaded(msgspec.Struct, frozen=True):
-    """The programs are compiled and pinned in ``folder``, or ``error`` says why not."""
-
-    folder: Path | None
-    error: str | None = None
-
-
 class Stop(msgspec.Struct, frozen=True):
     pass
 
 
-Message = Event | NetworkChanged | GracePassed | Swept | SocketsEnded | Failed | Loaded | Stop
-
-
-class _Source:
-    """Where objects come from: the API server's watches, or manifests."""
-
-    def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
-        self.has_cluster = options.manifests is None
-        self.requests: Callable[[], dict[str, int]] = dict
-        reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
-        if options.manifests is not None:
-            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
-            self.description = f"manifests {options.manifests}"
-            self.host = ""
-            self.start, self.stop = manifests.start, manifests.stop
-            self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
-            return
-        connection = ApiConnection.from_options(options.kubeconfig, options.master)
-        watches = reflectors(connection, options.node_name, sink, reduce)
-        self.description = f"API server {connection.host}"
-        self.host = connection.host.partition("://")[2]
-        self.requests = lambda: dict(connection.requests)
-        self.statuses = lambda: [watch.status for watch in watches]
-
-        def start() -> None:
-            for watch in watches:
-                watch.start()
-
-        def stop() -> None:
-            for watch in watches:
-                watch.stop()
-
-        self.start, self.stop = start, stop
+Message = Event | NetworkChanged | Finished | Failed | Stop
 
 
 class Agent:
@@ -187,23 +100,15 @@ class Agent:
         self._health = ProxyHealth()
         self._metrics = AgentMetrics()
         self._node_port_health = NodePortHealth(lambda: self._health.healthy)
-        self._workers = ThreadPoolExecutor(3, thread_name_prefix="worker")
+        self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
         self._started = time.time()
         self._programs: Path | None = None
         self._loading = False
-        self._network: Network | None = None
         self._pod_cidrs: tuple[Prefix, ...] | None = None
-        self._next_sweep = 0.0
         self._next_orders = 0.0
-        self._last_sweep: conntrack.Sweep | None = None
-        self._sweeping: dict[bytes, Departed] = {}
-        self._ended: dict[bytes, Departed] = {}
-        self._ending = False
-        self._evicted = 0
         self._device_failures: list[str] = []
         self._complete = False
         self._attached = False
-        self._grace_runs = False
         self._last_programmed: float | None = None
         self._last_duration: float | None = None
         self._state_written = 0.0
@@ -221,18 +126,20 @@ class Agent:
         self._features = probe.probe().without(options.without)
         self._pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(self._pins, options.capacity)
-        self._grace = Grace()
-        self._writer = Writer(self._maps, self._grace.wait, maglev_size=options.maglev_size)
+        grace = Grace()
+        self._writer = Writer(self._maps, grace.wait, maglev_size=options.maglev_size)
+        self._housekeeping = Housekeeping(
+            options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
+        )
         self._drained = Drained(self._maps)
         self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
-        self._sweeper = conntrack.Sweeper(self._maps, options.timeouts, rest=lambda: time.sleep(0.001))
         log.info(
             "maps are adopted" if self._maps.adopted else "maps are made",
             folder=str(self._maps.folder),
             service_ports=self._writer.service_ports,
             backends=self._writer.backends,
         )
-        source = self._source = _Source(options, self._queue.put)
+        source = self._source = Source(options, self._queue.put)
         servers = self._servers(source)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
@@ -260,9 +167,6 @@ class Agent:
     def _start_load(self) -> None:
         self._loading = True
         modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
-        self._workers.submit(self._load, modules)
-
-    def _load(self, modules: tuple[Module, ...]) -> None:
         options = self._options
         wanted = programs.Options(
             features=self._features,
@@ -275,12 +179,22 @@ class Agent:
             pods_by_cidr=options.local_pods.by_cidr,
             service_cidrs=bool(options.service_cidrs),
         )
-        try:
-            self._queue.put(Loaded(programs.ensure_loaded(self._maps, wanted, modules)))
-        except (programs.LoadError, OSError) as error:
-            self._queue.put(Loaded(None, str(error)))
 
-    def _servers(self, source: _Source) -> list[HttpServer]:
+        def load() -> Path:
+            try:
+                return programs.ensure_loaded(self._maps, wanted, modules)
+            except OSError as error:
+                raise programs.LoadError(str(error)) from error
+
+        self._beside(load, self._loaded)
+
+    def _loaded(self, folder: Path) -> None:
+        self._loading = False
+        self._programs = folder
+        if self._attached:
+            self._attach_devices()
+
+    def _servers(self, source: Source) -> list[HttpServer]:
         self._metrics.registry.register(SourceCollector(source.statuses, source.requests, source.host))
         self._metrics.registry.register(MapCollector(self._maps))
 
@@ -335,9 +249,7 @@ class Agent:
                 self._program()
             self._set_cidrs()
             self._attach_when_ready()
-            self._start_grace()
-            self._start_ending()
-            self._start_sweep()
+            self._housekeeping.start(attached=self._attached)
             if not is_idle or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
 
@@ -362,31 +274,10 @@ class Agent:
     def _handle(self, message: Message) -> None:
         if isinstance(message, NetworkChanged):
             self._set_network(message.network)
-        elif isinstance(message, Swept):
-            self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            self._writer.forget_departures(dict(self._sweeping.items() & self._ended.items()))
-            self._writer.set_client_namespaces(message.clients)
-            self._last_sweep = message.sweep
-            self._evicted += message.sweep.evicted
-            self._metrics.swept(message.sweep)
-        elif isinstance(message, SocketsEnded):
-            self._ending = False
-            ended = {**self._ended, **message.result.departures}
-            self._ended = dict(self._writer.departures.items() & ended.items())
-            self._report_ended(message.result)
+        elif isinstance(message, Finished):
+            message.then()
         elif isinstance(message, Failed):
             raise message.error
-        elif isinstance(message, GracePassed):
-            self._grace_runs = False
-            self._writer.reclaim(message.retired)
-            self._writer.retry()
-        elif isinstance(message, Loaded):
-            self._loading = False
-            if message.folder is None:
-                raise programs.LoadError(message.error or "")
-            self._programs = message.folder
-            if self._attached:
-                self._attach_devices()
         elif not isinstance(message, Stop):
             if isinstance(message, Replaced):
                 log.debug("list", resource=str(message.resource), objects=len(message.objects))
@@ -490,7 +381,6 @@ class Agent:
     # -- this node's devices and addresses
 
     def _set_network(self, network: Network) -> None:
-        self._network = network
         options = self._options
         node_ports = select_node_port_addresses(network, options.node_port_addresses)
         log.info(
@@ -548,70 +438,19 @@ class Agent:
             self._pod_cidrs = pods
             self._packets.set_cidrs(pods, self._options.service_cidrs)
 
-    # -- what runs beside
+    def _beside(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
+        """Runs ``work`` in a worker, and ``then`` with its result in the reconciler. Its failure is ours."""
 
-    def _beside(self, work: Callable[[], Message]) -> None:
-        """Runs it in a worker; what it returns comes to the queue, and so does its failure."""
-
-        def done(future: Future[Message]) -> None:
-            if not future.cancelled():
-                error = future.exception()
-                self._queue.put(future.result() if error is None else Failed(error))
+        def done(future: Future[R]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if error is None:
+                self._queue.put(Finished(lambda: then(future.result())))
+            else:
+                self._queue.put(Failed(error))
 
         self._workers.submit(work).add_done_callback(done)
-
-    def _start_sweep(self) -> None:
-        now = time.monotonic()
-        if not self._attached or now < self._next_sweep:
-            return
-        # Again only after this one has reported.
-        self._next_sweep = now + 3600
-
-        departures, backends = self._writer.departures, self._writer.backends_end
-        asks_who = self._writer.asks_who
-        self._sweeping = departures
-
-        def sweep() -> Swept:
-            swept = self._sweeper.sweep(departures, backends)
-            forget_expired(self._maps, time.monotonic_ns())
-            return Swept(swept, namespace_cookies() if asks_who else {})
-
-        self._beside(sweep)
-
-    def _start_ending(self) -> None:
-        """Ends the sockets whose backends have departed; one round at a time, for all until it begins."""
-        if self._ending or not self._attached:
-            return
-        departures = {k: why for k, why in self._writer.departures.items() if self._ended.get(k) != why}
-        if not departures:
-            return
-        self._ending = True
-        self._beside(
-            lambda: SocketsEnded(
-                end_stale_sockets(self._maps, self._grace, departures, self._options.stale_tcp)
-            )
-        )
-
-    def _report_ended(self, result: Ended) -> None:
-        for protocol, number in result.ended.items():
-            self._metrics.ended_sockets(protocol, number)
-        if result.ended or result.unseen:
-            log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
-
-    def _start_grace(self) -> None:
-        """One grace period at a time, for all that was retired until it begins."""
-        if self._grace_runs:
-            return
-        retired = self._writer.take_retired()
-        if not retired:
-            return
-        self._grace_runs = True
-
-        def wait() -> GracePassed:
-            self._grace.wait()
-            return GracePassed(retired)
-
-        self._beside(wait)
 
     # -- what status shows
 
@@ -654,8 +493,8 @@ class Agent:
                     *self._unbound_ports(),
                 ),
                 devices=len(self._packets.targets),
-                conntrack_entries=self._last_sweep.entries if self._last_sweep else 0,
-                conntrack_evicted=self._evicted,
+                conntrack_entries=self._housekeeping.entries,
+                conntrack_evicted=self._housekeeping.evicted,
                 health_check_ports=self._node_port_health.bound,
                 timeouts=self._options.timeouts,
             ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ebpfproxy import logs
-from ebpfproxy.agent import Agent, AgentOptions
+from ebpfproxy.agent import Agent
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.values import Seconds, prefixes, split
@@ -25,6 +25,7 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.node.identity import NodeNameError, node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addresses
+from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.balancing import parse_algorithm
 from ebpfproxy.services.model import Algorithm
 

@@ -1,0 +1,133 @@
+"""What has to be done from time to time, beside the reconciler: grace periods, stale sockets, sweeps.
+
+Each runs at most once at a time, in a worker; what follows from it is done in the reconciler's thread, which
+alone owns the writer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from ebpfproxy.datapath import conntrack
+from ebpfproxy.datapath.affinity import forget_expired
+from ebpfproxy.datapath.departures import Departed
+from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.logs import get_logger
+from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.node.clients import namespace_cookies
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.stale import Ended, end_stale_sockets
+
+log = get_logger(__name__)
+
+R = TypeVar("R")
+
+
+class Beside(Protocol):
+    """Runs work in a worker and then, with its result, something in the reconciler."""
+
+    def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...
+
+
+class Housekeeping:
+    """Its methods are called by the reconciler."""
+
+    def __init__(
+        self,
+        options: AgentOptions,
+        maps: MapSet,
+        writer: Writer,
+        *,
+        grace: Grace,
+        metrics: AgentMetrics,
+        beside: Beside,
+    ) -> None:
+        self._options = options
+        self._maps = maps
+        self._writer = writer
+        self._grace = grace
+        self._metrics = metrics
+        self._beside = beside
+        self._sweeper = conntrack.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
+        self._grace_runs = self._ending = self._sweeping = False
+        self._next_sweep = 0.0
+        #: Departures whose sockets have been ended.
+        self._ended: dict[bytes, Departed] = {}
+        #: Conntrack entries after the last sweep, and how many have been pushed out so far.
+        self.entries = 0
+        self.evicted = 0
+
+    def start(self, *, attached: bool) -> None:
+        """Starts what is due. Before programs are ``attached`` nothing but grace periods is."""
+        self._start_grace()
+        if attached:
+            self._start_ending()
+            self._start_sweep()
+
+    # -- what was replaced
+
+    def _start_grace(self) -> None:
+        """One grace period at a time, for all that was retired until it begins."""
+        retired = None if self._grace_runs else self._writer.take_retired()
+        if not retired:
+            return
+        self._grace_runs = True
+
+        def passed(_: None) -> None:
+            self._grace_runs = False
+            self._writer.reclaim(retired)
+            self._writer.retry()
+
+        self._beside(self._grace.wait, passed)
+
+    # -- sockets of backends that are gone
+
+    def _start_ending(self) -> None:
+        """One round at a time, for all departures until it begins."""
+        if self._ending:
+            return
+        departures = {k: each for k, each in self._writer.departures.items() if self._ended.get(k) != each}
+        if not departures:
+            return
+        self._ending = True
+        tcp = self._options.stale_tcp
+        self._beside(lambda: end_stale_sockets(self._maps, self._grace, departures, tcp), self._sockets_ended)
+
+    def _sockets_ended(self, result: Ended) -> None:
+        self._ending = False
+        ended = {**self._ended, **result.departures}
+        self._ended = dict(self._writer.departures.items() & ended.items())
+        for protocol, number in result.ended.items():
+            self._metrics.ended_sockets(protocol, number)
+        if result.ended or result.unseen:
+            log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
+
+    # -- flows and clients that are over
+
+    def _start_sweep(self) -> None:
+        if self._sweeping or time.monotonic() < self._next_sweep:
+            return
+        self._sweeping = True
+        departures, backends = self._writer.departures, self._writer.backends_end
+        asks_who = self._writer.asks_who
+
+        def sweep() -> tuple[conntrack.Sweep, dict[bytes, int]]:
+            swept = self._sweeper.sweep(departures, backends)
+            forget_expired(self._maps, time.monotonic_ns())
+            return swept, namespace_cookies() if asks_who else {}
+
+        def done(found: tuple[conntrack.Sweep, dict[bytes, int]]) -> None:
+            swept, clients = found
+            self._sweeping = False
+            self._next_sweep = time.monotonic() + self._options.sweep_seconds
+            self._writer.forget_departures(dict(departures.items() & self._ended.items()))
+            self._writer.set_client_namespaces(clients)
+            self.entries = swept.entries
+            self.evicted += swept.evicted
+            self._metrics.swept(swept)
+
+        self._beside(sweep, done)

@@ -1,0 +1,47 @@
+"""What ``ebpfproxy run`` was told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath import conntrack, maglev, probe
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.origins import StaleTcp
+from ebpfproxy.node.local import LocalPods
+from ebpfproxy.services.model import Algorithm, Prefix
+
+
+class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``ebpfproxy run`` was told."""
+
+    node_name: str
+    bpf_root: Path
+    cgroup_root: Path
+    manifests: Path | None = None
+    kubeconfig: Path | None = None
+    master: str | None = None
+    healthz_bind_address: str = "0.0.0.0:10256"
+    metrics_bind_address: str = "127.0.0.1:10249"
+    node_ports_on_loopback: bool = True
+    guard_node_ports: bool = True
+    #: Checked by ``node.network.parse_node_port_addresses``.
+    node_port_addresses: tuple[str, ...] = ()
+    external_ips: bool = True
+    #: Patterns of uplinks' names; empty: by routes and addresses.
+    devices: tuple[str, ...] = ()
+    local_pods: LocalPods = LocalPods()
+    cluster_cidrs: tuple[Prefix, ...] = ()
+    service_cidrs: tuple[Prefix, ...] = ()
+    masquerade_all: bool = False
+    bypass_netfilter: bool = False
+    #: Of Services that name none.
+    algorithm: Algorithm = Algorithm.RANDOM
+    maglev_size: int = maglev.DEFAULT_SIZE
+    masquerade_ports: tuple[int, int]
+    timeouts: conntrack.Timeouts = conntrack.Timeouts()
+    sweep_seconds: float = 10.0
+    stale_tcp: StaleTcp = StaleTcp.GONE
+    capacity: Capacity = Capacity()
+    without: frozenset[probe.Feature] = frozenset()

@@ -1,0 +1,45 @@
+"""Where objects come from: the API server's watches, or manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.manifests import ManifestSource
+from ebpfproxy.kube.reflector import reflectors
+from ebpfproxy.kube.status import SourceStatus
+from ebpfproxy.objects import Event
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.services.reduce import reducer
+
+
+class Source:
+    """Either, under one face."""
+
+    def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
+        self.has_cluster = options.manifests is None
+        self.requests: Callable[[], dict[str, int]] = dict
+        reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
+        if options.manifests is not None:
+            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
+            self.description = f"manifests {options.manifests}"
+            self.host = ""
+            self.start, self.stop = manifests.start, manifests.stop
+            self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
+            return
+        connection = ApiConnection.from_options(options.kubeconfig, options.master)
+        watches = reflectors(connection, options.node_name, sink, reduce)
+        self.description = f"API server {connection.host}"
+        self.host = connection.host.partition("://")[2]
+        self.requests = lambda: dict(connection.requests)
+        self.statuses = lambda: [watch.status for watch in watches]
+
+        def start() -> None:
+            for watch in watches:
+                watch.start()
+
+        def stop() -> None:
+            for watch in watches:
+                watch.stop()
+
+        self.start, self.stop = start, stop

@@ -340,7 +340,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
  * Whether a flow's questions go to a backend that is not the Service's any more. Without a
  * connection there is nothing to lose: datagrams also leave what is merely not ready.
  */
-static __always_inline bool is_stale(const struct flow *flow, struct nat *nat)
+static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, bool opens)
 {
 	struct departure_key key = { nat->service_id, nat->backend_id };
 	struct backend *backend = map_lookup(backends, &key.backend_id);
@@ -351,11 +351,15 @@ static __always_inline bool is_stale(const struct flow *flow, struct nat *nat)
 	if (!backend || backend->proto != service_protocol(flow->proto) ||
 	    backend->port != nat->dport || !addr_equal(&backend->addr, &nat->dst))
 		return true;
+	/* Nor does a new connection go where none may: its client may have lost the old one unseen.
+	 */
+	if (opens && backend->state != BACKEND_ACTIVE)
+		return true;
 	if (!epoch || nat->epoch == (u16)*epoch)
 		return false;
 	departed = map_lookup(departures, &key);
 	if (departed)
-		return *departed == DEPARTED_GONE || flow->proto != IPPROTO_TCP;
+		return *departed == DEPARTED_GONE || opens || flow->proto != IPPROTO_TCP;
 	nat->epoch = (u16)*epoch;
 	return false;
 }
@@ -373,7 +377,7 @@ static __always_inline enum course course_of(const struct packet *p, struct nat 
 
 	if (nat->flags & (NAT_REPLY | NAT_SOURCE))
 		return COURSE_FOLLOW;
-	if (is_stale(&p->flow, nat))
+	if (is_stale(&p->flow, nat, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? COURSE_AGAIN : COURSE_REJECT;
 	/* A client that uses a port again opens another connection. */
 	return opens && is_closed(nat) ? COURSE_AGAIN : COURSE_FOLLOW;

@@ -27,7 +27,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy import state
 from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
-from ebpfproxy.datapath.carry import Carrier
+from ebpfproxy.datapath.carry import Carrier, carry_orders
 from ebpfproxy.datapath.devices import Target
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
@@ -131,6 +131,7 @@ class Agent:
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
         )
+        carry_orders(self._pins, self._maps)
         self._drained = Drained(self._maps)
         self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
         log.info(

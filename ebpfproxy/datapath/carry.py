@@ -16,7 +16,7 @@ from ebpfproxy.datapath.bpf import BpfError
 from ebpfproxy.datapath.layout import SCHEMA_VERSION, U32
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 
-_AS_THEY_ARE = ("sock_revnat", "fragments", "drained")
+_AS_THEY_ARE = ("sock_revnat", "fragments")
 #: An id that nothing has.
 _NOTHING = 0xFFFFFFFF
 
@@ -29,7 +29,7 @@ class Carrier:
 
     def __init__(self, pins: Path, maps: MapSet) -> None:
         self._new = maps
-        self._old = [old for folder in pins.glob(f"v{SCHEMA_VERSION}-*") if (old := _other(folder, maps))]
+        self._old = _others(pins, maps)
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
         #: Origins that have been copied, as they were written.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
@@ -105,6 +105,17 @@ class Carrier:
     def close(self) -> None:
         while self._old:
             self._old.pop().close()
+
+
+def carry_orders(pins: Path, maps: MapSet) -> None:
+    """What commands have ordered holds for maps of other sizes, too, before anything is programmed."""
+    for old in _others(pins, maps):
+        maps["drained"].update_many(dict(_missing(old, maps, "drained")))
+        old.close()
+
+
+def _others(pins: Path, maps: MapSet) -> list[MapSet]:
+    return [old for folder in pins.glob(f"v{SCHEMA_VERSION}-*") if (old := _other(folder, maps))]
 
 
 def _other(folder: Path, maps: MapSet) -> MapSet | None:

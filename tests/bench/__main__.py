@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from tests.bench import agent, outside, sockets
+from tests.bench import agent, choice, outside, sockets
 from tests.bench.results import Result, save, show
 
-PARTS = ("agent", "sockets", "outside")
+PARTS = ("agent", "choice", "sockets", "outside")
 
 
 def main() -> None:
@@ -25,6 +25,9 @@ def main() -> None:
     if "agent" in options.only:
         results["agent"] = agent.run()
         show("The agent", results["agent"])
+    if "choice" in options.only:
+        results["choice"] = choice.run(options.rounds * 3)
+        show("Choosing a backend, against choosing it at random", results["choice"])
     if "sockets" in options.only:
         results["sockets"] = sockets.run(options.seconds, options.rounds)
         show("Through a ClusterIP, against the pod itself", results["sockets"])

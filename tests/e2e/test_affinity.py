@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from scapy.layers.inet import IP, UDP
 
+from ebpfproxy.datapath import bpf
 from ebpfproxy.node.identity import netns_cookie
 from tests.lab import Agent, Lab, Pod, choices, manifests
 from tests.packets.wire import PASS, Wire
@@ -102,6 +105,17 @@ class World:
         assert result.verdict == PASS
         backend: str = result.packet[IP].dst
         return backend
+
+    def put_back(self, seconds: float) -> None:
+        """Lets time have passed since the last choice of every client."""
+        path = next((self.node.bpf_root / "ebpfproxy").glob("v*/maps/affinity"))
+        fd = bpf.get_pinned(path)
+        for keys, values, count in bpf.map_lookup_batches(fd, 24, 16, 4096):
+            for i in range(count):
+                backend, _, last = struct.unpack("=IIQ", values[16 * i : 16 * (i + 1)])
+                earlier = struct.pack("=IIQ", backend, 0, last - int(seconds * 1e9))
+                bpf.map_update(fd, bytes(keys[24 * i : 24 * (i + 1)]), earlier)
+        os.close(fd)
 
     def affinity(self, *arguments: str) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads(self.node.cli("affinity", "list", "-o", "json", *arguments))
@@ -210,6 +224,31 @@ def test_it_outlives_the_agent_and_a_change_of_other_backends(world: World) -> N
     kept = set.union(*before)
     world.set_backends([b for b in BACKENDS if b in kept] + [LOCAL])
     assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
+
+
+def test_it_lasts_as_long_as_the_service_says(world: World) -> None:
+    """An hour without an hour: the time of the last choice is put back in the map."""
+    clients = [f"198.51.100.{i}" for i in range(40)]
+    before = {client: world.packet("sticky", client) for client in clients}
+    world.put_back(3599)
+    assert {client: world.packet("sticky", client) for client in clients} == before
+    world.put_back(3599)
+    assert {client: world.packet("sticky", client) for client in clients} == before, "use makes it last"
+    world.put_back(3601)
+    assert {client: world.packet("sticky", client) for client in clients} != before
+
+
+def test_a_table_of_another_size_has_it_and_a_full_one_only_forgets(world: World) -> None:
+    before = [world.socket("sticky", pod) for pod in range(3)]
+    world.agent.stop()
+    world.agent = world.node.agent("--max-affinity", "256", manifests=world.folder).start()
+    world.wire.close()
+    world.wire = Wire(world.node)
+    assert [world.socket("sticky", pod, 3) for pod in range(3)] == before
+    for i in range(2000):
+        world.packet("sticky", f"198.{18 + i // 250}.{i % 250}.1")
+    assert len(world.affinity()) <= 256
+    assert all(len(world.socket("sticky", pod, 20)) == 1 for pod in range(3))
 
 
 def test_affinity_list_and_flush(world: World) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
@@ -18,21 +17,6 @@ from ebpfproxy.datapath.dump import Dump, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import Protocol
 from ebpfproxy.state import load
-
-
-class NamedFlow(msgspec.Struct, frozen=True):
-    """The JSON of ``ebpfproxy conntrack list``: these names stay. Times in seconds."""
-
-    protocol: str
-    state: str
-    client: str
-    frontend: str
-    backend: str
-    masquerade: str
-    service: str
-    idle: float
-    age: float
-    expires: float
 
 
 @click.group("conntrack")
@@ -61,7 +45,7 @@ class _Filter:
     def __init__(self, **wanted: str | None) -> None:
         self.wanted = {name: text for name, text in wanted.items() if text}
 
-    def matches(self, flow: NamedFlow) -> bool:
+    def matches(self, flow: FlowRow) -> bool:
         return all(_matches(name, text, getattr(flow, name)) for name, text in self.wanted.items())
 
 
@@ -73,29 +57,12 @@ def _matches(name: str, wanted: str, value: str) -> bool:
     return wanted.lower() == value.lower()
 
 
-def _read(maps: MapSet) -> list[tuple[NamedFlow, tuple[bytes, ...]]]:
+def _read(maps: MapSet) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
     names = {number: f"{key.namespace}/{key.name}" for number, key in Dump(maps).names.items()}
     agent = load(maps)
     timeouts = agent.timeouts if agent is not None and agent.timeouts is not None else Timeouts()
-    found = []
-    for row, keys in flows_of(list(maps["conntrack"].items()), timeouts, time.monotonic_ns()):
-        found.append((_named(row, names.get(row.service_id, "?")), keys))
+    found = flows_of(list(maps["conntrack"].items()), timeouts, time.monotonic_ns(), names)
     return sorted(found, key=lambda pair: (pair[0].service, pair[0].frontend, pair[0].client))
-
-
-def _named(row: FlowRow, service: str) -> NamedFlow:
-    return NamedFlow(
-        protocol=row.protocol,
-        state=row.state,
-        client=row.client,
-        frontend=row.frontend,
-        backend=row.backend,
-        masquerade=row.masquerade,
-        service=service,
-        idle=row.idle,
-        age=row.age,
-        expires=row.expires,
-    )
 
 
 @command.command("list")
@@ -141,7 +108,7 @@ def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
     click.echo(f"flushed {len(flows)} flows ({deleted} entries)")
 
 
-def _print(flows: list[NamedFlow]) -> None:
+def _print(flows: list[FlowRow]) -> None:
     printed = table(
         "protocol", "state", "client", "frontend", "backend", "masqueraded as", "service", "idle", "expires"
     )

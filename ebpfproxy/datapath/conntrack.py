@@ -256,16 +256,18 @@ def counters(events: Map) -> dict[PacketEvent, int]:
 class FlowRow(msgspec.Struct, frozen=True):
     """A flow: both halves of a pair, or all four of a masqueraded one. Times in seconds.
 
+    The JSON of ``ebpfproxy conntrack list``: these names stay.
+
     ``masquerade`` is the address and port that the backend sees, empty where it is the client's own.
     """
 
     protocol: str
+    state: str
     client: str
     frontend: str
     backend: str
     masquerade: str
-    state: str
-    service_id: int
+    service: str
     idle: float
     age: float
     expires: float
@@ -296,9 +298,12 @@ def decode(key: bytes, value: bytes) -> Entry:
 
 
 def flows_of(
-    entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int
+    entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int, names: Mapping[int, str]
 ) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
-    """Pairs put together, each with the keys of its entries. ``now`` is CLOCK_MONOTONIC in ns."""
+    """Pairs put together, each with the keys of its entries.
+
+    ``now`` is CLOCK_MONOTONIC in ns, ``names`` are of Services by id.
+    """
     packed = dict(entries)
     found = []
     for key, value in entries:
@@ -337,7 +342,7 @@ def flows_of(
             backend=format_endpoint(nat.destination, nat.destination_port),
             masquerade=masquerade,
             state=state_of(flow.protocol, seen),
-            service_id=nat.service_id,
+            service=names.get(nat.service_id, "?"),
             idle=round(idle, 3),
             age=round(max(0.0, (now - nat.created) / _NS), 3),
             expires=round(max(0.0, limit - idle), 3),

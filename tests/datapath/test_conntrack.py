@@ -214,7 +214,7 @@ def test_the_four_entries_of_a_masqueraded_flow_are_one_row(bench: Bench) -> Non
     answer = Flow(BACKEND, NODE, 8080, 999, 6, False)
     flags = NatFlags.SOURCE | NatFlags.REPLY
     bench.add(answer, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen(0), bench.now, 0))
-    rows = flows_of(list(bench.maps["conntrack"].items()), Timeouts(), bench.now + 5 * S)
+    rows = flows_of(list(bench.maps["conntrack"].items()), Timeouts(), bench.now + 5 * S, {1: "shop/web"})
     assert len(rows) == 1
     row, keys = rows[0]
     assert len(set(keys)) == 4

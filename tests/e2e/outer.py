@@ -1,0 +1,97 @@
+"""A client outside the cluster, and what the tests of the packet path share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from tests.e2e.world import BALANCER, EXTERNAL, SERVICE_IPS, World
+from tests.lab import Lab, Outside, manifests
+from tests.lab.spaces import Space
+
+WAYS = {"safe": [], "clsact": ["--without", "tcx"], "bypass": ["--bypass-netfilter"]}
+BALANCER6 = "2001:db8:113::10"
+PORTS = [{"name": "http", "port": 80, "protocol": "TCP"}, {"name": "udp", "port": 53, "protocol": "UDP"}]
+SLICE_PORTS = [
+    {"name": "http", "port": 8080, "protocol": "TCP"},
+    {"name": "udp", "port": 8053, "protocol": "UDP"},
+]
+
+
+class Outer(World):
+    """The world with a client outside, to whom node-a is the way to every frontend."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.outside: Outside = lab.outside
+        for address in (
+            EXTERNAL,
+            BALANCER,
+            BALANCER6,
+            SERVICE_IPS["v4"],
+            SERVICE_IPS["v6"],
+            "203.0.113.0/24",
+        ):
+            self.outside.route(address, self.a)
+
+    def add(self, name: str, ip: str, endpoints: list[manifests.Document], **spec: Any) -> None:
+        """A Service of one cluster IP on the usual ports, in a file of its own."""
+        service = manifests.service(name, **{"clusterIPs": [ip], "ports": PORTS, **spec})
+        self._write(name, service, endpoints)
+
+    def remove(self, name: str) -> None:
+        (self.manifests / f"{name}.yaml").unlink()
+
+    def balanced(self, name: str, ip: str, balancer: str, endpoints: list[Any], **spec: Any) -> None:
+        service = manifests.service(
+            name, **{"clusterIPs": [ip], "ports": PORTS, "type": "LoadBalancer", **spec}
+        )
+        service["status"] = {"loadBalancer": {"ingress": [{"ip": balancer}]}}
+        self._write(name, service, endpoints)
+
+    def _write(self, name: str, service: manifests.Document, endpoints: list[manifests.Document]) -> None:
+        pieces = [manifests.slice_of(name, endpoints, ports=SLICE_PORTS)] if endpoints else []
+        manifests.write(self.manifests / f"{name}.yaml", service, *pieces)
+
+    def on_a(self, **conditions: bool) -> manifests.Document:
+        return manifests.endpoint(self.w1.address, "node-a", **conditions)
+
+    def on_b(self, **conditions: bool) -> manifests.Document:
+        return manifests.endpoint(self.w2.address, "node-b", **conditions)
+
+
+class Held:
+    """A connection that a process outside holds."""
+
+    def __init__(self, space: Space, host: str, port: int) -> None:
+        script = (
+            "import socket,sys\n"
+            f"s=socket.create_connection(({host!r},{port}),3); s.recv(4096); print('ready',flush=True)\n"
+            "for line in sys.stdin:\n"
+            "    try:\n"
+            "        s.settimeout(2); s.sendall(b'x'); print('alive' if s.recv(10) else 'closed', flush=True)\n"
+            "    except OSError as e: print(type(e).__name__, flush=True)\n"
+        )
+        self.process = space.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def ask(self) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().decode().strip()
+
+
+def ask_by_socat(space: Space, address: str) -> dict[str, Any]:
+    process = space.popen(
+        ["socat", "-T1", "-", f"TCP:{address},connect-timeout=2"],
+        join_cgroup=False,
+        stdin=-3,
+        stdout=-1,
+        stderr=-1,
+    )
+    text = process.communicate()[0]
+    return json.loads(text) if text else {}

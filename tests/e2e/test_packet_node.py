@@ -1,0 +1,360 @@
+"""The node: its devices, addresses and ports, others who have programs and rules there, and what options close."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyroute2 import IPRoute, NetNS
+
+from ebpfproxy.datapath import bpf
+from tests.e2e.outer import WAYS, Held, Outer, ask_by_socat
+from tests.e2e.test_agent import until
+from tests.e2e.world import EXTERNAL, NODE_PORT
+from tests.lab import Agent, Lab, clients, manifests
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outer]:
+    with Lab() as lab:
+        made = Outer(lab)
+        made.agent().start()
+        yield made
+
+
+# -- devices and addresses
+
+
+def test_a_hot_plugged_device_serves_node_ports_within_a_second(world: Outer) -> None:
+    """Plugged, named an uplink by its route, renamed, unplugged."""
+    switch = f"{world.lab.id}-switch"
+    with NetNS(switch) as outside, NetNS(world.a.netns) as inside:
+        outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": world.a.netns})
+        outside.link(
+            "set",
+            index=outside.link_lookup(ifname="hot")[0],
+            master=outside.link_lookup(ifname="br0")[0],
+            state="up",
+        )
+        index = inside.link_lookup(ifname="eth7")[0]
+        inside.addr("add", index=index, address="172.18.7.1", prefixlen=24)
+        inside.link("set", index=index, state="up")
+        inside.route("add", dst="default", gateway="172.18.7.254", oif=index, priority=500)
+    world.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
+    began = time.monotonic()
+    until(
+        lambda: world.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected", "eth7"
+    )
+    assert time.monotonic() - began < 1.5
+    world.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
+    until(lambda: "wan7" in world.a.cli("status"), "the new name")
+    assert world.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
+    world.a.run(["ip", "link", "del", "wan7"])
+    until(lambda: "wan7" not in world.a.cli("status"), "still there")
+    world.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
+
+
+def test_an_address_added_later_serves_node_ports_within_a_second(world: Outer) -> None:
+    world.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
+    began = time.monotonic()
+    until(
+        lambda: world.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected", ".77"
+    )
+    assert time.monotonic() - began < 1.5
+    world.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
+
+
+def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
+    """The node's address is on a bridge that has the hardware as its port, as hypervisors have it."""
+    with Lab() as lab:
+        world = Outer(lab)
+        world.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
+        world.a.run(["ip", "addr", "flush", "dev", "eth0"])
+        world.a.run(["ip", "link", "set", "eth0", "master", "br-ex"])
+        world.a.run(["ip", "addr", "add", f"{world.a.address}/24", "dev", "br-ex"])
+        world.a.run(["ip", "link", "set", "br-ex", "up"])
+        world.a.run(["ip", "route", "add", "default", "via", world.outside.address])
+        world.a.run(["ip", "route", "add", "10.244.2.0/24", "via", world.b.address])
+        agent = world.agent().start()
+        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        agent.stop()
+        agent = world.agent("--devices", "nothing*").start()
+        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        agent.stop()
+        world.agent("--devices", "br-*,wan*").start()
+        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+
+
+# -- protection and health
+
+
+def _bind(address: str, port: int, kind: int) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as sock:
+        try:
+            sock.bind((address, port))
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, str(error))
+    return "bound"
+
+
+def test_a_host_process_cannot_bind_a_node_port(world: Outer) -> None:
+    for address in ("0.0.0.0", "::", world.a.address, "127.0.0.1"):
+        assert world.a.call(_bind, address, NODE_PORT, socket.SOCK_STREAM) == "EADDRINUSE"
+    assert world.a.call(_bind, "0.0.0.0", 30053, socket.SOCK_DGRAM) == "EADDRINUSE"
+    assert world.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_DGRAM) == "bound", "another protocol"
+    assert world.a.call(_bind, "0.0.0.0", NODE_PORT + 1, socket.SOCK_STREAM) == "bound"
+    assert world.client.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound", "a pod's own port"
+
+
+def _http(host: str, port: int) -> tuple[int, dict[str, Any]]:
+    with socket.create_connection((host, port), 2) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        data = b""
+        while chunk := sock.recv(4096):
+            data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_the_health_check_node_port_follows_the_local_endpoints(world: Outer) -> None:
+    def serve(*endpoints: manifests.Document) -> None:
+        world.balanced(
+            "healthy",
+            "10.96.1.14",
+            "203.0.113.34",
+            list(endpoints),
+            externalTrafficPolicy="Local",
+            healthCheckNodePort=32222,
+        )
+
+    def status() -> int:
+        try:
+            return world.outside.call(_http, world.a.address, 32222)[0]
+        except (ConnectionRefusedError, ConnectionResetError):
+            return 0
+
+    serve(world.on_a(), world.on_b())
+    until(lambda: status() == 200, "not healthy")
+    _, body = world.outside.call(_http, world.a.address6, 32222)
+    assert body == {
+        "service": {"namespace": "shop", "name": "healthy"},
+        "localEndpoints": 1,
+        "serviceProxyHealthy": True,
+    }
+    serve(world.on_b())
+    until(lambda: status() == 503, "still healthy")
+    serve(world.on_a(ready=False, terminating=True), world.on_b())
+    until(lambda: status() == 503, "a terminating endpoint is not ready")
+    world.remove("healthy")
+    until(lambda: status() == 0, "still served")
+
+
+def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(world: Outer) -> None:
+    server = world.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
+    until(lambda: world.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat")
+    world.balanced(
+        "blocked",
+        "10.96.1.16",
+        "203.0.113.36",
+        [world.on_a()],
+        externalTrafficPolicy="Local",
+        healthCheckNodePort=32223,
+    )
+    agent = world.lab.agents[-1]
+    agent.wait_log("health check port cannot be bound port=32223 service=shop/blocked")
+    until(
+        lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
+        "metric",
+        10,
+    )
+    assert "healthCheckNodePort 32223" in world.a.cli("status")
+    assert world.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
+    server.terminate()
+    world.remove("blocked")
+
+
+def test_metrics_of_the_packet_path(world: Outer) -> None:
+    _, text = world.lab.agents[-1].http("/metrics", 10249)
+    for name in (
+        'ebpfproxy_packets_total{action="rejected",reason="no-endpoint"}',
+        'ebpfproxy_packets_total{action="dropped",reason="source-range"}',
+        'ebpfproxy_packets_total{action="passed",reason="martian"}',
+        'ebpfproxy_devices{state="attached"}',
+        "ebpfproxy_conntrack_entries",
+        "ebpfproxy_conntrack_expired_total",
+        "ebpfproxy_conntrack_evicted_total",
+        "ebpfproxy_conntrack_sweep_seconds_count",
+        'ebpfproxy_map_capacity{map="conntrack"}',
+    ):
+        assert f"\n{name} " in text, name
+
+
+# -- beside others
+
+
+def test_a_cnis_rules_see_client_and_backend(world: Outer) -> None:
+    """A firewall as CNIs have it: invalid packets are dropped, forwarding only to pods and to answers."""
+    rules = """
+    table inet cni {
+        chain forward {
+            type filter hook forward priority 0; policy drop;
+            ct state invalid drop
+            ct state established,related accept
+            ip saddr 172.18.0.254 ip daddr 10.244.0.0/16 tcp dport 8080 counter accept
+            ip saddr 10.244.0.0/16 accept
+        }
+        chain input { type filter hook input priority 0; policy accept; ct state invalid drop; }
+    }
+    """
+    path = world.lab.folder / "rules.nft"
+    path.write_text(rules)
+    world.a.run(["nft", "-f", str(path)])
+    try:
+        found = world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+        assert set(found) == {"w1", "w2"}
+        assert ask_by_socat(world.a, "10.96.0.10:80") != {}
+        assert "counter packets 20 " in world.a.run(["nft", "list", "table", "inet", "cni"])
+        assert world.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
+    finally:
+        world.a.run(["nft", "delete", "table", "inet", "cni"])
+
+
+def test_conntrack_commands(world: Outer) -> None:
+    held = Held(world.outside, world.a.address, NODE_PORT)
+
+    def listed(*arguments: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(world.a.cli("conntrack", "list", "-o", "json", *arguments))
+        return found
+
+    flows = listed("--service", "shop/web", "--state", "ESTABLISHED", "--client", world.outside.address)
+    assert len(flows) == 1
+    flow = flows[0]
+    assert flow["frontend"] == f"{world.a.address}:{NODE_PORT}"
+    assert flow["backend"] in (f"{world.w1.address}:8080", f"{world.w2.address}:8080")
+    assert flow["masquerade"].rpartition(":")[0] in ("10.244.1.1", world.a.address)
+    assert 86000 < flow["expires"] <= 86400
+    assert listed("--protocol", "sctp", "--client", "192.0.2.1") == []
+    got = json.loads(world.a.cli("conntrack", "get", flow["client"], "-o", "json"))
+    assert got[0]["backend"] == flow["backend"]
+    assert "ESTABLISHED" in world.a.cli("conntrack", "list", "--frontend", flow["frontend"])
+    assert "flushed 1 flows (4 entries)" in world.a.cli("conntrack", "flush", "--client", flow["client"])
+    assert listed("--client", flow["client"]) == []
+    assert held.ask() != "alive", "its answers go nowhere"
+    assert "flushed" in world.a.cli("conntrack", "flush", "--all")
+
+
+def _link_elsewhere(path: str) -> int:
+    """Attaches somebody else's program to eth0, which lets everything pass; pins it."""
+    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
+    bpf.pin(link, Path(path))
+    return 0
+
+
+def _link_is_attached(path: str) -> bool:
+    return bool(bpf.tcx_link_info(bpf.get_pinned(Path(path))).ifindex)
+
+
+def _filter_elsewhere() -> None:
+    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    with IPRoute() as netlink:
+        index = socket.if_nametoindex("eth0")
+        netlink.tc("add", "clsact", index)
+        netlink.tc(
+            "add-filter",
+            "bpf",
+            index,
+            parent=0xFFFFFFF2,
+            protocol=3,
+            prio=1,
+            fd=program,
+            name="cni",
+            classid=1,
+            direct_action=True,
+        )
+
+
+def _filters() -> list[str]:
+    with IPRoute() as netlink:
+        found = netlink.get_filters(socket.if_nametoindex("eth0"), parent=0xFFFFFFF2)
+        options = [each.get_attr("TCA_OPTIONS") for each in found]
+        return [o.get_attr("TCA_BPF_NAME") for o in options if o is not None and o.get_attr("TCA_BPF_NAME")]
+
+
+@pytest.mark.parametrize("way", ["safe", "clsact"])
+def test_others_programs_stay_where_they_are(way: str) -> None:
+    with Lab() as lab:
+        world = Outer(lab)
+        pin = str(world.a.bpf_root.parent / "somebody-elses")
+        world.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
+        world.a.call(_link_elsewhere, pin)
+        world.a.call(_filter_elsewhere)
+        agent = world.agent(*WAYS[way]).start()
+        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        names = [name.partition(":")[0] for name in world.a.call(_filters)]
+        assert names == (["cni", "ebpfproxy"] if way == "clsact" else ["cni"])
+        agent.stop()
+        said = world.a.cli("cleanup")
+        assert "detached" in said
+        assert world.a.call(_filters) == ["cni"]
+        assert world.a.call(_link_is_attached, pin)
+        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        Path(pin).unlink()
+
+
+# -- options
+
+
+def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
+    def make(lab: Lab) -> tuple[Outer, Agent]:
+        made = Outer(lab)
+        return made, made.agent(*arguments).start()
+
+    return make
+
+
+def test_options_that_close_doors() -> None:
+    with Lab() as lab:
+        world, _ = _with(
+            "--no-external-ips", "--nodeport-addresses", "172.18.0.99/32", "--no-nodeport-guard"
+        )(lab)
+        world.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
+        until(
+            lambda: world.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
+            "the chosen address",
+        )
+        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert world.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
+        assert world.client.call(clients.connect_error, EXTERNAL, 80, 0.3) != "connected"
+        assert world.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
+
+
+def test_masquerade_all_and_local_pods_by_address() -> None:
+    with Lab() as lab:
+        world, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
+        # The client pod is not in the range: it is masqueraded; w1 is, and keeps its address.
+        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        agent.stop()
+        agent = world.agent("--masquerade-all").start()
+        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        agent.stop()
+        agent = world.agent().start()
+        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == world.client.address
+        agent.stop()
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}
+        manifests.write(world.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.9.0/24"]}})
+        agent = world.agent("--detect-local-mode", "NodeCIDR").start()
+        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        manifests.write(world.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
+        until(
+            lambda: ask_by_socat(world.client, "10.96.0.40:80")["peer"] == world.client.address,
+            "the node's pods are not known",
+        )

@@ -1,0 +1,244 @@
+"""Backends on host networks, tunnels, bridges; clients on the host, in a pod, behind a tun, all without a hook."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pickle
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pyroute2 import NetNS
+from scapy.all import raw
+from scapy.layers.inet import IP, TCP
+from scapy.layers.sctp import SCTP, SCTPChunkInit
+
+from tests.e2e.outer import Outer, ask_by_socat
+from tests.e2e.test_agent import until
+from tests.lab import Lab, clients, manifests, servers
+from tests.lab.spaces import Space
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outer]:
+    with Lab() as lab:
+        made = Outer(lab)
+        made.agent().start()
+        yield made
+
+
+# -- backends in other places
+
+
+def test_backends_on_the_host_network_of_this_node_and_of_another(world: Outer) -> None:
+    for node, name, ip, balancer in (
+        (world.a, "host-a", "10.96.1.6", "203.0.113.26"),
+        (world.b, "host-b", "10.96.1.7", "203.0.113.27"),
+    ):
+        servers.start(node, name, 8080, 8053)
+        world.balanced(name, ip, balancer, [manifests.endpoint(node.address, node.name)])
+    for balancer, name in (("203.0.113.26", "host-a"), ("203.0.113.27", "host-b")):
+        until(
+            lambda b=balancer: world.outside.call(clients.connect_error, b, 80, 0.3) == "connected",  # type: ignore[misc]
+            name,
+        )
+        assert world.outside.call(clients.ask_tcp, balancer, 80)["name"] == name
+        assert world.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
+
+
+def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(world: Outer) -> None:
+    """An overlay: pods of node-b are reached through vx0. tcpdump in the pod shows both directions."""
+    for node, other in ((world.a, world.b), (world.b, world.a)):
+        ends = ["local", node.address, "remote", other.address]
+        node.run(["ip", "link", "add", "vx0", "type", "vxlan", "id", "7", "dstport", "4789", *ends])
+        node.run(["ip", "addr", "add", f"10.9.0.{node.number}/24", "dev", "vx0"])
+        node.run(["ip", "link", "set", "vx0", "up"])
+    world.a.run(["ip", "route", "replace", "10.244.2.0/24", "via", "10.9.0.2", "dev", "vx0"])
+    world.b.run(["ip", "route", "replace", "10.244.1.0/24", "via", "10.9.0.1", "dev", "vx0"])
+    world.balanced("overlay", "10.96.1.8", "203.0.113.28", [world.on_b()])
+    dump = world.w2.popen(
+        ["tcpdump", "-nn", "-l", "-i", "eth0", "-c", "6", "tcp port 8080"], stdout=-1, stderr=-1
+    )
+    assert dump.stderr is not None
+    while b"listening" not in dump.stderr.readline():
+        pass
+    until(lambda: "vx0" in world.a.cli("status"), "vx0 is not attached")
+    until(
+        lambda: world.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected", "overlay"
+    )
+    assert world.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
+    assert dump.stdout is not None
+    lines = [dump.stdout.readline().decode() for _ in range(6)]
+    seen = {word for line in lines for word in line.split() if word.count(".") >= 4}
+    hosts = {word.rstrip(":").rpartition(".")[0] for word in seen}
+    assert hosts == {"10.9.0.1", world.w2.address}
+    for node in (world.a, world.b):
+        other = world.b if node is world.a else world.a
+        node.run(["ip", "route", "replace", f"10.244.{other.number}.0/24", "via", other.address])
+        node.run(["ip", "link", "del", "vx0"])
+
+
+def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(world: Outer) -> None:
+    """The answer is switched and never routed: the programs on the bridge's ports put the Service back."""
+    a = world.a
+    a.run(["ip", "link", "add", "cni0", "type", "bridge"])
+    a.run(["ip", "addr", "add", "10.245.1.1/24", "dev", "cni0"])
+    a.run(["ip", "link", "set", "cni0", "up"])
+    pods = []
+    for number, name in ((2, "left"), (3, "right")):
+        space = Space(f"{a.netns}-{name}", a.cgroup)
+        with world.lab.namespace(space.netns) as inside, NetNS(a.netns) as outside:
+            outside.link(
+                "add", ifname=f"v{name}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": space.netns}
+            )
+            index = outside.link_lookup(ifname=f"v{name}")[0]
+            bridge = outside.link_lookup(ifname="cni0")[0]
+            outside.link("set", index=index, master=bridge, state="up")
+            index = inside.link_lookup(ifname="eth0")[0]
+            inside.addr("add", index=index, address=f"10.245.1.{number}", prefixlen=24)
+            inside.link("set", index=index, state="up")
+            inside.route("add", dst="default", gateway="10.245.1.1")
+        pods.append(space)
+    left, right = pods
+    servers.start(right, "right", 8080, 8053)
+    world.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
+    until(
+        lambda: "vright" in json.dumps(json.loads(a.cli("status", "-o", "json"))["devices"]), "not attached"
+    )
+
+    def ask() -> dict[str, Any]:
+        """A process outside the served cgroup: no socket hook."""
+        done = left.popen(
+            ["socat", "-T1", "-", "TCP:10.96.1.9:80,connect-timeout=1"],
+            join_cgroup=False,
+            stdin=-3,
+            stdout=-1,
+            stderr=-1,
+        )
+        text = done.communicate()[0]
+        return json.loads(text) if text else {}
+
+    until(lambda: ask().get("name") == "right", "no answer over the bridge", 8)
+    assert ask()["peer"] == "10.245.1.2"
+    for space in pods:
+        space.end()
+    a.run(["ip", "link", "del", "cni0"])
+
+
+# -- local clients without a socket hook
+
+
+def test_a_client_on_the_host_without_a_socket_hook(world: Outer) -> None:
+    """As a kernel client (NFS) is one: translated as its packets leave, sent to the backend's own route."""
+    found = {ask_by_socat(world.a, "10.96.0.10:80")["name"] for _ in range(12)}
+    assert found == {"w1", "w2"}
+    assert ask_by_socat(world.a, "[fd00:10:96::10]:80")["name"] in found
+    assert ask_by_socat(world.a, "10.96.0.20:80") == {}
+
+
+def test_a_pod_without_a_socket_hook_reaches_itself(world: Outer) -> None:
+    world.add("mirror", "10.96.1.10", [world.on_a()])
+    until(lambda: ask_by_socat(world.w1, "10.96.1.10:80") != {}, "no hairpin")
+    answer = ask_by_socat(world.w1, "10.96.1.10:80")
+    assert (answer["name"], answer["peer"]) == ("w1", "10.244.1.1")
+
+
+def _sctp_server(address: str, port: int) -> tuple[str, int, bytes]:
+    """Waits for one INIT and answers it from where it came to; the source that it saw, and the packet."""
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, 132) as sock:
+        sock.settimeout(10)
+        sock.bind((address, 0))
+        while True:
+            packet, peer = sock.recvfrom(2048)
+            body = packet[20:]
+            question = SCTP(body)
+            if question.dport == port:
+                break
+        sock.sendto(raw(SCTP(sport=port, dport=question.sport, tag=9) / SCTPChunkInit()), peer)
+        return peer[0], question.sport, body
+
+
+def _sctp_client(host: str, port: int, own: int) -> tuple[str, bytes]:
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, 132) as sock:
+        sock.settimeout(5)
+        for _ in range(10):
+            sock.sendto(raw(SCTP(sport=own, dport=port, tag=0) / SCTPChunkInit(init_tag=5)), (host, 0))
+            if select.select([sock], [], [], 0.5)[0]:
+                packet, peer = sock.recvfrom(2048)
+                return peer[0], packet[20:]
+    raise TimeoutError("no answer")
+
+
+def test_sctp_through_raw_packets_from_outside_and_from_a_pod(world: Outer) -> None:
+    """Ports are translated, so the CRC32c must be right at both ends (scapy computes it again)."""
+    service = manifests.service(
+        "diameter",
+        type="NodePort",
+        clusterIPs=["10.96.1.11"],
+        ports=[{"name": "sctp", "port": 3868, "protocol": "SCTP", "nodePort": 30868}],
+    )
+    piece = manifests.slice_of(
+        "diameter", [world.on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
+    )
+    manifests.write(world.manifests / "diameter.yaml", service, piece)
+    until(lambda: "diameter" in world.a.cli("service", "list"), "not programmed")
+    for client, host, port, seen in (
+        (world.outside, world.a.address, 30868, world.a.address),
+        (world.client, "10.96.1.11", 3868, world.client.address),
+    ):
+        script = "import sys; from tests.e2e.test_places import _sctp_server; import pickle; "
+        script += f"print(pickle.dumps(_sctp_server('{world.w2.address}', 5000)).hex())"
+        server = world.w2.popen([sys.executable, "-c", script], stdout=-1)
+        time.sleep(0.7)
+        answered, answer = client.call(_sctp_client, host, port, 4000)
+        assert server.stdout is not None
+        source, _, question = pickle.loads(bytes.fromhex(server.stdout.read().decode()))
+        assert (answered, source) == (host, seen)
+        for packet in (question, answer):
+            parsed = SCTP(packet)
+            del parsed.chksum
+            assert raw(parsed) == packet
+        assert SCTP(answer).sport == port
+
+
+# -- devices without a link layer
+
+
+def _through_tun(service: str, port: int) -> tuple[str, int, str]:
+    """A VPN's client behind a tun device opens a connection; who answers, from which port, with which flags."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    flags = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
+    fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"vpn0", flags))  # TUNSETIFF
+    for command in ("ip addr add 10.99.0.1/24 dev vpn0", "ip link set vpn0 up"):
+        subprocess.run(command.split(), check=True)
+    question = IP(src="10.99.0.2", dst=service) / TCP(sport=4321, dport=port, flags="S", seq=1)
+    deadline = time.monotonic() + 8
+    while time.monotonic() < deadline:
+        os.write(tun, raw(question))
+        while select.select([tun], [], [], 0.5)[0]:
+            answer = IP(os.read(tun, 2048))
+            # The connection before may still be asking for its answer.
+            if TCP in answer and answer.src == service:
+                os.close(tun)
+                return answer.src, answer[TCP].sport, str(answer[TCP].flags)
+    raise TimeoutError("no answer on the tun device")
+
+
+def test_a_client_behind_a_tun_device(world: Outer) -> None:
+    """Its packets begin with the IP header: another build of the programs, made when the device appears."""
+    if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
+        pytest.skip("this kernel has no tun device")
+    world.add("vpn", "10.96.1.15", [world.on_a()])
+    until(lambda: "vpn" in world.a.cli("service", "list"), "not programmed")
+    assert world.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
+    assert world.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")

@@ -50,6 +50,7 @@ class Backends:
         self._counts: tuple[Counter[int], Counter[int], Counter[int]] = Counter(), Counter(), Counter()
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
+        self._turned: set[int] = set()
         self._resting: set[int] = set()
         self._selected = selected
         known = self._read() if maps.adopted else {}
@@ -138,6 +139,9 @@ class Backends:
         """A service port that was there before holds these; returns how they stand."""
         for number in held:
             self._refs[number] += 1
+            if self._state(number) == BackendState.GONE:
+                # An agent was killed before its change came to pass.
+                self._turned.add(number)
         standing = Standing(
             *(
                 frozenset(n for n in held if self._state(n) == state) or NO_IDS
@@ -155,7 +159,12 @@ class Backends:
         for number in went:
             self._refs[number] -= 1
         self._recount(before, after)
-        for number in turned.union(came, went):
+        self._turned.update(turned, came, went)
+
+    def settle(self) -> None:
+        """Of all that were taken and let go: says how they stand now, and retires whom nobody holds."""
+        turned, self._turned = self._turned, set()
+        for number in turned:
             if not self._refs[number]:
                 self._retire(number)
             else:

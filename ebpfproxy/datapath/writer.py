@@ -249,13 +249,14 @@ class Writer:
             problems += self._place(port, plan)
         gone: Collection[ServicePortKey] = set(removed)
         if complete:
-            gone = self._programmed.keys() - wanted
+            gone = (self._programmed.keys() | self._unplaced.keys()) - wanted
         for key in gone:
             self._withdraw(key, plan)
         problems += self._publish(plan)
         for key in gone:
             self._drop(key, plan)
             self._unplaced.pop(key, None)
+        self._backends.settle()
         self._note_departures(plan)
         if complete:
             self._drop_leftovers()
@@ -304,9 +305,10 @@ class Writer:
 
     def _maglev_sizes(self, port: ServicePort) -> list[int]:
         """What to try: a table that is smaller than it should be is better than none."""
-        if port.algorithm is not Algorithm.MAGLEV:
-            return [self._maglev_size]
-        return [size for size in reversed(maglev.SIZES) if len(port.cluster) <= size <= self._maglev_size]
+        sizes = [self._maglev_size]
+        if port.algorithm is Algorithm.MAGLEV:
+            sizes += [s for s in reversed(maglev.SIZES) if len(port.cluster) <= s < self._maglev_size]
+        return sizes
 
     def _try_place(self, port: ServicePort, plan: _Plan, maglev_size: int) -> None:
         """Raises IdsExhaustedError or RangesExhaustedError with everything as it was."""
@@ -460,6 +462,7 @@ class Writer:
         for key in plan.excluded:
             self._maps["members"].delete(key)
         plan.names, plan.members, plan.words, plan.excluded = {}, {}, {}, []
+        self._backends.settle()
         self._note_departures(plan)
         return full
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ebpfproxy.datapath.layout import format_frontend
 from ebpfproxy.services.model import (
+    Algorithm,
     Backend,
     HealthCheck,
     Policy,
@@ -52,6 +53,13 @@ def dump(
             extra.append(f"draining: {name} {port.key.family} {_draining(port.draining)}")
         if port.idle:
             extra.append(f"idle: {name} {port.key.family} {_draining(port.idle)}")
+        if port.drained:
+            extra.append(f"drained: {name} {port.key.family} {_draining(port.drained)}")
+        if port.algorithm is not Algorithm.RANDOM:
+            extra.append(f"algorithm: {name} {port.key.family} {port.algorithm}")
+        if port.weights:
+            shown = " ".join(f"{format_endpoint(b.address, b.port)}={weight}" for b, weight in port.weights)
+            extra.append(f"weights: {name} {port.key.family} {shown}")
         if port.source_ranges is not None:
             shown = " ".join(f"{format_address(r.address)}/{r.length}" for r in port.source_ranges)
             extra.append(f"sources: {name} {port.key.family} {shown or 'nobody'}")

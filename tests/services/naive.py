@@ -6,7 +6,8 @@ Shares nothing with ``ebpfproxy.services``: where both agree, both read the rule
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 Object = dict[str, Any]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -14,8 +15,32 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Row = tuple[str, str, str, str, str]
 #: Service, port name, protocol, IP version.
 PortRow = tuple[str, str, str, int]
+#: Address, and the port or 0 for all: taken out by hand.
+Order = tuple[str, int]
+
+
+class Table(NamedTuple):
+    """Backends of each frontend in each scope, ``dropped`` or ``rejected``; and what is said of each port."""
+
+    rows: dict[Row, frozenset[str] | str]
+    draining: dict[PortRow, frozenset[str]]
+    drained: dict[PortRow, frozenset[str]]
+    weights: dict[PortRow, dict[str, int]]
+    algorithms: dict[PortRow, str]
+
 
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
+#: Of those that ipvsadm(8) knows, and our own.
+_ALGORITHMS = {
+    "random": "",
+    "round-robin": "rr wrr",
+    "least-connections": "lc wlc lblc lblcr twos",
+    "shortest-expected-delay": "sed",
+    "never-queue": "nq",
+    "source-hash": "sh",
+    "destination-hash": "dh",
+    "maglev": "mh",
+}
 _ANY = {4: ipaddress.ip_address("0.0.0.0"), 6: ipaddress.ip_address("::")}
 
 
@@ -117,13 +142,61 @@ def _endpoints(
                     "on": {endpoint.get("nodeName")},
                     "zones": [zone["name"] for zone in hints.get("forZones") or []],
                     "nodes": [node["name"] for node in hints.get("forNodes") or []],
+                    "node": endpoint.get("nodeName") or "",
+                    "zone": endpoint.get("zone") or "",
+                    "address": address,
+                    "port": port["port"],
                 }
                 if not (new["ready"] or new["leaving"]):
                     continue
                 old = found.get(_show(address, port["port"]), new)
-                best = max(old, new, key=lambda e: (e["ready"], e["zones"], e["nodes"]))
+                best = max(
+                    old, new, key=lambda e: [e[k] for k in ("ready", "zones", "nodes", "node", "zone")]
+                )
                 found[_show(address, port["port"])] = {**best, "on": old["on"] | new["on"]}
     return found
+
+
+def _annotation(service: Object, name: str) -> str:
+    return (service["metadata"].get("annotations") or {}).get(f"ebpfproxy.io/{name}") or ""
+
+
+def _algorithm(service: Object) -> str:
+    """The cluster's is the default: random."""
+    named = _annotation(service, "lb-algorithm").strip().lower()
+    return next((ours for ours, ipvs in _ALGORITHMS.items() if named in (ours, *ipvs.split())), "random")
+
+
+def _weight(service: Object, endpoint: Object) -> int:
+    """By the first kind of key that the endpoint has, and of that the last part."""
+    parts = re.findall(
+        r"(?:^|(?<=[\s,]))([^\s,]+)=0*(\d{1,5})(?=[\s,]|$)", _annotation(service, "weights"), re.A
+    )
+    known = [(key, int(weight)) for key, weight in parts if int(weight) <= 65535]
+    for kind in ("address", "node", "zone", "*"):
+        found = [weight for key, weight in known if _names(key, kind, endpoint)]
+        if found:
+            return found[-1]
+    return 1
+
+
+def _names(key: str, kind: str, endpoint: Object) -> bool:
+    if kind == "address":
+        try:
+            return bool(ipaddress.ip_address(key) == endpoint["address"])
+        except ValueError:
+            return False
+    if kind == "*":
+        return key == "*"
+    return bool(endpoint[kind]) and key == f"{kind}/{endpoint[kind]}"
+
+
+def _is_drained(service: Object, endpoint: Object, orders: frozenset[Order]) -> bool:
+    """By hand, or by a weight of 0."""
+    address = str(endpoint["address"])
+    return not orders.isdisjoint({(address, 0), (address, endpoint["port"])}) or not _weight(
+        service, endpoint
+    )
 
 
 def _cluster(endpoints: dict[str, Object], node_name: str, zone: str | None) -> set[str]:
@@ -143,15 +216,18 @@ def _local(endpoints: dict[str, Object], node_name: str) -> set[str]:
 
 
 def table(
-    services: list[Object], slices: list[Object], nodes: list[Object], node_name: str
-) -> tuple[dict[Row, frozenset[str] | str], dict[PortRow, frozenset[str]]]:
-    """Backends of each frontend in each scope, ``dropped`` or ``rejected``; and each port's draining ones."""
+    services: list[Object],
+    slices: list[Object],
+    nodes: list[Object],
+    node_name: str,
+    orders: frozenset[Order] = frozenset(),
+) -> Table:
+    """What the rules say of the objects, and of the ``orders`` to take out some addresses."""
     zones = [
         _labels(n).get("topology.kubernetes.io/zone") for n in nodes if n["metadata"]["name"] == node_name
     ]
     zone = (zones[0] if zones else None) or None
-    rows: dict[Row, frozenset[str] | str] = {}
-    draining: dict[PortRow, frozenset[str]] = {}
+    found = Table({}, {}, {}, {}, {})
     claimed: set[tuple[Address, int, str]] = set()
     by_age = sorted(
         services, key=lambda s: (s["metadata"].get("creationTimestamp") or "", _full_name(s).split("/"))
@@ -167,10 +243,16 @@ def table(
                 claimed |= {(address, port, protocol) for _, address, port in frontends}
                 if not frontends:
                     continue
-                endpoints = _endpoints(service, name, protocol, version, slices)
+                serving = _endpoints(service, name, protocol, version, slices)
+                endpoints = {n: e for n, e in serving.items() if not _is_drained(service, e, orders)}
                 cluster, local = _cluster(endpoints, node_name, zone), _local(endpoints, node_name)
                 leaving = {e for e, traits in endpoints.items() if traits["leaving"]}
-                draining[_full_name(service), name, protocol, version] = frozenset(leaving - cluster - local)
+                key = _full_name(service), name, protocol, version
+                weights = {n: _weight(service, endpoints[n]) for n in cluster | local}
+                found.draining[key] = frozenset(leaving - cluster - local)
+                found.drained[key] = frozenset(serving.keys() - endpoints.keys())
+                found.weights[key] = {n: weight for n, weight in weights.items() if weight != 1}
+                found.algorithms[key] = _algorithm(service)
                 for kind, address, port in frontends:
                     for scope in ("internal", "external"):
                         policy = "Cluster"
@@ -182,5 +264,5 @@ def table(
                         if not used:
                             used = "dropped" if cluster else "rejected"
                         frontend = f"{_show(address, port)}/{protocol}"
-                        rows[_full_name(service), name, kind, scope, frontend] = used
-    return rows, draining
+                        found.rows[_full_name(service), name, kind, scope, frontend] = used
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 import msgspec
@@ -20,8 +21,13 @@ from tests.services.test_cases import CASES, NODE, replaced
 Json = dict[str, Any]
 
 
-def agree(tracker: RecordTracker, objects: list[Object], node_name: str = NODE) -> None:
-    """The tracker, drained, has what the rules say of the objects."""
+def agree(
+    tracker: RecordTracker,
+    objects: list[Object],
+    node_name: str = NODE,
+    orders: frozenset[naive.Order] = frozenset(),
+) -> None:
+    """The tracker, drained, has what the rules say of the objects, and of whom hands have taken out."""
 
     def plain(kind: type[Object]) -> list[Json]:
         return [msgspec.to_builtins(each) for each in objects if isinstance(each, kind)]
@@ -29,20 +35,33 @@ def agree(tracker: RecordTracker, objects: list[Object], node_name: str = NODE) 
     def names(backends: tuple[Backend, ...]) -> frozenset[str]:
         return frozenset(format_endpoint(each.address, each.port) for each in backends)
 
-    rows: dict[naive.Row, frozenset[str] | str] = {}
-    draining: dict[naive.PortRow, frozenset[str]] = {}
+    found = naive.Table({}, {}, {}, {}, {})
     for port in tracker.service_ports():
         key = port.key
         service = f"{key.namespace}/{key.name}"
-        draining[service, key.port_name, key.protocol.name, key.family.value] = names(port.draining)
-        assert port.terminating <= {*port.cluster, *port.local}
+        row = service, key.port_name, key.protocol.name, key.family.value
+        found.draining[row] = names(port.draining)
+        found.drained[row] = names(port.drained)
+        found.weights[row] = {format_endpoint(b.address, b.port): weight for b, weight in port.weights}
+        found.algorithms[row] = str(port.algorithm)
+        used_by_any = {*port.cluster, *port.local}
+        assert port.terminating <= used_by_any
+        assert used_by_any.isdisjoint({*port.draining, *port.idle, *port.drained})
+        assert len({*port.draining, *port.idle, *port.drained}) == len(
+            (*port.draining, *port.idle, *port.drained)
+        )
+        assert list(port.drained) == sorted(port.drained)
+        assert list(port.weights) == sorted(port.weights)
+        assert {each for each, _ in port.weights} <= used_by_any
         for f in port.frontends:
             for scope, policy in (("internal", f.internal), ("external", f.external)):
                 used = names(port.local if policy is Policy.LOCAL else port.cluster)
                 frontend = f"{format_endpoint(f.address, f.port)}/{f.protocol.name}"
                 refused = "dropped" if port.cluster else "rejected"
-                rows[service, key.port_name, str(f.kind), scope, frontend] = used or refused
-    assert (rows, draining) == naive.table(plain(Service), plain(EndpointSlice), plain(Node), node_name)
+                found.rows[service, key.port_name, str(f.kind), scope, frontend] = used or refused
+    expected = naive.table(plain(Service), plain(EndpointSlice), plain(Node), node_name, orders)
+    for what, ours, theirs in zip(naive.Table._fields, found, expected, strict=True):
+        assert ours == theirs, what
 
 
 def some(*values: object) -> st.SearchStrategy[Any]:
@@ -57,6 +76,14 @@ SERVICE_NAMES = ("a", "b", "c")
 FRONTENDS_4, FRONTENDS_6 = ("10.96.0.1", "10.96.0.2"), ("fd00:96::1", "fd00:96::2")
 BAD_ADDRESSES = ("10.96.0.300", "::ffff:10.96.0.1", "127.0.0.1", "fe80::1")
 
+weight_parts = st.one_of(
+    st.builds(
+        lambda key, weight: f"{key}={weight}",
+        some("10.244.0.1", "10.244.0.2", "fd00:244::1", f"node/{NODE}", "node/node-b", "zone/z1", "*"),
+        some(0, 0, 1, 2, 65535),
+    ),
+    some("10.244.0.1=-1", "10.244.0.1=65536", "node/=0", "pod/p=0", "*", "*=0=0", "10.244.0.01=0"),
+)
 services = st.fixed_dictionaries(
     {
         "metadata": st.fixed_dictionaries(
@@ -65,6 +92,13 @@ services = st.fixed_dictionaries(
                 "namespace": st.just("shop"),
                 "creationTimestamp": some("2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"),
                 "labels": some({}, {}, {}, {"service.kubernetes.io/service-proxy-name": "other"}),
+                "annotations": st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "ebpfproxy.io/lb-algorithm": some("rr", "maglev", " WLC ", "lblc", "best", ""),
+                        "ebpfproxy.io/weights": st.lists(weight_parts, max_size=4).map(", ".join),
+                    },
+                ),
             }
         ),
         "spec": st.fixed_dictionaries(
@@ -149,6 +183,7 @@ slices = st.fixed_dictionaries(
                         {name: some(None, True, False) for name in ("ready", "serving", "terminating")}
                     ),
                     "nodeName": some(NODE, "node-b", None),
+                    "zone": some("z1", "z2", None),
                     "hints": st.one_of(st.none(), hints),
                 }
             ),
@@ -165,30 +200,39 @@ objects = st.one_of(
     *(st.tuples(st.just(resource), strategy) for resource, strategy in KINDS.items()),
     st.tuples(st.just(Resource.ENDPOINTSLICES), slices),
 )
-histories = st.lists(st.tuples(some("set", "set", "set", "delete"), objects, st.booleans()), max_size=14)
+orders = st.frozensets(
+    st.tuples(some("10.244.0.1", "10.244.0.2", "fd00:244::1", "10.244.0.9"), some(0, 8080, 8081)), max_size=2
+)
+histories = st.lists(
+    st.tuples(some("set", "set", "set", "delete", "drain"), objects, orders, st.booleans()), max_size=14
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(histories)
 def test_any_history_ends_with_what_the_rules_say(
-    history: list[tuple[str, tuple[Resource, Json], bool]],
+    history: list[tuple[str, tuple[Resource, Json], frozenset[naive.Order], bool]],
 ) -> None:
     tracker = RecordTracker(NODE)
     world: dict[tuple[Resource, ObjectKey], Object] = {}
-    for step, (resource, each), look in history:
+    drained = frozenset[naive.Order]()
+    for step, (resource, each), orders, look in history:
         key = ObjectKey(each["metadata"].get("namespace", ""), each["metadata"]["name"])
         if step == "set":
             record = msgspec.convert(each, RECORD_TYPES[resource])
             world[resource, key] = record
             tracker.apply(changed(resource, record))
-        else:
+        elif step == "delete":
             world.pop((resource, key), None)
             tracker.apply(Deleted(resource, key))
+        else:
+            drained = orders
+            tracker.set_drained(frozenset((ip_address(a).packed, number) for a, number in drained))
         if look:
             tracker.drain()
-            agree(tracker, list(world.values()))
+            agree(tracker, list(world.values()), orders=drained)
     tracker.drain()
-    agree(tracker, list(world.values()))
+    agree(tracker, list(world.values()), orders=drained)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from ipaddress import ip_address
 
 import msgspec
 from hypothesis import given, settings
@@ -18,20 +20,31 @@ from ebpfproxy.objects import (
     Service,
     key_of,
 )
-from ebpfproxy.services.model import ServicePort, ServicePortKey
+from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
 from tests.recordings import RecordTracker, changed, replaced
 
 NODE = "node-a"
 
 
-def service(name: str, **spec: object) -> Service:
+def service(name: str, *, weights: str | None = None, **spec: object) -> Service:
     body = {"clusterIP": "10.96.0.1", "ports": [{"name": "http", "port": 80}], **spec}
-    meta = {"name": name, "namespace": "shop", "creationTimestamp": f"2026-11-20T10:00:0{len(name)}Z"}
+    meta = {
+        "name": name,
+        "namespace": "shop",
+        "creationTimestamp": f"2026-11-20T10:00:0{len(name)}Z",
+        "annotations": {"ebpfproxy.io/weights": weights} if weights is not None else {},
+    }
     return msgspec.convert({"metadata": meta, "spec": body}, Service)
 
 
 def piece(
-    name: str, of: str, *addresses: str, trigger: str | None = None, **endpoint: object
+    name: str,
+    of: str,
+    *addresses: str,
+    trigger: str | None = None,
+    ports: tuple[int, ...] = (8080,),
+    family: str = "IPv4",
+    **endpoint: object,
 ) -> EndpointSlice:
     annotations = {"endpoints.kubernetes.io/last-change-trigger-time": trigger} if trigger else {}
     return msgspec.convert(
@@ -42,8 +55,8 @@ def piece(
                 "labels": {"kubernetes.io/service-name": of},
                 "annotations": annotations,
             },
-            "addressType": "IPv4",
-            "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+            "addressType": family,
+            "ports": [{"name": "http", "port": port, "protocol": "TCP"} for port in ports],
             "endpoints": [{"addresses": [a], **endpoint} for a in addresses],
         },
         EndpointSlice,
@@ -67,6 +80,16 @@ def synced(*objects: Object) -> RecordTracker:
     return tracker
 
 
+def drain_by_hand(tracker: RecordTracker, *orders: tuple[str, int]) -> None:
+    """All orders that there are; port 0 stands for all."""
+    tracker.set_drained(frozenset((ip_address(address).packed, port) for address, port in orders))
+
+
+def ends(backends: Iterable[Backend]) -> list[tuple[int, int]]:
+    """Last byte of the address, and port."""
+    return [(each.address[-1], each.port) for each in backends]
+
+
 def resource_of(each: Object) -> Resource:
     if isinstance(each, Service):
         return Resource.SERVICES
@@ -81,6 +104,7 @@ objects = st.one_of(
         clusterIP=st.sampled_from(["10.96.0.1", "10.96.0.2", "None", "broken"]),
         internalTrafficPolicy=st.sampled_from(["Cluster", "Local"]),
         externalIPs=st.lists(st.sampled_from(["192.0.2.1", "192.0.2.2"]), max_size=2),
+        weights=st.sampled_from([None, None, "10.244.0.1=0", f"node/{NODE}=0 *=2"]),
     ),
     st.builds(
         lambda name, of, found, ready, zones, on: piece(
@@ -100,16 +124,26 @@ objects = st.one_of(
     ),
     st.builds(node, st.sampled_from(["z1", "z2"])),
 )
-steps = st.lists(st.tuples(st.sampled_from(["set", "set", "set", "delete", "drain"]), objects), max_size=30)
+orders = st.frozensets(
+    st.tuples(st.integers(1, 6).map(lambda n: bytes((10, 244, 0, n))), st.sampled_from([0, 8080, 8081])),
+    max_size=2,
+)
+steps = st.lists(
+    st.tuples(st.sampled_from(["set", "set", "set", "delete", "order", "drain"]), objects, orders),
+    max_size=30,
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(steps)
-def test_incremental_equals_from_scratch(steps: list[tuple[str, Object]]) -> None:
+def test_incremental_equals_from_scratch(
+    steps: list[tuple[str, Object, frozenset[tuple[bytes, int]]]],
+) -> None:
     tracker = synced()
     world: dict[tuple[Resource, ObjectKey], Object] = {}
     mirror: dict[ServicePortKey, ServicePort] = {}
-    for step, each in [*steps, ("drain", node("z1"))]:
+    drained = frozenset[tuple[bytes, int]]()
+    for step, each, orders in [*steps, ("drain", node("z1"), drained)]:
         key = resource_of(each), key_of(each)
         if step == "set":
             world[key] = each
@@ -117,12 +151,19 @@ def test_incremental_equals_from_scratch(steps: list[tuple[str, Object]]) -> Non
         elif step == "delete":
             world.pop(key, None)
             tracker.apply(Deleted(*key))
+        elif step == "order":
+            drained = orders
+            tracker.set_drained(drained)
         else:
             update = tracker.drain()
             mirror.update({port.key: port for port in update.changed})
             for gone in update.removed:
                 del mirror[gone]
-    fresh = synced(*world.values())
+    fresh = synced()
+    fresh.set_drained(drained)
+    for each in world.values():
+        fresh.apply(changed(resource_of(each), each))
+    fresh.drain()
     assert tracker.service_ports() == fresh.service_ports()
     assert sorted(mirror.values(), key=lambda p: p.key) == fresh.service_ports()
 
@@ -260,3 +301,220 @@ def test_events_that_change_nothing_leave_no_trace() -> None:
     assert not tracker.pending
     tracker.apply(changed(Resource.SERVICES, service("a", clusterIP="10.96.0.7"), received=8.0))
     assert tracker.drain().received == (8.0,)
+
+
+def test_a_drained_address_changes_the_services_that_have_it_and_no_other() -> None:
+    tracker = synced(
+        service("a"),
+        service("bb", clusterIP="10.96.0.2"),
+        service("ccc", clusterIP="10.96.0.3"),
+        piece("s1", "a", "10.244.0.1", "10.244.0.2"),
+        piece("s2", "bb", "10.244.0.2", "10.244.0.3"),
+        piece("s3", "ccc", "10.244.0.3"),
+    )
+    before = tracker.service_ports()
+    drain_by_hand(tracker, ("10.244.0.2", 0))
+    assert tracker.pending
+    update = tracker.drain()
+    assert [
+        (port.key.name, ends(port.cluster), ends(port.drained))
+        for port in sorted(update.changed, key=lambda port: port.key)
+    ] == [("a", [(1, 8080)], [(2, 8080)]), ("bb", [(3, 8080)], [(2, 8080)])]
+    assert update.removed == ()
+    assert (update.service_changes, update.endpoint_changes) == (0, 0), "the API has said nothing"
+    drain_by_hand(tracker)
+    assert [port.key.name for port in tracker.drain().changed] == ["a", "bb"]
+    assert tracker.service_ports() == before, "undone"
+
+
+def test_orders_for_addresses_that_nobody_has_or_the_same_again_change_nothing() -> None:
+    tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", "10.244.0.2"))
+    drain_by_hand(tracker, ("10.244.0.9", 0))
+    assert not tracker.pending
+    drain_by_hand(tracker, ("10.244.0.9", 0), ("10.244.0.1", 0))
+    tracker.drain()
+    drain_by_hand(tracker, ("10.244.0.1", 0), ("10.244.0.9", 0))
+    assert not tracker.pending
+    drain_by_hand(tracker, ("10.244.0.1", 0))
+    assert not tracker.pending
+    drain_by_hand(tracker, ("10.244.0.1", 0), ("10.244.0.1", 8080))
+    assert tracker.drain().changed == (), "it is drained already"
+
+
+def test_one_port_of_an_address_or_all() -> None:
+    tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", "10.244.0.2", ports=(8080, 8081)))
+    every = [(1, 8080), (1, 8081), (2, 8080), (2, 8081)]
+    for orders, drained in (
+        ([("10.244.0.1", 8080)], [(1, 8080)]),
+        ([("10.244.0.1", 8081), ("10.244.0.2", 8080)], [(1, 8081), (2, 8080)]),
+        ([("10.244.0.1", 9)], []),
+        ([("10.244.0.1", 0)], [(1, 8080), (1, 8081)]),
+        ([("10.244.0.1", 0), ("10.244.0.2", 0)], every),
+    ):
+        drain_by_hand(tracker, *orders)
+        tracker.drain()
+        (port,) = tracker.service_ports()
+        assert ends(port.drained) == drained
+        assert ends(port.cluster) == [each for each in every if each not in drained]
+
+
+def test_an_order_waits_for_its_endpoint() -> None:
+    tracker = synced(service("a"))
+    drain_by_hand(tracker, ("10.244.0.1", 0))
+    assert not tracker.pending
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.1", "10.244.0.2")))
+    (port,) = tracker.drain().changed
+    assert (ends(port.cluster), ends(port.drained)) == ([(2, 8080)], [(1, 8080)])
+
+
+def test_an_ipv6_address_is_drained() -> None:
+    tracker = synced(
+        service("a", clusterIP="fd00:96::1"),
+        piece("s1", "a", "fd00:244::1", "fd00:244::2", family="IPv6"),
+    )
+    drain_by_hand(tracker, ("fd00:244::1", 8080), ("10.244.0.2", 0))
+    (port,) = tracker.drain().changed
+    assert (ends(port.cluster), ends(port.drained)) == ([(2, 8080)], [(1, 8080)])
+
+
+def leaving(name: str, *addresses: str) -> EndpointSlice:
+    conditions = {"ready": False, "serving": True, "terminating": True}
+    return piece(name, "a", *addresses, conditions=conditions, nodeName=NODE)
+
+
+def test_a_drained_one_that_terminates_is_drained_until_it_is_gone() -> None:
+    """Neither draining nor, where nothing else is left, used; so that nobody is in two of the sets."""
+    ready = piece("s1", "a", "10.244.0.1", nodeName=NODE)
+    tracker = synced(service("a"), ready, leaving("s2", "10.244.0.2", "10.244.0.3"))
+    assert ends(tracker.service_ports()[0].draining) == [(2, 8080), (3, 8080)]
+    drain_by_hand(tracker, ("10.244.0.2", 0))
+    (port,) = tracker.drain().changed
+    assert (ends(port.draining), ends(port.drained)) == ([(3, 8080)], [(2, 8080)])
+    tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s1")))
+    (port,) = tracker.drain().changed
+    assert (ends(port.cluster), ends(port.local)) == ([(3, 8080)], [(3, 8080)])
+    assert (ends(port.terminating), ends(port.drained)) == ([(3, 8080)], [(2, 8080)])
+    drain_by_hand(tracker, ("10.244.0.2", 0), ("10.244.0.3", 0))
+    (port,) = tracker.drain().changed
+    assert (port.cluster, port.local, port.draining, port.terminating) == ((), (), (), frozenset())
+    assert ends(port.drained) == [(2, 8080), (3, 8080)]
+    tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s2")))
+    (port,) = tracker.drain().changed
+    assert port.drained == ()
+
+
+def test_a_drained_one_that_is_not_ready_is_idle() -> None:
+    """It could not serve anyhow; once it could, it is drained."""
+    idle = {"ready": False, "serving": False, "terminating": False}
+    tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", conditions=idle))
+    drain_by_hand(tracker, ("10.244.0.1", 0))
+    assert tracker.drain().changed == ()
+    assert ends(tracker.service_ports()[0].idle) == [(1, 8080)]
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.1")))
+    (port,) = tracker.drain().changed
+    assert (port.cluster, port.idle, ends(port.drained)) == ((), (), [(1, 8080)])
+
+
+def test_by_hand_and_by_weight_are_undone_each_for_itself() -> None:
+    tracker = synced(service("a", weights="10.244.0.1=0"), piece("s1", "a", "10.244.0.1", "10.244.0.2"))
+    for orders in ([("10.244.0.1", 0)], []):
+        drain_by_hand(tracker, *orders)
+        assert tracker.drain().changed == ()
+        assert ends(tracker.service_ports()[0].drained) == [(1, 8080)]
+    drain_by_hand(tracker, ("10.244.0.1", 0))
+    tracker.apply(changed(Resource.SERVICES, service("a")))
+    assert tracker.drain().changed == ()
+    drain_by_hand(tracker)
+    (port,) = tracker.drain().changed
+    assert (ends(port.cluster), port.drained) == ([(1, 8080), (2, 8080)], ())
+
+
+def test_a_change_of_weights_changes_its_service() -> None:
+    tracker = synced(service("a", weights="*=2"), piece("s1", "a", "10.244.0.1"))
+    (port,) = tracker.service_ports()
+    assert [weight for _, weight in port.weights] == [2]
+    for weights, expected in (("*=3", [3]), ("*=1", []), ("10.244.0.1=2", [2]), (None, [])):
+        tracker.apply(changed(Resource.SERVICES, service("a", weights=weights)))
+        (port,) = tracker.drain().changed
+        assert [weight for _, weight in port.weights] == expected
+    tracker.apply(changed(Resource.SERVICES, service("a", weights="*=1")))
+    assert tracker.drain().changed == (), "said in another way"
+
+
+def test_where_an_endpoint_is_counts_for_weights() -> None:
+    """A pod of the same address on another node, in another zone: the slice has changed."""
+    tracker = synced(
+        service("a", weights="node/node-b=2 zone/z2=3"),
+        piece("s1", "a", "10.244.0.1", nodeName=NODE, zone="z1"),
+    )
+    for on, zone, expected in (("node-b", "z1", [2]), ("node-b", "z2", []), ("node-c", "z2", [3])):
+        moved = piece("s1", "a", "10.244.0.1", nodeName=on, zone=zone)
+        tracker.apply(changed(Resource.ENDPOINTSLICES, moved))
+        found = tracker.drain().changed
+        assert [weight for port in found for _, weight in port.weights] == expected
+
+
+def test_the_weight_of_an_address_in_several_slices_is_the_same_in_any_order() -> None:
+    """It is in one place; until every slice says so, one of them counts, and on every node the same."""
+    slices = [
+        piece("s1", "a", "10.244.0.1", nodeName="node-b", zone="z1"),
+        piece("s2", "a", "10.244.0.1", nodeName="node-c", zone="z1"),
+        piece("s3", "a", "10.244.0.1", nodeName="node-c", zone="z2"),
+        piece("s4", "a", "10.244.0.1"),
+    ]
+    for weights in ("node/node-b=2 node/node-c=3", "zone/z1=2 zone/z2=3", "node/node-b=0 node/node-c=2"):
+        found = {
+            tuple(synced(service("a", weights=weights), *order).service_ports())
+            for order in itertools.permutations(slices)
+        }
+        assert len(found) == 1
+
+
+def test_health_checks_do_not_count_who_is_drained() -> None:
+    """A load balancer shall not send to a node that would drop it."""
+    balancer = service(
+        "a",
+        type="LoadBalancer",
+        externalTrafficPolicy="Local",
+        healthCheckNodePort=32000,
+        ports=[{"name": "http", "port": 80, "nodePort": 30080}],
+    )
+    tracker = synced(balancer, piece("s1", "a", "10.244.0.1", "10.244.0.2", nodeName=NODE))
+    for orders, count in (
+        ([], 2),
+        ([("10.244.0.1", 0)], 1),
+        ([("10.244.0.1", 0), ("10.244.0.2", 8080)], 0),
+        ([], 2),
+    ):
+        drain_by_hand(tracker, *orders)
+        tracker.drain()
+        assert [check.local_endpoints for check in tracker.health_checks] == [count]
+
+
+def test_whether_an_endpoint_is_there() -> None:
+    """Ready or not, drained or not, and of any Service: an order for it holds until it is gone."""
+    idle = {"ready": False, "serving": False, "terminating": False}
+    tracker = synced(
+        service("a"),
+        piece("s1", "a", "10.244.0.1", ports=(8080, 8081)),
+        piece("s2", "a", "10.244.0.2", conditions=idle),
+        piece("s3", "unknown", "10.244.0.3"),
+        piece("s4", "a", "fd00:244::1", family="IPv6"),
+    )
+
+    def there(address: str, port: int) -> bool:
+        return tracker.has_endpoint(ip_address(address).packed, port)
+
+    drain_by_hand(tracker, ("10.244.0.1", 0))
+    for address in ("10.244.0.1", "10.244.0.2", "10.244.0.3", "fd00:244::1"):
+        assert there(address, 0)
+        assert there(address, 8080)
+        assert there(address, 8081) == (address == "10.244.0.1")
+        assert not there(address, 9)
+    assert not there("10.244.0.4", 0)
+    assert not there("fd00:244::2", 8080)
+    tracker.apply(Deleted(Resource.ENDPOINTSLICES, ObjectKey("shop", "s1")))
+    assert not there("10.244.0.1", 0)
+    tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s2", "a", "10.244.0.1", ports=(8081,))))
+    assert there("10.244.0.1", 8081)
+    assert not there("10.244.0.1", 8080)

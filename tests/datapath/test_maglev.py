@@ -1,0 +1,211 @@
+"""Maglev's table has the properties that the paper (NSDI 2016, section 3.4 and figure 12) claims for it."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebpfproxy.datapath.maglev import DEFAULT_SIZE, SIZES, size_for, table
+from ebpfproxy.datapath.slots import slots_of
+from ebpfproxy.services.model import Algorithm, Backend, Protocol
+
+SMALLEST = SIZES[0]
+#: The first places of five backends.
+GOLDEN = [3, 2, 2, 0, 0, 3, 1, 1, 3, 2, 3, 2, 4, 4, 0, 2]
+
+
+def names(count: int, cluster: int = 0) -> list[bytes]:
+    """As ``slots_of`` makes them; another cluster's are others."""
+    return [bytes((10, cluster, *n.to_bytes(2, "big"))) + b"\x1f\x90\x06" for n in range(count)]
+
+
+def owners(of: Sequence[bytes], weights: Sequence[int], size: int) -> list[bytes]:
+    return [of[i] for i in table(of, weights, size)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_prime(size: int) -> None:
+    """Or a backend would not meet every place on its way."""
+    assert all(size % divisor for divisor in range(2, int(size**0.5) + 1))
+
+
+def test_sizes_grow_from_251_to_131071() -> None:
+    assert list(SIZES) == sorted(set(SIZES))
+    assert (SIZES[0], SIZES[-1]) == (251, 131071)
+    assert DEFAULT_SIZE in SIZES
+
+
+@pytest.mark.parametrize(
+    ("backends", "size", "expected"),
+    [
+        (0, 251, 251),
+        (1, 16381, 16381),
+        (251, 251, 251),
+        (252, 251, 509),
+        (20000, 16381, 32749),
+        (131072, 251, 131071),
+        (10**6, 131071, 131071),
+    ],
+)
+def test_a_table_grows_until_every_backend_has_a_place(backends: int, size: int, expected: int) -> None:
+    assert size_for(backends, size) == expected
+
+
+@settings(deadline=None)
+@given(st.integers(1, SMALLEST + 20), st.integers(0, 255), st.integers(1, 65535))
+def test_without_weights_shares_differ_by_at_most_one(count: int, cluster: int, weight: int) -> None:
+    """And every place is taken. Equal weights are none."""
+    found = table(names(count, cluster), [weight] * count, SMALLEST)
+    shares = Counter(found)
+    assert len(found) == SMALLEST
+    assert shares.keys() == set(range(min(count, SMALLEST)))
+    assert max(shares.values()) - min(shares.values()) <= 1
+    assert found == table(names(count, cluster), [1] * count, SMALLEST)
+
+
+weights_of_some = st.lists(st.one_of(st.integers(1, 10), st.integers(1, 65535)), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(weights_of_some, st.sampled_from(SIZES[:4]))
+def test_with_weights_shares_are_near_the_exact_ones(weights: list[int], size: int) -> None:
+    """Everybody has a place; beyond that, nobody is further from his part w of the whole than 1 + n * w."""
+    shares = Counter(table(names(len(weights)), weights, size))
+    assert sum(shares.values()) == size
+    assert shares.keys() == set(range(len(weights)))
+    for i, weight in enumerate(weights):
+        part = weight / sum(weights)
+        assert abs(shares[i] - size * part) <= 1 + len(weights) * part + 1e-6
+
+
+def test_places_follow_weights_closely_in_a_table_of_the_default_size() -> None:
+    weights = [1, 2, 3, 10] * 10
+    shares = Counter(table(names(40), weights, DEFAULT_SIZE))
+    for i, weight in enumerate(weights):
+        assert shares[i] / DEFAULT_SIZE == pytest.approx(weight / sum(weights), rel=0.02)
+
+
+def test_nobody_has_nothing_and_the_only_one_has_all() -> None:
+    assert table([], [], SMALLEST) == array("I")
+    assert Counter(table(names(1), [7], SMALLEST)) == {0: SMALLEST}
+
+
+def test_of_more_backends_than_places_each_has_one_or_none() -> None:
+    for weights in ([1] * 300, [1, 65535] * 150):
+        assert Counter(Counter(table(names(300), weights, SMALLEST)).values()) == {1: SMALLEST}
+
+
+def test_a_table_is_the_same_on_every_call_and_in_every_process() -> None:
+    """Python's own hash of bytes would differ between processes."""
+    script = "\n".join(
+        (
+            "from hashlib import sha256",
+            "from tests.datapath.test_maglev import names, table",
+            "print(sha256(table(names(50), [1, 2] * 25, 1021).tobytes()).hexdigest())",
+        )
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+    assert table(names(50), [1, 2] * 25, 1021) == table(names(50), [1, 2] * 25, 1021)
+
+
+def test_nodes_of_different_versions_agree() -> None:
+    """Another table in another version would part them while a cluster is being upgraded."""
+    assert table(names(5), [1] * 5, SMALLEST)[:16].tolist() == GOLDEN
+
+
+@given(st.randoms(use_true_random=False))
+def test_ids_do_not_matter(draw: random.Random) -> None:
+    """Each node has its own; the backends' names decide."""
+    backends = [Backend(bytes([10, 0, 0, n]), 8080, Protocol.TCP) for n in range(20)]
+    ids = list(range(100, 120))
+    expected = slots_of(Algorithm.MAGLEV, backends, array("Q", ids), [*range(1, 21)], SMALLEST)
+    draw.shuffle(ids)
+    found = slots_of(Algorithm.MAGLEV, backends, array("Q", ids), [*range(1, 21)], SMALLEST)
+    assert [ids.index(each) for each in found] == [each - 100 for each in expected]
+
+
+def test_ports_and_protocols_tell_backends_of_one_address_apart() -> None:
+    address = bytes([10, 0, 0, 1])
+    backends = [Backend(address, port, p) for port in (53, 54) for p in (Protocol.TCP, Protocol.UDP)]
+    found = Counter(slots_of(Algorithm.MAGLEV, backends, array("Q", range(4)), None, SMALLEST))
+    assert sorted(found.values()) == [62, 63, 63, 63]
+
+
+def disruption(count: int, size: int, cluster: int, weights: Sequence[int], gone: int) -> float:
+    """Which part of the places of those that stay change hands, where one goes (or, backwards, comes)."""
+    before = names(count, cluster)
+    after = [*before[:gone], *before[gone + 1 :]]
+    left = [*weights[:gone], *weights[gone + 1 :]]
+    pairs = zip(owners(before, weights, size), owners(after, left, size), strict=True)
+    return sum(old not in (new, before[gone]) for old, new in pairs) / size
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "bound"),
+    [
+        (100, 16381, 0.02),  # 0.013 on average, 0.015 at most of 8
+        (10, 16381, 0.01),  # 0.005, 0.007
+        (1000, 131071, 0.008),  # 0.0055, 0.0057
+    ],
+)
+def test_when_one_of_many_goes_hardly_more_than_its_own_places_change(
+    count: int, size: int, bound: float
+) -> None:
+    """Where there are 100 places a backend. By ``hash % n`` nearly all would change."""
+    draw = random.Random(7)
+    found = [disruption(count, size, cluster, [1] * count, draw.randrange(count)) for cluster in range(3)]
+    assert max(found) < bound
+
+
+def test_when_one_of_many_with_weights_goes_not_many_more_places_change() -> None:
+    """0.012 of them on average, 0.017 at most of 8."""
+    draw = random.Random(7)
+    for cluster in range(3):
+        weights = [draw.choice([1, 2, 3, 10]) for _ in range(100)]
+        assert disruption(100, 16381, cluster, weights, draw.randrange(100)) < 0.03
+
+
+def test_when_one_comes_it_takes_its_share_and_others_exchange_little() -> None:
+    before, after = names(100), names(101)
+    pairs = list(
+        zip(owners(before, [1] * 100, DEFAULT_SIZE), owners(after, [1] * 101, DEFAULT_SIZE), strict=True)
+    )
+    taken = sum(new == after[100] for _, new in pairs)
+    assert taken == pytest.approx(DEFAULT_SIZE / 101, abs=1)
+    assert sum(new not in (old, after[100]) for old, new in pairs) / DEFAULT_SIZE < 0.02
+
+
+def test_two_that_go_at_once_disrupt_no_more_than_twice_as_much() -> None:
+    before = names(100)
+    after = before[:30] + before[31:60] + before[61:]
+    pairs = zip(owners(before, [1] * 100, 16381), owners(after, [1] * 98, 16381), strict=True)
+    assert sum(old not in (new, before[30], before[60]) for old, new in pairs) / 16381 < 0.04
+
+
+@pytest.mark.parametrize("heavy", [1, 2, 65535])
+def test_a_table_for_five_thousand_is_built_in_time(heavy: int) -> None:
+    """200 ms are the goal (60 without weights, here); the bound leaves room for a busy machine."""
+    weights = [heavy] + [1] * 4999
+    began = time.process_time()
+    table(names(5000), weights, DEFAULT_SIZE)
+    assert time.process_time() - began < 0.4

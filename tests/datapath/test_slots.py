@@ -1,0 +1,221 @@
+"""Slots: as many as weights say, spread evenly, and what each algorithm makes of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.maglev import SIZES
+from ebpfproxy.datapath.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
+from ebpfproxy.services.model import Algorithm, Backend, Protocol
+
+TABLE = SIZES[0]
+MANY = SEARCHED + 3
+#: Those for which a weight is how often a backend has a slot, however many there are.
+IN_SLOTS = [a for a in Algorithm if not a.looks_at_loads and a is not Algorithm.MAGLEV]
+BY_LOAD = [a for a in Algorithm if a.looks_at_loads]
+
+counts = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+def backends(number: int) -> list[Backend]:
+    return [Backend(bytes([10, 0, n >> 8, n & 255]), 80, Protocol.TCP) for n in range(number)]
+
+
+def ids(number: int) -> array[int]:
+    """In no order, as after some time."""
+    return array("Q", (10000 - 7 * n for n in range(number)))
+
+
+def made(algorithm: Algorithm, number: int, weights: list[int] | None) -> array[int]:
+    return slots_of(algorithm, backends(number), ids(number), weights, TABLE)
+
+
+# -- shares
+
+
+@given(st.lists(st.integers(1, 65535), min_size=1, max_size=40), st.integers(1, 50))
+def test_shares_are_weights_in_lowest_terms(weights: list[int], factor: int) -> None:
+    found = shares(weights)
+    assert shares([factor * weight for weight in weights]) == found
+    if sum(weights) <= MOST_SLOTS:
+        divisor = math.gcd(*weights)
+        assert [divisor * share for share in found] == weights
+        assert math.gcd(*found) == 1
+
+
+@given(st.lists(st.integers(1, 65535), min_size=3, max_size=200))
+def test_where_weights_want_too_many_slots_shares_are_nearly_as_they_say(weights: list[int]) -> None:
+    """Each is rounded to the next whole number, but not to nothing; so all are MOST_SLOTS or nearly so."""
+    weights = [*weights, 65521, 65535, 65534]
+    found = shares(weights)
+    assert sum(weights) // math.gcd(*weights) > MOST_SLOTS
+    for weight, share in zip(weights, found, strict=True):
+        exact = weight * MOST_SLOTS / sum(weights)
+        assert share == 1 or abs(share - exact) <= 0.5
+        assert share >= 1
+    assert abs(sum(found) - MOST_SLOTS) <= len(weights)
+
+
+def test_even_the_lightest_of_very_many_has_a_slot() -> None:
+    few = shares([1] + [65535] * 100)
+    assert few[0] == 1
+    assert sum(few) <= MOST_SLOTS + 101
+    many = shares([65535] * 1000 + [1] * 49000)
+    assert min(many) == 1
+    assert sum(many) <= 5 * 50000
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([1], [1]),
+        ([65535], [1]),
+        ([65535, 65535], [1, 1]),
+        ([10, 20, 30], [1, 2, 3]),
+        ([3, 5], [3, 5]),
+        ([65535, 1], [65535, 1]),
+    ],
+)
+def test_small_weights_are_exact(weights: list[int], expected: list[int]) -> None:
+    assert shares(weights) == expected
+
+
+# -- spread
+
+
+@given(counts)
+def test_each_has_as_many_places_as_its_count_in_every_cycle(counts: list[int]) -> None:
+    """Wherever a cycle begins: so many choices in a row are exactly by weight."""
+    found = spread(counts)
+    wanted = dict(enumerate(counts))
+    for start in range(len(found)):
+        assert Counter(found[start:] + found[:start]) == wanted
+    for start in (0, len(found) // 2, len(found) - 1):
+        window = list(itertools.islice(itertools.cycle(found), start, start + 3 * len(found)))
+        assert Counter(window) == {i: 3 * count for i, count in wanted.items()}
+
+
+@given(counts)
+def test_within_a_cycle_nobody_is_far_from_his_share(counts: list[int]) -> None:
+    """After any number of turns at most half a turn, and half of a round by weight, from what is exact."""
+    found = spread(counts)
+    for i, count in enumerate(counts):
+        part = count / len(found)
+        bound = 0.5 + len(counts) * part / 2 + 1e-9
+        done = 0
+        for turn, each in enumerate(found, 1):
+            done += each == i
+            assert abs(done - turn * part) <= bound
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_equal_counts_go_round_in_order(number: int, count: int) -> None:
+    assert spread([count] * number) == [*range(number)] * count
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([], []),
+        ([1], [0]),
+        ([2, 1], [0, 1, 0]),
+        ([3, 1], [0, 0, 1, 0]),
+        ([4, 2, 1], [0, 1, 0, 2, 0, 1, 0]),
+        ([1, 5], [1, 1, 0, 1, 1, 1]),
+    ],
+)
+def test_places_of_one_are_apart(counts: list[int], expected: list[int]) -> None:
+    assert spread(counts) == expected
+
+
+# -- slots_of
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("weights", [None, []])
+def test_no_backend_has_no_slot(algorithm: Algorithm, weights: list[int] | None) -> None:
+    assert made(algorithm, 0, weights) == array("Q")
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("weights", [None, [1], [65535]])
+def test_one_backend_has_one_slot(algorithm: Algorithm, weights: list[int] | None) -> None:
+    assert made(algorithm, 1, weights) == ids(1)
+
+
+@pytest.mark.parametrize("algorithm", [*IN_SLOTS, *BY_LOAD])
+@pytest.mark.parametrize("number", [2, MANY])
+@pytest.mark.parametrize("weight", [None, 1, 5, 65535])
+def test_without_weights_or_with_equal_ones_each_has_a_slot(
+    algorithm: Algorithm, number: int, weight: int | None
+) -> None:
+    """Weight 0 in a slot stands for none."""
+    assert made(algorithm, number, None if weight is None else [weight] * number) == ids(number)
+
+
+@pytest.mark.parametrize("algorithm", IN_SLOTS)
+@settings(deadline=None)
+@given(weights=st.lists(st.sampled_from([1, 2, 4, 6, 100]), min_size=2, max_size=20))
+def test_a_weight_is_how_often_a_backend_has_a_slot(algorithm: Algorithm, weights: list[int]) -> None:
+    found = Counter(made(algorithm, len(weights), weights))
+    divisor = math.gcd(*weights)
+    assert found == {
+        number: weight // divisor for number, weight in zip(ids(len(weights)), weights, strict=True)
+    }
+
+
+@pytest.mark.parametrize("algorithm", BY_LOAD)
+def test_where_few_are_searched_by_load_the_slot_has_the_weight(algorithm: Algorithm) -> None:
+    weights = [1, 65535, 7, 1, 1, 1, 1, 2]
+    assert len(weights) == SEARCHED
+    found = made(algorithm, len(weights), weights)
+    assert [layout.slot_backend(word) for word in found] == ids(len(weights)).tolist()
+    assert [layout.slot_weight(word) for word in found] == weights
+
+
+@pytest.mark.parametrize("algorithm", BY_LOAD)
+def test_where_two_of_many_are_compared_by_load_the_heavy_ones_are_drawn_more_often(
+    algorithm: Algorithm,
+) -> None:
+    """And have the weight in their slots: it decides between the two."""
+    weights = [20, *range(2, 2 * MANY, 2)]
+    found = made(algorithm, len(weights), weights)
+    by_backend = Counter(layout.slot_backend(word) for word in found)
+    assert by_backend == {
+        number: weight // 2 for number, weight in zip(ids(len(weights)), weights, strict=True)
+    }
+    wanted = dict(zip(ids(len(weights)), weights, strict=True))
+    assert all(layout.slot_weight(word) == wanted[layout.slot_backend(word)] for word in found)
+
+
+@pytest.mark.parametrize("weights", [None, [1, 1, 1], [5, 5, 5]])
+def test_maglev_has_a_table_with_equal_shares(weights: list[int] | None) -> None:
+    found = made(Algorithm.MAGLEV, 3, weights)
+    assert sorted(Counter(found).values()) == [83, 84, 84]
+    assert set(found) == set(ids(3))
+
+
+def test_maglev_has_a_table_with_shares_by_weight() -> None:
+    found = Counter(made(Algorithm.MAGLEV, 3, [1, 2, 7]))
+    for number, weight in zip(ids(3), (1, 2, 7), strict=True):
+        assert found[number] == pytest.approx(TABLE * weight / 10, abs=1 + 3 * weight / 10)
+
+
+def test_maglevs_table_grows_with_the_backends() -> None:
+    assert len(made(Algorithm.MAGLEV, TABLE, None)) == TABLE
+    assert len(made(Algorithm.MAGLEV, TABLE + 1, None)) == SIZES[1]
+    assert set(made(Algorithm.MAGLEV, TABLE + 1, None)) == set(ids(TABLE + 1))
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("weights", [None, [1] * MANY, [*range(1, MANY + 1)]])
+def test_slots_are_the_same_on_every_call(algorithm: Algorithm, weights: list[int] | None) -> None:
+    assert made(algorithm, MANY, weights) == made(algorithm, MANY, weights)

@@ -118,6 +118,8 @@ class Agent:
 
     def run(self) -> None:
         options = self._options
+        # What the first lists bring stays: there is nothing to collect until they are programmed.
+        gc.disable()
         mounted = roots.ensure_bpffs(options.bpf_root)
         if mounted:
             log.info("mounted a bpffs", path=str(options.bpf_root))
@@ -311,6 +313,7 @@ class Agent:
             # What is known now mostly stays: the collector need not walk it for every change.
             gc.collect()
             gc.freeze()
+            gc.enable()
         self._complete = True
         self._health.programmed()
         self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)

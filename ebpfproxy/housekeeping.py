@@ -26,6 +26,9 @@ log = get_logger(__name__)
 
 R = TypeVar("R")
 
+#: Between two rounds: many departures in a row are one.
+_ENDING_SECONDS = 0.1
+
 
 class Beside(Protocol):
     """Runs work in a worker and then, with its result, something in the reconciler."""
@@ -54,7 +57,7 @@ class Housekeeping:
         self._beside = beside
         self._sweeper = conntrack.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
         self._grace_runs = self._ending = self._sweeping = False
-        self._next_sweep = 0.0
+        self._next_sweep = self._next_ending = 0.0
         #: Departures whose sockets have been ended.
         self._ended: dict[bytes, Departed] = {}
         #: Conntrack entries after the last sweep, and how many have been pushed out so far.
@@ -88,19 +91,19 @@ class Housekeeping:
 
     def _start_ending(self) -> None:
         """One round at a time, for all departures until it begins."""
-        if self._ending:
+        now = time.monotonic()
+        if self._ending or now < self._next_ending:
             return
-        departures = {k: each for k, each in self._writer.departures.items() if self._ended.get(k) != each}
+        departures = self._writer.take_departures()
         if not departures:
             return
-        self._ending = True
+        self._ending, self._next_ending = True, now + _ENDING_SECONDS
         tcp = self._options.stale_tcp
         self._beside(lambda: end_stale_sockets(self._maps, self._grace, departures, tcp), self._sockets_ended)
 
     def _sockets_ended(self, result: Ended) -> None:
         self._ending = False
-        ended = {**self._ended, **result.departures}
-        self._ended = dict(self._writer.departures.items() & ended.items())
+        self._ended.update(result.departures)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
         if result.ended or result.unseen:
@@ -124,7 +127,9 @@ class Housekeeping:
             swept, clients = found
             self._sweeping = False
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            self._writer.forget_departures(dict(departures.items() & self._ended.items()))
+            over = dict(departures.items() & self._ended.items())
+            self._writer.forget_departures(over)
+            self._ended = dict(self._ended.items() - over.items())
             self._writer.set_client_namespaces(clients)
             self.entries = swept.entries
             self.evicted += swept.evicted

@@ -63,37 +63,64 @@ static __always_inline u32 slot_in_turn(const union selection *range, u32 select
 }
 
 /*
+ * What the search below works out it works out without branches: a bit that is known because of a
+ * branch makes the verifier walk each way through the loop by itself. Values are below 2^63.
+ */
+static __always_inline u64 is_zero(u64 value)
+{
+	u64 sign = value - 1;
+
+	barrier_var(sign);
+	return sign >> 63;
+}
+
+/* All bits, or none. */
+static __always_inline u64 mask_if_less(u64 a, u64 b)
+{
+	s64 difference = a - b;
+
+	barrier_var(difference);
+	return difference >> 63;
+}
+
+/*
+ * What IPVS compares, by weight: open connections; for SED and NQ the new one is counted, too, but
+ * for NQ not where nobody uses the backend.
+ */
+static __always_inline u64 cost_of(const struct load *load, u64 algorithm)
+{
+	const u64 counts_new = (algorithm + 1) >> 2, spares_idle = algorithm >> 2;
+	u64 open = load_open(load);
+
+	return open + counts_new - (spares_idle & is_zero(open));
+}
+
+/*
  * The least loaded of a small set (SEARCHED_SLOTS), or of two random slots (Mitzenmacher, "The
  * power of two choices", 2001). Ties go to whom the search meets first, and it begins anywhere.
- * Cost is what IPVS compares: connections by weight; SED counts the new one, too, and NQ takes whom
- * nobody uses, if it meets one.
  */
 static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm)
 {
 	const bool is_small = range->count <= SEARCHED_SLOTS;
+	const u32 end = range->base + range->count;
 	u32 tries = is_small ? range->count : 2;
 	u32 at = slot_at(range, bpf_get_prandom_u32());
-	const u32 end = range->base + range->count;
-	u64 best_open = 1, best_weight = 0;
-	u32 best = at;
+	u64 best_cost = 1, best_weight = 0, best = at;
 
 	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
 		union slot *slot = map_lookup(slots, &at);
 		struct load *load = slot ? load_of(slot->backend_id) : NULL;
-		u64 open, weight;
+		u64 cost, weight, better;
 
 		if (!load)
 			break;
-		open = load_open(load);
-		if (algorithm == ALGORITHM_NEVER_QUEUE && !open)
-			return at;
-		open += algorithm != ALGORITHM_LEAST_CONNECTIONS;
-		weight = slot->weight + !slot->weight;
-		if (open * best_weight < best_open * weight) {
-			best = at;
-			best_open = open;
-			best_weight = weight;
-		}
+		cost = cost_of(load, algorithm);
+		weight = slot->weight;
+		weight += is_zero(weight);
+		better = mask_if_less(cost * best_weight, best_cost * weight);
+		best ^= (best ^ at) & better;
+		best_cost ^= (best_cost ^ cost) & better;
+		best_weight ^= (best_weight ^ weight) & better;
 		at = is_small ? at + 1 : slot_at(range, bpf_get_prandom_u32());
 		if (at >= end)
 			at = range->base;

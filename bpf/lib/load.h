@@ -44,12 +44,12 @@ static __always_inline void load_end_flow(u32 backend_id)
 }
 
 /* Connections, as far as is known; what two CPUs count at once may be less than nothing. */
-static __always_inline u32 load_open(const struct load *load)
+static __always_inline u64 load_open(const struct load *load)
 {
-	s32 open = load->sockets + load->sockets_carried + load->flows_begun - load->flows_ended +
-		   load->flows_corrected;
+	s64 open = (s32)(load->sockets + load->sockets_carried + load->flows_begun -
+			 load->flows_ended + load->flows_corrected);
 
-	return open > 0 ? open : 0;
+	return open & ~(open >> 63);
 }
 
 #endif

@@ -68,8 +68,7 @@ def affinity_seconds(dump: Dump) -> dict[int, int]:
 def forget_expired(maps: MapSet, now: int) -> int:
     """Deletes entries that no choice would use again; returns how many."""
     affinity = maps["affinity"]
-    over = list(_expired(maps, now))
-    return sum(affinity.delete(key) for key in over)
+    return affinity.delete_many(list(_expired(maps, now)))
 
 
 def _expired(maps: MapSet, now: int) -> Iterator[bytes]:

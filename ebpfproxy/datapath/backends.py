@@ -159,7 +159,9 @@ class Backends:
         for number in went:
             self._refs[number] -= 1
         self._recount(before, after)
-        self._turned.update(turned, came, went)
+        # Who is new is active; a hundred thousand of them need not be looked at again.
+        known = (n for n in came if self._state(n) != BackendState.ACTIVE)
+        self._turned.update(turned, known, went)
 
     def settle(self) -> None:
         """Of all that were taken and let go: says how they stand now, and retires whom nobody holds."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
@@ -106,6 +105,8 @@ class Sweeper:
         """``clock`` is CLOCK_MONOTONIC in ns; ``rest`` is called between batches."""
         self._map = maps["conntrack"]
         self._loads = maps.shared("loads").bytes.cast("I")
+        #: Backends whose flows were seen by the sweep before.
+        self._busy: set[int] = set()
         self._events = maps["packet_events"]
         self._clock = clock
         self._rest = rest
@@ -122,7 +123,7 @@ class Sweeper:
         """Deletes what is over now, and the flows of backends that have departed.
 
         What changes meanwhile may be counted twice or not at all. ``backends``: one more than the highest id
-        in use; the flows that are open to those are counted, and their ``loads`` put right.
+        in use. What is open to each is counted, and its ``loads`` put right.
         """
         began = time.monotonic()
         self._departures = {key: departed.why for key, departed in (departures or {}).items()}
@@ -130,19 +131,22 @@ class Sweeper:
         old: dict[bytes, bytes] = {}
         self._departed: dict[bytes, bytes] = {}
         self._open: Counter[int] = Counter()
-        before = array("I", self._loads[: backends * LOAD_WORDS])
+        before = {number: self._begun_and_ended(number) for number in self._busy}
         for keys, values, count in self._batches():
             entries += count
             self._collect(keys, values, count, old)
             self._rest()
         over = self._over(old) | self._departed
-        deleted = self._delete(list(over))
+        deleted = self._map.delete_many(list(over))
         self._deleted += deleted
         for value in over.values():
             if is_open_question(value[_FLAGS_AT], value[_SEEN_AT]):
                 self._open[_backend_of(value, 0)] -= 1
         self._correct_loads(before)
-        return Sweep(entries - deleted, deleted, self._evicted(entries - deleted), time.monotonic() - began)
+        evicted = self._evicted(entries - deleted)
+        if evicted:
+            self._busy.update(_not_zero(self._loads, backends))
+        return Sweep(entries - deleted, deleted, evicted, time.monotonic() - began)
 
     def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
         spec = self._map.spec
@@ -182,32 +186,28 @@ class Sweeper:
             over[key] = value
         return over
 
-    def _correct_loads(self, before: array[int]) -> None:
+    def _begun_and_ended(self, number: int) -> tuple[int, int]:
+        at = number * LOAD_WORDS
+        return self._loads[at + LOAD_BEGUN], self._loads[at + LOAD_ENDED]
+
+    def _correct_loads(self, before: dict[int, tuple[int, int]]) -> None:
         """Flows that ended without a packet, or were pushed out, are no load any more.
 
         What began or ended during the sweep may or may not be among the open ones: only a count that
-        cannot be right is changed, to the nearest that can.
+        cannot be right is changed, to the nearest that can. A backend that had no flows at the sweep before
+        has its turn at the next one.
         """
-        after = array("I", self._loads[: len(before)])
-        for at in _not_zero(after):
-            begun, ended = after[at + LOAD_BEGUN], after[at + LOAD_ENDED]
-            seen = self._open[at // LOAD_WORDS]
-            most = seen + (begun - before[at + LOAD_BEGUN])
-            least = seen - (ended - before[at + LOAD_ENDED])
-            corrected = after[at + LOAD_CORRECTED]
-            known = (begun - ended + corrected + 0x80000000 & 0xFFFFFFFF) - 0x80000000
-            right = min(max(known, least), most)
+        self._busy = set(self._open)
+        for number, (begun_before, ended_before) in before.items():
+            begun, ended = self._begun_and_ended(number)
+            seen = self._open[number]
+            at = number * LOAD_WORDS + LOAD_CORRECTED
+            known = (begun - ended + self._loads[at] + 0x80000000 & 0xFFFFFFFF) - 0x80000000
+            right = min(max(known, seen - (ended - ended_before)), seen + (begun - begun_before))
             if right != known:
-                self._loads[at + LOAD_CORRECTED] = corrected + right - known & 0xFFFFFFFF
-
-    def _delete(self, keys: list[bytes]) -> int:
-        deleted = 0
-        while keys:
-            done = bpf.map_delete_batch(self._map.fd, b"".join(keys), len(keys))
-            deleted += done
-            # The batch ends at a key that a program has deleted meanwhile.
-            keys = keys[done + 1 :]
-        return deleted
+                self._loads[at] = self._loads[at] + right - known & 0xFFFFFFFF
+            if right:
+                self._busy.add(number)
 
     def _evicted(self, present: int) -> int:
         """How many have vanished from the LRU map since the last time."""
@@ -221,13 +221,11 @@ class Sweeper:
         return evicted
 
 
-def _not_zero(loads: array[int]) -> Iterator[int]:
-    """Where the loads begin that are not all zero, and some beside them: most backends have none."""
-    step = 64 * LOAD_WORDS
-    zero = array("I", bytes(4 * step))
-    for start in range(0, len(loads), step):
-        if loads[start : start + step] != zero:
-            yield from range(start, min(start + step, len(loads)), LOAD_WORDS)
+def _not_zero(loads: memoryview, backends: int) -> Iterator[int]:
+    """The ids below ``backends`` that have counted flows."""
+    for number in range(backends):
+        if loads[number * LOAD_WORDS + LOAD_BEGUN]:
+            yield number
 
 
 def is_open_question(flags: int, seen: int) -> bool:

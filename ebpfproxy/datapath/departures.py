@@ -29,21 +29,33 @@ class Departures:
             key: Departed(Departure(U32.unpack(value)[0]), next(self._serials))
             for key, value in self._map.items()
         }
+        self._fresh = dict(self._known)
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
 
     def note(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
         """Tells flows of a service which of its backends they must leave."""
         for number in back if self._known else ():
             key = layout.pack_departure(service_id, number)
             if self._known.pop(key, None) is not None:
+                self._fresh.pop(key, None)
                 self._map.delete(key)
         departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
         if not departed:
             return
         entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
-        self._known.update({key: Departed(why, next(self._serials)) for key, why in entries.items()})
+        departures = {key: Departed(why, next(self._serials)) for key, why in entries.items()}
+        self._known.update(departures)
+        self._fresh.update(departures)
         self._map.update_many({key: U32.pack(why) for key, why in entries.items()})
         # Only after this do flows look there.
         self._epochs[service_id] += 1
+
+    def take_fresh(self) -> dict[bytes, Departed]:
+        """Those that have been noted since the last time, or were there at the start."""
+        taken, self._fresh = self._fresh, {}
+        return taken
 
     @property
     def current(self) -> dict[bytes, Departed]:
@@ -52,7 +64,7 @@ class Departures:
 
     def forget(self, ended: Mapping[bytes, Departed]) -> None:
         """What these were about is over."""
-        for key, departed in ended.items():
-            if self._known.get(key) == departed:
-                del self._known[key]
-                self._map.delete(key)
+        over = [key for key, departed in ended.items() if self._known.get(key) == departed]
+        for key in over:
+            del self._known[key]
+        self._map.delete_many(over)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ebpfproxy.datapath import layout, maglev
 from ebpfproxy.services.model import Algorithm, Backend
@@ -17,7 +18,27 @@ from ebpfproxy.services.model import Algorithm, Backend
 #: Weights that would need more slots are approximated (but each backend has one).
 MOST_SLOTS = 1 << 17
 #: Up to so many backends are searched for the least loaded one.
-SEARCHED = 8
+SEARCHED = 16
+
+
+class Source(NamedTuple):
+    """What slots are made from; the fields are the arguments of :func:`slots_of`."""
+
+    algorithm: Algorithm
+    backends: Sequence[Backend]
+    ids: array[int]
+    weights: Sequence[int] | None
+    table_size: int
+
+    @property
+    def fingerprint(self) -> int | None:
+        """A hash where the making takes long, so that the same need not be made again; None elsewhere."""
+        if not self.weights and self.algorithm is not Algorithm.MAGLEV:
+            return None
+        return hash((self.algorithm, self.table_size, self.ids.tobytes(), tuple(self.weights or ())))
+
+    def slots(self) -> array[int]:
+        return slots_of(*self)
 
 
 def slots_of(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 import msgspec
 
@@ -26,9 +26,10 @@ from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
-from ebpfproxy.datapath.slots import slots_of
+from ebpfproxy.datapath.slots import Source
 from ebpfproxy.services.model import (
     Algorithm,
+    Backend,
     Frontend,
     FrontendKind,
     Policy,
@@ -38,6 +39,7 @@ from ebpfproxy.services.model import (
 
 _NO_SOURCES: frozenset[bytes] = frozenset()
 _NO_MEMBERS = (NO_IDS, NO_IDS)
+_NOTHING_MADE = (None, None)
 
 
 class _Programmed(msgspec.Struct):
@@ -51,8 +53,8 @@ class _Programmed(msgspec.Struct):
     standing: Standing = ALL_ACTIVE
     #: By policy, where there is session affinity: who is in ``members``.
     members: tuple[frozenset[int], frozenset[int]] = _NO_MEMBERS
-    #: By policy, what the slots were made from, as a hash: the same need not be made again.
-    made_from: tuple[int | None, int | None] = (None, None)
+    #: By policy, what slots that take long were made from, as a hash: the same need not be made again.
+    made_from: tuple[int | None, int | None] = _NOTHING_MADE
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -328,14 +330,10 @@ class Writer:
             draining = self._backends.ids_of((*port.draining, *unused))
             terminating = self._backends.ids_of(port.terminating)
             idle, drained = self._backends.ids_of(port.idle), self._backends.ids_of(port.drained)
-            weights = dict(port.weights)
-            for policy in Policy:
-                chosen = [weights.get(each, 1) for each in sets[policy]] if weights else None
-                made_from[policy] = hash(
-                    (port.algorithm, maglev_size, ids[policy].tobytes(), tuple(chosen or ()))
-                )
-                if made_from[policy] != known.made_from[policy]:
-                    words = slots_of(port.algorithm, sets[policy], ids[policy], chosen, maglev_size)
+            for policy, source in enumerate(_sources_of(port, sets, ids, maglev_size)):
+                made_from[policy] = source.fingerprint
+                if source.fingerprint is None or source.fingerprint != known.made_from[policy]:
+                    words = source.slots()
                     if words != self._slot_words(*before[policy]):
                         after[policy] = self._write_slots(words)
             if known.id < 0:
@@ -349,7 +347,7 @@ class Writer:
             raise
         self._backends.keep_fresh()
         held = self._held(known)
-        known.made_from = (made_from[0], made_from[1])
+        known.made_from = (made_from[0], made_from[1]) if any(made_from) else _NOTHING_MADE
         for policy in Policy:
             if after[policy] == before[policy]:
                 continue
@@ -406,7 +404,10 @@ class Writer:
         if not (came or went) and standing == known.standing:
             return
         idle, was_idle = standing.idle, known.standing.idle
-        plan.departures.append((known.id, came | (was_idle - idle), went, (idle - was_idle) & before))
+        back = came | (was_idle - idle) if self._departures else NO_IDS
+        departed = (idle - was_idle) & before
+        if back or went or departed:
+            plan.departures.append((known.id, back, went, departed))
         self._backends.hold(came, went, known.standing, standing)
         known.standing = standing
 
@@ -414,6 +415,10 @@ class Writer:
     def departures(self) -> dict[bytes, Departed]:
         """Of the last moments, by packed key: their flows and sockets have to be ended."""
         return self._departures.current
+
+    def take_departures(self) -> dict[bytes, Departed]:
+        """Those since the last time, and at first those that were there."""
+        return self._departures.take_fresh()
 
     def forget_departures(self, ended: Mapping[bytes, Departed]) -> None:
         """Nothing is left of what these were about."""
@@ -640,6 +645,15 @@ class Writer:
         for address in self._node_addresses - addresses:
             table.delete(layout.pack_address(address))
         self._node_addresses = addresses
+
+
+def _sources_of(
+    port: ServicePort, sets: Sequence[Sequence[Backend]], ids: Sequence[array[int]], maglev_size: int
+) -> Iterator[Source]:
+    weights = dict(port.weights)
+    for backends, numbers in zip(sets, ids, strict=True):
+        chosen = [weights.get(each, 1) for each in backends] if weights else None
+        yield Source(port.algorithm, backends, numbers, chosen, maglev_size)
 
 
 def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iterable[tuple[bytes, bytes]]:

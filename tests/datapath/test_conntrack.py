@@ -168,6 +168,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
     for port in range(10):
         bench.pair(port + 1, protocol=Protocol.UDP, idle=1000 if port < 4 else 0, ids=(7, 3))
     words[3 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 10
+    bench.sweeper._busy = {3}
     assert load(bench, 3).open_flows == 10
     bench.sweeper.sweep(backends=8)
     assert load(bench, 3).open_flows == 6
@@ -184,7 +185,10 @@ def test_a_count_that_cannot_be_right_is_put_right(bench: Bench) -> None:
     words[1 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 5
     words[2 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 1
     words[4 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 7
-    bench.sweeper.sweep(backends=8)
+    words[1 * layout.LOAD_WORDS + layout.LOAD_CORRECTED] = 0
+    bench.pair(5, ids=(7, 1), seen=Seen(0), idle=1000)
+    for _ in range(2):
+        bench.sweeper.sweep(backends=8)
     assert [load(bench, number).open_flows for number in (1, 2, 4)] == [0, 1, 1]
 
 

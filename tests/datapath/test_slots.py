@@ -174,7 +174,7 @@ def test_a_weight_is_how_often_a_backend_has_a_slot(algorithm: Algorithm, weight
 
 @pytest.mark.parametrize("algorithm", BY_LOAD)
 def test_where_few_are_searched_by_load_the_slot_has_the_weight(algorithm: Algorithm) -> None:
-    weights = [1, 65535, 7, 1, 1, 1, 1, 2]
+    weights = [1, 65535, 7, *[1] * (SEARCHED - 4), 2]
     assert len(weights) == SEARCHED
     found = made(algorithm, len(weights), weights)
     assert [layout.slot_backend(word) for word in found] == ids(len(weights)).tolist()

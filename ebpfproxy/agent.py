@@ -17,7 +17,7 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy import state
+from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
 from ebpfproxy.datapath.carry import Carrier, carry_orders
 from ebpfproxy.datapath.devices import Target
@@ -80,7 +81,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Stop(msgspec.Struct, frozen=True):
-    pass
+    reason: str = ""
 
 
 Message = Event | NetworkChanged | Finished | Failed | Stop
@@ -93,8 +94,13 @@ class Agent:
     and the sources' own.
     """
 
-    def __init__(self, options: AgentOptions) -> None:
+    def __init__(
+        self, options: AgentOptions, configz: Mapping[str, object], *, config: Path | None = None
+    ) -> None:
+        """``configz``: what /configz answers. ``config``: the file whose change ends the agent."""
         self._options = options
+        self._configz = dict(configz)
+        self._config = config
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._tracker = Tracker(options.node_name)
         self._health = ProxyHealth()
@@ -116,7 +122,8 @@ class Agent:
 
     # -- start and stop
 
-    def run(self) -> None:
+    def run(self, *, init_only: bool = False) -> None:
+        """``init_only``: makes the maps, compiles and loads the programs, and is done."""
         options = self._options
         # What the first lists bring stays: there is nothing to collect until they are programmed.
         gc.disable()
@@ -142,10 +149,16 @@ class Agent:
             service_ports=self._writer.service_ports,
             backends=self._writer.backends,
         )
+        if init_only:
+            self._load()
+            lock.release()
+            return
         source = self._source = Source(options, self._queue.put)
         servers = self._servers(source)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
+        if self._config is not None:
+            watch_file(self._config, lambda: self._queue.put(Stop("the configuration has changed")))
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
@@ -169,7 +182,9 @@ class Agent:
 
     def _start_load(self) -> None:
         self._loading = True
-        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
+        self._beside(self._load, self._loaded)
+
+    def _load(self) -> Path:
         options = self._options
         wanted = programs.Options(
             features=self._features,
@@ -182,14 +197,11 @@ class Agent:
             pods_by_cidr=options.local_pods.by_cidr,
             service_cidrs=bool(options.service_cidrs),
         )
-
-        def load() -> Path:
-            try:
-                return programs.ensure_loaded(self._maps, wanted, modules)
-            except OSError as error:
-                raise programs.LoadError(str(error)) from error
-
-        self._beside(load, self._loaded)
+        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
+        try:
+            return programs.ensure_loaded(self._maps, wanted, modules)
+        except OSError as error:
+            raise programs.LoadError(str(error)) from error
 
     def _loaded(self, folder: Path) -> None:
         self._loading = False
@@ -228,9 +240,7 @@ class Agent:
                     ),
                     "/healthz": lambda: text_answer("ok"),
                     "/proxyMode": lambda: text_answer("ebpf"),
-                    "/configz": lambda: json_answer(
-                        {"ebpfproxy.io": msgspec.to_builtins(self._options, enc_hook=str)}
-                    ),
+                    "/configz": lambda: json_answer(self._configz),
                 },
             ),
         ]
@@ -270,6 +280,8 @@ class Agent:
         """False after Stop. The messages are gone when this returns: a list can be large."""
         for message in messages:
             if isinstance(message, Stop):
+                if message.reason:
+                    log.info("stopping", reason=message.reason)
                 return False
             self._handle(message)
         return True

@@ -19,6 +19,7 @@ _COMMANDS = {
     "backend": "Backends as the maps hold them.",
     "affinity": "Clients that stay with their backend.",
     "conntrack": "Flows that the packet path translates.",
+    "config": "The configuration file: check it, show defaults and what the agent uses.",
     "cleanup": "Remove every attachment and pin of a root.",
 }
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ebpfproxy import logs
 from ebpfproxy.agent import Agent
-from ebpfproxy.cli import options
+from ebpfproxy.cli import flags, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.values import Seconds, prefixes, split
+from ebpfproxy.cli.values import Seconds
+from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.load import Configuration, effective, load, without_effect
+from ebpfproxy.config.options import agent_options, conntrack_sysctls
+from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
-from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
+from ebpfproxy.datapath.ports import PortRangeError
 from ebpfproxy.datapath.probe import Feature
-from ebpfproxy.datapath.roots import find_cgroup_root
 from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError
 from ebpfproxy.logs import get_logger
-from ebpfproxy.node.identity import NodeNameError, node_name
-from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addresses
-from ebpfproxy.options import AgentOptions
-from ebpfproxy.services.balancing import parse_algorithm
+from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
+from ebpfproxy.node.identity import NodeNameError
+from ebpfproxy.node.local import LocalMode
+from ebpfproxy.node.network import NodePortAddressesError
 from ebpfproxy.services.model import Algorithm
 
 log = get_logger(__name__)
@@ -35,6 +38,20 @@ log = get_logger(__name__)
 @click.command("run", context_settings={"auto_envvar_prefix": "EBPFPROXY", "show_default": True})
 @options.bpf_root
 @options.cgroup_root
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents; flags win. The agent "
+    "ends when the file changes, to be started again.",
+)
+@click.option(
+    "--write-config-to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the configuration that is used, flags included, and end.",
+)
+@click.option("--init-only", is_flag=True, help="Compile and load the programs, and end.")
 @click.option(
     "--manifests",
     type=click.Path(path_type=Path),
@@ -98,7 +115,7 @@ log = get_logger(__name__)
     default="",
     help="Of cluster IPs: packets to an address in it that no Service has are dropped.",
 )
-@click.option("--masquerade-all", is_flag=True, help="Masquerade all traffic through Services in packets.")
+@flags.boolean("--masquerade-all", help="Masquerade all traffic through Services in packets.")
 @click.option(
     "--bypass-netfilter",
     is_flag=True,
@@ -190,106 +207,39 @@ log = get_logger(__name__)
     multiple=True,
     help="Do not use this kernel feature, but its fallback.",
 )
+@flags.kube_proxy_flags
 @click.option("-v", "--verbosity", type=click.IntRange(0, 10), default=0, help="4 and above: every event.")
 @click.option("--logging-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
+@click.pass_context
 def command(
-    *,
-    bpf_root: Path,
-    cgroup_root: Path | None,
-    manifests: Path | None,
-    kubeconfig: Path | None,
-    master: str | None,
-    hostname_override: str | None,
-    healthz_bind_address: str,
-    metrics_bind_address: str,
-    localhost_nodeports: bool,
-    nodeport_guard: bool,
-    nodeport_addresses: str,
-    external_ips: bool,
-    devices: str,
-    detect_local_mode: str,
-    cluster_cidr: str,
-    pod_bridge_interface: str,
-    pod_interface_name_prefix: str,
-    service_cidr: str,
-    masquerade_all: bool,
-    bypass_netfilter: bool,
-    masquerade_ports: str,
-    conntrack_tcp_timeout_established: float,
-    conntrack_tcp_timeout_close_wait: float,
-    conntrack_udp_timeout: float,
-    conntrack_udp_timeout_stream: float,
-    lb_algorithm: str,
-    maglev_table_size: str,
-    stale_tcp: str,
-    max_conntrack: int,
-    max_services: int,
-    max_backends: int,
-    max_slots: int | None,
-    max_affinity: int,
-    max_connections: int,
-    without: tuple[str, ...],
-    verbosity: int,
-    logging_format: str,
+    ctx: click.Context, /, config: Path | None, write_config_to: Path | None, init_only: bool, **_: Any
 ) -> None:
     """Run the agent of this node until SIGTERM; what it programmed stays in force then.
 
     Objects come from the API server (in a pod: its service account; else --kubeconfig or --master), or
     from --manifests.
     """
-    if manifests is not None and (kubeconfig is not None or master is not None):
-        raise click.UsageError("--manifests goes without --kubeconfig and --master")
-    logs.configure(logging_format, verbosity)
+    try:
+        used = effective(load(config) if config is not None else Configuration(), flags.given(ctx))
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from error
+    if write_config_to is not None:
+        write_config_to.write_text(to_yaml(used))
+        click.echo(f"the configuration is in {write_config_to}")
+        return
+    logs.configure(used.kube_proxy.logging.format, used.kube_proxy.logging.verbosity)
     try:
         with one_line():
-            Agent(
-                AgentOptions(
-                    node_name=node_name(hostname_override),
-                    bpf_root=bpf_root,
-                    cgroup_root=cgroup_root or find_cgroup_root(),
-                    manifests=manifests,
-                    kubeconfig=kubeconfig,
-                    master=master,
-                    healthz_bind_address=healthz_bind_address,
-                    metrics_bind_address=metrics_bind_address,
-                    node_ports_on_loopback=localhost_nodeports,
-                    guard_node_ports=nodeport_guard,
-                    node_port_addresses=parse_node_port_addresses(split(nodeport_addresses)),
-                    external_ips=external_ips,
-                    devices=split(devices),
-                    local_pods=_local_pods(
-                        LocalMode(detect_local_mode),
-                        cluster_cidr,
-                        pod_bridge_interface,
-                        pod_interface_name_prefix,
-                    ),
-                    cluster_cidrs=prefixes("--cluster-cidr", cluster_cidr),
-                    service_cidrs=prefixes("--service-cidr", service_cidr),
-                    masquerade_all=masquerade_all,
-                    bypass_netfilter=bypass_netfilter,
-                    masquerade_ports=(
-                        parse_range(masquerade_ports) if masquerade_ports else beside_local_range()
-                    ),
-                    algorithm=_algorithm(lb_algorithm),
-                    maglev_size=int(maglev_table_size),
-                    stale_tcp=StaleTcp(stale_tcp),
-                    timeouts=Timeouts(
-                        tcp_established=conntrack_tcp_timeout_established,
-                        tcp_close_wait=conntrack_tcp_timeout_close_wait,
-                        udp=conntrack_udp_timeout,
-                        udp_stream=conntrack_udp_timeout_stream,
-                    ),
-                    capacity=Capacity(
-                        services=max_services,
-                        backends=max_backends,
-                        connected=max_connections,
-                        conntrack=max_conntrack,
-                        slots=max_slots or 4 * max_backends,
-                        affinity=max_affinity,
-                    ),
-                    without=frozenset(map(Feature, without)),
-                )
-            ).run()
+            agent, remarks = agent_options(used)
+            for remark in remarks:
+                log.warning("configuration", remark=remark)
+            unused = without_effect(used)
+            if unused:
+                log.warning("without effect here", fields=unused)
+            if used.kube_proxy.oom_score_adj is not None:
+                set_oom_score_adj(used.kube_proxy.oom_score_adj)
+            set_conntrack(*conntrack_sysctls(used.kube_proxy.conntrack, os.cpu_count() or 1))
+            Agent(agent, configz(used), config=config).run(init_only=init_only)
     except (
         ConfigError,
         ManifestError,
@@ -299,26 +249,3 @@ def command(
         PortRangeError,
     ) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _algorithm(name: str) -> Algorithm:
-    """Raises UsageError for an unknown one."""
-    found, remark = parse_algorithm(name)
-    if found is None:
-        raise click.UsageError(f"--lb-algorithm: {remark}")
-    if remark:
-        log.warning("algorithm", remark=remark)
-    return found
-
-
-def _local_pods(mode: LocalMode, cluster_cidr: str, bridge: str, prefix: str) -> LocalPods:
-    """Raises UsageError where a mode's own option is missing."""
-    needed = {
-        LocalMode.CLUSTER_CIDR: ("--cluster-cidr", cluster_cidr),
-        LocalMode.BRIDGE_INTERFACE: ("--pod-bridge-interface", bridge),
-        LocalMode.INTERFACE_NAME_PREFIX: ("--pod-interface-name-prefix", prefix),
-    }
-    option, value = needed.get(mode, ("", ""))
-    if option and not value:
-        raise click.UsageError(f"--detect-local-mode {mode} needs {option}")
-    return LocalPods(mode, value)

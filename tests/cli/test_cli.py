@@ -32,6 +32,9 @@ def test_version() -> None:
     [
         (),
         ("run",),
+        ("config", "validate"),
+        ("affinity", "list"),
+        ("backend", "drain"),
         ("status",),
         ("service",),
         ("service", "list"),
@@ -58,7 +61,6 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
         (("--nodeport-addresses", "primary,10.0.0.0/8"), "'primary' goes without any other value"),
         (("--cluster-cidr", "10.0.0.0/33"), "--cluster-cidr: '10.0.0.0/33' is not a CIDR"),
         (("--service-cidr", "ten"), "--service-cidr: 'ten' is not a CIDR"),
-        (("--detect-local-mode", "ClusterCIDR"), "--detect-local-mode ClusterCIDR needs --cluster-cidr"),
         (("--detect-local-mode", "BridgeInterface"), "BridgeInterface needs --pod-bridge-interface"),
         (("--masquerade-ports", "9-3"), "'9-3': a range of ports begins at 1"),
         (("--conntrack-udp-timeout", "soon"), "'soon' is not a duration such as 30s or 1h30m"),
@@ -118,7 +120,7 @@ def test_cleanup_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--manifests", "x", "--master", "y"), "--manifests goes without --kubeconfig and --master"),
+        (("--manifests", "x", "--master", "y"), "--manifests: goes without --kubeconfig"),
         (("--hostname-override", " ", "--manifests", "x"), "the node has no name"),
         (("--max-services", "0"), "0 is not in the range"),
         (("--healthz-bind-address",), "requires an argument"),

@@ -1,0 +1,261 @@
+"""Which flag sets which field: kube-proxy's flags, under its names, and ours."""
+
+from __future__ import annotations
+
+import enum
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from ebpfproxy.config.decode import Problem, Quantity, bare, convert
+from ebpfproxy.config.durations import Duration, seconds
+from ebpfproxy.config.kube_proxy import (
+    HEALTHZ_PORT,
+    METRICS_PORT,
+    KubeProxyConfiguration,
+    VModuleItem,
+    with_port,
+)
+from ebpfproxy.config.own import EbpfProxyConfiguration
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+#: kube-proxy's flags (``kube-proxy --help`` of 1.36), and the field that each sets.
+KUBE_PROXY_FLAGS: Mapping[str, str] = {
+    "bind-address": "bindAddress",
+    "bind-address-hard-fail": "bindAddressHardFail",
+    "cluster-cidr": "clusterCIDR",
+    "config-sync-period": "configSyncPeriod",
+    "conntrack-max-per-core": "conntrack.maxPerCore",
+    "conntrack-min": "conntrack.min",
+    "conntrack-tcp-be-liberal": "conntrack.tcpBeLiberal",
+    "conntrack-tcp-timeout-close-wait": "conntrack.tcpCloseWaitTimeout",
+    "conntrack-tcp-timeout-established": "conntrack.tcpEstablishedTimeout",
+    "conntrack-udp-timeout": "conntrack.udpTimeout",
+    "conntrack-udp-timeout-stream": "conntrack.udpStreamTimeout",
+    "detect-local-mode": "detectLocalMode",
+    "feature-gates": "featureGates",
+    "healthz-bind-address": "healthzBindAddress",
+    "hostname-override": "hostnameOverride",
+    "iptables-localhost-nodeports": "iptables.localhostNodePorts",
+    "iptables-masquerade-bit": "iptables.masqueradeBit",
+    "iptables-min-sync-period": "iptables.minSyncPeriod",
+    "iptables-sync-period": "iptables.syncPeriod",
+    "ipvs-exclude-cidrs": "ipvs.excludeCIDRs",
+    "ipvs-min-sync-period": "ipvs.minSyncPeriod",
+    "ipvs-scheduler": "ipvs.scheduler",
+    "ipvs-strict-arp": "ipvs.strictARP",
+    "ipvs-sync-period": "ipvs.syncPeriod",
+    "ipvs-tcp-timeout": "ipvs.tcpTimeout",
+    "ipvs-tcpfin-timeout": "ipvs.tcpFinTimeout",
+    "ipvs-udp-timeout": "ipvs.udpTimeout",
+    "kube-api-burst": "clientConnection.burst",
+    "kube-api-content-type": "clientConnection.contentType",
+    "kube-api-qps": "clientConnection.qps",
+    "kubeconfig": "clientConnection.kubeconfig",
+    "log-flush-frequency": "logging.flushFrequency",
+    "log-json-info-buffer-size": "logging.options.json.infoBufferSize",
+    "log-json-split-stream": "logging.options.json.splitStream",
+    "log-text-info-buffer-size": "logging.options.text.infoBufferSize",
+    "log-text-split-stream": "logging.options.text.splitStream",
+    "logging-format": "logging.format",
+    "masquerade-all": "iptables.masqueradeAll",
+    "metrics-bind-address": "metricsBindAddress",
+    "nodeport-addresses": "nodePortAddresses",
+    "oom-score-adj": "oomScoreAdj",
+    "pod-bridge-interface": "detectLocal.bridgeInterface",
+    "pod-interface-name-prefix": "detectLocal.interfaceNamePrefix",
+    "profiling": "enableProfiling",
+    "proxy-mode": "mode",
+    "show-hidden-metrics-for-version": "showHiddenMetricsForVersion",
+    "v": "logging.verbosity",
+    "verbosity": "logging.verbosity",
+    "vmodule": "logging.vmodule",
+}
+
+OWN_FLAGS: Mapping[str, str] = {
+    "bpf-root": "bpfRoot",
+    "cgroup-root": "cgroupRoot",
+    "manifests": "manifests",
+    "master": "master",
+    "localhost-nodeports": "localhostNodePorts",
+    "nodeport-guard": "nodePortGuard",
+    "external-ips": "externalIPs",
+    "devices": "devices",
+    "service-cidr": "serviceCIDRs",
+    "bypass-netfilter": "bypassNetfilter",
+    "masquerade-ports": "masqueradePorts",
+    "lb-algorithm": "lbAlgorithm",
+    "maglev-table-size": "maglevTableSize",
+    "stale-tcp": "staleTCP",
+    "max-conntrack": "maxConntrack",
+    "max-services": "maxServices",
+    "max-backends": "maxBackends",
+    "max-slots": "maxSlots",
+    "max-affinity": "maxAffinity",
+    "max-connections": "maxConnections",
+    "without": "without",
+}
+
+#: Flags that say what to do, and set no field.
+NO_FIELD = frozenset(
+    (
+        "boot-id-file",
+        "cleanup",
+        "config",
+        "help",
+        "init-only",
+        "machine-id-file",
+        "version",
+        "write-config-to",
+    )
+)
+
+
+class Laid(NamedTuple):
+    """Both documents with flags over them. The mappings say which flag (``--min``) set a path."""
+
+    kube_proxy: KubeProxyConfiguration
+    own: EbpfProxyConfiguration
+    problems: list[Problem]
+    kube_proxy_flags: dict[str, str]
+    own_flags: dict[str, str]
+
+
+def lay(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration, flags: Mapping[str, Any]) -> Laid:
+    """``flags``: name (``oom-score-adj``; ``oom_score_adj`` and ``--oom-score-adj`` are the same) to value.
+
+    A value is what a command line has (text), or what click made of it: numbers, seconds for a duration,
+    paths, tuples. None is a flag that was not given. Raises KeyError for a flag that nobody knows.
+    """
+    given = {
+        name.removeprefix("--").replace("_", "-"): value for name, value in flags.items() if value is not None
+    }
+    own = _give_way(own, given)
+    if "manifests" in given and "kubeconfig" not in given:
+        kube_proxy = _set(kube_proxy, "clientConnection.kubeconfig", "")
+    problems: list[Problem] = []
+    by_path: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    # The mode says where --masquerade-all belongs.
+    for name, value in sorted(given.items(), key=lambda item: item[0] != "proxy-mode"):
+        if name in NO_FIELD:
+            continue
+        path, is_own = _path_of(name, value, kube_proxy)
+        document = own if is_own else kube_proxy
+        field = _type_at(type(document), path)
+        found: list[Problem] = []
+        converted = convert(_plain(_adapt(name, value), field), field, "", found)
+        problems += [Problem(f"--{name}", problem.path, problem.text) for problem in found]
+        by_path[is_own][path] = f"--{name}"
+        if found:
+            continue
+        if is_own:
+            own = _set(own, path, converted)
+        else:
+            kube_proxy = _set(kube_proxy, path, converted)
+    return Laid(kube_proxy, own, problems, *by_path)
+
+
+def _give_way(own: EbpfProxyConfiguration, given: Mapping[str, Any]) -> EbpfProxyConfiguration:
+    """Fields of our document that say the same as a flag of kube-proxy's that was given."""
+    cleared: dict[str, Any] = {}
+    for flag, ours, field, value in (
+        ("ipvs-scheduler", "lb-algorithm", "lb_algorithm", None),
+        ("iptables-localhost-nodeports", "localhost-nodeports", "localhost_node_ports", None),
+        ("detect-local-mode", "", "detect_local_mode", None),
+        ("manifests", "master", "master", ""),
+        ("kubeconfig", "manifests", "manifests", ""),
+        ("master", "manifests", "manifests", ""),
+    ):
+        if flag in given and ours not in given:
+            cleared[field] = value
+    return msgspec.structs.replace(own, **cleared)
+
+
+def _path_of(name: str, value: object, kube_proxy: KubeProxyConfiguration) -> tuple[str, bool]:
+    """Where a flag's value belongs, and whether that is our document. Raises KeyError."""
+    if name in OWN_FLAGS:
+        return OWN_FLAGS[name], True
+    if name == "detect-local-mode" and str(value) == "Devices":
+        return "detectLocalMode", True
+    if name == "masquerade-all" and kube_proxy.mode == "nftables":
+        return "nftables.masqueradeAll", False
+    return KUBE_PROXY_FLAGS[name], False
+
+
+def _adapt(name: str, value: object) -> object:
+    """What kube-proxy's flags take beyond its fields, and ours always did."""
+    text = str(value).strip()
+    if name == "healthz-bind-address":
+        return with_port(text, HEALTHZ_PORT)
+    if name == "metrics-bind-address":
+        return with_port(text, METRICS_PORT)
+    if name == "cluster-cidr":
+        return ",".join(_split(text))
+    if name == "lb-algorithm" and not text:
+        return None
+    return value
+
+
+def _plain(value: object, field: Any) -> object:
+    """A flag's value as YAML would have it, for a field of this type. What does not fit stays as it is."""
+    kind = bare(field)
+    origin = typing.get_origin(kind)
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if origin is tuple and isinstance(value, str):
+        parts = _split(value)
+        is_vmodule = bare(typing.get_args(kind)[0]) is VModuleItem
+        return [_vmodule_item(part) for part in parts] if is_vmodule else parts
+    if origin is tuple and isinstance(value, tuple | list):
+        return [str(each) for each in value]
+    if origin is dict and isinstance(value, str):
+        return {
+            name.strip(): {"true": True, "false": False}.get(word.strip().lower(), word)
+            for name, _, word in (part.partition("=") for part in _split(value))
+        }
+    if isinstance(kind, type) and issubclass(kind, Duration):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(seconds(typing.cast(float, value))) if is_number else str(value)
+    if kind is str or kind is Quantity:
+        return str(value)
+    if isinstance(value, str) and kind is not bool and not isinstance(kind, enum.EnumMeta):
+        return _number(value)
+    if isinstance(value, str) and kind is bool:
+        return {"true": True, "false": False}.get(value.lower(), value)
+    return value
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _vmodule_item(text: str) -> dict[str, object]:
+    """``pattern=N``"""
+    pattern, _, level = text.rpartition("=")
+    return {"filePattern": pattern, "verbosity": _number(level)}
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
+    name, dot, rest = path.partition(".")
+    (found,) = (field for field in msgspec.structs.fields(struct) if field.encode_name == name)
+    return _type_at(bare(found.type), rest) if dot else found.type
+
+
+def _set(struct: S, path: str, value: object) -> S:
+    name, dot, rest = path.partition(".")
+    (field,) = (each for each in msgspec.structs.fields(struct) if each.encode_name == name)
+    if dot:
+        value = _set(getattr(struct, field.name), rest, value)
+    return msgspec.structs.replace(struct, **{field.name: value})

@@ -1,0 +1,243 @@
+"""A configuration file, flags over it, and what of it has no effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ebpfproxy.config import flags as flag_table
+from ebpfproxy.config import kube_proxy as kp
+from ebpfproxy.config import own as ours
+from ebpfproxy.config import validation
+from ebpfproxy.config.decode import ConfigurationError, Document, Problem, convert, read_documents
+from ebpfproxy.health.server import BindAddressError, parse_bind_address
+
+_BIND_ADDRESSES = ("healthzBindAddress", "metricsBindAddress")
+
+_TYPES: Mapping[str, tuple[str, type[msgspec.Struct]]] = {
+    kp.KIND: (kp.API_VERSION, kp.KubeProxyConfiguration),
+    ours.KIND: (ours.API_VERSION, ours.EbpfProxyConfiguration),
+}
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    """Both documents. What a file says, with the API's defaults; :func:`effective` makes what is used."""
+
+    kube_proxy: kp.KubeProxyConfiguration = kp.with_api_defaults(kp.KubeProxyConfiguration())
+    own: ours.EbpfProxyConfiguration = ours.DEFAULTS
+
+
+def load(path: Path) -> Configuration:
+    """One file. Raises ConfigurationError, with everything that is wrong with it."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError([Problem(str(path), "", error.strerror or str(error))]) from error
+    return parse(text, str(path))
+
+
+def parse(text: str | bytes, name: str) -> Configuration:
+    """A KubeProxyConfiguration, an EbpfProxyConfiguration, or both in any order, as YAML or JSON.
+
+    ``name`` is the file's, for errors. It has to be good by itself: no flag mends it. Raises
+    ConfigurationError.
+    """
+    try:
+        documents = read_documents(text)
+    except ConfigurationError as error:
+        raise ConfigurationError([each._replace(where=name) for each in error.problems]) from error
+    problems: list[Problem] = []
+    if not documents:
+        problems.append(Problem(name, "", f"has neither a {kp.KIND} nor an {ours.KIND}"))
+    found: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for document in documents:
+        place = name if len(documents) == 1 else f"{name}: document {document.number}"
+        kind, of_document = _read_document(document, found)
+        if kind:
+            places[kind] = f"{place} ({kind})" if len(documents) > 1 else place
+            place = places[kind]
+        problems += [problem._replace(where=place) for problem in of_document]
+    configuration = Configuration()
+    if kp.KIND in found:
+        configuration = msgspec.structs.replace(
+            configuration, kube_proxy=kp.with_api_defaults(found[kp.KIND])
+        )
+    if ours.KIND in found:
+        configuration = msgspec.structs.replace(configuration, own=found[ours.KIND])
+    known = {(problem.where, problem.path) for problem in problems}
+    for kind, of_kind in _check(kp.complete(configuration.kube_proxy), configuration.own).items():
+        for problem in of_kind:
+            placed = problem._replace(where=places.get(kind, name))
+            # A field that could not be read has its default here, of which nothing is to be said.
+            if (placed.where, placed.path) not in known:
+                problems.append(placed)
+    if problems:
+        raise ConfigurationError(problems)
+    return configuration
+
+
+def _read_document(document: Document, found: dict[str, Any]) -> tuple[str, list[Problem]]:
+    """Puts the document into ``found``. Its kind, empty where that cannot be used, and what is wrong."""
+    value, problems = document.value, list(document.problems)
+    if not isinstance(value, dict):
+        return "", [*problems, Problem("", "", "is no mapping")]
+    kind, version = value.get("kind"), value.get("apiVersion")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        return "", [*problems, Problem("", "kind", f"{kind!r} is neither {kp.KIND} nor {ours.KIND}")]
+    wanted, struct = _TYPES[kind]
+    if version != wanted:
+        return "", [*problems, Problem("", "apiVersion", f"{version!r} is not {wanted}")]
+    if kind in found:
+        return "", [*problems, Problem("", "kind", f"a second {kind}")]
+    found[kind] = convert(value, struct, "", problems)
+    return kind, problems
+
+
+def _check(
+    kube_proxy: kp.KubeProxyConfiguration, own: ours.EbpfProxyConfiguration
+) -> dict[str, list[Problem]]:
+    """By kind. ``kube_proxy`` is complete."""
+    of_own = ours.validate(own)
+    if own.manifests and (kube_proxy.client_connection.kubeconfig or own.master):
+        of_own.append(
+            Problem("", "manifests", "goes without --kubeconfig (clientConnection.kubeconfig) and --master")
+        )
+    return {kp.KIND: validation.validate(kube_proxy), ours.KIND: of_own}
+
+
+def effective(configuration: Configuration, flags: Mapping[str, Any] | None = None) -> Configuration:
+    """The configuration with flags laid over it, complete: what the agent uses.
+
+    ``flags``: those that were given, by name (see :func:`ebpfproxy.config.flags.lay`); they win. Other than
+    in a file, an address for health checks or metrics may be empty there, for nowhere, or ``:PORT``. Where a
+    flag says what our own document says as well, the flag wins there too: ``--ipvs-scheduler`` over
+    lbAlgorithm, ``--kubeconfig`` over manifests.
+
+    Raises ConfigurationError: flags by their names, what only together is wrong by its path. Raises KeyError
+    for a flag that nobody knows.
+    """
+    laid = flag_table.lay(configuration.kube_proxy, configuration.own, flags or {})
+    kube_proxy = kp.complete(_follow_bind_address(laid, configuration.kube_proxy.bind_address))
+    problems = list(laid.problems)
+    named = {problem.where for problem in problems}
+    for kind, found in _check(kube_proxy, laid.own).items():
+        by_path = laid.kube_proxy_flags if kind == kp.KIND else laid.own_flags
+        for problem in found:
+            if kind == kp.KIND and problem.path in _BIND_ADDRESSES and problem.path in by_path:
+                continue
+            flag = by_path.get(re.sub(r"\[\d+\].*", "", problem.path))
+            if flag is None:
+                problems.append(problem)
+            elif flag not in named:
+                problems.append(Problem(flag, "", problem.text))
+    for path, address in zip(
+        _BIND_ADDRESSES, (kube_proxy.healthz_bind_address, kube_proxy.metrics_bind_address), strict=True
+    ):
+        flag = laid.kube_proxy_flags.get(path)
+        if flag is not None and address:
+            try:
+                parse_bind_address(address)
+            except BindAddressError as error:
+                problems.append(Problem(flag, "", str(error)))
+    if problems:
+        raise ConfigurationError(problems)
+    return Configuration(kube_proxy, laid.own)
+
+
+def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConfiguration:
+    """Addresses to serve at that were nobody's choice have the family of a ``--bind-address``."""
+    found = laid.kube_proxy
+    if found.bind_address == before:
+        return found
+    was, now = (
+        kp.with_api_defaults(kp.KubeProxyConfiguration(bind_address=bind))
+        for bind in (before, found.bind_address)
+    )
+    changed = {}
+    if "healthzBindAddress" not in laid.kube_proxy_flags and (
+        found.healthz_bind_address == was.healthz_bind_address
+    ):
+        changed["healthz_bind_address"] = now.healthz_bind_address
+    if "metricsBindAddress" not in laid.kube_proxy_flags and (
+        found.metrics_bind_address == was.metrics_bind_address
+    ):
+        changed["metrics_bind_address"] = now.metrics_bind_address
+    return msgspec.structs.replace(found, **changed)
+
+
+# -- what has no effect
+
+#: Fields, or sections, that are read and checked but that the agent has no use for.
+_NO_EFFECT = (
+    "featureGates",
+    "clientConnection.acceptContentTypes",
+    "clientConnection.contentType",
+    "logging.flushFrequency",
+    "logging.vmodule",
+    "logging.options",
+    "bindAddress",
+    "enableProfiling",
+    "showHiddenMetricsForVersion",
+    "iptables.masqueradeBit",
+    "iptables.syncPeriod",
+    "iptables.minSyncPeriod",
+    "ipvs.syncPeriod",
+    "ipvs.minSyncPeriod",
+    "ipvs.excludeCIDRs",
+    "ipvs.strictARP",
+    "ipvs.tcpTimeout",
+    "ipvs.tcpFinTimeout",
+    "ipvs.udpTimeout",
+    "nftables.masqueradeBit",
+    "nftables.syncPeriod",
+    "nftables.minSyncPeriod",
+    "winkernel",
+    "windowsRunAsService",
+    "configSyncPeriod",
+    "portRange",
+)
+
+
+def without_effect(configuration: Configuration) -> list[str]:
+    """The paths of fields that are set, and mean nothing here, in the API's order.
+
+    A field is set if it differs from its default: kubeadm's files, and what ``--write-config-to`` wrote,
+    name every field. ``bindAddress`` still decides which family the health check's and the metrics' default
+    addresses have; that NodePorts follow it is what is missing.
+    """
+    return [
+        path
+        for path, value, default in _leaves(configuration.kube_proxy, kp.DEFAULTS, "")
+        if value != default and _is_without_effect(path) and not _is_a_default(path, value)
+    ]
+
+
+def _leaves(struct: msgspec.Struct, default: msgspec.Struct, path: str) -> Iterator[tuple[str, Any, Any]]:
+    for field in msgspec.structs.fields(struct):
+        here = f"{path}.{field.encode_name}" if path else field.encode_name
+        value, other = getattr(struct, field.name), getattr(default, field.name)
+        if isinstance(value, msgspec.Struct):
+            yield from _leaves(value, other, here)
+        else:
+            yield here, value, other
+
+
+def _is_without_effect(path: str) -> bool:
+    return any(path == each or path.startswith(f"{each}.") for each in _NO_EFFECT)
+
+
+def _is_a_default(path: str, value: Any) -> bool:
+    """What stands for nothing, or is the default of another mode."""
+    section, _, name = path.rpartition(".")
+    if path == "bindAddress":
+        return value in ("0.0.0.0", "::")
+    if path == "ipvs.excludeCIDRs":
+        return not value
+    if section in kp.SYNC_PERIODS and name in ("syncPeriod", "minSyncPeriod"):
+        return not value or value == kp.SYNC_PERIODS[section][name == "minSyncPeriod"]
+    return False

@@ -1,0 +1,166 @@
+"""From a configuration to what the agent is told.
+
+Where a field cannot mean the same as in kube-proxy:
+
+- **mode** selects no way of working, only the defaults that kube-proxy gives each mode: the scheduler of
+  ``ipvs``, ``primary`` node addresses and no loopback for ``nftables``.
+- **detectLocalMode: ClusterCIDR with an empty clusterCIDR**: kube-proxy then knows no local pods, and
+  masquerades no traffic to cluster IPs whatever its source. Here it falls back to ``Devices``: what comes
+  from a device that is neither an uplink nor a tunnel is a pod's. For pods this is the same; other traffic
+  to cluster IPs, routed to this node from outside, is masqueraded. With a clusterCIDR of one family only,
+  nothing of the other family is a local pod: kube-proxy does not masquerade it, and here it is.
+- **nodePortAddresses** empty: all addresses of the uplinks, where kube-proxy (iptables, ipvs) takes all of
+  the node's, those of bridges and tunnels among them.
+- **localhostNodePorts** holds for the processes of the host's own network namespace, for both families and
+  all protocols, without ``route_localnet``.
+- **conntrack time-outs** are those of the agent's own flows; 0, with which kube-proxy leaves the kernel's
+  alone, is the agent's default: the kernel's value for UDP, kube-proxy's for TCP.
+- **ipvs.scheduler** chooses the algorithm in any mode. kube-proxy's IPVS has ``rr`` without one; a name that
+  is unknown here is that default, with a remark.
+
+What :class:`~ebpfproxy.options.AgentOptions` has no place for, the caller takes from the configuration
+itself: logging, oomScoreAdj, conntrack's sysctls, the client's limits, bindAddressHardFail.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+from ebpfproxy.config.durations import Duration
+from ebpfproxy.config.kube_proxy import PRIMARY, Conntrack, KubeProxyConfiguration
+from ebpfproxy.config.load import Configuration
+from ebpfproxy.config.own import EbpfProxyConfiguration
+from ebpfproxy.datapath.conntrack import Timeouts
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.ports import beside_local_range, parse_range
+from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.node.identity import node_name
+from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.node.network import parse_node_port_addresses
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.services.balancing import parse_algorithm
+from ebpfproxy.services.model import Algorithm, Prefix
+from ebpfproxy.services.values import parse_prefix
+
+_LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+
+
+def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]]:
+    """Of an effective configuration (:func:`ebpfproxy.config.load.effective`), and remarks for the log.
+
+    Reads this host's name, cgroup mount and ``ip_local_port_range`` where the configuration leaves them open.
+    Raises NodeNameError, RootError, PortRangeError.
+    """
+    kube_proxy, own = configuration.kube_proxy, configuration.own
+    chosen, remarks = algorithm(kube_proxy, own)
+    options = AgentOptions(
+        node_name=node_name(kube_proxy.hostname_override or None),
+        bpf_root=Path(own.bpf_root),
+        cgroup_root=Path(own.cgroup_root) if own.cgroup_root else find_cgroup_root(),
+        manifests=Path(own.manifests) if own.manifests else None,
+        kubeconfig=_path(kube_proxy.client_connection.kubeconfig),
+        master=own.master or None,
+        healthz_bind_address=kube_proxy.healthz_bind_address,
+        metrics_bind_address=kube_proxy.metrics_bind_address,
+        node_ports_on_loopback=node_ports_on_loopback(kube_proxy, own),
+        guard_node_ports=own.node_port_guard,
+        node_port_addresses=parse_node_port_addresses(kube_proxy.node_port_addresses or ()),
+        external_ips=own.external_ips,
+        devices=own.devices,
+        local_pods=local_pods(kube_proxy, own),
+        cluster_cidrs=_prefixes(kube_proxy.cluster_cidr.split(",")),
+        service_cidrs=_prefixes(own.service_cidrs),
+        masquerade_all=kube_proxy.masquerade_all,
+        bypass_netfilter=own.bypass_netfilter,
+        masquerade_ports=parse_range(own.masquerade_ports) if own.masquerade_ports else beside_local_range(),
+        algorithm=chosen,
+        maglev_size=own.maglev_table_size,
+        stale_tcp=own.stale_tcp,
+        timeouts=timeouts(kube_proxy.conntrack),
+        capacity=Capacity(
+            services=own.max_services,
+            backends=own.max_backends,
+            connected=own.max_connections,
+            conntrack=own.max_conntrack,
+            slots=own.max_slots or 4 * own.max_backends,
+            affinity=own.max_affinity,
+        ),
+        without=frozenset(own.without),
+    )
+    return options, remarks
+
+
+def algorithm(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> tuple[Algorithm, list[str]]:
+    """lbAlgorithm, else ipvs.scheduler, else the mode's own; and what has to be said about it."""
+    default = Algorithm.ROUND_ROBIN if kube_proxy.mode == "ipvs" else Algorithm.RANDOM
+    for path, name in (("lbAlgorithm", own.lb_algorithm), ("ipvs.scheduler", kube_proxy.ipvs.scheduler)):
+        if name:
+            found, remark = parse_algorithm(name)
+            if found is None:
+                return default, [f"{path}: {remark}; {default} is used"]
+            return found, [f"{path}: {remark}"] if remark else []
+    return default, []
+
+
+def local_pods(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> LocalPods:
+    """How this node's pods are told; see above for ClusterCIDR without one."""
+    mode = LocalMode(own.detect_local_mode or kube_proxy.detect_local_mode)
+    if mode is LocalMode.CLUSTER_CIDR and not kube_proxy.cluster_cidr.strip():
+        return LocalPods(LocalMode.DEVICES)
+    return LocalPods(
+        mode,
+        {
+            LocalMode.CLUSTER_CIDR: kube_proxy.cluster_cidr,
+            LocalMode.BRIDGE_INTERFACE: kube_proxy.detect_local.bridge_interface,
+            LocalMode.INTERFACE_NAME_PREFIX: kube_proxy.detect_local.interface_name_prefix,
+        }.get(mode, ""),
+    )
+
+
+def node_ports_on_loopback(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> bool:
+    """localhostNodePorts of our document, else as kube-proxy: mode iptables only, where nodePortAddresses
+    (if there are any) have the loopback's."""
+    if own.localhost_node_ports is not None:
+        return own.localhost_node_ports
+    if kube_proxy.mode != "iptables" or not kube_proxy.iptables.localhost_node_ports:
+        return False
+    texts = kube_proxy.node_port_addresses or ()
+    return not texts or any(
+        ipaddress.ip_network(text, strict=False).overlaps(_LOOPBACK) for text in texts if text != PRIMARY
+    )
+
+
+def timeouts(conntrack: Conntrack) -> Timeouts:
+    """In seconds; 0 is the agent's default."""
+    given = {
+        "tcp_established": conntrack.tcp_established_timeout,
+        "tcp_close_wait": conntrack.tcp_close_wait_timeout,
+        "udp": conntrack.udp_timeout,
+        "udp_stream": conntrack.udp_stream_timeout,
+    }
+    return Timeouts(**{name: each.seconds for name, each in given.items() if each > Duration()})
+
+
+def conntrack_sysctls(conntrack: Conntrack, cpus: int) -> tuple[int, dict[str, int]]:
+    """nf_conntrack_max (0: left alone) and the other sysctls, as cmd/kube-proxy/app/conntrack.go has them."""
+    limit = max(conntrack.max_per_core * cpus, conntrack.min or 0) if conntrack.max_per_core else 0
+    wanted = {
+        "nf_conntrack_tcp_timeout_established": conntrack.tcp_established_timeout,
+        "nf_conntrack_tcp_timeout_close_wait": conntrack.tcp_close_wait_timeout,
+        "nf_conntrack_udp_timeout": conntrack.udp_timeout,
+        "nf_conntrack_udp_timeout_stream": conntrack.udp_stream_timeout,
+    }
+    found = {name: int(timeout.seconds) for name, timeout in wanted.items() if timeout.seconds > 0}
+    if conntrack.tcp_be_liberal:
+        found["nf_conntrack_tcp_be_liberal"] = 1
+    return limit, found
+
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _prefixes(texts: list[str] | tuple[str, ...]) -> tuple[Prefix, ...]:
+    """Those that can be read: clusterCIDR is checked only where detectLocalMode uses it."""
+    return tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)

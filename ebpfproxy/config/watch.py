@@ -1,0 +1,32 @@
+"""A configuration file that changes ends the agent, so that it is started again with the new one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+_SECONDS = 1.0
+
+
+def watch_file(path: Path, changed: Callable[[], None], seconds: float = _SECONDS) -> None:
+    """Calls ``changed`` once, from a thread, when the content is another. A file that is away is waited for.
+
+    It is read, not watched: a ConfigMap's file is a link to a link, replaced by renaming a folder.
+    """
+    before = _content(path)
+
+    def run() -> None:
+        while _content(path) in (None, before):
+            pause.wait(seconds)
+        changed()
+
+    pause = threading.Event()
+    threading.Thread(target=run, name="configuration", daemon=True).start()
+
+
+def _content(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return path.read_bytes()
+    return None

@@ -1,0 +1,211 @@
+"""From a configuration to the agent's options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpfproxy.config.load import Configuration, effective
+from ebpfproxy.config.options import agent_options
+from ebpfproxy.datapath.conntrack import Timeouts
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.origins import StaleTcp
+from ebpfproxy.datapath.ports import beside_local_range
+from ebpfproxy.datapath.probe import Feature
+from ebpfproxy.node.identity import NodeNameError
+from ebpfproxy.node.local import LocalMode, LocalPods
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.services.model import Algorithm, Prefix
+from tests.config.files import kube_proxy, own, used
+
+HERE = {"cgroup-root": "/cg", "hostname-override": "Node-A", "masquerade-ports": "20000-29999"}
+
+
+def options_of(configuration: Configuration, flags: dict[str, Any] | None = None) -> AgentOptions:
+    return agent_options(effective(configuration, {**HERE, **(flags or {})}))[0]
+
+
+def of(*parts: dict[str, Any], flags: dict[str, Any] | None = None) -> AgentOptions:
+    return options_of(kube_proxy(*parts), flags)
+
+
+def test_without_a_file_or_flags_they_are_the_agents_own_defaults() -> None:
+    assert options_of(Configuration()) == AgentOptions(
+        node_name="node-a",
+        bpf_root=Path("/sys/fs/bpf"),
+        cgroup_root=Path("/cg"),
+        masquerade_ports=(20000, 29999),
+        capacity=Capacity(slots=4 * Capacity().backends),
+    )
+
+
+def test_what_is_left_open_is_read_from_this_host() -> None:
+    found = agent_options(effective(Configuration(), {"cgroup-root": "/cg"}))[0]
+    assert found.node_name == os.uname().nodename.lower()
+    assert found.masquerade_ports == beside_local_range()
+    with pytest.raises(NodeNameError):
+        options_of(Configuration(), {"hostname-override": " "})
+
+
+def test_every_setting_of_kube_proxy_reaches_the_agent() -> None:
+    found = of(
+        {
+            "clientConnection": {"kubeconfig": "/etc/k"},
+            "healthzBindAddress": "127.0.0.1:1",
+            "metricsBindAddress": "127.0.0.1:2",
+            "nodePortAddresses": ["127.0.0.0/8", "10.0.0.0/8"],
+            "clusterCIDR": "10.244.0.0/16,fd00::/56",
+            "iptables": {"masqueradeAll": True},
+            "conntrack": {
+                "tcpEstablishedTimeout": "2h",
+                "tcpCloseWaitTimeout": "30s",
+                "udpTimeout": "1500ms",
+                "udpStreamTimeout": "0",
+            },
+        }
+    )
+    assert found.kubeconfig == Path("/etc/k")
+    assert (found.healthz_bind_address, found.metrics_bind_address) == ("127.0.0.1:1", "127.0.0.1:2")
+    assert found.node_port_addresses == ("127.0.0.0/8", "10.0.0.0/8")
+    assert found.local_pods == LocalPods(LocalMode.CLUSTER_CIDR, "10.244.0.0/16,fd00::/56")
+    assert found.cluster_cidrs == (Prefix(bytes([10, 244, 0, 0]), 16), Prefix(b"\xfd" + b"\0" * 15, 56))
+    assert found.masquerade_all
+    assert found.timeouts == Timeouts(tcp_established=7200, tcp_close_wait=30, udp=1.5)
+
+
+def test_every_setting_of_ours_reaches_the_agent() -> None:
+    found = options_of(
+        own(
+            {
+                "bpfRoot": "/b",
+                "manifests": "/m",
+                "nodePortGuard": False,
+                "externalIPs": False,
+                "devices": ["eth*"],
+                "serviceCIDRs": ["10.96.0.0/12"],
+                "bypassNetfilter": True,
+                "lbAlgorithm": "mh",
+                "maglevTableSize": 251,
+                "staleTCP": "never",
+                "maxConntrack": 2048,
+                "maxServices": 1,
+                "maxBackends": 2,
+                "maxAffinity": 3,
+                "maxConnections": 4,
+                "without": ["tcx"],
+            }
+        )
+    )
+    assert (found.bpf_root, found.manifests) == (Path("/b"), Path("/m"))
+    assert not found.guard_node_ports
+    assert not found.external_ips
+    assert found.devices == ("eth*",)
+    assert found.service_cidrs == (Prefix(bytes([10, 96, 0, 0]), 12),)
+    assert found.bypass_netfilter
+    assert (found.algorithm, found.maglev_size) == (Algorithm.MAGLEV, 251)
+    assert found.stale_tcp is StaleTcp.NEVER
+    assert found.capacity == Capacity(
+        conntrack=2048, services=1, backends=2, affinity=3, connected=4, slots=8
+    )
+    assert found.without == {Feature.TCX}
+    assert options_of(own({"master": "https://x", "maxSlots": 9})).master == "https://x"
+    assert options_of(own({"maxSlots": 9})).capacity.slots == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "wanted"),
+    [
+        ({}, {}, LocalPods()),
+        ({"detectLocalMode": "ClusterCIDR"}, {}, LocalPods()),
+        (
+            {"detectLocalMode": "ClusterCIDR", "clusterCIDR": ""},
+            {"detect-local-mode": "ClusterCIDR"},
+            LocalPods(),
+        ),
+        ({"clusterCIDR": "10.0.0.0/8"}, {}, LocalPods(LocalMode.CLUSTER_CIDR, "10.0.0.0/8")),
+        ({"clusterCIDR": "10.0.0.0/8"}, {"detect-local-mode": "Devices"}, LocalPods()),
+        (
+            {},
+            {"cluster-cidr": "10.0.0.0/8, fd00::/8"},
+            LocalPods(LocalMode.CLUSTER_CIDR, "10.0.0.0/8,fd00::/8"),
+        ),
+        ({"detectLocalMode": "NodeCIDR", "clusterCIDR": "10.0.0.0/8"}, {}, LocalPods(LocalMode.NODE_CIDR)),
+        (
+            {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "cni0"}},
+            {},
+            LocalPods(LocalMode.BRIDGE_INTERFACE, "cni0"),
+        ),
+        (
+            {"detectLocal": {"interfaceNamePrefix": "eth"}},
+            {"pod-interface-name-prefix": "veth", "detect-local-mode": "InterfaceNamePrefix"},
+            LocalPods(LocalMode.INTERFACE_NAME_PREFIX, "veth"),
+        ),
+    ],
+)
+def test_how_local_pods_are_told(given: dict[str, Any], flags: dict[str, Any], wanted: LocalPods) -> None:
+    assert of(given, flags=flags).local_pods == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "wanted"),
+    [
+        ({}, {}, True),
+        ({"iptables": {"localhostNodePorts": False}}, {}, False),
+        ({"iptables": {"localhostNodePorts": False}}, {"localhost-nodeports": True}, True),
+        ({}, {"iptables-localhost-nodeports": False}, False),
+        ({"mode": "ipvs"}, {}, False),
+        ({"mode": "nftables"}, {}, False),
+        ({"mode": "nftables"}, {"localhost-nodeports": True}, True),
+        ({"nodePortAddresses": ["10.0.0.0/8"]}, {}, False),
+        ({"nodePortAddresses": ["primary"]}, {}, False),
+        ({"nodePortAddresses": ["10.0.0.0/8", "127.0.0.1/32"]}, {}, True),
+        ({"nodePortAddresses": ["0.0.0.0/0"]}, {}, True),
+        ({"nodePortAddresses": ["::/0"]}, {}, False),
+    ],
+)
+def test_node_ports_on_loopback_are_iptables_and_ours(
+    given: dict[str, Any], flags: dict[str, Any], wanted: bool
+) -> None:
+    assert of(given, flags=flags).node_ports_on_loopback is wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "wanted", "said"),
+    [
+        ({}, {}, Algorithm.RANDOM, ""),
+        ({"mode": "ipvs"}, {}, Algorithm.ROUND_ROBIN, ""),
+        ({"mode": "ipvs", "ipvs": {"scheduler": "sh"}}, {}, Algorithm.SOURCE_HASH, ""),
+        ({"ipvs": {"scheduler": "wlc"}}, {}, Algorithm.LEAST_CONNECTIONS, ""),
+        (
+            {"ipvs": {"scheduler": "lblc"}},
+            {},
+            Algorithm.LEAST_CONNECTIONS,
+            "ipvs.scheduler: lblc is not here",
+        ),
+        ({"ipvs": {"scheduler": "fo"}}, {}, Algorithm.RANDOM, "ipvs.scheduler: unknown algorithm 'fo'"),
+        ({"mode": "ipvs"}, {"ipvs-scheduler": "fo"}, Algorithm.ROUND_ROBIN, "ipvs.scheduler: unknown"),
+        ({"mode": "ipvs", "ipvs": {"scheduler": "sh"}}, {"lb-algorithm": "maglev"}, Algorithm.MAGLEV, ""),
+        ({}, {"lb-algorithm": "twos"}, Algorithm.LEAST_CONNECTIONS, "lbAlgorithm: twos is not here"),
+    ],
+)
+def test_the_scheduler_chooses_the_algorithm(
+    given: dict[str, Any], flags: dict[str, Any], wanted: Algorithm, said: str
+) -> None:
+    options, remarks = agent_options(effective(kube_proxy(given), {**HERE, **flags}))
+    assert options.algorithm is wanted
+    assert len(remarks) == bool(said)
+    assert all(remark.startswith(said) for remark in remarks)
+
+
+def test_cluster_cidrs_that_no_mode_checks_are_passed_over() -> None:
+    assert of({"detectLocalMode": "NodeCIDR", "clusterCIDR": "ten"}).cluster_cidrs == ()
+
+
+def test_nftables_has_its_own_masquerade_all() -> None:
+    assert of({"mode": "nftables", "nftables": {"masqueradeAll": True}}).masquerade_all
+    assert not of({"mode": "nftables", "iptables": {"masqueradeAll": True}}).masquerade_all
+    assert used({"mode": "nftables"}).kube_proxy.node_port_addresses == ("primary",)
+    assert of({"mode": "nftables"}).node_port_addresses == ("primary",)

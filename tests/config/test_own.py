@@ -1,0 +1,122 @@
+"""EbpfProxyConfiguration: fields, checks, and the JSON schema that is published."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from ebpfproxy.config import own as ours
+from ebpfproxy.config.flags import OWN_FLAGS
+from ebpfproxy.config.load import parse
+from ebpfproxy.config.write import own_yaml
+from ebpfproxy.datapath import maglev
+from tests.config.files import OWN, errors, merged, nested, own, text_of
+
+SCHEMA = Path(__file__).parents[2] / "deploy" / "ebpfproxy.schema.json"
+
+FIELDS: dict[str, Any] = {
+    "bpfRoot": "/run/bpf",
+    "cgroupRoot": "/run/cgroup",
+    "manifests": "/etc/manifests",
+    "master": "https://192.0.2.1:6443",
+    "detectLocalMode": "Devices",
+    "localhostNodePorts": False,
+    "nodePortGuard": False,
+    "externalIPs": False,
+    "devices": ["eth*", "bond0"],
+    "serviceCIDRs": ["10.96.0.0/12", "fd00:10:96::/112"],
+    "bypassNetfilter": True,
+    "masqueradePorts": "20000-29999",
+    "lbAlgorithm": "maglev",
+    "maglevTableSize": 251,
+    "staleTCP": "never",
+    "maxConntrack": 1024,
+    "maxServices": 1,
+    "maxBackends": 1,
+    "maxSlots": 1,
+    "maxAffinity": 1,
+    "maxConnections": 1,
+    "without": ["tcx", "set-retval"],
+}
+NAMES = [field.encode_name for field in msgspec.structs.fields(ours.EbpfProxyConfiguration)]
+
+
+def test_the_table_of_fields_has_every_field() -> None:
+    assert ["kind", "apiVersion", *FIELDS] == NAMES
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_read_and_written(name: str) -> None:
+    found = own({name: FIELDS[name]})
+    assert yaml.safe_load(own_yaml(found.own))[name] == FIELDS[name]
+    assert found.own != ours.DEFAULTS
+    assert parse(own_yaml(found.own), "f") == found
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_null_is_the_same_as_nothing(name: str) -> None:
+    assert own({name: None}) == own()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_another_type_is_one_error(name: str) -> None:
+    wrong = {"a": 1}
+    (said,) = errors(text_of({**OWN, name: wrong}))
+    assert said.startswith(f"f: {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("bpfRoot", "", "Expected `str` of length >= 1: ''"),
+        ("detectLocalMode", "ClusterCIDR", "'ClusterCIDR' is none of Devices"),
+        ("serviceCIDRs", ["10.0.0.0/8", "ten"], "'ten' is not a CIDR"),
+        ("devices", ["eth0", " "], "must not be empty"),
+        ("masqueradePorts", "9-3", "'9-3': a range of ports begins at 1 or above and ends at 65535 or below"),
+        ("masqueradePorts", "9", "Expected `str` matching regex '^([0-9]+-[0-9]+)?$': '9'"),
+        ("lbAlgorithm", "best", "unknown algorithm 'best', known are"),
+        ("maglevTableSize", 1000, "1000 is none of 251, 509"),
+        ("staleTCP", "always", "'always' is none of gone, unready, never"),
+        ("maxConntrack", 1023, "Expected `int` >= 1024: 1023"),
+        ("maxSlots", 0, "Expected `int` >= 1: 0"),
+        ("without", ["tcx", "xdp"], "'xdp' is none of set-retval, tcx"),
+        ("nothing", 1, "unknown field"),
+    ],
+)
+def test_wrong_values_are_named(path: str, value: Any, said: str) -> None:
+    (found,) = errors(text_of(merged(OWN, nested(path, value))))
+    index = "[1]" if isinstance(value, list) else ""
+    assert found.startswith(f"f: {path}{index}: {said}")
+
+
+@pytest.mark.parametrize("name", ["rr", "wlc", "mh", "lblc", "round-robin", "Maglev"])
+def test_algorithms_have_the_names_of_ipvs_too(name: str) -> None:
+    assert own({"lbAlgorithm": name}).own.lb_algorithm == name
+
+
+def test_every_field_has_a_flag() -> None:
+    assert {*OWN_FLAGS.values(), "kind", "apiVersion"} - {"detectLocalMode"} == set(NAMES) - {
+        "detectLocalMode"
+    }
+
+
+def test_maglev_sizes_are_those_of_the_datapath() -> None:
+    assert typing.get_args(ours.MaglevSize) == maglev.SIZES
+
+
+def test_the_published_schema_is_current() -> None:
+    assert SCHEMA.read_text() == ours.schema_text(), (
+        "python -m ebpfproxy.config.own > deploy/ebpfproxy.schema.json"
+    )
+
+
+def test_the_schema_describes_every_field() -> None:
+    properties = ours.schema()["$defs"]["EbpfProxyConfiguration"]["properties"]
+    assert list(properties) == NAMES
+    assert all(properties[name].get("description") for name in FIELDS)
+    assert all("default" in properties[name] for name in FIELDS)

@@ -1,0 +1,99 @@
+"""The agent with a configuration file: what it uses, what it says of it, and that it ends when the file changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.lab import Lab, LabNode, choices, manifests
+
+pytestmark = pytest.mark.root
+
+KUBE_PROXY = {
+    "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+    "kind": "KubeProxyConfiguration",
+    "mode": "ipvs",
+    "ipvs": {"scheduler": "wrr", "strictARP": True},
+    "healthzBindAddress": "127.0.0.1:10300",
+    "conntrack": {"udpTimeout": "7s"},
+}
+BACKENDS = [f"10.244.2.{i}" for i in range(1, 6)]
+
+
+class World:
+    def __init__(self, lab: Lab) -> None:
+        self.node: LabNode = lab.node("node-a")
+        self.pod = self.node.pod("client")
+        self.folder: Path = lab.folder / "manifests"
+        self.config: Path = lab.folder / "config.yaml"
+        manifests.write(
+            self.folder / "all.yaml",
+            manifests.service(
+                "web", clusterIPs=["10.96.7.1"], ports=[{"name": "dns", "port": 53, "protocol": "UDP"}]
+            ),
+            manifests.slice_of(
+                "web",
+                [manifests.endpoint(a, "node-b") for a in BACKENDS],
+                ports=[{"name": "dns", "port": 8053, "protocol": "UDP"}],
+            ),
+        )
+
+    def write(self, *documents: object) -> None:
+        beside = self.config.with_suffix(".new")
+        beside.write_text(yaml.safe_dump_all(documents))
+        beside.rename(self.config)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab)
+
+
+def test_the_agent_uses_its_file_and_flags_win_and_a_change_ends_it(world: World) -> None:
+    own = {
+        "apiVersion": "ebpfproxy.io/v1alpha1",
+        "kind": "EbpfProxyConfiguration",
+        "manifests": str(world.folder),
+        "maxAffinity": 1000,
+    }
+    world.write(KUBE_PROXY, own)
+    agent = world.node.agent("--config", str(world.config), "--max-affinity", "2000").start()
+    assert agent.http("/livez", 10300)[0] == 200
+    assert "ipvs.strictARP" in agent.text, "it has no effect, and that is said"
+    used = json.loads(agent.http("/configz", 10249)[1])
+    assert used["kubeproxy.config.k8s.io"]["ipvs"]["scheduler"] == "wrr"
+    assert used["ebpfproxy.io"]["maxAffinity"] == 2000
+    chosen = world.pod.call(choices.choices, "10.96.7.1", 53, 50)
+    assert all(set(chosen[n : n + 5]) == set(BACKENDS) for n in range(45)), "round robin, by ipvs.scheduler"
+    world.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
+    assert agent.process is not None
+    assert agent.process.wait(10) == 0
+    assert "the configuration has changed" in agent.text
+    again = world.node.agent("--config", str(world.config)).start()
+    assert len(set(world.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, "source hash"
+    again.stop()
+
+
+def test_everything_that_is_wrong_with_a_file_is_said_at_once(world: World) -> None:
+    world.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
+    agent = world.node.agent("--config", str(world.config)).start(wait=False)
+    assert agent.process is not None
+    assert agent.process.wait(10) == 1
+    assert "conntrack.maxPerCore" in agent.text
+    assert "nodePortAddreses" in agent.text
+
+
+def test_init_only_leaves_programs_that_the_agent_need_not_compile(world: World) -> None:
+    first = world.node.agent("--init-only", manifests=world.folder).start(wait=False)
+    assert first.process is not None
+    assert first.process.wait(30) == 0
+    made = {path.name for path in (world.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")}
+    assert {"connect4", "from_device"} <= made
+    agent = world.node.agent(manifests=world.folder).start()
+    assert {path.name for path in (world.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")} == made
+    agent.stop()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 import msgspec
@@ -21,10 +20,10 @@ import msgspec
 from ebpfproxy.datapath import layout, maglev
 from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
 from ebpfproxy.datapath.departures import Departed, Departures
-from ebpfproxy.datapath.filter import BitFilter, address_hash
+from ebpfproxy.datapath.frontends import Frontends
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
-from ebpfproxy.datapath.maps import Map, MapSet
+from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.slots import Source
 from ebpfproxy.services.model import (
@@ -111,17 +110,10 @@ class Writer:
         self._departures = Departures(maps)
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
-        self._addresses = BitFilter(maps.shared("address_filter"))
-        self._ports = BitFilter(maps.shared("port_filter"))
-        self._cluster_ips: Counter[bytes] = Counter()
-        self._own_addresses: frozenset[bytes] = frozenset()
-        self._entries: dict[bytes, bytes] = {}
+        self._frontends = Frontends(maps)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._unplaced: dict[ServicePortKey, tuple[ServicePort, str]] = {}
-        self._node_addresses: frozenset[bytes] = frozenset()
-        self._adopting = True
         self._adopt()
-        self._adopting = False
 
     # -- what is there
 
@@ -131,7 +123,7 @@ class Writer:
 
     @property
     def frontends(self) -> int:
-        return len(self._entries)
+        return len(self._frontends)
 
     @property
     def backends(self) -> int:
@@ -152,14 +144,8 @@ class Writer:
             for key, value in self._maps["service_names"].items()
         }
         entries_of: dict[int, list[bytes]] = {}
-        for table in ("services4", "services6"):
-            for key, value in self._maps[table].items():
-                entry = layout.unpack_service(value)
-                if entry.flags & ServiceFlags.ADDRESS:
-                    continue
-                self._entries[key] = value
-                self._note_entry(key, entry.kind)
-                entries_of.setdefault(entry.id, []).append(key)
+        for key, value in self._frontends.items():
+            entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
         sources_of: dict[int, set[bytes]] = {}
         for key, _ in self._maps["source_ranges"].items():
             sources_of.setdefault(layout.source_range_service(key), set()).add(key)
@@ -179,9 +165,6 @@ class Writer:
         self._ranges = Ranges(self._slots.spec.max_entries, used)
         self._service_ids: Ids[ServicePortKey] = Ids(
             self._maps["service_stats"].spec.max_entries, {name: number for number, name in names.items()}
-        )
-        self._node_addresses = frozenset(
-            layout.unpack_address(key) for key, _ in self._maps["node_addresses"].items()
         )
 
     def _range(self, service_id: int, policy: int) -> tuple[int, int]:
@@ -430,7 +413,7 @@ class Writer:
         for frontend in port.frontends:
             entries.update(_entries_of(frontend, known.id, port))
         for key, value in entries.items():
-            if self._entries.get(key) != value:
+            if self._frontends.get(key) != value:
                 plan.entries[key] = value
         plan.vanished += [(known.id, key) for key in known.entries if key not in entries]
         known.entries = tuple(entries)
@@ -484,67 +467,12 @@ class Writer:
             f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
             for key in self._maps["source_ranges"].update_many(plan.sources)
         ]
-        for table in ("services4", "services6"):
-            size = self._maps[table].spec.key_size
-            batch = {key: value for key, value in plan.entries.items() if len(key) == size}
-            # What a filter does not know would pass untouched: it learns first, and forgets last.
-            for key, value in batch.items():
-                self._note_entry(key, layout.unpack_service(value).kind)
-            refused = set(self._maps[table].update_many(batch))
-            for key, value in batch.items():
-                replaced = value if key in refused else self._entries.get(key)
-                if replaced is not None:
-                    self._forget_entry(key, layout.unpack_service(replaced).kind)
-                if key not in refused:
-                    self._entries[key] = value
-            full += [f"{table}: no room for {describe_frontend(key)}" for key in refused]
+        full += self._frontends.write(plan.entries)
         for service_id, key in plan.vanished:
-            # A frontend that another service port has taken over is the other's.
-            present = self._entries.get(key)
-            if present is not None and layout.unpack_service(present).id == service_id:
-                self._delete_entry(key)
+            self._frontends.withdraw(service_id, key)
         for key in plan.closed:
             self._maps["source_ranges"].delete(key)
         return full
-
-    def _table_of(self, key: bytes) -> Map:
-        return self._maps["services4" if len(key) == self._maps["services4"].spec.key_size else "services6"]
-
-    def _delete_entry(self, key: bytes) -> None:
-        self._table_of(key).delete(key)
-        kind = layout.unpack_service(self._entries.pop(key)).kind
-        self._forget_entry(key, kind)
-
-    def _note_entry(self, key: bytes, kind: FrontendKind) -> None:
-        """Its address and port are of interest; a cluster IP gets an entry for all its other ports, too."""
-        frontend = layout.unpack_service_key(key)
-        self._ports.add(frontend.port)
-        if kind is FrontendKind.NODE_PORT:
-            return
-        address = frontend.address
-        self._addresses.add(address_hash(address))
-        if kind is FrontendKind.CLUSTER_IP:
-            self._cluster_ips[address] += 1
-            if self._cluster_ips[address] == 1 and not self._adopting:
-                self._close_other_ports(address)
-
-    def _close_other_ports(self, address: bytes) -> None:
-        key, value = layout.pack_cluster_ip(address)
-        # Without room for it such ports are not rejected, and nothing else is different.
-        self._table_of(key).update_many({key: value})
-
-    def _forget_entry(self, key: bytes, kind: FrontendKind) -> None:
-        frontend = layout.unpack_service_key(key)
-        address = frontend.address
-        if kind is FrontendKind.CLUSTER_IP:
-            self._cluster_ips[address] -= 1
-            if not self._cluster_ips[address]:
-                del self._cluster_ips[address]
-                other_ports, _ = layout.pack_cluster_ip(address)
-                self._table_of(other_ports).delete(other_ports)
-        if kind is not FrontendKind.NODE_PORT:
-            self._addresses.remove(address_hash(address))
-        self._ports.remove(frontend.port)
 
     def _drop(self, key: ServicePortKey, plan: _Plan) -> None:
         known = self._programmed.pop(key, None)
@@ -565,9 +493,7 @@ class Writer:
     def _drop_leftovers(self) -> None:
         """What a killed agent left half done: entries and backends of no service port."""
         ids = {known.id for known in self._programmed.values()}
-        for key, value in list(self._entries.items()):
-            if layout.unpack_service(value).id not in ids:
-                self._delete_entry(key)
+        self._frontends.drop_leftovers(ids)
         self._backends.drop_leftovers()
         for number, members in self._strangers.items():
             for policy in Policy:
@@ -575,25 +501,6 @@ class Writer:
                     key = layout.pack_member(number * layout.POLICIES + policy, backend_id)
                     self._maps["members"].delete(key)
         self._strangers = {}
-        if self._maps.adopted:
-            self._repair_cluster_ips()
-        self._addresses.drop_leftovers()
-        self._ports.drop_leftovers()
-
-    def _repair_cluster_ips(self) -> None:
-        """The entries for other ports are those of the cluster IPs, whatever was adopted."""
-        found = {
-            address
-            for table in ("services4", "services6")
-            for key, value in self._maps[table].items()
-            if layout.unpack_service(value).flags & ServiceFlags.ADDRESS
-            and (address := layout.unpack_service_key(key).address)
-        }
-        for address in self._cluster_ips.keys() - found:
-            self._close_other_ports(address)
-        for address in found - self._cluster_ips.keys():
-            key, _ = layout.pack_cluster_ip(address)
-            self._table_of(key).delete(key)
 
     # -- what was replaced
 
@@ -619,7 +526,7 @@ class Writer:
     @property
     def asks_who(self) -> bool:
         """Whether any Service looks at who its client is."""
-        return any(map(layout.asks_who, self._entries.values()))
+        return any(layout.asks_who(value) for _, value in self._frontends.items())
 
     def set_client_namespaces(self, cookies: Mapping[bytes, int]) -> None:
         """Under which names pods of this node appear as clients: by address in packets."""
@@ -631,20 +538,11 @@ class Writer:
             table.delete(key)
 
     def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
-        """All addresses of this node: answers to masqueraded clients come to one of them."""
-        for address in addresses - self._own_addresses:
-            self._addresses.add(address_hash(address))
-        for address in self._own_addresses - addresses:
-            self._addresses.remove(address_hash(address))
-        self._own_addresses = addresses
+        """See ``datapath.frontends``, as for the next."""
+        self._frontends.set_own_addresses(addresses)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
-        """The addresses at which this node's NodePorts answer."""
-        table = self._maps["node_addresses"]
-        table.update_many({layout.pack_address(a): U32.pack(1) for a in addresses - self._node_addresses})
-        for address in self._node_addresses - addresses:
-            table.delete(layout.pack_address(address))
-        self._node_addresses = addresses
+        self._frontends.set_node_addresses(addresses)
 
 
 def _sources_of(
@@ -676,9 +574,3 @@ def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iter
 def _describe(key: ServicePortKey) -> str:
     name = f":{key.port_name}" if key.port_name else ""
     return f"{key.namespace}/{key.name}{name} ({key.family})"
-
-
-def describe_frontend(packed: bytes) -> str:
-    """``10.96.0.1:443/TCP`` for a key of the services' maps."""
-    key = layout.unpack_service_key(packed)
-    return layout.format_frontend(key.address, key.port, key.protocol)

@@ -230,6 +230,7 @@ class Agent:
                     "/healthz": proxy_page("healthz", self._health.healthz),
                     "/livez": proxy_page("livez", self._health.livez),
                 },
+                hard_fail=self._options.bind_hard_fail,
             ),
             HttpServer(
                 "metrics",
@@ -242,6 +243,7 @@ class Agent:
                     "/proxyMode": lambda: text_answer("ebpf"),
                     "/configz": lambda: json_answer(self._configz),
                 },
+                hard_fail=self._options.bind_hard_fail,
             ),
         ]
 

@@ -22,8 +22,13 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     manifests: Path | None = None
     kubeconfig: Path | None = None
     master: str | None = None
+    #: Requests a second to the API server, and how many at once.
+    api_qps: float = 5.0
+    api_burst: int = 10
     healthz_bind_address: str = "0.0.0.0:10256"
     metrics_bind_address: str = "127.0.0.1:10249"
+    #: An address that cannot be bound ends the agent.
+    bind_hard_fail: bool = False
     node_ports_on_loopback: bool = True
     guard_node_ports: bool = True
     #: Checked by ``node.network.parse_node_port_addresses``.

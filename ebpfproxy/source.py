@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.kube.manifests import ManifestSource
 from ebpfproxy.kube.reflector import reflectors
 from ebpfproxy.kube.status import SourceStatus
@@ -27,7 +28,9 @@ class Source:
             self.start, self.stop = manifests.start, manifests.stop
             self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
             return
-        connection = ApiConnection.from_options(options.kubeconfig, options.master)
+        connection = ApiConnection.from_options(
+            options.kubeconfig, options.master, RateLimit(options.api_qps, options.api_burst)
+        )
         watches = reflectors(connection, options.node_name, sink, reduce)
         self.description = f"API server {connection.host}"
         self.host = connection.host.partition("://")[2]

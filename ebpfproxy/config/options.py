@@ -19,7 +19,7 @@ Where a field cannot mean the same as in kube-proxy:
   is unknown here is that default, with a remark.
 
 What :class:`~ebpfproxy.options.AgentOptions` has no place for, the caller takes from the configuration
-itself: logging, oomScoreAdj, conntrack's sysctls, the client's limits, bindAddressHardFail.
+itself: logging, oomScoreAdj, conntrack's sysctls.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         manifests=Path(own.manifests) if own.manifests else None,
         kubeconfig=_path(kube_proxy.client_connection.kubeconfig),
         master=own.master or None,
+        api_qps=kube_proxy.client_connection.qps,
+        api_burst=kube_proxy.client_connection.burst,
+        bind_hard_fail=kube_proxy.bind_address_hard_fail,
         healthz_bind_address=kube_proxy.healthz_bind_address,
         metrics_bind_address=kube_proxy.metrics_bind_address,
         node_ports_on_loopback=node_ports_on_loopback(kube_proxy, own),

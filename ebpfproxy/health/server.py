@@ -91,8 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
 class HttpServer:
     """Serves ``pages`` (path to function) at ``address``. An address in use is retried, and logged once."""
 
-    def __init__(self, name: str, address: str, pages: Mapping[str, Page]) -> None:
-        """Raises BindAddressError. An empty address serves nothing."""
+    def __init__(
+        self, name: str, address: str, pages: Mapping[str, Page], *, hard_fail: bool = False
+    ) -> None:
+        """Raises BindAddressError. An empty address serves nothing. ``hard_fail``: see :meth:`start`."""
+        self._hard_fail = hard_fail
         self._name = name
         self._text = address
         self._address = parse_bind_address(address) if address else None
@@ -106,9 +109,12 @@ class HttpServer:
         return self._server.server_address[1] if self._server is not None else None
 
     def start(self) -> None:
+        """Raises BindAddressError where the address cannot be bound, and that is not to be tried again."""
         if self._address is None:
             return
         bound = self._bind()
+        if not bound and self._hard_fail:
+            raise BindAddressError(f"{self._name}: {self._text}: {self._why}")
         if not bound:
             log.error("cannot serve, trying again", server=self._name, address=self._text, error=self._why)
         threading.Thread(target=self._run, name=self._name, daemon=True).start()

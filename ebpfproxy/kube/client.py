@@ -17,6 +17,7 @@ from kubernetes.config.config_exception import ConfigException
 
 import ebpfproxy
 from ebpfproxy.kube.kubeconfig import ConfigError, check, check_url, errors_of_the_package
+from ebpfproxy.kube.limits import RateLimit
 
 __all__ = ["ApiConnection", "ConfigError"]
 
@@ -52,8 +53,9 @@ class ApiConnection:
     request; :meth:`reload` reads the whole configuration again, after the server has refused them.
     """
 
-    def __init__(self, configure: Configure) -> None:
+    def __init__(self, configure: Configure, limit: RateLimit | None = None) -> None:
         self._configure = configure
+        self._limit = limit
         #: One thread at a time reads credentials: an exec plugin may ask somebody who is slow.
         self._credentials_lock = threading.Lock()
         self._requests_lock = threading.Lock()
@@ -62,14 +64,16 @@ class ApiConnection:
         self._session = self._open()
 
     @classmethod
-    def from_options(cls, kubeconfig: Path | None, master: str | None) -> ApiConnection:
+    def from_options(
+        cls, kubeconfig: Path | None, master: str | None, limit: RateLimit | None = None
+    ) -> ApiConnection:
         """``--kubeconfig`` and ``--master``; without them the pod's service account.
 
         ``master`` alone is an API server that asks for no credentials; with a kubeconfig it replaces the
         server's address in it. Raises ConfigError.
         """
         if kubeconfig is None and master is None:
-            return cls(_in_cluster)
+            return cls(_in_cluster, limit)
         if master is not None:
             check_url(master, "--master")
 
@@ -81,7 +85,7 @@ class ApiConnection:
                 configuration.host = master.rstrip("/")
             return token_file
 
-        return cls(configure)
+        return cls(configure, limit)
 
     @property
     def host(self) -> str:
@@ -112,6 +116,8 @@ class ApiConnection:
         ``read_seconds`` bounds every wait for bytes. Raises ConfigError where credentials cannot be had,
         urllib3's HTTPError, and OSError.
         """
+        if self._limit is not None:
+            self._limit.wait()
         session = self._session
         headers = {"Accept": "application/json", "User-Agent": f"ebpfproxy/{ebpfproxy.__version__}"}
         authorization = self._authorization(session)

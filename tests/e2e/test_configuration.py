@@ -88,6 +88,21 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once(world: World) -> N
     assert "nodePortAddreses" in agent.text
 
 
+def test_an_address_that_is_taken_ends_the_agent_where_that_is_asked_for(world: World) -> None:
+    first = world.node.agent(manifests=world.folder).start()
+    other = world.node.agent("--bind-address-hard-fail", manifests=world.folder)
+    other.start(wait=False)
+    assert other.process is not None
+    assert other.process.wait(20) == 1
+    first.stop()
+    blocker = world.node.popen(["socat", "TCP-LISTEN:10256,fork", "/dev/null"], join_cgroup=False)
+    other = world.node.agent("--bind-address-hard-fail", manifests=world.folder).start(wait=False)
+    assert other.process is not None
+    assert other.process.wait(20) == 1
+    assert "healthz: 0.0.0.0:10256: [Errno 98]" in other.text
+    blocker.kill()
+
+
 def test_init_only_leaves_programs_that_the_agent_need_not_compile(world: World) -> None:
     first = world.node.agent("--init-only", manifests=world.folder).start(wait=False)
     assert first.process is not None

@@ -16,10 +16,14 @@ from kubernetes import config as kube_config
 from kubernetes.config.config_exception import ConfigException
 
 import ebpfproxy
+from ebpfproxy.kube.control_plane import control_plane
 from ebpfproxy.kube.kubeconfig import ConfigError, check, check_url, errors_of_the_package
 from ebpfproxy.kube.limits import RateLimit
+from ebpfproxy.logs import get_logger
 
 __all__ = ["ApiConnection", "ConfigError"]
+
+log = get_logger(__name__)
 
 _CONNECT_SECONDS = 10.0
 #: A peer that is gone without a word is noticed after about a minute (tcp(7)).
@@ -169,6 +173,10 @@ def _in_cluster(configuration: kube_client.Configuration) -> None:
         raise ConfigError(
             f"no --kubeconfig, --master or --manifests, and not in a pod with a service account: {error}"
         ) from error
+    better = control_plane()
+    if better is not None:
+        configuration.host, source = better
+        log.info("the control plane's own address is used", server=configuration.host, file=source)
     _check_certificates(configuration, "service account")
 
 

@@ -47,6 +47,9 @@ _KINDS = {
 _LISTS = {f"{kind}List": (version, kind) for version, kind in _KINDS}
 
 
+_DEEPEST = 100
+
+
 class ManifestError(Exception):
     """What is wrong with a file: document, object and field."""
 
@@ -239,6 +242,7 @@ def parse(text: str) -> Iterator[Object]:
     Raises ManifestError for the first thing that is wrong.
     """
     try:
+        _check_depth(text)
         documents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
         raise ManifestError(" ".join(str(error).split())) from error
@@ -249,6 +253,17 @@ def parse(text: str) -> Iterator[Object]:
         if not isinstance(document, dict):
             raise ManifestError(f"{where}: not an object")
         yield from _objects(document, where)
+
+
+def _check_depth(text: str) -> None:
+    """PyYAML's C loader ends the process where nesting is deep; its events do not. Raises ManifestError."""
+    if max(map(text.count, ("[", "{", "- -"))) < _DEEPEST:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ManifestError(f"nested more than {_DEEPEST} deep")
 
 
 def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:

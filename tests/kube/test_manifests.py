@@ -124,6 +124,12 @@ def test_a_mistake_names_document_object_and_field(text: str, said: str) -> None
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 100_000, "- " * 100_000])
+def test_deep_nesting_is_an_error_and_not_the_end_of_the_process(text: str) -> None:
+    with pytest.raises(ManifestError, match="nested more than 100 deep"):
+        list(parse(text))
+
+
 def test_files_that_come_change_and_go(follower: Follower) -> None:
     (follower.folder / "b.yaml").write_text(service("b"))
     follower.until(lambda: follower.services == {"shop/a", "shop/b"})

@@ -41,6 +41,7 @@ from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
 from ebpfproxy.housekeeping import Housekeeping
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.health import HealthCollector
 from ebpfproxy.metrics.maps import MapCollector
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
@@ -153,7 +154,7 @@ class Agent:
             self._load()
             lock.release()
             return
-        source = self._source = Source(options, self._queue.put)
+        source = self._source = Source(options, self._queue.put, self._metrics.requested)
         servers = self._servers(source)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
@@ -212,6 +213,9 @@ class Agent:
     def _servers(self, source: Source) -> list[HttpServer]:
         self._metrics.registry.register(SourceCollector(source.statuses, source.requests, source.host))
         self._metrics.registry.register(MapCollector(self._maps))
+        self._metrics.registry.register(
+            HealthCollector(self._health.healthz, lambda: attach.attachments(self._pins))
+        )
 
         def proxy_page(path: str, ask: Callable[[], tuple[bool, dict[str, object]]]) -> Callable[[], Answer]:
             def page() -> Answer:
@@ -318,6 +322,7 @@ class Agent:
 
     def _program(self) -> None:
         self._health.queued()
+        self._metrics.queued(time.time())
         began = time.monotonic()
         update = self._tracker.drain()
         full = not self._complete
@@ -340,7 +345,6 @@ class Agent:
         metrics, now = self._metrics, time.time()
         families = set(Family) if full else {port.key.family for port in update.changed}
         families |= {key.family for key in update.removed}
-        metrics.queued(now)
         metrics.programmed(families, self._last_duration or 0.0, full=full, now=now)
         metrics.changes(update.service_changes, update.endpoint_changes)
         metrics.no_local_endpoints(self._tracker.without_local_endpoints)
@@ -485,6 +489,8 @@ class Agent:
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
         self._metrics.devices(len(self._packets.targets), len(self._device_failures))
+        without_room = tuple(dict.fromkeys((*self._writer.unplaced, *self._problems)))
+        self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()
         state.save(
@@ -506,7 +512,7 @@ class Agent:
                     for s in statuses
                 ),
                 problems=(
-                    *dict.fromkeys((*self._writer.unplaced, *self._problems)),
+                    *without_room,
                     *self._device_failures,
                     *self._unbound_ports(),
                 ),

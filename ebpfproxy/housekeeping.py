@@ -106,6 +106,7 @@ class Housekeeping:
         self._ended.update(result.departures)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
+        self._metrics.sockets_not_found(result.unseen)
         if result.ended or result.unseen:
             log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
 
@@ -133,6 +134,6 @@ class Housekeeping:
             self._writer.set_client_namespaces(clients)
             self.entries = swept.entries
             self.evicted += swept.evicted
-            self._metrics.swept(swept)
+            self._metrics.swept(swept, swept.departed)
 
         self._beside(sweep, done)

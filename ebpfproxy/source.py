@@ -17,7 +17,13 @@ from ebpfproxy.services.reduce import reducer
 class Source:
     """Either, under one face."""
 
-    def __init__(self, options: AgentOptions, sink: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        options: AgentOptions,
+        sink: Callable[[Event], None],
+        requested: Callable[[str, str, float], None],
+    ) -> None:
+        """``requested`` is told of each request: the server, the verb, seconds until its answer began."""
         self.has_cluster = options.manifests is None
         self.requests: Callable[[], dict[str, int]] = dict
         reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
@@ -33,7 +39,8 @@ class Source:
         )
         watches = reflectors(connection, options.node_name, sink, reduce)
         self.description = f"API server {connection.host}"
-        self.host = connection.host.partition("://")[2]
+        host = self.host = connection.host.partition("://")[2]
+        connection.observe = lambda seconds: requested(host, "GET", seconds)
         self.requests = lambda: dict(connection.requests)
         self.statuses = lambda: [watch.status for watch in watches]
 

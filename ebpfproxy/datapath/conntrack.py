@@ -28,11 +28,12 @@ from ebpfproxy.datapath.layout import (
     PacketEvent,
     Seen,
     partner_key,
+    unpack_address,
     unpack_flow,
     unpack_nat,
 )
 from ebpfproxy.datapath.maps import Map, MapSet
-from ebpfproxy.services.model import Protocol, format_endpoint
+from ebpfproxy.services.model import Family, Protocol, format_endpoint
 
 _NS = 1_000_000_000
 #: RFC 3828. It uses UDP's Services.
@@ -83,12 +84,16 @@ class Timeouts(msgspec.Struct, frozen=True):
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """What one sweep found. ``evicted`` since the one before: inserted, but neither there nor deleted."""
+    """What one sweep found. ``evicted`` since the one before: inserted, but neither there nor deleted.
+
+    ``departed``: flows among the expired that were ended because their backend had gone.
+    """
 
     entries: int
     expired: int
     evicted: int
     seconds: float
+    departed: Mapping[Family, int] = {}
 
 
 class Sweeper:
@@ -146,7 +151,8 @@ class Sweeper:
         evicted = self._evicted(entries - deleted)
         if evicted:
             self._busy.update(_not_zero(self._loads, backends))
-        return Sweep(entries - deleted, deleted, evicted, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Sweep(entries - deleted, deleted, evicted, seconds, self._departed_flows())
 
     def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
         spec = self._map.spec
@@ -185,6 +191,14 @@ class Sweeper:
                 over[partner] = other
             over[key] = value
         return over
+
+    def _departed_flows(self) -> Mapping[Family, int]:
+        """Of the two or four entries of a flow one is its question."""
+        return Counter(
+            Family.IPV4 if len(unpack_address(key[:16])) == 4 else Family.IPV6
+            for key, value in self._departed.items()
+            if not value[_FLAGS_AT] & (NatFlags.REPLY | NatFlags.SOURCE)
+        )
 
     def _begun_and_ended(self, number: int) -> tuple[int, int]:
         at = number * LOAD_WORDS

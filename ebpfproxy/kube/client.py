@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ class ApiConnection:
         self._requests_lock = threading.Lock()
         #: Answers by HTTP status; ``<error>`` where none came.
         self.requests: dict[str, int] = {}
+        #: Told of every request how long its answer took to begin, in seconds.
+        self.observe: Callable[[float], None] = lambda _: None
         self._session = self._open()
 
     @classmethod
@@ -128,7 +131,7 @@ class ApiConnection:
         if authorization:
             headers["Authorization"] = authorization
         query = f"?{urlencode(params)}" if params else ""
-        code = "<error>"
+        code, began = "<error>", time.monotonic()
         try:
             response: urllib3.BaseHTTPResponse = session.pool.request(
                 "GET",
@@ -141,6 +144,7 @@ class ApiConnection:
             )
             code = str(response.status)
         finally:
+            self.observe(time.monotonic() - began)
             with self._requests_lock:
                 self.requests[code] = self.requests.get(code, 0) + 1
         return response

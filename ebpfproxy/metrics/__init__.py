@@ -1,4 +1,4 @@
 """Prometheus metrics: kube-proxy's names where the meaning is the same, ``ebpfproxy_*`` for the rest.
 
-``agent`` has what the agent counts as it works; ``maps`` reads the maps when it is asked.
+``agent`` has what the agent counts as it works; ``maps`` and ``health`` read when they are asked.
 """

@@ -1,10 +1,17 @@
-"""What the agent counts as it works. Names, labels and buckets of ``kubeproxy_*`` are kube-proxy v1.36's."""
+"""What the agent counts as it works.
+
+Names, help, labels and buckets of ``kubeproxy_*`` and ``rest_client_*`` are kube-proxy v1.36's, down to
+[ALPHA] and to ``le="1"`` where this library would write 1.0: queries that select a bucket compare text.
+
+Counters whose labels are known exist from the start: ``increase()`` does not see a step from nothing to one.
+"""
 
 from __future__ import annotations
 
 import platform
+import threading
 from collections import Counter as CounterDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,16 +31,20 @@ import ebpfproxy
 from ebpfproxy.datapath.conntrack import Sweep
 from ebpfproxy.health.proxy import FAMILIES
 from ebpfproxy.kube.status import SourceStatus, State
-from ebpfproxy.services.model import Family
+from ebpfproxy.objects import Resource
+from ebpfproxy.services.model import Family, Protocol
 
 _SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))
+#: The 0 is there by accident (component-base's MergeBuckets), and there it is.
 _NETWORK_BUCKETS = (
+    0,
     0.25,
     0.5,
     *range(1, 60),
     *range(60, 120, 5),
     *range(120, 301, 30),
 )
+_REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 _EVENT_BUCKETS = (
     *(i / 10_000 for i in (1, 2, 3, 4, 5, 6, 8)),
     *(i / 1000 for i in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50, 100, 250, 500)),
@@ -53,10 +64,15 @@ class AgentMetrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
+        registry.register(_ThreadCollector())
 
         def sync_histogram(name: str, text: str) -> Histogram:
             return Histogram(
-                f"kubeproxy_{name}", text, ["ip_family"], buckets=_SYNC_BUCKETS, registry=registry
+                f"kubeproxy_{name}",
+                f"[ALPHA] {text}",
+                ["ip_family"],
+                buckets=_SYNC_BUCKETS,
+                registry=registry,
             )
 
         self._sync = sync_histogram("sync_proxy_rules_duration_seconds", "SyncProxyRules latency in seconds")
@@ -69,27 +85,27 @@ class AgentMetrics:
         )
         self._network = Histogram(
             "kubeproxy_network_programming_duration_seconds",
-            "In Cluster Network Programming Latency in seconds",
+            "[ALPHA] In Cluster Network Programming Latency in seconds",
             ["ip_family"],
             buckets=_NETWORK_BUCKETS,
             registry=registry,
         )
         self._last = Gauge(
             "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
-            "The last time proxy rules were successfully synced",
+            "[ALPHA] The last time proxy rules were successfully synced",
             ["ip_family"],
             registry=registry,
         )
         self._last_queued = Gauge(
             "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
-            "The last time a sync of proxy rules was queued",
+            "[ALPHA] The last time a sync of proxy rules was queued",
             ["ip_family"],
             registry=registry,
         )
         self._pending = {
             what: Gauge(
                 f"kubeproxy_sync_proxy_rules_{what.lower()}_changes_pending",
-                f"Pending proxy rules {what} changes",
+                f"[ALPHA] Pending proxy rules {what} changes",
                 registry=registry,
             )
             for what in ("Endpoint", "Service")
@@ -97,23 +113,42 @@ class AgentMetrics:
         self._changes = {
             what: Counter(
                 f"kubeproxy_sync_proxy_rules_{what.lower()}_changes",
-                f"Cumulative proxy rules {what} changes",
+                f"[ALPHA] Cumulative proxy rules {what} changes",
                 registry=registry,
             )
             for what in ("Endpoint", "Service")
         }
         self._no_local = Gauge(
             "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-            "Number of services with a Local traffic policy and no endpoints",
+            "[ALPHA] Number of services with a Local traffic policy and no endpoints",
             ["ip_family", "traffic_policy"],
             registry=registry,
         )
         self._asked = {
             path: Counter(
-                f"kubeproxy_proxy_{path}", f"Cumulative proxy {path} HTTP status", ["code"], registry=registry
+                f"kubeproxy_proxy_{path}",
+                f"[ALPHA] Cumulative proxy {path} HTTP status",
+                ["code"],
+                registry=registry,
             )
             for path in ("healthz", "livez")
         }
+        self._reconciler = sync_histogram(
+            "conntrack_reconciler_sync_duration_seconds", "ReconcileConntrackFlowsLatency latency in seconds"
+        )
+        self._reconciled = Counter(
+            "kubeproxy_conntrack_reconciler_deleted_entries",
+            "[ALPHA] Cumulative conntrack flows deleted by conntrack reconciler",
+            ["ip_family"],
+            registry=registry,
+        )
+        self._request_seconds = Histogram(
+            "rest_client_request_duration_seconds",
+            "[ALPHA] Request latency in seconds. Broken down by verb, and host.",
+            ["host", "verb"],
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
         self.event_to_map = Histogram(
             "ebpfproxy_event_to_map_seconds",
             "From reading an event's bytes to the maps having what it changed",
@@ -129,6 +164,11 @@ class AgentMetrics:
         self._capacity_problems = Counter(
             "ebpfproxy_capacity_problems",
             "Service ports that could not be programmed because a map is full",
+            registry=registry,
+        )
+        self._without_room = Gauge(
+            "ebpfproxy_service_ports_without_room",
+            "Service ports that are not programmed now, or not as they should be, because a map is full",
             registry=registry,
         )
         self._devices = Gauge(
@@ -157,6 +197,11 @@ class AgentMetrics:
             ["protocol"],
             registry=registry,
         )
+        self._unseen_sockets = Counter(
+            "ebpfproxy_stale_sockets_not_found",
+            "Sockets to a backend that had gone which were in no network namespace that the agent can enter",
+            registry=registry,
+        )
         self._sweep = Histogram(
             "ebpfproxy_conntrack_sweep_seconds",
             "Reading the whole table and deleting what is over",
@@ -166,9 +211,18 @@ class AgentMetrics:
         Gauge("ebpfproxy_build_info", "Version and kernel", ["version", "kernel"], registry=registry).labels(
             ebpfproxy.__version__, platform.release()
         ).set(1)
+        for family in FAMILIES:
+            self._reconciled.labels(family)
+        for resource in Resource:
+            self._warnings.labels(str(resource))
+        for protocol in (Protocol.TCP, Protocol.UDP):
+            self._ended_sockets.labels(protocol.name)
 
     def ended_sockets(self, protocol: str, number: int) -> None:
         self._ended_sockets.labels(protocol).inc(number)
+
+    def sockets_not_found(self, number: int) -> None:
+        self._unseen_sockets.inc(number)
 
     def devices(self, wanted: int, failed: int) -> None:
         self._devices.labels("attached").set(wanted - failed)
@@ -178,11 +232,17 @@ class AgentMetrics:
         self._health_ports.labels("bound").set(bound)
         self._health_ports.labels("failed").set(failed)
 
-    def swept(self, sweep: Sweep) -> None:
+    def swept(self, sweep: Sweep, departed: Mapping[Family, int] | None = None) -> None:
+        """``departed``: flows that were ended because their backend had gone; others had run out of time."""
         self._entries.set(sweep.entries)
         self._expired.inc(sweep.expired)
         self._evicted.inc(sweep.evicted)
         self._sweep.observe(sweep.seconds)
+        for name in FAMILIES:
+            # One table holds both families, and one sweep reads it.
+            self._reconciler.labels(name).observe(sweep.seconds)
+        for family, flows in (departed or {}).items():
+            self._reconciled.labels(str(family)).inc(flows)
 
     def queued(self, now: float) -> None:
         for family in FAMILIES:
@@ -223,8 +283,42 @@ class AgentMetrics:
     def did_not_fit(self) -> None:
         self._capacity_problems.inc()
 
+    def without_room(self, service_ports: int) -> None:
+        """How many do not fit now."""
+        self._without_room.set(service_ports)
+
+    def requested(self, host: str, verb: str, seconds: float) -> None:
+        """Until the API server's answer began, good or bad: a watch goes on for minutes after that."""
+        self._request_seconds.labels(host, verb).observe(seconds)
+
     def render(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(_BoundsAsInGo(self.registry))
+
+
+class _BoundsAsInGo(Collector):
+    """All that a registry has, with whole bounds of buckets as kube-proxy writes them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            if metric.type == "histogram":
+                for sample in metric.samples:
+                    if "le" in sample.labels:
+                        sample.labels["le"] = sample.labels["le"].removesuffix(".0")
+            yield metric
+
+
+class _ThreadCollector(Collector):
+    """What the panel "Goroutines" of dashboards for kube-proxy asks for."""
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "go_goroutines",
+            "Threads: there are no goroutines here, but dashboards for kube-proxy ask for them.",
+            value=threading.active_count(),
+        )
 
 
 class SourceCollector(Collector):
@@ -261,7 +355,7 @@ class SourceCollector(Collector):
         yield from (connected, last, lists, failures)
         requests = CounterMetricFamily(
             "rest_client_requests",
-            "Number of HTTP requests, partitioned by status code, method, and host.",
+            "[ALPHA] Number of HTTP requests, partitioned by status code, method, and host.",
             labels=["code", "host", "method"],
         )
         for code, count in self._requests().items():

@@ -15,7 +15,7 @@ from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
-from ebpfproxy.services.model import Protocol
+from ebpfproxy.services.model import Family, Protocol
 
 pytestmark = pytest.mark.root
 
@@ -152,7 +152,8 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
         layout.pack_departure(7, 1): Departed(Departure.GONE, 0),
         layout.pack_departure(7, 2): Departed(Departure.IDLE, 1),
     }
-    assert bench.sweeper.sweep(departures).expired == 6
+    swept = bench.sweeper.sweep(departures)
+    assert (swept.expired, swept.departed) == (6, {Family.IPV4: 3})
     left = {layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
     assert left == {3, 5, 6}
 

@@ -1,0 +1,85 @@
+"""A real Prometheus on a lab node: one process, its data below the lab's folder, its port on the loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import yaml
+
+from tests.lab import LabNode
+
+PORT = 9090
+
+
+class Prometheus:
+    """Scrapes the node's agent every second, as job kube-proxy, and evaluates rules as often."""
+
+    def __init__(self, node: LabNode, *rule_files: Path) -> None:
+        self._node = node
+        folder = node.lab.folder / "prometheus"
+        folder.mkdir()
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(path) for path in rule_files],
+            "scrape_configs": [
+                {
+                    "job_name": "kube-proxy",
+                    "honor_labels": True,
+                    "static_configs": [{"targets": ["127.0.0.1:10249"]}],
+                }
+            ],
+        }
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+        self.log = folder / "log"
+        command = ["prometheus", f"--config.file={folder}/prometheus.yaml"]
+        command += [f"--storage.tsdb.path={folder}/data", "--storage.tsdb.retention.time=1h"]
+        command += [f"--web.listen-address=127.0.0.1:{PORT}", "--log.level=warn", "--query.max-concurrency=1"]
+        with self.log.open("ab") as log:
+            self._process: subprocess.Popen[bytes] = node.popen(
+                command, stdout=log, stderr=log, env={**os.environ, "GOMAXPROCS": "1", "GOMEMLIMIT": "256MiB"}
+            )
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data of an answer; an assertion fails with the server's own words where it is an error."""
+        answer = self._node.call(_get, f"/api/v1/{path}?{urlencode(parameters)}")
+        assert answer["status"] == "success", f"{parameters or path}: {answer.get('error')}"
+        return answer["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The samples that an expression has now."""
+        found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
+        return found
+
+    def rules(self) -> dict[str, dict[str, Any]]:
+        """By name, with health and state."""
+        return {rule["name"]: rule for group in self.ask("rules")["groups"] for rule in group["rules"]}
+
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if condition():
+                    return
+            except OSError:
+                pass  # it does not listen yet
+            assert self._process.poll() is None, f"Prometheus has ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"{what}\n{self.log.read_text()}"
+            time.sleep(0.2)
+
+
+def _get(path: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
+    connection.request("GET", path)
+    return json.loads(connection.getresponse().read())

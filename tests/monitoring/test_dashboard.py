@@ -1,0 +1,94 @@
+"""The dashboard and the operator's objects, as files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from tests.monitoring.files import (
+    FOLDER,
+    dashboard,
+    dashboard_expressions,
+    needs_promtool,
+    panels,
+    promtool,
+)
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+    found = dashboard()["panels"]
+    assert len({panel["id"] for panel in found}) == len(found)
+    taken: set[tuple[int, int]] = set()
+    for panel in found:
+        at = panel["gridPos"]
+        cells = {(at["x"] + dx, at["y"] + dy) for dx in range(at["w"]) for dy in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+
+
+def test_every_panel_has_a_title_a_description_and_a_source_that_can_be_chosen() -> None:
+    for panel in panels():
+        assert panel["title"]
+        assert panel["description"].rstrip(".`"), panel["title"]
+        for target in panel["targets"]:
+            assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    titles = [panel["title"] for panel in panels()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_every_query_follows_the_choice_of_cluster_and_agent() -> None:
+    for panel in panels():
+        for target in panel["targets"]:
+            metrics = re.findall(
+                r"(?<![\w:])((?:eb|kube)proxy_\w+|process_\w+|go_\w+|rest_\w+)", target["expr"]
+            )
+            selected = target["expr"].count('cluster=~"$cluster", instance=~"$instance"')
+            assert selected >= 1 or metrics == [] or panel["title"] == "Alerts", panel["title"]
+    assert [v["name"] for v in dashboard()["templating"]["list"]] == ["datasource", "cluster", "instance"]
+
+
+def test_every_alert_has_its_metric_on_the_dashboard() -> None:
+    text = "\n".join(dashboard_expressions().values())
+    rules = (FOLDER / "rules.yaml").read_text()
+    ours = {name.removesuffix("_bucket") for name in re.findall(r"\bebpfproxy_\w+", rules)}
+    # Each time that something does not fit; the dashboard has how many do not fit now.
+    ours -= {"ebpfproxy_capacity_problems_total"}
+    assert {name for name in ours if name not in text} == set()
+
+
+@needs_promtool
+def test_promtool_can_read_every_expression(tmp_path: Path) -> None:
+    expressions = dashboard_expressions().values()
+    rules = [{"record": f"dashboard:{i}", "expr": e} for i, e in enumerate(expressions)]
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", "--lint=none", str(path))
+
+
+def test_the_pod_monitor_finds_the_agents_and_calls_them_kube_proxy() -> None:
+    monitor = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())
+    assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    assert {"targetLabel": "job", "replacement": "kube-proxy"} in endpoint["relabelings"]
+    assert endpoint["honorLabels"] is True, "a Service's namespace would be the agent's"
+    selector = monitor["spec"]["selector"]["matchLabels"]
+    objects = [
+        each
+        for path in FOLDER.parent.rglob("*daemonset.yaml")
+        if "templates" not in path.parts
+        for each in yaml.safe_load_all(path.read_text())
+    ]
+    sets = [each for each in objects if each["kind"] == "DaemonSet"]
+    assert sets
+    for each in sets:
+        assert selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_kube_prometheus_stacks_own_monitor_is_off_where_ours_is_on() -> None:
+    values = yaml.safe_load((FOLDER / "kube-prometheus-stack-values.yaml").read_text())["kubeProxy"]
+    assert values["enabled"] is True, "its rules and its dashboard go with this"
+    assert values["serviceMonitor"] == values["service"] == {"enabled": False}

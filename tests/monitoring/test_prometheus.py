@@ -1,0 +1,180 @@
+"""A real Prometheus scrapes a lab's agent: every rule and every panel finds what it asks for."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.lab import Agent, Lab, LabNode, Pod, clients, servers
+from tests.monitoring.files import (
+    RULES,
+    STACK_ALERTS,
+    STACK_DASHBOARD,
+    STACK_DASHBOARD_EMPTY,
+    alerts,
+    dashboard_expressions,
+    needs_promtool,
+    promtool,
+    rules,
+)
+from tests.monitoring.prometheus import Prometheus
+
+pytestmark = [pytest.mark.root, needs_promtool]
+
+IP = "10.96.250.10"
+PORT = 7777
+#: Nothing of the kind has happened: no watch failed, no agent was started again.
+EMPTY = {"Watches that failed A", "annotation Agent starts"}
+#: promtool wants no _total on a gauge; this one's name is kube-proxy's.
+KUBE_PROXYS_NAME = 'non-counter metrics should not have "_total" suffix'
+
+
+class Monitored:
+    """A node with an agent on the API server's stand-in, some traffic, and a Prometheus that saw both."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.node: LabNode = lab.node("node-a")
+        self.client: Pod = self.node.pod("client")
+        self.web: Pod = self.node.pod("web")
+        servers.start(self.web, "web", PORT)
+        command = [sys.executable, "-m", "tests.apiserver", "--services", "20"]
+        command += ["--bench-service", f"{IP}={self.web.address}"]
+        api = self.node.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
+        assert api.stdout is not None
+        url = api.stdout.readline().decode().strip()
+        self.agent: Agent = self.node.agent("--master", url).start()
+        self.prometheus = Prometheus(self.node, RULES, self._stack_rules(lab.folder))
+        self._scrapes(2)
+        self.client.call(clients.spread_tcp, IP, PORT, 20)
+        self.client.popen(
+            ["socat", "-", f"TCP:{IP}:{PORT}"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        self.agent.http("/healthz")
+        self.agent.http("/livez")
+        self.node.call(_churn, url)
+        self._scrapes(5)
+
+    def _stack_rules(self, folder: Path) -> Path:
+        path = folder / "kube-prometheus-stack.yaml"
+        found = [{"alert": name, "expr": expression} for name, expression in STACK_ALERTS.items()]
+        path.write_text(yaml.safe_dump({"groups": [{"name": "kube-prometheus-stack", "rules": found}]}))
+        return path
+
+    def _scrapes(self, number: int) -> None:
+        """Waits for so many more."""
+        expression = 'count_over_time(up{job="kube-proxy"}[10m])'
+
+        def scraped() -> int:
+            found = self.prometheus.query(expression)
+            return int(found[0]["value"][1]) if found else 0
+
+        self.prometheus.until(self.prometheus.rules, "it does not start")
+        before = scraped()
+        self.prometheus.until(lambda: scraped() >= before + number, "it does not scrape the agent")
+
+
+def _churn(url: str) -> None:
+    connection = http.client.HTTPConnection(url.partition("://")[2], timeout=20)
+    connection.request("POST", "/control/churn?rate=50&seconds=3")
+    assert connection.getresponse().read()
+
+
+@pytest.fixture(scope="module")
+def monitored() -> Iterator[Monitored]:
+    with Lab() as lab:
+        found = Monitored(lab)
+        yield found
+        found.prometheus.stop()
+
+
+def test_promtool_finds_nothing_wrong_with_what_an_agent_prints(monitored: Monitored) -> None:
+    status, text = monitored.agent.http("/metrics", 10249)
+    assert status == 200
+    with pytest.raises(AssertionError) as found:
+        promtool("check", "metrics", stdin=text)
+    said = [
+        line for line in str(found.value).splitlines() if line.startswith(("ebpf", "kube", "rest", "error"))
+    ]
+    assert said == [f"kubeproxy_sync_proxy_rules_no_local_endpoints_total {KUBE_PROXYS_NAME}"]
+
+
+def test_every_rule_is_evaluated_without_an_error_and_nothing_is_wrong_with_a_healthy_agent(
+    monitored: Monitored,
+) -> None:
+    found = monitored.prometheus.rules()
+    wanted = {rule.get("alert") or rule["record"] for rule in rules()} | STACK_ALERTS.keys()
+    assert found.keys() == wanted
+    for name, rule in found.items():
+        assert (rule["health"], rule.get("lastError", "")) == ("ok", ""), name
+        assert rule.get("state", "inactive") == "inactive", f"{name}: {rule['alerts']}"
+
+
+def test_every_recording_rule_has_data(monitored: Monitored) -> None:
+    for rule in rules():
+        if "record" in rule:
+            assert monitored.prometheus.query(rule["record"]), rule["record"]
+
+
+@pytest.mark.parametrize("name", dashboard_expressions())
+def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) -> None:
+    found = monitored.prometheus.query(dashboard_expressions()[name])
+    assert bool(found) != (name in EMPTY), found
+
+
+@pytest.mark.parametrize("name", STACK_DASHBOARD)
+def test_kube_prometheus_stacks_panels_for_kube_proxy_have_data(monitored: Monitored, name: str) -> None:
+    # Of this one kube-proxy has a line for each address family, too.
+    assert len(monitored.prometheus.query(STACK_DASHBOARD[name])) == (2 if "Sync Latency" in name else 1)
+
+
+@pytest.mark.parametrize("name", STACK_DASHBOARD_EMPTY)
+def test_kube_prometheus_stacks_panels_for_what_did_not_happen_are_no_error(
+    monitored: Monitored, name: str
+) -> None:
+    assert monitored.prometheus.query(STACK_DASHBOARD_EMPTY[name]) == []
+
+
+def test_the_numbers_are_those_of_what_happened(monitored: Monitored) -> None:
+    def one(expression: str) -> float:
+        (found,) = monitored.prometheus.query(expression)
+        return float(found["value"][1])
+
+    assert one('sum(ebpfproxy_service_connections_total{service="bench",result="chosen"})') >= 21
+    assert one("sum(ebpfproxy_backend_open_connections)") == 1
+    assert one("ebpfproxy:event_to_map_seconds:p99_5m") < 1
+    assert one("sum(up)") == one("ebpfproxy_healthy") == one("ebpfproxy_node_eligible") == 1
+    assert one('ebpfproxy_socket_hooks{state="missing"}') == 0
+    assert one('rest_client_requests_total{code="200"}') >= 3
+    # Queued before it was programmed, and nothing waits.
+    assert (
+        one(
+            "max(kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds"
+            " - kubeproxy_sync_proxy_rules_last_timestamp_seconds)"
+        )
+        < 0
+    )
+
+
+def test_alerts_notice_hooks_that_somebody_took_away(monitored: Monitored) -> None:
+    (link,) = monitored.node.bpf_root.rglob("links/connect4")
+    link.unlink()
+    _until_pending(monitored, "EbpfproxySocketHooksMissing")
+
+
+def test_alerts_notice_an_agent_that_is_gone(monitored: Monitored) -> None:
+    monitored.agent.stop()
+    _until_pending(monitored, "EbpfproxyAgentDown")
+    _until_pending(monitored, "EbpfproxyAbsent")
+
+
+def _until_pending(monitored: Monitored, name: str) -> None:
+    assert alerts()[name]["for"]
+    monitored.prometheus.until(
+        lambda: monitored.prometheus.rules()[name]["state"] == "pending", f"{name} is not pending", 15
+    )

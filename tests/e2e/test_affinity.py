@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from scapy.layers.inet import IP, UDP
 from ebpfproxy.datapath import bpf
 from ebpfproxy.node.identity import netns_cookie
 from tests.lab import Agent, Lab, Pod, choices, manifests
+from tests.lab.waiting import until
 from tests.packets.wire import PASS, Wire
 
 pytestmark = pytest.mark.root
@@ -122,13 +123,6 @@ class World:
         return rows
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     with Lab() as lab:
@@ -160,7 +154,7 @@ def test_a_pod_is_one_client_in_both_ways(world: World) -> None:
     world.pods.append(newcomer)
     world.wire.close()
     world.wire = Wire(world.node)
-    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)}, 20)
+    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)}, seconds=20)
     for pod in range(4):
         assert world.socket("sticky-rr", pod, 3) == {world.packet_of_pod("sticky-rr", pod)}
     assert len({row["client"] for row in world.affinity("--service", "shop/sticky-rr")}) == 4

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ebpfproxy.datapath.roots import pin_folder
 from tests.e2e import load
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Agent, Lab, LabNode, clients, manifests
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -37,13 +38,6 @@ def agent(world: World) -> Iterator[Agent]:
     if started.process is not None and started.process.poll() is None:
         started.stop()
     world.a.cli("cleanup")
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def ids(node: LabNode) -> dict[str, int]:

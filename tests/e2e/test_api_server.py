@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.bench.sockets import start_api
 from tests.lab import Agent, Lab, LabNode, Pod, clients, servers
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -51,13 +52,6 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     with Lab() as lab:
         yield Cluster(lab)
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def test_services_of_the_api_server_are_reached(cluster: Cluster) -> None:

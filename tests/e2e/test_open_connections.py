@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +12,7 @@ from tests.e2e import load
 from tests.e2e.world import NODE_PORT, SERVICE_IPS, World
 from tests.lab import Agent, Lab
 from tests.lab.holders import Holder
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -40,13 +41,6 @@ def open_to(world: World, port: str = "8080/TCP") -> int:
         if row["address"] == f"{world.w1.address}:{address}" and row["protocol"] == protocol
     )
     return found
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_sockets_and_flows_are_counted_and_counted_off(world: World, agent: Agent) -> None:
@@ -92,6 +86,6 @@ def test_flows_that_end_without_a_packet_are_counted_off_by_the_sweep(world: Wor
     holder = Holder(world.lab.outside, [("udp", "udp-asking", world.a.address, 30053, 9)])
     holder.wait()
     until(lambda: open_to(world, "8053/UDP") == 9)
-    until(lambda: open_to(world, "8053/UDP") == 0, 30)
+    until(lambda: open_to(world, "8053/UDP") == 0, seconds=30)
     holder.close()
     running.stop()

@@ -16,9 +16,9 @@ import pytest
 
 from tests.e2e import load
 from tests.e2e.outer import WAYS, Held, Outer
-from tests.e2e.test_agent import until
 from tests.e2e.world import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients, manifests, servers
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 

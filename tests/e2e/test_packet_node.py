@@ -15,9 +15,9 @@ from pyroute2 import IPRoute, NetNS
 
 from ebpfproxy.datapath import bpf
 from tests.e2e.outer import WAYS, Held, Outer, ask_by_socat
-from tests.e2e.test_agent import until
 from tests.e2e.world import EXTERNAL, NODE_PORT
 from tests.lab import Agent, Lab, clients, manifests
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 

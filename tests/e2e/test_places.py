@@ -22,9 +22,9 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e.outer import Outer, ask_by_socat
-from tests.e2e.test_agent import until
 from tests.lab import Lab, clients, manifests, servers
 from tests.lab.spaces import Space
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 

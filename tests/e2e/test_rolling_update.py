@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +23,7 @@ from tests.apiserver import objects
 from tests.lab import Lab, LabNode, Pod
 from tests.lab.graceful import Load, Mount, Server
 from tests.lab.spaces import Space
+from tests.lab.waiting import until
 
 pytestmark = [pytest.mark.root, recordings.needs_recordings]
 
@@ -77,13 +78,6 @@ def recorded_service(name: str) -> Item:
         if each["metadata"]["name"] == name and each["metadata"]["namespace"] == "shop"
     )
     return item
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 class Cluster:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.lab import Agent, Lab, LabNode, manifests, servers
 from tests.lab.holders import Holder
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -168,22 +169,15 @@ def test_an_id_rests_while_something_is_open_to_its_backend(
     name = f"[{world.web.address6}]:8080/TCP"
     assert world.backends()[name]["open"] == 5
     world.set_backend("gone")
-    wait_for(lambda: world.backends()[name]["state"] == "gone")
+    until(lambda: world.backends()[name]["state"] == "gone")
     assert world.backends()[name]["open"] == 5
     # The same endpoint, back again, is another to what is counted.
     world.set_backend("ready")
-    wait_for(lambda: world.backends()[name]["state"] == "active")
+    until(lambda: world.backends()[name]["state"] == "active")
     holder.watch()
     holder.result()
     holder.watch()
-    wait_for(lambda: world.backends()[name]["open"] == 0)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: world.backends()[name]["open"] == 0)
 
 
 #: Two backends: half of the sockets are stale, 20,000.

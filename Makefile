@@ -6,7 +6,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-kernel bench lint format setup clean
+.PHONY: demo test test-kernel test-image bench lint format setup clean
 
 demo: setup
 	$(PYTHON) -m tests.demo
@@ -17,6 +17,10 @@ test: setup lint
 # The same BPF on Debian's own kernel, in an emulator.
 test-kernel: setup
 	tests/kernel.sh
+
+# The container image, from the Dockerfile's steps in a clean Debian.
+test-image: setup
+	$(PYTHON) -m pytest -m image tests/deploy
 
 bench: setup
 	$(PYTHON) -m tests.bench --json bench.json

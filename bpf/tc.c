@@ -239,6 +239,21 @@ static __always_inline u16 mtu_of(struct __sk_buff *skb)
 	return device ? device->mtu : 0;
 }
 
+/*
+ * A packet of no flow of ours that kube-proxy, behind this hook, is to see: while connections that
+ * it began live on, and while our programs come to the node's devices one by one, or leave them.
+ */
+static __always_inline bool is_left_to_others(const struct packet *p)
+{
+	u32 any = 0;
+	struct device *node = map_lookup(devices, &any);
+
+	if (!node || !(node->flags & (NODE_HANDOVER | NODE_WAITS)))
+		return false;
+	return node->flags & NODE_WAITS ||
+	       (p->flow.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN);
+}
+
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 {
@@ -255,6 +270,8 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	int verdict;
 	u32 id;
 
+	if (is_left_to_others(p))
+		return PASS;
 	svc = port_of_interest(to.port)
 		      ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
 		      : NULL;
@@ -312,6 +329,8 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	int verdict;
 	u32 id;
 
+	if (is_left_to_others(p))
+		return PASS;
 	if (!svc)
 		return no_service(skb, p);
 	if (!s)

@@ -29,10 +29,11 @@ from ebpfproxy import state
 from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
 from ebpfproxy.datapath.carry import Carrier, carry_orders
-from ebpfproxy.datapath.devices import Target
+from ebpfproxy.datapath.devices import Target, device_attachments
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
+from ebpfproxy.datapath.layout import DeviceFlags
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
@@ -43,6 +44,8 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
 from ebpfproxy.metrics.maps import MapCollector
+from ebpfproxy.migrate import flows, keeper, ports
+from ebpfproxy.migrate.tools import ToolError
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
@@ -385,7 +388,15 @@ class Agent:
         changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
         self._attached = True
         carrier.copy()
+        mode = DeviceFlags.HANDOVER if _is_handover() else DeviceFlags(0)
+        # A flow that begins needs programs at all devices: until then it is kube-proxy's.
+        is_first = not device_attachments(self._pins)
+        self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
+        if mode:
+            taken = ports.reserve(self._maps, flows.find(), self._options.masquerade_ports)
+            log.info("kube-proxy's connections go on behind us", ports_taken=taken)
+        self._packets.set_mode(mode)
         carrier.copy()
         carrier.close()
         if carrier.copied:
@@ -523,3 +534,11 @@ class Agent:
                 timeouts=self._options.timeouts,
             ),
         )
+
+
+def _is_handover() -> bool:
+    try:
+        return keeper.is_handover()
+    except ToolError as error:
+        log.warning("whether kube-proxy's connections live here is not known", error=str(error))
+        return False

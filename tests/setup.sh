@@ -2,8 +2,8 @@
 # Installs what demo, tests and benchmarks need: Debian's packages, and a virtual environment in $1.
 set -eu
 
-packages="bpftool clang clang-format iperf3 iproute2 libbpf1 nftables nginx-light procps prometheus python3-bpfcc
-python3-venv socat tcpdump util-linux wrk"
+packages="bpftool clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin nftables nginx-light procps
+prometheus python3-bpfcc python3-venv runc socat tcpdump util-linux wrk"
 
 missing=
 for package in $packages; do

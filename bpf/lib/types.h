@@ -289,6 +289,10 @@ struct ports {
 #define DEVICE_PODS  (1 << 0) /* as detectLocalMode says */
 #define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */
 
+/* Of the entry 0, which is no device but the node. */
+#define NODE_HANDOVER (1 << 2) /* TCP connections that began elsewhere are netfilter's */
+#define NODE_WAITS    (1 << 3) /* no flow begins here: known ones are followed */
+
 struct device {
 	struct inet_addr addr4;
 	struct inet_addr addr6;

@@ -20,6 +20,7 @@ _COMMANDS = {
     "affinity": "Clients that stay with their backend.",
     "conntrack": "Flows that the packet path translates.",
     "config": "The configuration file: check it, show defaults and what the agent uses.",
+    "migrate": "From kube-proxy to ebpfproxy on this node, and back.",
     "cleanup": "Remove every attachment and pin of a root.",
 }
 

@@ -12,6 +12,7 @@ from ebpfproxy import logs
 from ebpfproxy.agent import Agent
 from ebpfproxy.cli import flags, options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.decode import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
@@ -51,6 +52,7 @@ log = get_logger(__name__)
     metavar="FILE",
     help="Write the configuration that is used, flags included, and end.",
 )
+@click.option("--cleanup", is_flag=True, help="Remove what a kube-proxy has left on this node, and end.")
 @click.option("--init-only", is_flag=True, help="Compile and load the programs, and end.")
 @click.option(
     "--manifests",
@@ -212,13 +214,23 @@ log = get_logger(__name__)
 @click.option("--logging-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
 @click.pass_context
 def command(
-    ctx: click.Context, /, config: Path | None, write_config_to: Path | None, init_only: bool, **_: Any
+    ctx: click.Context,
+    /,
+    config: Path | None,
+    write_config_to: Path | None,
+    *,
+    init_only: bool,
+    cleanup: bool,
+    **_: Any,
 ) -> None:
     """Run the agent of this node until SIGTERM; what it programmed stays in force then.
 
     Objects come from the API server (in a pod: its service account; else --kubeconfig or --master), or
     from --manifests.
     """
+    if cleanup:
+        cleanup_kube_proxy()
+        return
     try:
         used = effective(load(config) if config is not None else Configuration(), flags.given(ctx))
     except ConfigurationError as error:

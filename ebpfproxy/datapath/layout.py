@@ -75,6 +75,9 @@ class Seen(enum.IntFlag):
 class DeviceFlags(enum.IntFlag):
     PODS = 1 << 0
     LOCAL = 1 << 1
+    #: Of the node as a whole, in the entry of no device.
+    HANDOVER = 1 << 2
+    WAITS = 1 << 3
 
 
 class CidrFlags(enum.IntFlag):
@@ -381,6 +384,23 @@ def unpack_flow(packed: bytes) -> Flow:
     )
 
 
+def pack_nat(nat: Nat) -> bytes:
+    """Of no epoch: for what is no Service's."""
+    return _NAT.pack(
+        pack_address(nat.source),
+        pack_address(nat.destination),
+        socket.htons(nat.source_port),
+        socket.htons(nat.destination_port),
+        nat.service_id,
+        nat.backend_id,
+        nat.flags,
+        nat.seen,
+        0,
+        nat.last,
+        nat.created,
+    )
+
+
 def unpack_nat(packed: bytes) -> Nat:
     source, destination, sport, dport, service, backend, flags, seen, _, last, created = _NAT.unpack(packed)
     return Nat(
@@ -563,6 +583,12 @@ def unpack_drained(packed: bytes) -> tuple[bytes, int]:
 def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:
     """Addresses that masquerading uses; empty ones where there is none. ``mtu`` in bytes."""
     return _DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags, mtu)
+
+
+def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
+    """The same entry with these besides."""
+    address4, address6, before, mtu = _DEVICE.unpack(packed)
+    return _DEVICE.pack(address4, address6, before | flags, mtu)
 
 
 def _lpm(address: bytes, length: int) -> tuple[int, bytes]:

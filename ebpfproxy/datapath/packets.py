@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.devices import DeviceAttacher, Target
-from ebpfproxy.datapath.layout import U32, CidrFlags, DeviceFlags, pack_cidr, pack_device
+from ebpfproxy.datapath.layout import U32, CidrFlags, DeviceFlags, pack_cidr, pack_device, with_device_flags
 from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.services.model import Prefix
 
@@ -38,6 +38,8 @@ class PacketPath:
         self._cidrs = maps["cidrs"]
         self._attacher = DeviceAttacher(pins, tcx=tcx)
         self._targets: tuple[Target, ...] = ()
+        self._node = (b"", b"")
+        self._mode = DeviceFlags(0)
         if maps["crc32c"].lookup(U32.pack(0)) != (tables := zeros_tables()):
             maps["crc32c"].update(U32.pack(0), tables)
 
@@ -53,12 +55,18 @@ class PacketPath:
     def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
         """Exactly these devices; the addresses are the node's own, for what goes by any other device."""
         found = list(devices)
-        wanted = {U32.pack(_ANY_DEVICE): pack_device(address4, address6, 0, 0)}
+        self._node = address4, address6
+        wanted = {U32.pack(_ANY_DEVICE): pack_device(*self._node, self._mode, 0)}
         for each in found:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         _bring(self._devices, wanted)
         self._targets = tuple(each.target for each in found)
+
+    def set_mode(self, mode: DeviceFlags) -> None:
+        """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins."""
+        self._mode = mode
+        self._devices.update(U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0))
 
     def set_cidrs(self, pods: Iterable[Prefix], services: Iterable[Prefix]) -> None:
         """Ranges of this node's pods, and of cluster IPs."""
@@ -72,6 +80,13 @@ class PacketPath:
     def attach(self, programs: Path) -> tuple[list[str], list[str]]:
         """See :meth:`DeviceAttacher.attach`."""
         return self._attacher.attach(self._targets, programs)
+
+
+def begin_nothing(maps: MapSet) -> None:
+    """From now on packets' programs only follow flows that they know. For when no agent runs."""
+    table, key = maps["devices"], U32.pack(_ANY_DEVICE)
+    if (node := table.lookup(key)) is not None:
+        table.update(key, with_device_flags(node, DeviceFlags.HANDOVER | DeviceFlags.WAITS))
 
 
 def _bring(table: Map, wanted: dict[bytes, bytes]) -> None:

@@ -1,0 +1,41 @@
+"""kube-proxy's counters in nfnetlink_acct, to which its iptables rules refer since 1.31."""
+
+from __future__ import annotations
+
+import errno
+
+from ebpfproxy.migrate import netlink
+
+#: kubernetes/kubernetes pkg/proxy/metrics/metrics.go
+NAMES = ("ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts")
+
+_NEW, _GET, _DELETE = 0, 1, 3
+_NAME = 1
+_MISSING = frozenset({errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT})
+
+
+def add(name: str) -> None:
+    """As kube-proxy does at its start."""
+    with netlink.Netfilter() as netfilter:
+        netfilter.request(netlink.ACCOUNTS, _NEW, netlink.attribute(_NAME, name.encode() + b"\0"))
+
+
+def find() -> tuple[str, ...]:
+    """Those of kube-proxy that there are."""
+    with netlink.Netfilter() as netfilter:
+        try:
+            found = {
+                bytes(netlink.attributes(entry)[_NAME]).rstrip(b"\0").decode()
+                for entry in netfilter.dump(netlink.ACCOUNTS, _GET)
+            }
+        except OSError as error:
+            if error.errno in _MISSING:  # a kernel without it
+                return ()
+            raise
+    return tuple(name for name in NAMES if name in found)
+
+
+def remove(name: str) -> None:
+    """Raises OSError (EBUSY) while a rule refers to it."""
+    with netlink.Netfilter() as netfilter:
+        netfilter.request(netlink.ACCOUNTS, _DELETE, netlink.attribute(_NAME, name.encode() + b"\0"))

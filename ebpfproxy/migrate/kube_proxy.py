@@ -1,0 +1,144 @@
+"""Which kube-proxy runs on this node, how it was started, and with which configuration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from ebpfproxy.config import load
+from ebpfproxy.config.decode import ConfigurationError
+
+_COMM = "kube-proxy"
+#: Distributions in whose own process kube-proxy runs: there it is a setting, and nothing to stop.
+_EMBEDDED = {"k3s-server": "k3s", "k3s-agent": "k3s", "k0s": "k0s", "microk8s": "MicroK8s"}
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """A kube-proxy in this network namespace."""
+
+    pid: int
+    command: tuple[str, ...]
+    #: ``pod``, a systemd unit's name, or ``process``.
+    started_by: str
+    mode: str
+    config: str | None = None
+    #: What of its configuration our agent does not take, in words.
+    problems: tuple[str, ...] = ()
+
+
+def find(proc: Path = Path("/proc")) -> list[Process]:
+    """Sees other processes only where /proc is the host's (hostPID, or outside of any pod)."""
+    here = (proc / "self/ns/net").stat().st_ino
+    found = []
+    for folder in proc.iterdir():
+        try:
+            if not folder.name.isdigit() or (folder / "comm").read_text().strip() != _COMM:
+                continue
+            if (folder / "ns/net").stat().st_ino == here:
+                found.append(_read(folder))
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    return sorted(found, key=lambda each: each.pid)
+
+
+def embedded(proc: Path = Path("/proc")) -> str:
+    """The distribution that runs kube-proxy inside another process; empty where none does."""
+    for folder in proc.iterdir():
+        try:
+            if folder.name.isdigit() and (name := _EMBEDDED.get((folder / "comm").read_text().strip())):
+                return name
+        except OSError:
+            continue
+    return ""
+
+
+def _read(folder: Path) -> Process:
+    command = tuple(part.decode(errors="replace") for part in (folder / "cmdline").read_bytes().split(b"\0"))
+    command = command[:-1] if command[-1:] == ("",) else command
+    path = option(command, "config")
+    mode = option(command, "proxy-mode")
+    problems: tuple[str, ...] = ()
+    if path:
+        # As the process sees it: in a pod it is a ConfigMap's volume.
+        mode, problems = read_config(folder / "root" / path.lstrip("/"), path)
+    return Process(
+        pid=int(folder.name),
+        command=command,
+        started_by=started_by((folder / "cgroup").read_text()),
+        mode=mode or "iptables",
+        config=path or None,
+        problems=problems,
+    )
+
+
+def option(command: tuple[str, ...], name: str) -> str:
+    """The value of ``--name VALUE`` or ``--name=VALUE``; empty without it."""
+    for at, word in enumerate(command):
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+        if word == f"--{name}" and at + 1 < len(command):
+            return command[at + 1]
+    return ""
+
+
+def read_config(path: Path, shown: str) -> tuple[str, tuple[str, ...]]:
+    """The mode that a KubeProxyConfiguration asks for, and what our agent says of it."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        return "", (f"{shown}: {error.strerror}",)
+    return check_config(text, shown)
+
+
+def check_config(text: str, shown: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        load.parse(text, shown)
+    except ConfigurationError as error:
+        problems = tuple(map(str, error.problems))
+    else:
+        problems = ()
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return "", problems
+    return (str(document.get("mode") or "") if isinstance(document, dict) else ""), problems
+
+
+def started_by(cgroup: str) -> str:
+    """From /proc/PID/cgroup: kubelet puts pods below ``kubepods``, systemd units are named by themselves."""
+    path = cgroup.strip().splitlines()[-1].split(":", 2)[2] if cgroup.strip() else "/"
+    if "kubepods" in path:
+        return "pod"
+    unit = path.rpartition("/")[2]
+    return unit if unit.endswith(".service") else "process"
+
+
+def end(process: Process, seconds: float) -> bool:
+    """SIGTERM; whether it ended in time. Its rules stay in force: kube-proxy removes none."""
+    # A pidfd names the process itself, whoever has its number later.
+    try:
+        fd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if process not in find():
+            return True
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        return wait_gone(seconds)
+    finally:
+        os.close(fd)
+
+
+def wait_gone(seconds: float) -> bool:
+    """Until no kube-proxy runs in this network namespace."""
+    deadline = time.monotonic() + seconds
+    while find():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,34 @@
+"""Ports that stand for clients of kube-proxy's connections: none of ours may have them while those live.
+
+MASQUERADE --random-fully takes any port from 1024 on: one of ours to the same backend would meet it, its SYN
+would go to the old connection, whose answers would come to us. An entry of answers that changes nothing keeps
+each such port from being taken; it is followed, and ends as any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.migrate.flows import Flow
+from ebpfproxy.services.values import parse_address
+
+
+def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
+    """For all that are masqueraded with a port between these two; how many there are."""
+    now = time.monotonic_ns()
+    entries = {}
+    for each in flows:
+        if each.seen_as == each.client or not ports[0] <= each.seen_as[1] <= ports[1]:
+            continue
+        backend, node = parse_address(each.answering[0]), parse_address(each.seen_as[0])
+        if backend is None or node is None:
+            continue
+        ends = (backend, node, each.answering[1], each.seen_as[1])
+        key = layout.pack_flow(layout.Flow(*ends, each.protocol, egress=False))
+        flags = layout.NatFlags.REPLY | layout.NatFlags.SOURCE
+        entries[key] = layout.pack_nat(layout.Nat(*ends, 0, 0, flags, layout.Seen.REPLY, now, now))
+    maps["conntrack"].update_many(entries)
+    return len(entries)

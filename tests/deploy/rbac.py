@@ -1,0 +1,116 @@
+"""The API server's stand-in with authorization: 403 for what no rule of a ClusterRole grants.
+
+``python -m tests.deploy.rbac FOLDER``: FOLDER has ``rules.json`` (of the role), ``token``, ``server.crt`` and
+``server.key``; ``pages`` there makes it a server without streaming lists. It prints its port, and writes a
+line of ``asked.jsonl`` for every request: group, resource, verb, field selector, and whether it was granted.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from tests.apiserver import ApiServer, Store, bodies, load
+from tests.apiserver.handler import PATHS, Handler
+
+SERVICE = "10.96.251.1"
+
+
+class Asked(NamedTuple):
+    group: str
+    resource: str
+    verb: str
+    selector: str = ""
+    granted: bool = True
+
+
+def attributes(method: str, target: str) -> Asked | None:
+    """As the real server reads a request (RequestInfo); None for what is no resource."""
+    split = urlsplit(target)
+    query = {name: values[0] for name, values in parse_qs(split.query).items()}
+    parts = split.path.strip("/").split("/")
+    group, parts = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
+    if parts[:1] == ["namespaces"] and len(parts) > 2:
+        parts = parts[2:]
+    if not parts:
+        return None
+    verb = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}.get(method, "list")
+    if method == "GET" and query.get("watch") in ("true", "1"):
+        verb = "watch"
+    elif method == "GET" and len(parts) > 1:
+        verb = "get"
+    return Asked(group, parts[0], verb, query.get("fieldSelector", ""))
+
+
+def grants(rules: list[dict[str, Any]], asked: Asked) -> bool:
+    return any(
+        asked.group in rule["apiGroups"]
+        and asked.resource in rule["resources"]
+        and asked.verb in rule["verbs"]
+        for rule in rules
+    )
+
+
+class AuthorizingHandler(Handler):
+    rules: list[dict[str, Any]]
+    log: Path
+
+    def _authorized(self) -> bool:
+        asked = attributes(self.command, self.path)
+        user = self._user()
+        if asked is None or user is None:
+            return True
+        granted = user != "system:anonymous" and grants(self.rules, asked)
+        with self.log.open("a") as out:
+            out.write(json.dumps(asked._replace(granted=granted)) + "\n")
+        if not granted:
+            known = asked.resource in PATHS.values()
+            self._answer(
+                403,
+                bodies.forbidden(user, asked.verb, asked.resource)
+                if known
+                else bodies.status(403, "Forbidden", f"no {asked.verb} of {asked.resource}"),
+            )
+        return granted
+
+    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        if self._authorized():
+            super().do_GET()
+
+    def do_POST(self) -> None:  # noqa: N802
+        if not self.path.startswith(("/api/", "/apis/")):
+            super().do_POST()
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self._authorized():
+            self._answer(201, body)
+
+
+def main(folder: Path) -> None:
+    AuthorizingHandler.rules = json.loads((folder / "rules.json").read_text())
+    AuthorizingHandler.log = folder / "asked.jsonl"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    store = Store()
+    load.fill(store, 5, 2, "node-a")
+    load.add_bench_service(store, SERVICE, (folder / "backend").read_text())
+    server = ApiServer(
+        store,
+        tokens={(folder / "token").read_text()},
+        tls=context,
+        streaming_list=not (folder / "pages").exists(),
+    )
+    server._server.RequestHandlerClass = AuthorizingHandler
+    with server:
+        print(server.port, flush=True)
+        while True:
+            time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

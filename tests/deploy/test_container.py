@@ -1,0 +1,334 @@
+"""The DaemonSet's containers do all their work with the user, capabilities and mounts they are given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebpfproxy.kube.control_plane import server_of
+from tests.deploy import objects, runtime
+from tests.deploy.runtime import Container
+from tests.e2e.world import NODE_PORT, SERVICE_IPS, World
+from tests.lab import Lab, clients
+from tests.lab.holders import Holder
+
+pytestmark = pytest.mark.root
+
+IP = SERVICE_IPS["v4"]
+OBJECTS = objects.base()
+
+
+class Kubelet:
+    """Starts the pod's containers on a lab's node: its bpffs folder and cgroup stand in for the host's."""
+
+    def __init__(self, world: World, image: Path | None = None) -> None:
+        """``image``: its root, if not this machine's."""
+        self._image = image
+        runtime.install("runc", "runc")
+        self.world = world
+        self.folder = world.lab.folder
+        self._config = runtime.write_config_map(OBJECTS, self.folder / "config")
+        self._count = 0
+
+    def container(
+        self,
+        name: str,
+        *,
+        capabilities: Iterable[str] | None = None,
+        seccomp: bool = True,
+        volumes: dict[str, Path] | None = None,
+        manifests: bool = True,
+        api: int | None = None,
+        account: Path | None = None,
+    ) -> Container:
+        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume."""
+        self._count += 1
+        folder = self.folder / f"container-{self._count}"
+        folder.mkdir()
+        self.world.a.bpf_root.mkdir(parents=True, exist_ok=True)
+        places = {
+            "config": self._config,
+            "bpffs": self.world.a.bpf_root,
+            "cgroup": self.world.a.cgroup,
+            "netns": Path("/run/netns"),
+            **(volumes or {}),
+        }
+        control_plane = {}
+        if api is not None:
+            control_plane = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api)}
+        return Container(
+            OBJECTS,
+            name,
+            folder,
+            account=account,
+            image=self._image,
+            volumes=places,
+            variables={"NODE_NAME": "node-a", **control_plane},
+            network=self.world.a.netns,
+            arguments=["--manifests", str(self.world.manifests)] if manifests else [],
+            mounts=[self.world.manifests],
+            capabilities=capabilities,
+            seccomp=seccomp,
+        )
+
+    @contextmanager
+    def running(self, container: Container, ready: str = "programs are attached") -> Iterator[Path]:
+        """Its log; it is ended by SIGTERM, with exit code 0, as a rolling update does it."""
+        log = self.folder / f"{container.id}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(container.command, stdout=out, stderr=out)
+        try:
+            until(lambda: ready in log.read_text() or process.poll() is not None, 30)
+            assert process.poll() is None, log.read_text()
+            yield log
+            container.signal("TERM")
+            assert process.wait(10) == 0
+        finally:
+            container.remove()
+            process.wait(10)
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def kubelet() -> Iterator[Kubelet]:
+    with Lab() as lab:
+        yield Kubelet(World(lab))
+
+
+@pytest.fixture
+def loaded(kubelet: Kubelet) -> Iterator[Kubelet]:
+    kubelet.world.write_web(kubelet.world.w1, kubelet.world.w2)
+    done = kubelet.container("load").run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield kubelet
+    kubelet.world.a.cli("cleanup")
+
+
+def pins(kubelet: Kubelet) -> set[str]:
+    return {str(path) for path in kubelet.world.a.bpf_root.glob("ebpfproxy/*/progs-*/*")}
+
+
+def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> None:
+    """Services at the socket, packets, stale sockets of pods that came later, commands."""
+    world = loaded.world
+    world.lab.outside  # noqa: B018 - made when asked for
+    compiled = pins(loaded)
+    assert len(compiled) > 11
+    agent = loaded.container("ebpfproxy")
+    with loaded.running(agent) as log:
+        assert pins(loaded) == compiled, "the init container's programs are used"
+        assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}
+        assert set(world.client.call(clients.spread_udp, IP, 53, 20)) == {"w1", "w2"}
+        assert set(world.lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+
+        later = world.a.pod(f"later{len(world.a.pods)}")
+        holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in (world.client, later)]
+        for holder in holders:
+            holder.wait()
+            holder.watch()
+        world.write_web(world.w2)
+        for holder in holders:
+            stale = {name: n for name, n in holder.connected.items() if world.w1.address in name}
+            assert stale
+            assert dict(holder.result()[0]) == stale, log.read_text()
+
+        flows = json.loads(agent.execute("ebpfproxy", "conntrack", "list", "-o", "json"))
+        assert {flow["service"] for flow in flows} == {"shop/web"}
+        agent.execute("ebpfproxy", "conntrack", "flush", "--all")
+        status = json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))
+        assert status["agent_running"]
+        agent.execute("ebpfproxy", "service", "get", "shop/web")
+        agent.execute("ebpfproxy", "backend", "drain", world.w2.address)
+        agent.execute("ebpfproxy", "backend", "drain", world.w2.address, "--undo")
+        assert "cannot be ended" not in log.read_text()
+        assert "error" not in log.read_text().replace("error='Permission denied'", "")
+    assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "traffic goes on"
+
+
+def test_the_container_is_as_closed_as_it_says(loaded: Kubelet) -> None:
+    agent = loaded.container("ebpfproxy")
+    with loaded.running(agent):
+        lines = agent.execute("cat", "/proc/1/status").splitlines()
+        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        assert status["Uid"] == ["0"] * 4
+        assert status["NoNewPrivs"] == ["1"]
+        assert status["Seccomp"] == ["2"], "a filter"
+        held = agent.execute("capsh", f"--decode={status['CapEff'][0]}").strip().partition("=")[2]
+        assert set(held.split(",")) == {"cap_bpf", "cap_net_admin", "cap_perfmon", "cap_sys_admin"}
+        assert status["CapEff"] == status["CapPrm"] == status["CapBnd"]
+        for path in (
+            "/x",
+            "/etc/ebpfproxy/x",
+            "/run/netns/x",
+            "/sys/fs/cgroup/x",
+            "/proc/sys/net/ipv4/ip_forward",
+        ):
+            with pytest.raises(AssertionError, match="Read-only file system"):
+                agent.execute("sh", "-c", f"echo 0 >{path}")
+
+
+def test_the_probes_say_when_everything_is_programmed(loaded: Kubelet) -> None:
+    world = loaded.world
+    spec = objects.container(OBJECTS, "ebpfproxy")
+    (port,) = (each["containerPort"] for each in spec["ports"] if each["name"] == "healthz")
+    probes = [spec[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+    agent = loaded.container("ebpfproxy")
+    with loaded.running(agent):
+        for probe in probes:
+            assert probe["port"] == "healthz"
+            # From the node, as the kubelet asks.
+            answer = world.a.run(["curl", "-s", "-m5", f"http://{world.a.address}:{port}{probe['path']}"])
+            assert json.loads(answer)["healthy"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "complaint"),
+    [
+        ("BPF", "lacks BPF hash maps"),
+        ("NET_ADMIN", "lacks cgroup socket programs"),
+        ("PERFMON", "pointer comparison prohibited"),
+    ],
+)
+def test_nothing_loads_without(kubelet: Kubelet, missing: str, complaint: str) -> None:
+    """SYS_ADMIN contains BPF and PERFMON; they are what is left where somebody takes it away.
+
+    Without the seccomp profile: some runtimes' let only SYS_ADMIN call bpf().
+    """
+    held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"} - {f"CAP_{missing}"}
+    done = kubelet.container("load", capabilities=held, seccomp=False).run()
+    assert done.returncode == 1
+    assert complaint in done.stdout + done.stderr
+    kubelet.world.a.cli("cleanup")
+
+
+def test_without_sys_admin_all_works_but_other_namespaces_sockets_stay(loaded: Kubelet) -> None:
+    world = loaded.world
+    held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}
+    with loaded.running(loaded.container("ebpfproxy", capabilities=held, seccomp=False)) as log:
+        assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}
+        holder = Holder(world.client, [("udp", "udp", IP, 53, 20)], 1.0)
+        holder.wait()
+        holder.watch()
+        world.write_web(world.w2)
+        assert not holder.result()[0]
+        assert "setns: Operation not permitted" in log.read_text()
+
+
+# -- a host that has no bpffs
+
+
+class Host:
+    """A mount namespace that stands in for the host's: without a bpffs at /sys/fs/bpf."""
+
+    def __init__(self, folder: Path) -> None:
+        script = "umount -l /sys/fs/bpf && echo done && exec sleep 600"
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"done\n"
+        self.namespaces = Path("/proc", str(self._process.pid), "ns")
+        self.kubernetes = folder
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        inside = ["nsenter", f"--mount={self.namespaces}/mnt", *command]
+        return subprocess.run(inside, capture_output=True, text=True, timeout=60, check=False)
+
+    def run_container(self, container: Container) -> subprocess.CompletedProcess[str]:
+        done = self.run(*container.command)
+        container.remove()
+        return done
+
+    @property
+    def has_bpffs(self) -> bool:
+        return self.run("findmnt", "--types", "bpf", "/sys/fs/bpf").returncode == 0
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    yield made
+    made.end()
+
+
+def on(host: Host) -> dict[str, Path]:
+    return {"host-ns": host.namespaces, "bpffs": Path("/sys/fs/bpf"), "kubernetes": host.kubernetes}
+
+
+def test_where_no_bpffs_is_mounted_the_host_gets_one_and_pins_outlive_containers(
+    kubelet: Kubelet, host: Host
+) -> None:
+    assert not host.has_bpffs
+    done = host.run_container(kubelet.container("prepare", volumes=on(host), manifests=False))
+    assert done.returncode == 0, done.stderr
+    assert host.has_bpffs
+    assert host.run("stat", "-c", "%a", "/sys/fs/bpf").stdout == "1700\n"
+    done = host.run_container(kubelet.container("load", volumes=on(host)))
+    assert done.returncode == 0, done.stderr
+    found = host.run("find", "/sys/fs/bpf/ebpfproxy", "-name", "connect4").stdout.splitlines()
+    assert len(found) == 1
+
+
+def test_a_bpffs_that_is_mounted_stays_alone(kubelet: Kubelet, host: Host) -> None:
+    for _ in range(2):
+        done = host.run_container(kubelet.container("prepare", volumes=on(host), manifests=False))
+        assert done.returncode == 0, done.stderr
+    assert host.run("grep", "-c", " /sys/fs/bpf ", "/proc/self/mounts").stdout == "1\n"
+
+
+@pytest.mark.parametrize("missing", ["SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"])
+def test_no_bpffs_is_mounted_without(kubelet: Kubelet, host: Host, missing: str) -> None:
+    held = {"CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"} - {f"CAP_{missing}"}
+    container = kubelet.container(
+        "prepare", volumes=on(host), capabilities=held, seccomp=False, manifests=False
+    )
+    assert host.run_container(container).returncode
+    assert not host.has_bpffs
+
+
+KUBELET_CONF = """\
+apiVersion: v1
+kind: Config
+clusters:
+- cluster: {certificate-authority-data: Q0E=, server: "https://cp.example:6443"}
+  name: kubernetes
+contexts:
+- context: {cluster: kubernetes, user: node}
+  name: node
+current-context: node
+users:
+- name: node
+  user:
+    client-certificate-data: U0VDUkVU
+    client-key-data: U0VDUkVU
+"""
+
+
+def test_the_control_planes_address_is_passed_on_and_no_credentials(kubelet: Kubelet, host: Host) -> None:
+    """As kubeadm writes it: each key in a line of its own."""
+    written = yaml.safe_dump(yaml.safe_load(KUBELET_CONF))
+    (host.kubernetes / "kubelet.conf").write_text(written)
+    container = kubelet.container("prepare", volumes=on(host), manifests=False)
+    done = host.run_container(container)
+    assert done.returncode == 0, done.stderr
+    passed = container.volume("tmp") / "kubelet.conf"
+    agent = objects.container(OBJECTS, "ebpfproxy")
+    (place,) = (each["value"] for each in agent["env"] if each["name"] == "EBPFPROXY_KUBELET_KUBECONFIG")
+    assert place == "/tmp/kubelet.conf"
+    assert server_of(passed) == "https://cp.example:6443"
+    assert "U0VDUkVU" not in passed.read_text()

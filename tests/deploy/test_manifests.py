@@ -1,0 +1,296 @@
+"""Base and chart are the same, are what the API knows, and grant and ask for no more than they should."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client as kube_client
+
+from ebpfproxy.config import load
+from tests.deploy import objects
+from tests.deploy.chart import TemplateError, render, render_chart
+from tests.deploy.objects import DEPLOY, Object, Objects, base, container, pod_spec
+
+MODELS = {
+    "ServiceAccount": "V1ServiceAccount",
+    "ClusterRole": "V1ClusterRole",
+    "ClusterRoleBinding": "V1ClusterRoleBinding",
+    "ConfigMap": "V1ConfigMap",
+    "DaemonSet": "V1DaemonSet",
+}
+
+
+def comparable(found: Objects) -> Objects:
+    """With the configuration file read: the base has comments in it."""
+    made = copy.deepcopy(found)
+    data = made["ConfigMap", "ebpfproxy"]["data"]
+    data["config.yaml"] = list(yaml.safe_load_all(data["config.yaml"]))
+    return made
+
+
+# -- rendering
+
+
+def test_the_chart_renders_what_the_base_has() -> None:
+    assert comparable(render_chart()) == comparable(base())
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, whose kustomize would do it")
+def test_kustomize_renders_what_is_read_here() -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(objects.BASE)], capture_output=True, text=True, check=True
+    )
+    assert objects.by_name(yaml.safe_load_all(done.stdout)) == base()
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="no helm")
+def test_helm_renders_what_the_reader_here_does() -> None:
+    command = ["helm", "template", "ebpfproxy", str(DEPLOY / "chart"), "--namespace", "kube-system"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert comparable(objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))) == comparable(base())
+
+
+RENDERINGS: list[tuple[str, Callable[[], Objects]]] = [
+    ("base", base),
+    ("chart", render_chart),
+    ("kubeconfig", lambda: render_chart({"kubeconfig": "/etc/kubernetes/proxy.conf"})),
+    ("master", lambda: render_chart({"master": {"host": "cp.example"}})),
+    ("other namespace", lambda: render_chart(namespace="proxies")),
+]
+
+
+@pytest.mark.parametrize("made", [each for _, each in RENDERINGS], ids=[name for name, _ in RENDERINGS])
+def test_every_field_is_one_that_the_api_has(made: Callable[[], Objects]) -> None:
+    problems = [
+        problem
+        for (kind, name), each in made().items()
+        for problem in unknown(each, MODELS[kind], f"{kind} {name}")
+    ]
+    assert problems == []
+
+
+def unknown(value: Any, kind: str, path: str) -> Iterator[str]:
+    """Fields, and values of other types, that are not in the kubernetes package's models."""
+    # list[V1Volume] and dict(str, str); newer releases say List[V1Volume] and Dict[str, str].
+    of_many = re.fullmatch(r"(list|dict)[\[(](?:str, )?(.+)[\])]", kind, re.IGNORECASE)
+    if of_many is not None:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from unknown(each, of_many[2], f"{path}[{key}]")
+        return
+    model = getattr(kube_client, kind, None)
+    if model is None:
+        types: dict[str, tuple[type, ...]]
+        types = {"str": (str,), "bool": (bool,), "int": (int,), "object": (int, str)}
+        wanted = types[kind]
+        if not isinstance(value, wanted):
+            yield f"{path}: {value!r} is no {kind}"
+        return
+    fields = {name: model.openapi_types[attribute] for attribute, name in model.attribute_map.items()}
+    for key, each in value.items():
+        if key in fields:
+            yield from unknown(each, fields[key], f"{path}.{key}")
+        else:
+            yield f"{path}.{key} is unknown"
+
+
+@pytest.mark.parametrize("made", [each for _, each in RENDERINGS], ids=[name for name, _ in RENDERINGS])
+def test_volumes_selectors_and_names_fit_together(made: Callable[[], Objects]) -> None:
+    found = made()
+    spec = pod_spec(found)
+    volumes = [each["name"] for each in spec["volumes"]]
+    containers = spec["initContainers"] + spec["containers"]
+    assert len(set(volumes)) == len(volumes)
+    assert {mount["name"] for each in containers for mount in each["volumeMounts"]} == set(volumes)
+    daemon_set = found["DaemonSet", "ebpfproxy"]["spec"]
+    assert daemon_set["selector"]["matchLabels"] == daemon_set["template"]["metadata"]["labels"]
+    binding = found["ClusterRoleBinding", "ebpfproxy"]
+    assert ("ClusterRole", binding["roleRef"]["name"]) in found
+    for subject in binding["subjects"]:
+        account = found["ServiceAccount", subject["name"]]
+        assert account["metadata"]["namespace"] == subject["namespace"]
+        assert spec["serviceAccountName"] == subject["name"]
+    assert ("ConfigMap", "ebpfproxy") in found
+    assert len({each["image"] for each in containers}) == 1
+
+
+# -- what they say
+
+
+def test_the_role_grants_this_and_nothing_else() -> None:
+    granted = {
+        (group, resource, verb)
+        for rule in base()["ClusterRole", "ebpfproxy"]["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert granted == {
+        ("", "services", "list"),
+        ("", "services", "watch"),
+        ("discovery.k8s.io", "endpointslices", "list"),
+        ("discovery.k8s.io", "endpointslices", "watch"),
+        ("", "nodes", "get"),
+        ("", "nodes", "list"),
+        ("", "nodes", "watch"),
+        ("", "events", "create"),
+        ("events.k8s.io", "events", "create"),
+    }
+    assert {kind for kind, _ in base()} == set(MODELS)
+
+
+def test_the_configuration_is_good_and_has_only_fields_with_an_effect(tmp_path: Path) -> None:
+    found = load.parse(base()["ConfigMap", "ebpfproxy"]["data"]["config.yaml"], "config.yaml")
+    assert load.without_effect(load.effective(found)) == []
+
+
+def test_no_container_is_privileged_and_each_is_closed() -> None:
+    spec = pod_spec(base())
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not spec.get("hostPID")
+    assert not spec.get("hostIPC")
+    for each in spec["initContainers"] + spec["containers"]:
+        security = each["securityContext"]
+        assert "privileged" not in security
+        assert security["readOnlyRootFilesystem"]
+        assert not security["allowPrivilegeEscalation"]
+        assert security["capabilities"]["drop"] == ["ALL"]
+        # The API takes it from privileged containers only.
+        assert all(mount.get("mountPropagation") != "Bidirectional" for mount in each["volumeMounts"])
+    assert container(base(), "ebpfproxy")["securityContext"] == container(base(), "load")["securityContext"]
+
+
+def test_it_runs_on_every_node_one_at_a_time() -> None:
+    spec = pod_spec(base())
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["priorityClassName"] == "system-node-critical"
+    assert spec["hostNetwork"]
+    update = base()["DaemonSet", "ebpfproxy"]["spec"]["updateStrategy"]
+    assert update == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+
+
+# -- the chart's values
+
+
+def daemon_set(values: Object) -> Object:
+    return pod_spec(render_chart(values))
+
+
+def test_with_a_kubeconfig_there_is_no_token() -> None:
+    assert daemon_set({})["automountServiceAccountToken"] is True
+    found = render_chart({"kubeconfig": "/etc/kubernetes/proxy.conf"})
+    assert pod_spec(found)["automountServiceAccountToken"] is False
+    assert found["ServiceAccount", "ebpfproxy"]["automountServiceAccountToken"] is False
+    for name in ("load", "ebpfproxy"):
+        spec = container(found, name)
+        (argument,) = (each for each in spec["args"] if each.startswith("--kubeconfig="))
+        assert {"name": "kubeconfig", "mountPath": argument.partition("=")[2], "readOnly": True} in spec[
+            "volumeMounts"
+        ]
+    volume = {"name": "kubeconfig", "hostPath": {"path": "/etc/kubernetes/proxy.conf", "type": "File"}}
+    assert volume in pod_spec(found)["volumes"]
+
+
+def test_the_control_planes_address_is_what_the_pod_asks_for() -> None:
+    found = render_chart({"master": {"host": "cp.example", "port": 8443}})
+    data = found["ConfigMap", "ebpfproxy"]["data"]
+    for each in container(found, "ebpfproxy")["env"]:
+        if each["name"].startswith("KUBERNETES_SERVICE"):
+            assert each["valueFrom"]["configMapKeyRef"]["key"] in data
+    assert (data["KUBERNETES_SERVICE_HOST"], data["KUBERNETES_SERVICE_PORT"]) == ("cp.example", "8443")
+
+
+def test_configuration_is_merged_into_the_defaults() -> None:
+    values = {"config": {"kubeProxy": {"clusterCIDR": "10.244.0.0/16"}, "own": {"lbAlgorithm": "maglev"}}}
+    text = render_chart(values)["ConfigMap", "ebpfproxy"]["data"]["config.yaml"]
+    found = load.parse(text, "config.yaml")
+    assert found.kube_proxy.cluster_cidr == "10.244.0.0/16"
+    assert found.kube_proxy.oom_score_adj == -997
+    assert found.own.lb_algorithm == "maglev"
+
+
+def test_image_resources_and_tolerations_are_the_values() -> None:
+    found = daemon_set(
+        {
+            "image": {"repository": "registry.example/ebpfproxy", "tag": "1.2.3", "pullPolicy": "Always"},
+            "resources": {"agent": {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi"}}},
+            "tolerations": [{"key": "a", "operator": "Exists"}],
+            "maxUnavailable": "10%",
+        }
+    )
+    for each in found["initContainers"] + found["containers"]:
+        assert each["image"] == "registry.example/ebpfproxy:1.2.3"
+        assert each["imagePullPolicy"] == "Always"
+    agent = found["containers"][0]
+    assert agent["resources"] == {"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "2Gi"}}
+    assert found["tolerations"] == [{"key": "a", "operator": "Exists"}]
+
+
+def test_monitoring_adds_the_monitor_that_deploy_monitoring_has() -> None:
+    found = render_chart({"monitoring": {"enabled": True}})
+    wanted = yaml.safe_load((DEPLOY / "monitoring/podmonitor.yaml").read_text())
+    assert found["PodMonitor", "ebpfproxy"] == wanted
+    agent = container(found, "ebpfproxy")
+    (endpoint,) = wanted["spec"]["podMetricsEndpoints"]
+    (port,) = (each["containerPort"] for each in agent["ports"] if each["name"] == endpoint["port"])
+    assert f"--metrics-bind-address=0.0.0.0:{port}" in agent["args"]
+    assert ("PodMonitor", "ebpfproxy") not in render_chart()
+
+
+# -- the reader of templates
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("a {{ .x }} b", "a 1 b"),
+        ("a \n {{- .x }} b", "a1 b"),
+        ("a {{ .x -}} \n b", "a 1b"),
+        ("a {{- /* no */ -}} b", "ab"),
+        ('{{ .none | default "d" | quote }}', '"d"'),
+        ("{{ if .none }}a{{ else }}b{{ end }}", "b"),
+        ("{{ with .m }}{{ .k }}{{ $.x }}{{ end }}", "v1"),
+        ("m:\n  {{- toYaml .m | nindent 2 }}\n", "m:\n  k: v\n"),
+        ("{{ not .none }}", "true"),
+    ],
+)
+def test_templates_mean_what_they_mean_to_helm(text: str, rendered: str) -> None:
+    assert render(text, {"x": 1, "none": "", "m": {"k": "v"}}) == rendered
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ .y }}",
+        "{{ range .m }}{{ end }}",
+        '{{ include "x" . }}',
+        "{{ .m }}",
+        "{{ if .x }}",
+        "{{ end }}",
+        "{{ else }}",
+        "{{ .x | upper }}",
+        "{{ .x",
+        "{{ $v := .x }}",
+        "{{ .x | default (.m) }}",
+        "{{ if .none }}a{{ else if .x }}b{{ end }}",
+        "{{}}",
+    ],
+)
+def test_what_the_reader_does_not_know_is_an_error(text: str) -> None:
+    with pytest.raises(TemplateError):
+        render(text, {"x": 1, "none": "", "m": {"k": "v"}})
+
+
+def test_a_field_that_the_api_does_not_have_is_found() -> None:
+    found = copy.deepcopy(base()["DaemonSet", "ebpfproxy"])
+    spec = found["spec"]["template"]["spec"]
+    spec["initContainers"][0]["securityContext"]["capabilites"] = {}
+    spec["volumes"][0]["hostPath"] = {"path": 1}
+    assert len(list(unknown(found, "V1DaemonSet", "x"))) == 2

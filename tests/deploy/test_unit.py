@@ -1,0 +1,227 @@
+"""The systemd unit, run by a real systemd with all of its sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath.roots import find_cgroup_root
+from tests.deploy.objects import DEPLOY, base, container
+from tests.deploy.runtime import install
+from tests.deploy.test_container import until
+from tests.e2e.world import NODE_PORT, SERVICE_IPS, World
+from tests.lab import Lab, clients
+from tests.lab.holders import Holder
+
+UNIT = DEPLOY / "ebpfproxy.service"
+SYSTEMD = "/lib/systemd/systemd"
+INSTALLED = "/opt/ebpfproxy/bin/ebpfproxy"
+HERE = f"{Path(sys.executable).parent}/ebpfproxy"
+IP = SERVICE_IPS["v4"]
+
+
+class Manager:
+    """A systemd of its own: a user's, but root's, which may do what the system's does.
+
+    It believes to be on a host that systemd has booted, and is in cgroups of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.units = folder / "config/systemd/user"
+        self.units.mkdir(parents=True)
+        runtime = folder / "runtime"
+        runtime.mkdir(mode=0o700)
+        self._environment = {
+            **os.environ,
+            "XDG_RUNTIME_DIR": str(runtime),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+        }
+        unified = find_cgroup_root()
+        self._cgroups = [unified / folder.parent.name, *self._v1(unified, folder.parent.name)]
+
+    @staticmethod
+    def _v1(unified: Path, name: str) -> list[Path]:
+        beside = unified.parent / "systemd"
+        return [beside / name] if (beside / "cgroup.procs").exists() else []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        script = """
+            set -e
+            mkdir "$1/netns"; mount --rbind /run/netns "$1/netns"
+            mount -t tmpfs run /run; mkdir -p /run/systemd/system /run/netns
+            mount --rbind "$1/netns" /run/netns; shift
+            # What is mounted over files that a unit may not see; the system's manager makes these.
+            hidden=/run/systemd/inaccessible
+            mkdir -p $hidden/dir; touch $hidden/reg; mkfifo $hidden/fifo; mknod $hidden/chr c 0 0
+            chmod -R 0 $hidden
+            for group; do mkdir -p "$group/manager"; echo 0 >"$group/manager/cgroup.procs"; done
+            exec "$SYSTEMD" --user --unit=basic.target --log-target=console
+        """
+        command = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            str(self.folder),
+        ]
+        with (self.folder / "systemd.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, *map(str, self._cgroups)],
+                env={**self._environment, "SYSTEMD": SYSTEMD},
+                stdout=log,
+                stderr=log,
+            )
+        self._pid = process.pid
+        try:
+            until((self.folder / "runtime/systemd/private").exists, 10)
+            yield
+        finally:
+            process.terminate()
+            process.wait(20)
+            for group in self._cgroups:
+                for each in sorted([group, *group.rglob("*")], reverse=True):
+                    if each.is_dir():
+                        each.rmdir()
+
+    def call(self, *arguments: str) -> str:
+        done = self._systemctl(*arguments)
+        if done.returncode:
+            why = self._systemctl("status", "--no-pager", UNIT.name).stdout
+            raise AssertionError(f"{done.stderr}{why}{self.log}")
+        return done.stdout
+
+    def _systemctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["nsenter", f"--mount=/proc/{self._pid}/ns/mnt", "systemctl", "--user", *arguments],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "agent.log"
+        return path.read_text() if path.exists() else ""
+
+
+def settings() -> dict[str, str]:
+    return dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if re.match(r"\w+=", line))
+
+
+def test_systemd_knows_all_that_the_unit_says(tmp_path: Path) -> None:
+    install("systemd", "systemd-analyze")
+    copy = tmp_path / UNIT.name
+    # It looks whether the program is there.
+    copy.write_text(UNIT.read_text().replace(INSTALLED, HERE))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_it_has_the_daemon_sets_capabilities_and_one_for_the_hosts_processes() -> None:
+    of_pods = {
+        f"CAP_{each}" for each in container(base(), "ebpfproxy")["securityContext"]["capabilities"]["add"]
+    }
+    assert set(settings()["CapabilityBoundingSet"].split()) == of_pods | {"CAP_SYS_PTRACE"}
+
+
+@pytest.mark.root
+def test_a_process_of_another_user_shows_its_namespace_only_with_sys_ptrace() -> None:
+    """In the DaemonSet's containers no such process is seen at all: there /run/netns has pods' namespaces."""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    process = subprocess.Popen(
+        ["unshare", "--net", *user, "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    namespace = Path(f"/proc/{process.pid}/ns/net").stat().st_ino
+    script = (
+        "from ebpfproxy.node.namespaces import namespaces; print(*(p.stat().st_ino for p in namespaces()))"
+    )
+    command = [sys.executable, "-c", script]
+    for drop, is_seen in ((None, True), ("cap_sys_ptrace", False)):
+        dropped = ["capsh", f"--drop={drop}", "--shell=/usr/bin/env", "--"] if drop else []
+        done = subprocess.run(
+            [*dropped, *command], capture_output=True, text=True, check=True, cwd=DEPLOY.parent
+        )
+        assert (str(namespace) in done.stdout.split()) is is_seen
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.root
+def test_the_agent_works_in_its_sandbox() -> None:
+    install("systemd", "systemd-analyze")
+    with Lab() as lab:
+        world = World(lab)
+        lab.outside  # noqa: B018 - made when asked for
+        folder = lab.folder / "systemd"
+        manager = Manager(folder)
+        roots = " ".join(
+            [*world.a.roots, "--manifests", str(world.manifests), "--hostname-override", "node-a"]
+        )
+        (folder / "config.yaml").write_text(
+            "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        )
+        text = UNIT.read_text().replace(INSTALLED, HERE).replace("/etc/ebpfproxy", str(folder))
+        text = re.sub(r"(?m)^(ExecStart\w*=.*)$", rf"\1 {roots}", text)
+        (manager.units / UNIT.name).write_text(text)
+        drop_in = manager.units / f"{UNIT.name}.d"
+        drop_in.mkdir()
+        (drop_in / "lab.conf").write_text(
+            f"[Service]\nNetworkNamespacePath=/run/netns/{world.a.netns}\n"
+            f"BindReadOnlyPaths={lab.folder}\n"
+            f"StandardOutput=append:{folder}/agent.log\nStandardError=inherit\n"
+        )
+        with manager.running():
+            manager.call("start", UNIT.name)
+            until(lambda: "programs are attached" in manager.log, 20)
+            assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}, manager.log
+            outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+            assert set(outside) == {"w1", "w2"}
+            holder = Holder(world.client, [("udp", "udp", IP, 53, 20)])
+            holder.wait()
+            holder.watch()
+            world.write_web(world.w2)
+            stale = {name: n for name, n in holder.connected.items() if world.w1.address in name}
+            assert stale
+            assert dict(holder.result()[0]) == stale, manager.log
+            assert "setns" not in manager.log
+
+            shown = manager.call("show", UNIT.name, "-p", "MainPID,NoNewPrivileges,Result")
+            pid = int(dict(line.split("=") for line in shown.split())["MainPID"])
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "NoNewPrivs:\t1" in status
+            assert "Seccomp:\t2" in status
+            held = re.search(r"CapEff:\t(\w+)", status)
+            assert held is not None
+            decoded = subprocess.run(
+                ["capsh", f"--decode={held[1]}"], capture_output=True, text=True, check=True
+            )
+            wanted = settings()["CapabilityBoundingSet"].lower().split()
+            assert set(decoded.stdout.strip().partition("=")[2].split(",")) == set(wanted)
+            inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "touch", "/usr/x"]
+            assert "Read-only" in subprocess.run(inside, capture_output=True, text=True, check=False).stderr
+
+            manager.call("stop", UNIT.name)
+            assert "stopped, traffic goes on" in manager.log
+        assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}
+        assert json.loads(world.a.cli("status", "-o", "json"))["agent_running"] is False
+        world.a.cli("cleanup")

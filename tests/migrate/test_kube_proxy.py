@@ -1,0 +1,113 @@
+"""Processes named kube-proxy: found in their network namespace, read, and ended only where asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.migrate import kube_proxy
+from tests.lab import Lab, LabNode
+from tests.migrate import rules
+
+SCRIPT = """#!/usr/bin/python3 -S
+import os, signal
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+print("ready", flush=True)
+while True: signal.pause()
+"""
+
+
+def start(node: LabNode, *arguments: str) -> subprocess.Popen[bytes]:
+    """Something with kube-proxy's name and arguments, which does nothing."""
+    path = node.lab.folder / "kube-proxy"
+    path.write_text(SCRIPT)
+    path.chmod(0o755)
+    process = node.popen([str(path), *arguments], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+@pytest.fixture
+def node() -> Iterator[LabNode]:
+    with Lab() as lab:
+        yield lab.node("node-a")
+
+
+@pytest.mark.root
+def test_it_is_found_in_its_own_namespace_only_with_its_configuration(node: LabNode) -> None:
+    config = node.lab.folder / "config.conf"
+    config.write_text(
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+        "mode: ipvs\nipvs: {scheduler: rr}\nunheardOf: 1\n"
+    )
+    process = start(node, f"--config={config}", "--hostname-override=node-a")
+    (found,) = node.call(kube_proxy.find)
+    assert found.pid == process.pid
+    assert (found.mode, found.config, found.started_by) == ("ipvs", str(config), "process")
+    assert any("unheardOf" in problem for problem in found.problems)
+    assert process.pid not in [each.pid for each in kube_proxy.find()]
+
+
+@pytest.mark.root
+def test_it_is_ended_by_sigterm(node: LabNode) -> None:
+    process = start(node, "--proxy-mode", "nftables")
+    (found,) = node.call(kube_proxy.find)
+    assert found.mode == "nftables"
+    assert node.call(_end_all) == [True]
+    assert process.wait(5) == 0
+    assert node.call(kube_proxy.find) == []
+
+
+def _end_all() -> list[bool]:
+    return [kube_proxy.end(process, 5) for process in kube_proxy.find()]
+
+
+def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
+    """This very test's process is no kube-proxy."""
+    process = kube_proxy.Process(pid=os.getpid(), command=("kube-proxy",), started_by="process", mode="")
+    assert kube_proxy.end(process, 1)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "expected"),
+    [
+        ("0::/kubepods.slice/kubepods-burstable.slice/kubepods-pod1.slice/cri-containerd-2.scope\n", "pod"),
+        ("12:pids:/kubepods/besteffort/pod1/2\n0::/kubepods/besteffort/pod1/2\n", "pod"),
+        ("0::/system.slice/kube-proxy.service\n", "kube-proxy.service"),
+        ("0::/user.slice/user-0.slice/session-1.scope\n", "process"),
+        ("0::/\n", "process"),
+        ("", "process"),
+    ],
+)
+def test_who_started_it_is_told_by_its_cgroup(cgroup: str, expected: str) -> None:
+    assert kube_proxy.started_by(cgroup) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("kube-proxy", "--config=/a"), "/a"),
+        (("kube-proxy", "--config", "/a", "--v=2"), "/a"),
+        (("kube-proxy", "--config"), ""),
+        (("kube-proxy", "--config-sync-period=1s"), ""),
+    ],
+)
+def test_flags_are_read_as_they_are_written(command: tuple[str, ...], expected: str) -> None:
+    assert kube_proxy.option(command, "config") == expected
+
+
+@rules.needs_samples
+def test_a_real_kube_proxys_defaults_are_taken_without_a_problem() -> None:
+    assert kube_proxy.check_config(rules.text("defaults.yaml"), "defaults.yaml") == ("iptables", ())
+
+
+def test_what_is_no_configuration_is_a_problem_and_no_mode(tmp_path: Path) -> None:
+    assert kube_proxy.read_config(tmp_path / "none", "shown") == ("", ("shown: No such file or directory",))
+    mode, problems = kube_proxy.check_config("- 1\n- [", "shown")
+    assert mode == ""
+    assert problems

@@ -1,0 +1,121 @@
+"""plan, run and --cleanup on a lab node, with an agent and something that is called kube-proxy."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from ebpfproxy.datapath.dump import BackendRef, FrontendRow
+from ebpfproxy.migrate import steps
+from ebpfproxy.migrate.flows import Flow
+from tests.lab import Lab, clients
+from tests.migrate import rules
+from tests.migrate.test_kube_proxy import start
+from tests.migrate.world import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab)
+
+
+@pytest.mark.root
+@rules.needs_samples
+def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(world: World) -> None:
+    """The whole way of a node whose kube-proxy is a plain process."""
+    world.kube_proxy("iptables-legacy")
+    process = start(world.a, "--proxy-mode=iptables")
+    rules_before = world.a.run(["iptables-legacy-save"])
+
+    said = world.fails("plan")
+    assert "no agent has run with this --bpf-root" in said
+    assert "20 of 20 frontends differ between kube-proxy and maps" in said
+    assert "no agent has run" in world.fails("run", "--terminate")
+
+    agent = world.agent().start()
+    world.remove_service("shop", "orders-api")
+    world.wait_frontends(18)
+    assert "2 of 20 frontends differ" in world.fails("run", "--terminate", "--timeout", "1s")
+    world.write()
+    world.wait_frontends(20)
+
+    said = world.migrate("plan")
+    assert "kube-proxy:       mode iptables" in said
+    assert f"pid {process.pid}, started by: process, mode iptables" in said
+    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in said
+    assert "IN THE WAY" not in said
+    dry = yaml.safe_load(world.migrate("run", "--dry-run", "-o", "yaml"))
+    assert (dry["modes"], dry["blockers"], dry["daemon_set"]) == (["iptables"], [], None)
+    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in world.fails("run")
+    assert process.poll() is None
+    assert _rules(world.a.run(["iptables-legacy-save"])) == _rules(rules_before)
+
+    done = json.loads(world.migrate("run", "--terminate", "-o", "json"))["done"]
+    assert done[0] == "the agent's maps serve all 20 frontends of kube-proxy's rules"
+    assert done[1] == f"kube-proxy, pid {process.pid}, ended by SIGTERM"
+    assert process.wait(5) == 0
+    assert "KUBE-S" not in world.a.run(["iptables-legacy-save"])
+    assert "nothing of kube-proxy is left" in world.migrate("run")
+    assert world.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
+    agent.stop()
+
+
+def _rules(saved: str) -> list[str]:
+    return [line for line in saved.splitlines() if line.startswith("-A")]
+
+
+@pytest.mark.root
+@rules.needs_samples
+def test_cleanup_alone_removes_what_is_left_and_says_so_when_nothing_is(world: World) -> None:
+    world.kube_proxy("nftables")
+    command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
+    said = world.a.run(command)
+    assert "removed nftables table ip kube-proxy\nremoved nftables table ip6 kube-proxy" in said
+    assert world.a.run(command) == "nothing of kube-proxy is left\n"
+
+
+def _row(frontend: str, kind: str, *backends: str) -> FrontendRow:
+    return FrontendRow(
+        namespace="a",
+        name="b",
+        port_name="",
+        type=kind,
+        scope="internal",
+        frontend=frontend,
+        algorithm="random",
+        affinity=0,
+        backends=tuple(BackendRef(each, "active") for each in backends),
+    )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "asked", "answering", "stale"),
+    [
+        (17, ("10.0.0.1", 53), ("10.1.0.1", 5353), False),
+        (17, ("10.0.0.1", 53), ("10.1.0.9", 5353), True),
+        (17, ("10.0.0.1", 53), ("10.1.0.1", 53), True),
+        (6, ("10.0.0.1", 53), ("10.1.0.9", 5353), False),
+        (17, ("10.0.0.2", 53), ("10.1.0.9", 5353), False),
+        (17, ("192.168.0.7", 30053), ("10.1.0.9", 5353), True),
+        (17, ("192.168.0.7", 30053), ("10.1.0.1", 5353), False),
+        (17, ("10.0.0.3", 53), ("10.1.0.9", 5353), False),
+        (17, ("fd00::1", 53), ("fd01::1", 5353), False),
+        (17, ("fd00::1", 53), ("fd01::2", 5353), True),
+    ],
+)
+def test_a_udp_flow_is_stale_where_its_endpoint_is_not_the_services(
+    protocol: int, asked: tuple[str, int], answering: tuple[str, int], stale: bool
+) -> None:
+    rows = [
+        _row("10.0.0.1:53/UDP", "ClusterIP", "10.1.0.1:5353"),
+        _row("192.168.0.1:30053/UDP", "NodePort", "10.1.0.1:5353"),
+        _row("10.0.0.3:53/UDP", "ClusterIP"),
+        _row("[fd00::1]:53/UDP", "ClusterIP", "[fd01::1]:5353"),
+    ]
+    client = ("10.9.9.9", 4711)
+    assert steps.stale_datagrams(rows)(Flow(protocol, client, asked, answering, client)) is stale

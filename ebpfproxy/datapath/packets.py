@@ -65,8 +65,9 @@ class PacketPath:
 
     def set_mode(self, mode: DeviceFlags) -> None:
         """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins."""
-        self._mode = mode
-        self._devices.update(U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0))
+        if mode != self._mode:
+            self._mode = mode
+            self._devices.update(U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0))
 
     def set_cidrs(self, pods: Iterable[Prefix], services: Iterable[Prefix]) -> None:
         """Ranges of this node's pods, and of cluster IPs."""

@@ -167,6 +167,7 @@ def test_a_process_of_another_user_shows_its_namespace_only_with_sys_ptrace() ->
 
 
 @pytest.mark.root
+@pytest.mark.systemd
 def test_the_agent_works_in_its_sandbox() -> None:
     install("systemd", "systemd-analyze")
     with Lab() as lab:

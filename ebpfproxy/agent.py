@@ -25,35 +25,25 @@ from typing import TypeVar
 import msgspec
 
 import ebpfproxy
-from ebpfproxy import state
+from ebpfproxy import pages, reports, state
+from ebpfproxy.attaching import Attaching
 from ebpfproxy.config.watch import watch_file
-from ebpfproxy.datapath import attach, cleanup, maps, probe, programs, roots
-from ebpfproxy.datapath.carry import Carrier, carry_orders
-from ebpfproxy.datapath.devices import Target, device_attachments
+from ebpfproxy.datapath import attach, maps, probe, roots
+from ebpfproxy.datapath.carry import carry_orders
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
-from ebpfproxy.datapath.layout import DeviceFlags
-from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
-from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
 from ebpfproxy.housekeeping import Housekeeping
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
 from ebpfproxy.metrics.maps import MapCollector
-from ebpfproxy.migrate import flows, keeper, ports
-from ebpfproxy.migrate.tools import ToolError
-from ebpfproxy.node.identity import netns_cookie
-from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
 from ebpfproxy.objects import Deleted, Event, Replaced
 from ebpfproxy.options import AgentOptions
-from ebpfproxy.services.model import Family, Prefix
-from ebpfproxy.services.tracker import Tracker, Update
-from ebpfproxy.services.values import parse_prefix
+from ebpfproxy.services.tracker import Tracker
 from ebpfproxy.source import Source
 
 log = get_logger(__name__)
@@ -62,10 +52,11 @@ log = get_logger(__name__)
 _HEARTBEAT = 5.0
 #: How often it looks for orders of commands, in seconds.
 _ORDERS = 0.5
-R = TypeVar("R")
-
 #: So many service ports at once are a new list, or a cluster that grew.
 _MANY_CHANGES = 1000
+
+
+R = TypeVar("R")
 
 
 class NetworkChanged(msgspec.Struct, frozen=True):
@@ -112,13 +103,8 @@ class Agent:
         self._node_port_health = NodePortHealth(lambda: self._health.healthy)
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
         self._started = time.time()
-        self._programs: Path | None = None
-        self._loading = False
-        self._pod_cidrs: tuple[Prefix, ...] | None = None
         self._next_orders = 0.0
-        self._device_failures: list[str] = []
         self._complete = False
-        self._attached = False
         self._last_programmed: float | None = None
         self._last_duration: float | None = None
         self._state_written = 0.0
@@ -136,17 +122,17 @@ class Agent:
             log.info("mounted a bpffs", path=str(options.bpf_root))
         roots.check_cgroup(options.cgroup_root)
         lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
-        self._features = probe.probe().without(options.without)
-        self._pins = roots.pin_folder(options.bpf_root)
-        self._maps = maps.open_or_create(self._pins, options.capacity)
+        features = probe.probe().without(options.without)
+        pins = roots.pin_folder(options.bpf_root)
+        self._maps = maps.open_or_create(pins, options.capacity)
         grace = Grace()
         self._writer = Writer(self._maps, grace.wait, maglev_size=options.maglev_size)
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
         )
-        carry_orders(self._pins, self._maps)
+        self._attaching = Attaching(options, self._maps, pins, features, self._beside)
+        carry_orders(pins, self._maps)
         self._drained = Drained(self._maps)
-        self._packets = PacketPath(self._maps, self._pins, tcx=self._features.tcx)
         log.info(
             "maps are adopted" if self._maps.adopted else "maps are made",
             folder=str(self._maps.folder),
@@ -154,11 +140,15 @@ class Agent:
             backends=self._writer.backends,
         )
         if init_only:
-            self._load()
+            self._attaching.load()
             lock.release()
             return
         source = self._source = Source(options, self._queue.put, self._metrics.requested)
-        servers = self._servers(source)
+        registry = self._metrics.registry
+        registry.register(SourceCollector(source.statuses, source.requests, source.host))
+        registry.register(MapCollector(self._maps))
+        registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
+        servers = pages.servers(options, self._health, self._metrics, self._configz)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         if self._config is not None:
@@ -166,8 +156,8 @@ class Agent:
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
-        self._set_cidrs()
-        self._start_load()
+        self._attaching.set_cidrs(self._tracker.node)
+        self._attaching.start_load()
         for server in servers:
             server.start()
         self._node_port_health.start()
@@ -184,76 +174,6 @@ class Agent:
             lock.release()
         log.info("stopped, traffic goes on")
 
-    def _start_load(self) -> None:
-        self._loading = True
-        self._beside(self._load, self._loaded)
-
-    def _load(self) -> Path:
-        options = self._options
-        wanted = programs.Options(
-            features=self._features,
-            host_netns_cookie=netns_cookie(),
-            node_ports_on_loopback=options.node_ports_on_loopback,
-            guard_node_ports=options.guard_node_ports,
-            masquerade_all=options.masquerade_all,
-            bypass_netfilter=options.bypass_netfilter,
-            masquerade_ports=options.masquerade_ports,
-            pods_by_cidr=options.local_pods.by_cidr,
-            service_cidrs=bool(options.service_cidrs),
-        )
-        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
-        try:
-            return programs.ensure_loaded(self._maps, wanted, modules)
-        except OSError as error:
-            raise programs.LoadError(str(error)) from error
-
-    def _loaded(self, folder: Path) -> None:
-        self._loading = False
-        self._programs = folder
-        if self._attached:
-            self._attach_devices()
-
-    def _servers(self, source: Source) -> list[HttpServer]:
-        self._metrics.registry.register(SourceCollector(source.statuses, source.requests, source.host))
-        self._metrics.registry.register(MapCollector(self._maps))
-        self._metrics.registry.register(
-            HealthCollector(self._health.healthz, lambda: attach.attachments(self._pins))
-        )
-
-        def proxy_page(path: str, ask: Callable[[], tuple[bool, dict[str, object]]]) -> Callable[[], Answer]:
-            def page() -> Answer:
-                good, body = ask()
-                code = 200 if good else 503
-                self._metrics.asked(path, code)
-                return json_answer(body, code)
-
-            return page
-
-        return [
-            HttpServer(
-                "healthz",
-                self._options.healthz_bind_address,
-                {
-                    "/healthz": proxy_page("healthz", self._health.healthz),
-                    "/livez": proxy_page("livez", self._health.livez),
-                },
-                hard_fail=self._options.bind_hard_fail,
-            ),
-            HttpServer(
-                "metrics",
-                self._options.metrics_bind_address,
-                {
-                    "/metrics": lambda: Answer(
-                        200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.render()
-                    ),
-                    "/healthz": lambda: text_answer("ok"),
-                    "/proxyMode": lambda: text_answer("ebpf"),
-                    "/configz": lambda: json_answer(self._configz),
-                },
-                hard_fail=self._options.bind_hard_fail,
-            ),
-        ]
-
     # -- the reconciler
 
     def _reconcile(self) -> None:
@@ -269,9 +189,10 @@ class Agent:
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
-            self._set_cidrs()
-            self._attach_when_ready()
-            self._housekeeping.start(attached=self._attached)
+            self._attaching.set_cidrs(node)
+            if self._complete:
+                self._attaching.attach(self._started)
+            self._housekeeping.start(attached=self._attaching.attached)
             if not is_idle or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
 
@@ -342,80 +263,21 @@ class Agent:
         if update.changed or update.removed:
             self._problems = tuple(problems)
         self._last_programmed, self._last_duration = time.time(), done - began
-        self._report(update, problems, done, full=full)
-
-    def _report(self, update: Update, problems: list[str], done: float, *, full: bool) -> None:
-        metrics, now = self._metrics, time.time()
-        families = set(Family) if full else {port.key.family for port in update.changed}
-        families |= {key.family for key in update.removed}
-        metrics.programmed(families, self._last_duration or 0.0, full=full, now=now)
-        metrics.changes(update.service_changes, update.endpoint_changes)
-        metrics.no_local_endpoints(self._tracker.without_local_endpoints)
-        for received in update.received:
-            metrics.event_to_map.observe(done - received)
-        for trigger in update.triggers:
-            # One from before this agent's start was programmed by another (KEP-2433's metric does so, too).
-            if trigger > self._started:
-                metrics.network_programming(families, max(0.0, now - trigger))
-        for warning in update.warnings:
-            metrics.warned(str(warning.resource))
-            log.warning(
-                "value is not used",
-                resource=str(warning.resource),
-                object=str(warning.key),
-                field=warning.field,
-                error=warning.message,
-            )
-        for problem in problems:
-            metrics.did_not_fit()
-            log.error("service port is not programmed", error=problem)
+        self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
+        reports.programmed(
+            self._metrics, update, problems, began=began, done=done, started=self._started, full=full
+        )
         if full:
             log.info(
                 "programmed everything",
                 service_ports=self._writer.service_ports,
                 frontends=self._writer.frontends,
                 backends=self._writer.backends,
-                seconds=round(self._last_duration or 0.0, 3),
+                seconds=round(done - began, 3),
             )
-        else:
-            log.debug("programmed", changed=len(update.changed), removed=len(update.removed))
-
-    def _attach_when_ready(self) -> None:
-        if self._attached or not self._complete or self._programs is None:
-            return
-        carrier = Carrier(self._pins, self._maps)
-        carrier.copy()
-        changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
-        self._attached = True
-        carrier.copy()
-        mode = DeviceFlags.HANDOVER if _is_handover() else DeviceFlags(0)
-        # A flow that begins needs programs at all devices: until then it is kube-proxy's.
-        is_first = not device_attachments(self._pins)
-        self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
-        changed += self._attach_devices()
-        if mode:
-            taken = ports.reserve(self._maps, flows.find(), self._options.masquerade_ports)
-            log.info("kube-proxy's connections go on behind us", ports_taken=taken)
-        self._packets.set_mode(mode)
-        carrier.copy()
-        carrier.close()
-        if carrier.copied:
-            log.info("flows are carried over from other maps", entries=carrier.copied)
-        programs.remove_others(self._maps, self._programs)
-        removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
-        log.info(
-            "programs are attached",
-            cgroup=str(self._options.cgroup_root),
-            changed=changed or "nothing",
-            removed=[str(p) for p in removed],
-            seconds_since_start=round(time.time() - self._started, 3),
-        )
-
-    # -- this node's devices and addresses
 
     def _set_network(self, network: Network) -> None:
-        options = self._options
-        node_ports = select_node_port_addresses(network, options.node_port_addresses)
+        node_ports = select_node_port_addresses(network, self._options.node_port_addresses)
         log.info(
             "devices and addresses",
             uplinks=[d.name for d in network.devices if d.role is Role.UPLINK],
@@ -426,50 +288,7 @@ class Agent:
         )
         self._writer.set_own_addresses(network.addresses)
         self._writer.set_node_addresses(node_ports)
-        own = {len(address): address for address in network.primary}
-        self._packets.set_devices(
-            (
-                PacketDevice(
-                    Target(d.ifindex, d.name, not d.ethernet),
-                    d.address4,
-                    d.address6,
-                    d.role is Role.LOCAL,
-                    options.local_pods.is_behind(d),
-                    d.mtu,
-                )
-                for d in network.devices
-            ),
-            own.get(4, b""),
-            own.get(16, b""),
-        )
-        if self._attached:
-            self._attach_devices()
-
-    def _attach_devices(self) -> list[str]:
-        assert self._programs is not None
-        if self._packets.needs_raw and not programs.is_loaded(self._programs, RAW_PACKETS):
-            if not self._loading:
-                self._start_load()
-            return []
-        changed, failed = self._packets.attach(self._programs)
-        if changed and self._attached:
-            log.debug("devices", changed=changed)
-        for failure in failed:
-            if failure not in self._device_failures:
-                log.error("device is not attached", error=failure)
-        self._device_failures = failed
-        return changed
-
-    def _set_cidrs(self) -> None:
-        """Known from the options, or from the Node once it is there."""
-        pods = self._options.cluster_cidrs
-        if self._options.local_pods.mode is LocalMode.NODE_CIDR:
-            node = self._tracker.node
-            texts = (node.spec.pod_cidrs if node is not None and node.spec is not None else None) or ()
-            pods = tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)
-        if pods != self._pod_cidrs:
-            self._pod_cidrs = pods
-            self._packets.set_cidrs(pods, self._options.service_cidrs)
+        self._attaching.set_network(network)
 
     def _beside(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
         """Runs ``work`` in a worker, and ``then`` with its result in the reconciler. Its failure is ours."""
@@ -495,11 +314,11 @@ class Agent:
     def _write_state(self) -> None:
         """At most once a second while much happens: it is for people to read."""
         now = time.monotonic()
-        if now - self._state_written < 1.0 and self._attached:
+        if now - self._state_written < 1.0 and self._attaching.attached:
             return
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
-        self._metrics.devices(len(self._packets.targets), len(self._device_failures))
+        self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
         without_room = tuple(dict.fromkeys((*self._writer.unplaced, *self._problems)))
         self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
@@ -513,7 +332,7 @@ class Agent:
                 source=self._source.description,
                 started=self._started,
                 written=time.time(),
-                synced=self._complete and self._attached,
+                synced=self._complete and self._attaching.attached,
                 healthy=self._health.healthy,
                 last_programmed=self._last_programmed,
                 last_duration=self._last_duration,
@@ -524,21 +343,13 @@ class Agent:
                 ),
                 problems=(
                     *without_room,
-                    *self._device_failures,
+                    *self._attaching.failures,
                     *self._unbound_ports(),
                 ),
-                devices=len(self._packets.targets),
+                devices=len(self._attaching.targets),
                 conntrack_entries=self._housekeeping.entries,
                 conntrack_evicted=self._housekeeping.evicted,
                 health_check_ports=self._node_port_health.bound,
                 timeouts=self._options.timeouts,
             ),
         )
-
-
-def _is_handover() -> bool:
-    try:
-        return keeper.is_handover()
-    except ToolError as error:
-        log.warning("whether kube-proxy's connections live here is not known", error=str(error))
-        return False

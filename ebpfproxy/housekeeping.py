@@ -7,9 +7,8 @@ alone owns the writer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Protocol, TypeVar
 
+from ebpfproxy.beside import Beside
 from ebpfproxy.datapath import conntrack
 from ebpfproxy.datapath.affinity import forget_expired
 from ebpfproxy.datapath.departures import Departed
@@ -24,16 +23,8 @@ from ebpfproxy.stale import Ended, end_stale_sockets
 
 log = get_logger(__name__)
 
-R = TypeVar("R")
-
 #: Between two rounds: many departures in a row are one.
 _ENDING_SECONDS = 0.1
-
-
-class Beside(Protocol):
-    """Runs work in a worker and then, with its result, something in the reconciler."""
-
-    def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...
 
 
 class Housekeeping:

@@ -1,0 +1,178 @@
+"""The programs: loaded beside the reconciler, attached once the maps are complete, then kept on all devices.
+
+All but :meth:`Attaching.load` is called by the reconciler.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ebpfproxy.beside import Beside
+from ebpfproxy.datapath import attach, cleanup, programs
+from ebpfproxy.datapath.carry import Carrier
+from ebpfproxy.datapath.devices import Target, device_attachments
+from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
+from ebpfproxy.datapath.layout import DeviceFlags
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.packets import PacketDevice, PacketPath
+from ebpfproxy.datapath.probe import Features
+from ebpfproxy.logs import get_logger
+from ebpfproxy.migrate import flows, keeper, ports
+from ebpfproxy.migrate.tools import ToolError
+from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.node.local import LocalMode
+from ebpfproxy.node.network import Network, Role
+from ebpfproxy.objects import Node
+from ebpfproxy.options import AgentOptions
+from ebpfproxy.services.model import Prefix
+from ebpfproxy.services.values import parse_prefix
+
+log = get_logger(__name__)
+
+
+class Attaching:
+    """What is attached stays when this ends: only the next agent replaces it."""
+
+    def __init__(
+        self, options: AgentOptions, maps: MapSet, pins: Path, features: Features, beside: Beside
+    ) -> None:
+        self._options = options
+        self._maps = maps
+        self._pins = pins
+        self._features = features
+        self._beside = beside
+        self._packets = PacketPath(maps, pins, tcx=features.tcx)
+        self._programs: Path | None = None
+        self._loading = False
+        self._cidrs: tuple[Prefix, ...] | None = None
+        #: The first attaching is done; from then on devices follow the node's.
+        self.attached = False
+        #: Devices that could not be attached to, each with the reason.
+        self.failures: list[str] = []
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Devices that packets' programs should be on."""
+        return self._packets.targets
+
+    # -- loading
+
+    def start_load(self) -> None:
+        self._loading = True
+        self._beside(self.load, self._loaded)
+
+    def load(self) -> Path:
+        """Compiles and loads what these options ask for, unless it is pinned already. Raises LoadError."""
+        options = self._options
+        wanted = programs.Options(
+            features=self._features,
+            host_netns_cookie=netns_cookie(),
+            node_ports_on_loopback=options.node_ports_on_loopback,
+            guard_node_ports=options.guard_node_ports,
+            masquerade_all=options.masquerade_all,
+            bypass_netfilter=options.bypass_netfilter,
+            masquerade_ports=options.masquerade_ports,
+            pods_by_cidr=options.local_pods.by_cidr,
+            service_cidrs=bool(options.service_cidrs),
+        )
+        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
+        try:
+            return programs.ensure_loaded(self._maps, wanted, modules)
+        except OSError as error:
+            raise programs.LoadError(str(error)) from error
+
+    def _loaded(self, folder: Path) -> None:
+        self._loading = False
+        self._programs = folder
+        if self.attached:
+            self._attach_devices()
+
+    # -- attaching
+
+    def attach(self, started: float) -> None:
+        """For the first time, once programs are loaded. ``started``: the agent's, Unix seconds."""
+        if self.attached or self._programs is None:
+            return
+        carrier = Carrier(self._pins, self._maps)
+        carrier.copy()
+        changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
+        self.attached = True
+        carrier.copy()
+        mode = DeviceFlags.HANDOVER if _is_handover() else DeviceFlags(0)
+        # A flow that begins needs programs at all devices: until then it is kube-proxy's.
+        is_first = not device_attachments(self._pins)
+        self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
+        changed += self._attach_devices()
+        if mode:
+            taken = ports.reserve(self._maps, flows.find(), self._options.masquerade_ports)
+            log.info("kube-proxy's connections go on behind us", ports_taken=taken)
+        self._packets.set_mode(mode)
+        carrier.copy()
+        carrier.close()
+        if carrier.copied:
+            log.info("flows are carried over from other maps", entries=carrier.copied)
+        programs.remove_others(self._maps, self._programs)
+        removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
+        log.info(
+            "programs are attached",
+            cgroup=str(self._options.cgroup_root),
+            changed=changed or "nothing",
+            removed=[str(p) for p in removed],
+            seconds_since_start=round(time.time() - started, 3),
+        )
+
+    def _attach_devices(self) -> list[str]:
+        assert self._programs is not None
+        if self._packets.needs_raw and not programs.is_loaded(self._programs, RAW_PACKETS):
+            if not self._loading:
+                self.start_load()
+            return []
+        changed, failed = self._packets.attach(self._programs)
+        if changed and self.attached:
+            log.debug("devices", changed=changed)
+        for failure in failed:
+            if failure not in self.failures:
+                log.error("device is not attached", error=failure)
+        self.failures = failed
+        return changed
+
+    # -- this node's devices and ranges
+
+    def set_network(self, network: Network) -> None:
+        own = {len(address): address for address in network.primary}
+        self._packets.set_devices(
+            (
+                PacketDevice(
+                    Target(d.ifindex, d.name, not d.ethernet),
+                    d.address4,
+                    d.address6,
+                    d.role is Role.LOCAL,
+                    self._options.local_pods.is_behind(d),
+                    d.mtu,
+                )
+                for d in network.devices
+            ),
+            own.get(4, b""),
+            own.get(16, b""),
+        )
+        if self.attached:
+            self._attach_devices()
+
+    def set_cidrs(self, node: Node | None) -> None:
+        """Known from the options, or from the Node once it is there."""
+        pods = self._options.cluster_cidrs
+        if self._options.local_pods.mode is LocalMode.NODE_CIDR:
+            texts = (node.spec.pod_cidrs if node is not None and node.spec is not None else None) or ()
+            pods = tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)
+        if pods != self._cidrs:
+            self._cidrs = pods
+            self._packets.set_cidrs(pods, self._options.service_cidrs)
+
+
+def _is_handover() -> bool:
+    try:
+        return keeper.is_handover()
+    except ToolError as error:
+        log.warning("whether kube-proxy's connections live here is not known", error=str(error))
+        return False

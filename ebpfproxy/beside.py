@@ -1,0 +1,14 @@
+"""How slow work runs beside the reconciler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+R = TypeVar("R")
+
+
+class Beside(Protocol):
+    """Runs work in a worker and then, with its result, something in the reconciler."""
+
+    def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...

@@ -1,0 +1,48 @@
+"""The pages that kube-proxy has, too: two servers, one for load balancers and the kubelet, one for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ebpfproxy.health.proxy import ProxyHealth
+from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
+from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.options import AgentOptions
+
+
+def servers(
+    options: AgentOptions, health: ProxyHealth, metrics: AgentMetrics, configz: Mapping[str, object]
+) -> list[HttpServer]:
+    """Not started yet."""
+
+    def proxy_page(path: str, ask: Callable[[], tuple[bool, dict[str, object]]]) -> Callable[[], Answer]:
+        def page() -> Answer:
+            good, body = ask()
+            code = 200 if good else 503
+            metrics.asked(path, code)
+            return json_answer(body, code)
+
+        return page
+
+    return [
+        HttpServer(
+            "healthz",
+            options.healthz_bind_address,
+            {
+                "/healthz": proxy_page("healthz", health.healthz),
+                "/livez": proxy_page("livez", health.livez),
+            },
+            hard_fail=options.bind_hard_fail,
+        ),
+        HttpServer(
+            "metrics",
+            options.metrics_bind_address,
+            {
+                "/metrics": lambda: Answer(200, "text/plain; version=0.0.4; charset=utf-8", metrics.render()),
+                "/healthz": lambda: text_answer("ok"),
+                "/proxyMode": lambda: text_answer("ebpf"),
+                "/configz": lambda: json_answer(dict(configz)),
+            },
+            hard_fail=options.bind_hard_fail,
+        ),
+    ]

@@ -1,0 +1,50 @@
+"""What metrics and the log say of one programming."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ebpfproxy.logs import get_logger
+from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.services.model import Family
+from ebpfproxy.services.tracker import Update
+
+log = get_logger(__name__)
+
+
+def programmed(
+    metrics: AgentMetrics,
+    update: Update,
+    problems: Sequence[str],
+    *,
+    began: float,
+    done: float,
+    started: float,
+    full: bool,
+) -> None:
+    """``began`` and ``done`` are monotonic seconds, ``started`` is the agent's start in Unix seconds."""
+    now = time.time()
+    families = set(Family) if full else {port.key.family for port in update.changed}
+    families |= {key.family for key in update.removed}
+    metrics.programmed(families, done - began, full=full, now=now)
+    metrics.changes(update.service_changes, update.endpoint_changes)
+    for received in update.received:
+        metrics.event_to_map.observe(done - received)
+    for trigger in update.triggers:
+        # One from before this agent's start was programmed by another (KEP-2433's metric does so, too).
+        if trigger > started:
+            metrics.network_programming(families, max(0.0, now - trigger))
+    for warning in update.warnings:
+        metrics.warned(str(warning.resource))
+        log.warning(
+            "value is not used",
+            resource=str(warning.resource),
+            object=str(warning.key),
+            field=warning.field,
+            error=warning.message,
+        )
+    for problem in problems:
+        metrics.did_not_fit()
+        log.error("service port is not programmed", error=problem)
+    log.debug("programmed", changed=len(update.changed), removed=len(update.removed))

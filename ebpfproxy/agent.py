@@ -108,7 +108,6 @@ class Agent:
         self._last_programmed: float | None = None
         self._last_duration: float | None = None
         self._state_written = 0.0
-        self._problems: tuple[str, ...] = ()
 
     # -- start and stop
 
@@ -260,8 +259,6 @@ class Agent:
         self._complete = True
         self._health.programmed()
         self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
-        if update.changed or update.removed:
-            self._problems = tuple(problems)
         self._last_programmed, self._last_duration = time.time(), done - began
         self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
         reports.programmed(
@@ -319,7 +316,7 @@ class Agent:
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
         self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
-        without_room = tuple(dict.fromkeys((*self._writer.unplaced, *self._problems)))
+        without_room = self._writer.unplaced
         self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()

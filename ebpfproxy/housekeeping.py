@@ -126,5 +126,6 @@ class Housekeeping:
             self.entries = swept.entries
             self.evicted += swept.evicted
             self._metrics.swept(swept, swept.departed)
+            self._writer.retry()
 
         self._beside(sweep, done)

@@ -33,6 +33,9 @@ FUNC_GET_NETNS_COOKIE = 122
 FUNC_REDIRECT_NEIGH = 152
 FUNC_SET_RETVAL = 187
 
+#: Errors of an update where there is no room: a full hash says E2BIG, a full LPM trie ENOSPC.
+NO_ROOM = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
+
 
 class BpfError(OSError):
     """A bpf(2) command failed; ``errno`` is the kernel's."""
@@ -232,10 +235,10 @@ def map_delete(fd: int, key: bytes) -> bool:
 
 
 def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:
-    """Writes ``count`` entries; returns how many were written before the first failure (E2BIG: full)."""
+    """Writes ``count`` entries; returns how many were written before the first for which there is no room."""
     done = ct.c_uint32(count)
     result = _lib.bpf_map_update_batch(fd, keys, values, ct.byref(done), None)
-    if result < 0 and ct.get_errno() not in (errno.E2BIG, errno.ENOMEM):
+    if result < 0 and ct.get_errno() not in NO_ROOM:
         _check(result, "update map")
     return done.value
 

@@ -48,9 +48,9 @@ class Frontends:
 
     # -- changes
 
-    def write(self, entries: Mapping[bytes, bytes]) -> list[str]:
+    def write(self, entries: Mapping[bytes, bytes]) -> dict[bytes, str]:
         """Returns a sentence for each that did not fit."""
-        full: list[str] = []
+        full: dict[bytes, str] = {}
         for table in _TABLES:
             size = self._maps[table].spec.key_size
             batch = {key: value for key, value in entries.items() if len(key) == size}
@@ -64,7 +64,7 @@ class Frontends:
                     self._forget(key, layout.unpack_service(replaced).kind)
                 if key not in refused:
                     self._entries[key] = value
-            full += [f"{table}: no room for {describe_frontend(key)}" for key in refused]
+            full |= {key: f"no room in {table} for {describe_frontend(key)}" for key in refused}
         return full
 
     def withdraw(self, service_id: int, key: bytes) -> None:

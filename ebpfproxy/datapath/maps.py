@@ -50,7 +50,7 @@ class Map:
         try:
             self.update(key, value)
         except bpf.BpfError as error:
-            if error.errno in (errno.E2BIG, errno.ENOMEM):
+            if error.errno in bpf.NO_ROOM:
                 return False
             raise
         return True

@@ -84,6 +84,10 @@ class _Plan(msgspec.Struct):
     departures: list[tuple[int, Set[int], Set[int], Set[int]]] = msgspec.field(default_factory=list)
     vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
     closed: list[bytes] = msgspec.field(default_factory=list)
+    #: Those that get something new, by service id.
+    placed: dict[int, tuple[ServicePort, _Programmed]] = msgspec.field(default_factory=dict)
+    #: Service id, and what of it a map had no room for.
+    refused: list[tuple[int, str]] = msgspec.field(default_factory=list)
 
 
 class Writer:
@@ -237,7 +241,8 @@ class Writer:
             gone = (self._programmed.keys() | self._unplaced.keys()) - wanted
         for key in gone:
             self._withdraw(key, plan)
-        problems += self._publish(plan)
+        self._publish(plan)
+        problems += self._note_refused(plan)
         for key in gone:
             self._drop(key, plan)
             self._unplaced.pop(key, None)
@@ -257,16 +262,29 @@ class Writer:
         if self._unplaced:
             self.apply([port for port, _ in self._unplaced.values()])
 
+    def _note_refused(self, plan: _Plan) -> list[str]:
+        """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
+        found: dict[int, list[str]] = {}
+        for number, problem in plan.refused:
+            found.setdefault(number, []).append(problem)
+        problems = []
+        for number, refused in found.items():
+            port, _ = plan.placed[number]
+            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+            problem = f"{_describe(port.key)}: {refused[0]}{more}"
+            self._unplaced[port.key] = (port, problem)
+            problems.append(problem)
+        return problems
+
     def _place(self, port: ServicePort, plan: _Plan) -> list[str]:
         """Writes what nobody looks at yet, and plans the rest. Returns what is wrong, if anything."""
         self._unplaced.pop(port.key, None)
-        found: list[str] = []
         try:
             self._try_place(port, plan, self._maglev_size)
-            return found
+            return []
         except (IdsExhaustedError, RangesExhaustedError):
             # What this change has retired so far is in use where the new sets are only planned.
-            found += self._publish_sets(plan)
+            self._publish_sets(plan)
             retired = self.take_retired()
             if retired:
                 self._wait_for_readers()
@@ -281,12 +299,12 @@ class Writer:
                 problem = f"no room for its slots: {error}"
             else:
                 if size == self._maglev_size:
-                    return found
+                    return []
                 problem = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
         problem = f"{_describe(port.key)}: {problem}"
         self._unplaced[port.key] = (port, problem)
-        return [*found, problem]
+        return [problem]
 
     def _maglev_sizes(self, port: ServicePort) -> list[int]:
         """What to try: a table that is smaller than it should be is better than none."""
@@ -329,6 +347,7 @@ class Writer:
             self._backends.drop_fresh()
             raise
         self._backends.keep_fresh()
+        plan.placed[known.id] = port, known
         held = self._held(known)
         known.made_from = (made_from[0], made_from[1]) if any(made_from) else _NOTHING_MADE
         for policy in Policy:
@@ -431,16 +450,18 @@ class Writer:
             plan.closed += known.sources
             self._plan_members(known, _NO_MEMBERS, plan)
 
-    def _publish_sets(self, plan: _Plan) -> list[str]:
+    def _publish_sets(self, plan: _Plan) -> None:
         """Lets readers see the part of a plan that says which backends there are to choose from."""
-        full = [
-            f"service_names: no room for service id {U32.unpack(key)[0]}"
-            for key in self._maps["service_names"].update_many(plan.names)
-        ]
-        full += [
-            f"members: no room for a backend of service id {layout.unpack_member(key)[0] // layout.POLICIES}"
-            for key in self._maps["members"].update_many(plan.members)
-        ]
+        # There are as many names as ids.
+        self._maps["service_names"].update_many(plan.names)
+        for key in self._maps["members"].update_many(plan.members):
+            selection, backend_id = layout.unpack_member(key)
+            number, policy = divmod(selection, layout.POLICIES)
+            plan.refused.append((number, "no room in members"))
+            _, known = plan.placed[number]
+            members = list(known.members)
+            members[policy] -= {backend_id}
+            known.members = (members[0], members[1])
         # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
         with self._fence:
             pass
@@ -452,7 +473,6 @@ class Writer:
         plan.names, plan.members, plan.words, plan.excluded = {}, {}, {}, []
         self._backends.settle()
         self._note_departures(plan)
-        return full
 
     def _note_departures(self, plan: _Plan) -> None:
         """Tells flows: not before new ones go elsewhere, or they could choose the same once more."""
@@ -460,19 +480,20 @@ class Writer:
             self._departures.note(*departure)
         plan.departures = []
 
-    def _publish(self, plan: _Plan) -> list[str]:
+    def _publish(self, plan: _Plan) -> None:
         """Lets readers see the plan, each step after what it refers to."""
-        full = self._publish_sets(plan)
-        full += [
-            f"source_ranges: no room for a prefix of service id {layout.source_range_service(key)}"
-            for key in self._maps["source_ranges"].update_many(plan.sources)
-        ]
-        full += self._frontends.write(plan.entries)
+        self._publish_sets(plan)
+        for key in self._maps["source_ranges"].update_many(plan.sources):
+            number = layout.source_range_service(key)
+            plan.refused.append((number, "no room in source_ranges"))
+            _, known = plan.placed[number]
+            known.sources -= {key}
+        for key, problem in self._frontends.write(plan.entries).items():
+            plan.refused.append((layout.unpack_service(plan.entries[key]).id, problem))
         for service_id, key in plan.vanished:
             self._frontends.withdraw(service_id, key)
         for key in plan.closed:
             self._maps["source_ranges"].delete(key)
-        return full
 
     def _drop(self, key: ServicePortKey, plan: _Plan) -> None:
         known = self._programmed.pop(key, None)

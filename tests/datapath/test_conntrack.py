@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, flows_of, state_of
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
 from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
 from ebpfproxy.services.model import Family, Protocol
 
 pytestmark = pytest.mark.root
@@ -80,14 +78,10 @@ def pack_nat(nat: Nat) -> bytes:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    ensure_bpffs(BPFFS)
-    pins = BPFFS / "ebpfproxy-test-conntrack"
-    pins.mkdir(exist_ok=True)
-    opened = maps.open_or_create(Path(pins), Capacity(conntrack=8192))
+def bench(pins: Path) -> Iterator[Bench]:
+    opened = maps.open_or_create(pins, Capacity(conntrack=8192))
     yield Bench(opened)
     opened.close()
-    shutil.rmtree(pins)
 
 
 @pytest.mark.parametrize(

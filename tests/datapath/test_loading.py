@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,13 @@ from ebpfproxy.datapath import bpf, maps, probe, programs
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.layout import Capacity
-from ebpfproxy.datapath.roots import BPFFS, Lock, RootError, check_cgroup, ensure_bpffs, is_locked
+from ebpfproxy.datapath.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 
 pytestmark = pytest.mark.root
 
 OPTIONS = programs.Options(
     features=probe.Features(set_retval=True), host_netns_cookie=1, node_ports_on_loopback=True
 )
-
-
-@pytest.fixture
-def pins() -> Iterator[Path]:
-    ensure_bpffs(BPFFS)
-    folder = BPFFS / "ebpfproxy-test-loading"
-    folder.mkdir(exist_ok=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import shutil
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from scapy.layers.sctp import crc32c
@@ -15,7 +15,6 @@ from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.filter import BitFilter, address_hash
 from ebpfproxy.datapath.layout import CRC_STEPS, Capacity
 from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
-from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:
@@ -47,10 +46,7 @@ def test_the_crc_of_a_changed_packet_follows_from_the_change() -> None:
 
 
 @pytest.fixture
-def filter_of_a_map() -> Iterator[tuple[BitFilter, maps.SharedArray]]:
-    ensure_bpffs(BPFFS)
-    pins = BPFFS / "ebpfproxy-test-filter"
-    pins.mkdir(exist_ok=True)
+def filter_of_a_map(pins: Path) -> Iterator[tuple[BitFilter, maps.SharedArray]]:
     opened = maps.open_or_create(pins, Capacity(conntrack=1024))
     memory = opened.shared("address_filter")
     found = BitFilter(memory)
@@ -58,7 +54,6 @@ def filter_of_a_map() -> Iterator[tuple[BitFilter, maps.SharedArray]]:
     # Views of the memory must be gone before it is closed.
     found._memory = None  # type: ignore[assignment]
     opened.close()
-    shutil.rmtree(pins)
 
 
 @pytest.mark.root

@@ -1,433 +1,35 @@
-"""The writer on real maps: any sequence of changes leaves in the maps what was asked for, and no more."""
+"""The writer on real maps: restarts, kills, what does not fit, who keeps which id."""
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from unittest.mock import patch
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from ebpfproxy.datapath import layout, maglev
-from ebpfproxy.datapath import maps as maps_module
-from ebpfproxy.datapath.dump import Dump, FrontendRow
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.layout import Capacity
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
-from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.services.model import (
     Algorithm,
-    Backend,
     BackendState,
-    Family,
-    Frontend,
-    FrontendKind,
     Policy,
-    Protocol,
     ServicePort,
-    ServicePortKey,
-    format_endpoint,
+)
+from tests.datapath.writing import (
+    ROUND,
+    SMALL,
+    TABLE,
+    Bench,
+    KilledError,
+    backend,
+    check,
+    expected_rows,
+    port,
+    seen_rows,
 )
 
 pytestmark = pytest.mark.root
-
-SMALL = Capacity(
-    services=16,
-    backends=16,
-    connected=16,
-    revnat=16,
-    slots=64,
-    conntrack=1024,
-    affinity=64,
-    source_ranges=16,
-)
-#: Ids come round soon, and there is room for the smallest Maglev tables.
-ROUND = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
-TABLE = maglev.SIZES[0]
-
-
-class Bench:
-    """Maps in a pin folder of their own, and writers on them."""
-
-    def __init__(self, pins: Path) -> None:
-        self.pins = pins
-        self.capacity, self.maglev_size = SMALL, TABLE
-        self.maps: MapSet | None = None
-        self.grace = Grace()
-        self.reopen()
-
-    def reopen(self) -> Writer:
-        """As a new agent would: by adopting what is there."""
-        self.close_maps()
-        self.maps = maps_module.open_or_create(self.pins, self.capacity)
-        self.writer = Writer(self.maps, self.grace.wait, maglev_size=self.maglev_size)
-        return self.writer
-
-    def close_maps(self) -> None:
-        if self.maps is not None:
-            for each in self.maps.maps.values():
-                each.close()
-            self.maps = None
-
-    def empty(self, capacity: Capacity = SMALL, maglev_size: int = TABLE) -> Writer:
-        self.close_maps()
-        self.capacity, self.maglev_size = capacity, maglev_size
-        shutil.rmtree(self.pins, ignore_errors=True)
-        return self.reopen()
-
-    @property
-    def rows(self) -> list[FrontendRow]:
-        assert self.maps is not None
-        return Dump(self.maps).frontends()
-
-    def writes(self) -> dict[str, int]:
-        assert self.maps is not None
-        return {name: each.writes for name, each in self.maps.maps.items()}
-
-    # -- what programs see, read without the writer
-
-    @property
-    def service_ids(self) -> dict[ServicePortKey, int]:
-        assert self.maps is not None
-        return {name: number for number, name in Dump(self.maps).names.items()}
-
-    def slots(self, service_id: int, policy: Policy) -> list[tuple[int, int]]:
-        """Backend id and weight of each slot."""
-        assert self.maps is not None
-        word = self.maps.shared("selections").words()[service_id * layout.POLICIES + policy]
-        base, count = layout.selection_range(word)
-        words = self.maps.shared("slots").words()[base : base + count]
-        return [(layout.slot_backend(each), layout.slot_weight(each)) for each in words]
-
-    @property
-    def records(self) -> dict[int, tuple[Backend, BackendState]]:
-        """Every backend's place that is not free, by id."""
-        assert self.maps is not None
-        shared = self.maps.shared("backends")
-        size = layout.BACKEND_SIZE
-        packed = (bytes(shared.bytes[n * size : (n + 1) * size]) for n in range(self.capacity.backends))
-        found = {n: layout.unpack_backend(each) for n, each in enumerate(packed)}
-        return {n: each for n, each in found.items() if each is not None}
-
-    @property
-    def members(self) -> set[tuple[int, int]]:
-        """Selection and backend id."""
-        assert self.maps is not None
-        return {layout.unpack_member(key) for key, _ in self.maps["members"].items()}
-
-    def count_open(self, number: int, step: int, *, flow: bool) -> None:
-        """As programs do when something to a backend begins (1) or ends (-1)."""
-        assert self.maps is not None
-        words = self.maps.shared("loads").bytes.cast("I")
-        at = number * layout.LOAD_WORDS
-        if not flow:
-            words[at] = words[at] + step & 0xFFFFFFFF
-        else:
-            words[at + (layout.LOAD_BEGUN if step > 0 else layout.LOAD_ENDED)] += 1
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    ensure_bpffs(BPFFS)
-    pins = BPFFS / "ebpfproxy-test-writer"
-    made = Bench(pins)
-    yield made
-    made.close_maps()
-    made.grace.close()
-    shutil.rmtree(pins)
-
-
-def backend(n: int) -> Backend:
-    return Backend(bytes([10, 0, 0, n]), 80, Protocol.TCP)
-
-
-def port(
-    name: str,
-    cluster: list[int],
-    local: list[int] | None = None,
-    *,
-    external: Policy = Policy.CLUSTER,
-    number: int = 80,
-    leaving: tuple[int, ...] = (),
-    idle: Collection[int] = (),
-    drained: Collection[int] = (),
-    algorithm: Algorithm = Algorithm.RANDOM,
-    weights: Mapping[int, int] | None = None,
-    affinity: int = 0,
-    address: int | None = None,
-) -> ServicePort:
-    """A service port with a ClusterIP and a NodePort.
-
-    As the tracker gives them: nobody is in two of the sets of those that are not used, or in one of them
-    and used, and weights are those of used backends, where they are not 1.
-    """
-    ip = bytes([10, 96, 0, address if address is not None else ord(name[0])])
-    chosen = {*cluster, *(local or ())}
-    still = set(idle) - chosen - set(leaving)
-    taken_out = set(drained) - chosen - set(leaving) - still
-    return ServicePort(
-        key=ServicePortKey("shop", name, "http", Protocol.TCP, Family.IPV4),
-        frontends=(
-            Frontend(FrontendKind.CLUSTER_IP, ip, number, Protocol.TCP, Policy.CLUSTER, Policy.CLUSTER),
-            Frontend(
-                FrontendKind.NODE_PORT, bytes(4), 30000 + ord(name[0]), Protocol.TCP, Policy.CLUSTER, external
-            ),
-        ),
-        cluster=tuple(map(backend, sorted(cluster))),
-        local=tuple(map(backend, sorted(local or ()))),
-        draining=tuple(backend(n) for n in leaving if n not in chosen),
-        terminating=frozenset(backend(n) for n in leaving if n in chosen),
-        idle=tuple(map(backend, sorted(still))),
-        drained=tuple(map(backend, sorted(taken_out))),
-        algorithm=algorithm,
-        weights=tuple((backend(n), w) for n, w in sorted((weights or {}).items()) if n in chosen and w != 1),
-        affinity_seconds=affinity,
-    )
-
-
-def uses_local(p: ServicePort) -> bool:
-    return any(Policy.LOCAL in (f.internal, f.external) for f in p.frontends)
-
-
-#: What is said of a backend that its users see in different ways: the first of these.
-STATES = (BackendState.ACTIVE, BackendState.DRAINED, BackendState.TERMINATING, BackendState.QUARANTINED)
-
-
-def stands(ports: Iterable[ServicePort]) -> dict[Backend, set[BackendState]]:
-    """How the users of each backend have it, those among them that only have old connections to it."""
-    found: dict[Backend, set[BackendState]] = {}
-    for p in ports:
-        chosen = {*p.cluster, *(p.local if uses_local(p) else ())}
-        leaving = p.terminating | set(p.draining)
-        for state, backends in (
-            (BackendState.ACTIVE, chosen - leaving),
-            (BackendState.DRAINED, p.drained),
-            (BackendState.TERMINATING, leaving),
-            (BackendState.QUARANTINED, p.idle),
-        ):
-            for each in backends:
-                found.setdefault(each, set()).add(state)
-    return found
-
-
-def expected_states(ports: Iterable[ServicePort]) -> dict[Backend, BackendState]:
-    return {each: next(s for s in STATES if s in found) for each, found in stands(ports).items()}
-
-
-def expected_rows(
-    ports: dict[ServicePortKey, ServicePort],
-) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
-    """Frontend and scope to backends with their state, as the wanted state has it."""
-    states = expected_states(ports.values())
-    found = {}
-    for p in ports.values():
-        for f in p.frontends:
-            for scope, policy in (("internal", f.internal), ("external", f.external)):
-                chosen = p.cluster if policy is Policy.CLUSTER else p.local
-                found[p.key.name, format_endpoint(f.address, f.port), scope] = sorted(
-                    (format_endpoint(b.address, b.port), str(states[b])) for b in chosen
-                )
-    return found
-
-
-def seen_rows(rows: list[FrontendRow]) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
-    return {
-        (r.name, r.frontend.removesuffix("/TCP"), r.scope): [(b.address, b.state) for b in r.backends]
-        for r in rows
-    }
-
-
-def check_selection(
-    p: ServicePort, policy: Policy, slots: list[tuple[int, int]], ids: Mapping[Backend, int]
-) -> None:
-    """A selection's slots are those of the wanted backends, as often as their weights say."""
-    chosen = p.cluster if policy is Policy.CLUSTER else p.local if uses_local(p) else ()
-    weights = {ids[each]: dict(p.weights).get(each, 1) for each in chosen}
-    counts = Counter(number for number, _ in slots)
-    assert counts.keys() == weights.keys()
-    equal = len(set(weights.values())) <= 1
-    if p.algorithm is Algorithm.MAGLEV and len(weights) > 1:
-        assert len(slots) == TABLE
-        for number, weight in weights.items():
-            share = weight / sum(weights.values())
-            assert abs(counts[number] - TABLE * share) <= 1 + len(weights) * share
-    elif p.algorithm.looks_at_loads:
-        assert set(counts.values()) <= {1}
-        assert dict(slots) == (dict.fromkeys(weights, 0) if equal else weights)
-        return
-    else:
-        divisor = math.gcd(*weights.values())
-        assert counts == {number: weight // divisor for number, weight in weights.items()}
-    assert {weight for _, weight in slots} <= {0}, "a weight is where loads are looked at"
-
-
-def check(bench: Bench, wanted: Mapping[ServicePortKey, ServicePort], opened: Mapping[int, Backend]) -> None:
-    """The maps hold what is wanted, and no more."""
-    writer, records, service_ids = bench.writer, bench.records, bench.service_ids
-    assert service_ids.keys() == wanted.keys()
-    assert seen_rows(bench.rows) == expected_rows(dict(wanted))
-    for row in bench.rows:
-        p = next(p for key, p in wanted.items() if key.name == row.name)
-        assert (row.algorithm, row.affinity) == (str(p.algorithm), p.affinity_seconds)
-
-    states = expected_states(wanted.values())
-    assert writer.backends == len(states)
-    assert set(states.items()) <= set(records.values())
-    selected: dict[Backend, set[int]] = {}
-    members = set()
-    for key, p in wanted.items():
-        for policy in Policy:
-            slots = bench.slots(service_ids[key], policy)
-            numbers = {number for number, _ in slots}
-            ids = {records[number][0]: number for number in numbers}
-            assert len(ids) == len(numbers), "one id a backend"
-            check_selection(p, policy, slots, ids)
-            for each, number in ids.items():
-                selected.setdefault(each, set()).add(number)
-                assert records[number][1] == states[each]
-            if p.affinity_seconds:
-                members |= {(service_ids[key] * layout.POLICIES + policy, number) for number in numbers}
-    assert all(len(numbers) == 1 for numbers in selected.values()), "the same id in every selection"
-    assert bench.members == members
-    for number, each in opened.items():
-        assert number in records, "its place is kept while anything is open to it"
-        assert records[number][0] == each, "what is counted for an id is of one backend"
-
-
-sets = st.lists(st.integers(1, 5), max_size=3, unique=True)
-ports = st.builds(
-    lambda name, cluster, local, external, leaving, idle, drained, algorithm, weights, affinity: port(
-        name,
-        cluster,
-        local,
-        external=external,
-        leaving=tuple(leaving),
-        idle=idle,
-        drained=drained,
-        algorithm=algorithm,
-        weights=weights,
-        affinity=affinity,
-    ),
-    name=st.sampled_from(["a", "b", "c"]),
-    cluster=sets,
-    local=sets,
-    external=st.sampled_from(list(Policy)),
-    leaving=sets,
-    idle=sets,
-    drained=sets,
-    algorithm=st.sampled_from(list(Algorithm)),
-    weights=st.dictionaries(st.integers(1, 5), st.sampled_from([1, 2, 4, 6, 7]), max_size=3),
-    affinity=st.sampled_from([0, 60]),
-)
-numbers = st.integers(0, 50)
-
-
-class KilledError(Exception):
-    """The agent ends in the middle of a change."""
-
-
-#: Where: before readers see anything of it, or before frontends do.
-KILLED_AT = ("service_names", "services4")
-#: ``restart``: after the grace period of what was retired, ``kill``: before its end. Killed in a change: the
-#: next agent is told the same, or that it was taken back.
-steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("set"), ports),
-        st.tuples(st.just("set"), ports),
-        st.tuples(st.just("remove"), ports),
-        st.tuples(st.sampled_from(["reclaim", "restart", "kill"]), st.none()),
-        st.tuples(
-            st.sampled_from(["same", "taken back"]).flatmap(
-                lambda end: st.sampled_from([f"{end} {at}" for at in KILLED_AT])
-            ),
-            ports,
-        ),
-        st.tuples(st.sampled_from(["open a flow", "open a socket", "close"]), numbers),
-    ),
-    max_size=25,
-)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=steps)
-def test_the_maps_hold_what_was_asked_for_after_every_change(
-    bench: Bench, steps: list[tuple[str, ServicePort | int | None]]
-) -> None:
-    writer = bench.empty(ROUND)
-    wanted: dict[ServicePortKey, ServicePort] = {}
-    opened: dict[int, Backend] = {}
-    flows: set[int] = set()
-    for step, each in steps:
-        if isinstance(each, ServicePort):
-            if step == "set":
-                wanted[each.key] = each
-                assert writer.apply([each]) == []
-            elif step == "remove":
-                wanted.pop(each.key, None)
-                writer.apply((), [each.key])
-            else:
-                end, at = step.rsplit(" ", 1)
-                assert bench.maps is not None
-                with (
-                    patch.object(bench.maps[at], "update_many", side_effect=KilledError),
-                    pytest.raises(KilledError),
-                ):
-                    writer.apply([each])
-                if end == "same":
-                    wanted[each.key] = each
-                writer = bench.reopen()
-                assert writer.apply(wanted.values(), complete=True) == []
-        elif step == "reclaim":
-            writer.reclaim(writer.take_retired())
-        elif isinstance(each, int):
-            if step == "close" and opened:
-                number = sorted(opened)[each % len(opened)]
-                bench.count_open(number, -1, flow=number in flows)
-                flows.discard(number)
-                del opened[number]
-            # As programs find them: by a slot. Few, so that ids do not run out.
-            ids = {n for s in bench.service_ids.values() for p in Policy for n, _ in bench.slots(s, p)}
-            unused = sorted(ids - opened.keys())
-            if step != "close" and unused and len(opened) < 4:
-                number = unused[each % len(unused)]
-                opened[number] = bench.records[number][0]
-                if step == "open a flow":
-                    flows.add(number)
-                bench.count_open(number, 1, flow=number in flows)
-        else:
-            if step == "restart":
-                writer.reclaim(writer.take_retired())
-            writer = bench.reopen()
-            before, departures = bench.writes(), writer.departures.keys()
-            assert writer.apply(wanted.values(), complete=True) == []
-            leftovers = writer.take_retired()
-            after = bench.writes()
-            # One is forgotten where nothing is open to its backend, which is then not adopted.
-            assert writer.departures.keys() <= departures
-            before.pop("departures"), after.pop("departures")
-            assert after == before, "nothing changed, nothing is written"
-            assert not leftovers.ranges
-            writer.reclaim(leftovers)
-        check(bench, wanted, opened)
-    writer.apply((), list(wanted))
-    writer.reclaim(writer.take_retired())
-    writer.forget_departures(writer.departures)
-    assert bench.rows == []
-    assert (writer.service_ports, writer.frontends, writer.backends) == (0, 0, 0)
-    assert writer.free_slots == ROUND.slots, "every range came back"
-    gone = {(each, BackendState.GONE) for each in opened.values()}
-    assert set(bench.records.values()) == gone, "only those to whom something is open"
-    for number in opened:
-        bench.count_open(number, -1, flow=number in flows)
-    writer.forget_departures(writer.departures)
-    assert bench.records == {}, "and then nobody"
 
 
 def test_after_a_restart_states_do_not_flicker_where_users_differ(bench: Bench) -> None:
@@ -538,6 +140,50 @@ def test_a_maglev_table_that_has_grown_with_its_backends_gets_what_was_given_bac
     for missing in (1, 2, 3):
         chosen = [n for n in range(254) if n != missing]
         assert writer.apply([port("a", chosen, algorithm=Algorithm.MAGLEV)]) == []
+
+
+def test_what_a_map_refused_is_said_until_there_is_room(bench: Bench) -> None:
+    """Source ranges: the map is a tree that takes 16."""
+    writer = bench.empty()
+    ranges = tuple((bytes([198, 51, 100, n]), 32) for n in range(12))
+    first, second = (msgspec.structs.replace(port(name, [1]), source_ranges=ranges) for name in "ab")
+    assert writer.apply([first], complete=True) == []
+    (problem,) = writer.apply([second])
+    assert problem == "shop/b:http (IPv4): no room in source_ranges, and 7 more"
+    assert writer.apply([port("c", [1])]) == []
+    writer.retry()
+    assert [each.partition(":")[0] for each in writer.unplaced] == ["shop/b"], (
+        "others' changes do not hide it"
+    )
+    writer.apply((), [first.key])
+    writer.retry()
+    assert writer.unplaced == []
+    assert bench.maps is not None
+    assert len(list(bench.maps["source_ranges"].items())) == len(ranges)
+    before = bench.writes()
+    assert writer.apply([second]) == []
+    assert bench.writes() == before
+
+
+def test_frontends_without_room_are_tried_again(bench: Bench) -> None:
+    writer = bench.empty()
+
+    def with_ports(name: str, number: int) -> ServicePort:
+        made = port(name, [1])
+        (cluster_ip, _) = made.frontends
+        frontends = tuple(cluster_ip._replace(port=1000 + n) for n in range(number))
+        return msgspec.structs.replace(made, frontends=frontends)
+
+    room = SMALL.frontends
+    first, second = with_ports("a", room - 10), with_ports("b", 12)
+    assert writer.apply([first], complete=True) == []
+    (problem,) = writer.apply([second])
+    assert "shop/b:http (IPv4): no room in services4 for 10.96.0.98:10" in problem
+    assert writer.unplaced == [problem]
+    assert writer.apply([with_ports("a", room - 20)]) == []
+    writer.retry()
+    assert writer.unplaced == []
+    assert len({row.frontend for row in bench.rows if row.name == "b"}) == 12
 
 
 def test_what_never_fitted_and_is_gone_is_not_tried_again(bench: Bench) -> None:

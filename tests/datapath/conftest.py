@@ -1,0 +1,38 @@
+"""Fixtures of the tests on real maps: pin folders that no other run has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
+from tests.datapath.writing import Bench
+
+
+@contextmanager
+def _folder(name: str) -> Iterator[Path]:
+    ensure_bpffs(BPFFS)
+    folder = BPFFS / f"test-{name}-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pins() -> Iterator[Path]:
+    with _folder("datapath") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with _folder("writer") as folder:
+        made = Bench(folder)
+        yield made
+        made.close_maps()
+        made.grace.close()

@@ -1,0 +1,145 @@
+"""The writer on real maps: any sequence of changes leaves in the maps what was asked for, and no more."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ebpfproxy.services.model import (
+    Algorithm,
+    Backend,
+    BackendState,
+    Policy,
+    ServicePort,
+    ServicePortKey,
+)
+from tests.datapath.writing import ROUND, Bench, KilledError, check, port
+
+pytestmark = pytest.mark.root
+
+sets = st.lists(st.integers(1, 5), max_size=3, unique=True)
+ports = st.builds(
+    lambda name, cluster, local, external, leaving, idle, drained, algorithm, weights, affinity: port(
+        name,
+        cluster,
+        local,
+        external=external,
+        leaving=tuple(leaving),
+        idle=idle,
+        drained=drained,
+        algorithm=algorithm,
+        weights=weights,
+        affinity=affinity,
+    ),
+    name=st.sampled_from(["a", "b", "c"]),
+    cluster=sets,
+    local=sets,
+    external=st.sampled_from(list(Policy)),
+    leaving=sets,
+    idle=sets,
+    drained=sets,
+    algorithm=st.sampled_from(list(Algorithm)),
+    weights=st.dictionaries(st.integers(1, 5), st.sampled_from([1, 2, 4, 6, 7]), max_size=3),
+    affinity=st.sampled_from([0, 60]),
+)
+numbers = st.integers(0, 50)
+
+
+#: Where: before readers see anything of it, or before frontends do.
+KILLED_AT = ("service_names", "services4")
+#: ``restart``: after the grace period of what was retired, ``kill``: before its end. Killed in a change: the
+#: next agent is told the same, or that it was taken back.
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), ports),
+        st.tuples(st.just("set"), ports),
+        st.tuples(st.just("remove"), ports),
+        st.tuples(st.sampled_from(["reclaim", "restart", "kill"]), st.none()),
+        st.tuples(
+            st.sampled_from(["same", "taken back"]).flatmap(
+                lambda end: st.sampled_from([f"{end} {at}" for at in KILLED_AT])
+            ),
+            ports,
+        ),
+        st.tuples(st.sampled_from(["open a flow", "open a socket", "close"]), numbers),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps)
+def test_the_maps_hold_what_was_asked_for_after_every_change(
+    bench: Bench, steps: list[tuple[str, ServicePort | int | None]]
+) -> None:
+    writer = bench.empty(ROUND)
+    wanted: dict[ServicePortKey, ServicePort] = {}
+    opened: dict[int, Backend] = {}
+    flows: set[int] = set()
+    for step, each in steps:
+        if isinstance(each, ServicePort):
+            if step == "set":
+                wanted[each.key] = each
+                assert writer.apply([each]) == []
+            elif step == "remove":
+                wanted.pop(each.key, None)
+                writer.apply((), [each.key])
+            else:
+                end, at = step.rsplit(" ", 1)
+                assert bench.maps is not None
+                with (
+                    patch.object(bench.maps[at], "update_many", side_effect=KilledError),
+                    pytest.raises(KilledError),
+                ):
+                    writer.apply([each])
+                if end == "same":
+                    wanted[each.key] = each
+                writer = bench.reopen()
+                assert writer.apply(wanted.values(), complete=True) == []
+        elif step == "reclaim":
+            writer.reclaim(writer.take_retired())
+        elif isinstance(each, int):
+            if step == "close" and opened:
+                number = sorted(opened)[each % len(opened)]
+                bench.count_open(number, -1, flow=number in flows)
+                flows.discard(number)
+                del opened[number]
+            # As programs find them: by a slot. Few, so that ids do not run out.
+            ids = {n for s in bench.service_ids.values() for p in Policy for n, _ in bench.slots(s, p)}
+            unused = sorted(ids - opened.keys())
+            if step != "close" and unused and len(opened) < 4:
+                number = unused[each % len(unused)]
+                opened[number] = bench.records[number][0]
+                if step == "open a flow":
+                    flows.add(number)
+                bench.count_open(number, 1, flow=number in flows)
+        else:
+            if step == "restart":
+                writer.reclaim(writer.take_retired())
+            writer = bench.reopen()
+            before, departures = bench.writes(), writer.departures.keys()
+            assert writer.apply(wanted.values(), complete=True) == []
+            leftovers = writer.take_retired()
+            after = bench.writes()
+            # One is forgotten where nothing is open to its backend, which is then not adopted.
+            assert writer.departures.keys() <= departures
+            before.pop("departures"), after.pop("departures")
+            assert after == before, "nothing changed, nothing is written"
+            assert not leftovers.ranges
+            writer.reclaim(leftovers)
+        check(bench, wanted, opened)
+    writer.apply((), list(wanted))
+    writer.reclaim(writer.take_retired())
+    writer.forget_departures(writer.departures)
+    assert bench.rows == []
+    assert (writer.service_ports, writer.frontends, writer.backends) == (0, 0, 0)
+    assert writer.free_slots == ROUND.slots, "every range came back"
+    gone = {(each, BackendState.GONE) for each in opened.values()}
+    assert set(bench.records.values()) == gone, "only those to whom something is open"
+    for number in opened:
+        bench.count_open(number, -1, flow=number in flows)
+    writer.forget_departures(writer.departures)
+    assert bench.records == {}, "and then nobody"

@@ -1,0 +1,287 @@
+"""What tests of the writer share: maps of their own, service ports, and what the maps should hold."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath import layout, maglev
+from ebpfproxy.datapath import maps as maps_module
+from ebpfproxy.datapath.dump import Dump, FrontendRow
+from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.services.model import (
+    Algorithm,
+    Backend,
+    BackendState,
+    Family,
+    Frontend,
+    FrontendKind,
+    Policy,
+    Protocol,
+    ServicePort,
+    ServicePortKey,
+    format_endpoint,
+)
+
+SMALL = Capacity(
+    services=16,
+    backends=16,
+    connected=16,
+    revnat=16,
+    slots=64,
+    conntrack=1024,
+    affinity=64,
+    source_ranges=16,
+)
+#: Ids come round soon, and there is room for the smallest Maglev tables.
+ROUND = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
+TABLE = maglev.SIZES[0]
+
+
+class KilledError(Exception):
+    """The agent ends in the middle of a change."""
+
+
+class Bench:
+    """Maps in a pin folder of their own, and writers on them."""
+
+    def __init__(self, pins: Path) -> None:
+        self.pins = pins
+        self.capacity, self.maglev_size = SMALL, TABLE
+        self.maps: MapSet | None = None
+        self.grace = Grace()
+        self.reopen()
+
+    def reopen(self) -> Writer:
+        """As a new agent would: by adopting what is there."""
+        self.close_maps()
+        self.maps = maps_module.open_or_create(self.pins, self.capacity)
+        self.writer = Writer(self.maps, self.grace.wait, maglev_size=self.maglev_size)
+        return self.writer
+
+    def close_maps(self) -> None:
+        if self.maps is not None:
+            for each in self.maps.maps.values():
+                each.close()
+            self.maps = None
+
+    def empty(self, capacity: Capacity = SMALL, maglev_size: int = TABLE) -> Writer:
+        self.close_maps()
+        self.capacity, self.maglev_size = capacity, maglev_size
+        shutil.rmtree(self.pins, ignore_errors=True)
+        return self.reopen()
+
+    @property
+    def rows(self) -> list[FrontendRow]:
+        assert self.maps is not None
+        return Dump(self.maps).frontends()
+
+    def writes(self) -> dict[str, int]:
+        assert self.maps is not None
+        return {name: each.writes for name, each in self.maps.maps.items()}
+
+    # -- what programs see, read without the writer
+
+    @property
+    def service_ids(self) -> dict[ServicePortKey, int]:
+        assert self.maps is not None
+        return {name: number for number, name in Dump(self.maps).names.items()}
+
+    def slots(self, service_id: int, policy: Policy) -> list[tuple[int, int]]:
+        """Backend id and weight of each slot."""
+        assert self.maps is not None
+        word = self.maps.shared("selections").words()[service_id * layout.POLICIES + policy]
+        base, count = layout.selection_range(word)
+        words = self.maps.shared("slots").words()[base : base + count]
+        return [(layout.slot_backend(each), layout.slot_weight(each)) for each in words]
+
+    @property
+    def records(self) -> dict[int, tuple[Backend, BackendState]]:
+        """Every backend's place that is not free, by id."""
+        assert self.maps is not None
+        shared = self.maps.shared("backends")
+        size = layout.BACKEND_SIZE
+        packed = (bytes(shared.bytes[n * size : (n + 1) * size]) for n in range(self.capacity.backends))
+        found = {n: layout.unpack_backend(each) for n, each in enumerate(packed)}
+        return {n: each for n, each in found.items() if each is not None}
+
+    @property
+    def members(self) -> set[tuple[int, int]]:
+        """Selection and backend id."""
+        assert self.maps is not None
+        return {layout.unpack_member(key) for key, _ in self.maps["members"].items()}
+
+    def count_open(self, number: int, step: int, *, flow: bool) -> None:
+        """As programs do when something to a backend begins (1) or ends (-1)."""
+        assert self.maps is not None
+        words = self.maps.shared("loads").bytes.cast("I")
+        at = number * layout.LOAD_WORDS
+        if not flow:
+            words[at] = words[at] + step & 0xFFFFFFFF
+        else:
+            words[at + (layout.LOAD_BEGUN if step > 0 else layout.LOAD_ENDED)] += 1
+
+
+def backend(n: int) -> Backend:
+    return Backend(bytes([10, 0, 0, n]), 80, Protocol.TCP)
+
+
+def port(
+    name: str,
+    cluster: list[int],
+    local: list[int] | None = None,
+    *,
+    external: Policy = Policy.CLUSTER,
+    number: int = 80,
+    leaving: tuple[int, ...] = (),
+    idle: Collection[int] = (),
+    drained: Collection[int] = (),
+    algorithm: Algorithm = Algorithm.RANDOM,
+    weights: Mapping[int, int] | None = None,
+    affinity: int = 0,
+    address: int | None = None,
+) -> ServicePort:
+    """A service port with a ClusterIP and a NodePort.
+
+    As the tracker gives them: nobody is in two of the sets of those that are not used, or in one of them
+    and used, and weights are those of used backends, where they are not 1.
+    """
+    ip = bytes([10, 96, 0, address if address is not None else ord(name[0])])
+    chosen = {*cluster, *(local or ())}
+    still = set(idle) - chosen - set(leaving)
+    taken_out = set(drained) - chosen - set(leaving) - still
+    return ServicePort(
+        key=ServicePortKey("shop", name, "http", Protocol.TCP, Family.IPV4),
+        frontends=(
+            Frontend(FrontendKind.CLUSTER_IP, ip, number, Protocol.TCP, Policy.CLUSTER, Policy.CLUSTER),
+            Frontend(
+                FrontendKind.NODE_PORT, bytes(4), 30000 + ord(name[0]), Protocol.TCP, Policy.CLUSTER, external
+            ),
+        ),
+        cluster=tuple(map(backend, sorted(cluster))),
+        local=tuple(map(backend, sorted(local or ()))),
+        draining=tuple(backend(n) for n in leaving if n not in chosen),
+        terminating=frozenset(backend(n) for n in leaving if n in chosen),
+        idle=tuple(map(backend, sorted(still))),
+        drained=tuple(map(backend, sorted(taken_out))),
+        algorithm=algorithm,
+        weights=tuple((backend(n), w) for n, w in sorted((weights or {}).items()) if n in chosen and w != 1),
+        affinity_seconds=affinity,
+    )
+
+
+def uses_local(p: ServicePort) -> bool:
+    return any(Policy.LOCAL in (f.internal, f.external) for f in p.frontends)
+
+
+#: What is said of a backend that its users see in different ways: the first of these.
+STATES = (BackendState.ACTIVE, BackendState.DRAINED, BackendState.TERMINATING, BackendState.QUARANTINED)
+
+
+def stands(ports: Iterable[ServicePort]) -> dict[Backend, set[BackendState]]:
+    """How the users of each backend have it, those among them that only have old connections to it."""
+    found: dict[Backend, set[BackendState]] = {}
+    for p in ports:
+        chosen = {*p.cluster, *(p.local if uses_local(p) else ())}
+        leaving = p.terminating | set(p.draining)
+        for state, backends in (
+            (BackendState.ACTIVE, chosen - leaving),
+            (BackendState.DRAINED, p.drained),
+            (BackendState.TERMINATING, leaving),
+            (BackendState.QUARANTINED, p.idle),
+        ):
+            for each in backends:
+                found.setdefault(each, set()).add(state)
+    return found
+
+
+def expected_states(ports: Iterable[ServicePort]) -> dict[Backend, BackendState]:
+    return {each: next(s for s in STATES if s in found) for each, found in stands(ports).items()}
+
+
+def expected_rows(
+    ports: dict[ServicePortKey, ServicePort],
+) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
+    """Frontend and scope to backends with their state, as the wanted state has it."""
+    states = expected_states(ports.values())
+    found = {}
+    for p in ports.values():
+        for f in p.frontends:
+            for scope, policy in (("internal", f.internal), ("external", f.external)):
+                chosen = p.cluster if policy is Policy.CLUSTER else p.local
+                found[p.key.name, format_endpoint(f.address, f.port), scope] = sorted(
+                    (format_endpoint(b.address, b.port), str(states[b])) for b in chosen
+                )
+    return found
+
+
+def seen_rows(rows: list[FrontendRow]) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
+    return {
+        (r.name, r.frontend.removesuffix("/TCP"), r.scope): [(b.address, b.state) for b in r.backends]
+        for r in rows
+    }
+
+
+def check_selection(
+    p: ServicePort, policy: Policy, slots: list[tuple[int, int]], ids: Mapping[Backend, int]
+) -> None:
+    """A selection's slots are those of the wanted backends, as often as their weights say."""
+    chosen = p.cluster if policy is Policy.CLUSTER else p.local if uses_local(p) else ()
+    weights = {ids[each]: dict(p.weights).get(each, 1) for each in chosen}
+    counts = Counter(number for number, _ in slots)
+    assert counts.keys() == weights.keys()
+    equal = len(set(weights.values())) <= 1
+    if p.algorithm is Algorithm.MAGLEV and len(weights) > 1:
+        assert len(slots) == TABLE
+        for number, weight in weights.items():
+            share = weight / sum(weights.values())
+            assert abs(counts[number] - TABLE * share) <= 1 + len(weights) * share
+    elif p.algorithm.looks_at_loads:
+        assert set(counts.values()) <= {1}
+        assert dict(slots) == (dict.fromkeys(weights, 0) if equal else weights)
+        return
+    else:
+        divisor = math.gcd(*weights.values())
+        assert counts == {number: weight // divisor for number, weight in weights.items()}
+    assert {weight for _, weight in slots} <= {0}, "a weight is where loads are looked at"
+
+
+def check(bench: Bench, wanted: Mapping[ServicePortKey, ServicePort], opened: Mapping[int, Backend]) -> None:
+    """The maps hold what is wanted, and no more."""
+    writer, records, service_ids = bench.writer, bench.records, bench.service_ids
+    assert service_ids.keys() == wanted.keys()
+    assert seen_rows(bench.rows) == expected_rows(dict(wanted))
+    for row in bench.rows:
+        p = next(p for key, p in wanted.items() if key.name == row.name)
+        assert (row.algorithm, row.affinity) == (str(p.algorithm), p.affinity_seconds)
+
+    states = expected_states(wanted.values())
+    assert writer.backends == len(states)
+    assert set(states.items()) <= set(records.values())
+    selected: dict[Backend, set[int]] = {}
+    members = set()
+    for key, p in wanted.items():
+        for policy in Policy:
+            slots = bench.slots(service_ids[key], policy)
+            numbers = {number for number, _ in slots}
+            ids = {records[number][0]: number for number in numbers}
+            assert len(ids) == len(numbers), "one id a backend"
+            check_selection(p, policy, slots, ids)
+            for each, number in ids.items():
+                selected.setdefault(each, set()).add(number)
+                assert records[number][1] == states[each]
+            if p.affinity_seconds:
+                members |= {(service_ids[key] * layout.POLICIES + policy, number) for number in numbers}
+    assert all(len(numbers) == 1 for numbers in selected.values()), "the same id in every selection"
+    assert bench.members == members
+    for number, each in opened.items():
+        assert number in records, "its place is kept while anything is open to it"
+        assert records[number][0] == each, "what is counted for an id is of one backend"

@@ -29,6 +29,8 @@ class Configuration(msgspec.Struct, frozen=True):
 
     kube_proxy: kp.KubeProxyConfiguration = kp.with_api_defaults(kp.KubeProxyConfiguration())
     own: ours.EbpfProxyConfiguration = ours.DEFAULTS
+    #: Fields of the file that only older kube-proxies had.
+    retired: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Configuration:
@@ -54,15 +56,16 @@ def parse(text: str | bytes, name: str) -> Configuration:
     if not documents:
         problems.append(Problem(name, "", f"has neither a {kp.KIND} nor an {ours.KIND}"))
     found: dict[str, Any] = {}
+    retired: list[str] = []
     places: dict[str, str] = {}
     for document in documents:
         place = name if len(documents) == 1 else f"{name}: document {document.number}"
-        kind, of_document = _read_document(document, found)
+        kind, of_document = _read_document(document, found, retired)
         if kind:
             places[kind] = f"{place} ({kind})" if len(documents) > 1 else place
             place = places[kind]
         problems += [problem._replace(where=place) for problem in of_document]
-    configuration = Configuration()
+    configuration = Configuration(retired=tuple(retired))
     if kp.KIND in found:
         configuration = msgspec.structs.replace(
             configuration, kube_proxy=kp.with_api_defaults(found[kp.KIND])
@@ -81,7 +84,9 @@ def parse(text: str | bytes, name: str) -> Configuration:
     return configuration
 
 
-def _read_document(document: Document, found: dict[str, Any]) -> tuple[str, list[Problem]]:
+def _read_document(
+    document: Document, found: dict[str, Any], retired: list[str]
+) -> tuple[str, list[Problem]]:
     """Puts the document into ``found``. Its kind, empty where that cannot be used, and what is wrong."""
     value, problems = document.value, list(document.problems)
     if not isinstance(value, dict):
@@ -94,6 +99,9 @@ def _read_document(document: Document, found: dict[str, Any]) -> tuple[str, list
         return "", [*problems, Problem("", "apiVersion", f"{version!r} is not {wanted}")]
     if kind in found:
         return "", [*problems, Problem("", "kind", f"a second {kind}")]
+    if kind == kp.KIND:
+        retired += (name for name in _RETIRED if name in value)
+        value = {name: each for name, each in value.items() if name not in _RETIRED}
     found[kind] = convert(value, struct, "", problems)
     return kind, problems
 
@@ -146,7 +154,7 @@ def effective(configuration: Configuration, flags: Mapping[str, Any] | None = No
                 problems.append(Problem(flag, "", str(error)))
     if problems:
         raise ConfigurationError(problems)
-    return Configuration(kube_proxy, laid.own)
+    return Configuration(kube_proxy, laid.own, configuration.retired)
 
 
 def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConfiguration:
@@ -171,6 +179,9 @@ def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConf
 
 
 # -- what has no effect
+
+#: Fields that are not in the API any more; files of clusters that were upgraded often still have them.
+_RETIRED = ("resourceContainer", "udpIdleTimeout")
 
 #: Fields, or sections, that are read and checked but that the agent has no use for.
 _NO_EFFECT = (
@@ -208,12 +219,15 @@ def without_effect(configuration: Configuration) -> list[str]:
 
     A field is set if it differs from its default: kubeadm's files, and what ``--write-config-to`` wrote,
     name every field. ``bindAddress`` still decides which family the health check's and the metrics' default
-    addresses have; that NodePorts follow it is what is missing.
+    addresses have; that NodePorts follow it is what is missing. First come those of older kube-proxies.
     """
     return [
-        path
-        for path, value, default in _leaves(configuration.kube_proxy, kp.DEFAULTS, "")
-        if value != default and _is_without_effect(path) and not _is_a_default(path, value)
+        *configuration.retired,
+        *(
+            path
+            for path, value, default in _leaves(configuration.kube_proxy, kp.DEFAULTS, "")
+            if value != default and _is_without_effect(path) and not _is_a_default(path, value)
+        ),
     ]
 
 

@@ -34,6 +34,13 @@ def test_empty_documents_are_passed_over_and_counted() -> None:
     ]
 
 
+def test_fields_of_older_kube_proxies_have_no_effect() -> None:
+    found = parse(text_of({**KP, "udpIdleTimeout": "250ms", "resourceContainer": "/kube-proxy"}), "f")
+    assert found.kube_proxy == parse(text_of(KP), "f").kube_proxy
+    assert without_effect(found) == ["resourceContainer", "udpIdleTimeout"]
+    assert errors(text_of({**MINE, "udpIdleTimeout": "1s"})) == ["f: udpIdleTimeout: unknown field"]
+
+
 def test_json_is_yaml() -> None:
     text = '{"kind": "EbpfProxyConfiguration", "apiVersion": "ebpfproxy.io/v1alpha1", "maxServices": 5}'
     assert parse(text, "f") == parse(text_of(MINE), "f")

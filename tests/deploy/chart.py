@@ -47,14 +47,19 @@ class _Block(NamedTuple):
     otherwise: list[Any]
 
 
-def render_chart(values: Mapping[str, Any] | None = None, namespace: str = "kube-system") -> Objects:
-    """All objects, by kind and name. ``values``: over those of values.yaml, merged as helm does."""
+def chart_values(values: Mapping[str, Any], namespace: str) -> dict[str, Any]:
+    """What templates see. ``values``: over those of values.yaml, merged as helm does."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    top = {
-        "Values": _merged(yaml.safe_load((CHART / "values.yaml").read_text()), values or {}),
+    return {
+        "Values": _merged(yaml.safe_load((CHART / "values.yaml").read_text()), values),
         "Chart": {"AppVersion": chart["appVersion"]},
         "Release": {"Namespace": namespace},
     }
+
+
+def render_chart(values: Mapping[str, Any] | None = None, namespace: str = "kube-system") -> Objects:
+    """All objects, by kind and name."""
+    top = chart_values(values or {}, namespace)
     found = []
     for path in sorted((CHART / "templates").iterdir()):
         text = render(path.read_text(), top)

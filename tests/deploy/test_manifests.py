@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from kubernetes import client as kube_client
 
 from ebpfproxy.config import load
 from tests.deploy import objects
-from tests.deploy.chart import TemplateError, render, render_chart
+from tests.deploy.chart import TemplateError, chart_values, render, render_chart
 from tests.deploy.objects import DEPLOY, Object, Objects, base, container, pod_spec
 
 MODELS = {
@@ -56,6 +58,41 @@ def test_helm_renders_what_the_reader_here_does() -> None:
     command = ["helm", "template", "ebpfproxy", str(DEPLOY / "chart"), "--namespace", "kube-system"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert comparable(objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))) == comparable(base())
+
+
+SPRIG = Path("/usr/share/gocode/src/github.com/Masterminds/sprig")
+
+
+@pytest.mark.skipif(
+    shutil.which("go") is None or not SPRIG.is_dir(),
+    reason="no golang-go, golang-github-masterminds-sprig-dev, golang-github-ghodss-yaml-dev",
+)
+def test_gos_own_templates_render_what_the_reader_here_does(tmp_path: Path) -> None:
+    """Helm's engine without helm."""
+    program = tmp_path / "render"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "GO111MODULE": "off",
+        "GOPATH": "/usr/share/gocode",
+    }
+    source = Path(__file__).with_name("render.go")
+    subprocess.run(["go", "build", "-o", str(program), str(source)], env=environment, check=True)
+    for values, namespace in (
+        ({}, "kube-system"),
+        ({"kubeconfig": "/etc/kubernetes/proxy.conf"}, "kube-system"),
+        ({"master": {"host": "cp.example"}}, "kube-system"),
+        ({"monitoring": {"enabled": True}}, "proxies"),
+    ):
+        done = subprocess.run(
+            [str(program), str(DEPLOY / "chart")],
+            input=json.dumps(chart_values(values, namespace)),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        made = objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))
+        assert made == render_chart(values, namespace)
 
 
 RENDERINGS: list[tuple[str, Callable[[], Objects]]] = [

@@ -22,7 +22,9 @@ class Problem(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in self if part)
+        """One line, whatever characters a key in the file has."""
+        said = ": ".join(part for part in self if part)
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
 
 
 class ConfigurationError(Exception):

@@ -41,6 +41,12 @@ def test_fields_of_older_kube_proxies_have_no_effect() -> None:
     assert errors(text_of({**MINE, "udpIdleTimeout": "1s"})) == ["f: udpIdleTimeout: unknown field"]
 
 
+def test_a_problem_is_one_line() -> None:
+    assert errors(text_of({**KP, "featureGates": {"a\n": None}})) == [
+        r"f: featureGates.a\n: Expected `bool`, got `null`"
+    ]
+
+
 def test_json_is_yaml() -> None:
     text = '{"kind": "EbpfProxyConfiguration", "apiVersion": "ebpfproxy.io/v1alpha1", "maxServices": 5}'
     assert parse(text, "f") == parse(text_of(MINE), "f")

@@ -31,14 +31,6 @@ def every_way(request: pytest.FixtureRequest) -> Iterator[Outer]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
-    with Lab() as lab:
-        made = Outer(lab)
-        made.agent().start()
-        yield made
-
-
 # -- from outside, whichever way the packets take
 
 
@@ -46,16 +38,16 @@ def world() -> Iterator[Outer]:
 def test_node_ports_reach_both_nodes_pods_and_answer_as_themselves(
     every_way: Outer, ask: Callable[..., Any]
 ) -> None:
-    world = every_way
+    outer = every_way
     port = NODE_PORT if ask is clients.ask_tcp else 30053
-    for address in (world.a.address, world.a.address6):
+    for address in (outer.a.address, outer.a.address6):
         found = {}
         for _ in range(30):
-            answer = world.outside.call(ask, address, port)
+            answer = outer.outside.call(ask, address, port)
             assert tuple(answer.get("from") or answer["getpeername"]) == (address, port)
             found[answer["name"]] = answer["peer"]
         own = (
-            ("10.244.1.1", world.a.address) if ":" not in address else ("fd00:10:244:1::1", world.a.address6)
+            ("10.244.1.1", outer.a.address) if ":" not in address else ("fd00:10:244:1::1", outer.a.address6)
         )
         assert found == {"w1": own[0], "w2": own[1]}, "masqueraded to the address towards each backend"
 
@@ -109,9 +101,9 @@ def test_megabytes_both_ways_are_what_they_were(every_way: Outer) -> None:
 
 def test_restart_kill_and_other_options_lose_no_connection(every_way: Outer) -> None:
     """One long connection and thousands of short ones, while the agent comes and goes."""
-    world = every_way
-    agent = world.lab.agents[-1]
-    with load.running(world.outside, world.a.address, NODE_PORT) as running:
+    outer = every_way
+    agent = outer.lab.agents[-1]
+    with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
         for stop in (agent.kill, agent.stop):
             stop()
             time.sleep(0.2)
@@ -123,15 +115,15 @@ def test_restart_kill_and_other_options_lose_no_connection(every_way: Outer) -> 
 
 def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pytest.FixtureRequest) -> None:
     """Connections through packets, and the Service's address at the socket, outlive a change of sizes."""
-    world = every_way
-    agent = world.lab.agents[-1]
-    inside = Held(world.client, SERVICE_IPS["v4"], 80)
-    with load.running(world.outside, world.a.address, NODE_PORT) as running:
-        held = [Held(world.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
+    outer = every_way
+    agent = outer.lab.agents[-1]
+    inside = Held(outer.client, SERVICE_IPS["v4"], 80)
+    with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
+        held = [Held(outer.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
         agent.stop()
         # Without the bypass: flows that began with it go on with it.
         options = [o for o in WAYS[request.node.callspec.params["every_way"]] if o != "--bypass-netfilter"]
-        bigger = world.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
+        bigger = outer.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "flows are carried over" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
     # What is just being opened may meet programs of both sizes. The long one is asked after each of the
@@ -142,28 +134,28 @@ def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pyt
 # -- policies
 
 
-def test_policy_local_shows_the_client_and_uses_this_nodes_endpoint_only(world: Outer) -> None:
-    world.balanced(
-        "local", "10.96.1.1", "203.0.113.21", [world.on_a(), world.on_b()], externalTrafficPolicy="Local"
+def test_policy_local_shows_the_client_and_uses_this_nodes_endpoint_only(outer: Outer) -> None:
+    outer.balanced(
+        "local", "10.96.1.1", "203.0.113.21", [outer.on_a(), outer.on_b()], externalTrafficPolicy="Local"
     )
-    until(lambda: world.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected", "local")
+    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected", "local")
     for _ in range(10):
-        answer = world.outside.call(clients.ask_tcp, "203.0.113.21", 80)
-        assert (answer["name"], answer["peer"]) == ("w1", world.outside.address)
-    assert world.outside.call(clients.ask_udp, "203.0.113.21", 53)["peer"] == world.outside.address
+        answer = outer.outside.call(clients.ask_tcp, "203.0.113.21", 80)
+        assert (answer["name"], answer["peer"]) == ("w1", outer.outside.address)
+    assert outer.outside.call(clients.ask_udp, "203.0.113.21", 53)["peer"] == outer.outside.address
 
 
 def test_policy_local_drops_where_only_others_have_endpoints_and_refuses_where_nobody_has(
-    world: Outer,
+    outer: Outer,
 ) -> None:
-    world.balanced("far", "10.96.1.2", "203.0.113.22", [world.on_b()], externalTrafficPolicy="Local")
-    world.balanced("none", "10.96.1.3", "203.0.113.23", [], externalTrafficPolicy="Local")
+    outer.balanced("far", "10.96.1.2", "203.0.113.22", [outer.on_b()], externalTrafficPolicy="Local")
+    outer.balanced("none", "10.96.1.3", "203.0.113.23", [], externalTrafficPolicy="Local")
     until(
-        lambda: world.outside.call(clients.connect_error, "203.0.113.23", 80, 0.3) == "ECONNREFUSED",
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.23", 80, 0.3) == "ECONNREFUSED",
         "no reset",
     )
-    assert world.outside.call(clients.connect_error, "203.0.113.22", 80, 0.5) == "TimeoutError"
-    status = json.loads(world.a.cli("status", "-o", "json"))
+    assert outer.outside.call(clients.connect_error, "203.0.113.22", 80, 0.5) == "TimeoutError"
+    status = json.loads(outer.a.cli("status", "-o", "json"))
     reasons = {(p["action"], p["reason"]) for p in status["packets"]}
     assert {("rejected", "no-endpoint"), ("dropped", "no-local-endpoint")} <= reasons
 
@@ -180,58 +172,58 @@ def _refused_datagram(host: str, port: int) -> str:
     return "answered"
 
 
-def test_a_datagram_to_a_service_without_endpoints_is_refused_at_once(world: Outer) -> None:
+def test_a_datagram_to_a_service_without_endpoints_is_refused_at_once(outer: Outer) -> None:
     """ICMP and ICMPv6 port unreachable, as the socket reports it."""
     for address in ("10.96.0.20", "fd00:10:96::20"):
-        world.outside.route(address, world.a)
-        assert world.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
-        assert world.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
+        outer.outside.route(address, outer.a)
+        assert outer.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
+        assert outer.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
 
 
-def test_a_port_that_a_cluster_ip_lacks_is_refused_in_packets_and_at_the_socket(world: Outer) -> None:
-    for space in (world.outside, world.client, world.a):
+def test_a_port_that_a_cluster_ip_lacks_is_refused_in_packets_and_at_the_socket(outer: Outer) -> None:
+    for space in (outer.outside, outer.client, outer.a):
         for address in (SERVICE_IPS["v4"], SERVICE_IPS["v6"]):
             assert space.call(clients.connect_error, address, 81) == "ECONNREFUSED"
 
 
-def test_source_ranges_hold_for_outside_for_pods_and_for_the_node(world: Outer) -> None:
-    world.balanced(
+def test_source_ranges_hold_for_outside_for_pods_and_for_the_node(outer: Outer) -> None:
+    outer.balanced(
         "fenced",
         "10.96.1.4",
         "203.0.113.24",
-        [world.on_b()],
-        loadBalancerSourceRanges=[f"{world.outside.address}/32"],
+        [outer.on_b()],
+        loadBalancerSourceRanges=[f"{outer.outside.address}/32"],
     )
     until(
-        lambda: world.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected", "allowed"
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected", "allowed"
     )
-    assert world.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
-    assert world.a.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
-    world.balanced(
+    assert outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    assert outer.a.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    outer.balanced(
         "fenced",
         "10.96.1.4",
         "203.0.113.24",
-        [world.on_b()],
-        loadBalancerSourceRanges=[f"{world.client.address}/32"],
+        [outer.on_b()],
+        loadBalancerSourceRanges=[f"{outer.client.address}/32"],
     )
     until(
-        lambda: world.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
+        lambda: outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
         "the pod now",
     )
-    assert world.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    assert outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
 
 
-def test_thousands_of_source_ranges(world: Outer) -> None:
-    ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{world.outside.address}/32"]
-    world.balanced("many", "10.96.1.5", "203.0.113.25", [world.on_b()], loadBalancerSourceRanges=ranges)
-    until(lambda: world.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected", "5001st")
-    world.remove("many")
-    status = json.loads(world.a.cli("status", "-o", "json"))
+def test_thousands_of_source_ranges(outer: Outer) -> None:
+    ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{outer.outside.address}/32"]
+    outer.balanced("many", "10.96.1.5", "203.0.113.25", [outer.on_b()], loadBalancerSourceRanges=ranges)
+    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected", "5001st")
+    outer.remove("many")
+    status = json.loads(outer.a.cli("status", "-o", "json"))
     until(
         lambda: (
             next(
                 m["entries"]
-                for m in json.loads(world.a.cli("status", "-o", "json"))["maps"]
+                for m in json.loads(outer.a.cli("status", "-o", "json"))["maps"]
                 if m["name"] == "source_ranges"
             )
             < 10
@@ -259,39 +251,39 @@ def _fixed(host: str, port: int, own: int, questions: int, pause: float) -> list
         return found
 
 
-def test_a_udp_client_with_a_fixed_port_follows_the_endpoints_at_once(world: Outer) -> None:
-    world.balanced("moving", "10.96.1.12", "203.0.113.32", [world.on_a()])
-    until(lambda: world.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not served")
-    for endpoint, name in ((world.on_b(), "w2"), (world.on_a(), "w1"), (world.on_b(), "w2")):
-        world.balanced("moving", "10.96.1.12", "203.0.113.32", [endpoint])
-        until(lambda n=name: world.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name, 2)  # type: ignore[misc]
+def test_a_udp_client_with_a_fixed_port_follows_the_endpoints_at_once(outer: Outer) -> None:
+    outer.balanced("moving", "10.96.1.12", "203.0.113.32", [outer.on_a()])
+    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not served")
+    for endpoint, name in ((outer.on_b(), "w2"), (outer.on_a(), "w1"), (outer.on_b(), "w2")):
+        outer.balanced("moving", "10.96.1.12", "203.0.113.32", [endpoint])
+        until(lambda n=name: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name, 2)  # type: ignore[misc]
     # Not ready is as good as gone for a datagram.
-    both = [world.on_a(), world.on_b(ready=False)]
-    world.balanced("moving", "10.96.1.12", "203.0.113.32", both)
-    until(lambda: world.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not left", 2)
+    both = [outer.on_a(), outer.on_b(ready=False)]
+    outer.balanced("moving", "10.96.1.12", "203.0.113.32", both)
+    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not left", 2)
 
 
 def test_connections_outlive_not_ready_and_terminating_and_are_reset_when_the_endpoint_is_gone(
-    world: Outer,
+    outer: Outer,
 ) -> None:
     def only(*endpoints: manifests.Document) -> None:
-        world.balanced("stay", "10.96.1.13", "203.0.113.33", list(endpoints))
+        outer.balanced("stay", "10.96.1.13", "203.0.113.33", list(endpoints))
 
-    only(world.on_a())
-    until(lambda: world.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected", "served")
-    held = Held(world.outside, "203.0.113.33", 80)
+    only(outer.on_a())
+    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected", "served")
+    held = Held(outer.outside, "203.0.113.33", 80)
     assert held.ask() == "alive"
     for step in (
-        [world.on_a(ready=False), world.on_b()],
-        [world.on_a(ready=False, terminating=True), world.on_b()],
+        [outer.on_a(ready=False), outer.on_b()],
+        [outer.on_a(ready=False, terminating=True), outer.on_b()],
     ):
         only(*step)
         until(
-            lambda: set(world.outside.call(clients.spread_tcp, "203.0.113.33", 80, 5)) == {"w2"},
+            lambda: set(outer.outside.call(clients.spread_tcp, "203.0.113.33", 80, 5)) == {"w2"},
             "new ones go on",
         )
         assert held.ask() == "alive"
-    only(world.on_b())
+    only(outer.on_b())
     until(lambda: held.ask() != "alive", "the connection lives on without an endpoint")
     assert held.ask() in ("ConnectionResetError", "BrokenPipeError")
 
@@ -302,16 +294,16 @@ def test_connections_outlive_not_ready_and_terminating_and_are_reset_when_the_en
 def test_fifty_thousand_connections_at_once() -> None:
     """All masqueraded, to four pods; each is asked once all are open."""
     with Lab() as lab:
-        world = Outer(lab)
-        more = [world.a.pod("w3"), world.b.pod("w4")]
+        outer = Outer(lab)
+        more = [outer.a.pod("w3"), outer.b.pod("w4")]
         for pod in more:
             servers.start(pod, pod.name, 8080, 8053, 9000)
-        world.write_web(world.w1, world.w2, *more)
-        world.agent("--masquerade-ports", "1024-65000").start()
+        outer.write_web(outer.w1, outer.w2, *more)
+        outer.agent("--masquerade-ports", "1024-65000").start()
         # A client has 50,000 local ports for each address that it asks.
-        hosts = [(world.a.address, NODE_PORT), (EXTERNAL, 80), (BALANCER, 80), (world.a.address, NODE_PORT)]
+        hosts = [(outer.a.address, NODE_PORT), (EXTERNAL, 80), (BALANCER, 80), (outer.a.address, NODE_PORT)]
         holders = [
-            world.outside.popen(
+            outer.outside.popen(
                 [sys.executable, "-m", "tests.e2e.many", host, str(port), "12500"], stdin=-1, stdout=-1
             )
             for host, port in hosts
@@ -321,7 +313,7 @@ def test_fifty_thousand_connections_at_once() -> None:
             return [int(holder.stdout.readline()) for holder in holders if holder.stdout is not None]
 
         assert said() == [12_500] * 4
-        status = json.loads(world.a.cli("status", "-o", "json"))
+        status = json.loads(outer.a.cli("status", "-o", "json"))
         entries = next(m["entries"] for m in status["maps"] if m["name"] == "conntrack")
         assert entries >= 4 * 50_000
         for holder in holders:

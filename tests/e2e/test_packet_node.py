@@ -6,7 +6,7 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,14 @@ from tests.lab.waiting import until
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
-    with Lab() as lab:
-        made = Outer(lab)
-        made.agent().start()
-        yield made
-
-
 # -- devices and addresses
 
 
-def test_a_hot_plugged_device_serves_node_ports_within_a_second(world: Outer) -> None:
+def test_a_hot_plugged_device_serves_node_ports_within_a_second(outer: Outer) -> None:
     """Plugged, named an uplink by its route, renamed, unplugged."""
-    switch = f"{world.lab.id}-switch"
-    with NetNS(switch) as outside, NetNS(world.a.netns) as inside:
-        outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": world.a.netns})
+    switch = f"{outer.lab.id}-switch"
+    with NetNS(switch) as outside, NetNS(outer.a.netns) as inside:
+        outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": outer.a.netns})
         outside.link(
             "set",
             index=outside.link_lookup(ifname="hot")[0],
@@ -48,49 +40,49 @@ def test_a_hot_plugged_device_serves_node_ports_within_a_second(world: Outer) ->
         inside.addr("add", index=index, address="172.18.7.1", prefixlen=24)
         inside.link("set", index=index, state="up")
         inside.route("add", dst="default", gateway="172.18.7.254", oif=index, priority=500)
-    world.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
+    outer.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: world.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected", "eth7"
+        lambda: outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected", "eth7"
     )
     assert time.monotonic() - began < 1.5
-    world.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
-    until(lambda: "wan7" in world.a.cli("status"), "the new name")
-    assert world.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
-    world.a.run(["ip", "link", "del", "wan7"])
-    until(lambda: "wan7" not in world.a.cli("status"), "still there")
-    world.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
+    outer.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
+    until(lambda: "wan7" in outer.a.cli("status"), "the new name")
+    assert outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
+    outer.a.run(["ip", "link", "del", "wan7"])
+    until(lambda: "wan7" not in outer.a.cli("status"), "still there")
+    outer.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
 
 
-def test_an_address_added_later_serves_node_ports_within_a_second(world: Outer) -> None:
-    world.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
+def test_an_address_added_later_serves_node_ports_within_a_second(outer: Outer) -> None:
+    outer.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: world.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected", ".77"
+        lambda: outer.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected", ".77"
     )
     assert time.monotonic() - began < 1.5
-    world.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
+    outer.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
 
 
 def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
     """The node's address is on a bridge that has the hardware as its port, as hypervisors have it."""
     with Lab() as lab:
-        world = Outer(lab)
-        world.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
-        world.a.run(["ip", "addr", "flush", "dev", "eth0"])
-        world.a.run(["ip", "link", "set", "eth0", "master", "br-ex"])
-        world.a.run(["ip", "addr", "add", f"{world.a.address}/24", "dev", "br-ex"])
-        world.a.run(["ip", "link", "set", "br-ex", "up"])
-        world.a.run(["ip", "route", "add", "default", "via", world.outside.address])
-        world.a.run(["ip", "route", "add", "10.244.2.0/24", "via", world.b.address])
-        agent = world.agent().start()
-        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        outer = Outer(lab)
+        outer.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
+        outer.a.run(["ip", "addr", "flush", "dev", "eth0"])
+        outer.a.run(["ip", "link", "set", "eth0", "master", "br-ex"])
+        outer.a.run(["ip", "addr", "add", f"{outer.a.address}/24", "dev", "br-ex"])
+        outer.a.run(["ip", "link", "set", "br-ex", "up"])
+        outer.a.run(["ip", "route", "add", "default", "via", outer.outside.address])
+        outer.a.run(["ip", "route", "add", "10.244.2.0/24", "via", outer.b.address])
+        agent = outer.agent().start()
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
         agent.stop()
-        agent = world.agent("--devices", "nothing*").start()
-        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        agent = outer.agent("--devices", "nothing*").start()
+        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
         agent.stop()
-        world.agent("--devices", "br-*,wan*").start()
-        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        outer.agent("--devices", "br-*,wan*").start()
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
 
 
 # -- protection and health
@@ -105,13 +97,13 @@ def _bind(address: str, port: int, kind: int) -> str:
     return "bound"
 
 
-def test_a_host_process_cannot_bind_a_node_port(world: Outer) -> None:
-    for address in ("0.0.0.0", "::", world.a.address, "127.0.0.1"):
-        assert world.a.call(_bind, address, NODE_PORT, socket.SOCK_STREAM) == "EADDRINUSE"
-    assert world.a.call(_bind, "0.0.0.0", 30053, socket.SOCK_DGRAM) == "EADDRINUSE"
-    assert world.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_DGRAM) == "bound", "another protocol"
-    assert world.a.call(_bind, "0.0.0.0", NODE_PORT + 1, socket.SOCK_STREAM) == "bound"
-    assert world.client.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound", "a pod's own port"
+def test_a_host_process_cannot_bind_a_node_port(outer: Outer) -> None:
+    for address in ("0.0.0.0", "::", outer.a.address, "127.0.0.1"):
+        assert outer.a.call(_bind, address, NODE_PORT, socket.SOCK_STREAM) == "EADDRINUSE"
+    assert outer.a.call(_bind, "0.0.0.0", 30053, socket.SOCK_DGRAM) == "EADDRINUSE"
+    assert outer.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_DGRAM) == "bound", "another protocol"
+    assert outer.a.call(_bind, "0.0.0.0", NODE_PORT + 1, socket.SOCK_STREAM) == "bound"
+    assert outer.client.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound", "a pod's own port"
 
 
 def _http(host: str, port: int) -> tuple[int, dict[str, Any]]:
@@ -124,9 +116,9 @@ def _http(host: str, port: int) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), json.loads(body)
 
 
-def test_the_health_check_node_port_follows_the_local_endpoints(world: Outer) -> None:
+def test_the_health_check_node_port_follows_the_local_endpoints(outer: Outer) -> None:
     def serve(*endpoints: manifests.Document) -> None:
-        world.balanced(
+        outer.balanced(
             "healthy",
             "10.96.1.14",
             "203.0.113.34",
@@ -137,52 +129,52 @@ def test_the_health_check_node_port_follows_the_local_endpoints(world: Outer) ->
 
     def status() -> int:
         try:
-            return world.outside.call(_http, world.a.address, 32222)[0]
+            return outer.outside.call(_http, outer.a.address, 32222)[0]
         except (ConnectionRefusedError, ConnectionResetError):
             return 0
 
-    serve(world.on_a(), world.on_b())
+    serve(outer.on_a(), outer.on_b())
     until(lambda: status() == 200, "not healthy")
-    _, body = world.outside.call(_http, world.a.address6, 32222)
+    _, body = outer.outside.call(_http, outer.a.address6, 32222)
     assert body == {
         "service": {"namespace": "shop", "name": "healthy"},
         "localEndpoints": 1,
         "serviceProxyHealthy": True,
     }
-    serve(world.on_b())
+    serve(outer.on_b())
     until(lambda: status() == 503, "still healthy")
-    serve(world.on_a(ready=False, terminating=True), world.on_b())
+    serve(outer.on_a(ready=False, terminating=True), outer.on_b())
     until(lambda: status() == 503, "a terminating endpoint is not ready")
-    world.remove("healthy")
+    outer.remove("healthy")
     until(lambda: status() == 0, "still served")
 
 
-def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(world: Outer) -> None:
-    server = world.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
-    until(lambda: world.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat")
-    world.balanced(
+def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(outer: Outer) -> None:
+    server = outer.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
+    until(lambda: outer.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat")
+    outer.balanced(
         "blocked",
         "10.96.1.16",
         "203.0.113.36",
-        [world.on_a()],
+        [outer.on_a()],
         externalTrafficPolicy="Local",
         healthCheckNodePort=32223,
     )
-    agent = world.lab.agents[-1]
+    agent = outer.lab.agents[-1]
     agent.wait_log("health check port cannot be bound port=32223 service=shop/blocked")
     until(
         lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
         "metric",
         10,
     )
-    assert "healthCheckNodePort 32223" in world.a.cli("status")
-    assert world.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
+    assert "healthCheckNodePort 32223" in outer.a.cli("status")
+    assert outer.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
     server.terminate()
-    world.remove("blocked")
+    outer.remove("blocked")
 
 
-def test_metrics_of_the_packet_path(world: Outer) -> None:
-    _, text = world.lab.agents[-1].http("/metrics", 10249)
+def test_metrics_of_the_packet_path(outer: Outer) -> None:
+    _, text = outer.lab.agents[-1].http("/metrics", 10249)
     for name in (
         'ebpfproxy_packets_total{action="rejected",reason="no-endpoint"}',
         'ebpfproxy_packets_total{action="dropped",reason="source-range"}',
@@ -200,7 +192,7 @@ def test_metrics_of_the_packet_path(world: Outer) -> None:
 # -- beside others
 
 
-def test_a_cnis_rules_see_client_and_backend(world: Outer) -> None:
+def test_a_cnis_rules_see_client_and_backend(outer: Outer) -> None:
     """A firewall as CNIs have it: invalid packets are dropped, forwarding only to pods and to answers."""
     rules = """
     table inet cni {
@@ -214,41 +206,41 @@ def test_a_cnis_rules_see_client_and_backend(world: Outer) -> None:
         chain input { type filter hook input priority 0; policy accept; ct state invalid drop; }
     }
     """
-    path = world.lab.folder / "rules.nft"
+    path = outer.lab.folder / "rules.nft"
     path.write_text(rules)
-    world.a.run(["nft", "-f", str(path)])
+    outer.a.run(["nft", "-f", str(path)])
     try:
-        found = world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+        found = outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)
         assert set(found) == {"w1", "w2"}
-        assert ask_by_socat(world.a, "10.96.0.10:80") != {}
-        assert "counter packets 20 " in world.a.run(["nft", "list", "table", "inet", "cni"])
-        assert world.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
+        assert ask_by_socat(outer.a, "10.96.0.10:80") != {}
+        assert "counter packets 20 " in outer.a.run(["nft", "list", "table", "inet", "cni"])
+        assert outer.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
     finally:
-        world.a.run(["nft", "delete", "table", "inet", "cni"])
+        outer.a.run(["nft", "delete", "table", "inet", "cni"])
 
 
-def test_conntrack_commands(world: Outer) -> None:
-    held = Held(world.outside, world.a.address, NODE_PORT)
+def test_conntrack_commands(outer: Outer) -> None:
+    held = Held(outer.outside, outer.a.address, NODE_PORT)
 
     def listed(*arguments: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(world.a.cli("conntrack", "list", "-o", "json", *arguments))
+        found: list[dict[str, Any]] = json.loads(outer.a.cli("conntrack", "list", "-o", "json", *arguments))
         return found
 
-    flows = listed("--service", "shop/web", "--state", "ESTABLISHED", "--client", world.outside.address)
+    flows = listed("--service", "shop/web", "--state", "ESTABLISHED", "--client", outer.outside.address)
     assert len(flows) == 1
     flow = flows[0]
-    assert flow["frontend"] == f"{world.a.address}:{NODE_PORT}"
-    assert flow["backend"] in (f"{world.w1.address}:8080", f"{world.w2.address}:8080")
-    assert flow["masquerade"].rpartition(":")[0] in ("10.244.1.1", world.a.address)
+    assert flow["frontend"] == f"{outer.a.address}:{NODE_PORT}"
+    assert flow["backend"] in (f"{outer.w1.address}:8080", f"{outer.w2.address}:8080")
+    assert flow["masquerade"].rpartition(":")[0] in ("10.244.1.1", outer.a.address)
     assert 86000 < flow["expires"] <= 86400
     assert listed("--protocol", "sctp", "--client", "192.0.2.1") == []
-    got = json.loads(world.a.cli("conntrack", "get", flow["client"], "-o", "json"))
+    got = json.loads(outer.a.cli("conntrack", "get", flow["client"], "-o", "json"))
     assert got[0]["backend"] == flow["backend"]
-    assert "ESTABLISHED" in world.a.cli("conntrack", "list", "--frontend", flow["frontend"])
-    assert "flushed 1 flows (4 entries)" in world.a.cli("conntrack", "flush", "--client", flow["client"])
+    assert "ESTABLISHED" in outer.a.cli("conntrack", "list", "--frontend", flow["frontend"])
+    assert "flushed 1 flows (4 entries)" in outer.a.cli("conntrack", "flush", "--client", flow["client"])
     assert listed("--client", flow["client"]) == []
     assert held.ask() != "alive", "its answers go nowhere"
-    assert "flushed" in world.a.cli("conntrack", "flush", "--all")
+    assert "flushed" in outer.a.cli("conntrack", "flush", "--all")
 
 
 def _link_elsewhere(path: str) -> int:
@@ -292,21 +284,21 @@ def _filters() -> list[str]:
 @pytest.mark.parametrize("way", ["safe", "clsact"])
 def test_others_programs_stay_where_they_are(way: str) -> None:
     with Lab() as lab:
-        world = Outer(lab)
-        pin = str(world.a.bpf_root.parent / "somebody-elses")
-        world.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
-        world.a.call(_link_elsewhere, pin)
-        world.a.call(_filter_elsewhere)
-        agent = world.agent(*WAYS[way]).start()
-        assert set(world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
-        names = [name.partition(":")[0] for name in world.a.call(_filters)]
+        outer = Outer(lab)
+        pin = str(outer.a.bpf_root.parent / "somebody-elses")
+        outer.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
+        outer.a.call(_link_elsewhere, pin)
+        outer.a.call(_filter_elsewhere)
+        agent = outer.agent(*WAYS[way]).start()
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        names = [name.partition(":")[0] for name in outer.a.call(_filters)]
         assert names == (["cni", "ebpfproxy"] if way == "clsact" else ["cni"])
         agent.stop()
-        said = world.a.cli("cleanup")
+        said = outer.a.cli("cleanup")
         assert "detached" in said
-        assert world.a.call(_filters) == ["cni"]
-        assert world.a.call(_link_is_attached, pin)
-        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert outer.a.call(_filters) == ["cni"]
+        assert outer.a.call(_link_is_attached, pin)
+        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
         Path(pin).unlink()
 
 
@@ -323,38 +315,38 @@ def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
 
 def test_options_that_close_doors() -> None:
     with Lab() as lab:
-        world, _ = _with(
+        outer, _ = _with(
             "--no-external-ips", "--nodeport-addresses", "172.18.0.99/32", "--no-nodeport-guard"
         )(lab)
-        world.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
+        outer.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
         until(
-            lambda: world.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
+            lambda: outer.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
             "the chosen address",
         )
-        assert world.outside.call(clients.connect_error, world.a.address, NODE_PORT) == "ECONNREFUSED"
-        assert world.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
-        assert world.client.call(clients.connect_error, EXTERNAL, 80, 0.3) != "connected"
-        assert world.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
+        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert outer.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
+        assert outer.client.call(clients.connect_error, EXTERNAL, 80, 0.3) != "connected"
+        assert outer.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
 
 
 def test_masquerade_all_and_local_pods_by_address() -> None:
     with Lab() as lab:
-        world, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
+        outer, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
         # The client pod is not in the range: it is masqueraded; w1 is, and keeps its address.
-        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
         agent.stop()
-        agent = world.agent("--masquerade-all").start()
-        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        agent = outer.agent("--masquerade-all").start()
+        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
         agent.stop()
-        agent = world.agent().start()
-        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == world.client.address
+        agent = outer.agent().start()
+        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == outer.client.address
         agent.stop()
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}
-        manifests.write(world.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.9.0/24"]}})
-        agent = world.agent("--detect-local-mode", "NodeCIDR").start()
-        assert ask_by_socat(world.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
-        manifests.write(world.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
+        manifests.write(outer.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.9.0/24"]}})
+        agent = outer.agent("--detect-local-mode", "NodeCIDR").start()
+        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        manifests.write(outer.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
         until(
-            lambda: ask_by_socat(world.client, "10.96.0.40:80")["peer"] == world.client.address,
+            lambda: ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == outer.client.address,
             "the node's pods are not known",
         )

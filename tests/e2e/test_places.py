@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,82 +21,74 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e.outer import Outer, ask_by_socat
-from tests.lab import Lab, clients, manifests, servers
+from tests.lab import clients, manifests, servers
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
-    with Lab() as lab:
-        made = Outer(lab)
-        made.agent().start()
-        yield made
-
-
 # -- backends in other places
 
 
-def test_backends_on_the_host_network_of_this_node_and_of_another(world: Outer) -> None:
+def test_backends_on_the_host_network_of_this_node_and_of_another(outer: Outer) -> None:
     for node, name, ip, balancer in (
-        (world.a, "host-a", "10.96.1.6", "203.0.113.26"),
-        (world.b, "host-b", "10.96.1.7", "203.0.113.27"),
+        (outer.a, "host-a", "10.96.1.6", "203.0.113.26"),
+        (outer.b, "host-b", "10.96.1.7", "203.0.113.27"),
     ):
         servers.start(node, name, 8080, 8053)
-        world.balanced(name, ip, balancer, [manifests.endpoint(node.address, node.name)])
+        outer.balanced(name, ip, balancer, [manifests.endpoint(node.address, node.name)])
     for balancer, name in (("203.0.113.26", "host-a"), ("203.0.113.27", "host-b")):
         until(
-            lambda b=balancer: world.outside.call(clients.connect_error, b, 80, 0.3) == "connected",  # type: ignore[misc]
+            lambda b=balancer: outer.outside.call(clients.connect_error, b, 80, 0.3) == "connected",  # type: ignore[misc]
             name,
         )
-        assert world.outside.call(clients.ask_tcp, balancer, 80)["name"] == name
-        assert world.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
+        assert outer.outside.call(clients.ask_tcp, balancer, 80)["name"] == name
+        assert outer.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
 
 
-def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(world: Outer) -> None:
+def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(outer: Outer) -> None:
     """An overlay: pods of node-b are reached through vx0. tcpdump in the pod shows both directions."""
-    for node, other in ((world.a, world.b), (world.b, world.a)):
+    for node, other in ((outer.a, outer.b), (outer.b, outer.a)):
         ends = ["local", node.address, "remote", other.address]
         node.run(["ip", "link", "add", "vx0", "type", "vxlan", "id", "7", "dstport", "4789", *ends])
         node.run(["ip", "addr", "add", f"10.9.0.{node.number}/24", "dev", "vx0"])
         node.run(["ip", "link", "set", "vx0", "up"])
-    world.a.run(["ip", "route", "replace", "10.244.2.0/24", "via", "10.9.0.2", "dev", "vx0"])
-    world.b.run(["ip", "route", "replace", "10.244.1.0/24", "via", "10.9.0.1", "dev", "vx0"])
-    world.balanced("overlay", "10.96.1.8", "203.0.113.28", [world.on_b()])
-    dump = world.w2.popen(
+    outer.a.run(["ip", "route", "replace", "10.244.2.0/24", "via", "10.9.0.2", "dev", "vx0"])
+    outer.b.run(["ip", "route", "replace", "10.244.1.0/24", "via", "10.9.0.1", "dev", "vx0"])
+    outer.balanced("overlay", "10.96.1.8", "203.0.113.28", [outer.on_b()])
+    dump = outer.w2.popen(
         ["tcpdump", "-nn", "-l", "-i", "eth0", "-c", "6", "tcp port 8080"], stdout=-1, stderr=-1
     )
     assert dump.stderr is not None
     while b"listening" not in dump.stderr.readline():
         pass
-    until(lambda: "vx0" in world.a.cli("status"), "vx0 is not attached")
+    until(lambda: "vx0" in outer.a.cli("status"), "vx0 is not attached")
     until(
-        lambda: world.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected", "overlay"
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected", "overlay"
     )
-    assert world.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
+    assert outer.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
     assert dump.stdout is not None
     lines = [dump.stdout.readline().decode() for _ in range(6)]
     seen = {word for line in lines for word in line.split() if word.count(".") >= 4}
     hosts = {word.rstrip(":").rpartition(".")[0] for word in seen}
-    assert hosts == {"10.9.0.1", world.w2.address}
-    for node in (world.a, world.b):
-        other = world.b if node is world.a else world.a
+    assert hosts == {"10.9.0.1", outer.w2.address}
+    for node in (outer.a, outer.b):
+        other = outer.b if node is outer.a else outer.a
         node.run(["ip", "route", "replace", f"10.244.{other.number}.0/24", "via", other.address])
         node.run(["ip", "link", "del", "vx0"])
 
 
-def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(world: Outer) -> None:
+def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Outer) -> None:
     """The answer is switched and never routed: the programs on the bridge's ports put the Service back."""
-    a = world.a
+    a = outer.a
     a.run(["ip", "link", "add", "cni0", "type", "bridge"])
     a.run(["ip", "addr", "add", "10.245.1.1/24", "dev", "cni0"])
     a.run(["ip", "link", "set", "cni0", "up"])
     pods = []
     for number, name in ((2, "left"), (3, "right")):
         space = Space(f"{a.netns}-{name}", a.cgroup)
-        with world.lab.namespace(space.netns) as inside, NetNS(a.netns) as outside:
+        with outer.lab.namespace(space.netns) as inside, NetNS(a.netns) as outside:
             outside.link(
                 "add", ifname=f"v{name}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": space.netns}
             )
@@ -111,7 +102,7 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(world: Oute
         pods.append(space)
     left, right = pods
     servers.start(right, "right", 8080, 8053)
-    world.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
+    outer.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
     until(
         lambda: "vright" in json.dumps(json.loads(a.cli("status", "-o", "json"))["devices"]), "not attached"
     )
@@ -138,18 +129,18 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(world: Oute
 # -- local clients without a socket hook
 
 
-def test_a_client_on_the_host_without_a_socket_hook(world: Outer) -> None:
+def test_a_client_on_the_host_without_a_socket_hook(outer: Outer) -> None:
     """As a kernel client (NFS) is one: translated as its packets leave, sent to the backend's own route."""
-    found = {ask_by_socat(world.a, "10.96.0.10:80")["name"] for _ in range(12)}
+    found = {ask_by_socat(outer.a, "10.96.0.10:80")["name"] for _ in range(12)}
     assert found == {"w1", "w2"}
-    assert ask_by_socat(world.a, "[fd00:10:96::10]:80")["name"] in found
-    assert ask_by_socat(world.a, "10.96.0.20:80") == {}
+    assert ask_by_socat(outer.a, "[fd00:10:96::10]:80")["name"] in found
+    assert ask_by_socat(outer.a, "10.96.0.20:80") == {}
 
 
-def test_a_pod_without_a_socket_hook_reaches_itself(world: Outer) -> None:
-    world.add("mirror", "10.96.1.10", [world.on_a()])
-    until(lambda: ask_by_socat(world.w1, "10.96.1.10:80") != {}, "no hairpin")
-    answer = ask_by_socat(world.w1, "10.96.1.10:80")
+def test_a_pod_without_a_socket_hook_reaches_itself(outer: Outer) -> None:
+    outer.add("mirror", "10.96.1.10", [outer.on_a()])
+    until(lambda: ask_by_socat(outer.w1, "10.96.1.10:80") != {}, "no hairpin")
+    answer = ask_by_socat(outer.w1, "10.96.1.10:80")
     assert (answer["name"], answer["peer"]) == ("w1", "10.244.1.1")
 
 
@@ -179,7 +170,7 @@ def _sctp_client(host: str, port: int, own: int) -> tuple[str, bytes]:
     raise TimeoutError("no answer")
 
 
-def test_sctp_through_raw_packets_from_outside_and_from_a_pod(world: Outer) -> None:
+def test_sctp_through_raw_packets_from_outside_and_from_a_pod(outer: Outer) -> None:
     """Ports are translated, so the CRC32c must be right at both ends (scapy computes it again)."""
     service = manifests.service(
         "diameter",
@@ -188,17 +179,17 @@ def test_sctp_through_raw_packets_from_outside_and_from_a_pod(world: Outer) -> N
         ports=[{"name": "sctp", "port": 3868, "protocol": "SCTP", "nodePort": 30868}],
     )
     piece = manifests.slice_of(
-        "diameter", [world.on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
+        "diameter", [outer.on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
     )
-    manifests.write(world.manifests / "diameter.yaml", service, piece)
-    until(lambda: "diameter" in world.a.cli("service", "list"), "not programmed")
+    manifests.write(outer.manifests / "diameter.yaml", service, piece)
+    until(lambda: "diameter" in outer.a.cli("service", "list"), "not programmed")
     for client, host, port, seen in (
-        (world.outside, world.a.address, 30868, world.a.address),
-        (world.client, "10.96.1.11", 3868, world.client.address),
+        (outer.outside, outer.a.address, 30868, outer.a.address),
+        (outer.client, "10.96.1.11", 3868, outer.client.address),
     ):
         script = "import sys; from tests.e2e.test_places import _sctp_server; import pickle; "
-        script += f"print(pickle.dumps(_sctp_server('{world.w2.address}', 5000)).hex())"
-        server = world.w2.popen([sys.executable, "-c", script], stdout=-1)
+        script += f"print(pickle.dumps(_sctp_server('{outer.w2.address}', 5000)).hex())"
+        server = outer.w2.popen([sys.executable, "-c", script], stdout=-1)
         time.sleep(0.7)
         answered, answer = client.call(_sctp_client, host, port, 4000)
         assert server.stdout is not None
@@ -234,11 +225,11 @@ def _through_tun(service: str, port: int) -> tuple[str, int, str]:
     raise TimeoutError("no answer on the tun device")
 
 
-def test_a_client_behind_a_tun_device(world: Outer) -> None:
+def test_a_client_behind_a_tun_device(outer: Outer) -> None:
     """Its packets begin with the IP header: another build of the programs, made when the device appears."""
     if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
         pytest.skip("this kernel has no tun device")
-    world.add("vpn", "10.96.1.15", [world.on_a()])
-    until(lambda: "vpn" in world.a.cli("service", "list"), "not programmed")
-    assert world.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
-    assert world.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")
+    outer.add("vpn", "10.96.1.15", [outer.on_a()])
+    until(lambda: "vpn" in outer.a.cli("service", "list"), "not programmed")
+    assert outer.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
+    assert outer.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")

@@ -1,0 +1,19 @@
+"""Fixtures that several modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.outer import Outer
+from tests.lab import Lab
+
+
+@pytest.fixture(scope="module")
+def outer() -> Iterator[Outer]:
+    """Nodes, an agent on the first, and a client outside; see ``tests.e2e.outer``."""
+    with Lab() as lab:
+        made = Outer(lab)
+        made.agent().start()
+        yield made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -52,23 +52,14 @@ class MapCollector(Collector):
             "Connections and datagrams sent to a backend; only those that have any",
             labels=["address", "protocol"],
         )
-        for number, connections in dump.backend_connections().items():
-            backend = dump.backend(number)
-            if backend is not None:
-                address = format_endpoint(backend.address, backend.port)
-                backends.add_metric([address, backend.protocol.name], connections)
+        _add_backends(dump, backends, dump.backend_connections())
         yield backends
         loads = GaugeMetricFamily(
             "ebpfproxy_backend_open_connections",
             "Connected sockets and flows of this node that are open to a backend; only those that have any",
             labels=["address", "protocol"],
         )
-        for number, open_now in dump.backend_loads().items():
-            backend = dump.backend(number)
-            if backend is not None:
-                loads.add_metric(
-                    [format_endpoint(backend.address, backend.port), backend.protocol.name], open_now
-                )
+        _add_backends(dump, loads, dump.backend_loads())
         yield loads
 
     def _packet_events(self) -> Metric:
@@ -82,3 +73,14 @@ class MapCollector(Collector):
             for reason in sorted(reasons):
                 events.add_metric([action, str(reason)], found[reason])
         return events
+
+
+def _add_backends(
+    dump: Dump, family: CounterMetricFamily | GaugeMetricFamily, numbers: Mapping[int, int]
+) -> None:
+    """``numbers``: by backend id; one that is gone by now is left out."""
+    for backend_id, number in numbers.items():
+        backend = dump.backend(backend_id)
+        if backend is not None:
+            address = format_endpoint(backend.address, backend.port)
+            family.add_metric([address, backend.protocol.name], number)

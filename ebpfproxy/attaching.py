@@ -30,6 +30,9 @@ from ebpfproxy.services.values import parse_prefix
 
 log = get_logger(__name__)
 
+#: Between two tries at devices that could not be attached to.
+_RETRY_SECONDS = 10.0
+
 
 class Attaching:
     """What is attached stays when this ends: only the next agent replaces it."""
@@ -45,6 +48,7 @@ class Attaching:
         self._packets = PacketPath(maps, pins, tcx=features.tcx)
         self._programs: Path | None = None
         self._loading = False
+        self._next_try = 0.0
         self._cidrs: tuple[Prefix, ...] | None = None
         #: The first attaching is done; from then on devices follow the node's.
         self.attached = False
@@ -91,8 +95,12 @@ class Attaching:
     # -- attaching
 
     def attach(self, started: float) -> None:
-        """For the first time, once programs are loaded. ``started``: the agent's, Unix seconds."""
-        if self.attached or self._programs is None:
+        """At first all, once programs are loaded; after that, what failed. ``started``: Unix seconds."""
+        if self.attached:
+            if self.failures and time.monotonic() >= self._next_try:
+                self._attach_devices()
+            return
+        if self._programs is None:
             return
         carrier = Carrier(self._pins, self._maps)
         carrier.copy()
@@ -128,6 +136,7 @@ class Attaching:
             if not self._loading:
                 self.start_load()
             return []
+        self._next_try = time.monotonic() + _RETRY_SECONDS
         changed, failed = self._packets.attach(self._programs)
         if changed and self.attached:
             log.debug("devices", changed=changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -83,6 +84,20 @@ def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
         agent.stop()
         outer.agent("--devices", "br-*,wan*").start()
         assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+
+
+def test_a_device_without_room_for_programs_gets_them_once_there_is() -> None:
+    with Lab() as lab:
+        outer = Outer(lab)
+        folder = outer.a.bpf_root / "others"
+        outer.a.call(_take_all_places, str(folder))
+        outer.agent().start()
+        status = json.loads(outer.a.cli("status", "-o", "json"))
+        assert [each.partition(":")[0] for each in status["agent"]["problems"]] == ["eth0"]
+        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
+        shutil.rmtree(folder)
+        until(lambda: "problem" not in outer.a.cli("status"), "tried again", seconds=15)
+        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "connected"
 
 
 # -- protection and health
@@ -249,6 +264,15 @@ def _link_elsewhere(path: str) -> int:
     link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
     bpf.pin(link, Path(path))
     return 0
+
+
+def _take_all_places(folder: str) -> None:
+    """As many programs at eth0 as the kernel takes (BPF_MPROG_MAX - 1), pinned."""
+    Path(folder).mkdir(parents=True)
+    for number in range(63):
+        program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+        link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
+        bpf.pin(link, Path(folder) / str(number))
 
 
 def _link_is_attached(path: str) -> bool:

@@ -1,0 +1,68 @@
+"""What kube-proxy sets on its host: in files that stand for /proc/sys, and for real where nobody else minds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.config.kube_proxy import Conntrack, KubeProxyConfiguration, complete
+from ebpfproxy.config.options import conntrack_sysctls
+from ebpfproxy.node.host import set_conntrack
+
+
+@pytest.fixture
+def netfilter(tmp_path: Path) -> Path:
+    made = tmp_path / "netfilter"
+    made.mkdir()
+    for name, value in (
+        ("nf_conntrack_max", 200_000),
+        ("nf_conntrack_buckets", 65_536),
+        ("nf_conntrack_tcp_timeout_established", 432_000),
+        ("nf_conntrack_tcp_timeout_close_wait", 60),
+    ):
+        (made / name).write_text(f"{value}\n")
+    return made
+
+
+def test_kube_proxys_defaults_are_set_and_limits_only_raised(netfilter: Path) -> None:
+    defaults = complete(KubeProxyConfiguration()).conntrack
+    assert isinstance(defaults, Conntrack)
+
+    def after(cpus: int) -> dict[str, int]:
+        set_conntrack(*conntrack_sysctls(defaults, cpus), root=netfilter.parent)
+        return {
+            path.name.removeprefix("nf_conntrack_"): int(path.read_text()) for path in netfilter.iterdir()
+        }
+
+    timeouts = {"tcp_timeout_established": 86_400, "tcp_timeout_close_wait": 3600}
+    assert after(2) == {"max": 200_000, "buckets": 65_536, **timeouts}, "131072 is less than there is"
+    assert after(16) == {"max": 524_288, "buckets": 131_072, **timeouts}
+    assert after(2)["max"] == 524_288
+
+
+def test_what_the_kernel_does_not_have_is_not_made(tmp_path: Path) -> None:
+    set_conntrack(524_288, {"nf_conntrack_udp_timeout": 9}, root=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.root
+def test_what_cannot_be_set_is_said_and_the_rest_is_set() -> None:
+    """In a namespace of its own the limit is the host's to set, timeouts are not."""
+    program = (
+        "from ebpfproxy import logs; from ebpfproxy.node.host import set_conntrack; logs.configure('text', 0);"
+        "set_conntrack(2**30, {'nf_conntrack_udp_timeout': 77});"
+        "print(open('/proc/sys/net/netfilter/nf_conntrack_udp_timeout').read())"
+    )
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.stdout.strip() == "77"
+    assert "nf_conntrack_max" in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ebpfproxy.cli import options
+from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
 from ebpfproxy.datapath.affinity import AffinityRow, affinity_rows
@@ -15,9 +15,19 @@ from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.node.namespaces import names_by_cookie
 
-_service = click.option("--service", metavar="NAMESPACE/NAME", help="Only clients of this Service.")
+_service = click.option(
+    "--service",
+    metavar="NAMESPACE/NAME",
+    shell_complete=completion.services,
+    help="Only clients of this Service.",
+)
 _client = click.option("--client", metavar="ADDRESS|netns:COOKIE|NAME", help="Only this client.")
-_backend = click.option("--backend", metavar="ADDRESS[:PORT]", help="Only clients of this backend.")
+_backend = click.option(
+    "--backend",
+    metavar="ADDRESS[:PORT]",
+    shell_complete=completion.backends,
+    help="Only clients of this backend.",
+)
 
 
 @click.group("affinity")
@@ -47,7 +57,7 @@ def _read(
 def list_clients(
     bpf_root: Path, output: str, service: str | None, client: str | None, backend: str | None
 ) -> None:
-    """Every client, its backend, and when it is free to get another.
+    """Every client, its backend, and when it is free for another.
 
     In packets a client is an address; at the socket it is a network namespace: a pod, or the host.
     """

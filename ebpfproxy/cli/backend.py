@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ebpfproxy.cli import options
+from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import console, emit_watching, table
 from ebpfproxy.datapath.drained import Drained
@@ -31,7 +31,10 @@ def command() -> None:
 @options.output_format
 @options.watch
 def list_backends(bpf_root: Path, output: str, watch: bool) -> None:
-    """Every backend, its state, what this node has open to it, how often it was chosen, and by whom."""
+    """Every backend and its state.
+
+    OPEN is what this node has open to it, CONNECTIONS how often it was chosen, SERVICES by whom.
+    """
     with one_line():
         maps = open_maps(bpf_root)
         emit_watching(lambda: Dump(maps).backends(), output, _print, watch)
@@ -53,14 +56,14 @@ def _print(rows: list[BackendRow]) -> None:
 
 
 @command.command("drain")
-@click.argument("address", metavar="ADDRESS[:PORT]")
+@click.argument("address", metavar="ADDRESS[:PORT]", shell_complete=completion.backends)
 @click.option("--undo", is_flag=True, help="Let new connections go there again.")
 @options.bpf_root
 def drain(address: str, undo: bool, bpf_root: Path) -> None:
-    """Send no new connections from this node to a backend; open ones go on.
+    """Send no new connections of this node to a backend.
 
-    It holds until it is undone or the endpoint goes, over restarts of the agent, too. Without a port it is
-    about all ports of the address.
+    Open ones go on. It holds until it is undone or the endpoint goes, over restarts of the agent, too.
+    Without a port it is about all ports of the address.
     """
     where = _parse(address)
     with one_line():

@@ -14,11 +14,18 @@ from ebpfproxy.datapath.roots import Lock, pin_folder
 
 @click.command("cleanup")
 @options.bpf_root
-@options.cgroup_root
+@click.option(
+    "--cgroup-root",
+    type=click.Path(path_type=Path),
+    envvar="EBPFPROXY_CGROUP_ROOT",
+    show_envvar=True,
+    help="The agent's; it is locked, too, so that none starts there meanwhile.",
+)
 def command(bpf_root: Path, cgroup_root: Path | None) -> None:
     """Remove every attachment and pin of a root, and say what was removed.
 
-    Refused while an agent runs there. From then on no Service is translated on this node.
+    Refused while an agent runs there. From then on no Service is translated on this node. What a kube-proxy
+    has left is another thing: run --cleanup.
     """
     with one_line():
         pins = pin_folder(bpf_root)

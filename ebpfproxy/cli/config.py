@@ -24,7 +24,10 @@ def command() -> None:
 @command.command("validate")
 @click.argument("file", type=click.Path(path_type=Path))
 def validate(file: Path) -> None:
-    """Check FILE: one line for everything that is wrong with it, and exit code 1 then."""
+    """Check a file: a line for everything that is wrong with it.
+
+    Exit code 1 then. Where it is good, says what of it has no effect here.
+    """
     try:
         configuration = load.effective(load.load(file))
     except ConfigurationError as error:
@@ -39,7 +42,7 @@ def validate(file: Path) -> None:
 
 @command.command("defaults")
 def defaults() -> None:
-    """Print both documents as they are where nothing is configured."""
+    """Print both documents as they are without a file."""
     click.echo(write.to_yaml(load.effective(load.Configuration())), nl=False)
 
 
@@ -60,7 +63,10 @@ def defaults() -> None:
     help="How to print.",
 )
 def effective(address: str, output: str) -> None:
-    """Print what the running agent uses: file, flags and defaults together, from its /configz."""
+    """Print what the running agent uses.
+
+    File, flags and defaults together, from its /configz.
+    """
     answer = _ask(address)
     if output == "json":
         click.echo(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())

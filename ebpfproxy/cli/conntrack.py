@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ebpfproxy.cli import options
+from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
 from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
@@ -26,8 +26,18 @@ def command() -> None:
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--service", metavar="NAMESPACE/NAME", help="Only flows to this Service."),
-        click.option("--backend", metavar="ADDRESS[:PORT]", help="Only flows to this backend."),
+        click.option(
+            "--service",
+            metavar="NAMESPACE/NAME",
+            shell_complete=completion.services,
+            help="Only flows to this Service.",
+        ),
+        click.option(
+            "--backend",
+            metavar="ADDRESS[:PORT]",
+            shell_complete=completion.backends,
+            help="Only flows to this backend.",
+        ),
         click.option("--frontend", metavar="ADDRESS[:PORT]", help="Only flows to this frontend."),
         click.option("--client", metavar="ADDRESS[:PORT]", help="Only flows of this client."),
         click.option(
@@ -70,7 +80,10 @@ def _read(maps: MapSet) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
 @options.output_format
 @_filters
 def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
-    """Every flow, its translation, and when it ends unless another packet comes."""
+    """Every flow and its translation.
+
+    EXPIRES is when it ends unless another packet comes.
+    """
     with one_line():
         chosen = _Filter(**wanted)
         emit([flow for flow, _ in _read(open_maps(bpf_root)) if chosen.matches(flow)], output, _print)
@@ -81,7 +94,10 @@ def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
 @options.bpf_root
 @options.output_format
 def get_flow(client: str, bpf_root: Path, output: str) -> None:
-    """The flows of one client's port."""
+    """The flows of one client's port.
+
+    CLIENT:PORT is as list prints it, an IPv6 address in brackets.
+    """
     with one_line():
         found = [flow for flow, _ in _read(open_maps(bpf_root)) if flow.client == client]
         if not found:
@@ -94,7 +110,10 @@ def get_flow(client: str, bpf_root: Path, output: str) -> None:
 @_filters
 @click.option("--all", "everything", is_flag=True, help="Every flow; otherwise a filter is needed.")
 def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
-    """Forget flows. Connections among them break, unless the frontend is the backend's own address."""
+    """Forget flows; their connections break.
+
+    They do not where the frontend is the backend's own address.
+    """
     with one_line():
         chosen = _Filter(**wanted)
         if not chosen.wanted and not everything:

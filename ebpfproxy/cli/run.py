@@ -10,7 +10,7 @@ import click
 
 from ebpfproxy import logs
 from ebpfproxy.agent import Agent
-from ebpfproxy.cli import flags, options
+from ebpfproxy.cli import completion, flags, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
@@ -52,8 +52,16 @@ log = get_logger(__name__)
     metavar="FILE",
     help="Write the configuration that is used, flags included, and end.",
 )
-@click.option("--cleanup", is_flag=True, help="Remove what a kube-proxy has left on this node, and end.")
-@click.option("--init-only", is_flag=True, help="Compile and load the programs, and end.")
+@click.option(
+    "--cleanup",
+    is_flag=True,
+    help="Remove what a kube-proxy has left on this node, and end. Our own: ebpfproxy cleanup.",
+)
+@click.option(
+    "--init-only",
+    is_flag=True,
+    help="Make the maps, compile and load the programs, and end; nothing is attached.",
+)
 @click.option(
     "--manifests",
     type=click.Path(path_type=Path),
@@ -148,7 +156,9 @@ log = get_logger(__name__)
     "--lb-algorithm",
     metavar="NAME",
     default="random",
-    help=f"How backends are chosen for Services that do not say so: {', '.join(map(str, Algorithm))}.",
+    shell_complete=completion.algorithms,
+    help=f"How backends are chosen for Services that do not say so: {', '.join(map(str, Algorithm))}. IPVS's "
+    "names work, too.",
 )
 @click.option(
     "--maglev-table-size",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ebpfproxy.cli import options
+from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import console, emit_watching, table
 from ebpfproxy.datapath.dump import Dump, FrontendRow, open_maps
@@ -23,9 +23,15 @@ def command() -> None:
 @options.bpf_root
 @options.output_format
 @options.watch
-@click.option("-n", "--namespace", help="Only Services of this namespace.")
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAME",
+    shell_complete=completion.namespaces,
+    help="Only Services of this namespace.",
+)
 def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
-    """Every frontend, a row for each scope, with the backends that new connections use."""
+    """Every frontend and scope, with the backends of new connections."""
     with one_line():
         maps = open_maps(bpf_root)
 
@@ -37,12 +43,12 @@ def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | Non
 
 
 @command.command("get")
-@click.argument("service", metavar="NAMESPACE/NAME")
+@click.argument("service", metavar="[NAMESPACE/]NAME", shell_complete=completion.services)
 @options.bpf_root
 @options.output_format
 @options.watch
 def get_service(service: str, bpf_root: Path, output: str, watch: bool) -> None:
-    """One Service: its frontends with all their backends."""
+    """One Service: its frontends with all their backends. Without a namespace it is default's."""
     namespace, slash, name = service.partition("/")
     if not slash:
         namespace, name = "default", service

@@ -1,0 +1,94 @@
+"""``ebpfproxy completion bash|zsh|fish``, and what other commands complete: names that the maps hold now.
+
+Completing says nothing where the maps cannot be read: a shell has no place for an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from ebpfproxy.datapath.roots import BPFFS
+
+PROGRAM = "ebpfproxy"
+#: What the shell sets when it asks; click derives it from the program's name, too.
+VARIABLE = "_EBPFPROXY_COMPLETE"
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(_SHELLS))
+@click.pass_context
+def command(ctx: click.Context, shell: str) -> None:
+    """Print the script that completes commands, options and names for a shell.
+
+    \b
+    bash: ebpfproxy completion bash > /etc/bash_completion.d/ebpfproxy
+    zsh:  ebpfproxy completion zsh > "${fpath[1]}/_ebpfproxy"
+    fish: ebpfproxy completion fish > ~/.config/fish/completions/ebpfproxy.fish
+    """
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(ctx.find_root().command, {}, PROGRAM, VARIABLE).source())
+
+
+def services(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
+    """``NAMESPACE/NAME`` of every Service that the maps hold."""
+    names = {f"{name}/{service}" for name, service in _services(ctx)}
+    return _items(names, incomplete)
+
+
+def namespaces(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
+    """Namespaces of these Services."""
+    return _items({namespace for namespace, _ in _services(ctx)}, incomplete)
+
+
+def backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
+    """Every backend's address, and the same with its port."""
+    found: dict[str, str] = {}
+    for address, users in _backends(ctx):
+        host = address.rpartition(":")[0].strip("[]")
+        found.setdefault(host, "all ports")
+        found[address] = users
+    return [CompletionItem(name, help=found[name]) for name in sorted(found) if name.startswith(incomplete)]
+
+
+def algorithms(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
+    """Names for ``--lb-algorithm``."""
+    from ebpfproxy.services.balancing import ALGORITHMS  # noqa: PLC0415
+
+    return _items(ALGORITHMS, incomplete)
+
+
+def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
+def _root(ctx: click.Context) -> Path:
+    given = ctx.params.get("bpf_root")
+    return Path(given) if given else BPFFS
+
+
+def _services(ctx: click.Context) -> list[tuple[str, str]]:
+    # Imported here: commands that complete nothing of the maps need not wait for it.
+    from ebpfproxy.datapath.dump import Dump, open_maps  # noqa: PLC0415
+
+    try:
+        names = Dump(open_maps(_root(ctx))).names.values()
+        return [(name.namespace, name.name) for name in names]
+    except Exception:  # Whatever it is, TAB is not where to say it.
+        return []
+
+
+def _backends(ctx: click.Context) -> list[tuple[str, str]]:
+    from ebpfproxy.datapath.dump import Dump, open_maps  # noqa: PLC0415
+
+    try:
+        rows = Dump(open_maps(_root(ctx))).backends()
+        return [(row.address, ", ".join(row.services)) for row in rows if row.state != "gone"]
+    except Exception:  # As above.
+        return []

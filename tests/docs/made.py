@@ -1,0 +1,40 @@
+"""The files that are made, whole or in part, as they should be now."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.docs import commands, configuration, datapath, metrics
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_PART = re.compile(r"(<!-- made: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "own-settings": configuration.own_settings,
+    "kube-proxy-settings": configuration.kube_proxy_settings,
+    "metrics-kube-proxy": metrics.kube_proxys,
+    "metrics-own": metrics.ours,
+    "metrics-process": metrics.process,
+    "alerts": metrics.alerts,
+    "must-haves": datapath.must_haves,
+    "maps": datapath.maps,
+    "reasons": datapath.reasons,
+    "packages": datapath.packages,
+}
+
+
+def wanted() -> dict[Path, str]:
+    found = {DOCS / "commands.md": commands.page()}
+    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        text = path.read_text() if path.exists() else ""
+        if "<!-- made: " in text:
+            found[path] = _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}{match[3]}", text)
+    return found
+
+
+def named() -> set[str]:
+    """The parts that some file has."""
+    return {match[2] for path in DOCS.glob("*.md") for match in _PART.finditer(path.read_text())}

@@ -1,0 +1,59 @@
+"""What the documents say: their code blocks, code spans, headings and links."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.docs.made import DOCS, ROOT
+
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+#: What is made from the code needs no comparison with it.
+WRITTEN = tuple(page for page in PAGES if page.name != "commands.md")
+
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
+_LINK = re.compile(r"\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: Path
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    for match in _FENCE.finditer(page.read_text()):
+        indent = len(match[1])
+        yield Block(page, match[2], "".join(line[indent:] for line in match[3].splitlines(keepends=True)))
+
+
+def prose(page: Path) -> str:
+    """Without fenced blocks."""
+    return _FENCE.sub("", page.read_text())
+
+
+def spans(page: Path) -> Iterator[str]:
+    """Code within lines; one that goes over the end of a line is one line."""
+    for match in _SPAN.finditer(prose(page)):
+        yield " ".join(match[1].split())
+
+
+def links(page: Path) -> Iterator[str]:
+    for match in _LINK.finditer(prose(page)):
+        yield match[1]
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings: lower case, hyphens for spaces, no punctuation, numbers for repeats."""
+    found: set[str] = set()
+    seen: Counter[str] = Counter()
+    for match in _HEADING.finditer(prose(page)):
+        name = re.sub(r"[^\w\- ]", "", match[1].lower()).strip().replace(" ", "-")
+        found.add(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found

@@ -1,0 +1,40 @@
+"""Links lead somewhere: files, headings, and paths of the repository that are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.made import ROOT
+from tests.docs.pages import PAGES, anchors, blocks, links, spans
+
+_PATH = re.compile(r"^(?:deploy|tests|docs|ebpfproxy|bpf)/[\w./*-]+$")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    missing = []
+    for link in links(page):
+        if link.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_are_named_exist(page: Path) -> None:
+    named = [word.split("::")[0] for span in spans(page) for word in span.split()]
+    named += [word for block in blocks(page) for word in block.text.split()]
+    missing = [name for name in named if _PATH.match(name) and not any(ROOT.glob(name.rstrip("/")))]
+    assert missing == []
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    readme = ROOT / "README.md"
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(readme)}
+    assert {page for page in PAGES if page != readme} - linked == set()

@@ -1,0 +1,36 @@
+"""What is made from the code is as the code is now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED, Capacity, map_specs
+from tests.docs import datapath
+from tests.docs.made import PARTS, named, wanted
+
+
+@pytest.mark.root
+def test_files_are_current() -> None:
+    stale = [path.name for path, text in wanted().items() if not path.exists() or path.read_text() != text]
+    assert stale == [], "python -m tests.docs writes them"
+
+
+def test_every_part_is_in_some_document() -> None:
+    assert named() == set(PARTS)
+
+
+def test_every_map_and_reason_is_described() -> None:
+    assert datapath._HOLDS.keys() == {each.name for each in map_specs(Capacity())}
+    assert datapath._REASONS.keys() == {str(each) for each in REJECTED | DROPPED | PASSED}
+
+
+def test_the_parts_say_something() -> None:
+    for name, make in PARTS.items():
+        assert len(make().splitlines()) > 2 or name == "metrics-process", name
+
+
+def test_generated_files_are_below_docs_and_the_readme() -> None:
+    assert {path.suffix for path in wanted()} == {".md"}
+    assert all(isinstance(path, Path) for path in wanted())

@@ -2,4 +2,4 @@
 
 from ebpfproxy.cli import main
 
-main()
+main(prog_name="ebpfproxy")

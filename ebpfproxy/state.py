@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import msgspec
 
+from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import AGENT_STATE_SIZE, U32
 from ebpfproxy.datapath.maps import MapSet
@@ -56,8 +60,25 @@ def save(maps: MapSet, state: AgentState) -> None:
 
 
 def load(maps: MapSet) -> AgentState | None:
-    """What the last agent wrote; None where none has, or where another version's record cannot be read."""
-    stored = maps["agent_state"].lookup(U32.pack(0))
+    """What the last agent on these maps wrote; None where none has, or another version's cannot be read."""
+    return _decode(maps["agent_state"].lookup(U32.pack(0)))
+
+
+def load_latest(pins: Path) -> AgentState | None:
+    """What the agent wrote that wrote last: one with other map sizes has maps that nobody uses at first."""
+    records = (_decode(_stored(path)) for path in pins.glob("v*-*/maps/agent_state"))
+    return max(filter(None, records), key=lambda record: record.written, default=None)
+
+
+def _stored(path: Path) -> bytes | None:
+    fd = bpf.get_pinned(path)
+    try:
+        return bpf.map_lookup(fd, U32.pack(0), AGENT_STATE_SIZE)
+    finally:
+        os.close(fd)
+
+
+def _decode(stored: bytes | None) -> AgentState | None:
     if stored is None:
         return None
     try:

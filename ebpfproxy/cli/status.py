@@ -66,7 +66,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_status(bpf_root: Path, maps: MapSet) -> Status:
     dump = Dump(maps)
-    agent = state.load(maps)
+    agent = state.load_latest(pin_folder(bpf_root))
     running = is_locked(bpf_root)
     hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pin_folder(bpf_root)))
     devices = _devices(bpf_root)
@@ -134,8 +134,8 @@ def _print(status: Status) -> None:
         facts += _agent_facts(agent, status.agent_running, now)
     attached = [a.hook for a in status.attachments if a.attached]
     missing = [a.hook for a in status.attachments if not a.attached]
-    text = f"{len(attached)} of {len(status.attachments)}: {' '.join(attached)}"
-    facts.append(("sockets", text + (f"; MISSING {' '.join(missing)}" if missing else "")))
+    parts = [" ".join(attached)] * bool(attached) + [f"MISSING {' '.join(missing)}"] * bool(missing)
+    facts.append(("sockets", f"{len(attached)} of {len(status.attachments)}: {'; '.join(parts)}"))
     facts.append(("devices", _device_line(status)))
     facts.append(
         ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")

@@ -5,6 +5,7 @@ Nothing here needs a running agent. Names come from the ``service_names`` map.
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,9 +79,12 @@ class ServiceCounters(msgspec.Struct, frozen=True):
 
 
 def open_maps(bpf_root: Path) -> MapSet:
-    """The maps that attached programs use, else the newest. Raises NothingPinnedError."""
+    """The maps that attached programs use, else the newest. Raises NothingPinnedError, PermissionError."""
     pins = pin_folder(bpf_root)
     versions = [p for p in pins.glob("v*-*") if (p / "maps").is_dir()] if pins.is_dir() else []
+    if not versions and os.geteuid():
+        # A bpffs is for its owner alone, and looks empty to others.
+        raise PermissionError(f"nothing to be seen below {pins}")
     if not versions:
         raise NothingPinnedError(f"nothing is pinned below {pins}: no agent has run with this --bpf-root")
     running = {a.hook: a.program_id for a in attachments(pins)} if (pins / LINKS).is_dir() else {}
@@ -239,7 +243,9 @@ def fill(maps: MapSet) -> list[MapFill]:
 def _entries(maps: MapSet, name: str) -> int:
     if name == "backends":
         shared = maps.shared(name)
-        protocols = shared.bytes[layout.BACKEND_PROTOCOL_OFFSET :: shared.stride]
+        # A mapping ends with its page: behind the last place there are zeros of nobody's.
+        end = shared.spec.max_entries * shared.stride
+        protocols = shared.bytes[layout.BACKEND_PROTOCOL_OFFSET : end : shared.stride]
         return shared.spec.max_entries - bytes(protocols).count(0)
     if name in ("selections", "slots"):
         counts = [layout.selection_range(word)[1] for word in maps.shared("selections").words() if word]

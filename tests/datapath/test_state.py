@@ -1,0 +1,37 @@
+"""The agent's account of itself, and how full maps are said to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ebpfproxy import state
+from ebpfproxy.datapath import maps
+from ebpfproxy.datapath.dump import fill
+from ebpfproxy.datapath.layout import Capacity
+
+pytestmark = pytest.mark.root
+
+OLD = state.AgentState(pid=7, version="0.1.0", node="a", source="s", started=1.0, written=5.0, synced=True)
+
+
+def test_an_agent_with_new_maps_is_the_one_that_is_shown(pins: Path) -> None:
+    assert state.load_latest(pins) is None
+    new = msgspec.structs.replace(OLD, pid=8, written=6.0, synced=False)
+    for record, backends in ((OLD, 100), (new, 200)):
+        opened = maps.open_or_create(pins, Capacity(backends=backends))
+        assert state.load(opened) is None
+        state.save(opened, record)
+        assert state.load(opened) == record
+        opened.close()
+    assert state.load_latest(pins) == new
+
+
+@pytest.mark.parametrize("backends", [16, 1000])
+def test_empty_maps_have_no_entries_whatever_their_size(pins: Path, backends: int) -> None:
+    """A mapping ends with its page, behind the last place."""
+    opened = maps.open_or_create(pins, Capacity(backends=backends))
+    assert {each.name: each.entries for each in fill(opened) if each.entries} == {}
+    opened.close()

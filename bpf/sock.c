@@ -53,6 +53,15 @@ static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
 	return bpf_get_netns_cookie(ctx) == HOST_NETNS_COOKIE;
 }
 
+/*
+ * Sockets of pods may be left to packets: something in the pod that redirects what it sends, such
+ * as a service mesh, then sees Services.
+ */
+static __always_inline bool is_served(struct bpf_sock_addr *ctx)
+{
+	return POD_SOCKETS || in_host_namespace(ctx);
+}
+
 static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
 					      const struct inet_addr *addr)
 {
@@ -65,7 +74,11 @@ static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
 static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 						    const struct target *to)
 {
-	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
+	struct service *svc;
+
+	if (!is_served(ctx))
+		return NULL;
+	svc = service_by_address(to, SCOPE_INTERNAL);
 
 	if (svc)
 		return svc;
@@ -80,6 +93,12 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 static __always_inline bool is_left_alone(const struct service *svc)
 {
 	return !svc || svc->flags & SERVICE_SOURCES;
+}
+
+/* A port that a cluster IP does not have; only asked where no Service was found. */
+static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	return is_served(ctx) && is_cluster_ip(&to->addr);
 }
 
 static __always_inline int reject(enum verdict verdict)
@@ -120,7 +139,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 
 	if (is_left_alone(svc)) {
 		/* What is refused leaves a datagram socket connected as it was. */
-		if (!svc && is_cluster_ip(&to->addr))
+		if (!svc && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		origin_forget(ctx);
 		return PROCEED;
@@ -142,7 +161,7 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 	u32 backend_id;
 
 	if (is_left_alone(svc))
-		return svc || !is_cluster_ip(&to->addr) ? PROCEED : reject(VERDICT_REFUSE);
+		return svc || !is_unused_port(ctx, to) ? PROCEED : reject(VERDICT_REFUSE);
 	client = client_of(ctx, svc, to);
 	verdict = choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE)

@@ -74,6 +74,7 @@ class Attaching:
             host_netns_cookie=netns_cookie(),
             node_ports_on_loopback=options.node_ports_on_loopback,
             guard_node_ports=options.guard_node_ports,
+            pod_sockets=options.pod_sockets,
             masquerade_all=options.masquerade_all,
             bypass_netfilter=options.bypass_netfilter,
             masquerade_ports=options.masquerade_ports,

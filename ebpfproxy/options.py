@@ -31,6 +31,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     bind_hard_fail: bool = False
     node_ports_on_loopback: bool = True
     guard_node_ports: bool = True
+    pod_sockets: bool = True
     #: Checked by ``node.network.parse_node_port_addresses``.
     node_port_addresses: tuple[str, ...] = ()
     external_ips: bool = True

@@ -94,6 +94,11 @@ log = get_logger(__name__)
     help="bind() to a Service's NodePort fails with EADDRINUSE for processes of the host's namespace.",
 )
 @click.option(
+    "--pod-sockets/--no-pod-sockets",
+    default=True,
+    help="Translate at the sockets of pods, too, not only at the host's; without, in what pods send.",
+)
+@click.option(
     "--nodeport-addresses",
     metavar="CIDRS",
     default="",

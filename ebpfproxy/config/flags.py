@@ -82,6 +82,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "master": "master",
     "localhost-nodeports": "localhostNodePorts",
     "nodeport-guard": "nodePortGuard",
+    "pod-sockets": "podSockets",
     "external-ips": "externalIPs",
     "devices": "devices",
     "service-cidr": "serviceCIDRs",

@@ -68,6 +68,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         metrics_bind_address=kube_proxy.metrics_bind_address,
         node_ports_on_loopback=node_ports_on_loopback(kube_proxy, own),
         guard_node_ports=own.node_port_guard,
+        pod_sockets=own.pod_sockets,
         node_port_addresses=parse_node_port_addresses(kube_proxy.node_port_addresses or ()),
         external_ips=own.external_ips,
         devices=own.devices,

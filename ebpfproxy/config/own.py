@@ -79,6 +79,13 @@ class EbpfProxyConfiguration(
             "namespace."
         ),
     ] = True
+    pod_sockets: Annotated[
+        bool,
+        Meta(
+            description="Translate at the sockets of pods, too. false: only at those of the host's network "
+            "namespace; what pods send is translated in packets, behind what a service mesh redirects."
+        ),
+    ] = True
     external_ips: Annotated[bool, Meta(description="Serve spec.externalIPs (see CVE-2020-8554).")] = (
         msgspec.field(default=True, name="externalIPs")
     )

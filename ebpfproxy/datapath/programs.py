@@ -38,6 +38,8 @@ class Options(msgspec.Struct, frozen=True):
     node_ports_on_loopback: bool = True
     #: bind() to a NodePort of a Service fails in the host's namespace.
     guard_node_ports: bool = True
+    #: Sockets of pods are served, not only those of the host's namespace.
+    pod_sockets: bool = True
     masquerade_all: bool = False
     #: Masqueraded flows are forwarded from the hook: no netfilter rule sees them.
     bypass_netfilter: bool = False
@@ -54,6 +56,7 @@ class Options(msgspec.Struct, frozen=True):
             f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
             f"-DGUARD_NODEPORTS={int(self.guard_node_ports)}",
+            f"-DPOD_SOCKETS={int(self.pod_sockets)}",
             f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
             f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",
             f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",

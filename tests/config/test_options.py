@@ -83,6 +83,7 @@ def test_every_setting_of_ours_reaches_the_agent() -> None:
                 "bpfRoot": "/b",
                 "manifests": "/m",
                 "nodePortGuard": False,
+                "podSockets": False,
                 "externalIPs": False,
                 "devices": ["eth*"],
                 "serviceCIDRs": ["10.96.0.0/12"],
@@ -101,6 +102,7 @@ def test_every_setting_of_ours_reaches_the_agent() -> None:
     )
     assert (found.bpf_root, found.manifests) == (Path("/b"), Path("/m"))
     assert not found.guard_node_ports
+    assert not found.pod_sockets
     assert not found.external_ips
     assert found.devices == ("eth*",)
     assert found.service_cidrs == (Prefix(bytes([10, 96, 0, 0]), 12),)

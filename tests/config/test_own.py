@@ -27,6 +27,7 @@ FIELDS: dict[str, Any] = {
     "detectLocalMode": "Devices",
     "localhostNodePorts": False,
     "nodePortGuard": False,
+    "podSockets": False,
     "externalIPs": False,
     "devices": ["eth*", "bond0"],
     "serviceCIDRs": ["10.96.0.0/12", "fd00:10:96::/112"],

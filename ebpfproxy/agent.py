@@ -1,9 +1,9 @@
 """The agent: which parts there are, and in what order they start and stop.
 
 Threads: one for each watched resource (or one for the manifests), one for the node's devices and addresses,
-the HTTP servers, and the reconciler, which alone owns the tracker and the maps' contents. They meet at one
-queue. Slow things that the reconciler starts (compiling, and those of ``housekeeping``) run beside it and
-report to the queue.
+the HTTP servers, one that sends events, and the reconciler, which alone owns the tracker and the maps'
+contents. They meet at one queue. Slow things that the reconciler starts (compiling, and those of
+``housekeeping``) run beside it and report to the queue.
 
 Order of a start: roots and lock; kernel probe; maps (adopted or made); then, at the same time, the watches'
 first lists and the programs' compilation; the first full programming; and only then programs are attached
@@ -17,7 +17,7 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ from typing import TypeVar
 import msgspec
 
 import ebpfproxy
-from ebpfproxy import pages, reports, state
+from ebpfproxy import occurrences, pages, reports, state
 from ebpfproxy.attaching import Attaching
 from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath import attach, maps, probe, roots
@@ -35,13 +35,14 @@ from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
+from ebpfproxy.health.server import HttpServer
 from ebpfproxy.housekeeping import Housekeeping
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
 from ebpfproxy.metrics.maps import MapCollector
 from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
-from ebpfproxy.objects import Deleted, Event, Replaced
+from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.tracker import Tracker
 from ebpfproxy.source import Source
@@ -100,7 +101,7 @@ class Agent:
         self._tracker = Tracker(options.node_name)
         self._health = ProxyHealth()
         self._metrics = AgentMetrics()
-        self._node_port_health = NodePortHealth(lambda: self._health.healthy)
+        self._node_port_health = NodePortHealth(lambda: self._health.healthy, self._health_port_not_bound)
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
         self._started = time.time()
         self._next_orders = 0.0
@@ -108,6 +109,7 @@ class Agent:
         self._last_programmed: float | None = None
         self._last_duration: float | None = None
         self._state_written = 0.0
+        self._told_failures: set[str] = set()
 
     # -- start and stop
 
@@ -142,12 +144,12 @@ class Agent:
             self._attaching.load()
             lock.release()
             return
-        source = self._source = Source(options, self._queue.put, self._metrics.requested)
+        source = self._source = Source(options, self._queue.put, self._metrics.requested, self._metrics.event)
         registry = self._metrics.registry
         registry.register(SourceCollector(source.statuses, source.requests, source.host))
         registry.register(MapCollector(self._maps))
         registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
-        servers = pages.servers(options, self._health, self._metrics, self._configz)
+        servers = self._servers = pages.servers(options, self._health, self._metrics, self._configz)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         if self._config is not None:
@@ -157,8 +159,8 @@ class Agent:
             self._queue.put(Stop())
         self._attaching.set_cidrs(self._tracker.node)
         self._attaching.start_load()
-        for server in servers:
-            server.start()
+        source.record(occurrences.starting(options.node_name))
+        self._serve(servers)
         self._node_port_health.start()
         source.start()
         log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
@@ -172,6 +174,13 @@ class Agent:
             self._workers.shutdown(wait=False, cancel_futures=True)
             lock.release()
         log.info("stopped, traffic goes on")
+
+    def _serve(self, servers: Iterable[HttpServer]) -> None:
+        for server in servers:
+            server.start()
+            if server.failure:
+                node = self._options.node_name
+                self._source.record(occurrences.server_not_started(node, server.name, server.failure))
 
     # -- the reconciler
 
@@ -191,6 +200,7 @@ class Agent:
             self._attaching.set_cidrs(node)
             if self._complete:
                 self._attaching.attach(self._started)
+            self._tell_of_devices()
             self._housekeeping.start(attached=self._attaching.attached)
             if not is_idle or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
@@ -262,7 +272,15 @@ class Agent:
         self._last_programmed, self._last_duration = time.time(), done - began
         self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
         reports.programmed(
-            self._metrics, update, problems, began=began, done=done, started=self._started, full=full
+            self._metrics,
+            self._source.record,
+            self._options.node_name,
+            update,
+            problems,
+            began=began,
+            done=done,
+            started=self._started,
+            full=full,
         )
         if full:
             log.info(
@@ -287,6 +305,18 @@ class Agent:
         self._writer.set_node_addresses(node_ports)
         self._attaching.set_network(network)
 
+    def _tell_of_devices(self) -> None:
+        failures = set(self._attaching.failures)
+        for failure in sorted(failures - self._told_failures):
+            self._source.record(occurrences.device_not_attached(self._options.node_name, failure))
+        self._told_failures = failures
+
+    def _health_port_not_bound(self, service: ServiceHealth, error: str) -> None:
+        key = ObjectKey(service.namespace, service.name)
+        self._source.record(
+            occurrences.health_port_not_bound(self._options.node_name, key, service.port, error)
+        )
+
     def _beside(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
         """Runs ``work`` in a worker, and ``then`` with its result in the reconciler. Its failure is ours."""
 
@@ -303,10 +333,10 @@ class Agent:
 
     # -- what status shows
 
-    def _unbound_ports(self) -> list[str]:
-        return [
-            f"healthCheckNodePort {port}: {error}" for port, error in self._node_port_health.failed.items()
-        ]
+    def _unbound(self) -> list[str]:
+        servers = [f"{s.name}: {s.failure}" for s in self._servers if s.failure and s.port is None]
+        failed = self._node_port_health.failed
+        return [*servers, *(f"healthCheckNodePort {port}: {error}" for port, error in failed.items())]
 
     def _write_state(self) -> None:
         """At most once a second while much happens: it is for people to read."""
@@ -316,7 +346,7 @@ class Agent:
         self._state_written = now
         self._metrics.pending(*self._tracker.pending_changes)
         self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
-        without_room = self._writer.unplaced
+        without_room = [str(each) for each in self._writer.unplaced]
         self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()
@@ -341,7 +371,7 @@ class Agent:
                 problems=(
                     *without_room,
                     *self._attaching.failures,
-                    *self._unbound_ports(),
+                    *self._unbound(),
                 ),
                 devices=len(self._attaching.targets),
                 conntrack_entries=self._housekeeping.entries,

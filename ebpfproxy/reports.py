@@ -1,10 +1,13 @@
-"""What metrics and the log say of one programming."""
+"""What metrics, the log and events say of one programming."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
+from ebpfproxy import occurrences
+from ebpfproxy.datapath.writer import Unplaced
+from ebpfproxy.kube.recorder import Record
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.services.model import Family
@@ -15,8 +18,10 @@ log = get_logger(__name__)
 
 def programmed(
     metrics: AgentMetrics,
+    record: Record,
+    node: str,
     update: Update,
-    problems: Sequence[str],
+    problems: Sequence[Unplaced],
     *,
     began: float,
     done: float,
@@ -44,7 +49,10 @@ def programmed(
             field=warning.field,
             error=warning.message,
         )
+        record(occurrences.value_not_used(warning))
     for problem in problems:
         metrics.did_not_fit()
-        log.error("service port is not programmed", error=problem)
+        log.error("service port is not programmed", error=str(problem))
+    for occurrence in occurrences.no_room(node, problems):
+        record(occurrence)
     log.debug("programmed", changed=len(update.changed), removed=len(update.removed))

@@ -1,4 +1,4 @@
-"""Where objects come from: the API server's watches, or manifests."""
+"""Where objects come from, and where people are told of them: the API server, or manifests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.kube.manifests import ManifestSource
+from ebpfproxy.kube.recorder import Record, Recorder
 from ebpfproxy.kube.reflector import reflectors
 from ebpfproxy.kube.status import SourceStatus
 from ebpfproxy.objects import Event
@@ -22,14 +23,19 @@ class Source:
         options: AgentOptions,
         sink: Callable[[Event], None],
         requested: Callable[[str, str, float], None],
+        became: Callable[[str], None],
     ) -> None:
-        """``requested`` is told of each request: the server, the verb, seconds until its answer began."""
+        """``requested`` is told of each request: the server, the verb, seconds until its answer began;
+        ``became`` of each event: one of ``kube.recorder.RESULTS``."""
         self.has_cluster = options.manifests is None
-        self.requests: Callable[[], dict[str, int]] = dict
+        self._describe: Callable[[], str]
+        self.requests: Callable[[], dict[tuple[str, str], int]] = dict
+        #: Tells people of something. Manifests have nobody to tell.
+        self.record: Record = lambda _: None
         reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
         if options.manifests is not None:
             manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
-            self.description = f"manifests {options.manifests}"
+            self._describe = lambda: f"manifests {options.manifests}"
             self.host = ""
             self.start, self.stop = manifests.start, manifests.stop
             self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
@@ -38,18 +44,28 @@ class Source:
             options.kubeconfig, options.master, RateLimit(options.api_qps, options.api_burst)
         )
         watches = reflectors(connection, options.node_name, sink, reduce)
-        self.description = f"API server {connection.host}"
+        self._describe = lambda: f"API server {connection.host}"
         host = self.host = connection.host.partition("://")[2]
-        connection.observe = lambda seconds: requested(host, "GET", seconds)
+        connection.observe = lambda verb, seconds: requested(host, verb, seconds)
         self.requests = lambda: dict(connection.requests)
         self.statuses = lambda: [watch.status for watch in watches]
+
+        recorder = Recorder(connection, options.node_name, became)
+        self.record = recorder.record
 
         def start() -> None:
             for watch in watches:
                 watch.start()
+            recorder.start()
 
         def stop() -> None:
             for watch in watches:
                 watch.stop()
+            recorder.stop()
 
         self.start, self.stop = start, stop
+
+    @property
+    def description(self) -> str:
+        """Of a cluster, the address that is used now."""
+        return self._describe()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 import msgspec
 
@@ -39,6 +40,17 @@ from ebpfproxy.services.model import (
 _NO_SOURCES: frozenset[bytes] = frozenset()
 _NO_MEMBERS = (NO_IDS, NO_IDS)
 _NOTHING_MADE = (None, None)
+
+
+class Unplaced(NamedTuple):
+    """A service port that does not fit, or not as it should; as text it is one line."""
+
+    key: ServicePortKey
+    why: str
+
+    def __str__(self) -> str:
+        name = f":{self.key.port_name}" if self.key.port_name else ""
+        return f"{self.key.namespace}/{self.key.name}{name} ({self.key.family}): {self.why}"
 
 
 class _Programmed(msgspec.Struct):
@@ -116,7 +128,7 @@ class Writer:
         self._retired = _nothing_retired()
         self._frontends = Frontends(maps)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
-        self._unplaced: dict[ServicePortKey, tuple[ServicePort, str]] = {}
+        self._unplaced: dict[ServicePortKey, tuple[ServicePort, Unplaced]] = {}
         self._adopt()
 
     # -- what is there
@@ -225,13 +237,13 @@ class Writer:
         removed: Iterable[ServicePortKey] = (),
         *,
         complete: bool = False,
-    ) -> list[str]:
+    ) -> list[Unplaced]:
         """Programs a change. ``complete``: ``changed`` is all there is, everything else goes.
 
-        Returns one sentence for each service port that did not fit; it keeps what it had.
+        Returns the service ports that did not fit; they keep what they had.
         """
         plan = _Plan()
-        problems: list[str] = []
+        problems: list[Unplaced] = []
         wanted: set[ServicePortKey] = set()
         for port in changed:
             wanted.add(port.key)
@@ -253,8 +265,8 @@ class Writer:
         return problems
 
     @property
-    def unplaced(self) -> list[str]:
-        """Of the service ports that do not fit, or not as they should: why."""
+    def unplaced(self) -> list[Unplaced]:
+        """The service ports that do not fit, or not as they should, now."""
         return [problem for _, problem in self._unplaced.values()]
 
     def retry(self) -> None:
@@ -262,21 +274,21 @@ class Writer:
         if self._unplaced:
             self.apply([port for port, _ in self._unplaced.values()])
 
-    def _note_refused(self, plan: _Plan) -> list[str]:
+    def _note_refused(self, plan: _Plan) -> list[Unplaced]:
         """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
         found: dict[int, list[str]] = {}
-        for number, problem in plan.refused:
-            found.setdefault(number, []).append(problem)
+        for number, why in plan.refused:
+            found.setdefault(number, []).append(why)
         problems = []
         for number, refused in found.items():
             port, _ = plan.placed[number]
             more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
-            problem = f"{_describe(port.key)}: {refused[0]}{more}"
+            problem = Unplaced(port.key, f"{refused[0]}{more}")
             self._unplaced[port.key] = (port, problem)
             problems.append(problem)
         return problems
 
-    def _place(self, port: ServicePort, plan: _Plan) -> list[str]:
+    def _place(self, port: ServicePort, plan: _Plan) -> list[Unplaced]:
         """Writes what nobody looks at yet, and plans the rest. Returns what is wrong, if anything."""
         self._unplaced.pop(port.key, None)
         try:
@@ -289,20 +301,20 @@ class Writer:
             if retired:
                 self._wait_for_readers()
                 self.reclaim(retired)
-        problem = ""
+        why = ""
         for size in self._maglev_sizes(port):
             try:
                 self._try_place(port, plan, size)
             except IdsExhaustedError as error:
-                problem = f"no room for its backends or the service: {error}"
+                why = f"no room for its backends or the service: {error}"
             except RangesExhaustedError as error:
-                problem = f"no room for its slots: {error}"
+                why = f"no room for its slots: {error}"
             else:
                 if size == self._maglev_size:
                     return []
-                problem = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
+                why = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
-        problem = f"{_describe(port.key)}: {problem}"
+        problem = Unplaced(port.key, why)
         self._unplaced[port.key] = (port, problem)
         return [problem]
 
@@ -590,8 +602,3 @@ def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iter
             layout.pack_service_key(address, port, protocol, scope),
             layout.pack_service(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),
         )
-
-
-def _describe(key: ServicePortKey) -> str:
-    name = f":{key.port_name}" if key.port_name else ""
-    return f"{key.namespace}/{key.name}{name} ({key.family})"

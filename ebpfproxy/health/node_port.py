@@ -51,8 +51,14 @@ class _Client:
 class NodePortHealth:
     """:meth:`update` may be called from any one thread; what it says holds when it returns."""
 
-    def __init__(self, proxy_healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        proxy_healthy: Callable[[], bool],
+        on_failure: Callable[[ServiceHealth, str], None] = lambda *_: None,
+    ) -> None:
+        """``on_failure``: told once of a Service whose port cannot be bound, and why. It must not block."""
         self._proxy_healthy = proxy_healthy
+        self._on_failure = on_failure
         self._lock = threading.Lock()
         self._given: tuple[ServiceHealth, ...] = ()
         self._wanted: dict[int, ServiceHealth] = {}
@@ -114,6 +120,7 @@ class NodePortHealth:
         for each in doubles - self._doubles:
             owner = self._wanted[each.port]
             log.warning("health check port is another's", port=each.port, service=str(each), owner=str(owner))
+            self._on_failure(each, f"it is {owner}'s")
         self._doubles = frozenset(doubles)
         self._wake()
 
@@ -126,6 +133,7 @@ class NodePortHealth:
             if port not in self._failed:
                 service = str(self._wanted[port])
                 log.error("health check port cannot be bound", port=port, service=service, error=error)
+                self._on_failure(self._wanted[port], str(error))
             self._failed[port] = str(error)
             return
         if self._failed.pop(port, None) is not None:

@@ -101,7 +101,17 @@ class HttpServer:
         self._address = parse_bind_address(address) if address else None
         self._pages = pages
         self._server: _Server | None = None
+        self._why = ""
         self._stop = threading.Event()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def failure(self) -> str:
+        """Why the address could not be bound at the start; empty where it could, or there is none."""
+        return f"{self._text}: {self._why}" if self._why else ""
 
     @property
     def port(self) -> int | None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -17,7 +18,7 @@ from kubernetes import config as kube_config
 from kubernetes.config.config_exception import ConfigException
 
 import ebpfproxy
-from ebpfproxy.kube.control_plane import control_plane
+from ebpfproxy.kube import control_plane
 from ebpfproxy.kube.kubeconfig import ConfigError, check, check_url, errors_of_the_package
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
@@ -27,6 +28,10 @@ __all__ = ["ApiConnection", "ConfigError"]
 log = get_logger(__name__)
 
 _CONNECT_SECONDS = 10.0
+#: So many requests in a row that nobody answers are reason to look for another address.
+_UNANSWERED = 3
+_MOST_BYTES = 1 << 20
+_USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
 #: A peer that is gone without a word is noticed after about a minute (tcp(7)).
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -36,6 +41,8 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 Configure = Callable[[kube_client.Configuration], Path | None]
 """Fills a configuration; returns the token file that is read for each request, if there is one."""
@@ -58,16 +65,22 @@ class ApiConnection:
     request; :meth:`reload` reads the whole configuration again, after the server has refused them.
     """
 
-    def __init__(self, configure: Configure, limit: RateLimit | None = None) -> None:
+    def __init__(
+        self, configure: Configure, limit: RateLimit | None = None, *, has_choice: bool = False
+    ) -> None:
+        """``limit`` holds for :meth:`get`. ``has_choice``: ``configure`` chooses among addresses, and is
+        asked again when nobody answers at the one that it chose."""
         self._configure = configure
         self._limit = limit
+        self._has_choice = has_choice
+        self._unanswered = 0
         #: One thread at a time reads credentials: an exec plugin may ask somebody who is slow.
         self._credentials_lock = threading.Lock()
         self._requests_lock = threading.Lock()
-        #: Answers by HTTP status; ``<error>`` where none came.
-        self.requests: dict[str, int] = {}
-        #: Told of every request how long its answer took to begin, in seconds.
-        self.observe: Callable[[float], None] = lambda _: None
+        #: Answers by HTTP status and method; the status is ``<error>`` where none came.
+        self.requests: dict[tuple[str, str], int] = {}
+        #: Told of every request its method, and how long its answer took to begin, in seconds.
+        self.observe: Callable[[str, float], None] = lambda *_: None
         self._session = self._open()
 
     @classmethod
@@ -80,7 +93,7 @@ class ApiConnection:
         server's address in it. Raises ConfigError.
         """
         if kubeconfig is None and master is None:
-            return cls(_in_cluster, limit)
+            return cls(_InCluster(), limit, has_choice=True)
         if master is not None:
             check_url(master, "--master")
 
@@ -118,15 +131,30 @@ class ApiConnection:
             self._session = self._open()
 
     def get(self, path: str, params: Mapping[str, str], *, read_seconds: float) -> urllib3.BaseHTTPResponse:
-        """Starts a GET and returns the response unread, whatever its status.
+        """Starts a GET, at the rate of the limit, and returns the response unread, whatever its status.
 
         ``read_seconds`` bounds every wait for bytes. Raises ConfigError where credentials cannot be had,
         urllib3's HTTPError, and OSError.
         """
         if self._limit is not None:
             self._limit.wait()
+        return self.request("GET", path, params, read_seconds=read_seconds)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] = NOTHING,
+        *,
+        body: bytes | None = None,
+        read_seconds: float,
+    ) -> urllib3.BaseHTTPResponse:
+        """As :meth:`get`, but without a limit. ``body``: JSON."""
+        self._choose_again()
         session = self._session
-        headers = {"Accept": "application/json", "User-Agent": f"ebpfproxy/{ebpfproxy.__version__}"}
+        headers = {"Accept": "application/json", "User-Agent": _USER_AGENT}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         authorization = self._authorization(session)
         if authorization:
             headers["Authorization"] = authorization
@@ -134,9 +162,10 @@ class ApiConnection:
         code, began = "<error>", time.monotonic()
         try:
             response: urllib3.BaseHTTPResponse = session.pool.request(
-                "GET",
+                method,
                 f"{session.host}{path}{query}",
                 headers=headers,
+                body=body,
                 preload_content=False,
                 retries=False,
                 redirect=False,
@@ -144,10 +173,20 @@ class ApiConnection:
             )
             code = str(response.status)
         finally:
-            self.observe(time.monotonic() - began)
+            self.observe(method, time.monotonic() - began)
             with self._requests_lock:
-                self.requests[code] = self.requests.get(code, 0) + 1
+                self._unanswered = self._unanswered + 1 if code == "<error>" else 0
+                self.requests[code, method] = self.requests.get((code, method), 0) + 1
         return response
+
+    def _choose_again(self) -> None:
+        if not self._has_choice or self._unanswered < _UNANSWERED:
+            return
+        with self._credentials_lock:
+            # Another thread may have done so while this one waited.
+            if self._unanswered >= _UNANSWERED:
+                self._unanswered = 0
+                self._session = self._open()
 
     def _authorization(self, session: _Session) -> str:
         """The header as it is to be now; empty without one. Raises ConfigError."""
@@ -170,18 +209,50 @@ class ApiConnection:
         return found
 
 
-def _in_cluster(configuration: kube_client.Configuration) -> None:
-    try:
-        kube_config.load_incluster_config(client_configuration=configuration)
-    except (ConfigException, OSError, ValueError) as error:
-        raise ConfigError(
-            f"no --kubeconfig, --master or --manifests, and not in a pod with a service account: {error}"
-        ) from error
-    better = control_plane()
-    if better is not None:
-        configuration.host, source = better
-        log.info("the control plane's own address is used", server=configuration.host, file=source)
-    _check_certificates(configuration, "service account")
+class _InCluster:
+    """The service account's credentials, for the best address of the control plane."""
+
+    def __init__(self) -> None:
+        self._chosen: control_plane.Choice | None = None
+
+    def __call__(self, configuration: kube_client.Configuration) -> None:
+        try:
+            kube_config.load_incluster_config(client_configuration=configuration)
+        except (ConfigException, OSError, ValueError) as error:
+            raise ConfigError(
+                f"no --kubeconfig, --master or --manifests, and not in a pod with a service account: {error}"
+            ) from error
+        _check_certificates(configuration, "service account")
+        choice = control_plane.choose(configuration.host, _anonymously(configuration))
+        if choice != self._chosen:
+            self._chosen = choice
+            say, text = (
+                (log.info, "control plane") if choice.answers else (log.warning, "no control plane answers")
+            )
+            say(text, server=choice.server, named_by=choice.source)
+        configuration.host = choice.server
+
+
+def _anonymously(configuration: kube_client.Configuration) -> control_plane.Ask:
+    """Asks without the token, and does not take longer than a choice may."""
+    pool = kube_client.ApiClient(configuration).rest_client.pool_manager
+
+    def ask(url: str) -> bytes:
+        response = pool.request(
+            "GET",
+            url,
+            headers={"Accept": "application/json", "User-Agent": _USER_AGENT},
+            preload_content=False,
+            retries=False,
+            redirect=False,
+            timeout=urllib3.Timeout(control_plane.SECONDS),
+        )
+        try:
+            return bytes(response.read(_MOST_BYTES)) if response.status == 200 else b""
+        finally:
+            response.close()
+
+    return ask
 
 
 def _from_kubeconfig(path: Path, configuration: kube_client.Configuration) -> Path | None:

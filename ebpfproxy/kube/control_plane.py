@@ -1,24 +1,53 @@
 """Where the control plane is before Services work: what a pod is told is the cluster IP of one.
 
-In this order, in a pod with a service account:
+Candidates, in this order, in a pod with a service account:
 
 1. ``KUBERNETES_SERVICE_HOST``, where somebody set it in the pod: kubelet then still says otherwise in
-   ``KUBERNETES_PORT_443_TCP_ADDR``.
-2. The server in kubelet's own kubeconfig, where the pod can read it (kubeadm: /etc/kubernetes/kubelet.conf;
+   ``KUBERNETES_PORT_443_TCP_ADDR``. It is used as it is.
+2. The server in the ConfigMap ``cluster-info`` of ``kube-public``, which kubeadm lets everybody read (Role
+   kubeadm:bootstrap-signer-clusterinfo): asked for at the address of 4, without a token.
+3. The server in kubelet's own kubeconfig, where the pod can read it (kubeadm: /etc/kubernetes/kubelet.conf;
    override: ``EBPFPROXY_KUBELET_KUBECONFIG``): kubelet has to reach it without Services, too.
-3. What kubelet says: it works where something else serves that cluster IP, such as a kube-proxy beside us.
+4. What kubelet says: it works where something else serves that cluster IP, such as a kube-proxy beside us.
+
+The first of 2 to 4 that answers is used: by HTTPS that the service account's CA vouches for, with any HTTP
+status. Where none answers it is the first that is known, and ``ApiConnection`` chooses again after failures.
+
+2 and 3 are tried at the same time. Where 4 works, a request or two take milliseconds; so they do after an
+agent's restart, since the maps serve the cluster IP without it. On a node that has no Services yet nobody
+answers packets to it: 2 is then waited for one second where 3 answers, two where it does not.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import yaml
 
 KUBELET_KUBECONFIG = Path("/etc/kubernetes/kubelet.conf")
+CLUSTER_INFO = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
+
+#: The longest that :func:`choose` takes, in seconds: half of it for the best, the other half for any at all.
+SECONDS = 2.0
+
+#: GETs a URL without credentials: the body of a 200, empty for another status. Raises where nobody answers.
+Ask = Callable[[str], bytes]
+
+T = TypeVar("T")
+
+
+class Choice(NamedTuple):
+    """A server's URL, who named it, and whether it answers."""
+
+    server: str
+    source: str
+    answers: bool
 
 
 class _Cluster(msgspec.Struct):
@@ -40,29 +69,86 @@ class _NamedContext(msgspec.Struct):
 
 
 class _Kubeconfig(msgspec.Struct, rename="kebab"):
-    clusters: tuple[_NamedCluster, ...] = ()
-    contexts: tuple[_NamedContext, ...] = ()
+    clusters: tuple[_NamedCluster, ...] | None = None
+    contexts: tuple[_NamedContext, ...] | None = None
     current_context: str = ""
 
 
-def control_plane(environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
-    """The URL to ask, and where it is from; None for the service account's own."""
+class _ConfigMap(msgspec.Struct):
+    data: dict[str, str]
+
+
+def choose(own: str, ask: Ask, environment: Mapping[str, str] = os.environ) -> Choice:
+    """``own``: the URL of the service account. Returns within :data:`SECONDS`, whoever hangs."""
     host = environment.get("KUBERNETES_SERVICE_HOST", "")
-    if host and host != environment.get("KUBERNETES_PORT_443_TCP_ADDR", host):
-        return None
+    if host != environment.get("KUBERNETES_PORT_443_TCP_ADDR", host):
+        return Choice(own, "KUBERNETES_SERVICE_HOST", answers=True)
     path = Path(environment.get("EBPFPROXY_KUBELET_KUBECONFIG", str(KUBELET_KUBECONFIG)))
-    server = server_of(path)
-    return (server, str(path)) if server else None
+    kubelets = server_of(path)
+
+    asked = _beside(lambda: ask(own + CLUSTER_INFO))
+    of_cluster_info = _beside(lambda: _answering(_server_of_config_map(asked.result()), ask))
+    of_kubelet = _beside(lambda: _answering(kubelets, ask))
+    trying = (of_cluster_info, of_kubelet)
+    wait(trying, SECONDS / 2)
+    if _result(asked) is None and not any(map(_result, trying)):
+        wait(trying, SECONDS / 2)
+    if server := _result(of_cluster_info):
+        return Choice(server, "ConfigMap kube-public/cluster-info", answers=True)
+    if server := _result(of_kubelet):
+        return Choice(server, str(path), answers=True)
+    if _result(asked) is None and kubelets is not None:
+        return Choice(kubelets, str(path), answers=False)
+    return Choice(own, "service account", answers=_result(asked) is not None)
+
+
+def _beside(work: Callable[[], T]) -> Future[T]:
+    """In a thread that nobody waits for: a name may take long to resolve."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="control-plane", daemon=True).start()
+    return future
+
+
+def _result(future: Future[T]) -> T | None:
+    """None while there is none."""
+    return future.result() if future.done() and future.exception() is None else None
+
+
+def _answering(server: str | None, ask: Ask) -> str | None:
+    if server is not None:
+        ask(f"{server}/version")
+    return server
 
 
 def server_of(path: Path) -> str | None:
-    """The server of a kubeconfig's current context; None where it cannot be read, or names none."""
+    """The server of a kubeconfig's current context; None where it cannot be read, or names none by HTTPS."""
     try:
-        document = yaml.safe_load(path.read_bytes())
-        found = msgspec.convert(document, _Kubeconfig)
-    except (OSError, ValueError, yaml.YAMLError, msgspec.ValidationError):
+        return _server_in(path.read_bytes())
+    except OSError:
         return None
-    contexts = {each.name: each.context.cluster for each in found.contexts}
-    clusters = {each.name: each.cluster.server for each in found.clusters}
+
+
+def _server_of_config_map(body: bytes) -> str | None:
+    try:
+        return _server_in(msgspec.json.decode(body, type=_ConfigMap).data.get("kubeconfig", "").encode())
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _server_in(kubeconfig: bytes) -> str | None:
+    try:
+        found = msgspec.convert(yaml.safe_load(kubeconfig), _Kubeconfig)
+    except (ValueError, yaml.YAMLError, msgspec.ValidationError, RecursionError):
+        return None
+    contexts = {each.name: each.context.cluster for each in found.contexts or ()}
+    clusters = {each.name: each.cluster.server for each in found.clusters or ()}
+    # In cluster-info there is no context, and the one cluster has no name.
     server = clusters.get(contexts.get(found.current_context, ""), "")
-    return server.rstrip("/") if server.startswith(("https://", "http://")) else None
+    return server.rstrip("/") if server.startswith("https://") else None

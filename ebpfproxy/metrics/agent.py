@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector
 import ebpfproxy
 from ebpfproxy.datapath.conntrack import Sweep
 from ebpfproxy.health.proxy import FAMILIES
+from ebpfproxy.kube.recorder import RESULTS
 from ebpfproxy.kube.status import SourceStatus, State
 from ebpfproxy.objects import Resource
 from ebpfproxy.services.model import Family, Protocol
@@ -161,6 +162,12 @@ class AgentMetrics:
             ["resource"],
             registry=registry,
         )
+        self._events = Counter(
+            "ebpfproxy_events",
+            "Events for objects of the API, by what became of them",
+            ["result"],
+            registry=registry,
+        )
         self._capacity_problems = Counter(
             "ebpfproxy_capacity_problems",
             "Service ports that could not be programmed because a map is full",
@@ -215,6 +222,8 @@ class AgentMetrics:
             self._reconciled.labels(family)
         for resource in Resource:
             self._warnings.labels(str(resource))
+        for result in RESULTS:
+            self._events.labels(result)
         for protocol in (Protocol.TCP, Protocol.UDP):
             self._ended_sockets.labels(protocol.name)
 
@@ -280,6 +289,10 @@ class AgentMetrics:
     def warned(self, resource: str) -> None:
         self._warnings.labels(resource).inc()
 
+    def event(self, result: str) -> None:
+        """``result``: one of ``kube.recorder.RESULTS``."""
+        self._events.labels(result).inc()
+
     def did_not_fit(self) -> None:
         self._capacity_problems.inc()
 
@@ -322,12 +335,12 @@ class _ThreadCollector(Collector):
 
 
 class SourceCollector(Collector):
-    """The watches' own account, read when asked. ``requests`` counts answers by HTTP status."""
+    """The watches' own account, read when asked. ``requests`` counts answers by HTTP status and method."""
 
     def __init__(
         self,
         statuses: Callable[[], list[SourceStatus]],
-        requests: Callable[[], dict[str, int]],
+        requests: Callable[[], dict[tuple[str, str], int]],
         host: str,
     ) -> None:
         self._statuses = statuses
@@ -358,6 +371,6 @@ class SourceCollector(Collector):
             "[ALPHA] Number of HTTP requests, partitioned by status code, method, and host.",
             labels=["code", "host", "method"],
         )
-        for code, count in self._requests().items():
-            requests.add_metric([code, self._host, "GET"], count)
+        for (code, method), count in self._requests().items():
+            requests.add_metric([code, self._host, method], count)
         yield requests

@@ -8,6 +8,7 @@
 | ``fault`` | ``kind``, ``times``, ``resource``, ``param``, ``retry_after``, ``seconds`` of ``faults.Fault`` |
 | ``heal`` | no more faults |
 | ``drop`` | all connections are reset |
+| ``events`` | nothing; answers with the Events of events.k8s.io that were created |
 | ``tokens`` | ``accept``: these alone are good from now on, by commas |
 
 Who runs the stand-in may add more (``tests.apiserver.__main__`` adds ``churn`` and ``replay``).
@@ -40,6 +41,7 @@ class Control:
             "fault": self._fault,
             "heal": self._heal,
             "drop": self._drop,
+            "events": self._events,
             "tokens": self._tokens,
         }
 
@@ -76,6 +78,9 @@ class Control:
     def _drop(self, query: Query, body: bytes) -> Mapping[str, object]:
         self._api.drop_connections()
         return {}
+
+    def _events(self, query: Query, body: bytes) -> Mapping[str, object]:
+        return {"items": self._api.events.all}
 
     def _tokens(self, query: Query, body: bytes) -> Mapping[str, object]:
         self._api.tokens = set(query["accept"].split(","))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import socket
 import ssl
 import time
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.apiserver import bodies
+from tests.apiserver import bodies, events
 from tests.apiserver.control import ControlError
 from tests.apiserver.faults import Fault
 from tests.apiserver.selectors import Selector
@@ -28,6 +29,7 @@ PATHS = {
     "/apis/discovery.k8s.io/v1/endpointslices": "endpointslices",
     "/api/v1/nodes": "nodes",
 }
+_NAMESPACED = re.compile(r"(/.*)/namespaces/([^/]+)(/[^/]+)")
 _SLOW_PIECE = 512
 _WRITE = 64 * 1024
 
@@ -54,14 +56,45 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        """``/control/…``: see tests.apiserver.control."""
+        """``/control/…``: see tests.apiserver.control; else an object: see tests.apiserver.cluster."""
         split = urlsplit(self.path)
+        if not split.path.startswith("/control/"):
+            self._object()
+            return
         query = {name: values[0] for name, values in parse_qs(split.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             self._answer(200, encode(dict(self.api.control(split.path, query, body))))
         except ControlError as error:
             self._answer(400, encode({"error": str(error)}))
+
+    def do_PUT(self) -> None:
+        self._object()
+
+    def do_PATCH(self) -> None:
+        self._object()
+
+    def do_DELETE(self) -> None:
+        self._object()
+
+    def _object(self) -> None:
+        """See tests.apiserver.cluster."""
+        split, cluster = urlsplit(self.path), self.api.cluster
+        query = {name: values[0] for name, values in parse_qs(split.query).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        user = self._user()
+        if self.command != "GET":
+            self.api.requests.append((split.path, query))
+            self.api.headers.append(dict(self.headers))
+            fault = self.api.faults.take(cluster.resource_of(split.path), query, in_stream=False)
+            if fault is not None and self._fail(fault):
+                return
+        if user is None:
+            self._answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+            return
+        serve = self.api.events.answer if split.path.startswith(events.PREFIX) else cluster.answer
+        answer = serve(self.command, split.path, query, body, dict(self.headers), user)
+        self._answer(answer.code, answer.body, extra=dict(answer.headers))
 
     def do_GET(self) -> None:
         split = urlsplit(self.path)
@@ -71,15 +104,22 @@ class Handler(BaseHTTPRequestHandler):
         self._slow = 0.0
         self._half = False
         resource = PATHS.get(split.path)
+        if (found := _NAMESPACED.fullmatch(split.path)) is not None and found[1] + found[3] in PATHS:
+            resource = PATHS[found[1] + found[3]]
+            fields = f"metadata.namespace={found[2]},{self._params.get('fieldSelector', '')}"
+            self._params = {**self._params, "fieldSelector": fields}
         watch = self._params.get("watch") in ("true", "1")
-        fault = self.api.faults.take(resource or "", self._params, in_stream=False)
+        kind = resource or self.api.cluster.resource_of(split.path)
+        fault = self.api.faults.take(kind, self._params, in_stream=False)
         if fault is not None and self._fail(fault):
             return
         user = self._user()
         if user is None:
             self._answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+        elif split.path in self.api.public:
+            self._answer(200, self.api.public[split.path])
         elif resource is None:
-            self._answer(404, bodies.status(404, "NotFound", bodies.NOT_FOUND, {}))
+            self._object()
         elif resource in self.api.denied or user == "system:anonymous":
             self._answer(403, bodies.forbidden(user, "watch" if watch else "list", resource))
         else:

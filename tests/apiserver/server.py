@@ -9,7 +9,9 @@ import threading
 from http.server import ThreadingHTTPServer
 from typing import Any
 
+from tests.apiserver.cluster import Cluster
 from tests.apiserver.control import Control
+from tests.apiserver.events import Events
 from tests.apiserver.faults import Fault, Faults
 from tests.apiserver.handler import Handler
 from tests.apiserver.store import Store
@@ -21,6 +23,8 @@ class ApiServer:
 
     ``tokens``: bearer tokens that are good, None where nobody is asked. ``tls`` makes it HTTPS; a client
     certificate that the context verifies counts as credentials. ``denied``: resources that nobody may see.
+    ``cluster`` has objects of further kinds, one by one.
+    ``public``: bodies by path that everybody may GET. ``events`` are those of events.k8s.io.
     All of these may be changed while it runs, from any thread.
     """
 
@@ -40,6 +44,9 @@ class ApiServer:
         self.control = Control(self)
         self.tokens = tokens
         self.denied: set[str] = set()
+        self.cluster = Cluster(self.store, self.denied)
+        self.public: dict[str, bytes] = {}
+        self.events = Events(self.denied)
         self.streaming_list = streaming_list
         self.bookmark_seconds = bookmark_seconds
         self.requests: list[tuple[str, dict[str, str]]] = []

@@ -2,7 +2,8 @@
 
 ``python -m tests.deploy.rbac FOLDER``: FOLDER has ``rules.json`` (of the role), ``token``, ``server.crt`` and
 ``server.key``; ``pages`` there makes it a server without streaming lists. It prints its port, and writes a
-line of ``asked.jsonl`` for every request: group, resource, verb, field selector, and whether it was granted.
+line of ``asked.jsonl`` for every request with credentials: group, resource, verb, field selector, and whether
+it was granted. One of its Services has an annotation that cannot be used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from tests.apiserver import ApiServer, Store, bodies, load
+from tests.apiserver import ApiServer, Store, bodies, load, objects
 from tests.apiserver.handler import PATHS, Handler
 
 SERVICE = "10.96.251.1"
@@ -34,6 +35,8 @@ def attributes(method: str, target: str) -> Asked | None:
     split = urlsplit(target)
     query = {name: values[0] for name, values in parse_qs(split.query).items()}
     parts = split.path.strip("/").split("/")
+    if parts[0] not in ("api", "apis"):
+        return None
     group, parts = ("", parts[2:]) if parts[0] == "api" else (parts[1], parts[3:])
     if parts[:1] == ["namespaces"] and len(parts) > 2:
         parts = parts[2:]
@@ -63,12 +66,13 @@ class AuthorizingHandler(Handler):
     def _authorized(self) -> bool:
         asked = attributes(self.command, self.path)
         user = self._user()
-        if asked is None or user is None:
+        if asked is None or user in (None, "system:anonymous"):
             return True
-        granted = user != "system:anonymous" and grants(self.rules, asked)
+        granted = grants(self.rules, asked)
         with self.log.open("a") as out:
             out.write(json.dumps(asked._replace(granted=granted)) + "\n")
         if not granted:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             known = asked.resource in PATHS.values()
             self._answer(
                 403,
@@ -83,12 +87,8 @@ class AuthorizingHandler(Handler):
             super().do_GET()
 
     def do_POST(self) -> None:  # noqa: N802
-        if not self.path.startswith(("/api/", "/apis/")):
+        if self.path.startswith("/control/") or self._authorized():
             super().do_POST()
-            return
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self._authorized():
-            self._answer(201, body)
 
 
 def main(folder: Path) -> None:
@@ -99,6 +99,9 @@ def main(folder: Path) -> None:
     store = Store()
     load.fill(store, 5, 2, "node-a")
     load.add_bench_service(store, SERVICE, (folder / "backend").read_text())
+    annotated = objects.service("annotated", "10.96.252.1")
+    annotated["metadata"]["annotations"] = {"ebpfproxy.io/lb-algorithm": "bogus"}
+    store.put("services", annotated)
     server = ApiServer(
         store,
         tokens={(folder / "token").read_text()},

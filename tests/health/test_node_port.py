@@ -256,3 +256,18 @@ def test_running_out_of_descriptors_costs_no_processor_time(healthy: Healthy, po
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert spent < 0.15
     assert b" 200 OK" in ask(port)
+
+
+def test_who_does_not_get_its_port_is_told_of_once(port: int) -> None:
+    failures: list[tuple[str, str]] = []
+    servers = NodePortHealth(lambda: True, lambda service, error: failures.append((str(service), error)))
+    with socket.create_server(("", port)):
+        servers.start()
+        servers.update([web(port, 1)])
+        servers.update([web(port, 2)])
+    servers.update([web(port, 2), ServiceHealth("shop", "x", port, 0)])
+    servers.update([web(port, 2), ServiceHealth("shop", "x", port, 1)])
+    servers.stop()
+    assert [name for name, _ in failures] == ["shop/web", "shop/x"]
+    assert "Address already in use" in failures[0][1]
+    assert failures[1][1] == "it is shop/web's"

@@ -260,7 +260,7 @@ def test_what_requests_say_and_how_their_sockets_are_kept_alive() -> None:
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
         response.close()
         assert server.headers[-1]["User-Agent"] == f"ebpfproxy/{ebpfproxy.__version__}"
-        assert connection.requests == {"200": 1}
+        assert connection.requests == {("200", "GET"): 1}
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from ebpfproxy.kube.control_plane import control_plane, server_of
+from ebpfproxy.kube import control_plane
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.control_plane import server_of
+from ebpfproxy.objects import Replaced
+from tests.apiserver import ApiServer
+from tests.apiserver.certificates import Authority
+from tests.kube.files import kubeconfig
+from tests.kube.follower import Follower
+from tests.lab import Lab
 
 KUBELET = """
 apiVersion: v1
@@ -22,35 +36,288 @@ contexts:
 current-context: system:node:a@kubernetes
 users: []
 """
-INJECTED = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_PORT_443_TCP_ADDR": "10.96.0.1"}
+#: As kubeadm writes it (cmd/kubeadm/app/phases/bootstraptoken/clusterinfo).
+CLUSTER_INFO = """
+apiVersion: v1
+clusters:
+- cluster:
+    certificate-authority-data: eHg=
+    server: {server}
+  name: ""
+contexts: null
+current-context: ""
+kind: Config
+preferences: {{}}
+users: null
+"""
+TOKEN = "of-the-service-account"
+
+
+class Cluster:
+    """Servers over HTTPS, and a pod: ``own`` stands for the cluster IP."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder
+        self._monkeypatch = monkeypatch
+        self._tls = self.tls(Authority(folder))
+        self.kubelet_conf = folder / "kubelet.conf"
+        (folder / "token").write_text(TOKEN)
+        for name, file in (("TOKEN", "token"), ("CERT", "ca.crt")):
+            variable = f"kubernetes.config.incluster_config.SERVICE_{name}_FILENAME"
+            monkeypatch.setattr(variable, str(folder / file))
+        monkeypatch.setenv("EBPFPROXY_KUBELET_KUBECONFIG", str(self.kubelet_conf))
+        self.own_is("https://127.0.0.1:1")
+
+    @staticmethod
+    def tls(authority: Authority) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*authority.pair("server"))
+        return context
+
+    def server(
+        self, *, tls: ssl.SSLContext | None = None, port: int = 0
+    ) -> AbstractContextManager[ApiServer]:
+        return ApiServer(tls=tls or self._tls, tokens={TOKEN}, port=port)
+
+    def own_is(self, url: str) -> None:
+        host, _, port = url.removeprefix("https://").rpartition(":")
+        for name, value in (("SERVICE_HOST", host), ("SERVICE_PORT", port), ("PORT_443_TCP_ADDR", host)):
+            self._monkeypatch.setenv(f"KUBERNETES_{name}", value)
+
+    def kubelets_is(self, url: str) -> None:
+        kubeconfig(self.kubelet_conf, url, {})
+
+    def connection(self) -> ApiConnection:
+        return ApiConnection.from_options(None, None)
 
 
 @pytest.fixture
-def kubelet(tmp_path: Path) -> Path:
-    path = tmp_path / "kubelet.conf"
-    path.write_text(KUBELET)
-    return path
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(tmp_path, monkeypatch)
 
 
-def test_kubelets_own_server_comes_before_the_cluster_ip(kubelet: Path) -> None:
-    found = control_plane({**INJECTED, "EBPFPROXY_KUBELET_KUBECONFIG": str(kubelet)})
-    assert found == ("https://cp.example:6443", str(kubelet))
+@pytest.fixture
+def closed() -> str:
+    """Nobody listens there."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return f"https://127.0.0.1:{sock.getsockname()[1]}"
 
 
-def test_what_somebody_set_in_the_pod_comes_first(kubelet: Path) -> None:
-    environment = {**INJECTED, "EBPFPROXY_KUBELET_KUBECONFIG": str(kubelet)}
-    assert control_plane({**environment, "KUBERNETES_SERVICE_HOST": "192.0.2.1"}) is None
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Connections are accepted by the kernel, and nobody says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield f"https://127.0.0.1:{sock.getsockname()[1]}"
 
 
-def test_without_a_readable_kubeconfig_it_is_what_kubelet_says(tmp_path: Path) -> None:
-    assert control_plane({**INJECTED, "EBPFPROXY_KUBELET_KUBECONFIG": str(tmp_path / "none")}) is None
+def publish(server: ApiServer, url: str) -> None:
+    body = {"kind": "ConfigMap", "data": {"kubeconfig": CLUSTER_INFO.format(server=url)}}
+    server.public[control_plane.CLUSTER_INFO] = json.dumps(body).encode()
+
+
+# -- who is preferred
+
+
+def test_cluster_info_comes_first_and_is_asked_without_the_token(cluster: Cluster) -> None:
+    with cluster.server() as own, cluster.server() as better, cluster.server() as kubelets:
+        cluster.own_is(own.url)
+        cluster.kubelets_is(kubelets.url)
+        publish(own, better.url)
+        assert cluster.connection().host == better.url
+        assert [path for path, _ in own.requests] == [control_plane.CLUSTER_INFO]
+        assert [path for path, _ in better.requests] == ["/version"]
+        for server in (own, better, kubelets):
+            assert all("Authorization" not in headers for headers in server.headers)
+
+
+def test_then_kubelets_own_server(cluster: Cluster) -> None:
+    with cluster.server() as own, cluster.server() as kubelets:
+        cluster.own_is(own.url)
+        cluster.kubelets_is(kubelets.url)
+        assert cluster.connection().host == kubelets.url
+
+
+def test_then_what_kubelet_says(cluster: Cluster) -> None:
+    with cluster.server() as own:
+        cluster.own_is(own.url)
+        assert cluster.connection().host == own.url
+
+
+def test_what_somebody_set_in_the_pod_is_used_as_it_is(
+    cluster: Cluster, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster.server() as kubelets:
+        cluster.kubelets_is(kubelets.url)
+        cluster.own_is(closed)
+        monkeypatch.setenv("KUBERNETES_PORT_443_TCP_ADDR", "10.96.0.1")
+        assert cluster.connection().host == closed
+        assert not kubelets.requests
+
+
+# -- who does not answer
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+@pytest.mark.parametrize("place", ["cluster-info", "kubelet.conf", "cluster IP"])
+def test_one_that_does_not_answer_is_passed_over(
+    cluster: Cluster, request: pytest.FixtureRequest, place: str, kind: str
+) -> None:
+    dead = request.getfixturevalue(kind)
+    with cluster.server() as own, cluster.server() as kubelets:
+        cluster.own_is(dead if place == "cluster IP" else own.url)
+        cluster.kubelets_is(dead if place == "kubelet.conf" else kubelets.url)
+        if place == "cluster-info":
+            publish(own, dead)
+        began = time.monotonic()
+        found = cluster.connection().host
+        assert found == (own.url if place == "kubelet.conf" else kubelets.url)
+        assert time.monotonic() - began < control_plane.SECONDS + 0.5
+
+
+def test_a_server_of_another_authority_is_passed_over(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = cluster.tls(Authority(tmp_path / "other"))
+    with cluster.server() as own, cluster.server(tls=other) as stranger:
+        cluster.own_is(own.url)
+        cluster.kubelets_is(stranger.url)
+        publish(own, stranger.url)
+        assert cluster.connection().host == own.url
+        assert not stranger.requests
+
+
+def test_a_server_without_tls_is_passed_over(cluster: Cluster) -> None:
+    """It would be told the token."""
+    with cluster.server() as own, ApiServer() as plain:
+        cluster.own_is(own.url)
+        cluster.kubelets_is(plain.url)
+        publish(own, plain.url)
+        assert cluster.connection().host == own.url
+        assert not plain.requests
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404", "500"])
+def test_cluster_info_may_be_refused(cluster: Cluster, status: str) -> None:
+    with cluster.server() as own, cluster.server() as better:
+        cluster.own_is(own.url)
+        publish(own, better.url)
+        own.fail(status)
+        assert cluster.connection().host == own.url
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[", "a: [1", "clusters: 7", KUBELET.replace("https://cp", "ftp://cp"), "current-context: x\n"],
+    "body",
+    [
+        b"",
+        b"[",
+        b"\xff",
+        b"[" * 20000,
+        b"{}",
+        b'{"data": null}',
+        b'{"data": {}}',
+        b'{"data": {"kubeconfig": 7}}',
+        b'{"data": {"kubeconfig": "clusters: 7"}}',
+        b'{"data": {"kubeconfig": "clusters: [{name: \\"\\", cluster: {server: ftp://x}}]"}}',
+        json.dumps({"data": {"kubeconfig": "[" * 5000}}).encode(),
+        b'{"data": {"kubeconfig": "' + b"x" * (1 << 20) + b'"}}',
+    ],
+    ids=lambda body: repr(body[:30]),
 )
-def test_a_kubeconfig_that_names_no_server_is_none(tmp_path: Path, text: str) -> None:
+def test_a_config_map_that_names_no_server(cluster: Cluster, body: bytes) -> None:
+    with cluster.server() as own:
+        cluster.own_is(own.url)
+        own.public[control_plane.CLUSTER_INFO] = body
+        assert cluster.connection().host == own.url
+
+
+def test_where_none_answers_kubelets_is_kept_until_one_does(cluster: Cluster, closed: str) -> None:
+    """The reflectors go on trying, and after three failures addresses are chosen among again."""
+    cluster.kubelets_is(closed)
+    connection = cluster.connection()
+    assert connection.host == closed
+    with cluster.server() as own:
+        cluster.own_is(own.url)
+        follower = Follower(own, connection=connection)
+        follower.reflector.start()
+        follower.until(lambda: follower.count(Replaced) == 1)
+        assert connection.host == own.url
+        assert follower.failures("refused") >= 3
+        follower.reflector.stop()
+
+
+def test_one_that_goes_away_is_left_for_another(cluster: Cluster) -> None:
+    with cluster.server() as own:
+        cluster.own_is(own.url)
+        with cluster.server() as kubelets:
+            cluster.kubelets_is(kubelets.url)
+            connection = cluster.connection()
+            assert connection.host == kubelets.url
+            follower = Follower(own, connection=connection)
+            follower.reflector.start()
+            follower.until(lambda: follower.count(Replaced) == 1)
+        follower.until(lambda: connection.host == own.url)
+        follower.until(lambda: follower.count(Replaced) == 2 or bool(own.requests[-1][1].get("watch")))
+        follower.reflector.stop()
+
+
+@pytest.mark.root
+def test_where_packets_to_the_cluster_ip_vanish_a_start_takes_a_second_longer(cluster: Cluster) -> None:
+    """A node that has no Services yet: a default route, and nobody answers."""
+    cluster.own_is("https://10.96.0.1:443")
+    with Lab() as lab:
+        node = lab.node("node-a")
+        for command in (
+            "ip link add hole type veth peer name bottom",
+            "ip link set bottom up",
+            "ip link set hole arp off up",
+            "ip route add 10.96.0.0/12 dev hole",
+        ):
+            node.run(command.split())
+
+        def chosen() -> tuple[str, float]:
+            began = time.monotonic()
+            return cluster.connection().host, time.monotonic() - began
+
+        def chosen_with_kubelets() -> tuple[str, str, float]:
+            with cluster.server() as kubelets:
+                cluster.kubelets_is(kubelets.url)
+                return kubelets.url, *chosen()
+
+        host, seconds = node.call(chosen)
+        assert host == "https://10.96.0.1:443"
+        assert control_plane.SECONDS <= seconds < control_plane.SECONDS + 0.5
+        kubelets, host, seconds = node.call(chosen_with_kubelets)
+        assert host == kubelets
+        assert control_plane.SECONDS / 2 <= seconds < control_plane.SECONDS / 2 + 0.5
+
+
+# -- kubeconfigs
+
+
+@pytest.mark.parametrize(
+    ("text", "server"),
+    [
+        (KUBELET, "https://cp.example:6443"),
+        (CLUSTER_INFO.format(server="https://192.0.2.1:6443"), "https://192.0.2.1:6443"),
+        *(
+            (text, None)
+            for text in (
+                "",
+                "[",
+                "a: [1",
+                "clusters: 7",
+                KUBELET.replace("https://cp", "ftp://cp"),
+                KUBELET.replace("https://cp", "http://cp"),
+                "current-context: x\n",
+            )
+        ),
+    ],
+)
+def test_the_server_of_a_kubeconfig(tmp_path: Path, text: str, server: str | None) -> None:
     path = tmp_path / "kubelet.conf"
     path.write_text(text)
-    assert server_of(path) is None
+    assert server_of(path) == server
+
+
+def test_a_kubeconfig_that_is_not_there(tmp_path: Path) -> None:
+    assert server_of(tmp_path / "none") is None

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.events import Level, Occurrence, Reference, Series, event
+from ebpfproxy.kube.recorder import Pace, Recorder
 from ebpfproxy.kube.reflector import Reflector, Timing
 from ebpfproxy.kube.status import State
 from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
@@ -253,3 +255,56 @@ def test_wrong_credentials_are_401(api: Api, watching: list[Watch]) -> None:
     watch.until(lambda: watch.reflector.status.failures.get("401", 0) >= 2)
     assert watch.reflector.status.state is State.FAILING
     assert not watch.events
+
+
+SERVICE = Reference("Service", "default", "kubernetes")
+
+
+def test_events_are_taken_once(api: Api) -> None:
+    counts: list[str] = []
+    for start in range(1, 3):
+        recorder = Recorder(api.connection(), "node-a", counts.append, Pace(spread=0))
+        recorder.start()
+        for about in (SERVICE, Reference("Node", "", "node-a")):
+            recorder.record(Occurrence(about, Level.WARNING, "Bad", "Read", "é" * 1000))
+        recorder.record(
+            Occurrence(Reference("Service", "default", "gone"), Level.WARNING, "Bad", "Read", "x")
+        )
+        deadline = time.monotonic() + 30
+        while len(counts) < 3 * start:
+            assert time.monotonic() < deadline, counts
+            time.sleep(0.02)
+        recorder.stop()
+    assert counts == ["created", "created", "gone", "exists", "exists", "gone"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "status"),
+    [
+        ("note", "x", 201),
+        ("eventTime", None, 422),
+        ("reportingController", "", 422),
+        ("reportingController", "of ours", 422),
+        ("reportingInstance", "", 422),
+        ("reportingInstance", "x" * 129, 422),
+        ("action", "", 422),
+        ("reason", "x" * 129, 422),
+        ("note", "é" * 513, 422),
+        ("type", "Error", 422),
+        ("series", {"count": 1, "lastObservedTime": "2026-11-21T10:00:00.000000Z"}, 422),
+        ("series", {"count": 2, "lastObservedTime": "2026-11-21T10:00:00.000000Z"}, 201),
+        ("metadata", {"name": "Upper.1", "namespace": "default"}, 422),
+        ("metadata", {"name": "other.1", "namespace": "kube-system"}, 400),
+    ],
+)
+def test_events_that_are_not_valid(api: Api, field: str, value: object, status: int) -> None:
+    now = time.time()
+    occurrence = Occurrence(SERVICE, Level.NORMAL, "Odd", "Read", f"{field} {value}")
+    body = {**event(occurrence, Series(now, now, 1), "node-a"), field: value}
+    response = api.connection().request(
+        "POST",
+        "/apis/events.k8s.io/v1/namespaces/default/events",
+        body=json.dumps({name: each for name, each in body.items() if each is not None}).encode(),
+        read_seconds=5,
+    )
+    assert response.status == status, response.data

@@ -84,7 +84,7 @@ def used() -> AgentMetrics:
     metrics.asked("livez", 200)
     metrics.swept(Sweep(entries=4, expired=6, evicted=0, seconds=0.02), {Family.IPV4: 2})
     metrics.requested("api:6443", "GET", 0.003)
-    metrics.registry.register(SourceCollector(list, lambda: {"200": 4}, "api:6443"))
+    metrics.registry.register(SourceCollector(list, lambda: {("200", "GET"): 4}, "api:6443"))
     return metrics
 
 
@@ -221,7 +221,7 @@ def test_watches_and_requests_are_read_when_asked() -> None:
     status = SourceStatus(
         resource=Resource.NODES, state=State.FAILING, since=1.0, failures={"410": 2}, last_event=9.0
     )
-    metrics.registry.register(SourceCollector(lambda: [status], lambda: {"200": 4}, "api:6443"))
+    metrics.registry.register(SourceCollector(lambda: [status], lambda: {("200", "GET"): 4}, "api:6443"))
     text = metrics.render().decode()
     assert 'ebpfproxy_watch_connected{resource="nodes"} 0.0' in text
     assert 'ebpfproxy_watch_failures_total{reason="410",resource="nodes"} 2.0' in text

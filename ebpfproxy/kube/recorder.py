@@ -1,0 +1,256 @@
+"""Sends events, if it can: nothing waits for it, and it asks for little.
+
+A queue of bounded length and one thread that sends at a rate of its own. Of those that nodes have in common,
+each node sends after a random time: who comes later is told that it exists already.
+
+``kubectl describe`` finds a Service's events by its uid, which is not kept in memory for ten thousand of
+them: it is asked for, with the ``list`` that the role grants anyway.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import quote
+
+import msgspec
+import urllib3
+
+from ebpfproxy.kube import failures
+from ebpfproxy.kube.backoff import Backoff
+from ebpfproxy.kube.client import ApiConnection, ConfigError
+from ebpfproxy.kube.correlation import Correlator
+from ebpfproxy.kube.decode import decode_status
+from ebpfproxy.kube.events import Occurrence, Reference, Series, event, namespace_of
+from ebpfproxy.kube.limits import RateLimit
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
+
+Record = Callable[[Occurrence], None]
+
+#: What becomes of occurrences. ``created``, and ``exists``: another node or an earlier start sent the same;
+#: ``repeated`` and ``limited``: see ``correlation``; ``dropped``: the queue is full; ``gone``: the object is
+#: no longer there; ``forbidden``: by a 403 or in the time after it; ``rejected``: by another 4xx; ``failed``:
+#: after the last try.
+RESULTS = (
+    "created", "exists", "repeated", "limited", "dropped", "gone", "forbidden", "rejected", "failed",
+)  # fmt: skip
+
+_PATHS = {
+    "Service": "/api/v1/namespaces/{}/services",
+    "EndpointSlice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
+}
+_EVENTS = "/apis/events.k8s.io/v1/namespaces/{}/events"
+_SERVICE_NAME = "kubernetes.io/service-name"
+_READ_SECONDS = 10.0
+_MOST_BYTES = 1 << 20
+#: client-go's limit for an event (maxTriesPerEvent).
+_TRIES = 12
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """Seconds, and events a second."""
+
+    qps: float = 1.0
+    burst: int = 10
+    queue: int = 256
+    #: Until one that all nodes send goes.
+    spread: float = 10.0
+    backoff_first: float = 2.0
+    backoff_most: float = 60.0
+    #: How long nothing is sent to a namespace after a 403 there.
+    forbidden: float = 600.0
+
+
+class _Waiting(NamedTuple):
+    """In the order of the queue; ``number`` tells equal ones apart."""
+
+    due: float
+    number: int
+    occurrence: Occurrence
+    series: Series
+    tries: int = 0
+
+
+class _Meta(msgspec.Struct):
+    uid: str = ""
+    labels: dict[str, str] | None = None
+
+
+class _Item(msgspec.Struct):
+    metadata: _Meta
+
+
+class _Items(msgspec.Struct):
+    items: tuple[_Item, ...] | None = None
+
+
+class _Over(Exception):  # noqa: N818 - a result, not an error
+    """``result`` is what has become of an occurrence; ``why`` is for the log, once for each ``kind``."""
+
+    def __init__(self, result: str, kind: str = "", why: str = "") -> None:
+        super().__init__(why)
+        self.result = result
+        self.kind = kind
+
+
+class Recorder:
+    """:meth:`record` may be called by any thread, at once and at any time."""
+
+    def __init__(
+        self,
+        connection: ApiConnection,
+        node: str,
+        count: Callable[[str], None],
+        pace: Pace | None = None,
+    ) -> None:
+        """``count`` is told of each of :data:`RESULTS`."""
+        self._connection = connection
+        self._node = node
+        self._count = count
+        self._pace = pace or Pace()
+        self._limit = RateLimit(self._pace.qps, self._pace.burst)
+        self._backoff = Backoff(self._pace.backoff_first, self._pace.backoff_most)
+        self._correlator = Correlator()
+        self._changed = threading.Condition()
+        self._queue: list[_Waiting] = []
+        self._numbers = itertools.count()
+        self._not_before = 0.0
+        self._forbidden: dict[str, float] = {}
+        self._said: set[str] = set()
+        self._stopping = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="events", daemon=True).start()
+
+    def stop(self) -> None:
+        """Does not wait: what is not sent is not sent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def record(self, occurrence: Occurrence) -> None:
+        now = time.monotonic()
+        with self._changed:
+            taken = self._correlator.take(occurrence, monotonic=now, unix=time.time())
+            result = taken if isinstance(taken, str) else "dropped"
+            if isinstance(taken, Series) and len(self._queue) < self._pace.queue:
+                spread = 0.0 if occurrence.of_node else random.uniform(0, self._pace.spread)  # noqa: S311
+                heapq.heappush(self._queue, _Waiting(now + spread, next(self._numbers), occurrence, taken))
+                self._changed.notify()
+                return
+        self._count(result)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while (waiting := self._next()) is not None:
+            try:
+                self._send(waiting.occurrence, waiting.series)
+            except _Over as over:
+                self._backoff.reset()
+                self._end(over.result, over.kind, str(over))
+            except failures.Failure as failure:
+                self._retry(waiting, failure)
+            except Exception as error:
+                # A mistake of ours must not end the thread.
+                self._end("failed", type(error).__name__, repr(error))
+
+    def _next(self) -> _Waiting | None:
+        """Waits for the next that is due; None at the end."""
+        with self._changed:
+            while not self._stopping:
+                due = max(self._queue[0].due, self._not_before) if self._queue else None
+                now = time.monotonic()
+                if due is not None and due <= now:
+                    return heapq.heappop(self._queue)
+                self._changed.wait(None if due is None else due - now)
+        return None
+
+    def _end(self, result: str, kind: str, why: str) -> None:
+        self._count(result)
+        if why and kind not in self._said:
+            self._said.add(kind)
+            log.warning("event is not sent, which is said once", result=result, error=why)
+
+    def _retry(self, waiting: _Waiting, failure: failures.Failure) -> None:
+        """Everything waits, since the next one would not fare better, but then others go first."""
+        if waiting.tries + 1 >= _TRIES:
+            self._end("failed", failure.reason, f"{_TRIES} tries: {failure}")
+            return
+        pause = max(failure.retry_after or 0.0, self._backoff.next())
+        with self._changed:
+            self._not_before = time.monotonic() + pause
+            heapq.heappush(self._queue, waiting._replace(due=self._not_before, tries=waiting.tries + 1))
+
+    def _send(self, occurrence: Occurrence, series: Series) -> None:
+        """Raises _Over when that is all, and Failure for what may pass."""
+        namespace = namespace_of(occurrence.regarding)
+        if time.monotonic() < self._forbidden.get(namespace, 0.0):
+            raise _Over("forbidden")
+        self._limit.wait()
+        regarding, related = self._resolve(occurrence.regarding)
+        body = event(occurrence, series, self._node, regarding=regarding, related=related)
+        status, _ = self._request("POST", _EVENTS.format(quote(namespace)), body=msgspec.json.encode(body))
+        raise _Over("exists" if status == 409 else "created")
+
+    def _resolve(self, about: Reference) -> tuple[Reference, Reference | None]:
+        """With its uid; a slice's Service, and the slice."""
+        if about.kind == "Node":
+            return about, None
+        meta = self._look_up(about)
+        known = msgspec.structs.replace(about, uid=meta.uid)
+        service = (meta.labels or {}).get(_SERVICE_NAME) if about.kind == "EndpointSlice" else None
+        if service is None:
+            return known, None
+        owner = Reference("Service", about.namespace, service)
+        return msgspec.structs.replace(owner, uid=self._look_up(owner).uid), known
+
+    def _look_up(self, about: Reference) -> _Meta:
+        # From the server's cache: it costs it next to nothing.
+        params = {"fieldSelector": f"metadata.name={about.name}", "resourceVersion": "0"}
+        _, body = self._request("GET", _PATHS[about.kind].format(quote(about.namespace)), params)
+        items = msgspec.json.decode(body, type=_Items).items
+        if not items:
+            raise _Over("gone")
+        return items[0].metadata
+
+    def _request(
+        self, method: str, path: str, params: dict[str, str] | None = None, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """Status (2xx, or 409) and body. Raises _Over and Failure."""
+        try:
+            response = self._connection.request(
+                method, path, params or {}, body=body, read_seconds=_READ_SECONDS
+            )
+            answer = bytes(response.read(_MOST_BYTES))
+            response.release_conn()
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise failures.of_exception(error) from error
+        except ConfigError as error:
+            raise failures.Failure("credentials", str(error)) from error
+        if response.status < 300 or response.status == 409:
+            return response.status, answer
+        raise self._refusal(method, path, response, answer)
+
+    def _refusal(
+        self, method: str, path: str, response: urllib3.BaseHTTPResponse, answer: bytes
+    ) -> Exception:
+        status = decode_status(answer, response.status)
+        failure = failures.of_status(status, response.headers.get("Retry-After"))
+        if isinstance(failure, failures.Failure) and (status.code in (401, 429) or status.code >= 500):
+            return failure
+        why = f"{method} {path}: {failure}"
+        if status.code != 403:
+            return _Over("rejected", str(status.code), why)
+        # Of this namespace alone: it may be one that is being deleted, or full.
+        now = time.monotonic()
+        self._forbidden = {name: until for name, until in self._forbidden.items() if until > now}
+        self._forbidden[path.split("/")[-2]] = now + self._pace.forbidden
+        return _Over("forbidden", "403", why)

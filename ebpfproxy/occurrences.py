@@ -1,0 +1,86 @@
+"""What the agent tells people through events, and of which object.
+
+| reason | of | level | from |
+|---|---|---|---|
+| ``Starting`` | Node | Normal | kube-proxy |
+| ``FailedToStartProxierHealthcheck``, ``FailedToStartMetricServer`` | Node | Warning | kube-proxy |
+| ``FailedToStartServiceHealthcheck`` | Service | Warning | kube-proxy |
+| ``DeviceNotAttached`` | Node | Warning | |
+| ``NoRoomForServicePort`` | Service | Warning | |
+| ``ValueNotUsed`` | Service, also for what its EndpointSlices have | Warning | every node, but one event |
+| ``AddressConflict`` | the Service that does not get the address | Warning | every node, but one event |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import ebpfproxy
+from ebpfproxy.datapath.writer import Unplaced
+from ebpfproxy.kube.events import Level, Occurrence, Reference
+from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.services.model import FrontendKind
+from ebpfproxy.services.values import Warning
+
+_KINDS = {Resource.SERVICES: "Service", Resource.ENDPOINTSLICES: "EndpointSlice", Resource.NODES: "Node"}
+_START = "StartEbpfProxy"
+_CONFLICTS = {str(kind) for kind in FrontendKind}
+#: By the names of ``pages.servers``.
+_SERVER_REASONS = {
+    "healthz": "FailedToStartProxierHealthcheck",
+    "metrics": "FailedToStartMetricServer",
+}
+
+
+def starting(node: str) -> Occurrence:
+    return Occurrence(_node(node), Level.NORMAL, "Starting", _START, f"ebpfproxy {ebpfproxy.__version__}")
+
+
+def server_not_started(node: str, server: str, error: str) -> Occurrence:
+    """``server``: healthz or metrics."""
+    note = f"{server} server failed: {error}"
+    return Occurrence(_node(node), Level.WARNING, _SERVER_REASONS[server], _START, note)
+
+
+def health_port_not_bound(node: str, service: ObjectKey, port: int, error: str) -> Occurrence:
+    """In kube-proxy's words (pkg/proxy/healthcheck/service_health.go)."""
+    note = f'node {node} failed to start healthcheck "{service}" on port {port}: {error}'
+    return Occurrence(_service(service), Level.WARNING, "FailedToStartServiceHealthcheck", "Listen", note)
+
+
+def device_not_attached(node: str, failure: str) -> Occurrence:
+    return Occurrence(_node(node), Level.WARNING, "DeviceNotAttached", "AttachPrograms", failure)
+
+
+def no_room(node: str, problems: Iterable[Unplaced]) -> list[Occurrence]:
+    """One for each Service."""
+    found: dict[ObjectKey, list[str]] = {}
+    for problem in sorted(problems, key=str):
+        found.setdefault(ObjectKey(problem.key.namespace, problem.key.name), []).append(str(problem))
+    return [
+        Occurrence(
+            _service(key),
+            Level.WARNING,
+            "NoRoomForServicePort",
+            "ProgramServicePort",
+            f"node {node}: {its[0]}" + (f"; and {len(its) - 1} more of its ports" if its[1:] else ""),
+        )
+        for key, its in found.items()
+    ]
+
+
+def value_not_used(warning: Warning) -> Occurrence:
+    kind = _KINDS[warning.resource]
+    of = f"{kind} {warning.key.name}: " if warning.resource is Resource.ENDPOINTSLICES else ""
+    note = f"{of}{warning.field}: {warning.message}"
+    reason = "AddressConflict" if warning.field in _CONFLICTS else "ValueNotUsed"
+    about = Reference(kind, *warning.key)
+    return Occurrence(about, Level.WARNING, reason, "ReadService", note, of_node=False)
+
+
+def _node(name: str) -> Reference:
+    return Reference("Node", "", name)
+
+
+def _service(key: ObjectKey) -> Reference:
+    return Reference("Service", key.namespace, key.name)

@@ -1,0 +1,362 @@
+"""Single objects of a few kinds beside the watched ones: what a client such as kubectl does with them.
+
+Get, list, create, replace, delete, merge patches and server-side apply, with managed fields, generations and
+dry runs; discovery. Answers have the texts of a real API server. No controller runs here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tests.apiserver import bodies, fields
+from tests.apiserver.fields import ConflictError, Managed, Object
+from tests.apiserver.selectors import Selector
+from tests.apiserver.store import Store, encode
+
+
+class Resource(NamedTuple):
+    group: str
+    plural: str
+    kind: str
+    namespaced: bool = True
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/v1" if self.group else "v1"
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+
+RESOURCES = (
+    Resource("", "configmaps", "ConfigMap"),
+    Resource("", "events", "Event"),
+    Resource("", "namespaces", "Namespace", False),
+    Resource("", "pods", "Pod"),
+    Resource("", "serviceaccounts", "ServiceAccount"),
+    Resource("apps", "daemonsets", "DaemonSet"),
+    Resource("rbac.authorization.k8s.io", "clusterroles", "ClusterRole", False),
+    Resource("rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding", False),
+)
+_VERBS = ["create", "delete", "get", "list", "patch", "update"]
+_IMMUTABLE = {"DaemonSet": ("spec", "selector"), "ClusterRoleBinding": ("roleRef",)}
+_DEFAULTS = {"DaemonSet": ("spec", "revisionHistoryLimit", 10)}
+
+
+class Answer(NamedTuple):
+    code: int
+    body: bytes
+    headers: Mapping[str, str] = {}
+
+
+class _Error(Exception):
+    def __init__(self, code: int, reason: str, message: str, details: Object | None = None) -> None:
+        self.answer = Answer(code, bodies.status(code, reason, message, details or {}))
+
+
+class _Request(NamedTuple):
+    method: str
+    resource: Resource
+    namespace: str
+    name: str
+    status: bool
+    query: Mapping[str, str]
+    body: bytes
+    content_type: str
+    user: str
+    agent: str
+
+    @property
+    def verb(self) -> str:
+        reading = "get" if self.name else "list"
+        return {"GET": reading, "POST": "create", "PUT": "update"}.get(self.method, self.method.lower())
+
+
+class Cluster:
+    """All objects by resource, namespace and name. Any thread may use it.
+
+    ``denied``: ``daemonsets``, or with a verb ``patch daemonsets``; ``warnings``: a header's text by resource.
+    """
+
+    def __init__(self, store: Store, denied: set[str]) -> None:
+        self._store = store
+        self._denied = denied
+        self._lock = threading.RLock()
+        self._objects: dict[tuple[str, str, str], Managed] = {}
+        self.namespaces = {"default", "kube-public", "kube-system"}
+        self.warnings: dict[str, str] = {}
+        self.version = {"major": "1", "minor": "36", "gitVersion": "v1.36.2"}
+
+    # -- for tests
+
+    def put(self, item: Object, manager: str = "kubeadm") -> Object:
+        """Creates or replaces, as somebody's update."""
+        resource = next(each for each in RESOURCES if each.kind == item["kind"])
+        key = (resource.plural, item["metadata"].get("namespace", ""), item["metadata"]["name"])
+        with self._lock:
+            before = self._objects.get(key)
+            return self._write(key, before, fields.updated(before, copy.deepcopy(item), manager), resource)
+
+    def get(self, plural: str, namespace: str, name: str) -> Object | None:
+        with self._lock:
+            found = self._objects.get((plural, namespace, name))
+            return copy.deepcopy(found.item) if found is not None else None
+
+    def all(self, plural: str) -> list[Object]:
+        with self._lock:
+            return [copy.deepcopy(each.item) for key, each in self._objects.items() if key[0] == plural]
+
+    # -- requests
+
+    def answer(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: bytes,
+        headers: Mapping[str, str],
+        user: str,
+    ) -> Answer:
+        parts = path.strip("/").split("/")
+        if method == "GET" and (found := self._discovery(parts)) is not None:
+            return Answer(200, encode(found))
+        try:
+            request = self._read(method, parts, query, body, headers, user)
+            with self._lock:
+                return self._serve(request)
+        except _Error as error:
+            return error.answer
+
+    def resource_of(self, path: str) -> str:
+        """The plural, for faults; empty for what is no resource."""
+        parts = path.strip("/").split("/")
+        return next((each.plural for each in RESOURCES if each.plural in parts[2:6]), "")
+
+    def _read(
+        self,
+        method: str,
+        parts: list[str],
+        query: Mapping[str, str],
+        body: bytes,
+        headers: Mapping[str, str],
+        user: str,
+    ) -> _Request:
+        group, rest = ("", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:2]), parts[3:])
+        namespace = ""
+        if rest[:1] == ["namespaces"] and len(rest) > 2:
+            namespace, rest = rest[1], rest[2:]
+        for each in RESOURCES:
+            if rest and each.group == group and each.plural == rest[0]:
+                return _Request(
+                    method,
+                    each,
+                    namespace,
+                    rest[1] if len(rest) > 1 else "",
+                    rest[2:] == ["status"],
+                    query,
+                    body,
+                    headers.get("Content-Type", "").partition(";")[0],
+                    user,
+                    headers.get("User-Agent", "").partition("/")[0],
+                )
+        raise _Error(404, "NotFound", bodies.NOT_FOUND)
+
+    def _serve(self, request: _Request) -> Answer:
+        self._authorize(request)
+        if request.method == "GET" and not request.name:
+            return self._list(request)
+        if request.name == "" and request.method == "POST":
+            request = request._replace(name=json.loads(request.body)["metadata"]["name"])
+        key = (request.resource.plural, request.namespace, request.name)
+        before = self._objects.get(key)
+        creates = request.method == "POST" or request.content_type == "application/apply-patch+yaml"
+        if before is None and not creates:
+            raise self._missing(request)
+        if request.resource.namespaced and request.namespace not in self.namespaces and creates:
+            raise _Error(404, "NotFound", f'namespaces "{request.namespace}" not found')
+        if request.method == "GET":
+            assert before is not None
+            return Answer(200, encode(before.item))
+        dry_run = request.query.get("dryRun") == "All"
+        if request.method == "DELETE":
+            if not dry_run:
+                del self._objects[key]
+            return Answer(200, encode({"kind": "Status", "apiVersion": "v1", "status": "Success"}))
+        if request.method == "POST" and before is not None:
+            raise _Error(
+                409, "AlreadyExists", f'{request.resource.qualified} "{request.name}" already exists'
+            )
+        made = self._write(key, before, self._change(request, before), request.resource, dry_run=dry_run)
+        warning = self.warnings.get(request.resource.plural)
+        headers = {"Warning": f'299 - "{warning}"'} if warning else {}
+        return Answer(201 if before is None else 200, encode(made), headers)
+
+    def _authorize(self, request: _Request) -> None:
+        resource, verb = request.resource, request.verb
+        denied = {resource.plural, f"{verb} {resource.plural}"} & self._denied
+        if not denied and request.user != "system:anonymous":
+            return
+        what = f'{resource.qualified} "{request.name}"' if request.name else resource.qualified
+        where = f'in the namespace "{request.namespace}"' if request.namespace else "at the cluster scope"
+        raise _Error(
+            403,
+            "Forbidden",
+            f'{what} is forbidden: User "{request.user}" cannot {verb} resource "{resource.plural}"'
+            f' in API group "{resource.group}" {where}',
+        )
+
+    @staticmethod
+    def _missing(request: _Request) -> _Error:
+        return _Error(404, "NotFound", f'{request.resource.qualified} "{request.name}" not found')
+
+    def _list(self, request: _Request) -> Answer:
+        chosen = Selector(request.query.get("labelSelector", ""))
+        wanted = [part.partition("=") for part in request.query.get("fieldSelector", "").split(",") if part]
+        items = [
+            managed.item
+            for (plural, namespace, name), managed in sorted(self._objects.items())
+            if plural == request.resource.plural
+            and request.namespace in ("", namespace)
+            and chosen((namespace, name), managed.item["metadata"].get("labels") or {})
+            and all(_at(managed.item, path.split(".")) == value for path, _, value in wanted)
+        ]
+        head = {"kind": f"{request.resource.kind}List", "apiVersion": request.resource.api_version}
+        meta = {"resourceVersion": str(self._store.version)}
+        return Answer(200, encode({**head, "metadata": meta, "items": items}))
+
+    def _change(self, request: _Request, before: Managed | None) -> Managed:
+        item = json.loads(request.body)
+        if request.content_type == "application/apply-patch+yaml":
+            manager = request.query.get("fieldManager")
+            if not manager:
+                raise _Error(
+                    422,
+                    "Invalid",
+                    'PatchOptions.meta.k8s.io "" is invalid: fieldManager: Required value: is required for'
+                    " apply patch",
+                )
+            item["metadata"].setdefault("namespace", request.namespace)
+            if not request.resource.namespaced:
+                item["metadata"].pop("namespace", None)
+            try:
+                return fields.applied(before, item, manager, force=request.query.get("force") == "true")
+            except ConflictError as error:
+                causes = [
+                    {
+                        "reason": "FieldManagerConflict",
+                        "message": f"conflict with {each.words}",
+                        "field": fields.shown(each.path),
+                    }
+                    for each in error.conflicts
+                ]
+                raise _Error(409, "Conflict", str(error), {"causes": causes}) from error
+        if request.method == "PATCH":
+            assert before is not None
+            item = _merged(before.item, {"status": item["status"]} if request.status else item)
+        item.setdefault("kind", request.resource.kind)
+        item.setdefault("apiVersion", request.resource.api_version)
+        if request.resource.namespaced:
+            item["metadata"]["namespace"] = request.namespace
+        return fields.updated(before, item, request.query.get("fieldManager") or request.agent)
+
+    def _write(
+        self,
+        key: tuple[str, str, str],
+        before: Managed | None,
+        made: Managed,
+        resource: Resource,
+        *,
+        dry_run: bool = False,
+    ) -> Object:
+        """Nothing is written where nothing is another, as a real server does."""
+        if path := _IMMUTABLE.get(resource.kind):
+            was, now = (_at(each.item, path) if each else None for each in (before, made))
+            if before is not None and was != now:
+                kind = f"{resource.kind}.{resource.group}"
+                raise _Error(
+                    422,
+                    "Invalid",
+                    f'{kind} "{key[2]}" is invalid: {".".join(path)}: Invalid value: {json.dumps(now)}: field is'
+                    " immutable",
+                )
+        if resource.kind in _DEFAULTS:
+            section, name, value = _DEFAULTS[resource.kind]
+            made.item[section].setdefault(name, value)
+        meta = made.item["metadata"]
+        if before is None:
+            meta |= {"uid": str(uuid.uuid4()), "creationTimestamp": "2026-11-21T10:00:00Z"}
+        if resource.kind in ("DaemonSet", "Pod"):
+            same = before is not None and before.item.get("spec") == made.item.get("spec")
+            meta["generation"] = meta.get("generation", 0) + (not same)
+        meta["managedFields"] = made.managed_fields()
+        if before is not None and before.item == made.item:
+            return before.item
+        if not dry_run:
+            with self._store.changed:
+                self._store.version += 1
+                meta["resourceVersion"] = str(self._store.version)
+            self._objects[key] = made
+        return made.item
+
+    # -- discovery
+
+    def _discovery(self, parts: list[str]) -> Object | None:
+        groups = sorted({each.group for each in RESOURCES if each.group})
+        match parts:
+            case ["version"]:
+                return dict(self.version)
+            case ["api"]:
+                return {"kind": "APIVersions", "versions": ["v1"]}
+            case ["apis"]:
+                versions = {name: [{"groupVersion": f"{name}/v1", "version": "v1"}] for name in groups}
+                listed = [
+                    {"name": name, "versions": each, "preferredVersion": each[0]}
+                    for name, each in versions.items()
+                ]
+                return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
+            case ["api", "v1"]:
+                return _resources("")
+            case ["apis", group, "v1"] if group in groups:
+                return _resources(group)
+        return None
+
+
+def _resources(group: str) -> Object:
+    listed = [
+        {
+            "name": each.plural,
+            "singularName": each.kind.lower(),
+            "namespaced": each.namespaced,
+            "kind": each.kind,
+            "verbs": _VERBS,
+        }
+        for each in RESOURCES
+        if each.group == group
+    ]
+    version = f"{group}/v1" if group else "v1"
+    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": listed}
+
+
+def _at(item: Any, path: Any) -> Any:
+    for part in path:
+        item = item.get(part) if isinstance(item, dict) else None
+    return item
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(above, dict):
+        return above
+    made = dict(below) if isinstance(below, dict) else {}
+    for key, each in above.items():
+        if each is None:
+            made.pop(key, None)
+        else:
+            made[key] = _merged(made.get(key), each)
+    return made

@@ -1,0 +1,290 @@
+"""Events over real HTTP: what arrives, how often, and what happens when they are not wanted."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.events import Level, Occurrence, Reference
+from ebpfproxy.kube.recorder import RESULTS, Pace, Recorder
+from tests.apiserver import ApiServer, objects
+from tests.lab.waiting import until
+
+QUICK = Pace(qps=1000, burst=100, spread=0.05, backoff_first=0.02, backoff_most=0.1)
+NODE = Reference("Node", "", "node-a")
+SERVICE = Reference("Service", "load", "web")
+SLICE = Reference("EndpointSlice", "load", "web-x7k2p")
+
+
+def said(
+    about: Reference = SERVICE, note: str = "spec.x: is wrong", *, of_node: bool = False, reason: str = "Bad"
+) -> Occurrence:
+    return Occurrence(about, Level.WARNING, reason, "Read", note, of_node)
+
+
+class Sender:
+    def __init__(self, server: ApiServer, node: str = "node-a", pace: Pace = QUICK) -> None:
+        self.counts: Counter[str] = Counter()
+        self.recorder = Recorder(ApiConnection.from_options(None, server.url), node, self._count, pace)
+        self.recorder.start()
+
+    def _count(self, result: str) -> None:
+        assert result in RESULTS
+        self.counts[result] += 1
+
+    def __call__(self, *occurrences: Occurrence) -> None:
+        for each in occurrences:
+            self.recorder.record(each)
+
+    def until(self, **counts: int) -> None:
+        until(lambda: self.counts == Counter(counts), f"not {counts}")
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as made:
+        made.store.put("services", objects.service("web", "10.96.0.1"))
+        made.store.put("services", objects.service("web", "10.96.0.2", namespace="other"))
+        made.store.put("endpointslices", objects.endpoint_slice("web", []))
+        yield made
+
+
+@pytest.fixture
+def sender(server: ApiServer) -> Iterator[Sender]:
+    made = Sender(server)
+    yield made
+    made.recorder.stop()
+
+
+def posts(server: ApiServer) -> int:
+    return sum(path.startswith("/apis/events.k8s.io/") for path, _ in server.requests)
+
+
+# -- what arrives
+
+
+def test_of_a_service_with_its_uid(server: ApiServer, sender: Sender) -> None:
+    """kubectl describe asks for events by it."""
+    sender(said())
+    sender.until(created=1)
+    (event,) = server.events.all
+    uid = objects.service("web", "10.96.0.1")["metadata"]["uid"]
+    assert event["regarding"] == {
+        "kind": "Service",
+        "apiVersion": "v1",
+        "namespace": "load",
+        "name": "web",
+        "uid": uid,
+    }
+    assert event["metadata"]["namespace"] == "load"
+    assert event["metadata"]["name"].startswith("web.")
+    assert (event["type"], event["reason"], event["action"]) == ("Warning", "Bad", "Read")
+    assert (event["note"], event["reportingController"]) == ("spec.x: is wrong", "ebpfproxy")
+    assert event["reportingInstance"] == "ebpfproxy-node-a"
+    assert "series" not in event
+
+
+def test_of_a_node_as_kube_proxy_and_kubelet_name_it(server: ApiServer, sender: Sender) -> None:
+    sender(said(NODE, of_node=True))
+    sender.until(created=1)
+    (event,) = server.events.all
+    assert event["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node-a", "uid": "node-a"}
+    assert event["metadata"]["namespace"] == "default"
+    assert len(server.requests) == 1, "nothing has to be asked for"
+
+
+def test_of_a_slice_it_is_the_services(server: ApiServer, sender: Sender) -> None:
+    sender(said(SLICE))
+    sender.until(created=1)
+    (event,) = server.events.all
+    assert (event["regarding"]["kind"], event["regarding"]["name"]) == ("Service", "web")
+    assert event["regarding"]["uid"] == objects.service("web", "10.96.0.1")["metadata"]["uid"]
+    assert (event["related"]["kind"], event["related"]["name"]) == ("EndpointSlice", "web-x7k2p")
+    assert event["related"]["apiVersion"] == "discovery.k8s.io/v1"
+
+
+def test_of_a_slice_of_no_service_it_is_its_own(server: ApiServer, sender: Sender) -> None:
+    piece = objects.endpoint_slice("free", [])
+    del piece["metadata"]["labels"]["kubernetes.io/service-name"]
+    server.store.put("endpointslices", piece)
+    sender(said(Reference("EndpointSlice", "load", piece["metadata"]["name"])))
+    sender.until(created=1)
+    assert server.events.all[0]["regarding"]["kind"] == "EndpointSlice"
+
+
+@pytest.mark.parametrize(
+    ("node", "note"),
+    [("n" * 253, "x" * 5000), ("a.b-c", "é" * 1024), ("n", "\N{GRINNING FACE}" * 300), ("n", "")],
+    ids=["ASCII", "two bytes", "four bytes", "empty"],
+)
+def test_names_and_notes_of_any_length_are_valid(server: ApiServer, node: str, note: str) -> None:
+    sender = Sender(server, node)
+    sender(said(Reference("Node", "", node), note, of_node=True))
+    sender.until(created=1)
+    assert note.startswith(server.events.all[0]["note"].removesuffix("…"))
+    sender.recorder.stop()
+
+
+def test_of_what_is_gone_nothing_is_said(server: ApiServer, sender: Sender) -> None:
+    sender(said(Reference("Service", "load", "gone")), said(Reference("EndpointSlice", "load", "gone")))
+    sender.until(gone=2)
+    assert posts(server) == 0
+
+
+# -- how often
+
+
+def test_of_many_nodes_that_say_the_same_one_is_kept(server: ApiServer) -> None:
+    senders = [Sender(server, f"node-{i}") for i in range(20)]
+    for each in senders:
+        each(said())
+    until(lambda: sum(sum(each.counts.values()) for each in senders) == 20)
+    assert sum((each.counts for each in senders), Counter()) == Counter(created=1, exists=19)
+    assert len(server.events.all) == 1
+    for each in senders:
+        each.recorder.stop()
+
+
+def test_what_a_node_says_of_itself_is_its_own(server: ApiServer) -> None:
+    senders = [Sender(server, f"node-{i}") for i in range(3)]
+    for each in senders:
+        each(said(of_node=True))
+        each.until(created=1)
+        each.recorder.stop()
+
+
+def test_a_restart_does_not_say_it_again(server: ApiServer, sender: Sender) -> None:
+    sender(said(of_node=True))
+    sender.until(created=1)
+    again = Sender(server)
+    again(said(of_node=True))
+    again.until(exists=1)
+    again.recorder.stop()
+
+
+def test_each_start_is_an_event(server: ApiServer) -> None:
+    for _ in range(3):
+        sender = Sender(server)
+        sender(Occurrence(NODE, Level.NORMAL, "Starting", "Start", "v1"))
+        sender.until(created=1)
+        sender.recorder.stop()
+    assert len(server.events.all) == 3
+
+
+def test_repeats_are_counted_and_said_after_ten_minutes(
+    server: ApiServer, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender(*[said(NODE, of_node=True)] * 5)
+    sender.until(created=1, repeated=4)
+    later = time.monotonic() + 601
+    monkeypatch.setattr("ebpfproxy.kube.recorder.time.monotonic", lambda: later)
+    sender(said(NODE, of_node=True))
+    sender.until(created=2, repeated=4)
+    first, second = server.events.all
+    assert "series" not in first
+    assert second["series"]["count"] == 5, "four that were not sent, and this one"
+    assert first["eventTime"] < second["eventTime"] < second["series"]["lastObservedTime"]
+
+
+def test_of_one_object_not_too_many(server: ApiServer, sender: Sender) -> None:
+    """client-go's numbers: 25, then one every five minutes."""
+    sender(*(said(note=f"{i}") for i in range(100)))
+    sender(said(Reference("Service", "other", "web")))
+    sender.until(created=26, limited=75)
+
+
+def test_the_queue_is_bounded_and_the_rate_is(server: ApiServer) -> None:
+    sender = Sender(server, pace=Pace(qps=20, burst=1, queue=10, spread=0))
+    began = time.monotonic()
+    sender(*(said(Reference("Node", "", f"n{i}"), of_node=True) for i in range(200)))
+    assert time.monotonic() - began < 0.1, "who records does not wait"
+    until(lambda: sum(sender.counts.values()) == 200)
+    assert sender.counts["dropped"] >= 180
+    assert sender.counts["created"] == 200 - sender.counts["dropped"]
+    assert time.monotonic() - began >= (sender.counts["created"] - 2) / 20
+    sender.recorder.stop()
+
+
+# -- what goes wrong
+
+
+def test_while_the_server_is_away_it_is_tried_again(server: ApiServer, sender: Sender) -> None:
+    server.fail("close", times=3)
+    server.fail("503", times=2)
+    server.fail("429", retry_after=0)
+    sender(said(NODE, of_node=True))
+    sender.until(created=1)
+    assert posts(server) == 7
+
+
+def test_but_not_for_ever(server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
+    server.fail("503", times=1000)
+    sender(said(NODE, of_node=True), said(NODE, "more", of_node=True))
+    sender.until(failed=2)
+    assert posts(server) == 24
+    assert len(_warnings(caplog)) == 1
+    assert "503" in _warnings(caplog)[0]
+
+
+def test_403_is_said_once_and_ends_trying(
+    server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.denied.add("events")
+    sender(*(said(NODE, f"{i}", of_node=True) for i in range(20)))
+    sender.until(forbidden=20)
+    assert posts(server) == 1
+    assert len(_warnings(caplog)) == 1
+    assert 'cannot create resource "events"' in _warnings(caplog)[0]
+
+
+def test_a_namespace_that_ends_does_not_silence_others(server: ApiServer, sender: Sender) -> None:
+    server.events.terminating.add("load")
+    sender(said(of_node=True))
+    sender.until(forbidden=1)
+    sender(said(Reference("Service", "other", "web"), of_node=True), said(NODE, of_node=True))
+    sender.until(forbidden=1, created=2)
+
+
+def test_one_that_is_refused_does_not_stop_others(
+    server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender(said(NODE, reason="R" * 200, of_node=True), said(NODE, reason="S" * 200, of_node=True), said(NODE))
+    sender.until(rejected=2, created=1)
+    assert len(_warnings(caplog)) == 1
+    assert "422" in _warnings(caplog)[0]
+
+
+@pytest.mark.parametrize("kind", ["html", "garbage body"])
+def test_nonsense_from_a_proxy(server: ApiServer, sender: Sender, kind: str) -> None:
+    if kind == "html":
+        server.fail("html")
+        sender(said(NODE, of_node=True))
+    else:
+        server.public["/api/v1/namespaces/load/services"] = b"<html>"
+        sender(said())
+        sender.until(failed=1)
+        del server.public["/api/v1/namespaces/load/services"]
+        sender(said(note="again"))
+    until(lambda: sender.counts["created"] == 1)
+
+
+def test_stopping_does_not_wait(server: ApiServer) -> None:
+    sender = Sender(server, pace=Pace(spread=0))
+    server.fail("hang", times=10)
+    sender(said(NODE, of_node=True))
+    until(lambda: posts(server) == 1)
+    began = time.monotonic()
+    sender.recorder.stop()
+    assert time.monotonic() - began < 0.1
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        str(vars(record)["ebpfproxy_facts"]["error"])
+        for record in caplog.records
+        if "event is not sent" in record.getMessage()
+    ]

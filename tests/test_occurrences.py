@@ -1,0 +1,57 @@
+"""What people are told, in which words, of which object."""
+
+from __future__ import annotations
+
+from ebpfproxy import occurrences
+from ebpfproxy.datapath.writer import Unplaced
+from ebpfproxy.kube.events import Level, Reference
+from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.services.model import Family, Protocol, ServicePortKey
+from ebpfproxy.services.values import Warning
+
+
+def _port(name: str, port: str, family: Family) -> ServicePortKey:
+    return ServicePortKey("shop", name, port, Protocol.TCP, family)
+
+
+def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
+    found = occurrences.no_room(
+        "n1",
+        [
+            Unplaced(_port("web", "http", Family.IPV4), "no room for its slots: 7"),
+            Unplaced(_port("web", "dns", Family.IPV6), "no room in services6"),
+            Unplaced(_port("api", "", Family.IPV4), "no room in members"),
+        ],
+    )
+    assert [(each.regarding.name, each.note) for each in found] == [
+        ("api", "node n1: shop/api (IPv4): no room in members"),
+        ("web", "node n1: shop/web:dns (IPv6): no room in services6; and 1 more of its ports"),
+    ]
+    assert {each.reason for each in found} == {"NoRoomForServicePort"}
+
+
+def test_values_are_told_in_words_that_no_node_is_in() -> None:
+    found = occurrences.value_not_used(
+        Warning(
+            Resource.ENDPOINTSLICES, ObjectKey("shop", "web-x"), "ports[0].port", "0 is not in 1 to 65535"
+        )
+    )
+    assert found.regarding == Reference("EndpointSlice", "shop", "web-x")
+    assert found.note == "EndpointSlice web-x: ports[0].port: 0 is not in 1 to 65535"
+    assert not found.of_node
+
+
+def test_a_conflict_has_a_reason_of_its_own() -> None:
+    for field, reason in (("ClusterIP", "AddressConflict"), ("spec.clusterIPs[0]", "ValueNotUsed")):
+        warning = Warning(Resource.SERVICES, ObjectKey("shop", "web"), field, "x")
+        assert occurrences.value_not_used(warning).reason == reason
+
+
+def test_of_the_node_itself() -> None:
+    for each, reason in (
+        (occurrences.device_not_attached("n1", "eth0: no"), "DeviceNotAttached"),
+        (occurrences.server_not_started("n1", "metrics", "x"), "FailedToStartMetricServer"),
+        (occurrences.server_not_started("n1", "healthz", "x"), "FailedToStartProxierHealthcheck"),
+    ):
+        assert (each.regarding, each.reason) == (Reference("Node", "", "n1"), reason)
+        assert (each.level, each.of_node) == (Level.WARNING, True)

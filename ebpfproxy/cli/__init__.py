@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 
 import click
+from click.shell_completion import CompletionItem
 
 import ebpfproxy
 
@@ -20,8 +21,11 @@ _COMMANDS = {
     "affinity": "Clients that stay with their backend.",
     "conntrack": "Flows that the packet path translates.",
     "config": "The configuration file: check it, show defaults and what the agent uses.",
+    "install": "Put the agent into a cluster, from a kubeconfig.",
+    "uninstall": "Take the agent out of a cluster.",
     "migrate": "From kube-proxy to ebpfproxy on this node, and back.",
     "cleanup": "Remove every attachment and pin of a root.",
+    "completion": "Completion of commands and names for bash, zsh or fish.",
 }
 
 
@@ -34,6 +38,14 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"ebpfproxy.cli.{cmd_name}").command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Without importing the commands, as click's own would."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=text) for name, text in _COMMANDS.items() if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

@@ -1,0 +1,184 @@
+"""``ebpfproxy install``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ebpfproxy.cli.options import Decorator
+from ebpfproxy.cli.values import Seconds
+from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.install import rollout
+from ebpfproxy.install.api import Api, ApiError
+from ebpfproxy.install.apply import apply
+from ebpfproxy.install.base import NAME
+from ebpfproxy.install.control_plane import AddressError
+from ebpfproxy.install.nodes import CLEANUP
+from ebpfproxy.install.prepare import PrepareError, Wanted, prepare
+from ebpfproxy.install.remove import RemoveError, remove
+from ebpfproxy.install.render import to_yaml
+from ebpfproxy.install.rollout import RolloutError
+from ebpfproxy.kube.kubeconfig import ConfigError
+
+_CLIENT, _SERVER = "client", "server"
+
+
+def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which cluster, as whom, and where in it."""
+    options: tuple[Decorator, ...] = (
+        click.option(
+            "--kubeconfig",
+            metavar="FILE",
+            envvar="KUBECONFIG",
+            show_envvar=True,
+            default="~/.kube/config",
+            show_default=True,
+            help="Kubeconfig of an administrator.",
+        ),
+        click.option("--context", metavar="NAME", help="Of the kubeconfig.  [default: its current one]"),
+        click.option("--master", metavar="URL", help="Where to ask; overrides the kubeconfig's server."),
+        click.option(
+            "-n",
+            "--namespace",
+            default="kube-system",
+            show_default=True,
+            help="Of the objects that have one. It has to be there.",
+        ),
+    )
+    for each in reversed(options):
+        function = each(function)
+    return function
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Each is one line, or one for each thing that is wrong; exit code 1."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise click.ClickException("\n".join(map(str, error.problems))) from error
+    except (
+        AddressError,
+        ApiError,
+        ConfigError,
+        FileNotFoundError,
+        PrepareError,
+        RemoveError,
+        RolloutError,
+    ) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def remark(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@click.command("install")
+@click.option("--image", metavar="REF", required=True, help="The agent's image, as nodes pull it.")
+@click.option(
+    "--image-pull-secret",
+    "pull_secrets",
+    metavar="NAME",
+    multiple=True,
+    help="A Secret of the namespace to pull it with.",
+)
+@cluster
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents.  [default: what the"
+    " cluster's kube-proxy has]",
+)
+@click.option(
+    "--inherit/--no-inherit",
+    default=True,
+    show_default=True,
+    help="Use kube-proxy's configuration, and the CIDRs that kubeadm knows.",
+)
+@click.option(
+    "--api-server",
+    metavar="URL",
+    help="https://HOST:PORT of the control plane as nodes reach it, without Services.  [default: cluster-info"
+    " in kube-public, else what an earlier install wrote, else the kubeconfig's server]",
+)
+@click.option(
+    "--dry-run",
+    is_flag=False,
+    flag_value=_CLIENT,
+    type=click.Choice([_CLIENT, _SERVER]),
+    help="client (without a value): print the objects as YAML. server: let the API server check them. Nothing"
+    " is changed.",
+)
+@click.option(
+    "--force-conflicts",
+    is_flag=True,
+    help="Take over fields that somebody else manages: kubectl, Helm, a person.",
+)
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until the agent runs on all nodes.")
+@click.option(
+    "--timeout",
+    type=Seconds(),
+    default="5m",
+    show_default=True,
+    help="Wait no longer once no further node becomes ready.",
+)
+def command(
+    *,
+    image: str,
+    pull_secrets: tuple[str, ...],
+    kubeconfig: str,
+    context: str | None,
+    master: str | None,
+    namespace: str,
+    config: Path | None,
+    inherit: bool,
+    api_server: str | None,
+    dry_run: str | None,
+    force_conflicts: bool,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Put the agent into a cluster, or bring it to what is said here; again changes nothing.
+
+    It works beside kube-proxy, whose configuration goes on: what a pod cannot do of it is said. Objects are
+    applied by the server as field manager "ebpfproxy". With --dry-run, --api-server, and --no-inherit or
+    --config, no cluster is asked.
+    """
+    wanted = Wanted(
+        image=image,
+        namespace=namespace,
+        pull_secrets=pull_secrets,
+        config=config,
+        inherit=inherit,
+        api_server=api_server,
+    )
+    with errors():
+        if dry_run == _CLIENT:
+            api = Api.from_options(kubeconfig, context, master) if wanted.asks else None
+            click.echo(to_yaml(prepare(wanted, api, remark)), nl=False)
+            return
+        api = Api.from_options(kubeconfig, context, master)
+        objects = prepare(wanted, api, remark)
+        if dry_run is None:
+            _end_cleanup(api, namespace, timeout)
+        done = apply(api, objects, click.echo, remark, force=force_conflicts, dry_run=dry_run is not None)
+        if done.failed:
+            raise click.ClickException("\n".join(done.failed))
+        if dry_run is not None:
+            return
+        if "ConfigMap" in done.changed and "DaemonSet" not in done.changed:
+            remark("agents start again by themselves once the kubelet has brought the file (about a minute)")
+        if wait:
+            click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, NAME, timeout, remark)} nodes")
+
+
+def _end_cleanup(api: Api, namespace: str, seconds: float) -> None:
+    """What an uninstall has left to nodes that were down would take an agent's programs away."""
+    item = api.get("DaemonSet", namespace, CLEANUP)
+    if item is not None:
+        remove(api, {("DaemonSet", namespace, CLEANUP): item}, seconds, click.echo)

@@ -1,0 +1,94 @@
+"""``ebpfproxy uninstall``."""
+
+from __future__ import annotations
+
+import click
+
+from ebpfproxy.cli.install import cluster, errors, remark
+from ebpfproxy.cli.values import Seconds
+from ebpfproxy.install import base
+from ebpfproxy.install.api import Api, Object, shown
+from ebpfproxy.install.base import NAME
+from ebpfproxy.install.nodes import image_of
+from ebpfproxy.install.remove import RemoveError, against, clean_nodes, find, remove
+
+_STAYS = (
+    "programs and maps stay on the nodes: they translate as they last knew it, before kube-proxy is asked."
+    " Remove them with `ebpfproxy uninstall --cleanup --image REF`, or `ebpfproxy cleanup` on each node"
+)
+
+
+@click.command("uninstall")
+@cluster
+@click.option(
+    "--cleanup",
+    is_flag=True,
+    help="Take programs and maps away on every node, by a DaemonSet that lives as long as that takes.",
+)
+@click.option("--image", metavar="REF", help="For --cleanup.  [default: what the agents run]")
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and what stands in the way.")
+@click.option("--force", is_flag=True, help="Also where no kube-proxy follows Services from then on.")
+@click.option("--timeout", type=Seconds(), default="2m", show_default=True, help="For pods, in each step.")
+def command(
+    *,
+    kubeconfig: str,
+    context: str | None,
+    master: str | None,
+    namespace: str,
+    cleanup: bool,
+    image: str | None,
+    dry_run: bool,
+    force: bool,
+    timeout: float,
+) -> None:
+    """Take the agent out of a cluster: what install applied is deleted. Again does nothing.
+
+    Refused where kube-proxy does not run on all nodes: `ebpfproxy migrate rollback` brings it back. Without
+    --cleanup each node goes on translating with the Services and endpoints that the agent last wrote; changes
+    are not followed.
+    """
+    with errors():
+        api = Api.from_options(kubeconfig, context, master)
+        found = find(api, namespace)
+        if not found and not cleanup:
+            click.echo("nothing of ebpfproxy is in the cluster")
+            return
+        reasons = list(against(api, found))
+        if dry_run:
+            for place in found:
+                click.echo(f"{shown(*place)} would be deleted")
+        if reasons and not force:
+            raise RemoveError("\n".join(reasons) + "\n--force goes on all the same")
+        for reason in reasons:
+            remark(f"warning: {reason}")
+        daemon_set = found.get(("DaemonSet", namespace, NAME))
+        image = _image(image, daemon_set) if cleanup else None
+        if dry_run:
+            return
+        problems = []
+        try:
+            remove(api, found, timeout, click.echo)
+        except RemoveError as error:
+            problems.append(str(error))
+        # Beside agents nothing can be cleaned; a node that is down keeps others waiting for nothing.
+        if image is not None and api.get("DaemonSet", namespace, NAME) is None:
+            try:
+                clean_nodes(api, daemon_set or _from_base(namespace), image, timeout, click.echo)
+            except RemoveError as error:
+                problems.append(str(error))
+        elif not cleanup:
+            remark(_STAYS)
+        if problems:
+            raise RemoveError("\n".join(problems))
+
+
+def _image(said: str | None, daemon_set: Object | None) -> str:
+    if said is None and daemon_set is None:
+        raise click.UsageError("--cleanup needs an --image: no DaemonSet of the agent's is there to tell it")
+    return said or image_of(daemon_set or {})
+
+
+def _from_base(namespace: str) -> Object:
+    (found,) = (each for each in base.objects() if each["kind"] == "DaemonSet")
+    found["metadata"]["namespace"] = namespace
+    return found

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.install import rollout
+from tests.install.site import StandIn
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "POLL_SECONDS", 0.05)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[StandIn]:
+    """The stand-in with two nodes, node-a and node-b."""
+    made = StandIn(tmp_path)
+    for name in ("node-a", "node-b"):
+        made.add_node(name)
+    yield made
+    made.stop()

@@ -1,0 +1,196 @@
+"""An API server to install into: the stand-in over HTTPS, or a real one, and how it is asked beside us."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from ebpfproxy.cli import main
+from ebpfproxy.install.api import path_of
+from tests.apiserver import ApiServer, objects
+from tests.apiserver.certificates import Authority
+from tests.install.controller import Controller
+from tests.kube.files import kubeconfig
+from tests.kube.test_real_api_server import TOKEN, RealServer
+
+IMAGE = "registry.example/ebpfproxy:1.2.3"
+SYSTEM = "kube-system"
+#: What an install makes.
+INSTALLED = (
+    ("ServiceAccount", SYSTEM, "ebpfproxy"),
+    ("ClusterRole", "", "ebpfproxy"),
+    ("ClusterRoleBinding", "", "ebpfproxy"),
+    ("ConfigMap", SYSTEM, "ebpfproxy"),
+    ("DaemonSet", SYSTEM, "ebpfproxy"),
+)
+_NODES = "/api/v1/nodes"
+
+Object = dict[str, Any]
+
+
+class Site:
+    """``kubeconfig`` is an administrator's; ``controller`` runs as long as this does."""
+
+    url: str
+    kubeconfig: Path
+    controller: Controller
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Object | None = None,
+        content_type: str = "application/merge-patch+json",
+    ) -> Object:
+        """Raises urllib's HTTPError."""
+        request = urllib.request.Request(
+            f"{self.url}{path}",
+            method=method,
+            data=json.dumps(body).encode() if body is not None else None,
+            headers={
+                "Authorization": f"Bearer {TOKEN}",
+                "Content-Type": content_type if method == "PATCH" else "application/json",
+                "User-Agent": "somebody/1.0",
+            },
+        )
+        with urllib.request.urlopen(request, context=ssl._create_unverified_context(), timeout=10) as answer:
+            found: Object = json.loads(answer.read())
+            return found
+
+    def get(self, kind: str, namespace: str, name: str) -> Object | None:
+        try:
+            return self.request("GET", path_of(kind, namespace, name))
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    def create(self, item: Object) -> None:
+        self.request("POST", path_of(item["kind"], item["metadata"].get("namespace", "")), item)
+
+    def delete(self, kind: str, namespace: str, name: str) -> None:
+        with contextlib.suppress(urllib.error.HTTPError):
+            self.request("DELETE", f"{path_of(kind, namespace, name)}?gracePeriodSeconds=0")
+
+    def config_map(self, name: str, namespace: str = SYSTEM, **data: str) -> None:
+        meta = {"name": name, "namespace": namespace}
+        named = {key.replace("_", "."): value for key, value in data.items()}
+        self.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": named})
+
+    def add_node(self, name: str, **labels: str) -> None:
+        raise NotImplementedError
+
+    def versions(self) -> dict[tuple[str, str, str], str]:
+        """resourceVersions of what is installed."""
+        found = {place: self.get(*place) for place in INSTALLED}
+        return {place: each["metadata"]["resourceVersion"] for place, each in found.items() if each}
+
+    def cli(self, *arguments: str) -> Result:
+        command = [*arguments, "--kubeconfig", str(self.kubeconfig)]
+        return CliRunner().invoke(main, command, catch_exceptions=False)
+
+    def install(self, *arguments: str) -> Result:
+        return self.cli("install", "--image", IMAGE, "--timeout", "5s", *arguments)
+
+    def uninstall(self, *arguments: str) -> Result:
+        return self.cli("uninstall", "--timeout", "5s", *arguments)
+
+
+class StandIn(Site):
+    """``server`` is the stand-in itself."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = Authority(folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*authority.pair("server"))
+        self.server = ApiServer(tokens={TOKEN}, tls=context)
+        self.server.__enter__()
+        self.url = self.server.url
+        self.kubeconfig = kubeconfig(
+            folder / "admin.conf",
+            self.url,
+            {"token": TOKEN},
+            **{"certificate-authority": str(authority.path)},
+        )
+        self.controller = Controller(self.request)
+
+    def add_node(self, name: str, **labels: str) -> None:
+        item = objects.node(name)
+        item["metadata"]["labels"] |= {key.replace("__", "/"): value for key, value in labels.items()}
+        self.server.store.put("nodes", item)
+        self.controller.nodes.add(name)
+
+    def stop(self) -> None:
+        self.controller.stop()
+        self.server.stop()
+
+
+class Real(Site):
+    """Of one server that several tests use: :meth:`clear` after each."""
+
+    def __init__(self, server: RealServer, folder: Path) -> None:
+        self.url = server.url
+        self.kubeconfig = kubeconfig(
+            folder / "admin.conf", self.url, {"token": TOKEN}, **{"insecure-skip-tls-verify": True}
+        )
+        meta = {"name": "default", "namespace": SYSTEM}
+        with contextlib.suppress(urllib.error.HTTPError):
+            self.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta})
+        self.controller = Controller(self.request)
+
+    def add_node(self, name: str, **labels: str) -> None:
+        named = {key.replace("__", "/"): value for key, value in labels.items()}
+        meta = {"name": name, "labels": named}
+        self.request("POST", _NODES, {"apiVersion": "v1", "kind": "Node", "metadata": meta})
+        self.controller.nodes.add(name)
+
+    def stop(self) -> None:
+        self.controller.stop()
+        for place in INSTALLED:
+            self.delete(*place)
+        for name in ("kube-proxy", "ebpfproxy-cleanup"):
+            self.delete("DaemonSet", SYSTEM, name)
+        for name in ("kube-proxy", "kubeadm-config"):
+            self.delete("ConfigMap", SYSTEM, name)
+        self.delete("ConfigMap", "kube-public", "cluster-info")
+        for pod in self.request("GET", path_of("Pod", SYSTEM))["items"]:
+            self.delete("Pod", SYSTEM, pod["metadata"]["name"])
+        for name in self.controller.nodes:
+            self.request("DELETE", f"{_NODES}/{name}")
+
+
+def kube_proxy(configuration: str = "") -> Iterator[Object]:
+    """Its ConfigMap and DaemonSet, as kubeadm makes them."""
+    labels = {"k8s-app": "kube-proxy"}
+    meta = {"name": "kube-proxy", "namespace": SYSTEM, "labels": labels}
+    yield {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": meta,
+        "data": {"config.conf": configuration, "kubeconfig.conf": "apiVersion: v1\nkind: Config\n"},
+    }
+    command = [
+        "/usr/local/bin/kube-proxy",
+        "--config=/var/lib/kube-proxy/config.conf",
+        "--hostname-override=$(NODE_NAME)",
+    ]
+    container = {
+        "name": "kube-proxy",
+        "image": "registry.k8s.io/kube-proxy:v1.36.2",
+        "command": command,
+        "volumeMounts": [{"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"}],
+    }
+    pod = {
+        "containers": [container],
+        "volumes": [{"name": "kube-proxy", "configMap": {"name": "kube-proxy"}}],
+    }
+    spec = {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": pod}}
+    yield {"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": meta, "spec": spec}

@@ -1,0 +1,267 @@
+"""Whose configuration goes on, and what of it a pod cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.config import load
+from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.load import Configuration
+from ebpfproxy.install import configuration
+from ebpfproxy.install.configuration import Rendered
+from ebpfproxy.install.facts import Networking
+from ebpfproxy.install.render import base_configuration
+
+SAMPLE = Path(__file__).parents[3] / "shared/kube-proxy-samples/defaults.yaml"
+KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+OWN = "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\n"
+BASE = base_configuration()
+WHERE = "ConfigMap kube-system/kube-proxy: config.conf"
+#: With nulls and empty values for what it leaves open.
+KUBEADM = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: 10.244.0.0/16
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: null
+  min: null
+  tcpBeLiberal: false
+  tcpCloseWaitTimeout: null
+  tcpEstablishedTimeout: null
+  udpStreamTimeout: 0s
+  udpTimeout: 0s
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+logging:
+  flushFrequency: 0
+  options: {json: {infoBufferSize: "0"}, text: {infoBufferSize: "0"}}
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nftables:
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
+
+
+def inherited(text: str) -> tuple[Configuration, list[str], str]:
+    """As the agent reads it, what was said, and the file."""
+    given, remarks = configuration.of_kube_proxy(text, WHERE)
+    made, more = configuration.in_a_pod(given, BASE, WHERE, beside=True)
+    return load.parse(made.text, "config.yaml"), remarks + more, made.text
+
+
+def test_kubeadms_file_becomes_what_it_says_and_no_more() -> None:
+    found, remarks, text = inherited(KUBEADM)
+    assert text.partition("---\n")[0] == (
+        f"{KUBE_PROXY}conntrack:\n  maxPerCore: 0\n  min: 0\n  tcpCloseWaitTimeout: 0s\n"
+        "  tcpEstablishedTimeout: 0s\noomScoreAdj: -997\nclusterCIDR: 10.244.0.0/16\n"
+    )
+    assert found.kube_proxy.cluster_cidr == "10.244.0.0/16"
+    assert remarks == [
+        f"{WHERE}: clientConnection.kubeconfig: /var/lib/kube-proxy/kubeconfig.conf left out: the pod has a"
+        " service account"
+    ]
+
+
+def test_what_operators_set_goes_on() -> None:
+    text = KUBE_PROXY + (
+        "mode: ipvs\nipvs: {scheduler: lc, strictARP: true}\nnodePortAddresses: [10.0.0.0/8]\n"
+        "clusterCIDR: 10.1.0.0/16,fd01::/48\niptables: {masqueradeAll: true}\nmetricsBindAddress: 0.0.0.0:10249\n"
+        "clientConnection: {qps: 50, burst: 100}\nlogging: {verbosity: 3}\ndetectLocalMode: BridgeInterface\n"
+        "detectLocal: {bridgeInterface: cbr0}\n"
+    )
+    found, remarks, _ = inherited(text)
+    given = load.parse(text, "x").kube_proxy
+    for name in (
+        "mode",
+        "ipvs",
+        "node_port_addresses",
+        "cluster_cidr",
+        "iptables",
+        "metrics_bind_address",
+        "client_connection",
+        "logging",
+        "detect_local_mode",
+        "detect_local",
+    ):
+        assert getattr(found.kube_proxy, name) == getattr(given, name), name
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "field", "value"),
+    [
+        ("conntrack: {maxPerCore: 65536}", "65536 becomes 0: /proc/sys is", "conntrack.max_per_core", 0),
+        ("conntrack: {min: 1000}", "1000 becomes 0: /proc/sys is", "conntrack.min", 0),
+        ("conntrack: {tcpBeLiberal: true}", "true left out: /proc/sys is", "conntrack.tcp_be_liberal", False),
+        ("oomScoreAdj: -1000", "-1000 becomes -997: less would need SYS_RESOURCE", "oom_score_adj", -997),
+        ("hostnameOverride: a", "a left out: the DaemonSet tells", "hostname_override", ""),
+        (
+            "bindAddressHardFail: true",
+            "true left out: kube-proxy has its ports",
+            "bind_address_hard_fail",
+            False,
+        ),
+        (
+            "clientConnection: {kubeconfig: /k}",
+            "/k left out: the pod has a service",
+            "client_connection.kubeconfig",
+            "",
+        ),
+    ],
+)
+def test_what_a_pod_cannot_do_is_replaced_and_said_in_one_line(
+    line: str, said: str, field: str, value: object
+) -> None:
+    found, remarks, _ = inherited(f"{KUBE_PROXY}{line}\n")
+    (remark,) = remarks
+    assert remark.startswith(f"{WHERE}: ")
+    assert said in remark
+    read: object = found.kube_proxy
+    for name in field.split("."):
+        read = getattr(read, name)
+    assert read == value
+
+
+def test_time_outs_of_flows_go_on_and_a_softer_oom_score() -> None:
+    found, remarks, _ = inherited(
+        f"{KUBE_PROXY}oomScoreAdj: -500\nconntrack: {{tcpEstablishedTimeout: 2h, udpTimeout: 10s}}\n"
+    )
+    assert found.kube_proxy.oom_score_adj == -500
+    assert found.kube_proxy.conntrack.tcp_established_timeout.seconds == 7200
+    assert found.kube_proxy.conntrack.udp_timeout.seconds == 10
+    assert remarks == []
+
+
+def test_fields_of_other_releases_are_left_out_and_said() -> None:
+    found, remarks, _ = inherited(
+        f"{KUBE_PROXY}udpIdleTimeout: 250ms\nconntrack: {{of: 7}}\nclusterCIDR: 10.1.0.0/16\n"
+    )
+    assert found.kube_proxy.cluster_cidr == "10.1.0.0/16"
+    assert remarks == [
+        f"{WHERE}: udpIdleTimeout: left out: no such field here",
+        f"{WHERE}: conntrack.of: left out: no such field here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{KUBE_PROXY}mode: fast\n", "mode: 'fast'"),
+        (f"{KUBE_PROXY}oomScoreAdj: much\n", "oomScoreAdj: Expected `int`"),
+        ("mode: iptables\n", "has no KubeProxyConfiguration"),
+        ("{", "line 1"),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line_with_its_object(text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        inherited(text)
+    assert str(caught.value).startswith(WHERE)
+    assert said in str(caught.value)
+
+
+def test_a_real_kube_proxys_defaults_are_taken() -> None:
+    if not SAMPLE.exists():
+        pytest.skip("no samples")
+    found, remarks, _ = inherited(SAMPLE.read_text())
+    assert found.kube_proxy.mode == "iptables"
+    assert remarks == []
+
+
+def given(
+    text: str, *, beside: bool = False, networking: Networking | None = None
+) -> tuple[Rendered, list[str]]:
+    return configuration.in_a_pod(
+        load.parse(text, "mine.yaml"), BASE, "mine.yaml", beside=beside, networking=networking or Networking()
+    )
+
+
+def test_our_own_document_goes_on_but_for_what_is_the_pods() -> None:
+    found, remarks = given(f"{OWN}lbAlgorithm: maglev\nexternalIPs: false\nbpfRoot: /x\ncgroupRoot: /y\n")
+    own = load.parse(found.text, "x").own
+    assert (own.lb_algorithm, own.external_ips, own.cgroup_root) == ("maglev", False, "")
+    assert [each.partition(" left out")[0] for each in remarks] == [
+        "mine.yaml: bpfRoot: /x",
+        "mine.yaml: cgroupRoot: /y",
+    ]
+
+
+def test_without_a_kube_proxy_hard_fail_stays() -> None:
+    found, remarks = given(f"{KUBE_PROXY}bindAddressHardFail: true\n")
+    assert load.parse(found.text, "x").kube_proxy.bind_address_hard_fail
+    assert remarks == []
+
+
+def test_what_kubeadm_knows_fills_what_is_open() -> None:
+    networking = Networking(("10.244.0.0/16", "fd00::/48"), ("10.96.0.0/12",))
+    found, remarks = given(KUBE_PROXY, networking=networking)
+    read = load.parse(found.text, "x")
+    assert read.kube_proxy.cluster_cidr == "10.244.0.0/16,fd00::/48"
+    assert read.own.service_cidrs == ("10.96.0.0/12",)
+    assert remarks == [
+        "clusterCIDR: 10.244.0.0/16,fd00::/48, from kubeadm's podSubnet",
+        "serviceCIDRs: 10.96.0.0/12, from kubeadm's serviceSubnet",
+    ]
+    kept, remarks = given(f"{KUBE_PROXY}clusterCIDR: 10.9.0.0/16\n---\n{OWN}serviceCIDRs: [10.8.0.0/16]\n")
+    assert "10.9.0.0/16" in kept.text and "10.8.0.0/16" in kept.text
+    assert remarks == []
+
+
+@pytest.mark.parametrize(
+    ("line", "health", "metrics"),
+    [
+        ("", ("", 10256), ("127.0.0.1", 10249)),
+        ("healthzBindAddress: 0.0.0.0:20256\nmetricsBindAddress: '[::]:9'\n", ("", 20256), ("", 9)),
+        ("healthzBindAddress: 127.0.0.1:1\n", ("127.0.0.1", 1), ("127.0.0.1", 10249)),
+        ("bindAddress: '::'\n", ("", 10256), ("::1", 10249)),
+    ],
+)
+def test_where_health_and_metrics_are_served(
+    line: str, health: tuple[str, int], metrics: tuple[str, int]
+) -> None:
+    found, _ = given(KUBE_PROXY + line)
+    assert (found.health, found.metrics) == (health, metrics)

@@ -1,0 +1,81 @@
+"""The pods that clean a node, as containerd would start them: they have what they need and no more."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.install import nodes
+from tests.deploy import objects
+from tests.deploy.runtime import Container
+from tests.deploy.test_container import Kubelet, until
+from tests.e2e.world import SERVICE_IPS, World
+from tests.lab import Lab, clients
+
+pytestmark = pytest.mark.root
+
+CLEANUP = {
+    ("DaemonSet", "ebpfproxy"): nodes.cleanup(objects.base()["DaemonSet", "ebpfproxy"], "ebpfproxy:0.1.0")
+}
+
+
+@pytest.fixture
+def kubelet() -> Iterator[Kubelet]:
+    with Lab() as lab:
+        made = Kubelet(World(lab))
+        made.world.write_web(made.world.w1, made.world.w2)
+        done = made.container("load").run()
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield made
+        made.world.a.cli("cleanup")
+
+
+def container(kubelet: Kubelet, name: str, capabilities: Iterable[str] | None = None) -> Container:
+    folder = kubelet.folder / f"{name}-{len(list(kubelet.folder.iterdir()))}"
+    folder.mkdir()
+    return Container(
+        CLEANUP,
+        name,
+        folder,
+        volumes={"bpffs": kubelet.world.a.bpf_root},
+        variables={},
+        network=kubelet.world.a.netns,
+        capabilities=capabilities,
+    )
+
+
+def pins(kubelet: Kubelet) -> list[Path]:
+    return list(kubelet.world.a.bpf_root.glob("ebpfproxy/*"))
+
+
+def test_a_node_is_cleaned_once_its_agent_is_gone(kubelet: Kubelet) -> None:
+    world = kubelet.world
+    with kubelet.running(kubelet.container("ebpfproxy")):
+        assert set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 10)) == {"w1", "w2"}
+        beside = container(kubelet, "cleanup").run()
+        assert beside.returncode == 1
+        assert "Error: " in beside.stderr
+        assert set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 10)) == {"w1", "w2"}
+    assert pins(kubelet)
+    done = container(kubelet, "cleanup").run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "detached connect4" in done.stdout
+    assert pins(kubelet) == []
+    assert "detached tc-" in done.stdout
+    again = container(kubelet, "cleanup").run()
+    assert (again.returncode, again.stdout[:17]) == (0, "nothing is pinned")
+
+
+def test_then_it_waits_as_nobody_with_nothing(kubelet: Kubelet) -> None:
+    waiting = container(kubelet, "clean", capabilities=[])
+    process = subprocess.Popen(waiting.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        until(lambda: process.poll() is not None, 1)
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+    finally:
+        waiting.signal("KILL")
+        process.wait(10)
+        waiting.remove()

@@ -1,0 +1,105 @@
+"""Why a pod is not ready, in one line; and what of a DaemonSet's status means that it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ebpfproxy.install import rollout
+
+READY = {"type": "Ready", "status": "True"}
+
+
+def pod(**status: Any) -> dict[str, Any]:
+    return {"metadata": {"name": "p"}, "spec": {"nodeName": "n"}, "status": status}
+
+
+def container(state: dict[str, Any], *, ready: bool = False, **more: Any) -> list[dict[str, Any]]:
+    return [{"name": "c", "ready": ready, "state": state, **more}]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (pod(conditions=[READY]), ""),
+        (pod(), "its pod is not started: is the node up?"),
+        (
+            pod(
+                conditions=[
+                    {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3"}
+                ]
+            ),
+            "Unschedulable: 0/3",
+        ),
+        (
+            pod(containerStatuses=container({"waiting": {"reason": "ErrImagePull", "message": "no such"}})),
+            "container c: ErrImagePull: no such",
+        ),
+        (
+            pod(containerStatuses=container({"waiting": {"reason": "PodInitializing"}})),
+            "its pod is not started: is the node up?",
+        ),
+        (
+            pod(
+                initContainerStatuses=container({"terminated": {"exitCode": 0}}, ready=True),
+                containerStatuses=container({"running": {}}),
+            ),
+            "container c: runs, but is not ready",
+        ),
+        (
+            pod(containerStatuses=container({"terminated": {"exitCode": 137, "reason": "OOMKilled"}})),
+            "container c: Error, ended with 137: OOMKilled",
+        ),
+        (pod(phase="Failed", reason="Evicted", message="too little memory"), "too little memory"),
+    ],
+)
+def test_why_a_pod_is_not_ready(found: dict[str, Any], said: str) -> None:
+    assert rollout.trouble_of(found) == said
+
+
+def test_a_pod_that_is_being_ended_is_not_ready() -> None:
+    found = pod(conditions=[READY])
+    found["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
+    assert "still being ended" in rollout.trouble_of(found)
+
+
+def test_a_pod_that_waits_for_its_node_is_that_nodes() -> None:
+    term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-z"]}]}
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    assert rollout.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
+    assert rollout.node_of({"spec": {}}) == "?"
+
+
+@pytest.mark.parametrize(
+    ("generation", "status", "done"),
+    [
+        (1, {}, False),
+        (1, {"observedGeneration": 1}, True),
+        (2, {"observedGeneration": 1}, False),
+        (1, {"observedGeneration": 1, "desiredNumberScheduled": 2, "updatedNumberScheduled": 2}, False),
+        (
+            1,
+            {
+                "observedGeneration": 1,
+                "desiredNumberScheduled": 2,
+                "updatedNumberScheduled": 1,
+                "numberAvailable": 2,
+            },
+            False,
+        ),
+        (
+            1,
+            {
+                "observedGeneration": 1,
+                "desiredNumberScheduled": 2,
+                "updatedNumberScheduled": 2,
+                "numberAvailable": 2,
+            },
+            True,
+        ),
+    ],
+)
+def test_when_a_rollout_is_done(generation: int, status: dict[str, int], done: bool) -> None:
+    item = {"metadata": {"generation": generation}, "status": status}
+    assert rollout.progress(item).done == done

@@ -38,13 +38,9 @@ class _Rule(NamedTuple):
     applies: Callable[[Any], bool] = bool
 
 
-_SYSCTL = "/proc/sys is read-only in the pod, the node keeps its limit"
 #: By kind and path: what does not work in the pod.
 _POD: Mapping[str, Mapping[str, _Rule]] = {
     kp.KIND: {
-        "conntrack.maxPerCore": _Rule(_SYSCTL),
-        "conntrack.min": _Rule(_SYSCTL),
-        "conntrack.tcpBeLiberal": _Rule("/proc/sys is read-only in the pod"),
         "oomScoreAdj": _Rule("less would need SYS_RESOURCE", lambda value: value < -997),
         "clientConnection.kubeconfig": _Rule("the pod has a service account"),
         "hostnameOverride": _Rule("the DaemonSet tells each pod its node's name"),

@@ -58,6 +58,7 @@ class Kubelet:
             "bpffs": self.world.a.bpf_root,
             "cgroup": self.world.a.cgroup,
             "netns": Path("/run/netns"),
+            "sysctl": Path("/proc/sys/net"),
             **(volumes or {}),
         }
         control_plane = {}
@@ -118,6 +119,15 @@ def loaded(kubelet: Kubelet) -> Iterator[Kubelet]:
 
 def pins(kubelet: Kubelet) -> set[str]:
     return {str(path) for path in kubelet.world.a.bpf_root.glob("ebpfproxy/*/progs-*/*")}
+
+
+def test_conntracks_time_outs_are_the_nodes(loaded: Kubelet) -> None:
+    """/proc/sys is read-only in the container, and the node's is mounted beside it."""
+    name = "net.netfilter.nf_conntrack_tcp_timeout_close_wait"
+    node = loaded.world.a
+    node.run(["sysctl", "-qw", f"{name}=60"])
+    with loaded.running(loaded.container("ebpfproxy")):
+        assert node.run(["sysctl", "-n", name]).strip() == "3600"
 
 
 def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> None:

@@ -177,7 +177,6 @@ def test_the_role_grants_this_and_nothing_else() -> None:
         ("", "nodes", "get"),
         ("", "nodes", "list"),
         ("", "nodes", "watch"),
-        ("", "events", "create"),
         ("events.k8s.io", "events", "create"),
     }
     assert {kind for kind, _ in base()} == set(MODELS)

@@ -96,10 +96,7 @@ def inherited(text: str) -> tuple[Configuration, list[str], str]:
 
 def test_kubeadms_file_becomes_what_it_says_and_no_more() -> None:
     found, remarks, text = inherited(KUBEADM)
-    assert text.partition("---\n")[0] == (
-        f"{KUBE_PROXY}conntrack:\n  maxPerCore: 0\n  min: 0\n  tcpCloseWaitTimeout: 0s\n"
-        "  tcpEstablishedTimeout: 0s\noomScoreAdj: -997\nclusterCIDR: 10.244.0.0/16\n"
-    )
+    assert text.partition("---\n")[0] == (f"{KUBE_PROXY}oomScoreAdj: -997\nclusterCIDR: 10.244.0.0/16\n")
     assert found.kube_proxy.cluster_cidr == "10.244.0.0/16"
     assert remarks == [
         f"{WHERE}: clientConnection.kubeconfig: /var/lib/kube-proxy/kubeconfig.conf left out: the pod has a"
@@ -135,9 +132,6 @@ def test_what_operators_set_goes_on() -> None:
 @pytest.mark.parametrize(
     ("line", "said", "field", "value"),
     [
-        ("conntrack: {maxPerCore: 65536}", "65536 becomes 0: /proc/sys is", "conntrack.max_per_core", 0),
-        ("conntrack: {min: 1000}", "1000 becomes 0: /proc/sys is", "conntrack.min", 0),
-        ("conntrack: {tcpBeLiberal: true}", "true left out: /proc/sys is", "conntrack.tcp_be_liberal", False),
         ("oomScoreAdj: -1000", "-1000 becomes -997: less would need SYS_RESOURCE", "oom_score_adj", -997),
         ("hostnameOverride: a", "a left out: the DaemonSet tells", "hostname_override", ""),
         (
@@ -167,10 +161,13 @@ def test_what_a_pod_cannot_do_is_replaced_and_said_in_one_line(
     assert read == value
 
 
-def test_time_outs_of_flows_go_on_and_a_softer_oom_score() -> None:
+def test_conntrack_goes_on_and_a_softer_oom_score() -> None:
     found, remarks, _ = inherited(
-        f"{KUBE_PROXY}oomScoreAdj: -500\nconntrack: {{tcpEstablishedTimeout: 2h, udpTimeout: 10s}}\n"
+        f"{KUBE_PROXY}oomScoreAdj: -500\n"
+        "conntrack: {maxPerCore: 65536, tcpEstablishedTimeout: 2h, udpTimeout: 10s, tcpBeLiberal: true}\n"
     )
+    assert found.kube_proxy.conntrack.max_per_core == 65536
+    assert found.kube_proxy.conntrack.tcp_be_liberal
     assert found.kube_proxy.oom_score_adj == -500
     assert found.kube_proxy.conntrack.tcp_established_timeout.seconds == 7200
     assert found.kube_proxy.conntrack.udp_timeout.seconds == 10

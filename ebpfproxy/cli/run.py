@@ -16,7 +16,7 @@ from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.decode import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
-from ebpfproxy.config.options import agent_options, conntrack_sysctls
+from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.layout import Capacity
@@ -266,7 +266,7 @@ def command(
             if used.kube_proxy.oom_score_adj is not None:
                 set_oom_score_adj(used.kube_proxy.oom_score_adj)
             set_conntrack(*conntrack_sysctls(used.kube_proxy.conntrack, os.cpu_count() or 1))
-            Agent(agent, configz(used), config=config).run(init_only=init_only)
+            Agent(agent, configz(in_use(used, agent)), config=config).run(init_only=init_only)
     except (
         ConfigError,
         ManifestError,

@@ -27,6 +27,8 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
+import msgspec
+
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import PRIMARY, Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
@@ -93,6 +95,21 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         without=frozenset(own.without),
     )
     return options, remarks
+
+
+def in_use(configuration: Configuration, options: AgentOptions) -> Configuration:
+    """The effective configuration with what the agent uses where it leaves something open: for /configz."""
+    first, last = options.masquerade_ports
+    own = msgspec.structs.replace(
+        configuration.own,
+        cgroup_root=str(options.cgroup_root),
+        detect_local_mode="Devices" if options.local_pods.mode is LocalMode.DEVICES else None,
+        localhost_node_ports=options.node_ports_on_loopback,
+        masquerade_ports=f"{first}-{last}",
+        lb_algorithm=str(options.algorithm),
+        max_slots=options.capacity.slots,
+    )
+    return msgspec.structs.replace(configuration, own=own)
 
 
 def algorithm(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> tuple[Algorithm, list[str]]:

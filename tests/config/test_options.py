@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.config.load import Configuration, effective
-from ebpfproxy.config.options import agent_options
+from ebpfproxy.config.options import agent_options, in_use
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
@@ -211,3 +211,18 @@ def test_nftables_has_its_own_masquerade_all() -> None:
     assert not of({"mode": "nftables", "iptables": {"masqueradeAll": True}}).masquerade_all
     assert used({"mode": "nftables"}).kube_proxy.node_port_addresses == ("primary",)
     assert of({"mode": "nftables"}).node_port_addresses == ("primary",)
+
+
+def test_what_is_left_open_is_shown_as_it_is_used() -> None:
+    configuration = effective(Configuration())
+    options, _ = agent_options(configuration)
+    shown = in_use(configuration, options).own
+    assert shown.detect_local_mode == "Devices", "there is no clusterCIDR"
+    assert shown.localhost_node_ports
+    assert shown.lb_algorithm == "random"
+    assert shown.max_slots == 4 * shown.max_backends
+    assert shown.masquerade_ports == "-".join(map(str, options.masquerade_ports))
+    assert Path(shown.cgroup_root, "cgroup.procs").exists()
+    given = effective(own({"lbAlgorithm": "mh", "localhostNodePorts": False, "maxSlots": 7}))
+    again = in_use(given, agent_options(given)[0]).own
+    assert (again.lb_algorithm, again.localhost_node_ports, again.max_slots) == ("maglev", False, 7)

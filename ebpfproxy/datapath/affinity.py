@@ -68,14 +68,17 @@ def affinity_seconds(dump: Dump) -> dict[int, int]:
 def forget_expired(maps: MapSet, now: int) -> int:
     """Deletes entries that no choice would use again; returns how many."""
     affinity = maps["affinity"]
-    return affinity.delete_many(list(_expired(maps, now)))
+    # Reading takes a while: a client that came back meanwhile stays with whom it has now.
+    return sum(
+        affinity.delete(key) for key, found in list(_expired(maps, now)) if affinity.lookup(key) == found
+    )
 
 
-def _expired(maps: MapSet, now: int) -> Iterator[bytes]:
+def _expired(maps: MapSet, now: int) -> Iterator[tuple[bytes, bytes]]:
     seconds: Mapping[int, int] | None = None
     for key, value in maps["affinity"].items():
         if seconds is None:
             seconds = affinity_seconds(Dump(maps))
         _, last = layout.unpack_affinity(value)
         if now - last > seconds.get(layout.affinity_service(key), 0) * _NS:
-            yield key
+            yield key, value

@@ -42,6 +42,8 @@ _BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
 _PROTOCOL_NAMES = {**{p.value: p.name for p in Protocol}, UDPLITE: "UDPLITE"}
 #: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
 _BATCH = 1024
+#: Looked at once more, then deleted: well under a millisecond from one to the other.
+_DELETED_AT_ONCE = 64
 #: Offsets in ``struct flow`` and ``struct nat``.
 _PROTOCOL = 36
 _IDS_AT = 36
@@ -141,10 +143,9 @@ class Sweeper:
             entries += count
             self._collect(keys, values, count, old)
             self._rest()
-        over = self._over(old) | self._departed
-        deleted = self._map.delete_many(list(over))
+        over, deleted = self._delete(self._over(old) | self._departed)
         self._deleted += deleted
-        for value in over.values():
+        for value in over:
             if is_open_question(value[_FLAGS_AT], value[_SEEN_AT]):
                 self._open[_backend_of(value, 0)] -= 1
         self._correct_loads(before)
@@ -192,6 +193,35 @@ class Sweeper:
             over[key] = value
         return over
 
+    def _delete(self, over: Mapping[bytes, bytes]) -> tuple[list[bytes], int]:
+        """Deletes those that are still as they were found; their values, and how many were there.
+
+        Reading a large map takes long enough for a port to be used again: such an entry is another flow's, or
+        goes on. Both halves go together, and masquerades after the flows that they belong to: a packet in
+        between begins anew, and does not meet one half.
+        """
+        gone: list[bytes] = []
+        deleted = 0
+        doomed: list[bytes] = []
+        for pair in _pairs(over):
+            if all(self._is_as_found(key, over[key]) for key in pair):
+                doomed += pair
+                gone += (over[key] for key in pair)
+            if len(doomed) >= _DELETED_AT_ONCE:
+                deleted += self._map.delete_many(doomed)
+                doomed = []
+                self._rest()
+        return gone, deleted + self._map.delete_many(doomed)
+
+    def _is_as_found(self, key: bytes, found: bytes) -> bool:
+        """Of one whose backend has departed, that it is still that one's; of others, that they are silent."""
+        now = self._map.lookup(key)
+        if now is None:
+            return True
+        if key in self._departed:
+            return now[_IDS_AT : _IDS_AT + 8] == found[_IDS_AT : _IDS_AT + 8]
+        return now[_LAST_AT : _LAST_AT + 8] == found[_LAST_AT : _LAST_AT + 8]
+
     def _departed_flows(self) -> Mapping[Family, int]:
         """Of the two or four entries of a flow one is its question."""
         return Counter(
@@ -233,6 +263,21 @@ class Sweeper:
         evicted = max(0, missing - self._missing)
         self._missing = max(missing, self._missing)
         return evicted
+
+
+def _pairs(entries: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, ...]]:
+    """Keys, both halves together if both are there; those of masquerades last."""
+    for masquerades in (False, True):
+        done: set[bytes] = set()
+        for key, value in entries.items():
+            if bool(value[_FLAGS_AT] & NatFlags.SOURCE) is not masquerades or key in done:
+                continue
+            partner = partner_key(key, value)
+            if partner in entries and partner != key:
+                done.add(partner)
+                yield key, partner
+            else:
+                yield (key,)
 
 
 def _not_zero(loads: memoryview, backends: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.datapath import layout, maps
-from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, flows_of, state_of
+from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, _pairs, flows_of, state_of
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
 from ebpfproxy.datapath.maps import MapSet
@@ -150,6 +150,44 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
     assert (swept.expired, swept.departed) == (6, {Family.IPV4: 3})
     left = {layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
     assert left == {3, 5, 6}
+
+
+def test_what_is_used_again_while_the_map_is_read_stays_whole(bench: Bench) -> None:
+    """A port that is used again within the sweep: the same flow, or another one in its entries."""
+    bench.pair(1, protocol=Protocol.UDP, idle=31)
+    bench.pair(2, protocol=Protocol.UDP, idle=31)
+    bench.pair(3, protocol=Protocol.UDP, ids=(7, 1))
+    bench.pair(4, protocol=Protocol.UDP, ids=(7, 1))
+    table = bench.maps["conntrack"]
+    again = {2: NOTHING}
+
+    def meanwhile() -> None:
+        if again.pop(2, None) is not None:
+            bench.pair(2, protocol=Protocol.UDP, idle=0, reply_idle=31)
+            bench.pair(4, protocol=Protocol.UDP, ids=(7, 2))
+
+    sweeper = Sweeper(bench.maps, Timeouts(), clock=lambda: bench.now, rest=meanwhile)
+    swept = sweeper.sweep({layout.pack_departure(7, 1): Departed(Departure.GONE, 0)})
+    assert swept.expired == 4
+    left = {layout.unpack_flow(key) for key, _ in table.items()}
+    assert {flow.source_port for flow in left} - {8080} == {2, 4}
+    assert len(left) == 4, "both halves"
+
+
+def test_masquerades_go_after_their_flows() -> None:
+    flow = Nat(CLIENT, BACKEND, 1, 8080, 1, 1, NatFlags(0), NOTHING, 0, 0)
+    entries = {}
+    for flags in (NatFlags.SOURCE, NatFlags(0)):
+        for port in (1, 2):
+            question = layout.pack_flow(Flow(CLIENT, FRONTEND, port, 80, 17, bool(flags)))
+            value = pack_nat(flow._replace(source_port=port, flags=flags))
+            entries[question] = value
+            answer = layout.partner_key(question, value)
+            back = Nat(FRONTEND, CLIENT, 80, port, 1, 1, flags | NatFlags.REPLY, NOTHING, 0, 0)
+            entries[answer] = pack_nat(back)
+    pairs = list(_pairs(entries))
+    assert [len(pair) for pair in pairs] == [2, 2, 2, 2]
+    assert [bool(entries[pair[0]][44] & NatFlags.SOURCE) for pair in pairs] == [False, False, True, True]
 
 
 def load(bench: Bench, number: int) -> layout.Load:

@@ -1,4 +1,4 @@
-"""``ebpfproxy migrate plan|run|rollback``, and what ``run --cleanup`` does."""
+"""``ebpfproxy migrate plan|run|rollback`` for this node, and what ``run --cleanup`` does."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import Any
 
 import click
 
-from ebpfproxy.cli import options
+from ebpfproxy.cli import migrate_cluster, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import console, emit, table
+from ebpfproxy.cli.migrate_tables import print_plan, said
+from ebpfproxy.cli.output import emit
 from ebpfproxy.cli.values import Seconds
-from ebpfproxy.migrate import iptables, kube_proxy, leftovers, steps
-from ebpfproxy.migrate.cluster import Cluster, ClusterError
-from ebpfproxy.migrate.steps import MigrationError, Plan, Where
+from ebpfproxy.migrate import kube_proxy, leftovers, looking, steps
+from ebpfproxy.migrate.api import Api, ClusterError
+from ebpfproxy.migrate.cluster import Cluster
+from ebpfproxy.migrate.looking import Where
+from ebpfproxy.migrate.steps import MigrationError
 from ebpfproxy.migrate.tools import ToolError
 from ebpfproxy.node.identity import NodeNameError, node_name
-
-_SHOWN = 10
 
 
 @click.group("migrate")
 def command() -> None:
-    """From kube-proxy to ebpfproxy on this node, and back, while connections live on."""
+    """From kube-proxy to ebpfproxy on this node or on many, and back, while connections live on.
+
+    With --all-nodes, --selector or --node it is for nodes of the cluster: one after the other, each by a pod
+    that calls the same command there and is gone afterwards.
+    """
 
 
 def _where(function: options.Decorator) -> options.Decorator:
@@ -35,14 +40,29 @@ def _where(function: options.Decorator) -> options.Decorator:
         click.option(
             "--kubeconfig",
             type=click.Path(path_type=Path),
-            help="Of somebody who may patch kube-proxy's DaemonSet and this node. Without it no API server is"
-            " asked, and kube-proxy is yours to stop.",
+            help="Of somebody who may patch kube-proxy's DaemonSet and nodes; for many nodes who may make"
+            " pods and read their logs, too. Without it no API server is asked: kube-proxy is yours to stop.",
         ),
         options.cgroup_root,
         options.bpf_root,
     ):
         function = each(function)
     return function
+
+
+_parallel: options.Decorator = click.option(
+    "--parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of many nodes, how many at once.",
+)
+_stopped: options.Decorator = click.option(
+    "--stopped",
+    is_flag=True,
+    help="kube-proxy was stopped after a plan found nothing in the way: its rules may differ since. For this"
+    " node only.",
+)
 
 
 def _at(
@@ -53,11 +73,14 @@ def _at(
     master: str | None,
     hostname_override: str | None,
     timeout: float,
+    stopped: bool = False,
 ) -> Where:
     cluster = None
     if kubeconfig is not None or master is not None:
-        cluster = Cluster(kubeconfig, master, node_name(hostname_override))
-    return Where(bpf_root=bpf_root, cgroup_root=cgroup_root, cluster=cluster, seconds=timeout)
+        cluster = Cluster(Api(kubeconfig, master), node_name(hostname_override))
+    return Where(
+        bpf_root=bpf_root, cgroup_root=cgroup_root, cluster=cluster, seconds=timeout, stopped=stopped
+    )
 
 
 @contextmanager
@@ -70,43 +93,76 @@ def _errors() -> Iterator[None]:
 
 
 @command.command("plan")
+@migrate_cluster.choice
 @_where
+@_stopped
+@click.option("--brief", is_flag=True, help="Counts instead of names. For this node only.")
 @options.output_format
-def plan_command(*, output: str, **where: Any) -> None:
+def plan_command(*, output: str, brief: bool, stopped: bool, **given: Any) -> None:
     """Look only: kube-proxy, its rules, conflicts, what the agent serves, and what run would do.
 
-    The agent should run already: it works beside kube-proxy. Exit code 1 where run would refuse.
+    The agent should run already: it works beside kube-proxy. Exit code 1 where run would refuse. Of many
+    nodes, ten are looked at at once.
     """
+    if chosen := migrate_cluster.chosen_by(given):
+        reach = migrate_cluster.reach_of(given, brief=brief, stopped=stopped)
+        migrate_cluster.plan(chosen, reach, output)
+        return
     with _errors():
-        planned = steps.plan(_at(**where))
-    emit(planned, output, _print_plan)
+        planned = looking.plan(_at(stopped=stopped, **given))
+    if brief:
+        emit(looking.brief(planned), "yaml" if output == "table" else output, print)
+    else:
+        emit(planned, output, print_plan)
     if planned.blockers:
         raise SystemExit(1)
 
 
 @command.command("run")
+@migrate_cluster.choice
 @_where
+@_stopped
 @click.option("--dry-run", is_flag=True, help="The same as plan.")
 @click.option("--terminate", is_flag=True, help="Stop a kube-proxy that no DaemonSet runs: see plan.")
-@click.option("--force", is_flag=True, help="Go on whatever plan says stands in the way.")
+@click.option("--force", is_flag=True, help="Go on whatever plan says stands in the way. For this node only.")
+@_parallel
+@click.option("--skip-blocked", is_flag=True, help="Of many nodes, leave out those where run would refuse.")
 @options.output_format
 @click.pass_context
 def run_command(
-    context: click.Context, /, *, dry_run: bool, terminate: bool, force: bool, output: str, **where: Any
+    context: click.Context,
+    /,
+    *,
+    dry_run: bool,
+    terminate: bool,
+    force: bool,
+    stopped: bool,
+    parallel: int,
+    skip_blocked: bool,
+    output: str,
+    **given: Any,
 ) -> None:
-    """Stop kube-proxy on this node and remove its rules, once the agent serves all that it serves.
+    """Stop kube-proxy and remove its rules, once the agent serves all that it serves.
 
     Connections that kube-proxy began live on. Run it again later: it takes away what keeps them alive once
     the last has ended.
+
+    Of many nodes all are looked at first: where one is in the way, none is touched. A node that fails is the
+    last one. Called again it goes on where it stopped.
     """
     if dry_run:
-        context.invoke(plan_command, output=output, **where)
+        context.invoke(plan_command, output=output, stopped=stopped, **given)
         return
-    with _errors(), _said(output) as say:
-        steps.run(_at(**where), say, terminate=terminate, force=force)
+    if chosen := migrate_cluster.chosen_by(given):
+        reach = migrate_cluster.reach_of(given, terminate=terminate, force=force, stopped=stopped)
+        migrate_cluster.run(chosen, reach, output, parallel=parallel, skip_blocked=skip_blocked)
+        return
+    with _errors(), said(output) as say:
+        steps.run(_at(stopped=stopped, **given), say, terminate=terminate, force=force)
 
 
 @command.command("rollback")
+@migrate_cluster.choice
 @_where
 @click.option(
     "--drain",
@@ -115,26 +171,26 @@ def run_command(
     show_default=True,
     help="How long connections may take to end that are translated in packets; new ones are kube-proxy's.",
 )
+@click.option(
+    "--wait-for-agent",
+    is_flag=True,
+    help="Wait until the agent has ended, instead of refusing. For this node only.",
+)
+@_parallel
 @options.output_format
-def rollback_command(*, drain: float, output: str, **where: Any) -> None:
-    """Bring kube-proxy back to this node, wait until its rules serve all, then remove our programs.
+def rollback_command(*, drain: float, wait_for_agent: bool, parallel: int, output: str, **given: Any) -> None:
+    """Bring kube-proxy back, wait until its rules serve all, then remove our programs.
 
-    Refused while our agent runs. Connections of sockets here live on; those that were translated in packets
-    (from outside the cluster) end with the programs.
+    On one node it is refused while our agent runs; of many nodes it takes the agent's pod away, by a label.
+    Connections of sockets live on; those that were translated in packets (from outside the cluster) end with
+    the programs.
     """
-    with _errors(), _said(output) as say:
-        steps.rollback(_at(**where), say, drain=drain)
-
-
-@contextmanager
-def _said(form: str) -> Iterator[steps.Say]:
-    """Each step as it is done; as JSON and YAML all at the end, also where one fails."""
-    lines: list[str] = []
-    try:
-        yield click.echo if form == "table" else lines.append
-    finally:
-        if form != "table":
-            emit({"done": lines}, form, lambda _: None)
+    if chosen := migrate_cluster.chosen_by(given):
+        reach = migrate_cluster.reach_of(given, wait_for_agent=wait_for_agent)
+        migrate_cluster.rollback(chosen, reach, output, parallel=parallel, drain=drain)
+        return
+    with _errors(), said(output) as say:
+        steps.rollback(_at(**given), say, drain=drain, waits=wait_for_agent)
 
 
 def cleanup_kube_proxy() -> None:
@@ -147,69 +203,3 @@ def cleanup_kube_proxy() -> None:
             steps.remove_leftovers(found, click.echo)
         else:
             click.echo("nothing of kube-proxy is left")
-
-
-# -- tables
-
-
-def _print_plan(planned: Plan) -> None:
-    out = console()
-    for name, value in _facts(planned):
-        out.print(f"{name + ':':<18}{value}")
-    if planned.leftovers:
-        out.print()
-        out.print(_leftovers(planned))
-    if planned.differences:
-        out.print()
-        printed = table("frontend", "difference")
-        for frontend, what in list(planned.differences.items())[:_SHOWN]:
-            printed.add_row(frontend, what)
-        out.print(printed)
-    if planned.conflicts:
-        out.print()
-        printed = table("conflict", "what", "advice")
-        for each in planned.conflicts:
-            printed.add_row(str(each.severity), each.what, each.advice)
-        out.print(printed)
-    for title, lines in (
-        ("WARNINGS", planned.warnings),
-        ("RUN WOULD", planned.steps),
-        ("IN THE WAY", planned.blockers),
-    ):
-        if lines:
-            out.print(f"\n{title}")
-            for line in lines:
-                out.print(f"  {line}")
-
-
-def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
-    yield "kernel", planned.kernel
-    yield "kube-proxy", f"mode {', '.join(planned.modes)}" if planned.modes else "no rules here"
-    for process in planned.processes:
-        config = f", --config {process.config}" if process.config else ""
-        yield "", f"pid {process.pid}, started by: {process.started_by}, mode {process.mode}{config}"
-    if planned.daemon_set is not None:
-        pods = ", ".join(planned.daemon_set.pods) or "no pod on this node"
-        yield "", f"DaemonSet {planned.daemon_set.name} ({planned.daemon_set.image}): {pods}"
-    if planned.embedded:
-        yield "", f"inside {planned.embedded}"
-    yield "its frontends", f"{planned.kube_proxy_frontends}, {len(planned.differences)} not so in maps"
-    yield "ours", f"{planned.agent_frontends}"
-    yield "flows", f"{planned.flows} that kube-proxy began"
-    if planned.kept:
-        yield "kept for them", ", ".join(planned.kept)
-
-
-def _leftovers(planned: Plan) -> object:
-    printed = table("where", "what")
-    for each in planned.leftovers.iptables:
-        chains, rules = iptables.count(each.tables)
-        printed.add_row(each.tool, f"{chains} chains, {rules} rules")
-    for name in planned.leftovers.nftables:
-        printed.add_row("nftables", f"table {name}")
-    if planned.leftovers.ipvs or planned.leftovers.ipvs_device:
-        printed.add_row("ipvs", f"{len(planned.leftovers.ipvs)} virtual servers")
-    for kind, names in (("ipset", planned.leftovers.ipsets), ("nfacct", planned.leftovers.accounts)):
-        if names:
-            printed.add_row(kind, ", ".join(names))
-    return printed

@@ -24,6 +24,8 @@ class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
     rows: tuple[FrontendRow, ...] = ()
     problems: tuple[str, ...] = ()
+    #: It runs, and has not read everything yet.
+    starting: bool = False
 
 
 def forget_ended(maps: MapSet) -> int:
@@ -52,7 +54,8 @@ def check(bpf_root: Path) -> AgentCheck:
     pins = pin_folder(bpf_root)
     agent = state.load(maps)
     problems = []
-    if not is_locked(bpf_root):
+    runs = is_locked(bpf_root)
+    if not runs:
         problems.append("the agent does not run")
     if agent is None or not agent.synced:
         problems.append("the agent has not read all Services and EndpointSlices yet")
@@ -67,4 +70,5 @@ def check(bpf_root: Path) -> AgentCheck:
         node=agent.node if agent is not None else "",
         rows=tuple(Dump(maps).frontends()),
         problems=tuple(problems),
+        starting=runs and (agent is None or not agent.synced),
     )

@@ -43,6 +43,16 @@ _KUBE_ROUTER_DEVICE = "kube-dummy-if"
 _FOLDERS = ("tc/globals", "cilium/socketlb/links/cgroup", "")
 
 
+def bpffs_of(path: Path) -> Path:
+    """Where the bpffs is mounted that a path is on: in a container not where others pin, /sys/fs/bpf."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    while path.parent != path and path.parent.stat().st_dev == path.stat().st_dev:
+        path = path.parent
+    return path
+
+
 def look(bpffs: Path = BPFFS, proc: Path = Path("/proc")) -> Facts:
     """Raises ToolError."""
     pins = {
@@ -145,14 +155,14 @@ def _istio(facts: Facts) -> Iterable[Conflict]:
             Severity.WARNS,
             f"Istio redirects on this node (chains {', '.join(chains)}): translated sockets show it backends'"
             " addresses, not Services'",
-            "test routes by Service before going on",
+            "run the agent with --no-pod-sockets (podSockets: false)",
         )
     if sidecars := facts.processes & {"pilot-agent", "ztunnel"}:
         yield Conflict(
             Severity.WARNS,
             f"Istio runs in pods here ({', '.join(sorted(sidecars))}): it would see backends' addresses where"
             " applications asked Services, and route by address instead of by Service",
-            "leave such nodes to kube-proxy: sockets of pods are always translated",
+            "run the agent with --no-pod-sockets (podSockets: false)",
         )
 
 

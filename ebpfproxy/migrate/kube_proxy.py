@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from ebpfproxy.config.decode import ConfigurationError
 _COMM = "kube-proxy"
 #: Distributions in whose own process kube-proxy runs: there it is a setting, and nothing to stop.
 _EMBEDDED = {"k3s-server": "k3s", "k3s-agent": "k3s", "k0s": "k0s", "microk8s": "MicroK8s"}
+
+_POD = re.compile(r"/pod[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(/|$)")
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +35,10 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find(proc: Path = Path("/proc")) -> list[Process]:
-    """Sees other processes only where /proc is the host's (hostPID, or outside of any pod)."""
+    """Sees other processes only where /proc is the host's (hostPID, or outside of any pod).
+
+    Raises PermissionError where it may not look at one: CAP_SYS_PTRACE is missing, or AppArmor denies it.
+    """
     here = (proc / "self/ns/net").stat().st_ino
     found = []
     for folder in proc.iterdir():
@@ -41,7 +47,7 @@ def find(proc: Path = Path("/proc")) -> list[Process]:
                 continue
             if (folder / "ns/net").stat().st_ino == here:
                 found.append(_read(folder))
-        except OSError:  # it ended meanwhile, or is another user's
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             continue
     return sorted(found, key=lambda each: each.pid)
 
@@ -110,9 +116,12 @@ def check_config(text: str, shown: str) -> tuple[str, tuple[str, ...]]:
 
 
 def started_by(cgroup: str) -> str:
-    """From /proc/PID/cgroup: kubelet puts pods below ``kubepods``, systemd units are named by themselves."""
+    """From /proc/PID/cgroup: kubelet puts pods below ``kubepods``, systemd units are named by themselves.
+
+    In a container the path begins at its own cgroup: of a pod beside it only the pod's part may be left.
+    """
     path = cgroup.strip().splitlines()[-1].split(":", 2)[2] if cgroup.strip() else "/"
-    if "kubepods" in path:
+    if "kubepods" in path or _POD.search(path):
         return "pod"
     unit = path.rpartition("/")[2]
     return unit if unit.endswith(".service") else "process"

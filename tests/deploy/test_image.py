@@ -18,6 +18,9 @@ from tests.deploy import image, objects
 from tests.deploy.test_container import Host, Kubelet, on
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Lab, clients
+from tests.migrate import rules
+from tests.migrate import world as migrate_world
+from tests.migrate.test_pod import runner
 
 pytestmark = [pytest.mark.root, pytest.mark.image, pytest.mark.timeout(600)]
 
@@ -77,6 +80,16 @@ def test_it_is_small_enough(built: image.Image, record_property: Callable[[str, 
     record_property("megabytes", round(size))
     print(f"the image's root has {size:.0f} MB")
     assert size < MOST_MEGABYTES
+
+
+def test_it_has_what_a_migration_calls(built: image.Image) -> None:
+    """Both backends of iptables; nft prints protocols by the names of /etc/protocols."""
+    for family in ("iptables", "ip6tables"):
+        for backend in ("legacy", "nft"):
+            for program in ("save", "restore"):
+                image.run(built.root, [f"{family}-{backend}-{program}", "--version"])
+    image.run(built.root, ["nft", "--version"])
+    assert (built.root / "etc/protocols").exists()
 
 
 def test_it_has_no_compiler_nor_package_lists_and_nothing_of_this_machine(built: image.Image) -> None:
@@ -151,3 +164,28 @@ def test_the_daemon_sets_containers_run_from_it(built: image.Image, tmp_path: Pa
             assert set(answers) == {"w1", "w2"}
             assert json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))["agent_running"]
         world.a.cli("cleanup")
+
+
+@rules.needs_samples
+def test_a_migrations_pods_run_from_it(built: image.Image) -> None:
+    """As on a node: they read and remove the rules that this machine's tools have made."""
+    with Lab() as lab:
+        world = migrate_world.World(lab)
+        run = runner(world, built.root)
+        for mode in rules.MODES:
+            world.kube_proxy(mode)
+        agent = world.agent().start()
+        world.wait_frontends(20)
+        code, said = run("plan", "--brief", "-o", "json")
+        assert code == 0, said
+        assert json.loads(said)["kube_proxy_frontends"] == 20
+        code, said = run("run", "--stopped")
+        assert code == 0, said
+        for removed in ("iptables-legacy", "iptables-nft", "ip6tables-legacy", "ip6tables-nft"):
+            assert f"from {removed}, table nat" in said
+        assert "removed nftables table ip6 kube-proxy" in said
+        agent.stop()
+        world.kube_proxy("nftables")
+        code, said = run("rollback")
+        assert code == 0, said
+        assert "detached connect4" in said

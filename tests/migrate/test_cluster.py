@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from ebpfproxy.migrate import cluster
-from ebpfproxy.migrate.cluster import Cluster, ClusterError
+from ebpfproxy.migrate.api import Api, ClusterError
+from ebpfproxy.migrate.cluster import Cluster
+from ebpfproxy.migrate.switches import KUBE_PROXY, STRATEGY, owner
+from tests.migrate import control_plane
+from tests.migrate.control_plane import ControlPlane, Item, patched, serving
 
-_PREFIX = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
+_DAEMON_SET = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
 
 
-def daemon_set(*terms: dict[str, Any]) -> dict[str, Any]:
+def daemon_set(*terms: Item) -> Item:
     """As kubeadm makes it, with these alternatives of a required node affinity."""
-    pod: dict[str, Any] = {
-        "containers": [{"name": "kube-proxy", "image": "registry.k8s.io/kube-proxy:v1.36.2"}],
-        "nodeSelector": {"kubernetes.io/os": "linux"},
-    }
+    made = control_plane.kube_proxy()
+    made["metadata"]["resourceVersion"] = "7"
     if terms:
-        required = {"nodeSelectorTerms": list(terms)}
-        pod["affinity"] = {
+        made["spec"]["template"]["spec"]["affinity"] = {
             "podAffinity": {"kept": True},
             "nodeAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": required,
+                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": list(terms)},
                 "preferredDuringSchedulingIgnoredDuringExecution": ["kept"],
             },
         }
-    return {"metadata": {"resourceVersion": "7"}, "spec": {"template": {"spec": pod}}}
-
-
-def patched(item: dict[str, Any], patch: list[dict[str, Any]]) -> dict[str, Any]:
-    """RFC 6902, as far as it is used."""
-    made = copy.deepcopy(item)
-    for step in patch:
-        *path, last = [p.replace("~1", "/").replace("~0", "~") for p in step["path"].split("/")[1:]]
-        at = made
-        for part in path:
-            at = at[part]
-        if step["op"] == "test":
-            assert at[last] == step["value"]
-        elif step["op"] == "add":
-            at[last] = step["value"]
-        else:
-            del at[last]
     return made
 
 
@@ -67,143 +49,165 @@ OTHER = {"key": "a", "operator": "Exists"}
                 {"matchFields": [OTHER], "matchExpressions": [EXPRESSION]},
             ],
         ),
-        (
-            [{"matchExpressions": [EXPRESSION]}, {"matchExpressions": [OTHER]}],
-            [{"matchExpressions": [EXPRESSION]}, {"matchExpressions": [OTHER, EXPRESSION]}],
-        ),
+        ([{}, {"matchFields": [OTHER]}], [{}, {"matchFields": [OTHER], "matchExpressions": [EXPRESSION]}]),
     ],
+    ids=["without an affinity", "two alternatives", "one that matches nothing"],
 )
-def test_every_alternative_of_the_affinity_excludes_labelled_nodes(
-    terms: list[dict[str, Any]], expected: list[dict[str, Any]]
+def test_every_alternative_excludes_labelled_nodes_and_is_restored(
+    terms: list[Item], expected: list[Item]
 ) -> None:
     before = daemon_set(*terms)
-    assert not cluster.avoids(before)
-    after = patched(before, cluster.avoid(before))
+    assert not KUBE_PROXY.works(before)
+    after = patched(before, KUBE_PROXY.install(before))
     affinity = after["spec"]["template"]["spec"]["affinity"]
     required = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert required["nodeSelectorTerms"] == expected
     assert ("podAffinity" in affinity) == bool(terms)
-    assert cluster.avoids(after)
-    assert cluster.avoid(after) == []
+    assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}, "no pod restarts for it"
+    assert KUBE_PROXY.works(after)
+    assert KUBE_PROXY.install(after) == []
+    restored = patched(after, KUBE_PROXY.uninstall(after))
+    assert restored["metadata"].pop("annotations") == {}
+    assert restored == before
+    assert KUBE_PROXY.uninstall(restored) == []
+
+
+def test_one_alternative_that_excludes_them_already_stays() -> None:
+    before = daemon_set({"matchExpressions": [EXPRESSION]}, {"matchExpressions": [OTHER]})
+    after = patched(before, KUBE_PROXY.install(before))
+    required = after["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    assert required["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"] == [
+        {"matchExpressions": [EXPRESSION]},
+        {"matchExpressions": [OTHER, EXPRESSION]},
+    ]
+
+
+def test_a_strategy_that_is_on_delete_by_itself_stays() -> None:
+    before = daemon_set()
+    before["spec"]["updateStrategy"] = {"type": "OnDelete"}
+    after = patched(before, KUBE_PROXY.install(before))
+    assert STRATEGY not in (after["metadata"].get("annotations") or {})
+    assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}
+
+
+def test_what_somebody_else_has_written_back_is_left_alone() -> None:
+    before = daemon_set()
+    changed = patched(before, KUBE_PROXY.install(before))
+    changed["spec"] = copy.deepcopy(before["spec"])
+    restored = patched(changed, KUBE_PROXY.uninstall(changed))
+    assert restored["spec"] == before["spec"]
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"annotations": {"argocd.argoproj.io/tracking-id": "x"}}, "Argo CD"),
+        ({"labels": {"addonmanager.kubernetes.io/mode": "Reconcile"}}, "the addon manager"),
+        ({"labels": {"k8s-app": "kube-proxy"}, "annotations": None}, ""),
+    ],
+)
+def test_who_writes_it_back_is_told_by_its_marks(meta: Item, expected: str) -> None:
+    assert owner({"metadata": meta}) == expected
 
 
 def test_a_label_comes_and_goes_and_others_stay() -> None:
-    node: dict[str, Any] = {"metadata": {"labels": {"a": "b"}}}
-    off = patched(node, cluster.label(node, off=True))
+    node: Item = {"metadata": {"labels": {"a": "b"}}}
+    off = patched(node, KUBE_PROXY.turn(node, off=True))
     assert off["metadata"]["labels"] == {"a": "b", "ebpfproxy.io/kube-proxy": "off"}
-    assert cluster.label(off, off=True) == []
-    assert patched(off, cluster.label(off, off=False)) == node
-    assert cluster.label(node, off=False) == []
-    bare: dict[str, Any] = {"metadata": {}}
-    assert cluster.label(patched(bare, cluster.label(bare, off=True)), off=True) == []
+    assert KUBE_PROXY.turn(off, off=True) == []
+    assert patched(off, KUBE_PROXY.turn(off, off=False)) == node
+    assert KUBE_PROXY.turn(node, off=False) == []
+    bare: Item = {"metadata": {}}
+    assert KUBE_PROXY.turn(patched(bare, KUBE_PROXY.turn(bare, off=True)), off=True) == []
 
 
-class Api:
-    """What the API server has, and the DaemonSet controller's part in it."""
+class Ready:
+    """A kubelet whose pods are ready at once."""
 
     def __init__(self) -> None:
-        self.daemon_set: dict[str, Any] | None = daemon_set()
-        self.node: dict[str, Any] = {"metadata": {"name": "node-a", "labels": {}}}
-        self.patches: list[str] = []
+        self.ends = threading.Event()
+        self.ends.set()
 
-    def pods(self) -> list[dict[str, Any]]:
-        away = self.daemon_set is None or (
-            cluster.avoids(self.daemon_set) and "ebpfproxy.io/kube-proxy" in self.node["metadata"]["labels"]
-        )
-        ready = {"conditions": [{"type": "Ready", "status": "True"}]}
-        owners = [("DaemonSet", "kube-flannel-ds", "flannel-1")]
-        owners += [] if away else [("DaemonSet", "kube-proxy", "kube-proxy-x7k2p")]
-        return [
-            {
-                "metadata": {"name": name, "ownerReferences": [{"kind": kind, "name": owner}]},
-                "status": ready,
-            }
-            for kind, owner, name in owners
-        ]
+    def start(self, pod: Item, control_plane: ControlPlane) -> None:
+        control_plane.report(pod, phase="Running", conditions=[{"type": "Ready", "status": "True"}])
 
-    def get(self, path: str) -> Any:
-        if path.startswith("/api/v1/namespaces/kube-system/pods"):
-            assert "fieldSelector=spec.nodeName%3Dnode-a" in path
-            return {"items": self.pods()}
-        return {_PREFIX: self.daemon_set, "/api/v1/nodes/node-a": self.node}.get(path)
-
-    def patch(self, path: str, kind: str, body: list[dict[str, Any]]) -> Any:
-        assert kind == "application/json-patch+json"
-        self.patches.append(path)
-        if path == _PREFIX:
-            assert self.daemon_set is not None
-            self.daemon_set = patched(self.daemon_set, body)
-            return self.daemon_set
-        self.node = patched(self.node, body)
-        return self.node
+    def stop(self, pod: Item) -> None:
+        self.ends.wait(10)
 
 
 @pytest.fixture
-def api() -> Iterator[tuple[Api, str]]:
-    state = Api()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(state.get(self.path))
-
-        def do_PATCH(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._answer(state.patch(self.path, self.headers["Content-Type"], body))
-
-        def _answer(self, found: Any) -> None:
-            data = json.dumps(found or {}).encode()
-            self.send_response(404 if found is None else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield state, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def plane() -> Iterator[tuple[ControlPlane, str]]:
+    made = ControlPlane(Ready(), "node-a", "node-b")
+    made.put(control_plane.kube_proxy())
+    with serving(made) as url:
+        yield made, url
 
 
-def test_it_leaves_one_node_and_comes_back(api: tuple[Api, str]) -> None:
-    state, url = api
-    node = Cluster(None, url, "node-a")
+def test_it_leaves_one_node_and_comes_back(plane: tuple[ControlPlane, str]) -> None:
+    state, url = plane
+    node = Cluster(Api(None, url), "node-a")
     found = node.find()
     assert found is not None
-    assert (found.pods, found.avoids, found.labelled) == (("kube-proxy-x7k2p",), False, False)
+    (pod,) = found.pods
+    assert (found.avoids, found.labelled) == (False, False)
     assert found.image == "registry.k8s.io/kube-proxy:v1.36.2"
     assert node.config() == ""
 
     assert node.stop(5)[-1] == "kube-proxy's pod is gone"
-    assert state.patches == [_PREFIX, "/api/v1/nodes/node-a"]
-    assert [pod["metadata"]["name"] for pod in state.pods()] == ["flannel-1"]
+    assert state.requests == [("PATCH", _DAEMON_SET), ("PATCH", "/api/v1/nodes/node-a")]
+    assert not state.pods("kube-proxy", "node-a")
+    assert len(state.pods("kube-proxy", "node-b")) == 1
+    assert state.restarted == []
     assert node.stop(5) == ["kube-proxy's pod is gone"], "again is nothing to do"
-    assert len(state.patches) == 2
+    assert len(state.requests) == 2
 
     assert node.start(5) == [
-        "removed label ebpfproxy.io/kube-proxy from node node-a",
+        "removed label ebpfproxy.io/kube-proxy from node-a",
         "kube-proxy's pod is ready",
     ]
-    assert node.pods() == ["kube-proxy-x7k2p"]
+    assert node.tidy() == [
+        "DaemonSet kube-system/kube-proxy is as it was: pods that were made meanwhile restart"
+    ]
+    assert state.get("DaemonSet", "kube-system", "kube-proxy")["spec"] == control_plane.kube_proxy()["spec"]
+    (restarted,) = state.restarted
+    assert restarted != pod
+    assert node.tidy() == []
 
 
-def test_a_pod_that_stays_and_a_node_that_is_not_there_are_errors(api: tuple[Api, str]) -> None:
-    state, url = api
-    state.pods = lambda: Api.pods(Api())  # type: ignore[method-assign]
-    with pytest.raises(ClusterError, match=r"its pod is still on the node after 0\.1 s"):
-        Cluster(None, url, "node-a").stop(0.1)
-    with pytest.raises(ClusterError, match="no node node-b"):
-        Cluster(None, url, "node-b").find()
+def test_a_change_of_the_daemon_set_meanwhile_is_read_again(plane: tuple[ControlPlane, str]) -> None:
+    state, url = plane
+    words = (422, "testing value /metadata/resourceVersion failed: test failed")
+    state.refusals["PATCH", "/kube-proxy"] = words
+    state.once.add(("PATCH", "/kube-proxy"))
+    assert len(cluster.install(Api(None, url), KUBE_PROXY)) == 1
+    state.refusals["PATCH", "/kube-proxy"] = (403, "daemonsets.apps is forbidden: no patch for you")
+    state.put(control_plane.kube_proxy())
+    with pytest.raises(ClusterError, match=r"403: daemonsets\.apps is forbidden: no patch for you$"):
+        cluster.install(Api(None, url), KUBE_PROXY)
+
+
+def test_an_overloaded_server_is_asked_again(plane: tuple[ControlPlane, str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("ebpfproxy.migrate.api._PAUSE_SECONDS", 0.01)
+    state, url = plane
+    state.refusals["GET", "/node-a"] = (429, "too many requests")
+    state.once.add(("GET", "/node-a"))
+    assert Api(None, url).node("node-a")["metadata"]["name"] == "node-a"
+
+
+def test_a_pod_that_stays_and_a_node_that_is_not_there_are_errors(plane: tuple[ControlPlane, str]) -> None:
+    state, url = plane
+    assert isinstance(state.kubelet, Ready)
+    state.kubelet.ends.clear()
+    with pytest.raises(ClusterError, match=r"node-a: kube-proxy: its pod is still there after 0\.1 s"):
+        Cluster(Api(None, url), "node-a").stop(0.1)
+    state.kubelet.ends.set()
+    with pytest.raises(ClusterError, match="no node node-c"):
+        Cluster(Api(None, url), "node-c").find()
     with pytest.raises(ClusterError, match="Connection refused"):
-        Cluster(None, "http://127.0.0.1:1", "node-a").find()
+        Cluster(Api(None, "http://127.0.0.1:1"), "node-a").find()
 
 
-def test_a_cluster_without_the_daemon_set_has_none(api: tuple[Api, str]) -> None:
-    state, url = api
-    state.daemon_set = None
-    assert Cluster(None, url, "node-a").find() is None
+def test_a_cluster_without_the_daemon_set_has_none(plane: tuple[ControlPlane, str]) -> None:
+    state, url = plane
+    del state.objects["DaemonSet"]["kube-system", "kube-proxy"]
+    assert Cluster(Api(None, url), "node-a").find() is None

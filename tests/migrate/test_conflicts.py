@@ -80,3 +80,10 @@ def test_looking_finds_pins_and_processes(tmp_path: Path) -> None:
     assert "cilium/socketlb/links/cgroup/cil_sock4_connect" in facts.pins
     assert "lo" in facts.devices
     assert Path(f"/proc/{os.getpid()}/comm").read_text().strip() in facts.processes
+
+
+@pytest.mark.root
+def test_others_pins_are_where_the_bpffs_is_mounted_that_ours_are_on() -> None:
+    assert conflicts.bpffs_of(Path("/sys/fs/bpf")) == Path("/sys/fs/bpf")
+    assert conflicts.bpffs_of(Path("/sys/fs/bpf/nobody/here")) == Path("/sys/fs/bpf")
+    assert conflicts.bpffs_of(Path("/")) == Path("/")

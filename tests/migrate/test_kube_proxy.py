@@ -79,6 +79,7 @@ def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
         ("0::/kubepods.slice/kubepods-burstable.slice/kubepods-pod1.slice/cri-containerd-2.scope\n", "pod"),
         ("12:pids:/kubepods/besteffort/pod1/2\n0::/kubepods/besteffort/pod1/2\n", "pod"),
         ("0::/system.slice/kube-proxy.service\n", "kube-proxy.service"),
+        ("0::/../../podb9d3c1e2-0a4f-4a6e-9c58-0f3a1d2e4b5c/0123abc\n", "pod"),
         ("0::/user.slice/user-0.slice/session-1.scope\n", "process"),
         ("0::/\n", "process"),
         ("", "process"),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
+from ebpfproxy.datapath.roots import pin_folder
 from ebpfproxy.migrate import steps
 from ebpfproxy.migrate.flows import Flow
 from tests.lab import Lab, clients
@@ -41,6 +42,8 @@ def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(worl
     world.remove_service("shop", "orders-api")
     world.wait_frontends(18)
     assert "2 of 20 frontends differ" in world.fails("run", "--terminate", "--timeout", "1s")
+    found = json.loads(world.fails("plan", "--stopped", "--brief", "-o", "json"))
+    assert found["differences"] == 2, "kube-proxy runs: it does not count that somebody says otherwise"
     world.write()
     world.wait_frontends(20)
 
@@ -67,6 +70,37 @@ def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(worl
 
 def _rules(saved: str) -> list[str]:
     return [line for line in saved.splitlines() if line.startswith("-A")]
+
+
+@pytest.mark.root
+@rules.needs_samples
+def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(world: World) -> None:
+    """What a call that was broken off finds when it goes on."""
+    world.kube_proxy("nftables")
+    agent = world.agent().start()
+    world.remove_service("shop", "orders-api")
+    world.wait_frontends(18)
+    assert "2 of 20 frontends differ" in world.fails("run", "--timeout", "1s")
+    assert (
+        "2 of 20 frontends differ"
+        in json.loads(world.migrate("plan", "--stopped", "-o", "json"))["warnings"][0]
+    )
+    said = world.migrate("run", "--stopped")
+    assert "removed nftables table ip kube-proxy" in said
+    assert "serve all" not in said
+    world.write()
+    world.wait_frontends(20)
+
+    # And back: a call that waits for an agent that stays gives up, and takes nothing away.
+    world.kube_proxy("nftables")
+    said = world.fails("rollback", "--wait-for-agent", "--timeout", "1s")
+    assert "waiting for the agent to end" in said
+    assert "the agent still runs after 1 s" in said
+    assert world.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
+    waits = world.start_migrate("rollback", "--wait-for-agent")
+    agent.stop()
+    assert waits.wait(30) == 0
+    assert not pin_folder(world.a.bpf_root).exists()
 
 
 @pytest.mark.root

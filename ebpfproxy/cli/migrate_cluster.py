@@ -1,0 +1,134 @@
+"""``ebpfproxy migrate … --all-nodes``: the commands for many nodes, from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from ebpfproxy.cli import options
+from ebpfproxy.cli.migrate_tables import print_cluster, said
+from ebpfproxy.cli.output import emit
+from ebpfproxy.migrate import nodes, pods
+from ebpfproxy.migrate.api import Api, ClusterError, NotFoundError
+from ebpfproxy.migrate.fleet import Fleet, FleetError, State
+from ebpfproxy.migrate.jobs import Jobs
+from ebpfproxy.migrate.nodes import NodesError
+from ebpfproxy.migrate.pods import Image
+from ebpfproxy.migrate.switches import AGENT, Switch
+
+
+class Chosen(msgspec.Struct, frozen=True, kw_only=True):
+    """What the options say of nodes."""
+
+    all_nodes: bool
+    selector: str
+    node: tuple[str, ...]
+    image: str | None
+    daemonset: str
+
+    def __bool__(self) -> bool:
+        return self.all_nodes or bool(self.selector or self.node)
+
+
+class Reach(msgspec.Struct, frozen=True, kw_only=True):
+    """How the API server is reached, and how long steps may take, in seconds."""
+
+    kubeconfig: Path | None
+    master: str | None
+    timeout: float
+
+
+def choice(function: options.Decorator) -> options.Decorator:
+    """Options of every command that works on one node or many."""
+    for each in (
+        click.option(
+            "--daemonset",
+            metavar="NAMESPACE/NAME",
+            default=f"{AGENT.namespace}/{AGENT.name}",
+            show_default=True,
+            help="The agents'; pods for many nodes are in its namespace.",
+        ),
+        click.option("--image", help="Of pods for many nodes.  [default: the DaemonSet's]"),
+        click.option("--selector", "-l", default="", metavar="LABELS", help="Of nodes, as kubectl has it."),
+        click.option(
+            "--node",
+            multiple=True,
+            metavar="NAME",
+            help="Of many nodes only this; may be repeated: in this order.",
+        ),
+        click.option(
+            "--all-nodes",
+            is_flag=True,
+            help="All nodes of the cluster instead of this one, each by a pod that is gone afterwards.",
+        ),
+    ):
+        function = each(function)
+    return function
+
+
+def chosen_by(given: dict[str, Any]) -> Chosen:
+    """Takes its options out of all that were given."""
+    return Chosen(**{name: given.pop(name) for name in Chosen.__struct_fields__})
+
+
+def reach_of(given: dict[str, Any], **alone: object) -> Reach:
+    """Raises UsageError where one of ``alone``, options that are about one node, is set."""
+    for name, value in {**alone, "hostname_override": given["hostname_override"]}.items():
+        if value:
+            raise click.UsageError(f"--{name.replace('_', '-')} is about one node: call it there")
+    return Reach(**{name: given[name] for name in Reach.__struct_fields__})
+
+
+@contextmanager
+def _fleet(chosen: Chosen, reach: Reach) -> Iterator[Fleet]:
+    if chosen.all_nodes and chosen.node:
+        raise click.UsageError("--all-nodes and --node exclude each other")
+    if reach.kubeconfig is None and reach.master is None:
+        raise click.UsageError("many nodes need --kubeconfig")
+    namespace, slash, name = chosen.daemonset.partition("/")
+    if not slash:
+        raise click.UsageError(f"--daemonset {chosen.daemonset}: it is NAMESPACE/NAME")
+    switch = Switch(namespace, name, AGENT.label)
+    try:
+        api = Api(reach.kubeconfig, reach.master)
+        found = nodes.choose(api.nodes(chosen.selector), chosen.node)
+        image = _image(api, switch, chosen.image)
+        yield Fleet(api, Jobs(api, namespace, image, reach.timeout), found, reach.timeout, switch)
+    except (ClusterError, FleetError, NodesError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _image(api: Api, switch: Switch, name: str | None) -> Image:
+    try:
+        image = pods.image_of(api.daemon_set(switch.namespace, switch.name))
+    except NotFoundError as error:
+        if name is None:
+            raise ClusterError(f"there is no {switch}: name its --daemonset, or an --image") from error
+        return Image(name=name)
+    return image if name is None else msgspec.structs.replace(image, name=name)
+
+
+# -- commands
+
+
+def plan(chosen: Chosen, reach: Reach, output: str) -> None:
+    with _fleet(chosen, reach) as fleet:
+        planned = fleet.plan()
+    emit(planned, output, print_cluster)
+    if len(planned.those(State.TODO, State.DONE)) < len(planned.nodes):
+        raise SystemExit(1)
+
+
+def run(chosen: Chosen, reach: Reach, output: str, *, parallel: int, skip_blocked: bool) -> None:
+    with said(output) as say, _fleet(chosen, reach) as fleet:
+        fleet.run(say, parallel=parallel, skip_blocked=skip_blocked)
+
+
+def rollback(chosen: Chosen, reach: Reach, output: str, *, parallel: int, drain: float) -> None:
+    with said(output) as say, _fleet(chosen, reach) as fleet:
+        fleet.rollback(say, parallel=parallel, drain=drain)

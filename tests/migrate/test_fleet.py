@@ -1,0 +1,578 @@
+"""Many nodes: order, what is left out, going on after a failure, and every failure in one line."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from ebpfproxy.cli.migrate import command
+from ebpfproxy.migrate import pods
+from ebpfproxy.migrate.fleet import State, brief_of, judge
+from ebpfproxy.migrate.jobs import Done, JobError
+from ebpfproxy.migrate.looking import Brief
+from ebpfproxy.migrate.nodes import Node, NodesError, choose
+from ebpfproxy.migrate.steps import WAITS
+from tests.lab import waiting
+from tests.migrate import control_plane
+from tests.migrate.control_plane import ControlPlane, Item, node, serving
+
+NODES = ("node-a", "node-b", "node-c")
+BEFORE = Brief(
+    node="",
+    kernel="6.1",
+    modes=("iptables",),
+    processes={"7": "pod"},
+    embedded="",
+    kube_proxy_frontends=20,
+    agent_frontends=21,
+    differences=0,
+    differing={},
+    flows=3,
+    has_leftovers=True,
+    kept=(),
+    blockers=(),
+    warnings=("something",),
+)
+AFTER = msgspec.structs.replace(
+    BEFORE, modes=(), processes={}, kube_proxy_frontends=0, has_leftovers=False, kept=("table",)
+)
+READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+
+
+class Scripted:
+    """Pods of DaemonSets are ready at once; a work pod's command does what the one-node command would do.
+
+    ``instead``: by node and command, a pod's status or (exit code, log) instead of that.
+    """
+
+    def __init__(self) -> None:
+        self.instead: dict[tuple[str, str], Item | tuple[int, str]] = {}
+        #: Nodes whose rules are there.
+        self.ruled = set(NODES)
+        #: What happened, in order.
+        self.log: list[str] = []
+        self.at_once = self.most = 0
+        self._lock = threading.Lock()
+
+    def start(self, pod: Item, plane: ControlPlane) -> None:
+        where = pod["spec"]["nodeName"]
+        container = pod["spec"]["containers"][0]
+        if container["name"] != pods.CONTAINER:
+            self.log.append(f"{where}: {container['name']} starts")
+            if container["name"] == "kube-proxy":
+                self.ruled.add(where)
+            plane.report(pod, **READY)
+            return
+        with self._lock:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        what = container["args"][0]
+        self.log.append(f"{where}: {what}")
+        found = self.instead.get((where, what)) or self._do(where, what, pod, plane)
+        with self._lock:
+            self.at_once -= 1
+        if isinstance(found, tuple):
+            code, said = found
+            plane.logs[pod["metadata"]["name"]] = said
+            found = ended(code)
+        plane.report(pod, **found)
+
+    def _do(self, where: str, what: str, pod: Item, plane: ControlPlane) -> tuple[int, str]:
+        if what == "plan":
+            brief = msgspec.structs.replace(BEFORE if where in self.ruled else AFTER, node=where)
+            if not plane.pods("kube-proxy", where):
+                brief = msgspec.structs.replace(brief, processes={})
+            return (
+                0,
+                f"warning: noise\n{msgspec.json.format(msgspec.json.encode(brief), indent=2).decode()}\n",
+            )
+        if what == "run":
+            assert not plane.pods("kube-proxy", where)
+            self.ruled.discard(where)
+            return 0, "removed 7 chains\n"
+        assert plane.pods("kube-proxy", where)
+        if plane.pods("ebpfproxy", where):
+            plane.logs[pod["metadata"]["name"]] = f"kube-proxy's rules serve all\n{WAITS}\n"
+            plane.report(pod, phase="Running", containerStatuses=[{"state": {"running": {}}}])
+            waiting.until(lambda: not plane.pods("ebpfproxy", where))
+        return 0, "detached connect4\n"
+
+    def stop(self, pod: Item) -> None:
+        name = pod["spec"]["containers"][0]["name"]
+        if name != pods.CONTAINER:
+            self.log.append(f"{pod['spec']['nodeName']}: {name} ends")
+
+
+def ended(code: int, reason: str = "", message: str = "") -> Item:
+    state = {"exitCode": code, "reason": reason or ("Error" if code else "Completed"), "message": message}
+    phase = "Failed" if code else "Succeeded"
+    return {"phase": phase, "containerStatuses": [{"state": {"terminated": state}}]}
+
+
+def stuck(reason: str, message: str) -> Item:
+    state = {"waiting": {"reason": reason, "message": message}}
+    return {"phase": "Pending", "containerStatuses": [{"state": state}]}
+
+
+class World:
+    def __init__(self, url: str, plane: ControlPlane, kubelet: Scripted, folder: Path) -> None:
+        self.plane, self.kubelet = plane, kubelet
+        self._url = url
+
+    def call(self, *arguments: str, timeout: str = "5s") -> Result:
+        return CliRunner().invoke(command, [*arguments, "--master", self._url, "--timeout", timeout])
+
+    def good(self, *arguments: str) -> str:
+        result = self.call(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def bad(self, *arguments: str, timeout: str = "5s") -> str:
+        result = self.call(*arguments, timeout=timeout)
+        assert result.exit_code == 1, result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.output
+
+    def happened(self) -> list[str]:
+        found, self.kubelet.log = self.kubelet.log, []
+        return found
+
+    def work_pods(self) -> list[str]:
+        return [name for _, name in self.plane.objects["Pod"] if name.startswith("ebpfproxy-migrate")]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    for each in ("jobs._POLL_SECONDS", "cluster._POLL_SECONDS", "api._PAUSE_SECONDS"):
+        monkeypatch.setattr(f"ebpfproxy.migrate.{each}", 0.02)
+    kubelet = Scripted()
+    plane = ControlPlane(kubelet, *NODES)
+    plane.put(control_plane.kube_proxy())
+    plane.put(control_plane.agent())
+    with serving(plane) as url:
+        made = World(url, plane, kubelet, tmp_path)
+        until_ready(plane)
+        made.happened()
+        yield made
+
+
+def until_ready(plane: ControlPlane) -> None:
+    waiting.until(lambda: all(pod["status"] == READY for pod in list(plane.objects["Pod"].values())))
+
+
+# -- plan
+
+
+def test_plan_looks_at_all_nodes_and_changes_nothing(world: World) -> None:
+    said = world.good("plan", "--all-nodes")
+    lines = [line.split() for line in said.splitlines()]
+    assert lines[0] == ["NODE", "STATE", "KUBE-PROXY", "ITS", "FRONTENDS", "OURS", "DIFFER", "FLOWS"]
+    assert lines[1:4] == [[name, *["to", "do", "iptables", "20", "21", "0", "3"]] for name in NODES]
+    assert "  node-a and 2 more: something" in said
+    assert f"  {'kubectl'}" not in said
+    assert "kubectl -n kube-system delete daemonset/kube-proxy configmap/kube-proxy" in said
+    assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
+    assert world.work_pods() == []
+    found = json.loads(world.good("plan", "--node", "node-b", "-o", "json"))
+    assert [each["node"] for each in found["nodes"]] == ["node-b"]
+    assert found["nodes"][0]["found"]["kube_proxy_frontends"] == 20
+    assert json.loads(world.good("run", "--dry-run", "--node", "node-b", "-o", "json")) == found
+
+
+def test_ten_are_looked_at_at_once(world: World) -> None:
+    for i in range(25):
+        world.plane.put(node(f"worker-{i}"))
+    barrier = threading.Barrier(10, timeout=5)
+    do = world.kubelet._do
+
+    def together(where: str, *rest: Any) -> tuple[int, str]:
+        if int(where.partition("-")[2] or "99", 36) < 10:
+            barrier.wait()
+        return do(where, *rest)
+
+    world.kubelet._do = together  # type: ignore[method-assign, assignment]
+    names = [f"--node=worker-{i}" for i in range(10)]
+    world.good("plan", *names)
+    assert world.kubelet.most == 10
+    world.kubelet._do = do  # type: ignore[method-assign]
+    world.good("plan", "--all-nodes")
+    assert world.kubelet.most == 10
+
+
+def test_plan_warns_of_who_would_write_the_daemon_set_back(world: World) -> None:
+    mine = control_plane.kube_proxy()
+    mine["metadata"]["labels"] = {"kustomize.toolkit.fluxcd.io/name": "system"}
+    world.plane.put(mine)
+    config = {"kind": "ConfigMap", "metadata": {"namespace": "kube-system", "name": "kubeadm-config"}}
+    world.plane.put({**config, "data": {"ClusterConfiguration": "kind: ClusterConfiguration"}})
+    conf = {**config, "metadata": {"namespace": "kube-system", "name": "kube-proxy"}}
+    world.plane.put(
+        {**conf, "data": {"config.conf": "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: X\n"}}
+    )
+    said = world.good("plan", "--all-nodes")
+    assert "DaemonSet kube-system/kube-proxy seems to be Flux's" in said
+    assert "--skip-phases=addon/kube-proxy" in said
+    assert "ConfigMap kube-system/kube-proxy" in said
+    del world.plane.objects["DaemonSet"]["kube-system", "kube-proxy"]
+    assert "there is no DaemonSet kube-system/kube-proxy" in world.call("plan", "--all-nodes").output
+
+
+@pytest.mark.parametrize(
+    ("found", "has_pod", "state", "words"),
+    [
+        (BEFORE, True, State.TODO, ""),
+        (AFTER, False, State.DONE, ""),
+        (msgspec.structs.replace(AFTER, flows=0), False, State.TODO, ""),
+        (msgspec.structs.replace(AFTER, flows=0, kept=()), False, State.DONE, ""),
+        (msgspec.structs.replace(AFTER, has_leftovers=True), False, State.TODO, ""),
+        (msgspec.structs.replace(BEFORE, blockers=("no",)), True, State.BLOCKED, "no"),
+        (msgspec.structs.replace(BEFORE, embedded="k3s"), False, State.BLOCKED, "k3s runs kube-proxy"),
+        (BEFORE, False, State.BLOCKED, "kube-proxy, pid 7, is not of DaemonSet kube-system/kube-proxy"),
+    ],
+    ids=["before", "after", "keeper", "ended", "half", "blocked", "embedded", "static pod"],
+)
+def test_what_is_to_be_done_on_a_node(found: Brief, has_pod: bool, state: State, words: str) -> None:
+    here = Node(name="a", ready=True, kube_proxy_off=False, agent_off=False)
+    planned = judge(here, found, ["kube-proxy-1"] if has_pod else [])
+    assert planned.state is state
+    assert words in "".join(planned.blockers)
+    assert bool(planned.blockers) == bool(words)
+
+
+def test_a_log_without_a_plan_is_not_one() -> None:
+    with pytest.raises(JobError, match="KeyError"):
+        brief_of(Done(1, "Traceback\nKeyError: 1\n"))
+    with pytest.raises(JobError, match="another version"):
+        brief_of(Done(0, '{\n  "node": "a"\n}'))
+
+
+# -- nodes
+
+
+def test_workers_come_first_and_names_keep_their_order() -> None:
+    control_plane = node("b")
+    control_plane["metadata"]["labels"]["node-role.kubernetes.io/control-plane"] = ""
+    windows = node("a")
+    windows["metadata"]["labels"]["kubernetes.io/os"] = "windows"
+    found = [control_plane, node("d"), node("c"), windows]
+    assert [each.name for each in choose(found, [])] == ["c", "d", "b"]
+    assert [each.name for each in choose(found, ["d", "b", "d"])] == ["d", "b"]
+    with pytest.raises(NodesError, match="--node a: no such node with Linux"):
+        choose(found, ["a"])
+    with pytest.raises(NodesError, match="no node with Linux is selected"):
+        choose([], [])
+
+
+# -- run
+
+
+def test_one_node_after_the_other(world: World) -> None:
+    said = world.good("run", "--all-nodes")
+    assert world.happened()[3:] == [
+        step for name in NODES for step in (f"{name}: plan", f"{name}: kube-proxy ends", f"{name}: run")
+    ]
+    assert world.plane.restarted == []
+    assert all(world.plane.labels(name)["ebpfproxy.io/kube-proxy"] == "off" for name in NODES)
+    lines = said.splitlines()
+    assert lines[0].startswith("gave DaemonSet kube-system/kube-proxy an affinity against nodes")
+    assert "node-b: labelled node node-b ebpfproxy.io/kube-proxy=off" in lines
+    assert "node-b: removed 7 chains" in lines
+    assert lines[-2] == "all 3 nodes that were chosen are without kube-proxy"
+    assert lines[-1].startswith("left to you, once no node is to go back: kubectl")
+    assert world.work_pods() == []
+
+    assert world.good("run", "--all-nodes").splitlines()[:3] == [f"{name}: done already" for name in NODES]
+    assert world.happened() == unordered([f"{name}: plan" for name in NODES])
+
+
+class unordered(list[str]):  # noqa: N801 - reads as an expression
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list) and sorted(self) == sorted(other)
+
+    __hash__ = None
+
+
+def test_a_canary_touches_no_other_node(world: World) -> None:
+    said = world.good("run", "--node", "node-c")
+    assert {line.partition(":")[0] for line in world.happened()} == {"node-c"}
+    assert "left to you" not in said
+    assert world.plane.restarted == []
+
+
+def test_a_selector_chooses(world: World) -> None:
+    world.plane.put(node("node-b", pool="x"))
+    assert "all 1 nodes" in world.good("run", "-l", "pool=x")
+    assert {line.partition(":")[0] for line in world.happened()} == {"node-b"}
+
+
+def test_several_at_once_where_asked(world: World) -> None:
+    world.good("run", "--all-nodes", "--parallel", "3")
+    assert [line for line in world.happened() if line.endswith("run")] == unordered(
+        [f"{name}: run" for name in NODES]
+    )
+
+
+def test_where_one_is_in_the_way_none_is_touched_unless_it_is_left_out(world: World) -> None:
+    blocked = msgspec.structs.replace(BEFORE, blockers=("Cilium is here", "and more"))
+    world.kubelet.instead["node-b", "plan"] = (1, msgspec.json.format(msgspec.json.encode(blocked)).decode())
+    said = world.bad("run", "--all-nodes")
+    assert "node-b: blocked: Cilium is here; and more" in said
+    assert "Error: 1 of 3 nodes are in the way: nothing was touched." in said
+    assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
+    world.happened()
+    said = world.bad("run", "--all-nodes", "--skip-blocked")
+    assert "Error: 1 nodes are left as they were: see above" in said
+    assert [line for line in world.happened() if line.endswith("run")] == ["node-a: run", "node-c: run"]
+    said = world.bad("plan", "--all-nodes")
+    assert "IN THE WAY\n  node-b: Cilium is here\n  node-b: and more\n" in said
+
+
+def test_a_node_that_is_not_ready_is_reported_and_left_alone(world: World) -> None:
+    world.plane.put(node("node-b", ready=False))
+    said = world.bad("run", "--all-nodes")
+    assert "node-b: not ready: the node is not Ready" in said
+    assert not any(line.startswith("node-b") for line in world.happened())
+    assert len(world.plane.pods("kube-proxy", "node-b")) == 1
+    said = world.bad("rollback", "--all-nodes")
+    assert "node-b: not ready: left as it is" in said
+
+
+def test_it_stops_at_the_first_failure_and_goes_on_when_called_again(world: World) -> None:
+    world.kubelet.instead["node-b", "run"] = (1, "made a table\nError: nft: no such thing\n")
+    said = world.bad("run", "--all-nodes")
+    assert (
+        "Error: node-b: nft: no such thing. kube-proxy is stopped there, and the agent serves what it served:"
+        " call this again, or migrate rollback --node node-b\ndone: 1 of 3 nodes" in said
+    )
+    assert "node-c: run" not in world.happened()
+    assert len(world.plane.pods("kube-proxy", "node-c")) == 1
+    assert world.work_pods() == []
+
+    del world.kubelet.instead["node-b", "run"]
+    world.plane.worked.clear()
+    said = world.good("run", "--all-nodes")
+    assert "node-a: done already" in said
+    assert [line for line in world.happened() if line.endswith("run")] == ["node-b: run", "node-c: run"]
+    planned = {name: arguments for name, arguments in world.plane.worked if arguments[0] == "plan"}
+    assert "--stopped" in planned["node-b"], "its rules are of the past"
+    assert "--stopped" not in planned["node-c"]
+
+
+def test_what_has_changed_since_all_were_looked_at_stops_it(world: World) -> None:
+    do, count = world.kubelet._do, iter(range(100))
+
+    def changes(where: str, what: str, *rest: Any) -> tuple[int, str]:
+        code, said = do(where, what, *rest)
+        if (where, what) == ("node-b", "plan") and next(count):
+            said = said.replace('"blockers": []', '"blockers": ["new"]')
+        return code, said
+
+    world.kubelet._do = changes  # type: ignore[method-assign, assignment]
+    said = world.bad("run", "--all-nodes")
+    assert "Error: node-b: it was left as it is: new\ndone: 1 of 3 nodes" in said
+    assert "ebpfproxy.io/kube-proxy" not in world.plane.labels("node-b")
+
+
+def test_an_affinity_that_somebody_takes_away_stops_it(world: World) -> None:
+    do = world.kubelet._do
+
+    def writes_back(where: str, what: str, *rest: Any) -> tuple[int, str]:
+        if (where, what) == ("node-a", "run"):
+            done = do(where, what, *rest)
+            world.plane.put(control_plane.kube_proxy())
+            return done
+        return do(where, what, *rest)
+
+    world.kubelet._do = writes_back  # type: ignore[method-assign, assignment]
+    said = world.bad("run", "--all-nodes")
+    assert "DaemonSet kube-system/kube-proxy has lost its affinity: somebody writes it back" in said
+    assert "ebpfproxy.io/kube-proxy" not in world.plane.labels("node-b")
+
+
+def test_an_agent_that_was_switched_off_comes_back_first(world: World) -> None:
+    world.good("rollback", "--all-nodes")
+    world.happened()
+    said = world.good("plan", "--node", "node-a")
+    assert "node-a: the agent is switched off here since a rollback" in said
+    world.happened()
+    world.good("run", "--all-nodes")
+    assert world.happened()[:3] == [f"{name}: ebpfproxy starts" for name in NODES]
+    mine = world.plane.get("DaemonSet", "kube-system", "ebpfproxy")
+    assert mine["spec"] == control_plane.agent()["spec"], "nobody needs its switch now"
+
+
+# -- rollback
+
+
+def test_back_kube_proxy_comes_before_the_agent_goes(world: World) -> None:
+    world.good("run", "--all-nodes")
+    world.happened()
+    said = world.good("rollback", "--all-nodes")
+    log = world.happened()
+    assert (
+        log[: 4 * 3]
+        == [
+            step
+            for name in NODES
+            for step in (
+                f"{name}: kube-proxy starts",
+                f"{name}: rollback",
+                f"{name}: ebpfproxy ends",
+            )
+        ]
+        + log[9:12]
+    )
+    assert all("ebpfproxy.io/kube-proxy" not in world.plane.labels(name) for name in NODES)
+    assert all(world.plane.labels(name)["ebpfproxy.io/agent"] == "off" for name in NODES)
+    assert said.splitlines()[-1] == "kube-proxy serves all 3 nodes"
+    spec = world.plane.get("DaemonSet", "kube-system", "kube-proxy")["spec"]
+    assert spec == control_plane.kube_proxy()["spec"]
+
+
+def test_one_node_goes_back_and_the_others_stay(world: World) -> None:
+    world.good("run", "--all-nodes")
+    world.good("rollback", "--node", "node-b")
+    assert [bool(world.plane.pods("kube-proxy", name)) for name in NODES] == [False, True, False]
+    assert [bool(world.plane.pods("ebpfproxy", name)) for name in NODES] == [True, False, True]
+    kept = world.plane.get("DaemonSet", "kube-system", "kube-proxy")["spec"]["updateStrategy"]
+    assert kept == {"type": "OnDelete"}
+
+
+def test_where_it_cannot_go_back_the_agent_stays(world: World) -> None:
+    world.good("run", "--all-nodes")
+    world.kubelet.instead["node-a", "rollback"] = (
+        1,
+        "Error: kube-proxy's rules do not serve 10.0.0.1:80/TCP",
+    )
+    said = world.bad("rollback", "--all-nodes")
+    assert (
+        "Error: node-a: kube-proxy's rules do not serve 10.0.0.1:80/TCP. kube-proxy runs there again, and the"
+        " agent goes on beside it: call this again\ndone: 0 of 3 nodes" in said
+    )
+    assert "ebpfproxy.io/agent" not in world.plane.labels("node-a")
+    assert world.plane.pods("ebpfproxy", "node-a")
+    del world.kubelet.instead["node-a", "rollback"]
+    world.good("rollback", "--all-nodes")
+
+
+def test_without_kube_proxys_daemon_set_there_is_no_way_back(world: World) -> None:
+    del world.plane.objects["DaemonSet"]["kube-system", "kube-proxy"]
+    said = world.bad("rollback", "--all-nodes")
+    assert "there is no DaemonSet kube-system/kube-proxy to come back: kubeadm init phase addon" in said
+
+
+# -- pods that do not work
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (
+            stuck("ImagePullBackOff", 'Back-off pulling image "x"'),
+            'cannot start: ImagePullBackOff: Back-off pulling image "x"',
+        ),
+        (stuck("CreateContainerError", "no"), "cannot start: CreateContainerError: no"),
+        (
+            {"phase": "Failed", "reason": "OutOfcpu", "message": "Node has no cpu"},
+            "failed: OutOfcpu: Node has no cpu",
+        ),
+        (ended(137, "OOMKilled"), "its container ended: OOMKilled"),
+        ((2, "Usage: …\nError: No such option: --brief\n"), "No such option: --brief"),
+        ((1, "Traceback\nKeyError: 'x'\n"), "KeyError: 'x'"),
+        ((0, "nothing\n"), "nothing"),
+    ],
+)
+def test_a_pod_that_fails_is_told_at_once_with_its_reason(
+    world: World, status: Item | tuple[int, str], words: str
+) -> None:
+    world.kubelet.instead["node-b", "plan"] = status
+    said = world.bad("plan", "--all-nodes")
+    assert words in said
+    assert sum(line.startswith("  node-b: ") for line in said.splitlines()) == 1, said
+    assert "node-a" in said
+    assert world.work_pods() == []
+
+
+def test_a_pod_that_nobody_starts_is_told_with_its_last_event(world: World) -> None:
+    world.kubelet.instead["node-b", "plan"] = {"phase": "Pending"}
+    warning = {"type": "Warning", "reason": "FailedMount", "message": "hostPath type check failed"}
+    said = world.bad("plan", "--node", "node-b", timeout="0.3s")
+    assert "has not started after 0.3 s: its kubelet says nothing" in said
+    world.plane.events = [warning]
+    said = world.bad("plan", "--node", "node-b", timeout="0.3s")
+    assert "has not started after 0.3 s: FailedMount: hostPath type check failed" in said
+    assert world.work_pods() == []
+
+
+def test_pods_that_may_not_be_made_are_told_in_the_servers_words(world: World) -> None:
+    words = 'pods "ebpfproxy-migrate-node-a" is forbidden: violates PodSecurity "baseline:latest": host namespaces'
+    world.plane.refusals["POST", "/pods"] = (403, words)
+    said = world.bad("plan", "--node", "node-a")
+    assert f"403: {words}" in said
+
+
+def test_a_log_that_may_not_be_read_leaves_the_kubelets_message(world: World) -> None:
+    world.plane.refusals["GET", "/log"] = (403, "pods/log is forbidden")
+    world.kubelet.instead["node-a", "plan"] = ended(1, message="Error: nft is not installed\n")
+    assert "node-a: nft is not installed" in world.bad("plan", "--node", "node-a")
+    del world.kubelet.instead["node-a", "plan"]
+    assert "its log: http" in world.bad("plan", "--node", "node-a")
+
+
+def test_a_pod_of_an_earlier_call_is_taken_away_if_it_has_ended(world: World) -> None:
+    left = pods.manifest("node-a", pods.Image(name="x"), ["plan"], seconds=5)
+    left["metadata"]["namespace"] = "kube-system"
+    with world.plane.lock:
+        world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left
+    left["status"] = {"phase": "Running"}
+    said = world.bad("plan", "--node", "node-a")
+    assert "pod kube-system/ebpfproxy-migrate-node-a runs already: another call works on this node" in said
+    left["status"] = ended(0)
+    world.good("plan", "--node", "node-a")
+
+
+def test_an_old_pod_that_ends_just_now_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = pods.manifest("node-a", pods.Image(name="x"), ["plan"], seconds=5)
+    left["metadata"] |= {"namespace": "kube-system", "deletionTimestamp": "x"}
+    with world.plane.lock:
+        world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left
+    threading.Timer(0.2, world.plane.objects["Pod"].pop, [("kube-system", left["metadata"]["name"])]).start()
+    world.good("plan", "--node", "node-a")
+
+
+# -- usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--all-nodes", "--force"], "--force is about one node: call it there"),
+        (["run", "--all-nodes", "--terminate"], "--terminate is about one node"),
+        (["plan", "--all-nodes", "--hostname-override", "x"], "--hostname-override is about one node"),
+        (["plan", "--all-nodes", "--node", "x"], "--all-nodes and --node exclude each other"),
+        (["plan", "--all-nodes", "--daemonset", "x"], "--daemonset x: it is NAMESPACE/NAME"),
+        (["plan", "--all-nodes", "--kubeconfig", "/nowhere"], "/nowhere"),
+        (
+            ["plan", "--all-nodes", "--daemonset", "a/b"],
+            "there is no DaemonSet a/b: name its --daemonset, or an --image",
+        ),
+        (["plan", "--node", "x"], "--node x: no such node"),
+    ],
+)
+def test_wrong_options_are_named(world: World, arguments: list[str], words: str) -> None:
+    result = world.call(*arguments)
+    assert result.exit_code in (1, 2)
+    assert words in result.output
+
+
+def test_many_nodes_need_an_api_server() -> None:
+    result = CliRunner().invoke(command, ["plan", "--all-nodes"])
+    assert result.exit_code == 2
+    assert "many nodes need --kubeconfig" in result.output

@@ -1,0 +1,136 @@
+"""A work pod's container does all its work with what its manifest gives it, and misses each thing it is given."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.migrate import pods
+from tests.lab import Lab
+from tests.migrate import rules
+from tests.migrate.kubelet import PodContainer
+from tests.migrate.test_kube_proxy import start
+from tests.migrate.world import World
+
+ADDED = pods._security()["capabilities"]["add"]
+_numbers = itertools.count()
+Run = Callable[..., tuple[int, str]]
+
+
+def runner(world: World, image: Path | None = None) -> Run:
+    """Runs a command of ``ebpfproxy migrate`` in a work pod's container; its exit code and what it said."""
+
+    def run(*arguments: str, without: Iterable[str] = (), seccomp: bool = True) -> tuple[int, str]:
+        folder = world.lab.folder / f"pod-{next(_numbers)}"
+        folder.mkdir()
+        pod = pods.manifest(world.a.name, pods.Image(name="x"), arguments, seconds=60)
+        held = [f"CAP_{each}" for each in ADDED if each not in without]
+        container = PodContainer(pod, world.a, folder, capabilities=held, seccomp=seccomp, image=image)
+        done = container.run()
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """With an agent beside a kube-proxy whose rules are in both backends of iptables and in nftables."""
+    with Lab() as lab:
+        made = World(lab)
+        for mode in rules.MODES:
+            made.kube_proxy(mode)
+        start(made.a, "--proxy-mode=iptables")
+        made.agent().start()
+        made.wait_frontends(20)
+        yield made
+
+
+PLAN = ("plan", "--brief", "-o", "json")
+
+
+@pytest.mark.root
+@rules.needs_samples
+def test_it_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
+    code, said = runner(world)(*PLAN)
+    found = json.loads(said)
+    assert code == 0, said
+    assert (found["modes"], found["blockers"], found["differences"]) == (["iptables", "nftables"], [], 0)
+    assert (found["kube_proxy_frontends"], found["agent_frontends"]) == (20, 20)
+    assert list(found["processes"].values()) == ["process"]
+
+
+@pytest.mark.root
+@rules.needs_samples
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("BPF", "lacks BPF hash maps"),
+        (
+            "NET_ADMIN",
+            "iptables-legacy-save: iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied",
+        ),
+        (
+            "NET_RAW",
+            "iptables-legacy-save: iptables-save v1.8.9 (legacy): Cannot initialize: Permission denied",
+        ),
+        ("SYS_ADMIN", "Operation not permitted (root or CAP_BPF is needed)"),
+        ("SYS_PTRACE", "/ns/net'; root is needed"),
+    ],
+)
+def test_nothing_is_done_without(world: World, missing: str, words: str) -> None:
+    """SYS_ADMIN contains BPF, which is what is left where a runtime's profile knows it."""
+    run = runner(world)
+    if missing == "BPF":
+        code, said = run(*PLAN, without=["BPF", "SYS_ADMIN"], seccomp=False)
+    else:
+        code, said = run(*PLAN, without=[missing])
+    assert code == 1
+    assert words in said
+    assert {"BPF", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE"} == set(ADDED)
+
+
+@pytest.mark.root
+@rules.needs_samples
+def test_without_sys_admin_all_is_done_where_the_runtimes_profile_knows_bpf(world: World) -> None:
+    code, said = runner(world)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
+    assert code == 0, said
+
+
+# -- the manifest
+
+
+def test_the_manifest_gives_no_more_than_the_node() -> None:
+    made = pods.manifest("node-a", pods.Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5)
+    spec, (container,) = made["spec"], made["spec"]["containers"]
+    assert made["metadata"]["name"] == "ebpfproxy-migrate-node-a"
+    assert "k8s-app" not in made["metadata"]["labels"], "the DaemonSet would take it for its own"
+    assert spec["nodeName"] == "node-a"
+    assert (spec["hostNetwork"], spec["hostPID"], spec["automountServiceAccountToken"]) == (True, True, False)
+    assert (spec["restartPolicy"], spec["activeDeadlineSeconds"]) == ("Never", 90)
+    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["imagePullSecrets"] == [{"name": "s"}]
+    assert container["command"] + container["args"] == ["ebpfproxy", "migrate", "plan"]
+    security = container["securityContext"]
+    assert not security["allowPrivilegeEscalation"]
+    assert security["readOnlyRootFilesystem"]
+    assert "privileged" not in security
+    assert security["capabilities"]["drop"] == ["ALL"]
+
+
+def test_the_image_is_the_daemon_sets() -> None:
+    spec = {
+        "containers": [{"name": "ebpfproxy", "image": "r/e:2", "imagePullPolicy": "Always"}],
+        "imagePullSecrets": [{"name": "s"}],
+    }
+    found = pods.image_of({"spec": {"template": {"spec": spec}}})
+    assert found == pods.Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
+
+
+def test_a_long_nodes_name_makes_a_name_of_its_own() -> None:
+    names = {pods.name_of("n" * 250 + each) for each in "abc"}
+    assert len(names) == 3
+    assert {len(name) for name in names} == {253}

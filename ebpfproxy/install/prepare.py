@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,8 @@ Say = Callable[[str], None]
 OLDEST = Version(1, 22)
 #: kube-proxy has /livez, which the DaemonSet's probes ask for.
 _LIVEZ = Version(1, 28)
+#: By which `ebpfproxy migrate rollback` keeps the agent from a node.
+_OFF = "ebpfproxy.io/agent=off"
 
 
 class PrepareError(Exception):
@@ -80,7 +82,23 @@ def _look(api: Api, say: Say) -> tuple[Version, Object | None]:
     if kube_proxy is not None:
         there = "kube-proxy runs, and goes on beside ebpfproxy: `ebpfproxy migrate` is the next step"
     say(f"cluster: {api.host}, Kubernetes {version}; {there}")
+    for line in _switched_off(api):
+        say(line)
     return version, kube_proxy
+
+
+def _switched_off(api: Api) -> Iterator[str]:
+    try:
+        found = sorted(each["metadata"]["name"] for each in api.list("Node", "", labelSelector=_OFF))
+    except ApiError as error:
+        # Who may not list nodes may install all the same.
+        yield f"warning: {error}: whether nodes have the label {_OFF} is not known"
+        return
+    if found:
+        yield (
+            f"warning: no agent will run on {', '.join(found)}: label {_OFF}, since a rollback. `ebpfproxy"
+            " migrate run` takes it away"
+        )
 
 
 def _configuration(

@@ -70,6 +70,13 @@ def test_what_cannot_be_changed_is_the_servers_422(site: StandIn) -> None:
     assert last.endswith("field is immutable")
 
 
+def test_nodes_that_a_rollback_has_switched_off_are_said(site: StandIn) -> None:
+    site.add_node("node-x", **{"ebpfproxy.io/agent": "off"})
+    assert "warning: no agent will run on node-x: label ebpfproxy.io/agent=off" in site.install().stderr
+    site.server.denied.add("nodes")
+    assert "whether nodes have the label ebpfproxy.io/agent=off is not known" in site.install().stderr
+
+
 def test_two_conflicts_are_one_line(site: StandIn) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = "/api/v1/namespaces/kube-system/configmaps/ebpfproxy"

@@ -98,8 +98,9 @@ def find(facts: Facts, cluster_ips: Iterable[str] = ()) -> list[Conflict]:
 def _proxies(facts: Facts) -> Iterable[Conflict]:
     """Others that translate at the socket, or every packet: two of them fight for each connection.
 
-    Cilium pins links below cilium/socketlb; its maps are below tc/globals, also where it leaves Services to
-    kube-proxy but for its own pods. Calico: felix/bpf/nat.
+    Cilium pins links below cilium/socketlb. Its maps are below tc/globals: those of Services also where it
+    leaves all but its own pods' to kube-proxy, that of neighbours only with NodePorts (bpf/lib/neigh.h).
+    Calico: felix/bpf/nat.
     """
     if any(pin.startswith("cilium/socketlb/links/") for pin in facts.pins):
         yield Conflict(
@@ -107,11 +108,18 @@ def _proxies(facts: Facts) -> Iterable[Conflict]:
             "Cilium translates Services at the socket (links below /sys/fs/bpf/cilium/socketlb)",
             "keep Cilium's, or set kubeProxyReplacement=false, socketLB.enabled=false and restart its agent",
         )
-    elif any(pin.startswith(("tc/globals/cilium_lb4", "tc/globals/cilium_lb6")) for pin in facts.pins):
+    elif any(pin.startswith("tc/globals/cilium_nodeport_neigh") for pin in facts.pins):
         yield Conflict(
             Severity.BLOCKS,
-            "Cilium has Services of its own (maps /sys/fs/bpf/tc/globals/cilium_lb*)",
+            "Cilium translates NodePorts (maps /sys/fs/bpf/tc/globals/cilium_nodeport_neigh*)",
             "keep Cilium's; where it no longer runs, remove its pins: cilium-dbg post-uninstall-cleanup",
+        )
+    elif any(pin.startswith(("tc/globals/cilium_lb4", "tc/globals/cilium_lb6")) for pin in facts.pins):
+        yield Conflict(
+            Severity.WARNS,
+            "Cilium translates what its own pods send to cluster IPs, packet by packet (maps"
+            " /sys/fs/bpf/tc/globals/cilium_lb*): with pods' sockets translated nothing is left for it",
+            "go on where kubeProxyReplacement is false; keep Cilium's where it is true",
         )
     if any(pin.startswith(("tc/globals/cali_v4_nat_fe", "tc/globals/cali_v6_nat_fe")) for pin in facts.pins):
         yield Conflict(

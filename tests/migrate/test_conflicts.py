@@ -19,8 +19,7 @@ def said(facts: Facts, *cluster_ips: str) -> list[tuple[str, str]]:
     ("pin", "word"),
     [
         ("cilium/socketlb/links/cgroup/cil_sock4_connect", "Cilium translates Services at the socket"),
-        ("tc/globals/cilium_lb4_services_v2", "Cilium has Services of its own"),
-        ("tc/globals/cilium_lb6_backends_v3", "Cilium has Services of its own"),
+        ("tc/globals/cilium_nodeport_neigh4", "Cilium translates NodePorts"),
         ("tc/globals/cali_v4_nat_fe3", "Calico's eBPF mode"),
     ],
 )
@@ -28,6 +27,13 @@ def test_another_replacement_blocks(pin: str, word: str) -> None:
     ((severity, what),) = said(Facts(pins=frozenset({pin, "tc/globals/other"})))
     assert severity == Severity.BLOCKS
     assert what.startswith(word)
+
+
+@pytest.mark.parametrize("pin", ["cilium_lb4_services_v2", "cilium_lb6_backends_v3"])
+def test_cilium_without_its_replacement_is_worth_a_word(pin: str) -> None:
+    ((severity, what),) = said(Facts(pins=frozenset({f"tc/globals/{pin}"})))
+    assert severity == Severity.WARNS
+    assert what.startswith("Cilium translates what its own pods send")
 
 
 def test_calicos_maps_without_its_nat_are_no_conflict() -> None:

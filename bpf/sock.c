@@ -87,12 +87,13 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 }
 
 /*
- * Nothing to choose at the socket: an address of no Service, or one whose clients are told apart by
- * their own address, which a socket may not have yet; packets do.
+ * Nothing to choose at the socket: an address of no Service, one where this node answers itself, or
+ * one whose clients are told apart by their own address, which a socket may not have yet; packets
+ * do.
  */
 static __always_inline bool is_left_alone(const struct service *svc)
 {
-	return !svc || svc->flags & SERVICE_SOURCES;
+	return !svc || svc->flags & (SERVICE_SOURCES | SERVICE_OWN);
 }
 
 /* A port that a cluster IP does not have; only asked where no Service was found. */

@@ -277,7 +277,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		      : NULL;
 	if (!svc)
 		return no_service(skb, p);
-	if (!s)
+	if (!s || svc->flags & SERVICE_OWN)
 		return PASS;
 	s->service = *svc;
 	svc = &s->service;
@@ -333,7 +333,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 		return PASS;
 	if (!svc)
 		return no_service(skb, p);
-	if (!s)
+	if (!s || svc->flags & SERVICE_OWN)
 		return PASS;
 	s->service = *svc;
 	svc = &s->service;

@@ -301,7 +301,7 @@ class Agent:
             addresses=len(network.addresses),
             node_port_addresses=len(node_ports),
         )
-        self._writer.set_own_addresses(network.addresses)
+        self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
         self._attaching.set_network(network)
 

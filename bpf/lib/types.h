@@ -28,6 +28,7 @@ enum policy {
 #define SERVICE_TWO_SCOPES (1 << 1) /* the external scope has an entry of its own */
 #define SERVICE_SOURCES	   (1 << 2) /* only sources in source_ranges: the packet path decides */
 #define SERVICE_ADDRESS	   (1 << 3) /* no Service, but a cluster IP: its other ports are rejected */
+#define SERVICE_OWN	   (1 << 4) /* the node itself answers there: not to be translated */
 
 /*
  * service.algorithm: how a slot is chosen. Names in brackets are IPVS's. Weights are in how often a

@@ -89,6 +89,6 @@ def _print(rows: list[FrontendRow], most: int | None) -> None:
             row.frontend,
             row.algorithm,
             f"{row.affinity}s" if row.affinity else "none",
-            text or "none",
+            "the node's own address: left alone" if row.own else text or "none",
         )
     console().print(printed)

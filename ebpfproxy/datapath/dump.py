@@ -46,6 +46,8 @@ class FrontendRow(msgspec.Struct, frozen=True):
     #: Seconds for which a client stays with its backend; 0 without session affinity.
     affinity: int
     backends: tuple[BackendRef, ...]
+    #: The node itself has the address, and answers there: nothing is translated.
+    own: bool = False
 
 
 class BackendRow(msgspec.Struct, frozen=True):
@@ -159,6 +161,7 @@ class Dump:
                         algorithm=str(entry.algorithm),
                         affinity=entry.affinity_seconds,
                         backends=backends,
+                        own=bool(entry.flags & ServiceFlags.OWN),
                     ),
                 )
                 for scope in (Scope if shared else (key.scope,))

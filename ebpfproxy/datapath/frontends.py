@@ -1,6 +1,10 @@
 """The frontends' tables, and the filters by which packets of no frontend are passed over.
 
 A cluster IP has, beside the entries of its ports, one that stands for all other ports: those are rejected.
+
+A DNS cache of the node may have the cluster IP of the cluster's DNS as an address of its own (nodelocaldns):
+packets that ask it have to come to it. Its entries are marked, and left alone by programs, while it is there;
+other ports are then not rejected, since its own sockets have them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from ebpfproxy.datapath.maps import Map, MapSet
 from ebpfproxy.services.model import FrontendKind
 
 _TABLES = ("services4", "services6")
+_DNS_PORT = 53
 
 
 class Frontends:
@@ -26,6 +31,7 @@ class Frontends:
         self._ports = BitFilter(maps.shared("port_filter"))
         self._cluster_ips: Counter[bytes] = Counter()
         self._own_addresses: frozenset[bytes] = frozenset()
+        self._answered: frozenset[bytes] = frozenset()
         self._node_addresses = frozenset(
             layout.unpack_address(key) for key, _ in maps["node_addresses"].items()
         )
@@ -33,8 +39,10 @@ class Frontends:
         for table in _TABLES:
             for key, value in maps[table].items():
                 entry = layout.unpack_service(value)
+                if entry.flags & ServiceFlags.OWN:
+                    self._answered |= {layout.unpack_service_key(key).address}
                 if not entry.flags & ServiceFlags.ADDRESS:
-                    self._entries[key] = value
+                    self._entries[key] = layout.with_service_flags(value, entry.flags & ~ServiceFlags.OWN)
                     self._note(key, entry.kind, closes=False)
 
     def __len__(self) -> int:
@@ -57,7 +65,7 @@ class Frontends:
             # What a filter does not know would pass untouched: it learns first, and forgets last.
             for key, value in batch.items():
                 self._note(key, layout.unpack_service(value).kind)
-            refused = set(self._maps[table].update_many(batch))
+            refused = set(self._maps[table].update_many(self._marked(batch)))
             for key, value in batch.items():
                 replaced = value if key in refused else self._entries.get(key)
                 if replaced is not None:
@@ -66,6 +74,18 @@ class Frontends:
                     self._entries[key] = value
             full |= {key: f"no room in {table} for {describe_frontend(key)}" for key in refused}
         return full
+
+    def _marked(self, entries: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        """As they are written: with the mark where this node answers."""
+        made = dict(entries)
+        for key, value in entries.items():
+            if layout.service_key_port(key) != _DNS_PORT:
+                continue
+            entry = layout.unpack_service(value)
+            is_answered = layout.unpack_service_key(key).address in self._answered
+            if is_answered and entry.kind is FrontendKind.CLUSTER_IP:
+                made[key] = layout.with_service_flags(value, entry.flags | ServiceFlags.OWN)
+        return made
 
     def withdraw(self, service_id: int, key: bytes) -> None:
         """A frontend that another service port has taken over is the other's, and stays."""
@@ -118,6 +138,8 @@ class Frontends:
         self._ports.remove(frontend.port)
 
     def _close_other_ports(self, address: bytes) -> None:
+        if address in self._answered:
+            return
         key, value = layout.pack_cluster_ip(address)
         # Without room for it such ports are not rejected, and nothing else is different.
         self._table_of(key).update_many({key: value})
@@ -145,6 +167,25 @@ class Frontends:
         for address in self._own_addresses - addresses:
             self._addresses.remove(address_hash(address))
         self._own_addresses = addresses
+
+    def set_answered_addresses(self, addresses: frozenset[bytes]) -> None:
+        """Addresses at which processes of this node answer themselves."""
+        changed = (addresses ^ self._answered) & self._cluster_ips.keys()
+        self._answered = addresses
+        if changed:
+            entries = {
+                key: value
+                for key, value in self._entries.items()
+                if layout.unpack_service_key(key).address in changed
+            }
+            for table in _TABLES:
+                size = self._maps[table].spec.key_size
+                batch = {key: value for key, value in entries.items() if len(key) == size}
+                self._maps[table].update_many(self._marked(batch))
+        for address in changed:
+            other_ports, _ = layout.pack_cluster_ip(address)
+            self._table_of(other_ports).delete(other_ports)
+            self._close_other_ports(address)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """The addresses at which this node's NodePorts answer."""

@@ -29,7 +29,7 @@ from ebpfproxy.services.model import (
     format_endpoint,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 POLICIES = 2
 
@@ -47,6 +47,8 @@ class ServiceFlags(enum.IntFlag):
     TWO_SCOPES = 1 << 1
     SOURCES = 1 << 2
     ADDRESS = 1 << 3
+    #: The node itself answers there, such as a DNS cache: not to be translated.
+    OWN = 1 << 4
 
 
 class Departure(enum.IntEnum):
@@ -283,6 +285,11 @@ def unpack_service_key(packed: bytes) -> ServiceKey:
     )
 
 
+def service_key_port(packed: bytes) -> int:
+    """Of a packed key, for those who look at many."""
+    return int.from_bytes(packed[-4:-2], "big")
+
+
 class ServiceEntry(NamedTuple):
     id: int
     flags: ServiceFlags
@@ -302,6 +309,12 @@ def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinit
 def unpack_service(packed: bytes) -> ServiceEntry:
     service_id, flags, kind, algorithm, affinity, _ = _SERVICE.unpack(packed)
     return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), Algorithm(algorithm), affinity)
+
+
+def with_service_flags(packed: bytes, flags: int) -> bytes:
+    """With exactly these."""
+    entry = unpack_service(packed)
+    return pack_service(entry.id, flags, entry.kind, entry.algorithm, entry.affinity_seconds)
 
 
 def asks_who(packed: bytes) -> bool:

@@ -570,9 +570,10 @@ class Writer:
         for key in present.keys() - wanted.keys():
             table.delete(key)
 
-    def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
+    def set_own_addresses(self, addresses: frozenset[bytes], answered: frozenset[bytes]) -> None:
         """See ``datapath.frontends``, as for the next."""
         self._frontends.set_own_addresses(addresses)
+        self._frontends.set_answered_addresses(answered)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         self._frontends.set_node_addresses(addresses)

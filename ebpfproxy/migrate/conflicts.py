@@ -31,14 +31,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     pins: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
-    #: Of nodelocaldns's device.
-    dns_addresses: tuple[str, ...] = ()
     saved: dict[str, str] = {}
     #: Names of processes, of any network namespace that /proc shows.
     processes: frozenset[str] = frozenset()
 
 
-_DNS_DEVICE = "nodelocaldns"
 _KUBE_ROUTER_DEVICE = "kube-dummy-if"
 _FOLDERS = ("tc/globals", "cilium/socketlb/links/cgroup", "")
 
@@ -62,15 +59,10 @@ def look(bpffs: Path = BPFFS, proc: Path = Path("/proc")) -> Facts:
         for path in (bpffs / folder).iterdir()
     }
     with IPRoute() as routes:
-        devices = {str(link.get_attr("IFLA_IFNAME")): int(link["index"]) for link in routes.get_links()}
-        addresses: tuple[str, ...] = ()
-        if _DNS_DEVICE in devices:
-            found = routes.get_addr(index=devices[_DNS_DEVICE])
-            addresses = tuple(sorted(str(each.get_attr("IFA_ADDRESS")) for each in found))
+        devices = {str(link.get_attr("IFLA_IFNAME")) for link in routes.get_links()}
     return Facts(
         pins=frozenset(pins),
         devices=frozenset(devices),
-        dns_addresses=addresses,
         saved={tool.name: tool.saved() for tool in iptables.installed()},
         processes=frozenset(_processes(proc)),
     )
@@ -85,14 +77,9 @@ def _processes(proc: Path) -> Iterable[str]:
             continue
 
 
-def find(facts: Facts, cluster_ips: Iterable[str] = ()) -> list[Conflict]:
-    """Decides. ``cluster_ips`` are those that the agent serves, where one runs."""
-    return [
-        *_proxies(facts),
-        *_dns(facts, frozenset(cluster_ips)),
-        *_istio(facts),
-        *_forwarding(facts),
-    ]
+def find(facts: Facts) -> list[Conflict]:
+    """Decides."""
+    return [*_proxies(facts), *_istio(facts), *_forwarding(facts)]
 
 
 def _proxies(facts: Facts) -> Iterable[Conflict]:
@@ -132,19 +119,6 @@ def _proxies(facts: Facts) -> Iterable[Conflict]:
             Severity.BLOCKS,
             f"kube-router translates Services (device {_KUBE_ROUTER_DEVICE})",
             "run it with --run-service-proxy=false",
-        )
-
-
-def _dns(facts: Facts, cluster_ips: frozenset[str]) -> Iterable[Conflict]:
-    if _DNS_DEVICE not in facts.devices:
-        return
-    taken = [address for address in facts.dns_addresses if address in cluster_ips]
-    if taken:
-        yield Conflict(
-            Severity.WARNS,
-            f"nodelocaldns answers for a cluster IP ({', '.join(taken)}): sockets that ask it go to the"
-            " cluster's DNS pods instead, past the cache",
-            "let pods ask its own address: kubelet's clusterDNS",
         )
 
 

@@ -166,8 +166,7 @@ def plan(where: Where) -> Plan:
                 warnings += problems
         except ClusterError as error:
             cluster_problems.append(str(error))
-    cluster_ips = {row.frontend.rpartition(":")[0].strip("[]") for row in checked.rows}
-    standing = conflicts.find(facts, cluster_ips)
+    standing = conflicts.find(facts)
     differences = frontends.missing(theirs, ours)
     if len(processes) > 1:
         warnings.append(f"{len(processes)} kube-proxies run here: each is stopped")

@@ -48,7 +48,8 @@ _TUNNELS = frozenset(
 )
 #: Nothing of a Service's clients comes through these.
 _IGNORED = frozenset(["dummy", "ifb", "nlmon", "openvswitch", "vrf", "vcan", "can"])
-_IGNORED_NAMES = frozenset(("kube-ipvs0", "ovs-system"))
+_IPVS = "kube-ipvs0"
+_IGNORED_NAMES = frozenset((_IPVS, "ovs-system"))
 #: Masters whose members' packets are seen on the master.
 _BUNDLES = frozenset(["bond", "team"])
 _POD_PORTS = frozenset(["veth", "tun"])
@@ -129,6 +130,8 @@ class Network(msgspec.Struct, frozen=True):
     devices: tuple[Device, ...]
     #: Every address but 127/8 and ::1.
     addresses: frozenset[bytes]
+    #: Those of them at which processes of this node may answer: not kube-proxy's for IPVS.
+    answered: frozenset[bytes]
     #: Of uplinks, without link-local ones.
     uplink_addresses: frozenset[bytes]
     #: The node's own of each family that it has.
@@ -154,6 +157,7 @@ def network_of(
     ways = sorted(routes, key=lambda route: route.metric)
     has_address = {a.ifindex for a in own if a.fit}
     default = {route.ifindex for route in ways}
+    ipvs = {link.ifindex for link in by_index.values() if link.name == _IPVS}
 
     def role_of(link: Link) -> Role:
         named = any(fnmatchcase(link.name, pattern) for pattern in patterns)
@@ -189,6 +193,7 @@ def network_of(
     return Network(
         devices,
         frozenset(a.address for a in own if not _is_loopback(a.address)),
+        frozenset(a.address for a in own if not _is_loopback(a.address) and a.ifindex not in ipvs),
         frozenset(
             a.address
             for a in own

@@ -11,9 +11,12 @@ from typing import Any
 from tests.lab.spaces import Space
 
 
-def start(space: Space, name: str, *ports: int) -> None:
-    """Serves TCP and UDP of both families on ``ports`` until the lab ends; returns once it does."""
-    command = [sys.executable, "-m", "tests.lab.servers", name, *map(str, ports)]
+def start(space: Space, name: str, *ports: int, address: str = "::") -> None:
+    """Serves TCP and UDP on ``ports`` until the lab ends; returns once it does.
+
+    ``address``: IPv6, or IPv4-mapped; by default all of both families.
+    """
+    command = [sys.executable, "-m", "tests.lab.servers", name, address, *map(str, ports)]
     process = space.popen(command, stdout=-1)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -23,14 +26,14 @@ def _answer(name: str, peer: Any) -> bytes:
     return json.dumps({"name": name, "peer": peer[0].removeprefix("::ffff:"), "port": peer[1]}).encode()
 
 
-def main(name: str, ports: list[int]) -> None:
+def main(name: str, address: str, ports: list[int]) -> None:
     selector = selectors.DefaultSelector()
     for port in ports:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             listener = socket.socket(socket.AF_INET6, kind)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listener.bind(("::", port))
+            listener.bind((address, port))
             if kind == socket.SOCK_STREAM:
                 listener.listen(1024)
             selector.register(listener, selectors.EVENT_READ, kind)
@@ -63,4 +66,4 @@ def main(name: str, ports: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(port) for port in sys.argv[2:]])
+    main(sys.argv[1], sys.argv[2], [int(port) for port in sys.argv[3:]])

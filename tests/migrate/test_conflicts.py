@@ -11,8 +11,8 @@ from ebpfproxy.migrate import conflicts
 from ebpfproxy.migrate.conflicts import Facts, Severity
 
 
-def said(facts: Facts, *cluster_ips: str) -> list[tuple[str, str]]:
-    return [(str(each.severity), each.what) for each in conflicts.find(facts, cluster_ips)]
+def said(facts: Facts) -> list[tuple[str, str]]:
+    return [(str(each.severity), each.what) for each in conflicts.find(facts)]
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,6 @@ def test_cilium_without_its_replacement_is_worth_a_word(pin: str) -> None:
 
 def test_calicos_maps_without_its_nat_are_no_conflict() -> None:
     assert said(Facts(pins=frozenset({"tc/globals/cali_v4_routes", "ebpfproxy"}))) == []
-
-
-def test_nodelocaldns_matters_where_it_answers_for_a_cluster_ip() -> None:
-    facts = Facts(devices=frozenset({"nodelocaldns"}), dns_addresses=("10.96.0.10", "169.254.20.10"))
-    assert said(facts, "10.96.0.1") == []
-    ((severity, what),) = said(facts, "10.96.0.10")
-    assert severity == Severity.WARNS
-    assert "(10.96.0.10)" in what
 
 
 def test_kube_routers_proxy_blocks() -> None:

@@ -114,6 +114,14 @@ def test_devices_without_clients_are_left_out(kind: str) -> None:
     assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "LOCAL"}
 
 
+def test_kube_proxys_addresses_for_ipvs_are_nobodys_answers() -> None:
+    addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10"), address(4, "10.96.0.11")]
+    links = [ETH0, link(3, "kube-ipvs0", "dummy"), link(4, "nodelocaldns", "dummy")]
+    network = network_of(links, addresses, [])
+    assert network.addresses == {each.address for each in addresses}
+    assert network.answered == {addresses[0].address, addresses[2].address}
+
+
 def test_masquerading_uses_the_devices_own_address_or_the_nodes() -> None:
     links = [ETH0, link(3, "cni0", "bridge"), link(4, "cali1", "veth")]
     addresses = [

@@ -1,0 +1,69 @@
+"""A DNS cache of the node that has the cluster IP of the cluster's DNS, as nodelocaldns with kube-proxy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.e2e.outer import Outer
+from tests.e2e.world import SERVICE_IPS
+from tests.lab import clients, servers
+from tests.lab.spaces import Space
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+IP, IP6 = SERVICE_IPS["v4"], SERVICE_IPS["v6"]
+
+
+def own(outer: Outer) -> dict[str, bool]:
+    rows: list[dict[str, Any]] = json.loads(outer.a.cli("service", "get", "shop/web", "-o", "json"))
+    return {row["frontend"]: row["own"] for row in rows if row["type"] == "ClusterIP"}
+
+
+def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
+    assert not any(own(outer).values())
+    outer.a.run(["ip", "link", "add", "nodelocaldns", "type", "bridge"])
+    for address in (f"{IP}/32", f"{IP6}/128"):
+        outer.a.run(["ip", "addr", "add", address, "dev", "nodelocaldns", "nodad"])
+    outer.a.run(["ip", "link", "set", "nodelocaldns", "up"])
+    servers.start(outer.a, "cache", 53, address=f"::ffff:{IP}")
+    servers.start(outer.a, "cache6", 53, address=IP6)
+    until(lambda: own(outer)[f"{IP}:53/UDP"], "it is not noticed")
+    assert {frontend for frontend, is_own in own(outer).items() if is_own} == {
+        f"{IP}:53/UDP",
+        f"[{IP6}]:53/UDP",
+    }
+    assert "the node's own address: left alone" in outer.a.cli("service", "get", "shop/web")
+
+    for client in (outer.client, outer.a):
+        assert client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
+        assert client.call(clients.ask_udp_connected, IP, 53)["getpeername"] == (IP, 53)
+        assert client.call(clients.spread_udp, IP6, 53, 10) == {"cache6": 10}
+        assert set(client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}, (
+            "other ports are the Service's"
+        )
+        assert client.call(clients.connect_error, IP, 81) == "ECONNREFUSED"
+    assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] == "cache"
+    assert _without_hook(outer.a, f"UDP:{IP}:53")["name"] == "cache"
+
+    outer.lab.agents[-1].stop()
+    outer.agent().start()
+    assert own(outer)[f"{IP}:53/UDP"], "the next agent finds it so"
+    assert outer.client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
+
+    outer.a.run(["ip", "link", "del", "nodelocaldns"])
+    until(lambda: not any(own(outer).values()), "it is gone")
+    assert set(outer.client.call(clients.spread_udp, IP, 53, 20)) == {"w1", "w2"}
+    assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] in ("w1", "w2")
+
+
+def _without_hook(space: Space, what: str) -> dict[str, Any]:
+    """Outside of the cgroup that the agent serves."""
+    pipe = subprocess.PIPE
+    process = space.popen(["socat", "-T1", "-t1", "-", what], join_cgroup=False, stdin=pipe, stdout=pipe)
+    found: dict[str, Any] = json.loads(process.communicate(b"?")[0])
+    return found

@@ -13,8 +13,8 @@ from ebpfproxy.datapath import attach, cleanup, programs
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target, device_attachments
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
-from ebpfproxy.datapath.layout import DeviceFlags
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.node_layout import DeviceFlags
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.probe import Features
 from ebpfproxy.logs import get_logger

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath import conntrack, maglev, probe
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.local import LocalPods
 from ebpfproxy.services.model import Algorithm, Prefix
 

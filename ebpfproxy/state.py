@@ -9,8 +9,9 @@ import msgspec
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.layout import AGENT_STATE_SIZE, U32
+from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.schema import AGENT_STATE_SIZE
 
 _ERROR_LENGTH = 300
 

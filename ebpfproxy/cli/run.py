@@ -19,10 +19,10 @@ from ebpfproxy.config.load import Configuration, effective, load, without_effect
 from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import PortRangeError
 from ebpfproxy.datapath.probe import Feature
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError

@@ -20,8 +20,8 @@ from ebpfproxy.datapath.attach import attachments
 from ebpfproxy.datapath.conntrack import counters
 from ebpfproxy.datapath.devices import device_attachments
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
-from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.roots import is_locked, pin_folder
 
 _SHOWN_DEVICES = 8

@@ -34,9 +34,9 @@ from ebpfproxy.config.kube_proxy import PRIMARY, Conntrack, KubeProxyConfigurati
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.ports import beside_local_range, parse_range
 from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import parse_node_port_addresses

@@ -14,11 +14,11 @@ from msgspec import Meta
 
 from ebpfproxy.config.decode import Problem
 from ebpfproxy.datapath import maglev
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import PortRangeError, parse_range
 from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.roots import BPFFS
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 

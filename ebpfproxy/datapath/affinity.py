@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from ebpfproxy.datapath import layout
+from ebpfproxy.datapath import flow_layout
 from ebpfproxy.datapath.dump import Dump
-from ebpfproxy.datapath.layout import ClientKind
+from ebpfproxy.datapath.flow_layout import ClientKind
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import format_address
 
@@ -40,8 +40,8 @@ def affinity_rows(maps: MapSet, now: int, names: Mapping[int, str]) -> list[tupl
     seconds = affinity_seconds(dump)
     found = []
     for key, value in maps["affinity"].items():
-        client, service_id, kind = layout.unpack_affinity_key(key)
-        backend_id, last = layout.unpack_affinity(value)
+        client, service_id, kind = flow_layout.unpack_affinity_key(key)
+        backend_id, last = flow_layout.unpack_affinity(value)
         port = dump.names.get(service_id)
         idle = max(0.0, (now - last) / _NS)
         if port is None or idle > seconds.get(service_id, 0):
@@ -79,6 +79,6 @@ def _expired(maps: MapSet, now: int) -> Iterator[tuple[bytes, bytes]]:
     for key, value in maps["affinity"].items():
         if seconds is None:
             seconds = affinity_seconds(Dump(maps))
-        _, last = layout.unpack_affinity(value)
-        if now - last > seconds.get(layout.affinity_service(key), 0) * _NS:
+        _, last = flow_layout.unpack_affinity(value)
+        if now - last > seconds.get(flow_layout.affinity_service(key), 0) * _NS:
             yield key, value

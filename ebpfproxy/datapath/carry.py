@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebpfproxy.datapath import layout
+from ebpfproxy.datapath import flow_layout, layout
 from ebpfproxy.datapath.bpf import BpfError
-from ebpfproxy.datapath.layout import SCHEMA_VERSION, U32
+from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet, open_pinned
+from ebpfproxy.datapath.schema import SCHEMA_VERSION
 
 _AS_THEY_ARE = ("sock_revnat", "fragments")
 #: An id that nothing has.
@@ -44,11 +45,11 @@ class Carrier:
     def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         new, entries = self._new, {}
         for key, value in _missing(old, new, "conntrack"):
-            ids = layout.nat_ids(value)
+            ids = flow_layout.nat_ids(value)
             service, backend = services.get(ids[0]), backends.get(ids[1])
             if service is not None and backend is not None:
                 epoch = new.shared("epochs").words()[service]
-                entries[key] = layout.with_nat_ids(value, service, backend, epoch)
+                entries[key] = flow_layout.with_nat_ids(value, service, backend, epoch)
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
@@ -70,8 +71,8 @@ class Carrier:
         present = dict(table.items())
         for key, value in there.items():
             if key not in present and key not in copied:
-                service, backend = layout.origin_ids(value)
-                entries[key] = layout.with_origin_ids(
+                service, backend = flow_layout.origin_ids(value)
+                entries[key] = flow_layout.with_origin_ids(
                     value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
                 )
         refused = set(table.update_many(entries))
@@ -85,7 +86,7 @@ class Carrier:
                 self._carry(value, -1)
 
     def _carry(self, origin: bytes, number: int) -> None:
-        _, backend = layout.origin_ids(origin)
+        _, backend = flow_layout.origin_ids(origin)
         if backend != _NOTHING:
             loads = self._new.shared("loads").bytes.cast("I")
             at = backend * layout.LOAD_WORDS + layout.LOAD_CARRIED
@@ -94,10 +95,10 @@ class Carrier:
     def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         entries = {}
         for key, value in _missing(old, self._new, "affinity"):
-            service = services.get(layout.affinity_service(key))
-            backend = backends.get(layout.unpack_affinity(value)[0])
+            service = services.get(flow_layout.affinity_service(key))
+            backend = backends.get(flow_layout.unpack_affinity(value)[0])
             if service is not None and backend is not None:
-                entries[layout.with_affinity_service(key, service)] = layout.with_affinity_backend(
+                entries[flow_layout.with_affinity_service(key, service)] = flow_layout.with_affinity_backend(
                     value, backend
                 )
         self._new["affinity"].update_many(entries)

@@ -16,23 +16,19 @@ import msgspec
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.layout import (
-    LOAD_BEGUN,
-    LOAD_CORRECTED,
-    LOAD_ENDED,
-    LOAD_WORDS,
+from ebpfproxy.datapath.flow_layout import (
     Departure,
     Flow,
     Nat,
     NatFlags,
-    PacketEvent,
     Seen,
     partner_key,
-    unpack_address,
     unpack_flow,
     unpack_nat,
 )
+from ebpfproxy.datapath.layout import LOAD_BEGUN, LOAD_CORRECTED, LOAD_ENDED, LOAD_WORDS, unpack_address
 from ebpfproxy.datapath.maps import Map, MapSet
+from ebpfproxy.datapath.node_layout import PacketEvent
 from ebpfproxy.services.model import Family, Protocol, format_endpoint
 
 _NS = 1_000_000_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 
-from ebpfproxy.datapath.layout import CRC_STEPS
+from ebpfproxy.datapath.schema import CRC_STEPS
 
 _POLYNOMIAL = 0x82F63B78
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Set
 from itertools import count
 from typing import NamedTuple
 
-from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.layout import U32, Departure
+from ebpfproxy.datapath import flow_layout
+from ebpfproxy.datapath.flow_layout import Departure
+from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
 
 
@@ -37,14 +38,14 @@ class Departures:
     def note(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
         """Tells flows of a service which of its backends they must leave."""
         for number in back if self._known else ():
-            key = layout.pack_departure(service_id, number)
+            key = flow_layout.pack_departure(service_id, number)
             if self._known.pop(key, None) is not None:
                 self._fresh.pop(key, None)
                 self._map.delete(key)
         departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
         if not departed:
             return
-        entries = {layout.pack_departure(service_id, number): why for number, why in departed.items()}
+        entries = {flow_layout.pack_departure(service_id, number): why for number, why in departed.items()}
         departures = {key: Departed(why, next(self._serials)) for key, why in entries.items()}
         self._known.update(departures)
         self._fresh.update(departures)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 from collections import Counter
 
-from ebpfproxy.datapath.layout import ADDRESS_FILTER_BITS, pack_address
+from ebpfproxy.datapath.layout import pack_address
 from ebpfproxy.datapath.maps import SharedArray
+from ebpfproxy.datapath.schema import ADDRESS_FILTER_BITS
 
 _WORDS = struct.Struct("=4I")
 _GOLDEN = 0x9E3779B1

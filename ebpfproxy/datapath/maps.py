@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.layout import Capacity, MapSpec, map_specs, version_name
+from ebpfproxy.datapath.schema import Capacity, MapSpec, map_specs, version_name
 
 #: Entries a system call, when whole maps are read.
 _BATCH = 4096

@@ -6,9 +6,9 @@ import enum
 import struct
 from collections.abc import Callable, Mapping
 
-from ebpfproxy.datapath import bpf, layout
+from ebpfproxy.datapath import bpf, flow_layout, layout
 from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.layout import Departure
+from ebpfproxy.datapath.flow_layout import Departure
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import Backend, Protocol
 
@@ -46,13 +46,13 @@ def stale_sockets(
         return found
     origins = maps["sock_origin"]
     key_size, value_size = origins.spec.key_size, origins.spec.value_size
-    ids_at = layout.ORIGIN_IDS_AT
+    ids_at = flow_layout.ORIGIN_IDS_AT
     for keys, values, count in bpf.map_lookup_batches(origins.fd, key_size, value_size, _BATCH):
         for i in range(count):
             at = i * value_size
             protocol = wanted.get(bytes(values[at + ids_at : at + ids_at + 8]))
             if protocol is not None:
-                address, port = layout.origin_backend(bytes(values[at : at + value_size]))
+                address, port = flow_layout.origin_backend(bytes(values[at : at + value_size]))
                 (cookie,) = _COOKIE.unpack_from(keys, i * key_size)
                 found.setdefault(Backend(address, port, protocol), set()).add(cookie)
         rest()
@@ -64,7 +64,7 @@ def _with_sockets(maps: MapSet, departures: Mapping[bytes, Departed], tcp: Stale
     backends, loads = maps.shared("backends"), maps.shared("loads").bytes.cast("I")
     found: dict[bytes, Protocol] = {}
     for key, departed in departures.items():
-        _, number = layout.unpack_departure(key)
+        _, number = flow_layout.unpack_departure(key)
         start = number * backends.stride
         known = layout.unpack_backend(bytes(backends.bytes[start : start + layout.BACKEND_SIZE]))
         load = layout.load_of(loads[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS])

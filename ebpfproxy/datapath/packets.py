@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.devices import DeviceAttacher, Target
-from ebpfproxy.datapath.layout import U32, CidrFlags, DeviceFlags, pack_cidr, pack_device, with_device_flags
+from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import Map, MapSet
+from ebpfproxy.datapath.node_layout import CidrFlags, DeviceFlags, pack_cidr, pack_device, with_device_flags
 from ebpfproxy.services.model import Prefix
 
 #: In the ``devices`` map: what masquerading uses where a device is not known.

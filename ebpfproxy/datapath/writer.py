@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.datapath import layout, maglev
+from ebpfproxy.datapath import flow_layout, layout, maglev
 from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
 from ebpfproxy.datapath.departures import Departed, Departures
 from ebpfproxy.datapath.frontends import Frontends
@@ -217,7 +217,7 @@ class Writer:
         """By service id: backends in no selection, but with something open, that is told of their end."""
         busy = self._backends.busy()
         found: dict[int, set[int]] = {}
-        for name, ids_of in (("sock_origin", layout.origin_ids), ("conntrack", layout.nat_ids)):
+        for name, ids_of in (("sock_origin", flow_layout.origin_ids), ("conntrack", flow_layout.nat_ids)):
             for _, value in self._maps[name].items() if busy else ():
                 service, backend = ids_of(value)
                 if backend in busy:

@@ -9,8 +9,8 @@ from prometheus_client.registry import Collector
 
 from ebpfproxy.datapath.conntrack import counters
 from ebpfproxy.datapath.dump import Dump, fill
-from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.services.model import format_endpoint
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.flow_layout import Flow as Tuple
+from ebpfproxy.datapath.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.migrate.flows import Flow
 from ebpfproxy.services.values import parse_address
@@ -27,8 +28,8 @@ def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
         if backend is None or node is None:
             continue
         ends = (backend, node, each.answering[1], each.seen_as[1])
-        key = layout.pack_flow(layout.Flow(*ends, each.protocol, egress=False))
-        flags = layout.NatFlags.REPLY | layout.NatFlags.SOURCE
-        entries[key] = layout.pack_nat(layout.Nat(*ends, 0, 0, flags, layout.Seen.REPLY, now, now))
+        key = pack_flow(Tuple(*ends, each.protocol, egress=False))
+        flags = NatFlags.REPLY | NatFlags.SOURCE
+        entries[key] = pack_nat(Nat(*ends, 0, 0, flags, Seen.REPLY, now, now))
     maps["conntrack"].update_many(entries)
     return len(entries)

@@ -11,10 +11,10 @@ import pytest
 from ebpfproxy.config.load import Configuration, effective
 from ebpfproxy.config.options import agent_options, in_use
 from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import beside_local_range
 from ebpfproxy.datapath.probe import Feature
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.options import AgentOptions

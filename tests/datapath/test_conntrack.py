@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath import layout, maps
+from ebpfproxy.datapath import flow_layout, layout, maps
 from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, _pairs, flows_of, state_of
 from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.layout import Capacity, Departure, Flow, Nat, NatFlags, PacketEvent, Seen
+from ebpfproxy.datapath.flow_layout import Departure, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.node_layout import PacketEvent
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.services.model import Family, Protocol
 
 pytestmark = pytest.mark.root
@@ -31,7 +33,7 @@ class Bench:
 
     def add(self, flow: Flow, nat: Nat) -> tuple[bytes, bytes]:
         """Inserts one entry."""
-        key, value = layout.pack_flow(flow), pack_nat(nat)
+        key, value = flow_layout.pack_flow(flow), pack_nat(nat)
         self.maps["conntrack"].update(key, value)
         return key, value
 
@@ -143,12 +145,12 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
         bench.pair(port + 2, protocol=protocol, ids=(7, 2))
         bench.pair(port + 4, protocol=protocol, ids=(8, 1))
     departures = {
-        layout.pack_departure(7, 1): Departed(Departure.GONE, 0),
-        layout.pack_departure(7, 2): Departed(Departure.IDLE, 1),
+        flow_layout.pack_departure(7, 1): Departed(Departure.GONE, 0),
+        flow_layout.pack_departure(7, 2): Departed(Departure.IDLE, 1),
     }
     swept = bench.sweeper.sweep(departures)
     assert (swept.expired, swept.departed) == (6, {Family.IPV4: 3})
-    left = {layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
+    left = {flow_layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
     assert left == {3, 5, 6}
 
 
@@ -167,9 +169,9 @@ def test_what_is_used_again_while_the_map_is_read_stays_whole(bench: Bench) -> N
             bench.pair(4, protocol=Protocol.UDP, ids=(7, 2))
 
     sweeper = Sweeper(bench.maps, Timeouts(), clock=lambda: bench.now, rest=meanwhile)
-    swept = sweeper.sweep({layout.pack_departure(7, 1): Departed(Departure.GONE, 0)})
+    swept = sweeper.sweep({flow_layout.pack_departure(7, 1): Departed(Departure.GONE, 0)})
     assert swept.expired == 4
-    left = {layout.unpack_flow(key) for key, _ in table.items()}
+    left = {flow_layout.unpack_flow(key) for key, _ in table.items()}
     assert {flow.source_port for flow in left} - {8080} == {2, 4}
     assert len(left) == 4, "both halves"
 
@@ -179,10 +181,10 @@ def test_masquerades_go_after_their_flows() -> None:
     entries = {}
     for flags in (NatFlags.SOURCE, NatFlags(0)):
         for port in (1, 2):
-            question = layout.pack_flow(Flow(CLIENT, FRONTEND, port, 80, 17, bool(flags)))
+            question = flow_layout.pack_flow(Flow(CLIENT, FRONTEND, port, 80, 17, bool(flags)))
             value = pack_nat(flow._replace(source_port=port, flags=flags))
             entries[question] = value
-            answer = layout.partner_key(question, value)
+            answer = flow_layout.partner_key(question, value)
             back = Nat(FRONTEND, CLIENT, 80, port, 1, 1, flags | NatFlags.REPLY, NOTHING, 0, 0)
             entries[answer] = pack_nat(back)
     pairs = list(_pairs(entries))
@@ -205,7 +207,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
     assert load(bench, 3).open_flows == 10
     bench.sweeper.sweep(backends=8)
     assert load(bench, 3).open_flows == 6
-    bench.sweeper.sweep({layout.pack_departure(7, 3): Departed(Departure.GONE, 0)}, backends=8)
+    bench.sweeper.sweep({flow_layout.pack_departure(7, 3): Departed(Departure.GONE, 0)}, backends=8)
     assert load(bench, 3).open_flows == 0
 
 
@@ -238,9 +240,9 @@ def test_what_vanishes_without_being_deleted_was_evicted(bench: Bench) -> None:
 def test_partners_find_each_other_in_every_kind_of_pair() -> None:
     for flags, other_stage in ((NatFlags(0), True), (NatFlags.BYPASS, False), (NatFlags.HOST, True)):
         flow = Flow(CLIENT, FRONTEND, 1, 2, 6, False)
-        key = layout.pack_flow(flow)
+        key = flow_layout.pack_flow(flow)
         value = pack_nat(Nat(NODE, BACKEND, 3, 4, 1, 1, flags, Seen(0), 0, 0))
-        partner = layout.unpack_flow(layout.partner_key(key, value))
+        partner = flow_layout.unpack_flow(flow_layout.partner_key(key, value))
         assert partner == Flow(BACKEND, NODE, 4, 3, 6, other_stage)
 
 

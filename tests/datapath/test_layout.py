@@ -9,8 +9,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.layout import Capacity, Scope
+from ebpfproxy.datapath import layout, schema
+from ebpfproxy.datapath.layout import Scope
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.services.model import (
     Backend,
     BackendState,
@@ -61,7 +62,7 @@ def test_every_struct_has_the_size_that_its_map_has(tmp_path: Path) -> None:
     subprocess.run(["clang", f"-I{BPF}", "-o", str(program), str(source)], check=True)
     said = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     sizes = {name: int(size) for name, size in re.findall(r"(\w+) (\d+)", said)}
-    specs = {spec.name: spec for spec in layout.map_specs(Capacity())}
+    specs = {spec.name: spec for spec in schema.map_specs(Capacity())}
     for name, where in STRUCTS.items():
         spec, part = where.split()
         assert sizes[name] == getattr(specs[spec], f"{part}_size"), name
@@ -106,5 +107,5 @@ def test_a_free_backend_is_none() -> None:
 
 
 def test_another_size_is_another_version() -> None:
-    assert layout.version_name(Capacity()) != layout.version_name(Capacity(services=1))
-    assert layout.version_name(Capacity()).startswith(f"v{layout.SCHEMA_VERSION}-")
+    assert schema.version_name(Capacity()) != schema.version_name(Capacity(services=1))
+    assert schema.version_name(Capacity()).startswith(f"v{schema.SCHEMA_VERSION}-")

@@ -14,8 +14,8 @@ import pytest
 from ebpfproxy.datapath import bpf, maps, probe, programs
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
+from ebpfproxy.datapath.schema import Capacity
 
 pytestmark = pytest.mark.root
 

@@ -10,7 +10,7 @@ import pytest
 from ebpfproxy import state
 from ebpfproxy.datapath import maps
 from ebpfproxy.datapath.dump import fill
-from ebpfproxy.datapath.layout import Capacity
+from ebpfproxy.datapath.schema import Capacity
 
 pytestmark = pytest.mark.root
 

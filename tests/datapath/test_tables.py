@@ -13,8 +13,8 @@ from scapy.layers.sctp import crc32c
 from ebpfproxy.datapath import maps
 from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.filter import BitFilter, address_hash
-from ebpfproxy.datapath.layout import CRC_STEPS, Capacity
 from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
+from ebpfproxy.datapath.schema import CRC_STEPS, Capacity
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:

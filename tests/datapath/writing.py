@@ -14,8 +14,8 @@ from ebpfproxy.datapath import layout, maglev
 from ebpfproxy.datapath import maps as maps_module
 from ebpfproxy.datapath.dump import Dump, FrontendRow
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.layout import Capacity
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.services.model import (
     Algorithm,

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebpfproxy.datapath import bpf, layout, probe
-from ebpfproxy.datapath.layout import DROPPED, PASSED, REJECTED, Capacity
+from ebpfproxy.datapath import bpf, layout, probe, schema
+from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.schema import Capacity
 from tests.docs.tables import table
 
 _KINDS = {
@@ -77,7 +78,7 @@ def maps() -> str:
         ("map", "type", "places", "what it holds"),
         (
             (f"`{each.name}`", _KINDS[each.kind], str(each.max_entries), _HOLDS[each.name])
-            for each in layout.map_specs(Capacity())
+            for each in schema.map_specs(Capacity())
         ),
     )
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from ebpfproxy.datapath import layout
 from ebpfproxy.migrate import flows, keeper, leftovers, nftables, tools
 from tests.lab import Lab, clients
 from tests.migrate import rules
@@ -19,10 +18,6 @@ from tests.migrate.world import World, how
 
 pytestmark = [pytest.mark.root, rules.needs_samples]
 
-#: The packet path has to leave connections alone that began before it.
-needs_handover = pytest.mark.skipif(
-    not hasattr(layout.DeviceFlags, "HANDOVER"), reason="the packet path knows no handover"
-)
 KEPT = [f"nftables table {family} {keeper.NAME}" for family in ("ip", "ip6")]
 
 
@@ -46,7 +41,6 @@ def _found() -> tuple[bool, list[str]]:
     return bool(leftovers.find()), keeper.find()
 
 
-@needs_handover
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", rules.MODES)
 def test_over_and_back_under_load_with_long_connections(world: World, mode: str) -> None:
@@ -92,7 +86,6 @@ def _refused(world: World, mode: str) -> str:
     return world.fails("rollback")
 
 
-@needs_handover
 def test_back_without_a_failed_request_from_outside_where_connections_may_drain(world: World) -> None:
     agent = world.agent().start()
     world.kube_proxy("nftables")
@@ -150,7 +143,6 @@ def test_without_nft_a_chain_of_iptables_keeps_them(world: World) -> None:
     assert set(how(held)) == {each.name for each in held}
 
 
-@needs_handover
 def test_ports_that_stand_for_kube_proxys_clients_are_not_taken_for_ours(world: World) -> None:
     """Both masquerade by the same few ports; a port of a connection that lives must not be given to another."""
     world.a.call(_load_with_ports, "20000-20029")

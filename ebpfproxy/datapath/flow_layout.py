@@ -1,0 +1,216 @@
+"""The bytes of what programs remember: flows, sockets, clients that stay, and backends that have left.
+
+As ``layout``, of which this is a part.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+import struct
+import sys
+from typing import NamedTuple
+
+from ebpfproxy.datapath.layout import PAIR, U32, pack_address, unpack_address
+
+
+class Departure(enum.IntEnum):
+    """Why a backend has left a service: of an idle one connections go on."""
+
+    GONE = 1
+    IDLE = 2
+
+
+class NatFlags(enum.IntFlag):
+    REPLY = 1 << 0
+    SOURCE = 1 << 1
+    HOST = 1 << 2
+    BYPASS = 1 << 3
+
+
+class Seen(enum.IntFlag):
+    """What both directions of a flow have shown."""
+
+    REPLY = 1 << 0
+    FIN = 1 << 1
+    REPLY_FIN = 1 << 2
+    RST = 1 << 3
+
+
+AFFINITY_KEY = struct.Struct("=16sII")
+AFFINITY = struct.Struct("=IIQ")
+FLOW = struct.Struct("=16s16sHHBBxx")
+NAT = struct.Struct("=16s16sHHIIBBHQQ")
+
+
+class Flow(NamedTuple):
+    """``struct flow``. ``egress``: the packet as it is after this host's routing, not before."""
+
+    source: bytes
+    destination: bytes
+    source_port: int
+    destination_port: int
+    protocol: int
+    egress: bool
+
+
+class Nat(NamedTuple):
+    """``struct nat``. ``last`` and ``created`` are CLOCK_MONOTONIC in nanoseconds."""
+
+    source: bytes
+    destination: bytes
+    source_port: int
+    destination_port: int
+    service_id: int
+    backend_id: int
+    flags: NatFlags
+    seen: Seen
+    last: int
+    created: int
+
+
+def pack_flow(flow: Flow) -> bytes:
+    return FLOW.pack(
+        pack_address(flow.source),
+        pack_address(flow.destination),
+        socket.htons(flow.source_port),
+        socket.htons(flow.destination_port),
+        flow.protocol,
+        flow.egress,
+    )
+
+
+def unpack_flow(packed: bytes) -> Flow:
+    source, destination, sport, dport, protocol, stage = FLOW.unpack(packed)
+    return Flow(
+        unpack_address(source),
+        unpack_address(destination),
+        socket.ntohs(sport),
+        socket.ntohs(dport),
+        protocol,
+        bool(stage),
+    )
+
+
+def pack_nat(nat: Nat) -> bytes:
+    """Of no epoch: for what is no Service's."""
+    return NAT.pack(
+        pack_address(nat.source),
+        pack_address(nat.destination),
+        socket.htons(nat.source_port),
+        socket.htons(nat.destination_port),
+        nat.service_id,
+        nat.backend_id,
+        nat.flags,
+        nat.seen,
+        0,
+        nat.last,
+        nat.created,
+    )
+
+
+def unpack_nat(packed: bytes) -> Nat:
+    source, destination, sport, dport, service, backend, flags, seen, _, last, created = NAT.unpack(packed)
+    return Nat(
+        unpack_address(source),
+        unpack_address(destination),
+        socket.ntohs(sport),
+        socket.ntohs(dport),
+        service,
+        backend,
+        NatFlags(flags),
+        Seen(seen),
+        last,
+        created,
+    )
+
+
+_NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
+ORIGIN_IDS_AT = 36
+
+
+def nat_ids(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id of a packed conntrack value."""
+    service_id, backend_id = PAIR.unpack_from(packed, _NAT_IDS_AT)
+    return service_id, backend_id
+
+
+def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:
+    """The same value for other ids; ``epoch`` is the service's now."""
+    changed = bytearray(packed)
+    PAIR.pack_into(changed, _NAT_IDS_AT, service_id, backend_id)
+    changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
+    return bytes(changed)
+
+
+def partner_key(flow: bytes, nat: bytes) -> bytes:
+    """The key of a packed entry's other half: what this half writes, reversed, at the other stage."""
+    protocol, stage, flags = flow[36], flow[37], nat[44]
+    other_stage = stage if flags & NatFlags.BYPASS else not stage
+    return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, other_stage, 0, 0))
+
+
+def pack_departure(service_id: int, backend_id: int) -> bytes:
+    return PAIR.pack(service_id, backend_id)
+
+
+def unpack_departure(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id."""
+    service_id, backend_id = PAIR.unpack(packed)
+    return service_id, backend_id
+
+
+class ClientKind(enum.IntEnum):
+    ADDRESS = 0
+    NAMESPACE = 1
+
+
+class AffinityKey(NamedTuple):
+    """``client`` is an address, or a network namespace's cookie where ``kind`` says so."""
+
+    client: bytes | int
+    service_id: int
+    kind: ClientKind
+
+
+def unpack_affinity_key(packed: bytes) -> AffinityKey:
+    client, service_id, kind = AFFINITY_KEY.unpack(packed)
+    if kind == ClientKind.NAMESPACE:
+        return AffinityKey(int.from_bytes(client[:8], "big"), service_id, ClientKind.NAMESPACE)
+    return AffinityKey(unpack_address(client), service_id, ClientKind.ADDRESS)
+
+
+def unpack_affinity(packed: bytes) -> tuple[int, int]:
+    """Backend id, and the last choice: CLOCK_MONOTONIC in nanoseconds."""
+    backend_id, _, last = AFFINITY.unpack(packed)
+    return backend_id, last
+
+
+def affinity_service(packed: bytes) -> int:
+    """The service id in a packed key of ``affinity``."""
+    return int(AFFINITY_KEY.unpack(packed)[1])
+
+
+def with_affinity_service(packed: bytes, service_id: int) -> bytes:
+    return packed[:16] + U32.pack(service_id) + packed[20:]
+
+
+def with_affinity_backend(packed: bytes, backend_id: int) -> bytes:
+    return U32.pack(backend_id) + packed[4:]
+
+
+def origin_ids(packed: bytes) -> tuple[int, int]:
+    """Service id and backend id of a socket's origin."""
+    service_id, backend_id = PAIR.unpack_from(packed, ORIGIN_IDS_AT)
+    return service_id, backend_id
+
+
+def origin_backend(packed: bytes) -> tuple[bytes, int]:
+    """Address and port that a socket was sent to."""
+    return unpack_address(packed[16:32]), int.from_bytes(packed[34:36], "big")
+
+
+def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
+    changed = bytearray(packed)
+    PAIR.pack_into(changed, ORIGIN_IDS_AT, service_id, backend_id)
+    return bytes(changed)

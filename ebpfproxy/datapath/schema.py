@@ -1,0 +1,140 @@
+"""Which maps there are, of which kind and size."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, FLOW, NAT
+from ebpfproxy.datapath.layout import (
+    BACKEND,
+    BACKEND_STATS,
+    DRAINED,
+    LOAD,
+    NAME,
+    PAIR,
+    POLICIES,
+    SELECTION,
+    SERVICE,
+    SERVICE4_KEY,
+    SERVICE6_KEY,
+    SERVICE_STATS,
+    SLOT_SIZE,
+    SOURCE_RANGE,
+    U64,
+)
+from ebpfproxy.datapath.node_layout import CIDR, DEVICE, PacketEvent
+
+SCHEMA_VERSION = 4
+
+
+class MapSpec(NamedTuple):
+    name: str
+    kind: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int = 0
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """How much the maps can hold. Fixed when they are made; another value makes new ones beside the old."""
+
+    #: Service ports, counted once for each address family.
+    services: int = 65536
+    #: Distinct endpoint address, port and protocol; both families together.
+    backends: int = 262144
+    #: Connected sockets that are open and were translated; memory is taken for those that are there.
+    connected: int = 1 << 19
+    #: Unconnected UDP sockets' backends whose replies are translated.
+    revnat: int = 131072
+    #: Conntrack entries: two for each flow, four where it is masqueraded. 170 bytes each, taken at once.
+    conntrack: int = 1 << 19
+    #: Prefixes of all loadBalancerSourceRanges.
+    source_ranges: int = 1 << 18
+    #: Places in selections: one a backend and service port, more with weights, a table's size with Maglev.
+    slots: int = 1 << 20
+    #: Clients with session affinity. 110 bytes each, taken at once.
+    affinity: int = 1 << 16
+
+    @property
+    def frontends(self) -> int:
+        return 2 * self.services
+
+
+#: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.filter``.
+ADDRESS_FILTER_BITS = 20
+FLOW_FILTER_BITS = 18
+CRC_STEPS = 17
+#: struct scratch in conntrack.h: no one but programs reads it.
+SCRATCH_SIZE = 512
+#: The agent's own account of itself (JSON), for ``ebpfproxy status``.
+AGENT_STATE_SIZE = 4096
+
+
+def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
+    """Every map that programs and agent share, in a fixed order."""
+    array = bpf.MAP_ARRAY, 4
+    return (
+        MapSpec(
+            "services4",
+            bpf.MAP_HASH,
+            SERVICE4_KEY.size,
+            SERVICE.size,
+            capacity.frontends,
+            bpf.F_NO_PREALLOC,
+        ),
+        MapSpec(
+            "services6",
+            bpf.MAP_HASH,
+            SERVICE6_KEY.size,
+            SERVICE.size,
+            capacity.frontends,
+            bpf.F_NO_PREALLOC,
+        ),
+        MapSpec("selections", *array, SELECTION.size, capacity.services * POLICIES, bpf.F_MMAPABLE),
+        MapSpec("slots", *array, SLOT_SIZE, capacity.slots, bpf.F_MMAPABLE),
+        MapSpec("turns", *array, U64.size, capacity.services * POLICIES),
+        MapSpec("members", bpf.MAP_HASH, PAIR.size, 4, capacity.slots, bpf.F_NO_PREALLOC),
+        MapSpec("affinity", bpf.MAP_LRU_HASH, AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
+        MapSpec("loads", *array, LOAD.size, capacity.backends, bpf.F_MMAPABLE),
+        MapSpec("client_namespaces", bpf.MAP_HASH, 16, U64.size, 65536, bpf.F_NO_PREALLOC),
+        MapSpec("drained", bpf.MAP_HASH, DRAINED.size, 4, 4096, bpf.F_NO_PREALLOC),
+        MapSpec("backends", *array, BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
+        MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
+        MapSpec("sock_revnat", bpf.MAP_LRU_HASH, 32, 20, capacity.revnat),
+        MapSpec("sock_origin", bpf.MAP_HASH, 8, 44, capacity.connected, bpf.F_NO_PREALLOC),
+        MapSpec("service_stats", bpf.MAP_PERCPU_ARRAY, 4, SERVICE_STATS.size, capacity.services),
+        MapSpec("backend_stats", bpf.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
+        MapSpec("service_names", bpf.MAP_HASH, 4, NAME.size, capacity.services, bpf.F_NO_PREALLOC),
+        MapSpec("conntrack", bpf.MAP_LRU_HASH, FLOW.size, NAT.size, capacity.conntrack),
+        MapSpec("epochs", *array, U64.size, capacity.services, bpf.F_MMAPABLE),
+        MapSpec("departures", bpf.MAP_HASH, 8, 4, capacity.backends, bpf.F_NO_PREALLOC),
+        MapSpec("fragments", bpf.MAP_LRU_HASH, 40, 4, 8192),
+        MapSpec(
+            "source_ranges",
+            bpf.MAP_LPM_TRIE,
+            SOURCE_RANGE.size,
+            4,
+            capacity.source_ranges,
+            bpf.F_NO_PREALLOC,
+        ),
+        MapSpec("cidrs", bpf.MAP_LPM_TRIE, CIDR.size, 4, 1024, bpf.F_NO_PREALLOC),
+        MapSpec("devices", bpf.MAP_HASH, 4, DEVICE.size, 16384, bpf.F_NO_PREALLOC),
+        MapSpec("address_filter", *array, (1 << ADDRESS_FILTER_BITS) // 8, 1, bpf.F_MMAPABLE),
+        MapSpec("port_filter", *array, 65536 // 8, 1, bpf.F_MMAPABLE),
+        MapSpec("flow_filter", *array, 1 << FLOW_FILTER_BITS, 1),
+        MapSpec("crc32c", *array, CRC_STEPS * 4096, 1),
+        MapSpec("packet_events", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),
+        MapSpec("scratch", bpf.MAP_PERCPU_ARRAY, 4, SCRATCH_SIZE, 1),
+        MapSpec("agent_state", bpf.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
+    )
+
+
+def version_name(capacity: Capacity) -> str:
+    """Name of the folder that holds maps of this layout: ``v1-5f0c21aa``."""
+    digest = hashlib.sha256(repr(map_specs(capacity)).encode()).hexdigest()[:8]
+    return f"v{SCHEMA_VERSION}-{digest}"

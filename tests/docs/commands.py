@@ -21,7 +21,11 @@ def walk(
     command: click.Command = main, parent: click.Context | None = None, name: str = "ebpfproxy"
 ) -> Iterator[click.Context]:
     """A context for every command, groups among them, in the order of the help."""
-    ctx = click.Context(command, info_name=name, parent=parent)
+    ctx = click.Context(
+        command, info_name=name, parent=parent, **(main.context_settings if not parent else {})
+    )
+    # click keeps the first help option that it makes, whatever the names were then.
+    command._help_option = None
     yield ctx
     if isinstance(command, click.Group):
         for each in command.list_commands(ctx):

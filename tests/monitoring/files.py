@@ -103,6 +103,9 @@ STACK_DASHBOARD_EMPTY = {
     "Kube API Request Rate 3xx": "sum(" + _rate("rest_client_requests_total", 'code=~"3.."') + ")",
     "Kube API Request Rate 4xx": "sum(" + _rate("rest_client_requests_total", 'code=~"4.."') + ")",
     "Kube API Request Rate 5xx": "sum(" + _rate("rest_client_requests_total", 'code=~"5.."') + ")",
+}
+#: Of requests that are seldom: NaN where there was none.
+STACK_DASHBOARD_SELDOM = {
     "Post Request Latency": _p99("rest_client_request_duration_seconds", "verb", 'verb="POST"'),
 }
 #: Its alerts that a kube-proxy can fire.

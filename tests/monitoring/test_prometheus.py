@@ -17,6 +17,7 @@ from tests.monitoring.files import (
     STACK_ALERTS,
     STACK_DASHBOARD,
     STACK_DASHBOARD_EMPTY,
+    STACK_DASHBOARD_SELDOM,
     alerts,
     dashboard_expressions,
     needs_promtool,
@@ -138,6 +139,13 @@ def test_kube_prometheus_stacks_panels_for_what_did_not_happen_are_no_error(
     monitored: Monitored, name: str
 ) -> None:
     assert monitored.prometheus.query(STACK_DASHBOARD_EMPTY[name]) == []
+
+
+@pytest.mark.parametrize("name", STACK_DASHBOARD_SELDOM)
+def test_kube_prometheus_stacks_panels_for_what_is_seldom_have_a_line_at_most(
+    monitored: Monitored, name: str
+) -> None:
+    assert len(monitored.prometheus.query(STACK_DASHBOARD_SELDOM[name])) <= 1
 
 
 def test_the_numbers_are_those_of_what_happened(monitored: Monitored) -> None:

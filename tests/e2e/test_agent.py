@@ -275,6 +275,7 @@ def test_service_list_is_the_documented_json(world: World, agent: Agent) -> None
         "algorithm",
         "affinity",
         "backends",
+        "own",
     ]
     found = {(row["type"], row["scope"], row["frontend"]) for row in web}
     assert {

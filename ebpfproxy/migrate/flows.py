@@ -10,6 +10,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 
@@ -21,6 +22,7 @@ _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _V4_SOURCE, _V4_DESTINATION, _V6_SOURCE, _V6_DESTINATION = 1, 2, 3, 4
 _PROTO_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _DST_NAT = 1 << 5
+_IPVS = Path("/proc/net/ip_vs")
 
 
 class Flow(msgspec.Struct, frozen=True):
@@ -48,14 +50,21 @@ def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
 
 
 def _entries(netfilter: netlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]]]:
-    """Every translated flow, with the attributes that name it."""
+    """Every translated flow, with the attributes that name it.
+
+    IPVS changes who answers, and sets no status (net/netfilter/ipvs/ip_vs_nfct.c, ip_vs_update_conntrack).
+    """
+    has_ipvs = _IPVS.exists()
     for entry in netfilter.dump(netlink.CONNTRACK, _GET):
         found = netlink.attributes(entry)
-        if not struct.unpack("!I", found[_STATUS])[0] & _DST_NAT:
+        is_translated = struct.unpack("!I", found[_STATUS])[0] & _DST_NAT
+        if not (is_translated or has_ipvs):
             continue
-        protocol, address, port = _end(found[_ORIGINAL], source=True)
         asked = _end(found[_ORIGINAL], source=False)[1:]
         answering = _end(found[_REPLY], source=True)[1:]
+        if not is_translated and asked == answering:
+            continue
+        protocol, address, port = _end(found[_ORIGINAL], source=True)
         seen_as = _end(found[_REPLY], source=False)[1:]
         named = [netlink.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
         named += [netlink.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]

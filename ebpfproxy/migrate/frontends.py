@@ -16,6 +16,7 @@ from typing import Any
 
 from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.migrate import iptables
+from ebpfproxy.migrate.ipvs import VirtualServer
 
 #: Endpoints of each frontend; empty where connections are refused.
 Frontends = dict[str, frozenset[str]]
@@ -165,6 +166,18 @@ def _reached(leads: Mapping[str, set[str]], chain: str) -> frozenset[str]:
             else:
                 waiting.append(to)
     return frozenset(found)
+
+
+# -- IPVS
+
+
+def of_ipvs(servers: Iterable[VirtualServer]) -> Frontends:
+    """From kube-proxy's virtual servers, which are there without endpoints, too."""
+    found: Frontends = {}
+    for each in servers:
+        key = name("*" if each.is_node_port else each.address, each.port, each.protocol)
+        found[key] = found.get(key, frozenset()) | frozenset(each.endpoints)
+    return found
 
 
 # -- the agent's maps

@@ -6,12 +6,15 @@ nf_nat_unregister_fn() in net/netfilter/nf_conntrack_proto.c and nf_nat_core.c).
 last, removing them breaks every connection that went through a Service: so it is where nftables mode was
 alone on a node (tests/migrate/test_handover.py). A NAT chain of our own asks for NAT, and its one rule,
 which does nothing, for conntrack; only the first packet of a flow passes it. Without nft it is a chain of
-iptables that nothing leads to: there the table, which stays, asks for NAT.
+iptables that nothing leads to: there the table, which stays, asks for NAT. What IPVS carried needs its
+virtual servers, too: see :mod:`ipvs`.
 """
 
 from __future__ import annotations
 
-from ebpfproxy.migrate import iptables, nftables, tools
+from pyroute2.netlink.exceptions import NetlinkError
+
+from ebpfproxy.migrate import iptables, ipvs, nftables, tools
 
 NAME = "ebpfproxy-handover"
 CHAIN = "EBPFPROXY-HANDOVER"
@@ -42,7 +45,7 @@ def keep() -> list[str]:
 
 
 def find() -> list[str]:
-    """What :func:`keep` made and is still there. Raises ToolError."""
+    """What :func:`keep` made and is still there, and what stayed of IPVS. Raises ToolError."""
     found = []
     if tools.has("nft"):
         there = nftables.names(tools.run("nft", "-j", "list", "tables"))
@@ -50,17 +53,21 @@ def find() -> list[str]:
     for tool in iptables.installed():
         if tool.has_chain("nat", CHAIN):
             found.append(f"{tool.name} chain {CHAIN} of table nat")
-    return found
+    return [*found, *filter(None, [ipvs.find_kept()])]
 
 
 def end() -> list[str]:
-    """Takes away what was made; says what. Flows that still needed it break. Raises ToolError."""
+    """Takes it away; says what. Flows that still needed it break. Raises ToolError."""
     ended = find()
     if tables := [each.removeprefix("nftables table ") for each in ended if each.startswith("nftables")]:
         nftables.remove(tuple(tables))
     for tool in iptables.installed():
         if any(each.startswith(f"{tool.name} chain") for each in ended):
             tool.apply(f"*nat\n:{CHAIN} - [0:0]\n-X {CHAIN}\nCOMMIT\n")
+    try:
+        ipvs.end_kept()
+    except NetlinkError as error:
+        raise tools.ToolError(f"IPVS: {error}") from error
     return ended
 
 

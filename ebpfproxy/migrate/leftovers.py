@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
-from ebpfproxy.migrate import accounts, flows, ipvs, keeper, nftables, tools
+from ebpfproxy.migrate import accounts, flows, ipsets, ipvs, keeper, nftables, tools
 from ebpfproxy.migrate import iptables as xtables
 from ebpfproxy.migrate.iptables import TablePlan
 
@@ -62,21 +62,24 @@ def find() -> Leftovers:
     for tool in xtables.installed():
         if tables := xtables.plan(tool.saved()):
             in_iptables.append(InIptables(tool.name, tuple(tables)))
-    addresses = ipvs.device_addresses()
+    device = ipvs.device()
+    # What is kept for connections is found by keeper.
+    has_ipvs = device is None or not device.is_kept
     return Leftovers(
         iptables=tuple(in_iptables),
         nftables=nftables.find(),
-        ipsets=ipvs.find_sets(),
+        ipsets=ipsets.find() if has_ipvs else (),
         accounts=accounts.find(),
-        ipvs=tuple(ipvs.find_servers(addresses or ())),
-        ipvs_device=addresses is not None,
+        ipvs=tuple(ipvs.serving()),
+        ipvs_device=device is not None and has_ipvs,
     )
 
 
 def remove(found: Leftovers) -> Removed:
-    """Goes on where something cannot be removed. Connections that kube-proxy began live on, but for IPVS's.
+    """Goes on where something cannot be removed. Connections that kube-proxy began live on.
 
-    Rules go before what they refer to: sets and counters. See :mod:`keeper` for what is made first.
+    Rules go before what they refer to: sets and counters. See :mod:`keeper` for what is made first, and
+    :mod:`ipvs` for what stays for IPVS's.
     """
     done: list[str] = []
     failed: list[str] = []
@@ -114,24 +117,44 @@ def remove(found: Leftovers) -> Removed:
 
 
 def _remove_ipvs(found: Leftovers, done: list[str], failed: list[str]) -> None:
-    if found.ipvs:
+    if not (found.ipvs or found.ipvs_device or found.ipsets):
+        return
+    device = ipvs.device()
+    now = ipvs.servers(device)
+    kept = ipvs.carrying(now, device) if device is not None else []
+    gone = [each for each in now if each not in kept]
+    if gone:
         try:
-            ipvs.remove_servers(found.ipvs)
+            ipvs.remove_servers(gone)
         except (NetlinkError, OSError) as error:
             failed.append(f"IPVS: {error}")
-            return  # the device's addresses are the only way to tell whose they are
-        done.append(f"removed {len(found.ipvs)} virtual servers from IPVS")
-    if found.ipvs_device:
+            return  # the device's addresses and the sets are the only way to tell whose they are
+        done.append(f"removed {len(gone)} virtual servers from IPVS")
+    if device is not None:
+        _leave_device(device, kept, done, failed)
+    for name in ipsets.find():
+        if kept and name in ipsets.NAMING:
+            continue
         try:
-            ipvs.remove_device()
-        except (NetlinkError, OSError) as error:
-            failed.append(f"device {ipvs.DEVICE}: {error}")
-        else:
-            done.append(f"removed device {ipvs.DEVICE}")
-    for name in found.ipsets:
-        try:
-            ipvs.remove_set(name)
+            ipsets.remove(name)
         except (NetlinkError, OSError) as error:
             failed.append(f"ipset {name}: {error}")
         else:
             done.append(f"removed ipset {name}")
+
+
+def _leave_device(
+    device: ipvs.Device, kept: list[ipvs.VirtualServer], done: list[str], failed: list[str]
+) -> None:
+    try:
+        if kept:
+            ipvs.keep_device(device, {each.address for each in kept})
+            connections = sum(each.connections for each in kept)
+            done.append(
+                f"kept {len(kept)} virtual servers of IPVS and {ipvs.DEVICE} for {connections} connections"
+            )
+        else:
+            ipvs.remove_device(device)
+            done.append(f"removed device {ipvs.DEVICE}")
+    except (NetlinkError, OSError) as error:
+        failed.append(f"device {ipvs.DEVICE}: {error}")

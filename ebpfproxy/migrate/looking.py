@@ -16,6 +16,7 @@ from ebpfproxy.migrate import (
     flows,
     frontends,
     iptables,
+    ipvs,
     keeper,
     kube_proxy,
     leftovers,
@@ -128,6 +129,7 @@ def rules_serve() -> frontends.Frontends:
         frontends.of_nftables(tools.run("nft", "-j", "list", "table", *name.split()))
         for name in nftables.find()
     ]
+    texts.append(frontends.of_ipvs(ipvs.serving()))
     for each in texts:
         for frontend, endpoints in each.items():
             found[frontend] = found.get(frontend, frozenset()) | endpoints
@@ -171,9 +173,13 @@ def plan(where: Where) -> Plan:
     if len(processes) > 1:
         warnings.append(f"{len(processes)} kube-proxies run here: each is stopped")
     if found.ipvs:
-        active = sum(server.active for server in found.ipvs)
+        carried = sum(server.connections for server in found.ipvs)
         warnings.append(
-            f"IPVS: its {active} open connections end with its virtual servers; those of iptables live on"
+            f"IPVS: what carries its {carried} connections stays until run is called after they have ended"
+        )
+        warnings.append(
+            "IPVS: for two minutes after the agent's start a new connection fails that takes, by chance, the"
+            " port of an earlier one of the same client to the same endpoint"
         )
     warnings += [
         f"{each.tool}, table {table.table}: {kept.chain} stays: {kept.because}"
@@ -242,7 +248,7 @@ def _steps(
         yield "keep conntrack and NAT going for connections that live on"
         yield "remove kube-proxy's chains, tables, sets and counters"
     if found.ipvs or found.ipvs_device:
-        yield "remove its virtual servers and device"
+        yield "remove its virtual servers and device, but for those that carry connections"
 
 
 def by_hand(process: Process, *, asked: bool) -> str:

@@ -15,21 +15,26 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Where container runtimes bind namespaces (CNI plugins get their names from there), and all of processes.
 FOLDERS = (Path("/run/netns"), Path("/run/docker/netns"))
+_OWN = Path("/proc/self/ns/net")
 
 
 def namespaces() -> Iterator[Path]:
-    """A path to each, once: bound ones, and those of the processes that are visible (a host's /proc)."""
-    seen: set[tuple[int, int]] = set()
+    """A path to each, once: bound ones, and those of the processes that are visible (a host's /proc).
+
+    A name where nothing is mounted, here or any more, is a plain file that nobody may open (ip-netns(8)).
+    """
+    seen: set[int] = set()
+    nsfs = _OWN.stat().st_dev
     for path in _paths():
         with suppress(OSError):
             found = path.stat()
-            if (found.st_dev, found.st_ino) not in seen:
-                seen.add((found.st_dev, found.st_ino))
+            if found.st_dev == nsfs and found.st_ino not in seen:
+                seen.add(found.st_ino)
                 yield path
 
 
 def _paths() -> Iterator[Path]:
-    yield Path("/proc/self/ns/net")
+    yield _OWN
     for folder in FOLDERS:
         with suppress(OSError):
             yield from sorted(folder.iterdir())
@@ -44,12 +49,11 @@ def _paths() -> Iterator[Path]:
 
 def names_by_cookie() -> dict[int, str]:
     """By cookie: ``host`` for this process's own, the name in a runtime's folder, or ``pid N``."""
-    own = Path("/proc/self/ns/net")
     found = {}
     for path in namespaces():
         with suppress(OSError), socket_in(path, socket.AF_INET, socket.SOCK_DGRAM) as probe:
             name = f"pid {path.parts[2]}"
-            if path == own:
+            if path == _OWN:
                 name = "host"
             elif path.parent in FOLDERS:
                 name = path.name

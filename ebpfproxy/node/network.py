@@ -268,7 +268,7 @@ def select_node_port_addresses(network: Network, selection: tuple[str, ...]) -> 
     ranges = [ipaddress.ip_network(text, strict=False) for text in selection]
     return frozenset(
         address
-        for address in network.addresses
+        for address in network.answered
         if any(ipaddress.ip_address(address) in each for each in ranges)
     )
 

@@ -70,8 +70,9 @@ class Manager:
         command = [
             "unshare",
             "--mount",
+            # As on a host, where namespaces made later are seen in the unit, too (/run/netns is shared).
             "--propagation",
-            "private",
+            "slave",
             "sh",
             "-c",
             script,
@@ -188,7 +189,8 @@ def test_the_agent_works_in_its_sandbox() -> None:
         drop_in.mkdir()
         (drop_in / "lab.conf").write_text(
             f"[Service]\nNetworkNamespacePath=/run/netns/{world.a.netns}\n"
-            f"BindReadOnlyPaths={lab.folder}\n"
+            # PrivateTmp hides what is below /tmp.
+            f"BindReadOnlyPaths={lab.folder} {DEPLOY.parent}\n"
             f"StandardOutput=append:{folder}/agent.log\nStandardError=inherit\n"
         )
         with manager.running():
@@ -197,13 +199,17 @@ def test_the_agent_works_in_its_sandbox() -> None:
             assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}, manager.log
             outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
             assert set(outside) == {"w1", "w2"}
-            holder = Holder(world.client, [("udp", "udp", IP, 53, 20)])
-            holder.wait()
-            holder.watch()
+            # A pod that came after the unit's mount namespace was made is reached as well.
+            pods = (world.client, world.a.pod("late"))
+            holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in pods]
+            for holder in holders:
+                holder.wait()
+                holder.watch()
             world.write_web(world.w2)
-            stale = {name: n for name, n in holder.connected.items() if world.w1.address in name}
-            assert stale
-            assert dict(holder.result()[0]) == stale, manager.log
+            for holder in holders:
+                stale = {name: n for name, n in holder.connected.items() if world.w1.address in name}
+                assert stale
+                assert dict(holder.result()[0]) == stale, manager.log
             assert "setns" not in manager.log
 
             shown = manager.call("show", UNIT.name, "-p", "MainPID,NoNewPrivileges,Result")
@@ -218,8 +224,14 @@ def test_the_agent_works_in_its_sandbox() -> None:
             )
             wanted = settings()["CapabilityBoundingSet"].lower().split()
             assert set(decoded.stdout.strip().partition("=")[2].split(",")) == set(wanted)
-            inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "touch", "/usr/x"]
-            assert "Read-only" in subprocess.run(inside, capture_output=True, text=True, check=False).stderr
+            inside = ["nsenter", f"--mount=/proc/{pid}/ns/mnt"]
+            touched = subprocess.run(
+                [*inside, "touch", "/usr/x"], capture_output=True, text=True, check=False
+            )
+            assert "Read-only" in touched.stderr
+            look = [*inside, "stat", "-fc%T", *(f"/run/netns/{pod.netns}" for pod in pods)]
+            kinds = subprocess.run(look, capture_output=True, text=True, check=True).stdout.split()
+            assert kinds == ["nsfs", "nsfs"], "one that is not mounted is a file that nobody may open"
 
             manager.call("stop", UNIT.name)
             assert "stopped, traffic goes on" in manager.log

@@ -110,13 +110,12 @@ def test_what_was_deleted_while_away_is_missing_from_the_new_list(
 
 
 def test_retry_after_is_honoured(server: ApiServer, follower: Follower) -> None:
-    server.fail("429", retry_after=1)
+    """The watch asks again when it has been idle. Dropped connections could take the 429 with them unread."""
     began = time.monotonic()
-    server.drop_connections()
+    server.fail("429", retry_after=2)
     follower.until(lambda: follower.failures("429") == 1)
-    server.requests.clear()
     still_works(server, follower)
-    assert time.monotonic() - began >= 1.0
+    assert time.monotonic() - began >= 2.0
 
 
 def test_while_the_server_is_away_everything_known_stays(server: ApiServer, follower: Follower) -> None:

@@ -1,8 +1,8 @@
-"""Clients that stay: ``python -m tests.migrate.asking held|load tcp|udp HOST PORT``.
+"""Clients that stay: ``python -m tests.migrate.asking held|load tcp|udp HOST PORT [PAUSE]``.
 
 ``held`` connects one socket, prints who answered, and asks it again for every line of its input. ``load`` asks
-by a new socket, and by one that it has held from the start, every few milliseconds until its input ends; then
-it prints how often, and what failed.
+by a new socket, and by one that it has held from the start, every PAUSE seconds until its input ends; then it
+prints how often, and what failed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
+from tests.lab.lab import READY_SECONDS
 from tests.lab.spaces import Space
 
 _PAUSE = 0.004
+#: For an answer; an emulator takes its time.
+_SECONDS = max(2.0, READY_SECONDS / 10)
 
 
 class _Client:
-    def __init__(self, what: str, space: Space, kind: str, host: str, port: int) -> None:
-        command = [sys.executable, "-m", "tests.migrate.asking", what, kind, host, str(port)]
+    def __init__(self, what: str, space: Space, kind: str, host: str, port: int, *more: str) -> None:
+        command = [sys.executable, "-m", "tests.migrate.asking", what, kind, host, str(port), *more]
         self.name = f"{kind} from {space.netns.partition('-')[2]} to {host}:{port}"
         self.process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.space, self.kind, self.host, self.port = space, kind, host, port
         self.server: str = json.loads(self.line())["name"]
 
     def line(self) -> str:
@@ -50,8 +56,8 @@ class Held(_Client):
 class Load(_Client):
     """As a context: ``count`` and ``errors`` afterwards."""
 
-    def __init__(self, space: Space, kind: str, host: str, port: int) -> None:
-        super().__init__("load", space, kind, host, port)
+    def __init__(self, space: Space, kind: str, host: str, port: int, *, pause: float = _PAUSE) -> None:
+        super().__init__("load", space, kind, host, port, str(pause))
         self.count = 0
         self.errors: list[str] = []
 
@@ -67,12 +73,23 @@ class Load(_Client):
         self.count, self.errors = found["count"], found["errors"]
 
 
+@contextmanager
+def no_request_fails(*loads: Load, least: int = 100) -> Iterator[None]:
+    with ExitStack() as stack:
+        for load in loads:
+            stack.enter_context(load)
+        yield
+    failed = {load.name: load.errors for load in loads if load.errors}
+    assert not failed, failed
+    assert all(load.count > least for load in loads), [load.count for load in loads]
+
+
 def _connect(kind: str, host: str, port: int) -> tuple[socket.socket, str]:
     sock = socket.socket(
         socket.AF_INET6 if ":" in host else socket.AF_INET,
         socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM,
     )
-    sock.settimeout(2)
+    sock.settimeout(_SECONDS)
     sock.connect((host, port))
     if kind == "udp":
         sock.send(b"?")
@@ -96,11 +113,11 @@ def _held(kind: str, host: str, port: int) -> None:
             print(repr(error), flush=True)
 
 
-def _load(kind: str, host: str, port: int) -> None:
+def _load(kind: str, host: str, port: int, pause: float) -> None:
     held, first = _connect(kind, host, port)
     print(first, flush=True)
     count, errors = 0, []
-    while not select.select([sys.stdin], [], [], _PAUSE)[0]:
+    while not select.select([sys.stdin], [], [], pause)[0]:
         for what in ("new", "held"):
             try:
                 if what == "held":
@@ -114,4 +131,8 @@ def _load(kind: str, host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    {"held": _held, "load": _load}[sys.argv[1]](sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    what, kind, host, port, *more = sys.argv[1:]
+    if what == "held":
+        _held(kind, host, int(port))
+    else:
+        _load(kind, host, int(port), float(more[0]))

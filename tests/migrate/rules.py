@@ -78,18 +78,29 @@ def for_lab(name: str) -> str:
     return adapted
 
 
-def load(mode: str, *, lab: bool) -> None:
+def load(mode: str, *, lab: bool, families: tuple[str, ...] = ("ip", "ip6")) -> None:
     """In this network namespace, beside what is there."""
     read = for_lab if lab else text
     if mode == "nftables":
-        _run(["nft", "-f", "-"], read("nft-list-ruleset.txt"))
+        listed = read("nft-list-ruleset.txt")
+        at = listed.index("table ip6 kube-proxy")
+        load_text(
+            mode, "", "".join(part for part in (listed[:at], listed[at:]) if part.split()[1] in families)
+        )
         return
-    backend = mode.removeprefix("iptables-")
+    for family in families:
+        load_text(mode, family, read(f"{family}tables-legacy-save.txt"))
+
+
+def load_text(mode: str, family: str, dump: str) -> None:
+    """A dump, of this family where it is one of iptables."""
+    if mode == "nftables":
+        _run(["nft", "-f", "-"], dump)
+        return
     for name in set(accounts.NAMES) - set(accounts.find()):
         accounts.add(name)
-    for family in ("iptables", "ip6tables"):
-        saved = _as_added(read(f"{family}-legacy-save.txt"))
-        _run([f"{family}-{backend}-restore", "--noflush", "--counters"], saved)
+    backend = mode.removeprefix("iptables-")
+    _run([f"{family}tables-{backend}-restore", "--noflush", "--counters"], _as_added(dump))
 
 
 def _as_added(saved: str) -> str:

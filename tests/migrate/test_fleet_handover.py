@@ -14,10 +14,9 @@ from ebpfproxy.datapath.roots import pin_folder
 from ebpfproxy.migrate import keeper, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.migrate import control_plane, rules
-from tests.migrate.asking import Held, Load
+from tests.migrate.asking import Held, Load, no_request_fails
 from tests.migrate.control_plane import ControlPlane, serving
 from tests.migrate.kubelet import LabKubelet
-from tests.migrate.test_handover import no_request_fails
 from tests.migrate.world import World, how
 from tests.migrate.world import cluster as cluster_objects
 

@@ -6,14 +6,13 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from ebpfproxy.migrate import flows, keeper, leftovers, nftables, tools
 from tests.lab import Lab, clients
 from tests.migrate import rules
-from tests.migrate.asking import Held, Load
+from tests.migrate.asking import Held, Load, no_request_fails
 from tests.migrate.world import World, how
 
 pytestmark = [pytest.mark.root, rules.needs_samples]
@@ -25,16 +24,6 @@ KEPT = [f"nftables table {family} {keeper.NAME}" for family in ("ip", "ip6")]
 def world() -> Iterator[World]:
     with Lab() as lab:
         yield World(lab)
-
-
-@contextmanager
-def no_request_fails(*loads: Load) -> Iterator[None]:
-    with ExitStack() as stack:
-        for load in loads:
-            stack.enter_context(load)
-        yield
-    assert {load.name: load.errors for load in loads if load.errors} == {}
-    assert all(load.count > 100 for load in loads), [load.count for load in loads]
 
 
 def _found() -> tuple[bool, list[str]]:

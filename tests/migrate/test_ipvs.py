@@ -1,9 +1,13 @@
-"""What /proc/net/ip_vs says: the kernel of the tests has no IPVS."""
+"""What /proc/net/ip_vs says. With a kernel that has IPVS: test_ipvs_kernel.py."""
 
 from __future__ import annotations
 
-from ebpfproxy.migrate import ipvs
+import socket
+
+from ebpfproxy.migrate import frontends, ipsets, ipvs
 from ebpfproxy.migrate.ipvs import VirtualServer
+
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
 TABLE = """IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
@@ -11,6 +15,7 @@ Prot LocalAddress:Port Scheduler Flags
 TCP  0A600001:01BB rr
   -> AC120002:1A2B      Masq    1      3          0
   -> AC120003:1A2B      Masq    1      4          9
+  -> AC120004:1A2B      Masq    0      1          0
 UDP  0A60000A:0035 rr persistent 10800
 TCP  [fd00:0010:0096:0000:0000:0000:0000:0001]:01BB wrr
   -> [fd00:0000:0000:0000:0000:0000:0000:0002]:1A2B      Masq    1      5          0
@@ -22,28 +27,56 @@ TCP  C0A80009:0050 rr
 """
 
 
-def test_servers_and_their_open_connections_are_read() -> None:
+def test_servers_with_their_endpoints_and_connections_are_read() -> None:
     assert ipvs.parse(TABLE) == [
-        VirtualServer("TCP", "10.96.0.1", 443, 7),
-        VirtualServer("UDP", "10.96.0.10", 53, 0),
-        VirtualServer("TCP", "fd00:10:96::1", 443, 5),
-        VirtualServer("TCP", "192.168.0.1", 30055, 0),
-        VirtualServer("TCP", "192.168.0.9", 80, 8),
+        VirtualServer("TCP", "10.96.0.1", 443, 8, 9, ("172.18.0.2:6699", "172.18.0.3:6699")),
+        VirtualServer("UDP", "10.96.0.10", 53),
+        VirtualServer("TCP", "fd00:10:96::1", 443, 5, 0, ("[fd00::2]:6699",)),
+        VirtualServer("TCP", "192.168.0.1", 30055),
+        VirtualServer("TCP", "192.168.0.9", 80, 8, 0, ("10.10.10.11:80",)),
     ]
     assert ipvs.parse("") == []
 
 
+def _of_kube_proxy(on_device: set[str], named: ipsets.Frontends) -> list[tuple[str, int, bool]]:
+    found = ipvs.of_kube_proxy(ipvs.parse(TABLE), on_device, named)
+    return [(each.address, each.port, each.is_node_port) for each in found]
+
+
 def test_others_virtual_servers_are_not_kube_proxys() -> None:
-    found = ipvs.of_kube_proxy(ipvs.parse(TABLE), {"10.96.0.1", "10.96.0.10", "fd00:10:96::1"})
-    assert [(each.address, each.port) for each in found] == [
-        ("10.96.0.1", 443),
-        ("10.96.0.10", 53),
-        ("fd00:10:96::1", 443),
-        ("192.168.0.1", 30055),
+    on_device = {"10.96.0.1", "10.96.0.10", "fd00:10:96::1"}
+    cluster_ips = [("10.96.0.1", 443, False), ("10.96.0.10", 53, False), ("fd00:10:96::1", 443, False)]
+    node_port, external = ("192.168.0.1", 30055, True), ("192.168.0.9", 80, False)
+    nothing = ipsets.Frontends()
+    assert _of_kube_proxy(on_device, nothing) == [*cluster_ips, node_port], "of the usual range"
+    assert _of_kube_proxy(on_device, ipsets.Frontends(ports=frozenset())) == cluster_ips
+    assert _of_kube_proxy(on_device, ipsets.Frontends(ports=frozenset({(30055, UDP)}))) == cluster_ips
+    named = ipsets.Frontends(frozenset({("192.168.0.9", 80, TCP)}), frozenset({(30055, TCP)}))
+    assert _of_kube_proxy(on_device, named) == [*cluster_ips, node_port, external]
+    assert _of_kube_proxy(set(), nothing) == [], "without its device and sets nothing is known to be its"
+
+
+def test_a_server_that_carries_something_stays_with_all_others_at_its_address() -> None:
+    on_device = ipvs.Device(1, ("10.96.0.1", "10.96.0.10"), marked=False)
+    found = [
+        VirtualServer("TCP", "10.96.0.1", 443, active=1),
+        VirtualServer("UDP", "10.96.0.1", 53),
+        VirtualServer("UDP", "10.96.0.10", 53),
+        VirtualServer("TCP", "192.168.0.1", 30055, inactive=1, is_node_port=True),
+        VirtualServer("TCP", "192.168.0.1", 30056, is_node_port=True),
     ]
-    assert ipvs.of_kube_proxy(ipvs.parse(TABLE), ()) == [], "without its device nothing is known to be its"
+    assert ipvs.carrying(found, on_device) == [found[0], found[1], found[3]]
+
+
+def test_servers_are_frontends_with_those_endpoints_that_get_connections() -> None:
+    found = ipvs.of_kube_proxy(ipvs.parse(TABLE), {"10.96.0.1", "fd00:10:96::1"}, ipsets.Frontends())
+    assert frontends.of_ipvs(found) == {
+        "10.96.0.1:443/TCP": {"172.18.0.2:6699", "172.18.0.3:6699"},
+        "[fd00:10:96::1]:443/TCP": {"[fd00::2]:6699"},
+        "*:30055/TCP": set(),
+    }
 
 
 def test_names_of_sets_are_as_long_as_the_kernel_takes() -> None:
-    assert all(len(name) <= 31 for name in ipvs.SET_NAMES)
-    assert {"KUBE-LOOP-BACK", "KUBE-6-LOOP-BACK", "KUBE-6-LOAD-BALANCER-SOURCE-CID"} <= ipvs.SET_NAMES
+    assert all(len(name) <= 31 for name in ipsets.NAMES)
+    assert {"KUBE-LOOP-BACK", "KUBE-6-LOOP-BACK", "KUBE-6-LOAD-BALANCER-SOURCE-CID"} <= ipsets.NAMES

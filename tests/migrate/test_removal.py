@@ -10,7 +10,7 @@ from pyroute2 import IPRoute
 from pyroute2.ipset import IPSet
 
 from ebpfproxy.datapath.roots import find_cgroup_root
-from ebpfproxy.migrate import accounts, flows, iptables, ipvs, keeper, leftovers
+from ebpfproxy.migrate import accounts, flows, ipsets, iptables, ipvs, keeper, leftovers
 from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.migrate import rules
@@ -188,13 +188,13 @@ def _ipvs() -> tuple[leftovers.Leftovers, list[str], list[str], list[str]]:
             routes.link("add", ifname=name, kind="bridge")
         routes.addr("add", index=routes.link_lookup(ifname=ipvs.DEVICE)[0], address="10.96.0.1", prefixlen=32)
         found = leftovers.find()
-        addresses = ipvs.device_addresses()
+        device = ipvs.device()
         removed = leftovers.remove(found)
         devices = [str(link.get_attr("IFLA_IFNAME")) for link in routes.get_links()]
-    assert addresses == ["10.96.0.1"]
+    assert device is not None and device.addresses == ("10.96.0.1",)
     assert not leftovers.find()
     with IPSet() as sets:
-        left = [name for name in ("KUBE-CLUSTER-IP", "KUBE-MINE", "mine") if ipvs._exists(sets, name)]
+        left = [name for name in ("KUBE-CLUSTER-IP", "KUBE-MINE", "mine") if ipsets.exists(sets, name)]
     return found, devices, left, list(removed.failed)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from ebpfproxy.objects import Resource
 from tests import recordings
 from tests.lab import Agent, Lab, LabNode, Outside, Pod, manifests, servers
-from tests.migrate import rules
+from tests.lab.spaces import Space
+from tests.migrate import rules, rules6
 from tests.migrate.asking import Held, Load
+from tests.migrate.commands import Migration
 
 _KINDS = {
     Resource.SERVICES: ("v1", "Service"),
@@ -23,9 +23,16 @@ _KINDS = {
 TARGET_PORT, DNS_PORT = 8080, 53
 
 
-class World:
-    def __init__(self, lab: Lab) -> None:
+#: From where, protocol, host and port.
+Way = tuple[Space, str, str, int]
+
+
+class World(Migration):
+    """``dual_stack``: all Services, endpoints and rules of both families."""
+
+    def __init__(self, lab: Lab, *, dual_stack: bool = False) -> None:
         self.lab = lab
+        self.dual_stack = dual_stack
         self.a: LabNode = lab.node("node-a1")
         self.b: LabNode = lab.node("node-b1")
         self.w1: Pod = self.a.pod("w1")
@@ -42,12 +49,15 @@ class World:
         return self.a.agent(*arguments, manifests=self.manifests)
 
     def write(self) -> None:
-        manifests.write(self.manifests / "cluster.yaml", *cluster())
+        manifests.write(self.manifests / "cluster.yaml", *self._documents())
+
+    def _documents(self) -> list[manifests.Document]:
+        return rules6.both_families(cluster()) if self.dual_stack else cluster()
 
     def remove_service(self, namespace: str, name: str) -> None:
         kept = [
             each
-            for each in cluster()
+            for each in self._documents()
             if (each["metadata"].get("namespace"), each["metadata"]["name"]) != (namespace, name)
         ]
         manifests.write(self.manifests / "cluster.yaml", *kept)
@@ -68,29 +78,14 @@ class World:
 
     def kube_proxy(self, mode: str) -> None:
         """Its rules on node-a1, as if it had run there."""
-        self.a.call(_load_rules, mode)
-
-    def migrate(self, *arguments: str, check: bool = True) -> str:
-        """``ebpfproxy migrate`` on node-a1."""
-        return self.a.run(self._command(*arguments), check=check)
-
-    def start_migrate(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return self.a.popen(self._command(*arguments), stdout=subprocess.DEVNULL)
-
-    def fails(self, *arguments: str) -> str:
-        """What a command says that ends with 1."""
-        process = self.a.popen(self._command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said = process.communicate(timeout=60)[0].decode()
-        assert process.returncode == 1, said
-        return said
-
-    def _command(self, *arguments: str) -> list[str]:
-        command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import command; command()"]
-        return [*command, *arguments, *self.a.roots]
+        if self.dual_stack:
+            self.a.call(rules6.load, mode)
+        else:
+            self.a.call(_load_rules, mode)
 
     def held(self) -> list[Held]:
         """Some of each kind: which endpoint each gets is chance."""
-        ways = [
+        ways: list[Way] = [
             (self.client, "tcp", rules.ORDERS, 80),
             (self.client, "tcp", rules.PAYMENTS, 3001),
             (self.client, "udp", rules.DNS, 53),
@@ -99,15 +94,21 @@ class World:
             (self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
             (self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
         ]
-        return [Held(*way) for way in ways for _ in range(3)]
+        return [Held(*way) for way in self._of_families(ways) for _ in range(3)]
 
     def loads(self) -> list[Load]:
-        return [
-            Load(self.client, "tcp", rules.ORDERS, 80),
-            Load(self.client, "udp", rules.DNS, 53),
-            Load(self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
-            Load(self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
+        ways: list[Way] = [
+            (self.client, "tcp", rules.ORDERS, 80),
+            (self.client, "udp", rules.DNS, 53),
+            (self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
+            (self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
         ]
+        return [Load(*way) for way in self._of_families(ways)]
+
+    def _of_families(self, ways: list[Way]) -> list[Way]:
+        if not self.dual_stack:
+            return ways
+        return ways + [(space, kind, rules6.address(host), port) for space, kind, host, port in ways]
 
 
 def cluster() -> list[manifests.Document]:

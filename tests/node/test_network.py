@@ -120,6 +120,8 @@ def test_kube_proxys_addresses_for_ipvs_are_nobodys_answers() -> None:
     network = network_of(links, addresses, [])
     assert network.addresses == {each.address for each in addresses}
     assert network.answered == {addresses[0].address, addresses[2].address}
+    everywhere = parse_node_port_addresses(["0.0.0.0/0"])
+    assert select_node_port_addresses(network, everywhere) == network.answered
 
 
 def test_masquerading_uses_the_devices_own_address_or_the_nodes() -> None:

@@ -1,0 +1,359 @@
+"""A node whose kube-proxy was in IPVS mode, on a kernel that has it: ``make test-kernel``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpfproxy.migrate import ipsets, ipvs, keeper, leftovers
+from tests.lab import Lab, LabNode, Outside, Pod, clients, manifests, servers
+from tests.migrate import ipvs_rules
+from tests.migrate.asking import Held, Load, no_request_fails
+from tests.migrate.commands import Migration
+from tests.migrate.ipvs_rules import Served
+from tests.migrate.world import how
+
+TOOLS = ("ipvsadm", "ipset", "iptables-legacy", "iptables-nft", "nft")
+
+
+def _lacking() -> str:
+    if not Path("/proc/net/ip_vs").exists():
+        return "this kernel has no IPVS (or has not loaded ip_vs): make test-kernel"
+    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"{', '.join(lacking)} not installed: make test-kernel" if lacking else ""
+
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(bool(_lacking()), reason=_lacking()),
+    pytest.mark.timeout(600),
+]
+
+WEB = {False: "10.96.0.10", True: "fd00:10:96::10"}
+STICKY = {False: "10.96.0.20", True: "fd00:10:96::20"}
+EMPTY = {False: "10.96.0.30", True: "fd00:10:96::30"}
+EXTERNAL, BALANCER = "192.0.2.80", "203.0.113.10"
+#: At the node's own address, which is on no device of kube-proxy's.
+OWN_PORT = 8181
+NODE_PORT, UDP_NODE_PORT = 30080, 30053
+PODS = {False: "10.244.0.0/16", True: "fd00:10:244::/48"}
+SLICE_PORTS = [
+    {"name": "http", "port": 8080, "protocol": "TCP"},
+    {"name": "udp", "port": 8053, "protocol": "UDP"},
+]
+
+#: Of somebody else's: a virtual server on a device of its own, one at the node's with a port that kube-proxy
+#: might have had, one by firewall mark; a set of which a rule makes use; chains.
+FOREIGN_SERVERS = """-A -t 198.51.100.7:443 -s rr
+-a -t 198.51.100.7:443 -r 10.9.9.9:443 -m -w 1
+-A -t 172.18.0.1:31999 -s wrr
+-a -t 172.18.0.1:31999 -r 10.9.9.9:80 -g -w 3
+-A -f 7 -s rr
+"""
+FOREIGN_SETS = """create mine hash:ip,port family inet hashsize 1024 maxelem 65536
+add mine 10.9.9.9,tcp:443
+create KUBE-MINE hash:ip family inet hashsize 1024 maxelem 65536
+add KUBE-MINE 10.9.9.8
+"""
+FOREIGN_RULES = """*nat
+:MINE - [0:0]
+-A POSTROUTING -j MINE
+-A MINE -m set --match-set mine dst,dst -j MASQUERADE
+COMMIT
+*filter
+:KUBE-FIREWALL - [0:0]
+-A INPUT -j KUBE-FIREWALL
+-A KUBE-FIREWALL -m set --match-set KUBE-MINE src -j DROP
+COMMIT
+"""
+
+
+class World(Migration):
+    """``a`` has kube-proxy's rules; ``w1`` serves on it, ``w2`` on ``b``. All Services have both families."""
+
+    def __init__(self, lab: Lab, backend: str) -> None:
+        self.backend = backend
+        self.a: LabNode = lab.node("node-a")
+        b = lab.node("node-b")
+        self.client: Pod = self.a.pod("client")
+        self.workers = (self.a.pod("w1"), b.pod("w2"))
+        for pod in self.workers:
+            servers.start(pod, pod.name, 8080, 8053)
+        self.outside: Outside = lab.outside
+        self.manifests: Path = lab.folder / "manifests"
+        self.write("web", "sticky", "empty")
+
+    def write(self, *names: str) -> None:
+        ports = [
+            {"name": "http", "port": 80, "protocol": "TCP"},
+            {"name": "udp", "port": 53, "protocol": "UDP"},
+        ]
+        node_ports = [{**p, "nodePort": n} for p, n in zip(ports, (NODE_PORT, UDP_NODE_PORT), strict=True)]
+        own = [{"name": "http", "port": OWN_PORT, "protocol": "TCP"}]
+        web: dict[str, Any] = {
+            "type": "LoadBalancer",
+            "clusterIPs": list(WEB.values()),
+            "externalIPs": [EXTERNAL],
+            "ports": node_ports,
+        }
+        affinity: dict[str, Any] = {
+            "sessionAffinity": "ClientIP",
+            "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 10800}},
+        }
+        balanced = manifests.service("web", **web)
+        balanced["status"] = {"loadBalancer": {"ingress": [{"ip": BALANCER, "ipMode": "VIP"}]}}
+        services = {
+            "web": balanced,
+            "sticky": manifests.service(
+                "sticky",
+                clusterIPs=list(STICKY.values()),
+                externalIPs=[self.a.address],
+                ports=own,
+                **affinity,
+            ),
+            "empty": manifests.service("empty", clusterIPs=list(EMPTY.values()), ports=ports),
+        }
+        documents = [services[name] for name in names]
+        for name in ("web", "sticky"):
+            for is_v6 in (False, True):
+                endpoints = [
+                    manifests.endpoint(p.address6 if is_v6 else p.address, p.node.name) for p in self.workers
+                ]
+                documents.append(manifests.slice_of(name, endpoints, ports=SLICE_PORTS))
+        manifests.write(self.manifests / "cluster.yaml", *documents)
+
+    def served(self) -> list[Served]:
+        found = []
+        for is_v6 in (False, True):
+            tcp, udp = (
+                tuple((p.address6 if is_v6 else p.address, port) for p in self.workers)
+                for port in (8080, 8053)
+            )
+            node = self.a.address6 if is_v6 else self.a.address
+            found += [
+                Served("CLUSTER-IP", WEB[is_v6], 80, "tcp", tcp),
+                Served("CLUSTER-IP", WEB[is_v6], 53, "udp", udp),
+                Served("NODE-PORT-TCP", node, NODE_PORT, "tcp", tcp, bound=False),
+                Served("NODE-PORT-UDP", node, UDP_NODE_PORT, "udp", udp, bound=False),
+                Served("CLUSTER-IP", STICKY[is_v6], OWN_PORT, "tcp", tcp, persistent=True),
+                Served("CLUSTER-IP", EMPTY[is_v6], 80, "tcp", ()),
+                Served("CLUSTER-IP", EMPTY[is_v6], 53, "udp", ()),
+            ]
+            if not is_v6:
+                for name, address in (("EXTERNAL-IP", EXTERNAL), ("LOAD-BALANCER", BALANCER)):
+                    found.append(Served(name, address, 80, "tcp", tcp))
+                    found.append(Served(name, address, 53, "udp", udp))
+                found.append(Served("EXTERNAL-IP", node, OWN_PORT, "tcp", tcp, bound=False, persistent=True))
+        return found
+
+    def kube_proxy(self) -> None:
+        self.a.call(ipvs_rules.load, self.served(), PODS, self.backend)
+
+    def ways(self) -> list[tuple[Any, str, str, int]]:
+        found: list[tuple[Any, str, str, int]] = []
+        for is_v6 in (False, True):
+            node = self.a.address6 if is_v6 else self.a.address
+            found += [
+                (self.client, "tcp", WEB[is_v6], 80),
+                (self.client, "udp", WEB[is_v6], 53),
+                (self.client, "tcp", STICKY[is_v6], OWN_PORT),
+                (self.a, "tcp", WEB[is_v6], 80),
+                (self.a, "udp", WEB[is_v6], 53),
+                (self.outside, "tcp", node, NODE_PORT),
+                (self.outside, "udp", node, UDP_NODE_PORT),
+            ]
+        return [*found, (self.outside, "tcp", self.a.address, OWN_PORT)]
+
+    def loads(self) -> list[Load]:
+        """An emulator takes its time."""
+        ways = [
+            (self.client, "tcp", WEB[False], 80),
+            (self.client, "udp", WEB[True], 53),
+            (self.outside, "tcp", self.a.address6, NODE_PORT),
+            (self.outside, "udp", self.a.address, UDP_NODE_PORT),
+        ]
+        return [Load(*way, pause=0.1) for way in ways]
+
+
+@pytest.fixture(params=["nft", "legacy"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab, request.param)
+
+
+def _run(*command: str, stdin: str | None = None) -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def _load_foreign(backend: str) -> dict[str, list[str]]:
+    _run("ip", "link", "add", "dummy9", "type", "dummy")
+    _run("ip", "address", "add", "198.51.100.7/32", "dev", "dummy9")
+    _run("ipvsadm", "--restore", stdin=FOREIGN_SERVERS)
+    _run("ipset", "restore", stdin=FOREIGN_SETS)
+    _run(f"iptables-{backend}-restore", "--noflush", stdin=FOREIGN_RULES)
+    return _everything(backend)
+
+
+def _everything(backend: str) -> dict[str, list[str]]:
+    """What is on the node, by kind, but for counters and for what keeps conntrack going."""
+    found = {
+        "servers": sorted(_run("ipvsadm", "--save", "--numeric").splitlines()),
+        "sets": sorted(line for line in _run("ipset", "save").splitlines()),
+        "devices": sorted(line.split()[1] for line in _run("ip", "-o", "address").splitlines()),
+    }
+    for family in ("iptables", "ip6tables"):
+        saved = _run(f"{family}-{backend}-save").splitlines()
+        # Built-in chains come with the first rule of a table, and stay.
+        found[family] = [each.partition(" [")[0] for each in saved if each[:2] == "-A" or " - [" in each]
+    return found
+
+
+def _leftovers() -> tuple[leftovers.Leftovers, list[str], ipvs.Device | None]:
+    return leftovers.find(), keeper.find(), ipvs.device()
+
+
+def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
+    foreign = world.a.call(_load_foreign, world.backend)
+    world.kube_proxy()
+    world.a.run(["ipvsadm", "--set", "0", "5", "60"])
+    held = [Held(*way) for way in world.ways()]
+    assert how(held) == {}
+    assert {each.server for each in held} == {"w1", "w2"}
+
+    agent = world.a.agent(manifests=world.manifests).start()
+    time.sleep(1)
+    assert how(held) == {}, "beside kube-proxy"
+    # Not before: see test_ipvs_takes_answers_for_a_port_that_it_remembers.
+    with no_request_fails(*world.loads(), least=10):
+        planned = json.loads(world.migrate("plan", "-o", "json"))
+        assert (planned["modes"], planned["blockers"], planned["differences"]) == (["ipvs"], [], {})
+        assert len(planned["leftovers"]["ipvs"]) == len(world.served())
+        # Node ports of both families are one frontend each.
+        assert planned["kube_proxy_frontends"] == planned["agent_frontends"] == len(world.served()) - 2
+        assert planned["flows"] >= sum(each.kind == "tcp" for each in held)
+
+        said = world.migrate("run")
+        time.sleep(1)
+        assert how(held) == {}, said
+    assert "the agent's maps serve all " in said
+    found, kept, device = world.a.call(_leftovers)
+    assert not found
+    assert device is not None and device.is_kept
+    assert set(device.addresses) == {WEB[False], WEB[True], STICKY[False], STICKY[True]}
+    assert kept[-1].startswith("device kube-ipvs0 with ")
+
+    # What is left but for that is the others', as it was.
+    left = world.a.call(_everything, world.backend)
+    assert _others(left["servers"], world) == _others(foreign["servers"], world)
+    assert len(left["servers"]) > len(foreign["servers"])
+    assert {line.split()[1] for line in left["sets"]} - ipsets.NAMING == {"mine", "KUBE-MINE"}
+    assert (left["iptables"], left["ip6tables"]) == (foreign["iptables"], foreign["ip6tables"])
+    assert set(left["devices"]) == {*foreign["devices"], ipvs.DEVICE}
+    for way in world.ways():
+        new = Held(*way)
+        assert new.ask() == "alive", way
+
+    # Not before the last has ended.
+    assert "translated flows still live" in world.migrate("run")
+    assert how(held) == {}
+    if world.backend == "legacy":
+        _back(world, held)
+        return
+    for each in held:
+        each.process.kill()
+        each.process.wait()
+    deadline = time.monotonic() + 240
+    while "removed device kube-ipvs0" not in (said := world.migrate("run")):
+        assert time.monotonic() < deadline, said
+        time.sleep(5)
+    assert world.a.call(_everything, world.backend) == foreign
+    assert agent.stop() == 0
+    world.a.cli("cleanup")
+
+
+def _others(saved: list[str], world: World) -> list[str]:
+    """Lines of others' virtual servers and destinations."""
+    ours = {f"-{each.protocol[0]} {ipvs_rules.end(each.address, each.port)}" for each in world.served()}
+    return [line for line in saved if " ".join(line.split()[1:3]) not in ours]
+
+
+def _back(world: World, held: list[Held]) -> None:
+    """kube-proxy starts again on what was kept."""
+    world.a.lab.agents[0].stop()
+    world.kube_proxy()
+    said = world.migrate("rollback")
+    assert f"kube-proxy's rules serve all {len(world.served()) - 2} frontends of the maps" in said
+    assert how(held) == {}, said
+    found, kept, device = world.a.call(_leftovers)
+    assert found.modes == ("ipvs",)
+    assert len(found.ipvs) == len(world.served())
+    assert kept == []
+    assert device is not None and not device.marked
+    assert set(world.client.call(clients.spread_tcp, WEB[False], 80, 10)) == {"w1", "w2"}
+    assert set(world.outside.call(clients.spread_tcp, world.a.address6, NODE_PORT, 10)) == {"w1", "w2"}
+
+
+@pytest.mark.parametrize("world", ["nft"], indirect=True)
+def test_a_frontend_that_maps_lack_stands_in_the_way(world: World) -> None:
+    world.kube_proxy()
+    world.write("web", "sticky")
+    world.a.agent(manifests=world.manifests).start()
+    planned = json.loads(world.migrate("plan", "-o", "json", check=False))
+    names = {
+        f"{WEB_LESS}:{port}"
+        for WEB_LESS in (EMPTY[False], f"[{EMPTY[True]}]")
+        for port in ("80/TCP", "53/UDP")
+    }
+    assert planned["differences"] == dict.fromkeys(sorted(names), "is not in the maps")
+    assert "4 of 17 frontends differ" in world.fails("run", "--timeout", "1s")
+    assert world.client.call(clients.ask_tcp, WEB[False], 80)
+
+
+def _twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, int]) -> list[str]:
+    said = []
+    for to in (service, endpoint):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.settimeout(10)
+            sock.bind(("", 20000))
+            try:
+                sock.connect(to)
+                said.append("answered" if sock.recv(4096) else "closed")
+            except OSError as error:
+                said.append(type(error).__name__)
+    return said
+
+
+@pytest.mark.parametrize("world", ["nft"], indirect=True)
+def test_ipvs_takes_answers_for_a_port_that_it_remembers(world: World) -> None:
+    """The kernel's, without any agent: what steps.plan warns of.
+
+    A connection to an endpoint by a port that the client has had to the same endpoint through IPVS within two
+    minutes (TIME_WAIT): the answer gets the Service's address. If IPVS has chosen another endpoint, it works.
+    """
+    world.kube_proxy()
+    endpoint = (world.workers[1].address, 8080)
+    world.a.run(["ipvsadm", "-d", "-t", f"{WEB[False]}:80", "-r", f"{world.workers[0].address}:8080"])
+    said = world.client.call(_twice_from_one_port, (WEB[False], 80), endpoint)
+    assert said == ["answered", "TimeoutError"]
+
+
+def test_cleanup_alone_takes_kube_proxys_and_leaves_others(world: World) -> None:
+    foreign = world.a.call(_load_foreign, world.backend)
+    world.kube_proxy()
+    command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
+    said = world.a.run(command)
+    assert f"removed {len(world.served())} virtual servers from IPVS\nremoved device kube-ipvs0\n" in said
+    assert world.a.call(_everything, world.backend) == foreign
+    assert world.a.run(command) == "nothing of kube-proxy is left\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -72,8 +73,16 @@ def load_latest(pins: Path) -> AgentState | None:
 
 
 def _stored(path: Path) -> bytes | None:
-    fd = bpf.get_pinned(path)
+    """None for another schema's, and where it goes at this moment."""
     try:
+        fd = bpf.get_pinned(path)
+    except bpf.BpfError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    try:
+        if bpf.map_info(fd).value_size != AGENT_STATE_SIZE:
+            return None
         return bpf.map_lookup(fd, U32.pack(0), AGENT_STATE_SIZE)
     finally:
         os.close(fd)

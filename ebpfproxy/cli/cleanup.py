@@ -10,6 +10,8 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.datapath.cleanup import remove_everything
 from ebpfproxy.datapath.roots import Lock, pin_folder
+from ebpfproxy.migrate import keeper
+from ebpfproxy.migrate.tools import ToolError
 
 
 @click.command("cleanup")
@@ -24,13 +26,15 @@ from ebpfproxy.datapath.roots import Lock, pin_folder
 def command(bpf_root: Path, cgroup_root: Path | None) -> None:
     """Remove every attachment and pin of a root, and say what was removed.
 
-    Refused while an agent runs there. From then on no Service is translated on this node. What a kube-proxy
-    has left is another thing: run --cleanup.
+    Refused while an agent runs there. From then on no Service is translated on this node. What a migration
+    keeps for connections of kube-proxy's goes, too; what kube-proxy itself has left is another thing: run
+    --cleanup.
     """
     with one_line():
         pins = pin_folder(bpf_root)
         if not pins.is_dir():
             click.echo(f"nothing is pinned below {pins}")
+            _end_keeper()
             return
         folders = [("--bpf-root", bpf_root)]
         if cgroup_root is not None and cgroup_root.is_dir():
@@ -45,3 +49,13 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
     for line in removed:
         click.echo(line)
     click.echo(f"removed {pins}")
+    _end_keeper()
+
+
+def _end_keeper() -> None:
+    """What a migration has left for connections that kube-proxy began."""
+    try:
+        for each in keeper.end():
+            click.echo(f"removed {each}")
+    except ToolError as error:
+        click.echo(f"what a migration may have left is not known: {error}", err=True)

@@ -81,7 +81,7 @@ def _ask(address: str) -> dict[str, Any]:
         host, port = parse_bind_address(address)
     except BindAddressError as error:
         raise click.UsageError(f"--address: {error}") from error
-    if host == "0.0.0.0" or address.startswith(":"):
+    if address.startswith(("0.0.0.0:", ":")):
         host = "127.0.0.1"
     elif host == "::":
         host = "::1"

@@ -12,7 +12,7 @@ import click
 from ebpfproxy.cli.options import Decorator
 from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.decode import ConfigurationError
-from ebpfproxy.install import rollout
+from ebpfproxy.install import facts, rollout
 from ebpfproxy.install.api import Api, ApiError
 from ebpfproxy.install.apply import apply
 from ebpfproxy.install.base import NAME
@@ -175,6 +175,8 @@ def command(
             remark("agents start again by themselves once the kubelet has brought the file (about a minute)")
         if wait:
             click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, NAME, timeout, remark)} nodes")
+            if facts.kube_proxy(api) is not None:
+                remark("whether agents have read everything: `ebpfproxy migrate plan --all-nodes`")
 
 
 def _end_cleanup(api: Api, namespace: str, seconds: float) -> None:

@@ -109,9 +109,12 @@ class Backends:
         self._fresh = []
 
     def drop_fresh(self) -> None:
-        """They are not: what asked for them did not fit."""
-        fresh, self._fresh = self._fresh, []
-        self._drop_unheld(fresh)
+        """They are not: what asked for them did not fit. Their ids are free: no program has seen them."""
+        for backend in self._fresh:
+            number = self._ids.forget(backend)
+            self._store(number, bytes(layout.BACKEND_SIZE))
+            self._ids.give_back(number)
+        self._fresh = []
 
     def drop_leftovers(self) -> None:
         """Of those that were adopted, whom nobody holds."""

@@ -49,6 +49,7 @@ _SEEN_AT = 45
 _LAST = struct.Struct("=Q")
 _ID = struct.Struct("=I")
 _LAST_AT = 48
+_CREATED_AT = 56
 
 
 class Timeouts(msgspec.Struct, frozen=True):
@@ -210,10 +211,12 @@ class Sweeper:
         return gone, deleted + self._map.delete_many(doomed)
 
     def _is_as_found(self, key: bytes, found: bytes) -> bool:
-        """Of one whose backend has departed, that it is still that one's; of others, that they are silent."""
+        """The same flow, and silent since, unless its backend has departed."""
         now = self._map.lookup(key)
         if now is None:
             return True
+        if now[_CREATED_AT : _CREATED_AT + 8] != found[_CREATED_AT : _CREATED_AT + 8]:
+            return False
         if key in self._departed:
             return now[_IDS_AT : _IDS_AT + 8] == found[_IDS_AT : _IDS_AT + 8]
         return now[_LAST_AT : _LAST_AT + 8] == found[_LAST_AT : _LAST_AT + 8]

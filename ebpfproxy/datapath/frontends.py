@@ -154,7 +154,7 @@ class Frontends:
         }
         for address in self._cluster_ips.keys() - found:
             self._close_other_ports(address)
-        for address in found - self._cluster_ips.keys():
+        for address in found - (self._cluster_ips.keys() - self._answered):
             key, _ = layout.pack_cluster_ip(address)
             self._table_of(key).delete(key)
 

@@ -2,7 +2,7 @@
 
 Addresses and ports are in network byte order, all else in the host's. ``pack_*`` and ``unpack_*`` here, in
 ``flow_layout`` and ``node_layout`` are the only places that know the formats. Any change there or in types.h
-raises ``schema.SCHEMA_VERSION``.
+raises ``schema.SCHEMA_VERSION``, but for a new flag that older programs may ignore.
 """
 
 from __future__ import annotations

@@ -37,6 +37,10 @@ class Ranges:
             self._ends.append(end)
             self.free += end - start
 
+    def fits(self, count: int) -> bool:
+        """Whether :meth:`allocate` would find so many."""
+        return any(end - start >= count for start, end in zip(self._starts, self._ends, strict=True))
+
     def allocate(self, count: int) -> int:
         """The base of a range of ``count`` places. Raises RangesExhaustedError."""
         n = len(self._starts)

@@ -28,7 +28,7 @@ from ebpfproxy.datapath.layout import (
 )
 from ebpfproxy.datapath.node_layout import CIDR, DEVICE, PacketEvent
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 3
 
 
 class MapSpec(NamedTuple):

@@ -37,6 +37,13 @@ class Source(NamedTuple):
             return None
         return hash((self.algorithm, self.table_size, self.ids.tobytes(), tuple(self.weights or ())))
 
+    @property
+    def size(self) -> int:
+        """How many slots a table that takes long to make has; 0 elsewhere."""
+        if self.algorithm is not Algorithm.MAGLEV or len(self.ids) < 2:
+            return 0
+        return maglev.size_for(len(self.ids), self.table_size)
+
     def slots(self) -> array[int]:
         return slots_of(*self)
 

@@ -126,6 +126,9 @@ class Writer:
         self._departures = Departures(maps)
         self._fence = threading.Lock()
         self._retired = _nothing_retired()
+        #: Since the last try at what did not fit.
+        self._has_freed = False
+        self._unnamed: dict[int, bytes] = {}
         self._frontends = Frontends(maps)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._unplaced: dict[ServicePortKey, tuple[ServicePort, Unplaced]] = {}
@@ -270,8 +273,9 @@ class Writer:
         return [problem for _, problem in self._unplaced.values()]
 
     def retry(self) -> None:
-        """Tries again what did not fit; something may have been given back since."""
-        if self._unplaced:
+        """Tries again what did not fit, if something has been given back since."""
+        if self._unplaced and self._has_freed:
+            self._has_freed = False
             self.apply([port for port, _ in self._unplaced.values()])
 
     def _note_refused(self, plan: _Plan) -> list[Unplaced]:
@@ -294,21 +298,19 @@ class Writer:
         try:
             self._try_place(port, plan, self._maglev_size)
             return []
-        except (IdsExhaustedError, RangesExhaustedError):
+        except (IdsExhaustedError, RangesExhaustedError) as error:
+            why = _no_room(error)
             # What this change has retired so far is in use where the new sets are only planned.
             self._publish_sets(plan)
             retired = self.take_retired()
             if retired:
                 self._wait_for_readers()
                 self.reclaim(retired)
-        why = ""
-        for size in self._maglev_sizes(port):
+        for size in (*([self._maglev_size] if retired else []), *self._smaller_sizes(port)):
             try:
                 self._try_place(port, plan, size)
-            except IdsExhaustedError as error:
-                why = f"no room for its backends or the service: {error}"
-            except RangesExhaustedError as error:
-                why = f"no room for its slots: {error}"
+            except (IdsExhaustedError, RangesExhaustedError) as error:
+                why = _no_room(error)
             else:
                 if size == self._maglev_size:
                     return []
@@ -318,12 +320,12 @@ class Writer:
         self._unplaced[port.key] = (port, problem)
         return [problem]
 
-    def _maglev_sizes(self, port: ServicePort) -> list[int]:
-        """What to try: a table that is smaller than it should be is better than none."""
-        sizes = [self._maglev_size]
+    def _smaller_sizes(self, port: ServicePort) -> Iterator[int]:
+        """What to try: a Maglev table that is smaller than it should be is better than none."""
         if port.algorithm is Algorithm.MAGLEV:
-            sizes += [s for s in reversed(maglev.SIZES) if len(port.cluster) <= s < self._maglev_size]
-        return sizes
+            for size in reversed(maglev.SIZES):
+                if len(port.cluster) <= size < self._maglev_size and self._ranges.fits(size):
+                    yield size
 
     def _try_place(self, port: ServicePort, plan: _Plan, maglev_size: int) -> None:
         """Raises IdsExhaustedError or RangesExhaustedError with everything as it was."""
@@ -346,7 +348,7 @@ class Writer:
             for policy, source in enumerate(_sources_of(port, sets, ids, maglev_size)):
                 made_from[policy] = source.fingerprint
                 if source.fingerprint is None or source.fingerprint != known.made_from[policy]:
-                    words = source.slots()
+                    words = self._slots_of(source)
                     if words != self._slot_words(*before[policy]):
                         after[policy] = self._write_slots(words)
             if known.id < 0:
@@ -360,6 +362,7 @@ class Writer:
             raise
         self._backends.keep_fresh()
         plan.placed[known.id] = port, known
+        self._plan_name(known, plan)
         held = self._held(known)
         known.made_from = (made_from[0], made_from[1]) if any(made_from) else _NOTHING_MADE
         for policy in Policy:
@@ -377,6 +380,17 @@ class Writer:
             wanted = frozenset(ids[0]), frozenset(ids[1])
         self._plan_members(known, wanted, plan)
         self._plan_entries(port, known, plan)
+
+    def _slots_of(self, source: Source) -> array[int]:
+        """Raises RangesExhaustedError, before a table is made that has no room."""
+        if not self._ranges.fits(source.size):
+            raise RangesExhaustedError(f"no {source.size} places in a row")
+        return source.slots()
+
+    def _plan_name(self, known: _Programmed, plan: _Plan) -> None:
+        name = self._unnamed.pop(known.id, None)
+        if name is not None:
+            plan.names[U32.pack(known.id)] = name
 
     def _plan_members(
         self, known: _Programmed, wanted: tuple[frozenset[int], frozenset[int]], plan: _Plan
@@ -464,8 +478,11 @@ class Writer:
 
     def _publish_sets(self, plan: _Plan) -> None:
         """Lets readers see the part of a plan that says which backends there are to choose from."""
-        # There are as many names as ids.
-        self._maps["service_names"].update_many(plan.names)
+        for key in self._maps["service_names"].update_many(plan.names):
+            # There are as many places as ids: the kernel had no memory.
+            self._has_freed = True
+            self._unnamed[U32.unpack(key)[0]] = plan.names[key]
+            plan.refused.append((U32.unpack(key)[0], "no memory for its name"))
         for key in self._maps["members"].update_many(plan.members):
             selection, backend_id = layout.unpack_member(key)
             number, policy = divmod(selection, layout.POLICIES)
@@ -480,6 +497,7 @@ class Writer:
         for index, word in plan.words.items():
             self._words[index] = word
         self._selections.writes += len(plan.words)
+        self._has_freed |= bool(plan.excluded)
         for key in plan.excluded:
             self._maps["members"].delete(key)
         plan.names, plan.members, plan.words, plan.excluded = {}, {}, {}, []
@@ -502,6 +520,7 @@ class Writer:
             known.sources -= {key}
         for key, problem in self._frontends.write(plan.entries).items():
             plan.refused.append((layout.unpack_service(plan.entries[key]).id, problem))
+        self._has_freed |= bool(plan.vanished or plan.closed)
         for service_id, key in plan.vanished:
             self._frontends.withdraw(service_id, key)
         for key in plan.closed:
@@ -520,6 +539,7 @@ class Writer:
             if chosen[1]:
                 self._retired.ranges.append(chosen)
         self._maps["service_names"].delete(U32.pack(known.id))
+        self._unnamed.pop(known.id, None)
         self._service_ids.forget(key)
         self._retired.services.append(known.id)
 
@@ -545,6 +565,7 @@ class Writer:
 
     def reclaim(self, retired: Retired) -> None:
         """Ids and ranges that no program can hold any more are free again."""
+        self._has_freed |= bool(retired)
         for base, count in retired.ranges:
             self._ranges.release(base, count)
         self._backends.reclaim(retired.backends)
@@ -577,6 +598,11 @@ class Writer:
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         self._frontends.set_node_addresses(addresses)
+
+
+def _no_room(error: Exception) -> str:
+    what = "slots" if isinstance(error, RangesExhaustedError) else "backends or the service"
+    return f"no room for its {what}: {error}"
 
 
 def _sources_of(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ebpfproxy.install.api import Api, ApiError, Object, shown
+from ebpfproxy.install.base import NAME
 from ebpfproxy.services.values import parse_prefix
 
 SYSTEM = "kube-system"
@@ -49,6 +50,13 @@ def version(api: Api) -> Version:
     if None in numbers:
         raise ApiError(f"{api.host}/version: {found.get('gitVersion', found)!r} is no version")
     return Version(*(int(each[0]) for each in numbers if each is not None))
+
+
+def namespace_of_agents(api: Api) -> str:
+    """Where they are, as the one binding of the cluster says; empty where there is none. Raises ApiError."""
+    binding = api.get("ClusterRoleBinding", "", NAME)
+    subjects = (binding or {}).get("subjects") or [{}]
+    return str(subjects[0].get("namespace", ""))
 
 
 def kube_proxy(api: Api) -> Object | None:

@@ -55,6 +55,11 @@ def prepare(wanted: Wanted, api: Api | None, say: Say) -> list[Object]:
     version, kube_proxy, before = None, None, None
     if api is not None:
         version, kube_proxy = _look(api, say)
+        there = facts.namespace_of_agents(api)
+        if there and there != wanted.namespace:
+            raise PrepareError(
+                f"ebpfproxy is in namespace {there}, and a cluster has one: -n {there}, or uninstall it there"
+            )
         before = api.get("ConfigMap", wanted.namespace, NAME)
         if address is None:
             address = control_plane.find(api, before, say)

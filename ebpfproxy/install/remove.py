@@ -36,6 +36,9 @@ def find(api: Api, namespace: str) -> dict[Place, Object]:
 
 def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
     """Why nodes would be left without anybody who follows their Services. Raises ApiError."""
+    there = facts.namespace_of_agents(api)
+    if there and ("ServiceAccount", there, NAME) not in found:
+        yield f"ebpfproxy is in namespace {there}, and its agents would lose their rights: -n {there}"
     for place, item in found.items():
         release = (item["metadata"].get("annotations") or {}).get(_HELM)
         if release:

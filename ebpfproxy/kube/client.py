@@ -214,6 +214,7 @@ class _InCluster:
 
     def __init__(self) -> None:
         self._chosen: control_plane.Choice | None = None
+        self._last_answering: control_plane.Choice | None = None
 
     def __call__(self, configuration: kube_client.Configuration) -> None:
         try:
@@ -223,7 +224,11 @@ class _InCluster:
                 f"no --kubeconfig, --master or --manifests, and not in a pod with a service account: {error}"
             ) from error
         _check_certificates(configuration, "service account")
-        choice = control_plane.choose(configuration.host, _anonymously(configuration))
+        choice = control_plane.choose(
+            configuration.host, _anonymously(configuration), last=self._last_answering
+        )
+        if choice.answers:
+            self._last_answering = choice
         if choice != self._chosen:
             self._chosen = choice
             say, text = (

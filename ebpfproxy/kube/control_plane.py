@@ -11,7 +11,8 @@ Candidates, in this order, in a pod with a service account:
 4. What kubelet says: it works where something else serves that cluster IP, such as a kube-proxy beside us.
 
 The first of 2 to 4 that answers is used: by HTTPS that the service account's CA vouches for, with any HTTP
-status. Where none answers it is the first that is known, and ``ApiConnection`` chooses again after failures.
+status; if none of them does, the one that answered last. Where nobody answers that one is kept, else it is
+the first that is known: ``ApiConnection`` chooses again after failures, and without 4 nobody tells 2.
 
 2 and 3 are tried at the same time. Where 4 works, a request or two take milliseconds; so they do after an
 agent's restart, since the maps serve the cluster IP without it. On a node that has no Services yet nobody
@@ -78,8 +79,13 @@ class _ConfigMap(msgspec.Struct):
     data: dict[str, str]
 
 
-def choose(own: str, ask: Ask, environment: Mapping[str, str] = os.environ) -> Choice:
-    """``own``: the URL of the service account. Returns within :data:`SECONDS`, whoever hangs."""
+def choose(
+    own: str, ask: Ask, environment: Mapping[str, str] = os.environ, *, last: Choice | None = None
+) -> Choice:
+    """``own``: the URL of the service account; ``last``: what answered last.
+
+    Returns within :data:`SECONDS`, whoever hangs.
+    """
     host = environment.get("KUBERNETES_SERVICE_HOST", "")
     if host != environment.get("KUBERNETES_PORT_443_TCP_ADDR", host):
         return Choice(own, "KUBERNETES_SERVICE_HOST", answers=True)
@@ -89,14 +95,18 @@ def choose(own: str, ask: Ask, environment: Mapping[str, str] = os.environ) -> C
     asked = _beside(lambda: ask(own + CLUSTER_INFO))
     of_cluster_info = _beside(lambda: _answering(_server_of_config_map(asked.result()), ask))
     of_kubelet = _beside(lambda: _answering(kubelets, ask))
-    trying = (of_cluster_info, of_kubelet)
+    of_last = _beside(lambda: _answering(last.server if last is not None else None, ask))
+    trying: tuple[Future[str | None], ...] = (of_cluster_info, of_kubelet, of_last)
     wait(trying, SECONDS / 2)
-    if _result(asked) is None and not any(map(_result, trying)):
+    if _result(asked) is None and all(_result(each) is None for each in trying):
         wait(trying, SECONDS / 2)
     if server := _result(of_cluster_info):
         return Choice(server, "ConfigMap kube-public/cluster-info", answers=True)
     if server := _result(of_kubelet):
         return Choice(server, str(path), answers=True)
+    last_answers = _result(of_last) is not None
+    if last is not None and (last_answers or _result(asked) is None):
+        return last._replace(answers=last_answers)
     if _result(asked) is None and kubelets is not None:
         return Choice(kubelets, str(path), answers=False)
     return Choice(own, "service account", answers=_result(asked) is not None)

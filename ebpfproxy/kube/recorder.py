@@ -60,8 +60,8 @@ class Pace(msgspec.Struct, frozen=True):
     qps: float = 1.0
     burst: int = 10
     queue: int = 256
-    #: Until one that all nodes send goes.
-    spread: float = 10.0
+    #: Until one that all nodes send goes, at most: of thousands of nodes a few ask at once.
+    spread: float = 120.0
     backoff_first: float = 2.0
     backoff_most: float = 60.0
     #: How long nothing is sent to a namespace after a 403 there.
@@ -138,14 +138,17 @@ class Recorder:
     def record(self, occurrence: Occurrence) -> None:
         now = time.monotonic()
         with self._changed:
-            taken = self._correlator.take(occurrence, monotonic=now, unix=time.time())
-            result = taken if isinstance(taken, str) else "dropped"
-            if isinstance(taken, Series) and len(self._queue) < self._pace.queue:
+            # What has no room is not noted as told.
+            is_full = len(self._queue) >= self._pace.queue
+            taken = (
+                "dropped" if is_full else self._correlator.take(occurrence, monotonic=now, unix=time.time())
+            )
+            if isinstance(taken, Series):
                 spread = 0.0 if occurrence.of_node else random.uniform(0, self._pace.spread)  # noqa: S311
                 heapq.heappush(self._queue, _Waiting(now + spread, next(self._numbers), occurrence, taken))
                 self._changed.notify()
                 return
-        self._count(result)
+        self._count(taken)
 
     # -- the thread
 

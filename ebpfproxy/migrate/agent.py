@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import is_locked, pin_folder
 
 _OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
+#: How long an answer may take after its flow is forgotten.
+_ANSWER_SECONDS = 1.0
 
 
 class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,22 +31,39 @@ class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
     starting: bool = False
 
 
-def forget_ended(maps: MapSet) -> int:
-    """Forgets flows of packet programs but open TCP connections; how many there are of these.
+class Draining:
+    """Forgets flows of packet programs but open TCP connections, for when they begin no more.
 
-    For when they begin no more: a new flow of kube-proxy's may get a port that an old one here still has, and
-    datagrams go on as well through kube-proxy.
+    A new flow of kube-proxy's may get a port that an old one here still has, and datagrams go on as well
+    through kube-proxy. What asks is forgotten first: answers that are under way still find their entries.
     """
-    agent, table = state.load(maps), maps["conntrack"]
-    timeouts = (agent.timeouts if agent is not None else None) or Timeouts()
-    living = 0
-    for row, keys in flows_of(list(table.items()), timeouts, time.monotonic_ns(), {}):
-        if row.state in _OPEN:
-            living += 1
-            continue
-        for key in keys:
-            table.delete(key)
-    return living
+
+    def __init__(self, maps: MapSet) -> None:
+        agent = state.load(maps)
+        self._table = maps["conntrack"]
+        self._timeouts = (agent.timeouts if agent is not None else None) or Timeouts()
+        #: When they go (monotonic seconds), and keys of answers' and masquerades' entries.
+        self._answers: deque[tuple[float, tuple[bytes, ...]]] = deque()
+
+    def step(self) -> int:
+        """How many TCP connections are open."""
+        living = 0
+        now = time.monotonic()
+        rows = flows_of(list(self._table.items()), self._timeouts, time.monotonic_ns(), {})
+        for row, (question, *others) in rows:
+            if row.state in _OPEN:
+                living += 1
+            else:
+                self._table.delete(question)
+                self._answers.append((now + _ANSWER_SECONDS, tuple(others)))
+        while self._answers and self._answers[0][0] <= now:
+            for key in self._answers.popleft()[1]:
+                self._table.delete(key)
+        return living
+
+    @property
+    def waits_for_answers(self) -> bool:
+        return bool(self._answers)
 
 
 def check(bpf_root: Path) -> AgentCheck:

@@ -103,7 +103,12 @@ class Daemon:
         patch = self.switch.turn(self._node(), off=off)
         if not patch:
             return []
-        self._api.patch_node(self.node, patch)
+        try:
+            self._api.patch_node(self.node, patch)
+        except ClusterError:
+            # Sent again after an answer that got lost, it is refused: what it was to do is done.
+            if self.switch.turn(self._node(), off=off):
+                raise
         label = self.switch.label
         return [
             f"labelled node {self.node} {label}={OFF}" if off else f"removed label {label} from {self.node}"

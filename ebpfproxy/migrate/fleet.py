@@ -109,8 +109,9 @@ class Fleet:
             )
         if self._api.config_map(KUBE_PROXY.namespace, "kubeadm-config"):
             found.append(
-                "kubeadm upgrade writes kube-proxy's DaemonSet anew: from now on call it with"
-                " --skip-phases=addon/kube-proxy"
+                "kubeadm upgrade writes kube-proxy's DaemonSet anew: from 1.32 on call it with"
+                " --skip-phases=addon/kube-proxy, before finish this first (it leaves alone what has no"
+                " ConfigMap kube-proxy)"
             )
         if config := cluster.config(self._api):
             found += kube_proxy.check_config(config, "ConfigMap kube-system/kube-proxy")[1]

@@ -15,6 +15,8 @@ from ebpfproxy.migrate.api import Object
 
 CONTAINER = "migrate"
 LABELS = {"app.kubernetes.io/name": "ebpfproxy-migrate"}
+#: What servers before 1.30 know of ``appArmorProfile``; later ones take both where they agree.
+_APP_ARMOR = {f"container.apparmor.security.beta.kubernetes.io/{CONTAINER}": "unconfined"}
 _PREFIX = "ebpfproxy-migrate-"
 #: Of a pod's name, a DNS subdomain.
 _LONGEST = 253
@@ -53,7 +55,7 @@ def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: floa
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name_of(node), "labels": LABELS},
+        "metadata": {"name": name_of(node), "labels": LABELS, "annotations": _APP_ARMOR},
         "spec": {
             # No scheduler takes part.
             "nodeName": node,
@@ -68,7 +70,11 @@ def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: floa
             "priorityClassName": "system-node-critical",
             "tolerations": [{"operator": "Exists"}],
             "imagePullSecrets": [{"name": each} for each in image.pull_secrets],
-            "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
+            # As in deploy/base: the type of privileged containers.
+            "securityContext": {
+                "seccompProfile": {"type": "RuntimeDefault"},
+                "seLinuxOptions": {"level": "s0", "type": "spc_t"},
+            },
             "containers": [
                 {
                     "name": CONTAINER,
@@ -79,7 +85,7 @@ def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: floa
                     "env": [{"name": "EBPFPROXY_BPF_ROOT", "value": "/host/bpf"}],
                     # What an error is known by where logs cannot be read.
                     "terminationMessagePolicy": "FallbackToLogsOnError",
-                    "resources": {"requests": {"cpu": "10m", "memory": "128Mi"}},
+                    # No requests: on a full node the kubelet would evict others for a critical pod.
                     "securityContext": _security(),
                     "volumeMounts": [
                         {"name": "bpffs", "mountPath": "/host/bpf"},

@@ -219,8 +219,10 @@ def _remove_programs(where: Where, pins: Path, drain: float, say: Say) -> None:
     try:
         maps = open_maps(where.bpf_root)
         begin_nothing(maps)
-        deadline = time.monotonic() + drain
-        while (living := agent.forget_ended(maps)) and time.monotonic() < deadline:
+        draining, deadline = agent.Draining(maps), time.monotonic() + drain
+        while (living := draining.step()) or draining.waits_for_answers:
+            if time.monotonic() >= deadline and not draining.waits_for_answers:
+                break
             time.sleep(_POLL_SECONDS)
         if living:
             say(f"{living} connections that were translated in packets, not at a socket, end now")

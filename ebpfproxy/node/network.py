@@ -48,8 +48,9 @@ _TUNNELS = frozenset(
 )
 #: Nothing of a Service's clients comes through these.
 _IGNORED = frozenset(["dummy", "ifb", "nlmon", "openvswitch", "vrf", "vcan", "can"])
-_IPVS = "kube-ipvs0"
-_IGNORED_NAMES = frozenset((_IPVS, "ovs-system"))
+#: Those on which kube-proxy and kube-router put Services' addresses for IPVS.
+_IPVS = frozenset(("kube-ipvs0", "kube-dummy-if"))
+_IGNORED_NAMES = _IPVS | {"ovs-system"}
 #: Masters whose members' packets are seen on the master.
 _BUNDLES = frozenset(["bond", "team"])
 _POD_PORTS = frozenset(["veth", "tun"])
@@ -157,7 +158,7 @@ def network_of(
     ways = sorted(routes, key=lambda route: route.metric)
     has_address = {a.ifindex for a in own if a.fit}
     default = {route.ifindex for route in ways}
-    ipvs = {link.ifindex for link in by_index.values() if link.name == _IPVS}
+    ipvs = {link.ifindex for link in by_index.values() if link.name in _IPVS}
 
     def role_of(link: Link) -> Role:
         named = any(fnmatchcase(link.name, pattern) for pattern in patterns)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from ebpfproxy import state
-from ebpfproxy.datapath import maps
+from ebpfproxy.datapath import bpf, maps
 from ebpfproxy.datapath.dump import fill
 from ebpfproxy.datapath.schema import Capacity
 
@@ -35,3 +35,10 @@ def test_empty_maps_have_no_entries_whatever_their_size(pins: Path, backends: in
     opened = maps.open_or_create(pins, Capacity(backends=backends))
     assert {each.name: each.entries for each in fill(opened) if each.entries} == {}
     opened.close()
+
+
+def test_another_schemas_record_is_passed_over(pins: Path) -> None:
+    home = pins / "v99-x" / "maps"
+    home.mkdir(parents=True)
+    bpf.pin(bpf.map_create(bpf.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")
+    assert state.load_latest(pins) is None

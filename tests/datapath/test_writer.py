@@ -108,6 +108,10 @@ def test_what_did_not_fit_is_tried_again(bench: Bench) -> None:
     ]
     assert writer.unplaced == problems
     writer.retry()
+    assert writer.unplaced == problems
+    with patch.object(writer, "apply") as apply:
+        writer.retry()
+        apply.assert_not_called()
     assert writer.unplaced == problems, "nothing has been given back"
     writer.apply((), [third.key, first.key])
     assert writer.unplaced == problems[:1], "who is gone does not wait any more"
@@ -132,6 +136,14 @@ def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: 
     writer.retry()
     assert writer.unplaced == []
     assert len(bench.slots(bench.service_ids[second.key], Policy.CLUSTER)) == 509
+
+
+def test_a_table_for_which_there_is_no_room_is_not_made(bench: Bench) -> None:
+    writer = bench.empty(msgspec.structs.replace(SMALL, slots=600), maglev.SIZES[-1])
+    with patch.object(maglev, "table", wraps=maglev.table) as made:
+        (problem,) = writer.apply([port("a", [1, 2, 3], algorithm=Algorithm.MAGLEV)])
+    assert "its Maglev table has only 509 places" in str(problem)
+    assert [call.args[2] for call in made.call_args_list] == [509]
 
 
 def test_a_maglev_table_that_has_grown_with_its_backends_gets_what_was_given_back(bench: Bench) -> None:
@@ -383,6 +395,26 @@ def test_leftovers_of_a_killed_agent_go_with_the_first_complete_state(bench: Ben
     assert len(bench.rows) == 8, "nothing goes before everything is known"
     writer.apply([port("b", [2])], complete=True)
     assert {row.name for row in bench.rows} == {"b"}
+
+
+def test_other_ports_of_an_address_that_the_node_has_are_not_rejected_after_a_kill(bench: Bench) -> None:
+    """Between the mark and the entry for other ports."""
+    writer = bench.empty()
+    dns = port("a", [1], number=53)
+    writer.apply([dns], complete=True)
+    assert bench.maps is not None
+    table = bench.maps["services4"]
+    address = dns.frontends[0].address
+    other_ports, _ = layout.pack_cluster_ip(address)
+    with patch.object(table, "delete", side_effect=KilledError), pytest.raises(KilledError):
+        writer.set_own_addresses(frozenset({address}), frozenset({address}))
+    assert table.lookup(other_ports) is not None
+    writer = bench.reopen()
+    writer.set_own_addresses(frozenset({address}), frozenset({address}))
+    writer.apply([dns], complete=True)
+    assert bench.maps["services4"].lookup(other_ports) is None
+    writer.set_own_addresses(frozenset(), frozenset())
+    assert bench.maps["services4"].lookup(other_ports) is not None
 
 
 def test_node_addresses_follow_the_node(bench: Bench) -> None:

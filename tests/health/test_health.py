@@ -168,16 +168,21 @@ def test_an_empty_address_serves_nothing() -> None:
     server.stop()
 
 
-def test_every_family_behind_an_address_without_host() -> None:
-    server = serve(":0")
+@pytest.mark.parametrize("text", [":0", "0.0.0.0:0", "[::]:0"])
+def test_every_family_behind_an_address_without_host(text: str) -> None:
+    """The kubelet asks at the node's first address, which may be an IPv6 one."""
+    server = serve(text)
     assert ask(server, "/mode")[0] == 200
+    for host in ("127.0.0.1", "::1"):
+        socket.create_connection((host, server.port or 0), 2).close()
     server.stop()
 
 
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [
-        ("0.0.0.0:10256", ("0.0.0.0", 10256)),
+        ("0.0.0.0:10256", ("::", 10256)),
+        ("127.0.0.1:10256", ("127.0.0.1", 10256)),
         ("[::]:10256", ("::", 10256)),
         (":1", ("::", 1)),
         ("[fd00::1]:1", ("fd00::1", 1)),

@@ -77,6 +77,16 @@ def test_nodes_that_a_rollback_has_switched_off_are_said(site: StandIn) -> None:
     assert "whether nodes have the label ebpfproxy.io/agent=off is not known" in site.install().stderr
 
 
+def test_a_cluster_has_one(site: StandIn) -> None:
+    """The binding names one namespace: agents in another would lose their rights."""
+    assert site.install(*ADDRESS).exit_code == 0
+    done = site.install(*ADDRESS, "-n", "other")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == (
+        "Error: ebpfproxy is in namespace kube-system, and a cluster has one: -n kube-system, or uninstall it there"
+    )
+
+
 def test_two_conflicts_are_one_line(site: StandIn) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = "/api/v1/namespaces/kube-system/configmaps/ebpfproxy"

@@ -66,6 +66,13 @@ def test_what_helm_installed_is_helms(installed: StandIn) -> None:
     )
 
 
+def test_the_rights_of_agents_elsewhere_stay(installed: StandIn) -> None:
+    said = refused(installed, "-n", "other")
+    assert said.endswith(
+        "ebpfproxy is in namespace kube-system, and its agents would lose their rights: -n kube-system"
+    )
+
+
 def test_what_stays_on_nodes_is_said(installed: StandIn) -> None:
     done = installed.uninstall()
     assert done.exit_code == 0

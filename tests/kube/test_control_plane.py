@@ -245,6 +245,21 @@ def test_where_none_answers_kubelets_is_kept_until_one_does(cluster: Cluster, cl
         follower.reflector.stop()
 
 
+def test_one_that_has_answered_is_not_forgotten_while_nobody_answers(cluster: Cluster) -> None:
+    """Where the cluster IP leads to what was there before, nobody can be asked for another."""
+    with cluster.server() as own, cluster.server() as known:
+        cluster.own_is(own.url)
+        publish(own, known.url)
+        connection = cluster.connection()
+        assert connection.host == known.url
+        port = int(known.url.rpartition(":")[2])
+    connection.reload()
+    assert connection.host == known.url
+    with cluster.server(port=port):
+        connection.reload()
+        assert connection.host == known.url
+
+
 def test_one_that_goes_away_is_left_for_another(cluster: Cluster) -> None:
     with cluster.server() as own:
         cluster.own_is(own.url)

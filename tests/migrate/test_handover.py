@@ -90,6 +90,20 @@ def test_back_without_a_failed_request_from_outside_where_connections_may_drain(
         time.sleep(1)
 
 
+def test_cleanup_takes_what_a_migration_keeps_too(world: World) -> None:
+    world.kube_proxy("nftables")
+    held = [Held(world.client, "tcp", rules.ORDERS, 80)]
+    agent = world.agent().start()
+    world.migrate("run")
+    assert how(held) == {}
+    agent.stop()
+    assert world.a.call(_found) == (False, KEPT)
+    said = world.a.cli("cleanup")
+    assert all(f"removed {each}" in said for each in KEPT)
+    assert world.a.call(_found) == (False, [])
+    assert "nothing is pinned" in world.a.cli("cleanup")
+
+
 def _remove(how_many_keep: bool) -> int:
     """kube-proxy's tables, as its own --cleanup removes them, or as ours."""
     if how_many_keep:

@@ -114,9 +114,10 @@ def test_devices_without_clients_are_left_out(kind: str) -> None:
     assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "LOCAL"}
 
 
-def test_kube_proxys_addresses_for_ipvs_are_nobodys_answers() -> None:
+@pytest.mark.parametrize("device", ["kube-ipvs0", "kube-dummy-if"])
+def test_addresses_for_ipvs_are_nobodys_answers(device: str) -> None:
     addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10"), address(4, "10.96.0.11")]
-    links = [ETH0, link(3, "kube-ipvs0", "dummy"), link(4, "nodelocaldns", "dummy")]
+    links = [ETH0, link(3, device, "dummy"), link(4, "nodelocaldns", "dummy")]
     network = network_of(links, addresses, [])
     assert network.addresses == {each.address for each in addresses}
     assert network.answered == {addresses[0].address, addresses[2].address}

@@ -23,7 +23,7 @@ _COMMANDS = {
     "config": "The configuration file: check it, show defaults and what the agent uses.",
     "install": "Put the agent into a cluster, from a kubeconfig.",
     "uninstall": "Take the agent out of a cluster.",
-    "migrate": "From kube-proxy to ebpfproxy on this node, and back.",
+    "migrate": "From kube-proxy to ebpfproxy and back: this node, or many.",
     "cleanup": "Remove every attachment and pin of a root.",
     "completion": "Completion of commands and names for bash, zsh or fish.",
 }

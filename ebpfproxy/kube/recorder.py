@@ -60,8 +60,8 @@ class Pace(msgspec.Struct, frozen=True):
     qps: float = 1.0
     burst: int = 10
     queue: int = 256
-    #: Until one that all nodes send goes, at most: of thousands of nodes a few ask at once.
-    spread: float = 120.0
+    #: Until one that all nodes send goes, at most.
+    spread: float = 10.0
     backoff_first: float = 2.0
     backoff_most: float = 60.0
     #: How long nothing is sent to a namespace after a 403 there.

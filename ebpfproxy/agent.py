@@ -109,6 +109,7 @@ class Agent:
         self._last_programmed: float | None = None
         self._last_duration: float | None = None
         self._state_written = 0.0
+        self._synced_written = False
         self._told_failures: set[str] = set()
 
     # -- start and stop
@@ -339,11 +340,12 @@ class Agent:
         return [*servers, *(f"healthCheckNodePort {port}: {error}" for port, error in failed.items())]
 
     def _write_state(self) -> None:
-        """At most once a second while much happens: it is for people to read."""
+        """At most once a second while much happens, but at once when everything is in place."""
         now = time.monotonic()
-        if now - self._state_written < 1.0 and self._attaching.attached:
+        synced = self._complete and self._attaching.attached
+        if now - self._state_written < 1.0 and synced and self._synced_written:
             return
-        self._state_written = now
+        self._state_written, self._synced_written = now, synced
         self._metrics.pending(*self._tracker.pending_changes)
         self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
         without_room = [str(each) for each in self._writer.unplaced]
@@ -359,7 +361,7 @@ class Agent:
                 source=self._source.description,
                 started=self._started,
                 written=time.time(),
-                synced=self._complete and self._attaching.attached,
+                synced=synced,
                 healthy=self._health.healthy,
                 last_programmed=self._last_programmed,
                 last_duration=self._last_duration,

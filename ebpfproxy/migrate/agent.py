@@ -17,8 +17,10 @@ from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import is_locked, pin_folder
 
 _OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
-#: How long an answer may take after its flow is forgotten.
-_ANSWER_SECONDS = 1.0
+#: Of a flow that was in use so shortly before, an answer may be under way, and for so long. All others' ports
+#: are free at once: kube-proxy's MASQUERADE takes any, and would meet them.
+_RECENT_SECONDS = 0.1
+_ANSWER_SECONDS = 0.3
 
 
 class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,9 +55,13 @@ class Draining:
         for row, (question, *others) in rows:
             if row.state in _OPEN:
                 living += 1
-            else:
-                self._table.delete(question)
+                continue
+            self._table.delete(question)
+            if row.idle < _RECENT_SECONDS:
                 self._answers.append((now + _ANSWER_SECONDS, tuple(others)))
+                continue
+            for key in others:
+                self._table.delete(key)
         while self._answers and self._answers[0][0] <= now:
             for key in self._answers.popleft()[1]:
                 self._table.delete(key)

@@ -41,7 +41,12 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
 from ebpfproxy.metrics.maps import MapCollector
-from ebpfproxy.node.network import Network, NetworkWatcher, Role, select_node_port_addresses
+from ebpfproxy.node.facts import Facts, NodeFacts, node_facts
+from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.node.netlink import NetworkWatcher
+from ebpfproxy.node.network import Device, network_of
+from ebpfproxy.node.node_ports import select_node_port_addresses
+from ebpfproxy.node.roles import Role
 from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.tracker import Tracker
@@ -61,7 +66,7 @@ R = TypeVar("R")
 
 
 class NetworkChanged(msgspec.Struct, frozen=True):
-    network: Network
+    facts: Facts
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -111,6 +116,9 @@ class Agent:
         self._state_written = 0.0
         self._synced_written = False
         self._told_failures: set[str] = set()
+        self._facts = Facts()
+        self._node_facts = NodeFacts()
+        self._devices: dict[int, Device] = {}
 
     # -- start and stop
 
@@ -155,7 +163,7 @@ class Agent:
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         if self._config is not None:
             watch_file(self._config, lambda: self._queue.put(Stop("the configuration has changed")))
-        NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found)), options.devices).start()
+        NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found))).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
         self._attaching.set_cidrs(self._tracker.node)
@@ -194,6 +202,7 @@ class Agent:
             del messages
             self._follow_orders()
             node = self._tracker.node
+            self._follow_node(node_facts(node))
             # Manifests need not have a Node: then nothing speaks against this one.
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
@@ -228,7 +237,8 @@ class Agent:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, NetworkChanged):
-            self._set_network(message.network)
+            self._facts = message.facts
+            self._set_network()
         elif isinstance(message, Finished):
             message.then()
         elif isinstance(message, Failed):
@@ -292,19 +302,38 @@ class Agent:
                 seconds=round(done - began, 3),
             )
 
-    def _set_network(self, network: Network) -> None:
+    def _follow_node(self, facts: NodeFacts) -> None:
+        """The Node's addresses may be written long after it is there, by a cloud provider."""
+        if facts != self._node_facts:
+            self._node_facts = facts
+            self._set_network()
+
+    def _set_network(self) -> None:
+        network = network_of(self._facts, self._node_facts, self._options.devices)
         node_ports = select_node_port_addresses(network, self._options.node_port_addresses)
         log.info(
             "devices and addresses",
             uplinks=[d.name for d in network.devices if d.role is Role.UPLINK],
             tunnels=[d.name for d in network.devices if d.role is Role.TUNNEL],
+            outside=[d.name for d in network.devices if d.role is Role.OUTSIDE],
             local=sum(d.role is Role.LOCAL for d in network.devices),
             addresses=len(network.addresses),
             node_port_addresses=len(node_ports),
         )
+        self._tell_of_roles(network.devices)
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
         self._attaching.set_network(network)
+
+    def _tell_of_roles(self, devices: tuple[Device, ...]) -> None:
+        """Pods' devices come and go by the hundred: only what a device changes to is told of those."""
+        for device in devices:
+            before = self._devices.get(device.ifindex)
+            if before is not None and (before.role, before.why) == (device.role, device.why):
+                continue
+            tell = log.debug if before is None and device.role is Role.LOCAL else log.info
+            tell("device", name=device.name, taken_for=str(device.role), because=device.why)
+        self._devices = {device.ifindex: device for device in devices}
 
     def _tell_of_devices(self) -> None:
         failures = set(self._attaching.failures)
@@ -376,6 +405,10 @@ class Agent:
                     *self._unbound(),
                 ),
                 devices=len(self._attaching.targets),
+                device_roles=tuple(
+                    state.DeviceState(d.ifindex, d.name, str(d.role), d.why) for d in self._devices.values()
+                ),
+                netns=netns_cookie(),
                 conntrack_entries=self._housekeeping.entries,
                 conntrack_evicted=self._housekeeping.evicted,
                 health_check_ports=self._node_port_health.bound,

@@ -20,13 +20,14 @@ from ebpfproxy.datapath.probe import Features
 from ebpfproxy.logs import get_logger
 from ebpfproxy.migrate import flows, keeper, ports
 from ebpfproxy.migrate.tools import ToolError
+from ebpfproxy.node.facts import node_facts
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
-from ebpfproxy.node.network import Network, Role
+from ebpfproxy.node.network import Network
+from ebpfproxy.node.roles import Role
 from ebpfproxy.objects import Node
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.model import Prefix
-from ebpfproxy.services.values import parse_prefix
 
 log = get_logger(__name__)
 
@@ -173,8 +174,7 @@ class Attaching:
         """Known from the options, or from the Node once it is there."""
         pods = self._options.cluster_cidrs
         if self._options.local_pods.mode is LocalMode.NODE_CIDR:
-            texts = (node.spec.pod_cidrs if node is not None and node.spec is not None else None) or ()
-            pods = tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)
+            pods = node_facts(node).pod_cidrs
         if pods != self._cidrs:
             self._cidrs = pods
             self._packets.set_cidrs(pods, self._options.service_cidrs)

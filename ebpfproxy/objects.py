@@ -171,9 +171,19 @@ class NodeSpec(_Record, frozen=True):
     taints: tuple[Taint, ...] | None = None
 
 
+class NodeAddress(_Record, frozen=True):
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(_Record, frozen=True):
+    addresses: tuple[NodeAddress, ...] | None = None
+
+
 class Node(_Record, frozen=True):
     metadata: NodeMeta
     spec: NodeSpec | None = None
+    status: NodeStatus | None = None
 
 
 Object = Service | EndpointSlice | Node

@@ -32,10 +32,10 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     node_ports_on_loopback: bool = True
     guard_node_ports: bool = True
     pod_sockets: bool = True
-    #: Checked by ``node.network.parse_node_port_addresses``.
+    #: Checked by ``node.node_ports.parse_node_port_addresses``.
     node_port_addresses: tuple[str, ...] = ()
     external_ips: bool = True
-    #: Patterns of uplinks' names; empty: by routes and addresses.
+    #: Patterns of uplinks' names; empty: by the Node's addresses, routes and kinds.
     devices: tuple[str, ...] = ()
     local_pods: LocalPods = LocalPods()
     cluster_cidrs: tuple[Prefix, ...] = ()

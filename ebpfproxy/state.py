@@ -13,8 +13,10 @@ from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.schema import AGENT_STATE_SIZE
+from ebpfproxy.node.roles import Role
 
 _ERROR_LENGTH = 300
+_LAST_ROLE = str(Role.LOCAL)
 
 
 class WatchState(msgspec.Struct, frozen=True):
@@ -25,6 +27,15 @@ class WatchState(msgspec.Struct, frozen=True):
     since: float
     last_event: float | None = None
     error: str | None = None
+
+
+class DeviceState(msgspec.Struct, frozen=True):
+    """A device that packets' programs should be on, what it is taken for, and why."""
+
+    ifindex: int
+    name: str
+    role: str
+    why: str
 
 
 class AgentState(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +56,10 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...] = ()
     #: How many devices packet programs should be on.
     devices: int = 0
+    #: As many of them as the record has room for, those that lead to pods last.
+    device_roles: tuple[DeviceState, ...] = ()
+    #: The cookie of the agent's network namespace, in which indexes of devices mean something.
+    netns: int = 0
     conntrack_entries: int = 0
     conntrack_evicted: int = 0
     health_check_ports: int = 0
@@ -57,7 +72,15 @@ def save(maps: MapSet, state: AgentState) -> None:
         msgspec.structs.replace(w, error=w.error[:_ERROR_LENGTH]) if w.error else w for w in state.watches
     )
     problems = tuple(p[:_ERROR_LENGTH] for p in state.problems[:5])
-    encoded = msgspec.json.encode(msgspec.structs.replace(state, watches=watches, problems=problems))
+    kept = msgspec.structs.replace(state, watches=watches, problems=problems, device_roles=())
+    room = AGENT_STATE_SIZE - len(msgspec.json.encode(kept))
+    devices = []
+    for each in sorted(state.device_roles, key=lambda d: (d.role == _LAST_ROLE, d.ifindex)):
+        room -= len(msgspec.json.encode(each)) + 1
+        if room < 0:
+            break
+        devices.append(each)
+    encoded = msgspec.json.encode(msgspec.structs.replace(kept, device_roles=tuple(devices)))
     maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
 
 

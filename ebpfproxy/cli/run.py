@@ -30,7 +30,7 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode
-from ebpfproxy.node.network import NodePortAddressesError
+from ebpfproxy.node.node_ports import NodePortAddressesError
 from ebpfproxy.services.model import Algorithm
 
 log = get_logger(__name__)
@@ -103,7 +103,8 @@ log = get_logger(__name__)
     metavar="CIDRS",
     default="",
     show_default=False,
-    help="Where NodePorts answer: CIDRs separated by commas, or 'primary'.  [default: all of uplinks]",
+    help="Where NodePorts answer: CIDRs, 'primary', 'localhost', 'all', separated by commas.  [default: all, "
+    "or primary with --proxy-mode nftables]",
 )
 @click.option(
     "--external-ips/--no-external-ips", default=True, help="Serve spec.externalIPs (see CVE-2020-8554)."
@@ -113,7 +114,8 @@ log = get_logger(__name__)
     metavar="PATTERNS",
     default="",
     show_default=False,
-    help="Uplinks by name: patterns such as eth*, separated by commas.  [default: by routes and addresses]",
+    help="Uplinks by name: patterns such as eth*, separated by commas.  [default: by the Node's addresses, "
+    "routes and kinds]",
 )
 @click.option(
     "--detect-local-mode",

@@ -3,14 +3,14 @@
 Where a field cannot mean the same as in kube-proxy:
 
 - **mode** selects no way of working, only the defaults that kube-proxy gives each mode: the scheduler of
-  ``ipvs``, ``primary`` node addresses and no loopback for ``nftables``.
+  ``ipvs``, ``primary`` node addresses for ``nftables``, and no loopback for both but by ``localhost``.
 - **detectLocalMode: ClusterCIDR with an empty clusterCIDR**: kube-proxy then knows no local pods, and
   masquerades no traffic to cluster IPs whatever its source. Here it falls back to ``Devices``: what comes
-  from a device that is neither an uplink nor a tunnel is a pod's. For pods this is the same; other traffic
+  from a device that leads to pods or VMs of this node is a pod's. For pods this is the same; other traffic
   to cluster IPs, routed to this node from outside, is masqueraded. With a clusterCIDR of one family only,
   nothing of the other family is a local pod: kube-proxy does not masquerade it, and here it is.
-- **nodePortAddresses** empty: all addresses of the uplinks, where kube-proxy (iptables, ipvs) takes all of
-  the node's, those of bridges and tunnels among them.
+- **nodePortAddresses** with CIDRs of one family only: nothing of the other, where kube-proxy takes all of
+  the other's. Link-local IPv6 addresses are not among "all": no packet is forwarded from or to one.
 - **localhostNodePorts** holds for the processes of the host's own network namespace, for both families and
   all protocols, without ``route_localnet``.
 - **conntrack time-outs** are those of the agent's own flows; 0, with which kube-proxy leaves the kernel's
@@ -24,13 +24,12 @@ itself: logging, oomScoreAdj, conntrack's sysctls.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 
 import msgspec
 
 from ebpfproxy.config.durations import Duration
-from ebpfproxy.config.kube_proxy import PRIMARY, Conntrack, KubeProxyConfiguration
+from ebpfproxy.config.kube_proxy import Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 from ebpfproxy.datapath.conntrack import Timeouts
@@ -39,13 +38,11 @@ from ebpfproxy.datapath.roots import find_cgroup_root
 from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.node.network import parse_node_port_addresses
+from ebpfproxy.node.node_ports import LOCALHOST, names_loopback, parse_node_port_addresses
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.balancing import parse_algorithm
 from ebpfproxy.services.model import Algorithm, Prefix
 from ebpfproxy.services.values import parse_prefix
-
-_LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 
 
 def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]]:
@@ -140,16 +137,14 @@ def local_pods(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) 
 
 
 def node_ports_on_loopback(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> bool:
-    """localhostNodePorts of our document, else as kube-proxy: mode iptables only, where nodePortAddresses
-    (if there are any) have the loopback's."""
+    """localhostNodePorts of our document, else as kube-proxy: in mode iptables where nodePortAddresses (if
+    there are any) have the loopback's; in other modes where they say ``localhost``, as since 1.37."""
     if own.localhost_node_ports is not None:
         return own.localhost_node_ports
-    if kube_proxy.mode != "iptables" or not kube_proxy.iptables.localhost_node_ports:
-        return False
     texts = kube_proxy.node_port_addresses or ()
-    return not texts or any(
-        ipaddress.ip_network(text, strict=False).overlaps(_LOOPBACK) for text in texts if text != PRIMARY
-    )
+    if kube_proxy.mode == "iptables":
+        return kube_proxy.iptables.localhost_node_ports and names_loopback(texts)
+    return LOCALHOST in texts
 
 
 def timeouts(conntrack: Conntrack) -> Timeouts:

@@ -61,7 +61,7 @@ class EbpfProxyConfiguration(
     detect_local_mode: Annotated[
         Literal["Devices"] | None,
         Meta(
-            description="Devices: what comes from a device that is neither an uplink nor a tunnel is a "
+            description="Devices: what comes from a device that leads to pods or VMs of this node is a "
             "pod's. null: as detectLocalMode of KubeProxyConfiguration says."
         ),
     ] = None
@@ -91,7 +91,10 @@ class EbpfProxyConfiguration(
     )
     devices: Annotated[
         tuple[str, ...],
-        Meta(description="Uplinks by name: patterns such as eth*. Empty: by routes and addresses."),
+        Meta(
+            description="Uplinks by name: patterns such as eth*. Empty: by the Node's addresses, routes and "
+            "kinds."
+        ),
     ] = ()
     service_cidrs: Annotated[
         tuple[str, ...],

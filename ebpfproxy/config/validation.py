@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 from ebpfproxy.config.decode import Problem
 from ebpfproxy.config.durations import Duration
-from ebpfproxy.config.kube_proxy import PRIMARY, Conntrack, Ipvs, KubeProxyConfiguration, Logging
-from ebpfproxy.node.network import NodePortAddressesError, parse_node_port_addresses
+from ebpfproxy.config.kube_proxy import Conntrack, Ipvs, KubeProxyConfiguration, Logging
+from ebpfproxy.node.node_ports import NodePortAddressesError, parse_node_port_addresses
 from ebpfproxy.services.values import parse_address, parse_prefix
 
 MODES = ("iptables", "ipvs", "nftables")
@@ -141,8 +141,6 @@ def _is_port_range(text: str) -> bool:
 
 
 def _node_port_addresses(texts: tuple[str, ...]) -> Found:
-    if PRIMARY in texts and len(texts) > 1:
-        yield f"nodePortAddresses[{texts.index(PRIMARY)}]", "'primary' goes without any other value"
     for index, text in enumerate(texts):
         try:
             parse_node_port_addresses([text])

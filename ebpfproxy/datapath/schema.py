@@ -28,7 +28,7 @@ from ebpfproxy.datapath.layout import (
 )
 from ebpfproxy.datapath.node_layout import CIDR, DEVICE, PacketEvent
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class MapSpec(NamedTuple):
@@ -72,7 +72,7 @@ CRC_STEPS = 17
 #: struct scratch in conntrack.h: no one but programs reads it.
 SCRATCH_SIZE = 512
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
-AGENT_STATE_SIZE = 4096
+AGENT_STATE_SIZE = 16384
 
 
 def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:

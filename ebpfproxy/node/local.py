@@ -6,11 +6,12 @@ import enum
 
 import msgspec
 
-from ebpfproxy.node.network import Device, Role
+from ebpfproxy.node.network import Device
+from ebpfproxy.node.roles import Role
 
 
 class LocalMode(enum.StrEnum):
-    """``Devices`` is ours: what comes from a device that is neither an uplink nor a tunnel is a pod's."""
+    """``Devices`` is ours: what comes from a device that leads to this node's pods or VMs is a pod's."""
 
     DEVICES = "Devices"
     CLUSTER_CIDR = "ClusterCIDR"
@@ -32,8 +33,10 @@ class LocalPods(msgspec.Struct, frozen=True):
 
     def is_behind(self, device: Device) -> bool:
         """Whether packets from this device are of this node's pods."""
+        # Netfilter, where kube-proxy's rules are, sees a bridge's packets come from the bridge, not the port.
+        seen_as = device.bridge or device.name
         if self.mode is LocalMode.BRIDGE_INTERFACE:
-            return device.name == self.value
+            return seen_as == self.value
         if self.mode is LocalMode.INTERFACE_NAME_PREFIX:
-            return device.name.startswith(self.value)
+            return seen_as.startswith(self.value)
         return device.role is Role.LOCAL

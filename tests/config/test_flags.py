@@ -168,8 +168,11 @@ def test_a_flag_for_one_source_of_objects_wins_over_the_other_in_the_file() -> N
             ["--nodeport-addresses: '10.0.0.1' is not a CIDR: it has no prefix length"],
         ),
         (
-            {"nodeport-addresses": "primary,10.0.0.0/8"},
-            ["--nodeport-addresses: 'primary' goes without any other value"],
+            {"nodeport-addresses": "primary,localhost,eth0"},
+            [
+                "--nodeport-addresses: 'eth0' is neither a CIDR nor one of 'primary', 'localhost', 'all': 'eth0' does "
+                "not appear to be an IPv4 or IPv6 network"
+            ],
         ),
         ({"cluster-cidr": "10.0.0.0/33"}, ["--cluster-cidr: '10.0.0.0/33' is not a CIDR"]),
         ({"service-cidr": "ten"}, ["--service-cidr: 'ten' is not a CIDR"]),

@@ -166,6 +166,12 @@ def test_how_local_pods_are_told(given: dict[str, Any], flags: dict[str, Any], w
         ({"nodePortAddresses": ["10.0.0.0/8", "127.0.0.1/32"]}, {}, True),
         ({"nodePortAddresses": ["0.0.0.0/0"]}, {}, True),
         ({"nodePortAddresses": ["::/0"]}, {}, False),
+        ({"nodePortAddresses": ["all"]}, {}, True),
+        ({"nodePortAddresses": ["primary", "localhost"]}, {}, True),
+        ({"nodePortAddresses": ["localhost"], "iptables": {"localhostNodePorts": False}}, {}, False),
+        ({"mode": "nftables", "nodePortAddresses": ["primary", "localhost"]}, {}, True),
+        ({"mode": "nftables", "nodePortAddresses": ["all"]}, {}, False),
+        ({"mode": "ipvs", "nodePortAddresses": ["localhost"]}, {}, True),
     ],
 )
 def test_node_ports_on_loopback_are_iptables_and_ours(

@@ -74,7 +74,18 @@ def test_wrong_values_are_named(path: str, values: list[Any]) -> None:
         ("conntrack.udpTimeout", ["0", "1ns"]),
         ("iptables.syncPeriod", ["1s"]),
         ("ipvs.scheduler", ["rr", "mh", "anything"]),
-        ("nodePortAddresses", [[], ["primary"], ["10.0.0.0/8", "fd00::/8"], ["10.0.0.1/8"]]),
+        (
+            "nodePortAddresses",
+            [
+                [],
+                ["primary"],
+                ["10.0.0.0/8", "fd00::/8"],
+                ["10.0.0.1/8"],
+                ["primary", "localhost"],
+                ["all"],
+                ["localhost", "10.0.0.0/8", "primary"],
+            ],
+        ),
         ("showHiddenMetricsForVersion", ["", "1.35"]),
         ("featureGates", [{"Anything": False}]),
         ("mode", ["", "iptables", "ipvs", "nftables"]),
@@ -129,8 +140,8 @@ def test_good_values_are_taken(path: str, values: list[Any]) -> None:
         (
             {"nodePortAddresses": ["10.0.0.0/8", "primary", "ten"]},
             [
-                "nodePortAddresses[1]: 'primary' goes without any other value",
-                "nodePortAddresses[2]: 'ten' is neither a CIDR nor 'primary': 'ten' does not appear to be an "
+                "nodePortAddresses[2]: 'ten' is neither a CIDR nor one of 'primary', 'localhost', 'all': 'ten' does not "
+                "appear to be an "
                 "IPv4 or IPv6 network",
             ],
         ),

@@ -7,25 +7,27 @@ import select
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
-from ebpfproxy.node import network as module
+from ebpfproxy.node import netlink as module
+from ebpfproxy.node import network as rules
+from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link, NodeAddress, NodeFacts, node_facts
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.node.network import (
-    Address,
-    DefaultRoute,
-    Link,
-    Network,
-    NetworkWatcher,
+from ebpfproxy.node.netlink import NetworkWatcher
+from ebpfproxy.node.network import Network
+from ebpfproxy.node.node_ports import (
     NodePortAddressesError,
-    network_of,
     parse_node_port_addresses,
     select_node_port_addresses,
 )
+from ebpfproxy.objects import Node
+from ebpfproxy.services.values import parse_prefix
 from tests.lab import Lab
 
 ETHERNET, NONE, LOOPBACK = 1, 65534, 772
@@ -41,11 +43,32 @@ def link(index: int, name: str, kind: str | None = None, master: int = 0, type: 
 
 
 def address(index: int, text: str, *, fit: bool = True) -> Address:
-    return Address(index, packed(text), fit)
+    """With the prefix of a network unless it says otherwise."""
+    host, _, length = text.partition("/")
+    return Address(index, packed(host), int(length or (64 if ":" in host else 24)), fit)
 
 
 def route(index: int, family: int = V4, metric: int = 0, source: str = "") -> DefaultRoute:
     return DefaultRoute(index, family, metric, packed(source) if source else b"")
+
+
+def node_of(*addresses: str, pod_cidrs: tuple[str, ...] = ()) -> NodeFacts:
+    """``InternalIP 192.0.2.1``, and so on."""
+    found = tuple(NodeAddress(kind, packed(text)) for kind, text in map(str.split, addresses))
+    return NodeFacts(found, tuple(filter(None, map(parse_prefix, pod_cidrs))))
+
+
+def network_of(
+    links: list[Link],
+    addresses: list[Address],
+    routes: list[DefaultRoute],
+    patterns: tuple[str, ...] = (),
+    *,
+    node: NodeFacts | None = None,
+    gateways: tuple[int, ...] = (),
+) -> Network:
+    facts = Facts(tuple(links), tuple(addresses), tuple(routes), frozenset(gateways))
+    return rules.network_of(facts, node or NodeFacts(), patterns)
 
 
 def roles(network: Network) -> dict[str, str]:
@@ -60,7 +83,7 @@ def test_hardware_with_an_address_is_an_uplink_and_a_pods_device_is_local() -> N
     network = network_of(
         [LO, ETH0, link(3, "cali1", "veth"), link(4, "eth9")], [address(2, "192.0.2.1")], [route(2)]
     )
-    assert roles(network) == {"eth0": "UPLINK", "cali1": "LOCAL", "eth9": "LOCAL"}
+    assert roles(network) == {"eth0": "UPLINK", "cali1": "LOCAL", "eth9": "OUTSIDE"}
 
 
 def test_a_device_with_the_default_route_is_an_uplink_whatever_it_is() -> None:
@@ -87,8 +110,20 @@ def test_a_vrfs_members_are_attached_and_the_vrf_is_not() -> None:
 
 def test_of_a_bridge_of_pods_the_pods_ports_are_attached_too() -> None:
     links = [ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3), link(5, "eth1", None, 3)]
-    network = network_of(links, [address(2, "192.0.2.1"), address(3, "10.244.1.1")], [route(2)])
-    assert roles(network) == {"eth0": "UPLINK", "cni0": "LOCAL", "veth1": "LOCAL"}
+    addresses = [address(2, "192.0.2.1"), address(3, "10.244.1.1")]
+    pods = node_of(pod_cidrs=("10.244.1.0/24",))
+    assert roles(network_of(links, addresses, [route(2)], node=pods)) == {
+        "eth0": "UPLINK",
+        "cni0": "LOCAL",
+        "veth1": "LOCAL",
+    }
+    # Without podCIDRs that say so, who comes through the bridge may be a host behind eth1.
+    assert roles(network_of(links, addresses, [route(2)])) == {
+        "eth0": "UPLINK",
+        "cni0": "OUTSIDE",
+        "veth1": "LOCAL",
+    }
+    assert roles(network_of(links[:3], addresses, [route(2)]))["cni0"] == "LOCAL"
 
 
 def test_of_a_bridge_to_the_outside_no_port_is_attached() -> None:
@@ -100,18 +135,18 @@ def test_a_vlan_with_an_address_is_an_uplink_of_its_own() -> None:
     links = [ETH0, link(3, "eth0.5", "vlan")]
     network = network_of(links, [address(2, "192.0.2.1"), address(3, "198.51.100.1")], [route(2)])
     assert roles(network) == {"eth0": "UPLINK", "eth0.5": "UPLINK"}
-    assert network.uplink_addresses == {packed("192.0.2.1"), packed("198.51.100.1")}
+    assert network.answered == {packed("192.0.2.1"), packed("198.51.100.1")}
 
 
 def test_patterns_name_the_uplinks_and_nothing_else_does() -> None:
     links = [ETH0, link(3, "ens1"), link(4, "ens2")]
     network = network_of(links, [address(2, "192.0.2.1")], [route(2)], ("ens*",))
-    assert roles(network) == {"eth0": "LOCAL", "ens1": "UPLINK", "ens2": "UPLINK"}
+    assert roles(network) == {"eth0": "OUTSIDE", "ens1": "UPLINK", "ens2": "UPLINK"}
 
 
 @pytest.mark.parametrize("kind", ["dummy", "ifb", "nlmon", "openvswitch"])
 def test_devices_without_clients_are_left_out(kind: str) -> None:
-    assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "LOCAL"}
+    assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "OUTSIDE"}
 
 
 @pytest.mark.parametrize("device", ["kube-ipvs0", "kube-dummy-if"])
@@ -149,33 +184,40 @@ def test_the_primary_address_is_the_preferred_source_else_of_the_best_default_ro
     assert network_of(links, addresses, []).primary[0] == packed("192.0.2.1")
 
 
-def test_loopback_addresses_are_no_addresses_of_the_node() -> None:
+def test_loopback_addresses_are_no_addresses_of_the_node_and_others_on_its_device_are() -> None:
     addresses = [address(1, "127.0.0.1"), address(1, "::1"), address(1, "192.0.2.7"), address(2, "fe80::1")]
     network = network_of([LO, ETH0], addresses, [route(2)])
     assert network.addresses == {packed("192.0.2.7"), packed("fe80::1")}
-    assert network.uplink_addresses == frozenset()
+    assert select_node_port_addresses(network, ()) == {packed("192.0.2.7")}
 
 
-def test_node_port_addresses_are_the_uplinks_the_primary_or_those_in_cidrs() -> None:
+def test_node_port_addresses_are_all_the_primary_or_those_in_cidrs() -> None:
     links = [ETH0, link(3, "cni0", "bridge")]
     addresses = [
         address(2, "192.0.2.1"),
         address(2, "192.0.2.2"),
         address(3, "10.244.1.1"),
         address(2, "2001:db8::1"),
+        address(2, "fe80::1", fit=False),
     ]
     network = network_of(links, addresses, [route(2), route(2, V6)])
+    everywhere = {packed(text) for text in ("192.0.2.1", "192.0.2.2", "10.244.1.1", "2001:db8::1")}
 
     def chosen(*texts: str) -> set[bytes]:
         return set(select_node_port_addresses(network, parse_node_port_addresses(texts)))
 
-    assert chosen() == {packed("192.0.2.1"), packed("192.0.2.2"), packed("2001:db8::1")}
+    assert chosen() == chosen("all") == chosen("0.0.0.0/0", "::/0") == everywhere
+    assert chosen("localhost") == set()
+    assert chosen("primary", "localhost") == chosen("primary")
+    assert chosen("primary", "10.0.0.0/8") == chosen("primary") | {packed("10.244.1.1")}
+    assert chosen("localhost", "all", "primary") == everywhere
+    assert chosen("fe80::/10") == {packed("fe80::1")}
     assert chosen("primary") == {packed("192.0.2.1"), packed("2001:db8::1")}
     assert chosen("10.0.0.0/8", "192.0.2.2/32") == {packed("10.244.1.1"), packed("192.0.2.2")}
     assert chosen("::/0") == {packed("2001:db8::1")}
 
 
-@pytest.mark.parametrize("texts", [("primary", "10.0.0.0/8"), ("10.0.0.1",), ("10.0.0.0/33",), ("eth0",)])
+@pytest.mark.parametrize("texts", [("primary", "Localhost"), ("10.0.0.1",), ("10.0.0.0/33",), ("eth0",)])
 def test_node_port_addresses_that_cannot_be_used(texts: tuple[str, ...]) -> None:
     with pytest.raises(NodePortAddressesError, match=r"'"):
         parse_node_port_addresses(texts)
@@ -194,13 +236,152 @@ def test_whose_packets_are_a_local_pods() -> None:
     assert LocalPods(LocalMode.CLUSTER_CIDR).by_cidr
 
 
+INTERNAL = node_of("InternalIP 10.0.0.5", "ExternalIP 203.0.113.9", pod_cidrs=("10.244.1.0/24",))
+#: Ports of bridges and masters.
+VETH9, TAP9, ETH9 = link(9, "veth9", "veth", 3), link(9, "tap9", "tun", 3), link(9, "eth9", None, 3)
+VXLAN9 = link(9, "vxlan9", "vxlan", 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "others", "text", "role", "why"),
+    [
+        # The Node's own addresses, wherever they are.
+        (link(3, "eth1", "veth"), [], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
+        (link(3, "eth1", "veth"), [], "10.0.0.5/32", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
+        (link(3, "br1", "bridge"), [VETH9], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
+        (
+            link(3, "wg0", "wireguard", type=NONE),
+            [],
+            "10.0.0.5/24",
+            "UPLINK",
+            "the Node's InternalIP 10.0.0.5",
+        ),
+        (link(3, "br-ex", "openvswitch"), [], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
+        (link(3, "mac0", "macvlan"), [], "203.0.113.9/24", "UPLINK", "has the Node's ExternalIP 203.0.113.9"),
+        # Kinds that are on a network of other machines.
+        (link(3, "mac0", "macvlan"), [], "10.9.0.5/24", "UPLINK", "a macvlan with the address 10.9.0.5"),
+        (link(3, "ipv0", "ipvlan"), [], "10.9.0.5/24", "UPLINK", "an ipvlan with the address 10.9.0.5"),
+        (link(3, "eth1"), [], "10.9.0.5/24", "UPLINK", "hardware with the address 10.9.0.5"),
+        (link(3, "br1", "bridge"), [ETH9], "10.9.0.5/24", "UPLINK", "a bridge to eth9, with an address"),
+        (link(3, "br1", "bridge"), [ETH9], "", "OUTSIDE", "a bridge to eth9"),
+        (link(3, "br1", "bridge"), [VXLAN9], "10.9.0.5/24", "OUTSIDE", "a bridge to vxlan9 alone"),
+        (link(3, "mac0", "macvlan"), [], "", "OUTSIDE", "a macvlan without an address"),
+        (link(3, "new0", "newkind"), [], "10.9.0.5/24", "OUTSIDE", "a newkind, which tells nothing"),
+        (link(3, "eth1", "veth"), [], "10.9.0.5/24", "OUTSIDE", "a veth on a network, 10.9.0.5/24"),
+        # Pods' devices, as CNIs make them.
+        (link(3, "cali1", "veth"), [], "", "LOCAL", "a veth to a pod"),
+        (link(3, "lxc1", "netkit"), [], "", "LOCAL", "a netkit to a pod"),
+        (link(3, "veth1", "veth"), [], "169.254.7.1/32", "LOCAL", "a veth to a pod"),
+        (link(3, "veth1", "veth"), [], "10.244.1.1/24", "LOCAL", "a veth to a pod"),
+        (link(3, "tap1", "tun"), [], "172.16.0.1/30", "LOCAL", "a tap"),
+        (
+            link(3, "cni0", "bridge"),
+            [],
+            "10.244.1.1/24",
+            "LOCAL",
+            "a bridge with 10.244.1.1, of the Node's podC",
+        ),
+        (link(3, "docker0", "bridge"), [], "172.17.0.1/16", "LOCAL", "a bridge without ports"),
+        (link(3, "docker0", "bridge"), [VETH9], "172.17.0.1/16", "LOCAL", "a bridge of pods"),
+        (link(3, "virbr0", "bridge"), [TAP9], "192.168.122.1/24", "LOCAL", "a bridge of pods"),
+        (link(3, "weave", "bridge"), [VETH9, VXLAN9], "10.32.0.1/12", "LOCAL", "a bridge of pods"),
+        (link(3, "flannel.1", "vxlan"), [], "10.244.1.0/32", "TUNNEL", "vxlan"),
+        (link(3, "tun0", "tun", type=NONE), [], "10.8.0.1/24", "TUNNEL", "tun"),
+    ],
+)
+def test_what_a_device_is_taken_for_and_why(
+    device: Link, others: list[Link], text: str, role: str, why: str
+) -> None:
+    """None of these has a route that would tell; eth0 has the default route."""
+    addresses = [address(2, "192.0.2.1"), *([address(3, text)] if text else [])]
+    network = network_of([LO, ETH0, device, *others], addresses, [route(2)], node=INTERNAL)
+    found = {each.name: (each.role.name, each.why) for each in network.devices}
+    assert found["eth0"] == ("UPLINK", "has a default route")
+    assert found[device.name][0] == role
+    assert why in found[device.name][1]
+
+
+@pytest.mark.parametrize("kind", ["veth", "bridge"])
+def test_a_device_with_routes_by_a_gateway_leads_to_other_machines(kind: str) -> None:
+    links, addresses = [ETH0, link(3, "x", kind)], [address(2, "192.0.2.1"), address(3, "10.9.0.5")]
+    found = network_of(links, addresses, [route(2)], gateways=(3,)).devices[1]
+    assert (found.role.name, found.why) == ("UPLINK", "has routes by a gateway")
+    pods = node_of(pod_cidrs=("10.9.0.0/24",))
+    assert roles(network_of(links, addresses, [route(2)], gateways=(3,), node=pods))["x"] == "LOCAL"
+
+
+def test_an_address_of_the_node_that_pods_devices_have_too_makes_no_uplink_of_them() -> None:
+    links = [LO, link(2, "p1", "veth"), link(3, "p2", "veth"), link(4, "eth0", "veth")]
+    addresses = [address(2, "10.0.0.5/32"), address(3, "10.0.0.5/32"), address(4, "10.0.0.5/24")]
+    network = network_of(links, addresses, [], node=INTERNAL)
+    assert roles(network) == {"p1": "LOCAL", "p2": "LOCAL", "eth0": "UPLINK"}
+
+
+def test_devices_that_are_named_are_the_only_uplinks_and_no_other_becomes_a_pods() -> None:
+    links = [ETH0, link(3, "eth1", "veth"), link(4, "p1", "veth"), link(5, "wg0", "wireguard", type=NONE)]
+    addresses = [address(2, "192.0.2.1"), address(3, "10.0.0.5")]
+    network = network_of(links, addresses, [route(2)], ("eth0",), node=INTERNAL)
+    assert roles(network) == {"eth0": "UPLINK", "eth1": "OUTSIDE", "p1": "LOCAL", "wg0": "TUNNEL"}
+    assert network.devices[1].why == "has the Node's InternalIP 10.0.0.5, but not among devices"
+    assert packed("10.0.0.5") in select_node_port_addresses(network, ())
+
+
+def test_the_primary_addresses_are_the_nodes_own_internal_before_external_if_they_are_here() -> None:
+    addresses = [address(1, "198.51.100.1/32"), address(2, "192.0.2.1"), address(2, "2001:db8::1")]
+    links, routes = [LO, ETH0], [route(2), route(2, V6)]
+
+    def primary(*texts: str) -> set[str]:
+        found = network_of(links, addresses, routes, node=node_of(*texts))
+        return set(map(_text, select_node_port_addresses(found, ("primary",))))
+
+    assert primary() == {"192.0.2.1", "2001:db8::1"}
+    assert primary("InternalIP 198.51.100.1", "ExternalIP 192.0.2.1") == {"198.51.100.1", "2001:db8::1"}
+    # A router in front of the node translates it: nothing that comes here has it.
+    assert primary("InternalIP 203.0.113.9", "ExternalIP 198.51.100.1") == {"198.51.100.1", "2001:db8::1"}
+    assert primary("InternalIP 203.0.113.9") == {"192.0.2.1", "2001:db8::1"}
+
+
+def test_an_address_of_the_node_answers_even_on_a_device_for_ipvs() -> None:
+    links = [ETH0, link(3, "kube-ipvs0", "dummy")]
+    addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10/32"), address(3, "10.0.0.5/32")]
+    network = network_of(links, addresses, [route(2)], node=INTERNAL)
+    assert network.answered == {packed("192.0.2.1"), packed("10.0.0.5")}
+
+
+def test_what_the_node_object_says_is_read_and_names_are_passed_over() -> None:
+    text = """{"metadata": {"name": "a"}, "spec": {"podCIDRs": ["10.244.1.0/24", "ten"]}, "status": {"addresses": [
+        {"type": "Hostname", "address": "a"}, {"type": "ExternalIP", "address": "203.0.113.9"},
+        {"type": "InternalDNS", "address": "10.0.0.9"}, {"type": "InternalIP", "address": "10.0.0.5"},
+        {"type": "InternalIP", "address": "nonsense"}, {"type": "InternalIP"}]}}"""
+    found = msgspec.json.decode(text, type=Node)
+    assert node_facts(found) == INTERNAL
+    assert node_facts(None) == node_facts(Node(metadata=found.metadata)) == NodeFacts()
+
+
+def test_a_bridges_ports_are_local_as_netfilter_sees_them() -> None:
+    """kube-proxy's rules name the device by which packets come in: the bridge, never its port."""
+    links = [ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3)]
+    devices = network_of(links, [address(2, "192.0.2.1"), address(3, "10.244.1.1")], [route(2)]).devices
+
+    def behind(*mode: Any) -> set[str]:
+        return {device.name for device in devices if LocalPods(*mode).is_behind(device)}
+
+    assert behind(LocalMode.BRIDGE_INTERFACE, "cni0") == {"cni0", "veth1"}
+    assert behind(LocalMode.INTERFACE_NAME_PREFIX, "cni") == {"cni0", "veth1"}
+    assert behind(LocalMode.INTERFACE_NAME_PREFIX, "veth") == set()
+
+
 # -- the kernel's own
+
+
+def _into(seen: list[Network]) -> Callable[[Facts], None]:
+    return lambda facts: seen.append(rules.network_of(facts, NodeFacts()))
 
 
 def _follow(script: list[tuple[str, str]]) -> list[float]:
     """Runs commands and waits after each until what it says is to be seen; how long each took."""
     seen: list[Network] = []
-    watcher = NetworkWatcher(seen.append)
+    watcher = NetworkWatcher(_into(seen))
     watcher.start()
     assert seen, "the first state is delivered before start returns"
     took = []
@@ -242,8 +423,8 @@ def test_devices_and_addresses_are_followed_as_they_come_and_go() -> None:
         ("ip link set hot up", "hot=LOCAL"),
         ("ip address add 192.0.2.7/24 dev hot", "192.0.2.7"),
         ("ip route add default via 192.0.2.254 dev hot metric 5", "hot=UPLINK"),
-        ("ip link set hot down", "hot=LOCAL"),
-        ("ip link set hot name wan", "wan=LOCAL"),
+        ("ip link set hot down", "hot=OUTSIDE"),
+        ("ip link set hot name wan", "wan=OUTSIDE"),
         ("ip link add br7 type bridge", "br7=LOCAL"),
         ("ip link set wan master br7", "wan=LOCAL"),
         ("ip address add fd00::7/128 dev br7 nodad", "fd00::7"),
@@ -297,7 +478,7 @@ def test_default_routes_of_other_tables_make_no_uplink() -> None:
     )
     with Lab() as lab:
         network = lab.node("node-a").call(_read_after, *OTHER, *routes)
-    assert roles(network) == {"eth0": "UPLINK", "other": "LOCAL", "peer": "LOCAL"}
+    assert roles(network) == {"eth0": "UPLINK", "other": "OUTSIDE", "peer": "LOCAL"}
 
 
 @pytest.mark.root
@@ -358,7 +539,7 @@ def _with_many_routes() -> tuple[Network, float, int, float]:
     _run("route del default", *(f"route add {route}" for route in many))
     seen: list[Network] = []
     began = time.monotonic()
-    NetworkWatcher(seen.append).start()
+    NetworkWatcher(_into(seen)).start()
     seconds = time.monotonic() - began
     first = seen[-1]
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as events:
@@ -367,7 +548,7 @@ def _with_many_routes() -> tuple[Network, float, int, float]:
         _run(*(f"route del {route}" for route in many[::6]))
         _run("route del default via fd00:172:18::fe")
         began = time.monotonic()
-        while seen[-1].devices[0].role.name == "UPLINK" and time.monotonic() - began < 3:
+        while seen[-1].devices[0].why == "has a default route" and time.monotonic() - began < 3:
             time.sleep(0.005)
         took = time.monotonic() - began
         heard = 0
@@ -388,7 +569,7 @@ def test_a_burst_of_pods_is_read_a_few_times() -> None:
 def _with_a_burst() -> tuple[int, float]:
     """How many states were delivered for a hundred pods, and how long after them the last one came."""
     seen: list[Network] = []
-    NetworkWatcher(seen.append).start()
+    NetworkWatcher(_into(seen)).start()
     _run(*(f"link add burst{n} type veth peer name tsrub{n}" for n in range(100)))
     began = time.monotonic()
     while len(seen[-1].devices) < 201 and time.monotonic() - began < 3:
@@ -417,7 +598,7 @@ def _lose_netlink() -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_discard", lose)
         patch.setattr(module, "_RETRY_SECONDS", 0.1)
-        NetworkWatcher(seen.append).start()
+        NetworkWatcher(_into(seen)).start()
         time.sleep(0.2)
         began = time.monotonic()
         _run(*OTHER)
@@ -441,5 +622,5 @@ def test_the_lab_node_as_it_is() -> None:
 
 def _read() -> Network:
     seen: list[Network] = []
-    NetworkWatcher(seen.append).start()
+    NetworkWatcher(_into(seen)).start()
     return seen[0]

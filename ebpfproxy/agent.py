@@ -56,6 +56,8 @@ log = get_logger(__name__)
 
 #: How often the agent writes what ``status`` shows when nothing happens, in seconds.
 _HEARTBEAT = 5.0
+#: At least so long between two of what happens, in seconds.
+_STATE_REST = 0.25
 #: How often it looks for orders of commands, in seconds.
 _ORDERS = 0.5
 #: So many service ports at once are a new list, or a cluster that grew.
@@ -115,6 +117,7 @@ class Agent:
         self._last_duration: float | None = None
         self._state_written = 0.0
         self._synced_written = False
+        self._state_is_old = False
         self._told_failures: set[str] = set()
         self._facts = Facts()
         self._node_facts = NodeFacts()
@@ -195,7 +198,7 @@ class Agent:
 
     def _reconcile(self) -> None:
         while True:
-            messages = self._next_messages(_ORDERS)
+            messages = self._next_messages(_STATE_REST if self._state_is_old else _ORDERS)
             is_idle = not messages
             if not self._handle_all(messages):
                 return
@@ -212,7 +215,7 @@ class Agent:
                 self._attaching.attach(self._started)
             self._tell_of_devices()
             self._housekeeping.start(attached=self._attaching.attached)
-            if not is_idle or time.monotonic() - self._state_written >= _HEARTBEAT:
+            if not is_idle or self._state_is_old or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
 
     def _next_messages(self, seconds: float) -> list[Message]:
@@ -369,18 +372,23 @@ class Agent:
         return [*servers, *(f"healthCheckNodePort {port}: {error}" for port, error in failed.items())]
 
     def _write_state(self) -> None:
-        """At most once a second while much happens, but at once when everything is in place."""
+        """A few times a second while much happens, but at once when everything is in place.
+
+        What is not written at once is soon after: ``status`` must not show maps that are newer by more.
+        """
         now = time.monotonic()
         synced = self._complete and self._attaching.attached
-        if now - self._state_written < 1.0 and synced and self._synced_written:
+        if now - self._state_written < _STATE_REST and synced and self._synced_written:
+            self._state_is_old = True
             return
-        self._state_written, self._synced_written = now, synced
+        self._state_written, self._synced_written, self._state_is_old = now, synced, False
         self._metrics.pending(*self._tracker.pending_changes)
         self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
         without_room = [str(each) for each in self._writer.unplaced]
         self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()
+        attached = self._attaching.attached_devices
         state.save(
             self._maps,
             state.AgentState(
@@ -406,7 +414,8 @@ class Agent:
                 ),
                 devices=len(self._attaching.targets),
                 device_roles=tuple(
-                    state.DeviceState(d.ifindex, d.name, str(d.role), d.why) for d in self._devices.values()
+                    state.DeviceState(d.ifindex, d.name, str(d.role), d.why, d.ifindex in attached)
+                    for d in self._devices.values()
                 ),
                 netns=netns_cookie(),
                 conntrack_entries=self._housekeeping.entries,

@@ -61,6 +61,11 @@ class Attaching:
         """Devices that packets' programs should be on."""
         return self._packets.targets
 
+    @property
+    def attached_devices(self) -> frozenset[int]:
+        """Indexes of the devices that they are on."""
+        return self._packets.attached
+
     # -- loading
 
     def start_load(self) -> None:

@@ -36,6 +36,7 @@ class DeviceState(msgspec.Struct, frozen=True):
     name: str
     role: str
     why: str
+    attached: bool
 
 
 class AgentState(msgspec.Struct, frozen=True, kw_only=True):

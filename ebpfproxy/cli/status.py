@@ -18,13 +18,20 @@ from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
 from ebpfproxy.datapath.attach import attachments
 from ebpfproxy.datapath.conntrack import counters
-from ebpfproxy.datapath.devices import device_attachments
+from ebpfproxy.datapath.devices import device_attachments, link_attachments
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.roots import is_locked, pin_folder
+from ebpfproxy.kube.status import State
+from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.node.roles import Role
 
 _SHOWN_DEVICES = 8
+_DIRECTIONS = ("ingress", "egress")
+_PODS = str(Role.LOCAL)
+#: A map is shown from this share of its places on.
+_FILLING = 0.75
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True):
@@ -34,10 +41,13 @@ class AttachmentStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """A device and the directions in which packets pass our programs."""
+    """A device and the directions in which packets pass our programs; what the agent took it for, and why."""
 
     device: str
     directions: tuple[str, ...]
+    ifindex: int = 0
+    role: str = ""
+    why: str = ""
 
 
 class PacketCount(msgspec.Struct, frozen=True):
@@ -55,6 +65,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     agent_running: bool
     agent: state.AgentState | None
     healthy: bool
+    #: A sentence for each thing that is wrong; none where all is well.
+    problems: tuple[str, ...]
     attachments: tuple[AttachmentStatus, ...]
     devices: tuple[DeviceStatus, ...]
     packets: tuple[PacketCount, ...]
@@ -66,10 +78,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_status(bpf_root: Path, maps: MapSet) -> Status:
     dump = Dump(maps)
-    agent = state.load_latest(pin_folder(bpf_root))
+    pins = pin_folder(bpf_root)
+    agent = state.load_latest(pins)
     running = is_locked(bpf_root)
-    hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pin_folder(bpf_root)))
-    devices = _devices(bpf_root)
+    hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pins))
+    devices = _devices(pins, agent)
     wanted = agent.devices if agent is not None else 0
     fills = tuple(fill(maps))
     count = {each.name: each.entries for each in fills}
@@ -82,6 +95,7 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
         and agent.healthy
         and all(a.attached for a in hooks)
         and len(devices) >= wanted,
+        problems=tuple(_problems(agent, running, hooks, devices)),
         attachments=hooks,
         devices=devices,
         packets=tuple(_packets(maps)),
@@ -92,13 +106,56 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
     )
 
 
-def _devices(bpf_root: Path) -> tuple[DeviceStatus, ...]:
-    names = dict(socket.if_nameindex())
+def _problems(
+    agent: state.AgentState | None,
+    running: bool,
+    hooks: tuple[AttachmentStatus, ...],
+    devices: tuple[DeviceStatus, ...],
+) -> Iterator[str]:
+    if not running:
+        yield "no agent runs: what it programmed stays in force, changes are not followed"
+    if agent is None or not agent.synced:
+        yield "the agent has not come to the end of its start" + " yet" * running
+    elif running and not agent.healthy:
+        yield "a change waits for more than a minute to be programmed"
+    if missing := [a.hook for a in hooks if not a.attached]:
+        yield f"programs at sockets are missing: {' '.join(missing)}"
+    if agent is not None and len(devices) < agent.devices:
+        yield f"programs are at {len(devices)} of {agent.devices} devices"
+    if half := [d.device for d in devices if len(d.directions) < len(_DIRECTIONS)]:
+        yield f"programs are at one direction only of {' '.join(half)}"
+    if agent is not None:
+        yield from agent.problems
+        for watch in agent.watches:
+            if running and watch.state != State.CONNECTED:
+                yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no answer yet'}"
+
+
+def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, ...]:
+    """Names and indexes are those of the agent's network namespace, wherever this runs.
+
+    In another one, its own devices tell nothing: a name that the agent has not left stays unknown, and
+    filters (before Linux 6.6) are those of the agent's account.
+    """
+    recorded = {each.ifindex: each for each in agent.device_roles} if agent is not None else {}
+    is_here = agent is None or agent.netns in (0, netns_cookie())
+    names = dict(socket.if_nameindex()) if is_here else {}
+    names |= {index: each.name for index, each in recorded.items() if index not in names}
     found: dict[int, list[str]] = {}
-    for each in device_attachments(pin_folder(bpf_root)):
+    for each in device_attachments(pins) if is_here else link_attachments(pins):
         found.setdefault(each.ifindex, []).append(each.direction)
+    if not found and not is_here:
+        found = {index: list(_DIRECTIONS) for index, device in recorded.items() if device.attached}
+    # The record holds those that lead to pods last: of many, some are not in it.
+    unknown = state.DeviceState(0, "", _PODS if recorded else "", "", attached=False)
     return tuple(
-        DeviceStatus(names.get(index, f"device {index}"), tuple(sorted(directions, reverse=True)))
+        DeviceStatus(
+            names.get(index, f"device {index}"),
+            tuple(sorted(directions, reverse=True)),
+            index,
+            recorded.get(index, unknown).role,
+            recorded.get(index, unknown).why,
+        )
         for index, directions in sorted(found.items())
     )
 
@@ -115,42 +172,52 @@ def _packets(maps: MapSet) -> Iterator[PacketCount]:
 @options.bpf_root
 @options.output_format
 @options.watch
-def command(bpf_root: Path, output: str, watch: bool) -> None:
-    """What runs on this node: kernel, attachments, maps, watches, last programming, health.
+@click.option(
+    "-v", "--verbose", is_flag=True, help="All devices and all maps, not only what tells something."
+)
+def command(bpf_root: Path, output: str, watch: bool, verbose: bool) -> None:
+    """What runs on this node: health and what is wrong, programs, devices, watches; maps that are filling.
 
     Read from the kernel and the pinned maps, so it works with the agent stopped, too.
     """
     with one_line():
         maps = open_maps(bpf_root)
-        emit_watching(lambda: read_status(bpf_root, maps), output, _print, watch)
+        emit_watching(
+            lambda: read_status(bpf_root, maps), output, lambda status: _print(status, verbose), watch
+        )
 
 
-def _print(status: Status) -> None:
+def _print(status: Status, verbose: bool) -> None:
     agent, now = status.agent, time.time()
-    facts: list[tuple[str, str]] = [("kernel", status.kernel)]
+    facts: list[tuple[str, str]] = [("health", "healthy" if status.healthy else "NOT HEALTHY")]
+    facts += [("problem", problem) for problem in status.problems]
+    if status.packets:
+        facts.append(("packets", ", ".join(f"{p.packets} {p.action} ({p.reason})" for p in status.packets)))
+    facts.append(
+        ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
+    )
     if agent is None:
         facts.append(("agent", "running" if status.agent_running else "never ran to the end of its start"))
     else:
         facts += _agent_facts(agent, status.agent_running, now)
-    attached = [a.hook for a in status.attachments if a.attached]
-    missing = [a.hook for a in status.attachments if not a.attached]
-    parts = [" ".join(attached)] * bool(attached) + [f"MISSING {' '.join(missing)}"] * bool(missing)
-    facts.append(("sockets", f"{len(attached)} of {len(status.attachments)}: {'; '.join(parts)}"))
+    attached = sum(a.attached for a in status.attachments)
+    facts.append(("sockets", f"{attached} of {len(status.attachments)} programs"))
     facts.append(("devices", _device_line(status)))
-    facts.append(
-        ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
-    )
-    facts.append(("health", "healthy" if status.healthy else "NOT HEALTHY"))
-    if status.packets:
-        facts.append(("packets", ", ".join(f"{p.packets} {p.action} ({p.reason})" for p in status.packets)))
+    facts.append(("kernel", status.kernel))
     out = console()
     for name, value in facts:
         out.print(f"{name + ':':<18}{value}")
+    shown = [d for d in status.devices if verbose or d.role not in ("", _PODS)]
+    if shown:
+        out.print()
+        out.print(_devices_table(shown))
     if agent is not None and agent.watches:
         out.print()
         out.print(_watches(agent, now))
-    out.print()
-    out.print(_maps(status.maps))
+    filling = [each for each in status.maps if verbose or each.entries >= _FILLING * each.capacity]
+    if filling:
+        out.print()
+        out.print(_maps(filling))
 
 
 def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tuple[str, str]]:
@@ -163,16 +230,23 @@ def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tup
     if agent.last_programmed is not None:
         took = f"{(agent.last_duration or 0) * 1000:.1f} ms"
         facts.append(("last programming", f"{age(now - agent.last_programmed)} ago, took {took}"))
-    return facts + [("problem", problem) for problem in agent.problems]
+    return facts
 
 
 def _device_line(status: Status) -> str:
-    names = [d.device for d in status.devices]
-    shown = " ".join(names[:_SHOWN_DEVICES]) + (" …" if len(names) > _SHOWN_DEVICES else "")
-    wanted = status.agent.devices if status.agent is not None else len(names)
-    half = [d.device for d in status.devices if len(d.directions) < 2]
-    text = f"{len(names)} of {wanted}: {shown}"
-    return text + (f"; HALF ATTACHED {' '.join(half)}" if half else "")
+    wanted = status.agent.devices if status.agent is not None else len(status.devices)
+    text = f"{len(status.devices)} of {wanted}"
+    pods = [d.device for d in status.devices if d.role == _PODS]
+    names = " ".join(pods[:_SHOWN_DEVICES]) + " …" * (len(pods) > _SHOWN_DEVICES)
+    return f"{text}; {len(pods)} to pods: {names}" if pods else text
+
+
+def _devices_table(devices: list[DeviceStatus]) -> Any:
+    printed = table("device", "taken for", "because")
+    for each in devices:
+        half = "" if len(each.directions) == len(_DIRECTIONS) else f" (HALF ATTACHED: {each.directions[0]})"
+        printed.add_row(each.device + half, each.role or "unknown", each.why)
+    return printed
 
 
 def _watches(agent: state.AgentState, now: float) -> Any:
@@ -183,7 +257,7 @@ def _watches(agent: state.AgentState, now: float) -> Any:
     return printed
 
 
-def _maps(fills: tuple[MapFill, ...]) -> Any:
+def _maps(fills: list[MapFill]) -> Any:
     printed = table("map", "entries", "capacity", "full")
     for each in fills:
         share = f"{each.entries / each.capacity:.1%}"

@@ -58,6 +58,11 @@ class DeviceAttacher:
         self._tcx = tcx
         self._attached: dict[int, tuple[Target, Path]] = {}
 
+    @property
+    def attached(self) -> frozenset[int]:
+        """Indexes of the devices that have both programs, as far as this knows."""
+        return frozenset(self._attached)
+
     def attach(self, targets: Iterable[Target], programs: Path) -> tuple[list[str], list[str]]:
         """Attaches ``programs`` to exactly these devices.
 
@@ -234,15 +239,24 @@ def remove_filters(keep: Iterable[int] = ()) -> list[str]:
 
 
 def device_attachments(pins: Path) -> list[DeviceAttachment]:
-    """What the kernel has on every device of this network namespace, by links and by filters."""
+    """What the kernel has on devices, by links, or by filters in this network namespace."""
+    return link_attachments(pins) or filter_attachments()
+
+
+def link_attachments(pins: Path) -> list[DeviceAttachment]:
+    """By pinned links, whatever the network namespace that this runs in: indexes are the agent's."""
     found = []
     for path in sorted((pins / LINKS).glob("tc-*")):
         name = _PIN.fullmatch(path.name)
         with _opened(path) as link:
             if name and link >= 0 and (info := bpf.tcx_link_info(link)).ifindex:
                 found.append(DeviceAttachment(int(info.ifindex), name[2], int(info.prog_id)))
-    if found:
-        return found
+    return found
+
+
+def filter_attachments() -> list[DeviceAttachment]:
+    """By filters on every device of this network namespace."""
+    found = []
     with IPRoute() as netlink:
         for index in _indexes(netlink):
             for direction in _DIRECTIONS:

@@ -18,7 +18,7 @@ _ANY_DEVICE = 0
 
 
 class PacketDevice(NamedTuple):
-    """A device to attach to. ``local``: neither uplink nor tunnel. ``pods``: this node's pods are behind it.
+    """A device to attach to. ``local``: it leads to pods or VMs. ``pods``: what comes from it is a pod's.
 
     Addresses may be empty; ``mtu`` in bytes.
     """
@@ -52,6 +52,11 @@ class PacketPath:
     @property
     def targets(self) -> tuple[Target, ...]:
         return self._targets
+
+    @property
+    def attached(self) -> frozenset[int]:
+        """Indexes of the devices that the programs are on."""
+        return self._attacher.attached
 
     def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
         """Exactly these devices; the addresses are the node's own, for what goes by any other device."""

@@ -15,7 +15,10 @@ _ADDRESS_TYPES = ("InternalIP", "ExternalIP")
 
 
 class Link(NamedTuple):
-    """A device as netlink has it. ``master`` is 0 without one; ``kind`` None for hardware; MTU in bytes."""
+    """A device as netlink has it. ``kind`` is None for hardware; MTU in bytes.
+
+    ``master`` and ``lower``, the device of this namespace that it sends through, are 0 without one.
+    """
 
     ifindex: int
     name: str
@@ -23,6 +26,7 @@ class Link(NamedTuple):
     type: int
     master: int
     mtu: int = 1500
+    lower: int = 0
 
 
 class Address(NamedTuple):

@@ -68,6 +68,8 @@ def _links(netlink: Any) -> list[Link]:
         info = message.get_attr("IFLA_LINKINFO")
         kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
         master = message.get_attr("IFLA_MASTER") or 0
+        # Of a veth it is the peer, in another namespace.
+        is_here = message.get_attr("IFLA_LINK_NETNSID") is None
         found.append(
             Link(
                 message["index"],
@@ -76,6 +78,7 @@ def _links(netlink: Any) -> list[Link]:
                 message["ifi_type"],
                 master,
                 message.get_attr("IFLA_MTU") or 0,
+                (message.get_attr("IFLA_LINK") or 0) if is_here else 0,
             )
         )
     return found

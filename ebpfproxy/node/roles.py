@@ -33,6 +33,8 @@ _BUNDLES = frozenset(["bond", "team"])
 _POD_PORTS = frozenset(["veth", "netkit", "tun"])
 #: Those that are on a network of other machines.
 _NETWORK_PORTS = frozenset((None, "bond", "team", "vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
+#: Those that have a place of their own on the network of another device.
+_STACKED = frozenset(("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
 
 
 class Role(enum.IntEnum):
@@ -70,6 +72,7 @@ class Roles:
         self._pod_cidrs = node.pod_cidrs
         self._routed = {route.ifindex for route in facts.defaults}
         self._gateways = facts.gateways
+        self._uppers = {link.lower: link for link in facts.links if link.kind in _STACKED}
         self._ports: dict[int, list[Link]] = {}
         for link in facts.links:
             if link.master:
@@ -183,6 +186,8 @@ class Roles:
         master = self._links.get(link.master)
         if master is not None and master.kind != "vrf":
             return Role.LOCAL, f"a port of {master.name}"
+        if upper := self._uppers.get(link.ifindex):
+            return Role.OUTSIDE, f"a {link.kind} that carries {upper.name}"
         if link.kind == "tun":
             return Role.LOCAL, "a tap"
         wide = next((a for a in self._fit.get(link.ifindex, ()) if not a.is_host), None)

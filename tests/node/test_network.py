@@ -240,6 +240,7 @@ INTERNAL = node_of("InternalIP 10.0.0.5", "ExternalIP 203.0.113.9", pod_cidrs=("
 #: Ports of bridges and masters.
 VETH9, TAP9, ETH9 = link(9, "veth9", "veth", 3), link(9, "tap9", "tun", 3), link(9, "eth9", None, 3)
 VXLAN9 = link(9, "vxlan9", "vxlan", 3)
+MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +269,7 @@ VXLAN9 = link(9, "vxlan9", "vxlan", 3)
         (link(3, "mac0", "macvlan"), [], "", "OUTSIDE", "a macvlan without an address"),
         (link(3, "new0", "newkind"), [], "10.9.0.5/24", "OUTSIDE", "a newkind, which tells nothing"),
         (link(3, "eth1", "veth"), [], "10.9.0.5/24", "OUTSIDE", "a veth on a network, 10.9.0.5/24"),
+        (link(3, "low1", "veth"), [MACVLAN8], "", "OUTSIDE", "a veth that carries macvlan8"),
         # Pods' devices, as CNIs make them.
         (link(3, "cali1", "veth"), [], "", "LOCAL", "a veth to a pod"),
         (link(3, "lxc1", "netkit"), [], "", "LOCAL", "a netkit to a pod"),

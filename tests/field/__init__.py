@@ -1,0 +1,1 @@
+"""What went wrong on real nodes, one test a fault, with real sockets and packets in the lab."""

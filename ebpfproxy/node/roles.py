@@ -100,7 +100,7 @@ class Roles:
         """Devices to attach to, by index, each with its role and why it has it.
 
         Left out: members of a bond (their packets are seen on it), ports of a bridge unless a pod or VM is
-        behind them (the bridge switches those among themselves), all ports of a bridge that is an uplink
+        behind them (the bridge switches those among themselves), all ports of a bridge that leads out
         (what it switches is the outside's), and what carries no traffic.
         """
         found = {
@@ -111,7 +111,7 @@ class Roles:
             master = self._links.get(link.master)
             if master is not None and master.kind == "bridge":
                 above = found.get(master.ifindex)
-                if above is not None and above[1] is Role.UPLINK:
+                if above is not None and (above[1] is Role.UPLINK or self._leads_out(master)):
                     continue
             yield link, role, why
 

@@ -319,6 +319,12 @@ def test_an_address_of_the_node_that_pods_devices_have_too_makes_no_uplink_of_th
     assert roles(network) == {"p1": "LOCAL", "p2": "LOCAL", "eth0": "UPLINK"}
 
 
+def test_ports_of_a_bridge_that_leads_out_are_left_to_it_also_where_it_is_not_named() -> None:
+    links = [link(2, "eth0", "veth", 3), link(3, "br-ex", "bridge"), link(4, "wan0")]
+    network = network_of(links, [address(3, "192.0.2.1")], [route(3)], ("wan*",))
+    assert roles(network) == {"br-ex": "OUTSIDE", "wan0": "UPLINK"}
+
+
 def test_devices_that_are_named_are_the_only_uplinks_and_no_other_becomes_a_pods() -> None:
     links = [ETH0, link(3, "eth1", "veth"), link(4, "p1", "veth"), link(5, "wg0", "wireguard", type=NONE)]
     addresses = [address(2, "192.0.2.1"), address(3, "10.0.0.5")]

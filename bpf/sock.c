@@ -9,6 +9,7 @@
 #include "lib/maps.h"
 #include "lib/service.h"
 #include "lib/origin.h"
+#include "lib/peers.h"
 
 /* What a cgroup program answers the kernel. */
 #define REJECT	0
@@ -129,6 +130,12 @@ static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const 
 	return client;
 }
 
+/* An unconnected socket may have no peer, and be told of many. */
+static __always_inline bool is_connected(struct bpf_sock_addr *ctx)
+{
+	return ctx->sk->dst_port != 0;
+}
+
 /* Leaves the backend in @backend where there is one to go to. */
 static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct target *to,
 				      struct backend **backend)
@@ -139,42 +146,199 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	u32 backend_id;
 
 	if (is_left_alone(svc)) {
-		/* What is refused leaves a datagram socket connected as it was. */
-		if (!svc && is_unused_port(ctx, to))
+		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		origin_forget(ctx);
 		return PROCEED;
 	}
 	client = client_of(ctx, svc, to);
 	verdict = choose(svc, &client, &backend_id, backend);
-	if (verdict != VERDICT_TRANSLATE)
-		return reject(verdict);
+	if (verdict != VERDICT_TRANSLATE) {
+		if (to->proto != IPPROTO_UDP)
+			return reject(verdict);
+		/* Nothing is sent yet: packets are refused, as long as there is no endpoint. */
+		origin_forget(ctx);
+		return PROCEED;
+	}
 	origin_remember(ctx, to, svc->id, backend_id, *backend);
 	return PROCEED;
 }
 
-static __always_inline int sending(struct bpf_sock_addr *ctx, const struct target *to,
-				   struct backend **backend)
+/* Whether an unconnected socket has this backend for another frontend: its answers look alike. */
+static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 {
-	struct service *svc = find_service(ctx, to);
-	struct client client;
+	return peer_by_backend(cookie, &backend->addr, backend->port) != NULL;
+}
+
+#define OTHER_TRIES 4
+
+/* Another backend than those that the socket has for other frontends, if it is soon found. */
+static __always_inline bool choose_other(u64 cookie, const struct service *svc, u32 *backend_id,
+					 struct backend **backend)
+{
+	const u32 policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
+	union selection range = selection_of(svc->id * POLICIES + policy);
+	u32 at = slot_at(&range, bpf_get_prandom_u32());
+
+	if (!range.count)
+		return false;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < OTHER_TRIES; i++) {
+		union slot *slot = map_lookup(slots, &at);
+		u32 id;
+
+		if (!slot)
+			break;
+		id = slot->backend_id;
+		*backend = map_lookup(backends, &id);
+		if (*backend && !is_shared(cookie, *backend)) {
+			*backend_id = id;
+			return true;
+		}
+		at++;
+		if (at >= range.base + range.count)
+			at = range.base;
+	}
+	return false;
+}
+
+/* Whether packets to the frontend pass a device of ours on their way to the backend. */
+static __always_inline bool packets_serve(struct bpf_sock_addr *ctx, const struct service *svc,
+					  const struct backend *backend)
+{
+	return !in_host_namespace(ctx) ||
+	       (svc->kind != KIND_NODE_PORT && !addr_is_this_node(&backend->addr));
+}
+
+/* The flow of this socket's port to a frontend gets another port from the packet programs. */
+static __always_inline void note_clash(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct clash_key key = {
+		.frontend = to->addr,
+		.frontend_port = to->port,
+		.client_port = bpf_htons(ctx->sk->src_port),
+	};
+	u32 yes = 1;
+
+	if (!map_lookup(port_clashes, &key))
+		map_update(port_clashes, &key, &yes);
+}
+
+static __always_inline void count_full(void)
+{
+	u32 index = EVENT_SOCKETS_FULL;
+	u64 *counter = map_lookup(packet_events, &index);
+
+	if (counter)
+		__sync_fetch_and_add(counter, 1);
+}
+
+/*
+ * A first datagram to a frontend, or one whose backend has left. Of two frontends with one backend
+ * the socket could not tell the answers apart: for the second another backend is taken, or else
+ * its datagrams are left to packets, where the flow gets another port.
+ */
+static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct target *to,
+					const struct service *svc, struct peer *peer,
+					struct backend **backend)
+{
+	struct client client = client_of(ctx, svc, to);
+	const u64 cookie = get_socket_cookie(ctx);
+	/* Before the choice: what departs meanwhile is noticed at the next datagram. */
+	const u32 epoch = epoch_of(svc->id);
 	enum verdict verdict;
 	u32 backend_id;
 
+	verdict = service_choose(svc, &client, &backend_id, backend);
+	if (verdict != VERDICT_TRANSLATE) {
+		count_service(svc->id, verdict);
+		return reject(verdict);
+	}
+	if (peer)
+		peer->frontend_port = 0;
+	if (is_shared(cookie, *backend)) {
+		struct backend *only = *backend;
+
+		if (svc->affinity_seconds || !choose_other(cookie, svc, &backend_id, backend)) {
+			*backend = only;
+			if (packets_serve(ctx, svc, only)) {
+				note_clash(ctx, to);
+				*backend = NULL;
+				return PROCEED;
+			}
+		}
+	}
+	if (!peer)
+		peer = peer_place(cookie);
+	if (peer) {
+		peer_write(peer, to, svc, backend_id, *backend, epoch);
+	} else {
+		count_full();
+		if (packets_serve(ctx, svc, *backend)) {
+			*backend = NULL;
+			return PROCEED;
+		}
+	}
+	count_service(svc->id, VERDICT_TRANSLATE);
+	count_backend(backend_id);
+	return PROCEED;
+}
+
+/*
+ * Whether a connected socket sends to the very address that it is connected to: it was, while
+ * nobody served that. It gets no answer from elsewhere. (The kernel names the peer of an
+ * IPv4-mapped one at each datagram.)
+ */
+static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct inet_addr peer = addr_of_v4(ctx->sk->dst_ip4);
+
+	if ((__be16)ctx->sk->dst_port != to->port)
+		return false;
+	if (!addr_is_v4(&to->addr)) {
+		peer.word[0] = ctx->sk->dst_ip6[0];
+		peer.word[1] = ctx->sk->dst_ip6[1];
+		peer.word[2] = ctx->sk->dst_ip6[2];
+		peer.word[3] = ctx->sk->dst_ip6[3];
+	}
+	return addr_equal(&peer, &to->addr);
+}
+
+/* Leaves in @goes where the datagram is to go, if that is another address than @to. */
+static __always_inline int sending(struct bpf_sock_addr *ctx, const struct target *to,
+				   struct target *goes)
+{
+	struct service *svc = find_service(ctx, to);
+	struct backend *backend = NULL;
+	int answer = PROCEED;
+	struct peer *peer;
+
 	if (is_left_alone(svc))
 		return svc || !is_unused_port(ctx, to) ? PROCEED : reject(VERDICT_REFUSE);
-	client = client_of(ctx, svc, to);
-	verdict = choose(svc, &client, &backend_id, backend);
-	if (verdict != VERDICT_TRANSLATE)
-		return reject(verdict);
-	revnat_remember(ctx, to, *backend);
-	return PROCEED;
+	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
+		return PROCEED;
+	peer = peer_by_frontend(get_socket_cookie(ctx), to);
+	if (peer)
+		backend = peer_backend(peer, svc, to->proto);
+	if (backend) {
+		count_service(svc->id, VERDICT_TRANSLATE);
+		count_backend(peer->backend_id);
+	} else {
+		answer = sending_anew(ctx, to, svc, peer, &backend);
+	}
+	if (answer == PROCEED && backend) {
+		goes->addr = backend->addr;
+		goes->port = backend->port;
+	}
+	return answer;
 }
 
 /* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
 static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
 {
-	return origin_recall(ctx, from) || revnat_recall(ctx, from);
+	if (is_connected(ctx))
+		return origin_recall(ctx, from) || peer_recall(ctx, from);
+	return peer_recall(ctx, from) || origin_recall(ctx, from);
 }
 
 int connect4(struct bpf_sock_addr *ctx)
@@ -201,23 +365,21 @@ int connect6(struct bpf_sock_addr *ctx)
 
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	struct target to = target4(ctx);
-	struct backend *backend = NULL;
-	int answer = sending(ctx, &to, &backend);
+	struct target to = target4(ctx), goes = {};
+	int answer = sending(ctx, &to, &goes);
 
-	if (answer == PROCEED && backend)
-		set_target4(ctx, &backend->addr, backend->port);
+	if (answer == PROCEED && goes.port)
+		set_target4(ctx, &goes.addr, goes.port);
 	return answer;
 }
 
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	struct target to = target6(ctx);
-	struct backend *backend = NULL;
-	int answer = sending(ctx, &to, &backend);
+	struct target to = target6(ctx), goes = {};
+	int answer = sending(ctx, &to, &goes);
 
-	if (answer == PROCEED && backend)
-		set_target6(ctx, &backend->addr, backend->port);
+	if (answer == PROCEED && goes.port)
+		set_target6(ctx, &goes.addr, goes.port);
 	return answer;
 }
 
@@ -301,5 +463,7 @@ int post_bind6(struct bpf_sock *ctx)
 int sock_release(struct bpf_sock *ctx)
 {
 	origin_forget(ctx);
+	if (service_protocol(ctx->protocol) == IPPROTO_UDP)
+		peers_forget(ctx);
 	return PROCEED;
 }

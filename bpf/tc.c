@@ -17,6 +17,7 @@
 #include "lib/rewrite.h"
 #include "lib/reject.h"
 #include "lib/masquerade.h"
+#include "lib/stale.h"
 
 /* A pod or VM of this node, as detectLocalMode defines it. */
 static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
@@ -47,6 +48,35 @@ static __always_inline struct service *find_service(const struct target *to, u8 
 	other = svc->kind == KIND_NODE_PORT ? service_by_node_port(to, scope)
 					    : service_by_address(to, scope);
 	return other ? other : svc;
+}
+
+/*
+ * Whether packets are a connected datagram socket's whose backend has gone. Then @to becomes what
+ * the socket had asked for.
+ */
+static __always_inline bool is_redirected(const struct flow *flow, struct target *to)
+{
+	struct redirect *redirect;
+	struct flow key;
+
+	if (flow->proto != IPPROTO_UDP)
+		return false;
+	key = *flow;
+	key.stage = STAGE_INGRESS;
+	redirect = map_lookup(sock_redirects, &key);
+	if (!redirect)
+		return false;
+	to->addr = redirect->frontend;
+	to->port = redirect->frontend_port;
+	return true;
+}
+
+/* A socket may also have asked for a NodePort at the node's loopback. */
+static __always_inline struct service *redirected_service(const struct target *to)
+{
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
+
+	return svc ? svc : service_by_node_port(to, SCOPE_INTERNAL);
 }
 
 static __always_inline bool source_allowed(const struct service *svc, const struct inet_addr *src)
@@ -139,6 +169,21 @@ static __always_inline bool must_masquerade(const struct service *svc, bool is_i
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
 	return !is_inside && !(svc->flags & SERVICE_LOCAL);
+}
+
+/*
+ * Whether a socket has left this flow to us because its port is in use for another frontend with
+ * the same backend: packets of that one never come here.
+ */
+static __always_inline bool is_port_taken(const struct flow *flow)
+{
+	const struct clash_key key = {
+		.frontend = flow->dst,
+		.frontend_port = flow->dport,
+		.client_port = flow->sport,
+	};
+
+	return service_protocol(flow->proto) == IPPROTO_UDP && map_lookup(port_clashes, &key);
 }
 
 static __always_inline int not_inserted(enum insert done)
@@ -257,7 +302,8 @@ static __always_inline bool is_left_to_others(const struct packet *p)
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 {
-	const struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
+	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
+	const bool is_of_interest = port_of_interest(to.port);
 	const bool is_inside = from_local_pod(skb, p);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
@@ -272,9 +318,13 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 
 	if (is_left_to_others(p))
 		return PASS;
-	svc = port_of_interest(to.port)
-		      ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
-		      : NULL;
+	svc = is_of_interest ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
+			     : NULL;
+	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
+		svc = redirected_service(&to);
+		if (!svc)
+			return reject(skb, p, EVENT_BACKEND_GONE);
+	}
 	if (!svc)
 		return no_service(skb, p);
 	if (!s || svc->flags & SERVICE_OWN)
@@ -297,7 +347,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		    p->hops > 1)
 			return begin_past_netfilter(skb, p, s, &node);
 	}
-	done = insert_pair(s, &p->flow, false);
+	done = insert_pair(s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))
@@ -319,7 +369,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
 static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p)
 {
-	const struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
+	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
@@ -331,6 +381,11 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 
 	if (is_left_to_others(p))
 		return PASS;
+	if (!svc && is_redirected(&p->flow, &to)) {
+		svc = redirected_service(&to);
+		if (!svc)
+			return reject(skb, p, EVENT_BACKEND_GONE);
+	}
 	if (!svc)
 		return no_service(skb, p);
 	if (!s || svc->flags & SERVICE_OWN)
@@ -347,7 +402,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	new_entry(s, &p->flow, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
-	done = insert_pair(s, &p->flow, false);
+	done = insert_pair(s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))
@@ -356,30 +411,44 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 }
 
 /*
- * Whether a flow's questions go to a backend that is not the Service's any more. Without a
- * connection there is nothing to lose: datagrams also leave what is merely not ready.
+ * Whether the frontend that a flow asks is still its service's: an address or port may have been
+ * given to another. Connections stay with the one that they have.
+ */
+static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
+{
+	struct target to = { flow->dst, flow->dport, service_protocol(flow->proto) };
+	struct service *svc = find_service(&to, SCOPE_INTERNAL);
+
+	if (!svc && is_redirected(flow, &to))
+		svc = redirected_service(&to);
+	return svc && svc->id == service_id;
+}
+
+/*
+ * Whether a flow's questions go to a backend that is not the Service's any more, or by a frontend
+ * that is not.
  */
 static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, bool opens)
 {
-	struct departure_key key = { nat->service_id, nat->backend_id };
-	struct backend *backend = map_lookup(backends, &key.backend_id);
-	u64 *epoch = map_lookup(epochs, &key.service_id);
-	u32 *departed;
+	struct backend *backend = backend_known(nat->backend_id, &nat->dst, nat->dport,
+						service_protocol(flow->proto));
+	u64 epoch;
 
-	/* Of an id that has been given to another since. */
-	if (!backend || backend->proto != service_protocol(flow->proto) ||
-	    backend->port != nat->dport || !addr_equal(&backend->addr, &nat->dst))
+	if (!backend)
 		return true;
 	/* Nor does a new connection go where none may: its client may have lost the old one unseen.
 	 */
 	if (opens && backend->state != BACKEND_ACTIVE)
 		return true;
-	if (!epoch || nat->epoch == (u16)*epoch)
+	epoch = epoch_of(nat->service_id);
+	if (nat->epoch == (u16)epoch)
 		return false;
-	departed = map_lookup(departures, &key);
-	if (departed)
-		return *departed == DEPARTED_GONE || opens || flow->proto != IPPROTO_TCP;
-	nat->epoch = (u16)*epoch;
+	if (has_departed(nat->service_id, nat->backend_id, flow->proto == IPPROTO_TCP && !opens))
+		return true;
+	if ((opens || service_protocol(flow->proto) == IPPROTO_UDP) &&
+	    !is_owner(flow, nat->service_id))
+		return true;
+	nat->epoch = (u16)epoch;
 	return false;
 }
 

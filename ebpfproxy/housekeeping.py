@@ -14,12 +14,14 @@ from ebpfproxy.datapath.affinity import forget_expired
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.peers import noted_departures
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.node.clients import namespace_cookies
+from ebpfproxy.node.sockets import end_sockets
 from ebpfproxy.options import AgentOptions
-from ebpfproxy.stale import Ended, end_stale_sockets
+from ebpfproxy.stale import Ended, end_stale_sockets, peers_of
 
 log = get_logger(__name__)
 
@@ -47,7 +49,7 @@ class Housekeeping:
         self._metrics = metrics
         self._beside = beside
         self._sweeper = conntrack.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
-        self._grace_runs = self._ending = self._sweeping = False
+        self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._next_sweep = self._next_ending = 0.0
         #: Departures whose sockets have been ended.
         self._ended: dict[bytes, Departed] = {}
@@ -59,6 +61,10 @@ class Housekeeping:
         """Starts what is due. Before programs are ``attached`` nothing but grace periods is."""
         self._start_grace()
         if attached:
+            if not self._has_adopted:
+                # Those of other maps have been carried over.
+                self._has_adopted = True
+                self._writer.redirects.adopt()
             self._start_ending()
             self._start_sweep()
 
@@ -90,15 +96,32 @@ class Housekeeping:
             return
         self._ending, self._next_ending = True, now + _ENDING_SECONDS
         tcp = self._options.stale_tcp
-        self._beside(lambda: end_stale_sockets(self._maps, self._grace, departures, tcp), self._sockets_ended)
+        self._beside(
+            lambda: end_stale_sockets(self._maps, self._grace, departures, tcp, self._redirect),
+            self._sockets_ended,
+        )
+
+    def _redirect(self, wanted: dict[bytes, bytes]) -> None:
+        """From a worker. What there is no room for is ended."""
+
+        def redirect(_: None) -> None:
+            refused = self._writer.redirects.add(wanted)
+            if refused:
+                stale = peers_of({key: wanted[key] for key in refused})
+                self._beside(lambda: len(end_sockets(stale)), lambda n: self._metrics.ended_sockets("UDP", n))
+
+        self._beside(lambda: None, redirect)
 
     def _sockets_ended(self, result: Ended) -> None:
         self._ending = False
         self._ended.update(result.departures)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
+        self._metrics.redirected_sockets(result.redirected)
         self._metrics.sockets_not_found(result.unseen)
-        if result.ended or result.unseen:
+        if result.redirected:
+            log.info("stale sockets are redirected", UDP=result.redirected)
+        if any(result.ended.values()) or result.unseen:
             log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
 
     # -- flows and clients that are over
@@ -110,17 +133,22 @@ class Housekeeping:
         departures, backends = self._writer.departures, self._writer.backends_end
         asks_who = self._writer.asks_who
 
+        # A datagram that chose before the change has noted its choice by now.
+        over = dict(departures.items() & self._ended.items())
+
         def sweep() -> tuple[conntrack.Sweep, dict[bytes, int]]:
             swept = self._sweeper.sweep(departures, backends)
             forget_expired(self._maps, time.monotonic_ns())
+            for key in noted_departures(self._maps, over):
+                del over[key]
             return swept, namespace_cookies() if asks_who else {}
 
         def done(found: tuple[conntrack.Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
             self._sweeping = False
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            over = dict(departures.items() & self._ended.items())
             self._writer.forget_departures(over)
+            self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
             self._writer.set_client_namespaces(clients)
             self.entries = swept.entries

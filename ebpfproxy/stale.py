@@ -1,18 +1,27 @@
-"""Sockets whose backend is no more: found in the maps, ended in whatever network namespace they are."""
+"""Sockets whose backend is no more: found in the maps and in their namespaces, redirected or ended.
+
+Connected datagram sockets go on without noticing, where packets can do it (``datapath.redirects``): what they
+send passes a device with our programs. Others, and TCP's, are ended: the application is told, and connects
+again.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
+from ebpfproxy.datapath import flow_layout, node_layout
 from ebpfproxy.datapath.departures import Departed
+from ebpfproxy.datapath.flow_layout import Flow, Redirect
 from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.origins import StaleTcp, stale_sockets
-from ebpfproxy.node.sockets import Peer, end_sockets
+from ebpfproxy.node.routes import ways
+from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
 
 #: Seconds before each look: a socket may be between its hook and its connection.
@@ -27,28 +36,84 @@ class Ended(msgspec.Struct, frozen=True):
 
     departures: Mapping[bytes, Departed]
     ended: Mapping[str, int]
+    redirected: int
     unseen: int
 
 
 def end_stale_sockets(
-    maps: MapSet, grace: Grace, departures: Mapping[bytes, Departed], tcp: StaleTcp
+    maps: MapSet,
+    grace: Grace,
+    departures: Mapping[bytes, Departed],
+    tcp: StaleTcp,
+    redirect: Callable[[dict[bytes, bytes]], None],
 ) -> Ended:
-    """Ends them. Takes some time: for a thread of its own."""
+    """Redirects or ends them. Takes some time: for a thread of its own.
+
+    ``redirect`` gets keys and values of ``sock_redirects``.
+    """
     # A connect() that chose before the change has noted its choice after this.
     grace.wait()
     ended: Counter[str] = Counter()
     known: set[int] = set()
-    unseen = 0
+    unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
         stale = stale_sockets(maps, departures, tcp, rest=lambda: time.sleep(0))
         left = {Peer(*backend): cookies - known for backend, cookies in stale.items() if not cookies <= known}
         if left:
-            done = end_sockets(left)
+            made = _redirects(maps, left)
+            if made:
+                redirect({key: flow_layout.pack_redirect(each) for key, each in made.items()})
+                known |= {each.cookie for each in made.values()}
+                redirected += len(made)
+                left = {peer: cookies - known for peer, cookies in left.items() if not cookies <= known}
+            done = end_sockets(left) if left else set()
             for peer, cookies in left.items():
                 ended[Protocol(peer.protocol).name] += len(cookies & done)
             known |= done
         unseen = sum(len(cookies - known) for cookies in stale.values())
         if not unseen:
             break
-    return Ended(departures, dict(ended), unseen)
+    return Ended(departures, dict(ended), redirected, unseen)
+
+
+def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redirect]:
+    """By packed flow: what the packets of datagram sockets are to ask, of those whose packets we see."""
+    datagram = {peer: cookies for peer, cookies in stale.items() if peer.protocol == Protocol.UDP}
+    found: dict[bytes, Redirect] = {}
+    if not datagram:
+        return found
+    for each in _in_packets(maps, find_sockets(datagram)):
+        origin = maps["sock_origin"].lookup(U64.pack(each.cookie))
+        peer = each.peer
+        if origin is None or flow_layout.origin_backend(origin) != (peer.address, peer.port):
+            continue
+        flow = Flow(each.address, peer.address, each.port, peer.port, peer.protocol, egress=False)
+        found[flow_layout.pack_flow(flow)] = Redirect(*flow_layout.origin_frontend(origin), each.cookie)
+    return found
+
+
+def peers_of(redirects: Mapping[bytes, bytes]) -> dict[Peer, set[int]]:
+    """The sockets' cookies of entries of ``sock_redirects``, by what they are connected to."""
+    found: dict[Peer, set[int]] = {}
+    for key, value in redirects.items():
+        flow = flow_layout.unpack_flow(key)
+        peer = Peer(flow.destination, flow.destination_port, flow.protocol)
+        found.setdefault(peer, set()).add(flow_layout.unpack_redirect(value).cookie)
+    return found
+
+
+def _in_packets(maps: MapSet, sockets: Iterable[Connected]) -> list[Connected]:
+    """Those whose packets pass a device with our programs.
+
+    A pod's come from a local device, which is the way to its address. The host's own are seen where they
+    leave; what it sends to itself is not.
+    """
+    with ways() as way_to:
+
+        def is_seen(each: Connected) -> bool:
+            ifindex = way_to(each.peer.address if each.is_here else each.address)
+            device = maps["devices"].lookup(U32.pack(ifindex)) if ifindex is not None else None
+            return device is not None and (each.is_here or node_layout.is_local_device(device))
+
+        return [each for each in sockets if is_seen(each)]

@@ -3,8 +3,7 @@
  * What a socket asked for, so that it can be told the same address back.
  *
  * A connected socket has one peer: its origin is kept by socket cookie until the socket is closed
- * (the release hook), and never evicted. An unconnected one may talk to many: those are in an LRU
- * hash by cookie and backend.
+ * (the release hook), and never evicted. An unconnected one may talk to many: see peers.h.
  */
 #ifndef EBPFPROXY_ORIGIN_H
 #define EBPFPROXY_ORIGIN_H
@@ -16,43 +15,6 @@
 
 /* bcc declares the cookie as u32 and would cut it. */
 static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
-
-static __always_inline struct revnat_key revnat_key(struct bpf_sock_addr *ctx,
-						    const struct inet_addr *backend, __be16 port)
-{
-	return (struct revnat_key) {
-		.cookie = get_socket_cookie(ctx),
-		.backend = *backend,
-		.backend_port = port,
-	};
-}
-
-static __always_inline void revnat_remember(struct bpf_sock_addr *ctx,
-					    const struct target *frontend,
-					    const struct backend *backend)
-{
-	struct revnat_key key = revnat_key(ctx, &backend->addr, backend->port);
-	struct revnat value = { .frontend = frontend->addr, .frontend_port = frontend->port };
-	struct revnat *known = map_lookup(sock_revnat, &key);
-
-	/* Most datagrams of a socket go where one went before: a look is cheaper than a write. */
-	if (known && known->frontend_port == frontend->port &&
-	    addr_equal(&known->frontend, &frontend->addr))
-		return;
-	map_update(sock_revnat, &key, &value);
-}
-
-static __always_inline bool revnat_recall(struct bpf_sock_addr *ctx, struct target *peer)
-{
-	struct revnat_key key = revnat_key(ctx, &peer->addr, peer->port);
-	struct revnat *known = map_lookup(sock_revnat, &key);
-
-	if (!known)
-		return false;
-	peer->addr = known->frontend;
-	peer->port = known->frontend_port;
-	return true;
-}
 
 static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 					    const struct target *frontend, u32 service_id,
@@ -108,6 +70,20 @@ static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct targ
 		return false;
 	peer->addr = o->frontend;
 	peer->port = o->frontend_port;
+	return true;
+}
+
+/* Where a connected socket's datagrams go that it sends to the very address that it asked for. */
+static __always_inline bool origin_sends(struct bpf_sock_addr *ctx, const struct target *to,
+					 struct target *goes)
+{
+	u64 cookie = get_socket_cookie(ctx);
+	struct origin *o = map_lookup(sock_origin, &cookie);
+
+	if (!o || o->frontend_port != to->port || !addr_equal(&o->frontend, &to->addr))
+		return false;
+	goes->addr = o->backend;
+	goes->port = o->backend_port;
 	return true;
 }
 

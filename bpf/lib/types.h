@@ -178,18 +178,51 @@ struct origin {
 	u32 backend_id;
 };
 
-/* Where an unconnected socket meant the datagrams to go that went to a backend. */
-struct revnat_key {
-	u64 cookie;
+/* Where the datagrams of an unconnected socket go that it sends to one frontend. */
+struct peer {
+	struct inet_addr frontend;
 	struct inet_addr backend;
+	__be16 frontend_port; /* 0: a free place */
 	__be16 backend_port;
-	u16 pad[3];
+	u32 service_id;
+	u32 backend_id;
+	u32 epoch; /* as in struct nat */
 };
 
-struct revnat {
+#define PEERS	   4
+#define PEER_PAGES 8
+
+/*
+ * sock_peers, by socket cookie. A socket that asks more frontends than fit has further pages, whose
+ * number is in the key's highest byte: cookies are counted from 1 and do not come that far.
+ */
+struct peers {
+	struct peer peer[PEERS];
+	u32 next; /* of the last page: whose place is taken when there is none left */
+	u32 reserved;
+};
+
+/*
+ * port_clashes: flows that a socket leaves to packets because its port and the only backend are in
+ * use already, for another frontend. They have to take another port.
+ */
+struct clash_key {
 	struct inet_addr frontend;
 	__be16 frontend_port;
-	u16 pad;
+	__be16 client_port;
+	u32 reserved;
+};
+
+/*
+ * sock_redirects, by what the packets of a connected datagram socket show (a flow at ingress): the
+ * backend is gone, and what the socket had asked for is asked again. It cannot be told to connect
+ * anew, and without a peer it could not send any more.
+ */
+struct redirect {
+	struct inet_addr frontend;
+	__be16 frontend_port;
+	u16 reserved[3];
+	u64 cookie;
 };
 
 struct service_stats {
@@ -335,6 +368,7 @@ enum event {
 	EVENT_MALFORMED,       /* passed: headers cut short or nonsense */
 	EVENT_FLOWS_MADE,      /* conntrack entries inserted */
 	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
+	EVENT_SOCKETS_FULL, /* passed: no room for an unconnected socket, packets are translated */
 	EVENTS,
 };
 

@@ -220,6 +220,13 @@ log = get_logger(__name__)
     "they are not ended when their backend goes.",
 )
 @click.option(
+    "--max-datagram-sockets",
+    type=click.IntRange(1, 1 << 22),
+    default=Capacity().unconnected,
+    help="Unconnected UDP sockets that have sent to Services; the datagrams of others are translated in "
+    "packets.",
+)
+@click.option(
     "--without",
     "without",
     type=click.Choice([str(feature) for feature in Feature]),

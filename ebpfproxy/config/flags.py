@@ -97,6 +97,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "max-slots": "maxSlots",
     "max-affinity": "maxAffinity",
     "max-connections": "maxConnections",
+    "max-datagram-sockets": "maxDatagramSockets",
     "without": "without",
 }
 

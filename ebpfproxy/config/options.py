@@ -85,6 +85,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
             services=own.max_services,
             backends=own.max_backends,
             connected=own.max_connections,
+            unconnected=own.max_datagram_sockets,
             conntrack=own.max_conntrack,
             slots=own.max_slots or 4 * own.max_backends,
             affinity=own.max_affinity,

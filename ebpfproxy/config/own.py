@@ -170,6 +170,15 @@ class EbpfProxyConfiguration(
             "translated, and they are not ended when their backend goes.",
         ),
     ] = Capacity().connected
+    max_datagram_sockets: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1 << 22,
+            description="Unconnected UDP sockets that have sent to Services; the datagrams of others are "
+            "translated in packets.",
+        ),
+    ] = Capacity().unconnected
     without: Annotated[
         tuple[Feature, ...], Meta(description="Features of the kernel whose fallbacks are used instead.")
     ] = ()

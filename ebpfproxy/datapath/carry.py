@@ -1,14 +1,14 @@
 """Carrying flows over to maps of other sizes, so that connections outlive the change.
 
 Maps of another size are other maps (``datapath.maps``), with service and backend ids of their own. What
-programs have noted in the old ones is copied, with its ids translated by name and address: conntrack, origins
-of sockets, session affinity. It is done before programs are swapped and again as they are, for what begins
-meanwhile; a connection may still be lost whose first packets pass programs of both.
+programs have noted in the old ones is copied, with its ids translated by name and address: conntrack, what
+sockets have asked for, session affinity. It is done before programs are swapped and again as they are, for
+what begins meanwhile; a connection may still be lost whose first packets pass programs of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath import flow_layout, layout
@@ -17,7 +17,7 @@ from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 from ebpfproxy.datapath.schema import SCHEMA_VERSION
 
-_AS_THEY_ARE = ("sock_revnat", "fragments")
+_AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects")
 #: An id that nothing has.
 _NOTHING = 0xFFFFFFFF
 
@@ -32,15 +32,18 @@ class Carrier:
         self._new = maps
         self._old = _others(pins, maps)
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
-        #: Origins that have been copied, as they were written.
+        #: Origins, and peers of unconnected sockets, that have been copied, as they were written.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
+        self._peers: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
         self.copied = 0
 
     def copy(self) -> None:
-        for old, (services, backends), origins in zip(self._old, self._ids, self._origins, strict=True):
+        each = zip(self._old, self._ids, self._origins, self._peers, strict=True)
+        for old, (services, backends), origins, peers in each:
             self._copy(old, services, backends)
             self._copy_origins(old, services, backends, origins)
+            self._copy_peers(old, services, backends, peers)
 
     def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         new, entries = self._new, {}
@@ -62,28 +65,57 @@ class Carrier:
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
     ) -> None:
-        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's.
+        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's."""
+
+        def translate(value: bytes) -> bytes:
+            service, backend = flow_layout.origin_ids(value)
+            return flow_layout.with_origin_ids(
+                value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
+            )
+
+        for value, number in self._copy_sockets(old, "sock_origin", copied, translate):
+            self._carry(value, number)
+
+    def _copy_peers(
+        self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
+    ) -> None:
+        """A socket whose backend is no more is told of its answers, and chooses anew when it sends."""
+        epochs = self._new.shared("epochs").words()
+        departed = {key for key, _ in old["departures"].items()}
+
+        def change(service: int, backend: int) -> tuple[int, int, int]:
+            has_left = flow_layout.pack_departure(service, backend) in departed
+            if has_left or service not in services or backend not in backends:
+                return _NOTHING, _NOTHING, 0
+            return services[service], backends[backend], epochs[services[service]]
+
+        for _ in self._copy_sockets(
+            old, "sock_peers", copied, lambda value: flow_layout.with_peer_ids(value, change)
+        ):
+            pass
+
+    def _copy_sockets(
+        self, old: MapSet, name: str, copied: dict[bytes, bytes], translate: Callable[[bytes], bytes]
+    ) -> Iterator[tuple[bytes, int]]:
+        """Yields what has been copied, with 1, and what has been deleted again, with -1.
 
         What has been copied and is in one of the maps only belongs to a socket that has been closed.
         """
-        table, entries = self._new["sock_origin"], {}
-        there = dict(old["sock_origin"].items())
+        table = self._new[name]
+        there = dict(old[name].items())
         present = dict(table.items())
-        for key, value in there.items():
-            if key not in present and key not in copied:
-                service, backend = flow_layout.origin_ids(value)
-                entries[key] = flow_layout.with_origin_ids(
-                    value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
-                )
+        entries = {
+            key: translate(value) for key, value in there.items() if key not in present and key not in copied
+        }
         refused = set(table.update_many(entries))
         for key, value in entries.items():
             if key not in refused:
                 copied[key] = value
-                self._carry(value, 1)
+                yield value, 1
         for key in [key for key in copied if key not in there]:
             value = copied.pop(key)
             if present.get(key) == value and table.delete(key):
-                self._carry(value, -1)
+                yield value, -1
 
     def _carry(self, origin: bytes, number: int) -> None:
         _, backend = flow_layout.origin_ids(origin)

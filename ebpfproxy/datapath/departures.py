@@ -51,6 +51,10 @@ class Departures:
         self._fresh.update(departures)
         self._map.update_many({key: U32.pack(why) for key, why in entries.items()})
         # Only after this do flows look there.
+        self.look_again(service_id)
+
+    def look_again(self, service_id: int) -> None:
+        """Makes flows of a service ask whether their backend, and their frontend, are still its own."""
         self._epochs[service_id] += 1
 
     def take_fresh(self) -> dict[bytes, Departed]:
@@ -64,7 +68,7 @@ class Departures:
         return dict(self._known)
 
     def forget(self, ended: Mapping[bytes, Departed]) -> None:
-        """What these were about is over."""
+        """What these were about is over: no flow and no socket knows of them any more."""
         over = [key for key, departed in ended.items() if self._known.get(key) == departed]
         for key in over:
             del self._known[key]

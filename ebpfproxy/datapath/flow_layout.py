@@ -9,6 +9,7 @@ import enum
 import socket
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ebpfproxy.datapath.layout import PAIR, U32, pack_address, unpack_address
@@ -41,6 +42,11 @@ AFFINITY_KEY = struct.Struct("=16sII")
 AFFINITY = struct.Struct("=IIQ")
 FLOW = struct.Struct("=16s16sHHBBxx")
 NAT = struct.Struct("=16s16sHHIIBBHQQ")
+PEER = struct.Struct("=16s16sHHIII")
+PEER_PLACES = 4
+PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
+CLASH = struct.Struct("=16sHHI")
+REDIRECT = struct.Struct("=16sHxxxxxxQ")
 
 
 class Flow(NamedTuple):
@@ -214,3 +220,57 @@ def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
     changed = bytearray(packed)
     PAIR.pack_into(changed, ORIGIN_IDS_AT, service_id, backend_id)
     return bytes(changed)
+
+
+# -- unconnected sockets
+
+#: In keys of ``sock_peers`` the highest byte is a page's number, the others are the socket's cookie.
+PAGE_SHIFT = 56
+_PEER_PORT_AT, _PEER_IDS_AT = 32, 36
+
+
+def peers_cookie(packed: bytes) -> int:
+    """The socket's cookie in a key of ``sock_peers``, of whichever page."""
+    return int.from_bytes(packed, sys.byteorder) & (1 << PAGE_SHIFT) - 1
+
+
+def peer_ids(packed: bytes) -> Iterator[bytes]:
+    """Service and backend ids of all peers of a socket, each pair packed as a key of ``departures``."""
+    for at in range(0, PEER_PLACES * PEER.size, PEER.size):
+        if packed[at + _PEER_PORT_AT : at + _PEER_PORT_AT + 2] != b"\0\0":
+            yield packed[at + _PEER_IDS_AT : at + _PEER_IDS_AT + 8]
+
+
+def with_peer_ids(packed: bytes, change: Callable[[int, int], tuple[int, int, int]]) -> bytes:
+    """The same peers with other ids: ``change`` gets a peer's service and backend, and gives their new ids
+    and the service's epoch."""
+    changed = bytearray(packed)
+    for at in range(0, PEER_PLACES * PEER.size, PEER.size):
+        service_id, backend_id = PAIR.unpack_from(changed, at + _PEER_IDS_AT)
+        service_id, backend_id, epoch = change(service_id, backend_id)
+        struct.pack_into("=III", changed, at + _PEER_IDS_AT, service_id, backend_id, epoch & 0xFFFFFFFF)
+    return bytes(changed)
+
+
+class Redirect(NamedTuple):
+    """``struct redirect``: what a connected datagram socket had asked for. Ports in host byte order."""
+
+    frontend: bytes
+    frontend_port: int
+    cookie: int
+
+
+def pack_redirect(redirect: Redirect) -> bytes:
+    return REDIRECT.pack(
+        pack_address(redirect.frontend), socket.htons(redirect.frontend_port), redirect.cookie
+    )
+
+
+def unpack_redirect(packed: bytes) -> Redirect:
+    frontend, port, cookie = REDIRECT.unpack(packed)
+    return Redirect(unpack_address(frontend), socket.ntohs(port), cookie)
+
+
+def origin_frontend(packed: bytes) -> tuple[bytes, int]:
+    """Address and port that a socket asked for."""
+    return unpack_address(packed[:16]), int.from_bytes(packed[32:34], "big")

@@ -10,7 +10,7 @@ other ports are then not rejected, since its own sockets have them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 
 from ebpfproxy.datapath import layout
 from ebpfproxy.datapath.filter import BitFilter, address_hash
@@ -25,8 +25,10 @@ _DNS_PORT = 53
 class Frontends:
     """The only writer of ``services4`` and ``services6``, their filters, and ``node_addresses``."""
 
-    def __init__(self, maps: MapSet) -> None:
+    def __init__(self, maps: MapSet, lost: Callable[[int], None]) -> None:
+        """``lost`` is told the id of a service that a frontend has been taken from, once it has."""
         self._maps = maps
+        self._lost = lost
         self._addresses = BitFilter(maps.shared("address_filter"))
         self._ports = BitFilter(maps.shared("port_filter"))
         self._cluster_ips: Counter[bytes] = Counter()
@@ -66,12 +68,18 @@ class Frontends:
             for key, value in batch.items():
                 self._note(key, layout.unpack_service(value).kind)
             refused = set(self._maps[table].update_many(self._marked(batch)))
+            losers: set[int] = set()
             for key, value in batch.items():
                 replaced = value if key in refused else self._entries.get(key)
                 if replaced is not None:
-                    self._forget(key, layout.unpack_service(replaced).kind)
+                    before = layout.unpack_service(replaced)
+                    self._forget(key, before.kind)
+                    if before.id != layout.unpack_service(value).id:
+                        losers.add(before.id)
                 if key not in refused:
                     self._entries[key] = value
+            for service_id in losers:
+                self._lost(service_id)
             full |= {key: f"no room in {table} for {describe_frontend(key)}" for key in refused}
         return full
 
@@ -108,8 +116,9 @@ class Frontends:
 
     def _delete(self, key: bytes) -> None:
         self._table_of(key).delete(key)
-        kind = layout.unpack_service(self._entries.pop(key)).kind
-        self._forget(key, kind)
+        entry = layout.unpack_service(self._entries.pop(key))
+        self._forget(key, entry.kind)
+        self._lost(entry.id)
 
     def _note(self, key: bytes, kind: FrontendKind, *, closes: bool = True) -> None:
         """Its address and port are of interest; a cluster IP gets an entry for all its other ports, too."""
@@ -157,6 +166,17 @@ class Frontends:
         for address in found - (self._cluster_ips.keys() - self._answered):
             key, _ = layout.pack_cluster_ip(address)
             self._table_of(key).delete(key)
+
+    # -- what is looked at besides
+
+    def watch(self, address: bytes, port: int) -> None:
+        """Packets to an address and port that are no frontend's are looked at, too, until :meth:`unwatch`."""
+        self._addresses.add(address_hash(address))
+        self._ports.add(port)
+
+    def unwatch(self, address: bytes, port: int) -> None:
+        self._addresses.remove(address_hash(address))
+        self._ports.remove(port)
 
     # -- the node
 

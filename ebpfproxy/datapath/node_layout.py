@@ -40,6 +40,7 @@ class PacketEvent(enum.IntEnum):
     MALFORMED = 13
     FLOWS_MADE = 14
     FLOWS_ENDED = 15
+    SOCKETS_FULL = 16
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")
@@ -47,7 +48,7 @@ class PacketEvent(enum.IntEnum):
 
 #: What each reason means for the packet.
 REJECTED = frozenset({PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE})
-PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED})
+PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED, PacketEvent.SOCKETS_FULL})
 DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - {PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED}
 DEVICE = struct.Struct("=16s16sII")
 CIDR = struct.Struct("=I16s")
@@ -62,6 +63,11 @@ def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
     """The same entry with these besides."""
     address4, address6, before, mtu = DEVICE.unpack(packed)
     return DEVICE.pack(address4, address6, before | flags, mtu)
+
+
+def is_local_device(packed: bytes) -> bool:
+    """Whether a packed device is neither an uplink nor a tunnel."""
+    return bool(DEVICE.unpack(packed)[2] & DeviceFlags.LOCAL)
 
 
 def pack_cidr(address: bytes, length: int) -> bytes:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, FLOW, NAT
+from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, CLASH, FLOW, NAT, PEERS, REDIRECT
 from ebpfproxy.datapath.layout import (
     BACKEND,
     BACKEND_STATS,
@@ -49,8 +49,8 @@ class Capacity(msgspec.Struct, frozen=True):
     backends: int = 262144
     #: Connected sockets that are open and were translated; memory is taken for those that are there.
     connected: int = 1 << 19
-    #: Unconnected UDP sockets' backends whose replies are translated.
-    revnat: int = 131072
+    #: Unconnected UDP sockets that are open and have sent to a Service; memory as for ``connected``.
+    unconnected: int = 1 << 18
     #: Conntrack entries: two for each flow, four where it is masqueraded. 170 bytes each, taken at once.
     conntrack: int = 1 << 19
     #: Prefixes of all loadBalancerSourceRanges.
@@ -105,8 +105,12 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("drained", bpf.MAP_HASH, DRAINED.size, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("backends", *array, BACKEND.size, capacity.backends, bpf.F_MMAPABLE),
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
-        MapSpec("sock_revnat", bpf.MAP_LRU_HASH, 32, 20, capacity.revnat),
+        MapSpec("sock_peers", bpf.MAP_HASH, 8, PEERS.size, capacity.unconnected, bpf.F_NO_PREALLOC),
+        MapSpec("port_clashes", bpf.MAP_LRU_HASH, CLASH.size, 4, 4096),
         MapSpec("sock_origin", bpf.MAP_HASH, 8, 44, capacity.connected, bpf.F_NO_PREALLOC),
+        MapSpec(
+            "sock_redirects", bpf.MAP_HASH, FLOW.size, REDIRECT.size, capacity.connected, bpf.F_NO_PREALLOC
+        ),
         MapSpec("service_stats", bpf.MAP_PERCPU_ARRAY, 4, SERVICE_STATS.size, capacity.services),
         MapSpec("backend_stats", bpf.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
         MapSpec("service_names", bpf.MAP_HASH, 4, NAME.size, capacity.services, bpf.F_NO_PREALLOC),

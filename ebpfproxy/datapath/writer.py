@@ -26,6 +26,7 @@ from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.datapath.redirects import Redirects
 from ebpfproxy.datapath.slots import Source
 from ebpfproxy.services.model import (
     Algorithm,
@@ -129,7 +130,8 @@ class Writer:
         #: Since the last try at what did not fit.
         self._has_freed = False
         self._unnamed: dict[int, bytes] = {}
-        self._frontends = Frontends(maps)
+        self._frontends = Frontends(maps, self._departures.look_again)
+        self._redirects = Redirects(maps, self._frontends)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._unplaced: dict[ServicePortKey, tuple[ServicePort, Unplaced]] = {}
         self._adopt()
@@ -452,6 +454,11 @@ class Writer:
         """Nothing is left of what these were about."""
         self._departures.forget(ended)
         self._backends.free_unused()
+
+    @property
+    def redirects(self) -> Redirects:
+        """Connected datagram sockets whose backend is gone."""
+        return self._redirects
 
     def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
         entries: dict[bytes, bytes] = {}

@@ -198,6 +198,11 @@ class AgentMetrics:
         self._evicted = Counter(
             "ebpfproxy_conntrack_evicted", "Entries that the full table has pushed out", registry=registry
         )
+        self._redirected_sockets = Counter(
+            "ebpfproxy_stale_sockets_redirected",
+            "Connected UDP sockets whose backend had gone: their packets go to another one",
+            registry=registry,
+        )
         self._ended_sockets = Counter(
             "ebpfproxy_stale_sockets_ended",
             "Connected sockets that were ended because their backend had gone",
@@ -226,6 +231,9 @@ class AgentMetrics:
             self._events.labels(result)
         for protocol in (Protocol.TCP, Protocol.UDP):
             self._ended_sockets.labels(protocol.name)
+
+    def redirected_sockets(self, number: int) -> None:
+        self._redirected_sockets.inc(number)
 
     def ended_sockets(self, protocol: str, number: int) -> None:
         self._ended_sockets.labels(protocol).inc(number)

@@ -15,7 +15,8 @@ _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Where container runtimes bind namespaces (CNI plugins get their names from there), and all of processes.
 FOLDERS = (Path("/run/netns"), Path("/run/docker/netns"))
-_OWN = Path("/proc/self/ns/net")
+#: This process's own.
+OWN = Path("/proc/self/ns/net")
 
 
 def namespaces() -> Iterator[Path]:
@@ -24,7 +25,7 @@ def namespaces() -> Iterator[Path]:
     A name where nothing is mounted, here or any more, is a plain file that nobody may open (ip-netns(8)).
     """
     seen: set[int] = set()
-    nsfs = _OWN.stat().st_dev
+    nsfs = OWN.stat().st_dev
     for path in _paths():
         with suppress(OSError):
             found = path.stat()
@@ -34,7 +35,7 @@ def namespaces() -> Iterator[Path]:
 
 
 def _paths() -> Iterator[Path]:
-    yield _OWN
+    yield OWN
     for folder in FOLDERS:
         with suppress(OSError):
             yield from sorted(folder.iterdir())
@@ -53,7 +54,7 @@ def names_by_cookie() -> dict[int, str]:
     for path in namespaces():
         with suppress(OSError), socket_in(path, socket.AF_INET, socket.SOCK_DGRAM) as probe:
             name = f"pid {path.parts[2]}"
-            if path == _OWN:
+            if path == OWN:
                 name = "host"
             elif path.parent in FOLDERS:
                 name = path.name

@@ -1,4 +1,6 @@
-"""Ending sockets by what they are connected to (SOCK_DESTROY, sock_diag(7); Linux 4.5 for TCP, 4.9 for UDP).
+"""Finding and ending sockets by what they are connected to (sock_diag(7)).
+
+Ending is SOCK_DESTROY: Linux 4.5 for TCP, 4.9 for UDP.
 
 The kernel wakes the application with ECONNABORTED; to a TCP peer it sends a reset. A socket is named by its
 cookie as well as its addresses, so that no other can be meant.
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.logs import get_logger
-from ebpfproxy.node.namespaces import namespaces, netlink_in
+from ebpfproxy.node.namespaces import OWN, namespaces, netlink_in
 
 log = get_logger(__name__)
 
@@ -33,6 +35,8 @@ _STATES = 0xFFF & ~(1 << 6 | 1 << 10 | 1 << 12)
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _REQUEST_V2 = struct.Struct("=BBBBI48s")  # struct inet_diag_req_v2; the last is struct inet_diag_sockid
 _COOKIE = struct.Struct("=Q")
+_SOCKID = struct.Struct("=HH16s16s")  # of struct inet_diag_sockid what comes first; network byte order
+_MAPPED = bytes(10) + b"\xff\xff"
 _ID_AT, _COOKIE_AT = 4, 44  # in struct inet_diag_msg
 _ID_SIZE = 48
 _BATCH = 128
@@ -50,16 +54,79 @@ class Peer(NamedTuple):
     protocol: int
 
 
+class Connected(NamedTuple):
+    """A connected socket. Addresses are of the family of the packets: 4 bytes for IPv4-mapped ones."""
+
+    cookie: int
+    address: bytes
+    port: int
+    peer: Peer
+    #: In this process's own network namespace, the host's.
+    is_here: bool
+
+
+def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
+    """The sockets with these cookies, in whatever network namespace, if they are still connected so."""
+    wanted = {cookie for cookies in stale.values() for cookie in cookies}
+    found: dict[int, Connected] = {}
+    for path, diag in _diagnosers():
+        for protocol, peers in _by_protocol(stale).items():
+            try:
+                for family, name in _all_connected_to(diag, protocol, peers):
+                    each = _connected(family, protocol, name, is_here=path == OWN)
+                    if each.cookie in wanted:
+                        found[each.cookie] = each
+            except OSError as error:
+                _complain(path, error)
+        if len(found) == len(wanted):
+            break
+    return list(found.values())
+
+
+def _connected(family: int, protocol: int, name: bytes, *, is_here: bool) -> Connected:
+    """``name``: struct inet_diag_sockid."""
+    sport, dport, source, destination = _SOCKID.unpack_from(name)
+    (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+    addresses = [_plain(family, each) for each in (source, destination)]
+    return Connected(
+        cookie, addresses[0], socket.ntohs(sport), Peer(addresses[1], socket.ntohs(dport), protocol), is_here
+    )
+
+
+def _plain(family: int, address: bytes) -> bytes:
+    if family == socket.AF_INET:
+        return address[:4]
+    return address[12:] if address.startswith(_MAPPED) else address
+
+
 def end_sockets(stale: Mapping[Peer, Collection[int]]) -> set[int]:
     """Ends the sockets with these cookies, in whatever network namespace, if they are still connected so.
 
     Returns the cookies of those that were ended. Namespaces that cannot be entered are left out.
     """
     ended: set[int] = set()
-    by_protocol: dict[int, list[Peer]] = {}
-    for peer in stale:
-        by_protocol.setdefault(peer.protocol, []).append(peer)
+    by_protocol = _by_protocol(stale)
     cookies = {protocol: {c for p in peers for c in stale[p]} for protocol, peers in by_protocol.items()}
+    for path, diag in _diagnosers():
+        for protocol, peers in by_protocol.items():
+            try:
+                ended |= _end_all_in(diag, protocol, peers, cookies[protocol])
+            except OSError as error:
+                _complain(path, error)
+        if sum(map(len, cookies.values())) == len(ended):
+            break
+    return ended
+
+
+def _by_protocol(peers: Collection[Peer]) -> dict[int, list[Peer]]:
+    found: dict[int, list[Peer]] = {}
+    for peer in peers:
+        found.setdefault(peer.protocol, []).append(peer)
+    return found
+
+
+def _diagnosers() -> Iterator[tuple[Path, socket.socket]]:
+    """A sock_diag socket in each namespace that can be entered, open until the next is asked for."""
     for path in namespaces():
         try:
             diag = netlink_in(path, _NETLINK_SOCK_DIAG)
@@ -70,14 +137,7 @@ def end_sockets(stale: Mapping[Peer, Collection[int]]) -> set[int]:
             continue
         with diag:
             diag.settimeout(_TIMEOUT_SECONDS)
-            for protocol, peers in by_protocol.items():
-                try:
-                    ended |= _end_all_in(diag, protocol, peers, cookies[protocol])
-                except OSError as error:
-                    _complain(path, error)
-        if sum(map(len, cookies.values())) == len(ended):
-            break
-    return ended
+            yield path, diag
 
 
 def _complain(path: Path, error: OSError) -> None:
@@ -88,26 +148,27 @@ def _end_all_in(
     diag: socket.socket, protocol: int, peers: Sequence[Peer], cookies: Collection[int]
 ) -> set[int]:
     """Of one protocol in one namespace."""
-    ended: set[int] = set()
-    for start in range(0, len(peers), _PEERS):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            ended |= _end_in(diag, family, protocol, peers[start : start + _PEERS], cookies)
-    return ended
-
-
-def _end_in(
-    diag: socket.socket, family: int, protocol: int, peers: Sequence[Peer], cookies: Collection[int]
-) -> set[int]:
-    found: dict[int, bytes] = {}
-    for name in _connected_to(diag, family, protocol, peers):
+    found: dict[int, dict[int, bytes]] = {}
+    for family, name in _all_connected_to(diag, protocol, peers):
         (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
         if cookie in cookies:
-            found[cookie] = name
+            found.setdefault(family, {})[cookie] = name
     ended: set[int] = set()
-    each = list(found.items())
-    for start in range(0, len(each), _BATCH):
-        ended |= _destroy(diag, family, protocol, each[start : start + _BATCH])
+    for family, names in found.items():
+        each = list(names.items())
+        for start in range(0, len(each), _BATCH):
+            ended |= _destroy(diag, family, protocol, each[start : start + _BATCH])
     return ended
+
+
+def _all_connected_to(
+    diag: socket.socket, protocol: int, peers: Sequence[Peer]
+) -> Iterator[tuple[int, bytes]]:
+    """Family and name (struct inet_diag_sockid) of the sockets that are connected to any of these."""
+    for start in range(0, len(peers), _PEERS):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for name in _connected_to(diag, family, protocol, peers[start : start + _PEERS]):
+                yield family, name
 
 
 def _connected_to(diag: socket.socket, family: int, protocol: int, peers: Sequence[Peer]) -> Iterator[bytes]:

@@ -31,8 +31,10 @@ _HOLDS = {
     "drained": "orders of `ebpfproxy backend drain`",
     "backends": "id → address, port, protocol, state, weight",
     "node_addresses": "addresses at which NodePorts answer",
-    "sock_revnat": "unconnected UDP sockets: what the backend stands for in answers",
+    "sock_peers": "unconnected UDP sockets: which backend stands for which frontend",
+    "port_clashes": "flows that sockets leave to packets: another frontend has the port and the backend",
     "sock_origin": "connected sockets: what was asked for, and which backend it became",
+    "sock_redirects": "connected UDP sockets whose backend is gone: which frontend their packets ask again",
     "service_stats": "connections chosen, refused, dropped",
     "backend_stats": "connections chosen",
     "service_names": "id → namespace, name, port, for commands and metrics",
@@ -66,6 +68,8 @@ _REASONS = {
     "rewrite": "the packet could not be changed",
     "martian": "a source address that cannot be one",
     "malformed": "headers that end too early",
+    "sockets-full": "datagrams of a socket that there is no room for: `--max-datagram-sockets`; packets are "
+    "translated instead",
 }
 
 

@@ -45,10 +45,10 @@ def test_the_server_sees_the_pods_own_address(world: World) -> None:
     assert world.client.call(clients.ask_tcp, SERVICE_IPS["v6"], 80)["peer"] == world.client.address6
 
 
-def test_datagrams_of_one_socket_spread_and_are_answered_by_the_service(
+def test_datagrams_of_many_sockets_spread_and_are_answered_by_the_service(
     world: World, service_ip: str
 ) -> None:
-    """Also checks that every answer seems to come from the Service's address."""
+    """Also checks that every answer seems to come from the Service's address. One socket stays: tests/field."""
     assert set(world.client.call(clients.spread_udp, service_ip, 53, 40)) == {"w1", "w2"}
 
 
@@ -152,7 +152,7 @@ def _two_services(first: str, second: str) -> list[Any]:
 
 
 def test_one_unconnected_socket_talks_to_two_services(world: World) -> None:
-    """Where the backends differ; with one backend for both the last one asked is named."""
+    """With one backend for both, too."""
     for asked, answered in world.client.call(_two_services, SERVICE_IPS["v4"], "10.96.0.40"):
         assert asked == answered
 

@@ -51,15 +51,12 @@ def spread_tcp(host: str, port: int, count: int) -> Counter[str]:
 
 
 def spread_udp(host: str, port: int, count: int) -> Counter[str]:
-    """How often each backend answered ``count`` datagrams of one unconnected socket."""
+    """How often each backend answered ``count`` sockets that sent one datagram each."""
     found: Counter[str] = Counter()
-    with socket.socket(_family(host), socket.SOCK_DGRAM) as sock:
-        sock.settimeout(3.0)
-        for _ in range(count):
-            sock.sendto(b"?", (host, port))
-            data, source = sock.recvfrom(4096)
-            assert source[:2] == (host, port), f"answer from {source}"
-            found[json.loads(data)["name"]] += 1
+    for _ in range(count):
+        answer = ask_udp(host, port)
+        assert answer["from"] == (host, port), f"answer from {answer['from']}"
+        found[answer["name"]] += 1
     return found
 
 

@@ -57,3 +57,8 @@ def write(path: Path, *documents: Document) -> None:
     beside = path.with_name(f".{path.name}")
     beside.write_text(yaml.safe_dump_all(documents))
     beside.rename(path)
+
+
+def read(path: Path) -> list[Document]:
+    """What a file has that :func:`write` has written."""
+    return list(yaml.safe_load_all(path.read_text()))

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Whether the backend that something was sent to is still one to send to: one rule for flows of
+ * packets and for sockets.
+ */
+#ifndef EBPFPROXY_STALE_H
+#define EBPFPROXY_STALE_H
+
+#include "addr.h"
+#include "maps.h"
+
+static __always_inline u64 epoch_of(u32 service_id)
+{
+	u64 *epoch = map_lookup(epochs, &service_id);
+
+	return epoch ? *(volatile u64 *)epoch : 0;
+}
+
+/* The backend with this id; NULL where the id has been given to another since. */
+static __always_inline struct backend *backend_known(u32 id, const struct inet_addr *addr,
+						     __be16 port, u8 proto)
+{
+	struct backend *backend = map_lookup(backends, &id);
+
+	return backend && backend->proto == proto && backend->port == port &&
+			       addr_equal(&backend->addr, addr)
+		       ? backend
+		       : NULL;
+}
+
+/*
+ * Whether a backend has left its service. Without a connection there is nothing to lose: datagrams
+ * also leave what is merely not ready.
+ */
+static __always_inline bool has_departed(u32 service_id, u32 backend_id, bool is_connection)
+{
+	struct departure_key key = { service_id, backend_id };
+	u32 *departed = map_lookup(departures, &key);
+
+	return departed && (*departed == DEPARTED_GONE || !is_connection);
+}
+
+#endif

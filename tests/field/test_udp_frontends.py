@@ -1,0 +1,162 @@
+"""Frontends that move from one Service to another, or go: datagrams follow at once, connections do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.outer import BALANCER6, SLICE_PORTS, Held, Outer
+from tests.field.remote import Remote
+from tests.lab import Lab, clients, manifests
+from tests.lab.spaces import Space
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+PORT, NODE_PORT, TCP_NODE_PORT = 53, 30253, 30280
+#: Addresses of both families that Services a and b have in turn, by the field that gives them.
+MOVING = {
+    "externalIP": ("203.0.113.60", "2001:db8:113::60"),
+    "load balancer": ("203.0.113.61", "2001:db8:113::61"),
+    "cluster IP": ("10.96.2.1", "fd00:10:96:2::1"),
+}
+OWN = {"a": ("10.96.2.10", "fd00:10:96:2::10"), "b": ("10.96.2.11", "fd00:10:96:2::11")}
+PORTS = [
+    {"name": "udp", "port": PORT, "protocol": "UDP"},
+    {"name": "http", "port": 80, "protocol": "TCP"},
+]
+
+
+class World(Outer):
+    """Service a has the pod w1, Service b w2; what moves is a's or b's, or nobody's."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        for addresses in MOVING.values():
+            for address in addresses:
+                self.outside.route(address, self.a)
+        self.outside.route(BALANCER6, self.a)
+
+    def give(self, kind: str, owner: str) -> None:
+        """``owner``: a, b, or nobody."""
+        documents = []
+        for name, pod in (("a", self.w1), ("b", self.w2)):
+            has = name == owner
+            spec = {"clusterIPs": list(OWN[name]), "ports": PORTS}
+            if kind == "NodePort" and has:
+                spec["ports"] = [{**PORTS[0], "nodePort": NODE_PORT}, {**PORTS[1], "nodePort": TCP_NODE_PORT}]
+                spec["type"] = "NodePort"
+            elif kind == "externalIP" and has:
+                spec["externalIPs"] = list(MOVING[kind])
+            elif kind == "cluster IP" and has:
+                spec["clusterIPs"] = list(MOVING[kind])
+            service = manifests.service(name, **spec)
+            if kind == "load balancer" and has:
+                service["spec"]["type"] = "LoadBalancer"
+                service["status"] = {"loadBalancer": {"ingress": [{"ip": ip} for ip in MOVING[kind]]}}
+            documents.append(service)
+            documents += [
+                manifests.slice_of(name, [manifests.endpoint(address, pod.node.name)], ports=SLICE_PORTS)
+                for address in (pod.address, pod.address6)
+            ]
+        manifests.write(self.manifests / "moving.yaml", *documents)
+
+    def frontend(self, kind: str, family: int) -> tuple[str, int]:
+        if kind == "NodePort":
+            return (self.a.address if family == 4 else self.a.address6), NODE_PORT
+        return MOVING[kind][family == 6], PORT
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        found = World(lab)
+        found.agent().start()
+        yield found
+
+
+KINDS = [*MOVING, "NodePort"]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["outside", "unconnected", "connected"])
+def test_the_new_owner_of_a_frontend_gets_the_next_datagram(
+    world: World, kind: str, family: int, where: str
+) -> None:
+    """A flow with a fixed source port from outside, and a socket of a pod that stays open.
+
+    A connected socket of a pod keeps the Service that it asked for while that has its backend: it is connected
+    to the backend.
+    """
+    host, port = world.frontend(kind, family)
+    space: Space = world.outside if where == "outside" else world.client
+    world.give(kind, "a")
+    with Remote(space, host) as sock:
+        if where == "outside":
+            sock.bind("", 12_000)
+        if where == "connected":
+            until(lambda: _served(world.client, host, port) == "w1")
+            sock.connect(host, port)
+            assert sock.ask() == "w1"
+            world.give(kind, "b")
+            until(lambda: _served(world.client, host, port) == "w2")
+            sock.connect(host, port)
+            assert sock.ask() == "w2"
+            return
+        for owner, name in (("a", "w1"), ("b", "w2"), ("a", "w1")):
+            world.give(kind, owner)
+            until(lambda n=name: sock.ask_at(host, port, 0.3) == n, f"not {owner}'s", 5)  # type: ignore[misc]
+            assert sock.ask_at(host, port) == name
+
+
+def _served(space: Space, host: str, port: int) -> str:
+    try:
+        return str(space.call(clients.ask_udp, host, port)["name"])
+    except OSError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_flow_of_a_frontend_that_nobody_has_any_more_ends(world: World, kind: str, family: int) -> None:
+    """Its Service has lost the address and goes on; the flow was in use a moment ago."""
+    host, port = world.frontend(kind, family)
+    world.give(kind, "a")
+    with Remote(world.outside, host) as sock:
+        sock.bind("", 12_001)
+        until(lambda: sock.ask_at(host, port, 0.3) == "w1")
+        world.give(kind, "nobody")
+        until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_flow_of_a_service_that_is_deleted_ends(world: World, family: int) -> None:
+    host, port = world.frontend("load balancer", family)
+    world.give("load balancer", "a")
+    with Remote(world.outside, host) as sock:
+        sock.bind("", 12_002)
+        until(lambda: sock.ask_at(host, port, 0.3) == "w1")
+        world.remove("moving")
+        until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
+
+
+@pytest.mark.parametrize("kind", ["externalIP", "NodePort"])
+def test_a_connection_stays_with_the_service_that_it_began_with(world: World, kind: str) -> None:
+    """As with netfilter's conntrack; a new one from the same port goes to the new owner."""
+    host, _ = world.frontend(kind, 4)
+    port = TCP_NODE_PORT if kind == "NodePort" else 80
+    world.give(kind, "a")
+    until(lambda: _name(world.outside, host, port) == "w1")
+    held = Held(world.outside, host, port)
+    world.give(kind, "b")
+    until(lambda: _name(world.outside, host, port) == "w2")
+    assert held.ask() == "alive"
+
+
+def _name(space: Space, host: str, port: int) -> str:
+    try:
+        return str(space.call(clients.ask_tcp, host, port, 0.5)["name"])
+    except OSError as error:
+        return str(error)

@@ -91,13 +91,15 @@ class Housekeeping:
         now = time.monotonic()
         if self._ending or now < self._next_ending:
             return
-        departures = self._writer.take_departures()
-        if not departures:
+        departures, lost = self._writer.take_departures(), self._writer.take_lost_frontends()
+        if not departures and not lost:
             return
         self._ending, self._next_ending = True, now + _ENDING_SECONDS
         tcp = self._options.stale_tcp
         self._beside(
-            lambda: end_stale_sockets(self._maps, self._grace, departures, tcp, self._redirect),
+            lambda: end_stale_sockets(
+                self._maps, self._grace, departures, tcp, lost=lost, redirect=self._redirect
+            ),
             self._sockets_ended,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
@@ -19,7 +19,7 @@ from ebpfproxy.datapath.flow_layout import Flow, Redirect
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.origins import StaleTcp, stale_sockets
+from ebpfproxy.datapath.origins import LostFrontend, StaleTcp, stale_sockets
 from ebpfproxy.node.routes import ways
 from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
@@ -45,10 +45,13 @@ def end_stale_sockets(
     grace: Grace,
     departures: Mapping[bytes, Departed],
     tcp: StaleTcp,
+    *,
+    lost: Collection[LostFrontend],
     redirect: Callable[[dict[bytes, bytes]], None],
 ) -> Ended:
     """Redirects or ends them. Takes some time: for a thread of its own.
 
+    ``lost``: frontends that are another service's by now, or nobody's, whose backends may be well.
     ``redirect`` gets keys and values of ``sock_redirects``.
     """
     # A connect() that chose before the change has noted its choice after this.
@@ -58,7 +61,7 @@ def end_stale_sockets(
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        stale = stale_sockets(maps, departures, tcp, rest=lambda: time.sleep(0))
+        stale = stale_sockets(maps, departures, tcp, lost, rest=lambda: time.sleep(0))
         left = {Peer(*backend): cookies - known for backend, cookies in stale.items() if not cookies <= known}
         if left:
             made = _redirects(maps, left)

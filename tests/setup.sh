@@ -2,7 +2,7 @@
 # Installs what demo, tests and benchmarks need: Debian's packages, and a virtual environment in $1.
 set -eu
 
-packages="bpftool clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin nftables nginx-light procps
+packages="bpftool clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin musl-tools nftables nginx-light procps
 prometheus python3-bpfcc python3-venv runc socat tcpdump util-linux wrk"
 
 missing=

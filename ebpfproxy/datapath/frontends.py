@@ -25,8 +25,8 @@ _DNS_PORT = 53
 class Frontends:
     """The only writer of ``services4`` and ``services6``, their filters, and ``node_addresses``."""
 
-    def __init__(self, maps: MapSet, lost: Callable[[int], None]) -> None:
-        """``lost`` is told the id of a service that a frontend has been taken from, once it has."""
+    def __init__(self, maps: MapSet, lost: Callable[[int, bytes], None]) -> None:
+        """``lost`` is told a service's id and a key: a frontend that has been taken from it."""
         self._maps = maps
         self._lost = lost
         self._addresses = BitFilter(maps.shared("address_filter"))
@@ -68,18 +68,18 @@ class Frontends:
             for key, value in batch.items():
                 self._note(key, layout.unpack_service(value).kind)
             refused = set(self._maps[table].update_many(self._marked(batch)))
-            losers: set[int] = set()
+            losers: dict[bytes, int] = {}
             for key, value in batch.items():
                 replaced = value if key in refused else self._entries.get(key)
                 if replaced is not None:
                     before = layout.unpack_service(replaced)
                     self._forget(key, before.kind)
                     if before.id != layout.unpack_service(value).id:
-                        losers.add(before.id)
+                        losers[key] = before.id
                 if key not in refused:
                     self._entries[key] = value
-            for service_id in losers:
-                self._lost(service_id)
+            for key, service_id in losers.items():
+                self._lost(service_id, key)
             full |= {key: f"no room in {table} for {describe_frontend(key)}" for key in refused}
         return full
 
@@ -118,7 +118,7 @@ class Frontends:
         self._table_of(key).delete(key)
         entry = layout.unpack_service(self._entries.pop(key))
         self._forget(key, entry.kind)
-        self._lost(entry.id)
+        self._lost(entry.id, key)
 
     def _note(self, key: bytes, kind: FrontendKind, *, closes: bool = True) -> None:
         """Its address and port are of interest; a cluster IP gets an entry for all its other ports, too."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 from ebpfproxy.datapath import bpf, flow_layout, layout
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.flow_layout import Departure
+from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import Backend, Protocol
 
@@ -28,21 +30,35 @@ class StaleTcp(enum.StrEnum):
         return self is StaleTcp.UNREADY or (self is StaleTcp.GONE and why is Departure.GONE)
 
 
+class LostFrontend(NamedTuple):
+    """A UDP frontend that a service had. A NodePort's address is unspecified: it is any of the node's."""
+
+    service_id: int
+    address: bytes
+    port: int
+
+
+_NODE_PORTS = (bytes(4), bytes(16))
+
+
 def stale_sockets(
     maps: MapSet,
     departures: Mapping[bytes, Departed],
     tcp: StaleTcp,
+    lost: Collection[LostFrontend] = (),
     *,
     rest: Callable[[], None] = lambda: None,
 ) -> dict[Backend, set[int]]:
     """Cookies of the sockets that were translated to backends which have departed from their service.
 
+    Also those of datagram sockets whose frontend their service has ``lost``.
     Datagram sockets in any case: they have no connection to lose, and would be sending to nobody.
     ``departures`` by packed key; ``rest`` is called between batches.
     """
     wanted = _with_sockets(maps, departures, tcp)
     found: dict[Backend, set[int]] = {}
-    if not wanted:
+    losers = {U32.pack(each.service_id) for each in lost}
+    if not wanted and not losers:
         return found
     origins = maps["sock_origin"]
     key_size, value_size = origins.spec.key_size, origins.spec.value_size
@@ -50,13 +66,22 @@ def stale_sockets(
     for keys, values, count in bpf.map_lookup_batches(origins.fd, key_size, value_size, _BATCH):
         for i in range(count):
             at = i * value_size
-            protocol = wanted.get(bytes(values[at + ids_at : at + ids_at + 8]))
+            ids = bytes(values[at + ids_at : at + ids_at + 8])
+            protocol = wanted.get(ids)
+            if protocol is None and ids[:4] in losers and _has_lost(values[at : at + value_size], lost):
+                protocol = Protocol.UDP
             if protocol is not None:
                 address, port = flow_layout.origin_backend(bytes(values[at : at + value_size]))
                 (cookie,) = _COOKIE.unpack_from(keys, i * key_size)
                 found.setdefault(Backend(address, port, protocol), set()).add(cookie)
         rest()
     return found
+
+
+def _has_lost(origin: memoryview, lost: Collection[LostFrontend]) -> bool:
+    service_id, _ = flow_layout.origin_ids(bytes(origin))
+    address, port = flow_layout.origin_frontend(bytes(origin))
+    return any(LostFrontend(service_id, each, port) in lost for each in (address, *_NODE_PORTS))
 
 
 def _with_sockets(maps: MapSet, departures: Mapping[bytes, Departed], tcp: StaleTcp) -> dict[bytes, Protocol]:

@@ -25,6 +25,7 @@ from ebpfproxy.datapath.frontends import Frontends
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.origins import LostFrontend
 from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.redirects import Redirects
 from ebpfproxy.datapath.slots import Source
@@ -34,6 +35,7 @@ from ebpfproxy.services.model import (
     Frontend,
     FrontendKind,
     Policy,
+    Protocol,
     ServicePort,
     ServicePortKey,
 )
@@ -130,7 +132,8 @@ class Writer:
         #: Since the last try at what did not fit.
         self._has_freed = False
         self._unnamed: dict[int, bytes] = {}
-        self._frontends = Frontends(maps, self._departures.look_again)
+        self._lost: set[LostFrontend] = set()
+        self._frontends = Frontends(maps, self._note_lost)
         self._redirects = Redirects(maps, self._frontends)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
         self._unplaced: dict[ServicePortKey, tuple[ServicePort, Unplaced]] = {}
@@ -449,6 +452,17 @@ class Writer:
     def take_departures(self) -> dict[bytes, Departed]:
         """Those since the last time, and at first those that were there."""
         return self._departures.take_fresh()
+
+    def take_lost_frontends(self) -> set[LostFrontend]:
+        """Those of UDP that services have lost since the last time: their sockets are somebody else's."""
+        taken, self._lost = self._lost, set()
+        return taken
+
+    def _note_lost(self, service_id: int, key: bytes) -> None:
+        self._departures.look_again(service_id)
+        frontend = layout.unpack_service_key(key)
+        if frontend.protocol is Protocol.UDP:
+            self._lost.add(LostFrontend(service_id, frontend.address, frontend.port))
 
     def forget_departures(self, ended: Mapping[bytes, Departed]) -> None:
         """Nothing is left of what these were about."""

@@ -42,6 +42,7 @@ FIELDS: dict[str, Any] = {
     "maxSlots": 1,
     "maxAffinity": 1,
     "maxConnections": 1,
+    "maxDatagramSockets": 1,
     "without": ["tcx", "set-retval"],
 }
 NAMES = [field.encode_name for field in msgspec.structs.fields(ours.EbpfProxyConfiguration)]

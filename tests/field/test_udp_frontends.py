@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -43,9 +44,10 @@ class World(Outer):
         documents = []
         for name, pod in (("a", self.w1), ("b", self.w2)):
             has = name == owner
-            spec = {"clusterIPs": list(OWN[name]), "ports": PORTS}
+            spec: dict[str, Any] = {"clusterIPs": list(OWN[name]), "ports": PORTS}
             if kind == "NodePort" and has:
-                spec["ports"] = [{**PORTS[0], "nodePort": NODE_PORT}, {**PORTS[1], "nodePort": TCP_NODE_PORT}]
+                numbers = (NODE_PORT, TCP_NODE_PORT)
+                spec["ports"] = [{**each, "nodePort": n} for each, n in zip(PORTS, numbers, strict=True)]
                 spec["type"] = "NodePort"
             elif kind == "externalIP" and has:
                 spec["externalIPs"] = list(MOVING[kind])
@@ -85,30 +87,24 @@ KINDS = [*MOVING, "NodePort"]
 def test_the_new_owner_of_a_frontend_gets_the_next_datagram(
     world: World, kind: str, family: int, where: str
 ) -> None:
-    """A flow with a fixed source port from outside, and a socket of a pod that stays open.
-
-    A connected socket of a pod keeps the Service that it asked for while that has its backend: it is connected
-    to the backend.
-    """
+    """A flow with a fixed source port from outside, and sockets of a pod that stay open."""
     host, port = world.frontend(kind, family)
     space: Space = world.outside if where == "outside" else world.client
     world.give(kind, "a")
+    until(lambda: _served(world.client, host, port) == "w1")
     with Remote(space, host) as sock:
         if where == "outside":
             sock.bind("", 12_000)
-        if where == "connected":
-            until(lambda: _served(world.client, host, port) == "w1")
+        elif where == "connected":
             sock.connect(host, port)
-            assert sock.ask() == "w1"
-            world.give(kind, "b")
-            until(lambda: _served(world.client, host, port) == "w2")
-            sock.connect(host, port)
-            assert sock.ask() == "w2"
-            return
+
+        def ask(seconds: float) -> str:
+            return str(sock.ask(seconds) if where == "connected" else sock.ask_at(host, port, seconds))
+
         for owner, name in (("a", "w1"), ("b", "w2"), ("a", "w1")):
             world.give(kind, owner)
-            until(lambda n=name: sock.ask_at(host, port, 0.3) == n, f"not {owner}'s", 5)  # type: ignore[misc]
-            assert sock.ask_at(host, port) == name
+            until(lambda n=name: ask(0.3) == n, f"not {owner}'s", 5)  # type: ignore[misc]
+            assert ask(3) == name
 
 
 def _served(space: Space, host: str, port: int) -> str:

@@ -176,6 +176,7 @@ def test_counters_that_alerts_watch_exist_before_anything_happens() -> None:
         "ebpfproxy_warnings_total resource=services",
         "ebpfproxy_warnings_total resource=endpointslices",
         "ebpfproxy_stale_sockets_ended_total protocol=UDP",
+        "ebpfproxy_stale_sockets_redirected_total",
         "ebpfproxy_stale_sockets_not_found_total",
         "ebpfproxy_conntrack_evicted_total",
         "ebpfproxy_capacity_problems_total",

@@ -101,7 +101,7 @@ CASES = [
     silent("EbpfproxyProgrammingLate", "nothing changes", {series(f"{LATE}_bucket", le="+Inf"): "5x40"}, 30),
     fires("EbpfproxyMapNearlyFull", map_fill("backends", 95), 10, "95%", map="backends"),
     silent("EbpfproxyMapNearlyFull", "there is room", map_fill("backends", 90), 10),
-    silent("EbpfproxyMapNearlyFull", "one that may be full", map_fill("sock_revnat", 100), 10),
+    silent("EbpfproxyMapNearlyFull", "one that may be full", map_fill("port_clashes", 100), 10),
     fires("EbpfproxyServicePortsDoNotFit", {ROOM: "3x20"}, 5, "3"),
     fires("EbpfproxyServicePortsDoNotFit", {ROOM: "0x60", PROBLEMS: "0x10 1x40"}, 20, "1"),
     silent("EbpfproxyServicePortsDoNotFit", "all fit", {ROOM: "0x60", PROBLEMS: "2x60"}, 40),

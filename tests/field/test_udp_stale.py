@@ -1,0 +1,230 @@
+"""Connected UDP sockets whose backend is replaced go on without an error, whatever the client is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.world import SERVICE_IPS, World
+from tests.field.remote import Remote
+from tests.lab import Lab, Pod, clients, manifests
+from tests.lab.spaces import Space
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+DNS = "10.96.0.53"
+#: Looks names up, each once, until its input ends; prints how many were found, and what failed.
+RESOLVES = r"""
+#include <netdb.h>
+#include <poll.h>
+#include <stdio.h>
+#include <sys/socket.h>
+
+int main(void)
+{
+	struct pollfd in = { .fd = 0, .events = POLLIN };
+	struct addrinfo hints = { .ai_family = AF_INET, .ai_socktype = SOCK_DGRAM }, *found;
+	int good = 0, bad = 0;
+	char name[64];
+
+	while (!poll(&in, 1, 5)) {
+		snprintf(name, sizeof(name), "n%d.test", good + bad);
+		if (getaddrinfo(name, "80", &hints, &found)) {
+			bad++;
+			continue;
+		}
+		good++;
+		freeaddrinfo(found);
+		if (good == 1) {
+			puts("begun");
+			fflush(stdout);
+		}
+	}
+	printf("%d %d\n", good, bad);
+}
+"""
+
+
+class Servers(World):
+    """With a DNS Service of one endpoint, which is one pod or the other."""
+
+    def __init__(self, lab: Lab) -> None:
+        super().__init__(lab)
+        self.names: dict[str, subprocess.Popen[bytes]] = {}
+        for pod in (self.w1, self.w2):
+            process = pod.popen([sys.executable, "-m", "tests.field.names", "5353"], stdout=-1)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            self.names[pod.name] = process
+        self.write_dns(self.w1)
+
+    def write_dns(self, pod: Pod) -> None:
+        port = {"name": "dns", "port": 53, "protocol": "UDP"}
+        manifests.write(
+            self.manifests / "dns.yaml",
+            manifests.service("dns", clusterIPs=[DNS], ports=[port]),
+            manifests.slice_of(
+                "dns", [manifests.endpoint(pod.address, pod.node.name)], ports=[{**port, "port": 5353}]
+            ),
+        )
+
+    def replace_dns(self, times: int) -> None:
+        """One endpoint after the other: the old one answers nobody any more."""
+        for turn in range(times):
+            new, old = (self.w2, self.w1) if turn % 2 == 0 else (self.w1, self.w2)
+            os.kill(self.names[new.name].pid, signal.SIGCONT)
+            self.write_dns(new)
+            until(lambda n=new: self.backend_of(DNS) == f"{n.address}:5353")  # type: ignore[misc]
+            os.kill(self.names[old.name].pid, signal.SIGSTOP)
+            time.sleep(0.3)
+        for process in self.names.values():
+            os.kill(process.pid, signal.SIGCONT)
+
+    def backend_of(self, ip: str) -> str:
+        rows = json.loads(self.a.cli("service", "list", "-o", "json"))
+        return next(
+            (row["backends"][0]["address"] for row in rows if row["frontend"].startswith(f"{ip}:")), ""
+        )
+
+    def fill(self, name: str) -> int:
+        status = json.loads(self.a.cli("status", "-o", "json"))
+        return int(next(each["entries"] for each in status["maps"] if each["name"] == name))
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Servers]:
+    with Lab() as lab:
+        found = Servers(lab)
+        found.agent().start()
+        yield found
+
+
+@pytest.fixture(params=SERVICE_IPS)
+def host(request: pytest.FixtureRequest) -> str:
+    return SERVICE_IPS[request.param]
+
+
+@pytest.mark.parametrize("where", ["pod", "host"])
+def test_a_connected_socket_reaches_the_new_backend_without_an_error(
+    world: Servers, host: str, where: str
+) -> None:
+    """It sends and sends; while there is no endpoint it is refused, and later it is served again."""
+    space: Space = world.client if where == "pod" else world.a
+    world.write_web(world.w1)
+    until(lambda: space.call(_name, host) == "w1")
+    with Remote(space, host) as sock:
+        sock.connect(host, 53)
+        assert sock.ask() == "w1"
+        world.write_web(world.w2)
+        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+        world.write_web()
+        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "it is not refused", 5)
+        world.write_web(world.w2)
+        until(lambda: sock.ask(0.3) == "w2", "it has not recovered", 5)
+        assert {sock.ask() for _ in range(10)} == {"w2"}
+
+
+def _name(host: str) -> str:
+    try:
+        return str(clients.ask_udp(host, 53)["name"])
+    except OSError as error:
+        return str(error)
+
+
+def test_a_sender_that_never_looks_at_errors_loses_nothing_for_ever(world: Servers) -> None:
+    """As statsd's clients: not one send() fails (EDESTADDRREQ), and the new backend gets what is sent."""
+    host = SERVICE_IPS["v4"]
+    world.write_web(world.w1)
+    until(lambda: world.client.call(_name, host) == "w1")
+    with Remote(world.client, host) as sock:
+        sock.connect(host, 53)
+        world.write_web(world.w2)
+        until(lambda: world.client.call(_name, host) == "w2")
+        assert {sock.send() for _ in range(50)} == {None}
+        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+
+
+def test_a_service_that_is_deleted_refuses_its_sockets_until_it_is_back(world: Servers) -> None:
+    host = SERVICE_IPS["v4"]
+    world.write_web(world.w1)
+    until(lambda: world.client.call(_name, host) == "w1")
+    kept = manifests.read(world.manifests / "web.yaml")
+    with Remote(world.client, host) as sock:
+        sock.connect(host, 53)
+        assert sock.ask() == "w1"
+        (world.manifests / "web.yaml").unlink()
+        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "it is not refused", 5)
+        manifests.write(world.manifests / "web.yaml", *kept)
+        until(lambda: sock.ask(0.3) == "w1", "it has not recovered", 5)
+
+
+def test_a_redirect_outlives_the_agent_and_other_map_sizes_and_ends_with_its_socket(world: Servers) -> None:
+    host = SERVICE_IPS["v4"]
+    world.write_web(world.w1)
+    until(lambda: world.client.call(_name, host) == "w1")
+    with Remote(world.client, host) as sock:
+        sock.connect(host, 53)
+        world.write_web(world.w2)
+        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+        world.lab.agents[-1].stop()
+        world.agent("--max-services", "1000").start()
+        assert sock.ask() == "w2"
+        assert world.fill("sock_redirects") >= 1
+    until(lambda: world.fill("sock_redirects") == 0, "the redirect of a closed socket stays")
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
+def test_resolvers_of_libraries_find_every_name_while_endpoints_are_replaced(
+    world: Servers, compiler: str, tmp_path: Path
+) -> None:
+    """glibc's sockets are connected, musl's are not."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    source, program, resolv = tmp_path / "resolves.c", tmp_path / "resolves", tmp_path / "resolv.conf"
+    source.write_text(RESOLVES)
+    subprocess.run([compiler, "-o", program, source], check=True)
+    resolv.write_text(f"nameserver {DNS}\noptions timeout:1 attempts:4\n")
+    command = f"mount --bind {resolv} /etc/resolv.conf && exec {program}"
+    process = world.client.popen(["unshare", "-m", "sh", "-c", command], stdin=-1, stdout=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    world.replace_dns(4)
+    good, bad = map(int, process.communicate()[0].split())
+    assert good > 20
+    assert bad == 0
+
+
+def test_nginx_finds_every_name_while_endpoints_are_replaced(world: Servers, tmp_path: Path) -> None:
+    """Its resolver keeps one connected socket for as long as it runs."""
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"
+        f"http {{ access_log off; resolver {DNS} ipv6=off; resolver_timeout 4s;\n"
+        + "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy"))
+        + "server { listen 127.0.0.1:8081; return 200 here; }\n"
+        "server { listen 127.0.0.1:8082; location / { proxy_pass http://$arg_name:8081; } } }\n"
+    )
+    world.client.popen(["nginx", "-c", str(config), "-e", f"{tmp_path}/log"])
+    until(lambda: world.client.call(_status, "first.test") == 200)
+    for turn in range(4):
+        world.replace_dns(2)
+        assert [world.client.call(_status, f"n{turn}x{i}.test") for i in range(5)] == [200] * 5
+
+
+def _status(name: str) -> int:
+    answer = subprocess.run(
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:8082/?name={name}"],
+        capture_output=True,
+        check=False,
+    )
+    return int(answer.stdout or 0)

@@ -419,46 +419,6 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
-/*
- * BPF_PROG_TYPE_CGROUP_SOCK: a socket has been bound. In the host's namespace a NodePort is taken:
- * what listened there would never see a packet from outside.
- */
-static __always_inline int binding(struct bpf_sock *ctx, const struct inet_addr *addr, bool any)
-{
-	struct target to = { *addr, bpf_htons(ctx->src_port), service_protocol(ctx->protocol) };
-
-	if (!GUARD_NODEPORTS || bpf_get_netns_cookie(ctx) != HOST_NETNS_COOKIE || !to.port)
-		return PROCEED;
-	if (!any && !addr_is_this_node(addr) && !(NODEPORTS_ON_LOOPBACK && addr_is_loopback(addr)))
-		return PROCEED;
-	if (!service_by_node_port(&to, SCOPE_INTERNAL))
-		return PROCEED;
-#if HAVE_SET_RETVAL
-	bpf_set_retval(-EADDRINUSE);
-#endif
-	return REJECT;
-}
-
-int post_bind4(struct bpf_sock *ctx)
-{
-	const struct inet_addr addr = addr_of_v4(ctx->src_ip4);
-
-	return binding(ctx, &addr, !addr.word[3]);
-}
-
-int post_bind6(struct bpf_sock *ctx)
-{
-	struct inet_addr addr;
-	bool any;
-
-	addr.word[0] = ctx->src_ip6[0];
-	addr.word[1] = ctx->src_ip6[1];
-	addr.word[2] = ctx->src_ip6[2];
-	addr.word[3] = ctx->src_ip6[3];
-	any = !(addr.word[0] | addr.word[1] | addr.word[2] | addr.word[3]);
-	return binding(ctx, &addr, any);
-}
-
 /* BPF_PROG_TYPE_CGROUP_SOCK: the socket is closed. */
 int sock_release(struct bpf_sock *ctx)
 {

@@ -12,7 +12,7 @@ from ebpfproxy.beside import Beside
 from ebpfproxy.datapath import attach, cleanup, programs
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target, device_attachments
-from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKETS
+from ebpfproxy.datapath.hooks import GUARD, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DeviceFlags
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
@@ -79,7 +79,6 @@ class Attaching:
             features=self._features,
             host_netns_cookie=netns_cookie(),
             node_ports_on_loopback=options.node_ports_on_loopback,
-            guard_node_ports=options.guard_node_ports,
             pod_sockets=options.pod_sockets,
             masquerade_all=options.masquerade_all,
             bypass_netfilter=options.bypass_netfilter,
@@ -87,7 +86,12 @@ class Attaching:
             pods_by_cidr=options.local_pods.by_cidr,
             service_cidrs=bool(options.service_cidrs),
         )
-        modules = (SOCKETS, PACKETS, *((RAW_PACKETS,) if self._packets.needs_raw else ()))
+        modules = (
+            SOCKETS,
+            PACKETS,
+            *((GUARD,) if options.guard_node_ports else ()),
+            *((RAW_PACKETS,) if self._packets.needs_raw else ()),
+        )
         try:
             return programs.ensure_loaded(self._maps, wanted, modules)
         except OSError as error:
@@ -111,7 +115,12 @@ class Attaching:
             return
         carrier = Carrier(self._pins, self._maps)
         carrier.copy()
-        changed = attach.attach_all(self._pins, self._programs, self._options.cgroup_root)
+        changed = attach.attach_all(
+            self._pins,
+            self._programs,
+            self._options.cgroup_root,
+            guard_node_ports=self._options.guard_node_ports,
+        )
         self.attached = True
         carrier.copy()
         mode = DeviceFlags.HANDOVER if _is_handover() else DeviceFlags(0)

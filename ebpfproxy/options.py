@@ -30,7 +30,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     #: An address that cannot be bound ends the agent.
     bind_hard_fail: bool = False
     node_ports_on_loopback: bool = True
-    guard_node_ports: bool = True
+    guard_node_ports: bool = False
     pod_sockets: bool = True
     #: Checked by ``node.node_ports.parse_node_port_addresses``.
     node_port_addresses: tuple[str, ...] = ()

@@ -90,7 +90,7 @@ log = get_logger(__name__)
 )
 @click.option(
     "--nodeport-guard/--no-nodeport-guard",
-    default=True,
+    default=False,
     help="bind() to a Service's NodePort fails with EADDRINUSE for processes of the host's namespace.",
 )
 @click.option(

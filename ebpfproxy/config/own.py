@@ -76,9 +76,9 @@ class EbpfProxyConfiguration(
         bool,
         Meta(
             description="bind() to a Service's NodePort fails with EADDRINUSE for processes of the host's "
-            "namespace."
+            "namespace. false: as with kube-proxy, which holds no port; the Service has the packets."
         ),
-    ] = True
+    ] = False
     pod_sockets: Annotated[
         bool,
         Meta(

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.hooks import SOCKET_HOOKS, Hook
+from ebpfproxy.datapath.hooks import FORMER_HOOKS, GUARD_HOOKS, SOCKET_HOOKS, Hook
 
 LINKS = "links"
 
@@ -29,21 +29,34 @@ class Attachment(msgspec.Struct, frozen=True):
         return self.program_id is not None and self.cgroup_id != 0
 
 
-def attach_all(pins: Path, programs: Path, cgroup_root: Path) -> list[str]:
+def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False) -> list[str]:
     """Brings every hook's link to the program in ``programs``. Returns what changed, a phrase for each.
 
-    A hook that has a link keeps having one at every moment. Raises BpfError.
+    A hook that has a link keeps having one at every moment; links of hooks that these options, or this
+    version, do not have are taken away. Raises BpfError.
     """
+    hooks = SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ())
+    unwanted = {*FORMER_HOOKS, *(hook.name for hook in GUARD_HOOKS)} - {hook.name for hook in hooks}
     (pins / LINKS).mkdir(parents=True, exist_ok=True)
     cgroup = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return [
+        changed = [
             f"{hook.name} {what}"
-            for hook in SOCKET_HOOKS
+            for hook in hooks
             if (what := _attach(hook, pins / LINKS / hook.name, programs / hook.name, cgroup))
         ]
     finally:
         os.close(cgroup)
+    return changed + [f"{name} detached" for name in sorted(unwanted) if _detach(pins / LINKS / name)]
+
+
+def _detach(link: Path) -> bool:
+    """Whether there was one: the kernel detaches with the last of a link's holders, which the pin is."""
+    try:
+        link.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str:
@@ -88,12 +101,16 @@ def _open(path: Path) -> int | None:
 
 
 def attachments(pins: Path) -> list[Attachment]:
-    """What the kernel says of every hook: not what was once attached, but what runs."""
+    """What the kernel says of every hook: not what was once attached, but what runs.
+
+    The guard's hooks are among them only where they have been attached.
+    """
     found = []
-    for hook in SOCKET_HOOKS:
+    for hook in SOCKET_HOOKS + GUARD_HOOKS:
         link = _open(pins / LINKS / hook.name)
         if link is None:
-            found.append(Attachment(hook.name, None))
+            if hook in SOCKET_HOOKS:
+                found.append(Attachment(hook.name, None))
             continue
         try:
             info = bpf.cgroup_link_info(link)

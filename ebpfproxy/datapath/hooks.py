@@ -18,8 +18,6 @@ class Hook(NamedTuple):
 #: In the order of attachment: answers are translated before the first question is.
 SOCKET_HOOKS = (
     Hook("sock_release", 34, bpf.PROG_CGROUP_SOCK),
-    Hook("post_bind4", 12, bpf.PROG_CGROUP_SOCK),
-    Hook("post_bind6", 13, bpf.PROG_CGROUP_SOCK),
     Hook("getpeername4", 29),
     Hook("getpeername6", 30),
     Hook("recvmsg4", 19),
@@ -29,6 +27,11 @@ SOCKET_HOOKS = (
     Hook("connect4", 10),
     Hook("connect6", 11),
 )
+
+#: Attached only where the option asks for it: bind() then costs nothing elsewhere.
+GUARD_HOOKS = (Hook("bind4", 8), Hook("bind6", 9))
+#: Attached by agents of earlier versions.
+FORMER_HOOKS = ("post_bind4", "post_bind6")
 
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
@@ -49,6 +52,7 @@ class Module(NamedTuple):
 
 
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
+GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

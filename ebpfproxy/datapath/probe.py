@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.hooks import SOCKET_HOOKS, TCX_INGRESS
+from ebpfproxy.datapath.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 
 OLDEST_KERNEL = "5.15"
 
@@ -63,7 +63,7 @@ def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int
 
 def _attach_types_load() -> bool:
     try:
-        for hook in SOCKET_HOOKS:
+        for hook in SOCKET_HOOKS + GUARD_HOOKS:
             os.close(bpf.try_load(hook.program_type, hook.attach_type, _PROCEED))
     except bpf.BpfError:
         return False

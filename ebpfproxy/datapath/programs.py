@@ -36,8 +36,6 @@ class Options(msgspec.Struct, frozen=True):
     features: Features
     host_netns_cookie: int
     node_ports_on_loopback: bool = True
-    #: bind() to a NodePort of a Service fails in the host's namespace.
-    guard_node_ports: bool = True
     #: Sockets of pods are served, not only those of the host's namespace.
     pod_sockets: bool = True
     masquerade_all: bool = False
@@ -55,7 +53,6 @@ class Options(msgspec.Struct, frozen=True):
             f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
             f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
-            f"-DGUARD_NODEPORTS={int(self.guard_node_ports)}",
             f"-DPOD_SOCKETS={int(self.pod_sockets)}",
             f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
             f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",

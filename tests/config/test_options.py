@@ -82,7 +82,7 @@ def test_every_setting_of_ours_reaches_the_agent() -> None:
             {
                 "bpfRoot": "/b",
                 "manifests": "/m",
-                "nodePortGuard": False,
+                "nodePortGuard": True,
                 "podSockets": False,
                 "externalIPs": False,
                 "devices": ["eth*"],
@@ -101,7 +101,7 @@ def test_every_setting_of_ours_reaches_the_agent() -> None:
         )
     )
     assert (found.bpf_root, found.manifests) == (Path("/b"), Path("/m"))
-    assert not found.guard_node_ports
+    assert found.guard_node_ports
     assert not found.pod_sockets
     assert not found.external_ips
     assert found.devices == ("eth*",)

@@ -26,7 +26,7 @@ FIELDS: dict[str, Any] = {
     "master": "https://192.0.2.1:6443",
     "detectLocalMode": "Devices",
     "localhostNodePorts": False,
-    "nodePortGuard": False,
+    "nodePortGuard": True,
     "podSockets": False,
     "externalIPs": False,
     "devices": ["eth*", "bond0"],

@@ -13,7 +13,7 @@ import pytest
 
 from ebpfproxy.datapath import bpf, maps, probe, programs
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
+from ebpfproxy.datapath.hooks import GUARD, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 from ebpfproxy.datapath.schema import Capacity
 
@@ -34,7 +34,7 @@ def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:
 
 
 CHOICES: list[dict[str, Any]] = [
-    {"features": probe.Features(set_retval=False), "guard_node_ports": False},
+    {"features": probe.Features(set_retval=False)},
     {"node_ports_on_loopback": False, "bypass_netfilter": True, "pod_sockets": False},
     {"masquerade_all": True, "pods_by_cidr": True, "service_cidrs": True},
     {"masquerade_all": True, "bypass_netfilter": True, "pods_by_cidr": True, "service_cidrs": True},
@@ -47,7 +47,7 @@ def test_every_option_compiles_without_a_warning_and_loads(pins: Path, chosen: d
     """The loader compiles with -Wall -Wextra -Werror; for devices without a link layer, too."""
     options = msgspec.structs.replace(OPTIONS, **chosen)
     opened = maps.open_or_create(pins, Capacity())
-    assert programs.ensure_loaded(opened, options, (SOCKETS, PACKETS, RAW_PACKETS)).is_dir()
+    assert programs.ensure_loaded(opened, options, (SOCKETS, GUARD, PACKETS, RAW_PACKETS)).is_dir()
 
 
 def test_the_verifiers_own_words_with_program_and_kernel() -> None:

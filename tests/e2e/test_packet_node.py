@@ -115,15 +115,6 @@ def _bind(address: str, port: int, kind: int) -> str:
     return "bound"
 
 
-def test_a_host_process_cannot_bind_a_node_port(outer: Outer) -> None:
-    for address in ("0.0.0.0", "::", outer.a.address, "127.0.0.1"):
-        assert outer.a.call(_bind, address, NODE_PORT, socket.SOCK_STREAM) == "EADDRINUSE"
-    assert outer.a.call(_bind, "0.0.0.0", 30053, socket.SOCK_DGRAM) == "EADDRINUSE"
-    assert outer.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_DGRAM) == "bound", "another protocol"
-    assert outer.a.call(_bind, "0.0.0.0", NODE_PORT + 1, socket.SOCK_STREAM) == "bound"
-    assert outer.client.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound", "a pod's own port"
-
-
 def _http(host: str, port: int) -> tuple[int, dict[str, Any]]:
     with socket.create_connection((host, port), 2) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -342,9 +333,7 @@ def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
 
 def test_options_that_close_doors() -> None:
     with Lab() as lab:
-        outer, _ = _with(
-            "--no-external-ips", "--nodeport-addresses", "172.18.0.99/32", "--no-nodeport-guard"
-        )(lab)
+        outer, _ = _with("--no-external-ips", "--nodeport-addresses", "172.18.0.99/32")(lab)
         outer.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
         until(
             lambda: outer.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",

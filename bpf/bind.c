@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The guard of NodePorts (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): bind() to one fails in the host's
+ * namespace. These hooks see the port that was asked for: 0, by which the kernel chooses, is left
+ * alone, for a choice that is refused is not made again. They are attached only where the option
+ * asks for them.
+ */
+#include "lib/compat.h"
+#include "lib/addr.h"
+#include "lib/maps.h"
+#include "lib/service.h"
+
+/* What a cgroup program answers the kernel. */
+#define REJECT	0
+#define PROCEED 1
+
+static __always_inline bool is_any(const struct inet_addr *addr)
+{
+	return !(addr->word[0] | addr->word[1] | addr->word[3]) &&
+	       (!addr->word[2] || addr->word[2] == V4_MAPPED);
+}
+
+/* The IPv6 address :: is IPv4's any, too, where the socket is not IPV6_V6ONLY: a hook cannot know.
+ */
+static __always_inline bool is_node_port(const struct target *to, bool any)
+{
+	const struct target v4 = { addr_of_v4(0), to->port, to->proto };
+
+	return service_by_node_port(to, SCOPE_INTERNAL) ||
+	       (any && service_by_node_port(&v4, SCOPE_INTERNAL));
+}
+
+static __always_inline int binding(struct bpf_sock_addr *ctx, const struct inet_addr *addr)
+{
+	const bool any = is_any(addr);
+	struct target to = { *addr, ctx->user_port, service_protocol(ctx->protocol) };
+
+	if (!to.port || bpf_get_netns_cookie(ctx) != HOST_NETNS_COOKIE)
+		return PROCEED;
+	if (!any && !addr_is_this_node(addr) && !(NODEPORTS_ON_LOOPBACK && addr_is_loopback(addr)))
+		return PROCEED;
+	if (!is_node_port(&to, any))
+		return PROCEED;
+#if HAVE_SET_RETVAL
+	bpf_set_retval(-EADDRINUSE);
+#endif
+	return REJECT;
+}
+
+int bind4(struct bpf_sock_addr *ctx)
+{
+	const struct inet_addr addr = addr_of_v4(ctx->user_ip4);
+
+	return binding(ctx, &addr);
+}
+
+int bind6(struct bpf_sock_addr *ctx)
+{
+	struct inet_addr addr;
+
+	addr.word[0] = ctx->user_ip6[0];
+	addr.word[1] = ctx->user_ip6[1];
+	addr.word[2] = ctx->user_ip6[2];
+	addr.word[3] = ctx->user_ip6[3];
+	return binding(ctx, &addr);
+}

@@ -299,6 +299,44 @@ static __always_inline bool is_left_to_others(const struct packet *p)
 	       (p->flow.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN);
 }
 
+/*
+ * Whether a packet can be the first of a flow. What is not, and of no known flow, may be the answer
+ * to a connection of this node's own; netfilter's conntrack has the same rule for SCTP.
+ */
+static __always_inline bool can_open(struct __sk_buff *skb, const struct packet *p)
+{
+	u8 chunk;
+
+	if (p->flow.proto == IPPROTO_TCP)
+		return (p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+	if (p->flow.proto == IPPROTO_SCTP)
+		return !p->is_later_fragment &&
+		       !bpf_skb_load_bytes(skb, p->l4 + SCTP_CHUNK, &chunk, sizeof(chunk)) &&
+		       chunk == SCTP_INIT;
+	return true;
+}
+
+/*
+ * A packet to a frontend that opens no flow and is of none. On an address of this node it is the
+ * host's, whose socket may have it; elsewhere it must not be routed on.
+ */
+static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p,
+				   const struct service *svc)
+{
+	struct bpf_fib_lookup fib;
+	enum way way;
+
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
+		return drop(EVENT_SOURCE_RANGE);
+	if (!is_cluster_ip(&p->flow.dst)) {
+		way = way_to(skb, &p->flow.src, &p->flow.dst, 0, &fib);
+		/* Without a device nothing is routed on. */
+		if (way == WAY_LOCAL || (way == WAY_OUT && !fib.ifindex))
+			return PASS;
+	}
+	return reject(skb, p, EVENT_NO_FLOW);
+}
+
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 {
@@ -333,6 +371,8 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	svc = &s->service;
 	if (is_martian(&p->flow.src))
 		return pass(EVENT_MARTIAN);
+	if (!can_open(skb, p))
+		return no_flow(skb, p, svc);
 	backend = backend_for(skb, p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
@@ -476,6 +516,8 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p,
 	const bool forwards = nat->flags & NAT_BYPASS;
 
 	conntrack_track(&p->flow, nat, p->tcp_flags);
+	if (nat->flags & NAT_OWN)
+		return PASS;
 	if (forwards && p->hops <= 1)
 		return drop(EVENT_HOPS);
 	if (rewrite(skb, p, nat, forwards))
@@ -530,7 +572,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
 
-	if (!nat)
+	if (!nat || nat->flags & NAT_OWN)
 		return PASS;
 	return rewrite_error(skb, p, nat) ? drop(EVENT_REWRITE) : PASS;
 }
@@ -575,10 +617,34 @@ static __always_inline int arrive(struct __sk_buff *skb)
 	return begin(skb, p);
 }
 
+/*
+ * A packet past netfilter from an address and port that is a frontend's, and of no flow of ours: a
+ * socket of this host has the port, or netfilter's own NAT took it for a pod. While kube-proxy's
+ * connections live on behind us it may be the answer of one of those: that begins anew with us.
+ */
+static __always_inline int note_own(const struct packet *p)
+{
+	const struct target from = { p->flow.src, p->flow.sport, service_protocol(p->flow.proto) };
+	struct scratch *s = scratch();
+	struct service *svc;
+	struct device *node;
+	u32 any = 0;
+
+	if (!s || !port_of_interest(from.port))
+		return PASS;
+	svc = find_service(&from, SCOPE_EXTERNAL);
+	if (!svc || svc->flags & SERVICE_OWN)
+		return PASS;
+	node = map_lookup(devices, &any);
+	if (!node || !(node->flags & (NODE_HANDOVER | NODE_WAITS)))
+		conntrack_note_own(s, &p->flow);
+	return PASS;
+}
+
 static __always_inline int leave(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
-	bool is_known, is_mine;
+	bool is_known, is_mine, may_be_own;
 	enum shape shape;
 	int verdict;
 
@@ -588,7 +654,10 @@ static __always_inline int leave(struct __sk_buff *skb)
 	/* Only this host's own packets can still have a frontend's address here. */
 	is_mine = !skb->ingress_ifindex && (address_of_interest(&p->flow.dst) ||
 					    (HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)));
-	if (!is_known && !is_mine && p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+	/* What TCP answers can be told by its flags. */
+	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
+	if (!is_known && !is_mine && !may_be_own &&
+	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return PASS;
 	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
@@ -597,7 +666,9 @@ static __always_inline int leave(struct __sk_buff *skb)
 		return is_mine ? unusual(skb, p, shape) : PASS;
 	if (is_known && !is_new(skb, p, &verdict))
 		return verdict;
-	return is_mine ? begin_on_host(skb, p) : PASS;
+	if (is_mine)
+		return begin_on_host(skb, p);
+	return may_be_own ? note_own(p) : PASS;
 }
 
 int from_device(struct __sk_buff *skb)

@@ -25,6 +25,11 @@
  *
  *	bypass         c -> f  at ingress   n -> b
  *	  its reply    b -> n  at ingress   f -> c
+ *
+ * What this node itself sends from an address and port that is a frontend's has one entry, which
+ * translates nothing: the answers are the node's, not a client's.
+ *
+ *	own            b -> n  at ingress   as it is
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
@@ -212,6 +217,43 @@ static __always_inline void conntrack_track(const struct flow *flow, struct nat 
 		if (closes && !(nat->flags & NAT_SOURCE))
 			load_end_flow(nat->backend_id);
 	}
+}
+
+/* An id that no Service and no backend has. */
+#define NOBODY 0xffffffffU
+
+/*
+ * Notes a flow of this node itself by a packet that leaves: its answers come to an address and port
+ * that a Service has, and are no client's. A flow of the Service with these ends stays what it is.
+ */
+static __always_inline void conntrack_note_own(struct scratch *s, const struct flow *flow)
+{
+	const u64 now = bpf_ktime_get_coarse_ns();
+	struct nat *known;
+
+	s->key.src = flow->dst;
+	s->key.dst = flow->src;
+	s->key.sport = flow->dport;
+	s->key.dport = flow->sport;
+	s->key.proto = flow->proto;
+	s->key.stage = STAGE_INGRESS;
+	s->key.pad = 0;
+	known = conntrack_lookup(&s->key);
+	if (known) {
+		if (known->flags & NAT_OWN && now - known->last > NSEC_PER_SEC)
+			known->last = now;
+		return;
+	}
+	s->nat.src = s->key.src;
+	s->nat.dst = s->key.dst;
+	s->nat.sport = s->key.sport;
+	s->nat.dport = s->key.dport;
+	s->nat.service_id = s->nat.backend_id = NOBODY;
+	s->nat.flags = NAT_OWN | NAT_REPLY;
+	s->nat.seen = 0;
+	s->nat.epoch = 0;
+	s->nat.last = s->nat.created = now;
+	conntrack_insert(s, false);
 }
 
 #endif

@@ -257,6 +257,7 @@ struct flow {
 #define NAT_SOURCE (1 << 1) /* translates the client (masquerade), not the Service */
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
 #define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
+#define NAT_OWN	   (1 << 4) /* the answers to this node's own flow: nothing is translated */
 
 /* nat.seen, of UDP and SCTP the first. What ends a connection both entries of a pair have. */
 #define SEEN_REPLY     (1 << 0)
@@ -369,6 +370,7 @@ enum event {
 	EVENT_FLOWS_MADE,      /* conntrack entries inserted */
 	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
 	EVENT_SOCKETS_FULL, /* passed: no room for an unconnected socket, packets are translated */
+	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
 	EVENTS,
 };
 

@@ -49,6 +49,9 @@ class Carrier:
         new, entries = self._new, {}
         for key, value in _missing(old, new, "conntrack"):
             ids = flow_layout.nat_ids(value)
+            if flow_layout.is_own(value):
+                entries[key] = value
+                continue
             service, backend = services.get(ids[0]), backends.get(ids[1])
             if service is not None and backend is not None:
                 epoch = new.shared("epochs").words()[service]

@@ -27,6 +27,8 @@ class NatFlags(enum.IntFlag):
     SOURCE = 1 << 1
     HOST = 1 << 2
     BYPASS = 1 << 3
+    #: The answers to this node's own flow: nothing is translated, and there is no other half.
+    OWN = 1 << 4
 
 
 class Seen(enum.IntFlag):
@@ -131,7 +133,7 @@ def unpack_nat(packed: bytes) -> Nat:
     )
 
 
-_NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
+_NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_EPOCH_AT = 36, 44, 46
 ORIGIN_IDS_AT = 36
 
 
@@ -139,6 +141,11 @@ def nat_ids(packed: bytes) -> tuple[int, int]:
     """Service id and backend id of a packed conntrack value."""
     service_id, backend_id = PAIR.unpack_from(packed, _NAT_IDS_AT)
     return service_id, backend_id
+
+
+def is_own(packed: bytes) -> bool:
+    """Whether a packed conntrack value is of a flow of this node itself: it has no Service."""
+    return bool(packed[_NAT_FLAGS_AT] & NatFlags.OWN)
 
 
 def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:

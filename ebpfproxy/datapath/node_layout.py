@@ -41,13 +41,16 @@ class PacketEvent(enum.IntEnum):
     FLOWS_MADE = 14
     FLOWS_ENDED = 15
     SOCKETS_FULL = 16
+    NO_FLOW = 17
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")
 
 
 #: What each reason means for the packet.
-REJECTED = frozenset({PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE})
+REJECTED = frozenset(
+    {PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE, PacketEvent.NO_FLOW}
+)
 PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED, PacketEvent.SOCKETS_FULL})
 DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - {PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED}
 DEVICE = struct.Struct("=16s16sII")

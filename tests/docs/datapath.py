@@ -56,6 +56,7 @@ _HOLDS = {
 _REASONS = {
     "no-endpoint": "the Service has no endpoint",
     "no-such-port": "a cluster IP that has no such port",
+    "no-flow": "a TCP segment or SCTP chunk to a Service that opens nothing, and of no known connection",
     "backend-gone": "the flow's backend is gone",
     "no-local-endpoint": "policy Local, and no endpoint on this node",
     "source-range": "the client is in none of `loadBalancerSourceRanges`",

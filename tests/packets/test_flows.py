@@ -37,7 +37,8 @@ def segment(protocol: str, sport: int, dport: int, flags: str = "S", payload: by
         return TCP(sport=sport, dport=dport, flags=flags, seq=1000, ack=2000) / Raw(payload)
     if protocol == "UDP":
         return UDP(sport=sport, dport=dport) / Raw(payload)
-    return SCTP(sport=sport, dport=dport, tag=7) / SCTPChunkData(tsn=1, data=payload)
+    opening = SCTPChunkInit(init_tag=7) if flags == "S" else b""
+    return SCTP(sport=sport, dport=dport, tag=7) / opening / SCTPChunkData(tsn=1, data=payload)
 
 
 def ends(packet: Packet) -> tuple[str, int, str, int]:
@@ -374,7 +375,7 @@ def test_sctp_without_a_checksum_is_left_for_the_device_to_fill_in(wire: Wire, s
 @pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 1000, 1399])
 def test_sctp_checksums_of_any_length(wire: Wire, side: Side, port: int, size: int) -> None:
     chunk = SCTPChunkData(tsn=1, data=bytes(range(256)) * 5 + b"x" * size)
-    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868) / chunk
+    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868) / SCTPChunkInit() / chunk
     result = wire.arrive(packet)
     assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
     assert with_right_checksums(result.packet) == result.bytes

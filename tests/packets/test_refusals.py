@@ -176,3 +176,59 @@ def test_a_node_port_on_an_address_that_is_not_an_uplinks_is_the_hosts(
     before = raw(packet)
     result = wire.arrive(packet, "p2")
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
+
+
+@pytest.mark.parametrize("flags", ["A", "SA", "PA", "FA", "R", "RA", "SR"])
+def test_a_segment_that_opens_nothing_is_the_nodes_own_on_its_address(
+    wire: Wire, side: Side, port: int, flags: str
+) -> None:
+    """It may answer a connection of the node itself, from the number that a Service has as NodePort."""
+    for packet in (
+        side.ip(side.stranger, side.node) / segment("TCP", port, 30080, flags),
+        side.ip(side.stranger, side.node) / segment("TCP", port, 30500, flags),
+    ):
+        before = raw(packet)
+        result = wire.arrive(packet)
+        assert (result.verdict, result.bytes[14:]) == (PASS, before)
+
+
+@pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
+def test_a_segment_of_no_connection_to_a_service_is_reset(
+    wire: Wire, side: Side, port: int, frontend: str
+) -> None:
+    """It must not be routed on; the reset is as a backend's would be, and answers no reset."""
+    address = getattr(side, frontend)
+    for flags in ("A", "SA", "PA", "FA"):
+        result = wire.arrive(side.ip(side.client, address) / segment("TCP", port, 80, flags))
+        tcp = answered(wire, result, side, address, side.client)[TCP]
+        assert (str(tcp.flags), tcp.seq) == ("R", 2000)
+    assert wire.arrive(side.ip(side.client, address) / segment("TCP", port, 80, "R")).verdict == DROP
+
+
+def test_sctp_begins_with_an_init(wire: Wire, side: Side, port: int) -> None:
+    """As in netfilter's conntrack: a chunk of no association opens none."""
+    data = segment("SCTP", port, 30868, "A")
+    before = raw(side.ip(side.client, side.node) / data)
+    result = wire.arrive(side.ip(side.client, side.node) / data)
+    assert (result.verdict, result.bytes[14:]) == (PASS, before)
+    stray = wire.arrive(side.ip(side.client, side.web) / segment("SCTP", port, 3868, "A"))
+    answered(wire, stray, side, side.web, side.client)
+
+
+@pytest.mark.parametrize("protocol", ["UDP", "SCTP"])
+def test_answers_to_the_nodes_own_flow_are_not_translated(
+    wire: Wire, side: Side, port: int, protocol: str
+) -> None:
+    """Seen leaving from a frontend's address and port, the flow is the node's; other ends are not."""
+    node_port = PORTS[protocol][1]
+    out = side.ip(side.node, side.stranger) / segment(protocol, node_port, port)
+    before = raw(out)
+    for came_by in ("", "p1"):
+        result = wire.leave(out, came_by=came_by)
+        assert (result.verdict, result.bytes[14:]) == (PASS, before)
+    answer = side.ip(side.stranger, side.node) / segment(protocol, port, node_port)
+    before = raw(answer)
+    result = wire.arrive(answer)
+    assert (result.verdict, result.bytes[14:]) == (PASS, before)
+    client = wire.arrive(side.ip(side.client, side.node) / segment(protocol, port, node_port))
+    assert ends(client.packet)[2:] == (side.remote_pod, PORTS[protocol][2])

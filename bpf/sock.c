@@ -170,7 +170,7 @@ static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 	return peer_by_backend(cookie, &backend->addr, backend->port) != NULL;
 }
 
-#define OTHER_TRIES 4
+#define OTHER_TRIES 2
 
 /* Another backend than those that the socket has for other frontends, if it is soon found. */
 static __always_inline bool choose_other(u64 cookie, const struct service *svc, u32 *backend_id,
@@ -254,8 +254,9 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 		count_service(svc->id, verdict);
 		return reject(verdict);
 	}
+	/* A free place is found by neither address. */
 	if (peer)
-		peer->frontend_port = 0;
+		peer->frontend_port = peer->backend_port = 0;
 	if (is_shared(cookie, *backend)) {
 		struct backend *only = *backend;
 

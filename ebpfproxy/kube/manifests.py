@@ -7,6 +7,7 @@ receiver compares with what it knows.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ _LISTS = {f"{kind}List": (version, kind) for version, kind in _KINDS}
 
 
 _DEEPEST = 100
+#: A block is nested that deep only where a line is indented as far, by spaces or by the indicators of others.
+_FAR_INDENTED = re.compile(rf"^[ ?:-]{{{_DEEPEST}}}", re.MULTILINE)
 
 
 class ManifestError(Exception):
@@ -256,14 +259,22 @@ def parse(text: str) -> Iterator[Object]:
 
 
 def _check_depth(text: str) -> None:
-    """PyYAML's C loader ends the process where nesting is deep; its events do not. Raises ManifestError."""
-    if max(map(text.count, ("[", "{", "- -"))) < _DEEPEST:
+    """PyYAML's C loader ends the process where nesting is deep; its events do not. Raises ManifestError.
+
+    Since 6.0.4 libyaml refuses what is nested a thousand deep, often before the events of the first hundred.
+    """
+    if max(map(text.count, "[{")) < _DEEPEST and not _FAR_INDENTED.search(text):
         return
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise ManifestError(f"nested more than {_DEEPEST} deep")
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ManifestError(f"nested more than {_DEEPEST} deep")
+    except yaml.MarkedYAMLError as error:
+        if "nest" not in (error.problem or ""):
+            raise
+        raise ManifestError(f"nested more than {_DEEPEST} deep") from error
 
 
 def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:

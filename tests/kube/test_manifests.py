@@ -124,7 +124,19 @@ def test_a_mistake_names_document_object_and_field(text: str, said: str) -> None
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 100_000, "- " * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{a: " * 100_000,
+        "- " * 100_000,
+        "? " * 100_000,
+        "- ? " * 100_000,
+        "".join(" " * n + "a:\n" for n in range(2000)),
+        "[" * 200 + "]" * 200,
+    ],
+    ids=["[", "{", "-", "?", "- ?", "a:", "[ 200"],
+)
 def test_deep_nesting_is_an_error_and_not_the_end_of_the_process(text: str) -> None:
     with pytest.raises(ManifestError, match="nested more than 100 deep"):
         list(parse(text))

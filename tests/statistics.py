@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-#: A test that fails once in a million runs of what is right.
-UNLIKELY = 1e-6
+#: A test that fails once in a hundred million runs of what is right.
+UNLIKELY = 1e-8
 
 
 def chance(counts: Mapping[str, int], shares: Mapping[str, float]) -> float:

@@ -86,11 +86,11 @@ class Kubelet:
         with log.open("wb") as out:
             process = subprocess.Popen(container.command, stdout=out, stderr=out)
         try:
-            until(lambda: ready in log.read_text() or process.poll() is not None, 30)
+            until(lambda: ready in log.read_text() or process.poll() is not None, 120)
             assert process.poll() is None, log.read_text()
             yield log
             container.signal("TERM")
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             container.remove()
             process.wait(10)
@@ -139,9 +139,11 @@ def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> N
     agent = loaded.container("ebpfproxy")
     with loaded.running(agent) as log:
         assert pins(loaded) == compiled, "the init container's programs are used"
-        assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}
-        assert set(world.client.call(clients.spread_udp, IP, 53, 20)) == {"w1", "w2"}
-        assert set(world.lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+        assert set(world.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
+        assert set(
+            world.lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, clients.ENOUGH)
+        ) == {"w1", "w2"}
 
         later = world.a.pod(f"later{len(world.a.pods)}")
         holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in (world.client, later)]
@@ -228,7 +230,7 @@ def test_without_sys_admin_all_works_but_other_namespaces_sockets_stay(loaded: K
     world = loaded.world
     held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}
     with loaded.running(loaded.container("ebpfproxy", capabilities=held, seccomp=False)) as log:
-        assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}
+        assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
         holder = Holder(world.client, [("udp", "udp", IP, 53, 20)], 1.0)
         holder.wait()
         holder.watch()

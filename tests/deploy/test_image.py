@@ -160,7 +160,7 @@ def test_the_daemon_sets_containers_run_from_it(built: image.Image, tmp_path: Pa
         assert done.returncode == 0, done.stdout + done.stderr
         agent = kubelet.container("ebpfproxy")
         with kubelet.running(agent):
-            answers = world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 20)
+            answers = world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)
             assert set(answers) == {"w1", "w2"}
             assert json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))["agent_running"]
         world.a.cli("cleanup")

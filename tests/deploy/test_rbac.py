@@ -85,9 +85,9 @@ def test_the_service_account_can_do_all_that_the_agent_asks_for(cluster: Cluster
         agent = cluster.kubelet.container("ebpfproxy", api=port, account=account, manifests=False)
         with cluster.kubelet.running(agent):
             assert cluster.world.client.call(clients.ask_tcp, SERVICE, PORT)["name"] == "w1"
-            until(lambda: watches(agent) == {"connected"}, 15)
+            until(lambda: watches(agent) == {"connected"}, 60)
             assert watches(agent) == {"connected"}
-            until(lambda: sum(each.verb == "create" for each in cluster.asked(account)) == 2, 20)
+            until(lambda: sum(each.verb == "create" for each in cluster.asked(account)) == 2, 60)
         asked = cluster.asked(account)
     assert all(each.granted for each in asked)
     events = [each for each in asked if each.resource == "events"]

@@ -88,7 +88,7 @@ class Manager:
             )
         self._pid = process.pid
         try:
-            until((self.folder / "runtime/systemd/private").exists, 10)
+            until((self.folder / "runtime/systemd/private").exists, 60)
             yield
         finally:
             process.terminate()
@@ -195,9 +195,11 @@ def test_the_agent_works_in_its_sandbox() -> None:
         )
         with manager.running():
             manager.call("start", UNIT.name)
-            until(lambda: "programs are attached" in manager.log, 20)
-            assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"}, manager.log
-            outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+            until(lambda: "programs are attached" in manager.log, 120)
+            assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}, (
+                manager.log
+            )
+            outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, clients.ENOUGH)
             assert set(outside) == {"w1", "w2"}
             # A pod that came after the unit's mount namespace was made is reached as well.
             pods = (world.client, world.a.pod("late"))

@@ -44,13 +44,13 @@ def main(host: str, port: int) -> None:
     """New connections, and a long one that is asked all the time; until standard input ends."""
     count, errors = 0, []
     slowest = 0.0
-    long = socket.create_connection((host, port), 3)
+    long = socket.create_connection((host, port), 20)
     long.recv(4096)
     print("ready", flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
         began = time.monotonic()
         try:
-            clients.ask_tcp(host, port)
+            clients.ask_tcp(host, port, 20)
             long.sendall(b"still there?")
             if not long.recv(100):
                 raise OSError("the long connection ended")

@@ -24,7 +24,7 @@ def hold(host: str, port: int, count: int) -> list[socket.socket]:
             sock.setblocking(False)
             sock.connect_ex((host, port))
             selector.register(sock, selectors.EVENT_READ, sock)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while waiting and time.monotonic() < deadline:
             for key, _ in selector.select(1):
                 try:
@@ -42,7 +42,7 @@ def ask(alive: list[socket.socket]) -> int:
         sock.sendall(b"?")
     answered = 0
     for sock in alive:
-        sock.settimeout(5)
+        sock.settimeout(30)
         answered += sock.recv(10) == b"?"
     return answered
 

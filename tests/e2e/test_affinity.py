@@ -28,6 +28,7 @@ LOCAL = "10.244.1.77"
 SERVICES = {
     "sticky": ("10.96.6.1", "203.0.113.1", 3600),
     "short": ("10.96.6.2", "203.0.113.2", 2),
+    "minute": ("10.96.6.5", "203.0.113.5", 60),
     "loose": ("10.96.6.3", "203.0.113.3", 0),
     "sticky-rr": ("10.96.6.4", "203.0.113.4", 3600),
 }
@@ -154,7 +155,7 @@ def test_a_pod_is_one_client_in_both_ways(world: World) -> None:
     world.pods.append(newcomer)
     world.wire.close()
     world.wire = Wire(world.node)
-    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)}, seconds=20)
+    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)})
     for pod in range(4):
         assert world.socket("sticky-rr", pod, 3) == {world.packet_of_pod("sticky-rr", pod)}
     assert len({row["client"] for row in world.affinity("--service", "shop/sticky-rr")}) == 4
@@ -177,7 +178,7 @@ def test_without_affinity_it_does_not(world: World) -> None:
 
 
 def test_every_service_port_has_an_affinity_of_its_own(world: World) -> None:
-    """As in kube-proxy: with ten backends both ports of three pods agree once in a thousand runs."""
+    """As in kube-proxy."""
     dns = [world.socket("sticky", pod, 3) for pod in range(3)]
     other = [world.socket("sticky", pod, 3, port=54) for pod in range(3)]
     assert all(len(found) == 1 for found in dns + other)
@@ -186,10 +187,26 @@ def test_every_service_port_has_an_affinity_of_its_own(world: World) -> None:
 
 def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> None:
     """Two seconds, in real time: used every second it lasts; unused it is over."""
-    first = {client: world.packet("short", client) for client in (f"198.51.100.{i}" for i in range(30))}
-    for _ in range(3):
-        time.sleep(1)
-        assert {client: world.packet("short", client) for client in first} == first
+    names = [f"198.51.100.{i}" for i in range(30)]
+
+    def lasts_three_seconds() -> bool:
+        """Not where the machine was too busy to use every one within two seconds."""
+        first, used = {client: world.packet("short", client) for client in names}, began
+        for _ in range(3):
+            time.sleep(1)
+            before, found = time.monotonic(), {client: world.packet("short", client) for client in names}
+            if time.monotonic() - used >= 2:
+                return False
+            assert found == first
+            used = before
+        return True
+
+    began = time.monotonic()
+    deadline = began + 100
+    while not lasts_three_seconds():
+        began = time.monotonic()
+        assert began < deadline, "this machine is too busy"
+    first = {client: world.packet("short", client) for client in names}
     time.sleep(2.2)
     assert not world.affinity("--service", "shop/short")
     again = {client: world.packet("short", client) for client in first}
@@ -198,9 +215,8 @@ def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> N
 
 def test_a_backend_that_goes_is_replaced_at_once(world: World) -> None:
     before = {client: world.packet("sticky", client) for client in (f"198.51.100.{i}" for i in range(50))}
-    gone = BACKENDS[0]
-    assert {gone} in before.values()
-    world.set_backends(BACKENDS[1:])
+    (gone,) = before["198.51.100.0"]
+    world.set_backends([backend for backend in BACKENDS if backend != gone])
     after = {client: world.packet("sticky", client, 2) for client in before}
     for client, backend in before.items():
         assert len(after[client]) == 1
@@ -221,15 +237,18 @@ def test_it_outlives_the_agent_and_a_change_of_other_backends(world: World) -> N
 
 
 def test_it_lasts_as_long_as_the_service_says(world: World) -> None:
-    """An hour without an hour: the time of the last choice is put back in the map."""
+    """A minute without a minute: the time of the last choice is put back in the map.
+
+    It cannot be put back to before the machine was started.
+    """
     clients = [f"198.51.100.{i}" for i in range(40)]
-    before = {client: world.packet("sticky", client) for client in clients}
-    world.put_back(3599)
-    assert {client: world.packet("sticky", client) for client in clients} == before
-    world.put_back(3599)
-    assert {client: world.packet("sticky", client) for client in clients} == before, "use makes it last"
-    world.put_back(3601)
-    assert {client: world.packet("sticky", client) for client in clients} != before
+    before = {client: world.packet("minute", client) for client in clients}
+    world.put_back(40)
+    assert {client: world.packet("minute", client) for client in clients} == before
+    world.put_back(40)
+    assert {client: world.packet("minute", client) for client in clients} == before, "use makes it last"
+    world.put_back(61)
+    assert {client: world.packet("minute", client) for client in clients} != before
 
 
 def test_a_table_of_another_size_has_it_and_a_full_one_only_forgets(world: World) -> None:
@@ -252,7 +271,7 @@ def test_affinity_list_and_flush(world: World) -> None:
     (pod,) = (row for row in rows.values() if row["client"].startswith("netns:"))
     assert pod["name"] == world.pods[1].netns
     assert (pod["service"], pod["port_name"], pod["backend"]) == ("shop/sticky", "dns", f"{backend}:8053")
-    assert 3590 < rows["198.51.100.99"]["expires"] <= 3600
+    assert 3500 < rows["198.51.100.99"]["expires"] <= 3600
     assert "flushed 1 clients" in world.node.cli("affinity", "flush", "--client", pod["name"])
     assert [row["client"] for row in world.affinity()] == ["198.51.100.99"]
     assert world.node.cli("affinity", "flush", check=False) == ""

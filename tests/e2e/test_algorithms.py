@@ -1,7 +1,7 @@
 """Every algorithm, at the socket and in packets, on the node's own maps and programs.
 
 Backends need not exist: a connect() of a UDP socket, or one packet through the program, shows the choice.
-Tests of chance fail once in a million runs of right code (``tests.statistics.UNLIKELY``).
+Tests of chance fail once in a hundred million runs of right code (``tests.statistics.UNLIKELY``).
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_while_the_api_server_is_away_the_node_serves_what_it_knows(cluster: Clu
 
     # It comes back with other versions: what is the same is not written again.
     cluster.api = cluster.start_api(port)
-    cluster.agent.wait_log("watch is connected", times=6, timeout=40)
+    cluster.agent.wait_log("watch is connected", times=6)
     until(lambda: cluster.watches() == {"connected"}, "status does not say that it works")
     assert cluster.client.call(clients.spread_tcp, IP, PORT, 20) == {"web": 20}
     assert cluster.status()["services"] == 21
@@ -110,7 +110,7 @@ def test_a_restart_while_the_api_server_is_away_changes_nothing(cluster: Cluster
     assert cluster.client.call(clients.spread_tcp, IP, PORT, 20) == {"web": 20}
     assert again.http("/healthz")[0] == 503, "nothing is known yet"
     cluster.api = cluster.start_api(port)
-    again.wait_ready(40)
+    again.wait_ready()
     assert "changed=nothing" in again.text
     assert again.http("/healthz")[0] == 200
     again.stop()

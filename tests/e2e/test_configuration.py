@@ -72,7 +72,7 @@ def test_the_agent_uses_its_file_and_flags_win_and_a_change_ends_it(world: World
     assert all(set(chosen[n : n + 5]) == set(BACKENDS) for n in range(45)), "round robin, by ipvs.scheduler"
     world.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
     assert agent.process is not None
-    assert agent.process.wait(10) == 0
+    assert agent.process.wait(120) == 0
     assert "the configuration has changed" in agent.text
     again = world.node.agent("--config", str(world.config)).start()
     assert len(set(world.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, "source hash"
@@ -83,7 +83,7 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once(world: World) -> N
     world.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
     agent = world.node.agent("--config", str(world.config)).start(wait=False)
     assert agent.process is not None
-    assert agent.process.wait(10) == 1
+    assert agent.process.wait(120) == 1
     assert "conntrack.maxPerCore" in agent.text
     assert "nodePortAddreses" in agent.text
 
@@ -93,12 +93,12 @@ def test_an_address_that_is_taken_ends_the_agent_where_that_is_asked_for(world: 
     other = world.node.agent("--bind-address-hard-fail", manifests=world.folder)
     other.start(wait=False)
     assert other.process is not None
-    assert other.process.wait(20) == 1
+    assert other.process.wait(120) == 1
     first.stop()
     blocker = world.node.popen(["socat", "TCP-LISTEN:10256,fork", "/dev/null"], join_cgroup=False)
     other = world.node.agent("--bind-address-hard-fail", manifests=world.folder).start(wait=False)
     assert other.process is not None
-    assert other.process.wait(20) == 1
+    assert other.process.wait(120) == 1
     assert "healthz: 0.0.0.0:10256: [Errno 98]" in other.text
     blocker.kill()
 
@@ -106,7 +106,7 @@ def test_an_address_that_is_taken_ends_the_agent_where_that_is_asked_for(world: 
 def test_init_only_leaves_programs_that_the_agent_need_not_compile(world: World) -> None:
     first = world.node.agent("--init-only", manifests=world.folder).start(wait=False)
     assert first.process is not None
-    assert first.process.wait(30) == 0
+    assert first.process.wait(120) == 0
     made = {path.name for path in (world.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")}
     assert {"connect4", "from_device"} <= made
     agent = world.node.agent(manifests=world.folder).start()

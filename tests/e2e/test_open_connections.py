@@ -86,6 +86,6 @@ def test_flows_that_end_without_a_packet_are_counted_off_by_the_sweep(world: Wor
     holder = Holder(world.lab.outside, [("udp", "udp-asking", world.a.address, 30053, 9)])
     holder.wait()
     until(lambda: open_to(world, "8053/UDP") == 9)
-    until(lambda: open_to(world, "8053/UDP") == 0, seconds=30)
+    until(lambda: open_to(world, "8053/UDP") == 0)
     holder.close()
     running.stop()

@@ -54,7 +54,7 @@ def test_node_ports_reach_both_nodes_pods_and_answer_as_themselves(
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER, SERVICE_IPS["v4"], SERVICE_IPS["v6"]])
 def test_every_kind_of_address_is_served_from_outside(every_way: Outer, address: str) -> None:
-    assert set(every_way.outside.call(clients.spread_tcp, address, 80, 20)) == {"w1", "w2"}
+    assert set(every_way.outside.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert every_way.outside.call(clients.ask_udp, address, 53)["from"] == (address, 53)
 
 
@@ -256,11 +256,11 @@ def test_a_udp_client_with_a_fixed_port_follows_the_endpoints_at_once(outer: Out
     until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not served")
     for endpoint, name in ((outer.on_b(), "w2"), (outer.on_a(), "w1"), (outer.on_b(), "w2")):
         outer.balanced("moving", "10.96.1.12", "203.0.113.32", [endpoint])
-        until(lambda n=name: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name, 2)  # type: ignore[misc]
+        until(lambda n=name: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name)  # type: ignore[misc]
     # Not ready is as good as gone for a datagram.
     both = [outer.on_a(), outer.on_b(ready=False)]
     outer.balanced("moving", "10.96.1.12", "203.0.113.32", both)
-    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not left", 2)
+    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not left")
 
 
 def test_connections_outlive_not_ready_and_terminating_and_are_reset_when_the_endpoint_is_gone(

@@ -22,11 +22,14 @@ from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
+#: Well below a second where nothing else runs; in any case events have told of it, not a sweep (10 s).
+AT_ONCE = 5.0
+
 
 # -- devices and addresses
 
 
-def test_a_hot_plugged_device_serves_node_ports_within_a_second(outer: Outer) -> None:
+def test_a_hot_plugged_device_serves_node_ports_at_once(outer: Outer) -> None:
     """Plugged, named an uplink by its route, renamed, unplugged."""
     switch = f"{outer.lab.id}-switch"
     with NetNS(switch) as outside, NetNS(outer.a.netns) as inside:
@@ -46,7 +49,7 @@ def test_a_hot_plugged_device_serves_node_ports_within_a_second(outer: Outer) ->
     until(
         lambda: outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected", "eth7"
     )
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < AT_ONCE
     outer.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
     until(lambda: "wan7" in outer.a.cli("status"), "the new name")
     assert outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
@@ -55,13 +58,13 @@ def test_a_hot_plugged_device_serves_node_ports_within_a_second(outer: Outer) ->
     outer.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
 
 
-def test_an_address_added_later_serves_node_ports_within_a_second(outer: Outer) -> None:
+def test_an_address_added_later_serves_node_ports_at_once(outer: Outer) -> None:
     outer.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
     began = time.monotonic()
     until(
         lambda: outer.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected", ".77"
     )
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < AT_ONCE
     outer.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
 
 
@@ -77,7 +80,10 @@ def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
         outer.a.run(["ip", "route", "add", "default", "via", outer.outside.address])
         outer.a.run(["ip", "route", "add", "10.244.2.0/24", "via", outer.b.address])
         agent = outer.agent().start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+            "w1",
+            "w2",
+        }
         agent.stop()
         agent = outer.agent("--devices", "nothing*").start()
         # What leads out and is not named is outside all the same, and NodePorts answer at all addresses.
@@ -86,7 +92,10 @@ def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
         assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
         agent.stop()
         outer.agent("--devices", "br-*,wan*").start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+            "w1",
+            "w2",
+        }
 
 
 def test_a_device_without_room_for_programs_gets_them_once_there_is() -> None:
@@ -99,7 +108,7 @@ def test_a_device_without_room_for_programs_gets_them_once_there_is() -> None:
         assert [each.partition(":")[0] for each in status["agent"]["problems"]] == ["eth0"]
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
         shutil.rmtree(folder)
-        until(lambda: "problem" not in outer.a.cli("status"), "tried again", seconds=15)
+        until(lambda: "problem" not in outer.a.cli("status"), "tried again")
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "connected"
 
 
@@ -174,7 +183,6 @@ def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(outer: Ou
     until(
         lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
         "metric",
-        10,
     )
     assert "healthCheckNodePort 32223" in outer.a.cli("status")
     assert outer.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
@@ -219,7 +227,7 @@ def test_a_cnis_rules_see_client_and_backend(outer: Outer) -> None:
     path.write_text(rules)
     outer.a.run(["nft", "-f", str(path)])
     try:
-        found = outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)
+        found = outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)
         assert set(found) == {"w1", "w2"}
         assert ask_by_socat(outer.a, "10.96.0.10:80") != {}
         assert "counter packets 20 " in outer.a.run(["nft", "list", "table", "inet", "cni"])
@@ -308,7 +316,10 @@ def test_others_programs_stay_where_they_are(way: str) -> None:
         outer.a.call(_link_elsewhere, pin)
         outer.a.call(_filter_elsewhere)
         agent = outer.agent(*WAYS[way]).start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+            "w1",
+            "w2",
+        }
         names = [name.partition(":")[0] for name in outer.a.call(_filters)]
         assert names == (["cni", "ebpfproxy"] if way == "clsact" else ["cni"])
         agent.stop()

@@ -119,7 +119,7 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
         text = done.communicate()[0]
         return json.loads(text) if text else {}
 
-    until(lambda: ask().get("name") == "right", "no answer over the bridge", 8)
+    until(lambda: ask().get("name") == "right", "no answer over the bridge")
     assert ask()["peer"] == "10.245.1.2"
     for space in pods:
         space.end()
@@ -131,7 +131,7 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
 
 def test_a_client_on_the_host_without_a_socket_hook(outer: Outer) -> None:
     """As a kernel client (NFS) is one: translated as its packets leave, sent to the backend's own route."""
-    found = {ask_by_socat(outer.a, "10.96.0.10:80")["name"] for _ in range(12)}
+    found = {ask_by_socat(outer.a, "10.96.0.10:80")["name"] for _ in range(clients.ENOUGH)}
     assert found == {"w1", "w2"}
     assert ask_by_socat(outer.a, "[fd00:10:96::10]:80")["name"] in found
     assert ask_by_socat(outer.a, "10.96.0.20:80") == {}
@@ -147,8 +147,9 @@ def test_a_pod_without_a_socket_hook_reaches_itself(outer: Outer) -> None:
 def _sctp_server(address: str, port: int) -> tuple[str, int, bytes]:
     """Waits for one INIT and answers it from where it came to; the source that it saw, and the packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 132) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.bind((address, 0))
+        print("listens", flush=True)
         while True:
             packet, peer = sock.recvfrom(2048)
             body = packet[20:]
@@ -190,9 +191,9 @@ def test_sctp_through_raw_packets_from_outside_and_from_a_pod(outer: Outer) -> N
         script = "import sys; from tests.e2e.test_places import _sctp_server; import pickle; "
         script += f"print(pickle.dumps(_sctp_server('{outer.w2.address}', 5000)).hex())"
         server = outer.w2.popen([sys.executable, "-c", script], stdout=-1)
-        time.sleep(0.7)
-        answered, answer = client.call(_sctp_client, host, port, 4000)
         assert server.stdout is not None
+        assert server.stdout.readline() == b"listens\n"
+        answered, answer = client.call(_sctp_client, host, port, 4000)
         source, _, question = pickle.loads(bytes.fromhex(server.stdout.read().decode()))
         assert (answered, source) == (host, seen)
         for packet in (question, answer):
@@ -213,7 +214,7 @@ def _through_tun(service: str, port: int) -> tuple[str, int, str]:
     for command in ("ip addr add 10.99.0.1/24 dev vpn0", "ip link set vpn0 up"):
         subprocess.run(command.split(), check=True)
     question = IP(src="10.99.0.2", dst=service) / TCP(sport=4321, dport=port, flags="S", seq=1)
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         os.write(tun, raw(question))
         while select.select([tun], [], [], 0.5)[0]:

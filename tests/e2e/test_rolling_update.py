@@ -243,7 +243,6 @@ def test_a_rolling_update_under_load_loses_no_request(cluster: Cluster) -> None:
         load.wait_ready()
     rollout.play(steps)
     ended = time.monotonic()
-    time.sleep(0.5)
     seen = {key: load.stop() for key, load in loads.items()}
 
     assert {key: each.errors for key, each in seen.items()} == {key: [] for key in loads}
@@ -279,7 +278,6 @@ def test_when_only_terminating_endpoints_are_left_they_are_used(cluster: Cluster
         return loads
 
     def stop(loads: list[Load], after: float, names: set[str]) -> None:
-        time.sleep(0.5)
         for load in loads:
             seen = load.stop()
             assert seen.errors == []

@@ -36,7 +36,7 @@ def service_ip(request: pytest.FixtureRequest) -> str:
 
 
 def test_tcp_reaches_every_backend_and_is_told_the_service_address(world: World, service_ip: str) -> None:
-    assert set(world.client.call(clients.spread_tcp, service_ip, 80, 30)) == {"w1", "w2"}
+    assert set(world.client.call(clients.spread_tcp, service_ip, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert world.client.call(clients.ask_tcp, service_ip, 80)["getpeername"] == (service_ip, 80)
 
 
@@ -49,7 +49,7 @@ def test_datagrams_of_many_sockets_spread_and_are_answered_by_the_service(
     world: World, service_ip: str
 ) -> None:
     """Also checks that every answer seems to come from the Service's address. One socket stays: tests/field."""
-    assert set(world.client.call(clients.spread_udp, service_ip, 53, 40)) == {"w1", "w2"}
+    assert set(world.client.call(clients.spread_udp, service_ip, 53, clients.ENOUGH)) == {"w1", "w2"}
 
 
 def test_connected_udp_stays_with_one_backend_and_keeps_the_service_address(
@@ -97,7 +97,7 @@ def test_udp_lite_uses_the_services_of_udp(world: World) -> None:
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER])
 def test_external_and_load_balancer_addresses(world: World, address: str) -> None:
-    assert set(world.client.call(clients.spread_tcp, address, 80, 30)) == {"w1", "w2"}
+    assert set(world.client.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert world.client.call(clients.ask_tcp, address, 80)["getpeername"] == (address, 80)
 
 

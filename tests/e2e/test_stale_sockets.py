@@ -139,7 +139,7 @@ def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callabl
     slow = manifests.service("slow", clusterIPs=["10.96.5.9"], ports=PORTS)
     silent = manifests.slice_of("slow", [manifests.endpoint(SILENT, "node-b")], ports=SLICE_PORTS)
     manifests.write(world.folder / "slow.yaml", slow, silent)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while f"{SILENT}:8080/TCP" not in world.backends():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -12,7 +12,7 @@ from ebpfproxy.kube.status import State
 from ebpfproxy.objects import Changed, Event, ObjectKey, Replaced, Resource
 from tests.apiserver import ApiServer, objects
 
-QUICK = Timing(backoff_first=0.02, backoff_most=0.1, watch=300, idle=0.5, list_wait=0.5)
+QUICK = Timing(backoff_first=0.02, backoff_most=0.1, watch=300, idle=0.5, list_wait=2)
 KEY = ObjectKey("load", "a")
 
 
@@ -50,7 +50,7 @@ class Follower:
         return self.reflector.status.failures.get(reason, 0)
 
     def until(self, condition: Callable[[], bool], what: str = "it did not happen") -> None:
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, f"{what}: {self.reflector.status} {self.names}"
             time.sleep(0.005)

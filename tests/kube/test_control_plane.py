@@ -51,6 +51,8 @@ preferences: {{}}
 users: null
 """
 TOKEN = "of-the-service-account"
+#: Of a busy machine, in seconds: who waits for a server that hangs waits for longer.
+SLACK = 5
 
 
 class Cluster:
@@ -172,7 +174,7 @@ def test_one_that_does_not_answer_is_passed_over(
         began = time.monotonic()
         found = cluster.connection().host
         assert found == (own.url if place == "kubelet.conf" else kubelets.url)
-        assert time.monotonic() - began < control_plane.SECONDS + 0.5
+        assert time.monotonic() - began < control_plane.SECONDS + SLACK
 
 
 def test_a_server_of_another_authority_is_passed_over(cluster: Cluster, tmp_path: Path) -> None:
@@ -300,10 +302,10 @@ def test_where_packets_to_the_cluster_ip_vanish_a_start_takes_a_second_longer(cl
 
         host, seconds = node.call(chosen)
         assert host == "https://10.96.0.1:443"
-        assert control_plane.SECONDS <= seconds < control_plane.SECONDS + 0.5
+        assert control_plane.SECONDS <= seconds < control_plane.SECONDS + SLACK
         kubelets, host, seconds = node.call(chosen_with_kubelets)
         assert host == kubelets
-        assert control_plane.SECONDS / 2 <= seconds < control_plane.SECONDS / 2 + 0.5
+        assert control_plane.SECONDS / 2 <= seconds < control_plane.SECONDS / 2 + SLACK
 
 
 # -- kubeconfigs

@@ -41,7 +41,7 @@ class Follower:
         return self.known[Resource.SERVICES]
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, self.known
             time.sleep(0.01)

@@ -201,9 +201,10 @@ def test_the_queue_is_bounded_and_the_rate_is(server: ApiServer) -> None:
     sender = Sender(server, pace=Pace(qps=20, burst=1, queue=10, spread=0))
     began = time.monotonic()
     sender(*(said(Reference("Node", "", f"n{i}"), of_node=True) for i in range(200)))
-    assert time.monotonic() - began < 0.1, "who records does not wait"
+    took = time.monotonic() - began
+    assert took < 5, "who records does not wait: all would take ten seconds"
     until(lambda: sum(sender.counts.values()) == 200)
-    assert sender.counts["dropped"] >= 180
+    assert sender.counts["created"] <= 10 + 2 + took * 20, "the queue, what is on its way, and what it sent"
     assert sender.counts["created"] == 200 - sender.counts["dropped"]
     assert time.monotonic() - began >= (sender.counts["created"] - 2) / 20
     sender.recorder.stop()
@@ -279,7 +280,7 @@ def test_stopping_does_not_wait(server: ApiServer) -> None:
     until(lambda: posts(server) == 1)
     began = time.monotonic()
     sender.recorder.stop()
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 5, "the server hangs for longer"
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -36,8 +36,9 @@ import msgspec
 
 from tests.lab.spaces import Space
 
-#: Connections that a load keeps open. One of three servers has none of them with p = (2/3)^30 = 5e-6.
-KEPT = 30
+#: Connections that a load keeps open, and short ones that it still makes when it is told to stop. One of three
+#: servers has none of them with p = 3 * (2/3)^60 = 8e-11.
+KEPT = LAST = 60
 #: Requests that take their time: of how many connections, and how long.
 _SLOW, _SLOW_SECONDS = 4, 0.4
 _PAUSE = 0.003
@@ -170,7 +171,7 @@ class _Client:
 
     def __init__(self, kind: str, host: str, port: int, seen: Seen) -> None:
         self._kind, self._seen = kind, seen
-        self._http = HTTPConnection(host, port, timeout=5)
+        self._http = HTTPConnection(host, port, timeout=30)
 
     def ask(self, path: str = "/", *, close: bool = False) -> None:
         is_new, began = self._http.sock is None, time.monotonic()
@@ -199,7 +200,9 @@ def _ask(host: str, port: int) -> None:
         each.ask()
 
     def in_turns() -> None:
-        while not done.is_set():
+        is_last = False
+        while not is_last:
+            is_last = done.is_set()
             for each in kept:
                 each.ask()
                 time.sleep(_PAUSE)
@@ -210,7 +213,9 @@ def _ask(host: str, port: int) -> None:
             time.sleep(_PAUSE)
 
     def shortly() -> None:
-        while not done.is_set():
+        left = LAST
+        while left:
+            left -= done.is_set()
             short.ask(close=True)
             time.sleep(_PAUSE)
 
@@ -322,7 +327,7 @@ class Mount:
         self._process = space.popen(command, join_cgroup=is_hooked, stdout=subprocess.PIPE)
         self._what = f"{host}:{port} from port {own}"
 
-    def next(self, timeout: float = 15.0) -> Mounted:
+    def next(self, timeout: float = 60.0) -> Mounted:
         """Its next connection."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:

@@ -30,7 +30,7 @@ from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_
 from tests.lab.spaces import Space
 
 #: An emulator takes its time to compile.
-READY_SECONDS = float(os.environ.get("EBPFPROXY_LAB_SECONDS", "30"))
+READY_SECONDS = float(os.environ.get("EBPFPROXY_LAB_SECONDS", "120"))
 _LAB_ID = re.compile(r"epl(\d+)x\d+")
 _counter = iter(range(1_000_000))
 
@@ -71,7 +71,7 @@ class Agent:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_log(self, text: str, timeout: float = 10.0, *, times: int = 1) -> None:
+    def wait_log(self, text: str, timeout: float = 60.0, *, times: int = 1) -> None:
         deadline = time.monotonic() + timeout
         while self.text.count(text) < times:
             assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.text}"
@@ -81,7 +81,7 @@ class Agent:
         """SIGTERM; the exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(10)
+        return self.process.wait(60)
 
     def kill(self) -> None:
         assert self.process is not None

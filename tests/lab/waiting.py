@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], what: str = "it did not happen", seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], what: str = "it did not happen", seconds: float = 60.0) -> None:
     """Raises AssertionError with ``what`` where it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

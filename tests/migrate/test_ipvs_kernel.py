@@ -300,8 +300,11 @@ def _back(world: World, held: list[Held]) -> None:
     assert len(found.ipvs) == len(world.served())
     assert kept == []
     assert device is not None and not device.marked
-    assert set(world.client.call(clients.spread_tcp, WEB[False], 80, 10)) == {"w1", "w2"}
-    assert set(world.outside.call(clients.spread_tcp, world.a.address6, NODE_PORT, 10)) == {"w1", "w2"}
+    assert set(world.client.call(clients.spread_tcp, WEB[False], 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(world.outside.call(clients.spread_tcp, world.a.address6, NODE_PORT, clients.ENOUGH)) == {
+        "w1",
+        "w2",
+    }
 
 
 @pytest.mark.parametrize("world", ["nft"], indirect=True)

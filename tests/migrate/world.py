@@ -64,7 +64,7 @@ class World(Migration):
 
     def wait_frontends(self, count: int) -> None:
         """Until the maps serve so many, all addresses of a NodePort counted as one."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(found := self._frontends()) != count:
             assert time.monotonic() < deadline, sorted(found)
             time.sleep(0.2)
@@ -94,7 +94,7 @@ class World(Migration):
             (self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
             (self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
         ]
-        return [Held(*way) for way in self._of_families(ways) for _ in range(3)]
+        return [Held(*way) for way in self._of_families(ways) for _ in range(5)]
 
     def loads(self) -> list[Load]:
         ways: list[Way] = [

@@ -66,7 +66,7 @@ class Prometheus:
         """By name, with health and state."""
         return {rule["name"]: rule for group in self.ask("rules")["groups"] for rule in group["rules"]}
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = 30.0) -> None:
+    def until(self, condition: Callable[[], object], what: str, timeout: float = 120.0) -> None:
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -80,6 +80,6 @@ class Prometheus:
 
 
 def _get(path: str) -> Any:
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
     connection.request("GET", path)
     return json.loads(connection.getresponse().read())

@@ -6,13 +6,18 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-kernel test-image bench lint format setup clean
+.PHONY: demo test test-newest test-kernel test-image bench lint format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tests.demo
 
 test: setup lint
 	$(PYTHON) -m pytest
+
+# The newest versions of what the lock names, in an environment of its own: says which they are and what breaks.
+# PYTEST=tests/kube takes a part.
+test-newest: setup
+	$(PYTHON) -m tools.newest $(PYTEST)
 
 # The same BPF on Debian's own kernel, in an emulator.
 test-kernel: setup
@@ -38,9 +43,13 @@ format: setup
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml tests/setup.sh
+$(VENV)/.done: pyproject.toml tests/setup.sh tools/lock/test.txt
 	tests/setup.sh $(VENV)
 	touch $@
 
+# The lock of all Python packages, made anew.
+lock:
+	tools/lock.sh
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

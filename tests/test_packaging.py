@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tools import newest
 
 TOP = Path(__file__).parents[1]
 
@@ -16,7 +22,19 @@ TOP = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(TOP)], check=True
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(folder),
+            str(TOP),
+        ],
+        check=True,
     )
     (found,) = folder.glob("ebpfproxy-*.whl")
     return found
@@ -52,3 +70,40 @@ def test_it_installs_from_the_manifests_that_it_ships(wheel: Path, tmp_path: Pat
         check=True,
     )
     assert done.stdout == f"{tmp_path}/ebpfproxy/deploy 5\n"
+
+
+# -- the lock (tools/lock), which set-up, image and CI install
+
+
+LOCKS = {name: newest.blocks(TOP / f"tools/lock/{name}.txt") for name in ("build", "agent", "test")}
+PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("lock", "wanted"),
+    [
+        ("build", PROJECT["build-system"]["requires"]),
+        ("agent", PROJECT["project"]["dependencies"]),
+        ("test", PROJECT["project"]["dependencies"]),
+        ("test", PROJECT["project"]["optional-dependencies"]["test"]),
+        ("test", PROJECT["build-system"]["requires"]),
+    ],
+)
+def test_the_lock_has_what_the_project_asks_for(lock: str, wanted: list[str]) -> None:
+    for requirement in map(Requirement, wanted):
+        version, _ = LOCKS[lock][canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+
+
+def test_locks_agree_and_pin_every_file_by_its_hash() -> None:
+    """They name no registry, and nothing but versions and hashes."""
+    for name, lock in LOCKS.items():
+        text = (TOP / f"tools/lock/{name}.txt").read_text()
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        assert sum(len(block.splitlines()) for _, block in lock.values()) == len(lines)
+        for package, (version, block) in lock.items():
+            head, *hashes = block.splitlines()
+            assert head == f"{package}=={version} \\"
+            assert hashes
+            assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", each) for each in hashes)
+            assert LOCKS["test"][package][0] == version

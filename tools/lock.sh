@@ -1,0 +1,34 @@
+#!/bin/sh
+# Writes tools/lock/*.txt anew: the newest versions that pyproject.toml allows, with the hashes of all their files.
+#   build.txt  what makes the package
+#   agent.txt  what the agent imports, for its image
+#   test.txt   all of that, and what tests and linters need, for set-up and CI
+# A different folder as $1 leaves the lock as it is.
+set -eu
+cd "$(dirname "$0")/.."
+to=${1:-tools/lock}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+/usr/bin/python3 -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install -q pip-tools
+
+compile() {
+	"$work/venv/bin/pip-compile" --quiet --no-config --strip-extras --generate-hashes --allow-unsafe --no-header \
+		--no-annotate --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options "$@" pyproject.toml
+}
+
+mkdir -p "$to"
+compile --extra test --build-deps-for wheel --build-deps-for editable --output-file "$work/test.txt"
+# Versions are those of test.txt.
+sed -n 's/^\([a-z0-9.-]*==[^ ]*\).*/\1/p' "$work/test.txt" >"$work/versions"
+PIP_CONSTRAINT="$work/versions" compile --output-file "$work/agent.txt"
+PIP_CONSTRAINT="$work/versions" compile --only-build-deps --build-deps-for wheel --build-deps-for editable \
+	--output-file "$work/build.txt"
+for name in build agent test; do
+	grep -q '^[a-z].*==' "$work/$name.txt"
+	{
+		echo "# Written by tools/lock.sh (make lock)."
+		cat "$work/$name.txt"
+	} >"$to/$name.txt"
+done

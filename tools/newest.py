@@ -2,7 +2,7 @@
 
 Makes a lock of them in an environment of its own (.venv-newest), says which versions differ from the lock in
 tools/lock, and runs the tests, or the part that the arguments name. What fails there and not with the locked
-versions is run again with one of the differing packages at its locked version at a time, to say which breaks it.
+versions is run again with one package after the other at its locked version, to say which breaks it.
 """
 
 from __future__ import annotations

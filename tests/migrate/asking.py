@@ -23,7 +23,7 @@ from tests.lab.spaces import Space
 
 _PAUSE = 0.004
 #: For an answer; an emulator and a busy machine take their time.
-_SECONDS = READY_SECONDS / 10
+_SECONDS = READY_SECONDS / 20
 
 
 class _Client:

@@ -62,6 +62,15 @@ class Prometheus:
         found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return found
 
+    def wait_samples(self, expression: str, number: int | None = None) -> None:
+        """Until the expression has so many, or any."""
+
+        def is_so() -> bool:
+            found = len(self.query(expression))
+            return found == number if number is not None else found > 0
+
+        self.until(is_so, f"{expression}: no data, or not {number} samples")
+
     def rules(self) -> dict[str, dict[str, Any]]:
         """By name, with health and state."""
         return {rule["name"]: rule for group in self.ask("rules")["groups"] for rule in group["rules"]}

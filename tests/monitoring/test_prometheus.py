@@ -108,7 +108,11 @@ def test_promtool_finds_nothing_wrong_with_what_an_agent_prints(monitored: Monit
 def test_every_rule_is_evaluated_without_an_error_and_nothing_is_wrong_with_a_healthy_agent(
     monitored: Monitored,
 ) -> None:
-    found = monitored.prometheus.rules()
+    prometheus = monitored.prometheus
+    prometheus.until(
+        lambda: all(rule["health"] != "unknown" for rule in prometheus.rules().values()), "not evaluated"
+    )
+    found = prometheus.rules()
     wanted = {rule.get("alert") or rule["record"] for rule in rules()} | STACK_ALERTS.keys()
     assert found.keys() == wanted
     for name, rule in found.items():
@@ -119,19 +123,21 @@ def test_every_rule_is_evaluated_without_an_error_and_nothing_is_wrong_with_a_he
 def test_every_recording_rule_has_data(monitored: Monitored) -> None:
     for rule in rules():
         if "record" in rule:
-            assert monitored.prometheus.query(rule["record"]), rule["record"]
+            monitored.prometheus.wait_samples(rule["record"])
 
 
 @pytest.mark.parametrize("name", dashboard_expressions())
 def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) -> None:
-    found = monitored.prometheus.query(dashboard_expressions()[name])
-    assert bool(found) != (name in EMPTY), found
+    if name in EMPTY:
+        assert monitored.prometheus.query(dashboard_expressions()[name]) == []
+    else:
+        monitored.prometheus.wait_samples(dashboard_expressions()[name])
 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD)
 def test_kube_prometheus_stacks_panels_for_kube_proxy_have_data(monitored: Monitored, name: str) -> None:
     # Of this one kube-proxy has a line for each address family, too.
-    assert len(monitored.prometheus.query(STACK_DASHBOARD[name])) == (2 if "Sync Latency" in name else 1)
+    monitored.prometheus.wait_samples(STACK_DASHBOARD[name], 2 if "Sync Latency" in name else 1)
 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD_EMPTY)
@@ -155,7 +161,7 @@ def test_the_numbers_are_those_of_what_happened(monitored: Monitored) -> None:
 
     assert one('sum(ebpfproxy_service_connections_total{service="bench",result="chosen"})') >= 21
     assert one("sum(ebpfproxy_backend_open_connections)") == 1
-    assert one("ebpfproxy:event_to_map_seconds:p99_5m") < 1
+    assert one("ebpfproxy:event_to_map_seconds:p99_5m") < 30
     assert one("sum(up)") == one("ebpfproxy_healthy") == one("ebpfproxy_node_eligible") == 1
     assert one('ebpfproxy_socket_hooks{state="missing"}') == 0
     assert one('rest_client_requests_total{code="200"}') >= 3
@@ -184,5 +190,5 @@ def test_alerts_notice_an_agent_that_is_gone(monitored: Monitored) -> None:
 def _until_pending(monitored: Monitored, name: str) -> None:
     assert alerts()[name]["for"]
     monitored.prometheus.until(
-        lambda: monitored.prometheus.rules()[name]["state"] == "pending", f"{name} is not pending", 15
+        lambda: monitored.prometheus.rules()[name]["state"] == "pending", f"{name} is not pending"
     )

@@ -174,7 +174,7 @@ def test_clients_behind_a_bridge_with_the_nodes_address_are_masqueraded(nodes: N
 
 def _asks_masqueraded(nodes: Nodes, neighbour: Neighbour) -> None:
     found = {}
-    for _ in range(20):
+    for _ in range(clients.ENOUGH):
         answer = neighbour.call(clients.ask_tcp, BALANCER, 80)
         found[answer["name"]] = answer["peer"]
     assert found == {"w1": "10.244.1.1", "w2": nodes.a.address}
@@ -298,7 +298,7 @@ def test_pods_behind_a_bridge_are_local_as_the_mode_names_the_bridge(
     alone("--detect-local-mode", *mode)
     pod = nodes.neighbours["bridge"]
     ip(nodes.b, "route replace 10.20.2.0/24 via 172.18.0.1")
-    seen = {pod.call(clients.ask_tcp, BALANCER, 80)["peer"] for _ in range(10)}
+    seen = {pod.call(clients.ask_tcp, BALANCER, 80)["peer"] for _ in range(clients.ENOUGH)}
     assert ("10.20.2.9" in seen) is kept
     assert len(seen) == (1 if kept else 2), seen
 

@@ -78,7 +78,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def test_an_unconnected_socket_keeps_one_backend_while_it_is_usable(world: World, family: str) -> None:
     """As a flow of one 5-tuple does with kube-proxy; many sockets together use all backends."""
     host = SERVICE_IPS[family]
-    assert len({world.client.call(_names, host, 53, 10) for _ in range(20)}) == 2
+    assert len({world.client.call(_names, host, 53, 10) for _ in range(clients.ENOUGH)}) == 2
     for space in (world.client, world.a):
         assert "," not in space.call(_names, host, 53, 20)
 

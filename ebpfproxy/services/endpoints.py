@@ -36,6 +36,8 @@ class Traits(NamedTuple):
     #: Where it is; empty where that is not known. Only weights look at it.
     node: str = ""
     zone: str = ""
+    #: Only an address that is there twice is told by it: see :func:`merge`.
+    terminating: bool = False
 
 
 class SlicePort(NamedTuple):
@@ -66,7 +68,8 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
     """The usable endpoints of a slice.
 
     Of an endpoint's addresses only the first counts: they are fungible (discovery/v1, Endpoint.addresses).
-    ``ready`` absent is true, ``serving`` absent follows ready, ``terminating`` absent is false.
+    ``ready`` and ``serving`` absent are true, ``terminating`` absent is false (discovery/v1,
+    EndpointConditions).
     """
     labels = piece.metadata.labels
     if (
@@ -147,6 +150,7 @@ def _endpoints(
                     tuple(n.name for n in hints.for_nodes or ()) if hints else (),
                     endpoint.node_name or "",
                     endpoint.zone or "",
+                    _is_terminating(endpoint.conditions),
                 ),
             ),
         )
@@ -162,5 +166,22 @@ def _is_ready(conditions: EndpointConditions | None) -> bool:
     return conditions is None or conditions.ready is None or conditions.ready
 
 
+def _is_terminating(conditions: EndpointConditions | None) -> bool:
+    return conditions is not None and bool(conditions.terminating)
+
+
 def _is_draining(conditions: EndpointConditions | None) -> bool:
-    return conditions is not None and bool(conditions.serving and conditions.terminating)
+    return _is_terminating(conditions) and conditions is not None and conditions.serving is not False
+
+
+def merge(one: Traits, other: Traits) -> Traits:
+    """One address that is there twice, of a Service's one or several slices.
+
+    The one that does not terminate counts, ready or not: a new pod took the address of an old one. Among
+    those left it is ready before draining before idle, and local where any is. Of three and more, the order in
+    which they are merged does not matter: the order of slices is none.
+    """
+    if one.terminating != other.terminating:
+        return other if one.terminating else one
+    best = max(one, other, key=lambda t: (t.ready, t.draining, t.zones, t.nodes, t.node, t.zone))
+    return _shared(best._replace(local=one.local or other.local))

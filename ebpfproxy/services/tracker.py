@@ -24,7 +24,7 @@ from ebpfproxy.objects import (
 )
 from ebpfproxy.services.balancing import Weights
 from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of
-from ebpfproxy.services.endpoints import SliceEndpoints, Traits
+from ebpfproxy.services.endpoints import SliceEndpoints, Traits, merge
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
 from ebpfproxy.services.model import (
     Backend,
@@ -368,7 +368,7 @@ class Tracker:
     def _endpoints(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Traits]:
         """The endpoints of all slices that have this port, by name and protocol.
 
-        An address in two slices counts once: ready before terminating before idle, local before remote.
+        An address that is there twice counts once: see :func:`ebpfproxy.services.endpoints.merge`.
         """
         found: dict[Backend, Traits] = {}
         name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
@@ -384,7 +384,7 @@ class Tracker:
                     backend = Backend(address, number, protocol)
                     known = found.setdefault(backend, traits)
                     if known is not traits:
-                        found[backend] = _merge(known, traits)
+                        found[backend] = merge(known, traits)
         return found
 
 
@@ -407,9 +407,3 @@ def _weights_of(
         if weight != 1:
             found.append((backend, weight))
     return tuple(found)
-
-
-def _merge(one: Traits, other: Traits) -> Traits:
-    """Of three and more, the order in which they are merged must not matter: the order of slices is none."""
-    best = max(one, other, key=lambda t: (t.ready, t.draining, t.zones, t.nodes, t.node, t.zone))
-    return best._replace(local=one.local or other.local)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from datetime import datetime
 
@@ -18,6 +19,7 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"
 #: A reason that holds for frontends only: manifests of a single host have backends there.
 LOOPBACK = "is loopback"
 
+_LEADING_ZEROS = re.compile(r"(?<![0-9A-Fa-f])0+(?=[0-9A-Fa-f])")
 _LOOPBACK6 = b"\0" * 15 + b"\1"
 _BROADCAST = b"\xff" * 4
 
@@ -35,16 +37,20 @@ class Warning(msgspec.Struct, frozen=True, gc=False):
 
 
 def parse_address(text: str) -> bytes | None:
-    """Packed bytes of an IPv4 or IPv6 address as Go's parser takes it: no zone, no leading zeros.
+    """Packed bytes of an IPv4 or IPv6 address, without a zone.
 
-    None for anything else, IPv4-mapped IPv6 among it: it would name one address in two families.
+    Leading zeros mean nothing, as for kube-proxy (k8s.io/utils/net, ParseIPSloppy): API servers took
+    ``010.0.0.1`` for 10.0.0.1 until 1.36, and keep objects that have it. None for anything else, IPv4-mapped
+    IPv6 among it: it would name one address in two families.
     """
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
-        if ":" not in text:
-            return socket.inet_pton(socket.AF_INET, text)
-        packed = socket.inet_pton(socket.AF_INET6, text)
+        packed = socket.inet_pton(family, text)
     except (OSError, ValueError):
-        return None
+        plain = _LEADING_ZEROS.sub("", text)
+        if plain == text:
+            return None
+        return parse_address(plain)
     return None if packed.startswith(_MAPPED) else packed
 
 

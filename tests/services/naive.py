@@ -45,8 +45,9 @@ _ANY = {4: ipaddress.ip_address("0.0.0.0"), 6: ipaddress.ip_address("::")}
 
 
 def address_of(text: str, *, of_endpoint: bool = False) -> Address | None:
+    parts = [part.lstrip("0") or part[-1:] for part in re.split(r"([.:])", text)]
     try:
-        found = ipaddress.ip_address(text)
+        found = ipaddress.ip_address("".join(parts))
     except ValueError:
         return None
     if isinstance(found, ipaddress.IPv6Address) and (found.scope_id is not None or found.ipv4_mapped):
@@ -117,7 +118,7 @@ def _endpoints(
     service: Object, name: str, protocol: str, version: int, slices: list[Object]
 ) -> dict[str, Object]:
     """By address and port: ready, serving-terminating, node, zones, nodes."""
-    found: dict[str, Object] = {}
+    listed: dict[str, list[Object]] = {}
     for piece in slices:
         owner = _labels(piece).get("kubernetes.io/service-name")
         if not _is_ours(piece) or f"{piece['metadata']['namespace']}/{owner}" != _full_name(service):
@@ -135,10 +136,11 @@ def _endpoints(
                     continue
                 conditions, hints = endpoint.get("conditions") or {}, endpoint.get("hints") or {}
                 ready = conditions.get("ready") is not False
-                serving = ready if conditions.get("serving") is None else conditions["serving"]
+                serving = conditions.get("serving") is not False
                 new = {
                     "ready": ready,
                     "leaving": not ready and serving and bool(conditions.get("terminating")),
+                    "terminating": bool(conditions.get("terminating")),
                     "on": {endpoint.get("nodeName")},
                     "zones": [zone["name"] for zone in hints.get("forZones") or []],
                     "nodes": [node["name"] for node in hints.get("forNodes") or []],
@@ -147,13 +149,14 @@ def _endpoints(
                     "address": address,
                     "port": port["port"],
                 }
-                if not (new["ready"] or new["leaving"]):
-                    continue
-                old = found.get(_show(address, port["port"]), new)
-                best = max(
-                    old, new, key=lambda e: [e[k] for k in ("ready", "zones", "nodes", "node", "zone")]
-                )
-                found[_show(address, port["port"])] = {**best, "on": old["on"] | new["on"]}
+                listed.setdefault(_show(address, port["port"]), []).append(new)
+    found: dict[str, Object] = {}
+    for shown, same in listed.items():
+        staying = [e for e in same if not e["terminating"]] or same
+        ranks = ("ready", "leaving", "zones", "nodes", "node", "zone")
+        best = max(staying, key=lambda e: [e[k] for k in ranks])
+        if best["ready"] or best["leaving"]:
+            found[shown] = {**best, "on": set().union(*(e["on"] for e in staying))}
     return found
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.services.values import parse_address, parse_time, unusable_address, unusable_name, valid_port
+from ebpfproxy.services.values import (
+    parse_address,
+    parse_prefix,
+    parse_time,
+    unusable_address,
+    unusable_name,
+    valid_port,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +25,10 @@ from ebpfproxy.services.values import parse_address, parse_time, unusable_addres
         "",
         "10.0.0",
         "10.0.0.256",
-        "10.0.0.01",  # octal to some, decimal to others: CVE-2021-29923
+        "010.0.0.256",
+        "0256.0.0.1",
+        "::ffff:010.0.0.1",
+        "00x.0.0.1",
         "10.0.0.1 ",
         "10.0.0.1\0",
         "10.0.0.1/32",
@@ -45,6 +56,23 @@ def test_texts_that_are_addresses(text: str) -> None:
     assert parse_address(text) == ipaddress.ip_address(text).packed
 
 
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("010.00.000.01", "10.0.0.1"),
+        ("0000000010.0.0.1", "10.0.0.1"),
+        ("fd00::00001", "fd00::1"),
+        ("64:ff9b::010.0.0.1", "64:ff9b::10.0.0.1"),
+    ],
+)
+def test_leading_zeros_mean_nothing(text: str, plain: str) -> None:
+    """They are octal to some (CVE-2021-29923), and decimal to Kubernetes."""
+    assert parse_address(text) == parse_address(plain) == ipaddress.ip_address(plain).packed
+    length = "012" if "." in text else "0112"
+    found = parse_prefix(f"{text}/{length[-3:]}")
+    assert found == parse_prefix(f"{plain}/{int(length)}") is not None
+
+
 texts = st.one_of(
     st.text("0123456789abcF:.% ", max_size=24),
     st.lists(st.sampled_from(["0", "01", "1", "255", "256", ""]), min_size=3, max_size=5).map(".".join),
@@ -55,8 +83,9 @@ texts = st.one_of(
 
 @given(texts)
 def test_addresses_are_those_of_the_standard_library_without_zones_and_mapped_ones(text: str) -> None:
+    parts = [part.lstrip("0") or part[-1:] for part in re.split(r"([.:])", text)]
     try:
-        known = ipaddress.ip_address(text)
+        known = ipaddress.ip_address("".join(parts))
     except ValueError:
         known = None
     if isinstance(known, ipaddress.IPv6Address) and (known.scope_id is not None or known.ipv4_mapped):

@@ -10,6 +10,7 @@
 #include "lib/service.h"
 #include "lib/origin.h"
 #include "lib/peers.h"
+#include "lib/service_cidr.h"
 
 /* What a cgroup program answers the kernel. */
 #define REJECT	0
@@ -103,6 +104,19 @@ static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const stru
 	return is_served(ctx) && is_cluster_ip(&to->addr);
 }
 
+/*
+ * An address of the Service network that nobody has; only asked where no Service was found. What a
+ * socket sends there never leaves: it is told so at once. connect() of a datagram socket sends
+ * nothing, and resolvers order addresses by whether it succeeds.
+ */
+static __always_inline bool is_nobodys(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	if (!is_served(ctx) || !is_unallocated(&to->addr))
+		return false;
+	count_unallocated(&to->addr, UNALLOCATED_SOCKET);
+	return true;
+}
+
 static __always_inline int reject(enum verdict verdict)
 {
 #if HAVE_SET_RETVAL
@@ -148,6 +162,8 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	if (is_left_alone(svc)) {
 		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
+		if (!svc && to->proto != IPPROTO_UDP && is_nobodys(ctx, to))
+			return reject(VERDICT_DROP);
 		origin_forget(ctx);
 		return PROCEED;
 	}
@@ -314,8 +330,11 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 	int answer = PROCEED;
 	struct peer *peer;
 
-	if (is_left_alone(svc))
-		return svc || !is_unused_port(ctx, to) ? PROCEED : reject(VERDICT_REFUSE);
+	if (is_left_alone(svc)) {
+		if (!svc && is_unused_port(ctx, to))
+			return reject(VERDICT_REFUSE);
+		return !svc && is_nobodys(ctx, to) ? reject(VERDICT_DROP) : PROCEED;
+	}
 	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
 		return PROCEED;
 	peer = peer_by_frontend(get_socket_cookie(ctx), to);

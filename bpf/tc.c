@@ -17,6 +17,7 @@
 #include "lib/rewrite.h"
 #include "lib/reject.h"
 #include "lib/masquerade.h"
+#include "lib/service_cidr.h"
 #include "lib/stale.h"
 
 /* A pod or VM of this node, as detectLocalMode defines it. */
@@ -90,14 +91,6 @@ static __always_inline bool source_allowed(const struct service *svc, const stru
 	return map_lookup(source_ranges, &key) != NULL;
 }
 
-static __always_inline bool in_service_cidr(const struct inet_addr *addr)
-{
-	struct cidr_key key = { .length = 128, .addr = *addr };
-	u32 *flags = map_lookup(cidrs, &key);
-
-	return flags && *flags & CIDR_SERVICES;
-}
-
 /* A source that no client can have (RFC 1812, 5.3.7): an answer to it would go astray. */
 static __always_inline bool is_martian(const struct inet_addr *src)
 {
@@ -152,13 +145,31 @@ static __always_inline struct backend *backend_for(struct __sk_buff *skb, const 
 	}
 }
 
+/*
+ * A packet that leaves this node untranslated. It is looked at here and not where it came in, so
+ * that another proxy's rules in netfilter come first, and what the node itself has is found by
+ * routing.
+ */
+static __always_inline int leave_unserved(struct __sk_buff *skb, const struct packet *p)
+{
+	u32 ifindex = skb->ifindex;
+	struct device *device;
+
+	if (!in_service_cidr(&p->flow.dst))
+		return PASS;
+	device = map_lookup(devices, &ifindex);
+	if (device && device->flags & DEVICE_LOCAL)
+		return PASS;
+	count_unallocated(&p->flow.dst, UNALLOCATED_PACKET);
+	return drop(EVENT_NO_SUCH_SERVICE);
+}
+
 /* Packets to an address of ours with nothing there. */
 static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
 {
 	if (is_cluster_ip(&p->flow.dst))
 		return reject(skb, p, EVENT_NO_SUCH_PORT);
-	return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst) ? drop(EVENT_NO_SUCH_SERVICE)
-								   : PASS;
+	return p->flow.stage == STAGE_EGRESS ? leave_unserved(skb, p) : PASS;
 }
 
 /* Whether the backend must not see the client: it would not answer through us, or policy says so.
@@ -556,7 +567,7 @@ static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p
 	case SHAPE_CUT:
 		return pass(EVENT_MALFORMED);
 	case SHAPE_LATER_UNKNOWN:
-		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : PASS;
+		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : no_service(skb, p);
 	case SHAPE_OTHER:
 		/* Of ICMP only a ping is answered by an error. */
 		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
@@ -601,11 +612,7 @@ static __always_inline int arrive(struct __sk_buff *skb)
 	/* A VLAN's packets come again on the VLAN's own device. */
 	if (!p || skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
-	if (!address_of_interest(&p->flow.dst))
-		return HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)
-			       ? drop(EVENT_NO_SUCH_SERVICE)
-			       : PASS;
-	if (!is_for_us(skb))
+	if (!address_of_interest(&p->flow.dst) || !is_for_us(skb))
 		return PASS;
 	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
@@ -622,7 +629,7 @@ static __always_inline int arrive(struct __sk_buff *skb)
  * socket of this host has the port, or netfilter's own NAT took it for a pod. While kube-proxy's
  * connections live on behind us it may be the answer of one of those: that begins anew with us.
  */
-static __always_inline int note_own(const struct packet *p)
+static __always_inline void note_own(const struct packet *p)
 {
 	const struct target from = { p->flow.src, p->flow.sport, service_protocol(p->flow.proto) };
 	struct scratch *s = scratch();
@@ -631,14 +638,13 @@ static __always_inline int note_own(const struct packet *p)
 	u32 any = 0;
 
 	if (!s || !port_of_interest(from.port))
-		return PASS;
+		return;
 	svc = find_service(&from, SCOPE_EXTERNAL);
 	if (!svc || svc->flags & SERVICE_OWN)
-		return PASS;
+		return;
 	node = map_lookup(devices, &any);
 	if (!node || !(node->flags & (NODE_HANDOVER | NODE_WAITS)))
 		conntrack_note_own(s, &p->flow);
-	return PASS;
 }
 
 static __always_inline int leave(struct __sk_buff *skb)
@@ -652,23 +658,24 @@ static __always_inline int leave(struct __sk_buff *skb)
 		return PASS;
 	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
-	is_mine = !skb->ingress_ifindex && (address_of_interest(&p->flow.dst) ||
-					    (HAVE_SERVICE_CIDRS && in_service_cidr(&p->flow.dst)));
+	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
 	/* What TCP answers can be told by its flags. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
 	if (!is_known && !is_mine && !may_be_own &&
 	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
-		return PASS;
+		return leave_unserved(skb, p);
 	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
 		return translate_error(skb, p);
 	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
-		return is_mine ? unusual(skb, p, shape) : PASS;
+		return is_mine ? unusual(skb, p, shape) : leave_unserved(skb, p);
 	if (is_known && !is_new(skb, p, &verdict))
 		return verdict;
 	if (is_mine)
 		return begin_on_host(skb, p);
-	return may_be_own ? note_own(p) : PASS;
+	if (may_be_own)
+		note_own(p);
+	return leave_unserved(skb, p);
 }
 
 int from_device(struct __sk_buff *skb)

@@ -169,7 +169,7 @@ class Agent:
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found))).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
-        self._attaching.set_cidrs(self._tracker.node)
+        self._attaching.set_pod_cidrs(self._tracker.node)
         self._attaching.start_load()
         source.record(occurrences.starting(options.node_name))
         self._serve(servers)
@@ -210,8 +210,9 @@ class Agent:
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
-            self._attaching.set_cidrs(node)
+            self._attaching.set_pod_cidrs(node)
             if self._complete:
+                self._attaching.set_service_cidrs(self._options.service_cidrs, frozenset())
                 self._attaching.attach(self._started)
             self._tell_of_devices()
             self._housekeeping.start(attached=self._attaching.attached)

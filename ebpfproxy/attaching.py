@@ -51,6 +51,8 @@ class Attaching:
         self._loading = False
         self._next_try = 0.0
         self._cidrs: tuple[Prefix, ...] | None = None
+        self._service_cidrs: tuple[tuple[Prefix, ...], frozenset[bytes]] | None = None
+        self._own_addresses: frozenset[bytes] = frozenset()
         #: The first attaching is done; from then on devices follow the node's.
         self.attached = False
         #: Devices that could not be attached to, each with the reason.
@@ -84,7 +86,6 @@ class Attaching:
             bypass_netfilter=options.bypass_netfilter,
             masquerade_ports=options.masquerade_ports,
             pods_by_cidr=options.local_pods.by_cidr,
-            service_cidrs=bool(options.service_cidrs),
         )
         modules = (
             SOCKETS,
@@ -165,6 +166,7 @@ class Attaching:
     # -- this node's devices and ranges
 
     def set_network(self, network: Network) -> None:
+        self._own_addresses = frozenset(network.addresses)
         own = {len(address): address for address in network.primary}
         self._packets.set_devices(
             (
@@ -184,14 +186,26 @@ class Attaching:
         if self.attached:
             self._attach_devices()
 
-    def set_cidrs(self, node: Node | None) -> None:
+    def set_pod_cidrs(self, node: Node | None) -> None:
         """Known from the options, or from the Node once it is there."""
         pods = self._options.cluster_cidrs
         if self._options.local_pods.mode is LocalMode.NODE_CIDR:
             pods = node_facts(node).pod_cidrs
         if pods != self._cidrs:
             self._cidrs = pods
-            self._packets.set_cidrs(pods, self._options.service_cidrs)
+            self._packets.cidrs.set_pods(pods)
+
+    def set_service_cidrs(self, services: tuple[Prefix, ...], taken: frozenset[bytes]) -> None:
+        """Only once Services are programmed: before that, nobody has any address there.
+
+        ``taken``: addresses of Services that another proxy serves; this node's own are added.
+        """
+        found = services, taken | self._own_addresses
+        if found == self._service_cidrs:
+            return
+        self._service_cidrs = found
+        if not self._packets.cidrs.set_services(*found):
+            log.warning("no room for all addresses that other proxies serve", addresses=len(taken))
 
 
 def _is_handover() -> bool:

@@ -345,10 +345,19 @@ struct source_range_key {
 /* cidrs: what is known of whole ranges of addresses. */
 #define CIDR_PODS     (1 << 0) /* of this node, as detectLocalMode says */
 #define CIDR_SERVICES (1 << 1)
+#define CIDR_TAKEN    (1 << 2) /* in a Service CIDR, but this node's own or another proxy's */
 
 struct cidr_key {
 	u32 length;
 	struct inet_addr addr;
+};
+
+/* Index of unallocated: what went to an address of the Service network that nobody has. */
+enum unallocated {
+	UNALLOCATED_PACKET = 0,
+	UNALLOCATED_SOCKET = 1,
+	UNALLOCATED_IPV6 = 2, /* added to the others */
+	UNALLOCATED = 4,
 };
 
 /* Index of packet_events. datapath/events.py names them. */

@@ -55,6 +55,13 @@ class Map:
             raise
         return True
 
+    def bring(self, wanted: Mapping[bytes, bytes]) -> list[bytes]:
+        """Makes a hash or a trie hold exactly this, writing only differences; the keys without room."""
+        present = dict(self.items())
+        for key in present.keys() - wanted.keys():
+            self.delete(key)
+        return self.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
+
     def delete(self, key: bytes) -> bool:
         found = bpf.map_delete(self.fd, key)
         self.writes += found

@@ -19,6 +19,12 @@ class DeviceFlags(enum.IntFlag):
 class CidrFlags(enum.IntFlag):
     PODS = 1 << 0
     SERVICES = 1 << 1
+    #: In a Service CIDR, but this node's own, or of a Service that another proxy serves.
+    TAKEN = 1 << 2
+
+
+#: Index of the ``unallocated`` map, by path and IP version; ``enum unallocated`` in C.
+UNALLOCATED = {("packet", 4): 0, ("socket", 4): 1, ("packet", 6): 2, ("socket", 6): 3}
 
 
 class PacketEvent(enum.IntEnum):

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.devices import DeviceAttacher, Target
 from ebpfproxy.datapath.layout import U32
-from ebpfproxy.datapath.maps import Map, MapSet
-from ebpfproxy.datapath.node_layout import CidrFlags, DeviceFlags, pack_cidr, pack_device, with_device_flags
-from ebpfproxy.services.model import Prefix
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.node_layout import DeviceFlags, pack_device, with_device_flags
+from ebpfproxy.datapath.service_cidrs import Cidrs
 
 #: In the ``devices`` map: what masquerading uses where a device is not known.
 _ANY_DEVICE = 0
@@ -32,11 +32,11 @@ class PacketDevice(NamedTuple):
 
 
 class PacketPath:
-    """The only writer of the ``devices``, ``cidrs`` and ``crc32c`` maps. One thread uses it."""
+    """The only writer of the ``devices``, ``crc32c`` and, by ``cidrs``, the CIDRs' maps. One thread uses it."""
 
     def __init__(self, maps: MapSet, pins: Path, *, tcx: bool) -> None:
         self._devices = maps["devices"]
-        self._cidrs = maps["cidrs"]
+        self._cidrs = Cidrs(maps)
         self._attacher = DeviceAttacher(pins, tcx=tcx)
         self._targets: tuple[Target, ...] = ()
         self._node = (b"", b"")
@@ -66,7 +66,7 @@ class PacketPath:
         for each in found:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
-        _bring(self._devices, wanted)
+        self._devices.bring(wanted)
         self._targets = tuple(each.target for each in found)
 
     def set_mode(self, mode: DeviceFlags) -> None:
@@ -75,14 +75,9 @@ class PacketPath:
             self._mode = mode
             self._devices.update(U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0))
 
-    def set_cidrs(self, pods: Iterable[Prefix], services: Iterable[Prefix]) -> None:
-        """Ranges of this node's pods, and of cluster IPs."""
-        flags: dict[bytes, CidrFlags] = {}
-        for prefixes, flag in ((pods, CidrFlags.PODS), (services, CidrFlags.SERVICES)):
-            for prefix in prefixes:
-                key = pack_cidr(*prefix)
-                flags[key] = flags.get(key, CidrFlags(0)) | flag
-        _bring(self._cidrs, {key: U32.pack(value) for key, value in flags.items()})
+    @property
+    def cidrs(self) -> Cidrs:
+        return self._cidrs
 
     def attach(self, programs: Path) -> tuple[list[str], list[str]]:
         """See :meth:`DeviceAttacher.attach`."""
@@ -94,11 +89,3 @@ def begin_nothing(maps: MapSet) -> None:
     table, key = maps["devices"], U32.pack(_ANY_DEVICE)
     if (node := table.lookup(key)) is not None:
         table.update(key, with_device_flags(node, DeviceFlags.HANDOVER | DeviceFlags.WAITS))
-
-
-def _bring(table: Map, wanted: dict[bytes, bytes]) -> None:
-    """Writes only differences."""
-    present = dict(table.items())
-    table.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
-    for key in present.keys() - wanted.keys():
-        table.delete(key)

@@ -45,8 +45,6 @@ class Options(msgspec.Struct, frozen=True):
     masquerade_ports: tuple[int, int] = (1024, 32767)
     #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
     pods_by_cidr: bool = False
-    #: Packets to cluster IPs that no Service has are dropped: the ``cidrs`` map names their ranges.
-    service_cidrs: bool = False
 
     def defines(self) -> list[str]:
         return [
@@ -60,7 +58,6 @@ class Options(msgspec.Struct, frozen=True):
             f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
             f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
             f"-DSEARCHED_SLOTS={slots.SEARCHED}",
-            f"-DHAVE_SERVICE_CIDRS={int(self.service_cidrs)}",
         ]
 
 

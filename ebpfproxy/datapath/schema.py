@@ -26,7 +26,7 @@ from ebpfproxy.datapath.layout import (
     SOURCE_RANGE,
     U64,
 )
-from ebpfproxy.datapath.node_layout import CIDR, DEVICE, PacketEvent
+from ebpfproxy.datapath.node_layout import CIDR, DEVICE, UNALLOCATED, PacketEvent
 
 SCHEMA_VERSION = 4
 
@@ -68,6 +68,8 @@ class Capacity(msgspec.Struct, frozen=True):
 #: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.filter``.
 ADDRESS_FILTER_BITS = 20
 FLOW_FILTER_BITS = 18
+#: One bit for each /20 of IPv4 and each hash of an IPv6 /64; see ``datapath.service_cidrs``.
+CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: struct scratch in conntrack.h: no one but programs reads it.
 SCRATCH_SIZE = 512
@@ -126,7 +128,9 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
             capacity.source_ranges,
             bpf.F_NO_PREALLOC,
         ),
-        MapSpec("cidrs", bpf.MAP_LPM_TRIE, CIDR.size, 4, 1024, bpf.F_NO_PREALLOC),
+        MapSpec("cidrs", bpf.MAP_LPM_TRIE, CIDR.size, 4, 65536, bpf.F_NO_PREALLOC),
+        MapSpec("cidr_filter", *array, (1 << CIDR_FILTER_BITS) // 8, 1, bpf.F_MMAPABLE),
+        MapSpec("unallocated", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(UNALLOCATED)),
         MapSpec("devices", bpf.MAP_HASH, 4, DEVICE.size, 16384, bpf.F_NO_PREALLOC),
         MapSpec("address_filter", *array, (1 << ADDRESS_FILTER_BITS) // 8, 1, bpf.F_MMAPABLE),
         MapSpec("port_filter", *array, 65536 // 8, 1, bpf.F_MMAPABLE),

@@ -178,8 +178,8 @@ def merge(one: Traits, other: Traits) -> Traits:
     """One address that is there twice, of a Service's one or several slices.
 
     The one that does not terminate counts, ready or not: a new pod took the address of an old one. Among
-    those left it is ready before draining before idle, and local where any is. Of three and more, the order in
-    which they are merged does not matter: the order of slices is none.
+    those left it is ready before draining before idle, and local where any is. The order in which three and
+    more are merged does not matter: the order of slices is none.
     """
     if one.terminating != other.terminating:
         return other if one.terminating else one

@@ -120,12 +120,18 @@ def test_a_ping_to_the_node_itself_is_the_hosts(wire: Wire, side: Side) -> None:
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
 
 
-def test_an_address_of_the_service_cidr_that_no_service_has_is_dropped(
+def test_an_address_of_the_service_cidr_that_no_service_has_is_dropped_where_it_leaves(
     wire: Wire, side: Side, port: int
 ) -> None:
     unknown = "10.96.200.200" if side.version == 4 else "fd00:10:96::c8c8"
-    assert wire.arrive(side.ip(side.client, unknown) / segment("TCP", port, 80)).verdict == DROP
-    assert wire.leave(side.ip(side.node, unknown) / segment("TCP", port, 80)).verdict == DROP
+    echo = (ICMP() if side.version == 4 else ICMPv6EchoRequest()) / PAYLOAD
+    for payload in (segment("TCP", port, 80), segment("UDP", port, 53), segment("SCTP", port, 3868), echo):
+        coming = side.ip(side.client, unknown) / payload
+        assert wire.arrive(coming).verdict == PASS, "another proxy's rules in netfilter see it first"
+        assert wire.leave(coming, came_by="eth0").verdict == DROP, "of a client outside"
+        assert wire.leave(coming, came_by="p2").verdict == DROP, "of a pod"
+        assert wire.leave(side.ip(side.node, unknown) / payload).verdict == DROP, "of this host"
+        assert wire.leave(side.ip(side.node, unknown) / payload, "p1").verdict == PASS, "to a pod that has it"
 
 
 def test_policy_local_without_an_endpoint_here_is_dropped(wire: Wire, side: Side, port: int) -> None:

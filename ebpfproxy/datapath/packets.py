@@ -32,7 +32,7 @@ class PacketDevice(NamedTuple):
 
 
 class PacketPath:
-    """The only writer of the ``devices``, ``crc32c`` and, by ``cidrs``, the CIDRs' maps. One thread uses it."""
+    """The only writer of ``devices``, ``crc32c`` and, by ``cidrs``, of the CIDRs. One thread uses it."""
 
     def __init__(self, maps: MapSet, pins: Path, *, tcx: bool) -> None:
         self._devices = maps["devices"]

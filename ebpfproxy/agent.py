@@ -139,7 +139,9 @@ class Agent:
         pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(pins, options.capacity)
         grace = Grace()
-        self._writer = Writer(self._maps, grace.wait, maglev_size=options.maglev_size)
+        self._writer = Writer(
+            self._maps, grace.wait, maglev_size=options.maglev_size, absence=options.stale_tcp_seconds
+        )
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
         )
@@ -198,7 +200,7 @@ class Agent:
 
     def _reconcile(self) -> None:
         while True:
-            messages = self._next_messages(_STATE_REST if self._state_is_old else _ORDERS)
+            messages = self._next_messages(self._pause())
             is_idle = not messages
             if not self._handle_all(messages):
                 return
@@ -210,6 +212,7 @@ class Agent:
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
+            self._writer.end_absences()
             self._attaching.set_pod_cidrs(node)
             if self._complete:
                 self._attaching.set_service_cidrs(self._options.service_cidrs, frozenset())
@@ -218,6 +221,12 @@ class Agent:
             self._housekeeping.start(attached=self._attaching.attached)
             if not is_idle or self._state_is_old or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
+
+    def _pause(self) -> float:
+        """Seconds until something is due without a message."""
+        pause = _STATE_REST if self._state_is_old else _ORDERS
+        absence = self._writer.next_absence
+        return pause if absence is None else min(pause, max(0.0, absence - time.monotonic()))
 
     def _next_messages(self, seconds: float) -> list[Message]:
         """Waits for one, and takes all that are there by then: many events become one change."""

@@ -49,5 +49,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
     stale_tcp: StaleTcp = StaleTcp.GONE
+    #: Seconds in which an endpoint that was removed may come back.
+    stale_tcp_seconds: float = 5.0
     capacity: Capacity = Capacity()
     without: frozenset[probe.Feature] = frozenset()

@@ -303,6 +303,7 @@ struct departure_key {
 enum departure {
 	DEPARTED_GONE = 1, /* the endpoint is not there any more */
 	DEPARTED_IDLE = 2, /* it is, but not ready; or the Service is gone: connections go on */
+	DEPARTED_ABSENT = 3, /* it was removed just now and may come back: connections wait */
 };
 
 /* Ports of a datagram whose first fragment has passed. IPv4's id has 16 bits, IPv6's 32. */

@@ -181,6 +181,13 @@ log = get_logger(__name__)
     "not ready, never. Connected UDP sockets always are.",
 )
 @click.option(
+    "--stale-tcp-seconds",
+    type=click.FloatRange(0, 3600),
+    default=5.0,
+    help="For so long an endpoint that was removed may come back before its TCP connections are ended. New "
+    "connections and UDP leave it at once.",
+)
+@click.option(
     "--max-conntrack",
     type=click.IntRange(1024, 1 << 26),
     default=Capacity().conntrack,

@@ -91,6 +91,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "lb-algorithm": "lbAlgorithm",
     "maglev-table-size": "maglevTableSize",
     "stale-tcp": "staleTCP",
+    "stale-tcp-seconds": "staleTCPSeconds",
     "max-conntrack": "maxConntrack",
     "max-services": "maxServices",
     "max-backends": "maxBackends",

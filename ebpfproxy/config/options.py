@@ -80,6 +80,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         algorithm=chosen,
         maglev_size=own.maglev_table_size,
         stale_tcp=own.stale_tcp,
+        stale_tcp_seconds=own.stale_tcp_seconds,
         timeouts=timeouts(kube_proxy.conntrack),
         capacity=Capacity(
             services=own.max_services,

@@ -135,6 +135,15 @@ class EbpfProxyConfiguration(
             "already when it is not ready, never. Connected UDP sockets always are."
         ),
     ] = msgspec.field(default=StaleTcp.GONE, name="staleTCP")
+    stale_tcp_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="For so long an endpoint that was removed may come back before its TCP connections "
+            "are ended. New connections and UDP leave it at once.",
+        ),
+    ] = msgspec.field(default=5.0, name="staleTCPSeconds")
     max_conntrack: Annotated[
         int,
         Meta(ge=1024, le=1 << 26, description="Conntrack entries: two a flow, four where it is masqueraded."),

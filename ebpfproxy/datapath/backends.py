@@ -28,6 +28,8 @@ class Standing(NamedTuple):
     leaving: frozenset[int] = NO_IDS
     idle: frozenset[int] = NO_IDS
     drained: frozenset[int] = NO_IDS
+    #: Their endpoint was removed, and may come back.
+    absent: frozenset[int] = NO_IDS
 
 
 ALL_ACTIVE = Standing()
@@ -47,7 +49,7 @@ class Backends:
         self._no_load = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
         self._adopted = maps.adopted
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
-        self._counts: tuple[Counter[int], Counter[int], Counter[int]] = Counter(), Counter(), Counter()
+        self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in Standing._fields)
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
         self._turned: set[int] = set()
@@ -79,6 +81,10 @@ class Backends:
                 found[backend], left = (number, other) if number in self._selected else (other, number)
                 self._retired.append(left)
         return found
+
+    def known(self, numbers: Set[int]) -> set[int]:
+        """Those of these ids that were there before, and are not gone."""
+        return {n for _, n in self._ids.items() if n in numbers}
 
     def busy(self) -> set[int]:
         """Of those that were there before, in no selection: who has something open."""
@@ -185,8 +191,8 @@ class Backends:
 
     def _state_by_users(self, number: int) -> BackendState:
         """Active while any user has it so; quarantined once it is idle for all."""
-        leaving, idle, drained = (counts[number] for counts in self._counts)
-        if leaving + idle + drained < self._refs[number]:
+        leaving, idle, drained, absent = (counts[number] for counts in self._counts)
+        if leaving + idle + drained + absent < self._refs[number]:
             return BackendState.ACTIVE
         if drained:
             return BackendState.DRAINED

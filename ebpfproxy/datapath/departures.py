@@ -35,14 +35,13 @@ class Departures:
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def note(self, service_id: int, back: Set[int], gone: Set[int], idle: Set[int]) -> None:
-        """Tells flows of a service which of its backends they must leave."""
+    def note(self, service_id: int, back: Set[int], departed: Mapping[int, Departure]) -> None:
+        """Tells flows of a service which of its backends they must leave, and which have come back."""
         for number in back if self._known else ():
             key = flow_layout.pack_departure(service_id, number)
             if self._known.pop(key, None) is not None:
                 self._fresh.pop(key, None)
                 self._map.delete(key)
-        departed = dict.fromkeys(gone, Departure.GONE) | dict.fromkeys(idle, Departure.IDLE)
         if not departed:
             return
         entries = {flow_layout.pack_departure(service_id, number): why for number, why in departed.items()}
@@ -67,9 +66,23 @@ class Departures:
         """By packed key."""
         return dict(self._known)
 
+    @property
+    def absent(self) -> dict[int, set[int]]:
+        """Backends that may come back, by service id: another agent is to wait for them, too."""
+        found: dict[int, set[int]] = {}
+        for key, departed in self._known.items():
+            if departed.why is Departure.ABSENT:
+                service_id, backend_id = flow_layout.unpack_departure(key)
+                found.setdefault(service_id, set()).add(backend_id)
+        return found
+
     def forget(self, ended: Mapping[bytes, Departed]) -> None:
-        """What these were about is over: no flow and no socket knows of them any more."""
-        over = [key for key, departed in ended.items() if self._known.get(key) == departed]
+        """What these were about is over: no flow and no socket knows of them, but connections that still wait."""
+        over = [
+            key
+            for key, departed in ended.items()
+            if self._known.get(key) == departed and departed.why is not Departure.ABSENT
+        ]
         for key in over:
             del self._known[key]
         self._map.delete_many(over)

@@ -16,10 +16,12 @@ from ebpfproxy.datapath.layout import PAIR, U32, pack_address, unpack_address
 
 
 class Departure(enum.IntEnum):
-    """Why a backend has left a service: of an idle one connections go on."""
+    """Why a backend has left a service: of an idle one connections go on, of an absent one for the moment."""
 
     GONE = 1
     IDLE = 2
+    #: Its endpoint was removed a moment ago, and may come back.
+    ABSENT = 3
 
 
 class NatFlags(enum.IntFlag):

@@ -27,7 +27,10 @@ class StaleTcp(enum.StrEnum):
     NEVER = "never"
 
     def ends(self, why: Departure) -> bool:
-        return self is StaleTcp.UNREADY or (self is StaleTcp.GONE and why is Departure.GONE)
+        """An endpoint that is only absent may come back: no connection ends for that."""
+        if why is Departure.GONE:
+            return self is not StaleTcp.NEVER
+        return self is StaleTcp.UNREADY and why is Departure.IDLE
 
 
 class LostFrontend(NamedTuple):

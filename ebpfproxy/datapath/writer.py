@@ -12,7 +12,9 @@ are written. Leftovers go with the first complete state, not before. One thread 
 from __future__ import annotations
 
 import threading
+import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ import msgspec
 from ebpfproxy.datapath import flow_layout, layout, maglev
 from ebpfproxy.datapath.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
 from ebpfproxy.datapath.departures import Departed, Departures
+from ebpfproxy.datapath.flow_layout import Departure
 from ebpfproxy.datapath.frontends import Frontends
 from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.layout import U32, U64, ServiceFlags
@@ -95,8 +98,8 @@ class _Plan(msgspec.Struct):
     entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     members: dict[bytes, bytes] = msgspec.field(default_factory=dict)
     excluded: list[bytes] = msgspec.field(default_factory=list)
-    #: Service id, and the backends that are back, gone, idle.
-    departures: list[tuple[int, Set[int], Set[int], Set[int]]] = msgspec.field(default_factory=list)
+    #: Service id, the backends that are back, and those that have left.
+    departures: list[tuple[int, Set[int], Mapping[int, Departure]]] = msgspec.field(default_factory=list)
     vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
     closed: list[bytes] = msgspec.field(default_factory=list)
     #: Those that get something new, by service id.
@@ -117,10 +120,20 @@ class Writer:
         wait_for_readers: Callable[[], None],
         *,
         maglev_size: int = maglev.DEFAULT_SIZE,
+        absence: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``maglev_size``: places in a Maglev table, one of ``maglev.SIZES``."""
+        """``maglev_size``: places in a Maglev table, one of ``maglev.SIZES``.
+
+        ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
+        """
         self._maps = maps
         self._maglev_size = maglev_size
+        self._absence = absence
+        self._clock = clock
+        #: Until when absent backends may come back: by service port, and which is next.
+        self._absent: dict[ServicePortKey, dict[int, float]] = {}
+        self._absences: deque[tuple[float, ServicePortKey]] = deque()
         self._wait_for_readers = wait_for_readers
         self._selections = maps.shared("selections")
         self._words = self._selections.words()
@@ -175,6 +188,8 @@ class Writer:
             sources_of.setdefault(layout.source_range_service(key), set()).add(key)
         members = self._adopted_members()
         unselected = self._adopted_unselected()
+        for number, absent in self._adopted_absent(names.keys()).items():
+            unselected[number] = unselected.get(number, NO_IDS) | absent
         used: list[tuple[int, int]] = []
         for number, name in names.items():
             known = _Programmed(
@@ -231,6 +246,15 @@ class Writer:
                 if backend in busy:
                     found.setdefault(service, set()).add(backend)
         return {service: frozenset(each) for service, each in found.items()}
+
+    def _adopted_absent(self, services: Set[int]) -> dict[int, frozenset[int]]:
+        """By service id: whom an agent before was waiting for. What cannot come back any more is gone."""
+        found = self._departures.absent
+        there = self._backends.known({n for absent in found.values() for n in absent}) if found else set()
+        for number, absent in found.items():
+            if lost := absent - there if number in services else absent:
+                self._departures.note(number, NO_IDS, dict.fromkeys(lost, Departure.GONE))
+        return {number: frozenset(absent & there) for number, absent in found.items() if number in services}
 
     def _held(self, known: _Programmed) -> set[int]:
         """The backends that a service port refers to, as the maps have it."""
@@ -307,6 +331,8 @@ class Writer:
             why = _no_room(error)
             # What this change has retired so far is in use where the new sets are only planned.
             self._publish_sets(plan)
+            self._end_absences(float("inf"), plan)
+            self._publish_sets(plan)
             retired = self.take_retired()
             if retired:
                 self._wait_for_readers()
@@ -379,7 +405,10 @@ class Writer:
             plan.words[index] = layout.selection_word(*after[policy])
         known.unselected = draining.union(idle, drained) if idle or drained else draining
         leaving = draining | terminating if terminating else draining
-        self._hold(known, held, known.unselected.union(*ids), Standing(leaving, idle, drained), plan)
+        absent = self._wait_for_absent(port.key, held - known.unselected.union(*ids))
+        known.unselected = known.unselected | absent if absent else known.unselected
+        standing = Standing(leaving, idle, drained, absent)
+        self._hold(known, held, known.unselected.union(*ids), standing, plan)
         wanted = _NO_MEMBERS
         if port.affinity_seconds:
             wanted = frozenset(ids[0]), frozenset(ids[1])
@@ -429,6 +458,44 @@ class Writer:
             self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
         return number
 
+    def _wait_for_absent(self, key: ServicePortKey, missing: Set[int]) -> frozenset[int]:
+        """Those of the missing whose endpoints may come back: they are kept, to be the same then."""
+        before = self._absent.pop(key, {})
+        if not missing or not self._absence:
+            return NO_IDS
+        until = self._clock() + self._absence
+        if missing - before.keys():
+            self._absences.append((until, key))
+        self._absent[key] = {number: before.get(number, until) for number in missing}
+        return frozenset(missing)
+
+    @property
+    def next_absence(self) -> float | None:
+        """When :meth:`end_absences` has something to do, by the clock."""
+        return self._absences[0][0] if self._absences else None
+
+    def end_absences(self) -> None:
+        """Endpoints that did not come back in time are gone."""
+        now = self._clock()
+        if self._absences and self._absences[0][0] <= now:
+            plan = _Plan()
+            self._end_absences(now, plan)
+            self._publish_sets(plan)
+
+    def _end_absences(self, now: float, plan: _Plan) -> None:
+        while self._absences and self._absences[0][0] <= now:
+            _, key = self._absences.popleft()
+            absent = self._absent.pop(key, {})
+            gone = {number for number, until in absent.items() if until <= now}
+            if len(gone) < len(absent):
+                self._absent[key] = {n: until for n, until in absent.items() if n not in gone}
+            if gone:
+                known = self._programmed[key]
+                held = self._held(known)
+                known.unselected -= gone
+                standing = known.standing._replace(absent=known.standing.absent - gone)
+                self._hold(known, held, held - gone, standing, plan)
+
     def _hold(
         self, known: _Programmed, before: Set[int], after: Set[int], standing: Standing, plan: _Plan
     ) -> None:
@@ -436,11 +503,14 @@ class Writer:
         came, went = after - before, before - after
         if not (came or went) and standing == known.standing:
             return
-        idle, was_idle = standing.idle, known.standing.idle
-        back = came | (was_idle - idle) if self._departures else NO_IDS
-        departed = (idle - was_idle) & before
-        if back or went or departed:
-            plan.departures.append((known.id, back, went, departed))
+        was = known.standing
+        away = standing.idle | standing.absent
+        back = came | (was.idle | was.absent) - away - went if self._departures else NO_IDS
+        departed = dict.fromkeys((standing.idle - was.idle) & before, Departure.IDLE)
+        departed |= dict.fromkeys(standing.absent - was.absent, Departure.ABSENT)
+        departed |= dict.fromkeys(went, Departure.GONE)
+        if back or departed:
+            plan.departures.append((known.id, back, departed))
         self._backends.hold(came, went, known.standing, standing)
         known.standing = standing
 
@@ -553,8 +623,9 @@ class Writer:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        self._hold(known, held, held, Standing(idle=frozenset(held)), plan)
-        self._backends.hold(NO_IDS, held, known.standing, ALL_ACTIVE)
+        stay = held - self._absent.pop(key, {}).keys()
+        self._hold(known, held, stay, Standing(idle=frozenset(stay)), plan)
+        self._backends.hold(NO_IDS, stay, known.standing, ALL_ACTIVE)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:

@@ -36,6 +36,7 @@ FIELDS: dict[str, Any] = {
     "lbAlgorithm": "maglev",
     "maglevTableSize": 251,
     "staleTCP": "never",
+    "staleTCPSeconds": 1.5,
     "maxConntrack": 1024,
     "maxServices": 1,
     "maxBackends": 1,

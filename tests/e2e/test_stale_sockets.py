@@ -94,7 +94,7 @@ def agent(world: World) -> Iterator[Callable[..., Agent]]:
     started: list[Agent] = []
 
     def start(*arguments: str) -> Agent:
-        started.append(world.agent(*arguments).start())
+        started.append(world.agent("--stale-tcp-seconds", "0.2", *arguments).start())
         return started[-1]
 
     world.set_backend("ready")

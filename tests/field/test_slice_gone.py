@@ -1,0 +1,120 @@
+"""An endpoint that is removed may come back within a stated time: nothing of it is ended before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.outer import Held, Outer
+from tests.e2e.world import EXTERNAL, SERVICE_IPS
+from tests.lab import Lab, clients
+from tests.lab.holders import Holder
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+#: What the agent is told; its default is 5.
+SECONDS = 1.5
+THROUGH = {"v4", "v6", "mapped"}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outer]:
+    with Lab() as lab:
+        yield Outer(lab)
+
+
+def _hold(world: Outer, kind: str, port: int, seconds: float) -> Holder:
+    """Sockets of a pod that were sent to w1, watched for ``seconds``."""
+    holder = Holder(world.client, [(f, kind, ip, port, 2) for f, ip in SERVICE_IPS.items()], seconds)
+    holder.wait()
+    holder.watch()
+    return holder
+
+
+def _refused(world: Outer) -> None:
+    until(
+        lambda: world.client.call(clients.connect_error, SERVICE_IPS["v4"], 80) == "ECONNREFUSED",
+        "a new connection finds no endpoint",
+    )
+
+
+def _served(world: Outer) -> None:
+    until(
+        lambda: world.client.call(clients.connect_error, SERVICE_IPS["v4"], 80) == "connected",
+        "the endpoint is back",
+    )
+
+
+def _flows(world: Outer) -> list[Held]:
+    """Connections of a client outside, both families."""
+    return [Held(world.outside, ip, 80) for ip in (EXTERNAL, SERVICE_IPS["v6"])]
+
+
+def test_connections_outlive_a_slice_that_is_away_for_a_moment(world: Outer) -> None:
+    """A slice that is gone for 0.7 s ends no connection, of sockets or of packets; new ones are refused at once."""
+    world.write_web(world.w1)
+    agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
+    holder, flows = _hold(world, "tcp", 80, SECONDS + 2.0), _flows(world)
+    ids = world.a.cli("backend", "list", "-o", "json")
+    world.write_web()
+    _refused(world)
+    time.sleep(0.7)
+    assert [each.ask() for each in flows] == ["alive", "alive"]
+    world.write_web(world.w1)
+    _served(world)
+    ended, _ = holder.result()
+    assert ended == {}
+    assert [each.ask() for each in flows] == ["alive", "alive"]
+    assert "shop/web" in ids
+    assert "stale sockets are ended" not in agent.text
+    agent.stop()
+
+
+def test_connections_end_when_the_time_is_over(world: Outer) -> None:
+    """An endpoint that stays away loses its connections after the stated time: not before, and not much later."""
+    world.write_web(world.w1)
+    agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
+    holder, flows = _hold(world, "tcp", 80, SECONDS + 3.0), _flows(world)
+    began = time.time()
+    world.write_web()
+    _refused(world)
+    assert [each.ask() for each in flows] == ["alive", "alive"]
+    ended, last = holder.result()
+    assert ended == dict.fromkeys(THROUGH, 2)
+    assert SECONDS <= last - began < SECONDS + 2.5
+    assert all(each.ask() != "alive" for each in flows)
+    agent.stop()
+
+
+def test_udp_leaves_a_removed_endpoint_at_once(world: Outer) -> None:
+    """Datagrams have no connection to lose: their sockets are ended as soon as the slice is gone."""
+    world.write_web(world.w1)
+    agent = world.agent("--stale-tcp-seconds", "600").start()
+    holder = _hold(world, "udp", 53, 2.0)
+    world.write_web()
+    ended, _ = holder.result()
+    assert {name.split()[0]: number for name, number in ended.items()} == dict.fromkeys(THROUGH, 2)
+    agent.stop()
+
+
+@pytest.mark.parametrize("returns", [True, False], ids=["back", "gone"])
+def test_an_agent_that_starts_meanwhile_waits_as_well(world: Outer, returns: bool) -> None:
+    """An agent that starts while the slice is away gives its endpoint the same time to come back."""
+    world.write_web(world.w1)
+    agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
+    holder, flows = _hold(world, "tcp", 80, 8.0), _flows(world)
+    world.write_web()
+    _refused(world)
+    agent.kill()
+    agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
+    assert [each.ask() for each in flows] == ["alive", "alive"]
+    if returns:
+        world.write_web(world.w1)
+        _served(world)
+    ended, _ = holder.result()
+    assert ended == ({} if returns else dict.fromkeys(THROUGH, 2))
+    assert [each.ask() == "alive" for each in flows] == [returns, returns]
+    agent.stop()

@@ -88,14 +88,47 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 	return svc && reaches_this_node(ctx, &to->addr) ? svc : NULL;
 }
 
+/* The address that a socket is bound to; false where it has none yet. */
+static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet_addr *addr)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk)
+		return false;
+	if (sk->family == AF_INET) {
+		*addr = addr_of_v4(sk->src_ip4);
+		return addr->word[3];
+	}
+	addr->word[0] = sk->src_ip6[0];
+	addr->word[1] = sk->src_ip6[1];
+	addr->word[2] = sk->src_ip6[2];
+	addr->word[3] = sk->src_ip6[3];
+	return addr->word[0] | addr->word[1] | addr->word[2] | addr->word[3];
+}
+
+/* Whether the socket's packets would have a source that may ask; a pod's are looked at instead. */
+static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, const struct target *to,
+						 const struct service *svc)
+{
+	struct inet_addr bound;
+
+	if (!in_host_namespace(ctx))
+		return false;
+	if (!bound_address(ctx, &bound) || addr_equal(&bound, &to->addr))
+		return svc->flags & SERVICE_HOST;
+	return source_allowed(svc, &bound);
+}
+
 /*
  * Nothing to choose at the socket: an address of no Service, one where this node answers itself, or
- * one whose clients are told apart by their own address, which a socket may not have yet; packets
- * do.
+ * one whose clients are told apart by their own address, which a pod's socket may not have yet;
+ * packets do.
  */
-static __always_inline bool is_left_alone(const struct service *svc)
+static __always_inline bool is_left_alone(struct bpf_sock_addr *ctx, const struct target *to,
+					  const struct service *svc)
 {
-	return !svc || svc->flags & (SERVICE_SOURCES | SERVICE_OWN);
+	return !svc || svc->flags & SERVICE_OWN ||
+	       (svc->flags & SERVICE_SOURCES && !source_is_known_good(ctx, to, svc));
 }
 
 /* A port that a cluster IP does not have; only asked where no Service was found. */
@@ -159,7 +192,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	enum verdict verdict;
 	u32 backend_id;
 
-	if (is_left_alone(svc)) {
+	if (is_left_alone(ctx, to, svc)) {
 		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		if (!svc && to->proto != IPPROTO_UDP && is_nobodys(ctx, to))
@@ -330,7 +363,7 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 	int answer = PROCEED;
 	struct peer *peer;
 
-	if (is_left_alone(svc)) {
+	if (is_left_alone(ctx, to, svc)) {
 		if (!svc && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		return !svc && is_nobodys(ctx, to) ? reject(VERDICT_DROP) : PROCEED;

@@ -80,17 +80,6 @@ static __always_inline struct service *redirected_service(const struct target *t
 	return svc ? svc : service_by_node_port(to, SCOPE_INTERNAL);
 }
 
-static __always_inline bool source_allowed(const struct service *svc, const struct inet_addr *src)
-{
-	struct source_range_key key = {
-		.length = 32 + 128,
-		.service_id = svc->id,
-		.addr = *src,
-	};
-
-	return map_lookup(source_ranges, &key) != NULL;
-}
-
 /* A source that no client can have (RFC 1812, 5.3.7): an answer to it would go astray. */
 static __always_inline bool is_martian(const struct inet_addr *src)
 {
@@ -522,6 +511,32 @@ static __always_inline enum course course_of(const struct packet *p, struct nat 
 	return opens && is_closed(nat) ? COURSE_AGAIN : COURSE_FOLLOW;
 }
 
+/*
+ * Hands a packet from a frontend to this host on. It came by the device of its backend; a strict
+ * reverse path check (rp_filter=1, RFC 3704, 2.2; nftables' fib) wants it by that of the frontend's
+ * route.
+ */
+static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
+{
+#if L3_OFFSET == ETH_HLEN
+	struct bpf_fib_lookup fib;
+	u8 macs[12];
+
+	if (way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_NEIGHBOUR &&
+	    fib.ifindex != skb->ifindex) {
+		__builtin_memcpy(macs, fib.smac, 6);
+		__builtin_memcpy(macs + 6, fib.dmac, 6);
+		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+			return drop(EVENT_REWRITE);
+		return bpf_redirect(fib.ifindex, BPF_F_INGRESS);
+	}
+#else
+	(void)skb;
+	(void)nat;
+#endif
+	return PASS;
+}
+
 static __always_inline int follow(struct __sk_buff *skb, const struct packet *p, struct nat *nat)
 {
 	const bool forwards = nat->flags & NAT_BYPASS;
@@ -536,6 +551,8 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p,
 	/* This host's questions are not where their route begins. */
 	if (forwards || (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
 		return send_out(skb, &nat->src, &nat->dst);
+	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == (NAT_HOST | NAT_REPLY))
+		return deliver(skb, nat);
 	return PASS;
 }
 
@@ -585,7 +602,9 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 
 	if (!nat || nat->flags & NAT_OWN)
 		return PASS;
-	return rewrite_error(skb, p, nat) ? drop(EVENT_REWRITE) : PASS;
+	if (rewrite_error(skb, p, nat))
+		return drop(EVENT_REWRITE);
+	return (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST ? deliver(skb, nat) : PASS;
 }
 
 /*

@@ -47,6 +47,7 @@ from ebpfproxy.node.netlink import NetworkWatcher
 from ebpfproxy.node.network import Device, network_of
 from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
+from ebpfproxy.node.routes import source_towards
 from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.tracker import Tracker
@@ -140,7 +141,11 @@ class Agent:
         self._maps = maps.open_or_create(pins, options.capacity)
         grace = Grace()
         self._writer = Writer(
-            self._maps, grace.wait, maglev_size=options.maglev_size, absence=options.stale_tcp_seconds
+            self._maps,
+            grace.wait,
+            maglev_size=options.maglev_size,
+            absence=options.stale_tcp_seconds,
+            source_towards=source_towards,
         )
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
@@ -336,6 +341,7 @@ class Agent:
         self._tell_of_roles(network.devices)
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
+        self._writer.set_primary_addresses(network.primary)
         self._attaching.set_network(network)
 
     def _tell_of_roles(self, devices: tuple[Device, ...]) -> None:

@@ -153,6 +153,7 @@ class Housekeeping:
             self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
             self._writer.set_client_namespaces(clients)
+            self._writer.follow_routes()
             self.entries = swept.entries
             self.evicted += swept.evicted
             self._metrics.swept(swept, swept.departed)

@@ -62,6 +62,17 @@ static __always_inline struct service *service_by_node_port(const struct target 
 				     : service_lookup6(&any, to, scope);
 }
 
+static __always_inline bool source_allowed(const struct service *svc, const struct inet_addr *src)
+{
+	struct source_range_key key = {
+		.length = 32 + 128,
+		.service_id = svc->id,
+		.addr = *src,
+	};
+
+	return map_lookup(source_ranges, &key) != NULL;
+}
+
 static __always_inline bool addr_is_this_node(const struct inet_addr *a)
 {
 	return map_lookup(node_addresses, a) != NULL;

@@ -29,6 +29,7 @@ enum policy {
 #define SERVICE_SOURCES	   (1 << 2) /* only sources in source_ranges: the packet path decides */
 #define SERVICE_ADDRESS	   (1 << 3) /* no Service, but a cluster IP: its other ports are rejected */
 #define SERVICE_OWN	   (1 << 4) /* the node itself answers there: not to be translated */
+#define SERVICE_HOST	   (1 << 5) /* source_ranges have the address by which this node asks */
 
 /*
  * service.algorithm: how a slot is chosen. Names in brackets are IPVS's. Weights are in how often a
@@ -301,8 +302,8 @@ struct departure_key {
 };
 
 enum departure {
-	DEPARTED_GONE = 1, /* the endpoint is not there any more */
-	DEPARTED_IDLE = 2, /* it is, but not ready; or the Service is gone: connections go on */
+	DEPARTED_GONE = 1,   /* the endpoint is not there any more */
+	DEPARTED_IDLE = 2,   /* it is, but not ready; or the Service is gone: connections go on */
 	DEPARTED_ABSENT = 3, /* it was removed just now and may come back: connections wait */
 };
 

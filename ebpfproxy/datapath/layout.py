@@ -43,6 +43,8 @@ class ServiceFlags(enum.IntFlag):
     ADDRESS = 1 << 3
     #: The node itself answers there, such as a DNS cache: not to be translated.
     OWN = 1 << 4
+    #: The source ranges have the address by which this node itself asks.
+    HOST = 1 << 5
 
 
 SERVICE4_KEY = struct.Struct("=4s2sBB")
@@ -242,6 +244,17 @@ def lpm(address: bytes, length: int) -> tuple[int, bytes]:
 def pack_source_range(service_id: int, address: bytes, length: int) -> bytes:
     bits, packed = lpm(address, length)
     return SOURCE_RANGE.pack(32 + bits, service_id, packed)
+
+
+def is_in_source_range(packed: bytes, address: bytes) -> bool:
+    """Whether a key of ``source_ranges`` has this address, which may be empty: then not."""
+    bits, _, prefix = SOURCE_RANGE.unpack(packed)
+    length = bits - 32
+    if not address:
+        return False
+    shift = 128 - length
+    wanted, found = (int.from_bytes(each) >> shift for each in (prefix, pack_address(address)))
+    return wanted == found
 
 
 def source_range_service(packed: bytes) -> int:

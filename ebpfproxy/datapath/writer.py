@@ -121,15 +121,19 @@ class Writer:
         *,
         maglev_size: int = maglev.DEFAULT_SIZE,
         absence: float = 0.0,
+        source_towards: Callable[[bytes], bytes] = lambda _: b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``maglev_size``: places in a Maglev table, one of ``maglev.SIZES``.
 
         ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
+        ``source_towards``: the address by which this node asks at another, empty where it cannot.
         """
         self._maps = maps
         self._maglev_size = maglev_size
         self._absence = absence
+        self._source_towards = source_towards
+        self._primary: tuple[bytes, ...] = ()
         self._clock = clock
         #: Until when absent backends may come back: by service port, and which is next.
         self._absent: dict[ServicePortKey, dict[int, float]] = {}
@@ -548,6 +552,9 @@ class Writer:
         entries: dict[bytes, bytes] = {}
         for frontend in port.frontends:
             entries.update(_entries_of(frontend, known.id, port))
+        if port.source_ranges:
+            ranges = {layout.pack_source_range(known.id, *each) for each in port.source_ranges}
+            entries = {key: self._for_host(key, value, ranges) for key, value in entries.items()}
         for key, value in entries.items():
             if self._frontends.get(key) != value:
                 plan.entries[key] = value
@@ -559,6 +566,36 @@ class Writer:
         plan.sources.update(dict.fromkeys(sources - known.sources, U32.pack(1)))
         plan.closed += known.sources - sources
         known.sources = sources
+
+    def _for_host(self, key: bytes, value: bytes, ranges: Collection[bytes]) -> bytes:
+        """A frontend's entry, with whether this node itself is in its source ranges (packed).
+
+        A node that has the frontend's address asks by that: then its own address counts, as with kube-proxy.
+        """
+        flags = layout.unpack_service(value).flags & ~ServiceFlags.HOST
+        if flags & ServiceFlags.SOURCES:
+            address = layout.unpack_service_key(key).address
+            source = self._source_towards(address)
+            sources = self._primary if source == address else (source,)
+            if any(layout.is_in_source_range(each, source) for source in sources for each in ranges):
+                flags |= ServiceFlags.HOST
+        return layout.with_service_flags(value, flags)
+
+    def set_primary_addresses(self, addresses: tuple[bytes, ...]) -> None:
+        """The node's own address of each family."""
+        self._primary = addresses
+        self.follow_routes()
+
+    def follow_routes(self) -> None:
+        """Asks the routes again by which addresses this node asks at frontends with source ranges."""
+        changed = {}
+        for known in self._programmed.values():
+            for key in known.entries if known.sources else ():
+                value = self._frontends.get(key)
+                if value is not None and value != (now := self._for_host(key, value, known.sources)):
+                    changed[key] = now
+        if changed:
+            self._frontends.write(changed)
 
     def _withdraw(self, key: ServicePortKey, plan: _Plan) -> None:
         known = self._programmed.get(key)

@@ -15,5 +15,5 @@ def outer() -> Iterator[Outer]:
     """Nodes, an agent on the first, and a client outside; see ``tests.e2e.outer``."""
     with Lab() as lab:
         made = Outer(lab)
-        made.agent().start()
+        made.agent("--stale-tcp-seconds", "0.5").start()
         yield made

@@ -95,7 +95,7 @@ class Cluster:
         self.api = self.node.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
         assert self.api.stdout is not None
         self.url = self.api.stdout.readline().decode().strip()
-        self.node.agent("--master", self.url).start()
+        self.node.agent("--master", self.url, "--stale-tcp-seconds", "0.5").start()
         self._maps = open_maps(self.node.bpf_root)
 
     def put(self, resource: Resource, *items: Item) -> None:

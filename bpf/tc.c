@@ -220,7 +220,7 @@ static __always_inline void new_entry(struct scratch *s, const struct flow *flow
  * Inserts the entry of answers in @s. Where another flow of the client's port has the key (it asks
  * the same backend through another frontend), another port is taken, and left in @s->key.
  */
-static __always_inline enum insert insert_answers(struct scratch *s)
+static __always_inline enum insert insert_answers(struct __sk_buff *skb, struct scratch *s)
 {
 	struct nat *known = conntrack_lookup(&s->key);
 	enum insert done;
@@ -232,7 +232,7 @@ static __always_inline enum insert insert_answers(struct scratch *s)
 		return INSERT_DONE;
 	}
 	done = conntrack_insert(s, false);
-	return done == INSERT_TAKEN ? take_port(s) : done;
+	return done == INSERT_TAKEN ? take_port(skb, s) : done;
 }
 
 /*
@@ -240,14 +240,14 @@ static __always_inline enum insert insert_answers(struct scratch *s)
  * has the questions' half; it is there again afterwards, with the port that the backend will see.
  * @fresh: a port of ours is taken in any case.
  */
-static __always_inline enum insert insert_pair(struct scratch *s, const struct flow *flow,
-					       bool fresh)
+static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
+					       const struct flow *flow, bool fresh)
 {
 	struct flow answers;
 	enum insert done;
 
 	turn_round(s, flow);
-	done = fresh ? take_port(s) : insert_answers(s);
+	done = fresh ? take_port(skb, s) : insert_answers(skb, s);
 	if (done != INSERT_DONE)
 		return done;
 	answers = s->key;
@@ -267,7 +267,7 @@ static __always_inline int begin_past_netfilter(struct __sk_buff *skb, const str
 
 	s->nat.src = *node;
 	s->nat.flags = NAT_BYPASS;
-	done = insert_pair(s, &p->flow, true);
+	done = insert_pair(skb, s, &p->flow, true);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, true))
@@ -387,13 +387,13 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		    p->hops > 1)
 			return begin_past_netfilter(skb, p, s, &node);
 	}
-	done = insert_pair(s, &p->flow, is_port_taken(&p->flow));
+	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))
 		return drop(EVENT_REWRITE);
 	if (is_masked) {
-		done = masquerade(s, p->flow.proto, &node);
+		done = masquerade(skb, s, p->flow.proto, &node);
 		if (done != INSERT_DONE) {
 			/* Without it the next packet would show the client to the backend. */
 			struct nat *nat = conntrack_lookup(&p->flow);
@@ -442,7 +442,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	new_entry(s, &p->flow, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
-	done = insert_pair(s, &p->flow, is_port_taken(&p->flow));
+	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))

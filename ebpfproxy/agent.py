@@ -32,6 +32,7 @@ from ebpfproxy.datapath import attach, maps, probe, roots
 from ebpfproxy.datapath.carry import carry_orders
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
+from ebpfproxy.datapath.ports import shared_remark
 from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
@@ -426,6 +427,11 @@ class Agent:
                 problems=(
                     *without_room,
                     *self._attaching.failures,
+                    *(
+                        [shared_remark(self._options.masquerade_ports)]
+                        if self._options.masquerade_ports_shared
+                        else []
+                    ),
                     *self._unbound(),
                 ),
                 devices=len(self._attaching.targets),

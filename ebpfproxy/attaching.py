@@ -85,6 +85,7 @@ class Attaching:
             masquerade_all=options.masquerade_all,
             bypass_netfilter=options.bypass_netfilter,
             masquerade_ports=options.masquerade_ports,
+            masquerade_ports_shared=options.masquerade_ports_shared,
             pods_by_cidr=options.local_pods.by_cidr,
         )
         modules = (

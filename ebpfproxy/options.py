@@ -46,6 +46,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     algorithm: Algorithm = Algorithm.RANDOM
     maglev_size: int = maglev.DEFAULT_SIZE
     masquerade_ports: tuple[int, int]
+    #: They overlap ``ip_local_port_range``, as it was at the start.
+    masquerade_ports_shared: bool = False
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
     stale_tcp: StaleTcp = StaleTcp.GONE

@@ -3,7 +3,8 @@
  * Which of this node's addresses and ports stands for a client.
  *
  * Ports come from a range of their own, outside of ip_local_port_range: a connection that the node
- * itself opens to the same backend cannot have one.
+ * itself opens to the same backend cannot have one. Where there is no such range
+ * (MASQUERADE_PORTS_SHARED), the node's sockets are looked at before a port is taken.
  */
 #ifndef EBPFPROXY_MASQUERADE_H
 #define EBPFPROXY_MASQUERADE_H
@@ -110,11 +111,55 @@ static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct i
 	return !addr_equal(addr, &none);
 }
 
+#define TCP_STATE_LISTEN 10
+
+/*
+ * Whether a socket of this host has the port that @answers come to. One that listens has no
+ * connection to lose; a datagram socket need not be connected to ask the backend. The kernel has no
+ * lookup for UDP-Lite and SCTP.
+ */
+static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct flow *answers)
+{
+	const bool is_v4 = addr_is_v4(&answers->dst);
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sock;
+	bool is_used = true;
+	u32 size;
+
+	if (is_v4) {
+		tuple.ipv4.saddr = answers->src.word[3];
+		tuple.ipv4.daddr = answers->dst.word[3];
+		tuple.ipv4.sport = answers->sport;
+		tuple.ipv4.dport = answers->dport;
+		size = sizeof(tuple.ipv4);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &answers->src, sizeof(answers->src));
+		__builtin_memcpy(tuple.ipv6.daddr, &answers->dst, sizeof(answers->dst));
+		tuple.ipv6.sport = answers->sport;
+		tuple.ipv6.dport = answers->dport;
+		size = sizeof(tuple.ipv6);
+	}
+	if (answers->proto == IPPROTO_UDP) {
+		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	} else if (answers->proto == IPPROTO_TCP) {
+		/* Unlike bpf_sk_lookup_tcp() this also finds what is in TIME_WAIT. */
+		sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		if (sock)
+			is_used = sock->state != TCP_STATE_LISTEN;
+	} else {
+		return false;
+	}
+	if (!sock)
+		return false;
+	bpf_sk_release(sock);
+	return is_used;
+}
+
 /*
  * Inserts an entry of answers from a backend: @s->key has all but its dport, the port that stands
  * for the client, and @s->nat what they become. Leaves the port in @s->key.
  */
-static __always_inline enum insert take_port(struct scratch *s)
+static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s)
 {
 	u32 start = bpf_get_prandom_u32() % MASQUERADE_RANGE;
 	enum insert done = INSERT_TAKEN;
@@ -122,7 +167,9 @@ static __always_inline enum insert take_port(struct scratch *s)
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < MASQUERADE_TRIES; i++) {
 		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + start));
-		done = conntrack_insert(s, false);
+		done = MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, &s->key)
+			       ? INSERT_TAKEN
+			       : conntrack_insert(s, false);
 		if (done != INSERT_TAKEN)
 			break;
 		start = (start + MASQUERADE_STEP) % MASQUERADE_RANGE;
@@ -134,7 +181,7 @@ static __always_inline enum insert take_port(struct scratch *s)
  * Makes the pair that masquerades a new flow. @s->nat is what its questions have become: packets
  * from the client to the backend, which leave with @addr for the client's.
  */
-static __always_inline enum insert masquerade(struct scratch *s, u8 proto,
+static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
 {
 	const struct flow between = {
@@ -155,7 +202,7 @@ static __always_inline enum insert masquerade(struct scratch *s, u8 proto,
 	s->nat.src = *addr;
 	s->nat.flags = NAT_SOURCE;
 	turn_round(s, &between);
-	done = take_port(s);
+	done = take_port(skb, s);
 	if (done != INSERT_DONE)
 		return done;
 	s->nat.src = *addr;

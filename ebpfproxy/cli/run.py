@@ -20,7 +20,6 @@ from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.ports import PortRangeError
 from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.health.server import BindAddressError
@@ -289,6 +288,5 @@ def command(
         NodeNameError,
         BindAddressError,
         NodePortAddressesError,
-        PortRangeError,
     ) as error:
         raise click.ClickException(str(error)) from error

@@ -33,7 +33,7 @@ from ebpfproxy.config.kube_proxy import Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.ports import beside_local_range, parse_range
+from ebpfproxy.datapath.ports import default_range, local_range, overlaps, parse_range, shared_remark
 from ebpfproxy.datapath.roots import find_cgroup_root
 from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import node_name
@@ -49,10 +49,14 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
     """Of an effective configuration (:func:`ebpfproxy.config.load.effective`), and remarks for the log.
 
     Reads this host's name, cgroup mount and ``ip_local_port_range`` where the configuration leaves them open.
-    Raises NodeNameError, RootError, PortRangeError.
+    Raises NodeNameError, RootError.
     """
     kube_proxy, own = configuration.kube_proxy, configuration.own
     chosen, remarks = algorithm(kube_proxy, own)
+    local = local_range()
+    ports = parse_range(own.masquerade_ports) if own.masquerade_ports else default_range(local)
+    if overlaps(ports, local):
+        remarks = [*remarks, shared_remark(ports)]
     options = AgentOptions(
         node_name=node_name(kube_proxy.hostname_override or None),
         bpf_root=Path(own.bpf_root),
@@ -76,7 +80,8 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         service_cidrs=_prefixes(own.service_cidrs),
         masquerade_all=kube_proxy.masquerade_all,
         bypass_netfilter=own.bypass_netfilter,
-        masquerade_ports=parse_range(own.masquerade_ports) if own.masquerade_ports else beside_local_range(),
+        masquerade_ports=ports,
+        masquerade_ports_shared=overlaps(ports, local),
         algorithm=chosen,
         maglev_size=own.maglev_table_size,
         stale_tcp=own.stale_tcp,

@@ -114,7 +114,7 @@ class EbpfProxyConfiguration(
         Meta(
             pattern="^([0-9]+-[0-9]+)?$",
             description="Source ports for masqueraded clients, FIRST-LAST. Empty: the larger gap beside "
-            "net.ipv4.ip_local_port_range.",
+            "net.ipv4.ip_local_port_range; without one, 32768-65535, shared with it.",
         ),
     ] = ""
     lb_algorithm: Annotated[

@@ -8,6 +8,9 @@ _LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 #: Below it are the ports that servers may insist on as a client's (RFC 1700's reserved ones).
 LOWEST = 1024
 HIGHEST = 65535
+_ENOUGH = 1024
+#: Of 1024-65535 the larger part beside Kubernetes' default NodePorts, 30000-32767.
+_SHARED = (32768, HIGHEST)
 
 
 class PortRangeError(Exception):
@@ -27,18 +30,33 @@ def parse_range(text: str) -> tuple[int, int]:
     return found
 
 
-def beside_local_range(text: str | None = None) -> tuple[int, int]:
-    """The larger of the gaps above and below the kernel's own ephemeral ports (``ip_local_port_range``).
-
-    The node's own connections then never share a port with a masqueraded client. Raises PortRangeError
-    where the kernel's range leaves fewer than 1024 ports on either side.
-    """
+def local_range(text: str | None = None) -> tuple[int, int]:
+    """The kernel's own ephemeral ports, first and last, of both families: ``ip_local_port_range``."""
     low, high = map(int, (text or _LOCAL_RANGE.read_text()).split())
+    return low, high
+
+
+def default_range(local: tuple[int, int]) -> tuple[int, int]:
+    """The larger of the gaps above and below ``local``, the kernel's own ephemeral ports.
+
+    The node's own connections then never share a port with a masqueraded client. Where neither gap has 1024
+    ports, the ports above the NodePorts are shared with the node's own connections: see :func:`overlaps`.
+    """
+    low, high = local
     gaps = [(LOWEST, low - 1), (high + 1, HIGHEST)]
     best = max(gaps, key=lambda gap: gap[1] - gap[0])
-    if best[1] - best[0] < 1024:
-        raise PortRangeError(
-            f"net.ipv4.ip_local_port_range is {low} {high}: no room for masqueraded clients beside it; "
-            "narrow it, or set --masquerade-ports"
-        )
-    return best
+    return best if best[1] - best[0] >= _ENOUGH else _SHARED
+
+
+def overlaps(ports: tuple[int, int], local: tuple[int, int]) -> bool:
+    """Whether a socket of this host may have one of ``ports``: programs then look for it first."""
+    return ports[0] <= local[1] and local[0] <= ports[1]
+
+
+def shared_remark(ports: tuple[int, int]) -> str:
+    """What is to be said of ports that overlap ``ip_local_port_range``."""
+    return (
+        f"masqueraded clients share the ports {ports[0]}-{ports[1]} with net.ipv4.ip_local_port_range: those of "
+        "this host's sockets are avoided, but a connection that it opens later may meet one of theirs; "
+        "narrow that range, or set --masquerade-ports"
+    )

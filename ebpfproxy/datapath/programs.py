@@ -43,6 +43,8 @@ class Options(msgspec.Struct, frozen=True):
     bypass_netfilter: bool = False
     #: Ports that stand for masqueraded clients, first and last.
     masquerade_ports: tuple[int, int] = (1024, 32767)
+    #: Sockets of this host may have them, too: one that has a port towards a backend is looked for.
+    masquerade_ports_shared: bool = False
     #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
     pods_by_cidr: bool = False
 
@@ -56,6 +58,7 @@ class Options(msgspec.Struct, frozen=True):
             f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",
             f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
             f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
+            f"-DMASQUERADE_PORTS_SHARED={int(self.masquerade_ports_shared)}",
             f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
             f"-DSEARCHED_SLOTS={slots.SEARCHED}",
         ]

@@ -12,7 +12,7 @@ from ebpfproxy.config.load import Configuration, effective
 from ebpfproxy.config.options import agent_options, in_use
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.ports import beside_local_range
+from ebpfproxy.datapath.ports import default_range, local_range
 from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import NodeNameError
@@ -45,7 +45,7 @@ def test_without_a_file_or_flags_they_are_the_agents_own_defaults() -> None:
 def test_what_is_left_open_is_read_from_this_host() -> None:
     found = agent_options(effective(Configuration(), {"cgroup-root": "/cg"}))[0]
     assert found.node_name == os.uname().nodename.lower()
-    assert found.masquerade_ports == beside_local_range()
+    assert found.masquerade_ports == default_range(local_range())
     with pytest.raises(NodeNameError):
         options_of(Configuration(), {"hostname-override": " "})
 

@@ -39,6 +39,8 @@ CHOICES: list[dict[str, Any]] = [
     {"masquerade_all": True, "pods_by_cidr": True},
     {"masquerade_all": True, "bypass_netfilter": True, "pods_by_cidr": True},
     {"masquerade_ports": (61000, 65535)},
+    {"masquerade_ports": (32768, 65535), "masquerade_ports_shared": True},
+    {"masquerade_ports_shared": True, "masquerade_all": True, "bypass_netfilter": True},
 ]
 
 

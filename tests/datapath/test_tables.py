@@ -13,7 +13,7 @@ from scapy.layers.sctp import crc32c
 from ebpfproxy.datapath import maps
 from ebpfproxy.datapath.crc32c import zeros_tables
 from ebpfproxy.datapath.filter import BitFilter, address_hash
-from ebpfproxy.datapath.ports import PortRangeError, beside_local_range, parse_range
+from ebpfproxy.datapath.ports import PortRangeError, default_range, local_range, overlaps, parse_range
 from ebpfproxy.datapath.schema import CRC_STEPS, Capacity
 
 
@@ -86,10 +86,24 @@ def test_addresses_spread_over_the_filter() -> None:
 
 
 def test_masquerading_has_the_larger_gap_beside_the_kernels_own_ports() -> None:
-    assert beside_local_range("32768\t60999") == (1024, 32767)
-    assert beside_local_range("1024 40000") == (40001, 65535)
-    with pytest.raises(PortRangeError, match=r"ip_local_port_range is 1024 65535"):
-        beside_local_range("1024 65535")
+    assert default_range(local_range("32768\t60999")) == (1024, 32767)
+    assert default_range(local_range("1024 40000")) == (40001, 65535)
+
+
+@pytest.mark.parametrize("text", ["1024 65535", "1 65535", "1500 64900"])
+def test_without_a_gap_masquerading_shares_the_ports_above_the_node_ports(text: str) -> None:
+    local = local_range(text)
+    assert default_range(local) == (32768, 65535)
+    assert overlaps(default_range(local), local)
+
+
+def test_ranges_overlap_where_they_have_a_port_in_common() -> None:
+    assert not overlaps((1024, 32767), (32768, 60999))
+    assert not overlaps((61000, 65535), (32768, 60999))
+    assert overlaps((1024, 32768), (32768, 60999))
+    assert overlaps((60999, 65535), (32768, 60999))
+    assert overlaps((40000, 40001), (32768, 60999))
+    assert overlaps((1024, 65535), (32768, 60999))
 
 
 @pytest.mark.parametrize("text", ["", "1", "5-", "9-3", "0-7", "1-70000", "a-b", "-5-9"])

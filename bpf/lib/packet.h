@@ -105,8 +105,10 @@ enum shape {
 struct packet {
 	struct flow flow;
 	u32 fragment_id;
-	u32 l3_length; /* IP header and all that follows it */
+	__be32 new_fragment_id; /* if it is rewritten */
+	u32 l3_length;		/* IP header and all that follows it */
 	u16 l4;
+	u16 fragment_at; /* IPv6's header of a fragment */
 	u16 inner_l3;
 	u16 inner_l4;
 	__sum16 ipv4_check;
@@ -205,6 +207,7 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 		if (bpf_skb_load_bytes(skb, p->l4, &header, sizeof(header)))
 			return false;
 		if (p->proto == IPPROTO_FRAGMENT) {
+			p->fragment_at = p->l4;
 			p->fragment_id = header.id;
 			p->is_fragment = header.offset & (IPV6_OFFSET | IPV6_MORE_FRAGMENTS);
 			p->is_later_fragment = header.offset & IPV6_OFFSET;
@@ -289,6 +292,18 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
 	};
 }
 
+/* Counted for the whole node: within the time of a reassembly none comes again. */
+static __always_inline __be32 next_fragment_id(bool is_v4)
+{
+	u32 zero = 0;
+	u64 *count = map_lookup(fragment_ids, &zero), id;
+
+	if (!count)
+		return 0;
+	id = __sync_fetch_and_add(count, 1);
+	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
+}
+
 /*
  * Ports, and TCP's flags. Behind an IP header without options they are read in place, where they
  * are in what can be: it is the way of nearly all packets.
@@ -339,12 +354,13 @@ static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packe
 		return SHAPE_OTHER;
 	if (p->is_later_fragment) {
 		struct fragment_key key = fragment_key(p);
-		struct ports *known = map_lookup(fragments, &key);
+		struct fragment *known = map_lookup(fragments, &key);
 
 		if (!known)
 			return SHAPE_LATER_UNKNOWN;
-		p->flow.sport = known->sport;
-		p->flow.dport = known->dport;
+		p->flow.sport = known->ports.sport;
+		p->flow.dport = known->ports.dport;
+		p->new_fragment_id = known->new_id;
 		return SHAPE_LATER;
 	}
 	if (!read_transport(skb, p, &ports))
@@ -353,8 +369,10 @@ static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packe
 	p->flow.dport = ports.dport;
 	if (p->is_fragment) {
 		struct fragment_key key = fragment_key(p);
+		struct fragment fragment = { ports, next_fragment_id(p->is_v4) };
 
-		map_update(fragments, &key, &ports);
+		p->new_fragment_id = fragment.new_id;
+		map_update(fragments, &key, &fragment);
 	}
 	return SHAPE_WHOLE;
 }

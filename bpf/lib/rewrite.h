@@ -11,11 +11,13 @@
 
 #include "packet.h"
 
+#define IPV4_ID	    offsetof(struct ipv4_header, id)
 #define IPV4_CHECK  offsetof(struct ipv4_header, check)
 #define IPV4_SRC    offsetof(struct ipv4_header, src)
 #define IPV4_TTL    offsetof(struct ipv4_header, ttl)
 #define IPV6_SRC    offsetof(struct ipv6_header, src)
 #define IPV6_LENGTH offsetof(struct ipv6_header, length)
+#define IPV6_ID	    offsetof(struct ipv6_fragment, id)
 #define TCP_CHECK   offsetof(struct tcp_header, check)
 #define UDP_CHECK   6
 #define SCTP_CHECK  8
@@ -104,6 +106,7 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
 	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
 	const u32 src = nat->src.word[3], dst = nat->dst.word[3];
+	u64 header = (u64)(u16)~p->ipv4_check + (u16)~p->ipv4_ttl_proto;
 	u64 difference = (u64)(u32)~p->flow.src.word[3] + (u32)~p->flow.dst.word[3] + src + dst;
 	struct {
 		u16 ttl_proto;
@@ -113,10 +116,16 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 
 	difference = (difference & 0xffffffff) + (difference >> 32);
 	difference = (difference & 0xffffffff) + (difference >> 32);
+	if (p->is_fragment) {
+		u16 id = p->new_fragment_id;
+
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_ID, &id, sizeof(id), 0))
+			return -1;
+		header += (u16)~p->fragment_id + id;
+	}
 	if (forwards)
 		((u8 *)&new.ttl_proto)[0]--;
-	new.check = csum_fold((u64)(u16)~p->ipv4_check + (u16)~p->ipv4_ttl_proto + new.ttl_proto +
-			      difference);
+	new.check = csum_fold(header + new.ttl_proto + difference);
 	new.word[0] = (u16)src;
 	new.word[1] = src >> 16;
 	new.word[2] = (u16)dst;
@@ -155,6 +164,10 @@ static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *
 	u32 difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
 
 	if (forwards && count_hop6(skb))
+		return -1;
+	if (p->is_fragment &&
+	    bpf_skb_store_bytes(skb, p->fragment_at + IPV6_ID, (void *)&p->new_fragment_id,
+				sizeof(p->new_fragment_id), BPF_F_RECOMPUTE_CSUM))
 		return -1;
 	/* No header checksum makes up for the change where skb->csum has the whole packet's sum. */
 	if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,

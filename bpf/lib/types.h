@@ -322,6 +322,15 @@ struct ports {
 	__be16 dport;
 };
 
+/*
+ * Datagrams of several senders may get one source, where their own ids would be one, too: each gets
+ * a new one, the same for all its fragments.
+ */
+struct fragment {
+	struct ports ports;
+	__be32 new_id; /* as a header has it; IPv4's are the first two bytes */
+};
+
 /* devices, by ifindex: what masquerading to it uses, and who is behind it. */
 #define DEVICE_PODS  (1 << 0) /* as detectLocalMode says */
 #define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */

@@ -142,7 +142,8 @@ log = get_logger(__name__)
     metavar="FIRST-LAST",
     default="",
     show_default=False,
-    help="Source ports for masqueraded clients.  [default: the larger gap beside ip_local_port_range]",
+    help="Source ports for masqueraded clients.  [default: the larger gap beside ip_local_port_range, "
+    "else 32768-65535]",
 )
 @click.option(
     "--conntrack-tcp-timeout-established",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ebpfproxy.datapath import flow_layout, layout
 from ebpfproxy.datapath.bpf import BpfError
-from ebpfproxy.datapath.layout import U32
+from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 from ebpfproxy.datapath.schema import SCHEMA_VERSION
 
@@ -37,6 +37,8 @@ class Carrier:
         self._peers: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
         self.copied = 0
+        for old in self._old:
+            _carry_fragment_ids(old, maps)
 
     def copy(self) -> None:
         each = zip(self._old, self._ids, self._origins, self._peers, strict=True)
@@ -191,6 +193,14 @@ def _backends(maps: MapSet) -> Iterator[tuple[int, bytes]]:
         start = number * shared.stride
         if shared.bytes[start + layout.BACKEND_PROTOCOL_OFFSET]:
             yield number, bytes(shared.bytes[start : start + size])
+
+
+def _carry_fragment_ids(old: MapSet, new: MapSet) -> None:
+    """Ids go on from the higher count: those of datagrams on their way are not given again."""
+    zero = U32.pack(0)
+    before, now = old["fragment_ids"].lookup(zero), new["fragment_ids"].lookup(zero)
+    if before is not None and now is not None and U64.unpack(before) > U64.unpack(now):
+        new["fragment_ids"].update(zero, before)
 
 
 def _merge_filters(old: MapSet, new: MapSet) -> None:

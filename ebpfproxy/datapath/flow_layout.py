@@ -49,6 +49,8 @@ NAT = struct.Struct("=16s16sHHIIBBHQQ")
 PEER = struct.Struct("=16s16sHHIII")
 PEER_PLACES = 4
 PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
+#: ``struct fragment``: source and destination port, and the id that all fragments of a datagram get.
+FRAGMENT = struct.Struct("=HHI")
 CLASH = struct.Struct("=16sHHI")
 REDIRECT = struct.Struct("=16sHxxxxxxQ")
 

@@ -56,7 +56,7 @@ def overlaps(ports: tuple[int, int], local: tuple[int, int]) -> bool:
 def shared_remark(ports: tuple[int, int]) -> str:
     """What is to be said of ports that overlap ``ip_local_port_range``."""
     return (
-        f"masqueraded clients share the ports {ports[0]}-{ports[1]} with net.ipv4.ip_local_port_range: those of "
-        "this host's sockets are avoided, but a connection that it opens later may meet one of theirs; "
+        f"masqueraded clients share the ports {ports[0]}-{ports[1]} with net.ipv4.ip_local_port_range: "
+        "those of this host's sockets are avoided, but a connection opened later may meet one of theirs; "
         "narrow that range, or set --masquerade-ports"
     )

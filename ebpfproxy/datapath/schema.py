@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, CLASH, FLOW, NAT, PEERS, REDIRECT
+from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, CLASH, FLOW, FRAGMENT, NAT, PEERS, REDIRECT
 from ebpfproxy.datapath.layout import (
     BACKEND,
     BACKEND_STATS,
@@ -119,7 +119,8 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("conntrack", bpf.MAP_LRU_HASH, FLOW.size, NAT.size, capacity.conntrack),
         MapSpec("epochs", *array, U64.size, capacity.services, bpf.F_MMAPABLE),
         MapSpec("departures", bpf.MAP_HASH, 8, 4, capacity.backends, bpf.F_NO_PREALLOC),
-        MapSpec("fragments", bpf.MAP_LRU_HASH, 40, 4, 8192),
+        MapSpec("fragments", bpf.MAP_LRU_HASH, 40, FRAGMENT.size, 8192),
+        MapSpec("fragment_ids", *array, U64.size, 1),
         MapSpec(
             "source_ranges",
             bpf.MAP_LPM_TRIE,

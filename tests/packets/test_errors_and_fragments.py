@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from scapy.all import Packet, Raw, raw
-from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
+from scapy.all import IPv6, Packet, Raw, raw
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_Router_Alert, fragment
 from scapy.layers.inet6 import (
     ICMPv6DestUnreach,
     ICMPv6PacketTooBig,
     ICMPv6TimeExceeded,
+    IPv6ExtHdrDestOpt,
     IPv6ExtHdrFragment,
     in6_chksum,
 )
@@ -211,6 +214,95 @@ def test_fragments_with_the_same_id_of_two_clients_are_told_apart(wire: Wire, si
         parts = pieces(side, datagram, 0x99)
         found = {ip_of(wire.arrive(part).packet).dst for part in parts}
         assert found == {expected}
+
+
+def identity(packet: Packet) -> int:
+    """The id by which a receiver puts fragments together."""
+    ip = ip_of(packet)
+    return int(ip.id if ip.version == 4 else ip[IPv6ExtHdrFragment].id)
+
+
+def sent(side: Side, results: list[Result], source: str, destination: str) -> int:
+    """Checks that the results are whole fragments of one datagram between these two; their common id."""
+    payload = b""
+    for result in results:
+        ip = ip_of(result.packet)
+        assert (ip.src, ip.dst) == (source, destination)
+        body = raw(ip.payload)
+        payload += body if side.version == 4 else body[8:]
+        if side.version == 4:
+            assert with_right_checksums(IP(raw(ip)[:20])) == raw(ip)[:20]
+    (found,) = {identity(result.packet) for result in results}
+    fields = {"proto": 17} if side.version == 4 else {"nh": 17}
+    full = type(side.ip(source, destination))(raw(side.ip(source, destination, **fields) / Raw(payload)))
+    assert with_right_checksums(full) == raw(full)
+    return found
+
+
+def test_fragments_of_masqueraded_clients_never_have_one_id(wire: Wire, side: Side, port: int) -> None:
+    """Two clients' datagrams of equal ids leave with the node's address: each gets an id of its own."""
+    between = []
+    for client in (side.client, side.stranger):
+        datagram = side.ip(client, side.web) / UDP(sport=port, dport=53) / Raw(b"q" * 1100)
+        between.append([wire.arrive(part) for part in pieces(side, datagram, 0x55)])
+        sent(side, between[-1], client, side.remote_pod)
+    # Interleaved: each later fragment follows the first one of its own datagram.
+    first, second = [], []
+    for one, other in zip(*between, strict=True):
+        first.append(wire.leave(ip_of(one.packet), came_by="eth0"))
+        second.append(wire.leave(ip_of(other.packet), came_by="eth0"))
+    ids = [sent(side, results, side.node, side.remote_pod) for results in (first, second)]
+    assert len({0x55, *ids}) == 3
+
+
+def test_a_client_that_uses_an_id_again_gets_another(wire: Wire, side: Side, port: int) -> None:
+    """An id of 16 bits comes again soon: the next datagram is another one, also for the receiver."""
+    datagram = side.ip(side.client, side.local_balancer) / UDP(sport=port, dport=53) / Raw(b"q" * 1100)
+    parts = pieces(side, datagram, 0x56)
+    ids = [sent(side, [wire.arrive(part) for part in parts], side.client, side.local_pod) for _ in range(2)]
+    assert ids[0] != ids[1]
+
+
+def test_fragments_behind_other_headers_get_their_id(wire: Wire, side: Side, port: int) -> None:
+    """IPv4 options and IPv6 extension headers before the fragment's header move it: it is found, and summed."""
+    datagram = side.ip(side.client, side.local_balancer) / UDP(sport=port, dport=53) / Raw(b"q" * 1100)
+    if side.version == 4:
+        datagram[IP].options = [IPOption_Router_Alert()]
+    parts = pieces(side, datagram, 0x57)
+    if side.version == 6:
+        for part in parts:
+            part[IPv6].payload = IPv6ExtHdrDestOpt(nh=44) / part[IPv6].payload
+            part[IPv6].nh = 60
+    found = set()
+    for part in parts:
+        ip = ip_of(wire.arrive(part).packet)
+        assert ip.dst == side.local_pod
+        found.add(identity(ip))
+        if side.version == 4:
+            header = raw(ip)[: ip.ihl * 4]
+            assert checksum(header) == 0
+    assert len(found) == 1
+    assert 0x57 not in found
+
+
+def test_fragments_of_answers_by_one_frontend_never_have_one_id(
+    wire: Wire, side: Side, new_port: Callable[[], int]
+) -> None:
+    """Datagrams of a backend to one client leave as the frontend's: equal ids of several do not meet."""
+    ids = set()
+    for port in (new_port(), new_port()):
+        wire.arrive(side.ip(side.client, side.local_balancer) / segment("UDP", port, 53))
+        answer = side.ip(side.local_pod, side.client) / UDP(sport=8053, dport=port) / Raw(b"a" * 1100)
+        results = [wire.leave(part, came_by="p1") for part in pieces(side, answer, 0x1235)]
+        ids.add(sent(side, results, side.local_balancer, side.client))
+    assert len(ids) == 2
+
+
+def test_fragments_of_no_service_keep_their_id(wire: Wire, side: Side, port: int) -> None:
+    datagram = side.ip(side.client, side.node) / UDP(sport=port, dport=9) / Raw(b"q" * 1100)
+    for part in pieces(side, datagram, 0x58):
+        before = raw(part)
+        assert wire.arrive(part).bytes[14:] == before
 
 
 def test_a_tcp_flow_with_an_mtu_error_goes_on(wire: Wire, side: Side, port: int) -> None:

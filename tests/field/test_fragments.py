@@ -1,0 +1,91 @@
+"""Datagrams in pieces of clients that the node stands for: ids that were the clients' own would be one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+from scapy.all import IPv6, Raw, raw
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6ExtHdrFragment
+
+from tests.e2e.outer import WAYS, Outer
+from tests.lab import Lab
+
+pytestmark = pytest.mark.root
+
+UDP_NODE_PORT = 30053
+#: All clients send with this id, and in pieces of this many bytes.
+IDENTITY, PIECE = 0x4242, 1200
+SIZE = 3 * PIECE
+SECOND = {"4": "172.18.0.253", "6": "fd00:172:18::fd"}
+
+
+@pytest.fixture(scope="module", params=["safe", "bypass"])
+def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
+    """The pod of the other node serves, so that all from outside is masqueraded; two clients are outside."""
+    with Lab() as lab:
+        made = Outer(lab)
+        for address in SECOND.values():
+            prefix, nodad = (24, []) if "." in address else (64, ["nodad"])
+            made.outside.run(["ip", "address", "add", f"{address}/{prefix}", "dev", "eth0", *nodad])
+        made.write_web(made.w2)
+        made.agent(*WAYS[request.param]).start()
+        yield made
+
+
+def pieces(source: str, destination: str, sport: int, letter: bytes) -> list[bytes]:
+    """The fragments of a datagram of SIZE bytes, all with IDENTITY."""
+    ip = IPv6 if ":" in source else IP
+    body = Raw(letter * (SIZE - 8))
+    whole = raw(ip(src=source, dst=destination) / UDP(sport=sport, dport=UDP_NODE_PORT) / body)
+    data, found = whole[len(whole) - SIZE :], []
+    for at in range(0, SIZE, PIECE):
+        more, part = at + PIECE < SIZE, Raw(data[at : at + PIECE])
+        if ip is IP:
+            flags = "MF" if more else 0
+            head = IP(src=source, dst=destination, proto=17, id=IDENTITY, flags=flags, frag=at // 8)
+        else:
+            head = IPv6(src=source, dst=destination) / IPv6ExtHdrFragment(
+                nh=17, offset=at // 8, m=int(more), id=IDENTITY
+            )
+        found.append(raw(head / part))
+    return found
+
+
+def ask_at_once(clients: list[str], node: str) -> list[str]:
+    """Each client sends a datagram in pieces, which alternate on the wire; who answered each."""
+    family = socket.AF_INET6 if ":" in node else socket.AF_INET
+    sockets = []
+    for client in clients:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.bind((client, 0))
+        sock.settimeout(3)
+        sockets.append(sock)
+    # Datagrams of no pieces first: the way is known then, and no piece waits for a neighbour's address.
+    for sock in sockets:
+        sock.sendto(b"?", (node, UDP_NODE_PORT))
+        sock.recv(65536)
+    each = [
+        pieces(client, node, sock.getsockname()[1], letter)
+        for client, sock, letter in zip(clients, sockets, (b"a", b"b"), strict=True)
+    ]
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as wire:
+        if family == socket.AF_INET6:
+            wire.setsockopt(socket.IPPROTO_IPV6, 36, struct.pack("i", 1))  # IPV6_HDRINCL
+        for at_once in zip(*each, strict=True):
+            for piece in at_once:
+                wire.sendto(piece, (node, 0))
+    return [json.loads(sock.recv(65536))["name"] for sock in sockets]
+
+
+@pytest.mark.parametrize("version", ["4", "6"])
+def test_two_clients_datagrams_of_one_id_both_arrive(outer: Outer, version: str) -> None:
+    """Behind the node's one address the backend puts together what each client sent: a damaged one is lost."""
+    node = outer.a.address if version == "4" else outer.a.address6
+    first = outer.outside.address if version == "4" else outer.outside.address6
+    for _ in range(3):
+        assert outer.outside.call(ask_at_once, [first, SECOND[version]], node) == ["w2", "w2"]

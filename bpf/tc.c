@@ -204,16 +204,21 @@ static __always_inline void start_flow(struct scratch *s, const struct service *
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 }
 
-/* The entry of a new flow's questions, as far as the flow and the backend tell. */
-static __always_inline void new_entry(struct scratch *s, const struct flow *flow,
+/* The entry of a new flow's questions, as far as its first packet and the backend tell. */
+static __always_inline void new_entry(struct scratch *s, const struct packet *p,
 				      const struct backend *backend)
 {
+	const struct flow *flow = &p->flow;
+
 	s->key = *flow;
 	s->nat.src = flow->src;
 	s->nat.dst = backend->addr;
 	s->nat.sport = flow->sport;
 	s->nat.dport = backend->port;
 	s->nat.flags = 0;
+	s->nat.end = s->nat.acked = 0;
+	if (p->tcp_flags)
+		note_sequence(p, &s->nat);
 }
 
 /*
@@ -378,7 +383,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		return verdict;
 
 	start_flow(s, svc, id);
-	new_entry(s, &p->flow, backend);
+	new_entry(s, p, backend);
 	is_masked = must_masquerade(svc, is_inside, p, backend);
 	if (is_masked) {
 		way = way_to(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
@@ -439,7 +444,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	    !masquerade_address(fib.ifindex, p->is_v4, &node))
 		return drop(EVENT_UNROUTABLE);
 	start_flow(s, svc, id);
-	new_entry(s, &p->flow, backend);
+	new_entry(s, p, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
 	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
@@ -541,7 +546,7 @@ static __always_inline int follow(struct __sk_buff *skb, const struct packet *p,
 {
 	const bool forwards = nat->flags & NAT_BYPASS;
 
-	conntrack_track(&p->flow, nat, p->tcp_flags);
+	conntrack_track(p, nat);
 	if (nat->flags & NAT_OWN)
 		return PASS;
 	if (forwards && p->hops <= 1)

@@ -99,12 +99,17 @@ static __always_inline void partner_key(struct flow *key, const struct flow *flo
 /* The other half of @s->key and @s->nat, in their place. */
 static __always_inline void turn_round(struct scratch *s, const struct flow *flow)
 {
+	const u32 end = s->nat.end;
+
 	partner_key(&s->key, flow, &s->nat);
 	s->nat.src = flow->dst;
 	s->nat.dst = flow->src;
 	s->nat.sport = flow->dport;
 	s->nat.dport = flow->sport;
 	s->nat.flags ^= NAT_REPLY;
+	/* What this half has sent is what the other is to acknowledge. */
+	s->nat.end = s->nat.acked;
+	s->nat.acked = end;
 }
 
 /* Whether an entry writes the reverse of what @flow shows: then that is its other half. */
@@ -182,13 +187,60 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 		count(EVENT_FLOWS_ENDED);
 }
 
+/* More than any window that a receiver offers in practice, and 1/256 of all sequence numbers. */
+#define TCP_WINDOW (1U << 24)
+
+/*
+ * Whether the receiver of a RST or FIN takes it for the connection's, as far as the two halves
+ * tell; what is stray or forged passes, but ends nothing. A RST counts from what the receiver
+ * expects next to where the sender's data ends: elsewhere in the window the receiver challenges it
+ * (RFC 5961, 3.2), and is answered by one that fits. Netfilter's conntrack has the same rule.
+ */
+static __always_inline bool is_believable(const struct packet *p, const struct nat *nat,
+					  const struct nat *partner)
+{
+	const u32 ahead = p->seq - partner->acked, sent = nat->end - partner->acked;
+
+	if (!partner->end && !partner->acked)
+		return true;
+	if (!(p->tcp_flags & TCP_RST))
+		return !partner->acked || ahead <= TCP_WINDOW;
+	/* A RST that answers a SYN shows it by what it acknowledges (RFC 9293, 3.10.7.3). */
+	if (!partner->acked)
+		return p->tcp_flags & TCP_ACK && p->ack == partner->end;
+	return !ahead || (sent <= TCP_WINDOW && ahead <= sent);
+}
+
+/* Of two sequence numbers the later; one that is nowhere near has replaced the connection. */
+static __always_inline u32 later(u32 known, u32 seen)
+{
+	return known && known - seen <= TCP_WINDOW ? known : seen;
+}
+
+/* Notes a segment's sequence numbers. Most change one of them, pure repetitions none. */
+static __always_inline void note_sequence(const struct packet *p, struct nat *nat)
+{
+	u32 end = p->end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
+
+	if (!(p->tcp_flags & TCP_SYN)) {
+		end = later(nat->end, end);
+		acked = acked ? later(nat->acked, acked) : nat->acked;
+	}
+	if (nat->end != end)
+		nat->end = end;
+	if (nat->acked != acked)
+		nat->acked = acked;
+}
+
 /*
  * Follows the state of a flow by a packet of it. Both halves learn of its end, for a port that is
  * used again shows in either; that there was an answer is enough for one to know.
  */
-static __always_inline void conntrack_track(const struct flow *flow, struct nat *nat, u8 tcp_flags)
+static __always_inline void conntrack_track(const struct packet *p, struct nat *nat)
 {
+	const struct flow *flow = &p->flow;
 	const u64 now = bpf_ktime_get_coarse_ns();
+	const u8 tcp_flags = p->tcp_flags;
 	u8 ended = nat->seen;
 
 	if (now - nat->last > NSEC_PER_SEC)
@@ -205,18 +257,25 @@ static __always_inline void conntrack_track(const struct flow *flow, struct nat 
 		struct flow key;
 		bool closes;
 
-		closes = mark(nat, ended) && !(nat->flags & NAT_REPLY);
 		partner_key(&key, flow, nat);
 		partner = conntrack_lookup(&key);
 		/* Of a flow that has begun anew, the old answers' partner is not theirs any more.
 		 */
-		if (partner && is_reverse(partner, flow)) {
+		if (partner && !is_reverse(partner, flow))
+			partner = NULL;
+		if (partner && !is_believable(p, nat, partner))
+			return;
+		closes = mark(nat, ended) && !(nat->flags & NAT_REPLY);
+		if (partner) {
 			closes |= mark(partner, ended) && nat->flags & NAT_REPLY;
 			partner->last = now;
 		}
 		if (closes && !(nat->flags & NAT_SOURCE))
 			load_end_flow(nat->backend_id);
 	}
+	/* What is of TCP, and no later fragment, has flags. */
+	if (tcp_flags && !(tcp_flags & TCP_RST))
+		note_sequence(p, nat);
 }
 
 /* An id that no Service and no backend has. */
@@ -252,6 +311,7 @@ static __always_inline void conntrack_note_own(struct scratch *s, const struct f
 	s->nat.flags = NAT_OWN | NAT_REPLY;
 	s->nat.seen = 0;
 	s->nat.epoch = 0;
+	s->nat.end = s->nat.acked = 0;
 	s->nat.last = s->nat.created = now;
 	conntrack_insert(s, false);
 }

@@ -193,6 +193,7 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 		.stage = STAGE_EGRESS,
 	};
 	struct nat *known = conntrack_lookup(&between);
+	struct flow answers;
 	enum insert done;
 
 	/* A flow begun anew keeps its port while that is in use. */
@@ -205,12 +206,8 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	done = take_port(skb, s);
 	if (done != INSERT_DONE)
 		return done;
-	s->nat.src = *addr;
-	s->nat.dst = between.dst;
-	s->nat.sport = s->key.dport;
-	s->nat.dport = between.dport;
-	s->nat.flags = NAT_SOURCE;
-	s->key = between;
+	answers = s->key;
+	turn_round(s, &answers);
 	return conntrack_insert(s, true);
 }
 

@@ -111,6 +111,9 @@ struct packet {
 	u16 fragment_at; /* IPv6's header of a fragment */
 	u16 inner_l3;
 	u16 inner_l4;
+	u32 seq; /* TCP's, and the end of the segment: SYN and FIN count as a byte each */
+	u32 end;
+	u32 ack;
 	__sum16 ipv4_check;
 	u16 ipv4_ttl_proto; /* as they lie there */
 	u8 hops;
@@ -304,8 +307,23 @@ static __always_inline __be32 next_fragment_id(bool is_v4)
 	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
 }
 
+/* A segment's length is what IP says: a short frame has padding. BIG TCP's IP says nothing. */
+static __always_inline void read_tcp(struct __sk_buff *skb, struct packet *p,
+				     const struct tcp_header *tcp)
+{
+	u32 end = L3_OFFSET + p->l3_length;
+
+	if (end <= p->l4)
+		end = skb->len;
+	p->tcp_flags = tcp->flags;
+	p->seq = bpf_ntohl(tcp->seq);
+	p->ack = bpf_ntohl(tcp->ack);
+	p->end = p->seq + end - p->l4 - (tcp->offset >> 4) * 4 + !!(tcp->flags & TCP_SYN) +
+		 !!(tcp->flags & TCP_FIN);
+}
+
 /*
- * Ports, and TCP's flags. Behind an IP header without options they are read in place, where they
+ * Ports, and what TCP says. Behind an IP header without options they are read in place, where they
  * are in what can be: it is the way of nearly all packets.
  */
 static __always_inline bool read_transport(struct __sk_buff *skb, struct packet *p,
@@ -322,7 +340,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;
 		if (p->proto == IPPROTO_TCP)
-			p->tcp_flags = ((struct tcp_header *)at)->flags;
+			read_tcp(skb, p, at);
 		return true;
 	}
 	if (p->proto == IPPROTO_TCP) {
@@ -330,7 +348,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 			return false;
 		ports->sport = tcp.sport;
 		ports->dport = tcp.dport;
-		p->tcp_flags = tcp.flags;
+		read_tcp(skb, p, &tcp);
 		return true;
 	}
 	if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))

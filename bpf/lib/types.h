@@ -289,6 +289,9 @@ struct nat {
 	};
 	u64 last; /* CLOCK_MONOTONIC, ns: to a second */
 	u64 created;
+	/* TCP sequence numbers of this direction, in host order; both 0 where they are unknown. */
+	u32 end;   /* where its data ends, as far as it was seen */
+	u32 acked; /* what it has acknowledged of the other's; 0: nothing */
 };
 
 /*

@@ -45,7 +45,7 @@ class Seen(enum.IntFlag):
 AFFINITY_KEY = struct.Struct("=16sII")
 AFFINITY = struct.Struct("=IIQ")
 FLOW = struct.Struct("=16s16sHHBBxx")
-NAT = struct.Struct("=16s16sHHIIBBHQQ")
+NAT = struct.Struct("=16s16sHHIIBBHQQII")
 PEER = struct.Struct("=16s16sHHIII")
 PEER_PLACES = 4
 PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
@@ -67,7 +67,11 @@ class Flow(NamedTuple):
 
 
 class Nat(NamedTuple):
-    """``struct nat``. ``last`` and ``created`` are CLOCK_MONOTONIC in nanoseconds."""
+    """``struct nat``. ``last`` and ``created`` are CLOCK_MONOTONIC in nanoseconds.
+
+    ``end`` and ``acked`` are TCP sequence numbers of this direction, both 0 where they are unknown: where its
+    data ends, and what it has acknowledged.
+    """
 
     source: bytes
     destination: bytes
@@ -79,6 +83,8 @@ class Nat(NamedTuple):
     seen: Seen
     last: int
     created: int
+    end: int = 0
+    acked: int = 0
 
 
 def pack_flow(flow: Flow) -> bytes:
@@ -118,11 +124,13 @@ def pack_nat(nat: Nat) -> bytes:
         0,
         nat.last,
         nat.created,
+        nat.end,
+        nat.acked,
     )
 
 
 def unpack_nat(packed: bytes) -> Nat:
-    source, destination, sport, dport, service, backend, flags, seen, _, last, created = NAT.unpack(packed)
+    source, destination, sport, dport, service, backend, flags, seen, _, *rest = NAT.unpack(packed)
     return Nat(
         unpack_address(source),
         unpack_address(destination),
@@ -132,8 +140,7 @@ def unpack_nat(packed: bytes) -> Nat:
         backend,
         NatFlags(flags),
         Seen(seen),
-        last,
-        created,
+        *rest,
     )
 
 

@@ -51,7 +51,7 @@ class Capacity(msgspec.Struct, frozen=True):
     connected: int = 1 << 19
     #: Unconnected UDP sockets that are open and have sent to a Service; memory as for ``connected``.
     unconnected: int = 1 << 18
-    #: Conntrack entries: two for each flow, four where it is masqueraded. 170 bytes each, taken at once.
+    #: Conntrack entries: two for each flow, four where it is masqueraded. 180 bytes each, taken at once.
     conntrack: int = 1 << 19
     #: Prefixes of all loadBalancerSourceRanges.
     source_ranges: int = 1 << 18

@@ -64,7 +64,7 @@ class Bench:
 def pack_nat(nat: Nat) -> bytes:
     """As programs write it."""
     return struct.pack(
-        "=16s16s2s2sIIBBHQQ",
+        "=16s16s2s2sIIBBHQQII",
         layout.pack_address(nat.source),
         layout.pack_address(nat.destination),
         nat.source_port.to_bytes(2, "big"),
@@ -76,6 +76,8 @@ def pack_nat(nat: Nat) -> bytes:
         0,
         nat.last,
         nat.created,
+        nat.end,
+        nat.acked,
     )
 
 

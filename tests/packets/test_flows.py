@@ -297,8 +297,8 @@ def test_a_port_used_again_after_the_end_opens_another_connection(wire: Wire, si
     answer = side.ip(side.local_pod, side.client)
     wire.arrive(ask / segment("TCP", port, 80, "S"))
     wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1")
-    wire.arrive(ask / segment("TCP", port, 80, "FA"))
-    wire.leave(answer / segment("TCP", 8080, port, "FA"), came_by="p1")
+    wire.arrive(ask / TCP(sport=port, dport=80, flags="FA", seq=2000, ack=1000))
+    wire.leave(answer / TCP(sport=8080, dport=port, flags="FA", seq=1000, ack=2001), came_by="p1")
     passed(wire.arrive(ask / segment("TCP", port, 80, "S")), side.client, port, side.local_pod, 8080)
     passed(
         wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1"),

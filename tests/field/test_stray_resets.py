@@ -1,0 +1,101 @@
+"""Idle connections through a NodePort outlive resets that are not theirs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from scapy.all import IPv6, raw
+from scapy.layers.inet import IP, TCP
+
+from ebpfproxy.datapath.conntrack import Sweeper, Timeouts
+from ebpfproxy.datapath.maps import open_pinned
+from tests.e2e.outer import Outer
+from tests.e2e.world import NODE_PORT
+from tests.lab import Lab
+from tests.lab.spaces import Space
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+#: Far from each other, so that one of them at least is far from what the receiver expects.
+STRAY = (12345, 12345 + (1 << 30), 12345 + (1 << 31))
+CLIENT = """
+import json, socket, struct, sys
+s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)
+s.recv(4096)
+print(s.getsockname()[1], flush=True)
+for line in sys.stdin:
+    if line == "reset\\n":
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        s.close()
+        break
+    s.sendall(b"x")
+    print("alive" if s.recv(10) else "closed", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outer() -> Iterator[Outer]:
+    with Lab() as lab:
+        made = Outer(lab)
+        made.agent().start()
+        yield made
+
+
+def send_reset(source: str, sport: int, destination: str, dport: int, seq: int) -> None:
+    """Past the sender's own TCP, which knows the right numbers."""
+    kind, family = (IPv6, socket.AF_INET6) if ":" in source else (IP, socket.AF_INET)
+    packet = kind(src=source, dst=destination) / TCP(sport=sport, dport=dport, flags="R", seq=seq)
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        sock.sendto(raw(packet), (destination, 0))
+
+
+def flow_of(outer: Outer, port: int) -> dict[str, Any] | None:
+    flows = json.loads(outer.a.cli("conntrack", "list", "-o", "json", "--service", "shop/web"))
+    return next((flow for flow in flows if flow["client"].endswith(f":{port}")), None)
+
+
+def sweep(outer: Outer) -> None:
+    """As the agent does, but closed flows get no time."""
+    maps = open_pinned(next((outer.a.bpf_root / "ebpfproxy").glob("v*")))
+    Sweeper(maps, Timeouts(tcp_closed=0.0)).sweep()
+    maps.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_stray_reset_ends_no_idle_connection_and_a_right_one_does(outer: Outer, version: int) -> None:
+    """A RST of another sequence number, from either side, changes nothing, as with netfilter's conntrack,
+    which leaves the state of an established connection for an exact one only."""
+    node = outer.a.address if version == 4 else outer.a.address6
+    here = outer.outside.address if version == 4 else outer.outside.address6
+    command = [sys.executable, "-c", CLIENT, node, str(NODE_PORT)]
+    process = outer.outside.popen(command, stdin=-1, stdout=-1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
+    flow = flow_of(outer, port)
+    assert flow is not None
+    backend, _, target = flow["backend"].rpartition(":")
+    stands, _, stand = flow["masquerade"].rpartition(":")
+    pods: dict[str, Space] = {f"{pod.address}": pod for pod in (outer.w1, outer.w2)}
+    pods |= {f"[{pod.address6}]": pod for pod in (outer.w1, outer.w2)}
+    for seq in STRAY:
+        outer.outside.call(send_reset, here, port, node, NODE_PORT, seq)
+        pods[backend].call(send_reset, backend.strip("[]"), int(target), stands.strip("[]"), int(stand), seq)
+    sweep(outer)
+    found = flow_of(outer, port)
+    assert found is not None
+    assert found["state"] == "ESTABLISHED"
+    process.stdin.write(b"ask\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"alive\n"
+
+    process.stdin.write(b"reset\n")
+    process.stdin.flush()
+    assert process.wait(10) == 0
+    until(lambda: (flow_of(outer, port) or {}).get("state") == "CLOSE")

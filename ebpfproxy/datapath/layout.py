@@ -254,7 +254,7 @@ def is_in_source_range(packed: bytes, address: bytes) -> bool:
         return False
     shift = 128 - length
     wanted, found = (int.from_bytes(each) >> shift for each in (prefix, pack_address(address)))
-    return wanted == found
+    return bool(wanted == found)
 
 
 def source_range_service(packed: bytes) -> int:

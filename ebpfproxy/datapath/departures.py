@@ -77,7 +77,7 @@ class Departures:
         return found
 
     def forget(self, ended: Mapping[bytes, Departed]) -> None:
-        """What these were about is over: no flow and no socket knows of them, but connections that still wait."""
+        """Nothing knows of what these were about any more, but connections that still wait."""
         over = [
             key
             for key, departed in ended.items()

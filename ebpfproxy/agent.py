@@ -100,9 +100,18 @@ class Agent:
     """
 
     def __init__(
-        self, options: AgentOptions, configz: Mapping[str, object], *, config: Path | None = None
+        self,
+        options: AgentOptions,
+        configz: Mapping[str, object],
+        *,
+        config: Path | None = None,
+        init_only: bool = False,
     ) -> None:
-        """``configz``: what /configz answers. ``config``: the file whose change ends the agent."""
+        """Changes nothing on this node, and finds what of the options is wrong.
+
+        ``configz``: what /configz answers. ``config``: the file whose change ends the agent. ``init_only``:
+        :meth:`run` makes the maps, compiles and loads the programs, and is done.
+        """
         self._options = options
         self._configz = dict(configz)
         self._config = config
@@ -121,21 +130,23 @@ class Agent:
         self._synced_written = False
         self._state_is_old = False
         self._told_failures: set[str] = set()
+        self._init_only = init_only
+        roots.check_cgroup(options.cgroup_root)
+        if not init_only:
+            self._source = Source(options, self._queue.put, self._metrics.requested, self._metrics.event)
         self._facts = Facts()
         self._node_facts = NodeFacts()
         self._devices: dict[int, Device] = {}
 
     # -- start and stop
 
-    def run(self, *, init_only: bool = False) -> None:
-        """``init_only``: makes the maps, compiles and loads the programs, and is done."""
+    def run(self) -> None:
         options = self._options
         # What the first lists bring stays: there is nothing to collect until they are programmed.
         gc.disable()
         mounted = roots.ensure_bpffs(options.bpf_root)
         if mounted:
             log.info("mounted a bpffs", path=str(options.bpf_root))
-        roots.check_cgroup(options.cgroup_root)
         lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
         features = probe.probe().without(options.without)
         pins = roots.pin_folder(options.bpf_root)
@@ -160,11 +171,11 @@ class Agent:
             service_ports=self._writer.service_ports,
             backends=self._writer.backends,
         )
-        if init_only:
+        if self._init_only:
             self._attaching.load()
             lock.release()
             return
-        source = self._source = Source(options, self._queue.put, self._metrics.requested, self._metrics.event)
+        source = self._source
         registry = self._metrics.registry
         registry.register(SourceCollector(source.statuses, source.requests, source.host))
         registry.register(MapCollector(self._maps))
@@ -221,7 +232,7 @@ class Agent:
             self._writer.end_absences()
             self._attaching.set_pod_cidrs(node)
             if self._complete:
-                self._attaching.set_service_cidrs(self._options.service_cidrs, frozenset())
+                self._attaching.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._attaching.attach(self._started)
             self._tell_of_devices()
             self._housekeeping.start(attached=self._attaching.attached)
@@ -300,6 +311,7 @@ class Agent:
         self._health.programmed()
         self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
         self._last_programmed, self._last_duration = time.time(), done - began
+        state.save_programmed(self._maps, self._last_programmed, self._last_duration)
         self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
         reports.programmed(
             self._metrics,

@@ -196,12 +196,15 @@ class Attaching:
             self._cidrs = pods
             self._packets.cidrs.set_pods(pods)
 
-    def set_service_cidrs(self, services: tuple[Prefix, ...], taken: frozenset[bytes]) -> None:
+    def set_service_cidrs(self, known: tuple[Prefix, ...] | None, taken: frozenset[bytes]) -> None:
         """Only once Services are programmed: before that, nobody has any address there.
 
-        ``taken``: addresses of Services that another proxy serves; this node's own are added.
+        ``known``: ranges of ServiceCIDRs, to which the configured ones are added; None keeps those that an
+        earlier agent knew. ``taken``: addresses of Services that another proxy serves; this node's own are
+        added.
         """
-        found = services, taken | self._own_addresses
+        ranges = self._packets.cidrs.adopted if known is None else known
+        found = (*self._options.service_cidrs, *ranges), taken | self._own_addresses
         if found == self._service_cidrs:
             return
         self._service_cidrs = found

@@ -186,7 +186,23 @@ class Node(_Record, frozen=True):
     status: NodeStatus | None = None
 
 
-Object = Service | EndpointSlice | Node
+class ServiceCidrMeta(_Record, frozen=True):
+    name: str
+    resource_version: str = ""
+
+
+class ServiceCidrSpec(_Record, frozen=True):
+    cidrs: tuple[str, ...] | None = None
+
+
+class ServiceCidr(_Record, frozen=True):
+    """networking.k8s.io/v1, since Kubernetes 1.33 (KEP-1880); v1beta1 has the same fields."""
+
+    metadata: ServiceCidrMeta
+    spec: ServiceCidrSpec | None = None
+
+
+Object = Service | EndpointSlice | Node | ServiceCidr
 
 
 class Resource(enum.StrEnum):
@@ -195,12 +211,17 @@ class Resource(enum.StrEnum):
     SERVICES = "services"
     ENDPOINTSLICES = "endpointslices"
     NODES = "nodes"
+    SERVICECIDRS = "servicecidrs"
 
 
-RECORD_TYPES: dict[Resource, type[Service] | type[EndpointSlice] | type[Node]] = {
+#: Resources that an API server may not have, or may not show: nothing waits for them.
+OPTIONAL = frozenset({Resource.SERVICECIDRS})
+
+RECORD_TYPES: dict[Resource, type[Service] | type[EndpointSlice] | type[Node] | type[ServiceCidr]] = {
     Resource.SERVICES: Service,
     Resource.ENDPOINTSLICES: EndpointSlice,
     Resource.NODES: Node,
+    Resource.SERVICECIDRS: ServiceCidr,
 }
 
 
@@ -213,9 +234,11 @@ class ObjectKey(NamedTuple):
 
 
 def key_of(obj: Object) -> ObjectKey:
-    """Namespace and name; a Node's namespace is empty."""
+    """Namespace and name; the namespace of what has none is empty."""
     meta = obj.metadata
-    return ObjectKey("" if isinstance(meta, NodeMeta) else meta.namespace, meta.name)
+    if isinstance(meta, NodeMeta | ServiceCidrMeta):
+        return ObjectKey("", meta.name)
+    return ObjectKey(meta.namespace, meta.name)
 
 
 #: What a source makes of each object as soon as it is decoded, so that a list of many needs little memory.

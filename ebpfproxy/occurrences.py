@@ -22,7 +22,12 @@ from ebpfproxy.objects import ObjectKey, Resource
 from ebpfproxy.services.model import FrontendKind
 from ebpfproxy.services.values import Warning
 
-_KINDS = {Resource.SERVICES: "Service", Resource.ENDPOINTSLICES: "EndpointSlice", Resource.NODES: "Node"}
+_KINDS = {
+    Resource.SERVICES: "Service",
+    Resource.ENDPOINTSLICES: "EndpointSlice",
+    Resource.NODES: "Node",
+    Resource.SERVICECIDRS: "ServiceCIDR",
+}
 _START = "StartEbpfProxy"
 _CONFLICTS = {str(kind) for kind in FrontendKind}
 #: By the names of ``pages.servers``.

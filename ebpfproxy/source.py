@@ -26,7 +26,7 @@ class Source:
         became: Callable[[str], None],
     ) -> None:
         """``requested`` is told of each request: the server, the verb, seconds until its answer began;
-        ``became`` of each event: one of ``kube.recorder.RESULTS``."""
+        ``became`` of each event: one of ``kube.recorder.RESULTS``. Raises ConfigError and ManifestError."""
         self.has_cluster = options.manifests is None
         self._describe: Callable[[], str]
         self.requests: Callable[[], dict[tuple[str, str], int]] = dict
@@ -35,6 +35,7 @@ class Source:
         reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
         if options.manifests is not None:
             manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
+            manifests.check()
             self._describe = lambda: f"manifests {options.manifests}"
             self.host = ""
             self.start, self.stop = manifests.start, manifests.stop

@@ -12,7 +12,7 @@ from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.schema import AGENT_STATE_SIZE
+from ebpfproxy.datapath.schema import AGENT_STATE_SIZE, PROGRAMMED
 from ebpfproxy.node.roles import Role
 
 _ERROR_LENGTH = 300
@@ -85,18 +85,30 @@ def save(maps: MapSet, state: AgentState) -> None:
     maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
 
 
+def save_programmed(maps: MapSet, when: float, seconds: float) -> None:
+    """For every change of the maps, where :func:`save` is too dear: none is seen without its time."""
+    maps["programmed"].update(U32.pack(0), PROGRAMMED.pack(when, seconds))
+
+
 def load(maps: MapSet) -> AgentState | None:
     """What the last agent on these maps wrote; None where none has, or another version's cannot be read."""
-    return _decode(maps["agent_state"].lookup(U32.pack(0)))
+    programmed = maps.maps.get("programmed")
+    return _decode(
+        maps["agent_state"].lookup(U32.pack(0)),
+        programmed.lookup(U32.pack(0)) if programmed is not None else None,
+    )
 
 
 def load_latest(pins: Path) -> AgentState | None:
     """What the agent wrote that wrote last: one with other map sizes has maps that nobody uses at first."""
-    records = (_decode(_stored(path)) for path in pins.glob("v*-*/maps/agent_state"))
+    records = (
+        _decode(_stored(path, AGENT_STATE_SIZE), _stored(path.with_name("programmed"), PROGRAMMED.size))
+        for path in pins.glob("v*-*/maps/agent_state")
+    )
     return max(filter(None, records), key=lambda record: record.written, default=None)
 
 
-def _stored(path: Path) -> bytes | None:
+def _stored(path: Path, size: int) -> bytes | None:
     """None for another schema's, and where it goes at this moment."""
     try:
         fd = bpf.get_pinned(path)
@@ -105,17 +117,21 @@ def _stored(path: Path) -> bytes | None:
             raise
         return None
     try:
-        if bpf.map_info(fd).value_size != AGENT_STATE_SIZE:
+        if bpf.map_info(fd).value_size != size:
             return None
-        return bpf.map_lookup(fd, U32.pack(0), AGENT_STATE_SIZE)
+        return bpf.map_lookup(fd, U32.pack(0), size)
     finally:
         os.close(fd)
 
 
-def _decode(stored: bytes | None) -> AgentState | None:
+def _decode(stored: bytes | None, programmed: bytes | None) -> AgentState | None:
     if stored is None:
         return None
     try:
-        return msgspec.json.decode(stored.rstrip(b"\0"), type=AgentState)
+        found = msgspec.json.decode(stored.rstrip(b"\0"), type=AgentState)
     except msgspec.DecodeError:
         return None
+    when, seconds = PROGRAMMED.unpack(programmed) if programmed is not None else (0.0, 0.0)
+    if when <= max(found.started, found.last_programmed or 0.0):
+        return found
+    return msgspec.structs.replace(found, last_programmed=when, last_duration=seconds)

@@ -33,7 +33,7 @@ needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is 
 def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
     """``initial`` or ``final``: the three lists as JSON objects."""
     content = json.loads(gzip.decompress((FOLDER / f"{name}-lists.json.gz").read_bytes()))
-    return {resource: content[resource.value]["items"] for resource in Resource}
+    return {resource: content.get(resource.value, {"items": []})["items"] for resource in Resource}
 
 
 def replaced(resource: Resource, objects: Iterable[Object], unreadable: Iterable[ObjectKey] = ()) -> Replaced:
@@ -61,10 +61,10 @@ class RecordTracker(Tracker):
 def wanted(resource: Resource, item: dict[str, Any]) -> bool:
     """What the watches' selectors leave."""
     labels = item["metadata"].get("labels") or {}
-    return resource is Resource.NODES or not labels.keys() & {
-        "service.kubernetes.io/service-proxy-name",
-        "service.kubernetes.io/headless",
-    }
+    unwanted = {"service.kubernetes.io/headless"}
+    if resource is Resource.ENDPOINTSLICES:
+        unwanted |= {"service.kubernetes.io/service-proxy-name"}
+    return resource is Resource.NODES or not labels.keys() & unwanted
 
 
 def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced]:

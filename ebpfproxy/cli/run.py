@@ -16,7 +16,7 @@ from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.decode import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
-from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use
+from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use, mode_remark
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.origins import StaleTcp
@@ -129,7 +129,8 @@ log = get_logger(__name__)
     "--service-cidr",
     metavar="CIDRS",
     default="",
-    help="Of cluster IPs: packets to an address in it that no Service has are dropped.",
+    help="Of cluster IPs, beside those of ServiceCIDR objects: what is sent to an address in them that no "
+    "Service has is dropped.",
 )
 @flags.boolean("--masquerade-all", help="Masquerade all traffic through Services in packets.")
 @click.option(
@@ -263,7 +264,8 @@ def command(
         cleanup_kube_proxy()
         return
     try:
-        used = effective(load(config) if config is not None else Configuration(), flags.given(ctx))
+        given = load(config) if config is not None else Configuration()
+        used = effective(given, flags.given(ctx))
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
     if write_config_to is not None:
@@ -279,10 +281,14 @@ def command(
             unused = without_effect(used)
             if unused:
                 log.warning("without effect here", fields=unused)
+            if remark := mode_remark(flags.given(ctx).get("proxy_mode") or given.kube_proxy.mode):
+                log.info("configuration", remark=remark)
+            # What is wrong with the options is found here, before anything of this node is changed.
+            proxy = Agent(agent, configz(in_use(used, agent)), config=config, init_only=init_only)
             if used.kube_proxy.oom_score_adj is not None:
                 set_oom_score_adj(used.kube_proxy.oom_score_adj)
             set_conntrack(*conntrack_sysctls(used.kube_proxy.conntrack, os.cpu_count() or 1))
-            Agent(agent, configz(in_use(used, agent)), config=config).run(init_only=init_only)
+            proxy.run()
     except (
         ConfigError,
         ManifestError,

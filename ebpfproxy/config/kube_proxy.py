@@ -152,6 +152,9 @@ class KubeProxyConfiguration(_Api, frozen=True):
         return (self.nftables if self.mode == "nftables" else self.iptables).masquerade_all
 
 
+#: false: spec.externalIPs of Services are not served.
+EXTERNAL_IPS_GATE = "AllowServiceExternalIPs"
+
 #: (sync period, min sync period) where none is given. Only those of the mode in use are: kube-proxy keeps
 #: one pair, whatever the mode, and writes zeros for the others.
 SYNC_PERIODS = {
@@ -164,7 +167,7 @@ SYNC_PERIODS = {
 def with_api_defaults(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
     """An empty text or a zero is the default, where the API says so (v1alpha1, SetDefaults)."""
     bind = given.bind_address or "0.0.0.0"
-    packed = parse_address(bind)
+    packed = parse_address(bind, strict=True)
     any_address, loopback = ("0.0.0.0", "127.0.0.1") if packed and len(packed) == 4 else ("::", "::1")
     client, logging = given.client_connection, given.logging
     blank = OutputRouting().info_buffer_size
@@ -218,7 +221,7 @@ def complete(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
 
 def with_port(address: str, port: int) -> str:
     """``IP`` with a port; what has one, or is no address, stays as it is."""
-    packed = parse_address(address)
+    packed = parse_address(address, strict=True)
     if packed is None:
         return address
     return f"{address}:{port}" if len(packed) == 4 else f"[{address}]:{port}"

@@ -248,6 +248,8 @@ def _is_without_effect(path: str) -> bool:
 def _is_a_default(path: str, value: Any) -> bool:
     """What stands for nothing, or is the default of another mode."""
     section, _, name = path.rpartition(".")
+    if path == "featureGates":
+        return set(value) <= {kp.EXTERNAL_IPS_GATE}
     if path == "bindAddress":
         return value in ("0.0.0.0", "::")
     if path == "ipvs.excludeCIDRs":

@@ -29,7 +29,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.config.durations import Duration
-from ebpfproxy.config.kube_proxy import Conntrack, KubeProxyConfiguration
+from ebpfproxy.config.kube_proxy import EXTERNAL_IPS_GATE, Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 from ebpfproxy.datapath.conntrack import Timeouts
@@ -73,7 +73,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         guard_node_ports=own.node_port_guard,
         pod_sockets=own.pod_sockets,
         node_port_addresses=parse_node_port_addresses(kube_proxy.node_port_addresses or ()),
-        external_ips=own.external_ips,
+        external_ips=own.external_ips and external_ips_allowed(kube_proxy),
         devices=own.devices,
         local_pods=local_pods(kube_proxy, own),
         cluster_cidrs=_prefixes(kube_proxy.cluster_cidr.split(",")),
@@ -109,6 +109,7 @@ def in_use(configuration: Configuration, options: AgentOptions) -> Configuration
         cgroup_root=str(options.cgroup_root),
         detect_local_mode="Devices" if options.local_pods.mode is LocalMode.DEVICES else None,
         localhost_node_ports=options.node_ports_on_loopback,
+        external_ips=options.external_ips,
         masquerade_ports=f"{first}-{last}",
         lb_algorithm=str(options.algorithm),
         max_slots=options.capacity.slots,
@@ -126,6 +127,21 @@ def algorithm(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -
                 return default, [f"{path}: {remark}; {default} is used"]
             return found, [f"{path}: {remark}"] if remark else []
     return default, []
+
+
+def external_ips_allowed(kube_proxy: KubeProxyConfiguration) -> bool:
+    """By the gate of 1.36 (KEP-5707), which is on until about 1.40."""
+    return kube_proxy.feature_gates.get(EXTERNAL_IPS_GATE, True)
+
+
+def mode_remark(mode: str) -> str:
+    """What has to be said of a ``mode`` that nobody chose; empty where somebody did."""
+    if mode:
+        return ""
+    return (
+        "mode is not set: its defaults are those of iptables, as kube-proxy's; kube-proxy 1.37 warns of that,"
+        " and from 1.40 on it means nftables"
+    )
 
 
 def local_pods(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> LocalPods:

@@ -99,7 +99,8 @@ class EbpfProxyConfiguration(
     service_cidrs: Annotated[
         tuple[str, ...],
         Meta(
-            description="CIDRs of cluster IPs: packets to an address in them that no Service has are dropped."
+            description="CIDRs of cluster IPs, beside those of ServiceCIDR objects: what is sent to an "
+            "address in them that no Service has is dropped."
         ),
     ] = msgspec.field(default=(), name="serviceCIDRs")
     bypass_netfilter: Annotated[

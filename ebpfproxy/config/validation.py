@@ -4,7 +4,8 @@ Paths are those of the file (``conntrack.maxPerCore``), where kube-proxy prints 
 Other than there:
 
 - addresses and CIDRs may not have leading zeros, nor may IPv4 be written in IPv6 (``::ffff:192.0.2.1``);
-- any feature gate is taken: which ones there are depends on the version, and none has an effect here;
+- any feature gate is taken: which ones there are depends on the version, and only
+  AllowServiceExternalIPs has an effect here;
 - ``showHiddenMetricsForVersion`` may be any minor version, for the same reason.
 """
 
@@ -50,7 +51,7 @@ def _validate(found: KubeProxyConfiguration) -> Found:
         yield "clientConnection.qps", f"{found.client_connection.qps} is not a number that JSON has"
     if found.config_sync_period <= Duration():
         yield "configSyncPeriod", f"{found.config_sync_period} is not above 0"
-    if parse_address(found.bind_address) is None:
+    if parse_address(found.bind_address, strict=True) is None:
         yield "bindAddress", f"{found.bind_address!r} is not an IP address"
     for path, text in (
         ("healthzBindAddress", found.healthz_bind_address),
@@ -117,7 +118,7 @@ def _wrong_host_port(text: str) -> str:
     is_bracketed = host.startswith("[") and host.endswith("]")
     if not colon or (":" in host and not is_bracketed):
         return f"{text!r} is not IP:port"
-    if parse_address(host[1:-1] if is_bracketed else host) is None:
+    if parse_address(host[1:-1] if is_bracketed else host, strict=True) is None:
         return f"{text!r} is not IP:port: {host!r} is not an IP address"
     if not _is_port(port) or not int(port):
         return f"{text!r} is not IP:port: {port!r} is not a port"

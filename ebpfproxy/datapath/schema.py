@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from typing import NamedTuple
 
 import msgspec
@@ -73,6 +74,8 @@ CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: struct scratch in conntrack.h: no one but programs reads it.
 SCRATCH_SIZE = 512
+#: When the maps were last changed (Unix seconds), and how long that took (seconds).
+PROGRAMMED = struct.Struct("=dd")
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 16384
 
@@ -140,6 +143,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("packet_events", bpf.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),
         MapSpec("scratch", bpf.MAP_PERCPU_ARRAY, 4, SCRATCH_SIZE, 1),
         MapSpec("agent_state", bpf.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
+        MapSpec("programmed", *array, PROGRAMMED.size, 1),
     )
 
 

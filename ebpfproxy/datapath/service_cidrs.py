@@ -50,6 +50,12 @@ class Cidrs:
         self._flags: dict[Prefix, CidrFlags] = {}
         for key, value in self._table.items():
             self._flags[_unpack(key)] = CidrFlags(U32.unpack(value)[0])
+        #: Ranges of cluster IPs that an earlier agent knew.
+        self.adopted = tuple(
+            prefix
+            for prefix, flags in self._flags.items()
+            if flags & CidrFlags.SERVICES and not flags & CidrFlags.TAKEN
+        )
 
     def set_pods(self, pods: Iterable[Prefix]) -> None:
         """Ranges of this node's pods."""

@@ -74,6 +74,7 @@ class ApiConnection:
         self._limit = limit
         self._has_choice = has_choice
         self._unanswered = 0
+        self._unverified = ""
         #: One thread at a time reads credentials: an exec plugin may ask somebody who is slow.
         self._credentials_lock = threading.Lock()
         self._requests_lock = threading.Lock()
@@ -119,11 +120,24 @@ class ApiConnection:
         # One connection for each watch and one to list beside it.
         configuration.connection_pool_maxsize = 8
         configuration.retries = False
+        self._tell_of_unverified(configuration)
         try:
             pool = kube_client.ApiClient(configuration).rest_client.pool_manager
         except (urllib3.exceptions.HTTPError, ValueError) as error:
             raise ConfigError(f"proxy {configuration.proxy}: {error}") from error
         return _Session(configuration, pool, str(configuration.host), token_file)
+
+    def _tell_of_unverified(self, configuration: Any) -> None:
+        """One line for each server, where urllib3 has one for each request."""
+        if configuration.verify_ssl or not configuration.host.startswith("https://"):
+            return
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        if configuration.host != self._unverified:
+            self._unverified = configuration.host
+            log.warning(
+                "the API server's certificate is not verified (insecure-skip-tls-verify)",
+                server=configuration.host,
+            )
 
     def reload(self) -> None:
         """Reads files and credentials again. Raises ConfigError, then the old ones stay in use."""
@@ -153,6 +167,9 @@ class ApiConnection:
         self._choose_again()
         session = self._session
         headers = {"Accept": "application/json", "User-Agent": _USER_AGENT}
+        if method == "GET":
+            # Long lists come compressed, and from 1.37 on (WatchListCompression) streams, too.
+            headers["Accept-Encoding"] = "gzip"
         if body is not None:
             headers["Content-Type"] = "application/json"
         authorization = self._authorization(session)

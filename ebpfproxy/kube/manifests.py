@@ -1,4 +1,4 @@
-"""Services, EndpointSlices and Nodes from YAML and JSON files: the source that needs no cluster.
+"""What a cluster has of our kinds, from YAML and JSON files: the source that needs no cluster.
 
 Each file is read on its own and kept: a change re-reads one file, and one that cannot be used is reported
 once while its last good content stays in force. Every change is delivered as complete lists, which the
@@ -32,6 +32,7 @@ from ebpfproxy.objects import (
     Replaced,
     Resource,
     Service,
+    ServiceCidr,
     key_of,
 )
 
@@ -43,6 +44,8 @@ _KINDS = {
     ("v1", "Service"): Resource.SERVICES,
     ("discovery.k8s.io/v1", "EndpointSlice"): Resource.ENDPOINTSLICES,
     ("v1", "Node"): Resource.NODES,
+    ("networking.k8s.io/v1", "ServiceCIDR"): Resource.SERVICECIDRS,
+    ("networking.k8s.io/v1beta1", "ServiceCIDR"): Resource.SERVICECIDRS,
 }
 #: Lists whose items may leave out what the list's kind says.
 _LISTS = {f"{kind}List": (version, kind) for version, kind in _KINDS}
@@ -117,10 +120,14 @@ class ManifestSource:
 
     def start(self) -> None:
         """Reads everything once before it returns. Raises ManifestError where there is no such folder."""
-        if not self._directory.is_dir():
-            raise ManifestError(f"--manifests {self._directory}: not a folder")
+        self.check()
         self.read()
         threading.Thread(target=self._run, name="manifests", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises ManifestError where there is no such folder."""
+        if not self._directory.is_dir():
+            raise ManifestError(f"--manifests {self._directory}: not a folder")
 
     def stop(self) -> None:
         self._stop.set()
@@ -224,8 +231,12 @@ class ManifestSource:
         """What an API server's selectors would leave."""
         if isinstance(each, Node):
             return each.metadata.name == self._node_name
+        if isinstance(each, ServiceCidr):
+            return True
         labels = each.metadata.labels
-        return labels is None or (labels.proxy_name is None and labels.headless is None)
+        if labels is None or isinstance(each, Service):
+            return labels is None or labels.headless is None
+        return labels.proxy_name is None and labels.headless is None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -236,11 +247,13 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _resource_of(each: Object) -> Resource:
     if isinstance(each, Service):
         return Resource.SERVICES
+    if isinstance(each, ServiceCidr):
+        return Resource.SERVICECIDRS
     return Resource.NODES if isinstance(each, Node) else Resource.ENDPOINTSLICES
 
 
 def parse(text: str) -> Iterator[Object]:
-    """The Services, EndpointSlices and Nodes in all documents of a file; other kinds are passed over.
+    """The objects of our kinds in all documents of a file; other kinds are passed over.
 
     Raises ManifestError for the first thing that is wrong.
     """

@@ -36,14 +36,19 @@ from ebpfproxy.kube.listing import Listing, reduced_or_why
 from ebpfproxy.kube.status import SourceStatus, State
 from ebpfproxy.kube.stream import EventStream
 from ebpfproxy.logs import get_logger
-from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Reduce, Replaced, Resource, key_of
+from ebpfproxy.objects import OPTIONAL, Changed, Deleted, Event, ObjectKey, Reduce, Replaced, Resource, key_of
 
 log = get_logger(__name__)
 
-PATHS = {
-    Resource.SERVICES: "/api/v1/services",
-    Resource.ENDPOINTSLICES: "/apis/discovery.k8s.io/v1/endpointslices",
-    Resource.NODES: "/api/v1/nodes",
+#: The best first: an API server that does not have one may have the next.
+PATHS: dict[Resource, tuple[str, ...]] = {
+    Resource.SERVICES: ("/api/v1/services",),
+    Resource.ENDPOINTSLICES: ("/apis/discovery.k8s.io/v1/endpointslices",),
+    Resource.NODES: ("/api/v1/nodes",),
+    Resource.SERVICECIDRS: (
+        "/apis/networking.k8s.io/v1/servicecidrs",
+        "/apis/networking.k8s.io/v1beta1/servicecidrs",
+    ),
 }
 
 _PAGE_LIMIT = 500
@@ -63,6 +68,8 @@ class Timing(msgspec.Struct, frozen=True):
     idle: float = 150.0
     #: The first bytes of a list, or the next of its initial events.
     list_wait: float = 30.0
+    #: Between two looks for a resource that need not be there.
+    absent: float = 300.0
 
 
 class Reflector:
@@ -104,6 +111,9 @@ class Reflector:
         self._expired = False
         self._silent_streams = 0
         self._unreadable: dict[ObjectKey, str] = {}
+        self._paths = PATHS[resource]
+        #: How many of the paths were not there in a row.
+        self._missed = 0
         self.status = SourceStatus(resource=resource, since=time.time())
 
     def start(self) -> None:
@@ -126,7 +136,10 @@ class Reflector:
                 self._list_again(str(expired))
             except Failure as failure:
                 self._after(began)
-                self._failed(failure)
+                if self._resource in OPTIONAL and failure.reason in ("403", "404"):
+                    self._absent(failure)
+                else:
+                    self._failed(failure)
             except Exception as error:
                 # A mistake of ours must not end the watch for ever.
                 log.error("unexpected error in a watch", resource=str(self._resource), error=repr(error))
@@ -171,7 +184,32 @@ class Reflector:
         self._update(error=str(failure))
         self._pause(failure.retry_after)
 
+    def _absent(self, failure: Failure) -> None:
+        """It is looked for again, but seldom. What is known stays only while it is merely not shown."""
+        if self._stop.is_set():
+            return
+        self._count(failure.reason)
+        if failure.reason == "404":
+            self._version = ""
+            self._missed += 1
+            self._paths = (*self._paths[1:], self._paths[0])
+            if self._missed < len(self._paths):
+                return
+            self._missed = 0
+        if self.status.state is not State.ABSENT:
+            log.info(
+                "the API server has no such resource for us, configured values are used",
+                resource=str(self._resource),
+                why=str(failure),
+            )
+            if failure.reason == "404" or not self.status.synced:
+                self._sink(Replaced(self._resource, {}))
+            self._update(state=State.ABSENT, since=time.time())
+        self._update(error=str(failure))
+        self._stop.wait(self._timing.absent)
+
     def _connected(self) -> None:
+        self._missed = 0
         if self.status.state is not State.CONNECTED:
             log.info("watch is connected", resource=str(self._resource), server=self._connection.host)
             self._update(state=State.CONNECTED, since=time.time(), error=None)
@@ -204,7 +242,7 @@ class Reflector:
         """A response with status 200. Raises Failure and Expired."""
         try:
             response = self._connection.get(
-                PATHS[self._resource], {**params, **self._selectors}, read_seconds=read_seconds
+                self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
             )
             if response.status == 200:
                 return response
@@ -366,13 +404,19 @@ def reflectors(
     reduce: Reduce,
     timing: Timing | None = None,
 ) -> list[Reflector]:
-    """The three watches of an agent, with kube-proxy's selectors (cmd/kube-proxy/app/server.go)."""
-    labels = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"
+    """An agent's watches, with kube-proxy's selectors (cmd/kube-proxy/app/server.go).
+
+    But for one: of Services that another proxy serves the cluster IPs are wanted, so that sockets are left to
+    it. Their slices are not.
+    """
+    services = "!service.kubernetes.io/headless"
+    labels = f"{services},!service.kubernetes.io/service-proxy-name"
     return [
         Reflector(connection, resource, sink, reduce=reduce, timing=timing, **selector)
         for resource, selector in (
-            (Resource.SERVICES, {"label_selector": labels}),
+            (Resource.SERVICES, {"label_selector": services}),
             (Resource.ENDPOINTSLICES, {"label_selector": labels}),
             (Resource.NODES, {"field_selector": f"metadata.name={node_name}"}),
+            (Resource.SERVICECIDRS, {}),
         )
     ]

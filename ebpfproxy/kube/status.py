@@ -13,6 +13,8 @@ class State(enum.StrEnum):
     STARTING = "starting"
     CONNECTED = "connected"
     FAILING = "failing"
+    #: The API server has no such resource, or does not show it, and nothing waits for it.
+    ABSENT = "absent"
 
 
 class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -368,7 +368,8 @@ class SourceCollector(Collector):
         )
         for status in self._statuses():
             resource = [str(status.resource)]
-            connected.add_metric(resource, status.state is State.CONNECTED)
+            if status.state is not State.ABSENT:
+                connected.add_metric(resource, status.state is State.CONNECTED)
             last.add_metric(resource, status.last_event or 0)
             lists.add_metric(resource, status.lists)
             for reason, count in status.failures.items():

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from ebpfproxy.datapath.conntrack import counters
 from ebpfproxy.datapath.dump import Dump, fill
 from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED, UNALLOCATED
 from ebpfproxy.services.model import format_endpoint
 
 
@@ -34,6 +34,7 @@ class MapCollector(Collector):
         yield from (entries, capacity, writes)
 
         yield self._packet_events()
+        yield self._unallocated()
         dump = Dump(self._maps)
         services = CounterMetricFamily(
             "ebpfproxy_service_connections",
@@ -73,6 +74,17 @@ class MapCollector(Collector):
             for reason in sorted(reasons):
                 events.add_metric([action, str(reason)], found[reason])
         return events
+
+    def _unallocated(self) -> Metric:
+        family = CounterMetricFamily(
+            "ebpfproxy_unallocated_service_addresses",
+            "What went to an address of a Service CIDR that no Service has: packets dropped, sockets refused",
+            labels=["path", "ip_family"],
+        )
+        found = {index: count for index, (count,) in self._maps["unallocated"].nonzero_counters()}
+        for (path, version), index in UNALLOCATED.items():
+            family.add_metric([path, f"IPv{version}"], found.get(index, 0))
+        return family
 
 
 def _add_backends(

@@ -61,6 +61,8 @@ class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
     #: spec.healthCheckNodePort where it is served: a load balancer's, with the external policy Local.
     health_port: int = 0
     weights: Weights | None = None
+    #: Cluster IPs of a Service that another proxy serves.
+    others: tuple[bytes, ...] = ()
 
 
 def frontends_of(
@@ -96,11 +98,14 @@ class _Reader:
         none = ServiceFrontends(age, (), ())
         if spec.type == "ExternalName":
             return none
-        if labels is not None and (labels.proxy_name is not None or labels.headless is not None):
+        if labels is not None and labels.headless is not None:
             return none
         cluster_ips = spec.cluster_ips or ((spec.cluster_ip,) if spec.cluster_ip else ())
         if not cluster_ips or cluster_ips[0] in ("None", ""):
             return none
+        if labels is not None and labels.proxy_name is not None:
+            others = tuple(address for text in cluster_ips if (address := parse_address(text)) is not None)
+            return ServiceFrontends(age, (), (), others=others)
         if spec.type not in ("ClusterIP", "NodePort", "LoadBalancer"):
             self._warn("spec.type", f"unknown type {spec.type!r}")
             return ServiceFrontends(age, (), tuple(self._warnings))

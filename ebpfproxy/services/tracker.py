@@ -14,6 +14,7 @@ from itertools import chain
 import msgspec
 
 from ebpfproxy.objects import (
+    OPTIONAL,
     Changed,
     Event,
     Node,
@@ -23,6 +24,7 @@ from ebpfproxy.objects import (
     key_of,
 )
 from ebpfproxy.services.balancing import Weights
+from ebpfproxy.services.cidrs import ServiceRanges
 from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of
 from ebpfproxy.services.endpoints import SliceEndpoints, Traits, merge
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
@@ -32,6 +34,7 @@ from ebpfproxy.services.model import (
     Frontend,
     HealthCheck,
     Policy,
+    Prefix,
     ServicePort,
     ServicePortKey,
     format_endpoint,
@@ -80,6 +83,8 @@ class Tracker:
         self._drained: frozenset[tuple[bytes, int]] = frozenset()
         self._service_changes = 0
         self._endpoint_changes = 0
+        self._ranges: dict[ObjectKey, ServiceRanges] = {}
+        self._of_other_proxies: frozenset[bytes] | None = frozenset()
         self.node: Node | None = None
         #: Service ports with policy Local that have endpoints but none here, by family and policy.
         self.without_local_endpoints: Counter[tuple[Family, str]] = Counter()
@@ -88,8 +93,22 @@ class Tracker:
 
     @property
     def synced(self) -> bool:
-        """Whether every resource has been listed once."""
-        return len(self._heard_of) == len(Resource)
+        """Whether every resource that any API server has was listed once."""
+        return self._heard_of >= set(Resource) - OPTIONAL
+
+    @property
+    def service_cidrs(self) -> tuple[Prefix, ...] | None:
+        """The ranges of all ServiceCIDRs; None before they were listed."""
+        if Resource.SERVICECIDRS not in self._heard_of:
+            return None
+        return tuple(sorted({prefix for each in self._ranges.values() for prefix in each.prefixes}))
+
+    @property
+    def of_other_proxies(self) -> frozenset[bytes]:
+        """Cluster IPs of Services with another service-proxy-name."""
+        if self._of_other_proxies is None:
+            self._of_other_proxies = frozenset(chain.from_iterable(s.others for s in self._services.values()))
+        return self._of_other_proxies
 
     @property
     def pending(self) -> bool:
@@ -152,6 +171,8 @@ class Tracker:
             return set(self._services)
         if resource is Resource.ENDPOINTSLICES:
             return set(self._slices)
+        if resource is Resource.SERVICECIDRS:
+            return set(self._ranges)
         return {key_of(self.node)} if self.node is not None else set()
 
     def _set(self, key: ObjectKey, each: object) -> bool:
@@ -160,6 +181,10 @@ class Tracker:
             return self._set_service(key, each)
         if isinstance(each, SliceEndpoints):
             return self._set_slice(key, each)
+        if isinstance(each, ServiceRanges):
+            self._ranges[key] = each
+            self._warn(Resource.SERVICECIDRS, key, each.warnings)
+            return False
         assert isinstance(each, Node), f"{key}: a {type(each).__name__} is not reduced"
         return key.name == self._node_name and self._set_node(each)
 
@@ -169,12 +194,17 @@ class Tracker:
             return self._set_service(key, None)
         if resource is Resource.ENDPOINTSLICES:
             return self._set_slice(key, None)
+        if resource is Resource.SERVICECIDRS:
+            self._ranges.pop(key, None)
+            return False
         return key.name == self._node_name and self._set_node(None)
 
     def _set_service(self, key: ObjectKey, new: ServiceFrontends | None) -> bool:
         old = self._services.get(key)
         if old == new:
             return False
+        if (old and old.others) or (new and new.others):
+            self._of_other_proxies = None
         if new is None:
             del self._services[key]
         else:

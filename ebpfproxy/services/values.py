@@ -36,11 +36,12 @@ class Warning(msgspec.Struct, frozen=True, gc=False):
         return f"{self.resource} {self.key}: {self.field}: {self.message}"
 
 
-def parse_address(text: str) -> bytes | None:
+def parse_address(text: str, *, strict: bool = False) -> bytes | None:
     """Packed bytes of an IPv4 or IPv6 address, without a zone.
 
     Leading zeros mean nothing, as for kube-proxy (k8s.io/utils/net, ParseIPSloppy): API servers took
-    ``010.0.0.1`` for 10.0.0.1 until 1.36, and keep objects that have it. None for anything else, IPv4-mapped
+    ``010.0.0.1`` for 10.0.0.1 until 1.36, and keep objects that have it. ``strict``: they are wrong, as in a
+    configuration, which other programs read as octal. None for anything else, IPv4-mapped
     IPv6 among it: it would name one address in two families.
     """
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
@@ -48,7 +49,7 @@ def parse_address(text: str) -> bytes | None:
         packed = socket.inet_pton(family, text)
     except (OSError, ValueError):
         plain = _LEADING_ZEROS.sub("", text)
-        if plain == text:
+        if strict or plain == text:
             return None
         return parse_address(plain)
     return None if packed.startswith(_MAPPED) else packed

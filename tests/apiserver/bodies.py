@@ -6,7 +6,12 @@ from typing import Any
 
 from tests.apiserver.store import KINDS, encode
 
-_GROUPS = {"services": "", "nodes": "", "endpointslices": "discovery.k8s.io"}
+_GROUPS = {
+    "services": "",
+    "nodes": "",
+    "endpointslices": "discovery.k8s.io",
+    "servicecidrs": "networking.k8s.io",
+}
 
 NOT_FOUND = "the server could not find the requested resource"
 TOO_OLD_TO_CONTINUE = (
@@ -57,6 +62,8 @@ def bookmark(resource: str, version: int, *, initial_end: bool = False) -> bytes
     body: dict[str, Any] = {"kind": kind, "apiVersion": api_version, "metadata": meta}
     if kind == "EndpointSlice":
         body |= {"addressType": "", "endpoints": None, "ports": None}
+    elif kind == "ServiceCIDR":
+        body |= {"spec": {"cidrs": None}, "status": {}}
     elif kind == "Service":
         body |= {"spec": {}, "status": {"loadBalancer": {}}}
     else:

@@ -10,6 +10,7 @@ import socket
 import ssl
 import time
 import uuid
+import zlib
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,14 @@ PATHS = {
     "/api/v1/services": "services",
     "/apis/discovery.k8s.io/v1/endpointslices": "endpointslices",
     "/api/v1/nodes": "nodes",
+    "/apis/networking.k8s.io/v1/servicecidrs": "servicecidrs",
+    "/apis/networking.k8s.io/v1beta1/servicecidrs": "servicecidrs",
 }
 _NAMESPACED = re.compile(r"(/.*)/namespaces/([^/]+)(/[^/]+)")
 _SLOW_PIECE = 512
 _WRITE = 64 * 1024
+#: As a real server (endpoints/handlers/responsewriters, defaultGzipThresholdBytes).
+_COMPRESSED_FROM = 128 * 1024
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,6 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         self.api.headers.append(dict(self.headers))
         self._slow = 0.0
         self._half = False
+        self._zip: Any = None
         resource = PATHS.get(split.path)
         if (found := _NAMESPACED.fullmatch(split.path)) is not None and found[1] + found[3] in PATHS:
             resource = PATHS[found[1] + found[3]]
@@ -120,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, self.api.public[split.path])
         elif resource is None:
             self._object()
+        elif split.path in self.api.unserved:
+            self._answer(404, bodies.status(404, "NotFound", bodies.NOT_FOUND))
         elif resource in self.api.denied or user == "system:anonymous":
             self._answer(403, bodies.forbidden(user, "watch" if watch else "list", resource))
         else:
@@ -181,8 +189,21 @@ class Handler(BaseHTTPRequestHandler):
         self._head(code, {**length, **(extra or {})})
         self.wfile.write(body)
 
-    def _begin_chunks(self) -> None:
-        self._head(200, {"Content-Type": "application/json", "Transfer-Encoding": "chunked"})
+    def _begin_chunks(self, *, compressed: bool) -> None:
+        headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
+        self._zip = None
+        if compressed and "gzip" in self.headers.get("Accept-Encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            self._zip = zlib.compressobj(1, wbits=31)
+        self._head(200, headers)
+
+    def _frame(self, data: bytes) -> bytes:
+        """A chunk that can be read when it comes; the empty one ends the body."""
+        if self._zip is None:
+            return _framed(data)
+        if data:
+            return _framed(self._zip.compress(data) + self._zip.flush(zlib.Z_SYNC_FLUSH))
+        return _framed(self._zip.flush()) + _framed(b"")
 
     def _write(self, data: bytes) -> None:
         """Chunks, framed."""
@@ -194,11 +215,12 @@ class Handler(BaseHTTPRequestHandler):
             self.api.stopping.wait(self._slow)
 
     def _chunk(self, data: bytes) -> None:
-        self._write(_framed(data))
+        self._write(self._frame(data))
 
     def _break_off(self, data: bytes) -> None:
         """Half of what was to come, and the connection is gone."""
-        self._write(_framed(data)[: len(data) // 2])
+        framed = self._frame(data)
+        self._write(framed[: len(framed) // 2])
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -229,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
             encode(meta),
         )
         body = head + b",".join(each.body for each in page) + b"]}\n"
-        self._begin_chunks()
+        self._begin_chunks(compressed=len(body) >= _COMPRESSED_FROM)
         if self._half:
             self._break_off(body)
             return
@@ -245,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         if streaming_list and not self.api.streaming_list:
             self._answer(422, bodies.status(422, "Invalid", bodies.NO_STREAMING_LIST))
             return
-        self._begin_chunks()
+        self._begin_chunks(compressed=self.api.compresses_streams)
         asked = int(params.get("resourceVersion") or 0)
         if streaming_list or not asked:
             version, found = store.items(resource, selector)
@@ -295,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
         """Each in its own chunk, as a real server flushes them; many in one write, to be cheap here."""
         buffer = bytearray()
         for line in lines:
-            buffer += _framed(line)
+            buffer += self._frame(line)
             if len(buffer) > _WRITE:
                 self._write(bytes(buffer))
                 buffer.clear()

@@ -23,6 +23,8 @@ class ApiServer:
 
     ``tokens``: bearer tokens that are good, None where nobody is asked. ``tls`` makes it HTTPS; a client
     certificate that the context verifies counts as credentials. ``denied``: resources that nobody may see.
+    ``compresses_streams``: as with the gate WatchListCompression; pages of 128 KiB are compressed anyway.
+    ``unserved``: paths of resources that this server's version does not have.
     ``cluster`` has objects of further kinds, one by one.
     ``public``: bodies by path that everybody may GET. ``events`` are those of events.k8s.io.
     All of these may be changed while it runs, from any thread.
@@ -44,6 +46,8 @@ class ApiServer:
         self.control = Control(self)
         self.tokens = tokens
         self.denied: set[str] = set()
+        self.unserved: set[str] = set()
+        self.compresses_streams = False
         self.cluster = Cluster(self.store, self.denied)
         self.public: dict[str, bytes] = {}
         self.events = Events(self.denied)

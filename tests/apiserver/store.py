@@ -16,6 +16,7 @@ KINDS = {
     "services": ("v1", "Service", "ServiceList"),
     "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice", "EndpointSliceList"),
     "nodes": ("v1", "Node", "NodeList"),
+    "servicecidrs": ("networking.k8s.io/v1", "ServiceCIDR", "ServiceCIDRList"),
 }
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.config.load import Configuration, effective
-from ebpfproxy.config.options import agent_options, in_use
+from ebpfproxy.config.load import Configuration, effective, parse, without_effect
+from ebpfproxy.config.options import agent_options, in_use, mode_remark
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import default_range, local_range
@@ -19,7 +19,7 @@ from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.model import Algorithm, Prefix
-from tests.config.files import kube_proxy, own, used
+from tests.config.files import KUBE_PROXY, OWN, kube_proxy, own, text_of, used
 
 HERE = {"cgroup-root": "/cg", "hostname-override": "Node-A", "masquerade-ports": "20000-29999"}
 
@@ -232,3 +232,39 @@ def test_what_is_left_open_is_shown_as_it_is_used() -> None:
     given = effective(own({"lbAlgorithm": "mh", "localhostNodePorts": False, "maxSlots": 7}))
     again = in_use(given, agent_options(given)[0]).own
     assert (again.lb_algorithm, again.localhost_node_ports, again.max_slots) == ("maglev", False, 7)
+
+
+@pytest.mark.parametrize(
+    ("gates", "setting", "served"),
+    [
+        ({}, True, True),
+        ({"AllowServiceExternalIPs": True}, True, True),
+        ({"AllowServiceExternalIPs": False}, True, False),
+        ({"AllowServiceExternalIPs": True}, False, False),
+    ],
+)
+def test_external_ips_are_served_where_both_the_gate_and_the_setting_allow_it(
+    gates: dict[str, bool], setting: bool, served: bool
+) -> None:
+    flag = ",".join(f"{name}={str(on).lower()}" for name, on in gates.items())
+    for configuration in (
+        effective(
+            parse(text_of(KUBE_PROXY | {"featureGates": gates}, OWN | {"externalIPs": setting}), "f"), HERE
+        ),
+        effective(own({"externalIPs": setting}), {**HERE, **({"feature-gates": flag} if flag else {})}),
+    ):
+        options, _ = agent_options(configuration)
+        assert options.external_ips is served
+        assert in_use(configuration, options).own.external_ips is served, "as /configz says"
+        assert "featureGates" not in without_effect(configuration)
+
+
+def test_other_gates_have_no_effect() -> None:
+    found = kube_proxy({"featureGates": {"AllowServiceExternalIPs": False, "Other": True}})
+    assert without_effect(effective(found)) == ["featureGates"]
+
+
+def test_a_mode_that_nobody_chose_is_told_what_it_is_and_will_be() -> None:
+    assert all(mode_remark(mode) == "" for mode in ("iptables", "ipvs", "nftables"))
+    assert "1.37" in mode_remark("")
+    assert "1.40" in mode_remark("")

@@ -174,6 +174,8 @@ def test_the_role_grants_this_and_nothing_else() -> None:
         ("", "services", "watch"),
         ("discovery.k8s.io", "endpointslices", "list"),
         ("discovery.k8s.io", "endpointslices", "watch"),
+        ("networking.k8s.io", "servicecidrs", "list"),
+        ("networking.k8s.io", "servicecidrs", "watch"),
         ("", "nodes", "get"),
         ("", "nodes", "list"),
         ("", "nodes", "watch"),

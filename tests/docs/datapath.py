@@ -54,6 +54,7 @@ _HOLDS = {
     "crc32c": "table for SCTP's checksum",
     "packet_events": "packets by what befell them",
     "scratch": "memory of a program",
+    "programmed": "when the maps were last changed, for `ebpfproxy status`",
     "agent_state": "the agent's account of itself, for `ebpfproxy status`",
 }
 _REASONS = {

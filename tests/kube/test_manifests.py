@@ -69,6 +69,7 @@ def test_everything_is_read_before_start_returns(tmp_path: Path) -> None:
         Resource.SERVICES: {"shop/a", "shop/b"},
         Resource.ENDPOINTSLICES: set(),
         Resource.NODES: {"node-a"},
+        Resource.SERVICECIDRS: set(),
     }
     made.source.stop()
 
@@ -194,12 +195,28 @@ def test_an_object_in_two_files_is_the_first_files(
     assert follower.services == {"shop/a"}
 
 
-def test_other_proxies_services_and_headless_slices_are_kept_out(tmp_path: Path) -> None:
-    label = "labels: {service.kubernetes.io/service-proxy-name: mesh}"
-    (tmp_path / "a.yaml").write_text(service("a").replace("namespace: shop", f"namespace: shop, {label}"))
+def test_headless_services_and_other_proxies_slices_are_kept_out(tmp_path: Path) -> None:
+    for name, label in (("a", "headless"), ("b", "service-proxy-name")):
+        labels = f"namespace: shop, labels: {{service.kubernetes.io/{label}: mesh}}"
+        (tmp_path / f"{name}.yaml").write_text(service(name).replace("namespace: shop", labels))
+    meta = "metadata: {name: c, namespace: shop, labels: {service.kubernetes.io/service-proxy-name: mesh}}"
+    piece = f"{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, {meta}, addressType: IPv4}}"
+    (tmp_path / "c.yaml").write_text(piece)
     made = Follower(tmp_path)
     made.source.read()
-    assert made.services == set()
+    assert made.services == {"shop/b"}, "the cluster IP of another proxy's Service is wanted"
+    assert made.known[Resource.ENDPOINTSLICES] == set()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1beta1"])
+def test_service_cidrs_are_read_from_files(tmp_path: Path, version: str) -> None:
+    kind = f"{{apiVersion: networking.k8s.io/{version}, kind: ServiceCIDR"
+    (tmp_path / "a.yaml").write_text(
+        f'{kind}, metadata: {{name: kubernetes}}, spec: {{cidrs: ["10.96.0.0/12"]}}}}'
+    )
+    made = Follower(tmp_path)
+    made.source.read()
+    assert made.known[Resource.SERVICECIDRS] == {"kubernetes"}
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -225,8 +225,17 @@ def test_an_object_that_leaves_the_selection_is_deleted(server: ApiServer) -> No
     follower.reflector.stop()
 
 
-def test_the_three_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -> None:
-    """Both labels on Services and slices, as its one informer factory has them; one Node by its name."""
+def test_the_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -> None:
+    """Those of its informer factories; but Services of other proxies are seen, for their cluster IPs."""
+    server.store.put(
+        "servicecidrs", {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}}
+    )
+    meshed = objects.service("meshed", "10.96.0.9")
+    meshed["metadata"]["labels"]["service.kubernetes.io/service-proxy-name"] = "mesh"
+    server.store.put("services", meshed)
+    piece = objects.endpoint_slice("meshed", [])
+    piece["metadata"]["labels"]["service.kubernetes.io/service-proxy-name"] = "mesh"
+    server.store.put("endpointslices", piece)
     server.store.put("nodes", objects.node("node-1"))
     server.store.put("nodes", objects.node("node-2"))
     headless = objects.endpoint_slice("a", [])
@@ -239,14 +248,15 @@ def test_the_three_watches_of_an_agent_have_kube_proxys_selectors(server: ApiSer
     for each in watches:
         each.start()
     deadline = time.monotonic() + 8
-    while len(events) < 3:
+    while len(events) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     found = {event.resource: set(event.objects) for event in events if isinstance(event, Replaced)}
     assert found == {
-        Resource.SERVICES: {KEY, ObjectKey("load", "b")},
+        Resource.SERVICES: {KEY, ObjectKey("load", "b"), ObjectKey("load", "meshed")},
         Resource.ENDPOINTSLICES: {ObjectKey("load", "b-x7k2p")},
         Resource.NODES: {ObjectKey("", "node-1")},
+        Resource.SERVICECIDRS: {ObjectKey("", "kubernetes")},
     }
     assert all(each.status.synced for each in watches)
     for each in watches:

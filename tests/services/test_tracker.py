@@ -16,11 +16,18 @@ from ebpfproxy.objects import (
     Node,
     Object,
     ObjectKey,
+    Replaced,
     Resource,
     Service,
+    ServiceCidr,
+    ServiceCidrMeta,
+    ServiceCidrSpec,
+    ServiceLabels,
+    ServiceMeta,
+    ServiceSpec,
     key_of,
 )
-from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
+from ebpfproxy.services.model import Backend, Prefix, ServicePort, ServicePortKey
 from tests.recordings import RecordTracker, changed, replaced
 
 NODE = "node-a"
@@ -518,3 +525,33 @@ def test_whether_an_endpoint_is_there() -> None:
     tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s2", "a", "10.244.0.1", ports=(8081,))))
     assert there("10.244.0.1", 8081)
     assert not there("10.244.0.1", 8080)
+
+
+def test_service_cidrs_and_the_addresses_of_other_proxies_are_known_once_they_were_listed() -> None:
+    """Nothing waits for them; a range that cannot be read is said, and the others are used."""
+    tracker = RecordTracker(NODE)
+    for resource in (Resource.SERVICES, Resource.ENDPOINTSLICES, Resource.NODES):
+        tracker.apply(Replaced(resource, {}))
+    assert tracker.synced
+    assert tracker.service_cidrs is None
+    cidr = ServiceCidr(
+        metadata=ServiceCidrMeta(name="kubernetes"),
+        spec=ServiceCidrSpec(cidrs=("10.96.0.0/012", "fd00::/108", "ten")),
+    )
+    tracker.apply(replaced(Resource.SERVICECIDRS, [cidr]))
+    assert tracker.service_cidrs == (
+        Prefix(bytes([10, 96, 0, 0]), 12),
+        Prefix(bytes.fromhex("fd00") + bytes(14), 108),
+    )
+    assert [str(w) for w in tracker.drain().warnings] == [
+        "servicecidrs kubernetes: spec.cidrs[2]: 'ten' is not a CIDR"
+    ]
+    tracker.apply(Replaced(Resource.SERVICECIDRS, {}))
+    assert tracker.service_cidrs == ()
+    meta = ServiceMeta(name="mesh", namespace="shop", labels=ServiceLabels(proxy_name="other"))
+    spec = ServiceSpec(cluster_ip="10.96.0.7", cluster_ips=("10.96.0.7", "fd00::7"))
+    tracker.apply(changed(Resource.SERVICES, Service(metadata=meta, spec=spec)))
+    assert tracker.of_other_proxies == {bytes([10, 96, 0, 7]), bytes.fromhex("fd00") + bytes(13) + b"\7"}
+    assert tracker.drain().changed == ()
+    tracker.apply(Deleted(Resource.SERVICES, ObjectKey("shop", "mesh")))
+    assert tracker.of_other_proxies == frozenset()

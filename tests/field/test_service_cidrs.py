@@ -1,0 +1,220 @@
+"""Addresses of the Service network that nobody has, with a gateway that answers at all of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import Lab, clients, manifests, servers
+from tests.lab.lab import OUTSIDE, OUTSIDE6
+from tests.lab.spaces import Space
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+NOBODYS = {4: "10.96.200.200", 6: "fd00:10:96::c8c8"}
+CIDRS = ["10.96.0.0/16", "fd00:10:96::/112"]
+
+
+class World:
+    """node-a with an agent and two pods; outside is a gateway that answers at every address there is."""
+
+    def __init__(self, lab: Lab, *options: str) -> None:
+        self.lab = lab
+        self.a, self.b = lab.node("node-a"), lab.node("node-b")
+        self.client, self.web = self.a.pod("client"), self.a.pod("web")
+        servers.start(self.web, "web", 8080)
+        for destination in ("10.96.0.0/16", "fd00:10:96::/112"):
+            lab.outside.run(["ip", "route", "add", "local", destination, "dev", "lo"])
+            # Of the second node everything comes by node-a, which has to forward it.
+            self.b.run(
+                [
+                    "ip",
+                    "route",
+                    "add",
+                    destination,
+                    "via",
+                    self.a.address6 if ":" in destination else self.a.address,
+                ]
+            )
+        servers.start(lab.outside, "gateway", 80)
+        self.folder = lab.folder / "manifests"
+        self.put()
+        self.agent = self.a.agent(*options, manifests=self.folder).start()
+
+    def put(self, *, cidrs: list[str] = CIDRS, service: bool = True, proxy: str = "") -> None:
+        made = manifests.service("web", clusterIPs=["10.96.0.10", "fd00:10:96::10"])
+        if proxy:
+            made["metadata"]["labels"] = {"service.kubernetes.io/service-proxy-name": proxy}
+        documents = [
+            manifests.slice_of("web", [manifests.endpoint(address, "node-a")])
+            for address in (self.web.address, self.web.address6)
+        ]
+        documents.append(
+            {
+                "apiVersion": "networking.k8s.io/v1",
+                "kind": "ServiceCIDR",
+                "metadata": {"name": "kubernetes"},
+                "spec": {"cidrs": cidrs},
+            }
+        )
+        manifests.write(self.folder / "all.yaml", *documents, *([made] if service else []))
+
+    def unhooked(self, space: Space, address: str, protocol: str = "TCP") -> str:
+        """Who answers a process that no socket hook sees; empty where nobody does."""
+        shown = f"[{address}]" if ":" in address else address
+        option = ",connect-timeout=0.4" if protocol == "TCP" else ""
+        process = space.popen(
+            ["socat", "-T0.4", "-", f"{protocol}:{shown}:80{option}"],
+            join_cgroup=False,
+            stdin=-3 if protocol == "TCP" else -1,
+            stdout=-1,
+            stderr=-1,
+        )
+        text = process.communicate(None if protocol == "TCP" else b"?")[0]
+        return str(json.loads(text)["name"]) if text else ""
+
+    def counted(self, path: str, version: int) -> int:
+        label = f'{{ip_family="IPv{version}",path="{path}"}}'
+        text = self.agent.http("/metrics", 10249)[1]
+        name = f"ebpfproxy_unallocated_service_addresses_total{label}"
+        return int(sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)))
+
+
+@pytest.fixture(scope="module", params=["tcx", "clsact"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab, *(["--without", "tcx"] if request.param == "clsact" else []))
+
+
+@pytest.fixture(params=[4, 6], ids=["v4", "v6"])
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_without_a_service_cidr_the_gateway_answers_and_with_one_that_comes_it_does_not(
+    world: World, version: int
+) -> None:
+    """The range may come and go while the agent runs, and no program is compiled for it again."""
+    address = NOBODYS[version]
+    programs = sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*"))
+    world.put(cidrs=["192.0.2.0/24"])
+    until(lambda: world.unhooked(world.client, address) == "gateway", "the gateway does not answer at all")
+    assert world.client.call(clients.ask_tcp, address, 80)["name"] == "gateway"
+    world.put()
+    until(lambda: not world.unhooked(world.client, address), "the gateway answers")
+    assert world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH"
+    assert sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*")) == programs
+
+
+def test_a_process_is_told_at_once(world: World, version: int) -> None:
+    """TCP's connect() and a datagram's send fail; UDP's connect() sends nothing and succeeds, as resolvers need."""
+    before = world.counted("socket", version)
+    for space in (world.client, world.a):
+        assert space.call(clients.connect_error, NOBODYS[version], 80) == "EHOSTUNREACH"
+        assert space.call(clients.send_error, NOBODYS[version], 80) == "EHOSTUNREACH"
+        assert space.call(_udp_connect, NOBODYS[version]) == "connected, no answer"
+    assert world.counted("socket", version) >= before + 4
+
+
+def _udp_connect(host: str) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.3)
+        sock.connect((host, 80))
+        sock.send(b"?")
+        try:
+            return sock.recv(100).decode()
+        except TimeoutError:
+            return "connected, no answer"
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_packets_are_dropped_whoever_sent_them(world: World, version: int, protocol: str) -> None:
+    """A pod and the host without the socket hook, and a client on another node that is forwarded."""
+    before = world.counted("packet", version)
+    for space in (world.client, world.a, world.b):
+        assert world.unhooked(space, NOBODYS[version], protocol) == ""
+    assert world.counted("packet", version) >= before + 3
+
+
+def test_a_ping_is_dropped(world: World, version: int) -> None:
+    for space in (world.client, world.a, world.b):
+        assert space.call(_ping, NOBODYS[version]) == "no answer"
+    assert world.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "answer", "of the gateway itself"
+
+
+def _ping(host: str) -> str:
+    is_v4 = ":" not in host
+    protocol = socket.IPPROTO_ICMP if is_v4 else socket.IPPROTO_ICMPV6
+    with socket.socket(socket.AF_INET if is_v4 else socket.AF_INET6, socket.SOCK_RAW, protocol) as sock:
+        echo = struct.pack(">BBHHH", 8 if is_v4 else 128, 0, 0, 1, 1)
+        if is_v4:
+            echo = struct.pack(">BBHHH", 8, 0, 0xFFFF - 0x0802, 1, 1)
+        sock.settimeout(0.4)
+        try:
+            # IPv6 tells a raw socket of the host itself what becomes of its packet: ENOBUFS.
+            sock.sendto(echo, (host, 0))
+            while True:
+                data, peer = sock.recvfrom(1000)
+                kind = data[(data[0] & 15) * 4] if is_v4 else data[0]
+                if peer[0] == host and kind == (0 if is_v4 else 129):
+                    return "answer"
+        except OSError as error:
+            assert isinstance(error, TimeoutError) or error.errno == errno.ENOBUFS, error
+            return "no answer"
+
+
+def test_a_service_that_is_deleted_leaves_nobody(world: World, version: int) -> None:
+    """Seen: a gateway answered 404 in the place of a Service that was no more."""
+    address = {4: "10.96.0.10", 6: "fd00:10:96::10"}[version]
+    until(lambda: world.client.call(clients.connect_error, address, 80) == "connected", "not served")
+    world.put(service=False)
+    until(lambda: world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH", "not refused")
+    assert world.unhooked(world.client, address) == ""
+    world.put()
+    until(lambda: world.client.call(clients.connect_error, address, 80) == "connected", "not served again")
+
+
+def test_a_service_of_another_proxy_is_left_to_it_and_to_nobody_else(world: World) -> None:
+    """e2e: service-proxy-name. Without another proxy nobody answers; its rules in netfilter are reached."""
+    world.put(proxy="other")
+    until(
+        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80, 0.4) == "TimeoutError", "refused"
+    )
+    assert world.unhooked(world.a, "10.96.0.10") == ""
+    for chain in ("prerouting", "output"):
+        rules = f"add table ip other; add chain ip other {chain} {{ type nat hook {chain} priority -100; }}; "
+        rule = f"add rule ip other {chain} ip daddr 10.96.0.10 tcp dport 80 dnat to {world.web.address}:8080"
+        world.a.run(["nft", rules + rule])
+    for space in (world.client, world.a):
+        until(lambda s=space: world.unhooked(s, "10.96.0.10") == "web", "not by the other's rules")  # type: ignore[misc]
+        assert space.call(clients.ask_tcp, "10.96.0.10", 80)["name"] == "web"
+    world.a.run(["nft", "delete table ip other"])
+    world.put()
+    until(
+        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80) == "connected", "not served again"
+    )
+
+
+def test_an_address_of_the_range_that_the_node_itself_has_is_its_own(world: World) -> None:
+    world.a.run(["ip", "addr", "add", "10.96.77.7/32", "dev", "lo"])
+    servers.start(world.a, "node", 80)
+    for space in (world.client, world.a):
+        until(
+            lambda s=space: s.call(clients.connect_error, "10.96.77.7", 80, 0.5) == "connected",  # type: ignore[misc]
+            "the node's own address is refused",
+        )
+        assert space.call(clients.ask_tcp, "10.96.77.7", 80)["name"] == "node"
+    world.a.run(["ip", "addr", "del", "10.96.77.7/32", "dev", "lo"])
+
+
+def test_a_new_agent_knows_the_ranges_before_it_has_heard_of_them(world: World) -> None:
+    world.agent.kill()
+    assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"
+    world.agent.start()
+    assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"

@@ -194,7 +194,7 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
  * Whether the receiver of a RST or FIN takes it for the connection's, as far as the two halves
  * tell; what is stray or forged passes, but ends nothing. A RST counts from what the receiver
  * expects next to where the sender's data ends: elsewhere in the window the receiver challenges it
- * (RFC 5961, 3.2), and is answered by one that fits. Netfilter's conntrack is as strict, or stricter.
+ * (RFC 5961, 3.2), and is answered by one that fits. Netfilter is stricter.
  */
 static __always_inline bool is_believable(const struct packet *p, const struct nat *nat,
 					  const struct nat *partner)

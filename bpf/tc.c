@@ -30,7 +30,7 @@ static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct p
 	(void)skb;
 	return flags && *flags & CIDR_PODS;
 #else
-	u32 ifindex = skb->ifindex;
+	u32 ifindex = ifindex_of(skb);
 	struct device *device = map_lookup(devices, &ifindex);
 
 	(void)p;
@@ -141,7 +141,7 @@ static __always_inline struct backend *backend_for(struct __sk_buff *skb, const 
  */
 static __always_inline int leave_unserved(struct __sk_buff *skb, const struct packet *p)
 {
-	u32 ifindex = skb->ifindex;
+	u32 ifindex = ifindex_of(skb);
 	struct device *device;
 
 	if (!in_service_cidr(&p->flow.dst))
@@ -283,7 +283,7 @@ static __always_inline int begin_past_netfilter(struct __sk_buff *skb, const str
 /* Of the device by which the packet came: what came in must go out in one piece. */
 static __always_inline u16 mtu_of(struct __sk_buff *skb)
 {
-	u32 ifindex = skb->ifindex;
+	u32 ifindex = ifindex_of(skb);
 	struct device *device = map_lookup(devices, &ifindex);
 
 	return device ? device->mtu : 0;
@@ -528,7 +528,7 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	u8 macs[12];
 
 	if (way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_NEIGHBOUR &&
-	    fib.ifindex != skb->ifindex) {
+	    fib.ifindex != ifindex_of(skb)) {
 		__builtin_memcpy(macs, fib.smac, 6);
 		__builtin_memcpy(macs + 6, fib.dmac, 6);
 		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
@@ -618,7 +618,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
  */
 static __always_inline bool is_for_us(struct __sk_buff *skb)
 {
-	u32 ifindex = skb->ifindex;
+	u32 ifindex = ifindex_of(skb);
 	struct device *device;
 
 	if (skb->pkt_type == PACKET_HOST)

@@ -40,6 +40,19 @@
 /* Keeps the compiler from reasoning about a variable across this point. */
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
+/*
+ * clang may keep the address of a context's field for a second use; the verifier wants the
+ * context's own pointer and an offset in the instruction.
+ */
+#define ifindex_of(skb)                                                                            \
+	({                                                                                         \
+		u32 ifindex_;                                                                      \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                              \
+			     : "=r"(ifindex_)                                                      \
+			     : "r"(skb), "i"(offsetof(struct __sk_buff, ifindex)));                \
+		ifindex_;                                                                          \
+	})
+
 #ifndef __always_inline
 #define __always_inline inline __attribute__((always_inline))
 #endif

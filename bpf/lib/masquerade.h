@@ -38,7 +38,7 @@ static __always_inline enum way way_to(struct __sk_buff *skb, const struct inet_
 				       struct bpf_fib_lookup *fib)
 {
 	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->ifindex = skb->ifindex;
+	fib->ifindex = ifindex_of(skb);
 	fib->tot_len = size;
 	if (addr_is_v4(to)) {
 		fib->family = AF_INET;

@@ -147,7 +147,7 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 {
 	const u32 plain =
 		L3_OFFSET + (p->is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header));
-	u32 ifindex = skb->ifindex;
+	u32 ifindex = ifindex_of(skb);
 
 	count(event);
 	if (p->l4 != plain || p->is_later_fragment)

@@ -76,7 +76,8 @@ def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) ->
     for event in recordings.watch_events():
         queues[recordings.event_key(event)].append(event)
     tracker, mirror = RecordTracker("node-a1"), Mirror()
-    for each in order.sample(recordings.as_events(recordings.lists("initial")), 3):
+    initial = recordings.as_events(recordings.lists("initial"))
+    for each in order.sample(initial, len(initial)):
         tracker.apply(each)
     waiting = [list(reversed(queue)) for queue in queues.values()]
     while waiting:

@@ -106,7 +106,7 @@ static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet
 	return addr->word[0] | addr->word[1] | addr->word[2] | addr->word[3];
 }
 
-/* Whether the socket's packets would have a source that may ask; a pod's are looked at instead. */
+/* Says if the socket's packets would have an allowed source; a pod's are looked at instead. */
 static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, const struct target *to,
 						 const struct service *svc)
 {
@@ -213,7 +213,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	return PROCEED;
 }
 
-/* Whether an unconnected socket has this backend for another frontend: its answers look alike. */
+/* Says if an unconnected socket has this backend for another frontend: its answers look alike. */
 static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 {
 	return peer_by_backend(cookie, &backend->addr, backend->port) != NULL;
@@ -251,7 +251,7 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 	return false;
 }
 
-/* Whether packets to the frontend pass a device of ours on their way to the backend. */
+/* Says if packets to the frontend pass a device of ours on their way to the backend. */
 static __always_inline bool packets_serve(struct bpf_sock_addr *ctx, const struct service *svc,
 					  const struct backend *backend)
 {
@@ -335,7 +335,7 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 }
 
 /*
- * Whether a connected socket sends to the very address that it is connected to: it was, while
+ * Says if a connected socket sends to the very address that it is connected to: it was, while
  * nobody served that. It gets no answer from elsewhere. (The kernel names the peer of an
  * IPv4-mapped one at each datagram.)
  */

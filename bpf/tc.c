@@ -52,7 +52,7 @@ static __always_inline struct service *find_service(const struct target *to, u8 
 }
 
 /*
- * Whether packets are a connected datagram socket's whose backend has gone. Then @to becomes what
+ * Says if packets are a connected datagram socket's whose backend has gone. Then @to becomes what
  * the socket had asked for.
  */
 static __always_inline bool is_redirected(const struct flow *flow, struct target *to)
@@ -172,7 +172,7 @@ static __always_inline bool must_masquerade(const struct service *svc, bool is_i
 }
 
 /*
- * Whether a socket has left this flow to us because its port is in use for another frontend with
+ * Says if a socket has left this flow to us because its port is in use for another frontend with
  * the same backend: packets of that one never come here.
  */
 static __always_inline bool is_port_taken(const struct flow *flow)
@@ -305,7 +305,7 @@ static __always_inline bool is_left_to_others(const struct packet *p)
 }
 
 /*
- * Whether a packet can be the first of a flow. What is not, and of no known flow, may be the answer
+ * Says if a packet can be the first of a flow. What is not, and of no known flow, may be the answer
  * to a connection of this node's own; netfilter's conntrack has the same rule for SCTP.
  */
 static __always_inline bool can_open(struct __sk_buff *skb, const struct packet *p)
@@ -456,7 +456,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 }
 
 /*
- * Whether the frontend that a flow asks is still its service's: an address or port may have been
+ * Says if the frontend that a flow asks is still its service's: an address or port may have been
  * given to another. Connections stay with the one that they have.
  */
 static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
@@ -470,8 +470,8 @@ static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
 }
 
 /*
- * Whether a flow's questions go to a backend that is not the Service's any more, or by a frontend
- * that is not.
+ * Says if a flow's original direction leads to a backend that has left the Service, or by a
+ * frontend that is not.
  */
 static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, bool opens)
 {

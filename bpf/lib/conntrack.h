@@ -191,7 +191,7 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 #define TCP_WINDOW (1U << 24)
 
 /*
- * Whether the receiver of a RST or FIN takes it for the connection's, as far as the two halves
+ * Says if the receiver of a RST or FIN takes it for the connection's, as far as the two halves
  * tell; what is stray or forged passes, but ends nothing. A RST counts from what the receiver
  * expects next to where the sender's data ends: elsewhere in the window the receiver challenges it
  * (RFC 5961, 3.2), and is answered by one that fits. Netfilter is stricter.
@@ -211,7 +211,8 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 	return !ahead || (sent <= TCP_WINDOW && ahead <= sent);
 }
 
-/* Of two sequence numbers the later; one that is nowhere near has replaced the connection. */
+/* Returns the later of two sequence numbers; one that is nowhere near has replaced the connection.
+ */
 static __always_inline u32 later(u32 known, u32 seen)
 {
 	return known && known - seen <= TCP_WINDOW ? known : seen;

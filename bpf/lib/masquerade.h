@@ -114,7 +114,7 @@ static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct i
 #define TCP_STATE_LISTEN 10
 
 /*
- * Whether a socket of this host has the port that @answers come to. One that listens has no
+ * Says if a socket of this host has the port that @answers come to. One that listens has no
  * connection to lose; a datagram socket need not be connected to ask the backend. The kernel has no
  * lookup for UDP-Lite and SCTP.
  */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Whether the backend that something was sent to is still one to send to: one rule for flows of
+ * Says if the backend that something was sent to is still one to send to: one rule for flows of
  * packets and for sockets.
  */
 #ifndef EBPFPROXY_STALE_H
@@ -29,7 +29,7 @@ static __always_inline struct backend *backend_known(u32 id, const struct inet_a
 }
 
 /*
- * Whether a backend has left its service. Without a connection there is nothing to lose: datagrams
+ * Says if a backend has left its service. Without a connection there is nothing to lose: datagrams
  * also leave what is merely not ready.
  */
 static __always_inline bool has_departed(u32 service_id, u32 backend_id, bool is_connection)

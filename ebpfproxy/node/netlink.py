@@ -68,7 +68,7 @@ def _links(netlink: Any) -> list[Link]:
         info = message.get_attr("IFLA_LINKINFO")
         kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
         master = message.get_attr("IFLA_MASTER") or 0
-        # Of a veth it is the peer, in another namespace.
+        # IFLA_LINK of a veth names the peer, which is in another namespace.
         is_here = message.get_attr("IFLA_LINK_NETNSID") is None
         found.append(
             Link(

@@ -119,7 +119,7 @@ class Roles:
         if link.type == LOOPBACK or link.name in _IGNORED_NAMES:
             return False
         if link.kind in _IGNORED:
-            # Of Open vSwitch, the port by which the host itself is on the network.
+            # This is the Open vSwitch port by which the host itself is on the network.
             is_way_out = link.ifindex in self._of_node or link.ifindex in self._routed
             return link.kind == "openvswitch" and is_way_out
         master = self._links.get(link.master)

@@ -199,7 +199,7 @@ def test_routes_by_a_gateway_make_a_bridge_an_uplink_while_they_are_there(
     _asks_masqueraded(nodes, nodes.neighbours["bridge"])
     ip(nodes.a, "route del 10.77.0.0/16")
     until(lambda: nodes.devices()["bridge0"] == ("pods", "a bridge of pods"), "it stays an uplink")
-    # By the node's own address, as Cilium has them on its device, they lead nowhere else.
+    # Routes by the node's own address, as Cilium has them on its device, lead nowhere else.
     ip(nodes.a, "route add 10.77.0.0/16 via 172.18.0.254", "route add 10.78.0.0/16 dev bridge0")
     assert nodes.devices()["bridge0"] == ("pods", "a bridge of pods")
     ip(nodes.a, "route del 10.77.0.0/16", "route del 10.78.0.0/16")

@@ -31,7 +31,7 @@ class World:
         servers.start(self.web, "web", 8080)
         for destination in ("10.96.0.0/16", "fd00:10:96::/112"):
             lab.outside.run(["ip", "route", "add", "local", destination, "dev", "lo"])
-            # Of the second node everything comes by node-a, which has to forward it.
+            # Everything of the second node comes by node-a, which has to forward it.
             self.b.run(
                 [
                     "ip",

@@ -50,14 +50,14 @@ def program_ids(node: LabNode) -> dict[str, int | None]:
 
 
 def writes(agent: Agent) -> dict[str, float]:
-    """Entries written by this agent, of all maps but its own record."""
+    """Entries written by this agent, of all maps but its own two records, for `status`."""
     _, text = agent.http("/metrics", 10249)
     found = {}
     for line in text.splitlines():
         if line.startswith("ebpfproxy_map_writes_total"):
             name = line.split('"')[1]
             found[name] = float(line.rpartition(" ")[2])
-    del found["agent_state"]
+    del found["agent_state"], found["programmed"]
     return found
 
 

@@ -110,8 +110,8 @@ static __always_inline void set_client(struct client *client, const struct packe
 }
 
 /* Who serves a new flow; NULL where nobody may or can: then @verdict is what becomes of it. */
-static __always_inline struct backend *backend_for(struct __sk_buff *skb, const struct packet *p,
-						   struct scratch *s, u32 *id, int *verdict)
+static __always_inline struct backend *backend_for(const struct packet *p, struct scratch *s,
+						   u32 *id, int *verdict)
 {
 	const struct service *svc = &s->service;
 	struct backend *backend = NULL;
@@ -126,7 +126,7 @@ static __always_inline struct backend *backend_for(struct __sk_buff *skb, const 
 	case VERDICT_TRANSLATE:
 		return backend;
 	case VERDICT_REFUSE:
-		*verdict = reject(skb, p, EVENT_NO_ENDPOINT);
+		*verdict = rejection(EVENT_NO_ENDPOINT);
 		return NULL;
 	default:
 		*verdict = drop(EVENT_NO_LOCAL);
@@ -157,7 +157,7 @@ static __always_inline int leave_unserved(struct __sk_buff *skb, const struct pa
 static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
 {
 	if (is_cluster_ip(&p->flow.dst))
-		return reject(skb, p, EVENT_NO_SUCH_PORT);
+		return rejection(EVENT_NO_SUCH_PORT);
 	return p->flow.stage == STAGE_EGRESS ? leave_unserved(skb, p) : PASS;
 }
 
@@ -339,7 +339,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 		if (way == WAY_LOCAL || (way == WAY_OUT && !fib.ifindex))
 			return PASS;
 	}
-	return reject(skb, p, EVENT_NO_FLOW);
+	return rejection(EVENT_NO_FLOW);
 }
 
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
@@ -366,7 +366,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)
-			return reject(skb, p, EVENT_BACKEND_GONE);
+			return rejection(EVENT_BACKEND_GONE);
 	}
 	if (!svc)
 		return no_service(skb, p);
@@ -378,7 +378,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 		return pass(EVENT_MARTIAN);
 	if (!can_open(skb, p))
 		return no_flow(skb, p, svc);
-	backend = backend_for(skb, p, s, &id, &verdict);
+	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
 
@@ -429,7 +429,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	if (!svc && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)
-			return reject(skb, p, EVENT_BACKEND_GONE);
+			return rejection(EVENT_BACKEND_GONE);
 	}
 	if (!svc)
 		return no_service(skb, p);
@@ -437,7 +437,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 		return PASS;
 	s->service = *svc;
 	svc = &s->service;
-	backend = backend_for(skb, p, s, &id, &verdict);
+	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
 	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
@@ -574,7 +574,7 @@ static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p
 		return false;
 	case COURSE_REJECT:
 		conntrack_forget(&p->flow, nat);
-		*verdict = reject(skb, p, EVENT_BACKEND_GONE);
+		*verdict = rejection(EVENT_BACKEND_GONE);
 		return false;
 	default:
 		conntrack_end(nat);
@@ -627,14 +627,13 @@ static __always_inline bool is_for_us(struct __sk_buff *skb)
 	return device && device->flags & DEVICE_LOCAL;
 }
 
-static __always_inline int arrive(struct __sk_buff *skb)
+static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
 {
-	struct packet *p = packet_of(STAGE_INGRESS);
 	enum shape shape;
 	int verdict;
 
 	/* A VLAN's packets come again on the VLAN's own device. */
-	if (!p || skb->vlan_present || !read_addresses(skb, p))
+	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
 	if (!address_of_interest(&p->flow.dst) || !is_for_us(skb))
 		return PASS;
@@ -671,14 +670,13 @@ static __always_inline void note_own(const struct packet *p)
 		conntrack_note_own(s, &p->flow);
 }
 
-static __always_inline int leave(struct __sk_buff *skb)
+static __always_inline int leave(struct __sk_buff *skb, struct packet *p)
 {
-	struct packet *p = packet_of(STAGE_EGRESS);
 	bool is_known, is_mine, may_be_own;
 	enum shape shape;
 	int verdict;
 
-	if (!p || skb->vlan_present || !read_addresses(skb, p))
+	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
 	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
@@ -704,10 +702,14 @@ static __always_inline int leave(struct __sk_buff *skb)
 
 int from_device(struct __sk_buff *skb)
 {
-	return arrive(skb);
+	struct packet *p = packet_of(STAGE_INGRESS);
+
+	return p ? carry_out(skb, p, arrive(skb, p)) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
 {
-	return leave(skb);
+	struct packet *p = packet_of(STAGE_EGRESS);
+
+	return p ? carry_out(skb, p, leave(skb, p)) : PASS;
 }

@@ -19,6 +19,14 @@ static __always_inline void count(enum event event)
 		(*counter)++;
 }
 
+/* What a packet gets that is to be rejected: the answer is made in one place, see reject.h. */
+#define REJECTION 0x100
+
+static __always_inline int rejection(enum event event)
+{
+	return REJECTION + event;
+}
+
 static __always_inline int drop(enum event event)
 {
 	count(event);

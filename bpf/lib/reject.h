@@ -160,4 +160,10 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 	return bpf_redirect(ifindex, p->flow.stage == STAGE_EGRESS ? BPF_F_INGRESS : 0);
 }
 
+/* Does what is left to do where the verdict is a rejection. */
+static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict)
+{
+	return verdict >= REJECTION ? reject(skb, p, verdict - REJECTION) : verdict;
+}
+
 #endif

@@ -230,7 +230,7 @@ def test_a_cnis_rules_see_client_and_backend(outer: Outer) -> None:
         found = outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)
         assert set(found) == {"w1", "w2"}
         assert ask_by_socat(outer.a, "10.96.0.10:80") != {}
-        assert "counter packets 20 " in outer.a.run(["nft", "list", "table", "inet", "cni"])
+        assert f"counter packets {clients.ENOUGH} " in outer.a.run(["nft", "list", "table", "inet", "cni"])
         assert outer.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
     finally:
         outer.a.run(["nft", "delete", "table", "inet", "cni"])

@@ -2,6 +2,9 @@
 # Everything runs as root on Debian 12. The virtual environment is made from the system's Python, because
 # bcc comes from the distribution and from nowhere else.
 
+# What was compiled for one demo, test or benchmark is used by the next.
+export EBPFPROXY_CACHE_DIR := $(CURDIR)/.bytecode
+
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
@@ -52,4 +55,4 @@ lock:
 	tools/lock.sh
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest .bytecode build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -35,7 +35,7 @@ static __always_inline int binding(struct bpf_sock_addr *ctx, const struct inet_
 	const bool any = is_any(addr);
 	struct target to = { *addr, ctx->user_port, service_protocol(ctx->protocol) };
 
-	if (!to.port || bpf_get_netns_cookie(ctx) != HOST_NETNS_COOKIE)
+	if (!to.port || bpf_get_netns_cookie(ctx) != CONSTANT(HOST_NETNS_COOKIE))
 		return PROCEED;
 	if (!any && !addr_is_this_node(addr) && !(NODEPORTS_ON_LOOPBACK && addr_is_loopback(addr)))
 		return PROCEED;

@@ -52,7 +52,7 @@ static __always_inline void set_target6(struct bpf_sock_addr *ctx, const struct 
 
 static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
 {
-	return bpf_get_netns_cookie(ctx) == HOST_NETNS_COOKIE;
+	return bpf_get_netns_cookie(ctx) == CONSTANT(HOST_NETNS_COOKIE);
 }
 
 /*

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.datapath import bytecode
 from tests.lab.lab import clean_dead_labs
+
+#: One for all tests, and for commands that they run, so that every program is compiled once.
+_CACHE = Path(__file__).parent.parent / ".bytecode"
+os.environ["EBPFPROXY_CACHE_DIR"] = str(_CACHE)
+bytecode.CACHE = _CACHE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,8 @@ mmdebstrap --quiet --variant=minbase \
 	bookworm "$root"
 # The virtual environment knows the checkout by its path.
 mkdir -p "$root$top"
-(cd "$top" && git ls-files -z | tar -c --null -T - .venv) | tar -x -C "$root$top"
+mkdir -p "$top/.bytecode"
+(cd "$top" && git ls-files -z | tar -c --null -T - .venv .bytecode) | tar -x -C "$root$top"
 cat >"$root/run-tests" <<END
 #!/bin/sh
 export EBPFPROXY_LAB_SECONDS=300 PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root

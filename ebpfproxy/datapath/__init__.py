@@ -1,9 +1,9 @@
 """From service ports to map entries, and from C sources to attached programs.
 
 Knows: which maps there are (``schema``) and the layout of their bytes (``layout``, ``flow_layout``,
-``node_layout``), the kernel's bpf interface (``bpf``), how programs are compiled, loaded, pinned and attached
-(``loader``, ``programs``, ``attach``), how maps are brought to a wanted state without a reader noticing
-(``writer``) and what they hold now (``dump``).
+``node_layout``), the kernel's bpf interface (``bpf``), how programs are compiled and kept (``compiler``,
+``bytecode``), loaded and pinned (``programs``) and attached (``attach``), how maps are brought to a wanted
+state without a reader noticing (``writer``) and what they hold now (``dump``).
 
 Must not know: Kubernetes' objects, HTTP, the agent or the commands.
 

@@ -36,12 +36,23 @@ FUNC_SET_RETVAL = 187
 #: Errors of an update where there is no room: a full hash says E2BIG, a full LPM trie ENOSPC.
 NO_ROOM = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 
+#: Kernels before 6.4 keep the log's beginning, not its end, where the buffer is too small.
+_LOG_BYTES = 64 << 20
+
 
 class BpfError(OSError):
     """A bpf(2) command failed; ``errno`` is the kernel's."""
 
     def __init__(self, code: int, what: str) -> None:
         super().__init__(code, f"{what}: {os.strerror(code)}")
+
+
+class VerifierError(BpfError):
+    """A program does not load; ``log`` has the verifier's words, and may be empty."""
+
+    def __init__(self, code: int, what: str, log: str) -> None:
+        super().__init__(code, what)
+        self.log = log
 
 
 class _MapCreateOpts(ct.Structure):
@@ -327,12 +338,25 @@ def has_helper(prog_type: int, helper: int) -> bool:
     return bool(_lib.libbpf_probe_bpf_helper(prog_type, helper, None) == 1)
 
 
-def try_load(prog_type: int, attach_type: int, insns: bytes) -> int:
-    """Loads raw instructions and returns the program's file descriptor."""
+def prog_load(prog_type: int, attach_type: int, name: str, insns: bytes) -> int:
+    """Loads instructions and returns the program's file descriptor. Raises VerifierError."""
     opts = _ProgLoadOpts(sz=ct.sizeof(_ProgLoadOpts), expected_attach_type=attach_type)
-    return _check(
-        _lib.bpf_prog_load(prog_type, b"probe", b"GPL", insns, len(insns) // 8, ct.byref(opts)), "load probe"
-    )
+
+    def load() -> int:
+        count = len(insns) // 8
+        return int(_lib.bpf_prog_load(prog_type, name[:15].encode(), b"GPL", insns, count, ct.byref(opts)))
+
+    fd = load()
+    if fd >= 0:
+        return fd
+    code = ct.get_errno() or -fd
+    # Again, to hear why: the log costs as much as the work.
+    log = ct.create_string_buffer(_LOG_BYTES)
+    opts.log_level, opts.log_buf, opts.log_size = 1, ct.addressof(log), _LOG_BYTES
+    fd = load()
+    if fd >= 0:
+        return fd
+    raise VerifierError(code, f"load program {name}", log.value.decode(errors="replace"))
 
 
 def possible_cpus() -> int:

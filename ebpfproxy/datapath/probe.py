@@ -64,7 +64,7 @@ def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int
 def _attach_types_load() -> bool:
     try:
         for hook in SOCKET_HOOKS + GUARD_HOOKS:
-            os.close(bpf.try_load(hook.program_type, hook.attach_type, _PROCEED))
+            os.close(bpf.prog_load(hook.program_type, hook.attach_type, "probe", _PROCEED))
     except bpf.BpfError:
         return False
     return True
@@ -115,7 +115,7 @@ def probe() -> Features:
 
 def _has_tcx() -> bool:
     """A link to a device that cannot be: the kernel says that it is missing, if it knows what is meant."""
-    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, _PROCEED)
+    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "probe", _PROCEED)
     try:
         os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))
     except bpf.BpfError as error:

@@ -7,8 +7,6 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +14,12 @@ from pathlib import Path
 import msgspec
 
 import ebpfproxy
-from ebpfproxy.datapath import bpf, slots
+from ebpfproxy.datapath import bpf, bytecode, slots
 from ebpfproxy.datapath.hooks import PACKETS, SOCKETS, Module
-from ebpfproxy.datapath.loader import LoadRequest
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.probe import Features
 
 _SHOWN_LINES = 12
-_LOAD_SECONDS = 120
 
 
 class LoadError(Exception):
@@ -31,7 +27,7 @@ class LoadError(Exception):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What is compiled in, because it cannot change while programs run."""
+    """What cannot change while programs run: compiled in, or a constant that is filled in at the load."""
 
     features: Features
     host_netns_cookie: int
@@ -51,7 +47,6 @@ class Options(msgspec.Struct, frozen=True):
     def defines(self) -> list[str]:
         return [
             f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
-            f"-DHOST_NETNS_COOKIE={self.host_netns_cookie}ULL",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
             f"-DPOD_SOCKETS={int(self.pod_sockets)}",
             f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
@@ -63,6 +58,10 @@ class Options(msgspec.Struct, frozen=True):
             f"-DSEARCHED_SLOTS={slots.SEARCHED}",
         ]
 
+    def constants(self) -> dict[str, int]:
+        """Filled in at the load, unsigned, 64 bits."""
+        return {"HOST_NETNS_COOKIE": self.host_netns_cookie}
+
 
 def source_folder() -> Path:
     """``bpf/``: inside the installed package, or at the top of a checkout."""
@@ -73,11 +72,21 @@ def source_folder() -> Path:
     raise LoadError(f"the BPF sources are neither in {package / 'bpf'} nor in {package.parent / 'bpf'}")
 
 
-def _digest(sources: Path, defines: list[str]) -> str:
-    digest = hashlib.sha256("\0".join(defines).encode())
-    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".c", ".h")):
-        digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+def _recipe(sources: Path, options: Options, maps: MapSet, module: Module) -> bytecode.Recipe:
+    return bytecode.Recipe(
+        sources=sources,
+        source=module.source,
+        programs=tuple(hook.name for hook in module.hooks),
+        defines=(*options.defines(), *module.defines),
+        maps=tuple(sorted(maps.maps)),
+        constants=tuple(sorted(options.constants())),
+    )
+
+
+def _home(sources: Path, options: Options, maps: MapSet) -> Path:
+    digest = hashlib.sha256(_recipe(sources, options, maps, SOCKETS).digest().encode())
+    digest.update(repr(sorted(options.constants().items())).encode())
+    return maps.folder / f"progs-{digest.hexdigest()[:12]}"
 
 
 def is_loaded(home: Path, module: Module) -> bool:
@@ -86,17 +95,16 @@ def is_loaded(home: Path, module: Module) -> bool:
 
 
 def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (SOCKETS, PACKETS)) -> Path:
-    """The folder with the modules' pinned programs; those that were never compiled before are compiled now.
+    """The folder with the modules' pinned programs; those that are not there are loaded now.
 
     Raises LoadError; then nothing that is attached has changed.
     """
     sources = source_folder()
-    defines = options.defines()
-    home = maps.folder / f"progs-{_digest(sources, defines)}"
+    home = _home(sources, options, maps)
     home.mkdir(exist_ok=True)
     missing = [m for m in modules if not is_loaded(home, m)]
     with ThreadPoolExecutor(len(missing) or 1, thread_name_prefix="loader") as workers:
-        loads = [workers.submit(_load, sources, defines, maps, home, module) for module in missing]
+        loads = [workers.submit(_load, sources, options, maps, home, module) for module in missing]
     failed = [error for load in loads if (error := load.exception()) is not None]
     if failed:
         for module in missing:
@@ -117,56 +125,40 @@ def _unpin(home: Path, module: Module) -> None:
         pin.unlink(missing_ok=True)
 
 
-def _load(sources: Path, defines: list[str], maps: MapSet, home: Path, module: Module) -> None:
+def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Module) -> None:
     _unpin(home, module)
-    _compile(sources, [*defines, *module.defines], maps, module, _pins(home, module))
-
-
-def _compile(sources: Path, defines: list[str], maps: MapSet, module: Module, pins: dict[str, Path]) -> None:
-    fds = {name: each.fd for name, each in maps.maps.items()}
-    request = LoadRequest(
-        source=str(sources / module.source),
-        headers=str(sources / "include"),
-        cflags=[
-            f"-I{sources}",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            *defines,
-            *(f"-DMAP_FD_{name}={fd}" for name, fd in fds.items()),
-        ],
-        programs=[(h.name, h.program_type, h.attach_type, str(pins[h.name])) for h in module.hooks],
-    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "ebpfproxy.datapath.loader"],
-            input=msgspec.json.encode(request),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=tuple(fds.values()),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            timeout=_LOAD_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise LoadError(f"loading took longer than {_LOAD_SECONDS} s") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace")
-        raise LoadError(explain(said, request.source, platform.release()))
+        programs = bytecode.get(_recipe(sources, options, maps, module))
+    except bytecode.CompileError as error:
+        raise LoadError(_compiler_says(str(error), sources / module.source)) from None
+    fds = {name: each.fd for name, each in maps.maps.items()}
+    for hook in module.hooks:
+        code = programs[hook.name].linked(fds, options.constants())
+        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
+        attach_type = 0 if hook.program_type == bpf.PROG_SCHED_CLS else hook.attach_type
+        try:
+            fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
+        except bpf.VerifierError as error:
+            raise LoadError(_verifier_says(hook.name, error)) from None
+        try:
+            bpf.pin(fd, _pins(home, module)[hook.name])
+        finally:
+            os.close(fd)
 
 
-def explain(said: str, source: str, kernel: str) -> str:
-    """The compiler's or the verifier's own message, shortened, with the program and the kernel."""
+def _compiler_says(said: str, source: Path) -> str:
+    """The compiler's own message, shortened, with the source and the kernel."""
     lines = [line for line in said.splitlines() if line.strip()]
-    starts = [i for i, line in enumerate(lines) if line.startswith("program ")]
-    if not starts:
-        first = next((i for i, line in enumerate(lines) if "error" in line), 0)
-        shown = lines[first : first + _SHOWN_LINES]
-        return f"{source} does not compile (kernel {kernel}):\n" + "\n".join(shown)
-    name = lines[starts[-1]].removeprefix("program ").rstrip(":")
-    # The verifier gives its reason last.
-    shown = lines[starts[-1] + 1 :][-_SHOWN_LINES:]
-    return f"program {name} does not load (kernel {kernel}):\n" + "\n".join(shown)
+    first = next((i for i, line in enumerate(lines) if "error" in line), 0)
+    shown = lines[first : first + _SHOWN_LINES]
+    return "\n".join([f"{source} does not compile (kernel {platform.release()}):", *shown])
+
+
+def _verifier_says(program: str, error: bpf.VerifierError) -> str:
+    """The verifier's own message, shortened, with the program and the kernel. It gives its reason last."""
+    shown = [line for line in error.log.splitlines() if line.strip()][-_SHOWN_LINES:]
+    what = f"program {program} does not load (kernel {platform.release()})"
+    return "\n".join([f"{what}: {os.strerror(error.errno or 0)}", *shown])
 
 
 def remove_others(maps: MapSet, keep: Path) -> list[Path]:

@@ -262,7 +262,7 @@ def test_conntrack_commands(outer: Outer) -> None:
 
 def _link_elsewhere(path: str) -> int:
     """Attaches somebody else's program to eth0, which lets everything pass; pins it."""
-    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000"))
     link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
     bpf.pin(link, Path(path))
     return 0
@@ -272,7 +272,9 @@ def _take_all_places(folder: str) -> None:
     """As many programs at eth0 as the kernel takes (BPF_MPROG_MAX - 1), pinned."""
     Path(folder).mkdir(parents=True)
     for number in range(63):
-        program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+        program = bpf.prog_load(
+            bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
+        )
         link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
         bpf.pin(link, Path(folder) / str(number))
 
@@ -282,7 +284,7 @@ def _link_is_attached(path: str) -> bool:
 
 
 def _filter_elsewhere() -> None:
-    program = bpf.try_load(bpf.PROG_SCHED_CLS, 0, bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000"))
     with IPRoute() as netlink:
         index = socket.if_nametoindex("eth0")
         netlink.tc("add", "clsact", index)

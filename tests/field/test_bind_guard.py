@@ -118,7 +118,9 @@ def test_an_older_agents_guard_ends_with_the_upgrade(nodes: Nodes) -> None:
     agent = nodes.guarded.lab.agents[-1]
     agent.stop()
     cgroup = os.open(nodes.guarded.cgroup, os.O_RDONLY | os.O_DIRECTORY)
-    refusing = bpf.try_load(bpf.PROG_CGROUP_SOCK, 12, bytes.fromhex("b700000000000000 9500000000000000"))
+    refusing = bpf.prog_load(
+        bpf.PROG_CGROUP_SOCK, 12, "test", bytes.fromhex("b700000000000000 9500000000000000")
+    )
     link = bpf.link_create(refusing, cgroup, 12)
     bpf.pin(link, links / "post_bind4")
     for fd in (cgroup, refusing, link):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebpfproxy.datapath import bytecode
 from ebpfproxy.kube.control_plane import server_of
 from tests.deploy import objects, runtime
 from tests.deploy.runtime import Container
@@ -59,6 +60,7 @@ class Kubelet:
             "cgroup": self.world.a.cgroup,
             "netns": Path("/run/netns"),
             "sysctl": Path("/proc/sys/net"),
+            "cache": bytecode.CACHE,
             **(volumes or {}),
         }
         control_plane = {}

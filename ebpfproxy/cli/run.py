@@ -159,7 +159,12 @@ log = get_logger(__name__)
     help="How long one may be silent that one side has closed.",
 )
 @click.option("--conntrack-udp-timeout", type=Seconds(), default="30s", help="UDP flow without an answer.")
-@click.option("--conntrack-udp-timeout-stream", type=Seconds(), default="2m", help="Answered UDP flow.")
+@click.option(
+    "--conntrack-udp-timeout-stream",
+    type=Seconds(),
+    default="2m",
+    help="UDP flow with answers that goes on for seconds.",
+)
 @click.option(
     "--lb-algorithm",
     metavar="NAME",

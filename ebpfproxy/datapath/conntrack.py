@@ -7,6 +7,7 @@ state allows. An entry whose other half is still in use stays.
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from ebpfproxy.services.model import Family, Protocol, format_endpoint
 _NS = 1_000_000_000
 #: RFC 3828. It uses UDP's Services.
 UDPLITE = 136
+_STREAM_SECONDS = 1.0
 _BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
 _PROTOCOL_NAMES = {**{p.value: p.name for p in Protocol}, UDPLITE: "UDPLITE"}
 #: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
@@ -64,12 +66,17 @@ class Timeouts(msgspec.Struct, frozen=True):
     #: Both sides have closed: late packets still find their way.
     tcp_closed: float = 30.0
     udp: float = 30.0
-    #: Both sides have spoken.
+    #: Both sides have spoken, and not only in the first moment.
     udp_stream: float = 120.0
     sctp: float = 300.0
 
-    def of(self, protocol: int, seen: int) -> float:
-        """How long a flow in this state may be silent."""
+    def of(self, protocol: int, seen: int, lasted: float = math.inf) -> float:
+        """How long a flow in this state may be silent; ``lasted``: seconds from its first to its last packet.
+
+        One question and its answer are no stream: with as many as a resolver gets there would soon be no port
+        left. As netfilter since Linux 5.0 (nf_conntrack_proto_udp.c), with one second for its two, because
+        entries have the time of the last packet to the second.
+        """
         if protocol == Protocol.TCP:
             both = Seen.FIN | Seen.REPLY_FIN
             if seen & Seen.RST or seen & both == both:
@@ -78,7 +85,7 @@ class Timeouts(msgspec.Struct, frozen=True):
                 return self.tcp_close_wait
             return self.tcp_established if seen & Seen.REPLY else self.tcp_unreplied
         if protocol in (Protocol.UDP, UDPLITE):
-            return self.udp_stream if seen & Seen.REPLY else self.udp
+            return self.udp_stream if seen & Seen.REPLY and lasted >= _STREAM_SECONDS else self.udp
         return self.sctp
 
 
@@ -114,8 +121,10 @@ class Sweeper:
         self._events = maps["packet_events"]
         self._clock = clock
         self._rest = rest
+        self._timeouts = timeouts
+        #: For most entries the shorter time alone is looked at.
         self._limits: dict[tuple[int, int], int] = {
-            (protocol, seen): int(timeouts.of(protocol, seen) * _NS)
+            (protocol, seen): int(min(timeouts.of(protocol, seen), timeouts.of(protocol, seen, 0)) * _NS)
             for protocol in _PROTOCOL_NAMES
             for seen in range(16)
         }
@@ -173,7 +182,16 @@ class Sweeper:
                 continue
             limit = limits.get((keys[key_at + _PROTOCOL], values[at + _SEEN_AT]), 0)
             if now - last_of(values, at + _LAST_AT)[0] > limit:
-                old[bytes(keys[key_at : key_at + key_size])] = bytes(values[at : at + value_size])
+                key, value = bytes(keys[key_at : key_at + key_size]), bytes(values[at : at + value_size])
+                if self._is_silent(key, value, value[_SEEN_AT], now):
+                    old[key] = value
+
+    def _is_silent(self, key: bytes, value: bytes, seen: int, now: int) -> bool:
+        """``seen``: what both halves have."""
+        (last,), (created,) = _LAST.unpack_from(value, _LAST_AT), _LAST.unpack_from(value, _CREATED_AT)
+        if key[_PROTOCOL] not in _PROTOCOL_NAMES:
+            return True
+        return bool((now - last) / _NS > self._timeouts.of(key[_PROTOCOL], seen, (last - created) / _NS))
 
     def _over(self, old: dict[bytes, bytes]) -> dict[bytes, bytes]:
         """Those whose other half is silent, too, or gone; and that half, if only this one saw the end."""
@@ -183,12 +201,23 @@ class Sweeper:
             partner = partner_key(key, value)
             other = self._map.lookup(partner) if partner not in old else None
             if other is not None and partner_key(partner, other) == key:
-                limit = self._limits.get((key[_PROTOCOL], other[_SEEN_AT] | value[_SEEN_AT]), 0)
-                if now - _LAST.unpack_from(other, _LAST_AT)[0] <= limit:
+                if not self._is_silent(partner, other, other[_SEEN_AT] | value[_SEEN_AT], now):
                     continue
                 over[partner] = other
             over[key] = value
+        for key in [each for each, value in over.items() if value[_FLAGS_AT] & NatFlags.SOURCE]:
+            self._keep_masquerade(key, over)
         return over
+
+    def _keep_masquerade(self, key: bytes, over: dict[bytes, bytes]) -> None:
+        """A masquerade stays as long as its flow: without it the backend would see the client."""
+        value = over.get(key)
+        if value is None or value[_FLAGS_AT] & NatFlags.REPLY:
+            return
+        answers = _swapped(key)
+        if answers not in over and self._map.lookup(answers) is not None:
+            del over[key]
+            over.pop(partner_key(key, value), None)
 
     def _delete(self, over: Mapping[bytes, bytes]) -> tuple[list[bytes], int]:
         """Deletes those that are still as they were found; their values, and how many were there.
@@ -262,6 +291,11 @@ class Sweeper:
         evicted = max(0, missing - self._missing)
         self._missing = max(missing, self._missing)
         return evicted
+
+
+def _swapped(key: bytes) -> bytes:
+    """A flow's answers, where they leave, by its masquerade's question, and the other way round."""
+    return key[16:32] + key[:16] + key[34:36] + key[32:34] + key[36:37] + b"\1\0\0"
 
 
 def _pairs(entries: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, ...]]:
@@ -380,7 +414,7 @@ def flows_of(
             masquerade = format_endpoint(nat.source, nat.source_port)
         else:
             # From client to backend, where the packet leaves.
-            between = partner[16:32] + partner[:16] + partner[34:36] + partner[32:34] + key[36:37] + b"\1\0\0"
+            between = _swapped(partner)
             if between in packed:
                 source = unpack_nat(packed[between])
                 if source.flags & NatFlags.SOURCE:
@@ -389,7 +423,7 @@ def flows_of(
                     answers = partner_key(between, packed[between])
                     if answers in packed:
                         keys.append(answers)
-        limit = timeouts.of(flow.protocol, seen)
+        limit = timeouts.of(flow.protocol, seen, (last - nat.created) / _NS)
         idle = max(0.0, (now - last) / _NS)
         row = FlowRow(
             protocol=_PROTOCOL_NAMES[flow.protocol],

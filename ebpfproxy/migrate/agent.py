@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from pathlib import Path
 
 import msgspec
 
 from ebpfproxy import state
 from ebpfproxy.datapath.attach import attachments
-from ebpfproxy.datapath.conntrack import Timeouts, flows_of
+from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.devices import device_attachments
 from ebpfproxy.datapath.dump import Dump, FrontendRow, NothingPinnedError, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import is_locked, pin_folder
 
 _OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
-#: Of a flow that was in use so shortly before, an answer may be under way, and for so long. All others' ports
-#: are free at once: kube-proxy's MASQUERADE takes any, and would meet them.
-_RECENT_SECONDS = 0.1
-_ANSWER_SECONDS = 0.3
+#: Seconds in which an answer may be under way: to a flow's first packet, which may ask a resolver; of a flow
+#: with answers, after the last packet, which its entry has to the second; of a flow that began in this second
+#: and had its answer. Others' ports are free at once, and these soon: kube-proxy's MASQUERADE takes any port,
+#: and would meet them.
+_FIRST_ANSWER_SECONDS = 5.0
+_NEXT_ANSWER_SECONDS = 1.5
+_LAST_ANSWER_SECONDS = 0.1
 
 
 class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +47,7 @@ class Draining:
         self._table = maps["conntrack"]
         self._timeouts = (agent.timeouts if agent is not None else None) or Timeouts()
         #: When they go (monotonic seconds), and keys of answers' and masquerades' entries.
-        self._answers: deque[tuple[float, tuple[bytes, ...]]] = deque()
+        self._answers: list[tuple[float, tuple[bytes, ...]]] = []
 
     def step(self) -> int:
         """How many TCP connections are open."""
@@ -57,19 +59,27 @@ class Draining:
                 living += 1
                 continue
             self._table.delete(question)
-            if row.idle < _RECENT_SECONDS:
-                self._answers.append((now + _ANSWER_SECONDS, tuple(others)))
-                continue
-            for key in others:
-                self._table.delete(key)
-        while self._answers and self._answers[0][0] <= now:
-            for key in self._answers.popleft()[1]:
-                self._table.delete(key)
+            self._answers.append((now + _answer_seconds(row), tuple(others)))
+        for until, keys in self._answers:
+            if until <= now:
+                for key in keys:
+                    self._table.delete(key)
+        self._answers = [each for each in self._answers if each[0] > now]
         return living
 
     @property
     def waits_for_answers(self) -> bool:
         return bool(self._answers)
+
+
+def _answer_seconds(flow: FlowRow) -> float:
+    if flow.state == "UNREPLIED":
+        return max(0.0, _FIRST_ANSWER_SECONDS - flow.idle)
+    if flow.state != "REPLIED":
+        return 0.0
+    if flow.idle == flow.age < 1:
+        return _LAST_ANSWER_SECONDS
+    return max(0.0, _NEXT_ANSWER_SECONDS - flow.idle)
 
 
 def check(bpf_root: Path) -> AgentCheck:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.datapath import flow_layout, layout, maps
-from ebpfproxy.datapath.conntrack import Sweeper, Timeouts, _pairs, flows_of, state_of
+from ebpfproxy.datapath.conntrack import UDPLITE, Sweeper, Timeouts, _pairs, flows_of, state_of
 from ebpfproxy.datapath.departures import Departed
 from ebpfproxy.datapath.flow_layout import Departure, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.maps import MapSet
@@ -41,19 +41,21 @@ class Bench:
         self,
         port: int,
         *,
-        protocol: Protocol = Protocol.TCP,
+        protocol: int = Protocol.TCP,
         seen: Seen = NOTHING,
         idle: float = 0,
         reply_seen: Seen | None = None,
         reply_idle: float | None = None,
+        lasted: float = 3600,
         ids: tuple[int, int] = (1, 1),
     ) -> None:
         """Client to frontend and back, each half silent for so many seconds."""
         times = [self.now - int(i * S) for i in (idle, idle if reply_idle is None else reply_idle)]
         question = Flow(CLIENT, FRONTEND, port, 80, protocol, False)
-        self.add(question, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], times[0]))
+        began = [each - int(lasted * S) for each in times]
+        self.add(question, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], began[0]))
         answer = Flow(BACKEND, CLIENT, 8080, port, protocol, True)
-        back = Nat(FRONTEND, CLIENT, 80, port, *ids, NatFlags.REPLY, seen, times[1], times[1])
+        back = Nat(FRONTEND, CLIENT, 80, port, *ids, NatFlags.REPLY, seen, times[1], began[1])
         self.add(answer, back._replace(seen=seen if reply_seen is None else reply_seen))
 
     @property
@@ -237,6 +239,38 @@ def test_what_vanishes_without_being_deleted_was_evicted(bench: Bench) -> None:
     bench.pair(1)
     assert bench.sweeper.sweep().evicted == 8
     assert bench.sweeper.sweep().evicted == 0
+
+
+@pytest.mark.parametrize("protocol", [Protocol.UDP, UDPLITE])
+def test_one_datagram_and_its_answer_are_no_stream(bench: Bench, protocol: int) -> None:
+    """As with netfilter: the longer time-out is of flows that go on, or resolvers' would take all ports."""
+    bench.pair(1, protocol=protocol, seen=Seen.REPLY, idle=29, lasted=0.9)
+    bench.pair(2, protocol=protocol, seen=Seen.REPLY, idle=31, lasted=0.9)
+    bench.pair(3, protocol=protocol, seen=Seen.REPLY, idle=119, lasted=1.1)
+    bench.pair(4, protocol=protocol, seen=Seen.REPLY, idle=121, lasted=1.1)
+    rows = flows_of(list(bench.maps["conntrack"].items()), Timeouts(), bench.now, {})
+    assert sorted((row.client, row.expires) for row, _ in rows) == [
+        ("1.1.1.1:1", 1.0),
+        ("1.1.1.1:2", 0.0),
+        ("1.1.1.1:3", 1.0),
+        ("1.1.1.1:4", 0.0),
+    ]
+    assert bench.sweeper.sweep().expired == 4
+    assert bench.left == 4
+
+
+def test_a_masquerade_stays_as_long_as_its_flow(bench: Bench) -> None:
+    """Its entries may have missed, by a moment, the packet that made the flow a stream."""
+    bench.pair(5, protocol=Protocol.UDP, seen=Seen.REPLY, idle=60, lasted=1.0)
+    began = bench.now - 61 * S
+    question = Flow(CLIENT, BACKEND, 5, 8080, Protocol.UDP, True)
+    bench.add(question, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen.REPLY, began, began))
+    answer = Flow(BACKEND, NODE, 8080, 999, Protocol.UDP, False)
+    flags = NatFlags.SOURCE | NatFlags.REPLY
+    bench.add(answer, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen.REPLY, began, began))
+    assert bench.sweeper.sweep().expired == 0
+    bench.now += 61 * S
+    assert bench.sweeper.sweep().expired == 4
 
 
 def test_partners_find_each_other_in_every_kind_of_pair() -> None:

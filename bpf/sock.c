@@ -140,11 +140,14 @@ static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const stru
 /*
  * An address of the Service network that nobody has; only asked where no Service was found. What a
  * socket sends there never leaves: it is told so at once. connect() of a datagram socket sends
- * nothing, and resolvers order addresses by whether it succeeds.
+ * nothing, and resolvers order addresses by whether it succeeds. A host outside that has such an
+ * address is answered.
  */
 static __always_inline bool is_nobodys(struct bpf_sock_addr *ctx, const struct target *to)
 {
 	if (!is_served(ctx) || !is_unallocated(&to->addr))
+		return false;
+	if (to->proto == IPPROTO_UDP && has_asked(&to->addr))
 		return false;
 	count_unallocated(&to->addr, UNALLOCATED_SOCKET);
 	return true;

@@ -134,6 +134,37 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 	}
 }
 
+static __always_inline bool is_at_local_device(struct __sk_buff *skb)
+{
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device && device->flags & DEVICE_LOCAL;
+}
+
+/*
+ * Says if a packet only answers. Networks outside overlap with Service CIDRs (10.96.0.0/12): a host
+ * there that asks this node, or a pod by its own address, is answered; nobody asks it. kube-proxy
+ * has the same rule (ct state new).
+ */
+static __always_inline bool is_answer(const struct packet *p)
+{
+	return p->proto == IPPROTO_TCP ? (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN
+				       : has_asked(&p->flow.dst);
+}
+
+/* TCP shows by its flags who asks; of other protocols it is noted who does. */
+static __always_inline void note_asker(struct __sk_buff *skb, const struct packet *p)
+{
+	struct scratch *s = scratch();
+
+	if (!s || skb->pkt_type != PACKET_HOST || !in_service_cidr(&p->flow.src) ||
+	    is_at_local_device(skb))
+		return;
+	asker_key(&s->key, &p->flow.src);
+	conntrack_note(s, SEEN_REPLY);
+}
+
 /*
  * A packet that leaves this node untranslated. It is looked at here and not where it came in, so
  * that another proxy's rules in netfilter come first, and what the node itself has is found by
@@ -141,13 +172,7 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
  */
 static __always_inline int leave_unserved(struct __sk_buff *skb, const struct packet *p)
 {
-	u32 ifindex = ifindex_of(skb);
-	struct device *device;
-
-	if (!in_service_cidr(&p->flow.dst))
-		return PASS;
-	device = map_lookup(devices, &ifindex);
-	if (device && device->flags & DEVICE_LOCAL)
+	if (!in_service_cidr(&p->flow.dst) || is_at_local_device(skb) || is_answer(p))
 		return PASS;
 	count_unallocated(&p->flow.dst, UNALLOCATED_PACKET);
 	return drop(EVENT_NO_SUCH_SERVICE);
@@ -618,13 +643,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
  */
 static __always_inline bool is_for_us(struct __sk_buff *skb)
 {
-	u32 ifindex = ifindex_of(skb);
-	struct device *device;
-
-	if (skb->pkt_type == PACKET_HOST)
-		return true;
-	device = map_lookup(devices, &ifindex);
-	return device && device->flags & DEVICE_LOCAL;
+	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
 }
 
 static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
@@ -635,6 +654,8 @@ static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
 	/* A VLAN's packets come again on the VLAN's own device. */
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
+	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
+		note_asker(skb, p);
 	if (!address_of_interest(&p->flow.dst) || !is_for_us(skb))
 		return PASS;
 	shape = read_ports(skb, p);
@@ -683,9 +704,9 @@ static __always_inline int leave(struct __sk_buff *skb, struct packet *p)
 	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
 	/* What TCP answers can be told by its flags. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
-	if (!is_known && !is_mine && !may_be_own &&
+	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
 	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
-		return leave_unserved(skb, p);
+		return PASS;
 	shape = read_ports(skb, p);
 	if (shape == SHAPE_ICMP_ERROR)
 		return translate_error(skb, p);

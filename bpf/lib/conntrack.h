@@ -30,6 +30,8 @@
  * translates nothing: the answers are the node's, not a client's.
  *
  *	own            b -> n  at ingress   as it is
+ *
+ * An outside host with an address of the Service network has one, too: see asker_key().
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
@@ -282,23 +284,12 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 /* An id that no Service and no backend has. */
 #define NOBODY 0xffffffffU
 
-/*
- * Notes a flow of this node itself by a packet that leaves: its answers come to an address and port
- * that a Service has, and are no client's. A flow of the Service with these ends stays what it is.
- */
-static __always_inline void conntrack_note_own(struct scratch *s, const struct flow *flow)
+/* Inserts the entry of @s->key, which translates nothing, or says that it is still in use. */
+static __always_inline void conntrack_note(struct scratch *s, u8 seen)
 {
 	const u64 now = bpf_ktime_get_coarse_ns();
-	struct nat *known;
+	struct nat *known = conntrack_lookup(&s->key);
 
-	s->key.src = flow->dst;
-	s->key.dst = flow->src;
-	s->key.sport = flow->dport;
-	s->key.dport = flow->sport;
-	s->key.proto = flow->proto;
-	s->key.stage = STAGE_INGRESS;
-	s->key.pad = 0;
-	known = conntrack_lookup(&s->key);
 	if (known) {
 		if (known->flags & NAT_OWN && now - known->last > NSEC_PER_SEC)
 			known->last = now;
@@ -310,11 +301,27 @@ static __always_inline void conntrack_note_own(struct scratch *s, const struct f
 	s->nat.dport = s->key.dport;
 	s->nat.service_id = s->nat.backend_id = NOBODY;
 	s->nat.flags = NAT_OWN | NAT_REPLY;
-	s->nat.seen = 0;
+	s->nat.seen = seen;
 	s->nat.epoch = 0;
 	s->nat.end = s->nat.acked = 0;
 	s->nat.last = s->nat.created = now;
 	conntrack_insert(s, false);
+}
+
+/*
+ * Notes a flow of this node itself by a packet that leaves: its answers come to an address and port
+ * that a Service has, and are no client's. A flow of the Service with these ends stays what it is.
+ */
+static __always_inline void conntrack_note_own(struct scratch *s, const struct flow *flow)
+{
+	s->key.src = flow->dst;
+	s->key.dst = flow->src;
+	s->key.sport = flow->dport;
+	s->key.dport = flow->sport;
+	s->key.proto = flow->proto;
+	s->key.stage = STAGE_INGRESS;
+	s->key.pad = 0;
+	conntrack_note(s, 0);
 }
 
 #endif

@@ -50,6 +50,26 @@ static __always_inline bool is_unallocated(const struct inet_addr *addr)
 	return (service_cidr_flags(addr) & (CIDR_SERVICES | CIDR_TAKEN)) == CIDR_SERVICES;
 }
 
+/*
+ * The conntrack entry of an address in such a range that has sent something to this node from
+ * outside: its datagrams are answered. It has no ports, and no other address.
+ */
+static __always_inline void asker_key(struct flow *key, const struct inet_addr *addr)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->dst = *addr;
+	key->proto = IPPROTO_UDP;
+	key->stage = STAGE_EGRESS;
+}
+
+static __always_inline bool has_asked(const struct inet_addr *addr)
+{
+	struct flow key;
+
+	asker_key(&key, addr);
+	return map_lookup(conntrack, &key) != NULL;
+}
+
 static __always_inline void count_unallocated(const struct inet_addr *addr, enum unallocated where)
 {
 	u32 index = where + (addr_is_v4(addr) ? 0 : UNALLOCATED_IPV6);

@@ -29,7 +29,8 @@ class NatFlags(enum.IntFlag):
     SOURCE = 1 << 1
     HOST = 1 << 2
     BYPASS = 1 << 3
-    #: The answers to this node's own flow: nothing is translated, and there is no other half.
+    #: Of no Service (answers to this node's own flow, a host with an address of the Service network): nothing
+    #: is translated, and there is no other half.
     OWN = 1 << 4
 
 
@@ -155,7 +156,7 @@ def nat_ids(packed: bytes) -> tuple[int, int]:
 
 
 def is_own(packed: bytes) -> bool:
-    """Whether a packed conntrack value is of a flow of this node itself: it has no Service."""
+    """Whether a packed conntrack value is of no Service."""
     return bool(packed[_NAT_FLAGS_AT] & NatFlags.OWN)
 
 

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.root
 
 NOBODYS = {4: "10.96.200.200", 6: "fd00:10:96::c8c8"}
 CIDRS = ["10.96.0.0/16", "fd00:10:96::/112"]
+#: A host outside has these.
+ASKER = {4: "10.96.150.1", 6: "fd00:10:96::9601"}
 
 
 class World:
@@ -41,6 +43,10 @@ class World:
                     "via",
                     self.a.address6 if ":" in destination else self.a.address,
                 ]
+            )
+        for address in ASKER.values():
+            lab.outside.run(
+                ["ip", "addr", "add", address, "dev", "lo", *(["nodad"] if ":" in address else [])]
             )
         servers.start(lab.outside, "gateway", 80)
         self.folder = lab.folder / "manifests"
@@ -148,7 +154,7 @@ def test_a_ping_is_dropped(world: World, version: int) -> None:
     assert world.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "answer", "of the gateway itself"
 
 
-def _ping(host: str) -> str:
+def _ping(host: str, source: str = "") -> str:
     is_v4 = ":" not in host
     protocol = socket.IPPROTO_ICMP if is_v4 else socket.IPPROTO_ICMPV6
     with socket.socket(socket.AF_INET if is_v4 else socket.AF_INET6, socket.SOCK_RAW, protocol) as sock:
@@ -156,6 +162,8 @@ def _ping(host: str) -> str:
         if is_v4:
             echo = struct.pack(">BBHHH", 8, 0, 0xFFFF - 0x0802, 1, 1)
         sock.settimeout(0.4)
+        if source:
+            sock.bind((source, 0))
         try:
             # IPv6 tells a raw socket of the host itself what becomes of its packet: ENOBUFS.
             sock.sendto(echo, (host, 0))
@@ -219,3 +227,32 @@ def test_a_new_agent_knows_the_ranges_before_it_has_heard_of_them(world: World) 
     assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"
     world.agent.start()
     assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"
+
+
+def test_a_host_outside_that_has_an_address_of_the_range_is_answered(world: World, version: int) -> None:
+    """Company networks overlap with 10.96.0.0/12: ssh to the node, and a pod by its own address, go on.
+
+    As with kube-proxy (ct state new), only what would begin there is dropped.
+    """
+    source = ASKER[version]
+    node = {4: world.a.address, 6: world.a.address6}[version]
+    pod = {4: world.web.address, 6: world.web.address6}[version]
+    servers.start(world.a, "node", 7000 + version)
+    for host, port in ((node, 7000 + version), (pod, 8080)):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            answer = world.lab.outside.call(_ask_from, source, host, port, kind)
+            assert json.loads(answer.splitlines()[0])["peer"] == source
+        assert world.lab.outside.call(_ping, host, source) == "answer"
+    for space in (world.client, world.a):
+        assert space.call(clients.connect_error, source, 80) == "EHOSTUNREACH"
+        assert world.unhooked(space, source) == ""
+    assert world.a.call(clients.send_error, NOBODYS[version], 80) == "EHOSTUNREACH"
+
+
+def _ask_from(source: str, host: str, port: int, kind: int) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as sock:
+        sock.settimeout(1)
+        sock.bind((source, 0))
+        sock.connect((host, port))
+        sock.send(b"?\n")
+        return sock.recv(4096).decode()

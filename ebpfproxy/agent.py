@@ -48,7 +48,7 @@ from ebpfproxy.node.netlink import NetworkWatcher
 from ebpfproxy.node.network import Device, network_of
 from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
-from ebpfproxy.node.routes import source_towards
+from ebpfproxy.node.routes import Routes
 from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.tracker import Tracker
@@ -157,7 +157,7 @@ class Agent:
             grace.wait,
             maglev_size=options.maglev_size,
             absence=options.stale_tcp_seconds,
-            source_towards=source_towards,
+            source_towards=Routes().source_towards,
         )
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside

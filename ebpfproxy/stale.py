@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 
 import msgspec
 
@@ -20,7 +21,7 @@ from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.origins import LostFrontend, StaleTcp, stale_sockets
-from ebpfproxy.node.routes import ways
+from ebpfproxy.node.routes import Routes
 from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
 
@@ -112,10 +113,11 @@ def _in_packets(maps: MapSet, sockets: Iterable[Connected]) -> list[Connected]:
     A pod's come from a local device, which is the way to its address. The host's own are seen where they
     leave; what it sends to itself is not.
     """
-    with ways() as way_to:
+    with Routes() as routes:
+        device_to = cache(routes.device_to)
 
         def is_seen(each: Connected) -> bool:
-            ifindex = way_to(each.peer.address if each.is_here else each.address)
+            ifindex = device_to(each.peer.address if each.is_here else each.address)
             device = maps["devices"].lookup(U32.pack(ifindex)) if ifindex is not None else None
             return device is not None and (each.is_here or node_layout.is_local_device(device))
 

@@ -16,6 +16,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -554,7 +555,8 @@ class Writer:
             entries.update(_entries_of(frontend, known.id, port))
         if port.source_ranges:
             ranges = {layout.pack_source_range(known.id, *each) for each in port.source_ranges}
-            entries = {key: self._for_host(key, value, ranges) for key, value in entries.items()}
+            ask = self._source_towards
+            entries = {key: self._for_host(key, value, ranges, ask) for key, value in entries.items()}
         for key, value in entries.items():
             if self._frontends.get(key) != value:
                 plan.entries[key] = value
@@ -567,7 +569,9 @@ class Writer:
         plan.closed += known.sources - sources
         known.sources = sources
 
-    def _for_host(self, key: bytes, value: bytes, ranges: Collection[bytes]) -> bytes:
+    def _for_host(
+        self, key: bytes, value: bytes, ranges: Collection[bytes], source_towards: Callable[[bytes], bytes]
+    ) -> bytes:
         """A frontend's entry, with whether this node itself is in its source ranges (packed).
 
         A node that has the frontend's address asks by that: then its own address counts, as with kube-proxy.
@@ -575,7 +579,7 @@ class Writer:
         flags = layout.unpack_service(value).flags & ~ServiceFlags.HOST
         if flags & ServiceFlags.SOURCES:
             address = layout.unpack_service_key(key).address
-            source = self._source_towards(address)
+            source = source_towards(address)
             sources = self._primary if source == address else (source,)
             if any(layout.is_in_source_range(each, source) for source in sources for each in ranges):
                 flags |= ServiceFlags.HOST
@@ -588,11 +592,13 @@ class Writer:
 
     def follow_routes(self) -> None:
         """Asks the routes again by which addresses this node asks at frontends with source ranges."""
+        # An address has a frontend for each port, and perhaps for each scope.
+        ask = cache(self._source_towards)
         changed = {}
         for known in self._programmed.values():
             for key in known.entries if known.sources else ():
                 value = self._frontends.get(key)
-                if value is not None and value != (now := self._for_host(key, value, known.sources)):
+                if value is not None and value != (now := self._for_host(key, value, known.sources, ask)):
                     changed[key] = now
         if changed:
             self._frontends.write(changed)

@@ -7,10 +7,12 @@ again.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 
 import msgspec
 
@@ -21,6 +23,7 @@ from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.origins import LostFrontend, StaleTcp, stale_sockets
+from ebpfproxy.node.namespaces import netlink_in
 from ebpfproxy.node.routes import Routes
 from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
@@ -108,17 +111,32 @@ def peers_of(redirects: Mapping[bytes, bytes]) -> dict[Peer, set[int]]:
 
 
 def _in_packets(maps: MapSet, sockets: Iterable[Connected]) -> list[Connected]:
-    """Those whose packets pass a device with our programs.
+    """Those whose packets pass a device with our programs, wherever the backend's address is by then.
 
     A pod's come from a local device, which is the way to its address. The host's own are seen where they
-    leave; what it sends to itself is not.
+    leave; what it sends to itself is not. On a bridge of pods the backend is a neighbour: what is sent to it
+    goes to its own link address alone, and, once it is gone, nowhere.
     """
+    found: list[Connected] = []
+    by_namespace: dict[Path, list[Connected]] = {}
+    for each in sockets:
+        by_namespace.setdefault(each.namespace, []).append(each)
     with Routes() as routes:
         device_to = cache(routes.device_to)
-
-        def is_seen(each: Connected) -> bool:
-            ifindex = device_to(each.peer.address if each.is_here else each.address)
-            device = maps["devices"].lookup(U32.pack(ifindex)) if ifindex is not None else None
-            return device is not None and (each.is_here or node_layout.is_local_device(device))
-
-        return [each for each in sockets if is_seen(each)]
+        for namespace, inside in by_namespace.items():
+            try:
+                own = Routes(netlink_in(namespace, socket.NETLINK_ROUTE))
+            except OSError:
+                # It has ended meanwhile, with its sockets.
+                continue
+            with own:
+                for each in inside:
+                    ifindex = device_to(each.peer.address if each.is_here else each.address)
+                    device = maps["devices"].lookup(U32.pack(ifindex)) if ifindex is not None else None
+                    if device is None:
+                        continue
+                    is_local = node_layout.is_local_device(device)
+                    is_seen = is_local or each.is_here
+                    if is_seen and not (is_local and own.is_on_network(each.peer.address)):
+                        found.append(each)
+    return found

@@ -15,10 +15,13 @@ _RTM_NEWROUTE, _RTM_GETROUTE, _NLM_F_REQUEST = 24, 26, 1
 _RTN_UNICAST = 1
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length in bytes, type, flags, sequence, port
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, length of the destination, …, type, flags
-_TYPE_AT = 7  # in rtmsg
+_LENGTH_AT, _TYPE_AT = 1, 7  # in rtmsg
+_FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the answer is the route itself
 _ATTRIBUTE = struct.Struct("=HH")  # length in bytes with this, type
 _INDEX = struct.Struct("=I")
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC, _RTA_VIA = 1, 4, 5, 7, 18
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+#: A gateway, several ways, a gateway of the other family, a nexthop object.
+_BY_GATEWAY = frozenset((5, 9, 18, 30))
 _TIMEOUT_SECONDS = 1.0
 
 
@@ -26,12 +29,14 @@ class Way(NamedTuple):
     """How packets of this network namespace get to an address.
 
     ``ifindex`` is 0 for this namespace's own addresses, and where no route leads. ``source`` is packed, empty
-    where the kernel names none. ``by_gateway``: the next hop is another than the address.
+    where the kernel names none. ``by_gateway``: the next hop is another than the address. ``length`` of the
+    route's prefix in bits, where the route itself was asked for.
     """
 
     ifindex: int = 0
     source: bytes = b""
     by_gateway: bool = False
+    length: int = 0
 
 
 class Routes:
@@ -54,12 +59,12 @@ class Routes:
     def close(self) -> None:
         self._netlink.close()
 
-    def to(self, address: bytes) -> Way:
+    def to(self, address: bytes, flags: int = 0) -> Way:
         """``address``: packed. Raises OSError where netlink does not answer."""
         self._sequence += 1
         size = len(address)
         family = socket.AF_INET if size == 4 else socket.AF_INET6
-        body = _ROUTE.pack(family, 8 * size, 0, 0, 0, 0, 0, 0, 0)
+        body = _ROUTE.pack(family, 8 * size, 0, 0, 0, 0, 0, 0, flags)
         body += _ATTRIBUTE.pack(_ATTRIBUTE.size + size, _RTA_DST) + address
         length = _HEADER.size + len(body)
         self._netlink.send(_HEADER.pack(length, _RTM_GETROUTE, _NLM_F_REQUEST, self._sequence, 0) + body)
@@ -69,6 +74,14 @@ class Routes:
             # One that came too late for the question before it is passed over.
             if sequence == self._sequence:
                 return _way(answer[_HEADER.size : length]) if kind == _RTM_NEWROUTE else Way()
+
+    def is_on_network(self, address: bytes) -> bool:
+        """Whether the address is a neighbour's on a network of several: then that one alone gets packets.
+
+        Where its link address is not known any more, packets do not even leave.
+        """
+        way = self.to(address, _FIB_MATCH)
+        return bool(way.ifindex) and not way.by_gateway and way.length < 8 * len(address)
 
     def device_to(self, address: bytes) -> int | None:
         """The ifindex of the device that leads there, None where :class:`Way` has none."""
@@ -94,4 +107,4 @@ def _way(message: bytes) -> Way:
     if message[_TYPE_AT] != _RTN_UNICAST or _RTA_OIF not in found:
         return Way(source=source)
     (ifindex,) = _INDEX.unpack(found[_RTA_OIF])
-    return Way(ifindex, source, _RTA_GATEWAY in found or _RTA_VIA in found)
+    return Way(ifindex, source, not _BY_GATEWAY.isdisjoint(found), message[_LENGTH_AT])

@@ -61,8 +61,13 @@ class Connected(NamedTuple):
     address: bytes
     port: int
     peer: Peer
-    #: In this process's own network namespace, the host's.
-    is_here: bool
+    #: A path to its network namespace.
+    namespace: Path
+
+    @property
+    def is_here(self) -> bool:
+        """In this process's own network namespace, the host's."""
+        return self.namespace == OWN
 
 
 def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
@@ -73,7 +78,7 @@ def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
         for protocol, peers in _by_protocol(stale).items():
             try:
                 for family, name in _all_connected_to(diag, protocol, peers):
-                    each = _connected(family, protocol, name, is_here=path == OWN)
+                    each = _connected(family, protocol, name, path)
                     if each.cookie in wanted:
                         found[each.cookie] = each
             except OSError as error:
@@ -83,14 +88,13 @@ def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
     return list(found.values())
 
 
-def _connected(family: int, protocol: int, name: bytes, *, is_here: bool) -> Connected:
+def _connected(family: int, protocol: int, name: bytes, namespace: Path) -> Connected:
     """``name``: struct inet_diag_sockid."""
     sport, dport, source, destination = _SOCKID.unpack_from(name)
     (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
     addresses = [_plain(family, each) for each in (source, destination)]
-    return Connected(
-        cookie, addresses[0], socket.ntohs(sport), Peer(addresses[1], socket.ntohs(dport), protocol), is_here
-    )
+    peer = Peer(addresses[1], socket.ntohs(dport), protocol)
+    return Connected(cookie, addresses[0], socket.ntohs(sport), peer, namespace)
 
 
 def _plain(family: int, address: bytes) -> bytes:

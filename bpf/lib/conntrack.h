@@ -205,8 +205,9 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 
 	if (!partner->end && !partner->acked)
 		return true;
+	/* A FIN that is sent again may begin with data that has been acknowledged. */
 	if (!(p->tcp_flags & TCP_RST))
-		return !partner->acked || ahead <= TCP_WINDOW;
+		return !partner->acked || p->end - partner->acked - 1 < TCP_WINDOW;
 	/* A RST that answers a SYN shows it by what it acknowledges (RFC 9293, 3.10.7.3). */
 	if (!partner->acked)
 		return p->tcp_flags & TCP_ACK && p->ack == partner->end;

@@ -150,6 +150,14 @@ def test_fins_of_both_sides_close(connection: Connection) -> None:
     assert connection.states == ("TIME_WAIT", 4)
 
 
+def test_a_fin_that_is_sent_again_with_older_data_closes(connection: Connection) -> None:
+    """The acknowledgement of the data was lost behind this node: TCP sends it in one segment with the end."""
+    connection.ask("FPA", ASKED - len(PAYLOAD), ANSWERED, PAYLOAD + b"more")
+    assert connection.states == ("CLOSE_WAIT", 4)
+    connection.answer("FPA", (ANSWERED - len(PAYLOAD)) & 0xFFFFFFFF, ASKED + 5, PAYLOAD)
+    assert connection.states == ("TIME_WAIT", 4)
+
+
 def test_a_stray_segment_does_not_hide_the_connections_end(connection: Connection) -> None:
     """A segment of quite other numbers is answered with the right ones, and those count again."""
     connection.ask("A", 7, 9)

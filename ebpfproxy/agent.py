@@ -151,6 +151,9 @@ class Agent:
         features = probe.probe().without(options.without)
         pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(pins, options.capacity)
+        # What is known of the node stays while the API server is away.
+        if (last := state.load_latest(pins)) is not None and last.node == options.node_name:
+            self._node_facts = last.node_facts
         grace = Grace()
         self._writer = Writer(
             self._maps,
@@ -188,7 +191,7 @@ class Agent:
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found))).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
-        self._attaching.set_pod_cidrs(self._tracker.node)
+        self._attaching.set_pod_cidrs(self._node_facts)
         self._attaching.start_load()
         source.record(occurrences.starting(options.node_name))
         self._serve(servers)
@@ -224,13 +227,14 @@ class Agent:
             del messages
             self._follow_orders()
             node = self._tracker.node
-            self._follow_node(node_facts(node))
+            if self._tracker.knows_node:
+                self._follow_node(node_facts(node))
             # Manifests need not have a Node: then nothing speaks against this one.
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
             self._writer.end_absences()
-            self._attaching.set_pod_cidrs(node)
+            self._attaching.set_pod_cidrs(self._node_facts)
             if self._complete:
                 self._attaching.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._attaching.attach(self._started)
@@ -452,6 +456,7 @@ class Agent:
                     for d in self._devices.values()
                 ),
                 netns=netns_cookie(),
+                node_facts=self._node_facts,
                 conntrack_entries=self._housekeeping.entries,
                 conntrack_evicted=self._housekeeping.evicted,
                 health_check_ports=self._node_port_health.bound,

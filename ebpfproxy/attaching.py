@@ -20,12 +20,11 @@ from ebpfproxy.datapath.probe import Features
 from ebpfproxy.logs import get_logger
 from ebpfproxy.migrate import flows, keeper, ports
 from ebpfproxy.migrate.tools import ToolError
-from ebpfproxy.node.facts import node_facts
+from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.roles import Role
-from ebpfproxy.objects import Node
 from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.model import Prefix
 
@@ -187,11 +186,11 @@ class Attaching:
         if self.attached:
             self._attach_devices()
 
-    def set_pod_cidrs(self, node: Node | None) -> None:
+    def set_pod_cidrs(self, node: NodeFacts) -> None:
         """Known from the options, or from the Node once it is there."""
         pods = self._options.cluster_cidrs
         if self._options.local_pods.mode is LocalMode.NODE_CIDR:
-            pods = node_facts(node).pod_cidrs
+            pods = node.pod_cidrs
         if pods != self._cidrs:
             self._cidrs = pods
             self._packets.cidrs.set_pods(pods)

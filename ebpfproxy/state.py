@@ -13,6 +13,7 @@ from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.schema import AGENT_STATE_SIZE, PROGRAMMED
+from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.roles import Role
 
 _ERROR_LENGTH = 300
@@ -61,6 +62,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     device_roles: tuple[DeviceState, ...] = ()
     #: The cookie of the agent's network namespace, in which indexes of devices mean something.
     netns: int = 0
+    #: What the Node object said: the next agent starts with it.
+    node_facts: NodeFacts = NodeFacts()
     conntrack_entries: int = 0
     conntrack_evicted: int = 0
     health_check_ports: int = 0

@@ -97,6 +97,11 @@ class Tracker:
         return self._heard_of >= set(Resource) - OPTIONAL
 
     @property
+    def knows_node(self) -> bool:
+        """Whether there is a Node object for this node, or certainly none."""
+        return Resource.NODES in self._heard_of
+
+    @property
     def service_cidrs(self) -> tuple[Prefix, ...] | None:
         """The ranges of all ServiceCIDRs; None before they were listed."""
         if Resource.SERVICECIDRS not in self._heard_of:

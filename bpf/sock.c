@@ -322,12 +322,15 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 		}
 	}
 	if (!peer)
-		peer = peer_place(cookie);
+		peer = peer_place(cookie, !packets_serve(ctx, svc, *backend));
 	if (peer) {
 		peer_write(peer, to, svc, backend_id, *backend, epoch);
 	} else {
 		count_full();
 		if (packets_serve(ctx, svc, *backend)) {
+			/* What it has of others may come to have the same backend. */
+			if (peers_page(cookie, 0))
+				note_clash(ctx, to);
 			*backend = NULL;
 			return PROCEED;
 		}

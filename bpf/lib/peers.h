@@ -134,8 +134,11 @@ static __always_inline struct peers *peers_new_page(u64 cookie, u64 page)
 	return map_lookup(sock_peers, &key);
 }
 
-/* A place for one more frontend; NULL where the map is full. */
-static __always_inline struct peer *peer_place(u64 cookie)
+/*
+ * A place for one more frontend; NULL where the map is full, or the socket has too many. @evicts:
+ * then the place of another is given, whose answers are not told any more.
+ */
+static __always_inline struct peer *peer_place(u64 cookie, bool evicts)
 {
 	struct peers *peers = NULL;
 
@@ -152,7 +155,7 @@ static __always_inline struct peer *peer_place(u64 cookie)
 		if (place)
 			return peer_at(peers, place);
 	}
-	return peers ? &peers->peer[peers->next++ % PEERS] : NULL;
+	return peers && evicts ? &peers->peer[peers->next++ % PEERS] : NULL;
 }
 
 static __always_inline void peers_forget(void *ctx)

@@ -331,7 +331,8 @@ static __always_inline bool is_left_to_others(const struct packet *p)
 
 /*
  * Says if a packet can be the first of a flow. What is not, and of no known flow, may be the answer
- * to a connection of this node's own; netfilter's conntrack has the same rule for SCTP.
+ * to a connection of this node's own. SCTP's peers ask each other every 30 s if they are there: by
+ * that an association whose flow was lost goes on, as with netfilter's conntrack.
  */
 static __always_inline bool can_open(struct __sk_buff *skb, const struct packet *p)
 {
@@ -342,7 +343,7 @@ static __always_inline bool can_open(struct __sk_buff *skb, const struct packet 
 	if (p->flow.proto == IPPROTO_SCTP)
 		return !p->is_later_fragment &&
 		       !bpf_skb_load_bytes(skb, p->l4 + SCTP_CHUNK, &chunk, sizeof(chunk)) &&
-		       chunk == SCTP_INIT;
+		       (chunk == SCTP_INIT || chunk == SCTP_HEARTBEAT);
 	return true;
 }
 

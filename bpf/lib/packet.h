@@ -70,8 +70,9 @@ struct tcp_header {
 #define TCP_ACK 0x10
 
 /* SCTP's common header comes before the first chunk, whose type is its first byte (RFC 9260, 3). */
-#define SCTP_CHUNK 12
-#define SCTP_INIT  1
+#define SCTP_CHUNK     12
+#define SCTP_INIT      1
+#define SCTP_HEARTBEAT 4
 
 struct icmp_header {
 	u8 type;

@@ -6,6 +6,7 @@ import pytest
 from scapy.all import Ether, raw
 from scapy.layers.inet import ICMP, TCP, UDP, IPerror
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, IPerror6
+from scapy.layers.sctp import SCTP, SCTPChunkHeartbeatReq
 
 from tests.packets.test_flows import PAYLOAD, ends, segment
 from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
@@ -211,7 +212,7 @@ def test_a_segment_of_no_connection_to_a_service_is_reset(
     assert wire.arrive(side.ip(side.client, address) / segment("TCP", port, 80, "R")).verdict == DROP
 
 
-def test_sctp_begins_with_an_init(wire: Wire, side: Side, port: int) -> None:
+def test_no_association_begins_with_data(wire: Wire, side: Side, port: int) -> None:
     """As in netfilter's conntrack: a chunk of no association opens none."""
     data = segment("SCTP", port, 30868, "A")
     before = raw(side.ip(side.client, side.node) / data)
@@ -219,6 +220,15 @@ def test_sctp_begins_with_an_init(wire: Wire, side: Side, port: int) -> None:
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
     stray = wire.arrive(side.ip(side.client, side.web) / segment("SCTP", port, 3868, "A"))
     answered(wire, stray, side, side.web, side.client)
+
+
+def test_a_heartbeat_takes_an_association_up_again(wire: Wire, side: Side, port: int) -> None:
+    """As in netfilter's conntrack: an association outlives the loss of its flow, here of one backend."""
+    beat = SCTP(sport=port, dport=3868, tag=7) / SCTPChunkHeartbeatReq()
+    result = wire.arrive(side.ip(side.client, side.web) / beat)
+    assert (result.verdict, ends(result.packet)[3]) == (PASS, PORTS["SCTP"][2])
+    again = wire.arrive(side.ip(side.client, side.web) / segment("SCTP", port, 3868, "A"))
+    assert (again.verdict, ends(again.packet)) == (PASS, ends(result.packet))
 
 
 @pytest.mark.parametrize("protocol", ["UDP", "SCTP"])

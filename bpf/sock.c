@@ -200,7 +200,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 			return reject(VERDICT_REFUSE);
 		if (!svc && to->proto != IPPROTO_UDP && is_nobodys(ctx, to))
 			return reject(VERDICT_DROP);
-		origin_forget(ctx);
+		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
 	}
 	client = client_of(ctx, svc, to);
@@ -209,7 +209,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 		if (to->proto != IPPROTO_UDP)
 			return reject(verdict);
 		/* Nothing is sent yet: packets are refused, as long as there is no endpoint. */
-		origin_forget(ctx);
+		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
 	}
 	origin_remember(ctx, to, svc->id, backend_id, *backend);
@@ -395,9 +395,11 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 /* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
 static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
 {
+	const u64 cookie = get_socket_cookie(ctx);
+
 	if (is_connected(ctx))
-		return origin_recall(ctx, from) || peer_recall(ctx, from);
-	return peer_recall(ctx, from) || origin_recall(ctx, from);
+		return origin_recall(cookie, from) || peer_recall(cookie, from);
+	return peer_recall(cookie, from) || origin_recall(cookie, from);
 }
 
 int connect4(struct bpf_sock_addr *ctx)
@@ -460,11 +462,17 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
+/* The cookie by which the socket's origin is kept. */
+static __always_inline u64 origin_cookie(struct bpf_sock_addr *ctx)
+{
+	return is_mptcp(ctx->protocol) ? subflow_cookie((u64)ctx->sk) : get_socket_cookie(ctx);
+}
+
 int getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct target peer = target4(ctx);
 
-	if (origin_recall(ctx, &peer))
+	if (origin_recall(origin_cookie(ctx), &peer))
 		set_target4(ctx, &peer.addr, peer.port);
 	return PROCEED;
 }
@@ -473,7 +481,7 @@ int getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct target peer = target6(ctx);
 
-	if (origin_recall(ctx, &peer))
+	if (origin_recall(origin_cookie(ctx), &peer))
 		set_target6(ctx, &peer.addr, peer.port);
 	return PROCEED;
 }
@@ -481,8 +489,14 @@ int getpeername6(struct bpf_sock_addr *ctx)
 /* BPF_PROG_TYPE_CGROUP_SOCK: the socket is closed. */
 int sock_release(struct bpf_sock *ctx)
 {
-	origin_forget(ctx);
+	const u64 cookie = get_socket_cookie(ctx);
+
+	if (is_mptcp(ctx->protocol)) {
+		subflow_forget((u64)ctx);
+		return PROCEED;
+	}
+	origin_forget(cookie);
 	if (service_protocol(ctx->protocol) == IPPROTO_UDP)
-		peers_forget(ctx);
+		peers_forget(cookie);
 	return PROCEED;
 }

@@ -11,6 +11,7 @@
 #define IPPROTO_ICMPV6	58
 #define IPPROTO_SCTP	132
 #define IPPROTO_UDPLITE 136
+#define IPPROTO_MPTCP	262
 
 /* IPv6 extension headers (RFC 8200, 4; RFC 4302). */
 #define IPPROTO_HOPOPTS	 0
@@ -32,6 +33,9 @@
 #define EADDRINUSE   98
 #define ECONNREFUSED 111
 #define EHOSTUNREACH 113
+
+/* enum bpf_func_id, Linux 5.19. */
+#define BPF_FUNC_skc_to_mptcp_sock 196
 
 #ifndef offsetof
 #define offsetof(type, member) __builtin_offsetof(type, member)

@@ -4,6 +4,10 @@
  *
  * A connected socket has one peer: its origin is kept by socket cookie until the socket is closed
  * (the release hook), and never evicted. An unconnected one may talk to many: see peers.h.
+ *
+ * With MPTCP it is a subflow that connects, a TCP socket of the kernel's with a cookie of its own.
+ * getpeername() and close() are the MPTCP socket's: mptcp_subflows leads from there to the subflow.
+ * Its key is the socket's address: it may have no cookie yet when its subflow connects.
  */
 #ifndef EBPFPROXY_ORIGIN_H
 #define EBPFPROXY_ORIGIN_H
@@ -15,6 +19,34 @@
 
 /* bcc declares the cookie as u32 and would cut it. */
 static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
+
+/* Declared by no header of bcc's. */
+static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
+
+static __always_inline bool is_mptcp(u32 protocol)
+{
+	return HAVE_MPTCP && protocol == IPPROTO_MPTCP;
+}
+
+/* Of an MPTCP socket the cookie of the subflow that asked for a Service; 0 where none did. */
+static __always_inline u64 subflow_cookie(u64 mptcp_socket)
+{
+	u64 *subflow = map_lookup(mptcp_subflows, &mptcp_socket);
+
+	return subflow ? *subflow : 0;
+}
+
+/* Where the socket is an MPTCP connection's first subflow. */
+static __always_inline void subflow_note(struct bpf_sock_addr *ctx, u64 cookie)
+{
+	u64 mptcp_socket = (u64)skc_to_mptcp_sock(ctx->sk), known;
+
+	if (!mptcp_socket)
+		return;
+	known = subflow_cookie(mptcp_socket);
+	if (!known || !map_lookup(sock_origin, &known))
+		map_update(mptcp_subflows, &mptcp_socket, &cookie);
+}
 
 static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 					    const struct target *frontend, u32 service_id,
@@ -32,6 +64,8 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 
 	struct origin *known;
 
+	if (HAVE_MPTCP && frontend->proto == IPPROTO_TCP)
+		subflow_note(ctx, cookie);
 	if (!bpf_map_update_elem(MAP(sock_origin), &cookie, &o, BPF_NOEXIST)) {
 		load_add_socket(backend_id);
 		return;
@@ -46,9 +80,8 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 }
 
 /* A socket that failed to connect may connect again, and then to no Service. */
-static __always_inline void origin_forget(void *ctx)
+static __always_inline void origin_forget(u64 cookie)
 {
-	u64 cookie = get_socket_cookie(ctx);
 	struct origin *known = map_lookup(sock_origin, &cookie);
 	u32 backend_id;
 
@@ -60,10 +93,20 @@ static __always_inline void origin_forget(void *ctx)
 		load_remove_socket(backend_id);
 }
 
-/* Replaces a backend's address by the frontend's. */
-static __always_inline bool origin_recall(struct bpf_sock_addr *ctx, struct target *peer)
+/* Its MPTCP socket is closed: no program sees the end of a subflow. */
+static __always_inline void subflow_forget(u64 mptcp_socket)
 {
-	u64 cookie = get_socket_cookie(ctx);
+	u64 cookie = subflow_cookie(mptcp_socket);
+
+	if (!cookie)
+		return;
+	origin_forget(cookie);
+	map_delete(mptcp_subflows, &mptcp_socket);
+}
+
+/* Replaces a backend's address by the frontend's. */
+static __always_inline bool origin_recall(u64 cookie, struct target *peer)
+{
 	struct origin *o = map_lookup(sock_origin, &cookie);
 
 	if (!o || o->backend_port != peer->port || !addr_equal(&o->backend, &peer->addr))

@@ -158,10 +158,8 @@ static __always_inline struct peer *peer_place(u64 cookie, bool evicts)
 	return peers && evicts ? &peers->peer[peers->next++ % PEERS] : NULL;
 }
 
-static __always_inline void peers_forget(void *ctx)
+static __always_inline void peers_forget(u64 cookie)
 {
-	u64 cookie = get_socket_cookie(ctx);
-
 #pragma clang loop unroll(disable)
 	for (u64 page = 0; page < PEER_PAGES; page++) {
 		u64 key = cookie | page << PAGE_SHIFT;
@@ -174,9 +172,9 @@ static __always_inline void peers_forget(void *ctx)
 }
 
 /* Replaces a backend's address by the frontend's. */
-static __always_inline bool peer_recall(struct bpf_sock_addr *ctx, struct target *from)
+static __always_inline bool peer_recall(u64 cookie, struct target *from)
 {
-	struct peer *peer = peer_by_backend(get_socket_cookie(ctx), &from->addr, from->port);
+	struct peer *peer = peer_by_backend(cookie, &from->addr, from->port);
 
 	if (!peer)
 		return false;

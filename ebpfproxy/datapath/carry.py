@@ -17,7 +17,7 @@ from ebpfproxy.datapath.layout import U32, U64
 from ebpfproxy.datapath.maps import MapSet, open_pinned
 from ebpfproxy.datapath.schema import SCHEMA_VERSION
 
-_AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects")
+_AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: An id that nothing has.
 _NOTHING = 0xFFFFFFFF
 

@@ -22,6 +22,7 @@ class Feature(enum.StrEnum):
 
     SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
     TCX = "tcx"  # without: clsact filters (6.6)
+    MPTCP = "mptcp"  # without: getpeername() of MPTCP sockets gives the backend (5.19 with BTF)
 
 
 class UnsupportedKernelError(Exception):
@@ -31,18 +32,24 @@ class UnsupportedKernelError(Exception):
 class Features(msgspec.Struct, frozen=True):
     set_retval: bool
     tcx: bool = True
+    mptcp: bool = True
 
     def without(self, names: frozenset[Feature]) -> Features:
         """The same with some left unused, to try the fallbacks."""
         return Features(
             set_retval=self.set_retval and Feature.SET_RETVAL not in names,
             tcx=self.tcx and Feature.TCX not in names,
+            mptcp=self.mptcp and Feature.MPTCP not in names,
         )
 
 
 # Two instructions that let everything proceed (return 1).
 _PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
 
+
+#: r1 = ctx->sk; bpf_skc_to_mptcp_sock(r1); then as above.
+_MPTCP_SOCKET = bytes.fromhex("7911400000000000 85000000c4000000") + _PROCEED
+_CONNECT4 = 10
 
 _NO_DEVICE = 0x7FFFFFFE
 
@@ -110,7 +117,20 @@ def probe() -> Features:
                 f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
                 f"the oldest supported kernel is {OLDEST_KERNEL}"
             )
-    return Features(set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL), tcx=_has_tcx())
+    return Features(
+        set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL),
+        tcx=_has_tcx(),
+        mptcp=_finds_mptcp_sockets(),
+    )
+
+
+def _finds_mptcp_sockets() -> bool:
+    """The helper needs the kernel's own BTF, and says nothing to who only asks if it is there."""
+    try:
+        os.close(bpf.try_load(bpf.PROG_CGROUP_SOCK_ADDR, _CONNECT4, _MPTCP_SOCKET))
+    except bpf.BpfError:
+        return False
+    return True
 
 
 def _has_tcx() -> bool:

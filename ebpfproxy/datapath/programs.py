@@ -47,6 +47,7 @@ class Options(msgspec.Struct, frozen=True):
     def defines(self) -> list[str]:
         return [
             f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
+            f"-DHAVE_MPTCP={int(self.features.mptcp)}",
             f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
             f"-DPOD_SOCKETS={int(self.pod_sockets)}",
             f"-DMASQUERADE_ALL={int(self.masquerade_all)}",

@@ -72,6 +72,8 @@ FLOW_FILTER_BITS = 18
 #: One bit for each /20 of IPv4 and each hash of an IPv6 /64; see ``datapath.service_cidrs``.
 CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
+#: Open MPTCP sockets that asked for a Service. Those beyond are served, and their records are swept.
+MPTCP_SOCKETS = 1 << 16
 #: struct scratch in conntrack.h: no one but programs reads it.
 SCRATCH_SIZE = 512
 #: When the maps were last changed (Unix seconds), and how long that took (seconds).
@@ -113,6 +115,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("sock_peers", bpf.MAP_HASH, 8, PEERS.size, capacity.unconnected, bpf.F_NO_PREALLOC),
         MapSpec("port_clashes", bpf.MAP_LRU_HASH, CLASH.size, 4, 4096),
         MapSpec("sock_origin", bpf.MAP_HASH, 8, 44, capacity.connected, bpf.F_NO_PREALLOC),
+        MapSpec("mptcp_subflows", bpf.MAP_HASH, U64.size, U64.size, MPTCP_SOCKETS, bpf.F_NO_PREALLOC),
         MapSpec(
             "sock_redirects", bpf.MAP_HASH, FLOW.size, REDIRECT.size, capacity.connected, bpf.F_NO_PREALLOC
         ),

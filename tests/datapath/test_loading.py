@@ -35,7 +35,7 @@ def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:
 
 
 CHOICES: list[dict[str, Any]] = [
-    {"features": probe.Features(set_retval=False)},
+    {"features": probe.Features(set_retval=False, mptcp=False)},
     {"node_ports_on_loopback": False, "bypass_netfilter": True, "pod_sockets": False},
     {"masquerade_all": True, "pods_by_cidr": True},
     {"masquerade_all": True, "bypass_netfilter": True, "pods_by_cidr": True},

@@ -34,6 +34,7 @@ _HOLDS = {
     "sock_peers": "unconnected UDP sockets: which backend stands for which frontend",
     "port_clashes": "flows that sockets leave to packets: another frontend has the port and the backend",
     "sock_origin": "connected sockets: what was asked for, and which backend it became",
+    "mptcp_subflows": "MPTCP sockets: which of their subflows asked for a Service",
     "sock_redirects": "connected UDP sockets whose backend is gone: which frontend their packets ask again",
     "service_stats": "connections chosen, refused, dropped",
     "backend_stats": "connections chosen",

@@ -1,11 +1,12 @@
-"""A datagram socket in a pod, a node or outside, driven from a test step by step.
+"""A socket in a pod, a node or outside, driven from a test step by step.
 
-``python -m tests.field.remote FAMILY PROTOCOL`` reads a JSON list a line, a method's name and its arguments,
+``python -m tests.field.remote FAMILY TYPE PROTOCOL`` reads a JSON list a line, a method's name and its arguments,
 and answers with a JSON line: what the method gave, or the name of its error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import socket
@@ -15,13 +16,19 @@ from typing import Any
 
 from tests.lab.spaces import Space
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 class Remote:
     """The same from outside. Every method gives a name such as ECONNREFUSED where the kernel gives an error."""
 
-    def __init__(self, space: Space, host: str, *, protocol: int = 0) -> None:
+    def __init__(
+        self, space: Space, host: str, *, protocol: int = 0, kind: socket.SocketKind = socket.SOCK_DGRAM
+    ) -> None:
         """``host``: an address of the family that is meant."""
-        command = [sys.executable, "-m", "tests.field.remote", "6" if ":" in host else "4", str(protocol)]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        numbers = [str(int(each)) for each in (family, kind, protocol)]
+        command = [sys.executable, "-m", "tests.field.remote", *numbers]
         self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Remote:
@@ -42,6 +49,14 @@ class Remote:
 
     def connect(self, host: str, port: int) -> Any:
         return self._do("connect", host, port)
+
+    def disconnect(self) -> Any:
+        """connect() with AF_UNSPEC: a datagram socket has no peer any more (connect(2))."""
+        return self._do("disconnect")
+
+    def peer(self) -> Any:
+        """[host, port], as getpeername() has it."""
+        return self._do("peer")
 
     def send(self, data: str = "?") -> Any:
         return self._do("send", data)
@@ -77,8 +92,8 @@ class Remote:
         self._process.wait()
 
 
-def main(family: str, protocol: int) -> None:
-    sock = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET, socket.SOCK_DGRAM, protocol)
+def main(family: int, kind: int, protocol: int) -> None:
+    sock = socket.socket(family, kind, protocol)
     for line in sys.stdin:
         print(json.dumps(_answer(sock, *json.loads(line))), flush=True)
 
@@ -89,6 +104,11 @@ def _answer(sock: socket.socket, name: str, *arguments: Any) -> Any:
             sock.bind(tuple(arguments))
         elif name == "connect":
             sock.connect(tuple(arguments))
+        elif name == "disconnect":
+            if _libc.connect(sock.fileno(), bytes(16), 16):
+                raise OSError(ctypes.get_errno(), "connect")
+        elif name == "peer":
+            return list(sock.getpeername()[:2])
         elif name == "send":
             sock.send(arguments[0].encode())
         elif name == "sendto":
@@ -105,4 +125,4 @@ def _answer(sock: socket.socket, name: str, *arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))

@@ -322,7 +322,7 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 		}
 	}
 	if (!peer)
-		peer = peer_place(cookie, !packets_serve(ctx, svc, *backend));
+		peer = peer_place(ctx, cookie, !packets_serve(ctx, svc, *backend));
 	if (peer) {
 		peer_write(peer, to, svc, backend_id, *backend, epoch);
 	} else {

@@ -7,6 +7,7 @@ alone owns the writer.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from ebpfproxy.beside import Beside
 from ebpfproxy.datapath import conntrack
@@ -16,6 +17,7 @@ from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.peers import noted_departures
 from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.forgotten import ForgottenSockets
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.node.clients import namespace_cookies
@@ -50,7 +52,9 @@ class Housekeeping:
         self._beside = beside
         self._sweeper = conntrack.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
-        self._next_sweep = self._next_ending = 0.0
+        self._forgotten = ForgottenSockets(maps)
+        self._comparing = False
+        self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Departures whose sockets have been ended.
         self._ended: dict[bytes, Departed] = {}
         #: Conntrack entries after the last sweep, and how many have been pushed out so far.
@@ -67,6 +71,7 @@ class Housekeeping:
                 self._writer.redirects.adopt()
             self._start_ending()
             self._start_sweep()
+            self._start_comparison()
 
     # -- what was replaced
 
@@ -160,3 +165,20 @@ class Housekeeping:
             self._writer.retry()
 
         self._beside(sweep, done)
+
+    # -- records of sockets that no program has seen closed
+
+    def _start_comparison(self) -> None:
+        if self._comparing or time.monotonic() < self._next_comparison:
+            return
+        self._comparing = True
+
+        def done(removed: Mapping[str, int]) -> None:
+            self._comparing = False
+            self._next_comparison = time.monotonic() + self._options.socket_sweep_seconds
+            self._metrics.forgot_sockets(removed)
+            if any(removed.values()):
+                log.info("records of sockets that are no more are removed", **removed)
+                self._writer.retry()
+
+        self._beside(self._forgotten.sweep, done)

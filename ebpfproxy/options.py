@@ -50,6 +50,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     masquerade_ports_shared: bool = False
     timeouts: conntrack.Timeouts = conntrack.Timeouts()
     sweep_seconds: float = 10.0
+    #: Between two looks for records of sockets that are no more.
+    socket_sweep_seconds: float = 60.0
     stale_tcp: StaleTcp = StaleTcp.GONE
     #: Seconds in which an endpoint that was removed may come back.
     stale_tcp_seconds: float = 5.0

@@ -60,6 +60,7 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 		.backend_port = backend->port,
 		.service_id = service_id,
 		.backend_id = backend_id,
+		.netns = (u32)bpf_get_netns_cookie(ctx),
 	};
 
 	struct origin *known;

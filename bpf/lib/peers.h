@@ -124,10 +124,10 @@ static __always_inline void peer_write(struct peer *peer, const struct target *t
 	peer->frontend_port = to->port;
 }
 
-static __always_inline struct peers *peers_new_page(u64 cookie, u64 page)
+static __always_inline struct peers *peers_new_page(struct bpf_sock_addr *ctx, u64 cookie, u64 page)
 {
 	u64 key = cookie | page << PAGE_SHIFT;
-	struct peers none = {};
+	struct peers none = { .netns = (u32)bpf_get_netns_cookie(ctx) };
 
 	/* Another thread's page does as well. */
 	bpf_map_update_elem(MAP(sock_peers), &key, &none, BPF_NOEXIST);
@@ -138,7 +138,7 @@ static __always_inline struct peers *peers_new_page(u64 cookie, u64 page)
  * A place for one more frontend; NULL where the map is full, or the socket has too many. @evicts:
  * then the place of another is given, whose answers are not told any more.
  */
-static __always_inline struct peer *peer_place(u64 cookie, bool evicts)
+static __always_inline struct peer *peer_place(struct bpf_sock_addr *ctx, u64 cookie, bool evicts)
 {
 	struct peers *peers = NULL;
 
@@ -148,7 +148,7 @@ static __always_inline struct peer *peer_place(u64 cookie, bool evicts)
 
 		peers = peers_page(cookie, page);
 		if (!peers)
-			peers = peers_new_page(cookie, page);
+			peers = peers_new_page(ctx, cookie, page);
 		if (!peers)
 			return NULL;
 		place = place_of(peers, (u64)peer->frontend_port);

@@ -177,6 +177,7 @@ struct origin {
 	__be16 backend_port;
 	u32 service_id;
 	u32 backend_id;
+	u32 netns; /* the lower half of the network namespace's cookie, which is counted from 1 */
 };
 
 /* Where the datagrams of an unconnected socket go that it sends to one frontend. */
@@ -200,7 +201,7 @@ struct peer {
 struct peers {
 	struct peer peer[PEERS];
 	u32 next; /* of the last page: whose place is taken when there is none left */
-	u32 reserved;
+	u32 netns; /* as in struct origin */
 };
 
 /*

@@ -194,6 +194,13 @@ log = get_logger(__name__)
     "connections and UDP leave it at once.",
 )
 @click.option(
+    "--socket-sweep-seconds",
+    type=click.FloatRange(0.1, 3600),
+    default=60.0,
+    help="How often what is known of sockets is compared with the sockets that there are. What is of none "
+    "twice in a row is forgotten.",
+)
+@click.option(
     "--max-conntrack",
     type=click.IntRange(1024, 1 << 26),
     default=Capacity().conntrack,

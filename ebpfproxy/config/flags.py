@@ -92,6 +92,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "maglev-table-size": "maglevTableSize",
     "stale-tcp": "staleTCP",
     "stale-tcp-seconds": "staleTCPSeconds",
+    "socket-sweep-seconds": "socketSweepSeconds",
     "max-conntrack": "maxConntrack",
     "max-services": "maxServices",
     "max-backends": "maxBackends",

@@ -86,6 +86,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         maglev_size=own.maglev_table_size,
         stale_tcp=own.stale_tcp,
         stale_tcp_seconds=own.stale_tcp_seconds,
+        socket_sweep_seconds=own.socket_sweep_seconds,
         timeouts=timeouts(kube_proxy.conntrack),
         capacity=Capacity(
             services=own.max_services,

@@ -145,6 +145,15 @@ class EbpfProxyConfiguration(
             "are ended. New connections and UDP leave it at once.",
         ),
     ] = msgspec.field(default=5.0, name="staleTCPSeconds")
+    socket_sweep_seconds: Annotated[
+        float,
+        Meta(
+            ge=0.1,
+            le=3600,
+            description="How often what is known of sockets is compared with the sockets that there are. "
+            "What is of none twice in a row is forgotten.",
+        ),
+    ] = 60.0
     max_conntrack: Annotated[
         int,
         Meta(ge=1024, le=1 << 26, description="Conntrack entries: two a flow, four where it is masqueraded."),

@@ -24,6 +24,8 @@ MAP_ARRAY_OF_MAPS = 12
 F_NO_PREALLOC = 1 << 0
 F_MMAPABLE = 1 << 10
 
+_NOEXIST = 1  # of an update (BPF_NOEXIST)
+
 PROG_SCHED_CLS = 3
 PROG_CGROUP_SOCK = 9
 PROG_CGROUP_SOCK_ADDR = 18
@@ -170,6 +172,7 @@ def _load() -> ct.CDLL:
     lib.bpf_map_update_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_uint64)
     lib.bpf_map_lookup_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
     lib.bpf_map_delete_elem.argtypes = (ct.c_int, ct.c_void_p)
+    lib.bpf_map_lookup_and_delete_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
     lib.bpf_map_update_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p, ct.c_void_p)
     lib.bpf_map_delete_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p)
     lib.bpf_map_lookup_batch.argtypes = (
@@ -226,6 +229,15 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
     _check(_lib.bpf_map_update_elem(fd, key, value, 0), "update map")
 
 
+def map_add(fd: int, key: bytes, value: bytes) -> bool:
+    """False where there is such a key already."""
+    result = _lib.bpf_map_update_elem(fd, key, value, _NOEXIST)
+    if result < 0 and ct.get_errno() == errno.EEXIST:
+        return False
+    _check(result, "add to map")
+    return True
+
+
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """The value, or None where there is none. Per-CPU maps: ``value_size`` covers all possible CPUs."""
     buffer = ct.create_string_buffer(value_size)
@@ -243,6 +255,16 @@ def map_delete(fd: int, key: bytes) -> bool:
         return False
     _check(result, "delete from map")
     return True
+
+
+def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """Deletes an entry of a hash and returns its value, in one step (Linux 5.14); None without one."""
+    buffer = ct.create_string_buffer(value_size)
+    result = _lib.bpf_map_lookup_and_delete_elem(fd, key, buffer)
+    if result < 0 and ct.get_errno() == errno.ENOENT:
+        return None
+    _check(result, "take from map")
+    return buffer.raw
 
 
 def map_update_batch(fd: int, keys: bytes, values: bytes, count: int) -> int:

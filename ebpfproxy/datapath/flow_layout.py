@@ -146,7 +146,7 @@ def unpack_nat(packed: bytes) -> Nat:
 
 
 _NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_EPOCH_AT = 36, 44, 46
-ORIGIN_IDS_AT = 36
+ORIGIN_IDS_AT, _ORIGIN_NETNS_AT, ORIGIN_SIZE = 36, 44, 48
 
 
 def nat_ids(packed: bytes) -> tuple[int, int]:
@@ -241,11 +241,17 @@ def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
     return bytes(changed)
 
 
+def origin_netns(packed: bytes) -> int:
+    """The lower 32 bits of the cookie of the socket's network namespace."""
+    return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT)[0])
+
+
 # -- unconnected sockets
 
 #: In keys of ``sock_peers`` the highest byte is a page's number, the others are the socket's cookie.
 PAGE_SHIFT = 56
 _PEER_PORT_AT, _PEER_IDS_AT = 32, 36
+_PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
 
 
 def peers_cookie(packed: bytes) -> int:
@@ -258,6 +264,11 @@ def peer_ids(packed: bytes) -> Iterator[bytes]:
     for at in range(0, PEER_PLACES * PEER.size, PEER.size):
         if packed[at + _PEER_PORT_AT : at + _PEER_PORT_AT + 2] != b"\0\0":
             yield packed[at + _PEER_IDS_AT : at + _PEER_IDS_AT + 8]
+
+
+def peers_netns(packed: bytes) -> int:
+    """As :func:`origin_netns`."""
+    return int(U32.unpack_from(packed, _PEERS_NETNS_AT)[0])
 
 
 def with_peer_ids(packed: bytes, change: Callable[[int, int], tuple[int, int, int]]) -> bytes:

@@ -9,7 +9,17 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.flow_layout import AFFINITY, AFFINITY_KEY, CLASH, FLOW, FRAGMENT, NAT, PEERS, REDIRECT
+from ebpfproxy.datapath.flow_layout import (
+    AFFINITY,
+    AFFINITY_KEY,
+    CLASH,
+    FLOW,
+    FRAGMENT,
+    NAT,
+    ORIGIN_SIZE,
+    PEERS,
+    REDIRECT,
+)
 from ebpfproxy.datapath.layout import (
     BACKEND,
     BACKEND_STATS,
@@ -114,7 +124,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("node_addresses", bpf.MAP_HASH, 16, 4, 4096, bpf.F_NO_PREALLOC),
         MapSpec("sock_peers", bpf.MAP_HASH, 8, PEERS.size, capacity.unconnected, bpf.F_NO_PREALLOC),
         MapSpec("port_clashes", bpf.MAP_LRU_HASH, CLASH.size, 4, 4096),
-        MapSpec("sock_origin", bpf.MAP_HASH, 8, 44, capacity.connected, bpf.F_NO_PREALLOC),
+        MapSpec("sock_origin", bpf.MAP_HASH, 8, ORIGIN_SIZE, capacity.connected, bpf.F_NO_PREALLOC),
         MapSpec("mptcp_subflows", bpf.MAP_HASH, U64.size, U64.size, MPTCP_SOCKETS, bpf.F_NO_PREALLOC),
         MapSpec(
             "sock_redirects", bpf.MAP_HASH, FLOW.size, REDIRECT.size, capacity.connected, bpf.F_NO_PREALLOC

@@ -29,6 +29,7 @@ from prometheus_client.registry import Collector
 
 import ebpfproxy
 from ebpfproxy.datapath.conntrack import Sweep
+from ebpfproxy.datapath.socket_records import SOCKET_MAPS
 from ebpfproxy.health.proxy import FAMILIES
 from ebpfproxy.kube.recorder import RESULTS
 from ebpfproxy.kube.status import SourceStatus, State
@@ -214,6 +215,12 @@ class AgentMetrics:
             "Sockets to a backend that had gone which were in no network namespace that the agent can enter",
             registry=registry,
         )
+        self._forgotten = Counter(
+            "ebpfproxy_socket_records_removed",
+            "Records whose socket was closed or disconnected without a program having seen it",
+            ["map"],
+            registry=registry,
+        )
         self._sweep = Histogram(
             "ebpfproxy_conntrack_sweep_seconds",
             "Reading the whole table and deleting what is over",
@@ -231,6 +238,8 @@ class AgentMetrics:
             self._events.labels(result)
         for protocol in (Protocol.TCP, Protocol.UDP):
             self._ended_sockets.labels(protocol.name)
+        for name in SOCKET_MAPS:
+            self._forgotten.labels(name)
 
     def redirected_sockets(self, number: int) -> None:
         self._redirected_sockets.inc(number)
@@ -240,6 +249,11 @@ class AgentMetrics:
 
     def sockets_not_found(self, number: int) -> None:
         self._unseen_sockets.inc(number)
+
+    def forgot_sockets(self, removed: Mapping[str, int]) -> None:
+        """How many records, by map."""
+        for name, number in removed.items():
+            self._forgotten.labels(name).inc(number)
 
     def devices(self, wanted: int, failed: int) -> None:
         self._devices.labels("attached").set(wanted - failed)

@@ -42,6 +42,8 @@ _ID_SIZE = 48
 _BATCH = 128
 #: In one filter, whose jumps are 16 bits long.
 _PEERS = 1000
+#: For so many a filter costs less than all that it leaves out.
+_FEW_PEERS = 64
 _RECEIVE = 1 << 18
 _TIMEOUT_SECONDS = 5.0
 
@@ -122,6 +124,34 @@ def end_sockets(stale: Mapping[Peer, Collection[int]]) -> set[int]:
     return ended
 
 
+def sockets_in(
+    namespace: Path, protocol: int, cookies: Collection[int], peers: Collection[Peer] | None = None
+) -> dict[int, Connected]:
+    """Those with these cookies of a protocol in a namespace, by cookie. Without a peer its port is 0.
+
+    ``peers``: only those that are connected to one of these. Raises OSError: the namespace is gone or cannot
+    be entered, the kernel does not know the protocol or does not tell.
+    """
+    found = {}
+    with netlink_in(namespace, _NETLINK_SOCK_DIAG) as diag:
+        diag.settimeout(_TIMEOUT_SECONDS)
+        for family, name in _names(diag, protocol, peers):
+            (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+            if cookie in cookies:
+                found[cookie] = _connected(family, protocol, name, is_here=namespace == OWN)
+    return found
+
+
+def _names(diag: socket.socket, protocol: int, peers: Collection[Peer] | None) -> Iterator[tuple[int, bytes]]:
+    # The kernel compares each socket with each peer.
+    if peers is not None and len(peers) <= _FEW_PEERS:
+        yield from _all_connected_to(diag, protocol, list(peers))
+        return
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for name in _dump(diag, family, protocol):
+            yield family, name
+
+
 def _by_protocol(peers: Collection[Peer]) -> dict[int, list[Peer]]:
     found: dict[int, list[Peer]] = {}
     for peer in peers:
@@ -177,11 +207,16 @@ def _all_connected_to(
 
 def _connected_to(diag: socket.socket, family: int, protocol: int, peers: Sequence[Peer]) -> Iterator[bytes]:
     """The names (struct inet_diag_sockid) of the sockets that are connected to any of these."""
-    body = _REQUEST_V2.pack(family, protocol, 0, 0, _STATES, bytes(_ID_SIZE))
     code = _bytecode([peer for peer in peers if family == socket.AF_INET6 or len(peer.address) == 4])
-    if not code:
-        return
-    body += struct.pack("=HH", 4 + len(code), _INET_DIAG_REQ_BYTECODE) + code
+    if code:
+        yield from _dump(diag, family, protocol, code)
+
+
+def _dump(diag: socket.socket, family: int, protocol: int, code: bytes = b"") -> Iterator[bytes]:
+    """The names of all sockets for which the filter is true."""
+    body = _REQUEST_V2.pack(family, protocol, 0, 0, _STATES, bytes(_ID_SIZE))
+    if code:
+        body += struct.pack("=HH", 4 + len(code), _INET_DIAG_REQ_BYTECODE) + code
     diag.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _REQUEST | _DUMP, 0, 0) + body)
     while True:
         data = diag.recv(_RECEIVE)

@@ -1,0 +1,172 @@
+"""Records whose socket is no more, or is connected to something else, without a program having seen it.
+
+The kernel tells programs of the end of applications' sockets only: not of its own (NFS, SMB, Ceph), nor of
+one that was closed between two copies of the maps' contents, nor that a socket was disconnected or could not
+reach what it asked for last. Such a record would stay, and its connection be counted, for ever.
+
+So records are compared with the sockets that there are (sock_diag). One whose socket was missing twice in a
+row goes: between its hook and its connection a socket may be missing once. It is known to be missing only
+where its namespace can be looked into, or is no more; records of namespaces that cannot be found stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from ebpfproxy.datapath import socket_records
+from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.socket_records import SOCKET_MAPS, Record
+from ebpfproxy.logs import get_logger
+from ebpfproxy.node.identity import cookie_of
+from ebpfproxy.node.namespace_ids import NamespaceIds
+from ebpfproxy.node.namespaces import OWN, namespaces, netlink_in
+from ebpfproxy.node.sockets import Connected, Peer, sockets_in
+from ebpfproxy.services.model import Protocol
+
+log = get_logger(__name__)
+
+_NETLINK_ROUTE = 0
+_UDPLITE = 136
+#: Records that are compared at a time, which bounds the memory it takes.
+_AT_ONCE = 1 << 16
+
+
+class ForgottenSockets:
+    """One thread uses it."""
+
+    def __init__(self, maps: MapSet) -> None:
+        self._maps = maps
+        #: What was missing at the sweep before, by map: keys and values.
+        self._missing: dict[str, dict[bytes, bytes]] = {name: {} for name in SOCKET_MAPS}
+        #: Namespaces that have been seen, by the lower half of their cookie: their ids.
+        self._known: dict[int, int] = {}
+        #: Of the sweep that runs: paths of namespaces that can be looked into, those that are no more, and
+        #: those that records are of.
+        self._paths: dict[int, Path] = {}
+        self._gone: set[int] = set()
+        self._asked: set[int] = set()
+
+    def sweep(self) -> Mapping[str, int]:
+        """Takes away what was missing at the sweep before, too; how many records, by map.
+
+        Takes a while where there are many: for a thread of its own.
+        """
+        self._look_around()
+        removed: Counter[str] = Counter()
+        for name, records, forget in (
+            ("sock_origin", socket_records.connected, socket_records.forget_connected),
+            ("sock_peers", socket_records.unconnected, socket_records.forget_unconnected),
+        ):
+            missing = {}
+            found = records(self._maps, _rest)
+            while some := list(islice(found, _AT_ONCE)):
+                for record in self._without_socket(some):
+                    if self._missing[name].get(record.key) != record.value:
+                        missing[record.key] = record.value
+                    elif forget(self._maps, record):
+                        removed[name] += 1
+            self._missing[name] = missing
+        removed["mptcp_subflows"] = self._sweep_subflows()
+        for netns in self._gone - self._asked:
+            del self._known[netns]
+        return removed
+
+    def _sweep_subflows(self) -> int:
+        missing, removed = {}, 0
+        for key, value in socket_records.subflows(self._maps, _rest):
+            if self._missing["mptcp_subflows"].get(key) != value:
+                missing[key] = value
+            else:
+                removed += socket_records.forget_subflow(self._maps, key, value)
+        self._missing["mptcp_subflows"] = missing
+        return removed
+
+    # -- namespaces
+
+    def _look_around(self) -> None:
+        """Which namespaces can be looked into now, and which of those that could be are no more."""
+        self._paths.clear()
+        self._asked.clear()
+        self._gone = set()
+        try:
+            with NamespaceIds() as ids:
+                for path in namespaces():
+                    # It may have gone meanwhile.
+                    with suppress(OSError):
+                        self._see(path, ids)
+                living = ids.all()
+        except OSError as error:
+            log.warning("which namespaces are gone is not known", error=str(error))
+            return
+        # An id that a namespace had which is no more may be another's by now.
+        holders = {self._known[netns]: netns for netns in self._paths if netns in self._known}
+        self._gone = {
+            netns
+            for netns, number in self._known.items()
+            if number not in living or holders.get(number, netns) != netns
+        }
+
+    def _see(self, path: Path, ids: NamespaceIds) -> None:
+        with netlink_in(path, _NETLINK_ROUTE) as probe:
+            netns = cookie_of(probe) & 0xFFFFFFFF
+        self._paths[netns] = path
+        if path != OWN and (number := ids.id_of(path)) is not None:
+            self._known[netns] = number
+
+    # -- sockets
+
+    def _without_socket(self, records: Iterable[Record]) -> Iterator[Record]:
+        by_netns: dict[int, list[Record]] = {}
+        for record in records:
+            by_netns.setdefault(record.netns, []).append(record)
+        self._asked |= by_netns.keys()
+        for netns, mine in by_netns.items():
+            path = self._paths.get(netns)
+            if path is None:
+                if netns in self._gone:
+                    yield from mine
+                continue
+            try:
+                found = self._sockets_of(path, mine)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
+                    log.warning("sockets cannot be looked at", namespace=str(path), error=str(error))
+                continue
+            for record in mine:
+                socket = found.get(record.cookie)
+                if socket is None or record.backend not in (None, (socket.peer.address, socket.peer.port)):
+                    yield record
+
+    def _sockets_of(self, path: Path, records: list[Record]) -> dict[int, Connected]:
+        """By cookie. All records are of connected sockets, or none is."""
+        wanted: dict[int, dict[int, Record]] = {}
+        peers: dict[int, set[Peer]] = {}
+        for record in records:
+            if record.backend is None:
+                protocols: tuple[int, ...] = (Protocol.UDP, _UDPLITE)
+            else:
+                backend = socket_records.backend_of(self._maps, record)
+                protocols = (backend.protocol,) if backend else (Protocol.TCP, Protocol.UDP)
+            for protocol in protocols:
+                wanted.setdefault(protocol, {})[record.cookie] = record
+                if record.backend is not None:
+                    peers.setdefault(protocol, set()).add(Peer(*record.backend, protocol))
+        found: dict[int, Connected] = {}
+        for protocol, cookies in wanted.items():
+            try:
+                found |= sockets_in(path, protocol, cookies.keys(), peers.get(protocol))
+            except OSError as error:
+                # Newer kernels have no UDP-Lite.
+                if protocol != _UDPLITE or error.errno != errno.ENOENT:
+                    raise
+        return found
+
+
+def _rest() -> None:
+    time.sleep(0)

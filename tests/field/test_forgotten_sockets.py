@@ -27,6 +27,8 @@ IPPROTO_MPTCP = 262
 HOST = SERVICE_IPS["v4"]
 #: A Service whose only endpoint the client has no way to.
 FAR, NOWHERE = "10.96.0.60", "10.244.9.9"
+#: One whose endpoint has nobody who listens.
+SHUT = {"v4": "10.96.0.61", "v6": "fd00:10:96::61", "mapped": "::ffff:10.96.0.61"}
 #: Enters a namespace, connects there, and leaves it: nothing but the socket and a descriptor are of it then.
 HOLDS = """
 import ctypes, os, socket, sys
@@ -52,6 +54,15 @@ class Forgetful(World):
             self.manifests / "far.yaml",
             manifests.service("far", clusterIPs=[FAR], ports=[port]),
             manifests.slice_of("far", [manifests.endpoint(NOWHERE, "node-b")], ports=[port]),
+        )
+        http = {"name": "http", "port": 80, "protocol": "TCP"}
+        manifests.write(
+            self.manifests / "shut.yaml",
+            manifests.service("shut", clusterIPs=[SHUT["v4"], SHUT["v6"]], ports=[http]),
+            *(
+                manifests.slice_of("shut", [manifests.endpoint(a, "node-a")], ports=[{**http, "port": 9}])
+                for a in (self.w1.address, self.w1.address6)
+            ),
         )
 
     def forgetful(self, *arguments: str) -> Agent:
@@ -148,6 +159,19 @@ def test_a_second_connect_that_fails_counts_for_nobody(world: Forgetful) -> None
         assert sock.ask() in ("w1", "w2")
     world.wait_sweeps()
     assert world.records() == (0, 0)
+
+
+@pytest.mark.parametrize("family", SHUT)
+def test_one_that_failed_to_connect_is_counted_no_more_and_may_try_again(
+    world: Forgetful, family: str
+) -> None:
+    with Remote(world.client, SHUT[family], kind=socket.SOCK_STREAM) as sock:
+        assert sock.connect(SHUT[family], 80) == "ECONNREFUSED"
+        until(lambda: world.records() == (0, 0), "it is still counted")
+        assert sock.connect(SERVICE_IPS[family], 80) is None
+        world.wait_sweeps()
+        assert world.records() == (1, 1)
+    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
 
 
 def test_a_namespace_that_only_a_descriptor_holds_keeps_its_records(world: Forgetful) -> None:

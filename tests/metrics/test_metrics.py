@@ -178,6 +178,7 @@ def test_counters_that_alerts_watch_exist_before_anything_happens() -> None:
         "ebpfproxy_stale_sockets_ended_total protocol=UDP",
         "ebpfproxy_stale_sockets_redirected_total",
         "ebpfproxy_stale_sockets_not_found_total",
+        "ebpfproxy_socket_records_removed_total map=sock_origin",
         "ebpfproxy_conntrack_evicted_total",
         "ebpfproxy_capacity_problems_total",
         "ebpfproxy_service_ports_without_room",

@@ -200,7 +200,7 @@ struct peer {
  */
 struct peers {
 	struct peer peer[PEERS];
-	u32 next; /* of the last page: whose place is taken when there is none left */
+	u32 next;  /* of the last page: whose place is taken when there is none left */
 	u32 netns; /* as in struct origin */
 };
 

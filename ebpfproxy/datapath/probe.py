@@ -127,7 +127,7 @@ def probe() -> Features:
 def _finds_mptcp_sockets() -> bool:
     """The helper needs the kernel's own BTF, and says nothing to who only asks if it is there."""
     try:
-        os.close(bpf.try_load(bpf.PROG_CGROUP_SOCK_ADDR, _CONNECT4, _MPTCP_SOCKET))
+        os.close(bpf.prog_load(bpf.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
     except bpf.BpfError:
         return False
     return True

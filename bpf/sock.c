@@ -120,14 +120,30 @@ static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, cons
 }
 
 /*
- * Nothing to choose at the socket: an address of no Service, one where this node answers itself, or
- * one whose clients are told apart by their own address, which a pod's socket may not have yet;
- * packets do.
+ * Says if a socket is bound to the loopback, by its address or device, and asks for a port of this
+ * node: from there no route leads to a backend. Its packets are translated as they leave by lo.
+ */
+static __always_inline bool is_left_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct inet_addr bound;
+
+	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk || !in_host_namespace(ctx))
+		return false;
+	if (ctx->sk->bound_dev_if != LOOPBACK_IFINDEX &&
+	    !(bound_address(ctx, &bound) && addr_is_loopback(&bound)))
+		return false;
+	return reaches_this_node(ctx, &to->addr);
+}
+
+/*
+ * Nothing to choose at the socket: an address of no Service, one where this node answers itself,
+ * one that is asked from the loopback, or one whose clients are told apart by their own address,
+ * which a pod's socket may not have yet; packets do.
  */
 static __always_inline bool is_left_alone(struct bpf_sock_addr *ctx, const struct target *to,
 					  const struct service *svc)
 {
-	return !svc || svc->flags & SERVICE_OWN ||
+	return !svc || svc->flags & SERVICE_OWN || is_left_to_loopback(ctx, to) ||
 	       (svc->flags & SERVICE_SOURCES && !source_is_known_good(ctx, to, svc));
 }
 

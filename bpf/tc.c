@@ -6,6 +6,8 @@
  * At ingress, before netfilter and routing, a frontend becomes a backend; at egress, after them,
  * the backend's answers become the frontend's. lib/conntrack.h has the picture. A packet of no
  * Service passes after two reads of a filter, unchanged.
+ *
+ * loopback.c has what is otherwise at the loopback device (AT_LOOPBACK).
  */
 #include "lib/compat.h"
 #include "lib/addr.h"
@@ -98,8 +100,10 @@ static __always_inline void set_client(struct client *client, const struct packe
 {
 	u64 *cookie = map_lookup(client_namespaces, &p->flow.src);
 
-	/* A pod of this node is the same client in packets as at the socket. */
-	if (cookie) {
+	/* A pod of this node, and the node, is the same client in packets as at the socket. */
+	if (AT_LOOPBACK) {
+		set_namespace(client, HOST_NETNS_COOKIE);
+	} else if (cookie) {
 		set_namespace(client, *cookie);
 	} else {
 		client->addr = p->flow.src;
@@ -437,16 +441,42 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	return PASS;
 }
 
+/* The Service that this host asks. What has an address of the node itself goes by the loopback. */
+static __always_inline struct service *service_of_host(const struct target *to)
+{
+	if (!AT_LOOPBACK)
+		return service_by_address(to, SCOPE_INTERNAL);
+	return addr_is_loopback(&to->addr) ? service_by_node_port(to, SCOPE_INTERNAL)
+					   : find_service(to, SCOPE_INTERNAL);
+}
+
+/*
+ * Leaves in @node the address by which this host asks @backend; false where there is no way to it.
+ * A backend that has an address of the host itself is asked by that one, as by a socket.
+ */
+static __always_inline bool host_address(struct __sk_buff *skb, const struct packet *p,
+					 const struct backend *backend, struct inet_addr *node)
+{
+	struct bpf_fib_lookup fib;
+	enum way way = way_to(skb, &p->flow.src, &backend->addr, 0, &fib);
+
+	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL) {
+		*node = backend->addr;
+		return true;
+	}
+	return leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, node);
+}
+
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
 static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
-	struct service *svc = service_by_address(&to, SCOPE_INTERNAL);
+	struct service *svc = service_of_host(&to);
 	struct scratch *s = scratch();
-	struct bpf_fib_lookup fib;
 	struct inet_addr node = {};
 	struct backend *backend;
 	enum insert done;
+	bool is_fresh;
 	int verdict;
 	u32 id;
 
@@ -458,7 +488,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 			return rejection(EVENT_BACKEND_GONE);
 	}
 	if (!svc)
-		return no_service(skb, p);
+		return AT_LOOPBACK ? PASS : no_service(skb, p);
 	if (!s || svc->flags & SERVICE_OWN)
 		return PASS;
 	s->service = *svc;
@@ -466,14 +496,16 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
-	if (!leads_out(way_to(skb, &p->flow.src, &backend->addr, 0, &fib)) ||
-	    !masquerade_address(fib.ifindex, p->is_v4, &node))
+	if (!host_address(skb, p, backend, &node))
 		return drop(EVENT_UNROUTABLE);
 	start_flow(s, svc, id);
 	new_entry(s, p, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
-	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
+	/* With another address the client's port may be that of a socket to the same backend. */
+	is_fresh = !addr_equal(&p->flow.src, &node) || addr_equal(&backend->addr, &node) ||
+		   is_port_taken(&p->flow);
+	done = insert_pair(skb, s, &p->flow, is_fresh);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
 	if (rewrite(skb, p, &s->nat, false))
@@ -549,18 +581,23 @@ static __always_inline enum course course_of(const struct packet *p, struct nat 
  */
 static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 {
-#if L3_OFFSET == ETH_HLEN
+#if !AT_LOOPBACK && (L3_OFFSET == ETH_HLEN || NODEPORTS_ON_LOOPBACK)
 	struct bpf_fib_lookup fib;
-	u8 macs[12];
+	enum way way = way_to(skb, &nat->dst, &nat->src, 0, &fib);
 
-	if (way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_NEIGHBOUR &&
-	    fib.ifindex != ifindex_of(skb)) {
+	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL)
+		return send_to_self(skb);
+#if L3_OFFSET == ETH_HLEN
+	if (way == WAY_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
+		u8 macs[12];
+
 		__builtin_memcpy(macs, fib.smac, 6);
 		__builtin_memcpy(macs + 6, fib.dmac, 6);
 		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
 			return drop(EVENT_REWRITE);
 		return bpf_redirect(fib.ifindex, BPF_F_INGRESS);
 	}
+#endif
 #else
 	(void)skb;
 	(void)nat;
@@ -627,6 +664,19 @@ static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p
 	}
 }
 
+/* An error to this host about a packet of its own. Unless it is a client's at the loopback, it goes
+ * on where it came in: its source may be a router's.
+ */
+static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat *nat)
+{
+	struct bpf_fib_lookup fib;
+
+	if (!AT_LOOPBACK && NODEPORTS_ON_LOOPBACK &&
+	    way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_LOCAL)
+		return send_to_self(skb);
+	return PASS;
+}
+
 static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
@@ -635,7 +685,10 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 		return PASS;
 	if (rewrite_error(skb, p, nat))
 		return drop(EVENT_REWRITE);
-	return (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST ? deliver(skb, nat) : PASS;
+	if (!(nat->flags & NAT_HOST))
+		return PASS;
+	return nat->flags & NAT_REPLY ? deliver_error(skb, nat)
+				      : send_out(skb, &nat->src, &nat->dst);
 }
 
 /*
@@ -722,6 +775,7 @@ static __always_inline int leave(struct __sk_buff *skb, struct packet *p)
 	return leave_unserved(skb, p);
 }
 
+#if !AT_LOOPBACK
 int from_device(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_INGRESS);
@@ -735,3 +789,4 @@ int to_device(struct __sk_buff *skb)
 
 	return p ? carry_out(skb, p, leave(skb, p)) : PASS;
 }
+#endif

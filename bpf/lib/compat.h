@@ -20,14 +20,15 @@
 #define IPPROTO_AH	 51
 #define IPPROTO_DSTOPTS	 60
 
-#define ETH_HLEN      14
-#define ETH_P_IP      0x0800
-#define ETH_P_IPV6    0x86dd
-#define AF_INET	      2
-#define AF_INET6      10
-#define PACKET_HOST   0
-#define TC_ACT_SHOT   2
-#define TC_ACT_UNSPEC (-1) /* the next program's turn; TCX_NEXT is the same */
+#define ETH_HLEN	 14
+#define ETH_P_IP	 0x0800
+#define ETH_P_IPV6	 0x86dd
+#define AF_INET		 2
+#define AF_INET6	 10
+#define PACKET_HOST	 0
+#define LOOPBACK_IFINDEX 1 /* of every network namespace */
+#define TC_ACT_SHOT	 2
+#define TC_ACT_UNSPEC	 (-1) /* the next program's turn; TCX_NEXT is the same */
 
 #define EEXIST	     17
 #define EADDRINUSE   98
@@ -36,6 +37,11 @@
 
 /* enum bpf_func_id, Linux 5.19. */
 #define BPF_FUNC_skc_to_mptcp_sock 196
+
+/* 1 in the program of the loopback device. */
+#ifndef AT_LOOPBACK
+#define AT_LOOPBACK 0
+#endif
 
 #ifndef offsetof
 #define offsetof(type, member) __builtin_offsetof(type, member)

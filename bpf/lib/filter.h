@@ -61,9 +61,28 @@ static __always_inline bool flow_of_interest(const struct inet_addr *src,
 	return byte && *byte;
 }
 
+/*
+ * At the loopback device most packets have one and the same pair of addresses: there the port that
+ * is asked counts, too.
+ */
+static __always_inline bool loopback_flow_of_interest(const struct flow *flow)
+{
+	struct inet_addr dst = flow->dst;
+	u8 *byte;
+
+	dst.word[0] ^= flow->dport;
+	byte = flow_filter_byte(&flow->src, &dst);
+	return byte && *byte;
+}
+
 static __always_inline void flow_note(const struct flow *flow)
 {
-	u8 *byte = flow_filter_byte(&flow->src, &flow->dst);
+	struct inet_addr dst = flow->dst;
+	u8 *byte;
+
+	if (AT_LOOPBACK && flow->stage == STAGE_EGRESS)
+		dst.word[0] ^= flow->dport;
+	byte = flow_filter_byte(&flow->src, &dst);
 
 	if (byte && !*byte)
 		*byte = 1;

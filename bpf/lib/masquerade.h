@@ -20,6 +20,11 @@ static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int l
 /* Tries are spread over the range: taken ports come in rows. */
 #define MASQUERADE_STEP 7919
 
+static __always_inline bool is_masquerade_port(__be16 port)
+{
+	return (u16)(bpf_ntohs(port) - MASQUERADE_FIRST) < MASQUERADE_RANGE;
+}
+
 /* Where the routes send a packet. The first three are through a device. */
 enum way {
 	WAY_NEIGHBOUR, /* whose link address is known */
@@ -72,6 +77,27 @@ static __always_inline bool leads_out(enum way way)
 	return way <= WAY_NARROW;
 }
 
+/*
+ * Hands a packet to this host as if it had sent that to itself. redirect_neigh() gives it a route,
+ * so that no check of its source is made: by any other way a packet with a loopback address, or one
+ * of this host's own for its source, is a martian.
+ */
+static __always_inline int send_to_self(struct __sk_buff *skb)
+{
+#if AT_LOOPBACK
+	(void)skb;
+	return PASS;
+#else
+#if L3_OFFSET == 0
+	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
+		return drop(EVENT_REWRITE);
+#endif
+	if (skb->pkt_type != PACKET_HOST && bpf_skb_change_type(skb, PACKET_HOST))
+		return drop(EVENT_REWRITE);
+	return redirect_neigh(LOOPBACK_IFINDEX, NULL, 0, 0);
+#endif
+}
+
 /* Sends a packet, as it is now, on its way from here. */
 static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
 				    const struct inet_addr *to)
@@ -79,6 +105,8 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	struct bpf_fib_lookup fib;
 	enum way way = way_to(skb, from, to, 0, &fib);
 
+	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL)
+		return send_to_self(skb);
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN

@@ -154,6 +154,9 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 		return DROP;
 	if (p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_unreachable(skb, p))
 		return DROP;
+	/* What leaves by the loopback device comes back by itself. */
+	if (AT_LOOPBACK)
+		return PASS;
 	if (swap_link_addresses(skb))
 		return DROP;
 	/* A packet that this host sends gets its answer as if it came from the wire. */

@@ -54,5 +54,9 @@ class Module(NamedTuple):
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
+#: For the loopback device, where NodePorts answer on it: what leaves by it comes in by it.
+LOOPBACK = Module(
+    "loopback.c", (Hook("to_loopback", TCX_EGRESS, bpf.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",)
+)
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

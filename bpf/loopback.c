@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * NodePorts for sockets that only the loopback device serves (BPF_PROG_TYPE_SCHED_CLS, at its
+ * egress): those that are bound to it or to its addresses, and those that no socket hook saw.
+ *
+ * What leaves by this device comes in by it, so one program sees both directions. A packet to a
+ * backend elsewhere leaves from here by that one's own route, and its answer is put back here: see
+ * send_to_self().
+ */
+#define AT_LOOPBACK 1
+#include "tc.c"
+
+/*
+ * A packet of this host to itself: the client's to a NodePort, or a backend's answer. The answer
+ * has come in where it leaves, and is looked for at that stage.
+ */
+static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
+{
+	enum shape shape;
+	int verdict;
+
+	/* What came by another device was put back there already. */
+	if (skb->ingress_ifindex || !read_addresses(skb, p))
+		return PASS;
+	shape = read_ports(skb, p);
+	if (shape == SHAPE_ICMP_ERROR) {
+		if (!conntrack_lookup(&p->flow))
+			p->flow.stage = STAGE_INGRESS;
+		return translate_error(skb, p);
+	}
+	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
+		return PASS;
+	if (loopback_flow_of_interest(&p->flow) && !is_new(skb, p, &verdict))
+		return verdict;
+	if (is_masquerade_port(p->flow.dport) && flow_of_interest(&p->flow.src, &p->flow.dst)) {
+		p->flow.stage = STAGE_INGRESS;
+		if (!is_new(skb, p, &verdict))
+			return verdict;
+		p->flow.stage = STAGE_EGRESS;
+	}
+	if (!port_of_interest(p->flow.dport) || !can_open(skb, p))
+		return PASS;
+	return begin_on_host(skb, p);
+}
+
+int to_loopback(struct __sk_buff *skb)
+{
+	struct packet *p = packet_of(STAGE_EGRESS);
+
+	return p ? carry_out(skb, p, reflect(skb, p)) : PASS;
+}

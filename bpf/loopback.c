@@ -38,6 +38,8 @@ static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 			return verdict;
 		p->flow.stage = STAGE_EGRESS;
 	}
+	if (p->proto != IPPROTO_TCP)
+		note_own(p);
 	if (!port_of_interest(p->flow.dport) || !can_open(skb, p))
 		return PASS;
 	return begin_on_host(skb, p);

@@ -457,14 +457,28 @@ static __always_inline struct service *service_of_host(const struct target *to)
 static __always_inline bool host_address(struct __sk_buff *skb, const struct packet *p,
 					 const struct backend *backend, struct inet_addr *node)
 {
+	const bool is_loopback = AT_LOOPBACK && addr_is_loopback(&p->flow.src);
 	struct bpf_fib_lookup fib;
-	enum way way = way_to(skb, &p->flow.src, &backend->addr, 0, &fib);
+	enum way way;
 
+	/* No route begins at ::1; so far @node is the unspecified address. */
+	way = way_to(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL) {
 		*node = backend->addr;
 		return true;
 	}
 	return leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, node);
+}
+
+/* Says if the sender takes only what comes by this device. */
+static __always_inline bool is_bound_to_device(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	return sk && sk->bound_dev_if;
 }
 
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
@@ -502,6 +516,8 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	new_entry(s, p, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
+	if (AT_LOOPBACK && is_bound_to_device(skb))
+		s->nat.flags |= NAT_BOUND;
 	/* With another address the client's port may be that of a socket to the same backend. */
 	is_fresh = !addr_equal(&p->flow.src, &node) || addr_equal(&backend->addr, &node) ||
 		   is_port_taken(&p->flow);
@@ -581,7 +597,12 @@ static __always_inline enum course course_of(const struct packet *p, struct nat 
  */
 static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 {
-#if !AT_LOOPBACK && (L3_OFFSET == ETH_HLEN || NODEPORTS_ON_LOOPBACK)
+#if AT_LOOPBACK
+	/* With the route that the packet has, it is not by this device for who is bound to it. */
+	if (nat->flags & NAT_BOUND)
+		return redirect_neigh(LOOPBACK_IFINDEX, NULL, 0, 0);
+	(void)skb;
+#elif L3_OFFSET == ETH_HLEN || NODEPORTS_ON_LOOPBACK
 	struct bpf_fib_lookup fib;
 	enum way way = way_to(skb, &nat->dst, &nat->src, 0, &fib);
 
@@ -737,7 +758,7 @@ static __always_inline void note_own(const struct packet *p)
 
 	if (!s || !port_of_interest(from.port))
 		return;
-	svc = find_service(&from, SCOPE_EXTERNAL);
+	svc = AT_LOOPBACK ? service_of_host(&from) : find_service(&from, SCOPE_EXTERNAL);
 	if (!svc || svc->flags & SERVICE_OWN)
 		return;
 	node = map_lookup(devices, &any);

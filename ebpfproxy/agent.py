@@ -30,6 +30,7 @@ from ebpfproxy.attaching import Attaching
 from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath import attach, maps, probe, roots
 from ebpfproxy.datapath.carry import carry_orders
+from ebpfproxy.datapath.devices import LOOPBACK
 from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.ports import shared_remark
@@ -399,6 +400,13 @@ class Agent:
 
     # -- what status shows
 
+    def _loopback_state(self) -> Iterable[state.DeviceState]:
+        if LOOPBACK in self._attaching.targets:
+            is_attached = LOOPBACK.ifindex in self._attaching.attached_devices
+            yield state.DeviceState(
+                LOOPBACK.ifindex, LOOPBACK.name, "loopback", "NodePorts answer on it", is_attached
+            )
+
     def _unbound(self) -> list[str]:
         servers = [f"{s.name}: {s.failure}" for s in self._servers if s.failure and s.port is None]
         failed = self._node_port_health.failed
@@ -451,9 +459,12 @@ class Agent:
                     *self._unbound(),
                 ),
                 devices=len(self._attaching.targets),
-                device_roles=tuple(
-                    state.DeviceState(d.ifindex, d.name, str(d.role), d.why, d.ifindex in attached)
-                    for d in self._devices.values()
+                device_roles=(
+                    *self._loopback_state(),
+                    *(
+                        state.DeviceState(d.ifindex, d.name, str(d.role), d.why, d.ifindex in attached)
+                        for d in self._devices.values()
+                    ),
                 ),
                 netns=netns_cookie(),
                 node_facts=self._node_facts,

@@ -12,7 +12,7 @@ from ebpfproxy.beside import Beside
 from ebpfproxy.datapath import attach, cleanup, programs
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target, device_attachments
-from ebpfproxy.datapath.hooks import GUARD, PACKETS, RAW_PACKETS, SOCKETS
+from ebpfproxy.datapath.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DeviceFlags
 from ebpfproxy.datapath.packets import PacketDevice, PacketPath
@@ -45,7 +45,7 @@ class Attaching:
         self._pins = pins
         self._features = features
         self._beside = beside
-        self._packets = PacketPath(maps, pins, tcx=features.tcx)
+        self._packets = PacketPath(maps, pins, tcx=features.tcx, loopback=options.node_ports_on_loopback)
         self._programs: Path | None = None
         self._loading = False
         self._next_try = 0.0
@@ -91,6 +91,7 @@ class Attaching:
             SOCKETS,
             PACKETS,
             *((GUARD,) if options.guard_node_ports else ()),
+            *((LOOPBACK,) if options.node_ports_on_loopback else ()),
             *((RAW_PACKETS,) if self._packets.needs_raw else ()),
         )
         try:

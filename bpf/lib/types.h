@@ -260,6 +260,7 @@ struct flow {
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
 #define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
 #define NAT_OWN	   (1 << 4) /* of no Service: nothing is translated */
+#define NAT_BOUND  (1 << 5) /* the client, of this host, is bound to the loopback device */
 
 /* nat.seen, of UDP and SCTP the first. What ends a connection both entries of a pair have. */
 #define SEEN_REPLY     (1 << 0)

@@ -18,7 +18,7 @@ from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
 from ebpfproxy.datapath.attach import attachments
 from ebpfproxy.datapath.conntrack import counters
-from ebpfproxy.datapath.devices import device_attachments, link_attachments
+from ebpfproxy.datapath.devices import device_attachments, directions_of, link_attachments
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
@@ -28,7 +28,6 @@ from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.roles import Role
 
 _SHOWN_DEVICES = 8
-_DIRECTIONS = ("ingress", "egress")
 _PODS = str(Role.LOCAL)
 #: A map is shown from this share of its places on.
 _FILLING = 0.75
@@ -122,13 +121,17 @@ def _problems(
         yield f"programs at sockets are missing: {' '.join(missing)}"
     if agent is not None and len(devices) < agent.devices:
         yield f"programs are at {len(devices)} of {agent.devices} devices"
-    if half := [d.device for d in devices if len(d.directions) < len(_DIRECTIONS)]:
+    if half := [d.device for d in devices if _is_half(d)]:
         yield f"programs are at one direction only of {' '.join(half)}"
     if agent is not None:
         yield from agent.problems
         for watch in agent.watches:
             if running and watch.state != State.CONNECTED:
                 yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no answer yet'}"
+
+
+def _is_half(device: DeviceStatus) -> bool:
+    return len(device.directions) < len(directions_of(device.ifindex))
 
 
 def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, ...]:
@@ -145,7 +148,7 @@ def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, 
     for each in device_attachments(pins) if is_here else link_attachments(pins):
         found.setdefault(each.ifindex, []).append(each.direction)
     if not found and not is_here:
-        found = {index: list(_DIRECTIONS) for index, device in recorded.items() if device.attached}
+        found = {index: list(directions_of(index)) for index, device in recorded.items() if device.attached}
     # The record holds those that lead to pods last: of many, some are not in it.
     unknown = state.DeviceState(0, "", _PODS if recorded else "", "", attached=False)
     return tuple(
@@ -244,7 +247,7 @@ def _device_line(status: Status) -> str:
 def _devices_table(devices: list[DeviceStatus]) -> Any:
     printed = table("device", "taken for", "because")
     for each in devices:
-        half = "" if len(each.directions) == len(_DIRECTIONS) else f" (HALF ATTACHED: {each.directions[0]})"
+        half = f" (HALF ATTACHED: {each.directions[0]})" if _is_half(each) else ""
         printed.add_row(each.device + half, each.role or "unknown", each.why)
     return printed
 

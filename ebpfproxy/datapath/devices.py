@@ -21,7 +21,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from ebpfproxy.datapath import bpf
 from ebpfproxy.datapath.attach import LINKS, pin_over
-from ebpfproxy.datapath.hooks import PACKET_HOOKS, RAW_PACKETS
+from ebpfproxy.datapath.hooks import LOOPBACK as LOOPBACK_PROGRAMS
+from ebpfproxy.datapath.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook
 
 #: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
 FILTER_PRIORITY = 3
@@ -40,6 +41,15 @@ class Target(NamedTuple):
     ifindex: int
     name: str
     raw: bool
+
+
+#: It has this index in every network namespace, and a program of its own, at egress only.
+LOOPBACK = Target(1, "lo", raw=False)
+
+
+def directions_of(ifindex: int) -> tuple[str, ...]:
+    """At which a device has a program where it is attached."""
+    return ("egress",) if ifindex == LOOPBACK.ifindex else _DIRECTIONS
 
 
 class DeviceAttachment(msgspec.Struct, frozen=True):
@@ -96,11 +106,13 @@ class DeviceAttacher:
         return changed, failed
 
     def _attach(self, target: Target, programs: Path) -> str:
-        suffix = RAW_PACKETS.suffix if target.raw else ""
+        usual = RAW_PACKETS if target.raw else PACKETS
+        module = LOOPBACK_PROGRAMS if target == LOOPBACK else usual
         did = []
         # Answers are translated before the first question is.
-        for hook, direction in reversed(list(zip(PACKET_HOOKS, _DIRECTIONS, strict=True))):
-            with _opened(programs / f"{hook.name}{suffix}") as program:
+        for hook in reversed(module.hooks):
+            direction = _direction(hook)
+            with _opened(programs / f"{hook.name}{module.suffix}") as program:
                 if self._tcx:
                     did.append(self._link(target, hook.attach_type, direction, program))
                 else:
@@ -126,6 +138,10 @@ class DeviceAttacher:
         if self._tcx:
             return _remove_links(self._links, wanted)
         return remove_filters(wanted)
+
+
+def _direction(hook: Hook) -> str:
+    return "ingress" if hook.attach_type == TCX_INGRESS else "egress"
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class NatFlags(enum.IntFlag):
     #: Of no Service (answers to this node's own flow, a host with an address of the Service network): nothing
     #: is translated, and there is no other half.
     OWN = 1 << 4
+    #: The client, of the host itself, is bound to the loopback device.
+    BOUND = 1 << 5
 
 
 class Seen(enum.IntFlag):

@@ -35,7 +35,7 @@ FORMER_HOOKS = ("post_bind4", "post_bind6")
 
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
-#: Of every device: ingress and egress.
+#: Of every device but the loopback: ingress and egress.
 PACKET_HOOKS = (
     Hook("from_device", TCX_INGRESS, bpf.PROG_SCHED_CLS),
     Hook("to_device", TCX_EGRESS, bpf.PROG_SCHED_CLS),
@@ -55,8 +55,6 @@ SOCKETS = Module("sock.c", SOCKET_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: For the loopback device, where NodePorts answer on it: what leaves by it comes in by it.
-LOOPBACK = Module(
-    "loopback.c", (Hook("to_loopback", TCX_EGRESS, bpf.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",)
-)
+LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, bpf.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.datapath.crc32c import zeros_tables
-from ebpfproxy.datapath.devices import DeviceAttacher, Target
+from ebpfproxy.datapath.devices import LOOPBACK, DeviceAttacher, Target
 from ebpfproxy.datapath.layout import U32
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DeviceFlags, pack_device, with_device_flags
@@ -32,13 +32,17 @@ class PacketDevice(NamedTuple):
 
 
 class PacketPath:
-    """The only writer of ``devices``, ``crc32c`` and, by ``cidrs``, of the CIDRs. One thread uses it."""
+    """The only writer of ``devices``, ``crc32c`` and, by ``cidrs``, of the CIDRs. One thread uses it.
 
-    def __init__(self, maps: MapSet, pins: Path, *, tcx: bool) -> None:
+    ``loopback``: NodePorts answer on the loopback device.
+    """
+
+    def __init__(self, maps: MapSet, pins: Path, *, tcx: bool, loopback: bool) -> None:
         self._devices = maps["devices"]
         self._cidrs = Cidrs(maps)
         self._attacher = DeviceAttacher(pins, tcx=tcx)
-        self._targets: tuple[Target, ...] = ()
+        self._loopback = (LOOPBACK,) if loopback else ()
+        self._targets: tuple[Target, ...] = self._loopback
         self._node = (b"", b"")
         self._mode = DeviceFlags(0)
         if maps["crc32c"].lookup(U32.pack(0)) != (tables := zeros_tables()):
@@ -67,7 +71,7 @@ class PacketPath:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         self._devices.bring(wanted)
-        self._targets = tuple(each.target for each in found)
+        self._targets = (*self._loopback, *(each.target for each in found))
 
     def set_mode(self, mode: DeviceFlags) -> None:
         """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins."""

@@ -17,6 +17,7 @@
 static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 {
 	enum shape shape;
+	bool is_asked;
 	int verdict;
 
 	/* What came by another device was put back there already. */
@@ -32,7 +33,10 @@ static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 		return PASS;
 	if (loopback_flow_of_interest(&p->flow) && !is_new(skb, p, &verdict))
 		return verdict;
-	if (is_masquerade_port(p->flow.dport) && flow_of_interest(&p->flow.src, &p->flow.dst)) {
+	is_asked = port_of_interest(p->flow.dport);
+	/* Answers come to a port that stands for the client, or to this host's own. */
+	if ((is_asked || is_masquerade_port(p->flow.dport)) &&
+	    flow_of_interest(&p->flow.src, &p->flow.dst)) {
 		p->flow.stage = STAGE_INGRESS;
 		if (!is_new(skb, p, &verdict))
 			return verdict;
@@ -40,7 +44,7 @@ static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 	}
 	if (p->proto != IPPROTO_TCP)
 		note_own(p);
-	if (!port_of_interest(p->flow.dport) || !can_open(skb, p))
+	if (!is_asked || !can_open(skb, p))
 		return PASS;
 	return begin_on_host(skb, p);
 }

@@ -685,17 +685,21 @@ static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p
 	}
 }
 
-/* An error to this host about a packet of its own. Unless it is a client's at the loopback, it goes
- * on where it came in: its source may be a router's.
+/*
+ * Hands on an error to this host about a packet of its own. Unless it is a client's at the
+ * loopback, it stays where it came in: its source may be a router's.
  */
 static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat *nat)
 {
+#if AT_LOOPBACK
+	return deliver(skb, nat);
+#else
 	struct bpf_fib_lookup fib;
 
-	if (!AT_LOOPBACK && NODEPORTS_ON_LOOPBACK &&
-	    way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_LOCAL)
+	if (NODEPORTS_ON_LOOPBACK && way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_LOCAL)
 		return send_to_self(skb);
 	return PASS;
+#endif
 }
 
 static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)

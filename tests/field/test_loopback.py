@@ -142,7 +142,10 @@ def _make(lab: Lab, *arguments: str) -> World:
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with Lab() as lab:
-        yield _make(lab)
+        made = _make(lab)
+        # A packet to a cluster IP leaves only where the default gateway has a link address.
+        assert lab.outside
+        yield made
 
 
 # -- sockets that are bound

@@ -14,7 +14,7 @@ import pytest
 
 from ebpfproxy.datapath import bpf, maps, probe, programs
 from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import GUARD, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
+from ebpfproxy.datapath.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 from ebpfproxy.datapath.schema import Capacity
 
@@ -50,7 +50,8 @@ def test_every_option_compiles_without_a_warning_and_loads(pins: Path, chosen: d
     """The loader compiles with -Wall -Wextra -Werror; for devices without a link layer, too."""
     options = msgspec.structs.replace(OPTIONS, **chosen)
     opened = maps.open_or_create(pins, Capacity())
-    assert programs.ensure_loaded(opened, options, (SOCKETS, GUARD, PACKETS, RAW_PACKETS)).is_dir()
+    modules = (SOCKETS, GUARD, PACKETS, RAW_PACKETS, LOOPBACK)
+    assert programs.ensure_loaded(opened, options, modules).is_dir()
 
 
 def changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:

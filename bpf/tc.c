@@ -102,7 +102,7 @@ static __always_inline void set_client(struct client *client, const struct packe
 
 	/* A pod of this node, and the node, is the same client in packets as at the socket. */
 	if (AT_LOOPBACK) {
-		set_namespace(client, HOST_NETNS_COOKIE);
+		set_namespace(client, CONSTANT(HOST_NETNS_COOKIE));
 	} else if (cookie) {
 		set_namespace(client, *cookie);
 	} else {

@@ -8,13 +8,24 @@ the host's own network.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import os
+import select
 import socket
+import struct
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from scapy.all import IPv6, raw
+from scapy.layers.inet import IP
+from scapy.layers.inet import UDP as UDP_LAYER
 
 from tests.e2e.world import World
 from tests.lab import Lab, manifests, servers
@@ -24,11 +35,18 @@ pytestmark = pytest.mark.root
 
 #: NodePorts by where the one backend is: TCP's; UDP's is the next.
 NODE_PORTS = {"w2": 30180, "w1": 30280, "host": 30380}
-EMPTY, CLOSED_HERE, CLOSED_IN_POD, AFFINE = 30480, 30580, 30680, 30780
+EMPTY, CLOSED_HERE, CLOSED_IN_POD, AFFINE, TUNNELLED = 30480, 30580, 30680, 30780, 30880
 #: Ways to be bound to the loopback: by its address, by its device.
 BY_ADDRESS, BY_DEVICE, BY_BOTH = (True, False), (False, True), (True, True)
 TCP, UDP, UDP_SENDTO = "tcp", "udp", "udp sendto"
 KINDS = (TCP, UDP, UDP_SENDTO)
+
+
+class BehindTun(NamedTuple):
+    """A backend that is reached through a device without a link layer."""
+
+    address: str = "10.99.0.2"
+    address6: str = "fd00:10:99::2"
 
 
 class Asked(NamedTuple):
@@ -103,7 +121,7 @@ def _documents(world: World) -> list[manifests.Document]:
     made: list[manifests.Document] = []
 
     def add(name: str, number: int, where: list[tuple[Any, str]], target: int = 0, **spec: Any) -> None:
-        node_port = {**NODE_PORTS, "empty": EMPTY, "closed-here": CLOSED_HERE}.get(name, number)
+        node_port = {**NODE_PORTS, "nobody": EMPTY, "closed-here": CLOSED_HERE}.get(name, number)
         ports = [
             {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": node_port},
             {"name": "udp", "port": 53, "protocol": "UDP", "nodePort": node_port + 1},
@@ -124,10 +142,11 @@ def _documents(world: World) -> list[manifests.Document]:
     add("w2", 0, [everywhere[1]])
     add("w1", 0, [everywhere[0]])
     add("host", 0, [everywhere[2]])
-    add("empty", 0, [])
+    add("nobody", 0, [])
     add("closed-here", 0, [everywhere[2]], 9)
     add("closed-in-pod", CLOSED_IN_POD, [everywhere[0]], 9)
     add("affine", AFFINE, everywhere, sessionAffinity="ClientIP")
+    add("tunnelled", TUNNELLED, [(BehindTun(), "node-b")])
     return made
 
 
@@ -216,6 +235,41 @@ def test_who_is_bound_and_who_is_not_is_one_client(world: World) -> None:
     bounds = [(False, False), BY_ADDRESS, BY_DEVICE]
     questions = [Asked(TCP, "127.0.0.1", AFFINE, bound) for bound in bounds * 4]
     assert len(set(world.a.call(_ask_all, questions))) == 1
+
+
+def _ask_behind_tun(host: str) -> str:
+    """The answer that the backend behind a tun device gives; the device is made here, and the backend's part played."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    flags = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
+    fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"tun7", flags))  # TUNSETIFF
+    for command in ("addr add 10.99.0.1/24", "addr add fd00:10:99::1/64 nodad"):
+        subprocess.run(["ip", *command.split(), "dev", "tun7"], check=True)
+    subprocess.run(["ip", "link", "set", "tun7", "up"], check=True)
+    kind = IPv6 if ":" in host else IP
+    deadline = time.monotonic() + 60
+    # Until the programs are on the new device, its answers are not translated.
+    while time.monotonic() < deadline:
+        with _socket(Asked(UDP_SENDTO, host, TUNNELLED + 1, BY_ADDRESS)) as sock:
+            sock.settimeout(0.2)
+            sock.sendto(b"?", (host, TUNNELLED + 1))
+            while select.select([tun], [], [], 0.2)[0]:
+                packet = kind(os.read(tun, 2048))
+                if UDP_LAYER in packet and packet[UDP_LAYER].dport == 8053:
+                    ports = UDP_LAYER(sport=8053, dport=packet[UDP_LAYER].sport)
+                    os.write(tun, raw(kind(src=packet.dst, dst=packet.src) / ports / b"tunnelled"))
+            with suppress(TimeoutError):
+                data, source = sock.recvfrom(64)
+                assert source[:2] == (host, TUNNELLED + 1)
+                return data.decode()
+    raise TimeoutError("no answer")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_backend_behind_a_device_without_a_link_layer(world: World, host: str) -> None:
+    """Answers that come without a link layer's header are put back at the loopback, which has one."""
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("this kernel has no tun device")
+    assert world.a.call(_ask_behind_tun, host, timeout=90) == "tunnelled"
 
 
 # -- nobody there

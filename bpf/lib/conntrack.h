@@ -18,6 +18,9 @@
  *	host           c -> f  at egress    n -> b
  *	  its reply    b -> n  at ingress   f -> c
  *
+ * That is also so at the loopback device, where c may be a loopback address. Where b is this host
+ * itself, n is b's address, and the reply is at ingress where it leaves, for there it comes in.
+ *
  * A pair's other half is always the reverse of what this half writes, at the other stage.
  *
  * With --bypass-netfilter a masqueraded flow needs one pair as well, both at ingress, and is

@@ -1,0 +1,191 @@
+"""The kernel's own NFS server and client in namespaces of a lab, without the daemons of nfs-utils.
+
+``python -m tests.field.nfs FOLDER`` is a client: it reads a JSON list a line, a method's name and its arguments,
+and answers with a JSON line. What it mounts is mounted for it alone, and is gone when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.lab.spaces import Space
+
+PORT = 2049
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+#: NFSEXP_INSECURE_PORT, NFSEXP_NOSUBTREECHECK, NFSEXP_FSID (include/uapi/linux/nfsd/export.h).
+_EXPORT_FLAGS = 0x2 | 0x400 | 0x2000
+_SECONDS = 3600
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def lacking() -> str:
+    """What this kernel lacks, or the empty string."""
+    known = Path("/proc/filesystems").read_text().split()
+    missing = [kind for kind in ("nfs4", "nfsd") if kind not in known]
+    return f"this kernel has no {' or '.join(missing)}: make test-kernel" if missing else ""
+
+
+def _mount(source: str, target: str, kind: str, flags: int = 0) -> None:
+    if _libc.mount(source.encode(), target.encode(), kind.encode(), flags, None):
+        raise OSError(ctypes.get_errno(), f"mount {source} at {target}")
+
+
+def _own_mounts() -> None:
+    """What this process mounts from here on is seen by it and its children alone."""
+    if _libc.unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare mounts")
+    _mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
+
+
+def _control(name: str, value: str) -> None:
+    Path("/proc/fs/nfsd", name).write_text(value)
+
+
+def _cache(name: str, *words: object) -> None:
+    """Answers a question of the kernel before it is asked, as rpc.mountd does after (nfsd's cache channels)."""
+    Path("/proc/net/rpc", name, "channel").write_text(" ".join(map(str, words)) + "\n")
+
+
+def _start(folder: str, clients: list[str]) -> None:
+    _own_mounts()
+    # It is the one of this process's network namespace.
+    _mount("nfsd", "/proc/fs/nfsd", "nfsd")
+    _control("versions", "-3 +4 +4.1 +4.2")
+    _control("portlist", f"tcp {PORT}")
+    _control("threads", "4")
+    # No client of an earlier life is waited for.
+    _control("v4_end_grace", "Y")
+    until = int(time.time()) + _SECONDS
+    for each in clients:
+        _cache("auth.unix.ip", "nfsd", each, until, "lab")
+    _cache("nfsd.export", "lab", folder, until, _EXPORT_FLAGS, 65534, 65534, 0)
+    # The root of NFSv4 is the export whose number (FSID_NUM, 1) is 0.
+    _cache("nfsd.fh", "lab", 1, r"\x00000000", until, folder)
+
+
+def _stop() -> None:
+    _own_mounts()
+    _mount("nfsd", "/proc/fs/nfsd", "nfsd")
+    _control("threads", "0")
+
+
+def start(space: Space, folder: Path, clients: Iterable[str]) -> None:
+    """Serves ``folder`` to ``clients`` (addresses) in a namespace, as the root of NFSv4.
+
+    Its threads are the kernel's: end them by :func:`stop`, or the namespace stays.
+    """
+    space.call(_start, str(folder), list(clients))
+
+
+def stop(space: Space) -> None:
+    space.call(_stop)
+
+
+class Client:
+    """A process that mounts, and works with files there. Its methods raise AssertionError with the error."""
+
+    def __init__(self, space: Space) -> None:
+        command = [sys.executable, "-m", "tests.field.nfs"]
+        self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _do(self, *command: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        self._process.stdin.flush()
+        good, value = json.loads(self._process.stdout.readline())
+        assert good, f"{command}: {value}"
+        return value
+
+    def mount(self, host: str, port: int = PORT) -> None:
+        self._do("mount", host, port)
+
+    def unmount(self) -> None:
+        self._do("unmount")
+
+    def write(self, name: str, text: str) -> None:
+        """The server has it when this returns."""
+        self._do("write", name, text)
+
+    def read(self, name: str) -> str:
+        return str(self._do("read", name))
+
+    def append(self, text: str) -> None:
+        """To one file, ``held``, which stays open from the first time on."""
+        self._do("append", text)
+
+
+class _Mounted:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: int | None = None
+
+    def mount(self, host: str, port: int) -> None:
+        source = f"[{host}]:/" if ":" in host else f"{host}:/"
+        proto = "tcp6" if ":" in host else "tcp"
+        options = f"vers=4.2,proto={proto},port={port},addr={host},soft,timeo=100,retrans=3,sec=sys"
+        # -i: without nfs-utils' mount.nfs4, which would find addr= itself.
+        _run("mount", "-i", "-t", "nfs4", "-o", options, source, str(self._folder))
+
+    def unmount(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+        _run("umount", str(self._folder))
+
+    def write(self, name: str, text: str) -> None:
+        with (self._folder / name).open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, name: str) -> str:
+        return (self._folder / name).read_text()
+
+    def append(self, text: str) -> None:
+        if self._held is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._held = os.open(self._folder / "held", flags, 0o644)
+        os.write(self._held, text.encode())
+        os.fsync(self._held)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{command} failed ({done.returncode}): {done.stderr}")
+
+
+def main() -> None:
+    _own_mounts()
+    with tempfile.TemporaryDirectory() as folder:
+        # The folder's own entry is this namespace's, whatever is below it elsewhere.
+        mounted = _Mounted(Path(folder))
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            try:
+                answer = [True, getattr(mounted, name)(*arguments)]
+            except OSError as error:
+                answer = [False, str(error)]
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

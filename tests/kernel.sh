@@ -1,12 +1,12 @@
 #!/bin/sh
-# Runs the BPF, socket and IPVS tests on Debian's own kernel (6.1), in an emulator: no KVM needed, half an hour.
+# Runs the BPF, socket, IPVS and NFS tests on Debian's own kernel (6.1), in an emulator: no KVM needed, half an hour.
 # Needs root, the virtual environment that make setup made, and about 3 GB below /tmp.
 # Arguments are pytest's; without any: what depends on the kernel.
 set -eu
 
 [ $# -gt 0 ] || set -- tests/datapath tests/packets tests/e2e/test_sockets.py tests/e2e/test_outside.py \
-	tests/migrate/test_ipvs_kernel.py \
-	-k "not sctp_through and (datapath or packets or sockets or safe or clsact or bypass or ipvs_kernel)"
+	tests/migrate/test_ipvs_kernel.py tests/field/test_nfs_kernel.py \
+	-k "not sctp_through and (datapath or packets or sockets or safe or clsact or bypass or ipvs_kernel or nfs_kernel)"
 tests=$(printf "'%s' " "$@")
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,14 +29,14 @@ mkdir -p "$top/.bytecode"
 (cd "$top" && git ls-files -z | tar -c --null -T - .venv .bytecode) | tar -x -C "$root$top"
 cat >"$root/run-tests" <<END
 #!/bin/sh
-export EBPFPROXY_LAB_SECONDS=300 PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export EBPFPROXY_LAB_SECONDS=300 EBPFPROXY_OWN_MACHINE=1 PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sys /sys
 mountpoint -q /run || mount -t tmpfs run /run
 case "$top" in /tmp/*) ;; *) mount -t tmpfs tmp /tmp ;; esac
 mount -t cgroup2 cgroup /sys/fs/cgroup
 ip link set lo up
-modprobe -a veth bridge sch_ingress cls_bpf ip_vs
+modprobe -a veth bridge sch_ingress cls_bpf ip_vs nfsv4 nfsd
 uname -r
 cd "$top"
 .venv/bin/python -m pytest -q --color=no -p no:cacheprovider --timeout 900 \

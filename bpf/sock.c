@@ -328,7 +328,7 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 	if (is_shared(cookie, *backend)) {
 		struct backend *only = *backend;
 
-		if (svc->affinity_seconds || !choose_other(cookie, svc, &backend_id, backend)) {
+		if (asks_who(svc) || !choose_other(cookie, svc, &backend_id, backend)) {
 			*backend = only;
 			if (packets_serve(ctx, svc, only)) {
 				note_clash(ctx, to);

@@ -1,7 +1,8 @@
 """The kernel's own NFS server and client in namespaces of a lab, without the daemons of nfs-utils.
 
-``python -m tests.field.nfs FOLDER`` is a client: it reads a JSON list a line, a method's name and its arguments,
-and answers with a JSON line. What it mounts is mounted for it alone, and is gone when it ends.
+``python -m tests.field.nfs`` is a client: it reads a JSON list a line, a method's name and its arguments, and
+answers with a JSON line. What it mounts is mounted for it alone, and is gone when it ends.
+``python -m tests.field.nfs FOLDER CLIENT...`` is a server, until it ends.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,9 +58,9 @@ def _cache(name: str, *words: object) -> None:
     Path("/proc/net/rpc", name, "channel").write_text(" ".join(map(str, words)) + "\n")
 
 
-def _start(folder: str, clients: list[str]) -> None:
+def _serve(folder: str, clients: list[str]) -> None:
     _own_mounts()
-    # It is the one of this process's network namespace.
+    # It is the one of this process's network namespace, and its threads end when nobody has it mounted.
     _mount("nfsd", "/proc/fs/nfsd", "nfsd")
     _control("versions", "-3 +4 +4.1 +4.2")
     # For that long a new server lets clients of an earlier life come first; 10 s is the least.
@@ -72,24 +74,16 @@ def _start(folder: str, clients: list[str]) -> None:
     _cache("nfsd.export", "lab", folder, until, _EXPORT_FLAGS, 65534, 65534, 0)
     # The root of NFSv4 is the export whose number (FSID_NUM, 1) is 0.
     _cache("nfsd.fh", "lab", 1, r"\x00000000", until, folder)
-
-
-def _stop() -> None:
-    _own_mounts()
-    _mount("nfsd", "/proc/fs/nfsd", "nfsd")
-    _control("threads", "0")
+    print("ready", flush=True)
+    signal.pause()
 
 
 def start(space: Space, folder: Path, clients: Iterable[str]) -> None:
-    """Serves ``folder`` to ``clients`` (addresses) in a namespace, as the root of NFSv4.
-
-    Its threads are the kernel's: end them by :func:`stop`, or the namespace stays.
-    """
-    space.call(_start, str(folder), list(clients))
-
-
-def stop(space: Space) -> None:
-    space.call(_stop)
+    """Serves ``folder`` to ``clients`` (addresses) as the root of NFSv4 until the lab ends."""
+    command = [sys.executable, "-m", "tests.field.nfs", str(folder), *clients]
+    process = space.popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
 
 
 class Client:
@@ -174,7 +168,7 @@ def _run(*command: str) -> None:
         raise OSError(f"{command} failed ({done.returncode}): {done.stderr}")
 
 
-def main() -> None:
+def _main() -> None:
     _own_mounts()
     with tempfile.TemporaryDirectory() as folder:
         # The folder's own entry is this namespace's, whatever is below it elsewhere.
@@ -189,4 +183,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        _serve(sys.argv[1], sys.argv[2:])
+    else:
+        _main()

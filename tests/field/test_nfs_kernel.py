@@ -41,12 +41,13 @@ class World:
         b = lab.node("node-b")
         self.w1, self.w2 = self.a.pod("w1"), b.pod("w2")
         self.mounter: Pod = self.a.pod("mounter")
-        self.servers: tuple[Space, ...] = (self.w1, self.w2, self.a)
+        # The node's gateway: packets to a cluster IP leave by its route before they are translated.
+        lab.outside.call(int)
         self.folder: Path = lab.folder / "export"
         self.folder.mkdir()
         clients = [self.mounter.address, self.mounter.address6]
         clients += [self.a.address, self.a.address6, "10.244.1.1", "fd00:10:244:1::1"]
-        for each in self.servers:
+        for each in (self.w1, self.w2, self.a):
             nfs.start(each, self.folder, clients)
         self._manifests = lab.folder / "manifests"
         self.serve(self.w1)
@@ -94,20 +95,11 @@ def _connections(server: Space) -> int:
     return len(said.splitlines())
 
 
-def _world(lab: Lab, *arguments: str) -> Iterator[World]:
-    world = World(lab, *arguments)
-    try:
-        yield world
-    finally:
-        for each in world.servers:
-            nfs.stop(each)
-
-
 @pytest.fixture(scope="module")
 def packets() -> Iterator[World]:
     """The kernel's workers, which make its sockets, are in the root cgroup, outside of the lab's."""
     with Lab() as lab:
-        yield from _world(lab)
+        yield World(lab)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +108,7 @@ def sockets() -> Iterator[World]:
     if "EBPFPROXY_OWN_MACHINE" not in os.environ:
         pytest.skip("would serve the root cgroup of this machine: make test-kernel")
     with Lab() as lab:
-        yield from _world(lab, "--cgroup-root", str(find_cgroup_root()))
+        yield World(lab, "--cgroup-root", str(find_cgroup_root()))
 
 
 def _replaced_under(world: World, client: nfs.Client, host: str, port: int = nfs.PORT) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.roots import find_cgroup_root
 from tests.field import nfs
-from tests.lab import Lab, LabNode, Pod, manifests
+from tests.lab import Lab, LabNode, Outside, Pod, manifests
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
@@ -42,7 +42,7 @@ class World:
         self.w1, self.w2 = self.a.pod("w1"), b.pod("w2")
         self.mounter: Pod = self.a.pod("mounter")
         # The node's gateway: packets to a cluster IP leave by its route before they are translated.
-        lab.outside.call(int)
+        self.outside: Outside = lab.outside
         self.folder: Path = lab.folder / "export"
         self.folder.mkdir()
         clients = [self.mounter.address, self.mounter.address6]

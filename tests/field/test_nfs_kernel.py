@@ -116,10 +116,12 @@ def _replaced_under(world: World, client: nfs.Client, host: str, port: int = nfs
     world.serve(world.w1)
     until(lambda: world.chosen(world.w1), "w1 serves")
     (world.folder / "held").unlink(missing_ok=True)
+    # A server that has gone from the Service may not hear of it: it keeps its half of a connection.
+    before = _connections(world.w1)
     client.mount(host, port)
     world.works(client)
     client.append("one ")
-    assert (_connections(world.w1), _connections(world.w2)) == (1, 0)
+    assert (_connections(world.w1), _connections(world.w2)) == (before + 1, 0)
 
     world.serve(world.w2)
     until(lambda: world.chosen(world.w2), "w2 serves")
@@ -127,7 +129,7 @@ def _replaced_under(world: World, client: nfs.Client, host: str, port: int = nfs
     client.append("two")
     world.works(client)
     assert (world.folder / "held").read_text() == "one two"
-    assert (_connections(world.w1), _connections(world.w2)) == (0, 1)
+    assert _connections(world.w2) == 1
 
 
 def _reached(world: World, client: nfs.Client) -> bool:
@@ -194,4 +196,4 @@ def test_a_node_mounts_its_own_node_port_and_a_server_on_its_own_network(sockets
 
 def _on_itself(world: World, client: nfs.Client) -> bool:
     world.works(client)
-    return (_connections(world.w2), _connections(world.a)) == (0, 1)
+    return _connections(world.a) == 1

@@ -7,11 +7,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 
 from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.roots import find_cgroup_root
 from tests.field import nfs
 from tests.lab import Lab, LabNode, Outside, Pod, manifests
@@ -72,7 +74,11 @@ class World:
 
     def records(self) -> int:
         """Sockets that are known to have been translated."""
-        return open_maps(self.a.bpf_root)["sock_origin"].count()
+        return self._maps["sock_origin"].count()
+
+    @cached_property
+    def _maps(self) -> MapSet:
+        return open_maps(self.a.bpf_root)
 
     def chosen(self, server: Pod | LabNode) -> bool:
         """Says if new connections go to this server."""

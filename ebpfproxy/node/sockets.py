@@ -138,7 +138,7 @@ def sockets_in(
         for family, name in _names(diag, protocol, peers):
             (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
             if cookie in cookies:
-                found[cookie] = _connected(family, protocol, name, is_here=namespace == OWN)
+                found[cookie] = _connected(family, protocol, name, namespace)
     return found
 
 

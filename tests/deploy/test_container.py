@@ -137,7 +137,7 @@ def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> N
     world = loaded.world
     world.lab.outside  # noqa: B018 - made when asked for
     compiled = pins(loaded)
-    assert len(compiled) == 11
+    assert len(compiled) == 12
     agent = loaded.container("ebpfproxy")
     with loaded.running(agent) as log:
         assert pins(loaded) == compiled, "the init container's programs are used"

@@ -424,7 +424,7 @@ def test_the_loopback_has_one_program_which_status_shows(world: World) -> None:
     before = _flows(world)
     assert world.a.call(_ask, Asked(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
     assert world.a.call(_ask, Asked(UDP_SENDTO, "::1", 8053, BY_ADDRESS)) == "host"
-    assert _flows(world) == before
+    assert _flows(world) <= before
 
 
 def test_without_node_ports_on_the_loopback_nothing_is_there(world: World) -> None:

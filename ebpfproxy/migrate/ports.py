@@ -16,10 +16,14 @@ from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.migrate.flows import Flow
 from ebpfproxy.services.values import parse_address
 
+_OLDER = 60 * 1_000_000_000
+
 
 def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
     """For all that are masqueraded with a port between these two; how many there are."""
     now = time.monotonic_ns()
+    # They are not known to be over soon: they have the time-out of flows that go on.
+    created = max(0, now - _OLDER)
     entries = {}
     for each in flows:
         if each.seen_as == each.client or not ports[0] <= each.seen_as[1] <= ports[1]:
@@ -30,6 +34,6 @@ def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
         ends = (backend, node, each.answering[1], each.seen_as[1])
         key = pack_flow(Tuple(*ends, each.protocol, egress=False))
         flags = NatFlags.REPLY | NatFlags.SOURCE
-        entries[key] = pack_nat(Nat(*ends, 0, 0, flags, Seen.REPLY, now, now))
+        entries[key] = pack_nat(Nat(*ends, 0, 0, flags, Seen.REPLY, now, created))
     maps["conntrack"].update_many(entries)
     return len(entries)

@@ -28,7 +28,7 @@ static __always_inline bool is_mptcp(u32 protocol)
 	return HAVE_MPTCP && protocol == IPPROTO_MPTCP;
 }
 
-/* Of an MPTCP socket the cookie of the subflow that asked for a Service; 0 where none did. */
+/* Returns the cookie of the subflow of an MPTCP socket that asked for a Service; 0 if none did. */
 static __always_inline u64 subflow_cookie(u64 mptcp_socket)
 {
 	u64 *subflow = map_lookup(mptcp_subflows, &mptcp_socket);

@@ -18,8 +18,8 @@
  *	host           c -> f  at egress    n -> b
  *	  its reply    b -> n  at ingress   f -> c
  *
- * That is also so at the loopback device, where c may be a loopback address. Where b is this host
- * itself, n is b's address, and the reply is at ingress where it leaves, for there it comes in.
+ * The loopback device has the same pair, and c may be a loopback address. If b is this host itself,
+ * n is b's address, and the reply is looked up as at ingress when it leaves: it comes in there.
  *
  * A pair's other half is always the reverse of what this half writes, at the other stage.
  *

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -159,7 +160,9 @@ def _read(path: Path) -> dict[str, Program] | None:
         if hashlib.sha256(programs).digest() != digest:
             log.warning("a file of compiled programs is damaged: compiling again", file=str(path))
             return None
-        os.utime(path)
+        # A file that was made with an image may be where nothing can be changed.
+        with suppress(OSError):
+            os.utime(path)
         return msgspec.msgpack.decode(programs, type=dict[str, Program])
     except FileNotFoundError:
         return None
@@ -173,8 +176,13 @@ def _write(path: Path, programs: dict[str, Program]) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as made:
-            made.write(hashlib.sha256(content).digest() + content)
-        Path(made.name).replace(path)
+            try:
+                made.write(hashlib.sha256(content).digest() + content)
+                made.flush()
+                Path(made.name).replace(path)
+            except OSError:
+                Path(made.name).unlink()
+                raise
         files = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
         for each in files[_KEPT_FILES:]:
             each.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from pathlib import Path
 
@@ -94,6 +95,27 @@ def test_a_folder_that_cannot_be_written_to_is_no_reason_to_stop(
     (tmp_path / "file").touch()
     monkeypatch.setattr(bytecode, "CACHE", tmp_path / "file" / "cache")
     assert bytecode.get(recipe)["counted"].maps
+
+
+def test_a_file_whose_time_cannot_be_set_is_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be part of an image whose root is read-only."""
+
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    made = bytecode.get(recipe)
+    no_compiler(monkeypatch)
+    monkeypatch.setattr("os.utime", read_only)
+    assert bytecode.get(recipe) == made
+
+
+def test_a_full_disk_leaves_no_half_file(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert bytecode.get(recipe)["counted"].maps
+    assert not list(bytecode.CACHE.iterdir())
 
 
 def test_files_used_last_stay(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

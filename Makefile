@@ -9,7 +9,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-newest test-kernel test-image bench lint format setup lock clean
+.PHONY: demo test test-newest test-kernel test-image test-cluster bench lint format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tests.demo
@@ -29,6 +29,10 @@ test-kernel: setup
 # The container image, from the Dockerfile's steps in a clean Debian; the unit in a systemd of its own.
 test-image: setup
 	$(PYTHON) -m pytest -m 'image or systemd' tests/deploy
+
+# A cluster of two nodes on this machine, of the binaries in the folder KUBE_BIN, and the Kubernetes e2e suite in it.
+test-cluster: setup
+	$(PYTHON) -m pytest -m cluster -v tests/cluster
 
 bench: setup
 	$(PYTHON) -m tests.bench --json bench.json

@@ -1,0 +1,44 @@
+"""The folder that ``KUBE_BIN`` names: the binaries of one Kubernetes version, and what they say of themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+#: Without any of these there is no cluster.
+REQUIRED = (
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubeadm",
+    "kubectl",
+    "kubelet",
+)
+#: Each of these is needed by some of the tests, which are skipped without it.
+OPTIONAL = ("agnhost", "e2e.test", "helm", "kube-proxy")
+
+KUBE_BIN = Path(os.environ.get("KUBE_BIN", "/nonexistent"))
+
+
+def missing() -> list[str]:
+    """The required binaries that ``KUBE_BIN`` does not hold."""
+    return [name for name in REQUIRED if not (KUBE_BIN / name).is_file()]
+
+
+def has(name: str) -> bool:
+    return (KUBE_BIN / name).is_file()
+
+
+def kubernetes_version() -> str:
+    """The version of kubeadm, such as ``v1.36.2``; the images that kubeadm asks for carry it."""
+    said = subprocess.run(
+        [str(KUBE_BIN / "kubeadm"), "version", "-o", "short"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    if not re.fullmatch(r"v\d+\.\d+\.\d+.*", said):
+        raise RuntimeError(
+            f"kubeadm in {KUBE_BIN} says it is {said!r}; kubeadm init needs a version like v1.36.0"
+        )
+    return said

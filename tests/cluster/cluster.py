@@ -1,0 +1,276 @@
+"""A cluster of two nodes, made with kubeadm, for as long as a ``with`` lasts.
+
+    with Cluster(folder) as cluster:
+        cluster.up()
+        print(cluster.kubectl("get", "nodes"))
+
+Mounts and namespaces are those of this process (:func:`own_mounts`), so the kernel removes them with it; cgroups are
+removed at the end, or by the next run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.cluster import binaries, images, kubeadm, stores
+from tests.cluster.machine import Machine
+from tests.cluster.network import Network, internal_ips
+from tests.lab.spaces import Space
+
+Object = dict[str, Any]
+
+_CLONE_NEWNS = 0x00020000
+_TOP = Path(__file__).parents[2]
+_RUNTIME = f"unix://{kubeadm.SOCKET}"
+_counter = iter(range(1_000_000))
+
+
+def own_mounts() -> None:
+    """Gives this process mounts of its own: what it mounts, and names of network namespaces, end with it.
+
+    /run/netns is a tmpfs of its own, so nothing of this run is seen by others, nor theirs by it.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    Path("/run/netns").mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "netns", "/run/netns"], check=True)
+
+
+def until(condition: Callable[[], object], what: str, timeout: float = 120, every: float = 0.3) -> None:
+    """Raises TimeoutError, which says ``what`` did not come true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout} s: {what}")
+        time.sleep(every)
+
+
+class Node(Machine):
+    """A machine with containerd and a kubelet."""
+
+    number: int
+
+    def start_containerd(self) -> None:
+        self.popen(["containerd", "-c", "/etc/containerd/config.toml"], log=self.folder / "containerd.log")
+        until(lambda: self.ctr("version", check=False), f"containerd of {self.name} answers")
+
+    def load(self, archive: Path) -> None:
+        """An image from a file."""
+        self.ctr("images", "import", f"/opt/images/{archive.name}")
+
+    def ctr(self, *arguments: str, check: bool = True) -> str:
+        command = ["ctr", "-a", kubeadm.SOCKET, "-n", "k8s.io", *arguments]
+        return self.run(command, check=check, timeout=300)
+
+    def start_kubelet(self) -> subprocess.Popen[Any]:
+        return self.popen(["sh", "-c", kubeadm.KUBELET_SERVICE], log=self.folder / "kubelet.log")
+
+    def write(self, path: str, text: str) -> None:
+        place = self.path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+
+class Cluster:
+    """``tunnel``: pods of other nodes are reached by VXLAN instead of routes. ``with_cni``: when nodes come up."""
+
+    def __init__(self, folder: Path, *, tunnel: bool = False, count: int = 2) -> None:
+        self.folder = folder
+        self.network = Network(f"ec{os.getpid()}x{next(_counter)}")
+        self.nodes: list[Node] = []
+        self._tunnel = tunnel
+        self._count = count
+        self._stack = ExitStack()
+        self.kubeconfig = folder / "admin.conf"
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    # -- coming up
+
+    def up(self, *, proxy: bool = False, cni: bool = True, mode: str = "nftables") -> Cluster:
+        """``proxy``: with kube-proxy, as kubeadm installs it, in ``mode``. ``cni``: the nodes' networks, too."""
+        self.boot()
+        self.init(proxy=proxy, mode=mode)
+        self.join()
+        if cni:
+            self.install_cni()
+            self.wait_for_nodes()
+        self.start_dns()
+        return self
+
+    def boot(self) -> None:
+        """Nodes with containerd; nothing of Kubernetes runs yet."""
+        store = images.store()
+        self._stack.callback(self.network.remove)
+        self.network.make()
+        for number in range(1, self._count + 1):
+            self.network.add_node(number)
+            name = f"node-{number}"
+            shown = {
+                binaries.KUBE_BIN: "/opt/kube",
+                Path(__file__).parent: "/opt/cluster",
+                images.KEPT: "/opt/images",
+                _TOP: "/opt/checkout",
+            }
+            netns = self.network.netns(number)
+            node = Node(name, netns, self.folder / name, f"{self.network.prefix}-{name}", shown)
+            self._stack.callback(node.remove)
+            node.number = number
+            self.nodes.append(node)
+            stores.lend(store, node.folder / "disk/var/lib/containerd")
+            self.boot_node(node)
+
+    def boot_node(self, node: Node, bpffs: Path | None = None) -> None:
+        """At the first boot, and after :meth:`Machine.power_off`. The disk has the images already."""
+        node.boot(bpffs)
+        hosts = [f"{internal_ips(number)[0]} node-{number}" for number in range(1, self._count + 1)]
+        node.write("/etc/hosts", "\n".join(["127.0.0.1 localhost", "::1 localhost", *hosts, ""]))
+        node.write("/etc/resolv.conf", "nameserver 192.0.2.53\n")
+        node.write("/etc/containerd/config.toml", kubeadm.CONTAINERD)
+        node.start_containerd()
+
+    def init(self, *, proxy: bool, mode: str = "nftables") -> None:
+        """``kubeadm init`` on the first node, without CoreDNS and, as a rule, without kube-proxy."""
+        first = self.nodes[0]
+        self.start_etcd()
+        first.write("/etc/kubernetes/audit.yaml", kubeadm.AUDIT_POLICY)
+        first.write("/etc/kubernetes/init.yaml", kubeadm.init(binaries.kubernetes_version(), proxy_mode=mode))
+        first.start_kubelet()
+        skipped = ["addon/coredns", *([] if proxy else ["addon/kube-proxy"])]
+        first.run(
+            [
+                "/opt/kube/kubeadm",
+                "init",
+                "--config=/etc/kubernetes/init.yaml",
+                f"--skip-phases={','.join(skipped)}",
+            ],
+            timeout=300,
+        )
+        self.kubeconfig.write_text(first.path("/etc/kubernetes/admin.conf").read_text())
+        # kubectl checks what it sends by the API server's schema, which comes a moment after the server.
+        check = ["kubectl", "apply", "--server-side", "--dry-run=server", "-f", "-"]
+        until(lambda: self.succeeds(*check, stdin=kubeadm.DNS), "kubectl can check objects")
+
+    def start_etcd(self) -> None:
+        first = self.nodes[0]
+        client, peer = "http://127.0.0.1:2379", "http://127.0.0.1:2380"
+        first.popen(
+            [
+                "/opt/kube/etcd",
+                "--data-dir=/var/lib/kubelet/etcd",
+                f"--listen-client-urls={client}",
+                f"--advertise-client-urls={client}",
+                f"--listen-peer-urls={peer}",
+                "--unsafe-no-fsync",
+            ],
+            log=self.folder / "etcd.log",
+        )
+
+    def join(self) -> None:
+        """``kubeadm join`` on all other nodes."""
+        for node in self.nodes[1:]:
+            node.write("/etc/kubernetes/join.yaml", kubeadm.join(node.number))
+            node.start_kubelet()
+            node.run(["/opt/kube/kubeadm", "join", "--config=/etc/kubernetes/join.yaml"], timeout=300)
+
+    def install_cni(self) -> None:
+        if self._tunnel:
+            self.network.tunnel_pods()
+        else:
+            self.network.route_pods()
+        for node in self.nodes:
+            self.configure_cni(node)
+
+    def configure_cni(self, node: Node) -> None:
+        node.write("/etc/cni/net.d/10-pods.conflist", kubeadm.cni(node.number, tunnel=self._tunnel))
+
+    def wait_for_nodes(self) -> None:
+        """Until all are Ready."""
+        self.kubectl("wait", "--for=condition=Ready", "node", "--all", "--timeout=120s")
+
+    def start_dns(self) -> None:
+        self.apply(kubeadm.DNS)
+        first = self.nodes[0]
+        address = internal_ips(1)[0]
+        python = Path(sys.prefix).resolve().relative_to(_TOP) / "bin/python"
+        command = [f"/opt/checkout/{python}", "-m", "tests.cluster.dns", "/opt/kube/kubectl"]
+        first.popen(
+            ["env", "-C", "/opt/checkout", *command, "/etc/kubernetes/admin.conf", address],
+            log=self.folder / "dns.log",
+        )
+
+    # -- what is asked of it
+
+    @property
+    def outside(self) -> Space:
+        """The host outside, which has no agent and is no node."""
+        return self.network.space()
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 180) -> str:
+        """From outside, as an administrator. Raises RuntimeError with what kubectl said."""
+        return self.tool("kubectl", *arguments, stdin=stdin, timeout=timeout)
+
+    def tool(
+        self, name: str, *arguments: str, stdin: str | None = None, timeout: float = 180, check: bool = True
+    ) -> str:
+        """A binary of ``KUBE_BIN``, with the cluster's kubeconfig, from outside. Returns its output and errors."""
+        return self.command(
+            [str(binaries.KUBE_BIN / name), *arguments], stdin=stdin, timeout=timeout, check=check
+        )
+
+    def ebpfproxy(self, *arguments: str, timeout: float = 300, check: bool = True) -> str:
+        """The operator's commands of this checkout."""
+        return self.command([sys.executable, "-m", "ebpfproxy", *arguments], timeout=timeout, check=check)
+
+    def command(
+        self, command: list[str], *, stdin: str | None = None, timeout: float = 180, check: bool = True
+    ) -> str:
+        done = subprocess.run(
+            ["nsenter", f"--net=/run/netns/{self.network.outside}", *command],
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if check is False else subprocess.PIPE,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}): {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def succeeds(self, name: str, *arguments: str, stdin: str | None = None) -> bool:
+        try:
+            self.tool(name, *arguments, stdin=stdin)
+        except RuntimeError:
+            return False
+        return True
+
+    def apply(self, text: str) -> None:
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
+
+    def get(self, *arguments: str) -> Object:
+        found: Object = json.loads(self.kubectl("get", "-o", "json", *arguments))
+        return found
+
+    def agent_pods(self) -> dict[str, str]:
+        """Names of the agents' pods by their nodes."""
+        items = self.get("-n", "kube-system", "pods", "-l", "k8s-app=ebpfproxy")["items"]
+        return {item["spec"]["nodeName"]: item["metadata"]["name"] for item in items}

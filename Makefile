@@ -32,7 +32,7 @@ test-image: setup
 
 # A cluster of two nodes on this machine, of the binaries in the folder KUBE_BIN, and the Kubernetes e2e suite in it.
 test-cluster: setup
-	$(PYTHON) -m pytest -m cluster -v tests/cluster
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v tests/cluster
 
 bench: setup
 	$(PYTHON) -m tests.bench --json bench.json

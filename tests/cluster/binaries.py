@@ -42,3 +42,19 @@ def kubernetes_version() -> str:
             f"kubeadm in {KUBE_BIN} says it is {said!r}; kubeadm init needs a version like v1.36.0"
         )
     return said
+
+
+def versions() -> dict[str, str]:
+    """What the machine and its programs call themselves, by what they are."""
+    found = {"Kubernetes": kubernetes_version(), "Linux": os.uname().release}
+    for name, command in {"containerd": "containerd --version", "runc": "runc --version"}.items():
+        said = subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
+        match = re.search(r"\d+\.\d+\.\d+\S*", said)
+        found[name] = match[0] if match else "unknown"
+    found["CNI plugins"] = _package("containernetworking-plugins")
+    return found
+
+
+def _package(name: str) -> str:
+    command = ["dpkg-query", "-W", "-f", "${Version}", name]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

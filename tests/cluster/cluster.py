@@ -216,6 +216,33 @@ class Cluster:
             log=self.folder / "dns.log",
         )
 
+    # -- service proxies
+
+    def install_kube_proxy(self) -> None:
+        """kubeadm's DaemonSet and ConfigMap, in the mode that :meth:`init` was told."""
+        command = [
+            "/opt/kube/kubeadm",
+            "init",
+            "phase",
+            "addon",
+            "kube-proxy",
+            "--config=/etc/kubernetes/init.yaml",
+        ]
+        self.nodes[0].run(command)
+        self.kubectl("-n", "kube-system", "rollout", "status", "daemonset/kube-proxy", "--timeout=120s")
+
+    def remove_kube_proxy(self) -> None:
+        """As kubeadm's documentation says: the objects, then what it left on the nodes."""
+        self.kubectl("-n", "kube-system", "delete", "daemonset/kube-proxy", "configmap/kube-proxy", "--wait")
+        for node in self.nodes:
+            node.run(["/opt/kube/kube-proxy", "--cleanup"])
+
+    def install_agent(self, image: str = images.AGENT) -> str:
+        return self.ebpfproxy("install", "--image", image)
+
+    def uninstall_agent(self) -> str:
+        return self.ebpfproxy("uninstall", "--cleanup", "--force")
+
     # -- what is asked of it
 
     @property

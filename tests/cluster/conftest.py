@@ -4,20 +4,55 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
+from tests.cluster.report import Report
+
+_REPORT = pytest.StashKey[Report]()
+_PAGE = "EBPFPROXY_TESTED"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_REPORT] = Report()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keeps the sentence of every test that ran in a cluster."""
+    made = yield
+    sentence = (getattr(item, "obj", None).__doc__ or "").split("\n\n")[0]
+    if call.when == "call" and item.get_closest_marker("cluster") and sentence:
+        kept = item.config.stash[_REPORT].sentences
+        kept.append((item.nodeid.split("::")[0], " ".join(sentence.split()), made.outcome, call.duration))
+    return made
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the page that the environment names, where clusters were made."""
+    found = session.config.stash[_REPORT]
+    if _PAGE in os.environ and found.versions:
+        Path(os.environ[_PAGE]).write_text(found.page(date.today()))
 
 
 @pytest.fixture(scope="session")
-def _mounts() -> None:
+def report(pytestconfig: pytest.Config) -> Report:
+    return pytestconfig.stash[_REPORT]
+
+
+@pytest.fixture(scope="session")
+def _mounts(report: Report) -> None:
     lacking = binaries.missing()
     if lacking:
         pytest.skip(f"KUBE_BIN ({binaries.KUBE_BIN}) has no {', '.join(lacking)}")
+    report.versions |= binaries.versions()
     own_mounts()
 
 

@@ -67,6 +67,7 @@ nodeRegistration:
   taints: []
   kubeletExtraArgs:
   - {{name: node-ip, value: "{ips}"}}
+  - {{name: node-labels, value: "topology.kubernetes.io/zone=zone-{number}"}}
 """
 
 

@@ -1,0 +1,32 @@
+"""The page that a run writes."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from tests.cluster.e2e import Outcome, Result
+from tests.cluster.report import Report
+
+
+def result(outcome: Outcome) -> Result:
+    return Result(outcome, 1.0, "")
+
+
+def test_the_page_has_a_row_for_a_group_and_for_every_failure() -> None:
+    one, other = "[sig-network] Services should work", "[sig-network] Conntrack should | work"
+    report = Report({"Kubernetes": "v1.36.2"})
+    report.e2e["kube-proxy"] = {one: result(Outcome.PASSED), other: result(Outcome.PASSED)}
+    report.e2e["ebpfproxy"] = {one: result(Outcome.PASSED), other: result(Outcome.FAILED)}
+    report.sentences.append(("tests.cluster.test_life", "A node reboots.", "passed", 41.7))
+    lines = report.page(date(2026, 11, 27)).splitlines()
+    assert "| Kubernetes | v1.36.2 |" in lines
+    assert "| Services | 1 of 1 | 1 of 1 |" in lines
+    assert "| **all** | 2 of 2 | 1 of 2 |" in lines
+    assert r"| Conntrack should \| work | passed | failed |" in lines
+    assert "| A node reboots. | passed | 42 s |" in lines
+
+
+def test_what_did_not_run_is_not_counted() -> None:
+    report = Report()
+    report.e2e["ebpfproxy"] = {"[sig-network] Services of SCTP": result(Outcome.SKIPPED)}
+    assert "| **all** | 0 of 0 |" in report.page(date(2026, 11, 27)).splitlines()

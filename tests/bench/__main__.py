@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from tests.bench import agent, choice, outside, sockets
+from tests.bench import agent, choice, outside, real, sockets
 from tests.bench.results import Result, save, show
 
 PARTS = ("agent", "choice", "sockets", "outside")
@@ -23,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, list[Result]] = {}
     if "agent" in options.only:
-        results["agent"] = agent.run()
+        results["agent"] = agent.run() + real.run()
         show("The agent", results["agent"])
     if "choice" in options.only:
         results["choice"] = choice.run(options.rounds * 3)
@@ -34,9 +33,6 @@ def main() -> None:
     if "outside" in options.only:
         results["outside"] = outside.run(options.seconds, max(1, options.rounds // 2))
         show("From outside through a NodePort, against the pod reached by route", results["outside"])
-    named = os.environ.get("KUBE_PROXY")
-    reason = "this benchmark cannot run it yet" if named else "KUBE_PROXY names no binary"
-    print(f"kube-proxy: not measured, {reason}")
     if options.json:
         save(options.json, results)
         print(f"written to {options.json}")

@@ -209,8 +209,7 @@ class Cluster:
         self.apply(kubeadm.DNS)
         first = self.nodes[0]
         address = internal_ips(1)[0]
-        python = Path(sys.prefix).resolve().relative_to(_TOP) / "bin/python"
-        command = [f"/opt/checkout/{python}", "-m", "tests.cluster.dns", "/opt/kube/kubectl"]
+        command = [self.python, "-m", "tests.cluster.dns", "/opt/kube/kubectl"]
         first.popen(
             ["env", "-C", "/opt/checkout", *command, "/etc/kubernetes/admin.conf", address],
             log=self.folder / "dns.log",
@@ -244,6 +243,11 @@ class Cluster:
         return self.ebpfproxy("uninstall", "--cleanup", "--force")
 
     # -- what is asked of it
+
+    @property
+    def python(self) -> str:
+        """This process's Python, as nodes see it."""
+        return f"/opt/checkout/{Path(sys.prefix).resolve().relative_to(_TOP)}/bin/python"
 
     @property
     def outside(self) -> Space:

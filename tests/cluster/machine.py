@@ -99,13 +99,11 @@ class Machine:
     def pid(self) -> int:
         """The first process of the node, as this machine numbers it."""
         assert self._init is not None
-        for task in (self._init.pid, *_children(self._init.pid)):
-            children = _children(task)
-            if Path(f"/proc/{task}/ns/pid").readlink() != Path("/proc/self/ns/pid").readlink():
+        own = Path("/proc/self/ns/pid").readlink()
+        # nsenter becomes unshare, whose child is the first.
+        for task in children(self._init.pid):
+            if Path(f"/proc/{task}/ns/pid").readlink() != own:
                 return task
-            for child in children:
-                if Path(f"/proc/{child}/ns/pid").readlink() != Path("/proc/self/ns/pid").readlink():
-                    return child
         raise RuntimeError(f"{self.name} has no first process")
 
     # -- processes
@@ -186,7 +184,8 @@ class Machine:
                         time.sleep(0.05)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Of a single-threaded process."""
     try:
         return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:

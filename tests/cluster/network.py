@@ -14,9 +14,7 @@ eth1                  192.168.77.N, fd77::N   the cluster: InternalIP of the Nod
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from tests.lab.spaces import Space
 
@@ -152,27 +150,13 @@ class Network:
             _ip(name, "neighbour", "add", address, *neighbour)
             _ip(name, "route", "replace", cidr, "via", address, "dev", "flannel.1", "onlink")
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a function on the host outside."""
-        return self.space().call(function, *arguments)
-
     def space(self) -> Space:
-        """The host outside, for processes; its cgroup is this process's own."""
-        return _Outside(self.outside)
+        """The host outside, for processes."""
+        return Space(self.outside, None)
 
     def remove(self) -> None:
         for name in (*(self.netns(number) for number in self.nodes), self.outside):
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-class _Outside(Space):
-    """A namespace whose processes stay in the cgroup that they come from."""
-
-    def __init__(self, netns: str) -> None:
-        super().__init__(netns, cgroup=None)  # type: ignore[arg-type]
-
-    def _enter(self, *, join_cgroup: bool = False) -> None:
-        super()._enter(join_cgroup=False)
 
 
 def _mac(number: int) -> str:

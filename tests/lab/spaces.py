@@ -22,15 +22,21 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Space:
     """A namespace by name (in /run/netns) with the cgroup that its processes belong to."""
 
-    def __init__(self, netns: str, cgroup: Path) -> None:
+    def __init__(self, netns: str, cgroup: Path | None) -> None:
+        """Without a ``cgroup`` processes stay in the one that they come from."""
         self.netns = netns
-        self.cgroup = cgroup
+        self._cgroup = cgroup
         self._children: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def cgroup(self) -> Path:
+        assert self._cgroup is not None
+        return self._cgroup
 
     def _enter(self, *, join_cgroup: bool = True) -> None:
         """In a child: joins both. The mounts stay, so bpffs and cgroups are as outside."""
-        if join_cgroup:
-            (self.cgroup / "cgroup.procs").write_text("0")
+        if join_cgroup and self._cgroup is not None:
+            (self._cgroup / "cgroup.procs").write_text("0")
         fd = os.open(f"/run/netns/{self.netns}", os.O_RDONLY)
         if _libc.setns(fd, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"setns {self.netns}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebpfproxy import occurrences
+from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.writer import Unplaced
 from ebpfproxy.kube.events import Level, Reference
 from ebpfproxy.objects import ObjectKey, Resource
@@ -15,7 +15,7 @@ def _port(name: str, port: str, family: Family) -> ServicePortKey:
 
 
 def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
-    found = occurrences.no_room(
+    found = kube_events.no_room(
         "n1",
         [
             Unplaced(_port("web", "http", Family.IPV4), "no room for its slots: 7"),
@@ -31,7 +31,7 @@ def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
 
 
 def test_values_are_told_in_words_that_no_node_is_in() -> None:
-    found = occurrences.value_not_used(
+    found = kube_events.value_not_used(
         Warning(
             Resource.ENDPOINTSLICES, ObjectKey("shop", "web-x"), "ports[0].port", "0 is not in 1 to 65535"
         )
@@ -44,14 +44,14 @@ def test_values_are_told_in_words_that_no_node_is_in() -> None:
 def test_a_conflict_has_a_reason_of_its_own() -> None:
     for field, reason in (("ClusterIP", "AddressConflict"), ("spec.clusterIPs[0]", "ValueNotUsed")):
         warning = Warning(Resource.SERVICES, ObjectKey("shop", "web"), field, "x")
-        assert occurrences.value_not_used(warning).reason == reason
+        assert kube_events.value_not_used(warning).reason == reason
 
 
 def test_of_the_node_itself() -> None:
     for each, reason in (
-        (occurrences.device_not_attached("n1", "eth0: no"), "DeviceNotAttached"),
-        (occurrences.server_not_started("n1", "metrics", "x"), "FailedToStartMetricServer"),
-        (occurrences.server_not_started("n1", "healthz", "x"), "FailedToStartProxierHealthcheck"),
+        (kube_events.device_not_attached("n1", "eth0: no"), "DeviceNotAttached"),
+        (kube_events.server_not_started("n1", "metrics", "x"), "FailedToStartMetricServer"),
+        (kube_events.server_not_started("n1", "healthz", "x"), "FailedToStartProxierHealthcheck"),
     ):
         assert (each.regarding, each.reason) == (Reference("Node", "", "n1"), reason)
         assert (each.level, each.of_node) == (Level.WARNING, True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ebpfproxy.agent.state import load
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
@@ -16,7 +17,6 @@ from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.dump import Dump, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.services.model import Protocol
-from ebpfproxy.state import load
 
 
 @click.group("conntrack")

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from ebpfproxy import logs
-from ebpfproxy.agent import Agent
+from ebpfproxy.agent.from_config import agent_options, conntrack_sysctls, in_use, mode_remark
+from ebpfproxy.agent.reconciler import Agent
 from ebpfproxy.cli import completion, flags, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.decode import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
-from ebpfproxy.config.options import agent_options, conntrack_sysctls, in_use, mode_remark
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.origins import StaleTcp

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from ebpfproxy import state
+from ebpfproxy.agent import state
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table

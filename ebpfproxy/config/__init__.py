@@ -9,6 +9,5 @@
 | ``decode`` | YAML documents to structs, strictly, with every problem and not only the first |
 | ``flags`` | which flag sets which field |
 | ``load`` | a file, flags over it, what of it has no effect |
-| ``options`` | from there to :class:`ebpfproxy.options.AgentOptions` |
 | ``write`` | back to YAML, and to what ``/configz`` answers |
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy import state
+from ebpfproxy.agent import state
 from ebpfproxy.datapath.attach import attachments
 from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.devices import device_attachments

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from ebpfproxy.agent.from_config import agent_options, in_use, mode_remark
+from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.config.load import Configuration, effective, parse, without_effect
-from ebpfproxy.config.options import agent_options, in_use, mode_remark
 from ebpfproxy.datapath.conntrack import Timeouts
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import default_range, local_range
@@ -17,7 +18,6 @@ from ebpfproxy.datapath.probe import Feature
 from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.model import Algorithm, Prefix
 from tests.config.files import KUBE_PROXY, OWN, kube_proxy, own, text_of, used
 

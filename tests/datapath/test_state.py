@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ebpfproxy import state
+from ebpfproxy.agent import state
 from ebpfproxy.datapath import bpf, maps
 from ebpfproxy.datapath.dump import fill
 from ebpfproxy.datapath.schema import Capacity

@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebpfproxy.datapath import bpf, layout, probe, schema
+import ebpfproxy
+from ebpfproxy.datapath import bpf, probe, schema
 from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.schema import Capacity
 from tests.docs.tables import table
@@ -103,12 +104,15 @@ def reasons() -> str:
 
 
 def packages() -> str:
-    folder = Path(layout.__file__).parents[1]
-    names = sorted(path.parent.name for path in folder.glob("*/__init__.py"))
+    folder = Path(ebpfproxy.__file__).parent
+    names = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/**/__init__.py"))
     return table(
         ("package", "what"),
         (
-            (f"`ebpfproxy/{name}/`", _first(importlib.import_module(f"ebpfproxy.{name}").__doc__ or ""))
+            (
+                f"`ebpfproxy/{name}/`",
+                _first(importlib.import_module(f"ebpfproxy.{name}".replace("/", ".")).__doc__ or ""),
+            )
             for name in names
         ),
     )

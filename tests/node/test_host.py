@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.agent.from_config import conntrack_sysctls
 from ebpfproxy.config.kube_proxy import Conntrack, KubeProxyConfiguration, complete
-from ebpfproxy.config.options import conntrack_sysctls
 from ebpfproxy.node.host import set_conntrack
 
 

@@ -18,7 +18,7 @@ Where a field cannot mean the same as in kube-proxy:
 - **ipvs.scheduler** chooses the algorithm in any mode. kube-proxy's IPVS has ``rr`` without one; a name that
   is unknown here is that default, with a remark.
 
-What :class:`~ebpfproxy.options.AgentOptions` has no place for, the caller takes from the configuration
+What :class:`~ebpfproxy.agent.options.AgentOptions` has no place for, the caller takes from the configuration
 itself: logging, oomScoreAdj, conntrack's sysctls.
 """
 
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import EXTERNAL_IPS_GATE, Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
@@ -39,7 +40,6 @@ from ebpfproxy.datapath.schema import Capacity
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.node_ports import LOCALHOST, names_loopback, parse_node_port_addresses
-from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.balancing import parse_algorithm
 from ebpfproxy.services.model import Algorithm, Prefix
 from ebpfproxy.services.values import parse_prefix

@@ -25,8 +25,11 @@ from typing import TypeVar
 import msgspec
 
 import ebpfproxy
-from ebpfproxy import occurrences, pages, reports, state
-from ebpfproxy.attaching import Attaching
+from ebpfproxy.agent import http, kube_events, reports, state
+from ebpfproxy.agent.housekeeping import Housekeeping
+from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.agent.programs import Attaching
+from ebpfproxy.agent.source import Source
 from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath import attach, maps, probe, roots
 from ebpfproxy.datapath.carry import carry_orders
@@ -38,7 +41,6 @@ from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer
-from ebpfproxy.housekeeping import Housekeeping
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
@@ -51,9 +53,7 @@ from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
 from ebpfproxy.node.routes import Routes
 from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
-from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.tracker import Tracker
-from ebpfproxy.source import Source
 
 log = get_logger(__name__)
 
@@ -184,7 +184,7 @@ class Agent:
         registry.register(SourceCollector(source.statuses, source.requests, source.host))
         registry.register(MapCollector(self._maps))
         registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
-        servers = self._servers = pages.servers(options, self._health, self._metrics, self._configz)
+        servers = self._servers = http.servers(options, self._health, self._metrics, self._configz)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._queue.put(Stop()))
         if self._config is not None:
@@ -194,7 +194,7 @@ class Agent:
             self._queue.put(Stop())
         self._attaching.set_pod_cidrs(self._node_facts)
         self._attaching.start_load()
-        source.record(occurrences.starting(options.node_name))
+        source.record(kube_events.starting(options.node_name))
         self._serve(servers)
         self._node_port_health.start()
         source.start()
@@ -215,7 +215,7 @@ class Agent:
             server.start()
             if server.failure:
                 node = self._options.node_name
-                self._source.record(occurrences.server_not_started(node, server.name, server.failure))
+                self._source.record(kube_events.server_not_started(node, server.name, server.failure))
 
     # -- the reconciler
 
@@ -375,13 +375,13 @@ class Agent:
     def _tell_of_devices(self) -> None:
         failures = set(self._attaching.failures)
         for failure in sorted(failures - self._told_failures):
-            self._source.record(occurrences.device_not_attached(self._options.node_name, failure))
+            self._source.record(kube_events.device_not_attached(self._options.node_name, failure))
         self._told_failures = failures
 
     def _health_port_not_bound(self, service: ServiceHealth, error: str) -> None:
         key = ObjectKey(service.namespace, service.name)
         self._source.record(
-            occurrences.health_port_not_bound(self._options.node_name, key, service.port, error)
+            kube_events.health_port_not_bound(self._options.node_name, key, service.port, error)
         )
 
     def _beside(self, work: Callable[[], R], then: Callable[[R], None]) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from ebpfproxy.beside import Beside
+from ebpfproxy.agent.background import Beside
+from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
+from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath import conntrack
 from ebpfproxy.datapath.affinity import forget_expired
 from ebpfproxy.datapath.departures import Departed
@@ -17,13 +20,10 @@ from ebpfproxy.datapath.grace import Grace
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.peers import noted_departures
 from ebpfproxy.datapath.writer import Writer
-from ebpfproxy.forgotten import ForgottenSockets
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.node.clients import namespace_cookies
 from ebpfproxy.node.sockets import end_sockets
-from ebpfproxy.options import AgentOptions
-from ebpfproxy.stale import Ended, end_stale_sockets, peers_of
 
 log = get_logger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ebpfproxy import occurrences
+from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.writer import Unplaced
 from ebpfproxy.kube.recorder import Record
 from ebpfproxy.logs import get_logger
@@ -49,10 +49,10 @@ def programmed(
             field=warning.field,
             error=warning.message,
         )
-        record(occurrences.value_not_used(warning))
+        record(kube_events.value_not_used(warning))
     for problem in problems:
         metrics.did_not_fit()
         log.error("service port is not programmed", error=str(problem))
-    for occurrence in occurrences.no_room(node, problems):
+    for occurrence in kube_events.no_room(node, problems):
         record(occurrence)
     log.debug("programmed", changed=len(update.changed), removed=len(update.removed))

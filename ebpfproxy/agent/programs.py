@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ebpfproxy.beside import Beside
+from ebpfproxy.agent.background import Beside
+from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.datapath import attach, cleanup, programs
 from ebpfproxy.datapath.carry import Carrier
 from ebpfproxy.datapath.devices import Target, device_attachments
@@ -25,7 +26,6 @@ from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.roles import Role
-from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)

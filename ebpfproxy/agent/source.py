@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.kube.manifests import ManifestSource
@@ -11,7 +12,6 @@ from ebpfproxy.kube.recorder import Record, Recorder
 from ebpfproxy.kube.reflector import reflectors
 from ebpfproxy.kube.status import SourceStatus
 from ebpfproxy.objects import Event
-from ebpfproxy.options import AgentOptions
 from ebpfproxy.services.reduce import reducer
 
 

@@ -1,0 +1,4 @@
+"""The agent of one node: the reconciler, what runs beside it, and the order in which both start and stop.
+
+May import every package but ``operator`` and ``cli``.
+"""

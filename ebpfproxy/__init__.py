@@ -5,7 +5,7 @@ The data flows one way::
     API server ──► kube/ ──► services/ ──► datapath/ ──► maps ──► bpf/
     manifests  ──►  (objects)   (service ports)   (entries)
 
-``objects`` holds the values that kube/ hands to services/; every other package says in its
+``kube.objects`` has the values that kube/ hands to services/; every other package says in its
 ``__init__`` what it knows and what it must not know.
 """
 

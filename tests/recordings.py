@@ -11,7 +11,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from ebpfproxy.objects import (
+from ebpfproxy.kube.objects import (
     RECORD_TYPES,
     Changed,
     Deleted,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.writer import Unplaced
-from ebpfproxy.kube.events import Level, Reference
-from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.kube.events.event import Level, Reference
+from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import Family, Protocol, ServicePortKey
 from ebpfproxy.services.values import Warning
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 
 import ebpfproxy
 from ebpfproxy.datapath.writer import Unplaced
-from ebpfproxy.kube.events import Level, Occurrence, Reference
-from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.kube.events.event import Level, Occurrence, Reference
+from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import FrontendKind
 from ebpfproxy.services.values import Warning
 

@@ -41,6 +41,7 @@ from ebpfproxy.datapath.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer
+from ebpfproxy.kube.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
@@ -52,7 +53,6 @@ from ebpfproxy.node.network import Device, network_of
 from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
 from ebpfproxy.node.routes import Routes
-from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.services.tracker import Tracker
 
 log = get_logger(__name__)

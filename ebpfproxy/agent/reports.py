@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.writer import Unplaced
-from ebpfproxy.kube.recorder import Record
+from ebpfproxy.kube.events.recorder import Record
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.services.model import Family

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.events.recorder import Record, Recorder
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.kube.manifests import ManifestSource
-from ebpfproxy.kube.recorder import Record, Recorder
-from ebpfproxy.kube.reflector import reflectors
-from ebpfproxy.kube.status import SourceStatus
-from ebpfproxy.objects import Event
+from ebpfproxy.kube.objects import Event
+from ebpfproxy.kube.source_status import SourceStatus
+from ebpfproxy.kube.watch.reflector import reflectors
 from ebpfproxy.services.reduce import reducer
 
 

@@ -10,7 +10,7 @@ import msgspec
 import urllib3
 
 from ebpfproxy.config import load, write
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.health.server import BindAddressError, parse_bind_address
 
 _SECONDS = 5.0

@@ -11,7 +11,7 @@ import click
 
 from ebpfproxy.cli.options import Decorator
 from ebpfproxy.cli.values import Seconds
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.install import facts, rollout
 from ebpfproxy.install.api import Api, ApiError
 from ebpfproxy.install.apply import apply

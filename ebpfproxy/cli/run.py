@@ -15,7 +15,7 @@ from ebpfproxy.cli import completion, flags, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.values import Seconds
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.datapath import maglev

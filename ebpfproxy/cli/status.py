@@ -23,7 +23,7 @@ from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
 from ebpfproxy.datapath.maps import MapSet
 from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.roots import is_locked, pin_folder
-from ebpfproxy.kube.status import State
+from ebpfproxy.kube.source_status import State
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.roles import Role
 

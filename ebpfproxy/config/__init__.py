@@ -6,7 +6,7 @@
 | ``validation`` | what kube-proxy refuses in it |
 | ``own`` | EbpfProxyConfiguration: fields, checks, JSON schema |
 | ``durations`` | Go's durations |
-| ``decode`` | YAML documents to structs, strictly, with every problem and not only the first |
+| ``documents`` | YAML documents to structs, strictly, with every problem and not only the first |
 | ``flags`` | which flag sets which field |
 | ``load`` | a file, flags over it, what of it has no effect |
 | ``write`` | back to YAML, and to what ``/configz`` answers |

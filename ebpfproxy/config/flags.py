@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ebpfproxy.config.decode import Problem, Quantity, bare, convert
+from ebpfproxy.config.documents import Problem, Quantity, bare, convert
 from ebpfproxy.config.durations import Duration, seconds
 from ebpfproxy.config.kube_proxy import (
     HEALTHZ_PORT,

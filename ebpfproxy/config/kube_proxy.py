@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ebpfproxy.config.decode import FlushFrequency, Quantity
+from ebpfproxy.config.documents import FlushFrequency, Quantity
 from ebpfproxy.config.durations import Duration, seconds
 from ebpfproxy.services.values import parse_address
 

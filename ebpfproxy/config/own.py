@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ebpfproxy.config.decode import Problem
+from ebpfproxy.config.documents import Problem
 from ebpfproxy.datapath import maglev
 from ebpfproxy.datapath.origins import StaleTcp
 from ebpfproxy.datapath.ports import PortRangeError, parse_range

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ebpfproxy.config.decode import Problem
+from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import Conntrack, Ipvs, KubeProxyConfiguration, Logging
 from ebpfproxy.node.node_ports import NodePortAddressesError, parse_node_port_addresses

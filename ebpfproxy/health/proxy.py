@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from ebpfproxy.objects import Node
+from ebpfproxy.kube.objects import Node
 
 #: A cluster autoscaler marks nodes that it will delete.
 DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"

@@ -15,7 +15,7 @@ import yaml
 
 from ebpfproxy.config import kube_proxy as kp
 from ebpfproxy.config import load, write
-from ebpfproxy.config.decode import ConfigurationError, Problem, convert, read_documents
+from ebpfproxy.config.documents import ConfigurationError, Problem, convert, read_documents
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 from ebpfproxy.health.server import parse_bind_address

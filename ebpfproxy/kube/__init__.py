@@ -1,10 +1,9 @@
-"""From the API server, or from files, to events of ``ebpfproxy.objects``.
+"""The Kubernetes API: objects as they are read, and where they come from, a server or files.
 
-Knows HTTP, list and watch (``reflector``), credentials (``client``, ``kubeconfig``), the few fields of each
-object that are read (``decode``), and manifests in a folder (``manifests``), the source without a cluster.
+Knows the few fields of each object that are read (``objects``, ``decode``), HTTP, credentials (``client``,
+``kubeconfig``), the API server's address for a pod (``control_plane``), list and watch (``watch``), and
+manifests in a folder (``manifests``), the source without a cluster. One thing goes the other way: Events for
+people (``events``).
 
-One thing goes the other way: Events for people (``events``, ``recorder``). ``control_plane`` chooses the API
-server's address for a pod.
-
-Must not know: what a Service means, maps, BPF, the agent.
+Must not know: what a Service means, maps, BPF, the agent. May import ``logs``.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ebpfproxy.objects import RECORD_TYPES, Object, ObjectKey, Resource
+from ebpfproxy.kube.objects import RECORD_TYPES, Object, ObjectKey, Resource
 
 
 class EventType(enum.StrEnum):

@@ -19,10 +19,7 @@ import watchfiles
 import yaml
 
 from ebpfproxy.kube.decode import Unreadable, explain
-from ebpfproxy.kube.listing import reduced_or_why
-from ebpfproxy.kube.status import SourceStatus, State
-from ebpfproxy.logs import get_logger
-from ebpfproxy.objects import (
+from ebpfproxy.kube.objects import (
     RECORD_TYPES,
     Event,
     Node,
@@ -35,6 +32,9 @@ from ebpfproxy.objects import (
     ServiceCidr,
     key_of,
 )
+from ebpfproxy.kube.source_status import SourceStatus, State
+from ebpfproxy.kube.watch.listing import reduced_or_why
+from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -31,9 +31,9 @@ import ebpfproxy
 from ebpfproxy.datapath.conntrack import Sweep
 from ebpfproxy.datapath.socket_records import SOCKET_MAPS
 from ebpfproxy.health.proxy import FAMILIES
-from ebpfproxy.kube.recorder import RESULTS
-from ebpfproxy.kube.status import SourceStatus, State
-from ebpfproxy.objects import Resource
+from ebpfproxy.kube.events.recorder import RESULTS
+from ebpfproxy.kube.objects import Resource
+from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.services.model import Family, Protocol
 
 _SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))

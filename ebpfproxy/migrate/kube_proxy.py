@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from ebpfproxy.config import load
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 
 _COMM = "kube-proxy"
 #: Distributions in whose own process kube-proxy runs: there it is a setting, and nothing to stop.

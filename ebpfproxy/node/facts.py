@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.objects import Node
+from ebpfproxy.kube.objects import Node
 from ebpfproxy.services.model import Prefix
 from ebpfproxy.services.values import parse_address, parse_prefix
 

@@ -1,8 +1,8 @@
 """The rules: which frontends a Service has, and which endpoints each of them may use.
 
-Knows what Services, EndpointSlices and Nodes mean (``ebpfproxy.objects`` has their records). Everything is
-a function over immutable values, or (``tracker``, ``conflicts``) a plain index over them: no I/O, no clock,
-no threads, no logging.
+Knows what Services, EndpointSlices and Nodes mean (``ebpfproxy.kube.objects`` has their records). Everything
+is a function over immutable values, or (``tracker``, ``conflicts``) a plain index over them: no I/O, no
+clock, no threads, no logging.
 
 Must not know: HTTP, maps, BPF, the agent.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ebpfproxy.objects import Resource, ServiceCidr, key_of
+from ebpfproxy.kube.objects import Resource, ServiceCidr, key_of
 from ebpfproxy.services.model import Prefix
 from ebpfproxy.services.values import Warning, parse_prefix
 

@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
-from ebpfproxy.objects import ObjectKey
+from ebpfproxy.kube.objects import ObjectKey
 from ebpfproxy.services.model import Frontend, Protocol
 
 #: Creation timestamp (RFC 3339 sorts as text), namespace, name.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.objects import EndpointConditions, EndpointSlice, ObjectKey, Resource, key_of
+from ebpfproxy.kube.objects import EndpointConditions, EndpointSlice, ObjectKey, Resource, key_of
 from ebpfproxy.services.model import Family, Protocol
 from ebpfproxy.services.values import (
     LOOPBACK,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 
 import msgspec
 
-from ebpfproxy.objects import Resource, Service, ServicePortSpec, key_of
+from ebpfproxy.kube.objects import Resource, Service, ServicePortSpec, key_of
 from ebpfproxy.services.balancing import (
     ALGORITHM_ANNOTATION,
     WEIGHTS_ANNOTATION,

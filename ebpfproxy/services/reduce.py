@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebpfproxy.objects import EndpointSlice, Node, Object, Reduce, Service, ServiceCidr
+from ebpfproxy.kube.objects import EndpointSlice, Node, Object, Reduce, Service, ServiceCidr
 from ebpfproxy.services.cidrs import ranges_of
 from ebpfproxy.services.endpoints import endpoints_of
 from ebpfproxy.services.frontends import frontends_of

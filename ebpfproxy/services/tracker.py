@@ -13,16 +13,7 @@ from itertools import chain
 
 import msgspec
 
-from ebpfproxy.objects import (
-    OPTIONAL,
-    Changed,
-    Event,
-    Node,
-    ObjectKey,
-    Replaced,
-    Resource,
-    key_of,
-)
+from ebpfproxy.kube.objects import OPTIONAL, Changed, Event, Node, ObjectKey, Replaced, Resource, key_of
 from ebpfproxy.services.balancing import Weights
 from ebpfproxy.services.cidrs import ServiceRanges
 from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import msgspec
 
-from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import Prefix, Protocol
 
 #: Longest name of a Service, a namespace or a port: a DNS label (RFC 1123).

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.objects import Resource
+from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority

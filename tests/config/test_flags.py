@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.cli.run import command as run
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.durations import seconds
 from ebpfproxy.config.flags import KUBE_PROXY_FLAGS, NO_FIELD, OWN_FLAGS
 from ebpfproxy.config.load import Configuration, effective

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, load, parse, without_effect
 from tests.config.files import KUBE_PROXY, OWN, errors, text_of, used
 from tests.config.test_kube_proxy import FIELDS

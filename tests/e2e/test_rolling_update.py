@@ -17,7 +17,7 @@ import pytest
 
 from ebpfproxy.datapath.dump import Dump, open_maps
 from ebpfproxy.datapath.roots import find_cgroup_root
-from ebpfproxy.objects import Resource
+from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.apiserver import objects
 from tests.lab import Lab, LabNode, Pod

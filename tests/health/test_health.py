@@ -21,7 +21,7 @@ from ebpfproxy.health.server import (
     parse_bind_address,
     text_answer,
 )
-from ebpfproxy.objects import Node
+from ebpfproxy.kube.objects import Node
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
 

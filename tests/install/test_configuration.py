@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.config import load
-from ebpfproxy.config.decode import ConfigurationError
+from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.install import configuration
 from ebpfproxy.install.configuration import Rendered

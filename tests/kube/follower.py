@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.reflector import Reflector, Timing
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Changed, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.objects import Changed, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests.apiserver import ApiServer, objects
 
 QUICK = Timing(backoff_first=0.02, backoff_most=0.1, watch=300, idle=0.5, list_wait=2)

@@ -14,8 +14,8 @@ import pytest
 
 import ebpfproxy
 from ebpfproxy.kube.client import ApiConnection, ConfigError
-from ebpfproxy.kube.reflector import Reflector, Timing
-from ebpfproxy.objects import Event, Replaced, Resource
+from ebpfproxy.kube.objects import Event, Replaced, Resource
+from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig

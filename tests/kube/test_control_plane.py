@@ -15,7 +15,7 @@ import pytest
 from ebpfproxy.kube import control_plane
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.control_plane import server_of
-from ebpfproxy.objects import Replaced
+from ebpfproxy.kube.objects import Replaced
 from tests.apiserver import ApiServer
 from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from ebpfproxy.kube.decode import Decoder, EventType, decode_status
-from ebpfproxy.kube.lines import LineSplitter
-from ebpfproxy.objects import ObjectKey, Resource
+from ebpfproxy.kube.objects import ObjectKey, Resource
+from ebpfproxy.kube.watch.lines import LineSplitter
 from tests import recordings
 
 pytestmark = recordings.needs_recordings

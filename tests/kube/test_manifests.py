@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.kube.manifests import ManifestError, ManifestSource, parse
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Event, ObjectKey, Replaced, Resource, key_of
+from ebpfproxy.kube.objects import Event, ObjectKey, Replaced, Resource, key_of
+from ebpfproxy.kube.source_status import State
 
 SERVICE = """
 apiVersion: v1

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events import Level, Occurrence, Reference, Series, event
-from ebpfproxy.kube.recorder import Pace, Recorder
-from ebpfproxy.kube.reflector import Reflector, Timing
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.events.event import Level, Occurrence, Reference, Series, event
+from ebpfproxy.kube.events.recorder import Pace, Recorder
+from ebpfproxy.kube.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests.apiserver import ApiServer, objects
 from tests.kube.files import kubeconfig
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events import Level, Occurrence, Reference
-from ebpfproxy.kube.recorder import RESULTS, Pace, Recorder
+from ebpfproxy.kube.events.event import Level, Occurrence, Reference
+from ebpfproxy.kube.events.recorder import RESULTS, Pace, Recorder
 from tests.apiserver import ApiServer, objects
 from tests.lab.waiting import until
 
@@ -181,7 +181,7 @@ def test_repeats_are_counted_and_said_after_ten_minutes(
     sender(*[said(NODE, of_node=True)] * 5)
     sender.until(created=1, repeated=4)
     later = time.monotonic() + 601
-    monkeypatch.setattr("ebpfproxy.kube.recorder.time.monotonic", lambda: later)
+    monkeypatch.setattr("ebpfproxy.kube.events.recorder.time.monotonic", lambda: later)
     sender(said(NODE, of_node=True))
     sender.until(created=2, repeated=4)
     first, second = server.events.all

@@ -11,8 +11,8 @@ import pytest
 
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.decode import Decoder
-from ebpfproxy.kube.reflector import Reflector, Timing
-from ebpfproxy.objects import Changed, Event, Object, ObjectKey, Replaced, Resource, key_of
+from ebpfproxy.kube.objects import Changed, Event, Object, ObjectKey, Replaced, Resource, key_of
+from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests import recordings
 from tests.apiserver import ApiServer, load
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.reflector import Timing, reflectors
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.kube.watch.reflector import Timing, reflectors
 from tests.apiserver import ApiServer, objects
 from tests.kube.follower import KEY, Follower, still_works
 

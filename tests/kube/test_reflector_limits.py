@@ -7,9 +7,9 @@ import time
 import pytest
 
 from ebpfproxy.kube.backoff import Backoff
-from ebpfproxy.kube.reflector import Timing
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Object, ObjectKey, Replaced, Service
+from ebpfproxy.kube.objects import Object, ObjectKey, Replaced, Service
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.kube.watch.reflector import Timing
 from tests.apiserver import ApiServer, objects
 from tests.kube.follower import QUICK, Follower, still_works
 

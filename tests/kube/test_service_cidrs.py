@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.reflector import Reflector
-from ebpfproxy.kube.status import State
-from ebpfproxy.objects import Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.objects import Deleted, Event, ObjectKey, Replaced, Resource
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.kube.watch.reflector import Reflector
 from tests.apiserver import ApiServer
 from tests.kube.follower import QUICK
 

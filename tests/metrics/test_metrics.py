@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from ebpfproxy.datapath.attach import Attachment
 from ebpfproxy.datapath.conntrack import Sweep
 from ebpfproxy.health.proxy import ProxyHealth
-from ebpfproxy.kube.status import SourceStatus, State
+from ebpfproxy.kube.objects import Resource
+from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health import HealthCollector
-from ebpfproxy.objects import Resource
 from ebpfproxy.services.model import Family
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from ebpfproxy.objects import Resource
+from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.lab import Agent, Lab, LabNode, Outside, Pod, manifests, servers
 from tests.lab.spaces import Space

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
+from ebpfproxy.kube.objects import Node
 from ebpfproxy.node import netlink as module
 from ebpfproxy.node import network as rules
 from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link, NodeAddress, NodeFacts, node_facts
@@ -25,7 +26,6 @@ from ebpfproxy.node.node_ports import (
     parse_node_port_addresses,
     select_node_port_addresses,
 )
-from ebpfproxy.objects import Node
 from ebpfproxy.services.values import parse_prefix
 from tests.lab import Lab
 from tests.lab.waiting import until

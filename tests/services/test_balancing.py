@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.objects import Service
+from ebpfproxy.kube.objects import Service
 from ebpfproxy.services.balancing import (
     ALGORITHMS,
     MAX_WEIGHT,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.kube.manifests import parse
-from ebpfproxy.objects import EndpointSlice, Node, Object, Replaced, Resource, Service
+from ebpfproxy.kube.objects import EndpointSlice, Node, Object, Replaced, Resource, Service
 from tests.recordings import RecordTracker
 from tests.recordings import replaced as replaced_event
 from tests.services.dump import dump

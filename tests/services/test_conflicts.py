@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.objects import ObjectKey
+from ebpfproxy.kube.objects import ObjectKey
 from ebpfproxy.services.conflicts import Age, Claim, Claims
 from ebpfproxy.services.model import Protocol
 

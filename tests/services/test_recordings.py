@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 
-from ebpfproxy.objects import Event, Replaced
+from ebpfproxy.kube.objects import Event, Replaced
 from ebpfproxy.services.model import ServicePort, ServicePortKey
 from ebpfproxy.services.tracker import Update
 from tests import recordings

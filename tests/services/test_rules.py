@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebpfproxy.kube.manifests import parse
-from ebpfproxy.objects import RECORD_TYPES, Deleted, EndpointSlice, Node, Object, ObjectKey, Resource, Service
+from ebpfproxy.kube.objects import (
+    RECORD_TYPES,
+    Deleted,
+    EndpointSlice,
+    Node,
+    Object,
+    ObjectKey,
+    Resource,
+    Service,
+)
 from ebpfproxy.services.model import Backend, Policy, format_endpoint
 from tests import recordings
 from tests.recordings import RecordTracker, changed

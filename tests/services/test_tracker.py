@@ -10,7 +10,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.objects import (
+from ebpfproxy.kube.objects import (
     Deleted,
     EndpointSlice,
     Node,

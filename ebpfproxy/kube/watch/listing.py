@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ebpfproxy.kube.decode import EventType, Unreadable, WatchEvent
-from ebpfproxy.objects import Object, ObjectKey, Reduce
+from ebpfproxy.kube.objects import Object, ObjectKey, Reduce
 
 
 def reduced_or_why(reduce: Reduce, key: ObjectKey, each: Object) -> object:

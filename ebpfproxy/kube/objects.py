@@ -1,7 +1,7 @@
 """The Kubernetes objects as ebpfproxy reads them, and the events by which sources deliver them.
 
 Typed, immutable records decoded straight from the wire (msgspec), with only the fields that are read.
-A source (the API server's reflectors in ``kube.reflector``, files in ``kube.manifests``) puts
+A source (the API server's reflectors in ``kube.watch.reflector``, files in ``kube.manifests``) puts
 ``Replaced``, ``Changed`` and ``Deleted`` on a queue; ``services`` consumes them. This module knows
 neither HTTP nor what a Service means.
 

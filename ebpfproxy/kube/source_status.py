@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from ebpfproxy.objects import Resource
+from ebpfproxy.kube.objects import Resource
 
 
 class State(enum.StrEnum):

@@ -24,9 +24,9 @@ import urllib3
 from ebpfproxy.kube import failures
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.client import ApiConnection, ConfigError
-from ebpfproxy.kube.correlation import Correlator
 from ebpfproxy.kube.decode import decode_status
-from ebpfproxy.kube.events import Occurrence, Reference, Series, event, namespace_of
+from ebpfproxy.kube.events.correlation import Correlator
+from ebpfproxy.kube.events.event import Occurrence, Reference, Series, event, namespace_of
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 

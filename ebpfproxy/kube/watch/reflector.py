@@ -32,11 +32,21 @@ from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.client import ApiConnection, ConfigError
 from ebpfproxy.kube.decode import Decoder, EventType, Unreadable, WatchEvent, decode_status
 from ebpfproxy.kube.failures import Expired, Failure
-from ebpfproxy.kube.listing import Listing, reduced_or_why
-from ebpfproxy.kube.status import SourceStatus, State
-from ebpfproxy.kube.stream import EventStream
+from ebpfproxy.kube.objects import (
+    OPTIONAL,
+    Changed,
+    Deleted,
+    Event,
+    ObjectKey,
+    Reduce,
+    Replaced,
+    Resource,
+    key_of,
+)
+from ebpfproxy.kube.source_status import SourceStatus, State
+from ebpfproxy.kube.watch.listing import Listing, reduced_or_why
+from ebpfproxy.kube.watch.stream import EventStream
 from ebpfproxy.logs import get_logger
-from ebpfproxy.objects import OPTIONAL, Changed, Deleted, Event, ObjectKey, Reduce, Replaced, Resource, key_of
 
 log = get_logger(__name__)
 

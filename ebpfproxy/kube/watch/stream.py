@@ -12,7 +12,7 @@ import urllib3
 from ebpfproxy.kube import failures
 from ebpfproxy.kube.decode import Decoder, WatchEvent
 from ebpfproxy.kube.failures import Failure
-from ebpfproxy.kube.lines import LineSplitter
+from ebpfproxy.kube.watch.lines import LineSplitter
 
 _CHUNK = 256 * 1024
 

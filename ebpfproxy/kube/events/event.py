@@ -1,6 +1,6 @@
 """What people are told of an object through the API: an Event of events.k8s.io/v1 (KEP-383), as bytes.
 
-Not to be confused with ``ebpfproxy.objects.Event``, what a watch brings.
+Not to be confused with ``ebpfproxy.kube.objects.Event``, what a watch brings.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ebpfproxy.kube.events import Occurrence, Reference, Series
+from ebpfproxy.kube.events.event import Occurrence, Reference, Series
 
 _REPEAT_SECONDS = 600.0
 _BURST = 25

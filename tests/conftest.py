@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath import bytecode
+from ebpfproxy.datapath.programs import bytecode
 from tests.lab.lab import clean_dead_labs
 
 #: One for all tests, and for commands that they run, so that every program is compiled once.

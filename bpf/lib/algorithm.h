@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Algorithms: which slot of a range is chosen. The agent lays the slots out so that little is left
- * to do here (datapath/slots.py): weights are in how often a backend has a slot, and Maglev is a
- * hash of the flow into a table.
+ * to do here (datapath/services/slots.py): weights are in how often a backend has a slot, and
+ * Maglev is a hash of the flow into a table.
  */
 #ifndef EBPFPROXY_ALGORITHM_H
 #define EBPFPROXY_ALGORITHM_H

@@ -6,7 +6,7 @@
  * address_filter, one bit an address, is the agent's: frontends' addresses and this node's own. So
  * is port_filter, of frontends' ports: a tunnel's packets to this node come to none of them.
  * flow_filter, one byte a pair of addresses, is written by programs when they make an entry.
- * datapath/filter.py computes the same hash.
+ * datapath/services/filter.py computes the same hash.
  */
 #ifndef EBPFPROXY_FILTER_H
 #define EBPFPROXY_FILTER_H

@@ -5,7 +5,7 @@
  *
  * Ranges are in cidrs, where each look costs a walk through a trie. cidr_filter spares it to
  * everything else: one bit for each /20 of IPv4, and for each hash of an IPv6 /64.
- * datapath/service_cidrs.py computes the same bits.
+ * datapath/node/service_cidrs.py computes the same bits.
  */
 #ifndef EBPFPROXY_SERVICE_CIDR_H
 #define EBPFPROXY_SERVICE_CIDR_H

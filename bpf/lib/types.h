@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The structs that maps hold. ebpfproxy/datapath/layout.py describes the same bytes to the agent;
- * a change to either is a new schema version there.
+ * The structs that maps hold. ebpfproxy/datapath/abi/layout.py describes the same bytes to the
+ * agent; a change to either is a new schema version there.
  *
  * Addresses and ports are in network byte order, everything else in host order. An address of
  * either family is 16 bytes: IPv4 is written as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2), so that only
@@ -376,7 +376,7 @@ enum unallocated {
 	UNALLOCATED = 4,
 };
 
-/* Index of packet_events. datapath/events.py names them. */
+/* Index of packet_events. datapath/abi/node_layout.py names them. */
 enum event {
 	EVENT_NO_ENDPOINT,     /* rejected */
 	EVENT_NO_SUCH_PORT,    /* rejected */

@@ -19,9 +19,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from ebpfproxy.datapath import socket_records
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.socket_records import SOCKET_MAPS, Record
+from ebpfproxy.datapath.flows import socket_records
+from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS, Record
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.logs import get_logger
 from ebpfproxy.node.identity import cookie_of
 from ebpfproxy.node.namespace_ids import NamespaceIds

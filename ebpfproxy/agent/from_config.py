@@ -32,11 +32,11 @@ from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import EXTERNAL_IPS_GATE, Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
+from ebpfproxy.config.masquerade_ports import default_range, local_range, overlaps, parse_range, shared_remark
 from ebpfproxy.config.own import EbpfProxyConfiguration
-from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.ports import default_range, local_range, overlaps, parse_range, shared_remark
-from ebpfproxy.datapath.roots import find_cgroup_root
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.node_ports import LOCALHOST, names_loopback, parse_node_port_addresses

@@ -13,13 +13,13 @@ from ebpfproxy.agent.background import Beside
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
-from ebpfproxy.datapath import conntrack
-from ebpfproxy.datapath.affinity import forget_expired
-from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.peers import noted_departures
-from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.datapath.flows import conntrack_table
+from ebpfproxy.datapath.flows.affinity_table import forget_expired
+from ebpfproxy.datapath.flows.peers import noted_departures
+from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics
 from ebpfproxy.node.clients import namespace_cookies
@@ -50,7 +50,7 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._beside = beside
-        self._sweeper = conntrack.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
+        self._sweeper = conntrack_table.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps)
         self._comparing = False
@@ -143,14 +143,14 @@ class Housekeeping:
         # A datagram that chose before the change has noted its choice by now.
         over = dict(departures.items() & self._ended.items())
 
-        def sweep() -> tuple[conntrack.Sweep, dict[bytes, int]]:
+        def sweep() -> tuple[conntrack_table.Sweep, dict[bytes, int]]:
             swept = self._sweeper.sweep(departures, backends)
             forget_expired(self._maps, time.monotonic_ns())
             for key in noted_departures(self._maps, over):
                 del over[key]
             return swept, namespace_cookies() if asks_who else {}
 
-        def done(found: tuple[conntrack.Sweep, dict[bytes, int]]) -> None:
+        def done(found: tuple[conntrack_table.Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
             self._sweeping = False
             self._next_sweep = time.monotonic() + self._options.sweep_seconds

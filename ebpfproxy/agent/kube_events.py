@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import ebpfproxy
-from ebpfproxy.datapath.writer import Unplaced
+from ebpfproxy.datapath.services.writer import Unplaced
 from ebpfproxy.kube.events.event import Level, Occurrence, Reference
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import FrontendKind

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath import conntrack, maglev, probe
-from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.flows import conntrack_table
+from ebpfproxy.datapath.flows.origins import StaleTcp
+from ebpfproxy.datapath.kernel import probe
+from ebpfproxy.datapath.services import maglev
 from ebpfproxy.node.local import LocalPods
 from ebpfproxy.services.model import Algorithm, Prefix
 
@@ -48,7 +50,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     masquerade_ports: tuple[int, int]
     #: They overlap ``ip_local_port_range``, as it was at the start.
     masquerade_ports_shared: bool = False
-    timeouts: conntrack.Timeouts = conntrack.Timeouts()
+    timeouts: conntrack_table.Timeouts = conntrack_table.Timeouts()
     sweep_seconds: float = 10.0
     #: Between two looks for records of sockets that are no more.
     socket_sweep_seconds: float = 60.0

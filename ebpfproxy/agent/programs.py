@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ebpfproxy.agent.background import Beside
 from ebpfproxy.agent.options import AgentOptions
-from ebpfproxy.datapath import attach, cleanup, programs
-from ebpfproxy.datapath.carry import Carrier
-from ebpfproxy.datapath.devices import Target, device_attachments
-from ebpfproxy.datapath.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.node_layout import DeviceFlags
-from ebpfproxy.datapath.packets import PacketDevice, PacketPath
-from ebpfproxy.datapath.probe import Features
+from ebpfproxy.datapath.abi.node_layout import DeviceFlags
+from ebpfproxy.datapath.flows.map_migration import Carrier
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.probe import Features
+from ebpfproxy.datapath.node.packets import PacketDevice, PacketPath
+from ebpfproxy.datapath.programs import attach, detach, loader
+from ebpfproxy.datapath.programs.devices import Target, device_attachments
+from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.logs import get_logger
 from ebpfproxy.migrate import flows, keeper, ports
 from ebpfproxy.migrate.tools import ToolError
@@ -76,7 +76,7 @@ class Attaching:
     def load(self) -> Path:
         """Compiles and loads what these options ask for, unless it is pinned already. Raises LoadError."""
         options = self._options
-        wanted = programs.Options(
+        wanted = loader.Options(
             features=self._features,
             host_netns_cookie=netns_cookie(),
             node_ports_on_loopback=options.node_ports_on_loopback,
@@ -95,9 +95,9 @@ class Attaching:
             *((RAW_PACKETS,) if self._packets.needs_raw else ()),
         )
         try:
-            return programs.ensure_loaded(self._maps, wanted, modules)
+            return loader.ensure_loaded(self._maps, wanted, modules)
         except OSError as error:
-            raise programs.LoadError(str(error)) from error
+            raise loader.LoadError(str(error)) from error
 
     def _loaded(self, folder: Path) -> None:
         self._loading = False
@@ -138,8 +138,8 @@ class Attaching:
         carrier.close()
         if carrier.copied:
             log.info("flows are carried over from other maps", entries=carrier.copied)
-        programs.remove_others(self._maps, self._programs)
-        removed = cleanup.remove_other_versions(self._pins, self._maps.folder)
+        loader.remove_others(self._maps, self._programs)
+        removed = detach.remove_other_versions(self._pins, self._maps.folder)
         log.info(
             "programs are attached",
             cgroup=str(self._options.cgroup_root),
@@ -150,7 +150,7 @@ class Attaching:
 
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None
-        if self._packets.needs_raw and not programs.is_loaded(self._programs, RAW_PACKETS):
+        if self._packets.needs_raw and not loader.is_loaded(self._programs, RAW_PACKETS):
             if not self._loading:
                 self.start_load()
             return []

@@ -30,14 +30,15 @@ from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import Attaching
 from ebpfproxy.agent.source import Source
+from ebpfproxy.config.masquerade_ports import shared_remark
 from ebpfproxy.config.watch import watch_file
-from ebpfproxy.datapath import attach, maps, probe, roots
-from ebpfproxy.datapath.carry import carry_orders
-from ebpfproxy.datapath.devices import LOOPBACK
-from ebpfproxy.datapath.drained import Drained
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.ports import shared_remark
-from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.datapath.flows.map_migration import carry_orders
+from ebpfproxy.datapath.kernel import maps, probe, roots
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.programs import attach
+from ebpfproxy.datapath.programs.devices import LOOPBACK
+from ebpfproxy.datapath.services.drained import Drained
+from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ebpfproxy.agent import kube_events
-from ebpfproxy.datapath.writer import Unplaced
+from ebpfproxy.datapath.services.writer import Unplaced
 from ebpfproxy.kube.events.recorder import Record
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent import AgentMetrics

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath import flow_layout, node_layout
-from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.flow_layout import Flow, Redirect
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.layout import U32, U64
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.origins import LostFrontend, StaleTcp, stale_sockets
+from ebpfproxy.datapath.abi import flow_layout, node_layout
+from ebpfproxy.datapath.abi.flow_layout import Flow, Redirect
+from ebpfproxy.datapath.abi.layout import U32, U64
+from ebpfproxy.datapath.flows.origins import LostFrontend, StaleTcp, stale_sockets
+from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.node.namespaces import netlink_in
 from ebpfproxy.node.routes import Routes
 from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.conntrack import Timeouts
-from ebpfproxy.datapath.layout import U32
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.schema import AGENT_STATE_SIZE, PROGRAMMED
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi.schema import AGENT_STATE_SIZE, PROGRAMMED
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.roles import Role
 

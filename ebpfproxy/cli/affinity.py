@@ -10,9 +10,9 @@ import click
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
-from ebpfproxy.datapath.affinity import AffinityRow, affinity_rows
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.flows.affinity_table import AffinityRow, affinity_rows
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.node.namespaces import names_by_cookie
 
 _service = click.option(

@@ -10,10 +10,10 @@ import click
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import console, emit_watching, table
-from ebpfproxy.datapath.drained import Drained
 from ebpfproxy.datapath.dump import BackendRow, Dump, open_maps
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.roots import is_locked
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import is_locked
+from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.services.model import format_endpoint
 from ebpfproxy.services.values import parse_address, valid_port
 

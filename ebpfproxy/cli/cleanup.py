@@ -8,8 +8,8 @@ import click
 
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.datapath.cleanup import remove_everything
-from ebpfproxy.datapath.roots import Lock, pin_folder
+from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
+from ebpfproxy.datapath.programs.detach import remove_everything
 from ebpfproxy.migrate import keeper
 from ebpfproxy.migrate.tools import ToolError
 

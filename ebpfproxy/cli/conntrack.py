@@ -13,9 +13,9 @@ from ebpfproxy.agent.state import load
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
-from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.dump import Dump, open_maps
-from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.flows.conntrack_table import FlowRow, Timeouts, flows_of
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Protocol
 
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import click
 
-from ebpfproxy.datapath.bpf import BpfError
 from ebpfproxy.datapath.dump import NothingPinnedError
-from ebpfproxy.datapath.probe import UnsupportedKernelError
-from ebpfproxy.datapath.programs import LoadError
-from ebpfproxy.datapath.roots import RootError
+from ebpfproxy.datapath.kernel.bpf import BpfError
+from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError
+from ebpfproxy.datapath.kernel.roots import RootError
+from ebpfproxy.datapath.programs.loader import LoadError
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ebpfproxy.datapath.roots import BPFFS
+from ebpfproxy.datapath.kernel.roots import BPFFS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -18,10 +18,10 @@ from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
 from ebpfproxy.config.write import configz, to_yaml
-from ebpfproxy.datapath import maglev
-from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.probe import Feature
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.flows.origins import StaleTcp
+from ebpfproxy.datapath.kernel.probe import Feature
+from ebpfproxy.datapath.services import maglev
 from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError

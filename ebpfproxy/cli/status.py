@@ -16,13 +16,13 @@ from ebpfproxy.agent import state
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
-from ebpfproxy.datapath.attach import attachments
-from ebpfproxy.datapath.conntrack import counters
-from ebpfproxy.datapath.devices import device_attachments, directions_of, link_attachments
+from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
-from ebpfproxy.datapath.roots import is_locked, pin_folder
+from ebpfproxy.datapath.flows.conntrack_table import counters
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
+from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
 from ebpfproxy.kube.source_status import State
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.roles import Role

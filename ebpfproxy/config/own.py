@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Meta
 
 from ebpfproxy.config.documents import Problem
-from ebpfproxy.datapath import maglev
-from ebpfproxy.datapath.origins import StaleTcp
-from ebpfproxy.datapath.ports import PortRangeError, parse_range
-from ebpfproxy.datapath.probe import Feature
-from ebpfproxy.datapath.roots import BPFFS
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.flows.origins import StaleTcp
+from ebpfproxy.datapath.kernel.probe import Feature
+from ebpfproxy.datapath.kernel.roots import BPFFS
+from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 

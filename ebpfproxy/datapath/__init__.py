@@ -1,11 +1,12 @@
 """From service ports to map entries, and from C sources to attached programs.
 
-Knows: which maps there are (``schema``) and the layout of their bytes (``layout``, ``flow_layout``,
-``node_layout``), the kernel's bpf interface (``bpf``), how programs are compiled and kept (``compiler``,
-``bytecode``), loaded and pinned (``programs``) and attached (``attach``), how maps are brought to a wanted
-state without a reader noticing (``writer``) and what they hold now (``dump``).
+``abi`` has the bytes that programs and agent share, ``kernel`` the bpf system call and the pinned maps,
+``programs`` what compiles, loads and attaches, ``services`` brings maps to the wanted state without a reader
+noticing, ``flows`` looks after what programs remember, ``node`` tells packet programs of devices and ranges,
+and ``dump`` says what the maps hold now.
 
-Must not know: Kubernetes' objects, HTTP, the agent or the commands.
+Must not know: Kubernetes' objects, HTTP, the agent or the commands. May import ``services.model``, ``config``
+and ``logs``.
 
 What survives the agent, all below ``<bpf-root>/ebpfproxy/``::
 

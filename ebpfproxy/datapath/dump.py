@@ -12,12 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath import bpf, layout
-from ebpfproxy.datapath.attach import LINKS, attachments
-from ebpfproxy.datapath.layout import U32, Scope, ServiceFlags
-from ebpfproxy.datapath.maps import MapSet, open_pinned
-from ebpfproxy.datapath.programs import program_id
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.attach import LINKS, attachments
+from ebpfproxy.datapath.programs.loader import program_id
 from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, format_endpoint
 
 #: Every place of these is in use, or none: they have no fill.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ebpfproxy.datapath.attach import Attachment
+from ebpfproxy.datapath.programs.attach import Attachment
 
 
 class HealthCollector(Collector):

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ebpfproxy.datapath.conntrack import counters
+from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED, UNALLOCATED
 from ebpfproxy.datapath.dump import Dump, fill
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED, UNALLOCATED
+from ebpfproxy.datapath.flows.conntrack_table import counters
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
 
 

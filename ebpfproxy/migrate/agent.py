@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.agent import state
-from ebpfproxy.datapath.attach import attachments
-from ebpfproxy.datapath.conntrack import FlowRow, Timeouts, flows_of
-from ebpfproxy.datapath.devices import device_attachments
 from ebpfproxy.datapath.dump import Dump, FrontendRow, NothingPinnedError, open_maps
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.roots import is_locked, pin_folder
+from ebpfproxy.datapath.flows.conntrack_table import FlowRow, Timeouts, flows_of
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
+from ebpfproxy.datapath.programs.devices import device_attachments
 
 _OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
 #: Seconds in which an answer may be under way: to a flow's first packet, which may ask a resolver; of a flow

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from pyroute2 import IPRoute
 
-from ebpfproxy.datapath.roots import BPFFS
+from ebpfproxy.datapath.kernel.roots import BPFFS
 from ebpfproxy.migrate import iptables
 
 

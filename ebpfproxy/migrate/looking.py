@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.probe import UnsupportedKernelError, probe
+from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
 from ebpfproxy.migrate import (
     agent,
     conflicts,

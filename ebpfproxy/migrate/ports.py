@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from ebpfproxy.datapath.flow_layout import Flow as Tuple
-from ebpfproxy.datapath.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
-from ebpfproxy.datapath.maps import MapSet
+from ebpfproxy.datapath.abi.flow_layout import Flow as Tuple
+from ebpfproxy.datapath.abi.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.migrate.flows import Flow
 from ebpfproxy.services.values import parse_address
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ebpfproxy.datapath.cleanup import remove_everything
 from ebpfproxy.datapath.dump import FrontendRow, open_maps
-from ebpfproxy.datapath.packets import begin_nothing
-from ebpfproxy.datapath.roots import Lock, RootError, is_locked, pin_folder
+from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
+from ebpfproxy.datapath.node.packets import begin_nothing
+from ebpfproxy.datapath.programs.detach import remove_everything
 from ebpfproxy.migrate import agent, flows, frontends, keeper, kube_proxy, leftovers, tools
 from ebpfproxy.migrate.api import ClusterError
 from ebpfproxy.migrate.leftovers import Leftovers

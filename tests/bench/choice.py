@@ -29,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ebpfproxy.datapath import bpf, maglev
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.balancing import ALGORITHM_ANNOTATION, WEIGHTS_ANNOTATION
 from tests.bench import ratio
 from tests.bench.results import Result, at_most

@@ -14,7 +14,7 @@ from ebpfproxy.config import own as ours
 from ebpfproxy.config.flags import OWN_FLAGS
 from ebpfproxy.config.load import parse
 from ebpfproxy.config.write import own_yaml
-from ebpfproxy.datapath import maglev
+from ebpfproxy.datapath.services import maglev
 from tests.config.files import OWN, errors, merged, nested, own, text_of
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "ebpfproxy.schema.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs
+from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs
 from tests.datapath.writing import Bench
 
 

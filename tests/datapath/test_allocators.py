@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath.ids import Ids, IdsExhaustedError
-from ebpfproxy.datapath.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.datapath.services.ids import Ids, IdsExhaustedError
+from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=80))

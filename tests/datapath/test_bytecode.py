@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath import bytecode, programs, slots
-from ebpfproxy.datapath.bytecode import Program, Recipe
+from ebpfproxy.datapath.programs import bytecode, loader
+from ebpfproxy.datapath.programs.bytecode import Program, Recipe
+from ebpfproxy.datapath.services import slots
 
 SOURCE = """
 #include "lib/compat.h"
@@ -31,7 +32,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(bytecode, "CACHE", tmp_path / "cache")
     (tmp_path / "bpf").mkdir()
     for name in ("include", "lib"):
-        (tmp_path / "bpf" / name).symlink_to(programs.source_folder() / name)
+        (tmp_path / "bpf" / name).symlink_to(loader.source_folder() / name)
     (tmp_path / "bpf" / "small.c").write_text(SOURCE)
     defines = (f"-DSEARCHED_SLOTS={slots.SEARCHED}",)
     return Recipe(tmp_path / "bpf", "small.c", ("counted",), defines, ("first", "second"), ("SECRET",))

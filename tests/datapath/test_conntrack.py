@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath import flow_layout, layout, maps
-from ebpfproxy.datapath.conntrack import UDPLITE, Sweeper, Timeouts, _pairs, flows_of, state_of
-from ebpfproxy.datapath.departures import Departed
-from ebpfproxy.datapath.flow_layout import Departure, Flow, Nat, NatFlags, Seen
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.node_layout import PacketEvent
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi import flow_layout, layout
+from ebpfproxy.datapath.abi.flow_layout import Departure, Flow, Nat, NatFlags, Seen
+from ebpfproxy.datapath.abi.node_layout import PacketEvent
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.flows.conntrack_table import UDPLITE, Sweeper, Timeouts, _pairs, flows_of, state_of
+from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Family, Protocol
 
 pytestmark = pytest.mark.root

@@ -12,26 +12,27 @@ from typing import Any
 import msgspec
 import pytest
 
-from ebpfproxy.datapath import bpf, maps, probe, programs
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
-from ebpfproxy.datapath.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.kernel import bpf, maps, probe
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
+from ebpfproxy.datapath.programs import loader
+from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 
 pytestmark = pytest.mark.root
 
-OPTIONS = programs.Options(
+OPTIONS = loader.Options(
     features=probe.Features(set_retval=True), host_netns_cookie=1, node_ports_on_loopback=True
 )
 
 
 def test_programs_are_compiled_once_and_found_again(pins: Path) -> None:
     opened = maps.open_or_create(pins, Capacity())
-    folder = programs.ensure_loaded(opened, OPTIONS)
-    ids = [programs.program_id(folder / hook.name) for hook in SOCKET_HOOKS]
+    folder = loader.ensure_loaded(opened, OPTIONS)
+    ids = [loader.program_id(folder / hook.name) for hook in SOCKET_HOOKS]
     assert None not in ids
-    assert programs.ensure_loaded(opened, OPTIONS) == folder
-    assert [programs.program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
+    assert loader.ensure_loaded(opened, OPTIONS) == folder
+    assert [loader.program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -51,16 +52,16 @@ def test_every_option_compiles_without_a_warning_and_loads(pins: Path, chosen: d
     options = msgspec.structs.replace(OPTIONS, **chosen)
     opened = maps.open_or_create(pins, Capacity())
     modules = (SOCKETS, GUARD, PACKETS, RAW_PACKETS, LOOPBACK)
-    assert programs.ensure_loaded(opened, options, modules).is_dir()
+    assert loader.ensure_loaded(opened, options, modules).is_dir()
 
 
 def changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
     """``sock.c`` with ``after`` in the place of ``before``."""
-    shutil.copytree(programs.source_folder(), tmp_path / "bpf")
+    shutil.copytree(loader.source_folder(), tmp_path / "bpf")
     source = tmp_path / "bpf" / "sock.c"
     assert before in source.read_text()
     source.write_text(source.read_text().replace(before, after))
-    monkeypatch.setattr(programs, "source_folder", lambda: tmp_path / "bpf")
+    monkeypatch.setattr(loader, "source_folder", lambda: tmp_path / "bpf")
 
 
 def test_the_verifiers_own_words_with_program_and_kernel(
@@ -70,8 +71,8 @@ def test_the_verifiers_own_words_with_program_and_kernel(
     begin = "int recvmsg4(struct bpf_sock_addr *ctx)\n{"
     changed_source(tmp_path, monkeypatch, begin, f"{begin}\n\tif (ctx->user_port)\n\t\treturn 0;")
     opened = maps.open_or_create(pins, Capacity())
-    with pytest.raises(programs.LoadError) as refused:
-        programs.ensure_loaded(opened, OPTIONS)
+    with pytest.raises(loader.LoadError) as refused:
+        loader.ensure_loaded(opened, OPTIONS)
     lines = str(refused.value).splitlines()
     assert lines[0] == f"program recvmsg4 does not load (kernel {platform.release()}): Invalid argument"
     assert any("At program exit the register R0" in line for line in lines)
@@ -82,8 +83,8 @@ def test_the_verifiers_own_words_with_program_and_kernel(
 def test_the_compilers_own_words(pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed_source(tmp_path, monkeypatch, "int recvmsg4(struct bpf_sock_addr *ctx)", "foo recvmsg4(void)")
     opened = maps.open_or_create(pins, Capacity())
-    with pytest.raises(programs.LoadError) as refused:
-        programs.ensure_loaded(opened, OPTIONS)
+    with pytest.raises(loader.LoadError) as refused:
+        loader.ensure_loaded(opened, OPTIONS)
     lines = str(refused.value).splitlines()
     assert lines[0] == f"{tmp_path}/bpf/sock.c does not compile (kernel {platform.release()}):"
     assert lines[1].endswith("unknown type name 'foo'")

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath.maglev import DEFAULT_SIZE, SIZES, size_for, table
-from ebpfproxy.datapath.slots import slots_of
+from ebpfproxy.datapath.services.maglev import DEFAULT_SIZE, SIZES, size_for, table
+from ebpfproxy.datapath.services.slots import slots_of
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
 
 SMALLEST = SIZES[0]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath.layout import U32
-from ebpfproxy.datapath.node_layout import CidrFlags, pack_cidr
-from ebpfproxy.datapath.service_cidrs import Cidrs, filter_bits
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi.node_layout import CidrFlags, pack_cidr
+from ebpfproxy.datapath.node.service_cidrs import Cidrs, filter_bits
 from ebpfproxy.services.model import Prefix
 from ebpfproxy.services.values import parse_prefix
 from tests.datapath.writing import Bench

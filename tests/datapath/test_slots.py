@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.maglev import SIZES
-from ebpfproxy.datapath.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.services.maglev import SIZES
+from ebpfproxy.datapath.services.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
 
 TABLE = SIZES[0]

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from ebpfproxy.agent import state
-from ebpfproxy.datapath import bpf, maps
+from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.dump import fill
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.kernel import bpf, maps
 
 pytestmark = pytest.mark.root
 

@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 from scapy.layers.sctp import crc32c
 
-from ebpfproxy.datapath import maps
-from ebpfproxy.datapath.crc32c import zeros_tables
-from ebpfproxy.datapath.filter import BitFilter, address_hash
-from ebpfproxy.datapath.ports import PortRangeError, default_range, local_range, overlaps, parse_range
-from ebpfproxy.datapath.schema import CRC_STEPS, Capacity
+from ebpfproxy.config.masquerade_ports import (
+    PortRangeError,
+    default_range,
+    local_range,
+    overlaps,
+    parse_range,
+)
+from ebpfproxy.datapath.abi.schema import CRC_STEPS, Capacity
+from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.node.crc32c import zeros_tables
+from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:

@@ -8,8 +8,9 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
-from ebpfproxy.datapath import layout, maglev
+from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.dump import Dump
+from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.model import (
     Algorithm,
     BackendState,

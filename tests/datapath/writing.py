@@ -10,13 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath import layout, maglev
-from ebpfproxy.datapath import maps as maps_module
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.dump import Dump, FrontendRow
-from ebpfproxy.datapath.grace import Grace
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.schema import Capacity
-from ebpfproxy.datapath.writer import Writer
+from ebpfproxy.datapath.kernel import maps as maps_module
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services import maglev
+from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import (
     Algorithm,
     Backend,

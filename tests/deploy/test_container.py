@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebpfproxy.datapath import bytecode
+from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.kube.control_plane import server_of
 from tests.deploy import objects, runtime
 from tests.deploy.runtime import Container

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import ebpfproxy
-from ebpfproxy.datapath.cleanup import remove_everything
-from ebpfproxy.datapath.roots import BPFFS, find_cgroup_root, pin_folder
+from ebpfproxy.datapath.kernel.roots import BPFFS, find_cgroup_root, pin_folder
+from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.deploy import image, objects
 from tests.deploy.test_container import Host, Kubelet, on
 from tests.e2e.world import SERVICE_IPS, World

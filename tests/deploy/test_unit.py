@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.deploy.objects import DEPLOY, base, container
 from tests.deploy.runtime import install
 from tests.deploy.test_container import until

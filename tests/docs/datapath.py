@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.datapath import bpf, probe, schema
-from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
-from ebpfproxy.datapath.schema import Capacity
+from ebpfproxy.datapath.abi import schema
+from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.datapath.kernel import bpf, probe
 from tests.docs.tables import table
 
 _KINDS = {

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ebpfproxy.cli import main
-from ebpfproxy.datapath.roots import BPFFS
+from ebpfproxy.datapath.kernel.roots import BPFFS
 from tests.lab import Lab, LabNode, manifests
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath.node_layout import DROPPED, PASSED, REJECTED
-from ebpfproxy.datapath.schema import Capacity, map_specs
+from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.abi.schema import Capacity, map_specs
 from tests.docs import datapath
 from tests.docs.made import PARTS, named, wanted
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebpfproxy.datapath.probe import Feature
+from ebpfproxy.datapath.kernel.probe import Feature
 from tests.docs.made import ROOT
 from tests.docs.metrics import RULES, series
 from tests.docs.pages import PAGES

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from scapy.layers.inet import IP, UDP
 
-from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.node.identity import netns_cookie
 from tests.lab import Agent, Lab, Pod, choices, manifests
 from tests.lab.waiting import until

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.datapath.attach import attachments
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
 from tests.e2e import load
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Agent, Lab, LabNode, clients, manifests

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute, NetNS
 
-from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.kernel import bpf
 from tests.e2e.outer import WAYS, Held, Outer, ask_by_socat
 from tests.e2e.world import EXTERNAL, NODE_PORT
 from tests.lab import Agent, Lab, clients, manifests

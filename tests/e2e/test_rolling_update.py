@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ebpfproxy.datapath.dump import Dump, open_maps
-from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.apiserver import objects

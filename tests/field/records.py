@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ebpfproxy.datapath import layout
-from ebpfproxy.datapath.maps import MapSet, open_pinned
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.roots import pin_folder
 from tests.lab import LabNode
 
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from ebpfproxy.datapath.layout import U32, unpack_address
-from ebpfproxy.datapath.maps import open_pinned
-from ebpfproxy.datapath.node_layout import CIDR, CidrFlags
+from ebpfproxy.datapath.abi.layout import U32, unpack_address
+from ebpfproxy.datapath.abi.node_layout import CIDR, CidrFlags
+from ebpfproxy.datapath.kernel.maps import open_pinned
 from ebpfproxy.services.model import format_address
 from tests.lab import Lab, LabNode
 from tests.lab.lab import OUTSIDE

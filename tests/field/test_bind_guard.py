@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.attach import LINKS
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.attach import LINKS
 from tests.lab import Lab, LabNode, manifests
 from tests.lab.waiting import until
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from ebpfproxy.datapath import layout
+from ebpfproxy.datapath.abi import layout
 from tests.e2e.world import SERVICE_IPS, World
 from tests.field.records import fill, maps_of, open_sockets
 from tests.field.remote import Remote

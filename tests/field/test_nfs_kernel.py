@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.maps import MapSet
-from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.field import nfs
 from tests.lab import Lab, LabNode, Outside, Pod, manifests
 from tests.lab.spaces import Space

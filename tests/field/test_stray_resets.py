@@ -12,8 +12,8 @@ import pytest
 from scapy.all import IPv6, raw
 from scapy.layers.inet import IP, TCP
 
-from ebpfproxy.datapath.conntrack import Sweeper, Timeouts
-from ebpfproxy.datapath.maps import open_pinned
+from ebpfproxy.datapath.flows.conntrack_table import Sweeper, Timeouts
+from ebpfproxy.datapath.kernel.maps import open_pinned
 from tests.e2e.outer import Outer
 from tests.e2e.world import NODE_PORT
 from tests.lab import Lab

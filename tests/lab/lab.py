@@ -25,8 +25,8 @@ from typing import Any
 
 from pyroute2 import NetNS, netns
 
-from ebpfproxy.datapath.cleanup import remove_everything
-from ebpfproxy.datapath.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_folder
+from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_folder
+from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.lab.spaces import Space
 
 #: An emulator takes its time to compile.

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ebpfproxy.datapath.attach import Attachment
-from ebpfproxy.datapath.conntrack import Sweep
+from ebpfproxy.datapath.flows.conntrack_table import Sweep
+from ebpfproxy.datapath.programs.attach import Attachment
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.kube.objects import Resource
 from ebpfproxy.kube.source_status import SourceStatus, State

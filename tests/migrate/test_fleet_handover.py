@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.migrate import keeper, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.migrate import control_plane, rules

@@ -6,8 +6,8 @@ import gzip
 
 import pytest
 
+from ebpfproxy.datapath.abi.layout import format_frontend
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
-from ebpfproxy.datapath.layout import format_frontend
 from ebpfproxy.migrate import frontends
 from ebpfproxy.services.model import FrontendKind, Policy, format_endpoint
 from tests import recordings

@@ -9,7 +9,7 @@ import pytest
 from pyroute2 import IPRoute
 from pyroute2.ipset import IPSet
 
-from ebpfproxy.datapath.roots import find_cgroup_root
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.migrate import accounts, flows, ipsets, iptables, ipvs, keeper, leftovers
 from tests.lab import Lab
 from tests.lab.spaces import Space

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
-from ebpfproxy.datapath.roots import pin_folder
+from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.migrate import steps
 from ebpfproxy.migrate.flows import Flow
 from tests.lab import Lab, clients

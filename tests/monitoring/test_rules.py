@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ebpfproxy.cli import main
-from ebpfproxy.datapath import bpf
-from ebpfproxy.datapath.schema import Capacity, map_specs
+from ebpfproxy.datapath.abi.schema import Capacity, map_specs
+from ebpfproxy.datapath.kernel import bpf
 from tests.monitoring.files import FOLDER, RULES, alerts, needs_promtool, promtool
 
 NODE = {"job": "kube-proxy", "instance": "10.0.0.1:10249"}

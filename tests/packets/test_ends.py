@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from scapy.layers.inet import TCP
 
-from ebpfproxy.datapath.conntrack import Timeouts, flows_of
-from ebpfproxy.datapath.maps import MapSet, open_pinned
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.services.model import format_endpoint
 from tests.packets.test_flows import PAYLOAD, ends
 from tests.packets.wire import PASS, Wire

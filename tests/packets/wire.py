@@ -18,7 +18,7 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, _ICMPv6
 from scapy.layers.sctp import SCTP
 
-from ebpfproxy.datapath import bpf
+from ebpfproxy.datapath.kernel import bpf
 from tests.lab import LabNode
 
 PASS, DROP, REDIRECT = -1, 2, 7

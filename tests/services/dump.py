@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ebpfproxy.datapath.layout import format_frontend
+from ebpfproxy.datapath.abi.layout import format_frontend
 from ebpfproxy.services.model import (
     Algorithm,
     Backend,

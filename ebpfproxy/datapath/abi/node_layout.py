@@ -1,0 +1,83 @@
+"""The bytes of what packets' programs know of this node, and of what they count. As ``layout``."""
+
+from __future__ import annotations
+
+import enum
+import struct
+
+from ebpfproxy.datapath.abi.layout import lpm, pack_address
+
+
+class DeviceFlags(enum.IntFlag):
+    PODS = 1 << 0
+    LOCAL = 1 << 1
+    #: Of the node as a whole, in the entry of no device.
+    HANDOVER = 1 << 2
+    WAITS = 1 << 3
+
+
+class CidrFlags(enum.IntFlag):
+    PODS = 1 << 0
+    SERVICES = 1 << 1
+    #: In a Service CIDR, but this node's own, or of a Service that another proxy serves.
+    TAKEN = 1 << 2
+
+
+#: Index of the ``unallocated`` map, by path and IP version; ``enum unallocated`` in C.
+UNALLOCATED = {("packet", 4): 0, ("socket", 4): 1, ("packet", 6): 2, ("socket", 6): 3}
+
+
+class PacketEvent(enum.IntEnum):
+    """What befell a packet that neither simply passed nor was translated; ``enum event`` in C."""
+
+    NO_ENDPOINT = 0
+    NO_SUCH_PORT = 1
+    BACKEND_GONE = 2
+    NO_LOCAL_ENDPOINT = 3
+    SOURCE_RANGE = 4
+    NO_SUCH_SERVICE = 5
+    FRAGMENT = 6
+    PORTS_TAKEN = 7
+    TABLE_FULL = 8
+    UNROUTABLE = 9
+    HOPS = 10
+    REWRITE = 11
+    MARTIAN = 12
+    MALFORMED = 13
+    FLOWS_MADE = 14
+    FLOWS_ENDED = 15
+    SOCKETS_FULL = 16
+    NO_FLOW = 17
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+#: What each reason means for the packet.
+REJECTED = frozenset(
+    {PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE, PacketEvent.NO_FLOW}
+)
+PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED, PacketEvent.SOCKETS_FULL})
+DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - {PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED}
+DEVICE = struct.Struct("=16s16sII")
+CIDR = struct.Struct("=I16s")
+
+
+def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:
+    """Addresses that masquerading uses; empty ones where there is none. ``mtu`` in bytes."""
+    return DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags, mtu)
+
+
+def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
+    """The same entry with these besides."""
+    address4, address6, before, mtu = DEVICE.unpack(packed)
+    return DEVICE.pack(address4, address6, before | flags, mtu)
+
+
+def is_local_device(packed: bytes) -> bool:
+    """Whether a packed device is neither an uplink nor a tunnel."""
+    return bool(DEVICE.unpack(packed)[2] & DeviceFlags.LOCAL)
+
+
+def pack_cidr(address: bytes, length: int) -> bytes:
+    return CIDR.pack(*lpm(address, length))

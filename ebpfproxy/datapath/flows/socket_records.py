@@ -1,0 +1,104 @@
+"""Records of sockets, one at a time: read for who compares them with the sockets there are, and taken away.
+
+Programs take a record away themselves when its socket is closed. Of the two whoever deletes it counts the
+connection down: the map says who that was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ebpfproxy.datapath.abi import flow_layout, layout
+from ebpfproxy.datapath.abi.layout import U64
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import Map, MapSet
+from ebpfproxy.services.model import Backend
+
+SOCKET_MAPS = ("sock_origin", "sock_peers", "mptcp_subflows")
+#: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
+_BATCH = 512
+_NO_REST: Callable[[], None] = lambda: None  # noqa: E731
+
+
+class Record(NamedTuple):
+    """``key`` and ``value`` as packed; ``netns`` is the lower half of the namespace's cookie.
+
+    ``backend`` is None for a socket that is not connected.
+    """
+
+    key: bytes
+    value: bytes
+    cookie: int
+    netns: int
+    backend: tuple[bytes, int] | None
+
+
+def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
+    """Of sockets that connect() sent to a backend. ``rest`` is called between batches."""
+    for key, value in _entries(maps["sock_origin"], rest):
+        (cookie,) = U64.unpack(key)
+        yield Record(key, value, cookie, flow_layout.origin_netns(value), flow_layout.origin_backend(value))
+
+
+def unconnected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
+    """Of datagram sockets that have sent to frontends, and are not connected; of some there are several."""
+    for key, value in _entries(maps["sock_peers"], rest):
+        yield Record(key, value, flow_layout.peers_cookie(key), flow_layout.peers_netns(value), None)
+
+
+def subflows(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[tuple[bytes, bytes]]:
+    """Entries of ``mptcp_subflows`` whose subflow has no record."""
+    origins = maps["sock_origin"]
+    for key, value in _entries(maps["mptcp_subflows"], rest):
+        if origins.lookup(value) is None:
+            yield key, value
+
+
+def _entries(table: Map, rest: Callable[[], None]) -> Iterator[tuple[bytes, bytes]]:
+    key_size, value_size = table.spec.key_size, table.spec.value_size
+    for keys, values, count in bpf.map_lookup_batches(table.fd, key_size, value_size, _BATCH):
+        for i in range(count):
+            yield (
+                bytes(keys[i * key_size : (i + 1) * key_size]),
+                bytes(values[i * value_size : (i + 1) * value_size]),
+            )
+        rest()
+
+
+def backend_of(maps: MapSet, record: Record) -> Backend | None:
+    """With its protocol; None where its id has been given to another since, or it is no load of anybody's."""
+    _, number = flow_layout.origin_ids(record.value)
+    backends = maps.shared("backends")
+    if number >= backends.spec.max_entries:
+        return None
+    at = number * backends.stride
+    known = layout.unpack_backend(bytes(backends.bytes[at : at + layout.BACKEND_SIZE]))
+    return known[0] if known and (known[0].address, known[0].port) == record.backend else None
+
+
+def forget_connected(maps: MapSet, record: Record) -> bool:
+    """False where it is not there any more, or its socket has another one by now."""
+    origins = maps["sock_origin"]
+    found = bpf.map_take(origins.fd, record.key, origins.spec.value_size)
+    if found is None:
+        return False
+    if found != record.value and bpf.map_add(origins.fd, record.key, found):
+        return False
+    _, number = flow_layout.origin_ids(found)
+    loads = maps.shared("loads")
+    if number < loads.spec.max_entries:
+        words = loads.bytes.cast("I")
+        at = number * layout.LOAD_WORDS + layout.LOAD_CARRIED
+        words[at] = words[at] - 1 & 0xFFFFFFFF
+    return True
+
+
+def forget_unconnected(maps: MapSet, record: Record) -> bool:
+    return maps["sock_peers"].delete(record.key)
+
+
+def forget_subflow(maps: MapSet, key: bytes, value: bytes) -> bool:
+    """False where an MPTCP socket of the same address has another subflow by now."""
+    table = maps["mptcp_subflows"]
+    return table.lookup(key) == value and table.delete(key)

@@ -1,0 +1,4 @@
+"""The kernel's bpf interface: system calls, pinned maps, features, roots, grace periods.
+
+May import ``datapath.abi``.
+"""

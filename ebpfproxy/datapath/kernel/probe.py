@@ -1,0 +1,145 @@
+"""What this kernel has: asked once, of the kernel itself and not of its version."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import platform
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.programs.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
+
+OLDEST_KERNEL = "5.15"
+
+
+class Feature(enum.StrEnum):
+    """Features that are used where present; without one the named fallback works."""
+
+    SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
+    TCX = "tcx"  # without: clsact filters (6.6)
+    MPTCP = "mptcp"  # without: getpeername() of MPTCP sockets gives the backend (5.19 with BTF)
+
+
+class UnsupportedKernelError(Exception):
+    """A must-have is missing; the message names it and the kernel version that brought it."""
+
+
+class Features(msgspec.Struct, frozen=True):
+    set_retval: bool
+    tcx: bool = True
+    mptcp: bool = True
+
+    def without(self, names: frozenset[Feature]) -> Features:
+        """The same with some left unused, to try the fallbacks."""
+        return Features(
+            set_retval=self.set_retval and Feature.SET_RETVAL not in names,
+            tcx=self.tcx and Feature.TCX not in names,
+            mptcp=self.mptcp and Feature.MPTCP not in names,
+        )
+
+
+# Two instructions that let everything proceed (return 1).
+_PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
+
+
+#: r1 = ctx->sk; bpf_skc_to_mptcp_sock(r1); then as above.
+_MPTCP_SOCKET = bytes.fromhex("7911400000000000 85000000c4000000") + _PROCEED
+_CONNECT4 = 10
+
+_NO_DEVICE = 0x7FFFFFFE
+
+
+class _MustHave(NamedTuple):
+    what: str
+    since: str
+    check: Callable[[], bool]
+
+
+def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int = 0) -> bool:
+    try:
+        os.close(bpf.map_create(kind, "probe", key_size, value_size, entries, flags=flags))
+    except bpf.BpfError:
+        return False
+    return True
+
+
+def _attach_types_load() -> bool:
+    try:
+        for hook in SOCKET_HOOKS + GUARD_HOOKS:
+            os.close(bpf.prog_load(hook.program_type, hook.attach_type, "probe", _PROCEED))
+    except bpf.BpfError:
+        return False
+    return True
+
+
+def _batch_works() -> bool:
+    fd = bpf.map_create(bpf.MAP_PERCPU_ARRAY, "probe", 4, 8, 1)
+    try:
+        for _ in bpf.map_lookup_batches(fd, 4, 8 * bpf.possible_cpus(), 1):
+            pass
+    except bpf.BpfError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+_MUST_HAVES = (
+    _MustHave(
+        "BPF hash maps (CONFIG_BPF_SYSCALL, CAP_BPF or root)", "4.4", lambda: _creates(bpf.MAP_HASH, 4, 4, 1)
+    ),
+    _MustHave("cgroup socket programs up to sock_release (CONFIG_CGROUP_BPF)", "5.9", _attach_types_load),
+    _MustHave("mmap of BPF arrays", "5.5", lambda: _creates(bpf.MAP_ARRAY, 4, 8, 1, bpf.F_MMAPABLE)),
+    _MustHave(
+        "bpf_get_netns_cookie in cgroup programs",
+        "5.7",
+        lambda: bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_GET_NETNS_COOKIE),
+    ),
+    _MustHave("batched lookup in per-CPU arrays", "5.13", _batch_works),
+    _MustHave(
+        "bpf_redirect_neigh in tc programs (CONFIG_NET_CLS_BPF)",
+        "5.10",
+        lambda: bpf.has_helper(bpf.PROG_SCHED_CLS, bpf.FUNC_REDIRECT_NEIGH),
+    ),
+)
+
+
+def probe() -> Features:
+    """Raises UnsupportedKernelError."""
+    for must in _MUST_HAVES:
+        if not must.check():
+            raise UnsupportedKernelError(
+                f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
+                f"the oldest supported kernel is {OLDEST_KERNEL}"
+            )
+    return Features(
+        set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL),
+        tcx=_has_tcx(),
+        mptcp=_finds_mptcp_sockets(),
+    )
+
+
+def _finds_mptcp_sockets() -> bool:
+    """The helper needs the kernel's own BTF, and says nothing to who only asks if it is there."""
+    try:
+        os.close(bpf.prog_load(bpf.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
+    except bpf.BpfError:
+        return False
+    return True
+
+
+def _has_tcx() -> bool:
+    """A link to a device that cannot be: the kernel says that it is missing, if it knows what is meant."""
+    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "probe", _PROCEED)
+    try:
+        os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))
+    except bpf.BpfError as error:
+        return error.errno == errno.ENODEV
+    finally:
+        os.close(program)
+    return True

@@ -1,0 +1,120 @@
+"""Attachments: one pinned cgroup link a hook, beside whatever others attached, replaced in one step.
+
+Links (Linux 5.7) attach with the multi-program flag and are detached by nobody but their holder: the pin.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.programs.hooks import FORMER_HOOKS, GUARD_HOOKS, SOCKET_HOOKS, Hook
+
+LINKS = "links"
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A hook as the kernel has it now. ``program_id`` is None where we are not attached."""
+
+    hook: str
+    program_id: int | None
+    cgroup_id: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.program_id is not None and self.cgroup_id != 0
+
+
+def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False) -> list[str]:
+    """Brings every hook's link to the program in ``programs``. Returns what changed, a phrase for each.
+
+    A hook that has a link keeps having one at every moment; links of hooks that these options, or this
+    version, do not have are taken away. Raises BpfError.
+    """
+    hooks = SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ())
+    unwanted = {*FORMER_HOOKS, *(hook.name for hook in GUARD_HOOKS)} - {hook.name for hook in hooks}
+    (pins / LINKS).mkdir(parents=True, exist_ok=True)
+    cgroup = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        changed = [
+            f"{hook.name} {what}"
+            for hook in hooks
+            if (what := _attach(hook, pins / LINKS / hook.name, programs / hook.name, cgroup))
+        ]
+    finally:
+        os.close(cgroup)
+    return changed + [f"{name} detached" for name in sorted(unwanted) if _detach(pins / LINKS / name)]
+
+
+def _detach(link: Path) -> bool:
+    """Whether there was one: the kernel detaches with the last of a link's holders, which the pin is."""
+    try:
+        link.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str:
+    program = bpf.get_pinned(program_path)
+    link = _open(link_path)
+    try:
+        if link is not None:
+            info = bpf.cgroup_link_info(link)
+            if info.cgroup_id == os.fstat(cgroup).st_ino:
+                if info.prog_id == bpf.prog_info(program).id:
+                    return ""
+                bpf.link_update(link, program)
+                return "replaced"
+        # Attached to another cgroup, or to one that is gone: the new link comes first.
+        fresh = bpf.link_create(program, cgroup, hook.attach_type)
+        try:
+            pin_over(fresh, link_path)
+        finally:
+            os.close(fresh)
+        return "attached" if link is None else "moved"
+    finally:
+        if link is not None:
+            os.close(link)
+        os.close(program)
+
+
+def pin_over(fd: int, path: Path) -> None:
+    """Pins in place of what is pinned there, in one step."""
+    beside = path.with_name(f"{path.name}-new")
+    beside.unlink(missing_ok=True)
+    bpf.pin(fd, beside)
+    beside.replace(path)
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return bpf.get_pinned(path)
+    except bpf.BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def attachments(pins: Path) -> list[Attachment]:
+    """What the kernel says of every hook: not what was once attached, but what runs.
+
+    The guard's hooks are among them only where they have been attached.
+    """
+    found = []
+    for hook in SOCKET_HOOKS + GUARD_HOOKS:
+        link = _open(pins / LINKS / hook.name)
+        if link is None:
+            if hook in SOCKET_HOOKS:
+                found.append(Attachment(hook.name, None))
+            continue
+        try:
+            info = bpf.cgroup_link_info(link)
+            found.append(Attachment(hook.name, info.prog_id, info.cgroup_id))
+        finally:
+            os.close(link)
+    return found

@@ -1,0 +1,190 @@
+"""Compiled programs, before they are loaded: instructions with references to maps and constants by name.
+
+What is compiled says nothing of one start of one node: maps' file descriptors and the host's namespace are
+filled in when a program is loaded. So it is kept in a file, and every later start with the same sources and
+options needs no compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath.programs.compiler import CompileRequest
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
+
+#: Compiled programs are kept here; where it cannot be written to, every load compiles.
+CACHE = Path(os.environ.get("EBPFPROXY_CACHE_DIR", "/var/cache/ebpfproxy"))
+#: Files that stay: those used last.
+_KEPT_FILES = 64
+_SECONDS = 120
+
+# struct bpf_insn: opcode, two registers, offset, immediate value.
+_INSTRUCTION = struct.Struct("=BBhI")
+#: BPF_LD | BPF_IMM | BPF_DW: a value of 64 bits, in this instruction and the next.
+_LOAD_64 = 0x18
+#: The half of the registers' byte that is the source: a bit field in the machine's order.
+_SOURCE_SHIFT = 4 if sys.byteorder == "little" else 0
+#: Sources that give the value of _LOAD_64 a meaning: BPF_PSEUDO_MAP_FD, and one that only lib/maps.h has.
+_MAP_FD = 1
+_LOAD_TIME_CONSTANT = 15
+
+
+class CompileError(Exception):
+    """A source does not compile; the message has the compiler's own words."""
+
+
+class Program(msgspec.Struct, frozen=True, array_like=True):
+    """One program. References are a place, counted in instructions, and a name."""
+
+    instructions: bytes
+    maps: list[tuple[int, str]]
+    constants: list[tuple[int, str]]
+
+    def linked(self, map_fds: Mapping[str, int], constants: Mapping[str, int]) -> bytes:
+        """The instructions to load; ``constants`` are unsigned numbers of 64 bits."""
+        made = bytearray(self.instructions)
+        for at, name in self.maps:
+            _put(made, at, _MAP_FD, map_fds[name])
+        for at, name in self.constants:
+            _put(made, at, 0, constants[name])
+        return bytes(made)
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """All that decides what comes out. ``maps`` and ``constants``: the names that the source may refer to."""
+
+    sources: Path
+    source: str
+    programs: tuple[str, ...]
+    defines: tuple[str, ...]
+    maps: tuple[str, ...]
+    constants: tuple[str, ...]
+
+    def digest(self) -> str:
+        words = (platform.machine(), self.source, *self.programs, *self.defines, *self.maps, *self.constants)
+        digest = hashlib.sha256("\0".join(words).encode())
+        for path in sorted(p for p in self.sources.rglob("*") if p.suffix in (".c", ".h")):
+            digest.update(str(path.relative_to(self.sources)).encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()[:32]
+
+
+def get(recipe: Recipe) -> dict[str, Program]:
+    """Programs by name, from the cache or else compiled and left there. Raises CompileError."""
+    path = CACHE / recipe.digest()
+    found = _read(path)
+    if found is not None:
+        return found
+    made = _compile(recipe)
+    _write(path, made)
+    return made
+
+
+def _compile(recipe: Recipe) -> dict[str, Program]:
+    source = recipe.sources / recipe.source
+    request = CompileRequest(
+        source=str(source),
+        headers=str(recipe.sources / "include"),
+        cflags=[
+            f"-I{recipe.sources}",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *recipe.defines,
+            *(f"-DMAP_NUMBER_{name}={number}" for number, name in enumerate(recipe.maps)),
+            *(f"-DCONSTANT_NUMBER_{name}={number}" for number, name in enumerate(recipe.constants)),
+        ],
+        programs=list(recipe.programs),
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ebpfproxy.datapath.programs.compiler"],
+            input=msgspec.json.encode(request),
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{source}: compiling took longer than {_SECONDS} s") from None
+    if done.returncode:
+        raise CompileError(done.stderr.decode(errors="replace"))
+    compiled = msgspec.msgpack.decode(done.stdout, type=dict[str, bytes])
+    return {name: _program(code, recipe) for name, code in compiled.items()}
+
+
+def _program(code: bytes, recipe: Recipe) -> Program:
+    maps: list[tuple[int, str]] = []
+    constants: list[tuple[int, str]] = []
+    is_second_half = False
+    for at, (opcode, registers, _, value) in enumerate(_INSTRUCTION.iter_unpack(code)):
+        if is_second_half or opcode != _LOAD_64:
+            is_second_half = False
+            continue
+        is_second_half = True
+        meaning = registers >> _SOURCE_SHIFT & 0x0F
+        if meaning == _MAP_FD:
+            maps.append((at, recipe.maps[value]))
+        elif meaning == _LOAD_TIME_CONSTANT:
+            constants.append((at, recipe.constants[value]))
+    return Program(code, maps, constants)
+
+
+def _put(instructions: bytearray, at: int, meaning: int, value: int) -> None:
+    size = _INSTRUCTION.size
+    opcode, registers, offset, _ = _INSTRUCTION.unpack_from(instructions, at * size)
+    registers = registers & ~(0x0F << _SOURCE_SHIFT) | meaning << _SOURCE_SHIFT
+    _INSTRUCTION.pack_into(instructions, at * size, opcode, registers, offset, value & 0xFFFFFFFF)
+    _INSTRUCTION.pack_into(instructions, (at + 1) * size, 0, 0, 0, value >> 32)
+
+
+# -- files: a SHA-256 of what follows, and the programs as MessagePack
+
+
+def _read(path: Path) -> dict[str, Program] | None:
+    try:
+        content = path.read_bytes()
+        digest, programs = content[:32], content[32:]
+        if hashlib.sha256(programs).digest() != digest:
+            log.warning("a file of compiled programs is damaged: compiling again", file=str(path))
+            return None
+        # A file that was made with an image may be where nothing can be changed.
+        with suppress(OSError):
+            os.utime(path)
+        return msgspec.msgpack.decode(programs, type=dict[str, Program])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.debug("compiled programs cannot be read", reason=str(error))
+        return None
+
+
+def _write(path: Path, programs: dict[str, Program]) -> None:
+    content = msgspec.msgpack.encode(programs)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as made:
+            try:
+                made.write(hashlib.sha256(content).digest() + content)
+                made.flush()
+                Path(made.name).replace(path)
+            except OSError:
+                Path(made.name).unlink()
+                raise
+        files = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
+        for each in files[_KEPT_FILES:]:
+            each.unlink(missing_ok=True)
+    except OSError as error:
+        log.debug("compiled programs are not kept", reason=str(error))

@@ -1,0 +1,60 @@
+"""The programs, where they attach, and in which source they are: names and numbers as the kernel has them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ebpfproxy.datapath.kernel import bpf
+
+
+class Hook(NamedTuple):
+    """A program by its function's name, and its type and attach type (enum bpf_attach_type)."""
+
+    name: str
+    attach_type: int
+    program_type: int = bpf.PROG_CGROUP_SOCK_ADDR
+
+
+#: In the order of attachment: answers are translated before the first question is.
+SOCKET_HOOKS = (
+    Hook("sock_release", 34, bpf.PROG_CGROUP_SOCK),
+    Hook("getpeername4", 29),
+    Hook("getpeername6", 30),
+    Hook("recvmsg4", 19),
+    Hook("recvmsg6", 20),
+    Hook("sendmsg4", 14),
+    Hook("sendmsg6", 15),
+    Hook("connect4", 10),
+    Hook("connect6", 11),
+)
+
+#: Attached only where the option asks for it: bind() then costs nothing elsewhere.
+GUARD_HOOKS = (Hook("bind4", 8), Hook("bind6", 9))
+#: Attached by agents of earlier versions.
+FORMER_HOOKS = ("post_bind4", "post_bind6")
+
+TCX_INGRESS, TCX_EGRESS = 46, 47
+
+#: Of every device but the loopback: ingress and egress.
+PACKET_HOOKS = (
+    Hook("from_device", TCX_INGRESS, bpf.PROG_SCHED_CLS),
+    Hook("to_device", TCX_EGRESS, bpf.PROG_SCHED_CLS),
+)
+
+
+class Module(NamedTuple):
+    """One compilation: a source, its programs, and what their pins' names end with."""
+
+    source: str
+    hooks: tuple[Hook, ...]
+    defines: tuple[str, ...] = ()
+    suffix: str = ""
+
+
+SOCKETS = Module("sock.c", SOCKET_HOOKS)
+GUARD = Module("bind.c", GUARD_HOOKS)
+PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
+#: For the loopback device, where NodePorts answer on it: what leaves by it comes in by it.
+LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, bpf.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
+#: For devices whose packets begin with the IP header (tun, wireguard, ipip).
+RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

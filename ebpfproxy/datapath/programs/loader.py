@@ -1,0 +1,186 @@
+"""Compiled programs, pinned beside the maps they were compiled for, and reused while nothing changed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+import ebpfproxy
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.probe import Features
+from ebpfproxy.datapath.programs import bytecode
+from ebpfproxy.datapath.programs.hooks import PACKETS, SOCKETS, Module
+from ebpfproxy.datapath.services import slots
+
+_SHOWN_LINES = 12
+
+
+class LoadError(Exception):
+    """Programs did not compile or load; the message has the program's name and the tool's own words."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What cannot change while programs run: compiled in, or a constant that is filled in at the load."""
+
+    features: Features
+    host_netns_cookie: int
+    node_ports_on_loopback: bool = True
+    #: Sockets of pods are served, not only those of the host's namespace.
+    pod_sockets: bool = True
+    masquerade_all: bool = False
+    #: Masqueraded flows are forwarded from the hook: no netfilter rule sees them.
+    bypass_netfilter: bool = False
+    #: Ports that stand for masqueraded clients, first and last.
+    masquerade_ports: tuple[int, int] = (1024, 32767)
+    #: Sockets of this host may have them, too: one that has a port towards a backend is looked for.
+    masquerade_ports_shared: bool = False
+    #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
+    pods_by_cidr: bool = False
+
+    def defines(self) -> list[str]:
+        return [
+            f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
+            f"-DHAVE_MPTCP={int(self.features.mptcp)}",
+            f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
+            f"-DPOD_SOCKETS={int(self.pod_sockets)}",
+            f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
+            f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",
+            f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
+            f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
+            f"-DMASQUERADE_PORTS_SHARED={int(self.masquerade_ports_shared)}",
+            f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
+            f"-DSEARCHED_SLOTS={slots.SEARCHED}",
+        ]
+
+    def constants(self) -> dict[str, int]:
+        """Filled in at the load, unsigned, 64 bits."""
+        return {"HOST_NETNS_COOKIE": self.host_netns_cookie}
+
+
+def source_folder() -> Path:
+    """``bpf/``: inside the installed package, or at the top of a checkout."""
+    package = Path(ebpfproxy.__file__).parent
+    for folder in (package / "bpf", package.parent / "bpf"):
+        if (folder / "sock.c").exists():
+            return folder
+    raise LoadError(f"the BPF sources are neither in {package / 'bpf'} nor in {package.parent / 'bpf'}")
+
+
+def _recipe(sources: Path, options: Options, maps: MapSet, module: Module) -> bytecode.Recipe:
+    return bytecode.Recipe(
+        sources=sources,
+        source=module.source,
+        programs=tuple(hook.name for hook in module.hooks),
+        defines=(*options.defines(), *module.defines),
+        maps=tuple(sorted(maps.maps)),
+        constants=tuple(sorted(options.constants())),
+    )
+
+
+def _home(sources: Path, options: Options, maps: MapSet) -> Path:
+    digest = hashlib.sha256(_recipe(sources, options, maps, SOCKETS).digest().encode())
+    digest.update(repr(sorted(options.constants().items())).encode())
+    return maps.folder / f"progs-{digest.hexdigest()[:12]}"
+
+
+def is_loaded(home: Path, module: Module) -> bool:
+    """Whether all of the module's programs are pinned in ``home``."""
+    return all(pin.exists() for pin in _pins(home, module).values())
+
+
+def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (SOCKETS, PACKETS)) -> Path:
+    """The folder with the modules' pinned programs; those that are not there are loaded now.
+
+    Raises LoadError; then nothing that is attached has changed.
+    """
+    sources = source_folder()
+    home = _home(sources, options, maps)
+    home.mkdir(exist_ok=True)
+    missing = [m for m in modules if not is_loaded(home, m)]
+    with ThreadPoolExecutor(len(missing) or 1, thread_name_prefix="loader") as workers:
+        loads = [workers.submit(_load, sources, options, maps, home, module) for module in missing]
+    failed = [error for load in loads if (error := load.exception()) is not None]
+    if failed:
+        for module in missing:
+            _unpin(home, module)
+        if not any(home.iterdir()):
+            home.rmdir()
+        raise failed[0]
+    return home
+
+
+def _pins(home: Path, module: Module) -> dict[str, Path]:
+    return {hook.name: home / f"{hook.name}{module.suffix}" for hook in module.hooks}
+
+
+def _unpin(home: Path, module: Module) -> None:
+    """What a load that failed, or was killed, has left."""
+    for pin in _pins(home, module).values():
+        pin.unlink(missing_ok=True)
+
+
+def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Module) -> None:
+    _unpin(home, module)
+    try:
+        programs = bytecode.get(_recipe(sources, options, maps, module))
+    except bytecode.CompileError as error:
+        raise LoadError(_compiler_says(str(error), sources / module.source)) from None
+    fds = {name: each.fd for name, each in maps.maps.items()}
+    for hook in module.hooks:
+        code = programs[hook.name].linked(fds, options.constants())
+        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
+        attach_type = 0 if hook.program_type == bpf.PROG_SCHED_CLS else hook.attach_type
+        try:
+            fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
+        except bpf.VerifierError as error:
+            raise LoadError(_verifier_says(hook.name, error)) from None
+        try:
+            bpf.pin(fd, _pins(home, module)[hook.name])
+        finally:
+            os.close(fd)
+
+
+def _compiler_says(said: str, source: Path) -> str:
+    """The compiler's own message, shortened, with the source and the kernel."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if "error" in line), 0)
+    shown = lines[first : first + _SHOWN_LINES]
+    return "\n".join([f"{source} does not compile (kernel {platform.release()}):", *shown])
+
+
+def _verifier_says(program: str, error: bpf.VerifierError) -> str:
+    """The verifier's own message, shortened, with the program and the kernel. It gives its reason last."""
+    shown = [line for line in error.log.splitlines() if line.strip()][-_SHOWN_LINES:]
+    what = f"program {program} does not load (kernel {platform.release()})"
+    return "\n".join([f"{what}: {os.strerror(error.errno or 0)}", *shown])
+
+
+def remove_others(maps: MapSet, keep: Path) -> list[Path]:
+    """Unpins the programs of earlier builds; those still attached live on until they are replaced."""
+    removed = [p for p in maps.folder.glob("progs-*") if p != keep]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
+
+
+def program_id(path: Path) -> int | None:
+    """The id of the pinned program, None where nothing is pinned."""
+    try:
+        fd = bpf.get_pinned(path)
+    except bpf.BpfError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    try:
+        return int(bpf.prog_info(fd).id)
+    finally:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""Connected datagram sockets whose backend has gone: their packets ask the frontend again.
+
+The kernel has no way to give a socket of another process a new peer. One that is ended (SOCK_DESTROY) has
+none, and fails to send for ever (EDESTADDRREQ) unless the application connects anew, which many do not. So
+the socket stays as it is, and packet programs translate what it sends to the old backend, as if it had been
+sent to the frontend: to a live backend, or to nobody with an ICMP error while there is none. Answers come
+from the old backend's address, which the socket takes for the frontend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from ebpfproxy.datapath.abi import flow_layout
+from ebpfproxy.datapath.abi.layout import U64
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.frontend_table import Frontends
+
+
+class Redirects:
+    """The only writer of ``sock_redirects``. One thread uses it."""
+
+    def __init__(self, maps: MapSet, frontends: Frontends) -> None:
+        self._map = maps["sock_redirects"]
+        self._origins = maps["sock_origin"]
+        self._frontends = frontends
+        #: What packets go to that are to be looked at: addresses and ports of backends, by map key.
+        self._watched: dict[bytes, tuple[bytes, int]] = {}
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Takes over what is in the map: at a start, and when flows of other maps have been carried over."""
+        self._watch({key for key, _ in self._map.items()})
+
+    def _watch(self, keys: Set[bytes]) -> None:
+        for key in keys - self._watched.keys():
+            flow = flow_layout.unpack_flow(key)
+            self._watched[key] = flow.destination, flow.destination_port
+            self._frontends.watch(*self._watched[key])
+
+    def add(self, wanted: Mapping[bytes, bytes]) -> set[bytes]:
+        """Keys and values as packed. Returns the keys that there was no room for."""
+        # Packets that nobody looks at would go to the old backend: the filter learns first.
+        self._watch(wanted.keys())
+        refused = set(self._map.update_many(wanted))
+        self._unwatch(refused)
+        return refused
+
+    def _unwatch(self, keys: Set[bytes]) -> None:
+        for key in keys:
+            self._frontends.unwatch(*self._watched.pop(key))
+
+    def sweep(self) -> None:
+        """Takes away those whose socket is closed, or is connected to something else by now."""
+        over = set()
+        for key, value in self._map.items():
+            cookie = flow_layout.unpack_redirect(value).cookie
+            origin = self._origins.lookup(U64.pack(cookie))
+            flow = flow_layout.unpack_flow(key)
+            if origin is None or flow_layout.origin_backend(origin) != (
+                flow.destination,
+                flow.destination_port,
+            ):
+                over.add(key)
+        if over:
+            self._map.delete_many(list(over))
+            self._unwatch(over & self._watched.keys())

@@ -21,7 +21,7 @@ from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
-from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.node.clients import namespace_cookies
 from ebpfproxy.node.sockets import end_sockets
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
-from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 
 
 def servers(

@@ -30,8 +30,8 @@ from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import Attaching
 from ebpfproxy.agent.source import Source
+from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.config.masquerade_ports import shared_remark
-from ebpfproxy.config.watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import carry_orders
 from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -44,9 +44,9 @@ from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer
 from ebpfproxy.kube.objects import Deleted, Event, ObjectKey, Replaced
 from ebpfproxy.logs import get_logger
-from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
-from ebpfproxy.metrics.health import HealthCollector
-from ebpfproxy.metrics.maps import MapCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.health_metrics import HealthCollector
+from ebpfproxy.metrics.map_metrics import MapCollector
 from ebpfproxy.node.facts import Facts, NodeFacts, node_facts
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.netlink import NetworkWatcher

@@ -9,7 +9,7 @@ from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.services.writer import Unplaced
 from ebpfproxy.kube.events.recorder import Record
 from ebpfproxy.logs import get_logger
-from ebpfproxy.metrics.agent import AgentMetrics
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.services.model import Family
 from ebpfproxy.services.tracker import Update
 

@@ -1,4 +1,5 @@
 """Prometheus metrics: kube-proxy's names where the meaning is the same, ``ebpfproxy_*`` for the rest.
 
-``agent`` has what the agent counts as it works; ``maps`` and ``health`` read when they are asked.
+``agent_metrics`` has what the agent counts as it works; ``map_metrics`` and ``health_metrics`` read when
+they are asked.
 """

@@ -15,9 +15,9 @@ from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.kernel.maps import open_or_create
 from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs
 from ebpfproxy.health.proxy import ProxyHealth
-from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
-from ebpfproxy.metrics.health import HealthCollector
-from ebpfproxy.metrics.maps import MapCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.health_metrics import HealthCollector
+from ebpfproxy.metrics.map_metrics import MapCollector
 from tests.docs.tables import table
 
 RULES = Path(__file__).parents[2] / "deploy" / "monitoring" / "rules.yaml"

@@ -17,8 +17,8 @@ from ebpfproxy.datapath.programs.attach import Attachment
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.kube.objects import Resource
 from ebpfproxy.kube.source_status import SourceStatus, State
-from ebpfproxy.metrics.agent import AgentMetrics, SourceCollector
-from ebpfproxy.metrics.health import HealthCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.services.model import Family
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"

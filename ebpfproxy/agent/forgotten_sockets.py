@@ -23,10 +23,10 @@ from ebpfproxy.datapath.flows import socket_records
 from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS, Record
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.logs import get_logger
+from ebpfproxy.netlink.namespace_ids import NamespaceIds
+from ebpfproxy.netlink.namespaces import OWN, namespaces, netlink_in
+from ebpfproxy.netlink.sock_diag import Connected, Peer, sockets_in
 from ebpfproxy.node.identity import cookie_of
-from ebpfproxy.node.namespace_ids import NamespaceIds
-from ebpfproxy.node.namespaces import OWN, namespaces, netlink_in
-from ebpfproxy.node.sockets import Connected, Peer, sockets_in
 from ebpfproxy.services.model import Protocol
 
 log = get_logger(__name__)

@@ -22,8 +22,8 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
+from ebpfproxy.netlink.sock_diag import end_sockets
 from ebpfproxy.node.clients import namespace_cookies
-from ebpfproxy.node.sockets import end_sockets
 
 log = get_logger(__name__)
 

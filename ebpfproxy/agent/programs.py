@@ -19,8 +19,9 @@ from ebpfproxy.datapath.programs import attach, detach, loader
 from ebpfproxy.datapath.programs.devices import Target, device_attachments
 from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.logs import get_logger
-from ebpfproxy.migrate import flows, keeper, ports
+from ebpfproxy.migrate import keeper, ports
 from ebpfproxy.migrate.tools import ToolError
+from ebpfproxy.netlink import conntrack
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
@@ -131,7 +132,7 @@ class Attaching:
         self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
         if mode:
-            taken = ports.reserve(self._maps, flows.find(), self._options.masquerade_ports)
+            taken = ports.reserve(self._maps, conntrack.find(), self._options.masquerade_ports)
             log.info("kube-proxy's connections go on behind us", ports_taken=taken)
         self._packets.set_mode(mode)
         carrier.copy()

@@ -47,13 +47,13 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.node.facts import Facts, NodeFacts, node_facts
 from ebpfproxy.node.identity import netns_cookie
-from ebpfproxy.node.netlink import NetworkWatcher
 from ebpfproxy.node.network import Device, network_of
+from ebpfproxy.node.network_watcher import NetworkWatcher
 from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
-from ebpfproxy.node.routes import Routes
 from ebpfproxy.services.tracker import Tracker
 
 log = get_logger(__name__)

@@ -23,9 +23,9 @@ from ebpfproxy.datapath.flows.origins import LostFrontend, StaleTcp, stale_socke
 from ebpfproxy.datapath.flows.removed_backends import Departed
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.node.namespaces import netlink_in
-from ebpfproxy.node.routes import Routes
-from ebpfproxy.node.sockets import Connected, Peer, end_sockets, find_sockets
+from ebpfproxy.netlink.namespaces import netlink_in
+from ebpfproxy.netlink.routes import Routes
+from ebpfproxy.netlink.sock_diag import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
 
 #: Seconds before each look: a socket may be between its hook and its connection.

@@ -13,7 +13,7 @@ from ebpfproxy.cli.output import age, console, emit, table
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.flows.affinity_table import AffinityRow, affinity_rows
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.node.namespaces import names_by_cookie
+from ebpfproxy.netlink.namespaces import names_by_cookie
 
 _service = click.option(
     "--service",

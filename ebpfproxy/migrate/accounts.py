@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from ebpfproxy.migrate import netlink
+from ebpfproxy.netlink import nfnetlink
 
 #: kubernetes/kubernetes pkg/proxy/metrics/metrics.go
 NAMES = ("ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts")
@@ -16,17 +16,17 @@ _MISSING = frozenset({errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTO
 
 def add(name: str) -> None:
     """As kube-proxy does at its start."""
-    with netlink.Netfilter() as netfilter:
-        netfilter.request(netlink.ACCOUNTS, _NEW, netlink.attribute(_NAME, name.encode() + b"\0"))
+    with nfnetlink.Netfilter() as netfilter:
+        netfilter.request(nfnetlink.ACCOUNTS, _NEW, nfnetlink.attribute(_NAME, name.encode() + b"\0"))
 
 
 def find() -> tuple[str, ...]:
     """Those of kube-proxy that there are."""
-    with netlink.Netfilter() as netfilter:
+    with nfnetlink.Netfilter() as netfilter:
         try:
             found = {
-                bytes(netlink.attributes(entry)[_NAME]).rstrip(b"\0").decode()
-                for entry in netfilter.dump(netlink.ACCOUNTS, _GET)
+                bytes(nfnetlink.attributes(entry)[_NAME]).rstrip(b"\0").decode()
+                for entry in netfilter.dump(nfnetlink.ACCOUNTS, _GET)
             }
         except OSError as error:
             if error.errno in _MISSING:  # a kernel without it
@@ -37,5 +37,5 @@ def find() -> tuple[str, ...]:
 
 def remove(name: str) -> None:
     """Raises OSError (EBUSY) while a rule refers to it."""
-    with netlink.Netfilter() as netfilter:
-        netfilter.request(netlink.ACCOUNTS, _DELETE, netlink.attribute(_NAME, name.encode() + b"\0"))
+    with nfnetlink.Netfilter() as netfilter:
+        netfilter.request(nfnetlink.ACCOUNTS, _DELETE, nfnetlink.attribute(_NAME, name.encode() + b"\0"))

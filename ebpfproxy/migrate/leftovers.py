@@ -9,9 +9,10 @@ from __future__ import annotations
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
-from ebpfproxy.migrate import accounts, flows, ipsets, ipvs, keeper, nftables, tools
+from ebpfproxy.migrate import accounts, ipsets, ipvs, keeper, nftables, tools
 from ebpfproxy.migrate import iptables as xtables
 from ebpfproxy.migrate.iptables import TablePlan
+from ebpfproxy.netlink import conntrack
 
 
 class InIptables(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ def remove(found: Leftovers) -> Removed:
     """
     done: list[str] = []
     failed: list[str] = []
-    if (found.iptables or found.nftables) and flows.find():
+    if (found.iptables or found.nftables) and conntrack.find():
         # Without it, nothing is begun: connections would break.
         done += [f"made {each}" for each in keeper.keep()]
     by_name = {tool.name: tool for tool in xtables.installed()}

@@ -13,7 +13,6 @@ from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
 from ebpfproxy.migrate import (
     agent,
     conflicts,
-    flows,
     frontends,
     iptables,
     ipvs,
@@ -28,6 +27,7 @@ from ebpfproxy.migrate.cluster import Cluster, DaemonSet
 from ebpfproxy.migrate.conflicts import Conflict, Severity
 from ebpfproxy.migrate.kube_proxy import Process
 from ebpfproxy.migrate.leftovers import Leftovers
+from ebpfproxy.netlink import conntrack
 
 
 class Where(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,7 +205,7 @@ def plan(where: Where) -> Plan:
         kube_proxy_frontends=len(theirs),
         agent_frontends=len(ours),
         differences=differences,
-        flows=len(flows.find()),
+        flows=len(conntrack.find()),
         leftovers=found,
         kept=tuple(keeper.find()),
         conflicts=tuple(standing),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ebpfproxy.datapath.abi.flow_layout import Flow as Tuple
 from ebpfproxy.datapath.abi.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.migrate.flows import Flow
+from ebpfproxy.netlink.conntrack import Flow
 from ebpfproxy.services.values import parse_address
 
 _OLDER = 60 * 1_000_000_000

@@ -17,10 +17,11 @@ from ebpfproxy.datapath.dump import FrontendRow, open_maps
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
 from ebpfproxy.datapath.node.packets import begin_nothing
 from ebpfproxy.datapath.programs.detach import remove_everything
-from ebpfproxy.migrate import agent, flows, frontends, keeper, kube_proxy, leftovers, tools
+from ebpfproxy.migrate import agent, frontends, keeper, kube_proxy, leftovers, tools
 from ebpfproxy.migrate.api import ClusterError
 from ebpfproxy.migrate.leftovers import Leftovers
 from ebpfproxy.migrate.looking import Plan, Where, by_hand, plan, rules_serve
+from ebpfproxy.netlink import conntrack
 
 Say = Callable[[str], None]
 _POLL_SECONDS = 0.25
@@ -51,10 +52,10 @@ def run(where: Where, say: Say, *, terminate: bool = False, force: bool = False)
     checked = agent.check(where.bpf_root)
     if checked.problems and not force:
         raise MigrationError(f"kube-proxy's rules are removed, but {'; '.join(checked.problems)}")
-    ended = flows.remove(stale_datagrams(checked.rows))
+    ended = conntrack.remove(stale_datagrams(checked.rows))
     if ended:
         say(f"ended {ended} UDP flows to endpoints that are not their Service's any more")
-    living = len(flows.find())
+    living = len(conntrack.find())
     say(f"flows that kube-proxy began and that live on: {living}")
 
 
@@ -96,14 +97,14 @@ def end_keeper(say: Say) -> None:
     kept = keeper.find()
     if not kept:
         return
-    if living := len(flows.find()):
+    if living := len(conntrack.find()):
         say(f"{living} translated flows still live: {', '.join(kept)} stays, run this again later")
         return
     for each in keeper.end():
         say(f"no flow of kube-proxy's lives any more: removed {each}")
 
 
-def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[flows.Flow], bool]:
+def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], bool]:
     """Of UDP flows through these frontends, those whose endpoint is not the Service's.
 
     kube-proxy ends them at each sync (pkg/proxy/conntrack/cleanup.go); from now on nobody would. A frontend
@@ -120,7 +121,7 @@ def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[flows.Flow], bool]
             else:
                 by_address.setdefault((address.strip("[]"), int(port)), set()).update(served)
 
-    def is_stale(flow: flows.Flow) -> bool:
+    def is_stale(flow: conntrack.Flow) -> bool:
         if flow.protocol != socket.IPPROTO_UDP:
             return False
         serving = by_address.get(flow.asked) or by_port.get(flow.asked[1])

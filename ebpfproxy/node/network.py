@@ -1,6 +1,6 @@
 """What this node is in its network: devices with their roles, addresses. ``network_of`` is pure.
 
-It combines what netlink says (``node.netlink``) with the Node object, in the reconciler, at every change.
+It combines what netlink says (``network_watcher``) with the Node object, in the reconciler, at every change.
 """
 
 from __future__ import annotations

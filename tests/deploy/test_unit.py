@@ -154,7 +154,7 @@ def test_a_process_of_another_user_shows_its_namespace_only_with_sys_ptrace() ->
     process.stdout.readline()
     namespace = Path(f"/proc/{process.pid}/ns/net").stat().st_ino
     script = (
-        "from ebpfproxy.node.namespaces import namespaces; print(*(p.stat().st_ino for p in namespaces()))"
+        "from ebpfproxy.netlink.namespaces import namespaces; print(*(p.stat().st_ino for p in namespaces()))"
     )
     command = [sys.executable, "-c", script]
     for drop, is_seen in ((None, True), ("cap_sys_ptrace", False)):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.migrate import flows, keeper, leftovers, nftables, tools
+from ebpfproxy.migrate import keeper, leftovers, nftables, tools
+from ebpfproxy.netlink import conntrack
 from tests.lab import Lab, clients
 from tests.migrate import rules
 from tests.migrate.asking import Held, Load, no_request_fails
@@ -110,7 +111,7 @@ def _remove(how_many_keep: bool) -> int:
         assert not leftovers.remove(leftovers.find()).failed
     else:
         nftables.remove(nftables.find())
-    return len(flows.find())
+    return len(conntrack.find())
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -10,7 +10,8 @@ from pyroute2 import IPRoute
 from pyroute2.ipset import IPSet
 
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
-from ebpfproxy.migrate import accounts, flows, ipsets, iptables, ipvs, keeper, leftovers
+from ebpfproxy.migrate import accounts, ipsets, iptables, ipvs, keeper, leftovers
+from ebpfproxy.netlink import conntrack
 from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.migrate import rules
@@ -209,8 +210,8 @@ def test_ipvs_modes_sets_and_device_go_and_others_stay(node: Space) -> None:
     assert left == ["KUBE-MINE", "mine"]
 
 
-def _nothing() -> tuple[bool, list[flows.Flow], dict[str, str]]:
-    return bool(leftovers.find()), flows.find(), _all_rules()
+def _nothing() -> tuple[bool, list[conntrack.Flow], dict[str, str]]:
+    return bool(leftovers.find()), conntrack.find(), _all_rules()
 
 
 def test_looking_makes_no_table(node: Space) -> None:

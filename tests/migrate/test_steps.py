@@ -12,7 +12,7 @@ import yaml
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.migrate import steps
-from ebpfproxy.migrate.flows import Flow
+from ebpfproxy.netlink.conntrack import Flow
 from tests.lab import Lab, clients
 from tests.migrate import rules
 from tests.migrate.test_kube_proxy import start

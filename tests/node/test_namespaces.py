@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.node import namespaces
+from ebpfproxy.netlink import namespaces
 from tests.lab import Lab
 
 

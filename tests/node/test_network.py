@@ -15,12 +15,12 @@ import pytest
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
 from ebpfproxy.kube.objects import Node
-from ebpfproxy.node import netlink as module
 from ebpfproxy.node import network as rules
+from ebpfproxy.node import network_watcher as module
 from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link, NodeAddress, NodeFacts, node_facts
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.node.netlink import NetworkWatcher
 from ebpfproxy.node.network import Network
+from ebpfproxy.node.network_watcher import NetworkWatcher
 from ebpfproxy.node.node_ports import (
     NodePortAddressesError,
     parse_node_port_addresses,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.node.routes import Routes, Way
+from ebpfproxy.netlink.routes import Routes, Way
 from tests.lab import Lab, LabNode
 
 pytestmark = pytest.mark.root

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.migrate import netlink
+from ebpfproxy.netlink import nfnetlink
 
 _GET, _DELETE = 1, 2
 _ORIGINAL, _REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
@@ -39,8 +39,8 @@ class Flow(msgspec.Struct, frozen=True):
 
 
 def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
-    inside = netlink.attributes(data)
-    address, proto = netlink.attributes(inside[_TUPLE_IP]), netlink.attributes(inside[_TUPLE_PROTO])
+    inside = nfnetlink.attributes(data)
+    address, proto = nfnetlink.attributes(inside[_TUPLE_IP]), nfnetlink.attributes(inside[_TUPLE_PROTO])
     v4, v6 = (_V4_SOURCE, _V6_SOURCE) if source else (_V4_DESTINATION, _V6_DESTINATION)
     packed = bytes(address[v4] if v4 in address else address[v6])
     port = proto.get(_SOURCE_PORT if source else _DESTINATION_PORT)
@@ -49,14 +49,14 @@ def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
     return proto[_PROTO_NUMBER][0], socket.inet_ntop(family, packed), number
 
 
-def _entries(netfilter: netlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]]]:
+def _entries(netfilter: nfnetlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]]]:
     """Every translated flow, with the attributes that name it.
 
     IPVS changes who answers, and sets no status (net/netfilter/ipvs/ip_vs_nfct.c, ip_vs_update_conntrack).
     """
     has_ipvs = _IPVS.exists()
-    for entry in netfilter.dump(netlink.CONNTRACK, _GET):
-        found = netlink.attributes(entry)
+    for entry in netfilter.dump(nfnetlink.CONNTRACK, _GET):
+        found = nfnetlink.attributes(entry)
         is_translated = struct.unpack("!I", found[_STATUS])[0] & _DST_NAT
         if not (is_translated or has_ipvs):
             continue
@@ -66,14 +66,14 @@ def _entries(netfilter: netlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]]]
             continue
         protocol, address, port = _end(found[_ORIGINAL], source=True)
         seen_as = _end(found[_REPLY], source=False)[1:]
-        named = [netlink.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
-        named += [netlink.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
+        named = [nfnetlink.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
+        named += [nfnetlink.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
         yield Flow(protocol, (address, port), asked, answering, seen_as), named
 
 
 def find() -> list[Flow]:
     """All flows whose destination is translated; none where there is no conntrack."""
-    with netlink.Netfilter() as netfilter:
+    with nfnetlink.Netfilter() as netfilter:
         try:
             return [flow for flow, _ in _entries(netfilter)]
         except OSError as error:
@@ -84,13 +84,13 @@ def find() -> list[Flow]:
 
 def remove(is_stale: Callable[[Flow], bool]) -> int:
     """Ends those; how many were."""
-    with netlink.Netfilter() as netfilter:
+    with nfnetlink.Netfilter() as netfilter:
         stale = [(flow, named) for flow, named in _entries(netfilter) if is_stale(flow)]
         ended = 0
         for flow, named in stale:
             family = socket.AF_INET6 if ":" in flow.asked[0] else socket.AF_INET
             try:
-                netfilter.request(netlink.CONNTRACK, _DELETE, *named, family=family)
+                netfilter.request(nfnetlink.CONNTRACK, _DELETE, *named, family=family)
                 ended += 1
             except OSError as error:
                 if error.errno != errno.ENOENT:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.logs import get_logger
-from ebpfproxy.node.namespaces import OWN, namespaces, netlink_in
+from ebpfproxy.netlink.namespaces import OWN, namespaces, netlink_in
 
 log = get_logger(__name__)
 

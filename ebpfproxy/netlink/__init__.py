@@ -1,0 +1,4 @@
+"""The kernel's netlink sockets, in this and in other network namespaces: routes, sockets, conntrack.
+
+May import ``logs``.
+"""

@@ -60,7 +60,7 @@ def test_it_installs_from_the_manifests_that_it_ships(wheel: Path, tmp_path: Pat
     base = {path.name: path.read_bytes() for path in (TOP / "deploy/base").iterdir()}
     assert {name: archive.read(f"ebpfproxy/deploy/{name}") for name in base} == base
     archive.extractall(tmp_path)
-    script = "from ebpfproxy.install import base; print(base.folder(), len(base.objects()))"
+    script = "from ebpfproxy.operator.install import base; print(base.folder(), len(base.objects()))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

@@ -19,14 +19,14 @@ from ebpfproxy.datapath.programs import attach, detach, loader
 from ebpfproxy.datapath.programs.devices import Target, device_attachments
 from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.logs import get_logger
-from ebpfproxy.migrate import keeper, ports
-from ebpfproxy.migrate.tools import ToolError
 from ebpfproxy.netlink import conntrack
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.roles import Role
+from ebpfproxy.operator.migrate.node import conntrack_hold, reserved_ports
+from ebpfproxy.operator.migrate.node.tools import ToolError
 from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)
@@ -132,7 +132,7 @@ class Attaching:
         self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
         if mode:
-            taken = ports.reserve(self._maps, conntrack.find(), self._options.masquerade_ports)
+            taken = reserved_ports.reserve(self._maps, conntrack.find(), self._options.masquerade_ports)
             log.info("kube-proxy's connections go on behind us", ports_taken=taken)
         self._packets.set_mode(mode)
         carrier.copy()
@@ -215,7 +215,7 @@ class Attaching:
 
 def _is_handover() -> bool:
     try:
-        return keeper.is_handover()
+        return conntrack_hold.is_handover()
     except ToolError as error:
         log.warning("whether kube-proxy's connections live here is not known", error=str(error))
         return False

@@ -10,8 +10,8 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
-from ebpfproxy.migrate import keeper
-from ebpfproxy.migrate.tools import ToolError
+from ebpfproxy.operator.migrate.node import conntrack_hold
+from ebpfproxy.operator.migrate.node.tools import ToolError
 
 
 @click.command("cleanup")
@@ -55,7 +55,7 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
 def _end_keeper() -> None:
     """What a migration has left for connections that kube-proxy began."""
     try:
-        for each in keeper.end():
+        for each in conntrack_hold.end():
             click.echo(f"removed {each}")
     except ToolError as error:
         click.echo(f"what a migration may have left is not known: {error}", err=True)

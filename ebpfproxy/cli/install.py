@@ -9,20 +9,20 @@ from typing import Any
 
 import click
 
+from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.options import Decorator
-from ebpfproxy.cli.values import Seconds
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.install import facts, rollout
-from ebpfproxy.install.api import Api, ApiError
-from ebpfproxy.install.apply import apply
-from ebpfproxy.install.base import NAME
-from ebpfproxy.install.control_plane import AddressError
-from ebpfproxy.install.nodes import CLEANUP
-from ebpfproxy.install.prepare import PrepareError, Wanted, prepare
-from ebpfproxy.install.remove import RemoveError, remove
-from ebpfproxy.install.render import to_yaml
-from ebpfproxy.install.rollout import RolloutError
 from ebpfproxy.kube.kubeconfig import ConfigError
+from ebpfproxy.operator.install import cluster_facts, rollout
+from ebpfproxy.operator.install.api import Api, ApiError
+from ebpfproxy.operator.install.apply import apply
+from ebpfproxy.operator.install.base import NAME
+from ebpfproxy.operator.install.node_cleanup import CLEANUP
+from ebpfproxy.operator.install.prepare import PrepareError, Wanted, prepare
+from ebpfproxy.operator.install.remove import RemoveError, remove
+from ebpfproxy.operator.install.render import to_yaml
+from ebpfproxy.operator.install.rollout import RolloutError
+from ebpfproxy.operator.install.server_address import AddressError
 
 _CLIENT, _SERVER = "client", "server"
 
@@ -175,7 +175,7 @@ def command(
             remark("agents start again by themselves once the kubelet has brought the file (about a minute)")
         if wait:
             click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, NAME, timeout, remark)} nodes")
-            if facts.kube_proxy(api) is not None:
+            if cluster_facts.kube_proxy(api) is not None:
                 remark("whether agents have read everything: `ebpfproxy migrate plan --all-nodes`")
 
 

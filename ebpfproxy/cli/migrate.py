@@ -12,15 +12,15 @@ import click
 from ebpfproxy.cli import migrate_cluster, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate_tables import print_plan, said
+from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import emit
-from ebpfproxy.cli.values import Seconds
-from ebpfproxy.migrate import kube_proxy, leftovers, looking, steps
-from ebpfproxy.migrate.api import Api, ClusterError
-from ebpfproxy.migrate.cluster import Cluster
-from ebpfproxy.migrate.looking import Where
-from ebpfproxy.migrate.steps import MigrationError
-from ebpfproxy.migrate.tools import ToolError
 from ebpfproxy.node.identity import NodeNameError, node_name
+from ebpfproxy.operator.migrate.api import Api, ClusterError
+from ebpfproxy.operator.migrate.daemonsets import Cluster
+from ebpfproxy.operator.migrate.node import leftovers, preflight, running_kube_proxy, steps
+from ebpfproxy.operator.migrate.node.preflight import Where
+from ebpfproxy.operator.migrate.node.steps import MigrationError
+from ebpfproxy.operator.migrate.node.tools import ToolError
 
 
 @click.group("migrate")
@@ -109,9 +109,9 @@ def plan_command(*, output: str, brief: bool, stopped: bool, **given: Any) -> No
         migrate_cluster.plan(chosen, reach, output)
         return
     with _errors():
-        planned = looking.plan(_at(stopped=stopped, **given))
+        planned = preflight.plan(_at(stopped=stopped, **given))
     if brief:
-        emit(looking.brief(planned), "yaml" if output == "table" else output, print)
+        emit(preflight.brief(planned), "yaml" if output == "table" else output, print)
     else:
         emit(planned, output, print_plan)
     if planned.blockers:
@@ -196,7 +196,7 @@ def rollback_command(*, drain: float, wait_for_agent: bool, parallel: int, outpu
 def cleanup_kube_proxy() -> None:
     """``run --cleanup``: removes what kube-proxy left in this network namespace, and says what."""
     with _errors():
-        for process in kube_proxy.find():
+        for process in running_kube_proxy.find():
             click.echo(f"kube-proxy, pid {process.pid}, runs here: it will write its rules again", err=True)
         found = leftovers.find()
         if found:

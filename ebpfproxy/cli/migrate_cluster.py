@@ -13,13 +13,13 @@ import msgspec
 from ebpfproxy.cli import options
 from ebpfproxy.cli.migrate_tables import print_cluster, said
 from ebpfproxy.cli.output import emit
-from ebpfproxy.migrate import nodes, pods
-from ebpfproxy.migrate.api import Api, ClusterError, NotFoundError
-from ebpfproxy.migrate.fleet import Fleet, FleetError, State
-from ebpfproxy.migrate.jobs import Jobs
-from ebpfproxy.migrate.nodes import NodesError
-from ebpfproxy.migrate.pods import Image
-from ebpfproxy.migrate.switches import AGENT, Switch
+from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError
+from ebpfproxy.operator.migrate.cluster import pods, selection
+from ebpfproxy.operator.migrate.cluster.fleet import Fleet, FleetError, State
+from ebpfproxy.operator.migrate.cluster.jobs import Jobs
+from ebpfproxy.operator.migrate.cluster.pods import Image
+from ebpfproxy.operator.migrate.cluster.selection import NodesError
+from ebpfproxy.operator.migrate.switches import AGENT, Switch
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +96,7 @@ def _fleet(chosen: Chosen, reach: Reach) -> Iterator[Fleet]:
     switch = Switch(namespace, name, AGENT.label)
     try:
         api = Api(reach.kubeconfig, reach.master)
-        found = nodes.choose(api.nodes(chosen.selector), chosen.node)
+        found = selection.choose(api.nodes(chosen.selector), chosen.node)
         image = _image(api, switch, chosen.image)
         yield Fleet(api, Jobs(api, namespace, image, reach.timeout), found, reach.timeout, switch)
     except (ClusterError, FleetError, NodesError) as error:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import click
 
 from ebpfproxy.cli.output import console, emit, table
-from ebpfproxy.migrate import iptables
-from ebpfproxy.migrate.fleet import ClusterPlan
-from ebpfproxy.migrate.looking import Plan
+from ebpfproxy.operator.migrate.cluster.fleet import ClusterPlan
+from ebpfproxy.operator.migrate.node import iptables
+from ebpfproxy.operator.migrate.node.preflight import Plan
 
 _SHOWN = 10
 

@@ -11,10 +11,10 @@ import click
 from ebpfproxy import logs
 from ebpfproxy.agent.from_config import agent_options, conntrack_sysctls, in_use, mode_remark
 from ebpfproxy.agent.reconciler import Agent
-from ebpfproxy.cli import completion, flags, options
+from ebpfproxy.cli import completion, options, run_flags
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate import cleanup_kube_proxy
-from ebpfproxy.cli.values import Seconds
+from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
 from ebpfproxy.config.write import configz, to_yaml
@@ -132,7 +132,7 @@ log = get_logger(__name__)
     help="Of cluster IPs, beside those of ServiceCIDR objects: what is sent to an address in them that no "
     "Service has is dropped.",
 )
-@flags.boolean("--masquerade-all", help="Masquerade all traffic through Services in packets.")
+@run_flags.boolean("--masquerade-all", help="Masquerade all traffic through Services in packets.")
 @click.option(
     "--bypass-netfilter",
     is_flag=True,
@@ -253,7 +253,7 @@ log = get_logger(__name__)
     multiple=True,
     help="Do not use this kernel feature, but its fallback.",
 )
-@flags.kube_proxy_flags
+@run_flags.kube_proxy_flags
 @click.option("-v", "--verbosity", type=click.IntRange(0, 10), default=0, help="4 and above: every event.")
 @click.option("--logging-format", type=click.Choice(["text", "json"]), default="text", help="Log format.")
 @click.pass_context
@@ -277,7 +277,7 @@ def command(
         return
     try:
         given = load(config) if config is not None else Configuration()
-        used = effective(given, flags.given(ctx))
+        used = effective(given, run_flags.given(ctx))
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
     if write_config_to is not None:
@@ -293,7 +293,7 @@ def command(
             unused = without_effect(used)
             if unused:
                 log.warning("without effect here", fields=unused)
-            if remark := mode_remark(flags.given(ctx).get("proxy_mode") or given.kube_proxy.mode):
+            if remark := mode_remark(run_flags.given(ctx).get("proxy_mode") or given.kube_proxy.mode):
                 log.info("configuration", remark=remark)
             # What is wrong with the options is found here, before anything of this node is changed.
             proxy = Agent(agent, configz(in_use(used, agent)), config=config, init_only=init_only)

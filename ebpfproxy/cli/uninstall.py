@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from ebpfproxy.cli.install import cluster, errors, remark
-from ebpfproxy.cli.values import Seconds
-from ebpfproxy.install import base
-from ebpfproxy.install.api import Api, Object, shown
-from ebpfproxy.install.base import NAME
-from ebpfproxy.install.nodes import image_of
-from ebpfproxy.install.remove import RemoveError, against, clean_nodes, find, remove
+from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.operator.install import base
+from ebpfproxy.operator.install.api import Api, Object, shown
+from ebpfproxy.operator.install.base import NAME
+from ebpfproxy.operator.install.node_cleanup import image_of
+from ebpfproxy.operator.install.remove import RemoveError, against, clean_nodes, find, remove
 
 _STAYS = (
     "programs and maps stay on the nodes: they translate as they last knew it, before kube-proxy is asked."

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 import ebpfproxy
 from ebpfproxy.cli import main
+from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import age, emit
-from ebpfproxy.cli.values import Seconds
 from ebpfproxy.datapath.dump import BackendRef
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.install import rollout
+from ebpfproxy.operator.install import rollout
 from tests.install.site import StandIn
 
 

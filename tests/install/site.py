@@ -14,7 +14,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from ebpfproxy.cli import main
-from ebpfproxy.install.api import path_of
+from ebpfproxy.operator.install.api import path_of
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority
 from tests.install.controller import Controller

@@ -9,10 +9,10 @@ import pytest
 from ebpfproxy.config import load
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration
-from ebpfproxy.install import configuration
-from ebpfproxy.install.configuration import Rendered
-from ebpfproxy.install.facts import Networking
-from ebpfproxy.install.render import base_configuration
+from ebpfproxy.operator.install import configuration
+from ebpfproxy.operator.install.cluster_facts import Networking
+from ebpfproxy.operator.install.configuration import Rendered
+from ebpfproxy.operator.install.render import base_configuration
 
 SAMPLE = Path(__file__).parents[3] / "shared/kube-proxy-samples/defaults.yaml"
 KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from ebpfproxy.install import control_plane
-from ebpfproxy.install.api import Api
-from ebpfproxy.install.control_plane import Address, AddressError
+from ebpfproxy.operator.install import server_address
+from ebpfproxy.operator.install.api import Api
+from ebpfproxy.operator.install.server_address import Address, AddressError
 from tests.install.site import StandIn
 from tests.kube.files import kubeconfig
 from tests.kube.test_real_api_server import TOKEN
@@ -24,7 +24,7 @@ from tests.kube.test_real_api_server import TOKEN
     ],
 )
 def test_a_url_becomes_host_and_port(url: str, host: str, port: int, text: str) -> None:
-    found = control_plane.parse(url)
+    found = server_address.parse(url)
     assert found == Address(host, port)
     assert str(found) == text
 
@@ -44,7 +44,7 @@ def test_a_url_becomes_host_and_port(url: str, host: str, port: int, text: str) 
 )
 def test_what_is_no_host_and_port_is_one_line(url: str, said: str) -> None:
     with pytest.raises(AddressError, match=said) as caught:
-        control_plane.parse(url)
+        server_address.parse(url)
     assert url in str(caught.value)
 
 
@@ -81,7 +81,7 @@ def find(site: StandIn, server: str | None = None) -> tuple[Address | None, str]
         kubeconfig(path, server, {"token": TOKEN}, **{"certificate-authority": authority})
     api = Api.from_options(str(path), None, site.url)
     said: list[str] = []
-    found = control_plane.find(api, api.get("ConfigMap", "kube-system", "ebpfproxy"), said.append)
+    found = server_address.find(api, api.get("ConfigMap", "kube-system", "ebpfproxy"), said.append)
     (line,) = said
     return found, line
 
@@ -128,7 +128,7 @@ def test_a_cluster_info_that_may_not_be_read_is_part_of_that_line(site: StandIn)
     site.server.denied.add("get configmaps")
     api = Api.from_options(str(site.kubeconfig), None, None)
     said: list[str] = []
-    assert control_plane.find(api, None, said.append) is None
+    assert server_address.find(api, None, said.append) is None
     assert (
         'ConfigMap kube-public/cluster-info: 403 Forbidden: configmaps "cluster-info" is forbidden' in said[0]
     )

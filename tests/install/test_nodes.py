@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.install import nodes
+from ebpfproxy.operator.install import node_cleanup
 from tests.deploy import objects
 from tests.deploy.runtime import Container
 from tests.deploy.test_container import Kubelet, until
@@ -18,7 +18,9 @@ from tests.lab import Lab, clients
 pytestmark = pytest.mark.root
 
 CLEANUP = {
-    ("DaemonSet", "ebpfproxy"): nodes.cleanup(objects.base()["DaemonSet", "ebpfproxy"], "ebpfproxy:0.1.0")
+    ("DaemonSet", "ebpfproxy"): node_cleanup.cleanup(
+        objects.base()["DaemonSet", "ebpfproxy"], "ebpfproxy:0.1.0"
+    )
 }
 
 

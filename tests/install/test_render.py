@@ -10,12 +10,12 @@ import subprocess
 import pytest
 import yaml
 
-from ebpfproxy.install import base, configuration, nodes
-from ebpfproxy.install.api import Object
-from ebpfproxy.install.configuration import Rendered
-from ebpfproxy.install.control_plane import Address
-from ebpfproxy.install.facts import Version, config_map_of
-from ebpfproxy.install.render import Settings, base_configuration, render, to_yaml
+from ebpfproxy.operator.install import base, configuration, node_cleanup
+from ebpfproxy.operator.install.api import Object
+from ebpfproxy.operator.install.cluster_facts import Version, config_map_of
+from ebpfproxy.operator.install.configuration import Rendered
+from ebpfproxy.operator.install.render import Settings, base_configuration, render, to_yaml
+from ebpfproxy.operator.install.server_address import Address
 from tests.deploy import objects
 from tests.deploy.objects import Objects, container, pod_spec
 from tests.deploy.test_manifests import MODELS, unknown
@@ -160,7 +160,7 @@ def dropped(item: object, read: object, path: str = "") -> list[str]:
 
 
 def cleanup() -> Object:
-    return nodes.cleanup(EVERYTHING["DaemonSet", "ebpfproxy"], IMAGE)
+    return node_cleanup.cleanup(EVERYTHING["DaemonSet", "ebpfproxy"], IMAGE)
 
 
 def test_nodes_are_cleaned_with_the_agents_rights_and_no_more() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.install import rollout
+from ebpfproxy.operator.install import rollout
 
 READY = {"type": "Ready", "status": "True"}
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from ebpfproxy.migrate import pods
+from ebpfproxy.operator.migrate.cluster import pods
 from tests.deploy import runtime
 from tests.deploy.runtime import Container
 from tests.lab import Agent, LabNode

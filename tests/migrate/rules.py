@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.migrate import accounts
+from ebpfproxy.operator.migrate.node import nfacct
 from tests import recordings
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
@@ -97,8 +97,8 @@ def load_text(mode: str, family: str, dump: str) -> None:
     if mode == "nftables":
         _run(["nft", "-f", "-"], dump)
         return
-    for name in set(accounts.NAMES) - set(accounts.find()):
-        accounts.add(name)
+    for name in set(nfacct.NAMES) - set(nfacct.find()):
+        nfacct.add(name)
     backend = mode.removeprefix("iptables-")
     _run([f"{family}tables-{backend}-restore", "--noflush", "--counters"], _as_added(dump))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.migrate import cluster
-from ebpfproxy.migrate.api import Api, ClusterError
-from ebpfproxy.migrate.cluster import Cluster
-from ebpfproxy.migrate.switches import KUBE_PROXY, STRATEGY, owner
+from ebpfproxy.operator.migrate import daemonsets
+from ebpfproxy.operator.migrate.api import Api, ClusterError
+from ebpfproxy.operator.migrate.daemonsets import Cluster
+from ebpfproxy.operator.migrate.switches import KUBE_PROXY, STRATEGY, owner
 from tests.migrate import control_plane
 from tests.migrate.control_plane import ControlPlane, Item, patched, serving
 
@@ -179,15 +179,15 @@ def test_a_change_of_the_daemon_set_meanwhile_is_read_again(plane: tuple[Control
     words = (422, "testing value /metadata/resourceVersion failed: test failed")
     state.refusals["PATCH", "/kube-proxy"] = words
     state.once.add(("PATCH", "/kube-proxy"))
-    assert len(cluster.install(Api(None, url), KUBE_PROXY)) == 1
+    assert len(daemonsets.install(Api(None, url), KUBE_PROXY)) == 1
     state.refusals["PATCH", "/kube-proxy"] = (403, "daemonsets.apps is forbidden: no patch for you")
     state.put(control_plane.kube_proxy())
     with pytest.raises(ClusterError, match=r"403: daemonsets\.apps is forbidden: no patch for you$"):
-        cluster.install(Api(None, url), KUBE_PROXY)
+        daemonsets.install(Api(None, url), KUBE_PROXY)
 
 
 def test_an_overloaded_server_is_asked_again(plane: tuple[ControlPlane, str], monkeypatch: Any) -> None:
-    monkeypatch.setattr("ebpfproxy.migrate.api._PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("ebpfproxy.operator.migrate.api._PAUSE_SECONDS", 0.01)
     state, url = plane
     state.refusals["GET", "/node-a"] = (429, "too many requests")
     state.once.add(("GET", "/node-a"))

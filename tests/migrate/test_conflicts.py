@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.migrate import conflicts
-from ebpfproxy.migrate.conflicts import Facts, Severity
+from ebpfproxy.operator.migrate.node import obstacles
+from ebpfproxy.operator.migrate.node.obstacles import Facts, Severity
 
 
 def said(facts: Facts) -> list[tuple[str, str]]:
-    return [(str(each.severity), each.what) for each in conflicts.find(facts)]
+    return [(str(each.severity), each.what) for each in obstacles.find(facts)]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ FORWARD = "*filter\n:FORWARD DROP [0:0]\n:KUBE-FORWARD - [0:0]\n:MINE - [0:0]\n-
     ],
 )
 def test_a_policy_that_drops_must_not_lose_who_accepts(saved: str, severities: list[Severity]) -> None:
-    found = conflicts.find(Facts(saved={"iptables-nft": saved + "COMMIT\n"}))
+    found = obstacles.find(Facts(saved={"iptables-nft": saved + "COMMIT\n"}))
     assert [each.severity for each in found] == severities
 
 
 def test_looking_finds_pins_and_processes(tmp_path: Path) -> None:
     (tmp_path / "bpf/tc/globals/cilium_lb4_services_v2").mkdir(parents=True)
     (tmp_path / "bpf/cilium/socketlb/links/cgroup/cil_sock4_connect").mkdir(parents=True)
-    facts = conflicts.look(tmp_path / "bpf")
+    facts = obstacles.look(tmp_path / "bpf")
     assert {"tc/globals/cilium_lb4_services_v2", "tc", "cilium"} <= facts.pins
     assert "cilium/socketlb/links/cgroup/cil_sock4_connect" in facts.pins
     assert "lo" in facts.devices
@@ -82,6 +82,6 @@ def test_looking_finds_pins_and_processes(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_others_pins_are_where_the_bpffs_is_mounted_that_ours_are_on() -> None:
-    assert conflicts.bpffs_of(Path("/sys/fs/bpf")) == Path("/sys/fs/bpf")
-    assert conflicts.bpffs_of(Path("/sys/fs/bpf/nobody/here")) == Path("/sys/fs/bpf")
-    assert conflicts.bpffs_of(Path("/")) == Path("/")
+    assert obstacles.bpffs_of(Path("/sys/fs/bpf")) == Path("/sys/fs/bpf")
+    assert obstacles.bpffs_of(Path("/sys/fs/bpf/nobody/here")) == Path("/sys/fs/bpf")
+    assert obstacles.bpffs_of(Path("/")) == Path("/")

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ebpfproxy.cli.migrate import command
-from ebpfproxy.migrate import pods
-from ebpfproxy.migrate.fleet import State, brief_of, judge
-from ebpfproxy.migrate.jobs import Done, JobError
-from ebpfproxy.migrate.looking import Brief
-from ebpfproxy.migrate.nodes import Node, NodesError, choose
-from ebpfproxy.migrate.steps import WAITS
+from ebpfproxy.operator.migrate.cluster import pods
+from ebpfproxy.operator.migrate.cluster.fleet import State, brief_of, judge
+from ebpfproxy.operator.migrate.cluster.jobs import Done, JobError
+from ebpfproxy.operator.migrate.cluster.selection import Node, NodesError, choose
+from ebpfproxy.operator.migrate.node.preflight import Brief
+from ebpfproxy.operator.migrate.node.steps import WAITS
 from tests.lab import waiting
 from tests.migrate import control_plane
 from tests.migrate.control_plane import ControlPlane, Item, node, serving
@@ -150,8 +150,8 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for each in ("jobs._POLL_SECONDS", "cluster._POLL_SECONDS", "api._PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ebpfproxy.migrate.{each}", 0.02)
+    for each in ("cluster.jobs._POLL_SECONDS", "daemonsets._POLL_SECONDS", "api._PAUSE_SECONDS"):
+        monkeypatch.setattr(f"ebpfproxy.operator.migrate.{each}", 0.02)
     kubelet = Scripted()
     plane = ControlPlane(kubelet, *NODES)
     plane.put(control_plane.kube_proxy())

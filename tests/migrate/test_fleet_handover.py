@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.migrate import keeper, leftovers
+from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.migrate import control_plane, rules
 from tests.migrate.asking import Held, Load, no_request_fails
@@ -93,7 +93,7 @@ class Cluster(World):
 
 
 def _left() -> tuple[bool, bool]:
-    return bool(leftovers.find()), bool(keeper.find())
+    return bool(leftovers.find()), bool(conntrack_hold.find())
 
 
 @contextmanager

@@ -8,22 +8,24 @@ import pytest
 
 from ebpfproxy.datapath.abi.layout import format_frontend
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
-from ebpfproxy.migrate import frontends
+from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from ebpfproxy.services.model import FrontendKind, Policy, format_endpoint
 from tests import recordings
 from tests.migrate import rules
 from tests.recordings import RecordTracker
 
 
-def iptables() -> frontends.Frontends:
-    return frontends.of_iptables(rules.text("iptables-legacy-save.txt"))
+def iptables() -> kube_proxy_frontends.Frontends:
+    return kube_proxy_frontends.of_iptables(rules.text("iptables-legacy-save.txt"))
 
 
-def nftables() -> frontends.Frontends:
-    return frontends.of_nftables(gzip.open(rules.SAMPLES / "nft-list-ruleset.json.gz", "rt").read())
+def nftables() -> kube_proxy_frontends.Frontends:
+    return kube_proxy_frontends.of_nftables(
+        gzip.open(rules.SAMPLES / "nft-list-ruleset.json.gz", "rt").read()
+    )
 
 
-def ours() -> frontends.Frontends:
+def ours() -> kube_proxy_frontends.Frontends:
     """As the agent computes them from the objects that the dumps were made of."""
     tracker = RecordTracker("node-a1")
     for each in recordings.as_events(recordings.lists("final")):
@@ -57,8 +59,8 @@ def test_both_modes_of_a_real_kube_proxy_serve_the_same() -> None:
 def test_the_agents_own_rules_serve_all_that_a_real_kube_proxy_serves_and_it_all_of_theirs() -> None:
     # The load balancer's address was set for the dumps alone.
     theirs = {name: found for name, found in iptables().items() if not name.startswith("203.0.113.10:")}
-    assert frontends.missing(theirs, ours()) == {}
-    assert frontends.unserved(ours(), iptables()) == []
+    assert kube_proxy_frontends.missing(theirs, ours()) == {}
+    assert kube_proxy_frontends.unserved(ours(), iptables()) == []
 
 
 def test_ipv6_is_compared_by_address_and_not_by_spelling() -> None:
@@ -72,9 +74,12 @@ def test_ipv6_is_compared_by_address_and_not_by_spelling() -> None:
 -A KUBE-SVC-A -j KUBE-SEP-A
 COMMIT
 """
-    found = frontends.of_iptables(saved)
+    found = kube_proxy_frontends.of_iptables(saved)
     assert found == {"[fd00:10:96:0::1]:80/TCP": {"[fd00:10:244:0::1]:8080"}}
-    assert frontends.missing(found, {"[fd00:10:96::1]:80/TCP": frozenset({"[fd00:10:244::1]:8080"})}) == {}
+    assert (
+        kube_proxy_frontends.missing(found, {"[fd00:10:96::1]:80/TCP": frozenset({"[fd00:10:244::1]:8080"})})
+        == {}
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ COMMIT
 def test_what_the_maps_lack_is_named(ours: dict[str, set[str]], said: str | None) -> None:
     theirs = {"10.0.0.1:80/TCP": frozenset({"10.1.0.1:8080", "10.1.0.2:8080"})}
     mine = {name: frozenset(backends) for name, backends in ours.items()}
-    assert frontends.missing(theirs, mine) == ({"10.0.0.1:80/TCP": said} if said else {})
+    assert kube_proxy_frontends.missing(theirs, mine) == ({"10.0.0.1:80/TCP": said} if said else {})
 
 
 def _row(kind: str, frontend: str, scope: str, *backends: str) -> FrontendRow:
@@ -113,7 +118,7 @@ def test_node_ports_of_all_addresses_and_both_scopes_are_one_frontend() -> None:
         _row("NodePort", "[fd00::1]:30080/TCP", "external", "[fd01::1]:80"),
         _row("ClusterIP", "10.0.0.1:80/TCP", "internal"),
     ]
-    assert frontends.of_maps(rows) == {
+    assert kube_proxy_frontends.of_maps(rows) == {
         "*:30080/TCP": {"10.1.0.1:80", "10.1.0.2:80", "[fd01::1]:80"},
         "10.0.0.1:80/TCP": frozenset(),
     }

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.migrate import keeper, leftovers, nftables, tools
 from ebpfproxy.netlink import conntrack
+from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers, nftables, tools
 from tests.lab import Lab, clients
 from tests.migrate import rules
 from tests.migrate.asking import Held, Load, no_request_fails
@@ -18,7 +18,7 @@ from tests.migrate.world import World, how
 
 pytestmark = [pytest.mark.root, rules.needs_samples]
 
-KEPT = [f"nftables table {family} {keeper.NAME}" for family in ("ip", "ip6")]
+KEPT = [f"nftables table {family} {conntrack_hold.NAME}" for family in ("ip", "ip6")]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def world() -> Iterator[World]:
 
 
 def _found() -> tuple[bool, list[str]]:
-    return bool(leftovers.find()), keeper.find()
+    return bool(leftovers.find()), conntrack_hold.find()
 
 
 @pytest.mark.timeout(240)
@@ -132,7 +132,7 @@ def _without_nft() -> tuple[list[str], list[str]]:
     finally:
         tools.has = has
     nftables.remove(nftables.find())
-    return list(removed.done[:2]), keeper.find()
+    return list(removed.done[:2]), conntrack_hold.find()
 
 
 def test_without_nft_a_chain_of_iptables_keeps_them(world: World) -> None:
@@ -140,10 +140,12 @@ def test_without_nft_a_chain_of_iptables_keeps_them(world: World) -> None:
     world.kube_proxy("nftables")
     world.kube_proxy("iptables-legacy")
     held = [Held(world.client, "tcp", rules.ORDERS, 80), Held(world.a, "tcp", rules.ORDERS, 80)]
-    made = [f"{family}-legacy chain {keeper.CHAIN} of table nat" for family in ("iptables", "ip6tables")]
+    made = [
+        f"{family}-legacy chain {conntrack_hold.CHAIN} of table nat" for family in ("iptables", "ip6tables")
+    ]
     assert world.a.call(_without_nft) == ([f"made {each}" for each in made], made)
     assert how(held) == {}
-    assert world.a.call(keeper.end) == made
+    assert world.a.call(conntrack_hold.end) == made
     assert set(how(held)) == {each.name for each in held}
 
 

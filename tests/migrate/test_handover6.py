@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.migrate import frontends, keeper, leftovers
+from ebpfproxy.operator.migrate.node import conntrack_hold, kube_proxy_frontends, leftovers
 from tests.lab import Lab, clients
 from tests.migrate import rules, rules6
 from tests.migrate.asking import Held, Load, no_request_fails
@@ -18,7 +18,7 @@ from tests.migrate.world import World, how
 
 pytestmark = rules.needs_samples
 
-KEPT = [f"nftables table {family} {keeper.NAME}" for family in ("ip", "ip6")]
+KEPT = [f"nftables table {family} {conntrack_hold.NAME}" for family in ("ip", "ip6")]
 ORDERS, DNS = rules6.address(rules.ORDERS), rules6.address(rules.DNS)
 
 
@@ -44,7 +44,7 @@ def test_what_is_made_for_ipv6_has_the_frame_of_the_real_one() -> None:
     real = rules.text("ip6tables-legacy-save.txt")
     made = rules6.of_iptables(rules.text("iptables-legacy-save.txt"))
     assert list(difflib.unified_diff(_frame_of_iptables(real), _frame_of_iptables(made))) == []
-    assert len(frontends.of_iptables(made)) == 19
+    assert len(kube_proxy_frontends.of_iptables(made)) == 19
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def world() -> Iterator[World]:
 
 
 def _found() -> tuple[bool, list[str]]:
-    return bool(leftovers.find()), keeper.find()
+    return bool(leftovers.find()), conntrack_hold.find()
 
 
 @pytest.mark.root

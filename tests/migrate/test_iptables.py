@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebpfproxy.migrate import iptables
+from ebpfproxy.operator.migrate.node import iptables
 from tests.migrate import rules
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from ebpfproxy.migrate import frontends, ipsets, ipvs
-from ebpfproxy.migrate.ipvs import VirtualServer
+from ebpfproxy.operator.migrate.node import ipsets, ipvs, kube_proxy_frontends
+from ebpfproxy.operator.migrate.node.ipvs import VirtualServer
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
@@ -70,7 +70,7 @@ def test_a_server_that_carries_something_stays_with_all_others_at_its_address() 
 
 def test_servers_are_frontends_with_those_endpoints_that_get_connections() -> None:
     found = ipvs.of_kube_proxy(ipvs.parse(TABLE), {"10.96.0.1", "fd00:10:96::1"}, ipsets.Frontends())
-    assert frontends.of_ipvs(found) == {
+    assert kube_proxy_frontends.of_ipvs(found) == {
         "10.96.0.1:443/TCP": {"172.18.0.2:6699", "172.18.0.3:6699"},
         "[fd00:10:96::1]:443/TCP": {"[fd00::2]:6699"},
         "*:30055/TCP": set(),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.migrate import ipsets, ipvs, keeper, leftovers
+from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, ipvs, leftovers
 from tests.lab import Lab, LabNode, Outside, Pod, clients, manifests, servers
 from tests.migrate import ipvs_rules
 from tests.migrate.asking import Held, Load, no_request_fails
@@ -220,7 +220,7 @@ def _everything(backend: str) -> dict[str, list[str]]:
 
 
 def _leftovers() -> tuple[leftovers.Leftovers, list[str], ipvs.Device | None]:
-    return leftovers.find(), keeper.find(), ipvs.device()
+    return leftovers.find(), conntrack_hold.find(), ipvs.device()
 
 
 def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:

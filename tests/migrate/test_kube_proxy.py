@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.migrate import kube_proxy
+from ebpfproxy.operator.migrate.node import running_kube_proxy
 from tests.lab import Lab, LabNode
 from tests.migrate import rules
 
@@ -46,31 +46,33 @@ def test_it_is_found_in_its_own_namespace_only_with_its_configuration(node: LabN
         "mode: ipvs\nipvs: {scheduler: rr}\nunheardOf: 1\n"
     )
     process = start(node, f"--config={config}", "--hostname-override=node-a")
-    (found,) = node.call(kube_proxy.find)
+    (found,) = node.call(running_kube_proxy.find)
     assert found.pid == process.pid
     assert (found.mode, found.config, found.started_by) == ("ipvs", str(config), "process")
     assert any("unheardOf" in problem for problem in found.problems)
-    assert process.pid not in [each.pid for each in kube_proxy.find()]
+    assert process.pid not in [each.pid for each in running_kube_proxy.find()]
 
 
 @pytest.mark.root
 def test_it_is_ended_by_sigterm(node: LabNode) -> None:
     process = start(node, "--proxy-mode", "nftables")
-    (found,) = node.call(kube_proxy.find)
+    (found,) = node.call(running_kube_proxy.find)
     assert found.mode == "nftables"
     assert node.call(_end_all) == [True]
     assert process.wait(5) == 0
-    assert node.call(kube_proxy.find) == []
+    assert node.call(running_kube_proxy.find) == []
 
 
 def _end_all() -> list[bool]:
-    return [kube_proxy.end(process, 5) for process in kube_proxy.find()]
+    return [running_kube_proxy.end(process, 5) for process in running_kube_proxy.find()]
 
 
 def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
     """This very test's process is no kube-proxy."""
-    process = kube_proxy.Process(pid=os.getpid(), command=("kube-proxy",), started_by="process", mode="")
-    assert kube_proxy.end(process, 1)
+    process = running_kube_proxy.Process(
+        pid=os.getpid(), command=("kube-proxy",), started_by="process", mode=""
+    )
+    assert running_kube_proxy.end(process, 1)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
     ],
 )
 def test_who_started_it_is_told_by_its_cgroup(cgroup: str, expected: str) -> None:
-    assert kube_proxy.started_by(cgroup) == expected
+    assert running_kube_proxy.started_by(cgroup) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,16 +101,19 @@ def test_who_started_it_is_told_by_its_cgroup(cgroup: str, expected: str) -> Non
     ],
 )
 def test_flags_are_read_as_they_are_written(command: tuple[str, ...], expected: str) -> None:
-    assert kube_proxy.option(command, "config") == expected
+    assert running_kube_proxy.option(command, "config") == expected
 
 
 @rules.needs_samples
 def test_a_real_kube_proxys_defaults_are_taken_without_a_problem() -> None:
-    assert kube_proxy.check_config(rules.text("defaults.yaml"), "defaults.yaml") == ("iptables", ())
+    assert running_kube_proxy.check_config(rules.text("defaults.yaml"), "defaults.yaml") == ("iptables", ())
 
 
 def test_what_is_no_configuration_is_a_problem_and_no_mode(tmp_path: Path) -> None:
-    assert kube_proxy.read_config(tmp_path / "none", "shown") == ("", ("shown: No such file or directory",))
-    mode, problems = kube_proxy.check_config("- 1\n- [", "shown")
+    assert running_kube_proxy.read_config(tmp_path / "none", "shown") == (
+        "",
+        ("shown: No such file or directory",),
+    )
+    mode, problems = running_kube_proxy.check_config("- 1\n- [", "shown")
     assert mode == ""
     assert problems

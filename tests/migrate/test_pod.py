@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.migrate import pods
+from ebpfproxy.operator.migrate.cluster import pods
 from tests.lab import Lab
 from tests.migrate import rules
 from tests.migrate.kubelet import PodContainer

@@ -10,8 +10,8 @@ from pyroute2 import IPRoute
 from pyroute2.ipset import IPSet
 
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
-from ebpfproxy.migrate import accounts, ipsets, iptables, ipvs, keeper, leftovers
 from ebpfproxy.netlink import conntrack
+from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, iptables, ipvs, leftovers, nfacct
 from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.migrate import rules
@@ -122,13 +122,13 @@ def _load_and_remove(*modes: str) -> tuple[leftovers.Leftovers, dict[str, str], 
                 "--counters",
                 stdin="\n".join([*policies, "COMMIT\n"]),
             )
-    assert keeper.is_handover()
+    assert conntrack_hold.is_handover()
     found = leftovers.find()
     removed = leftovers.remove(found)
     assert removed.failed == ()
     assert not leftovers.find()
-    assert not keeper.is_handover()
-    assert accounts.find() == ()
+    assert not conntrack_hold.is_handover()
+    assert nfacct.find() == ()
     return found, _all_rules(), list(removed.done)
 
 

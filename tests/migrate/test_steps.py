@@ -11,8 +11,8 @@ import yaml
 
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.migrate import steps
 from ebpfproxy.netlink.conntrack import Flow
+from ebpfproxy.operator.migrate.node import steps
 from tests.lab import Lab, clients
 from tests.migrate import rules
 from tests.migrate.test_kube_proxy import start

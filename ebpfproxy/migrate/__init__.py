@@ -1,9 +1,0 @@
-"""The way over from kube-proxy and back: what it left on this node, what stands in the way, the steps.
-
-:mod:`looking` and :mod:`steps` are for one node; :mod:`fleet` is for many, and runs them in pods.
-
-Functions that decide (what to remove, what is a conflict) take texts and values and return values; functions
-that do something are few and named after it. This package knows netfilter's tools, kube-proxy's names and the
-API's DaemonSets, nodes and pods; it does not know BPF: of the agent it reads what ``datapath.dump`` and
-``state`` say.
-"""

@@ -1,0 +1,35 @@
+"""The manifests of ``deploy/base``: the wheel has them as package data, a checkout where they are."""
+
+from __future__ import annotations
+
+from importlib import resources
+from importlib.resources.abc import Traversable
+
+import yaml
+
+from ebpfproxy.operator.install.api import Object
+
+#: What all of them are called.
+NAME = "ebpfproxy"
+#: Of pods and of all objects.
+LABEL = "k8s-app"
+
+
+def folder() -> Traversable:
+    """Raises FileNotFoundError for an installation without them."""
+    package = resources.files("ebpfproxy")
+    for found in (package / "deploy", package / ".." / "deploy" / "base"):
+        if (found / "kustomization.yaml").is_file():
+            return found
+    raise FileNotFoundError("deploy/base is not installed with the package")
+
+
+def objects() -> list[Object]:
+    """In the order of the kustomization: what others need comes first. Each call makes them anew."""
+    place = folder()
+    kustomization = yaml.safe_load((place / "kustomization.yaml").read_text(encoding="utf-8"))
+    return [
+        each
+        for name in kustomization["resources"]
+        for each in yaml.safe_load_all((place / name).read_text(encoding="utf-8"))
+    ]

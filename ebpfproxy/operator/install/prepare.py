@@ -1,0 +1,169 @@
+"""From what the operator says and what the cluster is to the objects, and remarks about both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.config import load
+from ebpfproxy.config.kube_proxy import HEALTHZ_PORT
+from ebpfproxy.config.load import Configuration
+from ebpfproxy.operator.install import cluster_facts, configuration, server_address
+from ebpfproxy.operator.install.api import Api, ApiError, Object, shown
+from ebpfproxy.operator.install.base import NAME
+from ebpfproxy.operator.install.cluster_facts import Networking, Version
+from ebpfproxy.operator.install.configuration import Rendered
+from ebpfproxy.operator.install.render import CONFIG, Settings, base_configuration, render
+
+Say = Callable[[str], None]
+#: Server-side apply is for everybody since then.
+OLDEST = Version(1, 22)
+#: kube-proxy has /livez, which the DaemonSet's probes ask for.
+_LIVEZ = Version(1, 28)
+#: By which `ebpfproxy migrate rollback` keeps the agent from a node.
+_OFF = "ebpfproxy.io/agent=off"
+
+
+class PrepareError(Exception):
+    """This cluster, or these options, cannot be served; the message says why."""
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator says. ``inherit``: kube-proxy's configuration and kubeadm's CIDRs are used."""
+
+    image: str
+    namespace: str
+    pull_secrets: tuple[str, ...] = ()
+    config: Path | None = None
+    inherit: bool = True
+    api_server: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether something of the cluster is used in the objects, but for its version."""
+        return self.api_server is None or (self.inherit and self.config is None)
+
+
+def prepare(wanted: Wanted, api: Api | None, say: Say) -> list[Object]:
+    """``api`` None: nothing is asked, where ``wanted.asks`` is false.
+
+    Raises PrepareError, ApiError, ConfigurationError, AddressError.
+    """
+    address = server_address.parse(wanted.api_server) if wanted.api_server is not None else None
+    version, kube_proxy, before = None, None, None
+    if api is not None:
+        version, kube_proxy = _look(api, say)
+        there = cluster_facts.namespace_of_agents(api)
+        if there and there != wanted.namespace:
+            raise PrepareError(
+                f"ebpfproxy is in namespace {there}, and a cluster has one: -n {there}, or uninstall it there"
+            )
+        before = api.get("ConfigMap", wanted.namespace, NAME)
+        if address is None:
+            address = server_address.find(api, before, say)
+    found = _configuration(wanted, api, kube_proxy, before, say)
+    if kube_proxy is not None and version is not None:
+        _same_port(wanted, found, version, say)
+    return render(
+        Settings(
+            image=wanted.image,
+            namespace=wanted.namespace,
+            configuration=found,
+            pull_secrets=wanted.pull_secrets,
+            address=address,
+            version=version,
+        )
+    )
+
+
+def _look(api: Api, say: Say) -> tuple[Version, Object | None]:
+    version = cluster_facts.version(api)
+    if version < OLDEST:
+        raise PrepareError(f"{api.host} is Kubernetes {version}: {OLDEST} is the oldest that is served")
+    kube_proxy = cluster_facts.kube_proxy(api)
+    there = "has no DaemonSet kube-system/kube-proxy"
+    if kube_proxy is not None:
+        there = "kube-proxy runs, and goes on beside ebpfproxy: `ebpfproxy migrate` is the next step"
+    say(f"cluster: {api.host}, Kubernetes {version}; {there}")
+    for line in _switched_off(api):
+        say(line)
+    return version, kube_proxy
+
+
+def _switched_off(api: Api) -> Iterator[str]:
+    try:
+        found = sorted(each["metadata"]["name"] for each in api.list("Node", "", labelSelector=_OFF))
+    except ApiError as error:
+        # Who may not list nodes may install all the same.
+        yield f"warning: {error}: whether nodes have the label {_OFF} is not known"
+        return
+    if found:
+        yield (
+            f"warning: no agent will run on {', '.join(found)}: label {_OFF}, since a rollback. `ebpfproxy"
+            " migrate run` takes it away"
+        )
+
+
+def _configuration(
+    wanted: Wanted, api: Api | None, kube_proxy: Object | None, before: Object | None, say: Say
+) -> Rendered:
+    """``before``: our own ConfigMap, as it is. Once kube-proxy is gone it alone knows what was inherited."""
+    base = base_configuration()
+    beside = kube_proxy is not None
+    if wanted.config is not None:
+        where, given = str(wanted.config), load.load(wanted.config)
+        found, remarks = configuration.in_a_pod(given, base, where, beside=beside)
+    elif not wanted.inherit or api is None:
+        return configuration.of_base(base)
+    else:
+        given, where, remarks = Configuration(), "config.yaml", []
+        file = cluster_facts.kube_proxy_file(api, kube_proxy) if kube_proxy is not None else None
+        if file is not None:
+            where = file.where
+            given, remarks = configuration.of_kube_proxy(file.text, where)
+            say(f"configuration: kube-proxy's, from {where}")
+        elif beside:
+            say(
+                "warning: kube-proxy's DaemonSet has no --config from a ConfigMap: its flags are not taken"
+                " over, see --config"
+            )
+        kept = ((before or {}).get("data") or {}).get(CONFIG)
+        if file is None and kept:
+            where = shown("ConfigMap", wanted.namespace, NAME)
+            say(f"configuration: as it is in {where}")
+            return configuration.of_base(str(kept), f"{where}: {CONFIG}")
+        networking = _networking(api, say)
+        if file is not None:
+            # What it leaves open is left open on purpose: kubeadm writes the CIDR itself.
+            networking = networking._replace(pods=())
+        elif networking == Networking():
+            return configuration.of_base(base)
+        found, more = configuration.in_a_pod(given, base, where, beside=beside, networking=networking)
+        remarks += more
+    for remark in remarks:
+        say(remark)
+    return found
+
+
+def _same_port(wanted: Wanted, found: Rendered, version: Version, say: Say) -> None:
+    """The agent takes the port once it is free. Until then the kubelet asks whoever has it."""
+    port = found.health[1]
+    if wanted.config is not None and port != HEALTHZ_PORT:
+        return
+    if version < _LIVEZ:
+        say(
+            f"warning: kube-proxy before {_LIVEZ} answers the kubelet's probes at port {port} with 404, and"
+            " the agent's pods are never ready: give them another healthzBindAddress by --config until then"
+        )
+    else:
+        say(f"while both run, kube-proxy answers the kubelet's probes at port {port}: ready is what it says")
+
+
+def _networking(api: Api, say: Say) -> Networking:
+    try:
+        return cluster_facts.networking(api)
+    except ApiError as error:
+        say(f"warning: {error}: kubeadm's CIDRs are not used")
+        return Networking()

@@ -1,0 +1,129 @@
+"""Out of the cluster: what has to be so before, what is deleted, and what stays on nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from ebpfproxy.operator.install import base, cluster_facts, node_cleanup, rollout
+from ebpfproxy.operator.install.api import RESOURCES, Api, ApiError, Object, shown
+from ebpfproxy.operator.install.apply import name_of
+from ebpfproxy.operator.install.base import NAME
+from ebpfproxy.operator.install.node_cleanup import CLEANUP
+from ebpfproxy.operator.install.rollout import RolloutError
+
+Say = Callable[[str], None]
+_SHOWN = 5
+#: By which `ebpfproxy migrate` keeps kube-proxy from a node.
+_OFF = "ebpfproxy.io/kube-proxy=off"
+_HELM = "meta.helm.sh/release-name"
+Place = tuple[str, str, str]
+"""Kind, namespace and name."""
+
+
+class RemoveError(Exception):
+    """It cannot go on, or something stays; a line for each reason."""
+
+
+def find(api: Api, namespace: str) -> dict[Place, Object]:
+    """What is there of what ``install`` applies, in the order in which it is deleted. Raises ApiError."""
+    places = [("DaemonSet", namespace, CLEANUP)]
+    for each in reversed(base.objects()):
+        kind = each["kind"]
+        places.append((kind, namespace if RESOURCES[kind][2] else "", each["metadata"]["name"]))
+    return {place: item for place in places if (item := api.get(*place)) is not None}
+
+
+def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
+    """Why nodes would be left without anybody who follows their Services. Raises ApiError."""
+    there = cluster_facts.namespace_of_agents(api)
+    if there and ("ServiceAccount", there, NAME) not in found:
+        yield f"ebpfproxy is in namespace {there}, and its agents would lose their rights: -n {there}"
+    for place, item in found.items():
+        release = (item["metadata"].get("annotations") or {}).get(_HELM)
+        if release:
+            yield f"{shown(*place)} is of the Helm release {release}: `helm uninstall {release}`"
+            break
+    kube_proxy = cluster_facts.kube_proxy(api)
+    name = shown("DaemonSet", cluster_facts.SYSTEM, cluster_facts.KUBE_PROXY)
+    if kube_proxy is None:
+        yield f"there is no {name}: nobody would follow changes of Services"
+        return
+    off = sorted(each["metadata"]["name"] for each in api.list("Node", "", labelSelector=_OFF))
+    if off:
+        more = f" and {len(off) - _SHOWN} more" if len(off) > _SHOWN else ""
+        yield (
+            f"{name} is kept from {', '.join(off[:_SHOWN])}{more} (label {_OFF}): `ebpfproxy migrate"
+            " rollback` brings it back"
+        )
+        return
+    theirs = rollout.progress(kube_proxy)
+    wanted = theirs.desired
+    for place, item in found.items():
+        if place[0] == "DaemonSet" and place[2] == NAME:
+            wanted = max(wanted, rollout.progress(item).desired)
+    if theirs.available < wanted or not wanted:
+        yield f"{name} is ready on {theirs.available} of {wanted} nodes"
+
+
+def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> None:
+    """Deletes, and waits until pods are gone before what they need. Raises RemoveError, at the end if it can,
+    and ApiError where the server cannot be reached.
+    """
+    failed: list[str] = []
+    for place in found:
+        try:
+            if api.delete(*place):
+                say(f"{shown(*place)} deleted")
+        except ApiError as error:
+            if error.status == 0:
+                raise
+            failed.append(str(error))
+            if place[0] == "DaemonSet":
+                # Its pods need the others.
+                break
+            continue
+        if place[0] == "DaemonSet":
+            failed += _wait_gone(api, place, seconds)
+    if failed:
+        raise RemoveError("\n".join(failed))
+
+
+def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
+    """One line where pods stay."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left: list[Object] = []
+        said = ""
+        try:
+            left = rollout.pods(api, *place[1:])
+        except ApiError as error:
+            if not error.passes:
+                return [str(error)]
+            said = str(error)
+        if not left and not said:
+            return []
+        if time.monotonic() >= deadline:
+            where = ", ".join(sorted(map(rollout.node_of, left)))
+            return [
+                said or f"pods of {shown(*place)} are still on {where} after {seconds:g} s: are the nodes up?"
+            ]
+        time.sleep(rollout.POLL_SECONDS)
+
+
+def clean_nodes(api: Api, daemon_set: Object, image: str, seconds: float, say: Say) -> None:
+    """Takes away what is pinned on every node. Raises RemoveError, and leaves its own DaemonSet to nodes that
+    come later; ApiError.
+    """
+    item = node_cleanup.cleanup(daemon_set, image)
+    namespace = item["metadata"]["namespace"]
+    api.apply(item, force=True)
+    say(f"{name_of(item)} created: it runs `ebpfproxy cleanup` on every node")
+    try:
+        count = rollout.wait(api, namespace, CLEANUP, seconds, say)
+    except RolloutError as error:
+        raise RemoveError(
+            f"{error}\n{name_of(item)} stays for these; `ebpfproxy uninstall` deletes it"
+        ) from error
+    say(f"nothing of ebpfproxy is left on {count} nodes")
+    remove(api, {("DaemonSet", namespace, CLEANUP): item}, seconds, say)

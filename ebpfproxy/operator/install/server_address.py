@@ -1,0 +1,127 @@
+"""Under which address nodes reach the API server without Services: the ConfigMap's ``KUBERNETES_SERVICE_*``.
+
+What a pod is told is the ``kubernetes`` Service's cluster IP, which works only once the agent does. In this
+order: ``--api-server``; ``cluster-info`` in kube-public, which kubeadm (and kind) write with the
+controlPlaneEndpoint; what an earlier install has found; the kubeconfig's own server, which may be an address
+of this machine alone. Where none is known, each node of kubeadm's still finds it in its kubelet.conf
+(:mod:`ebpfproxy.kube.control_plane`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import yaml
+
+from ebpfproxy.operator.install.api import Api, ApiError, Object, shown
+
+_NAMESPACE, _NAME, _KEY = "kube-public", "cluster-info", "kubeconfig"
+_DEFAULT_PORT = 443
+
+
+class AddressError(ValueError):
+    """A URL that cannot be said as host and port; the message says why."""
+
+
+class Address(NamedTuple):
+    """``host``: an IPv6 address without brackets, as ``KUBERNETES_SERVICE_HOST`` has it."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """This machine's own: a tunnel, a port-forward, kind's published port."""
+        if self.host == "localhost" or self.host.endswith(".localhost"):
+            return True
+        try:
+            found = ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
+            found = found.ipv4_mapped
+        return found.is_loopback or found.is_unspecified
+
+
+def parse(url: str) -> Address:
+    """``https://HOST[:PORT]``. Raises AddressError."""
+    try:
+        split = urlsplit(url.strip())
+        host, port = split.hostname or "", split.port
+    except ValueError as error:
+        raise AddressError(f"{url!r}: {error}") from error
+    if split.scheme != "https" or not host:
+        raise AddressError(f"{url!r} is not https://HOST:PORT")
+    if split.path.strip("/") or split.query or split.username is not None:
+        raise AddressError(f"{url!r} has more than host and port, and pods are told no more")
+    if port == 0:
+        raise AddressError(f"{url!r}: port 0")
+    return Address(host, port or _DEFAULT_PORT)
+
+
+def find(api: Api, before: Object | None, say: Callable[[str], None]) -> Address | None:
+    """``before``: our own ConfigMap, as an earlier install has left it. What is left out, and why, is said in
+    one line."""
+    refused: list[str] = []
+    try:
+        named = _cluster_info(api)
+    except ApiError as error:
+        named = ""
+        refused.append(str(error))
+    found = _usable(named, shown("ConfigMap", _NAMESPACE, _NAME), refused)
+    if found is None:
+        found = _earlier(before)
+    if found is None:
+        found = _usable(api.server, "the kubeconfig's server", refused)
+    if found is not None:
+        address, source = found
+        say(f"control plane: {address}, from {source}")
+        return address
+    say(
+        f"warning: the control plane's address is not known ({'; '.join(refused)}): kubeadm's nodes have it"
+        " in kubelet.conf, others need --api-server once no kube-proxy runs"
+    )
+    return None
+
+
+def _usable(url: str, source: str, refused: list[str]) -> tuple[Address, str] | None:
+    """The address and its source; None, with a reason in ``refused``, where nodes cannot use it."""
+    if not url:
+        return None
+    try:
+        found = parse(url)
+    except AddressError as error:
+        refused.append(f"{source}: {error}")
+        return None
+    if found.is_loopback:
+        refused.append(f"{source}: {found} is this machine's own")
+        return None
+    return found, source
+
+
+def _earlier(before: Object | None) -> tuple[Address, str] | None:
+    """It may be a loopback address: somebody named a balancer that each node has."""
+    data = (before or {}).get("data") or {}
+    host, port = data.get("KUBERNETES_SERVICE_HOST"), str(data.get("KUBERNETES_SERVICE_PORT", ""))
+    if before is None or not host:
+        return None
+    meta = before["metadata"]
+    address = Address(str(host), int(port) if port.isdecimal() else _DEFAULT_PORT)
+    return address, shown("ConfigMap", meta["namespace"], meta["name"])
+
+
+def _cluster_info(api: Api) -> str:
+    """kubeadm's has one cluster, without a name or a context. Raises ApiError."""
+    found = api.get("ConfigMap", _NAMESPACE, _NAME)
+    text = str(((found or {}).get("data") or {}).get(_KEY, ""))
+    try:
+        document: Any = yaml.safe_load(text)
+        return str(document["clusters"][0]["cluster"]["server"])
+    except (yaml.YAMLError, LookupError, TypeError):
+        return ""

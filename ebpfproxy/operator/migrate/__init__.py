@@ -1,0 +1,7 @@
+"""The way over from kube-proxy and back: ``node`` for one node, ``cluster`` for many, by pods on each.
+
+Functions that decide (what to remove, what is a conflict) take texts and values and return values; functions
+that do something are few and named after it. This package knows netfilter's tools, kube-proxy's names and the
+API's DaemonSets, nodes and pods; it does not know BPF: of the agent it reads what ``datapath.dump`` and
+``agent.state`` say.
+"""

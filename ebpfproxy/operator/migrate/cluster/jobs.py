@@ -1,0 +1,142 @@
+"""Runs the one-node command on a node, in a pod that is gone afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError, Object
+from ebpfproxy.operator.migrate.cluster import pods
+from ebpfproxy.operator.migrate.cluster.pods import Image
+
+_POLL_SECONDS = 0.5
+#: Beyond what the command takes by itself.
+_SPARE_SECONDS = 60.0
+_EXISTS = 409
+
+
+class JobError(Exception):
+    """The command did not run, or failed; the message has its last words."""
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What the command printed, both streams, and its exit code."""
+
+    code: int
+    text: str
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.text.splitlines() if line.strip()]
+
+    @property
+    def words(self) -> str:
+        """Of its error: click's line, or the last one."""
+        errors = [line.removeprefix("Error: ") for line in self.lines if line.startswith("Error: ")]
+        return (errors or self.lines or [f"exit code {self.code}, and no word"])[-1]
+
+
+class Jobs:
+    """In one namespace, with one image. Methods raise ClusterError and JobError. Any thread may use it."""
+
+    def __init__(self, api: Api, namespace: str, image: Image, seconds: float) -> None:
+        """``seconds``: for a container to start, and for each step of the command."""
+        self._api, self._namespace, self._image, self._seconds = api, namespace, image, seconds
+
+    def run(
+        self,
+        node: str,
+        arguments: Iterable[str],
+        *,
+        most: float,
+        looks: Callable[[str], None] | None = None,
+        good: tuple[int, ...] = (0,),
+    ) -> Done:
+        """``most``: seconds that the command may take. ``looks``: called with the log while it runs."""
+        seconds = most + self._seconds + _SPARE_SECONDS
+        command = [*arguments, "--timeout", f"{self._seconds:g}s"]
+        manifest = pods.manifest(node, self._image, command, seconds=seconds)
+        name = str(manifest["metadata"]["name"])
+        self._create(name, manifest)
+        try:
+            done = self._wait(node, name, time.monotonic() + seconds, looks)
+        finally:
+            self._api.delete_pod(self._namespace, name)
+        if done.code not in good:
+            raise JobError(f"{node}: {done.words}")
+        return done
+
+    def _create(self, name: str, manifest: Object) -> None:
+        """One that an earlier call left is taken away if it has ended."""
+        deadline = time.monotonic() + self._seconds
+        while True:
+            try:
+                self._api.create_pod(self._namespace, manifest)
+                return
+            except ClusterError as error:
+                if error.status != _EXISTS:
+                    raise
+            try:
+                old = self._api.pod(self._namespace, name)
+            except NotFoundError:
+                continue
+            if pods.has_ended(old) or pods.cannot_start(old):
+                self._api.delete_pod(self._namespace, name)
+            elif "deletionTimestamp" not in old["metadata"]:
+                raise JobError(f"pod {self._namespace}/{name} runs already: another call works on this node")
+            if time.monotonic() >= deadline:
+                raise JobError(f"pod {self._namespace}/{name} is still there after {self._seconds:g} s")
+            time.sleep(_POLL_SECONDS)
+
+    def _wait(self, node: str, name: str, deadline: float, looks: Callable[[str], None] | None) -> Done:
+        where = f"{node}: pod {self._namespace}/{name}"
+        to_start = time.monotonic() + self._seconds
+        while True:
+            pod = self._api.pod(self._namespace, name)
+            if why := pods.cannot_start(pod):
+                raise JobError(f"{where} cannot start: {why}")
+            if pods.has_ended(pod):
+                return self._ended(where, name, pod)
+            now = time.monotonic()
+            if now >= to_start and not pods.has_started(pod):
+                raise JobError(f"{where} has not started after {self._seconds:g} s{self._last_event(name)}")
+            if now >= deadline:
+                raise JobError(f"{where} has not ended in time")
+            if looks is not None and pods.has_started(pod):
+                looks(self._log(name))
+            time.sleep(_POLL_SECONDS)
+
+    def _ended(self, where: str, name: str, pod: Object) -> Done:
+        code = pods.exit_code(pod)
+        if code is None:
+            raise JobError(f"{where} failed: {pods.failure(pod)}")
+        try:
+            text = self._api.log(self._namespace, name)
+        except ClusterError as error:
+            text = pods.message(pod)
+            if code == 0 or not text:
+                raise JobError(
+                    f"{where}: {pods.failure(pod) or 'it ended well'}; its log: {error}"
+                ) from error
+        if code and not text.strip():
+            raise JobError(f"{where}: {pods.failure(pod)}")
+        return Done(code, text)
+
+    def _log(self, name: str) -> str:
+        """Empty where it cannot be read now."""
+        try:
+            return self._api.log(self._namespace, name)
+        except ClusterError:
+            return ""
+
+    def _last_event(self, name: str) -> str:
+        """What the kubelet said of a container that does not come: a volume that cannot be mounted."""
+        try:
+            said = [each for each in self._api.events(self._namespace, name) if each.get("type") == "Warning"]
+        except ClusterError:
+            return ""
+        return (
+            f": {said[-1].get('reason')}: {said[-1].get('message')}" if said else ": its kubelet says nothing"
+        )

@@ -1,0 +1,186 @@
+"""The pod that does a migration's work on one node: what it is, and what becomes of it.
+
+It runs the one-node command. Its name is the node's, so that two calls cannot work on one node at once; it
+has no label of the DaemonSet's, which would take it for its own, and no token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from ebpfproxy.operator.migrate.api import Object
+
+CONTAINER = "migrate"
+LABELS = {"app.kubernetes.io/name": "ebpfproxy-migrate"}
+#: What servers before 1.30 know of ``appArmorProfile``; later ones take both where they agree.
+_APP_ARMOR = {f"container.apparmor.security.beta.kubernetes.io/{CONTAINER}": "unconfined"}
+_PREFIX = "ebpfproxy-migrate-"
+#: Of a pod's name, a DNS subdomain.
+_LONGEST = 253
+_HASH = 10
+#: All that a container waits for in good order; any other reason is an error's.
+_STARTING = frozenset({"", "ContainerCreating", "PodInitializing"})
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """As the DaemonSet's agent names it."""
+
+    name: str
+    pull_policy: str = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = ()
+
+
+def image_of(daemon_set: Object) -> Image:
+    pod = daemon_set["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    return Image(
+        name=container["image"],
+        pull_policy=container.get("imagePullPolicy", "IfNotPresent"),
+        pull_secrets=tuple(each["name"] for each in pod.get("imagePullSecrets") or ()),
+    )
+
+
+def name_of(node: str) -> str:
+    name = f"{_PREFIX}{node}"
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST - _HASH - 1]}-{hashlib.sha256(node.encode()).hexdigest()[:_HASH]}"
+
+
+def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: float) -> Object:
+    """``arguments``: after ``ebpfproxy migrate``; ``seconds``: the kubelet ends it after so long."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name_of(node), "labels": LABELS, "annotations": _APP_ARMOR},
+        "spec": {
+            # No scheduler takes part.
+            "nodeName": node,
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": int(seconds),
+            "hostNetwork": True,
+            # To see whether a kube-proxy runs.
+            "hostPID": True,
+            "dnsPolicy": "Default",
+            "enableServiceLinks": False,
+            "automountServiceAccountToken": False,
+            "priorityClassName": "system-node-critical",
+            "tolerations": [{"operator": "Exists"}],
+            "imagePullSecrets": [{"name": each} for each in image.pull_secrets],
+            # As in deploy/base: the type of privileged containers.
+            "securityContext": {
+                "seccompProfile": {"type": "RuntimeDefault"},
+                "seLinuxOptions": {"level": "s0", "type": "spc_t"},
+            },
+            "containers": [
+                {
+                    "name": CONTAINER,
+                    "image": image.name,
+                    "imagePullPolicy": image.pull_policy,
+                    "command": ["ebpfproxy", "migrate"],
+                    "args": [*arguments],
+                    "env": [{"name": "EBPFPROXY_BPF_ROOT", "value": "/host/bpf"}],
+                    # What an error is known by where logs cannot be read.
+                    "terminationMessagePolicy": "FallbackToLogsOnError",
+                    # No requests: on a full node the kubelet would evict others for a critical pod.
+                    "securityContext": _security(),
+                    "volumeMounts": [
+                        {"name": "bpffs", "mountPath": "/host/bpf"},
+                        {"name": "xtables-lock", "mountPath": "/run/xtables.lock"},
+                    ],
+                }
+            ],
+            "volumes": [
+                {"name": "bpffs", "hostPath": {"path": "/sys/fs/bpf", "type": "Directory"}},
+                # One lock for all who change iptables-legacy's tables on the node.
+                {
+                    "name": "xtables-lock",
+                    "hostPath": {"path": "/run/xtables.lock", "type": "FileOrCreate"},
+                },
+            ],
+        },
+    }
+
+
+def _security() -> Object:
+    """Each capability is missed by tests/migrate/test_pod.py."""
+    return {
+        "runAsUser": 0,
+        "runAsGroup": 0,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        # The runtimes' default profile denies to look at processes of other profiles: kube-proxy's.
+        "appArmorProfile": {"type": "Unconfined"},
+        "capabilities": {
+            "drop": ["ALL"],
+            "add": [
+                "BPF",  # maps; the kernel is probed by loading programs
+                "NET_ADMIN",  # netfilter, conntrack, IPVS; filters of devices
+                "NET_RAW",  # iptables-legacy asks by a raw socket
+                "SYS_ADMIN",  # CRI-O's and podman's seccomp profile lets nobody else call bpf()
+                "SYS_PTRACE",  # /proc/PID/ns and root of kube-proxy, which has more capabilities
+            ],
+        },
+    }
+
+
+# -- what becomes of it
+
+
+def phase(pod: Object) -> str:
+    return str(pod.get("status", {}).get("phase", "Pending"))
+
+
+def has_ended(pod: Object) -> bool:
+    return phase(pod) in ("Succeeded", "Failed")
+
+
+def has_started(pod: Object) -> bool:
+    return has_ended(pod) or any("running" in state or "terminated" in state for state in _states(pod))
+
+
+def cannot_start(pod: Object) -> str:
+    """Why its container will not start, in the kubelet's words; empty while it may."""
+    for state in _states(pod):
+        waiting = state.get("waiting") or {}
+        if waiting.get("reason", "") not in _STARTING:
+            return _words(waiting)
+    return ""
+
+
+def failure(pod: Object) -> str:
+    """Of one that has ended: empty where its command ended with 0. The command's own words are its log."""
+    if phase(pod) == "Succeeded":
+        return ""
+    for state in _states(pod):
+        ended = state.get("terminated")
+        if ended is not None and ended.get("reason") not in ("Error", "Completed"):
+            return f"its container ended: {_words(ended)}"
+        if ended is not None:
+            return f"its command ended with exit code {ended.get('exitCode')}"
+    return _words(pod["status"]) or "it failed"
+
+
+def exit_code(pod: Object) -> int | None:
+    """None where no command ran to its end."""
+    for state in _states(pod):
+        if (ended := state.get("terminated")) is not None:
+            return int(ended["exitCode"])
+    return None
+
+
+def message(pod: Object) -> str:
+    """The end of what its command wrote, as the kubelet keeps it for a command that failed."""
+    return next((str(s["terminated"].get("message", "")) for s in _states(pod) if "terminated" in s), "")
+
+
+def _states(pod: Object) -> list[Object]:
+    return [each.get("state") or {} for each in pod.get("status", {}).get("containerStatuses") or ()]
+
+
+def _words(of: Object) -> str:
+    parts = (str(of.get("reason") or ""), " ".join(str(of.get("message") or "").split()))
+    return ": ".join(part for part in parts if part)

@@ -1,0 +1,226 @@
+"""Which frontends kube-proxy serves, and with which endpoints: read from its rules, whatever their mode.
+
+What the agent's maps are compared with before kube-proxy is stopped: it watched the same API on its own.
+Frontends are named as ``service list`` names them, ``10.96.0.10:53/UDP``; NodePorts without an address,
+``*:30080/TCP``, since modes differ in the addresses that they answer on.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ebpfproxy.datapath.dump import FrontendRow
+from ebpfproxy.operator.migrate.node import iptables
+from ebpfproxy.operator.migrate.node.ipvs import VirtualServer
+
+#: Endpoints of each frontend; empty where connections are refused.
+Frontends = dict[str, frozenset[str]]
+
+_SERVICE = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-")
+_ENDPOINT = "KUBE-SEP-"
+_NODE_PORT = "NodePort"
+
+
+def name(address: str, port: int | str, protocol: str) -> str:
+    host = f"[{address}]" if ":" in address else address
+    return f"{host}:{port}/{protocol.upper()}"
+
+
+# -- iptables
+
+
+def _words(rule: str) -> dict[str, str]:
+    """A rule's options, each with the word after it. ``!`` is part of the value: such are not plain."""
+    words = iptables.words(rule)
+    return {
+        word: f"! {after}" if words[at - 1] == "!" else after
+        for at, (word, after) in enumerate(itertools.pairwise(words))
+        if word.startswith("-")
+    }
+
+
+class _Chains:
+    def __init__(self, table: iptables.Table) -> None:
+        self._rules = table.rules
+        self._known: Frontends = {}
+
+    def endpoints(self, chain: str) -> frozenset[str]:
+        """All that a chain leads to, by either policy."""
+        if chain in self._known:
+            return self._known[chain]
+        self._known[chain] = frozenset()  # chains do not lead back; should they, this ends it
+        found: set[str] = set()
+        for rule in self._rules.get(chain, ()):
+            target = iptables.target(rule)
+            if target == "DNAT":
+                found.add(_words(rule)["--to-destination"])
+            elif target.startswith((*_SERVICE, _ENDPOINT)):
+                found |= self.endpoints(target)
+        self._known[chain] = frozenset(found)
+        return self._known[chain]
+
+
+def of_iptables(saved: str) -> Frontends:
+    """From one ``iptables-save``."""
+    found: Frontends = {}
+    for table in iptables.parse(saved):
+        chains = _Chains(table)
+        for chain, is_node_port in (
+            ("KUBE-SERVICES", False),
+            ("KUBE-EXTERNAL-SERVICES", False),
+            ("KUBE-NODEPORTS", True),
+        ):
+            for rule in table.rules.get(chain, ()):
+                target = iptables.target(rule)
+                if target not in ("REJECT", "DROP") and not target.startswith(_SERVICE):
+                    continue
+                words = _words(rule)
+                address = words.get("-d", "").partition("/")[0]
+                if "--dport" not in words or address.startswith("127."):
+                    continue
+                shown = "*" if is_node_port or not address else address
+                key = name(shown, words["--dport"], words["-p"])
+                found[key] = found.get(key, frozenset()) | chains.endpoints(target)
+    return found
+
+
+# -- nftables
+
+
+def of_nftables(listed: str) -> Frontends:
+    """From ``nft -j list ruleset``, or ``list table`` of one of kube-proxy's."""
+    found: Frontends = {}
+    objects: list[dict[str, Any]] = json.loads(listed)["nftables"]
+    for family in ("ip", "ip6"):
+        maps: dict[str, list[Any]] = {}
+        leads: dict[str, set[str]] = {}
+        for each in objects:
+            ((kind, body),) = each.items()
+            if body.get("family") != family:
+                continue
+            if kind == "map" and body["table"] == "kube-proxy":
+                maps[body["name"]] = body.get("elem", [])
+            elif kind == "rule" and body["table"] == "kube-proxy":
+                leads.setdefault(body["chain"], set()).update(_leads(body["expr"]))
+        for map_name in ("service-ips", "service-nodeports", "no-endpoint-services", "no-endpoint-nodeports"):
+            for key, verdict in maps.get(map_name, ()):
+                parts = _concat(key)
+                shown = name(*parts) if len(parts) == 3 else name("*", parts[1], parts[0])
+                target = str(next(iter(verdict.values()))["target"]) if isinstance(verdict, dict) else ""
+                found[shown] = found.get(shown, frozenset()) | _reached(leads, target)
+    return found
+
+
+def _concat(key: Any) -> tuple[str, ...]:
+    """``10.96.0.1, 443, tcp``, or ``tcp, 30080``."""
+    value = key["elem"]["val"] if "elem" in key else key
+    parts = [str(part) for part in value["concat"]]
+    return (parts[0], parts[2], parts[1]) if len(parts) == 3 else tuple(parts)
+
+
+def _leads(value: Any) -> Iterable[str]:
+    """Chains that expressions lead to, and endpoints that they translate to."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _leads(each)
+    elif isinstance(value, dict):
+        for key, inside in value.items():
+            if key in ("goto", "jump"):
+                yield str(inside["target"])
+            elif key == "dnat":
+                yield from _destinations(inside)
+            else:
+                yield from _leads(inside)
+
+
+def _destinations(dnat: dict[str, Any]) -> Iterable[str]:
+    address = dnat["addr"]
+    if isinstance(address, str):
+        yield _endpoint(address, dnat["port"])
+        return
+    for _, to in address["map"]["data"]["set"]:
+        yield _endpoint(*to["concat"])
+
+
+def _endpoint(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _reached(leads: Mapping[str, set[str]], chain: str) -> frozenset[str]:
+    found: set[str] = set()
+    seen: set[str] = set()
+    waiting = [chain]
+    while waiting:
+        at = waiting.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        for to in leads.get(at, ()):
+            if re.fullmatch(r"(\[[0-9a-f:.]+\]|[\d.]+):\d+", to):
+                found.add(to)
+            else:
+                waiting.append(to)
+    return frozenset(found)
+
+
+# -- IPVS
+
+
+def of_ipvs(servers: Iterable[VirtualServer]) -> Frontends:
+    """From kube-proxy's virtual servers, which are there without endpoints, too."""
+    found: Frontends = {}
+    for each in servers:
+        key = name("*" if each.is_node_port else each.address, each.port, each.protocol)
+        found[key] = found.get(key, frozenset()) | frozenset(each.endpoints)
+    return found
+
+
+# -- the agent's maps
+
+
+def of_maps(rows: Iterable[FrontendRow]) -> Frontends:
+    """All endpoints of either scope, draining ones left out."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        shown = row.frontend
+        if row.type == _NODE_PORT:
+            port_and_protocol = row.frontend.rpartition(":")[2]
+            shown = f"*:{port_and_protocol}"
+        found.setdefault(shown, set()).update(backend.address for backend in row.backends)
+    return {frontend: frozenset(backends) for frontend, backends in found.items()}
+
+
+def normal(found: Frontends) -> Frontends:
+    """Addresses in their one spelling, so that both sides can be compared."""
+    return {_normal(key): frozenset(map(_normal, values)) for key, values in found.items()}
+
+
+def _normal(text: str) -> str:
+    match = re.fullmatch(r"\[([^\]]+)\](.*)", text)
+    return f"[{ipaddress.ip_address(match[1])}]{match[2]}" if match else text
+
+
+def unserved(ours: Frontends, theirs: Frontends) -> list[str]:
+    """What the maps serve and kube-proxy does not at all. Of endpoints it may know fewer, by its policies."""
+    theirs = normal(theirs)
+    return sorted(
+        frontend
+        for frontend, endpoints in normal(ours).items()
+        if frontend not in theirs or (endpoints and not theirs[frontend])
+    )
+
+
+def missing(theirs: Frontends, ours: Frontends) -> dict[str, str]:
+    """What kube-proxy serves and the maps do not, or with other endpoints: by frontend, in words."""
+    ours, found = normal(ours), {}
+    for frontend, endpoints in sorted(normal(theirs).items()):
+        if frontend not in ours:
+            found[frontend] = "is not in the maps"
+        elif extra := endpoints - ours[frontend]:
+            found[frontend] = f"kube-proxy also sends to {', '.join(sorted(extra))}"
+    return found

@@ -1,0 +1,261 @@
+"""What is on this node, and what :mod:`steps` would do: looked at only."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
+from ebpfproxy.netlink import conntrack
+from ebpfproxy.operator.migrate.api import ClusterError
+from ebpfproxy.operator.migrate.daemonsets import Cluster, DaemonSet
+from ebpfproxy.operator.migrate.node import (
+    conntrack_hold,
+    iptables,
+    ipvs,
+    kube_proxy_frontends,
+    leftovers,
+    nftables,
+    obstacles,
+    running_kube_proxy,
+    takeover,
+    tools,
+)
+from ebpfproxy.operator.migrate.node.leftovers import Leftovers
+from ebpfproxy.operator.migrate.node.obstacles import Conflict, Severity
+from ebpfproxy.operator.migrate.node.running_kube_proxy import Process
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """This node, as options name it. ``cluster`` is None where no API server is to be asked."""
+
+    bpf_root: Path
+    cgroup_root: Path | None = None
+    cluster: Cluster | None = None
+    seconds: float = 60.0
+    #: kube-proxy was stopped after a plan found nothing in the way: its rules are of the past since.
+    stopped: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON of ``ebpfproxy migrate plan``: these names stay."""
+
+    node: str
+    kernel: str
+    #: kube-proxy's modes by what is on the node.
+    modes: tuple[str, ...]
+    processes: tuple[Process, ...]
+    #: A distribution that runs kube-proxy in its own process.
+    embedded: str
+    daemon_set: DaemonSet | None
+    #: How many frontends kube-proxy's rules and the agent's maps have.
+    kube_proxy_frontends: int
+    agent_frontends: int
+    #: By frontend: what kube-proxy serves and the maps do not.
+    differences: dict[str, str]
+    #: Connections and UDP flows that live on by netfilter's conntrack.
+    flows: int
+    leftovers: Leftovers
+    #: What keeps conntrack going after an earlier run.
+    kept: tuple[str, ...]
+    conflicts: tuple[Conflict, ...]
+    #: Why run would refuse.
+    blockers: tuple[str, ...]
+    #: What is worth knowing before.
+    warnings: tuple[str, ...]
+    #: What run would do, and what it leaves to you.
+    steps: tuple[str, ...]
+
+
+_SHOWN = 10
+_POLL_SECONDS = 0.25
+#: That kube-proxy may be behind: it writes its rules once a second, or as seldom as it takes.
+_EQUAL_SECONDS = 10.0
+
+
+class Brief(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan comes to, short whatever is on the node. The JSON of ``migrate plan --brief``."""
+
+    node: str
+    kernel: str
+    modes: tuple[str, ...]
+    #: By pid, how each was started.
+    processes: dict[str, str]
+    embedded: str
+    kube_proxy_frontends: int
+    agent_frontends: int
+    differences: int
+    #: The first of them.
+    differing: dict[str, str]
+    flows: int
+    #: There are rules, sets or devices of kube-proxy's.
+    has_leftovers: bool
+    kept: tuple[str, ...]
+    blockers: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def brief(planned: Plan) -> Brief:
+    return Brief(
+        node=planned.node,
+        kernel=planned.kernel,
+        modes=planned.modes,
+        processes={str(each.pid): each.started_by for each in planned.processes},
+        embedded=planned.embedded,
+        kube_proxy_frontends=planned.kube_proxy_frontends,
+        agent_frontends=planned.agent_frontends,
+        differences=len(planned.differences),
+        differing=dict(list(planned.differences.items())[:_SHOWN]),
+        flows=planned.flows,
+        has_leftovers=bool(planned.leftovers),
+        kept=planned.kept,
+        blockers=planned.blockers,
+        warnings=(
+            *planned.warnings,
+            *(f"{c.what}: {c.advice}" for c in planned.conflicts if c.severity is Severity.WARNS),
+        ),
+    )
+
+
+def rules_serve() -> kube_proxy_frontends.Frontends:
+    """What kube-proxy's rules of all kinds serve here. Raises ToolError."""
+    found: kube_proxy_frontends.Frontends = {}
+    texts = [kube_proxy_frontends.of_iptables(tool.saved()) for tool in iptables.installed()]
+    texts += [
+        kube_proxy_frontends.of_nftables(tools.run("nft", "-j", "list", "table", *name.split()))
+        for name in nftables.find()
+    ]
+    texts.append(kube_proxy_frontends.of_ipvs(ipvs.serving()))
+    for each in texts:
+        for frontend, endpoints in each.items():
+            found[frontend] = found.get(frontend, frozenset()) | endpoints
+    return found
+
+
+def _wait_equal(where: Where) -> None:
+    """Both follow the same changes, one a moment after the other; an agent that starts is given its time."""
+    deadline = time.monotonic() + min(where.seconds, _EQUAL_SECONDS)
+    while time.monotonic() < deadline:
+        checked = takeover.check(where.bpf_root)
+        rows = checked.rows
+        if not checked.starting and (
+            not rows or not kube_proxy_frontends.missing(rules_serve(), kube_proxy_frontends.of_maps(rows))
+        ):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def plan(where: Where) -> Plan:
+    """Looks only. Raises ToolError."""
+    if not where.stopped:
+        _wait_equal(where)
+    facts = obstacles.look(obstacles.bpffs_of(where.bpf_root))
+    checked = takeover.check(where.bpf_root)
+    found = leftovers.find()
+    processes, embedded = running_kube_proxy.find(), running_kube_proxy.embedded()
+    theirs, ours = rules_serve(), kube_proxy_frontends.of_maps(checked.rows)
+    daemon_set, cluster_problems = None, []
+    warnings: list[str] = [problem for each in processes for problem in each.problems]
+    if where.cluster is not None:
+        try:
+            daemon_set = where.cluster.find()
+            if config := where.cluster.config():
+                _, problems = running_kube_proxy.check_config(config, "ConfigMap kube-system/kube-proxy")
+                warnings += problems
+        except ClusterError as error:
+            cluster_problems.append(str(error))
+    standing = obstacles.find(facts)
+    differences = kube_proxy_frontends.missing(theirs, ours)
+    if len(processes) > 1:
+        warnings.append(f"{len(processes)} kube-proxies run here: each is stopped")
+    if found.ipvs:
+        carried = sum(server.connections for server in found.ipvs)
+        warnings.append(
+            f"IPVS: what carries its {carried} connections stays until run is called after they have ended"
+        )
+        warnings.append(
+            "IPVS: for two minutes after the agent's start a new connection fails that takes, by chance, the"
+            " port of an earlier one of the same client to the same endpoint"
+        )
+    warnings += [
+        f"{each.tool}, table {table.table}: {kept.chain} stays: {kept.because}"
+        for each in found.iptables
+        for table in each.tables
+        for kept in table.kept
+    ]
+    blockers = [*_kernel(), *checked.problems, *cluster_problems]
+    blockers += [f"{each.what}: {each.advice}" for each in standing if each.severity is Severity.BLOCKS]
+    if differences:
+        differ = f"{len(differences)} of {len(theirs)} frontends differ between kube-proxy and maps"
+        if not processes and (where.stopped or _is_stopped(daemon_set)):
+            warnings.append(f"{differ}: kube-proxy is stopped, and its rules are as they were then")
+        else:
+            blockers.append(differ)
+    return Plan(
+        node=checked.node,
+        kernel=platform.release(),
+        modes=found.modes,
+        processes=tuple(processes),
+        embedded=embedded,
+        daemon_set=daemon_set,
+        kube_proxy_frontends=len(theirs),
+        agent_frontends=len(ours),
+        differences=differences,
+        flows=len(conntrack.find()),
+        leftovers=found,
+        kept=tuple(conntrack_hold.find()),
+        conflicts=tuple(standing),
+        blockers=tuple(blockers),
+        warnings=tuple(warnings),
+        steps=tuple(_steps(where, daemon_set, processes, embedded, found)),
+    )
+
+
+def _is_stopped(daemon_set: DaemonSet | None) -> bool:
+    """By an earlier run, which looked at all frontends before."""
+    return daemon_set is not None and daemon_set.avoids and daemon_set.labelled and not daemon_set.pods
+
+
+def _kernel() -> list[str]:
+    try:
+        probe()
+    except UnsupportedKernelError as error:
+        return [str(error)]
+    return []
+
+
+def _steps(
+    where: Where,
+    daemon_set: DaemonSet | None,
+    processes: Iterable[Process],
+    embedded: str,
+    found: Leftovers,
+) -> Iterable[str]:
+    if daemon_set is not None and daemon_set.pods:
+        if not daemon_set.avoids:
+            yield f"give DaemonSet {daemon_set.name} an affinity against labelled nodes (no pod restarts)"
+        yield f"label this node, and wait until {', '.join(daemon_set.pods)} is gone"
+    else:
+        for process in processes:
+            yield by_hand(process, asked=where.cluster is not None)
+    if embedded:
+        yield f"left to you: {embedded} runs kube-proxy itself, restart it with its option to disable it"
+    if found.iptables or found.nftables:
+        yield "keep conntrack and NAT going for connections that live on"
+        yield "remove kube-proxy's chains, tables, sets and counters"
+    if found.ipvs or found.ipvs_device:
+        yield "remove its virtual servers and device, but for those that carry connections"
+
+
+def by_hand(process: Process, *, asked: bool) -> str:
+    """What is left to the operator for a kube-proxy that no DaemonSet of the API server explains."""
+    if process.started_by == "pod":
+        how = "it is no pod of kube-system's DaemonSet: a static pod?" if asked else "name a --kubeconfig"
+        return f"left to you: kube-proxy, pid {process.pid}, runs in a pod: {how}"
+    if process.started_by == "process":
+        return f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}"
+    return f"with --terminate: systemctl disable --now {process.started_by}"

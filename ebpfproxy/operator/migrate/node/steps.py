@@ -1,0 +1,240 @@
+"""plan, run and rollback for one node: what is looked at, and what is done in which order.
+
+run: nothing is stopped before the agent serves all that kube-proxy serves, and no rule goes before kube-proxy
+has ended: it would write it again. rollback: none of our programs goes before kube-proxy's rules serve all
+that the maps serve.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ebpfproxy.datapath.dump import FrontendRow, open_maps
+from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
+from ebpfproxy.datapath.node.packets import begin_nothing
+from ebpfproxy.datapath.programs.detach import remove_everything
+from ebpfproxy.netlink import conntrack
+from ebpfproxy.operator.migrate.api import ClusterError
+from ebpfproxy.operator.migrate.node import (
+    conntrack_hold,
+    kube_proxy_frontends,
+    leftovers,
+    running_kube_proxy,
+    takeover,
+    tools,
+)
+from ebpfproxy.operator.migrate.node.leftovers import Leftovers
+from ebpfproxy.operator.migrate.node.preflight import Plan, Where, by_hand, plan, rules_serve
+
+Say = Callable[[str], None]
+_POLL_SECONDS = 0.25
+_NODE_PORT = "NodePort"
+
+
+class MigrationError(Exception):
+    """It cannot go on; the message says why, and what was done is still right."""
+
+
+# -- going over
+
+
+def run(where: Where, say: Say, *, terminate: bool = False, force: bool = False) -> None:
+    """Raises MigrationError and ToolError."""
+    planned = plan(where)
+    if planned.blockers and not force:
+        raise MigrationError("; ".join(planned.blockers))
+    if planned.kube_proxy_frontends and not planned.differences:
+        say(f"the agent's maps serve all {planned.kube_proxy_frontends} frontends of kube-proxy's rules")
+    _stop(where, planned, say, terminate=terminate)
+    before = leftovers.find()
+    if not before:
+        say("nothing of kube-proxy is left")
+        end_keeper(say)
+        return
+    remove_leftovers(before, say)
+    checked = takeover.check(where.bpf_root)
+    if checked.problems and not force:
+        raise MigrationError(f"kube-proxy's rules are removed, but {'; '.join(checked.problems)}")
+    ended = conntrack.remove(stale_datagrams(checked.rows))
+    if ended:
+        say(f"ended {ended} UDP flows to endpoints that are not their Service's any more")
+    living = len(conntrack.find())
+    say(f"flows that kube-proxy began and that live on: {living}")
+
+
+def _stop(where: Where, planned: Plan, say: Say, *, terminate: bool) -> None:
+    if planned.embedded:
+        raise MigrationError(f"{planned.embedded} runs kube-proxy in its own process: disable it there first")
+    if where.cluster is not None and planned.daemon_set is not None:
+        with _as_migration():
+            for line in where.cluster.stop(where.seconds):
+                say(line)
+        running_kube_proxy.wait_gone(where.seconds)
+    for process in running_kube_proxy.find():
+        if process.started_by == "pod" or not terminate:
+            raise MigrationError(by_hand(process, asked=where.cluster is not None))
+        if process.started_by != "process":
+            tools.run("systemctl", "disable", "--now", process.started_by)
+            say(f"stopped and disabled {process.started_by}")
+        elif not running_kube_proxy.end(process, where.seconds):
+            raise MigrationError(f"kube-proxy, pid {process.pid}, did not end in {where.seconds:g} s")
+        else:
+            say(f"kube-proxy, pid {process.pid}, ended by SIGTERM")
+    if not running_kube_proxy.wait_gone(where.seconds):
+        raise MigrationError("kube-proxy still runs: its rules would come back")
+
+
+def remove_leftovers(found: Leftovers, say: Say) -> None:
+    """And looks again. Raises MigrationError and ToolError."""
+    removed = leftovers.remove(found)
+    for line in removed.done:
+        say(line)
+    if removed.failed:
+        raise MigrationError("; ".join(removed.failed))
+    if again := leftovers.find():
+        raise MigrationError(f"rules of kube-proxy are there again ({', '.join(again.modes)}): it still runs")
+
+
+def end_keeper(say: Say) -> None:
+    """Once no flow of kube-proxy's lives."""
+    kept = conntrack_hold.find()
+    if not kept:
+        return
+    if living := len(conntrack.find()):
+        say(f"{living} translated flows still live: {', '.join(kept)} stays, run this again later")
+        return
+    for each in conntrack_hold.end():
+        say(f"no flow of kube-proxy's lives any more: removed {each}")
+
+
+def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], bool]:
+    """Of UDP flows through these frontends, those whose endpoint is not the Service's.
+
+    kube-proxy ends them at each sync (pkg/proxy/conntrack/cleanup.go); from now on nobody would. A frontend
+    without endpoints ends none.
+    """
+    by_address: dict[tuple[str, int], set[str]] = {}
+    by_port: dict[int, set[str]] = {}
+    for row in rows:
+        address, _, port = row.frontend.removesuffix("/UDP").rpartition(":")
+        if row.frontend.endswith("/UDP") and row.backends:
+            served = {backend.address for backend in row.backends}
+            if row.type == _NODE_PORT:
+                by_port.setdefault(int(port), set()).update(served)
+            else:
+                by_address.setdefault((address.strip("[]"), int(port)), set()).update(served)
+
+    def is_stale(flow: conntrack.Flow) -> bool:
+        if flow.protocol != socket.IPPROTO_UDP:
+            return False
+        serving = by_address.get(flow.asked) or by_port.get(flow.asked[1])
+        host, port = flow.answering
+        return (
+            serving is not None and (f"[{host}]:{port}" if ":" in host else f"{host}:{port}") not in serving
+        )
+
+    return is_stale
+
+
+# -- going back
+
+
+#: What rollback says when all is ready but for the agent, which still runs: who waits for it reads this.
+WAITS = "waiting for the agent to end"
+
+
+def rollback(where: Where, say: Say, *, drain: float = 0.0, waits: bool = False) -> None:
+    """``drain``: how many seconds connections may take to end that packets' programs translate. ``waits``:
+    for the agent to end, once kube-proxy's rules serve all.
+
+    Raises MigrationError, ToolError, and RootError while our agent runs.
+    """
+    if where.cluster is not None:
+        with _as_migration():
+            for line in where.cluster.start(where.seconds):
+                say(line)
+    pins = pin_folder(where.bpf_root)
+    _say_served(where, say)
+    if waits and pins.is_dir():
+        _wait_agent(where, say)
+        # Both followed the same changes until now.
+        _say_served(where, say)
+    if not pins.is_dir():
+        say(f"nothing is pinned below {pins}")
+    else:
+        _remove_programs(where, pins, drain, say)
+    # kube-proxy's rules ask for conntrack again.
+    for each in conntrack_hold.end():
+        say(f"removed {each}")
+    if where.cluster is not None:
+        with _as_migration():
+            for line in where.cluster.tidy():
+                say(line)
+
+
+@contextmanager
+def _as_migration() -> Iterator[None]:
+    try:
+        yield
+    except ClusterError as error:
+        raise MigrationError(str(error)) from error
+
+
+def _wait_agent(where: Where, say: Say) -> None:
+    if not is_locked(where.bpf_root):
+        return
+    say(WAITS)
+    deadline = time.monotonic() + where.seconds
+    while is_locked(where.bpf_root):
+        if time.monotonic() >= deadline:
+            raise RootError(f"--bpf-root {where.bpf_root}: the agent still runs after {where.seconds:g} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _say_served(where: Where, say: Say) -> None:
+    """Waits until kube-proxy's rules serve all."""
+    serving = _wait_rules(takeover.check(where.bpf_root).rows, where.seconds)
+    say(f"kube-proxy's rules serve all {serving} frontends of the maps")
+
+
+def _wait_rules(rows: Iterable[FrontendRow], seconds: float) -> int:
+    """Until rules serve every frontend of the maps; how many there are."""
+    ours = kube_proxy_frontends.of_maps(rows)
+    deadline = time.monotonic() + seconds
+    while True:
+        theirs = rules_serve()
+        lacking = kube_proxy_frontends.unserved(ours, theirs)
+        if theirs and not lacking:
+            return len(ours)
+        if time.monotonic() >= deadline:
+            first = next(iter(lacking), "any")
+            raise MigrationError(
+                f"kube-proxy's rules do not serve {first} ({len(lacking)} of {len(ours)} frontends): start"
+                " kube-proxy, then call this again; our programs stay"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _remove_programs(where: Where, pins: Path, drain: float, say: Say) -> None:
+    folders = [("--bpf-root", where.bpf_root)]
+    if where.cgroup_root is not None and where.cgroup_root.is_dir():
+        folders.append(("--cgroup-root", where.cgroup_root))
+    lock = Lock(folders)
+    try:
+        maps = open_maps(where.bpf_root)
+        begin_nothing(maps)
+        draining, deadline = takeover.Draining(maps), time.monotonic() + drain
+        while (living := draining.step()) or draining.waits_for_answers:
+            if time.monotonic() >= deadline and not draining.waits_for_answers:
+                break
+            time.sleep(_POLL_SECONDS)
+        if living:
+            say(f"{living} connections that were translated in packets, not at a socket, end now")
+        for line in remove_everything(pins):
+            say(line)
+    finally:
+        lock.release()

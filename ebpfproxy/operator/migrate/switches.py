@@ -1,0 +1,177 @@
+"""DaemonSets that a label switches off on a node: what to change in them and in nodes, and what has changed.
+
+The DaemonSet gets a node affinity against nodes with the label, once: the controller then deletes its pod
+from a node that gets the label (pkg/controller/daemon/daemon_controller.go, NodeShouldRunDaemonPod), and
+makes one where it is taken away. That is a change of the pod template. A rolling update would restart the
+pods of all nodes for it, one by one; so the update strategy is OnDelete meanwhile: the controller looks at
+the template's affinity, not at the pods', and pods stay as they are. An annotation keeps the strategy that
+it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import msgspec
+
+from ebpfproxy.operator.migrate.api import Object, Patch
+
+OFF = "off"
+#: The update strategy before, as JSON.
+STRATEGY = "ebpfproxy.io/update-strategy"
+_ON_DELETE = "OnDelete"
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+
+#: Who writes a DaemonSet back: an annotation or label of it, and whose it is.
+_OWNERS = {
+    "argocd.argoproj.io/tracking-id": "Argo CD",
+    "argocd.argoproj.io/instance": "Argo CD",
+    "kustomize.toolkit.fluxcd.io/name": "Flux",
+    "helm.toolkit.fluxcd.io/name": "Flux",
+    "meta.helm.sh/release-name": "Helm",
+    "addonmanager.kubernetes.io/mode": "the addon manager",
+    "objectset.rio.cattle.io/id": "RKE2's or k3s' deploy controller",
+}
+
+
+class Switch(msgspec.Struct, frozen=True):
+    """One DaemonSet and its label."""
+
+    namespace: str
+    name: str
+    label: str
+
+    def __str__(self) -> str:
+        return f"DaemonSet {self.namespace}/{self.name}"
+
+    @property
+    def _expression(self) -> Object:
+        return {"key": self.label, "operator": "NotIn", "values": [OFF]}
+
+    # -- the DaemonSet
+
+    def works(self, daemon_set: Object) -> bool:
+        """Whether every alternative of its node affinity keeps it from labelled nodes."""
+        terms = [each for each in _terms(daemon_set["spec"]["template"]["spec"]) if each]
+        return bool(terms) and all(self._expression in term.get("matchExpressions", ()) for term in terms)
+
+    def install(self, daemon_set: Object) -> Patch:
+        """Makes it work; empty where it does. Other affinities stay."""
+        if self.works(daemon_set):
+            return []
+        pod = daemon_set["spec"]["template"]["spec"]
+        affinity: Object = copy.deepcopy(pod.get("affinity") or {})
+        # Terms are alternatives: each must exclude the node. One that is empty matches none.
+        affinity.setdefault("nodeAffinity", {}).setdefault(_REQUIRED, {})["nodeSelectorTerms"] = [
+            term
+            if not term or self._expression in term.get("matchExpressions", ())
+            else {**term, "matchExpressions": [*term.get("matchExpressions", ()), self._expression]}
+            for term in _terms(pod)
+        ] or [{"matchExpressions": [self._expression]}]
+        patch = _tested(daemon_set)
+        strategy = daemon_set["spec"].get("updateStrategy") or {}
+        if strategy.get("type") != _ON_DELETE:
+            if daemon_set["metadata"].get("annotations") is None:
+                patch.append({"op": "add", "path": "/metadata/annotations", "value": {}})
+            patch += [
+                {"op": "add", "path": _annotation(), "value": json.dumps(strategy)},
+                {"op": "add", "path": "/spec/updateStrategy", "value": {"type": _ON_DELETE}},
+            ]
+        return [*patch, {"op": "add", "path": "/spec/template/spec/affinity", "value": affinity}]
+
+    def uninstall(self, daemon_set: Object) -> Patch:
+        """As it was before :meth:`install`; empty where that was not called, or somebody wrote it back."""
+        annotations = daemon_set["metadata"].get("annotations") or {}
+        if STRATEGY not in annotations:
+            return []
+        patch = [*_tested(daemon_set), {"op": "remove", "path": _annotation()}]
+        if daemon_set["spec"].get("updateStrategy", {}).get("type") == _ON_DELETE:
+            strategy = json.loads(annotations[STRATEGY])
+            patch.append({"op": "add", "path": "/spec/updateStrategy", "value": strategy})
+        if self.works(daemon_set):
+            affinity = self._without(daemon_set["spec"]["template"]["spec"]["affinity"])
+            path = "/spec/template/spec/affinity"
+            patch.append(
+                {"op": "add", "path": path, "value": affinity} if affinity else {"op": "remove", "path": path}
+            )
+        return patch
+
+    def _without(self, affinity: Object) -> Object:
+        made = copy.deepcopy(affinity)
+        required = made["nodeAffinity"][_REQUIRED]
+        terms = [self._restored(term) if term else term for term in required["nodeSelectorTerms"]]
+        required["nodeSelectorTerms"] = [each for each in terms if each is not None]
+        if not required["nodeSelectorTerms"]:
+            del made["nodeAffinity"][_REQUIRED]
+        return made if made["nodeAffinity"] else _but(made, "nodeAffinity")
+
+    def _restored(self, term: Object) -> Object | None:
+        """None where nothing else was in it."""
+        rest = [each for each in term["matchExpressions"] if each != self._expression]
+        return ({**term, "matchExpressions": rest} if rest else _but(term, "matchExpressions")) or None
+
+    # -- nodes
+
+    def is_off(self, node: Object) -> bool:
+        return (node["metadata"].get("labels") or {}).get(self.label) == OFF
+
+    def turn(self, node: Object, *, off: bool) -> Patch:
+        """Labels the node, or takes the label away; empty where it is so."""
+        labels = node["metadata"].get("labels")
+        path = f"/metadata/labels/{_escaped(self.label)}"
+        if off:
+            if self.is_off(node):
+                return []
+            made: Patch = (
+                [] if labels is not None else [{"op": "add", "path": "/metadata/labels", "value": {}}]
+            )
+            return [*made, {"op": "add", "path": path, "value": OFF}]
+        return [{"op": "remove", "path": path}] if self.label in (labels or {}) else []
+
+    def owns(self, pod: Object) -> bool:
+        return any(
+            owner["kind"] == "DaemonSet" and owner["name"] == self.name
+            for owner in pod["metadata"].get("ownerReferences", ())
+        )
+
+
+KUBE_PROXY = Switch("kube-system", "kube-proxy", "ebpfproxy.io/kube-proxy")
+AGENT = Switch("kube-system", "ebpfproxy", "ebpfproxy.io/agent")
+
+
+def owner(daemon_set: Object) -> str:
+    """Who is likely to write the DaemonSet back after a change; empty where nobody is known."""
+    meta = daemon_set["metadata"]
+    marks = {**(meta.get("labels") or {}), **(meta.get("annotations") or {})}
+    return next((name for mark, name in _OWNERS.items() if mark in marks), "")
+
+
+def is_ready(pod: Object) -> bool:
+    """And not about to end."""
+    conditions = pod.get("status", {}).get("conditions", ())
+    is_good = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    return is_good and "deletionTimestamp" not in pod["metadata"]
+
+
+def _terms(pod: Object) -> list[Object]:
+    required = ((pod.get("affinity") or {}).get("nodeAffinity") or {}).get(_REQUIRED) or {}
+    return list(required.get("nodeSelectorTerms") or [])
+
+
+def _tested(item: Object) -> Patch:
+    version = item["metadata"]["resourceVersion"]
+    return [{"op": "test", "path": "/metadata/resourceVersion", "value": version}]
+
+
+def _annotation() -> str:
+    return f"/metadata/annotations/{_escaped(STRATEGY)}"
+
+
+def _escaped(name: str) -> str:
+    """RFC 6901."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _but(item: Object, name: str) -> Object:
+    return {key: value for key, value in item.items() if key != name}

@@ -7,12 +7,12 @@ export EBPFPROXY_CACHE_DIR := $(CURDIR)/.bytecode
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-C      := $(shell find bpf tests -name '*.[ch]' -not -path 'bpf/include/*')
+C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
 .PHONY: demo test test-newest test-kernel test-image test-cluster bench lint format setup lock clean
 
 demo: setup
-	$(PYTHON) -m tests.demo
+	$(PYTHON) -m tools.demo
 
 test: setup lint
 	$(PYTHON) -m pytest
@@ -35,7 +35,7 @@ test-cluster: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v tests/cluster
 
 bench: setup
-	$(PYTHON) -m tests.bench --json bench.json
+	$(PYTHON) -m tools.bench --json bench.json
 
 lint: setup
 	$(VENV)/bin/ruff check .

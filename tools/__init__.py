@@ -1,1 +1,1 @@
-"""What developers run: the lock of all Python packages, and a try of newer ones."""
+"""What developers run: demo, benchmarks, the generator of documents, the lock of all Python packages."""

@@ -28,7 +28,7 @@ def _endpoints(i: int, count: int) -> list[dict[str, Any]]:
 
 
 def add_bench_service(store: Store, address: str, backend: str) -> None:
-    """Ports of tests.bench: the load generator's for both protocols, and iperf3's."""
+    """Ports of tools.bench: the load generator's for both protocols, and iperf3's."""
     ports = [
         {"name": f"{protocol.lower()}-{number}", "protocol": protocol, "port": number}
         for protocol, number in (("TCP", 7777), ("UDP", 7777), ("TCP", 5201))

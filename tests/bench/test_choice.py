@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tests.bench.choice import RANDOM, RANDOM_MANY, SERVICES, WAYS, Way, middle
+from tools.bench.choice import RANDOM, RANDOM_MANY, SERVICES, WAYS, Way, middle
 
 
 def test_the_interval_of_the_median_holds_it_19_times_of_20() -> None:

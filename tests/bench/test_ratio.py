@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from tests.bench.ratio import of_medians
+from tools.bench.ratio import of_medians
 
 
 def test_the_same_samples_have_the_ratio_one_for_certain() -> None:

@@ -1,5 +1,1 @@
-"""The documents: what in them is made from the code, and tests that the rest agrees with it.
-
-``python -m tests.docs`` (as root: metrics are asked of real maps) writes docs/commands.md and the parts of
-other files between ``<!-- made: NAME -->`` and ``<!-- end -->``.
-"""
+"""The documents agree with the code: what is made from it, and what people have written."""

@@ -13,8 +13,8 @@ import click
 import pytest
 
 from ebpfproxy.cli import main
-from tests.docs.commands import walk
 from tests.docs.pages import WRITTEN, blocks, spans
+from tools.docs.commands import walk
 
 #: A command line ends at what is the shell's.
 _END = re.compile(r"\s(?:\||&&|;|>|>>|#)(?:\s|$)|\s&$")

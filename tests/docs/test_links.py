@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.made import ROOT
 from tests.docs.pages import PAGES, anchors, blocks, links, spans
+from tools.docs.made import ROOT
 
 _PATH = re.compile(r"^(?:deploy|tests|docs|ebpfproxy|bpf)/[\w./*-]+$")
 

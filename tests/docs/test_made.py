@@ -8,14 +8,14 @@ import pytest
 
 from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.abi.schema import Capacity, map_specs
-from tests.docs import datapath
-from tests.docs.made import PARTS, named, wanted
+from tools.docs import datapath
+from tools.docs.made import PARTS, named, wanted
 
 
 @pytest.mark.root
 def test_files_are_current() -> None:
     stale = [path.name for path, text in wanted().items() if not path.exists() or path.read_text() != text]
-    assert stale == [], "python -m tests.docs writes them"
+    assert stale == [], "python -m tools.docs writes them"
 
 
 def test_every_part_is_in_some_document() -> None:

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from ebpfproxy.datapath.kernel.probe import Feature
-from tests.docs.made import ROOT
-from tests.docs.metrics import RULES, series
 from tests.docs.pages import PAGES
+from tools.docs.made import ROOT
+from tools.docs.metrics import RULES, series
 
 _METRIC = re.compile(r"\b(?:ebpfproxy|kubeproxy|rest_client)_[a-z][a-z_]*\*?")
 _PARTS = re.compile(r"_(?:bucket|count|sum)$")
@@ -111,7 +111,7 @@ _OTHER_TOOLS = {
 
 
 def _flags() -> set[str]:
-    from tests.docs.commands import walk  # noqa: PLC0415
+    from tools.docs.commands import walk  # noqa: PLC0415
 
     return {
         name

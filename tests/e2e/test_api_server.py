@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bench.sockets import start_api
 from tests.lab import Agent, Lab, LabNode, Pod, clients, servers
 from tests.lab.waiting import until
+from tools.bench.sockets import start_api
 
 pytestmark = pytest.mark.root
 

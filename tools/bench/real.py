@@ -27,11 +27,11 @@ from typing import Any
 
 import yaml
 
-from tests.bench.results import Result
 from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
 from tests.cluster.machine import children
 from tests.lab.spaces import Space
+from tools.bench.results import Result
 
 SERVICES, ENDPOINTS = 10_000, 10
 CHANGES_A_SECOND, CHURN_SECONDS = 100, 20

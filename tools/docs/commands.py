@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import click
 
 from ebpfproxy.cli import main
-from tests.docs.tables import table
+from tools.docs.tables import table
 
 _HEAD = """# Commands
 
-Made from the commands' own help by `python -m tests.docs`; `--help` behind any of them prints the same.
+Made from the commands' own help by `python -m tools.docs`; `--help` behind any of them prints the same.
 
 """
 

@@ -1,12 +1,12 @@
-"""``python -m tests.bench``: what ``make bench`` runs."""
+"""``python -m tools.bench``: what ``make bench`` runs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from tests.bench import agent, choice, outside, real, sockets
-from tests.bench.results import Result, save, show
+from tools.bench import agent, choice, outside, real, sockets
+from tools.bench.results import Result, save, show
 
 PARTS = ("agent", "choice", "sockets", "outside")
 

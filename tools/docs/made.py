@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.docs import commands, configuration, datapath, metrics
+from tools.docs import commands, configuration, datapath, metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

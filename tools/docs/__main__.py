@@ -1,8 +1,8 @@
-"""``python -m tests.docs``: writes what is made from the code, and says which files changed."""
+"""``python -m tools.docs``: writes what is made from the code, and says which files changed."""
 
 from __future__ import annotations
 
-from tests.docs.made import wanted
+from tools.docs.made import wanted
 
 for path, text in wanted().items():
     if not path.exists() or path.read_text() != text:

@@ -10,9 +10,9 @@ import re
 import time
 from pathlib import Path
 
-from tests.bench.results import Result, at_most
-from tests.bench.sockets import start_api
 from tests.lab import Agent, Lab, LabNode
+from tools.bench.results import Result, at_most
+from tools.bench.sockets import start_api
 
 SERVICES, ENDPOINTS = 10_000, 10
 CHANGES_A_SECOND, CHURN_SECONDS = 1000.0, 10.0

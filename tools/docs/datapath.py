@@ -11,7 +11,7 @@ from ebpfproxy.datapath.abi import schema
 from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.kernel import bpf, probe
-from tests.docs.tables import table
+from tools.docs.tables import table
 
 _KINDS = {
     bpf.MAP_HASH: "hash",

@@ -1,4 +1,4 @@
-"""``python -m tests.demo``: two nodes, their pods and an agent each; real traffic, real output.
+"""``python -m tools.demo``: two nodes, their pods and an agent each; real traffic, real output.
 
 Ends with exit code 1 and what was expected and seen if anything is off.
 """

@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from tests.bench import ratio
-from tests.bench.results import Result, at_least
 from tests.lab import Lab, LabNode, Pod
 from tests.lab.spaces import Space
+from tools.bench import ratio
+from tools.bench.results import Result, at_least
 
 PORT = 7777
 IPERF_PORT = 5201

@@ -12,7 +12,7 @@ from ebpfproxy.config import kube_proxy
 from ebpfproxy.config.flags import KUBE_PROXY_FLAGS, OWN_FLAGS
 from ebpfproxy.config.load import _is_without_effect
 from ebpfproxy.config.own import DEFAULTS, EbpfProxyConfiguration
-from tests.docs.tables import table
+from tools.docs.tables import table
 
 _KINDS = ("kind", "apiVersion")
 

@@ -18,7 +18,7 @@ from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
-from tests.docs.tables import table
+from tools.docs.tables import table
 
 RULES = Path(__file__).parents[2] / "deploy" / "monitoring" / "rules.yaml"
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from pyroute2 import NetNS
 
-from tests.bench.results import Result
-from tests.bench.sockets import (
+from tests.lab import Lab, LabNode
+from tests.lab.lab import OUTSIDE
+from tools.bench.results import Result
+from tools.bench.sockets import (
     IPERF_PORT,
     PORT,
     build,
@@ -27,8 +29,6 @@ from tests.bench.sockets import (
     start_api,
     throughput,
 )
-from tests.lab import Lab, LabNode
-from tests.lab.lab import OUTSIDE
 
 MODES = {
     "connect": "connect + close",

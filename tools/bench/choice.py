@@ -32,10 +32,10 @@ from typing import NamedTuple
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.balancing import ALGORITHM_ANNOTATION, WEIGHTS_ANNOTATION
-from tests.bench import ratio
-from tests.bench.results import Result, at_most
-from tests.bench.sockets import ON_ONE_CPU, in_turns
 from tests.lab import Lab, LabNode, manifests
+from tools.bench import ratio
+from tools.bench.results import Result, at_most
+from tools.bench.sockets import ON_ONE_CPU, in_turns
 
 #: Sockets of a sample; all are open together. The median of so many at a time is the sample: another
 #: process that takes the CPU inside of a program hits a few parts only.
@@ -169,7 +169,7 @@ class Client:
 
     def __init__(self, node: LabNode) -> None:
         program = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*/connect4"))
-        command = [*ON_ONE_CPU, sys.executable, "-m", "tests.bench.choice", str(program)]
+        command = [*ON_ONE_CPU, sys.executable, "-m", "tools.bench.choice", str(program)]
         process = node.pod("client").popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
         self._asked, self._answers = process.stdin, process.stdout

@@ -5,7 +5,7 @@
 set -eu
 
 [ $# -gt 0 ] || set -- tests/datapath tests/packets tests/e2e/test_sockets.py tests/e2e/test_outside.py \
-	tests/migrate/test_ipvs_kernel.py tests/field/test_nfs_kernel.py \
+	tests/operator/migrate/test_ipvs_kernel.py tests/field/test_nfs_kernel.py \
 	-k "not sctp_through and (datapath or packets or sockets or safe or clsact or bypass or ipvs_kernel or nfs_kernel)"
 tests=$(printf "'%s' " "$@")
 

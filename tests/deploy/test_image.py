@@ -18,9 +18,9 @@ from tests.deploy import image, objects
 from tests.deploy.test_container import Host, Kubelet, on
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Lab, clients
-from tests.migrate import rules
-from tests.migrate import world as migrate_world
-from tests.migrate.test_pod import runner
+from tests.operator.migrate import rules
+from tests.operator.migrate import world as migrate_world
+from tests.operator.migrate.test_pod import runner
 
 pytestmark = [pytest.mark.root, pytest.mark.image, pytest.mark.timeout(600)]
 

@@ -106,7 +106,7 @@ def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: floa
 
 
 def _security() -> Object:
-    """Each capability is missed by tests/migrate/test_pod.py."""
+    """Each capability is missed by tests/operator/migrate/test_pod.py."""
     return {
         "runAsUser": 0,
         "runAsGroup": 0,

@@ -4,9 +4,9 @@ An established connection needs no rule: conntrack's entry says how it is transl
 run in a network namespace only while a rule or a chain there asks for them (nf_ct_netns_put() and
 nf_nat_unregister_fn() in net/netfilter/nf_conntrack_proto.c and nf_nat_core.c). Where kube-proxy's were the
 last, removing them breaks every connection that went through a Service: so it is where nftables mode was
-alone on a node (tests/migrate/test_handover.py). A NAT chain of our own asks for NAT, and its one rule,
-which does nothing, for conntrack; only the first packet of a flow passes it. Without nft it is a chain of
-iptables that nothing leads to: there the table, which stays, asks for NAT. What IPVS carried needs its
+alone on a node (tests/operator/migrate/test_handover.py). A NAT chain of our own asks for NAT, and its one
+rule, which does nothing, for conntrack; only the first packet of a flow passes it. Without nft it is a chain
+of iptables that nothing leads to: there the table, which stays, asks for NAT. What IPVS carried needs its
 virtual servers, too: see :mod:`ipvs`.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ebpfproxy.operator.migrate.node import iptables
-from tests.migrate import rules
+from tests.operator.migrate import rules
 
 
 def of(*tables: str) -> list[iptables.TablePlan]:

@@ -14,7 +14,7 @@ from ebpfproxy.operator.install.cluster_facts import Networking
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.render import base_configuration
 
-SAMPLE = Path(__file__).parents[3] / "shared/kube-proxy-samples/defaults.yaml"
+SAMPLE = Path(__file__).parents[4] / "shared/kube-proxy-samples/defaults.yaml"
 KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 OWN = "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\n"
 BASE = base_configuration()

@@ -1,4 +1,4 @@
-"""Clients that stay: ``python -m tests.migrate.asking held|load tcp|udp HOST PORT [PAUSE]``.
+"""Clients that stay: ``python -m tests.operator.migrate.asking held|load tcp|udp HOST PORT [PAUSE]``.
 
 ``held`` connects one socket, prints who answered, and asks it again for every line of its input. ``load`` asks
 by a new socket, and by one that it has held from the start, every PAUSE seconds until its input ends; then it
@@ -28,7 +28,7 @@ _SECONDS = READY_SECONDS / 20
 
 class _Client:
     def __init__(self, what: str, space: Space, kind: str, host: str, port: int, *more: str) -> None:
-        command = [sys.executable, "-m", "tests.migrate.asking", what, kind, host, str(port), *more]
+        command = [sys.executable, "-m", "tests.operator.migrate.asking", what, kind, host, str(port), *more]
         self.name = f"{kind} from {space.netns.partition('-')[2]} to {host}:{port}"
         self.process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.space, self.kind, self.host, self.port = space, kind, host, port

@@ -17,9 +17,9 @@ from ebpfproxy.cli import main
 from ebpfproxy.operator.install.api import path_of
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority
-from tests.install.controller import Controller
 from tests.kube.files import kubeconfig
 from tests.kube.test_real_api_server import TOKEN, RealServer
+from tests.operator.install.controller import Controller
 
 IMAGE = "registry.example/ebpfproxy:1.2.3"
 SYSTEM = "kube-system"

@@ -11,7 +11,7 @@ import pytest
 
 from ebpfproxy.operator.migrate.node import running_kube_proxy
 from tests.lab import Lab, LabNode
-from tests.migrate import rules
+from tests.operator.migrate import rules
 
 SCRIPT = """#!/usr/bin/python3 -S
 import os, signal

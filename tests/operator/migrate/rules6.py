@@ -10,7 +10,7 @@ import ipaddress
 import re
 from typing import Any
 
-from tests.migrate import rules
+from tests.operator.migrate import rules
 
 #: As the dumps have them.
 _NETWORKS = {"10.244.0.0/16": "fd00:10:244::/56", "10.96.0.0/16": "fd00:10:96::/112"}

@@ -8,9 +8,9 @@ import yaml
 from ebpfproxy.operator.install import server_address
 from ebpfproxy.operator.install.api import Api
 from ebpfproxy.operator.install.server_address import Address, AddressError
-from tests.install.site import StandIn
 from tests.kube.files import kubeconfig
 from tests.kube.test_real_api_server import TOKEN
+from tests.operator.install.site import StandIn
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from ebpfproxy.operator.migrate.node import nfacct
 from tests import recordings
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
+SAMPLES = Path(__file__).parents[4] / "shared" / "kube-proxy-samples"
 
 needs_samples = pytest.mark.skipif(
     not SAMPLES.is_dir() or not recordings.FOLDER.is_dir(), reason=f"{SAMPLES} is not there"

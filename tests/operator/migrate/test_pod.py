@@ -11,10 +11,10 @@ import pytest
 
 from ebpfproxy.operator.migrate.cluster import pods
 from tests.lab import Lab
-from tests.migrate import rules
-from tests.migrate.kubelet import PodContainer
-from tests.migrate.test_kube_proxy import start
-from tests.migrate.world import World
+from tests.operator.migrate import rules
+from tests.operator.migrate.kubelet import PodContainer
+from tests.operator.migrate.test_kube_proxy import start
+from tests.operator.migrate.world import World
 
 ADDED = pods._security()["capabilities"]["add"]
 _numbers = itertools.count()

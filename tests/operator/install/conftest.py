@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.operator.install import rollout
-from tests.install.site import StandIn
+from tests.operator.install.site import StandIn
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.lab import Agent, Lab, LabNode, Outside, Pod, manifests, servers
 from tests.lab.spaces import Space
-from tests.migrate import rules, rules6
-from tests.migrate.asking import Held, Load
-from tests.migrate.commands import Migration
+from tests.operator.migrate import rules, rules6
+from tests.operator.migrate.asking import Held, Load
+from tests.operator.migrate.commands import Migration
 
 _KINDS = {
     Resource.SERVICES: ("v1", "Service"),

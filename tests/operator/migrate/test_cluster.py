@@ -13,8 +13,8 @@ from ebpfproxy.operator.migrate import daemonsets
 from ebpfproxy.operator.migrate.api import Api, ClusterError
 from ebpfproxy.operator.migrate.daemonsets import Cluster
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY, STRATEGY, owner
-from tests.migrate import control_plane
-from tests.migrate.control_plane import ControlPlane, Item, patched, serving
+from tests.operator.migrate import control_plane
+from tests.operator.migrate.control_plane import ControlPlane, Item, patched, serving
 
 _DAEMON_SET = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
 

@@ -11,7 +11,7 @@ from ebpfproxy.datapath.dump import BackendRef, FrontendRow
 from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from ebpfproxy.services.model import FrontendKind, Policy, format_endpoint
 from tests import recordings
-from tests.migrate import rules
+from tests.operator.migrate import rules
 from tests.recordings import RecordTracker
 
 

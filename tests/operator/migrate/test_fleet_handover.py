@@ -13,12 +13,12 @@ import pytest
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers
 from tests.lab import Lab, manifests, waiting
-from tests.migrate import control_plane, rules
-from tests.migrate.asking import Held, Load, no_request_fails
-from tests.migrate.control_plane import ControlPlane, serving
-from tests.migrate.kubelet import LabKubelet
-from tests.migrate.world import World, how
-from tests.migrate.world import cluster as cluster_objects
+from tests.operator.migrate import control_plane, rules
+from tests.operator.migrate.asking import Held, Load, no_request_fails
+from tests.operator.migrate.control_plane import ControlPlane, serving
+from tests.operator.migrate.kubelet import LabKubelet
+from tests.operator.migrate.world import World, how
+from tests.operator.migrate.world import cluster as cluster_objects
 
 pytestmark = [pytest.mark.root, rules.needs_samples, pytest.mark.timeout(400)]
 

@@ -16,11 +16,11 @@ import pytest
 
 from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, ipvs, leftovers
 from tests.lab import Lab, LabNode, Outside, Pod, clients, manifests, servers
-from tests.migrate import ipvs_rules
-from tests.migrate.asking import Held, Load, no_request_fails
-from tests.migrate.commands import Migration
-from tests.migrate.ipvs_rules import Served
-from tests.migrate.world import how
+from tests.operator.migrate import ipvs_rules
+from tests.operator.migrate.asking import Held, Load, no_request_fails
+from tests.operator.migrate.commands import Migration
+from tests.operator.migrate.ipvs_rules import Served
+from tests.operator.migrate.world import how
 
 TOOLS = ("ipvsadm", "ipset", "iptables-legacy", "iptables-nft", "nft")
 

@@ -19,7 +19,7 @@ from ebpfproxy.operator.install.server_address import Address
 from tests.deploy import objects
 from tests.deploy.objects import Objects, container, pod_spec
 from tests.deploy.test_manifests import MODELS, unknown
-from tests.install.site import IMAGE, kube_proxy
+from tests.operator.install.site import IMAGE, kube_proxy
 
 CONFIGURATION = configuration.of_base(base_configuration())
 

@@ -20,8 +20,8 @@ from ebpfproxy.operator.migrate.cluster.selection import Node, NodesError, choos
 from ebpfproxy.operator.migrate.node.preflight import Brief
 from ebpfproxy.operator.migrate.node.steps import WAITS
 from tests.lab import waiting
-from tests.migrate import control_plane
-from tests.migrate.control_plane import ControlPlane, Item, node, serving
+from tests.operator.migrate import control_plane
+from tests.operator.migrate.control_plane import ControlPlane, Item, node, serving
 
 NODES = ("node-a", "node-b", "node-c")
 BEFORE = Brief(

@@ -14,7 +14,7 @@ from ebpfproxy.netlink import conntrack
 from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, iptables, ipvs, leftovers, nfacct
 from tests.lab import Lab
 from tests.lab.spaces import Space
-from tests.migrate import rules
+from tests.operator.migrate import rules
 
 pytestmark = [pytest.mark.root, rules.needs_samples]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.install.site import IMAGE, INSTALLED, SYSTEM, StandIn, kube_proxy
+from tests.operator.install.site import IMAGE, INSTALLED, SYSTEM, StandIn, kube_proxy
 
 ADDRESS = ("--api-server", "https://cp.example:6443", "--no-inherit")
 CLEANUP = ("DaemonSet", SYSTEM, "ebpfproxy-cleanup")

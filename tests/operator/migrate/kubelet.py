@@ -16,8 +16,8 @@ from ebpfproxy.operator.migrate.cluster import pods
 from tests.deploy import runtime
 from tests.deploy.runtime import Container
 from tests.lab import Agent, LabNode
-from tests.migrate.control_plane import ControlPlane, Item
-from tests.migrate.test_kube_proxy import start as start_kube_proxy
+from tests.operator.migrate.control_plane import ControlPlane, Item
+from tests.operator.migrate.test_kube_proxy import start as start_kube_proxy
 
 _READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
 _RUNNING = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}
@@ -81,7 +81,7 @@ class LabKubelet:
         match pod["spec"]["containers"][0]["name"]:
             case "kube-proxy":
                 with self._lock:
-                    load = f"from tests.migrate import rules; rules.load({self._mode!r}, lab=True)"
+                    load = f"from tests.operator.migrate import rules; rules.load({self._mode!r}, lab=True)"
                     node.run([sys.executable, "-c", load])
                     if self._mode == "nftables":
                         # The dump's node is the first one.

@@ -14,9 +14,9 @@ from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.netlink.conntrack import Flow
 from ebpfproxy.operator.migrate.node import steps
 from tests.lab import Lab, clients
-from tests.migrate import rules
-from tests.migrate.test_kube_proxy import start
-from tests.migrate.world import World
+from tests.operator.migrate import rules
+from tests.operator.migrate.test_kube_proxy import start
+from tests.operator.migrate.world import World
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.install.site import IMAGE, SYSTEM, StandIn, kube_proxy
 from tests.kube.files import kubeconfig
 from tests.kube.test_real_api_server import TOKEN
+from tests.operator.install.site import IMAGE, SYSTEM, StandIn, kube_proxy
 
 ADDRESS = ("--api-server", "https://cp.example:6443")
 KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"

@@ -12,9 +12,9 @@ import pytest
 
 from ebpfproxy.operator.migrate.node import conntrack_hold, kube_proxy_frontends, leftovers
 from tests.lab import Lab, clients
-from tests.migrate import rules, rules6
-from tests.migrate.asking import Held, Load, no_request_fails
-from tests.migrate.world import World, how
+from tests.operator.migrate import rules, rules6
+from tests.operator.migrate.asking import Held, Load, no_request_fails
+from tests.operator.migrate.world import World, how
 
 pytestmark = rules.needs_samples
 

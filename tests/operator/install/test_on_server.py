@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.site import IMAGE, INSTALLED, SYSTEM, Object, Real, Site, StandIn, kube_proxy
 from tests.kube.test_real_api_server import ASSETS, RealServer
+from tests.operator.install.site import IMAGE, INSTALLED, SYSTEM, Object, Real, Site, StandIn, kube_proxy
 
 pytestmark = pytest.mark.apiserver
 

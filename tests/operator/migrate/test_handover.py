@@ -12,9 +12,9 @@ import pytest
 from ebpfproxy.netlink import conntrack
 from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers, nftables, tools
 from tests.lab import Lab, clients
-from tests.migrate import rules
-from tests.migrate.asking import Held, Load, no_request_fails
-from tests.migrate.world import World, how
+from tests.operator.migrate import rules
+from tests.operator.migrate.asking import Held, Load, no_request_fails
+from tests.operator.migrate.world import World, how
 
 pytestmark = [pytest.mark.root, rules.needs_samples]
 

@@ -5,8 +5,12 @@ The data flows one way::
     API server ──► kube/ ──► services/ ──► datapath/ ──► maps ──► bpf/
     manifests  ──►  (objects)   (service ports)   (entries)
 
-``kube.objects`` has the values that kube/ hands to services/; every other package says in its
-``__init__`` what it knows and what it must not know.
+``agent`` runs this on a node, with ``node`` and ``netlink`` for the node's own network, ``health`` and
+``metrics`` for those who ask, and ``config`` for its settings. ``operator`` installs and migrates, from
+anywhere. ``cli`` is the command for both.
+
+Each package's ``__init__`` says what it holds and what it may import; pyproject.toml has the same as a table
+(``[tool.layers]``), which ``make lint`` holds.
 """
 
 __version__ = "0.1.0"

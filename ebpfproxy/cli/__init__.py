@@ -1,7 +1,7 @@
 """The commands, one module a group: they print what other parts say and know no rules themselves.
 
 Modules are imported when their command is called, so that ``service list`` does not wait for the
-Kubernetes client to be imported.
+Kubernetes client to be imported. May import every package.
 """
 
 from __future__ import annotations

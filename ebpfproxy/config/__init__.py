@@ -10,4 +10,8 @@
 | ``flags`` | which flag sets which field |
 | ``load`` | a file, flags over it, what of it has no effect |
 | ``write`` | back to YAML, and to what ``/configz`` answers |
+| ``masquerade_ports`` | source ports for masquerading: a range, or what this host leaves free |
+| ``file_watch`` | whether the file has changed |
+
+Must not know: maps, BPF, the agent. May import ``services``.
 """

@@ -1,4 +1,4 @@
 """Structs and maps as programs and agent share them: the only place that knows bytes.
 
-May import ``services.model``.
+May import the values of ``services``.
 """

@@ -1,4 +1,4 @@
 """BPF programs from source to device: compiled, loaded, pinned, attached, replaced, detached.
 
-May import ``datapath.abi`` and ``datapath.kernel``.
+May import ``datapath.services``, ``datapath.kernel``, ``datapath.abi`` and ``logs``.
 """

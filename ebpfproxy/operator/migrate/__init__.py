@@ -4,4 +4,6 @@ Functions that decide (what to remove, what is a conflict) take texts and values
 that do something are few and named after it. This package knows netfilter's tools, kube-proxy's names and the
 API's DaemonSets, nodes and pods; it does not know BPF: of the agent it reads what ``datapath.dump`` and
 ``agent.state`` say.
+
+Modules beside the two packages are what both need, and import nothing of ``ebpfproxy``.
 """

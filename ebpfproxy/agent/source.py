@@ -26,7 +26,10 @@ class Source:
         became: Callable[[str], None],
     ) -> None:
         """``requested`` is told of each request: the server, the verb, seconds until its answer began;
-        ``became`` of each event: one of ``kube.recorder.RESULTS``. Raises ConfigError and ManifestError."""
+        ``became`` of each event: one of ``kube.events.recorder.RESULTS``.
+
+        Raises ConfigError and ManifestError.
+        """
         self.has_cluster = options.manifests is None
         self._describe: Callable[[], str]
         self.requests: Callable[[], dict[tuple[str, str], int]] = dict

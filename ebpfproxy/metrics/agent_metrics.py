@@ -312,7 +312,7 @@ class AgentMetrics:
         self._warnings.labels(resource).inc()
 
     def event(self, result: str) -> None:
-        """``result``: one of ``kube.recorder.RESULTS``."""
+        """``result``: one of ``kube.events.recorder.RESULTS``."""
         self._events.labels(result).inc()
 
     def did_not_fit(self) -> None:

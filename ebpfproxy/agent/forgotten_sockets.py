@@ -24,9 +24,8 @@ from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS, Record
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.logs import get_logger
 from ebpfproxy.netlink.namespace_ids import NamespaceIds
-from ebpfproxy.netlink.namespaces import OWN, namespaces, netlink_in
+from ebpfproxy.netlink.namespaces import OWN, cookie_of, namespaces, netlink_in
 from ebpfproxy.netlink.sock_diag import Connected, Peer, sockets_in
-from ebpfproxy.node.identity import cookie_of
 from ebpfproxy.services.model import Protocol
 
 log = get_logger(__name__)

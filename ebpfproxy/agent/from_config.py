@@ -29,17 +29,17 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import EXTERNAL_IPS_GATE, Conntrack, KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.masquerade_ports import default_range, local_range, overlaps, parse_range, shared_remark
+from ebpfproxy.config.node_port_addresses import LOCALHOST, names_loopback, parse_node_port_addresses
 from ebpfproxy.config.own import EbpfProxyConfiguration
-from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.node.node_ports import LOCALHOST, names_loopback, parse_node_port_addresses
 from ebpfproxy.services.balancing import parse_algorithm
 from ebpfproxy.services.model import Algorithm, Prefix
 from ebpfproxy.services.values import parse_prefix

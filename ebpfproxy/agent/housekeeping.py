@@ -13,8 +13,8 @@ from ebpfproxy.agent.background import Beside
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
+from ebpfproxy.datapath.affinity_table import forget_expired
 from ebpfproxy.datapath.flows import conntrack_table
-from ebpfproxy.datapath.flows.affinity_table import forget_expired
 from ebpfproxy.datapath.flows.peers import noted_departures
 from ebpfproxy.datapath.flows.removed_backends import Departed
 from ebpfproxy.datapath.kernel.grace import Grace

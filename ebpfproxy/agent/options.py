@@ -6,11 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp
 from ebpfproxy.datapath.flows import conntrack_table
-from ebpfproxy.datapath.flows.origins import StaleTcp
-from ebpfproxy.datapath.kernel import probe
-from ebpfproxy.datapath.services import maglev
 from ebpfproxy.node.local import LocalPods
 from ebpfproxy.services.model import Algorithm, Prefix
 
@@ -46,7 +43,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     bypass_netfilter: bool = False
     #: Of Services that name none.
     algorithm: Algorithm = Algorithm.RANDOM
-    maglev_size: int = maglev.DEFAULT_SIZE
+    maglev_size: int = MAGLEV_DEFAULT_SIZE
     masquerade_ports: tuple[int, int]
     #: They overlap ``ip_local_port_range``, as it was at the start.
     masquerade_ports_shared: bool = False
@@ -58,4 +55,4 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     #: Seconds in which an endpoint that was removed may come back.
     stale_tcp_seconds: float = 5.0
     capacity: Capacity = Capacity()
-    without: frozenset[probe.Feature] = frozenset()
+    without: frozenset[Feature] = frozenset()

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 from ebpfproxy.agent.background import Beside
+from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.datapath.abi.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
 from ebpfproxy.datapath.flows.map_migration import Carrier
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -17,16 +19,12 @@ from ebpfproxy.datapath.kernel.probe import Features
 from ebpfproxy.datapath.node.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.programs import attach, detach, loader
 from ebpfproxy.datapath.programs.devices import Target, device_attachments
-from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.logs import get_logger
-from ebpfproxy.netlink import conntrack
+from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.node.facts import NodeFacts
-from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.local import LocalMode
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.roles import Role
-from ebpfproxy.operator.migrate.node import conntrack_hold, reserved_ports
-from ebpfproxy.operator.migrate.node.tools import ToolError
 from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)
@@ -39,13 +37,21 @@ class Attaching:
     """What is attached stays when this ends: only the next agent replaces it."""
 
     def __init__(
-        self, options: AgentOptions, maps: MapSet, pins: Path, features: Features, beside: Beside
+        self,
+        options: AgentOptions,
+        maps: MapSet,
+        pins: Path,
+        features: Features,
+        beside: Beside,
+        *,
+        handover: Handover,
     ) -> None:
         self._options = options
         self._maps = maps
         self._pins = pins
         self._features = features
         self._beside = beside
+        self._handover = handover
         self._packets = PacketPath(maps, pins, tcx=features.tcx, loopback=options.node_ports_on_loopback)
         self._programs: Path | None = None
         self._loading = False
@@ -126,13 +132,13 @@ class Attaching:
         )
         self.attached = True
         carrier.copy()
-        mode = DeviceFlags.HANDOVER if _is_handover() else DeviceFlags(0)
+        mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
         # A flow that begins needs programs at all devices: until then it is kube-proxy's.
         is_first = not device_attachments(self._pins)
         self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
         if mode:
-            taken = reserved_ports.reserve(self._maps, conntrack.find(), self._options.masquerade_ports)
+            taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
             log.info("kube-proxy's connections go on behind us", ports_taken=taken)
         self._packets.set_mode(mode)
         carrier.copy()
@@ -211,11 +217,3 @@ class Attaching:
         self._service_cidrs = found
         if not self._packets.cidrs.set_services(*found):
             log.warning("no room for all addresses that other proxies serve", addresses=len(taken))
-
-
-def _is_handover() -> bool:
-    try:
-        return conntrack_hold.is_handover()
-    except ToolError as error:
-        log.warning("whether kube-proxy's connections live here is not known", error=str(error))
-        return False

@@ -26,6 +26,7 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy.agent import http, kube_events, reports, state
+from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import Attaching
@@ -47,9 +48,9 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.node.facts import Facts, NodeFacts, node_facts
-from ebpfproxy.node.identity import netns_cookie
 from ebpfproxy.node.network import Device, network_of
 from ebpfproxy.node.network_watcher import NetworkWatcher
 from ebpfproxy.node.node_ports import select_node_port_addresses
@@ -106,6 +107,7 @@ class Agent:
         options: AgentOptions,
         configz: Mapping[str, object],
         *,
+        handover: Handover,
         config: Path | None = None,
         init_only: bool = False,
     ) -> None:
@@ -133,6 +135,7 @@ class Agent:
         self._state_is_old = False
         self._told_failures: set[str] = set()
         self._init_only = init_only
+        self._handover = handover
         roots.check_cgroup(options.cgroup_root)
         if not init_only:
             self._source = Source(options, self._queue.put, self._metrics.requested, self._metrics.event)
@@ -167,7 +170,9 @@ class Agent:
         self._housekeeping = Housekeeping(
             options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
         )
-        self._attaching = Attaching(options, self._maps, pins, features, self._beside)
+        self._attaching = Attaching(
+            options, self._maps, pins, features, self._beside, handover=self._handover
+        )
         carry_orders(pins, self._maps)
         self._drained = Drained(self._maps)
         log.info(

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import msgspec
 
+from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import flow_layout, node_layout
 from ebpfproxy.datapath.abi.flow_layout import Flow, Redirect
 from ebpfproxy.datapath.abi.layout import U32, U64
-from ebpfproxy.datapath.flows.origins import LostFrontend, StaleTcp, stale_sockets
+from ebpfproxy.datapath.flows.origins import LostFrontend, stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import Departed
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet

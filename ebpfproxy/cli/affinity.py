@@ -10,8 +10,8 @@ import click
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.datapath.affinity_table import AffinityRow, affinity_rows
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.flows.affinity_table import AffinityRow, affinity_rows
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.netlink.namespaces import names_by_cookie
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from ebpfproxy.datapath.kernel.roots import BPFFS
+from ebpfproxy.config.datapath import BPFFS
 
 PROGRAM = "ebpfproxy"
 #: What the shell sets when it asks; click derives it from the program's name, too.

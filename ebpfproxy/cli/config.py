@@ -10,8 +10,8 @@ import msgspec
 import urllib3
 
 from ebpfproxy.config import load, write
+from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.health.server import BindAddressError, parse_bind_address
 
 _SECONDS = 5.0
 

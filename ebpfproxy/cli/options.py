@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ebpfproxy.datapath.kernel.roots import BPFFS
+from ebpfproxy.config.datapath import BPFFS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -15,21 +15,19 @@ from ebpfproxy.cli import completion, options, run_flags
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.config.bind_address import BindAddressError
+from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, MAGLEV_SIZES, Capacity, Feature, StaleTcp
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
+from ebpfproxy.config.node_port_addresses import NodePortAddressesError
 from ebpfproxy.config.write import configz, to_yaml
-from ebpfproxy.datapath.abi.schema import Capacity
-from ebpfproxy.datapath.flows.origins import StaleTcp
-from ebpfproxy.datapath.kernel.probe import Feature
-from ebpfproxy.datapath.services import maglev
-from ebpfproxy.health.server import BindAddressError
 from ebpfproxy.kube.client import ConfigError
 from ebpfproxy.kube.manifests import ManifestError
 from ebpfproxy.logs import get_logger
 from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode
-from ebpfproxy.node.node_ports import NodePortAddressesError
+from ebpfproxy.operator.migrate.node.handover import NodeHandover
 from ebpfproxy.services.model import Algorithm
 
 log = get_logger(__name__)
@@ -175,8 +173,8 @@ log = get_logger(__name__)
 )
 @click.option(
     "--maglev-table-size",
-    type=click.Choice([str(size) for size in maglev.SIZES]),
-    default=str(maglev.DEFAULT_SIZE),
+    type=click.Choice([str(size) for size in MAGLEV_SIZES]),
+    default=str(MAGLEV_DEFAULT_SIZE),
     help="Places in the table of a Service with Maglev; the same on every node.",
 )
 @click.option(
@@ -296,7 +294,13 @@ def command(
             if remark := mode_remark(run_flags.given(ctx).get("proxy_mode") or given.kube_proxy.mode):
                 log.info("configuration", remark=remark)
             # What is wrong with the options is found here, before anything of this node is changed.
-            proxy = Agent(agent, configz(in_use(used, agent)), config=config, init_only=init_only)
+            proxy = Agent(
+                agent,
+                configz(in_use(used, agent)),
+                config=config,
+                init_only=init_only,
+                handover=NodeHandover(),
+            )
             if used.kube_proxy.oom_score_adj is not None:
                 set_oom_score_adj(used.kube_proxy.oom_score_adj)
             set_conntrack(*conntrack_sysctls(used.kube_proxy.conntrack, os.cpu_count() or 1))

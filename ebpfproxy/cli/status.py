@@ -24,7 +24,7 @@ from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
 from ebpfproxy.kube.source_status import State
-from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.node.roles import Role
 
 _SHOWN_DEVICES = 8

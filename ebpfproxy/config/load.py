@@ -13,8 +13,8 @@ from ebpfproxy.config import flags as flag_table
 from ebpfproxy.config import kube_proxy as kp
 from ebpfproxy.config import own as ours
 from ebpfproxy.config import validation
+from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.config.documents import ConfigurationError, Document, Problem, convert, read_documents
-from ebpfproxy.health.server import BindAddressError, parse_bind_address
 
 _BIND_ADDRESSES = ("healthzBindAddress", "metricsBindAddress")
 

@@ -12,20 +12,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
-from ebpfproxy.datapath.abi.schema import Capacity
-from ebpfproxy.datapath.flows.origins import StaleTcp
-from ebpfproxy.datapath.kernel.probe import Feature
-from ebpfproxy.datapath.kernel.roots import BPFFS
-from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 
 API_VERSION = "ebpfproxy.io/v1alpha1"
 KIND = "EbpfProxyConfiguration"
 
-#: ``maglev.SIZES``, which a test compares: the type checker wants them written out.
+#: ``MAGLEV_SIZES``, which a test compares: the type checker wants them written out.
 MaglevSize = Literal[251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071]
 
 _NAMES = ", ".join([*ALGORITHMS, *NEAREST])
@@ -128,7 +124,7 @@ class EbpfProxyConfiguration(
     maglev_table_size: Annotated[
         MaglevSize,
         Meta(description="Places in the table of a Service with Maglev; the same on every node."),
-    ] = maglev.DEFAULT_SIZE  # type: ignore[assignment]
+    ] = MAGLEV_DEFAULT_SIZE  # type: ignore[assignment]
     stale_tcp: Annotated[
         StaleTcp,
         Meta(

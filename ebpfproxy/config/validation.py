@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import Conntrack, Ipvs, KubeProxyConfiguration, Logging
-from ebpfproxy.node.node_ports import NodePortAddressesError, parse_node_port_addresses
+from ebpfproxy.config.node_port_addresses import NodePortAddressesError, parse_node_port_addresses
 from ebpfproxy.services.values import parse_address, parse_prefix
 
 MODES = ("iptables", "ipvs", "nftables")

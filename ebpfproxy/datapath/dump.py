@@ -12,9 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi import layout, uapi
 from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
-from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import LINKS, attachments
@@ -238,7 +237,7 @@ def fill(maps: MapSet) -> list[MapFill]:
     """How full each map is; statistics, and tables that are one value, have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind == bpf.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name in _PLAIN_ARRAYS:
+        if each.spec.kind == uapi.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name in _PLAIN_ARRAYS:
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found

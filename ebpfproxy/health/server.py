@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import msgspec
 
+from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
@@ -33,21 +34,6 @@ def text_answer(text: str) -> Answer:
 
 def json_answer(value: object, status: int = 200) -> Answer:
     return Answer(status, "application/json", msgspec.json.encode(value))
-
-
-class BindAddressError(Exception):
-    """An address that is not ``IP:port``; the message names the option's value."""
-
-
-def parse_bind_address(text: str) -> tuple[str, int]:
-    """``10.0.0.1:10256``; ``0.0.0.0:10256``, ``[::]:10256`` and ``:10256`` are all of both families,
-    as for Go's ``net.Listen("tcp", …)``. Raises BindAddressError.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or not int(port) < 65536 or ("[" not in host and ":" in host):
-        raise BindAddressError(f"{text!r} is not IP:port, such as 0.0.0.0:10256 or [::]:10256")
-    host = host.strip("[]")
-    return "::" if host in ("", "0.0.0.0") else host, int(port)
 
 
 class _Server(ThreadingHTTPServer):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ebpfproxy.node.identity import cookie_of
-
+_SO_NETNS_COOKIE = 71  # asm-generic/socket.h, Linux 5.14
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Where container runtimes bind namespaces (CNI plugins get their names from there), and all of processes.
@@ -91,3 +91,14 @@ def _enter(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET):
         code = ctypes.get_errno()
         raise OSError(code, f"setns: {os.strerror(code)}")
+
+
+def netns_cookie() -> int:
+    """The cookie of this process's network namespace: what bpf_get_netns_cookie gives in programs."""
+    with socket.socket() as probe:
+        return cookie_of(probe)
+
+
+def cookie_of(probe: socket.socket) -> int:
+    """The cookie of the network namespace that a socket belongs to."""
+    return int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)

@@ -7,8 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ebpfproxy.netlink.namespaces import namespaces, netlink_in
-from ebpfproxy.node.identity import cookie_of
+from ebpfproxy.netlink.namespaces import cookie_of, namespaces, netlink_in
 
 _NETLINK_ROUTE = 0
 _RTM_GETADDR = 22

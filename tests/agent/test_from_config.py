@@ -10,12 +10,10 @@ import pytest
 
 from ebpfproxy.agent.from_config import agent_options, in_use, mode_remark
 from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp
 from ebpfproxy.config.load import Configuration, effective, parse, without_effect
 from ebpfproxy.config.masquerade_ports import default_range, local_range
-from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
-from ebpfproxy.datapath.flows.origins import StaleTcp
-from ebpfproxy.datapath.kernel.probe import Feature
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.services.model import Algorithm, Prefix

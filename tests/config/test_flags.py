@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ebpfproxy.cli.run import command as run
+from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.durations import seconds
 from ebpfproxy.config.flags import KUBE_PROXY_FLAGS, NO_FIELD, OWN_FLAGS
 from ebpfproxy.config.load import Configuration, effective
 from ebpfproxy.config.write import configz
-from ebpfproxy.datapath.flows.origins import StaleTcp
 from tests.config.files import flag_errors, kube_proxy, own, used
 from tests.config.test_kube_proxy import FIELDS, SAMPLES, at, has_samples
 from tests.config.test_own import FIELDS as OWN_FIELDS

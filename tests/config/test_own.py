@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from ebpfproxy.config import own as ours
+from ebpfproxy.config.datapath import MAGLEV_SIZES
 from ebpfproxy.config.flags import OWN_FLAGS
 from ebpfproxy.config.load import parse
 from ebpfproxy.config.write import own_yaml
-from ebpfproxy.datapath.services import maglev
 from tests.config.files import OWN, errors, merged, nested, own, text_of
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "ebpfproxy.schema.json"
@@ -111,7 +111,7 @@ def test_every_field_has_a_flag() -> None:
 
 
 def test_maglev_sizes_are_those_of_the_datapath() -> None:
-    assert typing.get_args(ours.MaglevSize) == maglev.SIZES
+    assert typing.get_args(ours.MaglevSize) == MAGLEV_SIZES
 
 
 def test_the_published_schema_is_current() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs
+from ebpfproxy.config.datapath import BPFFS
+from ebpfproxy.datapath.kernel.roots import ensure_bpffs
 from tests.datapath.writing import Bench
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import flow_layout, layout
 from ebpfproxy.datapath.abi.flow_layout import Departure, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
-from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.flows.conntrack_table import UDPLITE, Sweeper, Timeouts, _pairs, flows_of, state_of
 from ebpfproxy.datapath.flows.removed_backends import Departed
 from ebpfproxy.datapath.kernel import maps

@@ -9,9 +9,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import layout, schema
 from ebpfproxy.datapath.abi.layout import Scope
-from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.services.model import (
     Backend,
     BackendState,

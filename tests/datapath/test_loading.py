@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 from ebpfproxy.datapath.programs import loader
-from ebpfproxy.datapath.programs.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKET_HOOKS, SOCKETS
 
 pytestmark = pytest.mark.root
 
@@ -127,7 +128,7 @@ def test_a_bpffs_is_mounted_where_none_is(tmp_path: Path) -> None:
     try:
         assert ensure_bpffs(root)
         assert not ensure_bpffs(root)
-        bpf.pin(fd := bpf.map_create(bpf.MAP_HASH, "x", 4, 4, 1), root / "x")
+        bpf.pin(fd := bpf.map_create(uapi.MAP_HASH, "x", 4, 4, 1), root / "x")
         os.close(fd)
     finally:
         subprocess.run(["umount", str(root)], check=True)

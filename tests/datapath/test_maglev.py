@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebpfproxy.datapath.services.maglev import DEFAULT_SIZE, SIZES, size_for, table
+from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, MAGLEV_SIZES
+from ebpfproxy.datapath.services.maglev import size_for, table
 from ebpfproxy.datapath.services.slots import slots_of
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
 
-SMALLEST = SIZES[0]
+SMALLEST = MAGLEV_SIZES[0]
 #: The first places of five backends.
 GOLDEN = [3, 2, 2, 0, 0, 3, 1, 1, 3, 2, 3, 2, 4, 4, 0, 2]
 
@@ -33,16 +34,16 @@ def owners(of: Sequence[bytes], weights: Sequence[int], size: int) -> list[bytes
     return [of[i] for i in table(of, weights, size)]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", MAGLEV_SIZES)
 def test_every_size_is_prime(size: int) -> None:
     """Or a backend would not meet every place on its way."""
     assert all(size % divisor for divisor in range(2, int(size**0.5) + 1))
 
 
 def test_sizes_grow_from_251_to_131071() -> None:
-    assert list(SIZES) == sorted(set(SIZES))
-    assert (SIZES[0], SIZES[-1]) == (251, 131071)
-    assert DEFAULT_SIZE in SIZES
+    assert list(MAGLEV_SIZES) == sorted(set(MAGLEV_SIZES))
+    assert (MAGLEV_SIZES[0], MAGLEV_SIZES[-1]) == (251, 131071)
+    assert MAGLEV_DEFAULT_SIZE in MAGLEV_SIZES
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ weights_of_some = st.lists(st.one_of(st.integers(1, 10), st.integers(1, 65535)),
 
 
 @settings(deadline=None)
-@given(weights_of_some, st.sampled_from(SIZES[:4]))
+@given(weights_of_some, st.sampled_from(MAGLEV_SIZES[:4]))
 def test_with_weights_shares_are_near_the_exact_ones(weights: list[int], size: int) -> None:
     """Everybody has a place; beyond that, nobody is further from his part w of the whole than 1 + n * w."""
     shares = Counter(table(names(len(weights)), weights, size))
@@ -90,9 +91,9 @@ def test_with_weights_shares_are_near_the_exact_ones(weights: list[int], size: i
 
 def test_places_follow_weights_closely_in_a_table_of_the_default_size() -> None:
     weights = [1, 2, 3, 10] * 10
-    shares = Counter(table(names(40), weights, DEFAULT_SIZE))
+    shares = Counter(table(names(40), weights, MAGLEV_DEFAULT_SIZE))
     for i, weight in enumerate(weights):
-        assert shares[i] / DEFAULT_SIZE == pytest.approx(weight / sum(weights), rel=0.02)
+        assert shares[i] / MAGLEV_DEFAULT_SIZE == pytest.approx(weight / sum(weights), rel=0.02)
 
 
 def test_nobody_has_nothing_and_the_only_one_has_all() -> None:
@@ -188,11 +189,15 @@ def test_when_one_of_many_with_weights_goes_not_many_more_places_change() -> Non
 def test_when_one_comes_it_takes_its_share_and_others_exchange_little() -> None:
     before, after = names(100), names(101)
     pairs = list(
-        zip(owners(before, [1] * 100, DEFAULT_SIZE), owners(after, [1] * 101, DEFAULT_SIZE), strict=True)
+        zip(
+            owners(before, [1] * 100, MAGLEV_DEFAULT_SIZE),
+            owners(after, [1] * 101, MAGLEV_DEFAULT_SIZE),
+            strict=True,
+        )
     )
     taken = sum(new == after[100] for _, new in pairs)
-    assert taken == pytest.approx(DEFAULT_SIZE / 101, abs=1)
-    assert sum(new not in (old, after[100]) for old, new in pairs) / DEFAULT_SIZE < 0.02
+    assert taken == pytest.approx(MAGLEV_DEFAULT_SIZE / 101, abs=1)
+    assert sum(new not in (old, after[100]) for old, new in pairs) / MAGLEV_DEFAULT_SIZE < 0.02
 
 
 def test_two_that_go_at_once_disrupt_no_more_than_twice_as_much() -> None:
@@ -207,5 +212,5 @@ def test_a_table_for_five_thousand_is_built_in_time(heavy: int) -> None:
     """200 ms are the goal (60 without weights, here); the bound leaves room for a busy machine."""
     weights = [heavy] + [1] * 4999
     began = time.process_time()
-    table(names(5000), weights, DEFAULT_SIZE)
+    table(names(5000), weights, MAGLEV_DEFAULT_SIZE)
     assert time.process_time() - began < 0.4

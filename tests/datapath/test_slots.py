@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ebpfproxy.config.datapath import MAGLEV_SIZES
 from ebpfproxy.datapath.abi import layout
-from ebpfproxy.datapath.services.maglev import SIZES
 from ebpfproxy.datapath.services.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
 
-TABLE = SIZES[0]
+TABLE = MAGLEV_SIZES[0]
 MANY = SEARCHED + 3
 #: Those for which a weight is how often a backend has a slot, however many there are.
 IN_SLOTS = [a for a in Algorithm if not a.looks_at_loads and a is not Algorithm.MAGLEV]
@@ -211,7 +211,7 @@ def test_maglev_has_a_table_with_shares_by_weight() -> None:
 
 def test_maglevs_table_grows_with_the_backends() -> None:
     assert len(made(Algorithm.MAGLEV, TABLE, None)) == TABLE
-    assert len(made(Algorithm.MAGLEV, TABLE + 1, None)) == SIZES[1]
+    assert len(made(Algorithm.MAGLEV, TABLE + 1, None)) == MAGLEV_SIZES[1]
     assert set(made(Algorithm.MAGLEV, TABLE + 1, None)) == set(ids(TABLE + 1))
 
 

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from ebpfproxy.agent import state
-from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.dump import fill
 from ebpfproxy.datapath.kernel import bpf, maps
 
@@ -40,5 +41,5 @@ def test_empty_maps_have_no_entries_whatever_their_size(pins: Path, backends: in
 def test_another_schemas_record_is_passed_over(pins: Path) -> None:
     home = pins / "v99-x" / "maps"
     home.mkdir(parents=True)
-    bpf.pin(bpf.map_create(bpf.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")
+    bpf.pin(bpf.map_create(uapi.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")
     assert state.load_latest(pins) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scapy.layers.sctp import crc32c
 
+from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.config.masquerade_ports import (
     PortRangeError,
     default_range,
@@ -17,7 +18,7 @@ from ebpfproxy.config.masquerade_ports import (
     overlaps,
     parse_range,
 )
-from ebpfproxy.datapath.abi.schema import CRC_STEPS, Capacity
+from ebpfproxy.datapath.abi.schema import CRC_STEPS
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash

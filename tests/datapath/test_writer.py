@@ -8,6 +8,7 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
+from ebpfproxy.config.datapath import MAGLEV_SIZES
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.services import maglev
@@ -123,7 +124,7 @@ def test_what_did_not_fit_is_tried_again(bench: Bench) -> None:
 
 
 def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: Bench) -> None:
-    writer = bench.empty(msgspec.structs.replace(SMALL, slots=800), maglev.SIZES[1])
+    writer = bench.empty(msgspec.structs.replace(SMALL, slots=800), MAGLEV_SIZES[1])
     first, second = (port(name, [1, 2, 3], algorithm=Algorithm.MAGLEV) for name in "ab")
     assert writer.apply([first], complete=True) == []
     (problem,) = writer.apply([second])
@@ -140,7 +141,7 @@ def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: 
 
 
 def test_a_table_for_which_there_is_no_room_is_not_made(bench: Bench) -> None:
-    writer = bench.empty(msgspec.structs.replace(SMALL, slots=600), maglev.SIZES[-1])
+    writer = bench.empty(msgspec.structs.replace(SMALL, slots=600), MAGLEV_SIZES[-1])
     with patch.object(maglev, "table", wraps=maglev.table) as made:
         (problem,) = writer.apply([port("a", [1, 2, 3], algorithm=Algorithm.MAGLEV)])
     assert "its Maglev table has only 509 places" in str(problem)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import msgspec
 
+from ebpfproxy.config.datapath import MAGLEV_SIZES, Capacity
 from ebpfproxy.datapath.abi import layout
-from ebpfproxy.datapath.abi.schema import Capacity
 from ebpfproxy.datapath.dump import Dump, FrontendRow
 from ebpfproxy.datapath.kernel import maps as maps_module
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services import maglev
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import (
     Algorithm,
@@ -44,7 +43,7 @@ SMALL = Capacity(
 )
 #: Ids come round soon, and there is room for the smallest Maglev tables.
 ROUND = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
-TABLE = maglev.SIZES[0]
+TABLE = MAGLEV_SIZES[0]
 
 
 class KilledError(Exception):

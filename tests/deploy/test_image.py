@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import ebpfproxy
-from ebpfproxy.datapath.kernel.roots import BPFFS, find_cgroup_root, pin_folder
+from ebpfproxy.config.datapath import BPFFS
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.deploy import image, objects
 from tests.deploy.test_container import Host, Kubelet, on

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ebpfproxy.cli import main
-from ebpfproxy.datapath.kernel.roots import BPFFS
+from ebpfproxy.config.datapath import BPFFS
 from tests.lab import Lab, LabNode, manifests
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
-from ebpfproxy.datapath.abi.schema import Capacity, map_specs
+from ebpfproxy.datapath.abi.schema import map_specs
 from tools.docs import datapath
 from tools.docs.made import PARTS, named, wanted
 

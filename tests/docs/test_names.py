@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebpfproxy.datapath.kernel.probe import Feature
+from ebpfproxy.config.datapath import Feature
 from tests.docs.pages import PAGES
 from tools.docs.made import ROOT
 from tools.docs.metrics import RULES, series

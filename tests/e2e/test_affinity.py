@@ -15,7 +15,7 @@ import pytest
 from scapy.layers.inet import IP, UDP
 
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.node.identity import netns_cookie
+from ebpfproxy.netlink.namespaces import netns_cookie
 from tests.lab import Agent, Lab, Pod, choices, manifests
 from tests.lab.waiting import until
 from tests.packets.wire import PASS, Wire

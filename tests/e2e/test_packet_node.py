@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute, NetNS
 
+from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.kernel import bpf
 from tests.e2e.outer import WAYS, Held, Outer, ask_by_socat
 from tests.e2e.world import EXTERNAL, NODE_PORT
@@ -262,7 +263,9 @@ def test_conntrack_commands(outer: Outer) -> None:
 
 def _link_elsewhere(path: str) -> int:
     """Attaches somebody else's program to eth0, which lets everything pass; pins it."""
-    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    program = bpf.prog_load(
+        uapi.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
+    )
     link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
     bpf.pin(link, Path(path))
     return 0
@@ -273,7 +276,7 @@ def _take_all_places(folder: str) -> None:
     Path(folder).mkdir(parents=True)
     for number in range(63):
         program = bpf.prog_load(
-            bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
+            uapi.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
         )
         link = bpf.link_create(program, socket.if_nametoindex("eth0"), 46)
         bpf.pin(link, Path(folder) / str(number))
@@ -284,7 +287,9 @@ def _link_is_attached(path: str) -> bool:
 
 
 def _filter_elsewhere() -> None:
-    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000"))
+    program = bpf.prog_load(
+        uapi.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
+    )
     with IPRoute() as netlink:
         index = socket.if_nametoindex("eth0")
         netlink.tc("add", "clsact", index)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import LINKS
@@ -119,7 +120,7 @@ def test_an_older_agents_guard_ends_with_the_upgrade(nodes: Nodes) -> None:
     agent.stop()
     cgroup = os.open(nodes.guarded.cgroup, os.O_RDONLY | os.O_DIRECTORY)
     refusing = bpf.prog_load(
-        bpf.PROG_CGROUP_SOCK, 12, "test", bytes.fromhex("b700000000000000 9500000000000000")
+        uapi.PROG_CGROUP_SOCK, 12, "test", bytes.fromhex("b700000000000000 9500000000000000")
     )
     link = bpf.link_create(refusing, cgroup, 12)
     bpf.pin(link, links / "post_bind4")

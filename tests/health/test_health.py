@@ -13,14 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.health.proxy import ProxyHealth, eligible
-from ebpfproxy.health.server import (
-    BindAddressError,
-    HttpServer,
-    json_answer,
-    parse_bind_address,
-    text_answer,
-)
+from ebpfproxy.health.server import HttpServer, json_answer, text_answer
 from ebpfproxy.kube.objects import Node
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"

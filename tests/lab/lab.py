@@ -25,7 +25,8 @@ from typing import Any
 
 from pyroute2 import NetNS, netns
 
-from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs, find_cgroup_root, pin_folder
+from ebpfproxy.config.datapath import BPFFS
+from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.lab.spaces import Space
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from pyroute2 import netns
 
-from ebpfproxy.datapath.kernel.roots import BPFFS, find_cgroup_root
+from ebpfproxy.config.datapath import BPFFS
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.lab import Lab, Pod, clients, servers
 from tests.lab.lab import clean_dead_labs
 from tests.lab.spaces import Space

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from ebpfproxy.cli import main
-from ebpfproxy.datapath.abi.schema import Capacity, map_specs
-from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.schema import map_specs
 from tests.monitoring.files import FOLDER, RULES, alerts, needs_promtool, promtool
 
 NODE = {"job": "kube-proxy", "instance": "10.0.0.1:10249"}
@@ -228,4 +229,4 @@ def test_an_alert_says_how_bad_it_is_and_which_command_shows_it(name: str) -> No
 def test_only_maps_that_make_room_by_themselves_are_left_out_of_the_alert_on_full_maps() -> None:
     (left_out,) = re.findall(r'map!~"([^"]*)"', alerts()["EbpfproxyMapNearlyFull"]["expr"])
     kinds = {spec.name: spec.kind for spec in map_specs(Capacity())}
-    assert {kinds[name] for name in left_out.split("|")} == {bpf.MAP_LRU_HASH}
+    assert {kinds[name] for name in left_out.split("|")} == {uapi.MAP_LRU_HASH}

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
+from ebpfproxy.config.node_port_addresses import NodePortAddressesError, parse_node_port_addresses
 from ebpfproxy.kube.objects import Node
 from ebpfproxy.node import network as rules
 from ebpfproxy.node import network_watcher as module
@@ -21,11 +22,7 @@ from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link, NodeAddress
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.network_watcher import NetworkWatcher
-from ebpfproxy.node.node_ports import (
-    NodePortAddressesError,
-    parse_node_port_addresses,
-    select_node_port_addresses,
-)
+from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.services.values import parse_prefix
 from tests.lab import Lab
 from tests.lab.waiting import until

@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from ebpfproxy.node.identity import NodeNameError, netns_cookie, node_name
+from ebpfproxy.netlink.namespaces import netns_cookie
+from ebpfproxy.node.identity import NodeNameError, node_name
 from tests.lab import Lab
 
 

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.datapath.abi import schema
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import schema, uapi
 from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
-from ebpfproxy.datapath.abi.schema import Capacity
-from ebpfproxy.datapath.kernel import bpf, probe
+from ebpfproxy.datapath.kernel import probe
 from tools.docs.tables import table
 
 _KINDS = {
-    bpf.MAP_HASH: "hash",
-    bpf.MAP_LRU_HASH: "LRU hash",
-    bpf.MAP_ARRAY: "array",
-    bpf.MAP_PERCPU_ARRAY: "per-CPU array",
-    bpf.MAP_LPM_TRIE: "LPM trie",
+    uapi.MAP_HASH: "hash",
+    uapi.MAP_LRU_HASH: "LRU hash",
+    uapi.MAP_ARRAY: "array",
+    uapi.MAP_PERCPU_ARRAY: "per-CPU array",
+    uapi.MAP_LPM_TRIE: "LPM trie",
 }
 _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from ebpfproxy.datapath.abi.schema import Capacity
+from ebpfproxy.config.datapath import BPFFS, Capacity
 from ebpfproxy.datapath.kernel.maps import open_or_create
-from ebpfproxy.datapath.kernel.roots import BPFFS, ensure_bpffs
+from ebpfproxy.datapath.kernel.roots import ensure_bpffs
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health_metrics import HealthCollector

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 import struct
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import flow_layout, layout
 from ebpfproxy.datapath.abi.flow_layout import Departure
 from ebpfproxy.datapath.abi.layout import U32
@@ -20,18 +20,11 @@ _COOKIE = struct.Struct("=Q")
 _BATCH = 1024
 
 
-class StaleTcp(enum.StrEnum):
-    """When TCP connections to a backend are ended: once it is gone, already when it is not ready, never."""
-
-    GONE = "gone"
-    UNREADY = "unready"
-    NEVER = "never"
-
-    def ends(self, why: Departure) -> bool:
-        """An endpoint that is only absent may come back: no connection ends for that."""
-        if why is Departure.GONE:
-            return self is not StaleTcp.NEVER
-        return self is StaleTcp.UNREADY and why is Departure.IDLE
+def _ends_connections(tcp: StaleTcp, why: Departure) -> bool:
+    """An endpoint that is only absent may come back: no connection ends for that."""
+    if why is Departure.GONE:
+        return tcp is not StaleTcp.NEVER
+    return tcp is StaleTcp.UNREADY and why is Departure.IDLE
 
 
 class LostFrontend(NamedTuple):
@@ -100,6 +93,6 @@ def _with_sockets(maps: MapSet, departures: Mapping[bytes, Departed], tcp: Stale
         if known is None or not load.open_sockets:
             continue
         protocol = known[0].protocol
-        if protocol is not Protocol.TCP or tcp.ends(departed.why):
+        if protocol is not Protocol.TCP or _ends_connections(tcp, departed.why):
             found[key] = protocol
     return found

@@ -12,28 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# enum bpf_map_type (include/uapi/linux/bpf.h)
-MAP_HASH = 1
-MAP_ARRAY = 2
-MAP_PERCPU_ARRAY = 6
-MAP_LRU_HASH = 9
-MAP_LPM_TRIE = 11
-MAP_ARRAY_OF_MAPS = 12
-
-# Map creation flags
-F_NO_PREALLOC = 1 << 0
-F_MMAPABLE = 1 << 10
-
 _NOEXIST = 1  # of an update (BPF_NOEXIST)
-
-PROG_SCHED_CLS = 3
-PROG_CGROUP_SOCK = 9
-PROG_CGROUP_SOCK_ADDR = 18
-
-# enum bpf_func_id
-FUNC_GET_NETNS_COOKIE = 122
-FUNC_REDIRECT_NEIGH = 152
-FUNC_SET_RETVAL = 187
 
 #: Errors of an update where there is no room: a full hash says E2BIG, a full LPM trie ENOSPC.
 NO_ROOM = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel import bpf
 
@@ -17,8 +18,8 @@ class Grace:
     """
 
     def __init__(self) -> None:
-        self._inner = bpf.map_create(bpf.MAP_ARRAY, "grace_inner", 4, 4, 1)
-        self._outer = bpf.map_create(bpf.MAP_ARRAY_OF_MAPS, "grace", 4, 4, 1, inner_fd=self._inner)
+        self._inner = bpf.map_create(uapi.MAP_ARRAY, "grace_inner", 4, 4, 1)
+        self._outer = bpf.map_create(uapi.MAP_ARRAY_OF_MAPS, "grace", 4, 4, 1, inner_fd=self._inner)
 
     def wait(self) -> None:
         bpf.map_update(self._outer, bytes(4), U32.pack(self._inner))

@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ebpfproxy.datapath.abi.schema import Capacity, MapSpec, map_specs, version_name
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.schema import MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
 
 #: Entries a system call, when whole maps are read.
@@ -24,7 +26,7 @@ class Map:
         self.spec = spec
         self.writes = 0
         self._value_size = spec.value_size
-        if spec.kind == bpf.MAP_PERCPU_ARRAY:
+        if spec.kind == uapi.MAP_PERCPU_ARRAY:
             self._value_size = (spec.value_size + 7) // 8 * 8 * bpf.possible_cpus()
 
     @property
@@ -137,7 +139,7 @@ class SharedArray(Map):
 
 
 def _wrap(fd: int, spec: MapSpec) -> Map:
-    return SharedArray(fd, spec) if spec.flags & bpf.F_MMAPABLE else Map(fd, spec)
+    return SharedArray(fd, spec) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
 
 
 class MapSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 import platform
@@ -11,18 +10,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from ebpfproxy.config.datapath import Feature
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 
 OLDEST_KERNEL = "5.15"
-
-
-class Feature(enum.StrEnum):
-    """Features that are used where present; without one the named fallback works."""
-
-    SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
-    TCX = "tcx"  # without: clsact filters (6.6)
-    MPTCP = "mptcp"  # without: getpeername() of MPTCP sockets gives the backend (5.19 with BTF)
 
 
 class UnsupportedKernelError(Exception):
@@ -78,7 +71,7 @@ def _attach_types_load() -> bool:
 
 
 def _batch_works() -> bool:
-    fd = bpf.map_create(bpf.MAP_PERCPU_ARRAY, "probe", 4, 8, 1)
+    fd = bpf.map_create(uapi.MAP_PERCPU_ARRAY, "probe", 4, 8, 1)
     try:
         for _ in bpf.map_lookup_batches(fd, 4, 8 * bpf.possible_cpus(), 1):
             pass
@@ -91,20 +84,20 @@ def _batch_works() -> bool:
 
 _MUST_HAVES = (
     _MustHave(
-        "BPF hash maps (CONFIG_BPF_SYSCALL, CAP_BPF or root)", "4.4", lambda: _creates(bpf.MAP_HASH, 4, 4, 1)
+        "BPF hash maps (CONFIG_BPF_SYSCALL, CAP_BPF or root)", "4.4", lambda: _creates(uapi.MAP_HASH, 4, 4, 1)
     ),
     _MustHave("cgroup socket programs up to sock_release (CONFIG_CGROUP_BPF)", "5.9", _attach_types_load),
-    _MustHave("mmap of BPF arrays", "5.5", lambda: _creates(bpf.MAP_ARRAY, 4, 8, 1, bpf.F_MMAPABLE)),
+    _MustHave("mmap of BPF arrays", "5.5", lambda: _creates(uapi.MAP_ARRAY, 4, 8, 1, uapi.F_MMAPABLE)),
     _MustHave(
         "bpf_get_netns_cookie in cgroup programs",
         "5.7",
-        lambda: bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_GET_NETNS_COOKIE),
+        lambda: bpf.has_helper(uapi.PROG_CGROUP_SOCK_ADDR, uapi.FUNC_GET_NETNS_COOKIE),
     ),
     _MustHave("batched lookup in per-CPU arrays", "5.13", _batch_works),
     _MustHave(
         "bpf_redirect_neigh in tc programs (CONFIG_NET_CLS_BPF)",
         "5.10",
-        lambda: bpf.has_helper(bpf.PROG_SCHED_CLS, bpf.FUNC_REDIRECT_NEIGH),
+        lambda: bpf.has_helper(uapi.PROG_SCHED_CLS, uapi.FUNC_REDIRECT_NEIGH),
     ),
 )
 
@@ -118,7 +111,7 @@ def probe() -> Features:
                 f"the oldest supported kernel is {OLDEST_KERNEL}"
             )
     return Features(
-        set_retval=bpf.has_helper(bpf.PROG_CGROUP_SOCK_ADDR, bpf.FUNC_SET_RETVAL),
+        set_retval=bpf.has_helper(uapi.PROG_CGROUP_SOCK_ADDR, uapi.FUNC_SET_RETVAL),
         tcx=_has_tcx(),
         mptcp=_finds_mptcp_sockets(),
     )
@@ -127,7 +120,7 @@ def probe() -> Features:
 def _finds_mptcp_sockets() -> bool:
     """The helper needs the kernel's own BTF, and says nothing to who only asks if it is there."""
     try:
-        os.close(bpf.prog_load(bpf.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
+        os.close(bpf.prog_load(uapi.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
     except bpf.BpfError:
         return False
     return True
@@ -135,7 +128,7 @@ def _finds_mptcp_sockets() -> bool:
 
 def _has_tcx() -> bool:
     """A link to a device that cannot be: the kernel says that it is missing, if it knows what is meant."""
-    program = bpf.prog_load(bpf.PROG_SCHED_CLS, 0, "probe", _PROCEED)
+    program = bpf.prog_load(uapi.PROG_SCHED_CLS, 0, "probe", _PROCEED)
     try:
         os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))
     except bpf.BpfError as error:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-BPFFS = Path("/sys/fs/bpf")
 PIN_FOLDER = "ebpfproxy"
 
 

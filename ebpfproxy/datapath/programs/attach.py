@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, GUARD_HOOKS, SOCKET_HOOKS, Hook
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.hooks import FORMER_HOOKS, GUARD_HOOKS, SOCKET_HOOKS, Hook
 
 LINKS = "links"
 

@@ -19,10 +19,10 @@ import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from ebpfproxy.datapath.abi.hooks import LOOPBACK as LOOPBACK_PROGRAMS
+from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.programs.attach import LINKS, pin_over
-from ebpfproxy.datapath.programs.hooks import LOOPBACK as LOOPBACK_PROGRAMS
-from ebpfproxy.datapath.programs.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook
 
 #: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
 FILTER_PRIORITY = 3

@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 
 import ebpfproxy
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.hooks import PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features
 from ebpfproxy.datapath.programs import bytecode
-from ebpfproxy.datapath.programs.hooks import PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.services import slots
 
 _SHOWN_LINES = 12
@@ -138,7 +139,7 @@ def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Mod
     for hook in module.hooks:
         code = programs[hook.name].linked(fds, options.constants())
         # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
-        attach_type = 0 if hook.program_type == bpf.PROG_SCHED_CLS else hook.attach_type
+        attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
         try:
             fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
         except bpf.VerifierError as error:

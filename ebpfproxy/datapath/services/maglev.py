@@ -12,14 +12,12 @@ import itertools
 from array import array
 from collections.abc import Sequence
 
-#: Primes, as Cilium's option has them.
-SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
-DEFAULT_SIZE = 16381
+from ebpfproxy.config.datapath import MAGLEV_SIZES
 
 
 def size_for(backends: int, size: int) -> int:
     """``size``, or the next in which every backend has a place; the largest for still more."""
-    return next((each for each in SIZES if each >= max(size, backends)), SIZES[-1])
+    return next((each for each in MAGLEV_SIZES if each >= max(size, backends)), MAGLEV_SIZES[-1])
 
 
 def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[int]:

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, MAGLEV_SIZES
 from ebpfproxy.datapath.abi import flow_layout, layout
 from ebpfproxy.datapath.abi.flow_layout import Departure
 from ebpfproxy.datapath.abi.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Departed, Departures
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services import maglev
 from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.ids import Ids, IdsExhaustedError
@@ -121,12 +121,12 @@ class Writer:
         maps: MapSet,
         wait_for_readers: Callable[[], None],
         *,
-        maglev_size: int = maglev.DEFAULT_SIZE,
+        maglev_size: int = MAGLEV_DEFAULT_SIZE,
         absence: float = 0.0,
         source_towards: Callable[[bytes], bytes] = lambda _: b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``maglev_size``: places in a Maglev table, one of ``maglev.SIZES``.
+        """``maglev_size``: places in a Maglev table, one of ``MAGLEV_SIZES``.
 
         ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
         ``source_towards``: the address by which this node asks at another, empty where it cannot.
@@ -360,7 +360,7 @@ class Writer:
     def _smaller_sizes(self, port: ServicePort) -> Iterator[int]:
         """What to try: a Maglev table that is smaller than it should be is better than none."""
         if port.algorithm is Algorithm.MAGLEV:
-            for size in reversed(maglev.SIZES):
+            for size in reversed(MAGLEV_SIZES):
                 if len(port.cluster) <= size < self._maglev_size and self._ranges.fits(size):
                     yield size
 

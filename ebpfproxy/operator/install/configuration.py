@@ -15,10 +15,10 @@ import yaml
 
 from ebpfproxy.config import kube_proxy as kp
 from ebpfproxy.config import load, write
+from ebpfproxy.config.bind_address import parse_bind_address
 from ebpfproxy.config.documents import ConfigurationError, Problem, convert, read_documents
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
-from ebpfproxy.health.server import parse_bind_address
 from ebpfproxy.operator.install.cluster_facts import Networking
 
 Plain = dict[str, Any]

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from pyroute2 import IPRoute
 
-from ebpfproxy.datapath.kernel.roots import BPFFS
+from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.operator.migrate.node import iptables
 
 

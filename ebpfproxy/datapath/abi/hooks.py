@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.abi import uapi
 
 
 class Hook(NamedTuple):
@@ -12,12 +12,12 @@ class Hook(NamedTuple):
 
     name: str
     attach_type: int
-    program_type: int = bpf.PROG_CGROUP_SOCK_ADDR
+    program_type: int = uapi.PROG_CGROUP_SOCK_ADDR
 
 
 #: In the order of attachment: answers are translated before the first question is.
 SOCKET_HOOKS = (
-    Hook("sock_release", 34, bpf.PROG_CGROUP_SOCK),
+    Hook("sock_release", 34, uapi.PROG_CGROUP_SOCK),
     Hook("getpeername4", 29),
     Hook("getpeername6", 30),
     Hook("recvmsg4", 19),
@@ -37,8 +37,8 @@ TCX_INGRESS, TCX_EGRESS = 46, 47
 
 #: Of every device but the loopback: ingress and egress.
 PACKET_HOOKS = (
-    Hook("from_device", TCX_INGRESS, bpf.PROG_SCHED_CLS),
-    Hook("to_device", TCX_EGRESS, bpf.PROG_SCHED_CLS),
+    Hook("from_device", TCX_INGRESS, uapi.PROG_SCHED_CLS),
+    Hook("to_device", TCX_EGRESS, uapi.PROG_SCHED_CLS),
 )
 
 
@@ -55,6 +55,6 @@ SOCKETS = Module("sock.c", SOCKET_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: For the loopback device, where NodePorts answer on it: what leaves by it comes in by it.
-LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, bpf.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
+LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, uapi.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

@@ -1,0 +1,24 @@
+"""What the agent asks about connections that kube-proxy began (``ebpfproxy.agent.handover.Handover``)."""
+
+from __future__ import annotations
+
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.logs import get_logger
+from ebpfproxy.netlink import conntrack
+from ebpfproxy.operator.migrate.node import conntrack_hold, reserved_ports
+from ebpfproxy.operator.migrate.node.tools import ToolError
+
+log = get_logger(__name__)
+
+
+class NodeHandover:
+    def is_under_way(self) -> bool:
+        """Asks nft and iptables; False, with a warning, where they fail."""
+        try:
+            return conntrack_hold.is_handover()
+        except ToolError as error:
+            log.warning("whether kube-proxy's connections live here is not known", error=str(error))
+            return False
+
+    def reserve_ports(self, maps: MapSet, ports: tuple[int, int]) -> int:
+        return reserved_ports.reserve(maps, conntrack.find(), ports)

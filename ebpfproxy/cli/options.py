@@ -14,7 +14,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 bpf_root: Decorator = click.option(
     "--bpf-root",
-    type=click.Path(path_type=Path),
+    # Whoever asks a cluster about all nodes, from anywhere, need not be able to read this.
+    type=click.Path(path_type=Path, readable=False),
     default=BPFFS,
     show_default=True,
     envvar="EBPFPROXY_BPF_ROOT",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes as ct
 import errno
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _NOEXIST = 1  # of an update (BPF_NOEXIST)
 
@@ -133,6 +135,7 @@ class CgroupLinkInfo(ct.Structure):
     )
 
 
+@functools.cache
 def _load() -> ct.CDLL:
     try:
         lib = ct.CDLL("libbpf.so.1", use_errno=True)
@@ -176,7 +179,16 @@ def _load() -> ct.CDLL:
     return lib
 
 
-_lib = _load()
+class _Library:
+    """libbpf, opened with the first call: operators' commands also run where there is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(_load(), name)
+        setattr(self, name, function)
+        return function
+
+
+_lib = _Library()
 
 
 def _check(result: int, what: str) -> int:

@@ -1,0 +1,76 @@
+"""Commands of operators on a laptop: no bcc, no libbpf, no root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+#: Hides bcc and libbpf, and leaves no rights of root, in a process that then runs a command.
+_HIDDEN = """
+import ctypes, os, sys
+
+real = ctypes.CDLL
+
+def without_libbpf(name, *arguments, **options):
+    if name is not None and "bpf" in str(name):
+        raise OSError(f"{name}: cannot open shared object file")
+    return real(name, *arguments, **options)
+
+ctypes.CDLL = without_libbpf
+sys.modules["bcc"] = None
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+from ebpfproxy.cli import main
+main()
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _HIDDEN, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("config", "defaults"),
+        ("install", "--image", "x", "--dry-run", "--no-inherit", "--api-server", "https://cp.example:6443"),
+        ("uninstall", "--help"),
+        ("migrate", "plan", "--help"),
+        ("migrate", "run", "--help"),
+        ("migrate", "rollback", "--help"),
+        ("completion", "bash"),
+    ],
+    ids=" ".join,
+)
+def test_it_runs_without_bcc_libbpf_and_root(arguments: tuple[str, ...]) -> None:
+    """What asks the API server alone, or nobody, needs nothing of a node."""
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_cluster_is_asked_for_without_them() -> None:
+    """`migrate plan --all-nodes` gets as far as the API server, which is not there."""
+    done = run("migrate", "plan", "--all-nodes", "--master", "http://127.0.0.1:9", "--timeout", "1s")
+    assert done.returncode != 0
+    assert "127.0.0.1" in done.stderr
+    assert "libbpf" not in done.stderr
+
+
+def test_what_looks_at_maps_needs_no_library_to_say_that_none_are_there() -> None:
+    """The error is about what is missing on this machine, in one line."""
+    done = run("status", "--bpf-root", "/tmp")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ebpfproxy.datapath.programs import bytecode
 from tests.lab.lab import clean_dead_labs
@@ -16,6 +17,10 @@ from tests.lab.lab import clean_dead_labs
 _CACHE = Path(__file__).parent.parent / ".bytecode"
 os.environ["EBPFPROXY_CACHE_DIR"] = str(_CACHE)
 bytecode.CACHE = _CACHE
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("ebpfproxy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ebpfproxy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.documents import ConfigurationError
@@ -139,7 +139,6 @@ _JSON = st.recursive(
 
 
 # How fast values are drawn is a matter of what else the machine does.
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(st.sampled_from([path.partition(".")[0] for path in FIELDS] + ["devices", "x"]), _JSON)
 )

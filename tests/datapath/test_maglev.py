@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, MAGLEV_SIZES
@@ -62,7 +62,6 @@ def test_a_table_grows_until_every_backend_has_a_place(backends: int, size: int,
     assert size_for(backends, size) == expected
 
 
-@settings(deadline=None)
 @given(st.integers(1, SMALLEST + 20), st.integers(0, 255), st.integers(1, 65535))
 def test_without_weights_shares_differ_by_at_most_one(count: int, cluster: int, weight: int) -> None:
     """And every place is taken. Equal weights are none."""
@@ -77,7 +76,6 @@ def test_without_weights_shares_differ_by_at_most_one(count: int, cluster: int, 
 weights_of_some = st.lists(st.one_of(st.integers(1, 10), st.integers(1, 65535)), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(weights_of_some, st.sampled_from(MAGLEV_SIZES[:4]))
 def test_with_weights_shares_are_near_the_exact_ones(weights: list[int], size: int) -> None:
     """Everybody has a place; beyond that, nobody is further from his part w of the whole than 1 + n * w."""

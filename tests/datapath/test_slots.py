@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES
@@ -162,7 +162,6 @@ def test_without_weights_or_with_equal_ones_each_has_a_slot(
 
 
 @pytest.mark.parametrize("algorithm", IN_SLOTS)
-@settings(deadline=None)
 @given(weights=st.lists(st.sampled_from([1, 2, 4, 6, 100]), min_size=2, max_size=20))
 def test_a_weight_is_how_often_a_backend_has_a_slot(algorithm: Algorithm, weights: list[int]) -> None:
     found = Counter(made(algorithm, len(weights), weights))

@@ -70,7 +70,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 def test_the_maps_hold_what_was_asked_for_after_every_change(
     bench: Bench, steps: list[tuple[str, ServicePort | int | None]]

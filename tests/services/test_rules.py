@@ -217,7 +217,7 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(histories)
 def test_any_history_ends_with_what_the_rules_say(
     history: list[tuple[str, tuple[Resource, Json], frozenset[naive.Order], bool]],

@@ -141,7 +141,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps)
 def test_incremental_equals_from_scratch(
     steps: list[tuple[str, Object, frozenset[tuple[bytes, int]]]],

@@ -752,8 +752,9 @@ static __always_inline bool has_port_of_service(struct __sk_buff *skb, const str
 	if (known)
 		return true;
 	answers = conntrack_lookup(&key);
-	/* A backend can have its frontend's address and port. */
-	return answers && !(answers->sport == flow->dport && addr_equal(&answers->src, &flow->dst));
+	/* What is no answer is this host's question. A backend can have its frontend's ends. */
+	return answers && answers->flags & NAT_REPLY &&
+	       !(answers->sport == flow->dport && addr_equal(&answers->src, &flow->dst));
 }
 
 /* Makes the pair by which such a flow gets another port, as from netfilter's NAT (null binding). */

@@ -176,7 +176,6 @@ def test_the_role_grants_this_and_nothing_else() -> None:
         ("discovery.k8s.io", "endpointslices", "watch"),
         ("networking.k8s.io", "servicecidrs", "list"),
         ("networking.k8s.io", "servicecidrs", "watch"),
-        ("", "nodes", "get"),
         ("", "nodes", "list"),
         ("", "nodes", "watch"),
         ("events.k8s.io", "events", "create"),
@@ -243,6 +242,16 @@ def test_the_control_planes_address_is_what_the_pod_asks_for() -> None:
         if each["name"].startswith("KUBERNETES_SERVICE"):
             assert each["valueFrom"]["configMapKeyRef"]["key"] in data
     assert (data["KUBERNETES_SERVICE_HOST"], data["KUBERNETES_SERVICE_PORT"]) == ("cp.example", "8443")
+
+
+def test_another_address_of_the_control_plane_is_another_template() -> None:
+    """Containers read the address as they start, so a changed ``master`` has to make a rolling update."""
+    first, second = (
+        render_chart({"master": {"host": host, "port": port}})["DaemonSet", "ebpfproxy"]["spec"]["template"]
+        for host, port in (("cp.example", 8443), ("cp.example", 6443))
+    )
+    assert first["metadata"].pop("annotations") != second["metadata"].pop("annotations")
+    assert first == second
 
 
 def test_configuration_is_merged_into_the_defaults() -> None:

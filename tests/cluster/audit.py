@@ -1,0 +1,53 @@
+"""What the agents asked the API server for, by the server's own audit log."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from tests.cluster import kubeadm
+from tests.cluster.cluster import Cluster
+from tests.deploy.objects import base
+
+_USER = "system:serviceaccount:kube-system:ebpfproxy"
+_REFUSED = (401, 403)
+
+
+class Grant(NamedTuple):
+    group: str
+    resource: str
+    verb: str
+
+
+#: All that the ClusterRole grants.
+GRANTED = {
+    Grant(group, resource, verb)
+    for rule in base()["ClusterRole", "ebpfproxy"]["rules"]
+    for group in rule["apiGroups"]
+    for resource in rule["resources"]
+    for verb in rule["verbs"]
+}
+
+
+def requests(cluster: Cluster) -> list[dict[str, Any]]:
+    """The agents' requests, as far as they were answered or are being answered, oldest first."""
+    lines = cluster.nodes[0].path(kubeadm.AUDIT_LOG).read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["user"]["username"] == _USER]
+
+
+def refused(found: list[dict[str, Any]]) -> list[str]:
+    """Those that the server did not authenticate or not authorize, with its words."""
+    return [
+        f"{event['verb']} {event['requestURI']}: {event['responseStatus'].get('message', '')}"
+        for event in found
+        if event.get("responseStatus", {}).get("code") in _REFUSED
+        or event["annotations"].get("authorization.k8s.io/decision") == "forbid"
+    ]
+
+
+def used(found: list[dict[str, Any]]) -> set[Grant]:
+    return {
+        Grant(event["objectRef"].get("apiGroup", ""), event["objectRef"]["resource"], event["verb"])
+        for event in found
+        if "objectRef" in event
+    }

@@ -1,0 +1,110 @@
+"""kubeadm's order of things, as docs/install.md has it: control plane, agent, CNI, then the other nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import agents, audit, images
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.web import Web
+
+pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def young(folder: Path) -> Iterator[Cluster]:
+    """A control plane that never had a kube-proxy, on one node; no CNI."""
+    with Cluster(folder / "order") as made:
+        made.boot()
+        made.init(proxy=False)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def web(young: Cluster) -> Web:
+    """Pods of the first node; they wait for its CNI."""
+    return Web(young, ["node-1"])
+
+
+def ready(cluster: Cluster) -> dict[str, bool]:
+    """Nodes, and whether they are Ready."""
+    return {
+        node["metadata"]["name"]: any(
+            each["type"] == "Ready" and each["status"] == "True" for each in node["status"]["conditions"]
+        )
+        for node in cluster.get("nodes")["items"]
+    }
+
+
+def test_the_agent_comes_before_the_cni(young: Cluster) -> None:
+    """``install`` ends well on a node that is NotReady for want of a CNI, and the agent there is healthy."""
+    said = young.ebpfproxy("install", "--image", images.AGENT)
+    assert said.splitlines()[-1] == "ebpfproxy runs on 1 nodes"
+    assert ready(young) == {"node-1": False}
+    assert list(agents.assert_healthy(young)) == ["node-1"]
+
+
+def test_it_asked_without_services(young: Cluster) -> None:
+    """The agent asks the address that ``install`` found in cluster-info, not the ``kubernetes`` Service's."""
+    (status,) = agents.statuses(young).values()
+    assert status["agent"]["source"] == "API server https://192.168.77.1:6443"
+
+
+def test_the_kubernetes_service_answers_before_the_cni(young: Cluster) -> None:
+    """What a CNI's agent asks first, the cluster IP of ``kubernetes``, works from the node's network at once."""
+    said = young.nodes[0].run(["curl", "-skm5", "https://10.96.0.1/version"])
+    assert json.loads(said)["gitVersion"].startswith("v1.")
+
+
+def test_then_the_cni_makes_the_node_ready(young: Cluster, web: Web) -> None:
+    """Once the CNI is there the Node is Ready, and a Service with pods answers pods, nodes and hosts outside."""
+    pods = young.agent_pods()
+    young.network.route_pods()
+    young.configure_cni(young.nodes[0])
+    young.wait_for_nodes()
+    web.wait()
+    web.assert_answers()
+    assert young.agent_pods() == pods, "the same agent as before"
+
+
+def test_a_node_that_joins_gets_its_agent_before_its_cni(young: Cluster) -> None:
+    """A node that joins later is served while it is NotReady, and nobody has to install anything."""
+    young.join()
+    until(lambda: "node-2" in young.agent_pods(), "an agent's pod on node-2")
+    young.kubectl("-n", "kube-system", "rollout", "status", "daemonset/ebpfproxy", "--timeout=240s")
+    assert ready(young) == {"node-1": True, "node-2": False}
+    agents.assert_healthy(young)
+    said = young.nodes[1].run(["curl", "-skm5", "https://10.96.0.1/version"])
+    assert json.loads(said)["gitVersion"].startswith("v1.")
+
+
+def test_then_pods_of_both_nodes_answer(young: Cluster, web: Web) -> None:
+    """With its CNI the second node is Ready; its pods are endpoints, and ask as those of the first do."""
+    young.configure_cni(young.nodes[1])
+    young.wait_for_nodes()
+    web.add("node-2")
+    web.wait()
+    web.assert_answers()
+
+
+def test_the_kubelets_kubeconfig_is_enough(young: Cluster, web: Web) -> None:
+    """Without the address in the ConfigMap, and with bpffs lost, agents find the API server in kubelet.conf."""
+    young.ebpfproxy("uninstall", "--cleanup", "--force")
+    gone = young.nodes[0].run(["curl", "-skm1", "https://10.96.0.1/version"], check=False)
+    assert gone == ""
+    helm = ["--namespace", "kube-system", "install", "ebpfproxy", str(images.TOP / "deploy/chart")]
+    young.tool("helm", *helm, "--wait", "--timeout=4m")
+    for node, status in agents.assert_healthy(young).items():
+        assert status["agent"]["source"] == "API server https://192.168.77.1:6443", node
+    web.assert_answers()
+
+
+def test_nothing_of_that_was_refused(young: Cluster) -> None:
+    """The API server refused no request of an agent, in all of this order."""
+    found = audit.requests(young)
+    assert found
+    assert audit.refused(found) == []

@@ -92,7 +92,7 @@ def test_then_pods_of_both_nodes_answer(young: Cluster, web: Web) -> None:
 
 
 def test_the_kubelets_kubeconfig_is_enough(young: Cluster, web: Web) -> None:
-    """Without the address in the ConfigMap, and with bpffs lost, agents find the API server in kubelet.conf."""
+    """Without the address in the ConfigMap, agents on cleaned nodes find the API server in kubelet.conf."""
     young.ebpfproxy("uninstall", "--cleanup", "--force")
     gone = young.nodes[0].run(["curl", "-skm1", "https://10.96.0.1/version"], check=False)
     assert gone == ""

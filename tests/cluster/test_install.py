@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.cluster import agents, images, network, traces
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import Cluster, until
 from tests.cluster.traces import Traces
 from tests.cluster.web import Web
 from tests.deploy.objects import BASE, DEPLOY, by_name
@@ -28,7 +28,7 @@ _REPOSITORY, _, _TAG = images.AGENT.partition(":")
 @pytest.fixture(scope="module", autouse=True)
 def before(cluster: Cluster) -> list[Traces]:
     """What nodes have before anything is installed."""
-    assert traces.in_api(cluster) == []
+    until(lambda: traces.in_api(cluster) == [], "no objects of an agent are there", 60, every=1)
     return [traces.of_node(node) for node in cluster.nodes]
 
 
@@ -42,7 +42,10 @@ def web(cluster: Cluster, before: list[Traces]) -> Iterator[Web]:
 
 def assert_nothing_is_left(cluster: Cluster, before: list[Traces], loaded: list[set[int]]) -> None:
     """Neither in the API nor on nodes, but for what docs/install.md names; ``loaded``: programs of before."""
-    assert traces.in_api(cluster) == []
+    # The garbage collector takes a DaemonSet's revisions away a moment after it.
+    until(
+        lambda: traces.in_api(cluster) == [], f"no objects are left of {traces.in_api(cluster)}", 60, every=1
+    )
     for node, then, ids in zip(cluster.nodes, before, loaded, strict=True):
         assert ids
         assert traces.living(node, ids) == set()

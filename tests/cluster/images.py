@@ -165,9 +165,25 @@ def agent_image(name: str, environment: dict[str, str] | None = None) -> Image:
     return Image(name, [agent_layer()], ["ebpfproxy"], ["run"], {**own, **(environment or {})})
 
 
+def patched_image(name: str) -> Image:
+    """The agent's image as a version of its own: one small layer has this checkout's files over the kept root."""
+    layer = _kept("patch", _stamp(TOP / "ebpfproxy", TOP / "bpf", TOP / "deploy/base"), _patch)
+    known = agent_image(name)
+    return known._replace(layers=[*known.layers, layer])
+
+
 def kept_archive(label: str, found: list[Image]) -> Path:
     told = json.dumps([(*each[:1], [layer.name for layer in each.layers], *each[2:]) for each in found])
     return _kept(f"images-{label}", told, lambda target: write_archive(target, found))
+
+
+def _patch(target: Path) -> None:
+    installed = "usr/local/lib/python3.11/dist-packages/ebpfproxy"
+    with tarfile.open(target, "w") as tar:
+        for source, place in (("ebpfproxy", ""), ("bpf", "/bpf"), ("deploy/base", "/deploy")):
+            for file in sorted((TOP / source).rglob("*")):
+                if file.is_file() and file.suffix != ".pyc":
+                    tar.add(file, f"{installed}{place}/{file.relative_to(TOP / source)}")
 
 
 def _binary(name: str, folder: str = "usr/local/bin") -> Path:

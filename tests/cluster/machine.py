@@ -109,16 +109,17 @@ class Machine:
     # -- processes
 
     def popen(self, command: list[str], log: Path | None = None, **options: Any) -> subprocess.Popen[Any]:
-        """Starts a process on the node; it ends with the node. ``log`` gets its output."""
+        """Starts a process on the node; it ends with the node. ``log`` gets its output.
+
+        ``options`` are Popen's, such as pipes.
+        """
         file = log.open("ab") if log else subprocess.DEVNULL
+        streams = {"stdout": file, "stderr": file, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(
             [*self._enter(), *command],
             preexec_fn=self._join,
             start_new_session=True,
-            stdout=file,
-            stderr=file,
-            stdin=subprocess.DEVNULL,
-            **options,
+            **{**streams, **options},
         )
         if log:
             file.close()  # type: ignore[union-attr]

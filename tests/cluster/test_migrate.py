@@ -1,0 +1,120 @@
+"""From a real kube-proxy, which kubeadm has installed, to the agent and back, by the operator's commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import binaries, images, kubeadm
+from tests.cluster.app import App
+from tests.cluster.cluster import Cluster, Node, until
+from tests.cluster.load import Failure, asking
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.cluster,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not binaries.has("kube-proxy"), reason="KUBE_BIN has no kube-proxy"),
+]
+
+_LABEL = "ebpfproxy.io/"
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def app(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[App]:
+    """Services that are served by kube-proxy alone."""
+    first = cluster.nodes[0]
+    text = kubeadm.init(binaries.kubernetes_version(), proxy_mode=request.param)
+    first.write("/etc/kubernetes/init.yaml", text)
+    first.run(
+        ["/opt/kube/kubeadm", "init", "phase", "addon", "kube-proxy", "--config=/etc/kubernetes/init.yaml"]
+    )
+    cluster.kubectl("-n", "kube-system", "rollout", "status", "daemonset/kube-proxy", "--timeout=120s")
+    made = App(cluster)
+    yield made
+    made.remove()
+    delete_kube_proxy(cluster)
+    for node in cluster.nodes:
+        node.run(["/opt/kube/kube-proxy", "--cleanup"])
+
+
+def delete_kube_proxy(cluster: Cluster) -> None:
+    """As docs/migrate.md has it."""
+    cluster.kubectl(
+        "-n", "kube-system", "delete", "--ignore-not-found", "daemonset/kube-proxy", "configmap/kube-proxy"
+    )
+    until(lambda: not _pods(cluster, "kube-proxy"), "kube-proxy's pods are gone")
+
+
+def _pods(cluster: Cluster, name: str) -> list[str]:
+    items = cluster.get("-n", "kube-system", "pods", "-l", f"k8s-app={name}")["items"]
+    return [item["metadata"]["name"] for item in items]
+
+
+def _rules(node: Node) -> list[str]:
+    """Tables of kube-proxy's, and its chains in the tables of iptables."""
+    found = [line for line in node.run(["nft", "list", "tables"]).splitlines() if "kube-proxy" in line]
+    for command in ("iptables-save", "ip6tables-save"):
+        found += [line for line in node.run([command]).splitlines() if line.startswith(":KUBE-")]
+    return found
+
+
+def _tables(node: Node) -> list[str]:
+    """Tables of this project's."""
+    return [line for line in node.run(["nft", "list", "tables"]).splitlines() if "ebpfproxy" in line]
+
+
+def _is_clean(node: Node) -> None:
+    """Nothing of the agent's is loaded, attached, pinned or in nftables."""
+    assert node.run(["find", "/sys/fs/bpf", "-mindepth", "1"]) == ""
+    attached = node.run(["bpftool", "cgroup", "tree", "/sys/fs/cgroup/unified"], check=False)
+    assert "connect4" not in attached, attached
+    devices = json.loads(node.run(["bpftool", "-j", "net"]))
+    assert not [each for each in devices for kind in ("tc", "xdp") if each.get(kind)], devices
+    assert _tables(node) == []
+
+
+def _is_gone(cluster: Cluster) -> None:
+    """Nothing of the agent's is in the API: no object, no label, no annotation."""
+    kinds = "daemonsets,pods,configmaps,serviceaccounts,clusterroles,clusterrolebindings,roles,rolebindings"
+    said = cluster.kubectl("get", kinds, "-A", "-o", "name")
+    assert not [line for line in said.splitlines() if "ebpfproxy" in line], said
+    for item in cluster.get("nodes,daemonsets", "-A")["items"]:
+        assert _LABEL not in json.dumps({**item, "metadata": {**item["metadata"], "managedFields": []}})
+
+
+def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
+    """plan, run, rollback and uninstall of all nodes: no request fails, and each leaves only what it should."""
+    cluster = app.cluster
+    everything = ["--all-nodes", "--kubeconfig", str(cluster.kubeconfig)]
+    said = cluster.ebpfproxy("migrate", "plan", *everything, "--image", images.AGENT, check=False)
+    assert "no agent has run" in said
+    with asking(*app.everywhere()):
+        cluster.ebpfproxy("install", "--image", images.AGENT)
+        cluster.ebpfproxy("migrate", "plan", *everything)
+        said = cluster.ebpfproxy("migrate", "run", *everything)
+        assert "all 2 nodes that were chosen are without kube-proxy" in said
+        assert not _pods(cluster, "kube-proxy")
+        for node in cluster.nodes:
+            assert _rules(node) == []
+            # Connections that kube-proxy has begun still live.
+            assert _tables(node) == ["table ip ebpfproxy-handover", "table ip6 ebpfproxy-handover"]
+    again = cluster.ebpfproxy("migrate", "run", *everything)
+    assert "node-1: done already" in again and "node-2: done already" in again
+
+    def ended(failure: Failure) -> bool:
+        """What is translated in packets ends with our programs."""
+        return failure.client == "outside" and failure.held and failure.way.startswith("tcp")
+
+    with asking(*app.everywhere(), ended=ended):
+        said = cluster.ebpfproxy("migrate", "rollback", *everything)
+        assert "kube-proxy serves all 2 nodes" in said
+        assert len(_pods(cluster, "kube-proxy")) == 2
+        assert not _pods(cluster, "ebpfproxy")
+        cluster.ebpfproxy("uninstall", "--cleanup")
+    for node in cluster.nodes:
+        _is_clean(node)
+        assert _rules(node)
+    _is_gone(cluster)

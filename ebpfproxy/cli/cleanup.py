@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
-from ebpfproxy.datapath.programs.detach import remove_everything
+from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.operator.migrate.node import conntrack_hold
 from ebpfproxy.operator.migrate.node.tools import ToolError
 
@@ -41,7 +42,10 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
             folders.append(("--cgroup-root", cgroup_root))
         lock = Lock(folders)
         try:
-            removed = remove_everything(pins)
+            removed = choose_no_more(pins)
+            if removed:
+                time.sleep(ANSWER_SECONDS)
+            removed += remove_everything(pins)
             if not bpf_root.is_mount() and not any(bpf_root.iterdir()):
                 bpf_root.rmdir()
         finally:

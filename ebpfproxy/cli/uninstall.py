@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import click
 
 from ebpfproxy.cli.install import cluster, errors, remark
@@ -10,7 +13,15 @@ from ebpfproxy.operator.install import base
 from ebpfproxy.operator.install.api import Api, Object, shown
 from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.node_cleanup import image_of
-from ebpfproxy.operator.install.remove import RemoveError, against, clean_nodes, find, remove
+from ebpfproxy.operator.install.remove import (
+    RemoveError,
+    against,
+    clean_nodes,
+    find,
+    labels,
+    remove,
+    remove_labels,
+)
 
 _STAYS = (
     "programs and maps stay on the nodes: they translate as they last knew it, before kube-proxy is asked."
@@ -50,13 +61,16 @@ def command(
     with errors():
         api = Api.from_options(kubeconfig, context, master)
         found = find(api, namespace)
-        if not found and not cleanup:
+        labelled = labels(api, namespace)
+        if not found and not labelled and not cleanup:
             click.echo("nothing of ebpfproxy is in the cluster")
             return
-        reasons = list(against(api, found))
+        reasons = list(against(api, found)) if found or cleanup else []
         if dry_run:
             for place in found:
                 click.echo(f"{shown(*place)} would be deleted")
+            for node, label in labelled:
+                click.echo(f"{shown('Node', '', node)}: label {label} would be removed")
         if reasons and not force:
             raise RemoveError("\n".join(reasons) + "\n--force goes on all the same")
         for reason in reasons:
@@ -65,21 +79,29 @@ def command(
         image = _image(image, daemon_set) if cleanup else None
         if dry_run:
             return
-        problems = []
-        try:
+        problems: list[str] = []
+        with _collected(problems):
             remove(api, found, timeout, click.echo)
-        except RemoveError as error:
-            problems.append(str(error))
         # Beside agents nothing can be cleaned; a node that is down keeps others waiting for nothing.
-        if image is not None and api.get("DaemonSet", namespace, NAME) is None:
-            try:
+        gone = api.get("DaemonSet", namespace, NAME) is None
+        if image is not None and gone:
+            with _collected(problems):
                 clean_nodes(api, daemon_set or _from_base(namespace), image, timeout, click.echo)
-            except RemoveError as error:
-                problems.append(str(error))
-        elif not cleanup:
+        elif found and not cleanup:
             remark(_STAYS)
+        if gone:
+            with _collected(problems):
+                remove_labels(api, labelled, click.echo)
         if problems:
             raise RemoveError("\n".join(problems))
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except RemoveError as error:
+        problems.append(str(error))
 
 
 def _image(said: str | None, daemon_set: Object | None) -> str:

@@ -1,7 +1,7 @@
 """Single objects of a few kinds beside the watched ones: what a client such as kubectl does with them.
 
 Get, list, create, replace, delete, merge patches and server-side apply, with managed fields, generations and
-dry runs; discovery. Answers have the texts of a real API server. No controller runs here.
+dry runs; discovery. Nodes, which are watched, can be had by name and get merge patches. Answers have the texts of a real API server. No controller runs here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class Resource(NamedTuple):
         return f"{self.plural}.{self.group}" if self.group else self.plural
 
 
+_NODES = Resource("", "nodes", "Node", False)
 RESOURCES = (
     Resource("", "configmaps", "ConfigMap"),
     Resource("", "events", "Event"),
     Resource("", "namespaces", "Namespace", False),
+    _NODES,
     Resource("", "pods", "Pod"),
     Resource("", "serviceaccounts", "ServiceAccount"),
     Resource("apps", "daemonsets", "DaemonSet"),
@@ -173,6 +175,8 @@ class Cluster:
             return self._list(request)
         if request.name == "" and request.method == "POST":
             request = request._replace(name=json.loads(request.body)["metadata"]["name"])
+        if request.resource == _NODES:
+            return self._node(request)
         key = (request.resource.plural, request.namespace, request.name)
         before = self._objects.get(key)
         creates = request.method == "POST" or request.content_type == "application/apply-patch+yaml"
@@ -196,6 +200,19 @@ class Cluster:
         warning = self.warnings.get(request.resource.plural)
         headers = {"Warning": f'299 - "{warning}"'} if warning else {}
         return Answer(201 if before is None else 200, encode(made), headers)
+
+    def _node(self, request: _Request) -> Answer:
+        """The store has them, whose watches are told."""
+        found = [each.body for each in self._store.items("nodes")[1] if each.key == ("", request.name)]
+        if not found:
+            raise self._missing(request)
+        item = json.loads(found[0])
+        if request.method == "PATCH":
+            made = _merged(item, json.loads(request.body))
+            if made != item:
+                self._store.put("nodes", made)
+            item = made
+        return Answer(200, encode(item))
 
     def _authorize(self, request: _Request) -> None:
         resource, verb = request.resource, request.verb

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from tests.lab.waiting import until
 pytestmark = pytest.mark.root
 
 IP = SERVICE_IPS["v4"]
+#: Asks by a socket that is not connected, and reads the answer, which is there, when a line comes.
+_READ_LATE = """
+import select, socket, sys
+with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.sendto(b"?", (sys.argv[1], 53))
+    assert select.select([sock], [], [], 10)[0]
+    print("answered", flush=True)
+    sys.stdin.readline()
+    print(*sock.recvfrom(4096)[1][:2], flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,28 @@ def test_cleanup_is_refused_while_an_agent_runs_and_removes_everything_after(
     assert "unpinned" in said
     assert not pin_folder(world.a.bpf_root).exists()
     assert world.client.call(clients.connect_error, IP, 80, 0.3) != "connected"
+
+
+def test_a_datagram_under_way_is_answered_by_the_service_while_programs_go(
+    world: World, agent: Agent
+) -> None:
+    """What chooses backends goes first: what was sent before is answered from the address that was asked."""
+    agent.stop()
+    asked = [
+        (ip, world.client.popen([sys.executable, "-c", _READ_LATE, ip], stdin=-1, stdout=-1))
+        for ip in SERVICE_IPS.values()
+    ]
+    for _, client in asked:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"answered\n"
+    links = pin_folder(world.a.bpf_root) / "links"
+    with ThreadPoolExecutor() as pool:
+        cleanup = pool.submit(world.a.cli, "cleanup")
+        until(lambda: not (links / "sendmsg6").exists(), "nothing chooses any more")
+        for ip, client in asked:
+            assert client.communicate(b"\n", timeout=10)[0].decode().strip() == f"{ip} 53"
+        said = cleanup.result().splitlines()
+    assert said.index("detached sendmsg6") < said.index("detached recvmsg4")
 
 
 def test_other_options_replace_the_programs_in_one_step(world: World, agent: Agent) -> None:

@@ -47,10 +47,10 @@ def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_port
         ]
     finally:
         os.close(cgroup)
-    return changed + [f"{name} detached" for name in sorted(unwanted) if _detach(pins / LINKS / name)]
+    return changed + [f"{name} detached" for name in sorted(unwanted) if detach(pins / LINKS / name)]
 
 
-def _detach(link: Path) -> bool:
+def detach(link: Path) -> bool:
     """Whether there was one: the kernel detaches with the last of a link's holders, which the pin is."""
     try:
         link.unlink()

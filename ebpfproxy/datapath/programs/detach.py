@@ -5,8 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ebpfproxy.datapath.programs.attach import LINKS
+from ebpfproxy.datapath.programs.attach import LINKS, detach
 from ebpfproxy.datapath.programs.devices import remove_filters
+
+#: Seconds for answers to datagrams that were sent to a backend of our choice. Where they come later, the
+#: application sees the backend's address and not the one that it asked.
+ANSWER_SECONDS = 1.5
+#: Where a backend is chosen. The other hooks tell applications the frontend's address.
+_CHOOSING = ("connect4", "connect6", "sendmsg4", "sendmsg6")
+
+
+def choose_no_more(pins: Path) -> list[str]:
+    """Detaches what chooses backends for sockets; answers to what they have sent still pass the other hooks.
+
+    Returns what was removed, in words. If anything was, the caller waits :data:`ANSWER_SECONDS` before
+    :func:`remove_everything`.
+    """
+    return [f"detached {name}" for name in _CHOOSING if detach(pins / LINKS / name)]
 
 
 def remove_everything(pins: Path) -> list[str]:

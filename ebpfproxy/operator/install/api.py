@@ -25,7 +25,9 @@ from ebpfproxy.kube import kubeconfig as kubeconfig_file
 from ebpfproxy.kube.kubeconfig import ConfigError, check_url, errors_of_the_package
 
 FIELD_MANAGER = "ebpfproxy"
+#: JSON is YAML.
 APPLY_PATCH = "application/apply-patch+yaml"
+MERGE_PATCH = "application/merge-patch+json"
 _TIMEOUT = urllib3.Timeout(connect=10.0, read=30.0)
 _NOT_FOUND = 404
 _WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
@@ -156,11 +158,17 @@ class Api:
         if dry_run:
             query["dryRun"] = "All"
         made, response = self._ask(
-            "PATCH", path_of(kind, namespace, name), shown(kind, namespace, name), query, item
+            "PATCH", path_of(kind, namespace, name), shown(kind, namespace, name), query, body=item
         )
         said = " ".join(response.headers.getlist("Warning"))
         warnings = tuple(re.sub(r"\\(.)", r"\1", text) for text in _WARNING.findall(said))
         return Applied(made, response.status == 201, warnings)
+
+    def remove_label(self, kind: str, name: str, label: str) -> None:
+        """Of an object that has no namespace. Raises ApiError."""
+        body: Object = {"metadata": {"labels": {label: None}}}
+        what = shown(kind, "", name)
+        self._ask("PATCH", path_of(kind, "", name), what, body=body, content_type=MERGE_PATCH)
 
     def delete(self, kind: str, namespace: str, name: str) -> bool:
         """False where there is none. What it owns is deleted after it. Raises ApiError."""
@@ -181,14 +189,15 @@ class Api:
         path: str,
         what: str,
         query: Mapping[str, str] | None = None,
+        *,
         body: Object | None = None,
+        content_type: str = APPLY_PATCH,
     ) -> tuple[Object, urllib3.BaseHTTPResponse]:
         headers = {"Accept": "application/json", "User-Agent": f"ebpfproxy/{ebpfproxy.__version__}"}
         if authorization := self._authorization():
             headers["Authorization"] = authorization
         if body is not None:
-            # JSON is YAML.
-            headers["Content-Type"] = APPLY_PATCH
+            headers["Content-Type"] = content_type
         try:
             response: urllib3.BaseHTTPResponse = self._pool.request(
                 method,

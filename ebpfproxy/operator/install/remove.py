@@ -14,8 +14,9 @@ from ebpfproxy.operator.install.rollout import RolloutError
 
 Say = Callable[[str], None]
 _SHOWN = 5
-#: By which `ebpfproxy migrate` keeps kube-proxy from a node.
-_OFF = "ebpfproxy.io/kube-proxy=off"
+#: By which `ebpfproxy migrate` keeps kube-proxy, and the agent, from a node.
+_KUBE_PROXY, _AGENT = "ebpfproxy.io/kube-proxy", "ebpfproxy.io/agent"
+_OFF = f"{_KUBE_PROXY}=off"
 _HELM = "meta.helm.sh/release-name"
 Place = tuple[str, str, str]
 """Kind, namespace and name."""
@@ -64,6 +65,38 @@ def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
             wanted = max(wanted, rollout.progress(item).desired)
     if theirs.available < wanted or not wanted:
         yield f"{name} is ready on {theirs.available} of {wanted} nodes"
+
+
+def labels(api: Api, namespace: str) -> list[tuple[str, str]]:
+    """Nodes with labels that nobody reads once the agent is gone: (name, label). Raises ApiError.
+
+    What keeps kube-proxy away stays while there is a kube-proxy, which would start without it. Agents of
+    another namespace read them all.
+    """
+    if cluster_facts.namespace_of_agents(api) not in ("", namespace):
+        return []
+    unread = [_AGENT] if cluster_facts.kube_proxy(api) else [_AGENT, _KUBE_PROXY]
+    return [
+        (item["metadata"]["name"], label)
+        for label in unread
+        for item in api.list("Node", "", labelSelector=label)
+    ]
+
+
+def remove_labels(api: Api, found: list[tuple[str, str]], say: Say) -> None:
+    """Raises RemoveError for all that stay, and ApiError where the server cannot be reached."""
+    failed = []
+    for node, label in found:
+        try:
+            api.remove_label("Node", node, label)
+        except ApiError as error:
+            if error.status == 0:
+                raise
+            failed.append(f"label {label}: {error}")
+        else:
+            say(f"{shown('Node', '', node)}: label {label} removed")
+    if failed:
+        raise RemoveError("\n".join(failed))
 
 
 def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> None:

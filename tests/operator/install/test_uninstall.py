@@ -23,6 +23,12 @@ def there(site: StandIn) -> int:
     return sum(site.get(*place) is not None for place in INSTALLED)
 
 
+def labels(site: StandIn, node: str) -> dict[str, str]:
+    found = site.get("Node", "", node)
+    assert found is not None
+    return dict(found["metadata"]["labels"])
+
+
 def refused(site: StandIn, *arguments: str) -> str:
     done = site.uninstall(*arguments)
     assert done.exit_code == 1, done.output
@@ -80,6 +86,32 @@ def test_what_stays_on_nodes_is_said(installed: StandIn) -> None:
     assert "`ebpfproxy uninstall --cleanup --image REF`" in done.stderr
     assert ("ebpfproxy-cleanup", "node-a") not in installed.controller.started
     assert installed.get("DaemonSet", SYSTEM, "kube-proxy") is not None
+
+
+def test_no_label_stays_on_a_node(installed: StandIn) -> None:
+    """Labels of a rollback go with the agent; what keeps kube-proxy away stays while there is a kube-proxy."""
+    installed.add_node("node-c", **{"ebpfproxy.io__agent": "off", "ebpfproxy.io__kube-proxy": "off"})
+    planned = installed.uninstall("--force", "--dry-run")
+    assert "Node node-c: label ebpfproxy.io/agent would be removed" in planned.stdout
+    assert "ebpfproxy.io/agent" in labels(installed, "node-c")
+    done = installed.uninstall("--force")
+    assert "Node node-c: label ebpfproxy.io/agent removed" in done.stdout
+    assert not {"ebpfproxy.io/agent"} & {*labels(installed, "node-c")}
+    assert "ebpfproxy.io/kube-proxy" in labels(installed, "node-c")
+    assert installed.uninstall().stdout == "nothing of ebpfproxy is in the cluster\n"
+    installed.delete("DaemonSet", SYSTEM, "kube-proxy")
+    assert installed.uninstall().stdout == "Node node-c: label ebpfproxy.io/kube-proxy removed\n"
+    assert installed.uninstall().stdout == "nothing of ebpfproxy is in the cluster\n"
+
+
+def test_labels_that_may_not_be_removed_are_said(installed: StandIn) -> None:
+    """The rest is deleted, and each label that stays is named with the reason."""
+    installed.add_node("node-c", **{"ebpfproxy.io__agent": "off"})
+    installed.server.denied.add("patch nodes")
+    done = installed.uninstall("--force")
+    assert done.exit_code == 1
+    assert "Error: label ebpfproxy.io/agent: Node node-c: 403 Forbidden: " in done.stderr
+    assert there(installed) == 0
 
 
 def test_nodes_can_be_cleaned_later(installed: StandIn) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ebpfproxy.datapath.dump import FrontendRow, open_maps
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
 from ebpfproxy.datapath.node.packets import begin_nothing
-from ebpfproxy.datapath.programs.detach import remove_everything
+from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.netlink import conntrack
 from ebpfproxy.operator.migrate.api import ClusterError
 from ebpfproxy.operator.migrate.node import (
@@ -227,13 +227,19 @@ def _remove_programs(where: Where, pins: Path, drain: float, say: Say) -> None:
     try:
         maps = open_maps(where.bpf_root)
         begin_nothing(maps)
-        draining, deadline = takeover.Draining(maps), time.monotonic() + drain
+        detached = choose_no_more(pins)
+        for line in detached:
+            say(line)
+        now = time.monotonic()
+        draining, deadline = takeover.Draining(maps), now + drain
+        answered = now + ANSWER_SECONDS if detached else now
         while (living := draining.step()) or draining.waits_for_answers:
             if time.monotonic() >= deadline and not draining.waits_for_answers:
                 break
             time.sleep(_POLL_SECONDS)
         if living:
             say(f"{living} connections that were translated in packets, not at a socket, end now")
+        time.sleep(max(0.0, answered - time.monotonic()))
         for line in remove_everything(pins):
             say(line)
     finally:

@@ -26,6 +26,8 @@ from tests.deploy.runtime import install
 TOP = Path(__file__).parents[2]
 KEPT = TOP / ".cluster"
 AGENT = "ebpfproxy:0.1.0"
+#: The same program as another version.
+NEXT = "ebpfproxy:0.1.0-next"
 PAUSE = "registry.k8s.io/pause:3.10.2"
 _E2E = "registry.k8s.io/e2e-test-images"
 AGNHOST = f"{_E2E}/agnhost:2.63.0"
@@ -119,6 +121,7 @@ def node_images() -> Path:
         Image(PAUSE, [busybox], ["/bin/sleep"], ["infinity"], {}),
         Image(BUSYBOX, [busybox], [], ["sh"], {}),
         agent_image(AGENT),
+        patched_image(NEXT),
     ]
     if has("kube-proxy"):
         # The agent's image has iptables and nft, which is what kube-proxy's own image is made of.

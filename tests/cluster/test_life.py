@@ -19,7 +19,6 @@ from tests.cluster.load import Failure, asking
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
-NEW = "ebpfproxy:0.1.0-new"
 #: Takes memory in the cgroup that is named until the kernel ends a process there, which is not this one.
 _TAKE = """
 import pathlib, sys
@@ -36,8 +35,6 @@ b"x" * (64 << 20)
 @pytest.fixture(scope="module")
 def app(cluster: Cluster) -> Iterator[App]:
     """Services that are served by the agent alone."""
-    for node in cluster.nodes:
-        node.load(images.kept_archive("new", [images.patched_image(NEW)]))
     cluster.ebpfproxy("install", "--image", images.AGENT)
     made = App(cluster)
     yield made
@@ -82,7 +79,7 @@ def test_a_new_version_and_the_old_one_again_lose_no_request(app: App) -> None:
     """``install`` with another image replaces the agent on one node after the other, and back, under load."""
     cluster = app.cluster
     with asking(*app.everywhere()):
-        for image in (NEW, images.AGENT):
+        for image in (images.NEXT, images.AGENT):
             cluster.ebpfproxy("install", "--image", image)
             for node in cluster.nodes:
                 state = _agent(cluster, node)

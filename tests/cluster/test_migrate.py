@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -22,9 +23,9 @@ pytestmark = [
 _LABEL = "ebpfproxy.io/"
 
 
-@pytest.fixture(params=["nftables", "iptables"])
+@pytest.fixture
 def app(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[App]:
-    """Services that are served by kube-proxy alone."""
+    """Services that are served by kube-proxy alone, in the mode that the test is parametrized with."""
     first = cluster.nodes[0]
     text = kubeadm.init(binaries.kubernetes_version(), proxy_mode=request.param)
     first.write("/etc/kubernetes/init.yaml", text)
@@ -54,10 +55,13 @@ def _pods(cluster: Cluster, name: str) -> list[str]:
 
 
 def _rules(node: Node) -> list[str]:
-    """Tables of kube-proxy's, and its chains in the tables of iptables."""
+    """Tables of kube-proxy's, and its chains in the tables of iptables, but for KUBE-FIREWALL.
+
+    That is kubelet's as well, and `kube-proxy --cleanup` leaves it, too.
+    """
     found = [line for line in node.run(["nft", "list", "tables"]).splitlines() if "kube-proxy" in line]
     for command in ("iptables-save", "ip6tables-save"):
-        found += [line for line in node.run([command]).splitlines() if line.startswith(":KUBE-")]
+        found += [line for line in node.run([command]).splitlines() if re.match(":KUBE-(?!FIREWALL)", line)]
     return found
 
 
@@ -86,6 +90,7 @@ def _is_gone(cluster: Cluster) -> None:
         assert _LABEL not in json.dumps({**item, "metadata": {**item["metadata"], "managedFields": []}})
 
 
+@pytest.mark.parametrize("app", ["nftables", "iptables"], indirect=True)
 def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
     """plan, run, rollback and uninstall of all nodes: no request fails, and each leaves only what it should."""
     cluster = app.cluster
@@ -118,4 +123,24 @@ def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
     for node in cluster.nodes:
         _is_clean(node)
         assert _rules(node)
+    _is_gone(cluster)
+
+
+@pytest.mark.parametrize("app", ["nftables"], indirect=True)
+def test_over_for_good_and_nothing_is_left_either(app: App) -> None:
+    """Without kube-proxy the agent goes on, uninstall is refused, and forced it leaves nothing on nodes and in the API."""
+    cluster = app.cluster
+    everything = ["--all-nodes", "--kubeconfig", str(cluster.kubeconfig)]
+    cluster.ebpfproxy("install", "--image", images.AGENT)
+    cluster.ebpfproxy("migrate", "run", *everything)
+    with asking(*app.everywhere()):
+        delete_kube_proxy(cluster)
+    app.spread()
+    with asking(*app.everywhere()):
+        said = cluster.ebpfproxy("uninstall", "--cleanup", check=False)
+        assert "nobody would follow changes of Services" in said
+    cluster.ebpfproxy("uninstall", "--cleanup", "--force")
+    for node in cluster.nodes:
+        _is_clean(node)
+        assert _rules(node) == []
     _is_gone(cluster)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
@@ -10,8 +9,8 @@ import click
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
-from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.operator.migrate.node import conntrack_hold
+from ebpfproxy.operator.migrate.node.removal import remove_programs
 from ebpfproxy.operator.migrate.node.tools import ToolError
 
 
@@ -42,10 +41,7 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
             folders.append(("--cgroup-root", cgroup_root))
         lock = Lock(folders)
         try:
-            removed = choose_no_more(pins)
-            if removed:
-                time.sleep(ANSWER_SECONDS)
-            removed += remove_everything(pins)
+            removed = list(remove_programs(bpf_root))
             if not bpf_root.is_mount() and not any(bpf_root.iterdir()):
                 bpf_root.rmdir()
         finally:

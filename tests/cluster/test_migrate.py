@@ -90,6 +90,23 @@ def _is_gone(cluster: Cluster) -> None:
         assert _LABEL not in json.dumps({**item, "metadata": {**item["metadata"], "managedFields": []}})
 
 
+def _may_end(failure: Failure) -> bool:
+    """A connection from outside that lasts ends with our programs, which translate it in packets."""
+    return failure.client == "outside" and failure.held and failure.way.startswith("tcp")
+
+
+@pytest.mark.parametrize("app", ["nftables"], indirect=True)
+def test_beside_kube_proxy_it_comes_and_goes_and_no_request_fails(app: App) -> None:
+    """install beside kube-proxy, and uninstall with clean-up, under load: only what has to end ends."""
+    cluster = app.cluster
+    with asking(*app.everywhere(), ended=_may_end):
+        cluster.ebpfproxy("install", "--image", images.AGENT)
+        cluster.ebpfproxy("uninstall", "--cleanup")
+    for node in cluster.nodes:
+        _is_clean(node)
+    _is_gone(cluster)
+
+
 @pytest.mark.parametrize("app", ["nftables", "iptables"], indirect=True)
 def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
     """plan, run, rollback and uninstall of all nodes: no request fails, and each leaves only what it should."""
@@ -110,11 +127,7 @@ def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
     again = cluster.ebpfproxy("migrate", "run", *everything)
     assert "node-1: done already" in again and "node-2: done already" in again
 
-    def ended(failure: Failure) -> bool:
-        """What is translated in packets ends with our programs."""
-        return failure.client == "outside" and failure.held and failure.way.startswith("tcp")
-
-    with asking(*app.everywhere(), ended=ended):
+    with asking(*app.everywhere(), ended=_may_end):
         said = cluster.ebpfproxy("migrate", "rollback", *everything)
         assert "kube-proxy serves all 2 nodes" in said
         assert len(_pods(cluster, "kube-proxy")) == 2

@@ -11,12 +11,9 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from ebpfproxy.datapath.dump import FrontendRow, open_maps
+from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
-from ebpfproxy.datapath.node.packets import begin_nothing
-from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.netlink import conntrack
 from ebpfproxy.operator.migrate.api import ClusterError
 from ebpfproxy.operator.migrate.node import (
@@ -29,6 +26,7 @@ from ebpfproxy.operator.migrate.node import (
 )
 from ebpfproxy.operator.migrate.node.leftovers import Leftovers
 from ebpfproxy.operator.migrate.node.preflight import Plan, Where, by_hand, plan, rules_serve
+from ebpfproxy.operator.migrate.node.removal import remove_programs
 
 Say = Callable[[str], None]
 _POLL_SECONDS = 0.25
@@ -166,7 +164,7 @@ def rollback(where: Where, say: Say, *, drain: float = 0.0, waits: bool = False)
     if not pins.is_dir():
         say(f"nothing is pinned below {pins}")
     else:
-        _remove_programs(where, pins, drain, say)
+        _remove_programs(where, drain, say)
     # kube-proxy's rules ask for conntrack again.
     for each in conntrack_hold.end():
         say(f"removed {each}")
@@ -219,28 +217,13 @@ def _wait_rules(rows: Iterable[FrontendRow], seconds: float) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _remove_programs(where: Where, pins: Path, drain: float, say: Say) -> None:
+def _remove_programs(where: Where, drain: float, say: Say) -> None:
     folders = [("--bpf-root", where.bpf_root)]
     if where.cgroup_root is not None and where.cgroup_root.is_dir():
         folders.append(("--cgroup-root", where.cgroup_root))
     lock = Lock(folders)
     try:
-        maps = open_maps(where.bpf_root)
-        begin_nothing(maps)
-        detached = choose_no_more(pins)
-        for line in detached:
-            say(line)
-        now = time.monotonic()
-        draining, deadline = takeover.Draining(maps), now + drain
-        answered = now + ANSWER_SECONDS if detached else now
-        while (living := draining.step()) or draining.waits_for_answers:
-            if time.monotonic() >= deadline and not draining.waits_for_answers:
-                break
-            time.sleep(_POLL_SECONDS)
-        if living:
-            say(f"{living} connections that were translated in packets, not at a socket, end now")
-        time.sleep(max(0.0, answered - time.monotonic()))
-        for line in remove_everything(pins):
+        for line in remove_programs(where.bpf_root, drain):
             say(line)
     finally:
         lock.release()

@@ -1,0 +1,56 @@
+"""Takes our programs away while traffic goes on by other means: the last step of a rollback and a clean-up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
+from ebpfproxy.datapath.dump import NothingPinnedError, open_maps
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.node.packets import begin_nothing
+from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
+from ebpfproxy.operator.migrate.node.takeover import Draining
+
+_POLL_SECONDS = 0.25
+
+
+def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
+    """Says what it did, in words. The caller holds the root's lock.
+
+    First nothing new is translated; then what is under way has its answers, and connections that packets'
+    programs translate have ``drain`` seconds to end; then everything goes. Maps that this version cannot read
+    go without that.
+    """
+    pins = pin_folder(bpf_root)
+    maps = _readable(bpf_root)
+    if maps is not None:
+        begin_nothing(maps)
+    detached = choose_no_more(pins)
+    yield from detached
+    now = time.monotonic()
+    answered = now + ANSWER_SECONDS if detached else now
+    if maps is not None and (living := _drain(maps, now + drain)):
+        yield f"{living} connections that were translated in packets, not at a socket, end now"
+    time.sleep(max(0.0, answered - time.monotonic()))
+    yield from remove_everything(pins)
+
+
+def _readable(bpf_root: Path) -> MapSet | None:
+    try:
+        maps = open_maps(bpf_root)
+    except (NothingPinnedError, OSError, ValueError):
+        return None
+    return maps if maps.folder.name.startswith(f"v{SCHEMA_VERSION}-") else None
+
+
+def _drain(maps: MapSet, deadline: float) -> int:
+    """How many connections live on."""
+    draining = Draining(maps)
+    while (living := draining.step()) or draining.waits_for_answers:
+        if time.monotonic() >= deadline and not draining.waits_for_answers:
+            break
+        time.sleep(_POLL_SECONDS)
+    return living

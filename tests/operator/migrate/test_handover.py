@@ -91,6 +91,17 @@ def test_back_without_a_failed_request_from_outside_where_connections_may_drain(
         time.sleep(1)
 
 
+def test_cleanup_beside_kube_proxy_loses_no_request_of_pods(world: World) -> None:
+    """From its first step on nothing new is translated, and what is under way has its answers before the last."""
+    world.kube_proxy("nftables")
+    world.agent().start().stop()
+    with no_request_fails(*world.loads()[:2]):
+        said = world.a.cli("cleanup").splitlines()
+        time.sleep(0.3)
+    assert said.index("detached sendmsg6") < said.index("detached recvmsg4")
+    assert world.outside.call(clients.spread_tcp, world.a.address, rules.PAYMENTS_NODE_PORT, 5)
+
+
 def test_cleanup_takes_what_a_migration_keeps_too(world: World) -> None:
     world.kube_proxy("nftables")
     held = [Held(world.client, "tcp", rules.ORDERS, 80)]

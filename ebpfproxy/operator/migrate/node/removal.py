@@ -1,4 +1,4 @@
-"""Takes our programs away while traffic goes on by other means: the last step of a rollback and a clean-up."""
+"""Takes our programs away while traffic goes on by other means: the last step of rollback and cleanup."""
 
 from __future__ import annotations
 

@@ -16,20 +16,20 @@
  */
 static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 {
-	enum shape shape;
+	enum parse_result parsed;
 	bool is_asked;
 	int verdict;
 
 	/* What came by another device was put back there already. */
 	if (skb->ingress_ifindex || !read_addresses(skb, p))
 		return PASS;
-	shape = read_ports(skb, p);
-	if (shape == SHAPE_ICMP_ERROR) {
+	parsed = read_ports(skb, p);
+	if (parsed == PARSE_ICMP_ERROR) {
 		if (!conntrack_lookup(&p->flow))
 			p->flow.stage = STAGE_INGRESS;
 		return translate_error(skb, p);
 	}
-	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
+	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return PASS;
 	if (loopback_flow_of_interest(&p->flow) && !is_new(skb, p, &verdict))
 		return verdict;
@@ -46,7 +46,7 @@ static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 		note_own(p);
 	if (!is_asked || !can_open(skb, p))
 		return PASS;
-	return begin_on_host(skb, p);
+	return create_host_flow(skb, p);
 }
 
 int to_loopback(struct __sk_buff *skb)

@@ -141,8 +141,8 @@ static __always_inline bool is_left_to_loopback(struct bpf_sock_addr *ctx, const
  * one that is asked from the loopback, or one whose clients are told apart by their own address,
  * which a pod's socket may not have yet; packets do.
  */
-static __always_inline bool is_left_alone(struct bpf_sock_addr *ctx, const struct target *to,
-					  const struct service *svc)
+static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const struct target *to,
+					     const struct service *svc)
 {
 	return !svc || svc->flags & SERVICE_OWN || is_left_to_loopback(ctx, to) ||
 	       (svc->flags & SERVICE_SOURCES && !source_is_known_good(ctx, to, svc));
@@ -189,7 +189,7 @@ static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const 
 	struct client client = { .frontend = to->addr };
 	u64 cookie;
 
-	if (!asks_who(svc))
+	if (!needs_client_key(svc))
 		return client;
 	set_namespace(&client, bpf_get_netns_cookie(ctx));
 	cookie = get_socket_cookie(ctx);
@@ -212,7 +212,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	enum verdict verdict;
 	u32 backend_id;
 
-	if (is_left_alone(ctx, to, svc)) {
+	if (skip_translation(ctx, to, svc)) {
 		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		if (!svc && to->proto != IPPROTO_UDP && is_nobodys(ctx, to))
@@ -329,7 +329,7 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 	if (is_shared(cookie, *backend)) {
 		struct backend *only = *backend;
 
-		if (asks_who(svc) || !choose_other(cookie, svc, &backend_id, backend)) {
+		if (needs_client_key(svc) || !choose_other(cookie, svc, &backend_id, backend)) {
 			*backend = only;
 			if (packets_serve(ctx, svc, only)) {
 				note_clash(ctx, to);
@@ -386,7 +386,7 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 	int answer = PROCEED;
 	struct peer *peer;
 
-	if (is_left_alone(ctx, to, svc)) {
+	if (skip_translation(ctx, to, svc)) {
 		if (!svc && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
 		return !svc && is_nobodys(ctx, to) ? reject(VERDICT_DROP) : PROCEED;

@@ -124,7 +124,7 @@ static __always_inline struct backend *backend_for(const struct packet *p, struc
 		*verdict = drop(EVENT_SOURCE_RANGE);
 		return NULL;
 	}
-	if (asks_who(svc))
+	if (needs_client_key(svc))
 		set_client(&s->client, p);
 	switch (choose(svc, &s->client, id, &backend)) {
 	case VERDICT_TRANSLATE:
@@ -280,22 +280,22 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	struct flow answers;
 	enum insert done;
 
-	turn_round(s, flow);
+	invert_entry(s, flow);
 	done = fresh ? take_port(skb, s) : insert_answers(skb, s);
 	if (done != INSERT_DONE)
 		return done;
 	answers = s->key;
-	turn_round(s, &answers);
+	invert_entry(s, &answers);
 	done = conntrack_insert(s, true);
 	if (done == INSERT_DONE)
-		load_begin_flow(s->nat.backend_id);
+		load_count_flow(s->nat.backend_id);
 	else
 		map_delete(conntrack, &answers);
 	return done;
 }
 
-static __always_inline int begin_past_netfilter(struct __sk_buff *skb, const struct packet *p,
-						struct scratch *s, const struct inet_addr *node)
+static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struct packet *p,
+					      struct scratch *s, const struct inet_addr *node)
 {
 	enum insert done;
 
@@ -322,14 +322,14 @@ static __always_inline u16 mtu_of(struct __sk_buff *skb)
  * A packet of no flow of ours that kube-proxy, behind this hook, is to see: while connections that
  * it began live on, and while our programs come to the node's devices one by one, or leave them.
  */
-static __always_inline bool is_left_to_others(const struct packet *p)
+static __always_inline bool defer_to_kube_proxy(const struct packet *p)
 {
 	u32 any = 0;
 	struct device *node = map_lookup(devices, &any);
 
-	if (!node || !(node->flags & (NODE_HANDOVER | NODE_WAITS)))
+	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
 		return false;
-	return node->flags & NODE_WAITS ||
+	return node->flags & NO_NEW_FLOWS ||
 	       (p->flow.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN);
 }
 
@@ -359,21 +359,21 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 				   const struct service *svc)
 {
 	struct bpf_fib_lookup fib;
-	enum way way;
+	enum fib_result way;
 
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
 		return drop(EVENT_SOURCE_RANGE);
 	if (!is_cluster_ip(&p->flow.dst)) {
-		way = way_to(skb, &p->flow.src, &p->flow.dst, 0, &fib);
+		way = fib_result_of(skb, &p->flow.src, &p->flow.dst, 0, &fib);
 		/* Without a device nothing is routed on. */
-		if (way == WAY_LOCAL || (way == WAY_OUT && !fib.ifindex))
+		if (way == FIB_LOCAL || (way == FIB_OUT && !fib.ifindex))
 			return PASS;
 	}
 	return rejection(EVENT_NO_FLOW);
 }
 
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
-static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
+static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	const bool is_of_interest = port_of_interest(to.port);
@@ -385,11 +385,11 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	struct service *svc;
 	enum insert done;
 	bool is_masked;
-	enum way way;
+	enum fib_result way;
 	int verdict;
 	u32 id;
 
-	if (is_left_to_others(p))
+	if (defer_to_kube_proxy(p))
 		return PASS;
 	svc = is_of_interest ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
 			     : NULL;
@@ -416,11 +416,11 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p)
 	new_entry(s, p, backend);
 	is_masked = must_masquerade(svc, is_inside, p, backend);
 	if (is_masked) {
-		way = way_to(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
+		way = fib_result_of(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
 		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
-		if (BYPASS_NETFILTER && is_masked && way != WAY_NARROW && fib.ifindex &&
+		if (BYPASS_NETFILTER && is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex &&
 		    p->hops > 1)
-			return begin_past_netfilter(skb, p, s, &node);
+			return create_bypass_flow(skb, p, s, &node);
 	}
 	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
@@ -459,11 +459,11 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 {
 	const bool is_loopback = AT_LOOPBACK && addr_is_loopback(&p->flow.src);
 	struct bpf_fib_lookup fib;
-	enum way way;
+	enum fib_result way;
 
 	/* No route begins at ::1; so far @node is the unspecified address. */
-	way = way_to(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
-	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL) {
+	way = fib_result_of(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
+	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
 		*node = backend->addr;
 		return true;
 	}
@@ -482,7 +482,7 @@ static __always_inline bool is_bound_to_device(struct __sk_buff *skb)
 }
 
 /* A new flow of this host, by a client that no socket hook saw. One pair does all. */
-static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p)
+static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	struct service *svc = service_of_host(&to);
@@ -494,7 +494,7 @@ static __always_inline int begin_on_host(struct __sk_buff *skb, struct packet *p
 	int verdict;
 	u32 id;
 
-	if (is_left_to_others(p))
+	if (defer_to_kube_proxy(p))
 		return PASS;
 	if (!svc && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
@@ -607,12 +607,12 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	(void)skb;
 #elif L3_OFFSET == ETH_HLEN || NODEPORTS_ON_LOOPBACK
 	struct bpf_fib_lookup fib;
-	enum way way = way_to(skb, &nat->dst, &nat->src, 0, &fib);
+	enum fib_result way = fib_result_of(skb, &nat->dst, &nat->src, 0, &fib);
 
-	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL)
+	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
 #if L3_OFFSET == ETH_HLEN
-	if (way == WAY_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
+	if (way == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
 		u8 macs[12];
 
 		__builtin_memcpy(macs, fib.smac, 6);
@@ -629,7 +629,8 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	return PASS;
 }
 
-static __always_inline int follow(struct __sk_buff *skb, const struct packet *p, struct nat *nat)
+static __always_inline int forward_flow(struct __sk_buff *skb, const struct packet *p,
+					struct nat *nat)
 {
 	const bool forwards = nat->flags & NAT_BYPASS;
 
@@ -657,7 +658,7 @@ static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p
 		return true;
 	switch (course_of(p, nat)) {
 	case COURSE_FOLLOW:
-		*verdict = follow(skb, p, nat);
+		*verdict = forward_flow(skb, p, nat);
 		return false;
 	case COURSE_REJECT:
 		conntrack_forget(&p->flow, nat);
@@ -670,14 +671,15 @@ static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p
 }
 
 /* Packets that are not simply one of a flow with ports. */
-static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p, enum shape shape)
+static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p,
+				   enum parse_result parsed)
 {
-	switch (shape) {
-	case SHAPE_CUT:
+	switch (parsed) {
+	case PARSE_TRUNCATED:
 		return pass(EVENT_MALFORMED);
-	case SHAPE_LATER_UNKNOWN:
+	case PARSE_FIRST_FRAG_UNSEEN:
 		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : no_service(skb, p);
-	case SHAPE_OTHER:
+	case PARSE_OTHER:
 		/* Of ICMP only a ping is answered by an error. */
 		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
 		    p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
@@ -699,7 +701,7 @@ static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat
 #else
 	struct bpf_fib_lookup fib;
 
-	if (NODEPORTS_ON_LOOPBACK && way_to(skb, &nat->dst, &nat->src, 0, &fib) == WAY_LOCAL)
+	if (NODEPORTS_ON_LOOPBACK && fib_result_of(skb, &nat->dst, &nat->src, 0, &fib) == FIB_LOCAL)
 		return send_to_self(skb);
 	return PASS;
 #endif
@@ -776,9 +778,9 @@ static __always_inline enum insert give_other_port(struct __sk_buff *skb, const 
 	return insert_source(skb, s, &p->flow);
 }
 
-static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
+static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *p)
 {
-	enum shape shape;
+	enum parse_result parsed;
 	bool is_answered;
 	enum insert done;
 	int verdict;
@@ -791,11 +793,11 @@ static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
 	is_answered = flow_of_interest(&p->flow.dst, &p->flow.src);
 	if ((!is_answered && !address_of_interest(&p->flow.dst)) || !is_for_us(skb))
 		return PASS;
-	shape = read_ports(skb, p);
-	if (shape == SHAPE_ICMP_ERROR)
+	parsed = read_ports(skb, p);
+	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
-	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
-		return unusual(skb, p, shape);
+	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
+		return unusual(skb, p, parsed);
 	if (is_answered && has_port_of_service(skb, p)) {
 		done = give_other_port(skb, p);
 		if (done != INSERT_DONE)
@@ -803,7 +805,7 @@ static __always_inline int arrive(struct __sk_buff *skb, struct packet *p)
 	}
 	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_new(skb, p, &verdict))
 		return verdict;
-	return begin(skb, p);
+	return create_flow(skb, p);
 }
 
 /*
@@ -825,14 +827,14 @@ static __always_inline void note_own(const struct packet *p)
 	if (!svc || svc->flags & SERVICE_OWN)
 		return;
 	node = map_lookup(devices, &any);
-	if (!node || !(node->flags & (NODE_HANDOVER | NODE_WAITS)))
+	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
 		conntrack_note_own(s, &p->flow);
 }
 
-static __always_inline int leave(struct __sk_buff *skb, struct packet *p)
+static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p)
 {
 	bool is_known, is_mine, may_be_own;
-	enum shape shape;
+	enum parse_result parsed;
 	int verdict;
 
 	if (skb->vlan_present || !read_addresses(skb, p))
@@ -845,15 +847,15 @@ static __always_inline int leave(struct __sk_buff *skb, struct packet *p)
 	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
 	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return PASS;
-	shape = read_ports(skb, p);
-	if (shape == SHAPE_ICMP_ERROR)
+	parsed = read_ports(skb, p);
+	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
-	if (shape != SHAPE_WHOLE && shape != SHAPE_LATER)
-		return is_mine ? unusual(skb, p, shape) : leave_unserved(skb, p);
+	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
+		return is_mine ? unusual(skb, p, parsed) : leave_unserved(skb, p);
 	if (is_known && !is_new(skb, p, &verdict))
 		return verdict;
 	if (is_mine)
-		return begin_on_host(skb, p);
+		return create_host_flow(skb, p);
 	if (may_be_own)
 		note_own(p);
 	return leave_unserved(skb, p);
@@ -864,13 +866,13 @@ int from_device(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_INGRESS);
 
-	return p ? carry_out(skb, p, arrive(skb, p)) : PASS;
+	return p ? carry_out(skb, p, handle_ingress(skb, p)) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
 
-	return p ? carry_out(skb, p, leave(skb, p)) : PASS;
+	return p ? carry_out(skb, p, handle_egress(skb, p)) : PASS;
 }
 #endif

@@ -25,7 +25,7 @@ static __always_inline void set_namespace(struct client *client, u64 cookie)
 }
 
 /* Only then is it worth finding out. */
-static __always_inline bool asks_who(const struct service *svc)
+static __always_inline bool needs_client_key(const struct service *svc)
 {
 	return svc->affinity_seconds || svc->algorithm >= ALGORITHM_DESTINATION_HASH;
 }

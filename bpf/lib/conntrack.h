@@ -108,7 +108,7 @@ static __always_inline void partner_key(struct flow *key, const struct flow *flo
 }
 
 /* The other half of @s->key and @s->nat, in their place. */
-static __always_inline void turn_round(struct scratch *s, const struct flow *flow)
+static __always_inline void invert_entry(struct scratch *s, const struct flow *flow)
 {
 	const u32 end = s->nat.end;
 

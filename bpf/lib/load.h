@@ -27,7 +27,7 @@ static __always_inline void load_remove_socket(u32 backend_id)
 		__sync_fetch_and_add(&load->sockets, -1);
 }
 
-static __always_inline void load_begin_flow(u32 backend_id)
+static __always_inline void load_count_flow(u32 backend_id)
 {
 	struct load *load = load_of(backend_id);
 

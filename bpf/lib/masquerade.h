@@ -26,21 +26,22 @@ static __always_inline bool is_masquerade_port(__be16 port)
 }
 
 /* Where the routes send a packet. The first three are through a device. */
-enum way {
-	WAY_NEIGHBOUR, /* whose link address is known */
-	WAY_OUT,
-	WAY_NARROW, /* that takes no packet of this size */
-	WAY_LOCAL,  /* to this host itself */
-	WAY_NONE,
+enum fib_result {
+	FIB_NEIGHBOUR, /* whose link address is known */
+	FIB_OUT,
+	FIB_MTU_EXCEEDED, /* that takes no packet of this size */
+	FIB_LOCAL,	  /* to this host itself */
+	FIB_NONE,
 };
 
 /*
  * Asks the routes for the way from @from to @to, for packets of @size bytes (0: of any). @fib gets
  * the device, 0 where the kernel has a way that this helper does not know (an encapsulating route).
  */
-static __always_inline enum way way_to(struct __sk_buff *skb, const struct inet_addr *from,
-				       const struct inet_addr *to, u16 size,
-				       struct bpf_fib_lookup *fib)
+static __always_inline enum fib_result fib_result_of(struct __sk_buff *skb,
+						     const struct inet_addr *from,
+						     const struct inet_addr *to, u16 size,
+						     struct bpf_fib_lookup *fib)
 {
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->ifindex = ifindex_of(skb);
@@ -56,25 +57,25 @@ static __always_inline enum way way_to(struct __sk_buff *skb, const struct inet_
 	}
 	switch (bpf_fib_lookup(skb, fib, sizeof(*fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
-		return WAY_NEIGHBOUR;
+		return FIB_NEIGHBOUR;
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		return WAY_OUT;
+		return FIB_OUT;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		return WAY_NARROW;
+		return FIB_MTU_EXCEEDED;
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
-		return WAY_LOCAL;
+		return FIB_LOCAL;
 	case BPF_FIB_LKUP_RET_UNSUPP_LWT:
 	case BPF_FIB_LKUP_RET_FWD_DISABLED:
 		fib->ifindex = 0;
-		return WAY_OUT;
+		return FIB_OUT;
 	default:
-		return WAY_NONE;
+		return FIB_NONE;
 	}
 }
 
-static __always_inline bool leads_out(enum way way)
+static __always_inline bool leads_out(enum fib_result way)
 {
-	return way <= WAY_NARROW;
+	return way <= FIB_MTU_EXCEEDED;
 }
 
 /*
@@ -103,14 +104,14 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 				    const struct inet_addr *to)
 {
 	struct bpf_fib_lookup fib;
-	enum way way = way_to(skb, from, to, 0, &fib);
+	enum fib_result way = fib_result_of(skb, from, to, 0, &fib);
 
-	if (NODEPORTS_ON_LOOPBACK && way == WAY_LOCAL)
+	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN
-	if (way == WAY_NEIGHBOUR) {
+	if (way == FIB_NEIGHBOUR) {
 		u8 macs[12];
 
 		__builtin_memcpy(macs, fib.dmac, 6);
@@ -216,12 +217,12 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 	enum insert done;
 
 	s->nat.flags = NAT_SOURCE;
-	turn_round(s, key);
+	invert_entry(s, key);
 	done = take_port(skb, s);
 	if (done != INSERT_DONE)
 		return done;
 	answers = s->key;
-	turn_round(s, &answers);
+	invert_entry(s, &answers);
 	return conntrack_insert(s, true);
 }
 

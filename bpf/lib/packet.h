@@ -94,13 +94,13 @@ struct icmp_header {
 #define ICMPV6_PORT_UNREACHABLE 4
 
 /* How a packet shows its flow. */
-enum shape {
-	SHAPE_OTHER,	     /* no ports: another protocol, or headers that make no sense */
-	SHAPE_WHOLE,	     /* ports follow the IP header; perhaps a first fragment */
-	SHAPE_LATER,	     /* a fragment without them */
-	SHAPE_ICMP_ERROR,    /* in the packet that the error is about, the other way round */
-	SHAPE_CUT,	     /* not enough bytes */
-	SHAPE_LATER_UNKNOWN, /* a fragment whose first was not seen */
+enum parse_result {
+	PARSE_OTHER,		 /* no ports: another protocol, or headers that make no sense */
+	PARSE_WHOLE,		 /* ports follow the IP header; perhaps a first fragment */
+	PARSE_LATER_FRAG,	 /* a fragment without them */
+	PARSE_ICMP_ERROR,	 /* in the packet that the error is about, the other way round */
+	PARSE_TRUNCATED,	 /* not enough bytes */
+	PARSE_FIRST_FRAG_UNSEEN, /* a fragment whose first was not seen */
 };
 
 struct packet {
@@ -235,7 +235,7 @@ static __always_inline bool has_ports(u8 proto)
 }
 
 /* The packet that an ICMP error is about is one of ours: the flow is the one that answers it. */
-static __always_inline enum shape read_icmp(struct __sk_buff *skb, struct packet *p)
+static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct {
 		__be16 sport;
@@ -245,9 +245,9 @@ static __always_inline enum shape read_icmp(struct __sk_buff *skb, struct packet
 	struct icmp_header icmp;
 
 	if (p->is_fragment)
-		return SHAPE_OTHER;
+		return PARSE_OTHER;
 	if (bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
-		return SHAPE_CUT;
+		return PARSE_TRUNCATED;
 	p->tcp_flags = icmp.type;
 	p->inner_l3 = p->l4 + sizeof(icmp);
 	if (p->is_v4) {
@@ -255,11 +255,11 @@ static __always_inline enum shape read_icmp(struct __sk_buff *skb, struct packet
 
 		if (icmp.type != ICMP_UNREACHABLE && icmp.type != ICMP_SOURCE_QUENCH &&
 		    icmp.type != ICMP_TIME_EXCEEDED && icmp.type != ICMP_PARAMETER)
-			return SHAPE_OTHER;
+			return PARSE_OTHER;
 		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
-			return SHAPE_CUT;
+			return PARSE_TRUNCATED;
 		if (ip.version_ihl < 0x45 || ip.version_ihl > 0x4f || (ip.fragment & IPV4_OFFSET))
-			return SHAPE_OTHER;
+			return PARSE_OTHER;
 		p->inner_l4 = p->inner_l3 + (ip.version_ihl & 0xf) * 4;
 		p->flow.proto = ip.proto;
 		p->flow.src = addr_of_v4(ip.dst);
@@ -268,21 +268,21 @@ static __always_inline enum shape read_icmp(struct __sk_buff *skb, struct packet
 		struct ipv6_header ip;
 
 		if (icmp.type < ICMPV6_UNREACHABLE || icmp.type > ICMPV6_PARAMETER)
-			return SHAPE_OTHER;
+			return PARSE_OTHER;
 		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
-			return SHAPE_CUT;
+			return PARSE_TRUNCATED;
 		p->inner_l4 = p->inner_l3 + sizeof(ip);
 		p->flow.proto = ip.next;
 		p->flow.src = ip.dst;
 		p->flow.dst = ip.src;
 	}
 	if (!has_ports(p->flow.proto))
-		return SHAPE_OTHER;
+		return PARSE_OTHER;
 	if (bpf_skb_load_bytes(skb, p->inner_l4, &inner, sizeof(inner)))
-		return SHAPE_CUT;
+		return PARSE_TRUNCATED;
 	p->flow.sport = inner.dport;
 	p->flow.dport = inner.sport;
-	return SHAPE_ICMP_ERROR;
+	return PARSE_ICMP_ERROR;
 }
 
 static __always_inline struct fragment_key fragment_key(const struct packet *p)
@@ -359,31 +359,31 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 }
 
 /* Completes the flow with its ports. */
-static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packet *p)
+static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struct packet *p)
 {
 	struct ports ports = {};
 
 	if (!p->is_v4 && !skip_extensions(skb, p))
-		return SHAPE_OTHER;
+		return PARSE_OTHER;
 	p->flow.proto = p->proto;
 	p->tcp_flags = 0;
 	if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return read_icmp(skb, p);
 	if (!has_ports(p->proto))
-		return SHAPE_OTHER;
+		return PARSE_OTHER;
 	if (p->is_later_fragment) {
 		struct fragment_key key = fragment_key(p);
 		struct fragment *known = map_lookup(fragments, &key);
 
 		if (!known)
-			return SHAPE_LATER_UNKNOWN;
+			return PARSE_FIRST_FRAG_UNSEEN;
 		p->flow.sport = known->ports.sport;
 		p->flow.dport = known->ports.dport;
 		p->new_fragment_id = known->new_id;
-		return SHAPE_LATER;
+		return PARSE_LATER_FRAG;
 	}
 	if (!read_transport(skb, p, &ports))
-		return SHAPE_CUT;
+		return PARSE_TRUNCATED;
 	p->flow.sport = ports.sport;
 	p->flow.dport = ports.dport;
 	if (p->is_fragment) {
@@ -393,7 +393,7 @@ static __always_inline enum shape read_ports(struct __sk_buff *skb, struct packe
 		p->new_fragment_id = fragment.new_id;
 		map_update(fragments, &key, &fragment);
 	}
-	return SHAPE_WHOLE;
+	return PARSE_WHOLE;
 }
 
 #endif

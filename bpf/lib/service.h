@@ -113,7 +113,7 @@ static __always_inline void count_backend(u32 backend_id)
 
 /*
  * One hash lookup led to @svc; two array lookups lead to the backend. @client is filled in where
- * asks_who(@svc).
+ * needs_client_key(@svc).
  */
 static __always_inline enum verdict service_choose(const struct service *svc,
 						   const struct client *client, u32 *backend_id,

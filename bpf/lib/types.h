@@ -341,8 +341,8 @@ struct fragment {
 #define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */
 
 /* Of the entry 0, which is no device but the node. */
-#define NODE_HANDOVER (1 << 2) /* TCP connections that began elsewhere are netfilter's */
-#define NODE_WAITS    (1 << 3) /* no flow begins here: known ones are followed */
+#define HANDOVER_MODE (1 << 2) /* TCP connections that began elsewhere are netfilter's */
+#define NO_NEW_FLOWS  (1 << 3) /* no flow begins here: known ones are followed */
 
 struct device {
 	struct inet_addr addr4;

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 R = TypeVar("R")
 
 
-class Beside(Protocol):
+class BackgroundRunner(Protocol):
     """Runs work in a worker and then, with its result, something in the reconciler."""
 
     def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...

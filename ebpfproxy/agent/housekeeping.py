@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from ebpfproxy.agent.background import Beside
+from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
@@ -42,14 +42,14 @@ class Housekeeping:
         *,
         grace: Grace,
         metrics: AgentMetrics,
-        beside: Beside,
+        background: BackgroundRunner,
     ) -> None:
         self._options = options
         self._maps = maps
         self._writer = writer
         self._grace = grace
         self._metrics = metrics
-        self._beside = beside
+        self._background = background
         self._sweeper = conntrack_table.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps)
@@ -87,7 +87,7 @@ class Housekeeping:
             self._writer.reclaim(retired)
             self._writer.retry()
 
-        self._beside(self._grace.wait, passed)
+        self._background(self._grace.wait, passed)
 
     # -- sockets of backends that are gone
 
@@ -101,7 +101,7 @@ class Housekeeping:
             return
         self._ending, self._next_ending = True, now + _ENDING_SECONDS
         tcp = self._options.stale_tcp
-        self._beside(
+        self._background(
             lambda: end_stale_sockets(
                 self._maps, self._grace, departures, tcp, lost=lost, redirect=self._redirect
             ),
@@ -115,9 +115,11 @@ class Housekeeping:
             refused = self._writer.redirects.add(wanted)
             if refused:
                 stale = peers_of({key: wanted[key] for key in refused})
-                self._beside(lambda: len(end_sockets(stale)), lambda n: self._metrics.ended_sockets("UDP", n))
+                self._background(
+                    lambda: len(end_sockets(stale)), lambda n: self._metrics.ended_sockets("UDP", n)
+                )
 
-        self._beside(lambda: None, redirect)
+        self._background(lambda: None, redirect)
 
     def _sockets_ended(self, result: Ended) -> None:
         self._ending = False
@@ -138,7 +140,7 @@ class Housekeeping:
             return
         self._sweeping = True
         departures, backends = self._writer.departures, self._writer.backends_end
-        asks_who = self._writer.asks_who
+        needs_client_key = self._writer.needs_client_key
 
         # A datagram that chose before the change has noted its choice by now.
         over = dict(departures.items() & self._ended.items())
@@ -148,7 +150,7 @@ class Housekeeping:
             forget_expired(self._maps, time.monotonic_ns())
             for key in noted_departures(self._maps, over):
                 del over[key]
-            return swept, namespace_cookies() if asks_who else {}
+            return swept, namespace_cookies() if needs_client_key else {}
 
         def done(found: tuple[conntrack_table.Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
@@ -164,7 +166,7 @@ class Housekeeping:
             self._metrics.swept(swept, swept.departed)
             self._writer.retry()
 
-        self._beside(sweep, done)
+        self._background(sweep, done)
 
     # -- records of sockets that no program has seen closed
 
@@ -181,4 +183,4 @@ class Housekeeping:
                 log.info("records of sockets that are no more are removed", **removed)
                 self._writer.retry()
 
-        self._beside(self._forgotten.sweep, done)
+        self._background(self._forgotten.sweep, done)

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import ebpfproxy
-from ebpfproxy.datapath.services.writer import Unplaced
-from ebpfproxy.kube.events.event import Level, Occurrence, Reference
+from ebpfproxy.datapath.services.writer import CapacityError
+from ebpfproxy.kube.events.event import KubeEvent, Level, Reference
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import FrontendKind
 from ebpfproxy.services.values import Warning
@@ -37,33 +37,33 @@ _SERVER_REASONS = {
 }
 
 
-def starting(node: str) -> Occurrence:
-    return Occurrence(_node(node), Level.NORMAL, "Starting", _START, f"ebpfproxy {ebpfproxy.__version__}")
+def starting(node: str) -> KubeEvent:
+    return KubeEvent(_node(node), Level.NORMAL, "Starting", _START, f"ebpfproxy {ebpfproxy.__version__}")
 
 
-def server_not_started(node: str, server: str, error: str) -> Occurrence:
+def server_not_started(node: str, server: str, error: str) -> KubeEvent:
     """``server``: healthz or metrics."""
     note = f"{server} server failed: {error}"
-    return Occurrence(_node(node), Level.WARNING, _SERVER_REASONS[server], _START, note)
+    return KubeEvent(_node(node), Level.WARNING, _SERVER_REASONS[server], _START, note)
 
 
-def health_port_not_bound(node: str, service: ObjectKey, port: int, error: str) -> Occurrence:
+def health_port_not_bound(node: str, service: ObjectKey, port: int, error: str) -> KubeEvent:
     """In kube-proxy's words (pkg/proxy/healthcheck/service_health.go)."""
     note = f'node {node} failed to start healthcheck "{service}" on port {port}: {error}'
-    return Occurrence(_service(service), Level.WARNING, "FailedToStartServiceHealthcheck", "Listen", note)
+    return KubeEvent(_service(service), Level.WARNING, "FailedToStartServiceHealthcheck", "Listen", note)
 
 
-def device_not_attached(node: str, failure: str) -> Occurrence:
-    return Occurrence(_node(node), Level.WARNING, "DeviceNotAttached", "AttachPrograms", failure)
+def device_not_attached(node: str, failure: str) -> KubeEvent:
+    return KubeEvent(_node(node), Level.WARNING, "DeviceNotAttached", "AttachPrograms", failure)
 
 
-def no_room(node: str, problems: Iterable[Unplaced]) -> list[Occurrence]:
+def no_room(node: str, problems: Iterable[CapacityError]) -> list[KubeEvent]:
     """One for each Service."""
     found: dict[ObjectKey, list[str]] = {}
     for problem in sorted(problems, key=str):
         found.setdefault(ObjectKey(problem.key.namespace, problem.key.name), []).append(str(problem))
     return [
-        Occurrence(
+        KubeEvent(
             _service(key),
             Level.WARNING,
             "NoRoomForServicePort",
@@ -74,13 +74,13 @@ def no_room(node: str, problems: Iterable[Unplaced]) -> list[Occurrence]:
     ]
 
 
-def value_not_used(warning: Warning) -> Occurrence:
+def value_not_used(warning: Warning) -> KubeEvent:
     kind = _KINDS[warning.resource]
     of = f"{kind} {warning.key.name}: " if warning.resource is Resource.ENDPOINTSLICES else ""
     note = f"{of}{warning.field}: {warning.message}"
     reason = "AddressConflict" if warning.field in _CONFLICTS else "ValueNotUsed"
     about = Reference(kind, *warning.key)
-    return Occurrence(about, Level.WARNING, reason, "ReadService", note, of_node=False)
+    return KubeEvent(about, Level.WARNING, reason, "ReadService", note, of_node=False)
 
 
 def _node(name: str) -> Reference:

@@ -1,6 +1,6 @@
 """The programs: loaded beside the reconciler, attached once the maps are complete, then kept on all devices.
 
-All but :meth:`Attaching.load` is called by the reconciler.
+All but :meth:`ProgramManager.load` is called by the reconciler.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ebpfproxy.agent.background import Beside
+from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.datapath.abi.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
-from ebpfproxy.datapath.flows.map_migration import Carrier
+from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features
 from ebpfproxy.datapath.node.packets import PacketDevice, PacketPath
@@ -33,7 +33,7 @@ log = get_logger(__name__)
 _RETRY_SECONDS = 10.0
 
 
-class Attaching:
+class ProgramManager:
     """What is attached stays when this ends: only the next agent replaces it."""
 
     def __init__(
@@ -42,7 +42,7 @@ class Attaching:
         maps: MapSet,
         pins: Path,
         features: Features,
-        beside: Beside,
+        background: BackgroundRunner,
         *,
         handover: Handover,
     ) -> None:
@@ -50,7 +50,7 @@ class Attaching:
         self._maps = maps
         self._pins = pins
         self._features = features
-        self._beside = beside
+        self._background = background
         self._handover = handover
         self._packets = PacketPath(maps, pins, tcx=features.tcx, loopback=options.node_ports_on_loopback)
         self._programs: Path | None = None
@@ -78,7 +78,7 @@ class Attaching:
 
     def start_load(self) -> None:
         self._loading = True
-        self._beside(self.load, self._loaded)
+        self._background(self.load, self._loaded)
 
     def load(self) -> Path:
         """Compiles and loads what these options ask for, unless it is pinned already. Raises LoadError."""
@@ -122,7 +122,7 @@ class Attaching:
             return
         if self._programs is None:
             return
-        carrier = Carrier(self._pins, self._maps)
+        carrier = MapMigration(self._pins, self._maps)
         carrier.copy()
         changed = attach.attach_all(
             self._pins,

@@ -29,7 +29,7 @@ from ebpfproxy.agent import http, kube_events, reports, state
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.options import AgentOptions
-from ebpfproxy.agent.programs import Attaching
+from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.config.masquerade_ports import shared_remark
@@ -168,10 +168,10 @@ class Agent:
             source_towards=Routes().source_towards,
         )
         self._housekeeping = Housekeeping(
-            options, self._maps, self._writer, grace=grace, metrics=self._metrics, beside=self._beside
+            options, self._maps, self._writer, grace=grace, metrics=self._metrics, background=self._background
         )
-        self._attaching = Attaching(
-            options, self._maps, pins, features, self._beside, handover=self._handover
+        self._programs = ProgramManager(
+            options, self._maps, pins, features, self._background, handover=self._handover
         )
         carry_orders(pins, self._maps)
         self._drained = Drained(self._maps)
@@ -182,7 +182,7 @@ class Agent:
             backends=self._writer.backends,
         )
         if self._init_only:
-            self._attaching.load()
+            self._programs.load()
             lock.release()
             return
         source = self._source
@@ -198,8 +198,8 @@ class Agent:
         NetworkWatcher(lambda found: self._queue.put(NetworkChanged(found))).start()
         if not self._handle_all(self._next_messages(_HEARTBEAT)):
             self._queue.put(Stop())
-        self._attaching.set_pod_cidrs(self._node_facts)
-        self._attaching.start_load()
+        self._programs.set_pod_cidrs(self._node_facts)
+        self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
         self._serve(servers)
         self._node_port_health.start()
@@ -241,12 +241,12 @@ class Agent:
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
             self._writer.end_absences()
-            self._attaching.set_pod_cidrs(self._node_facts)
+            self._programs.set_pod_cidrs(self._node_facts)
             if self._complete:
-                self._attaching.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
-                self._attaching.attach(self._started)
+                self._programs.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
+                self._programs.attach(self._started)
             self._tell_of_devices()
-            self._housekeeping.start(attached=self._attaching.attached)
+            self._housekeeping.start(attached=self._programs.attached)
             if not is_idle or self._state_is_old or time.monotonic() - self._state_written >= _HEARTBEAT:
                 self._write_state()
 
@@ -366,7 +366,7 @@ class Agent:
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
         self._writer.set_primary_addresses(network.primary)
-        self._attaching.set_network(network)
+        self._programs.set_network(network)
 
     def _tell_of_roles(self, devices: tuple[Device, ...]) -> None:
         """Pods' devices come and go by the hundred: only what a device changes to is told of those."""
@@ -379,7 +379,7 @@ class Agent:
         self._devices = {device.ifindex: device for device in devices}
 
     def _tell_of_devices(self) -> None:
-        failures = set(self._attaching.failures)
+        failures = set(self._programs.failures)
         for failure in sorted(failures - self._told_failures):
             self._source.record(kube_events.device_not_attached(self._options.node_name, failure))
         self._told_failures = failures
@@ -390,7 +390,7 @@ class Agent:
             kube_events.health_port_not_bound(self._options.node_name, key, service.port, error)
         )
 
-    def _beside(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
+    def _background(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
         """Runs ``work`` in a worker, and ``then`` with its result in the reconciler. Its failure is ours."""
 
         def done(future: Future[R]) -> None:
@@ -407,8 +407,8 @@ class Agent:
     # -- what status shows
 
     def _loopback_state(self) -> Iterable[state.DeviceState]:
-        if LOOPBACK in self._attaching.targets:
-            is_attached = LOOPBACK.ifindex in self._attaching.attached_devices
+        if LOOPBACK in self._programs.targets:
+            is_attached = LOOPBACK.ifindex in self._programs.attached_devices
             yield state.DeviceState(
                 LOOPBACK.ifindex, LOOPBACK.name, "loopback", "NodePorts answer on it", is_attached
             )
@@ -424,18 +424,18 @@ class Agent:
         What is not written at once is soon after: ``status`` must not show maps that are newer by more.
         """
         now = time.monotonic()
-        synced = self._complete and self._attaching.attached
+        synced = self._complete and self._programs.attached
         if now - self._state_written < _STATE_REST and synced and self._synced_written:
             self._state_is_old = True
             return
         self._state_written, self._synced_written, self._state_is_old = now, synced, False
         self._metrics.pending(*self._tracker.pending_changes)
-        self._metrics.devices(len(self._attaching.targets), len(self._attaching.failures))
+        self._metrics.devices(len(self._programs.targets), len(self._programs.failures))
         without_room = [str(each) for each in self._writer.unplaced]
         self._metrics.without_room(len(without_room))
         self._metrics.health_check_ports(self._node_port_health.bound, len(self._node_port_health.failed))
         statuses = self._source.statuses()
-        attached = self._attaching.attached_devices
+        attached = self._programs.attached_devices
         state.save(
             self._maps,
             state.AgentState(
@@ -456,7 +456,7 @@ class Agent:
                 ),
                 problems=(
                     *without_room,
-                    *self._attaching.failures,
+                    *self._programs.failures,
                     *(
                         [shared_remark(self._options.masquerade_ports)]
                         if self._options.masquerade_ports_shared
@@ -464,7 +464,7 @@ class Agent:
                     ),
                     *self._unbound(),
                 ),
-                devices=len(self._attaching.targets),
+                devices=len(self._programs.targets),
                 device_roles=(
                     *self._loopback_state(),
                     *(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ebpfproxy.agent import kube_events
-from ebpfproxy.datapath.services.writer import Unplaced
+from ebpfproxy.datapath.services.writer import CapacityError
 from ebpfproxy.kube.events.recorder import Record
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
@@ -21,7 +21,7 @@ def programmed(
     record: Record,
     node: str,
     update: Update,
-    problems: Sequence[Unplaced],
+    problems: Sequence[CapacityError],
     *,
     began: float,
     done: float,

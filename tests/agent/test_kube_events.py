@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ebpfproxy.agent import kube_events
-from ebpfproxy.datapath.services.writer import Unplaced
+from ebpfproxy.datapath.services.writer import CapacityError
 from ebpfproxy.kube.events.event import Level, Reference
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import Family, Protocol, ServicePortKey
@@ -18,9 +18,9 @@ def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
     found = kube_events.no_room(
         "n1",
         [
-            Unplaced(_port("web", "http", Family.IPV4), "no room for its slots: 7"),
-            Unplaced(_port("web", "dns", Family.IPV6), "no room in services6"),
-            Unplaced(_port("api", "", Family.IPV4), "no room in members"),
+            CapacityError(_port("web", "http", Family.IPV4), "no room for its slots: 7"),
+            CapacityError(_port("web", "dns", Family.IPV6), "no room in services6"),
+            CapacityError(_port("api", "", Family.IPV4), "no room in members"),
         ],
     )
     assert [(each.regarding.name, each.note) for each in found] == [

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events.event import Level, Occurrence, Reference, Series, event
+from ebpfproxy.kube.events.event import KubeEvent, Level, Reference, Series, event
 from ebpfproxy.kube.events.recorder import Pace, Recorder
 from ebpfproxy.kube.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
 from ebpfproxy.kube.source_status import State
@@ -266,10 +266,8 @@ def test_events_are_taken_once(api: Api) -> None:
         recorder = Recorder(api.connection(), "node-a", counts.append, Pace(spread=0))
         recorder.start()
         for about in (SERVICE, Reference("Node", "", "node-a")):
-            recorder.record(Occurrence(about, Level.WARNING, "Bad", "Read", "é" * 1000))
-        recorder.record(
-            Occurrence(Reference("Service", "default", "gone"), Level.WARNING, "Bad", "Read", "x")
-        )
+            recorder.record(KubeEvent(about, Level.WARNING, "Bad", "Read", "é" * 1000))
+        recorder.record(KubeEvent(Reference("Service", "default", "gone"), Level.WARNING, "Bad", "Read", "x"))
         deadline = time.monotonic() + 30
         while len(counts) < 3 * start:
             assert time.monotonic() < deadline, counts
@@ -299,7 +297,7 @@ def test_events_are_taken_once(api: Api) -> None:
 )
 def test_events_that_are_not_valid(api: Api, field: str, value: object, status: int) -> None:
     now = time.time()
-    occurrence = Occurrence(SERVICE, Level.NORMAL, "Odd", "Read", f"{field} {value}")
+    occurrence = KubeEvent(SERVICE, Level.NORMAL, "Odd", "Read", f"{field} {value}")
     body = {**event(occurrence, Series(now, now, 1), "node-a"), field: value}
     response = api.connection().request(
         "POST",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events.event import Level, Occurrence, Reference
+from ebpfproxy.kube.events.event import KubeEvent, Level, Reference
 from ebpfproxy.kube.events.recorder import RESULTS, Pace, Recorder
 from tests.apiserver import ApiServer, objects
 from tests.lab.waiting import until
@@ -22,8 +22,8 @@ SLICE = Reference("EndpointSlice", "load", "web-x7k2p")
 
 def said(
     about: Reference = SERVICE, note: str = "spec.x: is wrong", *, of_node: bool = False, reason: str = "Bad"
-) -> Occurrence:
-    return Occurrence(about, Level.WARNING, reason, "Read", note, of_node)
+) -> KubeEvent:
+    return KubeEvent(about, Level.WARNING, reason, "Read", note, of_node)
 
 
 class Sender:
@@ -36,7 +36,7 @@ class Sender:
         assert result in RESULTS
         self.counts[result] += 1
 
-    def __call__(self, *occurrences: Occurrence) -> None:
+    def __call__(self, *occurrences: KubeEvent) -> None:
         for each in occurrences:
             self.recorder.record(each)
 
@@ -169,7 +169,7 @@ def test_a_restart_does_not_say_it_again(server: ApiServer, sender: Sender) -> N
 def test_each_start_is_an_event(server: ApiServer) -> None:
     for _ in range(3):
         sender = Sender(server)
-        sender(Occurrence(NODE, Level.NORMAL, "Starting", "Start", "v1"))
+        sender(KubeEvent(NODE, Level.NORMAL, "Starting", "Start", "v1"))
         sender.until(created=1)
         sender.recorder.stop()
     assert len(server.events.all) == 3

@@ -133,7 +133,7 @@ def with_service_flags(packed: bytes, flags: int) -> bytes:
     return pack_service(entry.id, flags, entry.kind, entry.algorithm, entry.affinity_seconds)
 
 
-def asks_who(packed: bytes) -> bool:
+def needs_client_key(packed: bytes) -> bool:
     """Whether a packed service looks at who its client is, as in lib/algorithm.h."""
     return packed[7] >= Algorithm.DESTINATION_HASH or any(packed[8:12])
 

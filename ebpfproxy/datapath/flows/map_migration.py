@@ -22,7 +22,7 @@ _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 _NOTHING = 0xFFFFFFFF
 
 
-class Carrier:
+class MapMigration:
     """Copies, as often as it is told, what is not there yet; what can be known before is prepared at once.
 
     Entries of Services or backends that are no more stay behind. Close it.

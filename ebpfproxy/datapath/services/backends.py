@@ -22,7 +22,7 @@ from ebpfproxy.services.model import Backend, BackendState
 NO_IDS: frozenset[int] = frozenset()
 
 
-class Standing(NamedTuple):
+class InactiveBackends(NamedTuple):
     """Which of a service port's backends are not simply active, by what they are instead."""
 
     leaving: frozenset[int] = NO_IDS
@@ -32,7 +32,7 @@ class Standing(NamedTuple):
     absent: frozenset[int] = NO_IDS
 
 
-ALL_ACTIVE = Standing()
+ALL_ACTIVE = InactiveBackends()
 
 
 class Backends:
@@ -49,7 +49,7 @@ class Backends:
         self._no_load = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
         self._adopted = maps.adopted
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
-        self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in Standing._fields)
+        self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in InactiveBackends._fields)
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
         self._turned: set[int] = set()
@@ -144,23 +144,23 @@ class Backends:
 
     # -- who holds them
 
-    def adopt(self, held: Set[int]) -> Standing:
+    def adopt(self, held: Set[int]) -> InactiveBackends:
         """A service port that was there before holds these; returns how they stand."""
         for number in held:
             self._refs[number] += 1
             if self._state(number) == BackendState.GONE:
                 # An agent was killed before its change came to pass.
                 self._turned.add(number)
-        standing = Standing(
+        inactive = InactiveBackends(
             *(
                 frozenset(n for n in held if self._state(n) == state) or NO_IDS
                 for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
             )
         )
-        self._recount(ALL_ACTIVE, standing)
-        return standing
+        self._recount(ALL_ACTIVE, inactive)
+        return inactive
 
-    def hold(self, came: Set[int], went: Set[int], before: Standing, after: Standing) -> None:
+    def hold(self, came: Set[int], went: Set[int], before: InactiveBackends, after: InactiveBackends) -> None:
         """A service port takes some and lets others go."""
         turned = {n for old, new in zip(before, after, strict=True) for n in old ^ new}
         for number in came:
@@ -181,7 +181,7 @@ class Backends:
             else:
                 self._set_state(number, self._state_by_users(number))
 
-    def _recount(self, before: Standing, after: Standing) -> None:
+    def _recount(self, before: InactiveBackends, after: InactiveBackends) -> None:
         for counts, old, new in zip(self._counts, before, after, strict=True):
             counts.update(new - old)
             for number in old - new:

@@ -28,7 +28,7 @@ from ebpfproxy.datapath.abi.layout import U32, U64, ServiceFlags
 from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Departed, Departures
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, Backends, Standing
+from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, Backends, InactiveBackends
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.ids import Ids, IdsExhaustedError
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
@@ -50,7 +50,7 @@ _NO_MEMBERS = (NO_IDS, NO_IDS)
 _NOTHING_MADE = (None, None)
 
 
-class Unplaced(NamedTuple):
+class CapacityError(NamedTuple):
     """A service port that does not fit, or not as it should; as text it is one line."""
 
     key: ServicePortKey
@@ -69,7 +69,7 @@ class _Programmed(msgspec.Struct):
     sources: frozenset[bytes] = _NO_SOURCES
     #: Backends in no selection, which only serve old connections: draining or idle ones.
     unselected: frozenset[int] = NO_IDS
-    standing: Standing = ALL_ACTIVE
+    inactive: InactiveBackends = ALL_ACTIVE
     #: By policy, where there is session affinity: who is in ``members``.
     members: tuple[frozenset[int], frozenset[int]] = _NO_MEMBERS
     #: By policy, what slots that take long were made from, as a hash: the same need not be made again.
@@ -155,7 +155,7 @@ class Writer:
         self._frontends = Frontends(maps, self._note_lost)
         self._redirects = Redirects(maps, self._frontends)
         self._programmed: dict[ServicePortKey, _Programmed] = {}
-        self._unplaced: dict[ServicePortKey, tuple[ServicePort, Unplaced]] = {}
+        self._unplaced: dict[ServicePortKey, tuple[ServicePort, CapacityError]] = {}
         self._adopt()
 
     # -- what is there
@@ -204,7 +204,7 @@ class Writer:
             known.members = members.pop(number, _NO_MEMBERS)
             used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
             known.unselected = unselected.get(number, NO_IDS)
-            known.standing = self._backends.adopt(self._held(known))
+            known.inactive = self._backends.adopt(self._held(known))
             self._programmed[name] = known
         self._strangers = members
         self._ranges = Ranges(self._slots.spec.max_entries, used)
@@ -275,13 +275,13 @@ class Writer:
         removed: Iterable[ServicePortKey] = (),
         *,
         complete: bool = False,
-    ) -> list[Unplaced]:
+    ) -> list[CapacityError]:
         """Programs a change. ``complete``: ``changed`` is all there is, everything else goes.
 
         Returns the service ports that did not fit; they keep what they had.
         """
         plan = _Plan()
-        problems: list[Unplaced] = []
+        problems: list[CapacityError] = []
         wanted: set[ServicePortKey] = set()
         for port in changed:
             wanted.add(port.key)
@@ -303,7 +303,7 @@ class Writer:
         return problems
 
     @property
-    def unplaced(self) -> list[Unplaced]:
+    def unplaced(self) -> list[CapacityError]:
         """The service ports that do not fit, or not as they should, now."""
         return [problem for _, problem in self._unplaced.values()]
 
@@ -313,7 +313,7 @@ class Writer:
             self._has_freed = False
             self.apply([port for port, _ in self._unplaced.values()])
 
-    def _note_refused(self, plan: _Plan) -> list[Unplaced]:
+    def _note_refused(self, plan: _Plan) -> list[CapacityError]:
         """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
         found: dict[int, list[str]] = {}
         for number, why in plan.refused:
@@ -322,12 +322,12 @@ class Writer:
         for number, refused in found.items():
             port, _ = plan.placed[number]
             more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
-            problem = Unplaced(port.key, f"{refused[0]}{more}")
+            problem = CapacityError(port.key, f"{refused[0]}{more}")
             self._unplaced[port.key] = (port, problem)
             problems.append(problem)
         return problems
 
-    def _place(self, port: ServicePort, plan: _Plan) -> list[Unplaced]:
+    def _place(self, port: ServicePort, plan: _Plan) -> list[CapacityError]:
         """Writes what nobody looks at yet, and plans the rest. Returns what is wrong, if anything."""
         self._unplaced.pop(port.key, None)
         try:
@@ -353,7 +353,7 @@ class Writer:
                     return []
                 why = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
-        problem = Unplaced(port.key, why)
+        problem = CapacityError(port.key, why)
         self._unplaced[port.key] = (port, problem)
         return [problem]
 
@@ -413,8 +413,8 @@ class Writer:
         leaving = draining | terminating if terminating else draining
         absent = self._wait_for_absent(port.key, held - known.unselected.union(*ids))
         known.unselected = known.unselected | absent if absent else known.unselected
-        standing = Standing(leaving, idle, drained, absent)
-        self._hold(known, held, known.unselected.union(*ids), standing, plan)
+        inactive = InactiveBackends(leaving, idle, drained, absent)
+        self._hold(known, held, known.unselected.union(*ids), inactive, plan)
         wanted = _NO_MEMBERS
         if port.affinity_seconds:
             wanted = frozenset(ids[0]), frozenset(ids[1])
@@ -499,26 +499,26 @@ class Writer:
                 known = self._programmed[key]
                 held = self._held(known)
                 known.unselected -= gone
-                standing = known.standing._replace(absent=known.standing.absent - gone)
-                self._hold(known, held, held - gone, standing, plan)
+                inactive = known.inactive._replace(absent=known.inactive.absent - gone)
+                self._hold(known, held, held - gone, inactive, plan)
 
     def _hold(
-        self, known: _Programmed, before: Set[int], after: Set[int], standing: Standing, plan: _Plan
+        self, known: _Programmed, before: Set[int], after: Set[int], inactive: InactiveBackends, plan: _Plan
     ) -> None:
         """Notes whom a service port uses; its flows are told whom it does not any more."""
         came, went = after - before, before - after
-        if not (came or went) and standing == known.standing:
+        if not (came or went) and inactive == known.inactive:
             return
-        was = known.standing
-        away = standing.idle | standing.absent
+        was = known.inactive
+        away = inactive.idle | inactive.absent
         back = came | (was.idle | was.absent) - away - went if self._departures else NO_IDS
-        departed = dict.fromkeys((standing.idle - was.idle) & before, Departure.IDLE)
-        departed |= dict.fromkeys(standing.absent - was.absent, Departure.ABSENT)
+        departed = dict.fromkeys((inactive.idle - was.idle) & before, Departure.IDLE)
+        departed |= dict.fromkeys(inactive.absent - was.absent, Departure.ABSENT)
         departed |= dict.fromkeys(went, Departure.GONE)
         if back or departed:
             plan.departures.append((known.id, back, departed))
-        self._backends.hold(came, went, known.standing, standing)
-        known.standing = standing
+        self._backends.hold(came, went, known.inactive, inactive)
+        known.inactive = inactive
 
     @property
     def departures(self) -> dict[bytes, Departed]:
@@ -668,8 +668,8 @@ class Writer:
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
         stay = held - self._absent.pop(key, {}).keys()
-        self._hold(known, held, stay, Standing(idle=frozenset(stay)), plan)
-        self._backends.hold(NO_IDS, stay, known.standing, ALL_ACTIVE)
+        self._hold(known, held, stay, InactiveBackends(idle=frozenset(stay)), plan)
+        self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
         for policy in Policy:
             chosen = self._range(known.id, policy)
             if chosen[1]:
@@ -714,9 +714,9 @@ class Writer:
     # -- the node
 
     @property
-    def asks_who(self) -> bool:
+    def needs_client_key(self) -> bool:
         """Whether any Service looks at who its client is."""
-        return any(layout.asks_who(value) for _, value in self._frontends.items())
+        return any(layout.needs_client_key(value) for _, value in self._frontends.items())
 
     def set_client_namespaces(self, cookies: Mapping[bytes, int]) -> None:
         """Under which names pods of this node appear as clients: by address in packets."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ebpfproxy.kube.events.event import Occurrence, Reference, Series
+from ebpfproxy.kube.events.event import KubeEvent, Reference, Series
 
 _REPEAT_SECONDS = 600.0
 _BURST = 25
@@ -40,10 +40,10 @@ class Correlator:
     """Not for more than one thread at a time. It forgets what it has not met for longest."""
 
     def __init__(self) -> None:
-        self._sent: OrderedDict[Occurrence, _Sent] = OrderedDict()
+        self._sent: OrderedDict[KubeEvent, _Sent] = OrderedDict()
         self._buckets: OrderedDict[Reference, _Bucket] = OrderedDict()
 
-    def take(self, occurrence: Occurrence, *, monotonic: float, unix: float) -> Series | str:
+    def take(self, occurrence: KubeEvent, *, monotonic: float, unix: float) -> Series | str:
         """What to send now, or why nothing: ``repeated`` or ``limited``."""
         sent = self._sent.get(occurrence)
         if sent is not None and monotonic - sent.at < _REPEAT_SECONDS:

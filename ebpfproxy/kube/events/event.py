@@ -37,7 +37,7 @@ class Reference(msgspec.Struct, frozen=True):
     uid: str = ""
 
 
-class Occurrence(msgspec.Struct, frozen=True):
+class KubeEvent(msgspec.Struct, frozen=True):
     """What happened. ``regarding`` needs no uid: that is asked for when it is sent.
 
     ``of_node``: on this node. Else every node of the cluster finds the same, in the same words, and of the
@@ -66,7 +66,7 @@ def namespace_of(reference: Reference) -> str:
 
 
 def event(
-    occurrence: Occurrence,
+    occurrence: KubeEvent,
     series: Series,
     node: str,
     *,
@@ -95,7 +95,7 @@ def event(
     return found
 
 
-def _name(occurrence: Occurrence, series: Series, node: str) -> str:
+def _name(occurrence: KubeEvent, series: Series, node: str) -> str:
     """The same for the same, so that a second create is refused: no event for every node or every restart.
 
     What happens anew (a start, a series) has its time in it.

@@ -26,13 +26,13 @@ from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.client import ApiConnection, ConfigError
 from ebpfproxy.kube.decode import decode_status
 from ebpfproxy.kube.events.correlation import Correlator
-from ebpfproxy.kube.events.event import Occurrence, Reference, Series, event, namespace_of
+from ebpfproxy.kube.events.event import KubeEvent, Reference, Series, event, namespace_of
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-Record = Callable[[Occurrence], None]
+Record = Callable[[KubeEvent], None]
 
 #: What becomes of occurrences. ``created``, and ``exists``: another node or an earlier start sent the same;
 #: ``repeated`` and ``limited``: see ``correlation``; ``dropped``: the queue is full; ``gone``: the object is
@@ -73,7 +73,7 @@ class _Waiting(NamedTuple):
 
     due: float
     number: int
-    occurrence: Occurrence
+    occurrence: KubeEvent
     series: Series
     tries: int = 0
 
@@ -135,7 +135,7 @@ class Recorder:
             self._stopping = True
             self._changed.notify()
 
-    def record(self, occurrence: Occurrence) -> None:
+    def record(self, occurrence: KubeEvent) -> None:
         now = time.monotonic()
         with self._changed:
             # What has no room is not noted as told.
@@ -192,7 +192,7 @@ class Recorder:
             self._not_before = time.monotonic() + pause
             heapq.heappush(self._queue, waiting._replace(due=self._not_before, tries=waiting.tries + 1))
 
-    def _send(self, occurrence: Occurrence, series: Series) -> None:
+    def _send(self, occurrence: KubeEvent, series: Series) -> None:
         """Raises _Over when that is all, and Failure for what may pass."""
         namespace = namespace_of(occurrence.regarding)
         if time.monotonic() < self._forbidden.get(namespace, 0.0):

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from dnslib import AAAA, CNAME, PTR, QTYPE, RCODE, RR, SRV, A, DNSRecord
-from dnslib.server import BaseResolver, DNSServer
+from dnslib.server import BaseResolver, DNSLogger, DNSServer
 
 Object = dict[str, Any]
 
@@ -47,22 +47,14 @@ class Objects:
         ]
 
     def _follow(self, kind: str) -> None:
-        decoder = json.JSONDecoder()
         while True:
             found: dict[tuple[str, str], Object] = {}
             self._found[kind] = found
             command = [*self._command, "--output-watch-events", kind]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
-                text = ""
                 for line in process.stdout:
-                    text += line
-                    # Objects are printed over many lines; the last one of each is a closing brace alone.
-                    if line != "}\n":
-                        continue
-                    event, _ = decoder.raw_decode(text)
-                    text = ""
-                    self._apply(found, event)
+                    self._apply(found, json.loads(line))
             print(f"the watch of {kind} ended; starting it again", flush=True)
             time.sleep(1)
 
@@ -148,10 +140,10 @@ def _address(ip: str) -> Any:
 
 def main() -> None:
     kubectl, kubeconfig, *addresses = sys.argv[1:]
-    resolver = Resolver(Objects(kubectl, kubeconfig))
+    resolver, errors_only = Resolver(Objects(kubectl, kubeconfig)), DNSLogger("error")
     for address in addresses:
         for tcp in (False, True):
-            DNSServer(resolver, address=address, port=53, tcp=tcp).start_thread()
+            DNSServer(resolver, address=address, port=53, tcp=tcp, logger=errors_only).start_thread()
     print(f"serving at {' '.join(addresses)}", flush=True)
     threading.Event().wait()
 

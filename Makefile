@@ -9,13 +9,17 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-newest test-kernel test-image test-cluster bench lint format setup lock clean
+.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
 
 test: setup lint
 	$(PYTHON) -m pytest
+
+# What needs neither root nor the bpf system call, on all processors: the loop while writing.
+test-fast: setup
+	$(PYTHON) -m pytest -q -n auto --dist loadfile -m 'not root and not image and not systemd and not cluster'
 
 # The newest versions of what the lock names, in an environment of its own: says which they are and what breaks.
 # PYTEST=tests/kube takes a part.

@@ -26,7 +26,8 @@ FOCUS = re.compile(
 SKIP = re.compile(
     r"\[Feature:(?!IPv6DualStack|Traffic)|LoadBalancer|Internet|restarting|\[Feature:SCTP|\[Serial\]|\[Disruptive\]"
 )
-_SHARDS = 3
+_SHARDS = 7
+_PREFIX = "[sig-network] "
 
 
 class Outcome(Enum):
@@ -59,7 +60,9 @@ def run(cluster: Cluster, label: str, names: list[str], *, timeout: float = 1500
             continue
         folder = cluster.folder / f"e2e-{label}-{number}"
         folder.mkdir()
-        focus = "|".join(f"{re.escape(name)}$".replace("\\ ", " ") for name in share)
+        # A common beginning lets Go's matcher skip what cannot match: 8,000 texts in a second, not in twenty.
+        rest = "|".join(re.escape(name.removeprefix(_PREFIX)).replace("\\ ", " ") for name in share)
+        focus = f"{re.escape(_PREFIX)}(?:{rest})$".replace("\\ ", " ")
         command = [
             "nsenter",
             f"--net=/run/netns/{cluster.network.outside}",

@@ -197,7 +197,10 @@ static __always_inline bool must_masquerade(const struct service *svc, bool is_i
 {
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	return !is_inside && !(svc->flags & SERVICE_LOCAL);
+	/* A pod of another node asks here only by what is external. Its backend may be beside it. */
+	if (is_inside)
+		return svc->kind != KIND_CLUSTER_IP && !(svc->flags & SERVICE_TWO_SCOPES);
+	return !(svc->flags & SERVICE_LOCAL);
 }
 
 /*

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.netlink import nfnetlink
+from ebpfproxy.netlink import codec, nfnetlink
 
 _GET, _DELETE = 1, 2
 _ORIGINAL, _REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
@@ -39,8 +39,8 @@ class Flow(msgspec.Struct, frozen=True):
 
 
 def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
-    inside = nfnetlink.attributes(data)
-    address, proto = nfnetlink.attributes(inside[_TUPLE_IP]), nfnetlink.attributes(inside[_TUPLE_PROTO])
+    inside = codec.attributes(data)
+    address, proto = codec.attributes(inside[_TUPLE_IP]), codec.attributes(inside[_TUPLE_PROTO])
     v4, v6 = (_V4_SOURCE, _V6_SOURCE) if source else (_V4_DESTINATION, _V6_DESTINATION)
     packed = bytes(address[v4] if v4 in address else address[v6])
     port = proto.get(_SOURCE_PORT if source else _DESTINATION_PORT)
@@ -56,7 +56,7 @@ def _entries(netfilter: nfnetlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]
     """
     has_ipvs = _IPVS.exists()
     for entry in netfilter.dump(nfnetlink.CONNTRACK, _GET):
-        found = nfnetlink.attributes(entry)
+        found = codec.attributes(entry)
         is_translated = struct.unpack("!I", found[_STATUS])[0] & _DST_NAT
         if not (is_translated or has_ipvs):
             continue
@@ -66,8 +66,8 @@ def _entries(netfilter: nfnetlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]
             continue
         protocol, address, port = _end(found[_ORIGINAL], source=True)
         seen_as = _end(found[_REPLY], source=False)[1:]
-        named = [nfnetlink.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
-        named += [nfnetlink.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
+        named = [codec.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
+        named += [codec.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
         yield Flow(protocol, (address, port), asked, answering, seen_as), named
 
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from ebpfproxy.netlink import codec
 
 _NETLINK_ROUTE = 0
 # linux/net_namespace.h, linux/rtnetlink.h
 _NEWNSID, _GETNSID = 88, 90
 _NSID, _FD = 1, 3
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HHi")  # one of 32 bits
+_NUMBER = struct.Struct("=i")
 _FAMILY = bytes(4)  # struct rtgenmsg
-_RECEIVE = 1 << 16
 _TIMEOUT_SECONDS = 5.0
 #: What the kernel says for a namespace that has none (NETNSA_NSID_NOT_ASSIGNED).
 _NONE = -1
@@ -51,9 +48,9 @@ class NamespaceIds:
             found = self._ask(fd)
             if found is None:
                 with suppress(FileExistsError):
-                    attributes = _ATTRIBUTE.pack(8, _FD, fd) + _ATTRIBUTE.pack(8, _NSID, -1)
-                    self._send(_NEWNSID, _REQUEST | _ACK, attributes)
-                    for _ in self._answers():
+                    inside = _attribute(_FD, fd) + _attribute(_NSID, -1)
+                    self._send(_NEWNSID, codec.REQUEST | codec.ACK, inside)
+                    for _ in codec.answers(self._route):
                         pass
                 found = self._ask(fd)
         finally:
@@ -61,36 +58,23 @@ class NamespaceIds:
         return found
 
     def _ask(self, fd: int) -> int | None:
-        self._send(_GETNSID, _REQUEST, _ATTRIBUTE.pack(8, _FD, fd))
-        return next(self._answers(), None)
+        self._send(_GETNSID, codec.REQUEST, _attribute(_FD, fd))
+        return _id(next(codec.answers(self._route)))
 
     def all(self) -> set[int]:
         """Those that there are."""
-        self._send(_GETNSID, _REQUEST | _DUMP, b"")
-        return set(self._answers(whole=True))
+        self._send(_GETNSID, codec.REQUEST | codec.DUMP, b"")
+        return {found for each in codec.answers(self._route) if (found := _id(each)) is not None}
 
     def _send(self, kind: int, flags: int, attributes: bytes) -> None:
-        size = _HEADER.size + len(_FAMILY) + len(attributes)
-        self._route.send(_HEADER.pack(size, kind, flags, 0, 0) + _FAMILY + attributes)
+        self._route.send(codec.pack(kind, flags, _FAMILY + attributes))
 
-    def _answers(self, *, whole: bool = False) -> Iterator[int]:
-        """The ids of one answer, which is an acknowledgement without any, or of a ``whole`` dump."""
-        while True:
-            data = self._route.recv(_RECEIVE)
-            at = 0
-            while at < len(data):
-                length, kind, _, _, _ = _HEADER.unpack_from(data, at)
-                start = at + _HEADER.size
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    (code,) = struct.unpack_from("=i", data, start)
-                    if code:
-                        raise OSError(-code, "namespace's id")
-                    return
-                _, attribute, number = _ATTRIBUTE.unpack_from(data, start + len(_FAMILY))
-                if attribute == _NSID and number != _NONE:
-                    yield number
-                at += length + 3 & ~3
-            if not whole:
-                return
+
+def _attribute(kind: int, number: int) -> bytes:
+    return codec.attribute(kind, _NUMBER.pack(number))
+
+
+def _id(answer: codec.Message) -> int | None:
+    value = codec.attributes(answer.payload[len(_FAMILY) :]).get(_NSID)
+    number = _NUMBER.unpack(value)[0] if value is not None else _NONE
+    return None if number == _NONE else number

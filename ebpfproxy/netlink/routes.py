@@ -1,6 +1,6 @@
 """Which device leads to an address, and with which source, as the routes have it (RTM_GETROUTE).
 
-Messages are packed here: a pyroute2 socket takes 2.5 ms to be made, and frontends with source ranges are all
+A pyroute2 socket takes 2.5 ms to be made, and frontends with source ranges are all
 asked for whenever devices or addresses change.
 """
 
@@ -11,13 +11,13 @@ import struct
 from types import TracebackType
 from typing import NamedTuple
 
-_RTM_NEWROUTE, _RTM_GETROUTE, _NLM_F_REQUEST = 24, 26, 1
+from ebpfproxy.netlink import codec
+
+_RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _RTN_UNICAST = 1
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length in bytes, type, flags, sequence, port
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, length of the destination, …, type, flags
 _LENGTH_AT, _TYPE_AT = 1, 7  # in rtmsg
 _FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the answer is the route itself
-_ATTRIBUTE = struct.Struct("=HH")  # length in bytes with this, type
 _INDEX = struct.Struct("=I")
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 #: A gateway, several ways, a gateway of the other family, a nexthop object.
@@ -65,15 +65,13 @@ class Routes:
         size = len(address)
         family = socket.AF_INET if size == 4 else socket.AF_INET6
         body = _ROUTE.pack(family, 8 * size, 0, 0, 0, 0, 0, 0, flags)
-        body += _ATTRIBUTE.pack(_ATTRIBUTE.size + size, _RTA_DST) + address
-        length = _HEADER.size + len(body)
-        self._netlink.send(_HEADER.pack(length, _RTM_GETROUTE, _NLM_F_REQUEST, self._sequence, 0) + body)
+        body += codec.attribute(_RTA_DST, address)
+        self._netlink.send(codec.pack(_RTM_GETROUTE, codec.REQUEST, body, self._sequence))
         while True:
-            answer = self._netlink.recv(65536)
-            length, kind, _, sequence, _ = _HEADER.unpack_from(answer)
-            # One that came too late for the question before it is passed over.
-            if sequence == self._sequence:
-                return _way(answer[_HEADER.size : length]) if kind == _RTM_NEWROUTE else Way()
+            for each in codec.receive(self._netlink):
+                # One that came too late for the question before it is passed over.
+                if each.sequence == self._sequence:
+                    return _way(each.payload) if each.kind == _RTM_NEWROUTE else Way()
 
     def is_on_network(self, address: bytes) -> bool:
         """Whether the address is a neighbour's on a network of several: then that one alone gets packets.
@@ -95,15 +93,10 @@ class Routes:
         return self.to(address).source
 
 
-def _way(message: bytes) -> Way:
+def _way(message: memoryview) -> Way:
     """Of an rtmsg with its attributes."""
-    found: dict[int, bytes] = {}
-    at = _ROUTE.size
-    while at + _ATTRIBUTE.size <= len(message):
-        length, kind = _ATTRIBUTE.unpack_from(message, at)
-        found[kind] = message[at + _ATTRIBUTE.size : at + length]
-        at += (max(length, _ATTRIBUTE.size) + 3) & ~3
-    source = found.get(_RTA_PREFSRC, b"")
+    found = codec.attributes(message[_ROUTE.size :])
+    source = bytes(found.get(_RTA_PREFSRC, b""))
     if message[_TYPE_AT] != _RTN_UNICAST or _RTA_OIF not in found:
         return Way(source=source)
     (ifindex,) = _INDEX.unpack(found[_RTA_OIF])

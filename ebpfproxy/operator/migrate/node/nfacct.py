@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from ebpfproxy.netlink import nfnetlink
+from ebpfproxy.netlink import codec, nfnetlink
 
 #: kubernetes/kubernetes pkg/proxy/metrics/metrics.go
 NAMES = ("ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts")
@@ -17,7 +17,7 @@ _MISSING = frozenset({errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTO
 def add(name: str) -> None:
     """As kube-proxy does at its start."""
     with nfnetlink.Netfilter() as netfilter:
-        netfilter.request(nfnetlink.ACCOUNTS, _NEW, nfnetlink.attribute(_NAME, name.encode() + b"\0"))
+        netfilter.request(nfnetlink.ACCOUNTS, _NEW, codec.attribute(_NAME, name.encode() + b"\0"))
 
 
 def find() -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def find() -> tuple[str, ...]:
     with nfnetlink.Netfilter() as netfilter:
         try:
             found = {
-                bytes(nfnetlink.attributes(entry)[_NAME]).rstrip(b"\0").decode()
+                bytes(codec.attributes(entry)[_NAME]).rstrip(b"\0").decode()
                 for entry in netfilter.dump(nfnetlink.ACCOUNTS, _GET)
             }
         except OSError as error:
@@ -38,4 +38,4 @@ def find() -> tuple[str, ...]:
 def remove(name: str) -> None:
     """Raises OSError (EBUSY) while a rule refers to it."""
     with nfnetlink.Netfilter() as netfilter:
-        netfilter.request(nfnetlink.ACCOUNTS, _DELETE, nfnetlink.attribute(_NAME, name.encode() + b"\0"))
+        netfilter.request(nfnetlink.ACCOUNTS, _DELETE, codec.attribute(_NAME, name.encode() + b"\0"))

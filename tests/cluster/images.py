@@ -32,8 +32,10 @@ PAUSE = "registry.k8s.io/pause:3.10.2"
 _E2E = "registry.k8s.io/e2e-test-images"
 AGNHOST = f"{_E2E}/agnhost:2.63.0"
 BUSYBOX = f"{_E2E}/busybox:1.37.0-1"
+#: Specs look at a node's conntrack table in it.
+IPTABLES = "registry.k8s.io/build-image/distroless-iptables:v0.9.3"
 #: What scripts of the e2e suite call in agnhost's image, which is made from Alpine elsewhere.
-_TOOLS = "bind9-dnsutils,ca-certificates,curl,iperf,iproute2,iptables,iputils-ping,netcat-openbsd,procps,wget,usr-is-merged"
+_TOOLS = "bind9-dnsutils,ca-certificates,conntrack,curl,iperf,iproute2,iptables,iputils-ping,netcat-openbsd,procps,wget,usr-is-merged"
 #: What an image of the agent depends on.
 _SOURCES = ("deploy/Dockerfile", "deploy/base", "bpf", "ebpfproxy", "tools/lock", "pyproject.toml")
 
@@ -132,6 +134,7 @@ def node_images() -> Path:
     if has("agnhost"):
         layers = [_kept("tools", _TOOLS, _tools), _binary("agnhost", "")]
         found.append(Image(AGNHOST, layers, ["/agnhost"], ["pause"], {}))
+        found.append(Image(IPTABLES, layers[:1], [], ["sh"], {}))
     return kept_archive("node", found)
 
 

@@ -192,14 +192,16 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 
 /* Whether the backend must not see the client: it would not answer through us, or policy says so.
  */
-static __always_inline bool must_masquerade(const struct service *svc, bool is_inside,
-					    const struct packet *p, const struct backend *backend)
+static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct service *svc,
+					    bool is_inside, const struct packet *p,
+					    const struct backend *backend)
 {
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	/* A pod of another node asks here only by what is external. Its backend may be beside it. */
+	/* By its address a pod of another node is one, too; its backend may be beside it there. */
 	if (is_inside)
-		return svc->kind != KIND_CLUSTER_IP && !(svc->flags & SERVICE_TWO_SCOPES);
+		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
+		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);
 	return !(svc->flags & SERVICE_LOCAL);
 }
 
@@ -417,7 +419,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 	start_flow(s, svc, id);
 	new_entry(s, p, backend);
-	is_masked = must_masquerade(svc, is_inside, p, backend);
+	is_masked = must_masquerade(skb, svc, is_inside, p, backend);
 	if (is_masked) {
 		way = fib_result_of(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
 		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
@@ -521,12 +523,9 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	s->nat.flags = NAT_HOST;
 	if (AT_LOOPBACK && is_bound_to_device(skb))
 		s->nat.flags |= NAT_BOUND;
-	/*
-	 * A socket of this host to the backend itself may have the client's port, now or later.
-	 * Below 1024 it does not come by chance, and servers may insist on it (NFS).
-	 */
-	is_fresh = bpf_ntohs(p->flow.sport) >= 1024 || !addr_equal(&p->flow.src, &node) ||
-		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);
+	/* With another address the client's port may be that of a socket to the same backend. */
+	is_fresh = !addr_equal(&p->flow.src, &node) || addr_equal(&backend->addr, &node) ||
+		   is_port_taken(&p->flow);
 	done = insert_pair(skb, s, &p->flow, is_fresh);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
@@ -733,59 +732,9 @@ static __always_inline bool is_for_us(struct __sk_buff *skb)
 	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
 }
 
-/*
- * Says if a packet goes to a backend itself from the very port by which its client asks a Service
- * there, or has asked: the answers would be taken for the Service's.
- */
-static __always_inline bool has_port_of_service(struct __sk_buff *skb, const struct packet *p)
-{
-	const struct flow *flow = &p->flow;
-	const struct nat *known = conntrack_lookup(flow), *answers;
-	struct flow key = {
-		.src = flow->dst,
-		.dst = flow->src,
-		.sport = flow->dport,
-		.dport = flow->sport,
-		.proto = flow->proto,
-		.stage = STAGE_EGRESS,
-	};
-
-	if (known && !(known->flags & NAT_SOURCE && p->tcp_flags && is_closed(known)))
-		return false;
-	if (!can_open(skb, p))
-		return false;
-	if (known)
-		return true;
-	answers = conntrack_lookup(&key);
-	/* What is no answer is this host's question. A backend can have its frontend's ends. */
-	return answers && answers->flags & NAT_REPLY &&
-	       !(answers->sport == flow->dport && addr_equal(&answers->src, &flow->dst));
-}
-
-/* Makes the pair by which such a flow gets another port, as from netfilter's NAT (null binding). */
-static __always_inline enum insert give_other_port(struct __sk_buff *skb, const struct packet *p)
-{
-	struct scratch *s = scratch();
-
-	if (!s)
-		return INSERT_FULL;
-	s->nat.src = p->flow.src;
-	s->nat.dst = p->flow.dst;
-	s->nat.sport = p->flow.sport;
-	s->nat.dport = p->flow.dport;
-	s->nat.service_id = s->nat.backend_id = NOBODY;
-	s->nat.seen = 0;
-	s->nat.epoch = 0;
-	s->nat.end = s->nat.acked = 0;
-	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
-	return insert_source(skb, s, &p->flow);
-}
-
 static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *p)
 {
 	enum parse_result parsed;
-	bool is_answered;
-	enum insert done;
 	int verdict;
 
 	/* A VLAN's packets come again on the VLAN's own device. */
@@ -793,19 +742,13 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_asker(skb, p);
-	is_answered = flow_of_interest(&p->flow.dst, &p->flow.src);
-	if ((!is_answered && !address_of_interest(&p->flow.dst)) || !is_for_us(skb))
+	if (!address_of_interest(&p->flow.dst) || !is_for_us(skb))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return unusual(skb, p, parsed);
-	if (is_answered && has_port_of_service(skb, p)) {
-		done = give_other_port(skb, p);
-		if (done != INSERT_DONE)
-			return not_inserted(done);
-	}
 	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_new(skb, p, &verdict))
 		return verdict;
 	return create_flow(skb, p);

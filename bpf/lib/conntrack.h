@@ -35,12 +35,6 @@
  *	own            b -> n  at ingress   as it is
  *
  * An outside host with an address of the Service network has one, too: see asker_key().
- *
- * A client that asks a Service and its backend itself from one port, p, asks the latter from
- * another, q: else the answers would be taken for the Service's.
- *
- *	direct         c:p -> b  at ingress   c:q -> b
- *	  its reply    b -> c:q  at egress    b -> c:p
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H

@@ -147,9 +147,7 @@ def unpack_nat(packed: bytes) -> Nat:
     )
 
 
-_NAT_IDS_AT, _NAT_EPOCH_AT = 36, 46
-#: An id that no Service and no backend has.
-_NOBODY = 0xFFFFFFFF
+_NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_EPOCH_AT = 36, 44, 46
 ORIGIN_IDS_AT, _ORIGIN_NETNS_AT, ORIGIN_SIZE = 36, 44, 48
 
 
@@ -160,8 +158,8 @@ def nat_ids(packed: bytes) -> tuple[int, int]:
 
 
 def is_own(packed: bytes) -> bool:
-    """Says if a packed conntrack value is of no Service and no backend."""
-    return nat_ids(packed) == (_NOBODY, _NOBODY)
+    """Whether a packed conntrack value is of no Service."""
+    return bool(packed[_NAT_FLAGS_AT] & NatFlags.OWN)
 
 
 def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:

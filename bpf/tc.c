@@ -198,7 +198,8 @@ static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct 
 {
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	/* By its address a pod of another node is one, too; its backend may be beside it there. */
+	/* A pod of another node is one by its address; a backend beside it would answer it
+	 * directly. */
 	if (is_inside)
 		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
 		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from tests.cluster import binaries, images, kubeadm, stores
 from tests.cluster.machine import Machine
 from tests.cluster.network import Network, internal_ips
+from tests.lab import waiting
 from tests.lab.spaces import Space
 
 Object = dict[str, Any]
@@ -47,13 +47,9 @@ def own_mounts() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "netns", "/run/netns"], check=True)
 
 
-def until(condition: Callable[[], object], what: str, timeout: float = 120, every: float = 0.3) -> None:
-    """Raises TimeoutError, which says ``what`` did not come true."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {timeout} s: {what}")
-        time.sleep(every)
+def until(condition: Callable[[], object], what: str, seconds: float = 120, *, every: float = 0.3) -> None:
+    """What asks a cluster starts a process each time: less often, and for longer."""
+    waiting.until(condition, what, seconds, every=every)
 
 
 class Node(Machine):
@@ -88,7 +84,7 @@ class Node(Machine):
 
 
 class Cluster:
-    """``tunnel``: pods of other nodes are reached by VXLAN instead of routes. ``with_cni``: when nodes come up."""
+    """``tunnel``: pods of other nodes are reached by VXLAN instead of routes. ``count``: of nodes."""
 
     def __init__(self, folder: Path, *, tunnel: bool = False, count: int = 2) -> None:
         self.folder = folder

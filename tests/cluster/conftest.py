@@ -57,12 +57,13 @@ def _mounts(report: Report) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder(_mounts: None) -> Iterator[Path]:
+def folder(_mounts: None, request: pytest.FixtureRequest) -> Iterator[Path]:
     """On the file system of the images, which are lent as hard links. Logs stay there where a test failed."""
     made = images.KEPT / f"run-{os.getpid()}"
     made.mkdir(parents=True)
     yield made
-    shutil.rmtree(made, ignore_errors=True)
+    for each in made.rglob("disk") if request.session.testsfailed else [made]:
+        shutil.rmtree(each, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

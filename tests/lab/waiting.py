@@ -6,9 +6,15 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], what: str = "it did not happen", seconds: float = 60.0) -> None:
+def until(
+    condition: Callable[[], object],
+    what: str = "it did not happen",
+    seconds: float = 60.0,
+    *,
+    every: float = 0.02,
+) -> None:
     """Raises AssertionError with ``what`` where it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(every)

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
 from tests.cluster.machine import children
 from tests.lab.spaces import Space
+from tests.lab.waiting import until
 from tools.bench.results import Result
 
 SERVICES, ENDPOINTS = 10_000, 10
@@ -187,7 +188,7 @@ def measure(cluster: Cluster, name: str, command: list[str], timeout: float) -> 
         counts.update({bound: after[bound] - before.get(bound, 0.0) for bound in after})
         return counts[math.inf] >= wanted
 
-    _wait(all_seen, 120)
+    until(all_seen, f"{name} does not catch up", 120, every=0.5)
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{own}/status").read_text())[1]) / 1000  # type: ignore[index]
     total = _cpu_seconds(own)
     subprocess.run(["kill", str(own)], check=True)
@@ -207,12 +208,6 @@ def measure(cluster: Cluster, name: str, command: list[str], timeout: float) -> 
             f"{name}: change to rules, p99", _quantile(counts, 0.99), "s", detail="upper bound of the bucket"
         ),
     ]
-
-
-def _wait(condition: Callable[[], bool], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.5)
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -50,10 +50,10 @@ class MapSpec(NamedTuple):
     flags: int = 0
 
 
-#: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.filter``.
+#: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.services.filter``.
 ADDRESS_FILTER_BITS = 20
 FLOW_FILTER_BITS = 18
-#: One bit for each /20 of IPv4 and each hash of an IPv6 /64; see ``datapath.service_cidrs``.
+#: One bit for each /20 of IPv4 and each hash of an IPv6 /64; see ``datapath.node.service_cidrs``.
 CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: Open MPTCP sockets that asked for a Service. Those beyond are served, and their records are swept.

@@ -62,7 +62,7 @@ def folder(_mounts: None, request: pytest.FixtureRequest) -> Iterator[Path]:
     made = images.KEPT / f"run-{os.getpid()}"
     made.mkdir(parents=True)
     yield made
-    for each in made.rglob("disk") if request.session.testsfailed else [made]:
+    for each in list(made.rglob("disk")) if request.session.testsfailed else [made]:
         shutil.rmtree(each, ignore_errors=True)
 
 

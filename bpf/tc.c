@@ -198,8 +198,7 @@ static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct 
 {
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	/* A pod of another node is one by its address; a backend beside it would answer it
-	 * directly. */
+	/* A pod of another node counts by its address; its backend may be beside it there. */
 	if (is_inside)
 		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
 		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);

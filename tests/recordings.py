@@ -1,15 +1,13 @@
-"""What a real API server sent (../shared/recordings), decoded for tests."""
+"""What a real API server sent (tests/data/recordings), decoded for tests."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-import pytest
 
 from ebpfproxy.kube.objects import (
     RECORD_TYPES,
@@ -24,15 +22,12 @@ from ebpfproxy.kube.objects import (
 )
 from ebpfproxy.services.reduce import reducer
 from ebpfproxy.services.tracker import Tracker
-
-FOLDER = Path(__file__).parents[2] / "shared" / "recordings"
-
-needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is not there")
+from tests.data import RECORDINGS
 
 
 def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
     """``initial`` or ``final``: the three lists as JSON objects."""
-    content = json.loads(gzip.decompress((FOLDER / f"{name}-lists.json.gz").read_bytes()))
+    content = json.loads(gzip.decompress((RECORDINGS / f"{name}-lists.json.gz").read_bytes()))
     return {resource: content.get(resource.value, {"items": []})["items"] for resource in Resource}
 
 
@@ -80,7 +75,7 @@ def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced]:
 def watch_lines() -> list[tuple[Resource, bytes]]:
     """Every line of the three watches, in the order received."""
     found = []
-    for line in gzip.decompress((FOLDER / "watch-events.jsonl.gz").read_bytes()).splitlines():
+    for line in gzip.decompress((RECORDINGS / "watch-events.jsonl.gz").read_bytes()).splitlines():
         entry = json.loads(line)
         found.append((Resource(entry["resource"]), entry["line"].encode()))
     return found

@@ -1,6 +1,6 @@
 """A stand-in for the API server: lists, pages, streaming lists and watches over real HTTP(S), and faults.
 
-It answers as ``../shared/recordings/responses.json`` shows a real one does.
+It answers as ``tests/data/recordings/responses.json`` shows a real one does.
 """
 
 from tests.apiserver.faults import Fault

@@ -20,6 +20,7 @@ from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority
+from tests.data import RECORDINGS
 
 SERVICES = "/api/v1/services"
 
@@ -64,16 +65,13 @@ def shape(value: Any) -> Any:
     return type(value).__name__
 
 
-@recordings.needs_recordings
 @pytest.mark.parametrize(
     "what",
     ["first page", "no credentials", "wrong credentials", "unknown resource", "too old", "ends by its own"],
 )
 def test_answers_have_the_shape_of_a_real_servers(server: ApiServer, what: str) -> None:
     real = next(
-        each
-        for each in json.loads((recordings.FOLDER / "responses.json").read_text())
-        if what in each["what"]
+        each for each in json.loads((RECORDINGS / "responses.json").read_text()) if what in each["what"]
     )
     headers = {}
     if what in ("no credentials", "wrong credentials"):
@@ -98,11 +96,10 @@ def test_answers_have_the_shape_of_a_real_servers(server: ApiServer, what: str) 
                 assert (part["code"], part["reason"]) == (of_real["code"], of_real["reason"])
 
 
-@recordings.needs_recordings
 def test_the_end_of_a_streaming_list_is_the_real_bookmark(server: ApiServer) -> None:
     real = next(
         each["body"]
-        for each in json.loads((recordings.FOLDER / "responses.json").read_text())
+        for each in json.loads((RECORDINGS / "responses.json").read_text())
         if "streaming list" in each["what"]
     )
     query = "watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true"
@@ -111,7 +108,6 @@ def test_the_end_of_a_streaming_list_is_the_real_bookmark(server: ApiServer) -> 
     assert shape(mine) == shape(recorded)
 
 
-@recordings.needs_recordings
 def test_generated_objects_are_as_large_as_real_ones() -> None:
     def size(item: dict[str, Any]) -> int:
         return len(json.dumps(item, separators=(",", ":")))
@@ -263,8 +259,7 @@ def test_a_process_of_its_own_is_controlled_over_http(command: str) -> None:
     assert "/control/ has put" in post(f"{control}/unknown")["error"]
 
 
-@recordings.needs_recordings
-@pytest.mark.parametrize("command", [["--recordings", str(recordings.FOLDER), "--pages"]], indirect=True)
+@pytest.mark.parametrize("command", [["--recordings", str(RECORDINGS), "--pages"]], indirect=True)
 def test_a_recorded_cluster_can_be_replayed(command: str) -> None:
     began = time.monotonic()
     assert post(f"{command}/control/replay")["changes"] == 361

@@ -15,8 +15,9 @@ from ebpfproxy.config.flags import KUBE_PROXY_FLAGS, NO_FIELD, OWN_FLAGS
 from ebpfproxy.config.load import Configuration, effective
 from ebpfproxy.config.write import configz
 from tests.config.files import flag_errors, kube_proxy, own, used
-from tests.config.test_kube_proxy import FIELDS, SAMPLES, at, has_samples
+from tests.config.test_kube_proxy import FIELDS, at
 from tests.config.test_own import FIELDS as OWN_FIELDS
+from tests.data import SAMPLES
 
 
 def shown(configuration: Configuration, group: str, path: str) -> Any:
@@ -37,7 +38,6 @@ def as_text(value: Any) -> str:
 _ALPHA = {"feature-gates": "LoggingAlphaOptions=true"}
 
 
-@has_samples
 def test_every_flag_of_a_real_kube_proxy_is_known() -> None:
     names = {
         line.split()[0 if not line.startswith("-v,") and not line.startswith("-h,") else 1].strip("-,")

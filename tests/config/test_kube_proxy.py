@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,9 +14,7 @@ from ebpfproxy.config.durations import parse_duration
 from ebpfproxy.config.load import parse
 from ebpfproxy.config.write import configz, kube_proxy_builtins, kube_proxy_yaml, to_yaml
 from tests.config.files import KUBE_PROXY, errors, kube_proxy, merged, nested, text_of, used
-
-SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
-has_samples = pytest.mark.skipif(not SAMPLES.exists(), reason="no samples of a real kube-proxy here")
+from tests.data import SAMPLES
 
 #: Each field with a value that is not its default, as YAML has it.
 FIELDS: dict[str, Any] = {
@@ -108,18 +105,15 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
-@has_samples
 def test_defaults_are_what_a_real_kube_proxy_writes() -> None:
     assert kube_proxy_yaml(kp.DEFAULTS) == (SAMPLES / "defaults.yaml").read_text()
 
 
-@has_samples
 def test_what_a_real_kube_proxy_wrote_reads_as_the_defaults() -> None:
     found = parse((SAMPLES / "defaults.yaml").read_text(), "defaults.yaml")
     assert kp.complete(found.kube_proxy) == kp.DEFAULTS
 
 
-@has_samples
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
 def test_configz_is_what_a_real_kube_proxy_answers(mode: str) -> None:
     wanted = json.loads((SAMPLES / f"configz-{mode}.json").read_text())

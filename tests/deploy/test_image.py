@@ -167,7 +167,6 @@ def test_the_daemon_sets_containers_run_from_it(built: image.Image, tmp_path: Pa
         world.a.cli("cleanup")
 
 
-@rules.needs_samples
 def test_a_migrations_pods_run_from_it(built: image.Image) -> None:
     """As on a node: they read and remove the rules that this machine's tools have made."""
     with Lab() as lab:

@@ -20,12 +20,13 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.apiserver import objects
+from tests.data import RECORDINGS
 from tests.lab import Lab, LabNode, Pod
 from tests.lab.graceful import Load, Mount, Server
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
-pytestmark = [pytest.mark.root, recordings.needs_recordings]
+pytestmark = pytest.mark.root
 
 Item = dict[str, Any]
 
@@ -54,7 +55,7 @@ class Step(NamedTuple):
 
 def recorded(service: str, first: str, last: str) -> list[Step]:
     """The Service's only slice before a step of the recording, and all its changes until another begins."""
-    times = {each["step"]: each["t"] for each in json.loads((recordings.FOLDER / "steps.json").read_text())}
+    times = {each["step"]: each["t"] for each in json.loads((RECORDINGS / "steps.json").read_text())}
     begin, end = (next(t for step, t in times.items() if step.startswith(text)) for text in (first, last))
     (item,) = (
         each
@@ -62,7 +63,7 @@ def recorded(service: str, first: str, last: str) -> list[Step]:
         if each["metadata"]["labels"].get("kubernetes.io/service-name") == service
     )
     states = [Step(0.0, item)]
-    for line in gzip.decompress((recordings.FOLDER / "watch-events.jsonl.gz").read_bytes()).splitlines():
+    for line in gzip.decompress((RECORDINGS / "watch-events.jsonl.gz").read_bytes()).splitlines():
         entry = json.loads(line)
         event = json.loads(entry["line"])
         if event["object"]["metadata"].get("name") == item["metadata"]["name"]:

@@ -1,4 +1,4 @@
-"""Health as kube-proxy gives it: compared with what a real one printed (../shared/kube-proxy-samples)."""
+"""Health as kube-proxy gives it: compared with what a real one printed (tests/data/kube-proxy)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,8 +16,7 @@ from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer, json_answer, text_answer
 from ebpfproxy.kube.objects import Node
-
-SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
+from tests.data import SAMPLES
 
 
 class Clock:
@@ -89,7 +87,6 @@ def test_eligible(known: Node | None, may: bool) -> None:
     assert eligible(known) is may
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"{SAMPLES} is not there")
 @pytest.mark.parametrize("path", ["healthz", "livez"])
 def test_the_body_has_kube_proxys_fields_in_its_order(path: str) -> None:
     sample = json.loads((SAMPLES / f"{path}.txt").read_text().partition("\n\n")[2])

@@ -12,12 +12,11 @@ from ebpfproxy.kube.decode import Decoder, EventType, decode_status
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.kube.watch.lines import LineSplitter
 from tests import recordings
-
-pytestmark = recordings.needs_recordings
+from tests.data import RECORDINGS
 
 
 def exchange(what: str) -> dict[str, Any]:
-    found: list[dict[str, Any]] = json.loads((recordings.FOLDER / "responses.json").read_text())
+    found: list[dict[str, Any]] = json.loads((RECORDINGS / "responses.json").read_text())
     return next(each for each in found if what in each["what"])
 
 
@@ -143,7 +142,7 @@ def test_an_object_whose_other_metadata_is_wrong_is_reported_by_its_name(
 
 def test_every_recorded_answer_is_understood() -> None:
     """Lists as pages, streams line by line, errors as a Status with the answer's own code."""
-    for each in json.loads((recordings.FOLDER / "responses.json").read_text()):
+    for each in json.loads((RECORDINGS / "responses.json").read_text()):
         body: bytes = each["body"].encode()
         path, _, query = each["request"].removeprefix("GET ").partition("?")
         if each["status"] != 200:

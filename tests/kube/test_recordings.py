@@ -15,8 +15,7 @@ from ebpfproxy.kube.objects import Changed, Event, Object, ObjectKey, Replaced, 
 from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests import recordings
 from tests.apiserver import ApiServer, load
-
-pytestmark = recordings.needs_recordings
+from tests.data import RECORDINGS
 
 
 def without_version(each: Any) -> Any:
@@ -44,7 +43,7 @@ def test_after_all_events_everything_is_as_in_the_final_lists(how: str) -> None:
             del known[event.resource][event.key]
 
     with ApiServer(streaming_list=how != "pages") as server:
-        load.fill_from_recordings(server.store, recordings.FOLDER)
+        load.fill_from_recordings(server.store, RECORDINGS)
         connection = ApiConnection.from_options(None, server.url)
         timing = Timing(backoff_first=0.01, backoff_most=0.05)
         watches = [Reflector(connection, resource, sink, timing=timing) for resource in Resource]
@@ -61,7 +60,7 @@ def test_after_all_events_everything_is_as_in_the_final_lists(how: str) -> None:
             if how in ("connections cut", "history compacted"):
                 server.drop_connections()
 
-        load.replay(server.store, recordings.FOLDER, between=disturb)
+        load.replay(server.store, RECORDINGS, between=disturb)
         wanted = {resource: final(resource) for resource in Resource}
         while {r: {k: without_version(o) for k, o in known[r].copy().items()} for r in Resource} != wanted:
             assert time.monotonic() < deadline, [each.status for each in watches]

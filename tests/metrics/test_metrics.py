@@ -6,7 +6,6 @@ import gzip
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,9 +19,7 @@ from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.services.model import Family
-
-SAMPLES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples"
-needs_samples = pytest.mark.skipif(not SAMPLES.exists(), reason=f"{SAMPLES} is not there")
+from tests.data import SAMPLES
 
 #: Of mode iptables only: mode nftables has none of these, and nor have we.
 IPTABLES_ONLY = {
@@ -88,7 +85,6 @@ def used() -> AgentMetrics:
     return metrics
 
 
-@needs_samples
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
 def test_every_metric_of_kube_proxy_with_its_type_help_labels_and_buckets(mode: str) -> None:
     theirs = families(gzip.decompress((SAMPLES / f"metrics-{mode}.txt.gz").read_bytes()).decode())

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
-import pytest
 
 from ebpfproxy.services.model import FrontendKind, Policy, format_address
 from tests import recordings
+from tests.data import SAMPLES
 from tests.recordings import RecordTracker
 
-RULES = Path(__file__).parents[3] / "shared" / "kube-proxy-samples" / "nft-list-ruleset.txt"
-
-pytestmark = [
-    recordings.needs_recordings,
-    pytest.mark.skipif(not RULES.exists(), reason=f"{RULES} is not there"),
-]
+RULES = SAMPLES / "nft-list-ruleset.txt"
 
 Table = dict[tuple[str, str], frozenset[str]]
 

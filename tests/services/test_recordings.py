@@ -13,8 +13,6 @@ from ebpfproxy.services.tracker import Update
 from tests import recordings
 from tests.recordings import RecordTracker
 
-pytestmark = recordings.needs_recordings
-
 NODES = ("node-a1", "node-b1")
 
 

@@ -254,7 +254,6 @@ def test_the_rules_say_what_the_case_expects(case: Any) -> None:
     agree(tracker, found)
 
 
-@recordings.needs_recordings
 @pytest.mark.parametrize("node", ["node-a1", "node-a2", "node-b1", "node-unknown"])
 def test_the_rules_say_what_the_recordings_lead_to(node: str) -> None:
     first = recordings.as_events(recordings.lists("initial"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from ebpfproxy.config import load
@@ -13,8 +11,9 @@ from ebpfproxy.operator.install import configuration
 from ebpfproxy.operator.install.cluster_facts import Networking
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.render import base_configuration
+from tests.data import SAMPLES
 
-SAMPLE = Path(__file__).parents[4] / "shared/kube-proxy-samples/defaults.yaml"
+SAMPLE = SAMPLES / "defaults.yaml"
 KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 OWN = "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\n"
 BASE = base_configuration()

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
-
-import pytest
 
 from ebpfproxy.operator.migrate.node import nfacct
-from tests import recordings
-
-SAMPLES = Path(__file__).parents[4] / "shared" / "kube-proxy-samples"
-
-needs_samples = pytest.mark.skipif(
-    not SAMPLES.is_dir() or not recordings.FOLDER.is_dir(), reason=f"{SAMPLES} is not there"
-)
+from tests.data import SAMPLES
 
 #: By mode: programs and the dumps that they load.
 MODES = ("iptables-legacy", "iptables-nft", "nftables")

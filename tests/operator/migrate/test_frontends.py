@@ -11,6 +11,7 @@ from ebpfproxy.datapath.dump import BackendRef, FrontendRow
 from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from ebpfproxy.services.model import FrontendKind, Policy, format_endpoint
 from tests import recordings
+from tests.data import SAMPLES
 from tests.operator.migrate import rules
 from tests.recordings import RecordTracker
 
@@ -20,9 +21,7 @@ def iptables() -> kube_proxy_frontends.Frontends:
 
 
 def nftables() -> kube_proxy_frontends.Frontends:
-    return kube_proxy_frontends.of_nftables(
-        gzip.open(rules.SAMPLES / "nft-list-ruleset.json.gz", "rt").read()
-    )
+    return kube_proxy_frontends.of_nftables(gzip.open(SAMPLES / "nft-list-ruleset.json.gz", "rt").read())
 
 
 def ours() -> kube_proxy_frontends.Frontends:
@@ -46,7 +45,6 @@ def ours() -> kube_proxy_frontends.Frontends:
     return {name: frozenset(backends) for name, backends in found.items()}
 
 
-@rules.needs_samples
 def test_both_modes_of_a_real_kube_proxy_serve_the_same() -> None:
     assert iptables() == nftables()
     assert len(iptables()) == 19
@@ -55,7 +53,6 @@ def test_both_modes_of_a_real_kube_proxy_serve_the_same() -> None:
     assert iptables()["10.96.177.53:80/TCP"] == frozenset(), "refused, but known"
 
 
-@rules.needs_samples
 def test_the_agents_own_rules_serve_all_that_a_real_kube_proxy_serves_and_it_all_of_theirs() -> None:
     # The load balancer's address was set for the dumps alone.
     theirs = {name: found for name, found in iptables().items() if not name.startswith("203.0.113.10:")}

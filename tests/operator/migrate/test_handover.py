@@ -16,7 +16,7 @@ from tests.operator.migrate import rules
 from tests.operator.migrate.asking import Held, Load, no_request_fails
 from tests.operator.migrate.world import World, how
 
-pytestmark = [pytest.mark.root, rules.needs_samples]
+pytestmark = pytest.mark.root
 
 KEPT = [f"nftables table {family} {conntrack_hold.NAME}" for family in ("ip", "ip6")]
 

@@ -16,8 +16,6 @@ from tests.operator.migrate import rules, rules6
 from tests.operator.migrate.asking import Held, Load, no_request_fails
 from tests.operator.migrate.world import World, how
 
-pytestmark = rules.needs_samples
-
 KEPT = [f"nftables table {family} {conntrack_hold.NAME}" for family in ("ip", "ip6")]
 ORDERS, DNS = rules6.address(rules.ORDERS), rules6.address(rules.DNS)
 

@@ -14,7 +14,6 @@ def table(name: str, *lines: str) -> str:
     return "\n".join([f"*{name}", *lines, "COMMIT"])
 
 
-@rules.needs_samples
 def test_of_a_real_dump_all_goes_but_kubelets_chain_and_the_jumps_to_it() -> None:
     saved = rules.text("iptables-legacy-save.txt")
     plans = {each.table: each for each in iptables.plan(saved)}

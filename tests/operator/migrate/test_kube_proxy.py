@@ -104,7 +104,6 @@ def test_flags_are_read_as_they_are_written(command: tuple[str, ...], expected: 
     assert running_kube_proxy.option(command, "config") == expected
 
 
-@rules.needs_samples
 def test_a_real_kube_proxys_defaults_are_taken_without_a_problem() -> None:
     assert running_kube_proxy.check_config(rules.text("defaults.yaml"), "defaults.yaml") == ("iptables", ())
 

@@ -53,7 +53,6 @@ PLAN = ("plan", "--brief", "-o", "json")
 
 
 @pytest.mark.root
-@rules.needs_samples
 def test_it_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
     code, said = runner(world)(*PLAN)
     found = json.loads(said)
@@ -64,7 +63,6 @@ def test_it_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
 
 
 @pytest.mark.root
-@rules.needs_samples
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
@@ -94,7 +92,6 @@ def test_nothing_is_done_without(world: World, missing: str, words: str) -> None
 
 
 @pytest.mark.root
-@rules.needs_samples
 def test_without_sys_admin_all_is_done_where_the_runtimes_profile_knows_bpf(world: World) -> None:
     code, said = runner(world)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
     assert code == 0, said

@@ -16,7 +16,7 @@ from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.operator.migrate import rules
 
-pytestmark = [pytest.mark.root, rules.needs_samples]
+pytestmark = pytest.mark.root
 
 #: With counters, quotes, orders and names that a careless clean-up would disturb.
 FOREIGN = """*nat

@@ -26,7 +26,6 @@ def world() -> Iterator[World]:
 
 
 @pytest.mark.root
-@rules.needs_samples
 def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(world: World) -> None:
     """The whole way of a node whose kube-proxy is a plain process."""
     world.kube_proxy("iptables-legacy")
@@ -73,7 +72,6 @@ def _rules(saved: str) -> list[str]:
 
 
 @pytest.mark.root
-@rules.needs_samples
 def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(world: World) -> None:
     """What a call that was broken off finds when it goes on."""
     world.kube_proxy("nftables")
@@ -104,7 +102,6 @@ def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(wor
 
 
 @pytest.mark.root
-@rules.needs_samples
 def test_cleanup_alone_removes_what_is_left_and_says_so_when_nothing_is(world: World) -> None:
     world.kube_proxy("nftables")
     command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]

@@ -45,29 +45,36 @@ class NamespaceIds:
         """
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found = self._ask(fd)
+            found = id_in(self._route, fd)
             if found is None:
                 with suppress(FileExistsError):
                     inside = _attribute(_FD, fd) + _attribute(_NSID, -1)
-                    self._send(_NEWNSID, codec.REQUEST | codec.ACK, inside)
+                    _send(self._route, _NEWNSID, codec.REQUEST | codec.ACK, inside)
                     for _ in codec.answers(self._route):
                         pass
-                found = self._ask(fd)
+                found = id_in(self._route, fd)
         finally:
             os.close(fd)
         return found
 
-    def _ask(self, fd: int) -> int | None:
-        self._send(_GETNSID, codec.REQUEST, _attribute(_FD, fd))
-        return _id(next(codec.answers(self._route)))
-
     def all(self) -> set[int]:
         """Those that there are."""
-        self._send(_GETNSID, codec.REQUEST | codec.DUMP, b"")
+        _send(self._route, _GETNSID, codec.REQUEST | codec.DUMP, b"")
         return {found for each in codec.answers(self._route) if (found := _id(each)) is not None}
 
-    def _send(self, kind: int, flags: int, attributes: bytes) -> None:
-        self._route.send(codec.pack(kind, flags, _FAMILY + attributes))
+
+def id_in(route: socket.socket, namespace: int) -> int | None:
+    """The id that the network namespace of a socket has for another one (a descriptor), if any.
+
+    The kernel gives one to the namespace of a device's other end (IFLA_LINK_NETNSID): a pod's has one for
+    its node's. Raises OSError.
+    """
+    _send(route, _GETNSID, codec.REQUEST, _attribute(_FD, namespace))
+    return _id(next(codec.answers(route)))
+
+
+def _send(route: socket.socket, kind: int, flags: int, attributes: bytes) -> None:
+    route.send(codec.pack(kind, flags, _FAMILY + attributes))
 
 
 def _attribute(kind: int, number: int) -> bytes:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ebpfproxy.netlink import codec
-from ebpfproxy.netlink.namespaces import cookie_of, namespaces, netlink_in
+from ebpfproxy.netlink.namespace_ids import id_in
+from ebpfproxy.netlink.namespaces import OWN, cookie_of, namespaces, netlink_in
 
 _NETLINK_ROUTE = 0
 _RTM_GETADDR = 22
@@ -21,22 +22,26 @@ _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
 def namespace_cookies() -> dict[bytes, int]:
     """The cookie of the namespace that has an address, for all that this process can see.
 
-    An address that several have is the host's, or nobody's.
+    Of several that have one address the host comes first, then the only one that a device links with the
+    host, as a pod is. Containers of another engine, or of a node within this one, may use them, too.
     """
-    found: dict[bytes, int] = {}
-    several: set[bytes] = set()
-    host: set[bytes] = set()
-    for i, path in enumerate(namespaces()):
-        # It may have gone meanwhile.
-        with suppress(OSError), netlink_in(path, _NETLINK_ROUTE) as netlink:
-            netlink.settimeout(2.0)
-            cookie = cookie_of(netlink)
-            addresses = set(_addresses(netlink))
-            if not i:
-                host = addresses
-            several |= (addresses & found.keys()) - host
-            found.update(dict.fromkeys(addresses - found.keys(), cookie))
-    return {address: cookie for address, cookie in found.items() if address not in several}
+    linked: dict[bytes, set[int]] = {}
+    others: dict[bytes, set[int]] = {}
+    host: dict[bytes, int] = {}
+    with OWN.open("rb") as own:
+        for path in namespaces():
+            # It may have gone meanwhile.
+            with suppress(OSError), netlink_in(path, _NETLINK_ROUTE) as netlink:
+                netlink.settimeout(2.0)
+                cookie, addresses = cookie_of(netlink), list(_addresses(netlink))
+                if path == OWN:
+                    host = dict.fromkeys(addresses, cookie)
+                    continue
+                found = others if id_in(netlink, own.fileno()) is None else linked
+                for address in addresses:
+                    found.setdefault(address, set()).add(cookie)
+    only = {address: cookies.pop() for address, cookies in (others | linked).items() if len(cookies) == 1}
+    return only | host
 
 
 def _addresses(netlink: socket.socket) -> Iterator[bytes]:

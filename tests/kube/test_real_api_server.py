@@ -85,8 +85,13 @@ class RealServer:
         )
 
     def _ready(self) -> bool:
+        """Whether it answers, and has made what every server has: its own Service and the first namespaces.
+
+        Both come from controllers that ``/readyz`` does not wait for.
+        """
+        made = (f"{SERVICES_OF_DEFAULT}/kubernetes", "/api/v1/namespaces/kube-system")
         try:
-            return self.request("GET", "/readyz") is not None
+            return all(self.request("GET", path) for path in ("/readyz", *made))
         except OSError:
             return False
 

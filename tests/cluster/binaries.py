@@ -18,7 +18,7 @@ REQUIRED = (
     "kubelet",
 )
 #: Each of these is needed by some of the tests, which are skipped without it.
-OPTIONAL = ("agnhost", "e2e.test", "helm", "kube-proxy")
+OPTIONAL = ("agnhost", "e2e.test", "helm", "kube-proxy", "regression-issue-74839")
 
 KUBE_BIN = Path(os.environ.get("KUBE_BIN", "/nonexistent"))
 

@@ -15,15 +15,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tests.cluster import binaries, images, kubeadm, stores
 from tests.cluster.machine import Machine
-from tests.cluster.network import Network, internal_ips
+from tests.cluster.network import Network, internal_ips, ordered
 from tests.lab import waiting
 from tests.lab.spaces import Space
 
@@ -84,14 +84,18 @@ class Node(Machine):
 
 
 class Cluster:
-    """``tunnel``: pods of other nodes are reached by VXLAN instead of routes. ``count``: of nodes."""
+    """``tunnel``: pods of other nodes are reached by VXLAN instead of routes. ``count``: of nodes.
 
-    def __init__(self, folder: Path, *, tunnel: bool = False, count: int = 2) -> None:
+    ``primary``: the family, 4 or 6, of the nodes' first address and of Services that do not ask for one.
+    """
+
+    def __init__(self, folder: Path, *, tunnel: bool = False, count: int = 2, primary: int = 4) -> None:
         self.folder = folder
         self.network = Network(f"ec{os.getpid()}x{next(_counter)}")
         self.nodes: list[Node] = []
         self._tunnel = tunnel
         self._count = count
+        self._primary = primary
         self._stack = ExitStack()
         self.kubeconfig = folder / "admin.conf"
 
@@ -118,30 +122,37 @@ class Cluster:
 
     def boot(self) -> None:
         """Nodes with containerd; nothing of Kubernetes runs yet."""
-        store = images.store()
         self._stack.callback(self.network.remove)
         self.network.make()
+        self._stack.callback(self._remove_machines)
         for number in range(1, self._count + 1):
-            self.network.add_node(number)
-            name = f"node-{number}"
-            shown = {
-                binaries.KUBE_BIN: "/opt/kube",
-                Path(__file__).parent: "/opt/cluster",
-                images.KEPT: "/opt/images",
-                _TOP: "/opt/checkout",
-            }
-            netns = self.network.netns(number)
-            node = Node(name, netns, self.folder / name, f"{self.network.prefix}-{name}", shown)
-            self._stack.callback(node.remove)
-            node.number = number
-            self.nodes.append(node)
-            stores.lend(store, node.folder / "disk/var/lib/containerd")
-            self.boot_node(node)
+            self._boot_machine(number)
+
+    def _remove_machines(self) -> None:
+        for node in self.nodes:
+            node.remove()
+
+    def _boot_machine(self, number: int) -> Node:
+        self.network.add_node(number)
+        name = f"node-{number}"
+        shown = {
+            binaries.KUBE_BIN: "/opt/kube",
+            Path(__file__).parent: "/opt/cluster",
+            images.KEPT: "/opt/images",
+            _TOP: "/opt/checkout",
+        }
+        netns = self.network.netns(number)
+        node = Node(name, netns, self.folder / name, f"{self.network.prefix}-{name}", shown)
+        node.number = number
+        self.nodes.append(node)
+        stores.lend(images.store(), node.folder / "disk/var/lib/containerd")
+        self.boot_node(node)
+        return node
 
     def boot_node(self, node: Node, bpffs: Path | None = None) -> None:
         """At the first boot, and after :meth:`Machine.power_off`. The disk has the images already."""
         node.boot(bpffs)
-        hosts = [f"{internal_ips(number)[0]} node-{number}" for number in range(1, self._count + 1)]
+        hosts = [f"{self._address(number)} node-{number}" for number in range(1, self._count + 1)]
         node.write("/etc/hosts", "\n".join(["127.0.0.1 localhost", "::1 localhost", *hosts, ""]))
         node.write("/etc/resolv.conf", "nameserver 192.0.2.53\n")
         node.write("/etc/containerd/config.toml", kubeadm.CONTAINERD)
@@ -152,7 +163,7 @@ class Cluster:
         first = self.nodes[0]
         self.start_etcd()
         first.write("/etc/kubernetes/audit.yaml", kubeadm.AUDIT_POLICY)
-        first.write("/etc/kubernetes/init.yaml", kubeadm.init(binaries.kubernetes_version(), proxy_mode=mode))
+        self.configure_kubeadm(mode)
         first.start_kubelet()
         skipped = ["addon/coredns", *([] if proxy else ["addon/kube-proxy"])]
         first.run(
@@ -165,9 +176,21 @@ class Cluster:
             timeout=300,
         )
         self.kubeconfig.write_text(first.path("/etc/kubernetes/admin.conf").read_text())
+        # The first node takes pods as all others do. With this label the controller of EndpointSlices counts no share of
+        # a Service for its zone, and gives no topology hints.
+        self.kubectl("label", "node", first.name, "node-role.kubernetes.io/control-plane-")
         # kubectl checks what it sends by the API server's schema, which comes a moment after the server.
         check = ["kubectl", "apply", "--server-side", "--dry-run=server", "-f", "-"]
-        until(lambda: self.succeeds(*check, stdin=kubeadm.DNS), "kubectl can check objects")
+        until(lambda: self.succeeds(*check, stdin=kubeadm.dns(self._primary)), "kubectl can check objects")
+
+    def configure_kubeadm(self, mode: str) -> None:
+        """``mode``: of the kube-proxy that kubeadm installs."""
+        text = kubeadm.init(binaries.kubernetes_version(), proxy_mode=mode, primary=self._primary)
+        self.nodes[0].write("/etc/kubernetes/init.yaml", text)
+
+    def _address(self, number: int) -> str:
+        """The first InternalIP of a node."""
+        return ordered(internal_ips(number), self._primary)[0]
 
     def start_etcd(self) -> None:
         first = self.nodes[0]
@@ -187,9 +210,25 @@ class Cluster:
     def join(self) -> None:
         """``kubeadm join`` on all other nodes."""
         for node in self.nodes[1:]:
-            node.write("/etc/kubernetes/join.yaml", kubeadm.join(node.number))
-            node.start_kubelet()
-            node.run(["/opt/kube/kubeadm", "join", "--config=/etc/kubernetes/join.yaml"], timeout=300)
+            self._join(node)
+
+    def _join(self, node: Node) -> None:
+        node.write("/etc/kubernetes/join.yaml", kubeadm.join(node.number, primary=self._primary))
+        node.start_kubelet()
+        node.run(["/opt/kube/kubeadm", "join", "--config=/etc/kubernetes/join.yaml"], timeout=300)
+
+    @contextmanager
+    def one_more_node(self) -> Iterator[Node]:
+        """Joins a node with the next number for as long as this lasts. Pods are reached by routes."""
+        node = self._boot_machine(len(self.nodes) + 1)
+        self._join(node)
+        self.install_cni()
+        self.wait_for_nodes()
+        yield node
+        self.kubectl("delete", "node", node.name)
+        self.nodes.remove(node)
+        node.remove()
+        self.network.remove_node(node.number)
 
     def install_cni(self) -> None:
         if self._tunnel:
@@ -207,19 +246,18 @@ class Cluster:
         self.kubectl("wait", "--for=condition=Ready", "node", "--all", "--timeout=120s")
 
     def start_dns(self) -> None:
-        self.apply(kubeadm.DNS)
+        self.apply(kubeadm.dns(self._primary))
         first = self.nodes[0]
-        address = internal_ips(1)[0]
         command = [self.python, "-m", "tests.cluster.dns", "/opt/kube/kubectl"]
         first.popen(
-            ["env", "-C", "/opt/checkout", *command, "/etc/kubernetes/admin.conf", address],
+            ["env", "-C", "/opt/checkout", *command, "/etc/kubernetes/admin.conf", self._address(1)],
             log=self.folder / "dns.log",
         )
 
     # -- service proxies
 
     def install_kube_proxy(self) -> None:
-        """kubeadm's DaemonSet and ConfigMap, in the mode that :meth:`init` was told."""
+        """kubeadm's DaemonSet and ConfigMap, in the mode that kubeadm is configured for."""
         command = [
             "/opt/kube/kubeadm",
             "init",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import time
 from typing import Any
 
 from dnslib import AAAA, CNAME, PTR, QTYPE, RCODE, RR, SRV, A, DNSRecord
-from dnslib.server import BaseResolver, DNSLogger, DNSServer
+from dnslib.server import BaseResolver, DNSLogger, DNSServer, TCPServer, UDPServer
 
 Object = dict[str, Any]
 
@@ -138,12 +139,20 @@ def _address(ip: str) -> Any:
     return AAAA(ip) if ":" in ip else A(ip)
 
 
+class _UDPServer6(UDPServer):  # type: ignore[misc]
+    address_family = socket.AF_INET6
+
+
+class _TCPServer6(TCPServer):  # type: ignore[misc]
+    address_family = socket.AF_INET6
+
+
 def main() -> None:
     kubectl, kubeconfig, *addresses = sys.argv[1:]
     resolver, errors_only = Resolver(Objects(kubectl, kubeconfig)), DNSLogger("error")
     for address in addresses:
-        for tcp in (False, True):
-            DNSServer(resolver, address=address, port=53, tcp=tcp, logger=errors_only).start_thread()
+        for server in (_UDPServer6, _TCPServer6) if ":" in address else (UDPServer, TCPServer):
+            DNSServer(resolver, address=address, port=53, logger=errors_only, server=server).start_thread()
     print(f"serving at {' '.join(addresses)}", flush=True)
     threading.Event().wait()
 

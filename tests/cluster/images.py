@@ -32,6 +32,10 @@ PAUSE = "registry.k8s.io/pause:3.10.2"
 _E2E = "registry.k8s.io/e2e-test-images"
 AGNHOST = f"{_E2E}/agnhost:2.63.0"
 BUSYBOX = f"{_E2E}/busybox:1.37.0-1"
+#: A server that sends segments out of window, of a spec about conntrack.
+REGRESSION = f"{_E2E}/regression-issue-74839:1.5"
+#: Specs about DNS ask with glibc's resolver and dig in it.
+GLIBC_DNS = f"{_E2E}/glibc-dns-testing:2.0.0"
 #: Specs look at a node's conntrack table in it.
 IPTABLES = "registry.k8s.io/build-image/distroless-iptables:v0.9.3"
 #: What scripts of the e2e suite call in agnhost's image, which is made from Alpine elsewhere.
@@ -134,7 +138,10 @@ def node_images() -> Path:
     if has("agnhost"):
         layers = [_kept("tools", _TOOLS, _tools), _binary("agnhost", "")]
         found.append(Image(AGNHOST, layers, ["/agnhost"], ["pause"], {}))
-        found.append(Image(IPTABLES, layers[:1], [], ["sh"], {}))
+        found += [Image(name, layers[:1], [], ["sh"], {}) for name in (IPTABLES, GLIBC_DNS)]
+    if has("regression-issue-74839"):
+        layers = [busybox, _binary("regression-issue-74839", "")]
+        found.append(Image(REGRESSION, layers, ["/regression-issue-74839"], [], {}))
     return kept_archive("node", found)
 
 

@@ -10,7 +10,7 @@ TOKEN = "abcdef.0123456789abcdef"
 API_PORT = 6443
 AUDIT_LOG = "/var/log/kubernetes/audit.log"
 SOCKET = "/run/containerd/containerd.sock"
-DNS_ADDRESS = "10.96.0.10"
+DNS_ADDRESSES = ("10.96.0.10", "fd96::a")
 
 CONTAINERD = f"""
 version = 2
@@ -56,8 +56,8 @@ def cni(number: int, *, tunnel: bool) -> str:
     return json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [main, ports]})
 
 
-def _registration(number: int) -> str:
-    ips = ",".join(network.internal_ips(number))
+def _registration(number: int, primary: int) -> str:
+    ips = ",".join(network.ordered(network.internal_ips(number), primary))
     return f"""
 nodeRegistration:
   name: node-{number}
@@ -71,15 +71,21 @@ nodeRegistration:
 """
 
 
-def init(version: str, *, proxy_mode: str = "nftables") -> str:
-    """The configuration of ``kubeadm init``: etcd is there already, on the same node."""
-    pods, services = ",".join(network.POD_CIDRS), ",".join(network.SERVICE_CIDRS)
+def init(version: str, *, proxy_mode: str = "nftables", primary: int = 4) -> str:
+    """The configuration of ``kubeadm init``: etcd is there already, on the same node.
+
+    ``primary``: the family (4 or 6) of Services that do not ask for one, and of the control plane's address.
+    """
+    pods, services = (
+        ",".join(network.ordered(cidrs, primary)) for cidrs in (network.POD_CIDRS, network.SERVICE_CIDRS)
+    )
+    address = network.ordered(network.internal_ips(1), primary)[0]
     return f"""
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: InitConfiguration
 bootstrapTokens: [{{token: {TOKEN}}}]
-localAPIEndpoint: {{advertiseAddress: {network.internal_ips(1)[0]}, bindPort: {API_PORT}}}
-{_registration(1)}
+localAPIEndpoint: {{advertiseAddress: "{address}", bindPort: {API_PORT}}}
+{_registration(1, primary)}
 ---
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: ClusterConfiguration
@@ -108,23 +114,25 @@ mode: {proxy_mode}
 # The kernel's limit is the machine's, which is not the node's to change.
 conntrack: {{maxPerCore: 0}}
 ---
-{KUBELET}
+{_kubelet(primary)}
 """
 
 
-def join(number: int) -> str:
-    address = f"{network.internal_ips(1)[0]}:{API_PORT}"
+def join(number: int, *, primary: int = 4) -> str:
+    address = network.ordered(network.internal_ips(1), primary)[0]
+    endpoint = f"[{address}]:{API_PORT}" if primary == 6 else f"{address}:{API_PORT}"
     return f"""
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: JoinConfiguration
 discovery:
-  bootstrapToken: {{token: {TOKEN}, apiServerEndpoint: "{address}", unsafeSkipCAVerification: true}}
-{_registration(number)}
+  bootstrapToken: {{token: {TOKEN}, apiServerEndpoint: "{endpoint}", unsafeSkipCAVerification: true}}
+{_registration(number, primary)}
 """
 
 
-#: cgroup v1 is deprecated, but is what this machine has; a node must not evict for what the machine lacks.
-KUBELET = f"""
+def _kubelet(primary: int) -> str:
+    """cgroup v1 is deprecated, but is what this machine has; a node must not evict for what the machine lacks."""
+    return f"""
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 cgroupDriver: cgroupfs
@@ -133,12 +141,13 @@ failSwapOn: false
 enforceNodeAllocatable: []
 evictionHard: {{}}
 imageGCHighThresholdPercent: 100
-clusterDNS: ["{DNS_ADDRESS}"]
+clusterDNS: ["{network.ordered(DNS_ADDRESSES, primary)[0]}"]
 clusterDomain: cluster.local
 resolvConf: ""
 makeIPTablesUtilChains: false
 shutdownGracePeriod: 0s
 """
+
 
 #: systemd starts the kubelet again until kubeadm has written its configuration; this waits for it.
 KUBELET_SERVICE = """
@@ -148,18 +157,21 @@ exec /opt/kube/kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.
   --kubeconfig=/etc/kubernetes/kubelet.conf --config=/var/lib/kubelet/config.yaml $KUBELET_KUBEADM_ARGS
 """
 
-DNS = f"""
+
+def dns(primary: int) -> str:
+    """The Service of the cluster's DNS and its one endpoint, the first node."""
+    return f"""
 apiVersion: v1
 kind: Service
 metadata: {{name: kube-dns, namespace: kube-system, labels: {{k8s-app: kube-dns}}}}
 spec:
-  clusterIP: {DNS_ADDRESS}
+  clusterIP: "{network.ordered(DNS_ADDRESSES, primary)[0]}"
   ports: [{{name: dns, port: 53, protocol: UDP}}, {{name: dns-tcp, port: 53, protocol: TCP}}]
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata: {{name: kube-dns-node-1, namespace: kube-system, labels: {{kubernetes.io/service-name: kube-dns}}}}
-addressType: IPv4
+addressType: IPv{primary}
 ports: [{{name: dns, port: 53, protocol: UDP}}, {{name: dns-tcp, port: 53, protocol: TCP}}]
-endpoints: [{{addresses: [{network.internal_ips(1)[0]}], nodeName: node-1, conditions: {{ready: true}}}}]
+endpoints: [{{addresses: ["{network.ordered(network.internal_ips(1), primary)[0]}"], nodeName: node-1, conditions: {{ready: true}}}}]
 """

@@ -24,12 +24,28 @@ LANS = ("10.77.0.", "192.168.77.")
 LANS_6 = ("fd78::", "fd77::")
 POD_CIDRS = ("10.244.0.0/16", "fd44::/48")
 SERVICE_CIDRS = ("10.96.0.0/16", "fd96::/112")
+#: Pods that ask the world have the node's address there, as with every CNI plugin: so netfilter tracks connections on
+#: every node, which it does not where no rule needs it.
+_MASQUERADE = f"""
+table inet pods-to-the-world {{
+    chain postrouting {{
+        type nat hook postrouting priority srcnat
+        oifname eth0 ip saddr {POD_CIDRS[0]} masquerade
+        oifname eth0 ip6 saddr {POD_CIDRS[1]} masquerade
+    }}
+}}
+"""
 _VXLAN_ID = 77
 _VXLAN_PORT = 8472
 
 
 def internal_ips(number: int) -> tuple[str, str]:
     return f"192.168.77.{number}", f"fd77::{number:x}"
+
+
+def ordered(pair: tuple[str, str], primary: int) -> tuple[str, str]:
+    """Of both families, the primary one (4 or 6) first."""
+    return pair if primary == 4 else (pair[1], pair[0])
 
 
 def pod_cidrs(number: int) -> tuple[str, str]:
@@ -93,7 +109,17 @@ class Network:
         _ip(name, "route", "add", "default", "via", f"{LANS[0]}{OUTSIDE}")
         _ip(name, "-6", "route", "add", "default", "via", f"{LANS_6[0]}{OUTSIDE:x}")
         _sysctl(name, "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        load = ["nsenter", f"--net=/run/netns/{name}", "nft", "-f", "-"]
+        subprocess.run(load, input=_MASQUERADE, text=True, check=True)
         self.nodes.append(number)
+
+    def remove_node(self, number: int) -> None:
+        """Its namespace with its devices, and the routes by it."""
+        self.nodes.remove(number)
+        subprocess.run(["ip", "netns", "delete", self.netns(number)], check=True)
+        for name in (self.outside, *(self.netns(other) for other in self.nodes)):
+            for cidr in pod_cidrs(number):
+                _ip(name, "route", "delete", cidr)
 
     def route_pods(self) -> None:
         """Each node's pods by a route to the node, as host-gw CNIs do; from outside, too."""

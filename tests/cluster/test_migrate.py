@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster import binaries, images, kubeadm
+from tests.cluster import binaries, images
 from tests.cluster.app import App
 from tests.cluster.cluster import Cluster, Node, until
 from tests.cluster.load import Failure, asking
@@ -26,13 +26,8 @@ _LABEL = "ebpfproxy.io/"
 @pytest.fixture
 def app(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[App]:
     """Services that are served by kube-proxy alone, in the mode that the test is parametrized with."""
-    first = cluster.nodes[0]
-    text = kubeadm.init(binaries.kubernetes_version(), proxy_mode=request.param)
-    first.write("/etc/kubernetes/init.yaml", text)
-    first.run(
-        ["/opt/kube/kubeadm", "init", "phase", "addon", "kube-proxy", "--config=/etc/kubernetes/init.yaml"]
-    )
-    cluster.kubectl("-n", "kube-system", "rollout", "status", "daemonset/kube-proxy", "--timeout=120s")
+    cluster.configure_kubeadm(request.param)
+    cluster.install_kube_proxy()
     made = App(cluster)
     yield made
     made.remove()

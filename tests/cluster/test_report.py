@@ -28,5 +28,17 @@ def test_the_page_has_a_row_for_a_group_and_for_every_failure() -> None:
 
 def test_what_did_not_run_is_not_counted() -> None:
     report = Report()
-    report.e2e["ebpfproxy"] = {"[sig-network] Services of SCTP": result(Outcome.SKIPPED)}
-    assert "| **all** | 0 of 0 |" in report.page(date(2026, 11, 27)).splitlines()
+    report.e2e["ebpfproxy"] = {"[sig-network] Services of SCTP": Result(Outcome.SKIPPED, 0.0, "needs SCTP")}
+    lines = report.page(date(2026, 11, 27)).splitlines()
+    assert "| **all** |  |" in lines
+    assert "| Services of SCTP | needs SCTP |" in lines
+
+
+def test_a_spec_that_passes_alone_is_counted_and_named() -> None:
+    name = "[sig-network] Services should work"
+    report = Report()
+    report.e2e["kube-proxy"] = {name: result(Outcome.PASSED_ALONE)}
+    report.e2e["ebpfproxy"] = {}
+    lines = report.page(date(2026, 11, 27)).splitlines()
+    assert "| **all** | 1 of 1 |  |" in lines
+    assert "| Services should work | passed when run again, alone |  |" in lines

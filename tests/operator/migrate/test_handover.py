@@ -65,6 +65,8 @@ def test_over_and_back_under_load_with_long_connections(world: World, mode: str)
         said = world.migrate("rollback")
         time.sleep(0.3)
         assert how([*held, *ours]) == {}, said
+    steps = said.splitlines()
+    assert steps.index("detached sendmsg6") < steps.index("detached recvmsg4"), "answers come first"
     assert world.a.call(_found) == (True, [])
     assert world.outside.call(clients.spread_tcp, world.a.address, rules.PAYMENTS_NODE_PORT, 5)
 

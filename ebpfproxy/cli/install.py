@@ -12,17 +12,18 @@ import click
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.options import Decorator
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.kube.kubeconfig import ConfigError
-from ebpfproxy.operator.install import cluster_facts, rollout
-from ebpfproxy.operator.install.api import Api, ApiError
+from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.operator import kube_proxy
+from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.apply import apply
-from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.node_cleanup import CLEANUP
 from ebpfproxy.operator.install.prepare import PrepareError, Wanted, prepare
 from ebpfproxy.operator.install.remove import RemoveError, remove
 from ebpfproxy.operator.install.render import to_yaml
 from ebpfproxy.operator.install.rollout import RolloutError
 from ebpfproxy.operator.install.server_address import AddressError
+from ebpfproxy.operator.names import AGENT
 
 _CLIENT, _SERVER = "client", "server"
 
@@ -159,10 +160,10 @@ def command(
     )
     with errors():
         if dry_run == _CLIENT:
-            api = Api.from_options(kubeconfig, context, master) if wanted.asks else None
+            api = Api.from_kubeconfigs(kubeconfig, context, master) if wanted.asks else None
             click.echo(to_yaml(prepare(wanted, api, remark)), nl=False)
             return
-        api = Api.from_options(kubeconfig, context, master)
+        api = Api.from_kubeconfigs(kubeconfig, context, master)
         objects = prepare(wanted, api, remark)
         if dry_run is None:
             _end_cleanup(api, namespace, timeout)
@@ -174,8 +175,8 @@ def command(
         if "ConfigMap" in done.changed and "DaemonSet" not in done.changed:
             remark("agents start again by themselves once the kubelet has brought the file (about a minute)")
         if wait:
-            click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, NAME, timeout, remark)} nodes")
-            if cluster_facts.kube_proxy(api) is not None:
+            click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
+            if kube_proxy.find(api) is not None:
                 remark("whether agents have read everything: `ebpfproxy migrate plan --all-nodes`")
 
 

@@ -14,8 +14,9 @@ from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate_tables import print_plan, said
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import emit
+from ebpfproxy.kube.access import ConfigError
 from ebpfproxy.node.identity import NodeNameError, node_name
-from ebpfproxy.operator.migrate.api import Api, ClusterError
+from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate.daemonsets import Cluster
 from ebpfproxy.operator.migrate.node import leftovers, preflight, running_kube_proxy, steps
 from ebpfproxy.operator.migrate.node.preflight import Where
@@ -77,7 +78,7 @@ def _at(
 ) -> Where:
     cluster = None
     if kubeconfig is not None or master is not None:
-        cluster = Cluster(Api(kubeconfig, master), node_name(hostname_override))
+        cluster = Cluster(Api.from_options(kubeconfig, master), node_name(hostname_override))
     return Where(
         bpf_root=bpf_root, cgroup_root=cgroup_root, cluster=cluster, seconds=timeout, stopped=stopped
     )
@@ -88,7 +89,7 @@ def _errors() -> Iterator[None]:
     try:
         with one_line():
             yield
-    except (MigrationError, ToolError, ClusterError, NodeNameError) as error:
+    except (MigrationError, ToolError, ApiError, ConfigError, NodeNameError) as error:
         raise click.ClickException(str(error)) from error
 
 

@@ -13,13 +13,16 @@ import msgspec
 from ebpfproxy.cli import options
 from ebpfproxy.cli.migrate_tables import print_cluster, said
 from ebpfproxy.cli.output import emit
-from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError
-from ebpfproxy.operator.migrate.cluster import pods, selection
+from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.migrate import daemonsets
+from ebpfproxy.operator.migrate.cluster import selection, work_pod
 from ebpfproxy.operator.migrate.cluster.fleet import Fleet, FleetError, State
 from ebpfproxy.operator.migrate.cluster.jobs import Jobs
-from ebpfproxy.operator.migrate.cluster.pods import Image
 from ebpfproxy.operator.migrate.cluster.selection import NodesError
+from ebpfproxy.operator.migrate.cluster.work_pod import Image
 from ebpfproxy.operator.migrate.switches import AGENT, Switch
+from ebpfproxy.operator.waiting import WaitError
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,21 +98,21 @@ def _fleet(chosen: Chosen, reach: Reach) -> Iterator[Fleet]:
         raise click.UsageError(f"--daemonset {chosen.daemonset}: it is NAMESPACE/NAME")
     switch = Switch(namespace, name, AGENT.label)
     try:
-        api = Api(reach.kubeconfig, reach.master)
-        found = selection.choose(api.nodes(chosen.selector), chosen.node)
+        api = Api.from_options(reach.kubeconfig, reach.master)
+        found = selection.choose(api.list("Node", "", labelSelector=chosen.selector), chosen.node)
         image = _image(api, switch, chosen.image)
         yield Fleet(api, Jobs(api, namespace, image, reach.timeout), found, reach.timeout, switch)
-    except (ClusterError, FleetError, NodesError) as error:
+    except (ApiError, ConfigError, WaitError, FleetError, NodesError) as error:
         raise click.ClickException(str(error)) from error
 
 
 def _image(api: Api, switch: Switch, name: str | None) -> Image:
-    try:
-        image = pods.image_of(api.daemon_set(switch.namespace, switch.name))
-    except NotFoundError as error:
+    found = daemonsets.find(api, switch)
+    if found is None:
         if name is None:
-            raise ClusterError(f"there is no {switch}: name its --daemonset, or an --image") from error
+            raise FleetError(f"there is no {switch}: name its --daemonset, or an --image")
         return Image(name=name)
+    image = work_pod.image_of(found)
     return image if name is None else msgspec.structs.replace(image, name=name)
 
 

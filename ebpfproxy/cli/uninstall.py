@@ -9,9 +9,8 @@ import click
 
 from ebpfproxy.cli.install import cluster, errors, remark
 from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.operator.api import Api, Object, shown
 from ebpfproxy.operator.install import base
-from ebpfproxy.operator.install.api import Api, Object, shown
-from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.node_cleanup import image_of
 from ebpfproxy.operator.install.remove import (
     RemoveError,
@@ -22,6 +21,7 @@ from ebpfproxy.operator.install.remove import (
     remove,
     remove_labels,
 )
+from ebpfproxy.operator.names import AGENT
 
 _STAYS = (
     "programs and maps stay on the nodes: they translate as they last knew it, before kube-proxy is asked."
@@ -59,7 +59,7 @@ def command(
     are not followed.
     """
     with errors():
-        api = Api.from_options(kubeconfig, context, master)
+        api = Api.from_kubeconfigs(kubeconfig, context, master)
         found = find(api, namespace)
         labelled = labels(api, namespace)
         if not found and not labelled and not cleanup:
@@ -75,7 +75,7 @@ def command(
             raise RemoveError("\n".join(reasons) + "\n--force goes on all the same")
         for reason in reasons:
             remark(f"warning: {reason}")
-        daemon_set = found.get(("DaemonSet", namespace, NAME))
+        daemon_set = found.get(("DaemonSet", namespace, AGENT))
         image = _image(image, daemon_set) if cleanup else None
         if dry_run:
             return
@@ -83,7 +83,7 @@ def command(
         with _collected(problems):
             remove(api, found, timeout, click.echo)
         # Beside agents nothing can be cleaned; a node that is down keeps others waiting for nothing.
-        gone = api.get("DaemonSet", namespace, NAME) is None
+        gone = api.get("DaemonSet", namespace, AGENT) is None
         if image is not None and gone:
             with _collected(problems):
                 clean_nodes(api, daemon_set or _from_base(namespace), image, timeout, click.echo)

@@ -1,37 +1,40 @@
-"""The connection to the API server: configured by the ``kubernetes`` package, requests as raw streams."""
+"""The one connection to an API server: requests with credentials, counted, limited, and sent again where
+that may help."""
 
 from __future__ import annotations
 
 import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlencode
 
 import urllib3
-from kubernetes import client as kube_client
-from kubernetes import config as kube_config
-from kubernetes.config.config_exception import ConfigException
 
 import ebpfproxy
-from ebpfproxy.kube import control_plane
-from ebpfproxy.kube.kubeconfig import ConfigError, check, check_url, errors_of_the_package
+from ebpfproxy.kube import access, control_plane, failures, kubeconfig
+from ebpfproxy.kube.access import Access, ConfigError, check_url
+from ebpfproxy.kube.backoff import Backoff
+from ebpfproxy.kube.decode import decode_status
+from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 
-__all__ = ["ApiConnection", "ConfigError"]
+__all__ = ["ApiConnection", "ConfigError", "Reply"]
 
 log = get_logger(__name__)
 
 _CONNECT_SECONDS = 10.0
-#: So many requests in a row that nobody answers are reason to look for another address.
+#: After so many requests in a row that nobody answers, another address is looked for.
 _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
+_ERROR_BYTES = 64 * 1024
 _USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
+#: Between two tries of one request, in seconds.
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 8.0
 #: A peer that is gone without a word is noticed after about a minute (tcp(7)).
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -43,19 +46,22 @@ _KEEPALIVE = (
 )
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+JSON = "application/json"
 
-Configure = Callable[[kube_client.Configuration], Path | None]
-"""Fills a configuration; returns the token file that is read for each request, if there is one."""
+
+class Reply(NamedTuple):
+    """A whole answer, with a status below 300."""
+
+    status: int
+    headers: urllib3.HTTPHeaderDict
+    body: bytes
 
 
 class _Session(NamedTuple):
     """What one reading of the configuration gave; replaced as a whole."""
 
-    configuration: Any
-    pool: Any
-    #: Kept beside: the package's refresh of credentials sets the kubeconfig's own server again.
-    host: str
-    token_file: Path | None
+    access: Access
+    pool: urllib3.PoolManager
 
 
 class ApiConnection:
@@ -66,17 +72,16 @@ class ApiConnection:
     """
 
     def __init__(
-        self, configure: Configure, limit: RateLimit | None = None, *, has_choice: bool = False
+        self, configure: Callable[[], Access], limit: RateLimit | None = None, *, has_choice: bool = False
     ) -> None:
         """``limit`` holds for :meth:`get`. ``has_choice``: ``configure`` chooses among addresses, and is
-        asked again when nobody answers at the one that it chose."""
+        asked again when nobody answers at the one that it chose. Raises ConfigError."""
         self._configure = configure
         self._limit = limit
         self._has_choice = has_choice
         self._unanswered = 0
         self._unverified = ""
-        #: One thread at a time reads credentials: an exec plugin may ask somebody who is slow.
-        self._credentials_lock = threading.Lock()
+        self._session_lock = threading.Lock()
         self._requests_lock = threading.Lock()
         #: Answers by HTTP status and method; the status is ``<error>`` where none came.
         self.requests: dict[tuple[str, str], int] = {}
@@ -86,73 +91,101 @@ class ApiConnection:
 
     @classmethod
     def from_options(
-        cls, kubeconfig: Path | None, master: str | None, limit: RateLimit | None = None
+        cls,
+        kubeconfigs: Path | Sequence[Path] | None,
+        master: str | None,
+        limit: RateLimit | None = None,
+        *,
+        context: str | None = None,
     ) -> ApiConnection:
         """``--kubeconfig`` and ``--master``; without them the pod's service account.
 
         ``master`` alone is an API server that asks for no credentials; with a kubeconfig it replaces the
         server's address in it. Raises ConfigError.
         """
-        if kubeconfig is None and master is None:
+        if kubeconfigs is None and master is None:
             return cls(_InCluster(), limit, has_choice=True)
         if master is not None:
             check_url(master, "--master")
+        paths = [kubeconfigs] if isinstance(kubeconfigs, Path) else list(kubeconfigs or ())
 
-        def configure(configuration: kube_client.Configuration) -> Path | None:
-            token_file = None
-            if kubeconfig is not None:
-                token_file = _from_kubeconfig(kubeconfig, configuration)
-            if master is not None:
-                configuration.host = master.rstrip("/")
-            return token_file
+        def configure() -> Access:
+            if not paths:
+                server = str(master).rstrip("/")
+                return Access(server, access.verifying() if server.startswith("https://") else None)
+            return kubeconfig.load(paths, context, master)
 
         return cls(configure, limit)
 
     @property
     def host(self) -> str:
         """Where requests go: ``https://10.0.0.1:6443``."""
-        return self._session.host
+        return self._session.access.server
+
+    @property
+    def kubeconfig_server(self) -> str:
+        """What the kubeconfig names, whatever ``--master`` says; empty without a kubeconfig."""
+        return self._session.access.kubeconfig_server
 
     def _open(self) -> _Session:
-        configuration = kube_client.Configuration()
-        token_file = self._configure(configuration)
-        configuration.socket_options = list(_KEEPALIVE)
-        # One connection for each watch and one to list beside it.
-        configuration.connection_pool_maxsize = 8
-        configuration.retries = False
-        self._tell_of_unverified(configuration)
-        try:
-            pool = kube_client.ApiClient(configuration).rest_client.pool_manager
-        except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise ConfigError(f"proxy {configuration.proxy}: {error}") from error
-        return _Session(configuration, pool, str(configuration.host), token_file)
-
-    def _tell_of_unverified(self, configuration: Any) -> None:
-        """One line for each server, where urllib3 has one for each request."""
-        if configuration.verify_ssl or not configuration.host.startswith("https://"):
-            return
-        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        if configuration.host != self._unverified:
-            self._unverified = configuration.host
-            log.warning(
-                "the API server's certificate is not verified (insecure-skip-tls-verify)",
-                server=configuration.host,
-            )
+        found = self._configure()
+        if found.is_unverified:
+            # One line for each server, where urllib3 has one for each request.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+            if found.server != self._unverified:
+                self._unverified = found.server
+                log.warning(
+                    "the API server's certificate is not verified (insecure-skip-tls-verify)",
+                    server=found.server,
+                )
+        # A connection for each watch, and one to list meanwhile.
+        return _Session(found, access.pool(found, socket_options=list(_KEEPALIVE), maxsize=8))
 
     def reload(self) -> None:
         """Reads files and credentials again. Raises ConfigError, then the old ones stay in use."""
-        with self._credentials_lock:
+        with self._session_lock:
             self._session = self._open()
 
     def get(self, path: str, params: Mapping[str, str], *, read_seconds: float) -> urllib3.BaseHTTPResponse:
         """Starts a GET, at the rate of the limit, and returns the response unread, whatever its status.
 
-        ``read_seconds`` bounds every wait for bytes. Raises ConfigError where credentials cannot be had,
-        urllib3's HTTPError, and OSError.
+        ``read_seconds`` bounds every wait for bytes. Raises Failure.
         """
         if self._limit is not None:
             self._limit.wait()
         return self.request("GET", path, params, read_seconds=read_seconds)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] = NOTHING,
+        *,
+        body: bytes | None = None,
+        content_type: str = JSON,
+        read_seconds: float,
+        most_bytes: int | None = None,
+        tries: int = 1,
+    ) -> Reply:
+        """The whole answer, of which no more than ``most_bytes`` are read.
+
+        It is sent up to ``tries`` times, after failures that are transient (:attr:`Failure.is_transient`).
+        Raises Failure, also for a status of 300 and more.
+        """
+        backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
+        while True:
+            tries -= 1
+            try:
+                response = self.request(
+                    method, path, params, body=body, content_type=content_type, read_seconds=read_seconds
+                )
+                if response.status >= 300:
+                    raise refusal(response)
+                return Reply(response.status, response.headers, read(response, most_bytes))
+            except Failure as failure:
+                if tries <= 0 or not failure.is_transient:
+                    raise
+                time.sleep(max(failure.retry_after or 0.0, backoff.next()))
 
     def request(
         self,
@@ -161,69 +194,87 @@ class ApiConnection:
         params: Mapping[str, str] = NOTHING,
         *,
         body: bytes | None = None,
+        content_type: str = JSON,
         read_seconds: float,
     ) -> urllib3.BaseHTTPResponse:
         """As :meth:`get`, but without a limit. ``body``: JSON."""
-        self._choose_again()
-        session = self._session
-        headers = {"Accept": "application/json", "User-Agent": _USER_AGENT}
-        if method == "GET":
-            # Long lists come compressed, and from 1.37 on (WatchListCompression) streams, too.
-            headers["Accept-Encoding"] = "gzip"
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        authorization = self._authorization(session)
-        if authorization:
-            headers["Authorization"] = authorization
-        query = f"?{urlencode(params)}" if params else ""
         code, began = "<error>", time.monotonic()
         try:
-            response: urllib3.BaseHTTPResponse = session.pool.request(
+            self._choose_again()
+            session = self._session
+            headers = _headers(method, body, content_type, session.access.authorization())
+            query = f"?{urlencode(params)}" if params else ""
+            began = time.monotonic()
+            response = session.pool.request(
                 method,
-                f"{session.host}{path}{query}",
+                f"{session.access.server}{path}{query}",
                 headers=headers,
                 body=body,
                 preload_content=False,
-                retries=False,
                 redirect=False,
                 timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=read_seconds),
             )
-            code = str(response.status)
-        finally:
-            self.observe(method, time.monotonic() - began)
-            with self._requests_lock:
-                self._unanswered = self._unanswered + 1 if code == "<error>" else 0
-                self.requests[code, method] = self.requests.get((code, method), 0) + 1
+        except ConfigError as error:
+            raise Failure("credentials", str(error)) from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            self._count(code, method, began)
+            raise failures.of_exception(error) from error
+        self._count(str(response.status), method, began)
         return response
+
+    def _count(self, code: str, method: str, began: float) -> None:
+        self.observe(method, time.monotonic() - began)
+        with self._requests_lock:
+            self._unanswered = self._unanswered + 1 if code == "<error>" else 0
+            self.requests[code, method] = self.requests.get((code, method), 0) + 1
 
     def _choose_again(self) -> None:
         if not self._has_choice or self._unanswered < _UNANSWERED:
             return
-        with self._credentials_lock:
+        with self._session_lock:
             # Another thread may have done so while this one waited.
             if self._unanswered >= _UNANSWERED:
                 self._unanswered = 0
                 self._session = self._open()
 
-    def _authorization(self, session: _Session) -> str:
-        """The header as it is to be now; empty without one. Raises ConfigError."""
-        configuration, token_file = session.configuration, session.token_file
-        try:
-            if token_file is not None:
-                found = f"Bearer {token_file.read_text().strip()}"
-            else:
-                with self._credentials_lock, errors_of_the_package():
-                    # Calls the package's hook, which reads an old token or asks a plugin again. Where that
-                    # fails the old token is used, and the server's answer says what it is worth.
-                    found = configuration.get_api_key_with_prefix("BearerToken", "authorization") or ""
-                if not found and configuration.username:
-                    found = configuration.get_basic_auth_token()
-        except (ConfigException, OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"credentials: {error}") from error
-        found = found.strip()
-        if not (found.isascii() and found.isprintable()):
-            raise ConfigError(f"credentials: {token_file or 'the token'}: not one line of ASCII text")
-        return found
+
+def _headers(method: str, body: bytes | None, content_type: str, authorization: str) -> dict[str, str]:
+    headers = {"Accept": JSON, "User-Agent": _USER_AGENT}
+    if method == "GET":
+        # Long lists come compressed, and from 1.37 on (WatchListCompression) streams, too.
+        headers["Accept-Encoding"] = "gzip"
+    if body is not None:
+        headers["Content-Type"] = content_type
+    if authorization:
+        headers["Authorization"] = authorization
+    return headers
+
+
+def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
+    """The body; a connection with more of it is not used again."""
+    body = bytes(response.read(most_bytes))
+    if most_bytes is None or len(body) < most_bytes:
+        response.release_conn()
+    else:
+        response.close()
+    return body
+
+
+def read(response: urllib3.BaseHTTPResponse, most_bytes: int | None = None) -> bytes:
+    """The body. Raises Failure."""
+    try:
+        return _up_to(response, most_bytes)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise failures.of_exception(error) from error
+
+
+def refusal(response: urllib3.BaseHTTPResponse) -> Failure:
+    """The Failure (or Expired) that an answer's status and body say; reads it."""
+    try:
+        body = _up_to(response, _ERROR_BYTES)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        return failures.of_exception(error)
+    return failures.of_status(decode_status(body, response.status), response.headers.get("Retry-After"))
 
 
 class _InCluster:
@@ -233,39 +284,35 @@ class _InCluster:
         self._chosen: control_plane.Choice | None = None
         self._last_answering: control_plane.Choice | None = None
 
-    def __call__(self, configuration: kube_client.Configuration) -> None:
+    def __call__(self) -> Access:
         try:
-            kube_config.load_incluster_config(client_configuration=configuration)
-        except (ConfigException, OSError, ValueError) as error:
+            found = access.in_cluster()
+        except ConfigError as error:
             raise ConfigError(
                 f"no --kubeconfig, --master or --manifests, and not in a pod with a service account: {error}"
             ) from error
-        _check_certificates(configuration, "service account")
-        choice = control_plane.choose(
-            configuration.host, _anonymously(configuration), last=self._last_answering
-        )
+        choice = control_plane.choose(found.server, _anonymously(found), last=self._last_answering)
         if choice.answers:
             self._last_answering = choice
         if choice != self._chosen:
             self._chosen = choice
-            say, text = (
-                (log.info, "control plane") if choice.answers else (log.warning, "no control plane answers")
-            )
-            say(text, server=choice.server, named_by=choice.source)
-        configuration.host = choice.server
+            if choice.answers:
+                log.info("control plane found", server=choice.server, named_by=choice.source)
+            else:
+                log.warning("no control plane answers", server=choice.server, named_by=choice.source)
+        return found._replace(server=choice.server)
 
 
-def _anonymously(configuration: kube_client.Configuration) -> control_plane.Ask:
+def _anonymously(found: Access) -> control_plane.Ask:
     """Asks without the token, and does not take longer than a choice may."""
-    pool = kube_client.ApiClient(configuration).rest_client.pool_manager
+    pool = access.pool(found)
 
     def ask(url: str) -> bytes:
         response = pool.request(
             "GET",
             url,
-            headers={"Accept": "application/json", "User-Agent": _USER_AGENT},
+            headers={"Accept": JSON, "User-Agent": _USER_AGENT},
             preload_content=False,
-            retries=False,
             redirect=False,
             timeout=urllib3.Timeout(control_plane.SECONDS),
         )
@@ -275,40 +322,3 @@ def _anonymously(configuration: kube_client.Configuration) -> control_plane.Ask:
             response.close()
 
     return ask
-
-
-def _from_kubeconfig(path: Path, configuration: kube_client.Configuration) -> Path | None:
-    checked = check(path)
-    with errors_of_the_package() as said:
-        try:
-            kube_config.load_kube_config(str(path), client_configuration=configuration, persist_config=False)
-        except ConfigException as error:
-            raise ConfigError(f"{path}: {error}") from error
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.filename or ''}: {error.strerror}") from error
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ConfigError(f"{path}: the kubernetes package cannot read it: {error!r}") from error
-    if checked.has_plugin and not configuration.api_key and not configuration.cert_file:
-        raise ConfigError(f"{path}: user.exec: no credentials: {'; '.join(said) or 'the plugin gave none'}")
-    _check_certificates(configuration, str(path))
-    return checked.token_file
-
-
-def _check_certificates(configuration: Any, source: str) -> None:
-    """OpenSSL names neither file nor field, and only when a connection is made."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if configuration.ssl_ca_cert:
-        try:
-            context.load_verify_locations(cafile=configuration.ssl_ca_cert)
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"{source}: certificate-authority ({configuration.ssl_ca_cert}): {error}"
-            ) from error
-    if configuration.cert_file:
-        try:
-            context.load_cert_chain(configuration.cert_file, configuration.key_file)
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"{source}: client-certificate ({configuration.cert_file}) with client-key"
-                f" ({configuration.key_file}): {error}"
-            ) from error

@@ -1,23 +1,45 @@
-"""What can go wrong between a list and a watch, and the word that metrics count it under."""
+"""What can go wrong with a request, the word that metrics count it under, and whether to ask again."""
 
 from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from http.client import responses
 
 from ebpfproxy.kube.decode import Status
 
 
 class Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ours
-    """``reason`` is a metric label; ``retry_after`` seconds are the server's wish."""
+    """``reason`` is a metric label, for an answer its HTTP status; ``retry_after`` seconds are the server's
+    wish."""
 
     def __init__(self, reason: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after
 
+    @property
+    def status(self) -> int:
+        """HTTP's; 0 where no answer came."""
+        return int(self.reason) if self.reason.isdecimal() else 0
 
-class Expired(Exception):  # noqa: N818
+    @property
+    def is_transient(self) -> bool:
+        """The server is overloaded, or the connection broke after the request: it is worth sending again.
+
+        False where no connection could be made, so that a wrong address is reported at once.
+        """
+        return self.reason in _TRANSIENT
+
+
+class Expired(Failure):
     """The resourceVersion or the continue token is too old (410): list again."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(str(int(HTTPStatus.GONE)), message)
 
+
+_TRANSIENT = frozenset({"429", "502", "503", "504", "connection", "idle", "truncated"})
 #: By the name of an exception in the chain that urllib3 raises; the first that is found counts.
 _REASONS = (
     ("ReadTimeoutError", "idle"),
@@ -29,12 +51,17 @@ _REASONS = (
     ("ConnectionRefusedError", "refused"),
     ("IncompleteRead", "truncated"),
 )
+#: urllib3's objects at the beginning of its messages.
+_CONNECTION = re.compile(r"^<?\S+Connection\S*?(\(.*?\))?( object at 0x[0-9a-f]+>)?: ")
 
 
-def of_status(status: Status, retry_after: str | None = None) -> Failure | Expired:
+def of_status(status: Status, retry_after: str | None = None) -> Failure:
     """Retry-After counts in seconds for the API server (RFC 9110 allows a date, too: ignored)."""
-    message = f"{status.code} {status.reason}: {status.message}".strip()
-    if status.code == 410:
+    phrase = responses.get(status.code, status.reason)
+    # A list of conflicts has a line for each field.
+    text = status.message.replace(":\n- ", ": ").replace("\n- ", ", ").replace("\n", "; ")
+    message = f"{status.code} {phrase}".strip() + (f": {text}" if text else "")
+    if status.code == HTTPStatus.GONE:
         return Expired(message)
     wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
     return Failure(str(status.code), message, wait)
@@ -44,4 +71,5 @@ def of_exception(error: BaseException) -> Failure:
     causes = [error, *error.args, error.__cause__, error.__context__]
     kinds = {type(cause).__name__ for cause in causes if isinstance(cause, BaseException)}
     reason = next((reason for kind, reason in _REASONS if kind in kinds), "connection")
-    return Failure(reason, f"{type(error).__name__}: {error}")
+    text = _CONNECTION.sub("", str(getattr(error, "reason", None) or error))
+    return Failure(reason, text or type(error).__name__)

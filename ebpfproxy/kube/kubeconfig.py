@@ -1,27 +1,24 @@
-"""What a kubeconfig says, checked before the ``kubernetes`` package uses it.
+"""Kubeconfig files, merged as kubectl merges them, to an :class:`Access`.
 
-The package finds some mistakes late and says of others which Python operation they broke; an exec plugin that
-fails it only logs, and goes on without credentials. Here each is one error that names the file and the field.
+Every mistake is one error that names the file and the field. Of the ``kubernetes`` package only plugins'
+credentials are used (``plugins``): it is not imported for files that need none.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ssl
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 import yaml
 
+from ebpfproxy.kube.access import Access, ConfigError, bearer, check_url, token_file, unverified, verifying
 from ebpfproxy.kube.decode import explain
-
-
-class ConfigError(Exception):
-    """The connection's configuration cannot be used; the message names the file and the field."""
 
 
 class _Kebab(msgspec.Struct, frozen=True, rename="kebab"):
@@ -59,6 +56,7 @@ class _User(_Kebab, frozen=True):
     client_key: str | None = None
     client_key_data: str | None = None
     exec: _Exec | None = None
+    auth_provider: dict[str, Any] | None = None
 
 
 class _Context(msgspec.Struct, frozen=True):
@@ -82,24 +80,77 @@ class _NamedContext(msgspec.Struct, frozen=True):
 
 
 class _File(_Kebab, frozen=True):
-    current_context: str
+    current_context: str | None = None
     contexts: list[_NamedContext] | None = None
     clusters: list[_NamedCluster] | None = None
     users: list[_NamedUser] | None = None
 
 
-class Kubeconfig(msgspec.Struct, frozen=True):
-    """What the client must know of the current context beside what the kubernetes package makes of it."""
-
-    #: ``tokenFile``: the package reads it once, but it rotates.
-    token_file: Path | None
-    has_plugin: bool
+T = TypeVar("T")
 
 
-def check(path: Path) -> Kubeconfig:
-    """Reads the file. Raises ConfigError with the path and the first field that is wrong."""
+class _Found(NamedTuple, Generic[T]):
+    """A cluster or a user, and where it is: files that it names are relative to its own."""
+
+    value: T
+    path: Path
+    field: str
+
+
+def load(paths: Sequence[Path], context: str | None = None, master: str | None = None) -> Access:
+    """``context`` instead of the current one, ``master`` instead of its server. Raises ConfigError."""
+    cluster, user = _select(paths, context)
+    check_url(cluster.value.server, f"{cluster.field}.server")
+    own = cluster.value.server.rstrip("/")
+    if master is not None:
+        cluster = cluster._replace(value=msgspec.structs.replace(cluster.value, server=master))
+    if cluster.value.proxy_url:
+        schemes = ("http", "https", "socks5", "socks5h")
+        check_url(cluster.value.proxy_url, f"{cluster.field}.proxy-url", schemes)
+    tls = _tls(cluster)
+    authorization: Callable[[], str] = str
+    if user is not None:
+        authorization = _authorization(user, paths, context, tls)
+    return Access(
+        server=cluster.value.server.rstrip("/"),
+        tls=tls,
+        authorization=authorization,
+        server_name=cluster.value.tls_server_name,
+        proxy=cluster.value.proxy_url,
+        kubeconfig_server=own,
+    )
+
+
+def _select(paths: Sequence[Path], context: str | None) -> tuple[_Found[_Cluster], _Found[_User] | None]:
+    """Of entries with the same name in several files the first counts."""
+    clusters: dict[str, _Found[_Cluster]] = {}
+    users: dict[str, _Found[_User]] = {}
+    contexts: dict[str, _Context] = {}
+    for path in paths:
+        found = _read(path)
+        context = context or found.current_context
+        for cluster in found.clusters or ():
+            field = f"{path}: clusters[{cluster.name}].cluster"
+            clusters.setdefault(cluster.name, _Found(cluster.cluster, path, field))
+        for user in found.users or ():
+            field = f"{path}: users[{user.name}].user"
+            users.setdefault(user.name, _Found(user.user, path, field))
+        for each in found.contexts or ():
+            contexts.setdefault(each.name, each.context)
+    shown = ":".join(map(str, paths))
+    chosen = contexts.get(context or "")
+    if chosen is None:
+        raise ConfigError(f"{shown}: current-context: contexts has no {context or ''!r}")
+    if chosen.cluster not in clusters:
+        raise ConfigError(f"{shown}: contexts[{context}]: clusters has no {chosen.cluster!r}")
+    if chosen.user and chosen.user not in users:
+        raise ConfigError(f"{shown}: contexts[{context}]: users has no {chosen.user!r}")
+    return clusters[chosen.cluster], users.get(chosen.user)
+
+
+def _read(path: Path) -> _File:
     try:
-        found = msgspec.convert(yaml.safe_load(path.read_text()), _File)
+        return msgspec.convert(yaml.safe_load(path.read_text()), _File)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -108,68 +159,88 @@ def check(path: Path) -> Kubeconfig:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
-    contexts = {each.name: each.context for each in found.contexts or ()}
-    context = contexts.get(found.current_context)
-    if context is None:
-        raise ConfigError(f"{path}: current-context: contexts has no {found.current_context!r}")
-    clusters = {each.name: each.cluster for each in found.clusters or ()}
-    cluster = clusters.get(context.cluster)
-    if cluster is None:
-        raise ConfigError(f"{path}: contexts[{found.current_context}]: clusters has no {context.cluster!r}")
-    users = {each.name: each.user for each in found.users or ()}
-    user = users.get(context.user)
-    if user is None and context.user:
-        raise ConfigError(f"{path}: contexts[{found.current_context}]: users has no {context.user!r}")
-    _check_cluster(cluster, f"{path}: clusters[{context.cluster}].cluster")
-    if user is None:
-        return Kubeconfig(None, False)
-    _check_user(user, f"{path}: users[{context.user}].user")
-    return Kubeconfig(path.parent / user.token_file if user.token_file else None, user.exec is not None)
 
 
-def check_url(url: str, field: str, schemes: tuple[str, ...] = ("http", "https")) -> None:
-    """Raises ConfigError."""
-    if url.partition("://")[0] not in schemes or "://" not in url:
-        raise ConfigError(f"{field}: {url!r} does not begin with {' or '.join(f'{s}://' for s in schemes)}")
-
-
-def _check_cluster(cluster: _Cluster, field: str) -> None:
-    check_url(cluster.server, f"{field}.server")
-    if cluster.proxy_url:
-        check_url(cluster.proxy_url, f"{field}.proxy-url", ("http", "https", "socks5", "socks5h"))
-    _check_base64(cluster.certificate_authority_data, f"{field}.certificate-authority-data")
-
-
-def _check_user(user: _User, field: str) -> None:
-    _check_base64(user.client_certificate_data, f"{field}.client-certificate-data")
-    _check_base64(user.client_key_data, f"{field}.client-key-data")
-
-
-def _check_base64(data: str | None, field: str) -> None:
+def _tls(cluster: _Found[_Cluster]) -> ssl.SSLContext | None:
+    """None for a server without TLS. OpenSSL names neither file nor field: that is done here."""
+    value = cluster.value
+    data = _decoded(value.certificate_authority_data, f"{cluster.field}.certificate-authority-data")
+    if not value.server.startswith("https://"):
+        return None
+    if value.insecure_skip_tls_verify:
+        return unverified()
+    file = (
+        None if data or not value.certificate_authority else cluster.path.parent / value.certificate_authority
+    )
     try:
-        base64.b64decode("".join((data or "").split()), validate=True)
+        return verifying(data.decode() if data else None, str(file) if file else None)
+    except (ssl.SSLError, OSError, UnicodeDecodeError) as error:
+        shown = file or f"{cluster.field}.certificate-authority-data"
+        raise ConfigError(f"{cluster.path}: certificate-authority ({shown}): {error}") from error
+
+
+def _authorization(
+    user: _Found[_User], paths: Sequence[Path], context: str | None, tls: ssl.SSLContext | None
+) -> Callable[[], str]:
+    """The user's header; a client certificate goes into ``tls``. Raises ConfigError."""
+    value, folder = user.value, user.path.parent
+    certificate = _decoded(value.client_certificate_data, f"{user.field}.client-certificate-data")
+    key = _decoded(value.client_key_data, f"{user.field}.client-key-data")
+    if tls is not None and (certificate or value.client_certificate):
+        _load_pair(
+            tls,
+            certificate or folder / (value.client_certificate or ""),
+            key or (folder / value.client_key if value.client_key else None),
+            user.path,
+        )
+    if value.token_file:
+        authorization = token_file(folder / value.token_file)
+        try:
+            authorization()
+        except ConfigError as error:
+            raise ConfigError(f"{user.field}.tokenFile: {error}") from error
+        return authorization
+    if value.token:
+        header = bearer(value.token, f"{user.field}.token")
+        return lambda: header
+    if value.exec is not None or value.auth_provider is not None:
+        from ebpfproxy.kube import plugins  # noqa: PLC0415 - imports the kubernetes package
+
+        plugin = plugins.Plugin(paths, context, is_exec=value.exec is not None)
+        if tls is not None and plugin.certificate is not None:
+            _load_pair(tls, *plugin.certificate, user.path)
+        return plugin.authorization
+    if value.username is not None and value.password is not None:
+        basic = base64.b64encode(f"{value.username}:{value.password}".encode()).decode()
+        return lambda: f"Basic {basic}"
+    return str
+
+
+def _load_pair(
+    tls: ssl.SSLContext, certificate: Path | bytes, key: Path | bytes | None, source: Path
+) -> None:
+    """OpenSSL's Python binding reads a certificate with its key from files only. Raises ConfigError."""
+    with tempfile.TemporaryDirectory(prefix="ebpfproxy-") as folder:
+        files: list[Path | None] = []
+        for name, each in (("certificate", certificate), ("key", key)):
+            if isinstance(each, bytes):
+                path = Path(folder) / name
+                path.touch(0o600)
+                path.write_bytes(each)
+                files.append(path)
+            else:
+                files.append(each)
+        try:
+            tls.load_cert_chain(str(files[0]), files[1])
+        except (ssl.SSLError, OSError) as error:
+            shown = ["its data" if isinstance(each, bytes) else str(each) for each in (certificate, key)]
+            raise ConfigError(
+                f"{source}: client-certificate ({shown[0]}) with client-key ({shown[1]}): {error}"
+            ) from error
+
+
+def _decoded(data: str | None, field: str) -> bytes:
+    try:
+        return base64.b64decode("".join((data or "").split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ConfigError(f"{field}: not base64: {error}") from error
-
-
-@contextmanager
-def errors_of_the_package() -> Iterator[list[str]]:
-    """What the kubernetes package logs as errors in this thread, instead of raising it.
-
-    It logs on the root logger, for every try: here the lines are kept for whoever says it once.
-    """
-    said: list[str] = []
-    here = threading.get_ident()
-
-    def keep(record: logging.LogRecord) -> bool:
-        if record.thread != here or record.levelno < logging.ERROR:
-            return True
-        said.append(record.getMessage())
-        return False
-
-    root = logging.getLogger()
-    root.addFilter(keep)
-    try:
-        yield said
-    finally:
-        root.removeFilter(keep)

@@ -1,4 +1,13 @@
-"""What an operator does to a cluster or a node: install, uninstall, migrate from kube-proxy and back.
+"""What an operator calls from anywhere: the agent into a cluster, and a cluster from kube-proxy to the agent.
 
-May import every package but ``cli``, and of the agent its ``state`` only.
+| module | what |
+|---|---|
+| ``api`` | single objects of one API server, over ``kube.client`` |
+| ``kube_proxy`` | kube-proxy's DaemonSet, and the file that it is configured by |
+| ``pods`` | what a pod's status says |
+| ``names`` | names of objects, labels and annotations |
+| ``waiting`` | the loop that waits until something is so |
+| ``printing`` | how progress is reported |
+
+``install`` and ``migrate`` stand on these. May import ``kube`` and ``logs``.
 """

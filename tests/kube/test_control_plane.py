@@ -64,9 +64,8 @@ class Cluster:
         self._tls = self.tls(Authority(folder))
         self.kubelet_conf = folder / "kubelet.conf"
         (folder / "token").write_text(TOKEN)
-        for name, file in (("TOKEN", "token"), ("CERT", "ca.crt")):
-            variable = f"kubernetes.config.incluster_config.SERVICE_{name}_FILENAME"
-            monkeypatch.setattr(variable, str(folder / file))
+        for name, file in (("TOKEN", "token"), ("CA", "ca.crt")):
+            monkeypatch.setattr(f"ebpfproxy.kube.access.{name}_FILE", folder / file)
         monkeypatch.setenv("EBPFPROXY_KUBELET_KUBECONFIG", str(self.kubelet_conf))
         self.own_is("https://127.0.0.1:1")
 

@@ -159,7 +159,7 @@ def test_an_object_that_cannot_be_decoded_is_lost_alone(
         still_works(server, follower)
         follower.reflector.stop()
         server.store.delete("services", "load", next(n for n in follower.names if n.startswith("later")))
-    lines = [r for r in caplog.records if "cannot be decoded" in r.getMessage()]
+    lines = [r for r in caplog.records if "cannot decode object" in r.getMessage()]
     assert len(lines) == 2, "one for each reflector, not one for each time"
     facts = lines[0].ebpfproxy_facts  # type: ignore[attr-defined]
     assert facts["object"] == "load/bad"

@@ -217,7 +217,7 @@ def test_a_listener_that_fails_does_not_end_the_watch(server: ApiServer) -> None
             raise RuntimeError("the queue is broken")
         tell(event)  # type: ignore[arg-type]
 
-    follower.reflector._sink = sink
+    follower.reflector._delivery._sink = sink
     follower.reflector.start()
     follower.until(lambda: follower.failures("internal") == 1)
     still_works(server, follower)

@@ -15,18 +15,17 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import quote
 
 import msgspec
-import urllib3
 
-from ebpfproxy.kube import failures
 from ebpfproxy.kube.backoff import Backoff
-from ebpfproxy.kube.client import ApiConnection, ConfigError
-from ebpfproxy.kube.decode import decode_status
+from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.events.correlation import Correlator
 from ebpfproxy.kube.events.event import KubeEvent, Reference, Series, event, namespace_of
+from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 
@@ -159,7 +158,7 @@ class Recorder:
             except _Over as over:
                 self._backoff.reset()
                 self._end(over.result, over.kind, str(over))
-            except failures.Failure as failure:
+            except Failure as failure:
                 self._retry(waiting, failure)
             except Exception as error:
                 # A mistake of ours must not end the thread.
@@ -182,7 +181,7 @@ class Recorder:
             self._said.add(kind)
             log.warning("event is not sent, which is said once", result=result, error=why)
 
-    def _retry(self, waiting: _Waiting, failure: failures.Failure) -> None:
+    def _retry(self, waiting: _Waiting, failure: Failure) -> None:
         """Everything waits, since the next one would not fare better, but then others go first."""
         if waiting.tries + 1 >= _TRIES:
             self._end("failed", failure.reason, f"{_TRIES} tries: {failure}")
@@ -200,8 +199,13 @@ class Recorder:
         self._limit.wait()
         regarding, related = self._resolve(occurrence.regarding)
         body = event(occurrence, series, self._node, regarding=regarding, related=related)
-        status, _ = self._request("POST", _EVENTS.format(quote(namespace)), body=msgspec.json.encode(body))
-        raise _Over("exists" if status == 409 else "created")
+        try:
+            self._call("POST", _EVENTS.format(quote(namespace)), body=msgspec.json.encode(body))
+        except Failure as failure:
+            if failure.status == HTTPStatus.CONFLICT:
+                raise _Over("exists") from failure
+            raise
+        raise _Over("created")
 
     def _resolve(self, about: Reference) -> tuple[Reference, Reference | None]:
         """With its uid; a slice's Service, and the slice."""
@@ -218,42 +222,29 @@ class Recorder:
     def _look_up(self, about: Reference) -> _Meta:
         # From the server's cache: it costs it next to nothing.
         params = {"fieldSelector": f"metadata.name={about.name}", "resourceVersion": "0"}
-        _, body = self._request("GET", _PATHS[about.kind].format(quote(about.namespace)), params)
+        body = self._call("GET", _PATHS[about.kind].format(quote(about.namespace)), params)
         items = msgspec.json.decode(body, type=_Items).items
         if not items:
             raise _Over("gone")
         return items[0].metadata
 
-    def _request(
+    def _call(
         self, method: str, path: str, params: dict[str, str] | None = None, body: bytes | None = None
-    ) -> tuple[int, bytes]:
-        """Status (2xx, or 409) and body. Raises _Over and Failure."""
+    ) -> bytes:
+        """Raises Failure for what may pass and for a conflict, and _Over for any other answer."""
         try:
-            response = self._connection.request(
-                method, path, params or {}, body=body, read_seconds=_READ_SECONDS
-            )
-            answer = bytes(response.read(_MOST_BYTES))
-            response.release_conn()
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise failures.of_exception(error) from error
-        except ConfigError as error:
-            raise failures.Failure("credentials", str(error)) from error
-        if response.status < 300 or response.status == 409:
-            return response.status, answer
-        raise self._refusal(method, path, response, answer)
-
-    def _refusal(
-        self, method: str, path: str, response: urllib3.BaseHTTPResponse, answer: bytes
-    ) -> Exception:
-        status = decode_status(answer, response.status)
-        failure = failures.of_status(status, response.headers.get("Retry-After"))
-        if isinstance(failure, failures.Failure) and (status.code in (401, 429) or status.code >= 500):
-            return failure
-        why = f"{method} {path}: {failure}"
-        if status.code != 403:
-            return _Over("rejected", str(status.code), why)
-        # Of this namespace alone: it may be one that is being deleted, or full.
-        now = time.monotonic()
-        self._forbidden = {name: until for name, until in self._forbidden.items() if until > now}
-        self._forbidden[path.split("/")[-2]] = now + self._pace.forbidden
-        return _Over("forbidden", "403", why)
+            return self._connection.call(
+                method, path, params or {}, body=body, read_seconds=_READ_SECONDS, most_bytes=_MOST_BYTES
+            ).body
+        except Failure as failure:
+            status = failure.status
+            if status in (0, 401, 409, 429) or status >= 500:
+                raise
+            why = f"{method} {path}: {failure}"
+            if status != HTTPStatus.FORBIDDEN:
+                raise _Over("rejected", str(status), why) from failure
+            # Only this namespace: it may be one that is being deleted, or full.
+            now = time.monotonic()
+            self._forbidden = {name: until for name, until in self._forbidden.items() if until > now}
+            self._forbidden[path.split("/")[-2]] = now + self._pace.forbidden
+            raise _Over("forbidden", "403", why) from failure

@@ -27,31 +27,21 @@ from collections.abc import Callable
 import msgspec
 import urllib3
 
-from ebpfproxy.kube import failures
 from ebpfproxy.kube.backoff import Backoff
-from ebpfproxy.kube.client import ApiConnection, ConfigError
-from ebpfproxy.kube.decode import Decoder, EventType, Unreadable, WatchEvent, decode_status
+from ebpfproxy.kube.client import ApiConnection, ConfigError, read, refusal
+from ebpfproxy.kube.decode import Decoder
 from ebpfproxy.kube.failures import Expired, Failure
-from ebpfproxy.kube.objects import (
-    OPTIONAL,
-    Changed,
-    Deleted,
-    Event,
-    ObjectKey,
-    Reduce,
-    Replaced,
-    Resource,
-    key_of,
-)
+from ebpfproxy.kube.objects import OPTIONAL, Event, Reduce, Resource, key_of
 from ebpfproxy.kube.source_status import SourceStatus, State
-from ebpfproxy.kube.watch.listing import Listing, reduced_or_why
+from ebpfproxy.kube.watch.delivery import Delivery
+from ebpfproxy.kube.watch.listing import Listing
 from ebpfproxy.kube.watch.stream import EventStream
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
 #: The best first: an API server that does not have one may have the next.
-PATHS: dict[Resource, tuple[str, ...]] = {
+_PATHS: dict[Resource, tuple[str, ...]] = {
     Resource.SERVICES: ("/api/v1/services",),
     Resource.ENDPOINTSLICES: ("/apis/discovery.k8s.io/v1/endpointslices",),
     Resource.NODES: ("/api/v1/nodes",),
@@ -101,8 +91,7 @@ class Reflector:
     ) -> None:
         self._connection = connection
         self._resource = resource
-        self._sink = sink
-        self._reduce = reduce
+        self._delivery = Delivery(resource, sink, reduce)
         self._timing = timing or Timing()
         self._selectors = {
             name: value
@@ -120,8 +109,7 @@ class Reflector:
         self._doubtful = False
         self._expired = False
         self._silent_streams = 0
-        self._unreadable: dict[ObjectKey, str] = {}
-        self._paths = PATHS[resource]
+        self._paths = _PATHS[resource]
         #: How many of the paths were not there in a row.
         self._missed = 0
         self.status = SourceStatus(resource=resource, since=time.time())
@@ -213,7 +201,7 @@ class Reflector:
                 why=str(failure),
             )
             if failure.reason == "404" or not self.status.synced:
-                self._sink(Replaced(self._resource, {}))
+                self._delivery.nothing()
             self._update(state=State.ABSENT, since=time.time())
         self._update(error=str(failure))
         self._stop.wait(self._timing.absent)
@@ -250,22 +238,16 @@ class Reflector:
 
     def _request(self, params: dict[str, str], read_seconds: float) -> urllib3.BaseHTTPResponse:
         """A response with status 200. Raises Failure and Expired."""
-        try:
-            response = self._connection.get(
-                self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
-            )
-            if response.status == 200:
-                return response
-            body = response.read(64 * 1024)
-            response.close()
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise failures.of_exception(error) from error
-        except ConfigError as error:
-            raise Failure("credentials", str(error)) from error
+        response = self._connection.get(
+            self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
+        )
+        if response.status == 200:
+            return response
+        error = refusal(response)
         if response.status in (401, 403):
             # 403, too: without credentials, since a plugin failed, the request was an anonymous one.
             self._reload()
-        raise failures.of_status(decode_status(body, response.status), response.headers.get("Retry-After"))
+        raise error
 
     def _reload(self) -> None:
         try:
@@ -275,16 +257,13 @@ class Reflector:
 
     def _page_list(self) -> None:
         """All pages, then one Replaced, then the watch."""
-        listing = Listing(self._reduce)
+        listing = self._delivery.listing()
         token = ""
         while True:
             params = {"limit": str(_PAGE_LIMIT), **({"continue": token} if token else {})}
             response = self._request(params, self._timing.list_wait)
             try:
-                page = self._decoder.page(response.read())
-                response.release_conn()
-            except (urllib3.exceptions.HTTPError, OSError) as error:
-                raise failures.of_exception(error) from error
+                page = self._decoder.page(read(response))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise Failure("garbled", f"a page cannot be decoded: {error}") from error
             if self._stop.is_set():
@@ -324,7 +303,7 @@ class Reflector:
             "timeoutSeconds": str(int(timing.watch * random.uniform(1, 2))),  # noqa: S311 - not a secret
             **(list_params or {"resourceVersion": self._version}),
         }
-        listing = Listing(self._reduce) if list_params else None
+        listing = self._delivery.listing() if list_params else None
         response = self._request(params, timing.list_wait if listing else timing.idle)
         stream = self._stream = EventStream(response, self._decoder)
         if not self._doubtful:
@@ -337,11 +316,14 @@ class Reflector:
                 self._heard(stream)
                 if listing is None:
                     self._works()
-                    self._deliver(event, received)
+                    self._version = event.resource_version or self._version
+                    self._delivery.event(event, received)
                 elif listing.add(event):
                     self._deliver_list(listing, event.resource_version)
                     listing = None
                     stream.set_read_timeout(timing.idle)
+        except Expired:
+            raise
         except Failure as failure:
             self._doubtful = not stream.heard and stream.age < _SHORT_WATCH_SECONDS
             if failure.reason != "idle" or listing is not None:
@@ -368,43 +350,10 @@ class Reflector:
             self._silent_streams = 0
             self._version = ""
 
-    # -- events
-
-    def _deliver(self, event: WatchEvent, received: float) -> None:
-        if event.resource_version:
-            self._version = event.resource_version
-        if event.unreadable is not None:
-            self._warn(event.unreadable)
-        elif event.type is EventType.DELETED:
-            self._unreadable.pop(event.key, None)
-            self._sink(Deleted(self._resource, event.key, received))
-        elif event.object is not None:
-            reduced = reduced_or_why(self._reduce, event.key, event.object)
-            if isinstance(reduced, Unreadable):
-                self._warn(reduced)
-                return
-            self._unreadable.pop(event.key, None)
-            self._sink(Changed(self._resource, event.key, reduced, received))
-
     def _deliver_list(self, listing: Listing, version: str) -> None:
-        unreadable = listing.unreadable
-        self._unreadable = {key: why for key, why in self._unreadable.items() if key in unreadable}
-        for each in unreadable.values():
-            self._warn(each)
         self._version = version
-        self._sink(Replaced(self._resource, listing.objects, frozenset(unreadable)))
+        self._delivery.list(listing)
         self._update(synced=True, resource_version=version, lists=self.status.lists + 1)
-
-    def _warn(self, unreadable: Unreadable) -> None:
-        """Once for each object and reason."""
-        if self._unreadable.get(unreadable.key) != unreadable.why:
-            self._unreadable[unreadable.key] = unreadable.why
-            log.warning(
-                "object cannot be decoded, what was known of it stays in force",
-                resource=str(self._resource),
-                object=str(unreadable.key),
-                error=unreadable.why,
-            )
 
 
 def reflectors(

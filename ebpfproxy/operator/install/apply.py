@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from ebpfproxy.operator.install.api import Api, ApiError, Object, shown
+from ebpfproxy.operator.api import Api, ApiError, Object, shown
+from ebpfproxy.operator.printing import Say
 
-Say = Callable[[str], None]
 #: Of an object's metadata, what the server writes at every change.
 _SERVERS = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid")
 _CONFLICT = 409

@@ -7,12 +7,7 @@ from importlib.resources.abc import Traversable
 
 import yaml
 
-from ebpfproxy.operator.install.api import Object
-
-#: What all of them are called.
-NAME = "ebpfproxy"
-#: Of pods and of all objects.
-LABEL = "k8s-app"
+from ebpfproxy.operator.api import Object
 
 
 def folder() -> Traversable:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 
-from ebpfproxy.operator.install.api import Object
-from ebpfproxy.operator.install.base import LABEL, NAME
+from ebpfproxy.operator.api import Object
 from ebpfproxy.operator.install.render import containers
+from ebpfproxy.operator.names import AGENT, APP
 
-CLEANUP = f"{NAME}-cleanup"
+CLEANUP = f"{AGENT}-cleanup"
 _VARIABLE, _VOLUME = "EBPFPROXY_BPF_ROOT", "bpffs"
 _AS_THEY_ARE = (
     "dnsPolicy",
@@ -34,7 +34,7 @@ def image_of(daemon_set: Object) -> str:
 def cleanup(daemon_set: Object, image: str) -> Object:
     """Of the agent's DaemonSet, as it is in the cluster or in ``deploy/base``: where it runs, this runs."""
     pod, agent = daemon_set["spec"]["template"]["spec"], _agent(daemon_set)
-    labels = {LABEL: CLEANUP}
+    labels = {APP: CLEANUP}
     spec: Object = {name: copy.deepcopy(pod[name]) for name in _AS_THEY_ARE if name in pod}
     # Nothing of the API is asked; the agent's own account is deleted meanwhile.
     spec["automountServiceAccountToken"] = False
@@ -85,5 +85,5 @@ def cleanup(daemon_set: Object, image: str) -> Object:
 
 def _agent(daemon_set: Object) -> Object:
     spec = daemon_set["spec"]["template"]["spec"]
-    (found,) = (each for each in containers(spec) if each["name"] == NAME)
+    (found,) = (each for each in containers(spec) if each["name"] == AGENT)
     return dict(found)

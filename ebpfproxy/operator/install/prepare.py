@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,20 +10,21 @@ import msgspec
 from ebpfproxy.config import load
 from ebpfproxy.config.kube_proxy import HEALTHZ_PORT
 from ebpfproxy.config.load import Configuration
+from ebpfproxy.operator import kube_proxy as kube_proxy_objects
+from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.install import cluster_facts, configuration, server_address
-from ebpfproxy.operator.install.api import Api, ApiError, Object, shown
-from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.cluster_facts import Networking, Version
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.render import CONFIG, Settings, base_configuration, render
+from ebpfproxy.operator.names import AGENT, AGENT_SWITCH, OFF
+from ebpfproxy.operator.printing import Say
 
-Say = Callable[[str], None]
 #: Server-side apply is for everybody since then.
 OLDEST = Version(1, 22)
 #: kube-proxy has /livez, which the DaemonSet's probes ask for.
 _LIVEZ = Version(1, 28)
-#: By which `ebpfproxy migrate rollback` keeps the agent from a node.
-_OFF = "ebpfproxy.io/agent=off"
+#: `ebpfproxy migrate rollback` keeps the agent from nodes with it.
+_OFF = f"{AGENT_SWITCH}={OFF}"
 
 
 class PrepareError(Exception):
@@ -60,7 +61,7 @@ def prepare(wanted: Wanted, api: Api | None, say: Say) -> list[Object]:
             raise PrepareError(
                 f"ebpfproxy is in namespace {there}, and a cluster has one: -n {there}, or uninstall it there"
             )
-        before = api.get("ConfigMap", wanted.namespace, NAME)
+        before = api.get("ConfigMap", wanted.namespace, AGENT)
         if address is None:
             address = server_address.find(api, before, say)
     found = _configuration(wanted, api, kube_proxy, before, say)
@@ -82,7 +83,7 @@ def _look(api: Api, say: Say) -> tuple[Version, Object | None]:
     version = cluster_facts.version(api)
     if version < OLDEST:
         raise PrepareError(f"{api.host} is Kubernetes {version}: {OLDEST} is the oldest that is served")
-    kube_proxy = cluster_facts.kube_proxy(api)
+    kube_proxy = kube_proxy_objects.find(api)
     there = "has no DaemonSet kube-system/kube-proxy"
     if kube_proxy is not None:
         there = "kube-proxy runs, and goes on beside ebpfproxy: `ebpfproxy migrate` is the next step"
@@ -119,7 +120,7 @@ def _configuration(
         return configuration.of_base(base)
     else:
         given, where, remarks = Configuration(), "config.yaml", []
-        file = cluster_facts.kube_proxy_file(api, kube_proxy) if kube_proxy is not None else None
+        file = kube_proxy_objects.configuration(api, kube_proxy) if kube_proxy is not None else None
         if file is not None:
             where = file.where
             given, remarks = configuration.of_kube_proxy(file.text, where)
@@ -131,7 +132,7 @@ def _configuration(
             )
         kept = ((before or {}).get("data") or {}).get(CONFIG)
         if file is None and kept:
-            where = shown("ConfigMap", wanted.namespace, NAME)
+            where = shown("ConfigMap", wanted.namespace, AGENT)
             say(f"configuration: as it is in {where}")
             return configuration.of_base(str(kept), f"{where}: {CONFIG}")
         networking = _networking(api, say)

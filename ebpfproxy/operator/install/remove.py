@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from ebpfproxy.operator import kube_proxy as kube_proxy_objects
+from ebpfproxy.operator import pods
+from ebpfproxy.operator.api import RESOURCES, Api, ApiError, Object, shown
 from ebpfproxy.operator.install import base, cluster_facts, node_cleanup, rollout
-from ebpfproxy.operator.install.api import RESOURCES, Api, ApiError, Object, shown
 from ebpfproxy.operator.install.apply import name_of
-from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.node_cleanup import CLEANUP
 from ebpfproxy.operator.install.rollout import RolloutError
+from ebpfproxy.operator.names import (
+    AGENT,
+    AGENT_SWITCH,
+    HELM_RELEASE,
+    KUBE_PROXY,
+    KUBE_PROXY_SWITCH,
+    OFF,
+    SYSTEM,
+)
+from ebpfproxy.operator.printing import Say
+from ebpfproxy.operator.waiting import Wait
 
-Say = Callable[[str], None]
 _SHOWN = 5
-#: By which `ebpfproxy migrate` keeps kube-proxy, and the agent, from a node.
-_KUBE_PROXY, _AGENT = "ebpfproxy.io/kube-proxy", "ebpfproxy.io/agent"
-_OFF = f"{_KUBE_PROXY}=off"
-_HELM = "meta.helm.sh/release-name"
+_OFF = f"{KUBE_PROXY_SWITCH}={OFF}"
 Place = tuple[str, str, str]
 """Kind, namespace and name."""
 
@@ -38,15 +45,15 @@ def find(api: Api, namespace: str) -> dict[Place, Object]:
 def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
     """Why nodes would be left without anybody who follows their Services. Raises ApiError."""
     there = cluster_facts.namespace_of_agents(api)
-    if there and ("ServiceAccount", there, NAME) not in found:
+    if there and ("ServiceAccount", there, AGENT) not in found:
         yield f"ebpfproxy is in namespace {there}, and its agents would lose their rights: -n {there}"
     for place, item in found.items():
-        release = (item["metadata"].get("annotations") or {}).get(_HELM)
+        release = (item["metadata"].get("annotations") or {}).get(HELM_RELEASE)
         if release:
             yield f"{shown(*place)} is of the Helm release {release}: `helm uninstall {release}`"
             break
-    kube_proxy = cluster_facts.kube_proxy(api)
-    name = shown("DaemonSet", cluster_facts.SYSTEM, cluster_facts.KUBE_PROXY)
+    kube_proxy = kube_proxy_objects.find(api)
+    name = shown("DaemonSet", SYSTEM, KUBE_PROXY)
     if kube_proxy is None:
         yield f"there is no {name}: nobody would follow changes of Services"
         return
@@ -61,7 +68,7 @@ def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
     theirs = rollout.progress(kube_proxy)
     wanted = theirs.desired
     for place, item in found.items():
-        if place[0] == "DaemonSet" and place[2] == NAME:
+        if place[0] == "DaemonSet" and place[2] == AGENT:
             wanted = max(wanted, rollout.progress(item).desired)
     if theirs.available < wanted or not wanted:
         yield f"{name} is ready on {theirs.available} of {wanted} nodes"
@@ -75,7 +82,7 @@ def labels(api: Api, namespace: str) -> list[tuple[str, str]]:
     """
     if cluster_facts.namespace_of_agents(api) not in ("", namespace):
         return []
-    unread = [_AGENT] if cluster_facts.kube_proxy(api) else [_AGENT, _KUBE_PROXY]
+    unread = [AGENT_SWITCH] if kube_proxy_objects.find(api) else [AGENT_SWITCH, KUBE_PROXY_SWITCH]
     return [
         (item["metadata"]["name"], label)
         for label in unread
@@ -88,7 +95,7 @@ def remove_labels(api: Api, found: list[tuple[str, str]], say: Say) -> None:
     failed = []
     for node, label in found:
         try:
-            api.remove_label("Node", node, label)
+            api.patch("Node", "", node, {"metadata": {"labels": {label: None}}})
         except ApiError as error:
             if error.status == 0:
                 raise
@@ -124,24 +131,20 @@ def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> No
 
 def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
     """One line where pods stay."""
-    deadline = time.monotonic() + seconds
-    while True:
-        left: list[Object] = []
-        said = ""
+    left: list[Object] = []
+    said = ""
+    for _ in Wait(seconds):
         try:
-            left = rollout.pods(api, *place[1:])
+            left, said = rollout.pods_of(api, *place[1:]), ""
         except ApiError as error:
-            if not error.passes:
+            if not error.may_pass:
                 return [str(error)]
             said = str(error)
-        if not left and not said:
+            continue
+        if not left:
             return []
-        if time.monotonic() >= deadline:
-            where = ", ".join(sorted(map(rollout.node_of, left)))
-            return [
-                said or f"pods of {shown(*place)} are still on {where} after {seconds:g} s: are the nodes up?"
-            ]
-        time.sleep(rollout.POLL_SECONDS)
+    where = ", ".join(sorted(map(pods.node_of, left)))
+    return [said or f"pods of {shown(*place)} are still on {where} after {seconds:g} s: are the nodes up?"]
 
 
 def clean_nodes(api: Api, daemon_set: Object, image: str, seconds: float, say: Say) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import yaml
 
+from ebpfproxy.operator.api import RESOURCES, Object
 from ebpfproxy.operator.install import base
-from ebpfproxy.operator.install.api import RESOURCES, Object
-from ebpfproxy.operator.install.base import NAME
 from ebpfproxy.operator.install.cluster_facts import Version
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.server_address import Address
+from ebpfproxy.operator.names import AGENT
 
 #: Of the pods: a new address is a new template, and so a rolling update. A container reads it as it starts.
 CONTROL_PLANE = "ebpfproxy.io/control-plane"
@@ -80,7 +80,7 @@ def _daemon_set(template: Object, settings: Settings) -> None:
                 annotations[f"{_APP_ARMOR}/{container['name']}"] = profile["type"].lower()
     if annotations:
         template["metadata"]["annotations"] = annotations
-    (agent,) = (each for each in spec["containers"] if each["name"] == NAME)
+    (agent,) = (each for each in spec["containers"] if each["name"] == AGENT)
     places = {"healthz": settings.configuration.health, "metrics": settings.configuration.metrics}
     for port in agent["ports"]:
         port["containerPort"] = places[port["name"]][1]

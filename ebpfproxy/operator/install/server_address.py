@@ -10,13 +10,13 @@ of this machine alone. Where none is known, each node of kubeadm's still finds i
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
 
-from ebpfproxy.operator.install.api import Api, ApiError, Object, shown
+from ebpfproxy.operator.api import Api, ApiError, Object, shown
+from ebpfproxy.operator.printing import Say
 
 _NAMESPACE, _NAME, _KEY = "kube-public", "cluster-info", "kubeconfig"
 _DEFAULT_PORT = 443
@@ -65,7 +65,7 @@ def parse(url: str) -> Address:
     return Address(host, port or _DEFAULT_PORT)
 
 
-def find(api: Api, before: Object | None, say: Callable[[str], None]) -> Address | None:
+def find(api: Api, before: Object | None, say: Say) -> Address | None:
     """``before``: our own ConfigMap, as an earlier install has left it. What is left out, and why, is said in
     one line."""
     refused: list[str] = []
@@ -78,7 +78,7 @@ def find(api: Api, before: Object | None, say: Callable[[str], None]) -> Address
     if found is None:
         found = _earlier(before)
     if found is None:
-        found = _usable(api.server, "the kubeconfig's server", refused)
+        found = _usable(api.kubeconfig_server, "the kubeconfig's server", refused)
     if found is not None:
         address, source = found
         say(f"control plane: {address}, from {source}")
@@ -118,10 +118,8 @@ def _earlier(before: Object | None) -> tuple[Address, str] | None:
 
 def _cluster_info(api: Api) -> str:
     """kubeadm's has one cluster, without a name or a context. Raises ApiError."""
-    found = api.get("ConfigMap", _NAMESPACE, _NAME)
-    text = str(((found or {}).get("data") or {}).get(_KEY, ""))
     try:
-        document: Any = yaml.safe_load(text)
+        document: Any = yaml.safe_load(api.config(_NAMESPACE, _NAME, _KEY))
         return str(document["clusters"][0]["cluster"]["server"])
     except (yaml.YAMLError, LookupError, TypeError):
         return ""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable
 
 import msgspec
 
-from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError, Object, Patch
-from ebpfproxy.operator.migrate.switches import KUBE_PROXY, OFF, Switch, is_ready
+from ebpfproxy.operator import kube_proxy, pods
+from ebpfproxy.operator.api import Api, ApiError, Object, Patch
+from ebpfproxy.operator.kube_proxy import File
+from ebpfproxy.operator.migrate.switches import KUBE_PROXY, Switch
+from ebpfproxy.operator.names import OFF
+from ebpfproxy.operator.waiting import until
 
-_POLL_SECONDS = 0.5
 #: Of a patch, where somebody else changes the same object.
 _TRIES = 5
 _CHANGED = frozenset({409, 422})
@@ -30,8 +31,13 @@ class DaemonSet(msgspec.Struct, frozen=True, kw_only=True):
     pods: tuple[str, ...]
 
 
+def find(api: Api, switch: Switch) -> Object | None:
+    """The DaemonSet; None where there is none. Raises ApiError."""
+    return api.get("DaemonSet", switch.namespace, switch.name)
+
+
 def install(api: Api, switch: Switch) -> list[str]:
-    """Makes the switch work on all nodes; says what was done. Restarts no pod. Raises ClusterError."""
+    """Makes the switch work on all nodes; says what was done. Restarts no pod. Raises ApiError."""
     if _change(api, switch, switch.install):
         return [
             f"gave {switch} an affinity against nodes with {switch.label}={OFF}, and updateStrategy OnDelete:"
@@ -41,23 +47,26 @@ def install(api: Api, switch: Switch) -> list[str]:
 
 
 def uninstall(api: Api, switch: Switch) -> list[str]:
-    """Takes that back where no node has the label any more. Raises ClusterError."""
-    if any(switch.is_off(node) for node in api.nodes()):
+    """Takes that back where no node has the label any more. Raises ApiError."""
+    if any(switch.is_off(node) for node in api.list("Node", "")):
         return []
-    with contextlib.suppress(NotFoundError):
-        if _change(api, switch, switch.uninstall):
-            return [f"{switch} is as it was: pods that were made meanwhile restart"]
+    if find(api, switch) is not None and _change(api, switch, switch.uninstall):
+        return [f"{switch} is as it was: pods that were made meanwhile restart"]
     return []
 
 
 def _change(api: Api, switch: Switch, make: Callable[[Object], Patch]) -> bool:
     for left in reversed(range(_TRIES)):
-        patch = make(api.daemon_set(switch.namespace, switch.name))
+        found = find(api, switch)
+        if found is None:
+            raise ApiError(f"there is no {switch}", 404)
+        patch = make(found)
         if not patch:
             return False
         try:
-            api.patch_daemon_set(switch.namespace, switch.name, patch)
-        except ClusterError as error:
+            # Sent once: it tests the version that it was made for.
+            api.patch("DaemonSet", switch.namespace, switch.name, patch, tries=1)
+        except ApiError as error:
             if not left or error.status not in _CHANGED:
                 raise
         else:
@@ -66,34 +75,35 @@ def _change(api: Api, switch: Switch, make: Callable[[Object], Patch]) -> bool:
 
 
 class Daemon:
-    """A DaemonSet's pod on one node. Methods raise ClusterError."""
+    """A DaemonSet's pod on one node. Methods raise ApiError and WaitError."""
 
     def __init__(self, api: Api, switch: Switch, node: str) -> None:
         self._api, self.switch, self.node = api, switch, node
 
     def pods(self, *, ready: bool = False) -> list[str]:
         """By name; one that is about to end is there, and not ready."""
+        found = self._api.list("Pod", self.switch.namespace, fieldSelector=f"spec.nodeName={self.node}")
         return [
             pod["metadata"]["name"]
-            for pod in self._api.pods(self.switch.namespace, self.node)
-            if self.switch.owns(pod) and (not ready or is_ready(pod))
+            for pod in found
+            if pods.is_owned_by(pod, self.switch.name) and (not ready or pods.is_ready(pod))
         ]
 
     def off(self, seconds: float) -> list[str]:
         """Labels the node and waits until the pod is gone. The switch has to work."""
         done = self._turn(off=True)
-        wait(lambda: not self.pods(), seconds, f"{self.node}: {self.switch.name}: its pod is still there")
+        what = f"{self.node}: {self.switch.name}: its pod is still there"
+        until(lambda: not self.pods(), seconds, what)
         return [*done, f"{self.switch.name}'s pod is gone"]
 
     def on(self, seconds: float) -> list[str]:
         """Takes the label away and waits until the pod is ready."""
         done = self.allow()
-        wait(
-            lambda: bool(self.pods(ready=True)),
-            seconds,
-            f"{self.node}: {self.switch.name}: its pod is not ready",
-        )
+        self.wait_ready(seconds, f"{self.switch.name}: its pod is not ready")
         return [*done, f"{self.switch.name}'s pod is ready"]
+
+    def wait_ready(self, seconds: float, what: str) -> None:
+        until(lambda: bool(self.pods(ready=True)), seconds, f"{self.node}: {what}")
 
     def allow(self) -> list[str]:
         """Takes the label away and waits for nothing."""
@@ -104,9 +114,9 @@ class Daemon:
         if not patch:
             return []
         try:
-            self._api.patch_node(self.node, patch)
-        except ClusterError:
-            # Sent again after an answer that got lost, it is refused: what it was to do is done.
+            self._api.patch("Node", "", self.node, patch)
+        except ApiError:
+            # A patch that was sent again, since its answer got lost, is refused: the first one has worked.
             if self.switch.turn(self._node(), off=off):
                 raise
         label = self.switch.label
@@ -119,23 +129,14 @@ class Daemon:
         return self.switch.is_off(self._node())
 
     def _node(self) -> Object:
-        try:
-            return self._api.node(self.node)
-        except NotFoundError as error:
-            raise ClusterError(f"{self._api.host}: no node {self.node}") from error
-
-
-def wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Raises ClusterError with ``what`` where it does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= deadline:
-            raise ClusterError(f"{what} after {seconds:g} s")
-        time.sleep(_POLL_SECONDS)
+        found = self._api.get("Node", "", self.node)
+        if found is None:
+            raise ApiError(f"{self._api.host}: no node {self.node}", 404)
+        return found
 
 
 class Cluster:
-    """kube-proxy on the node that is migrated. Methods raise ClusterError."""
+    """kube-proxy on the node that is migrated. Methods raise ApiError and WaitError."""
 
     def __init__(self, api: Api, node: str) -> None:
         self._api = api
@@ -143,9 +144,8 @@ class Cluster:
 
     def find(self) -> DaemonSet | None:
         """None where the cluster has no DaemonSet of that name."""
-        try:
-            found = self._api.daemon_set(KUBE_PROXY.namespace, KUBE_PROXY.name)
-        except NotFoundError:
+        found = kube_proxy.find(self._api)
+        if found is None:
             return None
         return DaemonSet(
             name=f"{KUBE_PROXY.namespace}/{KUBE_PROXY.name}",
@@ -155,9 +155,10 @@ class Cluster:
             pods=tuple(self._daemon.pods()),
         )
 
-    def config(self) -> str:
-        """The configuration that kubeadm gives kube-proxy; empty without one."""
-        return config(self._api)
+    def configuration(self) -> File | None:
+        """The file that kube-proxy is configured by; None where no ConfigMap has it."""
+        found = kube_proxy.find(self._api)
+        return kube_proxy.configuration(self._api, found) if found is not None else None
 
     def stop(self, seconds: float) -> list[str]:
         """Keeps kube-proxy from this node, and waits until it is gone."""
@@ -170,8 +171,3 @@ class Cluster:
     def tidy(self) -> list[str]:
         """Once kube-proxy is back: its DaemonSet as it was, if this was the last node."""
         return uninstall(self._api, KUBE_PROXY)
-
-
-def config(api: Api) -> str:
-    """kubeadm's, of kube-proxy. Raises ClusterError."""
-    return api.config_map(KUBE_PROXY.namespace, KUBE_PROXY.name).get("config.conf", "")

@@ -15,9 +15,10 @@ import json
 
 import msgspec
 
-from ebpfproxy.operator.migrate.api import Object, Patch
+from ebpfproxy.operator import names
+from ebpfproxy.operator.api import Object, Patch
+from ebpfproxy.operator.names import OFF
 
-OFF = "off"
 #: The update strategy before, as JSON.
 STRATEGY = "ebpfproxy.io/update-strategy"
 _ON_DELETE = "OnDelete"
@@ -29,7 +30,7 @@ _OWNERS = {
     "argocd.argoproj.io/instance": "Argo CD",
     "kustomize.toolkit.fluxcd.io/name": "Flux",
     "helm.toolkit.fluxcd.io/name": "Flux",
-    "meta.helm.sh/release-name": "Helm",
+    names.HELM_RELEASE: "Helm",
     "addonmanager.kubernetes.io/mode": "the addon manager",
     "objectset.rio.cattle.io/id": "RKE2's or k3s' deploy controller",
 }
@@ -129,15 +130,9 @@ class Switch(msgspec.Struct, frozen=True):
             return [*made, {"op": "add", "path": path, "value": OFF}]
         return [{"op": "remove", "path": path}] if self.label in (labels or {}) else []
 
-    def owns(self, pod: Object) -> bool:
-        return any(
-            owner["kind"] == "DaemonSet" and owner["name"] == self.name
-            for owner in pod["metadata"].get("ownerReferences", ())
-        )
 
-
-KUBE_PROXY = Switch("kube-system", "kube-proxy", "ebpfproxy.io/kube-proxy")
-AGENT = Switch("kube-system", "ebpfproxy", "ebpfproxy.io/agent")
+KUBE_PROXY = Switch(names.SYSTEM, names.KUBE_PROXY, names.KUBE_PROXY_SWITCH)
+AGENT = Switch(names.SYSTEM, names.AGENT, names.AGENT_SWITCH)
 
 
 def owner(daemon_set: Object) -> str:
@@ -145,13 +140,6 @@ def owner(daemon_set: Object) -> str:
     meta = daemon_set["metadata"]
     marks = {**(meta.get("labels") or {}), **(meta.get("annotations") or {})}
     return next((name for mark, name in _OWNERS.items() if mark in marks), "")
-
-
-def is_ready(pod: Object) -> bool:
-    """And not about to end."""
-    conditions = pod.get("status", {}).get("conditions", ())
-    is_good = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-    return is_good and "deletionTimestamp" not in pod["metadata"]
 
 
 def _terms(pod: Object) -> list[Object]:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.operator.install import rollout
 from tests.operator.install.site import StandIn
 
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr("ebpfproxy.operator.waiting.API_SECONDS", 0.05)
 
 
 @pytest.fixture

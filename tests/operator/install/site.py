@@ -14,7 +14,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from ebpfproxy.cli import main
-from ebpfproxy.operator.install.api import path_of
+from ebpfproxy.operator.api import path_of
 from tests.apiserver import ApiServer, objects
 from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig

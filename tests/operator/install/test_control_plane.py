@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from ebpfproxy.operator.api import Api
 from ebpfproxy.operator.install import server_address
-from ebpfproxy.operator.install.api import Api
 from ebpfproxy.operator.install.server_address import Address, AddressError
 from tests.kube.files import kubeconfig
 from tests.kube.test_real_api_server import TOKEN
@@ -79,7 +79,7 @@ def find(site: StandIn, server: str | None = None) -> tuple[Address | None, str]
     if server is not None:
         path = path.with_name("vpn.conf")
         kubeconfig(path, server, {"token": TOKEN}, **{"certificate-authority": authority})
-    api = Api.from_options(str(path), None, site.url)
+    api = Api.from_kubeconfigs(str(path), None, site.url)
     said: list[str] = []
     found = server_address.find(api, api.get("ConfigMap", "kube-system", "ebpfproxy"), said.append)
     (line,) = said
@@ -126,7 +126,7 @@ def test_where_nothing_is_known_one_line_says_why(site: StandIn) -> None:
 
 def test_a_cluster_info_that_may_not_be_read_is_part_of_that_line(site: StandIn) -> None:
     site.server.denied.add("get configmaps")
-    api = Api.from_options(str(site.kubeconfig), None, None)
+    api = Api.from_kubeconfigs(str(site.kubeconfig))
     said: list[str] = []
     assert server_address.find(api, None, said.append) is None
     assert (

@@ -10,12 +10,13 @@ import subprocess
 import pytest
 import yaml
 
+from ebpfproxy.operator.api import Object
 from ebpfproxy.operator.install import base, configuration, node_cleanup
-from ebpfproxy.operator.install.api import Object
-from ebpfproxy.operator.install.cluster_facts import Version, config_map_of
+from ebpfproxy.operator.install.cluster_facts import Version
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.render import Settings, base_configuration, render, to_yaml
 from ebpfproxy.operator.install.server_address import Address
+from ebpfproxy.operator.kube_proxy import config_map_of
 from tests.deploy import objects
 from tests.deploy.objects import Objects, container, pod_spec
 from tests.deploy.test_manifests import MODELS, unknown

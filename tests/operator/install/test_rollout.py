@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ebpfproxy.operator import pods
 from ebpfproxy.operator.install import rollout
 
 READY = {"type": "Ready", "status": "True"}
@@ -55,20 +56,20 @@ def container(state: dict[str, Any], *, ready: bool = False, **more: Any) -> lis
     ],
 )
 def test_why_a_pod_is_not_ready(found: dict[str, Any], said: str) -> None:
-    assert rollout.trouble_of(found) == said
+    assert pods.trouble(found) == said
 
 
 def test_a_pod_that_is_being_ended_is_not_ready() -> None:
     found = pod(conditions=[READY])
     found["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
-    assert "still being ended" in rollout.trouble_of(found)
+    assert "still being ended" in pods.trouble(found)
 
 
 def test_a_pod_that_waits_for_its_node_is_that_nodes() -> None:
     term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-z"]}]}
     required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    assert rollout.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
-    assert rollout.node_of({"spec": {}}) == "?"
+    assert pods.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
+    assert pods.node_of({"spec": {}}) == "?"
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,15 @@ def daemon_set(name: str, image: str, **pod: Any) -> Item:
 
 
 def kube_proxy() -> Item:
-    return daemon_set("kube-proxy", "registry.k8s.io/kube-proxy:v1.36.2")
+    made = daemon_set(
+        "kube-proxy",
+        "registry.k8s.io/kube-proxy:v1.36.2",
+        volumes=[{"name": "kube-proxy", "configMap": {"name": "kube-proxy"}}],
+    )
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    container["command"] = ["/usr/local/bin/kube-proxy", "--config=/var/lib/kube-proxy/config.conf"]
+    container["volumeMounts"] = [{"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"}]
+    return made
 
 
 def agent() -> Item:

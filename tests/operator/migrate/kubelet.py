@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from ebpfproxy.operator.migrate.cluster import pods
+from ebpfproxy.operator.migrate.cluster import work_pod
 from tests.deploy import runtime
 from tests.deploy.runtime import Container
 from tests.lab import Agent, LabNode
@@ -46,7 +46,7 @@ class PodContainer(Container):
         self._shares_processes = spec["hostPID"]
         super().__init__(
             {("DaemonSet", "ebpfproxy"): {"spec": template}},
-            pods.CONTAINER,
+            work_pod.CONTAINER,
             folder,
             volumes={"bpffs": node.bpf_root, "xtables-lock": lock},
             variables={},

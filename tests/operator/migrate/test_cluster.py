@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
-from ebpfproxy.operator.migrate.api import Api, ClusterError
 from ebpfproxy.operator.migrate.daemonsets import Cluster
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY, STRATEGY, owner
+from ebpfproxy.operator.waiting import WaitError
 from tests.operator.migrate import control_plane
 from tests.operator.migrate.control_plane import ControlPlane, Item, patched, serving
 
@@ -145,13 +146,13 @@ def plane() -> Iterator[tuple[ControlPlane, str]]:
 
 def test_it_leaves_one_node_and_comes_back(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
-    node = Cluster(Api(None, url), "node-a")
+    node = Cluster(Api.from_options(None, url), "node-a")
     found = node.find()
     assert found is not None
     (pod,) = found.pods
     assert (found.avoids, found.labelled) == (False, False)
     assert found.image == "registry.k8s.io/kube-proxy:v1.36.2"
-    assert node.config() == ""
+    assert node.configuration() is None
 
     assert node.stop(5)[-1] == "kube-proxy's pod is gone"
     assert state.requests == [("PATCH", _DAEMON_SET), ("PATCH", "/api/v1/nodes/node-a")]
@@ -179,35 +180,37 @@ def test_a_change_of_the_daemon_set_meanwhile_is_read_again(plane: tuple[Control
     words = (422, "testing value /metadata/resourceVersion failed: test failed")
     state.refusals["PATCH", "/kube-proxy"] = words
     state.once.add(("PATCH", "/kube-proxy"))
-    assert len(daemonsets.install(Api(None, url), KUBE_PROXY)) == 1
+    assert len(daemonsets.install(Api.from_options(None, url), KUBE_PROXY)) == 1
     state.refusals["PATCH", "/kube-proxy"] = (403, "daemonsets.apps is forbidden: no patch for you")
     state.put(control_plane.kube_proxy())
-    with pytest.raises(ClusterError, match=r"403: daemonsets\.apps is forbidden: no patch for you$"):
-        daemonsets.install(Api(None, url), KUBE_PROXY)
+    with pytest.raises(ApiError, match=r"403 Forbidden: daemonsets\.apps is forbidden: no patch for you$"):
+        daemonsets.install(Api.from_options(None, url), KUBE_PROXY)
 
 
 def test_an_overloaded_server_is_asked_again(plane: tuple[ControlPlane, str], monkeypatch: Any) -> None:
-    monkeypatch.setattr("ebpfproxy.operator.migrate.api._PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("ebpfproxy.kube.client._BACKOFF_FIRST", 0.01)
     state, url = plane
     state.refusals["GET", "/node-a"] = (429, "too many requests")
     state.once.add(("GET", "/node-a"))
-    assert Api(None, url).node("node-a")["metadata"]["name"] == "node-a"
+    found = Api.from_options(None, url).get("Node", "", "node-a")
+    assert found is not None
+    assert found["metadata"]["name"] == "node-a"
 
 
 def test_a_pod_that_stays_and_a_node_that_is_not_there_are_errors(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     assert isinstance(state.kubelet, Ready)
     state.kubelet.ends.clear()
-    with pytest.raises(ClusterError, match=r"node-a: kube-proxy: its pod is still there after 0\.1 s"):
-        Cluster(Api(None, url), "node-a").stop(0.1)
+    with pytest.raises(WaitError, match=r"node-a: kube-proxy: its pod is still there after 0\.1 s"):
+        Cluster(Api.from_options(None, url), "node-a").stop(0.1)
     state.kubelet.ends.set()
-    with pytest.raises(ClusterError, match="no node node-c"):
-        Cluster(Api(None, url), "node-c").find()
-    with pytest.raises(ClusterError, match="Connection refused"):
-        Cluster(Api(None, "http://127.0.0.1:1"), "node-a").find()
+    with pytest.raises(ApiError, match="no node node-c"):
+        Cluster(Api.from_options(None, url), "node-c").find()
+    with pytest.raises(ApiError, match="Connection refused"):
+        Cluster(Api.from_options(None, "http://127.0.0.1:1"), "node-a").find()
 
 
 def test_a_cluster_without_the_daemon_set_has_none(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     del state.objects["DaemonSet"]["kube-system", "kube-proxy"]
-    assert Cluster(Api(None, url), "node-a").find() is None
+    assert Cluster(Api.from_options(None, url), "node-a").find() is None

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ebpfproxy.cli.migrate import command
-from ebpfproxy.operator.migrate.cluster import pods
+from ebpfproxy.operator.migrate.cluster import work_pod
 from ebpfproxy.operator.migrate.cluster.fleet import State, brief_of, judge
 from ebpfproxy.operator.migrate.cluster.jobs import Done, JobError
 from ebpfproxy.operator.migrate.cluster.selection import Node, NodesError, choose
@@ -64,7 +64,7 @@ class Scripted:
     def start(self, pod: Item, plane: ControlPlane) -> None:
         where = pod["spec"]["nodeName"]
         container = pod["spec"]["containers"][0]
-        if container["name"] != pods.CONTAINER:
+        if container["name"] != work_pod.CONTAINER:
             self.log.append(f"{where}: {container['name']} starts")
             if container["name"] == "kube-proxy":
                 self.ruled.add(where)
@@ -106,7 +106,7 @@ class Scripted:
 
     def stop(self, pod: Item) -> None:
         name = pod["spec"]["containers"][0]["name"]
-        if name != pods.CONTAINER:
+        if name != work_pod.CONTAINER:
             self.log.append(f"{pod['spec']['nodeName']}: {name} ends")
 
 
@@ -150,8 +150,8 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    for each in ("cluster.jobs._POLL_SECONDS", "daemonsets._POLL_SECONDS", "api._PAUSE_SECONDS"):
-        monkeypatch.setattr(f"ebpfproxy.operator.migrate.{each}", 0.02)
+    monkeypatch.setattr("ebpfproxy.operator.waiting.API_SECONDS", 0.02)
+    monkeypatch.setattr("ebpfproxy.kube.client._BACKOFF_FIRST", 0.02)
     kubelet = Scripted()
     plane = ControlPlane(kubelet, *NODES)
     plane.put(control_plane.kube_proxy())
@@ -515,7 +515,7 @@ def test_pods_that_may_not_be_made_are_told_in_the_servers_words(world: World) -
     words = 'pods "ebpfproxy-migrate-node-a" is forbidden: violates PodSecurity "baseline:latest": host namespaces'
     world.plane.refusals["POST", "/pods"] = (403, words)
     said = world.bad("plan", "--node", "node-a")
-    assert f"403: {words}" in said
+    assert f"403 Forbidden: {words}" in said
 
 
 def test_a_log_that_may_not_be_read_leaves_the_kubelets_message(world: World) -> None:
@@ -523,11 +523,13 @@ def test_a_log_that_may_not_be_read_leaves_the_kubelets_message(world: World) ->
     world.kubelet.instead["node-a", "plan"] = ended(1, message="Error: nft is not installed\n")
     assert "node-a: nft is not installed" in world.bad("plan", "--node", "node-a")
     del world.kubelet.instead["node-a", "plan"]
-    assert "its log: http" in world.bad("plan", "--node", "node-a")
+    said = world.bad("plan", "--node", "node-a")
+    refused = "log of Pod kube-system/ebpfproxy-migrate-node-a: 403 Forbidden: pods/log is forbidden"
+    assert f"it ended well; {refused}" in said
 
 
 def test_a_pod_of_an_earlier_call_is_taken_away_if_it_has_ended(world: World) -> None:
-    left = pods.manifest("node-a", pods.Image(name="x"), ["plan"], seconds=5)
+    left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
     left["metadata"]["namespace"] = "kube-system"
     with world.plane.lock:
         world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left
@@ -539,7 +541,7 @@ def test_a_pod_of_an_earlier_call_is_taken_away_if_it_has_ended(world: World) ->
 
 
 def test_an_old_pod_that_ends_just_now_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = pods.manifest("node-a", pods.Image(name="x"), ["plan"], seconds=5)
+    left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
     left["metadata"] |= {"namespace": "kube-system", "deletionTimestamp": "x"}
     with world.plane.lock:
         world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left

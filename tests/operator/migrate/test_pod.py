@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.operator.migrate.cluster import pods
+from ebpfproxy.operator.migrate.cluster import work_pod
 from tests.lab import Lab
 from tests.operator.migrate import rules
 from tests.operator.migrate.kubelet import PodContainer
 from tests.operator.migrate.test_kube_proxy import start
 from tests.operator.migrate.world import World
 
-ADDED = pods._security()["capabilities"]["add"]
+ADDED = work_pod._security()["capabilities"]["add"]
 _numbers = itertools.count()
 Run = Callable[..., tuple[int, str]]
 
@@ -27,7 +27,7 @@ def runner(world: World, image: Path | None = None) -> Run:
     def run(*arguments: str, without: Iterable[str] = (), seccomp: bool = True) -> tuple[int, str]:
         folder = world.lab.folder / f"pod-{next(_numbers)}"
         folder.mkdir()
-        pod = pods.manifest(world.a.name, pods.Image(name="x"), arguments, seconds=60)
+        pod = work_pod.manifest(world.a.name, "kube-system", work_pod.Image(name="x"), arguments, seconds=60)
         held = [f"CAP_{each}" for each in ADDED if each not in without]
         container = PodContainer(pod, world.a, folder, capabilities=held, seccomp=seccomp, image=image)
         done = container.run()
@@ -101,7 +101,9 @@ def test_without_sys_admin_all_is_done_where_the_runtimes_profile_knows_bpf(worl
 
 
 def test_the_manifest_gives_no_more_than_the_node() -> None:
-    made = pods.manifest("node-a", pods.Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5)
+    made = work_pod.manifest(
+        "node-a", "kube-system", work_pod.Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5
+    )
     spec, (container,) = made["spec"], made["spec"]["containers"]
     assert made["metadata"]["name"] == "ebpfproxy-migrate-node-a"
     assert "k8s-app" not in made["metadata"]["labels"], "the DaemonSet would take it for its own"
@@ -123,11 +125,11 @@ def test_the_image_is_the_daemon_sets() -> None:
         "containers": [{"name": "ebpfproxy", "image": "r/e:2", "imagePullPolicy": "Always"}],
         "imagePullSecrets": [{"name": "s"}],
     }
-    found = pods.image_of({"spec": {"template": {"spec": spec}}})
-    assert found == pods.Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
+    found = work_pod.image_of({"spec": {"template": {"spec": spec}}})
+    assert found == work_pod.Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
 
 
 def test_a_long_nodes_name_makes_a_name_of_its_own() -> None:
-    names = {pods.name_of("n" * 250 + each) for each in "abc"}
+    names = {work_pod.name_of("n" * 250 + each) for each in "abc"}
     assert len(names) == 3
     assert {len(name) for name in names} == {253}

@@ -1,4 +1,4 @@
 """The way over and back for many nodes: which, in which order, and a pod on each that runs the node's steps.
 
-May import ``operator.migrate`` and its ``node``.
+May import ``operator``, ``operator.migrate`` and its ``node``.
 """

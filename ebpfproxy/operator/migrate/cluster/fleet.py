@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from ebpfproxy.operator import kube_proxy, printing
+from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
-from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError
 from ebpfproxy.operator.migrate.cluster.jobs import Done, JobError, Jobs
 from ebpfproxy.operator.migrate.cluster.selection import Node
 from ebpfproxy.operator.migrate.daemonsets import Daemon
@@ -24,6 +25,9 @@ from ebpfproxy.operator.migrate.node import running_kube_proxy
 from ebpfproxy.operator.migrate.node.preflight import Brief
 from ebpfproxy.operator.migrate.node.steps import WAITS
 from ebpfproxy.operator.migrate.switches import AGENT, KUBE_PROXY, Switch, owner
+from ebpfproxy.operator.names import KUBEADM_CONFIG, SYSTEM
+from ebpfproxy.operator.printing import Say
+from ebpfproxy.operator.waiting import WaitError
 
 #: Pods that only look, at once.
 AT_ONCE = 10
@@ -34,8 +38,6 @@ FOR_GOOD = (
     "left to you, once no node is to go back: kubectl -n kube-system delete daemonset/kube-proxy"
     " configmap/kube-proxy"
 )
-
-Say = Callable[[str], None]
 
 
 class State(enum.StrEnum):
@@ -74,6 +76,10 @@ class FleetError(Exception):
     """It stopped; the message says at which node, why, and what to do."""
 
 
+#: What ends the work on one node.
+_FAILED = (ApiError, WaitError, JobError, FleetError)
+
+
 class Fleet:
     """Of the nodes that were chosen."""
 
@@ -87,7 +93,7 @@ class Fleet:
     # -- plan
 
     def plan(self) -> ClusterPlan:
-        """Looks only. Raises ClusterError."""
+        """Looks only. Raises ApiError."""
         warnings = self._warnings()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
@@ -99,23 +105,22 @@ class Fleet:
 
     def _warnings(self) -> Iterable[str]:
         found = []
-        try:
-            daemon_set = self._api.daemon_set(KUBE_PROXY.namespace, KUBE_PROXY.name)
-        except NotFoundError:
+        daemon_set = kube_proxy.find(self._api)
+        if daemon_set is None:
             return [f"there is no {KUBE_PROXY}: what runs kube-proxy elsewhere is yours to stop"]
         if who := owner(daemon_set):
             found.append(
                 f"{KUBE_PROXY} seems to be {who}'s, which may write it back: kube-proxy would return to all"
                 f" nodes. Give it the affinity there: {KUBE_PROXY.label} NotIn [off]"
             )
-        if self._api.config_map(KUBE_PROXY.namespace, "kubeadm-config"):
+        if self._api.get("ConfigMap", SYSTEM, KUBEADM_CONFIG):
             found.append(
                 "kubeadm upgrade writes kube-proxy's DaemonSet anew: from 1.32 on call it with"
                 " --skip-phases=addon/kube-proxy, before finish this first (it leaves alone what has no"
                 " ConfigMap kube-proxy)"
             )
-        if config := daemonsets.config(self._api):
-            found += running_kube_proxy.check_config(config, "ConfigMap kube-system/kube-proxy")[1]
+        if file := kube_proxy.configuration(self._api, daemon_set):
+            found += running_kube_proxy.check_config(*file)[1]
         return found
 
     def _plan_node(self, node: Node) -> NodePlan:
@@ -127,14 +132,14 @@ class Fleet:
             done = self._jobs.run(node.name, arguments, most=self._seconds, good=(0, 1))
             found = brief_of(done)
             pods = Daemon(self._api, KUBE_PROXY, node.name).pods()
-        except (ClusterError, JobError) as error:
+        except _FAILED as error:
             return NodePlan(node=node.name, state=State.UNKNOWN, blockers=(str(error),))
         return judge(node, found, pods)
 
     # -- run
 
     def run(self, say: Say, *, parallel: int, skip_blocked: bool) -> None:
-        """Raises ClusterError and FleetError."""
+        """Raises ApiError, WaitError and FleetError."""
         if self._has(self._agent):
             self._nodes = [self._with_agent(node, say) for node in self._nodes]
         planned = self.plan()
@@ -151,12 +156,10 @@ class Fleet:
         wanted = {each.node for each in planned.those(State.TODO)}
         todo = [node for node in self._nodes if node.name in wanted]
         if todo and self._has(KUBE_PROXY):
-            for line in daemonsets.install(self._api, KUBE_PROXY):
-                say(line)
+            printing.each(daemonsets.install(self._api, KUBE_PROXY), say)
         self._each(todo, self._run_node, say, parallel)
         if todo and self._has(self._agent):
-            for line in daemonsets.uninstall(self._api, self._agent):
-                say(line)
+            printing.each(daemonsets.uninstall(self._api, self._agent), say)
         self._report(planned, len(todo), say)
 
     def _report(self, planned: ClusterPlan, count: int, say: Say) -> None:
@@ -164,7 +167,7 @@ class Fleet:
         if left:
             raise FleetError(f"{left} nodes are left as they were: see above")
         say(f"all {len(planned.nodes)} nodes that were chosen are without kube-proxy")
-        if self._has(KUBE_PROXY) and all(map(KUBE_PROXY.is_off, self._api.nodes())):
+        if self._has(KUBE_PROXY) and all(map(KUBE_PROXY.is_off, self._api.list("Node", ""))):
             say(FOR_GOOD)
 
     def _with_agent(self, node: Node, say: Say) -> Node:
@@ -184,26 +187,22 @@ class Fleet:
             raise FleetError(f"it was left as it is: {'; '.join(planned.blockers)}")
         if self._has(KUBE_PROXY):
             self._check_switch()
-            for line in Daemon(self._api, KUBE_PROXY, node.name).off(self._seconds):
-                say(line)
+            printing.each(Daemon(self._api, KUBE_PROXY, node.name).off(self._seconds), say)
         try:
             done = self._jobs.run(node.name, ["run", "--stopped"], most=_RUN_SECONDS)
-            for line in done.lines:
-                say(line)
+            printing.each(done.lines, say)
             if self._has(self._agent):
-                daemonsets.wait(
-                    lambda: bool(Daemon(self._api, self._agent, node.name).pods(ready=True)),
-                    self._seconds,
-                    f"{node.name}: the agent's pod is not ready",
-                )
-        except (ClusterError, JobError) as error:
+                agent = Daemon(self._api, self._agent, node.name)
+                agent.wait_ready(self._seconds, "the agent's pod is not ready")
+        except _FAILED as error:
             raise FleetError(
                 f"{error}. kube-proxy is stopped there, and the agent serves what it served: call this again,"
                 f" or migrate rollback --node {node.name}"
             ) from error
 
     def _check_switch(self) -> None:
-        if not KUBE_PROXY.works(self._api.daemon_set(KUBE_PROXY.namespace, KUBE_PROXY.name)):
+        daemon_set = kube_proxy.find(self._api)
+        if daemon_set is None or not KUBE_PROXY.works(daemon_set):
             raise FleetError(
                 f"{KUBE_PROXY} has lost its affinity: somebody writes it back, and kube-proxy returns to"
                 f" nodes. Give it there: {KUBE_PROXY.label} NotIn [off]"
@@ -212,7 +211,7 @@ class Fleet:
     # -- rollback
 
     def rollback(self, say: Say, *, parallel: int, drain: float) -> None:
-        """Raises ClusterError and FleetError."""
+        """Raises ApiError, WaitError and FleetError."""
         absent = [node for node in self._nodes if not node.ready]
         for node in absent:
             say(f"{node.name}: {State.NOT_READY}: left as it is")
@@ -222,22 +221,19 @@ class Fleet:
                 " distribution, makes one"
             )
         if self._has(self._agent):
-            for line in daemonsets.install(self._api, self._agent):
-                say(line)
+            printing.each(daemonsets.install(self._api, self._agent), say)
 
         def one(node: Node, say: Say) -> None:
             self._rollback_node(node, say, drain)
 
         self._each([node for node in self._nodes if node.ready], one, say, parallel)
-        for line in daemonsets.uninstall(self._api, KUBE_PROXY):
-            say(line)
+        printing.each(daemonsets.uninstall(self._api, KUBE_PROXY), say)
         if absent:
             raise FleetError(f"{len(absent)} nodes are left as they were: see above")
         say(f"kube-proxy serves all {len(self._nodes)} nodes")
 
     def _rollback_node(self, node: Node, say: Say, drain: float) -> None:
-        for line in Daemon(self._api, KUBE_PROXY, node.name).on(self._seconds):
-            say(line)
+        printing.each(Daemon(self._api, KUBE_PROXY, node.name).on(self._seconds), say)
         agent = Daemon(self._api, self._agent, node.name)
         has_agent = self._has(self._agent)
         # One that works goes last: once the pod has found kube-proxy's rules to serve all.
@@ -247,8 +243,7 @@ class Fleet:
         def leave(log: str = WAITS) -> None:
             if WAITS in log and not left.is_set():
                 left.set()
-                for line in agent.off(self._seconds):
-                    say(line)
+                printing.each(agent.off(self._seconds), say)
 
         if has_agent and not waits:
             leave()
@@ -261,25 +256,20 @@ class Fleet:
                 # It ended by itself before: then programs may have come back since.
                 leave()
                 done = self._jobs.run(node.name, arguments, most=_RUN_SECONDS + drain)
-        except (ClusterError, JobError) as error:
+        except _FAILED as error:
             if has_agent:
                 # It goes on beside kube-proxy: its programs must not stay without it.
-                with contextlib.suppress(ClusterError):
+                with contextlib.suppress(ApiError):
                     agent.allow()
             raise FleetError(
                 f"{error}. kube-proxy runs there again, and the agent goes on beside it: call this again"
             ) from error
-        for line in done.lines:
-            say(line)
+        printing.each(done.lines, say)
 
     # -- all
 
     def _has(self, switch: Switch) -> bool:
-        try:
-            self._api.daemon_set(switch.namespace, switch.name)
-        except NotFoundError:
-            return False
-        return True
+        return daemonsets.find(self._api, switch) is not None
 
     def _each(self, nodes: list[Node], do: Callable[[Node, Say], None], say: Say, parallel: int) -> None:
         """So many at once; after a failure, or an interrupt, none begins, and those that have end.
@@ -293,15 +283,10 @@ class Fleet:
         def one(node: Node) -> None:
             if stop.is_set():
                 return
-
-            def tell(line: str) -> None:
-                with lock:
-                    say(f"{node.name}: {line.removeprefix(f'{node.name}: ')}")
-
             try:
-                do(node, tell)
+                do(node, printing.prefixed(say, f"{node.name}: ", lock))
                 done.append(node.name)
-            except (ClusterError, JobError, FleetError) as error:
+            except _FAILED as error:
                 stop.set()
                 failed.append(f"{node.name}: {str(error).removeprefix(f'{node.name}: ')}")
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from ebpfproxy.operator.migrate.api import Api, ClusterError, NotFoundError, Object
-from ebpfproxy.operator.migrate.cluster import pods
-from ebpfproxy.operator.migrate.cluster.pods import Image
+from ebpfproxy.operator import pods
+from ebpfproxy.operator.api import Api, ApiError, Object
+from ebpfproxy.operator.migrate.cluster import work_pod
+from ebpfproxy.operator.migrate.cluster.work_pod import Image
+from ebpfproxy.operator.waiting import Wait
 
-_POLL_SECONDS = 0.5
 #: Beyond what the command takes by itself.
 _SPARE_SECONDS = 60.0
 _EXISTS = 409
@@ -39,7 +40,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Jobs:
-    """In one namespace, with one image. Methods raise ClusterError and JobError. Any thread may use it."""
+    """In one namespace, with one image. Methods raise ApiError and JobError. Any thread may use it."""
 
     def __init__(self, api: Api, namespace: str, image: Image, seconds: float) -> None:
         """``seconds``: for a container to start, and for each step of the command."""
@@ -57,56 +58,51 @@ class Jobs:
         """``most``: seconds that the command may take. ``looks``: called with the log while it runs."""
         seconds = most + self._seconds + _SPARE_SECONDS
         command = [*arguments, "--timeout", f"{self._seconds:g}s"]
-        manifest = pods.manifest(node, self._image, command, seconds=seconds)
+        manifest = work_pod.manifest(node, self._namespace, self._image, command, seconds=seconds)
         name = str(manifest["metadata"]["name"])
         self._create(name, manifest)
         try:
-            done = self._wait(node, name, time.monotonic() + seconds, looks)
+            done = self._wait(node, name, seconds, looks)
         finally:
-            self._api.delete_pod(self._namespace, name)
+            self._api.delete("Pod", self._namespace, name)
         if done.code not in good:
             raise JobError(f"{node}: {done.words}")
         return done
 
     def _create(self, name: str, manifest: Object) -> None:
-        """One that an earlier call left is taken away if it has ended."""
-        deadline = time.monotonic() + self._seconds
-        while True:
+        """Deletes a pod that an earlier call left, if it has ended."""
+        for _ in Wait(self._seconds):
             try:
-                self._api.create_pod(self._namespace, manifest)
+                self._api.create(manifest)
                 return
-            except ClusterError as error:
+            except ApiError as error:
                 if error.status != _EXISTS:
                     raise
-            try:
-                old = self._api.pod(self._namespace, name)
-            except NotFoundError:
+            old = self._api.get("Pod", self._namespace, name)
+            if old is None:
                 continue
             if pods.has_ended(old) or pods.cannot_start(old):
-                self._api.delete_pod(self._namespace, name)
+                self._api.delete("Pod", self._namespace, name)
             elif "deletionTimestamp" not in old["metadata"]:
                 raise JobError(f"pod {self._namespace}/{name} runs already: another call works on this node")
-            if time.monotonic() >= deadline:
-                raise JobError(f"pod {self._namespace}/{name} is still there after {self._seconds:g} s")
-            time.sleep(_POLL_SECONDS)
+        raise JobError(f"pod {self._namespace}/{name} is still there after {self._seconds:g} s")
 
-    def _wait(self, node: str, name: str, deadline: float, looks: Callable[[str], None] | None) -> Done:
+    def _wait(self, node: str, name: str, seconds: float, looks: Callable[[str], None] | None) -> Done:
         where = f"{node}: pod {self._namespace}/{name}"
         to_start = time.monotonic() + self._seconds
-        while True:
-            pod = self._api.pod(self._namespace, name)
+        for _ in Wait(seconds):
+            pod = self._api.get("Pod", self._namespace, name)
+            if pod is None:
+                raise JobError(f"{where} is gone")
             if why := pods.cannot_start(pod):
                 raise JobError(f"{where} cannot start: {why}")
             if pods.has_ended(pod):
                 return self._ended(where, name, pod)
-            now = time.monotonic()
-            if now >= to_start and not pods.has_started(pod):
-                raise JobError(f"{where} has not started after {self._seconds:g} s{self._last_event(name)}")
-            if now >= deadline:
-                raise JobError(f"{where} has not ended in time")
+            if time.monotonic() >= to_start and not pods.has_started(pod):
+                raise JobError(f"{where} has not started after {self._seconds:g} s: {self._warning(name)}")
             if looks is not None and pods.has_started(pod):
                 looks(self._log(name))
-            time.sleep(_POLL_SECONDS)
+        raise JobError(f"{where} has not ended in time")
 
     def _ended(self, where: str, name: str, pod: Object) -> Done:
         code = pods.exit_code(pod)
@@ -114,12 +110,10 @@ class Jobs:
             raise JobError(f"{where} failed: {pods.failure(pod)}")
         try:
             text = self._api.log(self._namespace, name)
-        except ClusterError as error:
+        except ApiError as error:
             text = pods.message(pod)
             if code == 0 or not text:
-                raise JobError(
-                    f"{where}: {pods.failure(pod) or 'it ended well'}; its log: {error}"
-                ) from error
+                raise JobError(f"{where}: {pods.failure(pod) or 'it ended well'}; {error}") from error
         if code and not text.strip():
             raise JobError(f"{where}: {pods.failure(pod)}")
         return Done(code, text)
@@ -128,15 +122,12 @@ class Jobs:
         """Empty where it cannot be read now."""
         try:
             return self._api.log(self._namespace, name)
-        except ClusterError:
+        except ApiError:
             return ""
 
-    def _last_event(self, name: str) -> str:
-        """What the kubelet said of a container that does not come: a volume that cannot be mounted."""
+    def _warning(self, name: str) -> str:
+        """Why a container does not start, such as a volume that cannot be mounted."""
         try:
-            said = [each for each in self._api.events(self._namespace, name) if each.get("type") == "Warning"]
-        except ClusterError:
-            return ""
-        return (
-            f": {said[-1].get('reason')}: {said[-1].get('message')}" if said else ": its kubelet says nothing"
-        )
+            return pods.last_warning(self._api, self._namespace, "Pod", name) or "its kubelet says nothing"
+        except ApiError as error:
+            return str(error)

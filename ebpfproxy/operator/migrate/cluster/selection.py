@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from ebpfproxy.operator.migrate.api import Object
+from ebpfproxy.operator.api import Object
 from ebpfproxy.operator.migrate.switches import AGENT, KUBE_PROXY
 
 _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import msgspec
 
 from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
 from ebpfproxy.netlink import conntrack
-from ebpfproxy.operator.migrate.api import ClusterError
+from ebpfproxy.operator.api import ApiError
 from ebpfproxy.operator.migrate.daemonsets import Cluster, DaemonSet
 from ebpfproxy.operator.migrate.node import (
     conntrack_hold,
@@ -28,6 +27,7 @@ from ebpfproxy.operator.migrate.node import (
 from ebpfproxy.operator.migrate.node.leftovers import Leftovers
 from ebpfproxy.operator.migrate.node.obstacles import Conflict, Severity
 from ebpfproxy.operator.migrate.node.running_kube_proxy import Process
+from ebpfproxy.operator.waiting import NODE_SECONDS, Wait
 
 
 class Where(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +72,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _SHOWN = 10
-_POLL_SECONDS = 0.25
 #: That kube-proxy may be behind: it writes its rules once a second, or as seldom as it takes.
 _EQUAL_SECONDS = 10.0
 
@@ -138,15 +137,13 @@ def rules_serve() -> kube_proxy_frontends.Frontends:
 
 def _wait_equal(where: Where) -> None:
     """Both follow the same changes, one a moment after the other; an agent that starts is given its time."""
-    deadline = time.monotonic() + min(where.seconds, _EQUAL_SECONDS)
-    while time.monotonic() < deadline:
+    for _ in Wait(min(where.seconds, _EQUAL_SECONDS), NODE_SECONDS):
         checked = takeover.check(where.bpf_root)
         rows = checked.rows
         if not checked.starting and (
             not rows or not kube_proxy_frontends.missing(rules_serve(), kube_proxy_frontends.of_maps(rows))
         ):
             return
-        time.sleep(_POLL_SECONDS)
 
 
 def plan(where: Where) -> Plan:
@@ -163,10 +160,9 @@ def plan(where: Where) -> Plan:
     if where.cluster is not None:
         try:
             daemon_set = where.cluster.find()
-            if config := where.cluster.config():
-                _, problems = running_kube_proxy.check_config(config, "ConfigMap kube-system/kube-proxy")
-                warnings += problems
-        except ClusterError as error:
+            if file := where.cluster.configuration():
+                warnings += running_kube_proxy.check_config(*file)[1]
+        except ApiError as error:
             cluster_problems.append(str(error))
     standing = obstacles.find(facts)
     differences = kube_proxy_frontends.missing(theirs, ours)

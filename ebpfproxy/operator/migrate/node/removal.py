@@ -13,8 +13,7 @@ from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.node.packets import begin_nothing
 from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.operator.migrate.node.takeover import Draining
-
-_POLL_SECONDS = 0.25
+from ebpfproxy.operator.waiting import NODE_SECONDS
 
 
 def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
@@ -52,5 +51,5 @@ def _drain(maps: MapSet, deadline: float) -> int:
     while (living := draining.step()) or draining.waits_for_answers:
         if time.monotonic() >= deadline and not draining.waits_for_answers:
             break
-        time.sleep(_POLL_SECONDS)
+        time.sleep(NODE_SECONDS)
     return living

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import msgspec
@@ -13,6 +12,7 @@ import yaml
 
 from ebpfproxy.config import load
 from ebpfproxy.config.documents import ConfigurationError
+from ebpfproxy.operator.waiting import NODE_SECONDS, Wait
 
 _COMM = "kube-proxy"
 #: Distributions in whose own process kube-proxy runs: there it is a setting, and nothing to stop.
@@ -145,9 +145,4 @@ def end(process: Process, seconds: float) -> bool:
 
 def wait_gone(seconds: float) -> bool:
     """Until no kube-proxy runs in this network namespace."""
-    deadline = time.monotonic() + seconds
-    while find():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.1)
-    return True
+    return any(not find() for _ in Wait(seconds, NODE_SECONDS))

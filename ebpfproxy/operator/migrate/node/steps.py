@@ -8,14 +8,14 @@ that the maps serve.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
 from ebpfproxy.netlink import conntrack
-from ebpfproxy.operator.migrate.api import ClusterError
+from ebpfproxy.operator import printing
+from ebpfproxy.operator.api import ApiError
 from ebpfproxy.operator.migrate.node import (
     conntrack_hold,
     kube_proxy_frontends,
@@ -27,9 +27,9 @@ from ebpfproxy.operator.migrate.node import (
 from ebpfproxy.operator.migrate.node.leftovers import Leftovers
 from ebpfproxy.operator.migrate.node.preflight import Plan, Where, by_hand, plan, rules_serve
 from ebpfproxy.operator.migrate.node.removal import remove_programs
+from ebpfproxy.operator.printing import Say
+from ebpfproxy.operator.waiting import NODE_SECONDS, Wait, WaitError, until
 
-Say = Callable[[str], None]
-_POLL_SECONDS = 0.25
 _NODE_PORT = "NodePort"
 
 
@@ -69,8 +69,7 @@ def _stop(where: Where, planned: Plan, say: Say, *, terminate: bool) -> None:
         raise MigrationError(f"{planned.embedded} runs kube-proxy in its own process: disable it there first")
     if where.cluster is not None and planned.daemon_set is not None:
         with _as_migration():
-            for line in where.cluster.stop(where.seconds):
-                say(line)
+            printing.each(where.cluster.stop(where.seconds), say)
         running_kube_proxy.wait_gone(where.seconds)
     for process in running_kube_proxy.find():
         if process.started_by == "pod" or not terminate:
@@ -89,8 +88,7 @@ def _stop(where: Where, planned: Plan, say: Say, *, terminate: bool) -> None:
 def remove_leftovers(found: Leftovers, say: Say) -> None:
     """And looks again. Raises MigrationError and ToolError."""
     removed = leftovers.remove(found)
-    for line in removed.done:
-        say(line)
+    printing.each(removed.done, say)
     if removed.failed:
         raise MigrationError("; ".join(removed.failed))
     if again := leftovers.find():
@@ -153,8 +151,7 @@ def rollback(where: Where, say: Say, *, drain: float = 0.0, waits: bool = False)
     """
     if where.cluster is not None:
         with _as_migration():
-            for line in where.cluster.start(where.seconds):
-                say(line)
+            printing.each(where.cluster.start(where.seconds), say)
     pins = pin_folder(where.bpf_root)
     _say_served(where, say)
     if waits and pins.is_dir():
@@ -170,15 +167,14 @@ def rollback(where: Where, say: Say, *, drain: float = 0.0, waits: bool = False)
         say(f"removed {each}")
     if where.cluster is not None:
         with _as_migration():
-            for line in where.cluster.tidy():
-                say(line)
+            printing.each(where.cluster.tidy(), say)
 
 
 @contextmanager
 def _as_migration() -> Iterator[None]:
     try:
         yield
-    except ClusterError as error:
+    except (ApiError, WaitError) as error:
         raise MigrationError(str(error)) from error
 
 
@@ -186,11 +182,15 @@ def _wait_agent(where: Where, say: Say) -> None:
     if not is_locked(where.bpf_root):
         return
     say(WAITS)
-    deadline = time.monotonic() + where.seconds
-    while is_locked(where.bpf_root):
-        if time.monotonic() >= deadline:
-            raise RootError(f"--bpf-root {where.bpf_root}: the agent still runs after {where.seconds:g} s")
-        time.sleep(_POLL_SECONDS)
+    try:
+        until(
+            lambda: not is_locked(where.bpf_root),
+            where.seconds,
+            f"--bpf-root {where.bpf_root}: the agent still runs",
+            NODE_SECONDS,
+        )
+    except WaitError as error:
+        raise RootError(str(error)) from error
 
 
 def _say_served(where: Where, say: Say) -> None:
@@ -202,19 +202,16 @@ def _say_served(where: Where, say: Say) -> None:
 def _wait_rules(rows: Iterable[FrontendRow], seconds: float) -> int:
     """Until rules serve every frontend of the maps; how many there are."""
     ours = kube_proxy_frontends.of_maps(rows)
-    deadline = time.monotonic() + seconds
-    while True:
+    lacking: list[str] = []
+    for _ in Wait(seconds, NODE_SECONDS):
         theirs = rules_serve()
         lacking = kube_proxy_frontends.unserved(ours, theirs)
         if theirs and not lacking:
             return len(ours)
-        if time.monotonic() >= deadline:
-            first = next(iter(lacking), "any")
-            raise MigrationError(
-                f"kube-proxy's rules do not serve {first} ({len(lacking)} of {len(ours)} frontends): start"
-                " kube-proxy, then call this again; our programs stay"
-            )
-        time.sleep(_POLL_SECONDS)
+    raise MigrationError(
+        f"kube-proxy's rules do not serve {next(iter(lacking), 'any')} ({len(lacking)} of {len(ours)}"
+        " frontends): start kube-proxy, then call this again; our programs stay"
+    )
 
 
 def _remove_programs(where: Where, drain: float, say: Say) -> None:
@@ -223,7 +220,6 @@ def _remove_programs(where: Where, drain: float, say: Say) -> None:
         folders.append(("--cgroup-root", where.cgroup_root))
     lock = Lock(folders)
     try:
-        for line in remove_programs(where.bpf_root, drain):
-            say(line)
+        printing.each(remove_programs(where.bpf_root, drain), say)
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""The pod that does a migration's work on one node: what it is, and what becomes of it.
+"""The pod that does a migration's work on one node.
 
 It runs the one-node command. Its name is the node's, so that two calls cannot work on one node at once; it
 has no label of the DaemonSet's, which would take it for its own, and no token.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from ebpfproxy.operator.migrate.api import Object
+from ebpfproxy.operator.api import Object
 
 CONTAINER = "migrate"
 LABELS = {"app.kubernetes.io/name": "ebpfproxy-migrate"}
@@ -21,8 +21,6 @@ _PREFIX = "ebpfproxy-migrate-"
 #: Of a pod's name, a DNS subdomain.
 _LONGEST = 253
 _HASH = 10
-#: All that a container waits for in good order; any other reason is an error's.
-_STARTING = frozenset({"", "ContainerCreating", "PodInitializing"})
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +48,17 @@ def name_of(node: str) -> str:
     return f"{name[: _LONGEST - _HASH - 1]}-{hashlib.sha256(node.encode()).hexdigest()[:_HASH]}"
 
 
-def manifest(node: str, image: Image, arguments: Iterable[str], *, seconds: float) -> Object:
+def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], *, seconds: float) -> Object:
     """``arguments``: after ``ebpfproxy migrate``; ``seconds``: the kubelet ends it after so long."""
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name_of(node), "labels": LABELS, "annotations": _APP_ARMOR},
+        "metadata": {
+            "name": name_of(node),
+            "namespace": namespace,
+            "labels": LABELS,
+            "annotations": _APP_ARMOR,
+        },
         "spec": {
             # No scheduler takes part.
             "nodeName": node,
@@ -125,62 +128,3 @@ def _security() -> Object:
             ],
         },
     }
-
-
-# -- what becomes of it
-
-
-def phase(pod: Object) -> str:
-    return str(pod.get("status", {}).get("phase", "Pending"))
-
-
-def has_ended(pod: Object) -> bool:
-    return phase(pod) in ("Succeeded", "Failed")
-
-
-def has_started(pod: Object) -> bool:
-    return has_ended(pod) or any("running" in state or "terminated" in state for state in _states(pod))
-
-
-def cannot_start(pod: Object) -> str:
-    """Why its container will not start, in the kubelet's words; empty while it may."""
-    for state in _states(pod):
-        waiting = state.get("waiting") or {}
-        if waiting.get("reason", "") not in _STARTING:
-            return _words(waiting)
-    return ""
-
-
-def failure(pod: Object) -> str:
-    """Of one that has ended: empty where its command ended with 0. The command's own words are its log."""
-    if phase(pod) == "Succeeded":
-        return ""
-    for state in _states(pod):
-        ended = state.get("terminated")
-        if ended is not None and ended.get("reason") not in ("Error", "Completed"):
-            return f"its container ended: {_words(ended)}"
-        if ended is not None:
-            return f"its command ended with exit code {ended.get('exitCode')}"
-    return _words(pod["status"]) or "it failed"
-
-
-def exit_code(pod: Object) -> int | None:
-    """None where no command ran to its end."""
-    for state in _states(pod):
-        if (ended := state.get("terminated")) is not None:
-            return int(ended["exitCode"])
-    return None
-
-
-def message(pod: Object) -> str:
-    """The end of what its command wrote, as the kubelet keeps it for a command that failed."""
-    return next((str(s["terminated"].get("message", "")) for s in _states(pod) if "terminated" in s), "")
-
-
-def _states(pod: Object) -> list[Object]:
-    return [each.get("state") or {} for each in pod.get("status", {}).get("containerStatuses") or ()]
-
-
-def _words(of: Object) -> str:
-    parts = (str(of.get("reason") or ""), " ".join(str(of.get("message") or "").split()))
-    return ": ".join(part for part in parts if part)

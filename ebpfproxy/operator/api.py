@@ -1,0 +1,225 @@
+"""Single objects of one API server, as JSON: get, list, create, server-side apply, patch, delete, logs.
+
+Objects are plain JSON, since typed ones lose the fields of servers that are newer than their types. Each
+error is one line with the object and the server's words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+
+from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.kube.client import JSON, ApiConnection, Reply
+from ebpfproxy.kube.failures import Failure
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
+
+FIELD_MANAGER = "ebpfproxy"
+#: JSON is YAML.
+_APPLY_PATCH = "application/apply-patch+yaml"
+_MERGE_PATCH = "application/merge-patch+json"
+_JSON_PATCH = "application/json-patch+json"
+_READ_SECONDS = 30.0
+_TRIES = 4
+_NOT_FOUND, _CREATED = 404, 201
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
+
+Object = dict[str, Any]
+#: RFC 6902.
+Patch = list[dict[str, Any]]
+
+#: Where objects of a kind are: the group's path, the resource, and whether a namespace has them.
+RESOURCES: Mapping[str, tuple[str, str, bool]] = {
+    "ServiceAccount": ("/api/v1", "serviceaccounts", True),
+    "ConfigMap": ("/api/v1", "configmaps", True),
+    "Pod": ("/api/v1", "pods", True),
+    "Event": ("/api/v1", "events", True),
+    "Node": ("/api/v1", "nodes", False),
+    "ClusterRole": ("/apis/rbac.authorization.k8s.io/v1", "clusterroles", False),
+    "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings", False),
+    "DaemonSet": ("/apis/apps/v1", "daemonsets", True),
+}
+
+
+class ApiError(Exception):
+    """The API server said no, or did not answer: one line. ``status`` is HTTP's, 0 where no answer came."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def may_pass(self) -> bool:
+        """The server may restart, or be overloaded: who waits goes on waiting."""
+        return self.status in (0, 429) or self.status >= 500
+
+
+class Applied(NamedTuple):
+    """``created``: it was not there. ``warnings``: what the server warns of (RFC 9111)."""
+
+    item: Object
+    created: bool
+    warnings: tuple[str, ...]
+
+
+def path_of(kind: str, namespace: str, name: str = "") -> str:
+    """``/apis/apps/v1/namespaces/kube-system/daemonsets/ebpfproxy``; without a name, of all in there."""
+    group, resource, namespaced = RESOURCES[kind]
+    place = f"/namespaces/{quote(namespace)}" if namespaced else ""
+    return f"{group}{place}/{resource}" + (f"/{quote(name)}" if name else "")
+
+
+def shown(kind: str, namespace: str, name: str) -> str:
+    """An object in messages: ``DaemonSet kube-system/ebpfproxy``."""
+    return f"{kind} {namespace}/{name}" if RESOURCES[kind][2] else f"{kind} {name}"
+
+
+class Api:
+    """Requests to one API server, by one user. Methods raise ApiError. Any thread may use it."""
+
+    def __init__(self, connection: ApiConnection) -> None:
+        self._connection = connection
+
+    @classmethod
+    def from_options(cls, kubeconfig: Path | None, master: str | None) -> Api:
+        """As an agent's ``--kubeconfig`` and ``--master``. Raises ConfigError."""
+        return cls(ApiConnection.from_options(kubeconfig, master))
+
+    @classmethod
+    def from_kubeconfigs(cls, paths: str, context: str | None = None, master: str | None = None) -> Api:
+        """``paths`` as ``KUBECONFIG`` has them. Without any of these files, the pod's service account.
+
+        Raises ConfigError.
+        """
+        found = [path for each in paths.split(":") if each and (path := Path(each).expanduser()).exists()]
+        if found:
+            return cls(ApiConnection.from_options(found, master, context=context))
+        try:
+            if master is None:
+                return cls(ApiConnection.from_options(None, None))
+        except ConfigError as error:
+            log.debug("no service account", error=str(error))
+        raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")
+
+    @property
+    def host(self) -> str:
+        return self._connection.host
+
+    @property
+    def kubeconfig_server(self) -> str:
+        """What the kubeconfig names, whatever ``--master`` says; empty without a kubeconfig."""
+        return self._connection.kubeconfig_server
+
+    # -- objects
+
+    def get(self, kind: str, namespace: str, name: str) -> Object | None:
+        """None where there is none."""
+        try:
+            return self._json("GET", path_of(kind, namespace, name), shown(kind, namespace, name))[0]
+        except ApiError as error:
+            if error.status == _NOT_FOUND:
+                return None
+            raise
+
+    def list(self, kind: str, namespace: str, **selectors: str) -> list[Object]:
+        """``labelSelector=…``, ``fieldSelector=…``; empty ones select all."""
+        what = f"{RESOURCES[kind][1]} of {namespace}" if RESOURCES[kind][2] else RESOURCES[kind][1]
+        query = {name: value for name, value in selectors.items() if value}
+        found = self._json("GET", path_of(kind, namespace), what, query)[0]
+        return list(found.get("items") or ())
+
+    def config(self, namespace: str, name: str, key: str) -> str:
+        """A text of a ConfigMap; empty where there is none."""
+        found = self.get("ConfigMap", namespace, name) or {}
+        return str((found.get("data") or {}).get(key, ""))
+
+    def version(self) -> Object:
+        """The server's: ``gitVersion``, ``major``, ``minor``."""
+        return self._json("GET", "/version", "/version")[0]
+
+    def create(self, item: Object) -> None:
+        """Sent once: 409 where it is there already."""
+        kind, namespace, name = _place(item)
+        self._json("POST", path_of(kind, namespace), shown(kind, namespace, name), body=item, tries=1)
+
+    def apply(self, item: Object, *, force: bool = False, dry_run: bool = False) -> Applied:
+        """Server-side apply as ``ebpfproxy``; ``force`` takes over fields that others manage: 409 without."""
+        query = {"fieldManager": FIELD_MANAGER, "force": str(force).lower(), "fieldValidation": "Strict"}
+        if dry_run:
+            query["dryRun"] = "All"
+        path, what = path_of(*_place(item)), shown(*_place(item))
+        made, reply = self._json("PATCH", path, what, query, body=item, content_type=_APPLY_PATCH)
+        said = " ".join(reply.headers.getlist("Warning"))
+        warnings = tuple(re.sub(r"\\(.)", r"\1", text) for text in _WARNING.findall(said))
+        return Applied(made, reply.status == _CREATED, warnings)
+
+    def patch(
+        self, kind: str, namespace: str, name: str, patch: Patch | Object, *, tries: int = _TRIES
+    ) -> None:
+        """A JSON patch, or a merge patch (RFC 7386) for an Object. One that tests a version is not to be sent
+        again: ``tries=1``."""
+        content_type = _JSON_PATCH if isinstance(patch, list) else _MERGE_PATCH
+        path, what = path_of(kind, namespace, name), shown(kind, namespace, name)
+        self._json("PATCH", path, what, body=patch, content_type=content_type, tries=tries)
+
+    def delete(self, kind: str, namespace: str, name: str) -> bool:
+        """False where there is none. What it owns is deleted after it."""
+        path, what = path_of(kind, namespace, name), shown(kind, namespace, name)
+        try:
+            self._json("DELETE", path, what, {"propagationPolicy": "Background"})
+        except ApiError as error:
+            if error.status == _NOT_FOUND:
+                return False
+            raise
+        return True
+
+    def log(self, namespace: str, pod: str) -> str:
+        """What the pod's one container has written up to now."""
+        what = f"log of {shown('Pod', namespace, pod)}"
+        return self._ask("GET", f"{path_of('Pod', namespace, pod)}/log", what).body.decode(errors="replace")
+
+    # -- requests
+
+    def _json(self, method: str, path: str, what: str, *rest: Any, **options: Any) -> tuple[Object, Reply]:
+        reply = self._ask(method, path, what, *rest, **options)
+        try:
+            return msgspec.json.decode(reply.body, type=Object), reply
+        except msgspec.DecodeError as error:
+            raise ApiError(f"{self.host}{path}: not an API server's answer: {error}") from error
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        what: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        body: Object | Patch | None = None,
+        content_type: str = JSON,
+        tries: int = _TRIES,
+    ) -> Reply:
+        try:
+            return self._connection.call(
+                method,
+                path,
+                query or {},
+                body=msgspec.json.encode(body) if body is not None else None,
+                content_type=content_type,
+                read_seconds=_READ_SECONDS,
+                tries=tries,
+            )
+        except Failure as failure:
+            raise ApiError(f"{what if failure.status else self.host}: {failure}", failure.status) from failure
+
+
+def _place(item: Object) -> tuple[str, str, str]:
+    """Kind, namespace and name."""
+    meta = item["metadata"]
+    return item["kind"], meta.get("namespace", ""), meta["name"]

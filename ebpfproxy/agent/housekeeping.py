@@ -13,12 +13,14 @@ from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
+from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.affinity_table import forget_expired
-from ebpfproxy.datapath.flows import conntrack_table
 from ebpfproxy.datapath.flows.peers import noted_departures
 from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.node.client_namespaces import set_client_namespaces
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
@@ -50,13 +52,13 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._background = background
-        self._sweeper = conntrack_table.Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
+        self._sweeper = Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps)
         self._comparing = False
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Departures whose sockets have been ended.
-        self._ended: dict[bytes, Departed] = {}
+        self._ended: dict[BackendUse, Departed] = {}
         #: Conntrack entries after the last sweep, and how many have been pushed out so far.
         self.entries = 0
         self.evicted = 0
@@ -145,21 +147,21 @@ class Housekeeping:
         # A datagram that chose before the change has noted its choice by now.
         over = dict(departures.items() & self._ended.items())
 
-        def sweep() -> tuple[conntrack_table.Sweep, dict[bytes, int]]:
+        def sweep() -> tuple[Sweep, dict[bytes, int]]:
             swept = self._sweeper.sweep(departures, backends)
             forget_expired(self._maps, time.monotonic_ns())
             for key in noted_departures(self._maps, over):
                 del over[key]
             return swept, namespace_cookies() if needs_client_key else {}
 
-        def done(found: tuple[conntrack_table.Sweep, dict[bytes, int]]) -> None:
+        def done(found: tuple[Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
             self._sweeping = False
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
             self._writer.forget_departures(over)
             self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
-            self._writer.set_client_namespaces(clients)
+            set_client_namespaces(self._maps, clients)
             self._writer.follow_routes()
             self.entries = swept.entries
             self.evicted += swept.evicted

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import ebpfproxy
-from ebpfproxy.datapath.services.writer import CapacityError
+from ebpfproxy.datapath.services.capacity import CapacityError
 from ebpfproxy.kube.events.event import KubeEvent, Level, Reference
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import FrontendKind

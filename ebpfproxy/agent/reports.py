@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from ebpfproxy.agent import kube_events
-from ebpfproxy.datapath.services.writer import CapacityError
+from ebpfproxy.datapath.services.capacity import CapacityError
 from ebpfproxy.kube.events.recorder import Record
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics

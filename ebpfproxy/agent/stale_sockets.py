@@ -17,9 +17,10 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.config.datapath import StaleTcp
-from ebpfproxy.datapath.abi import flow_layout, node_layout
-from ebpfproxy.datapath.abi.flow_layout import Flow, Redirect
+from ebpfproxy.datapath.abi import flow_layout, node_layout, socket_layout
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow
 from ebpfproxy.datapath.abi.layout import U32, U64
+from ebpfproxy.datapath.abi.socket_layout import Redirect
 from ebpfproxy.datapath.flows.origins import LostFrontend, stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import Departed
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -39,7 +40,7 @@ class Ended(msgspec.Struct, frozen=True):
     Those have lost their connection already, or are in a namespace that this process cannot enter.
     """
 
-    departures: Mapping[bytes, Departed]
+    departures: Mapping[BackendUse, Departed]
     ended: Mapping[str, int]
     redirected: int
     unseen: int
@@ -48,7 +49,7 @@ class Ended(msgspec.Struct, frozen=True):
 def end_stale_sockets(
     maps: MapSet,
     grace: Grace,
-    departures: Mapping[bytes, Departed],
+    departures: Mapping[BackendUse, Departed],
     tcp: StaleTcp,
     *,
     lost: Collection[LostFrontend],
@@ -71,7 +72,7 @@ def end_stale_sockets(
         if left:
             made = _redirects(maps, left)
             if made:
-                redirect({key: flow_layout.pack_redirect(each) for key, each in made.items()})
+                redirect({key: socket_layout.pack_redirect(each) for key, each in made.items()})
                 known |= {each.cookie for each in made.values()}
                 redirected += len(made)
                 left = {peer: cookies - known for peer, cookies in left.items() if not cookies <= known}
@@ -94,10 +95,10 @@ def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redi
     for each in _in_packets(maps, find_sockets(datagram)):
         origin = maps["sock_origin"].lookup(U64.pack(each.cookie))
         peer = each.peer
-        if origin is None or flow_layout.origin_backend(origin) != (peer.address, peer.port):
+        if origin is None or socket_layout.origin_backend(origin) != (peer.address, peer.port):
             continue
         flow = Flow(each.address, peer.address, each.port, peer.port, peer.protocol, egress=False)
-        found[flow_layout.pack_flow(flow)] = Redirect(*flow_layout.origin_frontend(origin), each.cookie)
+        found[flow_layout.pack_flow(flow)] = Redirect(*socket_layout.origin_frontend(origin), each.cookie)
     return found
 
 
@@ -107,7 +108,7 @@ def peers_of(redirects: Mapping[bytes, bytes]) -> dict[Peer, set[int]]:
     for key, value in redirects.items():
         flow = flow_layout.unpack_flow(key)
         peer = Peer(flow.destination, flow.destination_port, flow.protocol)
-        found.setdefault(peer, set()).add(flow_layout.unpack_redirect(value).cookie)
+        found.setdefault(peer, set()).add(socket_layout.unpack_redirect(value).cookie)
     return found
 
 

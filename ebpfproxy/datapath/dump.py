@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi import layout, uapi
+from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -105,8 +106,7 @@ class Dump:
 
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
-        self._words = maps.shared("selections").words()
-        self._slots = maps.shared("slots").bytes.cast("I")
+        self._backends, self._selections = maps.backends(), maps.selections()
         self.names: dict[int, ServicePortKey] = {
             U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()
         }
@@ -114,18 +114,13 @@ class Dump:
 
     def selection(self, service_id: int, policy: int) -> array[int]:
         """Backend ids in the order of their first slots."""
-        base, count = layout.selection_range(self._words[service_id * layout.POLICIES + policy])
-        # union slot begins with the id.
-        return array("I", dict.fromkeys(array("I", self._slots[2 * base : 2 * (base + count)])[::2]))
-
-    def _packed_backend(self, number: int) -> bytes:
-        backends = self._maps.shared("backends")
-        return bytes(backends.bytes[number * backends.stride : (number + 1) * backends.stride])
+        slots = self._selections.slots(*self._selections.range(service_id, policy))
+        return array("I", dict.fromkeys(backend_ids(slots)))
 
     def backend_ref(self, number: int) -> BackendRef:
         known = self._refs.get(number)
         if known is None:
-            found = layout.unpack_backend(self._packed_backend(number))
+            found = self._backends.read(number)
             known = BackendRef("?", "missing")
             if found is not None:
                 backend, state = found
@@ -176,12 +171,9 @@ class Dump:
                 for backend_id in self.selection(number, policy):
                     users.setdefault(backend_id, set()).add(f"{name.namespace}/{name.name}")
         rows = []
-        shared = self._maps.shared("backends")
         connections, loads = self.backend_connections(), self.backend_loads()
-        for number in range(self._backends_end()):
-            if not shared.bytes[number * shared.stride + layout.BACKEND_PROTOCOL_OFFSET]:
-                continue
-            found = layout.unpack_backend(self._packed_backend(number))
+        for number in self._backends.ids():
+            found = self._backends.read(number)
             if found is None:
                 continue
             backend, state = found
@@ -215,21 +207,11 @@ class Dump:
 
     def backend_loads(self) -> dict[int, int]:
         """Open connections by backend id, where there are any."""
-        found = {}
-        words = self._maps.shared("loads").bytes[: self._backends_end() * layout.LOAD_SIZE].cast("I")
-        for number in range(len(words) // layout.LOAD_WORDS):
-            load = words[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS]
-            if open_now := layout.load_of(load).open_now:
-                found[number] = open_now
-        return found
-
-    def _backends_end(self) -> int:
-        """One more than the highest id in use."""
-        shared = self._maps.shared("backends")
-        return len(bytes(shared.bytes[layout.BACKEND_PROTOCOL_OFFSET :: shared.stride]).rstrip(b"\0"))
+        loads = self._maps.loads()
+        return {number: open_now for number in self._backends.ids() if (open_now := loads[number].open_now)}
 
     def backend(self, number: int) -> Backend | None:
-        found = layout.unpack_backend(self._packed_backend(number))
+        found = self._backends.read(number)
         return found[0] if found is not None else None
 
 
@@ -245,11 +227,7 @@ def fill(maps: MapSet) -> list[MapFill]:
 
 def _entries(maps: MapSet, name: str) -> int:
     if name == "backends":
-        shared = maps.shared(name)
-        # A mapping ends with its page: behind the last place there are zeros of nobody's.
-        end = shared.spec.max_entries * shared.stride
-        protocols = shared.bytes[layout.BACKEND_PROTOCOL_OFFSET : end : shared.stride]
-        return shared.spec.max_entries - bytes(protocols).count(0)
+        return len(maps.backends().ids())
     if name in ("selections", "slots"):
         counts = [layout.selection_range(word)[1] for word in maps.shared("selections").words() if word]
         return len(counts) if name == "selections" else sum(counts)

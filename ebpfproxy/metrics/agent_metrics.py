@@ -28,8 +28,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 import ebpfproxy
-from ebpfproxy.datapath.flows.conntrack_table import Sweep
 from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS
+from ebpfproxy.datapath.flows.sweeper import Sweep
 from ebpfproxy.health.proxy import FAMILIES
 from ebpfproxy.kube.events.recorder import RESULTS
 from ebpfproxy.kube.objects import Resource

@@ -53,6 +53,13 @@ class Prefix(NamedTuple):
     address: bytes
     length: int
 
+    def contains(self, address: bytes) -> bool:
+        """False for an address of the other family, and for an empty one."""
+        if len(self.address) != len(address):
+            return False
+        rest = 8 * len(address) - self.length
+        return int.from_bytes(self.address) >> rest == int.from_bytes(address) >> rest
+
 
 class Policy(enum.IntEnum):
     """Which of a service port's two backend sets a frontend uses (a traffic policy's values)."""

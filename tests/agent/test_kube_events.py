@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ebpfproxy.agent import kube_events
-from ebpfproxy.datapath.services.writer import CapacityError
+from ebpfproxy.datapath.services.capacity import CapacityError
 from ebpfproxy.kube.events.event import Level, Reference
 from ebpfproxy.kube.objects import ObjectKey, Resource
 from ebpfproxy.services.model import Family, Protocol, ServicePortKey

@@ -10,10 +10,11 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import flow_layout, layout
-from ebpfproxy.datapath.abi.flow_layout import Departure, Flow, Nat, NatFlags, Seen
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Departure, Entry, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
-from ebpfproxy.datapath.flows.conntrack_table import UDPLITE, Sweeper, Timeouts, _pairs, flows_of, state_of
+from ebpfproxy.datapath.flows.conntrack_table import UDPLITE, Timeouts, flows_of, state_of
 from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.sweeper import Sweeper, pairs
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Family, Protocol
@@ -150,8 +151,8 @@ def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
         bench.pair(port + 2, protocol=protocol, ids=(7, 2))
         bench.pair(port + 4, protocol=protocol, ids=(8, 1))
     departures = {
-        flow_layout.pack_departure(7, 1): Departed(Departure.GONE, 0),
-        flow_layout.pack_departure(7, 2): Departed(Departure.IDLE, 1),
+        BackendUse(7, 1): Departed(Departure.GONE, 0),
+        BackendUse(7, 2): Departed(Departure.IDLE, 1),
     }
     swept = bench.sweeper.sweep(departures)
     assert (swept.expired, swept.departed) == (6, {Family.IPV4: 3})
@@ -174,7 +175,7 @@ def test_what_is_used_again_while_the_map_is_read_stays_whole(bench: Bench) -> N
             bench.pair(4, protocol=Protocol.UDP, ids=(7, 2))
 
     sweeper = Sweeper(bench.maps, Timeouts(), clock=lambda: bench.now, rest=meanwhile)
-    swept = sweeper.sweep({flow_layout.pack_departure(7, 1): Departed(Departure.GONE, 0)})
+    swept = sweeper.sweep({BackendUse(7, 1): Departed(Departure.GONE, 0)})
     assert swept.expired == 4
     left = {flow_layout.unpack_flow(key) for key, _ in table.items()}
     assert {flow.source_port for flow in left} - {8080} == {2, 4}
@@ -183,18 +184,16 @@ def test_what_is_used_again_while_the_map_is_read_stays_whole(bench: Bench) -> N
 
 def test_masquerades_go_after_their_flows() -> None:
     flow = Nat(CLIENT, BACKEND, 1, 8080, 1, 1, NatFlags(0), NOTHING, 0, 0)
-    entries = {}
+    entries = []
     for flags in (NatFlags.SOURCE, NatFlags(0)):
         for port in (1, 2):
-            question = flow_layout.pack_flow(Flow(CLIENT, FRONTEND, port, 80, 17, bool(flags)))
-            value = pack_nat(flow._replace(source_port=port, flags=flags))
-            entries[question] = value
-            answer = flow_layout.partner_key(question, value)
+            key = flow_layout.pack_flow(Flow(CLIENT, FRONTEND, port, 80, 17, bool(flags)))
+            original = Entry(key, pack_nat(flow._replace(source_port=port, flags=flags)))
             back = Nat(FRONTEND, CLIENT, 80, port, 1, 1, flags | NatFlags.REPLY, NOTHING, 0, 0)
-            entries[answer] = pack_nat(back)
-    pairs = list(_pairs(entries))
-    assert [len(pair) for pair in pairs] == [2, 2, 2, 2]
-    assert [bool(entries[pair[0]][44] & NatFlags.SOURCE) for pair in pairs] == [False, False, True, True]
+            entries += [original, Entry(original.partner, pack_nat(back))]
+    found = list(pairs(entries))
+    assert [len(pair) for pair in found] == [2, 2, 2, 2]
+    assert [bool(pair[0].flags & NatFlags.SOURCE) for pair in found] == [False, False, True, True]
 
 
 def load(bench: Bench, number: int) -> layout.Load:
@@ -212,7 +211,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
     assert load(bench, 3).open_flows == 10
     bench.sweeper.sweep(backends=8)
     assert load(bench, 3).open_flows == 6
-    bench.sweeper.sweep({flow_layout.pack_departure(7, 3): Departed(Departure.GONE, 0)}, backends=8)
+    bench.sweeper.sweep({BackendUse(7, 3): Departed(Departure.GONE, 0)}, backends=8)
     assert load(bench, 3).open_flows == 0
 
 
@@ -279,7 +278,7 @@ def test_partners_find_each_other_in_every_kind_of_pair() -> None:
         flow = Flow(CLIENT, FRONTEND, 1, 2, 6, False)
         key = flow_layout.pack_flow(flow)
         value = pack_nat(Nat(NODE, BACKEND, 3, 4, 1, 1, flags, Seen(0), 0, 0))
-        partner = flow_layout.unpack_flow(flow_layout.partner_key(key, value))
+        partner = flow_layout.unpack_flow(Entry(key, value).partner)
         assert partner == Flow(BACKEND, NODE, 4, 3, 6, other_stage)
 
 

@@ -47,7 +47,7 @@ def test_the_longest_range_says_what_holds_for_all_that_contain_it(bench: Bench)
 
     def flags(text: str) -> CidrFlags:
         assert bench.maps is not None
-        found = bench.maps["cidrs"].lookup(pack_cidr(*prefix(text)))
+        found = bench.maps["cidrs"].lookup(pack_cidr(prefix(text)))
         return CidrFlags(U32.unpack(found)[0]) if found is not None else CidrFlags(0)
 
     assert flags("10.96.0.7/32") == both | CidrFlags.TAKEN

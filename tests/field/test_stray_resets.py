@@ -12,7 +12,8 @@ import pytest
 from scapy.all import IPv6, raw
 from scapy.layers.inet import IP, TCP
 
-from ebpfproxy.datapath.flows.conntrack_table import Sweeper, Timeouts
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts
+from ebpfproxy.datapath.flows.sweeper import Sweeper
 from ebpfproxy.datapath.kernel.maps import open_pinned
 from tests.e2e.outer import Outer
 from tests.e2e.world import NODE_PORT

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ebpfproxy.datapath.flows.conntrack_table import Sweep
+from ebpfproxy.datapath.flows.sweeper import Sweep
 from ebpfproxy.datapath.programs.attach import Attachment
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.kube.objects import Resource

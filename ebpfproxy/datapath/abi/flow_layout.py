@@ -1,6 +1,6 @@
-"""The bytes of what programs remember: flows, sockets, clients that stay, and backends that have left.
+"""The bytes of what programs remember of flows: conntrack, session affinity, backends that were removed.
 
-As ``layout``, of which this is a part.
+The conventions are those of ``layout``.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import enum
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import PAIR, U32, U64, pack_address, unpack_address
 
 
 class Departure(enum.IntEnum):
-    """Why a backend has left a service: of an idle one connections go on, of an absent one for the moment."""
+    """Why a service port lost a backend. Connections to an idle one go on; to an absent one, for a moment."""
 
     GONE = 1
     IDLE = 2
@@ -49,17 +49,16 @@ AFFINITY_KEY = struct.Struct("=16sII")
 AFFINITY = struct.Struct("=IIQ")
 FLOW = struct.Struct("=16s16sHHBBxx")
 NAT = struct.Struct("=16s16sHHIIBBHQQII")
-PEER = struct.Struct("=16s16sHHIII")
-PEER_PLACES = 4
-PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
 #: ``struct fragment``: source and destination port, and the id that all fragments of a datagram get.
 FRAGMENT = struct.Struct("=HHI")
 CLASH = struct.Struct("=16sHHI")
-REDIRECT = struct.Struct("=16sHxxxxxxQ")
 
 
 class Flow(NamedTuple):
-    """``struct flow``. ``egress``: the packet as it is after this host's routing, not before."""
+    """``struct flow``, the key of ``conntrack``. Ports in host byte order.
+
+    ``egress``: the packet as it is after this host's routing, not before.
+    """
 
     source: bytes
     destination: bytes
@@ -114,7 +113,7 @@ def unpack_flow(packed: bytes) -> Flow:
 
 
 def pack_nat(nat: Nat) -> bytes:
-    """Of no epoch: for what is no Service's."""
+    """Without an epoch: for entries of no Service."""
     return NAT.pack(
         pack_address(nat.source),
         pack_address(nat.destination),
@@ -147,44 +146,126 @@ def unpack_nat(packed: bytes) -> Nat:
     )
 
 
-_NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_EPOCH_AT = 36, 44, 46
-ORIGIN_IDS_AT, _ORIGIN_NETNS_AT, ORIGIN_SIZE = 36, 44, 48
+class BackendUse(NamedTuple):
+    """A backend as one of a service port's: flows, sockets and ``departures`` have it by both ids."""
+
+    service_id: int
+    backend_id: int
 
 
-def nat_ids(packed: bytes) -> tuple[int, int]:
-    """Service id and backend id of a packed conntrack value."""
-    service_id, backend_id = PAIR.unpack_from(packed, _NAT_IDS_AT)
-    return service_id, backend_id
+_FLOW_PROTOCOL_AT, _FLOW_STAGE_AT = 36, 37
+_NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREATED_AT = (
+    36,
+    44,
+    45,
+    46,
+    48,
+    56,
+)
+_EGRESS = b"\1\0\0"
+_BYPASS = int(NatFlags.BYPASS)
 
 
-def is_own(packed: bytes) -> bool:
-    """Whether a packed conntrack value is of no Service."""
-    return bool(packed[_NAT_FLAGS_AT] & NatFlags.OWN)
+class Entry(NamedTuple):
+    """An entry of ``conntrack`` as it lies in the map, with those fields that a sweep of very many needs.
+
+    :attr:`flow` and :attr:`nat` have all of them. ``flags`` and ``seen`` are NatFlags and Seen as integers;
+    times are CLOCK_MONOTONIC in nanoseconds.
+    """
+
+    key: bytes
+    value: bytes
+
+    @property
+    def flow(self) -> Flow:
+        return unpack_flow(self.key)
+
+    @property
+    def nat(self) -> Nat:
+        return unpack_nat(self.value)
+
+    @property
+    def protocol(self) -> int:
+        return self.key[_FLOW_PROTOCOL_AT]
+
+    @property
+    def source(self) -> bytes:
+        return unpack_address(self.key[:16])
+
+    @property
+    def use(self) -> BackendUse:
+        return BackendUse(*PAIR.unpack_from(self.value, _NAT_IDS_AT))
+
+    @property
+    def flags(self) -> int:
+        return self.value[_NAT_FLAGS_AT]
+
+    @property
+    def seen(self) -> int:
+        return self.value[_NAT_SEEN_AT]
+
+    @property
+    def last(self) -> int:
+        return int(U64.unpack_from(self.value, _NAT_LAST_AT)[0])
+
+    @property
+    def created(self) -> int:
+        return int(U64.unpack_from(self.value, _NAT_CREATED_AT)[0])
+
+    @property
+    def partner(self) -> bytes:
+        """The key of the other half: what this half writes, reversed, at the other stage."""
+        key, value = self
+        stage = key[_FLOW_STAGE_AT]
+        other_stage = stage if value[_NAT_FLAGS_AT] & _BYPASS else not stage
+        other = bytes((key[_FLOW_PROTOCOL_AT], other_stage, 0, 0))
+        return value[16:32] + value[:16] + value[34:36] + value[32:34] + other
+
+    def with_use(self, use: BackendUse, epoch: int) -> bytes:
+        """The value with other ids; ``epoch`` is the service's now."""
+        changed = bytearray(self.value)
+        PAIR.pack_into(changed, _NAT_IDS_AT, *use)
+        changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
+        return bytes(changed)
 
 
-def with_nat_ids(packed: bytes, service_id: int, backend_id: int, epoch: int) -> bytes:
-    """The same value for other ids; ``epoch`` is the service's now."""
-    changed = bytearray(packed)
-    PAIR.pack_into(changed, _NAT_IDS_AT, service_id, backend_id)
-    changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
-    return bytes(changed)
+def reversed_at_egress(key: bytes) -> bytes:
+    """The packed flow of the other direction, where it leaves this host.
+
+    A flow's reply direction has it by the key of its masquerade's original direction, and the reverse.
+    """
+    protocol = key[_FLOW_PROTOCOL_AT : _FLOW_PROTOCOL_AT + 1]
+    return key[16:32] + key[:16] + key[34:36] + key[32:34] + protocol + _EGRESS
 
 
-def partner_key(flow: bytes, nat: bytes) -> bytes:
-    """The key of a packed entry's other half: what this half writes, reversed, at the other stage."""
-    protocol, stage, flags = flow[36], flow[37], nat[44]
-    other_stage = stage if flags & NatFlags.BYPASS else not stage
-    return nat[16:32] + nat[:16] + nat[34:36] + nat[32:34] + bytes((protocol, other_stage, 0, 0))
+#: Of ``struct nat`` the ids, ``flags``, ``seen`` and ``last``.
+_NAT_SUMMARY = struct.Struct("=36xIIBBxxQ16x")
 
 
-def pack_departure(service_id: int, backend_id: int) -> bytes:
-    return PAIR.pack(service_id, backend_id)
+def summaries(
+    keys: memoryview, values: memoryview, count: int
+) -> Iterator[tuple[int, tuple[int, int, int, int, int]]]:
+    """A batch of ``conntrack``: the protocol, and (service id, backend id, flags, seen, last) of each entry.
+
+    Half a million go through here every few seconds: these are all the fields that most of them are read for.
+    """
+    protocols = bytes(keys[_FLOW_PROTOCOL_AT : count * FLOW.size : FLOW.size])
+    return zip(protocols, _NAT_SUMMARY.iter_unpack(values[: count * NAT.size]), strict=True)
 
 
-def unpack_departure(packed: bytes) -> tuple[int, int]:
-    """Service id and backend id."""
-    service_id, backend_id = PAIR.unpack(packed)
-    return service_id, backend_id
+def entry_at(keys: memoryview, values: memoryview, place: int) -> Entry:
+    """One entry of a batch."""
+    key, value = place * FLOW.size, place * NAT.size
+    return Entry(bytes(keys[key : key + FLOW.size]), bytes(values[value : value + NAT.size]))
+
+
+def pack_departure(use: BackendUse) -> bytes:
+    """Key of ``departures``."""
+    return PAIR.pack(*use)
+
+
+def unpack_departure(packed: bytes) -> BackendUse:
+    return BackendUse(*PAIR.unpack(packed))
 
 
 class ClientKind(enum.IntEnum):
@@ -224,85 +305,3 @@ def with_affinity_service(packed: bytes, service_id: int) -> bytes:
 
 def with_affinity_backend(packed: bytes, backend_id: int) -> bytes:
     return U32.pack(backend_id) + packed[4:]
-
-
-def origin_ids(packed: bytes) -> tuple[int, int]:
-    """Service id and backend id of a socket's origin."""
-    service_id, backend_id = PAIR.unpack_from(packed, ORIGIN_IDS_AT)
-    return service_id, backend_id
-
-
-def origin_backend(packed: bytes) -> tuple[bytes, int]:
-    """Address and port that a socket was sent to."""
-    return unpack_address(packed[16:32]), int.from_bytes(packed[34:36], "big")
-
-
-def with_origin_ids(packed: bytes, service_id: int, backend_id: int) -> bytes:
-    changed = bytearray(packed)
-    PAIR.pack_into(changed, ORIGIN_IDS_AT, service_id, backend_id)
-    return bytes(changed)
-
-
-def origin_netns(packed: bytes) -> int:
-    """The lower 32 bits of the cookie of the socket's network namespace."""
-    return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT)[0])
-
-
-# -- unconnected sockets
-
-#: In keys of ``sock_peers`` the highest byte is a page's number, the others are the socket's cookie.
-PAGE_SHIFT = 56
-_PEER_PORT_AT, _PEER_IDS_AT = 32, 36
-_PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
-
-
-def peers_cookie(packed: bytes) -> int:
-    """The socket's cookie in a key of ``sock_peers``, of whichever page."""
-    return int.from_bytes(packed, sys.byteorder) & (1 << PAGE_SHIFT) - 1
-
-
-def peer_ids(packed: bytes) -> Iterator[bytes]:
-    """Service and backend ids of all peers of a socket, each pair packed as a key of ``departures``."""
-    for at in range(0, PEER_PLACES * PEER.size, PEER.size):
-        if packed[at + _PEER_PORT_AT : at + _PEER_PORT_AT + 2] != b"\0\0":
-            yield packed[at + _PEER_IDS_AT : at + _PEER_IDS_AT + 8]
-
-
-def peers_netns(packed: bytes) -> int:
-    """As :func:`origin_netns`."""
-    return int(U32.unpack_from(packed, _PEERS_NETNS_AT)[0])
-
-
-def with_peer_ids(packed: bytes, change: Callable[[int, int], tuple[int, int, int]]) -> bytes:
-    """The same peers with other ids: ``change`` gets a peer's service and backend, and gives their new ids
-    and the service's epoch."""
-    changed = bytearray(packed)
-    for at in range(0, PEER_PLACES * PEER.size, PEER.size):
-        service_id, backend_id = PAIR.unpack_from(changed, at + _PEER_IDS_AT)
-        service_id, backend_id, epoch = change(service_id, backend_id)
-        struct.pack_into("=III", changed, at + _PEER_IDS_AT, service_id, backend_id, epoch & 0xFFFFFFFF)
-    return bytes(changed)
-
-
-class Redirect(NamedTuple):
-    """``struct redirect``: what a connected datagram socket had asked for. Ports in host byte order."""
-
-    frontend: bytes
-    frontend_port: int
-    cookie: int
-
-
-def pack_redirect(redirect: Redirect) -> bytes:
-    return REDIRECT.pack(
-        pack_address(redirect.frontend), socket.htons(redirect.frontend_port), redirect.cookie
-    )
-
-
-def unpack_redirect(packed: bytes) -> Redirect:
-    frontend, port, cookie = REDIRECT.unpack(packed)
-    return Redirect(unpack_address(frontend), socket.ntohs(port), cookie)
-
-
-def origin_frontend(packed: bytes) -> tuple[bytes, int]:
-    """Address and port that a socket asked for."""
-    return unpack_address(packed[:16]), int.from_bytes(packed[32:34], "big")

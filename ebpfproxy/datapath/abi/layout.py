@@ -20,6 +20,7 @@ from ebpfproxy.services.model import (
     Family,
     FrontendKind,
     Policy,
+    Prefix,
     Protocol,
     ServicePortKey,
     format_endpoint,
@@ -79,10 +80,10 @@ def unpack_address(packed: bytes) -> bytes:
     return packed[12:] if packed[:12] == b"\0" * 10 + b"\xff\xff" else packed
 
 
-def pack_service_key(address: bytes, port: int, protocol: int, scope: int) -> bytes:
+def pack_service_key(address: bytes, port: int, protocol: int | None, scope: int) -> bytes:
     """Key of ``services4`` (4-byte address) or ``services6`` (16-byte address)."""
     key = SERVICE4_KEY if len(address) == 4 else SERVICE6_KEY
-    return key.pack(address, port.to_bytes(2, "big"), protocol, scope)
+    return key.pack(address, port.to_bytes(2, "big"), protocol or 0, scope)
 
 
 class ServiceKey(NamedTuple):
@@ -92,6 +93,9 @@ class ServiceKey(NamedTuple):
     protocol: Protocol | None
     scope: Scope
 
+    def __str__(self) -> str:
+        return format_frontend(self.address, self.port, self.protocol)
+
 
 def unpack_service_key(packed: bytes) -> ServiceKey:
     key = SERVICE4_KEY if len(packed) == SERVICE4_KEY.size else SERVICE6_KEY
@@ -99,11 +103,6 @@ def unpack_service_key(packed: bytes) -> ServiceKey:
     return ServiceKey(
         address, int.from_bytes(port, "big"), Protocol(protocol) if protocol else None, Scope(scope)
     )
-
-
-def service_key_port(packed: bytes) -> int:
-    """Of a packed key, for those who look at many."""
-    return int.from_bytes(packed[-4:-2], "big")
 
 
 class ServiceEntry(NamedTuple):
@@ -117,6 +116,11 @@ class ServiceEntry(NamedTuple):
     def policy(self) -> Policy:
         return Policy.LOCAL if self.flags & ServiceFlags.LOCAL else Policy.CLUSTER
 
+    @property
+    def needs_client_key(self) -> bool:
+        """True where the choice depends on the client, as in lib/algorithm.h."""
+        return self.algorithm >= Algorithm.DESTINATION_HASH or self.affinity_seconds > 0
+
 
 def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinity_seconds: int) -> bytes:
     return SERVICE.pack(service_id, flags, kind, algorithm, affinity_seconds, 0)
@@ -125,17 +129,6 @@ def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinit
 def unpack_service(packed: bytes) -> ServiceEntry:
     service_id, flags, kind, algorithm, affinity, _ = SERVICE.unpack(packed)
     return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), Algorithm(algorithm), affinity)
-
-
-def with_service_flags(packed: bytes, flags: int) -> bytes:
-    """With exactly these."""
-    entry = unpack_service(packed)
-    return pack_service(entry.id, flags, entry.kind, entry.algorithm, entry.affinity_seconds)
-
-
-def needs_client_key(packed: bytes) -> bool:
-    """Whether a packed service looks at who its client is, as in lib/algorithm.h."""
-    return packed[7] >= Algorithm.DESTINATION_HASH or any(packed[8:12])
 
 
 def selection_word(base: int, count: int) -> int:
@@ -203,8 +196,13 @@ class Load(NamedTuple):
         return max(0, _signed(self.sockets + self.sockets_carried))
 
     @property
+    def counted_flows(self) -> int:
+        """Open flows as counted, which is below 0 where more ends than beginnings were."""
+        return _signed(self.flows_begun - self.flows_ended + self.flows_corrected)
+
+    @property
     def open_flows(self) -> int:
-        return max(0, _signed(self.flows_begun - self.flows_ended + self.flows_corrected))
+        return max(0, self.counted_flows)
 
     @property
     def open_now(self) -> int:
@@ -241,25 +239,25 @@ def lpm(address: bytes, length: int) -> tuple[int, bytes]:
     return length + 8 * (16 - len(address)), pack_address(address)
 
 
-def pack_source_range(service_id: int, address: bytes, length: int) -> bytes:
-    bits, packed = lpm(address, length)
+def unlpm(length: int, packed: bytes) -> Prefix:
+    """The reverse of :func:`lpm`."""
+    address = unpack_address(packed)
+    if length < 8 * (16 - len(address)):
+        # ::/0 and its like: shorter than what stands for IPv4.
+        return Prefix(packed, length)
+    return Prefix(address, length - 8 * (16 - len(address)))
+
+
+def pack_source_range(service_id: int, prefix: Prefix) -> bytes:
+    """Key of ``source_ranges``."""
+    bits, packed = lpm(*prefix)
     return SOURCE_RANGE.pack(32 + bits, service_id, packed)
 
 
-def is_in_source_range(packed: bytes, address: bytes) -> bool:
-    """Whether a key of ``source_ranges`` has this address, which may be empty: then not."""
-    bits, _, prefix = SOURCE_RANGE.unpack(packed)
-    length = bits - 32
-    if not address:
-        return False
-    shift = 128 - length
-    wanted, found = (int.from_bytes(each) >> shift for each in (prefix, pack_address(address)))
-    return bool(wanted == found)
-
-
-def source_range_service(packed: bytes) -> int:
-    """The service id in a key of ``source_ranges``."""
-    return int(SOURCE_RANGE.unpack(packed)[1])
+def unpack_source_range(packed: bytes) -> tuple[int, Prefix]:
+    """Service id and range."""
+    bits, service_id, address = SOURCE_RANGE.unpack(packed)
+    return service_id, unlpm(bits - 32, address)
 
 
 def pack_cluster_ip(address: bytes) -> tuple[bytes, bytes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import struct
 
-from ebpfproxy.datapath.abi.layout import lpm, pack_address
+from ebpfproxy.datapath.abi.layout import lpm, pack_address, unlpm
+from ebpfproxy.services.model import Prefix
 
 
 class DeviceFlags(enum.IntFlag):
@@ -79,5 +80,10 @@ def is_local_device(packed: bytes) -> bool:
     return bool(DEVICE.unpack(packed)[2] & DeviceFlags.LOCAL)
 
 
-def pack_cidr(address: bytes, length: int) -> bytes:
-    return CIDR.pack(*lpm(address, length))
+def pack_cidr(prefix: Prefix) -> bytes:
+    """Key of ``cidrs``."""
+    return CIDR.pack(*lpm(*prefix))
+
+
+def unpack_cidr(packed: bytes) -> Prefix:
+    return unlpm(*CIDR.unpack(packed))

@@ -15,9 +15,6 @@ from ebpfproxy.datapath.abi.flow_layout import (
     FLOW,
     FRAGMENT,
     NAT,
-    ORIGIN_SIZE,
-    PEERS,
-    REDIRECT,
 )
 from ebpfproxy.datapath.abi.layout import (
     BACKEND,
@@ -37,6 +34,7 @@ from ebpfproxy.datapath.abi.layout import (
     U64,
 )
 from ebpfproxy.datapath.abi.node_layout import CIDR, DEVICE, UNALLOCATED, PacketEvent
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEERS, REDIRECT
 
 SCHEMA_VERSION = 4
 
@@ -98,7 +96,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         MapSpec("node_addresses", uapi.MAP_HASH, 16, 4, 4096, uapi.F_NO_PREALLOC),
         MapSpec("sock_peers", uapi.MAP_HASH, 8, PEERS.size, capacity.unconnected, uapi.F_NO_PREALLOC),
         MapSpec("port_clashes", uapi.MAP_LRU_HASH, CLASH.size, 4, 4096),
-        MapSpec("sock_origin", uapi.MAP_HASH, 8, ORIGIN_SIZE, capacity.connected, uapi.F_NO_PREALLOC),
+        MapSpec("sock_origin", uapi.MAP_HASH, 8, ORIGIN.size, capacity.connected, uapi.F_NO_PREALLOC),
         MapSpec("mptcp_subflows", uapi.MAP_HASH, U64.size, U64.size, MPTCP_SOCKETS, uapi.F_NO_PREALLOC),
         MapSpec(
             "sock_redirects", uapi.MAP_HASH, FLOW.size, REDIRECT.size, capacity.connected, uapi.F_NO_PREALLOC

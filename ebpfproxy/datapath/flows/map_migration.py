@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ebpfproxy.datapath.abi import flow_layout, layout
+from ebpfproxy.datapath.abi import flow_layout, socket_layout
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, NatFlags
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
 from ebpfproxy.datapath.kernel.bpf import BpfError
@@ -49,15 +50,15 @@ class MapMigration:
 
     def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         new, entries = self._new, {}
+        epochs = new.shared("epochs").words()
         for key, value in _missing(old, new, "conntrack"):
-            ids = flow_layout.nat_ids(value)
-            if flow_layout.is_own(value):
+            entry = Entry(key, value)
+            if entry.flags & NatFlags.OWN:
                 entries[key] = value
                 continue
-            service, backend = services.get(ids[0]), backends.get(ids[1])
+            service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
             if service is not None and backend is not None:
-                epoch = new.shared("epochs").words()[service]
-                entries[key] = flow_layout.with_nat_ids(value, service, backend, epoch)
+                entries[key] = entry.with_use(BackendUse(service, backend), epochs[service])
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
@@ -73,10 +74,9 @@ class MapMigration:
         """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's."""
 
         def translate(value: bytes) -> bytes:
-            service, backend = flow_layout.origin_ids(value)
-            return flow_layout.with_origin_ids(
-                value, services.get(service, _NOTHING), backends.get(backend, _NOTHING)
-            )
+            service, backend = socket_layout.origin_use(value)
+            use = BackendUse(services.get(service, _NOTHING), backends.get(backend, _NOTHING))
+            return socket_layout.with_origin_use(value, use)
 
         for value, number in self._copy_sockets(old, "sock_origin", copied, translate):
             self._carry(value, number)
@@ -86,16 +86,16 @@ class MapMigration:
     ) -> None:
         """A socket whose backend is no more is told of its answers, and chooses anew when it sends."""
         epochs = self._new.shared("epochs").words()
-        departed = {key for key, _ in old["departures"].items()}
+        departed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
 
         def change(service: int, backend: int) -> tuple[int, int, int]:
-            has_left = flow_layout.pack_departure(service, backend) in departed
-            if has_left or service not in services or backend not in backends:
+            is_removed = (service, backend) in departed
+            if is_removed or service not in services or backend not in backends:
                 return _NOTHING, _NOTHING, 0
             return services[service], backends[backend], epochs[services[service]]
 
         for _ in self._copy_sockets(
-            old, "sock_peers", copied, lambda value: flow_layout.with_peer_ids(value, change)
+            old, "sock_peers", copied, lambda value: socket_layout.with_peer_ids(value, change)
         ):
             pass
 
@@ -123,11 +123,9 @@ class MapMigration:
                 yield value, -1
 
     def _carry(self, origin: bytes, number: int) -> None:
-        _, backend = flow_layout.origin_ids(origin)
+        _, backend = socket_layout.origin_use(origin)
         if backend != _NOTHING:
-            loads = self._new.shared("loads").bytes.cast("I")
-            at = backend * layout.LOAD_WORDS + layout.LOAD_CARRIED
-            loads[at] = loads[at] + number & 0xFFFFFFFF
+            self._new.loads().carry(backend, number)
 
     def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         entries = {}
@@ -181,18 +179,8 @@ def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:
 
 
 def _backend_ids(old: MapSet, new: MapSet) -> dict[int, int]:
-    known = {backend: number for number, backend in _backends(new)}
-    return {number: known[backend] for number, backend in _backends(old) if backend in known}
-
-
-def _backends(maps: MapSet) -> Iterator[tuple[int, bytes]]:
-    """Ids and identities: address, port and protocol as packed."""
-    shared = maps.shared("backends")
-    size = layout.BACKEND_STATE_OFFSET
-    for number in range(shared.spec.max_entries):
-        start = number * shared.stride
-        if shared.bytes[start + layout.BACKEND_PROTOCOL_OFFSET]:
-            yield number, bytes(shared.bytes[start : start + size])
+    known = {backend: number for number, backend in new.backends().identities()}
+    return {n: known[backend] for n, backend in old.backends().identities() if backend in known}
 
 
 def _carry_fragment_ids(old: MapSet, new: MapSet) -> None:

@@ -1,7 +1,7 @@
-"""Unconnected datagram sockets: which departed backends they still have a record of.
+"""Unconnected datagram sockets: which removed backends they still have a record of.
 
-Such a record is never looked at from here: the program that sends the next datagram sees that the backend
-has left, and chooses anew. It sees so by the departure, which must stay until no record is about it.
+The agent changes no such record: the program that sends the next datagram finds the removal in
+``departures``, and chooses anew. Hence the removal must stay there until no record names its backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from ebpfproxy.datapath.abi import flow_layout
+from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.socket_layout import peer_uses
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 
@@ -17,17 +18,14 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 _BATCH = 512
 
 
-def noted_departures(maps: MapSet, departures: Collection[bytes]) -> set[bytes]:
-    """Those of some departures (packed keys) that a socket has a record of."""
-    found: set[bytes] = set()
+def noted_departures(maps: MapSet, departures: Collection[BackendUse]) -> set[BackendUse]:
+    """Those of some departures that a socket has a record of."""
+    found: set[BackendUse] = set()
     if not departures:
         return found
     peers = maps["sock_peers"]
     size = peers.spec.value_size
     for _, values, count in bpf.map_lookup_batches(peers.fd, peers.spec.key_size, size, _BATCH):
-        for i in range(count):
-            for pair in flow_layout.peer_ids(bytes(values[i * size : (i + 1) * size])):
-                if pair in departures:
-                    found.add(pair)
+        found.update(BackendUse(*pair) for pair in peer_uses(values, count) if pair in departures)
         time.sleep(0)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ebpfproxy.datapath.abi import flow_layout, layout
+from ebpfproxy.datapath.abi import socket_layout
 from ebpfproxy.datapath.abi.layout import U64
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import Map, MapSet
@@ -38,13 +38,15 @@ def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Rec
     """Of sockets that connect() sent to a backend. ``rest`` is called between batches."""
     for key, value in _entries(maps["sock_origin"], rest):
         (cookie,) = U64.unpack(key)
-        yield Record(key, value, cookie, flow_layout.origin_netns(value), flow_layout.origin_backend(value))
+        yield Record(
+            key, value, cookie, socket_layout.origin_netns(value), socket_layout.origin_backend(value)
+        )
 
 
 def unconnected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
     """Of datagram sockets that have sent to frontends, and are not connected; of some there are several."""
     for key, value in _entries(maps["sock_peers"], rest):
-        yield Record(key, value, flow_layout.peers_cookie(key), flow_layout.peers_netns(value), None)
+        yield Record(key, value, socket_layout.peers_cookie(key), socket_layout.peers_netns(value), None)
 
 
 def subflows(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[tuple[bytes, bytes]]:
@@ -68,12 +70,8 @@ def _entries(table: Map, rest: Callable[[], None]) -> Iterator[tuple[bytes, byte
 
 def backend_of(maps: MapSet, record: Record) -> Backend | None:
     """With its protocol; None where its id has been given to another since, or it is no load of anybody's."""
-    _, number = flow_layout.origin_ids(record.value)
-    backends = maps.shared("backends")
-    if number >= backends.spec.max_entries:
-        return None
-    at = number * backends.stride
-    known = layout.unpack_backend(bytes(backends.bytes[at : at + layout.BACKEND_SIZE]))
+    _, number = socket_layout.origin_use(record.value)
+    known = maps.backends().read(number)
     return known[0] if known and (known[0].address, known[0].port) == record.backend else None
 
 
@@ -85,12 +83,10 @@ def forget_connected(maps: MapSet, record: Record) -> bool:
         return False
     if found != record.value and bpf.map_add(origins.fd, record.key, found):
         return False
-    _, number = flow_layout.origin_ids(found)
-    loads = maps.shared("loads")
-    if number < loads.spec.max_entries:
-        words = loads.bytes.cast("I")
-        at = number * layout.LOAD_WORDS + layout.LOAD_CARRIED
-        words[at] = words[at] - 1 & 0xFFFFFFFF
+    _, number = socket_layout.origin_use(found)
+    loads = maps.loads()
+    if number < len(loads):
+        loads.carry(number, -1)
     return True
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections
 from ebpfproxy.datapath.abi.schema import MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
 
@@ -158,6 +159,17 @@ class MapSet:
         found = self.maps[name]
         assert isinstance(found, SharedArray)
         return found
+
+    def backends(self) -> BackendRecords:
+        shared = self.shared("backends")
+        return BackendRecords(shared.bytes, shared.spec.max_entries)
+
+    def loads(self) -> Loads:
+        shared = self.shared("loads")
+        return Loads(shared.bytes, shared.spec.max_entries)
+
+    def selections(self) -> Selections:
+        return Selections(self.shared("selections").words(), self.shared("slots").bytes)
 
     def close(self) -> None:
         for each in self.maps.values():

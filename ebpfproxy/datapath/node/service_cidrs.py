@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from ebpfproxy.datapath.abi.layout import U32
-from ebpfproxy.datapath.abi.node_layout import CIDR, CidrFlags, pack_cidr
+from ebpfproxy.datapath.abi.node_layout import CidrFlags, pack_cidr, unpack_cidr
 from ebpfproxy.datapath.abi.schema import CIDR_FILTER_BITS
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Prefix
@@ -49,7 +49,7 @@ class Cidrs:
         self._filter = maps.shared("cidr_filter")
         self._flags: dict[Prefix, CidrFlags] = {}
         for key, value in self._table.items():
-            self._flags[_unpack(key)] = CidrFlags(U32.unpack(value)[0])
+            self._flags[unpack_cidr(key)] = CidrFlags(U32.unpack(value)[0])
         #: Ranges of cluster IPs that an earlier agent knew.
         self.adopted = tuple(
             prefix
@@ -69,7 +69,7 @@ class Cidrs:
         ranges = tuple(services)
         wanted = dict.fromkeys(ranges, CidrFlags.SERVICES)
         for address in taken:
-            if any(_contains(each, address) for each in ranges):
+            if any(each.contains(address) for each in ranges):
                 wanted[Prefix(address, 8 * len(address))] = CidrFlags.SERVICES | CidrFlags.TAKEN
         return self._set(CidrFlags.SERVICES | CidrFlags.TAKEN, wanted)
 
@@ -84,9 +84,9 @@ class Cidrs:
         entries = {}
         for prefix, flags in self._flags.items():
             for outer, more in ranges:
-                if outer.length < prefix.length and _contains(outer, prefix.address):
+                if outer.length < prefix.length and outer.contains(prefix.address):
                     flags |= more  # noqa: PLW2901
-            entries[pack_cidr(*prefix)] = U32.pack(flags)
+            entries[pack_cidr(prefix)] = U32.pack(flags)
         is_complete = not self._table.bring(entries)
         self._write_filter()
         return is_complete
@@ -105,21 +105,3 @@ class Cidrs:
         if self._filter.bytes[: len(bits)] != bits:
             self._filter.bytes[: len(bits)] = bits
             self._filter.writes += 1
-
-
-def _unpack(key: bytes) -> Prefix:
-    """The reverse of ``pack_cidr``."""
-    length, address = CIDR.unpack(key)
-    if address.startswith(_MAPPED) and length >= 96:
-        return Prefix(address[12:], length - 96)
-    return Prefix(address, length)
-
-
-_MAPPED = b"\0" * 10 + b"\xff\xff"
-
-
-def _contains(outer: Prefix, address: bytes) -> bool:
-    if len(outer.address) != len(address):
-        return False
-    rest = 8 * len(address) - outer.length
-    return int.from_bytes(outer.address, "big") >> rest == int.from_bytes(address, "big") >> rest

@@ -1,8 +1,8 @@
-"""Backends in their map: ids that stay, records, and the state that follows from all who use them.
+"""Backends in their map: ids that stay, records, and the state that follows from all service ports.
 
-A backend is held by the service ports that refer to it. When nobody does, it is retired; after a grace period
-it is *gone*, and its id rests until nothing is open to it any more, so that what is counted for an id is
-always of one backend.
+A backend is held by the service ports that refer to it. When none does, it is retired; after a grace period
+it is *gone*, and its id is not used again while anything is open to it, so that what is counted for an id
+belongs to one backend.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Set
 from typing import NamedTuple
 
-from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.ids import Ids
@@ -23,7 +22,7 @@ NO_IDS: frozenset[int] = frozenset()
 
 
 class InactiveBackends(NamedTuple):
-    """Which of a service port's backends are not simply active, by what they are instead."""
+    """Those of a service port's backends that are not active, by what they are instead."""
 
     leaving: frozenset[int] = NO_IDS
     idle: frozenset[int] = NO_IDS
@@ -42,11 +41,11 @@ class Backends:
     """
 
     def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
-        """``selected``: who is in a selection of those that were there before."""
+        """``selected``: the ids that a selection names which was there before."""
         self._map = maps.shared("backends")
+        self._records = maps.backends()
         self._stats = maps["backend_stats"]
-        self._loads = maps.shared("loads").bytes.cast("I")
-        self._no_load = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
+        self._loads = maps.loads()
         self._adopted = maps.adopted
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
         self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in InactiveBackends._fields)
@@ -63,15 +62,10 @@ class Backends:
 
     def _read(self) -> dict[Backend, int]:
         """Ids of those that are there. The others are gone, or an agent was killed before it said so."""
-        memory, stride = self._map.bytes, self._map.stride
         found: dict[Backend, int] = {}
-        for number in range(self._map.spec.max_entries):
-            # The protocol's byte tells a taken place from a free one without unpacking it.
-            if not memory[number * stride + layout.BACKEND_PROTOCOL_OFFSET]:
-                continue
-            known = layout.unpack_backend(bytes(memory[number * stride : (number + 1) * stride]))
-            if known is None:
-                continue
+        for number in self._records.ids():
+            known = self._records.read(number)
+            assert known is not None
             backend, state = known
             if state is BackendState.GONE and number not in self._selected:
                 self._retired.append(number)
@@ -87,12 +81,8 @@ class Backends:
         return {n for _, n in self._ids.items() if n in numbers}
 
     def busy(self) -> set[int]:
-        """Of those that were there before, in no selection: who has something open."""
-        return {n for _, n in self._ids.items() if n not in self._selected and self._load(n).open_now}
-
-    def _load(self, number: int) -> layout.Load:
-        size = layout.LOAD_WORDS
-        return layout.load_of(self._loads[number * size : (number + 1) * size])
+        """Those that were there before, are in no selection, and have something open."""
+        return {n for _, n in self._ids.items() if n not in self._selected and self._loads[n].open_now}
 
     # -- ids
 
@@ -102,7 +92,8 @@ class Backends:
         if number is None:
             number = self._ids.add(backend)
             self._fresh.append(backend)
-            self._store(number, layout.pack_backend(backend, BackendState.ACTIVE))
+            self._records.write(number, backend, BackendState.ACTIVE)
+            self._map.writes += 1
             if self._adopted or self._ids.recycles:
                 self._stats.update(U32.pack(number), self._stats.zero)
         return number
@@ -111,30 +102,25 @@ class Backends:
         return frozenset(map(self.id_of, backends)) if backends else NO_IDS
 
     def keep_fresh(self) -> None:
-        """Those with new ids are wanted."""
+        """What asked for new ids is programmed."""
         self._fresh = []
 
     def drop_fresh(self) -> None:
-        """They are not: what asked for them did not fit. Their ids are free: no program has seen them."""
+        """What asked for new ids did not fit. They are free at once: no program has seen them."""
         for backend in self._fresh:
             number = self._ids.forget(backend)
-            self._store(number, bytes(layout.BACKEND_SIZE))
+            self._clear(number)
             self._ids.give_back(number)
         self._fresh = []
 
     def drop_leftovers(self) -> None:
-        """Of those that were adopted, whom nobody holds."""
-        self._drop_unheld([backend for backend, _ in self._ids.items()])
-
-    def _drop_unheld(self, backends: Iterable[Backend]) -> None:
-        for backend in backends:
-            number = self._ids.get(backend)
-            if number is not None and not self._refs[number]:
+        """Retires those that were adopted and that no service port holds."""
+        for _, number in self._ids.items():
+            if not self._refs[number]:
                 self._retire(number)
 
-    def _store(self, number: int, packed: bytes) -> None:
-        start = number * self._map.stride
-        self._map.bytes[start : start + len(packed)] = packed
+    def _clear(self, number: int) -> None:
+        self._records.clear(number)
         self._map.writes += 1
 
     @property
@@ -142,18 +128,18 @@ class Backends:
         """One more than the highest id in use."""
         return self._ids.end
 
-    # -- who holds them
+    # -- held by service ports
 
     def adopt(self, held: Set[int]) -> InactiveBackends:
-        """A service port that was there before holds these; returns how they stand."""
+        """A service port that was there before holds these; returns those that are not active."""
         for number in held:
             self._refs[number] += 1
-            if self._state(number) == BackendState.GONE:
+            if self._records.state(number) == BackendState.GONE:
                 # An agent was killed before its change came to pass.
                 self._turned.add(number)
         inactive = InactiveBackends(
             *(
-                frozenset(n for n in held if self._state(n) == state) or NO_IDS
+                frozenset(n for n in held if self._records.state(n) == state) or NO_IDS
                 for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
             )
         )
@@ -168,12 +154,12 @@ class Backends:
         for number in went:
             self._refs[number] -= 1
         self._recount(before, after)
-        # Who is new is active; a hundred thousand of them need not be looked at again.
-        known = (n for n in came if self._state(n) != BackendState.ACTIVE)
+        # A new one is active: a hundred thousand of them need not be settled.
+        known = (n for n in came if self._records.state(n) != BackendState.ACTIVE)
         self._turned.update(turned, known, went)
 
     def settle(self) -> None:
-        """Of all that were taken and let go: says how they stand now, and retires whom nobody holds."""
+        """Stores the state of all that were taken or let go, and retires those that no service port holds."""
         turned, self._turned = self._turned, set()
         for number in turned:
             if not self._refs[number]:
@@ -198,29 +184,24 @@ class Backends:
             return BackendState.DRAINED
         return BackendState.TERMINATING if leaving else BackendState.QUARANTINED
 
-    def _state(self, number: int) -> int:
-        return self._map.bytes[number * self._map.stride + layout.BACKEND_STATE_OFFSET]
-
     def _set_state(self, number: int, state: BackendState) -> None:
-        at = number * self._map.stride + layout.BACKEND_STATE_OFFSET
-        if self._map.bytes[at] != state:
-            self._map.bytes[at] = state
+        if self._records.state(number) != state:
+            self._records.set_state(number, state)
             self._map.writes += 1
 
     # -- their end
 
     def _retire(self, number: int) -> None:
-        start = number * self._map.stride
-        known = layout.unpack_backend(bytes(self._map.bytes[start : start + layout.BACKEND_SIZE]))
+        known = self._records.read(number)
         assert known is not None, f"backend {number} is held but not written"
         if self._ids.get(known[0]) == number:
             self._ids.forget(known[0])
-        # At once: its endpoint may come back, and be another record, before a killed agent starts again.
+        # Stored at once: its endpoint may come back, as another record, before a killed agent starts again.
         self._set_state(number, BackendState.GONE)
         self._retired.append(number)
 
     def take_retired(self) -> list[int]:
-        """For :meth:`reclaim` after a grace period."""
+        """Those retired so far, which :meth:`reclaim` needs after a grace period."""
         taken, self._retired = self._retired, []
         return taken
 
@@ -233,11 +214,10 @@ class Backends:
         self._free(list(self._resting))
 
     def _free(self, numbers: Iterable[int]) -> None:
-        size = layout.LOAD_WORDS
         for number in numbers:
-            if self._load(number).open_now or self._refs[number]:
+            if self._loads[number].open_now or self._refs[number]:
                 continue
             self._resting.remove(number)
-            self._store(number, bytes(layout.BACKEND_SIZE))
-            self._loads[number * size : (number + 1) * size] = self._no_load
+            self._clear(number)
+            self._loads.clear(number)
             self._ids.give_back(number)

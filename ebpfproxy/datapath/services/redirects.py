@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 
-from ebpfproxy.datapath.abi import flow_layout
+from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.layout import U64
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.frontend_table import Frontends
@@ -54,10 +54,10 @@ class Redirects:
         """Takes away those whose socket is closed, or is connected to something else by now."""
         over = set()
         for key, value in self._map.items():
-            cookie = flow_layout.unpack_redirect(value).cookie
+            cookie = socket_layout.unpack_redirect(value).cookie
             origin = self._origins.lookup(U64.pack(cookie))
             flow = flow_layout.unpack_flow(key)
-            if origin is None or flow_layout.origin_backend(origin) != (
+            if origin is None or socket_layout.origin_backend(origin) != (
                 flow.destination,
                 flow.destination_port,
             ):

@@ -1,79 +1,37 @@
-"""Brings the maps to the wanted state, in an order in which no reader sees a mixture.
+"""Brings the maps of Services to the wanted state, without a reader seeing a mixture.
 
-For every change: new backends and their slots are written where nobody looks yet; then the selection word
-that names the range is stored, one word for all frontends of a service port; then frontends appear and
-disappear. What was replaced is *retired*: ids and ranges return to use only after a grace period
-(``datapath.grace``), when no program can still hold them.
-
-On start the maps are adopted as they are: ids, ranges and entries keep their places, and only differences
-are written. Leftovers go with the first complete state, not before. One thread uses a Writer.
+For each service port, ``placement`` writes new backends and slots where no program looks yet, and ``plan``
+says what else differs; then ``publish`` lets readers see the change. What it replaced is *retired* until a
+grace period is over (``datapath.kernel.grace``). A start reuses what is in the maps (``adopt``).
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from array import array
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import msgspec
 
-from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE, MAGLEV_SIZES
-from ebpfproxy.datapath.abi import flow_layout, layout
-from ebpfproxy.datapath.abi.flow_layout import Departure
-from ebpfproxy.datapath.abi.layout import U32, U64, ServiceFlags
+from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
+from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.layout import U32, ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Departed, Departures
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services import plan
+from ebpfproxy.datapath.services.absences import Absences
+from ebpfproxy.datapath.services.adopt import adopt, service_names
 from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, Backends, InactiveBackends
+from ebpfproxy.datapath.services.capacity import CapacityError, Unplaced
 from ebpfproxy.datapath.services.frontend_table import Frontends
-from ebpfproxy.datapath.services.ids import Ids, IdsExhaustedError
-from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.datapath.services.host_sources import HostSources
+from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.placement import ExhaustedError, Placer, no_room
+from ebpfproxy.datapath.services.plan import BackendSets, Change, Published
+from ebpfproxy.datapath.services.publish import Publisher, Tables
 from ebpfproxy.datapath.services.redirects import Redirects
-from ebpfproxy.datapath.services.slots import Source
-from ebpfproxy.services.model import (
-    Algorithm,
-    Backend,
-    Frontend,
-    FrontendKind,
-    Policy,
-    Protocol,
-    ServicePort,
-    ServicePortKey,
-)
-
-_NO_SOURCES: frozenset[bytes] = frozenset()
-_NO_MEMBERS = (NO_IDS, NO_IDS)
-_NOTHING_MADE = (None, None)
-
-
-class CapacityError(NamedTuple):
-    """A service port that does not fit, or not as it should; as text it is one line."""
-
-    key: ServicePortKey
-    why: str
-
-    def __str__(self) -> str:
-        name = f":{self.key.port_name}" if self.key.port_name else ""
-        return f"{self.key.namespace}/{self.key.name}{name} ({self.key.family}): {self.why}"
-
-
-class _Programmed(msgspec.Struct):
-    """What the maps hold for one service port, beyond what can be read from them."""
-
-    id: int
-    entries: tuple[bytes, ...] = ()
-    sources: frozenset[bytes] = _NO_SOURCES
-    #: Backends in no selection, which only serve old connections: draining or idle ones.
-    unselected: frozenset[int] = NO_IDS
-    inactive: InactiveBackends = ALL_ACTIVE
-    #: By policy, where there is session affinity: who is in ``members``.
-    members: tuple[frozenset[int], frozenset[int]] = _NO_MEMBERS
-    #: By policy, what slots that take long were made from, as a hash: the same need not be made again.
-    made_from: tuple[int | None, int | None] = _NOTHING_MADE
+from ebpfproxy.datapath.services.selection_table import Range, SelectionTable
+from ebpfproxy.services.model import Protocol, ServicePort, ServicePortKey
 
 
 class Retired(msgspec.Struct, frozen=True):
@@ -81,39 +39,17 @@ class Retired(msgspec.Struct, frozen=True):
 
     services: list[int]
     backends: list[int]
-    ranges: list[tuple[int, int]]
+    ranges: list[Range]
 
     def __bool__(self) -> bool:
         return bool(self.services or self.backends or self.ranges)
 
 
-def _nothing_retired() -> Retired:
-    return Retired([], [], [])
-
-
-class _Plan(msgspec.Struct):
-    """The part of a change that readers can see: it is carried out after everything else is in place."""
-
-    sources: dict[bytes, bytes] = msgspec.field(default_factory=dict)
-    names: dict[bytes, bytes] = msgspec.field(default_factory=dict)
-    words: dict[int, int] = msgspec.field(default_factory=dict)
-    entries: dict[bytes, bytes] = msgspec.field(default_factory=dict)
-    members: dict[bytes, bytes] = msgspec.field(default_factory=dict)
-    excluded: list[bytes] = msgspec.field(default_factory=list)
-    #: Service id, the backends that are back, and those that have left.
-    departures: list[tuple[int, Set[int], Mapping[int, Departure]]] = msgspec.field(default_factory=list)
-    vanished: list[tuple[int, bytes]] = msgspec.field(default_factory=list)
-    closed: list[bytes] = msgspec.field(default_factory=list)
-    #: Those that get something new, by service id.
-    placed: dict[int, tuple[ServicePort, _Programmed]] = msgspec.field(default_factory=dict)
-    #: Service id, and what of it a map had no room for.
-    refused: list[tuple[int, str]] = msgspec.field(default_factory=list)
-
-
 class Writer:
-    """The only writer of the services', selections', slots' and backends' maps, and of what goes with them.
+    """The only writer of the maps of Services, by way of those classes that each write one of them.
 
-    ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots ran out.
+    One thread uses it. ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots
+    ran out.
     """
 
     def __init__(
@@ -131,38 +67,35 @@ class Writer:
         ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
         ``source_towards``: the address by which this node asks at another, empty where it cannot.
         """
-        self._maps = maps
-        self._maglev_size = maglev_size
-        self._absence = absence
-        self._source_towards = source_towards
-        self._primary: tuple[bytes, ...] = ()
-        self._clock = clock
-        #: Until when absent backends may come back: by service port, and which is next.
-        self._absent: dict[ServicePortKey, dict[int, float]] = {}
-        self._absences: deque[tuple[float, ServicePortKey]] = deque()
+        self._absences = Absences(absence, clock)
+        self._host_sources = HostSources(source_towards)
         self._wait_for_readers = wait_for_readers
-        self._selections = maps.shared("selections")
-        self._words = self._selections.words()
-        self._slots = maps.shared("slots")
-        self._backends = Backends(maps, self._selected())
-        self._departures = Departures(maps)
-        self._fence = threading.Lock()
-        self._retired = _nothing_retired()
-        #: Since the last try at what did not fit.
-        self._has_freed = False
-        self._unnamed: dict[int, bytes] = {}
+        self._stats = maps["service_stats"]
+        self._is_adopted = maps.adopted
+        self._retired = Retired([], [], [])
         self._lost: set[LostFrontend] = set()
+        self._unplaced = Unplaced()
+
+        names = service_names(maps)
+        self._selections = SelectionTable(maps, names)
+        selected = {each for number in names for each in self._selections.backends(number)}
+        self._backends = Backends(maps, selected)
+        self._placer = Placer(self._selections, self._backends, maglev_size)
+        self._departures = Departures(maps)
         self._frontends = Frontends(maps, self._note_lost)
         self._redirects = Redirects(maps, self._frontends)
-        self._programmed: dict[ServicePortKey, _Programmed] = {}
-        self._unplaced: dict[ServicePortKey, tuple[ServicePort, CapacityError]] = {}
-        self._adopt()
+        tables = Tables(self._selections, self._backends, self._frontends, self._departures)
+        self._publisher = Publisher(maps, tables)
+        self._published, self._strangers = adopt(maps, names, tables)
+        self._service_ids: Ids[ServicePortKey] = Ids(
+            self._stats.spec.max_entries, {name: number for number, name in names.items()}
+        )
 
     # -- what is there
 
     @property
     def service_ports(self) -> int:
-        return len(self._programmed)
+        return len(self._published)
 
     @property
     def frontends(self) -> int:
@@ -179,93 +112,12 @@ class Writer:
 
     @property
     def free_slots(self) -> int:
-        return self._ranges.free
+        return self._selections.free_slots
 
-    def _adopt(self) -> None:
-        names = {
-            U32.unpack(key)[0]: layout.unpack_name(value)
-            for key, value in self._maps["service_names"].items()
-        }
-        entries_of: dict[int, list[bytes]] = {}
-        for key, value in self._frontends.items():
-            entries_of.setdefault(layout.unpack_service(value).id, []).append(key)
-        sources_of: dict[int, set[bytes]] = {}
-        for key, _ in self._maps["source_ranges"].items():
-            sources_of.setdefault(layout.source_range_service(key), set()).add(key)
-        members = self._adopted_members()
-        unselected = self._adopted_unselected()
-        for number, absent in self._adopted_absent(names.keys()).items():
-            unselected[number] = unselected.get(number, NO_IDS) | absent
-        used: list[tuple[int, int]] = []
-        for number, name in names.items():
-            known = _Programmed(
-                number, tuple(entries_of.get(number, ())), frozenset(sources_of.get(number, _NO_SOURCES))
-            )
-            known.members = members.pop(number, _NO_MEMBERS)
-            used += [chosen for policy in Policy if (chosen := self._range(number, policy))[1]]
-            known.unselected = unselected.get(number, NO_IDS)
-            known.inactive = self._backends.adopt(self._held(known))
-            self._programmed[name] = known
-        self._strangers = members
-        self._ranges = Ranges(self._slots.spec.max_entries, used)
-        self._service_ids: Ids[ServicePortKey] = Ids(
-            self._maps["service_stats"].spec.max_entries, {name: number for number, name in names.items()}
-        )
-
-    def _range(self, service_id: int, policy: int) -> tuple[int, int]:
-        """Base and count of the slots in use."""
-        if service_id < 0:
-            return 0, 0
-        return layout.selection_range(self._words[service_id * layout.POLICIES + policy])
-
-    def _selected(self) -> set[int]:
-        """The backends in anybody's selection."""
-        if not self._maps.adopted:
-            return set()
-        numbers = [U32.unpack(key)[0] for key, _ in self._maps["service_names"].items()]
-        return {b for n in numbers for policy in Policy for b in self._slot_ids(*self._range(n, policy))}
-
-    def _slot_words(self, base: int, count: int) -> array[int]:
-        size = layout.SLOT_SIZE
-        return array("Q", bytes(self._slots.bytes[base * size : (base + count) * size]))
-
-    def _slot_ids(self, base: int, count: int) -> set[int]:
-        """The backends in a range of slots: ``union slot`` begins with the id."""
-        return set(array("I", self._slot_words(base, count).tobytes())[::2])
-
-    def _adopted_members(self) -> dict[int, tuple[frozenset[int], frozenset[int]]]:
-        """By service id and policy."""
-        found: dict[int, tuple[set[int], set[int]]] = {}
-        for key, _ in self._maps["members"].items():
-            selection, backend_id = layout.unpack_member(key)
-            number, policy = divmod(selection, layout.POLICIES)
-            found.setdefault(number, (set(), set()))[policy].add(backend_id)
-        return {number: (frozenset(a), frozenset(b)) for number, (a, b) in found.items()}
-
-    def _adopted_unselected(self) -> dict[int, frozenset[int]]:
-        """By service id: backends in no selection, but with something open, that is told of their end."""
-        busy = self._backends.busy()
-        found: dict[int, set[int]] = {}
-        for name, ids_of in (("sock_origin", flow_layout.origin_ids), ("conntrack", flow_layout.nat_ids)):
-            for _, value in self._maps[name].items() if busy else ():
-                service, backend = ids_of(value)
-                if backend in busy:
-                    found.setdefault(service, set()).add(backend)
-        return {service: frozenset(each) for service, each in found.items()}
-
-    def _adopted_absent(self, services: Set[int]) -> dict[int, frozenset[int]]:
-        """By service id: whom an agent before was waiting for. What cannot come back any more is gone."""
-        found = self._departures.absent
-        there = self._backends.known({n for absent in found.values() for n in absent}) if found else set()
-        for number, absent in found.items():
-            if lost := absent - there if number in services else absent:
-                self._departures.note(number, NO_IDS, dict.fromkeys(lost, Departure.GONE))
-        return {number: frozenset(absent & there) for number, absent in found.items() if number in services}
-
-    def _held(self, known: _Programmed) -> set[int]:
-        """The backends that a service port refers to, as the maps have it."""
-        cluster, local = (self._slot_ids(*self._range(known.id, policy)) for policy in Policy)
-        return cluster | local | known.unselected
+    @property
+    def needs_client_key(self) -> bool:
+        """True where the choice for any Service depends on the client."""
+        return any(entry.needs_client_key for _, entry in self._frontends.items())
 
     # -- changes
 
@@ -280,24 +132,24 @@ class Writer:
 
         Returns the service ports that did not fit; they keep what they had.
         """
-        plan = _Plan()
+        change = Change()
         problems: list[CapacityError] = []
         wanted: set[ServicePortKey] = set()
         for port in changed:
             wanted.add(port.key)
-            problems += self._place(port, plan)
+            problems += self._place(port, change)
         gone: Collection[ServicePortKey] = set(removed)
         if complete:
-            gone = (self._programmed.keys() | self._unplaced.keys()) - wanted
+            gone = (self._published.keys() | self._unplaced.keys) - wanted
         for key in gone:
-            self._withdraw(key, plan)
-        self._publish(plan)
-        problems += self._note_refused(plan)
+            if known := self._published.get(key):
+                change.withdraw(known)
+        self._publisher.publish(change)
+        problems += self._note_refused(change)
         for key in gone:
-            self._drop(key, plan)
-            self._unplaced.pop(key, None)
-        self._backends.settle()
-        self._note_departures(plan)
+            self._drop(key, change)
+            self._unplaced.discard(key)
+        self._publisher.settle(change)
         if complete:
             self._drop_leftovers()
         return problems
@@ -305,427 +157,213 @@ class Writer:
     @property
     def unplaced(self) -> list[CapacityError]:
         """The service ports that do not fit, or not as they should, now."""
-        return [problem for _, problem in self._unplaced.values()]
+        return self._unplaced.problems
 
     def retry(self) -> None:
         """Tries again what did not fit, if something has been given back since."""
-        if self._unplaced and self._has_freed:
-            self._has_freed = False
-            self.apply([port for port, _ in self._unplaced.values()])
+        if self._unplaced.keys and self._publisher.has_freed:
+            self._publisher.has_freed = False
+            self.apply(self._unplaced.ports)
 
-    def _note_refused(self, plan: _Plan) -> list[CapacityError]:
+    def _note_refused(self, change: Change) -> list[CapacityError]:
         """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
         found: dict[int, list[str]] = {}
-        for number, why in plan.refused:
-            found.setdefault(number, []).append(why)
+        for service_id, why in change.refused:
+            found.setdefault(service_id, []).append(why)
         problems = []
-        for number, refused in found.items():
-            port, _ = plan.placed[number]
-            more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
-            problem = CapacityError(port.key, f"{refused[0]}{more}")
-            self._unplaced[port.key] = (port, problem)
-            problems.append(problem)
+        for service_id, reasons in found.items():
+            port, _ = change.placed[service_id]
+            more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+            problems.append(self._unplaced.add(port, f"{reasons[0]}{more}"))
         return problems
 
-    def _place(self, port: ServicePort, plan: _Plan) -> list[CapacityError]:
-        """Writes what nobody looks at yet, and plans the rest. Returns what is wrong, if anything."""
-        self._unplaced.pop(port.key, None)
+    def _place(self, port: ServicePort, change: Change) -> list[CapacityError]:
+        """Writes what no program looks at yet, and plans the rest. Returns what is wrong, if anything."""
+        self._unplaced.discard(port.key)
         try:
-            self._try_place(port, plan, self._maglev_size)
+            self._try_place(port, change, self._placer.maglev_size)
             return []
-        except (IdsExhaustedError, RangesExhaustedError) as error:
-            why = _no_room(error)
-            # What this change has retired so far is in use where the new sets are only planned.
-            self._publish_sets(plan)
-            self._end_absences(float("inf"), plan)
-            self._publish_sets(plan)
-            retired = self.take_retired()
-            if retired:
-                self._wait_for_readers()
-                self.reclaim(retired)
-        for size in (*([self._maglev_size] if retired else []), *self._smaller_sizes(port)):
+        except ExhaustedError as error:
+            why = no_room(error)
+            retired = self._free_now(change)
+        for size in (*([self._placer.maglev_size] if retired else []), *self._placer.smaller_sizes(port)):
             try:
-                self._try_place(port, plan, size)
-            except (IdsExhaustedError, RangesExhaustedError) as error:
-                why = _no_room(error)
+                self._try_place(port, change, size)
+            except ExhaustedError as error:
+                why = no_room(error)
             else:
-                if size == self._maglev_size:
+                if size == self._placer.maglev_size:
                     return []
                 why = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
-        problem = CapacityError(port.key, why)
-        self._unplaced[port.key] = (port, problem)
-        return [problem]
+        return [self._unplaced.add(port, why)]
 
-    def _smaller_sizes(self, port: ServicePort) -> Iterator[int]:
-        """What to try: a Maglev table that is smaller than it should be is better than none."""
-        if port.algorithm is Algorithm.MAGLEV:
-            for size in reversed(MAGLEV_SIZES):
-                if len(port.cluster) <= size < self._maglev_size and self._ranges.fits(size):
-                    yield size
+    def _free_now(self, change: Change) -> Retired:
+        """Waits for readers, so that what is retired can be used. Returns that."""
+        # What this change has retired so far is in use where the new sets are only planned.
+        self._publisher.publish_sets(change)
+        self._end_absences(change, float("inf"))
+        self._publisher.publish_sets(change)
+        retired = self.take_retired()
+        if retired:
+            self._wait_for_readers()
+            self.reclaim(retired)
+        return retired
 
-    def _try_place(self, port: ServicePort, plan: _Plan, maglev_size: int) -> None:
-        """Raises IdsExhaustedError or RangesExhaustedError with everything as it was."""
-        known = self._programmed.get(port.key)
-        uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
-        sets = (port.cluster, port.local if uses_local else ())
+    def _try_place(self, port: ServicePort, change: Change, maglev_size: int) -> None:
+        """Raises one of ``ExhaustedError`` with everything as it was."""
+        known = self._published.get(port.key)
         if known is None:
             # The id is taken last, so that a port that does not fit leaves nothing behind.
-            known = _Programmed(-1)
-        before = [self._range(known.id, policy) for policy in Policy]
-        after = list(before)
-        made_from = list(known.made_from)
-        try:
-            ids = [array("Q", map(self._backends.id_of, each)) for each in sets]
-            # What only the unused set has serves old connections only, like those that are draining.
-            unused = port.terminating.difference(*sets)
-            draining = self._backends.ids_of((*port.draining, *unused))
-            terminating = self._backends.ids_of(port.terminating)
-            idle, drained = self._backends.ids_of(port.idle), self._backends.ids_of(port.drained)
-            for policy, source in enumerate(_sources_of(port, sets, ids, maglev_size)):
-                made_from[policy] = source.fingerprint
-                if source.fingerprint is None or source.fingerprint != known.made_from[policy]:
-                    words = self._slots_of(source)
-                    if words != self._slot_words(*before[policy]):
-                        after[policy] = self._write_slots(words)
+            known = Published(-1)
+        with self._placer.place(port, known, maglev_size) as placed:
             if known.id < 0:
-                known.id = self._new_service(port.key, plan)
-                self._programmed[port.key] = known
-        except (IdsExhaustedError, RangesExhaustedError):
-            for old, new in zip(before, after, strict=True):
-                if new != old and new[1]:
-                    self._ranges.release(*new)
-            self._backends.drop_fresh()
-            raise
-        self._backends.keep_fresh()
-        plan.placed[known.id] = port, known
-        self._plan_name(known, plan)
+                known.id = self._new_service(port.key, change)
+                self._published[port.key] = known
+        known.made_from = placed.made_from
+        self._plan(port, known, placed.ids, change)
+        self._retired.ranges.extend(change.select(known, placed.before, placed.after))
+
+    def _plan(self, port: ServicePort, known: Published, ids: BackendSets, change: Change) -> None:
+        """What readers will see of a service port whose backends and slots are in place."""
+        change.placed[known.id] = port, known
+        if name := self._publisher.unnamed(known.id):
+            change.names[known.id] = name
         held = self._held(known)
-        known.made_from = (made_from[0], made_from[1]) if any(made_from) else _NOTHING_MADE
-        for policy in Policy:
-            if after[policy] == before[policy]:
-                continue
-            if before[policy][1]:
-                self._retired.ranges.append(before[policy])
-            index = known.id * layout.POLICIES + policy
-            plan.words[index] = layout.selection_word(*after[policy])
-        known.unselected = draining.union(idle, drained) if idle or drained else draining
-        leaving = draining | terminating if terminating else draining
-        absent = self._wait_for_absent(port.key, held - known.unselected.union(*ids))
-        known.unselected = known.unselected | absent if absent else known.unselected
-        inactive = InactiveBackends(leaving, idle, drained, absent)
-        self._hold(known, held, known.unselected.union(*ids), inactive, plan)
-        wanted = _NO_MEMBERS
-        if port.affinity_seconds:
-            wanted = frozenset(ids[0]), frozenset(ids[1])
-        self._plan_members(known, wanted, plan)
-        self._plan_entries(port, known, plan)
+        selected = ids.unselected.union(*ids.selected)
+        absent = self._absences.wait_for(port.key, held - selected)
+        known.unselected = ids.unselected | absent if absent else ids.unselected
+        self._hold(known, held, selected | absent if absent else selected, ids.inactive(absent), change)
+        change.set_members(known, ids.members if port.affinity_seconds else plan.NO_MEMBERS)
+        entries = plan.entries_of(port, known.id, self._host_sources.towards)
+        change.set_entries(known, entries, self._frontends.get)
+        change.set_sources(known, frozenset(port.source_ranges or ()))
 
-    def _slots_of(self, source: Source) -> array[int]:
-        """Raises RangesExhaustedError, before a table is made that has no room."""
-        if not self._ranges.fits(source.size):
-            raise RangesExhaustedError(f"no {source.size} places in a row")
-        return source.slots()
-
-    def _plan_name(self, known: _Programmed, plan: _Plan) -> None:
-        name = self._unnamed.pop(known.id, None)
-        if name is not None:
-            plan.names[U32.pack(known.id)] = name
-
-    def _plan_members(
-        self, known: _Programmed, wanted: tuple[frozenset[int], frozenset[int]], plan: _Plan
-    ) -> None:
-        if wanted == known.members:
-            return
-        for policy in Policy:
-            selection = known.id * layout.POLICIES + policy
-            came, went = wanted[policy] - known.members[policy], known.members[policy] - wanted[policy]
-            plan.members.update({layout.pack_member(selection, n): U32.pack(1) for n in came})
-            plan.excluded += [layout.pack_member(selection, n) for n in went]
-        known.members = wanted
-
-    def _write_slots(self, ids: array[int]) -> tuple[int, int]:
-        """Base and count of a fresh range."""
-        if not ids:
-            return 0, 0
-        base = self._ranges.allocate(len(ids))
-        size = layout.SLOT_SIZE
-        self._slots.bytes[base * size : (base + len(ids)) * size] = ids.tobytes()
-        self._slots.writes += len(ids)
-        return base, len(ids)
-
-    def _new_service(self, key: ServicePortKey, plan: _Plan) -> int:
+    def _new_service(self, key: ServicePortKey, change: Change) -> int:
         number = self._service_ids.add(key)
         # A killed agent may have left words behind an id that nothing named any more.
-        for policy in Policy:
-            self._words[number * layout.POLICIES + policy] = 0
-        plan.names[U32.pack(number)] = layout.pack_name(key)
-        if self._maps.adopted or self._service_ids.recycles:
-            self._maps["service_stats"].update(U32.pack(number), self._maps["service_stats"].zero)
+        self._selections.clear(number)
+        change.names[number] = key
+        if self._is_adopted or self._service_ids.recycles:
+            self._stats.update(U32.pack(number), self._stats.zero)
         return number
 
-    def _wait_for_absent(self, key: ServicePortKey, missing: Set[int]) -> frozenset[int]:
-        """Those of the missing whose endpoints may come back: they are kept, to be the same then."""
-        before = self._absent.pop(key, {})
-        if not missing or not self._absence:
-            return NO_IDS
-        until = self._clock() + self._absence
-        if missing - before.keys():
-            self._absences.append((until, key))
-        self._absent[key] = {number: before.get(number, until) for number in missing}
-        return frozenset(missing)
+    def _held(self, known: Published) -> set[int]:
+        """The backends that a service port refers to, as the maps have it."""
+        return self._selections.backends(known.id) | known.unselected
+
+    def _hold(
+        self,
+        known: Published,
+        before: set[int],
+        after: frozenset[int],
+        inactive: InactiveBackends,
+        change: Change,
+    ) -> None:
+        """Notes the backends that a service port uses; its flows are told to leave the others."""
+        if before == after and inactive == known.inactive:
+            return
+        removals = plan.removals_of(known, before, after, inactive)
+        if not self._departures:
+            removals = removals._replace(back=NO_IDS)
+        if removals.back or removals.removed:
+            change.removals.append(removals)
+        self._backends.hold(after - before, before - after, known.inactive, inactive)
+        known.inactive = inactive
+
+    def _drop(self, key: ServicePortKey, change: Change) -> None:
+        known = self._published.pop(key, None)
+        if known is None:
+            return
+        held = self._held(known)
+        # Connections outlive their Service, as in kube-proxy; what has no connection does not.
+        stay = frozenset(held - self._absences.forget(key))
+        self._hold(known, held, stay, InactiveBackends(idle=stay), change)
+        self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
+        self._retired.ranges.extend(used for used in self._selections.ranges(known.id) if used[1])
+        self._publisher.forget_name(known.id)
+        self._service_ids.forget(key)
+        self._retired.services.append(known.id)
+
+    def _drop_leftovers(self) -> None:
+        """Deletes what a killed agent left half done: entries and backends of no service port."""
+        self._frontends.drop_leftovers({known.id for known in self._published.values()})
+        self._backends.drop_leftovers()
+        self._publisher.drop_members(self._strangers)
+        self._strangers = []
+
+    # -- endpoints that were removed, and may come back
 
     @property
     def next_absence(self) -> float | None:
         """When :meth:`end_absences` has something to do, by the clock."""
-        return self._absences[0][0] if self._absences else None
+        return self._absences.next
 
     def end_absences(self) -> None:
         """Endpoints that did not come back in time are gone."""
-        now = self._clock()
-        if self._absences and self._absences[0][0] <= now:
-            plan = _Plan()
-            self._end_absences(now, plan)
-            self._publish_sets(plan)
+        if self._absences.is_due:
+            change = Change()
+            self._end_absences(change)
+            self._publisher.publish_sets(change)
 
-    def _end_absences(self, now: float, plan: _Plan) -> None:
-        while self._absences and self._absences[0][0] <= now:
-            _, key = self._absences.popleft()
-            absent = self._absent.pop(key, {})
-            gone = {number for number, until in absent.items() if until <= now}
-            if len(gone) < len(absent):
-                self._absent[key] = {n: until for n, until in absent.items() if n not in gone}
-            if gone:
-                known = self._programmed[key]
-                held = self._held(known)
-                known.unselected -= gone
-                inactive = known.inactive._replace(absent=known.inactive.absent - gone)
-                self._hold(known, held, held - gone, inactive, plan)
+    def _end_absences(self, change: Change, now: float | None = None) -> None:
+        for key, gone in self._absences.over(now):
+            known = self._published[key]
+            held = self._held(known)
+            known.unselected -= gone
+            inactive = known.inactive._replace(absent=known.inactive.absent - gone)
+            self._hold(known, held, frozenset(held - gone), inactive, change)
 
-    def _hold(
-        self, known: _Programmed, before: Set[int], after: Set[int], inactive: InactiveBackends, plan: _Plan
-    ) -> None:
-        """Notes whom a service port uses; its flows are told whom it does not any more."""
-        came, went = after - before, before - after
-        if not (came or went) and inactive == known.inactive:
-            return
-        was = known.inactive
-        away = inactive.idle | inactive.absent
-        back = came | (was.idle | was.absent) - away - went if self._departures else NO_IDS
-        departed = dict.fromkeys((inactive.idle - was.idle) & before, Departure.IDLE)
-        departed |= dict.fromkeys(inactive.absent - was.absent, Departure.ABSENT)
-        departed |= dict.fromkeys(went, Departure.GONE)
-        if back or departed:
-            plan.departures.append((known.id, back, departed))
-        self._backends.hold(came, went, known.inactive, inactive)
-        known.inactive = inactive
+    # -- backends that were removed, and what is still open to them
 
     @property
-    def departures(self) -> dict[bytes, Departed]:
-        """Of the last moments, by packed key: their flows and sockets have to be ended."""
+    def departures(self) -> dict[BackendUse, Departed]:
+        """Those of the last moments: their flows and sockets have to be ended."""
         return self._departures.current
 
-    def take_departures(self) -> dict[bytes, Departed]:
+    def take_departures(self) -> dict[BackendUse, Departed]:
         """Those since the last time, and at first those that were there."""
         return self._departures.take_fresh()
 
+    def forget_departures(self, ended: Mapping[BackendUse, Departed]) -> None:
+        """Nothing is open any more to the backends that these are about."""
+        self._departures.forget(ended)
+        self._backends.free_unused()
+
     def take_lost_frontends(self) -> set[LostFrontend]:
-        """Those of UDP that services have lost since the last time: their sockets are somebody else's."""
+        """UDP frontends that services have lost since the last time: their sockets are another's."""
         taken, self._lost = self._lost, set()
         return taken
 
-    def _note_lost(self, service_id: int, key: bytes) -> None:
+    def _note_lost(self, service_id: int, key: ServiceKey) -> None:
         self._departures.look_again(service_id)
-        frontend = layout.unpack_service_key(key)
-        if frontend.protocol is Protocol.UDP:
-            self._lost.add(LostFrontend(service_id, frontend.address, frontend.port))
-
-    def forget_departures(self, ended: Mapping[bytes, Departed]) -> None:
-        """Nothing is left of what these were about."""
-        self._departures.forget(ended)
-        self._backends.free_unused()
+        if key.protocol is Protocol.UDP:
+            self._lost.add(LostFrontend(service_id, key.address, key.port))
 
     @property
     def redirects(self) -> Redirects:
         """Connected datagram sockets whose backend is gone."""
         return self._redirects
 
-    def _plan_entries(self, port: ServicePort, known: _Programmed, plan: _Plan) -> None:
-        entries: dict[bytes, bytes] = {}
-        for frontend in port.frontends:
-            entries.update(_entries_of(frontend, known.id, port))
-        if port.source_ranges:
-            ranges = {layout.pack_source_range(known.id, *each) for each in port.source_ranges}
-            ask = self._source_towards
-            entries = {key: self._for_host(key, value, ranges, ask) for key, value in entries.items()}
-        for key, value in entries.items():
-            if self._frontends.get(key) != value:
-                plan.entries[key] = value
-        plan.vanished += [(known.id, key) for key in known.entries if key not in entries]
-        known.entries = tuple(entries)
-        sources = _NO_SOURCES
-        if port.source_ranges:
-            sources = frozenset(layout.pack_source_range(known.id, *each) for each in port.source_ranges)
-        plan.sources.update(dict.fromkeys(sources - known.sources, U32.pack(1)))
-        plan.closed += known.sources - sources
-        known.sources = sources
-
-    def _for_host(
-        self, key: bytes, value: bytes, ranges: Collection[bytes], source_towards: Callable[[bytes], bytes]
-    ) -> bytes:
-        """A frontend's entry, with whether this node itself is in its source ranges (packed).
-
-        A node that has the frontend's address asks by that: then its own address counts, as with kube-proxy.
-        """
-        flags = layout.unpack_service(value).flags & ~ServiceFlags.HOST
-        if flags & ServiceFlags.SOURCES:
-            address = layout.unpack_service_key(key).address
-            source = source_towards(address)
-            sources = self._primary if source == address else (source,)
-            if any(layout.is_in_source_range(each, source) for source in sources for each in ranges):
-                flags |= ServiceFlags.HOST
-        return layout.with_service_flags(value, flags)
-
-    def set_primary_addresses(self, addresses: tuple[bytes, ...]) -> None:
-        """The node's own address of each family."""
-        self._primary = addresses
-        self.follow_routes()
-
-    def follow_routes(self) -> None:
-        """Asks the routes again by which addresses this node asks at frontends with source ranges."""
-        # An address has a frontend for each port, and perhaps for each scope.
-        ask = cache(self._source_towards)
-        changed = {}
-        for known in self._programmed.values():
-            for key in known.entries if known.sources else ():
-                value = self._frontends.get(key)
-                if value is not None and value != (now := self._for_host(key, value, known.sources, ask)):
-                    changed[key] = now
-        if changed:
-            self._frontends.write(changed)
-
-    def _withdraw(self, key: ServicePortKey, plan: _Plan) -> None:
-        known = self._programmed.get(key)
-        if known is not None:
-            plan.vanished += [(known.id, entry) for entry in known.entries]
-            plan.closed += known.sources
-            self._plan_members(known, _NO_MEMBERS, plan)
-
-    def _publish_sets(self, plan: _Plan) -> None:
-        """Lets readers see the part of a plan that says which backends there are to choose from."""
-        for key in self._maps["service_names"].update_many(plan.names):
-            # There are as many places as ids: the kernel had no memory.
-            self._has_freed = True
-            self._unnamed[U32.unpack(key)[0]] = plan.names[key]
-            plan.refused.append((U32.unpack(key)[0], "no memory for its name"))
-        for key in self._maps["members"].update_many(plan.members):
-            selection, backend_id = layout.unpack_member(key)
-            number, policy = divmod(selection, layout.POLICIES)
-            plan.refused.append((number, "no room in members"))
-            _, known = plan.placed[number]
-            members = list(known.members)
-            members[policy] -= {backend_id}
-            known.members = (members[0], members[1])
-        # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
-        with self._fence:
-            pass
-        for index, word in plan.words.items():
-            self._words[index] = word
-        self._selections.writes += len(plan.words)
-        self._has_freed |= bool(plan.excluded)
-        for key in plan.excluded:
-            self._maps["members"].delete(key)
-        plan.names, plan.members, plan.words, plan.excluded = {}, {}, {}, []
-        self._backends.settle()
-        self._note_departures(plan)
-
-    def _note_departures(self, plan: _Plan) -> None:
-        """Tells flows: not before new ones go elsewhere, or they could choose the same once more."""
-        for departure in plan.departures:
-            self._departures.note(*departure)
-        plan.departures = []
-
-    def _publish(self, plan: _Plan) -> None:
-        """Lets readers see the plan, each step after what it refers to."""
-        self._publish_sets(plan)
-        for key in self._maps["source_ranges"].update_many(plan.sources):
-            number = layout.source_range_service(key)
-            plan.refused.append((number, "no room in source_ranges"))
-            _, known = plan.placed[number]
-            known.sources -= {key}
-        for key, problem in self._frontends.write(plan.entries).items():
-            plan.refused.append((layout.unpack_service(plan.entries[key]).id, problem))
-        self._has_freed |= bool(plan.vanished or plan.closed)
-        for service_id, key in plan.vanished:
-            self._frontends.withdraw(service_id, key)
-        for key in plan.closed:
-            self._maps["source_ranges"].delete(key)
-
-    def _drop(self, key: ServicePortKey, plan: _Plan) -> None:
-        known = self._programmed.pop(key, None)
-        if known is None:
-            return
-        held = self._held(known)
-        # Connections outlive their Service, as in kube-proxy; what has no connection does not.
-        stay = held - self._absent.pop(key, {}).keys()
-        self._hold(known, held, stay, InactiveBackends(idle=frozenset(stay)), plan)
-        self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
-        for policy in Policy:
-            chosen = self._range(known.id, policy)
-            if chosen[1]:
-                self._retired.ranges.append(chosen)
-        self._maps["service_names"].delete(U32.pack(known.id))
-        self._unnamed.pop(known.id, None)
-        self._service_ids.forget(key)
-        self._retired.services.append(known.id)
-
-    def _drop_leftovers(self) -> None:
-        """What a killed agent left half done: entries and backends of no service port."""
-        ids = {known.id for known in self._programmed.values()}
-        self._frontends.drop_leftovers(ids)
-        self._backends.drop_leftovers()
-        for number, members in self._strangers.items():
-            for policy in Policy:
-                for backend_id in members[policy]:
-                    key = layout.pack_member(number * layout.POLICIES + policy, backend_id)
-                    self._maps["members"].delete(key)
-        self._strangers = {}
-
     # -- what was replaced
 
     def take_retired(self) -> Retired:
-        """What is retired so far; give it to :meth:`reclaim` after a grace period."""
-        taken, self._retired = self._retired, _nothing_retired()
+        """What is retired so far; :meth:`reclaim` takes it after a grace period."""
+        taken, self._retired = self._retired, Retired([], [], [])
         taken.backends.extend(self._backends.take_retired())
         return taken
 
     def reclaim(self, retired: Retired) -> None:
         """Ids and ranges that no program can hold any more are free again."""
-        self._has_freed |= bool(retired)
-        for base, count in retired.ranges:
-            self._ranges.release(base, count)
+        self._publisher.has_freed |= bool(retired)
+        for used in retired.ranges:
+            self._selections.release(used)
         self._backends.reclaim(retired.backends)
         for number in retired.services:
-            for policy in Policy:
-                self._words[number * layout.POLICIES + policy] = 0
-            self._selections.writes += layout.POLICIES
+            self._selections.clear(number)
             self._service_ids.give_back(number)
 
     # -- the node
-
-    @property
-    def needs_client_key(self) -> bool:
-        """Whether any Service looks at who its client is."""
-        return any(layout.needs_client_key(value) for _, value in self._frontends.items())
-
-    def set_client_namespaces(self, cookies: Mapping[bytes, int]) -> None:
-        """Under which names pods of this node appear as clients: by address in packets."""
-        table = self._maps["client_namespaces"]
-        wanted = {layout.pack_address(address): U64.pack(cookie) for address, cookie in cookies.items()}
-        present = dict(table.items())
-        table.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
-        for key in present.keys() - wanted.keys():
-            table.delete(key)
 
     def set_own_addresses(self, addresses: frozenset[bytes], answered: frozenset[bytes]) -> None:
         """See ``frontend_table``, as for the next."""
@@ -735,33 +373,21 @@ class Writer:
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         self._frontends.set_node_addresses(addresses)
 
+    def set_primary_addresses(self, addresses: tuple[bytes, ...]) -> None:
+        """The node's own address of each family."""
+        self._host_sources.primary = addresses
+        self.follow_routes()
 
-def _no_room(error: Exception) -> str:
-    what = "slots" if isinstance(error, RangesExhaustedError) else "backends or the service"
-    return f"no room for its {what}: {error}"
-
-
-def _sources_of(
-    port: ServicePort, sets: Sequence[Sequence[Backend]], ids: Sequence[array[int]], maglev_size: int
-) -> Iterator[Source]:
-    weights = dict(port.weights)
-    for backends, numbers in zip(sets, ids, strict=True):
-        chosen = [weights.get(each, 1) for each in backends] if weights else None
-        yield Source(port.algorithm, backends, numbers, chosen, maglev_size)
-
-
-def _entries_of(frontend: Frontend, service_id: int, owner: ServicePort) -> Iterable[tuple[bytes, bytes]]:
-    """One entry, or two where the scopes' policies differ."""
-    kind, address, port, protocol, internal, external = frontend
-    two = ServiceFlags.TWO_SCOPES if internal != external else ServiceFlags(0)
-    scopes = [(layout.Scope.INTERNAL, internal)]
-    if two:
-        scopes.append((layout.Scope.EXTERNAL, external))
-    for scope, policy in scopes:
-        flags = two | (ServiceFlags.LOCAL if policy == Policy.LOCAL else ServiceFlags(0))
-        if kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None:
-            flags |= ServiceFlags.SOURCES
-        yield (
-            layout.pack_service_key(address, port, protocol, scope),
-            layout.pack_service(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),
-        )
+    def follow_routes(self) -> None:
+        """Asks the routes again by which addresses this node asks at frontends with source ranges."""
+        towards = self._host_sources.cached().towards
+        changed = {}
+        for known in self._published.values():
+            for key in known.entries if known.sources else ():
+                entry = self._frontends.get(key)
+                if entry is not None:
+                    now = plan.with_host_flag(key, entry, known.sources, towards)
+                    if now != entry:
+                        changed[key] = now
+        if changed:
+            self._frontends.write(changed)

@@ -1,0 +1,113 @@
+"""What a start finds in the maps: service ports keep their ids, ranges and entries.
+
+Only differences are written afterwards. What belongs to no service port stays until the first complete state
+is programmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from typing import NamedTuple
+
+from ebpfproxy.datapath.abi import layout, socket_layout
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Departure, Entry
+from ebpfproxy.datapath.abi.layout import U32, ServiceKey
+from ebpfproxy.datapath.flows.removed_backends import Departures
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.backends import NO_IDS, Backends
+from ebpfproxy.datapath.services.frontend_table import Frontends
+from ebpfproxy.datapath.services.plan import NO_MEMBERS, NO_SOURCES, Member, Published
+from ebpfproxy.datapath.services.publish import Tables
+from ebpfproxy.services.model import Prefix, ServicePortKey
+
+
+class Adopted(NamedTuple):
+    published: dict[ServicePortKey, Published]
+    #: Members of no service port.
+    strangers: list[Member]
+
+
+def service_names(maps: MapSet) -> dict[int, ServicePortKey]:
+    """The service ports that are there, by id."""
+    return {U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()}
+
+
+def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> Adopted:
+    """Reads back what is published, and tells the backends' table which of them service ports hold."""
+    selections, backends, frontends, departures = tables
+    entries = _entries(frontends)
+    sources = _sources(maps)
+    members, strangers = _members(maps, names.keys())
+    unselected = _with_something_open(maps, backends)
+    for number, absent in _absent(names.keys(), backends, departures).items():
+        unselected[number] = unselected.get(number, NO_IDS) | absent
+    published = {}
+    for number, name in names.items():
+        known = Published(
+            number,
+            tuple(entries.get(number, ())),
+            frozenset(sources.get(number, NO_SOURCES)),
+            unselected.get(number, NO_IDS),
+            members=members.get(number, NO_MEMBERS),
+        )
+        known.inactive = backends.adopt(selections.backends(number) | known.unselected)
+        published[name] = known
+    return Adopted(published, strangers)
+
+
+def _entries(frontends: Frontends) -> dict[int, list[ServiceKey]]:
+    found: dict[int, list[ServiceKey]] = {}
+    for key, entry in frontends.items():
+        found.setdefault(entry.id, []).append(key)
+    return found
+
+
+def _sources(maps: MapSet) -> dict[int, set[Prefix]]:
+    found: dict[int, set[Prefix]] = {}
+    for key, _ in maps["source_ranges"].items():
+        service_id, prefix = layout.unpack_source_range(key)
+        found.setdefault(service_id, set()).add(prefix)
+    return found
+
+
+def _members(
+    maps: MapSet, services: Set[int]
+) -> tuple[dict[int, tuple[frozenset[int], frozenset[int]]], list[Member]]:
+    """By service id and policy; and those of no service."""
+    found: dict[int, tuple[set[int], set[int]]] = {}
+    strangers = []
+    for key, _ in maps["members"].items():
+        selection, backend_id = layout.unpack_member(key)
+        service_id, policy = divmod(selection, layout.POLICIES)
+        if service_id in services:
+            found.setdefault(service_id, (set(), set()))[policy].add(backend_id)
+        else:
+            strangers.append(Member(service_id, policy, backend_id))
+    return {number: (frozenset(a), frozenset(b)) for number, (a, b) in found.items()}, strangers
+
+
+def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
+    """By service id: backends in no selection that sockets or flows still use, which learn of their end."""
+    busy = backends.busy()
+    found: dict[int, set[int]] = {}
+    for service_id, backend_id in _uses(maps) if busy else ():
+        if backend_id in busy:
+            found.setdefault(service_id, set()).add(backend_id)
+    return {service_id: frozenset(each) for service_id, each in found.items()}
+
+
+def _uses(maps: MapSet) -> Iterator[BackendUse]:
+    for _, value in maps["sock_origin"].items():
+        yield socket_layout.origin_use(value)
+    for key, value in maps["conntrack"].items():
+        yield Entry(key, value).use
+
+
+def _absent(services: Set[int], backends: Backends, departures: Departures) -> dict[int, frozenset[int]]:
+    """By service id: backends that an earlier agent was waiting for. Those that cannot come back are gone."""
+    found = departures.absent
+    there = backends.known({n for absent in found.values() for n in absent}) if found else set()
+    for number, absent in found.items():
+        if lost := absent - there if number in services else absent:
+            departures.note(number, NO_IDS, dict.fromkeys(lost, Departure.GONE))
+    return {number: frozenset(absent & there) for number, absent in found.items() if number in services}

@@ -1,0 +1,85 @@
+"""New backends and slots of a service port: written where no program looks yet, or not at all."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from ebpfproxy.config.datapath import MAGLEV_SIZES
+from ebpfproxy.datapath.services import plan
+from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.ids import IdsExhaustedError
+from ebpfproxy.datapath.services.plan import BackendSets, Published
+from ebpfproxy.datapath.services.ranges import RangesExhaustedError
+from ebpfproxy.datapath.services.selection_table import Range, SelectionTable
+from ebpfproxy.services.model import Algorithm, Backend, ServicePort
+
+ExhaustedError = IdsExhaustedError, RangesExhaustedError
+
+
+def no_room(error: Exception) -> str:
+    """What is said of one of ``ExhaustedError``."""
+    what = "slots" if isinstance(error, RangesExhaustedError) else "backends or the service"
+    return f"no room for its {what}: {error}"
+
+
+class Placed(NamedTuple):
+    """What is in place for a service port. Ranges of slots by policy, as they are and as they will be."""
+
+    ids: BackendSets
+    before: tuple[Range, Range]
+    after: list[Range]
+    made_from: tuple[int | None, int | None]
+
+
+class Placer:
+    """Takes ids of backends and ranges of slots."""
+
+    def __init__(self, selections: SelectionTable, backends: Backends, maglev_size: int) -> None:
+        self._selections = selections
+        self._backends = backends
+        self.maglev_size = maglev_size
+
+    def smaller_sizes(self, port: ServicePort) -> Iterator[int]:
+        """What to try: a Maglev table that is smaller than it should be is better than none."""
+        if port.algorithm is Algorithm.MAGLEV:
+            for size in reversed(MAGLEV_SIZES):
+                if len(port.cluster) <= size < self.maglev_size and self._selections.fits(size):
+                    yield size
+
+    @contextmanager
+    def place(self, port: ServicePort, known: Published, maglev_size: int) -> Iterator[Placed]:
+        """Raises one of ``ExhaustedError``, as the block may: then everything is as it was."""
+        before = self._selections.ranges(known.id) if known.id >= 0 else ((0, 0), (0, 0))
+        after = list(before)
+        try:
+            sets = plan.selected_sets(port)
+            ids = self._ids_of(port, sets)
+            sources = plan.slot_sources(port, sets, ids.selected, maglev_size)
+            made_from = sources[0].fingerprint, sources[1].fingerprint
+            for policy, source in enumerate(sources):
+                if made_from[policy] is None or made_from[policy] != known.made_from[policy]:
+                    words = self._selections.make(source)
+                    if words != self._selections.slots(before[policy]):
+                        after[policy] = self._selections.place(words)
+            yield Placed(ids, before, after, made_from if any(made_from) else plan.NOTHING_MADE)
+        except ExhaustedError:
+            for old, new in zip(before, after, strict=True):
+                if new != old:
+                    self._selections.release(new)
+            self._backends.drop_fresh()
+            raise
+        self._backends.keep_fresh()
+
+    def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:
+        """Raises IdsExhaustedError."""
+        id_of, ids_of = self._backends.id_of, self._backends.ids_of
+        return BackendSets(
+            selected=(array("Q", map(id_of, sets[0])), array("Q", map(id_of, sets[1]))),
+            draining=ids_of((*port.draining, *plan.unused(port, sets))),
+            terminating=ids_of(port.terminating),
+            idle=ids_of(port.idle),
+            drained=ids_of(port.drained),
+        )

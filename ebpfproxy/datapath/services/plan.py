@@ -1,0 +1,258 @@
+"""What has to change in the maps for a service port: pure, without access to any map.
+
+A :class:`Published` says what the maps hold for a service port. The functions and :class:`Change` compare it
+with what is wanted; ``publish`` carries a change out, in the order in which readers may see it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.datapath.abi.flow_layout import Departure
+from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
+from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, InactiveBackends
+from ebpfproxy.datapath.services.slots import Source
+from ebpfproxy.services.model import (
+    Backend,
+    Frontend,
+    FrontendKind,
+    Policy,
+    Prefix,
+    ServicePort,
+    ServicePortKey,
+)
+
+NO_MEMBERS = (NO_IDS, NO_IDS)
+NO_SOURCES: frozenset[Prefix] = frozenset()
+NOTHING_MADE = (None, None)
+_NO_FLAGS = ServiceFlags(0)
+
+
+class Published(msgspec.Struct):
+    """What the maps hold for one service port, beyond what can be read from them."""
+
+    id: int
+    entries: tuple[ServiceKey, ...] = ()
+    sources: frozenset[Prefix] = NO_SOURCES
+    #: Backends in no selection, which only serve old connections: draining or idle ones.
+    unselected: frozenset[int] = NO_IDS
+    inactive: InactiveBackends = ALL_ACTIVE
+    #: By policy, where there is session affinity: the backends in ``members``.
+    members: tuple[frozenset[int], frozenset[int]] = NO_MEMBERS
+    #: By policy, a hash of what slots that take long were made from: the same are not made again.
+    made_from: tuple[int | None, int | None] = NOTHING_MADE
+
+
+class BackendSets(NamedTuple):
+    """Ids of a service port's backends, by what they are used for; the selected ones by policy, sorted."""
+
+    selected: tuple[array[int], array[int]]
+    draining: frozenset[int]
+    #: Selected or not.
+    terminating: frozenset[int]
+    idle: frozenset[int]
+    drained: frozenset[int]
+
+    @property
+    def members(self) -> tuple[frozenset[int], frozenset[int]]:
+        """By policy, those that session affinity may keep a client with."""
+        return frozenset(self.selected[0]), frozenset(self.selected[1])
+
+    @property
+    def unselected(self) -> frozenset[int]:
+        if self.idle or self.drained:
+            return self.draining.union(self.idle, self.drained)
+        return self.draining
+
+    def inactive(self, absent: frozenset[int]) -> InactiveBackends:
+        leaving = self.draining | self.terminating if self.terminating else self.draining
+        return InactiveBackends(leaving, self.idle, self.drained, absent)
+
+
+class Removals(NamedTuple):
+    """A service's backends that have come back, and those that its flows have to leave, with the reason."""
+
+    service_id: int
+    back: Set[int]
+    removed: Mapping[int, Departure]
+
+
+class Member(NamedTuple):
+    """A backend that session affinity may keep a client with."""
+
+    service_id: int
+    policy: int
+    backend_id: int
+
+
+class Change(msgspec.Struct):
+    """The part of a change that readers see. New backends and slots are in place before it is carried out."""
+
+    names: dict[int, ServicePortKey] = msgspec.field(default_factory=dict)
+    members: list[Member] = msgspec.field(default_factory=list)
+    #: Base and count of the slots, by service id and policy.
+    selections: dict[tuple[int, int], tuple[int, int]] = msgspec.field(default_factory=dict)
+    excluded: list[Member] = msgspec.field(default_factory=list)
+    removals: list[Removals] = msgspec.field(default_factory=list)
+    sources: list[tuple[int, Prefix]] = msgspec.field(default_factory=list)
+    entries: dict[ServiceKey, ServiceEntry] = msgspec.field(default_factory=dict)
+    #: Service ids, each with a frontend that it has no longer.
+    withdrawn: list[tuple[int, ServiceKey]] = msgspec.field(default_factory=list)
+    closed: list[tuple[int, Prefix]] = msgspec.field(default_factory=list)
+    #: The service ports that get something new, by service id.
+    placed: dict[int, tuple[ServicePort, Published]] = msgspec.field(default_factory=dict)
+    #: Service ids, each with something that a map had no room for. Publishing notes them.
+    refused: list[tuple[int, str]] = msgspec.field(default_factory=list)
+
+    def select(
+        self, known: Published, before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Ranges of slots by policy; returns those that are replaced."""
+        replaced = []
+        for policy, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new != old:
+                self.selections[known.id, policy] = new
+                if old[1]:
+                    replaced.append(old)
+        return replaced
+
+    def set_members(self, known: Published, wanted: tuple[frozenset[int], frozenset[int]]) -> None:
+        if wanted == known.members:
+            return
+        for policy, (old, new) in enumerate(zip(known.members, wanted, strict=True)):
+            self.members += (Member(known.id, policy, number) for number in new - old)
+            self.excluded += (Member(known.id, policy, number) for number in old - new)
+        known.members = wanted
+
+    def set_sources(self, known: Published, wanted: frozenset[Prefix]) -> None:
+        if wanted == known.sources:
+            return
+        self.sources += ((known.id, prefix) for prefix in wanted - known.sources)
+        self.closed += ((known.id, prefix) for prefix in known.sources - wanted)
+        known.sources = wanted
+
+    def set_entries(
+        self,
+        known: Published,
+        wanted: Mapping[ServiceKey, ServiceEntry],
+        present: Callable[[ServiceKey], ServiceEntry | None],
+    ) -> None:
+        """``present``: the entry that a key has now, whichever service port it is of."""
+        for key, entry in wanted.items():
+            if present(key) != entry:
+                self.entries[key] = entry
+        self.withdrawn += ((known.id, key) for key in known.entries if key not in wanted)
+        keys = tuple(wanted)
+        if keys != known.entries:
+            known.entries = keys
+
+    def withdraw(self, known: Published) -> None:
+        """The service port goes, with all that clients find it by."""
+        self.withdrawn += ((known.id, key) for key in known.entries)
+        self.closed += ((known.id, prefix) for prefix in known.sources)
+        self.set_members(known, NO_MEMBERS)
+
+
+def unused(port: ServicePort, sets: Sequence[Sequence[Backend]]) -> frozenset[Backend]:
+    """Terminating backends of the set that no frontend uses: they serve old connections only."""
+    return port.terminating.difference(*sets) if port.terminating else port.terminating
+
+
+def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backend]]:
+    """By policy, the backends that any frontend chooses from."""
+    uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
+    return port.cluster, port.local if uses_local else ()
+
+
+def slot_sources(
+    port: ServicePort, sets: Sequence[Sequence[Backend]], ids: Sequence[array[int]], maglev_size: int
+) -> list[Source]:
+    """By policy, what the slots are made from."""
+    weights = dict(port.weights)
+    return [
+        Source(
+            port.algorithm,
+            backends,
+            numbers,
+            [weights.get(each, 1) for each in backends] if weights else None,
+            maglev_size,
+        )
+        for backends, numbers in zip(sets, ids, strict=True)
+    ]
+
+
+def removals_of(known: Published, before: Set[int], after: Set[int], inactive: InactiveBackends) -> Removals:
+    """What flows of a service have to learn when the backends that it uses change.
+
+    Connections to an idle backend go on, and so they do to an absent one, which may come back.
+    """
+    was = known.inactive
+    came, went = after - before, before - after
+    back = came | (was.idle | was.absent) - (inactive.idle | inactive.absent) - went
+    removed = dict.fromkeys((inactive.idle - was.idle) & before, Departure.IDLE)
+    removed |= dict.fromkeys(inactive.absent - was.absent, Departure.ABSENT)
+    removed |= dict.fromkeys(went, Departure.GONE)
+    return Removals(known.id, back, removed)
+
+
+def entries_of(
+    port: ServicePort, service_id: int, sources_towards: Callable[[bytes], Sequence[bytes]]
+) -> dict[ServiceKey, ServiceEntry]:
+    """The entries of all frontends of a service port.
+
+    ``sources_towards``: the addresses by which this node may ask at another; it is called only for frontends
+    with source ranges.
+    """
+    entries: dict[ServiceKey, ServiceEntry] = {}
+    for frontend in port.frontends:
+        entries.update(_entries_of(frontend, service_id, port))
+    if port.source_ranges:
+        entries = {
+            key: with_host_flag(key, entry, port.source_ranges, sources_towards)
+            for key, entry in entries.items()
+        }
+    return entries
+
+
+def with_host_flag(
+    key: ServiceKey,
+    entry: ServiceEntry,
+    ranges: Iterable[Prefix],
+    sources_towards: Callable[[bytes], Sequence[bytes]],
+) -> ServiceEntry:
+    """The entry, with HOST where the address by which this node asks at it is in its source ranges."""
+    flags = entry.flags & ~ServiceFlags.HOST
+    if flags & ServiceFlags.SOURCES:
+        sources = sources_towards(key.address)
+        if any(prefix.contains(source) for prefix in ranges for source in sources):
+            flags |= ServiceFlags.HOST
+    return entry if flags == entry.flags else entry._replace(flags=flags)
+
+
+def _entries_of(
+    frontend: Frontend, service_id: int, owner: ServicePort
+) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
+    """One entry, or two where the scopes' policies differ."""
+    kind, address, port, protocol, internal, external = frontend
+    flags = _NO_FLAGS
+    if kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None:
+        flags |= ServiceFlags.SOURCES
+    scopes = [(Scope.INTERNAL, internal)]
+    if internal != external:
+        flags |= ServiceFlags.TWO_SCOPES
+        scopes.append((Scope.EXTERNAL, external))
+    for scope, policy in scopes:
+        yield (
+            ServiceKey(address, port, protocol, scope),
+            ServiceEntry(
+                service_id,
+                flags | ServiceFlags.LOCAL if policy is Policy.LOCAL else flags,
+                kind,
+                owner.algorithm,
+                owner.affinity_seconds,
+            ),
+        )

@@ -1,0 +1,145 @@
+"""Lets readers see a change: the order in which its parts are written, and the reasons for it.
+
+Before a change is published, its new backends and slots are written where no program looks yet. Then:
+
+1. *Names*: a start that finds an id finds what it stands for, even after a kill in the middle.
+2. *Members*: a client that is kept with a backend is only found to be of it while it is a member.
+3. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
+   new one, never a mixture; everything that the word leads to is in place.
+4. *Members that go*, and *states* of backends: nothing chooses them any more.
+5. *Removals*: flows are told to leave a backend. Not earlier, or they could choose the same once more.
+6. *Source ranges*, then *frontends*: a frontend is found only when its selection and its ranges are there. A
+   frontend that moves to another Service is overwritten, and never missing.
+7. *Frontends that go*, then their source ranges: a client that still finds one is checked.
+
+What was replaced is retired by the writer: ids and ranges are used again after a grace period, when no
+program can still hold them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.flows.removed_backends import Departures
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.frontend_table import Frontends
+from ebpfproxy.datapath.services.plan import Change, Member
+from ebpfproxy.datapath.services.selection_table import SelectionTable
+from ebpfproxy.services.model import ServicePortKey
+
+_PRESENT = U32.pack(1)
+
+
+class Tables(NamedTuple):
+    """What is published besides plain entries."""
+
+    selections: SelectionTable
+    backends: Backends
+    frontends: Frontends
+    departures: Departures
+
+
+class Publisher:
+    """The only one that lets programs see changes of service ports. One thread uses it."""
+
+    def __init__(self, maps: MapSet, tables: Tables) -> None:
+        self._names, self._members, self._sources = (
+            maps[name] for name in ("service_names", "members", "source_ranges")
+        )
+        self._selections, self._backends, self._frontends, self._departures = tables
+        self._fence = threading.Lock()
+        #: Names that the kernel had no memory for, by service id: they are written with the next change.
+        self._unnamed: dict[int, ServicePortKey] = {}
+        #: True once a map has got room since this was last set to False.
+        self.has_freed = False
+
+    def publish(self, change: Change) -> None:
+        """Lets readers see a change, each step after what it refers to. ``change`` gets what is refused."""
+        self.publish_sets(change)
+        self._open(change)
+        self._close(change)
+
+    def publish_sets(self, change: Change) -> None:
+        """Steps 1 to 5, which say what there is to choose from. They are taken out of ``change``."""
+        self._write_names(change)
+        self._write_members(change)
+        # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
+        with self._fence:
+            pass
+        for (service_id, policy), used in change.selections.items():
+            self._selections.select(service_id, policy, used)
+        self.has_freed |= bool(change.excluded)
+        for member in change.excluded:
+            self._members.delete(_packed(member))
+        change.names, change.members, change.selections, change.excluded = {}, [], {}, []
+        self.settle(change)
+
+    def settle(self, change: Change) -> None:
+        """Steps 4 and 5, of states and removals."""
+        self._backends.settle()
+        for removals in change.removals:
+            self._departures.note(*removals)
+        change.removals = []
+
+    def _write_names(self, change: Change) -> None:
+        """Step 1."""
+        packed = {U32.pack(number): layout.pack_name(name) for number, name in change.names.items()}
+        for key in self._names.update_many(packed):
+            # There are as many places as ids: the kernel had no memory.
+            self.has_freed = True
+            number = U32.unpack(key)[0]
+            self._unnamed[number] = change.names[number]
+            change.refused.append((number, "no memory for its name"))
+
+    def unnamed(self, service_id: int) -> ServicePortKey | None:
+        """The name that is still to be written, which the next change has to bring."""
+        return self._unnamed.pop(service_id, None)
+
+    def _write_members(self, change: Change) -> None:
+        """Step 2."""
+        for key in self._members.update_many(dict.fromkeys(map(_packed, change.members), _PRESENT)):
+            selection, backend_id = layout.unpack_member(key)
+            service_id, policy = divmod(selection, layout.POLICIES)
+            _, known = change.placed[service_id]
+            members = list(known.members)
+            members[policy] -= {backend_id}
+            known.members = (members[0], members[1])
+            change.refused.append((service_id, "no room in members"))
+
+    def _open(self, change: Change) -> None:
+        """Step 6."""
+        packed = {layout.pack_source_range(*each): _PRESENT for each in change.sources}
+        for key in self._sources.update_many(packed):
+            service_id, prefix = layout.unpack_source_range(key)
+            _, known = change.placed[service_id]
+            known.sources -= {prefix}
+            change.refused.append((service_id, "no room in source_ranges"))
+        for frontend, problem in self._frontends.write(change.entries).items():
+            change.refused.append((change.entries[frontend].id, problem))
+
+    def _close(self, change: Change) -> None:
+        """Step 7."""
+        self.has_freed |= bool(change.withdrawn or change.closed)
+        for service_id, key in change.withdrawn:
+            self._frontends.withdraw(service_id, key)
+        for service_id, prefix in change.closed:
+            self._sources.delete(layout.pack_source_range(service_id, prefix))
+
+    def forget_name(self, service_id: int) -> None:
+        """The id stands for nothing any more: nothing that readers find has it."""
+        self._names.delete(U32.pack(service_id))
+        self._unnamed.pop(service_id, None)
+
+    def drop_members(self, of: Iterable[Member]) -> None:
+        """Members that a killed agent left behind."""
+        for member in of:
+            self._members.delete(_packed(member))
+
+
+def _packed(member: Member) -> bytes:
+    return layout.pack_member(member.service_id * layout.POLICIES + member.policy, member.backend_id)

@@ -1,0 +1,84 @@
+"""The ranges of slots that service ports choose their backends from, by policy."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+from ebpfproxy.datapath.abi.arrays import backend_ids
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
+from ebpfproxy.datapath.services.slots import Source
+from ebpfproxy.services.model import Policy
+
+Range = tuple[int, int]
+_NONE: Range = 0, 0
+_POLICIES = tuple(map(int, Policy))
+
+
+class SelectionTable:
+    """The only writer of ``selections`` and ``slots``. A range is base and count, (0, 0) if empty."""
+
+    def __init__(self, maps: MapSet, service_ids: Iterable[int]) -> None:
+        """``service_ids``: those whose ranges are in use."""
+        self._selections, self._slots = maps.shared("selections"), maps.shared("slots")
+        self._view = maps.selections()
+        used = [chosen for number in service_ids for chosen in self.ranges(number) if chosen[1]]
+        self._ranges = Ranges(self._slots.spec.max_entries, used)
+
+    @property
+    def free_slots(self) -> int:
+        return self._ranges.free
+
+    # -- what is there
+
+    def ranges(self, service_id: int) -> tuple[Range, Range]:
+        """By policy."""
+        cluster, local = (self._view.range(service_id, policy) for policy in _POLICIES)
+        return cluster, local
+
+    def slots(self, used: Range) -> array[int]:
+        return self._view.slots(*used)
+
+    def backends(self, service_id: int) -> set[int]:
+        """The backends that a service chooses from, under either policy."""
+        cluster, local = self.ranges(service_id)
+        return {*backend_ids(self.slots(cluster)), *(backend_ids(self.slots(local)) if local[1] else ())}
+
+    # -- what nobody sees yet
+
+    def fits(self, count: int) -> bool:
+        return self._ranges.fits(count)
+
+    def make(self, source: Source) -> array[int]:
+        """The slots' words. Raises RangesExhaustedError before a table is made that has no room."""
+        if not self._ranges.fits(source.size):
+            raise RangesExhaustedError(f"no {source.size} places in a row")
+        return source.slots()
+
+    def place(self, words: array[int]) -> Range:
+        """Writes slots to a free range. Raises RangesExhaustedError."""
+        if not words:
+            return _NONE
+        base = self._ranges.allocate(len(words))
+        self._view.write_slots(base, words)
+        self._slots.writes += len(words)
+        return base, len(words)
+
+    def release(self, used: Range) -> None:
+        """A range that no program can be reading is free again."""
+        if used[1]:
+            self._ranges.release(*used)
+
+    # -- what is seen at once
+
+    def select(self, service_id: int, policy: int, used: Range) -> None:
+        """Readers see the old range or this one."""
+        self._view.set_range(service_id, policy, *used)
+        self._selections.writes += 1
+
+    def clear(self, service_id: int) -> None:
+        """An id that no program can be using has no slots."""
+        for policy, used in enumerate(self.ranges(service_id)):
+            if used != _NONE:
+                self.select(service_id, policy, _NONE)

@@ -31,12 +31,14 @@ def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
     return {resource: content.get(resource.value, {"items": []})["items"] for resource in Resource}
 
 
-def replaced(resource: Resource, objects: Iterable[Object], unreadable: Iterable[ObjectKey] = ()) -> Replaced:
+def replaced(
+    resource: Resource, objects: Iterable[Object], unreadable: Iterable[ObjectKey] = ()
+) -> Replaced[object]:
     """The event of a list, its objects as they are."""
     return Replaced(resource, {key_of(each): each for each in objects}, frozenset(unreadable))
 
 
-def changed(resource: Resource, each: Object, received: float = 0.0) -> Changed:
+def changed(resource: Resource, each: Object, received: float = 0.0) -> Changed[object]:
     return Changed(resource, key_of(each), each, received)
 
 
@@ -62,7 +64,7 @@ def wanted(resource: Resource, item: dict[str, Any]) -> bool:
     return resource is Resource.NODES or not labels.keys() & unwanted
 
 
-def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced]:
+def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced[object]]:
     return [
         replaced(
             resource,
@@ -104,7 +106,7 @@ def event_key(event: Event) -> tuple[Resource, ObjectKey]:
 class World:
     """The objects after some events, to compute from scratch what a tracker computed step by step."""
 
-    def __init__(self, first: list[Replaced]) -> None:
+    def __init__(self, first: list[Replaced[object]]) -> None:
         self.objects: dict[Resource, dict[ObjectKey, object]] = {
             event.resource: dict(event.objects) for event in first
         }
@@ -116,5 +118,5 @@ class World:
         else:
             self.objects[resource].pop(key, None)
 
-    def lists(self) -> list[Replaced]:
+    def lists(self) -> list[Replaced[object]]:
         return [Replaced(resource, dict(objects)) for resource, objects in self.objects.items()]

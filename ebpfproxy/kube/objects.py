@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -245,31 +245,37 @@ def key_of(obj: Object) -> ObjectKey:
 Reduce = Callable[[Object], object]
 
 
-class Replaced(msgspec.Struct, frozen=True, gc=False):
+T = TypeVar("T")
+
+
+class Replaced(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """The complete content of one resource: a first list, a new list after a gap, all manifests.
 
-    ``objects`` are reduced by the source's ``Reduce``. ``unreadable`` names objects that are there but
-    could not be decoded: what was last known of them stays in force.
+    ``objects`` are what the source's ``Reduce`` makes of them. ``unreadable`` names objects that could not be
+    decoded: what was last known of those stays in force.
     """
 
     resource: Resource
-    objects: Mapping[ObjectKey, object]
+    objects: Mapping[ObjectKey, T]
     unreadable: frozenset[ObjectKey] = frozenset()
 
 
-class Changed(msgspec.Struct, frozen=True, gc=False):
+class Changed(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """One object was added or modified. ``received`` is ``time.monotonic()`` when its bytes were read."""
 
     resource: Resource
     key: ObjectKey
-    object: object
+    object: T
     received: float = 0.0
 
 
 class Deleted(msgspec.Struct, frozen=True, gc=False):
+    """One object is no more. ``received`` as in Changed."""
+
     resource: Resource
     key: ObjectKey
     received: float = 0.0
 
 
-Event = Replaced | Changed | Deleted
+#: As they stand in a queue, of any resource.
+Event = Replaced[object] | Changed[object] | Deleted

@@ -8,19 +8,28 @@ which Services, slices and the Node arrive does not matter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ebpfproxy.kube.objects import OPTIONAL, Changed, Event, Node, ObjectKey, Replaced, Resource, key_of
-from ebpfproxy.services.balancing import Weights
+from ebpfproxy.kube.objects import (
+    OPTIONAL,
+    Changed,
+    Deleted,
+    Event,
+    Node,
+    ObjectKey,
+    Replaced,
+    Resource,
+    key_of,
+)
 from ebpfproxy.services.cidrs import ServiceRanges
 from ebpfproxy.services.conflicts import Age, Claim, Claims, claim_of
-from ebpfproxy.services.endpoints import SliceEndpoints, Traits, merge
-from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
+from ebpfproxy.services.endpoints import SliceEndpoints
+from ebpfproxy.services.frontends import ServiceFrontends
 from ebpfproxy.services.model import (
-    Backend,
     Family,
     Frontend,
     HealthCheck,
@@ -30,8 +39,12 @@ from ebpfproxy.services.model import (
     ServicePortKey,
     format_endpoint,
 )
-from ebpfproxy.services.policy import Usable, usable_endpoints
+from ebpfproxy.services.ports import ports_of, ready_on_this_node
+from ebpfproxy.services.slices import Slices
 from ebpfproxy.services.values import Warning, parse_time
+from ebpfproxy.services.warnings import Warnings
+
+T = TypeVar("T")
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -53,6 +66,17 @@ class Update(msgspec.Struct, frozen=True):
     endpoint_changes: int
 
 
+class _Index(NamedTuple, Generic[T]):
+    """How the tracker takes objects of one resource, as ``services.reduce`` makes them."""
+
+    keys: Callable[[], Collection[ObjectKey]]
+    #: Sets an object, or removes it (None). True where a Service has to be computed again.
+    set: Callable[[ObjectKey, T | None], bool]
+    warnings: Callable[[T], tuple[Warning, ...]] = lambda _: ()
+    #: Gets each object whose change was an event and made a Service be computed again.
+    changed: Callable[[T], None] = lambda _: None
+
+
 class Tracker:
     """Services, slices and the Node as last heard of, for the node ``node_name``."""
 
@@ -60,14 +84,11 @@ class Tracker:
         self._node_name = node_name
         self._heard_of: set[Resource] = set()
         self._services: dict[ObjectKey, ServiceFrontends] = {}
-        self._slices: dict[ObjectKey, SliceEndpoints] = {}
-        self._slices_of: dict[ObjectKey, tuple[ObjectKey, ...]] = {}
+        self._slices = Slices()
         self._claims = Claims()
         self._ports: dict[ObjectKey, tuple[ServicePort, ...]] = {}
         self._touched: dict[ObjectKey, None] = {}
-        self._warned: dict[tuple[Resource, ObjectKey], frozenset[Warning]] = {}
-        self._conflicts: dict[ObjectKey, frozenset[Warning]] = {}
-        self._new_warnings: list[Warning] = []
+        self._warnings = Warnings()
         self._triggers: dict[ObjectKey, list[float]] = {}
         self._received: list[float] = []
         self._health_checks: dict[ObjectKey, HealthCheck] = {}
@@ -79,17 +100,26 @@ class Tracker:
         self.node: Node | None = None
         #: Service ports with policy Local that have endpoints but none here, by family and policy.
         self.without_local_endpoints: Counter[tuple[Family, str]] = Counter()
+        #: What T is of a resource is known here only.
+        self._indexes: Mapping[Resource, _Index[Any]] = {
+            Resource.SERVICES: _Index(self._services.keys, self._set_service, lambda each: each.warnings),
+            Resource.ENDPOINTSLICES: _Index(
+                self._slices.keys, self._set_slice, lambda each: each.warnings, self._note_trigger
+            ),
+            Resource.NODES: _Index(lambda: [key_of(self.node)] if self.node else [], self._set_node),
+            Resource.SERVICECIDRS: _Index(self._ranges.keys, self._set_ranges, lambda each: each.warnings),
+        }
 
     # -- what is known
 
     @property
     def synced(self) -> bool:
-        """Whether every resource that any API server has was listed once."""
+        """True once every resource that all API servers have was listed."""
         return self._heard_of >= set(Resource) - OPTIONAL
 
     @property
     def knows_node(self) -> bool:
-        """Whether there is a Node object for this node, or certainly none."""
+        """True once there is a Node object for this node, or certainly none."""
         return Resource.NODES in self._heard_of
 
     @property
@@ -108,7 +138,7 @@ class Tracker:
 
     @property
     def pending(self) -> bool:
-        return bool(self._touched or self._new_warnings)
+        return bool(self._touched or self._warnings)
 
     @property
     def pending_changes(self) -> tuple[int, int]:
@@ -143,57 +173,30 @@ class Tracker:
 
     def apply(self, event: Event) -> None:
         """The event's objects are what ``services.reduce`` makes of them."""
+        self._apply(self._indexes[event.resource], event)
+
+    def _apply(self, index: _Index[T], event: Replaced[T] | Changed[T] | Deleted) -> None:
+        resource = event.resource
         if isinstance(event, Replaced):
-            self._heard_of.add(event.resource)
-            for gone in self._known(event.resource) - event.objects.keys() - event.unreadable:
-                self._remove(event.resource, gone)
+            self._heard_of.add(resource)
+            for gone in set(index.keys()) - event.objects.keys() - event.unreadable:
+                self._warnings.set((resource, gone), ())
+                index.set(gone, None)
             for key, each in event.objects.items():
-                self._set(key, each)
-        elif isinstance(event, Changed):
-            if self._set(event.key, event.object):
-                self._received.append(event.received)
-                if isinstance(event.object, SliceEndpoints):
-                    self._note_trigger(event.object)
-        elif self._remove(event.resource, event.key):
+                index.set(key, each)
+                self._warnings.set((resource, key), index.warnings(each))
+            return
+        new = event.object if isinstance(event, Changed) else None
+        self._warnings.set((resource, event.key), index.warnings(new) if new is not None else ())
+        if index.set(event.key, new):
             self._received.append(event.received)
+            if new is not None:
+                index.changed(new)
 
     def _note_trigger(self, piece: SliceEndpoints) -> None:
         time = parse_time(piece.trigger_time) if piece.trigger_time is not None else None
         if time is not None and piece.service is not None:
             self._triggers.setdefault(piece.service, []).append(time)
-
-    def _known(self, resource: Resource) -> set[ObjectKey]:
-        if resource is Resource.SERVICES:
-            return set(self._services)
-        if resource is Resource.ENDPOINTSLICES:
-            return set(self._slices)
-        if resource is Resource.SERVICECIDRS:
-            return set(self._ranges)
-        return {key_of(self.node)} if self.node is not None else set()
-
-    def _set(self, key: ObjectKey, each: object) -> bool:
-        """Whether a Service has to be computed again; so do all of the following."""
-        if isinstance(each, ServiceFrontends):
-            return self._set_service(key, each)
-        if isinstance(each, SliceEndpoints):
-            return self._set_slice(key, each)
-        if isinstance(each, ServiceRanges):
-            self._ranges[key] = each
-            self._warn(Resource.SERVICECIDRS, key, each.warnings)
-            return False
-        assert isinstance(each, Node), f"{key}: a {type(each).__name__} is not reduced"
-        return key.name == self._node_name and self._set_node(each)
-
-    def _remove(self, resource: Resource, key: ObjectKey) -> bool:
-        self._warn(resource, key, ())
-        if resource is Resource.SERVICES:
-            return self._set_service(key, None)
-        if resource is Resource.ENDPOINTSLICES:
-            return self._set_slice(key, None)
-        if resource is Resource.SERVICECIDRS:
-            self._ranges.pop(key, None)
-            return False
-        return key.name == self._node_name and self._set_node(None)
 
     def _set_service(self, key: ObjectKey, new: ServiceFrontends | None) -> bool:
         old = self._services.get(key)
@@ -205,7 +208,6 @@ class Tracker:
             del self._services[key]
         else:
             self._services[key] = new
-            self._warn(Resource.SERVICES, key, new.warnings)
         self._service_changes += 1
         self._touched[key] = None
         age, claims = _claims_of(key, new)
@@ -214,35 +216,17 @@ class Tracker:
         return True
 
     def _set_slice(self, key: ObjectKey, new: SliceEndpoints | None) -> bool:
-        old = self._slices.get(key)
-        if old is None or new is None:
-            if old is new:
-                return False
-        elif old.same_as(new):
-            return False
-        if new is None:
-            del self._slices[key]
-        else:
-            self._slices[key] = new
-            self._warn(Resource.ENDPOINTSLICES, key, new.warnings)
-        before = old.service if old is not None else None
-        after = new.service if new is not None else None
+        before, after = self._slices.set(key, new)
         concerned = [service for service in (before, after) if service is not None]
         self._touched.update(dict.fromkeys(concerned))
         self._endpoint_changes += bool(concerned)
-        if before == after:
-            return bool(concerned)
-        if before is not None:
-            if new is None:
-                self._triggers.pop(before, None)
-            left = tuple(each for each in self._slices_of.pop(before) if each != key)
-            if left:
-                self._slices_of[before] = left
-        if after is not None:
-            self._slices_of[after] = (*self._slices_of.get(after, ()), key)
+        if new is None and before is not None:
+            self._triggers.pop(before, None)
         return bool(concerned)
 
-    def _set_node(self, node: Node | None) -> bool:
+    def _set_node(self, key: ObjectKey, node: Node | None) -> bool:
+        if key.name != self._node_name:
+            return False
         zone = self._zone
         self.node = node
         if self._zone == zone:
@@ -250,13 +234,12 @@ class Tracker:
         self._touched.update(dict.fromkeys(self._services))
         return bool(self._services)
 
-    def _warn(self, resource: Resource, key: ObjectKey, warnings: Iterable[Warning]) -> None:
-        """Reports those that were not there before."""
-        new = frozenset(warnings)
-        old = self._warned.pop((resource, key), frozenset())
-        if new:
-            self._warned[resource, key] = new
-            self._new_warnings += sorted(new - old, key=str)
+    def _set_ranges(self, key: ObjectKey, new: ServiceRanges | None) -> bool:
+        if new is None:
+            self._ranges.pop(key, None)
+        else:
+            self._ranges[key] = new
+        return False
 
     # -- results
 
@@ -279,14 +262,14 @@ class Tracker:
         update = Update(
             changed=tuple(changed),
             removed=tuple(removed),
-            warnings=tuple(self._new_warnings),
+            warnings=self._warnings.take_new(),
             triggers=tuple(chain.from_iterable(self._triggers.values())),
             received=tuple(self._received),
             service_changes=self._service_changes,
             endpoint_changes=self._endpoint_changes,
         )
         self._touched = {}
-        self._new_warnings, self._triggers, self._received = [], {}, []
+        self._triggers, self._received = {}, []
         self._service_changes = self._endpoint_changes = 0
         return update
 
@@ -295,86 +278,40 @@ class Tracker:
         if service is None or not service.health_port or not ports:
             self._health_checks.pop(key, None)
             return
-        ready: dict[Family, set[bytes]] = {family: set() for family in Family}
-        for port in ports:
-            ready[port.key.family] |= {b.address for b in port.local if b not in port.terminating}
-        count = max(map(len, ready.values()))
-        self._health_checks[key] = HealthCheck(*key, service.health_port, count)
+        self._health_checks[key] = HealthCheck(*key, service.health_port, ready_on_this_node(ports))
 
     @property
     def health_checks(self) -> list[HealthCheck]:
-        """Of the Services with a healthCheckNodePort, as last drained."""
+        """One for each Service with a healthCheckNodePort, as last drained."""
         return list(self._health_checks.values())
 
     def _compute(self, key: ObjectKey) -> tuple[ServicePort, ...]:
-        service = self._services.get(key)
-        if service is None:
-            self._conflicts.pop(key, None)
-            return ()
         conflicts: list[Warning] = []
-        ports = []
-        for port in service.ports:
-            frontends = tuple(f for f in port.frontends if self._owns(key, f, conflicts))
-            if not frontends:
-                continue
-            endpoints = self._endpoints(key, port)
-            drained = self._take_drained(endpoints, service.weights)
-            usable = usable_endpoints(endpoints, self._node_name, self._zone)
-            ports.append(
-                ServicePort(
-                    key=port.key,
-                    frontends=port.frontends if frontends == port.frontends else frontends,
-                    cluster=usable.cluster,
-                    local=usable.local,
-                    draining=usable.draining,
-                    terminating=usable.terminating,
-                    idle=usable.idle,
-                    affinity_seconds=port.affinity_seconds,
-                    algorithm=port.algorithm,
-                    drained=drained,
-                    weights=_weights_of(usable, endpoints, service.weights),
-                    source_ranges=port.source_ranges,
+        ports: tuple[ServicePort, ...] = ()
+        if service := self._services.get(key):
+            ports = tuple(
+                ports_of(
+                    service,
+                    self._slices.of(key),
+                    lambda frontend: self._owns(key, frontend, conflicts),
+                    drained=self._drained,
+                    node_name=self._node_name,
+                    zone=self._zone,
                 )
             )
-        before = self._conflicts.pop(key, frozenset())
-        if conflicts:
-            self._conflicts[key] = frozenset(conflicts)
-            self._new_warnings += [w for w in conflicts if w not in before]
-        return tuple(ports)
-
-    def _take_drained(self, endpoints: dict[Backend, Traits], weights: Weights | None) -> tuple[Backend, ...]:
-        """Takes out those that could serve but shall not, so that the rules see only the others."""
-        if weights is None and not self._drained:
-            return ()
-        drained = [
-            backend
-            for backend, traits in endpoints.items()
-            if (traits.ready or traits.draining)
-            and (
-                (backend.address, 0) in self._drained
-                or (backend.address, backend.port) in self._drained
-                or (weights is not None and not weights.of(backend.address, traits.node, traits.zone))
-            )
-        ]
-        for backend in drained:
-            del endpoints[backend]
-        return tuple(sorted(drained))
+        self._warnings.set(("conflicts", key), conflicts)
+        return ports
 
     def set_drained(self, drained: frozenset[tuple[bytes, int]]) -> None:
         """Addresses and ports (0: all) that shall take no new connections from this node."""
         addresses = {address for address, _ in self._drained ^ drained}
         if addresses:
             self._drained = drained
-            for piece in self._slices.values():
-                if piece.service is not None and not addresses.isdisjoint(piece.addresses):
-                    self._touched[piece.service] = None
+            self._touched.update(dict.fromkeys(self._slices.services_with(addresses)))
 
     def has_endpoint(self, address: bytes, port: int) -> bool:
-        """Whether any slice has it; port 0: any port."""
-        return any(
-            address in piece.addresses and (not port or any(p.port == port for p in piece.ports))
-            for piece in self._slices.values()
-        )
+        """True where any slice has it; port 0: any port."""
+        return self._slices.has_endpoint(address, port)
 
     def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:
         owner = self._claims.owner(claim_of(frontend))
@@ -391,45 +328,8 @@ class Tracker:
         )
         return False
 
-    def _endpoints(self, key: ObjectKey, port: PortFrontends) -> dict[Backend, Traits]:
-        """The endpoints of all slices that have this port, by name and protocol.
-
-        An address that is there twice counts once: see :func:`ebpfproxy.services.endpoints.merge`.
-        """
-        found: dict[Backend, Traits] = {}
-        name, protocol, family = port.key.port_name, port.key.protocol, port.key.family
-        for slice_key in self._slices_of.get(key, ()):
-            piece = self._slices[slice_key]
-            if piece.family is not family:
-                continue
-            for slice_port in piece.ports:
-                if slice_port.name != name or slice_port.protocol is not protocol:
-                    continue
-                number = slice_port.port
-                for address, traits in zip(piece.addresses, piece.traits, strict=True):
-                    backend = Backend(address, number, protocol)
-                    known = found.setdefault(backend, traits)
-                    if known is not traits:
-                        found[backend] = merge(known, traits)
-        return found
-
 
 def _claims_of(key: ObjectKey, service: ServiceFrontends | None) -> tuple[Age, set[Claim]]:
     if service is None:
         return ("", *key), set()
     return service.age, {claim_of(f) for port in service.ports for f in port.frontends}
-
-
-def _weights_of(
-    usable: Usable, endpoints: dict[Backend, Traits], weights: Weights | None
-) -> tuple[tuple[Backend, int], ...]:
-    """Of the usable ones, where they are not 1."""
-    if weights is None:
-        return ()
-    found = []
-    for backend in sorted({*usable.cluster, *usable.local}):
-        traits = endpoints[backend]
-        weight = weights.of(backend.address, traits.node, traits.zone)
-        if weight != 1:
-            found.append((backend, weight))
-    return tuple(found)

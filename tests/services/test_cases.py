@@ -22,7 +22,7 @@ CASES = sorted((Path(__file__).parents[1] / "cases").glob("*.yaml"))
 NODE = "node-a"
 
 
-def replaced(objects: list[Object]) -> list[Replaced]:
+def replaced(objects: list[Object]) -> list[Replaced[object]]:
     kinds: list[tuple[Resource, type[Object]]] = [
         (Resource.SERVICES, Service),
         (Resource.ENDPOINTSLICES, EndpointSlice),

@@ -16,7 +16,7 @@ from tests.recordings import RecordTracker
 NODES = ("node-a1", "node-b1")
 
 
-def from_scratch(lists: list[Replaced], node: str) -> list[ServicePort]:
+def from_scratch(lists: list[Replaced[object]], node: str) -> list[ServicePort]:
     tracker = RecordTracker(node)
     for each in lists:
         tracker.apply(each)

@@ -1,0 +1,79 @@
+"""The queue at which other threads meet the reconciler, and the workers that it gives slow work to."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+
+from ebpfproxy.kube.objects import Event
+from ebpfproxy.node.facts import Facts
+
+R = TypeVar("R")
+
+
+class NetworkChanged(msgspec.Struct, frozen=True):
+    """The node's devices, addresses or routes are other ones now."""
+
+    facts: Facts
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """A worker is done, and this is what the reconciler does about it."""
+
+    then: Callable[[], None]
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """A worker has failed, and the agent with it."""
+
+    error: BaseException
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """The agent ends; ``reason`` is empty where a signal asks for it."""
+
+    reason: str = ""
+
+
+Message = Event | NetworkChanged | Finished | Failed | Stop
+
+
+class Messages:
+    """The queue. Any thread may :meth:`put`; the reconciler takes."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
+        self.put = self._queue.put
+
+    def take(self, seconds: float) -> list[Message]:
+        """Waits for one, and takes all that are there by then: many events become one change."""
+        try:
+            found = [self._queue.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+        while not self._queue.empty():
+            found.append(self._queue.get())
+        return found
+
+    def run(self, work: Callable[[], R], then: Callable[[R], None]) -> None:
+        """Runs ``work`` in a worker, and ``then`` with its result in the reconciler. Its failure is ours."""
+
+        def done(future: Future[R]) -> None:
+            if future.cancelled():
+                return
+            error = future.exception()
+            if error is None:
+                self.put(Finished(lambda: then(future.result())))
+            else:
+                self.put(Failed(error))
+
+        self._workers.submit(work).add_done_callback(done)
+
+    def close(self) -> None:
+        """Starts no more work. What runs is left to itself."""
+        self._workers.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,148 @@
+"""What ``ebpfproxy status`` and gauges show of the agent: gathered from its parts, written to a map."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+import ebpfproxy
+from ebpfproxy.agent import state
+from ebpfproxy.agent.housekeeping import Housekeeping
+from ebpfproxy.agent.network import NodeNetwork
+from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.agent.programs import ProgramManager
+from ebpfproxy.agent.source import Source
+from ebpfproxy.config.masquerade_ports import shared_remark
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.programs.devices import LOOPBACK
+from ebpfproxy.datapath.services.writer import Writer
+from ebpfproxy.health.node_port import NodePortHealth
+from ebpfproxy.health.proxy import ProxyHealth
+from ebpfproxy.health.server import HttpServer
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
+from ebpfproxy.netlink.namespaces import netns_cookie
+from ebpfproxy.services.tracker import Tracker
+
+#: How often the state is written when nothing happens, in seconds.
+HEARTBEAT = 5.0
+#: The least time between two of what happens, in seconds.
+_REST = 0.25
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What there is to show."""
+
+    options: AgentOptions
+    maps: MapSet
+    source: Source
+    tracker: Tracker
+    writer: Writer
+    programs: ProgramManager
+    network: NodeNetwork
+    housekeeping: Housekeeping
+    health: ProxyHealth
+    node_port_health: NodePortHealth
+    metrics: AgentMetrics
+    servers: list[HttpServer]
+
+
+class Status:
+    """One thread uses it. ``started``: Unix seconds."""
+
+    def __init__(self, parts: Parts, started: float) -> None:
+        self._parts = parts
+        self._started = started
+        self._last_programmed: float | None = None
+        self._last_duration: float | None = None
+        self._written = 0.0
+        self._synced_written = False
+        #: True while something is known that is not written yet.
+        self.is_old = False
+
+    def programmed(self, seconds: float) -> None:
+        """The maps have been changed just now, which took so long."""
+        self._last_programmed, self._last_duration = time.time(), seconds
+        state.save_programmed(self._parts.maps, self._last_programmed, seconds)
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the state should be written."""
+        return _REST if self.is_old else HEARTBEAT
+
+    def write(self, *, is_idle: bool, complete: bool) -> None:
+        """A few times a second while much happens, but at once when everything is in place.
+
+        ``is_idle``: nothing has happened since the last time. ``complete``: everything is programmed. What is
+        not written at once is soon after: ``status`` must not show maps that are newer by more.
+        """
+        now = time.monotonic()
+        if is_idle and not self.is_old and now - self._written < HEARTBEAT:
+            return
+        synced = complete and self._parts.programs.attached
+        if now - self._written < _REST and synced and self._synced_written:
+            self.is_old = True
+            return
+        self._written, self._synced_written, self.is_old = now, synced, False
+        without_room = [str(each) for each in self._parts.writer.unplaced]
+        self._set_gauges(len(without_room))
+        state.save(self._parts.maps, self._state(synced, without_room))
+
+    def _set_gauges(self, without_room: int) -> None:
+        parts = self._parts
+        parts.metrics.pending(*parts.tracker.pending_changes)
+        parts.metrics.devices(len(parts.programs.targets), len(parts.programs.failures))
+        parts.metrics.without_room(without_room)
+        parts.metrics.health_check_ports(parts.node_port_health.bound, len(parts.node_port_health.failed))
+
+    def _state(self, synced: bool, without_room: list[str]) -> state.AgentState:
+        parts = self._parts
+        return state.AgentState(
+            pid=os.getpid(),
+            version=ebpfproxy.__version__,
+            node=parts.options.node_name,
+            source=parts.source.description,
+            started=self._started,
+            written=time.time(),
+            synced=synced,
+            healthy=parts.health.healthy,
+            last_programmed=self._last_programmed,
+            last_duration=self._last_duration,
+            services=parts.tracker.services,
+            watches=tuple(
+                state.WatchState(str(s.resource), str(s.state), s.since, s.last_event, s.error)
+                for s in parts.source.statuses()
+            ),
+            problems=(*without_room, *parts.programs.failures, *self._remarks(), *self._unbound()),
+            devices=len(parts.programs.targets),
+            device_roles=tuple(self._devices()),
+            netns=netns_cookie(),
+            node_facts=parts.network.node_facts,
+            conntrack_entries=parts.housekeeping.entries,
+            conntrack_evicted=parts.housekeeping.evicted,
+            health_check_ports=parts.node_port_health.bound,
+            timeouts=parts.options.timeouts,
+        )
+
+    def _devices(self) -> Iterator[state.DeviceState]:
+        attached = self._parts.programs.attached_devices
+        if LOOPBACK in self._parts.programs.targets:
+            is_attached = LOOPBACK.ifindex in attached
+            why = "NodePorts answer on it"
+            yield state.DeviceState(LOOPBACK.ifindex, LOOPBACK.name, "loopback", why, is_attached)
+        for each in self._parts.network.devices:
+            is_attached = each.ifindex in attached
+            yield state.DeviceState(each.ifindex, each.name, str(each.role), each.why, is_attached)
+
+    def _remarks(self) -> Iterator[str]:
+        if self._parts.options.masquerade_ports_shared:
+            yield shared_remark(self._parts.options.masquerade_ports)
+
+    def _unbound(self) -> Iterator[str]:
+        for server in self._parts.servers:
+            if server.failure and server.port is None:
+                yield f"{server.name}: {server.failure}"
+        for port, error in self._parts.node_port_health.failed.items():
+            yield f"healthCheckNodePort {port}: {error}"

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.options import Decorator
+from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.kube.access import ConfigError
 from ebpfproxy.operator import kube_proxy

@@ -14,6 +14,7 @@ from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate_tables import print_plan, said
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import emit
+from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.kube.access import ConfigError
 from ebpfproxy.node.identity import NodeNameError, node_name
 from ebpfproxy.operator.api import Api, ApiError
@@ -33,7 +34,7 @@ def command() -> None:
     """
 
 
-def _where(function: options.Decorator) -> options.Decorator:
+def _where(function: Decorator) -> Decorator:
     for each in (
         click.option("--timeout", type=Seconds(), default="60s", show_default=True, help="For each step."),
         click.option("--hostname-override", metavar="NAME", help="This node's name.  [default: the host's]"),
@@ -51,14 +52,14 @@ def _where(function: options.Decorator) -> options.Decorator:
     return function
 
 
-_parallel: options.Decorator = click.option(
+_parallel: Decorator = click.option(
     "--parallel",
     type=click.IntRange(1),
     default=1,
     show_default=True,
     help="Of many nodes, how many at once.",
 )
-_stopped: options.Decorator = click.option(
+_stopped: Decorator = click.option(
     "--stopped",
     is_flag=True,
     help="kube-proxy was stopped after a plan found nothing in the way: its rules may differ since. For this"

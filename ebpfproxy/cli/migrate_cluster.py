@@ -10,9 +10,9 @@ from typing import Any
 import click
 import msgspec
 
-from ebpfproxy.cli import options
 from ebpfproxy.cli.migrate_tables import print_cluster, said
 from ebpfproxy.cli.output import emit
+from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.kube.access import ConfigError
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
@@ -46,7 +46,7 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float
 
 
-def choice(function: options.Decorator) -> options.Decorator:
+def choice(function: Decorator) -> Decorator:
     """Options of every command that works on one node or many."""
     for each in (
         click.option(

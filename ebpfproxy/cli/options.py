@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import click
 
-from ebpfproxy.config.datapath import BPFFS
+from ebpfproxy.cli.settings import Decorator, setting
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+bpf_root = setting("bpfRoot", envvar="EBPFPROXY_BPF_ROOT", show_envvar=True, show_default=True)
 
-bpf_root: Decorator = click.option(
-    "--bpf-root",
-    # Whoever asks a cluster about all nodes, from anywhere, need not be able to read this.
-    type=click.Path(path_type=Path, readable=False),
-    default=BPFFS,
-    show_default=True,
-    envvar="EBPFPROXY_BPF_ROOT",
-    show_envvar=True,
-    help="Folder on a bpffs below which maps, programs and attachments are pinned.",
-)
-
-cgroup_root: Decorator = click.option(
-    "--cgroup-root",
-    type=click.Path(path_type=Path),
-    default=None,
-    envvar="EBPFPROXY_CGROUP_ROOT",
-    show_envvar=True,
-    help="cgroup v2 folder whose processes are served.  [default: the cgroup v2 mount]",
-)
+cgroup_root = setting("cgroupRoot", envvar="EBPFPROXY_CGROUP_ROOT", show_envvar=True)
 
 output_format: Decorator = click.option(
     "-o",

@@ -12,96 +12,30 @@ import msgspec
 from ebpfproxy.config.documents import Problem, Quantity, bare, convert
 from ebpfproxy.config.durations import Duration, seconds
 from ebpfproxy.config.kube_proxy import (
+    DEFAULTS,
     HEALTHZ_PORT,
     METRICS_PORT,
     KubeProxyConfiguration,
     VModuleItem,
     with_port,
 )
+from ebpfproxy.config.options import Option, options_of
+from ebpfproxy.config.own import DEFAULTS as OWN_DEFAULTS
 from ebpfproxy.config.own import EbpfProxyConfiguration
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-#: kube-proxy's flags (``kube-proxy --help`` of 1.36), and the field that each sets.
-KUBE_PROXY_FLAGS: Mapping[str, str] = {
-    "bind-address": "bindAddress",
-    "bind-address-hard-fail": "bindAddressHardFail",
-    "cluster-cidr": "clusterCIDR",
-    "config-sync-period": "configSyncPeriod",
-    "conntrack-max-per-core": "conntrack.maxPerCore",
-    "conntrack-min": "conntrack.min",
-    "conntrack-tcp-be-liberal": "conntrack.tcpBeLiberal",
-    "conntrack-tcp-timeout-close-wait": "conntrack.tcpCloseWaitTimeout",
-    "conntrack-tcp-timeout-established": "conntrack.tcpEstablishedTimeout",
-    "conntrack-udp-timeout": "conntrack.udpTimeout",
-    "conntrack-udp-timeout-stream": "conntrack.udpStreamTimeout",
-    "detect-local-mode": "detectLocalMode",
-    "feature-gates": "featureGates",
-    "healthz-bind-address": "healthzBindAddress",
-    "hostname-override": "hostnameOverride",
-    "iptables-localhost-nodeports": "iptables.localhostNodePorts",
-    "iptables-masquerade-bit": "iptables.masqueradeBit",
-    "iptables-min-sync-period": "iptables.minSyncPeriod",
-    "iptables-sync-period": "iptables.syncPeriod",
-    "ipvs-exclude-cidrs": "ipvs.excludeCIDRs",
-    "ipvs-min-sync-period": "ipvs.minSyncPeriod",
-    "ipvs-scheduler": "ipvs.scheduler",
-    "ipvs-strict-arp": "ipvs.strictARP",
-    "ipvs-sync-period": "ipvs.syncPeriod",
-    "ipvs-tcp-timeout": "ipvs.tcpTimeout",
-    "ipvs-tcpfin-timeout": "ipvs.tcpFinTimeout",
-    "ipvs-udp-timeout": "ipvs.udpTimeout",
-    "kube-api-burst": "clientConnection.burst",
-    "kube-api-content-type": "clientConnection.contentType",
-    "kube-api-qps": "clientConnection.qps",
-    "kubeconfig": "clientConnection.kubeconfig",
-    "log-flush-frequency": "logging.flushFrequency",
-    "log-json-info-buffer-size": "logging.options.json.infoBufferSize",
-    "log-json-split-stream": "logging.options.json.splitStream",
-    "log-text-info-buffer-size": "logging.options.text.infoBufferSize",
-    "log-text-split-stream": "logging.options.text.splitStream",
-    "logging-format": "logging.format",
-    "masquerade-all": "iptables.masqueradeAll",
-    "metrics-bind-address": "metricsBindAddress",
-    "nodeport-addresses": "nodePortAddresses",
-    "oom-score-adj": "oomScoreAdj",
-    "pod-bridge-interface": "detectLocal.bridgeInterface",
-    "pod-interface-name-prefix": "detectLocal.interfaceNamePrefix",
-    "profiling": "enableProfiling",
-    "proxy-mode": "mode",
-    "show-hidden-metrics-for-version": "showHiddenMetricsForVersion",
-    "v": "logging.verbosity",
-    "verbosity": "logging.verbosity",
-    "vmodule": "logging.vmodule",
-}
+KUBE_PROXY_OPTIONS = tuple(options_of(DEFAULTS))
+OWN_OPTIONS = tuple(options_of(OWN_DEFAULTS))
 
-OWN_FLAGS: Mapping[str, str] = {
-    "bpf-root": "bpfRoot",
-    "cgroup-root": "cgroupRoot",
-    "manifests": "manifests",
-    "master": "master",
-    "localhost-nodeports": "localhostNodePorts",
-    "nodeport-guard": "nodePortGuard",
-    "pod-sockets": "podSockets",
-    "external-ips": "externalIPs",
-    "devices": "devices",
-    "service-cidr": "serviceCIDRs",
-    "bypass-netfilter": "bypassNetfilter",
-    "masquerade-ports": "masqueradePorts",
-    "lb-algorithm": "lbAlgorithm",
-    "maglev-table-size": "maglevTableSize",
-    "stale-tcp": "staleTCP",
-    "stale-tcp-seconds": "staleTCPSeconds",
-    "socket-sweep-seconds": "socketSweepSeconds",
-    "max-conntrack": "maxConntrack",
-    "max-services": "maxServices",
-    "max-backends": "maxBackends",
-    "max-slots": "maxSlots",
-    "max-affinity": "maxAffinity",
-    "max-connections": "maxConnections",
-    "max-datagram-sockets": "maxDatagramSockets",
-    "without": "without",
-}
+
+def _fields(options: tuple[Option, ...]) -> Mapping[str, str]:
+    return {name.lstrip("-"): each.path for each in options if each.flag for name in each.flag.names}
+
+
+#: Flags without their dashes, and the field that each sets.
+KUBE_PROXY_FLAGS = _fields(KUBE_PROXY_OPTIONS)
+OWN_FLAGS = _fields(OWN_OPTIONS)
 
 #: Flags that say what to do, and set no field.
 NO_FIELD = frozenset(

@@ -2,7 +2,8 @@
 
 Source: kubernetes/kubernetes, staging/src/k8s.io/kube-proxy/config/v1alpha1/types.go and
 component-base/logs/api/v1/types.go; defaults as a real ``kube-proxy --write-config-to`` writes them. Fields
-stand in the API's order, which is the order that ``/configz`` answers in.
+are in the API's order, which is the order that ``/configz`` answers in. Each names kube-proxy's flag for it
+(``kube-proxy --help`` of 1.36), see :mod:`ebpfproxy.config.options`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from ebpfproxy.config.documents import FlushFrequency, Quantity
 from ebpfproxy.config.durations import Duration, seconds
+from ebpfproxy.config.options import IGNORED, Flag
 from ebpfproxy.services.values import parse_address
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
@@ -20,10 +23,12 @@ KIND = "KubeProxyConfiguration"
 
 HEALTHZ_PORT, METRICS_PORT = 10256, 10249
 PRIMARY = "primary"
+LOCAL_MODES = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
+FORMATS = ("text", "json")
 
-Int32 = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+Int32 = Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 #: uint32 in the API, but klog takes no more than an int32.
-Verbosity = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+Verbosity = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
 class _Api(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -33,11 +38,15 @@ class _Api(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unk
 class ClientConnection(_Api, frozen=True):
     """``qps`` requests a second on average, ``burst`` at once; a negative ``qps`` is no limit."""
 
-    kubeconfig: str = ""
-    accept_content_types: str = ""
-    content_type: str = "application/vnd.kubernetes.protobuf"
-    qps: float = 5.0
-    burst: Int32 = 10
+    kubeconfig: Annotated[
+        str, Meta(description="Kubeconfig of the API server."), Flag("--kubeconfig", metavar="PATH")
+    ] = ""
+    accept_content_types: Annotated[str, IGNORED] = ""
+    content_type: Annotated[str, Flag("--kube-api-content-type"), IGNORED] = (
+        "application/vnd.kubernetes.protobuf"
+    )
+    qps: Annotated[float, Flag("--kube-api-qps")] = 5.0
+    burst: Annotated[Int32, Flag("--kube-api-burst")] = 10
 
 
 class VModuleItem(_Api, frozen=True):
@@ -45,50 +54,69 @@ class VModuleItem(_Api, frozen=True):
     verbosity: Verbosity = 0
 
 
-class OutputRouting(_Api, frozen=True):
-    """Bytes, as a quantity of the API."""
+class TextOptions(_Api, frozen=True):
+    split_stream: Annotated[bool, Flag("--log-text-split-stream")] = False
+    info_buffer_size: Annotated[Quantity, Flag("--log-text-info-buffer-size")] = Quantity("0")
 
-    split_stream: bool = False
-    info_buffer_size: Quantity = Quantity("0")
+
+class JsonOptions(_Api, frozen=True):
+    split_stream: Annotated[bool, Flag("--log-json-split-stream")] = False
+    info_buffer_size: Annotated[Quantity, Flag("--log-json-info-buffer-size")] = Quantity("0")
 
 
 class LogOptions(_Api, frozen=True):
-    text: OutputRouting = OutputRouting()
-    json: OutputRouting = OutputRouting()
+    text: TextOptions = TextOptions()
+    json: JsonOptions = JsonOptions()
 
 
 class Logging(_Api, frozen=True):
-    format: str = "text"
-    flush_frequency: FlushFrequency = FlushFrequency(5 * 10**9)
-    verbosity: Verbosity = 0
-    vmodule: tuple[VModuleItem, ...] = ()
-    options: LogOptions = LogOptions()
+    format: Annotated[str, Meta(description="Log format."), Flag("--logging-format", choices=FORMATS)] = (
+        "text"
+    )
+    flush_frequency: Annotated[FlushFrequency, Flag("--log-flush-frequency"), IGNORED] = FlushFrequency(
+        5 * 10**9
+    )
+    verbosity: Annotated[
+        Verbosity,
+        Meta(description="Log level; 4 and above: every event."),
+        Flag("-v", "--verbosity", metavar="LEVEL"),
+    ] = 0
+    vmodule: Annotated[tuple[VModuleItem, ...], Flag("--vmodule"), IGNORED] = ()
+    options: Annotated[LogOptions, IGNORED] = LogOptions()
 
 
 class Iptables(_Api, frozen=True):
-    masquerade_bit: Int32 = 14
-    masquerade_all: bool = False
-    localhost_node_ports: bool = True
-    sync_period: Duration = Duration()
-    min_sync_period: Duration = Duration()
+    masquerade_bit: Annotated[Int32, Flag("--iptables-masquerade-bit"), IGNORED] = 14
+    masquerade_all: Annotated[
+        bool,
+        Meta(description="Masquerade all traffic through Services in packets."),
+        Flag("--masquerade-all"),
+    ] = False
+    localhost_node_ports: Annotated[bool, Flag("--iptables-localhost-nodeports")] = True
+    sync_period: Annotated[Duration, Flag("--iptables-sync-period"), IGNORED] = Duration()
+    min_sync_period: Annotated[Duration, Flag("--iptables-min-sync-period"), IGNORED] = Duration()
 
 
 class Ipvs(_Api, frozen=True):
-    sync_period: Duration = Duration()
-    min_sync_period: Duration = Duration()
-    scheduler: str = ""
-    exclude_cidrs: tuple[str, ...] | None = msgspec.field(default=None, name="excludeCIDRs")
-    strict_arp: bool = msgspec.field(default=False, name="strictARP")
-    tcp_timeout: Duration = Duration()
-    tcp_fin_timeout: Duration = Duration()
-    udp_timeout: Duration = Duration()
+    sync_period: Annotated[Duration, Flag("--ipvs-sync-period"), IGNORED] = Duration()
+    min_sync_period: Annotated[Duration, Flag("--ipvs-min-sync-period"), IGNORED] = Duration()
+    scheduler: Annotated[str, Flag("--ipvs-scheduler")] = ""
+    exclude_cidrs: Annotated[tuple[str, ...] | None, Flag("--ipvs-exclude-cidrs"), IGNORED] = msgspec.field(
+        default=None, name="excludeCIDRs"
+    )
+    strict_arp: Annotated[bool, Flag("--ipvs-strict-arp"), IGNORED] = msgspec.field(
+        default=False, name="strictARP"
+    )
+    tcp_timeout: Annotated[Duration, Flag("--ipvs-tcp-timeout"), IGNORED] = Duration()
+    tcp_fin_timeout: Annotated[Duration, Flag("--ipvs-tcpfin-timeout"), IGNORED] = Duration()
+    udp_timeout: Annotated[Duration, Flag("--ipvs-udp-timeout"), IGNORED] = Duration()
 
 
 class Nftables(_Api, frozen=True):
-    masquerade_bit: Int32 = 14
+    masquerade_bit: Annotated[Int32, IGNORED] = 14
     masquerade_all: bool = False
-    sync_period: Duration = Duration()
-    min_sync_period: Duration = Duration()
+    sync_period: Annotated[Duration, IGNORED] = Duration()
+    min_sync_period: Annotated[Duration, IGNORED] = Duration()
 
 
 class Winkernel(_Api, frozen=True):
@@ -100,51 +128,122 @@ class Winkernel(_Api, frozen=True):
 
 
 class DetectLocal(_Api, frozen=True):
-    bridge_interface: str = ""
-    interface_name_prefix: str = ""
+    bridge_interface: Annotated[
+        str,
+        Meta(description="Bridge of the pods, for --detect-local-mode BridgeInterface."),
+        Flag("--pod-bridge-interface", metavar="NAME"),
+    ] = ""
+    interface_name_prefix: Annotated[
+        str,
+        Meta(description="Prefix of pods' devices, for --detect-local-mode InterfaceNamePrefix."),
+        Flag("--pod-interface-name-prefix", metavar="PREFIX"),
+    ] = ""
 
 
 class Conntrack(_Api, frozen=True):
     """Time-outs: 0 leaves what the kernel has. ``max_per_core``: 0 leaves the limit, and ignores ``min``."""
 
-    max_per_core: Int32 = 32768
-    min: Int32 = 131072
-    tcp_established_timeout: Duration = seconds(24 * 3600)
-    tcp_close_wait_timeout: Duration = seconds(3600)
-    tcp_be_liberal: bool = False
-    udp_timeout: Duration = Duration()
-    udp_stream_timeout: Duration = Duration()
+    max_per_core: Annotated[Int32, Flag("--conntrack-max-per-core")] = 32768
+    min: Annotated[Int32, Flag("--conntrack-min")] = 131072
+    tcp_established_timeout: Annotated[
+        Duration,
+        Meta(description="Time-out of an idle established TCP connection."),
+        Flag("--conntrack-tcp-timeout-established", metavar="DURATION"),
+    ] = seconds(24 * 3600)
+    tcp_close_wait_timeout: Annotated[
+        Duration,
+        Meta(description="Time-out of an idle TCP connection that one side has closed."),
+        Flag("--conntrack-tcp-timeout-close-wait", metavar="DURATION"),
+    ] = seconds(3600)
+    tcp_be_liberal: Annotated[bool, Flag("--conntrack-tcp-be-liberal")] = False
+    udp_timeout: Annotated[
+        Duration,
+        Meta(description="Time-out of a UDP flow without a reply."),
+        Flag("--conntrack-udp-timeout", metavar="DURATION", default="30s"),
+    ] = Duration()
+    udp_stream_timeout: Annotated[
+        Duration,
+        Meta(description="Time-out of a UDP flow with replies that lasts for seconds."),
+        Flag("--conntrack-udp-timeout-stream", metavar="DURATION", default="2m"),
+    ] = Duration()
 
 
 class KubeProxyConfiguration(_Api, frozen=True):
-    """What a file says; :func:`complete` puts in the defaults that depend on other fields."""
+    """The content of a file; :func:`complete` adds the defaults that depend on other fields."""
 
     kind: Literal["KubeProxyConfiguration"] = "KubeProxyConfiguration"
     api_version: Literal["kubeproxy.config.k8s.io/v1alpha1"] = "kubeproxy.config.k8s.io/v1alpha1"
-    feature_gates: dict[str, bool] = {}
+    feature_gates: Annotated[
+        dict[str, bool],
+        Meta(description="Feature gates; only AllowServiceExternalIPs has an effect."),
+        Flag("--feature-gates", metavar="NAME=BOOL"),
+        IGNORED,
+    ] = {}
     client_connection: ClientConnection = ClientConnection()
     logging: Logging = Logging()
-    hostname_override: str = ""
-    bind_address: str = "0.0.0.0"
-    healthz_bind_address: str = ""
-    metrics_bind_address: str = ""
-    bind_address_hard_fail: bool = False
-    enable_profiling: bool = False
-    show_hidden_metrics_for_version: str = ""
-    mode: str = ""
+    hostname_override: Annotated[
+        str,
+        Meta(description="Name of this node."),
+        Flag("--hostname-override", metavar="NAME", default="the host's name"),
+    ] = ""
+    bind_address: Annotated[
+        str,
+        Meta(description="Decides only the family of the two default addresses that follow."),
+        Flag("--bind-address", metavar="IP"),
+        IGNORED,
+    ] = "0.0.0.0"
+    healthz_bind_address: Annotated[
+        str,
+        Meta(description="Address of /healthz and /livez; empty disables them."),
+        Flag("--healthz-bind-address", metavar="IP:PORT"),
+    ] = ""
+    metrics_bind_address: Annotated[
+        str,
+        Meta(description="Address of /metrics, /healthz, /proxyMode and /configz; empty disables them."),
+        Flag("--metrics-bind-address", metavar="IP:PORT"),
+    ] = ""
+    bind_address_hard_fail: Annotated[bool, Flag("--bind-address-hard-fail")] = False
+    enable_profiling: Annotated[bool, Flag("--profiling"), IGNORED] = False
+    show_hidden_metrics_for_version: Annotated[str, Flag("--show-hidden-metrics-for-version"), IGNORED] = ""
+    mode: Annotated[str, Flag("--proxy-mode")] = ""
     iptables: Iptables = Iptables()
     ipvs: Ipvs = Ipvs()
     nftables: Nftables = Nftables()
-    winkernel: Winkernel = Winkernel()
-    detect_local_mode: str = ""
+    winkernel: Annotated[Winkernel, IGNORED] = Winkernel()
+    detect_local_mode: Annotated[
+        str,
+        Meta(
+            description="How packets of this node's pods are recognized. Their clients are not masqueraded."
+        ),
+        Flag(
+            "--detect-local-mode",
+            choices=("Devices", *LOCAL_MODES),
+            default="ClusterCIDR; Devices without a --cluster-cidr",
+        ),
+    ] = ""
     detect_local: DetectLocal = DetectLocal()
-    cluster_cidr: str = msgspec.field(default="", name="clusterCIDR")
-    node_port_addresses: tuple[str, ...] | None = None
-    oom_score_adj: Int32 = -999
+    cluster_cidr: Annotated[
+        str,
+        Meta(description="CIDRs of pods, for --detect-local-mode ClusterCIDR."),
+        Flag("--cluster-cidr", metavar="CIDRS"),
+    ] = msgspec.field(default="", name="clusterCIDR")
+    node_port_addresses: Annotated[
+        tuple[str, ...] | None,
+        Meta(
+            description="Addresses that answer on NodePorts: CIDRs, 'primary', 'localhost' and 'all', "
+            "separated by commas."
+        ),
+        Flag(
+            "--nodeport-addresses",
+            metavar="CIDRS",
+            default="all, or primary with --proxy-mode nftables",
+        ),
+    ] = None
+    oom_score_adj: Annotated[Int32, Flag("--oom-score-adj")] = -999
     conntrack: Conntrack = Conntrack()
-    config_sync_period: Duration = seconds(15 * 60)
-    port_range: str = ""
-    windows_run_as_service: bool = False
+    config_sync_period: Annotated[Duration, Flag("--config-sync-period"), IGNORED] = seconds(15 * 60)
+    port_range: Annotated[str, IGNORED] = ""
+    windows_run_as_service: Annotated[bool, IGNORED] = False
 
     @property
     def masquerade_all(self) -> bool:
@@ -170,7 +269,8 @@ def with_api_defaults(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
     packed = parse_address(bind, strict=True)
     any_address, loopback = ("0.0.0.0", "127.0.0.1") if packed and len(packed) == 4 else ("::", "::1")
     client, logging = given.client_connection, given.logging
-    blank = OutputRouting().info_buffer_size
+    text, json = logging.options.text, logging.options.json
+    blank = TextOptions().info_buffer_size
     return msgspec.structs.replace(
         given,
         bind_address=bind,
@@ -188,10 +288,8 @@ def with_api_defaults(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
             format=logging.format or Logging().format,
             flush_frequency=logging.flush_frequency or Logging().flush_frequency,
             options=LogOptions(
-                **{
-                    name: msgspec.structs.replace(each, info_buffer_size=each.info_buffer_size or blank)
-                    for name, each in (("text", logging.options.text), ("json", logging.options.json))
-                }
+                text=msgspec.structs.replace(text, info_buffer_size=text.info_buffer_size or blank),
+                json=msgspec.structs.replace(json, info_buffer_size=json.info_buffer_size or blank),
             ),
         ),
     )

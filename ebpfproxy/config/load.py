@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ebpfproxy.config import own as ours
 from ebpfproxy.config import validation
 from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.config.documents import ConfigurationError, Document, Problem, convert, read_documents
+from ebpfproxy.config.options import options_of
 
 _BIND_ADDRESSES = ("healthzBindAddress", "metricsBindAddress")
 
@@ -183,36 +184,6 @@ def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConf
 #: Fields that are not in the API any more; files of clusters that were upgraded often still have them.
 _RETIRED = ("resourceContainer", "udpIdleTimeout")
 
-#: Fields, or sections, that are read and checked but that the agent has no use for.
-_NO_EFFECT = (
-    "featureGates",
-    "clientConnection.acceptContentTypes",
-    "clientConnection.contentType",
-    "logging.flushFrequency",
-    "logging.vmodule",
-    "logging.options",
-    "bindAddress",
-    "enableProfiling",
-    "showHiddenMetricsForVersion",
-    "iptables.masqueradeBit",
-    "iptables.syncPeriod",
-    "iptables.minSyncPeriod",
-    "ipvs.syncPeriod",
-    "ipvs.minSyncPeriod",
-    "ipvs.excludeCIDRs",
-    "ipvs.strictARP",
-    "ipvs.tcpTimeout",
-    "ipvs.tcpFinTimeout",
-    "ipvs.udpTimeout",
-    "nftables.masqueradeBit",
-    "nftables.syncPeriod",
-    "nftables.minSyncPeriod",
-    "winkernel",
-    "windowsRunAsService",
-    "configSyncPeriod",
-    "portRange",
-)
-
 
 def without_effect(configuration: Configuration) -> list[str]:
     """The paths of fields that are set, and mean nothing here, in the API's order.
@@ -224,25 +195,15 @@ def without_effect(configuration: Configuration) -> list[str]:
     return [
         *configuration.retired,
         *(
-            path
-            for path, value, default in _leaves(configuration.kube_proxy, kp.DEFAULTS, "")
-            if value != default and _is_without_effect(path) and not _is_a_default(path, value)
+            option.path
+            for option, default in zip(
+                options_of(configuration.kube_proxy), flag_table.KUBE_PROXY_OPTIONS, strict=True
+            )
+            if option.is_ignored
+            and option.value != default.value
+            and not _is_a_default(option.path, option.value)
         ),
     ]
-
-
-def _leaves(struct: msgspec.Struct, default: msgspec.Struct, path: str) -> Iterator[tuple[str, Any, Any]]:
-    for field in msgspec.structs.fields(struct):
-        here = f"{path}.{field.encode_name}" if path else field.encode_name
-        value, other = getattr(struct, field.name), getattr(default, field.name)
-        if isinstance(value, msgspec.Struct):
-            yield from _leaves(value, other, here)
-        else:
-            yield here, value, other
-
-
-def _is_without_effect(path: str) -> bool:
-    return any(path == each or path.startswith(f"{each}.") for each in _NO_EFFECT)
 
 
 def _is_a_default(path: str, value: Any) -> bool:

@@ -1,12 +1,11 @@
 """EbpfProxyConfiguration, ``ebpfproxy.io/v1alpha1``: what kube-proxy's configuration has no field for.
 
-It stands in the same file, as a document of its own. Each field has a flag (:mod:`ebpfproxy.config.flags`).
-``deploy/ebpfproxy.schema.json`` is its JSON schema: ``python -m ebpfproxy.config.own`` prints it anew.
+It is a document of its own in the same file. A field here is the whole declaration of an option, see
+:mod:`ebpfproxy.config.options`; ``python -m tools.docs`` writes the JSON schema below ``deploy`` from it.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,6 +14,7 @@ from msgspec import Meta
 from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
+from ebpfproxy.config.options import Flag, described, options_of
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 
@@ -24,13 +24,11 @@ KIND = "EbpfProxyConfiguration"
 #: ``MAGLEV_SIZES``, which a test compares: the type checker wants them written out.
 MaglevSize = Literal[251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071]
 
-_NAMES = ", ".join([*ALGORITHMS, *NEAREST])
-
 
 class EbpfProxyConfiguration(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
 ):
-    """Settings of ebpfproxy's own; null: what KubeProxyConfiguration says of the same counts."""
+    """Settings that only ebpfproxy has."""
 
     kind: Literal["EbpfProxyConfiguration"] = "EbpfProxyConfiguration"
     api_version: Literal["ebpfproxy.io/v1alpha1"] = "ebpfproxy.io/v1alpha1"
@@ -38,164 +36,194 @@ class EbpfProxyConfiguration(
         str,
         Meta(
             min_length=1,
-            description="Folder on a bpffs below which maps, programs and attachments are pinned.",
+            description="Directory on a bpffs below which maps, programs and attachments are pinned.",
         ),
+        Flag("--bpf-root", metavar="PATH"),
     ] = str(BPFFS)
     cgroup_root: Annotated[
-        str, Meta(description="cgroup v2 folder whose processes are served; empty: the cgroup v2 mount.")
+        str,
+        Meta(description="cgroup v2 directory whose processes are served."),
+        Flag("--cgroup-root", metavar="PATH", default="the cgroup v2 mount"),
     ] = ""
     manifests: Annotated[
         str,
         Meta(
-            description="Folder of YAML and JSON files with Services, EndpointSlices and Nodes, read in "
-            "place of a cluster's; empty: the cluster."
+            description="Read Services, EndpointSlices and Nodes from the YAML and JSON files in this "
+            "directory, not from a cluster."
         ),
+        Flag("--manifests", metavar="DIR"),
     ] = ""
     master: Annotated[
-        str, Meta(description="URL of the API server; overrides the kubeconfig's. Empty: as that says.")
+        str,
+        Meta(description="URL of the API server; overrides the kubeconfig's."),
+        Flag("--master", metavar="URL"),
     ] = ""
     detect_local_mode: Annotated[
         Literal["Devices"] | None,
         Meta(
-            description="Devices: what comes from a device that leads to pods or VMs of this node is a "
-            "pod's. null: as detectLocalMode of KubeProxyConfiguration says."
+            description="Devices: a packet from a device that leads to a pod or VM of this node is local. "
+            "null: detectLocalMode of KubeProxyConfiguration decides."
         ),
     ] = None
     localhost_node_ports: Annotated[
         bool | None,
-        Meta(
-            description="NodePorts answer on loopback, for processes in the host's own network namespace. "
-            "null: as mode, iptables.localhostNodePorts and nodePortAddresses of KubeProxyConfiguration say."
+        Meta(description="NodePorts answer on loopback, for processes in the host's network namespace."),
+        Flag(
+            "--localhost-nodeports",
+            default="as mode, iptables.localhostNodePorts and nodePortAddresses say",
         ),
     ] = None
     node_port_guard: Annotated[
         bool,
         Meta(
-            description="bind() to a Service's NodePort fails with EADDRINUSE for processes of the host's "
-            "namespace. false: as with kube-proxy, which holds no port; the Service has the packets."
+            description="bind() to a Service's NodePort fails with EADDRINUSE for processes in the host's "
+            "network namespace. Otherwise bind() succeeds, as with kube-proxy, and the Service receives the "
+            "packets."
         ),
+        Flag("--nodeport-guard"),
     ] = False
     pod_sockets: Annotated[
         bool,
         Meta(
-            description="Translate at the sockets of pods, too. false: only at those of the host's network "
-            "namespace; what pods send is translated in packets, behind what a service mesh redirects."
+            description="Translate at the sockets of pods as well as of the host. Otherwise traffic of pods "
+            "is translated in packets, after a service mesh has redirected it."
         ),
+        Flag("--pod-sockets"),
     ] = True
-    external_ips: Annotated[bool, Meta(description="Serve spec.externalIPs (see CVE-2020-8554).")] = (
-        msgspec.field(default=True, name="externalIPs")
-    )
+    external_ips: Annotated[
+        bool, Meta(description="Serve spec.externalIPs (see CVE-2020-8554)."), Flag("--external-ips")
+    ] = msgspec.field(default=True, name="externalIPs")
     devices: Annotated[
         tuple[str, ...],
-        Meta(
-            description="Uplinks by name: patterns such as eth*. Empty: by the Node's addresses, routes and "
-            "kinds."
+        Meta(description="Uplinks, by names or patterns such as eth*."),
+        Flag(
+            "--devices",
+            metavar="PATTERNS",
+            default="chosen by the Node's addresses, the routes and the kinds of devices",
         ),
     ] = ()
     service_cidrs: Annotated[
         tuple[str, ...],
         Meta(
-            description="CIDRs of cluster IPs, beside those of ServiceCIDR objects: what is sent to an "
-            "address in them that no Service has is dropped."
+            description="CIDRs of cluster IPs, in addition to those of ServiceCIDR objects. Packets to an "
+            "address in them that no Service has are dropped."
         ),
+        Flag("--service-cidr", metavar="CIDRS"),
     ] = msgspec.field(default=(), name="serviceCIDRs")
     bypass_netfilter: Annotated[
         bool,
         Meta(
-            description="Forward masqueraded flows from the hook: faster, but no rule of a CNI or firewall "
-            "sees them."
+            description="Forward masqueraded flows from the tc hook. This is faster, but no rule of a CNI or "
+            "firewall sees them."
         ),
+        Flag("--bypass-netfilter"),
     ] = False
     masquerade_ports: Annotated[
         str,
-        Meta(
-            pattern="^([0-9]+-[0-9]+)?$",
-            description="Source ports for masqueraded clients, FIRST-LAST. Empty: the larger gap beside "
-            "net.ipv4.ip_local_port_range; without one, 32768-65535, shared with it.",
+        Meta(pattern="^([0-9]+-[0-9]+)?$", description="Source ports for masqueraded clients, FIRST-LAST."),
+        Flag(
+            "--masquerade-ports",
+            metavar="FIRST-LAST",
+            default="the larger gap beside net.ipv4.ip_local_port_range, else 32768-65535",
         ),
     ] = ""
     lb_algorithm: Annotated[
         str | None,
         Meta(
-            description="How backends are chosen for Services that do not say so. null: as ipvs.scheduler of "
-            f"KubeProxyConfiguration says. One of {_NAMES}."
+            description="Algorithm of Services that name none, by its own name or the one that IPVS has for "
+            f"it: {', '.join([*ALGORITHMS, *NEAREST])}."
+        ),
+        Flag(
+            "--lb-algorithm",
+            metavar="NAME",
+            default="ipvs.scheduler, else round-robin in mode ipvs and random in other modes",
         ),
     ] = None
     maglev_table_size: Annotated[
         MaglevSize,
-        Meta(description="Places in the table of a Service with Maglev; the same on every node."),
+        Meta(description="Size of the table of a Service with Maglev. Every node needs the same."),
+        Flag("--maglev-table-size"),
     ] = MAGLEV_DEFAULT_SIZE  # type: ignore[assignment]
     stale_tcp: Annotated[
         StaleTcp,
         Meta(
-            description="When TCP connections through a Service are ended: once their endpoint is gone, "
-            "already when it is not ready, never. Connected UDP sockets always are."
+            description="When TCP connections through a Service are closed: once their endpoint is gone, "
+            "already when it is not ready, or never. Connected UDP sockets always are."
         ),
+        Flag("--stale-tcp"),
     ] = msgspec.field(default=StaleTcp.GONE, name="staleTCP")
     stale_tcp_seconds: Annotated[
         float,
         Meta(
             ge=0,
             le=3600,
-            description="For so long an endpoint that was removed may come back before its TCP connections "
-            "are ended. New connections and UDP leave it at once.",
+            description="How long a removed endpoint may come back before its TCP connections are closed. "
+            "New connections and UDP leave it at once.",
         ),
+        Flag("--stale-tcp-seconds"),
     ] = msgspec.field(default=5.0, name="staleTCPSeconds")
     socket_sweep_seconds: Annotated[
         float,
         Meta(
             ge=0.1,
             le=3600,
-            description="How often what is known of sockets is compared with the sockets that there are. "
-            "What is of none twice in a row is forgotten.",
+            description="How often the records of sockets are compared with the sockets that exist. A record "
+            "that has no socket twice in a row is deleted.",
         ),
+        Flag("--socket-sweep-seconds"),
     ] = 60.0
     max_conntrack: Annotated[
         int,
-        Meta(ge=1024, le=1 << 26, description="Conntrack entries: two a flow, four where it is masqueraded."),
+        Meta(ge=1024, le=1 << 26, description="Conntrack entries: two per flow, four if it is masqueraded."),
+        Flag("--max-conntrack"),
     ] = Capacity().conntrack
     max_services: Annotated[
         int,
-        Meta(ge=1, le=1 << 20, description="Service ports that the maps hold, each family counted."),
+        Meta(ge=1, le=1 << 20, description="Service ports in the maps, counted once per address family."),
+        Flag("--max-services"),
     ] = Capacity().services
     max_backends: Annotated[
-        int, Meta(ge=1, le=1 << 22, description="Endpoint addresses and ports that the maps hold.")
+        int,
+        Meta(ge=1, le=1 << 22, description="Endpoint addresses and ports in the maps."),
+        Flag("--max-backends"),
     ] = Capacity().backends
     max_slots: Annotated[
         Annotated[int, Meta(ge=1, le=1 << 27)] | None,
         Meta(
-            description="Places in all selections: one a backend and service port, more with weights, a "
-            "table with Maglev. null: 4 times maxBackends."
+            description="Slots of all selection tables: one per backend and service port, more with weights, "
+            "a whole table with Maglev."
         ),
+        Flag("--max-slots", default="4 per backend"),
     ] = None
     max_affinity: Annotated[
         int,
-        Meta(
-            ge=1,
-            le=1 << 24,
-            description="Clients of Services with session affinity that are remembered.",
-        ),
+        Meta(ge=1, le=1 << 24, description="Clients remembered for session affinity."),
+        Flag("--max-affinity"),
     ] = Capacity().affinity
     max_connections: Annotated[
         int,
         Meta(
             ge=1,
             le=1 << 22,
-            description="Connected sockets through Services that are known; of others getpeername() is not "
-            "translated, and they are not ended when their backend goes.",
+            description="Connected sockets through Services that are recorded. For others getpeername() is "
+            "not translated, and they are not closed when their backend goes.",
         ),
+        Flag("--max-connections"),
     ] = Capacity().connected
     max_datagram_sockets: Annotated[
         int,
         Meta(
             ge=1,
             le=1 << 22,
-            description="Unconnected UDP sockets that have sent to Services; the datagrams of others are "
-            "translated in packets.",
+            description="Unconnected UDP sockets that have sent to Services and are recorded. Datagrams of "
+            "others are translated in packets.",
         ),
+        Flag("--max-datagram-sockets"),
     ] = Capacity().unconnected
     without: Annotated[
-        tuple[Feature, ...], Meta(description="Features of the kernel whose fallbacks are used instead.")
+        tuple[Feature, ...],
+        Meta(description="Kernel feature to do without; its fallback is used."),
+        Flag("--without"),
     ] = ()
 
 
@@ -228,13 +256,6 @@ def schema() -> dict[str, Any]:
     made = msgspec.json.schema(EbpfProxyConfiguration)
     document = made["$defs"][KIND]
     document["required"] = ["kind", "apiVersion"]
+    for option in options_of(DEFAULTS):
+        document["properties"][option.path]["description"] = described(option)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
-
-
-def schema_text() -> str:
-    """What ``deploy/ebpfproxy.schema.json`` holds."""
-    return msgspec.json.format(msgspec.json.encode(schema()), indent=2).decode() + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(schema_text())

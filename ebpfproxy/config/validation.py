@@ -17,12 +17,18 @@ from collections.abc import Iterator
 
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.durations import Duration
-from ebpfproxy.config.kube_proxy import Conntrack, Ipvs, KubeProxyConfiguration, Logging
+from ebpfproxy.config.kube_proxy import (
+    FORMATS,
+    LOCAL_MODES,
+    Conntrack,
+    Ipvs,
+    KubeProxyConfiguration,
+    Logging,
+)
 from ebpfproxy.config.node_port_addresses import NodePortAddressesError, parse_node_port_addresses
 from ebpfproxy.services.values import parse_address, parse_prefix
 
 MODES = ("iptables", "ipvs", "nftables")
-LOCAL_MODES = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
 _QUANTITY = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?")
 _ALPHA_LOGGING = "LoggingAlphaOptions"
 
@@ -180,7 +186,7 @@ def _cluster_cidr(text: str) -> Found:
 
 
 def _logging(found: Logging, gates: dict[str, bool]) -> Found:
-    if found.format not in ("text", "json"):
+    if found.format not in FORMATS:
         yield "logging.format", f"{found.format!r} is neither text nor json"
     if found.vmodule and found.format != "text":
         yield "logging.vmodule", "goes with the format text only"

@@ -50,6 +50,7 @@ def test_every_flag_of_a_real_kube_proxy_is_known() -> None:
 def test_every_option_of_run_is_known() -> None:
     names = {parameter.name.replace("_", "-") for parameter in run.params if parameter.name}
     assert names <= {*KUBE_PROXY_FLAGS, *OWN_FLAGS, *NO_FIELD}
+    assert names >= {*KUBE_PROXY_FLAGS, *OWN_FLAGS} - {"v"}, "v is --verbosity"
 
 
 @pytest.mark.parametrize("flag", KUBE_PROXY_FLAGS)

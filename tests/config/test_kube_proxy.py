@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ebpfproxy.config import kube_proxy as kp
+from ebpfproxy.config.documents import bare
 from ebpfproxy.config.durations import parse_duration
 from ebpfproxy.config.load import parse
 from ebpfproxy.config.write import configz, kube_proxy_builtins, kube_proxy_yaml, to_yaml
@@ -92,8 +93,9 @@ def leaves(struct: type[msgspec.Struct], path: str = "") -> list[str]:
     found = []
     for field in msgspec.structs.fields(struct):
         here = f"{path}{field.encode_name}"
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            found += leaves(field.type, f"{here}.")
+        kind = bare(field.type)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            found += leaves(kind, f"{here}.")
         else:
             found.append(here)
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import re
 
 import pytest
 
 from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.config.flags import OWN_OPTIONS
 from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
 from ebpfproxy.datapath.abi.schema import map_specs
-from tools.docs import datapath
+from tools.docs import configuration, datapath
 from tools.docs.made import PARTS, named, wanted
 
 
@@ -33,6 +35,11 @@ def test_the_parts_say_something() -> None:
         assert len(make().splitlines()) > 2 or name == "metrics-process", name
 
 
-def test_generated_files_are_below_docs_and_the_readme() -> None:
-    assert {path.suffix for path in wanted()} == {".md"}
-    assert all(isinstance(path, Path) for path in wanted())
+def test_the_charts_schema_is_of_the_values_that_the_template_takes() -> None:
+    """It has the fields of EbpfProxyConfiguration but those that the template writes."""
+    schema = json.loads(configuration.chart_schema())
+    own = schema["properties"]["config"]["properties"]["own"]
+    assert list(own["properties"]) == [option.path for option in OWN_OPTIONS]
+    assert own["additionalProperties"] is False
+    references = set(re.findall(r"#/\$defs/(\w+)", configuration.chart_schema()))
+    assert references == schema["$defs"].keys()

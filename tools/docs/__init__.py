@@ -1,5 +1,5 @@
-"""What in the documents is made from the code.
+"""The generator of documents and JSON schemas.
 
-``python -m tools.docs`` (as root: metrics are asked of real maps) writes docs/commands.md and the parts of
-other files between ``<!-- made: NAME -->`` and ``<!-- end -->``.
+``python -m tools.docs`` (as root, since metrics are read from real maps) writes docs/commands.md, the JSON
+schemas below deploy/, and the parts of other files between ``<!-- made: NAME -->`` and ``<!-- end -->``.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from tools.docs import commands, configuration, datapath, metrics
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
+DOCS, DEPLOY = ROOT / "docs", ROOT / "deploy"
 _PART = re.compile(r"(<!-- made: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 PARTS: Mapping[str, Callable[[], str]] = {
@@ -27,7 +27,11 @@ PARTS: Mapping[str, Callable[[], str]] = {
 
 
 def wanted() -> dict[Path, str]:
-    found = {DOCS / "commands.md": commands.page()}
+    found = {
+        DOCS / "commands.md": commands.page(),
+        DEPLOY / "ebpfproxy.schema.json": configuration.schema(),
+        DEPLOY / "chart" / "values.schema.json": configuration.chart_schema(),
+    }
     for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
         text = path.read_text() if path.exists() else ""
         if "<!-- made: " in text:

@@ -8,6 +8,7 @@
 #include "lib/compat.h"
 #include "lib/addr.h"
 #include "lib/maps.h"
+#include "lib/options.h"
 #include "lib/service.h"
 
 /* What a cgroup program answers the kernel. */
@@ -41,9 +42,8 @@ static __always_inline int binding(struct bpf_sock_addr *ctx, const struct inet_
 		return PROCEED;
 	if (!is_node_port(&to, any))
 		return PROCEED;
-#if HAVE_SET_RETVAL
-	bpf_set_retval(-EADDRINUSE);
-#endif
+	if (HAVE_SET_RETVAL)
+		bpf_set_retval(-EADDRINUSE);
 	return REJECT;
 }
 

@@ -7,6 +7,7 @@
 #include "lib/compat.h"
 #include "lib/addr.h"
 #include "lib/maps.h"
+#include "lib/options.h"
 #include "lib/service.h"
 #include "lib/origin.h"
 #include "lib/peers.h"
@@ -171,10 +172,8 @@ static __always_inline bool is_nobodys(struct bpf_sock_addr *ctx, const struct t
 
 static __always_inline int reject(enum verdict verdict)
 {
-#if HAVE_SET_RETVAL
-	bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
-#endif
-	(void)verdict;
+	if (HAVE_SET_RETVAL)
+		bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
 	return REJECT;
 }
 

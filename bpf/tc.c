@@ -12,6 +12,7 @@
 #include "lib/compat.h"
 #include "lib/addr.h"
 #include "lib/maps.h"
+#include "lib/options.h"
 #include "lib/service.h"
 #include "lib/packet.h"
 #include "lib/filter.h"
@@ -25,19 +26,17 @@
 /* A pod or VM of this node, as detectLocalMode defines it. */
 static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
 {
-#if PODS_BY_CIDR
-	struct cidr_key key = { .length = 128, .addr = p->flow.src };
-	u32 *flags = map_lookup(cidrs, &key);
+	u32 ifindex = ifindex_of(skb), *flags;
+	struct device *device;
 
-	(void)skb;
-	return flags && *flags & CIDR_PODS;
-#else
-	u32 ifindex = ifindex_of(skb);
-	struct device *device = map_lookup(devices, &ifindex);
+	if (PODS_BY_CIDR) {
+		struct cidr_key key = { .length = 128, .addr = p->flow.src };
 
-	(void)p;
+		flags = map_lookup(cidrs, &key);
+		return flags && *flags & CIDR_PODS;
+	}
+	device = map_lookup(devices, &ifindex);
 	return device && device->flags & DEVICE_PODS;
-#endif
 }
 
 static __always_inline struct service *find_service(const struct target *to, u8 scope)
@@ -607,10 +606,13 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	if (nat->flags & NAT_BOUND)
 		return redirect_neigh(LOOPBACK_IFINDEX, NULL, 0, 0);
 	(void)skb;
-#elif L3_OFFSET == ETH_HLEN || NODEPORTS_ON_LOOPBACK
+#else
 	struct bpf_fib_lookup fib;
-	enum fib_result way = fib_result_of(skb, &nat->dst, &nat->src, 0, &fib);
+	enum fib_result way;
 
+	if (L3_OFFSET != ETH_HLEN && !NODEPORTS_ON_LOOPBACK)
+		return PASS;
+	way = fib_result_of(skb, &nat->dst, &nat->src, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
 #if L3_OFFSET == ETH_HLEN
@@ -624,9 +626,6 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 		return bpf_redirect(fib.ifindex, BPF_F_INGRESS);
 	}
 #endif
-#else
-	(void)skb;
-	(void)nat;
 #endif
 	return PASS;
 }

@@ -2,8 +2,8 @@
 /*
  * Maps belong to the agent, which creates and pins them (datapath/kernel/maps.py): programs of any
  * version can be loaded against maps that live on. Compiled programs refer to a map, or to a
- * constant of the node's, by a number; whoever loads them puts the file descriptor or the value in
- * its place (datapath/programs/bytecode.py).
+ * constant that is known at the load, by a number; whoever loads them puts the file descriptor or
+ * the value in its place (datapath/programs/bytecode.py).
  */
 #ifndef EBPFPROXY_MAPS_H
 #define EBPFPROXY_MAPS_H

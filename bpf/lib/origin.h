@@ -15,6 +15,7 @@
 #include "addr.h"
 #include "load.h"
 #include "maps.h"
+#include "options.h"
 #include "service.h"
 
 /* bcc declares the cookie as u32 and would cut it. */

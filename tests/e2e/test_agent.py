@@ -18,6 +18,7 @@ from ebpfproxy.datapath.programs.attach import attachments
 from tests.e2e import load
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Agent, Lab, LabNode, clients, manifests
+from tests.lab.machine import socket_programs
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -115,6 +116,13 @@ def test_a_second_agent_on_the_same_roots_is_refused(world: World, agent: Agent)
     assert second.process.wait(120) == 1
     assert "is in use by another ebpfproxy agent" in second.text
     assert f"--bpf-root {world.a.bpf_root}" in second.text
+
+
+def test_a_lab_would_notice_an_agent_at_the_root(world: World, agent: Agent) -> None:
+    """What is attached there sees the sockets of all tests: a run says so at once."""
+    found = socket_programs(world.a.cgroup)
+    assert any(each.endswith("(cgroup_inet4_connect)") for each in found)
+    assert not socket_programs(world.a.cgroup.parent)
 
 
 def test_a_second_agent_on_the_same_cgroup_is_refused(world: World, agent: Agent) -> None:

@@ -129,9 +129,10 @@ def test_a_backend_that_goes_takes_its_sockets_along(
     """
     agent("--stale-tcp", option)
     holder = world.hold(kind)
-    holder.watch()
+    wanted = THROUGH if kind in ends else set()
+    holder.watch(len(wanted))
     world.set_backend(state)
-    assert ended(holder) == (THROUGH if kind in ends else set())
+    assert ended(holder) == wanted
 
 
 def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callable[..., Agent]) -> None:
@@ -145,7 +146,7 @@ def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callabl
         time.sleep(0.05)
     holder = Holder(world.client, [("opening", "tcp-opening", "10.96.5.9", 80, 3)])
     holder.wait()
-    holder.watch()
+    holder.watch(3)
     manifests.write(world.folder / "slow.yaml", slow)
     found, _ = holder.result()
     assert found == {"opening": 3}
@@ -160,7 +161,7 @@ def test_one_that_went_while_no_agent_ran_is_noticed_at_the_start(
     world.set_backend("gone")
     agent()
     # An error stays with its socket until it is read, however long the agent took to start.
-    holder.watch()
+    holder.watch(len(THROUGH))
     assert ended(holder) == THROUGH
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 PORT = 2049
 _CLONE_NEWNS = 0x20000
@@ -102,10 +102,9 @@ class Client:
 
     def _do(self, *command: Any) -> Any:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         self._process.stdin.flush()
-        good, value = json.loads(self._process.stdout.readline())
+        good, value = json.loads(read_line(self._process))
         assert good, f"{command}: {value}"
         return value
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,10 +39,9 @@ class Remote:
 
     def _do(self, *command: Any) -> Any:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return json.loads(read_line(self._process))
 
     def bind(self, host: str, port: int) -> Any:
         return self._do("bind", host, port)

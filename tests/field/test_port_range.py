@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.outer import Outer
 from tests.e2e.world import NODE_PORT
 from tests.lab import Lab, clients
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 pytestmark = pytest.mark.root
 
@@ -58,17 +58,13 @@ class Holder:
     def __init__(self, space: Space, host: str, *ports: int) -> None:
         command = [sys.executable, "-c", HOLDS, host, *map(str, ports)]
         self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().decode().strip()
+        assert read_line(self._process) == "ready"
 
     def ask(self) -> str:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
-        return self._line()
+        return read_line(self._process)
 
     def close(self) -> None:
         self._process.kill()

@@ -12,12 +12,13 @@ from tests.e2e.outer import Held, Outer
 from tests.e2e.world import EXTERNAL, SERVICE_IPS
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
+from tests.lab.spaces import read_line
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
 #: What the agent is told; its default is 5.
-SECONDS = 1.5
+SECONDS = 3.0
 THROUGH = {"v4", "v6", "mapped"}
 
 
@@ -27,11 +28,11 @@ def world() -> Iterator[Outer]:
         yield Outer(lab)
 
 
-def _hold(world: Outer, seconds: float) -> Holder:
-    """Sockets of a pod that were sent to w1, watched for ``seconds``."""
+def _hold(world: Outer, seconds: float, expected: int = 0) -> Holder:
+    """Sockets of a pod that were sent to w1, watched for ``seconds`` and until ``expected`` are ended."""
     holder = Holder(world.client, [(f, "tcp", ip, 80, 2) for f, ip in SERVICE_IPS.items()], seconds)
     holder.wait()
-    holder.watch()
+    holder.watch(expected)
     return holder
 
 
@@ -78,7 +79,7 @@ def test_connections_end_when_the_time_is_over(world: Outer) -> None:
     """An endpoint that stays away loses its connections after the stated time: not before, and not much later."""
     world.write_web(world.w1)
     agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
-    holder, flows = _hold(world, SECONDS + 3.0), _flows(world)
+    holder, flows = _hold(world, SECONDS + 3.0, 2 * len(THROUGH)), _flows(world)
     began = time.time()
     world.write_web()
     _refused(world)
@@ -119,8 +120,7 @@ class Asking:
         return self._line()
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().decode().strip()
+        return read_line(self._process).strip()
 
 
 def test_udp_leaves_a_removed_endpoint_at_once(world: Outer) -> None:
@@ -140,7 +140,7 @@ def test_an_agent_that_starts_meanwhile_waits_as_well(world: Outer, returns: boo
     """An agent that starts while the slice is away gives its endpoint the same time to come back."""
     world.write_web(world.w1)
     agent = world.agent("--stale-tcp-seconds", str(SECONDS)).start()
-    holder, flows = _hold(world, 8.0), _flows(world)
+    holder, flows = _hold(world, 8.0, 0 if returns else 2 * len(THROUGH)), _flows(world)
     world.write_web()
     _refused(world)
     agent.kill()

@@ -28,6 +28,7 @@ from pyroute2 import NetNS, netns
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
+from tests.lab.machine import check_cgroup_root
 from tests.lab.spaces import Space
 
 #: An emulator takes its time to compile.
@@ -212,6 +213,7 @@ class Lab:
         self._stack = ExitStack()
 
     def __enter__(self) -> Lab:
+        check_cgroup_root()
         ensure_bpffs(BPFFS)
         self._handle_signals()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{self.id}-")))

@@ -19,6 +19,15 @@ _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def read_line(process: subprocess.Popen[bytes]) -> str:
+    """The next line of a process's output. Raises RuntimeError where it ended instead."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{process.args!r} ended with {process.wait()}; its error output says why")
+    return line.decode().rstrip("\n")
+
+
 class Space:
     """A namespace by name (in /run/netns) with the cgroup that its processes belong to."""
 

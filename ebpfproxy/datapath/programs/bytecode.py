@@ -7,6 +7,7 @@ options needs no compiler.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -14,8 +15,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -87,9 +88,30 @@ def get(recipe: Recipe) -> dict[str, Program]:
     found = _read(path)
     if found is not None:
         return found
-    made = _compile(recipe)
-    _write(path, made)
-    return made
+    with _lock(path):
+        # Another process may have compiled it meanwhile.
+        found = _read(path)
+        if found is None:
+            found = _compile(recipe)
+            _write(path, found)
+    return found
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process compiles at a time what becomes ``path``; where nothing can be written, each does."""
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            log.debug("compiled programs cannot be locked", reason=str(error))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 def _compile(recipe: Recipe) -> dict[str, Program]:
@@ -183,7 +205,8 @@ def _write(path: Path, programs: dict[str, Program]) -> None:
             except OSError:
                 Path(made.name).unlink()
                 raise
-        files = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime, reverse=True)
+        kept = (each for each in path.parent.iterdir() if not each.name.startswith("."))
+        files = sorted(kept, key=lambda each: each.stat().st_mtime, reverse=True)
         for each in files[_KEPT_FILES:]:
             each.unlink(missing_ok=True)
     except OSError as error:

@@ -30,7 +30,7 @@ class LoadError(Exception):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What cannot change while programs run: compiled in, or a constant that is filled in at the load."""
+    """What cannot change while programs run: constants of theirs, filled in when they are loaded."""
 
     features: Features
     host_netns_cookie: int
@@ -47,24 +47,21 @@ class Options(msgspec.Struct, frozen=True):
     #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
     pods_by_cidr: bool = False
 
-    def defines(self) -> list[str]:
-        return [
-            f"-DHAVE_SET_RETVAL={int(self.features.set_retval)}",
-            f"-DHAVE_MPTCP={int(self.features.mptcp)}",
-            f"-DNODEPORTS_ON_LOOPBACK={int(self.node_ports_on_loopback)}",
-            f"-DPOD_SOCKETS={int(self.pod_sockets)}",
-            f"-DMASQUERADE_ALL={int(self.masquerade_all)}",
-            f"-DBYPASS_NETFILTER={int(self.bypass_netfilter)}",
-            f"-DMASQUERADE_FIRST={self.masquerade_ports[0]}",
-            f"-DMASQUERADE_LAST={self.masquerade_ports[1]}",
-            f"-DMASQUERADE_PORTS_SHARED={int(self.masquerade_ports_shared)}",
-            f"-DPODS_BY_CIDR={int(self.pods_by_cidr)}",
-            f"-DSEARCHED_SLOTS={slots.SEARCHED}",
-        ]
-
     def constants(self) -> dict[str, int]:
-        """Filled in at the load, unsigned, 64 bits."""
-        return {"HOST_NETNS_COOKIE": self.host_netns_cookie}
+        """By their names in bpf/lib/options.h: filled in at the load, unsigned, 64 bits."""
+        return {
+            "HOST_NETNS_COOKIE": self.host_netns_cookie,
+            "HAVE_SET_RETVAL": self.features.set_retval,
+            "HAVE_MPTCP": self.features.mptcp,
+            "NODEPORTS_ON_LOOPBACK": self.node_ports_on_loopback,
+            "POD_SOCKETS": self.pod_sockets,
+            "MASQUERADE_ALL": self.masquerade_all,
+            "BYPASS_NETFILTER": self.bypass_netfilter,
+            "MASQUERADE_FIRST": self.masquerade_ports[0],
+            "MASQUERADE_LAST": self.masquerade_ports[1],
+            "MASQUERADE_PORTS_SHARED": self.masquerade_ports_shared,
+            "PODS_BY_CIDR": self.pods_by_cidr,
+        }
 
 
 def source_folder() -> Path:
@@ -81,7 +78,7 @@ def _recipe(sources: Path, options: Options, maps: MapSet, module: Module) -> by
         sources=sources,
         source=module.source,
         programs=tuple(hook.name for hook in module.hooks),
-        defines=(*options.defines(), *module.defines),
+        defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
         maps=tuple(sorted(maps.maps)),
         constants=tuple(sorted(options.constants())),
     )

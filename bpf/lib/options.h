@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The agent's options and the kernel's features, filled in when programs are loaded
+ * (datapath/programs/loader.py, Options.constants). The verifier does not walk a branch that such a
+ * constant excludes, and removes it: one compilation serves every node.
+ */
+#ifndef EBPFPROXY_OPTIONS_H
+#define EBPFPROXY_OPTIONS_H
+
+#include "maps.h"
+
+/* Kernel features. */
+#define HAVE_SET_RETVAL CONSTANT(HAVE_SET_RETVAL)
+#define HAVE_MPTCP	CONSTANT(HAVE_MPTCP)
+
+/* Options. */
+#define NODEPORTS_ON_LOOPBACK	CONSTANT(NODEPORTS_ON_LOOPBACK)
+#define POD_SOCKETS		CONSTANT(POD_SOCKETS)
+#define MASQUERADE_ALL		CONSTANT(MASQUERADE_ALL)
+#define BYPASS_NETFILTER	CONSTANT(BYPASS_NETFILTER)
+#define MASQUERADE_FIRST	((u32)CONSTANT(MASQUERADE_FIRST))
+#define MASQUERADE_LAST		((u32)CONSTANT(MASQUERADE_LAST))
+#define MASQUERADE_PORTS_SHARED CONSTANT(MASQUERADE_PORTS_SHARED)
+#define PODS_BY_CIDR		CONSTANT(PODS_BY_CIDR)
+
+#endif

@@ -24,7 +24,7 @@ def socket_programs(cgroup: Path) -> list[str]:
     ).stdout
     return [
         f"{each['name'] or each['id']} ({each['attach_type']})"
-        for each in json.loads(shown or "[]")
+        for each in json.loads(shown.strip() or "[]")
         if str(each["attach_type"]).startswith(_SOCKET_HOOKS)
     ]
 

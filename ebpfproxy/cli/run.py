@@ -13,7 +13,6 @@ from ebpfproxy.agent.from_config import agent_options, conntrack_sysctls, in_use
 from ebpfproxy.agent.reconciler import Agent
 from ebpfproxy.cli import settings
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.migrate import cleanup_kube_proxy
 from ebpfproxy.config.bind_address import BindAddressError
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, load, without_effect
@@ -72,6 +71,8 @@ def command(
     EBPFPROXY_STALE_TCP.
     """
     if cleanup:
+        from ebpfproxy.cli.migrate import cleanup_kube_proxy  # noqa: PLC0415 - an agent holds no operator's tables
+
         cleanup_kube_proxy()
         return
     try:

@@ -46,6 +46,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PYTHON) -m tools.layers
+	$(PYTHON) -m tools.comments
 	clang-format --dry-run --Werror $(C)
 
 format: setup

@@ -1,6 +1,6 @@
-"""``ebpfproxy completion bash|zsh|fish``, and what other commands complete: names that the maps hold now.
+"""``ebpfproxy completion bash|zsh|fish``, and the completion of names that are in the maps.
 
-Completing says nothing where the maps cannot be read: a shell has no place for an error.
+If the maps cannot be read, nothing is completed: a shell has no place for an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 from ebpfproxy.config.datapath import BPFFS
 
 PROGRAM = "ebpfproxy"
-#: What the shell sets when it asks; click derives it from the program's name, too.
+#: The shell sets this variable when it asks; click derives its name from the program's, too.
 VARIABLE = "_EBPFPROXY_COMPLETE"
 
 _SHELLS = ("bash", "zsh", "fish")
@@ -37,7 +37,7 @@ def command(ctx: click.Context, shell: str) -> None:
 
 
 def services(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
-    """``NAMESPACE/NAME`` of every Service that the maps hold."""
+    """``NAMESPACE/NAME`` of every Service in the maps."""
     names = {f"{name}/{service}" for name, service in _services(ctx)}
     return _items(names, incomplete)
 
@@ -74,13 +74,13 @@ def _root(ctx: click.Context) -> Path:
 
 
 def _services(ctx: click.Context) -> list[tuple[str, str]]:
-    # Imported here: commands that complete nothing of the maps need not wait for it.
+    # Only completions that read the maps wait for this import.
     from ebpfproxy.datapath.dump import Dump, open_maps  # noqa: PLC0415
 
     try:
         names = Dump(open_maps(_root(ctx))).names.values()
         return [(name.namespace, name.name) for name in names]
-    except Exception:  # Whatever it is, TAB is not where to say it.
+    except Exception:  # A shell has no place for an error, whatever it is.
         return []
 
 
@@ -90,5 +90,5 @@ def _backends(ctx: click.Context) -> list[tuple[str, str]]:
     try:
         rows = Dump(open_maps(_root(ctx))).backends()
         return [(row.address, ", ".join(row.services)) for row in rows if row.state != "gone"]
-    except Exception:  # As above.
+    except Exception:  # A shell has no place for an error, whatever it is.
         return []

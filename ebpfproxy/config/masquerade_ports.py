@@ -9,7 +9,7 @@ _LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST = 1024
 HIGHEST = 65535
 _ENOUGH = 1024
-#: Of 1024-65535 the larger part beside Kubernetes' default NodePorts, 30000-32767.
+#: The larger part of 1024-65535 beside Kubernetes' default NodePorts, 30000-32767.
 _SHARED = (32768, HIGHEST)
 
 

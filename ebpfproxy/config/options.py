@@ -39,14 +39,14 @@ class Ignored:
 
 IGNORED: Final = Ignored()
 
-#: Which document this is, rather than a setting.
+#: These fields identify the document and are no settings.
 _KINDS = ("kind", "api_version")
 
 
 class Option(msgspec.Struct, frozen=True):
     """One setting: a leaf of a configuration's struct."""
 
-    #: As in the file: ``conntrack.maxPerCore``.
+    #: The names in the file, joined: ``conntrack.maxPerCore``.
     path: str
     #: The annotated type.
     type: Any

@@ -199,7 +199,7 @@ mode: userspace
 
 
 def test_empty_texts_and_zeros_are_the_defaults_where_the_api_says_so() -> None:
-    # As kubeadm writes it.
+    # kubeadm writes this.
     zeros = {
         "bindAddress": "",
         "bindAddressHardFail": False,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-#: What a kube-apiserver v1.36 sent.
+#: A kube-apiserver v1.36 sent these.
 RECORDINGS = Path(__file__).parent / "recordings"
-#: What a kube-proxy v1.36 printed beside the objects of ``RECORDINGS``.
+#: A kube-proxy v1.36 printed these for the objects of ``RECORDINGS``.
 SAMPLES = Path(__file__).parent / "kube-proxy"

@@ -51,7 +51,7 @@ def test_the_root_of_a_cgroup_namespace_is_served() -> None:
         def flows() -> int:
             return len(json.loads(node.cli("conntrack", "list", "-o", "json")))
 
-        # At the socket: no flow is made.
+        # The socket hook translates, so that no flow is created.
         assert client.call(clients.ask_tcp, IP, 80)["getpeername"] == (IP, 80)
         assert flows() == 0
         # A process of another node's cgroup, here in the same pod's namespace: in packets.

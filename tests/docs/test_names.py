@@ -98,7 +98,7 @@ def test_flags_that_are_named_alone_exist(page: Path) -> None:
     assert named - set(_flags()) - others == set()
 
 
-#: Of kubeadm, k3s, kube-router and the API server.
+#: Flags that kubeadm, k3s, kube-router and the API server have.
 _OTHER_TOOLS = {
     "--skip-phases",
     "--control-plane-endpoint",

@@ -21,7 +21,7 @@ from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.services.model import Family
 from tests.data import SAMPLES
 
-#: Of mode iptables only: mode nftables has none of these, and nor have we.
+#: Only mode iptables has these: neither mode nftables nor ebpfproxy has any.
 IPTABLES_ONLY = {
     "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
     "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",

@@ -104,7 +104,7 @@ STACK_DASHBOARD_EMPTY = {
     "Kube API Request Rate 4xx": "sum(" + _rate("rest_client_requests_total", 'code=~"4.."') + ")",
     "Kube API Request Rate 5xx": "sum(" + _rate("rest_client_requests_total", 'code=~"5.."') + ")",
 }
-#: Of requests that are seldom: NaN where there was none.
+#: These requests are rare: the value is NaN while there was none.
 STACK_DASHBOARD_SELDOM = {
     "Post Request Latency": _p99("rest_client_request_duration_seconds", "verb", 'verb="POST"'),
 }

@@ -136,7 +136,7 @@ def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD)
 def test_kube_prometheus_stacks_panels_for_kube_proxy_have_data(monitored: Monitored, name: str) -> None:
-    # Of this one kube-proxy has a line for each address family, too.
+    # kube-proxy, too, has one line per address family here.
     monitored.prometheus.wait_samples(STACK_DASHBOARD[name], 2 if "Sync Latency" in name else 1)
 
 

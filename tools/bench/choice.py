@@ -46,7 +46,7 @@ FEW, MANY = 5, 1000
 #: Nanoseconds more than random.
 NEAR, FAR = 30.0, 100.0
 TABLE_SIZES = (251, 16381, 131071)
-#: Of the tables that are timed: backends, milliseconds, and how often each is built.
+#: The tables that are timed: backends, milliseconds, and how often each is built.
 TABLE_BACKENDS, TABLE_GOAL, TABLE_BUILDS = 5000, 200.0, 5
 WEIGHTS = (1, 2, 3, 6)
 _STATS_RUN_TIME = 0  # enum bpf_stats_type

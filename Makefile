@@ -7,6 +7,10 @@ export EBPFPROXY_CACHE_DIR := $(CURDIR)/.bytecode
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
+# Most tests wait for processes, packets or time: more workers than processors, a file of tests to each. The
+# files stay in the order of their names, so that the long ones are not the last.
+WORKERS ?= $(shell expr 2 '*' $$(nproc))
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
 .PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint format setup lock clean
@@ -15,11 +19,11 @@ demo: setup
 	$(PYTHON) -m tools.demo
 
 test: setup lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -q $(PARALLEL)
 
 # What needs neither root nor the bpf system call, on all processors: the loop while writing.
 test-fast: setup
-	$(PYTHON) -m pytest -q -n auto --dist loadfile -m 'not root and not image and not systemd and not cluster'
+	$(PYTHON) -m pytest -q -n $$(nproc) --dist loadfile -m 'not root and not image and not systemd and not cluster'
 
 # The newest versions of what the lock names, in an environment of its own: says which they are and what breaks.
 # PYTEST=tests/kube takes a part.

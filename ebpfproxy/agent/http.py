@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.health.http import Answer, json_answer, text_answer
 from ebpfproxy.health.proxy import ProxyHealth
-from ebpfproxy.health.server import Answer, HttpServer, json_answer, text_answer
+from ebpfproxy.health.server import HttpServer
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from ebpfproxy.cli import main
 from ebpfproxy.config.load import Configuration, effective, parse
 from ebpfproxy.config.write import configz
-from ebpfproxy.health.server import HttpServer, json_answer, text_answer
+from ebpfproxy.health.http import json_answer, text_answer
+from ebpfproxy.health.server import HttpServer
 from tests.config.files import KUBE_PROXY, OWN, text_of, used
 
 

@@ -180,7 +180,7 @@ def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(outer: Ou
         healthCheckNodePort=32223,
     )
     agent = outer.lab.agents[-1]
-    agent.wait_log("health check port cannot be bound port=32223 service=shop/blocked")
+    agent.wait_log("cannot bind health check port, trying again port=32223 service=shop/blocked")
     until(
         lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
         "metric",

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
+from ebpfproxy.health.http import json_answer, text_answer
 from ebpfproxy.health.proxy import ProxyHealth, eligible
-from ebpfproxy.health.server import HttpServer, json_answer, text_answer
+from ebpfproxy.health.server import HttpServer
 from ebpfproxy.kube.objects import Node
 from tests.data import SAMPLES
 
@@ -139,7 +140,7 @@ def test_a_client_that_says_nothing_holds_up_nobody(server: HttpServer) -> None:
 
 
 def test_an_address_in_use_is_served_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ebpfproxy.health.server._RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("ebpfproxy.health.http.RETRY_SECONDS", 0.05)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -150,13 +151,13 @@ def test_a_port_that_is_taken_is_named_and_the_others_are_served(
         assert list(healthy.servers.failed) == [port]
         assert "in use" in healthy.servers.failed[port]
         assert b" 200 OK" in ask(other)
-    assert [r.getMessage() for r in caplog.records].count("health check port cannot be bound") == 1
+    assert [r.getMessage() for r in caplog.records].count("cannot bind health check port, trying again") == 1
 
 
 def test_a_port_that_was_taken_is_tried_again(
     healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ebpfproxy.health.node_port._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("ebpfproxy.health.http.RETRY_SECONDS", 0.1)
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", port))
         taken.listen()
@@ -174,7 +175,9 @@ def test_of_two_services_with_one_port_the_first_by_name_has_it(
 ) -> None:
     healthy.servers.update([web(port, 1), ServiceHealth("shop", "cart", port, 0)])
     assert json.loads(ask(port).partition(b"\r\n\r\n")[2])["service"]["name"] == "cart"
-    assert [r.getMessage() for r in caplog.records].count("health check port is another's") == 1
+    assert [r.getMessage() for r in caplog.records].count(
+        "health check port is used by another Service, not serving it"
+    ) == 1
 
 
 def test_a_kernel_without_ipv6_is_served_over_ipv4(
@@ -204,7 +207,7 @@ def test_a_kept_connection_ends_with_its_service(healthy: Healthy, port: int) ->
 
 
 def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ebpfproxy.health.node_port._CLIENT_SECONDS", 0.1)
+    monkeypatch.setattr("ebpfproxy.health.http.CLIENT_SECONDS", 0.1)
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         sock.sendall(b"GET / HT")
@@ -234,11 +237,22 @@ def test_ports_are_closed_when_stop_returns(port: int) -> None:
         ask(port)
 
 
-def test_a_listener_whose_client_is_gone_holds_nobody_up(healthy: Healthy, port: int) -> None:
-    """As after an event for a listener that another one has replaced since."""
+def test_clients_that_are_gone_before_they_are_accepted_hold_nobody_up(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
-    healthy.servers._accept(port)
+    for _ in range(100):
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            # Closing resets the connection.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert b" 200 OK" in ask(port)
+
+
+def test_a_port_can_be_closed_and_opened_again_at_once(healthy: Healthy, port: int) -> None:
+    for count in range(1, 50):
+        healthy.servers.update([web(port, count)])
+        assert not healthy.servers.failed
+        if count % 10 == 0:
+            assert json.loads(ask(port).partition(b"\r\n\r\n")[2])["localEndpoints"] == count
+        healthy.servers.update([])
 
 
 def test_running_out_of_descriptors_costs_no_processor_time(healthy: Healthy, port: int) -> None:

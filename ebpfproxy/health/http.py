@@ -1,0 +1,215 @@
+"""The HTTP server of all health checks and pages: many ports and many slow clients in one thread.
+
+asyncio's sockets do the waiting (the agent has asyncio loaded with pyroute2, so that it costs nothing). What
+is read of a request is its first line and whether the connection goes on: every answer is a GET's, without a
+body in the request. More is refused, so that no parser of HTTP is needed beside these lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from email.utils import formatdate
+from functools import partial
+from http.client import responses
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.logs import get_logger
+
+log = get_logger(__name__)
+
+#: Until an address that is in use is tried again.
+RETRY_SECONDS = 5.0
+#: For a request and its answer, each time on a connection that is kept.
+CLIENT_SECONDS = 10.0
+_MOST_CLIENTS = 1024
+_REQUEST_BYTES = 8192
+_BACKLOG = 128
+_ACCEPT_PAUSE_SECONDS = 0.05
+
+
+class Answer(NamedTuple):
+    """``headers`` beside those that every answer has."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+#: Answers a path, without its query. It is called in the server's thread: others wait meanwhile.
+Respond = Callable[[str], Answer]
+
+
+def text_answer(text: str, status: int = 200) -> Answer:
+    return Answer(status, "text/plain; charset=utf-8", text.encode())
+
+
+def json_answer(value: object, status: int = 200) -> Answer:
+    return Answer(status, "application/json", msgspec.json.encode(value))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """``host`` ``::`` is every address of both families; empty, too, but IPv4's alone where there is no IPv6.
+
+    Raises OSError.
+    """
+    # Where the kernel has no IPv6, create_server raises ValueError for dualstack_ipv6.
+    if host in ("", "::") and socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+            )
+        except OSError as error:
+            if host or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host or "0.0.0.0", port), family=family, backlog=_BACKLOG)
+
+
+class HttpThread:
+    """Serves listeners in a thread of its own. All methods may be called by any thread, before :meth:`start`
+    too."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._tasks: dict[socket.socket, asyncio.Task[None]] = {}
+        self._clients = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Every listener is closed when this returns."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._thread.ident is None:
+            self._run()
+        else:
+            self._thread.join()
+
+    def add(self, listener: socket.socket, respond: Respond) -> None:
+        """The listener belongs to the thread from now on."""
+        listener.setblocking(False)
+        self._loop.call_soon_threadsafe(self._add, listener, respond)
+
+    def remove(self, listener: socket.socket) -> None:
+        """Connections are refused when this returns; those that are kept end soon after."""
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        self._loop.call_soon_threadsafe(self._remove, listener)
+
+    def repeat(self, function: Callable[[], bool]) -> None:
+        """Calls it in the thread every :data:`RETRY_SECONDS` until it returns True."""
+
+        def call() -> None:
+            if not function():
+                self._loop.call_later(RETRY_SECONDS, call)
+
+        self._loop.call_soon_threadsafe(self._loop.call_later, RETRY_SECONDS, call)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._end_all())
+        self._loop.close()
+
+    async def _end_all(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _add(self, listener: socket.socket, respond: Respond) -> None:
+        # A task that is cancelled before its first step could not close the listener itself.
+        task = self._tasks[listener] = self._loop.create_task(self._serve(listener, respond))
+        task.add_done_callback(partial(self._close, listener))
+
+    def _close(self, listener: socket.socket, _: asyncio.Task[None]) -> None:
+        del self._tasks[listener]
+        listener.close()
+
+    def _remove(self, listener: socket.socket) -> None:
+        self._tasks[listener].cancel()
+
+    async def _serve(self, listener: socket.socket, respond: Respond) -> None:
+        """When this is cancelled the clients are, too."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    client, _ = await self._loop.sock_accept(listener)
+                except OSError:
+                    # No descriptors are left: the listener stays readable, and the thread would spin.
+                    await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                    continue
+                if self._clients >= _MOST_CLIENTS:
+                    client.close()
+                    continue
+                client.setblocking(False)
+                self._clients += 1
+                task = group.create_task(self._exchange(client, respond))
+                task.add_done_callback(partial(self._end, client))
+
+    def _end(self, client: socket.socket, _: asyncio.Task[None]) -> None:
+        self._clients -= 1
+        client.close()
+
+    async def _exchange(self, client: socket.socket, respond: Respond) -> None:
+        received, goes_on = b"", True
+        with suppress(OSError, TimeoutError):
+            while goes_on:
+                async with asyncio.timeout(CLIENT_SECONDS):
+                    while b"\r\n\r\n" not in received:
+                        chunk = await self._loop.sock_recv(client, _REQUEST_BYTES)
+                        received += chunk
+                        if not chunk or len(received) > _REQUEST_BYTES:
+                            return
+                    head, _, received = received.partition(b"\r\n\r\n")
+                    answer, goes_on = _answered(head, respond)
+                    await self._loop.sock_sendall(client, answer)
+
+
+def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
+    """The answer, and whether the connection goes on."""
+    line, *headers = head.split(b"\r\n")
+    words = line.split()
+    if len(words) != 3 or words[0] not in (b"GET", b"HEAD") or not words[2].startswith(b"HTTP/1."):
+        return _encoded(text_answer("", 400), closes=True), False
+    closes = words[2] == b"HTTP/1.0" or any(map(_ends_connection, headers))
+    path = words[1].partition(b"?")[0].decode("latin-1")
+    try:
+        answer = respond(path)
+    except Exception as error:
+        log.error("cannot answer an HTTP request", path=path, error=repr(error))
+        answer = text_answer("internal error", 500)
+    return _encoded(answer, closes=closes, has_body=words[0] == b"GET"), not closes
+
+
+def _encoded(answer: Answer, *, closes: bool, has_body: bool = True) -> bytes:
+    headers = (
+        ("Content-Type", answer.content_type),
+        ("X-Content-Type-Options", "nosniff"),
+        *answer.headers,
+        ("Date", formatdate(usegmt=True)),
+        ("Content-Length", str(len(answer.body))),
+        *((("Connection", "close"),) if closes else ()),
+    )
+    lines = [
+        f"HTTP/1.1 {answer.status} {responses[answer.status]}",
+        *(f"{name}: {value}" for name, value in headers),
+        "\r\n",
+    ]
+    return "\r\n".join(lines).encode("latin-1") + (answer.body if has_body else b"")
+
+
+def _ends_connection(header: bytes) -> bool:
+    """``Connection: close``, or a body, which is not read and so must not be taken for a request."""
+    name, _, value = header.lower().partition(b":")
+    return name in (b"content-length", b"transfer-encoding") or (name == b"connection" and b"close" in value)

@@ -1,0 +1,114 @@
+"""Which kubeconfig of several counts, which proxy, and how often a request is sent."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+import yaml
+
+from ebpfproxy.kube import access, kubeconfig
+from ebpfproxy.kube.access import Access, ConfigError
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.failures import Failure
+from tests.apiserver import ApiServer
+
+
+def write(path: Path, **content: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump({name.replace("_", "-"): value for name, value in content.items()}))
+    return path
+
+
+def cluster(server: str) -> list[dict[str, Any]]:
+    return [{"name": "c", "cluster": {"server": server}}]
+
+
+def context(name: str, user: str = "u") -> dict[str, Any]:
+    return {"name": name, "context": {"cluster": "c", "user": user}}
+
+
+def test_of_several_files_the_first_counts_and_paths_are_relative_to_their_own(tmp_path: Path) -> None:
+    one = write(tmp_path / "one" / "config", current_context="x", clusters=cluster("http://one"))
+    two = write(
+        tmp_path / "two" / "config",
+        current_context="y",
+        clusters=cluster("http://two"),
+        users=[{"name": "u", "user": {"tokenFile": "token"}}, {"name": "v", "user": {"token": "of-v"}}],
+        contexts=[context("x"), context("y", "v")],
+    )
+    (tmp_path / "two" / "token").write_text("of-u\n")
+    found = kubeconfig.load([one, two])
+    assert (found.server, found.authorization()) == ("http://one", "Bearer of-u")
+    assert kubeconfig.load([two]).authorization() == "Bearer of-v"
+    assert kubeconfig.load([one, two], context="y").authorization() == "Bearer of-v"
+    with pytest.raises(ConfigError, match=r"config: current-context: contexts has no 'z'"):
+        kubeconfig.load([one, two], context="z")
+
+
+def test_a_token_goes_before_a_plugin_and_a_password(tmp_path: Path) -> None:
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "false"}
+    user = {"token": "t", "exec": plugin, "username": "a", "password": "b"}
+    users = [{"name": "u", "user": user}]
+    path = tmp_path / "config"
+    write(path, current_context="x", clusters=cluster("http://a"), users=users, contexts=[context("x")])
+    assert kubeconfig.load([path]).authorization() == "Bearer t"
+    del user["token"], user["exec"]
+    write(path, current_context="x", clusters=cluster("http://a"), users=users, contexts=[context("x")])
+    assert kubeconfig.load([path]).authorization() == "Basic YTpi"
+
+
+@pytest.mark.parametrize(
+    ("server", "no_proxy", "is_used"),
+    [
+        ("https://10.0.0.1:6443", "", True),
+        ("https://10.0.0.1:6443", "10.0.0.0/8", False),
+        ("https://[fd00::1]:6443", "10.0.0.0/8, fd00::/64", False),
+        ("https://10.0.0.1:6443", "10.0.0.1", False),
+        ("https://cp.example:6443", "example", False),
+        ("https://cp.example:6443", "10.0.0.0/8,*", True),
+    ],
+)
+def test_the_environments_proxy_and_who_goes_past_it(
+    monkeypatch: pytest.MonkeyPatch, server: str, no_proxy: str, is_used: bool
+) -> None:
+    for name in ("HTTPS_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    assert isinstance(access.pool(Access(server)), urllib3.ProxyManager) is is_used
+
+
+@pytest.mark.skipif(find_spec("socks") is not None, reason="PySocks is installed")
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.DependencyWarning")
+def test_a_socks_proxy_without_its_library_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^proxy socks5://127\.0\.0\.1:1080: "):
+        access.pool(Access("https://10.0.0.1:6443", proxy="socks5://127.0.0.1:1080"))
+
+
+@pytest.mark.parametrize("trouble", ["503", "429", "close"])
+def test_what_passes_is_asked_again(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ebpfproxy.kube.client._BACKOFF_FIRST", 0.01)
+    with ApiServer() as server:
+        connection = ApiConnection.from_options(None, server.url)
+        server.fail(trouble, times=2)
+        assert connection.call("GET", "/api/v1/services", read_seconds=5, tries=3).status == 200
+        server.fail(trouble, times=2)
+        with pytest.raises(Failure):
+            connection.call("GET", "/api/v1/services", read_seconds=5, tries=2)
+
+
+def test_what_does_not_pass_is_asked_once() -> None:
+    with ApiServer() as server:
+        connection = ApiConnection.from_options(None, server.url)
+        server.denied.add("services")
+        with pytest.raises(Failure, match=r"^403 Forbidden: services is forbidden") as refused:
+            connection.call("GET", "/api/v1/services", read_seconds=5, tries=4)
+        assert refused.value.status == 403
+        assert sum(connection.requests.values()) == 1
+    with pytest.raises(Failure, match="Connection refused") as unreached:
+        connection.call("GET", "/api/v1/services", read_seconds=5, tries=4)
+    assert (unreached.value.reason, unreached.value.status) == ("refused", 0)

@@ -114,7 +114,7 @@ class Dump:
 
     def selection(self, service_id: int, policy: int) -> array[int]:
         """Backend ids in the order of their first slots."""
-        slots = self._selections.slots(*self._selections.range(service_id, policy))
+        slots = self._selections.slots(self._selections.ranges(service_id)[policy])
         return array("I", dict.fromkeys(backend_ids(slots)))
 
     def backend_ref(self, number: int) -> BackendRef:

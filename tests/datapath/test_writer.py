@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 from unittest.mock import patch
 
 import msgspec
@@ -10,12 +12,15 @@ import pytest
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES
 from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.services import maglev
+from ebpfproxy.datapath.services.selection_table import NO_SLOTS
 from ebpfproxy.services.model import (
     Algorithm,
     BackendState,
     Policy,
+    Prefix,
     ServicePort,
 )
 from tests.datapath.writing import (
@@ -32,6 +37,74 @@ from tests.datapath.writing import (
 )
 
 pytestmark = pytest.mark.root
+
+
+def test_a_change_is_published_in_an_order_in_which_each_step_finds_what_it_refers_to(bench: Bench) -> None:
+    """The order of ``datapath.services.publish``: of a new service port, and of one that replaces it."""
+    writer = bench.empty()
+    prefix = Prefix(bytes([192, 0, 2, 0]), 24)
+    first, second = (
+        msgspec.structs.replace(port(name, [n], affinity=60, address=7), source_ranges=(prefix,))
+        for name, n in (("a", 1), ("b", 2))
+    )
+    assert bench.maps is not None
+    words: tuple[tuple[int, int], ...] = (NO_SLOTS, NO_SLOTS)
+    seen: list[str] = []
+
+    def look(text: str) -> None:
+        """Notes a step, after what has been stored in memory since the one before."""
+        nonlocal words
+        assert bench.maps is not None
+        table = bench.maps.selections()
+        now = tuple(table.ranges(number)[Policy.CLUSTER] for number in range(2))
+        if now != words:
+            # What the word leads to is there: the backend's record by its slot.
+            for used in (used for used in now if used not in words and used[1]):
+                (number,) = backend_ids(table.slots(used))
+                assert bench.records[number][1] is BackendState.ACTIVE
+            seen.append("selections")
+            words = now
+        seen.append(text)
+
+    def watch(name: str, what: str) -> AbstractContextManager[object]:
+        assert bench.maps is not None
+        real = getattr(bench.maps[name], what)
+
+        def call(entries: Any) -> object:
+            if entries:
+                look(f"{'-' if what == 'delete' else '+'} {name}")
+            return real(entries)
+
+        return patch.object(bench.maps[name], what, call)
+
+    with ExitStack() as stack:
+        for name in ("service_names", "members", "source_ranges", "services4", "departures"):
+            for what in ("update_many", "delete"):
+                stack.enter_context(watch(name, what))
+        writer.apply([first], complete=True)
+        assert seen == [
+            "+ service_names",
+            "+ members",
+            "selections",
+            "+ source_ranges",
+            # All other ports of the cluster IP, then its own.
+            "+ services4",
+            "+ services4",
+        ]
+        seen.clear()
+        writer.apply([second], [first.key])
+        assert seen == [
+            "+ service_names",
+            "+ members",
+            "selections",
+            "- members",
+            "+ source_ranges",
+            "+ services4",
+            "- services4",
+            "- source_ranges",
+            "- service_names",
+            "+ departures",
+        ]
 
 
 def test_after_a_restart_states_do_not_flicker_where_users_differ(bench: Bench) -> None:

@@ -98,20 +98,16 @@ class Bench:
     def slots(self, service_id: int, policy: Policy) -> list[tuple[int, int]]:
         """Backend id and weight of each slot."""
         assert self.maps is not None
-        word = self.maps.shared("selections").words()[service_id * layout.POLICIES + policy]
-        base, count = layout.selection_range(word)
-        words = self.maps.shared("slots").words()[base : base + count]
+        selections = self.maps.selections()
+        words = selections.slots(selections.ranges(service_id)[policy])
         return [(layout.slot_backend(each), layout.slot_weight(each)) for each in words]
 
     @property
     def records(self) -> dict[int, tuple[Backend, BackendState]]:
         """Every backend's place that is not free, by id."""
         assert self.maps is not None
-        shared = self.maps.shared("backends")
-        size = layout.BACKEND_SIZE
-        packed = (bytes(shared.bytes[n * size : (n + 1) * size]) for n in range(self.capacity.backends))
-        found = {n: layout.unpack_backend(each) for n, each in enumerate(packed)}
-        return {n: each for n, each in found.items() if each is not None}
+        table = self.maps.backends()
+        return {n: found for n in range(self.capacity.backends) if (found := table.read(n)) is not None}
 
     @property
     def members(self) -> set[tuple[int, int]]:

@@ -6,6 +6,7 @@ Each class is a view of a map's memory (``kernel.maps.SharedArray``) and keeps n
 from __future__ import annotations
 
 import ctypes as ct
+import struct
 from array import array
 from collections.abc import Iterator
 
@@ -14,6 +15,10 @@ from ebpfproxy.services.model import Backend, BackendState
 
 _BACKEND, _SLOT = layout.BACKEND_SIZE, layout.SLOT_SIZE
 _FREE = bytes(_BACKEND)
+#: The selections of both policies.
+_RANGES = struct.Struct("=IIII")
+#: Base and count; (0, 0) if empty.
+Range = tuple[int, int]
 _NO_LOAD = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
 
 
@@ -104,15 +109,19 @@ class Selections:
         self._words = words
         self._slots = slots
 
-    def range(self, service_id: int, policy: int) -> tuple[int, int]:
-        """Base and count of the slots in use."""
-        return layout.selection_range(self._words[service_id * layout.POLICIES + policy])
+    def ranges(self, service_id: int) -> tuple[Range, Range]:
+        """By policy, the slots in use."""
+        cluster, cluster_count, local, local_count = _RANGES.unpack_from(
+            self._words, service_id * _RANGES.size
+        )
+        return (cluster, cluster_count), (local, local_count)
 
-    def set_range(self, service_id: int, policy: int, base: int, count: int) -> None:
-        self._words[service_id * layout.POLICIES + policy] = layout.selection_word(base, count)
+    def set_range(self, service_id: int, policy: int, used: Range) -> None:
+        self._words[service_id * layout.POLICIES + policy] = layout.selection_word(*used)
 
-    def slots(self, base: int, count: int) -> array[int]:
+    def slots(self, used: Range) -> array[int]:
         """The words of a range."""
+        base, count = used
         return array("Q", bytes(self._slots[base * _SLOT : (base + count) * _SLOT]))
 
     def write_slots(self, base: int, words: array[int]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES
+from ebpfproxy.datapath.abi.arrays import Range, backend_ids
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.ids import IdsExhaustedError
 from ebpfproxy.datapath.services.plan import BackendSets, Published
 from ebpfproxy.datapath.services.ranges import RangesExhaustedError
-from ebpfproxy.datapath.services.selection_table import Range, SelectionTable
+from ebpfproxy.datapath.services.selection_table import NO_SLOTS, SelectionTable
 from ebpfproxy.services.model import Algorithm, Backend, ServicePort
 
 ExhaustedError = IdsExhaustedError, RangesExhaustedError
@@ -31,6 +31,8 @@ class Placed(NamedTuple):
     ids: BackendSets
     before: tuple[Range, Range]
     after: list[Range]
+    #: The backends in the slots as they are.
+    selected: set[int]
     made_from: tuple[int | None, int | None]
 
 
@@ -49,10 +51,15 @@ class Placer:
                 if len(port.cluster) <= size < self.maglev_size and self._selections.fits(size):
                     yield size
 
-    @contextmanager
-    def place(self, port: ServicePort, known: Published, maglev_size: int) -> Iterator[Placed]:
-        """Raises one of ``ExhaustedError``, as the block may: then everything is as it was."""
-        before = self._selections.ranges(known.id) if known.id >= 0 else ((0, 0), (0, 0))
+    def place(
+        self, port: ServicePort, known: Published, maglev_size: int, new_id: Callable[[], int]
+    ) -> Placed:
+        """Raises one of ``ExhaustedError``, as ``new_id`` may: then everything is as it was.
+
+        A service port without an id gets a new one last, so that one that does not fit leaves nothing behind.
+        """
+        before = self._selections.ranges(known.id) if known.id >= 0 else (NO_SLOTS, NO_SLOTS)
+        current = self._selections.slots(before[0]), self._selections.slots(before[1])
         after = list(before)
         try:
             sets = plan.selected_sets(port)
@@ -62,9 +69,10 @@ class Placer:
             for policy, source in enumerate(sources):
                 if made_from[policy] is None or made_from[policy] != known.made_from[policy]:
                     words = self._selections.make(source)
-                    if words != self._selections.slots(before[policy]):
+                    if words != current[policy]:
                         after[policy] = self._selections.place(words)
-            yield Placed(ids, before, after, made_from if any(made_from) else plan.NOTHING_MADE)
+            if known.id < 0:
+                known.id = new_id()
         except ExhaustedError:
             for old, new in zip(before, after, strict=True):
                 if new != old:
@@ -72,6 +80,8 @@ class Placer:
             self._backends.drop_fresh()
             raise
         self._backends.keep_fresh()
+        selected = {*backend_ids(current[0]), *backend_ids(current[1])}
+        return Placed(ids, before, after, selected, made_from if any(made_from) else plan.NOTHING_MADE)
 
     def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:
         """Raises IdsExhaustedError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from functools import cache
 from typing import NamedTuple
 
 import msgspec
@@ -29,7 +30,6 @@ from ebpfproxy.services.model import (
 NO_MEMBERS = (NO_IDS, NO_IDS)
 NO_SOURCES: frozenset[Prefix] = frozenset()
 NOTHING_MADE = (None, None)
-_NO_FLAGS = ServiceFlags(0)
 
 
 class Published(msgspec.Struct):
@@ -207,9 +207,9 @@ def entries_of(
     ``sources_towards``: the addresses by which this node may ask at another; it is called only for frontends
     with source ranges.
     """
-    entries: dict[ServiceKey, ServiceEntry] = {}
-    for frontend in port.frontends:
-        entries.update(_entries_of(frontend, service_id, port))
+    entries = {
+        key: entry for frontend in port.frontends for key, entry in _entries_of(frontend, service_id, port)
+    }
     if port.source_ranges:
         entries = {
             key: with_host_flag(key, entry, port.source_ranges, sources_towards)
@@ -238,21 +238,20 @@ def _entries_of(
 ) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
     """One entry, or two where the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
-    flags = _NO_FLAGS
-    if kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None:
-        flags |= ServiceFlags.SOURCES
-    scopes = [(Scope.INTERNAL, internal)]
-    if internal != external:
-        flags |= ServiceFlags.TWO_SCOPES
-        scopes.append((Scope.EXTERNAL, external))
-    for scope, policy in scopes:
+    has_sources = kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None
+    two = internal != external
+    scopes = ((Scope.INTERNAL, internal), (Scope.EXTERNAL, external))
+    for scope, policy in scopes if two else scopes[:1]:
+        flags = _flags(has_sources, two, policy is Policy.LOCAL)
         yield (
             ServiceKey(address, port, protocol, scope),
-            ServiceEntry(
-                service_id,
-                flags | ServiceFlags.LOCAL if policy is Policy.LOCAL else flags,
-                kind,
-                owner.algorithm,
-                owner.affinity_seconds,
-            ),
+            ServiceEntry(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),
         )
+
+
+@cache
+def _flags(has_sources: bool, two_scopes: bool, is_local: bool) -> ServiceFlags:
+    flags = ServiceFlags.SOURCES if has_sources else ServiceFlags(0)
+    if two_scopes:
+        flags |= ServiceFlags.TWO_SCOPES
+    return flags | ServiceFlags.LOCAL if is_local else flags

@@ -5,15 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-from ebpfproxy.datapath.abi.arrays import backend_ids
+from ebpfproxy.datapath.abi.arrays import Range, backend_ids
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.services.slots import Source
-from ebpfproxy.services.model import Policy
 
-Range = tuple[int, int]
-_NONE: Range = 0, 0
-_POLICIES = tuple(map(int, Policy))
+NO_SLOTS: Range = 0, 0
 
 
 class SelectionTable:
@@ -34,16 +31,15 @@ class SelectionTable:
 
     def ranges(self, service_id: int) -> tuple[Range, Range]:
         """By policy."""
-        cluster, local = (self._view.range(service_id, policy) for policy in _POLICIES)
-        return cluster, local
+        return self._view.ranges(service_id)
 
     def slots(self, used: Range) -> array[int]:
-        return self._view.slots(*used)
+        return self._view.slots(used)
 
     def backends(self, service_id: int) -> set[int]:
         """The backends that a service chooses from, under either policy."""
-        cluster, local = self.ranges(service_id)
-        return {*backend_ids(self.slots(cluster)), *(backend_ids(self.slots(local)) if local[1] else ())}
+        cluster, local = map(self.slots, self.ranges(service_id))
+        return {*backend_ids(cluster), *backend_ids(local)}
 
     # -- what nobody sees yet
 
@@ -59,7 +55,7 @@ class SelectionTable:
     def place(self, words: array[int]) -> Range:
         """Writes slots to a free range. Raises RangesExhaustedError."""
         if not words:
-            return _NONE
+            return NO_SLOTS
         base = self._ranges.allocate(len(words))
         self._view.write_slots(base, words)
         self._slots.writes += len(words)
@@ -74,11 +70,11 @@ class SelectionTable:
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
         """Readers see the old range or this one."""
-        self._view.set_range(service_id, policy, *used)
+        self._view.set_range(service_id, policy, used)
         self._selections.writes += 1
 
     def clear(self, service_id: int) -> None:
         """An id that no program can be using has no slots."""
         for policy, used in enumerate(self.ranges(service_id)):
-            if used != _NONE:
-                self.select(service_id, policy, _NONE)
+            if used != NO_SLOTS:
+                self.select(service_id, policy, NO_SLOTS)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import msgspec
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
+from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.abi.layout import U32, ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
@@ -26,11 +27,11 @@ from ebpfproxy.datapath.services.capacity import CapacityError, Unplaced
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
-from ebpfproxy.datapath.services.placement import ExhaustedError, Placer, no_room
-from ebpfproxy.datapath.services.plan import BackendSets, Change, Published
+from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer, no_room
+from ebpfproxy.datapath.services.plan import Change, Published
 from ebpfproxy.datapath.services.publish import Publisher, Tables
 from ebpfproxy.datapath.services.redirects import Redirects
-from ebpfproxy.datapath.services.selection_table import Range, SelectionTable
+from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import Protocol, ServicePort, ServicePortKey
 
 
@@ -212,24 +213,20 @@ class Writer:
 
     def _try_place(self, port: ServicePort, change: Change, maglev_size: int) -> None:
         """Raises one of ``ExhaustedError`` with everything as it was."""
-        known = self._published.get(port.key)
-        if known is None:
-            # The id is taken last, so that a port that does not fit leaves nothing behind.
-            known = Published(-1)
-        with self._placer.place(port, known, maglev_size) as placed:
-            if known.id < 0:
-                known.id = self._new_service(port.key, change)
-                self._published[port.key] = known
+        known = self._published.get(port.key) or Published(-1)
+        placed = self._placer.place(port, known, maglev_size, lambda: self._new_service(port.key, change))
+        self._published[port.key] = known
         known.made_from = placed.made_from
-        self._plan(port, known, placed.ids, change)
         self._retired.ranges.extend(change.select(known, placed.before, placed.after))
+        self._plan(port, known, placed, change)
 
-    def _plan(self, port: ServicePort, known: Published, ids: BackendSets, change: Change) -> None:
+    def _plan(self, port: ServicePort, known: Published, placed: Placed, change: Change) -> None:
         """What readers will see of a service port whose backends and slots are in place."""
+        ids = placed.ids
         change.placed[known.id] = port, known
         if name := self._publisher.unnamed(known.id):
             change.names[known.id] = name
-        held = self._held(known)
+        held = placed.selected | known.unselected
         selected = ids.unselected.union(*ids.selected)
         absent = self._absences.wait_for(port.key, held - selected)
         known.unselected = ids.unselected | absent if absent else ids.unselected

@@ -128,12 +128,13 @@ static __always_inline bool is_left_to_loopback(struct bpf_sock_addr *ctx, const
 {
 	struct inet_addr bound;
 
-	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk || !in_host_namespace(ctx))
+	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk)
 		return false;
+	/* Most are not bound, which costs no call of the kernel. */
 	if (ctx->sk->bound_dev_if != LOOPBACK_IFINDEX &&
 	    !(bound_address(ctx, &bound) && addr_is_loopback(&bound)))
 		return false;
-	return reaches_this_node(ctx, &to->addr);
+	return in_host_namespace(ctx) && reaches_this_node(ctx, &to->addr);
 }
 
 /*

@@ -145,6 +145,27 @@ static __always_inline bool is_at_local_device(struct __sk_buff *skb)
 	return device && device->flags & DEVICE_LOCAL;
 }
 
+/* Says if what passes here passes our program at a device below, too, at the same stage. */
+static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stage)
+{
+	const u32 below = stage == STAGE_INGRESS ? DEVICE_INGRESS_BELOW : DEVICE_EGRESS_BELOW;
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device && device->flags & below;
+}
+
+/*
+ * Says if an entry is for the program below alone, such as at a bridge's port. On the bridge a
+ * translated packet of a Service's flow looks like one of the direct flow; and at the port a
+ * translated reply of the direct flow would look like one of the Service's flow.
+ */
+static __always_inline bool is_left_to_below(struct __sk_buff *skb, const struct packet *p,
+					     const struct nat *nat)
+{
+	return is_of_direct_flow(nat, &p->flow) && is_seen_below(skb, p->flow.stage);
+}
+
 /*
  * Says if a packet only answers. Networks outside overlap with Service CIDRs (10.96.0.0/12): a host
  * there that asks this node, or a pod by its own address, is answered; nobody asks it. kube-proxy
@@ -376,6 +397,57 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 	return rejection(EVENT_NO_FLOW);
 }
 
+/*
+ * Says if a packet that goes to no frontend opens a flow whose answers would be taken for those of
+ * a Service: the client asks a backend directly, from the port by which it asks a Service there.
+ * At a bridge the same is true of what the program at its port has made of the Service's packet.
+ */
+static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct flow *flow = &p->flow;
+	const struct flow key = {
+		.src = flow->dst,
+		.dst = flow->src,
+		.sport = flow->dport,
+		.dport = flow->sport,
+		.proto = flow->proto,
+		.stage = STAGE_EGRESS,
+	};
+	const struct nat *answers;
+
+	if (!flow_of_interest(&key.src, &key.dst) || is_seen_below(skb, STAGE_INGRESS) ||
+	    !can_open(skb, p))
+		return false;
+	answers = conntrack_lookup(&key);
+	/* An entry without NAT_REPLY is of what this host itself asks. */
+	return answers && answers->flags & NAT_REPLY && !is_reverse(answers, flow);
+}
+
+/* Gives the later of two such flows another port, as netfilter's NAT does (null binding). */
+static __always_inline int create_direct_flow(struct __sk_buff *skb, const struct packet *p)
+{
+	struct scratch *s = scratch();
+	enum insert done;
+
+	if (!s)
+		return PASS;
+	s->nat.src = p->flow.src;
+	s->nat.dst = p->flow.dst;
+	s->nat.sport = p->flow.sport;
+	s->nat.dport = p->flow.dport;
+	s->nat.service_id = s->nat.backend_id = NOBODY;
+	s->nat.seen = 0;
+	s->nat.epoch = 0;
+	s->nat.end = s->nat.acked = 0;
+	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+	if (p->tcp_flags)
+		note_sequence(p, &s->nat);
+	done = insert_source(skb, s, &p->flow);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
+}
+
 /* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
 static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 {
@@ -403,7 +475,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 			return rejection(EVENT_BACKEND_GONE);
 	}
 	if (!svc)
-		return no_service(skb, p);
+		return is_direct_clash(skb, p) ? create_direct_flow(skb, p) : no_service(skb, p);
 	if (!s || svc->flags & SERVICE_OWN)
 		return PASS;
 	s->service = *svc;
@@ -522,9 +594,12 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	s->nat.flags = NAT_HOST;
 	if (AT_LOOPBACK && is_bound_to_device(skb))
 		s->nat.flags |= NAT_BOUND;
-	/* With another address the client's port may be that of a socket to the same backend. */
-	is_fresh = !addr_equal(&p->flow.src, &node) || addr_equal(&backend->addr, &node) ||
-		   is_port_taken(&p->flow);
+	/*
+	 * A socket of this host to the backend itself may have the client's port, now or later.
+	 * Below 1024 it does not come by chance, and servers may insist on it (NFS).
+	 */
+	is_fresh = bpf_ntohs(p->flow.sport) >= 1024 || !addr_equal(&p->flow.src, &node) ||
+		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);
 	done = insert_pair(skb, s, &p->flow, is_fresh);
 	if (done != INSERT_DONE)
 		return not_inserted(done);
@@ -586,9 +661,11 @@ static __always_inline enum course course_of(const struct packet *p, struct nat 
 {
 	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 
-	if (nat->flags & (NAT_REPLY | NAT_SOURCE))
+	/* A masquerade ends with the flow that it belongs to. */
+	if (nat->flags & NAT_REPLY ||
+	    (nat->flags & NAT_SOURCE && !is_of_direct_flow(nat, &p->flow)))
 		return COURSE_FOLLOW;
-	if (is_stale(&p->flow, nat, opens))
+	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? COURSE_AGAIN : COURSE_REJECT;
 	/* A client that uses a port again opens another connection. */
 	return opens && is_closed(nat) ? COURSE_AGAIN : COURSE_FOLLOW;
@@ -635,6 +712,8 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 {
 	const bool forwards = nat->flags & NAT_BYPASS;
 
+	if (is_left_to_below(skb, p, nat))
+		return PASS;
 	conntrack_track(p, nat);
 	if (nat->flags & NAT_OWN)
 		return PASS;
@@ -712,7 +791,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
 
-	if (!nat || nat->flags & NAT_OWN)
+	if (!nat || nat->flags & NAT_OWN || is_left_to_below(skb, p, nat))
 		return PASS;
 	if (rewrite_error(skb, p, nat))
 		return drop(EVENT_REWRITE);
@@ -741,7 +820,10 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_asker(skb, p);
-	if (!address_of_interest(&p->flow.dst) || !is_for_us(skb))
+	/* What asks a backend directly is of interest where a Service has answers from there. */
+	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src))
+		return PASS;
+	if (!is_for_us(skb))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)

@@ -35,6 +35,12 @@
  *	own            b -> n  at ingress   as it is
  *
  * An outside host with an address of the Service network has one, too: see asker_key().
+ *
+ * A client that asks a Service and its backend itself from one port, p, asks the latter from
+ * another, q: else the answers would be taken for the Service's.
+ *
+ *	direct         c:p -> b  at ingress   c:q -> b
+ *	  its reply    b -> c:q  at egress    b -> c:p
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
@@ -122,6 +128,13 @@ static __always_inline bool is_reverse(const struct nat *nat, const struct flow 
 {
 	return nat->sport == flow->dport && nat->dport == flow->sport &&
 	       addr_equal(&nat->src, &flow->dst) && addr_equal(&nat->dst, &flow->src);
+}
+
+/* Says if an entry is of a direct flow: a masquerade's has the stages the other way round. */
+static __always_inline bool is_of_direct_flow(const struct nat *nat, const struct flow *flow)
+{
+	return nat->flags & NAT_SOURCE &&
+	       !(nat->flags & NAT_REPLY) == (flow->stage == STAGE_INGRESS);
 }
 
 enum insert {

@@ -207,6 +207,26 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 }
 
 /*
+ * Makes the pair that gives the flow of @key another source: @s->nat is what its questions become,
+ * and gets the port.
+ */
+static __always_inline enum insert insert_source(struct __sk_buff *skb, struct scratch *s,
+						 const struct flow *key)
+{
+	struct flow answers;
+	enum insert done;
+
+	s->nat.flags = NAT_SOURCE;
+	invert_entry(s, key);
+	done = take_port(skb, s);
+	if (done != INSERT_DONE)
+		return done;
+	answers = s->key;
+	invert_entry(s, &answers);
+	return conntrack_insert(s, true);
+}
+
+/*
  * Makes the pair that masquerades a new flow. @s->nat is what its questions have become: packets
  * from the client to the backend, which leave with @addr for the client's.
  */
@@ -222,22 +242,13 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 		.stage = STAGE_EGRESS,
 	};
 	struct nat *known = conntrack_lookup(&between);
-	struct flow answers;
-	enum insert done;
 
 	/* A flow begun anew keeps its port while that is in use. */
 	if (known && known->flags & NAT_SOURCE && !(known->flags & NAT_REPLY) &&
 	    !is_closed(known) && addr_equal(&known->src, addr))
 		return INSERT_DONE;
 	s->nat.src = *addr;
-	s->nat.flags = NAT_SOURCE;
-	invert_entry(s, &between);
-	done = take_port(skb, s);
-	if (done != INSERT_DONE)
-		return done;
-	answers = s->key;
-	invert_entry(s, &answers);
-	return conntrack_insert(s, true);
+	return insert_source(skb, s, &between);
 }
 
 #endif

@@ -344,6 +344,13 @@ struct fragment {
 #define HANDOVER_MODE (1 << 2) /* TCP connections that began elsewhere are netfilter's */
 #define NO_NEW_FLOWS  (1 << 3) /* no flow begins here: known ones are followed */
 
+/*
+ * Packets pass a bridge in addition to its ports, and a macvlan in addition to the device below it
+ * when they leave. What may be done only once to a packet is done at the device below.
+ */
+#define DEVICE_INGRESS_BELOW (1 << 4) /* our program below has seen what comes in */
+#define DEVICE_EGRESS_BELOW  (1 << 5) /* our program below will see what leaves */
+
 struct device {
 	struct inet_addr addr4;
 	struct inet_addr addr6;

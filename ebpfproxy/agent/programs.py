@@ -184,6 +184,8 @@ class ProgramManager:
                     d.address6,
                     d.role is Role.LOCAL,
                     self._options.local_pods.is_behind(d),
+                    d.ingress_below,
+                    d.egress_below,
                     d.mtu,
                 )
                 for d in network.devices

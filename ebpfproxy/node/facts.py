@@ -18,6 +18,7 @@ class Link(NamedTuple):
     """A device as netlink has it. ``kind`` is None for hardware; MTU in bytes.
 
     ``master`` and ``lower``, the device of this namespace that it sends through, are 0 without one.
+    ``passthru``: a macvlan or macvtap that has the link address of ``lower``.
     """
 
     ifindex: int
@@ -27,6 +28,7 @@ class Link(NamedTuple):
     master: int
     mtu: int = 1500
     lower: int = 0
+    passthru: bool = False
 
 
 class Address(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.node.facts import Address, Facts, Link, NodeFacts, is_loopback
-from ebpfproxy.node.roles import ETHERNET, Role, Roles
+from ebpfproxy.node.roles import ETHERNET, Role, Roles, devices_below
 
 _FAMILIES: tuple[int, ...] = (socket.AF_INET, socket.AF_INET6)
 _SIZES: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
@@ -23,7 +23,9 @@ class Device(NamedTuple):
     """``address4`` and ``address6`` stand for clients that are masqueraded to it, empty where none can.
 
     As netfilter's MASQUERADE chooses: the device's own first global address, else the node's. ``bridge``: the
-    name of the one that it is a port of, empty for none. ``why`` it has its role.
+    name of the one that it is a port of, empty for none. ``why`` it has its role. ``ingress_below``: what
+    comes in by it has come in by another of the devices before; ``egress_below``: what leaves by it leaves by
+    another one after that.
     """
 
     ifindex: int
@@ -35,6 +37,8 @@ class Device(NamedTuple):
     mtu: int
     bridge: str = ""
     why: str = ""
+    ingress_below: bool = False
+    egress_below: bool = False
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -58,6 +62,7 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
     names = {link.ifindex: link.name for link in facts.links}
     kinds = {link.ifindex: link.kind for link in facts.links}
     uplinks = {link.ifindex for link, role, _ in used if role is Role.UPLINK}
+    below = devices_below(facts.links, {link.ifindex for link, _, _ in used})
     own = [a for a in facts.addresses if not is_loopback(a.address)]
     present = frozenset(a.address for a in own)
     primary = {family: _primary(family, facts, node, present, uplinks) for family in _FAMILIES}
@@ -77,6 +82,7 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
             link.mtu,
             names[link.master] if kinds.get(link.master) == "bridge" else "",
             why,
+            *below.get(link.ifindex, (False, False)),
         )
 
     return Network(

@@ -36,6 +36,7 @@ _FAMILIES: tuple[int, ...] = (socket.AF_INET, socket.AF_INET6)
 _SCOPE_GLOBAL = 0  # RT_SCOPE_UNIVERSE
 _UNFIT = 0x01 | 0x08 | 0x20 | 0x40  # IFA_F_SECONDARY or TEMPORARY, DADFAILED, DEPRECATED, TENTATIVE
 _MAIN_TABLE = 254
+_MACVLANS = frozenset(("macvlan", "macvtap"))
 
 # linux/netlink.h, linux/rtnetlink.h: in the host's byte order; messages begin at multiples of 4.
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -67,6 +68,7 @@ def _links(netlink: Any) -> list[Link]:
     for message in netlink.get_links():
         info = message.get_attr("IFLA_LINKINFO")
         kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
+        data = info.get_attr("IFLA_INFO_DATA") if info is not None and kind in _MACVLANS else None
         master = message.get_attr("IFLA_MASTER") or 0
         # IFLA_LINK of a veth names the peer, which is in another namespace.
         is_here = message.get_attr("IFLA_LINK_NETNSID") is None
@@ -79,6 +81,7 @@ def _links(netlink: Any) -> list[Link]:
                 master,
                 message.get_attr("IFLA_MTU") or 0,
                 (message.get_attr("IFLA_LINK") or 0) if is_here else 0,
+                data is not None and data.get_attr("IFLA_MACVLAN_MODE") == "passthru",
             )
         )
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from ebpfproxy.node.facts import Address, Facts, Link, NodeFacts
@@ -35,6 +35,7 @@ _POD_PORTS = frozenset(["veth", "netkit", "tun"])
 _NETWORK_PORTS = frozenset((None, "bond", "team", "vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
 #: Those that have a place of their own on the network of another device.
 _STACKED = frozenset(("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
+_MACVLANS = frozenset(("macvlan", "macvtap"))
 
 
 class Role(enum.IntEnum):
@@ -61,6 +62,25 @@ def asks_for_routes(facts: Facts) -> frozenset[int]:
         for link in facts.links
         if link.ifindex in wide - routed and link.kind in _POD_PORTS | {"bridge"} and link.type == ETHERNET
     )
+
+
+def devices_below(links: Iterable[Link], used: Container[int]) -> dict[int, tuple[bool, bool]]:
+    """Of ``used`` (indexes), those whose packets pass another of ``used`` with the same headers: at ingress,
+    before this one, and at egress, after it.
+
+    A VLAN's packets are skipped there while they have a tag, and a tunnel's have other headers. What comes in
+    for a macvlan has its link address, and is skipped at the device below; in mode passthru both share one.
+    """
+    by_index = {link.ifindex: link for link in links}
+    attached = [link for link in by_index.values() if link.ifindex in used]
+    masters = {link.master for link in attached}
+    has_switch = any(by_index[index].kind == "openvswitch" for index in masters if index in by_index)
+    found = {}
+    for link in attached:
+        is_stacked = link.lower in used and link.kind != "vlan" and not _is_tunnel(link)
+        if is_stacked or link.ifindex in masters or (link.kind == "openvswitch" and has_switch):
+            found[link.ifindex] = link.kind not in _MACVLANS or link.passthru, True
+    return found
 
 
 class Roles:

@@ -1,4 +1,7 @@
-"""Pods on a bridge of their node (flannel, the CNI plugin ``bridge``), where they are each other's neighbours."""
+"""Pods on a bridge of their node (flannel, the CNI plugin ``bridge``), where they are each other's neighbours.
+
+Their packets pass the programs twice: at the bridge's port and at the bridge.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 from pyroute2 import NetNS
 
+from tests.e2e.outer import PORTS, SLICE_PORTS
+from tests.field import test_same_ports as same_ports
 from tests.field.remote import Remote
 from tests.lab import Lab, LabNode, Pod, clients, manifests, servers
 from tests.lab.spaces import Space
@@ -29,20 +34,17 @@ class World:
         self.client, self.w1 = (_bridged(lab, self.a, *each) for each in (("client", 2), ("w1", 3)))
         self.w2 = b.pod("w2")
         for pod in (self.w1, self.w2):
-            servers.start(pod, pod.name, 8053)
+            servers.start(pod, pod.name, 8080, 8053)
         self.folder = lab.folder / "manifests"
         self.write(self.w1)
         self.a.agent(manifests=self.folder).start()
 
     def write(self, pod: Pod) -> None:
-        port = {"name": "udp", "port": 53, "protocol": "UDP"}
         manifests.write(
             self.folder / "web.yaml",
-            manifests.service("web", clusterIPs=[*SERVICE.values()], ports=[port]),
+            manifests.service("web", clusterIPs=[*SERVICE.values()], ports=PORTS),
             *(
-                manifests.slice_of(
-                    "web", [manifests.endpoint(address, pod.node.name)], ports=[{**port, "port": 8053}]
-                )
+                manifests.slice_of("web", [manifests.endpoint(address, pod.node.name)], ports=SLICE_PORTS)
                 for address in (pod.address, pod.address6)
             ),
         )
@@ -106,3 +108,17 @@ def test_a_connected_socket_of_a_backend_elsewhere_goes_on(world: World, version
         assert sock.ask() == "w2"
         world.write(world.w1)
         until(lambda: sock.ask(0.3) == "w1", "it is not redirected", 5)
+
+
+@pytest.mark.parametrize("version", SERVICE)
+@pytest.mark.parametrize("end", [*same_ports.ENDS, "udp"])
+@pytest.mark.parametrize("backend", ["neighbour", "elsewhere"])
+def test_a_pod_that_asks_a_service_and_its_backend_from_one_port(
+    world: World, backend: str, end: str, version: str
+) -> None:
+    """No socket hook sees the client. Its direct flow gets a port of its own once, and the Service's keeps its own."""
+    pod = world.w1 if backend == "neighbour" else world.w2
+    world.write(pod)
+    until(lambda: world.client.call(clients.ask_udp, SERVICE[version], 53)["name"] == pod.name)
+    asked = same_ports.asked(SERVICE[version], pod, "udp" if end == "udp" else "tcp")
+    assert same_ports.ask_unhooked(world.client, asked, end) == pod.name

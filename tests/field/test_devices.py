@@ -12,6 +12,7 @@ import yaml
 
 from tests.e2e.outer import Outer, ask_by_socat
 from tests.e2e.world import BALANCER, NODE_PORT
+from tests.field import test_same_ports as same_ports
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -159,6 +160,22 @@ def test_clients_on_a_network_that_nothing_names_are_masqueraded(
     neighbour = nodes.neighbours[kind]
     assert nodes.devices()[neighbour.device][0] in ("uplink", "outside")
     _asks_masqueraded(nodes, neighbour)
+
+
+@KINDS
+@pytest.mark.parametrize("end", ["open", "udp"])
+def test_a_client_that_asks_a_service_and_its_backend_from_one_port(
+    nodes: Nodes, running: Agent, kind: str, end: str
+) -> None:
+    """Both answer by their own addresses, whatever kind of device the client is on."""
+    neighbour = nodes.neighbours[kind]
+    nodes.write_web(nodes.w1)
+    try:
+        until(lambda: all(ask_by_socat(nodes.client, f"{BALANCER}:80")["name"] == "w1" for _ in range(8)))
+        asked = same_ports.asked(BALANCER, nodes.w1, "udp" if end == "udp" else "tcp")
+        assert same_ports.ask_unhooked(neighbour, asked, end) == "w1"
+    finally:
+        nodes.write_web(nodes.w1, nodes.w2)
 
 
 def test_clients_behind_a_bridge_with_the_nodes_address_are_masqueraded(nodes: Nodes, running: Agent) -> None:

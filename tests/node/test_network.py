@@ -128,6 +128,44 @@ def test_of_a_bridge_to_the_outside_no_port_is_attached() -> None:
     assert roles(network_of(links, [address(3, "192.0.2.1")], [route(3)])) == {"br-ex": "UPLINK"}
 
 
+def below(*links: Link, node: NodeFacts | None = None) -> dict[str, tuple[bool, bool]]:
+    """Devices whose packets pass another one at ingress, at egress."""
+    addresses = [address(2, "192.0.2.1"), address(9, "198.51.100.1")]
+    network = network_of(list(links), addresses, [route(2)], node=node)
+    found = {device.name: (device.ingress_below, device.egress_below) for device in network.devices}
+    return {name: ways for name, ways in found.items() if any(ways)}
+
+
+def test_what_passes_a_bridge_passes_its_attached_ports() -> None:
+    """Programs are at the bridge and at its pods' ports; where they are at no port, the bridge is alone."""
+    bridge = link(3, "cni0", "bridge")
+    assert below(ETH0, bridge, link(4, "veth1", "veth", 3)) == {"cni0": (True, True)}
+    assert below(ETH0, bridge, link(4, "eth1", None, 3)) == {}
+    assert below(ETH0, bridge) == {}
+    ovs = link(3, "ovs-system", "openvswitch"), link(4, "veth1", "veth", 3), link(9, "br-ex", "openvswitch")
+    assert below(ETH0, *ovs, node=node_of("InternalIP 198.51.100.1")) == {"br-ex": (True, True)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "passthru", "ways"),
+    [
+        ("vlan", False, None),
+        ("vxlan", False, None),
+        ("macvlan", False, (False, True)),
+        ("macvlan", True, (True, True)),
+        ("macvtap", True, (True, True)),
+        ("ipvlan", False, (True, True)),
+        ("veth", False, (True, True)),
+    ],
+)
+def test_what_passes_a_device_on_another_may_pass_that_one(
+    kind: str, passthru: bool, ways: tuple[bool, bool] | None
+) -> None:
+    """Frames to a macvlan have its own link address, but an ipvlan's, and a passthru macvlan's, are the lower's."""
+    above = link(9, "above", kind)._replace(lower=2, passthru=passthru)
+    assert below(ETH0, above) == ({"above": ways} if ways else {})
+
+
 def test_a_vlan_with_an_address_is_an_uplink_of_its_own() -> None:
     links = [ETH0, link(3, "eth0.5", "vlan")]
     network = network_of(links, [address(2, "192.0.2.1"), address(3, "198.51.100.1")], [route(2)])

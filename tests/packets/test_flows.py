@@ -91,6 +91,39 @@ def test_node_port_from_outside_is_masqueraded_to_a_remote_backend_and_back(
     )
 
 
+def test_a_direct_flow_from_the_port_of_a_services_flow_gets_another(
+    wire: Wire, side: Side, protocol: str, port: int, new_port: Callable[[], int]
+) -> None:
+    """The backend tells the two flows apart, and the client gets the answers of each from whom it asked."""
+    service_port, _, target = PORTS[protocol]
+    question = side.ip(side.client, side.local_pod)
+    answer = side.ip(side.local_pod, side.client)
+    passed(
+        wire.arrive(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
+        *(side.client, port, side.local_pod, target),
+    )
+    out = wire.arrive(question / segment(protocol, port, target))
+    other = ends(out.packet)[1]
+    assert other != port
+    for flags in ("S", "A"):
+        passed(
+            wire.arrive(question / segment(protocol, port, target, flags)),
+            *(side.client, other, side.local_pod, target),
+        )
+    passed(
+        wire.leave(answer / segment(protocol, target, other, "SA"), came_by="p1"),
+        *(side.local_pod, target, side.client, port),
+    )
+    passed(
+        wire.leave(answer / segment(protocol, target, port, "SA"), came_by="p1"),
+        *(side.local_balancer, service_port, side.client, port),
+    )
+    # Only the Service's own port is in the way.
+    for asked, source in ((target, new_port()), (9000, port)):
+        packet = question / segment(protocol, source, asked)
+        passed(wire.arrive(packet), side.client, source, side.local_pod, asked)
+
+
 @pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
 def test_every_address_of_a_service_is_translated_from_outside(
     wire: Wire, side: Side, protocol: str, port: int, frontend: str
@@ -194,16 +227,24 @@ def test_a_pod_to_a_load_balancers_address_short_circuits(
 def test_the_hosts_own_client_is_sent_to_the_backends_route(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
-    """A kernel client: its packets show up at egress only, with the frontend's address."""
+    """A kernel client: its packets show up at egress only, with the frontend's address.
+
+    Its port may be that of a direct connection to the backend, too: it gets one that no socket of the host has,
+    unless it is one that servers insist on.
+    """
     service_port, _, target = PORTS[protocol]
-    out = wire.leave(side.ip(side.node, side.web) / segment(protocol, port, service_port))
-    assert out.verdict == REDIRECT
-    assert ends(out.packet) == (side.node, port, side.remote_pod, target)
-    assert with_right_checksums(out.packet) == out.bytes
-    passed(
-        wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, port, "SA")),
-        *(side.web, service_port, side.node, port),
-    )
+    reserved = port % 1000 + 1
+    for own in (port, reserved):
+        out = wire.leave(side.ip(side.node, side.web) / segment(protocol, own, service_port))
+        assert out.verdict == REDIRECT
+        seen = ends(out.packet)[1]
+        assert ends(out.packet) == (side.node, seen, side.remote_pod, target)
+        assert (seen == own) is (own == reserved)
+        assert with_right_checksums(out.packet) == out.bytes
+        passed(
+            wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, seen, "SA")),
+            *(side.web, service_port, side.node, own),
+        )
 
 
 def test_the_hosts_client_to_a_local_pod_has_the_address_on_that_device(

@@ -153,6 +153,10 @@ class BackendUse(NamedTuple):
     backend_id: int
 
 
+#: What entries of no Service and no backend have; ``NOBODY`` in C.
+NO_USE = BackendUse(0xFFFFFFFF, 0xFFFFFFFF)
+
+
 _FLOW_PROTOCOL_AT, _FLOW_STAGE_AT = 36, 37
 _NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREATED_AT = (
     36,

@@ -15,6 +15,9 @@ class DeviceFlags(enum.IntFlag):
     #: Of the node as a whole, in the entry of no device.
     HANDOVER = 1 << 2
     WAITS = 1 << 3
+    #: The program at a device below this one has seen what comes in here, and will see what leaves here.
+    INGRESS_BELOW = 1 << 4
+    EGRESS_BELOW = 1 << 5
 
 
 class CidrFlags(enum.IntFlag):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, NatFlags
+from ebpfproxy.datapath.abi.flow_layout import NO_USE, BackendUse, Entry
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
 from ebpfproxy.datapath.kernel.bpf import BpfError
@@ -53,7 +53,7 @@ class MapMigration:
         epochs = new.shared("epochs").words()
         for key, value in _missing(old, new, "conntrack"):
             entry = Entry(key, value)
-            if entry.flags & NatFlags.OWN:
+            if entry.use == NO_USE:
                 entries[key] = value
                 continue
             service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)

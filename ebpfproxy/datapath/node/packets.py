@@ -20,7 +20,8 @@ _ANY_DEVICE = 0
 class PacketDevice(NamedTuple):
     """A device to attach to. ``local``: it leads to pods or VMs. ``pods``: what comes from it is a pod's.
 
-    Addresses may be empty; ``mtu`` in bytes.
+    ``ingress_below``: what comes in by it has come in by another of the devices before; ``egress_below``:
+    what leaves by it leaves by another one after that. Addresses may be empty; ``mtu`` in bytes.
     """
 
     target: Target
@@ -28,6 +29,8 @@ class PacketDevice(NamedTuple):
     address6: bytes
     local: bool
     pods: bool
+    ingress_below: bool
+    egress_below: bool
     mtu: int
 
 
@@ -69,6 +72,8 @@ class PacketPath:
         wanted = {U32.pack(_ANY_DEVICE): pack_device(*self._node, self._mode, 0)}
         for each in found:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
+            flags |= DeviceFlags.INGRESS_BELOW * each.ingress_below
+            flags |= DeviceFlags.EGRESS_BELOW * each.egress_below
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         self._devices.bring(wanted)
         self._targets = (*self._loopback, *(each.target for each in found))

@@ -1,0 +1,190 @@
+"""A client asks a backend itself from the very port by which it asks a Service that leads there.
+
+A socket that is not connected has one port for all whom it asks, and the kernel gives one port to two connections
+with other destinations, or again as soon as one has ended. The control is netfilter's own NAT, which tells the two
+apart by giving the later one another port.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.e2e.outer import BALANCER6, Outer
+from tests.e2e.world import NODE_PORT
+from tests.lab import Lab, Pod
+from tests.lab.spaces import Space
+
+pytestmark = pytest.mark.root
+
+UDP_NODE_PORT = 30053
+LOCAL, LOCAL6 = "203.0.113.77", BALANCER6
+FAR, FAR6 = "10.96.0.78", "fd00:10:96::78"
+ENDS = ("open", "closed", "reset")
+_ports = iter(range(23000, 30000))
+
+
+class Asked(NamedTuple):
+    """Two that lead to one backend: address and port each."""
+
+    service: tuple[str, int]
+    direct: tuple[str, int]
+
+
+def asked(service: str, pod: Pod, kind: str, node_port: int = 0) -> Asked:
+    """A Service's address and the pod behind it, by ``kind``: tcp or udp."""
+    port, target = (80, 8080) if kind == "tcp" else (53, 8053)
+    return Asked((service, node_port or port), (pod.address6 if ":" in service else pod.address, target))
+
+
+def _socket(host: str, kind: int, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
+    sock.settimeout(3)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("", port))
+    return sock
+
+
+def _connected(where: tuple[str, int], port: int) -> tuple[socket.socket, dict[str, Any]]:
+    sock = _socket(where[0], socket.SOCK_STREAM, port)
+    sock.connect(where)
+    return sock, json.loads(sock.recv(4096))
+
+
+def _echoes(sock: socket.socket) -> bool:
+    sock.sendall(b"x")
+    return sock.recv(16) == b"x"
+
+
+def _reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def ask_tcp(asked: Asked, port: int, end: str) -> str:
+    """The backend's name, asked directly after the Service, whose connection has this end."""
+    first, _ = _connected(asked.service, port)
+    if end == "reset":
+        _reset(first)
+    if end == "closed":
+        first.close()
+    second, answer = _connected(asked.direct, port)
+    assert _echoes(second)
+    if end == "open":
+        assert _echoes(first)
+        first.close()
+    # Once more, as long as what both have left is there, but TIME_WAIT.
+    _reset(second)
+    third, again = _connected(asked.direct, port)
+    assert _echoes(third)
+    third.close()
+    assert again["name"] == answer["name"]
+    return str(answer["name"])
+
+
+def ask_udp(asked: Asked, port: int) -> str:
+    """The backend's name, asked by one socket through the Service and directly, in turns."""
+    with _socket(asked.service[0], socket.SOCK_DGRAM, port) as sock:
+        names = set()
+        for where in (*asked, *asked):
+            sock.sendto(b"?", where)
+            data, source = sock.recvfrom(4096)
+            assert source[:2] == where, f"{source} instead of {where}"
+            names.add(str(json.loads(data)["name"]))
+    assert len(names) == 1
+    return names.pop()
+
+
+def ask_unhooked(space: Space, asked: Asked, end: str) -> str:
+    """The backend's name, asked by a process that no socket hook sees. ``end``: of the TCP connection, or udp."""
+    call = f"ask_udp({asked!r}, {next(_ports)})"
+    if end != "udp":
+        call = f"ask_tcp({asked!r}, {next(_ports)}, {end!r})"
+    script = f"from {__name__} import Asked, ask_tcp, ask_udp; print({call})"
+    process = space.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
+    said: bytes = process.communicate(timeout=60)[0]
+    return said.decode().strip()
+
+
+def _translate_by_netfilter(outer: Outer) -> None:
+    """The same frontends and masquerading on node-a as kube-proxy has them, in one table."""
+    rules = []
+    for ip, node, local, far, w1, w2 in (
+        ("ip", outer.a.address, LOCAL, FAR, outer.w1.address, outer.w2.address),
+        ("ip6", outer.a.address6, LOCAL6, FAR6, f"[{outer.w1.address6}]", f"[{outer.w2.address6}]"),
+    ):
+        for port, node_port, target in (
+            ("tcp dport 80", f"tcp dport {NODE_PORT}", 8080),
+            ("udp dport 53", f"udp dport {UDP_NODE_PORT}", 8053),
+        ):
+            rules += [
+                f"prerouting {ip} daddr {node} {node_port} meta mark set 1 dnat {ip} to {w1}:{target}",
+                f"prerouting {ip} daddr {local} {port} dnat {ip} to {w1}:{target}",
+                f"output {ip} daddr {far} {port} dnat {ip} to {w2}:{target}",
+            ]
+    outer.a.run(["nft", "add", "table", "inet", "control"])
+    for hook, priority in (("prerouting", -100), ("output", -100), ("postrouting", 100)):
+        chain = f"{{ type nat hook {hook} priority {priority} ; }}"
+        outer.a.run(["nft", "add", "chain", "inet", "control", hook, chain])
+    for rule in (*rules, "postrouting meta mark 1 masquerade"):
+        outer.a.run(["nft", "add", "rule", "inet", "control", *rule.split()])
+
+
+@pytest.fixture(scope="module", params=["ebpfproxy", "netfilter"])
+def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
+    with Lab() as lab:
+        made = Outer(lab)
+        made.write_web(made.w1)
+        for name, balancer, address, pod in (
+            ("near", LOCAL, "10.96.0.77", made.w1.address),
+            ("near6", LOCAL6, "fd00:10:96::77", made.w1.address6),
+        ):
+            endpoints = [{**made.on_a(), "addresses": [pod]}]
+            made.balanced(name, address, balancer, endpoints, externalTrafficPolicy="Local")
+        for name, address, pod in (("far", FAR, made.w2.address), ("far6", FAR6, made.w2.address6)):
+            made.add(name, address, [{**made.on_b(), "addresses": [pod]}])
+        if request.param == "netfilter":
+            _translate_by_netfilter(made)
+        else:
+            made.agent().start()
+        yield made
+
+
+def _asked(outer: Outer, way: str, family: str, kind: str) -> Asked:
+    is_v4, is_tcp = family == "v4", kind == "tcp"
+    if way == "local":
+        return asked(LOCAL if is_v4 else LOCAL6, outer.w1, kind)
+    address = outer.a.address if is_v4 else outer.a.address6
+    return asked(address, outer.w1, kind, NODE_PORT if is_tcp else UDP_NODE_PORT)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("family", ["v4", "v6"])
+@pytest.mark.parametrize("way", ["masqueraded", "local"])
+def test_a_connection_to_the_backend_itself_from_a_services_port(
+    outer: Outer, way: str, family: str, end: str
+) -> None:
+    """A direct connection from the port of a Service's connection, open or over, is answered as a direct one."""
+    found = outer.outside.call(ask_tcp, _asked(outer, way, family, "tcp"), next(_ports), end)
+    assert found == "w1"
+
+
+@pytest.mark.parametrize("family", ["v4", "v6"])
+@pytest.mark.parametrize("way", ["masqueraded", "local"])
+def test_a_socket_that_asks_both_is_answered_by_each(outer: Outer, way: str, family: str) -> None:
+    """Of one unconnected UDP socket the Service's answers are the Service's, and the backend's own are its own."""
+    assert outer.outside.call(ask_udp, _asked(outer, way, family, "udp"), next(_ports)) == "w1"
+
+
+@pytest.mark.parametrize("family", ["v4", "v6"])
+def test_a_process_of_the_host_that_asks_both(outer: Outer, family: str) -> None:
+    """The host's own, that no socket hook sees, has both by TCP and UDP from one port as well."""
+    service = FAR if family == "v4" else FAR6
+    for end in (*ENDS, "udp"):
+        kind = "udp" if end == "udp" else "tcp"
+        assert ask_unhooked(outer.a, asked(service, outer.w2, kind), end) == "w2", end

@@ -13,8 +13,9 @@ from tests.cluster.network import internal_ips
 
 NAMESPACE = "life"
 NODE_PORT, NODE_PORT_UDP = 30080, 30053
-#: Longer than a change of endpoints takes to reach every node, so that no proxy asks a server that has ended.
-_SHUTDOWN_SECONDS = 12
+#: Longer than a change of endpoints takes to reach every node, so that no proxy asks a server that has ended. On a busy
+#: machine the controller of EndpointSlices took 12 s, since it doubles its pause after each conflict.
+_SHUTDOWN_SECONDS = 20
 
 _MANIFESTS = f"""
 apiVersion: v1

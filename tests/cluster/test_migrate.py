@@ -123,9 +123,10 @@ def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
     assert "node-1: done already" in again and "node-2: done already" in again
 
     with asking(*app.everywhere(), ended=_may_end):
-        said = cluster.ebpfproxy("migrate", "rollback", *everything)
+        said = cluster.ebpfproxy("migrate", "rollback", *everything, "--drain", "5s")
         assert "kube-proxy serves all 2 nodes" in said
-        assert len(_pods(cluster, "kube-proxy")) == 2
+        # The DaemonSet gets its selector of nodes back, which makes its pods anew, one after the other.
+        until(lambda: len(_pods(cluster, "kube-proxy")) == 2, "kube-proxy's pods are two")
         assert not _pods(cluster, "ebpfproxy")
         cluster.ebpfproxy("uninstall", "--cleanup")
     for node in cluster.nodes:

@@ -30,7 +30,7 @@ _KINDS = {
 }
 _START = "StartEbpfProxy"
 _CONFLICTS = {str(kind) for kind in FrontendKind}
-#: By the names of ``pages.servers``.
+#: By the names of the servers in ``http``.
 _SERVER_REASONS = {
     "healthz": "FailedToStartProxierHealthcheck",
     "metrics": "FailedToStartMetricServer",

@@ -31,7 +31,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     node_ports_on_loopback: bool = True
     guard_node_ports: bool = False
     pod_sockets: bool = True
-    #: Checked by ``node.node_ports.parse_node_port_addresses``.
+    #: As ``config.node_port_addresses.parse_node_port_addresses`` returns them.
     node_port_addresses: tuple[str, ...] = ()
     external_ips: bool = True
     #: Patterns of uplinks' names; empty: by the Node's addresses, routes and kinds.

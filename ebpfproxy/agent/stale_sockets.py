@@ -1,8 +1,8 @@
-"""Sockets whose backend is no more: found in the maps and in their namespaces, redirected or ended.
+"""Sockets whose backend is no more: found in the maps and in their namespaces, then redirected or closed.
 
-Connected datagram sockets go on without noticing, where packets can do it (``datapath.redirects``): what they
-send passes a device with our programs. Others, and TCP's, are ended: the application is told, and connects
-again.
+Connected datagram sockets go on without noticing where packet programs see what they send
+(``datapath.services.redirects``). Others, and those of TCP, are closed: the application gets an error, and
+connects again.
 """
 
 from __future__ import annotations

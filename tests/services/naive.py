@@ -1,6 +1,6 @@
-"""The written rules (kube-proxy-behaviour.md) once more, slowly and from the plain objects.
+"""kube-proxy's rules once more, slowly and from the plain objects.
 
-Shares nothing with ``ebpfproxy.services``: where both agree, both read the rules alike.
+This shares nothing with ``ebpfproxy.services``: where both agree, both read the rules alike.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class StandIn(Site):
 
 
 class Real(Site):
-    """Of one server that several tests use: :meth:`clear` after each."""
+    """One server that several tests use: :meth:`stop` removes what a test has made."""
 
     def __init__(self, server: RealServer, folder: Path) -> None:
         self.url = server.url

@@ -1,0 +1,110 @@
+"""Files, modules and names that comments, docstrings and docs refer to are there."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[1]
+#: ``lib/maps.h``, but neither a pattern nor a part of an address or a longer name.
+FILE = re.compile(r"(?<![\w./{}$*<-])((?:[\w-]+/)*[\w-]+\.(?:py|c|h|sh|md))(?![\w/*])")
+#: ``datapath.kernel.maps`` or ``services.reduce.reducer``.
+DOTTED = re.compile(r"(?<!`)``((?:[a-z_]\w*\.)+[A-Za-z_]\w*)``")
+#: A role of Sphinx with a name of this module, or with a dotted one.
+ROLE = re.compile(r":\w+:`~?([\w.]+)`")
+
+#: Files of the kernel, libc, Kubernetes, Cilium and CoreDNS.
+ELSEWHERE = re.compile(
+    r"(linux|asm-generic|net/netfilter|include/uapi)/.*\.[ch]|(nf_|ip_vs|tcp_states|kernel/bpf/syscall).*\.[ch]"
+    r"|bpf/lib/neigh\.h|docs/specification\.md"
+)
+#: What looks like a module, but is a file, a sysctl, or a variable's attribute.
+NO_MODULE = re.compile(
+    r".*\.(json|jsonl|crt|key|conf|test|c|h)|kernel\.bpf_\w+|conntrack\.max\w+|(a|master|pod|wanted)\.\w+"
+)
+
+
+@functools.cache
+def files() -> dict[str, Path]:
+    """Files of the repository, by name relative to its top."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(listed, cwd=TOP, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name: TOP / name for name in found if (TOP / name).is_file()}
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Comments and docstrings; all there is in docs."""
+    source = path.read_text()
+    if path.suffix == ".md":
+        yield source
+    elif path.suffix in (".c", ".h"):
+        yield from re.findall(r"/\*.*?\*/|//[^\n]*", source, re.S)
+    else:
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        yield from (token.string for token in tokens if token.type == tokenize.COMMENT)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+@functools.cache
+def names_in(path: Path) -> frozenset[str]:
+    """All names that a module defines or imports, at whatever depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return frozenset(found)
+
+
+def is_there(dotted: str, path: Path) -> bool:
+    """A module, or a name in one; from the top, the package, or where the text is."""
+    parts = dotted.split(".")
+    for base in (TOP, TOP / "ebpfproxy", TOP / "tests", *path.parents):
+        if not base.is_relative_to(TOP):
+            continue
+        for split in range(len(parts), 0, -1):
+            module = base.joinpath(*parts[:split])
+            if (module / "__init__.py").is_file():
+                module /= "__init__"
+            source = module.with_suffix(".py")
+            if source.is_file() and set(parts[split:]) <= names_in(source):
+                return True
+    return False
+
+
+def wrong(path: Path) -> Iterator[str]:
+    for text in texts(path):
+        for name in FILE.findall(text):
+            if not ELSEWHERE.fullmatch(name) and not any(f"/{each}".endswith(f"/{name}") for each in files()):
+                yield name
+        if path.suffix == ".py":
+            for name in DOTTED.findall(text):
+                if not NO_MODULE.fullmatch(name) and not is_there(name, path):
+                    yield name
+            for name in ROLE.findall(text):
+                if name.partition(".")[0] not in names_in(path) and not is_there(name, path):
+                    yield name
+
+
+@pytest.mark.parametrize("suffix", [".py", ".c", ".h", ".md"])
+def test_what_a_comment_refers_to_is_there(suffix: str) -> None:
+    found = {
+        f"{name}: {each}"
+        for name, path in files().items()
+        if path.suffix == suffix and "include" not in path.parts
+        for each in wrong(path)
+    }
+    assert not found

@@ -20,7 +20,7 @@ from pathlib import Path
 TOP = Path(__file__).parents[1]
 
 _NEVER = frozenset(("of", "by", "whether", "who", "whom", "whose", "that"))
-#: By the first word: the number of verbs of a sentence that begins with it.
+#: The number of verbs of a sentence, by its first word.
 _VERBS = dict.fromkeys(("for", "with", "without", "from", "in", "at", "to"), 1) | dict.fromkeys(
     ("what", "which", "where", "as"), 2
 )

@@ -1,4 +1,4 @@
-"""The commands, one module a group: they print what other parts say and know no rules themselves.
+"""The commands, one module per group: they print what other packages return and contain no rules.
 
 Modules are imported when their command is called, so that ``service list`` does not wait for the
 Kubernetes client to be imported. May import every package.
@@ -15,17 +15,17 @@ import ebpfproxy
 
 _COMMANDS = {
     "run": "Run the agent of this node.",
-    "status": "What runs on this node: programs, maps, watches, health.",
-    "service": "Services as the maps hold them.",
-    "backend": "Backends as the maps hold them.",
-    "affinity": "Clients that stay with their backend.",
-    "conntrack": "Flows that the packet path translates.",
-    "config": "The configuration file: check it, show defaults and what the agent uses.",
-    "install": "Put the agent into a cluster, from a kubeconfig.",
-    "uninstall": "Take the agent out of a cluster.",
-    "migrate": "From kube-proxy to ebpfproxy and back: this node, or many.",
-    "cleanup": "Remove every attachment and pin of a root.",
-    "completion": "Completion of commands and names for bash, zsh or fish.",
+    "status": "Show what runs on this node: programs, maps, watches, health.",
+    "service": "Show Services as they are in the maps.",
+    "backend": "Show and drain backends.",
+    "affinity": "Show and flush session affinity.",
+    "conntrack": "Show and flush flows of the packet path.",
+    "config": "Check the configuration file, show defaults and what the agent uses.",
+    "install": "Install the agent in a cluster.",
+    "uninstall": "Remove the agent from a cluster.",
+    "migrate": "Migrate nodes from kube-proxy to ebpfproxy and back.",
+    "cleanup": "Remove all programs and maps from this node.",
+    "completion": "Print the completion script for bash, zsh or fish.",
 }
 
 
@@ -40,7 +40,7 @@ class _LazyGroup(click.Group):
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Without importing the commands, as click's own would."""
+        """Completes command names without importing the commands, which click's own method does."""
         if incomplete.startswith("-"):
             return super().shell_complete(ctx, incomplete)
         return [
@@ -55,4 +55,4 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ebpfproxy.__version__, prog_name="ebpfproxy")
 def main() -> None:
-    """An eBPF kube-proxy replacement: Kubernetes Services on any CNI, at the socket and in packets."""
+    """An eBPF kube-proxy replacement that works with any CNI."""

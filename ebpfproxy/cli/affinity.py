@@ -32,7 +32,7 @@ _backend = click.option(
 
 @click.group("affinity")
 def command() -> None:
-    """Clients that stay with their backend (sessionAffinity: ClientIP)."""
+    """Show and flush session affinity (sessionAffinity: ClientIP)."""
 
 
 def _read(
@@ -57,9 +57,9 @@ def _read(
 def list_clients(
     bpf_root: Path, output: str, service: str | None, client: str | None, backend: str | None
 ) -> None:
-    """Every client, its backend, and when it is free for another.
+    """List clients, their backends, and when the affinity expires.
 
-    In packets a client is an address; at the socket it is a network namespace: a pod, or the host.
+    A client is an address in the packet path and a network namespace, of a pod or the host, at the socket.
     """
     with one_line():
         rows = _read(open_maps(bpf_root), service, client, backend)
@@ -71,14 +71,16 @@ def list_clients(
 @_service
 @_client
 @_backend
-@click.option("--all", "everything", is_flag=True, help="Every client; otherwise a filter is needed.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Flush every client. Without it a filter is required."
+)
 def flush(
     bpf_root: Path, service: str | None, client: str | None, backend: str | None, everything: bool
 ) -> None:
-    """Forget clients: their next connection may go to another backend. Open ones go on."""
+    """Delete affinity entries: the next connection may go to another backend. Open ones are kept."""
     with one_line():
         if not (service or client or backend or everything):
-            raise click.UsageError("name what to flush, or say --all")
+            raise click.UsageError("give a filter or --all")
         maps = open_maps(bpf_root)
         deleted = sum(maps["affinity"].delete(key) for _, key in _read(maps, service, client, backend))
     click.echo(f"flushed {deleted} clients")

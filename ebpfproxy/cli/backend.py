@@ -17,13 +17,13 @@ from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.services.model import format_endpoint
 from ebpfproxy.services.values import parse_address, valid_port
 
-#: How long a command waits for the agent to carry out an order.
+#: How long a command waits for the agent to apply a drain request.
 _AGENT_SECONDS = 5.0
 
 
 @click.group("backend")
 def command() -> None:
-    """Backends as the maps hold them."""
+    """Show and drain backends."""
 
 
 @command.command("list")
@@ -31,9 +31,9 @@ def command() -> None:
 @options.output_format
 @options.watch
 def list_backends(bpf_root: Path, output: str, watch: bool) -> None:
-    """Every backend and its state.
+    """List backends and their state.
 
-    OPEN is what this node has open to it, CONNECTIONS how often it was chosen, SERVICES by whom.
+    OPEN counts open connections from this node, CONNECTIONS how often the backend was selected.
     """
     with one_line():
         maps = open_maps(bpf_root)
@@ -57,34 +57,34 @@ def _print(rows: list[BackendRow]) -> None:
 
 @command.command("drain")
 @click.argument("address", metavar="ADDRESS[:PORT]", shell_complete=completion.backends)
-@click.option("--undo", is_flag=True, help="Let new connections go there again.")
+@click.option("--undo", is_flag=True, help="Allow new connections again.")
 @options.bpf_root
 def drain(address: str, undo: bool, bpf_root: Path) -> None:
-    """Send no new connections of this node to a backend.
+    """Stop new connections from this node to a backend.
 
-    Open ones go on. It holds until it is undone or the endpoint goes, over restarts of the agent, too.
-    Without a port it is about all ports of the address.
+    Open connections are kept. The request outlives restarts of the agent; it ends with --undo or when the
+    endpoint is deleted. Without a port it applies to all ports of the address.
     """
-    where = _parse(address)
+    target = _parse(address)
     with one_line():
         maps = open_maps(bpf_root)
-        orders = Drained(maps)
+        requests = Drained(maps)
         if undo:
-            if not orders.remove(*where):
+            if not requests.remove(*target):
                 raise click.ClickException(f"{address} is not drained")
         else:
-            if not _of(maps, where):
+            if not _rows(maps, target):
                 raise click.ClickException(f"no backend {address} in {maps.folder}")
-            orders.add(*where)
+            requests.add(*target)
         if not is_locked(bpf_root):
-            click.echo(f"{address}: noted; no agent runs that would do it now")
+            click.echo(f"{address}: request saved; it is applied when an agent runs")
             return
         deadline = time.monotonic() + _AGENT_SECONDS
-        while any((row.state == "drained") is undo for row in _of(maps, where)):
+        while any((row.state == "drained") is undo for row in _rows(maps, target)):
             if time.monotonic() > deadline:
-                raise click.ClickException(f"{address}: noted, but the agent has not done it yet")
+                raise click.ClickException(f"{address}: request saved, but the agent has not applied it yet")
             time.sleep(0.05)
-    click.echo(f"{address} is {'in use again' if undo else 'drained'}")
+    click.echo(f"{address} is {'no longer drained' if undo else 'drained'}")
 
 
 def _parse(text: str) -> tuple[bytes, int]:
@@ -96,9 +96,9 @@ def _parse(text: str) -> tuple[bytes, int]:
     return address, int(digits) if host and digits else 0
 
 
-def _of(maps: MapSet, where: tuple[bytes, int]) -> list[BackendRow]:
-    """The rows of an address, those that are gone left out."""
-    address, port = where
+def _rows(maps: MapSet, target: tuple[bytes, int]) -> list[BackendRow]:
+    """The backends with this address that are not gone."""
+    address, port = target
     text = format_endpoint(address, port).rpartition(":")
     return [
         row

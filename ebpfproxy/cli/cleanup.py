@@ -21,20 +21,20 @@ from ebpfproxy.operator.migrate.node.tools import ToolError
     type=click.Path(path_type=Path),
     envvar="EBPFPROXY_CGROUP_ROOT",
     show_envvar=True,
-    help="The agent's; it is locked, too, so that none starts there meanwhile.",
+    help="The agent's cgroup root. It is locked, so that no agent starts there meanwhile.",
 )
 def command(bpf_root: Path, cgroup_root: Path | None) -> None:
-    """Remove every attachment and pin of a root, and say what was removed.
+    """Remove all programs and maps from this node, and print what was removed.
 
-    Refused while an agent runs there. From then on no Service is translated on this node. What a migration
-    keeps for connections of kube-proxy's goes, too; what kube-proxy itself has left is another thing: run
-    --cleanup.
+    It refuses while an agent runs. Afterwards no Service is translated on this node. Rules that a migration
+    kept for connections of kube-proxy are removed, too. For rules of kube-proxy itself see `ebpfproxy run
+    --cleanup`.
     """
     with one_line():
         pins = pin_folder(bpf_root)
         if not pins.is_dir():
             click.echo(f"nothing is pinned below {pins}")
-            _end_keeper()
+            _end_conntrack_hold()
             return
         folders = [("--bpf-root", bpf_root)]
         if cgroup_root is not None and cgroup_root.is_dir():
@@ -49,13 +49,13 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
     for line in removed:
         click.echo(line)
     click.echo(f"removed {pins}")
-    _end_keeper()
+    _end_conntrack_hold()
 
 
-def _end_keeper() -> None:
-    """What a migration has left for connections that kube-proxy began."""
+def _end_conntrack_hold() -> None:
+    """Removes what a migration left for connections that kube-proxy began."""
     try:
         for each in conntrack_hold.end():
             click.echo(f"removed {each}")
     except ToolError as error:
-        click.echo(f"what a migration may have left is not known: {error}", err=True)
+        click.echo(f"rules that a migration may have left cannot be listed: {error}", err=True)

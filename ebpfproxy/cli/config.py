@@ -18,15 +18,15 @@ _SECONDS = 5.0
 
 @click.group("config")
 def command() -> None:
-    """The configuration file: KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents."""
+    """Check and show the configuration: KubeProxyConfiguration and EbpfProxyConfiguration."""
 
 
 @command.command("validate")
 @click.argument("file", type=click.Path(path_type=Path))
 def validate(file: Path) -> None:
-    """Check a file: a line for everything that is wrong with it.
+    """Check a configuration file.
 
-    Exit code 1 then. Where it is good, says what of it has no effect here.
+    Prints one line per error and exits with 1. For a valid file it lists the fields that are ignored.
     """
     try:
         configuration = load.effective(load.load(file))
@@ -34,15 +34,15 @@ def validate(file: Path) -> None:
         for problem in error.problems:
             click.echo(problem, err=True)
         raise SystemExit(1) from error
-    click.echo(f"{file}: good")
+    click.echo(f"{file}: valid")
     unused = load.without_effect(configuration)
     if unused:
-        click.echo(f"without effect here: {', '.join(unused)}")
+        click.echo(f"unsupported, ignored: {', '.join(unused)}")
 
 
 @command.command("defaults")
 def defaults() -> None:
-    """Print both documents as they are without a file."""
+    """Print both documents with their defaults."""
     click.echo(write.to_yaml(load.effective(load.Configuration())), nl=False)
 
 
@@ -60,12 +60,12 @@ def defaults() -> None:
     type=click.Choice(["yaml", "json"]),
     default="yaml",
     show_default=True,
-    help="How to print.",
+    help="Output format.",
 )
 def effective(address: str, output: str) -> None:
-    """Print what the running agent uses.
+    """Print the configuration that the running agent uses.
 
-    File, flags and defaults together, from its /configz.
+    It combines file, flags and defaults, and is read from the agent's /configz.
     """
     answer = _ask(address)
     if output == "json":

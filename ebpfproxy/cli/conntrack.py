@@ -21,7 +21,7 @@ from ebpfproxy.services.model import Protocol
 
 @click.group("conntrack")
 def command() -> None:
-    """Flows that the packet path translates."""
+    """Show and flush flows of the packet path."""
 
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ class _Filter:
 
 
 def _matches(name: str, wanted: str, value: str) -> bool:
-    """An endpoint is named with its port, or by its address alone."""
+    """An endpoint matches by address and port, or by its address alone."""
     if name in ("backend", "frontend", "client"):
         host = value.rpartition(":")[0]
         return wanted in (value, host, host.strip("[]"))
@@ -80,9 +80,9 @@ def _read(maps: MapSet) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
 @options.output_format
 @_filters
 def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
-    """Every flow and its translation.
+    """List flows and their translation.
 
-    EXPIRES is when it ends unless another packet comes.
+    EXPIRES is the time until a flow without further packets ends.
     """
     with one_line():
         chosen = _Filter(**wanted)
@@ -94,9 +94,9 @@ def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
 @options.bpf_root
 @options.output_format
 def get_flow(client: str, bpf_root: Path, output: str) -> None:
-    """The flows of one client's port.
+    """Show the flows of one client address and port.
 
-    CLIENT:PORT is as list prints it, an IPv6 address in brackets.
+    CLIENT:PORT has the format of list, with an IPv6 address in brackets.
     """
     with one_line():
         found = [flow for flow, _ in _read(open_maps(bpf_root)) if flow.client == client]
@@ -108,21 +108,21 @@ def get_flow(client: str, bpf_root: Path, output: str) -> None:
 @command.command("flush")
 @options.bpf_root
 @_filters
-@click.option("--all", "everything", is_flag=True, help="Every flow; otherwise a filter is needed.")
+@click.option("--all", "everything", is_flag=True, help="Flush every flow. Without it a filter is required.")
 def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
-    """Forget flows; their connections break.
+    """Delete flows; their connections break.
 
-    They do not where the frontend is the backend's own address.
+    A connection survives if the frontend is the backend's own address.
     """
     with one_line():
         chosen = _Filter(**wanted)
         if not chosen.wanted and not everything:
-            raise click.UsageError("name what to flush, or say --all")
+            raise click.UsageError("give a filter or --all")
         maps = open_maps(bpf_root)
         flows = [keys for flow, keys in _read(maps) if everything or chosen.matches(flow)]
         deleted = sum(maps["conntrack"].delete(key) for keys in flows for key in keys)
         if everything:
-            # Halves whose other half was pushed out belong to no flow.
+            # An entry whose opposite direction was evicted belongs to no flow.
             deleted += sum(maps["conntrack"].delete(key) for key, _ in list(maps["conntrack"].items()))
     click.echo(f"flushed {len(flows)} flows ({deleted} entries)")
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on end a command with one line and exit code 1."""
+"""Errors that a user can act on become one line and exit code 1."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _CLIENT, _SERVER = "client", "server"
 
 
 def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say which cluster, as whom, and where in it."""
+    """Options for the cluster, the credentials and the namespace."""
     options: tuple[Decorator, ...] = (
         click.option(
             "--kubeconfig",
@@ -40,14 +40,16 @@ def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Kubeconfig of an administrator.",
         ),
-        click.option("--context", metavar="NAME", help="Of the kubeconfig.  [default: its current one]"),
-        click.option("--master", metavar="URL", help="Where to ask; overrides the kubeconfig's server."),
+        click.option(
+            "--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]"
+        ),
+        click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's."),
         click.option(
             "-n",
             "--namespace",
             default="kube-system",
             show_default=True,
-            help="Of the objects that have one. It has to be there.",
+            help="Namespace of the objects. It has to exist.",
         ),
     )
     for each in reversed(options):
@@ -57,7 +59,7 @@ def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Each is one line, or one for each thing that is wrong; exit code 1."""
+    """Errors become one line each, and exit code 1."""
     try:
         yield
     except ConfigurationError as error:
@@ -79,54 +81,56 @@ def remark(text: str) -> None:
 
 
 @click.command("install")
-@click.option("--image", metavar="REF", required=True, help="The agent's image, as nodes pull it.")
+@click.option("--image", metavar="REF", required=True, help="Image of the agent.")
 @click.option(
     "--image-pull-secret",
     "pull_secrets",
     metavar="NAME",
     multiple=True,
-    help="A Secret of the namespace to pull it with.",
+    help="Secret in the namespace for pulling the image. May be repeated.",
 )
 @cluster
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents.  [default: what the"
-    " cluster's kube-proxy has]",
+    help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents.  [default: the"
+    " configuration of the cluster's kube-proxy]",
 )
 @click.option(
     "--inherit/--no-inherit",
     default=True,
     show_default=True,
-    help="Use kube-proxy's configuration, and the CIDRs that kubeadm knows.",
+    help="Use kube-proxy's configuration and kubeadm's CIDRs.",
 )
 @click.option(
     "--api-server",
     metavar="URL",
-    help="https://HOST:PORT of the control plane as nodes reach it, without Services.  [default: cluster-info"
-    " in kube-public, else what an earlier install wrote, else the kubeconfig's server]",
+    help="https://HOST:PORT at which nodes reach the control plane without Services.  [default: cluster-info"
+    " in kube-public, else the address of an earlier install, else the kubeconfig's server]",
 )
 @click.option(
     "--dry-run",
     is_flag=False,
     flag_value=_CLIENT,
     type=click.Choice([_CLIENT, _SERVER]),
-    help="client (without a value): print the objects as YAML. server: let the API server check them. Nothing"
-    " is changed.",
+    help="client (also without a value): print the objects as YAML. server: let the API server validate them."
+    " Nothing is changed.",
 )
 @click.option(
     "--force-conflicts",
     is_flag=True,
-    help="Take over fields that somebody else manages: kubectl, Helm, a person.",
+    help="Take over fields that another field manager owns, such as kubectl or Helm.",
 )
-@click.option("--wait/--no-wait", default=True, show_default=True, help="Until the agent runs on all nodes.")
+@click.option(
+    "--wait/--no-wait", default=True, show_default=True, help="Wait until the agent runs on all nodes."
+)
 @click.option(
     "--timeout",
     type=Seconds(),
     default="5m",
     show_default=True,
-    help="Wait no longer once no further node becomes ready.",
+    help="Give up after this time in which no further node became ready.",
 )
 def command(
     *,
@@ -144,11 +148,11 @@ def command(
     wait: bool,
     timeout: float,
 ) -> None:
-    """Put the agent into a cluster, or bring it to what is said here; again changes nothing.
+    """Install the agent in a cluster, or update it.
 
-    It works beside kube-proxy, whose configuration goes on: what a pod cannot do of it is said. Objects are
-    applied by the server as field manager "ebpfproxy". With --dry-run, --api-server, and --no-inherit or
-    --config, no cluster is asked.
+    The agent works beside kube-proxy and takes over its configuration; fields that do not work in a pod are
+    reported. Objects are applied server-side with the field manager "ebpfproxy". With --dry-run,
+    --api-server, and --no-inherit or --config, no cluster is contacted.
     """
     wanted = Wanted(
         image=image,
@@ -173,15 +177,15 @@ def command(
         if dry_run is not None:
             return
         if "ConfigMap" in done.changed and "DaemonSet" not in done.changed:
-            remark("agents start again by themselves once the kubelet has brought the file (about a minute)")
+            remark("agents restart once the kubelet has updated the mounted file (about a minute)")
         if wait:
             click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
             if kube_proxy.find(api) is not None:
-                remark("whether agents have read everything: `ebpfproxy migrate plan --all-nodes`")
+                remark("to check that all agents are in sync: `ebpfproxy migrate plan --all-nodes`")
 
 
 def _end_cleanup(api: Api, namespace: str, seconds: float) -> None:
-    """What an uninstall has left to nodes that were down would take an agent's programs away."""
+    """Deletes the cleanup DaemonSet of an earlier uninstall, which would remove the new agent's programs."""
     item = api.get("DaemonSet", namespace, CLEANUP)
     if item is not None:
         remove(api, {("DaemonSet", namespace, CLEANUP): item}, seconds, click.echo)

@@ -1,4 +1,4 @@
-"""``ebpfproxy migrate plan|run|rollback`` for this node, and what ``run --cleanup`` does."""
+"""``ebpfproxy migrate plan|run|rollback`` for this node, and ``run --cleanup``."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ from ebpfproxy.operator.migrate.node.tools import ToolError
 
 @click.group("migrate")
 def command() -> None:
-    """From kube-proxy to ebpfproxy on this node or on many, and back, while connections live on.
+    """Migrate nodes from kube-proxy to ebpfproxy and back. Connections are kept.
 
-    With --all-nodes, --selector or --node it is for nodes of the cluster: one after the other, each by a pod
-    that calls the same command there and is gone afterwards.
+    With --all-nodes, --selector or --node it works on nodes of the cluster, one after the other, each with a
+    temporary pod that runs the same command there.
     """
 
 
 def _where(function: Decorator) -> Decorator:
     for each in (
-        click.option("--timeout", type=Seconds(), default="60s", show_default=True, help="For each step."),
-        click.option("--hostname-override", metavar="NAME", help="This node's name.  [default: the host's]"),
-        click.option("--master", metavar="URL", help="API server; overrides the kubeconfig's."),
+        click.option(
+            "--timeout", type=Seconds(), default="60s", show_default=True, help="Limit for each step."
+        ),
+        click.option(
+            "--hostname-override", metavar="NAME", help="Name of this node.  [default: the host's name]"
+        ),
+        click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's."),
         click.option(
             "--kubeconfig",
             type=click.Path(path_type=Path),
-            help="Of somebody who may patch kube-proxy's DaemonSet and nodes; for many nodes who may make"
-            " pods and read their logs, too. Without it no API server is asked: kube-proxy is yours to stop.",
+            help="Kubeconfig that may patch kube-proxy's DaemonSet and nodes, and for many nodes create pods"
+            " and read their logs. Without it no API server is contacted, and you stop kube-proxy yourself.",
         ),
         options.cgroup_root,
         options.bpf_root,
@@ -57,13 +61,13 @@ _parallel: Decorator = click.option(
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Of many nodes, how many at once.",
+    help="Number of nodes at once.",
 )
 _stopped: Decorator = click.option(
     "--stopped",
     is_flag=True,
-    help="kube-proxy was stopped after a plan found nothing in the way: its rules may differ since. For this"
-    " node only.",
+    help="kube-proxy was stopped after a plan without blockers: its rules may be outdated. For this node"
+    " only.",
 )
 
 
@@ -101,10 +105,10 @@ def _errors() -> Iterator[None]:
 @click.option("--brief", is_flag=True, help="Counts instead of names. For this node only.")
 @options.output_format
 def plan_command(*, output: str, brief: bool, stopped: bool, **given: Any) -> None:
-    """Look only: kube-proxy, its rules, conflicts, what the agent serves, and what run would do.
+    """Show kube-proxy, its rules, conflicts, what the agent serves, and the planned steps of run.
 
-    The agent should run already: it works beside kube-proxy. Exit code 1 where run would refuse. Of many
-    nodes, ten are looked at at once.
+    The agent should run already; it works beside kube-proxy. The exit code is 1 if run would refuse. With
+    many nodes, ten are inspected at once.
     """
     if chosen := migrate_cluster.chosen_by(given):
         reach = migrate_cluster.reach_of(given, brief=brief, stopped=stopped)
@@ -124,11 +128,11 @@ def plan_command(*, output: str, brief: bool, stopped: bool, **given: Any) -> No
 @migrate_cluster.choice
 @_where
 @_stopped
-@click.option("--dry-run", is_flag=True, help="The same as plan.")
-@click.option("--terminate", is_flag=True, help="Stop a kube-proxy that no DaemonSet runs: see plan.")
-@click.option("--force", is_flag=True, help="Go on whatever plan says stands in the way. For this node only.")
+@click.option("--dry-run", is_flag=True, help="Same as plan.")
+@click.option("--terminate", is_flag=True, help="Stop a kube-proxy process that no DaemonSet owns, see plan.")
+@click.option("--force", is_flag=True, help="Continue despite blockers. For this node only.")
 @_parallel
-@click.option("--skip-blocked", is_flag=True, help="Of many nodes, leave out those where run would refuse.")
+@click.option("--skip-blocked", is_flag=True, help="Skip nodes with blockers.")
 @options.output_format
 @click.pass_context
 def run_command(
@@ -144,13 +148,13 @@ def run_command(
     output: str,
     **given: Any,
 ) -> None:
-    """Stop kube-proxy and remove its rules, once the agent serves all that it serves.
+    """Stop kube-proxy and remove its rules, once the agent serves the same frontends.
 
-    Connections that kube-proxy began live on. Run it again later: it takes away what keeps them alive once
-    the last has ended.
+    Connections through kube-proxy are kept. Run the command again after the last of them has ended, to remove
+    what kept them alive.
 
-    Of many nodes all are looked at first: where one is in the way, none is touched. A node that fails is the
-    last one. Called again it goes on where it stopped.
+    With many nodes all are inspected first; if one has blockers, none is changed. The first failure stops the
+    migration, and running the command again continues it.
     """
     if dry_run:
         context.invoke(plan_command, output=output, stopped=stopped, **given)
@@ -171,21 +175,21 @@ def run_command(
     type=Seconds(),
     default="0s",
     show_default=True,
-    help="How long connections may take to end that are translated in packets; new ones are kube-proxy's.",
+    help="Time for connections of the packet path to end; kube-proxy gets the new ones.",
 )
 @click.option(
     "--wait-for-agent",
     is_flag=True,
-    help="Wait until the agent has ended, instead of refusing. For this node only.",
+    help="Wait until the agent has exited, instead of refusing. For this node only.",
 )
 @_parallel
 @options.output_format
 def rollback_command(*, drain: float, wait_for_agent: bool, parallel: int, output: str, **given: Any) -> None:
-    """Bring kube-proxy back, wait until its rules serve all, then remove our programs.
+    """Start kube-proxy again, wait for its rules, then remove the programs of ebpfproxy.
 
-    On one node it is refused while our agent runs; of many nodes it takes the agent's pod away, by a label.
-    Connections of sockets live on; those that were translated in packets (from outside the cluster) end with
-    the programs.
+    On one node it refuses while the agent runs; with many nodes it removes the agent's pod by a label.
+    Connections that were translated at the socket are kept; those of the packet path, from outside the
+    cluster, end with the programs.
     """
     if chosen := migrate_cluster.chosen_by(given):
         reach = migrate_cluster.reach_of(given, wait_for_agent=wait_for_agent)
@@ -196,10 +200,10 @@ def rollback_command(*, drain: float, wait_for_agent: bool, parallel: int, outpu
 
 
 def cleanup_kube_proxy() -> None:
-    """``run --cleanup``: removes what kube-proxy left in this network namespace, and says what."""
+    """``run --cleanup``: removes kube-proxy's rules in this network namespace, and prints them."""
     with _errors():
         for process in running_kube_proxy.find():
-            click.echo(f"kube-proxy, pid {process.pid}, runs here: it will write its rules again", err=True)
+            click.echo(f"kube-proxy runs with pid {process.pid} and will write its rules again", err=True)
         found = leftovers.find()
         if found:
             steps.remove_leftovers(found, click.echo)

@@ -1,4 +1,4 @@
-"""``ebpfproxy migrate … --all-nodes``: the commands for many nodes, from anywhere."""
+"""``ebpfproxy migrate … --all-nodes``: the commands for many nodes, which work on any machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ebpfproxy.operator.waiting import WaitError
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True):
-    """What the options say of nodes."""
+    """The selected nodes, and the image for them."""
 
     all_nodes: bool
     selector: str
@@ -39,7 +39,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reach(msgspec.Struct, frozen=True, kw_only=True):
-    """How the API server is reached, and how long steps may take, in seconds."""
+    """Access to the API server, and the limit for each step in seconds."""
 
     kubeconfig: Path | None
     master: str | None
@@ -54,20 +54,20 @@ def choice(function: Decorator) -> Decorator:
             metavar="NAMESPACE/NAME",
             default=f"{AGENT.namespace}/{AGENT.name}",
             show_default=True,
-            help="The agents'; pods for many nodes are in its namespace.",
+            help="DaemonSet of the agents. Temporary pods run in its namespace.",
         ),
-        click.option("--image", help="Of pods for many nodes.  [default: the DaemonSet's]"),
-        click.option("--selector", "-l", default="", metavar="LABELS", help="Of nodes, as kubectl has it."),
+        click.option("--image", help="Image of temporary pods.  [default: the DaemonSet's]"),
+        click.option("--selector", "-l", default="", metavar="LABELS", help="Label selector of nodes."),
         click.option(
             "--node",
             multiple=True,
             metavar="NAME",
-            help="Of many nodes only this; may be repeated: in this order.",
+            help="Name of a node. May be repeated; the order is kept.",
         ),
         click.option(
             "--all-nodes",
             is_flag=True,
-            help="All nodes of the cluster instead of this one, each by a pod that is gone afterwards.",
+            help="All nodes of the cluster instead of this one, each with a temporary pod.",
         ),
     ):
         function = each(function)
@@ -75,15 +75,15 @@ def choice(function: Decorator) -> Decorator:
 
 
 def chosen_by(given: dict[str, Any]) -> Chosen:
-    """Takes its options out of all that were given."""
+    """Removes the options of :class:`Chosen` from ``given``."""
     return Chosen(**{name: given.pop(name) for name in Chosen.__struct_fields__})
 
 
 def reach_of(given: dict[str, Any], **alone: object) -> Reach:
-    """Raises UsageError where one of ``alone``, options that are about one node, is set."""
+    """Raises UsageError if one of ``alone``, the options for a single node, is set."""
     for name, value in {**alone, "hostname_override": given["hostname_override"]}.items():
         if value:
-            raise click.UsageError(f"--{name.replace('_', '-')} is about one node: call it there")
+            raise click.UsageError(f"--{name.replace('_', '-')} applies to one node only: run it there")
     return Reach(**{name: given[name] for name in Reach.__struct_fields__})
 
 
@@ -95,7 +95,7 @@ def _fleet(chosen: Chosen, reach: Reach) -> Iterator[Fleet]:
         raise click.UsageError("many nodes need --kubeconfig")
     namespace, slash, name = chosen.daemonset.partition("/")
     if not slash:
-        raise click.UsageError(f"--daemonset {chosen.daemonset}: it is NAMESPACE/NAME")
+        raise click.UsageError(f"--daemonset {chosen.daemonset} is not NAMESPACE/NAME")
     switch = Switch(namespace, name, AGENT.label)
     try:
         api = Api.from_options(reach.kubeconfig, reach.master)
@@ -110,7 +110,7 @@ def _image(api: Api, switch: Switch, name: str | None) -> Image:
     found = daemonsets.find(api, switch)
     if found is None:
         if name is None:
-            raise FleetError(f"there is no {switch}: name its --daemonset, or an --image")
+            raise FleetError(f"there is no {switch}: set --daemonset or --image")
         return Image(name=name)
     image = work_pod.image_of(found)
     return image if name is None else msgspec.structs.replace(image, name=name)

@@ -1,4 +1,4 @@
-"""What ``ebpfproxy migrate`` prints."""
+"""The output of ``ebpfproxy migrate``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 10
 
 @contextmanager
 def said(form: str) -> Iterator[Callable[[str], None]]:
-    """Each step as it is done; as JSON and YAML all at the end, also where one fails."""
+    """Prints each step when it is done; JSON and YAML follow at the end, also after a failure."""
     lines: list[str] = []
     try:
         yield click.echo if form == "table" else lines.append
@@ -29,7 +29,7 @@ def said(form: str) -> Iterator[Callable[[str], None]]:
 def print_plan(planned: Plan) -> None:
     out = console()
     for name, value in _facts(planned):
-        out.print(f"{name + ':':<18}{value}")
+        out.print(f"{name + ':' if name else '':<22}{value}")
     if planned.leftovers:
         out.print()
         out.print(_leftovers(planned))
@@ -50,7 +50,7 @@ def print_plan(planned: Plan) -> None:
 
 def _print_lines(warnings: Iterable[str], steps: Iterable[str], blockers: Iterable[str]) -> None:
     out = console()
-    for title, lines in (("WARNINGS", warnings), ("RUN WOULD", steps), ("IN THE WAY", blockers)):
+    for title, lines in (("WARNINGS", warnings), ("PLANNED STEPS", steps), ("BLOCKERS", blockers)):
         if lines:
             out.print(f"\n{title}")
             for line in lines:
@@ -59,7 +59,7 @@ def _print_lines(warnings: Iterable[str], steps: Iterable[str], blockers: Iterab
 
 def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
     yield "kernel", planned.kernel
-    yield "kube-proxy", f"mode {', '.join(planned.modes)}" if planned.modes else "no rules here"
+    yield "kube-proxy", f"mode {', '.join(planned.modes)}" if planned.modes else "no rules"
     for process in planned.processes:
         config = f", --config {process.config}" if process.config else ""
         yield "", f"pid {process.pid}, started by: {process.started_by}, mode {process.mode}{config}"
@@ -68,11 +68,12 @@ def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"DaemonSet {planned.daemon_set.name} ({planned.daemon_set.image}): {pods}"
     if planned.embedded:
         yield "", f"inside {planned.embedded}"
-    yield "its frontends", f"{planned.kube_proxy_frontends}, {len(planned.differences)} not so in maps"
-    yield "ours", f"{planned.agent_frontends}"
-    yield "flows", f"{planned.flows} that kube-proxy began"
+    missing = len(planned.differences)
+    yield "kube-proxy frontends", f"{planned.kube_proxy_frontends} ({missing} missing from maps)"
+    yield "ebpfproxy frontends", f"{planned.agent_frontends}"
+    yield "flows", f"{planned.flows} through kube-proxy"
     if planned.kept:
-        yield "kept for them", ", ".join(planned.kept)
+        yield "kept for flows", ", ".join(planned.kept)
 
 
 def _leftovers(planned: Plan) -> object:
@@ -95,7 +96,7 @@ def _leftovers(planned: Plan) -> object:
 
 def print_cluster(planned: ClusterPlan) -> None:
     out = console()
-    printed = table("node", "state", "kube-proxy", "its frontends", "ours", "differ", "flows")
+    printed = table("node", "state", "kube-proxy", "frontends", "ebpfproxy", "missing", "flows")
     for each in planned.nodes:
         found = each.found
         facts = ["", "", "", "", ""]
@@ -106,12 +107,12 @@ def print_cluster(planned: ClusterPlan) -> None:
             facts += map(str, counts)
         printed.add_row(each.node, str(each.state), *facts)
     out.print(printed)
-    in_the_way = [f"{each.node}: {line}" for each in planned.nodes for line in each.blockers]
-    _print_lines([*planned.warnings, *_common(planned)], planned.steps, in_the_way)
+    blockers = [f"{each.node}: {line}" for each in planned.nodes for line in each.blockers]
+    _print_lines([*planned.warnings, *_common(planned)], planned.steps, blockers)
 
 
 def _common(planned: ClusterPlan) -> Iterator[str]:
-    """Each warning of nodes once, with where it is."""
+    """Each warning once, with the nodes that have it."""
     where: dict[str, list[str]] = {}
     for each in planned.nodes:
         for line in each.found.warnings if each.found is not None else ():

@@ -1,4 +1,4 @@
-"""Values that options take, as kube-proxy's flags write them."""
+"""Types of option values, in the notation of kube-proxy's flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Seconds(click.ParamType[float]):
-    """A duration as Go writes it, ``1h30m``, in seconds."""
+    """A duration in Go's notation, ``1h30m``, converted to seconds."""
 
     name = "duration"
 

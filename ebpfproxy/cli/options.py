@@ -16,9 +16,9 @@ output_format: Decorator = click.option(
     type=click.Choice(["table", "json", "yaml"]),
     default="table",
     show_default=True,
-    help="How to print.",
+    help="Output format.",
 )
 
 watch: Decorator = click.option(
-    "-w", "--watch", is_flag=True, help="Print again whenever something changed, until interrupted."
+    "-w", "--watch", is_flag=True, help="Print again at every change, until interrupted."
 )

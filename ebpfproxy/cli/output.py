@@ -1,4 +1,4 @@
-"""Printing: the same values as a table, JSON or YAML, once or whenever they change."""
+"""Prints values as a table, JSON or YAML, once or at every change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table(*columns: str) -> Table:
 
 
 def console() -> Console:
-    """As wide as the terminal; unlimited where there is none, so that nothing is cut in a pipe."""
+    """A console as wide as the terminal, or without a limit if there is none: a pipe gets whole lines."""
     return Console(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False
     )
@@ -42,7 +42,7 @@ def emit(value: Any, form: str, as_table: Callable[[Any], None]) -> None:
 
 
 def emit_watching(read: Callable[[], Any], form: str, as_table: Callable[[Any], None], watch: bool) -> None:
-    """Prints what ``read`` gives; with ``watch`` again at every change. A terminal is cleared before."""
+    """Prints the result of ``read``; with ``watch`` again at every change, on a cleared terminal."""
     before: Any = None
     while True:
         value = read()

@@ -34,23 +34,23 @@ log = get_logger(__name__)
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents; flags win. The agent "
-    "ends when the file changes, to be started again.",
+    "exits when the file changes, and expects to be restarted.",
 )
 @click.option(
     "--write-config-to",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the configuration that is used, flags included, and end.",
+    help="Write the effective configuration, flags included, then exit.",
 )
 @click.option(
     "--cleanup",
     is_flag=True,
-    help="Remove what a kube-proxy has left on this node, and end. Our own: ebpfproxy cleanup.",
+    help="Remove the rules that kube-proxy left on this node, then exit. See also: ebpfproxy cleanup.",
 )
 @click.option(
     "--init-only",
     is_flag=True,
-    help="Make the maps, compile and load the programs, and end; nothing is attached.",
+    help="Create the maps, compile and load the programs, then exit; nothing is attached.",
 )
 @settings.all_settings
 @click.pass_context
@@ -64,10 +64,10 @@ def command(
     cleanup: bool,
     **_: Any,
 ) -> None:
-    """Run the agent of this node until SIGTERM; what it programmed stays in force then.
+    """Run the agent of this node until SIGTERM. Its programs stay attached afterwards.
 
-    Objects come from the API server (in a pod: its service account; else --kubeconfig or --master), or
-    from --manifests. An option can also be set in the environment: EBPFPROXY_ and its name, as in
+    Objects come from the API server (in a pod with its service account, else with --kubeconfig or --master),
+    or from --manifests. An option can also be set in the environment: EBPFPROXY_ and its name, as in
     EBPFPROXY_STALE_TCP.
     """
     if cleanup:
@@ -82,7 +82,7 @@ def command(
         raise click.ClickException(str(error)) from error
     if write_config_to is not None:
         write_config_to.write_text(to_yaml(used))
-        click.echo(f"the configuration is in {write_config_to}")
+        click.echo(f"configuration written to {write_config_to}")
         return
     logs.configure(used.kube_proxy.logging.format, used.kube_proxy.logging.verbosity)
     try:
@@ -92,10 +92,10 @@ def command(
                 log.warning("configuration", remark=remark)
             unused = without_effect(used)
             if unused:
-                log.warning("without effect here", fields=unused)
+                log.warning("unsupported, ignored", fields=unused)
             if remark := mode_remark(settings.given(ctx).get("proxy_mode") or given.kube_proxy.mode):
                 log.info("configuration", remark=remark)
-            # What is wrong with the options is found here, before anything of this node is changed.
+            # Wrong options are found here, before anything on this node is changed.
             proxy = Agent(
                 agent,
                 configz(in_use(used, agent)),

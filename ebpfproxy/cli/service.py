@@ -16,7 +16,7 @@ _SHOWN_BACKENDS = 4
 
 @click.group("service")
 def command() -> None:
-    """Services as the maps hold them."""
+    """Show Services as they are in the maps."""
 
 
 @command.command("list")
@@ -28,10 +28,10 @@ def command() -> None:
     "--namespace",
     metavar="NAME",
     shell_complete=completion.namespaces,
-    help="Only Services of this namespace.",
+    help="Only Services in this namespace.",
 )
 def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
-    """Every frontend and scope, with the backends of new connections."""
+    """List frontends with the backends that new connections get."""
     with one_line():
         maps = open_maps(bpf_root)
 
@@ -48,7 +48,7 @@ def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | Non
 @options.output_format
 @options.watch
 def get_service(service: str, bpf_root: Path, output: str, watch: bool) -> None:
-    """One Service: its frontends with all their backends. Without a namespace it is default's."""
+    """Show the frontends of one Service with all backends. The default namespace is "default"."""
     namespace, slash, name = service.partition("/")
     if not slash:
         namespace, name = "default", service
@@ -89,6 +89,6 @@ def _print(rows: list[FrontendRow], most: int | None) -> None:
             row.frontend,
             row.algorithm,
             f"{row.affinity}s" if row.affinity else "none",
-            "the node's own address: left alone" if row.own else text or "none",
+            "not translated: the node's own address" if row.own else text or "none",
         )
     console().print(printed)

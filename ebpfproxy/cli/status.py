@@ -29,7 +29,7 @@ from ebpfproxy.node.roles import Role
 
 _SHOWN_DEVICES = 8
 _PODS = str(Role.LOCAL)
-#: A map is shown from this share of its places on.
+#: A map is shown once this share of its entries is in use.
 _FILLING = 0.75
 
 
@@ -40,7 +40,7 @@ class AttachmentStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """A device and the directions in which packets pass our programs; what the agent took it for, and why."""
+    """A device, the directions in which our programs are attached, and its role with the reason."""
 
     device: str
     directions: tuple[str, ...]
@@ -50,7 +50,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
 
 class PacketCount(msgspec.Struct, frozen=True):
-    """Packets that were neither simply passed nor translated."""
+    """Packets that were rejected or dropped, or passed although something was wrong."""
 
     action: str
     reason: str
@@ -58,13 +58,13 @@ class PacketCount(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON of ``ebpfproxy status``. Counts are of what the maps hold."""
+    """The JSON of ``ebpfproxy status``. The counts come from the maps."""
 
     kernel: str
     agent_running: bool
     agent: state.AgentState | None
     healthy: bool
-    #: A sentence for each thing that is wrong; none where all is well.
+    #: One sentence per problem.
     problems: tuple[str, ...]
     attachments: tuple[AttachmentStatus, ...]
     devices: tuple[DeviceStatus, ...]
@@ -112,22 +112,22 @@ def _problems(
     devices: tuple[DeviceStatus, ...],
 ) -> Iterator[str]:
     if not running:
-        yield "no agent runs: what it programmed stays in force, changes are not followed"
+        yield "the agent is not running: its programs stay attached, but changes are not applied"
     if agent is None or not agent.synced:
-        yield "the agent has not come to the end of its start" + " yet" * running
+        yield "the agent has not finished its start" + " yet" * running
     elif running and not agent.healthy:
-        yield "a change waits for more than a minute to be programmed"
+        yield "a change has waited for more than a minute to be programmed"
     if missing := [a.hook for a in hooks if not a.attached]:
-        yield f"programs at sockets are missing: {' '.join(missing)}"
+        yield f"socket programs are missing: {' '.join(missing)}"
     if agent is not None and len(devices) < agent.devices:
-        yield f"programs are at {len(devices)} of {agent.devices} devices"
+        yield f"only {len(devices)} of {agent.devices} devices have programs"
     if half := [d.device for d in devices if _is_half(d)]:
-        yield f"programs are at one direction only of {' '.join(half)}"
+        yield f"only one direction has a program: {' '.join(half)}"
     if agent is not None:
         yield from agent.problems
         for watch in agent.watches:
             if running and watch.state != State.CONNECTED:
-                yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no answer yet'}"
+                yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no response yet'}"
 
 
 def _is_half(device: DeviceStatus) -> bool:
@@ -135,10 +135,10 @@ def _is_half(device: DeviceStatus) -> bool:
 
 
 def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, ...]:
-    """Names and indexes are those of the agent's network namespace, wherever this runs.
+    """Names and indexes belong to the agent's network namespace, wherever this runs.
 
-    In another one, its own devices tell nothing: a name that the agent has not left stays unknown, and
-    filters (before Linux 6.6) are those of the agent's account.
+    In another namespace the local devices are of no use: names come from the agent's state only, and so do
+    clsact filters (before Linux 6.6).
     """
     recorded = {each.ifindex: each for each in agent.device_roles} if agent is not None else {}
     is_here = agent is None or agent.netns in (0, netns_cookie())
@@ -176,12 +176,12 @@ def _packets(maps: MapSet) -> Iterator[PacketCount]:
 @options.output_format
 @options.watch
 @click.option(
-    "-v", "--verbose", is_flag=True, help="All devices and all maps, not only what tells something."
+    "-v", "--verbose", is_flag=True, help="Show all devices and maps, also pods' and nearly empty ones."
 )
 def command(bpf_root: Path, output: str, watch: bool, verbose: bool) -> None:
-    """What runs on this node: health and what is wrong, programs, devices, watches; maps that are filling.
+    """Show what runs on this node: health, problems, programs, devices, watches, and maps that fill up.
 
-    Read from the kernel and the pinned maps, so it works with the agent stopped, too.
+    It reads the kernel and the pinned maps, so that it also works while the agent is stopped.
     """
     with one_line():
         maps = open_maps(bpf_root)
@@ -200,7 +200,7 @@ def _print(status: Status, verbose: bool) -> None:
         ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
     )
     if agent is None:
-        facts.append(("agent", "running" if status.agent_running else "never ran to the end of its start"))
+        facts.append(("agent", "running" if status.agent_running else "never finished its start"))
     else:
         facts += _agent_facts(agent, status.agent_running, now)
     attached = sum(a.attached for a in status.attachments)
@@ -225,7 +225,7 @@ def _print(status: Status, verbose: bool) -> None:
 
 def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tuple[str, str]]:
     since = f"pid {agent.pid}, since {age(now - agent.started)}"
-    stopped = f"STOPPED, last seen {age(now - agent.written)} ago (what it programmed stays in force)"
+    stopped = f"STOPPED, last seen {age(now - agent.written)} ago (its programs stay attached)"
     facts = [
         ("agent", f"ebpfproxy {agent.version} on {agent.node}, {since if running else stopped}"),
         ("source", agent.source),
@@ -245,9 +245,9 @@ def _device_line(status: Status) -> str:
 
 
 def _devices_table(devices: list[DeviceStatus]) -> Any:
-    printed = table("device", "taken for", "because")
+    printed = table("device", "role", "reason")
     for each in devices:
-        half = f" (HALF ATTACHED: {each.directions[0]})" if _is_half(each) else ""
+        half = f" (ONE DIRECTION: {each.directions[0]})" if _is_half(each) else ""
         printed.add_row(each.device + half, each.role or "unknown", each.why)
     return printed
 

@@ -24,7 +24,7 @@ from ebpfproxy.operator.install.remove import (
 from ebpfproxy.operator.names import AGENT
 
 _STAYS = (
-    "programs and maps stay on the nodes: they translate as they last knew it, before kube-proxy is asked."
+    "programs and maps stay on the nodes and translate with the last known endpoints, before kube-proxy."
     " Remove them with `ebpfproxy uninstall --cleanup --image REF`, or `ebpfproxy cleanup` on each node"
 )
 
@@ -34,12 +34,14 @@ _STAYS = (
 @click.option(
     "--cleanup",
     is_flag=True,
-    help="Take programs and maps away on every node, by a DaemonSet that lives as long as that takes.",
+    help="Remove programs and maps from every node, with a temporary DaemonSet.",
 )
-@click.option("--image", metavar="REF", help="For --cleanup.  [default: what the agents run]")
-@click.option("--dry-run", is_flag=True, help="Say what would be deleted, and what stands in the way.")
-@click.option("--force", is_flag=True, help="Also where no kube-proxy follows Services from then on.")
-@click.option("--timeout", type=Seconds(), default="2m", show_default=True, help="For pods, in each step.")
+@click.option("--image", metavar="REF", help="Image for --cleanup.  [default: the agents' image]")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and blockers.")
+@click.option("--force", is_flag=True, help="Continue even if no kube-proxy serves Services afterwards.")
+@click.option(
+    "--timeout", type=Seconds(), default="2m", show_default=True, help="Limit for pods in each step."
+)
 def command(
     *,
     kubeconfig: str,
@@ -52,18 +54,18 @@ def command(
     force: bool,
     timeout: float,
 ) -> None:
-    """Take the agent out of a cluster: what install applied is deleted. Again does nothing.
+    """Remove the agent from a cluster: delete what install applied.
 
-    Refused where kube-proxy does not run on all nodes: `ebpfproxy migrate rollback` brings it back. Without
-    --cleanup each node goes on translating with the Services and endpoints that the agent last wrote; changes
-    are not followed.
+    It refuses unless kube-proxy runs on all nodes: `ebpfproxy migrate rollback` brings it back. Without
+    --cleanup each node continues to translate with the Services and endpoints that the agent last wrote, and
+    ignores changes.
     """
     with errors():
         api = Api.from_kubeconfigs(kubeconfig, context, master)
         found = find(api, namespace)
         labelled = labels(api, namespace)
         if not found and not labelled and not cleanup:
-            click.echo("nothing of ebpfproxy is in the cluster")
+            click.echo("ebpfproxy is not installed in the cluster")
             return
         reasons = list(against(api, found)) if found or cleanup else []
         if dry_run:
@@ -72,7 +74,7 @@ def command(
             for node, label in labelled:
                 click.echo(f"{shown('Node', '', node)}: label {label} would be removed")
         if reasons and not force:
-            raise RemoveError("\n".join(reasons) + "\n--force goes on all the same")
+            raise RemoveError("\n".join(reasons) + "\n--force continues anyway")
         for reason in reasons:
             remark(f"warning: {reason}")
         daemon_set = found.get(("DaemonSet", namespace, AGENT))
@@ -82,7 +84,7 @@ def command(
         problems: list[str] = []
         with _collected(problems):
             remove(api, found, timeout, click.echo)
-        # Beside agents nothing can be cleaned; a node that is down keeps others waiting for nothing.
+        # Cleaning needs the agents gone; other nodes need not wait for one that is down.
         gone = api.get("DaemonSet", namespace, AGENT) is None
         if image is not None and gone:
             with _collected(problems):
@@ -106,7 +108,9 @@ def _collected(problems: list[str]) -> Iterator[None]:
 
 def _image(said: str | None, daemon_set: Object | None) -> str:
     if said is None and daemon_set is None:
-        raise click.UsageError("--cleanup needs an --image: no DaemonSet of the agent's is there to tell it")
+        raise click.UsageError(
+            "--cleanup needs an --image: there is no DaemonSet of the agent to take it from"
+        )
     return said or image_of(daemon_set or {})
 
 

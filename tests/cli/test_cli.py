@@ -88,7 +88,7 @@ def test_durations_are_gos(text: str, seconds: float) -> None:
 def test_flushing_takes_a_filter() -> None:
     code, said = run("conntrack", "flush")
     assert code == 2
-    assert "name what to flush, or say --all" in said
+    assert "give a filter or --all" in said
 
 
 @pytest.mark.root

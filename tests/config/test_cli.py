@@ -32,11 +32,11 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
 def test_a_good_file_is_said_to_be_good(tmp_path: Path) -> None:
     file = tmp_path / "kube-proxy.yaml"
     file.write_text(text_of(KUBE_PROXY, OWN))
-    assert run("validate", str(file)) == (0, f"{file}: good\n", "")
+    assert run("validate", str(file)) == (0, f"{file}: valid\n", "")
     file.write_text(text_of({**KUBE_PROXY, "portRange": "1-2", "winkernel": {"enableDSR": True}}))
     assert run("validate", str(file)) == (
         0,
-        f"{file}: good\nwithout effect here: winkernel.enableDSR, portRange\n",
+        f"{file}: valid\nunsupported, ignored: winkernel.enableDSR, portRange\n",
         "",
     )
 

@@ -294,7 +294,7 @@ def test_a_backend_drained_by_hand_gets_no_new_connections_until_that_is_undone(
     world.agent.kill()
     world.agent = world.node.agent(manifests=world.folder).start()
     assert BACKENDS[3] not in world.socket("loose", 0, 100)
-    assert "in use again" in world.node.cli("backend", "drain", BACKENDS[3], "--undo")
+    assert "no longer drained" in world.node.cli("backend", "drain", BACKENDS[3], "--undo")
     assert BACKENDS[3] in world.socket("loose", 0, 300)
 
 

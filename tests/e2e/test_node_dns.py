@@ -37,7 +37,7 @@ def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
         f"{IP}:53/UDP",
         f"[{IP6}]:53/UDP",
     }
-    assert "the node's own address: left alone" in outer.a.cli("service", "get", "shop/web")
+    assert "not translated: the node's own address" in outer.a.cli("service", "get", "shop/web")
 
     for client in (outer.client, outer.a):
         assert client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}

@@ -246,7 +246,7 @@ def test_a_changed_file_alone_is_taken_up_by_the_agents_themselves(site: StandIn
     path.write_text(f"{KUBE_PROXY}clusterCIDR: 10.1.0.0/16\n")
     done = site.install(*ADDRESS, "--config", str(path))
     assert "DaemonSet kube-system/ebpfproxy unchanged" in done.stdout
-    assert "agents start again by themselves" in done.stderr
+    assert "agents restart once the kubelet has updated" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -174,4 +174,4 @@ def test_out_again_and_nodes_are_cleaned(site: Site) -> None:
     for place in (*INSTALLED, ("DaemonSet", SYSTEM, "ebpfproxy-cleanup")):
         assert site.get(*place) is None
     done = site.uninstall()
-    assert (done.exit_code, done.stdout) == (0, "nothing of ebpfproxy is in the cluster\n")
+    assert (done.exit_code, done.stdout) == (0, "ebpfproxy is not installed in the cluster\n")

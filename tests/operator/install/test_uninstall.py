@@ -34,7 +34,7 @@ def refused(site: StandIn, *arguments: str) -> str:
     assert done.exit_code == 1, done.output
     assert there(site) == 5, "nothing is deleted"
     *_, reason, hint = done.stderr.splitlines()
-    assert hint == "--force goes on all the same"
+    assert hint == "--force continues anyway"
     return reason
 
 
@@ -98,10 +98,10 @@ def test_no_label_stays_on_a_node(installed: StandIn) -> None:
     assert "Node node-c: label ebpfproxy.io/agent removed" in done.stdout
     assert not {"ebpfproxy.io/agent"} & {*labels(installed, "node-c")}
     assert "ebpfproxy.io/kube-proxy" in labels(installed, "node-c")
-    assert installed.uninstall().stdout == "nothing of ebpfproxy is in the cluster\n"
+    assert installed.uninstall().stdout == "ebpfproxy is not installed in the cluster\n"
     installed.delete("DaemonSet", SYSTEM, "kube-proxy")
     assert installed.uninstall().stdout == "Node node-c: label ebpfproxy.io/kube-proxy removed\n"
-    assert installed.uninstall().stdout == "nothing of ebpfproxy is in the cluster\n"
+    assert installed.uninstall().stdout == "ebpfproxy is not installed in the cluster\n"
 
 
 def test_labels_that_may_not_be_removed_are_said(installed: StandIn) -> None:

@@ -173,7 +173,7 @@ def until_ready(plane: ControlPlane) -> None:
 def test_plan_looks_at_all_nodes_and_changes_nothing(world: World) -> None:
     said = world.good("plan", "--all-nodes")
     lines = [line.split() for line in said.splitlines()]
-    assert lines[0] == ["NODE", "STATE", "KUBE-PROXY", "ITS", "FRONTENDS", "OURS", "DIFFER", "FLOWS"]
+    assert lines[0] == ["NODE", "STATE", "KUBE-PROXY", "FRONTENDS", "EBPFPROXY", "MISSING", "FLOWS"]
     assert lines[1:4] == [[name, *["to", "do", "iptables", "20", "21", "0", "3"]] for name in NODES]
     assert "  node-a and 2 more: something" in said
     assert f"  {'kubectl'}" not in said
@@ -331,7 +331,7 @@ def test_where_one_is_in_the_way_none_is_touched_unless_it_is_left_out(world: Wo
     assert "Error: 1 nodes are left as they were: see above" in said
     assert [line for line in world.happened() if line.endswith("run")] == ["node-a: run", "node-c: run"]
     said = world.bad("plan", "--all-nodes")
-    assert "IN THE WAY\n  node-b: Cilium is here\n  node-b: and more\n" in said
+    assert "BLOCKERS\n  node-b: Cilium is here\n  node-b: and more\n" in said
 
 
 def test_a_node_that_is_not_ready_is_reported_and_left_alone(world: World) -> None:
@@ -555,15 +555,15 @@ def test_an_old_pod_that_ends_just_now_is_waited_for(world: World, monkeypatch: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--all-nodes", "--force"], "--force is about one node: call it there"),
-        (["run", "--all-nodes", "--terminate"], "--terminate is about one node"),
-        (["plan", "--all-nodes", "--hostname-override", "x"], "--hostname-override is about one node"),
+        (["run", "--all-nodes", "--force"], "--force applies to one node only: run it there"),
+        (["run", "--all-nodes", "--terminate"], "--terminate applies to one node"),
+        (["plan", "--all-nodes", "--hostname-override", "x"], "--hostname-override applies to one node"),
         (["plan", "--all-nodes", "--node", "x"], "--all-nodes and --node exclude each other"),
-        (["plan", "--all-nodes", "--daemonset", "x"], "--daemonset x: it is NAMESPACE/NAME"),
+        (["plan", "--all-nodes", "--daemonset", "x"], "--daemonset x is not NAMESPACE/NAME"),
         (["plan", "--all-nodes", "--kubeconfig", "/nowhere"], "/nowhere"),
         (
             ["plan", "--all-nodes", "--daemonset", "a/b"],
-            "there is no DaemonSet a/b: name its --daemonset, or an --image",
+            "there is no DaemonSet a/b: set --daemonset or --image",
         ),
         (["plan", "--node", "x"], "--node x: no such node"),
     ],

@@ -50,7 +50,7 @@ def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(worl
     assert "kube-proxy:       mode iptables" in said
     assert f"pid {process.pid}, started by: process, mode iptables" in said
     assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in said
-    assert "IN THE WAY" not in said
+    assert "BLOCKERS" not in said
     dry = yaml.safe_load(world.migrate("run", "--dry-run", "-o", "yaml"))
     assert (dry["modes"], dry["blockers"], dry["daemon_set"]) == (["iptables"], [], None)
     assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in world.fails("run")

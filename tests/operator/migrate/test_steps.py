@@ -47,7 +47,7 @@ def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(worl
     world.wait_frontends(20)
 
     said = world.migrate("plan")
-    assert "kube-proxy:       mode iptables" in said
+    assert "kube-proxy:           mode iptables" in said
     assert f"pid {process.pid}, started by: process, mode iptables" in said
     assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in said
     assert "BLOCKERS" not in said

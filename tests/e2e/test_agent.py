@@ -202,7 +202,7 @@ def test_programs_that_do_not_load_leave_the_attached_ones(
     top = Path(__file__).parents[2]
     shutil.copytree(top / "ebpfproxy", tmp_path / "ebpfproxy")
     shutil.copytree(top / "bpf", tmp_path / "bpf")
-    source = tmp_path / "bpf" / "sock.c"
+    source = tmp_path / "bpf" / "lib" / "socket.h"
     source.write_text(source.read_text().replace("#define PROCEED 1", "#define PROCEED one"))
     broken = Agent(world.a, ["--hostname-override", "node-a", "--manifests", str(world.manifests)])
     broken.start(wait=False, cwd=tmp_path)

@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Datagrams of sockets: where one goes, and from whom one comes. */
+#ifndef EBPFPROXY_DATAGRAM_H
+#define EBPFPROXY_DATAGRAM_H
+
+#include "origin.h"
+#include "peers.h"
+#include "socket.h"
+#include "socket_service.h"
+
+/* Says if an unconnected socket has this backend for another frontend: its answers look alike. */
+static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
+{
+	return peer_by_backend(cookie, &backend->addr, backend->port) != NULL;
+}
+
+#define OTHER_TRIES 2
+
+/* Another backend than those that the socket has for other frontends, if it is soon found. */
+static __always_inline bool choose_other(u64 cookie, const struct service *svc, u32 *backend_id,
+					 struct backend **backend)
+{
+	const u32 policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
+	union selection range = selection_of(svc->id * POLICIES + policy);
+	u32 at = slot_at(&range, bpf_get_prandom_u32());
+
+	if (!range.count)
+		return false;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < OTHER_TRIES; i++) {
+		union slot *slot = map_lookup(slots, &at);
+		u32 id;
+
+		if (!slot)
+			break;
+		id = slot->backend_id;
+		*backend = map_lookup(backends, &id);
+		if (*backend && !is_shared(cookie, *backend)) {
+			*backend_id = id;
+			return true;
+		}
+		at++;
+		if (at >= range.base + range.count)
+			at = range.base;
+	}
+	return false;
+}
+
+/* Says if packets to the frontend pass a device of ours on their way to the backend. */
+static __always_inline bool packets_serve(struct bpf_sock_addr *ctx, const struct service *svc,
+					  const struct backend *backend)
+{
+	return !in_host_namespace(ctx) ||
+	       (svc->kind != KIND_NODE_PORT && !addr_is_this_node(&backend->addr));
+}
+
+/* The flow of this socket's port to a frontend gets another port from the packet programs. */
+static __always_inline void note_clash(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct clash_key key = {
+		.frontend = to->addr,
+		.frontend_port = to->port,
+		.client_port = bpf_htons(ctx->sk->src_port),
+	};
+	u32 yes = 1;
+
+	if (!map_lookup(port_clashes, &key))
+		map_update(port_clashes, &key, &yes);
+}
+
+static __always_inline void count_full(void)
+{
+	u32 index = EVENT_SOCKETS_FULL;
+	u64 *counter = map_lookup(packet_events, &index);
+
+	if (counter)
+		__sync_fetch_and_add(counter, 1);
+}
+
+/*
+ * A first datagram to a frontend, or one whose backend has left. Of two frontends with one backend
+ * the socket could not tell the answers apart: for the second another backend is taken, or else
+ * its datagrams are left to packets, where the flow gets another port.
+ */
+static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct target *to,
+					const struct service *svc, struct peer *peer,
+					struct backend **backend)
+{
+	struct client client = client_of(ctx, svc, to);
+	const u64 cookie = get_socket_cookie(ctx);
+	/* Before the choice: what departs meanwhile is noticed at the next datagram. */
+	const u32 epoch = epoch_of(svc->id);
+	enum verdict verdict;
+	u32 backend_id;
+
+	verdict = service_choose(svc, &client, &backend_id, backend);
+	if (verdict != VERDICT_TRANSLATE) {
+		count_service(svc->id, verdict);
+		return reject(verdict);
+	}
+	/* A free place is found by neither address. */
+	if (peer)
+		peer->frontend_port = peer->backend_port = 0;
+	if (is_shared(cookie, *backend)) {
+		struct backend *only = *backend;
+
+		if (needs_client_key(svc) || !choose_other(cookie, svc, &backend_id, backend)) {
+			*backend = only;
+			if (packets_serve(ctx, svc, only)) {
+				note_clash(ctx, to);
+				*backend = NULL;
+				return PROCEED;
+			}
+		}
+	}
+	if (!peer)
+		peer = peer_place(ctx, cookie, !packets_serve(ctx, svc, *backend));
+	if (peer) {
+		peer_write(peer, to, svc, backend_id, *backend, epoch);
+	} else {
+		count_full();
+		if (packets_serve(ctx, svc, *backend)) {
+			/* What it has of others may come to have the same backend. */
+			if (peers_page(cookie, 0))
+				note_clash(ctx, to);
+			*backend = NULL;
+			return PROCEED;
+		}
+	}
+	count_service(svc->id, VERDICT_TRANSLATE);
+	count_backend(backend_id);
+	return PROCEED;
+}
+
+/* Leaves in @goes where the datagram is to go, if that is another address than @to. */
+static __always_inline int sending(struct bpf_sock_addr *ctx, const struct target *to,
+				   struct target *goes)
+{
+	struct service *svc = find_service(ctx, to);
+	struct backend *backend = NULL;
+	int answer = PROCEED;
+	struct peer *peer;
+
+	if (skip_translation(ctx, to, svc)) {
+		if (!svc && is_unused_port(ctx, to))
+			return reject(VERDICT_REFUSE);
+		return !svc && is_nobodys(ctx, to) ? reject(VERDICT_DROP) : PROCEED;
+	}
+	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
+		return PROCEED;
+	peer = peer_by_frontend(get_socket_cookie(ctx), to);
+	if (peer)
+		backend = peer_backend(peer, svc, to->proto);
+	if (backend) {
+		count_service(svc->id, VERDICT_TRANSLATE);
+		count_backend(peer->backend_id);
+	} else {
+		answer = sending_anew(ctx, to, svc, peer, &backend);
+	}
+	if (answer == PROCEED && backend) {
+		goes->addr = backend->addr;
+		goes->port = backend->port;
+	}
+	return answer;
+}
+
+/* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
+static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
+{
+	const u64 cookie = get_socket_cookie(ctx);
+
+	if (is_connected(ctx))
+		return origin_recall(cookie, from) || peer_recall(cookie, from);
+	return peer_recall(cookie, from) || origin_recall(cookie, from);
+}
+
+#endif

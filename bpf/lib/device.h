@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What the devices of this node, and its state as a whole, tell of a packet. */
+#ifndef EBPFPROXY_DEVICE_H
+#define EBPFPROXY_DEVICE_H
+
+#include "maps.h"
+#include "options.h"
+#include "packet.h"
+
+/* A pod or VM of this node, as detectLocalMode defines it. */
+static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
+{
+	u32 ifindex = ifindex_of(skb), *flags;
+	struct device *device;
+
+	if (PODS_BY_CIDR) {
+		struct cidr_key key = { .length = 128, .addr = p->flow.src };
+
+		flags = map_lookup(cidrs, &key);
+		return flags && *flags & CIDR_PODS;
+	}
+	device = map_lookup(devices, &ifindex);
+	return device && device->flags & DEVICE_PODS;
+}
+
+static __always_inline bool is_at_local_device(struct __sk_buff *skb)
+{
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device && device->flags & DEVICE_LOCAL;
+}
+
+/* Says if what passes here passes our program at a device below, too, at the same stage. */
+static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stage)
+{
+	const u32 below = stage == STAGE_INGRESS ? DEVICE_INGRESS_BELOW : DEVICE_EGRESS_BELOW;
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device && device->flags & below;
+}
+
+/*
+ * On a pod's device frames to any host are ours: with a bridge behind it they are sent to the
+ * bridge's address. On an uplink others' frames are theirs.
+ */
+static __always_inline bool is_for_us(struct __sk_buff *skb)
+{
+	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
+}
+
+/* Of the device by which the packet came: what came in must go out in one piece. */
+static __always_inline u16 mtu_of(struct __sk_buff *skb)
+{
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device ? device->mtu : 0;
+}
+
+/* The address of the device towards a backend; the node's own where the device has none. */
+static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct inet_addr *addr)
+{
+	struct device *device = map_lookup(devices, &ifindex);
+	const struct inet_addr none = {};
+
+	if (!device) {
+		ifindex = 0;
+		device = map_lookup(devices, &ifindex);
+	}
+	if (!device)
+		return false;
+	*addr = is_v4 ? device->addr4 : device->addr6;
+	return !addr_equal(addr, &none);
+}
+
+/*
+ * A packet of no flow of ours that kube-proxy, behind this hook, is to see: while connections that
+ * it began live on, and while our programs come to the node's devices one by one, or leave them.
+ */
+static __always_inline bool defer_to_kube_proxy(const struct packet *p)
+{
+	u32 any = 0;
+	struct device *node = map_lookup(devices, &any);
+
+	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
+		return false;
+	return node->flags & NO_NEW_FLOWS ||
+	       (p->flow.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN);
+}
+
+#endif

@@ -1,0 +1,383 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * How flows begin: the first packet of a flow chooses a backend, and leaves the entries by which
+ * the packets after it are translated. lib/conntrack.h has the picture of these entries.
+ */
+#ifndef EBPFPROXY_FLOW_H
+#define EBPFPROXY_FLOW_H
+
+#include "conntrack.h"
+#include "device.h"
+#include "frontend.h"
+#include "masquerade.h"
+#include "options.h"
+#include "rewrite.h"
+#include "route.h"
+#include "unserved.h"
+
+/* Whether the backend must not see the client: it would not answer through us, or policy says so.
+ */
+static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct service *svc,
+					    bool is_inside, const struct packet *p,
+					    const struct backend *backend)
+{
+	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
+		return true;
+	/* A pod of another node counts by its address; its backend may be beside it there. */
+	if (is_inside)
+		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
+		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);
+	return !(svc->flags & SERVICE_LOCAL);
+}
+
+/*
+ * Says if a socket has left this flow to us because its port is in use for another frontend with
+ * the same backend: packets of that one never come here.
+ */
+static __always_inline bool is_port_taken(const struct flow *flow)
+{
+	const struct clash_key key = {
+		.frontend = flow->dst,
+		.frontend_port = flow->dport,
+		.client_port = flow->sport,
+	};
+
+	return service_protocol(flow->proto) == IPPROTO_UDP && map_lookup(port_clashes, &key);
+}
+
+static __always_inline int not_inserted(enum insert done)
+{
+	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
+}
+
+/* What all entries of a new flow have. */
+static __always_inline void start_flow(struct scratch *s, const struct service *svc, u32 backend_id)
+{
+	u32 id = svc->id;
+	u64 *epoch = map_lookup(epochs, &id);
+
+	s->nat.service_id = id;
+	s->nat.backend_id = backend_id;
+	s->nat.seen = 0;
+	s->nat.epoch = epoch ? (u16)*epoch : 0;
+	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+}
+
+/* The entry of a new flow's questions, as far as its first packet and the backend tell. */
+static __always_inline void new_entry(struct scratch *s, const struct packet *p,
+				      const struct backend *backend)
+{
+	const struct flow *flow = &p->flow;
+
+	s->key = *flow;
+	s->nat.src = flow->src;
+	s->nat.dst = backend->addr;
+	s->nat.sport = flow->sport;
+	s->nat.dport = backend->port;
+	s->nat.flags = 0;
+	s->nat.end = s->nat.acked = 0;
+	if (p->tcp_flags)
+		note_sequence(p, &s->nat);
+}
+
+/*
+ * Inserts the entry of answers in @s. Where another flow of the client's port has the key (it asks
+ * the same backend through another frontend), another port is taken, and left in @s->key.
+ */
+static __always_inline enum insert insert_answers(struct __sk_buff *skb, struct scratch *s)
+{
+	struct nat *known = conntrack_lookup(&s->key);
+	enum insert done;
+
+	/* Of this very flow, which begins anew. */
+	if (known && known->sport == s->nat.sport && known->dport == s->nat.dport &&
+	    addr_equal(&known->src, &s->nat.src)) {
+		*known = s->nat;
+		return INSERT_DONE;
+	}
+	done = conntrack_insert(s, false);
+	return done == INSERT_TAKEN ? take_port(skb, s) : done;
+}
+
+/*
+ * Makes a flow's Service pair, answers first: a question without a way back would be lost. @s->nat
+ * has the questions' half; it is there again afterwards, with the port that the backend will see.
+ * @fresh: a port of ours is taken in any case.
+ */
+static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
+					       const struct flow *flow, bool fresh)
+{
+	struct flow answers;
+	enum insert done;
+
+	invert_entry(s, flow);
+	done = fresh ? take_port(skb, s) : insert_answers(skb, s);
+	if (done != INSERT_DONE)
+		return done;
+	answers = s->key;
+	invert_entry(s, &answers);
+	done = conntrack_insert(s, true);
+	if (done == INSERT_DONE)
+		load_count_flow(s->nat.backend_id);
+	else
+		map_delete(conntrack, &answers);
+	return done;
+}
+
+static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struct packet *p,
+					      struct scratch *s, const struct inet_addr *node)
+{
+	enum insert done;
+
+	s->nat.src = *node;
+	s->nat.flags = NAT_BYPASS;
+	done = insert_pair(skb, s, &p->flow, true);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat, true))
+		return drop(EVENT_REWRITE);
+	return send_out(skb, &s->nat.src, &s->nat.dst);
+}
+
+/*
+ * Says if a packet can be the first of a flow. What is not, and of no known flow, may be the answer
+ * to a connection of this node's own. SCTP's peers ask each other every 30 s if they are there: by
+ * that an association whose flow was lost goes on, as with netfilter's conntrack.
+ */
+static __always_inline bool can_open(struct __sk_buff *skb, const struct packet *p)
+{
+	u8 chunk;
+
+	if (p->flow.proto == IPPROTO_TCP)
+		return (p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
+	if (p->flow.proto == IPPROTO_SCTP)
+		return !p->is_later_fragment &&
+		       !bpf_skb_load_bytes(skb, p->l4 + SCTP_CHUNK, &chunk, sizeof(chunk)) &&
+		       (chunk == SCTP_INIT || chunk == SCTP_HEARTBEAT);
+	return true;
+}
+
+/*
+ * A packet to a frontend that opens no flow and is of none. On an address of this node it is the
+ * host's, whose socket may have it; elsewhere it must not be routed on.
+ */
+static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p,
+				   const struct service *svc)
+{
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
+		return drop(EVENT_SOURCE_RANGE);
+	if (!is_cluster_ip(&p->flow.dst)) {
+		way = fib_result_of(skb, &p->flow.src, &p->flow.dst, 0, &fib);
+		/* Without a device nothing is routed on. */
+		if (way == FIB_LOCAL || (way == FIB_OUT && !fib.ifindex))
+			return PASS;
+	}
+	return rejection(EVENT_NO_FLOW);
+}
+
+/*
+ * Says if a packet that goes to no frontend opens a flow whose answers would be taken for those of
+ * a Service: the client asks a backend directly, from the port by which it asks a Service there.
+ * At a bridge the same is true of what the program at its port has made of the Service's packet.
+ */
+static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct flow *flow = &p->flow;
+	const struct flow key = {
+		.src = flow->dst,
+		.dst = flow->src,
+		.sport = flow->dport,
+		.dport = flow->sport,
+		.proto = flow->proto,
+		.stage = STAGE_EGRESS,
+	};
+	const struct nat *answers;
+
+	if (!flow_of_interest(&key.src, &key.dst) || is_seen_below(skb, STAGE_INGRESS) ||
+	    !can_open(skb, p))
+		return false;
+	answers = conntrack_lookup(&key);
+	/* An entry without NAT_REPLY is of what this host itself asks. */
+	return answers && answers->flags & NAT_REPLY && !is_reverse(answers, flow);
+}
+
+/* Gives the later of two such flows another port, as netfilter's NAT does (null binding). */
+static __always_inline int create_direct_flow(struct __sk_buff *skb, const struct packet *p)
+{
+	struct scratch *s = scratch();
+	enum insert done;
+
+	if (!s)
+		return PASS;
+	s->nat.src = p->flow.src;
+	s->nat.dst = p->flow.dst;
+	s->nat.sport = p->flow.sport;
+	s->nat.dport = p->flow.dport;
+	s->nat.service_id = s->nat.backend_id = NOBODY;
+	s->nat.seen = 0;
+	s->nat.epoch = 0;
+	s->nat.end = s->nat.acked = 0;
+	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+	if (p->tcp_flags)
+		note_sequence(p, &s->nat);
+	done = insert_source(skb, s, &p->flow);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
+}
+
+/* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
+static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
+{
+	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
+	const bool is_of_interest = port_of_interest(to.port);
+	const bool is_inside = from_local_pod(skb, p);
+	struct scratch *s = scratch();
+	struct bpf_fib_lookup fib;
+	struct inet_addr node = {};
+	struct backend *backend;
+	struct service *svc;
+	enum insert done;
+	bool is_masked;
+	enum fib_result way;
+	int verdict;
+	u32 id;
+
+	if (defer_to_kube_proxy(p))
+		return PASS;
+	svc = is_of_interest ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
+			     : NULL;
+	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
+		svc = redirected_service(&to);
+		if (!svc)
+			return rejection(EVENT_BACKEND_GONE);
+	}
+	if (!svc)
+		return is_direct_clash(skb, p) ? create_direct_flow(skb, p) : no_service(skb, p);
+	if (!s || svc->flags & SERVICE_OWN)
+		return PASS;
+	s->service = *svc;
+	svc = &s->service;
+	if (is_martian(&p->flow.src))
+		return pass(EVENT_MARTIAN);
+	if (!can_open(skb, p))
+		return no_flow(skb, p, svc);
+	backend = backend_for(p, s, &id, &verdict);
+	if (!backend)
+		return verdict;
+
+	start_flow(s, svc, id);
+	new_entry(s, p, backend);
+	is_masked = must_masquerade(skb, svc, is_inside, p, backend);
+	if (is_masked) {
+		way = fib_result_of(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
+		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
+		if (BYPASS_NETFILTER && is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex &&
+		    p->hops > 1)
+			return create_bypass_flow(skb, p, s, &node);
+	}
+	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat, false))
+		return drop(EVENT_REWRITE);
+	if (is_masked) {
+		done = masquerade(skb, s, p->flow.proto, &node);
+		if (done != INSERT_DONE) {
+			/* Without it the next packet would show the client to the backend. */
+			struct nat *nat = conntrack_lookup(&p->flow);
+
+			if (nat)
+				conntrack_forget(&p->flow, nat);
+			return not_inserted(done);
+		}
+	}
+	return PASS;
+}
+
+/*
+ * Leaves in @node the address by which this host asks @backend; false where there is no way to it.
+ * A backend that has an address of the host itself is asked by that one, as by a socket.
+ */
+static __always_inline bool host_address(struct __sk_buff *skb, const struct packet *p,
+					 const struct backend *backend, struct inet_addr *node)
+{
+	const bool is_loopback = AT_LOOPBACK && addr_is_loopback(&p->flow.src);
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+
+	/* No route begins at ::1; so far @node is the unspecified address. */
+	way = fib_result_of(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
+	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
+		*node = backend->addr;
+		return true;
+	}
+	return leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, node);
+}
+
+/* Says if the sender takes only what comes by this device. */
+static __always_inline bool is_bound_to_device(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (!sk)
+		return false;
+	sk = bpf_sk_fullsock(sk);
+	return sk && sk->bound_dev_if;
+}
+
+/* A new flow of this host, by a client that no socket hook saw. One pair does all. */
+static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet *p)
+{
+	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
+	struct service *svc = service_of_host(&to);
+	struct scratch *s = scratch();
+	struct inet_addr node = {};
+	struct backend *backend;
+	enum insert done;
+	bool is_fresh;
+	int verdict;
+	u32 id;
+
+	if (defer_to_kube_proxy(p))
+		return PASS;
+	if (!svc && is_redirected(&p->flow, &to)) {
+		svc = redirected_service(&to);
+		if (!svc)
+			return rejection(EVENT_BACKEND_GONE);
+	}
+	if (!svc)
+		return AT_LOOPBACK ? PASS : no_service(skb, p);
+	if (!s || svc->flags & SERVICE_OWN)
+		return PASS;
+	s->service = *svc;
+	svc = &s->service;
+	backend = backend_for(p, s, &id, &verdict);
+	if (!backend)
+		return verdict;
+	if (!host_address(skb, p, backend, &node))
+		return drop(EVENT_UNROUTABLE);
+	start_flow(s, svc, id);
+	new_entry(s, p, backend);
+	s->nat.src = node;
+	s->nat.flags = NAT_HOST;
+	if (AT_LOOPBACK && is_bound_to_device(skb))
+		s->nat.flags |= NAT_BOUND;
+	/*
+	 * A socket of this host to the backend itself may have the client's port, now or later.
+	 * Below 1024 it does not come by chance, and servers may insist on it (NFS).
+	 */
+	is_fresh = bpf_ntohs(p->flow.sport) >= 1024 || !addr_equal(&p->flow.src, &node) ||
+		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);
+	done = insert_pair(skb, s, &p->flow, is_fresh);
+	if (done != INSERT_DONE)
+		return not_inserted(done);
+	if (rewrite(skb, p, &s->nat, false))
+		return drop(EVENT_REWRITE);
+	return send_out(skb, &s->nat.src, &s->nat.dst);
+}
+
+#endif

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Which Service a packet asks, and which backend it gets. */
+#ifndef EBPFPROXY_FRONTEND_H
+#define EBPFPROXY_FRONTEND_H
+
+#include "conntrack.h"
+#include "service.h"
+
+static __always_inline struct service *find_service(const struct target *to, u8 scope)
+{
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL), *other;
+
+	if (!svc && addr_is_this_node(&to->addr))
+		svc = service_by_node_port(to, SCOPE_INTERNAL);
+	if (!svc || scope == SCOPE_INTERNAL || !(svc->flags & SERVICE_TWO_SCOPES))
+		return svc;
+	other = svc->kind == KIND_NODE_PORT ? service_by_node_port(to, scope)
+					    : service_by_address(to, scope);
+	return other ? other : svc;
+}
+
+/*
+ * Says if packets are a connected datagram socket's whose backend has gone. Then @to becomes what
+ * the socket had asked for.
+ */
+static __always_inline bool is_redirected(const struct flow *flow, struct target *to)
+{
+	struct redirect *redirect;
+	struct flow key;
+
+	if (flow->proto != IPPROTO_UDP)
+		return false;
+	key = *flow;
+	key.stage = STAGE_INGRESS;
+	redirect = map_lookup(sock_redirects, &key);
+	if (!redirect)
+		return false;
+	to->addr = redirect->frontend;
+	to->port = redirect->frontend_port;
+	return true;
+}
+
+/* A socket may also have asked for a NodePort at the node's loopback. */
+static __always_inline struct service *redirected_service(const struct target *to)
+{
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
+
+	return svc ? svc : service_by_node_port(to, SCOPE_INTERNAL);
+}
+
+/* The Service that this host asks. What has an address of the node itself goes by the loopback. */
+static __always_inline struct service *service_of_host(const struct target *to)
+{
+	if (!AT_LOOPBACK)
+		return service_by_address(to, SCOPE_INTERNAL);
+	return addr_is_loopback(&to->addr) ? service_by_node_port(to, SCOPE_INTERNAL)
+					   : find_service(to, SCOPE_INTERNAL);
+}
+
+/*
+ * Says if the frontend that a flow asks is still its service's: an address or port may have been
+ * given to another. Connections stay with the one that they have.
+ */
+static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
+{
+	struct target to = { flow->dst, flow->dport, service_protocol(flow->proto) };
+	struct service *svc = find_service(&to, SCOPE_INTERNAL);
+
+	if (!svc && is_redirected(flow, &to))
+		svc = redirected_service(&to);
+	return svc && svc->id == service_id;
+}
+
+/* A source that no client can have (RFC 1812, 5.3.7): an answer to it would go astray. */
+static __always_inline bool is_martian(const struct inet_addr *src)
+{
+	u32 first;
+
+	if (!addr_is_v4(src))
+		return addr_is_loopback(src) || !(src->word[0] | src->word[1] | src->word[2]) ||
+		       (bpf_ntohl(src->word[0]) >> 24) == 0xff;
+	first = bpf_ntohl(src->word[3]) >> 24;
+	return first == 0 || first == 127 || (first >= 224 && first < 240) ||
+	       src->word[3] == 0xffffffff;
+}
+
+/* A packet's client is its address; of a flow, for Maglev, its port and the Service's, too. */
+static __always_inline void set_client(struct client *client, const struct packet *p)
+{
+	u64 *cookie = map_lookup(client_namespaces, &p->flow.src);
+
+	/* A pod of this node, and the node, is the same client in packets as at the socket. */
+	if (AT_LOOPBACK) {
+		set_namespace(client, CONSTANT(HOST_NETNS_COOKIE));
+	} else if (cookie) {
+		set_namespace(client, *cookie);
+	} else {
+		client->addr = p->flow.src;
+		client->kind = CLIENT_ADDRESS;
+	}
+	client->flow = (u32)bpf_ntohs(p->flow.sport) << 16 | bpf_ntohs(p->flow.dport);
+	client->frontend = p->flow.dst;
+}
+
+/* Who serves a new flow; NULL where nobody may or can: then @verdict is what becomes of it. */
+static __always_inline struct backend *backend_for(const struct packet *p, struct scratch *s,
+						   u32 *id, int *verdict)
+{
+	const struct service *svc = &s->service;
+	struct backend *backend = NULL;
+
+	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src)) {
+		*verdict = drop(EVENT_SOURCE_RANGE);
+		return NULL;
+	}
+	if (needs_client_key(svc))
+		set_client(&s->client, p);
+	switch (choose(svc, &s->client, id, &backend)) {
+	case VERDICT_TRANSLATE:
+		return backend;
+	case VERDICT_REFUSE:
+		*verdict = rejection(EVENT_NO_ENDPOINT);
+		return NULL;
+	default:
+		*verdict = drop(EVENT_NO_LOCAL);
+		return NULL;
+	}
+}
+
+#endif

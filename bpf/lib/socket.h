@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The socket that a cgroup program (BPF_PROG_TYPE_CGROUP_SOCK_ADDR) runs for, and what it asks. */
+#ifndef EBPFPROXY_SOCKET_H
+#define EBPFPROXY_SOCKET_H
+
+#include "addr.h"
+#include "options.h"
+#include "service.h"
+
+/* What a cgroup program answers the kernel. */
+#define REJECT	0
+#define PROCEED 1
+
+static __always_inline struct target target4(struct bpf_sock_addr *ctx)
+{
+	return (struct target) { addr_of_v4(ctx->user_ip4), ctx->user_port,
+				 service_protocol(ctx->protocol) };
+}
+
+static __always_inline struct target target6(struct bpf_sock_addr *ctx)
+{
+	struct target to = { .port = ctx->user_port, .proto = service_protocol(ctx->protocol) };
+
+	to.addr.word[0] = ctx->user_ip6[0];
+	to.addr.word[1] = ctx->user_ip6[1];
+	to.addr.word[2] = ctx->user_ip6[2];
+	to.addr.word[3] = ctx->user_ip6[3];
+	return to;
+}
+
+static __always_inline void set_target4(struct bpf_sock_addr *ctx, const struct inet_addr *addr,
+					__be16 port)
+{
+	ctx->user_ip4 = addr->word[3];
+	ctx->user_port = port;
+}
+
+static __always_inline void set_target6(struct bpf_sock_addr *ctx, const struct inet_addr *addr,
+					__be16 port)
+{
+	ctx->user_ip6[0] = addr->word[0];
+	ctx->user_ip6[1] = addr->word[1];
+	ctx->user_ip6[2] = addr->word[2];
+	ctx->user_ip6[3] = addr->word[3];
+	ctx->user_port = port;
+}
+
+static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
+{
+	return bpf_get_netns_cookie(ctx) == CONSTANT(HOST_NETNS_COOKIE);
+}
+
+/* The address that a socket is bound to; false where it has none yet. */
+static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet_addr *addr)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk)
+		return false;
+	if (sk->family == AF_INET) {
+		*addr = addr_of_v4(sk->src_ip4);
+		return addr->word[3];
+	}
+	addr->word[0] = sk->src_ip6[0];
+	addr->word[1] = sk->src_ip6[1];
+	addr->word[2] = sk->src_ip6[2];
+	addr->word[3] = sk->src_ip6[3];
+	return addr->word[0] | addr->word[1] | addr->word[2] | addr->word[3];
+}
+
+/* An unconnected socket may have no peer, and be told of many. */
+static __always_inline bool is_connected(struct bpf_sock_addr *ctx)
+{
+	return ctx->sk->dst_port != 0;
+}
+
+/*
+ * Says if a connected socket sends to the very address that it is connected to: it was, while
+ * nobody served that. It gets no answer from elsewhere. (The kernel names the peer of an
+ * IPv4-mapped one at each datagram.)
+ */
+static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	struct inet_addr peer = addr_of_v4(ctx->sk->dst_ip4);
+
+	if ((__be16)ctx->sk->dst_port != to->port)
+		return false;
+	if (!addr_is_v4(&to->addr)) {
+		peer.word[0] = ctx->sk->dst_ip6[0];
+		peer.word[1] = ctx->sk->dst_ip6[1];
+		peer.word[2] = ctx->sk->dst_ip6[2];
+		peer.word[3] = ctx->sk->dst_ip6[3];
+	}
+	return addr_equal(&peer, &to->addr);
+}
+
+static __always_inline int reject(enum verdict verdict)
+{
+	if (HAVE_SET_RETVAL)
+		bpf_set_retval(verdict == VERDICT_REFUSE ? -ECONNREFUSED : -EHOSTUNREACH);
+	return REJECT;
+}
+
+#endif

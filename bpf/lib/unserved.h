@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Packets that no Service serves: which of them pass, which are refused, and which are noted. */
+#ifndef EBPFPROXY_UNSERVED_H
+#define EBPFPROXY_UNSERVED_H
+
+#include "conntrack.h"
+#include "device.h"
+#include "frontend.h"
+#include "service_cidr.h"
+
+/*
+ * Says if a packet only answers. Networks outside overlap with Service CIDRs (10.96.0.0/12): a host
+ * there that asks this node, or a pod by its own address, is answered; nobody asks it. kube-proxy
+ * has the same rule (ct state new).
+ */
+static __always_inline bool is_answer(const struct packet *p)
+{
+	return p->proto == IPPROTO_TCP ? (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN
+				       : has_asked(&p->flow.dst);
+}
+
+/* TCP shows by its flags who asks; of other protocols it is noted who does. */
+static __always_inline void note_asker(struct __sk_buff *skb, const struct packet *p)
+{
+	struct scratch *s = scratch();
+
+	if (!s || skb->pkt_type != PACKET_HOST || !in_service_cidr(&p->flow.src) ||
+	    is_at_local_device(skb))
+		return;
+	asker_key(&s->key, &p->flow.src);
+	conntrack_note(s, SEEN_REPLY);
+}
+
+/*
+ * A packet that leaves this node untranslated. It is looked at here and not where it came in, so
+ * that another proxy's rules in netfilter come first, and what the node itself has is found by
+ * routing.
+ */
+static __always_inline int leave_unserved(struct __sk_buff *skb, const struct packet *p)
+{
+	if (!in_service_cidr(&p->flow.dst) || is_at_local_device(skb) || is_answer(p))
+		return PASS;
+	count_unallocated(&p->flow.dst, UNALLOCATED_PACKET);
+	return drop(EVENT_NO_SUCH_SERVICE);
+}
+
+/* Packets to an address of ours with nothing there. */
+static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
+{
+	if (is_cluster_ip(&p->flow.dst))
+		return rejection(EVENT_NO_SUCH_PORT);
+	return p->flow.stage == STAGE_EGRESS ? leave_unserved(skb, p) : PASS;
+}
+
+/* Packets that are not simply one of a flow with ports. */
+static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p,
+				   enum parse_result parsed)
+{
+	switch (parsed) {
+	case PARSE_TRUNCATED:
+		return pass(EVENT_MALFORMED);
+	case PARSE_FIRST_FRAG_UNSEEN:
+		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : no_service(skb, p);
+	case PARSE_OTHER:
+		/* Of ICMP only a ping is answered by an error. */
+		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
+		    p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
+			return PASS;
+		return no_service(skb, p);
+	default:
+		return PASS;
+	}
+}
+
+/*
+ * A packet past netfilter from an address and port that is a frontend's, and of no flow of ours: a
+ * socket of this host has the port, or netfilter's own NAT took it for a pod. While kube-proxy's
+ * connections live on behind us it may be the answer of one of those: that begins anew with us.
+ */
+static __always_inline void note_own(const struct packet *p)
+{
+	const struct target from = { p->flow.src, p->flow.sport, service_protocol(p->flow.proto) };
+	struct scratch *s = scratch();
+	struct service *svc;
+	struct device *node;
+	u32 any = 0;
+
+	if (!s || !port_of_interest(from.port))
+		return;
+	svc = AT_LOOPBACK ? service_of_host(&from) : find_service(&from, SCOPE_EXTERNAL);
+	if (!svc || svc->flags & SERVICE_OWN)
+		return;
+	node = map_lookup(devices, &any);
+	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
+		conntrack_note_own(s, &p->flow);
+}
+
+#endif

@@ -15,8 +15,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -210,25 +210,9 @@ class Cluster:
     def join(self) -> None:
         """``kubeadm join`` on all other nodes."""
         for node in self.nodes[1:]:
-            self._join(node)
-
-    def _join(self, node: Node) -> None:
-        node.write("/etc/kubernetes/join.yaml", kubeadm.join(node.number, primary=self._primary))
-        node.start_kubelet()
-        node.run(["/opt/kube/kubeadm", "join", "--config=/etc/kubernetes/join.yaml"], timeout=300)
-
-    @contextmanager
-    def one_more_node(self) -> Iterator[Node]:
-        """Joins a node with the next number for as long as this lasts. Pods are reached by routes."""
-        node = self._boot_machine(len(self.nodes) + 1)
-        self._join(node)
-        self.install_cni()
-        self.wait_for_nodes()
-        yield node
-        self.kubectl("delete", "node", node.name)
-        self.nodes.remove(node)
-        node.remove()
-        self.network.remove_node(node.number)
+            node.write("/etc/kubernetes/join.yaml", kubeadm.join(node.number, primary=self._primary))
+            node.start_kubelet()
+            node.run(["/opt/kube/kubeadm", "join", "--config=/etc/kubernetes/join.yaml"], timeout=300)
 
     def install_cni(self) -> None:
         if self._tunnel:

@@ -113,14 +113,6 @@ class Network:
         subprocess.run(load, input=_MASQUERADE, text=True, check=True)
         self.nodes.append(number)
 
-    def remove_node(self, number: int) -> None:
-        """Its namespace with its devices, and the routes by it."""
-        self.nodes.remove(number)
-        subprocess.run(["ip", "netns", "delete", self.netns(number)], check=True)
-        for name in (self.outside, *(self.netns(other) for other in self.nodes)):
-            for cidr in pod_cidrs(number):
-                _ip(name, "route", "delete", cidr)
-
     def route_pods(self) -> None:
         """Each node's pods by a route to the node, as host-gw CNIs do; from outside, too."""
         for number in self.nodes:

@@ -11,9 +11,10 @@ from tests.cluster.e2e import Outcome, Result
 
 COMMAND = "KUBE_BIN=… make test-cluster"
 _SUITE = (
-    'With a third node, in a zone of its own as the others are. What failed was run again, alone. "IPv6 first" is another '
-    "cluster, whose nodes, pods, Services and DNS have IPv6 as their first family; there kube-proxy runs only what the "
-    "agent does not pass. Specs that need a cloud's load balancer, the Internet, SCTP sockets, gates that are off or ssh "
+    "In two clusters of their own: nodes, pods, Services and the DNS have IPv4 as their first family, on three nodes in "
+    "three zones, or IPv6, on two. What failed was run again, alone. What then does not pass with the agent was run with "
+    "kube-proxy (nftables); where it has no column there was nothing to run. Specs that need a cloud's load balancer, the "
+    "Internet, SCTP sockets, gates that are off or ssh "
     "to nodes, and specs that may not run beside others, were left out."
 )
 _GROUP = re.compile(r"\[sig-network\] (\[Feature:\w+\]|[\w-]+)")

@@ -20,7 +20,7 @@ from ebpfproxy.node.identity import NodeNameError, node_name
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate.daemonsets import Cluster
 from ebpfproxy.operator.migrate.node import leftovers, preflight, running_kube_proxy, steps
-from ebpfproxy.operator.migrate.node.preflight import Where
+from ebpfproxy.operator.migrate.node.preflight import NodeTarget
 from ebpfproxy.operator.migrate.node.steps import MigrationError
 from ebpfproxy.operator.migrate.node.tools import ToolError
 
@@ -80,11 +80,11 @@ def _at(
     hostname_override: str | None,
     timeout: float,
     stopped: bool = False,
-) -> Where:
+) -> NodeTarget:
     cluster = None
     if kubeconfig is not None or master is not None:
         cluster = Cluster(Api.from_options(kubeconfig, master), node_name(hostname_override))
-    return Where(
+    return NodeTarget(
         bpf_root=bpf_root, cgroup_root=cgroup_root, cluster=cluster, seconds=timeout, stopped=stopped
     )
 

@@ -48,7 +48,7 @@ def check_url(url: str, field: str, schemes: tuple[str, ...] = ("http", "https")
 
 
 def bearer(token: str, source: str = "the token") -> str:
-    """The header for a token. Raises ConfigError."""
+    """Returns the header for a token. Raises ConfigError."""
     token = token.strip()
     if not (token.isascii() and token.isprintable()):
         raise ConfigError(f"credentials: {source}: not one line of ASCII text")
@@ -88,7 +88,7 @@ def unverified() -> ssl.SSLContext:
 
 
 def in_cluster(environment: Mapping[str, str] = os.environ) -> Access:
-    """What a pod is told of its service account. Raises ConfigError."""
+    """Reads the environment and the files of a pod's service account. Raises ConfigError."""
     host, port = (environment.get(f"KUBERNETES_SERVICE_{name}", "") for name in ("HOST", "PORT"))
     if not host or not port:
         raise ConfigError("KUBERNETES_SERVICE_HOST and _PORT are not set")
@@ -103,7 +103,7 @@ def in_cluster(environment: Mapping[str, str] = os.environ) -> Access:
 
 
 def pool(access: Access, **options: object) -> urllib3.PoolManager:
-    """Connections as ``access`` says; ``options`` are urllib3's. Raises ConfigError."""
+    """Makes a pool of connections; ``options`` are urllib3's. Raises ConfigError."""
     given: dict[str, object] = {"retries": False, **options}
     if access.tls is not None:
         given["ssl_context"] = access.tls
@@ -127,7 +127,7 @@ def _environments_proxy(server: str) -> str | None:
     found = proxies.get(split.scheme) or proxies.get("all")
     if found is None or proxy_bypass(split.netloc):
         return None
-    # As Go does, and the standard library does not: NO_PROXY may have networks.
+    # For Go NO_PROXY may name networks, too; the standard library knows hosts only.
     try:
         address = ip_address(split.hostname or "")
     except ValueError:

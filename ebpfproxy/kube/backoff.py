@@ -8,7 +8,7 @@ import random
 class Backoff:
     """Doubles from ``first`` to ``most`` seconds until :meth:`reset`; half of each wait is random.
 
-    Randomness keeps the nodes of a cluster from asking a server that comes back all at once.
+    Randomness keeps the nodes of a cluster from all asking at once when a server is back.
     """
 
     def __init__(self, first: float, most: float) -> None:

@@ -33,9 +33,9 @@ _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
 _ERROR_BYTES = 64 * 1024
 _USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
-#: Between two tries of one request, in seconds.
+#: Seconds between two tries of one request.
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 8.0
-#: A peer that is gone without a word is noticed after about a minute (tcp(7)).
+#: A peer that vanishes is noticed after about a minute (tcp(7)).
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -58,7 +58,7 @@ class Reply(NamedTuple):
 
 
 class _Session(NamedTuple):
-    """What one reading of the configuration gave; replaced as a whole."""
+    """The configuration as it was read; it is replaced as a whole."""
 
     access: Access
     pool: urllib3.PoolManager
@@ -67,7 +67,7 @@ class _Session(NamedTuple):
 class ApiConnection:
     """Requests to one API server. Any thread may use it.
 
-    Credentials that rotate (exec plugins, token files, service account tokens) are looked at anew for every
+    Credentials that rotate (exec plugins, token files, service account tokens) are read anew for every
     request; :meth:`reload` reads the whole configuration again, after the server has refused them.
     """
 
@@ -85,7 +85,7 @@ class ApiConnection:
         self._requests_lock = threading.Lock()
         #: Answers by HTTP status and method; the status is ``<error>`` where none came.
         self.requests: dict[tuple[str, str], int] = {}
-        #: Told of every request its method, and how long its answer took to begin, in seconds.
+        #: It is called for every request: with its method, and how long its answer took to begin, in seconds.
         self.observe: Callable[[str, float], None] = lambda *_: None
         self._session = self._open()
 
@@ -130,7 +130,7 @@ class ApiConnection:
     def _open(self) -> _Session:
         found = self._configure()
         if found.is_unverified:
-            # One line for each server, where urllib3 has one for each request.
+            # urllib3 would warn for each request: one line for each server is enough.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
             if found.server != self._unverified:
                 self._unverified = found.server
@@ -167,10 +167,10 @@ class ApiConnection:
         most_bytes: int | None = None,
         tries: int = 1,
     ) -> Reply:
-        """The whole answer, of which no more than ``most_bytes`` are read.
+        """Returns the whole answer, of which no more than ``most_bytes`` are read.
 
-        It is sent up to ``tries`` times, after failures that are transient (:attr:`Failure.is_transient`).
-        Raises Failure, also for a status of 300 and more.
+        The request is sent up to ``tries`` times, as long as failures are transient
+        (:attr:`Failure.is_transient`). Raises Failure, also for a status of 300 and more.
         """
         backoff = Backoff(_BACKOFF_FIRST, _BACKOFF_MOST)
         while True:
@@ -197,7 +197,7 @@ class ApiConnection:
         content_type: str = JSON,
         read_seconds: float,
     ) -> urllib3.BaseHTTPResponse:
-        """As :meth:`get`, but without a limit. ``body``: JSON."""
+        """Does the same as :meth:`get`, but without a limit."""
         code, began = "<error>", time.monotonic()
         try:
             self._choose_again()
@@ -251,7 +251,7 @@ def _headers(method: str, body: bytes | None, content_type: str, authorization: 
 
 
 def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
-    """The body; a connection with more of it is not used again."""
+    """Reads the body; a connection with more of it is closed."""
     body = bytes(response.read(most_bytes))
     if most_bytes is None or len(body) < most_bytes:
         response.release_conn()
@@ -261,7 +261,7 @@ def _up_to(response: urllib3.BaseHTTPResponse, most_bytes: int | None) -> bytes:
 
 
 def read(response: urllib3.BaseHTTPResponse, most_bytes: int | None = None) -> bytes:
-    """The body. Raises Failure."""
+    """Reads the body. Raises Failure."""
     try:
         return _up_to(response, most_bytes)
     except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -269,7 +269,7 @@ def read(response: urllib3.BaseHTTPResponse, most_bytes: int | None = None) -> b
 
 
 def refusal(response: urllib3.BaseHTTPResponse) -> Failure:
-    """The Failure (or Expired) that an answer's status and body say; reads it."""
+    """Reads an answer and returns the Failure (or Expired) that it stands for."""
     try:
         body = _up_to(response, _ERROR_BYTES)
     except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -304,7 +304,7 @@ class _InCluster:
 
 
 def _anonymously(found: Access) -> control_plane.Ask:
-    """Asks without the token, and does not take longer than a choice may."""
+    """Sends no token, and takes no longer than a choice may."""
     pool = access.pool(found)
 
     def ask(url: str) -> bytes:

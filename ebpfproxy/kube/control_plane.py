@@ -34,7 +34,7 @@ import yaml
 KUBELET_KUBECONFIG = Path("/etc/kubernetes/kubelet.conf")
 CLUSTER_INFO = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
 
-#: The longest that :func:`choose` takes, in seconds: half of it for the best, the other half for any at all.
+#: :func:`choose` takes so many seconds at most: half of them for the best, the other half for any at all.
 SECONDS = 2.0
 
 #: GETs a URL without credentials: the body of a 200, empty for another status. Raises where nobody answers.
@@ -92,10 +92,10 @@ def choose(
     path = Path(environment.get("EBPFPROXY_KUBELET_KUBECONFIG", str(KUBELET_KUBECONFIG)))
     kubelets = server_of(path)
 
-    asked = _beside(lambda: ask(own + CLUSTER_INFO))
-    of_cluster_info = _beside(lambda: _answering(_server_of_config_map(asked.result()), ask))
-    of_kubelet = _beside(lambda: _answering(kubelets, ask))
-    of_last = _beside(lambda: _answering(last.server if last is not None else None, ask))
+    asked = _in_thread(lambda: ask(own + CLUSTER_INFO))
+    of_cluster_info = _in_thread(lambda: _answering(_server_of_config_map(asked.result()), ask))
+    of_kubelet = _in_thread(lambda: _answering(kubelets, ask))
+    of_last = _in_thread(lambda: _answering(last.server if last is not None else None, ask))
     trying: tuple[Future[str | None], ...] = (of_cluster_info, of_kubelet, of_last)
     wait(trying, SECONDS / 2)
     if _result(asked) is None and all(_result(each) is None for each in trying):
@@ -112,8 +112,8 @@ def choose(
     return Choice(own, "service account", answers=_result(asked) is not None)
 
 
-def _beside(work: Callable[[], T]) -> Future[T]:
-    """In a thread that nobody waits for: a name may take long to resolve."""
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Runs it in a thread that nobody waits for: a name may take long to resolve."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -127,7 +127,7 @@ def _beside(work: Callable[[], T]) -> Future[T]:
 
 
 def _result(future: Future[T]) -> T | None:
-    """None while there is none."""
+    """Returns None while there is none."""
     return future.result() if future.done() and future.exception() is None else None
 
 
@@ -138,7 +138,7 @@ def _answering(server: str | None, ask: Ask) -> str | None:
 
 
 def server_of(path: Path) -> str | None:
-    """The server of a kubeconfig's current context; None where it cannot be read, or names none by HTTPS."""
+    """Returns the server of a kubeconfig's current context; None where there is none with HTTPS."""
     try:
         return _server_in(path.read_bytes())
     except OSError:

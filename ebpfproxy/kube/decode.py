@@ -87,7 +87,7 @@ class Page(msgspec.Struct, frozen=True):
     unreadable: tuple[Unreadable, ...]
 
 
-#: What decoders raise for an object that is JSON: a wrong type, text that is not UTF-8, far too deep.
+#: Decoders raise these for JSON that is no such object: a wrong type, not UTF-8, nested too deep.
 _MALFORMED = (msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 
 _head = msgspec.json.Decoder(_Head)
@@ -97,13 +97,13 @@ _status = msgspec.json.Decoder(Status)
 
 
 def explain(error: Exception) -> str:
-    """msgspec's message with the field first, as the API writes it."""
+    """Returns msgspec's message with the field first, as the API writes it."""
     found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", str(error))
     return f"{found[2]}: {found[1]}" if found else str(error)
 
 
 def _meta_of(raw: msgspec.Raw) -> _Meta:
-    """Name and version of an object that may be malformed; what of them cannot be read is empty."""
+    """Returns name and version of an object that may be malformed; what cannot be read of them is empty."""
     try:
         return _head.decode(raw).metadata
     except _MALFORMED:
@@ -175,7 +175,7 @@ class Decoder:
 
 
 def decode_status(body: bytes, http_status: int) -> Status:
-    """The Status in an error's body; made up from the HTTP status where a proxy answered instead."""
+    """Returns the Status in an error's body; one of the HTTP status where a proxy has answered."""
     try:
         found = _status.decode(body)
     except msgspec.DecodeError:

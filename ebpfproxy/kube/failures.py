@@ -20,7 +20,7 @@ class Failure(Exception):  # noqa: N818 - a failure to go on, not an error of ou
 
     @property
     def status(self) -> int:
-        """HTTP's; 0 where no answer came."""
+        """The HTTP status; 0 where no answer came."""
         return int(self.reason) if self.reason.isdecimal() else 0
 
     @property
@@ -40,7 +40,7 @@ class Expired(Failure):
 
 
 _TRANSIENT = frozenset({"429", "502", "503", "504", "connection", "idle", "truncated"})
-#: By the name of an exception in the chain that urllib3 raises; the first that is found counts.
+#: The first name counts that is found among the exceptions in the chain that urllib3 raises.
 _REASONS = (
     ("ReadTimeoutError", "idle"),
     ("TimeoutError", "idle"),
@@ -51,12 +51,12 @@ _REASONS = (
     ("ConnectionRefusedError", "refused"),
     ("IncompleteRead", "truncated"),
 )
-#: urllib3's objects at the beginning of its messages.
+#: urllib3's messages begin with its objects.
 _CONNECTION = re.compile(r"^<?\S+Connection\S*?(\(.*?\))?( object at 0x[0-9a-f]+>)?: ")
 
 
 def of_status(status: Status, retry_after: str | None = None) -> Failure:
-    """Retry-After counts in seconds for the API server (RFC 9110 allows a date, too: ignored)."""
+    """``retry_after``: the header, in seconds; dates (RFC 9110) are ignored, since API servers send none."""
     phrase = responses.get(status.code, status.reason)
     # A list of conflicts has a line for each field.
     text = status.message.replace(":\n- ", ": ").replace("\n- ", ", ").replace("\n", "; ")

@@ -90,7 +90,7 @@ T = TypeVar("T")
 
 
 class _Found(NamedTuple, Generic[T]):
-    """A cluster or a user, and where it is: files that it names are relative to its own."""
+    """A cluster or a user, and its file, to which names of files in it are relative."""
 
     value: T
     path: Path
@@ -98,7 +98,7 @@ class _Found(NamedTuple, Generic[T]):
 
 
 def load(paths: Sequence[Path], context: str | None = None, master: str | None = None) -> Access:
-    """``context`` instead of the current one, ``master`` instead of its server. Raises ConfigError."""
+    """Uses ``context`` instead of the current one, ``master`` instead of its server. Raises ConfigError."""
     cluster, user = _select(paths, context)
     check_url(cluster.value.server, f"{cluster.field}.server")
     own = cluster.value.server.rstrip("/")
@@ -122,7 +122,7 @@ def load(paths: Sequence[Path], context: str | None = None, master: str | None =
 
 
 def _select(paths: Sequence[Path], context: str | None) -> tuple[_Found[_Cluster], _Found[_User] | None]:
-    """Of entries with the same name in several files the first counts."""
+    """Where several files have entries of the same name, the first counts."""
     clusters: dict[str, _Found[_Cluster]] = {}
     users: dict[str, _Found[_User]] = {}
     contexts: dict[str, _Context] = {}
@@ -162,7 +162,7 @@ def _read(path: Path) -> _File:
 
 
 def _tls(cluster: _Found[_Cluster]) -> ssl.SSLContext | None:
-    """None for a server without TLS. OpenSSL names neither file nor field: that is done here."""
+    """Returns None for a server without TLS. Errors name file and field, which OpenSSL's do not."""
     value = cluster.value
     data = _decoded(value.certificate_authority_data, f"{cluster.field}.certificate-authority-data")
     if not value.server.startswith("https://"):
@@ -182,7 +182,7 @@ def _tls(cluster: _Found[_Cluster]) -> ssl.SSLContext | None:
 def _authorization(
     user: _Found[_User], paths: Sequence[Path], context: str | None, tls: ssl.SSLContext | None
 ) -> Callable[[], str]:
-    """The user's header; a client certificate goes into ``tls``. Raises ConfigError."""
+    """Returns what gives the user's header; loads a client certificate into ``tls``. Raises ConfigError."""
     value, folder = user.value, user.path.parent
     certificate = _decoded(value.client_certificate_data, f"{user.field}.client-certificate-data")
     key = _decoded(value.client_key_data, f"{user.field}.client-key-data")

@@ -1,4 +1,4 @@
-"""How often the API server is asked: a token bucket, as client-go's flowcontrol has it."""
+"""Limits the rate of requests by a token bucket, as client-go's flowcontrol does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RateLimit:
             now = self._clock()
             self._tokens = min(self._burst, self._tokens + (now - self._last) * self._qps) - 1
             self._last = now
-            # Below 0 it is owed to those who wait already.
+            # Tokens below 0 are owed to threads that wait already.
             pause = -self._tokens / self._qps
         if pause > 0:
             self._sleep(pause)

@@ -1,7 +1,7 @@
-"""What a cluster has of our kinds, from YAML and JSON files: the source that needs no cluster.
+"""Objects from YAML and JSON files: the source that needs no cluster.
 
 Each file is read on its own and kept: a change re-reads one file, and one that cannot be used is reported
-once while its last good content stays in force. Every change is delivered as complete lists, which the
+once while its last good content is used. Every change is delivered as complete lists, which the
 receiver compares with what it knows.
 """
 
@@ -57,11 +57,11 @@ _FAR_INDENTED = re.compile(rf"^[ ?:-]{{{_DEEPEST}}}", re.MULTILINE)
 
 
 class ManifestError(Exception):
-    """What is wrong with a file: document, object and field."""
+    """A file is wrong; the message names document, object and field."""
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML as JSON knows it: a timestamp is a string."""
+    """Reads YAML with JSON's types: a timestamp is a string."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -94,7 +94,7 @@ class ManifestSource:
         self._reduce = reduce
         self._node_name = node_name
         self._files: dict[Path, _File] = {}
-        self._doubles: set[tuple[type, ObjectKey, Path]] = set()
+        self._duplicates: set[tuple[type, ObjectKey, Path]] = set()
         self._stop = threading.Event()
         self._since = time.time()
         self._last_event: float | None = None
@@ -103,7 +103,7 @@ class ManifestSource:
 
     @property
     def statuses(self) -> list[SourceStatus]:
-        """One for each resource, as reflectors have it. A broken file makes the source ``failing``."""
+        """Returns one for each resource, as reflectors do. A broken file makes the source ``failing``."""
         state = State.STARTING if self._last_event is None else State.CONNECTED
         return [
             SourceStatus(
@@ -153,7 +153,7 @@ class ManifestSource:
 
     def _report_folder(self, error: str | None) -> None:
         if error and not self._error:
-            log.warning("manifests cannot be watched", folder=str(self._directory), error=error)
+            log.warning("cannot watch manifests, trying again", folder=str(self._directory), error=error)
         self._error = error
 
     def read(self) -> None:
@@ -182,16 +182,18 @@ class ManifestSource:
             self._deliver()
 
     def _read_file(self, path: Path, known: _File) -> bool:
-        """Whether its objects are other ones now."""
+        """True if its objects have changed."""
         try:
             objects = tuple(parse(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, ManifestError) as error:
             if known.error != str(error):
-                log.warning("manifest is broken, its last good state stays", file=str(path), error=str(error))
+                log.warning(
+                    "cannot read manifest, keeping its last good state", file=str(path), error=str(error)
+                )
             known.error = str(error)
             return False
         if known.error:
-            log.info("manifest is good again", file=str(path))
+            log.info("manifest is valid again", file=str(path))
         known.error = None
         if objects == known.objects:
             return False
@@ -212,23 +214,23 @@ class ManifestSource:
                 else:
                     reduced = reduced_or_why(self._reduce, key, each)
                     if isinstance(reduced, Unreadable):
-                        log.warning("object is not used", object=str(key), file=str(path), error=reduced.why)
+                        log.warning("ignoring object", object=str(key), file=str(path), error=reduced.why)
                     else:
                         mine[key] = reduced
-        for kind, key, path in sorted(doubles - self._doubles, key=str):
+        for kind, key, path in sorted(doubles - self._duplicates, key=str):
             log.warning(
-                "object is in two manifests, the first file has it",
+                "object is in two manifests, using the first file's",
                 object=f"{kind.__name__} {key}",
                 ignored=str(path),
             )
-        self._doubles = doubles
+        self._duplicates = doubles
         for resource, objects in lists.items():
             self._sink(Replaced(resource, objects))
         self._last_event = time.time()
         self._reads += 1
 
     def _wanted(self, each: Object) -> bool:
-        """What an API server's selectors would leave."""
+        """True if an API server's selectors would select it."""
         if isinstance(each, Node):
             return each.metadata.name == self._node_name
         if isinstance(each, ServiceCidr):
@@ -253,7 +255,7 @@ def _resource_of(each: Object) -> Resource:
 
 
 def parse(text: str) -> Iterator[Object]:
-    """The objects of our kinds in all documents of a file; other kinds are passed over.
+    """Yields objects of our kinds in all documents of a file; other kinds are ignored.
 
     Raises ManifestError for the first thing that is wrong.
     """

@@ -277,5 +277,5 @@ class Deleted(msgspec.Struct, frozen=True, gc=False):
     received: float = 0.0
 
 
-#: As they stand in a queue, of any resource.
+#: Any event of any resource, as a queue holds them.
 Event = Replaced[object] | Changed[object] | Deleted

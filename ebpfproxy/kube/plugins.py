@@ -17,7 +17,7 @@ from kubernetes.config.config_exception import ConfigException
 
 from ebpfproxy.kube.access import ConfigError
 
-#: What the package raises for files and answers that it does not expect.
+#: The package raises these for files and answers that it does not expect.
 _UNEXPECTED = (ValueError, TypeError, AttributeError, KeyError)
 
 
@@ -27,7 +27,7 @@ class Plugin:
     def __init__(self, paths: Sequence[Path], context: str | None, *, is_exec: bool) -> None:
         """Runs the plugin. Raises ConfigError."""
         shown = ":".join(map(str, paths))
-        # One thread at a time: a plugin may ask somebody who is slow.
+        # One thread runs the plugin at a time: it may take long.
         self._lock = threading.Lock()
         self._configuration = kube_client.Configuration()
         with _logged_errors() as errors:
@@ -62,7 +62,7 @@ class Plugin:
 
 @contextmanager
 def _logged_errors() -> Iterator[list[str]]:
-    """What the package logs as errors in this thread, on the root logger, instead of raising it."""
+    """Collects what the package logs as errors in this thread, on the root logger, instead of raising it."""
     errors: list[str] = []
     here = threading.get_ident()
 

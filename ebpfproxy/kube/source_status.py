@@ -1,4 +1,4 @@
-"""What a source says of itself: an immutable snapshot that any thread may read."""
+"""A source's status: an immutable snapshot that any thread may read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class State(enum.StrEnum):
     STARTING = "starting"
     CONNECTED = "connected"
     FAILING = "failing"
-    #: The API server has no such resource, or does not show it, and nothing waits for it.
+    #: The API server has no such resource, or does not show it; the agent works without it.
     ABSENT = "absent"
 
 

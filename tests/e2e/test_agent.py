@@ -252,12 +252,12 @@ def test_a_broken_manifest_keeps_its_last_good_state(world: World, agent: Agent)
     path = world.manifests / "web.yaml"
     good = path.read_text()
     path.write_text(good.replace("port: 80\n", "port: eighty\n"))
-    agent.wait_log("manifest is broken")
+    agent.wait_log("cannot read manifest")
     assert "web.yaml" in agent.text
     assert "spec.ports[0].port: Expected `int`, got `str`" in agent.text
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     path.write_text(good)
-    agent.wait_log("manifest is good again")
+    agent.wait_log("manifest is valid again")
 
 
 def test_an_address_added_to_the_node_serves_node_ports(world: World, agent: Agent) -> None:

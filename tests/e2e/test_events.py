@@ -112,7 +112,7 @@ def test_each_object_is_told_what_is_wrong_with_it(cluster: Cluster) -> None:
     assert found.keys() == WANTED.keys()
     created = len(cluster.control("events")["items"])
     until(lambda: f'ebpfproxy_events_total{{result="created"}} {created}.0' in _metrics(agent))
-    assert agent.text.count("event is not sent") == 0
+    assert agent.text.count("failed to send event") == 0
     agent.stop()
 
 

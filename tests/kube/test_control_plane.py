@@ -51,7 +51,7 @@ preferences: {{}}
 users: null
 """
 TOKEN = "of-the-service-account"
-#: Of a busy machine, in seconds: who waits for a server that hangs waits for longer.
+#: A busy machine may take so many seconds more; a server that hangs takes longer.
 SLACK = 5
 
 

@@ -183,7 +183,7 @@ def test_a_broken_file_keeps_its_last_good_state_and_others_go_on(
     follower.until(lambda: follower.services == {"shop/a2", "shop/c"})
     assert follower.source.statuses[0].state is State.CONNECTED
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        "manifest is broken, its last good state stays"
+        "cannot read manifest, keeping its last good state"
     ]
 
 

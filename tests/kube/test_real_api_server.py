@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events.event import KubeEvent, Level, Reference, Series, event
+from ebpfproxy.kube.events.event import KubeEvent, Level, Reference, Series, to_api
 from ebpfproxy.kube.events.recorder import Pace, Recorder
 from ebpfproxy.kube.objects import Changed, Deleted, Event, ObjectKey, Replaced, Resource
 from ebpfproxy.kube.source_status import State
@@ -303,7 +303,7 @@ def test_events_are_taken_once(api: Api) -> None:
 def test_events_that_are_not_valid(api: Api, field: str, value: object, status: int) -> None:
     now = time.time()
     occurrence = KubeEvent(SERVICE, Level.NORMAL, "Odd", "Read", f"{field} {value}")
-    body = {**event(occurrence, Series(now, now, 1), "node-a"), field: value}
+    body = {**to_api(occurrence, Series(now, now, 1), "node-a"), field: value}
     response = api.connection().request(
         "POST",
         "/apis/events.k8s.io/v1/namespaces/default/events",

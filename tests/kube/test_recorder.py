@@ -287,5 +287,5 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         str(vars(record)["ebpfproxy_facts"]["error"])
         for record in caplog.records
-        if "event is not sent" in record.getMessage()
+        if "failed to send event" in record.getMessage()
     ]

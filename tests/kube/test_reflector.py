@@ -138,7 +138,7 @@ def test_one_line_when_it_begins_to_fail_and_one_when_it_works(
     follower.until(lambda: follower.failures("500") == 6)
     still_works(server, follower)
     lines = [r.getMessage() for r in caplog.records if r.levelname in ("INFO", "WARNING")]
-    assert lines == ["watch is failing, what is known stays in force", "watch is connected"]
+    assert lines == ["watch is failing, keeping the last known state", "watch is connected"]
 
 
 def test_an_object_that_cannot_be_decoded_is_lost_alone(

@@ -81,7 +81,7 @@ def test_an_api_server_without_them_is_said_once_and_asked_again(
     assert watch.state is State.ABSENT
     assert watch.lists == [set()], "nothing waits for it"
     assert [r.getMessage() for r in caplog.records].count(
-        "the API server has no such resource for us, configured values are used"
+        "API server has no such resource for us, using configured values"
     ) == 1
     assert {path for path, _ in server.requests} == {V1, BETA}
     server.unserved.clear()  # It is upgraded.

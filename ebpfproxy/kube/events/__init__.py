@@ -1,4 +1,4 @@
-"""Events for people, as ``kubectl get events`` shows them: which are sent, and how.
+"""Events as ``kubectl get events`` shows them: which are sent, and how.
 
 May import ``kube`` and ``logs``.
 """

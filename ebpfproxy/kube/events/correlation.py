@@ -1,8 +1,8 @@
-"""Which occurrences become events: equal ones seldom, and not many about one object.
+"""Decides which events are sent: equal ones seldom, and not many about one object.
 
-As client-go's EventCorrelator (tools/record/events_cache.go), with its numbers: an object's events are
-limited by a token bucket, and what repeats within ten minutes is counted. Where client-go then patches the
-event, this sends another, since ``create`` is all that a role has to grant.
+It has the rules and numbers of client-go's EventCorrelator (tools/record/events_cache.go): an object's events
+are limited by a token bucket, and what repeats within ten minutes is counted. Where client-go then patches
+the event, this sends another, since ``create`` is all that a role has to grant.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class _Bucket(msgspec.Struct):
 
 
 class Correlator:
-    """Not for more than one thread at a time. It forgets what it has not met for longest."""
+    """Not for more than one thread at a time. It forgets the least recently used."""
 
     def __init__(self) -> None:
         self._sent: OrderedDict[KubeEvent, _Sent] = OrderedDict()
         self._buckets: OrderedDict[Reference, _Bucket] = OrderedDict()
 
-    def take(self, occurrence: KubeEvent, *, monotonic: float, unix: float) -> Series | str:
-        """What to send now, or why nothing: ``repeated`` or ``limited``."""
-        sent = self._sent.get(occurrence)
+    def take(self, event: KubeEvent, *, monotonic: float, unix: float) -> Series | str:
+        """Returns what to send now, or why nothing is sent: ``repeated`` or ``limited``."""
+        sent = self._sent.get(event)
         if sent is not None and monotonic - sent.at < _REPEAT_SECONDS:
             sent.first = sent.first or unix
             sent.repeated += 1
-            self._sent.move_to_end(occurrence)
+            self._sent.move_to_end(event)
             return "repeated"
-        if not self._has_token(occurrence.regarding, monotonic):
+        if not self._has_token(event.regarding, monotonic):
             return "limited"
-        _put(self._sent, occurrence, _Sent(monotonic))
+        _put(self._sent, event, _Sent(monotonic))
         if sent is None or not sent.repeated:
             return Series(unix, unix, 1)
         return Series(sent.first, unix, sent.repeated + 1)

@@ -1,6 +1,6 @@
-"""What people are told of an object through the API: an Event of events.k8s.io/v1 (KEP-383), as bytes.
+"""An Event of events.k8s.io/v1 (KEP-383), by which users are told about an object.
 
-Not to be confused with ``ebpfproxy.kube.objects.Event``, what a watch brings.
+``ebpfproxy.kube.objects.Event`` is something else: what a watch brings.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-#: Limits of the API server (pkg/apis/core/validation/events.go); of text in bytes, as Go counts.
+#: The API server's limits (pkg/apis/core/validation/events.go); Go counts text in bytes.
 _NOTE_BYTES = 1024
 _INSTANCE_BYTES = 128
 _NAME_LENGTH = 253
 
 CONTROLLER = "ebpfproxy"
-#: Where events about objects without a namespace live.
+#: The namespace of events about objects without one.
 _NAMESPACE_OF_NODES = "default"
 _API_VERSIONS = {"Node": "v1", "Service": "v1", "EndpointSlice": "discovery.k8s.io/v1"}
 
@@ -38,10 +38,10 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 class KubeEvent(msgspec.Struct, frozen=True):
-    """What happened. ``regarding`` needs no uid: that is asked for when it is sent.
+    """What happened. ``regarding`` needs no uid: it is looked up when the event is sent.
 
-    ``of_node``: on this node. Else every node of the cluster finds the same, in the same words, and of the
-    events that all of them send one is kept.
+    ``of_node``: it happened on this node. Otherwise every node of the cluster finds the same and sends an
+    equal event, of which the API server keeps one.
     """
 
     regarding: Reference
@@ -53,7 +53,7 @@ class KubeEvent(msgspec.Struct, frozen=True):
 
 
 class Series(NamedTuple):
-    """Equal occurrences that are sent as one event. Times are Unix seconds."""
+    """Equal events that are sent as one. Times are Unix seconds."""
 
     first: float
     last: float
@@ -61,32 +61,32 @@ class Series(NamedTuple):
 
 
 def namespace_of(reference: Reference) -> str:
-    """Where events about it are."""
+    """Returns the namespace of events about it."""
     return reference.namespace or _NAMESPACE_OF_NODES
 
 
-def event(
-    occurrence: KubeEvent,
+def to_api(
+    event: KubeEvent,
     series: Series,
     node: str,
     *,
     regarding: Reference | None = None,
     related: Reference | None = None,
 ) -> dict[str, Any]:
-    """``regarding`` and ``related``: what is known by now of the object, and of another that it is about."""
-    about = regarding or occurrence.regarding
+    """Returns the API's object. ``regarding`` and ``related`` are what was looked up."""
+    about = regarding or event.regarding
     found = {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"name": _name(occurrence, series, node), "namespace": namespace_of(about)},
+        "metadata": {"name": _name(event, series, node), "namespace": namespace_of(about)},
         "eventTime": _micro_time(series.first),
         "reportingController": CONTROLLER,
         "reportingInstance": _cut(f"{CONTROLLER}-{node}", _INSTANCE_BYTES),
-        "action": occurrence.action,
-        "reason": occurrence.reason,
+        "action": event.action,
+        "reason": event.reason,
         "regarding": _reference(about),
-        "note": _cut(occurrence.note, _NOTE_BYTES),
-        "type": str(occurrence.level),
+        "note": _cut(event.note, _NOTE_BYTES),
+        "type": str(event.level),
     }
     if series.times > 1:
         found["series"] = {"count": series.times, "lastObservedTime": _micro_time(series.last)}
@@ -95,16 +95,16 @@ def event(
     return found
 
 
-def _name(occurrence: KubeEvent, series: Series, node: str) -> str:
-    """The same for the same, so that a second create is refused: no event for every node or every restart.
+def _name(event: KubeEvent, series: Series, node: str) -> str:
+    """Equal events get equal names, so that a second create is refused: one event, not one for each node.
 
-    What happens anew (a start, a series) has its time in it.
+    The name of what happens anew (a start, a series) has its time in it.
     """
-    about = occurrence.regarding
-    parts = [about.kind, about.namespace, about.name, occurrence.reason, occurrence.note]
-    if occurrence.of_node:
+    about = event.regarding
+    parts = [about.kind, about.namespace, about.name, event.reason, event.note]
+    if event.of_node:
         parts.append(node)
-    if occurrence.level is Level.NORMAL or (occurrence.of_node and series.times > 1):
+    if event.level is Level.NORMAL or (event.of_node and series.times > 1):
         parts.append(_micro_time(series.first))
     suffix = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return f"{about.name[: _NAME_LENGTH - len(suffix) - 1].rstrip('.-')}.{suffix}"

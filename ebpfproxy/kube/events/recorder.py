@@ -1,7 +1,6 @@
-"""Sends events, if it can: nothing waits for it, and it asks for little.
+"""Sends events in a thread of its own, from a bounded queue and at a limited rate: nothing waits for it.
 
-A queue of bounded length and one thread that sends at a rate of its own. Of those that nodes have in common,
-each node sends after a random time: who comes later is told that it exists already.
+Events that all nodes send are sent after a random time: later nodes are told that the event exists.
 
 ``kubectl describe`` finds a Service's events by its uid, which is not kept in memory for ten thousand of
 them: it is asked for, with the ``list`` that the role grants anyway.
@@ -24,7 +23,7 @@ import msgspec
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.events.correlation import Correlator
-from ebpfproxy.kube.events.event import KubeEvent, Reference, Series, event, namespace_of
+from ebpfproxy.kube.events.event import KubeEvent, Reference, Series, namespace_of, to_api
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
@@ -33,7 +32,7 @@ log = get_logger(__name__)
 
 Record = Callable[[KubeEvent], None]
 
-#: What becomes of occurrences. ``created``, and ``exists``: another node or an earlier start sent the same;
+#: The results of sending events. ``created``, and ``exists``: another node or an earlier start sent the same;
 #: ``repeated`` and ``limited``: see ``correlation``; ``dropped``: the queue is full; ``gone``: the object is
 #: no longer there; ``forbidden``: by a 403 or in the time after it; ``rejected``: by another 4xx; ``failed``:
 #: after the last try.
@@ -54,25 +53,25 @@ _TRIES = 12
 
 
 class Pace(msgspec.Struct, frozen=True):
-    """Seconds, and events a second."""
+    """Times in seconds; ``qps`` is events a second."""
 
     qps: float = 1.0
     burst: int = 10
     queue: int = 256
-    #: Until one that all nodes send goes, at most.
+    #: An event that all nodes send is sent within this time.
     spread: float = 10.0
     backoff_first: float = 2.0
     backoff_most: float = 60.0
-    #: How long nothing is sent to a namespace after a 403 there.
+    #: After a 403 in a namespace nothing is sent there for so long.
     forbidden: float = 600.0
 
 
 class _Waiting(NamedTuple):
-    """In the order of the queue; ``number`` tells equal ones apart."""
+    """An entry of the queue, sorted by its fields; ``number`` is unique."""
 
     due: float
     number: int
-    occurrence: KubeEvent
+    event: KubeEvent
     series: Series
     tries: int = 0
 
@@ -91,7 +90,7 @@ class _Items(msgspec.Struct):
 
 
 class _Over(Exception):  # noqa: N818 - a result, not an error
-    """``result`` is what has become of an occurrence; ``why`` is for the log, once for each ``kind``."""
+    """``result`` is one of :data:`RESULTS`; ``why`` is logged once for each ``kind``."""
 
     def __init__(self, result: str, kind: str = "", why: str = "") -> None:
         super().__init__(why)
@@ -129,22 +128,20 @@ class Recorder:
         threading.Thread(target=self._run, name="events", daemon=True).start()
 
     def stop(self) -> None:
-        """Does not wait: what is not sent is not sent."""
+        """Does not wait: events in the queue are dropped."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
 
-    def record(self, occurrence: KubeEvent) -> None:
+    def record(self, event: KubeEvent) -> None:
         now = time.monotonic()
         with self._changed:
-            # What has no room is not noted as told.
+            # An event that is dropped must not count as sent.
             is_full = len(self._queue) >= self._pace.queue
-            taken = (
-                "dropped" if is_full else self._correlator.take(occurrence, monotonic=now, unix=time.time())
-            )
+            taken = "dropped" if is_full else self._correlator.take(event, monotonic=now, unix=time.time())
             if isinstance(taken, Series):
-                spread = 0.0 if occurrence.of_node else random.uniform(0, self._pace.spread)  # noqa: S311
-                heapq.heappush(self._queue, _Waiting(now + spread, next(self._numbers), occurrence, taken))
+                spread = 0.0 if event.of_node else random.uniform(0, self._pace.spread)  # noqa: S311
+                heapq.heappush(self._queue, _Waiting(now + spread, next(self._numbers), event, taken))
                 self._changed.notify()
                 return
         self._count(taken)
@@ -154,14 +151,14 @@ class Recorder:
     def _run(self) -> None:
         while (waiting := self._next()) is not None:
             try:
-                self._send(waiting.occurrence, waiting.series)
+                self._send(waiting.event, waiting.series)
             except _Over as over:
                 self._backoff.reset()
                 self._end(over.result, over.kind, str(over))
             except Failure as failure:
                 self._retry(waiting, failure)
             except Exception as error:
-                # A mistake of ours must not end the thread.
+                # A fault in this code must not end the thread.
                 self._end("failed", type(error).__name__, repr(error))
 
     def _next(self) -> _Waiting | None:
@@ -179,10 +176,10 @@ class Recorder:
         self._count(result)
         if why and kind not in self._said:
             self._said.add(kind)
-            log.warning("event is not sent, which is said once", result=result, error=why)
+            log.warning("failed to send event; further errors suppressed", result=result, error=why)
 
     def _retry(self, waiting: _Waiting, failure: Failure) -> None:
-        """Everything waits, since the next one would not fare better, but then others go first."""
+        """Puts it back to the end of the queue. Everything waits, since others would fail the same way."""
         if waiting.tries + 1 >= _TRIES:
             self._end("failed", failure.reason, f"{_TRIES} tries: {failure}")
             return
@@ -191,14 +188,14 @@ class Recorder:
             self._not_before = time.monotonic() + pause
             heapq.heappush(self._queue, waiting._replace(due=self._not_before, tries=waiting.tries + 1))
 
-    def _send(self, occurrence: KubeEvent, series: Series) -> None:
-        """Raises _Over when that is all, and Failure for what may pass."""
-        namespace = namespace_of(occurrence.regarding)
+    def _send(self, event: KubeEvent, series: Series) -> None:
+        """Raises _Over with the result, and Failure for what may be tried again."""
+        namespace = namespace_of(event.regarding)
         if time.monotonic() < self._forbidden.get(namespace, 0.0):
             raise _Over("forbidden")
         self._limit.wait()
-        regarding, related = self._resolve(occurrence.regarding)
-        body = event(occurrence, series, self._node, regarding=regarding, related=related)
+        regarding, related = self._resolve(event.regarding)
+        body = to_api(event, series, self._node, regarding=regarding, related=related)
         try:
             self._call("POST", _EVENTS.format(quote(namespace)), body=msgspec.json.encode(body))
         except Failure as failure:
@@ -208,7 +205,7 @@ class Recorder:
         raise _Over("created")
 
     def _resolve(self, about: Reference) -> tuple[Reference, Reference | None]:
-        """With its uid; a slice's Service, and the slice."""
+        """Returns the object with its uid; for a slice its Service, and the slice as the related object."""
         if about.kind == "Node":
             return about, None
         meta = self._look_up(about)
@@ -220,7 +217,7 @@ class Recorder:
         return msgspec.structs.replace(owner, uid=self._look_up(owner).uid), known
 
     def _look_up(self, about: Reference) -> _Meta:
-        # From the server's cache: it costs it next to nothing.
+        # Version 0 is answered from the server's cache, at next to no cost.
         params = {"fieldSelector": f"metadata.name={about.name}", "resourceVersion": "0"}
         body = self._call("GET", _PATHS[about.kind].format(quote(about.namespace)), params)
         items = msgspec.json.decode(body, type=_Items).items
@@ -231,7 +228,7 @@ class Recorder:
     def _call(
         self, method: str, path: str, params: dict[str, str] | None = None, body: bytes | None = None
     ) -> bytes:
-        """Raises Failure for what may pass and for a conflict, and _Over for any other answer."""
+        """Raises Failure for what may be tried again and for a conflict, _Over for any other answer."""
         try:
             return self._connection.call(
                 method, path, params or {}, body=body, read_seconds=_READ_SECONDS, most_bytes=_MOST_BYTES
@@ -243,7 +240,7 @@ class Recorder:
             why = f"{method} {path}: {failure}"
             if status != HTTPStatus.FORBIDDEN:
                 raise _Over("rejected", str(status), why) from failure
-            # Only this namespace: it may be one that is being deleted, or full.
+            # Other namespaces are not affected: this one may be terminating, or full.
             now = time.monotonic()
             self._forbidden = {name: until for name, until in self._forbidden.items() if until > now}
             self._forbidden[path.split("/")[-2]] = now + self._pace.forbidden

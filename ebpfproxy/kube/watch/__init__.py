@@ -1,4 +1,4 @@
-"""List and watch: one resource of the API server, kept up to date through everything that fails.
+"""List and watch: keeps one resource of the API server up to date through everything that fails.
 
 May import ``kube`` and ``logs``.
 """

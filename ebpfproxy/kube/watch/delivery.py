@@ -1,4 +1,4 @@
-"""From what a list and a watch bring to the events of the sink; unreadable objects are reported once."""
+"""Delivers what a list and a watch bring as events to the sink; unreadable objects are reported once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ log = get_logger(__name__)
 
 
 class Delivery:
-    """One resource's. Not for more than one thread at a time."""
+    """Delivers one resource. Not for more than one thread at a time."""
 
     def __init__(self, resource: Resource, sink: Callable[[Event], None], reduce: Reduce) -> None:
         self._resource, self._sink, self._reduce = resource, sink, reduce
-        #: Reasons that were reported.
+        #: Reasons that were reported, by object.
         self._unreadable: dict[ObjectKey, str] = {}
 
     def listing(self) -> Listing:
         return Listing(self._reduce)
 
     def event(self, event: WatchEvent, received: float) -> None:
-        """``received``: ``time.monotonic()``."""
+        """``received`` is of ``time.monotonic()``."""
         if event.unreadable is not None:
             self._warn(event.unreadable)
         elif event.type is EventType.DELETED:

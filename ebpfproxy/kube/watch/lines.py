@@ -1,4 +1,4 @@
-"""Lines from a stream of chunks."""
+"""Splits a stream of chunks into lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LineSplitter:
         self._parts: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that this chunk completes, without their ends; empty lines are left out."""
+        """Returns lines that this chunk completes, without their ends; empty lines are left out."""
         first, newline, rest = chunk.partition(b"\n")
         self._parts.append(first)
         if not newline:
@@ -21,5 +21,5 @@ class LineSplitter:
 
     @property
     def pending(self) -> bool:
-        """Whether an unfinished line is held: a stream that ends now was cut."""
+        """True if an unfinished line is held: a stream that ends now was cut."""
         return any(self._parts)

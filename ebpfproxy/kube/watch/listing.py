@@ -1,4 +1,4 @@
-"""The content of a list while it comes: nothing is delivered before it is complete."""
+"""Collects a list: nothing is delivered before it is complete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ebpfproxy.kube.objects import Object, ObjectKey, Reduce
 
 
 def reduced_or_why(reduce: Reduce, key: ObjectKey, each: Object) -> object:
-    """What ``reduce`` makes of it, or Unreadable: one strange object must not keep all others away."""
+    """Returns what ``reduce`` makes of it, or Unreadable: one odd object must not keep all others away."""
     try:
         return reduce(each)
     except Exception as error:

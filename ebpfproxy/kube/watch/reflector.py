@@ -1,6 +1,6 @@
-"""List and watch: keeps whoever listens up to date with one resource, through everything that fails.
+"""List and watch of one resource: the sink is kept up to date through everything that fails.
 
-Theory of operation. A *list* gives all objects and the resourceVersion at which that was true; a *watch*
+A *list* gives all objects and the resourceVersion at which that was true; a *watch*
 from there gives every change after it. A stream that ends, for whatever reason, is taken up again at the
 last resourceVersion seen. Only when the server has forgotten that (410) everything is listed again, and
 delivered as one ``Replaced`` when it is complete: nobody sees a half-listed cluster.
@@ -40,7 +40,7 @@ from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-#: The best first: an API server that does not have one may have the next.
+#: The best path comes first: an API server that does not have it may have the next.
 _PATHS: dict[Resource, tuple[str, ...]] = {
     Resource.SERVICES: ("/api/v1/services",),
     Resource.ENDPOINTSLICES: ("/apis/discovery.k8s.io/v1/endpointslices",),
@@ -53,12 +53,12 @@ _PATHS: dict[Resource, tuple[str, ...]] = {
 
 _PAGE_LIMIT = 500
 _SHORT_WATCH_SECONDS = 1.0
-#: Whatever lasted this long worked.
+#: A request that lasted this long has worked.
 _HEALTHY_SECONDS = 60.0
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Seconds. As client-go's reflector, where it has the same."""
+    """Seconds, the same as client-go's where its reflector has them."""
 
     backoff_first: float = 0.8
     backoff_most: float = 30.0
@@ -68,7 +68,7 @@ class Timing(msgspec.Struct, frozen=True):
     idle: float = 150.0
     #: The first bytes of a list, or the next of its initial events.
     list_wait: float = 30.0
-    #: Between two looks for a resource that need not be there.
+    #: The time between two looks for a resource that need not be there.
     absent: float = 300.0
 
 
@@ -110,7 +110,7 @@ class Reflector:
         self._expired = False
         self._silent_streams = 0
         self._paths = _PATHS[resource]
-        #: How many of the paths were not there in a row.
+        #: The number of paths in a row that the server does not have.
         self._missed = 0
         self.status = SourceStatus(resource=resource, since=time.time())
 
@@ -140,8 +140,12 @@ class Reflector:
                     self._failed(failure)
             except Exception as error:
                 # A mistake of ours must not end the watch for ever.
-                log.error("unexpected error in a watch", resource=str(self._resource), error=repr(error))
-                log.debug("its place", traceback=traceback.format_exc())
+                log.error(
+                    "unexpected error in a watch, trying again",
+                    resource=str(self._resource),
+                    error=repr(error),
+                )
+                log.debug("traceback of the unexpected error", traceback=traceback.format_exc())
                 self._failed(Failure("internal", repr(error)))
             else:
                 self._after(began)
@@ -173,7 +177,7 @@ class Reflector:
         self._count(failure.reason)
         if self.status.state is not State.FAILING:
             log.warning(
-                "watch is failing, what is known stays in force",
+                "watch is failing, keeping the last known state",
                 resource=str(self._resource),
                 reason=failure.reason,
                 error=str(failure),
@@ -183,7 +187,7 @@ class Reflector:
         self._pause(failure.retry_after)
 
     def _absent(self, failure: Failure) -> None:
-        """It is looked for again, but seldom. What is known stays only while it is merely not shown."""
+        """Looks for it again, but seldom. The known state is kept only while it is merely not shown."""
         if self._stop.is_set():
             return
         self._count(failure.reason)
@@ -196,7 +200,7 @@ class Reflector:
             self._missed = 0
         if self.status.state is not State.ABSENT:
             log.info(
-                "the API server has no such resource for us, configured values are used",
+                "API server has no such resource for us, using configured values",
                 resource=str(self._resource),
                 why=str(failure),
             )
@@ -213,7 +217,7 @@ class Reflector:
             self._update(state=State.CONNECTED, since=time.time(), error=None)
 
     def _list_again(self, why: str) -> None:
-        """At once for the first 410; a server that says nothing else is failing."""
+        """Lists again, at once for the first 410; a server that answers nothing else is failing."""
         self._version = ""
         if self._expired:
             self._failed(Failure("expired", why))
@@ -223,7 +227,7 @@ class Reflector:
         log.info("watch expired, listing again", resource=str(self._resource), why=why)
 
     def _works(self) -> None:
-        """It does more than to accept requests: after the next failure it is worth trying again soon."""
+        """The server did more than accept requests: after the next failure it is tried again soon."""
         self._backoff.reset()
         self._expired = False
 
@@ -237,7 +241,7 @@ class Reflector:
     # -- requests
 
     def _request(self, params: dict[str, str], read_seconds: float) -> urllib3.BaseHTTPResponse:
-        """A response with status 200. Raises Failure and Expired."""
+        """Returns a response with status 200. Raises Failure and Expired."""
         response = self._connection.get(
             self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
         )
@@ -245,7 +249,7 @@ class Reflector:
             return response
         error = refusal(response)
         if response.status in (401, 403):
-            # 403, too: without credentials, since a plugin failed, the request was an anonymous one.
+            # So does 403: without credentials, since a plugin failed, the request was an anonymous one.
             self._reload()
         raise error
 
@@ -256,7 +260,7 @@ class Reflector:
             raise Failure("credentials", str(error)) from error
 
     def _page_list(self) -> None:
-        """All pages, then one Replaced, then the watch."""
+        """Reads all pages, delivers one Replaced, then watches."""
         listing = self._delivery.listing()
         token = ""
         while True:
@@ -282,7 +286,7 @@ class Reflector:
         self._watch()
 
     def _stream_list(self) -> None:
-        """Initial events up to the bookmark that ends them; the same stream goes on as the watch."""
+        """Reads initial events up to the bookmark that ends them; the same stream goes on as the watch."""
         try:
             self._watch({"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"})
         except Failure as failure:
@@ -290,7 +294,7 @@ class Reflector:
                 log.info("no streaming list, using pages", resource=str(self._resource), why=str(failure))
                 self._has_streaming_list = False
                 return
-            # Initial events that do not come, or do not end: perhaps pages do.
+            # Where initial events do not come, or do not end, pages may work.
             self._next_list_by_pages = failure.reason == "idle" and not self._version
             raise
 
@@ -342,7 +346,7 @@ class Reflector:
             self._connected()
 
     def _idle(self, stream: EventStream) -> None:
-        """A quiet cluster behind a server without bookmarks: no failure, but worth a new stream."""
+        """Asks for a new stream: the cluster is quiet, and no bookmarks come, which is no failure."""
         self._count("idle")
         if not stream.heard:
             self._silent_streams += 1
@@ -363,10 +367,10 @@ def reflectors(
     reduce: Reduce,
     timing: Timing | None = None,
 ) -> list[Reflector]:
-    """An agent's watches, with kube-proxy's selectors (cmd/kube-proxy/app/server.go).
+    """Returns an agent's watches, with kube-proxy's selectors (cmd/kube-proxy/app/server.go).
 
-    But for one: of Services that another proxy serves the cluster IPs are wanted, so that sockets are left to
-    it. Their slices are not.
+    One differs: Services that another proxy serves are watched, too, since sockets that connect to their
+    cluster IPs are left to it. Their slices are not.
     """
     services = "!service.kubernetes.io/headless"
     labels = f"{services},!service.kubernetes.io/service-proxy-name"

@@ -1,4 +1,4 @@
-"""One watch request's answer as decoded events."""
+"""Decodes the answer of one watch request into events."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class EventStream:
         self._response = response
         self._decoder = decoder
         self._began = time.monotonic()
-        #: Whether any event came, other than the server's own word that it fails.
+        #: True once an event came, other than an ERROR of the server.
         self.heard = False
-        #: Unix time of the latest bytes.
+        #: The Unix time of the latest bytes.
         self.last_bytes: float | None = None
 
     @property
@@ -35,19 +35,19 @@ class EventStream:
         return time.monotonic() - self._began
 
     def set_read_timeout(self, seconds: float) -> None:
-        """For the waits to come. A connection that the server will close afterwards keeps the first one."""
+        """Holds for later reads. A connection that the server will close afterwards keeps the first one."""
         sock = getattr(self._response.connection, "sock", None)
         if sock is not None:
             sock.settimeout(seconds)
 
     def abort(self) -> None:
         """Ends a read that waits; the reader sees a failure or the end."""
-        # It may end by itself, or be closed by its reader, at the same moment.
+        # The stream may end by itself, or be closed by its reader, at the same moment.
         with contextlib.suppress(ValueError, RuntimeError, OSError):
             self._response.shutdown()
 
     def events(self) -> Iterator[tuple[WatchEvent, float]]:
-        """Each event with the ``time.monotonic()`` at which its bytes were read.
+        """Yields each event with the ``time.monotonic()`` at which its bytes were read.
 
         Ends where the server ends the stream in order. Raises Failure (``truncated`` within a line, ``idle``
         after the read timeout, a Status' code, …) and Expired.

@@ -1,4 +1,4 @@
-"""The agent into a cluster and out of it: what an operator does from a kubeconfig, not what runs on nodes.
+"""Puts the agent into a cluster and takes it out: what an operator does from a kubeconfig, not on nodes.
 
 | module | what |
 |---|---|

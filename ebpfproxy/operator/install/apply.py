@@ -1,4 +1,4 @@
-"""The objects into the cluster: server-side apply, one after the other, and what became of each."""
+"""Applies the objects by the server, one after the other, and reports what became of each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.printing import Say
 
-#: Of an object's metadata, what the server writes at every change.
+#: The server writes these fields of the metadata at every change.
 _SERVERS = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "uid")
 _CONFLICT = 409
 
 
 class Result(NamedTuple):
-    """``changed``: kinds of objects that were made or are others now; ``failed``: one line for each error."""
+    """``changed``: kinds of objects that were created or changed; ``failed``: one line for each error."""
 
     changed: tuple[str, ...]
     failed: tuple[str, ...]

@@ -20,7 +20,7 @@ def folder() -> Traversable:
 
 
 def objects() -> list[Object]:
-    """In the order of the kustomization: what others need comes first. Each call makes them anew."""
+    """Returns them in the kustomization's order: what others need comes first. Each call reads anew."""
     place = folder()
     kustomization = yaml.safe_load((place / "kustomization.yaml").read_text(encoding="utf-8"))
     return [

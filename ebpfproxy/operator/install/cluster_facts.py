@@ -1,4 +1,4 @@
-"""What this cluster is, as far as it decides what is rendered: read from its API, nothing guessed."""
+"""The facts about a cluster that decide what is rendered, read from its API; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ebpfproxy.services.values import parse_prefix
 
 
 class Version(NamedTuple):
-    """Of the API server; compares as numbers."""
+    """The API server's; compares as numbers."""
 
     major: int
     minor: int
@@ -40,14 +40,14 @@ def version(api: Api) -> Version:
 
 
 def namespace_of_agents(api: Api) -> str:
-    """Where they are, as the one binding of the cluster says; empty where there is none. Raises ApiError."""
+    """Returns the one that the cluster's only binding names; empty without a binding. Raises ApiError."""
     binding = api.get("ClusterRoleBinding", "", AGENT)
     subjects = (binding or {}).get("subjects") or [{}]
     return str(subjects[0].get("namespace", ""))
 
 
 def networking(api: Api) -> Networking:
-    """From kubeadm's own ConfigMap. Raises ApiError."""
+    """Reads kubeadm's own ConfigMap. Raises ApiError."""
     text = api.config(SYSTEM, KUBEADM_CONFIG, "ClusterConfiguration")
     try:
         document: Any = yaml.safe_load(text)

@@ -1,7 +1,7 @@
-"""The agent's configuration file: of the base, of a file that is given, or of the kube-proxy that is there.
+"""The agent's configuration file: the base's, one that is given, or the one of a running kube-proxy.
 
-What a file says goes on. What the DaemonSet's pod cannot do (:data:`_POD`) becomes what ``deploy/base`` has
-instead, and each such field is one remark. Fields that are as the API's defaults are not written: kubeadm
+Fields of a file are kept. A field that cannot work in the DaemonSet's pod (:data:`_POD`) gets the value
+of ``deploy/base`` instead, and is one remark. Fields with the API's defaults are not written, since kubeadm
 names every field.
 """
 
@@ -38,7 +38,7 @@ class _Rule(NamedTuple):
     applies: Callable[[Any], bool] = bool
 
 
-#: By kind and path: what does not work in the pod.
+#: The fields that do not work in the pod, by kind and path.
 _POD: Mapping[str, Mapping[str, _Rule]] = {
     kp.KIND: {
         "oomScoreAdj": _Rule("less would need SYS_RESOURCE", lambda value: value < -997),
@@ -52,28 +52,28 @@ _POD: Mapping[str, Mapping[str, _Rule]] = {
         "master": _Rule("the pod has a service account: name an --api-server"),
     },
 }
-#: While it runs beside us, its ports are taken.
-_BESIDE = {"bindAddressHardFail": _Rule("kube-proxy has its ports until it is stopped")}
+#: While kube-proxy runs on the same nodes, its ports are taken.
+_WITH_KUBE_PROXY = {"bindAddressHardFail": _Rule("kube-proxy has its ports until it is stopped")}
 
 
 def of_base(text: str, where: str = "config.yaml") -> Rendered:
-    """As it is, comments and all. Raises ConfigurationError."""
+    """Returns it unchanged, with its comments. Raises ConfigurationError."""
     used = load.effective(load.parse(text, where)).kube_proxy
     return Rendered(text, _place(used.healthz_bind_address), _place(used.metrics_bind_address))
 
 
 def in_a_pod(
-    given: Configuration, base: str, where: str, *, beside: bool, networking: Networking = _NOTHING
+    given: Configuration, base: str, where: str, *, has_kube_proxy: bool, networking: Networking = _NOTHING
 ) -> tuple[Rendered, list[str]]:
-    """``given`` laid over the base, and remarks.
+    """Merges ``given`` into the base; returns remarks, too.
 
-    ``where`` names the file in remarks; ``beside``: kube-proxy runs. Of ``networking`` counts what the file
-    leaves open. Raises ConfigurationError.
+    ``where`` names the file in remarks. ``networking`` fills in what the file leaves out. Raises
+    ConfigurationError.
     """
     documents = {each["kind"]: each for each in yaml.safe_load_all(base)}
     remarks: list[str] = []
     for kind, found in _said(given):
-        rules = {**_POD[kind], **(_BESIDE if beside and kind == kp.KIND else {})}
+        rules = {**_POD[kind], **(_WITH_KUBE_PROXY if has_kube_proxy and kind == kp.KIND else {})}
         _replace(found, documents[kind], rules, where, remarks)
         documents[kind] = _over(documents[kind], found)
     remarks += _fill(documents, networking)
@@ -82,7 +82,7 @@ def in_a_pod(
 
 
 def of_kube_proxy(text: str, where: str) -> tuple[Configuration, list[str]]:
-    """A kube-proxy's file, of whatever release: fields that are unknown here are left out, with a remark.
+    """Reads a kube-proxy's file, of any release: unknown fields are left out, each with a remark.
 
     Raises ConfigurationError.
     """
@@ -102,11 +102,11 @@ def of_kube_proxy(text: str, where: str) -> tuple[Configuration, list[str]]:
     if len(problems) > len(unknown):
         raise ConfigurationError([each._replace(where=where) for each in problems if each not in unknown])
     given = load.parse(write.kube_proxy_yaml(kp.with_api_defaults(found)), where)
-    return given, [f"{where}: {each.path}: left out: no such field here" for each in unknown]
+    return given, [f"{where}: {each.path}: unknown field, ignored" for each in unknown]
 
 
 def _said(given: Configuration) -> Iterator[tuple[str, Plain]]:
-    """By kind, the fields that differ from the API's defaults."""
+    """Yields, for each kind, the fields that differ from the API's defaults."""
     default = Configuration()
     yield (
         kp.KIND,

@@ -1,4 +1,4 @@
-"""What is pinned on nodes, taken away: a DaemonSet whose pods call ``ebpfproxy cleanup`` first, then wait.
+"""Removes what is pinned on nodes: by a DaemonSet whose pods call ``ebpfproxy cleanup`` first, then wait.
 
 Its pods have what the agent's have and no more: the same user, capabilities and bpffs. A DaemonSet's pods are
 for ever, so cleaning is an init container's, and one that does nothing follows: once it runs, the node is
@@ -32,11 +32,11 @@ def image_of(daemon_set: Object) -> str:
 
 
 def cleanup(daemon_set: Object, image: str) -> Object:
-    """Of the agent's DaemonSet, as it is in the cluster or in ``deploy/base``: where it runs, this runs."""
+    """Derives it from the agent's DaemonSet, of the cluster or the base: it runs on the same nodes."""
     pod, agent = daemon_set["spec"]["template"]["spec"], _agent(daemon_set)
     labels = {APP: CLEANUP}
     spec: Object = {name: copy.deepcopy(pod[name]) for name in _AS_THEY_ARE if name in pod}
-    # Nothing of the API is asked; the agent's own account is deleted meanwhile.
+    # It sends no requests; the agent's own account is deleted meanwhile.
     spec["automountServiceAccountToken"] = False
     # sleep is process 1, which SIGTERM does not end.
     spec["terminationGracePeriodSeconds"] = 1

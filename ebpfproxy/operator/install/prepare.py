@@ -1,4 +1,4 @@
-"""From what the operator says and what the cluster is to the objects, and remarks about both."""
+"""From the operator's options and the facts about the cluster to the objects, and remarks about both."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ebpfproxy.operator.install.render import CONFIG, Settings, base_configurati
 from ebpfproxy.operator.names import AGENT, AGENT_SWITCH, OFF
 from ebpfproxy.operator.printing import Say
 
-#: Server-side apply is for everybody since then.
+#: Since then server-side apply is stable.
 OLDEST = Version(1, 22)
-#: kube-proxy has /livez, which the DaemonSet's probes ask for.
+#: Since then kube-proxy has /livez, which the DaemonSet's probes ask for.
 _LIVEZ = Version(1, 28)
 #: `ebpfproxy migrate rollback` keeps the agent from nodes with it.
 _OFF = f"{AGENT_SWITCH}={OFF}"
@@ -43,12 +43,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def asks(self) -> bool:
-        """Whether something of the cluster is used in the objects, but for its version."""
+        """True if the objects depend on more of the cluster than its version."""
         return self.api_server is None or (self.inherit and self.config is None)
 
 
 def prepare(wanted: Wanted, api: Api | None, say: Say) -> list[Object]:
-    """``api`` None: nothing is asked, where ``wanted.asks`` is false.
+    """``api`` may be None where ``wanted.asks`` is False.
 
     Raises PrepareError, ApiError, ConfigurationError, AddressError.
     """
@@ -97,7 +97,7 @@ def _switched_off(api: Api) -> Iterator[str]:
     try:
         found = sorted(each["metadata"]["name"] for each in api.list("Node", "", labelSelector=_OFF))
     except ApiError as error:
-        # Who may not list nodes may install all the same.
+        # Installing needs no right to list nodes.
         yield f"warning: {error}: whether nodes have the label {_OFF} is not known"
         return
     if found:
@@ -110,12 +110,12 @@ def _switched_off(api: Api) -> Iterator[str]:
 def _configuration(
     wanted: Wanted, api: Api | None, kube_proxy: Object | None, before: Object | None, say: Say
 ) -> Rendered:
-    """``before``: our own ConfigMap, as it is. Once kube-proxy is gone it alone knows what was inherited."""
+    """``before`` is our own ConfigMap: once kube-proxy is gone, only this has what was inherited from it."""
     base = base_configuration()
-    beside = kube_proxy is not None
+    has_kube_proxy = kube_proxy is not None
     if wanted.config is not None:
         where, given = str(wanted.config), load.load(wanted.config)
-        found, remarks = configuration.in_a_pod(given, base, where, beside=beside)
+        found, remarks = configuration.in_a_pod(given, base, where, has_kube_proxy=has_kube_proxy)
     elif not wanted.inherit or api is None:
         return configuration.of_base(base)
     else:
@@ -125,7 +125,7 @@ def _configuration(
             where = file.where
             given, remarks = configuration.of_kube_proxy(file.text, where)
             say(f"configuration: kube-proxy's, from {where}")
-        elif beside:
+        elif has_kube_proxy:
             say(
                 "warning: kube-proxy's DaemonSet has no --config from a ConfigMap: its flags are not taken"
                 " over, see --config"
@@ -137,11 +137,13 @@ def _configuration(
             return configuration.of_base(str(kept), f"{where}: {CONFIG}")
         networking = _networking(api, say)
         if file is not None:
-            # What it leaves open is left open on purpose: kubeadm writes the CIDR itself.
+            # The file leaves the CIDR out on purpose: kubeadm writes it.
             networking = networking._replace(pods=())
         elif networking == Networking():
             return configuration.of_base(base)
-        found, more = configuration.in_a_pod(given, base, where, beside=beside, networking=networking)
+        found, more = configuration.in_a_pod(
+            given, base, where, has_kube_proxy=has_kube_proxy, networking=networking
+        )
         remarks += more
     for remark in remarks:
         say(remark)
@@ -149,7 +151,7 @@ def _configuration(
 
 
 def _same_port(wanted: Wanted, found: Rendered, version: Version, say: Say) -> None:
-    """The agent takes the port once it is free. Until then the kubelet asks whoever has it."""
+    """Warns that the kubelet's probes reach kube-proxy until the agent gets the port."""
     port = found.health[1]
     if wanted.config is not None and port != HEALTHZ_PORT:
         return

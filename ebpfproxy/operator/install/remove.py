@@ -1,4 +1,4 @@
-"""Out of the cluster: what has to be so before, what is deleted, and what stays on nodes."""
+"""Removes the agent from a cluster: when that is refused, what is deleted, and what stays on nodes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Place = tuple[str, str, str]
 
 
 class RemoveError(Exception):
-    """It cannot go on, or something stays; a line for each reason."""
+    """The removal is refused or incomplete; the message has a line for each reason."""
 
 
 def find(api: Api, namespace: str) -> dict[Place, Object]:
-    """What is there of what ``install`` applies, in the order in which it is deleted. Raises ApiError."""
+    """Returns the objects of an installation that exist, in the order of deletion. Raises ApiError."""
     places = [("DaemonSet", namespace, CLEANUP)]
     for each in reversed(base.objects()):
         kind = each["kind"]
@@ -43,7 +43,7 @@ def find(api: Api, namespace: str) -> dict[Place, Object]:
 
 
 def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
-    """Why nodes would be left without anybody who follows their Services. Raises ApiError."""
+    """Yields the reasons why nobody would update the nodes' Services any more. Raises ApiError."""
     there = cluster_facts.namespace_of_agents(api)
     if there and ("ServiceAccount", there, AGENT) not in found:
         yield f"ebpfproxy is in namespace {there}, and its agents would lose their rights: -n {there}"
@@ -75,10 +75,10 @@ def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
 
 
 def labels(api: Api, namespace: str) -> list[tuple[str, str]]:
-    """Nodes with labels that nobody reads once the agent is gone: (name, label). Raises ApiError.
+    """Returns (node, label) for labels that nothing reads once the agent is gone. Raises ApiError.
 
-    What keeps kube-proxy away stays while there is a kube-proxy, which would start without it. Agents of
-    another namespace read them all.
+    The label that keeps kube-proxy from a node stays while a kube-proxy exists, which would start without it.
+    Agents of another namespace read all of them.
     """
     if cluster_facts.namespace_of_agents(api) not in ("", namespace):
         return []
@@ -91,7 +91,7 @@ def labels(api: Api, namespace: str) -> list[tuple[str, str]]:
 
 
 def remove_labels(api: Api, found: list[tuple[str, str]], say: Say) -> None:
-    """Raises RemoveError for all that stay, and ApiError where the server cannot be reached."""
+    """Raises RemoveError for labels that stay, and ApiError where the server cannot be reached."""
     failed = []
     for node, label in found:
         try:
@@ -107,8 +107,9 @@ def remove_labels(api: Api, found: list[tuple[str, str]], say: Say) -> None:
 
 
 def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> None:
-    """Deletes, and waits until pods are gone before what they need. Raises RemoveError, at the end if it can,
-    and ApiError where the server cannot be reached.
+    """Deletes the objects; pods are gone before what they need. Goes on after errors where it can.
+
+    Raises RemoveError for all errors, and ApiError where the server cannot be reached.
     """
     failed: list[str] = []
     for place in found:
@@ -120,7 +121,7 @@ def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> No
                 raise
             failed.append(str(error))
             if place[0] == "DaemonSet":
-                # Its pods need the others.
+                # Its pods need the other objects.
                 break
             continue
         if place[0] == "DaemonSet":
@@ -130,7 +131,7 @@ def remove(api: Api, found: dict[Place, Object], seconds: float, say: Say) -> No
 
 
 def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
-    """One line where pods stay."""
+    """Waits until no pod is left; returns one line where some stay."""
     left: list[Object] = []
     said = ""
     for _ in Wait(seconds):
@@ -148,8 +149,9 @@ def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
 
 
 def clean_nodes(api: Api, daemon_set: Object, image: str, seconds: float, say: Say) -> None:
-    """Takes away what is pinned on every node. Raises RemoveError, and leaves its own DaemonSet to nodes that
-    come later; ApiError.
+    """Removes what is pinned on every node, by a DaemonSet, which stays for nodes that are down.
+
+    Raises RemoveError, where some nodes were not cleaned, and ApiError.
     """
     item = node_cleanup.cleanup(daemon_set, image)
     namespace = item["metadata"]["namespace"]

@@ -15,19 +15,19 @@ from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.server_address import Address
 from ebpfproxy.operator.names import AGENT
 
-#: Of the pods: a new address is a new template, and so a rolling update. A container reads it as it starts.
+#: An annotation of pods, so that a new address starts a rolling update: containers read it as they start.
 CONTROL_PLANE = "ebpfproxy.io/control-plane"
-#: Of the ConfigMap.
+#: The ConfigMap's key of the configuration file.
 CONFIG = "config.yaml"
 HOST, PORT = "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"
-#: Before, it was an annotation (KEP-24).
+#: Before this version the profile is an annotation (KEP-24).
 _APP_ARMOR_FIELD = Version(1, 30)
 _APP_ARMOR = "container.apparmor.security.beta.kubernetes.io"
 _ANYWHERE = ""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """``version`` None: not known, then a server of today is meant."""
+    """``version`` None is taken for a current server."""
 
     image: str
     namespace: str
@@ -44,7 +44,7 @@ def base_configuration() -> str:
 
 
 def render(settings: Settings) -> list[Object]:
-    """In the order in which they are applied."""
+    """Returns the objects in the order in which they are applied."""
     made = base.objects()
     for each in made:
         kind = each["kind"]
@@ -86,13 +86,13 @@ def _daemon_set(template: Object, settings: Settings) -> None:
         port["containerPort"] = places[port["name"]][1]
     host = settings.configuration.health[0]
     if host != _ANYWHERE:
-        # The kubelet asks at the node's address otherwise.
+        # Without a host, the kubelet asks at the node's address.
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             agent[probe]["httpGet"] = {**agent[probe]["httpGet"], "host": host}
 
 
 class _Dumper(yaml.SafeDumper):
-    """A text of several lines stays one: a configuration file is to be read."""
+    """Writes texts of several lines as blocks, so that a configuration file can be read."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
@@ -107,11 +107,11 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(objects: Iterable[Object]) -> str:
-    """What ``kubectl apply -f -`` takes."""
+    """Returns what ``kubectl apply -f -`` takes."""
     return "---\n".join(yaml.dump(each, Dumper=_Dumper, sort_keys=False, width=1 << 16) for each in objects)
 
 
 def containers(spec: Object) -> Iterator[Object]:
-    """Of a pod, in the order in which they start."""
+    """Yields a pod's containers in the order in which they start."""
     yield from spec.get("initContainers") or ()
     yield from spec["containers"]

@@ -1,4 +1,4 @@
-"""Until a DaemonSet's pods are what it says, on all nodes; and why they are not."""
+"""Waits until a DaemonSet's pods run on all nodes, and says why they do not."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ebpfproxy.operator.waiting import Wait
 
 
 class RolloutError(Exception):
-    """It did not come to its end; the message has a line for each node."""
+    """The rollout did not complete; the message has a line for each node."""
 
 
 class Progress(NamedTuple):
-    """Nodes. ``seen``: the controller knows the DaemonSet as it is now (observedGeneration)."""
+    """Counts nodes. ``seen``: the controller has read the current DaemonSet (observedGeneration)."""
 
     seen: bool
     desired: int
@@ -52,7 +52,7 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
         try:
             item = api.get("DaemonSet", namespace, name)
         except ApiError as error:
-            # The server may restart meanwhile, or be behind what is rolled out.
+            # The server may restart meanwhile, or be reached through what is rolled out.
             if not error.may_pass:
                 raise RolloutError(str(error)) from error
             said = [str(error)]
@@ -77,13 +77,13 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
 
 
 def pods_of(api: Api, namespace: str, name: str) -> list[Object]:
-    """The DaemonSet's. Raises ApiError."""
+    """Returns the DaemonSet's pods. Raises ApiError."""
     found = api.list("Pod", namespace, labelSelector=f"{APP}={name}")
     return [pod for pod in found if pods.is_owned_by(pod, name)]
 
 
 def why(api: Api, namespace: str, name: str) -> Iterator[str]:
-    """A line for each node whose pod is not ready, and why pods cannot be made. Raises ApiError."""
+    """Yields a line for each node whose pod is not ready, and why pods cannot be created. Raises ApiError."""
     for pod in sorted(pods_of(api, namespace, name), key=pods.node_of):
         if trouble := pods.trouble(pod):
             yield f"  node {pods.node_of(pod)}: {trouble}"

@@ -1,4 +1,4 @@
-"""Under which address nodes reach the API server without Services: the ConfigMap's ``KUBERNETES_SERVICE_*``.
+"""The address at which nodes reach the API server without Services: the ConfigMap's ``KUBERNETES_SERVICE_*``.
 
 What a pod is told is the ``kubernetes`` Service's cluster IP, which works only once the agent does. In this
 order: ``--api-server``; ``cluster-info`` in kube-public, which kubeadm (and kind) write with the
@@ -66,8 +66,8 @@ def parse(url: str) -> Address:
 
 
 def find(api: Api, before: Object | None, say: Say) -> Address | None:
-    """``before``: our own ConfigMap, as an earlier install has left it. What is left out, and why, is said in
-    one line."""
+    """``before``: our own ConfigMap, as an earlier install has left it. One line says which address was
+    chosen, or why none."""
     refused: list[str] = []
     try:
         named = _cluster_info(api)
@@ -106,7 +106,7 @@ def _usable(url: str, source: str, refused: list[str]) -> tuple[Address, str] | 
 
 
 def _earlier(before: Object | None) -> tuple[Address, str] | None:
-    """It may be a loopback address: somebody named a balancer that each node has."""
+    """Returns the address of an earlier install, a loopback address, too: each node may have a balancer."""
     data = (before or {}).get("data") or {}
     host, port = data.get("KUBERNETES_SERVICE_HOST"), str(data.get("KUBERNETES_SERVICE_PORT", ""))
     if before is None or not host:
@@ -117,7 +117,7 @@ def _earlier(before: Object | None) -> tuple[Address, str] | None:
 
 
 def _cluster_info(api: Api) -> str:
-    """kubeadm's has one cluster, without a name or a context. Raises ApiError."""
+    """Returns the server of kubeadm's file: one cluster, without a name or a context. Raises ApiError."""
     try:
         document: Any = yaml.safe_load(api.config(_NAMESPACE, _NAME, _KEY))
         return str(document["clusters"][0]["cluster"]["server"])

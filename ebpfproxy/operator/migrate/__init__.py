@@ -1,4 +1,4 @@
-"""The way over from kube-proxy and back: ``node`` for one node, ``cluster`` for many, by pods on each.
+"""Migrates from kube-proxy and back: ``node`` for one node, ``cluster`` for many, by a pod on each.
 
 Functions that decide (what to remove, what is a conflict) take texts and values and return values; functions
 that do something are few and named after it. This package knows netfilter's tools, kube-proxy's names and the

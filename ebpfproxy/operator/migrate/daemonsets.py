@@ -13,31 +13,31 @@ from ebpfproxy.operator.migrate.switches import KUBE_PROXY, Switch
 from ebpfproxy.operator.names import OFF
 from ebpfproxy.operator.waiting import until
 
-#: Of a patch, where somebody else changes the same object.
+#: A patch is made so often anew where somebody else changes the same object.
 _TRIES = 5
 _CHANGED = frozenset({409, 422})
 
 
 class DaemonSet(msgspec.Struct, frozen=True, kw_only=True):
-    """What of kube-proxy's DaemonSet matters here."""
+    """The facts of kube-proxy's DaemonSet that decide."""
 
     name: str
     image: str
-    #: Kept away from nodes with the label already.
+    #: Its affinity keeps it from nodes with the label.
     avoids: bool
-    #: Of this node: it has the label.
+    #: This node has the label.
     labelled: bool
-    #: kube-proxy pods on this node, by name.
+    #: Names of its pods on this node.
     pods: tuple[str, ...]
 
 
 def find(api: Api, switch: Switch) -> Object | None:
-    """The DaemonSet; None where there is none. Raises ApiError."""
+    """Returns the DaemonSet; None where there is none. Raises ApiError."""
     return api.get("DaemonSet", switch.namespace, switch.name)
 
 
 def install(api: Api, switch: Switch) -> list[str]:
-    """Makes the switch work on all nodes; says what was done. Restarts no pod. Raises ApiError."""
+    """Makes the switch work on all nodes; returns what was done. Restarts no pod. Raises ApiError."""
     if _change(api, switch, switch.install):
         return [
             f"gave {switch} an affinity against nodes with {switch.label}={OFF}, and updateStrategy OnDelete:"
@@ -47,7 +47,7 @@ def install(api: Api, switch: Switch) -> list[str]:
 
 
 def uninstall(api: Api, switch: Switch) -> list[str]:
-    """Takes that back where no node has the label any more. Raises ApiError."""
+    """Undoes :func:`install`, unless a node has the label. Raises ApiError."""
     if any(switch.is_off(node) for node in api.list("Node", "")):
         return []
     if find(api, switch) is not None and _change(api, switch, switch.uninstall):
@@ -64,7 +64,7 @@ def _change(api: Api, switch: Switch, make: Callable[[Object], Patch]) -> bool:
         if not patch:
             return False
         try:
-            # Sent once: it tests the version that it was made for.
+            # It is sent once, since it tests the version that it was made for.
             api.patch("DaemonSet", switch.namespace, switch.name, patch, tries=1)
         except ApiError as error:
             if not left or error.status not in _CHANGED:
@@ -81,7 +81,7 @@ class Daemon:
         self._api, self.switch, self.node = api, switch, node
 
     def pods(self, *, ready: bool = False) -> list[str]:
-        """By name; one that is about to end is there, and not ready."""
+        """Names of its pods; one that is about to end is not ready."""
         found = self._api.list("Pod", self.switch.namespace, fieldSelector=f"spec.nodeName={self.node}")
         return [
             pod["metadata"]["name"]
@@ -97,7 +97,7 @@ class Daemon:
         return [*done, f"{self.switch.name}'s pod is gone"]
 
     def on(self, seconds: float) -> list[str]:
-        """Takes the label away and waits until the pod is ready."""
+        """Removes the label and waits until the pod is ready."""
         done = self.allow()
         self.wait_ready(seconds, f"{self.switch.name}: its pod is not ready")
         return [*done, f"{self.switch.name}'s pod is ready"]
@@ -106,7 +106,7 @@ class Daemon:
         until(lambda: bool(self.pods(ready=True)), seconds, f"{self.node}: {what}")
 
     def allow(self) -> list[str]:
-        """Takes the label away and waits for nothing."""
+        """Removes the label and does not wait."""
         return self._turn(off=False)
 
     def _turn(self, *, off: bool) -> list[str]:
@@ -116,7 +116,7 @@ class Daemon:
         try:
             self._api.patch("Node", "", self.node, patch)
         except ApiError:
-            # A patch that was sent again, since its answer got lost, is refused: the first one has worked.
+            # A patch that is sent again after its answer got lost is refused, but the first one has worked.
             if self.switch.turn(self._node(), off=off):
                 raise
         label = self.switch.label
@@ -143,7 +143,7 @@ class Cluster:
         self._daemon = Daemon(api, KUBE_PROXY, node)
 
     def find(self) -> DaemonSet | None:
-        """None where the cluster has no DaemonSet of that name."""
+        """Returns None where the cluster has no DaemonSet of that name."""
         found = kube_proxy.find(self._api)
         if found is None:
             return None
@@ -156,7 +156,7 @@ class Cluster:
         )
 
     def configuration(self) -> File | None:
-        """The file that kube-proxy is configured by; None where no ConfigMap has it."""
+        """Returns the file that kube-proxy is configured by; None where no ConfigMap has it."""
         found = kube_proxy.find(self._api)
         return kube_proxy.configuration(self._api, found) if found is not None else None
 
@@ -169,5 +169,5 @@ class Cluster:
         return self._daemon.on(seconds)
 
     def tidy(self) -> list[str]:
-        """Once kube-proxy is back: its DaemonSet as it was, if this was the last node."""
+        """Restores kube-proxy's DaemonSet once it is back on the last node."""
         return uninstall(self._api, KUBE_PROXY)

@@ -19,12 +19,12 @@ from ebpfproxy.operator import names
 from ebpfproxy.operator.api import Object, Patch
 from ebpfproxy.operator.names import OFF
 
-#: The update strategy before, as JSON.
+#: This annotation keeps the original update strategy, as JSON.
 STRATEGY = "ebpfproxy.io/update-strategy"
 _ON_DELETE = "OnDelete"
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 
-#: Who writes a DaemonSet back: an annotation or label of it, and whose it is.
+#: Annotations and labels of tools that restore the objects that they manage.
 _OWNERS = {
     "argocd.argoproj.io/tracking-id": "Argo CD",
     "argocd.argoproj.io/instance": "Argo CD",
@@ -53,17 +53,17 @@ class Switch(msgspec.Struct, frozen=True):
     # -- the DaemonSet
 
     def works(self, daemon_set: Object) -> bool:
-        """Whether every alternative of its node affinity keeps it from labelled nodes."""
+        """True if every alternative of its node affinity keeps it from labelled nodes."""
         terms = [each for each in _terms(daemon_set["spec"]["template"]["spec"]) if each]
         return bool(terms) and all(self._expression in term.get("matchExpressions", ()) for term in terms)
 
     def install(self, daemon_set: Object) -> Patch:
-        """Makes it work; empty where it does. Other affinities stay."""
+        """Returns a patch that makes it work, empty where it does. Other affinities stay."""
         if self.works(daemon_set):
             return []
         pod = daemon_set["spec"]["template"]["spec"]
         affinity: Object = copy.deepcopy(pod.get("affinity") or {})
-        # Terms are alternatives: each must exclude the node. One that is empty matches none.
+        # Terms are alternatives: each must exclude the node. An empty one matches no node.
         affinity.setdefault("nodeAffinity", {}).setdefault(_REQUIRED, {})["nodeSelectorTerms"] = [
             term
             if not term or self._expression in term.get("matchExpressions", ())
@@ -82,7 +82,7 @@ class Switch(msgspec.Struct, frozen=True):
         return [*patch, {"op": "add", "path": "/spec/template/spec/affinity", "value": affinity}]
 
     def uninstall(self, daemon_set: Object) -> Patch:
-        """As it was before :meth:`install`; empty where that was not called, or somebody wrote it back."""
+        """Returns a patch that undoes :meth:`install`; empty where that was not called, or is undone."""
         annotations = daemon_set["metadata"].get("annotations") or {}
         if STRATEGY not in annotations:
             return []
@@ -108,7 +108,7 @@ class Switch(msgspec.Struct, frozen=True):
         return made if made["nodeAffinity"] else _but(made, "nodeAffinity")
 
     def _restored(self, term: Object) -> Object | None:
-        """None where nothing else was in it."""
+        """Returns None where nothing else was in it."""
         rest = [each for each in term["matchExpressions"] if each != self._expression]
         return ({**term, "matchExpressions": rest} if rest else _but(term, "matchExpressions")) or None
 
@@ -118,7 +118,7 @@ class Switch(msgspec.Struct, frozen=True):
         return (node["metadata"].get("labels") or {}).get(self.label) == OFF
 
     def turn(self, node: Object, *, off: bool) -> Patch:
-        """Labels the node, or takes the label away; empty where it is so."""
+        """Returns a patch that adds or removes the node's label; empty where nothing changes."""
         labels = node["metadata"].get("labels")
         path = f"/metadata/labels/{_escaped(self.label)}"
         if off:
@@ -136,7 +136,7 @@ AGENT = Switch(names.SYSTEM, names.AGENT, names.AGENT_SWITCH)
 
 
 def owner(daemon_set: Object) -> str:
-    """Who is likely to write the DaemonSet back after a change; empty where nobody is known."""
+    """Returns the tool that is likely to undo a change of the DaemonSet; empty where none is known."""
     meta = daemon_set["metadata"]
     marks = {**(meta.get("labels") or {}), **(meta.get("annotations") or {})}
     return next((name for mark, name in _OWNERS.items() if mark in marks), "")
@@ -157,7 +157,7 @@ def _annotation() -> str:
 
 
 def _escaped(name: str) -> str:
-    """RFC 6901."""
+    """Escapes a name for a JSON pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
 
 

@@ -1,4 +1,4 @@
-"""An API server to install into: the stand-in over HTTPS, or a real one, and how it is asked beside us."""
+"""An API server to install into: the stand-in over HTTPS, or a real one, and requests that do not go through ebpfproxy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.operator.install.controller import Controller
 
 IMAGE = "registry.example/ebpfproxy:1.2.3"
 SYSTEM = "kube-system"
-#: What an install makes.
+#: An installation has these objects.
 INSTALLED = (
     ("ServiceAccount", SYSTEM, "ebpfproxy"),
     ("ClusterRole", "", "ebpfproxy"),

@@ -89,7 +89,7 @@ winkernel:
 def inherited(text: str) -> tuple[Configuration, list[str], str]:
     """As the agent reads it, what was said, and the file."""
     given, remarks = configuration.of_kube_proxy(text, WHERE)
-    made, more = configuration.in_a_pod(given, BASE, WHERE, beside=True)
+    made, more = configuration.in_a_pod(given, BASE, WHERE, has_kube_proxy=True)
     return load.parse(made.text, "config.yaml"), remarks + more, made.text
 
 
@@ -179,8 +179,8 @@ def test_fields_of_other_releases_are_left_out_and_said() -> None:
     )
     assert found.kube_proxy.cluster_cidr == "10.1.0.0/16"
     assert remarks == [
-        f"{WHERE}: udpIdleTimeout: left out: no such field here",
-        f"{WHERE}: conntrack.of: left out: no such field here",
+        f"{WHERE}: udpIdleTimeout: unknown field, ignored",
+        f"{WHERE}: conntrack.of: unknown field, ignored",
     ]
 
 
@@ -209,10 +209,14 @@ def test_a_real_kube_proxys_defaults_are_taken() -> None:
 
 
 def given(
-    text: str, *, beside: bool = False, networking: Networking | None = None
+    text: str, *, has_kube_proxy: bool = False, networking: Networking | None = None
 ) -> tuple[Rendered, list[str]]:
     return configuration.in_a_pod(
-        load.parse(text, "mine.yaml"), BASE, "mine.yaml", beside=beside, networking=networking or Networking()
+        load.parse(text, "mine.yaml"),
+        BASE,
+        "mine.yaml",
+        has_kube_proxy=has_kube_proxy,
+        networking=networking or Networking(),
     )
 
 

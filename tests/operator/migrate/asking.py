@@ -22,7 +22,7 @@ from tests.lab.lab import READY_SECONDS
 from tests.lab.spaces import Space
 
 _PAUSE = 0.004
-#: For an answer; an emulator and a busy machine take their time.
+#: An answer may take so long in an emulator or on a busy machine.
 _SECONDS = READY_SECONDS / 20
 
 

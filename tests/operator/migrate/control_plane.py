@@ -40,12 +40,13 @@ class ControlPlane:
     def __init__(self, kubelet: Kubelet, *nodes: str) -> None:
         self.kubelet = kubelet
         self.lock = threading.RLock()
-        #: By kind, then by namespace and name.
+        #: Objects are found by kind, then by namespace and name.
         self.objects: dict[str, dict[tuple[str, str], Item]] = {kind: {} for kind in _PLURALS.values()}
         self.logs: dict[str, str] = {}
         self.events: list[Item] = []
         self.requests: list[tuple[str, str]] = []
-        #: What is refused: by method and the end of a path, with status and words; once where ``once``.
+        #: Requests that are refused, by method and the end of a path: status and message. Those in ``once``
+        #: are refused once.
         self.refusals: dict[tuple[str, str], tuple[int, str]] = {}
         self.once: set[tuple[str, str]] = set()
         #: Pods that a rolling update has ended.

@@ -8,10 +8,10 @@ import subprocess
 from ebpfproxy.operator.migrate.node import nfacct
 from tests.data import SAMPLES
 
-#: By mode: programs and the dumps that they load.
+#: Programs and the dumps that they load, by mode.
 MODES = ("iptables-legacy", "iptables-nft", "nftables")
 
-#: Of the dumps' Services these are served in the lab: by w1 on node-a and w2 on node-b.
+#: The lab serves these of the dumps' Services: by w1 on node-a and w2 on node-b.
 W1, W2 = "10.244.1.2", "10.244.2.2"
 PAYMENTS, PAYMENTS_NODE_PORT = "10.96.185.91", 31317
 ORDERS = "10.96.130.103"

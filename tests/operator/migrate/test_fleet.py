@@ -56,7 +56,7 @@ class Scripted:
         self.instead: dict[tuple[str, str], Item | tuple[int, str]] = {}
         #: Nodes whose rules are there.
         self.ruled = set(NODES)
-        #: What happened, in order.
+        #: Events in their order.
         self.log: list[str] = []
         self.at_once = self.most = 0
         self._lock = threading.Lock()
@@ -284,7 +284,7 @@ def test_one_node_after_the_other(world: World) -> None:
     assert lines[0].startswith("gave DaemonSet kube-system/kube-proxy an affinity against nodes")
     assert "node-b: labelled node node-b ebpfproxy.io/kube-proxy=off" in lines
     assert "node-b: removed 7 chains" in lines
-    assert lines[-2] == "all 3 nodes that were chosen are without kube-proxy"
+    assert lines[-2] == "all 3 chosen nodes are without kube-proxy"
     assert lines[-1].startswith("left to you, once no node is to go back: kubectl")
     assert world.work_pods() == []
 
@@ -324,11 +324,11 @@ def test_where_one_is_in_the_way_none_is_touched_unless_it_is_left_out(world: Wo
     world.kubelet.instead["node-b", "plan"] = (1, msgspec.json.format(msgspec.json.encode(blocked)).decode())
     said = world.bad("run", "--all-nodes")
     assert "node-b: blocked: Cilium is here; and more" in said
-    assert "Error: 1 of 3 nodes are in the way: nothing was touched." in said
+    assert "Error: 1 of 3 nodes are blocked: nothing was changed." in said
     assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
     world.happened()
     said = world.bad("run", "--all-nodes", "--skip-blocked")
-    assert "Error: 1 nodes are left as they were: see above" in said
+    assert "Error: 1 nodes were left unchanged: see above" in said
     assert [line for line in world.happened() if line.endswith("run")] == ["node-a: run", "node-c: run"]
     said = world.bad("plan", "--all-nodes")
     assert "BLOCKERS\n  node-b: Cilium is here\n  node-b: and more\n" in said
@@ -341,7 +341,7 @@ def test_a_node_that_is_not_ready_is_reported_and_left_alone(world: World) -> No
     assert not any(line.startswith("node-b") for line in world.happened())
     assert len(world.plane.pods("kube-proxy", "node-b")) == 1
     said = world.bad("rollback", "--all-nodes")
-    assert "node-b: not ready: left as it is" in said
+    assert "node-b: not ready: left unchanged" in said
 
 
 def test_it_stops_at_the_first_failure_and_goes_on_when_called_again(world: World) -> None:
@@ -376,7 +376,7 @@ def test_what_has_changed_since_all_were_looked_at_stops_it(world: World) -> Non
 
     world.kubelet._do = changes  # type: ignore[method-assign, assignment]
     said = world.bad("run", "--all-nodes")
-    assert "Error: node-b: it was left as it is: new\ndone: 1 of 3 nodes" in said
+    assert "Error: node-b: left unchanged: new\ndone: 1 of 3 nodes" in said
     assert "ebpfproxy.io/kube-proxy" not in world.plane.labels("node-b")
 
 

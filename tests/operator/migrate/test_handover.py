@@ -49,7 +49,7 @@ def test_over_and_back_under_load_with_long_connections(world: World, mode: str)
         said = world.migrate("run")
         time.sleep(0.3)
         assert how(held) == {}, said
-    assert "flows that kube-proxy began and that live on: " in said
+    assert "established flows of kube-proxy, left to netfilter: " in said
     assert world.a.call(_found) == (False, KEPT)
 
     # A restart during the handover leaves them alone, too.

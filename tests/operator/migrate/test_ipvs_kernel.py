@@ -51,8 +51,8 @@ SLICE_PORTS = [
     {"name": "udp", "port": 8053, "protocol": "UDP"},
 ]
 
-#: Of somebody else's: a virtual server on a device of its own, one at the node's with a port that kube-proxy
-#: might have had, one by firewall mark; a set of which a rule makes use; chains.
+#: These belong to somebody else: a virtual server on a device of its own, one at the node's with a port that
+#: kube-proxy might have had, one by firewall mark; a set that a rule matches; chains.
 FOREIGN_SERVERS = """-A -t 198.51.100.7:443 -s rr
 -a -t 198.51.100.7:443 -r 10.9.9.9:443 -m -w 1
 -A -t 172.18.0.1:31999 -s wrr
@@ -265,7 +265,7 @@ def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
         assert new.ask() == "alive", way
 
     # Not before the last has ended.
-    assert "translated flows still live" in world.migrate("run")
+    assert "translated flows are still established" in world.migrate("run")
     assert how(held) == {}
     if world.backend == "legacy":
         _back(world, held)

@@ -19,11 +19,11 @@ _KINDS = {
     Resource.ENDPOINTSLICES: ("discovery.k8s.io/v1", "EndpointSlice"),
     Resource.NODES: ("v1", "Node"),
 }
-#: Of an orders pod and of DNS.
+#: An orders pod and DNS listen at these ports.
 TARGET_PORT, DNS_PORT = 8080, 53
 
 
-#: From where, protocol, host and port.
+#: The client, the protocol, host and port.
 Way = tuple[Space, str, str, int]
 
 

@@ -1,4 +1,4 @@
-"""The way over and back for many nodes: which, in which order, and a pod on each that runs the node's steps.
+"""Migrates many nodes: which, in which order, and a pod on each that runs the node's steps.
 
 May import ``operator``, ``operator.migrate`` and its ``node``.
 """

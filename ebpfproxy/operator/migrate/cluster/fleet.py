@@ -1,7 +1,7 @@
-"""plan, run and rollback of many nodes: what the API has to do here, the rest in a pod on each node.
+"""plan, run and rollback of many nodes: requests are sent from here, the rest runs in pods.
 
-No node gets rights of the API's, and no two steps of one node overlap. Whatever fails, a node is left with an
-agent or a kube-proxy that serves it; calling again goes on from what labels and the node itself say.
+No pod gets credentials of the API, and no two steps of one node overlap. Whatever fails, a node is left with
+an agent or a kube-proxy that serves it; calling again goes on from what labels and the node itself say.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ebpfproxy.operator.names import KUBEADM_CONFIG, SYSTEM
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import WaitError
 
-#: Pods that only look, at once.
+#: So many pods plan at the same time.
 AT_ONCE = 10
-#: What a run may take on a node with very many rules.
+#: A run on a node with very many rules may take as long.
 _RUN_SECONDS = 600.0
 
 FOR_GOOD = (
@@ -51,13 +51,13 @@ class State(enum.StrEnum):
 
 
 class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one node. The JSON of ``migrate plan --all-nodes``: these names stay."""
+    """One node's plan. The JSON of ``migrate plan --all-nodes``: these names stay."""
 
     node: str
     state: State
-    #: Why it is not to do, or not known.
+    #: The reasons why it is not to be migrated, or why its state is not known.
     blockers: tuple[str, ...] = ()
-    #: None where no pod could look.
+    #: It is None where no pod has planned.
     found: Brief | None = None
 
 
@@ -76,24 +76,24 @@ class FleetError(Exception):
     """It stopped; the message says at which node, why, and what to do."""
 
 
-#: What ends the work on one node.
+#: These end the work on one node.
 _FAILED = (ApiError, WaitError, JobError, FleetError)
 
 
 class Fleet:
-    """Of the nodes that were chosen."""
+    """Works on the nodes that were chosen."""
 
     def __init__(
         self, api: Api, jobs: Jobs, nodes: Iterable[Node], seconds: float, agent: Switch = AGENT
     ) -> None:
-        """``seconds``: for each wait. ``agent``: our DaemonSet."""
+        """``seconds`` bound each wait; ``agent`` is our DaemonSet."""
         self._api, self._jobs, self._nodes, self._seconds = api, jobs, list(nodes), seconds
         self._agent = agent
 
     # -- plan
 
     def plan(self) -> ClusterPlan:
-        """Looks only. Raises ApiError."""
+        """Changes nothing. Raises ApiError."""
         warnings = self._warnings()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
@@ -124,7 +124,7 @@ class Fleet:
         return found
 
     def _plan_node(self, node: Node) -> NodePlan:
-        """Never raises: what one node has is no other's."""
+        """Never raises: a failure of one node must not end the plan of others."""
         if not node.ready:
             return NodePlan(node=node.name, state=State.NOT_READY, blockers=("the node is not Ready",))
         arguments = ["plan", "--brief", "-o", "json", *(["--stopped"] if node.kube_proxy_off else [])]
@@ -148,8 +148,8 @@ class Fleet:
             say(f"{each.node}: {each.state}: {'; '.join(each.blockers)}")
         if bad and not skip_blocked:
             raise FleetError(
-                f"{len(bad)} of {len(planned.nodes)} nodes are in the way: nothing was touched. Mend them,"
-                " name others with --node, or leave them out with --skip-blocked"
+                f"{len(bad)} of {len(planned.nodes)} nodes are blocked: nothing was changed. Resolve their"
+                " blockers, name other nodes with --node, or leave these out with --skip-blocked"
             )
         for each in planned.those(State.DONE):
             say(f"{each.node}: done already")
@@ -165,13 +165,13 @@ class Fleet:
     def _report(self, planned: ClusterPlan, count: int, say: Say) -> None:
         left = len(planned.nodes) - len(planned.those(State.DONE)) - count
         if left:
-            raise FleetError(f"{left} nodes are left as they were: see above")
-        say(f"all {len(planned.nodes)} nodes that were chosen are without kube-proxy")
+            raise FleetError(f"{left} nodes were left unchanged: see above")
+        say(f"all {len(planned.nodes)} chosen nodes are without kube-proxy")
         if self._has(KUBE_PROXY) and all(map(KUBE_PROXY.is_off, self._api.list("Node", ""))):
             say(FOR_GOOD)
 
     def _with_agent(self, node: Node, say: Say) -> Node:
-        """After a rollback the agent comes back first."""
+        """Brings the agent back first, after a rollback."""
         if not node.agent_off or not node.ready:
             return node
         for line in Daemon(self._api, self._agent, node.name).on(self._seconds):
@@ -179,12 +179,12 @@ class Fleet:
         return msgspec.structs.replace(node, agent_off=False)
 
     def _run_node(self, node: Node, say: Say) -> None:
-        # Things may have changed since all were looked at.
+        # The node may have changed since all nodes were planned.
         planned = self._plan_node(node)
         if planned.state is State.DONE:
             return
         if planned.state is not State.TODO:
-            raise FleetError(f"it was left as it is: {'; '.join(planned.blockers)}")
+            raise FleetError(f"left unchanged: {'; '.join(planned.blockers)}")
         if self._has(KUBE_PROXY):
             self._check_switch()
             printing.each(Daemon(self._api, KUBE_PROXY, node.name).off(self._seconds), say)
@@ -214,7 +214,7 @@ class Fleet:
         """Raises ApiError, WaitError and FleetError."""
         absent = [node for node in self._nodes if not node.ready]
         for node in absent:
-            say(f"{node.name}: {State.NOT_READY}: left as it is")
+            say(f"{node.name}: {State.NOT_READY}: left unchanged")
         if not self._has(KUBE_PROXY):
             raise FleetError(
                 f"there is no {KUBE_PROXY} to come back: kubeadm init phase addon kube-proxy, or your"
@@ -229,14 +229,14 @@ class Fleet:
         self._each([node for node in self._nodes if node.ready], one, say, parallel)
         printing.each(daemonsets.uninstall(self._api, KUBE_PROXY), say)
         if absent:
-            raise FleetError(f"{len(absent)} nodes are left as they were: see above")
+            raise FleetError(f"{len(absent)} nodes were left unchanged: see above")
         say(f"kube-proxy serves all {len(self._nodes)} nodes")
 
     def _rollback_node(self, node: Node, say: Say, drain: float) -> None:
         printing.each(Daemon(self._api, KUBE_PROXY, node.name).on(self._seconds), say)
         agent = Daemon(self._api, self._agent, node.name)
         has_agent = self._has(self._agent)
-        # One that works goes last: once the pod has found kube-proxy's rules to serve all.
+        # An agent that works goes last: once the pod has found that kube-proxy's rules serve everything.
         waits = has_agent and bool(agent.pods(ready=True))
         left = threading.Event()
 
@@ -253,12 +253,12 @@ class Fleet:
                 node.name, arguments, most=_RUN_SECONDS + drain, looks=leave if waits else None
             )
             if waits and not left.is_set():
-                # It ended by itself before: then programs may have come back since.
+                # The agent had ended by itself: programs may have come back since.
                 leave()
                 done = self._jobs.run(node.name, arguments, most=_RUN_SECONDS + drain)
         except _FAILED as error:
             if has_agent:
-                # It goes on beside kube-proxy: its programs must not stay without it.
+                # The agent goes on beside kube-proxy: its programs must not stay without it.
                 with contextlib.suppress(ApiError):
                     agent.allow()
             raise FleetError(
@@ -272,7 +272,7 @@ class Fleet:
         return daemonsets.find(self._api, switch) is not None
 
     def _each(self, nodes: list[Node], do: Callable[[Node, Say], None], say: Say, parallel: int) -> None:
-        """So many at once; after a failure, or an interrupt, none begins, and those that have end.
+        """Works on so many at once. After a failure or an interrupt, no further node begins.
 
         Raises FleetError.
         """
@@ -304,7 +304,7 @@ class Fleet:
 
 
 def brief_of(done: Done) -> Brief:
-    """Raises JobError where it has printed none. Warnings of libraries may come before it."""
+    """Reads the plan that a command has printed, after warnings of libraries perhaps. Raises JobError."""
     at = done.text.find("{\n")
     try:
         found, _ = json.JSONDecoder().raw_decode(done.text[at:] if at >= 0 else "")
@@ -317,7 +317,7 @@ def brief_of(done: Done) -> Brief:
 
 
 def judge(node: Node, found: Brief, pods: Iterable[str]) -> NodePlan:
-    """``pods``: kube-proxy's on the node."""
+    """``pods`` are kube-proxy's on the node."""
     pods = list(pods)
     if node.agent_off:
         words = ("the agent is switched off here since a rollback: run brings it back first",)

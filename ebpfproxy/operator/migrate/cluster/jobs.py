@@ -13,17 +13,17 @@ from ebpfproxy.operator.migrate.cluster import work_pod
 from ebpfproxy.operator.migrate.cluster.work_pod import Image
 from ebpfproxy.operator.waiting import Wait
 
-#: Beyond what the command takes by itself.
+#: This is added to the time that the command may take.
 _SPARE_SECONDS = 60.0
 _EXISTS = 409
 
 
 class JobError(Exception):
-    """The command did not run, or failed; the message has its last words."""
+    """The command did not run, or failed; the message has its last line."""
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What the command printed, both streams, and its exit code."""
+    """A command's output, of both streams, and its exit code."""
 
     code: int
     text: str
@@ -34,16 +34,19 @@ class Done(msgspec.Struct, frozen=True):
 
     @property
     def words(self) -> str:
-        """Of its error: click's line, or the last one."""
+        """The line that says why it failed: click's, or the last one."""
         errors = [line.removeprefix("Error: ") for line in self.lines if line.startswith("Error: ")]
-        return (errors or self.lines or [f"exit code {self.code}, and no word"])[-1]
+        return (errors or self.lines or [f"exit code {self.code}, no output"])[-1]
 
 
 class Jobs:
-    """In one namespace, with one image. Methods raise ApiError and JobError. Any thread may use it."""
+    """Runs pods in one namespace, with one image. Any thread may use it.
+
+    Methods raise ApiError and JobError.
+    """
 
     def __init__(self, api: Api, namespace: str, image: Image, seconds: float) -> None:
-        """``seconds``: for a container to start, and for each step of the command."""
+        """``seconds`` bound the start of a container, and each step of the command."""
         self._api, self._namespace, self._image, self._seconds = api, namespace, image, seconds
 
     def run(
@@ -55,7 +58,7 @@ class Jobs:
         looks: Callable[[str], None] | None = None,
         good: tuple[int, ...] = (0,),
     ) -> Done:
-        """``most``: seconds that the command may take. ``looks``: called with the log while it runs."""
+        """``most`` bounds the command, in seconds. ``looks`` is called with its log while it runs."""
         seconds = most + self._seconds + _SPARE_SECONDS
         command = [*arguments, "--timeout", f"{self._seconds:g}s"]
         manifest = work_pod.manifest(node, self._namespace, self._image, command, seconds=seconds)
@@ -119,7 +122,7 @@ class Jobs:
         return Done(code, text)
 
     def _log(self, name: str) -> str:
-        """Empty where it cannot be read now."""
+        """Returns the log; empty where it cannot be read now."""
         try:
             return self._api.log(self._namespace, name)
         except ApiError:

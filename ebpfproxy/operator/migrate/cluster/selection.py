@@ -1,4 +1,4 @@
-"""Which nodes a call is about, and in which order."""
+"""Selects the nodes that a command works on, and their order."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _OS = "kubernetes.io/os"
 
 
 class NodesError(Exception):
-    """What was asked for names no node, or one that is not there."""
+    """The options select no node, or name one that does not exist."""
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a Node matters here."""
+    """The facts of a Node that decide."""
 
     name: str
     ready: bool
@@ -39,7 +39,10 @@ def read(node: Object) -> Node:
 
 
 def choose(found: Iterable[Object], names: Sequence[str]) -> list[Node]:
-    """Those named, in that order; without names all with Linux: workers first, by name. Raises NodesError."""
+    """Returns those named, in that order; without names all Linux nodes: workers first, by name.
+
+    Raises NodesError.
+    """
     linux = [each for each in found if (each["metadata"].get("labels") or {}).get(_OS, "linux") == "linux"]
     by_name = {node.name: node for node in map(read, linux)}
     if missing := [name for name in names if name not in by_name]:

@@ -1,7 +1,7 @@
-"""The pod that does a migration's work on one node.
+"""The pod that runs the one-node command on a node.
 
-It runs the one-node command. Its name is the node's, so that two calls cannot work on one node at once; it
-has no label of the DaemonSet's, which would take it for its own, and no token.
+It is named after the node, so that two calls cannot work on one node at once. It has no label of the
+DaemonSet's, which would adopt it, and no token.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ebpfproxy.operator.api import Object
 
 CONTAINER = "migrate"
 LABELS = {"app.kubernetes.io/name": "ebpfproxy-migrate"}
-#: What servers before 1.30 know of ``appArmorProfile``; later ones take both where they agree.
+#: API servers before 1.30 know no ``appArmorProfile``; later ones accept both where they agree.
 _APP_ARMOR = {f"container.apparmor.security.beta.kubernetes.io/{CONTAINER}": "unconfined"}
 _PREFIX = "ebpfproxy-migrate-"
-#: Of a pod's name, a DNS subdomain.
+#: A pod's name is a DNS subdomain, which has this length at most.
 _LONGEST = 253
 _HASH = 10
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """As the DaemonSet's agent names it."""
+    """The image, as the DaemonSet's agent names it."""
 
     name: str
     pull_policy: str = "IfNotPresent"
@@ -49,7 +49,7 @@ def name_of(node: str) -> str:
 
 
 def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], *, seconds: float) -> Object:
-    """``arguments``: after ``ebpfproxy migrate``; ``seconds``: the kubelet ends it after so long."""
+    """``arguments`` follow ``ebpfproxy migrate``; the kubelet ends the pod after ``seconds``."""
     return {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -60,12 +60,12 @@ def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], 
             "annotations": _APP_ARMOR,
         },
         "spec": {
-            # No scheduler takes part.
+            # The pod is bound to the node without a scheduler.
             "nodeName": node,
             "restartPolicy": "Never",
             "activeDeadlineSeconds": int(seconds),
             "hostNetwork": True,
-            # To see whether a kube-proxy runs.
+            # The command looks for a kube-proxy among the node's processes.
             "hostPID": True,
             "dnsPolicy": "Default",
             "enableServiceLinks": False,
@@ -73,7 +73,7 @@ def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], 
             "priorityClassName": "system-node-critical",
             "tolerations": [{"operator": "Exists"}],
             "imagePullSecrets": [{"name": each} for each in image.pull_secrets],
-            # As in deploy/base: the type of privileged containers.
+            # The same type of privileged containers is in deploy/base.
             "securityContext": {
                 "seccompProfile": {"type": "RuntimeDefault"},
                 "seLinuxOptions": {"level": "s0", "type": "spc_t"},
@@ -86,9 +86,9 @@ def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], 
                     "command": ["ebpfproxy", "migrate"],
                     "args": [*arguments],
                     "env": [{"name": "EBPFPROXY_BPF_ROOT", "value": "/host/bpf"}],
-                    # What an error is known by where logs cannot be read.
+                    # The last lines explain a failure where logs cannot be read.
                     "terminationMessagePolicy": "FallbackToLogsOnError",
-                    # No requests: on a full node the kubelet would evict others for a critical pod.
+                    # Requests are left out: on a full node the kubelet would evict others for a critical pod.
                     "securityContext": _security(),
                     "volumeMounts": [
                         {"name": "bpffs", "mountPath": "/host/bpf"},
@@ -98,7 +98,7 @@ def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], 
             ],
             "volumes": [
                 {"name": "bpffs", "hostPath": {"path": "/sys/fs/bpf", "type": "Directory"}},
-                # One lock for all who change iptables-legacy's tables on the node.
+                # Every change of iptables-legacy's tables on the node takes this lock.
                 {
                     "name": "xtables-lock",
                     "hostPath": {"path": "/run/xtables.lock", "type": "FileOrCreate"},
@@ -109,13 +109,13 @@ def manifest(node: str, namespace: str, image: Image, arguments: Iterable[str], 
 
 
 def _security() -> Object:
-    """Each capability is missed by tests/operator/migrate/test_pod.py."""
+    """tests/operator/migrate/test_pod.py fails without any one of these capabilities."""
     return {
         "runAsUser": 0,
         "runAsGroup": 0,
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
-        # The runtimes' default profile denies to look at processes of other profiles: kube-proxy's.
+        # The runtimes' default profile forbids reading processes of other profiles, such as kube-proxy's.
         "appArmorProfile": {"type": "Unconfined"},
         "capabilities": {
             "drop": ["ALL"],

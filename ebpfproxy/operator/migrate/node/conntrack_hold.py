@@ -1,4 +1,4 @@
-"""Keeps netfilter translating what kube-proxy began, after its rules are gone.
+"""Keeps netfilter translating kube-proxy's connections after its rules are gone.
 
 An established connection needs no rule: conntrack's entry says how it is translated. But conntrack and NAT
 run in a network namespace only while a rule or a chain there asks for them (nf_ct_netns_put() and
@@ -32,7 +32,7 @@ _SCRIPT = f"*nat\n:{CHAIN} - [0:0]\n-A {CHAIN} -m conntrack --ctstate NEW -j RET
 
 
 def keep() -> list[str]:
-    """Begins to; says what was made. Doing it again changes nothing. Raises ToolError."""
+    """Creates the chains and returns their names. Doing it again changes nothing. Raises ToolError."""
     if tools.has("nft"):
         tools.run("nft", "-f", "-", stdin="".join(_TABLE % (family, NAME) for family in _FAMILIES))
         return [f"nftables table {family} {NAME}" for family in _FAMILIES]
@@ -45,7 +45,7 @@ def keep() -> list[str]:
 
 
 def find() -> list[str]:
-    """What :func:`keep` made and is still there, and what stayed of IPVS. Raises ToolError."""
+    """Returns what :func:`keep` created and is still there, and what is kept for IPVS. Raises ToolError."""
     found = []
     if tools.has("nft"):
         there = nftables.names(tools.run("nft", "-j", "list", "tables"))
@@ -57,7 +57,7 @@ def find() -> list[str]:
 
 
 def end() -> list[str]:
-    """Takes it away; says what. Flows that still needed it break. Raises ToolError."""
+    """Removes it and returns its names. Flows that still need it break. Raises ToolError."""
     ended = find()
     if tables := [each.removeprefix("nftables table ") for each in ended if each.startswith("nftables")]:
         nftables.remove(tuple(tables))
@@ -72,9 +72,9 @@ def end() -> list[str]:
 
 
 def is_handover() -> bool:
-    """Whether connections that kube-proxy began may live here: its chains or tables are there, or what keeps.
+    """True if connections of kube-proxy may be here: its chains or tables are, or those of :func:`keep`.
 
-    Quick also where there are 100,000 rules: iptables-save names the chains first. Raises ToolError.
+    It is quick where there are 100,000 rules, too: iptables-save names the chains first. Raises ToolError.
     """
     if tools.has("nft"):
         there = nftables.names(tools.run("nft", "-j", "list", "tables"))

@@ -1,4 +1,4 @@
-"""What the agent asks about connections that kube-proxy began (``ebpfproxy.agent.handover.Handover``)."""
+"""Tells the agent about kube-proxy's connections (``ebpfproxy.agent.handover.Handover``)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ log = get_logger(__name__)
 
 class NodeHandover:
     def is_under_way(self) -> bool:
-        """Asks nft and iptables; False, with a warning, where they fail."""
+        """Reads nft's and iptables' chains; False, with a warning, where they fail."""
         try:
             return conntrack_hold.is_handover()
         except ToolError as error:
-            log.warning("whether kube-proxy's connections live here is not known", error=str(error))
+            log.warning(
+                "cannot tell whether kube-proxy has connections here, assuming none", error=str(error)
+            )
             return False
 
     def reserve_ports(self, maps: MapSet, ports: tuple[int, int]) -> int:

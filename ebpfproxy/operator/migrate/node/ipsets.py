@@ -39,13 +39,13 @@ def _named(*names: str) -> frozenset[str]:
     return frozenset(f"{prefix}{name}"[:_LONGEST_NAME] for prefix in _PREFIXES for name in names)
 
 
-#: Those that name virtual servers whose address need not be on kube-proxy's device.
+#: These name virtual servers whose address may be on another device than kube-proxy's.
 NAMING = _named(*_FRONTENDS, *_NODE_PORTS)
 NAMES = NAMING | _named(*_OTHERS)
 
 
 class Frontends(NamedTuple):
-    """What sets name, but for cluster IPs.
+    """What the sets have, except cluster IPs.
 
     ``addresses``: (address, port, protocol) of load balancers and external IPs; ``ports``: (port, protocol)
     of NodePorts, None without a set of them.
@@ -56,7 +56,9 @@ class Frontends(NamedTuple):
 
 
 def find() -> tuple[str, ...]:
-    """Asked by name: a list would come with all entries. None in a kernel without ipsets."""
+    """Returns names of kube-proxy's sets, each asked for by name: a list would have all entries. Empty in a
+    kernel without ipsets.
+    """
     try:
         with IPSet() as sets:
             return tuple(name for name in sorted(NAMES) if exists(sets, name))
@@ -72,7 +74,7 @@ def exists(sets: Any, name: str) -> bool:
 
 
 def frontends() -> Frontends:
-    """Nothing in a kernel without ipsets."""
+    """Returns empty ones in a kernel without ipsets."""
     addresses: set[tuple[str, int, int]] = set()
     ports: set[tuple[int, int]] | None = None
     try:
@@ -90,7 +92,7 @@ def frontends() -> Frontends:
 
 
 def _entries(sets: Any, name: str) -> list[tuple[str, int, int]] | None:
-    """Address, port, protocol, as far as the set's type has them. None without such a set."""
+    """Returns address, port and protocol, as far as the set's type has them. None without such a set."""
     found = []
     try:
         for message in sets.list(name):

@@ -19,7 +19,7 @@ import msgspec
 
 from ebpfproxy.operator.migrate.node import tools
 
-#: Their names end with a hash. KUBE-XLB- is what KUBE-EXT- was called before 1.24.
+#: Names of these chains end with a hash. KUBE-EXT- was KUBE-XLB- before 1.24.
 _PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-", "KUBE-XLB-")
 _MARK, _MASQUERADE = "KUBE-MARK-MASQ", "KUBE-POSTROUTING"
 _CANARY = "KUBE-PROXY-CANARY"
@@ -78,7 +78,7 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def parse(saved: str) -> list[Table]:
-    """The tables of an ``iptables-save``, with or without ``-c``."""
+    """Returns the tables of an ``iptables-save``, with or without ``-c``."""
     tables: list[Table] = []
     for line in saved.splitlines():
         if line.startswith("*"):
@@ -93,12 +93,12 @@ def parse(saved: str) -> list[Table]:
 
 
 def words(rule: str) -> list[str]:
-    """A rule's words; quoted ones keep their quotes, so that a comment is no option whatever it says."""
+    """Splits a rule. Quoted words keep their quotes, so that a comment is never taken for an option."""
     return _WORD.findall(rule)
 
 
 def target(rule: str) -> str:
-    """Where the rule jumps or goes to; empty where it does neither."""
+    """Returns the chain or target that the rule jumps or goes to; empty where it does neither."""
     found = words(rule)
     for at, word in enumerate(found[:-1]):
         # A comment of one word is not quoted.
@@ -108,25 +108,25 @@ def target(rule: str) -> str:
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """A chain of kube-proxy's that stays."""
+    """A chain of kube-proxy that stays."""
 
     chain: str
     because: str
 
 
 class TablePlan(msgspec.Struct, frozen=True):
-    """What is to go from one table."""
+    """What is to be removed from one table."""
 
     table: str
     chains: tuple[str, ...]
-    #: Rules of built-in chains, as iptables-save prints them.
+    #: These rules of built-in chains are as iptables-save prints them.
     jumps: tuple[str, ...]
-    #: How many rules are in the chains.
+    #: The number of rules in the chains.
     rules: int
     kept: tuple[Kept, ...] = ()
 
     def script(self) -> str:
-        """For ``iptables-restore --noflush``: a named chain is emptied, all that is not named stays."""
+        """Returns input for ``iptables-restore --noflush``: named chains are emptied, all others stay."""
         return "\n".join(
             [
                 f"*{self.table}",
@@ -139,7 +139,7 @@ class TablePlan(msgspec.Struct, frozen=True):
 
 
 def plan(saved: str) -> list[TablePlan]:
-    """What to remove, from what ``iptables-save`` printed: nothing that is not kube-proxy's."""
+    """Plans, from what ``iptables-save`` printed, the removal of kube-proxy's chains and of nothing else."""
     return [made for table in parse(saved) if (made := _plan_table(table)) is not None]
 
 
@@ -169,7 +169,7 @@ def _plan_table(table: Table) -> TablePlan | None:
 
 
 def _kept(table: Table, ours: set[str]) -> dict[str, str]:
-    """Chains that others' chains lead to, and why each stays.
+    """Returns the chains that others' chains lead to, and why each stays.
 
     CRI-O's and dockershim's host ports (KUBE-HOSTPORTS) mark packets by KUBE-MARK-MASQ: then what masquerades
     marked packets stays as well.
@@ -191,7 +191,7 @@ def _kept(table: Table, ours: set[str]) -> dict[str, str]:
 
 
 def built_in(saved: str) -> list[str]:
-    """The lines of built-in chains: policies and what they have counted."""
+    """Returns the lines of built-in chains: their policies and counters."""
     return [line for line in saved.splitlines() if line.startswith(":") and line.split(" ")[1] != "-"]
 
 
@@ -203,11 +203,11 @@ class Tool(msgspec.Struct, frozen=True, order=True):
     restore: str
 
     def saved(self, *arguments: str) -> str:
-        """Looks at tables that exist, and makes none. Raises ToolError."""
+        """Reads existing tables and creates none. Raises ToolError."""
         return tools.run(self.save, *arguments)
 
     def has_chain(self, table: str, *chains: str) -> bool:
-        """Whether it has any of them. Reads the names of chains only, and makes no table."""
+        """True if the table has any of them. Reads names of chains only, and creates no table."""
         begin = tuple(f":{chain} " for chain in chains)
         with subprocess.Popen([self.save], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
             assert p.stdout is not None
@@ -236,7 +236,7 @@ class Tool(msgspec.Struct, frozen=True, order=True):
 
 
 def installed() -> list[Tool]:
-    """The backends of this host. Both may hold rules, whichever ``iptables`` is."""
+    """Returns the backends of this host. Both may hold rules, whichever ``iptables`` is."""
     return [tool for family in ("iptables", "ip6tables") for tool in _of(family)]
 
 
@@ -250,6 +250,6 @@ def _of(family: str) -> Iterator[Tool]:
 
 
 def count(plans: Iterable[TablePlan]) -> tuple[int, int]:
-    """Chains, and rules with the jumps."""
+    """Counts chains, and rules with the jumps."""
     found = list(plans)
     return sum(len(p.chains) for p in found), sum(p.rules + len(p.jumps) for p in found)

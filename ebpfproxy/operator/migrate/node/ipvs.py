@@ -27,7 +27,7 @@ from pyroute2 import IPVS, IPRoute, IPVSService
 from ebpfproxy.operator.migrate.node import ipsets
 
 DEVICE = "kube-ipvs0"
-#: Of the device, while it is kept for connections.
+#: The device has this alias while it is kept for connections.
 ALIAS = "ebpfproxy: kept for connections that kube-proxy began"
 #: kube-apiserver's --service-node-port-range unless told otherwise.
 NODE_PORTS = range(30000, 32768)
@@ -51,7 +51,7 @@ class VirtualServer(msgspec.Struct, frozen=True):
     active: int = 0
     inactive: int = 0
     endpoints: tuple[str, ...] = ()
-    #: Answers at the node's own addresses.
+    #: It answers at the node's own addresses.
     is_node_port: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Device(msgspec.Struct, frozen=True):
 
     @property
     def is_kept(self) -> bool:
-        """kube-proxy has gone, and connections live on. It makes all its sets again when it comes back."""
+        """True if kube-proxy is gone and connections remain. It creates all its sets when it comes back."""
         return self.marked and not (set(ipsets.find()) - ipsets.NAMING)
 
 
@@ -79,7 +79,7 @@ def _end(v4: str, v6: str, port: str) -> tuple[str, int]:
 
 
 def parse(text: str) -> list[VirtualServer]:
-    """What /proc/net/ip_vs says; servers by firewall mark are nobody's here."""
+    """Reads the text of /proc/net/ip_vs; servers by firewall mark are ignored."""
     found: list[VirtualServer] = []
     inside = False
     for line in text.splitlines():
@@ -103,7 +103,7 @@ def parse(text: str) -> list[VirtualServer]:
 def of_kube_proxy(
     servers: Iterable[VirtualServer], on_device: Collection[str], named: ipsets.Frontends
 ) -> list[VirtualServer]:
-    """Those of addresses on kube-proxy's device, and what its ipsets name.
+    """Returns the servers at addresses of kube-proxy's device, and those that its ipsets name.
 
     A load balancer's address or an external IP that is the node's own is not on the device. Without sets of
     node ports those of the usual range are its.
@@ -121,7 +121,7 @@ def of_kube_proxy(
 
 
 def device() -> Device | None:
-    """kube-proxy's; None where there is none."""
+    """Returns kube-proxy's device; None where there is none."""
     with IPRoute() as routes:
         indexes = routes.link_lookup(ifname=DEVICE)
         if not indexes:
@@ -132,7 +132,7 @@ def device() -> Device | None:
 
 
 def _all() -> list[VirtualServer]:
-    """None in a kernel without IPVS."""
+    """Returns no servers in a kernel without IPVS."""
     try:
         return parse(_TABLE.read_text())
     except FileNotFoundError:
@@ -140,14 +140,14 @@ def _all() -> list[VirtualServer]:
 
 
 def servers(of: Device | None) -> list[VirtualServer]:
-    """kube-proxy's, with what they carry now."""
+    """Returns kube-proxy's servers with their present connections."""
     if not (found := _all()):
         return []
     return of_kube_proxy(found, frozenset(of.addresses if of is not None else ()), ipsets.frontends())
 
 
 def carrying(found: Iterable[VirtualServer], of: Device) -> list[VirtualServer]:
-    """Those that have connections, and all others at their addresses on the device.
+    """Returns servers that have connections, and all others at their addresses on the device.
 
     While an address is there, what sockets of this host send to it passes no device that we see.
     """
@@ -157,13 +157,13 @@ def carrying(found: Iterable[VirtualServer], of: Device) -> list[VirtualServer]:
 
 
 def serving() -> list[VirtualServer]:
-    """kube-proxy's, while it is there."""
+    """Returns kube-proxy's servers, unless they are only kept for connections."""
     found = device()
     return servers(found) if found is None or not found.is_kept else []
 
 
 def remove_servers(gone: Iterable[VirtualServer]) -> None:
-    """By generic netlink. Raises NetlinkError."""
+    """Removes them by generic netlink. Raises NetlinkError."""
     with IPVS() as ipvs:
         for each in gone:
             family = socket.AF_INET6 if ":" in each.address else socket.AF_INET
@@ -180,7 +180,7 @@ def remove_device(found: Device) -> None:
 
 
 def keep_device(found: Device, addresses: Collection[str]) -> None:
-    """With these of its addresses, and our alias. Raises NetlinkError."""
+    """Keeps it with these of its addresses, and our alias. Raises NetlinkError."""
     with IPRoute() as routes:
         routes.link("set", index=found.index, IFLA_IFALIAS=ALIAS)
         for address in found.addresses:
@@ -190,7 +190,7 @@ def keep_device(found: Device, addresses: Collection[str]) -> None:
 
 
 def find_kept() -> str:
-    """What stays for connections, in words; empty where nothing does."""
+    """Describes what is kept for connections; empty where nothing is."""
     found = device()
     if found is None or not found.is_kept:
         return ""
@@ -198,7 +198,7 @@ def find_kept() -> str:
 
 
 def end_kept() -> None:
-    """Removes what stayed; where kube-proxy is back it is kube-proxy's again. Raises NetlinkError."""
+    """Removes what was kept; where kube-proxy is back, it only loses the alias. Raises NetlinkError."""
     found = device()
     if found is None or not found.marked:
         return

@@ -1,6 +1,6 @@
-"""Which frontends kube-proxy serves, and with which endpoints: read from its rules, whatever their mode.
+"""The frontends that kube-proxy serves, and their endpoints, read from its rules in any mode.
 
-What the agent's maps are compared with before kube-proxy is stopped: it watched the same API on its own.
+The agent's maps are compared with them before kube-proxy is stopped: it watched the same API by itself.
 Frontends are named as ``service list`` names them, ``10.96.0.10:53/UDP``; NodePorts without an address,
 ``*:30080/TCP``, since modes differ in the addresses that they answer on.
 """
@@ -18,7 +18,7 @@ from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.operator.migrate.node import iptables
 from ebpfproxy.operator.migrate.node.ipvs import VirtualServer
 
-#: Endpoints of each frontend; empty where connections are refused.
+#: The endpoints of each frontend; they are empty where connections are refused.
 Frontends = dict[str, frozenset[str]]
 
 _SERVICE = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-XLB-")
@@ -35,7 +35,7 @@ def name(address: str, port: int | str, protocol: str) -> str:
 
 
 def _words(rule: str) -> dict[str, str]:
-    """A rule's options, each with the word after it. ``!`` is part of the value: such are not plain."""
+    """Returns a rule's options, each with the word after it; a ``!`` before it becomes part of the value."""
     words = iptables.words(rule)
     return {
         word: f"! {after}" if words[at - 1] == "!" else after
@@ -50,7 +50,7 @@ class _Chains:
         self._known: Frontends = {}
 
     def endpoints(self, chain: str) -> frozenset[str]:
-        """All that a chain leads to, by either policy."""
+        """Returns all endpoints that a chain leads to, by either policy."""
         if chain in self._known:
             return self._known[chain]
         self._known[chain] = frozenset()  # chains do not lead back; should they, this ends it
@@ -66,7 +66,7 @@ class _Chains:
 
 
 def of_iptables(saved: str) -> Frontends:
-    """From one ``iptables-save``."""
+    """Reads one ``iptables-save``."""
     found: Frontends = {}
     for table in iptables.parse(saved):
         chains = _Chains(table)
@@ -93,7 +93,7 @@ def of_iptables(saved: str) -> Frontends:
 
 
 def of_nftables(listed: str) -> Frontends:
-    """From ``nft -j list ruleset``, or ``list table`` of one of kube-proxy's."""
+    """Reads ``nft -j list ruleset``, or ``list table`` of one of kube-proxy's."""
     found: Frontends = {}
     objects: list[dict[str, Any]] = json.loads(listed)["nftables"]
     for family in ("ip", "ip6"):
@@ -172,7 +172,7 @@ def _reached(leads: Mapping[str, set[str]], chain: str) -> frozenset[str]:
 
 
 def of_ipvs(servers: Iterable[VirtualServer]) -> Frontends:
-    """From kube-proxy's virtual servers, which are there without endpoints, too."""
+    """Reads kube-proxy's virtual servers, which exist without endpoints, too."""
     found: Frontends = {}
     for each in servers:
         key = name("*" if each.is_node_port else each.address, each.port, each.protocol)
@@ -184,7 +184,7 @@ def of_ipvs(servers: Iterable[VirtualServer]) -> Frontends:
 
 
 def of_maps(rows: Iterable[FrontendRow]) -> Frontends:
-    """All endpoints of either scope, draining ones left out."""
+    """Returns all endpoints of either scope, without draining ones."""
     found: dict[str, set[str]] = {}
     for row in rows:
         shown = row.frontend
@@ -196,7 +196,7 @@ def of_maps(rows: Iterable[FrontendRow]) -> Frontends:
 
 
 def normal(found: Frontends) -> Frontends:
-    """Addresses in their one spelling, so that both sides can be compared."""
+    """Writes addresses in one way, so that both sides can be compared."""
     return {_normal(key): frozenset(map(_normal, values)) for key, values in found.items()}
 
 
@@ -206,7 +206,9 @@ def _normal(text: str) -> str:
 
 
 def unserved(ours: Frontends, theirs: Frontends) -> list[str]:
-    """What the maps serve and kube-proxy does not at all. Of endpoints it may know fewer, by its policies."""
+    """Returns frontends of the maps that kube-proxy does not serve. It may know fewer endpoints, by its
+    policies.
+    """
     theirs = normal(theirs)
     return sorted(
         frontend
@@ -216,7 +218,7 @@ def unserved(ours: Frontends, theirs: Frontends) -> list[str]:
 
 
 def missing(theirs: Frontends, ours: Frontends) -> dict[str, str]:
-    """What kube-proxy serves and the maps do not, or with other endpoints: by frontend, in words."""
+    """Returns, by frontend, what kube-proxy serves and the maps do not, or with other endpoints."""
     ours, found = normal(ours), {}
     for frontend, endpoints in sorted(normal(theirs).items()):
         if frontend not in ours:

@@ -1,6 +1,6 @@
-"""All that kube-proxy leaves on a node, whatever its mode was: found, and removed in the order that works.
+"""Finds all that kube-proxy leaves on a node, in any mode, and removes it in an order that works.
 
-What stays, and is not kube-proxy's alone: sysctls (route_localnet, conntrack's limits, arp_ignore and
+What is not kube-proxy's alone stays: sysctls (route_localnet, conntrack's limits, arp_ignore and
 arp_announce of IPVS mode), kernel modules, kubelet's chains.
 """
 
@@ -26,7 +26,7 @@ class Leftovers(msgspec.Struct, frozen=True, kw_only=True):
     """What was found. The JSON of ``ebpfproxy migrate plan``: these names stay."""
 
     iptables: tuple[InIptables, ...] = ()
-    #: Such as ``ip kube-proxy``.
+    #: Their names are like ``ip kube-proxy``.
     nftables: tuple[str, ...] = ()
     ipsets: tuple[str, ...] = ()
     accounts: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Leftovers(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """kube-proxy's modes that left something; IPVS mode leaves iptables rules, too."""
+        """Returns the modes that left something; IPVS mode leaves iptables rules, too."""
         chains = {chain for found in self.iptables for table in found.tables for chain in table.chains}
         found = []
         if self.ipvs or self.ipvs_device or self.ipsets:
@@ -51,20 +51,20 @@ class Leftovers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Removed(msgspec.Struct, frozen=True):
-    """What was done, in words, and what could not be."""
+    """What was done, and what could not be, each in a line."""
 
     done: tuple[str, ...]
     failed: tuple[str, ...]
 
 
 def find() -> Leftovers:
-    """Looks only. Raises ToolError."""
+    """Changes nothing. Raises ToolError."""
     in_iptables = []
     for tool in xtables.installed():
         if tables := xtables.plan(tool.saved()):
             in_iptables.append(InIptables(tool.name, tuple(tables)))
     device = ipvs.device()
-    # What is kept for connections is found by keeper.
+    # What is kept for connections is reported by conntrack_hold.
     has_ipvs = device is None or not device.is_kept
     return Leftovers(
         iptables=tuple(in_iptables),
@@ -77,7 +77,7 @@ def find() -> Leftovers:
 
 
 def remove(found: Leftovers) -> Removed:
-    """Goes on where something cannot be removed. Connections that kube-proxy began live on.
+    """Goes on where something cannot be removed. Connections of kube-proxy are kept.
 
     Rules go before what they refer to: sets and counters. See :mod:`conntrack_hold` for what is made first,
     and :mod:`ipvs` for what stays for IPVS's.
@@ -85,7 +85,7 @@ def remove(found: Leftovers) -> Removed:
     done: list[str] = []
     failed: list[str] = []
     if (found.iptables or found.nftables) and conntrack.find():
-        # Without it, nothing is begun: connections would break.
+        # Where this fails nothing is removed, since connections would break.
         done += [f"made {each}" for each in conntrack_hold.keep()]
     by_name = {tool.name: tool for tool in xtables.installed()}
     for each in found.iptables:

@@ -15,13 +15,13 @@ _MISSING = frozenset({errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTO
 
 
 def add(name: str) -> None:
-    """As kube-proxy does at its start."""
+    """Creates a counter, as kube-proxy does at its start."""
     with nfnetlink.Netfilter() as netfilter:
         netfilter.request(nfnetlink.ACCOUNTS, _NEW, codec.attribute(_NAME, name.encode() + b"\0"))
 
 
 def find() -> tuple[str, ...]:
-    """Those of kube-proxy that there are."""
+    """Returns the names of kube-proxy's counters."""
     with nfnetlink.Netfilter() as netfilter:
         try:
             found = {

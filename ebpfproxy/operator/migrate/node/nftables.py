@@ -15,22 +15,22 @@ _FAMILIES = ("ip", "ip6")
 
 
 def names(listed: str) -> set[str]:
-    """Tables, as ``ip kube-proxy``, of what ``nft -j list tables`` or ``list ruleset`` printed."""
+    """Returns tables, as ``ip kube-proxy``, of what ``nft -j list tables`` or ``list ruleset`` printed."""
     tables = [each["table"] for each in json.loads(listed)["nftables"] if "table" in each]
     return {f"{table['family']} {table['name']}" for table in tables}
 
 
 def plan(listed: str) -> tuple[str, ...]:
-    """Tables to delete."""
+    """Returns the tables to delete."""
     there = names(listed)
     return tuple(name for family in _FAMILIES if (name := f"{family} {NAME}") in there)
 
 
 def find() -> tuple[str, ...]:
-    """Those that there are; none without nft. Raises ToolError."""
+    """Returns kube-proxy's tables; none without nft. Raises ToolError."""
     return plan(tools.run("nft", "-j", "list", "tables")) if tools.has("nft") else ()
 
 
 def remove(tables: Iterable[str]) -> None:
-    """All in one transaction. Raises ToolError."""
+    """Deletes all of them in one transaction. Raises ToolError."""
     tools.run("nft", "-f", "-", stdin="".join(f"delete table {name}\n" for name in tables))

@@ -1,4 +1,4 @@
-"""What stands in the way of a migration, or behaves otherwise afterwards: others that translate Services."""
+"""Finds others that translate Services: they block a migration, or behave differently after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Severity(enum.StrEnum):
 
 
 class Conflict(msgspec.Struct, frozen=True):
-    """One thing that was found, and what to do about it."""
+    """A finding, and what to do about it."""
 
     severity: Severity
     what: str
@@ -27,12 +27,12 @@ class Conflict(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What was looked at. ``pins`` are paths below the bpffs, ``saved`` what each iptables-save printed."""
+    """Facts about this node. ``pins`` are paths below the bpffs, ``saved`` each iptables-save's output."""
 
     pins: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
     saved: dict[str, str] = {}
-    #: Names of processes, of any network namespace that /proc shows.
+    #: These are names of processes in all network namespaces that /proc shows.
     processes: frozenset[str] = frozenset()
 
 
@@ -41,7 +41,7 @@ _FOLDERS = ("tc/globals", "cilium/socketlb/links/cgroup", "")
 
 
 def bpffs_of(path: Path) -> Path:
-    """Where the bpffs is mounted that a path is on: in a container not where others pin, /sys/fs/bpf."""
+    """Returns the mount point of the bpffs that a path is on; in a container it may not be /sys/fs/bpf."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -78,7 +78,7 @@ def _processes(proc: Path) -> Iterable[str]:
 
 
 def find(facts: Facts) -> list[Conflict]:
-    """Decides."""
+    """Decides from the facts."""
     return [*_proxies(facts), *_istio(facts), *_forwarding(facts)]
 
 

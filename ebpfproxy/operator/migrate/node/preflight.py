@@ -1,4 +1,4 @@
-"""What is on this node, and what :mod:`steps` would do: looked at only."""
+"""What is on this node, and what :mod:`steps` would do; nothing is changed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from ebpfproxy.operator.migrate.node.running_kube_proxy import Process
 from ebpfproxy.operator.waiting import NODE_SECONDS, Wait
 
 
-class Where(msgspec.Struct, frozen=True, kw_only=True):
-    """This node, as options name it. ``cluster`` is None where no API server is to be asked."""
+class NodeTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """The node to migrate, as options name it. ``cluster`` is None without an API server."""
 
     bpf_root: Path
     cgroup_root: Path | None = None
     cluster: Cluster | None = None
     seconds: float = 60.0
-    #: kube-proxy was stopped after a plan found nothing in the way: its rules are of the past since.
+    #: kube-proxy was stopped after a plan had found no blockers: its rules may be outdated.
     stopped: bool = False
 
 
@@ -46,43 +46,43 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     kernel: str
-    #: kube-proxy's modes by what is on the node.
+    #: kube-proxy's modes, told from what is on the node.
     modes: tuple[str, ...]
     processes: tuple[Process, ...]
-    #: A distribution that runs kube-proxy in its own process.
+    #: The distribution that runs kube-proxy in its own process; empty for none.
     embedded: str
     daemon_set: DaemonSet | None
-    #: How many frontends kube-proxy's rules and the agent's maps have.
+    #: Numbers of frontends in kube-proxy's rules and in the agent's maps.
     kube_proxy_frontends: int
     agent_frontends: int
-    #: By frontend: what kube-proxy serves and the maps do not.
+    #: Frontends that kube-proxy serves and the maps do not, or with other endpoints, and how they differ.
     differences: dict[str, str]
-    #: Connections and UDP flows that live on by netfilter's conntrack.
+    #: The number of connections and UDP flows that netfilter translates.
     flows: int
     leftovers: Leftovers
-    #: What keeps conntrack going after an earlier run.
+    #: Objects that keep conntrack enabled after an earlier run.
     kept: tuple[str, ...]
     conflicts: tuple[Conflict, ...]
-    #: Why run would refuse.
+    #: The reasons why run would refuse.
     blockers: tuple[str, ...]
-    #: What is worth knowing before.
+    #: The operator should know this before a run.
     warnings: tuple[str, ...]
-    #: What run would do, and what it leaves to you.
+    #: The steps of a run, and what is left to the operator.
     steps: tuple[str, ...]
 
 
 _SHOWN = 10
-#: That kube-proxy may be behind: it writes its rules once a second, or as seldom as it takes.
+#: kube-proxy may be so much behind: it writes its rules once a second, or as seldom as it takes.
 _EQUAL_SECONDS = 10.0
 
 
 class Brief(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan comes to, short whatever is on the node. The JSON of ``migrate plan --brief``."""
+    """A plan's summary, of bounded length. The JSON of ``migrate plan --brief``."""
 
     node: str
     kernel: str
     modes: tuple[str, ...]
-    #: By pid, how each was started.
+    #: How each process was started, by pid.
     processes: dict[str, str]
     embedded: str
     kube_proxy_frontends: int
@@ -91,7 +91,7 @@ class Brief(msgspec.Struct, frozen=True, kw_only=True):
     #: The first of them.
     differing: dict[str, str]
     flows: int
-    #: There are rules, sets or devices of kube-proxy's.
+    #: True if rules, sets or devices of kube-proxy are left.
     has_leftovers: bool
     kept: tuple[str, ...]
     blockers: tuple[str, ...]
@@ -121,7 +121,7 @@ def brief(planned: Plan) -> Brief:
 
 
 def rules_serve() -> kube_proxy_frontends.Frontends:
-    """What kube-proxy's rules of all kinds serve here. Raises ToolError."""
+    """Returns the frontends of kube-proxy's rules, of all modes. Raises ToolError."""
     found: kube_proxy_frontends.Frontends = {}
     texts = [kube_proxy_frontends.of_iptables(tool.saved()) for tool in iptables.installed()]
     texts += [
@@ -135,10 +135,10 @@ def rules_serve() -> kube_proxy_frontends.Frontends:
     return found
 
 
-def _wait_equal(where: Where) -> None:
-    """Both follow the same changes, one a moment after the other; an agent that starts is given its time."""
-    for _ in Wait(min(where.seconds, _EQUAL_SECONDS), NODE_SECONDS):
-        checked = takeover.check(where.bpf_root)
+def _wait_equal(target: NodeTarget) -> None:
+    """Waits until the maps have what kube-proxy's rules have: both follow the same changes."""
+    for _ in Wait(min(target.seconds, _EQUAL_SECONDS), NODE_SECONDS):
+        checked = takeover.check(target.bpf_root)
         rows = checked.rows
         if not checked.starting and (
             not rows or not kube_proxy_frontends.missing(rules_serve(), kube_proxy_frontends.of_maps(rows))
@@ -146,21 +146,21 @@ def _wait_equal(where: Where) -> None:
             return
 
 
-def plan(where: Where) -> Plan:
-    """Looks only. Raises ToolError."""
-    if not where.stopped:
-        _wait_equal(where)
-    facts = obstacles.look(obstacles.bpffs_of(where.bpf_root))
-    checked = takeover.check(where.bpf_root)
+def plan(target: NodeTarget) -> Plan:
+    """Changes nothing. Raises ToolError."""
+    if not target.stopped:
+        _wait_equal(target)
+    facts = obstacles.look(obstacles.bpffs_of(target.bpf_root))
+    checked = takeover.check(target.bpf_root)
     found = leftovers.find()
     processes, embedded = running_kube_proxy.find(), running_kube_proxy.embedded()
     theirs, ours = rules_serve(), kube_proxy_frontends.of_maps(checked.rows)
     daemon_set, cluster_problems = None, []
     warnings: list[str] = [problem for each in processes for problem in each.problems]
-    if where.cluster is not None:
+    if target.cluster is not None:
         try:
-            daemon_set = where.cluster.find()
-            if file := where.cluster.configuration():
+            daemon_set = target.cluster.find()
+            if file := target.cluster.configuration():
                 warnings += running_kube_proxy.check_config(*file)[1]
         except ApiError as error:
             cluster_problems.append(str(error))
@@ -187,7 +187,7 @@ def plan(where: Where) -> Plan:
     blockers += [f"{each.what}: {each.advice}" for each in standing if each.severity is Severity.BLOCKS]
     if differences:
         differ = f"{len(differences)} of {len(theirs)} frontends differ between kube-proxy and maps"
-        if not processes and (where.stopped or _is_stopped(daemon_set)):
+        if not processes and (target.stopped or _is_stopped(daemon_set)):
             warnings.append(f"{differ}: kube-proxy is stopped, and its rules are as they were then")
         else:
             blockers.append(differ)
@@ -207,12 +207,12 @@ def plan(where: Where) -> Plan:
         conflicts=tuple(standing),
         blockers=tuple(blockers),
         warnings=tuple(warnings),
-        steps=tuple(_steps(where, daemon_set, processes, embedded, found)),
+        steps=tuple(_steps(target, daemon_set, processes, embedded, found)),
     )
 
 
 def _is_stopped(daemon_set: DaemonSet | None) -> bool:
-    """By an earlier run, which looked at all frontends before."""
+    """True if an earlier run, which had compared all frontends, has stopped it."""
     return daemon_set is not None and daemon_set.avoids and daemon_set.labelled and not daemon_set.pods
 
 
@@ -225,7 +225,7 @@ def _kernel() -> list[str]:
 
 
 def _steps(
-    where: Where,
+    target: NodeTarget,
     daemon_set: DaemonSet | None,
     processes: Iterable[Process],
     embedded: str,
@@ -237,18 +237,18 @@ def _steps(
         yield f"label this node, and wait until {', '.join(daemon_set.pods)} is gone"
     else:
         for process in processes:
-            yield by_hand(process, asked=where.cluster is not None)
+            yield by_hand(process, asked=target.cluster is not None)
     if embedded:
         yield f"left to you: {embedded} runs kube-proxy itself, restart it with its option to disable it"
     if found.iptables or found.nftables:
-        yield "keep conntrack and NAT going for connections that live on"
+        yield "keep conntrack and NAT enabled for established connections"
         yield "remove kube-proxy's chains, tables, sets and counters"
     if found.ipvs or found.ipvs_device:
-        yield "remove its virtual servers and device, but for those that carry connections"
+        yield "remove its virtual servers and device, except those with connections"
 
 
 def by_hand(process: Process, *, asked: bool) -> str:
-    """What is left to the operator for a kube-proxy that no DaemonSet of the API server explains."""
+    """Says what the operator has to do about a kube-proxy of no DaemonSet."""
     if process.started_by == "pod":
         how = "it is no pod of kube-system's DaemonSet: a static pod?" if asked else "name a --kubeconfig"
         return f"left to you: kube-proxy, pid {process.pid}, runs in a pod: {how}"

@@ -1,4 +1,4 @@
-"""Takes our programs away while traffic goes on by other means: the last step of rollback and cleanup."""
+"""Removes our programs while something else serves new connections: the last step of rollback and cleanup."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ebpfproxy.operator.waiting import NODE_SECONDS
 
 
 def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
-    """Says what it did, in words. The caller holds the root's lock.
+    """Yields a line for each thing done. The caller holds the root's lock.
 
-    First nothing new is translated; then what is under way has its answers, and connections that packets'
-    programs translate have ``drain`` seconds to end; then everything goes. Maps that this version cannot read
-    go without that.
+    First no new flow is created; then replies on their way still arrive, and connections that packet
+    programs translate have ``drain`` seconds to end; then everything is removed. Maps that this version
+    cannot read are removed at once.
     """
     pins = pin_folder(bpf_root)
     maps = _readable(bpf_root)
@@ -32,7 +32,7 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
     now = time.monotonic()
     answered = now + ANSWER_SECONDS if detached else now
     if maps is not None and (living := _drain(maps, now + drain)):
-        yield f"{living} connections that were translated in packets, not at a socket, end now"
+        yield f"{living} connections that packet programs translated end now"
     time.sleep(max(0.0, answered - time.monotonic()))
     yield from remove_everything(pins)
 
@@ -46,10 +46,10 @@ def _readable(bpf_root: Path) -> MapSet | None:
 
 
 def _drain(maps: MapSet, deadline: float) -> int:
-    """How many connections live on."""
+    """Waits; returns the number of connections that are still open."""
     draining = Draining(maps)
-    while (living := draining.step()) or draining.waits_for_answers:
-        if time.monotonic() >= deadline and not draining.waits_for_answers:
+    while (living := draining.step()) or draining.waits_for_replies:
+        if time.monotonic() >= deadline and not draining.waits_for_replies:
             break
         time.sleep(NODE_SECONDS)
     return living

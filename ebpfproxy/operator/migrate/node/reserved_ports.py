@@ -20,9 +20,9 @@ _OLDER = 60 * 1_000_000_000
 
 
 def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
-    """For all that are masqueraded with a port between these two; how many there are."""
+    """Reserves the ports between these two that masqueraded flows have; returns their number."""
     now = time.monotonic_ns()
-    # They are not known to be over soon: they have the time-out of flows that go on.
+    # An older entry has the time-out of an established flow.
     created = max(0, now - _OLDER)
     entries = {}
     for each in flows:

@@ -1,4 +1,4 @@
-"""Which kube-proxy runs on this node, how it was started, and with which configuration."""
+"""Finds the kube-proxy that runs on this node, how it was started, and its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.operator.waiting import NODE_SECONDS, Wait
 
 _COMM = "kube-proxy"
-#: Distributions in whose own process kube-proxy runs: there it is a setting, and nothing to stop.
+#: kube-proxy runs inside the process of these distributions: a setting disables it.
 _EMBEDDED = {"k3s-server": "k3s", "k3s-agent": "k3s", "k0s": "k0s", "microk8s": "MicroK8s"}
 
 _POD = re.compile(r"/pod[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(/|$)")
@@ -30,7 +30,7 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
     started_by: str
     mode: str
     config: str | None = None
-    #: What of its configuration our agent does not take, in words.
+    #: Fields of its configuration that our agent rejects, and why.
     problems: tuple[str, ...] = ()
 
 
@@ -53,7 +53,7 @@ def find(proc: Path = Path("/proc")) -> list[Process]:
 
 
 def embedded(proc: Path = Path("/proc")) -> str:
-    """The distribution that runs kube-proxy inside another process; empty where none does."""
+    """Returns the distribution that runs kube-proxy inside its own process; empty where none does."""
     for folder in proc.iterdir():
         try:
             if folder.name.isdigit() and (name := _EMBEDDED.get((folder / "comm").read_text().strip())):
@@ -70,7 +70,7 @@ def _read(folder: Path) -> Process:
     mode = option(command, "proxy-mode")
     problems: tuple[str, ...] = ()
     if path:
-        # As the process sees it: in a pod it is a ConfigMap's volume.
+        # The path is the process' own: in a pod it is in a ConfigMap's volume.
         mode, problems = read_config(folder / "root" / path.lstrip("/"), path)
     return Process(
         pid=int(folder.name),
@@ -83,7 +83,7 @@ def _read(folder: Path) -> Process:
 
 
 def option(command: tuple[str, ...], name: str) -> str:
-    """The value of ``--name VALUE`` or ``--name=VALUE``; empty without it."""
+    """Returns the value of ``--name VALUE`` or ``--name=VALUE``; empty without it."""
     for at, word in enumerate(command):
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
@@ -93,7 +93,7 @@ def option(command: tuple[str, ...], name: str) -> str:
 
 
 def read_config(path: Path, shown: str) -> tuple[str, tuple[str, ...]]:
-    """The mode that a KubeProxyConfiguration asks for, and what our agent says of it."""
+    """Returns the mode of a KubeProxyConfiguration, and what our agent rejects in it."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -116,7 +116,7 @@ def check_config(text: str, shown: str) -> tuple[str, tuple[str, ...]]:
 
 
 def started_by(cgroup: str) -> str:
-    """From /proc/PID/cgroup: kubelet puts pods below ``kubepods``, systemd units are named by themselves.
+    """Tells it from /proc/PID/cgroup: kubelet puts pods below ``kubepods``, systemd has units by name.
 
     In a container the path begins at its own cgroup: of a pod beside it only the pod's part may be left.
     """
@@ -128,8 +128,8 @@ def started_by(cgroup: str) -> str:
 
 
 def end(process: Process, seconds: float) -> bool:
-    """SIGTERM; whether it ended in time. Its rules stay in force: kube-proxy removes none."""
-    # A pidfd names the process itself, whoever has its number later.
+    """Sends SIGTERM; True if it ended in time. Its rules stay in force: kube-proxy removes none."""
+    # A pidfd names the process itself: its number may be reused.
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -144,5 +144,5 @@ def end(process: Process, seconds: float) -> bool:
 
 
 def wait_gone(seconds: float) -> bool:
-    """Until no kube-proxy runs in this network namespace."""
+    """Waits until no kube-proxy runs in this network namespace; False where one still does."""
     return any(not find() for _ in Wait(seconds, NODE_SECONDS))

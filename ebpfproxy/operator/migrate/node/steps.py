@@ -1,4 +1,4 @@
-"""plan, run and rollback for one node: what is looked at, and what is done in which order.
+"""run and rollback for one node: the steps, in an order in which Services are always served.
 
 run: nothing is stopped before the agent serves all that kube-proxy serves, and no rule goes before kube-proxy
 has ended: it would write it again. rollback: none of our programs goes before kube-proxy's rules serve all
@@ -25,7 +25,7 @@ from ebpfproxy.operator.migrate.node import (
     tools,
 )
 from ebpfproxy.operator.migrate.node.leftovers import Leftovers
-from ebpfproxy.operator.migrate.node.preflight import Plan, Where, by_hand, plan, rules_serve
+from ebpfproxy.operator.migrate.node.preflight import NodeTarget, Plan, by_hand, plan, rules_serve
 from ebpfproxy.operator.migrate.node.removal import remove_programs
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import NODE_SECONDS, Wait, WaitError, until
@@ -34,81 +34,81 @@ _NODE_PORT = "NodePort"
 
 
 class MigrationError(Exception):
-    """It cannot go on; the message says why, and what was done is still right."""
+    """It cannot go on; the message says why. What was done so far is consistent."""
 
 
-# -- going over
+# -- run
 
 
-def run(where: Where, say: Say, *, terminate: bool = False, force: bool = False) -> None:
+def run(target: NodeTarget, say: Say, *, terminate: bool = False, force: bool = False) -> None:
     """Raises MigrationError and ToolError."""
-    planned = plan(where)
+    planned = plan(target)
     if planned.blockers and not force:
         raise MigrationError("; ".join(planned.blockers))
     if planned.kube_proxy_frontends and not planned.differences:
         say(f"the agent's maps serve all {planned.kube_proxy_frontends} frontends of kube-proxy's rules")
-    _stop(where, planned, say, terminate=terminate)
+    _stop(target, planned, say, terminate=terminate)
     before = leftovers.find()
     if not before:
         say("nothing of kube-proxy is left")
-        end_keeper(say)
+        release_conntrack_hold(say)
         return
     remove_leftovers(before, say)
-    checked = takeover.check(where.bpf_root)
+    checked = takeover.check(target.bpf_root)
     if checked.problems and not force:
         raise MigrationError(f"kube-proxy's rules are removed, but {'; '.join(checked.problems)}")
     ended = conntrack.remove(stale_datagrams(checked.rows))
     if ended:
-        say(f"ended {ended} UDP flows to endpoints that are not their Service's any more")
+        say(f"ended {ended} UDP flows to endpoints that their Services no longer have")
     living = len(conntrack.find())
-    say(f"flows that kube-proxy began and that live on: {living}")
+    say(f"established flows of kube-proxy, left to netfilter: {living}")
 
 
-def _stop(where: Where, planned: Plan, say: Say, *, terminate: bool) -> None:
+def _stop(target: NodeTarget, planned: Plan, say: Say, *, terminate: bool) -> None:
     if planned.embedded:
         raise MigrationError(f"{planned.embedded} runs kube-proxy in its own process: disable it there first")
-    if where.cluster is not None and planned.daemon_set is not None:
+    if target.cluster is not None and planned.daemon_set is not None:
         with _as_migration():
-            printing.each(where.cluster.stop(where.seconds), say)
-        running_kube_proxy.wait_gone(where.seconds)
+            printing.each(target.cluster.stop(target.seconds), say)
+        running_kube_proxy.wait_gone(target.seconds)
     for process in running_kube_proxy.find():
         if process.started_by == "pod" or not terminate:
-            raise MigrationError(by_hand(process, asked=where.cluster is not None))
+            raise MigrationError(by_hand(process, asked=target.cluster is not None))
         if process.started_by != "process":
             tools.run("systemctl", "disable", "--now", process.started_by)
             say(f"stopped and disabled {process.started_by}")
-        elif not running_kube_proxy.end(process, where.seconds):
-            raise MigrationError(f"kube-proxy, pid {process.pid}, did not end in {where.seconds:g} s")
+        elif not running_kube_proxy.end(process, target.seconds):
+            raise MigrationError(f"kube-proxy, pid {process.pid}, did not end in {target.seconds:g} s")
         else:
             say(f"kube-proxy, pid {process.pid}, ended by SIGTERM")
-    if not running_kube_proxy.wait_gone(where.seconds):
+    if not running_kube_proxy.wait_gone(target.seconds):
         raise MigrationError("kube-proxy still runs: its rules would come back")
 
 
 def remove_leftovers(found: Leftovers, say: Say) -> None:
-    """And looks again. Raises MigrationError and ToolError."""
+    """Removes them, and checks that none is back. Raises MigrationError and ToolError."""
     removed = leftovers.remove(found)
     printing.each(removed.done, say)
     if removed.failed:
         raise MigrationError("; ".join(removed.failed))
     if again := leftovers.find():
-        raise MigrationError(f"rules of kube-proxy are there again ({', '.join(again.modes)}): it still runs")
+        raise MigrationError(f"kube-proxy's rules are back ({', '.join(again.modes)}): it still runs")
 
 
-def end_keeper(say: Say) -> None:
-    """Once no flow of kube-proxy's lives."""
+def release_conntrack_hold(say: Say) -> None:
+    """Removes what keeps conntrack enabled, once no flow of kube-proxy is left."""
     kept = conntrack_hold.find()
     if not kept:
         return
     if living := len(conntrack.find()):
-        say(f"{living} translated flows still live: {', '.join(kept)} stays, run this again later")
+        say(f"{living} translated flows are still established: {', '.join(kept)} stays, run this again later")
         return
     for each in conntrack_hold.end():
-        say(f"no flow of kube-proxy's lives any more: removed {each}")
+        say(f"no flow of kube-proxy is left: removed {each}")
 
 
 def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], bool]:
-    """Of UDP flows through these frontends, those whose endpoint is not the Service's.
+    """Returns a test for UDP flows through these frontends whose endpoint is not the Service's any more.
 
     kube-proxy ends them at each sync (pkg/proxy/conntrack/cleanup.go); from now on nobody would. A frontend
     without endpoints ends none.
@@ -136,38 +136,38 @@ def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], b
     return is_stale
 
 
-# -- going back
+# -- rollback
 
 
-#: What rollback says when all is ready but for the agent, which still runs: who waits for it reads this.
+#: Rollback prints this line when only the running agent keeps it waiting; ``fleet`` looks for it.
 WAITS = "waiting for the agent to end"
 
 
-def rollback(where: Where, say: Say, *, drain: float = 0.0, waits: bool = False) -> None:
-    """``drain``: how many seconds connections may take to end that packets' programs translate. ``waits``:
-    for the agent to end, once kube-proxy's rules serve all.
+def rollback(target: NodeTarget, say: Say, *, drain: float = 0.0, waits: bool = False) -> None:
+    """Connections that packet programs translate may take ``drain`` seconds to end. ``waits``: for the agent
+    to end, once kube-proxy's rules serve all.
 
     Raises MigrationError, ToolError, and RootError while our agent runs.
     """
-    if where.cluster is not None:
+    if target.cluster is not None:
         with _as_migration():
-            printing.each(where.cluster.start(where.seconds), say)
-    pins = pin_folder(where.bpf_root)
-    _say_served(where, say)
+            printing.each(target.cluster.start(target.seconds), say)
+    pins = pin_folder(target.bpf_root)
+    _say_served(target, say)
     if waits and pins.is_dir():
-        _wait_agent(where, say)
-        # Both followed the same changes until now.
-        _say_served(where, say)
+        _wait_agent(target, say)
+        # Services may have changed since: both followed the same changes.
+        _say_served(target, say)
     if not pins.is_dir():
         say(f"nothing is pinned below {pins}")
     else:
-        _remove_programs(where, drain, say)
-    # kube-proxy's rules ask for conntrack again.
+        _remove_programs(target, drain, say)
+    # kube-proxy's rules enable conntrack again.
     for each in conntrack_hold.end():
         say(f"removed {each}")
-    if where.cluster is not None:
+    if target.cluster is not None:
         with _as_migration():
-            printing.each(where.cluster.tidy(), say)
+            printing.each(target.cluster.tidy(), say)
 
 
 @contextmanager
@@ -178,29 +178,29 @@ def _as_migration() -> Iterator[None]:
         raise MigrationError(str(error)) from error
 
 
-def _wait_agent(where: Where, say: Say) -> None:
-    if not is_locked(where.bpf_root):
+def _wait_agent(target: NodeTarget, say: Say) -> None:
+    if not is_locked(target.bpf_root):
         return
     say(WAITS)
     try:
         until(
-            lambda: not is_locked(where.bpf_root),
-            where.seconds,
-            f"--bpf-root {where.bpf_root}: the agent still runs",
+            lambda: not is_locked(target.bpf_root),
+            target.seconds,
+            f"--bpf-root {target.bpf_root}: the agent still runs",
             NODE_SECONDS,
         )
     except WaitError as error:
         raise RootError(str(error)) from error
 
 
-def _say_served(where: Where, say: Say) -> None:
+def _say_served(target: NodeTarget, say: Say) -> None:
     """Waits until kube-proxy's rules serve all."""
-    serving = _wait_rules(takeover.check(where.bpf_root).rows, where.seconds)
+    serving = _wait_rules(takeover.check(target.bpf_root).rows, target.seconds)
     say(f"kube-proxy's rules serve all {serving} frontends of the maps")
 
 
 def _wait_rules(rows: Iterable[FrontendRow], seconds: float) -> int:
-    """Until rules serve every frontend of the maps; how many there are."""
+    """Waits until rules serve every frontend of the maps; returns their number."""
     ours = kube_proxy_frontends.of_maps(rows)
     lacking: list[str] = []
     for _ in Wait(seconds, NODE_SECONDS):
@@ -214,12 +214,12 @@ def _wait_rules(rows: Iterable[FrontendRow], seconds: float) -> int:
     )
 
 
-def _remove_programs(where: Where, drain: float, say: Say) -> None:
-    folders = [("--bpf-root", where.bpf_root)]
-    if where.cgroup_root is not None and where.cgroup_root.is_dir():
-        folders.append(("--cgroup-root", where.cgroup_root))
+def _remove_programs(target: NodeTarget, drain: float, say: Say) -> None:
+    folders = [("--bpf-root", target.bpf_root)]
+    if target.cgroup_root is not None and target.cgroup_root.is_dir():
+        folders.append(("--cgroup-root", target.cgroup_root))
     lock = Lock(folders)
     try:
-        printing.each(remove_programs(where.bpf_root, drain), say)
+        printing.each(remove_programs(target.bpf_root, drain), say)
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""Whether the agent of this node can take over: what its pinned maps and its own account of itself say."""
+"""Checks whether this node's agent can take over: by its pinned maps and the state that it stores there."""
 
 from __future__ import annotations
 
@@ -16,70 +16,69 @@ from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments
 
 _OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
-#: Seconds in which an answer may be under way: to a flow's first packet, which may ask a resolver; of a flow
-#: with answers, after the last packet, which its entry has to the second; of a flow that began in this second
-#: and had its answer. Others' ports are free at once, and these soon: kube-proxy's MASQUERADE takes any port,
-#: and would meet them.
-_FIRST_ANSWER_SECONDS = 5.0
-_NEXT_ANSWER_SECONDS = 1.5
-_LAST_ANSWER_SECONDS = 0.1
+#: A reply may arrive for so many seconds: the first one of a flow, which may come from a slow resolver;
+#: further ones after the last packet, whose time is known to the second; that of a flow that began and was
+#: replied to within this second. Then entries go, since kube-proxy's MASQUERADE may choose their ports.
+_FIRST_REPLY_SECONDS = 5.0
+_NEXT_REPLY_SECONDS = 1.5
+_LAST_REPLY_SECONDS = 0.1
 
 
 class AgentCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """``problems``: why it cannot, in words."""
+    """``problems`` has a line for each reason why it cannot."""
 
     node: str = ""
     rows: tuple[FrontendRow, ...] = ()
     problems: tuple[str, ...] = ()
-    #: It runs, and has not read everything yet.
+    #: The agent runs, and has not read everything yet.
     starting: bool = False
 
 
 class Draining:
-    """Forgets flows of packet programs but open TCP connections, for when they begin no more.
+    """Deletes flows of packet programs except open TCP connections, once no new ones are created.
 
-    A new flow of kube-proxy's may get a port that an old one here still has, and datagrams go on as well
-    through kube-proxy. What asks is forgotten first: answers that are under way still find their entries.
+    A new flow of kube-proxy may get a port that an old flow here still has, and datagrams are served as well
+    by kube-proxy. The original direction's entry goes first: replies on their way still find theirs.
     """
 
     def __init__(self, maps: MapSet) -> None:
         agent = state.load(maps)
         self._table = maps["conntrack"]
         self._timeouts = (agent.timeouts if agent is not None else None) or Timeouts()
-        #: When they go (monotonic seconds), and keys of answers' and masquerades' entries.
-        self._answers: list[tuple[float, tuple[bytes, ...]]] = []
+        #: Keys of the other entries of a flow, and when they are deleted (monotonic seconds).
+        self._replies: list[tuple[float, tuple[bytes, ...]]] = []
 
     def step(self) -> int:
-        """How many TCP connections are open."""
+        """Returns the number of open TCP connections."""
         living = 0
         now = time.monotonic()
         rows = flows_of(list(self._table.items()), self._timeouts, time.monotonic_ns(), {})
-        for row, (question, *others) in rows:
+        for row, (original, *others) in rows:
             if row.state in _OPEN:
                 living += 1
                 continue
-            self._table.delete(question)
-            self._answers.append((now + _answer_seconds(row), tuple(others)))
-        for until, keys in self._answers:
+            self._table.delete(original)
+            self._replies.append((now + _reply_seconds(row), tuple(others)))
+        for until, keys in self._replies:
             if until <= now:
                 for key in keys:
                     self._table.delete(key)
-        self._answers = [each for each in self._answers if each[0] > now]
+        self._replies = [each for each in self._replies if each[0] > now]
         return living
 
     @property
-    def waits_for_answers(self) -> bool:
-        return bool(self._answers)
+    def waits_for_replies(self) -> bool:
+        return bool(self._replies)
 
 
-def _answer_seconds(flow: FlowRow) -> float:
+def _reply_seconds(flow: FlowRow) -> float:
     if flow.state == "UNREPLIED":
-        return max(0.0, _FIRST_ANSWER_SECONDS - flow.idle)
+        return max(0.0, _FIRST_REPLY_SECONDS - flow.idle)
     if flow.state != "REPLIED":
         return 0.0
     if flow.idle == flow.age < 1:
-        return _LAST_ANSWER_SECONDS
-    return max(0.0, _NEXT_ANSWER_SECONDS - flow.idle)
+        return _LAST_REPLY_SECONDS
+    return max(0.0, _NEXT_REPLY_SECONDS - flow.idle)
 
 
 def check(bpf_root: Path) -> AgentCheck:

@@ -1,4 +1,4 @@
-"""Running netfilter's own tools. What they said is in the error when they fail."""
+"""Runs netfilter's own tools. Their output is in the error when they fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHOWN_LINES = 5
 
 
 class ToolError(Exception):
-    """A tool is missing or failed; the message has its own words."""
+    """A tool is missing or failed; the message has its output."""
 
 
 def has(tool: str) -> bool:
@@ -18,7 +18,7 @@ def has(tool: str) -> bool:
 
 
 def run(*command: str, stdin: str | None = None) -> str:
-    """What the command prints. Raises ToolError."""
+    """Returns what the command prints. Raises ToolError."""
     try:
         done = subprocess.run(
             command, input=stdin, capture_output=True, text=True, timeout=_SECONDS, check=False

@@ -1,4 +1,4 @@
-"""The agent of one node: the reconciler, what runs beside it, and the order in which both start and stop.
+"""The agent of one node: the reconciler, its background work, and the order in which both start and stop.
 
 May import every package but ``operator`` and ``cli``.
 """

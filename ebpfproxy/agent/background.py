@@ -1,4 +1,4 @@
-"""How slow work runs beside the reconciler."""
+"""How the reconciler gives slow work to a worker thread."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""Records whose socket is no more, or is connected to something else, without a program having seen it.
+"""Removes records of sockets that were closed, or connected to something else, unseen by any program.
 
-The kernel tells programs of the end of applications' sockets only: not of its own (NFS, SMB, Ceph), nor of
-one that was closed between two copies of the maps' contents, nor that a socket was disconnected or could not
-reach what it asked for last. Such a record would stay, and its connection be counted, for ever.
+Programs see the end of applications' sockets only. They do not see it of the kernel's own (NFS, SMB, Ceph),
+nor of one that was closed while the maps were copied; nor do they see that a socket was disconnected, or
+could not reach what it asked for last. Such a record would stay, and its connection would be counted, for
+ever.
 
-So records are compared with the sockets that there are (sock_diag). One whose socket was missing twice in a
-row goes: between its hook and its connection a socket may be missing once. It is known to be missing only
-where its namespace can be looked into, or is no more; records of namespaces that cannot be found stay.
+So records are compared with the sockets that sock_diag lists. A record is removed once its socket was missing
+twice in a row: between its hook and its connection a socket may be missing once. A socket counts as missing
+only if its network namespace can be listed or is gone; records of namespaces that cannot be found stay.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = get_logger(__name__)
 
 _NETLINK_ROUTE = 0
 _UDPLITE = 136
-#: Records that are compared at a time, which bounds the memory it takes.
+#: How many records are compared at a time: this bounds the memory it takes.
 _AT_ONCE = 1 << 16
 
 
@@ -41,20 +42,20 @@ class ForgottenSockets:
 
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
-        #: What was missing at the sweep before, by map: keys and values.
+        #: Keys and values by map: records whose socket was missing at the previous sweep.
         self._missing: dict[str, dict[bytes, bytes]] = {name: {} for name in SOCKET_MAPS}
-        #: Namespaces that have been seen, by the lower half of their cookie: their ids.
+        #: Ids of the namespaces that have been seen, by the lower half of their cookie.
         self._known: dict[int, int] = {}
-        #: Of the sweep that runs: paths of namespaces that can be looked into, those that are no more, and
-        #: those that records are of.
+        #: These three are the running sweep's: paths of namespaces that can be listed, namespaces that are
+        #: gone, and namespaces of records.
         self._paths: dict[int, Path] = {}
         self._gone: set[int] = set()
         self._asked: set[int] = set()
 
     def sweep(self) -> Mapping[str, int]:
-        """Takes away what was missing at the sweep before, too; how many records, by map.
+        """Removes records whose socket was missing at the previous sweep, too; returns how many, by map.
 
-        Takes a while where there are many: for a thread of its own.
+        It takes long if there are many, and should run in a thread of its own.
         """
         self._look_around()
         removed: Counter[str] = Counter()
@@ -89,21 +90,23 @@ class ForgottenSockets:
     # -- namespaces
 
     def _look_around(self) -> None:
-        """Which namespaces can be looked into now, and which of those that could be are no more."""
+        """Finds the namespaces that can be listed now, and those of earlier sweeps that are gone."""
         self._paths.clear()
         self._asked.clear()
         self._gone = set()
         try:
             with NamespaceIds() as ids:
                 for path in namespaces():
-                    # It may have gone meanwhile.
+                    # It may be gone by now.
                     with suppress(OSError):
                         self._see(path, ids)
                 living = ids.all()
         except OSError as error:
-            log.warning("which namespaces are gone is not known", error=str(error))
+            log.warning(
+                "failed to list network namespaces, keeping records of unknown ones", error=str(error)
+            )
             return
-        # An id that a namespace had which is no more may be another's by now.
+        # The id of a namespace that is gone may be another's by now.
         holders = {self._known[netns]: netns for netns in self._paths if netns in self._known}
         self._gone = {
             netns
@@ -135,7 +138,11 @@ class ForgottenSockets:
                 found = self._sockets_of(path, mine)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ESRCH, errno.EINVAL):
-                    log.warning("sockets cannot be looked at", namespace=str(path), error=str(error))
+                    log.warning(
+                        "failed to list sockets of a network namespace, keeping its records",
+                        namespace=str(path),
+                        error=str(error),
+                    )
                 continue
             for record in mine:
                 socket = found.get(record.cookie)
@@ -143,7 +150,7 @@ class ForgottenSockets:
                     yield record
 
     def _sockets_of(self, path: Path, records: list[Record]) -> dict[int, Connected]:
-        """By cookie. All records are of connected sockets, or none is."""
+        """The sockets that are there, by cookie. Either all records are of connected sockets, or none is."""
         wanted: dict[int, dict[int, Record]] = {}
         peers: dict[int, set[Peer]] = {}
         for record in records:

@@ -1,6 +1,6 @@
-"""From a configuration to what the agent is told.
+"""From a configuration to the agent's options.
 
-Where a field cannot mean the same as in kube-proxy:
+These fields cannot mean the same as in kube-proxy:
 
 - **mode** selects no way of working, only the defaults that kube-proxy gives each mode: the scheduler of
   ``ipvs``, ``primary`` node addresses for ``nftables``, and no loopback for both but by ``localhost``.
@@ -46,7 +46,7 @@ from ebpfproxy.services.values import parse_prefix
 
 
 def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]]:
-    """Of an effective configuration (:func:`ebpfproxy.config.load.effective`), and remarks for the log.
+    """Options from an effective configuration (:func:`ebpfproxy.config.load.effective`); remarks to log.
 
     Reads this host's name, cgroup mount and ``ip_local_port_range`` where the configuration leaves them open.
     Raises NodeNameError, RootError.
@@ -119,7 +119,7 @@ def in_use(configuration: Configuration, options: AgentOptions) -> Configuration
 
 
 def algorithm(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> tuple[Algorithm, list[str]]:
-    """lbAlgorithm, else ipvs.scheduler, else the mode's own; and what has to be said about it."""
+    """lbAlgorithm, else ipvs.scheduler, else the mode's own; and remarks to log."""
     default = Algorithm.ROUND_ROBIN if kube_proxy.mode == "ipvs" else Algorithm.RANDOM
     for path, name in (("lbAlgorithm", own.lb_algorithm), ("ipvs.scheduler", kube_proxy.ipvs.scheduler)):
         if name:
@@ -131,7 +131,7 @@ def algorithm(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -
 
 
 def external_ips_allowed(kube_proxy: KubeProxyConfiguration) -> bool:
-    """By the gate of 1.36 (KEP-5707), which is on until about 1.40."""
+    """True unless the gate of 1.36 (KEP-5707) is off; it is on until about 1.40."""
     return kube_proxy.feature_gates.get(EXTERNAL_IPS_GATE, True)
 
 
@@ -202,5 +202,5 @@ def _path(text: str) -> Path | None:
 
 
 def _prefixes(texts: list[str] | tuple[str, ...]) -> tuple[Prefix, ...]:
-    """Those that can be read: clusterCIDR is checked only where detectLocalMode uses it."""
+    """The valid ones: clusterCIDR is checked only if detectLocalMode uses it."""
     return tuple(prefix for text in texts if (prefix := parse_prefix(text)) is not None)

@@ -1,4 +1,4 @@
-"""What the agent asks of the migration from kube-proxy (``operator.migrate.node.handover`` answers)."""
+"""What the agent needs of the migration from kube-proxy; ``operator.migrate.node.handover`` implements it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 
 class Handover(Protocol):
     def is_under_way(self) -> bool:
-        """Whether connections that kube-proxy began may live on this node."""
+        """True if connections that kube-proxy began may be open on this node."""
 
     def reserve_ports(self, maps: MapSet, ports: tuple[int, int]) -> int:
-        """Keeps source ports between these two, which kube-proxy's masqueraded connections have, from ours.
+        """Reserves the source ports in this range that kube-proxy's masqueraded connections have.
 
         Returns how many there are.
         """

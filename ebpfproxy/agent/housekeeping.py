@@ -1,6 +1,6 @@
-"""What has to be done from time to time, beside the reconciler: grace periods, stale sockets, sweeps.
+"""The reconciler's recurring work: grace periods, stale sockets, sweeps.
 
-Each runs at most once at a time, in a worker; what follows from it is done in the reconciler's thread, which
+Each kind runs in a worker, at most once at a time; its result is handled in the reconciler's thread, which
 alone owns the writer.
 """
 
@@ -29,7 +29,7 @@ from ebpfproxy.node.clients import namespace_cookies
 
 log = get_logger(__name__)
 
-#: Between two rounds: many departures in a row are one.
+#: The time between two rounds, so that many removals in a row make one.
 _ENDING_SECONDS = 0.1
 
 
@@ -57,18 +57,18 @@ class Housekeeping:
         self._forgotten = ForgottenSockets(maps)
         self._comparing = False
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
-        #: Departures whose sockets have been ended.
+        #: Removed backends whose sockets have been closed.
         self._ended: dict[BackendUse, Departed] = {}
-        #: Conntrack entries after the last sweep, and how many have been pushed out so far.
+        #: Conntrack entries after the last sweep, and how many have been evicted so far.
         self.entries = 0
         self.evicted = 0
 
     def start(self, *, attached: bool) -> None:
-        """Starts what is due. Before programs are ``attached`` nothing but grace periods is."""
+        """Starts the work that is due. Until programs are ``attached``, only grace periods are."""
         self._start_grace()
         if attached:
             if not self._has_adopted:
-                # Those of other maps have been carried over.
+                # The redirects of maps of other sizes have been copied by now.
                 self._has_adopted = True
                 self._writer.redirects.adopt()
             self._start_ending()
@@ -78,7 +78,7 @@ class Housekeeping:
     # -- what was replaced
 
     def _start_grace(self) -> None:
-        """One grace period at a time, for all that was retired until it begins."""
+        """Each grace period is for everything that was retired before it begins."""
         retired = None if self._grace_runs else self._writer.take_retired()
         if not retired:
             return
@@ -94,7 +94,7 @@ class Housekeeping:
     # -- sockets of backends that are gone
 
     def _start_ending(self) -> None:
-        """One round at a time, for all departures until it begins."""
+        """Each round is for all backends that were removed before it begins."""
         now = time.monotonic()
         if self._ending or now < self._next_ending:
             return
@@ -111,7 +111,7 @@ class Housekeeping:
         )
 
     def _redirect(self, wanted: dict[bytes, bytes]) -> None:
-        """From a worker. What there is no room for is ended."""
+        """Called from a worker. Sockets for whose redirect there is no room are closed."""
 
         def redirect(_: None) -> None:
             refused = self._writer.redirects.add(wanted)
@@ -131,11 +131,11 @@ class Housekeeping:
         self._metrics.redirected_sockets(result.redirected)
         self._metrics.sockets_not_found(result.unseen)
         if result.redirected:
-            log.info("stale sockets are redirected", UDP=result.redirected)
+            log.info("redirected stale sockets", UDP=result.redirected)
         if any(result.ended.values()) or result.unseen:
-            log.info("stale sockets are ended", **result.ended, not_found=result.unseen)
+            log.info("closed stale sockets", **result.ended, not_found=result.unseen)
 
-    # -- flows and clients that are over
+    # -- flows and affinity that have expired
 
     def _start_sweep(self) -> None:
         if self._sweeping or time.monotonic() < self._next_sweep:
@@ -144,7 +144,7 @@ class Housekeeping:
         departures, backends = self._writer.departures, self._writer.backends_end
         needs_client_key = self._writer.needs_client_key
 
-        # A datagram that chose before the change has noted its choice by now.
+        # A program that chose before the change has stored its choice by now.
         over = dict(departures.items() & self._ended.items())
 
         def sweep() -> tuple[Sweep, dict[bytes, int]]:
@@ -170,7 +170,7 @@ class Housekeeping:
 
         self._background(sweep, done)
 
-    # -- records of sockets that no program has seen closed
+    # -- records of sockets that were closed unseen
 
     def _start_comparison(self) -> None:
         if self._comparing or time.monotonic() < self._next_comparison:
@@ -182,7 +182,7 @@ class Housekeeping:
             self._next_comparison = time.monotonic() + self._options.socket_sweep_seconds
             self._metrics.forgot_sockets(removed)
             if any(removed.values()):
-                log.info("records of sockets that are no more are removed", **removed)
+                log.info("removed records of closed sockets", **removed)
                 self._writer.retry()
 
         self._background(self._forgotten.sweep, done)

@@ -1,4 +1,4 @@
-"""The pages that kube-proxy has, too: two servers, one for load balancers and the kubelet, one for people."""
+"""kube-proxy's HTTP servers: one for load balancers and the kubelet, one for metrics and debugging."""
 
 from __future__ import annotations
 

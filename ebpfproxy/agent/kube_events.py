@@ -1,4 +1,4 @@
-"""What the agent tells people through events, and of which object.
+"""The Kubernetes events that the agent sends, and the objects that they regard.
 
 | reason | of | level | from |
 |---|---|---|---|
@@ -30,7 +30,7 @@ _KINDS = {
 }
 _START = "StartEbpfProxy"
 _CONFLICTS = {str(kind) for kind in FrontendKind}
-#: By the names of the servers in ``http``.
+#: The keys are the names of the servers in ``http``.
 _SERVER_REASONS = {
     "healthz": "FailedToStartProxierHealthcheck",
     "metrics": "FailedToStartMetricServer",

@@ -20,7 +20,7 @@ class NodeNetwork:
     def __init__(
         self, options: AgentOptions, writer: Writer, programs: ProgramManager, node_facts: NodeFacts
     ) -> None:
-        """``node_facts``: what is known of the Node before it is read."""
+        """``node_facts``: what is known of the Node object before it is read."""
         self._options = options
         self._writer = writer
         self._programs = programs
@@ -33,12 +33,12 @@ class NodeNetwork:
         return list(self._devices.values())
 
     def set_facts(self, facts: Facts) -> None:
-        """What the kernel says of this node."""
+        """Takes what the kernel says of this node."""
         self._facts = facts
         self._apply()
 
     def set_node(self, facts: NodeFacts) -> None:
-        """The Node's addresses may be written long after it is there, by a cloud provider."""
+        """Takes what the Node object says. A cloud provider may write its addresses late."""
         if facts != self.node_facts:
             self.node_facts = facts
             self._apply()
@@ -47,7 +47,7 @@ class NodeNetwork:
         network = network_of(self._facts, self.node_facts, self._options.devices)
         node_ports = select_node_port_addresses(network, self._options.node_port_addresses)
         log.info(
-            "devices and addresses",
+            "found devices and addresses",
             uplinks=[d.name for d in network.devices if d.role is Role.UPLINK],
             tunnels=[d.name for d in network.devices if d.role is Role.TUNNEL],
             outside=[d.name for d in network.devices if d.role is Role.OUTSIDE],
@@ -68,5 +68,5 @@ class NodeNetwork:
             if before is not None and (before.role, before.why) == (device.role, device.why):
                 continue
             tell = log.debug if before is None and device.role is Role.LOCAL else log.info
-            tell("device", name=device.name, taken_for=str(device.role), because=device.why)
+            tell("device has a role", name=device.name, taken_for=str(device.role), because=device.why)
         self._devices = {device.ifindex: device for device in devices}

@@ -1,4 +1,4 @@
-"""What ``ebpfproxy run`` was told."""
+"""The options of an agent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebpfproxy.services.model import Algorithm, Prefix
 
 
 class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``ebpfproxy run`` was told."""
+    """All that ``ebpfproxy run`` takes from configuration and flags. Times are in seconds."""
 
     node_name: str
     bpf_root: Path
@@ -21,7 +21,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     manifests: Path | None = None
     kubeconfig: Path | None = None
     master: str | None = None
-    #: Requests a second to the API server, and how many at once.
+    #: The rate limit of requests to the API server: how many a second, and how many at once.
     api_qps: float = 5.0
     api_burst: int = 10
     healthz_bind_address: str = "0.0.0.0:10256"
@@ -31,17 +31,17 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     node_ports_on_loopback: bool = True
     guard_node_ports: bool = False
     pod_sockets: bool = True
-    #: As ``config.node_port_addresses.parse_node_port_addresses`` returns them.
+    #: ``config.node_port_addresses.parse_node_port_addresses`` has checked them.
     node_port_addresses: tuple[str, ...] = ()
     external_ips: bool = True
-    #: Patterns of uplinks' names; empty: by the Node's addresses, routes and kinds.
+    #: Patterns of uplinks' names; if empty, addresses, routes and kinds of devices decide.
     devices: tuple[str, ...] = ()
     local_pods: LocalPods = LocalPods()
     cluster_cidrs: tuple[Prefix, ...] = ()
     service_cidrs: tuple[Prefix, ...] = ()
     masquerade_all: bool = False
     bypass_netfilter: bool = False
-    #: Of Services that name none.
+    #: A Service may name another.
     algorithm: Algorithm = Algorithm.RANDOM
     maglev_size: int = MAGLEV_DEFAULT_SIZE
     masquerade_ports: tuple[int, int]
@@ -49,10 +49,10 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     masquerade_ports_shared: bool = False
     timeouts: conntrack_table.Timeouts = conntrack_table.Timeouts()
     sweep_seconds: float = 10.0
-    #: Between two looks for records of sockets that are no more.
+    #: The time between two sweeps for records of closed sockets.
     socket_sweep_seconds: float = 60.0
     stale_tcp: StaleTcp = StaleTcp.GONE
-    #: Seconds in which an endpoint that was removed may come back.
+    #: For so long an endpoint that was removed may come back.
     stale_tcp_seconds: float = 5.0
     capacity: Capacity = Capacity()
     without: frozenset[Feature] = frozenset()

@@ -1,6 +1,6 @@
-"""The programs: loaded beside the reconciler, attached once the maps are complete, then kept on all devices.
+"""The programs: loaded in a worker, attached once the maps are complete, then kept on all devices.
 
-All but :meth:`ProgramManager.load` is called by the reconciler.
+Only :meth:`ProgramManager.load` runs outside the reconciler's thread.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)
 
-#: Between two tries at devices that could not be attached to.
+#: The time between two attempts to attach to devices that failed.
 _RETRY_SECONDS = 10.0
 
 
 class ProgramManager:
-    """What is attached stays when this ends: only the next agent replaces it."""
+    """Programs stay attached when the agent stops: the next one replaces them."""
 
     def __init__(
         self,
@@ -59,19 +59,19 @@ class ProgramManager:
         self._cidrs: tuple[Prefix, ...] | None = None
         self._service_cidrs: tuple[tuple[Prefix, ...], frozenset[bytes]] | None = None
         self._own_addresses: frozenset[bytes] = frozenset()
-        #: The first attaching is done; from then on devices follow the node's.
+        #: True after the first time: from then on programs follow the node's devices.
         self.attached = False
-        #: Devices that could not be attached to, each with the reason.
+        #: Devices that could not be attached to, with the reasons.
         self.failures: list[str] = []
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """Devices that packets' programs should be on."""
+        """The devices that packet programs should be attached to."""
         return self._packets.targets
 
     @property
     def attached_devices(self) -> frozenset[int]:
-        """Indexes of the devices that they are on."""
+        """Indexes of the devices that they are attached to."""
         return self._packets.attached
 
     # -- loading
@@ -81,7 +81,7 @@ class ProgramManager:
         self._background(self.load, self._loaded)
 
     def load(self) -> Path:
-        """Compiles and loads what these options ask for, unless it is pinned already. Raises LoadError."""
+        """Compiles and loads the programs, unless they are pinned already. Raises LoadError."""
         options = self._options
         wanted = loader.Options(
             features=self._features,
@@ -115,7 +115,10 @@ class ProgramManager:
     # -- attaching
 
     def attach(self, started: float) -> None:
-        """At first all, once programs are loaded; after that, what failed. ``started``: Unix seconds."""
+        """Attaches everything once programs are loaded, and after that to devices that failed.
+
+        ``started``: the agent's start, in Unix seconds.
+        """
         if self.attached:
             if self.failures and time.monotonic() >= self._next_try:
                 self._attach_devices()
@@ -133,18 +136,18 @@ class ProgramManager:
         self.attached = True
         carrier.copy()
         mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
-        # A flow that begins needs programs at all devices: until then it is kube-proxy's.
+        # A new flow needs programs at all devices: until they are there it is kube-proxy's.
         is_first = not device_attachments(self._pins)
         self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
         if mode:
             taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
-            log.info("kube-proxy's connections go on behind us", ports_taken=taken)
+            log.info("leaving existing connections to netfilter", ports_taken=taken)
         self._packets.set_mode(mode)
         carrier.copy()
         carrier.close()
         if carrier.copied:
-            log.info("flows are carried over from other maps", entries=carrier.copied)
+            log.info("copied flows from maps of other sizes", entries=carrier.copied)
         loader.remove_others(self._maps, self._programs)
         removed = detach.remove_other_versions(self._pins, self._maps.folder)
         log.info(
@@ -164,10 +167,10 @@ class ProgramManager:
         self._next_try = time.monotonic() + _RETRY_SECONDS
         changed, failed = self._packets.attach(self._programs)
         if changed and self.attached:
-            log.debug("devices", changed=changed)
+            log.debug("attached to devices", changed=changed)
         for failure in failed:
             if failure not in self.failures:
-                log.error("device is not attached", error=failure)
+                log.error("failed to attach to a device, trying again", error=failure)
         self.failures = failed
         return changed
 
@@ -197,7 +200,7 @@ class ProgramManager:
             self._attach_devices()
 
     def set_pod_cidrs(self, node: NodeFacts) -> None:
-        """Known from the options, or from the Node once it is there."""
+        """The ranges of pods, from the options or from the Node once it is there."""
         pods = self._options.cluster_cidrs
         if self._options.local_pods.mode is LocalMode.NODE_CIDR:
             pods = node.pod_cidrs
@@ -218,4 +221,7 @@ class ProgramManager:
             return
         self._service_cidrs = found
         if not self._packets.cidrs.set_services(*found):
-            log.warning("no room for all addresses that other proxies serve", addresses=len(taken))
+            log.warning(
+                "addresses of other proxies do not fit into the map: packets to those left out are dropped",
+                addresses=len(taken),
+            )

@@ -71,7 +71,7 @@ class Agent:
         config: Path | None = None,
         init_only: bool = False,
     ) -> None:
-        """Changes nothing on this node, and finds what of the options is wrong.
+        """Checks the options, and changes nothing on this node.
 
         ``configz``: what /configz answers. ``config``: the file whose change ends the agent. ``init_only``:
         :meth:`run` makes the maps, compiles and loads the programs, and is done.
@@ -259,9 +259,9 @@ class Agent:
             raise message.error
         elif not isinstance(message, Stop):
             if isinstance(message, Replaced):
-                log.debug("list", resource=str(message.resource), objects=len(message.objects))
+                log.debug("listed", resource=str(message.resource), objects=len(message.objects))
             elif not isinstance(message, Deleted):
-                log.debug("change", resource=str(message.resource))
+                log.debug("changed", resource=str(message.resource))
             self._tracker.apply(message)
 
     def _program(self) -> None:
@@ -295,7 +295,7 @@ class Agent:
         )
         if full:
             log.info(
-                "programmed everything",
+                "programmed all Services",
                 service_ports=self._writer.service_ports,
                 frontends=self._writer.frontends,
                 backends=self._writer.backends,

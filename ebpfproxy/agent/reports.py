@@ -1,4 +1,4 @@
-"""What metrics, the log and events say of one programming."""
+"""Metrics, log lines and events of one change of the maps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def programmed(
     for warning in update.warnings:
         metrics.warned(str(warning.resource))
         log.warning(
-            "value is not used",
+            "ignoring invalid field",
             resource=str(warning.resource),
             object=str(warning.key),
             field=warning.field,
@@ -52,7 +52,7 @@ def programmed(
         record(kube_events.value_not_used(warning))
     for problem in problems:
         metrics.did_not_fit()
-        log.error("service port is not programmed", error=str(problem))
+        log.error("failed to program a service port, trying again when there is room", error=str(problem))
     for occurrence in kube_events.no_room(node, problems):
         record(occurrence)
     log.debug("programmed", changed=len(update.changed), removed=len(update.removed))

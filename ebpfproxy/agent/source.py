@@ -1,4 +1,4 @@
-"""Where objects come from, and where people are told of them: the API server, or manifests."""
+"""The source of objects, which also takes Kubernetes events: the API server, or manifests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebpfproxy.services.reduce import reducer
 
 
 class Source:
-    """Either, under one face."""
+    """The API server or manifests."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Source:
         self.has_cluster = options.manifests is None
         self._describe: Callable[[], str]
         self.requests: Callable[[], dict[tuple[str, str], int]] = dict
-        #: Tells people of something. Manifests have nobody to tell.
+        #: Sends a Kubernetes event. With manifests there is no API server to send it to.
         self.record: Record = lambda _: None
         reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
         if options.manifests is not None:
@@ -71,5 +71,5 @@ class Source:
 
     @property
     def description(self) -> str:
-        """Of a cluster, the address that is used now."""
+        """For the log and ``status``; of a cluster, the API server's address that is used now."""
         return self._describe()

@@ -30,14 +30,14 @@ from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.netlink.sock_diag import Connected, Peer, end_sockets, find_sockets
 from ebpfproxy.services.model import Protocol
 
-#: Seconds before each look: a socket may be between its hook and its connection.
+#: Seconds before each search: a socket may be between its hook and its connection.
 _PAUSES = (0.0, 0.05, 0.25)
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """What became of the sockets of some departures. ``unseen`` were not found connected anywhere.
+    """What became of the sockets of some removed backends. ``unseen`` were not found connected anywhere.
 
-    Those have lost their connection already, or are in a namespace that this process cannot enter.
+    They have lost their connection already, or are in a network namespace that this process cannot enter.
     """
 
     departures: Mapping[BackendUse, Departed]
@@ -55,12 +55,12 @@ def end_stale_sockets(
     lost: Collection[LostFrontend],
     redirect: Callable[[dict[bytes, bytes]], None],
 ) -> Ended:
-    """Redirects or ends them. Takes some time: for a thread of its own.
+    """Redirects or closes them. It takes some time, and should run in a thread of its own.
 
     ``lost``: frontends that are another service's by now, or nobody's, whose backends may be well.
     ``redirect`` gets keys and values of ``sock_redirects``.
     """
-    # A connect() that chose before the change has noted its choice after this.
+    # After this, a connect() that chose before the change has stored its choice.
     grace.wait()
     ended: Counter[str] = Counter()
     known: set[int] = set()
@@ -87,7 +87,7 @@ def end_stale_sockets(
 
 
 def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redirect]:
-    """By packed flow: what the packets of datagram sockets are to ask, of those whose packets we see."""
+    """The redirects of datagram sockets whose packets our programs see, by packed flow."""
     datagram = {peer: cookies for peer, cookies in stale.items() if peer.protocol == Protocol.UDP}
     found: dict[bytes, Redirect] = {}
     if not datagram:
@@ -113,11 +113,11 @@ def peers_of(redirects: Mapping[bytes, bytes]) -> dict[Peer, set[int]]:
 
 
 def _in_packets(maps: MapSet, sockets: Iterable[Connected]) -> list[Connected]:
-    """Those whose packets pass a device with our programs, wherever the backend's address is by then.
+    """The sockets whose packets pass a device with our programs, wherever the backend's address is by then.
 
-    A pod's come from a local device, which is the way to its address. The host's own are seen where they
-    leave; what it sends to itself is not. On a bridge of pods the backend is a neighbour: what is sent to it
-    goes to its own link address alone, and, once it is gone, nowhere.
+    Packets of a pod come from a local device, which is also the route to the pod. Packets of the host are
+    seen where they leave it; what it sends to itself is not. On a bridge of pods the backend is a neighbour:
+    packets go to its link address only, and nowhere once it is gone.
     """
     found: list[Connected] = []
     by_namespace: dict[Path, list[Connected]] = {}
@@ -129,7 +129,7 @@ def _in_packets(maps: MapSet, sockets: Iterable[Connected]) -> list[Connected]:
             try:
                 own = Routes(netlink_in(namespace, socket.NETLINK_ROUTE))
             except OSError:
-                # It has ended meanwhile, with its sockets.
+                # It is gone by now, and its sockets with it.
                 continue
             with own:
                 for each in inside:

@@ -31,7 +31,7 @@ class WatchState(msgspec.Struct, frozen=True):
 
 
 class DeviceState(msgspec.Struct, frozen=True):
-    """A device that packets' programs should be on, what it is taken for, and why."""
+    """A device that packet programs should be attached to, its role, and the reason for that."""
 
     ifindex: int
     name: str
@@ -56,13 +56,13 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     services: int = 0
     watches: tuple[WatchState, ...] = ()
     problems: tuple[str, ...] = ()
-    #: How many devices packet programs should be on.
+    #: How many devices packet programs should be attached to.
     devices: int = 0
-    #: As many of them as the record has room for, those that lead to pods last.
+    #: Those that fit into the record; devices of pods come last.
     device_roles: tuple[DeviceState, ...] = ()
     #: The cookie of the agent's network namespace, in which indexes of devices mean something.
     netns: int = 0
-    #: What the Node object said: the next agent starts with it.
+    #: Facts of the Node object, with which the next agent starts.
     node_facts: NodeFacts = NodeFacts()
     conntrack_entries: int = 0
     conntrack_evicted: int = 0
@@ -71,7 +71,7 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def save(maps: MapSet, state: AgentState) -> None:
-    """Replaces the whole record in one step; long error texts are cut so that it always fits."""
+    """Replaces the whole record in one step; long error texts are cut, so that it always fits."""
     watches = tuple(
         msgspec.structs.replace(w, error=w.error[:_ERROR_LENGTH]) if w.error else w for w in state.watches
     )
@@ -89,12 +89,12 @@ def save(maps: MapSet, state: AgentState) -> None:
 
 
 def save_programmed(maps: MapSet, when: float, seconds: float) -> None:
-    """For every change of the maps, where :func:`save` is too dear: none is seen without its time."""
+    """Called for every change of the maps, for which :func:`save` would take too long."""
     maps["programmed"].update(U32.pack(0), PROGRAMMED.pack(when, seconds))
 
 
 def load(maps: MapSet) -> AgentState | None:
-    """What the last agent on these maps wrote; None where none has, or another version's cannot be read."""
+    """The record of the last agent on these maps; None if there is none that this version can read."""
     programmed = maps.maps.get("programmed")
     return _decode(
         maps["agent_state"].lookup(U32.pack(0)),
@@ -103,7 +103,7 @@ def load(maps: MapSet) -> AgentState | None:
 
 
 def load_latest(pins: Path) -> AgentState | None:
-    """What the agent wrote that wrote last: one with other map sizes has maps that nobody uses at first."""
+    """The latest record of all: an agent with other map sizes has maps of its own, unused at first."""
     records = (
         _decode(_stored(path, AGENT_STATE_SIZE), _stored(path.with_name("programmed"), PROGRAMMED.size))
         for path in pins.glob("v*-*/maps/agent_state")
@@ -112,7 +112,7 @@ def load_latest(pins: Path) -> AgentState | None:
 
 
 def _stored(path: Path, size: int) -> bytes | None:
-    """None for another schema's, and where it goes at this moment."""
+    """None for another schema's, and for one that is deleted at this moment."""
     try:
         fd = bpf.get_pinned(path)
     except bpf.BpfError as error:

@@ -33,7 +33,7 @@ _REST = 0.25
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """What there is to show."""
+    """The parts of the agent that are shown."""
 
     options: AgentOptions
     maps: MapSet

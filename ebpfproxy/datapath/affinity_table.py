@@ -1,4 +1,4 @@
-"""Session affinity as the map holds it: who stays with whom, and for how long."""
+"""Session affinity as the map holds it: which client stays with which backend, and for how long."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class AffinityRow(msgspec.Struct, frozen=True):
 
 
 def affinity_rows(maps: MapSet, now: int, names: Mapping[int, str]) -> list[tuple[AffinityRow, bytes]]:
-    """Every entry that is still used, with its key, sorted. ``now`` is CLOCK_MONOTONIC in ns.
+    """Every entry that has not expired, with its key, sorted. ``now`` is CLOCK_MONOTONIC in ns.
 
-    ``names``: of network namespaces, by cookie.
+    ``names`` are those of network namespaces, by cookie.
     """
     dump = Dump(maps)
     seconds = affinity_seconds(dump)
@@ -61,14 +61,14 @@ def affinity_rows(maps: MapSet, now: int, names: Mapping[int, str]) -> list[tupl
 
 
 def affinity_seconds(dump: Dump) -> dict[int, int]:
-    """By service id, of those with session affinity."""
+    """Timeouts of session affinity by service id, where there is any."""
     return {entry.id: entry.affinity_seconds for _, entry in dump.entries() if entry.affinity_seconds}
 
 
 def forget_expired(maps: MapSet, now: int) -> int:
     """Deletes entries that no choice would use again; returns how many."""
     affinity = maps["affinity"]
-    # Reading takes a while: a client that came back meanwhile stays with whom it has now.
+    # Reading takes a while: a client that came back meanwhile keeps the backend that it has now.
     return sum(
         affinity.delete(key) for key, found in list(_expired(maps, now)) if affinity.lookup(key) == found
     )

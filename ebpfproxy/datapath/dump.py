@@ -21,7 +21,7 @@ from ebpfproxy.datapath.programs.attach import LINKS, attachments
 from ebpfproxy.datapath.programs.loader import program_id
 from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, format_endpoint
 
-#: Every place of these is in use, or none: they have no fill.
+#: These have no fill: all of their places are in use.
 _PLAIN_ARRAYS = frozenset({"epochs", "loads", "turns"})
 
 
@@ -194,7 +194,7 @@ class Dump:
         return [row for _, row in sorted(rows, key=lambda pair: (len(pair[0].address), pair[0]))]
 
     def service_counters(self) -> list[ServiceCounters]:
-        """Of the service ports that have counted anything."""
+        """The counters of all service ports that have counted anything."""
         return [
             ServiceCounters(self.names[number], *sums)
             for number, sums in self._maps["service_stats"].nonzero_counters()

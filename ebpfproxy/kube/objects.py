@@ -241,7 +241,7 @@ def key_of(obj: Object) -> ObjectKey:
     return ObjectKey(meta.namespace, meta.name)
 
 
-#: What a source makes of each object as soon as it is decoded, so that a list of many needs little memory.
+#: A source calls it with each object as soon as that is decoded, so that long lists need little memory.
 Reduce = Callable[[Object], object]
 
 

@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
     @property
     def error(self) -> OSError | None:
-        """What an error says; None for an acknowledgement."""
+        """The error of a message; None for an acknowledgement."""
         number = -struct.unpack_from("=i", self.payload)[0]
         return OSError(number, os.strerror(number)) if number else None
 

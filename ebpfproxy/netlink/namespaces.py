@@ -49,7 +49,7 @@ def _paths() -> Iterator[Path]:
 
 
 def names_by_cookie() -> dict[int, str]:
-    """By cookie: ``host`` for this process's own, the name in a runtime's folder, or ``pid N``."""
+    """Names by cookie: ``host`` for this process's own, the name in a runtime's folder, or ``pid N``."""
     found = {}
     for path in namespaces():
         with suppress(OSError), socket_in(path, socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -74,7 +74,7 @@ class Routes:
                     return _way(each.payload) if each.kind == _RTM_NEWROUTE else Way()
 
     def is_on_network(self, address: bytes) -> bool:
-        """Whether the address is a neighbour's on a network of several: then that one alone gets packets.
+        """True if the address is a neighbour's on a network of several, which alone gets packets to it.
 
         Where its link address is not known any more, packets do not even leave.
         """
@@ -94,7 +94,7 @@ class Routes:
 
 
 def _way(message: memoryview) -> Way:
-    """Of an rtmsg with its attributes."""
+    """Reads an rtmsg with its attributes."""
     found = codec.attributes(message[_ROUTE.size :])
     source = bytes(found.get(_RTA_PREFSRC, b""))
     if message[_TYPE_AT] != _RTN_UNICAST or _RTA_OIF not in found:

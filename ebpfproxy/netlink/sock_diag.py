@@ -43,7 +43,7 @@ _TIMEOUT_SECONDS = 5.0
 
 
 class Peer(NamedTuple):
-    """Whom sockets are connected to. ``protocol`` is the IP protocol's number."""
+    """The peer that sockets are connected to. ``protocol`` is the IP protocol's number."""
 
     address: bytes
     port: int
@@ -62,7 +62,7 @@ class Connected(NamedTuple):
 
     @property
     def is_here(self) -> bool:
-        """In this process's own network namespace, the host's."""
+        """True in this process's own network namespace, the host's."""
         return self.namespace == OWN
 
 
@@ -169,13 +169,17 @@ def _diagnosers() -> Iterator[tuple[Path, socket.socket]]:
 
 
 def _complain(path: Path, error: OSError) -> None:
-    log.warning("stale sockets cannot be ended", namespace=str(path), error=str(error))
+    log.warning(
+        "failed to close stale sockets in a network namespace, leaving them",
+        namespace=str(path),
+        error=str(error),
+    )
 
 
 def _end_all_in(
     diag: socket.socket, protocol: int, peers: Sequence[Peer], cookies: Collection[int]
 ) -> set[int]:
-    """Of one protocol in one namespace."""
+    """Lists sockets of one protocol in one namespace."""
     found: dict[int, dict[int, bytes]] = {}
     for family, name in _all_connected_to(diag, protocol, peers):
         (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)

@@ -1,4 +1,4 @@
-"""What a Service says of how its backends are chosen: the algorithm and the weights."""
+"""The algorithm and the weights that a Service's annotations ask for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ebpfproxy.services.values import parse_address
 
 ALGORITHM_ANNOTATION = "ebpfproxy.io/lb-algorithm"
 WEIGHTS_ANNOTATION = "ebpfproxy.io/weights"
-#: As IPVS has them (ip_vs.h).
+#: IPVS has the same limit (ip_vs.h).
 MAX_WEIGHT = 65535
-#: Of what is wrong: characters of a text, and parts of an annotation.
+#: Remarks show so many characters of a text, and so many wrong parts of an annotation.
 _SHOWN, _SAID = 80, 10
 _NOT_IN_NAMES = frozenset("=/")
 
@@ -39,7 +39,7 @@ NEAREST: Mapping[str, Algorithm] = {
 
 
 def parse_algorithm(text: str) -> tuple[Algorithm | None, str]:
-    """The algorithm (None where the name is unknown), and what has to be said about it, if anything."""
+    """The algorithm (None if the name is unknown), and a remark, which may be empty."""
     name = text.strip().lower()
     found = ALGORITHMS.get(name)
     if found is not None:

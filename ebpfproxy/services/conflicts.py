@@ -14,7 +14,7 @@ Age = tuple[str, str, str]
 
 
 class Claim(NamedTuple):
-    """What can belong to one Service only. A NodePort's address is all zeros."""
+    """Address, port and protocol that one Service only can have. A NodePort's address is all zeros."""
 
     address: bytes
     port: int
@@ -26,7 +26,7 @@ def claim_of(frontend: Frontend) -> Claim:
 
 
 class Claims:
-    """Who has each claim, kept up to date claim by claim.
+    """The Services that make each claim, kept up to date claim by claim.
 
     Of several claimants the one with the smallest age owns the claim: the order of arrival does not matter,
     so that every node decides alike and a restart changes nothing.

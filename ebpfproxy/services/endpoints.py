@@ -23,7 +23,7 @@ _FAMILIES = {"IPv4": Family.IPV4, "IPv6": Family.IPV6}
 
 
 class Traits(NamedTuple):
-    """What the rules of ``policy`` look at in an endpoint. Few differ: one object serves thousands.
+    """What the rules of ``policy`` depend on in an endpoint. Few differ: one object serves thousands.
 
     Neither ready nor draining (serving and terminating) means idle: only old connections live on.
     """
@@ -33,7 +33,7 @@ class Traits(NamedTuple):
     local: bool
     zones: tuple[str, ...]
     nodes: tuple[str, ...]
-    #: Where it is; empty where that is not known. Only weights look at it.
+    #: The node and zone that it is in, empty if unknown. Only weights depend on them.
     node: str = ""
     zone: str = ""
     #: Only an address that is there twice is told by it: see :func:`merge`.
@@ -53,14 +53,14 @@ class SliceEndpoints(msgspec.Struct, frozen=True, gc=False):
     family: Family | None
     ports: tuple[SlicePort, ...]
     addresses: tuple[bytes, ...]
-    #: Of the address at the same place.
+    #: They belong to the addresses at the same places.
     traits: tuple[Traits, ...]
     warnings: tuple[Warning, ...]
     #: RFC 3339 time of what led to this version; see objects.SliceAnnotations.
     trigger_time: str | None = None
 
     def same_as(self, other: SliceEndpoints) -> bool:
-        """Whether nothing but the trigger differs."""
+        """True if nothing but the trigger differs."""
         return msgspec.structs.replace(self, trigger_time=other.trigger_time) == other
 
 

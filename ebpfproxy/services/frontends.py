@@ -179,7 +179,7 @@ class _Reader:
         return spec.health_check_node_port
 
     def _source_ranges(self) -> dict[Family, tuple[Prefix, ...] | None]:
-        """By family. A family that none names is open to all (kube-proxy splits them in the same way).
+        """The ranges by family. A family without any is open to all (kube-proxy splits them in the same way).
 
         One that cannot be read opens nothing: it may have been of either family.
         """

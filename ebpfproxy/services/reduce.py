@@ -1,4 +1,4 @@
-"""What of each object the tracker needs: computed once, as soon as the object is decoded."""
+"""What the tracker needs of each object: computed once, as soon as the object is decoded."""
 
 from __future__ import annotations
 

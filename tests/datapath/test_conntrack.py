@@ -66,7 +66,7 @@ class Bench:
 
 
 def pack_nat(nat: Nat) -> bytes:
-    """As programs write it."""
+    """Packs it as programs do."""
     return struct.pack(
         "=16s16s2s2sIIBBHQQII",
         layout.pack_address(nat.source),
@@ -145,7 +145,7 @@ def test_thousands_in_one_sweep(bench: Bench) -> None:
 
 
 def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
-    """Of one that is not ready, only those without a connection."""
+    """Flows of one that is not ready end only if they have no connection."""
     for port, protocol in ((1, Protocol.TCP), (2, Protocol.UDP)):
         bench.pair(port, protocol=protocol, ids=(7, 1))
         bench.pair(port + 2, protocol=protocol, ids=(7, 2))
@@ -202,7 +202,7 @@ def load(bench: Bench, number: int) -> layout.Load:
 
 
 def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
-    """As programs count them: each when it begins. What ends without a packet, only the sweep knows."""
+    """Programs count each when it begins; only the sweep knows of one that ends without a packet."""
     words = bench.maps.shared("loads").bytes.cast("I")
     for port in range(10):
         bench.pair(port + 1, protocol=Protocol.UDP, idle=1000 if port < 4 else 0, ids=(7, 3))
@@ -243,7 +243,7 @@ def test_what_vanishes_without_being_deleted_was_evicted(bench: Bench) -> None:
 
 @pytest.mark.parametrize("protocol", [Protocol.UDP, UDPLITE])
 def test_one_datagram_and_its_answer_are_no_stream(bench: Bench, protocol: int) -> None:
-    """As with netfilter: the longer time-out is of flows that go on, or resolvers' would take all ports."""
+    """Netfilter does the same: flows of resolvers would take all ports if they had the longer time-out."""
     bench.pair(1, protocol=protocol, seen=Seen.REPLY, idle=29, lasted=0.9)
     bench.pair(2, protocol=protocol, seen=Seen.REPLY, idle=31, lasted=0.9)
     bench.pair(3, protocol=protocol, seen=Seen.REPLY, idle=119, lasted=1.1)

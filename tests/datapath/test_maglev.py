@@ -26,7 +26,7 @@ GOLDEN = [3, 2, 2, 0, 0, 3, 1, 1, 3, 2, 3, 2, 4, 4, 0, 2]
 
 
 def names(count: int, cluster: int = 0) -> list[bytes]:
-    """As ``slots_of`` makes them; another cluster's are others."""
+    """Names as ``slots_of`` makes them; another cluster has others."""
     return [bytes((10, cluster, *n.to_bytes(2, "big"))) + b"\x1f\x90\x06" for n in range(count)]
 
 

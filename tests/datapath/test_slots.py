@@ -30,7 +30,7 @@ def backends(number: int) -> list[Backend]:
 
 
 def ids(number: int) -> array[int]:
-    """In no order, as after some time."""
+    """Ids have no order after some time."""
     return array("Q", (10000 - 7 * n for n in range(number)))
 
 

@@ -25,7 +25,7 @@ from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:
-    """As ``crc32c_zeros`` in C does it."""
+    """Does what ``crc32c_zeros`` does in C."""
     for k in range(CRC_STEPS):
         if length >> k & 1:
             step = words[k * 1024 : (k + 1) * 1024]

@@ -107,7 +107,7 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
                 bench.count_open(number, -1, flow=number in flows)
                 flows.discard(number)
                 del opened[number]
-            # As programs find them: by a slot. Few, so that ids do not run out.
+            # Programs find them by a slot. These are few, so that ids do not run out.
             ids = {n for s in bench.service_ids.values() for p in Policy for n, _ in bench.slots(s, p)}
             unused = sorted(ids - opened.keys())
             if step != "close" and unused and len(opened) < 4:

@@ -61,7 +61,7 @@ class Bench:
         self.reopen()
 
     def reopen(self) -> Writer:
-        """As a new agent would: by adopting what is there."""
+        """Opens the maps as a new agent does, which adopts what is there."""
         self.close_maps()
         self.maps = maps_module.open_or_create(self.pins, self.capacity)
         self.writer = Writer(self.maps, self.grace.wait, maglev_size=self.maglev_size)

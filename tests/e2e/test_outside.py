@@ -124,7 +124,7 @@ def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pyt
         # Without the bypass: flows that began with it go on with it.
         options = [o for o in WAYS[request.node.callspec.params["every_way"]] if o != "--bypass-netfilter"]
         bigger = outer.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
-        assert "flows are carried over" in bigger.text
+        assert "copied flows from maps of other sizes" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
     # What is just being opened may meet programs of both sizes. The long one is asked after each of the
     # short ones: were it lost, every round from then on would be an error.

@@ -215,7 +215,7 @@ def test_20000_sockets_in_20_namespaces() -> None:
         assert sum(connected.values()) == NAMESPACES * (SOCKETS + DIRECT)
         began = time.time()
         write(stays)
-        agent.wait_log("stale sockets are redirected")
+        agent.wait_log("redirected stale sockets")
         took = time.time() - began
         status = json.loads(node.cli("status", "-o", "json"))
         redirected = next(each["entries"] for each in status["maps"] if each["name"] == "sock_redirects")

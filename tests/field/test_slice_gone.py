@@ -71,7 +71,7 @@ def test_connections_outlive_a_slice_that_is_away_for_a_moment(world: Outer) -> 
     assert ended == {}
     assert [each.ask() for each in flows] == ["alive", "alive"]
     assert "shop/web" in ids
-    assert "stale sockets are ended" not in agent.text
+    assert "closed stale sockets" not in agent.text
     agent.stop()
 
 

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
-#: Of those that ipvsadm(8) knows, and our own.
+#: These are the ones that ipvsadm(8) knows, and our own.
 _ALGORITHMS = {
     "random": "",
     "round-robin": "rr wrr",
@@ -117,7 +117,7 @@ def _addresses(service: Object) -> list[tuple[str, Address]]:
 def _endpoints(
     service: Object, name: str, protocol: str, version: int, slices: list[Object]
 ) -> dict[str, Object]:
-    """By address and port: ready, serving-terminating, node, zones, nodes."""
+    """Endpoints by address and port: ready, serving-terminating, node, zones, nodes."""
     listed: dict[str, list[Object]] = {}
     for piece in slices:
         owner = _labels(piece).get("kubernetes.io/service-name")
@@ -171,7 +171,7 @@ def _algorithm(service: Object) -> str:
 
 
 def _weight(service: Object, endpoint: Object) -> int:
-    """By the first kind of key that the endpoint has, and of that the last part."""
+    """The first kind of key that the endpoint has decides, and of that kind the last part."""
     parts = re.findall(
         r"(?:^|(?<=[\s,]))([^\s,]+)=0*(\d{1,5})(?=[\s,]|$)", _annotation(service, "weights"), re.A
     )
@@ -195,7 +195,7 @@ def _names(key: str, kind: str, endpoint: Object) -> bool:
 
 
 def _is_drained(service: Object, endpoint: Object, orders: frozenset[Order]) -> bool:
-    """By hand, or by a weight of 0."""
+    """True if it is drained by hand, or has a weight of 0."""
     address = str(endpoint["address"])
     return not orders.isdisjoint({(address, 0), (address, endpoint["port"])}) or not _weight(
         service, endpoint

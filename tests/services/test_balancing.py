@@ -27,7 +27,7 @@ def packed(text: str) -> bytes:
 
 
 def weights_of(text: str) -> Weights:
-    """Of a text in which nothing is wrong."""
+    """Parses a text in which nothing is wrong."""
     found, problems = parse_weights(text)
     assert problems == []
     assert found is not None
@@ -60,7 +60,7 @@ def weights_of(text: str) -> Weights:
     ],
 )
 def test_each_name_and_each_of_ipvs_is_known(name: str, expected: Algorithm) -> None:
-    """In any case, and with white space around it."""
+    """Names may be in any case, with white space around them."""
     for text in (name, name.upper(), name.title(), f" {name}", f"\t{name}\n"):
         assert parse_algorithm(text) == (expected, "")
 

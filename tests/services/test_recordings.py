@@ -92,7 +92,7 @@ def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) ->
 
 
 def test_a_new_list_in_the_middle_changes_only_what_differs() -> None:
-    """As after a 410: the list is compared with what is known, and what is the same is not reported."""
+    """After a 410 the list is compared with what is known, and what is the same is not reported."""
     first = recordings.as_events(recordings.lists("initial"))
     world, tracker = recordings.World(first), RecordTracker("node-a1")
     events = recordings.watch_events()

@@ -110,7 +110,7 @@ class Selections:
         self._slots = slots
 
     def ranges(self, service_id: int) -> tuple[Range, Range]:
-        """By policy, the slots in use."""
+        """The slots in use, by policy."""
         cluster, cluster_count, local, local_count = _RANGES.unpack_from(
             self._words, service_id * _RANGES.size
         )

@@ -29,8 +29,8 @@ class NatFlags(enum.IntFlag):
     SOURCE = 1 << 1
     HOST = 1 << 2
     BYPASS = 1 << 3
-    #: Of no Service (answers to this node's own flow, a host with an address of the Service network): nothing
-    #: is translated, and there is no other half.
+    #: The flow is no Service's (replies to this node's own flow, a host with an address of the Service
+    #: network): nothing is translated, and there is no other half.
     OWN = 1 << 4
     #: The client, of the host itself, is bound to the loopback device.
     BOUND = 1 << 5
@@ -113,7 +113,7 @@ def unpack_flow(packed: bytes) -> Flow:
 
 
 def pack_nat(nat: Nat) -> bytes:
-    """Without an epoch: for entries of no Service."""
+    """The epoch is 0: such entries belong to no Service."""
     return NAT.pack(
         pack_address(nat.source),
         pack_address(nat.destination),
@@ -242,7 +242,7 @@ def reversed_at_egress(key: bytes) -> bytes:
     return key[16:32] + key[:16] + key[34:36] + key[32:34] + protocol + _EGRESS
 
 
-#: Of ``struct nat`` the ids, ``flags``, ``seen`` and ``last``.
+#: ``struct nat``: its ids, ``flags``, ``seen`` and ``last``.
 _NAT_SUMMARY = struct.Struct("=36xIIBBxxQ16x")
 
 

@@ -15,7 +15,7 @@ class Hook(NamedTuple):
     program_type: int = uapi.PROG_CGROUP_SOCK_ADDR
 
 
-#: In the order of attachment: answers are translated before the first question is.
+#: They are attached in this order, so that replies are translated before the first connection is.
 SOCKET_HOOKS = (
     Hook("sock_release", 34, uapi.PROG_CGROUP_SOCK),
     Hook("getpeername4", 29),
@@ -35,7 +35,7 @@ FORMER_HOOKS = ("post_bind4", "post_bind6")
 
 TCX_INGRESS, TCX_EGRESS = 46, 47
 
-#: Of every device but the loopback: ingress and egress.
+#: They are attached to every device but the loopback, at ingress and egress.
 PACKET_HOOKS = (
     Hook("from_device", TCX_INGRESS, uapi.PROG_SCHED_CLS),
     Hook("to_device", TCX_EGRESS, uapi.PROG_SCHED_CLS),
@@ -54,7 +54,7 @@ class Module(NamedTuple):
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
-#: For the loopback device, where NodePorts answer on it: what leaves by it comes in by it.
+#: It is attached to the loopback device if NodePorts answer on it: what leaves there comes in there.
 LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, uapi.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")

@@ -42,7 +42,7 @@ class ServiceFlags(enum.IntFlag):
     TWO_SCOPES = 1 << 1
     SOURCES = 1 << 2
     ADDRESS = 1 << 3
-    #: The node itself answers there, such as a DNS cache: not to be translated.
+    #: A process of the node answers there, such as a DNS cache: packets are not translated.
     OWN = 1 << 4
     #: The source ranges have the address by which this node itself asks.
     HOST = 1 << 5
@@ -269,7 +269,7 @@ def pack_cluster_ip(address: bytes) -> tuple[bytes, bytes]:
 
 
 def pack_name(key: ServicePortKey) -> bytes:
-    """What a service id stands for; names are DNS labels of at most 63 bytes."""
+    """The service port that an id stands for; its names are DNS labels of at most 63 bytes."""
     return NAME.pack(
         key.namespace.encode(), key.name.encode(), key.port_name.encode(), key.protocol, key.family
     )

@@ -1,4 +1,7 @@
-"""The bytes of what packets' programs know of this node, and of what they count. As ``layout``."""
+"""The bytes of what packet programs know of this node, and of what they count.
+
+The conventions are those of ``layout``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from ebpfproxy.services.model import Prefix
 class DeviceFlags(enum.IntFlag):
     PODS = 1 << 0
     LOCAL = 1 << 1
-    #: Of the node as a whole, in the entry of no device.
+    #: This and the next are the whole node's, in the entry of device 0.
     HANDOVER = 1 << 2
     WAITS = 1 << 3
     #: The program at a device below this one has seen what comes in here, and will see what leaves here.
@@ -32,7 +35,7 @@ UNALLOCATED = {("packet", 4): 0, ("socket", 4): 1, ("packet", 6): 2, ("socket", 
 
 
 class PacketEvent(enum.IntEnum):
-    """What befell a packet that neither simply passed nor was translated; ``enum event`` in C."""
+    """Why a packet was neither passed nor translated as usual; ``enum event`` in C."""
 
     NO_ENDPOINT = 0
     NO_SUCH_PORT = 1
@@ -57,7 +60,7 @@ class PacketEvent(enum.IntEnum):
         return self.name.lower().replace("_", "-")
 
 
-#: What each reason means for the packet.
+#: The packet is rejected, passed or dropped for these reasons.
 REJECTED = frozenset(
     {PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE, PacketEvent.NO_FLOW}
 )
@@ -79,7 +82,7 @@ def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
 
 
 def is_local_device(packed: bytes) -> bool:
-    """Whether a packed device is neither an uplink nor a tunnel."""
+    """True unless a packed device is an uplink or a tunnel."""
     return bool(DEVICE.unpack(packed)[2] & DeviceFlags.LOCAL)
 
 

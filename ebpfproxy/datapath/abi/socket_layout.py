@@ -1,4 +1,4 @@
-"""The bytes of what programs remember of sockets: whom they asked for, and where they were sent.
+"""The bytes of what programs remember of sockets: their frontend, and their backend.
 
 The conventions are those of ``layout``.
 """
@@ -68,7 +68,7 @@ def origin_netns(packed: bytes) -> int:
 #: In keys of ``sock_peers`` the highest byte is a page's number, the others are the socket's cookie.
 PAGE_SHIFT = 56
 _PEER_IDS_AT = 36
-#: Of ``struct peer`` the frontend's port, which is 0 in a free place, and the ids.
+#: ``struct peer``: the frontend's port, which is 0 in a free place, and the ids.
 _PEER_IDS = struct.Struct("=32xHxxII4x")
 _PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
 
@@ -89,7 +89,7 @@ def peer_uses(values: memoryview, count: int) -> Iterator[tuple[int, int]]:
 
 
 def peers_netns(packed: bytes) -> int:
-    """As :func:`origin_netns`."""
+    """The same as :func:`origin_netns`."""
     return int(U32.unpack_from(packed, _PEERS_NETNS_AT)[0])
 
 

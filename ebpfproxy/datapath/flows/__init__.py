@@ -1,4 +1,4 @@
-"""What programs remember: flows, sockets, clients that stay; when they end, and their move to other maps.
+"""What programs remember of flows, sockets and affinity; its end, and its migration to maps of other sizes.
 
 May import ``datapath.kernel``, ``datapath.abi`` and the values of ``services``.
 """

@@ -1,9 +1,9 @@
-"""Carrying flows over to maps of other sizes, so that connections outlive the change.
+"""Copies flows to maps of other sizes, so that connections outlive the change.
 
-Maps of another size are other maps (``kernel.maps``), with service and backend ids of their own. What
-programs have noted in the old ones is copied, with its ids translated by name and address: conntrack, what
-sockets have asked for, session affinity. It is done before programs are swapped and again as they are, for
-what begins meanwhile; a connection may still be lost whose first packets pass programs of both.
+Maps of another size are other maps (``kernel.maps``), with service and backend ids of their own. Conntrack,
+records of sockets and session affinity are copied, with their ids translated by name and address: once before
+programs are swapped, and again while they are, for what begins meanwhile. A connection may still be lost if
+its first packets pass programs of both.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ebpfproxy.datapath.kernel.bpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
-#: An id that nothing has.
+#: This id is never given out.
 _NOTHING = 0xFFFFFFFF
 
 
 class MapMigration:
-    """Copies, as often as it is told, what is not there yet; what can be known before is prepared at once.
+    """Copies what is not there yet, as often as :meth:`copy` is called. Close it.
 
-    Entries of Services or backends that are no more stay behind. Close it.
+    Entries of Services or backends that are gone are not copied.
     """
 
     def __init__(self, pins: Path, maps: MapSet) -> None:
@@ -71,7 +71,7 @@ class MapMigration:
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
     ) -> None:
-        """A socket whose backend is no more keeps its frontend's address; it is no load of anybody's."""
+        """A socket whose backend is gone keeps its frontend's address; it is counted for no backend."""
 
         def translate(value: bytes) -> bytes:
             service, backend = socket_layout.origin_use(value)
@@ -84,7 +84,7 @@ class MapMigration:
     def _copy_peers(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
     ) -> None:
-        """A socket whose backend is no more is told of its answers, and chooses anew when it sends."""
+        """A socket whose backend is gone still gets its replies, and chooses anew when it sends."""
         epochs = self._new.shared("epochs").words()
         departed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
 
@@ -144,7 +144,7 @@ class MapMigration:
 
 
 def carry_orders(pins: Path, maps: MapSet) -> None:
-    """What commands have ordered holds for maps of other sizes, too, before anything is programmed."""
+    """Copies drain requests to maps of this size, before anything is programmed."""
     for old in _others(pins, maps):
         maps["drained"].update_many(dict(_missing(old, maps, "drained")))
         old.close()

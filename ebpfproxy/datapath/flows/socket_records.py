@@ -1,7 +1,7 @@
-"""Records of sockets, one at a time: read for who compares them with the sockets there are, and taken away.
+"""Records of sockets, one at a time: read to be compared with the sockets that there are, and deleted.
 
-Programs take a record away themselves when its socket is closed. Of the two whoever deletes it counts the
-connection down: the map says who that was.
+Programs delete a record themselves when its socket is closed. The one that deletes it, program or agent, also
+counts the connection down; the map tells each whether it was the one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 
 def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
-    """Of sockets that connect() sent to a backend. ``rest`` is called between batches."""
+    """Records of sockets that connect() sent to a backend. ``rest`` is called between batches."""
     for key, value in _entries(maps["sock_origin"], rest):
         (cookie,) = U64.unpack(key)
         yield Record(
@@ -44,7 +44,7 @@ def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Rec
 
 
 def unconnected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
-    """Of datagram sockets that have sent to frontends, and are not connected; of some there are several."""
+    """Records of unconnected datagram sockets that have sent to frontends; some have several records."""
     for key, value in _entries(maps["sock_peers"], rest):
         yield Record(key, value, socket_layout.peers_cookie(key), socket_layout.peers_netns(value), None)
 
@@ -69,14 +69,14 @@ def _entries(table: Map, rest: Callable[[], None]) -> Iterator[tuple[bytes, byte
 
 
 def backend_of(maps: MapSet, record: Record) -> Backend | None:
-    """With its protocol; None where its id has been given to another since, or it is no load of anybody's."""
+    """The backend with its protocol; None if its id is another's by now, or counts for none."""
     _, number = socket_layout.origin_use(record.value)
     known = maps.backends().read(number)
     return known[0] if known and (known[0].address, known[0].port) == record.backend else None
 
 
 def forget_connected(maps: MapSet, record: Record) -> bool:
-    """False where it is not there any more, or its socket has another one by now."""
+    """False if it is not there any more, or if its socket has another one by now."""
     origins = maps["sock_origin"]
     found = bpf.map_take(origins.fd, record.key, origins.spec.value_size)
     if found is None:

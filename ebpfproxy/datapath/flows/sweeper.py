@@ -1,4 +1,4 @@
-"""The sweep of the conntrack map, which ends what has outlived its state.
+"""The sweep of the conntrack map, which ends flows that have timed out.
 
 Programs never look for old entries. A sweep reads the whole map in batches and deletes the pairs of entries
 that are over; an entry whose other half is still in use stays.
@@ -41,7 +41,7 @@ _ENDED = frozenset(seen for seen in range(256) if seen & Seen.RST or seen & BOTH
 
 
 class Sweep(msgspec.Struct, frozen=True):
-    """What one sweep found. ``evicted`` since the one before: inserted, but neither there nor deleted.
+    """The result of one sweep. ``evicted`` since the previous one: inserted, but neither there nor deleted.
 
     ``departed``: flows among the expired that were ended because their backend was removed.
     """
@@ -67,7 +67,7 @@ class Sweeper:
         """``clock`` is CLOCK_MONOTONIC in ns; ``rest`` is called between batches."""
         self._map = maps["conntrack"]
         self._loads = maps.loads()
-        #: Backends whose flows were seen by the sweep before.
+        #: Backends whose flows were seen by the previous sweep.
         self._busy: set[int] = set()
         self._events = maps["packet_events"]
         self._clock = clock

@@ -1,4 +1,4 @@
-"""The set of pinned maps: made once, adopted by every later agent, read by every command."""
+"""The set of pinned maps: created once, reused by every later agent, read by every command."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Map:
                 yield bytes(keys[i * ks : (i + 1) * ks]), bytes(values[i * vs : (i + 1) * vs])
 
     def nonzero_counters(self) -> Iterator[tuple[int, list[int]]]:
-        """Of a per-CPU array of 64-bit counters: index and sums over all CPUs, where any is not zero."""
+        """Indexes of a per-CPU array of 64-bit counters, with sums over all CPUs, unless all are zero."""
         fields = self.spec.value_size // 8
         words = self._value_size // 8
         zero = bytes(self._value_size)

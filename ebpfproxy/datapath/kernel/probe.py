@@ -1,4 +1,4 @@
-"""What this kernel has: asked once, of the kernel itself and not of its version."""
+"""The features of this kernel, found by trying them once: a version number says little."""
 
 from __future__ import annotations
 

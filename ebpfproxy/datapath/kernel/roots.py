@@ -1,4 +1,4 @@
-"""Where an agent works: the cgroup it attaches to, the bpffs folder it pins in; one agent for each."""
+"""The cgroup that an agent attaches to, and the bpffs folder that it pins in; there is one agent for each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_cgroup_root() -> Path:
 
 
 def _on_bpffs(path: Path) -> bool:
-    """Whether ``path``, or the nearest folder above it that exists, is on a bpffs."""
+    """True if ``path``, or the nearest folder above it that exists, is on a bpffs."""
     while not path.exists():
         path = path.parent
     device = path.stat().st_dev
@@ -105,7 +105,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether an agent runs on this root."""
+    """True if an agent runs on this root."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What packet programs know of this node: its devices, and the ranges of addresses of Services.
+"""What packet programs know of this node: its devices, its pods, and the ranges of Services' addresses.
 
 May import ``datapath.programs``, ``datapath.kernel``, ``datapath.abi`` and the values of ``services``.
 """

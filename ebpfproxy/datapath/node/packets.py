@@ -1,4 +1,4 @@
-"""What the packet programs know of this node: its devices, and ranges of addresses; and where they attach."""
+"""The devices and address ranges that packet programs know, and the devices that they are attached to."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PacketPath:
 
     @property
     def needs_raw(self) -> bool:
-        """Whether there is a device without a link layer."""
+        """True if any device has no link layer."""
         return any(target.raw for target in self._targets)
 
     @property

@@ -51,7 +51,7 @@ def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_port
 
 
 def detach(link: Path) -> bool:
-    """Whether there was one: the kernel detaches with the last of a link's holders, which the pin is."""
+    """False if there was none. The kernel detaches a program with the last holder of its link, the pin."""
     try:
         link.unlink()
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def _open(path: Path) -> int | None:
 
 
 def attachments(pins: Path) -> list[Attachment]:
-    """What the kernel says of every hook: not what was once attached, but what runs.
+    """The programs that run at every hook, as the kernel says: not what was once attached.
 
     The guard's hooks are among them only where they have been attached.
     """

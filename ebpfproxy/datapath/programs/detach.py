@@ -11,7 +11,7 @@ from ebpfproxy.datapath.programs.devices import remove_filters
 #: Seconds for answers to datagrams that were sent to a backend of our choice. Where they come later, the
 #: application sees the backend's address and not the one that it asked.
 ANSWER_SECONDS = 1.5
-#: Where a backend is chosen. The other hooks tell applications the frontend's address.
+#: These hooks choose backends; the others tell applications the frontend's address.
 _CHOOSING = ("connect4", "connect6", "sendmsg4", "sendmsg6")
 
 

@@ -24,9 +24,9 @@ from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.programs.attach import LINKS, pin_over
 
-#: Of our filters. Low numbers run first; CNIs use 1 and 49152, and what they redirect never comes to us.
+#: Our filters have this priority. Low numbers run first; CNIs use 1 and 49152.
 FILTER_PRIORITY = 3
-#: With the program's id behind it: pyroute2 does not decode the kernel's own attribute for it.
+#: The program's id follows it: pyroute2 does not decode the kernel's own attribute for that.
 _FILTER_NAME = "ebpfproxy:"
 _ETH_P_ALL = 3
 _CLSACT = 0xFFFF0000
@@ -53,7 +53,7 @@ def directions_of(ifindex: int) -> tuple[str, ...]:
 
 
 class DeviceAttachment(msgspec.Struct, frozen=True):
-    """What the kernel says of one direction of one device."""
+    """One direction of one device, as the kernel says."""
 
     ifindex: int
     direction: str
@@ -260,7 +260,7 @@ def device_attachments(pins: Path) -> list[DeviceAttachment]:
 
 
 def link_attachments(pins: Path) -> list[DeviceAttachment]:
-    """By pinned links, whatever the network namespace that this runs in: indexes are the agent's."""
+    """Reads pinned links, in any network namespace: the indexes are those of the agent's."""
     found = []
     for path in sorted((pins / LINKS).glob("tc-*")):
         name = _PIN.fullmatch(path.name)
@@ -271,7 +271,7 @@ def link_attachments(pins: Path) -> list[DeviceAttachment]:
 
 
 def filter_attachments() -> list[DeviceAttachment]:
-    """By filters on every device of this network namespace."""
+    """Reads the filters of every device of this network namespace."""
     found = []
     with IPRoute() as netlink:
         for index in _indexes(netlink):

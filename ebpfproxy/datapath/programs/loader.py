@@ -48,7 +48,7 @@ class Options(msgspec.Struct, frozen=True):
     pods_by_cidr: bool = False
 
     def constants(self) -> dict[str, int]:
-        """By their names in bpf/lib/options.h: filled in at the load, unsigned, 64 bits."""
+        """The constants of bpf/lib/options.h by name: unsigned 64 bits, filled in at the load."""
         return {
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
@@ -91,7 +91,7 @@ def _home(sources: Path, options: Options, maps: MapSet) -> Path:
 
 
 def is_loaded(home: Path, module: Module) -> bool:
-    """Whether all of the module's programs are pinned in ``home``."""
+    """True if all of the module's programs are pinned in ``home``."""
     return all(pin.exists() for pin in _pins(home, module).values())
 
 

@@ -73,7 +73,7 @@ def _sources(maps: MapSet) -> dict[int, set[Prefix]]:
 def _members(
     maps: MapSet, services: Set[int]
 ) -> tuple[dict[int, tuple[frozenset[int], frozenset[int]]], list[Member]]:
-    """By service id and policy; and those of no service."""
+    """Members by service id and policy; and those of no service."""
     found: dict[int, tuple[set[int], set[int]]] = {}
     strangers = []
     for key, _ in maps["members"].items():
@@ -87,7 +87,7 @@ def _members(
 
 
 def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozenset[int]]:
-    """By service id: backends in no selection that sockets or flows still use, which learn of their end."""
+    """Backends in no selection that sockets or flows still use, by service id."""
     busy = backends.busy()
     found: dict[int, set[int]] = {}
     for service_id, backend_id in _uses(maps) if busy else ():
@@ -104,7 +104,7 @@ def _uses(maps: MapSet) -> Iterator[BackendUse]:
 
 
 def _absent(services: Set[int], backends: Backends, departures: Departures) -> dict[int, frozenset[int]]:
-    """By service id: backends that an earlier agent was waiting for. Those that cannot come back are gone."""
+    """Backends that an earlier agent was waiting for, by service id. Those that cannot come back are gone."""
     found = departures.absent
     there = backends.known({n for absent in found.values() for n in absent}) if found else set()
     for number, absent in found.items():

@@ -1,4 +1,4 @@
-"""Backends that were drained by hand: orders that commands write to a map and the agent carries out."""
+"""Drain requests: commands write them to a map, and the agent carries them out."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Drained:
         self._map.update(layout.pack_drained(address, port), U32.pack(1))
 
     def remove(self, address: bytes, port: int) -> bool:
-        """False where there is no such order."""
+        """False if there is no such request."""
         return self._map.delete(layout.pack_drained(address, port))

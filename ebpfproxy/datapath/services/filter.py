@@ -1,7 +1,7 @@
-"""Filters that tell packet programs what to look at closely (``bpf/lib/filter.h``): a bit for each number.
+"""Filters that tell packet programs which packets need a look-up (``bpf/lib/filter.h``).
 
-Of ports the number is the port itself. Of addresses it is a hash (a Bloom filter of one hash): the filter may
-say yes wrongly, never no.
+They have a bit for each number: of a port that is the port itself, of an address it is a hash (a Bloom filter
+of one hash). They may have false positives, but no false negatives.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def address_hash(address: bytes) -> int:
 
 
 class BitFilter:
-    """Counts who wants each bit, so that one can be taken back. One thread uses it."""
+    """Counts the users of each bit, so that one can be removed. One thread uses it."""
 
     def __init__(self, memory: SharedArray) -> None:
         self._memory = memory
         self._wanted: Counter[int] = Counter()
 
     def add(self, number: int) -> None:
-        """The number is of interest from here on."""
+        """Sets the number's bit."""
         self._wanted[number] += 1
         if self._wanted[number] == 1:
             at, bit = number >> 3, 1 << (number & 7)
@@ -44,7 +44,7 @@ class BitFilter:
                 self._memory.writes += 1
 
     def remove(self, number: int) -> None:
-        """Takes back one :meth:`add`."""
+        """Undoes one :meth:`add`."""
         self._wanted[number] -= 1
         if not self._wanted[number]:
             del self._wanted[number]
@@ -52,7 +52,7 @@ class BitFilter:
             self._memory.writes += 1
 
     def drop_leftovers(self) -> None:
-        """Clears what nobody wants: bits that an earlier agent has left."""
+        """Clears bits that an earlier agent has left."""
         wanted = bytearray(self._memory.stride)
         for number in self._wanted:
             wanted[number >> 3] |= 1 << (number & 7)

@@ -1,10 +1,10 @@
-"""The frontends' tables, and the filters by which packets of no frontend are passed over.
+"""The frontends' tables, and the filters that let packets of no frontend pass quickly.
 
-A cluster IP has, beside the entries of its ports, one that stands for all other ports: those are rejected.
+A cluster IP has, besides the entries of its ports, one that stands for all other ports: those are rejected.
 
-A DNS cache of the node may have the cluster IP of the cluster's DNS as an address of its own (nodelocaldns):
-packets that ask it have to come to it. Its entries are marked, and left alone by programs, while it is there;
-other ports are then not rejected, since its own sockets have them.
+A DNS cache of the node may have the cluster IP of the cluster's DNS as its own address (nodelocaldns):
+packets to it must arrive there. While it has it, the entries are marked, so that programs do not translate,
+and other ports are not rejected, since they are those of the cache's own sockets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Frontends:
     def __init__(self, maps: MapSet, lost: Callable[[int, ServiceKey], None]) -> None:
         """``lost`` is called with a service id and the key of each frontend that is taken from it."""
         self._is_adopted = maps.adopted
-        #: By the length of an address.
+        #: The keys are lengths of addresses.
         self._tables = {4: maps["services4"], 16: maps["services6"]}
         self._lost = lost
         self._addresses = BitFilter(maps.shared("address_filter"))

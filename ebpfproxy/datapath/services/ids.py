@@ -17,7 +17,7 @@ class Ids(Generic[K]):
     """Ids below ``size``. One that returns is given out again after all others that are free."""
 
     def __init__(self, size: int, known: Mapping[K, int] | None = None, resting: Iterable[int] = ()) -> None:
-        """``resting`` are taken, but no key's: they come back by :meth:`give_back`."""
+        """``resting`` are taken, but belong to no key: :meth:`give_back` returns them."""
         self._size = size
         self._ids: dict[K, int] = dict(known or {})
         used = {*self._ids.values(), *resting}

@@ -1,8 +1,8 @@
 """Maglev's lookup table (Eisenbud et al., "Maglev", NSDI 2016, section 3.4).
 
-Every backend goes through all places of the table in an order of its own, which a hash of its address gives;
-in turns each takes the next that is free. So each gets an equal share (or one by weight), the table is the
-same on every node, and when a backend goes, hardly more than its own places change hands.
+Every backend visits all places of the table in an order of its own, which a hash of its address gives; in
+turns each takes the next free one. So each gets an equal share (or one by weight), the table is the same on
+every node, and when a backend goes, few places beside its own get another backend.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def table(names: Sequence[bytes], weights: Sequence[int], size: int) -> array[in
 
 
 def _turns(weights: Sequence[int], count: int) -> list[int]:
-    """Whose turn it is, so many times: in the first round everybody's, then by weight.
+    """The first ``count`` turns: in the first round each backend has one, in later ones by weight.
 
-    The k-th turn after that of a backend is in round k * heaviest / weight, rounded up. Nobody is asked in
-    rounds in which he has no turn: with one that is far heavier than all others, most rounds are like that.
+    The k-th turn of a backend after that is in round k * heaviest / weight, rounded up. Backends without a
+    turn in a round are not visited: if one is far heavier than all others, most rounds are like that.
     """
     heaviest, total, several = max(weights), sum(weights), len(weights)
     if min(weights) == heaviest:
@@ -59,7 +59,7 @@ def _turns(weights: Sequence[int], count: int) -> list[int]:
 
 
 def _order(name: bytes, size: int) -> tuple[int, int]:
-    """Where a backend begins, and by how much it goes on: a size that is prime makes it meet every place."""
+    """A backend's first place, and its step: with a prime size it visits every place."""
     digest = hashlib.blake2b(name, digest_size=16).digest()
     return (
         int.from_bytes(digest[:8], "big") % size,

@@ -26,7 +26,7 @@ def no_room(error: Exception) -> str:
 
 
 class Placed(NamedTuple):
-    """What is in place for a service port. Ranges of slots by policy, as they are and as they will be."""
+    """The backends and slots of a service port. ``before`` and ``after`` are ranges of slots by policy."""
 
     ids: BackendSets
     before: tuple[Range, Range]
@@ -45,7 +45,7 @@ class Placer:
         self.maglev_size = maglev_size
 
     def smaller_sizes(self, port: ServicePort) -> Iterator[int]:
-        """What to try: a Maglev table that is smaller than it should be is better than none."""
+        """Sizes to try: a Maglev table that is smaller than it should be is better than none."""
         if port.algorithm is Algorithm.MAGLEV:
             for size in reversed(MAGLEV_SIZES):
                 if len(port.cluster) <= size < self.maglev_size and self._selections.fits(size):

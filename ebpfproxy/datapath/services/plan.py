@@ -41,9 +41,9 @@ class Published(msgspec.Struct):
     #: Backends in no selection, which only serve old connections: draining or idle ones.
     unselected: frozenset[int] = NO_IDS
     inactive: InactiveBackends = ALL_ACTIVE
-    #: By policy, where there is session affinity: the backends in ``members``.
+    #: The backends in ``members`` by policy, if there is session affinity.
     members: tuple[frozenset[int], frozenset[int]] = NO_MEMBERS
-    #: By policy, a hash of what slots that take long were made from: the same are not made again.
+    #: Hashes by policy of what slots that take long were made from: the same are not made again.
     made_from: tuple[int | None, int | None] = NOTHING_MADE
 
 
@@ -59,7 +59,7 @@ class BackendSets(NamedTuple):
 
     @property
     def members(self) -> tuple[frozenset[int], frozenset[int]]:
-        """By policy, those that session affinity may keep a client with."""
+        """Those that session affinity may keep a client with, by policy."""
         return frozenset(self.selected[0]), frozenset(self.selected[1])
 
     @property
@@ -163,7 +163,7 @@ def unused(port: ServicePort, sets: Sequence[Sequence[Backend]]) -> frozenset[Ba
 
 
 def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backend]]:
-    """By policy, the backends that any frontend chooses from."""
+    """The backends that frontends choose from, by policy."""
     uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
     return port.cluster, port.local if uses_local else ()
 
@@ -171,7 +171,7 @@ def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backen
 def slot_sources(
     port: ServicePort, sets: Sequence[Sequence[Backend]], ids: Sequence[array[int]], maglev_size: int
 ) -> list[Source]:
-    """By policy, what the slots are made from."""
+    """What the slots are made from, by policy."""
     weights = dict(port.weights)
     return [
         Source(

@@ -13,7 +13,7 @@ class RangesExhaustedError(Exception):
 class Ranges:
     """Free extents of an array of ``size`` places, merged with their neighbours when they return.
 
-    Allocation walks on from where the last one ended (next fit), so a returned range rests for long.
+    Allocation goes on where the last one ended (next fit), so that a returned range is reused late.
     """
 
     def __init__(self, size: int, used: Iterable[tuple[int, int]] = ()) -> None:
@@ -38,7 +38,7 @@ class Ranges:
             self.free += end - start
 
     def fits(self, count: int) -> bool:
-        """Whether :meth:`allocate` would find so many."""
+        """True if :meth:`allocate` would find so many."""
         return any(end - start >= count for start, end in zip(self._starts, self._ends, strict=True))
 
     def allocate(self, count: int) -> int:

@@ -1,10 +1,10 @@
-"""Connected datagram sockets whose backend has gone: their packets ask the frontend again.
+"""Connected datagram sockets whose backend is gone: their packets are sent to the frontend again.
 
-The kernel has no way to give a socket of another process a new peer. One that is ended (SOCK_DESTROY) has
-none, and fails to send for ever (EDESTADDRREQ) unless the application connects anew, which many do not. So
-the socket stays as it is, and packet programs translate what it sends to the old backend, as if it had been
-sent to the frontend: to a live backend, or to nobody with an ICMP error while there is none. Answers come
-from the old backend's address, which the socket takes for the frontend's.
+The kernel cannot give another process's socket a new peer. One that is closed (SOCK_DESTROY) has no peer, and
+fails to send for ever (EDESTADDRREQ) unless the application connects again, which many do not. So the socket
+stays as it is, and packet programs translate what it sends to the old backend as if it had been sent to the
+frontend; while that has no backend, the sender gets an ICMP error. Replies come from the old backend's
+address, which the socket takes for the frontend's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Redirects:
         self._map = maps["sock_redirects"]
         self._origins = maps["sock_origin"]
         self._frontends = frontends
-        #: What packets go to that are to be looked at: addresses and ports of backends, by map key.
+        #: Addresses and ports of backends, by map key: the filters let programs see packets to them.
         self._watched: dict[bytes, tuple[bytes, int]] = {}
         self.adopt()
 
     def adopt(self) -> None:
-        """Takes over what is in the map: at a start, and when flows of other maps have been carried over."""
+        """Reads what is in the map: at a start, and when flows of other maps have been copied."""
         self._watch({key for key, _ in self._map.items()})
 
     def _watch(self, keys: Set[bytes]) -> None:
@@ -39,8 +39,8 @@ class Redirects:
             self._frontends.watch(*self._watched[key])
 
     def add(self, wanted: Mapping[bytes, bytes]) -> set[bytes]:
-        """Keys and values as packed. Returns the keys that there was no room for."""
-        # Packets that nobody looks at would go to the old backend: the filter learns first.
+        """Adds packed keys and values. Returns the keys for which there was no room."""
+        # The filters learn first: packets that they let pass would go to the old backend.
         self._watch(wanted.keys())
         refused = set(self._map.update_many(wanted))
         self._unwatch(refused)
@@ -51,7 +51,7 @@ class Redirects:
             self._frontends.unwatch(*self._watched.pop(key))
 
     def sweep(self) -> None:
-        """Takes away those whose socket is closed, or is connected to something else by now."""
+        """Deletes those whose socket is closed, or connected to something else by now."""
         over = set()
         for key, value in self._map.items():
             cookie = socket_layout.unpack_redirect(value).cookie

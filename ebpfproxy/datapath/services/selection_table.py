@@ -30,7 +30,7 @@ class SelectionTable:
     # -- what is there
 
     def ranges(self, service_id: int) -> tuple[Range, Range]:
-        """By policy."""
+        """The ranges of a service by policy."""
         return self._view.ranges(service_id)
 
     def slots(self, used: Range) -> array[int]:
@@ -41,7 +41,7 @@ class SelectionTable:
         cluster, local = map(self.slots, self.ranges(service_id))
         return {*backend_ids(cluster), *backend_ids(local)}
 
-    # -- what nobody sees yet
+    # -- slots that no program sees yet
 
     def fits(self, count: int) -> bool:
         return self._ranges.fits(count)
@@ -66,7 +66,7 @@ class SelectionTable:
         if used[1]:
             self._ranges.release(*used)
 
-    # -- what is seen at once
+    # -- words that programs see at once
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
         """Readers see the old range or this one."""

@@ -1,8 +1,8 @@
-"""What the slots of a selection hold, by algorithm: so that programs have next to nothing to work out.
+"""The contents of a selection's slots, by algorithm, so that programs have little to compute.
 
-Without weights a slot a backend. Where loads decide, the slot has the weight. Maglev has its table. Else a
-weight is how often a backend has a slot, and the slots of one are spread evenly: taken in turn they are a
-smooth weighted round robin, taken by chance or by a hash the weighted version of that.
+Without weights each backend has one slot. If loads decide, the slot has the weight. Maglev has its table. In
+all other cases a backend has as many slots as its weight says, spread evenly: taken in turn they are a smooth
+weighted round robin; taken at random or by a hash they are the weighted version of that.
 """
 
 from __future__ import annotations

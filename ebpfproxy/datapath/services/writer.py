@@ -345,7 +345,7 @@ class Writer:
     # -- what was replaced
 
     def take_retired(self) -> Retired:
-        """What is retired so far; :meth:`reclaim` takes it after a grace period."""
+        """Everything that is retired so far; :meth:`reclaim` takes it after a grace period."""
         taken, self._retired = self._retired, Retired([], [], [])
         taken.backends.extend(self._backends.take_retired())
         return taken

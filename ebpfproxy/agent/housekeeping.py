@@ -15,8 +15,8 @@ from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.affinity_table import forget_expired
-from ebpfproxy.datapath.flows.peers import noted_departures
-from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.peers import recorded_removals
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -58,7 +58,7 @@ class Housekeeping:
         self._comparing = False
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Removed backends whose sockets have been closed.
-        self._ended: dict[BackendUse, Departed] = {}
+        self._ended: dict[BackendUse, Removal] = {}
         #: Conntrack entries after the last sweep, and how many have been evicted so far.
         self.entries = 0
         self.evicted = 0
@@ -98,14 +98,14 @@ class Housekeeping:
         now = time.monotonic()
         if self._ending or now < self._next_ending:
             return
-        departures, lost = self._writer.take_departures(), self._writer.take_lost_frontends()
-        if not departures and not lost:
+        removed, lost = self._writer.take_removed_backends(), self._writer.take_lost_frontends()
+        if not removed and not lost:
             return
         self._ending, self._next_ending = True, now + _ENDING_SECONDS
         tcp = self._options.stale_tcp
         self._background(
             lambda: end_stale_sockets(
-                self._maps, self._grace, departures, tcp, lost=lost, redirect=self._redirect
+                self._maps, self._grace, removed, tcp, lost=lost, redirect=self._redirect
             ),
             self._sockets_ended,
         )
@@ -125,7 +125,7 @@ class Housekeeping:
 
     def _sockets_ended(self, result: Ended) -> None:
         self._ending = False
-        self._ended.update(result.departures)
+        self._ended.update(result.removed)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
         self._metrics.redirected_sockets(result.redirected)
@@ -141,16 +141,16 @@ class Housekeeping:
         if self._sweeping or time.monotonic() < self._next_sweep:
             return
         self._sweeping = True
-        departures, backends = self._writer.departures, self._writer.backends_end
+        removed, backends = self._writer.removed_backends, self._writer.backends_end
         needs_client_key = self._writer.needs_client_key
 
         # A program that chose before the change has stored its choice by now.
-        over = dict(departures.items() & self._ended.items())
+        over = dict(removed.items() & self._ended.items())
 
         def sweep() -> tuple[Sweep, dict[bytes, int]]:
-            swept = self._sweeper.sweep(departures, backends)
+            swept = self._sweeper.sweep(removed, backends)
             forget_expired(self._maps, time.monotonic_ns())
-            for key in noted_departures(self._maps, over):
+            for key in recorded_removals(self._maps, over):
                 del over[key]
             return swept, namespace_cookies() if needs_client_key else {}
 
@@ -158,14 +158,14 @@ class Housekeeping:
             swept, clients = found
             self._sweeping = False
             self._next_sweep = time.monotonic() + self._options.sweep_seconds
-            self._writer.forget_departures(over)
+            self._writer.forget_removed_backends(over)
             self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
             set_client_namespaces(self._maps, clients)
             self._writer.follow_routes()
             self.entries = swept.entries
             self.evicted += swept.evicted
-            self._metrics.swept(swept, swept.departed)
+            self._metrics.swept(swept, swept.removed)
             self._writer.retry()
 
         self._background(sweep, done)

@@ -22,7 +22,7 @@ from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.socket_layout import Redirect
 from ebpfproxy.datapath.flows.origins import LostFrontend, stale_sockets
-from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.netlink.namespaces import netlink_in
@@ -40,7 +40,7 @@ class Ended(msgspec.Struct, frozen=True):
     They have lost their connection already, or are in a network namespace that this process cannot enter.
     """
 
-    departures: Mapping[BackendUse, Departed]
+    removed: Mapping[BackendUse, Removal]
     ended: Mapping[str, int]
     redirected: int
     unseen: int
@@ -49,7 +49,7 @@ class Ended(msgspec.Struct, frozen=True):
 def end_stale_sockets(
     maps: MapSet,
     grace: Grace,
-    departures: Mapping[BackendUse, Departed],
+    removed: Mapping[BackendUse, Removal],
     tcp: StaleTcp,
     *,
     lost: Collection[LostFrontend],
@@ -67,7 +67,7 @@ def end_stale_sockets(
     unseen = redirected = 0
     for pause in _PAUSES:
         time.sleep(pause)
-        stale = stale_sockets(maps, departures, tcp, lost, rest=lambda: time.sleep(0))
+        stale = stale_sockets(maps, removed, tcp, lost, rest=lambda: time.sleep(0))
         left = {Peer(*backend): cookies - known for backend, cookies in stale.items() if not cookies <= known}
         if left:
             made = _redirects(maps, left)
@@ -83,7 +83,7 @@ def end_stale_sockets(
         unseen = sum(len(cookies - known) for cookies in stale.values())
         if not unseen:
             break
-    return Ended(departures, dict(ended), redirected, unseen)
+    return Ended(removed, dict(ended), redirected, unseen)
 
 
 def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redirect]:

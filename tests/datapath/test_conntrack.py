@@ -10,10 +10,10 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import flow_layout, layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, Departure, Entry, Flow, Nat, NatFlags, Seen
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, Flow, Nat, NatFlags, RemovalReason, Seen
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.flows.conntrack_table import UDPLITE, Timeouts, flows_of, state_of
-from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.flows.sweeper import Sweeper, pairs
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -144,18 +144,18 @@ def test_thousands_in_one_sweep(bench: Bench) -> None:
     assert (found.expired, found.entries, bench.left) == (2000, 2000, 2000)
 
 
-def test_flows_of_a_departed_backend_end_at_once(bench: Bench) -> None:
+def test_flows_of_a_removed_backend_end_at_once(bench: Bench) -> None:
     """Flows of one that is not ready end only if they have no connection."""
     for port, protocol in ((1, Protocol.TCP), (2, Protocol.UDP)):
         bench.pair(port, protocol=protocol, ids=(7, 1))
         bench.pair(port + 2, protocol=protocol, ids=(7, 2))
         bench.pair(port + 4, protocol=protocol, ids=(8, 1))
-    departures = {
-        BackendUse(7, 1): Departed(Departure.GONE, 0),
-        BackendUse(7, 2): Departed(Departure.IDLE, 1),
+    removed = {
+        BackendUse(7, 1): Removal(RemovalReason.GONE, 0),
+        BackendUse(7, 2): Removal(RemovalReason.IDLE, 1),
     }
-    swept = bench.sweeper.sweep(departures)
-    assert (swept.expired, swept.departed) == (6, {Family.IPV4: 3})
+    swept = bench.sweeper.sweep(removed)
+    assert (swept.expired, swept.removed) == (6, {Family.IPV4: 3})
     left = {flow_layout.unpack_flow(key).source_port for key, _ in bench.maps["conntrack"].items()} - {8080}
     assert left == {3, 5, 6}
 
@@ -175,7 +175,7 @@ def test_what_is_used_again_while_the_map_is_read_stays_whole(bench: Bench) -> N
             bench.pair(4, protocol=Protocol.UDP, ids=(7, 2))
 
     sweeper = Sweeper(bench.maps, Timeouts(), clock=lambda: bench.now, rest=meanwhile)
-    swept = sweeper.sweep({BackendUse(7, 1): Departed(Departure.GONE, 0)})
+    swept = sweeper.sweep({BackendUse(7, 1): Removal(RemovalReason.GONE, 0)})
     assert swept.expired == 4
     left = {flow_layout.unpack_flow(key) for key, _ in table.items()}
     assert {flow.source_port for flow in left} - {8080} == {2, 4}
@@ -211,7 +211,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
     assert load(bench, 3).open_flows == 10
     bench.sweeper.sweep(backends=8)
     assert load(bench, 3).open_flows == 6
-    bench.sweeper.sweep({BackendUse(7, 3): Departed(Departure.GONE, 0)}, backends=8)
+    bench.sweeper.sweep({BackendUse(7, 3): Removal(RemovalReason.GONE, 0)}, backends=8)
     assert load(bench, 3).open_flows == 0
 
 

@@ -6,7 +6,7 @@ from array import array
 
 import msgspec
 
-from ebpfproxy.datapath.abi.flow_layout import Departure
+from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
@@ -131,7 +131,7 @@ def test_flows_learn_what_has_become_of_their_backend() -> None:
     now = InactiveBackends(idle=frozenset({3}), absent=frozenset({4}))
     removals = plan.removals_of(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now)
     assert removals.service_id == 7
-    assert removals.removed == {3: Departure.IDLE, 4: Departure.ABSENT, 2: Departure.GONE}
+    assert removals.removed == {3: RemovalReason.IDLE, 4: RemovalReason.ABSENT, 2: RemovalReason.GONE}
     assert removals.back == {5, 6}
 
 

@@ -314,7 +314,7 @@ def test_the_id_of_a_backend_that_is_gone_rests_while_something_is_open_to_it(be
         writer = bench.reopen()
         writer.apply([port("a", [2])], complete=True)
     bench.count_open(number, -1, flow=True)
-    writer.forget_departures(writer.departures)
+    writer.forget_removed_backends(writer.removed_backends)
     writer.reclaim(writer.take_retired())
     assert number not in bench.records
     assert writer.apply([port("a", [2, *range(20, 35)])]) == []

@@ -120,12 +120,12 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
             if step == "restart":
                 writer.reclaim(writer.take_retired())
             writer = bench.reopen()
-            before, departures = bench.writes(), writer.departures.keys()
+            before, departures = bench.writes(), writer.removed_backends.keys()
             assert writer.apply(wanted.values(), complete=True) == []
             leftovers = writer.take_retired()
             after = bench.writes()
             # One is forgotten where nothing is open to its backend, which is then not adopted.
-            assert writer.departures.keys() <= departures
+            assert writer.removed_backends.keys() <= departures
             before.pop("departures"), after.pop("departures")
             assert after == before, "nothing changed, nothing is written"
             assert not leftovers.ranges
@@ -133,7 +133,7 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
         check(bench, wanted, opened)
     writer.apply((), list(wanted))
     writer.reclaim(writer.take_retired())
-    writer.forget_departures(writer.departures)
+    writer.forget_removed_backends(writer.removed_backends)
     assert bench.rows == []
     assert (writer.service_ports, writer.frontends, writer.backends) == (0, 0, 0)
     assert writer.free_slots == ROUND.slots, "every range came back"
@@ -141,5 +141,5 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
     assert set(bench.records.values()) == gone, "only those to whom something is open"
     for number in opened:
         bench.count_open(number, -1, flow=number in flows)
-    writer.forget_departures(writer.departures)
+    writer.forget_removed_backends(writer.removed_backends)
     assert bench.records == {}, "and then nobody"

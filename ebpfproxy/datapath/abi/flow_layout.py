@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ebpfproxy.datapath.abi.layout import PAIR, U32, U64, pack_address, unpack_address
 
 
-class Departure(enum.IntEnum):
+class RemovalReason(enum.IntEnum):
     """Why a service port lost a backend. Connections to an idle one go on; to an absent one, for a moment."""
 
     GONE = 1

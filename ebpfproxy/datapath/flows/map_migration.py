@@ -86,10 +86,10 @@ class MapMigration:
     ) -> None:
         """A socket whose backend is gone still gets its replies, and chooses anew when it sends."""
         epochs = self._new.shared("epochs").words()
-        departed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
+        removed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
 
         def change(service: int, backend: int) -> tuple[int, int, int]:
-            is_removed = (service, backend) in departed
+            is_removed = (service, backend) in removed
             if is_removed or service not in services or backend not in backends:
                 return _NOTHING, _NOTHING, 0
             return services[service], backends[backend], epochs[services[service]]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, Departure
-from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Backend, Protocol
@@ -17,11 +17,11 @@ from ebpfproxy.services.model import Backend, Protocol
 _BATCH = 1024
 
 
-def _ends_connections(tcp: StaleTcp, why: Departure) -> bool:
+def _ends_connections(tcp: StaleTcp, why: RemovalReason) -> bool:
     """An endpoint that is only absent may come back: no connection ends because of that."""
-    if why is Departure.GONE:
+    if why is RemovalReason.GONE:
         return tcp is not StaleTcp.NEVER
-    return tcp is StaleTcp.UNREADY and why is Departure.IDLE
+    return tcp is StaleTcp.UNREADY and why is RemovalReason.IDLE
 
 
 class LostFrontend(NamedTuple):
@@ -37,7 +37,7 @@ _NODE_PORTS = (bytes(4), bytes(16))
 
 def stale_sockets(
     maps: MapSet,
-    departures: Mapping[BackendUse, Departed],
+    removed: Mapping[BackendUse, Removal],
     tcp: StaleTcp,
     lost: Collection[LostFrontend] = (),
     *,
@@ -48,7 +48,7 @@ def stale_sockets(
     Datagram sockets are among them whatever ``tcp`` says: they have no connection to lose, and would send to
     nobody; so are those whose frontend their service has ``lost``. ``rest`` is called between batches.
     """
-    wanted = _with_sockets(maps, departures, tcp)
+    wanted = _with_sockets(maps, removed, tcp)
     found: dict[Backend, set[int]] = {}
     losers = {each.service_id for each in lost}
     if not wanted and not losers:
@@ -76,16 +76,16 @@ def _has_lost(service_id: int, origin: bytes, lost: Collection[LostFrontend]) ->
 
 
 def _with_sockets(
-    maps: MapSet, departures: Mapping[BackendUse, Departed], tcp: StaleTcp
+    maps: MapSet, removed: Mapping[BackendUse, Removal], tcp: StaleTcp
 ) -> dict[tuple[int, int], Protocol]:
     """The removals whose backend has open sockets that have to end, with the backend's protocol."""
     backends, loads = maps.backends(), maps.loads()
     found: dict[tuple[int, int], Protocol] = {}
-    for use, departed in departures.items():
+    for use, removal in removed.items():
         known = backends.read(use.backend_id)
         if known is None or not loads[use.backend_id].open_sockets:
             continue
         protocol = known[0].protocol
-        if protocol is not Protocol.TCP or _ends_connections(tcp, departed.why):
+        if protocol is not Protocol.TCP or _ends_connections(tcp, removal.why):
             found[use] = protocol
     return found

@@ -18,14 +18,14 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 _BATCH = 512
 
 
-def noted_departures(maps: MapSet, departures: Collection[BackendUse]) -> set[BackendUse]:
-    """Those of some departures that a socket has a record of."""
+def recorded_removals(maps: MapSet, removed: Collection[BackendUse]) -> set[BackendUse]:
+    """Those of some removed backends that a socket has a record of."""
     found: set[BackendUse] = set()
-    if not departures:
+    if not removed:
         return found
     peers = maps["sock_peers"]
     size = peers.spec.value_size
     for _, values, count in bpf.map_lookup_batches(peers.fd, peers.spec.key_size, size, _BATCH):
-        found.update(BackendUse(*pair) for pair in peer_uses(values, count) if pair in departures)
+        found.update(BackendUse(*pair) for pair in peer_uses(values, count) if pair in removed)
         time.sleep(0)
     return found

@@ -14,9 +14,9 @@ import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import (
     BackendUse,
-    Departure,
     Entry,
     NatFlags,
+    RemovalReason,
     Seen,
     entry_at,
     reversed_at_egress,
@@ -24,7 +24,7 @@ from ebpfproxy.datapath.abi.flow_layout import (
 )
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.flows.conntrack_table import BOTH_FIN, PROTOCOL_NAMES, Timeouts, counters
-from ebpfproxy.datapath.flows.removed_backends import Departed
+from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Family, Protocol
@@ -43,14 +43,14 @@ _ENDED = frozenset(seen for seen in range(256) if seen & Seen.RST or seen & BOTH
 class Sweep(msgspec.Struct, frozen=True):
     """The result of one sweep. ``evicted`` since the previous one: inserted, but neither there nor deleted.
 
-    ``departed``: flows among the expired that were ended because their backend was removed.
+    ``removed``: flows among the expired that were ended because their backend was removed.
     """
 
     entries: int
     expired: int
     evicted: int
     seconds: float
-    departed: Mapping[Family, int] = {}
+    removed: Mapping[Family, int] = {}
 
 
 class Sweeper:
@@ -83,26 +83,26 @@ class Sweeper:
         #: Inserted less deleted less present, when this sweeper began.
         self._missing: int | None = None
 
-    def sweep(self, departures: Mapping[BackendUse, Departed] | None = None, backends: int = 0) -> Sweep:
+    def sweep(self, removed: Mapping[BackendUse, Removal] | None = None, backends: int = 0) -> Sweep:
         """Deletes what is over now, and the flows of backends that were removed.
 
         What changes meanwhile may be counted twice or not at all. ``backends``: one more than the highest id
         in use. What is open to each is counted, and its ``loads`` put right.
         """
         began = time.monotonic()
-        reasons: dict[tuple[int, int], Departure] = {
-            use: each.why for use, each in (departures or {}).items()
+        reasons: dict[tuple[int, int], RemovalReason] = {
+            use: each.why for use, each in (removed or {}).items()
         }
         entries = 0
         old: dict[bytes, Entry] = {}
-        self._departed: dict[bytes, Entry] = {}
+        self._removed: dict[bytes, Entry] = {}
         self._open: Counter[int] = Counter()
         before = {number: self._begun_and_ended(number) for number in self._busy}
         for keys, values, count in self._batches():
             entries += count
             self._collect(keys, values, count, reasons, old)
             self._rest()
-        over, deleted = self._delete(self._over(old) | self._departed)
+        over, deleted = self._delete(self._over(old) | self._removed)
         self._deleted += deleted
         self._open.subtract(entry.use.backend_id for entry in over if _is_open(entry))
         self._correct_loads(before)
@@ -110,7 +110,7 @@ class Sweeper:
         if evicted:
             self._busy.update(self._loads.with_flows(backends))
         seconds = time.monotonic() - began
-        return Sweep(entries - deleted, deleted, evicted, seconds, self._departed_flows())
+        return Sweep(entries - deleted, deleted, evicted, seconds, self._removed_flows())
 
     def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
         spec = self._map.spec
@@ -121,7 +121,7 @@ class Sweeper:
         keys: memoryview,
         values: memoryview,
         count: int,
-        reasons: Mapping[tuple[int, int], Departure],
+        reasons: Mapping[tuple[int, int], RemovalReason],
         old: dict[bytes, Entry],
     ) -> None:
         """Counts open flows, and adds the entries that have been silent for too long."""
@@ -133,9 +133,9 @@ class Sweeper:
                 opened.append(backend_id)
             why = reasons.get((service_id, backend_id)) if reasons else None
             # A connection to one that is only not ready goes on.
-            if why is Departure.GONE or (why and protocol != Protocol.TCP):
+            if why is RemovalReason.GONE or (why and protocol != Protocol.TCP):
                 entry = entry_at(keys, values, place)
-                self._departed[entry.key] = entry
+                self._removed[entry.key] = entry
             elif now - last > limits.get((protocol, seen), 0):
                 entry = entry_at(keys, values, place)
                 if self._is_silent(entry, seen, now):
@@ -205,15 +205,15 @@ class Sweeper:
             return True
         if now.created != found.created:
             return False
-        if found.key in self._departed:
+        if found.key in self._removed:
             return now.use == found.use
         return now.last == found.last
 
-    def _departed_flows(self) -> Mapping[Family, int]:
+    def _removed_flows(self) -> Mapping[Family, int]:
         """A flow has two or four entries, and one of them is its original direction."""
         return Counter(
             Family.IPV4 if len(entry.source) == 4 else Family.IPV6
-            for entry in self._departed.values()
+            for entry in self._removed.values()
             if not entry.flags & _NOT_ORIGINAL
         )
 

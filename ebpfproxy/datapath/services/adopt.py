@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Set
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import BackendUse, Departure, Entry
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, RemovalReason
 from ebpfproxy.datapath.abi.layout import U32, ServiceKey
-from ebpfproxy.datapath.flows.removed_backends import Departures
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.backends import NO_IDS, Backends
 from ebpfproxy.datapath.services.frontend_table import Frontends
@@ -34,12 +34,12 @@ def service_names(maps: MapSet) -> dict[int, ServicePortKey]:
 
 def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> Adopted:
     """Reads back what is published, and tells the backends' table which of them service ports hold."""
-    selections, backends, frontends, departures = tables
+    selections, backends, frontends, removed = tables
     entries = _entries(frontends)
     sources = _sources(maps)
     members, strangers = _members(maps, names.keys())
     unselected = _with_something_open(maps, backends)
-    for number, absent in _absent(names.keys(), backends, departures).items():
+    for number, absent in _absent(names.keys(), backends, removed).items():
         unselected[number] = unselected.get(number, NO_IDS) | absent
     published = {}
     for number, name in names.items():
@@ -103,11 +103,11 @@ def _uses(maps: MapSet) -> Iterator[BackendUse]:
         yield Entry(key, value).use
 
 
-def _absent(services: Set[int], backends: Backends, departures: Departures) -> dict[int, frozenset[int]]:
+def _absent(services: Set[int], backends: Backends, removed: RemovedBackends) -> dict[int, frozenset[int]]:
     """Backends that an earlier agent was waiting for, by service id. Those that cannot come back are gone."""
-    found = departures.absent
+    found = removed.absent
     there = backends.known({n for absent in found.values() for n in absent}) if found else set()
     for number, absent in found.items():
         if lost := absent - there if number in services else absent:
-            departures.note(number, NO_IDS, dict.fromkeys(lost, Departure.GONE))
+            removed.note(number, NO_IDS, dict.fromkeys(lost, RemovalReason.GONE))
     return {number: frozenset(absent & there) for number, absent in found.items() if number in services}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.datapath.abi.flow_layout import Departure
+from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, InactiveBackends
 from ebpfproxy.datapath.services.slots import Source
@@ -78,7 +78,7 @@ class Removals(NamedTuple):
 
     service_id: int
     back: Set[int]
-    removed: Mapping[int, Departure]
+    removed: Mapping[int, RemovalReason]
 
 
 class Member(NamedTuple):
@@ -193,9 +193,9 @@ def removals_of(known: Published, before: Set[int], after: Set[int], inactive: I
     was = known.inactive
     came, went = after - before, before - after
     back = came | (was.idle | was.absent) - (inactive.idle | inactive.absent) - went
-    removed = dict.fromkeys((inactive.idle - was.idle) & before, Departure.IDLE)
-    removed |= dict.fromkeys(inactive.absent - was.absent, Departure.ABSENT)
-    removed |= dict.fromkeys(went, Departure.GONE)
+    removed = dict.fromkeys((inactive.idle - was.idle) & before, RemovalReason.IDLE)
+    removed |= dict.fromkeys(inactive.absent - was.absent, RemovalReason.ABSENT)
+    removed |= dict.fromkeys(went, RemovalReason.GONE)
     return Removals(known.id, back, removed)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
-from ebpfproxy.datapath.flows.removed_backends import Departures
+from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.frontend_table import Frontends
@@ -41,7 +41,7 @@ class Tables(NamedTuple):
     selections: SelectionTable
     backends: Backends
     frontends: Frontends
-    departures: Departures
+    removed: RemovedBackends
 
 
 class Publisher:
@@ -51,7 +51,7 @@ class Publisher:
         self._names, self._members, self._sources = (
             maps[name] for name in ("service_names", "members", "source_ranges")
         )
-        self._selections, self._backends, self._frontends, self._departures = tables
+        self._selections, self._backends, self._frontends, self._removed_backends = tables
         self._fence = threading.Lock()
         #: Names that the kernel had no memory for, by service id: they are written with the next change.
         self._unnamed: dict[int, ServicePortKey] = {}
@@ -83,7 +83,7 @@ class Publisher:
         """Steps 4 and 5, of states and removals."""
         self._backends.settle()
         for removals in change.removals:
-            self._departures.note(*removals)
+            self._removed_backends.note(*removals)
         change.removals = []
 
     def _write_names(self, change: Change) -> None:

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.abi.layout import U32, ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
-from ebpfproxy.datapath.flows.removed_backends import Departed, Departures
+from ebpfproxy.datapath.flows.removed_backends import Removal, RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
@@ -82,10 +82,10 @@ class Writer:
         selected = {each for number in names for each in self._selections.backends(number)}
         self._backends = Backends(maps, selected)
         self._placer = Placer(self._selections, self._backends, maglev_size)
-        self._departures = Departures(maps)
+        self._removed_backends = RemovedBackends(maps)
         self._frontends = Frontends(maps, self._note_lost)
         self._redirects = Redirects(maps, self._frontends)
-        tables = Tables(self._selections, self._backends, self._frontends, self._departures)
+        tables = Tables(self._selections, self._backends, self._frontends, self._removed_backends)
         self._publisher = Publisher(maps, tables)
         self._published, self._strangers = adopt(maps, names, tables)
         self._service_ids: Ids[ServicePortKey] = Ids(
@@ -261,7 +261,7 @@ class Writer:
         if before == after and inactive == known.inactive:
             return
         removals = plan.removals_of(known, before, after, inactive)
-        if not self._departures:
+        if not self._removed_backends:
             removals = removals._replace(back=NO_IDS)
         if removals.back or removals.removed:
             change.removals.append(removals)
@@ -314,17 +314,17 @@ class Writer:
     # -- backends that were removed, and what is still open to them
 
     @property
-    def departures(self) -> dict[BackendUse, Departed]:
+    def removed_backends(self) -> dict[BackendUse, Removal]:
         """Those of the last moments: their flows and sockets have to be ended."""
-        return self._departures.current
+        return self._removed_backends.current
 
-    def take_departures(self) -> dict[BackendUse, Departed]:
+    def take_removed_backends(self) -> dict[BackendUse, Removal]:
         """Those since the last time, and at first those that were there."""
-        return self._departures.take_fresh()
+        return self._removed_backends.take_fresh()
 
-    def forget_departures(self, ended: Mapping[BackendUse, Departed]) -> None:
+    def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Nothing is open any more to the backends that these are about."""
-        self._departures.forget(ended)
+        self._removed_backends.forget(ended)
         self._backends.free_unused()
 
     def take_lost_frontends(self) -> set[LostFrontend]:
@@ -333,7 +333,7 @@ class Writer:
         return taken
 
     def _note_lost(self, service_id: int, key: ServiceKey) -> None:
-        self._departures.look_again(service_id)
+        self._removed_backends.look_again(service_id)
         if key.protocol is Protocol.UDP:
             self._lost.add(LostFrontend(service_id, key.address, key.port))
 

@@ -64,71 +64,72 @@ PROGRAMMED = struct.Struct("=dd")
 AGENT_STATE_SIZE = 16384
 
 
+def _hash(name: str, key: int, value: int, entries: int) -> MapSpec:
+    return MapSpec(name, uapi.MAP_HASH, key, value, entries, uapi.F_NO_PREALLOC)
+
+
+def _trie(name: str, key: int, value: int, entries: int) -> MapSpec:
+    return MapSpec(name, uapi.MAP_LPM_TRIE, key, value, entries, uapi.F_NO_PREALLOC)
+
+
+def _lru(name: str, key: int, value: int, entries: int) -> MapSpec:
+    return MapSpec(name, uapi.MAP_LRU_HASH, key, value, entries)
+
+
+def _array(name: str, value: int, entries: int, flags: int = 0) -> MapSpec:
+    return MapSpec(name, uapi.MAP_ARRAY, 4, value, entries, flags)
+
+
+def _shared(name: str, value: int, entries: int) -> MapSpec:
+    """An array in memory that agent and programs share."""
+    return _array(name, value, entries, uapi.F_MMAPABLE)
+
+
+def _per_cpu(name: str, value: int, entries: int) -> MapSpec:
+    return MapSpec(name, uapi.MAP_PERCPU_ARRAY, 4, value, entries)
+
+
 def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
     """Every map that programs and agent share, in a fixed order."""
-    array = uapi.MAP_ARRAY, 4
     return (
-        MapSpec(
-            "services4",
-            uapi.MAP_HASH,
-            SERVICE4_KEY.size,
-            SERVICE.size,
-            capacity.frontends,
-            uapi.F_NO_PREALLOC,
-        ),
-        MapSpec(
-            "services6",
-            uapi.MAP_HASH,
-            SERVICE6_KEY.size,
-            SERVICE.size,
-            capacity.frontends,
-            uapi.F_NO_PREALLOC,
-        ),
-        MapSpec("selections", *array, SELECTION.size, capacity.services * POLICIES, uapi.F_MMAPABLE),
-        MapSpec("slots", *array, SLOT_SIZE, capacity.slots, uapi.F_MMAPABLE),
-        MapSpec("turns", *array, U64.size, capacity.services * POLICIES),
-        MapSpec("members", uapi.MAP_HASH, PAIR.size, 4, capacity.slots, uapi.F_NO_PREALLOC),
-        MapSpec("affinity", uapi.MAP_LRU_HASH, AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
-        MapSpec("loads", *array, LOAD.size, capacity.backends, uapi.F_MMAPABLE),
-        MapSpec("client_namespaces", uapi.MAP_HASH, 16, U64.size, 65536, uapi.F_NO_PREALLOC),
-        MapSpec("drained", uapi.MAP_HASH, DRAINED.size, 4, 4096, uapi.F_NO_PREALLOC),
-        MapSpec("backends", *array, BACKEND.size, capacity.backends, uapi.F_MMAPABLE),
-        MapSpec("node_addresses", uapi.MAP_HASH, 16, 4, 4096, uapi.F_NO_PREALLOC),
-        MapSpec("sock_peers", uapi.MAP_HASH, 8, PEERS.size, capacity.unconnected, uapi.F_NO_PREALLOC),
-        MapSpec("port_clashes", uapi.MAP_LRU_HASH, CLASH.size, 4, 4096),
-        MapSpec("sock_origin", uapi.MAP_HASH, 8, ORIGIN.size, capacity.connected, uapi.F_NO_PREALLOC),
-        MapSpec("mptcp_subflows", uapi.MAP_HASH, U64.size, U64.size, MPTCP_SOCKETS, uapi.F_NO_PREALLOC),
-        MapSpec(
-            "sock_redirects", uapi.MAP_HASH, FLOW.size, REDIRECT.size, capacity.connected, uapi.F_NO_PREALLOC
-        ),
-        MapSpec("service_stats", uapi.MAP_PERCPU_ARRAY, 4, SERVICE_STATS.size, capacity.services),
-        MapSpec("backend_stats", uapi.MAP_PERCPU_ARRAY, 4, BACKEND_STATS.size, capacity.backends),
-        MapSpec("service_names", uapi.MAP_HASH, 4, NAME.size, capacity.services, uapi.F_NO_PREALLOC),
-        MapSpec("conntrack", uapi.MAP_LRU_HASH, FLOW.size, NAT.size, capacity.conntrack),
-        MapSpec("epochs", *array, U64.size, capacity.services, uapi.F_MMAPABLE),
-        MapSpec("departures", uapi.MAP_HASH, 8, 4, capacity.backends, uapi.F_NO_PREALLOC),
-        MapSpec("fragments", uapi.MAP_LRU_HASH, 40, FRAGMENT.size, 8192),
-        MapSpec("fragment_ids", *array, U64.size, 1),
-        MapSpec(
-            "source_ranges",
-            uapi.MAP_LPM_TRIE,
-            SOURCE_RANGE.size,
-            4,
-            capacity.source_ranges,
-            uapi.F_NO_PREALLOC,
-        ),
-        MapSpec("cidrs", uapi.MAP_LPM_TRIE, CIDR.size, 4, 65536, uapi.F_NO_PREALLOC),
-        MapSpec("cidr_filter", *array, (1 << CIDR_FILTER_BITS) // 8, 1, uapi.F_MMAPABLE),
-        MapSpec("unallocated", uapi.MAP_PERCPU_ARRAY, 4, U64.size, len(UNALLOCATED)),
-        MapSpec("devices", uapi.MAP_HASH, 4, DEVICE.size, 16384, uapi.F_NO_PREALLOC),
-        MapSpec("address_filter", *array, (1 << ADDRESS_FILTER_BITS) // 8, 1, uapi.F_MMAPABLE),
-        MapSpec("port_filter", *array, 65536 // 8, 1, uapi.F_MMAPABLE),
-        MapSpec("flow_filter", *array, 1 << FLOW_FILTER_BITS, 1),
-        MapSpec("crc32c", *array, CRC_STEPS * 4096, 1),
-        MapSpec("packet_events", uapi.MAP_PERCPU_ARRAY, 4, U64.size, len(PacketEvent)),
-        MapSpec("scratch", uapi.MAP_PERCPU_ARRAY, 4, SCRATCH_SIZE, 1),
+        _hash("services4", SERVICE4_KEY.size, SERVICE.size, capacity.frontends),
+        _hash("services6", SERVICE6_KEY.size, SERVICE.size, capacity.frontends),
+        _shared("selections", SELECTION.size, capacity.services * POLICIES),
+        _shared("slots", SLOT_SIZE, capacity.slots),
+        _array("turns", U64.size, capacity.services * POLICIES),
+        _hash("members", PAIR.size, 4, capacity.slots),
+        _lru("affinity", AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
+        _shared("loads", LOAD.size, capacity.backends),
+        _hash("client_namespaces", 16, U64.size, 65536),
+        _hash("drained", DRAINED.size, 4, 4096),
+        _shared("backends", BACKEND.size, capacity.backends),
+        _hash("node_addresses", 16, 4, 4096),
+        _hash("sock_peers", 8, PEERS.size, capacity.unconnected),
+        _lru("port_clashes", CLASH.size, 4, 4096),
+        _hash("sock_origin", 8, ORIGIN.size, capacity.connected),
+        _hash("mptcp_subflows", U64.size, U64.size, MPTCP_SOCKETS),
+        _hash("sock_redirects", FLOW.size, REDIRECT.size, capacity.connected),
+        _per_cpu("service_stats", SERVICE_STATS.size, capacity.services),
+        _per_cpu("backend_stats", BACKEND_STATS.size, capacity.backends),
+        _hash("service_names", 4, NAME.size, capacity.services),
+        _lru("conntrack", FLOW.size, NAT.size, capacity.conntrack),
+        _shared("epochs", U64.size, capacity.services),
+        _hash("departures", 8, 4, capacity.backends),
+        _lru("fragments", 40, FRAGMENT.size, 8192),
+        _array("fragment_ids", U64.size, 1),
+        _trie("source_ranges", SOURCE_RANGE.size, 4, capacity.source_ranges),
+        _trie("cidrs", CIDR.size, 4, 65536),
+        _shared("cidr_filter", (1 << CIDR_FILTER_BITS) // 8, 1),
+        _per_cpu("unallocated", U64.size, len(UNALLOCATED)),
+        _hash("devices", 4, DEVICE.size, 16384),
+        _shared("address_filter", (1 << ADDRESS_FILTER_BITS) // 8, 1),
+        _shared("port_filter", 65536 // 8, 1),
+        _array("flow_filter", 1 << FLOW_FILTER_BITS, 1),
+        _array("crc32c", CRC_STEPS * 4096, 1),
+        _per_cpu("packet_events", U64.size, len(PacketEvent)),
+        _per_cpu("scratch", SCRATCH_SIZE, 1),
         MapSpec("agent_state", uapi.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
-        MapSpec("programmed", *array, PROGRAMMED.size, 1),
+        _array("programmed", PROGRAMMED.size, 1),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 
 import msgspec
@@ -113,18 +111,10 @@ def load_latest(pins: Path) -> AgentState | None:
 
 def _stored(path: Path, size: int) -> bytes | None:
     """None for another schema's, and for one that is deleted at this moment."""
-    try:
-        fd = bpf.get_pinned(path)
-    except bpf.BpfError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        return None
-    try:
-        if bpf.map_info(fd).value_size != size:
+    with bpf.pinned(path) as fd:
+        if fd is None or bpf.map_info(fd).value_size != size:
             return None
         return bpf.map_lookup(fd, U32.pack(0), size)
-    finally:
-        os.close(fd)
 
 
 def _decode(stored: bytes | None, programmed: bytes | None) -> AgentState | None:

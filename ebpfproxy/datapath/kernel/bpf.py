@@ -11,8 +11,11 @@ import errno
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Info = TypeVar("Info", bound=ct.Structure)
 
 _NOEXIST = 1  # of an update (BPF_NOEXIST)
 
@@ -135,47 +138,32 @@ class CgroupLinkInfo(ct.Structure):
     )
 
 
+_INT, _U32, _POINTER = ct.c_int, ct.c_uint32, ct.c_void_p
+_ARGUMENTS = {
+    "libbpf_set_print": (_POINTER,),
+    "bpf_map_create": (_U32, ct.c_char_p, _U32, _U32, _U32, _POINTER),
+    "bpf_map_update_elem": (_INT, _POINTER, _POINTER, ct.c_uint64),
+    "bpf_map_lookup_elem": (_INT, _POINTER, _POINTER),
+    "bpf_map_delete_elem": (_INT, _POINTER),
+    "bpf_map_lookup_and_delete_elem": (_INT, _POINTER, _POINTER),
+    "bpf_map_update_batch": (_INT, _POINTER, _POINTER, _POINTER, _POINTER),
+    "bpf_map_delete_batch": (_INT, _POINTER, _POINTER, _POINTER),
+    "bpf_map_lookup_batch": (_INT, *(_POINTER,) * 6),
+    "bpf_obj_get_info_by_fd": (_INT, _POINTER, _POINTER),
+    "bpf_prog_load": (_INT, ct.c_char_p, ct.c_char_p, _POINTER, ct.c_size_t, _POINTER),
+    "libbpf_probe_bpf_helper": (_INT, _INT, _POINTER),
+}
+
+
 @functools.cache
 def _load() -> ct.CDLL:
     try:
         lib = ct.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
         raise SystemExit(f"ebpfproxy: libbpf.so.1 is missing ({error}); install python3-bpfcc") from error
-    lib.libbpf_set_print.argtypes = (ct.c_void_p,)
+    for name, types in _ARGUMENTS.items():
+        getattr(lib, name).argtypes = types
     lib.libbpf_set_print(None)
-    lib.bpf_map_create.argtypes = (
-        ct.c_uint32,
-        ct.c_char_p,
-        ct.c_uint32,
-        ct.c_uint32,
-        ct.c_uint32,
-        ct.c_void_p,
-    )
-    lib.bpf_map_update_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_uint64)
-    lib.bpf_map_lookup_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
-    lib.bpf_map_delete_elem.argtypes = (ct.c_int, ct.c_void_p)
-    lib.bpf_map_lookup_and_delete_elem.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
-    lib.bpf_map_update_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p, ct.c_void_p)
-    lib.bpf_map_delete_batch.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_void_p)
-    lib.bpf_map_lookup_batch.argtypes = (
-        ct.c_int,
-        ct.c_void_p,
-        ct.c_void_p,
-        ct.c_void_p,
-        ct.c_void_p,
-        ct.c_void_p,
-        ct.c_void_p,
-    )
-    lib.bpf_obj_get_info_by_fd.argtypes = (ct.c_int, ct.c_void_p, ct.c_void_p)
-    lib.bpf_prog_load.argtypes = (
-        ct.c_int,
-        ct.c_char_p,
-        ct.c_char_p,
-        ct.c_void_p,
-        ct.c_size_t,
-        ct.c_void_p,
-    )
-    lib.libbpf_probe_bpf_helper.argtypes = (ct.c_int, ct.c_int, ct.c_void_p)
     return lib
 
 
@@ -301,32 +289,25 @@ def map_lookup_batches(
 
 
 def map_info(fd: int) -> MapInfo:
-    info = MapInfo()
-    _info(fd, info)
-    return info
+    return _info(fd, MapInfo())
 
 
 def prog_info(fd: int) -> ProgInfo:
-    info = ProgInfo()
-    _info(fd, info)
-    return info
+    return _info(fd, ProgInfo())
 
 
 def cgroup_link_info(fd: int) -> CgroupLinkInfo:
-    info = CgroupLinkInfo()
-    _info(fd, info)
-    return info
+    return _info(fd, CgroupLinkInfo())
 
 
 def tcx_link_info(fd: int) -> TcxLinkInfo:
-    info = TcxLinkInfo()
-    _info(fd, info)
-    return info
+    return _info(fd, TcxLinkInfo())
 
 
-def _info(fd: int, info: ct.Structure) -> None:
+def _info(fd: int, info: Info) -> Info:
     size = ct.c_uint32(ct.sizeof(info))
     _check(_lib.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "get info")
+    return info
 
 
 def pin(fd: int, path: Path) -> None:
@@ -334,8 +315,31 @@ def pin(fd: int, path: Path) -> None:
 
 
 def get_pinned(path: Path) -> int:
-    """A file descriptor of the object pinned at ``path``; BpfError with ENOENT where nothing is."""
+    """A file descriptor of the object pinned at ``path``; BpfError with ENOENT if there is none."""
     return _check(_lib.bpf_obj_get(os.fsencode(path)), f"open {path}")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """As :func:`get_pinned`, and closed afterwards."""
+    fd = get_pinned(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def pinned(path: Path) -> Iterator[int | None]:
+    """As :func:`opened`, but None if nothing is pinned there."""
+    with ExitStack() as stack:
+        fd = None
+        try:
+            fd = stack.enter_context(opened(path))
+        except BpfError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        yield fd
 
 
 def link_create(prog_fd: int, target_fd: int, attach_type: int) -> int:

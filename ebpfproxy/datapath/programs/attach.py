@@ -5,7 +5,6 @@ Links (Linux 5.7) attach with the multi-program flag and are detached by nobody 
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 
@@ -60,9 +59,7 @@ def detach(link: Path) -> bool:
 
 
 def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str:
-    program = bpf.get_pinned(program_path)
-    link = _open(link_path)
-    try:
+    with bpf.opened(program_path) as program, bpf.pinned(link_path) as link:
         if link is not None:
             info = bpf.cgroup_link_info(link)
             if info.cgroup_id == os.fstat(cgroup).st_ino:
@@ -77,10 +74,6 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
         finally:
             os.close(fresh)
         return "attached" if link is None else "moved"
-    finally:
-        if link is not None:
-            os.close(link)
-        os.close(program)
 
 
 def pin_over(fd: int, path: Path) -> None:
@@ -91,15 +84,6 @@ def pin_over(fd: int, path: Path) -> None:
     beside.replace(path)
 
 
-def _open(path: Path) -> int | None:
-    try:
-        return bpf.get_pinned(path)
-    except bpf.BpfError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-
-
 def attachments(pins: Path) -> list[Attachment]:
     """The programs that run at every hook, as the kernel says: not what was once attached.
 
@@ -107,14 +91,10 @@ def attachments(pins: Path) -> list[Attachment]:
     """
     found = []
     for hook in SOCKET_HOOKS + GUARD_HOOKS:
-        link = _open(pins / LINKS / hook.name)
-        if link is None:
-            if hook in SOCKET_HOOKS:
+        with bpf.pinned(pins / LINKS / hook.name) as link:
+            if link is not None:
+                info = bpf.cgroup_link_info(link)
+                found.append(Attachment(hook.name, info.prog_id, info.cgroup_id))
+            elif hook in SOCKET_HOOKS:
                 found.append(Attachment(hook.name, None))
-            continue
-        try:
-            info = bpf.cgroup_link_info(link)
-            found.append(Attachment(hook.name, info.prog_id, info.cgroup_id))
-        finally:
-            os.close(link)
     return found

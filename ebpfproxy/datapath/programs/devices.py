@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +111,7 @@ class DeviceAttacher:
         # Answers are translated before the first question is.
         for hook in reversed(module.hooks):
             direction = _direction(hook)
-            with _opened(programs / f"{hook.name}{module.suffix}") as program:
+            with bpf.opened(programs / f"{hook.name}{module.suffix}") as program:
                 if self._tcx:
                     did.append(self._link(target, hook.attach_type, direction, program))
                 else:
@@ -121,8 +120,8 @@ class DeviceAttacher:
 
     def _link(self, target: Target, attach_type: int, direction: str, program: int) -> str:
         path = self._links / f"tc-{target.ifindex}-{direction}"
-        with _opened(path) as link:
-            if link >= 0 and bpf.tcx_link_info(link).ifindex == target.ifindex:
+        with bpf.pinned(path) as link:
+            if link is not None and bpf.tcx_link_info(link).ifindex == target.ifindex:
                 if bpf.tcx_link_info(link).prog_id == bpf.prog_info(program).id:
                     return ""
                 bpf.link_update(link, program)
@@ -142,22 +141,6 @@ class DeviceAttacher:
 
 def _direction(hook: Hook) -> str:
     return "ingress" if hook.attach_type == TCX_INGRESS else "egress"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file descriptor of what is pinned, -1 where nothing is."""
-    try:
-        fd = bpf.get_pinned(path)
-    except bpf.BpfError as error:
-        if error.errno != errno.ENOENT:
-            raise
-        yield -1
-        return
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _remove_links(links: Path, wanted: dict[int, Target]) -> list[str]:
@@ -264,8 +247,8 @@ def link_attachments(pins: Path) -> list[DeviceAttachment]:
     found = []
     for path in sorted((pins / LINKS).glob("tc-*")):
         name = _PIN.fullmatch(path.name)
-        with _opened(path) as link:
-            if name and link >= 0 and (info := bpf.tcx_link_info(link)).ifindex:
+        with bpf.pinned(path) as link:
+            if name and link is not None and (info := bpf.tcx_link_info(link)).ifindex:
                 found.append(DeviceAttachment(int(info.ifindex), name[2], int(info.prog_id)))
     return found
 

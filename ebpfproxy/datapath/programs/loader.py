@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import platform
@@ -171,14 +170,6 @@ def remove_others(maps: MapSet, keep: Path) -> list[Path]:
 
 
 def program_id(path: Path) -> int | None:
-    """The id of the pinned program, None where nothing is pinned."""
-    try:
-        fd = bpf.get_pinned(path)
-    except bpf.BpfError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    try:
-        return int(bpf.prog_info(fd).id)
-    finally:
-        os.close(fd)
+    """The id of the pinned program, None if there is none."""
+    with bpf.pinned(path) as fd:
+        return int(bpf.prog_info(fd).id) if fd is not None else None

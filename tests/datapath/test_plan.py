@@ -10,9 +10,8 @@ from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
-from ebpfproxy.datapath.services.backends import NO_IDS, InactiveBackends
 from ebpfproxy.datapath.services.host_sources import HostSources
-from ebpfproxy.datapath.services.plan import BackendSets, Change, Member, Published
+from ebpfproxy.datapath.services.plan import NO_IDS, BackendSets, Change, InactiveBackends, Member, Published
 from ebpfproxy.services.model import Algorithm, Frontend, FrontendKind, Policy, Prefix, Protocol, ServicePort
 from tests.datapath.writing import backend, port
 

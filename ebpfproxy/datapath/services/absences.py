@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Set
 
-from ebpfproxy.datapath.services.backends import NO_IDS
+from ebpfproxy.datapath.services.plan import NO_IDS
 from ebpfproxy.services.model import ServicePortKey
 
 

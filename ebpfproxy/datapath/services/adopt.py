@@ -14,9 +14,9 @@ from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, RemovalReason
 from ebpfproxy.datapath.abi.layout import U32, ServiceKey
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.backends import NO_IDS, Backends
+from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.frontend_table import Frontends
-from ebpfproxy.datapath.services.plan import NO_MEMBERS, NO_SOURCES, Member, Published
+from ebpfproxy.datapath.services.plan import NO_IDS, NO_MEMBERS, NO_SOURCES, Member, Published
 from ebpfproxy.datapath.services.publish import Tables
 from ebpfproxy.services.model import Prefix, ServicePortKey
 

@@ -10,28 +10,12 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Set
-from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends
 from ebpfproxy.services.model import Backend, BackendState
-
-#: Every other empty frozenset would be an object of 216 bytes, and nearly all of these are empty.
-NO_IDS: frozenset[int] = frozenset()
-
-
-class InactiveBackends(NamedTuple):
-    """Those of a service port's backends that are not active, by what they are instead."""
-
-    leaving: frozenset[int] = NO_IDS
-    idle: frozenset[int] = NO_IDS
-    drained: frozenset[int] = NO_IDS
-    #: Their endpoint was removed, and may come back.
-    absent: frozenset[int] = NO_IDS
-
-
-ALL_ACTIVE = InactiveBackends()
 
 
 class Backends:

@@ -15,7 +15,6 @@ import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
-from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, InactiveBackends
 from ebpfproxy.datapath.services.slots import Source
 from ebpfproxy.services.model import (
     Backend,
@@ -27,6 +26,21 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 
+#: Any other empty frozenset would be an object of 216 bytes, and nearly all of these are empty.
+NO_IDS: frozenset[int] = frozenset()
+
+
+class InactiveBackends(NamedTuple):
+    """Those of a service port's backends that are not active, by what they are instead."""
+
+    leaving: frozenset[int] = NO_IDS
+    idle: frozenset[int] = NO_IDS
+    drained: frozenset[int] = NO_IDS
+    #: Their endpoint was removed, and may come back.
+    absent: frozenset[int] = NO_IDS
+
+
+ALL_ACTIVE = InactiveBackends()
 NO_MEMBERS = (NO_IDS, NO_IDS)
 NO_SOURCES: frozenset[Prefix] = frozenset()
 NOTHING_MADE = (None, None)
@@ -92,21 +106,22 @@ class Member(NamedTuple):
 class Change(msgspec.Struct):
     """The part of a change that readers see. New backends and slots are in place before it is carried out."""
 
-    names: dict[int, ServicePortKey] = msgspec.field(default_factory=dict)
-    members: list[Member] = msgspec.field(default_factory=list)
+    names: dict[int, ServicePortKey] = {}
+    members: list[Member] = []
     #: Base and count of the slots, by service id and policy.
-    selections: dict[tuple[int, int], tuple[int, int]] = msgspec.field(default_factory=dict)
-    excluded: list[Member] = msgspec.field(default_factory=list)
-    removals: list[Removals] = msgspec.field(default_factory=list)
-    sources: list[tuple[int, Prefix]] = msgspec.field(default_factory=list)
-    entries: dict[ServiceKey, ServiceEntry] = msgspec.field(default_factory=dict)
+    selections: dict[tuple[int, int], tuple[int, int]] = {}
+    #: These are members no longer.
+    excluded: list[Member] = []
+    removals: list[Removals] = []
+    sources: list[tuple[int, Prefix]] = []
+    entries: dict[ServiceKey, ServiceEntry] = {}
     #: Service ids, each with a frontend that it has no longer.
-    withdrawn: list[tuple[int, ServiceKey]] = msgspec.field(default_factory=list)
-    closed: list[tuple[int, Prefix]] = msgspec.field(default_factory=list)
+    withdrawn: list[tuple[int, ServiceKey]] = []
+    closed: list[tuple[int, Prefix]] = []
     #: The service ports that get something new, by service id.
-    placed: dict[int, tuple[ServicePort, Published]] = msgspec.field(default_factory=dict)
+    placed: dict[int, tuple[ServicePort, Published]] = {}
     #: Service ids, each with something that a map had no room for. Publishing notes them.
-    refused: list[tuple[int, str]] = msgspec.field(default_factory=list)
+    refused: list[tuple[int, str]] = []
 
     def select(
         self, known: Published, before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]

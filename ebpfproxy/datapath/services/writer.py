@@ -22,13 +22,13 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
 from ebpfproxy.datapath.services.adopt import adopt, service_names
-from ebpfproxy.datapath.services.backends import ALL_ACTIVE, NO_IDS, Backends, InactiveBackends
+from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.capacity import CapacityError, Unplaced
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer, no_room
-from ebpfproxy.datapath.services.plan import Change, Published
+from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, Change, InactiveBackends, Published
 from ebpfproxy.datapath.services.publish import Publisher, Tables
 from ebpfproxy.datapath.services.redirects import Redirects
 from ebpfproxy.datapath.services.selection_table import SelectionTable

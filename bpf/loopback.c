@@ -14,7 +14,7 @@
  * A packet of this host to itself: the client's to a NodePort, or a backend's answer. The answer
  * has come in where it leaves, and is looked for at that stage.
  */
-static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
+static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet *p)
 {
 	enum parse_result parsed;
 	bool is_asked;
@@ -31,20 +31,20 @@ static __always_inline int reflect(struct __sk_buff *skb, struct packet *p)
 	}
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return PASS;
-	if (loopback_flow_of_interest(&p->flow) && !is_new(skb, p, &verdict))
+	if (loopback_flow_of_interest(&p->flow) && !opens_flow(skb, p, &verdict))
 		return verdict;
 	is_asked = port_of_interest(p->flow.dport);
 	/* Answers come to a port that stands for the client, or to this host's own. */
 	if ((is_asked || is_masquerade_port(p->flow.dport)) &&
 	    flow_of_interest(&p->flow.src, &p->flow.dst)) {
 		p->flow.stage = STAGE_INGRESS;
-		if (!is_new(skb, p, &verdict))
+		if (!opens_flow(skb, p, &verdict))
 			return verdict;
 		p->flow.stage = STAGE_EGRESS;
 	}
 	if (p->proto != IPPROTO_TCP)
 		note_own(p);
-	if (!is_asked || !can_open(skb, p))
+	if (!is_asked || !can_open_flow(skb, p))
 		return PASS;
 	return create_host_flow(skb, p);
 }
@@ -53,5 +53,5 @@ int to_loopback(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
 
-	return p ? carry_out(skb, p, reflect(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_loopback(skb, p)) : PASS;
 }

@@ -12,8 +12,8 @@
 #include "lib/socket_service.h"
 
 /* Leaves the backend in @backend where there is one to go to. */
-static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct target *to,
-				      struct backend **backend)
+static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
+					  struct backend **backend)
 {
 	struct service *svc = find_service(ctx, to);
 	struct client client;
@@ -23,7 +23,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ta
 	if (skip_translation(ctx, to, svc)) {
 		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
-		if (!svc && to->proto != IPPROTO_UDP && is_nobodys(ctx, to))
+		if (!svc && to->proto != IPPROTO_UDP && is_unallocated_target(ctx, to))
 			return reject(VERDICT_DROP);
 		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
@@ -45,49 +45,49 @@ int connect4(struct bpf_sock_addr *ctx)
 {
 	struct target to = target4(ctx);
 	struct backend *backend = NULL;
-	int answer = connecting(ctx, &to, &backend);
+	int proceed = handle_connect(ctx, &to, &backend);
 
-	if (answer == PROCEED && backend)
+	if (proceed == PROCEED && backend)
 		set_target4(ctx, &backend->addr, backend->port);
-	return answer;
+	return proceed;
 }
 
 int connect6(struct bpf_sock_addr *ctx)
 {
 	struct target to = target6(ctx);
 	struct backend *backend = NULL;
-	int answer = connecting(ctx, &to, &backend);
+	int proceed = handle_connect(ctx, &to, &backend);
 
-	if (answer == PROCEED && backend)
+	if (proceed == PROCEED && backend)
 		set_target6(ctx, &backend->addr, backend->port);
-	return answer;
+	return proceed;
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct target to = target4(ctx), goes = {};
-	int answer = sending(ctx, &to, &goes);
+	int proceed = handle_sendmsg(ctx, &to, &goes);
 
-	if (answer == PROCEED && goes.port)
+	if (proceed == PROCEED && goes.port)
 		set_target4(ctx, &goes.addr, goes.port);
-	return answer;
+	return proceed;
 }
 
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct target to = target6(ctx), goes = {};
-	int answer = sending(ctx, &to, &goes);
+	int proceed = handle_sendmsg(ctx, &to, &goes);
 
-	if (answer == PROCEED && goes.port)
+	if (proceed == PROCEED && goes.port)
 		set_target6(ctx, &goes.addr, goes.port);
-	return answer;
+	return proceed;
 }
 
 int recvmsg4(struct bpf_sock_addr *ctx)
 {
 	struct target from = target4(ctx);
 
-	if (receiving(ctx, &from))
+	if (handle_recvmsg(ctx, &from))
 		set_target4(ctx, &from.addr, from.port);
 	return PROCEED;
 }
@@ -96,7 +96,7 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 {
 	struct target from = target6(ctx);
 
-	if (receiving(ctx, &from))
+	if (handle_recvmsg(ctx, &from))
 		set_target6(ctx, &from.addr, from.port);
 	return PROCEED;
 }

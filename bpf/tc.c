@@ -62,25 +62,25 @@ static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, b
 	return false;
 }
 
-enum course {
-	COURSE_FOLLOW,
-	COURSE_AGAIN,  /* as if this were the first packet */
-	COURSE_REJECT, /* a connection that has lost its backend */
+enum flow_verdict {
+	FLOW_FORWARD,
+	FLOW_RESTART, /* as if this were the first packet */
+	FLOW_REJECT,  /* a connection that has lost its backend */
 };
 
 /* What becomes of a packet for which there is an entry of questions. */
-static __always_inline enum course course_of(const struct packet *p, struct nat *nat)
+static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p, struct nat *nat)
 {
 	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 
 	/* A masquerade ends with the flow that it belongs to. */
 	if (nat->flags & NAT_REPLY ||
 	    (nat->flags & NAT_SOURCE && !is_of_direct_flow(nat, &p->flow)))
-		return COURSE_FOLLOW;
+		return FLOW_FORWARD;
 	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, opens))
-		return p->flow.proto != IPPROTO_TCP || opens ? COURSE_AGAIN : COURSE_REJECT;
+		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_RESTART : FLOW_REJECT;
 	/* A client that uses a port again opens another connection. */
-	return opens && is_closed(nat) ? COURSE_AGAIN : COURSE_FOLLOW;
+	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;
 }
 
 static __always_inline int forward_flow(struct __sk_buff *skb, const struct packet *p,
@@ -106,17 +106,17 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 }
 
 /* False where the packet is of a known flow: then @verdict is what becomes of it. */
-static __always_inline bool is_new(struct __sk_buff *skb, const struct packet *p, int *verdict)
+static __always_inline bool opens_flow(struct __sk_buff *skb, const struct packet *p, int *verdict)
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
 
 	if (!nat)
 		return true;
-	switch (course_of(p, nat)) {
-	case COURSE_FOLLOW:
+	switch (flow_verdict_of(p, nat)) {
+	case FLOW_FORWARD:
 		*verdict = forward_flow(skb, p, nat);
 		return false;
-	case COURSE_REJECT:
+	case FLOW_REJECT:
 		conntrack_forget(&p->flow, nat);
 		*verdict = rejection(EVENT_BACKEND_GONE);
 		return false;
@@ -149,18 +149,18 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
-		note_asker(skb, p);
+		note_outside_client(skb, p);
 	/* What asks a backend directly is of interest where a Service has answers from there. */
 	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src))
 		return PASS;
-	if (!is_for_us(skb))
+	if (!is_addressed_to_us(skb))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
-		return unusual(skb, p, parsed);
-	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_new(skb, p, &verdict))
+		return handle_without_ports(skb, p, parsed);
+	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !opens_flow(skb, p, &verdict))
 		return verdict;
 	return create_flow(skb, p);
 }
@@ -185,14 +185,14 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
-		return is_mine ? unusual(skb, p, parsed) : leave_unserved(skb, p);
-	if (is_known && !is_new(skb, p, &verdict))
+		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
+	if (is_known && !opens_flow(skb, p, &verdict))
 		return verdict;
 	if (is_mine)
 		return create_host_flow(skb, p);
 	if (may_be_own)
 		note_own(p);
-	return leave_unserved(skb, p);
+	return drop_unallocated(skb, p);
 }
 
 #if !AT_LOOPBACK
@@ -200,13 +200,13 @@ int from_device(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_INGRESS);
 
-	return p ? carry_out(skb, p, handle_ingress(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_ingress(skb, p)) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
 
-	return p ? carry_out(skb, p, handle_egress(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_egress(skb, p)) : PASS;
 }
 #endif

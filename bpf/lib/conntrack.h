@@ -178,7 +178,7 @@ static __always_inline enum insert conntrack_insert(struct scratch *s, bool repl
 }
 
 /* Both halves' packets may be looked at on two CPUs at once. True for the one that closes it. */
-static __always_inline bool mark(struct nat *nat, u8 seen)
+static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 {
 	struct nat bits = { .seen = seen };
 
@@ -189,7 +189,7 @@ static __always_inline bool mark(struct nat *nat, u8 seen)
 /* A flow is counted, and its end, by the half of its questions. */
 static __always_inline void conntrack_end(struct nat *nat)
 {
-	if (!(nat->flags & (NAT_SOURCE | NAT_REPLY)) && mark(nat, SEEN_RST))
+	if (!(nat->flags & (NAT_SOURCE | NAT_REPLY)) && mark_seen(nat, SEEN_RST))
 		load_end_flow(nat->backend_id);
 }
 
@@ -266,7 +266,7 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 	if (now - nat->last > NSEC_PER_SEC)
 		nat->last = now;
 	if (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY))
-		mark(nat, SEEN_REPLY);
+		mark_seen(nat, SEEN_REPLY);
 	if (tcp_flags & TCP_RST)
 		ended |= SEEN_RST;
 	else if (tcp_flags & TCP_FIN)
@@ -285,9 +285,9 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 			partner = NULL;
 		if (partner && !is_believable(p, nat, partner))
 			return;
-		closes = mark(nat, ended) && !(nat->flags & NAT_REPLY);
+		closes = mark_seen(nat, ended) && !(nat->flags & NAT_REPLY);
 		if (partner) {
-			closes |= mark(partner, ended) && nat->flags & NAT_REPLY;
+			closes |= mark_seen(partner, ended) && nat->flags & NAT_REPLY;
 			partner->last = now;
 		}
 		if (closes && !(nat->flags & NAT_SOURCE))

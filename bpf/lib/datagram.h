@@ -47,8 +47,8 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 }
 
 /* Says if packets to the frontend pass a device of ours on their way to the backend. */
-static __always_inline bool packets_serve(struct bpf_sock_addr *ctx, const struct service *svc,
-					  const struct backend *backend)
+static __always_inline bool passes_our_device(struct bpf_sock_addr *ctx, const struct service *svc,
+					      const struct backend *backend)
 {
 	return !in_host_namespace(ctx) ||
 	       (svc->kind != KIND_NODE_PORT && !addr_is_this_node(&backend->addr));
@@ -82,9 +82,9 @@ static __always_inline void count_full(void)
  * the socket could not tell the answers apart: for the second another backend is taken, or else
  * its datagrams are left to packets, where the flow gets another port.
  */
-static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct target *to,
-					const struct service *svc, struct peer *peer,
-					struct backend **backend)
+static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struct target *to,
+					  const struct service *svc, struct peer *peer,
+					  struct backend **backend)
 {
 	struct client client = client_of(ctx, svc, to);
 	const u64 cookie = get_socket_cookie(ctx);
@@ -106,7 +106,7 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 
 		if (needs_client_key(svc) || !choose_other(cookie, svc, &backend_id, backend)) {
 			*backend = only;
-			if (packets_serve(ctx, svc, only)) {
+			if (passes_our_device(ctx, svc, only)) {
 				note_clash(ctx, to);
 				*backend = NULL;
 				return PROCEED;
@@ -114,12 +114,12 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 		}
 	}
 	if (!peer)
-		peer = peer_place(ctx, cookie, !packets_serve(ctx, svc, *backend));
+		peer = peer_place(ctx, cookie, !passes_our_device(ctx, svc, *backend));
 	if (peer) {
 		peer_write(peer, to, svc, backend_id, *backend, epoch);
 	} else {
 		count_full();
-		if (packets_serve(ctx, svc, *backend)) {
+		if (passes_our_device(ctx, svc, *backend)) {
 			/* What it has of others may come to have the same backend. */
 			if (peers_page(cookie, 0))
 				note_clash(ctx, to);
@@ -133,18 +133,18 @@ static __always_inline int sending_anew(struct bpf_sock_addr *ctx, const struct 
 }
 
 /* Leaves in @goes where the datagram is to go, if that is another address than @to. */
-static __always_inline int sending(struct bpf_sock_addr *ctx, const struct target *to,
-				   struct target *goes)
+static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struct target *to,
+					  struct target *goes)
 {
 	struct service *svc = find_service(ctx, to);
 	struct backend *backend = NULL;
-	int answer = PROCEED;
+	int proceed = PROCEED;
 	struct peer *peer;
 
 	if (skip_translation(ctx, to, svc)) {
 		if (!svc && is_unused_port(ctx, to))
 			return reject(VERDICT_REFUSE);
-		return !svc && is_nobodys(ctx, to) ? reject(VERDICT_DROP) : PROCEED;
+		return !svc && is_unallocated_target(ctx, to) ? reject(VERDICT_DROP) : PROCEED;
 	}
 	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
 		return PROCEED;
@@ -155,17 +155,17 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct targe
 		count_service(svc->id, VERDICT_TRANSLATE);
 		count_backend(peer->backend_id);
 	} else {
-		answer = sending_anew(ctx, to, svc, peer, &backend);
+		proceed = assign_backend(ctx, to, svc, peer, &backend);
 	}
-	if (answer == PROCEED && backend) {
+	if (proceed == PROCEED && backend) {
 		goes->addr = backend->addr;
 		goes->port = backend->port;
 	}
-	return answer;
+	return proceed;
 }
 
 /* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
-static __always_inline bool receiving(struct bpf_sock_addr *ctx, struct target *from)
+static __always_inline bool handle_recvmsg(struct bpf_sock_addr *ctx, struct target *from)
 {
 	const u64 cookie = get_socket_cookie(ctx);
 

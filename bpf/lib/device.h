@@ -45,7 +45,7 @@ static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stag
  * On a pod's device frames to any host are ours: with a bridge behind it they are sent to the
  * bridge's address. On an uplink others' frames are theirs.
  */
-static __always_inline bool is_for_us(struct __sk_buff *skb)
+static __always_inline bool is_addressed_to_us(struct __sk_buff *skb)
 {
 	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
 }

@@ -45,13 +45,13 @@ static __always_inline bool is_port_taken(const struct flow *flow)
 	return service_protocol(flow->proto) == IPPROTO_UDP && map_lookup(port_clashes, &key);
 }
 
-static __always_inline int not_inserted(enum insert done)
+static __always_inline int insert_failed(enum insert done)
 {
 	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
 }
 
 /* What all entries of a new flow have. */
-static __always_inline void start_flow(struct scratch *s, const struct service *svc, u32 backend_id)
+static __always_inline void init_flow(struct scratch *s, const struct service *svc, u32 backend_id)
 {
 	u32 id = svc->id;
 	u64 *epoch = map_lookup(epochs, &id);
@@ -64,8 +64,8 @@ static __always_inline void start_flow(struct scratch *s, const struct service *
 }
 
 /* The entry of a new flow's questions, as far as its first packet and the backend tell. */
-static __always_inline void new_entry(struct scratch *s, const struct packet *p,
-				      const struct backend *backend)
+static __always_inline void init_entry(struct scratch *s, const struct packet *p,
+				       const struct backend *backend)
 {
 	const struct flow *flow = &p->flow;
 
@@ -84,7 +84,7 @@ static __always_inline void new_entry(struct scratch *s, const struct packet *p,
  * Inserts the entry of answers in @s. Where another flow of the client's port has the key (it asks
  * the same backend through another frontend), another port is taken, and left in @s->key.
  */
-static __always_inline enum insert insert_answers(struct __sk_buff *skb, struct scratch *s)
+static __always_inline enum insert insert_reply(struct __sk_buff *skb, struct scratch *s)
 {
 	struct nat *known = conntrack_lookup(&s->key);
 	enum insert done;
@@ -107,20 +107,20 @@ static __always_inline enum insert insert_answers(struct __sk_buff *skb, struct 
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
 					       const struct flow *flow, bool fresh)
 {
-	struct flow answers;
+	struct flow reply;
 	enum insert done;
 
 	invert_entry(s, flow);
-	done = fresh ? take_port(skb, s) : insert_answers(skb, s);
+	done = fresh ? take_port(skb, s) : insert_reply(skb, s);
 	if (done != INSERT_DONE)
 		return done;
-	answers = s->key;
-	invert_entry(s, &answers);
+	reply = s->key;
+	invert_entry(s, &reply);
 	done = conntrack_insert(s, true);
 	if (done == INSERT_DONE)
 		load_count_flow(s->nat.backend_id);
 	else
-		map_delete(conntrack, &answers);
+		map_delete(conntrack, &reply);
 	return done;
 }
 
@@ -133,7 +133,7 @@ static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struc
 	s->nat.flags = NAT_BYPASS;
 	done = insert_pair(skb, s, &p->flow, true);
 	if (done != INSERT_DONE)
-		return not_inserted(done);
+		return insert_failed(done);
 	if (rewrite(skb, p, &s->nat, true))
 		return drop(EVENT_REWRITE);
 	return send_out(skb, &s->nat.src, &s->nat.dst);
@@ -144,7 +144,7 @@ static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struc
  * to a connection of this node's own. SCTP's peers ask each other every 30 s if they are there: by
  * that an association whose flow was lost goes on, as with netfilter's conntrack.
  */
-static __always_inline bool can_open(struct __sk_buff *skb, const struct packet *p)
+static __always_inline bool can_open_flow(struct __sk_buff *skb, const struct packet *p)
 {
 	u8 chunk;
 
@@ -194,14 +194,14 @@ static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct 
 		.proto = flow->proto,
 		.stage = STAGE_EGRESS,
 	};
-	const struct nat *answers;
+	const struct nat *reply;
 
 	if (!flow_of_interest(&key.src, &key.dst) || is_seen_below(skb, STAGE_INGRESS) ||
-	    !can_open(skb, p))
+	    !can_open_flow(skb, p))
 		return false;
-	answers = conntrack_lookup(&key);
+	reply = conntrack_lookup(&key);
 	/* An entry without NAT_REPLY is of what this host itself asks. */
-	return answers && answers->flags & NAT_REPLY && !is_reverse(answers, flow);
+	return reply && reply->flags & NAT_REPLY && !is_reverse(reply, flow);
 }
 
 /* Gives the later of two such flows another port, as netfilter's NAT does (null binding). */
@@ -225,7 +225,7 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 		note_sequence(p, &s->nat);
 	done = insert_source(skb, s, &p->flow);
 	if (done != INSERT_DONE)
-		return not_inserted(done);
+		return insert_failed(done);
 	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
 }
 
@@ -263,14 +263,14 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	svc = &s->service;
 	if (is_martian(&p->flow.src))
 		return pass(EVENT_MARTIAN);
-	if (!can_open(skb, p))
+	if (!can_open_flow(skb, p))
 		return no_flow(skb, p, svc);
 	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
 
-	start_flow(s, svc, id);
-	new_entry(s, p, backend);
+	init_flow(s, svc, id);
+	init_entry(s, p, backend);
 	is_masked = must_masquerade(skb, svc, is_inside, p, backend);
 	if (is_masked) {
 		way = fib_result_of(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
@@ -281,7 +281,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	}
 	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
-		return not_inserted(done);
+		return insert_failed(done);
 	if (rewrite(skb, p, &s->nat, false))
 		return drop(EVENT_REWRITE);
 	if (is_masked) {
@@ -292,7 +292,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 			if (nat)
 				conntrack_forget(&p->flow, nat);
-			return not_inserted(done);
+			return insert_failed(done);
 		}
 	}
 	return PASS;
@@ -360,8 +360,8 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 		return verdict;
 	if (!host_address(skb, p, backend, &node))
 		return drop(EVENT_UNROUTABLE);
-	start_flow(s, svc, id);
-	new_entry(s, p, backend);
+	init_flow(s, svc, id);
+	init_entry(s, p, backend);
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
 	if (AT_LOOPBACK && is_bound_to_device(skb))
@@ -374,7 +374,7 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);
 	done = insert_pair(skb, s, &p->flow, is_fresh);
 	if (done != INSERT_DONE)
-		return not_inserted(done);
+		return insert_failed(done);
 	if (rewrite(skb, p, &s->nat, false))
 		return drop(EVENT_REWRITE);
 	return send_out(skb, &s->nat.src, &s->nat.dst);

@@ -28,30 +28,30 @@ static __always_inline bool is_masquerade_port(__be16 port)
  * connection to lose; a datagram socket need not be connected to ask the backend. The kernel has no
  * lookup for UDP-Lite and SCTP.
  */
-static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct flow *answers)
+static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct flow *reply)
 {
-	const bool is_v4 = addr_is_v4(&answers->dst);
+	const bool is_v4 = addr_is_v4(&reply->dst);
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sock;
 	bool is_used = true;
 	u32 size;
 
 	if (is_v4) {
-		tuple.ipv4.saddr = answers->src.word[3];
-		tuple.ipv4.daddr = answers->dst.word[3];
-		tuple.ipv4.sport = answers->sport;
-		tuple.ipv4.dport = answers->dport;
+		tuple.ipv4.saddr = reply->src.word[3];
+		tuple.ipv4.daddr = reply->dst.word[3];
+		tuple.ipv4.sport = reply->sport;
+		tuple.ipv4.dport = reply->dport;
 		size = sizeof(tuple.ipv4);
 	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &answers->src, sizeof(answers->src));
-		__builtin_memcpy(tuple.ipv6.daddr, &answers->dst, sizeof(answers->dst));
-		tuple.ipv6.sport = answers->sport;
-		tuple.ipv6.dport = answers->dport;
+		__builtin_memcpy(tuple.ipv6.saddr, &reply->src, sizeof(reply->src));
+		__builtin_memcpy(tuple.ipv6.daddr, &reply->dst, sizeof(reply->dst));
+		tuple.ipv6.sport = reply->sport;
+		tuple.ipv6.dport = reply->dport;
 		size = sizeof(tuple.ipv6);
 	}
-	if (answers->proto == IPPROTO_UDP) {
+	if (reply->proto == IPPROTO_UDP) {
 		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	} else if (answers->proto == IPPROTO_TCP) {
+	} else if (reply->proto == IPPROTO_TCP) {
 		/* Unlike bpf_sk_lookup_tcp() this also finds what is in TIME_WAIT. */
 		sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (sock)
@@ -94,7 +94,7 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 static __always_inline enum insert insert_source(struct __sk_buff *skb, struct scratch *s,
 						 const struct flow *key)
 {
-	struct flow answers;
+	struct flow reply;
 	enum insert done;
 
 	s->nat.flags = NAT_SOURCE;
@@ -102,8 +102,8 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 	done = take_port(skb, s);
 	if (done != INSERT_DONE)
 		return done;
-	answers = s->key;
-	invert_entry(s, &answers);
+	reply = s->key;
+	invert_entry(s, &reply);
 	return conntrack_insert(s, true);
 }
 

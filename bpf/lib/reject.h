@@ -164,7 +164,7 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 }
 
 /* Does what is left to do where the verdict is a rejection. */
-static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict)
+static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
 	return verdict >= REJECTION ? reject(skb, p, verdict - REJECTION) : verdict;
 }

@@ -54,7 +54,7 @@ static __always_inline bool is_unallocated(const struct inet_addr *addr)
  * The conntrack entry of an address in such a range that has sent something to this node from
  * outside: its datagrams are answered. It has no ports, and no other address.
  */
-static __always_inline void asker_key(struct flow *key, const struct inet_addr *addr)
+static __always_inline void outside_client_key(struct flow *key, const struct inet_addr *addr)
 {
 	__builtin_memset(key, 0, sizeof(*key));
 	key->dst = *addr;
@@ -62,11 +62,11 @@ static __always_inline void asker_key(struct flow *key, const struct inet_addr *
 	key->stage = STAGE_EGRESS;
 }
 
-static __always_inline bool has_asked(const struct inet_addr *addr)
+static __always_inline bool is_outside_client(const struct inet_addr *addr)
 {
 	struct flow key;
 
-	asker_key(&key, addr);
+	outside_client_key(&key, addr);
 	return map_lookup(conntrack, &key) != NULL;
 }
 

@@ -58,7 +58,7 @@ static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, cons
  * Says if a socket is bound to the loopback, by its address or device, and asks for a port of this
  * node: from there no route leads to a backend. Its packets are translated as they leave by lo.
  */
-static __always_inline bool is_left_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
+static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
 {
 	struct inet_addr bound;
 
@@ -79,7 +79,7 @@ static __always_inline bool is_left_to_loopback(struct bpf_sock_addr *ctx, const
 static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const struct target *to,
 					     const struct service *svc)
 {
-	return !svc || svc->flags & SERVICE_OWN || is_left_to_loopback(ctx, to) ||
+	return !svc || svc->flags & SERVICE_OWN || defer_to_loopback(ctx, to) ||
 	       (svc->flags & SERVICE_SOURCES && !source_is_known_good(ctx, to, svc));
 }
 
@@ -95,11 +95,12 @@ static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const stru
  * nothing, and resolvers order addresses by whether it succeeds. A host outside that has such an
  * address is answered.
  */
-static __always_inline bool is_nobodys(struct bpf_sock_addr *ctx, const struct target *to)
+static __always_inline bool is_unallocated_target(struct bpf_sock_addr *ctx,
+						  const struct target *to)
 {
 	if (!is_served(ctx) || !is_unallocated(&to->addr))
 		return false;
-	if (to->proto == IPPROTO_UDP && has_asked(&to->addr))
+	if (to->proto == IPPROTO_UDP && is_outside_client(&to->addr))
 		return false;
 	count_unallocated(&to->addr, UNALLOCATED_SOCKET);
 	return true;

@@ -13,21 +13,21 @@
  * there that asks this node, or a pod by its own address, is answered; nobody asks it. kube-proxy
  * has the same rule (ct state new).
  */
-static __always_inline bool is_answer(const struct packet *p)
+static __always_inline bool is_reply(const struct packet *p)
 {
 	return p->proto == IPPROTO_TCP ? (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN
-				       : has_asked(&p->flow.dst);
+				       : is_outside_client(&p->flow.dst);
 }
 
 /* TCP shows by its flags who asks; of other protocols it is noted who does. */
-static __always_inline void note_asker(struct __sk_buff *skb, const struct packet *p)
+static __always_inline void note_outside_client(struct __sk_buff *skb, const struct packet *p)
 {
 	struct scratch *s = scratch();
 
 	if (!s || skb->pkt_type != PACKET_HOST || !in_service_cidr(&p->flow.src) ||
 	    is_at_local_device(skb))
 		return;
-	asker_key(&s->key, &p->flow.src);
+	outside_client_key(&s->key, &p->flow.src);
 	conntrack_note(s, SEEN_REPLY);
 }
 
@@ -36,9 +36,9 @@ static __always_inline void note_asker(struct __sk_buff *skb, const struct packe
  * that another proxy's rules in netfilter come first, and what the node itself has is found by
  * routing.
  */
-static __always_inline int leave_unserved(struct __sk_buff *skb, const struct packet *p)
+static __always_inline int drop_unallocated(struct __sk_buff *skb, const struct packet *p)
 {
-	if (!in_service_cidr(&p->flow.dst) || is_at_local_device(skb) || is_answer(p))
+	if (!in_service_cidr(&p->flow.dst) || is_at_local_device(skb) || is_reply(p))
 		return PASS;
 	count_unallocated(&p->flow.dst, UNALLOCATED_PACKET);
 	return drop(EVENT_NO_SUCH_SERVICE);
@@ -49,12 +49,12 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 {
 	if (is_cluster_ip(&p->flow.dst))
 		return rejection(EVENT_NO_SUCH_PORT);
-	return p->flow.stage == STAGE_EGRESS ? leave_unserved(skb, p) : PASS;
+	return p->flow.stage == STAGE_EGRESS ? drop_unallocated(skb, p) : PASS;
 }
 
 /* Packets that are not simply one of a flow with ports. */
-static __always_inline int unusual(struct __sk_buff *skb, const struct packet *p,
-				   enum parse_result parsed)
+static __always_inline int handle_without_ports(struct __sk_buff *skb, const struct packet *p,
+						enum parse_result parsed)
 {
 	switch (parsed) {
 	case PARSE_TRUNCATED:

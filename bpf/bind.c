@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The guard of NodePorts (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): bind() to one fails in the host's
- * namespace. These hooks see the port that was asked for: 0, by which the kernel chooses, is left
- * alone, for a choice that is refused is not made again. They are attached only where the option
- * asks for them.
+ * Guards NodePorts (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): bind() to one fails in the host's namespace.
+ * The hooks see the port that the caller asked for. Port 0, for which the kernel chooses, is left
+ * alone: the kernel does not choose again when a hook refuses. The hooks are attached only where
+ * the option asks for them.
  */
 #include "lib/compat.h"
 #include "lib/addr.h"
@@ -11,7 +11,7 @@
 #include "lib/options.h"
 #include "lib/service.h"
 
-/* What a cgroup program answers the kernel. */
+/* These are the values that a cgroup program returns to the kernel. */
 #define REJECT	0
 #define PROCEED 1
 
@@ -21,7 +21,8 @@ static __always_inline bool is_any(const struct inet_addr *addr)
 	       (!addr->word[2] || addr->word[2] == V4_MAPPED);
 }
 
-/* The IPv6 address :: is IPv4's any, too, where the socket is not IPV6_V6ONLY: a hook cannot know.
+/*
+ * The IPv6 address :: also covers IPv4 unless the socket is IPV6_V6ONLY, which a hook cannot see.
  */
 static __always_inline bool is_node_port(const struct target *to, bool any)
 {

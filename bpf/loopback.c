@@ -3,16 +3,16 @@
  * NodePorts for sockets that only the loopback device serves (BPF_PROG_TYPE_SCHED_CLS, at its
  * egress): those that are bound to it or to its addresses, and those that no socket hook saw.
  *
- * What leaves by this device comes in by it, so one program sees both directions. A packet to a
- * backend elsewhere leaves from here by that one's own route, and its answer is put back here: see
+ * Packets that leave by this device come in by it, so one program sees both directions. A packet to
+ * a backend elsewhere leaves from here by the backend's route, and its reply is put back here: see
  * send_to_self().
  */
 #define AT_LOOPBACK 1
 #include "tc.c"
 
 /*
- * A packet of this host to itself: the client's to a NodePort, or a backend's answer. The answer
- * has come in where it leaves, and is looked for at that stage.
+ * Handles a packet of this host to itself: a client's to a NodePort, or a backend's reply. A reply
+ * comes in where it leaves, and is looked up with the ingress stage.
  */
 static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet *p)
 {
@@ -20,7 +20,7 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 	bool is_asked;
 	int verdict;
 
-	/* What came by another device was put back there already. */
+	/* The program of another device has put this packet here already. */
 	if (skb->ingress_ifindex || !read_addresses(skb, p))
 		return PASS;
 	parsed = read_ports(skb, p);
@@ -34,7 +34,7 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 	if (loopback_flow_of_interest(&p->flow) && !opens_flow(skb, p, &verdict))
 		return verdict;
 	is_asked = port_of_interest(p->flow.dport);
-	/* Answers come to a port that stands for the client, or to this host's own. */
+	/* Replies go to a port that stands for the client, or to this host's own. */
 	if ((is_asked || is_masquerade_port(p->flow.dport)) &&
 	    flow_of_interest(&p->flow.src, &p->flow.dst)) {
 		p->flow.stage = STAGE_INGRESS;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Services at the socket (BPF_PROG_TYPE_CGROUP_SOCK_ADDR): connect() and unconnected sends go to a
- * backend's own address, and the application is told the frontend's address back. Packets then need
- * no translation. Sockets and addresses of no Service are left exactly as they are.
+ * backend's own address, and the application sees the frontend's address. Packets then need no
+ * translation. Sockets and addresses of no Service are left exactly as they are.
  */
 #include "lib/compat.h"
 #include "lib/datagram.h"
@@ -11,7 +11,7 @@
 #include "lib/socket.h"
 #include "lib/socket_service.h"
 
-/* Leaves the backend in @backend where there is one to go to. */
+/* Sets @backend where there is one to connect to. */
 static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct backend **backend)
 {
@@ -33,7 +33,7 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 	if (verdict != VERDICT_TRANSLATE) {
 		if (to->proto != IPPROTO_UDP)
 			return reject(verdict);
-		/* Nothing is sent yet: packets are refused, as long as there is no endpoint. */
+		/* Nothing is sent yet: packets are rejected as long as there is no endpoint. */
 		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
 	}
@@ -101,7 +101,7 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
-/* The cookie by which the socket's origin is kept. */
+/* Returns the cookie by which the socket's origin is kept. */
 static __always_inline u64 origin_cookie(struct bpf_sock_addr *ctx)
 {
 	return is_mptcp(ctx->protocol) ? subflow_cookie((u64)ctx->sk) : get_socket_cookie(ctx);
@@ -125,7 +125,7 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
-/* BPF_PROG_TYPE_CGROUP_SOCK: the socket is closed. */
+/* Runs when the socket is closed (BPF_PROG_TYPE_CGROUP_SOCK). */
 int sock_release(struct bpf_sock *ctx)
 {
 	const u64 cookie = get_socket_cookie(ctx);

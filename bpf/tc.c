@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Services for packets that no local socket chose a backend for (BPF_PROG_TYPE_SCHED_CLS): clients
+ * Services for packets whose backend no local socket has chosen (BPF_PROG_TYPE_SCHED_CLS): clients
  * outside, SCTP, kernel clients, VMs, sandboxed pods.
  *
  * At ingress, before netfilter and routing, a frontend becomes a backend; at egress, after them,
- * the backend's answers become the frontend's. lib/conntrack.h has the picture. A packet of no
- * Service passes after two reads of a filter, unchanged.
+ * the backend's replies become the frontend's. lib/conntrack.h has the picture, lib/flow.h creates
+ * flows. A packet of no Service passes unchanged after two reads of a filter.
  *
- * loopback.c has what is otherwise at the loopback device (AT_LOOPBACK).
+ * loopback.c includes this file for the loopback device (AT_LOOPBACK).
  */
 #include "lib/compat.h"
 #include "lib/conntrack.h"
@@ -35,8 +35,8 @@ static __always_inline bool is_left_to_below(struct __sk_buff *skb, const struct
 }
 
 /*
- * Says if a flow's original direction leads to a backend that has left the Service, or by a
- * frontend that is not.
+ * Says if a flow's original direction leads to a backend that has left the Service, or came through
+ * a frontend that has.
  */
 static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, bool opens)
 {
@@ -46,7 +46,9 @@ static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, b
 
 	if (!backend)
 		return true;
-	/* Nor does a new connection go where none may: its client may have lost the old one unseen.
+	/*
+	 * No new connection goes to a backend that takes none: its client may have lost the old one
+	 * unnoticed.
 	 */
 	if (opens && backend->state != BACKEND_ACTIVE)
 		return true;
@@ -64,11 +66,11 @@ static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, b
 
 enum flow_verdict {
 	FLOW_FORWARD,
-	FLOW_RESTART, /* as if this were the first packet */
+	FLOW_RESTART, /* handled as the first packet */
 	FLOW_REJECT,  /* a connection that has lost its backend */
 };
 
-/* What becomes of a packet for which there is an entry of questions. */
+/* Decides about a packet that has an entry. */
 static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p, struct nat *nat)
 {
 	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
@@ -79,7 +81,7 @@ static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p,
 		return FLOW_FORWARD;
 	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_RESTART : FLOW_REJECT;
-	/* A client that uses a port again opens another connection. */
+	/* A client that uses its port again opens another connection. */
 	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;
 }
 
@@ -97,7 +99,7 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 		return drop(EVENT_HOPS);
 	if (rewrite(skb, p, nat, forwards))
 		return drop(EVENT_REWRITE);
-	/* This host's questions are not where their route begins. */
+	/* The original direction of a host's flow needs the route of its new destination. */
 	if (forwards || (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
 		return send_out(skb, &nat->src, &nat->dst);
 	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == (NAT_HOST | NAT_REPLY))
@@ -105,7 +107,10 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 	return PASS;
 }
 
-/* False where the packet is of a known flow: then @verdict is what becomes of it. */
+/*
+ * Returns true where the packet belongs to no known flow; otherwise it is handled, and @verdict is
+ * set.
+ */
 static __always_inline bool opens_flow(struct __sk_buff *skb, const struct packet *p, int *verdict)
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
@@ -145,12 +150,14 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	enum parse_result parsed;
 	int verdict;
 
-	/* A VLAN's packets come again on the VLAN's own device. */
+	/* A VLAN's packets come again on the VLAN device itself. */
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_outside_client(skb, p);
-	/* What asks a backend directly is of interest where a Service has answers from there. */
+	/*
+	 * Direct packets to a backend matter where it may have a Service's replies for the client.
+	 */
 	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src))
 		return PASS;
 	if (!is_addressed_to_us(skb))
@@ -176,7 +183,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
 	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
-	/* What TCP answers can be told by its flags. */
+	/* TCP's flags tell replies apart. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
 	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
 	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))

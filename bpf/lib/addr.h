@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Addresses: what they are, and how they compare. */
+/* IPv4 and IPv6 addresses in one representation, and comparing them. */
 #ifndef EBPFPROXY_ADDR_H
 #define EBPFPROXY_ADDR_H
 
@@ -23,7 +23,7 @@ static __always_inline bool addr_equal(const struct inet_addr *a, const struct i
 		 (a->word[3] ^ b->word[3]));
 }
 
-/* A connect() to the unspecified address reaches this host, as one to loopback does. */
+/* connect() to the unspecified address reaches this host, as connect() to loopback does. */
 static __always_inline bool addr_is_loopback(const struct inet_addr *a)
 {
 	if (addr_is_v4(a))

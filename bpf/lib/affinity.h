@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Session affinity (sessionAffinity: ClientIP): a client comes back to its backend while its last
- * choice is not too old, and the backend is one that others could get.
+ * Session affinity (sessionAffinity: ClientIP): a client keeps its backend while its last
+ * connection is not too old and new clients could get that backend, too.
  */
 #ifndef EBPFPROXY_AFFINITY_H
 #define EBPFPROXY_AFFINITY_H
@@ -26,7 +26,7 @@ static __always_inline struct affinity_key affinity_key(const struct service *sv
 	};
 }
 
-/* False where the client has no backend to come back to. */
+/* Finds the backend that the client keeps; returns false where there is none. */
 static __always_inline bool affinity_recall(const struct service *svc, u32 selection,
 					    const struct client *client, u32 *backend_id)
 {
@@ -37,7 +37,7 @@ static __always_inline bool affinity_recall(const struct service *svc, u32 selec
 
 	if (!known || (s64)(now - known->last) > (s64)(svc->affinity_seconds * 1000000000ULL))
 		return false;
-	/* Read once: an LRU map may give the element to another client meanwhile. */
+	/* This is read once: an LRU map may reuse the element for another client meanwhile. */
 	id = *(volatile u32 *)&known->backend_id;
 	if (!is_member(selection, id))
 		return false;
@@ -46,7 +46,9 @@ static __always_inline bool affinity_recall(const struct service *svc, u32 selec
 	return true;
 }
 
-/* Of two first choices at once the one that is noted first holds for both: @backend_id may change.
+/*
+ * Records the choice. When two CPUs choose for a new client at once, the choice recorded first
+ * holds for both: @backend_id may change.
  */
 static __always_inline void affinity_remember(const struct service *svc, u32 selection,
 					      const struct client *client, u32 *backend_id)

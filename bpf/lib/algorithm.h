@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Algorithms: which slot of a range is chosen. The agent lays the slots out so that little is left
- * to do here (datapath/services/slots.py): weights are in how often a backend has a slot, and
- * Maglev is a hash of the flow into a table.
+ * Balancing algorithms: choosing a slot in a range. The agent lays out the slots so that little
+ * remains to be done here (datapath/services/slots.py): a backend has as many slots as its weight
+ * says, and Maglev hashes the flow into a table.
  */
 #ifndef EBPFPROXY_ALGORITHM_H
 #define EBPFPROXY_ALGORITHM_H
@@ -10,7 +10,7 @@
 #include "load.h"
 #include "maps.h"
 
-/* Who asks, and for what. */
+/* The client of a choice, and what it wants to reach. */
 struct client {
 	struct inet_addr addr;
 	u32 kind;
@@ -24,13 +24,13 @@ static __always_inline void set_namespace(struct client *client, u64 cookie)
 	client->addr = (struct inet_addr) { { bpf_htonl(cookie >> 32), bpf_htonl((u32)cookie) } };
 }
 
-/* Only then is it worth finding out. */
+/* Says if the choice depends on the client; filling in struct client costs helper calls. */
 static __always_inline bool needs_client_key(const struct service *svc)
 {
 	return svc->affinity_seconds || svc->algorithm >= ALGORITHM_DESTINATION_HASH;
 }
 
-/* Multiplies and shifts as in MurmurHash3's finalizer; the same on every node. */
+/* Mixes bits as MurmurHash3's finalizer does; every node computes the same. */
 static __always_inline u64 mix(u64 hash)
 {
 	hash ^= hash >> 33;
@@ -48,13 +48,16 @@ static __always_inline u32 hash_of(const struct inet_addr *addr, u32 more)
 	return mix(mix(upper + more) ^ lower);
 }
 
-/* A number of 32 bits, scaled to the range: without a division. */
+/* Scales a 32-bit number to the range without a division. */
 static __always_inline u32 slot_at(const union selection *range, u32 number)
 {
 	return range->base + (u32)(((u64)number * range->count) >> 32);
 }
 
-/* One number for all CPUs: of any so many choices in a row each slot gets its share exactly. */
+/*
+ * Takes the next slot in turn. All CPUs share one counter: of every range.count choices in a row,
+ * each slot gets exactly one.
+ */
 static __always_inline u32 slot_in_turn(const union selection *range, u32 selection)
 {
 	u64 *turn = map_lookup(turns, &selection);
@@ -63,8 +66,8 @@ static __always_inline u32 slot_in_turn(const union selection *range, u32 select
 }
 
 /*
- * What the search below works out it works out without branches: a bit that is known because of a
- * branch makes the verifier walk each way through the loop by itself. Values are below 2^63.
+ * The search below has no branches on what it computes: for a bit that is known from a branch the
+ * verifier would walk each path through the loop separately. Values are below 2^63.
  */
 static __always_inline u64 is_zero(u64 value)
 {
@@ -74,7 +77,7 @@ static __always_inline u64 is_zero(u64 value)
 	return sign >> 63;
 }
 
-/* All bits, or none. */
+/* Returns all bits set if @a < @b, else 0. */
 static __always_inline u64 mask_if_less(u64 a, u64 b)
 {
 	s64 difference = a - b;
@@ -84,8 +87,8 @@ static __always_inline u64 mask_if_less(u64 a, u64 b)
 }
 
 /*
- * What IPVS compares, by weight: open connections; for SED and NQ the new one is counted, too, but
- * for NQ not where nobody uses the backend.
+ * Computes what IPVS compares, by weight: open connections. SED and NQ count the new connection as
+ * well; NQ does not where the backend is idle.
  */
 static __always_inline u64 cost_of(const struct load *load, u64 algorithm)
 {
@@ -96,8 +99,9 @@ static __always_inline u64 cost_of(const struct load *load, u64 algorithm)
 }
 
 /*
- * The least loaded of a small set (SEARCHED_SLOTS), or of two random slots (Mitzenmacher, "The
- * power of two choices", 2001). Ties go to whom the search meets first, and it begins anywhere.
+ * Finds the least loaded of a small set (SEARCHED_SLOTS), or of two random slots (Mitzenmacher,
+ * "The power of two choices", 2001). Of equal ones the first that the search meets wins; it begins
+ * at a random place.
  */
 static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm)
 {
@@ -124,7 +128,10 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 		at = is_small ? at + 1 : slot_at(range, bpf_get_prandom_u32());
 		if (at >= end)
 			at = range->base;
-		/* Or clang compares once, with what the verifier knows no bound of. */
+		/*
+		 * Without this clang compares only once, in a form from which the verifier learns
+		 * no bound.
+		 */
 		barrier_var(tries);
 		if (i + 1 >= tries)
 			break;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What the kernel's own headers would give, and bcc's do not. */
+/* Definitions from the kernel's headers that bcc does not have. */
 #ifndef EBPFPROXY_COMPAT_H
 #define EBPFPROXY_COMPAT_H
 
@@ -35,10 +35,10 @@
 #define ECONNREFUSED 111
 #define EHOSTUNREACH 113
 
-/* enum bpf_func_id, Linux 5.19. */
+/* This is from enum bpf_func_id, Linux 5.19. */
 #define BPF_FUNC_skc_to_mptcp_sock 196
 
-/* 1 in the program of the loopback device. */
+/* This is 1 in the program of the loopback device. */
 #ifndef AT_LOOPBACK
 #define AT_LOOPBACK 0
 #endif
@@ -51,8 +51,8 @@
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
 /*
- * clang may keep the address of a context's field for a second use; the verifier wants the
- * context's own pointer and an offset in the instruction.
+ * Reads skb->ifindex. clang may keep the address of a context's field for a second use; the
+ * verifier accepts only the context pointer with an offset in the instruction.
  */
 #define ifindex_of(skb)                                                                            \
 	({                                                                                         \

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Conntrack: flows and what they are rewritten to.
+ * Conntrack: flows, and what their packets are rewritten to.
  *
  * A client c reaches backend b through frontend f. Netfilter, routing and the CNI's own rules must
- * see c and b, as with kube-proxy: so the frontend is replaced before them, at ingress, and put
- *back after them, at egress. Masquerading (c becomes the node's n) is done the other way round.
- *That is two pairs of entries, each complete in itself:
+ * see c and b, as with kube-proxy: the frontend is replaced before them, at ingress, and put back
+ * after them, at egress. Masquerading (c becomes the node's n) happens the other way round. That
+ * makes two pairs of entries, each complete in itself. In each pair the first entry is of the
+ * original direction, the second of the reply direction:
  *
  *	               key                  becomes
  *	Service        c -> f  at ingress   c -> b
@@ -13,15 +14,17 @@
  *	masquerade     c -> b  at egress    n -> b
  *	  its reply    b -> n  at ingress   b -> c
  *
- * Where this host itself is the client, its packets are seen at egress only, and one pair does all:
+ * Where this host itself is the client, its packets appear at egress only, and one pair does all:
  *
  *	host           c -> f  at egress    n -> b
  *	  its reply    b -> n  at ingress   f -> c
  *
- * The loopback device has the same pair, and c may be a loopback address. If b is this host itself,
- * n is b's address, and the reply is looked up as at ingress when it leaves: it comes in there.
+ * The loopback device uses the same pair, and c may be a loopback address. If b is this host
+ * itself, n is b's address, and the reply is looked up with the ingress stage when it leaves by lo:
+ * it comes in there.
  *
- * A pair's other half is always the reverse of what this half writes, at the other stage.
+ * The key of a pair's other entry is always the reverse of what this entry writes, at the other
+ * stage.
  *
  * With --bypass-netfilter a masqueraded flow needs one pair as well, both at ingress, and is
  * forwarded from there:
@@ -29,15 +32,16 @@
  *	bypass         c -> f  at ingress   n -> b
  *	  its reply    b -> n  at ingress   f -> c
  *
- * What this node itself sends from an address and port that is a frontend's has one entry, which
- * translates nothing: the answers are the node's, not a client's.
+ * A flow that this node itself sends from a frontend's address and port has one entry, which
+ * translates nothing: the replies belong to the node, not to a client.
  *
- *	own            b -> n  at ingress   as it is
+ *	own            b -> n  at ingress   unchanged
  *
- * An outside host with an address of the Service network has one, too: see asker_key().
+ * A host outside that has an address of the Service network has such an entry, too: see
+ * outside_client_key().
  *
- * A client that asks a Service and its backend itself from one port, p, asks the latter from
- * another, q: else the answers would be taken for the Service's.
+ * If a client connects to a Service and directly to its backend from one port p, the direct flow
+ * gets another port q: otherwise its replies would be taken for the Service's.
  *
  *	direct         c:p -> b  at ingress   c:q -> b
  *	  its reply    b -> c:q  at egress    b -> c:p
@@ -55,9 +59,9 @@
 #define NSEC_PER_SEC 1000000000ULL
 
 /*
- * Too large for the stack; and what the verifier reads back from a map it knows nothing of, so that
- * ways through a program that differ only in the packet's values are one way to it. Programs at tc
- * run with bottom halves off: one at a time on a CPU.
+ * Memory that is too large for the stack. It also keeps verification short: the verifier knows
+ * nothing of a value that it reads back from a map, so paths that differ only in a packet's values
+ * become one. Programs at tc run with bottom halves disabled: one at a time on a CPU.
  */
 struct scratch {
 	struct packet packet;
@@ -77,7 +81,7 @@ static __always_inline struct scratch *scratch(void)
 	return map_lookup(scratch, &zero);
 }
 
-/* This CPU's packet, for one at a stage. */
+/* Returns this CPU's packet, prepared for @stage. */
 static __always_inline struct packet *packet_of(enum stage stage)
 {
 	struct scratch *s = scratch();
@@ -94,7 +98,7 @@ static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
 	return map_lookup(conntrack, flow);
 }
 
-/* The key of the other half. */
+/* Computes the key of the other entry of the pair. */
 static __always_inline void partner_key(struct flow *key, const struct flow *flow,
 					const struct nat *nat)
 {
@@ -107,7 +111,7 @@ static __always_inline void partner_key(struct flow *key, const struct flow *flo
 	key->pad = 0;
 }
 
-/* The other half of @s->key and @s->nat, in their place. */
+/* Turns @s->key and @s->nat into the other entry of the pair. */
 static __always_inline void invert_entry(struct scratch *s, const struct flow *flow)
 {
 	const u32 end = s->nat.end;
@@ -118,19 +122,19 @@ static __always_inline void invert_entry(struct scratch *s, const struct flow *f
 	s->nat.sport = flow->dport;
 	s->nat.dport = flow->sport;
 	s->nat.flags ^= NAT_REPLY;
-	/* What this half has sent is what the other is to acknowledge. */
+	/* What one direction has sent is what the other one acknowledges. */
 	s->nat.end = s->nat.acked;
 	s->nat.acked = end;
 }
 
-/* Whether an entry writes the reverse of what @flow shows: then that is its other half. */
+/* Says if an entry writes the reverse of @flow: then it is the other entry of that pair. */
 static __always_inline bool is_reverse(const struct nat *nat, const struct flow *flow)
 {
 	return nat->sport == flow->dport && nat->dport == flow->sport &&
 	       addr_equal(&nat->src, &flow->dst) && addr_equal(&nat->dst, &flow->src);
 }
 
-/* Says if an entry is of a direct flow: a masquerade's has the stages the other way round. */
+/* Says if an entry belongs to a direct flow; a masquerade's stages are the other way round. */
 static __always_inline bool is_of_direct_flow(const struct nat *nat, const struct flow *flow)
 {
 	return nat->flags & NAT_SOURCE &&
@@ -155,8 +159,9 @@ static __always_inline bool is_closed(const struct nat *nat)
 }
 
 /*
- * Inserts @s->key and @s->nat. @replace: a live entry may be overwritten; a closed one always is,
- * in its place: an LRU map takes a new element, and perhaps somebody's old one, before it looks.
+ * Inserts @s->key and @s->nat. With @replace a live entry may be overwritten. A closed entry is
+ * always overwritten in place: an LRU map takes a new element, perhaps by evicting another, before
+ * it looks for an existing one.
  */
 static __always_inline enum insert conntrack_insert(struct scratch *s, bool replace)
 {
@@ -177,7 +182,10 @@ static __always_inline enum insert conntrack_insert(struct scratch *s, bool repl
 	return INSERT_DONE;
 }
 
-/* Both halves' packets may be looked at on two CPUs at once. True for the one that closes it. */
+/*
+ * Sets bits in nat.seen; packets of both directions may arrive on two CPUs at once. Returns true
+ * for the caller that closes the flow.
+ */
 static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 {
 	struct nat bits = { .seen = seen };
@@ -186,7 +194,7 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 	return !has_closed(bits.seen) && has_closed(bits.seen | seen);
 }
 
-/* A flow is counted, and its end, by the half of its questions. */
+/* Marks a flow as ended. The entry of the original direction counts it. */
 static __always_inline void conntrack_end(struct nat *nat)
 {
 	if (!(nat->flags & (NAT_SOURCE | NAT_REPLY)) && mark_seen(nat, SEEN_RST))
@@ -205,14 +213,16 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 		count(EVENT_FLOWS_ENDED);
 }
 
-/* More than any window that a receiver offers in practice, and 1/256 of all sequence numbers. */
+/*
+ * This is more than any window that receivers offer in practice, and 1/256 of the sequence space.
+ */
 #define TCP_WINDOW (1U << 24)
 
 /*
- * Says if the receiver of a RST or FIN takes it for the connection's, as far as the two halves
- * tell; what is stray or forged passes, but ends nothing. A RST counts from what the receiver
- * expects next to where the sender's data ends: elsewhere in the window the receiver challenges it
- * (RFC 5961, 3.2), and is answered by one that fits. Netfilter is stricter.
+ * Says if the receiver of a RST or FIN accepts it, as far as the two entries tell. A stray or
+ * forged one passes but ends nothing. A RST counts from what the receiver expects next to the end
+ * of the sender's data: elsewhere in the window the receiver sends a challenge ACK (RFC 5961, 3.2),
+ * which the peer answers with a RST that fits. Netfilter is stricter.
  */
 static __always_inline bool is_believable(const struct packet *p, const struct nat *nat,
 					  const struct nat *partner)
@@ -221,23 +231,24 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 
 	if (!partner->end && !partner->acked)
 		return true;
-	/* A FIN that is sent again may begin with data that has been acknowledged. */
+	/* A retransmitted FIN may begin with data that has been acknowledged. */
 	if (!(p->tcp_flags & TCP_RST))
 		return !partner->acked || p->end - partner->acked - 1 < TCP_WINDOW;
-	/* A RST that answers a SYN shows it by what it acknowledges (RFC 9293, 3.10.7.3). */
+	/*
+	 * A RST in reply to a SYN identifies itself by what it acknowledges (RFC 9293, 3.10.7.3).
+	 */
 	if (!partner->acked)
 		return p->tcp_flags & TCP_ACK && p->ack == partner->end;
 	return !ahead || (sent <= TCP_WINDOW && ahead <= sent);
 }
 
-/* Returns the later of two sequence numbers; one that is nowhere near has replaced the connection.
- */
+/* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */
 static __always_inline u32 later(u32 known, u32 seen)
 {
 	return known && known - seen <= TCP_WINDOW ? known : seen;
 }
 
-/* Notes a segment's sequence numbers. Most change one of them, pure repetitions none. */
+/* Records a segment's sequence numbers. Most segments change one of them, retransmissions none. */
 static __always_inline void note_sequence(const struct packet *p, struct nat *nat)
 {
 	u32 end = p->end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
@@ -253,8 +264,8 @@ static __always_inline void note_sequence(const struct packet *p, struct nat *na
 }
 
 /*
- * Follows the state of a flow by a packet of it. Both halves learn of its end, for a port that is
- * used again shows in either; that there was an answer is enough for one to know.
+ * Updates the state of a flow from a packet of it. Both entries learn of its end, since a port that
+ * is used again may show up in either direction. Only one needs to know that there was a reply.
  */
 static __always_inline void conntrack_track(const struct packet *p, struct nat *nat)
 {
@@ -279,8 +290,7 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 
 		partner_key(&key, flow, nat);
 		partner = conntrack_lookup(&key);
-		/* Of a flow that has begun anew, the old answers' partner is not theirs any more.
-		 */
+		/* When a flow has begun anew, the former reply's partner is no longer its own. */
 		if (partner && !is_reverse(partner, flow))
 			partner = NULL;
 		if (partner && !is_believable(p, nat, partner))
@@ -293,15 +303,15 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		if (closes && !(nat->flags & NAT_SOURCE))
 			load_end_flow(nat->backend_id);
 	}
-	/* What is of TCP, and no later fragment, has flags. */
+	/* TCP packets have flags, except later fragments. */
 	if (tcp_flags && !(tcp_flags & TCP_RST))
 		note_sequence(p, nat);
 }
 
-/* An id that no Service and no backend has. */
+/* This id belongs to no Service and no backend. */
 #define NOBODY 0xffffffffU
 
-/* Inserts the entry of @s->key, which translates nothing, or says that it is still in use. */
+/* Inserts the entry @s->key, which translates nothing, or refreshes it. */
 static __always_inline void conntrack_note(struct scratch *s, u8 seen)
 {
 	const u64 now = bpf_ktime_get_coarse_ns();
@@ -326,8 +336,9 @@ static __always_inline void conntrack_note(struct scratch *s, u8 seen)
 }
 
 /*
- * Notes a flow of this node itself by a packet that leaves: its answers come to an address and port
- * that a Service has, and are no client's. A flow of the Service with these ends stays what it is.
+ * Records a flow of this node itself from a packet that leaves: its replies come to an address and
+ * port that a Service has, but belong to no client. A Service's flow with the same ends is left as
+ * it is.
  */
 static __always_inline void conntrack_note_own(struct scratch *s, const struct flow *flow)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Datagrams of sockets: where one goes, and from whom one comes. */
+/* Datagrams of sockets: where they are sent, and which source address the application sees. */
 #ifndef EBPFPROXY_DATAGRAM_H
 #define EBPFPROXY_DATAGRAM_H
 
@@ -8,7 +8,10 @@
 #include "socket.h"
 #include "socket_service.h"
 
-/* Says if an unconnected socket has this backend for another frontend: its answers look alike. */
+/*
+ * Says if an unconnected socket uses this backend for another frontend: replies for the two could
+ * not be told apart.
+ */
 static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 {
 	return peer_by_backend(cookie, &backend->addr, backend->port) != NULL;
@@ -16,7 +19,7 @@ static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 
 #define OTHER_TRIES 2
 
-/* Another backend than those that the socket has for other frontends, if it is soon found. */
+/* Looks for a backend that the socket does not use for another frontend yet, for a few tries. */
 static __always_inline bool choose_other(u64 cookie, const struct service *svc, u32 *backend_id,
 					 struct backend **backend)
 {
@@ -46,7 +49,7 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 	return false;
 }
 
-/* Says if packets to the frontend pass a device of ours on their way to the backend. */
+/* Says if packets to the frontend pass a device with our programs on their way to the backend. */
 static __always_inline bool passes_our_device(struct bpf_sock_addr *ctx, const struct service *svc,
 					      const struct backend *backend)
 {
@@ -54,7 +57,7 @@ static __always_inline bool passes_our_device(struct bpf_sock_addr *ctx, const s
 	       (svc->kind != KIND_NODE_PORT && !addr_is_this_node(&backend->addr));
 }
 
-/* The flow of this socket's port to a frontend gets another port from the packet programs. */
+/* Makes the packet programs give the flow from this socket's port to the frontend another port. */
 static __always_inline void note_clash(struct bpf_sock_addr *ctx, const struct target *to)
 {
 	struct clash_key key = {
@@ -78,9 +81,10 @@ static __always_inline void count_full(void)
 }
 
 /*
- * A first datagram to a frontend, or one whose backend has left. Of two frontends with one backend
- * the socket could not tell the answers apart: for the second another backend is taken, or else
- * its datagrams are left to packets, where the flow gets another port.
+ * Handles the first datagram to a frontend, or one whose backend has left. If two frontends had the
+ * same backend, the socket could not tell their replies apart: the second frontend gets another
+ * backend; failing that, its datagrams are left to the packet programs, which give the flow another
+ * port.
  */
 static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struct target *to,
 					  const struct service *svc, struct peer *peer,
@@ -88,7 +92,10 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 {
 	struct client client = client_of(ctx, svc, to);
 	const u64 cookie = get_socket_cookie(ctx);
-	/* Before the choice: what departs meanwhile is noticed at the next datagram. */
+	/*
+	 * This is read before the choice: the next datagram notices a backend that departs
+	 * meanwhile.
+	 */
 	const u32 epoch = epoch_of(svc->id);
 	enum verdict verdict;
 	u32 backend_id;
@@ -98,7 +105,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 		count_service(svc->id, verdict);
 		return reject(verdict);
 	}
-	/* A free place is found by neither address. */
+	/* Neither lookup finds a free place. */
 	if (peer)
 		peer->frontend_port = peer->backend_port = 0;
 	if (is_shared(cookie, *backend)) {
@@ -120,7 +127,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	} else {
 		count_full();
 		if (passes_our_device(ctx, svc, *backend)) {
-			/* What it has of others may come to have the same backend. */
+			/* Another frontend of the socket may get the same backend later. */
 			if (peers_page(cookie, 0))
 				note_clash(ctx, to);
 			*backend = NULL;
@@ -132,7 +139,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	return PROCEED;
 }
 
-/* Leaves in @goes where the datagram is to go, if that is another address than @to. */
+/* Sets @goes to where the datagram has to go, if that is not @to. */
 static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct target *goes)
 {
@@ -164,7 +171,7 @@ static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struc
 	return proceed;
 }
 
-/* A datagram's source: of the connected peer, or of one that an unconnected socket sent to. */
+/* Replaces a datagram's source by the frontend, whether the socket is connected or not. */
 static __always_inline bool handle_recvmsg(struct bpf_sock_addr *ctx, struct target *from)
 {
 	const u64 cookie = get_socket_cookie(ctx);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What the devices of this node, and its state as a whole, tell of a packet. */
+/* Devices of this node, and the node as a whole: roles, MTU, masquerade addresses, modes. */
 #ifndef EBPFPROXY_DEVICE_H
 #define EBPFPROXY_DEVICE_H
 
@@ -7,7 +7,7 @@
 #include "options.h"
 #include "packet.h"
 
-/* A pod or VM of this node, as detectLocalMode defines it. */
+/* Says if the client is a pod or VM of this node, as detectLocalMode defines it. */
 static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
 {
 	u32 ifindex = ifindex_of(skb), *flags;
@@ -42,15 +42,15 @@ static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stag
 }
 
 /*
- * On a pod's device frames to any host are ours: with a bridge behind it they are sent to the
- * bridge's address. On an uplink others' frames are theirs.
+ * Says if a frame is addressed to this node. On a pod's device every frame is: with a bridge behind
+ * it frames carry the bridge's address. On an uplink frames to other hosts belong to them.
  */
 static __always_inline bool is_addressed_to_us(struct __sk_buff *skb)
 {
 	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
 }
 
-/* Of the device by which the packet came: what came in must go out in one piece. */
+/* Returns the MTU of the device by which the packet came in: it must leave unfragmented. */
 static __always_inline u16 mtu_of(struct __sk_buff *skb)
 {
 	u32 ifindex = ifindex_of(skb);
@@ -59,7 +59,7 @@ static __always_inline u16 mtu_of(struct __sk_buff *skb)
 	return device ? device->mtu : 0;
 }
 
-/* The address of the device towards a backend; the node's own where the device has none. */
+/* Finds the masquerade address for a device; devices that have none use the node's own. */
 static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct inet_addr *addr)
 {
 	struct device *device = map_lookup(devices, &ifindex);
@@ -76,8 +76,9 @@ static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct i
 }
 
 /*
- * A packet of no flow of ours that kube-proxy, behind this hook, is to see: while connections that
- * it began live on, and while our programs come to the node's devices one by one, or leave them.
+ * Says if a packet that belongs to no flow of ours is left to kube-proxy, behind this hook: while
+ * connections that began there live on, and while our programs are attached to the node's devices
+ * one by one, or detached from them.
  */
 static __always_inline bool defer_to_kube_proxy(const struct packet *p)
 {

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What happened to packets that did not simply pass or get translated: counted by reason. */
+/* Events: what happened to packets that neither simply passed nor were translated, by reason. */
 #ifndef EBPFPROXY_EVENTS_H
 #define EBPFPROXY_EVENTS_H
 
 #include "maps.h"
 #include "types.h"
 
-/* What becomes of a packet at a hook. */
+/* Verdicts of the tc programs. */
 #define PASS TC_ACT_UNSPEC
 #define DROP TC_ACT_SHOT
 
@@ -19,7 +19,10 @@ static __always_inline void count(enum event event)
 		(*counter)++;
 }
 
-/* What a packet gets that is to be rejected: the answer is made in one place, see reject.h. */
+/*
+ * A verdict from REJECTION on means that the packet is to be rejected, for the event that is added.
+ * finish() does that, in one place: see reject.h.
+ */
 #define REJECTION 0x100
 
 static __always_inline int rejection(enum event event)

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Two Bloom filters of one hash each, so that a packet of no Service costs two array reads and no
- * hash lookup, and a bit for each port. They may say yes wrongly, never no.
+ * Two Bloom filters with one hash each and a bitmap of ports: a packet of no Service costs two
+ * array reads and no hash lookup. Filters have false positives, never false negatives.
  *
- * address_filter, one bit an address, is the agent's: frontends' addresses and this node's own. So
- * is port_filter, of frontends' ports: a tunnel's packets to this node come to none of them.
- * flow_filter, one byte a pair of addresses, is written by programs when they make an entry.
+ * The agent writes address_filter, one bit an address: addresses of frontends and of this node. It
+ * also writes port_filter, for frontends' ports: a tunnel's packets to this node match none of
+ * them. Programs write flow_filter, one byte a pair of addresses, when they insert an entry.
  * datapath/services/filter.py computes the same hash.
  */
 #ifndef EBPFPROXY_FILTER_H
@@ -38,7 +38,7 @@ static __always_inline bool port_of_interest(__be16 port)
 	u32 number = bpf_ntohs(port), zero = 0;
 	u8 *bits = map_lookup(port_filter, &zero);
 
-	/* The compiler knows that a port has 16 bits; verifiers before 6.2 do not. */
+	/* The compiler knows that a port has 16 bits; verifiers before Linux 6.2 do not. */
 	barrier_var(number);
 	return bits && bits[(number >> 3) & 0x1fff] & (1 << (number & 7));
 }
@@ -52,7 +52,7 @@ static __always_inline u8 *flow_filter_byte(const struct inet_addr *src,
 	return bytes ? bytes + (hash >> (32 - FLOW_FILTER_BITS)) : NULL;
 }
 
-/* Whether conntrack may have an entry for packets from @src to @dst. */
+/* Says if conntrack may have an entry for packets from @src to @dst. */
 static __always_inline bool flow_of_interest(const struct inet_addr *src,
 					     const struct inet_addr *dst)
 {
@@ -62,8 +62,8 @@ static __always_inline bool flow_of_interest(const struct inet_addr *src,
 }
 
 /*
- * At the loopback device most packets have one and the same pair of addresses: there the port that
- * is asked counts, too.
+ * Does the same at the loopback device, where most packets have one and the same pair of addresses:
+ * there the destination port counts as well.
  */
 static __always_inline bool loopback_flow_of_interest(const struct flow *flow)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * How flows begin: the first packet of a flow chooses a backend, and leaves the entries by which
- * the packets after it are translated. lib/conntrack.h has the picture of these entries.
+ * Creating flows: the first packet of a flow gets a backend, and inserts the entries by which the
+ * packets after it are translated. lib/conntrack.h describes these entries.
  */
 #ifndef EBPFPROXY_FLOW_H
 #define EBPFPROXY_FLOW_H
@@ -15,7 +15,9 @@
 #include "route.h"
 #include "unserved.h"
 
-/* Whether the backend must not see the client: it would not answer through us, or policy says so.
+/*
+ * Says if the backend must not see the client's address: its reply would not come through us, or
+ * the traffic policy says so.
  */
 static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct service *svc,
 					    bool is_inside, const struct packet *p,
@@ -23,7 +25,10 @@ static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct 
 {
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	/* A pod of another node counts by its address; its backend may be beside it there. */
+	/*
+	 * A pod of another node is inside by its address; its backend may be next to it on that
+	 * node.
+	 */
 	if (is_inside)
 		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
 		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);
@@ -31,8 +36,8 @@ static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct 
 }
 
 /*
- * Says if a socket has left this flow to us because its port is in use for another frontend with
- * the same backend: packets of that one never come here.
+ * Says if a socket has left this flow to us because it uses its port and the same backend for
+ * another frontend, with packets that never come here.
  */
 static __always_inline bool is_port_taken(const struct flow *flow)
 {
@@ -50,7 +55,7 @@ static __always_inline int insert_failed(enum insert done)
 	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
 }
 
-/* What all entries of a new flow have. */
+/* Sets what all entries of a new flow have in common. */
 static __always_inline void init_flow(struct scratch *s, const struct service *svc, u32 backend_id)
 {
 	u32 id = svc->id;
@@ -63,7 +68,7 @@ static __always_inline void init_flow(struct scratch *s, const struct service *s
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 }
 
-/* The entry of a new flow's questions, as far as its first packet and the backend tell. */
+/* Sets the original direction's entry of a new flow from its first packet and the backend. */
 static __always_inline void init_entry(struct scratch *s, const struct packet *p,
 				       const struct backend *backend)
 {
@@ -81,15 +86,16 @@ static __always_inline void init_entry(struct scratch *s, const struct packet *p
 }
 
 /*
- * Inserts the entry of answers in @s. Where another flow of the client's port has the key (it asks
- * the same backend through another frontend), another port is taken, and left in @s->key.
+ * Inserts the reply direction's entry in @s. Where another flow has the key (the client reaches the
+ * same backend through another frontend from this port), another port is taken, and left in
+ * @s->key.
  */
 static __always_inline enum insert insert_reply(struct __sk_buff *skb, struct scratch *s)
 {
 	struct nat *known = conntrack_lookup(&s->key);
 	enum insert done;
 
-	/* Of this very flow, which begins anew. */
+	/* This is the same flow, which begins anew. */
 	if (known && known->sport == s->nat.sport && known->dport == s->nat.dport &&
 	    addr_equal(&known->src, &s->nat.src)) {
 		*known = s->nat;
@@ -100,9 +106,9 @@ static __always_inline enum insert insert_reply(struct __sk_buff *skb, struct sc
 }
 
 /*
- * Makes a flow's Service pair, answers first: a question without a way back would be lost. @s->nat
- * has the questions' half; it is there again afterwards, with the port that the backend will see.
- * @fresh: a port of ours is taken in any case.
+ * Inserts a flow's Service pair, the reply direction first: without it a packet would have no way
+ * back. @s->nat is the original direction's entry, before and after the call; then with the port
+ * that the backend will see. @fresh: a port of ours is taken in any case.
  */
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
 					       const struct flow *flow, bool fresh)
@@ -140,9 +146,9 @@ static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struc
 }
 
 /*
- * Says if a packet can be the first of a flow. What is not, and of no known flow, may be the answer
- * to a connection of this node's own. SCTP's peers ask each other every 30 s if they are there: by
- * that an association whose flow was lost goes on, as with netfilter's conntrack.
+ * Says if a packet may be the first of a flow. Another packet of no known flow may be the reply to
+ * a connection of this node's own. SCTP peers send a HEARTBEAT every 30 s: with it an association
+ * whose flow was lost goes on, as with netfilter's conntrack.
  */
 static __always_inline bool can_open_flow(struct __sk_buff *skb, const struct packet *p)
 {
@@ -158,8 +164,8 @@ static __always_inline bool can_open_flow(struct __sk_buff *skb, const struct pa
 }
 
 /*
- * A packet to a frontend that opens no flow and is of none. On an address of this node it is the
- * host's, whose socket may have it; elsewhere it must not be routed on.
+ * Handles a packet to a frontend that opens no flow and belongs to none. On an address of this node
+ * it goes to the host, where a socket may own it; elsewhere it must not be routed on.
  */
 static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p,
 				   const struct service *svc)
@@ -171,7 +177,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 		return drop(EVENT_SOURCE_RANGE);
 	if (!is_cluster_ip(&p->flow.dst)) {
 		way = fib_result_of(skb, &p->flow.src, &p->flow.dst, 0, &fib);
-		/* Without a device nothing is routed on. */
+		/* Without a device the packet is not routed on. */
 		if (way == FIB_LOCAL || (way == FIB_OUT && !fib.ifindex))
 			return PASS;
 	}
@@ -179,9 +185,9 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 }
 
 /*
- * Says if a packet that goes to no frontend opens a flow whose answers would be taken for those of
- * a Service: the client asks a backend directly, from the port by which it asks a Service there.
- * At a bridge the same is true of what the program at its port has made of the Service's packet.
+ * Says if a packet to no frontend opens a direct flow whose replies would be taken for a Service's:
+ * its client reaches the same backend through a Service from the same port. What a program below
+ * has translated looks the same, so only that one decides.
  */
 static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct packet *p)
 {
@@ -200,11 +206,11 @@ static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct 
 	    !can_open_flow(skb, p))
 		return false;
 	reply = conntrack_lookup(&key);
-	/* An entry without NAT_REPLY is of what this host itself asks. */
+	/* An entry without NAT_REPLY is of a connection that this host itself has opened. */
 	return reply && reply->flags & NAT_REPLY && !is_reverse(reply, flow);
 }
 
-/* Gives the later of two such flows another port, as netfilter's NAT does (null binding). */
+/* Gives a direct flow another port, as netfilter's NAT does for the later of two (null binding). */
 static __always_inline int create_direct_flow(struct __sk_buff *skb, const struct packet *p)
 {
 	struct scratch *s = scratch();
@@ -229,7 +235,9 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
 }
 
-/* A new flow of a client beyond a device: the Service's pair, and the masquerade's if need be. */
+/*
+ * Creates the flow of a client beyond a device: the Service's pair, and a masquerade's if needed.
+ */
 static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
@@ -287,7 +295,10 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	if (is_masked) {
 		done = masquerade(skb, s, p->flow.proto, &node);
 		if (done != INSERT_DONE) {
-			/* Without it the next packet would show the client to the backend. */
+			/*
+			 * Without the masquerade the next packet would show the client to the
+			 * backend.
+			 */
 			struct nat *nat = conntrack_lookup(&p->flow);
 
 			if (nat)
@@ -299,8 +310,8 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 }
 
 /*
- * Leaves in @node the address by which this host asks @backend; false where there is no way to it.
- * A backend that has an address of the host itself is asked by that one, as by a socket.
+ * Sets @node to the address from which this host reaches @backend; returns false where there is no
+ * route. If the backend has an address of this host, that one is used, as by a socket.
  */
 static __always_inline bool host_address(struct __sk_buff *skb, const struct packet *p,
 					 const struct backend *backend, struct inet_addr *node)
@@ -309,7 +320,7 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
-	/* No route begins at ::1; so far @node is the unspecified address. */
+	/* There is no route from ::1; so far @node is the unspecified address. */
 	way = fib_result_of(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
 		*node = backend->addr;
@@ -318,7 +329,7 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 	return leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, node);
 }
 
-/* Says if the sender takes only what comes by this device. */
+/* Says if the sending socket is bound to a device. */
 static __always_inline bool is_bound_to_device(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk;
@@ -329,7 +340,7 @@ static __always_inline bool is_bound_to_device(struct __sk_buff *skb)
 	return sk && sk->bound_dev_if;
 }
 
-/* A new flow of this host, by a client that no socket hook saw. One pair does all. */
+/* Creates a flow of this host itself, for a client that no socket hook saw. One pair does all. */
 static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
@@ -367,8 +378,8 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	if (AT_LOOPBACK && is_bound_to_device(skb))
 		s->nat.flags |= NAT_BOUND;
 	/*
-	 * A socket of this host to the backend itself may have the client's port, now or later.
-	 * Below 1024 it does not come by chance, and servers may insist on it (NFS).
+	 * A socket of this host may have the client's port towards the backend itself, now or
+	 * later. Ports below 1024 are never chosen by chance, and servers may insist on them (NFS).
 	 */
 	is_fresh = bpf_ntohs(p->flow.sport) >= 1024 || !addr_equal(&p->flow.src, &node) ||
 		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);

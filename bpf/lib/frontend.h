@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Which Service a packet asks, and which backend it gets. */
+/* Finding the Service and the backend for a packet. */
 #ifndef EBPFPROXY_FRONTEND_H
 #define EBPFPROXY_FRONTEND_H
 
@@ -20,8 +20,8 @@ static __always_inline struct service *find_service(const struct target *to, u8 
 }
 
 /*
- * Says if packets are a connected datagram socket's whose backend has gone. Then @to becomes what
- * the socket had asked for.
+ * Says if the flow belongs to a connected datagram socket whose backend has gone. Then @to becomes
+ * the frontend that the socket had connected to.
  */
 static __always_inline bool is_redirected(const struct flow *flow, struct target *to)
 {
@@ -40,7 +40,10 @@ static __always_inline bool is_redirected(const struct flow *flow, struct target
 	return true;
 }
 
-/* A socket may also have asked for a NodePort at the node's loopback. */
+/*
+ * Finds the Service of a redirected flow. The socket may have connected to a NodePort on the node's
+ * loopback.
+ */
 static __always_inline struct service *redirected_service(const struct target *to)
 {
 	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
@@ -48,7 +51,10 @@ static __always_inline struct service *redirected_service(const struct target *t
 	return svc ? svc : service_by_node_port(to, SCOPE_INTERNAL);
 }
 
-/* The Service that this host asks. What has an address of the node itself goes by the loopback. */
+/*
+ * Finds the Service that this host itself connects to. Packets to the node's own addresses leave by
+ * the loopback device.
+ */
 static __always_inline struct service *service_of_host(const struct target *to)
 {
 	if (!AT_LOOPBACK)
@@ -58,8 +64,8 @@ static __always_inline struct service *service_of_host(const struct target *to)
 }
 
 /*
- * Says if the frontend that a flow asks is still its service's: an address or port may have been
- * given to another. Connections stay with the one that they have.
+ * Says if the frontend of a flow still belongs to the Service: an address or port may have moved to
+ * another. Connections stay with the Service that they have.
  */
 static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
 {
@@ -71,7 +77,7 @@ static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
 	return svc && svc->id == service_id;
 }
 
-/* A source that no client can have (RFC 1812, 5.3.7): an answer to it would go astray. */
+/* Says if no client can have this source (RFC 1812, 5.3.7): a reply to it would go astray. */
 static __always_inline bool is_martian(const struct inet_addr *src)
 {
 	u32 first;
@@ -84,12 +90,17 @@ static __always_inline bool is_martian(const struct inet_addr *src)
 	       src->word[3] == 0xffffffff;
 }
 
-/* A packet's client is its address; of a flow, for Maglev, its port and the Service's, too. */
+/*
+ * Fills in the client of a packet: its address. For Maglev a flow also has its ports and the
+ * frontend.
+ */
 static __always_inline void set_client(struct client *client, const struct packet *p)
 {
 	u64 *cookie = map_lookup(client_namespaces, &p->flow.src);
 
-	/* A pod of this node, and the node, is the same client in packets as at the socket. */
+	/*
+	 * A pod of this node, or the node itself, is the same client in packets as at the socket.
+	 */
 	if (AT_LOOPBACK) {
 		set_namespace(client, CONSTANT(HOST_NETNS_COOKIE));
 	} else if (cookie) {
@@ -102,7 +113,10 @@ static __always_inline void set_client(struct client *client, const struct packe
 	client->frontend = p->flow.dst;
 }
 
-/* Who serves a new flow; NULL where nobody may or can: then @verdict is what becomes of it. */
+/*
+ * Chooses the backend of a new flow. Returns NULL where no backend may or can serve it, with the
+ * packet's verdict in @verdict.
+ */
 static __always_inline struct backend *backend_for(const struct packet *p, struct scratch *s,
 						   u32 *id, int *verdict)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* How much is open to each backend. */
+/* How many connections and flows are open to each backend. */
 #ifndef EBPFPROXY_LOAD_H
 #define EBPFPROXY_LOAD_H
 
@@ -43,7 +43,9 @@ static __always_inline void load_end_flow(u32 backend_id)
 		__sync_fetch_and_add(&load->flows_ended, 1);
 }
 
-/* Connections, as far as is known; what two CPUs count at once may be less than nothing. */
+/*
+ * Returns the open connections as far as known; concurrent counting may make that less than zero.
+ */
 static __always_inline u64 load_open(const struct load *load)
 {
 	s64 open = (s32)(load->sockets + load->sockets_carried + load->flows_begun -

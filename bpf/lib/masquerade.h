@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Which of this node's addresses and ports stands for a client.
+ * Masquerading: the address and port of this node that stand for a client.
  *
- * Ports come from a range of their own, outside of ip_local_port_range: a connection that the node
- * itself opens to the same backend cannot have one. Where there is no such range
- * (MASQUERADE_PORTS_SHARED), the node's sockets are looked at before a port is taken.
+ * Ports come from a range outside of ip_local_port_range: a connection that the node itself opens
+ * to the same backend cannot have one of them. Where there is no such range
+ * (MASQUERADE_PORTS_SHARED), the node's sockets are looked up before a port is taken.
  */
 #ifndef EBPFPROXY_MASQUERADE_H
 #define EBPFPROXY_MASQUERADE_H
@@ -13,7 +13,7 @@
 
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
 #define MASQUERADE_TRIES 48
-/* Tries are spread over the range: taken ports come in rows. */
+/* Tries are spread over the range, since taken ports come in rows. */
 #define MASQUERADE_STEP 7919
 
 static __always_inline bool is_masquerade_port(__be16 port)
@@ -24,8 +24,8 @@ static __always_inline bool is_masquerade_port(__be16 port)
 #define TCP_STATE_LISTEN 10
 
 /*
- * Says if a socket of this host has the port that @answers come to. One that listens has no
- * connection to lose; a datagram socket need not be connected to ask the backend. The kernel has no
+ * Says if a socket of this host has the port that @reply goes to. A listening socket has no
+ * connection to lose. A datagram socket need not be connected to use the backend. The kernel has no
  * lookup for UDP-Lite and SCTP.
  */
 static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct flow *reply)
@@ -52,7 +52,7 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct
 	if (reply->proto == IPPROTO_UDP) {
 		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	} else if (reply->proto == IPPROTO_TCP) {
-		/* Unlike bpf_sk_lookup_tcp() this also finds what is in TIME_WAIT. */
+		/* Unlike bpf_sk_lookup_tcp() this also finds sockets in TIME_WAIT. */
 		sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (sock)
 			is_used = sock->state != TCP_STATE_LISTEN;
@@ -66,8 +66,8 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct
 }
 
 /*
- * Inserts an entry of answers from a backend: @s->key has all but its dport, the port that stands
- * for the client, and @s->nat what they become. Leaves the port in @s->key.
+ * Inserts a reply direction's entry with a free port: @s->key lacks only its dport, the port that
+ * stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
  */
 static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s)
 {
@@ -88,8 +88,8 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 }
 
 /*
- * Makes the pair that gives the flow of @key another source: @s->nat is what its questions become,
- * and gets the port.
+ * Inserts the pair that gives the flow @key another source. @s->nat is what the original direction
+ * becomes; its port is set here.
  */
 static __always_inline enum insert insert_source(struct __sk_buff *skb, struct scratch *s,
 						 const struct flow *key)
@@ -108,8 +108,8 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 }
 
 /*
- * Makes the pair that masquerades a new flow. @s->nat is what its questions have become: packets
- * from the client to the backend, which leave with @addr for the client's.
+ * Inserts the pair that masquerades a new flow. @s->nat is what the original direction has become:
+ * packets from the client to the backend, which leave with @addr as their source.
  */
 static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
@@ -124,7 +124,7 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	};
 	struct nat *known = conntrack_lookup(&between);
 
-	/* A flow begun anew keeps its port while that is in use. */
+	/* A flow that begins anew keeps its port while that is in use. */
 	if (known && known->flags & NAT_SOURCE && !(known->flags & NAT_REPLY) &&
 	    !is_closed(known) && addr_equal(&known->src, addr))
 		return INSERT_DONE;

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What a socket asked for, so that it can be told the same address back.
+ * Origins: what a socket connected to, so that the application sees that address again.
  *
  * A connected socket has one peer: its origin is kept by socket cookie until the socket is closed
  * (the release hook), and never evicted. An unconnected one may talk to many: see peers.h.
  *
- * With MPTCP it is a subflow that connects, a TCP socket of the kernel's with a cookie of its own.
- * getpeername() and close() are the MPTCP socket's: mptcp_subflows leads from there to the subflow.
- * Its key is the socket's address: it may have no cookie yet when its subflow connects.
+ * With MPTCP a subflow connects: a TCP socket of the kernel's with a cookie of its own.
+ * getpeername() and close() happen on the MPTCP socket: mptcp_subflows leads from there to the
+ * subflow. The key is the MPTCP socket's kernel address, as it may have no cookie yet when its
+ * subflow connects.
  */
 #ifndef EBPFPROXY_ORIGIN_H
 #define EBPFPROXY_ORIGIN_H
@@ -18,10 +19,10 @@
 #include "options.h"
 #include "service.h"
 
-/* bcc declares the cookie as u32 and would cut it. */
+/* bcc declares the result as u32 and would cut it. */
 static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
 
-/* Declared by no header of bcc's. */
+/* No header of bcc declares this helper. */
 static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
 
 static __always_inline bool is_mptcp(u32 protocol)
@@ -29,7 +30,10 @@ static __always_inline bool is_mptcp(u32 protocol)
 	return HAVE_MPTCP && protocol == IPPROTO_MPTCP;
 }
 
-/* Returns the cookie of the subflow of an MPTCP socket that asked for a Service; 0 if none did. */
+/*
+ * Returns the cookie of the subflow with which an MPTCP socket connected to a Service; 0 without
+ * one.
+ */
 static __always_inline u64 subflow_cookie(u64 mptcp_socket)
 {
 	u64 *subflow = map_lookup(mptcp_subflows, &mptcp_socket);
@@ -37,7 +41,7 @@ static __always_inline u64 subflow_cookie(u64 mptcp_socket)
 	return subflow ? *subflow : 0;
 }
 
-/* Where the socket is an MPTCP connection's first subflow. */
+/* Records the socket if it is the first subflow of an MPTCP connection. */
 static __always_inline void subflow_note(struct bpf_sock_addr *ctx, u64 cookie)
 {
 	u64 mptcp_socket = (u64)skc_to_mptcp_sock(ctx->sk), known;
@@ -72,7 +76,7 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 		load_add_socket(backend_id);
 		return;
 	}
-	/* It failed to connect before, or is a datagram socket with another peer now. */
+	/* The socket failed to connect before, or is a datagram socket that gets another peer. */
 	known = map_lookup(sock_origin, &cookie);
 	if (!known)
 		return;
@@ -81,13 +85,13 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 	*known = o;
 }
 
-/* A socket that failed to connect may connect again, and then to no Service. */
+/* Forgets the origin: a socket that failed to connect may connect again, and then to no Service. */
 static __always_inline void origin_forget(u64 cookie)
 {
 	struct origin *known = map_lookup(sock_origin, &cookie);
 	u32 backend_id;
 
-	/* Deleting what is not there would still take the bucket's lock. */
+	/* Deleting a missing element would still take the bucket's lock. */
 	if (!known)
 		return;
 	backend_id = known->backend_id;
@@ -95,7 +99,7 @@ static __always_inline void origin_forget(u64 cookie)
 		load_remove_socket(backend_id);
 }
 
-/* Its MPTCP socket is closed: no program sees the end of a subflow. */
+/* Forgets the subflow of a closed MPTCP socket: no program sees the end of the subflow itself. */
 static __always_inline void subflow_forget(u64 mptcp_socket)
 {
 	u64 cookie = subflow_cookie(mptcp_socket);
@@ -118,7 +122,10 @@ static __always_inline bool origin_recall(u64 cookie, struct target *peer)
 	return true;
 }
 
-/* Where a connected socket's datagrams go that it sends to the very address that it asked for. */
+/*
+ * Finds where a connected socket's datagrams go when it sends to the very address that it connected
+ * to.
+ */
 static __always_inline bool origin_sends(struct bpf_sock_addr *ctx, const struct target *to,
 					 struct target *goes)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * From a packet's bytes to its flow. IP headers are read in place, the rest is copied: what follows
- * may lie in pages that a program cannot point into.
+ * Parsing: from a packet's bytes to its flow. IP headers are read in place; the rest is copied,
+ * since it may lie in pages that a program cannot point into.
  *
  * L3_OFFSET is where the IP header begins: 14 on Ethernet, 0 on devices without a link layer.
  */
@@ -69,7 +69,7 @@ struct tcp_header {
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
-/* SCTP's common header comes before the first chunk, whose type is its first byte (RFC 9260, 3). */
+/* SCTP's common header precedes the first chunk, whose type is its first byte (RFC 9260, 3). */
 #define SCTP_CHUNK     12
 #define SCTP_INIT      1
 #define SCTP_HEARTBEAT 4
@@ -93,12 +93,12 @@ struct icmp_header {
 #define ICMPV6_PARAMETER	4 /* errors are 1 to 4 */
 #define ICMPV6_PORT_UNREACHABLE 4
 
-/* How a packet shows its flow. */
+/* These are the results of parsing. */
 enum parse_result {
 	PARSE_OTHER,		 /* no ports: another protocol, or headers that make no sense */
 	PARSE_WHOLE,		 /* ports follow the IP header; perhaps a first fragment */
 	PARSE_LATER_FRAG,	 /* a fragment without them */
-	PARSE_ICMP_ERROR,	 /* in the packet that the error is about, the other way round */
+	PARSE_ICMP_ERROR,	 /* they are in the packet that the error is about, reversed */
 	PARSE_TRUNCATED,	 /* not enough bytes */
 	PARSE_FIRST_FRAG_UNSEEN, /* a fragment whose first was not seen */
 };
@@ -125,7 +125,7 @@ struct packet {
 	bool is_later_fragment;
 };
 
-/* The IP header in place, NULL where the packet is shorter than it. */
+/* Returns the IP header in place, NULL where the packet is too short for it. */
 static __always_inline void *l3_header(struct __sk_buff *skb, u32 size)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
@@ -140,8 +140,8 @@ static __always_inline void *l3_header(struct __sk_buff *skb, u32 size)
 }
 
 /*
- * Fills in the addresses and the protocol; false where this is no IP packet, or too short for one.
- * The IPv6 chain of headers is not walked yet.
+ * Fills in the addresses and the protocol; returns false where this is no IP packet, or too short
+ * for one. IPv6's chain of headers is not walked yet.
  */
 static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet *p)
 {
@@ -190,7 +190,9 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 	return false;
 }
 
-/* Walks IPv6's extension headers up to what they carry; false where they make no sense. */
+/*
+ * Walks IPv6's extension headers to the transport header; returns false where they make no sense.
+ */
 static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet *p)
 {
 #pragma clang loop unroll(full)
@@ -207,7 +209,7 @@ static __always_inline bool skip_extensions(struct __sk_buff *skb, struct packet
 		default:
 			return true;
 		}
-		/* The shortest one has 8 bytes, as a fragment header has. */
+		/* The shortest extension header has 8 bytes, as a fragment header has. */
 		if (bpf_skb_load_bytes(skb, p->l4, &header, sizeof(header)))
 			return false;
 		if (p->proto == IPPROTO_FRAGMENT) {
@@ -234,7 +236,10 @@ static __always_inline bool has_ports(u8 proto)
 	       proto == IPPROTO_UDPLITE;
 }
 
-/* The packet that an ICMP error is about is one of ours: the flow is the one that answers it. */
+/*
+ * Reads the ports from an ICMP error. The packet inside is one that we have sent on: the flow is
+ * that of its reply direction.
+ */
 static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct packet *p)
 {
 	struct {
@@ -296,7 +301,10 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
 	};
 }
 
-/* Counted for the whole node: within the time of a reassembly none comes again. */
+/*
+ * Returns the next fragment id. The node has one counter: no id returns within the time of a
+ * reassembly.
+ */
 static __always_inline __be32 next_fragment_id(bool is_v4)
 {
 	u32 zero = 0;
@@ -308,7 +316,10 @@ static __always_inline __be32 next_fragment_id(bool is_v4)
 	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
 }
 
-/* A segment's length is what IP says: a short frame has padding. BIG TCP's IP says nothing. */
+/*
+ * Records a segment's numbers. Its length is what the IP header says, as a short frame has padding.
+ * BIG TCP's header says 0.
+ */
 static __always_inline void read_tcp(struct __sk_buff *skb, struct packet *p,
 				     const struct tcp_header *tcp)
 {
@@ -324,8 +335,8 @@ static __always_inline void read_tcp(struct __sk_buff *skb, struct packet *p,
 }
 
 /*
- * Ports, and what TCP says. Behind an IP header without options they are read in place, where they
- * are in what can be: it is the way of nearly all packets.
+ * Reads the ports and TCP's fields. Behind an IP header without options they are read in place
+ * where they are in the linear part, which is the case for nearly all packets.
  */
 static __always_inline bool read_transport(struct __sk_buff *skb, struct packet *p,
 					   struct ports *ports)

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Unconnected datagram sockets: which backend stands for which frontend.
+ * Peers of unconnected datagram sockets: which backend stands for which frontend.
  *
  * A socket keeps one backend for each frontend that it sends to, as the 5-tuple of a flow does,
- * until it is closed (the release hook) or the backend leaves the service. Answers are told by the
- * same record; no other socket can push it out.
+ * until it is closed (the release hook) or the backend leaves the Service. The same record gives
+ * the source of replies; no other socket can evict it.
  */
 #ifndef EBPFPROXY_PEERS_H
 #define EBPFPROXY_PEERS_H
@@ -23,7 +23,7 @@ static __always_inline struct peers *peers_page(u64 cookie, u64 page)
 	return map_lookup(sock_peers, &key);
 }
 
-/* 0 where both are alike, without a branch: see place_of(). */
+/* Returns 0 where both are equal, without a branch: see place_of(). */
 static __always_inline u64 difference(const struct inet_addr *a, __be16 port,
 				      const struct inet_addr *b, __be16 other_port)
 {
@@ -32,9 +32,9 @@ static __always_inline u64 difference(const struct inet_addr *a, __be16 port,
 }
 
 /*
- * Where in a page something is, counted from 1 (the last, where it is twice); 0 where it is not.
- * Comparing without branches leaves the verifier two ways through a page in place of two for each
- * peer of it.
+ * Evaluates to the place in a page where @differs is 0, counted from 1 (the last such place); 0
+ * where there is none. Comparing without branches leaves the verifier two paths through a page
+ * instead of two for each peer.
  */
 #define place_of(peers, differs)                                                                   \
 	({                                                                                         \
@@ -89,8 +89,8 @@ static __always_inline struct peer *peer_by_backend(u64 cookie, const struct ine
 }
 
 /*
- * The backend that a socket has for a frontend of @svc, if it may still be used. What is sent to is
- * the backend's own record: of a peer that another thread is just changing, parts do not match it.
+ * Returns the backend that a socket has for a frontend of @svc, if it may still be used. Datagrams
+ * go to the backend's own record: a peer that another thread is changing does not match it.
  */
 static __always_inline struct backend *peer_backend(struct peer *peer, const struct service *svc,
 						    u8 proto)
@@ -98,7 +98,7 @@ static __always_inline struct backend *peer_backend(struct peer *peer, const str
 	struct backend *backend;
 	u32 epoch;
 
-	/* The frontend may be another service's by now. */
+	/* The frontend may belong to another Service by now. */
 	if (peer->service_id != svc->id)
 		return NULL;
 	backend = backend_known(peer->backend_id, &peer->backend, peer->backend_port, proto);
@@ -129,14 +129,15 @@ static __always_inline struct peers *peers_new_page(struct bpf_sock_addr *ctx, u
 	u64 key = cookie | page << PAGE_SHIFT;
 	struct peers none = { .netns = (u32)bpf_get_netns_cookie(ctx) };
 
-	/* Another thread's page does as well. */
+	/* A page that another thread inserts meanwhile serves as well. */
 	bpf_map_update_elem(MAP(sock_peers), &key, &none, BPF_NOEXIST);
 	return map_lookup(sock_peers, &key);
 }
 
 /*
- * A place for one more frontend; NULL where the map is full, or the socket has too many. @evicts:
- * then the place of another is given, whose answers are not told any more.
+ * Returns a place for one more frontend; NULL where the map is full, or the socket has too many.
+ * With @evicts it returns the place of another frontend then, whose replies lose their frontend's
+ * address.
  */
 static __always_inline struct peer *peer_place(struct bpf_sock_addr *ctx, u64 cookie, bool evicts)
 {
@@ -164,7 +165,7 @@ static __always_inline void peers_forget(u64 cookie)
 	for (u64 page = 0; page < PEER_PAGES; page++) {
 		u64 key = cookie | page << PAGE_SHIFT;
 
-		/* Deleting what is not there would still take the bucket's lock. */
+		/* Deleting a missing element would still take the bucket's lock. */
 		if (!map_lookup(sock_peers, &key))
 			break;
 		map_delete(sock_peers, &key);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Telling a client at once that nobody serves it: a TCP reset (RFC 9293, 3.10.7.1) or an ICMP port
- * unreachable (RFC 792; RFC 4443, 3.1), made of the packet itself and sent back where it came from.
+ * Rejecting: a TCP reset (RFC 9293, 3.10.7.1) or an ICMP port unreachable (RFC 792; RFC 4443, 3.1),
+ * made of the packet itself and sent back to where it came from.
  */
 #ifndef EBPFPROXY_REJECT_H
 #define EBPFPROXY_REJECT_H
@@ -10,7 +10,7 @@
 #include "rewrite.h"
 
 #define REJECT_HOPS 64
-/* Of the packet that is rejected, at most so much is quoted. */
+/* At most this much of the rejected packet is quoted. */
 #define QUOTED 128
 
 static __always_inline int swap_link_addresses(struct __sk_buff *skb)
@@ -29,7 +29,7 @@ static __always_inline int swap_link_addresses(struct __sk_buff *skb)
 #endif
 }
 
-/* The sum of TCP's or ICMPv6's pseudo-header, for a packet back to where @p came from. */
+/* Sums up TCP's or ICMPv6's pseudo-header for a packet back to the source of @p. */
 static __always_inline u32 pseudo_header(const struct packet *p, u8 proto, u16 length)
 {
 	__be32 rest = bpf_htonl((u32)proto + length);
@@ -44,7 +44,7 @@ static __always_inline u32 pseudo_header(const struct packet *p, u8 proto, u16 l
 	return bpf_csum_diff(NULL, 0, (void *)&p->flow.src, 2 * sizeof(struct inet_addr), rest);
 }
 
-/* Writes the IP header of an answer with @length bytes after that header. */
+/* Writes the IP header of a reply with @length bytes after that header. */
 static __always_inline int write_ip_header(struct __sk_buff *skb, const struct packet *p, u8 proto,
 					   u16 length)
 {
@@ -140,8 +140,8 @@ static __always_inline int make_unreachable(struct __sk_buff *skb, const struct 
 }
 
 /*
- * Answers the packet's sender. What cannot be answered is dropped: fragments, headers with options,
- * and resets, which are answers themselves.
+ * Rejects the packet. Packets that cannot be rejected are dropped: fragments, headers with options,
+ * and resets, which must not be answered.
  */
 static __always_inline int reject(struct __sk_buff *skb, const struct packet *p, enum event event)
 {
@@ -154,16 +154,16 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 		return DROP;
 	if (p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_unreachable(skb, p))
 		return DROP;
-	/* What leaves by the loopback device comes back by itself. */
+	/* Packets that leave by the loopback device come back by themselves. */
 	if (AT_LOOPBACK)
 		return PASS;
 	if (swap_link_addresses(skb))
 		return DROP;
-	/* A packet that this host sends gets its answer as if it came from the wire. */
+	/* This host gets the reply as if it came from the wire. */
 	return bpf_redirect(ifindex, p->flow.stage == STAGE_EGRESS ? BPF_F_INGRESS : 0);
 }
 
-/* Does what is left to do where the verdict is a rejection. */
+/* Carries out a verdict: the packet is rejected here if it is to be. */
 static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
 	return verdict >= REJECTION ? reject(skb, p, verdict - REJECTION) : verdict;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Changing addresses and ports, and every checksum that covers them.
+ * Rewriting addresses and ports, and every checksum that covers them.
  *
- * All differences are incremental (RFC 1624), so a packet that was damaged stays so, and one whose
+ * All changes are incremental (RFC 1624), so a damaged packet stays damaged, and a packet whose
  * checksum the device computes later (CHECKSUM_PARTIAL: only the pseudo-header is summed up yet)
- * stays right: that is what BPF_F_PSEUDO_HDR tells the helper.
+ * stays right: BPF_F_PSEUDO_HDR tells the helper to allow for that.
  */
 #ifndef EBPFPROXY_REWRITE_H
 #define EBPFPROXY_REWRITE_H
@@ -23,7 +23,7 @@
 #define SCTP_CHECK  8
 #define ICMP_CHECK  offsetof(struct icmp_header, check)
 
-/* How far @word's CRC32c moves when 2^k bytes of zeros follow: four tables for each k. */
+/* The tables give how a CRC32c changes when 2^k bytes of zeros follow: four tables for each k. */
 #define CRC_STEPS 17
 
 static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
@@ -36,7 +36,7 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 #pragma clang loop unroll(disable)
 	for (u32 k = 0; k < CRC_STEPS; k++) {
 		u32 *step = table + k * 1024;
-		/* Without a branch: the verifier would walk all 2^17 ways. */
+		/* There is no branch here: the verifier would walk all 2^17 paths. */
 		u32 mask = -(length >> k & 1);
 		u32 moved = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
 			    step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
@@ -47,9 +47,10 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 }
 
 /*
- * SCTP's CRC32c (RFC 9260, appendix A) covers the ports but no address. It is linear: the new one
- * differs from the old by the CRC of the difference, followed by as many zeros as the packet has
- * bytes. One that is 0 is not there yet: the device, or the last hop on this host, computes it.
+ * Updates SCTP's CRC32c (RFC 9260, appendix A), which covers the ports but no address. It is
+ * linear: the new one differs from the old by the CRC of the difference followed by as many zeros
+ * as the packet has bytes. A checksum of 0 is not computed yet: the device, or the last hop on this
+ * host, does that.
  */
 static __always_inline int replace_sctp_check(struct __sk_buff *skb, const struct packet *p,
 					      u32 difference)
@@ -74,7 +75,7 @@ static __always_inline u16 csum_fold(u64 sum)
 	return ~sum;
 }
 
-/* What is behind the IP header: its checksum, where the ports are already what they will be. */
+/* Updates the transport checksum where the ports have been rewritten already. */
 static __always_inline int replace_transport_check(struct __sk_buff *skb, const struct packet *p,
 						   u32 old_ports, u32 new_ports,
 						   u32 addr_difference)
@@ -82,7 +83,7 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	u32 offset, flags = 0;
 
 	if (p->proto == IPPROTO_SCTP)
-		/* A fragment does not have the whole: its length is not the CRC's. */
+		/* A fragment lacks part of the packet, and the CRC covers all of it. */
 		return old_ports == new_ports ? 0
 		       : p->is_fragment	      ? -1
 					      : replace_sctp_check(skb, p, old_ports ^ new_ports);
@@ -99,7 +100,7 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
 }
 
-/* IPv4's header from the TTL on and, where no options are between, the ports: in one go. */
+/* Rewrites IPv4's header from the TTL on and, where no options follow, the ports in one store. */
 static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *p,
 				    const struct nat *nat, bool forwards)
 {
@@ -169,7 +170,7 @@ static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *
 	    bpf_skb_store_bytes(skb, p->fragment_at + IPV6_ID, (void *)&p->new_fragment_id,
 				sizeof(p->new_fragment_id), BPF_F_RECOMPUTE_CSUM))
 		return -1;
-	/* No header checksum makes up for the change where skb->csum has the whole packet's sum. */
+	/* IPv6 has no header checksum that would compensate in skb->csum (CHECKSUM_COMPLETE). */
 	if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_SRC, (void *)&nat->src, size,
 				BPF_F_RECOMPUTE_CSUM))
 		return -1;
@@ -182,8 +183,8 @@ static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *
 }
 
 /*
- * Makes the packet's addresses, and its ports where it has them, those of @nat. @forwards: the
- * kernel will not count this hop.
+ * Rewrites the packet's addresses, and its ports where it has them, to those of @nat. With
+ * @forwards the hop is counted here, since the kernel does not.
  */
 static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p,
 				   const struct nat *nat, bool forwards)
@@ -191,7 +192,7 @@ static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p
 	return p->is_v4 ? rewrite4(skb, p, nat, forwards) : rewrite6(skb, p, nat, forwards);
 }
 
-/* A checksum inside an ICMP error's payload; the sum of what changed goes into @total. */
+/* Updates a checksum inside an ICMP error's payload; the sum of all changes goes into @total. */
 static __always_inline int replace_inner_check(struct __sk_buff *skb, u32 offset, u32 difference,
 					       u32 *total, bool zero_is_none)
 {
@@ -207,9 +208,9 @@ static __always_inline int replace_inner_check(struct __sk_buff *skb, u32 offset
 }
 
 /*
- * An ICMP error about a packet of a flow. Inside, that packet gets the addresses and ports that it
- * had when its sender sent it; outside, an address that the flow translates is translated, a
- * router's is not.
+ * Rewrites an ICMP error about a packet of a flow. Inside, that packet gets the addresses and ports
+ * that it had when its sender sent it. Outside, an address that the flow translates is translated;
+ * a router's is not.
  */
 static __always_inline int rewrite_error(struct __sk_buff *skb, const struct packet *p,
 					 const struct nat *nat)

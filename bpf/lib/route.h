@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Where the routes of this node lead, and how a packet gets on its way there from a tc program. */
+/* Routing from a tc program: looking up a route, and sending a packet on its way. */
 #ifndef EBPFPROXY_ROUTE_H
 #define EBPFPROXY_ROUTE_H
 
@@ -7,22 +7,22 @@
 #include "options.h"
 #include "packet.h"
 
-/* bcc 0.26 declares it without the length. */
+/* bcc 0.26 declares this helper without the length. */
 static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
 			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
-/* Where the routes send a packet. The first three are through a device. */
+/* Results of a route lookup; the first three go through a device. */
 enum fib_result {
-	FIB_NEIGHBOUR, /* whose link address is known */
+	FIB_NEIGHBOUR, /* the next hop's link address is known */
 	FIB_OUT,
-	FIB_MTU_EXCEEDED, /* that takes no packet of this size */
+	FIB_MTU_EXCEEDED, /* the device takes no packet of this size */
 	FIB_LOCAL,	  /* to this host itself */
 	FIB_NONE,
 };
 
 /*
- * Asks the routes for the way from @from to @to, for packets of @size bytes (0: of any). @fib gets
- * the device, 0 where the kernel has a way that this helper does not know (an encapsulating route).
+ * Looks up the route from @from to @to for packets of @size bytes (0: any). Sets the device in
+ * @fib, to 0 where the kernel has a route that this helper does not know (an encapsulating one).
  */
 static __always_inline enum fib_result fib_result_of(struct __sk_buff *skb,
 						     const struct inet_addr *from,
@@ -65,9 +65,9 @@ static __always_inline bool leads_out(enum fib_result way)
 }
 
 /*
- * Hands a packet to this host as if it had sent that to itself. redirect_neigh() gives it a route,
- * so that no check of its source is made: by any other way a packet with a loopback address, or one
- * of this host's own for its source, is a martian.
+ * Delivers a packet to this host as if the host had sent it to itself. redirect_neigh() attaches a
+ * route, so that the source is not checked: by any other way a packet with a loopback address, or
+ * one of this host's own, as its source is a martian.
  */
 static __always_inline int send_to_self(struct __sk_buff *skb)
 {
@@ -85,7 +85,7 @@ static __always_inline int send_to_self(struct __sk_buff *skb)
 #endif
 }
 
-/* Sends a packet, as it is now, on its way from here. */
+/* Sends a rewritten packet out by its own route. */
 static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
 				    const struct inet_addr *to)
 {
@@ -111,14 +111,17 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 }
 
 /*
- * Hands a packet from a frontend to this host on. It came by the device of its backend; a strict
- * reverse path check (rp_filter=1, RFC 3704, 2.2; nftables' fib) wants it by that of the frontend's
- * route.
+ * Delivers a packet from a frontend to this host. It came in by the device of its backend, but a
+ * strict reverse path check (rp_filter=1, RFC 3704, 2.2; nftables' fib) expects it at that of the
+ * route to the frontend.
  */
 static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 {
 #if AT_LOOPBACK
-	/* With the route that the packet has, it is not by this device for who is bound to it. */
+	/*
+	 * With the route that the packet has, it would not come in by lo for a socket that is bound
+	 * to lo.
+	 */
 	if (nat->flags & NAT_BOUND)
 		return redirect_neigh(LOOPBACK_IFINDEX, NULL, 0, 0);
 	(void)skb;
@@ -147,8 +150,8 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 }
 
 /*
- * Hands on an error to this host about a packet of its own. Unless it is a client's at the
- * loopback, it stays where it came in: its source may be a router's.
+ * Delivers an ICMP error about a packet of this host. It stays at the device where it came in, as
+ * its source may be a router's, unless its client is on the loopback.
  */
 static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat *nat)
 {

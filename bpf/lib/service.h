@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Which frontend is meant by an address, and which backend serves it. */
+/* Looking up frontends, and choosing backends. */
 #ifndef EBPFPROXY_SERVICE_H
 #define EBPFPROXY_SERVICE_H
 
@@ -14,7 +14,7 @@ static __always_inline u8 service_protocol(u32 protocol)
 	return protocol == IPPROTO_UDPLITE ? IPPROTO_UDP : protocol;
 }
 
-/* What a packet or socket is on its way to. */
+/* The destination of a packet or socket. */
 struct target {
 	struct inet_addr addr;
 	__be16 port;
@@ -43,7 +43,10 @@ static __always_inline struct service *service_lookup6(const struct inet_addr *a
 	return map_lookup(services6, &key);
 }
 
-/* The Service whose frontend is exactly this address. The unspecified one is a NodePort's key. */
+/*
+ * Finds the Service whose frontend has exactly this address. The unspecified address is a
+ * NodePort's key.
+ */
 static __always_inline struct service *service_by_address(const struct target *to, u8 scope)
 {
 	if (addr_is_v4(&to->addr))
@@ -53,7 +56,7 @@ static __always_inline struct service *service_by_address(const struct target *t
 	return service_lookup6(&to->addr, to, scope);
 }
 
-/* The Service with this NodePort, whatever the address. */
+/* Finds the Service with this NodePort, whatever the address. */
 static __always_inline struct service *service_by_node_port(const struct target *to, u8 scope)
 {
 	const struct inet_addr any = {};
@@ -112,8 +115,8 @@ static __always_inline void count_backend(u32 backend_id)
 }
 
 /*
- * One hash lookup led to @svc; two array lookups lead to the backend. @client is filled in where
- * needs_client_key(@svc).
+ * Chooses a backend. One hash lookup led to @svc; two array lookups lead to the backend. @client is
+ * filled in where needs_client_key(@svc).
  */
 static __always_inline enum verdict service_choose(const struct service *svc,
 						   const struct client *client, u32 *backend_id,
@@ -144,7 +147,7 @@ static __always_inline enum verdict service_choose(const struct service *svc,
 	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
 }
 
-/* Chooses and counts. */
+/* Chooses a backend, and counts the choice. */
 static __always_inline enum verdict choose(const struct service *svc, const struct client *client,
 					   u32 *backend_id, struct backend **backend)
 {
@@ -156,7 +159,7 @@ static __always_inline enum verdict choose(const struct service *svc, const stru
 	return verdict;
 }
 
-/* Whether this is a cluster IP, which has nothing but its Service's ports. */
+/* Says if this is a cluster IP: only its Service's ports are served. */
 static __always_inline bool is_cluster_ip(const struct inet_addr *addr)
 {
 	const struct target any_port = { .addr = *addr };

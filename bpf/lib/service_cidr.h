@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Addresses of the Service network that no Service has. Such a packet must not reach whoever
- * answers behind the default gateway (kube-proxy's nftables mode: chain cluster-ips-check).
+ * Unallocated addresses: those of the Service network that no Service has. Packets to them must not
+ * reach a host behind the default gateway (kube-proxy's nftables mode: chain cluster-ips-check).
  *
- * Ranges are in cidrs, where each look costs a walk through a trie. cidr_filter spares it to
- * everything else: one bit for each /20 of IPv4, and for each hash of an IPv6 /64.
- * datapath/node/service_cidrs.py computes the same bits.
+ * Ranges are in cidrs, where a lookup walks a trie. cidr_filter spares that to all other packets:
+ * one bit for each /20 of IPv4, and for each hash of an IPv6 /64. datapath/node/service_cidrs.py
+ * computes the same bits.
  */
 #ifndef EBPFPROXY_SERVICE_CIDR_H
 #define EBPFPROXY_SERVICE_CIDR_H
@@ -27,7 +27,7 @@ static __always_inline bool may_be_in_service_cidr(const struct inet_addr *a)
 	return bits && bits[at >> 3] & (1 << (at & 7));
 }
 
-/* What is known of the range that the address is in: enum of CIDR_ flags. */
+/* Returns the CIDR_ flags of the range that the address is in. */
 static __always_inline u32 service_cidr_flags(const struct inet_addr *addr)
 {
 	struct cidr_key key = { .length = 128, .addr = *addr };
@@ -44,15 +44,15 @@ static __always_inline bool in_service_cidr(const struct inet_addr *addr)
 	return service_cidr_flags(addr) & CIDR_SERVICES;
 }
 
-/* Nobody has it: neither this node nor a Service that another proxy serves. */
+/* Says if no one has the address: neither this node nor a Service that another proxy serves. */
 static __always_inline bool is_unallocated(const struct inet_addr *addr)
 {
 	return (service_cidr_flags(addr) & (CIDR_SERVICES | CIDR_TAKEN)) == CIDR_SERVICES;
 }
 
 /*
- * The conntrack entry of an address in such a range that has sent something to this node from
- * outside: its datagrams are answered. It has no ports, and no other address.
+ * Computes the conntrack key of a host outside that has an address in such a range and has sent
+ * something to this node: datagrams to it are replies. The key has no ports, and no other address.
  */
 static __always_inline void outside_client_key(struct flow *key, const struct inet_addr *addr)
 {

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The socket that a cgroup program (BPF_PROG_TYPE_CGROUP_SOCK_ADDR) runs for, and what it asks. */
+/*
+ * The socket that a cgroup program (BPF_PROG_TYPE_CGROUP_SOCK_ADDR) runs for, and the address in
+ * its context.
+ */
 #ifndef EBPFPROXY_SOCKET_H
 #define EBPFPROXY_SOCKET_H
 
@@ -7,7 +10,7 @@
 #include "options.h"
 #include "service.h"
 
-/* What a cgroup program answers the kernel. */
+/* These are the values that a cgroup program returns to the kernel. */
 #define REJECT	0
 #define PROCEED 1
 
@@ -50,7 +53,7 @@ static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
 	return bpf_get_netns_cookie(ctx) == CONSTANT(HOST_NETNS_COOKIE);
 }
 
-/* The address that a socket is bound to; false where it has none yet. */
+/* Finds the address that a socket is bound to; returns false where it has none yet. */
 static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet_addr *addr)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -68,16 +71,16 @@ static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet
 	return addr->word[0] | addr->word[1] | addr->word[2] | addr->word[3];
 }
 
-/* An unconnected socket may have no peer, and be told of many. */
+/* Says if the socket has a peer. */
 static __always_inline bool is_connected(struct bpf_sock_addr *ctx)
 {
 	return ctx->sk->dst_port != 0;
 }
 
 /*
- * Says if a connected socket sends to the very address that it is connected to: it was, while
- * nobody served that. It gets no answer from elsewhere. (The kernel names the peer of an
- * IPv4-mapped one at each datagram.)
+ * Says if a connected socket sends to the very address that it is connected to, since it connected
+ * while no Service served that: replies come from there alone. (For an IPv4-mapped peer the kernel
+ * passes the address with each datagram.)
  */
 static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct target *to)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Which Service a socket asks, and whether a backend is chosen at the socket. */
+/* Finding the Service for a socket, and deciding whether the backend is chosen at the socket. */
 #ifndef EBPFPROXY_SOCKET_SERVICE_H
 #define EBPFPROXY_SOCKET_SERVICE_H
 
@@ -9,8 +9,8 @@
 #include "socket.h"
 
 /*
- * Sockets of pods may be left to packets: something in the pod that redirects what it sends, such
- * as a service mesh, then sees Services.
+ * Says if sockets of this namespace are served here. Those of pods may be left to packets, so that
+ * a service mesh in the pod, which redirects what the pod sends, sees Services.
  */
 static __always_inline bool is_served(struct bpf_sock_addr *ctx)
 {
@@ -20,7 +20,7 @@ static __always_inline bool is_served(struct bpf_sock_addr *ctx)
 static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
 					      const struct inet_addr *addr)
 {
-	/* A pod's loopback is the pod's own. */
+	/* A pod's loopback belongs to the pod. */
 	if (addr_is_loopback(addr))
 		return NODEPORTS_ON_LOOPBACK && in_host_namespace(ctx);
 	return addr_is_this_node(addr);
@@ -41,7 +41,7 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 	return svc && reaches_this_node(ctx, &to->addr) ? svc : NULL;
 }
 
-/* Says if the socket's packets would have an allowed source; a pod's are looked at instead. */
+/* Says if the socket's packets will have an allowed source. A pod's packets are checked instead. */
 static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, const struct target *to,
 						 const struct service *svc)
 {
@@ -55,8 +55,9 @@ static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, cons
 }
 
 /*
- * Says if a socket is bound to the loopback, by its address or device, and asks for a port of this
- * node: from there no route leads to a backend. Its packets are translated as they leave by lo.
+ * Says if a socket is bound to the loopback, by its address or device, and connects to a port of
+ * this node: no route leads from there to a backend. Its packets are translated when they leave by
+ * lo.
  */
 static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
 {
@@ -64,7 +65,7 @@ static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const s
 
 	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk)
 		return false;
-	/* Most are not bound, which costs no call of the kernel. */
+	/* Most sockets are not bound: these checks need no helper call. */
 	if (ctx->sk->bound_dev_if != LOOPBACK_IFINDEX &&
 	    !(bound_address(ctx, &bound) && addr_is_loopback(&bound)))
 		return false;
@@ -72,9 +73,9 @@ static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const s
 }
 
 /*
- * Nothing to choose at the socket: an address of no Service, one where this node answers itself,
- * one that is asked from the loopback, or one whose clients are told apart by their own address,
- * which a pod's socket may not have yet; packets do.
+ * Says if no backend is chosen at the socket: the address belongs to no Service, this node itself
+ * listens there, the socket is bound to the loopback, or clients are told apart by their source
+ * address, which a pod's socket may not have yet; its packets do.
  */
 static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const struct target *to,
 					     const struct service *svc)
@@ -83,17 +84,17 @@ static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const st
 	       (svc->flags & SERVICE_SOURCES && !source_is_known_good(ctx, to, svc));
 }
 
-/* A port that a cluster IP does not have; only asked where no Service was found. */
+/* Says if a cluster IP does not have this port; called only where no Service was found. */
 static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const struct target *to)
 {
 	return is_served(ctx) && is_cluster_ip(&to->addr);
 }
 
 /*
- * An address of the Service network that nobody has; only asked where no Service was found. What a
- * socket sends there never leaves: it is told so at once. connect() of a datagram socket sends
- * nothing, and resolvers order addresses by whether it succeeds. A host outside that has such an
- * address is answered.
+ * Says if no one has this address of the Service network; called only where no Service was found.
+ * Nothing sent there may leave the node, so the socket gets an error at once. connect() of a
+ * datagram socket succeeds: it sends nothing, and resolvers order addresses by its result. A host
+ * outside that has such an address gets replies.
  */
 static __always_inline bool is_unallocated_target(struct bpf_sock_addr *ctx,
 						  const struct target *to)
@@ -107,8 +108,9 @@ static __always_inline bool is_unallocated_target(struct bpf_sock_addr *ctx,
 }
 
 /*
- * A socket's client is its namespace. Nothing tells one flow of it from another but the socket
- * itself: datagrams of one socket stay together under Maglev, as those of one port do in packets.
+ * Fills in a socket's client: its network namespace. Only the socket itself distinguishes its
+ * flows: under Maglev all datagrams of one socket go to one backend, as those of one port do in
+ * packets.
  */
 static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const struct service *svc,
 					       const struct target *to)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Says if the backend that something was sent to is still one to send to: one rule for flows of
- * packets and for sockets.
+ * Staleness: whether the backend of a flow or socket may still be used. Packets and sockets share
+ * these rules.
  */
 #ifndef EBPFPROXY_STALE_H
 #define EBPFPROXY_STALE_H
@@ -16,7 +16,7 @@ static __always_inline u64 epoch_of(u32 service_id)
 	return epoch ? *(volatile u64 *)epoch : 0;
 }
 
-/* The backend with this id; NULL where the id has been given to another since. */
+/* Returns the backend with this id; NULL where the id belongs to another backend by now. */
 static __always_inline struct backend *backend_known(u32 id, const struct inet_addr *addr,
 						     __be16 port, u8 proto)
 {
@@ -29,8 +29,8 @@ static __always_inline struct backend *backend_known(u32 id, const struct inet_a
 }
 
 /*
- * Says if a backend has left its service. Without a connection there is nothing to lose: datagrams
- * also leave what is merely not ready.
+ * Says if a backend has left its Service. Datagrams also leave a backend that is merely not ready,
+ * as they have no connection to lose.
  */
 static __always_inline bool has_departed(u32 service_id, u32 backend_id, bool is_connection)
 {

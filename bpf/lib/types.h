@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The structs that maps hold. ebpfproxy/datapath/abi/layout.py describes the same bytes to the
- * agent; a change to either is a new schema version there.
+ * The structs in maps. ebpfproxy/datapath/abi/ describes the same bytes to the agent; a change to
+ * either needs a new schema version there.
  *
  * Addresses and ports are in network byte order, everything else in host order. An address of
- * either family is 16 bytes: IPv4 is written as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2), so that only
- * the frontend tables, whose keys decide the speed, exist twice.
+ * either family has 16 bytes: IPv4 is written as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2). Only the
+ * frontend tables, whose keys decide the speed, exist twice.
  */
 #ifndef EBPFPROXY_TYPES_H
 #define EBPFPROXY_TYPES_H
 
-/* A client in the cluster (this node's pods and the node itself), or traffic from outside. */
+/* A client is in the cluster (this node's pods and the node itself), or outside. */
 enum scope {
 	SCOPE_INTERNAL = 0,
 	SCOPE_EXTERNAL = 1,
@@ -32,8 +32,8 @@ enum policy {
 #define SERVICE_HOST	   (1 << 5) /* source_ranges have the address by which this node asks */
 
 /*
- * service.algorithm: how a slot is chosen. Names in brackets are IPVS's. Weights are in how often a
- * backend has a slot, but for those that look at loads: there each has one, with its weight.
+ * service.algorithm: how a slot is chosen, with IPVS's name in brackets. A backend's weight is the
+ * number of its slots; for algorithms that compare loads it has one slot, which holds the weight.
  */
 enum algorithm {
 	ALGORITHM_RANDOM = 0,
@@ -68,8 +68,8 @@ struct inet_addr {
 };
 
 /*
- * A NodePort's address is 0: it stands for every address in node_addresses. Port and protocol 0
- * stand for all that a cluster IP has no entry for (SERVICE_ADDRESS).
+ * The address of a NodePort is 0, which stands for every address in node_addresses. Port and
+ * protocol 0 stand for every port that a cluster IP has no entry for (SERVICE_ADDRESS).
  */
 struct service4_key {
 	__be32 addr;
@@ -85,7 +85,7 @@ struct service6_key {
 	u8 scope;
 };
 
-/* A frontend. Written when the Service changes, never when only endpoints do. */
+/* A frontend. The agent writes it when the Service changes, never when only endpoints do. */
 struct service {
 	u32 id;
 	u16 flags;
@@ -96,8 +96,8 @@ struct service {
 };
 
 /*
- * Index: service id * POLICIES + policy. The range of slots that a choice is made from. One aligned
- * word, so that a reader sees the old range or the new one.
+ * The range of slots that a choice is made from, by service id * POLICIES + policy. It is one
+ * aligned word, so that a reader sees the old range or the new one.
  */
 union selection {
 	struct {
@@ -107,7 +107,7 @@ union selection {
 	u64 word;
 };
 
-/* Array elements are 8 bytes apart in any case. */
+/* A slot has 8 bytes: elements of an array are 8 bytes apart in any case. */
 union slot {
 	struct {
 		u32 backend_id;
@@ -117,8 +117,8 @@ union slot {
 };
 
 /*
- * members: who is in the selection of a service with session affinity, so that a client stays only
- * with a backend that a new client could get.
+ * members: which backends are in the selection of a Service with session affinity, so that a client
+ * keeps only a backend that a new client could get.
  */
 struct member_key {
 	u32 selection; /* index in selections */
@@ -126,8 +126,9 @@ struct member_key {
 };
 
 /*
- * Who asks. A packet shows its sender's address. A socket that connects may not have one yet: there
- * it is the network namespace (its cookie, in the first two words), the host's being one client.
+ * How a client is identified. A packet has its sender's address. A socket that connects may have
+ * none yet: its client is the network namespace (its cookie, in the first two words). The host is
+ * one client.
  */
 enum client_kind {
 	CLIENT_ADDRESS = 0,
@@ -147,9 +148,9 @@ struct affinity {
 };
 
 /*
- * What is open from this node to a backend: connected sockets, and flows of the packet path.
- * Programs add; what they cannot know (a flow that ended without a packet, sockets carried over
- * from other maps) is in the words that only the agent writes.
+ * How many connected sockets and packet flows are open from this node to a backend. Programs count
+ * up. What they cannot know (a flow that ended without a packet, sockets carried over from other
+ * maps) is in the words that only the agent writes.
  */
 struct load {
 	u32 sockets;
@@ -160,7 +161,7 @@ struct load {
 	u32 reserved;
 };
 
-/* Index: backend id. */
+/* A backend, by its id. */
 struct backend {
 	struct inet_addr addr;
 	__be16 port;
@@ -169,7 +170,7 @@ struct backend {
 	u32 reserved;
 };
 
-/* What a connected socket asked for and what it got. */
+/* The frontend that a connected socket asked for, and the backend that it got. */
 struct origin {
 	struct inet_addr frontend;
 	struct inet_addr backend;
@@ -180,7 +181,7 @@ struct origin {
 	u32 netns; /* the lower half of the network namespace's cookie, which is counted from 1 */
 };
 
-/* Where the datagrams of an unconnected socket go that it sends to one frontend. */
+/* The backend of an unconnected socket for one frontend. */
 struct peer {
 	struct inet_addr frontend;
 	struct inet_addr backend;
@@ -195,8 +196,8 @@ struct peer {
 #define PEER_PAGES 8
 
 /*
- * sock_peers, by socket cookie. A socket that asks more frontends than fit has further pages, whose
- * number is in the key's highest byte: cookies are counted from 1 and do not come that far.
+ * sock_peers, by socket cookie. A socket with more frontends than fit has further pages; a page's
+ * number is in the key's highest byte, which cookies, counted from 1, do not reach.
  */
 struct peers {
 	struct peer peer[PEERS];
@@ -205,8 +206,8 @@ struct peers {
 };
 
 /*
- * port_clashes: flows that a socket leaves to packets because its port and the only backend are in
- * use already, for another frontend. They have to take another port.
+ * port_clashes: flows that a socket leaves to packets because it uses its port and the only backend
+ * for another frontend already. They have to take another port.
  */
 struct clash_key {
 	struct inet_addr frontend;
@@ -216,9 +217,9 @@ struct clash_key {
 };
 
 /*
- * sock_redirects, by what the packets of a connected datagram socket show (a flow at ingress): the
- * backend is gone, and what the socket had asked for is asked again. It cannot be told to connect
- * anew, and without a peer it could not send any more.
+ * sock_redirects, by the flow of a connected datagram socket at ingress: its backend is gone, and
+ * its packets go to the frontend again. The socket cannot be reconnected from outside, and without
+ * a peer it could not send any more.
  */
 struct redirect {
 	struct inet_addr frontend;
@@ -237,7 +238,7 @@ struct backend_stats {
 	u64 chosen;
 };
 
-/* Where a packet is looked at: before this host's netfilter and routing, or after. */
+/* The hook where a packet is seen: before this host's netfilter and routing, or after them. */
 enum stage {
 	STAGE_INGRESS = 0,
 	STAGE_EGRESS = 1,
@@ -255,14 +256,17 @@ struct flow {
 };
 
 /* nat.flags */
-#define NAT_REPLY  (1 << 0) /* of the answers; its partner is of the questions */
+#define NAT_REPLY  (1 << 0) /* the reply direction; the partner is of the original one */
 #define NAT_SOURCE (1 << 1) /* translates the client (masquerade), not the Service */
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
 #define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
 #define NAT_OWN	   (1 << 4) /* of no Service: nothing is translated */
 #define NAT_BOUND  (1 << 5) /* the client, of this host, is bound to the loopback device */
 
-/* nat.seen, of UDP and SCTP the first. What ends a connection both entries of a pair have. */
+/*
+ * nat.seen; UDP and SCTP use only the first. Both entries of a pair have the bits that end a
+ * connection.
+ */
 #define SEEN_REPLY     (1 << 0)
 #define SEEN_FIN       (1 << 1) /* of the client */
 #define SEEN_REPLY_FIN (1 << 2)
@@ -270,8 +274,8 @@ struct flow {
 
 /*
  * Conntrack: what a flow is rewritten to. Entries come in pairs, one for each direction: the
- * partner's key is what this one writes, reversed, at the other stage; and it writes this one's
- * key, reversed. See lib/conntrack.h.
+ * partner's key is the reverse of what this entry writes, at the other stage, and the partner
+ * writes the reverse of this entry's key. See lib/conntrack.h.
  */
 struct nat {
 	struct inet_addr src;
@@ -283,7 +287,7 @@ struct nat {
 		struct {
 			u32 backend_id;
 			u8 flags;
-			u8 seen;   /* from any CPU: see mark() */
+			u8 seen;   /* written by any CPU: see mark_seen() */
 			u16 epoch; /* of the service when its backend was last found to be one of
 				      its own */
 		};
@@ -297,9 +301,9 @@ struct nat {
 };
 
 /*
- * departures: backends that have left a Service a moment ago. Each departure also moves on the
- * service's number in epochs, so that a flow looks here only after one. The agent takes the entries
- * away once a sweep has ended the flows that they are about.
+ * departures: backends that have left a Service a moment ago. Each departure also advances the
+ * Service's number in epochs, so that a flow looks here only after one. The agent deletes the
+ * entries once a sweep has ended the flows that they are about.
  */
 struct departure_key {
 	u32 service_id;
@@ -312,7 +316,7 @@ enum departure {
 	DEPARTED_ABSENT = 3, /* it was removed just now and may come back: connections wait */
 };
 
-/* Ports of a datagram whose first fragment has passed. IPv4's id has 16 bits, IPv6's 32. */
+/* The ports of a datagram whose first fragment has passed. IPv4's id has 16 bits, IPv6's 32. */
 struct fragment_key {
 	struct inet_addr src;
 	struct inet_addr dst;
@@ -328,19 +332,19 @@ struct ports {
 };
 
 /*
- * Datagrams of several senders may get one source, where their own ids would be one, too: each gets
- * a new one, the same for all its fragments.
+ * Datagrams of several senders may get one source, where their own ids could collide: each datagram
+ * gets a new id, the same for all its fragments.
  */
 struct fragment {
 	struct ports ports;
 	__be32 new_id; /* as a header has it; IPv4's are the first two bytes */
 };
 
-/* devices, by ifindex: what masquerading to it uses, and who is behind it. */
+/* devices, by ifindex: what masquerading to a device uses, and what is behind it. */
 #define DEVICE_PODS  (1 << 0) /* as detectLocalMode says */
 #define DEVICE_LOCAL (1 << 1) /* no uplink and no tunnel */
 
-/* Of the entry 0, which is no device but the node. */
+/* Flags of entry 0, which is no device but the node. */
 #define HANDOVER_MODE (1 << 2) /* TCP connections that began elsewhere are netfilter's */
 #define NO_NEW_FLOWS  (1 << 3) /* no flow begins here: known ones are followed */
 
@@ -365,7 +369,7 @@ struct source_range_key {
 	struct inet_addr addr;
 };
 
-/* cidrs: what is known of whole ranges of addresses. */
+/* cidrs: what is known of a whole range of addresses. */
 #define CIDR_PODS     (1 << 0) /* of this node, as detectLocalMode says */
 #define CIDR_SERVICES (1 << 1)
 #define CIDR_TAKEN    (1 << 2) /* in a Service CIDR, but this node's own or another proxy's */
@@ -375,7 +379,7 @@ struct cidr_key {
 	struct inet_addr addr;
 };
 
-/* Index of unallocated: what went to an address of the Service network that nobody has. */
+/* Index of unallocated: packets and sockets that wanted an unallocated address. */
 enum unallocated {
 	UNALLOCATED_PACKET = 0,
 	UNALLOCATED_SOCKET = 1,

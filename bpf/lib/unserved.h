@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Packets that no Service serves: which of them pass, which are refused, and which are noted. */
+/*
+ * Packets that no Service serves: those that pass, those that are rejected or dropped, and those
+ * that are recorded.
+ */
 #ifndef EBPFPROXY_UNSERVED_H
 #define EBPFPROXY_UNSERVED_H
 
@@ -9,9 +12,9 @@
 #include "service_cidr.h"
 
 /*
- * Says if a packet only answers. Networks outside overlap with Service CIDRs (10.96.0.0/12): a host
- * there that asks this node, or a pod by its own address, is answered; nobody asks it. kube-proxy
- * has the same rule (ct state new).
+ * Says if a packet is a reply. Networks outside may overlap with Service CIDRs (10.96.0.0/12): a
+ * host there that connects to this node, or to a pod by its own address, gets its replies, but
+ * nobody may connect to it. kube-proxy has the same rule (ct state new).
  */
 static __always_inline bool is_reply(const struct packet *p)
 {
@@ -19,7 +22,10 @@ static __always_inline bool is_reply(const struct packet *p)
 				       : is_outside_client(&p->flow.dst);
 }
 
-/* TCP shows by its flags who asks; of other protocols it is noted who does. */
+/*
+ * Records a client outside whose address is in a Service CIDR. TCP needs no record: its flags show
+ * the direction.
+ */
 static __always_inline void note_outside_client(struct __sk_buff *skb, const struct packet *p)
 {
 	struct scratch *s = scratch();
@@ -32,9 +38,9 @@ static __always_inline void note_outside_client(struct __sk_buff *skb, const str
 }
 
 /*
- * A packet that leaves this node untranslated. It is looked at here and not where it came in, so
- * that another proxy's rules in netfilter come first, and what the node itself has is found by
- * routing.
+ * Drops a packet to an unallocated address. The check is at egress and not where the packet came
+ * in, so that another proxy's rules in netfilter come first, and routing finds what the node itself
+ * has.
  */
 static __always_inline int drop_unallocated(struct __sk_buff *skb, const struct packet *p)
 {
@@ -44,7 +50,7 @@ static __always_inline int drop_unallocated(struct __sk_buff *skb, const struct 
 	return drop(EVENT_NO_SUCH_SERVICE);
 }
 
-/* Packets to an address of ours with nothing there. */
+/* Handles a packet to an address that we know, with no Service at its port. */
 static __always_inline int no_service(struct __sk_buff *skb, const struct packet *p)
 {
 	if (is_cluster_ip(&p->flow.dst))
@@ -52,7 +58,7 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 	return p->flow.stage == STAGE_EGRESS ? drop_unallocated(skb, p) : PASS;
 }
 
-/* Packets that are not simply one of a flow with ports. */
+/* Handles a packet whose ports are unknown. */
 static __always_inline int handle_without_ports(struct __sk_buff *skb, const struct packet *p,
 						enum parse_result parsed)
 {
@@ -62,7 +68,7 @@ static __always_inline int handle_without_ports(struct __sk_buff *skb, const str
 	case PARSE_FIRST_FRAG_UNSEEN:
 		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : no_service(skb, p);
 	case PARSE_OTHER:
-		/* Of ICMP only a ping is answered by an error. */
+		/* Among ICMP messages only an echo request may be answered by an error. */
 		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
 		    p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
 			return PASS;
@@ -73,9 +79,10 @@ static __always_inline int handle_without_ports(struct __sk_buff *skb, const str
 }
 
 /*
- * A packet past netfilter from an address and port that is a frontend's, and of no flow of ours: a
- * socket of this host has the port, or netfilter's own NAT took it for a pod. While kube-proxy's
- * connections live on behind us it may be the answer of one of those: that begins anew with us.
+ * Records a flow of the node's own: the packet has passed netfilter, comes from a frontend's
+ * address and port, and belongs to no flow of ours. A socket of this host has the port, or
+ * netfilter's NAT took it for a pod. While kube-proxy's connections live on behind us it may also
+ * be the reply in one of those, which begins anew with us.
  */
 static __always_inline void note_own(const struct packet *p)
 {

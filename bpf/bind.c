@@ -6,14 +6,9 @@
  * the option asks for them.
  */
 #include "lib/compat.h"
-#include "lib/addr.h"
-#include "lib/maps.h"
 #include "lib/options.h"
 #include "lib/service.h"
-
-/* These are the values that a cgroup program returns to the kernel. */
-#define REJECT	0
-#define PROCEED 1
+#include "lib/socket.h"
 
 static __always_inline bool is_any(const struct inet_addr *addr)
 {
@@ -32,12 +27,12 @@ static __always_inline bool is_node_port(const struct target *to, bool any)
 	       (any && service_by_node_port(&v4, SCOPE_INTERNAL));
 }
 
-static __always_inline int binding(struct bpf_sock_addr *ctx, const struct inet_addr *addr)
+static __always_inline int handle_bind(struct bpf_sock_addr *ctx, const struct inet_addr *addr)
 {
 	const bool any = is_any(addr);
 	struct target to = { *addr, ctx->user_port, service_protocol(ctx->protocol) };
 
-	if (!to.port || bpf_get_netns_cookie(ctx) != CONSTANT(HOST_NETNS_COOKIE))
+	if (!to.port || !in_host_namespace(ctx))
 		return PROCEED;
 	if (!any && !addr_is_this_node(addr) && !(NODEPORTS_ON_LOOPBACK && addr_is_loopback(addr)))
 		return PROCEED;
@@ -52,16 +47,12 @@ int bind4(struct bpf_sock_addr *ctx)
 {
 	const struct inet_addr addr = addr_of_v4(ctx->user_ip4);
 
-	return binding(ctx, &addr);
+	return handle_bind(ctx, &addr);
 }
 
 int bind6(struct bpf_sock_addr *ctx)
 {
-	struct inet_addr addr;
+	const struct target to = target6(ctx);
 
-	addr.word[0] = ctx->user_ip6[0];
-	addr.word[1] = ctx->user_ip6[1];
-	addr.word[2] = ctx->user_ip6[2];
-	addr.word[3] = ctx->user_ip6[3];
-	return binding(ctx, &addr);
+	return handle_bind(ctx, &to.addr);
 }

@@ -31,14 +31,14 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 	}
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return PASS;
-	if (loopback_flow_of_interest(&p->flow) && !opens_flow(skb, p, &verdict))
+	if (loopback_flow_of_interest(&p->flow) && !is_of_no_flow(skb, p, &verdict))
 		return verdict;
 	is_asked = port_of_interest(p->flow.dport);
 	/* Replies go to a port that stands for the client, or to this host's own. */
 	if ((is_asked || is_masquerade_port(p->flow.dport)) &&
 	    flow_of_interest(&p->flow.src, &p->flow.dst)) {
 		p->flow.stage = STAGE_INGRESS;
-		if (!opens_flow(skb, p, &verdict))
+		if (!is_of_no_flow(skb, p, &verdict))
 			return verdict;
 		p->flow.stage = STAGE_EGRESS;
 	}

@@ -111,7 +111,8 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
  * Returns true where the packet belongs to no known flow; otherwise it is handled, and @verdict is
  * set.
  */
-static __always_inline bool opens_flow(struct __sk_buff *skb, const struct packet *p, int *verdict)
+static __always_inline bool is_of_no_flow(struct __sk_buff *skb, const struct packet *p,
+					  int *verdict)
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
 
@@ -167,7 +168,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return handle_without_ports(skb, p, parsed);
-	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !opens_flow(skb, p, &verdict))
+	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_of_no_flow(skb, p, &verdict))
 		return verdict;
 	return create_flow(skb, p);
 }
@@ -193,7 +194,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
-	if (is_known && !opens_flow(skb, p, &verdict))
+	if (is_known && !is_of_no_flow(skb, p, &verdict))
 		return verdict;
 	if (is_mine)
 		return create_host_flow(skb, p);

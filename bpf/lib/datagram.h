@@ -3,6 +3,7 @@
 #ifndef EBPFPROXY_DATAGRAM_H
 #define EBPFPROXY_DATAGRAM_H
 
+#include "events.h"
 #include "origin.h"
 #include "peers.h"
 #include "socket.h"

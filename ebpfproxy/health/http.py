@@ -24,9 +24,9 @@ from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-#: Until an address that is in use is tried again.
+#: Seconds until an address that is in use is tried again.
 RETRY_SECONDS = 5.0
-#: For a request and its answer, each time on a connection that is kept.
+#: A request and its answer may take so many seconds, each time on a connection that is kept.
 CLIENT_SECONDS = 10.0
 _MOST_CLIENTS = 1024
 _REQUEST_BYTES = 8192
@@ -140,7 +140,7 @@ class HttpThread:
         self._tasks[listener].cancel()
 
     async def _serve(self, listener: socket.socket, respond: Respond) -> None:
-        """When this is cancelled the clients are, too."""
+        """Accepts clients. When it is cancelled they are, too."""
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
@@ -177,7 +177,7 @@ class HttpThread:
 
 
 def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
-    """The answer, and whether the connection goes on."""
+    """Returns the answer, and whether the connection goes on."""
     line, *headers = head.split(b"\r\n")
     words = line.split()
     if len(words) != 3 or words[0] not in (b"GET", b"HEAD") or not words[2].startswith(b"HTTP/1."):
@@ -210,6 +210,6 @@ def _encoded(answer: Answer, *, closes: bool, has_body: bool = True) -> bytes:
 
 
 def _ends_connection(header: bytes) -> bool:
-    """``Connection: close``, or a body, which is not read and so must not be taken for a request."""
+    """True for ``Connection: close``, or a body, which is not read and must not be taken for a request."""
     name, _, value = header.lower().partition(b":")
     return name in (b"content-length", b"transfer-encoding") or (name == b"connection" and b"close" in value)

@@ -1,4 +1,4 @@
-"""Whether the proxy keeps up, and whether load balancers should send this node traffic."""
+"""Says whether the proxy keeps up, and whether load balancers should send this node traffic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ("IPv4", "IPv6")
 
 
 def eligible(node: Node | None) -> bool:
-    """Whether load balancers may use the node: it is known, not being deleted and not about to be."""
+    """True if load balancers may use the node: it is known, not being deleted and not about to be."""
     if node is None or node.metadata.deletion_timestamp is not None:
         return False
     taints = (node.spec.taints if node.spec is not None else None) or ()

@@ -38,7 +38,7 @@ class HttpServer:
 
     @property
     def failure(self) -> str:
-        """Why the address could not be bound at the start; empty where it could, or there is none."""
+        """The reason why the address was not bound at the start; empty where it was, or there is none."""
         return f"{self._text}: {self._why}" if self._why else ""
 
     @property

@@ -31,6 +31,8 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import yaml
 
+from ebpfproxy.kube import kubeconfig
+
 KUBELET_KUBECONFIG = Path("/etc/kubernetes/kubelet.conf")
 CLUSTER_INFO = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
 
@@ -49,30 +51,6 @@ class Choice(NamedTuple):
     server: str
     source: str
     answers: bool
-
-
-class _Cluster(msgspec.Struct):
-    server: str = ""
-
-
-class _NamedCluster(msgspec.Struct):
-    name: str
-    cluster: _Cluster
-
-
-class _Context(msgspec.Struct):
-    cluster: str = ""
-
-
-class _NamedContext(msgspec.Struct):
-    name: str
-    context: _Context
-
-
-class _Kubeconfig(msgspec.Struct, rename="kebab"):
-    clusters: tuple[_NamedCluster, ...] | None = None
-    contexts: tuple[_NamedContext, ...] | None = None
-    current_context: str = ""
 
 
 class _ConfigMap(msgspec.Struct):
@@ -152,13 +130,9 @@ def _server_of_config_map(body: bytes) -> str | None:
         return None
 
 
-def _server_in(kubeconfig: bytes) -> str | None:
+def _server_in(text: bytes) -> str | None:
     try:
-        found = msgspec.convert(yaml.safe_load(kubeconfig), _Kubeconfig)
+        server = kubeconfig.server_of(kubeconfig.parse(text))
     except (ValueError, yaml.YAMLError, msgspec.ValidationError, RecursionError):
         return None
-    contexts = {each.name: each.context.cluster for each in found.contexts or ()}
-    clusters = {each.name: each.cluster.server for each in found.clusters or ()}
-    # In cluster-info there is no context, and the one cluster has no name.
-    server = clusters.get(contexts.get(found.current_context, ""), "")
     return server.rstrip("/") if server.startswith("https://") else None

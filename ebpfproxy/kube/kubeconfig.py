@@ -79,11 +79,26 @@ class _NamedContext(msgspec.Struct, frozen=True):
     context: _Context
 
 
-class _File(_Kebab, frozen=True):
+class File(_Kebab, frozen=True):
     current_context: str | None = None
     contexts: list[_NamedContext] | None = None
     clusters: list[_NamedCluster] | None = None
     users: list[_NamedUser] | None = None
+
+
+def parse(text: str | bytes) -> File:
+    """Raises YAMLError, ValueError and msgspec.ValidationError."""
+    return msgspec.convert(yaml.safe_load(text), File)
+
+
+def server_of(file: File) -> str:
+    """Returns the server of the current context; empty without one.
+
+    In kubeadm's cluster-info there is no context, and the one cluster has no name.
+    """
+    contexts = {each.name: each.context.cluster for each in file.contexts or ()}
+    clusters = {each.name: each.cluster.server for each in file.clusters or ()}
+    return clusters.get(contexts.get(file.current_context or "", ""), "")
 
 
 T = TypeVar("T")
@@ -148,9 +163,9 @@ def _select(paths: Sequence[Path], context: str | None) -> tuple[_Found[_Cluster
     return clusters[chosen.cluster], users.get(chosen.user)
 
 
-def _read(path: Path) -> _File:
+def _read(path: Path) -> File:
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()), _File)
+        return parse(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

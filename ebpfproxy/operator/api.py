@@ -35,7 +35,7 @@ Object = dict[str, Any]
 #: RFC 6902.
 Patch = list[dict[str, Any]]
 
-#: Where objects of a kind are: the group's path, the resource, and whether a namespace has them.
+#: The place of each kind's objects: the group's path, the resource, and whether a namespace has them.
 RESOURCES: Mapping[str, tuple[str, str, bool]] = {
     "ServiceAccount": ("/api/v1", "serviceaccounts", True),
     "ConfigMap": ("/api/v1", "configmaps", True),
@@ -89,7 +89,7 @@ class Api:
 
     @classmethod
     def from_options(cls, kubeconfig: Path | None, master: str | None) -> Api:
-        """As an agent's ``--kubeconfig`` and ``--master``. Raises ConfigError."""
+        """Takes an agent's ``--kubeconfig`` and ``--master``. Raises ConfigError."""
         return cls(ApiConnection.from_options(kubeconfig, master))
 
     @classmethod
@@ -120,7 +120,7 @@ class Api:
     # -- objects
 
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
-        """None where there is none."""
+        """Returns None where there is none."""
         try:
             return self._json("GET", path_of(kind, namespace, name), shown(kind, namespace, name))[0]
         except ApiError as error:
@@ -136,12 +136,12 @@ class Api:
         return list(found.get("items") or ())
 
     def config(self, namespace: str, name: str, key: str) -> str:
-        """A text of a ConfigMap; empty where there is none."""
+        """Returns a text of a ConfigMap; empty where there is none."""
         found = self.get("ConfigMap", namespace, name) or {}
         return str((found.get("data") or {}).get(key, ""))
 
     def version(self) -> Object:
-        """The server's: ``gitVersion``, ``major``, ``minor``."""
+        """Returns the server's ``gitVersion``, ``major`` and ``minor``."""
         return self._json("GET", "/version", "/version")[0]
 
     def create(self, item: Object) -> None:
@@ -170,7 +170,7 @@ class Api:
         self._json("PATCH", path, what, body=patch, content_type=content_type, tries=tries)
 
     def delete(self, kind: str, namespace: str, name: str) -> bool:
-        """False where there is none. What it owns is deleted after it."""
+        """Returns False where there is none. What it owns is deleted after it."""
         path, what = path_of(kind, namespace, name), shown(kind, namespace, name)
         try:
             self._json("DELETE", path, what, {"propagationPolicy": "Background"})
@@ -181,7 +181,7 @@ class Api:
         return True
 
     def log(self, namespace: str, pod: str) -> str:
-        """What the pod's one container has written up to now."""
+        """Returns what the pod's one container has written up to now."""
         what = f"log of {shown('Pod', namespace, pod)}"
         return self._ask("GET", f"{path_of('Pod', namespace, pod)}/log", what).body.decode(errors="replace")
 

@@ -20,12 +20,12 @@ class File(NamedTuple):
 
 
 def find(api: Api) -> Object | None:
-    """Its DaemonSet. Raises ApiError."""
+    """Returns its DaemonSet. Raises ApiError."""
     return api.get("DaemonSet", SYSTEM, KUBE_PROXY)
 
 
 def configuration(api: Api, daemon_set: Object) -> File | None:
-    """What its ``--config`` names; None where no ConfigMap has it. Raises ApiError."""
+    """Returns what its ``--config`` names; None where no ConfigMap has it. Raises ApiError."""
     place = config_map_of(daemon_set)
     if place is None:
         return None
@@ -34,7 +34,7 @@ def configuration(api: Api, daemon_set: Object) -> File | None:
 
 
 def config_map_of(daemon_set: Object) -> tuple[str, str] | None:
-    """Name and key of what is mounted where ``--config`` points to: kubeadm's are ``kube-proxy`` and
+    """Returns name and key of what is mounted where ``--config`` points to: kubeadm's are ``kube-proxy`` and
     ``config.conf``, others' are not. None where it is no ConfigMap's."""
     pod = daemon_set["spec"]["template"]["spec"]
     for container in pod.get("containers") or ():

@@ -15,4 +15,8 @@ APP = "k8s-app"
 KUBE_PROXY_SWITCH, AGENT_SWITCH = "ebpfproxy.io/kube-proxy", "ebpfproxy.io/agent"
 OFF = "off"
 
+#: An annotation of the agent's pods: the control plane's address.
+CONTROL_PLANE = "ebpfproxy.io/control-plane"
+#: An annotation of a DaemonSet: the update strategy that it had before, as JSON.
+UPDATE_STRATEGY = "ebpfproxy.io/update-strategy"
 HELM_RELEASE = "meta.helm.sh/release-name"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ebpfproxy.operator.api import Api, Object
 
-#: What a container that starts as it should waits for; any other reason is an error's.
+#: A container that starts as it should waits for these; any other reason is an error's.
 _STARTING = frozenset({"", "ContainerCreating", "PodInitializing"})
 
 
@@ -23,7 +23,7 @@ def is_ready(pod: Object) -> bool:
 
 
 def node_of(pod: Object) -> str:
-    """Its node; for a pod that is not yet on any, the one in its affinity."""
+    """Returns its node; for a pod that is not yet on any, the one in its affinity."""
     spec = pod.get("spec") or {}
     if spec.get("nodeName"):
         return str(spec["nodeName"])
@@ -37,7 +37,7 @@ def node_of(pod: Object) -> str:
 
 
 def last_warning(api: Api, namespace: str, kind: str, name: str) -> str:
-    """The reason and message of the latest Event of type Warning; empty without one. Raises ApiError."""
+    """Returns reason and message of the latest Event of type Warning; empty without one. Raises ApiError."""
     selector = f"involvedObject.kind={kind},involvedObject.name={name},type=Warning"
     found = api.list("Event", namespace, fieldSelector=selector)
     if not found:
@@ -49,7 +49,7 @@ def last_warning(api: Api, namespace: str, kind: str, name: str) -> str:
 
 
 def trouble(pod: Object) -> str:
-    """Why it is not ready, in one line; empty where it is."""
+    """Returns in one line why it is not ready; empty where it is."""
     status = pod.get("status") or {}
     if _is_ending(pod):
         return "its pod is still being ended: is the node up?"
@@ -88,13 +88,15 @@ def has_started(pod: Object) -> bool:
 
 
 def cannot_start(pod: Object) -> str:
-    """Why its container will not start, in the kubelet's words; empty while it may."""
+    """Returns in the kubelet's words why its container will not start; empty while it may."""
     return next((found for each in _containers(pod) if (found := _waiting(each))), "")
 
 
 def failure(pod: Object) -> str:
-    """Why a pod that has ended failed; empty where its command ended with 0. The command's own words are in
-    its log."""
+    """Returns why a pod that has ended failed; empty where its command ended with 0.
+
+    What the command itself printed is in its log.
+    """
     if _phase(pod) == "Succeeded":
         return ""
     ended = _terminated(pod)
@@ -106,13 +108,13 @@ def failure(pod: Object) -> str:
 
 
 def exit_code(pod: Object) -> int | None:
-    """None where no command ran to its end."""
+    """Returns None where no command ran to its end."""
     ended = _terminated(pod)
     return None if ended is None else int(ended["exitCode"])
 
 
 def message(pod: Object) -> str:
-    """The end of what its command wrote, as the kubelet keeps it for a command that failed."""
+    """Returns the end of what its command wrote, as the kubelet keeps it for a command that failed."""
     return str((_terminated(pod) or {}).get("message", ""))
 
 
@@ -147,7 +149,7 @@ def _terminated(pod: Object) -> Object | None:
 
 
 def _waiting(container: Object) -> str:
-    """What a container waits for that will not come by itself, in the kubelet's words."""
+    """Returns what a container waits for in vain, in the kubelet's words."""
     waiting = _state(container).get("waiting") or {}
     return "" if waiting.get("reason", "") in _STARTING else _words(waiting)
 

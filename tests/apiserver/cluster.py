@@ -291,7 +291,7 @@ class Cluster:
         *,
         dry_run: bool = False,
     ) -> Object:
-        """Nothing is written where nothing is another, as a real server does."""
+        """Writes nothing where nothing has changed, as a real server does."""
         if path := _IMMUTABLE.get(resource.kind):
             was, now = (_at(each.item, path) if each else None for each in (before, made))
             if before is not None and was != now:

@@ -28,7 +28,7 @@ Action = Callable[[Query, bytes], Mapping[str, object]]
 
 
 class ControlError(Exception):
-    """What was asked for is not possible; the message says why."""
+    """The request cannot be done; the message says why."""
 
 
 class Control:

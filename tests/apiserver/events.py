@@ -20,7 +20,7 @@ _QUALIFIED = re.compile(r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[
 
 
 class Events:
-    """Those that were created, in their order. Any thread may use it. ``terminating``: namespaces."""
+    """Keeps created Events in their order. Any thread may use it. ``terminating`` are namespaces."""
 
     def __init__(self, denied: set[str]) -> None:
         self._denied = denied

@@ -1,4 +1,4 @@
-"""What goes wrong on demand."""
+"""Faults on demand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ IN_STREAMS = ("cut", "silence", "garbage", "expire")
 
 
 class Fault:
-    """What goes wrong with the next ``times`` matching requests.
+    """A fault of the next ``times`` matching requests.
 
     ``kind``: an HTTP status as text (with ``retry_after`` seconds); ``hang`` (no answer, connection open),
     ``close`` (no answer, closed), ``html`` (a proxy's error page with status 502), ``half`` (half of a list,
@@ -50,7 +50,7 @@ class Fault:
 
 
 class Faults:
-    """Those that are to come, the oldest first. Any thread may use it."""
+    """Faults that are to come, the oldest first. Any thread may use it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -62,7 +62,7 @@ class Conflict(NamedTuple):
 
     @property
     def words(self) -> str:
-        """As a real server's (apimachinery, util/managedfields/internal/conflict.go)."""
+        """Returns a real server's words (apimachinery, util/managedfields/internal/conflict.go)."""
         name, operation = self.manager
         return f'"{name}"' + (f" using {self.api_version}" if operation == "Update" else "")
 
@@ -141,7 +141,7 @@ def applied(before: Managed | None, wanted: Object, name: str, *, force: bool) -
     for path in sorted(owned.get(me, frozenset()) - asked.keys() - others, key=_is_key):
         _delete(made, path)
     for path, value in asked.items():
-        # Nothing is said of what is in an empty map.
+        # Fields of an empty map are not listed.
         if value not in ({}, []) or not _step(made, path, make=False):
             _set(made, path, value)
     owned[me] = frozenset(asked)
@@ -173,7 +173,7 @@ def _key(name: str, item: Object) -> str:
 
 
 def _step(holder: Any, path: Path, *, make: bool) -> Any:
-    """What is at a path; None where it is not there and not to be made."""
+    """Returns what is at a path; None where it is missing and not to be created."""
     for at, part in enumerate(path):
         is_list = path[at + 1 : at + 2] and path[at + 1].startswith("k:")
         if part.startswith("k:"):
@@ -199,7 +199,7 @@ def _set(item: Object, path: Path, value: Any) -> None:
 
 
 def _delete(item: Object, path: Path) -> None:
-    """And what is empty then; an item of a list is, once nothing but its keys is in it."""
+    """Deletes it, and parents that are empty then; an item of a list is, with nothing but its keys."""
     *above, last = path
     holder = _step(item, tuple(above), make=False)
     if holder is None:

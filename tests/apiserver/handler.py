@@ -35,7 +35,7 @@ PATHS = {
 _NAMESPACED = re.compile(r"(/.*)/namespaces/([^/]+)(/[^/]+)")
 _SLOW_PIECE = 512
 _WRITE = 64 * 1024
-#: As a real server (endpoints/handlers/responsewriters, defaultGzipThresholdBytes).
+#: A real server has the same (endpoints/handlers/responsewriters, defaultGzipThresholdBytes).
 _COMPRESSED_FROM = 128 * 1024
 
 
@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
             (self._watch if watch else self._list)(resource)
 
     def _user(self) -> str | None:
-        """None for wrong credentials; without any, ``system:anonymous`` where some are asked for."""
+        """Returns None for wrong credentials; without any, ``system:anonymous`` where some are asked for."""
         if isinstance(self.connection, ssl.SSLSocket):
             certificate: Any = self.connection.getpeercert() or {}
             for part in certificate.get("subject", ()):

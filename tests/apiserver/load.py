@@ -1,4 +1,4 @@
-"""What fills a stand-in: many Services, changes at a rate, or a recording of a real cluster."""
+"""Fills a stand-in: many Services, changes at a rate, or a recording of a real cluster."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def fill_from_recordings(store: Store, folder: Path) -> None:
 def replay(
     store: Store, folder: Path, speed: float = 0.0, *, between: Callable[[], None] | None = None
 ) -> int:
-    """What then happened, at once or ``speed`` times as fast as it did; returns the number of changes.
+    """Replays what then happened, at once or ``speed`` times as fast as it did; returns the number of changes.
 
     ``between`` is called after every 50 of them.
     """

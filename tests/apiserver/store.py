@@ -29,7 +29,7 @@ class Version(NamedTuple):
     body: bytes
 
     def line(self, kind: str) -> bytes:
-        """What a watch sends for it."""
+        """Returns what a watch sends for it."""
         return b'{"type":"%s","object":%s}\n' % (kind.encode(), self.body)
 
     def at(self, number: int) -> Version:
@@ -47,7 +47,7 @@ class Change(NamedTuple):
     after: Version | None
 
     def line(self, selector: Selector) -> bytes:
-        """What a watch with this selector is told: what no longer matches is deleted for it."""
+        """Returns what a watch with this selector gets: an object that no longer matches is deleted for it."""
         before, after = self.before, self.after
         matched = before is not None and selector(before.key, before.labels)
         if after is not None and selector(after.key, after.labels):

@@ -48,7 +48,7 @@ class _Block(NamedTuple):
 
 
 def chart_values(values: Mapping[str, Any], namespace: str) -> dict[str, Any]:
-    """What templates see. ``values``: over those of values.yaml, merged as helm does."""
+    """Returns what templates see: ``values`` merged into those of values.yaml, as helm does."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     return {
         "Values": _merged(yaml.safe_load((CHART / "values.yaml").read_text()), values),

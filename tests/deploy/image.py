@@ -23,7 +23,7 @@ from tests.deploy.runtime import install
 TOP = DEPLOY.parent
 DOCKERFILE = DEPLOY / "Dockerfile"
 BASE = "debian:bookworm-slim"
-#: What the slim image leaves out (debuerreotype's .slimify-excludes), but for copyrights.
+#: The slim image leaves these out (debuerreotype's .slimify-excludes), except copyrights.
 _SLIM = ["/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*"]
 #: Settings of registries, where this machine has any.
 _LENT = [
@@ -38,7 +38,7 @@ _LENT = [
 ]
 _VARIABLES = re.compile(r"PIP_\w+|\w+_proxy|\w+_PROXY")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
-#: Not where Debian's package would put its own.
+#: Debian's package would put its own elsewhere.
 _LENT_AUTHORITIES = "/mnt/ca-certificates.crt"
 
 
@@ -180,7 +180,7 @@ def _below(root: Path, path: Path) -> Path:
 def run(
     root: Path, command: list[str], environment: dict[str, str] | None = None, *, lend: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """In the root, with /proc and /dev. ``lend``: and with registries. AssertionError has what it said."""
+    """Runs it in the root, with /proc and /dev, and with registries for ``lend``. AssertionError has its output."""
     variables = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     variables |= {"DEBIAN_FRONTEND": "noninteractive"} if lend else {}
     if lend:

@@ -16,7 +16,7 @@ Objects = dict[tuple[str, str], Object]
 
 
 def base() -> Objects:
-    """By kind and name. Fails where the kustomization wants more than to put files together."""
+    """Returns objects by kind and name. Fails where the kustomization does more than list files."""
     kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
     assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources"}
     found = by_name(

@@ -31,7 +31,7 @@ class Asked(NamedTuple):
 
 
 def attributes(method: str, target: str) -> Asked | None:
-    """As the real server reads a request (RequestInfo); None for what is no resource."""
+    """Reads a request as a real server does (RequestInfo); None for what is no resource."""
     split = urlsplit(target)
     query = {name: values[0] for name, values in parse_qs(split.query).items()}
     parts = split.path.strip("/").split("/")

@@ -25,7 +25,7 @@ from tests.deploy.objects import Object, Objects, container, pod_spec
 TOP = Path(__file__).parents[2]
 _PROFILE = "usr/share/containers/seccomp.json"
 _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
-#: What containerd hides and what it makes read-only, unless a container is privileged.
+#: containerd hides these, and makes those read-only, unless a container is privileged.
 _MASKED = [
     "acpi",
     "asound",
@@ -166,7 +166,7 @@ class Container:
             self.remove()
 
     def execute(self, *command: str) -> str:
-        """As ``kubectl exec`` does."""
+        """Runs it as ``kubectl exec`` does."""
         done = subprocess.run(
             [*self._state, "exec", self.id, *command], capture_output=True, text=True, timeout=60, check=False
         )
@@ -174,7 +174,7 @@ class Container:
         return done.stdout
 
     def volume(self, name: str) -> Path:
-        """Where an emptyDir is."""
+        """Returns the folder of an emptyDir."""
         return self._folder / "volumes" / name
 
     def signal(self, name: str) -> None:

@@ -203,7 +203,7 @@ def test_the_probes_say_when_everything_is_programmed(loaded: Kubelet) -> None:
     with loaded.running(agent):
         for probe in probes:
             assert probe["port"] == "healthz"
-            # From the node, as the kubelet asks.
+            # The kubelet asks from the node.
             answer = world.a.run(["curl", "-s", "-m5", f"http://{world.a.address}:{port}{probe['path']}"])
             assert json.loads(answer)["healthy"]
 
@@ -335,7 +335,7 @@ users:
 
 
 def test_the_control_planes_address_is_passed_on_and_no_credentials(kubelet: Kubelet, host: Host) -> None:
-    """As kubeadm writes it: each key in a line of its own."""
+    """kubeadm writes each key in a line of its own."""
     written = yaml.safe_dump(yaml.safe_load(KUBELET_CONF))
     (host.kubernetes / "kubelet.conf").write_text(written)
     container = kubelet.container("prepare", volumes=on(host), manifests=False)

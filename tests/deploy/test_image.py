@@ -36,7 +36,7 @@ def built() -> Iterator[image.Image]:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """Of its own: nothing else on this machine is translated."""
+    """Makes one for the test: nothing else on this machine is translated."""
     folder = find_cgroup_root() / f"ebpfproxy-image-{os.getpid()}"
     folder.mkdir()
     yield folder
@@ -46,7 +46,7 @@ def cgroup() -> Iterator[Path]:
 def in_container(
     made: image.Image, cgroup: Path, bpffs: Path | None, *command: str
 ) -> subprocess.CompletedProcess[str]:
-    """In mount, process and network namespaces of its own, with a read-only root.
+    """Runs it in new mount, process and network namespaces, with a read-only root.
 
     Its only cgroup v2 mount is ``cgroup``, its only bpffs ``bpffs``; without one it has an empty /sys/fs/bpf.
     """
@@ -168,7 +168,7 @@ def test_the_daemon_sets_containers_run_from_it(built: image.Image, tmp_path: Pa
 
 
 def test_a_migrations_pods_run_from_it(built: image.Image) -> None:
-    """As on a node: they read and remove the rules that this machine's tools have made."""
+    """They read and remove the rules that this machine's tools have made, as on a node."""
     with Lab() as lab:
         world = migrate_world.World(lab)
         run = runner(world, built.root)

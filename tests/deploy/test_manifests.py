@@ -31,7 +31,7 @@ MODELS = {
 
 
 def comparable(found: Objects) -> Objects:
-    """With the configuration file read: the base has comments in it."""
+    """Returns it with the configuration file parsed: the base has comments in it."""
     made = copy.deepcopy(found)
     data = made["ConfigMap", "ebpfproxy"]["data"]
     data["config.yaml"] = list(yaml.safe_load_all(data["config.yaml"]))

@@ -70,7 +70,7 @@ class Manager:
         command = [
             "unshare",
             "--mount",
-            # As on a host, where namespaces made later are seen in the unit, too (/run/netns is shared).
+            # On a host, namespaces made later are seen in the unit, too (/run/netns is shared).
             "--propagation",
             "slave",
             "sh",

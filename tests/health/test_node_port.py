@@ -183,7 +183,7 @@ def test_of_two_services_with_one_port_the_first_by_name_has_it(
 def test_a_kernel_without_ipv6_is_served_over_ipv4(
     healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with ipv6.disable=1: no socket of that family can be made."""
+    """With ipv6.disable=1 no socket of that family can be made."""
 
     class Socket(socket.socket):
         def __init__(self, family: int = -1, *rest: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""Who listens to a reflector, for tests."""
+"""A listener of a reflector, for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEY = ObjectKey("load", "a")
 
 
 class Follower:
-    """Who listens to a reflector: what it knows, and what it was told."""
+    """Listens to a reflector, and keeps what it was told."""
 
     def __init__(self, server: ApiServer, **options: Any) -> None:
         self.events: list[Event] = []

@@ -1,4 +1,4 @@
-"""Which kubeconfig of several counts, which proxy, and how often a request is sent."""
+"""Several kubeconfigs are merged, proxies are chosen, and requests are sent again."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_without_any_option_and_outside_a_pod(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a pod finds of its service account, the server's address excepted."""
+    """Makes the files of a pod's service account; the server's address is left out."""
     certificate = Authority(tmp_path).path
     for name, path in (("TOKEN", tmp_path / "token"), ("CA", certificate)):
         monkeypatch.setattr(f"ebpfproxy.kube.access.{name}_FILE", path)

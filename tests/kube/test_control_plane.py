@@ -1,4 +1,4 @@
-"""Which address of the control plane a pod uses before Services work."""
+"""A pod finds the control plane's address before Services work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ contexts:
 current-context: system:node:a@kubernetes
 users: []
 """
-#: As kubeadm writes it (cmd/kubeadm/app/phases/bootstraptoken/clusterinfo).
+#: kubeadm writes it so (cmd/kubeadm/app/phases/bootstraptoken/clusterinfo).
 CLUSTER_INFO = """
 apiVersion: v1
 clusters:
@@ -247,7 +247,7 @@ def test_where_none_answers_kubelets_is_kept_until_one_does(cluster: Cluster, cl
 
 
 def test_one_that_has_answered_is_not_forgotten_while_nobody_answers(cluster: Cluster) -> None:
-    """Where the cluster IP leads to what was there before, nobody can be asked for another."""
+    """Where the cluster IP leads to an old server, no other address can be learned."""
     with cluster.server() as own, cluster.server() as known:
         cluster.own_is(own.url)
         publish(own, known.url)

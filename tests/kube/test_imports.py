@@ -1,4 +1,4 @@
-"""What an agent does not import, since it would stay in its memory."""
+"""An agent does not import what it does not need, since that would stay in its memory."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_a_master_without_scheme() -> None:
 
 
 def test_base64_may_be_folded(tmp_path: Path) -> None:
-    """As YAML block scalars are; what a user does not use may be wrong."""
+    """Block scalars of YAML are folded; entries that the context does not use may be wrong."""
     folded = "\n".join([GARBAGE[:8], GARBAGE[8:]])
     content = config({"client-key-data": folded})
     content["users"].append({"name": "other", "user": {"client-key-data": "?"}})

@@ -85,7 +85,7 @@ class RealServer:
         )
 
     def _ready(self) -> bool:
-        """Whether it answers, and has made what every server has: its own Service and the first namespaces.
+        """True if it answers and has created what every server has: its own Service and the first namespaces.
 
         Both come from controllers that ``/readyz`` does not wait for.
         """

@@ -200,7 +200,7 @@ def test_a_large_object_comes_whole(server: ApiServer, follower: Follower) -> No
 
 
 def test_watches_end_after_five_to_ten_minutes(server: ApiServer) -> None:
-    """As client-go's, so that the connections of many nodes spread over API servers again."""
+    """Their length is client-go's, so that the connections of many nodes spread over API servers again."""
     for _ in range(5):
         follower = Follower(server, timing=Timing())
         follower.reflector.start()
@@ -226,7 +226,7 @@ def test_an_object_that_leaves_the_selection_is_deleted(server: ApiServer) -> No
 
 
 def test_the_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -> None:
-    """Those of its informer factories; but Services of other proxies are seen, for their cluster IPs."""
+    """They are those of its informer factories, but Services of other proxies are watched for their cluster IPs."""
     server.store.put(
         "servicecidrs", {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}}
     )

@@ -1,4 +1,4 @@
-"""What a reflector does not do, however a server behaves: ask in a hot loop, log without end, die, go deaf."""
+"""However a server behaves, a reflector does not ask in a hot loop, log without end, die, or go deaf."""
 
 from __future__ import annotations
 

@@ -13,10 +13,8 @@ from ebpfproxy.operator.install import base
 from ebpfproxy.operator.install.cluster_facts import Version
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.server_address import Address
-from ebpfproxy.operator.names import AGENT
+from ebpfproxy.operator.names import AGENT, CONTROL_PLANE
 
-#: An annotation of pods, so that a new address starts a rolling update: containers read it as they start.
-CONTROL_PLANE = "ebpfproxy.io/control-plane"
 #: The ConfigMap's key of the configuration file.
 CONFIG = "config.yaml"
 HOST, PORT = "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"
@@ -69,6 +67,7 @@ def _daemon_set(template: Object, settings: Settings) -> None:
     spec = template["spec"]
     annotations: dict[str, str] = {}
     if settings.address is not None:
+        # A new address starts a rolling update: containers read it as they start.
         annotations[CONTROL_PLANE] = str(settings.address)
     if settings.pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.pull_secrets]

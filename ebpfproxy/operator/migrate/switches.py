@@ -17,10 +17,8 @@ import msgspec
 
 from ebpfproxy.operator import names
 from ebpfproxy.operator.api import Object, Patch
-from ebpfproxy.operator.names import OFF
+from ebpfproxy.operator.names import OFF, UPDATE_STRATEGY
 
-#: This annotation keeps the original update strategy, as JSON.
-STRATEGY = "ebpfproxy.io/update-strategy"
 _ON_DELETE = "OnDelete"
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 
@@ -84,11 +82,11 @@ class Switch(msgspec.Struct, frozen=True):
     def uninstall(self, daemon_set: Object) -> Patch:
         """Returns a patch that undoes :meth:`install`; empty where that was not called, or is undone."""
         annotations = daemon_set["metadata"].get("annotations") or {}
-        if STRATEGY not in annotations:
+        if UPDATE_STRATEGY not in annotations:
             return []
         patch = [*_tested(daemon_set), {"op": "remove", "path": _annotation()}]
         if daemon_set["spec"].get("updateStrategy", {}).get("type") == _ON_DELETE:
-            strategy = json.loads(annotations[STRATEGY])
+            strategy = json.loads(annotations[UPDATE_STRATEGY])
             patch.append({"op": "add", "path": "/spec/updateStrategy", "value": strategy})
         if self.works(daemon_set):
             affinity = self._without(daemon_set["spec"]["template"]["spec"]["affinity"])
@@ -153,7 +151,7 @@ def _tested(item: Object) -> Patch:
 
 
 def _annotation() -> str:
-    return f"/metadata/annotations/{_escaped(STRATEGY)}"
+    return f"/metadata/annotations/{_escaped(UPDATE_STRATEGY)}"
 
 
 def _escaped(name: str) -> str:

@@ -18,7 +18,7 @@ KUBE_PROXY = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfi
 OWN = "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\n"
 BASE = base_configuration()
 WHERE = "ConfigMap kube-system/kube-proxy: config.conf"
-#: With nulls and empty values for what it leaves open.
+#: kubeadm writes nulls and empty values for fields that it leaves out.
 KUBEADM = """\
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -87,7 +87,7 @@ winkernel:
 
 
 def inherited(text: str) -> tuple[Configuration, list[str], str]:
-    """As the agent reads it, what was said, and the file."""
+    """Returns the configuration as the agent reads it, the remarks, and the file."""
     given, remarks = configuration.of_kube_proxy(text, WHERE)
     made, more = configuration.in_a_pod(given, BASE, WHERE, has_kube_proxy=True)
     return load.parse(made.text, "config.yaml"), remarks + more, made.text

@@ -68,7 +68,7 @@ def test_a_loopback_is_this_machines_own(host: str, expected: bool) -> None:
 
 
 def cluster_info(server: str) -> str:
-    """As kubeadm writes it: neither a name nor a context."""
+    """kubeadm writes neither a name nor a context."""
     cluster = {"cluster": {"certificate-authority-data": "Q0E=", "server": server}, "name": ""}
     return yaml.safe_dump({"apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": None})
 

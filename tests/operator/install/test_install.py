@@ -1,4 +1,4 @@
-"""What goes wrong on the way in: one line with the object and the server's words."""
+"""Errors of an installation are one line with the object and the server's words."""
 
 from __future__ import annotations
 

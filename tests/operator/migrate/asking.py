@@ -54,7 +54,7 @@ class Held(_Client):
 
 
 class Load(_Client):
-    """As a context: ``count`` and ``errors`` afterwards."""
+    """A context that asks all the time; ``count`` and ``errors`` hold afterwards."""
 
     def __init__(self, space: Space, kind: str, host: str, port: int, *, pause: float = _PAUSE) -> None:
         super().__init__("load", space, kind, host, port, str(pause))

@@ -12,19 +12,19 @@ _SECONDS = 2 * READY_SECONDS
 
 
 class Migration:
-    """Of node ``a``."""
+    """Runs the commands on node ``a``."""
 
     a: LabNode
 
     def migrate(self, *arguments: str, check: bool = True) -> str:
-        """What the command prints."""
+        """Returns what the command prints."""
         return self.a.run(self._command(*arguments), check=check, timeout=_SECONDS)
 
     def start_migrate(self, *arguments: str) -> subprocess.Popen[bytes]:
         return self.a.popen(self._command(*arguments), stdout=subprocess.DEVNULL)
 
     def fails(self, *arguments: str) -> str:
-        """What a command says that ends with 1."""
+        """Returns what a command prints that ends with 1."""
         process = self.a.popen(self._command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         said = process.communicate(timeout=_SECONDS)[0].decode()
         assert process.returncode == 1, said

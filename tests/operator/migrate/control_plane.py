@@ -77,7 +77,7 @@ class ControlPlane:
         return dict(self.get("Node", "", node)["metadata"]["labels"])
 
     def pods(self, owner: str, node: str) -> list[Item]:
-        """Of a DaemonSet."""
+        """Returns a DaemonSet's pods on a node."""
         with self.lock:
             return [
                 pod
@@ -218,7 +218,7 @@ class ControlPlane:
 
 
 def _fits(pod: Item, labels: dict[str, str]) -> bool:
-    """By the expressions that are in use there."""
+    """Knows the expressions that are in use there."""
     required = pod.get("affinity", {}).get("nodeAffinity", {}).get(_REQUIRED)
     if required is None:
         return True

@@ -81,7 +81,7 @@ def set_name(name: str, is_v6: bool) -> str:
 
 
 def load(served: Iterable[Served], pods: dict[bool, str], backend: str) -> None:
-    """In this network namespace, beside what is there, as kube-proxy's first sync does.
+    """Loads it into this network namespace, beside what is there, as kube-proxy's first sync does.
 
     ``pods``: the cluster's CIDR by family; ``backend``: legacy or nft.
     """

@@ -70,7 +70,7 @@ def for_lab(name: str) -> str:
 
 
 def load(mode: str, *, lab: bool, families: tuple[str, ...] = ("ip", "ip6")) -> None:
-    """In this network namespace, beside what is there."""
+    """Loads them into this network namespace, beside what is there."""
     read = for_lab if lab else text
     if mode == "nftables":
         listed = read("nft-list-ruleset.txt")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.operator.migrate import rules
 
-#: As the dumps have them.
+#: The dumps have these.
 _NETWORKS = {"10.244.0.0/16": "fd00:10:244::/56", "10.96.0.0/16": "fd00:10:96::/112"}
 _LAST_RULE = '-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports;'
 _ADDRESS = r"(\d+\.\d+\.\d+\.\d+)"

@@ -12,7 +12,8 @@ import pytest
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
 from ebpfproxy.operator.migrate.daemonsets import Cluster
-from ebpfproxy.operator.migrate.switches import KUBE_PROXY, STRATEGY, owner
+from ebpfproxy.operator.migrate.switches import KUBE_PROXY, owner
+from ebpfproxy.operator.names import UPDATE_STRATEGY
 from ebpfproxy.operator.waiting import WaitError
 from tests.operator.migrate import control_plane
 from tests.operator.migrate.control_plane import ControlPlane, Item, patched, serving
@@ -21,7 +22,7 @@ _DAEMON_SET = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
 
 
 def daemon_set(*terms: Item) -> Item:
-    """As kubeadm makes it, with these alternatives of a required node affinity."""
+    """Makes kubeadm's, with these alternatives of a required node affinity."""
     made = control_plane.kube_proxy()
     made["metadata"]["resourceVersion"] = "7"
     if terms:
@@ -87,7 +88,7 @@ def test_a_strategy_that_is_on_delete_by_itself_stays() -> None:
     before = daemon_set()
     before["spec"]["updateStrategy"] = {"type": "OnDelete"}
     after = patched(before, KUBE_PROXY.install(before))
-    assert STRATEGY not in (after["metadata"].get("annotations") or {})
+    assert UPDATE_STRATEGY not in (after["metadata"].get("annotations") or {})
     assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
 

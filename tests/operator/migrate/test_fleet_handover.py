@@ -88,7 +88,7 @@ class Cluster(World):
         return [*self.socket_loads(), *self.loads()[2:], outside]
 
     def left(self) -> list[tuple[bool, bool]]:
-        """By node, whether something of kube-proxy's is there, and whether conntrack is kept going."""
+        """Returns, by node, if something of kube-proxy is left, and if conntrack is kept enabled."""
         return [node.call(_left) for node in (self.a, self.b)]
 
 

@@ -25,7 +25,7 @@ def nftables() -> kube_proxy_frontends.Frontends:
 
 
 def ours() -> kube_proxy_frontends.Frontends:
-    """As the agent computes them from the objects that the dumps were made of."""
+    """Returns what the agent computes from the objects that the dumps were made of."""
     tracker = RecordTracker("node-a1")
     for each in recordings.as_events(recordings.lists("final")):
         tracker.apply(each)

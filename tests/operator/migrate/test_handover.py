@@ -94,7 +94,7 @@ def test_back_without_a_failed_request_from_outside_where_connections_may_drain(
 
 
 def test_cleanup_beside_kube_proxy_loses_no_request_of_pods(world: World) -> None:
-    """From its first step on nothing new is translated, and what is under way has its answers before the last."""
+    """The first step ends new translations, and replies on their way arrive before the last."""
     world.kube_proxy("nftables")
     world.agent().start().stop()
     with no_request_fails(*world.loads()[:2]):

@@ -1,4 +1,4 @@
-"""As test_handover.py, with both families: no connection of IPv6 is lost on the way over and back."""
+"""The same as test_handover.py, with both families: no connection of IPv6 is lost on the way over and back."""
 
 from __future__ import annotations
 

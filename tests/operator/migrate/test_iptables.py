@@ -1,4 +1,4 @@
-"""What of an iptables-save is kube-proxy's."""
+"""kube-proxy's part of an iptables-save is found."""
 
 from __future__ import annotations
 

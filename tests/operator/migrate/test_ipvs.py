@@ -1,4 +1,4 @@
-"""What /proc/net/ip_vs says. With a kernel that has IPVS: test_ipvs_kernel.py."""
+"""/proc/net/ip_vs is read. test_ipvs_kernel.py needs a kernel with IPVS."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ WEB = {False: "10.96.0.10", True: "fd00:10:96::10"}
 STICKY = {False: "10.96.0.20", True: "fd00:10:96::20"}
 EMPTY = {False: "10.96.0.30", True: "fd00:10:96::30"}
 EXTERNAL, BALANCER = "192.0.2.80", "203.0.113.10"
-#: At the node's own address, which is on no device of kube-proxy's.
+#: It is at the node's own address, which is on no device of kube-proxy.
 OWN_PORT = 8181
 NODE_PORT, UDP_NODE_PORT = 30080, 30053
 PODS = {False: "10.244.0.0/16", True: "fd00:10:244::/48"}
@@ -206,7 +206,7 @@ def _load_foreign(backend: str) -> dict[str, list[str]]:
 
 
 def _everything(backend: str) -> dict[str, list[str]]:
-    """What is on the node, by kind, but for counters and for what keeps conntrack going."""
+    """Returns what is on the node, by kind, without counters and without what keeps conntrack enabled."""
     found = {
         "servers": sorted(_run("ipvsadm", "--save", "--numeric").splitlines()),
         "sets": sorted(line for line in _run("ipset", "save").splitlines()),
@@ -234,7 +234,7 @@ def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
     agent = world.a.agent(manifests=world.manifests).start()
     time.sleep(1)
     assert how(held) == {}, "beside kube-proxy"
-    # Not before: see test_ipvs_takes_answers_for_a_port_that_it_remembers.
+    # An earlier one may fail: see test_ipvs_takes_answers_for_a_port_that_it_remembers.
     with no_request_fails(*world.loads(), least=10):
         planned = json.loads(world.migrate("plan", "-o", "json"))
         assert (planned["modes"], planned["blockers"], planned["differences"]) == (["ipvs"], [], {})
@@ -253,7 +253,7 @@ def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
     assert set(device.addresses) == {WEB[False], WEB[True], STICKY[False], STICKY[True]}
     assert kept[-1].startswith("device kube-ipvs0 with ")
 
-    # What is left but for that is the others', as it was.
+    # Everything else that is left belongs to others, and is unchanged.
     left = world.a.call(_everything, world.backend)
     assert _others(left["servers"], world) == _others(foreign["servers"], world)
     assert len(left["servers"]) > len(foreign["servers"])
@@ -264,7 +264,7 @@ def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
         new = Held(*way)
         assert new.ask() == "alive", way
 
-    # Not before the last has ended.
+    # It goes only after the last has ended.
     assert "translated flows are still established" in world.migrate("run")
     assert how(held) == {}
     if world.backend == "legacy":

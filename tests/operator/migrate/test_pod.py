@@ -38,7 +38,7 @@ def runner(world: World, image: Path | None = None) -> Run:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """With an agent beside a kube-proxy whose rules are in both backends of iptables and in nftables."""
+    """Runs an agent beside a kube-proxy whose rules are in both backends of iptables and in nftables."""
     with Lab() as lab:
         made = World(lab)
         for mode in rules.MODES:

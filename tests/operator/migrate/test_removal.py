@@ -18,7 +18,7 @@ from tests.operator.migrate import rules
 
 pytestmark = pytest.mark.root
 
-#: With counters, quotes, orders and names that a careless clean-up would disturb.
+#: Its counters, quotes, orders and names would be disturbed by a careless clean-up.
 FOREIGN = """*nat
 :PREROUTING ACCEPT [11:12]
 :INPUT ACCEPT [0:0]

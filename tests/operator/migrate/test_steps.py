@@ -73,7 +73,7 @@ def _rules(saved: str) -> list[str]:
 
 @pytest.mark.root
 def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(world: World) -> None:
-    """What a call that was broken off finds when it goes on."""
+    """A call that was interrupted finds them when it goes on."""
     world.kube_proxy("nftables")
     agent = world.agent().start()
     world.remove_service("shop", "orders-api")

@@ -63,7 +63,7 @@ class World(Migration):
         manifests.write(self.manifests / "cluster.yaml", *kept)
 
     def wait_frontends(self, count: int) -> None:
-        """Until the maps serve so many, all addresses of a NodePort counted as one."""
+        """Waits until the maps serve so many; all addresses of a NodePort count as one."""
         deadline = time.monotonic() + 60
         while len(found := self._frontends()) != count:
             assert time.monotonic() < deadline, sorted(found)
@@ -134,5 +134,5 @@ def _load_rules(mode: str) -> None:
 
 
 def how(held: list[Held]) -> dict[str, str]:
-    """By name, those that are not alive."""
+    """Returns those that are not alive, by name."""
     return {each.name: said for each in held if (said := each.ask()) != "alive"}

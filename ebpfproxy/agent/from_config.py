@@ -146,7 +146,7 @@ def mode_remark(mode: str) -> str:
 
 
 def local_pods(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration) -> LocalPods:
-    """How this node's pods are told; see above for ClusterCIDR without one."""
+    """How this node's pods are recognized; see above for ClusterCIDR without one."""
     mode = LocalMode(own.detect_local_mode or kube_proxy.detect_local_mode)
     if mode is LocalMode.CLUSTER_CIDR and not kube_proxy.cluster_cidr.strip():
         return LocalPods(LocalMode.DEVICES)

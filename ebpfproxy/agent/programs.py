@@ -125,8 +125,8 @@ class ProgramManager:
             return
         if self._programs is None:
             return
-        carrier = MapMigration(self._pins, self._maps)
-        carrier.copy()
+        migration = MapMigration(self._pins, self._maps)
+        migration.copy()
         changed = attach.attach_all(
             self._pins,
             self._programs,
@@ -134,7 +134,7 @@ class ProgramManager:
             guard_node_ports=self._options.guard_node_ports,
         )
         self.attached = True
-        carrier.copy()
+        migration.copy()
         mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
         # A new flow needs programs at all devices: until they are there it is kube-proxy's.
         is_first = not device_attachments(self._pins)
@@ -144,10 +144,10 @@ class ProgramManager:
             taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
             log.info("leaving existing connections to netfilter", ports_taken=taken)
         self._packets.set_mode(mode)
-        carrier.copy()
-        carrier.close()
-        if carrier.copied:
-            log.info("copied flows from maps of other sizes", entries=carrier.copied)
+        migration.copy()
+        migration.close()
+        if migration.copied:
+            log.info("copied flows from maps of other sizes", entries=migration.copied)
         loader.remove_others(self._maps, self._programs)
         removed = detach.remove_other_versions(self._pins, self._maps.folder)
         log.info(

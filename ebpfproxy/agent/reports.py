@@ -53,6 +53,6 @@ def programmed(
     for problem in problems:
         metrics.did_not_fit()
         log.error("failed to program a service port, trying again when there is room", error=str(problem))
-    for occurrence in kube_events.no_room(node, problems):
-        record(occurrence)
+    for kube_event in kube_events.no_room(node, problems):
+        record(kube_event)
     log.debug("programmed", changed=len(update.changed), removed=len(update.removed))

@@ -25,8 +25,8 @@ class Source:
         requested: Callable[[str, str, float], None],
         became: Callable[[str], None],
     ) -> None:
-        """``requested`` is told of each request: the server, the verb, seconds until its answer began;
-        ``became`` of each event: one of ``kube.events.recorder.RESULTS``.
+        """``requested`` is called for each request: with the server, the verb, seconds until its response
+        began; ``became`` of each event: one of ``kube.events.recorder.RESULTS``.
 
         Raises ConfigError and ManifestError.
         """

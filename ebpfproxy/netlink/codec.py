@@ -55,7 +55,7 @@ def messages(data: bytes) -> Iterator[Message]:
         at += (max(length, _HEADER.size) + 3) & ~3
 
 
-def answers(netlink: socket.socket) -> Iterator[Message]:
+def replies(netlink: socket.socket) -> Iterator[Message]:
     """The messages of a dump until it is done, or of a request until it is acknowledged.
 
     Raises OSError: with the kernel's number, or because nothing comes in time.

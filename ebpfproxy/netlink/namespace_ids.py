@@ -1,7 +1,7 @@
 """Ids by which this process's network namespace knows others ("nsid", ip-netns(8)).
 
-An id ends with its namespace and does not keep it: it tells a namespace that is no more from one that only a
-descriptor or a socket holds, and that has no path any more.
+An id ends with its namespace and does not keep it: it distinguishes a namespace that is gone from one that
+only a descriptor or a socket holds, and that has no path any more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class NamespaceIds:
                 with suppress(FileExistsError):
                     inside = _attribute(_FD, fd) + _attribute(_NSID, -1)
                     _send(self._route, _NEWNSID, codec.REQUEST | codec.ACK, inside)
-                    for _ in codec.answers(self._route):
+                    for _ in codec.replies(self._route):
                         pass
                 found = id_in(self._route, fd)
         finally:
@@ -60,7 +60,7 @@ class NamespaceIds:
     def all(self) -> set[int]:
         """Those that there are."""
         _send(self._route, _GETNSID, codec.REQUEST | codec.DUMP, b"")
-        return {found for each in codec.answers(self._route) if (found := _id(each)) is not None}
+        return {found for each in codec.replies(self._route) if (found := _id(each)) is not None}
 
 
 def id_in(route: socket.socket, namespace: int) -> int | None:
@@ -70,7 +70,7 @@ def id_in(route: socket.socket, namespace: int) -> int | None:
     its node's. Raises OSError.
     """
     _send(route, _GETNSID, codec.REQUEST, _attribute(_FD, namespace))
-    return _id(next(codec.answers(route)))
+    return _id(next(codec.replies(route)))
 
 
 def _send(route: socket.socket, kind: int, flags: int, attributes: bytes) -> None:
@@ -81,7 +81,7 @@ def _attribute(kind: int, number: int) -> bytes:
     return codec.attribute(kind, _NUMBER.pack(number))
 
 
-def _id(answer: codec.Message) -> int | None:
-    value = codec.attributes(answer.payload[len(_FAMILY) :]).get(_NSID)
+def _id(reply: codec.Message) -> int | None:
+    value = codec.attributes(reply.payload[len(_FAMILY) :]).get(_NSID)
     number = _NUMBER.unpack(value)[0] if value is not None else _NONE
     return None if number == _NONE else number

@@ -46,5 +46,5 @@ class Netfilter:
     ) -> Iterator[memoryview]:
         body = _FAMILY.pack(family, 0, 0) + b"".join(inside)
         self._socket.send(codec.pack(system << 8 | command, flags, body, 1))
-        for each in codec.answers(self._socket):
+        for each in codec.replies(self._socket):
             yield each.payload[_FAMILY.size :]

@@ -17,7 +17,7 @@ _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _RTN_UNICAST = 1
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, length of the destination, …, type, flags
 _LENGTH_AT, _TYPE_AT = 1, 7  # in rtmsg
-_FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the answer is the route itself
+_FIB_MATCH = 0x2000  # RTM_F_FIB_MATCH: the reply is the route itself
 _INDEX = struct.Struct("=I")
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 #: A gateway, several ways, a gateway of the other family, a nexthop object.
@@ -60,7 +60,7 @@ class Routes:
         self._netlink.close()
 
     def to(self, address: bytes, flags: int = 0) -> Way:
-        """``address``: packed. Raises OSError where netlink does not answer."""
+        """``address``: packed. Raises OSError if netlink does not reply."""
         self._sequence += 1
         size = len(address)
         family = socket.AF_INET if size == 4 else socket.AF_INET6
@@ -69,7 +69,7 @@ class Routes:
         self._netlink.send(codec.pack(_RTM_GETROUTE, codec.REQUEST, body, self._sequence))
         while True:
             for each in codec.receive(self._netlink):
-                # One that came too late for the question before it is passed over.
+                # A late reply to an earlier request is ignored.
                 if each.sequence == self._sequence:
                     return _way(each.payload) if each.kind == _RTM_NEWROUTE else Way()
 

@@ -30,7 +30,7 @@ _STATES = 0xFFF & ~(1 << 6 | 1 << 10 | 1 << 12)
 
 _REQUEST_V2 = struct.Struct("=BBBBI48s")  # struct inet_diag_req_v2; the last is struct inet_diag_sockid
 _COOKIE = struct.Struct("=Q")
-_SOCKID = struct.Struct("=HH16s16s")  # of struct inet_diag_sockid what comes first; network byte order
+_SOCKID = struct.Struct("=HH16s16s")  # the first fields of struct inet_diag_sockid; network byte order
 _MAPPED = bytes(10) + b"\xff\xff"
 _ID_AT, _COOKIE_AT = 4, 44  # in struct inet_diag_msg
 _ID_SIZE = 48
@@ -216,7 +216,7 @@ def _dump(diag: socket.socket, family: int, protocol: int, code: bytes = b"") ->
     if code:
         body += codec.attribute(_INET_DIAG_REQ_BYTECODE, code)
     diag.send(codec.pack(_SOCK_DIAG_BY_FAMILY, codec.REQUEST | codec.DUMP, body))
-    for each in codec.answers(diag):
+    for each in codec.replies(diag):
         yield bytes(each.payload[_ID_AT : _ID_AT + _ID_SIZE])
 
 
@@ -246,7 +246,7 @@ def _condition(peer: Peer) -> bytes:
 def _destroy(
     diag: socket.socket, family: int, protocol: int, sockets: Sequence[tuple[int, bytes]]
 ) -> set[int]:
-    """One message for each, in one call; answers come for all, since all ask for one."""
+    """Sends one message for each in one call; each gets a reply, since all ask for one."""
     messages = b"".join(
         codec.pack(
             _SOCK_DESTROY,

@@ -47,7 +47,7 @@ def namespace_cookies() -> dict[bytes, int]:
 def _addresses(netlink: socket.socket) -> Iterator[bytes]:
     body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
     netlink.send(codec.pack(_RTM_GETADDR, codec.REQUEST | codec.DUMP, body))
-    for each in codec.answers(netlink):
+    for each in codec.replies(netlink):
         _, _, _, scope, _ = _ADDRESS.unpack_from(each.payload)
         if scope == _SCOPE_UNIVERSE:
             found = codec.attributes(each.payload[_ADDRESS.size :])

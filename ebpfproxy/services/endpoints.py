@@ -36,7 +36,7 @@ class Traits(NamedTuple):
     #: The node and zone that it is in, empty if unknown. Only weights depend on them.
     node: str = ""
     zone: str = ""
-    #: Only an address that is there twice is told by it: see :func:`merge`.
+    #: This only decides between two endpoints of one address: see :func:`merge`.
     terminating: bool = False
 
 

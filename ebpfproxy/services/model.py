@@ -1,4 +1,4 @@
-"""What ``services`` says to whoever programs it: service ports with their frontends and backends.
+"""The result of ``services``: service ports with their frontends and backends.
 
 Addresses are packed bytes in network order, 4 of them for IPv4 and 16 for IPv6; ports are plain integers.
 Everything here is immutable, hashable and compares by value, so that a change is a comparison.
@@ -114,7 +114,7 @@ class BackendState(enum.IntEnum):
 
 
 class Backend(NamedTuple):
-    """An endpoint's address and port. Its identity; the state is kept beside it."""
+    """An endpoint's address and port, which identify it; its state is kept elsewhere."""
 
     address: bytes
     port: int
@@ -138,7 +138,7 @@ class Frontend(NamedTuple):
 
 
 class ServicePortKey(NamedTuple):
-    """Identity of a service port in one family: what a service id stands for, across restarts."""
+    """Identity of a service port in one family; its service id stays the same across restarts."""
 
     namespace: str
     name: str

@@ -1,4 +1,4 @@
-"""Single values as the API writes them, checked; and what is said about those that are wrong."""
+"""Checks single values as the API writes them; warnings about those that are invalid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BROADCAST = b"\xff" * 4
 
 
 class Warning(msgspec.Struct, frozen=True, gc=False):
-    """A value that is not used, where it stands, and why. The rest of the object is used."""
+    """A field whose value is ignored, and the reason. The rest of the object is used."""
 
     resource: Resource
     key: ObjectKey

@@ -1,4 +1,4 @@
-"""What people are told, in which words, of which object."""
+"""The texts of Kubernetes events, and the objects that they regard."""
 
 from __future__ import annotations
 

@@ -53,12 +53,12 @@ class Bench:
     ) -> None:
         """Client to frontend and back, each half silent for so many seconds."""
         times = [self.now - int(i * S) for i in (idle, idle if reply_idle is None else reply_idle)]
-        question = Flow(CLIENT, FRONTEND, port, 80, protocol, False)
+        original = Flow(CLIENT, FRONTEND, port, 80, protocol, False)
         began = [each - int(lasted * S) for each in times]
-        self.add(question, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], began[0]))
-        answer = Flow(BACKEND, CLIENT, 8080, port, protocol, True)
+        self.add(original, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], began[0]))
+        reply = Flow(BACKEND, CLIENT, 8080, port, protocol, True)
         back = Nat(FRONTEND, CLIENT, 80, port, *ids, NatFlags.REPLY, seen, times[1], began[1])
-        self.add(answer, back._replace(seen=seen if reply_seen is None else reply_seen))
+        self.add(reply, back._replace(seen=seen if reply_seen is None else reply_seen))
 
     @property
     def left(self) -> int:
@@ -119,7 +119,7 @@ def test_one_half_in_use_keeps_both(bench: Bench) -> None:
     """A stream of datagrams in one direction: the other half never sees a packet."""
     bench.pair(1, protocol=Protocol.UDP, idle=0, reply_idle=1000)
     bench.pair(2, protocol=Protocol.UDP, seen=Seen(0), idle=100, reply_seen=Seen.REPLY, reply_idle=100)
-    assert bench.sweeper.sweep().expired == 0, "an answer in either half makes it a stream"
+    assert bench.sweeper.sweep().expired == 0, "a reply in either half makes it a stream"
     bench.now += 60 * S
     assert bench.sweeper.sweep().expired == 4
 
@@ -216,7 +216,7 @@ def test_flows_that_are_over_are_no_load(bench: Bench) -> None:
 
 
 def test_a_count_that_cannot_be_right_is_put_right(bench: Bench) -> None:
-    """Pushed out by others, counted twice, or carried over from other maps."""
+    """Flows may be evicted, counted twice, or copied from other maps."""
     words = bench.maps.shared("loads").bytes.cast("I")
     bench.pair(1, ids=(7, 2))
     bench.pair(2, ids=(7, 4))
@@ -263,11 +263,11 @@ def test_a_masquerade_stays_as_long_as_its_flow(bench: Bench) -> None:
     """Its entries may have missed, by a moment, the packet that made the flow a stream."""
     bench.pair(5, protocol=Protocol.UDP, seen=Seen.REPLY, idle=60, lasted=1.0)
     began = bench.now - 61 * S
-    question = Flow(CLIENT, BACKEND, 5, 8080, Protocol.UDP, True)
-    bench.add(question, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen.REPLY, began, began))
-    answer = Flow(BACKEND, NODE, 8080, 999, Protocol.UDP, False)
+    original = Flow(CLIENT, BACKEND, 5, 8080, Protocol.UDP, True)
+    bench.add(original, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen.REPLY, began, began))
+    reply = Flow(BACKEND, NODE, 8080, 999, Protocol.UDP, False)
     flags = NatFlags.SOURCE | NatFlags.REPLY
-    bench.add(answer, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen.REPLY, began, began))
+    bench.add(reply, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen.REPLY, began, began))
     assert bench.sweeper.sweep().expired == 0
     bench.now += 61 * S
     assert bench.sweeper.sweep().expired == 4
@@ -284,11 +284,11 @@ def test_partners_find_each_other_in_every_kind_of_pair() -> None:
 
 def test_the_four_entries_of_a_masqueraded_flow_are_one_row(bench: Bench) -> None:
     bench.pair(5, seen=Seen.REPLY)
-    question = Flow(CLIENT, BACKEND, 5, 8080, 6, True)
-    bench.add(question, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen(0), bench.now, 0))
-    answer = Flow(BACKEND, NODE, 8080, 999, 6, False)
+    original = Flow(CLIENT, BACKEND, 5, 8080, 6, True)
+    bench.add(original, Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen(0), bench.now, 0))
+    reply = Flow(BACKEND, NODE, 8080, 999, 6, False)
     flags = NatFlags.SOURCE | NatFlags.REPLY
-    bench.add(answer, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen(0), bench.now, 0))
+    bench.add(reply, Nat(BACKEND, CLIENT, 8080, 5, 1, 1, flags, Seen(0), bench.now, 0))
     rows = flows_of(list(bench.maps["conntrack"].items()), Timeouts(), bench.now + 5 * S, {1: "shop/web"})
     assert len(rows) == 1
     row, keys = rows[0]

@@ -157,7 +157,7 @@ def test_one_backend_has_one_slot(algorithm: Algorithm, weights: list[int] | Non
 def test_without_weights_or_with_equal_ones_each_has_a_slot(
     algorithm: Algorithm, number: int, weight: int | None
 ) -> None:
-    """Weight 0 in a slot stands for none."""
+    """A slot with weight 0 has no weight."""
     assert made(algorithm, number, None if weight is None else [weight] * number) == ids(number)
 
 

@@ -46,7 +46,7 @@ def test_a_dump_ends_where_it_is_done(pair: tuple[socket.socket, socket.socket])
     here, there = pair
     there.send(codec.pack(16, 2, b"one\0"))
     there.send(codec.pack(16, 2, b"two\0") + codec.pack(3, 2, bytes(4)))
-    assert [bytes(each.payload) for each in codec.answers(here)] == [b"one\0", b"two\0"]
+    assert [bytes(each.payload) for each in codec.replies(here)] == [b"one\0", b"two\0"]
 
 
 def test_an_acknowledgement_is_the_end_and_an_error_is_raised(
@@ -54,7 +54,7 @@ def test_an_acknowledgement_is_the_end_and_an_error_is_raised(
 ) -> None:
     here, there = pair
     there.send(codec.pack(2, 0, struct.pack("=i", 0)))
-    assert list(codec.answers(here)) == []
+    assert list(codec.replies(here)) == []
     there.send(codec.pack(2, 0, struct.pack("=i", -errno.EPERM)))
     with pytest.raises(PermissionError):
-        list(codec.answers(here))
+        list(codec.replies(here))

@@ -16,7 +16,7 @@ Row = tuple[str, str, str, str, str]
 #: Service, port name, protocol, IP version.
 PortRow = tuple[str, str, str, int]
 #: Address, and the port or 0 for all: taken out by hand.
-Order = tuple[str, int]
+DrainRequest = tuple[str, int]
 
 
 class Table(NamedTuple):
@@ -194,10 +194,10 @@ def _names(key: str, kind: str, endpoint: Object) -> bool:
     return bool(endpoint[kind]) and key == f"{kind}/{endpoint[kind]}"
 
 
-def _is_drained(service: Object, endpoint: Object, orders: frozenset[Order]) -> bool:
+def _is_drained(service: Object, endpoint: Object, requests: frozenset[DrainRequest]) -> bool:
     """True if it is drained by hand, or has a weight of 0."""
     address = str(endpoint["address"])
-    return not orders.isdisjoint({(address, 0), (address, endpoint["port"])}) or not _weight(
+    return not requests.isdisjoint({(address, 0), (address, endpoint["port"])}) or not _weight(
         service, endpoint
     )
 
@@ -223,9 +223,9 @@ def table(
     slices: list[Object],
     nodes: list[Object],
     node_name: str,
-    orders: frozenset[Order] = frozenset(),
+    requests: frozenset[DrainRequest] = frozenset(),
 ) -> Table:
-    """What the rules say of the objects, and of the ``orders`` to take out some addresses."""
+    """The result of the rules for these objects and drain ``requests``."""
     zones = [
         _labels(n).get("topology.kubernetes.io/zone") for n in nodes if n["metadata"]["name"] == node_name
     ]
@@ -247,7 +247,7 @@ def table(
                 if not frontends:
                     continue
                 serving = _endpoints(service, name, protocol, version, slices)
-                endpoints = {n: e for n, e in serving.items() if not _is_drained(service, e, orders)}
+                endpoints = {n: e for n, e in serving.items() if not _is_drained(service, e, requests)}
                 cluster, local = _cluster(endpoints, node_name, zone), _local(endpoints, node_name)
                 leaving = {e for e, traits in endpoints.items() if traits["leaving"]}
                 key = _full_name(service), name, protocol, version

@@ -34,9 +34,9 @@ def agree(
     tracker: RecordTracker,
     objects: list[Object],
     node_name: str = NODE,
-    orders: frozenset[naive.Order] = frozenset(),
+    requests: frozenset[naive.DrainRequest] = frozenset(),
 ) -> None:
-    """The tracker, drained, has what the rules say of the objects, and of whom hands have taken out."""
+    """The tracker, drained, has what the rules say of the objects and the drain requests."""
 
     def plain(kind: type[Object]) -> list[Json]:
         return [msgspec.to_builtins(each) for each in objects if isinstance(each, kind)]
@@ -68,7 +68,7 @@ def agree(
                 frontend = f"{format_endpoint(f.address, f.port)}/{f.protocol.name}"
                 refused = "dropped" if port.cluster else "rejected"
                 found.rows[service, key.port_name, str(f.kind), scope, frontend] = used or refused
-    expected = naive.table(plain(Service), plain(EndpointSlice), plain(Node), node_name, orders)
+    expected = naive.table(plain(Service), plain(EndpointSlice), plain(Node), node_name, requests)
     for what, ours, theirs in zip(naive.Table._fields, found, expected, strict=True):
         assert ours == theirs, what
 
@@ -209,23 +209,23 @@ objects = st.one_of(
     *(st.tuples(st.just(resource), strategy) for resource, strategy in KINDS.items()),
     st.tuples(st.just(Resource.ENDPOINTSLICES), slices),
 )
-orders = st.frozensets(
+requests = st.frozensets(
     st.tuples(some("10.244.0.1", "10.244.0.2", "fd00:244::1", "10.244.0.9"), some(0, 8080, 8081)), max_size=2
 )
 histories = st.lists(
-    st.tuples(some("set", "set", "set", "delete", "drain"), objects, orders, st.booleans()), max_size=14
+    st.tuples(some("set", "set", "set", "delete", "drain"), objects, requests, st.booleans()), max_size=14
 )
 
 
 @settings(max_examples=300)
 @given(histories)
 def test_any_history_ends_with_what_the_rules_say(
-    history: list[tuple[str, tuple[Resource, Json], frozenset[naive.Order], bool]],
+    history: list[tuple[str, tuple[Resource, Json], frozenset[naive.DrainRequest], bool]],
 ) -> None:
     tracker = RecordTracker(NODE)
     world: dict[tuple[Resource, ObjectKey], Object] = {}
-    drained = frozenset[naive.Order]()
-    for step, (resource, each), orders, look in history:
+    drained = frozenset[naive.DrainRequest]()
+    for step, (resource, each), requests, look in history:
         key = ObjectKey(each["metadata"].get("namespace", ""), each["metadata"]["name"])
         if step == "set":
             record = msgspec.convert(each, RECORD_TYPES[resource])
@@ -235,13 +235,13 @@ def test_any_history_ends_with_what_the_rules_say(
             world.pop((resource, key), None)
             tracker.apply(Deleted(resource, key))
         else:
-            drained = orders
+            drained = requests
             tracker.set_drained(frozenset((ip_address(a).packed, number) for a, number in drained))
         if look:
             tracker.drain()
-            agree(tracker, list(world.values()), orders=drained)
+            agree(tracker, list(world.values()), requests=drained)
     tracker.drain()
-    agree(tracker, list(world.values()), orders=drained)
+    agree(tracker, list(world.values()), requests=drained)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)

@@ -87,9 +87,9 @@ def synced(*objects: Object) -> RecordTracker:
     return tracker
 
 
-def drain_by_hand(tracker: RecordTracker, *orders: tuple[str, int]) -> None:
-    """All orders that there are; port 0 stands for all."""
-    tracker.set_drained(frozenset((ip_address(address).packed, port) for address, port in orders))
+def drain_by_hand(tracker: RecordTracker, *requests: tuple[str, int]) -> None:
+    """Sets all drain requests; port 0 stands for all ports."""
+    tracker.set_drained(frozenset((ip_address(address).packed, port) for address, port in requests))
 
 
 def ends(backends: Iterable[Backend]) -> list[tuple[int, int]]:
@@ -131,12 +131,12 @@ objects = st.one_of(
     ),
     st.builds(node, st.sampled_from(["z1", "z2"])),
 )
-orders = st.frozensets(
+requests = st.frozensets(
     st.tuples(st.integers(1, 6).map(lambda n: bytes((10, 244, 0, n))), st.sampled_from([0, 8080, 8081])),
     max_size=2,
 )
 steps = st.lists(
-    st.tuples(st.sampled_from(["set", "set", "set", "delete", "order", "drain"]), objects, orders),
+    st.tuples(st.sampled_from(["set", "set", "set", "delete", "request", "drain"]), objects, requests),
     max_size=30,
 )
 
@@ -150,7 +150,7 @@ def test_incremental_equals_from_scratch(
     world: dict[tuple[Resource, ObjectKey], Object] = {}
     mirror: dict[ServicePortKey, ServicePort] = {}
     drained = frozenset[tuple[bytes, int]]()
-    for step, each, orders in [*steps, ("drain", node("z1"), drained)]:
+    for step, each, requests in [*steps, ("drain", node("z1"), drained)]:
         key = resource_of(each), key_of(each)
         if step == "set":
             world[key] = each
@@ -158,8 +158,8 @@ def test_incremental_equals_from_scratch(
         elif step == "delete":
             world.pop(key, None)
             tracker.apply(Deleted(*key))
-        elif step == "order":
-            drained = orders
+        elif step == "request":
+            drained = requests
             tracker.set_drained(drained)
         else:
             update = tracker.drain()
@@ -351,14 +351,14 @@ def test_orders_for_addresses_that_nobody_has_or_the_same_again_change_nothing()
 def test_one_port_of_an_address_or_all() -> None:
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", "10.244.0.2", ports=(8080, 8081)))
     every = [(1, 8080), (1, 8081), (2, 8080), (2, 8081)]
-    for orders, drained in (
+    for requests, drained in (
         ([("10.244.0.1", 8080)], [(1, 8080)]),
         ([("10.244.0.1", 8081), ("10.244.0.2", 8080)], [(1, 8081), (2, 8080)]),
         ([("10.244.0.1", 9)], []),
         ([("10.244.0.1", 0)], [(1, 8080), (1, 8081)]),
         ([("10.244.0.1", 0), ("10.244.0.2", 0)], every),
     ):
-        drain_by_hand(tracker, *orders)
+        drain_by_hand(tracker, *requests)
         tracker.drain()
         (port,) = tracker.service_ports()
         assert ends(port.drained) == drained
@@ -424,8 +424,8 @@ def test_a_drained_one_that_is_not_ready_is_idle() -> None:
 
 def test_by_hand_and_by_weight_are_undone_each_for_itself() -> None:
     tracker = synced(service("a", weights="10.244.0.1=0"), piece("s1", "a", "10.244.0.1", "10.244.0.2"))
-    for orders in ([("10.244.0.1", 0)], []):
-        drain_by_hand(tracker, *orders)
+    for requests in ([("10.244.0.1", 0)], []):
+        drain_by_hand(tracker, *requests)
         assert tracker.drain().changed == ()
         assert ends(tracker.service_ports()[0].drained) == [(1, 8080)]
     drain_by_hand(tracker, ("10.244.0.1", 0))
@@ -487,13 +487,13 @@ def test_health_checks_do_not_count_who_is_drained() -> None:
         ports=[{"name": "http", "port": 80, "nodePort": 30080}],
     )
     tracker = synced(balancer, piece("s1", "a", "10.244.0.1", "10.244.0.2", nodeName=NODE))
-    for orders, count in (
+    for requests, count in (
         ([], 2),
         ([("10.244.0.1", 0)], 1),
         ([("10.244.0.1", 0), ("10.244.0.2", 8080)], 0),
         ([], 2),
     ):
-        drain_by_hand(tracker, *orders)
+        drain_by_hand(tracker, *requests)
         tracker.drain()
         assert [check.local_endpoints for check in tracker.health_checks] == [count]
 

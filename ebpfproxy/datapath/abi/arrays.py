@@ -1,6 +1,6 @@
 """Arrays that programs and agent share through memory, as records: the only place that knows their offsets.
 
-Each class is a view of a map's memory (``kernel.maps.SharedArray``) and keeps nothing beside it.
+Each class is a view of a map's memory (``kernel.maps.SharedArray``), without any state of its own.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class BackendRecords:
     """The ``backends`` map: ``struct backend`` by backend id."""
 
     def __init__(self, memory: memoryview, places: int) -> None:
-        # A mapping ends with its page: behind the last place there are zeros of nobody's.
+        # A mapping ends with its page: after the last place there are zeros that belong to no place.
         self._memory = memory[: places * _BACKEND]
 
     def __len__(self) -> int:
         return len(self._memory) // _BACKEND
 
     def read(self, number: int) -> tuple[Backend, BackendState] | None:
-        """None for an id that nobody has, or that the map has no place for."""
+        """None for an id that is free, or that the map has no place for."""
         packed = self._memory[number * _BACKEND : (number + 1) * _BACKEND]
         return layout.unpack_backend(bytes(packed)) if packed else None
 
     def ids(self) -> list[int]:
-        """The ids that somebody has. Free places are told by one byte, without unpacking them."""
+        """The ids that are in use. One byte tells a free place, which saves unpacking it."""
         protocols = bytes(self._memory[layout.BACKEND_PROTOCOL_OFFSET :: _BACKEND])
         return [number for number, protocol in enumerate(protocols) if protocol]
 

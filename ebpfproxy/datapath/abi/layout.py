@@ -214,7 +214,7 @@ def _signed(number: int) -> int:
 
 
 LOAD_SIZE = LOAD.size
-#: In units of 32 bits; the agent writes the carried and the corrected.
+#: Words of ``struct load``; the agent writes LOAD_CARRIED and LOAD_CORRECTED.
 LOAD_WORDS = LOAD_SIZE // 4
 LOAD_CARRIED, LOAD_BEGUN, LOAD_ENDED, LOAD_CORRECTED = 1, 2, 3, 4
 
@@ -243,7 +243,7 @@ def unlpm(length: int, packed: bytes) -> Prefix:
     """The reverse of :func:`lpm`."""
     address = unpack_address(packed)
     if length < 8 * (16 - len(address)):
-        # ::/0 and its like: shorter than what stands for IPv4.
+        # A prefix as short as ::/0 contains all of IPv4.
         return Prefix(packed, length)
     return Prefix(address, length - 8 * (16 - len(address)))
 

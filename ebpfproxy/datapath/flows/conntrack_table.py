@@ -30,7 +30,7 @@ class Timeouts(msgspec.Struct, frozen=True):
     tcp_established: float = 86400.0
     #: One side has closed.
     tcp_close_wait: float = 3600.0
-    #: No answer yet.
+    #: There is no reply yet.
     tcp_unreplied: float = 60.0
     #: Both sides have closed: late packets still find their way.
     tcp_closed: float = 30.0

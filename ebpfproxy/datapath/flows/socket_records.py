@@ -1,7 +1,7 @@
 """Records of sockets, one at a time: read to be compared with the sockets that there are, and deleted.
 
 Programs delete a record themselves when its socket is closed. The one that deletes it, program or agent, also
-counts the connection down; the map tells each whether it was the one.
+counts the connection down.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attachments: one pinned cgroup link a hook, beside whatever others attached, replaced in one step.
+"""Attachments: one pinned cgroup link for each hook, besides those of others, replaced in one step.
 
 Links (Linux 5.7) attach with the multi-program flag and are detached by nobody but their holder: the pin.
 """
@@ -78,10 +78,10 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
 
 def pin_over(fd: int, path: Path) -> None:
     """Pins in place of what is pinned there, in one step."""
-    beside = path.with_name(f"{path.name}-new")
-    beside.unlink(missing_ok=True)
-    bpf.pin(fd, beside)
-    beside.replace(path)
+    new = path.with_name(f"{path.name}-new")
+    new.unlink(missing_ok=True)
+    bpf.pin(fd, new)
+    new.replace(path)
 
 
 def attachments(pins: Path) -> list[Attachment]:

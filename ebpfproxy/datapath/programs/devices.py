@@ -108,7 +108,7 @@ class DeviceAttacher:
         usual = RAW_PACKETS if target.raw else PACKETS
         module = LOOPBACK_PROGRAMS if target == LOOPBACK else usual
         did = []
-        # Answers are translated before the first question is.
+        # Replies are translated before the first connection is.
         for hook in reversed(module.hooks):
             direction = _direction(hook)
             with bpf.opened(programs / f"{hook.name}{module.suffix}") as program:

@@ -1,4 +1,4 @@
-"""Compiled programs, pinned beside the maps they were compiled for, and reused while nothing changed."""
+"""Compiled programs, pinned next to the maps that they were compiled for, and reused."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Frontends:
         return full
 
     def _store(self, table: Map, entries: Mapping[ServiceKey, ServiceEntry]) -> set[ServiceKey]:
-        """Writes entries of one family, marked where this node answers; returns those without room."""
+        """Writes entries of one family, marked if this node answers itself; returns those without room."""
         packed = {layout.pack_service_key(*key): self._marked(key, entry) for key, entry in entries.items()}
         return {layout.unpack_service_key(key) for key in table.update_many(packed)}
 
@@ -175,7 +175,7 @@ class Frontends:
     # -- the node
 
     def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
-        """All addresses of this node: answers to masqueraded clients come to one of them."""
+        """All addresses of this node: replies to masqueraded clients arrive at one of them."""
         for address in addresses - self._own_addresses:
             self._addresses.add(address_hash(address))
         for address in self._own_addresses - addresses:

@@ -2,7 +2,7 @@
 
 Before a change is published, its new backends and slots are written where no program looks yet. Then:
 
-1. *Names*: a start that finds an id finds what it stands for, even after a kill in the middle.
+1. *Names*: a start that finds an id also finds its service port, even after a kill in the middle.
 2. *Members*: a client that is kept with a backend is only found to be of it while it is a member.
 3. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
    new one, never a mixture; everything that the word leads to is in place.
@@ -131,7 +131,7 @@ class Publisher:
             self._sources.delete(layout.pack_source_range(service_id, prefix))
 
     def forget_name(self, service_id: int) -> None:
-        """The id stands for nothing any more: nothing that readers find has it."""
+        """Deletes a name: nothing that readers find has the id any more."""
         self._names.delete(U32.pack(service_id))
         self._unnamed.pop(service_id, None)
 

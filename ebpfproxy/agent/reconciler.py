@@ -24,11 +24,11 @@ from ebpfproxy.agent.drain import DrainRequests
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
-from ebpfproxy.agent.network import NodeNetwork
+from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source
-from ebpfproxy.agent.status import HEARTBEAT, Parts, Status
+from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import carry_orders
 from ebpfproxy.datapath.kernel import maps, probe, roots

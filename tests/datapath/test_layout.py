@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes as ct
 import re
+import socket
 import subprocess
+from array import array
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import Capacity
-from ebpfproxy.datapath.abi import layout, schema
+from ebpfproxy.datapath.abi import flow_layout, layout, node_layout, schema, socket_layout
+from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, backend_ids
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.abi.layout import Scope
 from ebpfproxy.services.model import (
     Backend,
     BackendState,
     Family,
     FrontendKind,
+    Policy,
+    Prefix,
     Protocol,
     ServicePortKey,
 )
@@ -110,3 +117,148 @@ def test_a_free_backend_is_none() -> None:
 def test_another_size_is_another_version() -> None:
     assert schema.version_name(Capacity()) != schema.version_name(Capacity(services=1))
     assert schema.version_name(Capacity()).startswith(f"v{schema.SCHEMA_VERSION}-")
+
+
+prefixes = addresses.flatmap(
+    lambda address: st.integers(0, 8 * len(address)).map(lambda length: cut(address, length))
+).filter(lambda prefix: len(prefix.address) == 4 or any(prefix.address))
+
+
+def cut(address: bytes, length: int) -> Prefix:
+    """The range of so many bits that has an address."""
+    rest = 8 * len(address) - length
+    return Prefix((int.from_bytes(address) >> rest << rest).to_bytes(len(address)), length)
+
+
+@given(prefixes, st.integers(0, 2**32 - 1))
+def test_ranges_of_addresses(prefix: Prefix, service_id: int) -> None:
+    packed = layout.pack_source_range(service_id, prefix)
+    assert layout.unpack_source_range(packed) == (service_id, prefix)
+    assert node_layout.unpack_cidr(node_layout.pack_cidr(prefix)) == prefix
+
+
+@given(addresses, addresses, st.integers(0, 32))
+def test_a_range_contains_the_addresses_that_begin_as_it_does(one: bytes, other: bytes, length: int) -> None:
+    prefix = cut(one, length)
+    assert prefix.contains(one)
+    assert prefix.contains(other) == (len(other) == len(one) and cut(other, length) == prefix)
+    assert not prefix.contains(b"")
+
+
+def test_the_shortest_range_of_ipv6_is_not_one_of_ipv4() -> None:
+    everything = Prefix(bytes(16), 0)
+    assert layout.unpack_source_range(layout.pack_source_range(7, everything)) == (7, everything)
+
+
+def test_backends_in_an_array() -> None:
+    memory = memoryview(bytearray(4096))
+    records = BackendRecords(memory, 5)
+    web = Backend(bytes([10, 0, 0, 1]), 80, Protocol.TCP)
+    records.write(3, web, BackendState.ACTIVE)
+    records.set_state(3, BackendState.DRAINED)
+    assert (len(records), records.ids()) == (5, [3])
+    assert records.read(3) == (web, BackendState.DRAINED)
+    assert records.state(3) == BackendState.DRAINED
+    assert [number for number, _ in records.identities()] == [3]
+    assert records.read(4) is records.read(5) is records.read(0xFFFFFFFF) is None
+    records.clear(3)
+    assert not any(memory)
+
+
+def test_loads_are_words_that_wrap() -> None:
+    memory = memoryview(bytearray(4096))
+    loads, words = Loads(memory, 5), memory.cast("I")
+    loads.carry(2, -1)
+    assert words[2 * layout.LOAD_WORDS + layout.LOAD_CARRIED] == 0xFFFFFFFF
+    words[2 * layout.LOAD_WORDS] = 3
+    assert loads[2].open_sockets == 2
+    words[4 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 1
+    words[4 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 3
+    assert (loads[4].counted_flows, loads[4].open_flows) == (-2, 0)
+    loads.correct(4, 2)
+    assert loads[4].counted_flows == 0
+    assert list(loads.with_flows(5)) == [4]
+    assert list(loads.with_flows(4)) == []
+    for number in (2, 4):
+        loads.clear(number)
+    assert not any(memory)
+
+
+def test_selections_are_ranges_of_slots() -> None:
+    slots = memoryview(bytearray(4096))
+    selections = Selections((ct.c_uint64 * 8)(), slots)
+    selections.write_slots(5, array("Q", [layout.slot(1), layout.slot(0xFFFFFFFF, 7), layout.slot(1)]))
+    selections.set_range(3, Policy.LOCAL, (5, 3))
+    assert selections.ranges(3) == ((0, 0), (5, 3))
+    assert backend_ids(selections.slots((5, 3))).tolist() == [1, 0xFFFFFFFF, 1]
+    assert selections.slots((0, 0)) == array("Q")
+
+
+ids = st.integers(0, 2**32 - 1)
+flows = st.builds(Flow, addresses, addresses, ports, ports, st.sampled_from([6, 17, 132, 136]), st.booleans())
+nats = st.builds(
+    Nat,
+    addresses,
+    addresses,
+    ports,
+    ports,
+    ids,
+    ids,
+    st.integers(0, 63).map(NatFlags),
+    st.integers(0, 15).map(Seen),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
+    ids,
+    ids,
+)
+
+
+@given(st.lists(st.tuples(flows, nats), max_size=5))
+def test_a_batch_of_flows_is_read_as_its_entries_are(entries: list[tuple[Flow, Nat]]) -> None:
+    """The fields of a sweep are those that unpacking the whole entry gives."""
+    keys = memoryview(b"".join(flow_layout.pack_flow(flow) for flow, _ in entries) + bytes(80))
+    values = memoryview(b"".join(flow_layout.pack_nat(nat) for _, nat in entries) + bytes(160))
+    found = list(flow_layout.summaries(keys, values, len(entries)))
+    assert len(found) == len(entries)
+    for place, ((flow, nat), (protocol, fields)) in enumerate(zip(entries, found, strict=True)):
+        assert (protocol, fields) == (
+            flow.protocol,
+            (nat.service_id, nat.backend_id, nat.flags, nat.seen, nat.last),
+        )
+        entry = flow_layout.entry_at(keys, values, place)
+        assert (entry.flow, entry.nat) == (flow, nat)
+        assert (entry.protocol, entry.source) == (flow.protocol, flow.source)
+        assert (entry.flags, entry.seen, entry.last, entry.created) == (
+            nat.flags,
+            nat.seen,
+            nat.last,
+            nat.created,
+        )
+        assert entry.use == (nat.service_id, nat.backend_id)
+        partner = flow_layout.unpack_flow(entry.partner)
+        assert partner[:4] == (nat.destination, nat.source, nat.destination_port, nat.source_port)
+        moved = flow_layout.Entry(entry.key, entry.with_use(BackendUse(1, 2), 0x12345))
+        assert moved.nat == nat._replace(service_id=1, backend_id=2)
+
+
+@given(addresses, ports, addresses, ports, ids, ids, ids)
+def test_origins_of_sockets(
+    frontend: bytes, port: int, backend: bytes, target: int, service_id: int, backend_id: int, netns: int
+) -> None:
+    packed = socket_layout.ORIGIN.pack(
+        layout.pack_address(frontend),
+        layout.pack_address(backend),
+        socket.htons(port),
+        socket.htons(target),
+        service_id,
+        backend_id,
+        netns,
+    )
+    assert socket_layout.origin_frontend(packed) == (frontend, port)
+    assert socket_layout.origin_backend(packed) == (backend, target)
+    assert socket_layout.origin_use(packed) == (service_id, backend_id)
+    assert socket_layout.origin_netns(packed) == netns
+    keys, values = memoryview(layout.U64.pack(7) * 2), memoryview(packed * 2)
+    assert list(socket_layout.origin_uses(values, 2)) == [(service_id, backend_id)] * 2
+    assert socket_layout.origin_at(keys, values, 1) == (7, packed)
+    assert socket_layout.origin_use(socket_layout.with_origin_use(packed, BackendUse(1, 2))) == (1, 2)

@@ -11,7 +11,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy.agent import state
 from ebpfproxy.agent.housekeeping import Housekeeping
-from ebpfproxy.agent.network import NodeNetwork
+from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source

@@ -3,7 +3,7 @@
 Before a change is published, its new backends and slots are written where no program looks yet. Then:
 
 1. *Names*: a start that finds an id also finds its service port, even after a kill in the middle.
-2. *Members*: a client that is kept with a backend is only found to be of it while it is a member.
+2. *Members*: session affinity keeps a client with members only, so a backend is one before it can be chosen.
 3. *Selections*: one word for all frontends of a service port and a policy. A reader sees the old set or the
    new one, never a mixture; everything that the word leads to is in place.
 4. *Members that go*, and *states* of backends: nothing chooses them any more.
@@ -36,7 +36,7 @@ _PRESENT = U32.pack(1)
 
 
 class Tables(NamedTuple):
-    """What is published besides plain entries."""
+    """The modules that each write a part of what is published."""
 
     selections: SelectionTable
     backends: Backends

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES
-from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.services.slots import MOST_SLOTS, SEARCHED, shares, slots_of, spread
 from ebpfproxy.services.model import Algorithm, Backend, Protocol
+from tests.datapath.writing import slot_backend, slot_weight
 
 TABLE = MAGLEV_SIZES[0]
 MANY = SEARCHED + 3
@@ -176,8 +176,8 @@ def test_where_few_are_searched_by_load_the_slot_has_the_weight(algorithm: Algor
     weights = [1, 65535, 7, *[1] * (SEARCHED - 4), 2]
     assert len(weights) == SEARCHED
     found = made(algorithm, len(weights), weights)
-    assert [layout.slot_backend(word) for word in found] == ids(len(weights)).tolist()
-    assert [layout.slot_weight(word) for word in found] == weights
+    assert [slot_backend(word) for word in found] == ids(len(weights)).tolist()
+    assert [slot_weight(word) for word in found] == weights
 
 
 @pytest.mark.parametrize("algorithm", BY_LOAD)
@@ -187,12 +187,12 @@ def test_where_two_of_many_are_compared_by_load_the_heavy_ones_are_drawn_more_of
     """And have the weight in their slots: it decides between the two."""
     weights = [20, *range(2, 2 * MANY, 2)]
     found = made(algorithm, len(weights), weights)
-    by_backend = Counter(layout.slot_backend(word) for word in found)
+    by_backend = Counter(slot_backend(word) for word in found)
     assert by_backend == {
         number: weight // 2 for number, weight in zip(ids(len(weights)), weights, strict=True)
     }
     wanted = dict(zip(ids(len(weights)), weights, strict=True))
-    assert all(layout.slot_weight(word) == wanted[layout.slot_backend(word)] for word in found)
+    assert all(slot_weight(word) == wanted[slot_backend(word)] for word in found)
 
 
 @pytest.mark.parametrize("weights", [None, [1, 1, 1], [5, 5, 5]])

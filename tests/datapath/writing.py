@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -44,6 +46,16 @@ SMALL = Capacity(
 #: Ids come round soon, and there is room for the smallest Maglev tables.
 ROUND = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
 TABLE = MAGLEV_SIZES[0]
+
+
+def slot_backend(word: int) -> int:
+    """The backend id in ``union slot``."""
+    return struct.unpack("=II", word.to_bytes(8, sys.byteorder))[0]  # type: ignore[no-any-return]
+
+
+def slot_weight(word: int) -> int:
+    """The weight in ``union slot``."""
+    return struct.unpack("=II", word.to_bytes(8, sys.byteorder))[1]  # type: ignore[no-any-return]
 
 
 class KilledError(Exception):
@@ -100,7 +112,7 @@ class Bench:
         assert self.maps is not None
         selections = self.maps.selections()
         words = selections.slots(selections.ranges(service_id)[policy])
-        return [(layout.slot_backend(each), layout.slot_weight(each)) for each in words]
+        return [(slot_backend(each), slot_weight(each)) for each in words]
 
     @property
     def records(self) -> dict[int, tuple[Backend, BackendState]]:

@@ -162,16 +162,6 @@ def slot(backend_id: int, weight: int = 0) -> int:
     return int.from_bytes(_SLOT.pack(backend_id, weight), sys.byteorder)
 
 
-def slot_backend(word: int) -> int:
-    backend_id, _ = _SLOT.unpack(word.to_bytes(SLOT_SIZE, sys.byteorder))
-    return int(backend_id)
-
-
-def slot_weight(word: int) -> int:
-    _, weight = _SLOT.unpack(word.to_bytes(SLOT_SIZE, sys.byteorder))
-    return int(weight)
-
-
 def pack_member(selection: int, backend_id: int) -> bytes:
     """Key of ``members``; ``selection`` is an index of ``selections``."""
     return PAIR.pack(selection, backend_id)

@@ -86,18 +86,18 @@ class Status:
             self.is_old = True
             return
         self._written, self._synced_written, self.is_old = now, synced, False
-        without_room = [str(each) for each in self._parts.writer.unplaced]
-        self._set_gauges(len(without_room))
-        state.save(self._parts.maps, self._state(synced, without_room))
+        not_programmed = [str(each) for each in self._parts.writer.capacity_errors]
+        self._set_gauges(len(not_programmed))
+        state.save(self._parts.maps, self._state(synced, not_programmed))
 
-    def _set_gauges(self, without_room: int) -> None:
+    def _set_gauges(self, not_programmed: int) -> None:
         parts = self._parts
         parts.metrics.pending(*parts.tracker.pending_changes)
         parts.metrics.devices(len(parts.programs.targets), len(parts.programs.failures))
-        parts.metrics.without_room(without_room)
+        parts.metrics.without_room(not_programmed)
         parts.metrics.health_check_ports(parts.node_port_health.bound, len(parts.node_port_health.failed))
 
-    def _state(self, synced: bool, without_room: list[str]) -> state.AgentState:
+    def _state(self, synced: bool, not_programmed: list[str]) -> state.AgentState:
         parts = self._parts
         return state.AgentState(
             pid=os.getpid(),
@@ -115,7 +115,7 @@ class Status:
                 state.WatchState(str(s.resource), str(s.state), s.since, s.last_event, s.error)
                 for s in parts.source.statuses()
             ),
-            problems=(*without_room, *parts.programs.failures, *self._remarks(), *self._unbound()),
+            problems=(*not_programmed, *parts.programs.failures, *self._remarks(), *self._unbound()),
             devices=len(parts.programs.targets),
             device_roles=tuple(self._devices()),
             netns=netns_cookie(),

@@ -181,18 +181,18 @@ def test_what_did_not_fit_is_tried_again(bench: Bench) -> None:
         "shop/b:http (IPv4)",
         "shop/c:http (IPv4)",
     ]
-    assert writer.unplaced == problems
+    assert writer.capacity_errors == problems
     writer.retry()
-    assert writer.unplaced == problems
+    assert writer.capacity_errors == problems
     with patch.object(writer, "apply") as apply:
         writer.retry()
         apply.assert_not_called()
-    assert writer.unplaced == problems, "nothing has been given back"
+    assert writer.capacity_errors == problems, "nothing has been given back"
     writer.apply((), [third.key, first.key])
-    assert writer.unplaced == problems[:1], "who is gone does not wait any more"
+    assert writer.capacity_errors == problems[:1], "who is gone does not wait any more"
     writer.reclaim(writer.take_retired())
     writer.retry()
-    assert writer.unplaced == []
+    assert writer.capacity_errors == []
     check(bench, {second.key: second}, {})
 
 
@@ -205,11 +205,11 @@ def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: 
         "shop/b:http (IPv4): its Maglev table has only 251 places, unlike on other nodes: no room for more"
     )
     assert len(bench.slots(bench.service_ids[second.key], Policy.CLUSTER)) == 251
-    assert writer.unplaced == [problem]
+    assert writer.capacity_errors == [problem]
     writer.apply((), [first.key])
     writer.reclaim(writer.take_retired())
     writer.retry()
-    assert writer.unplaced == []
+    assert writer.capacity_errors == []
     assert len(bench.slots(bench.service_ids[second.key], Policy.CLUSTER)) == 509
 
 
@@ -239,10 +239,10 @@ def test_what_a_map_refused_is_said_until_there_is_room(bench: Bench) -> None:
     assert str(problem) == "shop/b:http (IPv4): no room in source_ranges, and 7 more"
     assert writer.apply([port("c", [1])]) == []
     writer.retry()
-    assert [each.key.name for each in writer.unplaced] == ["b"], "others' changes do not hide it"
+    assert [each.key.name for each in writer.capacity_errors] == ["b"], "others' changes do not hide it"
     writer.apply((), [first.key])
     writer.retry()
-    assert writer.unplaced == []
+    assert writer.capacity_errors == []
     assert bench.maps is not None
     assert len(list(bench.maps["source_ranges"].items())) == len(ranges)
     before = bench.writes()
@@ -264,10 +264,10 @@ def test_frontends_without_room_are_tried_again(bench: Bench) -> None:
     assert writer.apply([first], complete=True) == []
     (problem,) = writer.apply([second])
     assert "shop/b:http (IPv4): no room in services4 for 10.96.0.98:10" in str(problem)
-    assert writer.unplaced == [problem]
+    assert writer.capacity_errors == [problem]
     assert writer.apply([with_ports("a", room - 20)]) == []
     writer.retry()
-    assert writer.unplaced == []
+    assert writer.capacity_errors == []
     assert len({row.frontend for row in bench.rows if row.name == "b"}) == 12
 
 
@@ -275,7 +275,7 @@ def test_what_never_fitted_and_is_gone_is_not_tried_again(bench: Bench) -> None:
     writer = bench.empty()
     assert len(writer.apply([port("a", list(range(1, 20)))])) == 1
     writer.apply([port("b", [1])], complete=True)
-    assert writer.unplaced == []
+    assert writer.capacity_errors == []
 
 
 def test_a_change_of_weights_or_of_the_algorithm_is_one_of_slots(bench: Bench) -> None:

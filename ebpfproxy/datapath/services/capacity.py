@@ -19,7 +19,7 @@ class CapacityError(NamedTuple):
         return f"{self.key.namespace}/{self.key.name}{name} ({self.key.family}): {self.why}"
 
 
-class Unplaced:
+class CapacityErrors:
     """Those that wait for room, each with what is missing."""
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
 from ebpfproxy.datapath.services.adopt import adopt, service_names
 from ebpfproxy.datapath.services.backends import Backends
-from ebpfproxy.datapath.services.capacity import CapacityError, Unplaced
+from ebpfproxy.datapath.services.capacity import CapacityError, CapacityErrors
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
@@ -75,7 +75,7 @@ class Writer:
         self._is_adopted = maps.adopted
         self._retired = Retired([], [], [])
         self._lost: set[LostFrontend] = set()
-        self._unplaced = Unplaced()
+        self._capacity_errors = CapacityErrors()
 
         names = service_names(maps)
         self._selections = SelectionTable(maps, names)
@@ -141,7 +141,7 @@ class Writer:
             problems += self._place(port, change)
         gone: Collection[ServicePortKey] = set(removed)
         if complete:
-            gone = (self._published.keys() | self._unplaced.keys) - wanted
+            gone = (self._published.keys() | self._capacity_errors.keys) - wanted
         for key in gone:
             if known := self._published.get(key):
                 change.withdraw(known)
@@ -149,22 +149,22 @@ class Writer:
         problems += self._note_refused(change)
         for key in gone:
             self._drop(key, change)
-            self._unplaced.discard(key)
+            self._capacity_errors.discard(key)
         self._publisher.settle(change)
         if complete:
             self._drop_leftovers()
         return problems
 
     @property
-    def unplaced(self) -> list[CapacityError]:
+    def capacity_errors(self) -> list[CapacityError]:
         """The service ports that do not fit, or not as they should, now."""
-        return self._unplaced.problems
+        return self._capacity_errors.problems
 
     def retry(self) -> None:
         """Tries again what did not fit, if something has been given back since."""
-        if self._unplaced.keys and self._publisher.has_freed:
+        if self._capacity_errors.keys and self._publisher.has_freed:
             self._publisher.has_freed = False
-            self.apply(self._unplaced.ports)
+            self.apply(self._capacity_errors.ports)
 
     def _note_refused(self, change: Change) -> list[CapacityError]:
         """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
@@ -175,12 +175,12 @@ class Writer:
         for service_id, reasons in found.items():
             port, _ = change.placed[service_id]
             more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-            problems.append(self._unplaced.add(port, f"{reasons[0]}{more}"))
+            problems.append(self._capacity_errors.add(port, f"{reasons[0]}{more}"))
         return problems
 
     def _place(self, port: ServicePort, change: Change) -> list[CapacityError]:
         """Writes what no program looks at yet, and plans the rest. Returns what is wrong, if anything."""
-        self._unplaced.discard(port.key)
+        self._capacity_errors.discard(port.key)
         try:
             self._try_place(port, change, self._placer.maglev_size)
             return []
@@ -197,7 +197,7 @@ class Writer:
                     return []
                 why = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
-        return [self._unplaced.add(port, why)]
+        return [self._capacity_errors.add(port, why)]
 
     def _free_now(self, change: Change) -> Retired:
         """Waits for readers, so that what is retired can be used. Returns that."""

@@ -106,7 +106,7 @@ def _lock(path: Path) -> Iterator[None]:
             lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
         except OSError as error:
-            log.debug("compiled programs cannot be locked", reason=str(error))
+            log.debug("failed to lock the cache of programs, compiling without a lock", reason=str(error))
         try:
             yield
         finally:
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Program] | None:
         content = path.read_bytes()
         digest, programs = content[:32], content[32:]
         if hashlib.sha256(programs).digest() != digest:
-            log.warning("a file of compiled programs is damaged: compiling again", file=str(path))
+            log.warning("cached program is damaged, compiling again", file=str(path))
             return None
         # A file that was made with an image may be where nothing can be changed.
         with suppress(OSError):
@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Program] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.debug("compiled programs cannot be read", reason=str(error))
+        log.debug("failed to read the cache of programs, compiling", reason=str(error))
         return None
 
 
@@ -210,4 +210,6 @@ def _write(path: Path, programs: dict[str, Program]) -> None:
         for each in files[_KEPT_FILES:]:
             each.unlink(missing_ok=True)
     except OSError as error:
-        log.debug("compiled programs are not kept", reason=str(error))
+        log.debug(
+            "failed to write the cache of programs, compiling again at the next start", reason=str(error)
+        )

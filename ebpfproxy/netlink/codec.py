@@ -22,7 +22,7 @@ _RECEIVE = 1 << 18
 
 
 class Message(NamedTuple):
-    """What follows the header is in the byte order of the host, and as long as the socket's buffer."""
+    """One netlink message, without its header. ``payload`` is a view of the socket's buffer."""
 
     kind: int
     sequence: int
@@ -30,7 +30,7 @@ class Message(NamedTuple):
 
     @property
     def is_error(self) -> bool:
-        """An acknowledgement is one, too, with the number 0."""
+        """True for NLMSG_ERROR; an acknowledgement is one with the number 0."""
         return self.kind == _ERROR
 
     @property
@@ -41,12 +41,12 @@ class Message(NamedTuple):
 
 
 def pack(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
-    """A message. Its body is padded by who makes it: attributes are."""
+    """Packs a message. ``body`` is padded by the caller; attributes are padded already."""
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """Those that came at once."""
+    """The messages of one datagram."""
     view = memoryview(data)
     at = 0
     while at + _HEADER.size <= len(data):
@@ -72,7 +72,7 @@ def replies(netlink: socket.socket) -> Iterator[Message]:
 
 
 def receive(netlink: socket.socket) -> list[Message]:
-    """What has come, or comes next. Raises OSError where nothing comes in time."""
+    """Receives the next datagram. Raises OSError if none arrives in time."""
     return list(messages(netlink.recv(_RECEIVE)))
 
 
@@ -86,7 +86,7 @@ def nested(kind: int, *inside: bytes) -> bytes:
 
 
 def attributes(data: memoryview) -> dict[int, memoryview]:
-    """Values by type, flags off; the last of several of one type."""
+    """Values by type, without flags; of several of one type the last."""
     found = {}
     at = 0
     while at + _ATTRIBUTE.size <= len(data):

@@ -26,7 +26,7 @@ _IPVS = Path("/proc/net/ip_vs")
 
 
 class Flow(msgspec.Struct, frozen=True):
-    """A flow whose destination is translated: a client asks ``asked`` and ``answering`` answers.
+    """A flow whose destination is translated from ``asked`` to ``answering``.
 
     It answers to ``seen_as``: the client, or the address and port that stand for it.
     """
@@ -83,7 +83,7 @@ def find() -> list[Flow]:
 
 
 def remove(is_stale: Callable[[Flow], bool]) -> int:
-    """Ends those; how many were."""
+    """Deletes these flows; returns how many were there."""
     with nfnetlink.Netfilter() as netfilter:
         stale = [(flow, named) for flow, named in _entries(netfilter) if is_stale(flow)]
         ended = 0

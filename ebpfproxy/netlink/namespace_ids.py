@@ -26,7 +26,7 @@ _NONE = -1
 
 
 class NamespaceIds:
-    """Close it."""
+    """Asks the kernel for ids of network namespaces. Close it."""
 
     def __init__(self) -> None:
         self._route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE)
@@ -39,7 +39,7 @@ class NamespaceIds:
         self._route.close()
 
     def id_of(self, namespace: Path) -> int | None:
-        """Its id, given to it if it had none; None where it could not be.
+        """The namespace's id, which it gets if it had none; None if it cannot get one.
 
         Raises OSError: the namespace is gone, or nothing may be asked about it (CAP_NET_ADMIN).
         """
@@ -58,7 +58,7 @@ class NamespaceIds:
         return found
 
     def all(self) -> set[int]:
-        """Those that there are."""
+        """All ids that are in use."""
         _send(self._route, _GETNSID, codec.REQUEST | codec.DUMP, b"")
         return {found for each in codec.replies(self._route) if (found := _id(each)) is not None}
 

@@ -20,7 +20,7 @@ OWN = Path("/proc/self/ns/net")
 
 
 def namespaces() -> Iterator[Path]:
-    """A path to each, once: bound ones, and those of the processes that are visible (a host's /proc).
+    """One path to each network namespace: bound ones, and those of visible processes (the host's /proc).
 
     A name where nothing is mounted, here or any more, is a plain file that nobody may open (ip-netns(8)).
     """

@@ -33,7 +33,7 @@ class Netfilter:
         self._socket.close()
 
     def request(self, system: int, command: int, *inside: bytes, family: int = 0) -> None:
-        """A change, acknowledged. Raises OSError with the kernel's number."""
+        """Sends a change and waits for its acknowledgement. Raises OSError with the kernel's number."""
         for _ in self._exchange(system, command, inside, family, codec.REQUEST | codec.ACK):
             pass
 

@@ -40,7 +40,7 @@ class Way(NamedTuple):
 
 
 class Routes:
-    """Asks the routes of the namespace that its socket belongs to: by default this process's. Close it."""
+    """Looks up routes in the namespace of its socket, by default this process's. Close it."""
 
     def __init__(self, netlink: socket.socket | None = None) -> None:
         """``netlink``: a NETLINK_ROUTE socket, which is closed with this."""

@@ -67,7 +67,7 @@ class Connected(NamedTuple):
 
 
 def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
-    """The sockets with these cookies, in whatever network namespace, if they are still connected so."""
+    """The sockets with these cookies in any network namespace, if they are still connected so."""
     wanted = {cookie for cookies in stale.values() for cookie in cookies}
     found: dict[int, Connected] = {}
     for path, diag in _diagnosers():
@@ -100,7 +100,7 @@ def _plain(family: int, address: bytes) -> bytes:
 
 
 def end_sockets(stale: Mapping[Peer, Collection[int]]) -> set[int]:
-    """Ends the sockets with these cookies, in whatever network namespace, if they are still connected so.
+    """Closes the sockets with these cookies in any network namespace, if they are still connected so.
 
     Returns the cookies of those that were ended. Namespaces that cannot be entered are left out.
     """
@@ -221,7 +221,7 @@ def _dump(diag: socket.socket, family: int, protocol: int, code: bytes = b"") ->
 
 
 def _bytecode(peers: Sequence[Peer]) -> bytes:
-    """A filter for the kernel (inet_diag_bc_op): connected to one of these. It is true where it ends.
+    """A filter for the kernel (inet_diag_bc_op): connected to one of these. It matches if it reaches its end.
 
     Each condition that holds is followed by a jump to the end, each that does not by the next condition.
     """
@@ -238,7 +238,7 @@ def _bytecode(peers: Sequence[Peer]) -> bytes:
 
 
 def _condition(peer: Peer) -> bytes:
-    """struct inet_diag_hostcond. One of IPv4 is true of mapped addresses, too."""
+    """struct inet_diag_hostcond. One of IPv4 also matches IPv4-mapped addresses."""
     family = socket.AF_INET6 if len(peer.address) == 16 else socket.AF_INET
     return struct.pack("=BBxxi", family, 8 * len(peer.address), peer.port) + peer.address
 

@@ -9,6 +9,6 @@ R = TypeVar("R")
 
 
 class BackgroundRunner(Protocol):
-    """Runs work in a worker and then, with its result, something in the reconciler."""
+    """Runs ``work`` in a worker, and then ``then`` with its result in the reconciler."""
 
     def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...

@@ -20,7 +20,10 @@ class DrainRequests:
         self._next = 0.0
 
     def follow(self, *, complete: bool) -> None:
-        """``complete``: all endpoints are known, so that requests for any other are over."""
+        """Reads the requests from time to time.
+
+        ``complete``: all endpoints are known; requests for any other are deleted.
+        """
         now = time.monotonic()
         if now < self._next:
             return

@@ -38,7 +38,7 @@ _AT_ONCE = 1 << 16
 
 
 class ForgottenSockets:
-    """One thread uses it."""
+    """Compares records with sockets. One thread uses it."""
 
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps

@@ -136,7 +136,7 @@ def external_ips_allowed(kube_proxy: KubeProxyConfiguration) -> bool:
 
 
 def mode_remark(mode: str) -> str:
-    """What has to be said of a ``mode`` that nobody chose; empty where somebody did."""
+    """A remark to log if no ``mode`` was chosen; else empty."""
     if mode:
         return ""
     return (
@@ -172,7 +172,7 @@ def node_ports_on_loopback(kube_proxy: KubeProxyConfiguration, own: EbpfProxyCon
 
 
 def timeouts(conntrack: Conntrack) -> Timeouts:
-    """In seconds; 0 is the agent's default."""
+    """The time-outs of flows; 0 stands for the agent's default."""
     given = {
         "tcp_established": conntrack.tcp_established_timeout,
         "tcp_close_wait": conntrack.tcp_close_wait_timeout,

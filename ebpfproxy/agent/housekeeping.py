@@ -34,7 +34,7 @@ _ENDING_SECONDS = 0.1
 
 
 class Housekeeping:
-    """Its methods are called by the reconciler."""
+    """Starts the work, and handles its results. The reconciler calls it."""
 
     def __init__(
         self,

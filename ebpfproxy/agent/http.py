@@ -14,7 +14,7 @@ from ebpfproxy.metrics.agent_metrics import AgentMetrics
 def servers(
     options: AgentOptions, health: ProxyHealth, metrics: AgentMetrics, configz: Mapping[str, object]
 ) -> list[HttpServer]:
-    """Not started yet."""
+    """Creates both servers; the caller starts them."""
 
     def proxy_page(path: str, ask: Callable[[], tuple[bool, dict[str, object]]]) -> Callable[[], Answer]:
         def page() -> Answer:

@@ -42,13 +42,13 @@ def starting(node: str) -> KubeEvent:
 
 
 def server_not_started(node: str, server: str, error: str) -> KubeEvent:
-    """``server``: healthz or metrics."""
+    """The event of a server that cannot listen: ``healthz`` or ``metrics``."""
     note = f"{server} server failed: {error}"
     return KubeEvent(_node(node), Level.WARNING, _SERVER_REASONS[server], _START, note)
 
 
 def health_port_not_bound(node: str, service: ObjectKey, port: int, error: str) -> KubeEvent:
-    """In kube-proxy's words (pkg/proxy/healthcheck/service_health.go)."""
+    """The event that kube-proxy sends, too (pkg/proxy/healthcheck/service_health.go)."""
     note = f'node {node} failed to start healthcheck "{service}" on port {port}: {error}'
     return KubeEvent(_service(service), Level.WARNING, "FailedToStartServiceHealthcheck", "Listen", note)
 
@@ -58,7 +58,7 @@ def device_not_attached(node: str, failure: str) -> KubeEvent:
 
 
 def no_room(node: str, problems: Iterable[CapacityError]) -> list[KubeEvent]:
-    """One for each Service."""
+    """One event for each Service of which ports do not fit into the maps."""
     found: dict[ObjectKey, list[str]] = {}
     for problem in sorted(problems, key=str):
         found.setdefault(ObjectKey(problem.key.namespace, problem.key.name), []).append(str(problem))

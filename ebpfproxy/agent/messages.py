@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 class NetworkChanged(msgspec.Struct, frozen=True):
-    """The node's devices, addresses or routes are other ones now."""
+    """The node's devices, addresses or routes have changed."""
 
     facts: Facts
 

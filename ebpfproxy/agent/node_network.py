@@ -15,7 +15,7 @@ log = get_logger(__name__)
 
 
 class NodeNetwork:
-    """One thread uses it."""
+    """Keeps maps and programs up to date with the node's devices and addresses. One thread uses it."""
 
     def __init__(
         self, options: AgentOptions, writer: Writer, programs: ProgramManager, node_facts: NodeFacts

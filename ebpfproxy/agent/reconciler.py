@@ -30,7 +30,7 @@ from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
 from ebpfproxy.config.file_watch import watch_file
-from ebpfproxy.datapath.flows.map_migration import carry_orders
+from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.programs import attach
@@ -130,7 +130,7 @@ class Agent:
         log.info("stopped, traffic goes on")
 
     def _open(self) -> roots.Lock:
-        """The maps, and the parts that need them."""
+        """Opens the maps, and creates the parts that need them."""
         options = self._options
         mounted = roots.ensure_bpffs(options.bpf_root)
         if mounted:
@@ -158,7 +158,7 @@ class Agent:
         last = state.load_latest(pins)
         known = last.node_facts if last is not None and last.node == options.node_name else NodeFacts()
         self._network = NodeNetwork(options, self._writer, self._programs, known)
-        carry_orders(pins, self._maps)
+        copy_drain_requests(pins, self._maps)
         self._drain = DrainRequests(Drained(self._maps), self._tracker)
         log.info(
             "reusing pinned maps" if self._maps.adopted else "created maps",
@@ -235,7 +235,7 @@ class Agent:
             self._status.write(is_idle=is_idle, complete=self._complete)
 
     def _pause(self) -> float:
-        """Seconds until something is due without a message."""
+        """Seconds until there is something to do without a message."""
         pause = min(self._status.pause, drain.SECONDS)
         absence = self._writer.next_absence
         return pause if absence is None else min(pause, max(0.0, absence - time.monotonic()))

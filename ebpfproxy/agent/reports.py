@@ -28,7 +28,10 @@ def programmed(
     started: float,
     full: bool,
 ) -> None:
-    """``began`` and ``done`` are monotonic seconds, ``started`` is the agent's start in Unix seconds."""
+    """Reports a change of the maps.
+
+    ``began`` and ``done`` are monotonic seconds, ``started`` is the agent's start in Unix seconds.
+    """
     now = time.time()
     families = set(Family) if full else {port.key.family for port in update.changed}
     families |= {key.family for key in update.removed}

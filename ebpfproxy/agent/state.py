@@ -110,7 +110,7 @@ def load_latest(pins: Path) -> AgentState | None:
 
 
 def _stored(path: Path, size: int) -> bytes | None:
-    """None for another schema's, and for one that is deleted at this moment."""
+    """Reads a pinned record; None for another schema's, and for one that is deleted at this moment."""
     with bpf.pinned(path) as fd:
         if fd is None or bpf.map_info(fd).value_size != size:
             return None

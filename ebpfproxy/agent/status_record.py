@@ -50,9 +50,10 @@ class Parts(msgspec.Struct, frozen=True):
 
 
 class Status:
-    """One thread uses it. ``started``: Unix seconds."""
+    """Writes the record. One thread uses it."""
 
     def __init__(self, parts: Parts, started: float) -> None:
+        """``started``: when the agent started, in Unix seconds."""
         self._parts = parts
         self._started = started
         self._last_programmed: float | None = None
@@ -63,7 +64,7 @@ class Status:
         self.is_old = False
 
     def programmed(self, seconds: float) -> None:
-        """The maps have been changed just now, which took so long."""
+        """Notes that the maps have just been changed, and how long that took."""
         self._last_programmed, self._last_duration = time.time(), seconds
         state.save_programmed(self._parts.maps, self._last_programmed, seconds)
 
@@ -73,7 +74,7 @@ class Status:
         return _REST if self.is_old else HEARTBEAT
 
     def write(self, *, is_idle: bool, complete: bool) -> None:
-        """A few times a second while much happens, but at once when everything is in place.
+        """Writes the record a few times a second while much happens, and at once when everything is in place.
 
         ``is_idle``: nothing has happened since the last time. ``complete``: everything is programmed. What is
         not written at once is soon after: ``status`` must not show maps that are newer by more.

@@ -203,7 +203,7 @@ class _Reader:
         return Policy.LOCAL if value == "Local" else Policy.CLUSTER
 
     def _affinity_seconds(self) -> int:
-        """0 without affinity."""
+        """The time-out of session affinity; 0 without it."""
         spec = self._service.spec
         if spec.session_affinity in ("None", ""):
             return 0

@@ -54,7 +54,7 @@ class Prefix(NamedTuple):
     length: int
 
     def contains(self, address: bytes) -> bool:
-        """False for an address of the other family, and for an empty one."""
+        """True if the address is in the range; False for one of the other family, and for an empty one."""
         if len(self.address) != len(address):
             return False
         rest = 8 * len(address) - self.length

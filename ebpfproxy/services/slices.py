@@ -9,7 +9,7 @@ from ebpfproxy.services.endpoints import SliceEndpoints
 
 
 class Slices:
-    """A plain index. The order of a Service's slices means nothing."""
+    """An index of slices. The order of a Service's slices has no meaning."""
 
     def __init__(self) -> None:
         self._slices: dict[ObjectKey, SliceEndpoints] = {}
@@ -57,7 +57,7 @@ class Slices:
                 yield piece.service
 
     def has_endpoint(self, address: bytes, port: int) -> bool:
-        """True where any slice has it; port 0: any port."""
+        """True if any slice has it; port 0: any port."""
         return any(
             address in piece.addresses and (not port or any(p.port == port for p in piece.ports))
             for piece in self._slices.values()

@@ -310,7 +310,7 @@ class Tracker:
             self._touched.update(dict.fromkeys(self._slices.services_with(addresses)))
 
     def has_endpoint(self, address: bytes, port: int) -> bool:
-        """True where any slice has it; port 0: any port."""
+        """True if any slice has it; port 0: any port."""
         return self._slices.has_endpoint(address, port)
 
     def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:

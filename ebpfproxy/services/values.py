@@ -56,7 +56,7 @@ def parse_address(text: str, *, strict: bool = False) -> bytes | None:
 
 
 def parse_prefix(text: str) -> Prefix | None:
-    """``192.0.2.0/24``; bits beyond the prefix are cleared. None for anything else."""
+    """Parses ``192.0.2.0/24``; bits beyond the prefix are cleared. None for anything else."""
     host, slash, digits = text.partition("/")
     address = parse_address(host)
     if address is None or not slash or not (digits.isascii() and digits.isdigit()) or len(digits) > 3:

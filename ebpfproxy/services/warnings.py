@@ -8,7 +8,7 @@ from ebpfproxy.services.values import Warning
 
 
 class Warnings:
-    """What is wrong with each object now, and which of it has not been taken yet."""
+    """The warnings about each object, and those that have not been taken yet."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, frozenset[Warning]] = {}
@@ -18,7 +18,7 @@ class Warnings:
         return bool(self._new)
 
     def set(self, about: Hashable, warnings: Iterable[Warning]) -> None:
-        """All that is wrong with something; those that were not there before are new."""
+        """Sets all warnings about something; those that were not there before are new."""
         now = frozenset(warnings)
         before = self._known.pop(about, frozenset())
         if now:

@@ -33,7 +33,7 @@ class BackendRecords:
         return len(self._memory) // _BACKEND
 
     def read(self, number: int) -> tuple[Backend, BackendState] | None:
-        """None for an id that is free, or that the map has no place for."""
+        """Reads a record; None for an id that is free, or that the map has no place for."""
         packed = self._memory[number * _BACKEND : (number + 1) * _BACKEND]
         return layout.unpack_backend(bytes(packed)) if packed else None
 
@@ -48,7 +48,7 @@ class BackendRecords:
             yield number, bytes(self._memory[number * _BACKEND :][: layout.BACKEND_STATE_OFFSET])
 
     def state(self, number: int) -> int:
-        """A value of BackendState."""
+        """The state of a backend: a value of BackendState."""
         return self._memory[number * _BACKEND + layout.BACKEND_STATE_OFFSET]
 
     def set_state(self, number: int, state: BackendState) -> None:

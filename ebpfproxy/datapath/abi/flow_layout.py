@@ -37,7 +37,7 @@ class NatFlags(enum.IntFlag):
 
 
 class Seen(enum.IntFlag):
-    """What both directions of a flow have shown."""
+    """What programs have seen of a flow, in either direction."""
 
     REPLY = 1 << 0
     FIN = 1 << 1
@@ -113,7 +113,7 @@ def unpack_flow(packed: bytes) -> Flow:
 
 
 def pack_nat(nat: Nat) -> bytes:
-    """The epoch is 0: such entries belong to no Service."""
+    """Packs an entry of no Service: its epoch is 0."""
     return NAT.pack(
         pack_address(nat.source),
         pack_address(nat.destination),
@@ -147,7 +147,7 @@ def unpack_nat(packed: bytes) -> Nat:
 
 
 class BackendUse(NamedTuple):
-    """A backend as one of a service port's: flows, sockets and ``departures`` have it by both ids."""
+    """A service port's use of a backend: flows, sockets and ``departures`` have both ids."""
 
     service_id: int
     backend_id: int

@@ -118,7 +118,7 @@ class ServiceEntry(NamedTuple):
 
     @property
     def needs_client_key(self) -> bool:
-        """True where the choice depends on the client, as in lib/algorithm.h."""
+        """True if the choice depends on the client, as in lib/algorithm.h."""
         return self.algorithm >= Algorithm.DESTINATION_HASH or self.affinity_seconds > 0
 
 
@@ -149,7 +149,7 @@ def pack_backend(backend: Backend, state: BackendState) -> bytes:
 
 
 def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
-    """None for an id that nobody has."""
+    """A backend and its state; None if the place is free."""
     address, port, protocol, state, _ = BACKEND.unpack(packed)
     if not protocol:
         return None
@@ -158,7 +158,7 @@ def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
 
 
 def slot(backend_id: int, weight: int = 0) -> int:
-    """``union slot`` as the one word that an array holds. ``weight`` only where loads are looked at."""
+    """``union slot`` as one word of an array. ``weight`` is set only if the algorithm compares loads."""
     return int.from_bytes(_SLOT.pack(backend_id, weight), sys.byteorder)
 
 
@@ -187,7 +187,7 @@ class Load(NamedTuple):
 
     @property
     def counted_flows(self) -> int:
-        """Open flows as counted, which is below 0 where more ends than beginnings were."""
+        """Open flows as counted; below 0 if more have ended than begun."""
         return _signed(self.flows_begun - self.flows_ended + self.flows_corrected)
 
     @property
@@ -210,7 +210,7 @@ LOAD_CARRIED, LOAD_BEGUN, LOAD_ENDED, LOAD_CORRECTED = 1, 2, 3, 4
 
 
 def load_of(words: Sequence[int]) -> Load:
-    """From the words of one ``struct load``."""
+    """Reads one ``struct load`` from its words."""
     return Load(*words[:5])
 
 

@@ -71,12 +71,12 @@ CIDR = struct.Struct("=I16s")
 
 
 def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:
-    """Addresses that masquerading uses; empty ones where there is none. ``mtu`` in bytes."""
+    """Packs a device with the addresses that masquerading uses, which may be empty. ``mtu`` in bytes."""
     return DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags, mtu)
 
 
 def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
-    """The same entry with these besides."""
+    """Adds flags to a packed device."""
     address4, address6, before, mtu = DEVICE.unpack(packed)
     return DEVICE.pack(address4, address6, before | flags, mtu)
 

@@ -60,7 +60,7 @@ class Timeouts(msgspec.Struct, frozen=True):
 
 
 def counters(events: Map) -> dict[PacketEvent, int]:
-    """Every reason with its count, of all CPUs since the map was made."""
+    """The count of every event, on all CPUs, since the map was created."""
     found = dict.fromkeys(PacketEvent, 0)
     for number, (count,) in events.nonzero_counters():
         found[PacketEvent(number)] = count
@@ -88,7 +88,7 @@ class FlowRow(msgspec.Struct, frozen=True):
 
 
 def state_of(protocol: int, seen: int) -> str:
-    """In netfilter's words."""
+    """The state of a flow, by the name that netfilter has for it."""
     if protocol == Protocol.TCP:
         if seen & Seen.RST:
             return "CLOSE"
@@ -102,7 +102,7 @@ def state_of(protocol: int, seen: int) -> str:
 def flows_of(
     entries: list[tuple[bytes, bytes]], timeouts: Timeouts, now: int, names: Mapping[int, str]
 ) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
-    """Entries put together to flows, each with the keys of its entries.
+    """Combines entries to flows, each with the keys of its entries.
 
     ``entries`` as the map has them; ``now`` is CLOCK_MONOTONIC in ns, ``names`` are those of Services by id.
     """

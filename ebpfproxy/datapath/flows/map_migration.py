@@ -39,7 +39,7 @@ class MapMigration:
         #: Conntrack entries so far.
         self.copied = 0
         for old in self._old:
-            _carry_fragment_ids(old, maps)
+            _copy_fragment_ids(old, maps)
 
     def copy(self) -> None:
         each = zip(self._old, self._ids, self._origins, self._peers, strict=True)
@@ -143,7 +143,7 @@ class MapMigration:
             self._old.pop().close()
 
 
-def carry_orders(pins: Path, maps: MapSet) -> None:
+def copy_drain_requests(pins: Path, maps: MapSet) -> None:
     """Copies drain requests to maps of this size, before anything is programmed."""
     for old in _others(pins, maps):
         maps["drained"].update_many(dict(_missing(old, maps, "drained")))
@@ -183,8 +183,8 @@ def _backend_ids(old: MapSet, new: MapSet) -> dict[int, int]:
     return {n: known[backend] for n, backend in old.backends().identities() if backend in known}
 
 
-def _carry_fragment_ids(old: MapSet, new: MapSet) -> None:
-    """Ids go on from the higher count: those of datagrams on their way are not given again."""
+def _copy_fragment_ids(old: MapSet, new: MapSet) -> None:
+    """Continues with the higher count, so that ids of datagrams under way are not given again."""
     zero = U32.pack(0)
     before, now = old["fragment_ids"].lookup(zero), new["fragment_ids"].lookup(zero)
     if before is not None and now is not None and U64.unpack(before) > U64.unpack(now):
@@ -192,7 +192,7 @@ def _carry_fragment_ids(old: MapSet, new: MapSet) -> None:
 
 
 def _merge_filters(old: MapSet, new: MapSet) -> None:
-    """A pair of addresses that either has noted is noted."""
+    """Adds the pairs of addresses that the old filter has."""
     zero = U32.pack(0)
     before, now = old["flow_filter"].lookup(zero), new["flow_filter"].lookup(zero)
     if before is not None and now is not None and any(before):

@@ -19,7 +19,7 @@ _BATCH = 512
 
 
 def recorded_removals(maps: MapSet, removed: Collection[BackendUse]) -> set[BackendUse]:
-    """Those of some removed backends that a socket has a record of."""
+    """Returns those removed backends of which a socket still has a record."""
     found: set[BackendUse] = set()
     if not removed:
         return found

@@ -57,13 +57,13 @@ class RemovedBackends:
         self._epochs[service_id] += 1
 
     def take_fresh(self) -> dict[BackendUse, Removal]:
-        """Those that have been noted since the last time, or were there at the start."""
+        """Returns the removals since the last call; the first call also returns those of an earlier agent."""
         taken, self._fresh = self._fresh, {}
         return taken
 
     @property
     def current(self) -> dict[BackendUse, Removal]:
-        """All that flows and sockets may still have to learn of."""
+        """All removals that flows and sockets may still have to learn of."""
         return dict(self._known)
 
     @property
@@ -76,7 +76,7 @@ class RemovedBackends:
         return found
 
     def forget(self, ended: Mapping[BackendUse, Removal]) -> None:
-        """Nothing knows of what these were about any more, but connections that still wait."""
+        """Forgets removals of backends that no flow and no socket has any more, unless one may come back."""
         over = [
             use
             for use, removal in ended.items()

@@ -76,7 +76,7 @@ def backend_of(maps: MapSet, record: Record) -> Backend | None:
 
 
 def forget_connected(maps: MapSet, record: Record) -> bool:
-    """False if it is not there any more, or if its socket has another one by now."""
+    """Deletes a record. Returns False if it is gone, or if its socket has another one by now."""
     origins = maps["sock_origin"]
     found = bpf.map_take(origins.fd, record.key, origins.spec.value_size)
     if found is None:
@@ -95,6 +95,6 @@ def forget_unconnected(maps: MapSet, record: Record) -> bool:
 
 
 def forget_subflow(maps: MapSet, key: bytes, value: bytes) -> bool:
-    """False where an MPTCP socket of the same address has another subflow by now."""
+    """Deletes an entry. Returns False if an MPTCP socket of the same address has another subflow by now."""
     table = maps["mptcp_subflows"]
     return table.lookup(key) == value and table.delete(key)

@@ -54,7 +54,7 @@ class Sweep(msgspec.Struct, frozen=True):
 
 
 class Sweeper:
-    """Ends flows that are over. One thread uses it."""
+    """Deletes flows that have ended or timed out. One thread uses it."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Sweeper:
         self._open.update(opened)
 
     def _is_silent(self, entry: Entry, seen: int, now: int) -> bool:
-        """``seen``: what both halves have."""
+        """True if a flow has timed out. ``seen``: that of both halves."""
         protocol, last = entry.protocol, entry.last
         if protocol not in PROTOCOL_NAMES:
             return True
@@ -210,7 +210,7 @@ class Sweeper:
         return now.last == found.last
 
     def _removed_flows(self) -> Mapping[Family, int]:
-        """A flow has two or four entries, and one of them is its original direction."""
+        """Counts flows by their original direction: one of the two or four entries of each."""
         return Counter(
             Family.IPV4 if len(entry.source) == 4 else Family.IPV6
             for entry in self._removed.values()
@@ -222,7 +222,7 @@ class Sweeper:
         return load.flows_begun, load.flows_ended
 
     def _correct_loads(self, before: dict[int, tuple[int, int]]) -> None:
-        """Flows that ended without a packet, or were evicted, are no load any more.
+        """Takes flows that ended without a packet, or were evicted, out of the loads.
 
         What began or ended during the sweep may or may not be among the open ones: only a count that
         cannot be right is changed, to the nearest that can. A backend that had no flows at the sweep before
@@ -253,7 +253,7 @@ class Sweeper:
 
 
 def pairs(entries: Iterable[Entry]) -> Iterator[tuple[Entry, ...]]:
-    """Both halves together where both are there; those of masquerades last."""
+    """Yields both halves of a pair together if both are there; those of masquerades last."""
     there = {entry.key: entry for entry in entries}
     for masquerades in (0, _SOURCE):
         done: set[bytes] = set()
@@ -269,5 +269,5 @@ def pairs(entries: Iterable[Entry]) -> Iterator[tuple[Entry, ...]]:
 
 
 def _is_open(entry: Entry) -> bool:
-    """True where an entry stands for a flow that is a load: the original direction, unless closed."""
+    """True if an entry counts as an open flow: it is the original direction, and not closed."""
     return not entry.flags & _NOT_ORIGINAL and entry.seen not in _ENDED

@@ -363,7 +363,7 @@ class Writer:
     # -- the node
 
     def set_own_addresses(self, addresses: frozenset[bytes], answered: frozenset[bytes]) -> None:
-        """See ``frontend_table``, as for the next."""
+        """Addresses of this node, and those of them at which its own processes answer."""
         self._frontends.set_own_addresses(addresses)
         self._frontends.set_answered_addresses(answered)
 

@@ -70,7 +70,7 @@ def _facts(planned: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"inside {planned.embedded}"
     missing = len(planned.differences)
     yield "kube-proxy frontends", f"{planned.kube_proxy_frontends} ({missing} missing from maps)"
-    yield "ebpfproxy frontends", f"{planned.agent_frontends}"
+    yield "agent frontends", f"{planned.agent_frontends}"
     yield "flows", f"{planned.flows} through kube-proxy"
     if planned.kept:
         yield "kept for flows", ", ".join(planned.kept)

@@ -114,7 +114,7 @@ class _Found(NamedTuple, Generic[T]):
 
 def load(paths: Sequence[Path], context: str | None = None, master: str | None = None) -> Access:
     """Uses ``context`` instead of the current one, ``master`` instead of its server. Raises ConfigError."""
-    cluster, user = _select(paths, context)
+    context, cluster, user = _select(paths, context)
     check_url(cluster.value.server, f"{cluster.field}.server")
     own = cluster.value.server.rstrip("/")
     if master is not None:
@@ -136,8 +136,8 @@ def load(paths: Sequence[Path], context: str | None = None, master: str | None =
     )
 
 
-def _select(paths: Sequence[Path], context: str | None) -> tuple[_Found[_Cluster], _Found[_User] | None]:
-    """Where several files have entries of the same name, the first counts."""
+def _select(paths: Sequence[Path], context: str | None) -> tuple[str, _Found[_Cluster], _Found[_User] | None]:
+    """Returns the name of the context, too. Where several files have an entry, the first one counts."""
     clusters: dict[str, _Found[_Cluster]] = {}
     users: dict[str, _Found[_User]] = {}
     contexts: dict[str, _Context] = {}
@@ -152,15 +152,15 @@ def _select(paths: Sequence[Path], context: str | None) -> tuple[_Found[_Cluster
             users.setdefault(user.name, _Found(user.user, path, field))
         for each in found.contexts or ():
             contexts.setdefault(each.name, each.context)
-    shown = ":".join(map(str, paths))
-    chosen = contexts.get(context or "")
+    shown, context = ":".join(map(str, paths)), context or ""
+    chosen = contexts.get(context)
     if chosen is None:
-        raise ConfigError(f"{shown}: current-context: contexts has no {context or ''!r}")
+        raise ConfigError(f"{shown}: current-context: contexts has no {context!r}")
     if chosen.cluster not in clusters:
         raise ConfigError(f"{shown}: contexts[{context}]: clusters has no {chosen.cluster!r}")
     if chosen.user and chosen.user not in users:
         raise ConfigError(f"{shown}: contexts[{context}]: users has no {chosen.user!r}")
-    return clusters[chosen.cluster], users.get(chosen.user)
+    return context, clusters[chosen.cluster], users.get(chosen.user)
 
 
 def _read(path: Path) -> File:
@@ -195,7 +195,7 @@ def _tls(cluster: _Found[_Cluster]) -> ssl.SSLContext | None:
 
 
 def _authorization(
-    user: _Found[_User], paths: Sequence[Path], context: str | None, tls: ssl.SSLContext | None
+    user: _Found[_User], paths: Sequence[Path], context: str, tls: ssl.SSLContext | None
 ) -> Callable[[], str]:
     """Returns what gives the user's header; loads a client certificate into ``tls``. Raises ConfigError."""
     value, folder = user.value, user.path.parent
@@ -246,7 +246,8 @@ def _load_pair(
             else:
                 files.append(each)
         try:
-            tls.load_cert_chain(str(files[0]), files[1])
+            # Without a password OpenSSL asks the terminal for that of an encrypted key.
+            tls.load_cert_chain(str(files[0]), files[1], password="")
         except (ssl.SSLError, OSError) as error:
             shown = ["its data" if isinstance(each, bytes) else str(each) for each in (certificate, key)]
             raise ConfigError(

@@ -24,7 +24,7 @@ _UNEXPECTED = (ValueError, TypeError, AttributeError, KeyError)
 class Plugin:
     """The credentials of a context's user. Any thread may use it."""
 
-    def __init__(self, paths: Sequence[Path], context: str | None, *, is_exec: bool) -> None:
+    def __init__(self, paths: Sequence[Path], context: str, *, is_exec: bool) -> None:
         """Runs the plugin. Raises ConfigError."""
         shown = ":".join(map(str, paths))
         # One thread runs the plugin at a time: it may take long.

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import urllib3
 import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from ebpfproxy.kube import access, kubeconfig
 from ebpfproxy.kube.access import Access, ConfigError
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.failures import Failure
 from tests.apiserver import ApiServer
+from tests.apiserver.certificates import Authority
 
 
 def write(path: Path, **content: Any) -> Path:
@@ -112,3 +115,25 @@ def test_what_does_not_pass_is_asked_once() -> None:
     with pytest.raises(Failure, match="Connection refused") as unreached:
         connection.call("GET", "/api/v1/services", read_seconds=5, tries=4)
     assert (unreached.value.reason, unreached.value.status) == ("refused", 0)
+
+
+def test_an_encrypted_key_is_an_error_and_no_question(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    (tmp_path / "key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    certificate, _ = Authority(tmp_path).pair("client")
+    user = {"client-certificate": str(certificate), "client-key": "key"}
+    path = write(
+        tmp_path / "config",
+        current_context="x",
+        clusters=cluster("https://a"),
+        users=[{"name": "u", "user": user}],
+        contexts=[context("x")],
+    )
+    with pytest.raises(ConfigError, match=r"client-certificate \(.*\) with client-key \(.*key\): "):
+        kubeconfig.load([path])

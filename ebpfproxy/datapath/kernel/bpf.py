@@ -209,7 +209,7 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
 
 
 def map_add(fd: int, key: bytes, value: bytes) -> bool:
-    """False where there is such a key already."""
+    """Adds an entry. Returns False if there is such a key already."""
     result = _lib.bpf_map_update_elem(fd, key, value, _NOEXIST)
     if result < 0 and ct.get_errno() == errno.EEXIST:
         return False
@@ -228,7 +228,7 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
 
 
 def map_delete(fd: int, key: bytes) -> bool:
-    """False where there was no such key."""
+    """Deletes an entry. Returns False if there was no such key."""
     result = _lib.bpf_map_delete_elem(fd, key)
     if result < 0 and ct.get_errno() == errno.ENOENT:
         return False
@@ -321,7 +321,7 @@ def get_pinned(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """As :func:`get_pinned`, and closed afterwards."""
+    """The same as :func:`get_pinned`, closed afterwards."""
     fd = get_pinned(path)
     try:
         yield fd
@@ -331,7 +331,7 @@ def opened(path: Path) -> Iterator[int]:
 
 @contextmanager
 def pinned(path: Path) -> Iterator[int | None]:
-    """As :func:`opened`, but None if nothing is pinned there."""
+    """The same as :func:`opened`, but None if nothing is pinned there."""
     with ExitStack() as stack:
         fd = None
         try:

@@ -28,7 +28,7 @@ class Features(msgspec.Struct, frozen=True):
     mptcp: bool = True
 
     def without(self, names: frozenset[Feature]) -> Features:
-        """The same with some left unused, to try the fallbacks."""
+        """The same features without some, so that the fallbacks can be tried."""
         return Features(
             set_retval=self.set_retval and Feature.SET_RETVAL not in names,
             tcx=self.tcx and Feature.TCX not in names,
@@ -103,7 +103,7 @@ _MUST_HAVES = (
 
 
 def probe() -> Features:
-    """Raises UnsupportedKernelError."""
+    """The features of the running kernel. Raises UnsupportedKernelError."""
     for must in _MUST_HAVES:
         if not must.check():
             raise UnsupportedKernelError(
@@ -118,7 +118,7 @@ def probe() -> Features:
 
 
 def _finds_mptcp_sockets() -> bool:
-    """The helper needs the kernel's own BTF, and says nothing to who only asks if it is there."""
+    """True if a program that calls the helper loads: it needs the kernel's own BTF, which no probe tells."""
     try:
         os.close(bpf.prog_load(uapi.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
     except bpf.BpfError:
@@ -127,7 +127,7 @@ def _finds_mptcp_sockets() -> bool:
 
 
 def _has_tcx() -> bool:
-    """A link to a device that cannot be: the kernel says that it is missing, if it knows what is meant."""
+    """True if the kernel knows tcx links: for a device that cannot exist it then says that it is missing."""
     program = bpf.prog_load(uapi.PROG_SCHED_CLS, 0, "probe", _PROCEED)
     try:
         os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))

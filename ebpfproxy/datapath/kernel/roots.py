@@ -93,7 +93,7 @@ class Lock:
 
 
 def _try_lock(fd: int) -> bool:
-    """Tries for half a second: a command that looks whether an agent runs holds the lock for a moment."""
+    """Tries for half a second, since a command that checks for an agent holds the lock for a moment."""
     for _ in range(10):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -62,11 +62,11 @@ class PacketPath:
 
     @property
     def attached(self) -> frozenset[int]:
-        """Indexes of the devices that the programs are on."""
+        """Indexes of the devices that programs are attached to."""
         return self._attacher.attached
 
     def set_devices(self, devices: Iterable[PacketDevice], address4: bytes, address6: bytes) -> None:
-        """Exactly these devices; the addresses are the node's own, for what goes by any other device."""
+        """Sets all devices, and the node's own addresses, which are for packets by any other device."""
         found = list(devices)
         self._node = address4, address6
         wanted = {U32.pack(_ANY_DEVICE): pack_device(*self._node, self._mode, 0)}
@@ -94,7 +94,7 @@ class PacketPath:
 
 
 def begin_nothing(maps: MapSet) -> None:
-    """From now on packets' programs only follow flows that they know. For when no agent runs."""
+    """Makes packet programs create no flow any more, only forward those that they know, as no agent runs."""
     table, key = maps["devices"], U32.pack(_ANY_DEVICE)
     if (node := table.lookup(key)) is not None:
         table.update(key, with_device_flags(node, DeviceFlags.HANDOVER | DeviceFlags.WAITS))

@@ -58,11 +58,11 @@ class Cidrs:
         )
 
     def set_pods(self, pods: Iterable[Prefix]) -> None:
-        """Ranges of this node's pods."""
+        """Sets the ranges of this node's pods."""
         self._set(CidrFlags.PODS, dict.fromkeys(pods, CidrFlags.PODS))
 
     def set_services(self, services: Iterable[Prefix], taken: Iterable[bytes]) -> bool:
-        """Ranges of cluster IPs; and addresses in them that this node has, or another proxy serves.
+        """Sets the ranges of cluster IPs, and addresses in them that this node or another proxy serves.
 
         False where there is no room for all of the latter.
         """

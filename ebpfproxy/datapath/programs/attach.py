@@ -50,7 +50,7 @@ def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_port
 
 
 def detach(link: Path) -> bool:
-    """False if there was none. The kernel detaches a program with the last holder of its link, the pin."""
+    """Detaches a program by removing its link's last holder, the pin. Returns False if there was none."""
     try:
         link.unlink()
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
 
 
 def pin_over(fd: int, path: Path) -> None:
-    """Pins in place of what is pinned there, in one step."""
+    """Replaces what is pinned there, in one step."""
     new = path.with_name(f"{path.name}-new")
     new.unlink(missing_ok=True)
     bpf.pin(fd, new)

@@ -65,7 +65,7 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """All that decides what comes out. ``maps`` and ``constants``: the names that the source may refer to."""
+    """The input of a compilation. ``maps`` and ``constants``: the names that the source may refer to."""
 
     sources: Path
     source: str
@@ -83,7 +83,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 def get(recipe: Recipe) -> dict[str, Program]:
-    """Programs by name, from the cache or else compiled and left there. Raises CompileError."""
+    """Programs by name, from the cache, or compiled and stored there. Raises CompileError."""
     path = CACHE / recipe.digest()
     found = _read(path)
     if found is not None:
@@ -99,7 +99,7 @@ def get(recipe: Recipe) -> dict[str, Program]:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process compiles at a time what becomes ``path``; where nothing can be written, each does."""
+    """Lets one process at a time compile for ``path``; if nothing can be written there, each compiles."""
     lock = path.with_name(f".{path.name}.lock")
     with ExitStack() as stack:
         try:

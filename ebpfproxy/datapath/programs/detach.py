@@ -16,7 +16,7 @@ _CHOOSING = ("connect4", "connect6", "sendmsg4", "sendmsg6")
 
 
 def choose_no_more(pins: Path) -> list[str]:
-    """Detaches what chooses backends for sockets; answers to what they have sent still pass the other hooks.
+    """Detaches the hooks that choose backends for sockets; replies to them still pass the other hooks.
 
     Returns what was removed, in words. If anything was, the caller waits :data:`ANSWER_SECONDS` before
     :func:`remove_everything`.

@@ -60,7 +60,7 @@ class DeviceAttachment(msgspec.Struct, frozen=True):
 
 
 class DeviceAttacher:
-    """Brings devices' programs to what is wanted, and remembers it: pods are many. One thread uses it."""
+    """Attaches programs to devices, and remembers where: there are many pods. One thread uses it."""
 
     def __init__(self, pins: Path, *, tcx: bool) -> None:
         self._links = pins / LINKS

@@ -29,7 +29,7 @@ class LoadError(Exception):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What cannot change while programs run: constants of theirs, filled in when they are loaded."""
+    """Options that cannot change while programs run: constants that are filled in when they are loaded."""
 
     features: Features
     host_netns_cookie: int
@@ -120,7 +120,7 @@ def _pins(home: Path, module: Module) -> dict[str, Path]:
 
 
 def _unpin(home: Path, module: Module) -> None:
-    """What a load that failed, or was killed, has left."""
+    """Removes what a load that failed, or was killed, has left."""
     for pin in _pins(home, module).values():
         pin.unlink(missing_ok=True)
 

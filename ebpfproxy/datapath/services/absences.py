@@ -13,7 +13,7 @@ class Absences:
     """Backend ids by service port, each with the time until which it is waited for."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        """``seconds`` of ``clock`` are waited; 0: not at all."""
+        """``seconds``: how long a wait is, by ``clock``; 0 for no waits."""
         self._seconds = seconds
         self._clock = clock
         self._until: dict[ServicePortKey, dict[int, float]] = {}
@@ -29,7 +29,7 @@ class Absences:
         return self.next is not None and self.next <= self._clock()
 
     def wait_for(self, key: ServicePortKey, missing: Set[int]) -> frozenset[int]:
-        """These, and no others, of a service port have no endpoint; returns those that are waited for."""
+        """Waits for these backends of a service port, and no others. Returns those that are waited for."""
         before = self._until.pop(key, None) or {}
         if not missing or not self._seconds:
             return NO_IDS

@@ -25,7 +25,7 @@ class Backends:
     """
 
     def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
-        """``selected``: the ids that a selection names which was there before."""
+        """``selected``: the ids in selections that were there before."""
         self._map = maps.shared("backends")
         self._records = maps.backends()
         self._stats = maps["backend_stats"]
@@ -71,7 +71,7 @@ class Backends:
     # -- ids
 
     def id_of(self, backend: Backend) -> int:
-        """Its id; a new one where it has none."""
+        """The id of a backend; a new one if it has none."""
         number = self._ids.get(backend)
         if number is None:
             number = self._ids.add(backend)
@@ -86,11 +86,11 @@ class Backends:
         return frozenset(map(self.id_of, backends)) if backends else NO_IDS
 
     def keep_fresh(self) -> None:
-        """What asked for new ids is programmed."""
+        """Keeps the new ids: the service port that needs them fits."""
         self._fresh = []
 
     def drop_fresh(self) -> None:
-        """What asked for new ids did not fit. They are free at once: no program has seen them."""
+        """Frees the new ids at once: the service port did not fit, and no program has seen them."""
         for backend in self._fresh:
             number = self._ids.forget(backend)
             self._clear(number)
@@ -115,7 +115,7 @@ class Backends:
     # -- held by service ports
 
     def adopt(self, held: Set[int]) -> InactiveBackends:
-        """A service port that was there before holds these; returns those that are not active."""
+        """Notes that an adopted service port holds these; returns those that are not active."""
         for number in held:
             self._refs[number] += 1
             if self._records.state(number) == BackendState.GONE:
@@ -160,7 +160,7 @@ class Backends:
                     del counts[number]
 
     def _state_by_users(self, number: int) -> BackendState:
-        """Active while any user has it so; quarantined once it is idle for all."""
+        """The state by all service ports: active while it is for any, quarantined once it is idle for all."""
         leaving, idle, drained, absent = (counts[number] for counts in self._counts)
         if leaving + idle + drained + absent < self._refs[number]:
             return BackendState.ACTIVE
@@ -194,7 +194,7 @@ class Backends:
         self._free(retired)
 
     def free_unused(self) -> None:
-        """Ids of backends that are gone come back into use, where nothing is open to them any more."""
+        """Frees ids of backends that are gone, if nothing is open to them any more."""
         self._free(list(self._resting))
 
     def _free(self, numbers: Iterable[int]) -> None:

@@ -17,9 +17,9 @@ class Drained:
         return frozenset(layout.unpack_drained(key) for key, _ in self._map.items())
 
     def add(self, address: bytes, port: int) -> None:
-        """Raises BpfError where the map is full."""
+        """Adds a request. Raises BpfError if the map is full."""
         self._map.update(layout.pack_drained(address, port), U32.pack(1))
 
     def remove(self, address: bytes, port: int) -> bool:
-        """False if there is no such request."""
+        """Removes a request. Returns False if there is none."""
         return self._map.delete(layout.pack_drained(address, port))

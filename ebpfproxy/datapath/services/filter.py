@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 
 
 def address_hash(address: bytes) -> int:
-    """``address_of_interest`` in C computes the same."""
+    """The number of an address; ``address_of_interest`` in C computes the same."""
     words: tuple[int, ...] = _WORDS.unpack(pack_address(address))
     folded = sum(word * factor for word, factor in zip(words, _FACTORS, strict=True))
     return (folded * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)

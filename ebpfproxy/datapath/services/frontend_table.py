@@ -63,7 +63,7 @@ class Frontends:
     # -- changes
 
     def write(self, entries: Mapping[ServiceKey, ServiceEntry]) -> dict[ServiceKey, str]:
-        """Returns a sentence for each that did not fit."""
+        """Writes entries. Returns the reason for each that did not fit."""
         full: dict[ServiceKey, str] = {}
         if not entries:
             return full
@@ -154,7 +154,7 @@ class Frontends:
         self._tables[len(address)].delete(key)
 
     def _repair_cluster_ips(self) -> None:
-        """The entries for other ports are those of the cluster IPs, whatever was adopted."""
+        """Brings the entries for other ports in line with the cluster IPs, whatever was adopted."""
         found = {key.address for key, entry in self._stored() if entry.flags & ServiceFlags.ADDRESS}
         for address in self._cluster_ips.keys() - found:
             self._close_other_ports(address)
@@ -164,7 +164,7 @@ class Frontends:
     # -- what is looked at besides
 
     def watch(self, address: bytes, port: int) -> None:
-        """Packets to an address and port that are no frontend's are looked at, too, until :meth:`unwatch`."""
+        """Lets programs see packets to an address and port of no frontend, until :meth:`unwatch`."""
         self._addresses.add(address_hash(address))
         self._ports.add(port)
 
@@ -175,7 +175,7 @@ class Frontends:
     # -- the node
 
     def set_own_addresses(self, addresses: frozenset[bytes]) -> None:
-        """All addresses of this node: replies to masqueraded clients arrive at one of them."""
+        """Sets all addresses of this node: replies to masqueraded clients arrive at one of them."""
         for address in addresses - self._own_addresses:
             self._addresses.add(address_hash(address))
         for address in self._own_addresses - addresses:
@@ -183,7 +183,7 @@ class Frontends:
         self._own_addresses = addresses
 
     def set_answered_addresses(self, addresses: frozenset[bytes]) -> None:
-        """Addresses at which processes of this node answer themselves."""
+        """Sets the addresses at which processes of this node answer themselves."""
         changed = (addresses ^ self._answered) & self._cluster_ips.keys()
         self._answered = addresses
         entries = {key: entry for key, entry in self._entries.items() if key.address in changed}
@@ -194,7 +194,7 @@ class Frontends:
             self._close_other_ports(address)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
-        """The addresses at which this node's NodePorts answer."""
+        """Sets the addresses of this node's NodePorts."""
         table, known = self._node_map, self._node_addresses
         table.update_many({layout.pack_address(address): U32.pack(1) for address in addresses - known})
         table.delete_many([layout.pack_address(address) for address in known - addresses])

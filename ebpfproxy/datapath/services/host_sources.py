@@ -7,7 +7,7 @@ from functools import cache
 
 
 class HostSources:
-    """Asks the routes, at once or as often as an address comes up."""
+    """The source addresses of this node's own connections, as routes say."""
 
     def __init__(self, source_towards: Callable[[bytes], bytes], primary: tuple[bytes, ...] = ()) -> None:
         """``source_towards``: the source address of this node's route to another, empty without a route.
@@ -18,10 +18,10 @@ class HostSources:
         self.primary = primary
 
     def towards(self, address: bytes) -> tuple[bytes, ...]:
-        """A node that has the address asks by that: then its primary ones count, as in kube-proxy."""
+        """If the address is this node's own, its primary ones count as source, as in kube-proxy."""
         source = self._source_towards(address)
         return self.primary if source == address else (source,)
 
     def cached(self) -> HostSources:
-        """The same, which asks once for each address: it has a frontend for each port and scope."""
+        """The same with a cache: an address has a frontend for each port and scope."""
         return HostSources(cache(self._source_towards), self.primary)

@@ -53,7 +53,7 @@ class Ids(Generic[K]):
         return number
 
     def forget(self, key: K) -> int:
-        """The key has no id any more; the id stays taken until :meth:`give_back`."""
+        """Removes a key. Returns its id, which stays taken until :meth:`give_back`."""
         return self._ids.pop(key)
 
     def give_back(self, number: int) -> None:

@@ -16,7 +16,7 @@ from ebpfproxy.config.datapath import MAGLEV_SIZES
 
 
 def size_for(backends: int, size: int) -> int:
-    """``size``, or the next in which every backend has a place; the largest for still more."""
+    """``size``, or the next larger one in which every backend has a place; at most the largest."""
     return next((each for each in MAGLEV_SIZES if each >= max(size, backends)), MAGLEV_SIZES[-1])
 
 

@@ -20,7 +20,7 @@ ExhaustedError = IdsExhaustedError, RangesExhaustedError
 
 
 def no_room(error: Exception) -> str:
-    """What is said of one of ``ExhaustedError``."""
+    """The text for one of ``ExhaustedError``."""
     what = "slots" if isinstance(error, RangesExhaustedError) else "backends or the service"
     return f"no room for its {what}: {error}"
 
@@ -54,7 +54,8 @@ class Placer:
     def place(
         self, port: ServicePort, known: Published, maglev_size: int, new_id: Callable[[], int]
     ) -> Placed:
-        """Raises one of ``ExhaustedError``, as ``new_id`` may: then everything is as it was.
+        """Places a service port. Raises one of ``ExhaustedError``, as ``new_id`` may; then nothing has
+        changed.
 
         A service port without an id gets a new one last, so that one that does not fit leaves nothing behind.
         """
@@ -84,7 +85,7 @@ class Placer:
         return Placed(ids, before, after, selected, made_from if any(made_from) else plan.NOTHING_MADE)
 
     def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:
-        """Raises IdsExhaustedError."""
+        """The ids of all backends of a service port. Raises IdsExhaustedError."""
         id_of, ids_of = self._backends.id_of, self._backends.ids_of
         return BackendSets(
             selected=(array("Q", map(id_of, sets[0])), array("Q", map(id_of, sets[1]))),

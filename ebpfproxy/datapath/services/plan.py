@@ -126,7 +126,7 @@ class Change(msgspec.Struct):
     def select(
         self, known: Published, before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int]]:
-        """Ranges of slots by policy; returns those that are replaced."""
+        """Sets the ranges of slots by policy; returns those that are replaced."""
         replaced = []
         for policy, (old, new) in enumerate(zip(before, after, strict=True)):
             if new != old:
@@ -156,7 +156,7 @@ class Change(msgspec.Struct):
         wanted: Mapping[ServiceKey, ServiceEntry],
         present: Callable[[ServiceKey], ServiceEntry | None],
     ) -> None:
-        """``present``: the entry that a key has now, whichever service port it is of."""
+        """Sets the frontends. ``present``: the entry that a key has now, of whichever service port."""
         for key, entry in wanted.items():
             if present(key) != entry:
                 self.entries[key] = entry
@@ -166,7 +166,7 @@ class Change(msgspec.Struct):
             known.entries = keys
 
     def withdraw(self, known: Published) -> None:
-        """The service port goes, with all that clients find it by."""
+        """Removes everything by which clients find a service port."""
         self.withdrawn += ((known.id, key) for key in known.entries)
         self.closed += ((known.id, prefix) for prefix in known.sources)
         self.set_members(known, NO_MEMBERS)
@@ -251,7 +251,7 @@ def with_host_flag(
 def _entries_of(
     frontend: Frontend, service_id: int, owner: ServicePort
 ) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
-    """One entry, or two where the scopes' policies differ."""
+    """One entry, or two if the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
     has_sources = kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None
     two = internal != external

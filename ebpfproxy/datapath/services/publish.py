@@ -45,7 +45,7 @@ class Tables(NamedTuple):
 
 
 class Publisher:
-    """The only one that lets programs see changes of service ports. One thread uses it."""
+    """Publishes changes of service ports, as nothing else does. One thread uses it."""
 
     def __init__(self, maps: MapSet, tables: Tables) -> None:
         self._names, self._members, self._sources = (
@@ -97,7 +97,7 @@ class Publisher:
             change.refused.append((number, "no memory for its name"))
 
     def unnamed(self, service_id: int) -> ServicePortKey | None:
-        """The name that is still to be written, which the next change has to bring."""
+        """Takes the name that is still to be written: the next change has to bring it."""
         return self._unnamed.pop(service_id, None)
 
     def _write_members(self, change: Change) -> None:
@@ -136,7 +136,7 @@ class Publisher:
         self._unnamed.pop(service_id, None)
 
     def drop_members(self, of: Iterable[Member]) -> None:
-        """Members that a killed agent left behind."""
+        """Deletes members that a killed agent left behind."""
         for member in of:
             self._members.delete(_packed(member))
 

@@ -62,19 +62,19 @@ class SelectionTable:
         return base, len(words)
 
     def release(self, used: Range) -> None:
-        """A range that no program can be reading is free again."""
+        """Frees a range that no program can be reading."""
         if used[1]:
             self._ranges.release(*used)
 
     # -- words that programs see at once
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
-        """Readers see the old range or this one."""
+        """Stores a range: readers see the old one or this one."""
         self._view.set_range(service_id, policy, used)
         self._selections.writes += 1
 
     def clear(self, service_id: int) -> None:
-        """An id that no program can be using has no slots."""
+        """Removes the ranges of an id that no program can be using."""
         for policy, used in enumerate(self.ranges(service_id)):
             if used != NO_SLOTS:
                 self.select(service_id, policy, NO_SLOTS)

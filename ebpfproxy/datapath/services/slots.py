@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     @property
     def fingerprint(self) -> int | None:
-        """A hash where the making takes long, so that the same need not be made again; None elsewhere."""
+        """A hash of slots that take long to make, so that the same are not made again; None for others."""
         if not self.weights and self.algorithm is not Algorithm.MAGLEV:
             return None
         return hash((self.algorithm, self.table_size, self.ids.tobytes(), tuple(self.weights or ())))
@@ -73,7 +73,7 @@ def slots_of(
 
 
 def shares(weights: Sequence[int]) -> list[int]:
-    """How often each has a slot: the weights in lowest terms, or nearly so where those were too many."""
+    """How many slots each has: the weights in lowest terms, or nearly so if those were too many."""
     divisor = math.gcd(*weights)
     lowest = [weight // divisor for weight in weights]
     most = max(MOST_SLOTS, 4 * len(weights))

@@ -117,7 +117,7 @@ class Writer:
 
     @property
     def needs_client_key(self) -> bool:
-        """True where the choice for any Service depends on the client."""
+        """True if the choice for any Service depends on the client."""
         return any(entry.needs_client_key for _, entry in self._frontends.items())
 
     # -- changes
@@ -221,7 +221,7 @@ class Writer:
         self._plan(port, known, placed, change)
 
     def _plan(self, port: ServicePort, known: Published, placed: Placed, change: Change) -> None:
-        """What readers will see of a service port whose backends and slots are in place."""
+        """Plans what readers will see of a service port whose backends and slots are in place."""
         ids = placed.ids
         change.placed[known.id] = port, known
         if name := self._publisher.unnamed(known.id):
@@ -297,7 +297,7 @@ class Writer:
         return self._absences.next
 
     def end_absences(self) -> None:
-        """Endpoints that did not come back in time are gone."""
+        """Removes the backends of endpoints that did not come back in time."""
         if self._absences.is_due:
             change = Change()
             self._end_absences(change)
@@ -315,20 +315,20 @@ class Writer:
 
     @property
     def removed_backends(self) -> dict[BackendUse, Removal]:
-        """Those of the last moments: their flows and sockets have to be ended."""
+        """Backends that were removed lately: their flows and sockets have to end."""
         return self._removed_backends.current
 
     def take_removed_backends(self) -> dict[BackendUse, Removal]:
-        """Those since the last time, and at first those that were there."""
+        """Those since the last call; the first call also returns those of an earlier agent."""
         return self._removed_backends.take_fresh()
 
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
-        """Nothing is open any more to the backends that these are about."""
+        """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)
         self._backends.free_unused()
 
     def take_lost_frontends(self) -> set[LostFrontend]:
-        """UDP frontends that services have lost since the last time: their sockets are another's."""
+        """UDP frontends that services have lost since the last call, whose sockets have to end."""
         taken, self._lost = self._lost, set()
         return taken
 
@@ -351,7 +351,7 @@ class Writer:
         return taken
 
     def reclaim(self, retired: Retired) -> None:
-        """Ids and ranges that no program can hold any more are free again."""
+        """Frees ids and ranges that no program can hold any more."""
         self._publisher.has_freed |= bool(retired)
         for used in retired.ranges:
             self._selections.release(used)
@@ -363,7 +363,7 @@ class Writer:
     # -- the node
 
     def set_own_addresses(self, addresses: frozenset[bytes], answered: frozenset[bytes]) -> None:
-        """Addresses of this node, and those of them at which its own processes answer."""
+        """Sets this node's addresses, and those of them at which its own processes answer."""
         self._frontends.set_own_addresses(addresses)
         self._frontends.set_answered_addresses(answered)
 
@@ -371,7 +371,7 @@ class Writer:
         self._frontends.set_node_addresses(addresses)
 
     def set_primary_addresses(self, addresses: tuple[bytes, ...]) -> None:
-        """The node's own address of each family."""
+        """Sets the node's own address of each family."""
         self._host_sources.primary = addresses
         self.follow_routes()
 

@@ -39,11 +39,13 @@ class Frontends:
         self._node_addresses = frozenset(layout.unpack_address(key) for key, _ in self._node_map.items())
         self._entries: dict[ServiceKey, ServiceEntry] = {}
         for key, entry in self._stored():
+            if entry.flags & ServiceFlags.ADDRESS:
+                continue
             if entry.flags & ServiceFlags.OWN:
                 self._answered |= {key.address}
-            if not entry.flags & ServiceFlags.ADDRESS:
-                self._entries[key] = entry._replace(flags=entry.flags & ~ServiceFlags.OWN)
-                self._note(key, entry.kind, closes=False)
+                entry = entry._replace(flags=entry.flags & ~ServiceFlags.OWN)  # noqa: PLW2901
+            self._entries[key] = entry
+            self._note(key, entry.kind, closes=False)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -67,8 +67,6 @@ class Frontends:
     def write(self, entries: Mapping[ServiceKey, ServiceEntry]) -> dict[ServiceKey, str]:
         """Writes entries. Returns the reason for each that did not fit."""
         full: dict[ServiceKey, str] = {}
-        if not entries:
-            return full
         for size, table in self._tables.items():
             batch = {key: entry for key, entry in entries.items() if len(key.address) == size}
             # What a filter does not know would pass untouched: it learns first, and forgets last.

@@ -1,9 +1,9 @@
-"""Logging: one line an event, as text or as JSON, to standard error.
+"""Logging to standard error: one line per event, as text or as JSON.
 
-A thin face for the standard library's logging, with the event's facts as keywords. (structlog would do the
-same, but brings rich's tracebacks along: 13 MB in every agent for what an agent never prints.)
+A thin layer over the standard library's logging, with the details of an event as keywords. (structlog would
+do the same, but imports rich's tracebacks: 13 MB in every agent, which never prints one.)
 
-JSON keys that stay: ``ts`` (RFC 3339, UTC), ``level``, ``event``; everything else says what it is about:
+Stable JSON keys are ``ts`` (RFC 3339, UTC), ``level`` and ``event``; all others are details:
 ``resource``, ``object``, ``file``, ``error``, …
 """
 
@@ -50,7 +50,7 @@ def get_logger(name: str) -> Logger:
 
 
 class _Formatter(logging.Formatter):
-    """The parts of a record: time, level, event, facts; a library's record has no facts."""
+    """The parts of a record: time, level, event, details; a library's record has no details."""
 
     def parts(self, record: logging.LogRecord) -> tuple[str, str, str, dict[str, Any]]:
         facts = dict(getattr(record, _FACTS, {}))
@@ -90,8 +90,8 @@ def configure(form: str, verbosity: int) -> None:
     """``form`` is ``text`` or ``json``; ``verbosity`` is klog's level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    # What libraries warn of is worth a line, the rest is noise.
+    # Libraries may log warnings; anything below is noise.
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("ebpfproxy").setLevel(logging.DEBUG if verbosity >= DEBUG_VERBOSITY else logging.INFO)
-    # Each failing request is logged by the reflector, once for each change of state.
+    # The reflector logs failing requests itself, once per change of state.
     logging.getLogger("urllib3").setLevel(logging.ERROR)

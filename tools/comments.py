@@ -1,4 +1,4 @@
-"""``python -m tools.comments``: finds comments that are fragments instead of sentences, and ends with 1 if any is.
+"""``python -m tools.comments``: prints comments that are fragments, not sentences, and exits with 1 if any is.
 
 A comment of Python or C may not begin with "Of", "By", "Whether", "Who" or "That": what follows is hardly ever a
 sentence. After "What", "For", "With" and the like it may be one: such a comment is reported if its first
@@ -34,7 +34,7 @@ _C_MARKS = re.compile(r"^[ \t]*(?:/\*+|\*/|\*|//+)|\*/$", re.MULTILINE)
 
 
 def is_fragment(comment: str) -> bool:
-    """Of the text without its marks; the lines of one comment are joined."""
+    """``comment`` is the text without its marks, with its lines joined."""
     words = comment.split(maxsplit=1)
     if len(words) < 2:
         return False

@@ -1,4 +1,4 @@
-"""``python -m tools.layers``: says which imports go past the layers, and ends with 1 if there are any.
+"""``python -m tools.layers``: prints imports that violate the layers, and exits with 1 if there are any.
 
 pyproject.toml has them in ``[tool.layers]``. ``may``: what each package may import beside itself; a package
 stands below all that it may import, so that there is no circle. A module belongs to the longest name that it

@@ -35,7 +35,7 @@ def validate(file: Path) -> None:
             click.echo(problem, err=True)
         raise SystemExit(1) from error
     click.echo(f"{file}: valid")
-    unused = load.without_effect(configuration)
+    unused = load.ignored_fields(configuration)
     if unused:
         click.echo(f"unsupported, ignored: {', '.join(unused)}")
 

@@ -15,7 +15,7 @@ from ebpfproxy.cli import settings
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.config.bind_address import BindAddressError
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.config.load import Configuration, effective, load, without_effect
+from ebpfproxy.config.load import Configuration, effective, ignored_fields, load
 from ebpfproxy.config.node_port_addresses import NodePortAddressesError
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.kube.client import ConfigError
@@ -90,7 +90,7 @@ def command(
             agent, remarks = agent_options(used)
             for remark in remarks:
                 log.warning("configuration", remark=remark)
-            unused = without_effect(used)
+            unused = ignored_fields(used)
             if unused:
                 log.warning("unsupported, ignored", fields=unused)
             if remark := mode_remark(settings.given(ctx).get("proxy_mode") or given.kube_proxy.mode):

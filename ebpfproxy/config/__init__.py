@@ -1,17 +1,18 @@
-"""The agent's configuration: kube-proxy's own file, ours beside it in the same file, and flags over both.
+"""The agent's configuration: kube-proxy's document, a second one for ebpfproxy, and flags that override both.
 
 | module | what |
 |---|---|
-| ``kube_proxy`` | KubeProxyConfiguration: fields, the API's defaults |
-| ``validation`` | what kube-proxy refuses in it |
-| ``own`` | EbpfProxyConfiguration: fields, checks, JSON schema |
+| ``options`` | how a field declares its flag |
+| ``kube_proxy`` | KubeProxyConfiguration: fields, flags, the API's defaults |
+| ``validation`` | kube-proxy's checks of it |
+| ``own`` | EbpfProxyConfiguration: fields, flags, checks, JSON schema |
 | ``durations`` | Go's durations |
-| ``documents`` | YAML documents to structs, strictly, with every problem and not only the first |
-| ``flags`` | which flag sets which field |
-| ``load`` | a file, flags over it, what of it has no effect |
-| ``write`` | back to YAML, and to what ``/configz`` answers |
-| ``masquerade_ports`` | source ports for masquerading: a range, or what this host leaves free |
-| ``file_watch`` | whether the file has changed |
+| ``documents`` | strict conversion of YAML documents to structs, with all problems |
+| ``flags`` | applies flags to the documents |
+| ``load`` | reads a file, applies flags, lists ignored fields |
+| ``write`` | writes YAML and the content of ``/configz`` |
+| ``masquerade_ports`` | source ports for masquerading: a given range, or one that this host leaves free |
+| ``file_watch`` | notices a changed file |
 
 Must not know: maps, BPF, the agent. May import ``services``.
 """

@@ -1,4 +1,4 @@
-"""Addresses to listen at, as kube-proxy's fields have them."""
+"""Listen addresses in the notation of kube-proxy's fields."""
 
 from __future__ import annotations
 

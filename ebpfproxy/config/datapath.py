@@ -1,4 +1,4 @@
-"""What the datapath is told: sizes of maps and tables, unused features, when connections end."""
+"""Settings of the datapath: sizes of maps and tables, unused features, when connections are closed."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pathlib import Path
 import msgspec
 
 BPFFS = Path("/sys/fs/bpf")
-#: Primes, as Cilium's option has them.
+#: The primes that Cilium's option accepts.
 MAGLEV_SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
 MAGLEV_DEFAULT_SIZE = 16381
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """How much the maps can hold. Fixed when they are made; another value makes new ones beside the old."""
+    """The sizes of maps. They are fixed at creation; another value creates new maps beside the old ones."""
 
     #: Service ports, counted once for each address family.
     services: int = 65536
     #: Distinct endpoint address, port and protocol; both families together.
     backends: int = 262144
-    #: Connected sockets that are open and were translated; memory is taken for those that are there.
+    #: Open connected sockets that were translated; memory is allocated per socket.
     connected: int = 1 << 19
-    #: Unconnected UDP sockets that are open and have sent to a Service; memory as for ``connected``.
+    #: Open unconnected UDP sockets that have sent to a Service; memory as for ``connected``.
     unconnected: int = 1 << 18
-    #: Conntrack entries: two for each flow, four where it is masqueraded. 180 bytes each, taken at once.
+    #: Conntrack entries: two per flow, four if it is masqueraded. 180 bytes each, allocated in advance.
     conntrack: int = 1 << 19
     #: Prefixes of all loadBalancerSourceRanges.
     source_ranges: int = 1 << 18
-    #: Places in selections: one a backend and service port, more with weights, a table's size with Maglev.
+    #: Slots of selections: one per backend and service port, more with weights, a table's size with Maglev.
     slots: int = 1 << 20
-    #: Clients with session affinity. 110 bytes each, taken at once.
+    #: Clients with session affinity. 110 bytes each, allocated in advance.
     affinity: int = 1 << 16
 
     @property
@@ -39,7 +39,7 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class Feature(enum.StrEnum):
-    """Features that are used where present; without one the named fallback works."""
+    """Kernel features that are used if present; each has a fallback."""
 
     SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
     TCX = "tcx"  # without: clsact filters (6.6)
@@ -47,7 +47,7 @@ class Feature(enum.StrEnum):
 
 
 class StaleTcp(enum.StrEnum):
-    """When TCP connections to a backend are ended: once it is gone, already when it is not ready, never."""
+    """When TCP connections to a backend are closed: once it is gone, already when not ready, or never."""
 
     GONE = "gone"
     UNREADY = "unready"

@@ -1,4 +1,4 @@
-"""From a file's text to structs, strictly, and with every problem: msgspec alone stops at the first."""
+"""Converts a file's text to structs, strictly, and with every problem: msgspec alone stops at the first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ebpfproxy.config.durations import Duration, parse_duration
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong. ``where``: a file, with the document if it has several, or a flag."""
+    """One error. ``where``: a file, with the document if it has several, or a flag."""
 
     where: str
     path: str
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
 
 class ConfigurationError(Exception):
-    """A configuration that cannot be used: ``problems``, each a line of the message."""
+    """An invalid configuration: ``problems``, each a line of the message."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -36,7 +36,7 @@ class ConfigurationError(Exception):
 
 
 class Quantity(str):
-    """A quantity of the API (``512``, ``4Ki``), as it was written; a number may stand for it."""
+    """A quantity of the API (``512``, ``4Ki``) as it was written, which may be a number."""
 
     __slots__ = ()
 
@@ -62,10 +62,10 @@ def _convert_custom(value: object, kind: type[Duration] | type[Quantity]) -> Dur
 
 
 def convert(value: object, kind: Any, path: str, problems: list[Problem]) -> Any:
-    """``value`` (plain mappings, sequences, scalars) as ``kind``; what is wrong is added to ``problems``.
+    """Converts ``value`` (plain mappings, sequences, scalars) to ``kind``, and adds errors to ``problems``.
 
-    A null is the same as nothing, as in Go. Where a field is wrong its default stands in, so that others
-    can still be checked; the result is of use only if no problem was added.
+    A null means an absent field, as in Go. An invalid field gets its default, so that others can still be
+    checked; the result is valid only if no problem was added.
     """
     struct = _struct_of(kind)
     if struct is not None:
@@ -76,7 +76,7 @@ def convert(value: object, kind: Any, path: str, problems: list[Problem]) -> Any
         items: list[Any] = [
             convert(each, arguments[0], f"{path}[{index}]", problems) for index, each in enumerate(value)
         ]
-        # What cannot be read keeps its place, so that the paths of others stay right.
+        # An invalid item keeps its index, so that the paths of the others stay right.
         return tuple("" if each is None and bare(arguments[0]) is str else each for each in items)
     if origin is dict and isinstance(value, dict):
         return {
@@ -95,7 +95,7 @@ def convert(value: object, kind: Any, path: str, problems: list[Problem]) -> Any
 
 
 def _explain(error: msgspec.ValidationError, value: object, kind: Any) -> str:
-    """msgspec's words, with the value where it is short, and with what would be possible."""
+    """msgspec's message, with a short value and with the possible values."""
     shown = repr(value)
     if not isinstance(value, str | int | float) or len(shown) > 80:
         return str(error)
@@ -122,7 +122,7 @@ def _convert_struct(
         elif each is not None:
             before = len(problems)
             converted = convert(each, field.type, join(path, key), problems)
-            # Sections and lists are of use without what of them is wrong.
+            # Sections and lists are kept without their invalid parts.
             if len(problems) == before or isinstance(converted, msgspec.Struct | tuple):
                 found[field.name] = converted
     return struct(**found)
@@ -153,9 +153,9 @@ def join(path: str, key: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as JSON knows it: a timestamp is a string.
+    """YAML with the types of JSON: a timestamp is a string.
 
-    Not libyaml's, which ends the process on a text that is nested far too deep.
+    libyaml's loader is not used, because it crashes on a text that is nested too deeply.
     """
 
 
@@ -166,7 +166,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class Document(NamedTuple):
-    """``number`` from 1, as they stand in the file; empty ones are counted, and left out."""
+    """``number`` counts from 1 in the order of the file, empty documents included; those are left out."""
 
     number: int
     value: Any
@@ -174,9 +174,9 @@ class Document(NamedTuple):
 
 
 def read_documents(text: str | bytes) -> list[Document]:
-    """The documents of a YAML or JSON text. A key that is there twice is a problem of its document.
+    """The documents of a YAML or JSON text. A repeated key is a problem of its document.
 
-    Raises ConfigurationError, without a file's name, where the text is no YAML.
+    Raises ConfigurationError, without a file's name, if the text is not YAML.
     """
     found = []
     loader = None
@@ -193,7 +193,7 @@ def read_documents(text: str | bytes) -> list[Document]:
     except yaml.YAMLError as error:
         raise ConfigurationError([Problem("", "", _one_line(error))]) from error
     except RecursionError as error:
-        raise ConfigurationError([Problem("", "", "nested far too deep")]) from error
+        raise ConfigurationError([Problem("", "", "nested too deeply")]) from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -213,7 +213,7 @@ def _repeated(node: Any, path: str, seen: set[int]) -> Iterator[Problem]:
             name = key.value if isinstance(key, yaml.ScalarNode) else "?"
             where = join(path, name)
             if isinstance(key, yaml.ScalarNode) and (key.tag, name) in keys:
-                yield Problem("", where, f"is there twice, again in line {key.start_mark.line + 1}")
+                yield Problem("", where, f"repeated key, again in line {key.start_mark.line + 1}")
             keys.add((key.tag, name))
             yield from _repeated(each, where, seen)
 

@@ -1,4 +1,4 @@
-"""Durations as Go reads and writes them (package time, ParseDuration and Duration.String)."""
+"""Durations in Go's notation (package time, ParseDuration and Duration.String)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 
 @functools.total_ordering
 class Duration:
-    """A whole number of nanoseconds, immutable. ``str()`` is as Go writes it: ``1h30m0s``, ``1.5s``."""
+    """A whole number of nanoseconds, immutable. ``str()`` gives Go's notation: ``1h30m0s``, ``1.5s``."""
 
     __slots__ = ("_nanoseconds",)
 
@@ -74,14 +74,14 @@ def _decimal(number: int, unit: int) -> str:
 
 
 def seconds(number: float) -> Duration:
-    """A duration of so many seconds, to the nearest nanosecond."""
+    """A duration in seconds, rounded to the nearest nanosecond."""
     return Duration(round(number * 10**9))
 
 
 def parse_duration(text: str) -> Duration:
-    """``1h30m``, ``1.5s``, ``-250ms``, ``0``: numbers with units, of which there is no default.
+    """Parses ``1h30m``, ``1.5s``, ``-250ms``, ``0``: numbers with units; there is no default unit.
 
-    What is less than a nanosecond is cut off. Raises ValueError, also beyond some 292 years, as Go does.
+    Fractions of a nanosecond are cut off. Raises ValueError, also beyond some 292 years, as Go does.
     """
     sign, unsigned = (-1, text[1:]) if text[:1] == "-" else (1, text.removeprefix("+"))
     if unsigned == "0":

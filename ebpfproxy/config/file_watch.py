@@ -1,4 +1,4 @@
-"""A configuration file that changes ends the agent, so that it is started again with the new one."""
+"""Notices a changed configuration file, so that the agent can exit and be restarted with the new one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SECONDS = 1.0
 
 
 def watch_file(path: Path, changed: Callable[[], None], seconds: float = _SECONDS) -> None:
-    """Calls ``changed`` once, from a thread, when the content is another. A file that is away is waited for.
+    """Calls ``changed`` once, from a thread, when the content has changed. A missing file is no change.
 
-    It is read, not watched: a ConfigMap's file is a link to a link, replaced by renaming a folder.
+    The file is polled, not watched: a ConfigMap's file is a link to a link, replaced by renaming a directory.
     """
     before = _content(path)
 

@@ -1,4 +1,4 @@
-"""Which flag sets which field: kube-proxy's flags, under its names, and ours."""
+"""Applies flags to the fields of both documents: kube-proxy's flags, under its names, and our own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _fields(options: tuple[Option, ...]) -> Mapping[str, str]:
 KUBE_PROXY_FLAGS = _fields(KUBE_PROXY_OPTIONS)
 OWN_FLAGS = _fields(OWN_OPTIONS)
 
-#: Flags that say what to do, and set no field.
+#: Flags that set no field.
 NO_FIELD = frozenset(
     (
         "boot-id-file",
@@ -53,7 +53,7 @@ NO_FIELD = frozenset(
 
 
 class Laid(NamedTuple):
-    """Both documents with flags over them. The mappings say which flag (``--min``) set a path."""
+    """Both documents with flags applied. The mappings give the flag (``--min``) that set a path."""
 
     kube_proxy: KubeProxyConfiguration
     own: EbpfProxyConfiguration
@@ -63,20 +63,20 @@ class Laid(NamedTuple):
 
 
 def lay(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration, flags: Mapping[str, Any]) -> Laid:
-    """``flags``: name (``oom-score-adj``; ``oom_score_adj`` and ``--oom-score-adj`` are the same) to value.
+    """Applies ``flags``, by name (``oom-score-adj``; ``oom_score_adj`` and ``--oom-score-adj`` are the same).
 
-    A value is what a command line has (text), or what click made of it: numbers, seconds for a duration,
-    paths, tuples. None is a flag that was not given. Raises KeyError for a flag that nobody knows.
+    A value is the text of a command line, or click's conversion of it: numbers, seconds for a duration,
+    paths, tuples. None is a flag that was not given. Raises KeyError for an unknown flag.
     """
     given = {
         name.removeprefix("--").replace("_", "-"): value for name, value in flags.items() if value is not None
     }
-    own = _give_way(own, given)
+    own = _overridden(own, given)
     if "manifests" in given and "kubeconfig" not in given:
         kube_proxy = _set(kube_proxy, "clientConnection.kubeconfig", "")
     problems: list[Problem] = []
     by_path: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    # The mode says where --masquerade-all belongs.
+    # The section of --masquerade-all depends on the mode.
     for name, value in sorted(given.items(), key=lambda item: item[0] != "proxy-mode"):
         if name in NO_FIELD:
             continue
@@ -96,8 +96,8 @@ def lay(kube_proxy: KubeProxyConfiguration, own: EbpfProxyConfiguration, flags: 
     return Laid(kube_proxy, own, problems, *by_path)
 
 
-def _give_way(own: EbpfProxyConfiguration, given: Mapping[str, Any]) -> EbpfProxyConfiguration:
-    """Fields of our document that say the same as a flag of kube-proxy's that was given."""
+def _overridden(own: EbpfProxyConfiguration, given: Mapping[str, Any]) -> EbpfProxyConfiguration:
+    """Clears fields of our document that a given flag of kube-proxy's overrides."""
     cleared: dict[str, Any] = {}
     for flag, ours, field, value in (
         ("ipvs-scheduler", "lb-algorithm", "lb_algorithm", None),
@@ -113,7 +113,7 @@ def _give_way(own: EbpfProxyConfiguration, given: Mapping[str, Any]) -> EbpfProx
 
 
 def _path_of(name: str, value: object, kube_proxy: KubeProxyConfiguration) -> tuple[str, bool]:
-    """Where a flag's value belongs, and whether that is our document. Raises KeyError."""
+    """The path that a flag sets, and whether it is in our document. Raises KeyError."""
     if name in OWN_FLAGS:
         return OWN_FLAGS[name], True
     if name == "detect-local-mode" and str(value) == "Devices":
@@ -124,7 +124,7 @@ def _path_of(name: str, value: object, kube_proxy: KubeProxyConfiguration) -> tu
 
 
 def _adapt(name: str, value: object) -> object:
-    """What kube-proxy's flags take beyond its fields, and ours always did."""
+    """Converts values that flags accept and fields do not."""
     text = str(value).strip()
     if name == "healthz-bind-address":
         return with_port(text, HEALTHZ_PORT)
@@ -138,7 +138,7 @@ def _adapt(name: str, value: object) -> object:
 
 
 def _plain(value: object, field: Any) -> object:
-    """A flag's value as YAML would have it, for a field of this type. What does not fit stays as it is."""
+    """A flag's value as YAML would contain it, for a field of this type. A misfit is returned unchanged."""
     kind = bare(field)
     origin = typing.get_origin(kind)
     if isinstance(value, enum.Enum):

@@ -32,7 +32,7 @@ Verbosity = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
 class _Api(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Camel case, and nothing that is not named."""
+    """Camel-case names; unknown fields are errors."""
 
 
 class ClientConnection(_Api, frozen=True):
@@ -141,7 +141,7 @@ class DetectLocal(_Api, frozen=True):
 
 
 class Conntrack(_Api, frozen=True):
-    """Time-outs: 0 leaves what the kernel has. ``max_per_core``: 0 leaves the limit, and ignores ``min``."""
+    """A time-out of 0 keeps the kernel's. ``max_per_core`` 0 keeps the limit, and ignores ``min``."""
 
     max_per_core: Annotated[Int32, Flag("--conntrack-max-per-core")] = 32768
     min: Annotated[Int32, Flag("--conntrack-min")] = 131072
@@ -247,15 +247,15 @@ class KubeProxyConfiguration(_Api, frozen=True):
 
     @property
     def masquerade_all(self) -> bool:
-        """That of the mode's own section; IPVS has iptables'."""
+        """The value of the mode's own section; IPVS uses that of iptables."""
         return (self.nftables if self.mode == "nftables" else self.iptables).masquerade_all
 
 
 #: false: spec.externalIPs of Services are not served.
 EXTERNAL_IPS_GATE = "AllowServiceExternalIPs"
 
-#: (sync period, min sync period) where none is given. Only those of the mode in use are: kube-proxy keeps
-#: one pair, whatever the mode, and writes zeros for the others.
+#: Default (sync period, min sync period). They apply to the mode in use only: kube-proxy keeps one pair and
+#: writes zeros for the other modes.
 SYNC_PERIODS = {
     "iptables": (seconds(30), seconds(1)),
     "ipvs": (seconds(30), Duration()),
@@ -264,7 +264,7 @@ SYNC_PERIODS = {
 
 
 def with_api_defaults(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
-    """An empty text or a zero is the default, where the API says so (v1alpha1, SetDefaults)."""
+    """Replaces empty texts and zeros with the defaults of the API (v1alpha1, SetDefaults)."""
     bind = given.bind_address or "0.0.0.0"
     packed = parse_address(bind, strict=True)
     any_address, loopback = ("0.0.0.0", "127.0.0.1") if packed and len(packed) == 4 else ("::", "::1")
@@ -296,7 +296,7 @@ def with_api_defaults(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
 
 
 def complete(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
-    """With the defaults of Linux, and those of the mode: what kube-proxy does after its flags are read."""
+    """Adds the defaults of Linux and of the mode, as kube-proxy does after it has read its flags."""
     mode = given.mode or "iptables"
     node_ports = given.node_port_addresses
     made = msgspec.structs.replace(
@@ -318,12 +318,12 @@ def complete(given: KubeProxyConfiguration) -> KubeProxyConfiguration:
 
 
 def with_port(address: str, port: int) -> str:
-    """``IP`` with a port; what has one, or is no address, stays as it is."""
+    """Adds a port to an IP address; anything else is returned unchanged."""
     packed = parse_address(address, strict=True)
     if packed is None:
         return address
     return f"{address}:{port}" if len(packed) == 4 else f"[{address}]:{port}"
 
 
-#: What the agent uses where no file is given.
+#: The configuration without a file.
 DEFAULTS = complete(with_api_defaults(KubeProxyConfiguration()))

@@ -1,4 +1,4 @@
-"""A configuration file, flags over it, and what of it has no effect."""
+"""Reads a configuration file, applies flags, and lists ignored fields."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _TYPES: Mapping[str, tuple[str, type[msgspec.Struct]]] = {
 
 
 class Configuration(msgspec.Struct, frozen=True):
-    """Both documents. What a file says, with the API's defaults; :func:`effective` makes what is used."""
+    """Both documents, with the API's defaults; :func:`effective` adds the others."""
 
     kube_proxy: kp.KubeProxyConfiguration = kp.with_api_defaults(kp.KubeProxyConfiguration())
     own: ours.EbpfProxyConfiguration = ours.DEFAULTS
-    #: Fields of the file that only older kube-proxies had.
+    #: Fields of the file that only older versions of kube-proxy had.
     retired: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Configuration:
-    """One file. Raises ConfigurationError, with everything that is wrong with it."""
+    """Reads one file. Raises ConfigurationError with all errors."""
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -44,9 +44,9 @@ def load(path: Path) -> Configuration:
 
 
 def parse(text: str | bytes, name: str) -> Configuration:
-    """A KubeProxyConfiguration, an EbpfProxyConfiguration, or both in any order, as YAML or JSON.
+    """Parses a KubeProxyConfiguration, an EbpfProxyConfiguration, or both in any order, as YAML or JSON.
 
-    ``name`` is the file's, for errors. It has to be good by itself: no flag mends it. Raises
+    ``name`` is the file's, for errors. The file has to be valid by itself: no flag corrects it. Raises
     ConfigurationError.
     """
     try:
@@ -77,7 +77,7 @@ def parse(text: str | bytes, name: str) -> Configuration:
     for kind, of_kind in _check(kp.complete(configuration.kube_proxy), configuration.own).items():
         for problem in of_kind:
             placed = problem._replace(where=places.get(kind, name))
-            # A field that could not be read has its default here, of which nothing is to be said.
+            # A field that could not be read has its default here, which is no further error.
             if (placed.where, placed.path) not in known:
                 problems.append(placed)
     if problems:
@@ -88,10 +88,10 @@ def parse(text: str | bytes, name: str) -> Configuration:
 def _read_document(
     document: Document, found: dict[str, Any], retired: list[str]
 ) -> tuple[str, list[Problem]]:
-    """Puts the document into ``found``. Its kind, empty where that cannot be used, and what is wrong."""
+    """Adds the document to ``found``. Returns its kind, empty if that is invalid, and its problems."""
     value, problems = document.value, list(document.problems)
     if not isinstance(value, dict):
-        return "", [*problems, Problem("", "", "is no mapping")]
+        return "", [*problems, Problem("", "", "is not a mapping")]
     kind, version = value.get("kind"), value.get("apiVersion")
     if not isinstance(kind, str) or kind not in _TYPES:
         return "", [*problems, Problem("", "kind", f"{kind!r} is neither {kp.KIND} nor {ours.KIND}")]
@@ -110,25 +110,25 @@ def _read_document(
 def _check(
     kube_proxy: kp.KubeProxyConfiguration, own: ours.EbpfProxyConfiguration
 ) -> dict[str, list[Problem]]:
-    """By kind. ``kube_proxy`` is complete."""
+    """Problems by kind. ``kube_proxy`` is complete."""
     of_own = ours.validate(own)
     if own.manifests and (kube_proxy.client_connection.kubeconfig or own.master):
         of_own.append(
-            Problem("", "manifests", "goes without --kubeconfig (clientConnection.kubeconfig) and --master")
+            Problem("", "manifests", "excludes --kubeconfig (clientConnection.kubeconfig) and --master")
         )
     return {kp.KIND: validation.validate(kube_proxy), ours.KIND: of_own}
 
 
 def effective(configuration: Configuration, flags: Mapping[str, Any] | None = None) -> Configuration:
-    """The configuration with flags laid over it, complete: what the agent uses.
+    """The complete configuration with flags applied, as the agent uses it.
 
-    ``flags``: those that were given, by name (see :func:`ebpfproxy.config.flags.lay`); they win. Other than
-    in a file, an address for health checks or metrics may be empty there, for nowhere, or ``:PORT``. Where a
-    flag says what our own document says as well, the flag wins there too: ``--ipvs-scheduler`` over
-    lbAlgorithm, ``--kubeconfig`` over manifests.
+    ``flags``: those that were given, by name (see :func:`ebpfproxy.config.flags.lay`). They override the
+    file. In contrast to a file, an address for health checks or metrics may be empty in a flag,
+    which disables it, or ``:PORT``. A flag also overrides our own document: ``--ipvs-scheduler`` lbAlgorithm,
+    ``--kubeconfig`` manifests.
 
-    Raises ConfigurationError: flags by their names, what only together is wrong by its path. Raises KeyError
-    for a flag that nobody knows.
+    Raises ConfigurationError, with errors of flags by their names and errors of combinations by path. Raises
+    KeyError for an unknown flag.
     """
     laid = flag_table.lay(configuration.kube_proxy, configuration.own, flags or {})
     kube_proxy = kp.complete(_follow_bind_address(laid, configuration.kube_proxy.bind_address))
@@ -159,7 +159,7 @@ def effective(configuration: Configuration, flags: Mapping[str, Any] | None = No
 
 
 def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConfiguration:
-    """Addresses to serve at that were nobody's choice have the family of a ``--bind-address``."""
+    """Default addresses for health checks and metrics follow the family of ``--bind-address``."""
     found = laid.kube_proxy
     if found.bind_address == before:
         return found
@@ -179,18 +179,18 @@ def _follow_bind_address(laid: flag_table.Laid, before: str) -> kp.KubeProxyConf
     return msgspec.structs.replace(found, **changed)
 
 
-# -- what has no effect
+# -- ignored fields
 
-#: Fields that are not in the API any more; files of clusters that were upgraded often still have them.
+#: Fields that the API no longer has; files of upgraded clusters often still contain them.
 _RETIRED = ("resourceContainer", "udpIdleTimeout")
 
 
-def without_effect(configuration: Configuration) -> list[str]:
-    """The paths of fields that are set, and mean nothing here, in the API's order.
+def ignored_fields(configuration: Configuration) -> list[str]:
+    """The paths of fields that are set and ignored, in the API's order, after those of older versions.
 
-    A field is set if it differs from its default: kubeadm's files, and what ``--write-config-to`` wrote,
-    name every field. ``bindAddress`` still decides which family the health check's and the metrics' default
-    addresses have; that NodePorts follow it is what is missing. First come those of older kube-proxies.
+    A field is set if it differs from its default: kubeadm's files, and those of ``--write-config-to``,
+    contain every field. ``bindAddress`` decides only the family of the default health check and metrics
+    addresses; NodePorts do not follow it.
     """
     return [
         *configuration.retired,
@@ -207,7 +207,7 @@ def without_effect(configuration: Configuration) -> list[str]:
 
 
 def _is_a_default(path: str, value: Any) -> bool:
-    """What stands for nothing, or is the default of another mode."""
+    """A value that means nothing, or that is the default of another mode."""
     section, _, name = path.rpartition(".")
     if path == "featureGates":
         return set(value) <= {kp.EXTERNAL_IPS_GATE}

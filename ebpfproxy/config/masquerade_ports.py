@@ -1,11 +1,11 @@
-"""Which source ports masquerading may use."""
+"""The source ports for masquerading."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-#: Below it are the ports that servers may insist on as a client's (RFC 1700's reserved ones).
+#: Servers may require a client port below it (reserved ports, RFC 1700).
 LOWEST = 1024
 HIGHEST = 65535
 _ENOUGH = 1024
@@ -14,7 +14,7 @@ _SHARED = (32768, HIGHEST)
 
 
 class PortRangeError(Exception):
-    """A range of ports that cannot be used; the message names it."""
+    """An invalid range of ports; the message names it."""
 
 
 def parse_range(text: str) -> tuple[int, int]:
@@ -31,16 +31,16 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def local_range(text: str | None = None) -> tuple[int, int]:
-    """The kernel's own ephemeral ports, first and last, of both families: ``ip_local_port_range``."""
+    """The kernel's ephemeral ports of both families, first and last: ``ip_local_port_range``."""
     low, high = map(int, (text or _LOCAL_RANGE.read_text()).split())
     return low, high
 
 
 def default_range(local: tuple[int, int]) -> tuple[int, int]:
-    """The larger of the gaps above and below ``local``, the kernel's own ephemeral ports.
+    """The larger of the gaps above and below ``local``, the kernel's ephemeral ports.
 
-    The node's own connections then never share a port with a masqueraded client. Where neither gap has 1024
-    ports, the ports above the NodePorts are shared with the node's own connections: see :func:`overlaps`.
+    The node's own connections then never share a port with a masqueraded client. If neither gap has 1024
+    ports, the ports above the NodePorts are shared with the node's connections: see :func:`overlaps`.
     """
     low, high = local
     gaps = [(LOWEST, low - 1), (high + 1, HIGHEST)]
@@ -49,14 +49,14 @@ def default_range(local: tuple[int, int]) -> tuple[int, int]:
 
 
 def overlaps(ports: tuple[int, int], local: tuple[int, int]) -> bool:
-    """Whether a socket of this host may have one of ``ports``: programs then look for it first."""
+    """Whether a socket of this host may have one of ``ports``: programs then look up sockets first."""
     return ports[0] <= local[1] and local[0] <= ports[1]
 
 
 def shared_remark(ports: tuple[int, int]) -> str:
-    """What is to be said of ports that overlap ``ip_local_port_range``."""
+    """The warning about ports that overlap ``ip_local_port_range``."""
     return (
         f"masqueraded clients share the ports {ports[0]}-{ports[1]} with net.ipv4.ip_local_port_range: "
-        "those of this host's sockets are avoided, but a connection opened later may meet one of theirs; "
+        "ports of this host's sockets are avoided, but a later connection of the host may collide; "
         "narrow that range, or set --masquerade-ports"
     )

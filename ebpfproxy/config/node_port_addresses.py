@@ -1,22 +1,22 @@
-"""nodePortAddresses: at which of the node's addresses NodePorts answer (kube-proxy 1.37's values)."""
+"""nodePortAddresses: the addresses of the node that answer on NodePorts (values of kube-proxy 1.37)."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
 
-#: The node's primary addresses; those of the loopback; every one. They go beside each other and beside CIDRs.
+#: The node's primary addresses, those of the loopback, all. They can be combined, also with CIDRs.
 PRIMARY, LOCALHOST, ALL = "primary", "localhost", "all"
 KEYWORDS = (PRIMARY, LOCALHOST, ALL)
 _LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 
 
 class NodePortAddressesError(Exception):
-    """A value of nodePortAddresses that cannot be used; the message names it."""
+    """An invalid value of nodePortAddresses; the message names it."""
 
 
 def parse_node_port_addresses(texts: Iterable[str]) -> tuple[str, ...]:
-    """The values, checked: ``primary``, ``localhost``, ``all`` and CIDRs. Raises NodePortAddressesError."""
+    """Checks the values: ``primary``, ``localhost``, ``all`` and CIDRs. Raises NodePortAddressesError."""
     found = tuple(text.strip() for text in texts)
     for text in found:
         if text in KEYWORDS:
@@ -32,7 +32,7 @@ def parse_node_port_addresses(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def names_loopback(texts: Iterable[str]) -> bool:
-    """Whether IPv4 addresses of the loopback are among those that are meant."""
+    """Whether the values include IPv4 addresses of the loopback."""
     found = tuple(texts)
     return not found or any(
         text in (ALL, LOCALHOST)

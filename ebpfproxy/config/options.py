@@ -1,4 +1,4 @@
-"""A field of a configuration declares its flag: the one place where an option is described.
+"""A field of a configuration declares its flag, which is the only description of an option.
 
 A field's type has the values, its ``Meta`` the bounds and the text, its :class:`Flag` the name on the command
 line. From these come the options of ``ebpfproxy run`` (:mod:`ebpfproxy.cli.settings`), what a flag sets

@@ -1,4 +1,4 @@
-"""EbpfProxyConfiguration, ``ebpfproxy.io/v1alpha1``: what kube-proxy's configuration has no field for.
+"""EbpfProxyConfiguration, ``ebpfproxy.io/v1alpha1``: settings that kube-proxy's configuration lacks.
 
 It is a document of its own in the same file. A field here is the whole declaration of an option, see
 :mod:`ebpfproxy.config.options`; ``python -m tools.docs`` writes the JSON schema below ``deploy`` from it.
@@ -231,7 +231,7 @@ DEFAULTS = EbpfProxyConfiguration()
 
 
 def validate(found: EbpfProxyConfiguration) -> list[Problem]:
-    """What the types do not say, by path."""
+    """Checks beyond the types. Problems have a path."""
     problems = []
     for index, text in enumerate(found.service_cidrs):
         if parse_prefix(text) is None:

@@ -1,11 +1,11 @@
-"""What kube-proxy refuses in its configuration (pkg/proxy/apis/config/validation, Validate), with our words.
+"""The checks that kube-proxy makes of its configuration (pkg/proxy/apis/config/validation, Validate).
 
-Paths are those of the file (``conntrack.maxPerCore``), where kube-proxy prints the names of its Go types.
-Other than there:
+Paths are those of the file (``conntrack.maxPerCore``), whereas kube-proxy prints the names of its Go types.
+Differences:
 
 - addresses and CIDRs may not have leading zeros, nor may IPv4 be written in IPv6 (``::ffff:192.0.2.1``);
-- any feature gate is taken: which ones there are depends on the version, and only
-  AllowServiceExternalIPs has an effect here;
+- any feature gate is accepted: which ones exist depends on the version, and only AllowServiceExternalIPs has
+  an effect here;
 - ``showHiddenMetricsForVersion`` may be any minor version, for the same reason.
 """
 
@@ -54,7 +54,7 @@ def _validate(found: KubeProxyConfiguration) -> Found:
     if found.client_connection.burst < 0:
         yield "clientConnection.burst", f"{found.client_connection.burst} is below 0"
     if not math.isfinite(found.client_connection.qps):
-        yield "clientConnection.qps", f"{found.client_connection.qps} is not a number that JSON has"
+        yield "clientConnection.qps", f"{found.client_connection.qps} is not a finite number"
     if found.config_sync_period <= Duration():
         yield "configSyncPeriod", f"{found.config_sync_period} is not above 0"
     if parse_address(found.bind_address, strict=True) is None:
@@ -189,7 +189,7 @@ def _logging(found: Logging, gates: dict[str, bool]) -> Found:
     if found.format not in FORMATS:
         yield "logging.format", f"{found.format!r} is neither text nor json"
     if found.vmodule and found.format != "text":
-        yield "logging.vmodule", "goes with the format text only"
+        yield "logging.vmodule", "needs the format text"
     for index, item in enumerate(found.vmodule):
         if not item.file_pattern or "=" in item.file_pattern or "," in item.file_pattern:
             yield (

@@ -1,4 +1,4 @@
-"""A configuration as kube-proxy writes it: the YAML of ``--write-config-to``, the JSON of ``/configz``."""
+"""Writes a configuration in kube-proxy's format: YAML for ``--write-config-to``, JSON for ``/configz``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ebpfproxy.config.kube_proxy import KubeProxyConfiguration
 from ebpfproxy.config.load import Configuration
 from ebpfproxy.config.own import EbpfProxyConfiguration
 
-#: The names that ``/configz`` answers with: the API groups.
+#: The keys of ``/configz``: the API groups.
 KUBE_PROXY_GROUP, OWN_GROUP = "kubeproxy.config.k8s.io", "ebpfproxy.io"
 
-#: Not written while they are empty, zero or false (the API's omitempty).
+#: Fields that are omitted while they are empty, zero or false (the API's omitempty).
 _OMITTED = (
     ("featureGates",),
     ("windowsRunAsService",),
@@ -25,7 +25,7 @@ _OMITTED = (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes as Go's printer sets them, and no aliases."""
+    """Uses the quotes of Go's printer, and no aliases."""
 
     def choose_scalar_style(self) -> Any:
         style = super().choose_scalar_style()
@@ -41,13 +41,13 @@ def dump(value: Any, *, sort: bool = False) -> str:
 
 
 def _plain(configuration: msgspec.Struct) -> dict[str, Any]:
-    """What JSON knows, durations and quantities as text."""
+    """Types of JSON, with durations and quantities as text."""
     text = msgspec.json.encode(configuration, enc_hook=str)
     return msgspec.json.decode(text, type=dict[str, Any])
 
 
 def kube_proxy_builtins(configuration: KubeProxyConfiguration) -> dict[str, Any]:
-    """As ``/configz`` has it: the API's order, durations and quantities as text."""
+    """The content of ``/configz``: the API's order, durations and quantities as text."""
     made = _plain(configuration)
     qps = made["clientConnection"]["qps"]
     if qps == int(qps):
@@ -62,7 +62,7 @@ def kube_proxy_builtins(configuration: KubeProxyConfiguration) -> dict[str, Any]
 
 
 def kube_proxy_yaml(configuration: KubeProxyConfiguration) -> str:
-    """What ``kube-proxy --write-config-to`` writes: keys sorted."""
+    """The output of ``kube-proxy --write-config-to``, with sorted keys."""
     return dump(kube_proxy_builtins(configuration), sort=True)
 
 
@@ -71,12 +71,12 @@ def own_yaml(configuration: EbpfProxyConfiguration) -> str:
 
 
 def to_yaml(configuration: Configuration) -> str:
-    """Both documents, which :func:`ebpfproxy.config.load.parse` reads back."""
+    """Both documents, in the format of :func:`ebpfproxy.config.load.parse`."""
     return f"{kube_proxy_yaml(configuration.kube_proxy)}---\n{own_yaml(configuration.own)}"
 
 
 def configz(configuration: Configuration) -> dict[str, Any]:
-    """What ``/configz`` answers: kube-proxy's key with its document, and ours beside it."""
+    """The content of ``/configz``: kube-proxy's key with its document, and ours."""
     return {
         KUBE_PROXY_GROUP: kube_proxy_builtins(configuration.kube_proxy),
         OWN_GROUP: _plain(configuration.own),

@@ -1,9 +1,9 @@
-"""What the agent counts as it works.
+"""Counters of the agent.
 
 Names, help, labels and buckets of ``kubeproxy_*`` and ``rest_client_*`` are kube-proxy v1.36's, down to
 [ALPHA] and to ``le="1"`` where this library would write 1.0: queries that select a bucket compare text.
 
-Counters whose labels are known exist from the start: ``increase()`` does not see a step from nothing to one.
+Counters with known labels exist from the start, because ``increase()`` misses a step from nothing to one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.services.model import Family, Protocol
 
 _SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))
-#: The 0 is there by accident (component-base's MergeBuckets), and there it is.
+#: kube-proxy has the 0 by accident (component-base's MergeBuckets).
 _NETWORK_BUCKETS = (
     0,
     0.25,
@@ -58,7 +58,7 @@ _EVENT_BUCKETS = (
 
 
 class AgentMetrics:
-    """One registry an agent, so that several can live in one process."""
+    """One registry per agent, so that several can run in one process."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -153,19 +153,19 @@ class AgentMetrics:
         )
         self.event_to_map = Histogram(
             "ebpfproxy_event_to_map_seconds",
-            "From reading an event's bytes to the maps having what it changed",
+            "Time from reading an event to the updated maps",
             buckets=_EVENT_BUCKETS,
             registry=registry,
         )
         self._warnings = Counter(
             "ebpfproxy_warnings",
-            "Values of objects that were not used, and why is in the log",
+            "Invalid fields of objects that were ignored; the log has the reason",
             ["resource"],
             registry=registry,
         )
         self._events = Counter(
             "ebpfproxy_events",
-            "Events for objects of the API, by what became of them",
+            "Kubernetes Events by result",
             ["result"],
             registry=registry,
         )
@@ -176,7 +176,7 @@ class AgentMetrics:
         )
         self._without_room = Gauge(
             "ebpfproxy_service_ports_without_room",
-            "Service ports that are not programmed now, or not as they should be, because a map is full",
+            "Service ports that are not or not completely programmed now because a map is full",
             registry=registry,
         )
         self._devices = Gauge(
@@ -190,40 +190,40 @@ class AgentMetrics:
         )
         self._entries = Gauge(
             "ebpfproxy_conntrack_entries",
-            "Entries after the last sweep; two for each flow, four where it is masqueraded",
+            "Entries after the last sweep: two per flow, four if it is masqueraded",
             registry=registry,
         )
         self._expired = Counter(
-            "ebpfproxy_conntrack_expired", "Entries that sweeps have ended", registry=registry
+            "ebpfproxy_conntrack_expired", "Expired entries that sweeps deleted", registry=registry
         )
         self._evicted = Counter(
-            "ebpfproxy_conntrack_evicted", "Entries that the full table has pushed out", registry=registry
+            "ebpfproxy_conntrack_evicted", "Entries evicted from the full table", registry=registry
         )
         self._redirected_sockets = Counter(
             "ebpfproxy_stale_sockets_redirected",
-            "Connected UDP sockets whose backend had gone: their packets go to another one",
+            "Connected UDP sockets of a deleted backend whose packets are sent to another one",
             registry=registry,
         )
         self._ended_sockets = Counter(
             "ebpfproxy_stale_sockets_ended",
-            "Connected sockets that were ended because their backend had gone",
+            "Connected sockets that were closed because their backend was deleted",
             ["protocol"],
             registry=registry,
         )
         self._unseen_sockets = Counter(
             "ebpfproxy_stale_sockets_not_found",
-            "Sockets to a backend that had gone which were in no network namespace that the agent can enter",
+            "Sockets of a deleted backend that are in no network namespace that the agent can enter",
             registry=registry,
         )
         self._forgotten = Counter(
             "ebpfproxy_socket_records_removed",
-            "Records whose socket was closed or disconnected without a program having seen it",
+            "Records of sockets whose end no program saw",
             ["map"],
             registry=registry,
         )
         self._sweep = Histogram(
             "ebpfproxy_conntrack_sweep_seconds",
-            "Reading the whole table and deleting what is over",
+            "Time to read the whole table and delete expired entries",
             buckets=_SYNC_BUCKETS,
             registry=registry,
         )
@@ -251,7 +251,7 @@ class AgentMetrics:
         self._unseen_sockets.inc(number)
 
     def forgot_sockets(self, removed: Mapping[str, int]) -> None:
-        """How many records, by map."""
+        """The number of removed records by map."""
         for name, number in removed.items():
             self._forgotten.labels(name).inc(number)
 
@@ -264,7 +264,7 @@ class AgentMetrics:
         self._health_ports.labels("failed").set(failed)
 
     def swept(self, sweep: Sweep, departed: Mapping[Family, int] | None = None) -> None:
-        """``departed``: flows that were ended because their backend had gone; others had run out of time."""
+        """``departed``: flows that ended because their backend was deleted; others had expired."""
         self._entries.set(sweep.entries)
         self._expired.inc(sweep.expired)
         self._evicted.inc(sweep.evicted)
@@ -323,7 +323,7 @@ class AgentMetrics:
         self._without_room.set(service_ports)
 
     def requested(self, host: str, verb: str, seconds: float) -> None:
-        """Until the API server's answer began, good or bad: a watch goes on for minutes after that."""
+        """Seconds until the API server's response began: a watch goes on for minutes after that."""
         self._request_seconds.labels(host, verb).observe(seconds)
 
     def render(self) -> bytes:
@@ -331,7 +331,7 @@ class AgentMetrics:
 
 
 class _BoundsAsInGo(Collector):
-    """All that a registry has, with whole bounds of buckets as kube-proxy writes them."""
+    """The metrics of a registry, with whole bounds of buckets in kube-proxy's notation."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -346,7 +346,7 @@ class _BoundsAsInGo(Collector):
 
 
 class _ThreadCollector(Collector):
-    """What the panel "Goroutines" of dashboards for kube-proxy asks for."""
+    """The metric of the panel "Goroutines" of dashboards for kube-proxy."""
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -357,7 +357,7 @@ class _ThreadCollector(Collector):
 
 
 class SourceCollector(Collector):
-    """The watches' own account, read when asked. ``requests`` counts answers by HTTP status and method."""
+    """The state of the watches, read at each scrape. ``requests`` counts responses by status and method."""
 
     def __init__(
         self,
@@ -371,10 +371,12 @@ class SourceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         connected = GaugeMetricFamily(
-            "ebpfproxy_watch_connected", "1 while a watch works", labels=["resource"]
+            "ebpfproxy_watch_connected", "1 while the watch is connected", labels=["resource"]
         )
         last = GaugeMetricFamily(
-            "ebpfproxy_watch_last_event_timestamp_seconds", "Last bytes of a watch", labels=["resource"]
+            "ebpfproxy_watch_last_event_timestamp_seconds",
+            "Time of the last data of the watch",
+            labels=["resource"],
         )
         lists = CounterMetricFamily("ebpfproxy_watch_lists", "Complete lists", labels=["resource"])
         failures = CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""Whether the node's proxy works: health as ``/healthz`` says it, and what the kernel runs, when asked."""
+"""Metrics of the proxy's health: the state of ``/healthz``, and the attached programs, at each scrape."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class HealthCollector(Collector):
         )
         states = [each.alive for each in self._hooks()]
         hooks = GaugeMetricFamily(
-            "ebpfproxy_socket_hooks", "Hooks of the cgroup, by whether the kernel runs ours", labels=["state"]
+            "ebpfproxy_socket_hooks",
+            "Hooks of the cgroup, by whether our program is attached",
+            labels=["state"],
         )
         hooks.add_metric(["attached"], states.count(True))
         hooks.add_metric(["missing"], states.count(False))

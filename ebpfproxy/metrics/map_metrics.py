@@ -1,4 +1,4 @@
-"""What the maps say, read when asked: fill, writes, and the counters that programs keep."""
+"""Metrics of the maps, read at each scrape: entries, writes, and the programs' counters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ebpfproxy.services.model import format_endpoint
 
 
 class MapCollector(Collector):
-    """Reads the maps as a command would: programs and the agent's thread are not disturbed."""
+    """Reads the maps like a command does, without disturbing programs and the agent's thread."""
 
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
 
     def collect(self) -> Iterator[Metric]:
         entries = GaugeMetricFamily("ebpfproxy_map_entries", "Entries in use", labels=["map"])
-        capacity = GaugeMetricFamily("ebpfproxy_map_capacity", "Entries that fit", labels=["map"])
+        capacity = GaugeMetricFamily("ebpfproxy_map_capacity", "Maximum number of entries", labels=["map"])
         for one in fill(self._maps):
             entries.add_metric([one.name], one.entries)
             capacity.add_metric([one.name], one.capacity)
@@ -38,7 +38,7 @@ class MapCollector(Collector):
         dump = Dump(self._maps)
         services = CounterMetricFamily(
             "ebpfproxy_service_connections",
-            "Connections and datagrams by what became of them: chosen, refused, dropped",
+            "Connections and datagrams by result: chosen, refused, dropped",
             labels=["namespace", "service", "port", "protocol", "ip_family", "result"],
         )
         for each in dump.service_counters():
@@ -50,14 +50,14 @@ class MapCollector(Collector):
         yield services
         backends = CounterMetricFamily(
             "ebpfproxy_backend_connections",
-            "Connections and datagrams sent to a backend; only those that have any",
+            "Connections and datagrams sent to a backend; only backends with any",
             labels=["address", "protocol"],
         )
         _add_backends(dump, backends, dump.backend_connections())
         yield backends
         loads = GaugeMetricFamily(
             "ebpfproxy_backend_open_connections",
-            "Connected sockets and flows of this node that are open to a backend; only those that have any",
+            "Open connected sockets and flows from this node to a backend; only backends with any",
             labels=["address", "protocol"],
         )
         _add_backends(dump, loads, dump.backend_loads())
@@ -66,7 +66,7 @@ class MapCollector(Collector):
     def _packet_events(self) -> Metric:
         events = CounterMetricFamily(
             "ebpfproxy_packets",
-            "Packets that were rejected, dropped, or passed though something was wrong, by reason",
+            "Packets that were rejected, dropped, or passed although something was wrong, by reason",
             labels=["action", "reason"],
         )
         found = counters(self._maps["packet_events"])
@@ -78,7 +78,7 @@ class MapCollector(Collector):
     def _unallocated(self) -> Metric:
         family = CounterMetricFamily(
             "ebpfproxy_unallocated_service_addresses",
-            "What went to an address of a Service CIDR that no Service has: packets dropped, sockets refused",
+            "Traffic to an address of a Service CIDR that no Service has: packets dropped, sockets refused",
             labels=["path", "ip_family"],
         )
         found = {index: count for index, (count,) in self._maps["unallocated"].nonzero_counters()}
@@ -90,7 +90,7 @@ class MapCollector(Collector):
 def _add_backends(
     dump: Dump, family: CounterMetricFamily | GaugeMetricFamily, numbers: Mapping[int, int]
 ) -> None:
-    """``numbers``: by backend id; one that is gone by now is left out."""
+    """``numbers``: by backend id; a backend that is gone meanwhile is skipped."""
     for backend_id, number in numbers.items():
         backend = dump.backend(backend_id)
         if backend is not None:

@@ -1,5 +1,5 @@
-"""This node: its name, its network namespace and its addresses, from the kernel (netlink, pyroute2).
+"""This node: its name, and the devices and addresses of its network namespace, from netlink.
 
-Must not know: Services, maps, the API server. May import ``netlink``, ``kube.objects``, the values of
+It knows no Services, maps or API server. May import ``netlink``, ``kube.objects``, the values of
 ``services``, and ``logs``.
 """

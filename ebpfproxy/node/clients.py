@@ -1,4 +1,4 @@
-"""Which address is which network namespace's: a client's two names, in packets and at the socket."""
+"""Maps addresses to network namespaces: a client is an address in packets, a namespace at the socket."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ebpfproxy.netlink.namespaces import OWN, cookie_of, namespaces, netlink_in
 _NETLINK_ROUTE = 0
 _RTM_GETADDR = 22
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-#: rtm_scope: a link-local address is one of many alike, loopback's everybody's.
+#: Only addresses of this scope (rtm_scope) are unique: link-local ones and the loopback's are not.
 _SCOPE_UNIVERSE = 0
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
 
 
 def namespace_cookies() -> dict[bytes, int]:
-    """The cookie of the namespace that has an address, for all that this process can see.
+    """The cookie of the namespace that has an address, for all namespaces that this process can see.
 
-    Of several that have one address the host comes first, then the only one that a device links with the
-    host, as a pod is. Containers of another engine, or of a node within this one, may use them, too.
+    If several have one address, the host comes first, then the only one that a device links with the host, as
+    a pod is. Containers of another engine, or of a node within this one, may use the same addresses.
     """
     linked: dict[bytes, set[int]] = {}
     others: dict[bytes, set[int]] = {}
     host: dict[bytes, int] = {}
     with OWN.open("rb") as own:
         for path in namespaces():
-            # It may have gone meanwhile.
+            # The namespace may have been deleted meanwhile.
             with suppress(OSError), netlink_in(path, _NETLINK_ROUTE) as netlink:
                 netlink.settimeout(2.0)
                 cookie, addresses = cookie_of(netlink), list(_addresses(netlink))

@@ -1,4 +1,4 @@
-"""What netlink says of this network namespace, and what the Node object says of this node: no conclusions."""
+"""The state of this network namespace from netlink, and of this node from its Node object."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ebpfproxy.kube.objects import Node
 from ebpfproxy.services.model import Prefix
 from ebpfproxy.services.values import parse_address, parse_prefix
 
-#: In the order in which kube-proxy looks for a node's primary address (GetNodeHostIPs).
+#: kube-proxy looks for a node's primary address in this order (GetNodeHostIPs).
 _ADDRESS_TYPES = ("InternalIP", "ExternalIP")
 
 
 class Link(NamedTuple):
-    """A device as netlink has it. ``kind`` is None for hardware; MTU in bytes.
+    """A device in netlink. ``kind`` is None for hardware; the MTU is in bytes.
 
     ``master`` and ``lower``, the device of this namespace that it sends through, are 0 without one.
     ``passthru``: a macvlan or macvtap that has the link address of ``lower``.
@@ -47,7 +47,7 @@ class Address(NamedTuple):
 
 
 class DefaultRoute(NamedTuple):
-    """One of its ways. ``source`` is the preferred one, empty where none is set."""
+    """One next hop of it. ``source`` is the preferred source address, empty if none is set."""
 
     ifindex: int
     family: int
@@ -58,8 +58,8 @@ class DefaultRoute(NamedTuple):
 class Facts(msgspec.Struct, frozen=True):
     """One reading of the kernel's tables.
 
-    ``gateways``: devices with a route by a gateway that is another's; only those that
-    :func:`ebpfproxy.node.roles.asks_for_routes` names were looked at.
+    ``gateways``: devices with a route through a gateway that is not this node; only those that
+    :func:`ebpfproxy.node.roles.asks_for_routes` returns are examined.
     """
 
     links: tuple[Link, ...] = ()
@@ -76,14 +76,14 @@ class NodeAddress(NamedTuple):
 
 
 class NodeFacts(msgspec.Struct, frozen=True):
-    """Addresses are in the order in which they are the node's primary ones."""
+    """The first address of each family is the node's primary one."""
 
     addresses: tuple[NodeAddress, ...] = ()
     pod_cidrs: tuple[Prefix, ...] = ()
 
 
 def node_facts(node: Node | None) -> NodeFacts:
-    """What is no IP address or no CIDR is passed over: host names stand beside addresses."""
+    """Skips anything that is not an IP address or CIDR: host names are listed among addresses."""
     if node is None:
         return NodeFacts()
     listed = (node.status.addresses if node.status is not None else None) or ()

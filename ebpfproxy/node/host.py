@@ -1,4 +1,4 @@
-"""What kube-proxy sets on its host beside Services: conntrack's limits, its own standing with the kernel."""
+"""Settings of the host that kube-proxy makes, too: conntrack's limits, and its own OOM score."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-#: Where /proc/sys is read-only, as in containers, the host's can be mounted elsewhere and named by this.
+#: In containers /proc/sys is read-only; this variable names another mount of the host's.
 _PROC_SYS_NET = Path(os.environ.get("EBPFPROXY_PROC_SYS_NET", "/proc/sys/net"))
 
 
 def set_oom_score_adj(value: int) -> None:
-    """Of this process, -1000 to 1000: see proc(5). A failure is logged."""
+    """Sets the OOM score of this process, -1000 to 1000: see proc(5). A failure is logged."""
     _write(Path("/proc/self/oom_score_adj"), value)
 
 
 def set_conntrack(limit: int, others: Mapping[str, int], *, root: Path = _PROC_SYS_NET) -> None:
-    """nf_conntrack_max, which is only ever raised, and other sysctls of net.netfilter by name.
+    """Sets nf_conntrack_max, which is only ever raised, and other sysctls of net.netfilter by name.
 
-    The table gets a bucket for each four entries, as kube-proxy sees to (cmd/kube-proxy/app/conntrack.go).
-    The agent keeps flows of its own; netfilter's are of traffic that other rules track. What cannot be set
-    is logged: a read-only /proc/sys, or another network namespace than the host's.
+    The table gets one bucket per four entries, as in kube-proxy (cmd/kube-proxy/app/conntrack.go). The agent
+    tracks its own flows; netfilter tracks other traffic. A failure is logged: a read-only /proc/sys, or a
+    network namespace other than the host's.
     """
     wanted = dict(others)
     for name, value in (("nf_conntrack_max", limit), ("nf_conntrack_buckets", limit // 4)):

@@ -1,4 +1,4 @@
-"""Which node this is."""
+"""The name of this node."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class NodeNameError(Exception):
 
 
 def node_name(override: str | None) -> str:
-    """``--hostname-override``, else the host's name: trimmed and in lower case, as kube-proxy does it.
+    """``--hostname-override``, else the host's name, trimmed and in lower case, as in kube-proxy.
 
-    Raises NodeNameError where nothing is left.
+    Raises NodeNameError if the name is empty.
     """
     name = (override or os.uname().nodename).strip().lower()
     if not name:

@@ -1,4 +1,4 @@
-"""Which packets are of this node's own pods: kube-proxy's detectLocalMode, and a mode without settings."""
+"""Recognizes packets of this node's pods: kube-proxy's detectLocalMode, and a mode without settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ebpfproxy.node.roles import Role
 
 
 class LocalMode(enum.StrEnum):
-    """``Devices`` is ours: what comes from a device that leads to this node's pods or VMs is a pod's."""
+    """``Devices`` is our own mode: packets from a device that leads to a pod or VM of this node are local."""
 
     DEVICES = "Devices"
     CLUSTER_CIDR = "ClusterCIDR"
@@ -28,12 +28,12 @@ class LocalPods(msgspec.Struct, frozen=True):
 
     @property
     def by_cidr(self) -> bool:
-        """Whether addresses tell, and not devices."""
+        """Whether addresses decide, not devices."""
         return self.mode in (LocalMode.CLUSTER_CIDR, LocalMode.NODE_CIDR)
 
     def is_behind(self, device: Device) -> bool:
-        """Whether packets from this device are of this node's pods."""
-        # Netfilter, where kube-proxy's rules are, sees a bridge's packets come from the bridge, not the port.
+        """Whether packets from this device come from this node's pods."""
+        # kube-proxy's rules are in netfilter, where packets of a bridge's port come from the bridge.
         seen_as = device.bridge or device.name
         if self.mode is LocalMode.BRIDGE_INTERFACE:
             return seen_as == self.value

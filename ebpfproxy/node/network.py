@@ -1,6 +1,7 @@
-"""What this node is in its network: devices with their roles, addresses. ``network_of`` is pure.
+"""The network of this node: devices with their roles, and addresses. ``network_of`` is pure.
 
-It combines what netlink says (``network_watcher``) with the Node object, in the reconciler, at every change.
+It combines the state of netlink (``network_watcher``) with the Node object; the reconciler calls it at every
+change.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ebpfproxy.node.roles import ETHERNET, Role, Roles, devices_below
 
 _FAMILIES: tuple[int, ...] = (socket.AF_INET, socket.AF_INET6)
 _SIZES: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
-#: Those on which kube-proxy and kube-router put Services' addresses for IPVS.
+#: kube-proxy and kube-router assign Services' addresses to these devices for IPVS.
 _IPVS = frozenset(("kube-ipvs0", "kube-dummy-if"))
 
 
@@ -54,9 +55,9 @@ class Network(msgspec.Struct, frozen=True):
 
 
 def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) -> Network:
-    """Which devices are attached to, what they are and why; which addresses are the node's.
+    """The devices to attach to, their roles with reasons, and the node's addresses.
 
-    ``patterns`` name uplinks; without patterns evidence does (:class:`ebpfproxy.node.roles.Roles`).
+    ``patterns`` name uplinks; without patterns :class:`ebpfproxy.node.roles.Roles` decides.
     """
     used = list(Roles(facts, node, patterns).used())
     names = {link.ifindex: link.name for link in facts.links}
@@ -97,9 +98,9 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
 def _primary(
     family: int, facts: Facts, node: NodeFacts, present: frozenset[bytes], uplinks: set[int]
 ) -> bytes:
-    """The first that the Node names and that is here, as kube-proxy has it; else the default route's.
+    """The first address of the Node that a device has, as in kube-proxy; else the default route's.
 
-    An address of the Node that no device has is one that a router in front of it translates.
+    An address of the Node that no device has belongs to a router that translates it.
     """
     size = _SIZES[family]
     for each in node.addresses:

@@ -29,7 +29,7 @@ from ebpfproxy.node.roles import asks_for_routes
 log = get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
-#: Between two readings: a routing daemon may change thousands of routes a second.
+#: The pause between two readings: a routing daemon may change thousands of routes a second.
 _REST_SECONDS = 0.05
 _FAMILIES: tuple[int, ...] = (socket.AF_INET, socket.AF_INET6)
 
@@ -56,7 +56,7 @@ _NO_ROUTES = frozenset((errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errn
 
 
 def read_facts(netlink: Any) -> Facts:
-    """The present state, from a dump of each: links, addresses, routes."""
+    """The current state, from dumps of links, addresses and routes."""
     found = Facts(tuple(_links(netlink)), tuple(_addresses(netlink)), tuple(_default_routes()))
     own = {each.address for each in found.addresses}
     gateways = frozenset(index for index in asks_for_routes(found) if _has_gateway(index, own))
@@ -115,9 +115,9 @@ def _default_routes() -> Iterator[DefaultRoute]:
 
 
 def _has_gateway(ifindex: int, own: set[bytes]) -> bool:
-    """Whether a device has a route by a gateway that is none of ``own`` addresses.
+    """Whether a device has a route through a gateway that is none of our ``own`` addresses.
 
-    A CNI's device may have routes by its own address (cilium_host): what takes them is the CNI's programs.
+    A CNI's device may have routes through its own address (cilium_host), which the CNI's programs handle.
     """
     for family in _FAMILIES:
         for route in _dump_routes(family, ifindex):
@@ -137,18 +137,18 @@ def _gateway_of(hop: Any) -> bytes | None:
 
 
 def _dump_default_routes(family: int) -> Iterator[Any]:
-    """Those of the main table.
+    """The default routes of the main table.
 
-    Not pyroute2's get_default_routes (0.9.7): it asks for every table, and ends at the first datagram without
-    a default route, which loses IPv6's (the kernel's last) on a node with some hundred routes.
+    pyroute2's get_default_routes (0.9.7) reads every table and stops at the first datagram without a default
+    route, so that it misses IPv6's, which are the last, on a node with some hundred routes.
     """
     return _dump_routes(family)
 
 
 def _dump_routes(family: int, ifindex: int = 0) -> Iterator[Any]:
-    """Routes of the main table, decoded: those by a device, or default routes by any.
+    """Decoded routes of the main table: those of a device, or the default routes of all.
 
-    The kernel leaves out other devices; it can't filter by prefix, so other routes are passed over by their
+    The kernel filters by device. It cannot filter by prefix, so that other routes are skipped by their
     header.
     """
     by_device = _DEVICE.pack(_DEVICE.size, _RTA_OIF, ifindex) if ifindex else b""
@@ -156,9 +156,9 @@ def _dump_routes(family: int, ifindex: int = 0) -> Iterator[Any]:
         *(_DUMP_ROUTES.size + len(by_device), _RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0),
         *(family, 0, 0, 0, _MAIN_TABLE, 0, 0, 0, 0),
     )
-    # A socket of its own: a dump that is left half read makes the next one on it fail with EBUSY.
+    # A dump that is not read to its end makes the next one on the same socket fail with EBUSY.
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as routes:
-        # The kernel then leaves out what the request does not name, other tables among it.
+        # The kernel then applies all filters of the request, such as the table.
         routes.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
         routes.send(request + by_device)
         while True:
@@ -169,9 +169,9 @@ def _dump_routes(family: int, ifindex: int = 0) -> Iterator[Any]:
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     (code,) = _CODE.unpack_from(data, at + _HEADER_SIZE)
                     if code and -code not in _NO_ROUTES:
-                        raise OSError(-code, "routes cannot be read")
+                        raise OSError(-code, "cannot read routes")
                     return
-                # A kernel without IPv6 answers with IPv4's.
+                # A kernel without IPv6 returns the routes of IPv4.
                 if (
                     (ifindex or data[at + _PREFIX_AT] == 0)
                     and data[at + _FAMILY_AT] == family
@@ -184,7 +184,7 @@ def _dump_routes(family: int, ifindex: int = 0) -> Iterator[Any]:
 
 
 class NetworkWatcher:
-    """Calls ``sink`` with the whole state at the start and at every change, from a thread of its own."""
+    """Calls ``sink`` with the whole state at the start and at every change, from its own thread."""
 
     def __init__(self, sink: Callable[[Facts], None]) -> None:
         self._sink = sink
@@ -197,7 +197,7 @@ class NetworkWatcher:
         threading.Thread(target=self._run, name="network", daemon=True).start()
 
     def _deliver(self, netlink: Any) -> frozenset[int]:
-        """Returns the devices whose routes were asked for."""
+        """Returns the devices whose routes were read."""
         facts = read_facts(netlink)
         if facts != self._known:
             self._sink(facts)
@@ -213,18 +213,18 @@ class NetworkWatcher:
                 time.sleep(_RETRY_SECONDS)
 
     def _follow(self) -> None:
-        """Events only say that something changed: they are thrown away unread."""
+        """An event only signals a change: its content is discarded, and everything is read again."""
         groups = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as events, IPRoute() as netlink:
-            heard: frozenset[int] = frozenset()
-            _hear_no_other_routes(events)
+            filtered: frozenset[int] = frozenset()
+            _filter_route_events(events)
             events.bind((0, groups))
             while True:
                 asked = self._deliver(netlink)
-                if asked != heard:
-                    # What changed before the filter lets it through is in the next reading.
-                    _hear_no_other_routes(events, asked)
-                    heard = asked
+                if asked != filtered:
+                    # The next reading has every change that the filter dropped before.
+                    _filter_route_events(events, asked)
+                    filtered = asked
                     continue
                 select.select([events], [], [])
                 time.sleep(_REST_SECONDS)
@@ -237,13 +237,13 @@ class _Program(ctypes.Structure):
     _fields_ = (("count", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def _hear_no_other_routes(events: socket.socket, devices: Iterable[int] = ()) -> None:
-    """Drops events of routes in the kernel, unheard, but of default routes and those by one of ``devices``.
+def _filter_route_events(events: socket.socket, devices: Iterable[int] = ()) -> None:
+    """Drops events of routes in the kernel, except of default routes and those of ``devices``.
 
-    Classic BPF does it. A node that speaks BGP has thousands of those a second, and none changes what is
-    read here.
+    A classic BPF filter does it. A node that speaks BGP has thousands of these events a second, and none
+    changes the state that is read here.
     """
-    # More devices than jumps reach are none that a node has: those beyond are read with other events.
+    # Jumps reach no further; the routes of more devices would be read with other events.
     named = sorted(devices)[:200]
     count = len(named)
     program = [
@@ -274,6 +274,6 @@ def _discard(events: socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError as error:
-            # The kernel had more to say than the socket holds; all is read again anyway.
+            # The socket's buffer overflowed, but everything is read again anyway.
             if error.errno != errno.ENOBUFS:
                 raise

@@ -1,4 +1,4 @@
-"""Which of the node's addresses nodePortAddresses means."""
+"""Selects the node's addresses that nodePortAddresses names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ebpfproxy.node.network import Network
 
 
 def select_node_port_addresses(network: Network, selection: tuple[str, ...]) -> frozenset[bytes]:
-    """The addresses that NodePorts answer at, those of the loopback apart: all without a selection.
+    """The addresses that answer on NodePorts, without those of the loopback; all without a selection.
 
-    What means all leaves link-local IPv6 addresses out: no packet is forwarded from or to one.
+    "All" excludes link-local IPv6 addresses: no packet is forwarded from or to one.
     """
     everywhere = frozenset(address for address in network.answered if not is_link_local6(address))
     if not selection:

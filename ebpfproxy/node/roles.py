@@ -1,9 +1,9 @@
-"""Where each device leads, and why: pure rules over what netlink and the Node object say.
+"""The role of each device, and the reason: pure rules over netlink's state and the Node object.
 
-Only evidence makes a device a pod's: a client that is taken for a pod is not masqueraded, and its answers
-go astray where it is none. Other Nodes are not watched for their addresses: kube-proxy watches its own alone,
-and in a cluster of thousands the states of all would go to every node every few minutes. A route by a gateway
-tells the same: it leads to other machines.
+A device is a pod's only on evidence: a client that is taken for a pod is not masqueraded, and if it is none
+its replies are lost. The addresses of other Nodes are not watched, as in kube-proxy: in a cluster of
+thousands every node would receive the status updates of all. A route through a gateway is as good: it leads
+to other machines.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _TUNNELS = frozenset(
         *("ipip", "ip6tnl", "sit", "vti", "vti6", "xfrm", "wireguard"),
     )
 )
-#: Nothing of a Service's clients comes through these.
+#: No client of a Service uses these devices.
 _IGNORED = frozenset(["dummy", "ifb", "nlmon", "openvswitch", "vrf", "vcan", "can"])
 _IGNORED_NAMES = frozenset(("kube-ipvs0", "kube-dummy-if", "ovs-system"))
-#: Masters whose members' packets are seen on the master.
+#: Packets of these masters' members are seen on the master.
 _BUNDLES = frozenset(["bond", "team"])
-#: Those that have an end in a pod, or in a process that runs a VM ("tun" with a link layer is a tap).
+#: These kinds have an end in a pod, or in a process that runs a VM ("tun" with a link layer is a tap).
 _POD_PORTS = frozenset(["veth", "netkit", "tun"])
-#: Those that are on a network of other machines.
+#: These kinds are on a network with other machines.
 _NETWORK_PORTS = frozenset((None, "bond", "team", "vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
-#: Those that have a place of their own on the network of another device.
+#: These kinds are stacked on another device and have their own address on its network.
 _STACKED = frozenset(("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"))
 _MACVLANS = frozenset(("macvlan", "macvtap"))
 
@@ -44,14 +44,14 @@ class Role(enum.IntEnum):
     UPLINK = 0  # outside, and to other nodes
     TUNNEL = 1  # to other nodes' pods
     LOCAL = 2  # to pods and VMs of this node
-    OUTSIDE = 3  # nothing says where: its clients are treated as those of an uplink
+    OUTSIDE = 3  # unknown: its clients are treated as those of an uplink
 
     def __str__(self) -> str:
         return ("uplink", "tunnel", "pods", "outside")[self]
 
 
 def asks_for_routes(facts: Facts) -> frozenset[int]:
-    """Devices of which a route by a gateway would tell something that nothing else does.
+    """The devices whose role depends on a route through a gateway.
 
     They are few: bridges, taps and veths with an address of a network, and no default route.
     """
@@ -147,7 +147,7 @@ class Roles:
             return True
         return master.kind not in _BUNDLES and link.kind in _POD_PORTS
 
-    # -- where they lead
+    # -- roles
 
     def _role(self, link: Link) -> tuple[Role, str]:
         for pattern in self._patterns:
@@ -166,7 +166,7 @@ class Roles:
         return Role.OUTSIDE, f"{_kind(link)}, which tells nothing"
 
     def _leads_out(self, link: Link) -> str:
-        """The evidence that it does, empty without any."""
+        """The evidence that the device leads out of the node; empty without any."""
         if own := self._of_node.get(link.ifindex):
             return f"has the Node's {own[0]} {_text(own[1].address)}"
         if _is_tunnel(link):
@@ -188,7 +188,7 @@ class Roles:
         return ""
 
     def _ports_of(self, bridge: Link) -> tuple[list[Link], list[Link]]:
-        """Those to networks, and those to pods."""
+        """The ports to networks, and the ports to pods."""
         ports = self._ports.get(bridge.ifindex, ())
         return [p for p in ports if p.kind in _NETWORK_PORTS], [p for p in ports if p.kind in _POD_PORTS]
 
@@ -216,7 +216,7 @@ class Roles:
         return Role.LOCAL, f"a {link.kind} to a pod"
 
     def _in_pod_cidrs(self, link: Link) -> Address | None:
-        """Its address in the Node's podCIDRs, which CNIs give to the gateway of its pods."""
+        """The device's address in the Node's podCIDRs, which CNIs assign to the pods' gateway."""
         if link.kind in _NETWORK_PORTS:
             return None
         found = self._fit.get(link.ifindex, ())

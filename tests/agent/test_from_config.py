@@ -11,7 +11,7 @@ import pytest
 from ebpfproxy.agent.from_config import agent_options, in_use, mode_remark
 from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp
-from ebpfproxy.config.load import Configuration, effective, parse, without_effect
+from ebpfproxy.config.load import Configuration, effective, ignored_fields, parse
 from ebpfproxy.config.masquerade_ports import default_range, local_range
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.node.identity import NodeNameError
@@ -254,12 +254,12 @@ def test_external_ips_are_served_where_both_the_gate_and_the_setting_allow_it(
         options, _ = agent_options(configuration)
         assert options.external_ips is served
         assert in_use(configuration, options).own.external_ips is served, "as /configz says"
-        assert "featureGates" not in without_effect(configuration)
+        assert "featureGates" not in ignored_fields(configuration)
 
 
 def test_other_gates_have_no_effect() -> None:
     found = kube_proxy({"featureGates": {"AllowServiceExternalIPs": False, "Other": True}})
-    assert without_effect(effective(found)) == ["featureGates"]
+    assert ignored_fields(effective(found)) == ["featureGates"]
 
 
 def test_a_mode_that_nobody_chose_is_told_what_it_is_and_will_be() -> None:

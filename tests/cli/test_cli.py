@@ -126,7 +126,7 @@ def test_cleanup_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--manifests", "x", "--master", "y"), "--manifests: goes without --kubeconfig"),
+        (("--manifests", "x", "--master", "y"), "--manifests: excludes --kubeconfig"),
         (("--hostname-override", " ", "--manifests", "x"), "the node has no name"),
         (("--max-services", "0"), "0 is not in the range"),
         (("--healthz-bind-address",), "requires an argument"),

@@ -156,7 +156,7 @@ def test_a_flag_for_one_source_of_objects_wins_over_the_other_in_the_file() -> N
     assert (found.own.manifests, found.kube_proxy.client_connection.kubeconfig) == ("/m", "")
     assert effective(own({"manifests": "/m"}), {"master": "https://x"}).own.manifests == ""
     assert effective(own({"manifests": "/m"}), {"kubeconfig": "/k"}).own.manifests == ""
-    said = ["--manifests: goes without --kubeconfig (clientConnection.kubeconfig) and --master"]
+    said = ["--manifests: excludes --kubeconfig (clientConnection.kubeconfig) and --master"]
     assert flag_errors({"manifests": "/m", "kubeconfig": "/k"}) == said
     assert flag_errors({"manifests": "/m", "master": "https://x"}) == said
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.config.load import Configuration, load, parse, without_effect
+from ebpfproxy.config.load import Configuration, ignored_fields, load, parse
 from tests.config.files import KUBE_PROXY, OWN, errors, text_of, used
 from tests.config.test_kube_proxy import FIELDS
 
@@ -37,7 +37,7 @@ def test_empty_documents_are_passed_over_and_counted() -> None:
 def test_fields_of_older_kube_proxies_have_no_effect() -> None:
     found = parse(text_of({**KP, "udpIdleTimeout": "250ms", "resourceContainer": "/kube-proxy"}), "f")
     assert found.kube_proxy == parse(text_of(KP), "f").kube_proxy
-    assert without_effect(found) == ["resourceContainer", "udpIdleTimeout"]
+    assert ignored_fields(found) == ["resourceContainer", "udpIdleTimeout"]
     assert errors(text_of({**MINE, "udpIdleTimeout": "1s"})) == ["f: udpIdleTimeout: unknown field"]
 
 
@@ -71,8 +71,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         ("", ["f: has neither a KubeProxyConfiguration nor an EbpfProxyConfiguration"]),
         ("# nothing\n---\n", ["f: has neither a KubeProxyConfiguration nor an EbpfProxyConfiguration"]),
-        ("5", ["f: is no mapping"]),
-        ("[]", ["f: is no mapping"]),
+        ("5", ["f: is not a mapping"]),
+        ("[]", ["f: is not a mapping"]),
         ("{}", ["f: kind: None is neither KubeProxyConfiguration nor EbpfProxyConfiguration"]),
         (
             text_of({"kind": "ConfigMap", "apiVersion": "v1"}, KUBE_PROXY),
@@ -94,7 +94,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("a: b: c", ["f: line 1, column 5: mapping values are not allowed here"]),
         ("a: !!python/name:os.system x", None),
         ("? [1]\n: 2", None),
-        ("&a [*a]", ["f: is no mapping"]),
+        ("&a [*a]", ["f: is not a mapping"]),
         ("[" * 100_000, None),
     ],
 )
@@ -106,9 +106,9 @@ def test_what_is_no_configuration(text: str, said: list[str] | None) -> None:
 def test_keys_that_are_there_twice_are_errors() -> None:
     text = f"{text_of(KUBE_PROXY)}mode: ipvs\nconntrack:\n  min: 1\n  max: 1\n  min: 2\nmode: iptables\nmode: ipvs\n"
     assert errors(text) == [
-        "f: conntrack.min: is there twice, again in line 7",
-        "f: mode: is there twice, again in line 8",
-        "f: mode: is there twice, again in line 9",
+        "f: conntrack.min: repeated key, again in line 7",
+        "f: mode: repeated key, again in line 8",
+        "f: mode: repeated key, again in line 9",
         "f: conntrack.max: unknown field",
     ]
 
@@ -157,15 +157,15 @@ def test_any_values_are_read_or_refused_with_their_field(values: dict[str, objec
 # -- what has no effect
 
 
-def test_defaults_have_no_field_without_effect() -> None:
+def test_defaults_have_no_ignored_field() -> None:
     for mode in ("iptables", "ipvs", "nftables"):
-        assert without_effect(used({"mode": mode})) == []
+        assert ignored_fields(used({"mode": mode})) == []
         # A file that names every field has not set it.
         zeros = {
             name: {"syncPeriod": "0s", "minSyncPeriod": "0s"} for name in ("iptables", "ipvs", "nftables")
         }
         assert (
-            without_effect(used({"mode": mode, "portRange": "", "winkernel": {"enableDSR": False}}, zeros))
+            ignored_fields(used({"mode": mode, "portRange": "", "winkernel": {"enableDSR": False}}, zeros))
             == []
         )
 
@@ -213,9 +213,9 @@ def test_fields_without_effect_are_listed_once_they_are_set(path: str) -> None:
         holder[name] = each
     if path.startswith("logging.options"):
         given["featureGates"] = {"LoggingAlphaOptions": True}
-    found = [each for each in without_effect(used(given)) if not (each == "featureGates" and path != each)]
+    found = [each for each in ignored_fields(used(given)) if not (each == "featureGates" and path != each)]
     assert found == ([] if path in EFFECTIVE else [path])
 
 
 def test_bind_addresses_that_mean_all_are_no_setting() -> None:
-    assert without_effect(used({"bindAddress": "::"})) == []
+    assert ignored_fields(used({"bindAddress": "::"})) == []

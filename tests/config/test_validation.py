@@ -147,7 +147,7 @@ def test_good_values_are_taken(path: str, values: list[Any]) -> None:
         ),
         (
             {"logging": {"format": "json", "vmodule": [{"filePattern": "a", "verbosity": 1}]}},
-            ["logging.vmodule: goes with the format text only"],
+            ["logging.vmodule: needs the format text"],
         ),
         (
             {"logging": {"vmodule": [{}]}},

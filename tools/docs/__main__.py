@@ -1,4 +1,4 @@
-"""``python -m tools.docs``: writes what is made from the code, and says which files changed."""
+"""``python -m tools.docs``: writes generated files, and prints those that changed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tools.docs.tables import table
 
 _HEAD = """# Commands
 
-Made from the commands' own help by `python -m tools.docs`; `--help` behind any of them prints the same.
+`python -m tools.docs` generates this page from the commands' help; `--help` prints the same.
 
 """
 
@@ -20,7 +20,7 @@ Made from the commands' own help by `python -m tools.docs`; `--help` behind any 
 def walk(
     command: click.Command = main, parent: click.Context | None = None, name: str = "ebpfproxy"
 ) -> Iterator[click.Context]:
-    """A context for every command, groups among them, in the order of the help."""
+    """A context for every command and group, in the order of the help."""
     ctx = click.Context(
         command, info_name=name, parent=parent, **(main.context_settings if not parent else {})
     )

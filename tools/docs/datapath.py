@@ -1,4 +1,4 @@
-"""Tables of what the kernel has to have, of the maps, and of the reasons that packets are counted by."""
+"""Tables of required kernel features, of the maps, and of the reasons by which packets are counted."""
 
 from __future__ import annotations
 
@@ -22,62 +22,62 @@ _KINDS = {
 }
 _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",
-    "services6": "IPv6 frontends, likewise",
+    "services6": "IPv6 frontends, in the same form",
     "selections": "id and policy → range of slots; one 8-byte word",
     "slots": "backend ids and weights, or a Maglev table",
-    "turns": "whose turn it is with `round-robin`",
-    "members": "which backends a selection has: whether a remembered one is still good",
+    "turns": "the next backend with `round-robin`",
+    "members": "the backends of a selection, to check a remembered one",
     "affinity": "client and service port → backend",
-    "loads": "connections that are open to a backend",
+    "loads": "open connections to a backend",
     "client_namespaces": "pod address → network namespace, for session affinity",
-    "drained": "orders of `ebpfproxy backend drain`",
+    "drained": "requests of `ebpfproxy backend drain`",
     "backends": "id → address, port, protocol, state, weight",
-    "node_addresses": "addresses at which NodePorts answer",
-    "sock_peers": "unconnected UDP sockets: which backend stands for which frontend",
+    "node_addresses": "addresses that answer on NodePorts",
+    "sock_peers": "unconnected UDP sockets: the backend of each frontend",
     "port_clashes": "flows that sockets leave to packets: another frontend has the port and the backend",
-    "sock_origin": "connected sockets: what was asked for, and which backend it became",
-    "mptcp_subflows": "MPTCP sockets: which of their subflows asked for a Service",
-    "sock_redirects": "connected UDP sockets whose backend is gone: which frontend their packets ask again",
+    "sock_origin": "connected sockets: the requested frontend and its backend",
+    "mptcp_subflows": "MPTCP sockets: the subflow that connected to a Service",
+    "sock_redirects": "connected UDP sockets of a deleted backend: the frontend whose backends get their packets",
     "service_stats": "connections chosen, refused, dropped",
     "backend_stats": "connections chosen",
     "service_names": "id → namespace, name, port, for commands and metrics",
-    "conntrack": "flows of packets: what a packet becomes, both ways",
-    "epochs": "changes of a Service, by which flows notice",
+    "conntrack": "flows of packets: the translation of both directions",
+    "epochs": "number of changes of a Service, which flows compare",
     "departures": "backends that left a Service, until their flows and sockets are ended",
-    "fragments": "ports of a fragmented datagram, and the id that its fragments get",
-    "fragment_ids": "how many of those ids were given",
+    "fragments": "ports of a fragmented datagram, and the new id of its fragments",
+    "fragment_ids": "the last of those ids",
     "source_ranges": "`loadBalancerSourceRanges`",
-    "cidrs": "CIDRs of Services, and of pods where options name them",
-    "cidr_filter": "bits: may an address be in a Service CIDR",
-    "unallocated": "what went to addresses of Service CIDRs that nobody has",
+    "cidrs": "CIDRs of Services, and of pods if options name them",
+    "cidr_filter": "bits: whether an address may be in a Service CIDR",
+    "unallocated": "number of packets and sockets to addresses of Service CIDRs that no Service has",
     "devices": "the node's devices and their roles",
-    "address_filter": "bits: may an address be a frontend's",
-    "port_filter": "bits: may a port be a NodePort",
-    "flow_filter": "counts: may a pair of addresses be a flow's",
+    "address_filter": "bits: whether an address may be a frontend's",
+    "port_filter": "bits: whether a port may be a NodePort",
+    "flow_filter": "counts: whether a pair of addresses may be a flow's",
     "crc32c": "table for SCTP's checksum",
-    "packet_events": "packets by what befell them",
-    "scratch": "memory of a program",
+    "packet_events": "number of packets by result",
+    "scratch": "temporary memory of a program",
     "programmed": "when the maps were last changed, for `ebpfproxy status`",
-    "agent_state": "the agent's account of itself, for `ebpfproxy status`",
+    "agent_state": "the agent's state, for `ebpfproxy status`",
 }
 _REASONS = {
     "no-endpoint": "the Service has no endpoint",
     "no-such-port": "a cluster IP that has no such port",
-    "no-flow": "a TCP segment or SCTP chunk to a Service that opens nothing, and of no known connection",
-    "backend-gone": "the flow's backend is gone",
-    "no-local-endpoint": "policy Local, and no endpoint on this node",
+    "no-flow": "a TCP segment or SCTP chunk to a Service that opens no connection and belongs to none",
+    "backend-gone": "the flow's backend was deleted",
+    "no-local-endpoint": "policy Local without an endpoint on this node",
     "source-range": "the client is in none of `loadBalancerSourceRanges`",
     "no-such-service": "an address in a Service CIDR that no Service has",
-    "fragment": "a fragment whose first part was not seen",
-    "ports-taken": "no source port is left to masquerade this client to this backend: `--masquerade-ports`",
-    "table-full": "the flow could not be noted",
+    "fragment": "a fragment whose first fragment was not seen",
+    "ports-taken": "no free source port for masquerading towards this backend: `--masquerade-ports`",
+    "table-full": "the flow could not be stored",
     "unroutable": "`--bypass-netfilter`: no route to the backend",
-    "hops": "the packet's hop limit is at its end",
+    "hops": "the packet's hop limit is exhausted",
     "rewrite": "the packet could not be changed",
-    "martian": "a source address that cannot be one",
+    "martian": "an invalid source address",
     "malformed": "headers that end too early",
-    "sockets-full": "datagrams of a socket that there is no room for: `--max-datagram-sockets`; packets are "
-    "translated instead",
+    "sockets-full": "datagrams of a socket that does not fit (`--max-datagram-sockets`), translated in packets "
+    "instead",
 }
 
 
@@ -87,7 +87,7 @@ def must_haves() -> str:
 
 def maps() -> str:
     return table(
-        ("map", "type", "places", "what it holds"),
+        ("map", "type", "entries", "content"),
         (
             (f"`{each.name}`", _KINDS[each.kind], str(each.max_entries), _HOLDS[each.name])
             for each in schema.map_specs(Capacity())

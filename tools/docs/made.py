@@ -1,4 +1,4 @@
-"""The files that are made, whole or in part, as they should be now."""
+"""The current content of all files that are generated, whole or in part."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def wanted() -> dict[Path, str]:
 
 
 def named() -> set[str]:
-    """The parts that some file has."""
+    """The parts that occur in some file."""
     return {match[2] for path in DOCS.glob("*.md") for match in _PART.finditer(path.read_text())}

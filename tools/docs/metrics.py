@@ -1,4 +1,4 @@
-"""Tables of docs/metrics.md: what the agent's registry has, and the alerts of deploy/monitoring."""
+"""Tables of docs/metrics.md: the metrics of the agent's registry, and the alerts of deploy/monitoring."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Family(NamedTuple):
 
 @functools.cache
 def families() -> tuple[Family, ...]:
-    """All that /metrics has, sorted. The maps of one collector are real, and gone afterwards."""
+    """All metrics of /metrics, sorted. The maps of one collector are real and temporary."""
     metrics = AgentMetrics()
     health = ProxyHealth()
     metrics.registry.register(SourceCollector(list, dict, ""))
@@ -69,7 +69,7 @@ def series() -> set[str]:
 
 def _rows(*prefixes: str) -> str:
     return table(
-        ("metric", "type", "labels", "what it says of itself"),
+        ("metric", "type", "labels", "description"),
         (
             (
                 f"`{family.series[0].removesuffix('_bucket')}`",

@@ -94,7 +94,7 @@ def test_two_conflicts_are_one_line(site: StandIn) -> None:
     done = site.install(*ADDRESS)
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (
         1,
-        "Error: ConfigMap kube-system/ebpfproxy: config.yaml: is no mapping",
+        "Error: ConfigMap kube-system/ebpfproxy: config.yaml: is not a mapping",
     )
     done = site.install(*ADDRESS, "--no-inherit")
     assert done.exit_code == 1

@@ -7,6 +7,7 @@
 #ifndef EBPFPROXY_ALGORITHM_H
 #define EBPFPROXY_ALGORITHM_H
 
+#include "branchless.h"
 #include "load.h"
 #include "maps.h"
 
@@ -66,27 +67,6 @@ static __always_inline u32 slot_in_turn(const union selection *range, u32 select
 }
 
 /*
- * The search below has no branches on what it computes: for a bit that is known from a branch the
- * verifier would walk each path through the loop separately. Values are below 2^63.
- */
-static __always_inline u64 is_zero(u64 value)
-{
-	u64 sign = value - 1;
-
-	barrier_var(sign);
-	return sign >> 63;
-}
-
-/* Returns all bits set if @a < @b, else 0. */
-static __always_inline u64 mask_if_less(u64 a, u64 b)
-{
-	s64 difference = a - b;
-
-	barrier_var(difference);
-	return difference >> 63;
-}
-
-/*
  * Computes what IPVS compares, by weight: open connections. SED and NQ count the new connection as
  * well; NQ does not where the backend is idle.
  */
@@ -121,10 +101,10 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 		cost = cost_of(load, algorithm);
 		weight = slot->weight;
 		weight += is_zero(weight);
-		better = mask_if_less(cost * best_weight, best_cost * weight);
-		best ^= (best ^ at) & better;
-		best_cost ^= (best_cost ^ cost) & better;
-		best_weight ^= (best_weight ^ weight) & better;
+		better = is_less(cost * best_weight, best_cost * weight);
+		best = select(better, at, best);
+		best_cost = select(better, cost, best_cost);
+		best_weight = select(better, weight, best_weight);
 		at = is_small ? at + 1 : slot_at(range, bpf_get_prandom_u32());
 		if (at >= end)
 			at = range->base;

@@ -3,6 +3,7 @@
 #ifndef EBPFPROXY_LOAD_H
 #define EBPFPROXY_LOAD_H
 
+#include "branchless.h"
 #include "maps.h"
 #include "types.h"
 
@@ -51,7 +52,7 @@ static __always_inline u64 load_open(const struct load *load)
 	s64 open = (s32)(load->sockets + load->sockets_carried + load->flows_begun -
 			 load->flows_ended + load->flows_corrected);
 
-	return open & ~(open >> 63);
+	return select(sign_of(open), 0, open);
 }
 
 #endif

@@ -10,6 +10,7 @@
 #define EBPFPROXY_PEERS_H
 
 #include "addr.h"
+#include "branchless.h"
 #include "maps.h"
 #include "service.h"
 #include "stale.h"
@@ -42,9 +43,8 @@ static __always_inline u64 difference(const struct inet_addr *a, __be16 port,
 		_Pragma("clang loop unroll(full)") for (u64 i = 0; i < PEERS; i++)                 \
 		{                                                                                  \
 			const struct peer *peer = &(peers)->peer[i];                               \
-			u64 mask = -is_zero(differs);                                              \
                                                                                                    \
-			place = (place & ~mask) | ((i + 1) & mask);                                \
+			place = select(is_zero(differs), i + 1, place);                            \
 		}                                                                                  \
 		place;                                                                             \
 	})

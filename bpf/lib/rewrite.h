@@ -9,6 +9,7 @@
 #ifndef EBPFPROXY_REWRITE_H
 #define EBPFPROXY_REWRITE_H
 
+#include "branchless.h"
 #include "packet.h"
 
 #define IPV4_ID	    offsetof(struct ipv4_header, id)
@@ -36,12 +37,13 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 #pragma clang loop unroll(disable)
 	for (u32 k = 0; k < CRC_STEPS; k++) {
 		u32 *step = table + k * 1024;
-		/* There is no branch here: the verifier would walk all 2^17 paths. */
-		u32 mask = -(length >> k & 1);
+		u64 is_set = length >> k & 1;
 		u32 moved = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
 			    step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
 
-		crc = (moved & mask) | (crc & ~mask);
+		/* With a branch the verifier would walk all 2^17 paths. */
+		barrier_var(is_set);
+		crc = select(is_set, moved, crc);
 	}
 	return crc;
 }

@@ -308,7 +308,7 @@ def test_a_canary_touches_no_other_node(world: World) -> None:
 
 def test_a_selector_chooses(world: World) -> None:
     world.plane.put(node("node-b", pool="x"))
-    assert "all 1 nodes" in world.good("run", "-l", "pool=x")
+    assert "all 1 chosen nodes" in world.good("run", "-l", "pool=x")
     assert {line.partition(":")[0] for line in world.happened()} == {"node-b"}
 
 

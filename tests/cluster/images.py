@@ -40,7 +40,7 @@ GLIBC_DNS = f"{_E2E}/glibc-dns-testing:2.0.0"
 IPTABLES = "registry.k8s.io/build-image/distroless-iptables:v0.9.3"
 #: What scripts of the e2e suite call in agnhost's image, which is made from Alpine elsewhere.
 _TOOLS = "bind9-dnsutils,ca-certificates,conntrack,curl,iperf,iproute2,iptables,iputils-ping,netcat-openbsd,procps,wget,usr-is-merged"
-#: What an image of the agent depends on.
+#: An image of the agent depends on these paths.
 _SOURCES = ("deploy/Dockerfile", "deploy/base", "bpf", "ebpfproxy", "tools/lock", "pyproject.toml")
 
 

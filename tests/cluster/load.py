@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 #: Between two requests of a way; the machine is shared by clients, servers and what is tested.
 _PAUSE = 0.05
-#: For an answer. A lost SYN is sent again after 1 s and would hide, so UDP, which sends nothing again, is asked as well.
+#: The time for a reply. A lost SYN is sent again after 1 s and would go unnoticed, so that UDP, which sends nothing again, is asked as well.
 _SECONDS = 5.0
-#: For a Service to answer at first.
+#: The time until a new Service replies.
 _START_SECONDS = 60.0
 
 #: Requests of each way, however short the change was.

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 Results = dict[str, Result]
 
-#: With IPv6 first. Specs that are the API server's alone show nothing else there, and "Granular Checks" are asked by IPv6
+#: Specs for clusters with IPv6 first. Specs that are the API server's alone show nothing else there, and "Granular Checks" are asked by IPv6
 #: with IPv4 first, as those of the secondary family.
 _FOCUS_6 = re.compile(r"\[sig-network\] (Conntrack|HostPort|KubeProxy|Services|Topology)")
 _SKIP_6 = re.compile(

@@ -8,7 +8,7 @@ from tests.cluster import images, network
 from tests.cluster.cluster import Cluster
 
 NAMESPACE = "web"
-#: In one run of a shell; that one of two pods answers none of them happens once in a million runs.
+#: The number of requests in one run of a shell; that one of two pods answers none of them happens once in a million runs.
 _ASKED = 20
 _PORT = 8080
 

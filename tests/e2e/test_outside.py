@@ -121,7 +121,7 @@ def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pyt
     with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
         held = [Held(outer.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
         agent.stop()
-        # Without the bypass: flows that began with it go on with it.
+        # The bypass is off now, but flows that began with it keep it.
         options = [o for o in WAYS[request.node.callspec.params["every_way"]] if o != "--bypass-netfilter"]
         bigger = outer.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text

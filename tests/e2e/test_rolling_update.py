@@ -30,9 +30,9 @@ pytestmark = pytest.mark.root
 
 Item = dict[str, Any]
 
-#: Of servers, after SIGTERM: the agent has this time to send new connections elsewhere.
+#: Servers go on for this long after SIGTERM, so that the agent can send new connections elsewhere.
 LINGER = 1.5
-#: Of the recorded Services; and of everything that has none of its own there.
+#: The ports of the recorded Services, and of everything without a recorded port.
 PORT, TARGET_PORT = 80, 8080
 _numbers = itertools.count(1)
 
@@ -149,7 +149,7 @@ class Rollout:
         self.cluster = cluster
         self.services = [each["metadata"]["name"] for each in services]
         self.linger = linger
-        #: By recorded address. All that there will ever be: the recorded pace has no time for that.
+        #: All pods by recorded address. They are created in advance: the recorded pace leaves no time for it.
         self.pods: dict[str, Pod] = {}
         for endpoint in itertools.chain.from_iterable(each.item["endpoints"] or () for each in steps):
             (address,) = endpoint["addresses"]
@@ -157,7 +157,7 @@ class Rollout:
                 pod = cluster.nodes[endpoint["nodeName"]].pod(endpoint["targetRef"]["name"])
                 self.pods[address] = pod
         self.servers: dict[str, Server] = {}
-        #: By recorded address: since when surely no new connection of any of the Services goes there.
+        #: The time, by recorded address, from which no Service may send new connections there.
         self.left: dict[str, float] = {}
         self.step: Step | None = None
         cluster.put(Resource.SERVICES, *services)
@@ -290,7 +290,7 @@ def test_when_only_terminating_endpoints_are_left_they_are_used(cluster: Cluster
     for step in steps[1:]:
         gone = terminating - step.addresses
         if gone and loads:
-            # Of both, in their linger: new connections, and answers on the old ones.
+            # While the pods linger, both new connections and replies on old ones count.
             stop(loads, time.monotonic(), rollout.names(terminating))
             loads = []
         for each in gone:

@@ -13,7 +13,7 @@ from tests.lab import Lab, Pod, clients
 
 pytestmark = pytest.mark.root
 
-#: What kubeadm writes into kube-proxy's configuration: the pods of all nodes.
+#: kubeadm writes this into kube-proxy's configuration: the pods of all nodes.
 _PODS = ["--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"]
 
 

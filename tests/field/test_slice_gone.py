@@ -17,7 +17,7 @@ from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-#: What the agent is told; its default is 5.
+#: The agent runs with this value; its default is 5.
 SECONDS = 3.0
 THROUGH = {"v4", "v6", "mapped"}
 

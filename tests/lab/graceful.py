@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
-    #: Of a connection on which nobody asks.
+    #: An idle connection ends after this time.
     timeout = 10.0
     server: _Server
 
@@ -110,7 +110,7 @@ def _serve(name: str, port: int, linger: float) -> None:
     signal.signal(signal.SIGTERM, server.terminate)
     print("ready", flush=True)
     server.serve_forever(0.05)
-    # Who is in the queue has been accepted as far as a client can see.
+    # Connections in the queue look accepted to their clients.
     while select.select([server], [], [], 0)[0]:
         server.handle_request()
     # Waits for the threads of all connections.
@@ -125,7 +125,7 @@ class Server:
         command = [sys.executable, "-m", "tests.lab.graceful", "serve", name, str(port), str(linger)]
         self.process = space.popen(command, stdout=subprocess.PIPE)
         self.name = name
-        #: What it took in its life; known when it has ended.
+        #: The connections that it accepted in its life; known when it has ended.
         self.accepted: list[Accepted] = []
 
     def wait_ready(self) -> None:
@@ -265,7 +265,7 @@ def _mount(host: str, port: int, own: int, cgroup: str) -> None:
     while True:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # As NFS has it. A connection that ends by this says nothing to anybody.
+            # NFS uses this option. A connection that it ends sends no packet.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
             sock.settimeout(5)
             sock.bind(("", own))

@@ -36,7 +36,7 @@ class Holder:
     ) -> None:
         command = [sys.executable, "-m", "tests.lab.holders", str(seconds), json.dumps(specs)]
         self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        #: By name and backend (of IPv4 datagram sockets; else by name alone).
+        #: The number by name and backend for IPv4 datagram sockets, else by name alone.
         self.connected: Counter[str] = Counter()
 
     def wait(self) -> Counter[str]:

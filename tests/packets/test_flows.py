@@ -392,7 +392,7 @@ def test_udp_lite_uses_the_services_of_udp(wire: Wire, side: Side, port: int) ->
     """RFC 3828: its own number and a checksum over a part; connect() of such sockets has no hook."""
     header = struct.pack("!HHHH", port, 53, 8, 0)
     ip = side.ip(side.client, side.local_balancer, **({"proto": 136} if side.version == 4 else {"nh": 136}))
-    # With its length in place: it is part of what is summed up.
+    # The length has to be set, because the checksum covers it.
     whole = type(ip)(raw(ip / Raw(header + PAYLOAD)))
     check = (in4_chksum if side.version == 4 else in6_chksum)(136, whole, header)
     result = wire.arrive(ip / Raw(header[:6] + check.to_bytes(2, "big") + PAYLOAD))

@@ -12,7 +12,7 @@ from tests.lab import Agent, Lab, manifests
 from tests.packets.wire import Wire
 
 TRANSPORTS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
-#: By protocol: the service port, the NodePort, and the target port.
+#: The service port, the NodePort and the target port by protocol.
 PORTS = {"TCP": (80, 30080, 8080), "UDP": (53, 30053, 8053), "SCTP": (3868, 30868, 3869)}
 
 

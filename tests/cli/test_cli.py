@@ -72,7 +72,7 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
         (("--conntrack-udp-timeout", "soon"), "'soon' is not a duration such as 30s or 1h30m"),
     ],
 )
-def test_options_that_cannot_be_used_are_named(arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_named(arguments: tuple[str, ...], said: str) -> None:
     code, output = run("run", "--manifests", "/nowhere", *arguments)
     assert code != 0
     assert said in output
@@ -81,11 +81,11 @@ def test_options_that_cannot_be_used_are_named(arguments: tuple[str, ...], said:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30s", 30), ("1h30m", 5400), ("1.5m", 90), ("250ms", 0.25), ("0s", 0)]
 )
-def test_durations_are_gos(text: str, seconds: float) -> None:
+def test_durations_use_gos_notation(text: str, seconds: float) -> None:
     assert Seconds().convert(text, None, None) == seconds
 
 
-def test_flushing_takes_a_filter() -> None:
+def test_flush_requires_a_filter() -> None:
     code, said = run("conntrack", "flush")
     assert code == 2
     assert "give a filter or --all" in said
@@ -139,7 +139,7 @@ def test_wrong_options_are_one_clear_error(arguments: tuple[str, ...], said: str
 
 
 @pytest.mark.root
-def test_run_says_what_is_wrong_with_its_roots(tmp_path: Path) -> None:
+def test_run_reports_invalid_roots(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             sys.executable,

@@ -69,7 +69,7 @@ def test_a_cluster_is_asked_for_without_them() -> None:
     assert "libbpf" not in done.stderr
 
 
-def test_what_looks_at_maps_needs_no_library_to_say_that_none_are_there() -> None:
+def test_commands_that_read_maps_report_missing_maps_without_libbpf() -> None:
     """The error is about what is missing on this machine, in one line."""
     done = run("status", "--bpf-root", "/tmp")
     assert done.returncode != 0

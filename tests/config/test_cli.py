@@ -29,7 +29,7 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
     assert said.startswith("Usage: main config")
 
 
-def test_a_good_file_is_said_to_be_good(tmp_path: Path) -> None:
+def test_a_valid_file_is_reported_as_valid(tmp_path: Path) -> None:
     file = tmp_path / "kube-proxy.yaml"
     file.write_text(text_of(KUBE_PROXY, OWN))
     assert run("validate", str(file)) == (0, f"{file}: valid\n", "")
@@ -41,7 +41,7 @@ def test_a_good_file_is_said_to_be_good(tmp_path: Path) -> None:
     )
 
 
-def test_everything_that_is_wrong_with_a_file_is_a_line(tmp_path: Path) -> None:
+def test_every_error_in_a_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "kube-proxy.yaml"
     file.write_text(text_of({**KUBE_PROXY, "conntrack": {"maxPerCore": -1, "x": 1}, "mode": "x"}))
     code, out, said = run("validate", str(file))
@@ -89,7 +89,7 @@ def test_where_no_agent_answers() -> None:
     assert "--address: 'x' is not IP:port" in run("effective", "--address", "x")[2]
 
 
-def test_answers_that_are_no_agents() -> None:
+def test_responses_that_are_not_an_agents() -> None:
     server = HttpServer("other", "127.0.0.1:0", {"/configz": lambda: text_answer("hello")})
     other = HttpServer("nothing", "127.0.0.1:0", {})
     server.start()

@@ -42,7 +42,7 @@ INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
         ("00000000000000000000000001s", 10**9),
     ],
 )
-def test_what_go_reads_is_read(text: str, nanoseconds: int) -> None:
+def test_durations_that_go_accepts_are_accepted(text: str, nanoseconds: int) -> None:
     assert parse_duration(text).nanoseconds == nanoseconds
 
 
@@ -53,7 +53,7 @@ def test_what_go_reads_is_read(text: str, nanoseconds: int) -> None:
         *("inf", "9223372036854775808ns", "2562048h", "1" * 5000 + "s"),
     ],
 )
-def test_what_go_refuses_is_refused(text: str) -> None:
+def test_durations_that_go_rejects_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"duration"):
         parse_duration(text)
 
@@ -83,7 +83,7 @@ def test_durations_are_written_as_go_writes_them(nanoseconds: int, text: str) ->
 
 
 @given(INT64)
-def test_what_is_written_reads_back(nanoseconds: int) -> None:
+def test_written_durations_can_be_read_back(nanoseconds: int) -> None:
     assert parse_duration(str(Duration(nanoseconds))) == Duration(nanoseconds)
 
 

@@ -62,13 +62,13 @@ def test_every_flag_of_kube_proxy_sets_its_field(flag: str) -> None:
 
 
 @pytest.mark.parametrize("flag", OWN_FLAGS)
-def test_every_flag_of_ours_sets_its_field(flag: str) -> None:
+def test_every_flag_of_our_document_sets_its_field(flag: str) -> None:
     path = OWN_FLAGS[flag]
     found = effective(Configuration(), {flag: as_text(OWN_FIELDS[path])})
     assert shown(found, "ebpfproxy.io", path) == OWN_FIELDS[path]
 
 
-def test_what_click_made_of_a_value_is_taken_too() -> None:
+def test_values_that_click_converted_are_accepted() -> None:
     found = effective(
         Configuration(),
         {
@@ -98,7 +98,7 @@ def test_what_click_made_of_a_value_is_taken_too() -> None:
     assert found.kube_proxy.logging.verbosity == 5
 
 
-def test_a_flag_that_nobody_knows_is_a_mistake_of_the_caller() -> None:
+def test_an_unknown_flag_raises_key_error() -> None:
     with pytest.raises(KeyError):
         effective(Configuration(), {"no-such-flag": "x"})
 
@@ -110,7 +110,7 @@ def test_flags_win_over_the_file() -> None:
     assert effective(own({"maxServices": 5}), {"max-services": 6}).own.max_services == 6
 
 
-def test_the_mode_of_a_flag_brings_its_defaults() -> None:
+def test_a_mode_from_a_flag_has_its_defaults() -> None:
     found = used(flags={"proxy-mode": "nftables", "masquerade-all": True}).kube_proxy
     assert found.node_port_addresses == ("primary",)
     assert found.nftables.masquerade_all
@@ -126,7 +126,7 @@ def test_addresses_of_flags_may_be_empty_or_a_port_alone() -> None:
     assert (found.healthz_bind_address, found.metrics_bind_address) == ("127.0.0.1:10256", "[::1]:10249")
 
 
-def test_addresses_that_nobody_chose_follow_a_bind_address() -> None:
+def test_default_addresses_follow_bind_address() -> None:
     found = used(flags={"bind-address": "::"}).kube_proxy
     assert (found.healthz_bind_address, found.metrics_bind_address) == ("[::]:10256", "[::1]:10249")
     found = used(
@@ -135,14 +135,14 @@ def test_addresses_that_nobody_chose_follow_a_bind_address() -> None:
     assert (found.healthz_bind_address, found.metrics_bind_address) == ("0.0.0.0:1", "")
 
 
-def test_devices_as_the_local_mode_is_ours() -> None:
+def test_local_mode_devices_sets_our_document() -> None:
     found = used({"detectLocalMode": "NodeCIDR"}, flags={"detect-local-mode": "Devices"})
     assert (found.own.detect_local_mode, found.kube_proxy.detect_local_mode) == ("Devices", "NodeCIDR")
     back = effective(own({"detectLocalMode": "Devices"}), {"detect-local-mode": "NodeCIDR"})
     assert (back.own.detect_local_mode, back.kube_proxy.detect_local_mode) == (None, "NodeCIDR")
 
 
-def test_flags_of_kube_proxy_win_over_the_same_in_our_document() -> None:
+def test_flags_of_kube_proxy_override_our_document() -> None:
     file = own({"lbAlgorithm": "maglev", "localhostNodePorts": False})
     found = effective(file, {"ipvs-scheduler": "rr", "iptables-localhost-nodeports": True})
     assert (found.own.lb_algorithm, found.own.localhost_node_ports) == (None, None)
@@ -150,7 +150,7 @@ def test_flags_of_kube_proxy_win_over_the_same_in_our_document() -> None:
     assert found.own.lb_algorithm == "sh"
 
 
-def test_a_flag_for_one_source_of_objects_wins_over_the_other_in_the_file() -> None:
+def test_a_flag_for_one_source_overrides_another_source_in_the_file() -> None:
     file = kube_proxy({"clientConnection": {"kubeconfig": "/etc/k"}})
     found = effective(file, {"manifests": "/m"})
     assert (found.own.manifests, found.kube_proxy.client_connection.kubeconfig) == ("/m", "")
@@ -203,12 +203,12 @@ def test_a_flag_for_one_source_of_objects_wins_over_the_other_in_the_file() -> N
         ({"without": "xdp"}, ["--without: [0]: 'xdp' is none of set-retval, tcx"]),
     ],
 )
-def test_what_is_wrong_with_a_flag_has_its_name(flags: dict[str, Any], said: list[str]) -> None:
+def test_errors_of_flags_have_the_flags_name(flags: dict[str, Any], said: list[str]) -> None:
     found = flag_errors(flags)
     assert len(found) == len(said)
     assert all(each.startswith(start) for each, start in zip(found, said, strict=True)), found
 
 
-def test_what_only_together_is_wrong_has_its_path() -> None:
+def test_errors_of_combinations_have_a_path() -> None:
     with pytest.raises(ConfigurationError, match=r"detectLocal\.bridgeInterface: must not be empty"):
         effective(kube_proxy(), {"detect-local-mode": "BridgeInterface"})

@@ -163,7 +163,7 @@ def test_an_unknown_field_is_one_error(path: str) -> None:
     assert errors(text_of(merged(KUBE_PROXY, nested(unknown, None)))) == [f"f: {unknown}: unknown field"]
 
 
-def test_fields_are_told_by_their_exact_case() -> None:
+def test_field_names_are_case_sensitive() -> None:
     assert errors(text_of({**KUBE_PROXY, "clusterCidr": ""})) == [
         "f: clusterCIDR: unknown field".replace("CIDR", "Cidr")
     ]
@@ -218,7 +218,7 @@ def test_empty_texts_and_zeros_are_the_defaults_where_the_api_says_so() -> None:
     assert used(zeros).kube_proxy == kp.DEFAULTS
 
 
-def test_zeros_that_mean_something_stay() -> None:
+def test_meaningful_zeros_are_kept() -> None:
     found = used({"oomScoreAdj": 0, "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0"}})
     assert found.kube_proxy.oom_score_adj == 0
     assert (found.kube_proxy.conntrack.max_per_core, found.kube_proxy.conntrack.min) == (0, 0)
@@ -258,7 +258,7 @@ def test_node_ports_of_nftables_are_at_the_primary_addresses() -> None:
     )
 
 
-def test_lists_that_are_null_or_empty_stay_what_they_are() -> None:
+def test_null_and_empty_lists_are_kept() -> None:
     null, empty = used(), used({"nodePortAddresses": [], "ipvs": {"excludeCIDRs": []}})
     assert "nodePortAddresses: null\n" in kube_proxy_yaml(null.kube_proxy)
     assert "  excludeCIDRs: null\n" in kube_proxy_yaml(null.kube_proxy)

@@ -25,7 +25,7 @@ def test_one_document_or_both_in_any_order() -> None:
     assert parse(text_of(KUBE_PROXY), "f") == parse(text_of(OWN), "f") == Configuration()
 
 
-def test_empty_documents_are_passed_over_and_counted() -> None:
+def test_empty_documents_are_skipped_and_counted() -> None:
     assert (
         parse(f"---\n---\n{text_of(KP)}---\n# nothing\n---\n{text_of(MINE)}---\n", "f").own.max_services == 5
     )
@@ -98,12 +98,12 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("[" * 100_000, None),
     ],
 )
-def test_what_is_no_configuration(text: str, said: list[str] | None) -> None:
+def test_texts_that_are_not_a_configuration_are_rejected(text: str, said: list[str] | None) -> None:
     found = errors(text)
     assert found == said if said is not None else len(found) == 1 and found[0].startswith("f: ")
 
 
-def test_keys_that_are_there_twice_are_errors() -> None:
+def test_repeated_keys_are_errors() -> None:
     text = f"{text_of(KUBE_PROXY)}mode: ipvs\nconntrack:\n  min: 1\n  max: 1\n  min: 2\nmode: iptables\nmode: ipvs\n"
     assert errors(text) == [
         "f: conntrack.min: repeated key, again in line 7",

@@ -92,7 +92,7 @@ def test_wrong_values_are_named(path: str, values: list[Any]) -> None:
         ("logging.options.json.infoBufferSize", [0, "0", "0Ki"]),
     ],
 )
-def test_good_values_are_taken(path: str, values: list[Any]) -> None:
+def test_valid_values_are_accepted(path: str, values: list[Any]) -> None:
     for value in values:
         assert errors(text_of(merged(KUBE_PROXY, nested(path, value)))) == []
 

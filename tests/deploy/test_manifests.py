@@ -330,7 +330,7 @@ def test_templates_mean_what_they_mean_to_helm(text: str, rendered: str) -> None
         "{{}}",
     ],
 )
-def test_what_the_reader_does_not_know_is_an_error(text: str) -> None:
+def test_unknown_template_syntax_is_an_error(text: str) -> None:
     with pytest.raises(TemplateError):
         render(text, {"x": 1, "none": "", "m": {"k": "v"}})
 

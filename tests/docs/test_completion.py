@@ -128,7 +128,7 @@ def test_names_come_from_the_maps(
 
 
 @pytest.mark.root
-def test_whoever_may_not_read_the_maps_gets_nothing(node: LabNode) -> None:
+def test_without_access_to_the_maps_nothing_is_completed(node: LabNode) -> None:
     """Also no error: the bpffs is root's alone."""
     done = subprocess.run(
         [sys.executable, "-c", "from ebpfproxy.cli import main; main(prog_name='ebpfproxy')"],

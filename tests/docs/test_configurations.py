@@ -33,7 +33,7 @@ def _configurations() -> Iterator[tuple[str, str]]:
                 yield name, each["data"]["config.yaml"]
 
 
-def test_there_are_some() -> None:
+def test_the_docs_contain_configurations() -> None:
     assert len(list(_configurations())) >= 2
 
 
@@ -43,5 +43,5 @@ def test_blocks_of_yaml_can_be_read(block: Block) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), list(_configurations()))
-def test_configurations_are_good(name: str, text: str) -> None:
+def test_configurations_are_valid(name: str, text: str) -> None:
     load.effective(load.parse(text, name))

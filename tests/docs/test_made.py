@@ -30,12 +30,12 @@ def test_every_map_and_reason_is_described() -> None:
     assert datapath._REASONS.keys() == {str(each) for each in REJECTED | DROPPED | PASSED}
 
 
-def test_the_parts_say_something() -> None:
+def test_generated_parts_are_not_empty() -> None:
     for name, make in PARTS.items():
         assert len(make().splitlines()) > 2 or name == "metrics-process", name
 
 
-def test_the_charts_schema_is_of_the_values_that_the_template_takes() -> None:
+def test_the_charts_schema_matches_the_template() -> None:
     """It has the fields of EbpfProxyConfiguration but those that the template writes."""
     schema = json.loads(configuration.chart_schema())
     own = schema["properties"]["config"]["properties"]["own"]

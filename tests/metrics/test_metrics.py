@@ -151,7 +151,7 @@ def values(metrics: AgentMetrics) -> Mapping[str, float]:
     }
 
 
-def test_the_values_are_what_happened() -> None:
+def test_values_match_the_events() -> None:
     found = values(used())
     assert found["kubeproxy_sync_full_proxy_rules_duration_seconds_count ip_family=IPv4"] == 1
     assert found["kubeproxy_sync_partial_proxy_rules_duration_seconds_count ip_family=IPv4"] == 1
@@ -183,7 +183,7 @@ def test_counters_that_alerts_watch_exist_before_anything_happens() -> None:
         assert found[name] == 0, name
 
 
-def test_what_does_not_fit_and_is_not_found_is_shown() -> None:
+def test_capacity_problems_and_missing_sockets_are_shown() -> None:
     metrics = AgentMetrics()
     metrics.without_room(3)
     metrics.sockets_not_found(2)
@@ -194,7 +194,7 @@ def test_what_does_not_fit_and_is_not_found_is_shown() -> None:
     assert found["ebpfproxy_warnings_total resource=services"] == 1
 
 
-def test_health_and_hooks_are_read_when_asked() -> None:
+def test_health_and_hooks_are_read_at_each_scrape() -> None:
     metrics, now, hooks = AgentMetrics(), [100.0], [Attachment("connect4", None), Attachment("bind4", 7, 1)]
     health = ProxyHealth(clock=lambda: now[0])
     metrics.registry.register(HealthCollector(health.healthz, lambda: hooks))
@@ -214,7 +214,7 @@ def test_health_and_hooks_are_read_when_asked() -> None:
     assert values(metrics)["ebpfproxy_healthy"] == 0, "a change has waited for a minute"
 
 
-def test_watches_and_requests_are_read_when_asked() -> None:
+def test_watches_and_requests_are_read_at_each_scrape() -> None:
     metrics = AgentMetrics()
     status = SourceStatus(
         resource=Resource.NODES, state=State.FAILING, since=1.0, failures={"410": 2}, last_event=9.0

@@ -154,7 +154,7 @@ def test_kube_prometheus_stacks_panels_for_what_is_seldom_have_a_line_at_most(
     assert len(monitored.prometheus.query(STACK_DASHBOARD_SELDOM[name])) <= 1
 
 
-def test_the_numbers_are_those_of_what_happened(monitored: Monitored) -> None:
+def test_counters_match_the_events(monitored: Monitored) -> None:
     def one(expression: str) -> float:
         (found,) = monitored.prometheus.query(expression)
         return float(found["value"][1])

@@ -44,13 +44,13 @@ def test_kube_proxys_defaults_are_set_and_limits_only_raised(netfilter: Path) ->
     assert after(2)["max"] == 524_288
 
 
-def test_what_the_kernel_does_not_have_is_not_made(tmp_path: Path) -> None:
+def test_sysctls_that_the_kernel_lacks_are_skipped(tmp_path: Path) -> None:
     set_conntrack(524_288, {"nf_conntrack_udp_timeout": 9}, root=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.root
-def test_what_cannot_be_set_is_said_and_the_rest_is_set() -> None:
+def test_failures_are_logged_and_the_rest_is_set() -> None:
     """In a namespace of its own the limit is the host's to set, timeouts are not."""
     program = (
         "from ebpfproxy import logs; from ebpfproxy.node.host import set_conntrack; logs.configure('text', 0);"

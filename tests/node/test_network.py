@@ -136,7 +136,7 @@ def below(*links: Link, node: NodeFacts | None = None) -> dict[str, tuple[bool, 
     return {name: ways for name, ways in found.items() if any(ways)}
 
 
-def test_what_passes_a_bridge_passes_its_attached_ports() -> None:
+def test_packets_of_a_bridge_pass_its_attached_ports() -> None:
     """Programs are at the bridge and at its pods' ports; where they are at no port, the bridge is alone."""
     bridge = link(3, "cni0", "bridge")
     assert below(ETH0, bridge, link(4, "veth1", "veth", 3)) == {"cni0": (True, True)}
@@ -158,7 +158,7 @@ def test_what_passes_a_bridge_passes_its_attached_ports() -> None:
         ("veth", False, (True, True)),
     ],
 )
-def test_what_passes_a_device_on_another_may_pass_that_one(
+def test_packets_of_a_stacked_device_may_pass_the_lower_one(
     kind: str, passthru: bool, ways: tuple[bool, bool] | None
 ) -> None:
     """Frames to a macvlan have its own link address, but an ipvlan's, and a passthru macvlan's, are the lower's."""
@@ -185,7 +185,7 @@ def test_devices_without_clients_are_left_out(kind: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["kube-ipvs0", "kube-dummy-if"])
-def test_addresses_for_ipvs_are_nobodys_answers(device: str) -> None:
+def test_addresses_of_ipvs_devices_do_not_answer(device: str) -> None:
     addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10"), address(4, "10.96.0.11")]
     links = [ETH0, link(3, device, "dummy"), link(4, "nodelocaldns", "dummy")]
     network = network_of(links, addresses, [])
@@ -258,7 +258,7 @@ def test_node_port_addresses_that_cannot_be_used(texts: tuple[str, ...]) -> None
         parse_node_port_addresses(texts)
 
 
-def test_whose_packets_are_a_local_pods() -> None:
+def test_packets_of_local_pods_are_recognized() -> None:
     links = [ETH0, link(3, "cni0", "bridge"), link(4, "lxc1", "veth"), link(5, "vx0", "vxlan")]
     devices = {d.name: d for d in network_of(links, [address(2, "192.0.2.1")], [route(2)]).devices}
 
@@ -326,7 +326,7 @@ MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
         (link(3, "tun0", "tun", type=NONE), [], "10.8.0.1/24", "TUNNEL", "tun"),
     ],
 )
-def test_what_a_device_is_taken_for_and_why(
+def test_the_role_of_a_device_and_its_reason(
     device: Link, others: list[Link], text: str, role: str, why: str
 ) -> None:
     """None of these has a route that would tell; eth0 has the default route."""
@@ -391,7 +391,7 @@ def test_an_address_of_the_node_answers_even_on_a_device_for_ipvs() -> None:
     assert network.answered == {packed("192.0.2.1"), packed("10.0.0.5")}
 
 
-def test_what_the_node_object_says_is_read_and_names_are_passed_over() -> None:
+def test_addresses_of_the_node_object_are_read_and_names_skipped() -> None:
     text = """{"metadata": {"name": "a"}, "spec": {"podCIDRs": ["10.244.1.0/24", "ten"]}, "status": {"addresses": [
         {"type": "Hostname", "address": "a"}, {"type": "ExternalIP", "address": "203.0.113.9"},
         {"type": "InternalDNS", "address": "10.0.0.9"}, {"type": "InternalIP", "address": "10.0.0.5"},
@@ -609,7 +609,7 @@ def _with_a_burst() -> tuple[int, float]:
 
 
 @pytest.mark.root
-def test_what_changed_while_netlink_was_lost_is_seen() -> None:
+def test_changes_while_netlink_was_lost_are_seen() -> None:
     with Lab() as lab:
         lab.node("node-a").call(_lose_netlink)
 

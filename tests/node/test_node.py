@@ -11,7 +11,7 @@ from ebpfproxy.node.identity import NodeNameError, node_name
 from tests.lab import Lab
 
 
-def test_names_as_kube_proxy_makes_them() -> None:
+def test_node_names_follow_kube_proxy() -> None:
     assert node_name(" Node-A ") == "node-a"
     assert node_name(None) == socket.gethostname().lower()
     with pytest.raises(NodeNameError):

@@ -115,21 +115,23 @@ static __always_inline bool is_of_no_flow(struct __sk_buff *skb, const struct pa
 					  int *verdict)
 {
 	struct nat *nat = conntrack_lookup(&p->flow);
+	enum flow_verdict found;
 
 	if (!nat)
 		return true;
-	switch (flow_verdict_of(p, nat)) {
-	case FLOW_FORWARD:
+	found = flow_verdict_of(p, nat);
+	if (found == FLOW_FORWARD) {
 		*verdict = forward_flow(skb, p, nat);
 		return false;
-	case FLOW_REJECT:
-		conntrack_forget(&p->flow, nat);
-		*verdict = rejection(EVENT_BACKEND_GONE);
-		return false;
-	default:
-		conntrack_end(nat);
-		return true;
 	}
+	/* Nothing may be in the way of a direct flow that begins anew: it keeps its port then. */
+	if (found == FLOW_REJECT || is_of_direct_flow(nat, &p->flow))
+		conntrack_forget(&p->flow, nat);
+	else
+		conntrack_end(nat);
+	if (found == FLOW_REJECT)
+		*verdict = rejection(EVENT_BACKEND_GONE);
+	return found != FLOW_REJECT;
 }
 
 static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)

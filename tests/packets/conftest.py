@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from tests.lab import Lab
 from tests.packets.wire import Wire
 from tests.packets.world import SIDES, PacketWorld, Side
@@ -21,6 +22,13 @@ def world() -> Iterator[PacketWorld]:
 @pytest.fixture
 def wire(world: PacketWorld) -> Wire:
     return world.wire
+
+
+@pytest.fixture(scope="package")
+def tables(world: PacketWorld) -> Iterator[MapSet]:
+    opened = open_pinned(next((world.node.bpf_root / "ebpfproxy").glob("v*")))
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(params=SIDES, ids=["v4", "v6"])

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import TCP
 
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
 from tests.packets.test_flows import PAYLOAD, ends
 from tests.packets.wire import PASS, Wire
-from tests.packets.world import PacketWorld, Side
+from tests.packets.world import Side
 
 pytestmark = pytest.mark.root
 
 #: Initial sequence numbers; the backend's wraps round within the first segment.
 CLIENT, BACKEND = 3_000_000_000, 0xFFFFFFFC
 ASKED, ANSWERED = CLIENT + 1 + len(PAYLOAD), (BACKEND + 1 + len(PAYLOAD)) & 0xFFFFFFFF
-
-
-@pytest.fixture(scope="module")
-def tables(world: PacketWorld) -> Iterator[MapSet]:
-    folder = next((world.node.bpf_root / "ebpfproxy").glob("v*"))
-    opened = open_pinned(folder)
-    yield opened
-    opened.close()
 
 
 class Connection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import struct
 from collections.abc import Callable
+from itertools import starmap
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
 
+from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
 from tests.packets.world import PORTS, Side
 
@@ -122,6 +126,34 @@ def test_a_direct_flow_from_the_port_of_a_services_flow_gets_another(
     for asked, source in ((target, new_port()), (9000, port)):
         packet = question / segment(protocol, source, asked)
         passed(wire.arrive(packet), side.client, source, side.local_pod, asked)
+
+
+def test_a_direct_connection_that_outlives_its_services_flow_keeps_one_port(
+    wire: Wire, side: Side, port: int, tables: MapSet
+) -> None:
+    """Its client uses the port again once the Service's flow is gone, which is no longer in the way."""
+    service_port, _, target = PORTS["TCP"]
+    to_pod = side.ip(side.client, side.local_pod)
+    wire.arrive(side.ip(side.client, side.local_balancer) / segment("TCP", port, service_port))
+    other = ends(wire.arrive(to_pod / segment("TCP", port, target)).packet)[1]
+    assert other != port
+    reset = to_pod / TCP(sport=port, dport=target, flags="R", seq=1001 + len(PAYLOAD))
+    assert ends(wire.arrive(reset).packet)[1] == other
+    # The sweep finds the Service's flow silent first.
+    client = ipaddress.ip_address(side.client).packed
+    gone = [
+        entry.key
+        for entry in starmap(Entry, tables["conntrack"].items())
+        if client in (entry.flow.source, entry.flow.destination)
+        and port in (entry.flow.source_port, entry.flow.destination_port)
+        and not entry.flags & NatFlags.SOURCE
+    ]
+    assert len(gone) == 2
+    for key in gone:
+        tables["conntrack"].delete(key)
+    for flags in ("S", "A"):
+        packet = to_pod / segment("TCP", port, target, flags)
+        passed(wire.arrive(packet), side.client, port, side.local_pod, target)
 
 
 @pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])

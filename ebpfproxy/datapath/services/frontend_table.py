@@ -186,6 +186,8 @@ class Frontends:
         """Sets the addresses at which processes of this node answer themselves."""
         changed = (addresses ^ self._answered) & self._cluster_ips.keys()
         self._answered = addresses
+        if not changed:
+            return
         entries = {key: entry for key, entry in self._entries.items() if key.address in changed}
         for size, table in self._tables.items():
             self._store(table, {key: entry for key, entry in entries.items() if len(key.address) == size})

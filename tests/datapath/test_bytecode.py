@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from pathlib import Path
 
@@ -131,3 +132,21 @@ def test_files_used_last_stay(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -
     assert bytecode.get(
         Recipe(recipe.sources, "small.c", recipe.programs, defines, recipe.maps, recipe.constants)
     )
+
+
+def test_what_killed_agents_left_half_written_goes_with_what_is_old(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bytecode, "_compile", lambda _: {"counted": Program(b"", [], [])})
+    bytecode.CACHE.mkdir()
+    for number in range(100):
+        left = bytecode.CACHE / f".tmp{number}"
+        left.touch()
+        os.utime(left, (1, 1))
+    held = bytecode.CACHE / ".another.lock"
+    held.touch()
+    os.utime(held, (0, 0))
+    bytecode.get(recipe)
+    assert len(list(bytecode.CACHE.iterdir())) == bytecode._KEPT_FILES + 1
+    assert held.exists()
+    assert (bytecode.CACHE / recipe.digest()).exists()

@@ -30,6 +30,7 @@ log = get_logger(__name__)
 CACHE = Path(os.environ.get("EBPFPROXY_CACHE_DIR", "/var/cache/ebpfproxy"))
 #: Files that stay: those used last.
 _KEPT_FILES = 64
+_LOCK_SUFFIX = ".lock"
 _SECONDS = 120
 
 # struct bpf_insn: opcode, two registers, offset, immediate value.
@@ -100,7 +101,7 @@ def get(recipe: Recipe) -> dict[str, Program]:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Lets one process at a time compile for ``path``; if nothing can be written there, each compiles."""
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.with_name(f".{path.name}{_LOCK_SUFFIX}")
     with ExitStack() as stack:
         try:
             lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def _write(path: Path, programs: dict[str, Program]) -> None:
             except OSError:
                 Path(made.name).unlink()
                 raise
-        kept = (each for each in path.parent.iterdir() if not each.name.startswith("."))
+        kept = (each for each in path.parent.iterdir() if each.suffix != _LOCK_SUFFIX)
         files = sorted(kept, key=lambda each: each.stat().st_mtime, reverse=True)
         for each in files[_KEPT_FILES:]:
             each.unlink(missing_ok=True)

@@ -170,7 +170,10 @@ class Sweeper:
         return over
 
     def _keep_masquerade(self, entry: Entry, over: dict[bytes, Entry]) -> None:
-        """A masquerade stays as long as its flow: without it the backend would see the client."""
+        """A masquerade stays as long as its flow: without it the backend would see the client.
+
+        So does a direct flow with a port of its own: its Service's flow is still in the way.
+        """
         if entry.key not in over or entry.flags & _REPLY:
             return
         reply = reversed_at_egress(entry.key)

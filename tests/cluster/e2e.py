@@ -57,6 +57,9 @@ class Outcome(Enum):
         return self in (Outcome.PASSED, Outcome.PASSED_ALONE)
 
 
+UNPROVEN = (Outcome.FAILED, Outcome.NOT_REACHED)
+
+
 class Result(NamedTuple):
     """``message``: of the failure, or why the spec was skipped."""
 
@@ -95,8 +98,8 @@ def _seconds(name: str) -> int:
     return next((seconds for part, seconds in _SLOW.items() if part in name), _USUAL)
 
 
-def run(cluster: Cluster, label: str, names: Sequence[str], *, timeout: float = 900) -> dict[str, Result]:
-    """Runs the specs by these names, and what failed again, alone.
+def run(cluster: Cluster, label: str, names: Sequence[str], *, timeout: float = 1200) -> dict[str, Result]:
+    """Runs the specs by these names, and what failed or was not reached in time again, alone.
 
     ``timeout``: of each of the two, in seconds. Logs and JUnit files are in the cluster's folder, by ``label``.
     """
@@ -107,7 +110,7 @@ def run(cluster: Cluster, label: str, names: Sequence[str], *, timeout: float = 
     found: dict[str, Result] = {}
     for share, process, folder in started:
         found |= _finish(share, process, folder, timeout)
-    failed = [name for name, result in found.items() if result.outcome is Outcome.FAILED]
+    failed = [name for name, result in found.items() if result.outcome in UNPROVEN]
     if failed:
         for name, result in _finish(
             failed, *_start(cluster, f"{label}-again", failed, timeout), timeout

@@ -65,8 +65,7 @@ def found(request: pytest.FixtureRequest, folder: Path, report: Report) -> Itera
         agent = e2e.run(cluster, "ebpfproxy", e2e.specs(case.focus, case.skip))
         report.e2e[f"ebpfproxy, {request.param}"] = agent
         kube_proxy: Results = {}
-        bad = (Outcome.FAILED, Outcome.NOT_REACHED)
-        if names := [name for name, result in agent.items() if result.outcome in bad]:
+        if names := [name for name, result in agent.items() if result.outcome in e2e.UNPROVEN]:
             cluster.uninstall_agent()
             cluster.install_kube_proxy()
             kube_proxy = e2e.run(cluster, "kube-proxy", names)

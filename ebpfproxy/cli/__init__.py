@@ -13,7 +13,8 @@ from click.shell_completion import CompletionItem
 
 import ebpfproxy
 
-_COMMANDS = {
+#: What each command is for; its module has the same name.
+COMMANDS = {
     "run": "Run the agent of this node.",
     "status": "Show what runs on this node: programs, maps, watches, health.",
     "service": "Show Services as they are in the maps.",
@@ -31,10 +32,10 @@ _COMMANDS = {
 
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"ebpfproxy.cli.{cmd_name}").command
         return command
@@ -44,12 +45,12 @@ class _LazyGroup(click.Group):
         if incomplete.startswith("-"):
             return super().shell_complete(ctx, incomplete)
         return [
-            CompletionItem(name, help=text) for name, text in _COMMANDS.items() if name.startswith(incomplete)
+            CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)
         ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

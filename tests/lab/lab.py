@@ -28,6 +28,7 @@ from pyroute2 import NetNS, netns
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
+from tests.lab import command
 from tests.lab.machine import check_cgroup_root
 from tests.lab.spaces import Space
 
@@ -170,8 +171,11 @@ class LabNode(Space):
 
     def cli(self, *arguments: str, check: bool = True) -> str:
         """An ``ebpfproxy`` command on this node's roots."""
-        command = [sys.executable, "-m", "ebpfproxy", *arguments, "--bpf-root", str(self.bpf_root)]
-        return self.run(command, check=check)
+        command.import_commands()
+        done = self.call(command.run, [*arguments, "--bpf-root", str(self.bpf_root)])
+        if check and done.code:
+            raise RuntimeError(f"ebpfproxy {arguments} failed ({done.code}): {done.output}{done.errors}")
+        return done.output
 
 
 def _address(where: Any, index: int, address: str, prefix: int) -> None:

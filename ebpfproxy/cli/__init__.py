@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 import ebpfproxy
 
-#: What each command is for; its module has the same name.
+#: The names of commands and of their modules, with one line of help each.
 COMMANDS = {
     "run": "Run the agent of this node.",
     "status": "Show what runs on this node: programs, maps, watches, health.",

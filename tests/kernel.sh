@@ -21,7 +21,7 @@ done
 root=$work/root
 mmdebstrap --quiet --variant=minbase \
 	--include=python3-bpfcc,clang,iproute2,socat,procps,kmod,initramfs-tools,linux-image-cloud-amd64 \
-	--include=ipvsadm,ipset,iptables,nftables,conntrack \
+	--include=bpftool,ipvsadm,ipset,iptables,nftables,conntrack \
 	bookworm "$root"
 # The virtual environment knows the checkout by its path.
 mkdir -p "$root$top"

@@ -15,8 +15,8 @@ from ebpfproxy.services.model import Backend, BackendState
 
 _BACKEND, _SLOT = layout.BACKEND_SIZE, layout.SLOT_SIZE
 _FREE = bytes(_BACKEND)
-#: The selections of both policies.
-_RANGES = struct.Struct("=IIII")
+#: The selections of both policies, as they are stored and as ranges.
+_WORDS, _RANGES = struct.Struct("=QQ"), struct.Struct("=IIII")
 #: Base and count; (0, 0) if empty.
 Range = tuple[int, int]
 _NO_LOAD = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
@@ -111,9 +111,10 @@ class Selections:
 
     def ranges(self, service_id: int) -> tuple[Range, Range]:
         """The slots in use, by policy."""
-        cluster, cluster_count, local, local_count = _RANGES.unpack_from(
-            self._words, service_id * _RANGES.size
-        )
+        first = service_id * layout.POLICIES
+        # Each word is read at once, too: a command reads while the agent writes.
+        words = self._words[first : first + layout.POLICIES]
+        cluster, cluster_count, local, local_count = _RANGES.unpack(_WORDS.pack(*words))
         return (cluster, cluster_count), (local, local_count)
 
     def set_range(self, service_id: int, policy: int, used: Range) -> None:

@@ -160,8 +160,10 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		note_outside_client(skb, p);
 	/*
 	 * Direct packets to a backend matter where it may have a Service's replies for the client.
+	 * Errors about its replies come from any router.
 	 */
-	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src))
+	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src) &&
+	    !is_icmp(p))
 		return PASS;
 	if (!is_addressed_to_us(skb))
 		return PASS;
@@ -189,7 +191,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	/* TCP's flags tell replies apart. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
 	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
-	    p->proto != (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+	    !is_icmp(p))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)

@@ -44,6 +44,12 @@ struct packet {
 	bool is_later_fragment;
 };
 
+/* Says if this is ICMP of the packet's family, as far as its headers have been read. */
+static __always_inline bool is_icmp(const struct packet *p)
+{
+	return p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
+}
+
 /* Returns the IP header in place, NULL where the packet is too short for it. */
 static __always_inline void *l3_header(struct __sk_buff *skb, u32 size)
 {
@@ -297,7 +303,7 @@ static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struc
 		return PARSE_OTHER;
 	p->flow.proto = p->proto;
 	p->tcp_flags = 0;
-	if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+	if (is_icmp(p))
 		return read_icmp(skb, p);
 	if (!has_ports(p->proto))
 		return PARSE_OTHER;

@@ -69,8 +69,7 @@ static __always_inline int handle_without_ports(struct __sk_buff *skb, const str
 		return is_cluster_ip(&p->flow.dst) ? drop(EVENT_FRAGMENT) : no_service(skb, p);
 	case PARSE_OTHER:
 		/* Among ICMP messages only an echo request may be answered by an error. */
-		if (p->proto == (p->is_v4 ? IPPROTO_ICMP : IPPROTO_ICMPV6) &&
-		    p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
+		if (is_icmp(p) && p->tcp_flags != (p->is_v4 ? ICMP_ECHO : ICMPV6_ECHO))
 			return PASS;
 		return no_service(skb, p);
 	default:

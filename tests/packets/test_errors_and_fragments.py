@@ -83,6 +83,27 @@ def test_a_routers_error_about_an_answer_reaches_the_backend(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_a_routers_error_about_a_direct_flow_with_another_port_reaches_both_ends(
+    wire: Wire, side: Side, port: int, protocol: str, kind: str
+) -> None:
+    """The client knows the flow by its own port, the backend by the other: a path's MTU is learned by both."""
+    service_port, target = (80, 8080) if protocol == "TCP" else (53, 8053)
+    router = ROUTER[side.version]
+    wire.arrive(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port))
+    question = wire.arrive(side.ip(side.client, side.local_pod) / segment(protocol, port, target)).packet
+    other = ends(question)[1]
+    assert other != port
+    answer = side.ip(side.local_pod, side.client) / segment(protocol, target, port, "A")
+    result = wire.arrive(side.ip(router, side.local_pod) / error(side, kind) / answer)
+    outer_is_right(side, result, router, side.local_pod)
+    assert ends(inner_of(side, result)) == (side.local_pod, target, side.client, other)
+    result = wire.leave(side.ip(router, side.client) / error(side, kind) / ip_of(question), came_by="p1")
+    outer_is_right(side, result, router, side.client)
+    assert ends(inner_of(side, result)) == (side.client, port, side.local_pod, target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
 def test_a_routers_error_about_a_masqueraded_question_reaches_the_client(
     wire: Wire, side: Side, port: int, protocol: str, kind: str
 ) -> None:

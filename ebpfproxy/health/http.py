@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -30,6 +31,9 @@ RETRY_SECONDS = 5.0
 CLIENT_SECONDS = 10.0
 _MOST_CLIENTS = 1024
 _REQUEST_BYTES = 8192
+#: A line may end without its CR (RFC 9112, 2.2), as people type it.
+_LINE_END = re.compile(rb"\r?\n")
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
 _BACKLOG = 128
 _ACCEPT_PAUSE_SECONDS = 0.05
 
@@ -166,19 +170,22 @@ class HttpThread:
         with suppress(OSError, TimeoutError):
             while goes_on:
                 async with asyncio.timeout(CLIENT_SECONDS):
-                    while b"\r\n\r\n" not in received:
+                    while (end := _HEAD_END.search(received)) is None and len(received) <= _REQUEST_BYTES:
                         chunk = await self._loop.sock_recv(client, _REQUEST_BYTES)
-                        received += chunk
-                        if not chunk or len(received) > _REQUEST_BYTES:
+                        if not chunk:
                             return
-                    head, _, received = received.partition(b"\r\n\r\n")
-                    answer, goes_on = _answered(head, respond)
+                        received += chunk
+                    if end is None:
+                        answer, goes_on = _encoded(text_answer("", 431), closes=True), False
+                    else:
+                        head, received = received[: end.start()], received[end.end() :]
+                        answer, goes_on = _answered(head, respond)
                     await self._loop.sock_sendall(client, answer)
 
 
 def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     """Returns the answer, and whether the connection goes on."""
-    line, *headers = head.split(b"\r\n")
+    line, *headers = _LINE_END.split(head)
     words = line.split()
     if len(words) != 3 or words[0] not in (b"GET", b"HEAD") or not words[2].startswith(b"HTTP/1."):
         return _encoded(text_answer("", 400), closes=True), False
@@ -212,4 +219,5 @@ def _encoded(answer: Answer, *, closes: bool, has_body: bool = True) -> bytes:
 def _ends_connection(header: bytes) -> bool:
     """True for ``Connection: close``, or a body, which is not read and must not be taken for a request."""
     name, _, value = header.lower().partition(b":")
+    name = name.strip()
     return name in (b"content-length", b"transfer-encoding") or (name == b"connection" and b"close" in value)

@@ -19,7 +19,7 @@ from ebpfproxy.logs import get_logger
 log = get_logger(__name__)
 
 _BODY = (
-    '{\n\t"service": {\n\t\t"namespace": "%s",\n\t\t"name": "%s"\n\t},\n'
+    '{\n\t"service": {\n\t\t"namespace": %s,\n\t\t"name": %s\n\t},\n'
     '\t"localEndpoints": %d,\n\t"serviceProxyHealthy": %s\n}'
 )
 
@@ -138,7 +138,9 @@ class NodePortHealth:
         if service is None:
             return text_answer("", 503)
         healthy, count = self._proxy_healthy(), service.local_endpoints
-        body = _BODY % (service.namespace, service.name, count, str(healthy).lower())
+        # Manifests, which no API server has checked, may have any names.
+        names = (msgspec.json.encode(each).decode() for each in (service.namespace, service.name))
+        body = _BODY % (*names, count, str(healthy).lower())
         return Answer(
             200 if count and healthy else 503,
             "application/json",

@@ -214,10 +214,30 @@ def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest
         assert sock.recv(4096) == b""
 
 
-def test_a_body_is_not_taken_for_a_request(healthy: Healthy, port: int) -> None:
+@pytest.mark.parametrize(
+    "header", [b"Content-Length: 18", b"Content-Length : 18", b"transfer-encoding:chunked"]
+)
+def test_a_body_is_not_taken_for_a_request(healthy: Healthy, port: int, header: bytes) -> None:
     healthy.servers.update([web(port, 1)])
-    answer = ask(port, b"GET / HTTP/1.1\r\nContent-Length: 4\r\n\r\nabcd")
+    answer = ask(port, b"GET / HTTP/1.1\r\n" + header + b"\r\n\r\nGET / HTTP/1.1\r\n\r\n")
     assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_lines_may_end_without_a_carriage_return(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    assert b" 200 OK" in ask(port, b"GET / HTTP/1.1\nConnection: close\n\n")
+
+
+def test_headers_that_are_too_large_are_answered(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([web(port, 1)])
+    answer = ask(port, b"GET / HTTP/1.1\r\nCookie: ".ljust(8193, b"x"))
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_names_that_no_api_server_has_checked_are_json(healthy: Healthy, port: int) -> None:
+    healthy.servers.update([ServiceHealth('a"b', "c\\", port, 1)])
+    body = json.loads(ask(port).partition(b"\r\n\r\n")[2])
+    assert body["service"] == {"namespace": 'a"b', "name": "c\\"}
 
 
 def test_changes_do_not_wait_for_the_thread(port: int) -> None:

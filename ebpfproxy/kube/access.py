@@ -117,21 +117,27 @@ def pool(access: Access, **options: object) -> urllib3.PoolManager:
             from urllib3.contrib.socks import SOCKSProxyManager  # noqa: PLC0415 - needs PySocks
 
             return SOCKSProxyManager(proxy, **given)  # type: ignore[arg-type]
-        return urllib3.ProxyManager(proxy, **given)  # type: ignore[arg-type]
+        # The cluster's authority vouches for a proxy with HTTPS, too, as it does for kubectl.
+        return urllib3.ProxyManager(proxy, proxy_ssl_context=access.tls, **given)  # type: ignore[arg-type]
     except (urllib3.exceptions.HTTPError, ValueError, ImportError) as error:
         raise ConfigError(f"proxy {proxy}: {error}") from error
 
 
 def _environments_proxy(server: str) -> str | None:
+    """Understands what Go does, and so kubectl, beyond the standard library: a proxy without a scheme,
+    networks in NO_PROXY, and that no proxy leads to this machine itself."""
     proxies, split = getproxies(), urlsplit(server)
     found = proxies.get(split.scheme) or proxies.get("all")
-    if found is None or proxy_bypass(split.netloc):
+    if not found or split.hostname == "localhost" or proxy_bypass(split.netloc):
         return None
-    # For Go NO_PROXY may name networks, too; the standard library knows hosts only.
+    if "://" not in found:
+        found = f"http://{found}"
     try:
         address = ip_address(split.hostname or "")
     except ValueError:
         return found
+    if address.is_loopback:
+        return None
     for each in proxies.get("no", "").split(","):
         try:
             if address in ip_network(each.strip(), strict=False):

@@ -104,7 +104,7 @@ class ApiConnection:
         server's address in it. Raises ConfigError.
         """
         if kubeconfigs is None and master is None:
-            return cls(_InCluster(), limit, has_choice=True)
+            return cls.in_pod(limit=limit)
         if master is not None:
             check_url(master, "--master")
         paths = [kubeconfigs] if isinstance(kubeconfigs, Path) else list(kubeconfigs or ())
@@ -116,6 +116,14 @@ class ApiConnection:
             return kubeconfig.load(paths, context, master)
 
         return cls(configure, limit)
+
+    @classmethod
+    def in_pod(cls, master: str | None = None, limit: RateLimit | None = None) -> ApiConnection:
+        """The pod's service account; ``master`` replaces the server's address. Raises ConfigError."""
+        if master is None:
+            return cls(_InCluster(), limit, has_choice=True)
+        check_url(master, "--master")
+        return cls(lambda: access.in_cluster()._replace(server=master.rstrip("/")), limit)
 
     @property
     def host(self) -> str:

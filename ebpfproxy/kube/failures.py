@@ -6,6 +6,8 @@ import re
 from http import HTTPStatus
 from http.client import responses
 
+import urllib3
+
 from ebpfproxy.kube.decode import Status
 
 
@@ -43,14 +45,17 @@ _TRANSIENT = frozenset({"429", "502", "503", "504", "connection", "idle", "trunc
 #: The first name counts that is found among the exceptions in the chain that urllib3 raises.
 _REASONS = (
     ("ReadTimeoutError", "idle"),
-    ("TimeoutError", "idle"),
+    # urllib3 raises it from a TimeoutError.
     ("ConnectTimeoutError", "timeout"),
+    ("TimeoutError", "idle"),
     ("SSLError", "tls"),
     ("SSLCertVerificationError", "tls"),
     ("NameResolutionError", "dns"),
     ("ConnectionRefusedError", "refused"),
     ("IncompleteRead", "truncated"),
 )
+#: No answer makes a request wait longer, in seconds.
+_LONGEST_RETRY_AFTER = 300.0
 #: urllib3's messages begin with its objects.
 _CONNECTION = re.compile(r"^<?\S+Connection\S*?(\(.*?\))?( object at 0x[0-9a-f]+>)?: ")
 
@@ -63,7 +68,9 @@ def of_status(status: Status, retry_after: str | None = None) -> Failure:
     message = f"{status.code} {phrase}".strip() + (f": {text}" if text else "")
     if status.code == HTTPStatus.GONE:
         return Expired(message)
-    wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
+    wait = None
+    if retry_after and retry_after.isdecimal():
+        wait = min(float(retry_after), _LONGEST_RETRY_AFTER)
     return Failure(str(status.code), message, wait)
 
 
@@ -71,5 +78,15 @@ def of_exception(error: BaseException) -> Failure:
     causes = [error, *error.args, error.__cause__, error.__context__]
     kinds = {type(cause).__name__ for cause in causes if isinstance(cause, BaseException)}
     reason = next((reason for kind, reason in _REASONS if kind in kinds), "connection")
-    text = _CONNECTION.sub("", str(getattr(error, "reason", None) or error))
+    text = " ".join(_CONNECTION.sub("", _text(error)).split())
     return Failure(reason, text or type(error).__name__)
+
+
+def _text(error: BaseException) -> str:
+    """Returns the message. urllib3 passes connections and causes beside it, which str() shows as a tuple."""
+    found = getattr(error, "reason", None) or error
+    if not isinstance(found, urllib3.exceptions.HTTPError) or len(found.args) < 2:
+        return str(found)
+    texts = [each.rstrip(".") for each in found.args if isinstance(each, str)]
+    causes = [each for each in found.args if isinstance(each, Exception) and repr(each) not in "".join(texts)]
+    return ": ".join([*texts, *map(str, causes)])

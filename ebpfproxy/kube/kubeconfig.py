@@ -188,8 +188,9 @@ def _tls(cluster: _Found[_Cluster]) -> ssl.SSLContext | None:
         None if data or not value.certificate_authority else cluster.path.parent / value.certificate_authority
     )
     try:
-        return verifying(data.decode() if data else None, str(file) if file else None)
-    except (ssl.SSLError, OSError, UnicodeDecodeError) as error:
+        # A PEM text may have comments in any encoding; certificates in it are ASCII, which is all ssl takes.
+        return verifying(data.decode("ascii", "ignore") if data else None, str(file) if file else None)
+    except (ssl.SSLError, OSError, ValueError) as error:
         shown = file or f"{cluster.field}.certificate-authority-data"
         raise ConfigError(f"{cluster.path}: certificate-authority ({shown}): {error}") from error
 

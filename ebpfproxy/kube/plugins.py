@@ -57,7 +57,10 @@ class Plugin:
                 found = self._configuration.get_api_key_with_prefix("BearerToken", "authorization")
         except (ConfigException, OSError, *_UNEXPECTED) as error:
             raise ConfigError(f"credentials: {error}") from error
-        return str(found or "").strip()
+        token = str(found or "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ConfigError("credentials: the plugin's token: not one line of ASCII text")
+        return token
 
 
 @contextmanager

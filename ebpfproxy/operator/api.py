@@ -102,8 +102,7 @@ class Api:
         if found:
             return cls(ApiConnection.from_options(found, master, context=context))
         try:
-            if master is None:
-                return cls(ApiConnection.from_options(None, None))
+            return cls(ApiConnection.in_pod(master))
         except ConfigError as error:
             log.debug("no service account", error=str(error))
         raise ConfigError(f"{paths}: no such kubeconfig, and this is no pod: name a --kubeconfig")

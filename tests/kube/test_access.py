@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from ebpfproxy.kube import access, kubeconfig
 from ebpfproxy.kube.access import Access, ConfigError
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.failures import Failure
+from ebpfproxy.kube.decode import Status
+from ebpfproxy.kube.failures import Failure, of_status
 from tests.apiserver import ApiServer
 from tests.apiserver.certificates import Authority
 
@@ -73,6 +76,9 @@ def test_a_token_goes_before_a_plugin_and_a_password(tmp_path: Path) -> None:
         ("https://10.0.0.1:6443", "10.0.0.1", False),
         ("https://cp.example:6443", "example", False),
         ("https://cp.example:6443", "10.0.0.0/8,*", True),
+        ("https://127.0.0.1:6443", "", False),
+        ("https://[::1]:6443", "", False),
+        ("https://localhost:6443", "", False),
     ],
 )
 def test_the_environments_proxy_and_who_goes_past_it(
@@ -83,6 +89,27 @@ def test_the_environments_proxy_and_who_goes_past_it(
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("no_proxy", no_proxy)
     assert isinstance(access.pool(Access(server)), urllib3.ProxyManager) is is_used
+
+
+def test_a_proxy_needs_no_scheme_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTPS_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "proxy.example:3128")
+    made = access.pool(Access("https://10.0.0.1:6443"))
+    assert isinstance(made, urllib3.ProxyManager)
+    assert str(made.proxy) == "http://proxy.example:3128"
+
+
+def test_the_clusters_authority_vouches_for_a_proxy_with_https(tmp_path: Path) -> None:
+    """The proxy gets as far as the request to connect, which it refuses."""
+    authority = Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*authority.pair("proxy"))
+    with ApiServer(tls=context) as server:
+        tls = access.verifying(file=str(authority.path))
+        made = access.pool(Access("https://192.0.2.1:6443", tls, proxy=server.url))
+        with pytest.raises(urllib3.exceptions.HTTPError, match="Tunnel connection failed"):
+            made.request("GET", "https://192.0.2.1:6443/version", timeout=5)
 
 
 @pytest.mark.skipif(find_spec("socks") is not None, reason="PySocks is installed")
@@ -137,3 +164,35 @@ def test_an_encrypted_key_is_an_error_and_no_question(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"client-certificate \(.*\) with client-key \(.*key\): "):
         kubeconfig.load([path])
+
+
+def test_a_server_that_takes_no_connection_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue is full, so that nothing answers a SYN; the message is text, without urllib3's objects."""
+    monkeypatch.setattr("ebpfproxy.kube.client._CONNECT_SECONDS", 0.2)
+    with socket.socket() as listener, socket.socket() as one, socket.socket() as other:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for each in (one, other):
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        host, port = listener.getsockname()
+        connection = ApiConnection.from_options(None, f"http://{host}:{port}")
+        with pytest.raises(Failure, match=r"^Connection to 127\.0\.0\.1 timed out") as failure:
+            connection.call("GET", "/version", read_seconds=5, tries=4)
+    assert failure.value.reason == "timeout"
+    assert sum(connection.requests.values()) == 1
+
+
+def test_a_connection_that_breaks_is_said_in_one_line() -> None:
+    with ApiServer() as server:
+        server.fail("close")
+        connection = ApiConnection.from_options(None, server.url)
+        with pytest.raises(Failure, match=r"^Connection aborted: Remote end closed connection"):
+            connection.call("GET", "/api/v1/services", read_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("7", 7.0), ("9" * 400, 300.0), ("soon", None), (None, None)]
+)
+def test_a_server_cannot_make_a_request_wait_for_ever(header: str | None, seconds: float | None) -> None:
+    assert of_status(Status(code=429), header).retry_after == seconds

@@ -69,6 +69,32 @@ def test_a_server_with_another_authority_is_not_trusted(tmp_path: Path) -> None:
         reflector.stop()
 
 
+def test_an_authority_that_rotates_is_read_again(tmp_path: Path) -> None:
+    """The server gets a certificate of another authority, and the kubeconfig's file has that one later."""
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*new.pair("server"))
+    file = tmp_path / "ca.crt"
+    file.write_bytes(old.path.read_bytes())
+    with ApiServer(tls=context) as server:
+        server.store.put("services", objects.service("a", "10.96.0.1"))
+        path = kubeconfig(tmp_path / "config", server.url, {}, **{"certificate-authority": str(file)})
+        events: list[Event] = []
+        reflector = Reflector(
+            ApiConnection.from_options(path, None),
+            Resource.SERVICES,
+            events.append,
+            timing=Timing(backoff_first=0.02, backoff_most=0.05),
+        )
+        reflector.start()
+        _until(lambda: reflector.status.failures.get("tls", 0) >= 2)
+        file.write_bytes(new.path.read_bytes())
+        _until(lambda: bool(events))
+        reflector.stop()
+
+
 def test_a_token_file_is_read_again_for_every_request(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first\n")
     with ApiServer(tokens={"first"}) as server:
@@ -186,6 +212,13 @@ def test_in_a_pod_the_service_account_is_used(
         server.tokens = {"second"}
         (pod / "token").write_text("second\n")
         assert status_of(connection) == 200
+
+
+def test_in_a_pod_a_master_replaces_the_servers_address(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pod / "token").write_text("t\n")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    with ApiServer(tokens={"t"}) as server:
+        assert status_of(ApiConnection.in_pod(server.url)) == 200
 
 
 def test_an_empty_token_in_a_pod_is_said(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ebpfproxy.kube.client import ApiConnection, ConfigError
+from tests.apiserver.certificates import Authority
 
 GARBAGE = base64.b64encode(b"no certificate").decode()
 
@@ -92,6 +93,17 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 def test_a_master_without_scheme() -> None:
     with pytest.raises(ConfigError, match=r"--master: .* does not begin with http://"):
         ApiConnection.from_options(None, "10.0.0.1:6443")
+
+
+def test_an_authoritys_data_may_have_comments(tmp_path: Path) -> None:
+    """Text beside the certificates is ignored, in whatever encoding, as in a file."""
+    text = "# Autorité de certification\n".encode("latin-1") + Authority(tmp_path).path.read_bytes()
+    data = base64.b64encode(text).decode()
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(config({}, **{"certificate-authority-data": data})))
+    assert ApiConnection.from_options(path, None).host == "https://127.0.0.1:1"
+    data = base64.b64encode(b"\xff\xfe").decode()
+    assert "certificate-authority-data" in error_of(path, config({}, **{"certificate-authority-data": data}))
 
 
 def test_base64_may_be_folded(tmp_path: Path) -> None:

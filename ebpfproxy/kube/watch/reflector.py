@@ -242,9 +242,15 @@ class Reflector:
 
     def _request(self, params: dict[str, str], read_seconds: float) -> urllib3.BaseHTTPResponse:
         """Returns a response with status 200. Raises Failure and Expired."""
-        response = self._connection.get(
-            self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
-        )
+        try:
+            response = self._connection.get(
+                self._paths[0], {**params, **self._selectors}, read_seconds=read_seconds
+            )
+        except Failure as failure:
+            if failure.reason == "tls":
+                # The server may have a certificate of an authority that the file has had since it was read.
+                self._reload()
+            raise
         if response.status == 200:
             return response
         error = refusal(response)

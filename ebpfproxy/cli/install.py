@@ -181,7 +181,8 @@ def command(
         if wait:
             click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
             if kube_proxy.find(api) is not None:
-                remark("to check that all agents are in sync: `ebpfproxy migrate plan --all-nodes`")
+                plan = "ebpfproxy migrate plan --all-nodes --kubeconfig FILE"
+                remark(f"to check that all agents are in sync: `{plan}`")
 
 
 def _end_cleanup(api: Api, namespace: str, seconds: float) -> None:

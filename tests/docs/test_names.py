@@ -123,3 +123,11 @@ def _flags() -> set[str]:
 
 def _variable(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_").upper()
+
+
+def test_the_example_of_one_test_selects_some() -> None:
+    """The word after ``-k`` is in a name or an id of the file that CONTRIBUTING names."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    ((file, word),) = re.findall(r"pytest -q (\S+) -k (\w+)", text)
+    code = (ROOT / file).read_text()
+    assert re.search(rf"def test_\w*{word}|[\"']{word}[\"']", code)

@@ -84,7 +84,8 @@ class HttpThread:
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[socket.socket, asyncio.Task[None]] = {}
-        self._clients = 0
+        #: The oldest comes first.
+        self._clients: dict[asyncio.Task[None], None] = {}
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -153,16 +154,18 @@ class HttpThread:
                     # No descriptors are left: the listener stays readable, and the thread would spin.
                     await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
                     continue
-                if self._clients >= _MOST_CLIENTS:
-                    client.close()
-                    continue
+                if len(self._clients) >= _MOST_CLIENTS:
+                    # Clients that only hold connections must not keep a kubelet's probe out.
+                    oldest = next(iter(self._clients))
+                    del self._clients[oldest]
+                    oldest.cancel()
                 client.setblocking(False)
-                self._clients += 1
                 task = group.create_task(self._exchange(client, respond))
+                self._clients[task] = None
                 task.add_done_callback(partial(self._end, client))
 
-    def _end(self, client: socket.socket, _: asyncio.Task[None]) -> None:
-        self._clients -= 1
+    def _end(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+        self._clients.pop(task, None)
         client.close()
 
     async def _exchange(self, client: socket.socket, respond: Respond) -> None:

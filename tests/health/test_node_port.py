@@ -206,6 +206,21 @@ def test_a_kept_connection_ends_with_its_service(healthy: Healthy, port: int) ->
         assert sock.recv(4096) == b""
 
 
+def test_clients_that_hold_connections_keep_nobody_out(
+    healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest connection gives way, the latest of them stays."""
+    monkeypatch.setattr("ebpfproxy.health.http._MOST_CLIENTS", 8)
+    healthy.servers.update([web(port, 1)])
+    held = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(12)]
+    assert b" 200 OK" in ask(port)
+    assert held[0].recv(4096) == b""
+    held[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+    assert b" 200 OK" in held[-1].recv(4096)
+    for each in held:
+        each.close()
+
+
 def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ebpfproxy.health.http.CLIENT_SECONDS", 0.1)
     healthy.servers.update([web(port, 1)])

@@ -175,9 +175,9 @@ class Decoder:
 
 
 def decode_status(body: bytes, http_status: int) -> Status:
-    """Returns the Status in an error's body; one of the HTTP status where a proxy has answered."""
+    """Returns the Status in an error's body, or its text where a proxy has answered, with the HTTP status."""
     try:
         found = _status.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         found = Status(message=body[:200].decode(errors="replace"))
-    return found if found.code else Status(http_status, found.reason, found.message)
+    return Status(http_status or found.code, found.reason, found.message)

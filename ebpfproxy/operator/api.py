@@ -190,7 +190,7 @@ class Api:
         reply = self._ask(method, path, what, *rest, **options)
         try:
             return msgspec.json.decode(reply.body, type=Object), reply
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ApiError(f"{self.host}{path}: not an API server's answer: {error}") from error
 
     def _ask(

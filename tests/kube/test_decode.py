@@ -90,6 +90,11 @@ def test_an_html_page_of_a_proxy_is_a_status_too() -> None:
     assert "Bad Gateway" in status.message
 
 
+@pytest.mark.parametrize("body", [b'{"message":"\xff"}', b'{"x":' + b"[" * 100_000, b'{"code":200}', b""])
+def test_any_body_of_a_refusal_is_a_status_with_the_http_status(body: bytes) -> None:
+    assert decode_status(body, 403).code == 403
+
+
 def test_what_is_no_json_is_an_error_of_the_stream() -> None:
     with pytest.raises(msgspec.DecodeError):
         Decoder(Resource.SERVICES).line(b"nonsense")

@@ -7,9 +7,8 @@ export EBPFPROXY_CACHE_DIR := $(CURDIR)/.bytecode
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-# Most tests wait for processes, packets or time: more workers than processors, a file of tests to each. The
-# files stay in the order of their names, so that the long ones are not the last.
-WORKERS ?= $(shell expr 2 '*' $$(nproc))
+# A file of tests to each worker; in the order of their names, so that the long ones are not the last.
+WORKERS ?= $(shell nproc)
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 

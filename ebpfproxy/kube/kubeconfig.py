@@ -71,7 +71,8 @@ class _NamedCluster(msgspec.Struct, frozen=True):
 
 class _NamedUser(msgspec.Struct, frozen=True):
     name: str
-    user: _User
+    #: Without its credentials, as the DaemonSet hands a kubelet's file on, it is null.
+    user: _User | None = None
 
 
 class _NamedContext(msgspec.Struct, frozen=True):
@@ -149,7 +150,7 @@ def _select(paths: Sequence[Path], context: str | None) -> tuple[str, _Found[_Cl
             clusters.setdefault(cluster.name, _Found(cluster.cluster, path, field))
         for user in found.users or ():
             field = f"{path}: users[{user.name}].user"
-            users.setdefault(user.name, _Found(user.user, path, field))
+            users.setdefault(user.name, _Found(user.user or _User(), path, field))
         for each in found.contexts or ():
             contexts.setdefault(each.name, each.context)
     shown, context = ":".join(map(str, paths)), context or ""

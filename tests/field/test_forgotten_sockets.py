@@ -211,7 +211,7 @@ def test_what_was_closed_while_no_program_looked_is_forgotten(world: Forgetful) 
     """As what was opened after the first copy of the maps and closed before the second."""
     agent = world.lab.agents[-1]
     agent.stop()
-    world.agent("--socket-sweep-seconds", "0.2").start()
+    world.agent().start()
     with ExitStack() as stack:
         for host in SERVICE_IPS.values():
             for kind in ("tcp", "udp", "mptcp"):

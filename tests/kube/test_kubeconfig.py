@@ -114,3 +114,10 @@ def test_base64_may_be_folded(tmp_path: Path) -> None:
     path = tmp_path / "config"
     path.write_text(yaml.safe_dump(content))
     assert ApiConnection.from_options(path, None).host == "https://127.0.0.1:1"
+
+
+def test_a_user_without_anything_is_null(tmp_path: Path) -> None:
+    """As the DaemonSet hands a kubelet's file on: without its credentials."""
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump(config(None)))
+    assert ApiConnection.from_options(path, None).kubeconfig_server == "https://127.0.0.1:1"

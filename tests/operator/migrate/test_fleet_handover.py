@@ -20,7 +20,7 @@ from tests.operator.migrate.kubelet import LabKubelet
 from tests.operator.migrate.world import World, how
 from tests.operator.migrate.world import cluster as cluster_objects
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 NAMES = ["node-a1", "node-b1"]
 

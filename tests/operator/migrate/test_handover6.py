@@ -56,7 +56,7 @@ def _found() -> tuple[bool, list[str]]:
 
 
 @pytest.mark.root
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", rules.MODES)
 def test_over_and_back_under_load_with_long_connections(world: World, mode: str) -> None:
     world.kube_proxy(mode)

@@ -3,8 +3,8 @@
  * Comparisons and choices without a branch, for loops: for a bit that is known from a branch the
  * verifier walks each path through the loop separately.
  *
- * A bit is 0 or 1, never a mask: since Linux 6.18 the verifier also walks both ways for an AND with
- * a scalar that is 0 or -1. The barriers keep clang from making masks, or branches, of bits.
+ * A bit is 0 or 1, never a mask: the verifier of Linux 6.18 also walks both ways for an AND with a
+ * scalar that is 0 or -1. The barriers keep clang from making masks, or branches, of bits.
  */
 #ifndef EBPFPROXY_BRANCHLESS_H
 #define EBPFPROXY_BRANCHLESS_H

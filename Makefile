@@ -4,11 +4,14 @@
 
 # What was compiled for one demo, test or benchmark is used by the next.
 export EBPFPROXY_CACHE_DIR := $(CURDIR)/.bytecode
+# And what Python compiled by the next process, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-# A file of tests to each worker; in the order of their names, so that the long ones are not the last.
-WORKERS ?= $(shell nproc)
+# A file of tests to each worker; in the order of their names, so that the long ones are not the last. One more
+# than there are processors: tests wait, too.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
@@ -20,9 +23,9 @@ demo: setup
 test: setup lint
 	$(PYTHON) -m pytest -q $(PARALLEL)
 
-# What needs neither root nor the bpf system call, on all processors: the loop while writing.
+# What needs neither root nor the bpf system call: the loop while writing. Tests wait more than they calculate.
 test-fast: setup
-	$(PYTHON) -m pytest -q -n $$(nproc) --dist loadfile -m 'not root and not image and not systemd and not cluster'
+	$(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal -m 'not root and not image and not systemd and not cluster'
 
 # The newest versions of what the lock names, in an environment of its own: says which they are and what breaks.
 # PYTEST=tests/kube takes a part.
@@ -51,6 +54,7 @@ lint: setup
 	$(PYTHON) -m tools.layers
 	$(PYTHON) -m tools.comments
 	clang-format --dry-run --Werror $(C)
+	$(PYTHON) -m ebpfproxy.datapath.programs.build --strict $(EBPFPROXY_CACHE_DIR)
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

@@ -6,6 +6,7 @@
  * the option asks for them.
  */
 #include "lib/compat.h"
+#include "lib/decision_socket.h"
 #include "lib/options.h"
 #include "lib/service.h"
 #include "lib/socket.h"
@@ -40,6 +41,7 @@ static __always_inline int handle_bind(struct bpf_sock_addr *ctx, const struct i
 		return PROCEED;
 	if (HAVE_SET_RETVAL)
 		bpf_set_retval(-EADDRINUSE);
+	decision_bind_refused(ctx, &to);
 	return REJECT;
 }
 

@@ -17,6 +17,7 @@
 static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet *p)
 {
 	enum parse_result parsed;
+	struct nat *nat = NULL;
 	bool is_asked;
 	int verdict;
 
@@ -31,17 +32,18 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 	}
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return PASS;
-	if (loopback_flow_of_interest(&p->flow) && !is_of_no_flow(skb, p, &verdict))
-		return verdict;
+	if (loopback_flow_of_interest(&p->flow))
+		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
 	is_asked = port_of_interest(p->flow.dport);
 	/* Replies go to a port that stands for the client, or to this host's own. */
-	if ((is_asked || is_masquerade_port(p->flow.dport)) &&
+	if (!nat && (is_asked || is_masquerade_port(p->flow.dport)) &&
 	    flow_of_interest(&p->flow.src, &p->flow.dst)) {
 		p->flow.stage = STAGE_INGRESS;
-		if (!is_of_no_flow(skb, p, &verdict))
-			return verdict;
-		p->flow.stage = STAGE_EGRESS;
+		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
 	}
+	if (nat && !opens_anew(skb, p, nat, &verdict))
+		return verdict;
+	p->flow.stage = STAGE_EGRESS;
 	if (p->proto != IPPROTO_TCP)
 		note_own(p);
 	if (!is_asked || !can_open_flow(skb, p))

@@ -6,10 +6,34 @@
  */
 #include "lib/compat.h"
 #include "lib/datagram.h"
+#include "lib/decision_socket.h"
 #include "lib/origin.h"
 #include "lib/peers.h"
 #include "lib/socket.h"
 #include "lib/socket_service.h"
+
+/* Handles a connection that is not translated; @svc is NULL where it goes to no Service. */
+static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct target *to,
+					 const struct service *svc)
+{
+	/* A socket of ping's has no port. Whether there is an echo is for packets to tell. */
+	if (to->proto == IPPROTO_ICMP || to->proto == IPPROTO_ICMPV6)
+		return PROCEED;
+	if (!svc && to->proto != IPPROTO_UDP) {
+		if (is_unused_port(ctx, to))
+			return refuse(ctx, to, NULL, VERDICT_REFUSE);
+		if (is_unallocated_target(ctx, to))
+			return refuse(ctx, to, NULL, VERDICT_DROP);
+	}
+	/*
+	 * The origin of a TCP socket is looked at where its peer may be a backend. If the socket
+	 * failed to connect to a Service before, and connects to somebody else now, the agent's
+	 * sweep removes the record.
+	 */
+	if (to->proto != IPPROTO_TCP || may_be_backend(&to->addr, to->port))
+		origin_forget(get_socket_cookie(ctx));
+	return PROCEED;
+}
 
 /* Sets @backend where there is one to connect to. */
 static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
@@ -20,24 +44,19 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 	enum verdict verdict;
 	u32 backend_id;
 
-	if (skip_translation(ctx, to, svc)) {
-		if (!svc && to->proto != IPPROTO_UDP && is_unused_port(ctx, to))
-			return reject(VERDICT_REFUSE);
-		if (!svc && to->proto != IPPROTO_UDP && is_unallocated_target(ctx, to))
-			return reject(VERDICT_DROP);
-		origin_forget(get_socket_cookie(ctx));
-		return PROCEED;
-	}
+	if (skip_translation(ctx, to, svc))
+		return connect_as_is(ctx, to, svc);
 	client = client_of(ctx, svc, to);
 	verdict = choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE) {
 		if (to->proto != IPPROTO_UDP)
-			return reject(verdict);
+			return refuse(ctx, to, svc, verdict);
 		/* Nothing is sent yet: packets are rejected as long as there is no endpoint. */
 		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
 	}
 	origin_remember(ctx, to, svc->id, backend_id, *backend);
+	decision_chosen(ctx, to, svc, &client, backend_id);
 	return PROCEED;
 }
 
@@ -125,17 +144,28 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
+/* Says if something may be recorded of a socket. A TCP socket may have failed to connect. */
+static __always_inline bool may_have_record(struct bpf_sock *ctx)
+{
+	struct inet_addr peer = addr_of_v4(ctx->dst_ip4);
+
+	if (ctx->protocol != IPPROTO_TCP || !ctx->dst_port)
+		return true;
+	if (ctx->family == AF_INET6) {
+		peer.word[0] = ctx->dst_ip6[0];
+		peer.word[1] = ctx->dst_ip6[1];
+		peer.word[2] = ctx->dst_ip6[2];
+		peer.word[3] = ctx->dst_ip6[3];
+	}
+	return may_be_backend(&peer, ctx->dst_port);
+}
+
 /* Runs when the socket is closed (BPF_PROG_TYPE_CGROUP_SOCK). */
 int sock_release(struct bpf_sock *ctx)
 {
-	const u64 cookie = get_socket_cookie(ctx);
-
-	if (is_mptcp(ctx->protocol)) {
+	if (is_mptcp(ctx->protocol))
 		subflow_forget((u64)ctx);
-		return PROCEED;
-	}
-	origin_forget(cookie);
-	if (service_protocol(ctx->protocol) == IPPROTO_UDP)
-		peers_forget(cookie);
+	else if (may_have_record(ctx))
+		socket_forget(get_socket_cookie(ctx));
 	return PROCEED;
 }

@@ -11,6 +11,7 @@
  */
 #include "lib/compat.h"
 #include "lib/conntrack.h"
+#include "lib/decision_packet.h"
 #include "lib/device.h"
 #include "lib/filter.h"
 #include "lib/flow.h"
@@ -20,8 +21,8 @@
 #include "lib/rewrite.h"
 #include "lib/route.h"
 #include "lib/service_cidr.h"
-#include "lib/stale.h"
 #include "lib/unserved.h"
+#include "lib/verdict.h"
 
 /*
  * Says if an entry is for the program below alone, such as at a bridge's port. On the bridge a
@@ -34,67 +35,67 @@ static __always_inline bool is_left_to_below(struct __sk_buff *skb, const struct
 	return is_of_direct_flow(nat, &p->flow) && is_seen_below(skb, p->flow.stage);
 }
 
-/*
- * Says if a flow's original direction leads to a backend that has left the Service, or came through
- * a frontend that has.
- */
-static __always_inline bool is_stale(const struct flow *flow, struct nat *nat, bool opens)
-{
-	struct backend *backend = backend_known(nat->backend_id, &nat->dst, nat->dport,
-						service_protocol(flow->proto));
-	u64 epoch;
-
-	if (!backend)
-		return true;
-	/*
-	 * No new connection goes to a backend that takes none: its client may have lost the old one
-	 * unnoticed.
-	 */
-	if (opens && backend->state != BACKEND_ACTIVE)
-		return true;
-	epoch = epoch_of(nat->service_id);
-	if (nat->epoch == (u16)epoch)
-		return false;
-	if (has_departed(nat->service_id, nat->backend_id, flow->proto == IPPROTO_TCP && !opens))
-		return true;
-	if ((opens || service_protocol(flow->proto) == IPPROTO_UDP) &&
-	    !is_owner(flow, nat->service_id))
-		return true;
-	nat->epoch = (u16)epoch;
-	return false;
-}
-
-enum flow_verdict {
-	FLOW_FORWARD,
-	FLOW_RESTART, /* handled as the first packet */
-	FLOW_REJECT,  /* a connection that has lost its backend */
-};
-
-/* Decides about a packet that has an entry. */
-static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p, struct nat *nat)
-{
-	const bool opens = (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
-
-	/* A masquerade ends with the flow that it belongs to. */
-	if (nat->flags & NAT_REPLY ||
-	    (nat->flags & NAT_SOURCE && !is_of_direct_flow(nat, &p->flow)))
-		return FLOW_FORWARD;
-	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, opens))
-		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_RESTART : FLOW_REJECT;
-	/* A client that uses its port again opens another connection. */
-	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;
-}
-
 static __always_inline int forward_flow(struct __sk_buff *skb, const struct packet *p,
-					struct nat *nat)
+					struct nat *in_map)
 {
-	const bool forwards = nat->flags & NAT_BYPASS;
+	const struct nat *nat = &scratch_of(p)->entry;
 
 	if (is_left_to_below(skb, p, nat))
 		return PASS;
-	conntrack_track(p, nat);
-	if (nat->flags & NAT_OWN)
+	conntrack_track(p, in_map, nat);
+	return nat->flags & NAT_OWN ? PASS : TRANSLATE;
+}
+
+/*
+ * Decides about a packet that has the entry @in_map, and sets @verdict; returns true where it opens
+ * another flow instead.
+ */
+static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packet *p,
+				       struct nat *in_map, int *verdict)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+	const enum flow_verdict found = flow_verdict_of(p, in_map);
+
+	if (found == FLOW_FORWARD) {
+		*verdict = forward_flow(skb, p, in_map);
+		return false;
+	}
+	/*
+	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
+	 * kube-proxy begins is also kube-proxy's in the packets after this one.
+	 */
+	if (found == FLOW_REJECT || is_of_direct_flow(nat, &p->flow) || defer_to_kube_proxy(p))
+		conntrack_forget(&p->flow, in_map, nat);
+	else
+		conntrack_end(in_map, nat);
+	if (found == FLOW_MOVE)
+		decision_flow_left(p, nat);
+	if (found == FLOW_REJECT)
+		*verdict = rejection(EVENT_BACKEND_GONE);
+	return found != FLOW_REJECT;
+}
+
+static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+
+	if (!conntrack_read(&p->flow, &scratch_of(p)->entry) || nat->flags & NAT_OWN ||
+	    is_left_to_below(skb, p, nat))
 		return PASS;
+	if (rewrite_error(skb, p, nat))
+		return drop(EVENT_REWRITE);
+	if (!(nat->flags & NAT_HOST))
+		return PASS;
+	return nat->flags & NAT_REPLY ? deliver_error(skb, nat)
+				      : send_out(skb, &nat->src, &nat->dst);
+}
+
+/* Translates a packet by its entry, and sends it on its way. */
+static __always_inline int translate(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+	const bool forwards = nat->flags & NAT_BYPASS;
+
 	if (forwards && p->hops <= 1)
 		return drop(EVENT_HOPS);
 	if (rewrite(skb, p, nat, forwards))
@@ -108,49 +109,38 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 }
 
 /*
- * Returns true where the packet belongs to no known flow; otherwise it is handled, and @verdict is
- * set.
+ * Carries out a verdict. This is the one place where packets are translated, rejected or dropped,
+ * since the verifier walks through each copy of what does it.
  */
-static __always_inline bool is_of_no_flow(struct __sk_buff *skb, const struct packet *p,
-					  int *verdict)
+static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
-	struct nat *nat = conntrack_lookup(&p->flow);
-	enum flow_verdict found;
-
-	if (!nat)
-		return true;
-	found = flow_verdict_of(p, nat);
-	if (found == FLOW_FORWARD) {
-		*verdict = forward_flow(skb, p, nat);
-		return false;
+	if (verdict == TRANSLATE) {
+		verdict = translate(skb, p);
+	} else if (verdict >= REJECTION && verdict < DROPPING) {
+		decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
+		return reject(skb, p, verdict - REJECTION);
 	}
-	/* Nothing may be in the way of a direct flow that begins anew: it keeps its port then. */
-	if (found == FLOW_REJECT || is_of_direct_flow(nat, &p->flow))
-		conntrack_forget(&p->flow, nat);
-	else
-		conntrack_end(nat);
-	if (found == FLOW_REJECT)
-		*verdict = rejection(EVENT_BACKEND_GONE);
-	return found != FLOW_REJECT;
+	if (verdict < DROPPING)
+		return verdict;
+	count(verdict - DROPPING);
+	decision_failed(p, DECISION_DROPPED, verdict - DROPPING);
+	return DROP;
 }
 
-static __always_inline int translate_error(struct __sk_buff *skb, const struct packet *p)
+static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
-	struct nat *nat = conntrack_lookup(&p->flow);
+	const u32 ifindex = ifindex_of(skb);
 
-	if (!nat || nat->flags & NAT_OWN || is_left_to_below(skb, p, nat))
-		return PASS;
-	if (rewrite_error(skb, p, nat))
-		return drop(EVENT_REWRITE);
-	if (!(nat->flags & NAT_HOST))
-		return PASS;
-	return nat->flags & NAT_REPLY ? deliver_error(skb, nat)
-				      : send_out(skb, &nat->src, &nat->dst);
+	verdict = carry_out(skb, p, verdict);
+	report_decisions(p, ifindex);
+	return verdict;
 }
 
+/* Decides about a packet that comes in. */
 static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *p)
 {
 	enum parse_result parsed;
+	struct nat *nat = NULL;
 	int verdict;
 
 	/* A VLAN's packets come again on the VLAN device itself. */
@@ -172,15 +162,19 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return handle_without_ports(skb, p, parsed);
-	if (flow_of_interest(&p->flow.src, &p->flow.dst) && !is_of_no_flow(skb, p, &verdict))
+	if (flow_of_interest(&p->flow.src, &p->flow.dst))
+		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
+	if (nat && !opens_anew(skb, p, nat, &verdict))
 		return verdict;
 	return create_flow(skb, p);
 }
 
+/* Decides about a packet that goes out. */
 static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p)
 {
 	bool is_known, is_mine, may_be_own;
 	enum parse_result parsed;
+	struct nat *nat;
 	int verdict;
 
 	if (skb->vlan_present || !read_addresses(skb, p))
@@ -198,7 +192,8 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
-	if (is_known && !is_of_no_flow(skb, p, &verdict))
+	nat = is_known ? conntrack_read(&p->flow, &scratch_of(p)->entry) : NULL;
+	if (nat && !opens_anew(skb, p, nat, &verdict))
 		return verdict;
 	if (is_mine)
 		return create_host_flow(skb, p);

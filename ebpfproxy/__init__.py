@@ -6,8 +6,8 @@ The data flows one way::
     manifests  ──►  (objects)   (service ports)   (entries)
 
 ``agent`` runs this on a node, with ``node`` and ``netlink`` for the node's own network, ``health`` and
-``metrics`` for those who ask, and ``config`` for its settings. ``operator`` installs and migrates, from
-anywhere. ``cli`` is the command for both.
+``metrics`` for those who ask, and ``config`` for its settings. ``explain`` says what would happen to a
+connection, ``trace`` what happens. ``operator`` installs, migrates and checks. ``cli`` is the command.
 
 Each package's ``__init__`` says what it holds and what it may import; pyproject.toml has the same as a table
 (``[tool.layers]``), which ``make lint`` holds.

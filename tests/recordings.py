@@ -1,4 +1,4 @@
-"""What a real API server sent (tests/data/recordings), decoded for tests."""
+"""Recordings of a real API server (tests/data/recordings), decoded for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.data import RECORDINGS
 
 
 def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
-    """``initial`` or ``final``: the three lists as JSON objects."""
+    """Returns the three lists ``initial`` or ``final`` as JSON objects."""
     content = json.loads(gzip.decompress((RECORDINGS / f"{name}-lists.json.gz").read_bytes()))
     return {resource: content.get(resource.value, {"items": []})["items"] for resource in Resource}
 
@@ -34,7 +34,7 @@ def lists(name: str) -> dict[Resource, list[dict[str, Any]]]:
 def replaced(
     resource: Resource, objects: Iterable[Object], unreadable: Iterable[ObjectKey] = ()
 ) -> Replaced[object]:
-    """The event of a list, its objects as they are."""
+    """Returns the event of a list with its objects unchanged."""
     return Replaced(resource, {key_of(each): each for each in objects}, frozenset(unreadable))
 
 
@@ -43,7 +43,7 @@ def changed(resource: Resource, each: Object, received: float = 0.0) -> Changed[
 
 
 class RecordTracker(Tracker):
-    """A tracker that is fed records, and reduces them as a source would."""
+    """A tracker of records, which are reduced as by a source."""
 
     def apply(self, event: Event) -> None:
         reduce = cast(Callable[[object], object], reducer(self._node_name))
@@ -56,7 +56,7 @@ class RecordTracker(Tracker):
 
 
 def wanted(resource: Resource, item: dict[str, Any]) -> bool:
-    """What the watches' selectors leave."""
+    """Returns True for objects that the watches' selectors match."""
     labels = item["metadata"].get("labels") or {}
     unwanted = {"service.kubernetes.io/headless"}
     if resource is Resource.ENDPOINTSLICES:
@@ -75,7 +75,7 @@ def as_events(content: dict[Resource, list[dict[str, Any]]]) -> list[Replaced[ob
 
 
 def watch_lines() -> list[tuple[Resource, bytes]]:
-    """Every line of the three watches, in the order received."""
+    """Yields every line of the three watches in the order received."""
     found = []
     for line in gzip.decompress((RECORDINGS / "watch-events.jsonl.gz").read_bytes()).splitlines():
         entry = json.loads(line)
@@ -84,7 +84,7 @@ def watch_lines() -> list[tuple[Resource, bytes]]:
 
 
 def watch_events() -> list[Event]:
-    """The lines as events, those that the selectors would keep out left out."""
+    """Yields the lines as events, without those that the selectors would filter."""
     found: list[Event] = []
     for resource, line in watch_lines():
         event = json.loads(line)
@@ -104,7 +104,7 @@ def event_key(event: Event) -> tuple[Resource, ObjectKey]:
 
 
 class World:
-    """The objects after some events, to compute from scratch what a tracker computed step by step."""
+    """The objects after some events, from which a tracker's incremental results are computed anew."""
 
     def __init__(self, first: list[Replaced[object]]) -> None:
         self.objects: dict[Resource, dict[ObjectKey, object]] = {

@@ -1,18 +1,18 @@
-"""How likely it is that counts differ from what was expected by chance alone."""
+"""The probability that counts differ from their expectation by chance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-#: A test that fails once in a hundred million runs of what is right.
+#: With this limit a test fails once in a hundred million runs of correct code.
 UNLIKELY = 1e-8
 
 
 def chance(counts: Mapping[str, int], shares: Mapping[str, float]) -> float:
     """Pearson's chi-squared test: the probability of a difference as large as this, or larger.
 
-    ``shares`` need not add up to 1. An odd number of them, so that the degrees of freedom are even and the
+    ``shares`` need not add up to 1. Their number must be odd, so that the degrees of freedom are even and the
     distribution has a closed form.
     """
     assert len(shares) % 2, "the closed form needs an odd number"

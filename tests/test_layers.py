@@ -31,12 +31,12 @@ def found(top: Path, files: dict[str, str], known: tuple[str, ...] = ()) -> list
         ("low.py", "import json"),
     ],
 )
-def test_what_is_allowed_is_no_problem(tmp_path: Path, module: str, text: str) -> None:
+def test_allowed_imports_are_no_problem(tmp_path: Path, module: str, text: str) -> None:
     assert found(tmp_path, {module: text}) == []
 
 
 @pytest.mark.parametrize(
-    ("module", "text", "said"),
+    ("module", "text", "message"),
     [
         ("low.py", "from ebpfproxy.high import a", "low -> high: low may import nothing"),
         ("low.py", "import ebpfproxy.high", "low -> high: low may import nothing"),
@@ -55,18 +55,20 @@ def test_what_is_allowed_is_no_problem(tmp_path: Path, module: str, text: str) -
         ("new.py", "from ebpfproxy import low", "new -> low: no package of [tool.layers.may] has new"),
     ],
 )
-def test_an_import_past_the_layers_is_named(tmp_path: Path, module: str, text: str, said: str) -> None:
+def test_import_that_violates_the_layers_is_reported(
+    tmp_path: Path, module: str, text: str, message: str
+) -> None:
     files = {"low.py": "", "high/__init__.py": "", "high/part/__init__.py": ""}
-    assert found(tmp_path, files | {module: text}) == [said]
+    assert found(tmp_path, files | {module: text}) == [message]
 
 
-def test_known_ones_are_passed_over_until_they_are_mended(tmp_path: Path) -> None:
+def test_known_violations_are_ignored_until_they_are_fixed(tmp_path: Path) -> None:
     known = ("low -> high.a",)
     assert found(tmp_path, {"low.py": "from ebpfproxy.high.a import x", "high/a.py": ""}, known) == []
     assert found(tmp_path, {"low.py": ""}, known) == ["low -> high.a: is mended, known needs it no longer"]
 
 
-def test_a_table_with_a_circle_or_an_unknown_name_is_wrong() -> None:
+def test_table_with_a_cycle_or_an_unknown_name_is_invalid() -> None:
     may = {"a": ["b"], "b": ["a"], "c": ["nothing"]}
     assert list(layers.problems({}, may, ())) == [
         "[tool.layers.may] a: b does not stand above it",

@@ -21,7 +21,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.split()[0].endswith("Z")
 
 
-def test_json_has_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_one_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", 0)
     log = logs.get_logger("ebpfproxy.x")
     log.info("two\nlines", path=object)
@@ -39,7 +39,7 @@ def test_verbosity_four_shows_every_event(capsys: pytest.CaptureFixture[str]) ->
         assert len(capsys.readouterr().err.splitlines()) == shown
 
 
-def test_libraries_are_named_and_only_their_warnings_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_warnings_of_libraries_are_logged_with_their_name(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("json", 10)
     logging.getLogger("library").info("noise")
     logging.getLogger("library").warning("odd")

@@ -1,4 +1,4 @@
-"""The wheel has everything that a node and an operator need: BPF sources, the header tree, manifests."""
+"""The wheel has BPF sources, headers and manifests, and the lock files agree with the project."""
 
 from __future__ import annotations
 
@@ -48,14 +48,34 @@ def test_the_wheel_ships_the_bpf_sources(wheel: Path) -> None:
     assert not [name for name in names if name.startswith("tests")]
 
 
-def test_it_ships_every_package(wheel: Path) -> None:
+def test_the_wheel_ships_the_bytecode_of_every_program(wheel: Path, tmp_path: Path) -> None:
+    """The wheel is unpacked outside the checkout, and the package's own list of programs is used."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    script = (
+        "from ebpfproxy.datapath.abi.hooks import MODULES\n"
+        "from ebpfproxy.datapath.programs import bytecode, loader\n"
+        "needed = {loader.recipe(loader.source_folder(), module).digest() for module in MODULES}\n"
+        "print(needed == {path.name for path in bytecode.SHIPPED.iterdir()}, bytecode.SHIPPED)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"True {tmp_path}/ebpfproxy/bytecode\n"
+
+
+def test_the_wheel_ships_every_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(TOP)) for path in (TOP / "ebpfproxy").rglob("*.py")}
     assert modules <= names
 
 
-def test_it_installs_from_the_manifests_that_it_ships(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked, away from the checkout."""
+def test_the_wheel_installs_from_its_manifests(wheel: Path, tmp_path: Path) -> None:
+    """The wheel is unpacked outside the checkout."""
     archive = zipfile.ZipFile(wheel)
     base = {path.name: path.read_bytes() for path in (TOP / "deploy/base").iterdir()}
     assert {name: archive.read(f"ebpfproxy/deploy/{name}") for name in base} == base
@@ -72,7 +92,7 @@ def test_it_installs_from_the_manifests_that_it_ships(wheel: Path, tmp_path: Pat
     assert done.stdout == f"{tmp_path}/ebpfproxy/deploy 5\n"
 
 
-# -- the lock (tools/lock), which set-up, image and CI install
+# -- the lock files (tools/lock), which setup, image and CI install
 
 
 LOCKS = {name: newest.blocks(TOP / f"tools/lock/{name}.txt") for name in ("build", "agent", "test")}
@@ -89,7 +109,7 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
         ("test", PROJECT["build-system"]["requires"]),
     ],
 )
-def test_the_lock_has_what_the_project_asks_for(lock: str, wanted: list[str]) -> None:
+def test_lock_files_have_every_requirement_of_the_project(lock: str, wanted: list[str]) -> None:
     for requirement in map(Requirement, wanted):
         version, _ = LOCKS[lock][canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement

@@ -1,4 +1,4 @@
-"""Files, modules and names that comments, docstrings and docs refer to are there."""
+"""Files, modules and names that comments, docstrings and docs refer to exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ELSEWHERE = re.compile(
     r"(linux|asm-generic|net/netfilter|include/uapi)/.*\.[ch]|(nf_|ip_vs|tcp_states|kernel/bpf/syscall).*\.[ch]"
     r"|bpf/lib/neigh\.h|docs/specification\.md"
 )
-#: What looks like a module, but is a file, a sysctl, or a variable's attribute.
+#: Names that look like a module's but are of a file, a sysctl or an attribute of a variable.
 NO_MODULE = re.compile(
     r".*\.(json|jsonl|crt|key|conf|test|c|h)|kernel\.bpf_\w+|conntrack\.max\w+|(a|master|pod|wanted)\.\w+"
 )
@@ -34,14 +34,14 @@ NO_MODULE = re.compile(
 
 @functools.cache
 def files() -> dict[str, Path]:
-    """Files of the repository, by name relative to its top."""
+    """Returns the files of the repository by their relative names."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(listed, cwd=TOP, check=True, capture_output=True, text=True).stdout.splitlines()
     return {name: TOP / name for name in found if (TOP / name).is_file()}
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Comments and docstrings; all there is in docs."""
+    """Yields comments and docstrings of code, and whole documents."""
     source = path.read_text()
     if path.suffix == ".md":
         yield source
@@ -57,7 +57,7 @@ def texts(path: Path) -> Iterator[str]:
 
 @functools.cache
 def names_in(path: Path) -> frozenset[str]:
-    """All names that a module defines or imports, at whatever depth."""
+    """Returns all names that a module defines or imports at any depth."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -70,7 +70,7 @@ def names_in(path: Path) -> frozenset[str]:
 
 
 def is_there(dotted: str, path: Path) -> bool:
-    """A module, or a name in one; from the top, the package, or where the text is."""
+    """Returns True for a module or a name in one, relative to the top, the package or the text's folder."""
     parts = dotted.split(".")
     for base in (TOP, TOP / "ebpfproxy", TOP / "tests", *path.parents):
         if not base.is_relative_to(TOP):
@@ -100,7 +100,7 @@ def wrong(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("suffix", [".py", ".c", ".h", ".md"])
-def test_what_a_comment_refers_to_is_there(suffix: str) -> None:
+def test_references_of_comments_and_docs_exist(suffix: str) -> None:
     found = {
         f"{name}: {each}"
         for name, path in files().items()

@@ -17,6 +17,7 @@ struct client {
 	u32 kind;
 	u32 flow; /* differs between the flows of one client */
 	struct inet_addr frontend;
+	bool keeps_backend; /* by session affinity; known where decisions are traced */
 };
 
 static __always_inline void set_namespace(struct client *client, u64 cookie)
@@ -70,10 +71,10 @@ static __always_inline u32 slot_in_turn(const union selection *range, u32 select
  * Computes what IPVS compares, by weight: open connections. SED and NQ count the new connection as
  * well; NQ does not where the backend is idle.
  */
-static __always_inline u64 cost_of(const struct load *load, u64 algorithm)
+static __always_inline u64 cost_of(const struct backend *backend, u64 algorithm)
 {
 	const u64 counts_new = (algorithm + 1) >> 2, spares_idle = algorithm >> 2;
-	u64 open = load_open(load);
+	u64 open = load_open(backend);
 
 	return open + counts_new - (spares_idle & is_zero(open));
 }
@@ -93,12 +94,12 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 
 	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
 		union slot *slot = map_lookup(slots, &at);
-		struct load *load = slot ? load_of(slot->backend_id) : NULL;
+		struct backend *backend = slot ? backend_of(slot->backend_id) : NULL;
 		u64 cost, weight, better;
 
-		if (!load)
+		if (!backend)
 			break;
-		cost = cost_of(load, algorithm);
+		cost = cost_of(backend, algorithm);
 		weight = slot->weight;
 		weight += is_zero(weight);
 		better = is_less(cost * best_weight, best_cost * weight);

@@ -26,8 +26,8 @@
  * The key of a pair's other entry is always the reverse of what this entry writes, at the other
  * stage.
  *
- * With --bypass-netfilter a masqueraded flow needs one pair as well, both at ingress, and is
- * forwarded from there:
+ * With --bypass-netfilter, or where XDP forwards, a masqueraded flow needs one pair, too, both at
+ * ingress, and is forwarded from there:
  *
  *	bypass         c -> f  at ingress   n -> b
  *	  its reply    b -> n  at ingress   f -> c
@@ -54,6 +54,7 @@
 #include "filter.h"
 #include "load.h"
 #include "maps.h"
+#include "options.h"
 #include "packet.h"
 
 #define NSEC_PER_SEC 1000000000ULL
@@ -67,12 +68,26 @@ struct scratch {
 	struct packet packet;
 	struct flow key;
 	struct nat nat;
+	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
-	u8 bytes[192];
+	struct {
+		u32 service_id;
+		u32 backend_id;
+		u32 left_service_id;
+		u32 left_backend_id;
+		u8 has_decision;
+		u8 kind;
+		u8 reason;
+		u8 has_left;
+	} noted; /* see decision_packet.h */
+	union {
+		struct nat entry; /* a copy of the packet's: what it becomes */
+		u8 bytes[192];	  /* what is quoted of a rejected packet */
+	};
 };
 
-_Static_assert(sizeof(struct scratch) <= 512, "SCRATCH_SIZE in layout.py");
+_Static_assert(sizeof(struct scratch) <= 640, "SCRATCH_SIZE in schema.py");
 
 static __always_inline struct scratch *scratch(void)
 {
@@ -90,12 +105,64 @@ static __always_inline struct packet *packet_of(enum stage stage)
 		return NULL;
 	s->packet.flow.stage = stage;
 	s->packet.flow.pad = 0;
+	if (TRACE_DECISIONS)
+		s->noted.has_decision = s->noted.has_left = false;
 	return &s->packet;
+}
+
+/* Returns the scratch memory that @p is part of. */
+static __always_inline struct scratch *scratch_of(const struct packet *p)
+{
+	_Static_assert(!offsetof(struct scratch, packet), "packet comes first");
+	return (struct scratch *)p;
+}
+
+typedef u64 __attribute__((may_alias)) word;
+
+/*
+ * Sums up what an entry never changes, and its key: any odd factors do. Entry.check() in
+ * flow_layout.py computes the same.
+ */
+static __always_inline u64 check_of(const struct flow *flow, const struct nat *nat)
+{
+	const word *k = (const word *)flow, *n = (const word *)nat;
+
+	_Static_assert(sizeof(*flow) == 5 * sizeof(*k) &&
+			       offsetof(struct nat, backend_id) == 5 * sizeof(*n),
+		       "no word is left out");
+	return k[0] * 0x1b873593 + k[1] * 0x2c1b3c6d + k[2] * 0x297a2d39 + k[3] * 0x3c6ef363 +
+	       k[4] * 0x5bd1e995 + n[0] * 0x64e6d7b3 + n[1] * 0x6b43a9b5 + n[2] * 0x7feb352d +
+	       n[3] * 0x52dce729 + n[4] * 0x38495ab5 + ((u64)nat->backend_id << 8 | nat->flags) +
+	       nat->created * 0x45d9f3b1;
 }
 
 static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
 {
 	return map_lookup(conntrack, flow);
+}
+
+/*
+ * Looks up an entry and copies it. An LRU map may give an element to another key while it is being
+ * read: only the copy may be believed, and only if its check says that it is whole, and of this
+ * key. Else the entry has just been evicted, deleted or replaced, which the second look-up tells.
+ *
+ * Returns the element, which packets write to: see conntrack_track().
+ */
+static __always_inline struct nat *conntrack_read(const struct flow *flow, struct nat *copy)
+{
+#pragma clang loop unroll(full)
+	for (int i = 0; i < 2; i++) {
+		struct nat *nat = conntrack_lookup(flow);
+
+		if (!nat)
+			return NULL;
+		*copy = *nat;
+		/* From here on the compiler has to read the copy. */
+		asm volatile("" ::: "memory");
+		if (copy->check == check_of(flow, copy))
+			return nat;
+	}
+	return NULL;
 }
 
 /* Computes the key of the other entry of the pair. */
@@ -159,21 +226,16 @@ static __always_inline bool is_closed(const struct nat *nat)
 }
 
 /*
- * Inserts @s->key and @s->nat. With @replace a live entry may be overwritten. A closed entry is
- * always overwritten in place: an LRU map takes a new element, perhaps by evicting another, before
- * it looks for an existing one.
+ * Inserts @s->key and @s->nat. Where the key is @known the entry is replaced by another element:
+ * readers on other CPUs have the old one or the new one.
  */
-static __always_inline enum insert conntrack_insert(struct scratch *s, bool replace)
+static __always_inline enum insert conntrack_put(struct scratch *s, bool known)
 {
-	struct nat *known = conntrack_lookup(&s->key);
 	long error;
 
-	if (known) {
-		if (!replace && !is_closed(known))
-			return INSERT_TAKEN;
-		*known = s->nat;
+	s->nat.check = check_of(&s->key, &s->nat);
+	if (known && !bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_EXIST))
 		return INSERT_DONE;
-	}
 	error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_NOEXIST);
 	if (error)
 		return error == -EEXIST ? INSERT_TAKEN : INSERT_FULL;
@@ -194,20 +256,31 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 	return !has_closed(bits.seen) && has_closed(bits.seen | seen);
 }
 
-/* Marks a flow as ended. The entry of the original direction counts it. */
-static __always_inline void conntrack_end(struct nat *nat)
+/* Says if the element that @copy was read from still has that entry. */
+static __always_inline bool is_still(const struct nat *nat, const struct nat *copy)
 {
-	if (!(nat->flags & (NAT_SOURCE | NAT_REPLY)) && mark_seen(nat, SEEN_RST))
-		load_end_flow(nat->backend_id);
+	return *(const volatile u64 *)&nat->check == copy->check;
 }
 
-static __always_inline void conntrack_forget(const struct flow *flow, struct nat *nat)
+/* Marks a flow as ended. The entry of the original direction counts it. */
+static __always_inline void conntrack_end(struct nat *nat, const struct nat *copy)
 {
+	if (!(copy->flags & (NAT_SOURCE | NAT_REPLY)) && is_still(nat, copy) &&
+	    mark_seen(nat, SEEN_RST))
+		load_end_flow(copy->backend_id);
+}
+
+/* Deletes both entries of a pair. The partner's key may be a later flow's, which took its port. */
+static __always_inline void conntrack_forget(const struct flow *flow, struct nat *nat,
+					     const struct nat *copy)
+{
+	struct scratch *s = scratch();
 	struct flow key;
 
-	conntrack_end(nat);
-	partner_key(&key, flow, nat);
-	if (!map_delete(conntrack, &key))
+	conntrack_end(nat, copy);
+	partner_key(&key, flow, copy);
+	if (s && conntrack_read(&key, &s->other) && is_reverse(&s->other, flow) &&
+	    !map_delete(conntrack, &key))
 		count(EVENT_FLOWS_ENDED);
 	if (!map_delete(conntrack, flow))
 		count(EVENT_FLOWS_ENDED);
@@ -248,68 +321,97 @@ static __always_inline u32 later(u32 known, u32 seen)
 	return known && known - seen <= TCP_WINDOW ? known : seen;
 }
 
-/* Records a segment's sequence numbers. Most segments change one of them, retransmissions none. */
-static __always_inline void note_sequence(const struct packet *p, struct nat *nat)
+/*
+ * Records a segment's sequence numbers in @nat, of which @known is a copy. Most segments change one
+ * of them, retransmissions none.
+ */
+static __always_inline void note_sequence(const struct packet *p, struct nat *nat,
+					  const struct nat *known)
 {
 	u32 end = p->end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
 
 	if (!(p->tcp_flags & TCP_SYN)) {
-		end = later(nat->end, end);
-		acked = acked ? later(nat->acked, acked) : nat->acked;
+		end = later(known->end, end);
+		acked = acked ? later(known->acked, acked) : known->acked;
 	}
-	if (nat->end != end)
+	if (known->end != end)
 		nat->end = end;
-	if (nat->acked != acked)
+	if (known->acked != acked)
 		nat->acked = acked;
+}
+
+/*
+ * Puts the other entry of the pair back if the LRU map took it: it may choose the entry of a
+ * direction that is silent, or that nobody has looked up for long. This look-up also tells the map
+ * that the other entry is in use.
+ */
+static __always_inline void conntrack_keep_partner(struct scratch *s, const struct flow *flow,
+						   const struct nat *entry)
+{
+	if (entry->flags & NAT_OWN || is_closed(entry))
+		return;
+	partner_key(&s->key, flow, entry);
+	if (conntrack_lookup(&s->key))
+		return;
+	s->nat = *entry;
+	invert_entry(s, flow);
+	conntrack_put(s, false);
 }
 
 /*
  * Updates the state of a flow from a packet of it. Both entries learn of its end, since a port that
  * is used again may show up in either direction. Only one needs to know that there was a reply.
+ *
+ * @entry is a copy of @nat. An element that another flow has got since is left alone. If that
+ * happens between this look and a write, the other flow gets a time or a sequence number which its
+ * next packet puts right.
  */
-static __always_inline void conntrack_track(const struct packet *p, struct nat *nat)
+static __always_inline void conntrack_track(const struct packet *p, struct nat *nat,
+					    const struct nat *entry)
 {
 	const struct flow *flow = &p->flow;
 	const u64 now = bpf_ktime_get_coarse_ns();
 	const u8 tcp_flags = p->tcp_flags;
-	u8 ended = nat->seen;
+	struct scratch *s = scratch_of(p);
+	u8 ended = entry->seen;
 
-	if (now - nat->last > NSEC_PER_SEC)
+	if (!is_still(nat, entry))
+		return;
+	if (now - entry->last > NSEC_PER_SEC) {
 		nat->last = now;
-	if (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY))
+		conntrack_keep_partner(s, flow, entry);
+	}
+	if (entry->flags & NAT_REPLY && !(entry->seen & SEEN_REPLY))
 		mark_seen(nat, SEEN_REPLY);
 	if (tcp_flags & TCP_RST)
 		ended |= SEEN_RST;
 	else if (tcp_flags & TCP_FIN)
-		ended |= nat->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+		ended |= entry->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
 	ended &= ~SEEN_REPLY;
-	if (ended & ~nat->seen) {
+	if (ended & ~entry->seen) {
 		struct nat *partner;
-		struct flow key;
 		bool closes;
 
-		partner_key(&key, flow, nat);
-		partner = conntrack_lookup(&key);
+		partner_key(&s->key, flow, entry);
+		partner = conntrack_read(&s->key, &s->other);
 		/* When a flow has begun anew, the former reply's partner is no longer its own. */
-		if (partner && !is_reverse(partner, flow))
+		if (partner && !is_reverse(&s->other, flow))
 			partner = NULL;
-		if (partner && !is_believable(p, nat, partner))
+		if (partner && !is_believable(p, entry, &s->other))
 			return;
-		closes = mark_seen(nat, ended) && !(nat->flags & NAT_REPLY);
-		if (partner) {
-			closes |= mark_seen(partner, ended) && nat->flags & NAT_REPLY;
+		closes = is_still(nat, entry) && mark_seen(nat, ended) &&
+			 !(entry->flags & NAT_REPLY);
+		if (partner && is_still(partner, &s->other)) {
+			closes |= mark_seen(partner, ended) && entry->flags & NAT_REPLY;
 			partner->last = now;
 		}
-		if (closes && !(nat->flags & NAT_SOURCE))
-			load_end_flow(nat->backend_id);
+		if (closes && !(entry->flags & NAT_SOURCE))
+			load_end_flow(entry->backend_id);
 	}
 	/* TCP packets have flags, except later fragments. */
 	if (tcp_flags && !(tcp_flags & TCP_RST))
-		note_sequence(p, nat);
+		note_sequence(p, nat, entry);
 }
-
-/* This id belongs to no Service and no backend. */
-#define NOBODY 0xffffffffU
 
 /* Inserts the entry @s->key, which translates nothing, or refreshes it. */
 static __always_inline void conntrack_note(struct scratch *s, u8 seen)
@@ -332,7 +434,7 @@ static __always_inline void conntrack_note(struct scratch *s, u8 seen)
 	s->nat.epoch = 0;
 	s->nat.end = s->nat.acked = 0;
 	s->nat.last = s->nat.created = now;
-	conntrack_insert(s, false);
+	conntrack_put(s, false);
 }
 
 /*

@@ -3,6 +3,7 @@
 #ifndef EBPFPROXY_DATAGRAM_H
 #define EBPFPROXY_DATAGRAM_H
 
+#include "decision_socket.h"
 #include "events.h"
 #include "origin.h"
 #include "peers.h"
@@ -38,7 +39,7 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 		if (!slot)
 			break;
 		id = slot->backend_id;
-		*backend = map_lookup(backends, &id);
+		*backend = backend_of(id);
 		if (*backend && !is_shared(cookie, *backend)) {
 			*backend_id = id;
 			return true;
@@ -88,8 +89,7 @@ static __always_inline void count_full(void)
  * port.
  */
 static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struct target *to,
-					  const struct service *svc, struct peer *peer,
-					  struct backend **backend)
+					  const struct service *svc, struct backend **backend)
 {
 	struct client client = client_of(ctx, svc, to);
 	const u64 cookie = get_socket_cookie(ctx);
@@ -98,17 +98,15 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	 * meanwhile.
 	 */
 	const u32 epoch = epoch_of(svc->id);
+	struct peer peer = {};
 	enum verdict verdict;
 	u32 backend_id;
 
 	verdict = service_choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE) {
 		count_service(svc->id, verdict);
-		return reject(verdict);
+		return refuse(ctx, to, svc, verdict);
 	}
-	/* Neither lookup finds a free place. */
-	if (peer)
-		peer->frontend_port = peer->backend_port = 0;
 	if (is_shared(cookie, *backend)) {
 		struct backend *only = *backend;
 
@@ -121,22 +119,27 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 			}
 		}
 	}
-	if (!peer)
-		peer = peer_place(ctx, cookie, !passes_our_device(ctx, svc, *backend));
-	if (peer) {
-		peer_write(peer, to, svc, backend_id, *backend, epoch);
-	} else {
+	peer.frontend = to->addr;
+	peer.backend = (*backend)->addr;
+	peer.frontend_port = to->port;
+	peer.backend_port = (*backend)->port;
+	peer.service_id = svc->id;
+	peer.backend_id = backend_id;
+	peer.epoch = epoch;
+	if (!peer_insert(cookie, bpf_get_netns_cookie(ctx), &peer,
+			 !passes_our_device(ctx, svc, *backend))) {
 		count_full();
 		if (passes_our_device(ctx, svc, *backend)) {
 			/* Another frontend of the socket may get the same backend later. */
-			if (peers_page(cookie, 0))
+			if (has_peers(cookie))
 				note_clash(ctx, to);
 			*backend = NULL;
 			return PROCEED;
 		}
 	}
 	count_service(svc->id, VERDICT_TRANSLATE);
-	count_backend(backend_id);
+	load_count_datagram(*backend);
+	decision_chosen(ctx, to, svc, &client, backend_id);
 	return PROCEED;
 }
 
@@ -145,25 +148,26 @@ static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struc
 					  struct target *goes)
 {
 	struct service *svc = find_service(ctx, to);
-	struct backend *backend = NULL;
+	struct backend *backend;
 	int proceed = PROCEED;
-	struct peer *peer;
+	u32 left = NOBODY;
 
 	if (skip_translation(ctx, to, svc)) {
 		if (!svc && is_unused_port(ctx, to))
-			return reject(VERDICT_REFUSE);
-		return !svc && is_unallocated_target(ctx, to) ? reject(VERDICT_DROP) : PROCEED;
+			return refuse(ctx, to, NULL, VERDICT_REFUSE);
+		return !svc && is_unallocated_target(ctx, to) ? refuse(ctx, to, NULL, VERDICT_DROP)
+							      : PROCEED;
 	}
 	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
 		return PROCEED;
-	peer = peer_by_frontend(get_socket_cookie(ctx), to);
-	if (peer)
-		backend = peer_backend(peer, svc, to->proto);
+	backend = peer_backend(get_socket_cookie(ctx), to, svc, &left);
 	if (backend) {
 		count_service(svc->id, VERDICT_TRANSLATE);
-		count_backend(peer->backend_id);
+		load_count_datagram(backend);
 	} else {
-		proceed = assign_backend(ctx, to, svc, peer, &backend);
+		if (left != NOBODY)
+			decision_left(ctx, to, svc, left);
+		proceed = assign_backend(ctx, to, svc, &backend);
 	}
 	if (proceed == PROCEED && backend) {
 		goes->addr = backend->addr;
@@ -175,8 +179,12 @@ static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struc
 /* Replaces a datagram's source by the frontend, whether the socket is connected or not. */
 static __always_inline bool handle_recvmsg(struct bpf_sock_addr *ctx, struct target *from)
 {
-	const u64 cookie = get_socket_cookie(ctx);
+	u64 cookie;
 
+	/* Most sockets that are of no Service are told by the port of what they receive. */
+	if (!may_be_backend(&from->addr, from->port))
+		return false;
+	cookie = get_socket_cookie(ctx);
 	if (is_connected(ctx))
 		return origin_recall(cookie, from) || peer_recall(cookie, from);
 	return peer_recall(cookie, from) || origin_recall(cookie, from);

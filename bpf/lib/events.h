@@ -25,12 +25,15 @@ enum event {
 	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
 	EVENT_SOCKETS_FULL, /* passed: no room for an unconnected socket, packets are translated */
 	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
+	EVENT_XDP,	    /* forwarded at XDP */
 	EVENTS,
 };
 
 /* Verdicts of the tc programs. */
 #define PASS TC_ACT_UNSPEC
 #define DROP TC_ACT_SHOT
+/* The packet is to be translated by its entry: finish() does that. */
+#define TRANSLATE 0xff
 
 static __always_inline void count(enum event event)
 {
@@ -43,7 +46,7 @@ static __always_inline void count(enum event event)
 
 /*
  * A verdict from REJECTION on means that the packet is to be rejected, for the event that is added.
- * finish() does that, in one place: see reject.h.
+ * finish() does that: see tc.c. So there is one copy of what it takes, whatever the reason.
  */
 #define REJECTION 0x100
 
@@ -52,10 +55,12 @@ static __always_inline int rejection(enum event event)
 	return REJECTION + event;
 }
 
+/* From DROPPING on it is to be dropped, for the event that is added: finish() counts that. */
+#define DROPPING 0x200
+
 static __always_inline int drop(enum event event)
 {
-	count(event);
-	return DROP;
+	return DROPPING + event;
 }
 
 static __always_inline int pass(enum event event)

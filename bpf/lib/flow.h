@@ -7,13 +7,14 @@
 #define EBPFPROXY_FLOW_H
 
 #include "conntrack.h"
+#include "decision_packet.h"
 #include "device.h"
 #include "frontend.h"
 #include "masquerade.h"
 #include "options.h"
-#include "rewrite.h"
 #include "route.h"
 #include "unserved.h"
+#include "xdp.h"
 
 /*
  * Says if the backend must not see the client's address: its reply would not come through us, or
@@ -82,33 +83,28 @@ static __always_inline void init_entry(struct scratch *s, const struct packet *p
 	s->nat.flags = 0;
 	s->nat.end = s->nat.acked = 0;
 	if (p->tcp_flags)
-		note_sequence(p, &s->nat);
+		note_sequence(p, &s->nat, &s->nat);
 }
 
-/*
- * Inserts the reply direction's entry in @s. Where another flow has the key (the client reaches the
- * same backend through another frontend from this port), another port is taken, and left in
- * @s->key.
- */
-static __always_inline enum insert insert_reply(struct __sk_buff *skb, struct scratch *s)
+/* Inserts the reply direction's entry in @s with the client's own port. */
+static __always_inline enum insert insert_reply(struct scratch *s)
 {
-	struct nat *known = conntrack_lookup(&s->key);
-	enum insert done;
+	const struct nat *other = &s->other;
+	const bool known = conntrack_read(&s->key, &s->other);
 
-	/* This is the same flow, which begins anew. */
-	if (known && known->sport == s->nat.sport && known->dport == s->nat.dport &&
-	    addr_equal(&known->src, &s->nat.src)) {
-		*known = s->nat;
-		return INSERT_DONE;
-	}
-	done = conntrack_insert(s, false);
-	return done == INSERT_TAKEN ? take_port(skb, s) : done;
+	/* The same flow may begin anew. */
+	if (known && !is_closed(other) &&
+	    !(other->sport == s->nat.sport && other->dport == s->nat.dport &&
+	      addr_equal(&other->src, &s->nat.src)))
+		return INSERT_TAKEN;
+	return conntrack_put(s, known);
 }
 
 /*
  * Inserts a flow's Service pair, the reply direction first: without it a packet would have no way
  * back. @s->nat is the original direction's entry, before and after the call; then with the port
- * that the backend will see. @fresh: a port of ours is taken in any case.
+ * that the backend will see. A port of ours is taken where another flow has the key of the reply
+ * (the client reaches the same backend through another frontend from this port), and with @fresh.
  */
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
 					       const struct flow *flow, bool fresh)
@@ -117,32 +113,19 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	enum insert done;
 
 	invert_entry(s, flow);
-	done = fresh ? take_port(skb, s) : insert_reply(skb, s);
+	done = fresh ? INSERT_TAKEN : insert_reply(s);
+	if (done == INSERT_TAKEN)
+		done = take_port(skb, s);
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
 	invert_entry(s, &reply);
-	done = conntrack_insert(s, true);
+	done = conntrack_put(s, conntrack_lookup(&s->key));
 	if (done == INSERT_DONE)
 		load_count_flow(s->nat.backend_id);
 	else
 		map_delete(conntrack, &reply);
 	return done;
-}
-
-static __always_inline int create_bypass_flow(struct __sk_buff *skb, const struct packet *p,
-					      struct scratch *s, const struct inet_addr *node)
-{
-	enum insert done;
-
-	s->nat.src = *node;
-	s->nat.flags = NAT_BYPASS;
-	done = insert_pair(skb, s, &p->flow, true);
-	if (done != INSERT_DONE)
-		return insert_failed(done);
-	if (rewrite(skb, p, &s->nat, true))
-		return drop(EVENT_REWRITE);
-	return send_out(skb, &s->nat.src, &s->nat.dst);
 }
 
 /*
@@ -176,7 +159,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
 		return drop(EVENT_SOURCE_RANGE);
 	if (!is_cluster_ip(&p->flow.dst)) {
-		way = fib_result_of(skb, &p->flow.src, &p->flow.dst, 0, &fib);
+		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &p->flow.dst, 0, &fib);
 		/* Without a device the packet is not routed on. */
 		if (way == FIB_LOCAL || (way == FIB_OUT && !fib.ifindex))
 			return PASS;
@@ -200,14 +183,14 @@ static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct 
 		.proto = flow->proto,
 		.stage = STAGE_EGRESS,
 	};
-	const struct nat *reply;
+	struct scratch *s = scratch_of(p);
 
 	if (!flow_of_interest(&key.src, &key.dst) || is_seen_below(skb, STAGE_INGRESS) ||
 	    !can_open_flow(skb, p))
 		return false;
-	reply = conntrack_lookup(&key);
 	/* An entry without NAT_REPLY is of a connection that this host itself has opened. */
-	return reply && reply->flags & NAT_REPLY && !is_reverse(reply, flow);
+	return conntrack_read(&key, &s->other) && s->other.flags & NAT_REPLY &&
+	       !is_reverse(&s->other, flow);
 }
 
 /* Gives a direct flow another port, as netfilter's NAT does for the later of two (null binding). */
@@ -228,11 +211,10 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 	s->nat.end = s->nat.acked = 0;
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
 	if (p->tcp_flags)
-		note_sequence(p, &s->nat);
+		note_sequence(p, &s->nat, &s->nat);
 	done = insert_source(skb, s, &p->flow);
-	if (done != INSERT_DONE)
-		return insert_failed(done);
-	return rewrite(skb, p, &s->nat, false) ? drop(EVENT_REWRITE) : PASS;
+	s->entry = s->nat;
+	return done == INSERT_DONE ? TRANSLATE : insert_failed(done);
 }
 
 /*
@@ -249,7 +231,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	struct backend *backend;
 	struct service *svc;
 	enum insert done;
-	bool is_masked;
+	bool is_masked, is_forwarded = false;
 	enum fib_result way;
 	int verdict;
 	u32 id;
@@ -281,32 +263,36 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	init_entry(s, p, backend);
 	is_masked = must_masquerade(skb, svc, is_inside, p, backend);
 	if (is_masked) {
-		way = fib_result_of(skb, &p->flow.src, &backend->addr, mtu_of(skb), &fib);
+		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, mtu_of(skb),
+				    &fib);
 		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
-		if (BYPASS_NETFILTER && is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex &&
-		    p->hops > 1)
-			return create_bypass_flow(skb, p, s, &node);
+		is_forwarded = is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
+			       (BYPASS_NETFILTER || is_for_xdp(ifindex_of(skb), fib.ifindex, p));
 	}
-	done = insert_pair(skb, s, &p->flow, is_port_taken(&p->flow));
+	if (is_forwarded) {
+		s->nat.src = node;
+		s->nat.flags = NAT_BYPASS;
+	}
+	done = insert_pair(skb, s, &p->flow, is_forwarded || is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return insert_failed(done);
-	if (rewrite(skb, p, &s->nat, false))
-		return drop(EVENT_REWRITE);
-	if (is_masked) {
+	s->entry = s->nat;
+	if (is_masked && !is_forwarded) {
 		done = masquerade(skb, s, p->flow.proto, &node);
 		if (done != INSERT_DONE) {
 			/*
 			 * Without the masquerade the next packet would show the client to the
 			 * backend.
 			 */
-			struct nat *nat = conntrack_lookup(&p->flow);
+			struct nat *nat = conntrack_read(&p->flow, &s->entry);
 
 			if (nat)
-				conntrack_forget(&p->flow, nat);
+				conntrack_forget(&p->flow, nat, &s->entry);
 			return insert_failed(done);
 		}
 	}
-	return PASS;
+	decision_created(p, svc, id);
+	return TRANSLATE;
 }
 
 /*
@@ -321,7 +307,8 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 	enum fib_result way;
 
 	/* There is no route from ::1; so far @node is the unspecified address. */
-	way = fib_result_of(skb, is_loopback ? node : &p->flow.src, &backend->addr, 0, &fib);
+	way = fib_result_of(skb, ifindex_of(skb), is_loopback ? node : &p->flow.src, &backend->addr,
+			    0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
 		*node = backend->addr;
 		return true;
@@ -384,11 +371,11 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	is_fresh = bpf_ntohs(p->flow.sport) >= 1024 || !addr_equal(&p->flow.src, &node) ||
 		   addr_equal(&backend->addr, &node) || is_port_taken(&p->flow);
 	done = insert_pair(skb, s, &p->flow, is_fresh);
+	s->entry = s->nat;
 	if (done != INSERT_DONE)
 		return insert_failed(done);
-	if (rewrite(skb, p, &s->nat, false))
-		return drop(EVENT_REWRITE);
-	return send_out(skb, &s->nat.src, &s->nat.dst);
+	decision_created(p, svc, id);
+	return TRANSLATE;
 }
 
 #endif

@@ -58,6 +58,13 @@ struct tcp_header {
 	__be16 urgent;
 };
 
+struct udp_header {
+	__be16 sport;
+	__be16 dport;
+	__be16 length;
+	__sum16 check;
+};
+
 #define TCP_FIN 0x01
 #define TCP_SYN 0x02
 #define TCP_RST 0x04

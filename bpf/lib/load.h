@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* How many connections and flows are open to each backend. */
+/* How many connections and flows are open to each backend, and how many there were. */
 #ifndef EBPFPROXY_LOAD_H
 #define EBPFPROXY_LOAD_H
 
@@ -7,50 +7,63 @@
 #include "maps.h"
 #include "types.h"
 
-static __always_inline struct load *load_of(u32 backend_id)
+static __always_inline struct backend *backend_of(u32 id)
 {
-	return map_lookup(loads, &backend_id);
+	return map_lookup(backends, &id);
 }
 
-static __always_inline void load_add_socket(u32 backend_id)
+static __always_inline void load_add_socket(struct backend *backend)
 {
-	struct load *load = load_of(backend_id);
+	__sync_fetch_and_add(&backend->sockets_opened, 1);
+}
 
-	if (load)
-		__sync_fetch_and_add(&load->sockets, 1);
+/* Counts a socket that other maps have counted when it was opened. */
+static __always_inline void load_restore_socket(u32 backend_id)
+{
+	struct backend *backend = backend_of(backend_id);
+
+	if (backend)
+		__sync_fetch_and_add(&backend->sockets_closed, -1);
 }
 
 static __always_inline void load_remove_socket(u32 backend_id)
 {
-	struct load *load = load_of(backend_id);
+	struct backend *backend = backend_of(backend_id);
 
-	if (load)
-		__sync_fetch_and_add(&load->sockets, -1);
+	if (backend)
+		__sync_fetch_and_add(&backend->sockets_closed, 1);
 }
 
 static __always_inline void load_count_flow(u32 backend_id)
 {
-	struct load *load = load_of(backend_id);
+	struct backend *backend = backend_of(backend_id);
 
-	if (load)
-		__sync_fetch_and_add(&load->flows_begun, 1);
+	if (backend)
+		__sync_fetch_and_add(&backend->flows_begun, 1);
 }
 
 static __always_inline void load_end_flow(u32 backend_id)
 {
-	struct load *load = load_of(backend_id);
+	struct backend *backend = backend_of(backend_id);
 
-	if (load)
-		__sync_fetch_and_add(&load->flows_ended, 1);
+	if (backend)
+		__sync_fetch_and_add(&backend->flows_ended, 1);
+}
+
+/* Counts a datagram, or a connection that cannot be recorded. */
+static __always_inline void load_count_datagram(struct backend *backend)
+{
+	__sync_fetch_and_add(&backend->datagrams, 1);
 }
 
 /*
  * Returns the open connections as far as known; concurrent counting may make that less than zero.
  */
-static __always_inline u64 load_open(const struct load *load)
+static __always_inline u64 load_open(const struct backend *backend)
 {
-	s64 open = (s32)(load->sockets + load->sockets_carried + load->flows_begun -
-			 load->flows_ended + load->flows_corrected);
+	s64 open = (s32)((u32)backend->sockets_opened - backend->sockets_closed +
+			 backend->sockets_carried + (u32)backend->flows_begun -
+			 backend->flows_ended + backend->flows_corrected);
 
 	return select(sign_of(open), 0, open);
 }

@@ -12,7 +12,9 @@
 #include "conntrack.h"
 
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
-#define MASQUERADE_TRIES 48
+/* So many ports are looked at for one that no flow has, and so many of those for sockets. */
+#define FLOW_TRIES   12
+#define SOCKET_TRIES 4
 /* Tries are spread over the range, since taken ports come in rows. */
 #define MASQUERADE_STEP 7919
 
@@ -66,25 +68,42 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct
 }
 
 /*
+ * Looks from @start on for a port that no reply direction has, and leaves it in @s->key. Sets
+ * @known where a closed entry has it.
+ */
+static __always_inline bool find_port(struct scratch *s, u32 *start, bool *known)
+{
+	/* The verifier walks every try: as little as possible is done in it. */
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < FLOW_TRIES; i++) {
+		const struct nat *nat;
+
+		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + *start));
+		*start = (*start + MASQUERADE_STEP) % MASQUERADE_RANGE;
+		nat = conntrack_lookup(&s->key);
+		*known = nat;
+		if (!nat || is_closed(nat))
+			return true;
+	}
+	return false;
+}
+
+/*
  * Inserts a reply direction's entry with a free port: @s->key lacks only its dport, the port that
  * stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
  */
 static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s)
 {
 	u32 start = bpf_get_prandom_u32() % MASQUERADE_RANGE;
-	enum insert done = INSERT_TAKEN;
+	bool known = false;
 
 #pragma clang loop unroll(disable)
-	for (int i = 0; i < MASQUERADE_TRIES; i++) {
-		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + start));
-		done = MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, &s->key)
-			       ? INSERT_TAKEN
-			       : conntrack_insert(s, false);
-		if (done != INSERT_TAKEN)
-			break;
-		start = (start + MASQUERADE_STEP) % MASQUERADE_RANGE;
+	for (int i = 0; i < SOCKET_TRIES; i++) {
+		if (find_port(s, &start, &known) &&
+		    !(MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, &s->key)))
+			return conntrack_put(s, known);
 	}
-	return done;
+	return INSERT_TAKEN;
 }
 
 /*
@@ -104,7 +123,7 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 		return done;
 	reply = s->key;
 	invert_entry(s, &reply);
-	return conntrack_insert(s, true);
+	return conntrack_put(s, conntrack_lookup(&s->key));
 }
 
 /*
@@ -122,11 +141,11 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 		.proto = proto,
 		.stage = STAGE_EGRESS,
 	};
-	struct nat *known = conntrack_lookup(&between);
+	const struct nat *known = &s->other;
 
 	/* A flow that begins anew keeps its port while that is in use. */
-	if (known && known->flags & NAT_SOURCE && !(known->flags & NAT_REPLY) &&
-	    !is_closed(known) && addr_equal(&known->src, addr))
+	if (conntrack_read(&between, &s->other) && known->flags & NAT_SOURCE &&
+	    !(known->flags & NAT_REPLY) && !is_closed(known) && addr_equal(&known->src, addr))
 		return INSERT_DONE;
 	s->nat.src = *addr;
 	return insert_source(skb, s, &between);

@@ -13,6 +13,15 @@
 #define HAVE_SET_RETVAL CONSTANT(HAVE_SET_RETVAL)
 #define HAVE_MPTCP	CONSTANT(HAVE_MPTCP)
 
+/* The slots of sock_origin, which are a power of two, less one. */
+#define ORIGIN_SLOT_MASK CONSTANT(ORIGIN_SLOT_MASK)
+
+/* The service ids that maps have room for. */
+#define SERVICES ((u32)CONSTANT(SERVICES))
+
+/* CPUs whose numbers agree but for so many lower bits share a row of service_choices. */
+#define CPUS_OF_A_ROW_SHIFT CONSTANT(CPUS_OF_A_ROW_SHIFT)
+
 /* Options. */
 #define NODEPORTS_ON_LOOPBACK	CONSTANT(NODEPORTS_ON_LOOPBACK)
 #define POD_SOCKETS		CONSTANT(POD_SOCKETS)
@@ -22,5 +31,6 @@
 #define MASQUERADE_LAST		((u32)CONSTANT(MASQUERADE_LAST))
 #define MASQUERADE_PORTS_SHARED CONSTANT(MASQUERADE_PORTS_SHARED)
 #define PODS_BY_CIDR		CONSTANT(PODS_BY_CIDR)
+#define TRACE_DECISIONS		CONSTANT(TRACE_DECISIONS)
 
 #endif

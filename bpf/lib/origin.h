@@ -3,7 +3,8 @@
  * Origins: what a socket connected to, so that the application sees that address again.
  *
  * A connected socket has one peer: its origin is kept by socket cookie until the socket is closed
- * (the release hook), and never evicted. An unconnected one may talk to many: see peers.h.
+ * (the release hook), and never evicted. The slot of an unconnected one has the first frontend that
+ * it sends to, see peers.h.
  *
  * With MPTCP a subflow connects: a TCP socket of the kernel's with a cookie of its own.
  * getpeername() and close() happen on the MPTCP socket: mptcp_subflows leads from there to the
@@ -20,10 +21,81 @@
 #include "service.h"
 
 /* bcc declares the result as u32 and would cut it. */
-static u64 (*get_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
+static u64 (*whole_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
 
 /* No header of bcc declares this helper. */
 static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
+
+static __always_inline u64 origin_key(u64 cookie, enum origin_kind kind)
+{
+	return cookie | (u64)kind << ORIGIN_KIND_SHIFT;
+}
+
+static __always_inline u64 cookie_of(u64 key)
+{
+	return key & ((1ULL << ORIGIN_KIND_SHIFT) - 1);
+}
+
+/* Returns the cookie without its highest byte: see enum origin_kind. */
+static __always_inline u64 get_socket_cookie(void *ctx)
+{
+	return cookie_of(whole_socket_cookie(ctx));
+}
+
+/* Returns the slot of a socket, which another one may have. */
+static __always_inline struct origin *origin_slot(u64 cookie)
+{
+	u32 at = cookie & ORIGIN_SLOT_MASK;
+
+	return map_lookup(sock_origin, &at);
+}
+
+/*
+ * Writes into a slot that is free, or has a peer of this socket that was dropped. Nobody else reads
+ * or writes what is in a reserved slot. Returns false where it is another's.
+ */
+static __always_inline bool origin_fill(struct origin *slot, u64 key, const struct peer *peer,
+					u32 netns)
+{
+	const u64 cookie = cookie_of(key);
+	const u64 before = slot->key;
+
+	if (before &&
+	    (before != origin_key(cookie, ORIGIN_UNCONNECTED) || slot->peer.frontend_port))
+		return false;
+	if (__sync_val_compare_and_swap(&slot->key, before, origin_key(cookie, ORIGIN_RESERVED)) !=
+	    before)
+		return false;
+	slot->peer = *peer;
+	slot->netns = netns;
+	/* Another CPU sees the record before its key. A plain store does not say so everywhere. */
+	__sync_lock_test_and_set(&slot->key, key);
+	return true;
+}
+
+/* Frees the slot of the socket with this key; returns false where it is not that socket's. */
+static __always_inline bool origin_free(struct origin *slot, u64 key)
+{
+	const u32 backend_id = slot->peer.backend_id;
+
+	if (__sync_val_compare_and_swap(&slot->key, key, 0) != key)
+		return false;
+	if (key >> ORIGIN_KIND_SHIFT == ORIGIN_CONNECTED)
+		load_remove_socket(backend_id);
+	return true;
+}
+
+/* Finds the origin of a connected socket. */
+static __always_inline struct origin *origin_of(u64 cookie)
+{
+	struct origin *slot = origin_slot(cookie);
+
+	if (!slot)
+		return NULL;
+	if (slot->key == origin_key(cookie, ORIGIN_CONNECTED))
+		return slot;
+	return slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
+}
 
 static __always_inline bool is_mptcp(u32 protocol)
 {
@@ -49,54 +121,89 @@ static __always_inline void subflow_note(struct bpf_sock_addr *ctx, u64 cookie)
 	if (!mptcp_socket)
 		return;
 	known = subflow_cookie(mptcp_socket);
-	if (!known || !map_lookup(sock_origin, &known))
+	if (!known || !origin_of(known))
 		map_update(mptcp_subflows, &mptcp_socket, &cookie);
+}
+
+/* Inserts the origin of a socket that has none; returns false where there is no room. */
+static __always_inline bool origin_insert(struct origin *slot, u64 cookie, const struct peer *peer,
+					  u32 netns)
+{
+	struct origin o = {
+		.key = origin_key(cookie, ORIGIN_CONNECTED),
+		.peer = *peer,
+		.netns = netns,
+	};
+
+	if (origin_fill(slot, o.key, peer, netns))
+		return true;
+	/* Whoever looks for the socket looks into the hash from now on. */
+	__sync_fetch_and_add(&slot->elsewhere, 1);
+	if (!bpf_map_update_elem(MAP(sock_origin_overflow), &cookie, &o, BPF_NOEXIST))
+		return true;
+	__sync_fetch_and_add(&slot->elsewhere, -1);
+	return false;
 }
 
 static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 					    const struct target *frontend, u32 service_id,
-					    u32 backend_id, const struct backend *backend)
+					    u32 backend_id, struct backend *backend)
 {
-	u64 cookie = get_socket_cookie(ctx);
-	struct origin o = {
+	const u64 cookie = get_socket_cookie(ctx);
+	struct origin *slot = origin_slot(cookie), *known;
+	const struct peer peer = {
 		.frontend = frontend->addr,
 		.backend = backend->addr,
 		.frontend_port = frontend->port,
 		.backend_port = backend->port,
 		.service_id = service_id,
 		.backend_id = backend_id,
-		.netns = (u32)bpf_get_netns_cookie(ctx),
 	};
 
-	struct origin *known;
-
+	if (!slot)
+		return;
 	if (HAVE_MPTCP && frontend->proto == IPPROTO_TCP)
 		subflow_note(ctx, cookie);
-	if (!bpf_map_update_elem(MAP(sock_origin), &cookie, &o, BPF_NOEXIST)) {
-		load_add_socket(backend_id);
+	known = origin_of(cookie);
+	if (known) {
+		/* The socket failed to connect before, or it is one of datagrams. */
+		load_remove_socket(known->peer.backend_id);
+		known->peer = peer;
+	} else if (!origin_insert(slot, cookie, &peer, bpf_get_netns_cookie(ctx))) {
+		load_count_datagram(backend);
 		return;
 	}
-	/* The socket failed to connect before, or is a datagram socket that gets another peer. */
-	known = map_lookup(sock_origin, &cookie);
-	if (!known)
-		return;
-	load_remove_socket(known->backend_id);
-	load_add_socket(backend_id);
-	*known = o;
+	load_add_socket(backend);
 }
 
-/* Forgets the origin: a socket that failed to connect may connect again, and then to no Service. */
-static __always_inline void origin_forget(u64 cookie)
+static __always_inline bool overflow_forget(struct origin *slot, u64 cookie)
 {
-	struct origin *known = map_lookup(sock_origin, &cookie);
+	struct origin *known = map_lookup(sock_origin_overflow, &cookie);
 	u32 backend_id;
 
 	/* Deleting a missing element would still take the bucket's lock. */
 	if (!known)
-		return;
-	backend_id = known->backend_id;
-	if (!map_delete(sock_origin, &cookie))
-		load_remove_socket(backend_id);
+		return false;
+	backend_id = known->peer.backend_id;
+	if (map_delete(sock_origin_overflow, &cookie))
+		return false;
+	__sync_fetch_and_add(&slot->elsewhere, -1);
+	load_remove_socket(backend_id);
+	return true;
+}
+
+/* Forgets the origin: a socket that failed to connect may connect again, and then to no Service. */
+static __always_inline bool origin_forget(u64 cookie)
+{
+	struct origin *slot = origin_slot(cookie);
+	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
+
+	if (!slot)
+		return false;
+	/* The socket's pages stay. */
+	if (slot->key != key)
+		return slot->elsewhere && overflow_forget(slot, cookie);
+	return origin_free(slot, key);
 }
 
 /* Forgets the subflow of a closed MPTCP socket: no program sees the end of the subflow itself. */
@@ -113,12 +220,12 @@ static __always_inline void subflow_forget(u64 mptcp_socket)
 /* Replaces a backend's address by the frontend's. */
 static __always_inline bool origin_recall(u64 cookie, struct target *peer)
 {
-	struct origin *o = map_lookup(sock_origin, &cookie);
+	struct origin *o = origin_of(cookie);
 
-	if (!o || o->backend_port != peer->port || !addr_equal(&o->backend, &peer->addr))
+	if (!o || o->peer.backend_port != peer->port || !addr_equal(&o->peer.backend, &peer->addr))
 		return false;
-	peer->addr = o->frontend;
-	peer->port = o->frontend_port;
+	peer->addr = o->peer.frontend;
+	peer->port = o->peer.frontend_port;
 	return true;
 }
 
@@ -129,13 +236,12 @@ static __always_inline bool origin_recall(u64 cookie, struct target *peer)
 static __always_inline bool origin_sends(struct bpf_sock_addr *ctx, const struct target *to,
 					 struct target *goes)
 {
-	u64 cookie = get_socket_cookie(ctx);
-	struct origin *o = map_lookup(sock_origin, &cookie);
+	struct origin *o = origin_of(get_socket_cookie(ctx));
 
-	if (!o || o->frontend_port != to->port || !addr_equal(&o->frontend, &to->addr))
+	if (!o || o->peer.frontend_port != to->port || !addr_equal(&o->peer.frontend, &to->addr))
 		return false;
-	goes->addr = o->backend;
-	goes->port = o->backend_port;
+	goes->addr = o->peer.backend;
+	goes->port = o->peer.backend_port;
 	return true;
 }
 

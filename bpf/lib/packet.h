@@ -34,6 +34,8 @@ struct packet {
 	u32 seq; /* TCP's, and the end of the segment: SYN and FIN count as a byte each */
 	u32 end;
 	u32 ack;
+	u32 l4_word; /* TCP's offset, flags and window, or UDP's length, as they lie there */
+	__sum16 l4_check;
 	__sum16 ipv4_check;
 	u16 ipv4_ttl_proto; /* as they lie there */
 	u8 hops;
@@ -42,6 +44,8 @@ struct packet {
 	bool is_v4;
 	bool is_fragment;
 	bool is_later_fragment;
+	/* Two IP addresses and TCP's or UDP's header lie side by side; see read_transport(). */
+	bool is_plain;
 };
 
 /* Says if this is ICMP of the packet's family, as far as its headers have been read. */
@@ -245,13 +249,12 @@ static __always_inline __be32 next_fragment_id(bool is_v4)
  * Records a segment's numbers. Its length is what the IP header says, as a short frame has padding.
  * BIG TCP's header says 0.
  */
-static __always_inline void read_tcp(struct __sk_buff *skb, struct packet *p,
-				     const struct tcp_header *tcp)
+static __always_inline void read_tcp(struct packet *p, const struct tcp_header *tcp, u32 frame_size)
 {
 	u32 end = L3_OFFSET + p->l3_length;
 
 	if (end <= p->l4)
-		end = skb->len;
+		end = frame_size;
 	p->tcp_flags = tcp->flags;
 	p->seq = bpf_ntohl(tcp->seq);
 	p->ack = bpf_ntohl(tcp->ack);
@@ -276,8 +279,16 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 		at = data + L3_OFFSET + sizeof(struct ipv6_header);
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;
-		if (p->proto == IPPROTO_TCP)
-			read_tcp(skb, p, at);
+		if (p->proto == IPPROTO_TCP) {
+			read_tcp(p, at, skb->len);
+			p->l4_word = *(u32 *)(at + offsetof(struct tcp_header, offset));
+			p->l4_check = ((struct tcp_header *)at)->check;
+		} else {
+			p->l4_word = *(u16 *)(at + offsetof(struct udp_header, length));
+			p->l4_check = ((struct udp_header *)at)->check;
+		}
+		p->is_plain = p->proto != IPPROTO_SCTP && !p->is_fragment &&
+			      L3_OFFSET + p->l3_length > p->l4;
 		return true;
 	}
 	if (p->proto == IPPROTO_TCP) {
@@ -285,7 +296,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 			return false;
 		ports->sport = tcp.sport;
 		ports->dport = tcp.dport;
-		read_tcp(skb, p, &tcp);
+		read_tcp(p, &tcp, skb->len);
 		return true;
 	}
 	if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))
@@ -303,6 +314,7 @@ static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struc
 		return PARSE_OTHER;
 	p->flow.proto = p->proto;
 	p->tcp_flags = 0;
+	p->is_plain = false;
 	if (is_icmp(p))
 		return read_icmp(skb, p);
 	if (!has_ports(p->proto))

@@ -163,10 +163,4 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 	return bpf_redirect(ifindex, p->flow.stage == STAGE_EGRESS ? BPF_F_INGRESS : 0);
 }
 
-/* Carries out a verdict: the packet is rejected here if it is to be. */
-static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
-{
-	return verdict >= REJECTION ? reject(skb, p, verdict - REJECTION) : verdict;
-}
-
 #endif

@@ -5,6 +5,9 @@
  * All changes are incremental (RFC 1624), so a damaged packet stays damaged, and a packet whose
  * checksum the device computes later (CHECKSUM_PARTIAL: only the pseudo-header is summed up yet)
  * stays right: BPF_F_PSEUDO_HDR tells the helper to allow for that.
+ *
+ * Calls of helpers take most of the time. Where the checksum is finished, addresses, ports and
+ * checksum are written by one.
  */
 #ifndef EBPFPROXY_REWRITE_H
 #define EBPFPROXY_REWRITE_H
@@ -20,7 +23,7 @@
 #define IPV6_LENGTH offsetof(struct ipv6_header, length)
 #define IPV6_ID	    offsetof(struct ipv6_fragment, id)
 #define TCP_CHECK   offsetof(struct tcp_header, check)
-#define UDP_CHECK   6
+#define UDP_CHECK   offsetof(struct udp_header, check)
 #define SCTP_CHECK  8
 #define ICMP_CHECK  offsetof(struct icmp_header, check)
 
@@ -102,7 +105,50 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
 }
 
-/* Rewrites IPv4's header from the TTL on and, where no options follow, the ports in one store. */
+/*
+ * Says if the transport checksum is finished, of a packet that is plain. For CHECKSUM_PARTIAL its
+ * field has the sum of the pseudo-header (RFC 9293, 3.1), of which @sum is that of the addresses. A
+ * finished one may have the same value by chance; then it takes the longer way.
+ */
+static __always_inline bool is_check_finished(const struct packet *p, u64 sum)
+{
+	const u16 length = p->l3_length - (p->l4 - L3_OFFSET);
+
+	return csum_fold(sum + bpf_htons(p->proto) + bpf_htons(length) + (u16)~p->l4_check);
+}
+
+/* Writes the transport header up to its checksum; returns the number of words of 16 bits. */
+static __always_inline u32 transport_of(const struct packet *p, const struct nat *nat,
+					u64 difference, u16 *to)
+{
+	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
+	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
+	const u32 seq = bpf_htonl(p->seq), ack = bpf_htonl(p->ack);
+	const u16 check = csum_fold((u16)~p->l4_check + difference + (u32)~old_ports + new_ports);
+
+	to[0] = (u16)new_ports;
+	to[1] = new_ports >> 16;
+	if (p->proto != IPPROTO_TCP) {
+		to[2] = (u16)p->l4_word;
+		/* 0 is "none" and stays. */
+		to[3] = !p->l4_check ? 0 : check ? check : 0xffff;
+		return 4;
+	}
+	to[2] = (u16)seq;
+	to[3] = seq >> 16;
+	to[4] = (u16)ack;
+	to[5] = ack >> 16;
+	to[6] = (u16)p->l4_word;
+	to[7] = p->l4_word >> 16;
+	to[8] = check;
+	return 9;
+}
+
+/*
+ * Rewrites IPv4's header from the TTL on and, where no options follow, the ports in one store; with
+ * a finished checksum that as well. BPF_F_RECOMPUTE_CSUM adds up what changes for
+ * CHECKSUM_COMPLETE.
+ */
 static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *p,
 				    const struct nat *nat, bool forwards)
 {
@@ -114,8 +160,10 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	struct {
 		u16 ttl_proto;
 		__sum16 check;
-		u16 word[6];
+		u16 addr[4];
+		u16 transport[9];
 	} new = { .ttl_proto = p->ipv4_ttl_proto };
+	const u32 with_addr = offsetof(typeof(new), transport);
 
 	difference = (difference & 0xffffffff) + (difference >> 32);
 	difference = (difference & 0xffffffff) + (difference >> 32);
@@ -129,18 +177,24 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	if (forwards)
 		((u8 *)&new.ttl_proto)[0]--;
 	new.check = csum_fold(header + new.ttl_proto + difference);
-	new.word[0] = (u16)src;
-	new.word[1] = src >> 16;
-	new.word[2] = (u16)dst;
-	new.word[3] = dst >> 16;
-	new.word[4] = (u16)new_ports;
-	new.word[5] = new_ports >> 16;
+	new.addr[0] = (u16)src;
+	new.addr[1] = src >> 16;
+	new.addr[2] = (u16)dst;
+	new.addr[3] = dst >> 16;
+	if (p->is_plain && is_check_finished(p, (u64)p->flow.src.word[3] + p->flow.dst.word[3])) {
+		u32 words = transport_of(p, nat, difference, new.transport);
+
+		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, with_addr + 2 * words,
+					   BPF_F_RECOMPUTE_CSUM);
+	}
+	new.transport[0] = (u16)new_ports;
+	new.transport[1] = new_ports >> 16;
 	if (p->is_later_fragment)
-		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new) - 4, 0);
+		return bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, with_addr, 0);
 	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header)) {
-		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new), 0))
+		if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, with_addr + 4, 0))
 			return -1;
-	} else if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, sizeof(new) - 4, 0) ||
+	} else if (bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_TTL, &new, with_addr, 0) ||
 		   bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0)) {
 		return -1;
 	}
@@ -158,14 +212,49 @@ static __always_inline int count_hop6(struct __sk_buff *skb)
 				   BPF_F_RECOMPUTE_CSUM);
 }
 
+/* Rewrites a plain packet with a finished checksum, @difference being that of the addresses. */
+static __always_inline int rewrite_plain6(struct __sk_buff *skb, const struct packet *p,
+					  const struct nat *nat, bool forwards, u64 difference)
+{
+	struct {
+		__be16 length;
+		u8 next;
+		u8 hops;
+		struct inet_addr src;
+		struct inet_addr dst;
+		u16 transport[9];
+	} new = {
+		.length = bpf_htons(p->l3_length - sizeof(struct ipv6_header)),
+		.next = p->proto,
+		.hops = p->hops - forwards,
+		.src = nat->src,
+		.dst = nat->dst,
+	};
+	u32 words = transport_of(p, nat, difference, new.transport);
+
+	return bpf_skb_store_bytes(skb, L3_OFFSET + IPV6_LENGTH, &new,
+				   offsetof(typeof(new), transport) + 2 * words,
+				   BPF_F_RECOMPUTE_CSUM);
+}
+
 static __always_inline int rewrite6(struct __sk_buff *skb, const struct packet *p,
 				    const struct nat *nat, bool forwards)
 {
 	const u32 old_ports = p->flow.sport | (u32)p->flow.dport << 16;
 	const u32 new_ports = nat->sport | (u32)nat->dport << 16;
 	const u32 size = 2 * sizeof(struct inet_addr);
-	u32 difference = bpf_csum_diff((void *)&p->flow.src, size, (void *)&nat->src, size, 0);
+	const u32 *old = p->flow.src.word, *new = nat->src.word;
+	u64 sum = 0, difference = 0;
 
+#pragma clang loop unroll(full)
+	for (u32 i = 0; i < size / sizeof(*old); i++) {
+		sum += old[i];
+		difference += (u64)(u32)~old[i] + new[i];
+	}
+	if (p->is_plain && is_check_finished(p, sum))
+		return rewrite_plain6(skb, p, nat, forwards, difference);
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	difference = (difference & 0xffffffff) + (difference >> 32);
 	if (forwards && count_hop6(skb))
 		return -1;
 	if (p->is_fragment &&

@@ -1,68 +1,16 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Routing from a tc program: looking up a route, and sending a packet on its way. */
+/* Sending a packet on its way from a tc program. */
 #ifndef EBPFPROXY_ROUTE_H
 #define EBPFPROXY_ROUTE_H
 
 #include "events.h"
+#include "fib.h"
 #include "options.h"
 #include "packet.h"
 
 /* bcc 0.26 declares this helper without the length. */
 static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
 			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
-
-/* Results of a route lookup; the first three go through a device. */
-enum fib_result {
-	FIB_NEIGHBOUR, /* the next hop's link address is known */
-	FIB_OUT,
-	FIB_MTU_EXCEEDED, /* the device takes no packet of this size */
-	FIB_LOCAL,	  /* to this host itself */
-	FIB_NONE,
-};
-
-/*
- * Looks up the route from @from to @to for packets of @size bytes (0: any). Sets the device in
- * @fib, to 0 where the kernel has a route that this helper does not know (an encapsulating one).
- */
-static __always_inline enum fib_result fib_result_of(struct __sk_buff *skb,
-						     const struct inet_addr *from,
-						     const struct inet_addr *to, u16 size,
-						     struct bpf_fib_lookup *fib)
-{
-	__builtin_memset(fib, 0, sizeof(*fib));
-	fib->ifindex = ifindex_of(skb);
-	fib->tot_len = size;
-	if (addr_is_v4(to)) {
-		fib->family = AF_INET;
-		fib->ipv4_src = from->word[3];
-		fib->ipv4_dst = to->word[3];
-	} else {
-		fib->family = AF_INET6;
-		__builtin_memcpy(fib->ipv6_src, from, sizeof(*from));
-		__builtin_memcpy(fib->ipv6_dst, to, sizeof(*to));
-	}
-	switch (bpf_fib_lookup(skb, fib, sizeof(*fib), 0)) {
-	case BPF_FIB_LKUP_RET_SUCCESS:
-		return FIB_NEIGHBOUR;
-	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		return FIB_OUT;
-	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		return FIB_MTU_EXCEEDED;
-	case BPF_FIB_LKUP_RET_NOT_FWDED:
-		return FIB_LOCAL;
-	case BPF_FIB_LKUP_RET_UNSUPP_LWT:
-	case BPF_FIB_LKUP_RET_FWD_DISABLED:
-		fib->ifindex = 0;
-		return FIB_OUT;
-	default:
-		return FIB_NONE;
-	}
-}
-
-static __always_inline bool leads_out(enum fib_result way)
-{
-	return way <= FIB_MTU_EXCEEDED;
-}
 
 /*
  * Delivers a packet to this host as if the host had sent it to itself. redirect_neigh() attaches a
@@ -90,7 +38,7 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 				    const struct inet_addr *to)
 {
 	struct bpf_fib_lookup fib;
-	enum fib_result way = fib_result_of(skb, from, to, 0, &fib);
+	enum fib_result way = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
 
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
@@ -131,7 +79,7 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 
 	if (L3_OFFSET != ETH_HLEN && !NODEPORTS_ON_LOOPBACK)
 		return PASS;
-	way = fib_result_of(skb, &nat->dst, &nat->src, 0, &fib);
+	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
 #if L3_OFFSET == ETH_HLEN
@@ -160,7 +108,8 @@ static __always_inline int deliver_error(struct __sk_buff *skb, const struct nat
 #else
 	struct bpf_fib_lookup fib;
 
-	if (NODEPORTS_ON_LOOPBACK && fib_result_of(skb, &nat->dst, &nat->src, 0, &fib) == FIB_LOCAL)
+	if (NODEPORTS_ON_LOOPBACK &&
+	    fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib) == FIB_LOCAL)
 		return send_to_self(skb);
 	return PASS;
 #endif

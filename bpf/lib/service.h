@@ -7,6 +7,7 @@
 #include "affinity.h"
 #include "algorithm.h"
 #include "maps.h"
+#include "options.h"
 
 /* UDP-Lite (RFC 3828) has its own protocol number and uses UDP's Services. */
 static __always_inline u8 service_protocol(u32 protocol)
@@ -93,34 +94,32 @@ static __always_inline union selection selection_of(u32 index)
 
 static __always_inline void count_service(u32 service_id, enum verdict verdict)
 {
-	struct service_stats *stats = map_lookup(service_stats, &service_id);
+	struct rejections *rejections;
 
-	if (!stats)
+	if (verdict == VERDICT_TRANSLATE) {
+		const u32 row = (bpf_get_smp_processor_id() >> CPUS_OF_A_ROW_SHIFT) % CHOICE_ROWS;
+		const u32 at = row * SERVICES + service_id;
+		u64 *choices = map_lookup(service_choices, &at);
+
+		if (choices)
+			__sync_fetch_and_add(choices, 1);
 		return;
-	/* Socket hooks can be preempted: only an atomic add is exact, even per CPU. */
-	if (verdict == VERDICT_TRANSLATE)
-		__sync_fetch_and_add(&stats->chosen, 1);
-	else if (verdict == VERDICT_REFUSE)
-		__sync_fetch_and_add(&stats->refused, 1);
+	}
+	rejections = map_lookup(service_rejections, &service_id);
+	if (!rejections)
+		return;
+	if (verdict == VERDICT_REFUSE)
+		__sync_fetch_and_add(&rejections->refused, 1);
 	else
-		__sync_fetch_and_add(&stats->dropped, 1);
-}
-
-static __always_inline void count_backend(u32 backend_id)
-{
-	struct backend_stats *stats = map_lookup(backend_stats, &backend_id);
-
-	if (stats)
-		__sync_fetch_and_add(&stats->chosen, 1);
+		__sync_fetch_and_add(&rejections->dropped, 1);
 }
 
 /*
  * Chooses a backend. One hash lookup led to @svc; two array lookups lead to the backend. @client is
  * filled in where needs_client_key(@svc).
  */
-static __always_inline enum verdict service_choose(const struct service *svc,
-						   const struct client *client, u32 *backend_id,
-						   struct backend **backend)
+static __always_inline enum verdict service_choose(const struct service *svc, struct client *client,
+						   u32 *backend_id, struct backend **backend)
 {
 	enum policy policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
 	u32 selection = svc->id * POLICIES + policy;
@@ -134,7 +133,11 @@ static __always_inline enum verdict service_choose(const struct service *svc,
 			return VERDICT_DROP;
 		return VERDICT_REFUSE;
 	}
+	if (TRACE_DECISIONS)
+		client->keeps_backend = true;
 	if (!svc->affinity_seconds || !affinity_recall(svc, selection, client, backend_id)) {
+		if (TRACE_DECISIONS)
+			client->keeps_backend = false;
 		at = pick_slot(svc, &range, selection, client);
 		slot = map_lookup(slots, &at);
 		if (!slot)
@@ -143,19 +146,17 @@ static __always_inline enum verdict service_choose(const struct service *svc,
 		if (svc->affinity_seconds)
 			affinity_remember(svc, selection, client, backend_id);
 	}
-	*backend = map_lookup(backends, backend_id);
+	*backend = backend_of(*backend_id);
 	return *backend ? VERDICT_TRANSLATE : VERDICT_REFUSE;
 }
 
-/* Chooses a backend, and counts the choice. */
-static __always_inline enum verdict choose(const struct service *svc, const struct client *client,
+/* Chooses a backend, and counts that for the Service; for the backend counts what is made of it. */
+static __always_inline enum verdict choose(const struct service *svc, struct client *client,
 					   u32 *backend_id, struct backend **backend)
 {
 	enum verdict verdict = service_choose(svc, client, backend_id, backend);
 
 	count_service(svc->id, verdict);
-	if (verdict == VERDICT_TRANSLATE)
-		count_backend(*backend_id);
 	return verdict;
 }
 

@@ -3,6 +3,7 @@
 #ifndef EBPFPROXY_SOCKET_SERVICE_H
 #define EBPFPROXY_SOCKET_SERVICE_H
 
+#include "filter.h"
 #include "options.h"
 #include "service.h"
 #include "service_cidr.h"
@@ -26,15 +27,22 @@ static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
 	return addr_is_this_node(addr);
 }
 
+/* Says if a frontend may have the address and port: two array lookups spare the others a search. */
+static __always_inline bool may_be_frontend(const struct target *to)
+{
+	return port_of_interest(to->port) &&
+	       (address_of_interest(&to->addr) ||
+		(NODEPORTS_ON_LOOPBACK && addr_is_loopback(&to->addr)));
+}
+
 static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 						    const struct target *to)
 {
 	struct service *svc;
 
-	if (!is_served(ctx))
+	if (!is_served(ctx) || !may_be_frontend(to))
 		return NULL;
 	svc = service_by_address(to, SCOPE_INTERNAL);
-
 	if (svc)
 		return svc;
 	svc = service_by_node_port(to, SCOPE_INTERNAL);
@@ -87,7 +95,7 @@ static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const st
 /* Says if a cluster IP does not have this port; called only where no Service was found. */
 static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const struct target *to)
 {
-	return is_served(ctx) && is_cluster_ip(&to->addr);
+	return is_served(ctx) && address_of_interest(&to->addr) && is_cluster_ip(&to->addr);
 }
 
 /*

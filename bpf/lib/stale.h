@@ -7,6 +7,7 @@
 #define EBPFPROXY_STALE_H
 
 #include "addr.h"
+#include "load.h"
 #include "maps.h"
 
 static __always_inline u64 epoch_of(u32 service_id)
@@ -20,7 +21,7 @@ static __always_inline u64 epoch_of(u32 service_id)
 static __always_inline struct backend *backend_known(u32 id, const struct inet_addr *addr,
 						     __be16 port, u8 proto)
 {
-	struct backend *backend = map_lookup(backends, &id);
+	struct backend *backend = backend_of(id);
 
 	return backend && backend->proto == proto && backend->port == port &&
 			       addr_equal(&backend->addr, addr)

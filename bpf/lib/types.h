@@ -147,41 +147,34 @@ struct affinity {
 	u64 last; /* choice; CLOCK_MONOTONIC, ns */
 };
 
-/*
- * How many connected sockets and packet flows are open from this node to a backend. Programs count
- * up. What they cannot know (a flow that ended without a packet, sockets carried over from other
- * maps) is in the words that only the agent writes.
- */
-struct load {
-	u32 sockets;
-	u32 sockets_carried;
-	u32 flows_begun;
-	u32 flows_ended;
-	u32 flows_corrected;
-	u32 reserved;
-};
+/* backend.flows_seen has this bit where the sweep has ended flows. */
+#define FLOWS_ENDED (1U << 31)
 
-/* A backend, by its id. */
+/*
+ * A backend, by its id, and what is counted for it: one cache line. A connection writes to it in
+ * any case, since all CPUs have to know how many are open; so what was chosen is counted by the
+ * same words. A datagram of an unconnected socket costs a CPU the line if another one has written
+ * to it last, as the receiver's queue does.
+ *
+ * Programs count up. What they cannot know (a flow that ended without a packet, sockets carried
+ * over from other maps) is in the words that only the agent writes. Words of 32 bits wrap.
+ */
 struct backend {
 	struct inet_addr addr;
 	__be16 port;
 	u8 proto;
 	u8 state;
-	u32 reserved;
+	u32 sockets_closed;
+	u64 sockets_opened; /* connected sockets that are on record */
+	u64 flows_begun;
+	u64 datagrams; /* of unconnected sockets, and connections of which there is no record */
+	u32 sockets_carried;
+	u32 flows_ended;
+	u32 flows_corrected;
+	u32 flows_seen; /* by the last sweep */
 };
 
-/* The frontend that a connected socket asked for, and the backend that it got. */
-struct origin {
-	struct inet_addr frontend;
-	struct inet_addr backend;
-	__be16 frontend_port;
-	__be16 backend_port;
-	u32 service_id;
-	u32 backend_id;
-	u32 netns; /* the lower half of the network namespace's cookie, which is counted from 1 */
-};
-
-/* The backend of an unconnected socket for one frontend. */
+/* A frontend that a socket asked for, and the backend that it got. */
 struct peer {
 	struct inet_addr frontend;
 	struct inet_addr backend;
@@ -189,15 +182,42 @@ struct peer {
 	__be16 backend_port;
 	u32 service_id;
 	u32 backend_id;
-	u32 epoch; /* as in struct nat */
+	u32 epoch; /* as in struct nat; of datagram sockets that are not connected */
+};
+
+/*
+ * The highest byte of an origin's key. Cookies are counted from 1; a few are counted down from
+ * 2^64, where one is made while another is on the same CPU: their highest byte is left out. A key
+ * of 0 is a free slot.
+ */
+#define ORIGIN_KIND_SHIFT 56
+
+enum origin_kind {
+	ORIGIN_RESERVED = 1,	/* the socket's program is about to write it */
+	ORIGIN_CONNECTED = 2,	/* what the socket has connected to */
+	ORIGIN_UNCONNECTED = 3, /* the first frontend that an unconnected socket has sent to */
+};
+
+/*
+ * sock_origin, an array: a socket's slot is the one at the lower bits of its cookie. It is one
+ * cache line, and is taken and freed by a compare-and-swap of its key. Where another socket has the
+ * slot, a connected socket's origin goes to the hash sock_origin_overflow, by cookie.
+ */
+struct origin {
+	u64 key; /* cookie, and origin_kind */
+	struct peer peer;
+	u32 netns; /* the lower half of the network namespace's cookie, which is counted from 1 */
+	/* Records of sockets with this slot in other maps: origins, and sockets that have pages. */
+	u32 elsewhere;
 };
 
 #define PEERS	   4
 #define PEER_PAGES 8
 
 /*
- * sock_peers, by socket cookie. A socket with more frontends than fit has further pages; a page's
- * number is in the key's highest byte, which cookies, counted from 1, do not reach.
+ * sock_peers, by socket cookie: what an unconnected socket has sent to after its first frontend. A
+ * socket with more frontends than fit has further pages; a page's number is in the key's highest
+ * byte.
  */
 struct peers {
 	struct peer peer[PEERS];
@@ -228,14 +248,17 @@ struct redirect {
 	u64 cookie;
 };
 
-struct service_stats {
-	u64 chosen;
+/*
+ * service_choices has so many rows, each with a u64 for every service id. Neighbouring CPUs share a
+ * row: a Service that every CPU uses all the time would else have one cache line that wanders
+ * between all of them. A row for each CPU would take 64 MB on a machine with 128 of them.
+ */
+#define CHOICE_ROWS 16
+
+/* service_rejections, by service id. */
+struct rejections {
 	u64 refused;
 	u64 dropped;
-};
-
-struct backend_stats {
-	u64 chosen;
 };
 
 /* The hook where a packet is seen: before this host's netfilter and routing, or after them. */
@@ -253,13 +276,13 @@ struct flow {
 	u8 proto;
 	u8 stage;
 	u16 pad;
-};
+} __attribute__((aligned(8)));
 
 /* nat.flags */
 #define NAT_REPLY  (1 << 0) /* the reply direction; the partner is of the original one */
 #define NAT_SOURCE (1 << 1) /* translates the client (masquerade), not the Service */
 #define NAT_HOST   (1 << 2) /* this host is the client: sent to the backend's own route */
-#define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter */
+#define NAT_BYPASS (1 << 3) /* forwarded from the hook itself, past netfilter: XDP or tc */
 #define NAT_OWN	   (1 << 4) /* of no Service: nothing is translated */
 #define NAT_BOUND  (1 << 5) /* the client, of this host, is bound to the loopback device */
 
@@ -298,6 +321,26 @@ struct nat {
 	/* TCP sequence numbers of this direction, in host order; both 0 where they are unknown. */
 	u32 end;   /* where its data ends, as far as it was seen */
 	u32 acked; /* what it has acknowledged of the other's; 0: nothing */
+	u64 check; /* of the key and of what an entry never changes: see conntrack_read() */
+};
+
+/* The agent and sweep.c share this. One sweep runs at a time. */
+struct sweep {
+	u64 now;	 /* CLOCK_MONOTONIC, ns */
+	u64 limits[128]; /* ns without a packet: by protocol, nat.seen, and if it lasted a second */
+	u32 next;	 /* run of so many */
+	u32 count;
+	u32 mark; /* in flow_filter */
+	u32 kept; /* entries */
+	u32 deleted;
+	u32 removed[2]; /* flows ended because their backend was removed: IPv4, IPv6 */
+	u32 reserved;
+	/* The rest is the program's memory. */
+	struct flow key;
+	struct flow partner_key;
+	struct flow other_key;
+	struct nat nat;
+	struct nat partner;
 };
 
 /*
@@ -362,6 +405,16 @@ struct device {
 	u32 mtu;
 };
 
+/* xdp_devices, by ifindex. */
+#define XDP_FORWARDS   (1 << 0) /* our XDP program forwards what comes in here */
+#define XDP_SENDS_BACK (1 << 1) /* the driver can send that back by here: XDP_TX */
+#define XDP_TAKES      (1 << 2) /* it takes what programs redirect to here */
+
+struct xdp_device {
+	u8 link_address[6];
+	u16 flags;
+};
+
 /* source_ranges: a service id and a prefix; the length counts the id's 32 bits, too. */
 struct source_range_key {
 	u32 length;
@@ -385,6 +438,96 @@ enum unallocated {
 	UNALLOCATED_SOCKET = 1,
 	UNALLOCATED_IPV6 = 2, /* added to the others */
 	UNALLOCATED = 4,
+};
+
+/* This id belongs to no Service and no backend. */
+#define NOBODY 0xffffffffU
+
+/* decision.kind. Those up to AFFINITY_HIT are of connections that go well. */
+enum decision_kind {
+	DECISION_CHOSEN = 0,
+	DECISION_AFFINITY_HIT = 1, /* the client keeps its backend */
+	DECISION_REFUSED = 2,
+	DECISION_DROPPED = 3,
+	DECISION_MASQUERADE_FAILED = 4,
+	DECISION_BACKEND_LEFT = 5,	 /* a flow or socket has lost its backend */
+	DECISION_STALE_SOCKET_ENDED = 6, /* by the agent */
+	DECISION_BIND_REFUSED = 7,
+};
+
+/* decision.place, in the upper half: where it was made. */
+enum decision_place {
+	PLACE_SOCKET = 0,
+	PLACE_INGRESS = 1,
+	PLACE_EGRESS = 2,
+	PLACE_AGENT = 3, /* the sweep of conntrack, or of sockets */
+};
+
+/* tracing.programs: which are attached, as the agent says. */
+enum tracing_programs {
+	TRACING_PLAIN = 0,
+	TRACING_REPORTING = 1,
+	TRACING_FAILED = 2,
+};
+
+/* One choice, or one refusal, for who traces (lib/decision.h). Unused fields are 0. */
+struct decision {
+	u64 time; /* CLOCK_MONOTONIC, ns: to a tick */
+	struct inet_addr frontend;
+	u32 service_id; /* NOBODY: of no Service */
+	u32 backend_id; /* NOBODY: there is none */
+	__be16 frontend_port;
+	u16 candidates; /* backends' slots; as many as fit */
+	u8 kind;
+	u8 reason; /* enum event */
+	u8 proto;
+	u8 place; /* enum decision_place << 4, and enum algorithm */
+	union {
+		struct {
+			u64 cgroup;
+			u64 cookie;
+			u32 netns; /* the lower half of the network namespace's cookie */
+			u32 pid;
+			char comm[16];
+		} task; /* of a socket */
+		struct {
+			struct inet_addr addr;
+			__be16 port;
+			u16 reserved;
+			u32 ifindex;
+			u64 unused[2];
+		} sender; /* of a packet */
+	};
+};
+
+/*
+ * tracing: what a command wants to see. The agent has programs attached that report decisions while
+ * a command holds its lease; programs report none once that is over.
+ */
+struct tracing {
+	u64 until;	/* CLOCK_MONOTONIC, ns */
+	u64 interval;	/* ns from one decision to the next, on each CPU */
+	u64 burst;	/* ns of an interval that may be saved up */
+	u32 kinds;	/* a bit for each */
+	u32 one_in;	/* of those that go well, one in so many */
+	u32 by_service; /* only of traced_services, and of no Service */
+	u32 by_client;
+	struct inet_addr client[2]; /* of packets */
+	u32 netns;		    /* of sockets, as in struct decision */
+	u32 programs;		    /* enum tracing_programs, written by the agent */
+};
+
+/* decision_state: what a CPU knows of the decisions that it reports. */
+struct decision_state {
+	u64 due;     /* when the next decision is due, of those that come one by one */
+	u64 limited; /* decisions that were not reported: too many at once */
+	u64 full;    /* the same: nobody has read the others */
+	/* The task of the last one, as it was known then: see decision_task(). */
+	u64 sequence; /* odd while the rest is written */
+	u64 known;    /* CLOCK_MONOTONIC, ns */
+	u64 task;     /* its process, and its thread */
+	u64 cgroup;
+	char comm[16];
 };
 
 #endif

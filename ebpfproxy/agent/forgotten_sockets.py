@@ -21,7 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 from ebpfproxy.datapath.flows import socket_records
-from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS, Record
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.flows.socket_records import Record
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.logs import get_logger
 from ebpfproxy.netlink.namespace_ids import NamespaceIds
@@ -42,8 +43,8 @@ class ForgottenSockets:
 
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
-        #: Keys and values by map: records whose socket was missing at the previous sweep.
-        self._missing: dict[str, dict[bytes, bytes]] = {name: {} for name in SOCKET_MAPS}
+        #: Keys and values of records whose socket was missing at the previous sweep, by kind.
+        self._missing: dict[str, dict[bytes, bytes]] = {}
         #: Ids of the namespaces that have been seen, by the lower half of their cookie.
         self._known: dict[int, int] = {}
         #: These three are the running sweep's: paths of namespaces that can be listed, namespaces that are
@@ -52,39 +53,50 @@ class ForgottenSockets:
         self._gone: set[int] = set()
         self._asked: set[int] = set()
 
-    def sweep(self) -> Mapping[str, int]:
+    def sweep(self, programs: RecordPrograms) -> Mapping[str, int]:
         """Removes records whose socket was missing at the previous sweep, too; returns how many, by map.
 
         It takes long if there are many, and should run in a thread of its own.
         """
         self._look_around()
+        maps = self._maps
         removed: Counter[str] = Counter()
-        for name, records, forget in (
-            ("sock_origin", socket_records.connected, socket_records.forget_connected),
-            ("sock_peers", socket_records.unconnected, socket_records.forget_unconnected),
+        # Pages are removed first: the program that forgets an unconnected socket would take them with it.
+        removed["sock_peers"] = socket_records.forget_pages(
+            programs, self._forgotten("pages", socket_records.pages(maps, _rest))
+        )
+        for kind, records in (
+            ("connected", socket_records.connected(maps, _rest)),
+            ("unconnected", socket_records.unconnected(maps, _rest)),
         ):
-            missing = {}
-            found = records(self._maps, _rest)
-            while some := list(islice(found, _AT_ONCE)):
-                for record in self._without_socket(some):
-                    if self._missing[name].get(record.key) != record.value:
-                        missing[record.key] = record.value
-                    elif forget(self._maps, record):
-                        removed[name] += 1
-            self._missing[name] = missing
+            removed["sock_origin"] += socket_records.forget_origins(programs, self._forgotten(kind, records))
         removed["mptcp_subflows"] = self._sweep_subflows()
         for netns in self._gone - self._asked:
             del self._known[netns]
         return removed
 
+    def _forgotten(self, kind: str, records: Iterator[Record]) -> list[Record]:
+        """Those of the records whose socket is missing, and was at the previous sweep."""
+        missing, forgotten = {}, []
+        known = self._missing.get(kind, {})
+        while some := list(islice(records, _AT_ONCE)):
+            for record in self._without_socket(some):
+                if known.get(record.key) == record.value:
+                    forgotten.append(record)
+                else:
+                    missing[record.key] = record.value
+        self._missing[kind] = missing
+        return forgotten
+
     def _sweep_subflows(self) -> int:
         missing, removed = {}, 0
+        known = self._missing.get("subflows", {})
         for key, value in socket_records.subflows(self._maps, _rest):
-            if self._missing["mptcp_subflows"].get(key) != value:
+            if known.get(key) != value:
                 missing[key] = value
             else:
                 removed += socket_records.forget_subflow(self._maps, key, value)
-        self._missing["mptcp_subflows"] = missing
+        self._missing["subflows"] = missing
         return removed
 
     # -- namespaces

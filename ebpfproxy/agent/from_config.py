@@ -18,8 +18,8 @@ These fields cannot mean the same as in kube-proxy:
 - **ipvs.scheduler** chooses the algorithm in any mode. kube-proxy's IPVS has ``rr`` without one; a name that
   is unknown here is that default, with a remark.
 
-What :class:`~ebpfproxy.agent.options.AgentOptions` has no place for, the caller takes from the configuration
-itself: logging, oomScoreAdj, conntrack's sysctls.
+The caller takes what :class:`~ebpfproxy.agent.agent_options.AgentOptions` lacks from the configuration:
+logging, oomScoreAdj, conntrack's sysctls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.config.durations import Duration
 from ebpfproxy.config.kube_proxy import EXTERNAL_IPS_GATE, Conntrack, KubeProxyConfiguration
@@ -80,6 +80,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         service_cidrs=_prefixes(own.service_cidrs),
         masquerade_all=kube_proxy.masquerade_all,
         bypass_netfilter=own.bypass_netfilter,
+        xdp=own.xdp,
         masquerade_ports=ports,
         masquerade_ports_shared=overlaps(ports, local),
         algorithm=chosen,
@@ -87,6 +88,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         stale_tcp=own.stale_tcp,
         stale_tcp_seconds=own.stale_tcp_seconds,
         socket_sweep_seconds=own.socket_sweep_seconds,
+        drift_check_seconds=own.drift_check_seconds,
         timeouts=timeouts(kube_proxy.conntrack),
         capacity=Capacity(
             services=own.max_services,
@@ -98,6 +100,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
             affinity=own.max_affinity,
         ),
         without=frozenset(own.without),
+        trace_decisions=own.trace_decisions,
     )
     return options, remarks
 

@@ -1,4 +1,4 @@
-"""What the agent needs of the migration from kube-proxy; ``operator.migrate.node.handover`` implements it."""
+"""What the agent asks the migration from kube-proxy: ``operator.migrate.node.node_handover`` has it."""
 
 from __future__ import annotations
 

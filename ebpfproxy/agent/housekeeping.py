@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
-from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.affinity_table import forget_expired
+from ebpfproxy.datapath.flows.decision_reports import DecisionReports
 from ebpfproxy.datapath.flows.peers import recorded_removals
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.node.client_namespaces import set_client_namespaces
+from ebpfproxy.datapath.node.client_namespaces import ClientNamespaces
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
@@ -31,6 +34,8 @@ log = get_logger(__name__)
 
 #: The time between two rounds, so that many removals in a row make one.
 _ENDING_SECONDS = 0.1
+#: The time between two sweeps of the conntrack map.
+_SWEEP_SECONDS = 10.0
 
 
 class Housekeeping:
@@ -52,7 +57,8 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._background = background
-        self._sweeper = Sweeper(maps, options.timeouts, rest=lambda: time.sleep(0.001))
+        self.clients = ClientNamespaces(maps)
+        self._sweeper: Sweeper | None = None
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps)
         self._comparing = False
@@ -63,17 +69,22 @@ class Housekeeping:
         self.entries = 0
         self.evicted = 0
 
-    def start(self, *, attached: bool) -> None:
-        """Starts the work that is due. Until programs are ``attached``, only grace periods are."""
+    def start(
+        self, programs: Path | None, records: RecordPrograms | None, reports: DecisionReports | None
+    ) -> None:
+        """Starts the work that is due. Until ``programs`` are attached only grace periods are.
+
+        ``reports``: who gets the agent's own decisions, if anybody wants them.
+        """
         self._start_grace()
-        if attached:
+        if programs is not None and records is not None:
             if not self._has_adopted:
                 # The redirects of maps of other sizes have been copied by now.
                 self._has_adopted = True
                 self._writer.redirects.adopt()
-            self._start_ending()
-            self._start_sweep()
-            self._start_comparison()
+            self._start_ending(reports)
+            self._start_sweep(programs)
+            self._start_comparison(records)
 
     # -- what was replaced
 
@@ -93,7 +104,7 @@ class Housekeeping:
 
     # -- sockets of backends that are gone
 
-    def _start_ending(self) -> None:
+    def _start_ending(self, reports: DecisionReports | None) -> None:
         """Each round is for all backends that were removed before it begins."""
         now = time.monotonic()
         if self._ending or now < self._next_ending:
@@ -105,7 +116,7 @@ class Housekeeping:
         tcp = self._options.stale_tcp
         self._background(
             lambda: end_stale_sockets(
-                self._maps, self._grace, removed, tcp, lost=lost, redirect=self._redirect
+                self._maps, self._grace, removed, tcp, lost=lost, redirect=self._redirect, reports=reports
             ),
             self._sockets_ended,
         )
@@ -137,10 +148,15 @@ class Housekeeping:
 
     # -- flows and affinity that have expired
 
-    def _start_sweep(self) -> None:
+    def _start_sweep(self, programs: Path) -> None:
         if self._sweeping or time.monotonic() < self._next_sweep:
             return
         self._sweeping = True
+        if self._sweeper is None:
+            timeouts = self._options.timeouts
+            self._sweeper = Sweeper(self._maps, timeouts, programs, rest=lambda: time.sleep(0.001))
+        sweeper = self._sweeper
+        sweeper.use(programs)
         removed, backends = self._writer.removed_backends, self._writer.backends_end
         needs_client_key = self._writer.needs_client_key
 
@@ -148,7 +164,7 @@ class Housekeeping:
         over = dict(removed.items() & self._ended.items())
 
         def sweep() -> tuple[Sweep, dict[bytes, int]]:
-            swept = self._sweeper.sweep(removed, backends)
+            swept = sweeper.sweep(backends)
             forget_expired(self._maps, time.monotonic_ns())
             for key in recorded_removals(self._maps, over):
                 del over[key]
@@ -157,11 +173,11 @@ class Housekeeping:
         def done(found: tuple[Sweep, dict[bytes, int]]) -> None:
             swept, clients = found
             self._sweeping = False
-            self._next_sweep = time.monotonic() + self._options.sweep_seconds
+            self._next_sweep = time.monotonic() + max(_SWEEP_SECONDS, swept.rest)
             self._writer.forget_removed_backends(over)
             self._writer.redirects.sweep()
             self._ended = dict(self._ended.items() - over.items())
-            set_client_namespaces(self._maps, clients)
+            self.clients.set(clients)
             self._writer.follow_routes()
             self.entries = swept.entries
             self.evicted += swept.evicted
@@ -172,7 +188,7 @@ class Housekeeping:
 
     # -- records of sockets that were closed unseen
 
-    def _start_comparison(self) -> None:
+    def _start_comparison(self, programs: RecordPrograms) -> None:
         if self._comparing or time.monotonic() < self._next_comparison:
             return
         self._comparing = True
@@ -185,4 +201,4 @@ class Housekeeping:
                 log.info("removed records of closed sockets", **removed)
                 self._writer.retry()
 
-        self._background(self._forgotten.sweep, done)
+        self._background(lambda: self._forgotten.sweep(programs), done)

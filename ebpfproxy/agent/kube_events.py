@@ -6,6 +6,7 @@
 | ``FailedToStartProxierHealthcheck``, ``FailedToStartMetricServer`` | Node | Warning | kube-proxy |
 | ``FailedToStartServiceHealthcheck`` | Service | Warning | kube-proxy |
 | ``DeviceNotAttached`` | Node | Warning | |
+| ``DriftRepaired`` | Node | Warning | |
 | ``NoRoomForServicePort`` | Service | Warning | |
 | ``ValueNotUsed`` | Service, also for what its EndpointSlices have | Warning | every node, but one event |
 | ``AddressConflict`` | the Service that does not get the address | Warning | every node, but one event |
@@ -13,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import ebpfproxy
 from ebpfproxy.datapath.services.capacity import CapacityError
@@ -55,6 +56,13 @@ def health_port_not_bound(node: str, service: ObjectKey, port: int, error: str) 
 
 def device_not_attached(node: str, failure: str) -> KubeEvent:
     return KubeEvent(_node(node), Level.WARNING, "DeviceNotAttached", "AttachPrograms", failure)
+
+
+def drift_repaired(node: str, first: Sequence[str], number: int) -> KubeEvent:
+    """The event of entries or programs that somebody else has changed; ``first`` of them are named."""
+    rest = number - len(first)
+    note = "; ".join(first) + (f"; and {rest} more" if rest > 0 else "")
+    return KubeEvent(_node(node), Level.WARNING, "DriftRepaired", "RepairMaps", f"node {node}: {note}")
 
 
 def no_room(node: str, problems: Iterable[CapacityError]) -> list[KubeEvent]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ class NetworkChanged(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """A worker is done, and this is what the reconciler does about it."""
+    """A worker is done, or somebody asks: this is what the reconciler does about it."""
 
     then: Callable[[], None]
 
@@ -49,6 +49,8 @@ class Messages:
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
         self.put = self._queue.put
+        self._asked: set[Future[Any]] = set()
+        self._closed = False
 
     def take(self, seconds: float) -> list[Message]:
         """Waits for one, and takes all that are there by then: many events become one change."""
@@ -74,6 +76,32 @@ class Messages:
 
         self._workers.submit(work).add_done_callback(done)
 
+    def ask(self, question: Callable[[], R], seconds: float) -> R:
+        """Has the reconciler answer, and waits for that in the caller's thread.
+
+        Raises TimeoutError if the reconciler is busy for longer, CancelledError if it has stopped, and what
+        ``question`` raises.
+        """
+        answer: Future[R] = Future()
+        if self._closed:
+            raise CancelledError
+
+        def reply() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._asked.add(answer)
+        self.put(Finished(reply))
+        try:
+            return answer.result(seconds)
+        finally:
+            self._asked.discard(answer)
+
     def close(self) -> None:
-        """Starts no more work. What runs is left to itself."""
+        """Starts no more work, and answers nobody any more. What runs is left to itself."""
+        self._closed = True
+        for answer in list(self._asked):
+            answer.cancel()
         self._workers.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebpfproxy.agent.options import AgentOptions
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger

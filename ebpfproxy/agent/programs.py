@@ -6,19 +6,39 @@ Only :meth:`ProgramManager.load` runs outside the reconciler's thread.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.handover import Handover
-from ebpfproxy.agent.options import AgentOptions
-from ebpfproxy.datapath.abi.hooks import GUARD, LOOPBACK, PACKETS, RAW_PACKETS, SOCKETS
+from ebpfproxy.config.datapath import Xdp
+from ebpfproxy.datapath.abi.decision_layout import TracingPrograms
+from ebpfproxy.datapath.abi.hooks import (
+    FORWARDING,
+    GUARD,
+    LOOPBACK,
+    PACKETS,
+    RAW_PACKETS,
+    RECORDS,
+    REPORT,
+    SOCKETS,
+    SWEEP,
+    Module,
+)
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
+from ebpfproxy.datapath.flows.decision_reports import DecisionReports
 from ebpfproxy.datapath.flows.map_migration import MapMigration
-from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.kernel.maps import MapSet, pin_again, unpinned
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.kernel.probe import Features
 from ebpfproxy.datapath.node.packets import PacketDevice, PacketPath
 from ebpfproxy.datapath.programs import attach, detach, loader
+from ebpfproxy.datapath.programs.attach import Drifted
 from ebpfproxy.datapath.programs.devices import Target, device_attachments
+from ebpfproxy.datapath.programs.xdp import XdpDevice, XdpMode
 from ebpfproxy.logs import get_logger
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.node.facts import NodeFacts
@@ -31,6 +51,22 @@ log = get_logger(__name__)
 
 #: The time between two attempts to attach to devices that failed.
 _RETRY_SECONDS = 10.0
+_XDP_MODES: dict[Xdp, tuple[XdpMode, ...]] = {
+    Xdp.NONE: (),
+    Xdp.NATIVE: (XdpMode.NATIVE,),
+    Xdp.GENERIC: (XdpMode.NATIVE, XdpMode.GENERIC),
+}
+
+
+class ProgramDrift(NamedTuple):
+    """Programs that somebody has detached or replaced, by hook and by device, and pins that are gone."""
+
+    hooks: Sequence[Drifted] = ()
+    devices: Mapping[int, Sequence[Drifted]] = {}
+    unpinned: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.hooks or self.devices or self.unpinned)
 
 
 class ProgramManager:
@@ -52,17 +88,38 @@ class ProgramManager:
         self._features = features
         self._background = background
         self._handover = handover
-        self._packets = PacketPath(maps, pins, tcx=features.tcx, loopback=options.node_ports_on_loopback)
+        self._packets = PacketPath(
+            maps,
+            pins,
+            tcx=features.tcx,
+            loopback=options.node_ports_on_loopback,
+            xdp=_XDP_MODES[options.xdp],
+        )
         self._programs: Path | None = None
         self._loading = False
+        #: True if the attached programs report decisions, or those that are to be.
+        self._reports = options.trace_decisions
+        #: Why they cannot; nothing is tried again before nobody wants them to.
+        self._cannot_report = ""
         self._next_try = 0.0
         self._cidrs: tuple[Prefix, ...] | None = None
         self._service_cidrs: tuple[tuple[Prefix, ...], frozenset[bytes]] | None = None
         self._own_addresses: frozenset[bytes] = frozenset()
         #: True after the first time: from then on programs follow the node's devices.
         self.attached = False
+        #: What changes records of sockets, from the same time on.
+        self.for_records: RecordPrograms | None = None
+        #: The options that the programs are loaded with; None before they are.
+        self.loaded_with: loader.Options | None = None
+        #: Reports decisions of the agent, while programs report theirs.
+        self.reports: DecisionReports | None = None
         #: Devices that could not be attached to, with the reasons.
         self.failures: list[str] = []
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder where the attached programs are pinned; None before they are attached."""
+        return self._programs if self.attached else None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -74,14 +131,23 @@ class ProgramManager:
         """Indexes of the devices that they are attached to."""
         return self._packets.attached
 
+    @property
+    def xdp_states(self) -> dict[int, str]:
+        """By ifindex: the mode of the XDP program of an uplink, or why it has none."""
+        return self._packets.xdp_states
+
     # -- loading
 
     def start_load(self) -> None:
         self._loading = True
-        self._background(self.load, self._loaded)
+        reports = self._reports
+        self._background(lambda: self.load(reports=reports), self._loaded)
 
-    def load(self) -> Path:
-        """Compiles and loads the programs, unless they are pinned already. Raises LoadError."""
+    def load(self, *, reports: bool) -> Path:
+        """Compiles and loads the programs, unless they are pinned already. Raises LoadError.
+
+        ``reports``: those that report decisions.
+        """
         options = self._options
         wanted = loader.Options(
             features=self._features,
@@ -93,23 +159,71 @@ class ProgramManager:
             masquerade_ports=options.masquerade_ports,
             masquerade_ports_shared=options.masquerade_ports_shared,
             pods_by_cidr=options.local_pods.by_cidr,
+            trace_decisions=reports,
         )
-        modules = (
+        try:
+            folder = loader.ensure_loaded(self._maps, wanted, self._modules(reports=reports))
+        except OSError as error:
+            raise loader.LoadError(str(error)) from error
+        self.loaded_with = wanted
+        return folder
+
+    def _modules(self, *, reports: bool) -> tuple[Module, ...]:
+        options = self._options
+        return (
             SOCKETS,
+            RECORDS,
             PACKETS,
+            SWEEP,
+            *((REPORT,) if reports else ()),
             *((GUARD,) if options.guard_node_ports else ()),
             *((LOOPBACK,) if options.node_ports_on_loopback else ()),
             *((RAW_PACKETS,) if self._packets.needs_raw else ()),
+            *((FORWARDING,) if options.xdp is not Xdp.NONE else ()),
         )
-        try:
-            return loader.ensure_loaded(self._maps, wanted, modules)
-        except OSError as error:
-            raise loader.LoadError(str(error)) from error
 
     def _loaded(self, folder: Path) -> None:
         self._loading = False
         self._programs = folder
         if self.attached:
+            self._attach_devices()
+
+    # -- what others have done
+
+    def drifted(self) -> ProgramDrift:
+        """What has been detached, replaced or unpinned since it was attached. Any thread may ask."""
+        programs = self._programs
+        if programs is None or not self.attached or self._loading:
+            return ProgramDrift()
+        unloaded = [
+            module.source
+            for module in self._modules(reports=self._reports)
+            if not loader.is_loaded(programs, module)
+        ]
+        return ProgramDrift(
+            attach.drifted(
+                self._pins,
+                programs,
+                self._options.cgroup_root,
+                guard_node_ports=self._options.guard_node_ports,
+            )
+            if not unloaded
+            else [],
+            self._packets.attacher.drifted() if not unloaded else {},
+            [*unloaded, *(f"map {name}" for name in unpinned(self._maps))],
+        )
+
+    def repair(self, found: ProgramDrift) -> None:
+        """Attaches, loads and pins what was found. What is unloaded is attached once it is loaded again."""
+        pin_again(self._maps)
+        if found.unpinned and not self._loading:
+            self.start_load()
+        if self._programs is None or self._loading:
+            return
+        if found.hooks:
+            self._attach_sockets(self._programs)
+        if found.devices:
+            self._packets.attacher.forget(found.devices)
             self._attach_devices()
 
     # -- attaching
@@ -120,20 +234,19 @@ class ProgramManager:
         ``started``: the agent's start, in Unix seconds.
         """
         if self.attached:
-            if self.failures and time.monotonic() >= self._next_try:
+            may_change = self.failures or self._options.xdp is not Xdp.NONE
+            if may_change and time.monotonic() >= self._next_try:
                 self._attach_devices()
             return
         if self._programs is None:
             return
-        migration = MapMigration(self._pins, self._maps)
+        for_records = RecordPrograms(self._programs)
+        migration = MapMigration(self._pins, self._maps, for_records)
         migration.copy()
-        changed = attach.attach_all(
-            self._pins,
-            self._programs,
-            self._options.cgroup_root,
-            guard_node_ports=self._options.guard_node_ports,
-        )
+        changed = self._attach_sockets(self._programs)
         self.attached = True
+        self._open_reports()
+        self.for_records = for_records
         migration.copy()
         mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
         # A new flow needs programs at all devices: until they are there it is kube-proxy's.
@@ -158,6 +271,10 @@ class ProgramManager:
             seconds_since_start=round(time.time() - started, 3),
         )
 
+    def _attach_sockets(self, programs: Path) -> list[str]:
+        guard = self._options.guard_node_ports
+        return attach.attach_all(self._pins, programs, self._options.cgroup_root, guard_node_ports=guard)
+
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None
         if self._packets.needs_raw and not loader.is_loaded(self._programs, RAW_PACKETS):
@@ -166,6 +283,8 @@ class ProgramManager:
             return []
         self._next_try = time.monotonic() + _RETRY_SECONDS
         changed, failed = self._packets.attach(self._programs)
+        for change in self._packets.attach_xdp(self._programs):
+            log.info("XDP at a device", change=change)
         if changed and self.attached:
             log.debug("attached to devices", changed=changed)
         for failure in failed:
@@ -173,6 +292,65 @@ class ProgramManager:
                 log.error("failed to attach to a device, trying again", error=failure)
         self.failures = failed
         return changed
+
+    # -- programs that report decisions, in the place of those that do not
+
+    @property
+    def reporting(self) -> TracingPrograms:
+        """Which of them are attached."""
+        if self._cannot_report:
+            return TracingPrograms.FAILED
+        is_done = self.attached and self._reports and not self._loading
+        return TracingPrograms.REPORTING if is_done else TracingPrograms.PLAIN
+
+    def report_decisions(self, wanted: bool) -> None:
+        """Begins to replace all programs where they do not report decisions as ``wanted``.
+
+        Each is replaced in one step, and both kinds use the same maps: connections do not notice.
+        """
+        if not wanted:
+            self._cannot_report = ""
+        if not self.attached or self._loading or self._cannot_report or wanted == self._reports:
+            return
+        self._loading = True
+
+        def load() -> Path | loader.LoadError:
+            try:
+                return self.load(reports=wanted)
+            except loader.LoadError as error:
+                return error
+
+        def loaded(found: Path | loader.LoadError) -> None:
+            self._loading = False
+            if isinstance(found, loader.LoadError):
+                # The agent serves without them.
+                self._cannot_report = str(found)
+                log.error("failed to load programs that report decisions", error=str(found))
+            else:
+                self._replace(found, reports=wanted)
+
+        self._background(load, loaded)
+
+    def stop_reporting(self) -> None:
+        """Attaches plain programs at once, which are pinned still: the agent ends."""
+        if self.attached and self._reports and not self._options.trace_decisions:
+            self._replace(self.load(reports=False), reports=False)
+
+    def _replace(self, programs: Path, *, reports: bool) -> None:
+        self._programs, self._reports = programs, reports
+        changed = self._attach_sockets(programs) + self._attach_devices()
+        self._open_reports()
+        if not reports:
+            loader.remove_others(self._maps, programs)
+        log.info("replaced programs", report_decisions=reports, changed=len(changed))
+
+    def _open_reports(self) -> None:
+        # A worker may use the one before, which is closed with its last user.
+        self.reports = DecisionReports(self._programs) if self._reports and self._programs else None
+
+    def owned(self) -> list[Owned]:
+        """The maps of devices and ranges, with what they should hold."""
+        return self._packets.owned()
 
     # -- this node's devices and ranges
 
@@ -195,6 +373,11 @@ class ProgramManager:
             ),
             own.get(4, b""),
             own.get(16, b""),
+        )
+        self._packets.set_xdp_devices(
+            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.xdp_obstacle)
+            for d in network.devices
+            if d.role is Role.UPLINK
         )
         if self.attached:
             self._attach_devices()

@@ -19,16 +19,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.agent import drain, http, kube_events, reports, state
+from ebpfproxy.agent import drain, http_servers, kube_events, local_pages, reports, state
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.drain import DrainRequests
+from ebpfproxy.agent.drift import DriftCheck
 from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
+from ebpfproxy.agent.local_socket import LocalServer
 from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
 from ebpfproxy.agent.node_network import NodeNetwork
-from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
-from ebpfproxy.agent.source import Source
+from ebpfproxy.agent.source import source_of
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
+from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
@@ -41,9 +44,10 @@ from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer
 from ebpfproxy.kube.objects import Deleted, ObjectKey, Replaced
 from ebpfproxy.logs import get_logger
-from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.metrics.source_metrics import SourceCollector
 from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.node.facts import NodeFacts, node_facts
 from ebpfproxy.node.network_watcher import NetworkWatcher
@@ -92,7 +96,8 @@ class Agent:
         self._handover = handover
         roots.check_cgroup(options.cgroup_root)
         if not init_only:
-            self._source = Source(options, self._messages.put, self._metrics.requested, self._metrics.event)
+            metrics = self._metrics
+            self._source = source_of(options, self._messages.put, metrics.requested, metrics.event)
 
     # -- start and stop
 
@@ -101,12 +106,13 @@ class Agent:
         gc.disable()
         lock = self._open()
         if self._init_only:
-            self._programs.load()
+            self._programs.load(reports=self._options.trace_decisions)
             lock.release()
             return
         source, options = self._source, self._options
-        servers = http.servers(options, self._health, self._metrics, self._configz)
+        servers = http_servers.servers(options, self._health, self._metrics, self._configz)
         self._status = self._status_of(servers)
+        self._drift = self._drift_check()
         self._register_collectors()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
@@ -115,17 +121,21 @@ class Agent:
         self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
         self._serve(servers)
+        local = LocalServer(options.bpf_root, local_pages.pages(self._messages, self._tracker))
+        local.start()
         self._node_port_health.start()
         source.start()
         log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
         try:
             self._reconcile()
         finally:
+            self._programs.stop_reporting()
             source.stop()
             for server in servers:
                 server.stop()
             self._node_port_health.stop()
             self._messages.close()
+            local.stop()
             lock.release()
         log.info("stopped, traffic goes on")
 
@@ -160,6 +170,7 @@ class Agent:
         self._network = NodeNetwork(options, self._writer, self._programs, known)
         copy_drain_requests(pins, self._maps)
         self._drain = DrainRequests(Drained(self._maps), self._tracker)
+        self._tracing = TracingFollower(options, self._maps, self._programs, self._tracker, background)
         log.info(
             "reusing pinned maps" if self._maps.adopted else "created maps",
             folder=str(self._maps.folder),
@@ -167,6 +178,18 @@ class Agent:
             backends=self._writer.backends,
         )
         return lock
+
+    def _drift_check(self) -> DriftCheck:
+        return DriftCheck(
+            self._options,
+            self._maps,
+            self._writer,
+            self._programs,
+            [self._housekeeping.clients.owned()],
+            metrics=self._metrics,
+            record=self._source.record,
+            background=self._messages.run,
+        )
 
     def _register_collectors(self) -> None:
         source, registry = self._source, self._metrics.registry
@@ -230,8 +253,14 @@ class Agent:
             if self._complete:
                 self._programs.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._programs.attach(self._started)
+                if self._programs.attached:
+                    self._health.attached()
             self._tell_of_devices()
-            self._housekeeping.start(attached=self._programs.attached)
+            self._tracing.follow()
+            programs = self._programs
+            self._housekeeping.start(programs.folder, programs.for_records, programs.reports)
+            if self._complete and self._programs.attached:
+                self._drift.start()
             self._status.write(is_idle=is_idle, complete=self._complete)
 
     def _pause(self) -> float:
@@ -278,6 +307,7 @@ class Agent:
             gc.freeze()
             gc.enable()
         self._complete = True
+        self._tracing.changed()
         self._health.programmed()
         self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
         self._status.programmed(done - began)

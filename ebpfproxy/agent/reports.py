@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ebpfproxy.agent import kube_events
 from ebpfproxy.datapath.services.capacity import CapacityError
-from ebpfproxy.kube.events.recorder import Record
+from ebpfproxy.kube.events.event import KubeEvent
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.services.model import Family
@@ -18,7 +18,7 @@ log = get_logger(__name__)
 
 def programmed(
     metrics: AgentMetrics,
-    record: Record,
+    record: Callable[[KubeEvent], None],
     node: str,
     update: Update,
     problems: Sequence[CapacityError],

@@ -3,73 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
-from ebpfproxy.agent.options import AgentOptions
-from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events.recorder import Record, Recorder
-from ebpfproxy.kube.limits import RateLimit
-from ebpfproxy.kube.manifests import ManifestSource
+from ebpfproxy.agent.agent_options import AgentOptions
+from ebpfproxy.kube.events.event import KubeEvent
 from ebpfproxy.kube.objects import Event
 from ebpfproxy.kube.source_status import SourceStatus
-from ebpfproxy.kube.watch.reflector import reflectors
 from ebpfproxy.services.reduce import reducer
 
 
-class Source:
-    """The API server or manifests."""
+class Source(Protocol):
+    """``host``: the API server's, by which requests are counted; empty without one."""
 
-    def __init__(
-        self,
-        options: AgentOptions,
-        sink: Callable[[Event], None],
-        requested: Callable[[str, str, float], None],
-        became: Callable[[str], None],
-    ) -> None:
-        """``requested`` is called for each request: with the server, the verb, seconds until its response
-        began; ``became`` of each event: one of ``kube.events.recorder.RESULTS``.
+    @property
+    def has_cluster(self) -> bool: ...
 
-        Raises ConfigError and ManifestError.
-        """
-        self.has_cluster = options.manifests is None
-        self._describe: Callable[[], str]
-        self.requests: Callable[[], dict[tuple[str, str], int]] = dict
-        #: Sends a Kubernetes event. With manifests there is no API server to send it to.
-        self.record: Record = lambda _: None
-        reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
-        if options.manifests is not None:
-            manifests = ManifestSource(options.manifests, sink, node_name=options.node_name, reduce=reduce)
-            manifests.check()
-            self._describe = lambda: f"manifests {options.manifests}"
-            self.host = ""
-            self.start, self.stop = manifests.start, manifests.stop
-            self.statuses: Callable[[], list[SourceStatus]] = lambda: manifests.statuses
-            return
-        connection = ApiConnection.from_options(
-            options.kubeconfig, options.master, RateLimit(options.api_qps, options.api_burst)
-        )
-        watches = reflectors(connection, options.node_name, sink, reduce)
-        self._describe = lambda: f"API server {connection.host}"
-        host = self.host = connection.host.partition("://")[2]
-        connection.observe = lambda verb, seconds: requested(host, verb, seconds)
-        self.requests = lambda: dict(connection.requests)
-        self.statuses = lambda: [watch.status for watch in watches]
-
-        recorder = Recorder(connection, options.node_name, became)
-        self.record = recorder.record
-
-        def start() -> None:
-            for watch in watches:
-                watch.start()
-            recorder.start()
-
-        def stop() -> None:
-            for watch in watches:
-                watch.stop()
-            recorder.stop()
-
-        self.start, self.stop = start, stop
+    @property
+    def host(self) -> str: ...
 
     @property
     def description(self) -> str:
         """For the log and ``status``; of a cluster, the API server's address that is used now."""
-        return self._describe()
+
+    def record(self, event: KubeEvent, /) -> None:
+        """Sends a Kubernetes event."""
+
+    def requests(self) -> dict[tuple[str, str], int]:
+        """How many requests there were, by method and result."""
+
+    def statuses(self) -> list[SourceStatus]:
+        """One for each resource."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def source_of(
+    options: AgentOptions,
+    sink: Callable[[Event], None],
+    requested: Callable[[str, str, float], None],
+    became: Callable[[str], None],
+) -> Source:
+    """``requested`` is called for each request: with the server, the verb, seconds until its response began;
+    ``became`` of each Kubernetes event: one of ``kube.events.event.RESULTS``.
+
+    Raises ConfigError and ManifestError.
+    """
+    reduce = reducer(options.node_name, external_ips=options.external_ips, algorithm=options.algorithm)
+    # A start with one source does not import what the other needs, such as urllib3.
+    if options.manifests is not None:
+        from ebpfproxy.agent.folder_source import FolderSource  # noqa: PLC0415
+
+        return FolderSource(options.manifests, sink, options.node_name, reduce)
+    from ebpfproxy.agent.cluster_source import ClusterSource  # noqa: PLC0415
+
+    return ClusterSource(options, sink, reduce, requested, became)

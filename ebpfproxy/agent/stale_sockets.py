@@ -19,8 +19,10 @@ import msgspec
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import flow_layout, node_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow
-from ebpfproxy.datapath.abi.layout import U32, U64
+from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.socket_layout import Redirect
+from ebpfproxy.datapath.flows.decision_reports import DecisionReports
+from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.origins import LostFrontend, stale_sockets
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -54,11 +56,12 @@ def end_stale_sockets(
     *,
     lost: Collection[LostFrontend],
     redirect: Callable[[dict[bytes, bytes]], None],
+    reports: DecisionReports | None = None,
 ) -> Ended:
     """Redirects or closes them. It takes some time, and should run in a thread of its own.
 
     ``lost``: frontends that are another service's by now, or nobody's, whose backends may be well.
-    ``redirect`` gets keys and values of ``sock_redirects``.
+    ``redirect`` gets keys and values of ``sock_redirects``. ``reports`` gets the sockets that are closed.
     """
     # After this, a connect() that chose before the change has stored its choice.
     grace.wait()
@@ -76,8 +79,12 @@ def end_stale_sockets(
                 known |= {each.cookie for each in made.values()}
                 redirected += len(made)
                 left = {peer: cookies - known for peer, cookies in left.items() if not cookies <= known}
+            origins = _origins(maps, left) if reports is not None else {}
             done = end_sockets(left) if left else set()
             for peer, cookies in left.items():
+                if reports is not None:
+                    found = (origins[cookie] for cookie in cookies & done & origins.keys())
+                    reports.sockets_ended(found, peer.protocol)
                 ended[Protocol(peer.protocol).name] += len(cookies & done)
             known |= done
         unseen = sum(len(cookies - known) for cookies in stale.values())
@@ -92,14 +99,22 @@ def _redirects(maps: MapSet, stale: Mapping[Peer, set[int]]) -> dict[bytes, Redi
     found: dict[bytes, Redirect] = {}
     if not datagram:
         return found
+    origins = OriginTable(maps)
     for each in _in_packets(maps, find_sockets(datagram)):
-        origin = maps["sock_origin"].lookup(U64.pack(each.cookie))
+        origin = origins.of(each.cookie)
         peer = each.peer
         if origin is None or socket_layout.origin_backend(origin) != (peer.address, peer.port):
             continue
         flow = Flow(each.address, peer.address, each.port, peer.port, peer.protocol, egress=False)
         found[flow_layout.pack_flow(flow)] = Redirect(*socket_layout.origin_frontend(origin), each.cookie)
     return found
+
+
+def _origins(maps: MapSet, sockets: Mapping[Peer, set[int]]) -> dict[int, bytes]:
+    """Packed origins by cookie: a socket that is closed has none any more."""
+    table = OriginTable(maps)
+    cookies = (cookie for each in sockets.values() for cookie in each)
+    return {cookie: origin for cookie in cookies if (origin := table.of(cookie)) is not None}
 
 
 def peers_of(redirects: Mapping[bytes, bytes]) -> dict[Peer, set[int]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi.layout import U32
-from ebpfproxy.datapath.abi.schema import AGENT_STATE_SIZE, PROGRAMMED
+from ebpfproxy.datapath.abi.schema import AGENT_ACCOUNT, AGENT_STATE_SIZE, PROGRAMMED
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.programs.loader import Options
 from ebpfproxy.node.facts import NodeFacts
 from ebpfproxy.node.roles import Role
 
@@ -29,13 +30,17 @@ class WatchState(msgspec.Struct, frozen=True):
 
 
 class DeviceState(msgspec.Struct, frozen=True):
-    """A device that packet programs should be attached to, its role, and the reason for that."""
+    """A device that packet programs should be attached to, its role, and the reason for that.
+
+    ``xdp``: the mode of its XDP program, or why it has none; empty where none is wanted.
+    """
 
     ifindex: int
     name: str
     role: str
     why: str
     attached: bool
+    xdp: str = ""
 
 
 class AgentState(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,6 +71,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     conntrack_evicted: int = 0
     health_check_ports: int = 0
     timeouts: Timeouts | None = None
+    #: What the programs are compiled for.
+    programs: Options | None = None
 
 
 def save(maps: MapSet, state: AgentState) -> None:
@@ -83,7 +90,7 @@ def save(maps: MapSet, state: AgentState) -> None:
             break
         devices.append(each)
     encoded = msgspec.json.encode(msgspec.structs.replace(kept, device_roles=tuple(devices)))
-    maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
+    maps["agent_state"].update(U32.pack(AGENT_ACCOUNT), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
 
 
 def save_programmed(maps: MapSet, when: float, seconds: float) -> None:
@@ -95,7 +102,7 @@ def load(maps: MapSet) -> AgentState | None:
     """The record of the last agent on these maps; None if there is none that this version can read."""
     programmed = maps.maps.get("programmed")
     return _decode(
-        maps["agent_state"].lookup(U32.pack(0)),
+        maps["agent_state"].lookup(U32.pack(AGENT_ACCOUNT)),
         programmed.lookup(U32.pack(0)) if programmed is not None else None,
     )
 

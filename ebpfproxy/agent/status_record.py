@@ -10,9 +10,9 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy.agent import state
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.node_network import NodeNetwork
-from ebpfproxy.agent.options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source
 from ebpfproxy.config.masquerade_ports import shared_remark
@@ -125,6 +125,7 @@ class Status:
             conntrack_evicted=parts.housekeeping.evicted,
             health_check_ports=parts.node_port_health.bound,
             timeouts=parts.options.timeouts,
+            programs=parts.programs.loaded_with,
         )
 
     def _devices(self) -> Iterator[state.DeviceState]:
@@ -135,7 +136,8 @@ class Status:
             yield state.DeviceState(LOOPBACK.ifindex, LOOPBACK.name, "loopback", why, is_attached)
         for each in self._parts.network.devices:
             is_attached = each.ifindex in attached
-            yield state.DeviceState(each.ifindex, each.name, str(each.role), each.why, is_attached)
+            xdp = self._parts.programs.xdp_states.get(each.ifindex, "")
+            yield state.DeviceState(each.ifindex, each.name, str(each.role), each.why, is_attached, xdp)
 
     def _remarks(self) -> Iterator[str]:
         if self._parts.options.masquerade_ports_shared:

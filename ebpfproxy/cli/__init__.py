@@ -17,9 +17,12 @@ import ebpfproxy
 COMMANDS = {
     "run": "Run the agent of this node.",
     "status": "Show what runs on this node: programs, maps, watches, health.",
+    "explain": "Say what happens to a connection to a Service, and why.",
+    "check": "Compare this node with what it should be, and repair it.",
     "service": "Show Services as they are in the maps.",
     "backend": "Show and drain backends.",
     "affinity": "Show and flush session affinity.",
+    "trace": "Show each decision as it is made: the backend, or why there is none.",
     "conntrack": "Show and flush flows of the packet path.",
     "config": "Check the configuration file, show defaults and what the agent uses.",
     "install": "Install the agent in a cluster.",

@@ -57,6 +57,14 @@ def backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     return [CompletionItem(name, help=found[name]) for name in sorted(found) if name.startswith(incomplete)]
 
 
+def clients(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
+    """``host``, and ``NAMESPACE/NAME`` of every pod of this node."""
+    from ebpfproxy.node.pods import CNI_RESULTS, pods  # noqa: PLC0415
+
+    results = ctx.params.get("cni_results") or CNI_RESULTS
+    return _items({"host", *(f"{pod.namespace}/{pod.name}" for pod in pods(Path(results)))}, incomplete)
+
+
 def algorithms(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
     """Names for ``--lb-algorithm``."""
     from ebpfproxy.services.balancing import ALGORITHMS  # noqa: PLC0415

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 
 from ebpfproxy.datapath.dump import NothingPinnedError
-from ebpfproxy.datapath.kernel.bpf import BpfError
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError
 from ebpfproxy.datapath.kernel.roots import RootError
 from ebpfproxy.datapath.programs.loader import LoadError

@@ -12,8 +12,8 @@ import click
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.kube.access import ConfigError
-from ebpfproxy.operator import kube_proxy
+from ebpfproxy.kube.errors import ConfigError
+from ebpfproxy.operator import kube_proxy_objects
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.apply import apply
@@ -180,7 +180,7 @@ def command(
             remark("agents restart once the kubelet has updated the mounted file (about a minute)")
         if wait:
             click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
-            if kube_proxy.find(api) is not None:
+            if kube_proxy_objects.find(api) is not None:
                 plan = "ebpfproxy migrate plan --all-nodes --kubeconfig FILE"
                 remark(f"to check that all agents are in sync: `{plan}`")
 

@@ -15,7 +15,7 @@ from ebpfproxy.cli.migrate_tables import print_plan, said
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import emit
 from ebpfproxy.cli.settings import Decorator
-from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.node.identity import NodeNameError, node_name
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate.daemonsets import Cluster

@@ -13,7 +13,7 @@ import msgspec
 from ebpfproxy.cli.migrate_tables import print_cluster, said
 from ebpfproxy.cli.output import emit
 from ebpfproxy.cli.settings import Decorator
-from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
 from ebpfproxy.operator.migrate.cluster import selection, work_pod

@@ -5,19 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 import yaml
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 _WATCH_SECONDS = 0.5
 
 
 def table(*columns: str) -> Table:
     """A plain table as kubectl prints them: no borders, upper-case heads."""
+    # It is a fifth of a command's modules, and JSON and YAML need none of them.
+    from rich.table import Table  # noqa: PLC0415
+
     made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(column.upper(), overflow="fold", no_wrap=not sys.stdout.isatty())
@@ -26,6 +31,8 @@ def table(*columns: str) -> Table:
 
 def console() -> Console:
     """A console as wide as the terminal, or without a limit if there is none: a pipe gets whole lines."""
+    from rich.console import Console  # noqa: PLC0415 - as above
+
     return Console(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False
     )

@@ -18,12 +18,11 @@ from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, ignored_fields, load
 from ebpfproxy.config.node_port_addresses import NodePortAddressesError
 from ebpfproxy.config.write import configz, to_yaml
-from ebpfproxy.kube.client import ConfigError
-from ebpfproxy.kube.manifests import ManifestError
+from ebpfproxy.kube.errors import ConfigError, ManifestError
 from ebpfproxy.logs import get_logger
 from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
 from ebpfproxy.node.identity import NodeNameError
-from ebpfproxy.operator.migrate.node.handover import NodeHandover
+from ebpfproxy.operator.migrate.node.node_handover import NodeHandover
 
 log = get_logger(__name__)
 

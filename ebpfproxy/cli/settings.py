@@ -12,9 +12,9 @@ import click
 from click.core import ParameterSource
 
 from ebpfproxy.cli import completion
+from ebpfproxy.config.declarations import Flag, Option, bounds
 from ebpfproxy.config.documents import bare
 from ebpfproxy.config.flags import KUBE_PROXY_OPTIONS, NO_FIELD, OWN_OPTIONS
-from ebpfproxy.config.options import Flag, Option, bounds
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

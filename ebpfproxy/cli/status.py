@@ -16,13 +16,14 @@ from ebpfproxy.agent import state
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
-from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.abi.node_layout import ACTIONS
 from ebpfproxy.datapath.dump import Dump, MapFill, fill, open_maps
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
+from ebpfproxy.datapath.programs.xdp import xdp_attachments
 from ebpfproxy.kube.source_status import State
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.node.roles import Role
@@ -40,17 +41,21 @@ class AttachmentStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """A device, the directions in which our programs are attached, and its role with the reason."""
+    """A device, the directions in which our programs are attached, and its role with the reason.
+
+    ``xdp``: the mode of its XDP program, or why it has none; empty where none is wanted.
+    """
 
     device: str
     directions: tuple[str, ...]
     ifindex: int = 0
     role: str = ""
     why: str = ""
+    xdp: str = ""
 
 
 class PacketCount(msgspec.Struct, frozen=True):
-    """Packets that were rejected or dropped, or passed although something was wrong."""
+    """Packets that were rejected or dropped, passed although something was wrong, or forwarded at XDP."""
 
     action: str
     reason: str
@@ -149,6 +154,7 @@ def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, 
         found.setdefault(each.ifindex, []).append(each.direction)
     if not found and not is_here:
         found = {index: list(directions_of(index)) for index, device in recorded.items() if device.attached}
+    attached = {each.ifindex: str(each.mode) for each in xdp_attachments(pins)}
     # The record holds those that lead to pods last: of many, some are not in it.
     unknown = state.DeviceState(0, "", _PODS if recorded else "", "", attached=False)
     return tuple(
@@ -158,6 +164,7 @@ def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, 
             index,
             recorded.get(index, unknown).role,
             recorded.get(index, unknown).why,
+            attached.get(index, recorded.get(index, unknown).xdp),
         )
         for index, directions in sorted(found.items())
     )
@@ -165,7 +172,7 @@ def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, 
 
 def _packets(maps: MapSet) -> Iterator[PacketCount]:
     found = counters(maps["packet_events"])
-    for action, reasons in (("rejected", REJECTED), ("dropped", DROPPED), ("passed", PASSED)):
+    for action, reasons in ACTIONS.items():
         for reason in sorted(reasons):
             if found[reason]:
                 yield PacketCount(action, str(reason), found[reason])
@@ -245,10 +252,11 @@ def _device_line(status: Status) -> str:
 
 
 def _devices_table(devices: list[DeviceStatus]) -> Any:
-    printed = table("device", "role", "reason")
+    has_xdp = any(each.xdp for each in devices)
+    printed = table("device", "role", "reason", *["XDP"] * has_xdp)
     for each in devices:
         half = f" (ONE DIRECTION: {each.directions[0]})" if _is_half(each) else ""
-        printed.add_row(each.device + half, each.role or "unknown", each.why)
+        printed.add_row(each.device + half, each.role or "unknown", each.why, *[each.xdp] * has_xdp)
     return printed
 
 

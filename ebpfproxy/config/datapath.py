@@ -46,6 +46,14 @@ class Feature(enum.StrEnum):
     MPTCP = "mptcp"  # without: getpeername() of MPTCP sockets gives the backend (5.19 with BTF)
 
 
+class Xdp(enum.StrEnum):
+    """Where flows that only pass through this node are forwarded before the kernel makes packet buffers."""
+
+    NONE = "none"  # a plain "off" is a boolean in YAML
+    NATIVE = "native"
+    GENERIC = "generic"
+
+
 class StaleTcp(enum.StrEnum):
     """When TCP connections to a backend are closed: once it is gone, already when not ready, or never."""
 

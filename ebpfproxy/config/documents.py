@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.config.durations import Duration, parse_duration
 
 
@@ -152,19 +153,6 @@ def join(path: str, key: str) -> str:
 # -- YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the types of JSON: a timestamp is a string.
-
-    libyaml's loader is not used, because it crashes on a text that is nested too deeply.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 class Document(NamedTuple):
     """``number`` counts from 1 in the order of the file, empty documents included; those are left out."""
 
@@ -178,10 +166,17 @@ def read_documents(text: str | bytes) -> list[Document]:
 
     Raises ConfigurationError, without a file's name, if the text is not YAML.
     """
-    found = []
-    loader = None
     try:
-        loader = _Loader(text)
+        with yaml_text.failures():
+            return list(_documents(text))
+    except yaml.YAMLError as error:
+        raise ConfigurationError([Problem("", "", _one_line(error))]) from error
+
+
+def _documents(text: str | bytes) -> Iterator[Document]:
+    yaml_text.check_depth(text)
+    loader = yaml_text.Loader(text)
+    try:
         number = 0
         while loader.check_node():
             node = loader.get_node()
@@ -189,15 +184,9 @@ def read_documents(text: str | bytes) -> list[Document]:
             problems = list(_repeated(node, "", set()))
             value = loader.construct_document(node)
             if value is not None or problems:
-                found.append(Document(number, value, problems))
-    except yaml.YAMLError as error:
-        raise ConfigurationError([Problem("", "", _one_line(error))]) from error
-    except RecursionError as error:
-        raise ConfigurationError([Problem("", "", "nested too deeply")]) from error
+                yield Document(number, value, problems)
     finally:
-        if loader is not None:
-            loader.dispose()
-    return found
+        loader.dispose()
 
 
 def _repeated(node: Any, path: str, seen: set[int]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from ebpfproxy.config.declarations import Option, options_of
 from ebpfproxy.config.documents import Problem, Quantity, bare, convert
 from ebpfproxy.config.durations import Duration, seconds
 from ebpfproxy.config.kube_proxy import (
@@ -19,7 +20,6 @@ from ebpfproxy.config.kube_proxy import (
     VModuleItem,
     with_port,
 )
-from ebpfproxy.config.options import Option, options_of
 from ebpfproxy.config.own import DEFAULTS as OWN_DEFAULTS
 from ebpfproxy.config.own import EbpfProxyConfiguration
 

@@ -3,7 +3,7 @@
 Source: kubernetes/kubernetes, staging/src/k8s.io/kube-proxy/config/v1alpha1/types.go and
 component-base/logs/api/v1/types.go; defaults as a real ``kube-proxy --write-config-to`` writes them. Fields
 are in the API's order, which is the order that ``/configz`` answers in. Each names kube-proxy's flag for it
-(``kube-proxy --help`` of 1.36), see :mod:`ebpfproxy.config.options`.
+(``kube-proxy --help`` of 1.36), see :mod:`ebpfproxy.config.declarations`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from ebpfproxy.config.declarations import IGNORED, Flag
 from ebpfproxy.config.documents import FlushFrequency, Quantity
 from ebpfproxy.config.durations import Duration, seconds
-from ebpfproxy.config.options import IGNORED, Flag
 from ebpfproxy.services.values import parse_address
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"

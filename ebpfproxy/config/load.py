@@ -14,8 +14,8 @@ from ebpfproxy.config import kube_proxy as kp
 from ebpfproxy.config import own as ours
 from ebpfproxy.config import validation
 from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
+from ebpfproxy.config.declarations import options_of
 from ebpfproxy.config.documents import ConfigurationError, Document, Problem, convert, read_documents
-from ebpfproxy.config.options import options_of
 
 _BIND_ADDRESSES = ("healthzBindAddress", "metricsBindAddress")
 

@@ -1,7 +1,7 @@
 """EbpfProxyConfiguration, ``ebpfproxy.io/v1alpha1``: settings that kube-proxy's configuration lacks.
 
-It is a document of its own in the same file. A field here is the whole declaration of an option, see
-:mod:`ebpfproxy.config.options`; ``python -m tools.docs`` writes the JSON schema below ``deploy`` from it.
+It is a document of its own in the same file. A field here is the whole declaration of an option
+(:mod:`ebpfproxy.config.declarations`); ``python -m tools.docs`` writes the JSON schema in ``deploy`` from it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp
+from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp, Xdp
+from ebpfproxy.config.declarations import Flag, described, options_of
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
-from ebpfproxy.config.options import Flag, described, options_of
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 
@@ -118,6 +118,15 @@ class EbpfProxyConfiguration(
         ),
         Flag("--bypass-netfilter"),
     ] = False
+    xdp: Annotated[
+        Xdp,
+        Meta(
+            description="Forward masqueraded flows to backends on other nodes in XDP, at uplinks. This is "
+            "faster, but no rule of a CNI or firewall sees them. native: where the driver has XDP. generic: "
+            "also elsewhere, which gains little."
+        ),
+        Flag("--xdp"),
+    ] = Xdp.NONE
     masquerade_ports: Annotated[
         str,
         Meta(pattern="^([0-9]+-[0-9]+)?$", description="Source ports for masqueraded clients, FIRST-LAST."),
@@ -172,6 +181,16 @@ class EbpfProxyConfiguration(
         ),
         Flag("--socket-sweep-seconds"),
     ] = 60.0
+    drift_check_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="How often the agent compares maps and attached programs with what it has written "
+            "and attached, and repairs what somebody else has changed; 0: never.",
+        ),
+        Flag("--drift-check-seconds"),
+    ] = 5.0
     max_conntrack: Annotated[
         int,
         Meta(ge=1024, le=1 << 26, description="Conntrack entries: two per flow, four if it is masqueraded."),
@@ -205,8 +224,9 @@ class EbpfProxyConfiguration(
         Meta(
             ge=1,
             le=1 << 22,
-            description="Connected sockets through Services that are recorded. For others getpeername() is "
-            "not translated, and they are not closed when their backend goes.",
+            description="Sockets that are recorded with the Service that they asked for: 96 bytes each, "
+            "whether there are any or not. Of connected sockets beyond, getpeername() is not translated, and "
+            "they are not closed when their backend goes.",
         ),
         Flag("--max-connections"),
     ] = Capacity().connected
@@ -215,8 +235,8 @@ class EbpfProxyConfiguration(
         Meta(
             ge=1,
             le=1 << 22,
-            description="Unconnected UDP sockets that have sent to Services and are recorded. Datagrams of "
-            "others are translated in packets.",
+            description="Unconnected UDP sockets that are recorded with more Services than their first. "
+            "Datagrams of others to their second and further ones are translated in packets.",
         ),
         Flag("--max-datagram-sockets"),
     ] = Capacity().unconnected
@@ -225,6 +245,14 @@ class EbpfProxyConfiguration(
         Meta(description="Kernel feature to do without; its fallback is used."),
         Flag("--without"),
     ] = ()
+    trace_decisions: Annotated[
+        bool,
+        Meta(
+            description="Keep the programs attached that `ebpfproxy trace` needs. Otherwise they replace the "
+            "usual ones for as long as it runs."
+        ),
+        Flag("--trace-decisions"),
+    ] = False
 
 
 DEFAULTS = EbpfProxyConfiguration()

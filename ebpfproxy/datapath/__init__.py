@@ -3,7 +3,7 @@
 ``abi`` has the bytes that programs and agent share, ``kernel`` the bpf system call and the pinned maps,
 ``programs`` what compiles, loads and attaches, ``services`` brings maps to the wanted state without a reader
 noticing, ``flows`` looks after what programs remember, ``node`` tells packet programs of devices and ranges,
-and ``dump`` says what the maps hold now.
+``drift`` finds and repairs what somebody else has changed, and ``dump`` says what the maps hold now.
 
 Must not know: Kubernetes' objects, HTTP, the agent or the commands. May import the values of ``services``
 and ``logs``.

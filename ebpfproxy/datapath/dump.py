@@ -8,21 +8,28 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.abi import layout, uapi
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.abi.schema import map_specs
+from ebpfproxy.datapath.kernel.maps import MapSet, WindowedArray, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.datapath.programs.attach import LINKS, attachments
-from ebpfproxy.datapath.programs.loader import program_id
+from ebpfproxy.datapath.programs.attach import LINKS, attachments, program_id
+from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, format_endpoint
 
-#: These have no fill: all of their places are in use.
-_PLAIN_ARRAYS = frozenset({"epochs", "loads", "turns"})
+#: Statistics, and what is read as it comes.
+_WITHOUT_FILL = (uapi.MAP_PERCPU_ARRAY, uapi.MAP_RINGBUF)
+#: These have no fill: all of their places are in use, or records of the agent.
+_PLAIN_ARRAYS = frozenset(
+    {"agent_state", "epochs", "service_choices", "service_rejections", "sweep_keys", "sweep_values", "turns"}
+)
 
 
 class NothingPinnedError(Exception):
@@ -82,7 +89,10 @@ class ServiceCounters(msgspec.Struct, frozen=True):
 
 
 def open_maps(bpf_root: Path) -> MapSet:
-    """The maps that attached programs use, else the newest. Raises NothingPinnedError, PermissionError."""
+    """The maps that attached programs use, else the newest.
+
+    Raises NothingPinnedError, also for those of another version of ebpfproxy, and PermissionError.
+    """
     pins = pin_folder(bpf_root)
     versions = [p for p in pins.glob("v*-*") if (p / "maps").is_dir()] if pins.is_dir() else []
     if not versions and os.geteuid():
@@ -98,7 +108,12 @@ def open_maps(bpf_root: Path) -> MapSet:
         )
         return used, version.stat().st_mtime
 
-    return open_pinned(max(versions, key=preference))
+    folder = max(versions, key=preference)
+    maps = open_pinned(folder)
+    if maps.maps.keys() != {spec.name for spec in map_specs(Capacity())}:
+        maps.close()
+        raise NothingPinnedError(f"{folder} is of another version of ebpfproxy, whose own commands read it")
+    return maps
 
 
 class Dump:
@@ -197,18 +212,24 @@ class Dump:
         """The counters of all service ports that have counted anything."""
         return [
             ServiceCounters(self.names[number], *sums)
-            for number, sums in self._maps["service_stats"].nonzero_counters()
-            if number in self.names
+            for number, sums in ServiceCounts(self._maps).read(self.names)
         ]
 
     def backend_connections(self) -> dict[int, int]:
         """Connections and datagrams by backend id, where there were any."""
-        return {number: sums[0] for number, sums in self._maps["backend_stats"].nonzero_counters()}
+        return {number: load.chosen for number, load in self._loads if load.chosen}
 
     def backend_loads(self) -> dict[int, int]:
         """Open connections by backend id, where there are any."""
-        loads = self._maps.loads()
-        return {number: open_now for number in self._backends.ids() if (open_now := loads[number].open_now)}
+        return {number: load.open_now for number, load in self._loads if load.open_now}
+
+    @cached_property
+    def _loads(self) -> list[tuple[int, layout.Load]]:
+        """What was counted for backends, of those that have an id now."""
+        loads, numbers = self._maps.loads(), self._backends.ids()
+        known = set(numbers)
+        end = numbers[-1] + 1 if numbers else 0
+        return [(number, loads[number]) for number in loads.counted(end) if number in known]
 
     def backend(self, number: int) -> Backend | None:
         found = self._backends.read(number)
@@ -219,7 +240,8 @@ def fill(maps: MapSet) -> list[MapFill]:
     """How full each map is; statistics, and tables that are one value, have no fill of their own."""
     found = []
     for name, each in maps.maps.items():
-        if each.spec.kind == uapi.MAP_PERCPU_ARRAY or each.spec.max_entries == 1 or name in _PLAIN_ARRAYS:
+        kind = each.spec.kind
+        if kind in _WITHOUT_FILL or each.spec.max_entries == 1 or name in _PLAIN_ARRAYS:
             continue
         found.append(MapFill(name, _entries(maps, name), each.spec.max_entries))
     return found
@@ -229,6 +251,11 @@ def _entries(maps: MapSet, name: str) -> int:
     if name == "backends":
         return len(maps.backends().ids())
     if name in ("selections", "slots"):
-        counts = [layout.selection_range(word)[1] for word in maps.shared("selections").words() if word]
+        words = filter(None, maps.shared("selections").words())
+        counts = [layout.selection_range(word)[1] for word in words]
         return len(counts) if name == "selections" else sum(counts)
+    if name == "sock_origin":
+        slots = maps[name]
+        assert isinstance(slots, WindowedArray)
+        return slots.count_nonzero(socket_layout.ORIGIN_KIND_AT)
     return maps[name].count()

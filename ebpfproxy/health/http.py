@@ -1,8 +1,8 @@
 """The HTTP server of all health checks and pages: many ports and many slow clients in one thread.
 
-asyncio's sockets do the waiting (the agent has asyncio loaded with pyroute2, so that it costs nothing). What
-is read of a request is its first line and whether the connection goes on: every answer is a GET's, without a
-body in the request. More is refused, so that no parser of HTTP is needed beside these lines.
+asyncio's sockets do the waiting. What is read of a request is its first line and whether the connection goes
+on: every answer is a GET's, without a body in the request. More is refused, so that no parser of HTTP is
+needed beside these lines.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Answer(NamedTuple):
 
 #: Answers a path, without its query. It is called in the server's thread: others wait meanwhile.
 Respond = Callable[[str], Answer]
+#: Decides about a client that has connected; without it the connection is closed at once.
+Admit = Callable[[socket.socket], bool]
 
 
 def text_answer(text: str, status: int = 200) -> Answer:
@@ -99,10 +101,10 @@ class HttpThread:
         else:
             self._thread.join()
 
-    def add(self, listener: socket.socket, respond: Respond) -> None:
+    def add(self, listener: socket.socket, respond: Respond, admit: Admit = lambda _: True) -> None:
         """The listener belongs to the thread from now on."""
         listener.setblocking(False)
-        self._loop.call_soon_threadsafe(self._add, listener, respond)
+        self._loop.call_soon_threadsafe(self._add, listener, respond, admit)
 
     def remove(self, listener: socket.socket) -> None:
         """Connections are refused when this returns; those that are kept end soon after."""
@@ -132,9 +134,9 @@ class HttpThread:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _add(self, listener: socket.socket, respond: Respond) -> None:
+    def _add(self, listener: socket.socket, respond: Respond, admit: Admit) -> None:
         # A task that is cancelled before its first step could not close the listener itself.
-        task = self._tasks[listener] = self._loop.create_task(self._serve(listener, respond))
+        task = self._tasks[listener] = self._loop.create_task(self._serve(listener, respond, admit))
         task.add_done_callback(partial(self._close, listener))
 
     def _close(self, listener: socket.socket, _: asyncio.Task[None]) -> None:
@@ -144,7 +146,7 @@ class HttpThread:
     def _remove(self, listener: socket.socket) -> None:
         self._tasks[listener].cancel()
 
-    async def _serve(self, listener: socket.socket, respond: Respond) -> None:
+    async def _serve(self, listener: socket.socket, respond: Respond, admit: Admit) -> None:
         """Accepts clients. When it is cancelled they are, too."""
         async with asyncio.TaskGroup() as group:
             while True:
@@ -153,6 +155,9 @@ class HttpThread:
                 except OSError:
                     # No descriptors are left: the listener stays readable, and the thread would spin.
                     await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                    continue
+                if not admit(client):
+                    client.close()
                     continue
                 if len(self._clients) >= _MOST_CLIENTS:
                     # Clients that only hold connections must not keep a kubelet's probe out.

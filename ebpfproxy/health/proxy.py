@@ -27,7 +27,7 @@ def eligible(node: Node | None) -> bool:
 
 
 class ProxyHealth:
-    """Healthy while no change has waited longer than the time-out, from the first programming on.
+    """Healthy once everything is programmed and attached, while no change waits longer than the time-out.
 
     Any thread may use it. ``clock`` gives Unix seconds.
     """
@@ -38,6 +38,7 @@ class ProxyHealth:
         self._lock = threading.Lock()
         self._updated: float | None = None
         self._pending: float | None = None
+        self._attached = False
         self._eligible = False
 
     def queued(self) -> None:
@@ -52,6 +53,11 @@ class ProxyHealth:
             self._pending = None
             self._updated = self._clock()
 
+    def attached(self) -> None:
+        """The programs are attached: what is programmed takes effect."""
+        with self._lock:
+            self._attached = True
+
     def set_eligible(self, is_eligible: bool) -> None:
         with self._lock:
             self._eligible = is_eligible
@@ -62,7 +68,7 @@ class ProxyHealth:
             return self._healthy(self._clock())
 
     def _healthy(self, now: float) -> bool:
-        if self._updated is None:
+        if self._updated is None or not self._attached:
             return False
         return self._pending is None or now - self._pending < self._timeout
 

@@ -13,12 +13,10 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 
+from ebpfproxy.kube.errors import ConfigError
+
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_FILE, CA_FILE = _ACCOUNT / "token", _ACCOUNT / "ca.crt"
-
-
-class ConfigError(Exception):
-    """The connection's configuration cannot be used; the message names the file and the field."""
 
 
 class Access(NamedTuple):

@@ -16,14 +16,15 @@ import urllib3
 
 import ebpfproxy
 from ebpfproxy.kube import access, control_plane, failures, kubeconfig
-from ebpfproxy.kube.access import Access, ConfigError, check_url
+from ebpfproxy.kube.access import Access, check_url
 from ebpfproxy.kube.backoff import Backoff
 from ebpfproxy.kube.decode import decode_status
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 
-__all__ = ["ApiConnection", "ConfigError", "Reply"]
+__all__ = ["ApiConnection", "Reply"]
 
 log = get_logger(__name__)
 

@@ -17,8 +17,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 import yaml
 
-from ebpfproxy.kube.access import Access, ConfigError, bearer, check_url, token_file, unverified, verifying
+from ebpfproxy import yaml_text
+from ebpfproxy.kube.access import Access, bearer, check_url, token_file, unverified, verifying
 from ebpfproxy.kube.decode import explain
+from ebpfproxy.kube.errors import ConfigError
 
 
 class _Kebab(msgspec.Struct, frozen=True, rename="kebab"):
@@ -89,7 +91,7 @@ class File(_Kebab, frozen=True):
 
 def parse(text: str | bytes) -> File:
     """Raises YAMLError, ValueError and msgspec.ValidationError."""
-    return msgspec.convert(yaml.safe_load(text), File)
+    return msgspec.convert(yaml_text.load(text), File)
 
 
 def server_of(file: File) -> str:

@@ -7,7 +7,6 @@ receiver compares with what it knows.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ import msgspec
 import watchfiles
 import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.kube.decode import Unreadable, explain
+from ebpfproxy.kube.errors import ManifestError
 from ebpfproxy.kube.objects import (
     RECORD_TYPES,
     Event,
@@ -49,25 +50,6 @@ _KINDS = {
 }
 #: Lists whose items may leave out what the list's kind says.
 _LISTS = {f"{kind}List": (version, kind) for version, kind in _KINDS}
-
-
-_DEEPEST = 100
-#: A block is nested that deep only where a line is indented as far, by spaces or by the indicators of others.
-_FAR_INDENTED = re.compile(rf"^[ ?:-]{{{_DEEPEST}}}", re.MULTILINE)
-
-
-class ManifestError(Exception):
-    """A file is wrong; the message names document, object and field."""
-
-
-class _Loader(yaml.CSafeLoader):
-    """Reads YAML with JSON's types: a timestamp is a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 class _File(msgspec.Struct):
@@ -260,8 +242,7 @@ def parse(text: str) -> Iterator[Object]:
     Raises ManifestError for the first thing that is wrong.
     """
     try:
-        _check_depth(text)
-        documents = list(yaml.load_all(text, Loader=_Loader))
+        documents = yaml_text.load_all(text)
     except yaml.YAMLError as error:
         raise ManifestError(" ".join(str(error).split())) from error
     for number, document in enumerate(documents, 1):
@@ -271,25 +252,6 @@ def parse(text: str) -> Iterator[Object]:
         if not isinstance(document, dict):
             raise ManifestError(f"{where}: not an object")
         yield from _objects(document, where)
-
-
-def _check_depth(text: str) -> None:
-    """PyYAML's C loader ends the process where nesting is deep; its events do not. Raises ManifestError.
-
-    Since 6.0.4 libyaml refuses what is nested a thousand deep, often before the events of the first hundred.
-    """
-    if max(map(text.count, "[{")) < _DEEPEST and not _FAR_INDENTED.search(text):
-        return
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=_Loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                raise ManifestError(f"nested more than {_DEEPEST} deep")
-    except yaml.MarkedYAMLError as error:
-        if "nest" not in (error.problem or ""):
-            raise
-        raise ManifestError(f"nested more than {_DEEPEST} deep") from error
 
 
 def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:

@@ -140,12 +140,18 @@ class EndpointHints(_Record, frozen=True):
     for_nodes: tuple[ForNode, ...] | None = None
 
 
+class TargetRef(_Record, frozen=True):
+    kind: str = ""
+    name: str = ""
+
+
 class Endpoint(_Record, frozen=True):
     addresses: tuple[str, ...] | None = None
     conditions: EndpointConditions | None = None
     node_name: str | None = None
     zone: str | None = None
     hints: EndpointHints | None = None
+    target_ref: TargetRef | None = None
 
 
 class EndpointPort(_Record, frozen=True):

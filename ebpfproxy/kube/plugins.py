@@ -15,7 +15,7 @@ from kubernetes import client as kube_client
 from kubernetes import config as kube_config
 from kubernetes.config.config_exception import ConfigException
 
-from ebpfproxy.kube.access import ConfigError
+from ebpfproxy.kube.errors import ConfigError
 
 #: The package raises these for files and answers that it does not expect.
 _UNEXPECTED = (ValueError, TypeError, AttributeError, KeyError)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections import Counter as CounterDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,28 +24,22 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import ebpfproxy
+from ebpfproxy.datapath.drift.compare import Kind
 from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS
 from ebpfproxy.datapath.flows.sweeper import Sweep
+from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED
 from ebpfproxy.health.proxy import FAMILIES
-from ebpfproxy.kube.events.recorder import RESULTS
+from ebpfproxy.kube.events.event import RESULTS
 from ebpfproxy.kube.objects import Resource
-from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.services.model import Family, Protocol
 
 _SYNC_BUCKETS = tuple(0.001 * 2**i for i in range(15))
 #: kube-proxy has the 0 by accident (component-base's MergeBuckets).
-_NETWORK_BUCKETS = (
-    0,
-    0.25,
-    0.5,
-    *range(1, 60),
-    *range(60, 120, 5),
-    *range(120, 301, 30),
-)
+_NETWORK_BUCKETS = (0, 0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
 _REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 _EVENT_BUCKETS = (
     *(i / 10_000 for i in (1, 2, 3, 4, 5, 6, 8)),
@@ -221,6 +215,12 @@ class AgentMetrics:
             ["map"],
             registry=registry,
         )
+        self._drift = Counter(
+            "ebpfproxy_drift",
+            "Entries of maps, attachments and pins that others have changed, and the agent has repaired",
+            ["map", "kind"],
+            registry=registry,
+        )
         self._sweep = Histogram(
             "ebpfproxy_conntrack_sweep_seconds",
             "Time to read the whole table and delete expired entries",
@@ -254,6 +254,21 @@ class AgentMetrics:
         """The number of removed records by map."""
         for name, number in removed.items():
             self._forgotten.labels(name).inc(number)
+
+    def drift_of(self, maps: Iterable[str]) -> None:
+        """Names the maps that are compared, so that their counters are there from the start."""
+        for name in maps:
+            for kind in Kind:
+                self._drift.labels(name, str(kind))
+        for where in ("programs", "devices"):
+            for program_kind in (DETACHED, REPLACED):
+                self._drift.labels(where, program_kind)
+        self._drift.labels("pins", str(Kind.MISSING))
+
+    def drifted(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """The number of repaired differences by map and kind."""
+        for (name, kind), number in counts.items():
+            self._drift.labels(name, kind).inc(number)
 
     def devices(self, wanted: int, failed: int) -> None:
         self._devices.labels("attached").set(wanted - failed)
@@ -312,7 +327,7 @@ class AgentMetrics:
         self._warnings.labels(resource).inc()
 
     def event(self, result: str) -> None:
-        """``result``: one of ``kube.events.recorder.RESULTS``."""
+        """``result``: one of ``kube.events.event.RESULTS``."""
         self._events.labels(result).inc()
 
     def did_not_fit(self) -> None:
@@ -354,48 +369,3 @@ class _ThreadCollector(Collector):
             "Threads: there are no goroutines here, but dashboards for kube-proxy ask for them.",
             value=threading.active_count(),
         )
-
-
-class SourceCollector(Collector):
-    """The state of the watches, read at each scrape. ``requests`` counts responses by status and method."""
-
-    def __init__(
-        self,
-        statuses: Callable[[], list[SourceStatus]],
-        requests: Callable[[], dict[tuple[str, str], int]],
-        host: str,
-    ) -> None:
-        self._statuses = statuses
-        self._requests = requests
-        self._host = host
-
-    def collect(self) -> Iterator[Metric]:
-        connected = GaugeMetricFamily(
-            "ebpfproxy_watch_connected", "1 while the watch is connected", labels=["resource"]
-        )
-        last = GaugeMetricFamily(
-            "ebpfproxy_watch_last_event_timestamp_seconds",
-            "Time of the last data of the watch",
-            labels=["resource"],
-        )
-        lists = CounterMetricFamily("ebpfproxy_watch_lists", "Complete lists", labels=["resource"])
-        failures = CounterMetricFamily(
-            "ebpfproxy_watch_failures", "Failed requests and streams", labels=["resource", "reason"]
-        )
-        for status in self._statuses():
-            resource = [str(status.resource)]
-            if status.state is not State.ABSENT:
-                connected.add_metric(resource, status.state is State.CONNECTED)
-            last.add_metric(resource, status.last_event or 0)
-            lists.add_metric(resource, status.lists)
-            for reason, count in status.failures.items():
-                failures.add_metric([*resource, reason], count)
-        yield from (connected, last, lists, failures)
-        requests = CounterMetricFamily(
-            "rest_client_requests",
-            "[ALPHA] Number of HTTP requests, partitioned by status code, method, and host.",
-            labels=["code", "host", "method"],
-        )
-        for (code, method), count in self._requests().items():
-            requests.add_metric([code, self._host, method], count)
-        yield requests

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED, UNALLOCATED
+from ebpfproxy.datapath.abi.node_layout import ACTIONS, UNALLOCATED
 from ebpfproxy.datapath.dump import Dump, fill
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -66,11 +66,11 @@ class MapCollector(Collector):
     def _packet_events(self) -> Metric:
         events = CounterMetricFamily(
             "ebpfproxy_packets",
-            "Packets that were rejected, dropped, or passed although something was wrong, by reason",
+            "Packets that were rejected, dropped, passed although something was wrong, or forwarded at XDP",
             labels=["action", "reason"],
         )
         found = counters(self._maps["packet_events"])
-        for action, reasons in (("rejected", REJECTED), ("dropped", DROPPED), ("passed", PASSED)):
+        for action, reasons in ACTIONS.items():
             for reason in sorted(reasons):
                 events.add_metric([action, str(reason)], found[reason])
         return events

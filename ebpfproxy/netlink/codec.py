@@ -1,7 +1,8 @@
 """Netlink messages and their attributes (linux/netlink.h), packed and taken apart for the whole agent.
 
 pyroute2's decoding takes 36 us a message: too long where tens of thousands of sockets are to be ended
-within a second, or a dump of conntrack has a million entries.
+within a second, or a dump of conntrack has a million entries. Importing it takes 0.15 s and 12 MB: only the
+migration does, which changes IPVS.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 _ERROR, _DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+_NUMBER = struct.Struct("=i")  # a negative errno, or 0
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 _NESTED, _TYPE_MASK = 1 << 15, 0x3FFF
 _RECEIVE = 1 << 18
@@ -35,8 +37,8 @@ class Message(NamedTuple):
 
     @property
     def error(self) -> OSError | None:
-        """The error of a message; None for an acknowledgement."""
-        number = -struct.unpack_from("=i", self.payload)[0]
+        """The error of such a message, or of a dump's end; None for an acknowledgement."""
+        number = -_NUMBER.unpack_from(self.payload)[0]
         return OSError(number, os.strerror(number)) if number else None
 
 
@@ -56,13 +58,15 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def replies(netlink: socket.socket) -> Iterator[Message]:
-    """The messages of a dump until it is done, or of a request until it is acknowledged.
+    """The messages of a dump until it is done, or those that a request gets before its acknowledgement.
 
     Raises OSError: with the kernel's number, or because nothing comes in time.
     """
     while True:
         for each in messages(netlink.recv(_RECEIVE)):
             if each.kind == _DONE:
+                if len(each.payload) >= _NUMBER.size and (error := each.error):
+                    raise error
                 return
             if each.is_error:
                 if error := each.error:

@@ -34,6 +34,8 @@ _SOCKID = struct.Struct("=HH16s16s")  # the first fields of struct inet_diag_soc
 _MAPPED = bytes(10) + b"\xff\xff"
 _ID_AT, _COOKIE_AT = 4, 44  # in struct inet_diag_msg
 _ID_SIZE = 48
+#: Records of sockets leave out the highest byte (``bpf/lib/types.h``, ``enum origin_kind``).
+_COOKIE_MASK = (1 << 56) - 1
 _BATCH = 128
 #: In one filter, whose jumps are 16 bits long.
 _PEERS = 1000
@@ -53,6 +55,7 @@ class Peer(NamedTuple):
 class Connected(NamedTuple):
     """A connected socket. Addresses are of the family of the packets: 4 bytes for IPv4-mapped ones."""
 
+    #: The highest byte is left out.
     cookie: int
     address: bytes
     port: int
@@ -87,10 +90,16 @@ def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
 def _connected(family: int, protocol: int, name: bytes, namespace: Path) -> Connected:
     """``name``: struct inet_diag_sockid."""
     sport, dport, source, destination = _SOCKID.unpack_from(name)
-    (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+    cookie = _cookie(name)
     addresses = [_plain(family, each) for each in (source, destination)]
     peer = Peer(addresses[1], socket.ntohs(dport), protocol)
     return Connected(cookie, addresses[0], socket.ntohs(sport), peer, namespace)
+
+
+def _cookie(name: bytes) -> int:
+    """Where one cookie is made while another is, the kernel counts it down from 2^64."""
+    (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+    return int(cookie) & _COOKIE_MASK
 
 
 def _plain(family: int, address: bytes) -> bytes:
@@ -130,7 +139,7 @@ def sockets_in(
     with netlink_in(namespace, _NETLINK_SOCK_DIAG) as diag:
         diag.settimeout(_TIMEOUT_SECONDS)
         for family, name in _names(diag, protocol, peers):
-            (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+            cookie = _cookie(name)
             if cookie in cookies:
                 found[cookie] = _connected(family, protocol, name, namespace)
     return found
@@ -182,7 +191,7 @@ def _end_all_in(
     """Lists sockets of one protocol in one namespace."""
     found: dict[int, dict[int, bytes]] = {}
     for family, name in _all_connected_to(diag, protocol, peers):
-        (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)
+        cookie = _cookie(name)
         if cookie in cookies:
             found.setdefault(family, {})[cookie] = name
     ended: set[int] = set()

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 from ebpfproxy.netlink import codec
 from ebpfproxy.netlink.namespace_ids import id_in
 from ebpfproxy.netlink.namespaces import OWN, cookie_of, namespaces, netlink_in
+from ebpfproxy.netlink.rtnetlink import GETADDR, IFADDRMSG
 
 _NETLINK_ROUTE = 0
-_RTM_GETADDR = 22
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 #: Only addresses of this scope (rtm_scope) are unique: link-local ones and the loopback's are not.
 _SCOPE_UNIVERSE = 0
-_ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
+
+
+class Namespace(NamedTuple):
+    """A network namespace, by one of its paths, with its packed addresses.
+
+    ``is_linked``: a device links it with this process's own, as a pod's does.
+    """
+
+    path: Path
+    cookie: int
+    addresses: tuple[bytes, ...]
+    is_linked: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        return self.path == OWN
+
+
+def visible_namespaces() -> Iterator[Namespace]:
+    """All that this process can see, its own first."""
+    with OWN.open("rb") as own:
+        for path in namespaces():
+            # The namespace may have been deleted meanwhile.
+            with suppress(OSError), netlink_in(path, _NETLINK_ROUTE) as netlink:
+                netlink.settimeout(2.0)
+                cookie, addresses = cookie_of(netlink), tuple(_addresses(netlink))
+                is_linked = path != OWN and id_in(netlink, own.fileno()) is not None
+                yield Namespace(path, cookie, addresses, is_linked)
 
 
 def namespace_cookies() -> dict[bytes, int]:
@@ -28,29 +56,24 @@ def namespace_cookies() -> dict[bytes, int]:
     linked: dict[bytes, set[int]] = {}
     others: dict[bytes, set[int]] = {}
     host: dict[bytes, int] = {}
-    with OWN.open("rb") as own:
-        for path in namespaces():
-            # The namespace may have been deleted meanwhile.
-            with suppress(OSError), netlink_in(path, _NETLINK_ROUTE) as netlink:
-                netlink.settimeout(2.0)
-                cookie, addresses = cookie_of(netlink), list(_addresses(netlink))
-                if path == OWN:
-                    host = dict.fromkeys(addresses, cookie)
-                    continue
-                found = others if id_in(netlink, own.fileno()) is None else linked
-                for address in addresses:
-                    found.setdefault(address, set()).add(cookie)
+    for each in visible_namespaces():
+        if each.is_own:
+            host = dict.fromkeys(each.addresses, each.cookie)
+            continue
+        found = linked if each.is_linked else others
+        for address in each.addresses:
+            found.setdefault(address, set()).add(each.cookie)
     only = {address: cookies.pop() for address, cookies in (others | linked).items() if len(cookies) == 1}
     return only | host
 
 
 def _addresses(netlink: socket.socket) -> Iterator[bytes]:
-    body = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-    netlink.send(codec.pack(_RTM_GETADDR, codec.REQUEST | codec.DUMP, body))
+    body = IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+    netlink.send(codec.pack(GETADDR, codec.REQUEST | codec.DUMP, body))
     for each in codec.replies(netlink):
-        _, _, _, scope, _ = _ADDRESS.unpack_from(each.payload)
+        _, _, _, scope, _ = IFADDRMSG.unpack_from(each.payload)
         if scope == _SCOPE_UNIVERSE:
-            found = codec.attributes(each.payload[_ADDRESS.size :])
+            found = codec.attributes(each.payload[IFADDRMSG.size :])
             address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
             if address:
                 yield bytes(address)

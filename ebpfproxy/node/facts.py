@@ -18,7 +18,7 @@ class Link(NamedTuple):
     """A device in netlink. ``kind`` is None for hardware; the MTU is in bytes.
 
     ``master`` and ``lower``, the device of this namespace that it sends through, are 0 without one.
-    ``passthru``: a macvlan or macvtap that has the link address of ``lower``.
+    ``passthru``: a macvlan or macvtap that has the link address of ``lower``. ``link_address`` is its own.
     """
 
     ifindex: int
@@ -29,6 +29,7 @@ class Link(NamedTuple):
     mtu: int = 1500
     lower: int = 0
     passthru: bool = False
+    link_address: bytes = b""
 
 
 class Address(NamedTuple):

@@ -26,7 +26,8 @@ class Device(NamedTuple):
     As netfilter's MASQUERADE chooses: the device's own first global address, else the node's. ``bridge``: the
     name of the one that it is a port of, empty for none. ``why`` it has its role. ``ingress_below``: what
     comes in by it has come in by another of the devices before; ``egress_below``: what leaves by it leaves by
-    another one after that.
+    another one after that. ``kind`` is netlink's. ``xdp_obstacle``: why it cannot have an XDP program, empty
+    where nothing is known to be in the way.
     """
 
     ifindex: int
@@ -40,6 +41,9 @@ class Device(NamedTuple):
     why: str = ""
     ingress_below: bool = False
     egress_below: bool = False
+    kind: str | None = None
+    link_address: bytes = b""
+    xdp_obstacle: str = ""
 
 
 class Network(msgspec.Struct, frozen=True):
@@ -64,6 +68,7 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
     kinds = {link.ifindex: link.kind for link in facts.links}
     uplinks = {link.ifindex for link, role, _ in used if role is Role.UPLINK}
     below = devices_below(facts.links, {link.ifindex for link, _, _ in used})
+    with_vlans = {link.lower for link in facts.links if link.kind == "vlan"}
     own = [a for a in facts.addresses if not is_loopback(a.address)]
     present = frozenset(a.address for a in own)
     primary = {family: _primary(family, facts, node, present, uplinks) for family in _FAMILIES}
@@ -84,6 +89,9 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
             names[link.master] if kinds.get(link.master) == "bridge" else "",
             why,
             *below.get(link.ifindex, (False, False)),
+            link.kind,
+            link.link_address,
+            _xdp_obstacle(link, role, with_vlans),
         )
 
     return Network(
@@ -93,6 +101,15 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
         | (present & {each.address for each in node.addresses}),
         tuple(filter(None, primary.values())),
     )
+
+
+def _xdp_obstacle(link: Link, role: Role, with_vlans: set[int]) -> str:
+    """A driver may take a VLAN's tag away before its XDP program sees the frame."""
+    if role is not Role.UPLINK:
+        return "not an uplink"
+    if link.type != ETHERNET:
+        return "no Ethernet device"
+    return "it carries VLANs" if link.ifindex in with_vlans else ""
 
 
 def _primary(

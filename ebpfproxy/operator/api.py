@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from ebpfproxy.kube.access import ConfigError
 from ebpfproxy.kube.client import JSON, ApiConnection, Reply
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.logs import get_logger
 

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.kube.objects import EndpointConditions, EndpointSlice, ObjectKey, Resource, key_of
+from ebpfproxy.kube.objects import (
+    EndpointConditions,
+    EndpointSlice,
+    ObjectKey,
+    Resource,
+    TargetRef,
+    key_of,
+)
 from ebpfproxy.services.model import Family, Protocol
 from ebpfproxy.services.values import (
     LOOPBACK,
@@ -56,8 +63,18 @@ class SliceEndpoints(msgspec.Struct, frozen=True, gc=False):
     #: They belong to the addresses at the same places.
     traits: tuple[Traits, ...]
     warnings: tuple[Warning, ...]
+    #: The names of the pods with the addresses, one a line, in the Service's namespace; empty where there are
+    #: none. One text takes a tenth of the memory of as many.
+    pods: str = ""
     #: RFC 3339 time of what led to this version; see objects.SliceAnnotations.
     trigger_time: str | None = None
+
+    def pod_names(self) -> Iterator[tuple[bytes, str]]:
+        """Addresses of pods with the pods' names, as ``namespace/name``."""
+        if self.pods and self.service is not None:
+            for address, name in zip(self.addresses, self.pods.split("\n"), strict=True):
+                if name:
+                    yield address, f"{self.service.namespace}/{name}"
 
     def same_as(self, other: SliceEndpoints) -> bool:
         """True if nothing but the trigger differs."""
@@ -87,13 +104,15 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
         return SliceEndpoints(service, None, (), (), (), tuple(warnings.found))
     ports = tuple(_ports(piece, warnings))
     found = list(_endpoints(piece, family, node_name, warnings))
+    pods = [name for _, _, name in found]
     return SliceEndpoints(
         service,
         family,
         ports,
-        tuple(address for address, _ in found),
-        tuple(traits for _, traits in found),
+        tuple(address for address, _, _ in found),
+        tuple(traits for _, traits, _ in found),
         tuple(warnings.found),
+        "\n".join(pods) if any(pods) else "",
         piece.metadata.annotations.trigger_time if piece.metadata.annotations else None,
     )
 
@@ -122,7 +141,8 @@ def _ports(piece: EndpointSlice, warnings: _Warnings) -> Iterator[SlicePort]:
 
 def _endpoints(
     piece: EndpointSlice, family: Family, node_name: str, warnings: _Warnings
-) -> Iterator[tuple[bytes, Traits]]:
+) -> Iterator[tuple[bytes, Traits, str]]:
+    """Address, traits and the pod's name of each."""
     size = 4 if family is Family.IPV4 else 16
     for i, endpoint in enumerate(piece.endpoints or ()):
         if not endpoint.addresses:
@@ -153,7 +173,12 @@ def _endpoints(
                     _is_terminating(endpoint.conditions),
                 ),
             ),
+            _pod_of(endpoint.target_ref),
         )
+
+
+def _pod_of(target: TargetRef | None) -> str:
+    return target.name if target is not None and target.kind == "Pod" else ""
 
 
 @functools.lru_cache(maxsize=8192)

@@ -63,6 +63,8 @@ class ServiceFrontends(msgspec.Struct, frozen=True, gc=False):
     weights: Weights | None = None
     #: Cluster IPs of a Service that another proxy serves.
     others: tuple[bytes, ...] = ()
+    #: Why the Service has no frontend whatever its ports are; empty where it may have some.
+    unserved: str = ""
 
 
 def frontends_of(
@@ -95,25 +97,28 @@ class _Reader:
         service, spec = self._service, self._service.spec
         age = (service.metadata.creation_timestamp or "", *self._key)
         labels = service.metadata.labels
-        none = ServiceFrontends(age, (), ())
+
+        def none(why: str, others: tuple[bytes, ...] = ()) -> ServiceFrontends:
+            return ServiceFrontends(age, (), tuple(self._warnings), others=others, unserved=why)
+
         if spec.type == "ExternalName":
-            return none
+            return none("type ExternalName")
         if labels is not None and labels.headless is not None:
-            return none
+            return none("label service.kubernetes.io/headless")
         cluster_ips = spec.cluster_ips or ((spec.cluster_ip,) if spec.cluster_ip else ())
         if not cluster_ips or cluster_ips[0] in ("None", ""):
-            return none
+            return none("headless: clusterIP None" if cluster_ips and cluster_ips[0] else "no cluster IP yet")
         if labels is not None and labels.proxy_name is not None:
             others = tuple(address for text in cluster_ips if (address := parse_address(text)) is not None)
-            return ServiceFrontends(age, (), (), others=others)
+            return none("label service.kubernetes.io/service-proxy-name: another proxy serves it", others)
         if spec.type not in ("ClusterIP", "NodePort", "LoadBalancer"):
             self._warn("spec.type", f"unknown type {spec.type!r}")
-            return ServiceFrontends(age, (), tuple(self._warnings))
+            return none(f"unknown type {spec.type!r}")
         for field, name in zip(("namespace", "name"), self._key, strict=True):
             reason = unusable_name(name)
             if reason is not None:
                 self._warn(f"metadata.{field}", reason)
-                return ServiceFrontends(age, (), tuple(self._warnings))
+                return none(f"its {field} {reason}")
 
         internal = self._policy("internalTrafficPolicy", spec.internal_traffic_policy)
         external = self._policy("externalTrafficPolicy", spec.external_traffic_policy)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from ebpfproxy.services.endpoints import Traits
 from ebpfproxy.services.model import Backend
+
+
+class Basis(enum.StrEnum):
+    """What a set of backends consists of: the rule that decided."""
+
+    READY = "ready"
+    NODE_HINTS = "node-hints"
+    ZONE_HINTS = "zone-hints"
+    #: None is ready: those that terminate and still serve.
+    TERMINATING = "terminating"
 
 
 class Usable(NamedTuple):
@@ -17,6 +29,8 @@ class Usable(NamedTuple):
     draining: tuple[Backend, ...]
     terminating: frozenset[Backend]
     idle: tuple[Backend, ...] = ()
+    cluster_basis: Basis = Basis.READY
+    local_basis: Basis = Basis.READY
 
 
 _NONE = frozenset[Backend]()
@@ -47,35 +61,71 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
     idle: tuple[Backend, ...] = ()
     if len(ready) + len(leaving) < len(endpoints):
         idle = _sorted(backend for backend, c in endpoints.items() if not c.ready and not c.draining)
+    cluster_basis = local_basis = Basis.READY
     if ready:
-        cluster = _sorted(_by_hints(ready, node_name, zone))
+        chosen, cluster_basis = _by_hints(ready, node_name, zone)
+        cluster = _sorted(chosen)
     else:
-        cluster = _sorted(backend for backend, _ in leaving)
-    local = _sorted(backend for backend, c in ready if c.local) or _sorted(
-        backend for backend, c in leaving if c.local
-    )
+        cluster, cluster_basis = _sorted(backend for backend, _ in leaving), Basis.TERMINATING
+    local = _sorted(backend for backend, c in ready if c.local)
+    if not local:
+        local, local_basis = _sorted(backend for backend, c in leaving if c.local), Basis.TERMINATING
+    local = cluster if local == cluster else local
     if not leaving:
-        return Usable(cluster, cluster if local == cluster else local, (), _NONE, idle)
+        return Usable(cluster, local, (), _NONE, idle, cluster_basis, local_basis)
     used = {*cluster, *local}
     return Usable(
         cluster,
-        cluster if local == cluster else local,
+        local,
         _sorted(backend for backend, _ in leaving if backend not in used),
         frozenset(backend for backend, _ in leaving if backend in used),
         idle,
+        cluster_basis,
+        local_basis,
     )
 
 
-def _by_hints(ready: list[tuple[Backend, Traits]], node_name: str, zone: str | None) -> Iterable[Backend]:
-    if all(c.nodes for _, c in ready):
-        here = [backend for backend, c in ready if node_name in c.nodes]
-        if here:
-            return here
-    if zone and all(c.zones for _, c in ready):
-        here = [backend for backend, c in ready if zone in c.zones]
-        if here:
-            return here
-    return [backend for backend, _ in ready]
+class Unused(enum.StrEnum):
+    """Why hints of one kind do not restrict the ready endpoints, though some have any."""
+
+    NOT_ALL = "not every ready endpoint has one"
+    NOT_HERE = "none names this node's"
+    UNKNOWN_ZONE = "this node has no zone"
+
+
+_Endpoints = Sequence[tuple[Backend, Traits]]
+_Hints = Callable[[Traits], tuple[str, ...]]
+_NODES, _ZONES = attrgetter("nodes"), attrgetter("zones")
+
+
+def _by_hints(ready: _Endpoints, node_name: str, zone: str | None) -> tuple[Iterable[Backend], Basis]:
+    for basis, hints, own in ((Basis.NODE_HINTS, _NODES, node_name), (Basis.ZONE_HINTS, _ZONES, zone)):
+        here = _named(ready, hints, own)
+        if not isinstance(here, Unused):
+            return here, basis
+    return [backend for backend, _ in ready], Basis.READY
+
+
+def _named(ready: _Endpoints, hints: _Hints, own: str | None) -> list[Backend] | Unused:
+    """The endpoints whose hints name ``own``, the node or its zone, else why the hints are not followed."""
+    if not own:
+        return Unused.UNKNOWN_ZONE
+    if not all(hints(c) for _, c in ready):
+        return Unused.NOT_ALL
+    return [backend for backend, c in ready if own in hints(c)] or Unused.NOT_HERE
+
+
+def unused_hints(
+    endpoints: Mapping[Backend, Traits], node_name: str, zone: str | None
+) -> tuple[Unused | None, Unused | None]:
+    """Why node hints and zone hints are not followed; None where they are, or where nobody has any."""
+    ready = [item for item in endpoints.items() if item[1].ready]
+
+    def reason(hints: _Hints, own: str | None) -> Unused | None:
+        found = _named(ready, hints, own) if any(hints(c) for _, c in ready) else None
+        return found if isinstance(found, Unused) else None
+
+    return reason(_NODES, node_name), reason(_ZONES, zone)
 
 
 def _sorted(backends: Iterable[Backend]) -> tuple[Backend, ...]:

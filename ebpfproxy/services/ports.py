@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 from ebpfproxy.services.balancing import Weights
 from ebpfproxy.services.endpoints import SliceEndpoints, Traits, merge
 from ebpfproxy.services.frontends import PortFrontends, ServiceFrontends
 from ebpfproxy.services.model import Backend, Family, Frontend, ServicePort
 from ebpfproxy.services.policy import Usable, usable_endpoints
+
+
+class TakenOut(enum.StrEnum):
+    """Why an endpoint that could serve gets no new connections from this node."""
+
+    DRAINED = "drained"
+    WEIGHT = "weight-zero"
+
+
+class Choice(NamedTuple):
+    """What the rules say of a service port's endpoints: each of them is in exactly one of the first two."""
+
+    endpoints: Mapping[Backend, Traits]
+    taken_out: Mapping[Backend, tuple[TakenOut, Traits]]
+    #: The rules see only ``endpoints``.
+    usable: Usable
 
 
 def ports_of(
@@ -28,9 +46,9 @@ def ports_of(
         frontends = tuple(filter(owns, port.frontends))
         if not frontends:
             continue
-        endpoints = endpoints_of_port(port, slices)
-        taken_out = _take_drained(endpoints, service.weights, drained)
-        usable = usable_endpoints(endpoints, node_name, zone)
+        endpoints, taken_out, usable = choice_of(
+            port, slices, service.weights, drained=drained, node_name=node_name, zone=zone
+        )
         yield ServicePort(
             key=port.key,
             frontends=port.frontends if frontends == port.frontends else frontends,
@@ -41,10 +59,25 @@ def ports_of(
             idle=usable.idle,
             affinity_seconds=port.affinity_seconds,
             algorithm=port.algorithm,
-            drained=taken_out,
+            drained=tuple(sorted(taken_out)),
             weights=_weights_of(usable, endpoints, service.weights),
             source_ranges=port.source_ranges,
         )
+
+
+def choice_of(
+    port: PortFrontends,
+    slices: Iterable[SliceEndpoints],
+    weights: Weights | None,
+    *,
+    drained: Set[tuple[bytes, int]],
+    node_name: str,
+    zone: str | None,
+) -> Choice:
+    """Applies all rules to the endpoints of a port; the arguments are those of :func:`ports_of`."""
+    endpoints = endpoints_of_port(port, slices)
+    taken_out = _take_out(endpoints, weights, drained)
+    return Choice(endpoints, taken_out, usable_endpoints(endpoints, node_name, zone))
 
 
 def endpoints_of_port(port: PortFrontends, slices: Iterable[SliceEndpoints]) -> dict[Backend, Traits]:
@@ -69,29 +102,36 @@ def endpoints_of_port(port: PortFrontends, slices: Iterable[SliceEndpoints]) -> 
     return found
 
 
-def _take_drained(
+def _take_out(
     endpoints: dict[Backend, Traits], weights: Weights | None, drained: Set[tuple[bytes, int]]
-) -> tuple[Backend, ...]:
+) -> dict[Backend, tuple[TakenOut, Traits]]:
     """Takes out those that could serve but shall not, so that the rules see only the others."""
     if weights is None and not drained:
-        return ()
-    found = [
-        backend
+        return {}
+    found = {
+        backend: (reason, traits)
         for backend, traits in endpoints.items()
-        if (traits.ready or traits.draining)
-        and (
-            (backend.address, 0) in drained
-            or (backend.address, backend.port) in drained
-            or (weights is not None and not weights.of(backend.address, traits.node, traits.zone))
-        )
-    ]
+        if (reason := _taken_out(backend, traits, weights, drained)) is not None
+    }
     for backend in found:
         del endpoints[backend]
-    return tuple(sorted(found))
+    return found
+
+
+def _taken_out(
+    backend: Backend, traits: Traits, weights: Weights | None, drained: Set[tuple[bytes, int]]
+) -> TakenOut | None:
+    if not (traits.ready or traits.draining):
+        return None
+    if (backend.address, 0) in drained or (backend.address, backend.port) in drained:
+        return TakenOut.DRAINED
+    if weights is not None and not weights.of(backend.address, traits.node, traits.zone):
+        return TakenOut.WEIGHT
+    return None
 
 
 def _weights_of(
-    usable: Usable, endpoints: dict[Backend, Traits], weights: Weights | None
+    usable: Usable, endpoints: Mapping[Backend, Traits], weights: Weights | None
 ) -> tuple[tuple[Backend, int], ...]:
     """The weights of usable endpoints, where they are not 1."""
     if weights is None:

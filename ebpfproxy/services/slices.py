@@ -18,6 +18,9 @@ class Slices:
     def keys(self) -> Set[ObjectKey]:
         return self._slices.keys()
 
+    def all(self) -> list[SliceEndpoints]:
+        return list(self._slices.values())
+
     def of(self, service: ObjectKey) -> list[SliceEndpoints]:
         return [self._slices[key] for key in self._of.get(service, ())]
 

@@ -40,6 +40,7 @@ from ebpfproxy.services.model import (
     format_endpoint,
 )
 from ebpfproxy.services.ports import ports_of, ready_on_this_node
+from ebpfproxy.services.reasons import ServiceReasons, reasons_of
 from ebpfproxy.services.slices import Slices
 from ebpfproxy.services.values import Warning, parse_time
 from ebpfproxy.services.warnings import Warnings
@@ -302,12 +303,32 @@ class Tracker:
         self._warnings.set(("conflicts", key), conflicts)
         return ports
 
+    def reasons(self, key: ObjectKey) -> ServiceReasons | None:
+        """Why the Service's endpoints are used or left out, by what is known now; None for an unknown one."""
+        service = self._services.get(key)
+        if service is None:
+            return None
+        return reasons_of(
+            key,
+            service,
+            self._slices.of(key),
+            lambda frontend: self._claims.owner(claim_of(frontend)),
+            drained=self._drained,
+            node_name=self._node_name,
+            zone=self._zone,
+        )
+
     def set_drained(self, drained: frozenset[tuple[bytes, int]]) -> None:
         """Addresses and ports (0: all) that shall take no new connections from this node."""
         addresses = {address for address, _ in self._drained ^ drained}
         if addresses:
             self._drained = drained
             self._touched.update(dict.fromkeys(self._slices.services_with(addresses)))
+
+    @property
+    def slices(self) -> list[SliceEndpoints]:
+        """All slices as they are now."""
+        return self._slices.all()
 
     def has_endpoint(self, address: bytes, port: int) -> bool:
         """True if any slice has it; port 0: any port."""

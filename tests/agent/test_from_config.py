@@ -1,4 +1,4 @@
-"""From a configuration to the agent's options."""
+"""Options of the agent that follow from a configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.from_config import agent_options, in_use, mode_remark
-from ebpfproxy.agent.options import AgentOptions
-from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp
+from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp, Xdp
 from ebpfproxy.config.load import Configuration, effective, ignored_fields, parse
 from ebpfproxy.config.masquerade_ports import default_range, local_range
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
@@ -30,17 +30,47 @@ def of(*parts: dict[str, Any], flags: dict[str, Any] | None = None) -> AgentOpti
     return options_of(kube_proxy(*parts), flags)
 
 
-def test_without_a_file_or_flags_they_are_the_agents_own_defaults() -> None:
+def test_defaults_without_a_file_and_flags() -> None:
     assert options_of(Configuration()) == AgentOptions(
         node_name="node-a",
         bpf_root=Path("/sys/fs/bpf"),
         cgroup_root=Path("/cg"),
+        manifests=None,
+        kubeconfig=None,
+        master=None,
+        api_qps=5.0,
+        api_burst=10,
+        healthz_bind_address="0.0.0.0:10256",
+        metrics_bind_address="127.0.0.1:10249",
+        bind_hard_fail=False,
+        node_ports_on_loopback=True,
+        guard_node_ports=False,
+        pod_sockets=True,
+        node_port_addresses=(),
+        external_ips=True,
+        devices=(),
+        local_pods=LocalPods(LocalMode.DEVICES),
+        cluster_cidrs=(),
+        service_cidrs=(),
+        masquerade_all=False,
+        bypass_netfilter=False,
+        xdp=Xdp.NONE,
+        algorithm=Algorithm.RANDOM,
+        maglev_size=16381,
         masquerade_ports=(20000, 29999),
+        masquerade_ports_shared=False,
+        timeouts=Timeouts(),
+        socket_sweep_seconds=60.0,
+        drift_check_seconds=5.0,
+        stale_tcp=StaleTcp.GONE,
+        stale_tcp_seconds=5.0,
         capacity=Capacity(slots=4 * Capacity().backends),
+        without=frozenset(),
+        trace_decisions=False,
     )
 
 
-def test_what_is_left_open_is_read_from_this_host() -> None:
+def test_unset_fields_are_read_from_this_host() -> None:
     found = agent_options(effective(Configuration(), {"cgroup-root": "/cg"}))[0]
     assert found.node_name == os.uname().nodename.lower()
     assert found.masquerade_ports == default_range(local_range())
@@ -48,7 +78,7 @@ def test_what_is_left_open_is_read_from_this_host() -> None:
         options_of(Configuration(), {"hostname-override": " "})
 
 
-def test_every_setting_of_kube_proxy_reaches_the_agent() -> None:
+def test_every_setting_of_kube_proxy_sets_an_option_of_the_agent() -> None:
     found = of(
         {
             "clientConnection": {"kubeconfig": "/etc/k"},
@@ -74,7 +104,7 @@ def test_every_setting_of_kube_proxy_reaches_the_agent() -> None:
     assert found.timeouts == Timeouts(tcp_established=7200, tcp_close_wait=30, udp=1.5)
 
 
-def test_every_setting_of_ours_reaches_the_agent() -> None:
+def test_every_setting_of_our_document_sets_an_option_of_the_agent() -> None:
     found = options_of(
         own(
             {
@@ -145,7 +175,7 @@ def test_every_setting_of_ours_reaches_the_agent() -> None:
         ),
     ],
 )
-def test_how_local_pods_are_told(given: dict[str, Any], flags: dict[str, Any], wanted: LocalPods) -> None:
+def test_detection_of_local_pods(given: dict[str, Any], flags: dict[str, Any], wanted: LocalPods) -> None:
     assert of(given, flags=flags).local_pods == wanted
 
 
@@ -172,7 +202,7 @@ def test_how_local_pods_are_told(given: dict[str, Any], flags: dict[str, Any], w
         ({"mode": "ipvs", "nodePortAddresses": ["localhost"]}, {}, True),
     ],
 )
-def test_node_ports_on_loopback_are_iptables_and_ours(
+def test_node_ports_on_loopback_depend_on_mode_and_our_setting(
     given: dict[str, Any], flags: dict[str, Any], wanted: bool
 ) -> None:
     assert of(given, flags=flags).node_ports_on_loopback is wanted
@@ -197,7 +227,7 @@ def test_node_ports_on_loopback_are_iptables_and_ours(
         ({}, {"lb-algorithm": "twos"}, Algorithm.LEAST_CONNECTIONS, "lbAlgorithm: twos is not here"),
     ],
 )
-def test_the_scheduler_chooses_the_algorithm(
+def test_ipvs_scheduler_sets_the_algorithm(
     given: dict[str, Any], flags: dict[str, Any], wanted: Algorithm, said: str
 ) -> None:
     options, remarks = agent_options(effective(kube_proxy(given), {**HERE, **flags}))
@@ -206,18 +236,18 @@ def test_the_scheduler_chooses_the_algorithm(
     assert all(remark.startswith(said) for remark in remarks)
 
 
-def test_cluster_cidrs_that_no_mode_checks_are_passed_over() -> None:
+def test_invalid_cluster_cidrs_that_no_mode_validates_are_skipped() -> None:
     assert of({"detectLocalMode": "NodeCIDR", "clusterCIDR": "ten"}).cluster_cidrs == ()
 
 
-def test_nftables_has_its_own_masquerade_all() -> None:
+def test_mode_nftables_has_its_own_masquerade_all() -> None:
     assert of({"mode": "nftables", "nftables": {"masqueradeAll": True}}).masquerade_all
     assert not of({"mode": "nftables", "iptables": {"masqueradeAll": True}}).masquerade_all
     assert used({"mode": "nftables"}).kube_proxy.node_port_addresses == ("primary",)
     assert of({"mode": "nftables"}).node_port_addresses == ("primary",)
 
 
-def test_what_is_left_open_is_shown_as_it_is_used() -> None:
+def test_configuration_in_use_shows_values_of_unset_fields() -> None:
     configuration = effective(Configuration())
     options, _ = agent_options(configuration)
     shown = in_use(configuration, options).own
@@ -253,7 +283,7 @@ def test_external_ips_are_served_where_both_the_gate_and_the_setting_allow_it(
     ):
         options, _ = agent_options(configuration)
         assert options.external_ips is served
-        assert in_use(configuration, options).own.external_ips is served, "as /configz says"
+        assert in_use(configuration, options).own.external_ips is served, "/configz has the same value"
         assert "featureGates" not in ignored_fields(configuration)
 
 
@@ -262,7 +292,7 @@ def test_other_gates_have_no_effect() -> None:
     assert ignored_fields(effective(found)) == ["featureGates"]
 
 
-def test_a_mode_that_nobody_chose_is_told_what_it_is_and_will_be() -> None:
+def test_unset_mode_is_remarked_with_its_current_and_future_default() -> None:
     assert all(mode_remark(mode) == "" for mode in ("iptables", "ipvs", "nftables"))
     assert "1.37" in mode_remark("")
     assert "1.40" in mode_remark("")

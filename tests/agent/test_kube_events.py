@@ -14,7 +14,7 @@ def _port(name: str, port: str, family: Family) -> ServicePortKey:
     return ServicePortKey("shop", name, port, Protocol.TCP, family)
 
 
-def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
+def test_service_with_several_ports_over_capacity_gets_one_event() -> None:
     found = kube_events.no_room(
         "n1",
         [
@@ -30,7 +30,7 @@ def test_of_many_service_ports_without_room_each_service_is_told_once() -> None:
     assert {each.reason for each in found} == {"NoRoomForServicePort"}
 
 
-def test_values_are_told_in_words_that_no_node_is_in() -> None:
+def test_note_about_an_invalid_value_does_not_name_the_node() -> None:
     found = kube_events.value_not_used(
         Warning(
             Resource.ENDPOINTSLICES, ObjectKey("shop", "web-x"), "ports[0].port", "0 is not in 1 to 65535"
@@ -41,13 +41,13 @@ def test_values_are_told_in_words_that_no_node_is_in() -> None:
     assert not found.of_node
 
 
-def test_a_conflict_has_a_reason_of_its_own() -> None:
+def test_address_conflict_has_its_own_reason() -> None:
     for field, reason in (("ClusterIP", "AddressConflict"), ("spec.clusterIPs[0]", "ValueNotUsed")):
         warning = Warning(Resource.SERVICES, ObjectKey("shop", "web"), field, "x")
         assert kube_events.value_not_used(warning).reason == reason
 
 
-def test_of_the_node_itself() -> None:
+def test_events_of_the_node() -> None:
     for each, reason in (
         (kube_events.device_not_attached("n1", "eth0: no"), "DeviceNotAttached"),
         (kube_events.server_not_started("n1", "metrics", "x"), "FailedToStartMetricServer"),

@@ -1,6 +1,6 @@
 """A stand-in for the API server: lists, pages, streaming lists and watches over real HTTP(S), and faults.
 
-It answers as ``tests/data/recordings/responses.json`` shows a real one does.
+It responds as a real server does in ``tests/data/recordings/responses.json``.
 """
 
 from tests.apiserver.faults import Fault

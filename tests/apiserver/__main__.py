@@ -1,9 +1,8 @@
-"""``python -m tests.apiserver``: the stand-in as a process of its own. Its first line is its URL.
+"""``python -m tests.apiserver``: the stand-in in its own process. Its first line is its URL.
 
-Beside what ``tests.apiserver.control`` lists, ``POST /control/churn?rate=1000&seconds=10`` changes one endpoint
-of another Service ``rate`` times a second, with the trigger-time annotation set to now, and answers when that
-is done; with ``--recordings``, ``POST /control/replay?speed=10`` lets happen what was recorded (without
-``speed`` at once).
+Beside what ``tests.apiserver.control`` lists, ``POST /control/churn?rate=1000&seconds=10`` changes one endpoint of
+another Service ``rate`` times a second, with the trigger-time annotation set to now, and responds when that is done;
+with ``--recordings``, ``POST /control/replay?speed=10`` replays the recording (without ``speed`` at once).
 """
 
 from __future__ import annotations
@@ -25,7 +24,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--services", type=int, default=10)
     parser.add_argument("--endpoints", type=int, default=10, help="of each Service")
     parser.add_argument("--node", default="node-a")
-    parser.add_argument("--bench-service", metavar="IP=BACKEND", help="one more, on the load's ports")
+    parser.add_argument(
+        "--bench-service",
+        metavar="IP=BACKEND",
+        action="append",
+        default=[],
+        help="one more, on the load's ports; for each family at most once",
+    )
     parser.add_argument(
         "--bench-node-port", metavar="PORT=BACKEND", action="append", default=[], help="likewise, a NodePort"
     )
@@ -58,8 +63,8 @@ def main() -> None:
         load.fill_from_recordings(store, options.recordings)
     else:
         load.fill(store, options.services, options.endpoints, options.node)
-    if options.bench_service:
-        load.add_bench_service(store, *options.bench_service.split("="))
+    for text in options.bench_service:
+        load.add_bench_service(store, *text.split("="))
     for number, text in enumerate(options.bench_node_port, 1):
         port, _, backend = text.partition("=")
         load.add_bench_node_port(store, int(port), backend, number)

@@ -1,7 +1,8 @@
-"""Single objects of a few kinds beside the watched ones: what a client such as kubectl does with them.
+"""Single objects of a few kinds beside the watched ones, and the requests of clients such as kubectl.
 
-Get, list, create, replace, delete, merge patches and server-side apply, with managed fields, generations and
-dry runs; discovery. Nodes, which are watched, can be had by name and get merge patches. Answers have the texts of a real API server. No controller runs here.
+Get, list, create, replace, delete, merge patches and server-side apply, with managed fields, generations and dry runs;
+discovery. Nodes, which are watched, can be read by name and merge-patched. Responses have the texts of a real API
+server. No controller runs here.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Cluster:
     # -- for tests
 
     def put(self, item: Object, manager: str = "kubeadm") -> Object:
-        """Creates or replaces, as somebody's update."""
+        """Creates or replaces an object, as the update of another manager."""
         resource = next(each for each in RESOURCES if each.kind == item["kind"])
         key = (resource.plural, item["metadata"].get("namespace", ""), item["metadata"]["name"])
         with self._lock:
@@ -136,7 +137,7 @@ class Cluster:
             return error.answer
 
     def resource_of(self, path: str) -> str:
-        """The plural, for faults; empty for what is no resource."""
+        """Returns the plural, for faults; empty for other paths than resources."""
         parts = path.strip("/").split("/")
         return next((each.plural for each in RESOURCES if each.plural in parts[2:6]), "")
 
@@ -202,7 +203,7 @@ class Cluster:
         return Answer(201 if before is None else 200, encode(made), headers)
 
     def _node(self, request: _Request) -> Answer:
-        """The store has them, whose watches are told."""
+        """Changes an object of the store, which notifies its watches."""
         found = [each.body for each in self._store.items("nodes")[1] if each.key == ("", request.name)]
         if not found:
             raise self._missing(request)
@@ -291,7 +292,7 @@ class Cluster:
         *,
         dry_run: bool = False,
     ) -> Object:
-        """Writes nothing where nothing has changed, as a real server does."""
+        """Writes only changes, as a real server does."""
         if path := _IMMUTABLE.get(resource.kind):
             was, now = (_at(each.item, path) if each else None for each in (before, made))
             if before is not None and was != now:

@@ -1,17 +1,17 @@
-"""``POST /control/…``: what a test of another process does to the stand-in, and reads back as JSON.
+"""``POST /control/…``: control of the stand-in by tests in other processes, with responses in JSON.
 
 | path | query, and body |
 |---|---|
 | ``put`` | ``resource``; the object as JSON in the body |
 | ``delete`` | ``resource``, ``namespace``, ``name`` |
-| ``compact`` | history is forgotten: 410 for whoever comes from before |
+| ``compact`` | forgets the history: older resource versions get 410 |
 | ``fault`` | ``kind``, ``times``, ``resource``, ``param``, ``retry_after``, ``seconds`` of ``faults.Fault`` |
 | ``heal`` | no more faults |
 | ``drop`` | all connections are reset |
-| ``events`` | nothing; answers with the Events of events.k8s.io that were created |
-| ``tokens`` | ``accept``: these alone are good from now on, by commas |
+| ``events`` | none; responds with the created Events of events.k8s.io |
+| ``tokens`` | ``accept``: the only valid ones from now on, separated by commas |
 
-Who runs the stand-in may add more (``tests.apiserver.__main__`` adds ``churn`` and ``replay``).
+Callers may add actions (``tests.apiserver.__main__`` adds ``churn`` and ``replay``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Action = Callable[[Query, bytes], Mapping[str, object]]
 
 
 class ControlError(Exception):
-    """The request cannot be done; the message says why."""
+    """A request failed, for the reason in the message."""
 
 
 class Control:

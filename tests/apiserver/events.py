@@ -1,4 +1,4 @@
-"""Events of events.k8s.io/v1: creates alone, checked as pkg/apis/core/validation/events.go does."""
+"""Events of events.k8s.io/v1: only create, validated as in pkg/apis/core/validation/events.go."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUALIFIED = re.compile(r"([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[
 
 
 class Events:
-    """Keeps created Events in their order. Any thread may use it. ``terminating`` are namespaces."""
+    """Keeps created Events in order. It is thread-safe. ``terminating`` has the terminating namespaces."""
 
     def __init__(self, denied: set[str]) -> None:
         self._denied = denied
@@ -82,7 +82,7 @@ def _problems(event: Mapping[str, Any], namespace: str) -> Iterator[str]:
     if not event.get("regarding", {}).get("namespace") and namespace not in ("default", "kube-system"):
         yield "involvedObject.namespace: does not match event.namespace"
     if event.get("regarding", {}).get("namespace", namespace) != namespace:
-        # The strict rules let it pass; kubectl would not find it.
+        # The strict rules accept it, but kubectl does not find it.
         yield "involvedObject.namespace: is another"
     if not _QUALIFIED.fullmatch(event.get("reportingController", "")):
         yield "reportingController: a qualified name"
@@ -107,7 +107,7 @@ def _problems(event: Mapping[str, Any], namespace: str) -> Iterator[str]:
 
 
 def _is_micro_time(text: object) -> bool:
-    """Six digits after the point, no more and no less: Go parses it by a fixed layout."""
+    """The fraction has exactly six digits: Go parses a fixed layout."""
     if not isinstance(text, str) or not re.fullmatch(r"[^.]*\.\d{6}(Z|[+-]\d\d:\d\d)", text):
         return False
     return datetime.fromisoformat(text).year > 1

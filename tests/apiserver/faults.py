@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-#: Kinds that strike a watch that runs; all others strike a request when it comes.
+#: Kinds that affect a running watch; all others affect a request when it arrives.
 IN_STREAMS = ("cut", "silence", "garbage", "expire")
 
 
@@ -50,7 +50,7 @@ class Fault:
 
 
 class Faults:
-    """Faults that are to come, the oldest first. Any thread may use it."""
+    """Pending faults, the oldest first. It is thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,7 +1,7 @@
-"""Who manages which field, and what server-side apply makes of it (KEP-555, sigs.k8s.io/structured-merge-diff).
+"""Managers of fields and server-side apply (KEP-555, sigs.k8s.io/structured-merge-diff).
 
 A field is a path: names, and for lists with keys ``k:{"name":"x"}``; a value that is replaced as a whole is one
-field. The schema is what is known here of lists and maps in the kinds that are applied in tests.
+field. The schema covers lists and maps of the kinds that tests apply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 Manager = tuple[str, str]
 """Its name, and ``Apply`` or ``Update``."""
 
-#: Lists whose items have keys, with defaults of these.
+#: These lists have items with keys; the values are defaults of keys.
 _KEYED: dict[str, dict[str, Any]] = {
     "containers": {"name": None},
     "initContainers": {"name": None},
@@ -26,7 +26,7 @@ _KEYED: dict[str, dict[str, Any]] = {
     "volumeMounts": {"mountPath": None},
     "ports": {"containerPort": None, "protocol": "TCP"},
 }
-#: Maps that are replaced as a whole.
+#: These maps are replaced as a whole.
 _ATOMIC = (
     "selector",
     "nodeSelector",
@@ -36,7 +36,7 @@ _ATOMIC = (
     "secretKeyRef",
     "nodeAffinity",
 )
-#: Nobody manages these.
+#: These fields have no managers.
 _NOBODYS = (
     ("apiVersion",),
     ("kind",),
@@ -62,7 +62,7 @@ class Conflict(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Returns a real server's words (apimachinery, util/managedfields/internal/conflict.go)."""
+        """Returns a real server's text (apimachinery, util/managedfields/internal/conflict.go)."""
         name, operation = self.manager
         return f'"{name}"' + (f" using {self.api_version}" if operation == "Update" else "")
 
@@ -71,18 +71,18 @@ class ConflictError(Exception):
     def __init__(self, conflicts: list[Conflict]) -> None:
         self.conflicts = conflicts
         if len(conflicts) == 1:
-            said = f"1 conflict: conflict with {conflicts[0].words}: {shown(conflicts[0].path)}"
+            message = f"1 conflict: conflict with {conflicts[0].words}: {shown(conflicts[0].path)}"
         else:
             lines = []
             for words in sorted({each.words for each in conflicts}):
                 lines.append(f"conflicts with {words}:")
                 lines += [f"- {shown(each.path)}" for each in conflicts if each.words == words]
-            said = f"{len(conflicts)} conflicts: " + "\n".join(lines)
-        super().__init__(f"Apply failed with {said}")
+            message = f"{len(conflicts)} conflicts: " + "\n".join(lines)
+        super().__init__(f"Apply failed with {message}")
 
 
 class Managed:
-    """An object, and who manages what of it."""
+    """An object with the managers of its fields."""
 
     def __init__(self, item: Object, owned: dict[Manager, frozenset[Path]]) -> None:
         self.item = item
@@ -103,7 +103,7 @@ class Managed:
 
 
 def updated(before: Managed | None, item: Object, name: str) -> Managed:
-    """Created, replaced or patched: who changes a field manages it, and nobody else does."""
+    """Records a create, replace or patch: its manager becomes the only one of each changed field."""
     was = dict(leaves(before.item)) if before else {}
     now = dict(leaves(item))
     changed = {path for path, value in now.items() if path not in was or was[path] != value}
@@ -137,7 +137,7 @@ def applied(before: Managed | None, wanted: Object, name: str, *, force: bool) -
     for each in conflicts:
         owned[each.manager] -= {each.path}
     others = frozenset[Path]().union(*(paths for manager, paths in owned.items() if manager != me))
-    # An item's keys go last: it is found by them.
+    # An item's keys are removed last, as it is found by them.
     for path in sorted(owned.get(me, frozenset()) - asked.keys() - others, key=_is_key):
         _delete(made, path)
     for path, value in asked.items():
@@ -149,7 +149,7 @@ def applied(before: Managed | None, wanted: Object, name: str, *, force: bool) -
 
 
 def leaves(item: Object) -> Iterator[tuple[Path, Any]]:
-    """All fields that somebody can manage."""
+    """Returns all fields that can have managers."""
     for path, value in _leaves(item, ()):
         if path not in _NOBODYS and path[:2] != ("metadata", "managedFields"):
             yield path, value
@@ -199,7 +199,7 @@ def _set(item: Object, path: Path, value: Any) -> None:
 
 
 def _delete(item: Object, path: Path) -> None:
-    """Deletes it, and parents that are empty then; an item of a list is, with nothing but its keys."""
+    """Deletes a field and parents that become empty; an item with only its keys is empty."""
     *above, last = path
     holder = _step(item, tuple(above), make=False)
     if holder is None:

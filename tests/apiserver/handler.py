@@ -1,4 +1,4 @@
-"""One connection's requests: lists, pages, watches, and what is wrong with them."""
+"""Requests of one connection: lists, pages, watches and faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATHS = {
 _NAMESPACED = re.compile(r"(/.*)/namespaces/([^/]+)(/[^/]+)")
 _SLOW_PIECE = 512
 _WRITE = 64 * 1024
-#: A real server has the same (endpoints/handlers/responsewriters, defaultGzipThresholdBytes).
+#: It equals a real server's (endpoints/handlers/responsewriters, defaultGzipThresholdBytes).
 _COMPRESSED_FROM = 128 * 1024
 
 
@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
             (self._watch if watch else self._list)(resource)
 
     def _user(self) -> str | None:
-        """Returns None for wrong credentials; without any, ``system:anonymous`` where some are asked for."""
+        """Returns None for invalid credentials, ``system:anonymous`` for missing ones where they are required."""
         if isinstance(self.connection, ssl.SSLSocket):
             certificate: Any = self.connection.getpeercert() or {}
             for part in certificate.get("subject", ()):
@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         return "test" if header[7:] in self.api.tokens and header[:7].lower() == "bearer " else None
 
     def _fail(self, fault: Fault) -> bool:
-        """False where the request is to be answered all the same."""
+        """Returns False where the request is served nevertheless."""
         if fault.kind == "slow":
             self._slow = fault.seconds
             return False
@@ -167,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(code, body, extra=extra)
         return True
 
-    # -- answers
+    # -- responses
 
     def _head(self, code: int, headers: dict[str, str]) -> None:
         self.send_response(code)
@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         self._head(200, headers)
 
     def _frame(self, data: bytes) -> bytes:
-        """A chunk that can be read when it comes; the empty one ends the body."""
+        """Sends a chunk that can be decoded on arrival; an empty one ends the body."""
         if self._zip is None:
             return _framed(data)
         if data:
@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         return _framed(self._zip.flush()) + _framed(b"")
 
     def _write(self, data: bytes) -> None:
-        """Chunks, framed."""
+        """Sends framed chunks."""
         if not self._slow:
             self.wfile.write(data)
             return
@@ -218,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
         self._write(self._frame(data))
 
     def _break_off(self, data: bytes) -> None:
-        """Half of what was to come, and the connection is gone."""
+        """Sends half of the data and closes the connection."""
         framed = self._frame(data)
         self._write(framed[: len(framed) // 2])
         self.close_connection = True
@@ -283,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         self._follow(resource, selector, version)
 
     def _follow(self, resource: str, selector: Selector, version: int) -> None:
-        """Changes after ``version``, until the timeout that the client asked for."""
+        """Sends changes after ``version`` until the timeout of the request."""
         store, params = self.api.store, self._params
         end = time.monotonic() + float(params.get("timeoutSeconds", "1800"))
         bookmark = time.monotonic() + self.api.bookmark_seconds
@@ -305,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
                 break
             self._lines(line for change in found if (line := change.line(selector)))
             if now >= bookmark:
-                # One from the future is told nothing before that has come (a real cacheWatcher's rule).
+                # A watch from a future version gets no event before that version (as in a real cacheWatcher).
                 if params.get("allowWatchBookmarks") == "true" and asked <= store.version:
                     self._chunk(bodies.bookmark(resource, version))
                 bookmark = now + self.api.bookmark_seconds
@@ -314,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
         self._chunk(b"")
 
     def _lines(self, lines: Iterable[bytes]) -> None:
-        """Each in its own chunk, as a real server flushes them; many in one write, to be cheap here."""
+        """Sends each event in its own chunk, as a real server flushes them; one write has many, for speed."""
         buffer = bytearray()
         for line in lines:
             buffer += self._frame(line)

@@ -1,4 +1,4 @@
-"""Fills a stand-in: many Services, changes at a rate, or a recording of a real cluster."""
+"""Fills a stand-in with many Services, changes at a given rate, or a recording of a real cluster."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def _endpoints(i: int, count: int) -> list[dict[str, Any]]:
 
 
 def add_bench_service(store: Store, address: str, backend: str) -> None:
-    """Ports of tools.bench: the load generator's for both protocols, and iperf3's."""
+    """Adds a Service per family with the ports of tools.bench: the load generator's (both protocols) and iperf3's."""
     ports = [
         {"name": f"{protocol.lower()}-{number}", "protocol": protocol, "port": number}
         for protocol, number in (("TCP", 7777), ("UDP", 7777), ("TCP", 5201))
     ]
-    store.put("services", objects.service("bench", address, ports=ports))
-    piece = objects.endpoint_slice("bench", [objects.endpoint(backend, "node-a")])
+    name, family = ("bench6", "IPv6") if ":" in address else ("bench", "IPv4")
+    store.put("services", objects.service(name, address, ports=ports, ipFamilies=[family]))
+    piece = objects.endpoint_slice(name, [objects.endpoint(backend, "node-a")])
     store.put("endpointslices", {**piece, "ports": ports})
 
 
 def add_bench_node_port(store: Store, node_port: int, backend: str, number: int) -> None:
-    """A NodePort for the load generator, both protocols, and the next one for iperf3."""
+    """Adds a NodePort for both protocols of the load generator and the next one for iperf3, in the backend's family."""
     ports = [
         {"name": f"{protocol.lower()}-{target}", "protocol": protocol, "port": target, "nodePort": outside}
         for protocol, target, outside in (
@@ -49,8 +50,10 @@ def add_bench_node_port(store: Store, node_port: int, backend: str, number: int)
         )
     ]
     name = f"bench-{number}"
-    service = objects.service(name, f"10.96.251.{number}", ports=ports)
-    service["spec"]["type"] = "NodePort"
+    family, address = (
+        ("IPv6", f"fd00:10:96:251::{number}") if ":" in backend else ("IPv4", f"10.96.251.{number}")
+    )
+    service = objects.service(name, address, ports=ports, ipFamilies=[family], type="NodePort")
     store.put("services", service)
     piece = objects.endpoint_slice(name, [objects.endpoint(backend, "node-a")])
     inside = [{"name": p["name"], "protocol": p["protocol"], "port": p["port"]} for p in ports]
@@ -80,7 +83,7 @@ def churn(store: Store, services: int, endpoints: int, rate: float, seconds: flo
 
 
 def fill_from_recordings(store: Store, folder: Path) -> None:
-    """The cluster as it was when the recording began; resourceVersions are the store's own."""
+    """Adds the objects at the start of the recording, with resourceVersions of the store."""
     content = json.loads(gzip.decompress((folder / "initial-lists.json.gz").read_bytes()))
     for resource, found in content.items():
         for item in found["items"]:
@@ -90,7 +93,7 @@ def fill_from_recordings(store: Store, folder: Path) -> None:
 def replay(
     store: Store, folder: Path, speed: float = 0.0, *, between: Callable[[], None] | None = None
 ) -> int:
-    """Replays what then happened, at once or ``speed`` times as fast as it did; returns the number of changes.
+    """Replays the recorded changes at once or at ``speed`` times their rate; returns their number.
 
     ``between`` is called after every 50 of them.
     """

@@ -1,4 +1,4 @@
-"""Objects of a real one's size: managedFields, conditions and all that nobody here reads."""
+"""Objects of realistic size, with managedFields, conditions and other unused fields."""
 
 from __future__ import annotations
 
@@ -181,10 +181,10 @@ def node(name: str, zone: str = "zone-a", *, address: str = "172.18.0.1") -> dic
 
 
 def service_address(i: int) -> str:
-    """The cluster IP of load Service ``i``."""
+    """Returns the cluster IP of load Service ``i``."""
     return f"10.{96 + i // 65000}.{i % 65000 // 250}.{i % 250 + 1}"
 
 
 def pod_address(i: int) -> str:
-    """Another address for every ``i`` up to ten million."""
+    """Returns a unique address for every ``i`` up to ten million."""
     return f"{11 + i // 15_000_000}.{i // 62500 % 240 + 1}.{i // 250 % 250}.{i % 250 + 1}"

@@ -1,4 +1,4 @@
-"""Label and field selectors, as query parameters carry them."""
+"""Label and field selectors of query parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in itself: where it listens, whom it lets in, what goes wrong with it."""
+"""The stand-in: its listener, credentials and faults."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ApiServer:
         self._server = HttpServer((host, port), Handler)
         self._server.api = self
         if tls is not None:
-            # Each connection's own thread shakes hands.
+            # The handshake is done in the connection's thread.
             self._server.socket = tls.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -83,7 +83,7 @@ class ApiServer:
         self.drop_connections()
 
     def drop_connections(self) -> None:
-        """Ends every open connection, as a crash does."""
+        """Resets every open connection, as a crash does."""
         with self._lock:
             connections = list(self._connections)
         for each in connections:
@@ -91,7 +91,7 @@ class ApiServer:
                 each.shutdown(socket.SHUT_RDWR)
 
     def fail(self, kind: str, **options: Any) -> Fault:
-        """Keywords as of ``faults.Fault``."""
+        """Injects a fault; the keywords are those of ``faults.Fault``."""
         fault = Fault(kind, **options)
         self.faults.add(fault)
         self._wake()
@@ -115,4 +115,4 @@ class HttpServer(ThreadingHTTPServer):
     api: ApiServer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away are what this server is for."""
+        """Errors of disconnecting clients are expected here."""

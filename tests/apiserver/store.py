@@ -1,4 +1,4 @@
-"""Objects with resourceVersions, and the log of their changes that watches read."""
+"""Objects with resourceVersions, and the log of changes for watches."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Version(NamedTuple):
         return b'{"type":"%s","object":%s}\n' % (kind.encode(), self.body)
 
     def at(self, number: int) -> Version:
-        """The same content under another resourceVersion, as deletions carry it."""
+        """Returns the content with another resourceVersion, as in deletions."""
         item = json.loads(self.body)
         item["metadata"]["resourceVersion"] = str(number)
         return self._replace(number=number, body=encode(item))
 
 
 class Change(NamedTuple):
-    """``before`` is None where the object was made, ``after`` where it was deleted."""
+    """A change. ``before`` is None for a creation, ``after`` for a deletion."""
 
     number: int
     before: Version | None
@@ -56,11 +56,11 @@ class Change(NamedTuple):
 
 
 class ExpiredError(Exception):
-    """The version is compacted away."""
+    """The version has been compacted."""
 
 
 class Store:
-    """All resources share one sequence of versions, as in etcd. Any thread may use it."""
+    """All resources share one sequence of versions, as in etcd. It is thread-safe."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -70,7 +70,7 @@ class Store:
         self._log: dict[str, list[Change]] = {r: [] for r in KINDS}
 
     def put(self, resource: str, item: Item) -> int:
-        """Adds or replaces; returns the version."""
+        """Adds or replaces an object; returns the version."""
         api_version, kind, _ = KINDS[resource]
         meta = item["metadata"]
         key = (meta.get("namespace", ""), meta["name"])
@@ -92,7 +92,7 @@ class Store:
             self.changed.notify_all()
 
     def compact(self) -> None:
-        """Forgets all history: a watch or a continue token from before now is 410."""
+        """Forgets the history: older watches and continue tokens get 410."""
         with self.changed:
             self.compacted = self.version
             for log in self._log.values():
@@ -101,7 +101,7 @@ class Store:
     def items(
         self, resource: str, selector: Selector | None = None, *, at: int | None = None
     ) -> tuple[int, list[Version]]:
-        """The objects by key, now or as they were ``at`` a version. Raises ExpiredError."""
+        """Returns the objects by key, current or ``at`` a version. Raises ExpiredError."""
         with self.changed:
             found = dict(self._items[resource])
             number = self.version if at is None else at
@@ -114,7 +114,7 @@ class Store:
         return number, sorted(matching, key=lambda v: v.key)
 
     def after(self, resource: str, number: int) -> list[Change] | None:
-        """Changes after a version; None where that is compacted away. The condition must be held."""
+        """Returns changes after a version; None where it has been compacted. The condition must be held."""
         try:
             return self._since(resource, number)
         except ExpiredError:

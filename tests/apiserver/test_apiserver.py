@@ -1,4 +1,4 @@
-"""The stand-in answers as the real server in the recordings did, and breaks when it is told to."""
+"""The stand-in responds as the recorded real server and injects faults on request."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def names(found: dict[str, Any]) -> list[str]:
 
 
 def events(server: ApiServer, query: str) -> list[tuple[str, str]]:
-    """Type and name of what a watch of one second is told."""
+    """Returns type and name of the events of a watch of one second."""
     _, _, body = get(server, f"{SERVICES}?watch=true&timeoutSeconds=1&{query}")
     lines = [json.loads(line) for line in body.splitlines()]
     return [(line["type"], line["object"]["metadata"].get("name", "")) for line in lines]
 
 
 def shape(value: Any) -> Any:
-    """Keys and types, however deep."""
+    """Returns keys and types at all levels."""
     if isinstance(value, dict):
         return {key: shape(each) for key, each in value.items()}
     return type(value).__name__
@@ -69,7 +69,7 @@ def shape(value: Any) -> Any:
     "what",
     ["first page", "no credentials", "wrong credentials", "unknown resource", "too old", "ends by its own"],
 )
-def test_answers_have_the_shape_of_a_real_servers(server: ApiServer, what: str) -> None:
+def test_responses_have_the_structure_of_a_real_servers(server: ApiServer, what: str) -> None:
     real = next(
         each for each in json.loads((RECORDINGS / "responses.json").read_text()) if what in each["what"]
     )
@@ -96,7 +96,7 @@ def test_answers_have_the_shape_of_a_real_servers(server: ApiServer, what: str) 
                 assert (part["code"], part["reason"]) == (of_real["code"], of_real["reason"])
 
 
-def test_the_end_of_a_streaming_list_is_the_real_bookmark(server: ApiServer) -> None:
+def test_streaming_list_ends_with_the_bookmark_of_a_real_server(server: ApiServer) -> None:
     real = next(
         each["body"]
         for each in json.loads((RECORDINGS / "responses.json").read_text())
@@ -123,7 +123,7 @@ def test_generated_objects_are_as_large_as_real_ones() -> None:
     assert size(objects.service("cart", "10.96.66.245")) == pytest.approx(size(cart), rel=0.1)
 
 
-def test_pages_show_one_moment_whatever_happens_between_them(server: ApiServer) -> None:
+def test_pages_of_a_list_are_one_snapshot(server: ApiServer) -> None:
     first = page(server, f"{SERVICES}?limit=2")
     assert first["metadata"]["remainingItemCount"] == 3
     server.store.delete("services", "load", "s-3")
@@ -136,7 +136,7 @@ def test_pages_show_one_moment_whatever_happens_between_them(server: ApiServer) 
     assert names(page(server, SERVICES)) == ["s-0", "s-1", "s-2", "s-4", "s-9"]
 
 
-def test_a_continue_token_from_before_a_compaction_is_410(server: ApiServer) -> None:
+def test_continue_token_older_than_a_compaction_is_410(server: ApiServer) -> None:
     token = page(server, f"{SERVICES}?limit=2")["metadata"]["continue"]
     server.store.put("services", objects.service("s-9", "10.96.0.9"))
     server.store.compact()
@@ -144,7 +144,7 @@ def test_a_continue_token_from_before_a_compaction_is_410(server: ApiServer) -> 
     assert (status, json.loads(body)["reason"]) == (410, "Expired")
 
 
-def test_a_watch_tells_what_enters_and_leaves_its_selection(server: ApiServer) -> None:
+def test_watch_reports_objects_that_begin_or_cease_to_match_its_selector(server: ApiServer) -> None:
     version = server.store.version
     for labels in ({"mesh": "yes"}, {"mesh": "no"}, {}, {"mesh": "yes"}):
         item = objects.service("s-0", "10.96.0.1")
@@ -159,16 +159,16 @@ def test_a_watch_tells_what_enters_and_leaves_its_selection(server: ApiServer) -
     assert [k for k, _ in events(server, query + "mesh!=yes")] == ["DELETED", "ADDED", "MODIFIED", "DELETED"]
 
 
-def test_field_selectors_choose_one_by_its_name(server: ApiServer) -> None:
+def test_field_selector_selects_by_name(server: ApiServer) -> None:
     assert names(page(server, f"{SERVICES}?fieldSelector=metadata.name=s-3")) == ["s-3"]
     assert names(page(server, f"{SERVICES}?fieldSelector=metadata.namespace=other")) == []
 
 
-def test_a_watch_without_a_version_begins_with_what_there_is(server: ApiServer) -> None:
+def test_watch_without_a_resource_version_begins_with_existing_objects(server: ApiServer) -> None:
     assert events(server, "") == [("ADDED", f"s-{i}") for i in range(5)]
 
 
-def test_a_watch_from_the_future_is_told_nothing(server: ApiServer) -> None:
+def test_watch_from_a_future_resource_version_receives_nothing(server: ApiServer) -> None:
     server.bookmark_seconds = 0.1
     assert events(server, "resourceVersion=9999&allowWatchBookmarks=true") == []
     assert ("BOOKMARK", "") in events(
@@ -176,7 +176,7 @@ def test_a_watch_from_the_future_is_told_nothing(server: ApiServer) -> None:
     )
 
 
-def test_a_client_certificate_is_a_credential(tmp_path: Path) -> None:
+def test_client_certificate_is_a_credential(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.pair("server"))
@@ -192,8 +192,8 @@ def test_a_client_certificate_is_a_credential(tmp_path: Path) -> None:
             assert connection.getresponse().status == status
 
 
-def test_a_thousand_changes_a_second_reach_a_watch(server: ApiServer) -> None:
-    """Counted, not timed: all of them come, in order, by one stream."""
+def test_watch_receives_all_of_a_thousand_changes(server: ApiServer) -> None:
+    """They are counted, not timed: all arrive in order by one stream."""
     version = server.store.version
     for i in range(1000):
         server.store.put("services", objects.service("s-0", f"10.97.{i // 250}.{i % 250}"))
@@ -213,7 +213,7 @@ def post(url: str, body: object = None) -> dict[str, Any]:
 
 @pytest.fixture
 def command(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a stand-in that runs as a process of its own."""
+    """Yields the URL of a stand-in in its own process."""
     arguments = [sys.executable, "-m", "tests.apiserver", *request.param]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert process.stdout is not None
@@ -232,7 +232,7 @@ def status_of(url: str, **headers: str) -> int:
 
 
 @pytest.mark.parametrize("command", [["--services", "3"]], indirect=True)
-def test_a_process_of_its_own_is_controlled_over_http(command: str) -> None:
+def test_separate_process_is_controlled_over_http(command: str) -> None:
     control, services = f"{command}/control", f"{command}{SERVICES}"
     assert post(f"{control}/put?resource=services", objects.service("more", "10.96.9.9"))["resourceVersion"]
     with urllib.request.urlopen(services) as answer:
@@ -260,7 +260,7 @@ def test_a_process_of_its_own_is_controlled_over_http(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["--recordings", str(RECORDINGS), "--pages"]], indirect=True)
-def test_a_recorded_cluster_can_be_replayed(command: str) -> None:
+def test_recorded_cluster_is_replayed(command: str) -> None:
     began = time.monotonic()
     assert post(f"{command}/control/replay")["changes"] == 361
     with urllib.request.urlopen(f"{command}/api/v1/services") as answer:

@@ -1,4 +1,4 @@
-"""Single objects: server-side apply, managed fields and errors, as a real server has them."""
+"""Single objects: server-side apply, managed fields and errors, as on a real server."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def owners(item: dict[str, Any]) -> dict[str, Any]:
     return {each["manager"]: each["fieldsV1"] for each in item["metadata"]["managedFields"]}
 
 
-def test_it_is_made_once_and_then_left_alone(server: ApiServer) -> None:
+def test_repeated_apply_changes_nothing(server: ApiServer) -> None:
     code, first = apply(server, config_map(x="1"), "me")
     assert code == 201
     assert owners(first) == {"me": {"f:data": {"f:x": {}}}}
@@ -71,7 +71,7 @@ def test_it_is_made_once_and_then_left_alone(server: ApiServer) -> None:
     assert third["metadata"]["resourceVersion"] > first["metadata"]["resourceVersion"]
 
 
-def test_a_conflict_names_manager_and_fields(server: ApiServer) -> None:
+def test_conflict_names_manager_and_fields(server: ApiServer) -> None:
     apply(server, config_map(x="1", y="1", z="1"), "me")
     ask(server, "PATCH", f"{MAPS}/a", {"data": {"x": "2", "y": "2"}}, "application/merge-patch+json")
     code, found = apply(server, config_map(x="1", y="2", z="1"), "me")
@@ -89,17 +89,17 @@ def test_a_conflict_names_manager_and_fields(server: ApiServer) -> None:
     assert set(owners(found)) == {"me"}
 
 
-def test_the_same_value_is_shared_and_goes_with_the_last(server: ApiServer) -> None:
+def test_shared_field_is_removed_with_its_last_manager(server: ApiServer) -> None:
     apply(server, config_map(x="1", y="1"), "me")
     _, found = apply(server, config_map(x="1"), "you")
     assert owners(found)["you"] == {"f:data": {"f:x": {}}}
     _, found = apply(server, config_map(), "me")
-    assert found["data"] == {"x": "1"}, "y was mine alone"
+    assert found["data"] == {"x": "1"}, "y had no other manager"
     _, found = apply(server, config_map(), "you")
     assert not found.get("data")
 
 
-def test_items_of_lists_with_keys_are_fields(server: ApiServer) -> None:
+def test_items_of_keyed_lists_are_fields(server: ApiServer) -> None:
     one, two = {"name": "one", "image": "i:1"}, {"name": "two", "image": "i:1"}
     apply(server, daemon_set(one), "me")
     code, found = apply(server, daemon_set(two), "you")
@@ -112,7 +112,7 @@ def test_items_of_lists_with_keys_are_fields(server: ApiServer) -> None:
     assert found["spec"]["template"]["spec"]["containers"] == [one]
 
 
-def test_generations_count_what_is_wanted_and_a_selector_stays(server: ApiServer) -> None:
+def test_generation_counts_changes_of_the_spec_and_a_selector_is_immutable(server: ApiServer) -> None:
     _, found = apply(server, daemon_set({"name": "one", "image": "i:1"}), "me")
     assert found["metadata"]["generation"] == 1
     status = {"status": {"observedGeneration": 1}}
@@ -132,7 +132,7 @@ def test_a_dry_run_writes_nothing(server: ApiServer) -> None:
     assert ask(server, "GET", f"{MAPS}/a")[0] == 404
 
 
-def test_errors_are_a_real_servers(server: ApiServer) -> None:
+def test_errors_equal_those_of_a_real_server(server: ApiServer) -> None:
     code, found = ask(server, "GET", f"{SETS}/a")
     assert (code, found["message"]) == (404, 'daemonsets.apps "a" not found')
     code, found = ask(server, "PATCH", f"{MAPS}/a", config_map(), APPLY)
@@ -154,7 +154,7 @@ def test_errors_are_a_real_servers(server: ApiServer) -> None:
     )
 
 
-def test_lists_are_chosen_by_labels_and_fields(server: ApiServer) -> None:
+def test_lists_are_selected_by_labels_and_fields(server: ApiServer) -> None:
     for name, node in (("p", "n1"), ("q", "n2")):
         meta = {"name": name, "labels": {"app": name}}
         item = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": {"nodeName": node}}

@@ -1,1 +1,1 @@
-"""What benchmarks work out of their measurements."""
+"""Evaluation of benchmark measurements."""

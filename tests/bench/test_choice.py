@@ -1,28 +1,11 @@
-"""What the benchmark of algorithms says of its samples, and whom it compares with whom."""
+"""Pairs that the benchmark of algorithms compares."""
 
 from __future__ import annotations
 
-import random
-
-from tools.bench.choice import RANDOM, RANDOM_MANY, SERVICES, WAYS, Way, middle
+from tools.bench.choice import RANDOM, RANDOM_MANY, SERVICES, WAYS, Way
 
 
-def test_the_interval_of_the_median_holds_it_19_times_of_20() -> None:
-    draw = random.Random(1)
-    held = 0
-    for _ in range(1000):
-        median, low, high = middle([draw.expovariate(1) for _ in range(90)])
-        assert low <= median <= high
-        held += low <= 0.6931 <= high  # ln 2
-    assert 930 <= held <= 980
-
-
-def test_few_samples_have_an_interval_of_all() -> None:
-    assert middle([3.0]) == (3.0, 3.0, 3.0)
-    assert middle([3.0, 1.0]) == (2.0, 1.0, 3.0)
-
-
-def test_each_is_compared_with_random_choice_among_as_many_on_the_same_node() -> None:
+def test_every_algorithm_is_compared_with_random_choice_among_as_many_backends_on_the_node() -> None:
     assert {way.base.service for way in WAYS} == {RANDOM, RANDOM_MANY}
     for way in WAYS:
         assert way.base in WAYS

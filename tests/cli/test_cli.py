@@ -1,4 +1,4 @@
-"""Commands without an agent: help, errors, and what they say where nothing is."""
+"""Commands without an agent: help, errors, and output without pinned maps."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_flush_requires_a_filter() -> None:
         ("conntrack", "flush", "--all"),
     ],
 )
-def test_where_nothing_is_pinned(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_output_without_pinned_maps(command: tuple[str, ...], tmp_path: Path) -> None:
     code, said = run(*command, "--bpf-root", str(tmp_path))
     assert code == 1
     assert (
@@ -113,12 +113,12 @@ def test_where_nothing_is_pinned(command: tuple[str, ...], tmp_path: Path) -> No
     )
 
 
-def test_the_environment_names_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EBPFPROXY_BPF_ROOT", str(tmp_path))
     assert str(tmp_path) in run("status")[1]
 
 
-def test_cleanup_of_nothing(tmp_path: Path) -> None:
+def test_cleanup_without_pins(tmp_path: Path) -> None:
     code, said = run("cleanup", "--bpf-root", str(tmp_path))
     assert (code, said) == (0, f"nothing is pinned below {tmp_path}/ebpfproxy\n")
 
@@ -132,7 +132,7 @@ def test_cleanup_of_nothing(tmp_path: Path) -> None:
         (("--healthz-bind-address",), "requires an argument"),
     ],
 )
-def test_wrong_options_are_one_clear_error(arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_a_one_line_error(arguments: tuple[str, ...], said: str) -> None:
     code, output = run("run", *arguments)
     assert code in (1, 2)
     assert said in output
@@ -160,7 +160,7 @@ def test_run_reports_invalid_roots(tmp_path: Path) -> None:
     assert f"--cgroup-root {tmp_path}: not a cgroup v2 folder" in done.stderr
 
 
-def test_json_and_yaml_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> None:
     value = [BackendRef("10.0.0.1:80", "active")]
     emit(value, "json", print)
     emit(value, "yaml", print)
@@ -172,5 +172,5 @@ def test_json_and_yaml_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0.2, "0s"), (90, "90s"), (300, "5m"), (7200, "2h"), (200000, "2d")]
 )
-def test_ages(seconds: float, shown: str) -> None:
+def test_format_of_ages(seconds: float, shown: str) -> None:
     assert age(seconds) == shown

@@ -1,4 +1,4 @@
-"""Commands of operators on a laptop: no bcc, no libbpf, no root."""
+"""Commands on an operator's machine without bcc, libbpf and root."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-#: Hides bcc and libbpf, and leaves no rights of root, in a process that then runs a command.
+#: Hides bcc and libbpf and drops root in a process that then runs a command.
 _HIDDEN = """
 import ctypes, os, sys
 
@@ -54,15 +54,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
     ids=" ".join,
 )
-def test_it_runs_without_bcc_libbpf_and_root(arguments: tuple[str, ...]) -> None:
-    """What asks the API server alone, or nobody, needs nothing of a node."""
+def test_command_runs_without_bcc_libbpf_and_root(arguments: tuple[str, ...]) -> None:
+    """Commands that use the API server only, or no server, need nothing of a node."""
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
-def test_a_cluster_is_asked_for_without_them() -> None:
-    """`migrate plan --all-nodes` gets as far as the API server, which is not there."""
+def test_migrate_plan_of_all_nodes_runs_without_them() -> None:
+    """`migrate plan --all-nodes` gets as far as the API server, which is unreachable."""
     done = run("migrate", "plan", "--all-nodes", "--master", "http://127.0.0.1:9", "--timeout", "1s")
     assert done.returncode != 0
     assert "127.0.0.1" in done.stderr

@@ -1,4 +1,4 @@
-"""Options of ``run`` that are made from the fields of the configuration."""
+"""Options of ``run`` that are generated from the fields of the configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.config.test_own import FIELDS as OWN_FIELDS
 
 
 def written(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """The configuration that ``run`` writes with these arguments, as ``/configz`` has it."""
+    """Returns the configuration that ``run`` writes with these arguments, in the form of ``/configz``."""
     file = tmp_path / "used.yaml"
     result = CliRunner().invoke(main, ["run", *arguments, "--write-config-to", str(file)])
     assert result.exit_code == 0, result.output
@@ -59,7 +59,7 @@ def test_the_environment_sets_a_field(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found["staleTCP"], found["bypassNetfilter"]) == ("never", True)
 
 
-def test_a_flag_of_a_boolean_wins_over_the_file(tmp_path: Path) -> None:
+def test_boolean_flag_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
         "apiVersion: ebpfproxy.io/v1alpha1\nkind: EbpfProxyConfiguration\nbypassNetfilter: true\n"
@@ -69,5 +69,5 @@ def test_a_flag_of_a_boolean_wins_over_the_file(tmp_path: Path) -> None:
     assert not found["ebpfproxy.io"]["bypassNetfilter"]
 
 
-def test_every_field_of_our_document_has_a_text() -> None:
+def test_every_field_of_our_document_has_a_help_text() -> None:
     assert [each.path for each in OWN_OPTIONS if not each.text.endswith(".")] == []

@@ -1,4 +1,4 @@
-"""The agents of a cluster, asked as an operator asks: by ``ebpfproxy status`` in their pods."""
+"""The agents of a cluster, inspected by ``ebpfproxy status`` in their pods."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Object = dict[str, Any]
 
 
 def execute(cluster: Cluster, pod: str, *command: str) -> str:
-    """In the agent's container."""
+    """Runs a command in the agent's container."""
     return cluster.kubectl("-n", "kube-system", "exec", pod, "-c", "ebpfproxy", "--", *command)
 
 
 def statuses(cluster: Cluster) -> dict[str, Object]:
-    """What ``ebpfproxy status -o json`` says, by node."""
+    """Returns the output of ``ebpfproxy status -o json`` by node."""
     return {
         node: json.loads(execute(cluster, pod, "ebpfproxy", "status", "-o", "json"))
         for node, pod in cluster.agent_pods().items()
@@ -24,7 +24,7 @@ def statuses(cluster: Cluster) -> dict[str, Object]:
 
 
 def assert_healthy(cluster: Cluster) -> dict[str, Object]:
-    """One agent on each node, healthy, without a problem; returns their statuses."""
+    """Asserts that each node has a healthy agent without problems; returns their statuses."""
     found = statuses(cluster)
     assert sorted(found) == sorted(each["metadata"]["name"] for each in cluster.get("nodes")["items"])
     for status in found.values():

@@ -13,7 +13,8 @@ from tests.cluster.network import internal_ips
 
 NAMESPACE = "life"
 NODE_PORT, NODE_PORT_UDP = 30080, 30053
-#: Longer than a change of endpoints takes to reach every node, so that no proxy asks a server that has ended. On a busy
+#: It is longer than a change of endpoints takes to reach every node, so that no proxy uses a server that has ended. On
+#: a busy
 #: machine the controller of EndpointSlices took 12 s, since it doubles its pause after each conflict.
 _SHUTDOWN_SECONDS = 20
 
@@ -72,7 +73,7 @@ spec:
 
 
 class App:
-    """In a namespace of its own; :meth:`remove` takes it away."""
+    """A Deployment in its own namespace; :meth:`remove` deletes it."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -82,13 +83,13 @@ class App:
         self.cluster_ips: list[str] = spec["clusterIPs"]
 
     def wait(self) -> None:
-        """Until all pods are ready, and none is about to end."""
+        """Waits until all pods are ready and none is terminating."""
         for what in ("deployment/web", "daemonset/client"):
             self.cluster.kubectl("-n", NAMESPACE, "rollout", "status", what, "--timeout=120s")
         until(lambda: len(self.pods("web")) == 4, "pods of the Deployment that are too many end")
 
     def spread(self) -> None:
-        """Makes the Deployment's pods anew, two on each node."""
+        """Recreates the Deployment's pods, two on each node."""
         self.cluster.kubectl("-n", NAMESPACE, "rollout", "restart", "deployment/web")
         self.wait()
 
@@ -100,7 +101,7 @@ class App:
         return found
 
     def servers(self, node: Node) -> set[str]:
-        """Names of the Deployment's pods on a node."""
+        """Returns the names of the Deployment's pods on a node."""
         return {
             pod["metadata"]["name"] for pod in self.pods("web") if pod["spec"].get("nodeName") == node.name
         }
@@ -108,12 +109,12 @@ class App:
     # -- clients
 
     def everywhere(self) -> list[Client]:
-        """In pods on both nodes, on the first node, and outside."""
+        """Runs clients in pods on both nodes, on the first node, and outside."""
         first, second = self.cluster.nodes
         return [self.in_pod(first), self.in_pod(second), self.on_node(first), self.outside()]
 
     def in_pod(self, node: Node) -> Client:
-        """In the network of the node's client pod, which asks the ClusterIPs."""
+        """Runs a client of the ClusterIPs in the network of the node's client pod."""
         (pod,) = (each for each in self.pods("client") if each["spec"]["nodeName"] == node.name)
         container = pod["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
         enter = ["nsenter", f"--net=/proc/{node.pids()[container]}/ns/net"]
@@ -123,7 +124,7 @@ class App:
         return self._client(node.name, node, [], self._cluster_ways())
 
     def outside(self) -> Client:
-        """It asks the NodePorts of all nodes."""
+        """Runs a client of the NodePorts of all nodes."""
         ways = [
             way
             for node in self.cluster.nodes

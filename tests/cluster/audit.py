@@ -1,4 +1,4 @@
-"""What the agents asked the API server for, by the server's own audit log."""
+"""Requests of agents from the audit log of the API server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Grant(NamedTuple):
     verb: str
 
 
-#: All that the ClusterRole grants.
+#: Returns all that the ClusterRole grants.
 GRANTED = {
     Grant(group, resource, verb)
     for rule in base()["ClusterRole", "ebpfproxy"]["rules"]
@@ -31,13 +31,13 @@ GRANTED = {
 
 
 def requests(cluster: Cluster) -> list[dict[str, Any]]:
-    """The agents' requests, as far as they were answered or are being answered, oldest first."""
+    """Returns the agents' requests that were or are being served, oldest first."""
     lines = cluster.nodes[0].path(kubeadm.AUDIT_LOG).read_text().splitlines()
     return [event for line in lines if (event := json.loads(line))["user"]["username"] == _USER]
 
 
 def refused(found: list[dict[str, Any]]) -> list[str]:
-    """Those that the server did not authenticate or not authorize, with its words.
+    """Returns requests that failed authentication or authorization, with the server's message.
 
     An event about an object of a namespace that is being deleted is a 403, too, but of admission, after authorization.
     """

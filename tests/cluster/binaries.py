@@ -1,4 +1,4 @@
-"""The folder that ``KUBE_BIN`` names: the binaries of one Kubernetes version, and what they say of themselves."""
+"""The folder that ``KUBE_BIN`` names, with the binaries of one Kubernetes version, and their versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-#: Without any of these there is no cluster.
+#: A cluster needs all of these.
 REQUIRED = (
     "etcd",
     "kube-apiserver",
@@ -24,7 +24,7 @@ KUBE_BIN = Path(os.environ.get("KUBE_BIN", "/nonexistent"))
 
 
 def missing() -> list[str]:
-    """The required binaries that ``KUBE_BIN`` does not hold."""
+    """Returns the required binaries that ``KUBE_BIN`` lacks."""
     return [name for name in REQUIRED if not (KUBE_BIN / name).is_file()]
 
 
@@ -33,23 +33,23 @@ def has(name: str) -> bool:
 
 
 def kubernetes_version() -> str:
-    """The version of kubeadm, such as ``v1.36.2``; the images that kubeadm asks for carry it."""
-    said = subprocess.run(
+    """Returns the version of kubeadm, such as ``v1.36.2``, which is that of the images that it pulls."""
+    message = subprocess.run(
         [str(KUBE_BIN / "kubeadm"), "version", "-o", "short"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    if not re.fullmatch(r"v\d+\.\d+\.\d+.*", said):
+    if not re.fullmatch(r"v\d+\.\d+\.\d+.*", message):
         raise RuntimeError(
-            f"kubeadm in {KUBE_BIN} says it is {said!r}; kubeadm init needs a version like v1.36.0"
+            f"kubeadm in {KUBE_BIN} says it is {message!r}; kubeadm init needs a version like v1.36.0"
         )
-    return said
+    return message
 
 
 def versions() -> dict[str, str]:
-    """What the machine and its programs call themselves, by what they are."""
+    """Returns names and versions of the machine and its programs."""
     found = {"Kubernetes": kubernetes_version(), "Linux": os.uname().release}
     for name, command in {"containerd": "containerd --version", "runc": "runc --version"}.items():
-        said = subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
-        match = re.search(r"\d+\.\d+\.\d+\S*", said)
+        message = subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
+        match = re.search(r"\d+\.\d+\.\d+\S*", message)
         found[name] = match[0] if match else "unknown"
     found["CNI plugins"] = _package("containernetworking-plugins")
     return found

@@ -1,4 +1,4 @@
-"""A cluster of two nodes, made with kubeadm, for as long as a ``with`` lasts.
+"""A cluster of two nodes, created with kubeadm for the duration of a ``with``.
 
     with Cluster(folder) as cluster:
         cluster.up()
@@ -36,9 +36,9 @@ _counter = iter(range(1_000_000))
 
 
 def own_mounts() -> None:
-    """Gives this process mounts of its own: what it mounts, and names of network namespaces, end with it.
+    """Gives this process its own mounts: its mounts and names of network namespaces end with it.
 
-    /run/netns is a tmpfs of its own, so nothing of this run is seen by others, nor theirs by it.
+    /run/netns is a private tmpfs, so that runs do not see each other's namespaces.
     """
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
@@ -48,7 +48,7 @@ def own_mounts() -> None:
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 120, *, every: float = 0.3) -> None:
-    """What asks a cluster starts a process each time: less often, and for longer."""
+    """Waits with a longer interval and timeout, as each check of a cluster starts a process."""
     waiting.until(condition, what, seconds, every=every)
 
 
@@ -62,7 +62,7 @@ class Node(Machine):
         until(lambda: self.ctr("version", check=False), f"containerd of {self.name} answers")
 
     def load(self, archive: Path) -> None:
-        """An image from a file."""
+        """Imports an image from a file."""
         self.ctr("images", "import", f"/opt/images/{archive.name}")
 
     def ctr(self, *arguments: str, check: bool = True) -> str:
@@ -73,7 +73,7 @@ class Node(Machine):
         return self.popen(["sh", "-c", kubeadm.KUBELET_SERVICE], log=self.folder / "kubelet.log")
 
     def pids(self) -> dict[str, int]:
-        """First processes of containers by their ids, as the node numbers them."""
+        """Returns the first processes of containers by id, with PIDs of the node."""
         rows = (line.split() for line in self.ctr("tasks", "list").splitlines()[1:])
         return {row[0]: int(row[1]) for row in rows if row[2] == "RUNNING"}
 
@@ -107,7 +107,7 @@ class Cluster:
     ) -> None:
         self._stack.close()
 
-    # -- coming up
+    # -- start
 
     def up(self, *, proxy: bool = False, cni: bool = True, mode: str = "nftables") -> Cluster:
         """``proxy``: with kube-proxy, as kubeadm installs it, in ``mode``. ``cni``: the nodes' networks, too."""
@@ -121,7 +121,7 @@ class Cluster:
         return self
 
     def boot(self) -> None:
-        """Nodes with containerd; nothing of Kubernetes runs yet."""
+        """Starts the nodes with containerd, without any Kubernetes component."""
         self._stack.callback(self.network.remove)
         self.network.make()
         self._stack.callback(self._remove_machines)
@@ -150,7 +150,7 @@ class Cluster:
         return node
 
     def boot_node(self, node: Node, bpffs: Path | None = None) -> None:
-        """At the first boot, and after :meth:`Machine.power_off`. The disk has the images already."""
+        """Boots a node, also after :meth:`Machine.power_off`. The disk has the images already."""
         node.boot(bpffs)
         hosts = [f"{self._address(number)} node-{number}" for number in range(1, self._count + 1)]
         node.write("/etc/hosts", "\n".join(["127.0.0.1 localhost", "::1 localhost", *hosts, ""]))
@@ -176,10 +176,10 @@ class Cluster:
             timeout=300,
         )
         self.kubeconfig.write_text(first.path("/etc/kubernetes/admin.conf").read_text())
-        # The first node takes pods as all others do. With this label the controller of EndpointSlices counts no share of
+        # The first node runs pods as all others do. With this label the controller of EndpointSlices counts no share of
         # a Service for its zone, and gives no topology hints.
         self.kubectl("label", "node", first.name, "node-role.kubernetes.io/control-plane-")
-        # kubectl checks what it sends by the API server's schema, which comes a moment after the server.
+        # kubectl validates with the API server's schema, which is served a moment after the server starts.
         check = ["kubectl", "apply", "--server-side", "--dry-run=server", "-f", "-"]
         until(lambda: self.succeeds(*check, stdin=kubeadm.dns(self._primary)), "kubectl can check objects")
 
@@ -189,7 +189,7 @@ class Cluster:
         self.nodes[0].write("/etc/kubernetes/init.yaml", text)
 
     def _address(self, number: int) -> str:
-        """The first InternalIP of a node."""
+        """Returns the first InternalIP of a node."""
         return ordered(internal_ips(number), self._primary)[0]
 
     def start_etcd(self) -> None:
@@ -226,7 +226,7 @@ class Cluster:
         node.write("/etc/cni/net.d/10-pods.conflist", kubeadm.cni(node.number, tunnel=self._tunnel))
 
     def wait_for_nodes(self) -> None:
-        """Until all are Ready."""
+        """Waits until all nodes are Ready."""
         self.kubectl("wait", "--for=condition=Ready", "node", "--all", "--timeout=120s")
 
     def start_dns(self) -> None:
@@ -254,7 +254,7 @@ class Cluster:
         self.kubectl("-n", "kube-system", "rollout", "status", "daemonset/kube-proxy", "--timeout=120s")
 
     def remove_kube_proxy(self) -> None:
-        """As kubeadm's documentation says: the objects, then what it left on the nodes."""
+        """Deletes the objects and then the leftovers on nodes, as documented by kubeadm."""
         self.kubectl("-n", "kube-system", "delete", "daemonset/kube-proxy", "configmap/kube-proxy", "--wait")
         for node in self.nodes:
             node.run(["/opt/kube/kube-proxy", "--cleanup"])
@@ -265,11 +265,11 @@ class Cluster:
     def uninstall_agent(self) -> str:
         return self.ebpfproxy("uninstall", "--cleanup", "--force")
 
-    # -- what is asked of it
+    # -- access
 
     @property
     def python(self) -> str:
-        """This process's Python, as nodes see it."""
+        """Returns this process's Python as seen on nodes."""
         return f"/opt/checkout/{Path(sys.prefix).resolve().relative_to(_TOP)}/bin/python"
 
     @property
@@ -278,19 +278,19 @@ class Cluster:
         return self.network.space()
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 180) -> str:
-        """From outside, as an administrator. Raises RuntimeError with what kubectl said."""
+        """Runs kubectl from outside, as an administrator. Raises RuntimeError with its output."""
         return self.tool("kubectl", *arguments, stdin=stdin, timeout=timeout)
 
     def tool(
         self, name: str, *arguments: str, stdin: str | None = None, timeout: float = 180, check: bool = True
     ) -> str:
-        """A binary of ``KUBE_BIN``, with the cluster's kubeconfig, from outside. Returns its output and errors."""
+        """Runs a binary of ``KUBE_BIN`` from outside, with the cluster's kubeconfig. Returns its output and errors."""
         return self.command(
             [str(binaries.KUBE_BIN / name), *arguments], stdin=stdin, timeout=timeout, check=check
         )
 
     def ebpfproxy(self, *arguments: str, timeout: float = 300, check: bool = True) -> str:
-        """The operator's commands of this checkout."""
+        """Runs operator's commands of this checkout."""
         return self.command([sys.executable, "-m", "ebpfproxy", *arguments], timeout=timeout, check=check)
 
     def command(
@@ -325,6 +325,6 @@ class Cluster:
         return found
 
     def agent_pods(self) -> dict[str, str]:
-        """Names of the agents' pods by their nodes."""
+        """Returns the names of the agents' pods by node."""
         items = self.get("-n", "kube-system", "pods", "-l", "k8s-app=ebpfproxy")["items"]
         return {item["spec"]["nodeName"]: item["metadata"]["name"] for item in items}

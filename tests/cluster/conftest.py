@@ -1,4 +1,4 @@
-"""One cluster for all modules of a kind: kubeadm without kube-proxy, routed pods, two nodes with two networks each."""
+"""Clusters that modules share: kubeadm without kube-proxy, routed pods, two nodes with two networks each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that make clusters of their own come first: a cluster that waits takes processor time."""
+    """Modules with their own clusters run first, as an idle cluster takes processor time."""
     if all(item.path.parent == _FOLDER for item in items):
         items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Keeps the sentence of every test that ran in a cluster."""
+    """Records the docstring's sentence of every test that ran in a cluster."""
     made = yield
     sentence = (getattr(item, "obj", None).__doc__ or "").split("\n\n")[0]
     if call.when == "call" and item.get_closest_marker("cluster") and sentence:
@@ -43,7 +43,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Writes the page that the environment names, where clusters were made."""
+    """Writes the page that the environment names if clusters were created."""
     found = session.config.stash[_REPORT]
     if _PAGE in os.environ and found.versions:
         Path(os.environ[_PAGE]).write_text(found.page(date.today()))
@@ -65,7 +65,10 @@ def _mounts(report: Report) -> None:
 
 @pytest.fixture(scope="session")
 def folder(_mounts: None, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """On the file system of the images, which are lent as hard links. Logs stay there where a test failed."""
+    """Yields a folder on the file system of the images, which are shared as hard links.
+
+    Logs of failed tests remain there.
+    """
     made = images.KEPT / f"run-{os.getpid()}"
     made.mkdir(parents=True)
     yield made
@@ -75,6 +78,6 @@ def folder(_mounts: None, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """With nodes that are Ready and a DNS, and without any service proxy; a module installs what it is about."""
+    """Yields a cluster of Ready nodes with a DNS and without a service proxy, which a module installs."""
     with Cluster(folder / "routed") as made:
         yield made.up()

@@ -26,7 +26,7 @@ _OF_SERVICE = "kubernetes.io/service-name"
 
 
 class Objects:
-    """Services and EndpointSlices as they are now, by namespace and name."""
+    """The current Services and EndpointSlices by namespace and name."""
 
     def __init__(self, kubectl: str, kubeconfig: str) -> None:
         self._command = [kubectl, f"--kubeconfig={kubeconfig}", "get", "-A", "-o", "json", "--watch"]
@@ -88,7 +88,7 @@ class Resolver(BaseResolver):  # type: ignore[misc]
         return reply
 
     def _records(self, name: str) -> list[Any] | None:
-        """None: there is no such name."""
+        """Returns None for a name that does not exist."""
         if name.endswith(".arpa"):
             return self._pointers(name) or None
         suffix = f".svc.{DOMAIN}"

@@ -1,6 +1,6 @@
-"""The Kubernetes e2e suite: which of its specs concern a service proxy, how they are run, what came out.
+"""The Kubernetes e2e suite: selection of specs about a service proxy, their runs and results.
 
-``e2e.test`` runs one spec after the other. Most of a spec is waiting, so several processes share the specs.
+``e2e.test`` runs specs one by one. They mostly wait, so that several processes share them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 from tests.cluster.binaries import KUBE_BIN, has
 from tests.cluster.cluster import Cluster
 
-#: Groups of specs that a service proxy makes pass or fail.
+#: Groups of specs whose result depends on the service proxy.
 FOCUS = re.compile(
     r"\[sig-network\] (Conntrack|Connectivity|DNS HostNetwork|EndpointSlice|HostPort|KubeProxy|NoSNAT|Networking"
     r"|Service|Topology|Traffic|kube-proxy|\[Feature:IPv6DualStack\])"
 )
-#: A cloud's load balancers, the Internet, SCTP sockets, gates that are off, ssh to nodes: not to be had here.
+#: These need cloud load balancers, the Internet, SCTP sockets, disabled gates or ssh to nodes, which are missing here.
 SKIP = re.compile(
     r"\[Feature:(?!IPv6DualStack|Traffic)|LoadBalancer|Internet|restarting|\[Feature:SCTP|\[Serial\]|\[Disruptive\]"
 )
-#: Seconds that specs take, by parts of their names, where they are no usual ones.
+#: Seconds that unusual specs take, by parts of their names.
 _SLOW = {
     "session affinity timeout": 145,
     "invalid conntrack state": 100,
@@ -45,10 +45,10 @@ _PREFIX = "[sig-network] "
 
 class Outcome(Enum):
     PASSED = "passed"
-    #: Failed beside others, passed alone.
+    #: The spec failed beside others and passed alone.
     PASSED_ALONE = "passed when run again, alone"
     FAILED = "failed"
-    #: The spec itself says why it does not run here.
+    #: The spec skips itself with a reason.
     SKIPPED = "skipped"
     NOT_REACHED = "not reached"
 
@@ -69,13 +69,13 @@ class Result(NamedTuple):
 
 
 def missing() -> str:
-    """What ``KUBE_BIN`` lacks for running specs, as a sentence, or nothing."""
+    """Returns a sentence about what ``KUBE_BIN`` lacks for running specs, or an empty one."""
     lacking = [name for name in ("e2e.test", "agnhost", "kube-proxy") if not has(name)]
     return f"KUBE_BIN ({KUBE_BIN}) has no {', '.join(lacking)}" if lacking else ""
 
 
 def specs(focus: re.Pattern[str] = FOCUS, skip: re.Pattern[str] = SKIP) -> list[str]:
-    """The names of the specs, from a dry run of the binary."""
+    """Returns the names of the specs from a dry run of the binary."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--ginkgo.dry-run", "--ginkgo.focus=sig-network", f"--report-dir={folder}"]
         subprocess.run([str(KUBE_BIN / "e2e.test"), *arguments], check=True, capture_output=True)
@@ -84,7 +84,7 @@ def specs(focus: re.Pattern[str] = FOCUS, skip: re.Pattern[str] = SKIP) -> list[
 
 
 def shares(names: Iterable[str], count: int = _SHARDS) -> list[list[str]]:
-    """Deals specs to ``count`` processes, so that all take about as long; none of them is empty."""
+    """Distributes specs over ``count`` processes of about equal duration, none of them empty."""
     found: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
     for name in sorted(names, key=lambda name: (-_seconds(name), name)):
@@ -99,7 +99,7 @@ def _seconds(name: str) -> int:
 
 
 def run(cluster: Cluster, label: str, names: Sequence[str], *, timeout: float = 1200) -> dict[str, Result]:
-    """Runs the specs by these names, and what failed or was not reached in time again, alone.
+    """Runs the specs by these names, and again alone those that failed or were not reached in time.
 
     ``timeout``: of each of the two, in seconds. Logs and JUnit files are in the cluster's folder, by ``label``.
     """
@@ -125,7 +125,7 @@ def _start(
 ) -> tuple[subprocess.Popen[Any], Path]:
     folder = cluster.folder / f"e2e-{label}"
     folder.mkdir()
-    # A common beginning lets Go's matcher skip what cannot match: 8,000 texts in a second, not in twenty.
+    # A common prefix lets Go's matcher skip mismatches: 8,000 texts take a second instead of twenty.
     rest = "|".join(re.escape(name.removeprefix(_PREFIX)).replace("\\ ", " ") for name in names)
     focus = f"{re.escape(_PREFIX)}(?:{rest})$".replace("\\ ", " ")
     command = [
@@ -151,7 +151,7 @@ def _finish(
     names: list[str], process: subprocess.Popen[Any], folder: Path, timeout: float
 ) -> dict[str, Result]:
     process.wait(timeout + 120)
-    # To each process the specs of all others are skipped ones.
+    # Each process reports the specs of all others as skipped.
     return {name: result for name, result in _read(folder) if name in names}
 
 
@@ -160,9 +160,9 @@ def _read(folder: Path) -> Iterable[tuple[str, Result]]:
         name = case.get("name", "").removeprefix("[It] ")
         outcome, message = Outcome.PASSED, ""
         for kind in ("failure", "error", "skipped"):
-            if (said := case.find(kind)) is None:
+            if (output := case.find(kind)) is None:
                 continue
-            message = said.get("message", "").removeprefix("skipped").removeprefix(" - ")
+            message = output.get("message", "").removeprefix("skipped").removeprefix(" - ")
             if kind != "skipped":
                 outcome = Outcome.FAILED
             else:

@@ -1,7 +1,7 @@
-"""Images for the nodes' containerds, made here and brought to them as files: no registry is asked.
+"""Images for the nodes' containerds, built here and imported from files without a registry.
 
 An archive is what ``docker save`` writes (``manifest.json``, a configuration, layers), which ``ctr images import`` reads.
-What takes minutes to make is kept in ``.cluster/`` of the checkout, by a hash of what it is made of.
+Results that take minutes are kept in ``.cluster/`` of the checkout, by a hash of their inputs.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from tests.deploy.runtime import install
 TOP = Path(__file__).parents[2]
 KEPT = TOP / ".cluster"
 AGENT = "ebpfproxy:0.1.0"
-#: The same program as another version.
+#: This is another version of the same program.
 NEXT = "ebpfproxy:0.1.0-next"
 PAUSE = "registry.k8s.io/pause:3.10.2"
 _E2E = "registry.k8s.io/e2e-test-images"
 AGNHOST = f"{_E2E}/agnhost:2.63.0"
 BUSYBOX = f"{_E2E}/busybox:1.37.0-1"
-#: A server that sends segments out of window, of a spec about conntrack.
+#: This server of a conntrack spec sends segments out of window.
 REGRESSION = f"{_E2E}/regression-issue-74839:1.5"
-#: Specs about DNS ask with glibc's resolver and dig in it.
+#: Specs about DNS use glibc's resolver and dig in it.
 GLIBC_DNS = f"{_E2E}/glibc-dns-testing:2.0.0"
 #: Specs look at a node's conntrack table in it.
 IPTABLES = "registry.k8s.io/build-image/distroless-iptables:v0.9.3"
-#: What scripts of the e2e suite call in agnhost's image, which is made from Alpine elsewhere.
+#: Scripts of the e2e suite call these in agnhost's image, which is usually based on Alpine.
 _TOOLS = "bind9-dnsutils,ca-certificates,conntrack,curl,iperf,iproute2,iptables,iputils-ping,netcat-openbsd,procps,wget,usr-is-merged"
 #: An image of the agent depends on these paths.
-_SOURCES = ("deploy/Dockerfile", "deploy/base", "bpf", "ebpfproxy", "tools/lock", "pyproject.toml")
+_SOURCES = (
+    "deploy/Dockerfile", "deploy/base", "bpf", "ebpfproxy", "tools/lock", "setup.py", "pyproject.toml",
+)  # fmt: skip
 
 
 class Image(NamedTuple):
@@ -54,7 +56,7 @@ class Image(NamedTuple):
     environment: dict[str, str]
 
     def configuration(self, digests: list[str]) -> bytes:
-        """As the OCI's image specification has it."""
+        """Returns the configuration of the OCI image specification."""
         path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         content = {
             "architecture": "amd64",
@@ -70,7 +72,7 @@ class Image(NamedTuple):
 
 
 def write_archive(target: Path, images: Sequence[Image]) -> None:
-    """An archive of images; a layer that several have is in it once."""
+    """Writes an archive of images; a shared layer is in it once."""
     layers = {layer: _digest(layer) for each in images for layer in each.layers}
     manifest = []
     with tarfile.open(target, "w") as tar:
@@ -97,7 +99,7 @@ def _digest(path: Path) -> str:
 
 
 def pack(root: Path, target: Path) -> None:
-    """A layer: all files of a folder, and of no file system that is mounted below it."""
+    """Writes a layer of all files of a folder, without file systems mounted below it."""
     subprocess.run(
         [
             "tar",
@@ -115,13 +117,13 @@ def pack(root: Path, target: Path) -> None:
 
 
 def binary(name: str, target: Path, folder: str = "usr/local/bin") -> None:
-    """A layer with one of Kubernetes' binaries."""
+    """Returns a layer with a Kubernetes binary."""
     with tarfile.open(target, "w") as tar:
         tar.add(KUBE_BIN / name, f"{folder}/{name}".lstrip("/"))
 
 
 def node_images() -> Path:
-    """The archive of what every node needs, the agent's image among it."""
+    """Returns the archive of images for every node, with the agent's."""
     busybox = _kept("busybox", "1", _busybox)
     found = [
         Image(PAUSE, [busybox], ["/bin/sleep"], ["infinity"], {}),
@@ -130,7 +132,7 @@ def node_images() -> Path:
         patched_image(NEXT),
     ]
     if has("kube-proxy"):
-        # The agent's image has iptables and nft, which is what kube-proxy's own image is made of.
+        # The agent's image has iptables and nft, the content of kube-proxy's own image.
         layers = [agent_layer(), _binary("kube-proxy")]
         found.append(
             Image(f"registry.k8s.io/kube-proxy:{kubernetes_version()}", layers, ["kube-proxy"], [], {})
@@ -146,7 +148,7 @@ def node_images() -> Path:
 
 
 def control_plane_images() -> Path:
-    """The archive of what kubeadm runs on the first node."""
+    """Returns the archive of images that kubeadm runs on the first node."""
     busybox = _kept("busybox", "1", _busybox)
     names = ("kube-apiserver", "kube-controller-manager", "kube-scheduler")
     version = kubernetes_version()
@@ -157,20 +159,20 @@ def control_plane_images() -> Path:
 
 
 def agent_layer() -> Path:
-    """The whole root that the Dockerfile's steps make, as one layer."""
+    """Returns the root that the Dockerfile's steps build as one layer."""
 
     def make(target: Path) -> None:
         with (
             tempfile.TemporaryDirectory(prefix="ebpfproxy-image-") as folder,
             image.built(Path(folder)) as made,
         ):
-            pack(made.root, target)
+            pack(made["full"].root, target)
 
     return _kept("agent", _stamp(*(TOP / each for each in _SOURCES)), make)
 
 
 def agent_image(name: str, environment: dict[str, str] | None = None) -> Image:
-    """The agent's image by any name: a second one makes a rollout."""
+    """Returns the agent's image by any name: a second one causes a rollout."""
     steps = image.read(image.DOCKERFILE.read_text())
     own = {
         key: value for key, _, value in (s.argument.partition("=") for s in steps if s.instruction == "ENV")
@@ -179,7 +181,7 @@ def agent_image(name: str, environment: dict[str, str] | None = None) -> Image:
 
 
 def patched_image(name: str) -> Image:
-    """The agent's image as a version of its own: one small layer has this checkout's files over the kept root."""
+    """Returns another version of the agent's image: a small layer of this checkout's files over the kept root."""
     layer = _kept("patch", _stamp(TOP / "ebpfproxy", TOP / "bpf", TOP / "deploy/base"), _patch)
     known = agent_image(name)
     return known._replace(layers=[*known.layers, layer])
@@ -204,7 +206,7 @@ def _binary(name: str, folder: str = "usr/local/bin") -> Path:
 
 
 def store() -> Path:
-    """containerd's folder with all images that a cluster needs; to be lent to nodes."""
+    """Returns containerd's folder with all images of a cluster, to be shared with nodes."""
     archives = [node_images(), control_plane_images()]
     return _kept(
         "store",
@@ -215,7 +217,7 @@ def store() -> Path:
 
 
 def _kept(name: str, made_of: str, make: Callable[[Path], object], suffix: str = ".tar") -> Path:
-    """The file or folder by that name and origin; made when it is not there, and the ones of other origins removed."""
+    """Returns the file or folder by name and origin; creates it when missing and removes those of other origins."""
     KEPT.mkdir(exist_ok=True)
     target = KEPT / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}{suffix}"
     if not target.exists():
@@ -229,7 +231,7 @@ def _kept(name: str, made_of: str, make: Callable[[Path], object], suffix: str =
 
 
 def _stamp(*paths: Path) -> str:
-    """A hash of the contents of files and folders."""
+    """Returns a hash of the contents of files and folders."""
     found = hashlib.sha256()
     for path in paths:
         files = [path] if path.is_file() else sorted(path.rglob("*"))

@@ -1,9 +1,9 @@
 """The first process of a node: makes the node's root, mounts what a kubelet expects, then reaps.
 
 Run in new mount, PID, UTS, IPC and cgroup namespaces and in the node's network namespace. Uses the standard library
-only, since it runs before anything of the node is there. What it is told is JSON on the command line:
-``{"name": host name, "store": folder on a disk, "upper": folder on a tmpfs, "bpffs": folder or null, "shown": {folder of
-this machine: folder of the node}}``.
+only, since it runs before the node has any files. Its settings are JSON on the command line: ``{"name": host name,
+"store": folder on a disk, "upper": folder on a tmpfs, "bpffs": folder or null, "shown": {folder of this machine: folder
+of the node}}``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: Written by containerd and the kubelet in amounts that belong on a disk; overlayfs in containerd needs one, too.
+#: containerd and the kubelet write large amounts here; overlayfs in containerd needs a disk, too.
 _ON_DISK = ("var/lib/containerd", "var/lib/kubelet", "var/log")
-#: Made anew at every boot, as systemd does.
+#: These are created anew at every boot, as by systemd.
 _VOLATILE = ("run", "tmp")
 _V1 = "/sys/fs/cgroup"
 
@@ -34,7 +34,7 @@ def bind(source: Path, place: Path) -> None:
 
 
 def hierarchies() -> list[tuple[str, str, str]]:
-    """The cgroup mounts of this machine: (folder below ``/sys/fs/cgroup``, type, options)."""
+    """Returns the cgroup mounts of this machine: (folder below ``/sys/fs/cgroup``, type, options)."""
     found = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, place, kind, options, *_ = line.split()
@@ -45,7 +45,7 @@ def hierarchies() -> list[tuple[str, str, str]]:
 
 
 def make_root(name: str, store: Path, upper: Path) -> Path:
-    """An overlay over this machine's root, in memory; what the node writes is the node's own."""
+    """Mounts an overlay in memory over this machine's root, so that writes of the node are private."""
     groups = hierarchies()
     for part in ("up", "work", "root"):
         (upper / part).mkdir(exist_ok=True)

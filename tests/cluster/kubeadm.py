@@ -1,4 +1,4 @@
-"""What kubeadm, kubelets, containerds and CNI plugins are told."""
+"""Configuration of kubeadm, kubelets, containerds and CNI plugins."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ version = 2
       BinaryName = "/opt/cluster/runc"
 """
 
-#: Every request of the agents and of kube-proxy is recorded; of all others only what was refused could matter.
+#: Every request of the agents and of kube-proxy is recorded; of others only refused ones could matter.
 AUDIT_POLICY = """
 apiVersion: audit.k8s.io/v1
 kind: Policy
@@ -131,7 +131,7 @@ discovery:
 
 
 def _kubelet(primary: int) -> str:
-    """cgroup v1 is deprecated, but is what this machine has; a node must not evict for what the machine lacks."""
+    """cgroup v1 is deprecated but present here; a node must not evict pods for lack of space on this machine."""
     return f"""
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -159,7 +159,7 @@ exec /opt/kube/kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.
 
 
 def dns(primary: int) -> str:
-    """The Service of the cluster's DNS and its one endpoint, the first node."""
+    """Returns the Service of the cluster's DNS and its one endpoint, the first node."""
     return f"""
 apiVersion: v1
 kind: Service

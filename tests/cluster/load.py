@@ -1,9 +1,9 @@
-"""Clients that ask Services without a pause while the cluster changes; each request that failed is told with its time.
+"""Clients that continuously send requests to Services while the cluster changes, and report failures with their time.
 
 ``python -m tests.cluster.load WAYS``, on a node, in a pod or outside, where WAYS is JSON: ``[["tcp", HOST, PORT], …]``.
 Each way has a thread, which asks agnhost's netexec for its name by a new socket and by one that it holds: a TCP
-connection that is kept alive, a UDP socket that is not connected. ``ready`` is printed once all ways have been answered;
-when the input ends, what was counted is printed as JSON.
+connection that is kept alive, a UDP socket that is not connected. ``ready`` is printed once all ways got replies; when
+the input ends, the counts are printed as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SECONDS = 5.0
 #: The time until a new Service replies.
 _START_SECONDS = 60.0
 
-#: Requests of each way, however short the change was.
+#: The least number of requests of each way, for short changes.
 _LEAST = 40
 _REQUEST = b"GET /hostname HTTP/1.1\r\nHost: service\r\n\r\n"
 
@@ -33,7 +33,7 @@ Way = tuple[str, str, int]
 
 
 class Failure(NamedTuple):
-    """``held``: of the socket that was held, which ``server`` had answered before."""
+    """``held``: the request was sent by the held socket, to which ``server`` had replied before."""
 
     time: float
     client: str
@@ -58,7 +58,7 @@ def _open(kind: str, host: str, port: int) -> socket.socket:
 
 
 def _http(sock: socket.socket) -> str:
-    """Who answers; raises OSError."""
+    """Returns the server that replies; raises OSError."""
     sock.sendall(_REQUEST)
     data = b""
     while b"\r\n\r\n" not in data:
@@ -171,7 +171,7 @@ def main(ways: list[Way]) -> None:
 
 
 class Client:
-    """Asks from where ``popen`` starts processes, until :meth:`end`."""
+    """Sends requests from where ``popen`` starts processes, until :meth:`end`."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Client:
         python: str,
         ways: Sequence[Way],
     ) -> None:
-        """``checkout`` and ``python``: this one, and its interpreter, where the process sees them."""
+        """``checkout`` and ``python``: paths of this checkout and its interpreter as the process sees them."""
         self.name = name
         module = ["-m", "tests.cluster.load", json.dumps(ways)]
         self.process = popen(
@@ -193,9 +193,9 @@ class Client:
         self.servers: set[str] = set()
 
     def wait(self) -> None:
-        """Until every way has been answered; raises RuntimeError."""
-        if (said := self._line()) != "ready":
-            raise RuntimeError(f"{self.name}: {said or 'its process ended'}")
+        """Waits until every way got a reply; raises RuntimeError."""
+        if (message := self._line()) != "ready":
+            raise RuntimeError(f"{self.name}: {message or 'its process ended'}")
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -219,7 +219,7 @@ class Client:
 
 @contextmanager
 def asking(*clients: Client, ended: Callable[[Failure], bool] = lambda _: False) -> Iterator[None]:
-    """No request of the clients fails while this lasts, but those of which ``ended`` says that they may.
+    """Asserts that no request of the clients fails meanwhile, except those that ``ended`` allows.
 
     Raises AssertionError with all that failed.
     """

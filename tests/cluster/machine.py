@@ -1,6 +1,6 @@
-"""A node: processes that have a root, a PID namespace, a cgroup subtree and a network to themselves.
+"""A node: processes with their own root, PID namespace, cgroup subtree and network.
 
-What the node's programs see is a machine of their own: ``/proc/1`` is the node's first process, ``/sys/fs/bpf`` its own
+The node's programs see a separate machine: ``/proc/1`` is the node's first process, ``/sys/fs/bpf`` its own
 bpffs, ``/sys/fs/cgroup`` shows its subtree as the whole. So an agent that attaches to the root of the cgroup hierarchy
 attaches to the node's subtree, and nothing else on this machine is translated.
 """
@@ -52,7 +52,7 @@ class Machine:
         """
         for each in self._groups():
             each.mkdir(exist_ok=True)
-            # A cpuset without processors takes no process.
+            # A cpuset without processors accepts no process.
             for file in ("cpuset.cpus", "cpuset.mems"):
                 if (each / file).exists():
                     (each / file).write_text((each.parent / file).read_text())
@@ -74,10 +74,10 @@ class Machine:
         assert self._init.stdout is not None
         line = self._init.stdout.readline()
         if line != "booted\n":
-            raise RuntimeError(f"{self.name} does not boot: its first process said {line!r}")
+            raise RuntimeError(f"{self.name} does not boot: its first process printed {line!r}")
 
     def power_off(self) -> None:
-        """All processes of the node end at once, as at a reset; its disk and its network stay."""
+        """Ends all processes of the node at once, as at a reset; its disk and its network remain."""
         if self._init is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -97,10 +97,10 @@ class Machine:
 
     @property
     def pid(self) -> int:
-        """The first process of the node, as this machine numbers it."""
+        """Returns the first process of the node, with its PID on this machine."""
         assert self._init is not None
         own = Path("/proc/self/ns/pid").readlink()
-        # nsenter becomes unshare, whose child is the first.
+        # nsenter becomes unshare, whose child is the first process.
         for task in children(self._init.pid):
             if Path(f"/proc/{task}/ns/pid").readlink() != own:
                 return task
@@ -150,7 +150,7 @@ class Machine:
         return done.stdout
 
     def path(self, inside: str) -> Path:
-        """A file of the node, as this process opens it."""
+        """Returns the path by which this process opens a file of the node."""
         return Path(f"/proc/{self.pid}/root") / inside.lstrip("/")
 
     def _enter(self) -> list[str]:
@@ -166,7 +166,7 @@ class Machine:
             (each / "cgroup.procs").write_text("0")
 
     def _remove_groups(self) -> None:
-        """Every cgroup below the node's, deepest first; what dies needs a moment to leave them."""
+        """Removes every cgroup below the node's, deepest first; dying processes leave them a moment later."""
         deadline = time.monotonic() + 10
         for top in self._groups():
             if not top.exists():
@@ -186,7 +186,7 @@ class Machine:
 
 
 def children(pid: int) -> list[int]:
-    """Of a single-threaded process."""
+    """Returns the children of a single-threaded process."""
     try:
         return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The network of a cluster: two LANs, the nodes on both, and one host outside that routes between them.
 
-Network namespaces have names of the run, so two runs on one machine do not meet; addresses are the same in all runs,
-since nothing but the namespaces sees them.
+Network namespaces have names of the run, so that two runs on one machine do not collide; addresses are the same in all
+runs, since only the namespaces see them.
 
 ====================  ======================  =====================================================
 device of a node      addresses of node N     what it is for
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 
 from tests.lab.spaces import Space
 
-#: The host outside has it in every network.
+#: The host outside has this host number in every network.
 OUTSIDE = 254
 LANS = ("10.77.0.", "192.168.77.")
 LANS_6 = ("fd78::", "fd77::")
 POD_CIDRS = ("10.244.0.0/16", "fd44::/48")
 SERVICE_CIDRS = ("10.96.0.0/16", "fd96::/112")
-#: Pods that ask the world have the node's address there, as with every CNI plugin: so netfilter tracks connections on
-#: every node, which it does not where no rule needs it.
+#: Connections of pods to the outside are masqueraded to the node's address, as with every CNI plugin: thus netfilter
+#: tracks connections on every node, which it does not where no rule needs it.
 _MASQUERADE = f"""
 table inet pods-to-the-world {{
     chain postrouting {{
@@ -44,12 +44,12 @@ def internal_ips(number: int) -> tuple[str, str]:
 
 
 def ordered(pair: tuple[str, str], primary: int) -> tuple[str, str]:
-    """Of both families, the primary one (4 or 6) first."""
+    """Returns addresses of both families, the primary one (4 or 6) first."""
     return pair if primary == 4 else (pair[1], pair[0])
 
 
 def pod_cidrs(number: int) -> tuple[str, str]:
-    """What the node's CNI plugin hands out: the node's podCIDRs, which the controller manager gives in order from 0."""
+    """Returns the node's podCIDRs, which the controller manager assigns in order from 0."""
     return f"10.244.{number - 1}.0/24", f"fd44:0:0:{number - 1:x}::/64"
 
 
@@ -65,7 +65,7 @@ def _sysctl(netns: str, *settings: str) -> None:
 
 @dataclass
 class Network:
-    """``prefix`` makes the names of its namespaces the run's own."""
+    """``prefix`` makes the names of its namespaces unique to the run."""
 
     prefix: str
     nodes: list[int] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Network:
         return f"{self.prefix}-node-{number}"
 
     def make(self) -> None:
-        """The host outside: a bridge for each LAN, with the address that nodes route by."""
+        """Sets up the host outside: a bridge for each LAN, with the address of the nodes' gateway."""
         subprocess.run(["ip", "netns", "add", self.outside], check=True)
         _ip(self.outside, "link", "set", "lo", "up")
         for index, (lan, lan_6) in enumerate(zip(LANS, LANS_6, strict=True)):
@@ -114,7 +114,7 @@ class Network:
         self.nodes.append(number)
 
     def route_pods(self) -> None:
-        """Each node's pods by a route to the node, as host-gw CNIs do; from outside, too."""
+        """Adds a route to each node's pods through the node, as host-gw CNIs do; also outside."""
         for number in self.nodes:
             gateways = internal_ips(number)
             for name in (self.outside, *(self.netns(other) for other in self.nodes if other != number)):
@@ -122,7 +122,7 @@ class Network:
                     _ip(name, "route", "replace", cidr, "via", gateway)
 
     def tunnel_pods(self) -> None:
-        """Each node's pods by one VXLAN device with static neighbours, as flannel's backend makes it."""
+        """Routes each node's pods through a VXLAN device with static neighbours, as flannel's backend does."""
         for number in self.nodes:
             name = self.netns(number)
             own = internal_ips(number)[0]
@@ -169,7 +169,7 @@ class Network:
             _ip(name, "route", "replace", cidr, "via", address, "dev", "flannel.1", "onlink")
 
     def space(self) -> Space:
-        """The host outside, for processes."""
+        """Returns the host outside, to start processes in."""
         return Space(self.outside, None)
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run of tests/cluster showed, as a page of the documentation."""
+"""The results of a run of tests/cluster as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Report:
         return "\n".join(parts)
 
     def _groups(self) -> list[str]:
-        """A row for each group of specs, a column for each proxy."""
+        """Returns a row for each group of specs and a column for each proxy."""
         names = sorted({name for results in self.e2e.values() for name in results})
         rows = []
         for group in [*sorted({_group(name) for name in names}), ""]:
@@ -77,7 +77,7 @@ class Report:
         return _table(["specs that passed, of those that ran", *self.e2e], rows)
 
     def _failures(self) -> list[str]:
-        """The specs that did not pass with every proxy, or only alone; a column is empty where a spec was not chosen."""
+        """Returns specs that failed with a proxy or passed alone; a cell is empty where a spec was not selected."""
         rows = []
         for name in sorted({name for results in self.e2e.values() for name in results}):
             outcomes = [results[name].outcome if name in results else None for results in self.e2e.values()]
@@ -86,7 +86,7 @@ class Report:
         return _table(["specs that failed beside others with one of them", *self.e2e], rows) if rows else []
 
     def _skipped(self) -> list[str]:
-        """The specs that say themselves why they do not run here."""
+        """Returns the specs that skip themselves here, with their reason."""
         rows = {
             _escaped(name): result.message
             for results in self.e2e.values()

@@ -1,4 +1,4 @@
-"""containerd's folder with all images unpacked, made once and given to each node as hard links.
+"""containerd's folder with all images unpacked, created once and shared with each node as hard links.
 
 Blobs and the files of unpacked layers are never written again (overlayfs writes to upper folders), so nodes can share
 them; containerd's databases are copied.
@@ -18,7 +18,7 @@ _DATABASES = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshott
 
 
 def fill(folder: Path, archives: list[Path]) -> None:
-    """Starts a containerd on ``folder`` for as long as it takes to import the archives."""
+    """Runs a containerd on ``folder`` while the archives are imported."""
     install("containerd", "containerd")
     install("containernetworking-plugins", "/usr/lib/cni/ptp")
     with tempfile.TemporaryDirectory(prefix="ebpfproxy-containerd-") as state:
@@ -47,7 +47,7 @@ def fill(folder: Path, archives: list[Path]) -> None:
 
 
 def lend(store: Path, target: Path) -> None:
-    """What :func:`fill` made, as ``target``, which can be written."""
+    """Copies the result of :func:`fill` to the writable ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(["cp", "-al", str(store), str(target)], check=True)

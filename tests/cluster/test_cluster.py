@@ -1,4 +1,4 @@
-"""The cluster itself: what every other module of this folder builds on."""
+"""The cluster that every other module of this folder uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.cluster.cluster import Cluster
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
-def test_kubeadm_makes_a_cluster_without_kube_proxy(cluster: Cluster) -> None:
+def test_kubeadm_creates_a_cluster_without_kube_proxy(cluster: Cluster) -> None:
     """``kubeadm init --skip-phases=addon/kube-proxy``; Nodes are Ready with both families' addresses."""
     nodes = cluster.get("nodes")["items"]
     assert [node["metadata"]["name"] for node in nodes] == ["node-1", "node-2"]

@@ -31,7 +31,10 @@ _SKIP_6 = re.compile(
 
 
 class Case(NamedTuple):
-    """``nodes``: how many; some specs want three, in three zones. ``least``: specs that have to pass."""
+    """``nodes``: their number; some specs need three, in three zones.
+
+    ``least``: the number of specs that have to pass.
+    """
 
     primary: int
     nodes: int
@@ -73,7 +76,7 @@ def found(request: pytest.FixtureRequest, folder: Path, report: Report) -> Itera
         yield Found(cluster, case, agent, kube_proxy)
 
 
-def test_nodes_and_services_have_the_family_first(found: Found) -> None:
+def test_nodes_and_services_have_the_family_as_first(found: Found) -> None:
     """Nodes, pods, the API server's Service and the DNS have addresses of the family that the cluster has first."""
     colon = found.case.primary == 6
     for node in found.cluster.get("nodes")["items"]:
@@ -84,14 +87,14 @@ def test_nodes_and_services_have_the_family_first(found: Found) -> None:
         assert (":" in spec["clusterIP"]) is colon
 
 
-def test_the_suite_ran(found: Found) -> None:
+def test_all_specs_ran_and_nearly_all_pass(found: Found) -> None:
     """Every spec that was chosen ran or says why it does not, and nearly all pass with the agent."""
     outcomes = [result.outcome for result in found.agent.values()]
     assert Outcome.NOT_REACHED not in outcomes
     assert sum(outcome.good for outcome in outcomes) >= found.case.least
 
 
-def test_the_agent_passes_what_kube_proxy_passes(found: Found) -> None:
+def test_specs_that_pass_with_kube_proxy_pass_with_the_agent(found: Found) -> None:
     """No spec that does not pass with the agent, in its default configuration, passes with kube-proxy (nftables)."""
     worse = {
         name: found.agent[name].message

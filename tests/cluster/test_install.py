@@ -1,4 +1,4 @@
-"""In and out of a cluster: by ``ebpfproxy install``, by the chart with helm, by kubectl's kustomize."""
+"""Installation and removal by ``ebpfproxy install``, by the chart with helm, and by kubectl's kustomize."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.deploy.objects import BASE, DEPLOY, by_name
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 CHART = str(DEPLOY / "chart")
-#: The control plane, as nodes reach it without Services.
+#: Returns the address of the control plane that nodes reach without Services.
 _ADDRESS = network.internal_ips(1)[0]
 _REPOSITORY, _, _TAG = images.AGENT.partition(":")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def before(cluster: Cluster) -> list[Traces]:
-    """What nodes have before anything is installed."""
+    """Returns the state of nodes before any installation."""
     until(lambda: traces.in_api(cluster) == [], "no objects of an agent are there", 60, every=1)
     return [traces.of_node(node) for node in cluster.nodes]
 
@@ -41,8 +41,8 @@ def web(cluster: Cluster, before: list[Traces]) -> Iterator[Web]:
 
 
 def assert_nothing_is_left(cluster: Cluster, before: list[Traces], loaded: list[set[int]]) -> None:
-    """Neither in the API nor on nodes, but for what docs/install.md names; ``loaded``: programs of before."""
-    # The garbage collector takes a DaemonSet's revisions away a moment after it.
+    """Asserts that API and nodes are as before, but for what docs/install.md names; ``loaded``: earlier programs."""
+    # The garbage collector deletes a DaemonSet's revisions a moment after it.
     until(
         lambda: traces.in_api(cluster) == [], f"no objects are left of {traces.in_api(cluster)}", 60, every=1
     )
@@ -56,7 +56,7 @@ def assert_nothing_is_left(cluster: Cluster, before: list[Traces], loaded: list[
             if then.settings.get(name) != value
         }
         assert {name for name in changed if not name.startswith("net.netfilter.nf_conntrack_")} == set()
-        # Bytecode for the next agent stays.
+        # Bytecode for the next agent is kept.
         left = then._replace(settings=now.settings, files=["/var/cache/ebpfproxy"])
         assert now == left
 
@@ -64,36 +64,36 @@ def assert_nothing_is_left(cluster: Cluster, before: list[Traces], loaded: list[
 # -- ebpfproxy install
 
 
-def test_installed_once_agents_are_healthy_and_services_answer(cluster: Cluster, web: Web) -> None:
+def test_agents_are_healthy_and_services_served_after_install(cluster: Cluster, web: Web) -> None:
     """``install`` returns once agents run on all nodes, and Services then answer pods, nodes and hosts outside."""
-    said = cluster.ebpfproxy("install", "--image", images.AGENT)
-    assert said.splitlines()[-1] == "ebpfproxy runs on 2 nodes"
+    output = cluster.ebpfproxy("install", "--image", images.AGENT)
+    assert output.splitlines()[-1] == "ebpfproxy runs on 2 nodes"
     agents.assert_healthy(cluster)
     web.assert_answers()
 
 
-def test_installed_again_nothing_changes(cluster: Cluster) -> None:
+def test_second_install_changes_nothing(cluster: Cluster) -> None:
     """The second ``install`` finds all objects as they are, and no pod starts again."""
     pods = cluster.agent_pods()
-    said = cluster.ebpfproxy("install", "--image", images.AGENT).splitlines()
-    assert [line for line in said if not line.endswith(" unchanged")] == ["ebpfproxy runs on 2 nodes"]
-    assert len(said) == 6
+    output = cluster.ebpfproxy("install", "--image", images.AGENT).splitlines()
+    assert [line for line in output if not line.endswith(" unchanged")] == ["ebpfproxy runs on 2 nodes"]
+    assert len(output) == 6
     assert cluster.agent_pods() == pods
 
 
 def test_uninstall_is_refused_without_a_kube_proxy(cluster: Cluster) -> None:
     """Without a kube-proxy that follows Services ``uninstall`` deletes nothing, until it is forced."""
     pods = cluster.agent_pods()
-    said = cluster.ebpfproxy("uninstall", "--cleanup", check=False)
-    assert "there is no DaemonSet kube-system/kube-proxy" in said
+    output = cluster.ebpfproxy("uninstall", "--cleanup", check=False)
+    assert "there is no DaemonSet kube-system/kube-proxy" in output
     assert cluster.agent_pods() == pods
 
 
-def test_uninstalled_nothing_is_left(cluster: Cluster, before: list[Traces]) -> None:
+def test_uninstall_with_cleanup_removes_everything(cluster: Cluster, before: list[Traces]) -> None:
     """``uninstall --cleanup`` leaves no object, program, pin or device, and no setting but those of conntrack."""
     loaded = [traces.program_ids(node) for node in cluster.nodes]
-    said = cluster.ebpfproxy("uninstall", "--cleanup", "--force")
-    assert "nothing of ebpfproxy is left on 2 nodes" in said
+    output = cluster.ebpfproxy("uninstall", "--cleanup", "--force")
+    assert "nothing of ebpfproxy is left on 2 nodes" in output
     assert_nothing_is_left(cluster, before, loaded)
 
 
@@ -104,13 +104,13 @@ def helm(cluster: Cluster, *arguments: str) -> str:
     return cluster.tool("helm", "--namespace", "kube-system", *arguments, timeout=300)
 
 
-def test_helm_finds_no_fault_in_the_chart(cluster: Cluster) -> None:
+def test_helm_lint_accepts_the_chart(cluster: Cluster) -> None:
     """``helm lint --strict`` has no message about the chart, with default values and with every feature on."""
     for values in ([], ["--set", "master.host=cp.example,kubeconfig=/etc/x.conf,monitoring.enabled=true"]):
-        said = helm(cluster, "lint", "--strict", CHART, *values)
-        assert "0 chart(s) failed" in said
-        assert "[WARNING]" not in said
-        assert "[ERROR]" not in said
+        output = helm(cluster, "lint", "--strict", CHART, *values)
+        assert "0 chart(s) failed" in output
+        assert "[WARNING]" not in output
+        assert "[ERROR]" not in output
 
 
 def test_helm_and_kustomize_render_the_same(cluster: Cluster) -> None:
@@ -121,7 +121,7 @@ def test_helm_and_kustomize_render_the_same(cluster: Cluster) -> None:
 
 
 def _comparable(text: str) -> Any:
-    """With the configuration file read, since the base's has comments."""
+    """Parses the configuration file, since the base's has comments."""
     made = by_name(filter(None, yaml.safe_load_all(text)))
     data = made["ConfigMap", "ebpfproxy"]["data"]
     data["config.yaml"] = list(yaml.safe_load_all(data["config.yaml"]))
@@ -158,17 +158,17 @@ def established_timeouts(cluster: Cluster) -> list[float]:
 
 
 def api_servers(cluster: Cluster) -> set[str]:
-    """What the agents' containers are told."""
+    """Returns the API server addresses in the agents' containers."""
     return {
         agents.execute(cluster, pod, "printenv", "KUBERNETES_SERVICE_HOST").strip()
         for pod in cluster.agent_pods().values()
     }
 
 
-def test_a_release_of_helm_is_uninstalled_by_helm(cluster: Cluster, web: Web, before: list[Traces]) -> None:
+def test_helm_release_is_uninstalled_by_helm(cluster: Cluster, web: Web, before: list[Traces]) -> None:
     """``ebpfproxy uninstall`` leaves a release to helm; after ``helm uninstall`` nodes translate until cleaned."""
-    said = cluster.ebpfproxy("uninstall", check=False)
-    assert "is of the Helm release ebpfproxy: `helm uninstall ebpfproxy`" in said
+    output = cluster.ebpfproxy("uninstall", check=False)
+    assert "is of the Helm release ebpfproxy: `helm uninstall ebpfproxy`" in output
     loaded = [traces.program_ids(node) for node in cluster.nodes]
     helm(cluster, "uninstall", "ebpfproxy", "--wait", "--timeout=2m")
     web.assert_answers()
@@ -181,7 +181,7 @@ def test_a_release_of_helm_is_uninstalled_by_helm(cluster: Cluster, web: Web, be
 
 @pytest.fixture
 def overlay(folder: Path) -> Path:
-    """The one of docs/install.md: another image, and the API server's address."""
+    """Returns the overlay of docs/install.md: another image and the API server's address."""
     made = folder / "overlay"
     made.mkdir()
     (made / "kustomization.yaml").write_text(
@@ -203,7 +203,7 @@ def overlay(folder: Path) -> Path:
 _OTHER = "registry.example/proxies/agent"
 
 
-def test_an_overlay_of_the_base_sets_image_and_address(
+def test_kustomize_overlay_sets_image_and_address(
     cluster: Cluster, web: Web, overlay: Path, before: list[Traces]
 ) -> None:
     """``kubectl apply -k`` of an overlay makes agents of its image that ask at its address; ``delete -k`` ends them."""

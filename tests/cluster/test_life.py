@@ -1,4 +1,4 @@
-"""What becomes of nodes and agents in a cluster that is in use: versions, memory, drains, reboots; nobody's request is lost."""
+"""Updates, memory limits, drains and reboots in a cluster under load, without lost requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.load import Failure, asking
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
-#: Takes memory in the cgroup that is named until the kernel ends a process there, which is not this one.
+#: Allocates memory in the named cgroup until the kernel kills another process there.
 _TAKE = """
 import pathlib, sys
 group = pathlib.Path(sys.argv[1])
@@ -34,7 +34,7 @@ b"x" * (64 << 20)
 
 @pytest.fixture(scope="module")
 def app(cluster: Cluster) -> Iterator[App]:
-    """Services that are served by the agent alone."""
+    """Services of a cluster without kube-proxy."""
     cluster.ebpfproxy("install", "--image", images.AGENT)
     made = App(cluster)
     yield made
@@ -44,7 +44,7 @@ def app(cluster: Cluster) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def bpffs(folder: Path) -> Path:
-    """One that outlives the boots of a node."""
+    """Yields one that outlives boots of a node."""
     made = folder / "bpffs"
     made.mkdir()
     subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(made)], check=True)
@@ -52,21 +52,21 @@ def bpffs(folder: Path) -> Path:
 
 
 def _agent(cluster: Cluster, node: Node) -> Object:
-    """The status of the agent's container."""
+    """Returns the status of the agent's container."""
     pod = cluster.get("-n", "kube-system", "pod", cluster.agent_pods()[node.name])
     (found,) = (each for each in pod["status"]["containerStatuses"] if each["name"] == "ebpfproxy")
     return dict(found)
 
 
 def _ask_agent(cluster: Cluster, node: Node, *arguments: str) -> Any:
-    """What the operator's command in the agent's container answers."""
+    """Returns the output of an operator's command in the agent's container."""
     pod = cluster.agent_pods()[node.name]
     command = ["ebpfproxy", *arguments, "-o", "json"]
     return json.loads(cluster.kubectl("-n", "kube-system", "exec", pod, "-c", "ebpfproxy", "--", *command))
 
 
 def _exhaust_memory(node: Node, container: str) -> None:
-    """Leaves the container's cgroup 8 MB, and takes more than that in it."""
+    """Leaves 8 MB to the container's cgroup and allocates more than that in it."""
     groups = node.run(["cat", f"/proc/{node.pids()[container]}/cgroup"]).splitlines()
     (path,) = (line.split(":")[2] for line in groups if "memory" in line.split(":")[1].split(","))
     group = f"/sys/fs/cgroup/memory{path}"
@@ -75,7 +75,7 @@ def _exhaust_memory(node: Node, container: str) -> None:
     node.run(["python3", "-c", _TAKE, group], check=False)
 
 
-def test_a_new_version_and_the_old_one_again_lose_no_request(app: App) -> None:
+def test_update_and_rollback_of_the_agent_lose_no_request(app: App) -> None:
     """``install`` with another image replaces the agent on one node after the other, and back, under load."""
     cluster = app.cluster
     with asking(*app.everywhere()):
@@ -86,7 +86,7 @@ def test_a_new_version_and_the_old_one_again_lose_no_request(app: App) -> None:
                 assert state["ready"] and state["image"].endswith(image), state
 
 
-def test_an_agent_that_the_kernel_ends_for_memory_is_back_and_nobody_notices(app: App) -> None:
+def test_agent_killed_for_memory_restarts_and_no_request_fails(app: App) -> None:
     """Where the agent's cgroup has no memory left the kernel kills it; the kubelet starts it, under load."""
     cluster, node = app.cluster, app.cluster.nodes[1]
     before = _agent(cluster, node)
@@ -101,14 +101,23 @@ def test_an_agent_that_the_kernel_ends_for_memory_is_back_and_nobody_notices(app
     assert _ask_agent(cluster, node, "status")["healthy"]
 
 
-def test_a_drained_nodes_endpoints_leave_and_connections_go_to_the_others(app: App) -> None:
-    """``kubectl drain`` and ``uncordon`` of a node: only connections end whose server ended."""
+def test_connections_go_to_other_endpoints_when_a_node_is_drained(app: App) -> None:
+    """``kubectl drain`` and ``uncordon`` of a node: only connections end whose server ended.
+
+    A datagram that such a server had not answered is lost, once for each socket, with kube-proxy as well.
+    """
     cluster, node = app.cluster, app.cluster.nodes[1]
     gone = app.servers(node)
     assert len(gone) == 2
 
+    lost: set[Failure] = set()
+
     def ended(failure: Failure) -> bool:
-        return failure.held and failure.way.startswith("tcp") and failure.server in gone
+        if failure.way.startswith("tcp"):
+            return failure.held and failure.server in gone
+        known = {(each.client, each.way) for each in lost}
+        lost.add(failure)
+        return failure.held and failure.server in gone and (failure.client, failure.way) not in known
 
     with asking(*app.everywhere(), ended=ended):
         cluster.kubectl("drain", node.name, "--ignore-daemonsets", "--timeout=120s")
@@ -121,7 +130,7 @@ def test_a_drained_nodes_endpoints_leave_and_connections_go_to_the_others(app: A
 
 
 def _reboot(app: App, node: Node, bpffs: Path) -> None:
-    """Returns once every pod of the node is another one, with the name that it had, and ready."""
+    """Returns once every pod of the node is replaced by a ready one of the same name."""
     cluster = app.cluster
 
     def containers() -> dict[str, str]:
@@ -158,7 +167,7 @@ def _in_maps(cluster: Cluster, node: Node) -> set[str]:
 
 
 def _endpoints(cluster: Cluster) -> set[str]:
-    """Every endpoint of the API's, as the agent's commands write it."""
+    """Returns every endpoint of the API in the notation of the agent's commands."""
     found = set()
     for item in cluster.get("endpointslices", "-A")["items"]:
         for endpoint in item.get("endpoints") or ():
@@ -169,7 +178,7 @@ def _endpoints(cluster: Cluster) -> set[str]:
     return found
 
 
-def test_a_node_that_reboots_serves_again(app: App, bpffs: Path) -> None:
+def test_rebooted_node_serves_again(app: App, bpffs: Path) -> None:
     """A reboot takes programs and maps with it; the pods come back with other addresses, which the maps hold."""
     app.spread()
     node = app.cluster.nodes[1]
@@ -177,7 +186,7 @@ def test_a_node_that_reboots_serves_again(app: App, bpffs: Path) -> None:
     _works_and_nothing_is_stale(app, node)
 
 
-def test_a_node_that_lost_its_processes_only_serves_again(app: App, bpffs: Path) -> None:
+def test_node_that_lost_only_its_processes_serves_again(app: App, bpffs: Path) -> None:
     """Where pins outlive all processes and the cgroups, the agent goes on with them, and nothing stale stays."""
     node = app.cluster.nodes[1]
     _reboot(app, node, bpffs)

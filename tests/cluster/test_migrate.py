@@ -1,4 +1,4 @@
-"""From a real kube-proxy, which kubeadm has installed, to the agent and back, by the operator's commands."""
+"""Migration from a real kube-proxy of kubeadm to the agent and back, by the operator's commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LABEL = "ebpfproxy.io/"
 
 @pytest.fixture
 def app(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[App]:
-    """Services that are served by kube-proxy alone, in the mode that the test is parametrized with."""
+    """Yields a cluster with kube-proxy only, in the mode of the test's parameter."""
     cluster.configure_kubeadm(request.param)
     cluster.install_kube_proxy()
     made = App(cluster)
@@ -37,7 +37,7 @@ def app(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[App]:
 
 
 def delete_kube_proxy(cluster: Cluster) -> None:
-    """As docs/migrate.md has it."""
+    """Deletes kube-proxy as in docs/migrate.md."""
     cluster.kubectl(
         "-n", "kube-system", "delete", "--ignore-not-found", "daemonset/kube-proxy", "configmap/kube-proxy"
     )
@@ -50,9 +50,9 @@ def _pods(cluster: Cluster, name: str) -> list[str]:
 
 
 def _rules(node: Node) -> list[str]:
-    """Tables of kube-proxy's, and its chains in the tables of iptables, but for KUBE-FIREWALL.
+    """Returns tables of kube-proxy, and its chains in the tables of iptables except KUBE-FIREWALL.
 
-    That is kubelet's as well, and `kube-proxy --cleanup` leaves it, too.
+    That belongs to kubelet as well, and `kube-proxy --cleanup` leaves it, too.
     """
     found = [line for line in node.run(["nft", "list", "tables"]).splitlines() if "kube-proxy" in line]
     for command in ("iptables-save", "ip6tables-save"):
@@ -61,14 +61,14 @@ def _rules(node: Node) -> list[str]:
 
 
 def _tables(node: Node) -> list[str]:
-    """Tables of this project's."""
+    """Returns the tables of this project."""
     return [line for line in node.run(["nft", "list", "tables"]).splitlines() if "ebpfproxy" in line]
 
 
 def _is_clean(node: Node) -> None:
-    """Nothing of the agent's is loaded, attached, pinned or in nftables."""
+    """Asserts that nothing of the agent is loaded, attached, pinned or in nftables."""
     pinned = node.run(["find", "/sys/fs/bpf", "-mindepth", "1", "-not", "-name", "*.debug"])
-    assert pinned == "", "only what the kernel has in every bpffs stays"
+    assert pinned == "", "only entries that the kernel has in every bpffs remain"
     attached = node.run(["bpftool", "cgroup", "tree", "/sys/fs/cgroup/unified"], check=False)
     assert "connect4" not in attached, attached
     devices = json.loads(node.run(["bpftool", "-j", "net"]))
@@ -77,21 +77,21 @@ def _is_clean(node: Node) -> None:
 
 
 def _is_gone(cluster: Cluster) -> None:
-    """Nothing of the agent's is in the API: no object, no label, no annotation."""
+    """Asserts that the API has no object, label or annotation of the agent."""
     kinds = "daemonsets,pods,configmaps,serviceaccounts,clusterroles,clusterrolebindings,roles,rolebindings"
-    said = cluster.kubectl("get", kinds, "-A", "-o", "name")
-    assert not [line for line in said.splitlines() if "ebpfproxy" in line], said
+    output = cluster.kubectl("get", kinds, "-A", "-o", "name")
+    assert not [line for line in output.splitlines() if "ebpfproxy" in line], output
     for item in cluster.get("nodes,daemonsets", "-A")["items"]:
         assert _LABEL not in json.dumps({**item, "metadata": {**item["metadata"], "managedFields": []}})
 
 
 def _may_end(failure: Failure) -> bool:
-    """A connection from outside that lasts ends with our programs, which translate it in packets."""
+    """Returns True for long connections from outside, which end with our programs, as these translate their packets."""
     return failure.client == "outside" and failure.held and failure.way.startswith("tcp")
 
 
 @pytest.mark.parametrize("app", ["nftables"], indirect=True)
-def test_beside_kube_proxy_it_comes_and_goes_and_no_request_fails(app: App) -> None:
+def test_install_and_uninstall_beside_kube_proxy_without_failed_requests(app: App) -> None:
     """install beside kube-proxy, and uninstall with clean-up, under load: only what has to end ends."""
     cluster = app.cluster
     with asking(*app.everywhere(), ended=_may_end):
@@ -103,29 +103,29 @@ def test_beside_kube_proxy_it_comes_and_goes_and_no_request_fails(app: App) -> N
 
 
 @pytest.mark.parametrize("app", ["nftables", "iptables"], indirect=True)
-def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
+def test_migration_and_rollback_under_load_leave_nothing(app: App) -> None:
     """plan, run, rollback and uninstall of all nodes: no request fails, and each leaves only what it should."""
     cluster = app.cluster
     everything = ["--all-nodes", "--kubeconfig", str(cluster.kubeconfig)]
-    said = cluster.ebpfproxy("migrate", "plan", *everything, "--image", images.AGENT, check=False)
-    assert "no agent has run" in said
+    output = cluster.ebpfproxy("migrate", "plan", *everything, "--image", images.AGENT, check=False)
+    assert "no agent has run" in output
     with asking(*app.everywhere()):
         cluster.ebpfproxy("install", "--image", images.AGENT)
         cluster.ebpfproxy("migrate", "plan", *everything)
-        said = cluster.ebpfproxy("migrate", "run", *everything)
-        assert "all 2 chosen nodes are without kube-proxy" in said
+        output = cluster.ebpfproxy("migrate", "run", *everything)
+        assert "all 2 chosen nodes are without kube-proxy" in output
         assert not _pods(cluster, "kube-proxy")
         for node in cluster.nodes:
             assert _rules(node) == []
-            # Connections that kube-proxy has begun still live.
+            # Connections that kube-proxy created are still open.
             assert _tables(node) == ["table ip ebpfproxy-handover", "table ip6 ebpfproxy-handover"]
     again = cluster.ebpfproxy("migrate", "run", *everything)
     assert "node-1: done already" in again and "node-2: done already" in again
 
     with asking(*app.everywhere(), ended=_may_end):
-        said = cluster.ebpfproxy("migrate", "rollback", *everything, "--drain", "5s")
-        assert "kube-proxy serves all 2 nodes" in said
-        # One that ends, or that a kubelet refused, may be there for a moment.
+        output = cluster.ebpfproxy("migrate", "rollback", *everything, "--drain", "5s")
+        assert "kube-proxy serves all 2 nodes" in output
+        # A pod that ends or that a kubelet rejected may still exist for a moment.
         until(lambda: len(_pods(cluster, "kube-proxy")) == 2, "kube-proxy's pods are two")
         assert not _pods(cluster, "ebpfproxy")
         cluster.ebpfproxy("uninstall", "--cleanup")
@@ -136,7 +136,7 @@ def test_over_under_load_and_back_and_nothing_is_left(app: App) -> None:
 
 
 @pytest.mark.parametrize("app", ["nftables"], indirect=True)
-def test_over_for_good_and_nothing_is_left_either(app: App) -> None:
+def test_permanent_migration_and_forced_uninstall_leave_nothing(app: App) -> None:
     """Without kube-proxy the agent goes on, uninstall is refused, and forced it leaves nothing on nodes and in the API."""
     cluster = app.cluster
     everything = ["--all-nodes", "--kubeconfig", str(cluster.kubeconfig)]
@@ -146,8 +146,8 @@ def test_over_for_good_and_nothing_is_left_either(app: App) -> None:
         delete_kube_proxy(cluster)
     app.spread()
     with asking(*app.everywhere()):
-        said = cluster.ebpfproxy("uninstall", "--cleanup", check=False)
-        assert "nobody would follow changes of Services" in said
+        output = cluster.ebpfproxy("uninstall", "--cleanup", check=False)
+        assert "nobody would follow changes of Services" in output
     cluster.ebpfproxy("uninstall", "--cleanup", "--force")
     for node in cluster.nodes:
         _is_clean(node)

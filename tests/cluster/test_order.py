@@ -1,4 +1,4 @@
-"""kubeadm's order of things, as docs/install.md has it: control plane, agent, CNI, then the other nodes."""
+"""Installation in the order of docs/install.md: control plane, agent, CNI, then the other nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def young(folder: Path) -> Iterator[Cluster]:
-    """A control plane that never had a kube-proxy, on one node; no CNI."""
+    """Yields a control plane on one node that never had a kube-proxy and has no CNI."""
     with Cluster(folder / "order") as made:
         made.boot()
         made.init(proxy=False)
@@ -26,12 +26,12 @@ def young(folder: Path) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def web(young: Cluster) -> Web:
-    """Pods of the first node; they wait for its CNI."""
+    """Yields pods of the first node, which wait for its CNI."""
     return Web(young, ["node-1"])
 
 
 def ready(cluster: Cluster) -> dict[str, bool]:
-    """Nodes, and whether they are Ready."""
+    """Returns the nodes with their Ready conditions."""
     return {
         node["metadata"]["name"]: any(
             each["type"] == "Ready" and each["status"] == "True" for each in node["status"]["conditions"]
@@ -40,27 +40,27 @@ def ready(cluster: Cluster) -> dict[str, bool]:
     }
 
 
-def test_the_agent_comes_before_the_cni(young: Cluster) -> None:
+def test_agent_is_installed_before_the_cni(young: Cluster) -> None:
     """``install`` ends well on a node that is NotReady for want of a CNI, and the agent there is healthy."""
-    said = young.ebpfproxy("install", "--image", images.AGENT)
-    assert said.splitlines()[-1] == "ebpfproxy runs on 1 nodes"
+    output = young.ebpfproxy("install", "--image", images.AGENT)
+    assert output.splitlines()[-1] == "ebpfproxy runs on 1 nodes"
     assert ready(young) == {"node-1": False}
     assert list(agents.assert_healthy(young)) == ["node-1"]
 
 
-def test_it_asked_without_services(young: Cluster) -> None:
+def test_agent_uses_the_address_of_cluster_info(young: Cluster) -> None:
     """The agent asks the address that ``install`` found in cluster-info, not the ``kubernetes`` Service's."""
     (status,) = agents.statuses(young).values()
     assert status["agent"]["source"] == "API server https://192.168.77.1:6443"
 
 
-def test_the_kubernetes_service_answers_before_the_cni(young: Cluster) -> None:
+def test_kubernetes_service_is_served_before_the_cni(young: Cluster) -> None:
     """What a CNI's agent asks first, the cluster IP of ``kubernetes``, works from the node's network at once."""
-    said = young.nodes[0].run(["curl", "-skm5", "https://10.96.0.1/version"])
-    assert json.loads(said)["gitVersion"].startswith("v1.")
+    output = young.nodes[0].run(["curl", "-skm5", "https://10.96.0.1/version"])
+    assert json.loads(output)["gitVersion"].startswith("v1.")
 
 
-def test_then_the_cni_makes_the_node_ready(young: Cluster, web: Web) -> None:
+def test_node_is_ready_with_the_cni(young: Cluster, web: Web) -> None:
     """Once the CNI is there the Node is Ready, and a Service with pods answers pods, nodes and hosts outside."""
     pods = young.agent_pods()
     young.network.route_pods()
@@ -68,21 +68,21 @@ def test_then_the_cni_makes_the_node_ready(young: Cluster, web: Web) -> None:
     young.wait_for_nodes()
     web.wait()
     web.assert_answers()
-    assert young.agent_pods() == pods, "the same agent as before"
+    assert young.agent_pods() == pods, "the agent has not been replaced"
 
 
-def test_a_node_that_joins_gets_its_agent_before_its_cni(young: Cluster) -> None:
+def test_joining_node_gets_its_agent_before_its_cni(young: Cluster) -> None:
     """A node that joins later is served while it is NotReady, and nobody has to install anything."""
     young.join()
     until(lambda: "node-2" in young.agent_pods(), "an agent's pod on node-2")
     young.kubectl("-n", "kube-system", "rollout", "status", "daemonset/ebpfproxy", "--timeout=240s")
     assert ready(young) == {"node-1": True, "node-2": False}
     agents.assert_healthy(young)
-    said = young.nodes[1].run(["curl", "-skm5", "https://10.96.0.1/version"])
-    assert json.loads(said)["gitVersion"].startswith("v1.")
+    output = young.nodes[1].run(["curl", "-skm5", "https://10.96.0.1/version"])
+    assert json.loads(output)["gitVersion"].startswith("v1.")
 
 
-def test_then_pods_of_both_nodes_answer(young: Cluster, web: Web) -> None:
+def test_pods_of_both_nodes_reply(young: Cluster, web: Web) -> None:
     """With its CNI the second node is Ready; its pods are endpoints, and ask as those of the first do."""
     young.configure_cni(young.nodes[1])
     young.wait_for_nodes()
@@ -91,7 +91,7 @@ def test_then_pods_of_both_nodes_answer(young: Cluster, web: Web) -> None:
     web.assert_answers()
 
 
-def test_the_kubelets_kubeconfig_is_enough(young: Cluster, web: Web) -> None:
+def test_kubeconfig_of_kubelet_is_sufficient(young: Cluster, web: Web) -> None:
     """Without the address in the ConfigMap, agents on cleaned nodes find the API server in kubelet.conf."""
     young.ebpfproxy("uninstall", "--cleanup", "--force")
     gone = young.nodes[0].run(["curl", "-skm1", "https://10.96.0.1/version"], check=False)
@@ -103,7 +103,7 @@ def test_the_kubelets_kubeconfig_is_enough(young: Cluster, web: Web) -> None:
     web.assert_answers()
 
 
-def test_nothing_of_that_was_refused(young: Cluster) -> None:
+def test_no_request_of_an_agent_was_refused(young: Cluster) -> None:
     """The API server refused no request of an agent, in all of this order."""
     found = audit.requests(young)
     assert found

@@ -1,4 +1,4 @@
-"""The ClusterRole, by the audit log of a real API server: enough, and no more."""
+"""The ClusterRole compared with the audit log of a real API server: it grants exactly what agents use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cluster.cluster import Cluster, until
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
-#: What this server does not let the agent need, since it streams lists as watches; one without the feature WatchList
+#: The agent does not use these with this server, which streams lists as watches; one without the feature WatchList
 #: (before Kubernetes 1.34, by default) is asked for lists. tests/deploy/test_rbac.py has the agent use each.
 _WITHOUT_STREAMING = {
     Grant("", "nodes", "list"),
@@ -53,19 +53,19 @@ def _told(cluster: Cluster) -> int:
     return sum(each["reason"] == "ValueNotUsed" for each in found)
 
 
-def test_nothing_that_agents_asked_for_was_refused(asked: list[dict[str, Any]]) -> None:
+def test_no_request_of_agents_was_unauthorized_or_forbidden(asked: list[dict[str, Any]]) -> None:
     """The API server answered no request of the agents' account with 401 or 403."""
     assert audit.refused(asked) == []
 
 
-def test_nothing_is_granted_that_no_agent_used(asked: list[dict[str, Any]]) -> None:
+def test_every_granted_verb_is_used(asked: list[dict[str, Any]]) -> None:
     """Agents used every verb of the ClusterRole, but for lists where the server streams them, and no other."""
     used = audit.used(asked)
     assert used <= audit.GRANTED
     assert audit.GRANTED - used == _WITHOUT_STREAMING
 
 
-def test_an_agent_asks_for_its_own_node_alone(asked: list[dict[str, Any]]) -> None:
+def test_agent_watches_its_own_node_only(asked: list[dict[str, Any]]) -> None:
     """Each agent watches the Node that it runs on, by name."""
     names = {event["objectRef"].get("name") for event in asked if event["objectRef"]["resource"] == "nodes"}
     assert names == {"node-1", "node-2"}

@@ -1,4 +1,4 @@
-"""The page that a run writes."""
+"""The report page of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def result(outcome: Outcome) -> Result:
     return Result(outcome, 1.0, "")
 
 
-def test_the_page_has_a_row_for_a_group_and_for_every_failure() -> None:
+def test_page_has_rows_for_groups_and_for_every_failure() -> None:
     one, other = "[sig-network] Services should work", "[sig-network] Conntrack should | work"
     report = Report({"Kubernetes": "v1.36.2"})
     report.e2e["kube-proxy"] = {one: result(Outcome.PASSED), other: result(Outcome.PASSED)}
@@ -26,7 +26,7 @@ def test_the_page_has_a_row_for_a_group_and_for_every_failure() -> None:
     assert "| A node reboots. | passed | 42 s |" in lines
 
 
-def test_what_did_not_run_is_not_counted() -> None:
+def test_specs_that_did_not_run_are_not_counted() -> None:
     report = Report()
     report.e2e["ebpfproxy"] = {"[sig-network] Services of SCTP": Result(Outcome.SKIPPED, 0.0, "needs SCTP")}
     lines = report.page(date(2026, 11, 27)).splitlines()
@@ -34,7 +34,7 @@ def test_what_did_not_run_is_not_counted() -> None:
     assert "| Services of SCTP | needs SCTP |" in lines
 
 
-def test_a_spec_that_passes_alone_is_counted_and_named() -> None:
+def test_spec_that_passes_alone_is_counted_and_listed() -> None:
     name = "[sig-network] Services should work"
     report = Report()
     report.e2e["kube-proxy"] = {name: result(Outcome.PASSED_ALONE)}

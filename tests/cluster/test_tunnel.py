@@ -22,7 +22,7 @@ def tunnelled(folder: Path) -> Iterator[Cluster]:
         yield made
 
 
-def test_services_answer_over_a_tunnel(tunnelled: Cluster) -> None:
+def test_services_are_served_over_a_tunnel(tunnelled: Cluster) -> None:
     """Where pods are reached over VXLAN, a Service answers pods, nodes and hosts outside, in both families."""
     agents.assert_healthy(tunnelled)
     web = Web(tunnelled, ["node-1", "node-2"])
@@ -30,9 +30,9 @@ def test_services_answer_over_a_tunnel(tunnelled: Cluster) -> None:
     web.assert_answers()
 
 
-def test_the_tunnel_is_told_from_uplinks_and_pods(tunnelled: Cluster) -> None:
+def test_tunnel_is_distinguished_from_uplinks_and_pods(tunnelled: Cluster) -> None:
     """``status`` says of each device what it was taken for: both LANs are uplinks, the VXLAN device is a tunnel."""
     for name in tunnelled.agent_pods().values():
-        said = tunnelled.kubectl("-n", "kube-system", "exec", name, "--", "ebpfproxy", "status")
-        rows = dict(line.split()[:2] for line in said.splitlines() if line.startswith(("eth", "flannel")))
+        output = tunnelled.kubectl("-n", "kube-system", "exec", name, "--", "ebpfproxy", "status")
+        rows = dict(line.split()[:2] for line in output.splitlines() if line.startswith(("eth", "flannel")))
         assert rows == {"eth0": "uplink", "eth1": "uplink", "flannel.1": "tunnel"}

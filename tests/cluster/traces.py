@@ -1,4 +1,4 @@
-"""What a service proxy can leave on a node and in the API, as it is now; two of them are compared."""
+"""The state that a service proxy can leave on a node and in the API, for comparison."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from tests.cluster.cluster import Cluster, Node
 from tests.deploy.runtime import install
 
-#: What runc attaches to every container's cgroup where the node has cgroup v2.
+#: runc attaches these to every container's cgroup where the node has cgroup v2.
 _OF_CONTAINERS = ("cgroup_device", "device")
-#: Counters and random numbers, which are no settings.
+#: These are counters and random numbers, not settings.
 _MOVING = re.compile(r"nf_conntrack_count|conntrack_count|random|entropy|ipfrag|ip6frag")
 
 
@@ -34,11 +34,11 @@ def of_node(node: Node) -> Traces:
     settings = {}
     for line in node.run(["sysctl", "-a"], check=False).splitlines():
         name, _, value = line.partition(" = ")
-        # Pods' devices come and go.
+        # Devices of pods are added and removed at any time.
         if name.startswith("net.") and not _MOVING.search(name) and ".veth" not in name:
             settings[name] = value
     found = ["find", "/run", "/var", "/etc", "/usr/local", "-xdev", "-iname", "*ebpfproxy*"]
-    # Pods' folders and logs, and images, are the kubelet's and containerd's.
+    # Folders, logs and images of pods belong to the kubelet and containerd.
     theirs = re.compile(r"^/(var/log/(pods|containers)|var/lib/(kubelet|containerd)|run/containerd)/")
     return Traces(
         pinned=sorted(pinned),
@@ -73,18 +73,18 @@ def _attached(node: Node) -> list[str]:
 
 
 def program_ids(node: Node) -> set[int]:
-    """Of programs whose pins are on the node."""
+    """Returns the ids of programs whose pins are on the node."""
     found: list[dict[str, Any]] = json.loads(node.run(["bpftool", "-j", "-f", "prog"]))
     return {each["id"] for each in found if any("ebpfproxy" in path for path in each.get("pinned", ()))}
 
 
 def living(node: Node, ids: set[int]) -> set[int]:
-    """Those that the kernel still has."""
+    """Returns the ids that the kernel still has."""
     return {each["id"] for each in json.loads(node.run(["bpftool", "-j", "prog"]))} & ids
 
 
 def in_api(cluster: Cluster) -> list[str]:
-    """Every object of every kind that the API server lists, by name; events and leases of hosts do not count."""
+    """Returns every object of every kind that the API server lists, by name, without events and leases of hosts."""
     kinds = cluster.kubectl("api-resources", "--verbs=list", "-o", "name").split()
     listed = ",".join(each for each in kinds if not each.startswith("events"))
     names = cluster.kubectl("get", listed, "-A", "-o", "name", "--ignore-not-found").split()

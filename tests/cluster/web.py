@@ -1,4 +1,4 @@
-"""A Service with a pod on each node, and who answers when it is asked from a pod, a node, or outside."""
+"""A Service with a pod on each node, and the backends that reply to a pod, a node and a host outside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.cluster import images, network
 from tests.cluster.cluster import Cluster
 
 NAMESPACE = "web"
-#: The number of requests in one run of a shell; that one of two pods answers none of them happens once in a million runs.
+#: The number of requests in one run of a shell; one of two pods gets none of them once in a million runs.
 _ASKED = 20
 _PORT = 8080
 
@@ -39,7 +39,7 @@ spec:
 
 
 class Web:
-    """``nodes``: where a pod answers. One more, ``client-NODE``, asks."""
+    """``nodes`` have a server pod each, and one has the client pod ``client-NODE``."""
 
     def __init__(self, cluster: Cluster, nodes: list[str]) -> None:
         self._cluster = cluster
@@ -64,7 +64,7 @@ class Web:
         ]
 
     def wait(self) -> None:
-        """Until all pods are ready, and so endpoints."""
+        """Waits until all pods are ready and thus endpoints."""
         self._cluster.kubectl(
             "-n", NAMESPACE, "wait", "--for=condition=Ready", "pod", "--all", "--timeout=120s"
         )
@@ -74,16 +74,16 @@ class Web:
         return {f"web-{node}" for node in self._nodes}
 
     def cluster_ips(self) -> list[str]:
-        """URLs, IPv4's first."""
+        """Returns URLs, IPv4's first."""
         found = self._cluster.get("-n", NAMESPACE, "service", "web")["spec"]["clusterIPs"]
         return [_url(address, 80) for address in sorted(found, key=lambda each: ":" in each)]
 
     def node_ports(self, number: int) -> list[str]:
-        """URLs of a node's addresses, IPv4's first."""
+        """Returns URLs of a node's addresses, IPv4's first."""
         (port,) = self._cluster.get("-n", NAMESPACE, "service", "web")["spec"]["ports"]
         return [_url(address, port["nodePort"]) for address in network.internal_ips(number)]
 
-    # -- who answers
+    # -- requests
 
     def from_pod(self, url: str, node: str) -> set[str]:
         command = ["-n", NAMESPACE, "exec", f"client-{node}", "--", *_asking(url)]
@@ -96,7 +96,7 @@ class Web:
         return set(self._cluster.command(_asking(url)).split())
 
     def answers_everywhere(self) -> dict[str, set[str]]:
-        """Who answered, by who asked and what."""
+        """Returns the pods that replied, by client and URL."""
         found = {}
         for url in self.cluster_ips():
             for number, node in enumerate(self._nodes, start=1):
@@ -108,7 +108,7 @@ class Web:
         return found
 
     def assert_answers(self) -> None:
-        """All pods answer, in both families: a pod, a node, and by NodePort a host outside."""
+        """Asserts that all pods reply in both families to a pod, a node and, by NodePort, a host outside."""
         wrong = {asked: by for asked, by in self.answers_everywhere().items() if by != self.pods}
         assert not wrong, wrong
 
@@ -117,7 +117,7 @@ class Web:
 
 
 def _asking(url: str) -> list[str]:
-    """Prints the names of pods that answered, a line each."""
+    """Prints the names of pods that replied, one per line."""
     script = 'for i in $(seq "$2"); do curl -gs -m 3 "$1/hostname"; echo; done'
     return ["sh", "-c", script, "sh", url, str(_ASKED)]
 

@@ -14,7 +14,7 @@ OWN = {"apiVersion": "ebpfproxy.io/v1alpha1", "kind": "EbpfProxyConfiguration"}
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": value}}`` of ``a.b``."""
+    """Returns ``{"a": {"b": value}}`` for ``a.b``."""
     for part in reversed(path.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -45,8 +45,8 @@ def used(*parts: dict[str, Any], flags: dict[str, Any] | None = None) -> Configu
     return effective(kube_proxy(*parts), flags)
 
 
-def errors(text: str, name: str = "f") -> list[str]:
-    """What is said of a file; nothing if it is good."""
+def errors(text: str | bytes, name: str = "f") -> list[str]:
+    """Returns the errors of a file; empty if it is valid."""
     try:
         parse(text, name)
     except ConfigurationError as error:

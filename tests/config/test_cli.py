@@ -24,9 +24,9 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("command", [(), ("validate",), ("defaults",), ("effective",)])
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
-    code, said, _ = run(*command, "--help")
+    code, output, _ = run(*command, "--help")
     assert code == 0
-    assert said.startswith("Usage: main config")
+    assert output.startswith("Usage: main config")
 
 
 def test_a_valid_file_is_reported_as_valid(tmp_path: Path) -> None:
@@ -44,9 +44,9 @@ def test_a_valid_file_is_reported_as_valid(tmp_path: Path) -> None:
 def test_every_error_in_a_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "kube-proxy.yaml"
     file.write_text(text_of({**KUBE_PROXY, "conntrack": {"maxPerCore": -1, "x": 1}, "mode": "x"}))
-    code, out, said = run("validate", str(file))
+    code, out, output = run("validate", str(file))
     assert (code, out) == (1, "")
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         f"{file}: conntrack.x: unknown field",
         f"{file}: mode: 'x' is none of iptables, ipvs, nftables, nor empty",
         f"{file}: conntrack.maxPerCore: -1 is below 0",
@@ -55,9 +55,9 @@ def test_every_error_in_a_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_defaults_are_printed_as_a_file() -> None:
-    code, said, _ = run("defaults")
+    code, output, _ = run("defaults")
     assert code == 0
-    assert parse(said, "f") == effective(Configuration())
+    assert parse(output, "f") == effective(Configuration())
 
 
 @pytest.fixture
@@ -69,27 +69,27 @@ def agent() -> Iterator[str]:
     server.stop()
 
 
-def test_what_the_agent_uses_is_printed_as_a_file(agent: str) -> None:
-    code, said, _ = run("effective", "--address", agent)
+def test_configuration_of_the_agent_is_printed_as_a_file(agent: str) -> None:
+    code, output, _ = run("effective", "--address", agent)
     assert code == 0
-    assert parse(said, "f") == used({"mode": "ipvs"})
-    assert run("effective", "--address", f"0.0.0.0:{agent.rpartition(':')[2]}")[1] == said
+    assert parse(output, "f") == used({"mode": "ipvs"})
+    assert run("effective", "--address", f"0.0.0.0:{agent.rpartition(':')[2]}")[1] == output
 
 
-def test_what_the_agent_uses_is_printed_as_json(agent: str) -> None:
+def test_configuration_of_the_agent_is_printed_as_json(agent: str) -> None:
     assert json.loads(run("effective", "--address", agent, "-o", "json")[1]) == configz(
         used({"mode": "ipvs"})
     )
 
 
-def test_where_no_agent_answers() -> None:
-    code, _, said = run("effective", "--address", "127.0.0.1:1")
+def test_unreachable_agent_is_an_error() -> None:
+    code, _, output = run("effective", "--address", "127.0.0.1:1")
     assert code == 1
-    assert said.startswith("Error: no agent answers at 127.0.0.1:1: ")
+    assert output.startswith("Error: no agent answers at 127.0.0.1:1: ")
     assert "--address: 'x' is not IP:port" in run("effective", "--address", "x")[2]
 
 
-def test_responses_that_are_not_an_agents() -> None:
+def test_responses_of_other_servers_are_errors() -> None:
     server = HttpServer("other", "127.0.0.1:0", {"/configz": lambda: text_answer("hello")})
     other = HttpServer("nothing", "127.0.0.1:0", {})
     server.start()

@@ -1,4 +1,4 @@
-"""Durations: read and written as Go's package time does."""
+"""Durations are parsed and formatted as by Go's package time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 
 @pytest.mark.parametrize(
     ("text", "nanoseconds"),
-    # From Go's own table of tests (time_test.go, parseDurationTests).
+    # The values are from Go's table of tests (time_test.go, parseDurationTests).
     [
         ("0", 0),
         ("+0", 0),
@@ -88,7 +88,7 @@ def test_written_durations_can_be_read_back(nanoseconds: int) -> None:
 
 
 @given(st.text("0123456789.smhnuµ-+ ", max_size=12))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_rejected(text: str) -> None:
     try:
         found = parse_duration(text)
     except ValueError:
@@ -96,7 +96,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert parse_duration(str(found)) == found
 
 
-def test_durations_are_values() -> None:
+def test_durations_compare_by_value() -> None:
     assert seconds(1.5) == Duration(1_500_000_000)
     assert seconds(1.5).seconds == 1.5
     assert Duration(1) < Duration(2) <= Duration(2)

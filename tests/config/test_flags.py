@@ -1,4 +1,4 @@
-"""Flags over a file: each sets its field, they win, and what is wrong with them has their name."""
+"""Flags set their fields and override the file; errors name the flag."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shown(configuration: Configuration, group: str, path: str) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """As a command line has it."""
+    """Returns a value as written on a command line."""
     if isinstance(value, list):
         return ",".join(
             f"{each['filePattern']}={each['verbosity']}" if isinstance(each, dict) else each for each in value
@@ -103,7 +103,7 @@ def test_an_unknown_flag_raises_key_error() -> None:
         effective(Configuration(), {"no-such-flag": "x"})
 
 
-def test_flags_win_over_the_file() -> None:
+def test_flags_override_the_file() -> None:
     file = kube_proxy({"oomScoreAdj": 7, "mode": "ipvs", "nodePortAddresses": ["10.0.0.0/8"]})
     found = effective(file, {"oom-score-adj": 8, "nodeport-addresses": ""}).kube_proxy
     assert (found.oom_score_adj, found.mode, found.node_port_addresses) == (8, "ipvs", ())
@@ -119,7 +119,7 @@ def test_a_mode_from_a_flag_has_its_defaults() -> None:
     assert used({"mode": "nftables"}, flags={"masquerade-all": True}).kube_proxy.masquerade_all
 
 
-def test_addresses_of_flags_may_be_empty_or_a_port_alone() -> None:
+def test_addresses_of_flags_may_be_empty_or_only_a_port() -> None:
     found = used(flags={"healthz-bind-address": "", "metrics-bind-address": ":0"}).kube_proxy
     assert (found.healthz_bind_address, found.metrics_bind_address) == ("", ":0")
     found = used(flags={"healthz-bind-address": "127.0.0.1", "metrics-bind-address": "::1"}).kube_proxy
@@ -156,13 +156,13 @@ def test_a_flag_for_one_source_overrides_another_source_in_the_file() -> None:
     assert (found.own.manifests, found.kube_proxy.client_connection.kubeconfig) == ("/m", "")
     assert effective(own({"manifests": "/m"}), {"master": "https://x"}).own.manifests == ""
     assert effective(own({"manifests": "/m"}), {"kubeconfig": "/k"}).own.manifests == ""
-    said = ["--manifests: excludes --kubeconfig (clientConnection.kubeconfig) and --master"]
-    assert flag_errors({"manifests": "/m", "kubeconfig": "/k"}) == said
-    assert flag_errors({"manifests": "/m", "master": "https://x"}) == said
+    message = ["--manifests: excludes --kubeconfig (clientConnection.kubeconfig) and --master"]
+    assert flag_errors({"manifests": "/m", "kubeconfig": "/k"}) == message
+    assert flag_errors({"manifests": "/m", "master": "https://x"}) == message
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             {"nodeport-addresses": "10.0.0.1"},
@@ -203,12 +203,12 @@ def test_a_flag_for_one_source_overrides_another_source_in_the_file() -> None:
         ({"without": "xdp"}, ["--without: [0]: 'xdp' is none of set-retval, tcx"]),
     ],
 )
-def test_errors_of_flags_have_the_flags_name(flags: dict[str, Any], said: list[str]) -> None:
+def test_errors_of_flags_name_the_flag(flags: dict[str, Any], message: list[str]) -> None:
     found = flag_errors(flags)
-    assert len(found) == len(said)
-    assert all(each.startswith(start) for each, start in zip(found, said, strict=True)), found
+    assert len(found) == len(message)
+    assert all(each.startswith(start) for each, start in zip(found, message, strict=True)), found
 
 
-def test_errors_of_combinations_have_a_path() -> None:
+def test_errors_of_combinations_name_the_path() -> None:
     with pytest.raises(ConfigurationError, match=r"detectLocal\.bridgeInterface: must not be empty"):
         effective(kube_proxy(), {"detect-local-mode": "BridgeInterface"})

@@ -1,4 +1,4 @@
-"""KubeProxyConfiguration: every field, the API's defaults, and what kube-proxy really writes."""
+"""KubeProxyConfiguration: every field, the API's defaults, and the output of a real kube-proxy."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ FIELDS: dict[str, Any] = {
     "portRange": "300-2000",
     "windowsRunAsService": True,
 }
-#: Needed for some of them.
+#: Some of the fields need these.
 _WITH: dict[str, dict[str, Any]] = {
     "logging.options.text.splitStream": {"featureGates": {"LoggingAlphaOptions": True}},
     "logging.options.text.infoBufferSize": {"featureGates": {"LoggingAlphaOptions": True}},
@@ -107,17 +107,17 @@ def at(value: Any, path: str) -> Any:
     return value
 
 
-def test_defaults_are_what_a_real_kube_proxy_writes() -> None:
+def test_defaults_equal_those_that_a_real_kube_proxy_writes() -> None:
     assert kube_proxy_yaml(kp.DEFAULTS) == (SAMPLES / "defaults.yaml").read_text()
 
 
-def test_what_a_real_kube_proxy_wrote_reads_as_the_defaults() -> None:
+def test_file_written_by_a_real_kube_proxy_is_read_as_the_defaults() -> None:
     found = parse((SAMPLES / "defaults.yaml").read_text(), "defaults.yaml")
     assert kp.complete(found.kube_proxy) == kp.DEFAULTS
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_configz_is_what_a_real_kube_proxy_answers(mode: str) -> None:
+def test_configz_equals_that_of_a_real_kube_proxy(mode: str) -> None:
     wanted = json.loads((SAMPLES / f"configz-{mode}.json").read_text())
     found = used(
         {
@@ -146,15 +146,15 @@ def test_every_field_is_read_and_written(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_null_is_the_same_as_nothing(path: str) -> None:
+def test_null_equals_an_omitted_field(path: str) -> None:
     assert kube_proxy(nested(path, None)) == kube_proxy()
 
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_a_value_of_another_type_is_one_error(path: str) -> None:
     wrong = 1 if isinstance(FIELDS[path], bool | list | dict) else [1]
-    (said,) = errors(text_of(merged(KUBE_PROXY, nested(path, wrong))))
-    assert said.startswith(f"f: {path}: ")
+    (output,) = errors(text_of(merged(KUBE_PROXY, nested(path, wrong))))
+    assert output.startswith(f"f: {path}: ")
 
 
 @pytest.mark.parametrize("path", sorted({path.rpartition(".")[0] for path in FIELDS}))
@@ -169,7 +169,7 @@ def test_field_names_are_case_sensitive() -> None:
     ]
 
 
-def test_every_problem_is_said() -> None:
+def test_every_problem_is_reported() -> None:
     text = """
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -198,7 +198,7 @@ mode: userspace
     ]
 
 
-def test_empty_texts_and_zeros_are_the_defaults_where_the_api_says_so() -> None:
+def test_empty_strings_and_zeros_mean_defaults_where_the_api_defines_it() -> None:
     # kubeadm writes this.
     zeros = {
         "bindAddress": "",
@@ -235,7 +235,7 @@ def test_meaningful_zeros_are_kept() -> None:
         ({"metricsBindAddress": "fd00::1"}, "0.0.0.0:10256", "[fd00::1]:10249"),
     ],
 )
-def test_addresses_to_serve_at_follow_the_bind_address(
+def test_default_serving_addresses_follow_the_bind_address(
     given: dict[str, Any], healthz: str, metrics: str
 ) -> None:
     found = kube_proxy(given).kube_proxy
@@ -243,14 +243,14 @@ def test_addresses_to_serve_at_follow_the_bind_address(
 
 
 @pytest.mark.parametrize("mode", ["iptables", "ipvs", "nftables"])
-def test_only_the_mode_in_use_has_sync_periods(mode: str) -> None:
+def test_sync_periods_are_those_of_the_mode_in_use(mode: str) -> None:
     found = kube_proxy_builtins(used({"mode": mode}).kube_proxy)
     assert found[mode]["syncPeriod"] == "30s"
     others = {"iptables", "ipvs", "nftables"} - {mode}
     assert all(found[each]["syncPeriod"] == found[each]["minSyncPeriod"] == "0s" for each in others)
 
 
-def test_node_ports_of_nftables_are_at_the_primary_addresses() -> None:
+def test_mode_nftables_serves_node_ports_at_the_primary_addresses() -> None:
     assert used({"mode": "nftables"}).kube_proxy.node_port_addresses == ("primary",)
     assert used({"mode": "nftables", "nodePortAddresses": []}).kube_proxy.node_port_addresses == ("primary",)
     assert used({"mode": "nftables", "nodePortAddresses": ["0.0.0.0/0"]}).kube_proxy.node_port_addresses == (
@@ -266,7 +266,7 @@ def test_null_and_empty_lists_are_kept() -> None:
     assert "  excludeCIDRs: []\n" in kube_proxy_yaml(empty.kube_proxy)
 
 
-def test_the_section_of_the_mode_says_whether_all_is_masqueraded() -> None:
+def test_masquerade_all_is_read_from_the_section_of_the_mode() -> None:
     both = {"iptables": {"masqueradeAll": True}}
     assert [
         used({"mode": mode}, both).kube_proxy.masquerade_all for mode in ("iptables", "ipvs", "nftables")
@@ -277,13 +277,13 @@ def test_the_section_of_the_mode_says_whether_all_is_masqueraded() -> None:
     ]
 
 
-def test_how_often_logs_are_flushed_may_be_nanoseconds() -> None:
+def test_log_flush_frequency_may_be_nanoseconds() -> None:
     assert kube_proxy(
         {"logging": {"flushFrequency": 2_500_000_000}}
     ).kube_proxy.logging.flush_frequency == parse_duration("2.5s")
 
 
-def test_written_yaml_is_read_alike_by_any_reader() -> None:
+def test_written_yaml_is_equal_for_all_parsers() -> None:
     strange = {"hostnameOverride": "1.5", "portRange": "12", "clientConnection": {"kubeconfig": "a: b # c"}}
     written = kube_proxy_yaml(used(strange).kube_proxy)
     assert 'hostnameOverride: "1.5"\n' in written

@@ -1,4 +1,4 @@
-"""EbpfProxyConfiguration: fields, checks, and the JSON schema that is published."""
+"""EbpfProxyConfiguration: fields, validation and the published JSON schema."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ FIELDS: dict[str, Any] = {
     "devices": ["eth*", "bond0"],
     "serviceCIDRs": ["10.96.0.0/12", "fd00:10:96::/112"],
     "bypassNetfilter": True,
+    "xdp": "native",
     "masqueradePorts": "20000-29999",
     "lbAlgorithm": "maglev",
     "maglevTableSize": 251,
     "staleTCP": "never",
     "staleTCPSeconds": 1.5,
     "socketSweepSeconds": 30.0,
+    "driftCheckSeconds": 7.5,
     "maxConntrack": 1024,
     "maxServices": 1,
     "maxBackends": 1,
@@ -43,6 +45,7 @@ FIELDS: dict[str, Any] = {
     "maxConnections": 1,
     "maxDatagramSockets": 1,
     "without": ["tcx", "set-retval"],
+    "traceDecisions": True,
 }
 NAMES = [field.encode_name for field in msgspec.structs.fields(ours.EbpfProxyConfiguration)]
 
@@ -60,19 +63,19 @@ def test_every_field_is_read_and_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_null_is_the_same_as_nothing(name: str) -> None:
+def test_null_equals_an_omitted_field(name: str) -> None:
     assert own({name: None}) == own()
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_of_another_type_is_one_error(name: str) -> None:
     wrong = {"a": 1}
-    (said,) = errors(text_of({**OWN, name: wrong}))
-    assert said.startswith(f"f: {name}: ")
+    (message,) = errors(text_of({**OWN, name: wrong}))
+    assert message.startswith(f"f: {name}: ")
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         ("bpfRoot", "", "Expected `str` of length >= 1: ''"),
         ("detectLocalMode", "ClusterCIDR", "'ClusterCIDR' is none of Devices"),
@@ -90,14 +93,14 @@ def test_a_value_of_another_type_is_one_error(name: str) -> None:
         ("nothing", 1, "unknown field"),
     ],
 )
-def test_wrong_values_are_named(path: str, value: Any, said: str) -> None:
+def test_invalid_values_are_reported_by_path(path: str, value: Any, message: str) -> None:
     (found,) = errors(text_of(merged(OWN, nested(path, value))))
     index = "[1]" if isinstance(value, list) else ""
-    assert found.startswith(f"f: {path}{index}: {said}")
+    assert found.startswith(f"f: {path}{index}: {message}")
 
 
 @pytest.mark.parametrize("name", ["rr", "wlc", "mh", "lblc", "round-robin", "Maglev"])
-def test_algorithms_have_the_names_of_ipvs_too(name: str) -> None:
+def test_ipvs_names_of_algorithms_are_accepted(name: str) -> None:
     assert own({"lbAlgorithm": name}).own.lb_algorithm == name
 
 
@@ -107,7 +110,7 @@ def test_every_field_has_a_flag() -> None:
     }
 
 
-def test_maglev_sizes_are_those_of_the_datapath() -> None:
+def test_maglev_table_sizes_are_those_of_the_datapath() -> None:
     assert typing.get_args(ours.MaglevSize) == MAGLEV_SIZES
 
 

@@ -1,4 +1,4 @@
-"""What kube-proxy refuses in its configuration is refused, by path."""
+"""Values that kube-proxy rejects in its configuration are rejected, with their path."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ from tests.config.files import KUBE_PROXY, errors, merged, nested, text_of
         ("logging.options.text.splitStream", [True]),
     ],
 )
-def test_wrong_values_are_named(path: str, values: list[Any]) -> None:
+def test_invalid_values_are_reported_by_path(path: str, values: list[Any]) -> None:
     for value in values:
-        (said,) = errors(text_of(merged(KUBE_PROXY, nested(path, value))))
-        assert said.startswith(f"f: {path}: "), said
+        (message,) = errors(text_of(merged(KUBE_PROXY, nested(path, value))))
+        assert message.startswith(f"f: {path}: "), message
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_valid_values_are_accepted(path: str, values: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
             {"mode": "ipvs", "ipvs": {"tcpTimeout": "-1s", "tcpFinTimeout": "-1s", "udpTimeout": "-1s"}},
@@ -155,8 +155,8 @@ def test_valid_values_are_accepted(path: str, values: list[Any]) -> None:
         ),
     ],
 )
-def test_fields_that_depend_on_others(given: dict[str, Any], said: list[str]) -> None:
-    assert errors(text_of({**KUBE_PROXY, **given})) == [f"f: {each}" for each in said]
+def test_fields_that_depend_on_others(given: dict[str, Any], message: list[str]) -> None:
+    assert errors(text_of({**KUBE_PROXY, **given})) == [f"f: {each}" for each in message]
 
 
 @pytest.mark.parametrize(
@@ -170,5 +170,5 @@ def test_fields_that_depend_on_others(given: dict[str, Any], said: list[str]) ->
         {"detectLocalMode": "BridgeInterface", "detectLocal": {"bridgeInterface": "cni0"}},
     ],
 )
-def test_sections_that_are_not_in_use_are_not_checked_as_in_kube_proxy(given: dict[str, Any]) -> None:
+def test_sections_of_other_modes_are_not_validated_as_in_kube_proxy(given: dict[str, Any]) -> None:
     assert errors(text_of({**KUBE_PROXY, **given})) == []

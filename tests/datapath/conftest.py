@@ -1,4 +1,4 @@
-"""Fixtures of the tests on real maps: pin folders that no other run has."""
+"""Fixtures of the tests on real maps, with pin folders that are unique to this process."""
 
 from __future__ import annotations
 

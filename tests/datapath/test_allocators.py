@@ -1,4 +1,4 @@
-"""Ranges and ids: never handed out twice, and reused as late as possible."""
+"""Allocation of ranges and ids, which are never allocated twice and reused as late as possible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=80))
-def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -> None:
+def test_ranges_never_overlap_and_are_all_released(steps: list[tuple[bool, int]]) -> None:
     ranges, used = Ranges(100), dict[int, int]()
     for take, n in steps:
         if take:
@@ -29,11 +29,11 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -
         assert ranges.free == 100 - sum(used.values())
     for base, n in used.items():
         ranges.release(base, n)
-    assert ranges.allocate(100) == 0, "merged to one"
+    assert ranges.allocate(100) == 0, "free ranges are merged"
 
 
 @given(st.lists(st.integers(1, 10), max_size=9))
-def test_adopted_ranges_are_not_handed_out(sizes: list[int]) -> None:
+def test_adopted_ranges_are_not_allocated(sizes: list[int]) -> None:
     used, at = [], 0
     for size in sizes:
         used.append((at, size))
@@ -47,24 +47,24 @@ def test_adopted_ranges_are_not_handed_out(sizes: list[int]) -> None:
         assert all(not base <= place < base + count for base, count in used)
 
 
-def test_ranges_that_cannot_be_are_refused() -> None:
+def test_invalid_ranges_are_rejected() -> None:
     with pytest.raises(ValueError, match="overlaps"):
         Ranges(10, [(0, 5), (4, 2)])
     with pytest.raises(ValueError, match="beyond"):
         Ranges(10, [(8, 5)])
 
 
-def test_a_returned_range_rests_while_there_are_others() -> None:
+def test_released_range_is_reused_last() -> None:
     ranges = Ranges(10)
     first = ranges.allocate(2)
     ranges.release(first, 2)
-    assert ranges.allocate(2) == first, "alone, it is all there is in front"
+    assert ranges.allocate(2) == first, "it is the first free range"
     ranges.allocate(2)
     ranges.release(first, 2)
     assert ranges.allocate(2) != first
 
 
-def test_ids_are_fresh_first_and_then_those_that_rested_longest() -> None:
+def test_unused_ids_come_first_and_then_the_least_recently_released() -> None:
     ids = Ids[str](3, {"old": 1})
     assert [ids.add("a"), ids.add("b")] == [2, 0]
     with pytest.raises(IdsExhaustedError):

@@ -1,16 +1,17 @@
-"""Compiled programs are kept in files, and are what they were when they are used again."""
+"""The cache of compiled programs."""
 
 from __future__ import annotations
 
 import errno
 import os
+import platform
 import struct
 from pathlib import Path
 
 import pytest
 
 from ebpfproxy.datapath.programs import bytecode, loader
-from ebpfproxy.datapath.programs.bytecode import Program, Recipe
+from ebpfproxy.datapath.programs.bytecode import Bytecode, Program, Recipe
 from ebpfproxy.datapath.services import slots
 
 SOURCE = """
@@ -29,8 +30,9 @@ int counted(void *ctx)
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A source of its own, and a cache that is empty."""
+    """Returns the recipe of a small program, with an empty cache."""
     monkeypatch.setattr(bytecode, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(bytecode, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "bpf").mkdir()
     for name in ("include", "lib"):
         (tmp_path / "bpf" / name).symlink_to(loader.source_folder() / name)
@@ -40,14 +42,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(recipe: Recipe) -> dict[str, Program]:
+    def fail(recipe: Recipe) -> Bytecode:
         raise AssertionError(f"{recipe.source} was compiled")
 
     monkeypatch.setattr(bytecode, "_compile", fail)
 
 
-def test_references_are_known_by_name_and_filled_in(recipe: Recipe) -> None:
-    program = bytecode.get(recipe)["counted"]
+def test_relocations_are_stored_by_name_and_resolved(recipe: Recipe) -> None:
+    program = bytecode.get(recipe).programs["counted"]
     ((map_at, map_name),) = program.maps
     ((constant_at, constant_name),) = program.constants
     assert (map_name, constant_name) == ("second", "SECRET")
@@ -59,7 +61,7 @@ def test_references_are_known_by_name_and_filled_in(recipe: Recipe) -> None:
     assert (registers >> 4, fd) == (1, 77)
 
 
-def test_what_was_compiled_is_compiled_no_more(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_program_is_not_compiled_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     made = bytecode.get(recipe)
     no_compiler(monkeypatch)
     assert bytecode.get(recipe) == made
@@ -67,7 +69,50 @@ def test_what_was_compiled_is_compiled_no_more(recipe: Recipe, monkeypatch: pyte
     assert (file.stat().st_mode & 0o777, bytecode.CACHE.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-def test_another_source_or_option_is_another_program(recipe: Recipe) -> None:
+def test_shipped_bytecode_precedes_the_cache(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bytecode.compiled(recipe, bytecode.SHIPPED)
+    no_compiler(monkeypatch)
+    assert bytecode.get(recipe) == made
+    assert not bytecode.CACHE.exists()
+
+
+def test_damaged_shipped_file_is_compiled_again(recipe: Recipe) -> None:
+    made = bytecode.compiled(recipe, bytecode.SHIPPED)
+    (file,) = bytecode.SHIPPED.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert bytecode.get(recipe) == made
+    assert [path.name for path in bytecode.CACHE.iterdir()] == [file.name]
+
+
+def test_compiler_warning_is_stored_and_is_no_error(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    """A newer compiler may have more warnings."""
+    source = recipe.sources / "small.c"
+    source.write_text(source.read_text().replace("key = 0;", "key = 0, unused = 1;"))
+    made = bytecode.get(recipe)
+    assert made.programs["counted"].maps
+    assert "unused variable 'unused'" in made.warnings
+    assert [record.getMessage() for record in caplog.records] == ["compiler warnings"]
+    assert bytecode.get(recipe) == made
+    assert len(caplog.records) == 1
+
+
+def test_missing_compiler_is_named_if_the_cache_has_no_file(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A package named bcc that is another one counts as missing."""
+    (tmp_path / "modules" / "bcc").mkdir(parents=True)
+    (tmp_path / "modules" / "bcc" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    with pytest.raises(bytecode.NoCompilerError) as missing:
+        bytecode.get(recipe)
+    output = str(missing.value)
+    assert output.startswith(f"no bytecode of small.c for {platform.machine()} in {bytecode.SHIPPED} or ")
+    assert "cannot import name 'BPF' from 'bcc'" in output
+    assert "python3-bpfcc" in output
+    assert "\n" not in output
+
+
+def test_changed_source_or_option_is_another_program(recipe: Recipe) -> None:
     bytecode.get(recipe)
     source = recipe.sources / "small.c"
     source.write_text(source.read_text().replace("key = 0", "key = WHICH"))
@@ -81,7 +126,7 @@ def test_another_source_or_option_is_another_program(recipe: Recipe) -> None:
     assert len(list(bytecode.CACHE.iterdir())) == 2
 
 
-def test_a_damaged_file_is_made_anew(recipe: Recipe) -> None:
+def test_damaged_cache_file_is_replaced(recipe: Recipe) -> None:
     made = bytecode.get(recipe)
     (file,) = bytecode.CACHE.iterdir()
     content = bytearray(file.read_bytes())
@@ -91,16 +136,16 @@ def test_a_damaged_file_is_made_anew(recipe: Recipe) -> None:
         assert file.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_reason_to_stop(
+def test_unwritable_cache_folder_is_no_error(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(bytecode, "CACHE", tmp_path / "file" / "cache")
-    assert bytecode.get(recipe)["counted"].maps
+    assert bytecode.get(recipe).programs["counted"].maps
 
 
-def test_a_file_whose_time_cannot_be_set_is_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder may be part of an image whose root is read-only."""
+def test_cache_file_whose_time_cannot_be_set_is_used(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache may be part of a read-only image."""
 
     def read_only(path: Path) -> None:
         raise OSError(errno.EROFS, "read-only")
@@ -111,16 +156,16 @@ def test_a_file_whose_time_cannot_be_set_is_used(recipe: Recipe, monkeypatch: py
     assert bytecode.get(recipe) == made
 
 
-def test_a_full_disk_leaves_no_half_file(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_partial_file(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(Path, "replace", full)
-    assert bytecode.get(recipe)["counted"].maps
+    assert bytecode.get(recipe).programs["counted"].maps
     assert not list(bytecode.CACHE.iterdir())
 
 
-def test_files_used_last_stay(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_recently_used_files_are_kept(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bytecode, "_KEPT_FILES", 2)
     for number in range(3):
         defines = (*recipe.defines, f"-DNUMBER={number}")
@@ -134,10 +179,10 @@ def test_files_used_last_stay(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_what_killed_agents_left_half_written_goes_with_what_is_old(
+def test_partial_files_of_killed_agents_are_deleted_with_old_files(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bytecode, "_compile", lambda _: {"counted": Program(b"", [], [])})
+    monkeypatch.setattr(bytecode, "_compile", lambda _: Bytecode({"counted": Program(b"", [], [])}, ""))
     bytecode.CACHE.mkdir()
     for number in range(100):
         left = bytecode.CACHE / f".tmp{number}"

@@ -1,11 +1,13 @@
-"""The agent's bytes are the programs' bytes."""
+"""Structs have the same layout in Python and C."""
 
 from __future__ import annotations
 
 import ctypes as ct
 import re
 import socket
+import struct
 import subprocess
+import sys
 from array import array
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import Capacity
-from ebpfproxy.datapath.abi import flow_layout, layout, node_layout, schema, socket_layout
-from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, backend_ids
+from ebpfproxy.datapath.abi import decision_layout, flow_layout, layout, node_layout, schema, socket_layout
+from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord, backend_ids
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.abi.layout import Scope
+from ebpfproxy.datapath.abi.socket_layout import OriginKind
 from ebpfproxy.services.model import (
     Backend,
     BackendState,
@@ -38,23 +41,25 @@ STRUCTS = {
     "peers": "sock_peers value",
     "clash_key": "port_clashes key",
     "redirect": "sock_redirects value",
-    "service_stats": "service_stats value",
-    "backend_stats": "backend_stats value",
+    "rejections": "service_rejections value",
     "member_key": "members key",
     "affinity_key": "affinity key",
     "affinity": "affinity value",
-    "load": "loads value",
     "flow": "conntrack key",
     "nat": "conntrack value",
+    "sweep": "sweep value",
     "departure_key": "departures key",
     "device": "devices value",
+    "xdp_device": "xdp_devices value",
     "fragment_key": "fragments key",
     "source_range_key": "source_ranges key",
     "cidr_key": "cidrs key",
+    "tracing": "tracing value",
+    "decision_state": "decision_state value",
 }
 
 
-def test_every_struct_has_the_size_that_its_map_has(tmp_path: Path) -> None:
+def test_struct_sizes_and_offsets_equal_those_of_the_compiler(tmp_path: Path) -> None:
     source = tmp_path / "sizes.c"
     source.write_text(
         "#include <stdbool.h>\n#include <stdio.h>\n#include <linux/types.h>\n"
@@ -64,18 +69,31 @@ def test_every_struct_has_the_size_that_its_map_has(tmp_path: Path) -> None:
         + "".join(f'printf("{name} %zu\\n", sizeof(struct {name}));\n' for name in STRUCTS)
         + 'printf("proto %zu\\n", offsetof(struct backend, proto));\n'
         + 'printf("state %zu\\n", offsetof(struct backend, state));\n'
+        + "".join(f'printf("{m} %zu\\n", offsetof(struct backend, {m}));\n' for m in layout.LOAD_OFFSETS)
+        + 'printf("rows %d\\n", CHOICE_ROWS);\n'
+        + "".join(f'printf("{m} %zu\\n", offsetof(struct sweep, {m}));\n' for m in ("next", "mark", "kept"))
+        + 'printf("decision %zu\\n", sizeof(struct decision));\n'
+        + "".join(f'printf("{m} %zu\\n", offsetof(struct tracing, {m}));\n' for m in ("interval", "programs"))
         + "return sizeof(union selection) != 8 || sizeof(union slot) != 8;\n}\n"
     )
     program = tmp_path / "sizes"
     subprocess.run(["clang", f"-I{BPF}", "-o", str(program), str(source)], check=True)
-    said = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-    sizes = {name: int(size) for name, size in re.findall(r"(\w+) (\d+)", said)}
+    output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    sizes = {name: int(size) for name, size in re.findall(r"(\w+) (\d+)", output)}
     specs = {spec.name: spec for spec in schema.map_specs(Capacity())}
     for name, where in STRUCTS.items():
         spec, part = where.split()
         assert sizes[name] == getattr(specs[spec], f"{part}_size"), name
     assert sizes["proto"] == layout.BACKEND_PROTOCOL_OFFSET
+    assert sizes["next"] == SweepRecord.NUMBERS_AT
+    assert sizes["mark"] == SweepRecord.MARK_AT
+    assert sizes["kept"] == SweepRecord.RESULTS_AT
+    assert sizes["decision"] == decision_layout.DECISION.size
+    assert sizes["interval"] == decision_layout.WANTED_AT
+    assert sizes["programs"] == decision_layout.PROGRAMS_AT
     assert sizes["state"] == layout.BACKEND_STATE_OFFSET
+    assert {name: sizes[name] for name in layout.LOAD_OFFSETS} == layout.LOAD_OFFSETS
+    assert sizes["rows"] == layout.CHOICE_ROWS
 
 
 addresses = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16)).filter(
@@ -110,11 +128,11 @@ def test_service_entries_and_names() -> None:
     assert layout.unpack_name(layout.pack_name(key)) == key
 
 
-def test_a_free_backend_is_none() -> None:
+def test_unused_backend_is_unpacked_as_none() -> None:
     assert layout.unpack_backend(bytes(layout.BACKEND_SIZE)) is None
 
 
-def test_another_size_is_another_version() -> None:
+def test_changed_capacity_is_another_folder() -> None:
     assert schema.version_name(Capacity()) != schema.version_name(Capacity(services=1))
     assert schema.version_name(Capacity()).startswith(f"v{schema.SCHEMA_VERSION}-")
 
@@ -125,7 +143,7 @@ prefixes = addresses.flatmap(
 
 
 def cut(address: bytes, length: int) -> Prefix:
-    """The range of so many bits that has an address."""
+    """Returns the prefix of this length that contains an address."""
     rest = 8 * len(address) - length
     return Prefix((int.from_bytes(address) >> rest << rest).to_bytes(len(address)), length)
 
@@ -138,14 +156,14 @@ def test_ranges_of_addresses(prefix: Prefix, service_id: int) -> None:
 
 
 @given(addresses, addresses, st.integers(0, 32))
-def test_a_range_contains_the_addresses_that_begin_as_it_does(one: bytes, other: bytes, length: int) -> None:
+def test_prefix_contains_addresses_with_its_leading_bits(one: bytes, other: bytes, length: int) -> None:
     prefix = cut(one, length)
     assert prefix.contains(one)
     assert prefix.contains(other) == (len(other) == len(one) and cut(other, length) == prefix)
     assert not prefix.contains(b"")
 
 
-def test_the_shortest_range_of_ipv6_is_not_one_of_ipv4() -> None:
+def test_shortest_ipv6_prefix_is_no_ipv4_prefix() -> None:
     everything = Prefix(bytes(16), 0)
     assert layout.unpack_source_range(layout.pack_source_range(7, everything)) == (7, everything)
 
@@ -165,20 +183,34 @@ def test_backends_in_an_array() -> None:
     assert not any(memory)
 
 
-def test_loads_are_words_that_wrap() -> None:
+def test_what_a_backend_counts() -> None:
+    """Words of 32 bits wrap; a record that is written or cleared keeps its counts."""
     memory = memoryview(bytearray(4096))
-    loads, words = Loads(memory, 5), memory.cast("I")
+    loads, records = Loads(memory, 5), BackendRecords(memory, 5)
+
+    def count(number: int, **fields: int) -> None:
+        for name, value in fields.items():
+            form = layout.U64 if name in ("sockets_opened", "flows_begun", "datagrams") else layout.U32
+            form.pack_into(memory, number * layout.BACKEND_SIZE + layout.LOAD_OFFSETS[name], value)
+
     loads.carry(2, -1)
-    assert words[2 * layout.LOAD_WORDS + layout.LOAD_CARRIED] == 0xFFFFFFFF
-    words[2 * layout.LOAD_WORDS] = 3
+    count(2, sockets_opened=(5 << 32) + 1, sockets_closed=0xFFFFFFFE, datagrams=7)
+    records.write(2, Backend(bytes([10, 0, 0, 1]), 80, Protocol.TCP), BackendState.ACTIVE)
+    assert loads[2].open_sockets == loads[2].open_now == 2
+    assert loads[2].chosen == (5 << 32) + 1 + 7
+    records.clear(2)
     assert loads[2].open_sockets == 2
-    words[4 * layout.LOAD_WORDS + layout.LOAD_BEGUN] = 1
-    words[4 * layout.LOAD_WORDS + layout.LOAD_ENDED] = 3
+    count(4, flows_begun=(1 << 32) + 1, flows_ended=3)
     assert (loads[4].counted_flows, loads[4].open_flows) == (-2, 0)
     loads.correct(4, 2)
     assert loads[4].counted_flows == 0
     assert list(loads.with_flows(5)) == [4]
     assert list(loads.with_flows(4)) == []
+    assert (list(loads.counted(5)), list(loads.counted(4))) == ([2, 4], [2])
+    count(4, flows_seen=3 | layout.FLOWS_ENDED)
+    assert (loads.seen(5), loads.seen(4)) == ({4: 3}, {})
+    loads.forget_seen(5)
+    assert loads.seen(5) == {}
     for number in (2, 4):
         loads.clear(number)
     assert not any(memory)
@@ -213,52 +245,58 @@ nats = st.builds(
 )
 
 
-@given(st.lists(st.tuples(flows, nats), max_size=5))
-def test_a_batch_of_flows_is_read_as_its_entries_are(entries: list[tuple[Flow, Nat]]) -> None:
-    """The fields of a sweep are those that unpacking the whole entry gives."""
-    keys = memoryview(b"".join(flow_layout.pack_flow(flow) for flow, _ in entries) + bytes(80))
-    values = memoryview(b"".join(flow_layout.pack_nat(nat) for _, nat in entries) + bytes(160))
-    found = list(flow_layout.summaries(keys, values, len(entries)))
-    assert len(found) == len(entries)
-    for place, ((flow, nat), (protocol, fields)) in enumerate(zip(entries, found, strict=True)):
-        assert (protocol, fields) == (
-            flow.protocol,
-            (nat.service_id, nat.backend_id, nat.flags, nat.seen, nat.last),
-        )
-        entry = flow_layout.entry_at(keys, values, place)
-        assert (entry.flow, entry.nat) == (flow, nat)
-        assert (entry.protocol, entry.source) == (flow.protocol, flow.source)
-        assert (entry.flags, entry.seen, entry.last, entry.created) == (
-            nat.flags,
-            nat.seen,
-            nat.last,
-            nat.created,
-        )
-        assert entry.use == (nat.service_id, nat.backend_id)
-        partner = flow_layout.unpack_flow(entry.partner)
-        assert partner[:4] == (nat.destination, nat.source, nat.destination_port, nat.source_port)
-        moved = flow_layout.Entry(entry.key, entry.with_use(BackendUse(1, 2), 0x12345))
-        assert moved.nat == nat._replace(service_id=1, backend_id=2)
+@given(flows, nats)
+def test_flows_and_their_entries(flow: Flow, nat: Nat) -> None:
+    """The properties of an entry equal the fields of the unpacked one."""
+    key = flow_layout.pack_flow(flow)
+    entry = flow_layout.Entry(key, flow_layout.pack_nat(key, nat))
+    assert (entry.flow, entry.nat) == (flow, nat)
+    assert (entry.protocol, entry.source) == (flow.protocol, flow.source)
+    assert (entry.flags, entry.seen, entry.last, entry.created) == (
+        nat.flags,
+        nat.seen,
+        nat.last,
+        nat.created,
+    )
+    assert entry.use == (nat.service_id, nat.backend_id)
+    partner = flow_layout.unpack_flow(entry.partner)
+    assert partner[:4] == (nat.destination, nat.source, nat.destination_port, nat.source_port)
+    moved = flow_layout.Entry(entry.key, entry.with_use(BackendUse(1, 2), 0x12345))
+    assert moved.nat == nat._replace(service_id=1, backend_id=2)
+    assert moved.value == flow_layout.with_check(key, moved.value) != entry.value
 
 
 @given(addresses, ports, addresses, ports, ids, ids, ids)
 def test_origins_of_sockets(
     frontend: bytes, port: int, backend: bytes, target: int, service_id: int, backend_id: int, netns: int
 ) -> None:
-    packed = socket_layout.ORIGIN.pack(
+    peer = socket_layout.PEER.pack(
         layout.pack_address(frontend),
         layout.pack_address(backend),
         socket.htons(port),
         socket.htons(target),
         service_id,
         backend_id,
-        netns,
+        5,
     )
+    connected, unconnected = OriginKind.CONNECTED, OriginKind.UNCONNECTED
+    key = int.from_bytes(socket_layout.origin_key(7, connected), sys.byteorder)
+    packed = socket_layout.ORIGIN.pack(key, peer, netns, 0)
+    assert socket_layout.origin_elsewhere(socket_layout.ORIGIN.pack(key, peer, netns, 3)) == 3
+    assert packed[socket_layout.ORIGIN_KIND_AT] == connected and socket_layout.is_connected(packed)
+    assert socket_layout.origin_cookie(packed) == 7
     assert socket_layout.origin_frontend(packed) == (frontend, port)
     assert socket_layout.origin_backend(packed) == (backend, target)
     assert socket_layout.origin_use(packed) == (service_id, backend_id)
     assert socket_layout.origin_netns(packed) == netns
-    keys, values = memoryview(layout.U64.pack(7) * 2), memoryview(packed * 2)
-    assert list(socket_layout.origin_uses(values, 2)) == [(service_id, backend_id)] * 2
-    assert socket_layout.origin_at(keys, values, 1) == (7, packed)
-    assert socket_layout.origin_use(socket_layout.with_origin_use(packed, BackendUse(1, 2))) == (1, 2)
+    assert list(socket_layout.origin_uses(packed * 2)) == [(service_id, backend_id)] * 2
+    assert list(socket_layout.split_origins(packed * 2)) == [packed, packed]
+    moved = socket_layout.with_origin_ids(packed, BackendUse(1, 2), 0x300000004)
+    assert socket_layout.origin_use(moved) == (1, 2)
+    assert moved == packed[:44] + struct.pack("=III", 1, 2, 4) + packed[56:]
+    free = bytes(socket_layout.PEER.size)
+    page = socket_layout.PEERS.pack(free + peer + free * 2, 0, netns)
+    first = layout.U64.pack(7 | 1 << 56)
+    assert list(socket_layout.peers_as_origins(first, page)) == [
+        socket_layout.origin_key(7, unconnected) + packed[8:]
+    ]

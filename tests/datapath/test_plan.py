@@ -1,4 +1,4 @@
-"""What a change consists of: pure functions on values, without maps."""
+"""Computation of map changes by pure functions, without maps."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ NODE, CLIENT = bytes([192, 0, 2, 1]), bytes([198, 51, 100, 7])
 BALANCER = bytes([203, 0, 113, 1])
 
 
-def nowhere(address: bytes) -> tuple[bytes, ...]:
+def no_route(address: bytes) -> tuple[bytes, ...]:
     raise AssertionError(f"the routes were asked for {address!r}")
 
 
-def balanced(*ranges: Prefix) -> ServicePort:
-    """A service port with a load balancer's address, which these sources may use."""
+def load_balancer(*ranges: Prefix) -> ServicePort:
+    """Returns a service port with a load balancer address and these source ranges."""
     frontend = Frontend(
         FrontendKind.LOAD_BALANCER, BALANCER, 443, Protocol.TCP, Policy.CLUSTER, Policy.CLUSTER
     )
     return msgspec.structs.replace(port("a", [1]), frontends=(frontend,), source_ranges=ranges)
 
 
-def test_a_frontend_has_an_entry_for_each_scope_whose_policy_differs() -> None:
+def test_frontend_has_an_entry_for_each_scope_with_another_policy() -> None:
     p = port("a", [1], [1], external=Policy.LOCAL, algorithm=Algorithm.MAGLEV, affinity=60)
     cluster_ip, node_port = p.frontends
-    assert plan.entries_of(p, 7, nowhere) == {
+    assert plan.entries_of(p, 7, no_route) == {
         ServiceKey(cluster_ip.address, 80, Protocol.TCP, Scope.INTERNAL): ServiceEntry(
             7, ServiceFlags(0), FrontendKind.CLUSTER_IP, Algorithm.MAGLEV, 60
         ),
@@ -47,7 +47,7 @@ def test_a_frontend_has_an_entry_for_each_scope_whose_policy_differs() -> None:
     }
 
 
-def test_a_load_balancers_entry_says_whether_this_node_is_in_its_source_ranges() -> None:
+def test_load_balancer_entry_has_the_flag_for_nodes_in_its_source_ranges() -> None:
     near, far = Prefix(bytes([192, 0, 2, 0]), 24), Prefix(bytes([198, 51, 100, 0]), 24)
     for ranges, sources, flags in (
         ((near,), (NODE,), ServiceFlags.SOURCES | ServiceFlags.HOST),
@@ -57,13 +57,13 @@ def test_a_load_balancers_entry_says_whether_this_node_is_in_its_source_ranges()
         ((Prefix(bytes(16), 0),), (NODE,), ServiceFlags.SOURCES),
         ((near,), (), ServiceFlags.SOURCES),
     ):
-        (entry,) = plan.entries_of(balanced(*ranges), 7, lambda _, found=sources: found).values()  # type: ignore[misc]
+        (entry,) = plan.entries_of(load_balancer(*ranges), 7, lambda _, found=sources: found).values()  # type: ignore[misc]
         assert entry.flags == flags, (ranges, sources)
-    (closed,) = plan.entries_of(balanced(), 7, nowhere).values()
-    assert closed.flags == ServiceFlags.SOURCES, "ranges of the other family only: open to nobody"
+    (closed,) = plan.entries_of(load_balancer(), 7, no_route).values()
+    assert closed.flags == ServiceFlags.SOURCES, "ranges of the other family only permit no client"
 
 
-def test_a_node_that_has_the_frontends_address_asks_by_its_primary_one() -> None:
+def test_node_with_the_address_of_the_frontend_uses_its_primary_address() -> None:
     asked = []
 
     def route(address: bytes) -> bytes:
@@ -80,7 +80,7 @@ def test_a_node_that_has_the_frontends_address_asks_by_its_primary_one() -> None
 
 def test_entries_are_compared_with_those_of_all_service_ports() -> None:
     p = port("a", [1])
-    wanted = plan.entries_of(p, 7, nowhere)
+    wanted = plan.entries_of(p, 7, no_route)
     (cluster_ip, node_port) = wanted
     gone = ServiceKey(BALANCER, 443, Protocol.TCP, Scope.INTERNAL)
     anothers = wanted[cluster_ip]._replace(id=6)
@@ -107,7 +107,7 @@ def test_members_and_source_ranges_are_differences() -> None:
     assert again == Change()
 
 
-def test_a_service_port_that_goes_takes_everything_along() -> None:
+def test_removal_of_a_service_port_removes_all_its_entries() -> None:
     key = ServiceKey(BALANCER, 443, Protocol.TCP, Scope.INTERNAL)
     prefix = Prefix(bytes(4), 0)
     known = Published(7, (key,), frozenset({prefix}), members=(frozenset({1}), NO_IDS))
@@ -117,15 +117,17 @@ def test_a_service_port_that_goes_takes_everything_along() -> None:
     assert change.excluded == [Member(7, 0, 1)]
 
 
-def test_a_range_of_slots_is_replaced_only_where_it_differs() -> None:
+def test_slot_ranges_are_replaced_only_if_they_differ() -> None:
     change = Change()
     assert change.select(Published(7), ((0, 2), (8, 1)), [(0, 2), (16, 3)]) == [(8, 1)]
     assert change.selections == {(7, 1): (16, 3)}
-    assert Change().select(Published(7), ((0, 0), (0, 0)), [(0, 2), (0, 0)]) == [], "an empty one is no range"
+    assert Change().select(Published(7), ((0, 0), (0, 0)), [(0, 2), (0, 0)]) == [], (
+        "an empty range needs no slots"
+    )
 
 
-def test_flows_learn_what_has_become_of_their_backend() -> None:
-    """1 stays, 2 goes, 3 is idle from here on, 4 is waited for, 5 is ready again, 6 is new."""
+def test_removed_backends_are_recorded_for_flows() -> None:
+    """1 is unchanged, 2 is removed, 3 becomes idle, 4 is awaited, 5 is ready again, 6 is new."""
     was = InactiveBackends(idle=frozenset({5}))
     now = InactiveBackends(idle=frozenset({3}), absent=frozenset({4}))
     removals = plan.removals_of(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now)
@@ -134,21 +136,21 @@ def test_flows_learn_what_has_become_of_their_backend() -> None:
     assert removals.back == {5, 6}
 
 
-def test_a_backend_that_is_new_and_idle_was_never_chosen() -> None:
+def test_new_idle_backend_has_no_flows() -> None:
     removals = plan.removals_of(Published(7), {1}, {1, 2}, InactiveBackends(idle=frozenset({2})))
     assert removals.removed == {}
 
 
-def test_only_sets_that_a_frontend_uses_are_selected() -> None:
-    p = port("a", [1, 2], [3], leaving=(3,))
+def test_only_policies_in_use_by_a_frontend_are_selected() -> None:
+    p = port("a", [1, 2], [3], terminating=(3,))
     assert plan.selected_sets(p) == (p.cluster, ())
     assert plan.unused(p, plan.selected_sets(p)) == {backend(3)}
-    local = port("a", [1, 2], [3], external=Policy.LOCAL, leaving=(3,))
+    local = port("a", [1, 2], [3], external=Policy.LOCAL, terminating=(3,))
     assert plan.selected_sets(local) == (local.cluster, local.local)
     assert plan.unused(local, plan.selected_sets(local)) == frozenset()
 
 
-def test_backends_in_no_selection_are_those_with_old_connections() -> None:
+def test_unselected_backends_are_those_with_open_connections() -> None:
     ids = BackendSets(
         (array("Q", [1, 2]), array("Q", [2])), frozenset({3}), frozenset({2}), frozenset({4}), frozenset({5})
     )
@@ -158,7 +160,7 @@ def test_backends_in_no_selection_are_those_with_old_connections() -> None:
     assert ids.inactive(frozenset({6})) == InactiveBackends(*wanted)
 
 
-def test_an_endpoint_that_was_removed_is_waited_for_once() -> None:
+def test_removed_endpoint_is_awaited_once() -> None:
     now = [100.0]
     absences = Absences(5.0, lambda: now[0])
     a, b = port("a", []).key, port("b", []).key
@@ -169,8 +171,8 @@ def test_an_endpoint_that_was_removed_is_waited_for_once() -> None:
     assert absences.next == 105.0
     assert not absences.is_due
     now[0] = 105.0
-    assert list(absences.over()) == [(a, {1})], "the wait for 1 began before"
-    assert absences.wait_for(b, set()) == NO_IDS, "it has come back"
+    assert list(absences.over()) == [(a, {1})], "the wait for 1 has begun before"
+    assert absences.wait_for(b, set()) == NO_IDS, "the endpoint exists again"
     now[0] = 107.0
     assert list(absences.over()) == [(a, {2})]
     assert absences.next is None
@@ -180,7 +182,7 @@ def test_an_endpoint_that_was_removed_is_waited_for_once() -> None:
     assert list(absences.over()) == []
 
 
-def test_without_a_time_nothing_is_waited_for() -> None:
+def test_zero_wait_awaits_no_endpoint() -> None:
     absences = Absences(0.0, lambda: 0.0)
     assert absences.wait_for(port("a", []).key, {1}) == NO_IDS
     assert absences.next is None

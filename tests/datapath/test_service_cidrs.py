@@ -1,4 +1,4 @@
-"""The filter in front of Service ranges, and what is known of an address that is in several ranges."""
+"""The filter of service CIDRs, and flags of addresses in several CIDRs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def prefix(text: str) -> Prefix:
 
 
 @given(st.ip_addresses(), st.integers(0, 128), st.data())
-def test_the_filter_has_the_bit_of_every_address_of_the_range(
+def test_filter_has_the_bit_of_every_address_of_the_cidr(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address, length: int, data: st.DataObject
 ) -> None:
     length = min(length, address.max_prefixlen)
@@ -36,7 +36,7 @@ def test_the_filter_has_the_bit_of_every_address_of_the_range(
 
 
 @pytest.mark.root
-def test_the_longest_range_says_what_holds_for_all_that_contain_it(bench: Bench) -> None:
+def test_longest_prefix_has_the_flags_of_all_prefixes_that_contain_it(bench: Bench) -> None:
     bench.empty()
     assert bench.maps is not None
     cidrs = Cidrs(bench.maps)

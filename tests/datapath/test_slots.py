@@ -1,4 +1,4 @@
-"""Slots: as many as weights say, spread evenly, and what each algorithm makes of them."""
+"""Slots follow weights, are spread evenly, and depend on the algorithm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.datapath.writing import slot_backend, slot_weight
 
 TABLE = MAGLEV_SIZES[0]
 MANY = SEARCHED + 3
-#: Those for which a weight is how often a backend has a slot, however many there are.
+#: Algorithms for which the weight is the number of slots of a backend, for any number of backends.
 IN_SLOTS = [a for a in Algorithm if not a.looks_at_loads and a is not Algorithm.MAGLEV]
 BY_LOAD = [a for a in Algorithm if a.looks_at_loads]
 
@@ -30,7 +30,7 @@ def backends(number: int) -> list[Backend]:
 
 
 def ids(number: int) -> array[int]:
-    """Ids have no order after some time."""
+    """Returns ids in descending order, as ids have no order in use."""
     return array("Q", (10000 - 7 * n for n in range(number)))
 
 
@@ -52,8 +52,8 @@ def test_shares_are_weights_in_lowest_terms(weights: list[int], factor: int) -> 
 
 
 @given(st.lists(st.integers(1, 65535), min_size=3, max_size=200))
-def test_where_weights_want_too_many_slots_shares_are_nearly_as_they_say(weights: list[int]) -> None:
-    """Each is rounded to the next whole number, but not to nothing; so all are MOST_SLOTS or nearly so."""
+def test_shares_of_weights_that_exceed_the_slots_are_approximate(weights: list[int]) -> None:
+    """Each share is rounded to an integer of at least 1, so that the sum is close to MOST_SLOTS."""
     weights = [*weights, 65521, 65535, 65534]
     found = shares(weights)
     assert sum(weights) // math.gcd(*weights) > MOST_SLOTS
@@ -64,7 +64,7 @@ def test_where_weights_want_too_many_slots_shares_are_nearly_as_they_say(weights
     assert abs(sum(found) - MOST_SLOTS) <= len(weights)
 
 
-def test_even_the_lightest_of_very_many_has_a_slot() -> None:
+def test_smallest_weight_of_many_has_a_slot() -> None:
     few = shares([1] + [65535] * 100)
     assert few[0] == 1
     assert sum(few) <= MOST_SLOTS + 101
@@ -92,8 +92,8 @@ def test_small_weights_are_exact(weights: list[int], expected: list[int]) -> Non
 
 
 @given(counts)
-def test_each_has_as_many_places_as_its_count_in_every_cycle(counts: list[int]) -> None:
-    """Wherever a cycle begins: so many choices in a row are exactly by weight."""
+def test_each_cycle_has_as_many_places_as_the_count(counts: list[int]) -> None:
+    """As many successive choices as there are places follow the weights exactly, from any start."""
     found = spread(counts)
     wanted = dict(enumerate(counts))
     for start in range(len(found)):
@@ -104,8 +104,8 @@ def test_each_has_as_many_places_as_its_count_in_every_cycle(counts: list[int]) 
 
 
 @given(counts)
-def test_within_a_cycle_nobody_is_far_from_his_share(counts: list[int]) -> None:
-    """After any number of turns at most half a turn, and half of a round by weight, from what is exact."""
+def test_places_within_a_cycle_follow_the_share(counts: list[int]) -> None:
+    """After any number of choices the difference to the exact share is at most half a choice and half a weighted round."""
     found = spread(counts)
     for i, count in enumerate(counts):
         part = count / len(found)
@@ -117,7 +117,7 @@ def test_within_a_cycle_nobody_is_far_from_his_share(counts: list[int]) -> None:
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
-def test_equal_counts_go_round_in_order(number: int, count: int) -> None:
+def test_equal_counts_are_round_robin(number: int, count: int) -> None:
     assert spread([count] * number) == [*range(number)] * count
 
 
@@ -132,7 +132,7 @@ def test_equal_counts_go_round_in_order(number: int, count: int) -> None:
         ([1, 5], [1, 1, 0, 1, 1, 1]),
     ],
 )
-def test_places_of_one_are_apart(counts: list[int], expected: list[int]) -> None:
+def test_places_of_one_backend_are_spread(counts: list[int], expected: list[int]) -> None:
     assert spread(counts) == expected
 
 
@@ -141,7 +141,7 @@ def test_places_of_one_are_apart(counts: list[int], expected: list[int]) -> None
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 @pytest.mark.parametrize("weights", [None, []])
-def test_no_backend_has_no_slot(algorithm: Algorithm, weights: list[int] | None) -> None:
+def test_no_backends_have_no_slots(algorithm: Algorithm, weights: list[int] | None) -> None:
     assert made(algorithm, 0, weights) == array("Q")
 
 
@@ -157,13 +157,13 @@ def test_one_backend_has_one_slot(algorithm: Algorithm, weights: list[int] | Non
 def test_without_weights_or_with_equal_ones_each_has_a_slot(
     algorithm: Algorithm, number: int, weight: int | None
 ) -> None:
-    """A slot with weight 0 has no weight."""
+    """Weight 0 in a slot means no weight."""
     assert made(algorithm, number, None if weight is None else [weight] * number) == ids(number)
 
 
 @pytest.mark.parametrize("algorithm", IN_SLOTS)
 @given(weights=st.lists(st.sampled_from([1, 2, 4, 6, 100]), min_size=2, max_size=20))
-def test_a_weight_is_how_often_a_backend_has_a_slot(algorithm: Algorithm, weights: list[int]) -> None:
+def test_weight_is_the_number_of_slots(algorithm: Algorithm, weights: list[int]) -> None:
     found = Counter(made(algorithm, len(weights), weights))
     divisor = math.gcd(*weights)
     assert found == {
@@ -172,7 +172,7 @@ def test_a_weight_is_how_often_a_backend_has_a_slot(algorithm: Algorithm, weight
 
 
 @pytest.mark.parametrize("algorithm", BY_LOAD)
-def test_where_few_are_searched_by_load_the_slot_has_the_weight(algorithm: Algorithm) -> None:
+def test_slots_of_few_backends_selected_by_load_hold_the_weight(algorithm: Algorithm) -> None:
     weights = [1, 65535, 7, *[1] * (SEARCHED - 4), 2]
     assert len(weights) == SEARCHED
     found = made(algorithm, len(weights), weights)
@@ -181,10 +181,10 @@ def test_where_few_are_searched_by_load_the_slot_has_the_weight(algorithm: Algor
 
 
 @pytest.mark.parametrize("algorithm", BY_LOAD)
-def test_where_two_of_many_are_compared_by_load_the_heavy_ones_are_drawn_more_often(
+def test_slots_of_many_backends_selected_by_load_are_weighted(
     algorithm: Algorithm,
 ) -> None:
-    """And have the weight in their slots: it decides between the two."""
+    """Their slots hold the weight, which decides between two candidates."""
     weights = [20, *range(2, 2 * MANY, 2)]
     found = made(algorithm, len(weights), weights)
     by_backend = Counter(slot_backend(word) for word in found)
@@ -208,7 +208,7 @@ def test_maglev_has_a_table_with_shares_by_weight() -> None:
         assert found[number] == pytest.approx(TABLE * weight / 10, abs=1 + 3 * weight / 10)
 
 
-def test_maglevs_table_grows_with_the_backends() -> None:
+def test_maglev_table_grows_with_the_backends() -> None:
     assert len(made(Algorithm.MAGLEV, TABLE, None)) == TABLE
     assert len(made(Algorithm.MAGLEV, TABLE + 1, None)) == MAGLEV_SIZES[1]
     assert set(made(Algorithm.MAGLEV, TABLE + 1, None)) == set(ids(TABLE + 1))
@@ -216,5 +216,5 @@ def test_maglevs_table_grows_with_the_backends() -> None:
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 @pytest.mark.parametrize("weights", [None, [1] * MANY, [*range(1, MANY + 1)]])
-def test_slots_are_the_same_on_every_call(algorithm: Algorithm, weights: list[int] | None) -> None:
+def test_slots_are_equal_on_every_call(algorithm: Algorithm, weights: list[int] | None) -> None:
     assert made(algorithm, MANY, weights) == made(algorithm, MANY, weights)

@@ -1,4 +1,4 @@
-"""The agent's account of itself, and how full maps are said to be."""
+"""The recorded state of the agent, and the fill level of maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.root
 OLD = state.AgentState(pid=7, version="0.1.0", node="a", source="s", started=1.0, written=5.0, synced=True)
 
 
-def test_an_agent_with_new_maps_is_the_one_that_is_shown(pins: Path) -> None:
+def test_state_of_the_agent_with_the_newest_maps_is_loaded(pins: Path) -> None:
     assert state.load_latest(pins) is None
     new = msgspec.structs.replace(OLD, pid=8, written=6.0, synced=False)
     for record, backends in ((OLD, 100), (new, 200)):
@@ -31,14 +31,14 @@ def test_an_agent_with_new_maps_is_the_one_that_is_shown(pins: Path) -> None:
 
 
 @pytest.mark.parametrize("backends", [16, 1000])
-def test_empty_maps_have_no_entries_whatever_their_size(pins: Path, backends: int) -> None:
-    """A mapping ends with its page, behind the last place."""
+def test_empty_maps_of_any_size_have_no_entries(pins: Path, backends: int) -> None:
+    """A memory mapping extends to the end of a page, behind the last entry."""
     opened = maps.open_or_create(pins, Capacity(backends=backends))
     assert {each.name: each.entries for each in fill(opened) if each.entries} == {}
     opened.close()
 
 
-def test_another_schemas_record_is_passed_over(pins: Path) -> None:
+def test_state_of_another_schema_is_ignored(pins: Path) -> None:
     home = pins / "v99-x" / "maps"
     home.mkdir(parents=True)
     bpf.pin(bpf.map_create(uapi.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")

@@ -1,4 +1,4 @@
-"""The writer on real maps: restarts, kills, what does not fit, who keeps which id."""
+"""The writer on real maps: restarts, kills, capacity errors and ids of backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ebpfproxy.services.model import (
     ServicePort,
 )
 from tests.datapath.writing import (
-    ROUND,
+    FEW_IDS,
     SMALL,
     TABLE,
     Bench,
@@ -39,8 +39,8 @@ from tests.datapath.writing import (
 pytestmark = pytest.mark.root
 
 
-def test_a_change_is_published_in_an_order_in_which_each_step_finds_what_it_refers_to(bench: Bench) -> None:
-    """The order of ``datapath.services.publish``: of a new service port, and of one that replaces it."""
+def test_map_writes_of_a_change_are_ordered_so_that_no_reference_dangles(bench: Bench) -> None:
+    """Checks the order of ``datapath.services.publish`` for a new service port and for one that replaces it."""
     writer = bench.empty()
     prefix = Prefix(bytes([192, 0, 2, 0]), 24)
     first, second = (
@@ -52,13 +52,13 @@ def test_a_change_is_published_in_an_order_in_which_each_step_finds_what_it_refe
     seen: list[str] = []
 
     def look(text: str) -> None:
-        """Notes a step, after what has been stored in memory since the one before."""
+        """Appends a step, and before it the selections if they have changed in shared memory."""
         nonlocal words
         assert bench.maps is not None
         table = bench.maps.selections()
         now = tuple(table.ranges(number)[Policy.CLUSTER] for number in range(2))
         if now != words:
-            # What the word leads to is there: the backend's record by its slot.
+            # The slots and backend records that a selection refers to exist.
             for used in (used for used in now if used not in words and used[1]):
                 (number,) = backend_ids(table.slots(used))
                 assert bench.records[number][1] is BackendState.ACTIVE
@@ -87,7 +87,7 @@ def test_a_change_is_published_in_an_order_in_which_each_step_finds_what_it_refe
             "+ members",
             "selections",
             "+ source_ranges",
-            # All other ports of the cluster IP, then its own.
+            # The entry for all other ports of the cluster IP is written before that of its port.
             "+ services4",
             "+ services4",
         ]
@@ -107,10 +107,10 @@ def test_a_change_is_published_in_an_order_in_which_each_step_finds_what_it_refe
         ]
 
 
-def test_after_a_restart_states_do_not_flicker_where_users_differ(bench: Bench) -> None:
+def test_state_shared_by_services_does_not_change_during_a_restart(bench: Bench) -> None:
     """A backend that is terminating for one Service and drained for another stays drained all the time."""
     writer = bench.empty()
-    wanted = [port("a", [1], leaving=(1,)), port("b", [2], drained=[1])]
+    wanted = [port("a", [1], terminating=(1,)), port("b", [2], drained=[1])]
     writer.apply(wanted, complete=True)
     assert {str(state) for _, state in bench.records.values()} == {"drained", "active"}
     writer = bench.reopen()
@@ -118,7 +118,7 @@ def test_after_a_restart_states_do_not_flicker_where_users_differ(bench: Bench) 
     assert bench.writes()["backends"] == 0
 
 
-def test_a_backend_that_a_killed_agent_was_about_to_let_go_is_active_again(bench: Bench) -> None:
+def test_backend_whose_removal_was_interrupted_becomes_active_again(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1])], complete=True)
     assert bench.maps is not None
@@ -132,13 +132,13 @@ def test_a_backend_that_a_killed_agent_was_about_to_let_go_is_active_again(bench
 
 
 @pytest.mark.parametrize("what", ["slots", "ids"])
-def test_where_room_runs_out_within_a_change_readers_still_see_the_old_set_or_the_new_one(
+def test_capacity_error_within_a_change_leaves_readers_the_old_or_the_new_set(
     bench: Bench, what: str
 ) -> None:
-    """What one service port has given up is used for the next only when nobody sees it any more."""
+    """Slots and ids that one service port releases are reused only after no reader can see them."""
     every = dict.fromkeys(range(1, 7), 4)
     if what == "slots":
-        # 25 of 64 slots each; then 4 and 25 more.
+        # The service ports use 25 of 64 slots each, then 4 and 25 more.
         first = [port("a", [*every, 7], weights=every), port("b", [*every, 8], weights=every)]
         then = [port("a", [1, 2, 3, 4]), port("c", [*every, 9], weights=every)]
     else:
@@ -167,10 +167,10 @@ def test_where_room_runs_out_within_a_change_readers_still_see_the_old_set_or_th
         for each in ([], first):
             assert writer.apply(each, complete=True) == []
             writer.reclaim(writer.take_retired())
-    assert len(seen) > 3, "in between, too"
+    assert len(seen) > 3, "readers also run within the change"
 
 
-def test_what_did_not_fit_is_tried_again(bench: Bench) -> None:
+def test_service_ports_that_exceeded_capacity_are_retried(bench: Bench) -> None:
     writer = bench.empty()
     every = dict.fromkeys(range(1, 9), 5)
     first = port("a", [*every, 9], weights=every)
@@ -187,16 +187,16 @@ def test_what_did_not_fit_is_tried_again(bench: Bench) -> None:
     with patch.object(writer, "apply") as apply:
         writer.retry()
         apply.assert_not_called()
-    assert writer.capacity_errors == problems, "nothing has been given back"
+    assert writer.capacity_errors == problems, "no slot has been released"
     writer.apply((), [third.key, first.key])
-    assert writer.capacity_errors == problems[:1], "who is gone does not wait any more"
+    assert writer.capacity_errors == problems[:1], "a removed service port is no longer pending"
     writer.reclaim(writer.take_retired())
     writer.retry()
     assert writer.capacity_errors == []
     check(bench, {second.key: second}, {})
 
 
-def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: Bench) -> None:
+def test_maglev_table_is_smaller_until_slots_suffice(bench: Bench) -> None:
     writer = bench.empty(msgspec.structs.replace(SMALL, slots=800), MAGLEV_SIZES[1])
     first, second = (port(name, [1, 2, 3], algorithm=Algorithm.MAGLEV) for name in "ab")
     assert writer.apply([first], complete=True) == []
@@ -213,7 +213,7 @@ def test_a_maglev_table_is_smaller_where_there_is_no_room_until_there_is(bench: 
     assert len(bench.slots(bench.service_ids[second.key], Policy.CLUSTER)) == 509
 
 
-def test_a_table_for_which_there_is_no_room_is_not_made(bench: Bench) -> None:
+def test_maglev_table_that_exceeds_free_slots_is_not_computed(bench: Bench) -> None:
     writer = bench.empty(msgspec.structs.replace(SMALL, slots=600), MAGLEV_SIZES[-1])
     with patch.object(maglev, "table", wraps=maglev.table) as made:
         (problem,) = writer.apply([port("a", [1, 2, 3], algorithm=Algorithm.MAGLEV)])
@@ -221,16 +221,16 @@ def test_a_table_for_which_there_is_no_room_is_not_made(bench: Bench) -> None:
     assert [call.args[2] for call in made.call_args_list] == [509]
 
 
-def test_a_maglev_table_that_has_grown_with_its_backends_gets_what_was_given_back(bench: Bench) -> None:
-    """Three changes of a table of 509 places in a range of 1,100."""
+def test_grown_maglev_table_reuses_released_slots(bench: Bench) -> None:
+    """A table of 509 places changes three times in 1,100 slots."""
     writer = bench.empty(msgspec.structs.replace(SMALL, slots=1100, backends=300))
     for missing in (1, 2, 3):
         chosen = [n for n in range(254) if n != missing]
         assert writer.apply([port("a", chosen, algorithm=Algorithm.MAGLEV)]) == []
 
 
-def test_what_a_map_refused_is_said_until_there_is_room(bench: Bench) -> None:
-    """Source ranges: the map is a tree that takes 16."""
+def test_entries_that_a_full_map_rejected_are_reported_until_they_fit(bench: Bench) -> None:
+    """The LPM trie of source ranges has a capacity of 16."""
     writer = bench.empty()
     ranges = tuple((bytes([198, 51, 100, n]), 32) for n in range(12))
     first, second = (msgspec.structs.replace(port(name, [1]), source_ranges=ranges) for name in "ab")
@@ -239,7 +239,9 @@ def test_what_a_map_refused_is_said_until_there_is_room(bench: Bench) -> None:
     assert str(problem) == "shop/b:http (IPv4): no room in source_ranges, and 7 more"
     assert writer.apply([port("c", [1])]) == []
     writer.retry()
-    assert [each.key.name for each in writer.capacity_errors] == ["b"], "others' changes do not hide it"
+    assert [each.key.name for each in writer.capacity_errors] == ["b"], (
+        "changes of other service ports keep the report"
+    )
     writer.apply((), [first.key])
     writer.retry()
     assert writer.capacity_errors == []
@@ -250,7 +252,7 @@ def test_what_a_map_refused_is_said_until_there_is_room(bench: Bench) -> None:
     assert bench.writes() == before
 
 
-def test_frontends_without_room_are_tried_again(bench: Bench) -> None:
+def test_frontends_that_exceeded_capacity_are_retried(bench: Bench) -> None:
     writer = bench.empty()
 
     def with_ports(name: str, number: int) -> ServicePort:
@@ -271,16 +273,16 @@ def test_frontends_without_room_are_tried_again(bench: Bench) -> None:
     assert len({row.frontend for row in bench.rows if row.name == "b"}) == 12
 
 
-def test_what_never_fitted_and_is_gone_is_not_tried_again(bench: Bench) -> None:
+def test_removed_service_port_that_exceeded_capacity_is_not_retried(bench: Bench) -> None:
     writer = bench.empty()
     assert len(writer.apply([port("a", list(range(1, 20)))])) == 1
     writer.apply([port("b", [1])], complete=True)
     assert writer.capacity_errors == []
 
 
-def test_a_change_of_weights_or_of_the_algorithm_is_one_of_slots(bench: Bench) -> None:
-    """And the same again is none."""
-    writer = bench.empty(ROUND)
+def test_change_of_weights_or_algorithm_replaces_slots(bench: Bench) -> None:
+    """The same service port again is no change."""
+    writer = bench.empty(FEW_IDS)
     writer.apply([port("a", [1, 2])], complete=True)
     for p, slots in (
         (port("a", [1, 2], weights={1: 3}), 4),
@@ -298,7 +300,7 @@ def test_a_change_of_weights_or_of_the_algorithm_is_one_of_slots(bench: Bench) -
         check(bench, {p.key: p}, {})
 
 
-def test_the_id_of_a_backend_that_is_gone_rests_while_something_is_open_to_it(bench: Bench) -> None:
+def test_id_of_a_removed_backend_is_not_reused_while_connections_are_open(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1, 2])], complete=True)
     number = next(n for n, (each, _) in bench.records.items() if each == backend(1))
@@ -320,8 +322,8 @@ def test_the_id_of_a_backend_that_is_gone_rests_while_something_is_open_to_it(be
     assert writer.apply([port("a", [2, *range(20, 35)])]) == []
 
 
-def test_a_backend_that_comes_back_while_something_is_open_has_another_id(bench: Bench) -> None:
-    """What is open was open to the one that went: it is not counted for its successor."""
+def test_backend_added_again_while_connections_are_open_gets_a_new_id(bench: Bench) -> None:
+    """Open connections to the removed backend are not counted for the new one."""
     writer = bench.empty()
     writer.apply([port("a", [1])], complete=True)
     bench.count_open(0, 1, flow=False)
@@ -335,8 +337,8 @@ def test_a_backend_that_comes_back_while_something_is_open_has_another_id(bench:
     assert bench.slots(0, Policy.CLUSTER) == [(1, 0)]
 
 
-def test_of_two_records_of_one_backend_a_restart_finds_the_one_that_is_used(bench: Bench) -> None:
-    """It has left and come back, under a lower id, and the agent was killed before it was taken out."""
+def test_restart_adopts_the_selected_one_of_two_records_of_a_backend(bench: Bench) -> None:
+    """A backend is removed and added again with a lower id, and the agent is killed before the old record is deleted."""
     writer = bench.empty()
     writer.apply([port("a", list(range(1, 17)))], complete=True)
     last = next(each for n, (each, _) in bench.records.items() if n == 15).address[3]
@@ -359,10 +361,8 @@ def test_of_two_records_of_one_backend_a_restart_finds_the_one_that_is_used(benc
 
 
 @pytest.mark.parametrize("other", [0, 5])
-def test_a_second_record_that_nobody_marked_is_not_taken_for_the_one_that_is_used(
-    bench: Bench, other: int
-) -> None:
-    """As an agent leaves it that is killed between the one and the other."""
+def test_restart_does_not_adopt_an_unselected_active_record(bench: Bench, other: int) -> None:
+    """An agent that is killed between the two writes leaves such records."""
     writer = bench.empty()
     writer.apply([port("a", [1, 2])], complete=True)
     writer.apply([port("a", [2])])
@@ -379,8 +379,8 @@ def test_a_second_record_that_nobody_marked_is_not_taken_for_the_one_that_is_use
     assert bench.records == {1: (backend(2), BackendState.ACTIVE)}
 
 
-def test_what_was_counted_for_an_id_is_nothing_to_the_next_that_has_it(bench: Bench) -> None:
-    """Words that have wrapped, and ends of what began before they were counted."""
+def test_counts_of_an_id_are_reset_for_its_next_backend(bench: Bench) -> None:
+    """Counters may have wrapped, or have counted only the end of a connection."""
     writer = bench.empty()
     writer.apply([port("a", [1])], complete=True)
     bench.count_open(0, -1, flow=False)
@@ -390,10 +390,10 @@ def test_what_was_counted_for_an_id_is_nothing_to_the_next_that_has_it(bench: Be
     writer.reclaim(writer.take_retired())
     assert bench.records == {}
     assert bench.maps is not None
-    assert not any(bench.maps.shared("loads").bytes)
+    assert not any(bench.maps.shared("backends").bytes)
 
 
-def test_members_without_a_service_port_go_with_the_first_complete_state(bench: Bench) -> None:
+def test_members_without_a_service_port_are_removed_with_the_first_complete_state(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1, 2], affinity=60)], complete=True)
     assert bench.maps is not None
@@ -406,18 +406,18 @@ def test_members_without_a_service_port_go_with_the_first_complete_state(bench: 
     assert bench.members == set()
 
 
-def test_a_change_writes_its_slots_and_one_word_only(bench: Bench) -> None:
+def test_change_writes_only_its_slots_and_one_selection(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1, 2]), port("b", [1, 2, 3])], complete=True)
     assert bench.maps is not None
     before = {name: each.writes for name, each in bench.maps.maps.items()}
     writer.apply([port("a", [1, 3])])
     after = {name: each.writes - before[name] for name, each in bench.maps.maps.items()}
-    # And that backend 2 has left, for the flows that have it.
+    # The departure tells the sweep that backend 2 is removed from the Service.
     assert {name: n for name, n in after.items() if n} == {"slots": 2, "selections": 1, "departures": 1}
 
 
-def test_ids_stay_across_restarts_and_are_reused_last(bench: Bench) -> None:
+def test_ids_are_kept_across_restarts_and_reused_last(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1, 2]), port("b", [3])], complete=True)
     assert bench.maps is not None
@@ -428,10 +428,10 @@ def test_ids_stay_across_restarts_and_are_reused_last(bench: Bench) -> None:
     after = {row.address: row.id for row in Dump(bench.maps).backends()}
     assert after["10.0.0.2:80"] == ids["10.0.0.2:80"]
     assert after["10.0.0.3:80"] == ids["10.0.0.3:80"]
-    assert after["10.0.0.4:80"] not in ids.values(), "a fresh id while there are any"
+    assert after["10.0.0.4:80"] not in ids.values(), "unused ids are allocated first"
 
 
-def test_a_frontend_that_moves_to_another_service_is_never_missing(bench: Bench) -> None:
+def test_frontend_that_moves_to_another_service_is_never_missing(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1], address=7)], complete=True)
     taken = port("b", [2], address=7)
@@ -442,7 +442,7 @@ def test_a_frontend_that_moves_to_another_service_is_never_missing(bench: Bench)
     assert ("a", "10.96.0.7:80", "internal") not in rows
 
 
-def test_what_does_not_fit_is_said_and_the_old_state_stays(bench: Bench) -> None:
+def test_capacity_errors_are_reported_and_the_old_state_is_kept(bench: Bench) -> None:
     writer = bench.empty()
     assert writer.apply([port("a", [1, 2])], complete=True) == []
     before = seen_rows(bench.rows)
@@ -451,10 +451,10 @@ def test_what_does_not_fit_is_said_and_the_old_state_stays(bench: Bench) -> None
     assert "shop/a:http" in str(problems[0])
     assert "no room for its backends" in str(problems[0])
     assert seen_rows(bench.rows) == before
-    assert writer.apply([port("a", list(range(1, 17)))]) == [], "what fits is programmed"
+    assert writer.apply([port("a", list(range(1, 17)))]) == [], "service ports within capacity are programmed"
 
 
-def test_ids_that_are_only_resting_are_used_when_nothing_else_is_left(bench: Bench) -> None:
+def test_released_ids_are_reused_before_capacity_is_exceeded(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", list(range(1, 17)))], complete=True)
     assert writer.apply([port("a", [1])]) == []
@@ -463,17 +463,17 @@ def test_ids_that_are_only_resting_are_used_when_nothing_else_is_left(bench: Ben
     )
 
 
-def test_leftovers_of_a_killed_agent_go_with_the_first_complete_state(bench: Bench) -> None:
+def test_leftovers_of_a_killed_agent_are_removed_with_the_first_complete_state(bench: Bench) -> None:
     writer = bench.empty()
     writer.apply([port("a", [1]), port("b", [2])], complete=True)
     writer = bench.reopen()
-    assert len(bench.rows) == 8, "nothing goes before everything is known"
+    assert len(bench.rows) == 8, "nothing is removed before the first complete state"
     writer.apply([port("b", [2])], complete=True)
     assert {row.name for row in bench.rows} == {"b"}
 
 
-def test_other_ports_of_an_address_that_the_node_has_are_not_rejected_after_a_kill(bench: Bench) -> None:
-    """Between the mark and the entry for other ports."""
+def test_unused_ports_of_a_node_address_are_not_rejected_after_a_kill(bench: Bench) -> None:
+    """The agent is killed after it writes the mark and before it deletes the entry for other ports."""
     writer = bench.empty()
     dns = port("a", [1], number=53)
     writer.apply([dns], complete=True)
@@ -492,7 +492,7 @@ def test_other_ports_of_an_address_that_the_node_has_are_not_rejected_after_a_ki
     assert bench.maps["services4"].lookup(other_ports) is not None
 
 
-def test_node_addresses_follow_the_node(bench: Bench) -> None:
+def test_node_addresses_are_updated(bench: Bench) -> None:
     writer = bench.empty()
     one, two = bytes([172, 18, 0, 1]), bytes(15) + b"\x09"
     for addresses in ({one, two}, {two}, {one}):

@@ -1,4 +1,4 @@
-"""The writer on real maps: any sequence of changes leaves in the maps what was asked for, and no more."""
+"""The writer on real maps: after any sequence of changes the maps hold the desired state and nothing else."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ebpfproxy.services.model import (
     ServicePort,
     ServicePortKey,
 )
-from tests.datapath.writing import ROUND, Bench, KilledError, check, port
+from tests.datapath.writing import FEW_IDS, Bench, KilledError, check, port
 
 pytestmark = pytest.mark.root
 
 sets = st.lists(st.integers(1, 5), max_size=3, unique=True)
 ports = st.builds(
-    lambda name, cluster, local, external, leaving, idle, drained, algorithm, weights, affinity: port(
+    lambda name, cluster, local, external, terminating, idle, drained, algorithm, weights, affinity: port(
         name,
         cluster,
         local,
         external=external,
-        leaving=tuple(leaving),
+        terminating=tuple(terminating),
         idle=idle,
         drained=drained,
         algorithm=algorithm,
@@ -38,7 +38,7 @@ ports = st.builds(
     cluster=sets,
     local=sets,
     external=st.sampled_from(list(Policy)),
-    leaving=sets,
+    terminating=sets,
     idle=sets,
     drained=sets,
     algorithm=st.sampled_from(list(Algorithm)),
@@ -48,10 +48,10 @@ ports = st.builds(
 numbers = st.integers(0, 50)
 
 
-#: Where: before readers see anything of it, or before frontends do.
+#: The map whose write kills the agent: the first one of a change, or that of frontends.
 KILLED_AT = ("service_names", "services4")
-#: ``restart``: after the grace period of what was retired, ``kill``: before its end. Killed in a change: the
-#: next agent is told the same, or that it was taken back.
+#: ``restart`` follows the grace period, ``kill`` precedes its end. An agent that is killed within a change is
+#: followed by one with the same desired state, or with the one before the change.
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("set"), ports),
@@ -59,7 +59,7 @@ steps = st.lists(
         st.tuples(st.just("remove"), ports),
         st.tuples(st.sampled_from(["reclaim", "restart", "kill"]), st.none()),
         st.tuples(
-            st.sampled_from(["same", "taken back"]).flatmap(
+            st.sampled_from(["same", "reverted"]).flatmap(
                 lambda end: st.sampled_from([f"{end} {at}" for at in KILLED_AT])
             ),
             ports,
@@ -72,10 +72,10 @@ steps = st.lists(
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
-def test_the_maps_hold_what_was_asked_for_after_every_change(
+def test_maps_equal_the_desired_state_after_every_change(
     bench: Bench, steps: list[tuple[str, ServicePort | int | None]]
 ) -> None:
-    writer = bench.empty(ROUND)
+    writer = bench.empty(FEW_IDS)
     wanted: dict[ServicePortKey, ServicePort] = {}
     opened: dict[int, Backend] = {}
     flows: set[int] = set()
@@ -107,7 +107,7 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
                 bench.count_open(number, -1, flow=number in flows)
                 flows.discard(number)
                 del opened[number]
-            # Programs find them by a slot. These are few, so that ids do not run out.
+            # Programs select backends by slots. At most four connections are open, so that ids suffice.
             ids = {n for s in bench.service_ids.values() for p in Policy for n, _ in bench.slots(s, p)}
             unused = sorted(ids - opened.keys())
             if step != "close" and unused and len(opened) < 4:
@@ -124,10 +124,10 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
             assert writer.apply(wanted.values(), complete=True) == []
             leftovers = writer.take_retired()
             after = bench.writes()
-            # One is forgotten where nothing is open to its backend, which is then not adopted.
+            # The writer does not adopt a removed backend without open connections.
             assert writer.removed_backends.keys() <= departures
             before.pop("departures"), after.pop("departures")
-            assert after == before, "nothing changed, nothing is written"
+            assert after == before, "an unchanged state needs no writes"
             assert not leftovers.ranges
             writer.reclaim(leftovers)
         check(bench, wanted, opened)
@@ -136,10 +136,10 @@ def test_the_maps_hold_what_was_asked_for_after_every_change(
     writer.forget_removed_backends(writer.removed_backends)
     assert bench.rows == []
     assert (writer.service_ports, writer.frontends, writer.backends) == (0, 0, 0)
-    assert writer.free_slots == ROUND.slots, "every range came back"
+    assert writer.free_slots == FEW_IDS.slots, "every range is released"
     gone = {(each, BackendState.GONE) for each in opened.values()}
-    assert set(bench.records.values()) == gone, "only those to whom something is open"
+    assert set(bench.records.values()) == gone, "only backends with open connections remain"
     for number in opened:
         bench.count_open(number, -1, flow=number in flows)
     writer.forget_removed_backends(writer.removed_backends)
-    assert bench.records == {}, "and then nobody"
+    assert bench.records == {}, "no backend remains"

@@ -1,4 +1,4 @@
-"""What tests of the writer share: maps of their own, service ports, and what the maps should hold."""
+"""Shared by tests of the writer: their own maps, service ports, and the expected contents of maps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import msgspec
 
 from ebpfproxy.config.datapath import MAGLEV_SIZES, Capacity
 from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.drift.checker import Checker
+from ebpfproxy.datapath.drift.compare import Difference
 from ebpfproxy.datapath.dump import Dump, FrontendRow
 from ebpfproxy.datapath.kernel import maps as maps_module
 from ebpfproxy.datapath.kernel.grace import Grace
@@ -43,27 +45,27 @@ SMALL = Capacity(
     affinity=64,
     source_ranges=16,
 )
-#: Ids come round soon, and there is room for the smallest Maglev tables.
-ROUND = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
+#: Few ids, which are soon reused, and slots for the smallest Maglev tables.
+FEW_IDS = msgspec.structs.replace(SMALL, services=8, backends=12, slots=4096)
 TABLE = MAGLEV_SIZES[0]
 
 
 def slot_backend(word: int) -> int:
-    """The backend id in ``union slot``."""
+    """Returns the backend id of a slot (``union slot``)."""
     return struct.unpack("=II", word.to_bytes(8, sys.byteorder))[0]  # type: ignore[no-any-return]
 
 
 def slot_weight(word: int) -> int:
-    """The weight in ``union slot``."""
+    """Returns the weight of a slot (``union slot``)."""
     return struct.unpack("=II", word.to_bytes(8, sys.byteorder))[1]  # type: ignore[no-any-return]
 
 
 class KilledError(Exception):
-    """The agent ends in the middle of a change."""
+    """Simulates that the agent is killed within a change."""
 
 
 class Bench:
-    """Maps in a pin folder of their own, and writers on them."""
+    """Maps in their own pin folder, with a writer."""
 
     def __init__(self, pins: Path) -> None:
         self.pins = pins
@@ -73,10 +75,11 @@ class Bench:
         self.reopen()
 
     def reopen(self) -> Writer:
-        """Opens the maps as a new agent does, which adopts what is there."""
+        """Opens the maps and adopts their entries, as a new agent does."""
         self.close_maps()
         self.maps = maps_module.open_or_create(self.pins, self.capacity)
         self.writer = Writer(self.maps, self.grace.wait, maglev_size=self.maglev_size)
+        self.checker = Checker(self.maps, self.writer.owned())
         return self.writer
 
     def close_maps(self) -> None:
@@ -91,6 +94,10 @@ class Bench:
         shutil.rmtree(self.pins, ignore_errors=True)
         return self.reopen()
 
+    def drift(self) -> list[Difference]:
+        """What somebody else than the writer has changed."""
+        return self.checker.confirm(self.checker.read(self.checker.begin(), lambda: None))
+
     @property
     def rows(self) -> list[FrontendRow]:
         assert self.maps is not None
@@ -100,7 +107,7 @@ class Bench:
         assert self.maps is not None
         return {name: each.writes for name, each in self.maps.maps.items()}
 
-    # -- what programs see, read without the writer
+    # -- entries as programs read them, without the writer
 
     @property
     def service_ids(self) -> dict[ServicePortKey, int]:
@@ -108,7 +115,7 @@ class Bench:
         return {name: number for number, name in Dump(self.maps).names.items()}
 
     def slots(self, service_id: int, policy: Policy) -> list[tuple[int, int]]:
-        """Backend id and weight of each slot."""
+        """Returns backend id and weight of each slot."""
         assert self.maps is not None
         selections = self.maps.selections()
         words = selections.slots(selections.ranges(service_id)[policy])
@@ -116,26 +123,31 @@ class Bench:
 
     @property
     def records(self) -> dict[int, tuple[Backend, BackendState]]:
-        """Every backend's place that is not free, by id."""
+        """Returns the backends that are in use, by id."""
         assert self.maps is not None
         table = self.maps.backends()
         return {n: found for n in range(self.capacity.backends) if (found := table.read(n)) is not None}
 
     @property
     def members(self) -> set[tuple[int, int]]:
-        """Selection and backend id."""
+        """Returns pairs of selection and backend id."""
         assert self.maps is not None
         return {layout.unpack_member(key) for key, _ in self.maps["members"].items()}
 
     def count_open(self, number: int, step: int, *, flow: bool) -> None:
-        """As programs do when something to a backend begins (1) or ends (-1)."""
+        """Counts a connection that begins (1) or ends (-1), as programs do; a ``flow`` or a socket."""
         assert self.maps is not None
-        words = self.maps.shared("loads").bytes.cast("I")
-        at = number * layout.LOAD_WORDS
-        if not flow:
-            words[at] = words[at] + step & 0xFFFFFFFF
-        else:
-            words[at + (layout.LOAD_BEGUN if step > 0 else layout.LOAD_ENDED)] += 1
+        names = ("flows_begun", "flows_ended") if flow else ("sockets_opened", "sockets_closed")
+        name = names[step < 0]
+        set_load(self.maps, number, **{name: getattr(self.maps.loads()[number], name) + 1})
+
+
+def set_load(maps: MapSet, number: int, **fields: int) -> None:
+    """Stores what programs count for a backend."""
+    record = maps.shared("backends").bytes[number * layout.BACKEND_SIZE : (number + 1) * layout.BACKEND_SIZE]
+    for name, value in fields.items():
+        form = layout.U64 if name in ("sockets_opened", "flows_begun", "datagrams") else layout.U32
+        form.pack_into(record, layout.LOAD_OFFSETS[name], value)
 
 
 def backend(n: int) -> Backend:
@@ -149,7 +161,7 @@ def port(
     *,
     external: Policy = Policy.CLUSTER,
     number: int = 80,
-    leaving: tuple[int, ...] = (),
+    terminating: tuple[int, ...] = (),
     idle: Collection[int] = (),
     drained: Collection[int] = (),
     algorithm: Algorithm = Algorithm.RANDOM,
@@ -157,15 +169,14 @@ def port(
     affinity: int = 0,
     address: int | None = None,
 ) -> ServicePort:
-    """A service port with a ClusterIP and a NodePort.
+    """Returns a service port with a ClusterIP and a NodePort, consistent as those of the tracker.
 
-    As the tracker gives them: nobody is in two of the sets of those that are not used, or in one of them
-    and used, and weights are those of used backends, where they are not 1.
+    A backend is in one of the sets only, and weights are those of selected backends, without weights of 1.
     """
     ip = bytes([10, 96, 0, address if address is not None else ord(name[0])])
     chosen = {*cluster, *(local or ())}
-    still = set(idle) - chosen - set(leaving)
-    taken_out = set(drained) - chosen - set(leaving) - still
+    remaining_idle = set(idle) - chosen - set(terminating)
+    remaining_drained = set(drained) - chosen - set(terminating) - remaining_idle
     return ServicePort(
         key=ServicePortKey("shop", name, "http", Protocol.TCP, Family.IPV4),
         frontends=(
@@ -176,10 +187,10 @@ def port(
         ),
         cluster=tuple(map(backend, sorted(cluster))),
         local=tuple(map(backend, sorted(local or ()))),
-        draining=tuple(backend(n) for n in leaving if n not in chosen),
-        terminating=frozenset(backend(n) for n in leaving if n in chosen),
-        idle=tuple(map(backend, sorted(still))),
-        drained=tuple(map(backend, sorted(taken_out))),
+        draining=tuple(backend(n) for n in terminating if n not in chosen),
+        terminating=frozenset(backend(n) for n in terminating if n in chosen),
+        idle=tuple(map(backend, sorted(remaining_idle))),
+        drained=tuple(map(backend, sorted(remaining_drained))),
         algorithm=algorithm,
         weights=tuple((backend(n), w) for n, w in sorted((weights or {}).items()) if n in chosen and w != 1),
         affinity_seconds=affinity,
@@ -190,20 +201,20 @@ def uses_local(p: ServicePort) -> bool:
     return any(Policy.LOCAL in (f.internal, f.external) for f in p.frontends)
 
 
-#: What is said of a backend that its users see in different ways: the first of these.
+#: The first one of these that applies is the state of a backend whose service ports differ in it.
 STATES = (BackendState.ACTIVE, BackendState.DRAINED, BackendState.TERMINATING, BackendState.QUARANTINED)
 
 
-def stands(ports: Iterable[ServicePort]) -> dict[Backend, set[BackendState]]:
-    """How the users of each backend have it, those among them that only have old connections to it."""
+def states_by_backend(ports: Iterable[ServicePort]) -> dict[Backend, set[BackendState]]:
+    """Returns the states of each backend in all service ports that use it."""
     found: dict[Backend, set[BackendState]] = {}
     for p in ports:
         chosen = {*p.cluster, *(p.local if uses_local(p) else ())}
-        leaving = p.terminating | set(p.draining)
+        terminating = p.terminating | set(p.draining)
         for state, backends in (
-            (BackendState.ACTIVE, chosen - leaving),
+            (BackendState.ACTIVE, chosen - terminating),
             (BackendState.DRAINED, p.drained),
-            (BackendState.TERMINATING, leaving),
+            (BackendState.TERMINATING, terminating),
             (BackendState.QUARANTINED, p.idle),
         ):
             for each in backends:
@@ -212,13 +223,13 @@ def stands(ports: Iterable[ServicePort]) -> dict[Backend, set[BackendState]]:
 
 
 def expected_states(ports: Iterable[ServicePort]) -> dict[Backend, BackendState]:
-    return {each: next(s for s in STATES if s in found) for each, found in stands(ports).items()}
+    return {each: next(s for s in STATES if s in found) for each, found in states_by_backend(ports).items()}
 
 
 def expected_rows(
     ports: dict[ServicePortKey, ServicePort],
 ) -> dict[tuple[str, str, str], list[tuple[str, str]]]:
-    """Frontend and scope to backends with their state, as the wanted state has it."""
+    """Returns backends and their states by name, frontend and scope, as desired."""
     states = expected_states(ports.values())
     found = {}
     for p in ports.values():
@@ -241,7 +252,7 @@ def seen_rows(rows: list[FrontendRow]) -> dict[tuple[str, str, str], list[tuple[
 def check_selection(
     p: ServicePort, policy: Policy, slots: list[tuple[int, int]], ids: Mapping[Backend, int]
 ) -> None:
-    """A selection's slots are those of the wanted backends, as often as their weights say."""
+    """Checks that the slots of a selection are those of the desired backends and have their weights."""
     chosen = p.cluster if policy is Policy.CLUSTER else p.local if uses_local(p) else ()
     weights = {ids[each]: dict(p.weights).get(each, 1) for each in chosen}
     counts = Counter(number for number, _ in slots)
@@ -259,11 +270,12 @@ def check_selection(
     else:
         divisor = math.gcd(*weights.values())
         assert counts == {number: weight // divisor for number, weight in weights.items()}
-    assert {weight for _, weight in slots} <= {0}, "a weight is where loads are looked at"
+    assert {weight for _, weight in slots} <= {0}, "only algorithms that compare loads have weights in slots"
 
 
 def check(bench: Bench, wanted: Mapping[ServicePortKey, ServicePort], opened: Mapping[int, Backend]) -> None:
-    """The maps hold what is wanted, and no more."""
+    """Checks that the maps hold the desired state and nothing else."""
+    assert bench.drift() == []
     writer, records, service_ids = bench.writer, bench.records, bench.service_ids
     assert service_ids.keys() == wanted.keys()
     assert seen_rows(bench.rows) == expected_rows(dict(wanted))
@@ -281,15 +293,17 @@ def check(bench: Bench, wanted: Mapping[ServicePortKey, ServicePort], opened: Ma
             slots = bench.slots(service_ids[key], policy)
             numbers = {number for number, _ in slots}
             ids = {records[number][0]: number for number in numbers}
-            assert len(ids) == len(numbers), "one id a backend"
+            assert len(ids) == len(numbers), "a backend has one id"
             check_selection(p, policy, slots, ids)
             for each, number in ids.items():
                 selected.setdefault(each, set()).add(number)
                 assert records[number][1] == states[each]
             if p.affinity_seconds:
                 members |= {(service_ids[key] * layout.POLICIES + policy, number) for number in numbers}
-    assert all(len(numbers) == 1 for numbers in selected.values()), "the same id in every selection"
+    assert all(len(numbers) == 1 for numbers in selected.values()), (
+        "a backend has the same id in every selection"
+    )
     assert bench.members == members
     for number, each in opened.items():
-        assert number in records, "its place is kept while anything is open to it"
-        assert records[number][0] == each, "what is counted for an id is of one backend"
+        assert number in records, "a backend with open connections keeps its record"
+        assert records[number][0] == each, "counts of an id belong to one backend"

@@ -1,1 +1,1 @@
-"""What a cluster is given: manifests, chart, image, unit; each rendered, run, or taken at its word."""
+"""Manifests, chart, image and systemd unit are rendered, run and checked."""

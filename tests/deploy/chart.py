@@ -1,4 +1,4 @@
-"""Renders ``deploy/chart`` without helm, which no registry that is reached here has.
+"""Renders ``deploy/chart`` without helm.
 
 The chart is written in a small part of the template language; this reader knows that part, and nothing more:
 any other function, an undefined value or a piece of syntax that is not listed here is an error, not a guess.
@@ -29,7 +29,7 @@ _PATH = re.compile(r"\$?(\.[A-Za-z][A-Za-z0-9]*)*\.?")
 
 
 class TemplateError(Exception):
-    """Something that this reader does not know, or a value that is not there."""
+    """Unsupported syntax or an undefined value."""
 
 
 class _Text(NamedTuple):
@@ -58,7 +58,7 @@ def chart_values(values: Mapping[str, Any], namespace: str) -> dict[str, Any]:
 
 
 def render_chart(values: Mapping[str, Any] | None = None, namespace: str = "kube-system") -> Objects:
-    """All objects, by kind and name."""
+    """Returns all objects by kind and name."""
     top = chart_values(values or {}, namespace)
     found = []
     for path in sorted((CHART / "templates").iterdir()):
@@ -80,7 +80,7 @@ def render(text: str, top: Mapping[str, Any]) -> str:
     """Raises TemplateError."""
     nodes, rest = _parse(_split(text), 0)
     if rest:
-        raise TemplateError("an end, or an else, too many")
+        raise TemplateError("unexpected end or else")
     return _output(nodes, top, top)
 
 
@@ -104,7 +104,7 @@ def _split(text: str) -> list[_Text | _Value]:
 
 
 def _parse(parts: list[_Text | _Value], depth: int) -> tuple[list[Any], str]:
-    """Takes parts away, up to an end or an else that is not its own, which is returned."""
+    """Consumes parts up to an ``end`` or ``else`` that closes the block, which is returned."""
     nodes: list[Any] = []
     while parts:
         part = parts.pop(0)
@@ -148,7 +148,7 @@ def _shown(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str | int):
         return str(value)
-    raise TemplateError(f"{value!r} is no text")
+    raise TemplateError(f"{value!r} is not a string")
 
 
 def _evaluate(pipeline: str, dot: Any, top: Mapping[str, Any]) -> Any:
@@ -177,7 +177,7 @@ def _operand(word: str, dot: Any, top: Mapping[str, Any]) -> Any:
     if word.isdigit():
         return int(word)
     if not word or not _PATH.fullmatch(word):
-        raise TemplateError(f"{word!r} is no value")
+        raise TemplateError(f"{word!r} is not a value")
     value = top if word.startswith("$") else dot
     for part in filter(None, word.lstrip("$").split(".")):
         if not isinstance(value, Mapping) or part not in value:

@@ -1,8 +1,8 @@
 """``deploy/Dockerfile`` without a container engine: its steps in clean Debian roots (mmdebstrap, chroot).
 
-A strict reader: it fails on any instruction, option or base image that is not in use there. Stages are
-overlays over one root, as layers are. The machine's own settings of its package registries are lent to the
-steps, as a builder's would be, and are in none of the results.
+A strict reader: it fails on any instruction, option or base image that is not in use there. Stages are overlays over
+one root or over another stage, as layers are. The steps use this machine's settings of package registries, as a
+builder's; no result contains them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DOCKERFILE = DEPLOY / "Dockerfile"
 BASE = "debian:bookworm-slim"
 #: The slim image leaves these out (debuerreotype's .slimify-excludes), except copyrights.
 _SLIM = ["/usr/share/doc/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/man/*"]
-#: Settings of registries, where this machine has any.
+#: Settings of package registries of this machine, if any.
 _LENT = [
     "/etc/hosts",
     "/etc/resolv.conf",
@@ -38,7 +38,7 @@ _LENT = [
 ]
 _VARIABLES = re.compile(r"PIP_\w+|\w+_proxy|\w+_PROXY")
 _AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
-#: Debian's package would put its own elsewhere.
+#: Debian's package has its own elsewhere.
 _LENT_AUTHORITIES = "/mnt/ca-certificates.crt"
 
 
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 def read(text: str) -> list[Step]:
-    """Instructions without comments, continued lines joined."""
+    """Returns the instructions without comments, with continued lines joined."""
     joined = re.sub(r"\\\n", "", re.sub(r"(?m)^#.*\n", "", text))
     found = []
     for line in filter(None, map(str.strip, joined.splitlines())):
@@ -65,30 +65,32 @@ class Image(NamedTuple):
 
 
 class _Stage:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, layers: list[Path], root: Path, below: _Stage | None) -> None:
+        """``layers``: the lowest last; ``root`` is where they are mounted."""
+        self.layers = layers
         self.root = root
         self.folder = Path("/")
-        self.environment: dict[str, str] = {}
-        self.entrypoint: list[str] = []
-        self.command: list[str] = []
+        self.environment: dict[str, str] = dict(below.environment) if below is not None else {}
+        self.entrypoint: list[str] = below.entrypoint if below is not None else []
+        self.command: list[str] = below.command if below is not None else []
 
 
 @contextmanager
-def built(folder: Path) -> Iterator[Image]:
-    """The last stage's root, and what the Dockerfile says of it; mounted below ``folder`` until the end."""
+def built(folder: Path) -> Iterator[dict[str, Image]]:
+    """Yields the stages by name, each with its root and settings, mounted below ``folder`` until the end."""
     install("mmdebstrap", "mmdebstrap")
     base = folder / "base"
     command = [
         "mmdebstrap",
         "--quiet",
         "--variant=minbase",
-        # Otherwise it is usrmerge, which needs all of Perl.
+        # Otherwise usrmerge is installed, which needs all of Perl.
         "--include=usr-is-merged",
         "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         *(f"--dpkgopt=path-exclude={each}" for each in _SLIM),
     ]
     subprocess.run([*command, "bookworm", str(base)], check=True)
-    # The published image has no lists, as ours must not.
+    # The published image has no package lists, and neither may this one.
     for part in ("var/lib/apt/lists", "var/cache/apt"):
         shutil.rmtree(base / part)
         (base / part).mkdir()
@@ -98,21 +100,27 @@ def built(folder: Path) -> Iterator[Image]:
         for step in read(DOCKERFILE.read_text()):
             if step.instruction == "FROM":
                 image, _, name = step.argument.partition(" AS ")
-                assert image == BASE, f"no {image} here"
-                number = str(len(stages))
-                stage = stages[name or number] = _Stage(mounts.enter_context(_layer(base, folder / number)))
+                assert name, "a stage has no name"
+                assert image == BASE or image in stages, f"there is no {image}"
+                below = stages.get(image)
+                layers = below.layers if below is not None else [base]
+                place = folder / name
+                root = mounts.enter_context(_layer(layers, place))
+                stage = stages[name] = _Stage([place / "up", *layers], root, below)
             else:
                 assert stage is not None
                 _execute(step, stage, stages)
-        assert stage is not None
-        yield Image(stage.root, stage.environment, stage.entrypoint, stage.command)
+        yield {
+            name: Image(each.root, each.environment, each.entrypoint, each.command)
+            for name, each in stages.items()
+        }
 
 
 @contextmanager
-def _layer(base: Path, folder: Path) -> Iterator[Path]:
+def _layer(below: list[Path], folder: Path) -> Iterator[Path]:
     for name in ("up", "work", "root"):
         (folder / name).mkdir(parents=True)
-    options = f"lowerdir={base},upperdir={folder}/up,workdir={folder}/work"
+    options = f"lowerdir={':'.join(map(str, below))},upperdir={folder}/up,workdir={folder}/work"
     with _mounted(folder / "root", "-t", "overlay", "-o", options, "root"):
         yield folder / "root"
 
@@ -180,7 +188,10 @@ def _below(root: Path, path: Path) -> Path:
 def run(
     root: Path, command: list[str], environment: dict[str, str] | None = None, *, lend: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Runs it in the root, with /proc and /dev, and with registries for ``lend``. AssertionError has its output."""
+    """Runs a command in the root, with /proc and /dev, and with settings of registries for ``lend``.
+
+    Raises AssertionError with its output.
+    """
     variables = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     variables |= {"DEBIAN_FRONTEND": "noninteractive"} if lend else {}
     if lend:
@@ -205,7 +216,7 @@ def run(
 
 @contextmanager
 def _lent(path: Path, place: Path) -> Iterator[None]:
-    """A file or folder of this machine in a root, which has neither it nor its folders afterwards."""
+    """Mounts a file or folder of this machine in a root, and removes it with its folders afterwards."""
     made = [each for each in (place, *place.parents) if not each.exists()]
     if path.is_dir():
         place.mkdir(parents=True, exist_ok=True)
@@ -225,7 +236,7 @@ def _lent(path: Path, place: Path) -> Iterator[None]:
 
 
 def megabytes(root: Path) -> float:
-    """All files of the root, and of nothing that is mounted below it."""
+    """Returns the size of all files of the root, without file systems mounted below it."""
     done = subprocess.run(
         ["du", "-sx", "--apparent-size", "-B1", str(root)], check=True, capture_output=True, text=True
     )

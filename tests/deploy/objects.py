@@ -1,4 +1,4 @@
-"""The objects of ``deploy/base``, as kustomize makes them of the few fields that are used there."""
+"""The objects of ``deploy/base`` as kustomize renders them from the few fields in use there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base() -> Objects:
         each for name in kustomization["resources"] for each in yaml.safe_load_all((BASE / name).read_text())
     )
     for (kind, _), each in found.items():
-        # Kustomize would set it, and a subject's.
+        # Kustomize sets it, also in subjects.
         is_global = kind.startswith("ClusterRole")
         assert each["metadata"].get("namespace") == (None if is_global else kustomization["namespace"])
     return found
@@ -33,7 +33,7 @@ def by_name(objects: Iterable[Object]) -> Objects:
     found: Objects = {}
     for each in objects:
         key = each["kind"], each["metadata"]["name"]
-        assert key not in found, f"two of {key}"
+        assert key not in found, f"duplicate {key}"
         found[key] = each
     return found
 

@@ -3,7 +3,7 @@
 ``python -m tests.deploy.rbac FOLDER``: FOLDER has ``rules.json`` (of the role), ``token``, ``server.crt`` and
 ``server.key``; ``pages`` there makes it a server without streaming lists. It prints its port, and writes a
 line of ``asked.jsonl`` for every request with credentials: group, resource, verb, field selector, and whether
-it was granted. One of its Services has an annotation that cannot be used.
+it was granted. One of its Services has an invalid annotation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
 
 
 def attributes(method: str, target: str) -> Asked | None:
-    """Reads a request as a real server does (RequestInfo); None for what is no resource."""
+    """Parses a request as a real server does (RequestInfo); returns None for other paths than resources."""
     split = urlsplit(target)
     query = {name: values[0] for name, values in parse_qs(split.query).items()}
     parts = split.path.strip("/").split("/")

@@ -1,4 +1,4 @@
-"""Containers of the DaemonSet as a kubelet and containerd would start them, by runc (Debian's).
+"""Containers of the DaemonSet, started with Debian's runc as by a kubelet and containerd.
 
 The image's root is this machine's own unless a test has made the image. Everything else is as the pod's specification says:
 user, capabilities, no new privileges, read-only root, volumes, arguments and variables; with what the runtime
@@ -25,7 +25,7 @@ from tests.deploy.objects import Object, Objects, container, pod_spec
 TOP = Path(__file__).parents[2]
 _PROFILE = "usr/share/containers/seccomp.json"
 _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
-#: containerd hides these, and makes those read-only, unless a container is privileged.
+#: containerd masks these and makes those read-only, unless a container is privileged.
 _MASKED = [
     "acpi",
     "asound",
@@ -43,7 +43,7 @@ _NO_EXEC = ["nosuid", "noexec", "nodev"]
 
 
 def install(package: str, program: str) -> None:
-    """Debian's package, where the program is not there."""
+    """Installs Debian's package where the program is missing."""
     if shutil.which(program) is None:
         command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", package]
         subprocess.run(["apt-get", "update", "-q"], check=True, stdout=subprocess.DEVNULL)
@@ -57,12 +57,12 @@ def install(package: str, program: str) -> None:
 
 @functools.cache
 def default_seccomp() -> str:
-    """The profile as it is published, for all architectures and capabilities. Needs Debian's registry."""
+    """Returns the published profile for all architectures and capabilities; needs Debian's registry."""
     if Path("/", _PROFILE).exists():
         return Path("/", _PROFILE).read_text()
     package = "golang-github-containers-common"
     with tempfile.TemporaryDirectory() as folder:
-        # apt downloads as a user of its own.
+        # apt downloads as another user.
         Path(folder).chmod(0o777)
         done = subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=False)
         if done.returncode:
@@ -74,7 +74,7 @@ def default_seccomp() -> str:
 
 
 def seccomp_for(capabilities: Iterable[str]) -> Object:
-    """RuntimeDefault for a container with these capabilities."""
+    """Returns RuntimeDefault for a container with these capabilities."""
     profile = json.loads(default_seccomp())
     held = set(capabilities)
     rules = []
@@ -99,7 +99,7 @@ def seccomp_for(capabilities: Iterable[str]) -> Object:
 
 
 class Container:
-    """One of the pod's, by name. ``volumes``: where this machine has each (a file, or a folder).
+    """A container of the pod. ``volumes``: where this machine has each (a file, or a folder).
 
     ``capabilities``: instead of the specification's, to see what is missed; ``seccomp``: likewise.
     ``mounts``: folders of a test, read only, at the same path. ``variables``: of fields and ConfigMaps; those
@@ -147,8 +147,8 @@ class Container:
 
     @property
     def command(self) -> list[str]:
-        """Runs it to its end."""
-        # The overlay is seen by runc alone, and gone with it.
+        """Runs the container to its end."""
+        # Only runc sees the overlay, which ends with it.
         script = (
             'mount -t tmpfs over "$1/over" && mkdir "$1/over/up" "$1/over/work" && '
             'mount -t overlay -o "lowerdir=$2,upperdir=$1/over/up,workdir=$1/over/work" root '
@@ -183,7 +183,7 @@ class Container:
     def remove(self) -> None:
         subprocess.run([*self._state, "delete", "--force", self.id], check=False, capture_output=True)
 
-    # -- the runtime's part
+    # -- configuration for runc
 
     def configuration(self) -> Object:
         security = self._spec["securityContext"]
@@ -253,7 +253,7 @@ class Container:
         mounts += [self._volume_mount(each) for each in self._spec.get("volumeMounts", ())]
         if self._account is not None and self._pod["automountServiceAccountToken"]:
             mounts.append(_mount(_ACCOUNT, "bind", str(self._account), "rbind", "rprivate", "ro"))
-        # A checkout, or a lab's folder, may be below one of the volumes.
+        # A checkout or a lab's folder may be below one of the volumes.
         return mounts + [
             _mount(str(path), "bind", str(path), "rbind", "rprivate", "ro") for path in self._mounts
         ]
@@ -263,7 +263,7 @@ class Container:
         propagation = {None: "rprivate", "HostToContainer": "rslave"}[mount.get("mountPropagation")]
         source = self._volumes.get(mount["name"])
         if source is None:
-            assert "emptyDir" in volume, f"no place for the volume {mount['name']}"
+            assert "emptyDir" in volume, f"no folder for the volume {mount['name']}"
             source = self.volume(mount["name"])
             source.mkdir(parents=True, exist_ok=True)
         access = "ro" if mount.get("readOnly") else "rw"
@@ -275,7 +275,7 @@ def _mount(destination: str, kind: str, source: str, *options: str) -> Object:
 
 
 def write_config_map(objects: Objects, folder: Path) -> Path:
-    """The ConfigMap's volume."""
+    """Writes the volume of the ConfigMap."""
     (volume,) = (each for each in pod_spec(objects)["volumes"] if each["name"] == "config")
     folder.mkdir()
     data: dict[str, Any] = objects["ConfigMap", volume["configMap"]["name"]]["data"]

@@ -1,4 +1,4 @@
-"""The DaemonSet's containers do all their work with the user, capabilities and mounts they are given."""
+"""The DaemonSet's containers work with the user, capabilities and mounts of the manifest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebpfproxy.datapath.abi.hooks import LOOPBACK, PACKETS, RECORDS, SOCKETS, SWEEP
 from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.kube.control_plane import server_of
 from tests.deploy import objects, runtime
@@ -27,10 +28,10 @@ OBJECTS = objects.base()
 
 
 class Kubelet:
-    """Starts the pod's containers on a lab's node: its bpffs folder and cgroup stand in for the host's."""
+    """Starts the pod's containers on a lab node, whose bpffs folder and cgroup stand for the host's."""
 
     def __init__(self, world: World, image: Path | None = None) -> None:
-        """``image``: its root, if not this machine's."""
+        """``image``: the root of the image, by default this machine's."""
         self._image = image
         runtime.install("runc", "runc")
         self.world = world
@@ -59,6 +60,7 @@ class Kubelet:
             "bpffs": self.world.a.bpf_root,
             "cgroup": self.world.a.cgroup,
             "netns": Path("/run/netns"),
+            "cni-results": self.world.a.cni_results,
             "sysctl": Path("/proc/sys/net"),
             "cache": bytecode.CACHE,
             **(volumes or {}),
@@ -83,7 +85,7 @@ class Kubelet:
 
     @contextmanager
     def running(self, container: Container, ready: str = "programs are attached") -> Iterator[Path]:
-        """Its log; it is ended by SIGTERM, with exit code 0, as a rolling update does it."""
+        """Yields its log; stops it by SIGTERM as a rolling update does, and expects exit code 0."""
         log = self.folder / f"{container.id}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(container.command, stdout=out, stderr=out)
@@ -123,8 +125,8 @@ def pins(kubelet: Kubelet) -> set[str]:
     return {str(path) for path in kubelet.world.a.bpf_root.glob("ebpfproxy/*/progs-*/*")}
 
 
-def test_conntracks_time_outs_are_the_nodes(loaded: Kubelet) -> None:
-    """/proc/sys is read-only in the container, and the node's is mounted beside it."""
+def test_conntrack_timeouts_are_set_on_the_node(loaded: Kubelet) -> None:
+    """/proc/sys is read-only in the container; the node's is mounted at another path."""
     name = "net.netfilter.nf_conntrack_tcp_timeout_close_wait"
     node = loaded.world.a
     node.run(["sysctl", "-qw", f"{name}=60"])
@@ -132,15 +134,16 @@ def test_conntracks_time_outs_are_the_nodes(loaded: Kubelet) -> None:
         assert node.run(["sysctl", "-n", name]).strip() == "3600"
 
 
-def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> None:
-    """Services at the socket, packets, stale sockets of pods that came later, commands."""
+def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet) -> None:
+    """Covers socket hooks, packets, stale sockets of later pods, and commands."""
     world = loaded.world
-    world.lab.outside  # noqa: B018 - made when asked for
+    world.lab.outside  # noqa: B018 - the property creates it
     compiled = pins(loaded)
-    assert len(compiled) == 12
+    modules = (SOCKETS, RECORDS, PACKETS, SWEEP, LOOPBACK)
+    assert len(compiled) == sum(len(module.hooks) for module in modules)
     agent = loaded.container("ebpfproxy")
     with loaded.running(agent) as log:
-        assert pins(loaded) == compiled, "the init container's programs are used"
+        assert pins(loaded) == compiled, "the agent uses the programs of the init container"
         assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
         assert set(world.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
         assert set(
@@ -165,21 +168,24 @@ def test_the_agent_works_with_what_the_daemon_set_gives_it(loaded: Kubelet) -> N
         status = json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))
         assert status["agent_running"]
         agent.execute("ebpfproxy", "service", "get", "shop/web")
+        explained = json.loads(agent.execute("ebpfproxy", "explain", "shop/client", "web:http", "-o", "json"))
+        assert explained["without_agent"] == ""
+        assert {each["client"] for each in explained["explanations"]} == {"shop/client"}
         agent.execute("ebpfproxy", "backend", "drain", world.w2.address)
         agent.execute("ebpfproxy", "backend", "drain", world.w2.address, "--undo")
         assert "failed to close stale sockets" not in log.read_text()
         assert "error" not in log.read_text().replace("error='Permission denied'", "")
-    assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "traffic goes on"
+    assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "Services are still served"
 
 
-def test_the_container_is_as_closed_as_it_says(loaded: Kubelet) -> None:
+def test_container_has_the_restrictions_of_its_manifest(loaded: Kubelet) -> None:
     agent = loaded.container("ebpfproxy")
     with loaded.running(agent):
         lines = agent.execute("cat", "/proc/1/status").splitlines()
         status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
         assert status["Uid"] == ["0"] * 4
         assert status["NoNewPrivs"] == ["1"]
-        assert status["Seccomp"] == ["2"], "a filter"
+        assert status["Seccomp"] == ["2"], "a seccomp filter"
         held = agent.execute("capsh", f"--decode={status['CapEff'][0]}").strip().partition("=")[2]
         assert set(held.split(",")) == {"cap_bpf", "cap_net_admin", "cap_perfmon", "cap_sys_admin"}
         assert status["CapEff"] == status["CapPrm"] == status["CapBnd"]
@@ -187,6 +193,7 @@ def test_the_container_is_as_closed_as_it_says(loaded: Kubelet) -> None:
             "/x",
             "/etc/ebpfproxy/x",
             "/run/netns/x",
+            "/var/lib/cni/results/x",
             "/sys/fs/cgroup/x",
             "/proc/sys/net/ipv4/ip_forward",
         ):
@@ -194,7 +201,7 @@ def test_the_container_is_as_closed_as_it_says(loaded: Kubelet) -> None:
                 agent.execute("sh", "-c", f"echo 0 >{path}")
 
 
-def test_the_probes_say_when_everything_is_programmed(loaded: Kubelet) -> None:
+def test_probes_succeed_once_everything_is_programmed(loaded: Kubelet) -> None:
     world = loaded.world
     spec = objects.container(OBJECTS, "ebpfproxy")
     (port,) = (each["containerPort"] for each in spec["ports"] if each["name"] == "healthz")
@@ -203,7 +210,7 @@ def test_the_probes_say_when_everything_is_programmed(loaded: Kubelet) -> None:
     with loaded.running(agent):
         for probe in probes:
             assert probe["port"] == "healthz"
-            # The kubelet asks from the node.
+            # The kubelet probes from the node.
             answer = world.a.run(["curl", "-s", "-m5", f"http://{world.a.address}:{port}{probe['path']}"])
             assert json.loads(answer)["healthy"]
 
@@ -213,13 +220,13 @@ def test_the_probes_say_when_everything_is_programmed(loaded: Kubelet) -> None:
     [
         ("BPF", "lacks BPF hash maps"),
         ("NET_ADMIN", "lacks cgroup socket programs"),
-        ("PERFMON", "pointer arithmetic with it prohibited for !root"),
+        ("PERFMON", "do not load without CAP_PERFMON"),
     ],
 )
-def test_nothing_loads_without(kubelet: Kubelet, missing: str, complaint: str) -> None:
-    """SYS_ADMIN contains BPF and PERFMON; they are what is left where somebody takes it away.
+def test_loading_fails_without(kubelet: Kubelet, missing: str, complaint: str) -> None:
+    """SYS_ADMIN includes BPF and PERFMON, which remain where it is dropped.
 
-    Without the seccomp profile: some runtimes' let only SYS_ADMIN call bpf().
+    The seccomp profile is left out, as those of some runtimes allow bpf() with SYS_ADMIN only.
     """
     held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"} - {f"CAP_{missing}"}
     done = kubelet.container("load", capabilities=held, seccomp=False).run()
@@ -228,7 +235,7 @@ def test_nothing_loads_without(kubelet: Kubelet, missing: str, complaint: str) -
     kubelet.world.a.cli("cleanup")
 
 
-def test_without_sys_admin_all_works_but_other_namespaces_sockets_stay(loaded: Kubelet) -> None:
+def test_without_sys_admin_only_sockets_of_other_namespaces_are_not_closed(loaded: Kubelet) -> None:
     world = loaded.world
     held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}
     with loaded.running(loaded.container("ebpfproxy", capabilities=held, seccomp=False)) as log:
@@ -241,11 +248,11 @@ def test_without_sys_admin_all_works_but_other_namespaces_sockets_stay(loaded: K
         assert "setns: Operation not permitted" in log.read_text()
 
 
-# -- a host that has no bpffs
+# -- a host without a bpffs
 
 
 class Host:
-    """A mount namespace that stands in for the host's: without a bpffs at /sys/fs/bpf."""
+    """A mount namespace without a bpffs at /sys/fs/bpf, which stands for the host's."""
 
     def __init__(self, folder: Path) -> None:
         script = "umount -l /sys/fs/bpf && echo done && exec sleep 600"
@@ -285,7 +292,7 @@ def on(host: Host) -> dict[str, Path]:
     return {"host-ns": host.namespaces, "bpffs": Path("/sys/fs/bpf"), "kubernetes": host.kubernetes}
 
 
-def test_where_no_bpffs_is_mounted_the_host_gets_one_and_pins_outlive_containers(
+def test_missing_bpffs_is_mounted_on_the_host_and_pins_outlive_containers(
     kubelet: Kubelet, host: Host
 ) -> None:
     assert not host.has_bpffs
@@ -299,7 +306,7 @@ def test_where_no_bpffs_is_mounted_the_host_gets_one_and_pins_outlive_containers
     assert len(found) == 1
 
 
-def test_a_bpffs_that_is_mounted_stays_alone(kubelet: Kubelet, host: Host) -> None:
+def test_mounted_bpffs_is_not_mounted_again(kubelet: Kubelet, host: Host) -> None:
     for _ in range(2):
         done = host.run_container(kubelet.container("prepare", volumes=on(host), manifests=False))
         assert done.returncode == 0, done.stderr
@@ -307,7 +314,7 @@ def test_a_bpffs_that_is_mounted_stays_alone(kubelet: Kubelet, host: Host) -> No
 
 
 @pytest.mark.parametrize("missing", ["SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"])
-def test_no_bpffs_is_mounted_without(kubelet: Kubelet, host: Host, missing: str) -> None:
+def test_bpffs_is_not_mounted_without(kubelet: Kubelet, host: Host, missing: str) -> None:
     held = {"CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE"} - {f"CAP_{missing}"}
     container = kubelet.container(
         "prepare", volumes=on(host), capabilities=held, seccomp=False, manifests=False
@@ -334,8 +341,8 @@ users:
 """
 
 
-def test_the_control_planes_address_is_passed_on_and_no_credentials(kubelet: Kubelet, host: Host) -> None:
-    """kubeadm writes each key in a line of its own."""
+def test_address_of_the_control_plane_is_copied_without_credentials(kubelet: Kubelet, host: Host) -> None:
+    """kubeadm writes each key on its own line."""
     written = yaml.safe_dump(yaml.safe_load(KUBELET_CONF))
     (host.kubernetes / "kubelet.conf").write_text(written)
     container = kubelet.container("prepare", volumes=on(host), manifests=False)

@@ -1,4 +1,4 @@
-"""Base and chart are the same, are what the API knows, and grant and ask for no more than they should."""
+"""Base and chart render equal objects, which are valid and grant no more than necessary."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def comparable(found: Objects) -> Objects:
 # -- rendering
 
 
-def test_the_chart_renders_what_the_base_has() -> None:
+def test_chart_renders_the_objects_of_the_base() -> None:
     assert comparable(render_chart()) == comparable(base())
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, whose kustomize would do it")
-def test_kustomize_renders_what_is_read_here() -> None:
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl (kustomize)")
+def test_kustomize_renders_the_objects_that_the_tests_read() -> None:
     done = subprocess.run(
         ["kubectl", "kustomize", str(objects.BASE)], capture_output=True, text=True, check=True
     )
@@ -54,7 +54,7 @@ def test_kustomize_renders_what_is_read_here() -> None:
 
 
 @pytest.mark.skipif(shutil.which("helm") is None, reason="no helm")
-def test_helm_renders_what_the_reader_here_does() -> None:
+def test_helm_renders_the_same_as_the_tests_template_reader() -> None:
     command = ["helm", "template", "ebpfproxy", str(DEPLOY / "chart"), "--namespace", "kube-system"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert comparable(objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))) == comparable(base())
@@ -67,8 +67,8 @@ SPRIG = Path("/usr/share/gocode/src/github.com/Masterminds/sprig")
     shutil.which("go") is None or not SPRIG.is_dir(),
     reason="no golang-go, golang-github-masterminds-sprig-dev, golang-github-ghodss-yaml-dev",
 )
-def test_gos_own_templates_render_what_the_reader_here_does(tmp_path: Path) -> None:
-    """Helm's engine without helm."""
+def test_go_templates_render_the_same_as_the_tests_template_reader(tmp_path: Path) -> None:
+    """Uses Helm's engine without helm."""
     program = tmp_path / "render"
     environment = {
         "PATH": os.environ["PATH"],
@@ -105,7 +105,7 @@ RENDERINGS: list[tuple[str, Callable[[], Objects]]] = [
 
 
 @pytest.mark.parametrize("made", [each for _, each in RENDERINGS], ids=[name for name, _ in RENDERINGS])
-def test_every_field_is_one_that_the_api_has(made: Callable[[], Objects]) -> None:
+def test_every_field_is_known_to_the_api(made: Callable[[], Objects]) -> None:
     problems = [
         problem
         for (kind, name), each in made().items()
@@ -115,7 +115,7 @@ def test_every_field_is_one_that_the_api_has(made: Callable[[], Objects]) -> Non
 
 
 def unknown(value: Any, kind: str, path: str) -> Iterator[str]:
-    """Fields, and values of other types, that are not in the kubernetes package's models."""
+    """Returns fields and types of values that the kubernetes package's models lack."""
     # list[V1Volume] and dict(str, str); newer releases say List[V1Volume] and Dict[str, str].
     of_many = re.fullmatch(r"(list|dict)[\[(](?:str, )?(.+)[\])]", kind, re.IGNORECASE)
     if of_many is not None:
@@ -139,7 +139,7 @@ def unknown(value: Any, kind: str, path: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("made", [each for _, each in RENDERINGS], ids=[name for name, _ in RENDERINGS])
-def test_volumes_selectors_and_names_fit_together(made: Callable[[], Objects]) -> None:
+def test_volumes_selectors_and_names_are_consistent(made: Callable[[], Objects]) -> None:
     found = made()
     spec = pod_spec(found)
     volumes = [each["name"] for each in spec["volumes"]]
@@ -158,10 +158,10 @@ def test_volumes_selectors_and_names_fit_together(made: Callable[[], Objects]) -
     assert len({each["image"] for each in containers}) == 1
 
 
-# -- what they say
+# -- content
 
 
-def test_the_role_grants_this_and_nothing_else() -> None:
+def test_rules_of_the_cluster_role() -> None:
     granted = {
         (group, resource, verb)
         for rule in base()["ClusterRole", "ebpfproxy"]["rules"]
@@ -183,12 +183,12 @@ def test_the_role_grants_this_and_nothing_else() -> None:
     assert {kind for kind, _ in base()} == set(MODELS)
 
 
-def test_the_configuration_is_good_and_has_only_fields_with_an_effect(tmp_path: Path) -> None:
+def test_configuration_is_valid_and_has_only_fields_with_an_effect(tmp_path: Path) -> None:
     found = load.parse(base()["ConfigMap", "ebpfproxy"]["data"]["config.yaml"], "config.yaml")
     assert load.ignored_fields(load.effective(found)) == []
 
 
-def test_no_container_is_privileged_and_each_is_closed() -> None:
+def test_no_container_is_privileged_and_each_is_restricted() -> None:
     spec = pod_spec(base())
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not spec.get("hostPID")
@@ -199,12 +199,12 @@ def test_no_container_is_privileged_and_each_is_closed() -> None:
         assert security["readOnlyRootFilesystem"]
         assert not security["allowPrivilegeEscalation"]
         assert security["capabilities"]["drop"] == ["ALL"]
-        # The API takes it from privileged containers only.
+        # The API accepts it in privileged containers only.
         assert all(mount.get("mountPropagation") != "Bidirectional" for mount in each["volumeMounts"])
     assert container(base(), "ebpfproxy")["securityContext"] == container(base(), "load")["securityContext"]
 
 
-def test_it_runs_on_every_node_one_at_a_time() -> None:
+def test_daemon_set_runs_on_every_node_and_updates_one_at_a_time() -> None:
     spec = pod_spec(base())
     assert spec["tolerations"] == [{"operator": "Exists"}]
     assert spec["priorityClassName"] == "system-node-critical"
@@ -220,7 +220,7 @@ def daemon_set(values: Object) -> Object:
     return pod_spec(render_chart(values))
 
 
-def test_with_a_kubeconfig_there_is_no_token() -> None:
+def test_kubeconfig_replaces_the_service_account_token() -> None:
     assert daemon_set({})["automountServiceAccountToken"] is True
     found = render_chart({"kubeconfig": "/etc/kubernetes/proxy.conf"})
     assert pod_spec(found)["automountServiceAccountToken"] is False
@@ -235,7 +235,7 @@ def test_with_a_kubeconfig_there_is_no_token() -> None:
     assert volume in pod_spec(found)["volumes"]
 
 
-def test_the_control_planes_address_is_what_the_pod_asks_for() -> None:
+def test_address_of_the_control_plane_is_set_in_the_pod() -> None:
     found = render_chart({"master": {"host": "cp.example", "port": 8443}})
     data = found["ConfigMap", "ebpfproxy"]["data"]
     for each in container(found, "ebpfproxy")["env"]:
@@ -244,8 +244,8 @@ def test_the_control_planes_address_is_what_the_pod_asks_for() -> None:
     assert (data["KUBERNETES_SERVICE_HOST"], data["KUBERNETES_SERVICE_PORT"]) == ("cp.example", "8443")
 
 
-def test_another_address_of_the_control_plane_is_another_template() -> None:
-    """Containers read the address as they start, so a changed ``master`` has to make a rolling update."""
+def test_changed_control_plane_address_changes_the_pod_template() -> None:
+    """Containers read the address as they start, so that a changed ``master`` has to cause a rolling update."""
     first, second = (
         render_chart({"master": {"host": host, "port": port}})["DaemonSet", "ebpfproxy"]["spec"]["template"]
         for host, port in (("cp.example", 8443), ("cp.example", 6443))
@@ -263,7 +263,7 @@ def test_configuration_is_merged_into_the_defaults() -> None:
     assert found.own.lb_algorithm == "maglev"
 
 
-def test_image_resources_and_tolerations_are_the_values() -> None:
+def test_image_resources_and_tolerations_of_the_values_are_used() -> None:
     found = daemon_set(
         {
             "image": {"repository": "registry.example/ebpfproxy", "tag": "1.2.3", "pullPolicy": "Always"},
@@ -280,7 +280,7 @@ def test_image_resources_and_tolerations_are_the_values() -> None:
     assert found["tolerations"] == [{"key": "a", "operator": "Exists"}]
 
 
-def test_monitoring_adds_the_monitor_that_deploy_monitoring_has() -> None:
+def test_monitoring_adds_the_pod_monitor_of_deploy_monitoring() -> None:
     found = render_chart({"monitoring": {"enabled": True}})
     wanted = yaml.safe_load((DEPLOY / "monitoring/podmonitor.yaml").read_text())
     assert found["PodMonitor", "ebpfproxy"] == wanted
@@ -291,7 +291,7 @@ def test_monitoring_adds_the_monitor_that_deploy_monitoring_has() -> None:
     assert ("PodMonitor", "ebpfproxy") not in render_chart()
 
 
-# -- the reader of templates
+# -- the template reader
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_monitoring_adds_the_monitor_that_deploy_monitoring_has() -> None:
         ("{{ not .none }}", "true"),
     ],
 )
-def test_templates_mean_what_they_mean_to_helm(text: str, rendered: str) -> None:
+def test_templates_are_rendered_as_by_helm(text: str, rendered: str) -> None:
     assert render(text, {"x": 1, "none": "", "m": {"k": "v"}}) == rendered
 
 
@@ -335,7 +335,7 @@ def test_unknown_template_syntax_is_an_error(text: str) -> None:
         render(text, {"x": 1, "none": "", "m": {"k": "v"}})
 
 
-def test_a_field_that_the_api_does_not_have_is_found() -> None:
+def test_field_unknown_to_the_api_is_reported() -> None:
     found = copy.deepcopy(base()["DaemonSet", "ebpfproxy"])
     spec = found["spec"]["template"]["spec"]
     spec["initContainers"][0]["securityContext"]["capabilites"] = {}

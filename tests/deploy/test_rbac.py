@@ -1,4 +1,4 @@
-"""The agent, in its container, asks with its service account for what the ClusterRole grants, and no more."""
+"""The agent's requests in its container need exactly the rules of the ClusterRole."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PORT = 7777
 
 
 class Cluster:
-    """An API server beside the agent's node, as a control plane on the same host."""
+    """An API server on the host of the agent's node, as a control plane."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -42,7 +42,7 @@ class Cluster:
 
     @contextmanager
     def api(self, rules: list[Object], *, pages: bool = False) -> Iterator[tuple[int, Path]]:
-        """Its port, and its folder, which is also the service account's."""
+        """Yields its port and its folder, which is also that of the service account."""
         self._count += 1
         folder = self.world.lab.folder / f"api-{self._count}"
         folder.mkdir()
@@ -80,7 +80,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.root
 @pytest.mark.parametrize("pages", [False, True], ids=["streaming lists", "pages"])
-def test_the_service_account_can_do_all_that_the_agent_asks_for(cluster: Cluster, pages: bool) -> None:
+def test_service_account_may_do_all_that_the_agent_requests(cluster: Cluster, pages: bool) -> None:
     with cluster.api(RULES, pages=pages) as (port, account):
         agent = cluster.kubelet.container("ebpfproxy", api=port, account=account, manifests=False)
         with cluster.kubelet.running(agent):
@@ -91,7 +91,7 @@ def test_the_service_account_can_do_all_that_the_agent_asks_for(cluster: Cluster
         asked = cluster.asked(account)
     assert all(each.granted for each in asked)
     events = [each for each in asked if each.resource == "events"]
-    assert events == [Asked("events.k8s.io", "events", "create")] * 2, "its start, and the annotation"
+    assert events == [Asked("events.k8s.io", "events", "create")] * 2, "the start and the annotation"
     look_up = Asked("", "services", "list", "metadata.name=annotated")
     assert look_up in asked
     verbs = {each._replace(selector="") for each in asked if each not in (look_up, events[0])}
@@ -99,12 +99,12 @@ def test_the_service_account_can_do_all_that_the_agent_asks_for(cluster: Cluster
     used = {each for each in GRANTED if each.resource != "events"}
     assert verbs == (used if pages else {each for each in used if each.verb == "watch"})
     nodes = {each.selector for each in asked if each.resource == "nodes"}
-    assert nodes == {"metadata.name=node-a"}, "its own alone"
+    assert nodes == {"metadata.name=node-a"}, "only its own"
 
 
 @pytest.mark.root
 @pytest.mark.parametrize("resource", ["services", "endpointslices", "nodes"])
-def test_an_agent_that_may_not_see_them_says_so_and_is_not_ready(cluster: Cluster, resource: str) -> None:
+def test_agent_without_permissions_logs_it_and_is_not_ready(cluster: Cluster, resource: str) -> None:
     rules = [rule for rule in RULES if resource not in rule["resources"]]
     with cluster.api(rules) as (port, account):
         agent = cluster.kubelet.container("ebpfproxy", api=port, account=account, manifests=False)
@@ -129,7 +129,7 @@ def test_an_agent_that_may_not_see_them_says_so_and_is_not_ready(cluster: Cluste
         ("PATCH", "/api/v1/nodes/n1/status", ("", "nodes", "patch")),
     ],
 )
-def test_requests_are_read_as_the_server_does(method: str, path: str, asked: tuple[str, str, str]) -> None:
+def test_requests_are_parsed_as_by_a_real_server(method: str, path: str, asked: tuple[str, str, str]) -> None:
     found = attributes(method, path)
     assert found is not None
     assert found[:3] == asked

@@ -29,9 +29,9 @@ IP = SERVICE_IPS["v4"]
 
 
 class Manager:
-    """A systemd of its own: a user's, but root's, which may do what the system's does.
+    """A systemd of the test: root's user manager, which may do what the system's does.
 
-    It believes to be on a host that systemd has booted, and is in cgroups of its own.
+    It finds a host that systemd has booted, and has its own cgroups.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,7 +70,7 @@ class Manager:
         command = [
             "unshare",
             "--mount",
-            # On a host, namespaces made later are seen in the unit, too (/run/netns is shared).
+            # On a host the unit sees namespaces that are created later, as /run/netns is shared.
             "--propagation",
             "slave",
             "sh",
@@ -125,10 +125,10 @@ def settings() -> dict[str, str]:
     return dict(line.split("=", 1) for line in UNIT.read_text().splitlines() if re.match(r"\w+=", line))
 
 
-def test_systemd_knows_all_that_the_unit_says(tmp_path: Path) -> None:
+def test_systemd_knows_all_settings_of_the_unit(tmp_path: Path) -> None:
     install("systemd", "systemd-analyze")
     copy = tmp_path / UNIT.name
-    # It looks whether the program is there.
+    # It checks that the program exists.
     copy.write_text(UNIT.read_text().replace(INSTALLED, HERE))
     done = subprocess.run(
         ["systemd-analyze", "verify", str(copy)], capture_output=True, text=True, check=False
@@ -136,7 +136,7 @@ def test_systemd_knows_all_that_the_unit_says(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_it_has_the_daemon_sets_capabilities_and_one_for_the_hosts_processes() -> None:
+def test_unit_has_the_capabilities_of_the_daemon_set_and_sys_ptrace() -> None:
     of_pods = {
         f"CAP_{each}" for each in container(base(), "ebpfproxy")["securityContext"]["capabilities"]["add"]
     }
@@ -144,8 +144,8 @@ def test_it_has_the_daemon_sets_capabilities_and_one_for_the_hosts_processes() -
 
 
 @pytest.mark.root
-def test_a_process_of_another_user_shows_its_namespace_only_with_sys_ptrace() -> None:
-    """In the DaemonSet's containers no such process is seen at all: there /run/netns has pods' namespaces."""
+def test_network_namespace_of_another_users_process_needs_sys_ptrace() -> None:
+    """The DaemonSet's containers see no such process; they find the namespaces of pods in /run/netns."""
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     process = subprocess.Popen(
         ["unshare", "--net", *user, "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
@@ -173,7 +173,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
     install("systemd", "systemd-analyze")
     with Lab() as lab:
         world = World(lab)
-        lab.outside  # noqa: B018 - made when asked for
+        lab.outside  # noqa: B018 - the property creates it
         folder = lab.folder / "systemd"
         manager = Manager(folder)
         roots = " ".join(
@@ -189,7 +189,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
         drop_in.mkdir()
         (drop_in / "lab.conf").write_text(
             f"[Service]\nNetworkNamespacePath=/run/netns/{world.a.netns}\n"
-            # PrivateTmp hides what is below /tmp.
+            # PrivateTmp hides files below /tmp.
             f"BindReadOnlyPaths={lab.folder} {DEPLOY.parent}\n"
             f"StandardOutput=append:{folder}/agent.log\nStandardError=inherit\n"
         )
@@ -201,7 +201,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
             )
             outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, clients.ENOUGH)
             assert set(outside) == {"w1", "w2"}
-            # A pod that came after the unit's mount namespace was made is reached as well.
+            # A pod that is newer than the unit's mount namespace is reached as well.
             pods = (world.client, world.a.pod("late"))
             holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in pods]
             for holder in holders:
@@ -234,7 +234,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
             assert "Read-only" in touched.stderr
             look = [*inside, "stat", "-fc%T", *(f"/run/netns/{pod.netns}" for pod in pods)]
             kinds = subprocess.run(look, capture_output=True, text=True, check=True).stdout.split()
-            assert kinds == ["nsfs", "nsfs"], "one that is not mounted is a file that nobody may open"
+            assert kinds == ["nsfs", "nsfs"], "a name that is not mounted is a file without permissions"
 
             manager.call("stop", UNIT.name)
             assert "stopped, traffic goes on" in manager.log

@@ -1,1 +1,1 @@
-"""The documents agree with the code: what is made from it, and what people have written."""
+"""The documents agree with the code, in generated and in written parts."""

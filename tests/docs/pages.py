@@ -1,4 +1,4 @@
-"""What the documents say: their code blocks, code spans, headings and links."""
+"""Code blocks, code spans, headings and links of the documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tools.docs.made import DOCS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
-#: What is made from the code needs no comparison with it.
+#: Generated text is not compared with the code.
 WRITTEN = tuple(page for page in PAGES if page.name != "commands.md")
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
@@ -33,12 +33,12 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def prose(page: Path) -> str:
-    """Without fenced blocks."""
+    """Returns the text without fenced blocks."""
     return _FENCE.sub("", page.read_text())
 
 
 def spans(page: Path) -> Iterator[str]:
-    """Code within lines; one that goes over the end of a line is one line."""
+    """Returns code spans; a span across lines becomes one line."""
     for match in _SPAN.finditer(prose(page)):
         yield " ".join(match[1].split())
 
@@ -49,7 +49,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings: lower case, hyphens for spaces, no punctuation, numbers for repeats."""
+    """Returns anchors of headings as on GitHub: lower case, hyphens for spaces, no punctuation, repeats numbered."""
     found: set[str] = set()
     seen: Counter[str] = Counter()
     for match in _HEADING.finditer(prose(page)):

@@ -1,4 +1,4 @@
-"""Every command line in the documents is one that the program takes; every command and option has a help."""
+"""Command lines in the documents are accepted, and every command and option has a help text."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ebpfproxy.cli import main
 from tests.docs.pages import WRITTEN, blocks, spans
 from tools.docs.commands import walk
 
-#: A command line ends at what is the shell's.
+#: A command line ends at operators of the shell.
 _END = re.compile(r"\s(?:\||&&|;|>|>>|#)(?:\s|$)|\s&$")
-#: Itself, in a pod, in a container; the program's output and the package's folders are no calls of it.
+#: It is called directly, in a pod or in a container; its output and the package's folders are not calls.
 _CALL = re.compile(
     r"^(?:\$ |sudo )?(?:\S*/bin/)?ebpfproxy\s+(\S.*)"
     r"|^kubectl .* -- ebpfproxy\s+(\S.*)"
     r"|^docker run .*? \S+/ebpfproxy:\S+\s+(\S.*)"
 )
-#: Stands for a value: FILE, NAMESPACE/NAME, ADDRESS[:PORT].
+#: This matches placeholders: FILE, NAMESPACE/NAME, ADDRESS[:PORT].
 _PLACEHOLDER = re.compile(r"^\[?[A-Z]{2,}[\w/:.\[\]-]*$")
 
 
 class Line(NamedTuple):
     page: str
     text: str
-    #: A mention in a sentence need not have all arguments.
+    #: A mention in a sentence may lack arguments.
     whole: bool
 
 
@@ -46,7 +46,7 @@ def _lines() -> Iterator[Line]:
 
 
 def calls() -> list[Line]:
-    """What stands behind ``ebpfproxy``. A sentence may also speak of the program without calling it."""
+    """The words after ``ebpfproxy``. A sentence may also mention the program without calling it."""
     known = main.list_commands(click.Context(main))
     found = []
     for line in _lines():
@@ -58,14 +58,14 @@ def calls() -> list[Line]:
 
 
 def check(text: str, *, whole: bool) -> str:
-    """What is wrong with the words behind ``ebpfproxy``; empty for nothing."""
+    """Returns the error of the words after ``ebpfproxy``, empty if there is none."""
     words = shlex.split(text)
-    # plan|run|rollback: each of them.
+    # plan|run|rollback stands for each of them.
     choices = [word.split("|") if "|" in word and not word.startswith("-") else [word] for word in words]
     for chosen in itertools.product(*choices):
-        said = _parse(list(chosen), whole=whole and all(len(each) == 1 for each in choices))
-        if said:
-            return said
+        message = _parse(list(chosen), whole=whole and all(len(each) == 1 for each in choices))
+        if message:
+            return message
     return ""
 
 
@@ -95,19 +95,19 @@ def _parse(words: list[str], *, whole: bool) -> str:
     return ""
 
 
-def test_there_are_command_lines() -> None:
+def test_documents_have_command_lines() -> None:
     pages = {line.page for line in calls()}
     assert {"README.md", "install.md", "migrate.md", "troubleshooting.md", "configuration.md"} <= pages
     assert len(calls()) > 60
 
 
 @pytest.mark.parametrize("line", calls(), ids=lambda line: f"{line.page}: {line.text}")
-def test_command_lines_are_taken(line: Line) -> None:
+def test_command_lines_are_accepted(line: Line) -> None:
     assert check(line.text, whole=line.whole) == ""
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("status --output xml", "'xml' is not one of"),
         ("status --nothing", "--nothing"),
@@ -119,19 +119,19 @@ def test_command_lines_are_taken(line: Line) -> None:
         ("service", "a group"),
     ],
 )
-def test_the_check_finds_what_is_wrong(text: str, said: str) -> None:
+def test_the_check_finds_errors(text: str, message: str) -> None:
     found = check(text, whole=True)
-    assert said in found and bool(said) == bool(found)
+    assert message in found and bool(message) == bool(found)
 
 
 @pytest.mark.parametrize("ctx", list(walk()), ids=lambda ctx: ctx.command_path)
-def test_every_command_and_option_has_a_help(ctx: click.Context) -> None:
+def test_every_command_and_option_has_a_help_text(ctx: click.Context) -> None:
     assert ctx.command.help
     options = [p for p in ctx.command.params if isinstance(p, click.Option) and not p.hidden]
     assert [option.opts for option in options if not option.help] == []
 
 
-def test_images_are_named_without_a_registrys_host() -> None:
+def test_images_have_no_registry_host() -> None:
     hosts = re.compile(r"\b(?:[a-z0-9-]+\.)+(?:io|com|org|dev)/[\w./-]+:[\w.-]+")
     found = [
         match[0] for page in WRITTEN for match in hosts.finditer(Path(page.parent, page.name).read_text())

@@ -1,7 +1,8 @@
-"""``completion``: scripts that a real bash completes with, and names from maps, or none."""
+"""``completion``: scripts in a real bash, and names that are completed from maps."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from tests.lab import Lab, LabNode, manifests
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    """A PATH on which ``ebpfproxy`` is this one, by that name."""
+    """Returns a PATH on which ``ebpfproxy`` is this checkout's."""
     program = tmp_path / "ebpfproxy"
     program.write_text(f"#!{sys.executable}\nfrom ebpfproxy.cli import main\nmain(prog_name='ebpfproxy')\n")
     program.chmod(0o755)
@@ -27,7 +28,7 @@ def path(tmp_path: Path) -> str:
 
 
 _BASH = """
-source <(ebpfproxy completion bash)
+source <(printf '%s' "$SCRIPT")
 COMP_WORDS=("$@")
 COMP_CWORD=$(($# - 1))
 COMP_LINE="$*"
@@ -36,11 +37,18 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
 
 
+@functools.cache
+def _script() -> str:
+    """Returns the output of ``ebpfproxy completion bash``."""
+    command = [sys.executable, "-c", "from ebpfproxy.cli import main; main(prog_name='ebpfproxy')"]
+    return subprocess.run([*command, "completion", "bash"], capture_output=True, text=True, check=True).stdout
+
+
 def completed(path: str, *words: str) -> list[str]:
-    """What a bash that sourced the script offers for the last word."""
+    """Returns the completions of a bash that sourced the script, for the last word."""
     done = subprocess.run(
         ["bash", "--norc", "-c", _BASH, "bash", "ebpfproxy", *words],
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, "SCRIPT": _script()},
         capture_output=True,
         text=True,
         timeout=60,
@@ -80,7 +88,7 @@ def test_every_shell_has_a_script(shell: str, needed: str) -> None:
         subprocess.run([found, "-n"], input=result.output, text=True, check=True, timeout=10)
 
 
-def test_another_shell_is_one_error() -> None:
+def test_unknown_shell_is_an_error() -> None:
     result = CliRunner().invoke(main, ["completion", "tcsh"])
     assert result.exit_code == 2
     assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in result.output
@@ -88,7 +96,7 @@ def test_another_shell_is_one_error() -> None:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[LabNode]:
-    """With an agent that has programmed two Services."""
+    """Yields a node with an agent that has programmed two Services."""
     with Lab() as lab:
         node = lab.node("node-a")
         folder = lab.folder / "manifests"
@@ -120,7 +128,7 @@ def node() -> Iterator[LabNode]:
         (("affinity", "flush", "--backend", "10.244"), ["10.244.1.9", "10.244.1.9:8080"]),
     ],
 )
-def test_names_come_from_the_maps(
+def test_names_are_completed_from_the_maps(
     path: str, node: LabNode, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], offered: list[str]
 ) -> None:
     monkeypatch.setenv("EBPFPROXY_BPF_ROOT", str(node.bpf_root))
@@ -129,7 +137,7 @@ def test_names_come_from_the_maps(
 
 @pytest.mark.root
 def test_without_access_to_the_maps_nothing_is_completed(node: LabNode) -> None:
-    """Also no error: the bpffs is root's alone."""
+    """There is no error either: only root may read the bpffs."""
     done = subprocess.run(
         [sys.executable, "-c", "from ebpfproxy.cli import main; main(prog_name='ebpfproxy')"],
         env={

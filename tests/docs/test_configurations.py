@@ -1,4 +1,4 @@
-"""Configurations in the documents are good ones, and those said to be wrong are wrong."""
+"""Configurations in the documents are valid, except examples of invalid ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_docs_contain_configurations() -> None:
 
 
 @pytest.mark.parametrize("block", _all(), ids=lambda block: f"{block.page.name}: {block.text[:30]!r}")
-def test_blocks_of_yaml_can_be_read(block: Block) -> None:
+def test_yaml_blocks_can_be_parsed(block: Block) -> None:
     assert _documents(block)
 
 

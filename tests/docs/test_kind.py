@@ -1,4 +1,4 @@
-"""What install.md says of kind: in a cgroup namespace of its own an agent serves that node, and no other."""
+"""kind, as in install.md: an agent in the cgroup namespace of a node serves that node only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab import Lab, LabNode, clients, manifests, servers
-from tests.lab.lab import READY_SECONDS
 from tests.lab.spaces import Space
+from tests.lab.waiting import READY_SECONDS
 
 pytestmark = pytest.mark.root
 
@@ -20,7 +20,7 @@ IP = "10.96.0.10"
 
 
 def _run_as_in_kind(node: LabNode, folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Mounts cgroup v2 as a container's runtime does: the mount's root is the node's own cgroup."""
+    """Mounts cgroup v2 as a container runtime does: the root of the mount is the node's cgroup."""
     mount = log.with_suffix(".cgroup")
     mount.mkdir()
     agent = f"{sys.executable} -m ebpfproxy run --bpf-root {node.bpf_root} --cgroup-root {mount}"
@@ -54,7 +54,7 @@ def test_the_root_of_a_cgroup_namespace_is_served() -> None:
         # The socket hook translates, so that no flow is created.
         assert client.call(clients.ask_tcp, IP, 80)["getpeername"] == (IP, 80)
         assert flows() == 0
-        # A process of another node's cgroup, here in the same pod's namespace: in packets.
+        # A process in another node's cgroup, here in the same pod's namespace, is served in packets.
         foreign = Space(client.netns, other.cgroup)
         assert foreign.call(clients.ask_tcp, IP, 80)["name"] == web.name
         assert flows() == 1

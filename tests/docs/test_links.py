@@ -1,4 +1,4 @@
-"""Links lead somewhere: files, headings, and paths of the repository that are named."""
+"""Links and paths in the documents refer to existing files and headings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PATH = re.compile(r"^(?:deploy|tests|docs|ebpfproxy|bpf)/[\w./*-]+$")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     missing = []
     for link in links(page):
         if link.startswith(("https://", "http://")):
@@ -27,14 +27,14 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_paths_that_are_named_exist(page: Path) -> None:
+def test_paths_in_documents_exist(page: Path) -> None:
     named = [word.split("::")[0] for span in spans(page) for word in span.split()]
     named += [word for block in blocks(page) for word in block.text.split()]
     missing = [name for name in named if _PATH.match(name) and not any(ROOT.glob(name.rstrip("/")))]
     assert missing == []
 
 
-def test_every_document_is_reached_from_the_readme() -> None:
+def test_every_document_is_reachable_from_the_readme() -> None:
     readme = ROOT / "README.md"
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(readme)}
     assert {page for page in PAGES if page != readme} - linked == set()

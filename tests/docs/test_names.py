@@ -1,4 +1,4 @@
-"""Names that documents use are names that the code has."""
+"""Names in documents exist in the code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _found(pattern: str, page: Path) -> set[str]:
 
 
 def _sources() -> str:
-    """All that defines names, as one text."""
+    """Returns all text that defines names."""
     listed = subprocess.run(
         [
             "git",
@@ -91,15 +91,16 @@ def test_features_and_targets_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_that_are_named_alone_exist(page: Path) -> None:
-    """In code spans that are one flag: ours, kube-proxy's, or of a tool that the page is about."""
+def test_flags_in_code_spans_exist(page: Path) -> None:
+    """A code span of one flag names one of ours, of kube-proxy's, or of a tool that the page is about."""
     others = _OTHER_TOOLS | {"--help"}
     named = _found(r"`(--[a-z][a-z0-9-]*)[ =`]", page)
     assert named - set(_flags()) - others == set()
 
 
-#: Flags that kubeadm, k3s, kube-router and the API server have.
+#: Flags that kubeadm, k3s, kube-router and the API server have, and our benchmarks.
 _OTHER_TOOLS = {
+    "--base",
     "--skip-phases",
     "--control-plane-endpoint",
     "--disable-kube-proxy",
@@ -125,8 +126,8 @@ def _variable(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_").upper()
 
 
-def test_the_example_of_one_test_selects_some() -> None:
-    """The word after ``-k`` is in a name or an id of the file that CONTRIBUTING names."""
+def test_example_of_selecting_tests_matches_some() -> None:
+    """The word after ``-k`` occurs in a test name or an id of the file that CONTRIBUTING names."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     ((file, word),) = re.findall(r"pytest -q (\S+) -k (\w+)", text)
     code = (ROOT / file).read_text()

@@ -1,1 +1,1 @@
-"""Real agents, real BPF, real sockets: two nodes and their pods in namespaces."""
+"""Agents, BPF programs and sockets on two nodes and their pods in network namespaces."""

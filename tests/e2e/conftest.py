@@ -1,4 +1,4 @@
-"""Fixtures that several modules share."""
+"""Fixtures of several modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.lab import Lab
 
 @pytest.fixture(scope="module")
 def outer() -> Iterator[Outer]:
-    """Nodes, an agent on the first, and a client outside; see ``tests.e2e.outer``."""
+    """Two nodes, an agent on the first, and an external client; see ``tests.e2e.outer``."""
     with Lab() as lab:
         made = Outer(lab)
         made.agent("--stale-tcp-seconds", "0.5").start()

@@ -1,11 +1,10 @@
-"""Connections without end, in a pod, while a test does something to the agent."""
+"""Opens connections from a pod continuously, while a test stops, starts or reconfigures the agent."""
 
 from __future__ import annotations
 
 import json
 import select
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,35 +12,32 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.lab import clients
-from tests.lab.spaces import Space
+from tests.lab.spaces import Forked, Space, read_line
 
 
 class Load:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: Forked) -> None:
         self._process = process
         self.result: dict[str, Any] = {}
 
     def stop(self) -> None:
-        assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.stdout is not None
         self.result = json.loads(self._process.stdout.read())
-        self._process.wait(10)
+        self._process.wait()
 
 
 @contextmanager
 def running(pod: Space, host: str, port: int) -> Iterator[Load]:
-    """Its ``result`` afterwards: how many connections, and the errors of those that failed."""
-    command = [sys.executable, "-m", "tests.e2e.load", host, str(port)]
-    load = Load(pod.popen(command, stdin=-1, stdout=-1))
-    assert load._process.stdout is not None
-    assert load._process.stdout.readline() == b"ready\n"
+    """Yields a load whose ``result`` has the number of connections and the errors, after the block."""
+    process = pod.fork(main, host, port)
+    assert read_line(process) == "ready"
+    load = Load(process)
     yield load
     load.stop()
 
 
 def main(host: str, port: int) -> None:
-    """New connections, and a long one that is asked all the time; until standard input ends."""
+    """Opens connections and sends requests on a long-lived one, until standard input ends."""
     count, errors = 0, []
     slowest = 0.0
     long = socket.create_connection((host, port), 20)
@@ -59,7 +55,3 @@ def main(host: str, port: int) -> None:
         slowest = max(slowest, time.monotonic() - began)
         count += 1
     print(json.dumps({"count": count, "errors": errors, "slowest": slowest}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -1,6 +1,6 @@
-"""``python -m tests.e2e.many HOST PORT COUNT``: connections that stay, each asked something at the end.
+"""``python -m tests.e2e.many HOST PORT COUNT``: opens connections and keeps them open.
 
-It says how many are open, waits for a line, asks every one of them, and says how many answered.
+It prints how many are open, waits for a line, sends a request on each, and prints how many were answered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _AT_ONCE = 500
 
 
 def hold(host: str, port: int, count: int) -> list[socket.socket]:
-    """Connections on which the server has said its first word."""
+    """Opens connections; returns those on which the server has sent its first line."""
     selector = selectors.EpollSelector()
     alive: list[socket.socket] = []
     for start in range(0, count, _AT_ONCE):

@@ -1,4 +1,4 @@
-"""A client outside the cluster, and what the tests of the packet path share."""
+"""The nodes and Services of the packet tests, with a client outside the cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from tests.e2e.world import BALANCER, EXTERNAL, SERVICE_IPS, World
 from tests.lab import Lab, Outside, manifests
 from tests.lab.spaces import Space
 
-WAYS = {"safe": [], "clsact": ["--without", "tcx"], "bypass": ["--bypass-netfilter"]}
+#: Options of the agent: default, without tcx, with netfilter bypassed, and with XDP.
+VARIANTS = {
+    "default": [],
+    "clsact": ["--without", "tcx"],
+    "bypass": ["--bypass-netfilter"],
+    "xdp": ["--xdp", "native"],
+}
 BALANCER6 = "2001:db8:113::10"
 PORTS = [{"name": "http", "port": 80, "protocol": "TCP"}, {"name": "udp", "port": 53, "protocol": "UDP"}]
 SLICE_PORTS = [
@@ -20,7 +26,7 @@ SLICE_PORTS = [
 
 
 class Outer(World):
-    """The world with a client outside, to whom node-a is the way to every frontend."""
+    """A World with an external client, whose routes to all frontends lead to node-a."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -36,7 +42,7 @@ class Outer(World):
             self.outside.route(address, self.a)
 
     def add(self, name: str, ip: str, endpoints: list[manifests.Document], **spec: Any) -> None:
-        """A Service of one cluster IP on the usual ports, in a file of its own."""
+        """Adds a Service with one cluster IP and the ports of all tests, in a file of its own."""
         service = manifests.service(name, **{"clusterIPs": [ip], "ports": PORTS, **spec})
         self._write(name, service, endpoints)
 
@@ -62,7 +68,7 @@ class Outer(World):
 
 
 class Held:
-    """A connection that a process outside holds."""
+    """A TCP connection that a process of ``space`` keeps open."""
 
     def __init__(self, space: Space, host: str, port: int) -> None:
         script = (

@@ -1,4 +1,4 @@
-"""Session affinity and draining by hand, at the socket and in packets."""
+"""Session affinity and ``ebpfproxy backend drain``, at the socket and in packets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 
 BACKENDS = [f"10.244.2.{i}" for i in range(10, 20)]
 LOCAL = "10.244.1.77"
-#: Name: cluster IP, load balancer, seconds of affinity (0: none).
+#: Cluster IP, load balancer IP and seconds of affinity (0: none), by name of the Service.
 SERVICES = {
     "sticky": ("10.96.6.1", "203.0.113.1", 3600),
     "short": ("10.96.6.2", "203.0.113.2", 2),
@@ -86,14 +86,14 @@ class World:
         until(programmed)
 
     def socket(self, name: str, pod: int = 0, count: int = 1, port: int = 53) -> set[str]:
-        """The backends of a pod's connects."""
+        """The backends that connect() of a pod's sockets selects."""
         return set(self.pods[pod].call(choices.choices, SERVICES[name][0], port, count))
 
     def packet(self, name: str, client: str, count: int = 1) -> set[str]:
-        """The backends of a client's new flows from outside."""
+        """The backends of new flows of an external client."""
         found = set()
         for _ in range(count):
-            result = self.wire.arrive(
+            result = self.wire.ingress(
                 IP(src=client, dst=SERVICES[name][1]) / UDP(sport=next(_ports), dport=53) / b"?"
             )
             assert result.verdict == PASS
@@ -101,15 +101,15 @@ class World:
         return found
 
     def packet_of_pod(self, name: str, pod: int) -> str:
-        """The backend of a new flow of a pod that no socket hook saw."""
+        """The backend of a new flow of a pod that passed no socket hook."""
         packet = IP(src=self.pods[pod].address, dst=SERVICES[name][0]) / UDP(sport=next(_ports), dport=53)
-        result = self.wire.arrive(packet / b"?", device=f"p{pod + 1}")
+        result = self.wire.ingress(packet / b"?", device=f"p{pod + 1}")
         assert result.verdict == PASS
         backend: str = result.packet[IP].dst
         return backend
 
-    def put_back(self, seconds: float) -> None:
-        """Lets time have passed since the last choice of every client."""
+    def age(self, seconds: float) -> None:
+        """Moves the last use of every affinity back by ``seconds``, in the map."""
         path = next((self.node.bpf_root / "ebpfproxy").glob("v*/maps/affinity"))
         fd = bpf.get_pinned(path)
         for keys, values, count in bpf.map_lookup_batches(fd, 24, 16, 4096):
@@ -140,8 +140,8 @@ def world(shared: World) -> World:
 
 
 @pytest.mark.parametrize("name", ["sticky", "sticky-rr"])
-def test_a_client_stays_with_its_backend(world: World, name: str) -> None:
-    """A pod is a client, whatever of its processes and sockets asks; outside, an address is."""
+def test_affinity_keeps_a_pod_or_external_client_at_one_backend(world: World, name: str) -> None:
+    """All sockets of a pod are one client; outside the cluster an address is one."""
     by_pod = [world.socket(name, pod, 30) for pod in range(3)]
     by_address = [world.packet(name, f"198.51.100.{i}", 5) for i in range(40)]
     assert all(len(found) == 1 for found in by_pod + by_address)
@@ -149,13 +149,13 @@ def test_a_client_stays_with_its_backend(world: World, name: str) -> None:
     assert [world.socket(name, pod, 5) for pod in range(3)] == by_pod
 
 
-def test_a_pod_is_one_client_in_both_ways(world: World) -> None:
-    """The agent knows which address is whose; of a pod that is new, within a sweep (10 s)."""
-    newcomer = world.node.pod("newcomer")
-    world.pods.append(newcomer)
+def test_pod_has_one_affinity_at_sockets_and_in_packets(world: World) -> None:
+    """The agent maps addresses to network namespaces, those of a new pod within a sweep (10 s)."""
+    new_pod = world.node.pod("new-pod")
+    world.pods.append(new_pod)
     world.wire.close()
     world.wire = Wire(world.node)
-    until(lambda: f"netns:{cookie(newcomer)}" in {row["client"] for row in seen(world, 3)})
+    until(lambda: f"netns:{cookie(new_pod)}" in {row["client"] for row in seen(world, 3)})
     for pod in range(4):
         assert world.socket("sticky-rr", pod, 3) == {world.packet_of_pod("sticky-rr", pod)}
     assert len({row["client"] for row in world.affinity("--service", "shop/sticky-rr")}) == 4
@@ -167,17 +167,17 @@ def cookie(pod: Pod) -> int:
 
 
 def seen(world: World, pod: int) -> list[dict[str, Any]]:
-    """The clients after a packet of the pod's."""
+    """The affinity entries after one packet of the pod."""
     world.node.cli("affinity", "flush", "--all")
     world.packet_of_pod("sticky", pod)
     return world.affinity()
 
 
-def test_without_affinity_it_does_not(world: World) -> None:
+def test_connections_spread_over_backends_without_affinity(world: World) -> None:
     assert len(world.socket("loose", 0, 100)) > 5
 
 
-def test_every_service_port_has_an_affinity_of_its_own(world: World) -> None:
+def test_affinity_is_per_service_port(world: World) -> None:
     """As in kube-proxy."""
     dns = [world.socket("sticky", pod, 3) for pod in range(3)]
     other = [world.socket("sticky", pod, 3, port=54) for pod in range(3)]
@@ -185,12 +185,12 @@ def test_every_service_port_has_an_affinity_of_its_own(world: World) -> None:
     assert len(world.affinity("--service", "shop/sticky")) == 6
 
 
-def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> None:
-    """Two seconds, in real time: used every second it lasts; unused it is over."""
+def test_affinity_timeout_is_refreshed_by_use_and_expires_without(world: World) -> None:
+    """The timeout is two seconds: it lasts if used every second, and expires otherwise."""
     names = [f"198.51.100.{i}" for i in range(30)]
 
     def lasts_three_seconds() -> bool:
-        """Not where the machine was too busy to use every one within two seconds."""
+        """Returns False if the machine was too busy to use each affinity within two seconds."""
         first, used = {client: world.packet("short", client) for client in names}, began
         for _ in range(3):
             time.sleep(1)
@@ -205,7 +205,7 @@ def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> N
     deadline = began + 100
     while not lasts_three_seconds():
         began = time.monotonic()
-        assert began < deadline, "this machine is too busy"
+        assert began < deadline, "the machine is too busy for this test"
     first = {client: world.packet("short", client) for client in names}
     time.sleep(2.2)
     assert not world.affinity("--service", "shop/short")
@@ -213,7 +213,7 @@ def test_an_affinity_that_is_used_goes_on_and_an_old_one_ends(world: World) -> N
     assert again != first
 
 
-def test_a_backend_that_goes_is_replaced_at_once(world: World) -> None:
+def test_removed_backend_is_replaced_for_its_clients_only(world: World) -> None:
     before = {client: world.packet("sticky", client) for client in (f"198.51.100.{i}" for i in range(50))}
     (gone,) = before["198.51.100.0"]
     world.set_backends([backend for backend in BACKENDS if backend != gone])
@@ -221,12 +221,12 @@ def test_a_backend_that_goes_is_replaced_at_once(world: World) -> None:
     for client, backend in before.items():
         assert len(after[client]) == 1
         assert (after[client] != backend) == (backend == {gone})
-    # Back again it does not get its old clients: they have another now.
+    # The backend does not regain its former clients, which have another one now.
     world.set_backends(BACKENDS)
     assert {client: world.packet("sticky", client) for client in before} == after
 
 
-def test_it_outlives_the_agent_and_a_change_of_other_backends(world: World) -> None:
+def test_affinity_survives_an_agent_restart_and_changes_of_other_backends(world: World) -> None:
     before = [world.socket("sticky", pod) for pod in range(3)]
     world.agent.kill()
     world.agent = world.node.agent(manifests=world.folder).start()
@@ -236,22 +236,21 @@ def test_it_outlives_the_agent_and_a_change_of_other_backends(world: World) -> N
     assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
 
 
-def test_it_lasts_as_long_as_the_service_says(world: World) -> None:
-    """A minute without a minute: the time of the last choice is put back in the map.
-
-    It cannot be put back to before the machine was started.
-    """
+def test_affinity_lasts_for_timeout_seconds_since_its_last_use(world: World) -> None:
+    """The test does not wait: it moves the time of the last use back in the map, not before boot."""
     clients = [f"198.51.100.{i}" for i in range(40)]
     before = {client: world.packet("minute", client) for client in clients}
-    world.put_back(40)
+    world.age(40)
     assert {client: world.packet("minute", client) for client in clients} == before
-    world.put_back(40)
-    assert {client: world.packet("minute", client) for client in clients} == before, "use makes it last"
-    world.put_back(61)
+    world.age(40)
+    assert {client: world.packet("minute", client) for client in clients} == before, (
+        "each use restarts the timeout"
+    )
+    world.age(61)
     assert {client: world.packet("minute", client) for client in clients} != before
 
 
-def test_a_table_of_another_size_has_it_and_a_full_one_only_forgets(world: World) -> None:
+def test_affinity_survives_a_new_map_size_and_a_full_map_evicts(world: World) -> None:
     before = [world.socket("sticky", pod) for pod in range(3)]
     world.agent.stop()
     world.agent = world.node.agent("--max-affinity", "256", manifests=world.folder).start()
@@ -277,7 +276,7 @@ def test_affinity_list_and_flush(world: World) -> None:
     assert world.node.cli("affinity", "flush", check=False) == ""
 
 
-def test_a_backend_drained_by_hand_gets_no_new_connections_until_that_is_undone(world: World) -> None:
+def test_drained_backend_gets_no_new_connections_until_the_drain_is_undone(world: World) -> None:
     client = next(
         c for c in (f"198.51.100.{i}" for i in range(200)) if world.packet("sticky", c) == {BACKENDS[3]}
     )
@@ -298,14 +297,14 @@ def test_a_backend_drained_by_hand_gets_no_new_connections_until_that_is_undone(
     assert BACKENDS[3] in world.socket("loose", 0, 300)
 
 
-def test_draining_one_port_leaves_the_others(world: World) -> None:
+def test_drain_of_one_port_does_not_affect_other_ports(world: World) -> None:
     world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053")
     assert BACKENDS[0] not in world.socket("loose", 0, 200)
     assert BACKENDS[0] in world.socket("loose", 0, 300, port=54)
     world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053", "--undo")
 
 
-def test_the_order_ends_with_the_endpoint(world: World) -> None:
+def test_drain_ends_when_the_endpoint_is_removed(world: World) -> None:
     world.node.cli("backend", "drain", BACKENDS[5])
     world.set_backends(BACKENDS[:5])
     time.sleep(1)
@@ -313,7 +312,7 @@ def test_the_order_ends_with_the_endpoint(world: World) -> None:
     until(lambda: BACKENDS[5] in world.socket("loose", 0, 100))
 
 
-def test_who_is_not_there_cannot_be_drained(world: World) -> None:
+def test_drain_of_an_unknown_backend_fails(world: World) -> None:
     for arguments in (["10.99.99.99"], ["10.244.2.10:1"], [BACKENDS[0], "--undo"]):
         with pytest.raises(RuntimeError, match=r"no backend|is not drained"):
             world.node.cli("backend", "drain", *arguments)

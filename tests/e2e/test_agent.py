@@ -1,4 +1,4 @@
-"""The agent's life: start, restart, crash, upgrade, refusal, clean-up; traffic must not notice."""
+"""Start, restart, crash, upgrade and clean-up of the agent, without loss of connections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.lab.waiting import until
 pytestmark = pytest.mark.root
 
 IP = SERVICE_IPS["v4"]
-#: Asks by a socket that is not connected, and reads the answer, which is there, when a line comes.
+#: Sends by an unconnected socket, waits until the reply is pending, and reads it after a line of input.
 _READ_LATE = """
 import select, socket, sys
 with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -42,14 +43,23 @@ def world() -> Iterator[World]:
         yield World(lab)
 
 
+@pytest.fixture(scope="module")
+def started() -> list[Agent]:
+    """The agents with default options that tests have used; the last one may still run."""
+    return []
+
+
 @pytest.fixture
-def agent(world: World) -> Iterator[Agent]:
+def agent(world: World, started: list[Agent]) -> Agent:
+    """Returns a running agent that has programmed both endpoints: that of the last test unless it has ended."""
     world.write_web(world.w1, world.w2)
-    started = world.agent().start()
-    yield started
-    if started.process is not None and started.process.poll() is None:
-        started.stop()
-    world.a.cli("cleanup")
+    if not started or started[-1].process is None or started[-1].process.poll() is not None:
+        started.append(world.agent().start())
+    until(
+        lambda: len(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
+        "the agent does not use both endpoints",
+    )
+    return started[-1]
 
 
 def ids(node: LabNode) -> dict[str, int]:
@@ -62,7 +72,7 @@ def program_ids(node: LabNode) -> dict[str, int | None]:
 
 
 def writes(agent: Agent) -> dict[str, float]:
-    """Entries written by this agent, of all maps but its own two records, for `status`."""
+    """Entries that this agent has written, by map; without the two maps that ``status`` reads."""
     _, text = agent.http("/metrics", 10249)
     found = {}
     for line in text.splitlines():
@@ -73,7 +83,9 @@ def writes(agent: Agent) -> dict[str, float]:
     return found
 
 
-def test_kill_9_under_load_and_a_new_start_lose_nothing_and_write_nothing(world: World, agent: Agent) -> None:
+def test_sigkill_and_restart_under_load_lose_no_connection_and_write_no_map(
+    world: World, agent: Agent
+) -> None:
     before = ids(world.a), program_ids(world.a)
     with load.running(world.client, IP, 80) as clients_load:
         agent.kill()
@@ -88,18 +100,18 @@ def test_kill_9_under_load_and_a_new_start_lose_nothing_and_write_nothing(world:
     again.stop()
 
 
-def test_what_changed_while_no_agent_ran_is_caught_up_with(world: World, agent: Agent) -> None:
+def test_changes_while_no_agent_ran_are_programmed_at_start(world: World, agent: Agent) -> None:
     before = ids(world.a)
     agent.kill()
     world.write_web(world.w2)
     again = world.agent().start()
     assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w2"}
     after = ids(world.a)
-    assert after.items() <= before.items(), "those that stay keep their ids"
+    assert after.items() <= before.items(), "remaining backends keep their ids"
     again.stop()
 
 
-def test_sigterm_leaves_traffic_flowing_and_status_readable(world: World, agent: Agent) -> None:
+def test_sigterm_leaves_programs_attached_and_status_readable(world: World, agent: Agent) -> None:
     assert agent.stop() == 0
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     status = json.loads(world.a.cli("status", "-o", "json"))
@@ -110,7 +122,7 @@ def test_sigterm_leaves_traffic_flowing_and_status_readable(world: World, agent:
     assert {row["name"] for row in rows} == {"web", "empty", "elsewhere", "second"}
 
 
-def test_a_second_agent_on_the_same_roots_is_refused(world: World, agent: Agent) -> None:
+def test_second_agent_on_the_same_bpf_root_fails(world: World, agent: Agent) -> None:
     second = world.agent("--healthz-bind-address", "", "--metrics-bind-address", "").start(wait=False)
     assert second.process is not None
     assert second.process.wait(120) == 1
@@ -118,14 +130,14 @@ def test_a_second_agent_on_the_same_roots_is_refused(world: World, agent: Agent)
     assert f"--bpf-root {world.a.bpf_root}" in second.text
 
 
-def test_a_lab_would_notice_an_agent_at_the_root(world: World, agent: Agent) -> None:
-    """What is attached there sees the sockets of all tests: a run says so at once."""
+def test_socket_programs_of_a_cgroup_are_found_for_the_check_of_the_root(world: World, agent: Agent) -> None:
+    """Programs at the cgroup root would translate the sockets of all tests, so that a run fails early."""
     found = socket_programs(world.a.cgroup)
     assert any(each.endswith("(cgroup_inet4_connect)") for each in found)
     assert not socket_programs(world.a.cgroup.parent)
 
 
-def test_a_second_agent_on_the_same_cgroup_is_refused(world: World, agent: Agent) -> None:
+def test_second_agent_on_the_same_cgroup_fails(world: World, agent: Agent) -> None:
     other = world.lab.folder.name
     second = world.agent("--bpf-root", f"/sys/fs/bpf/{world.lab.id}/{other}").start(wait=False)
     assert second.process is not None
@@ -133,23 +145,21 @@ def test_a_second_agent_on_the_same_cgroup_is_refused(world: World, agent: Agent
     assert f"--cgroup-root {world.a.cgroup} is in use" in second.text
 
 
-def test_cleanup_is_refused_while_an_agent_runs_and_removes_everything_after(
+def test_cleanup_fails_while_an_agent_runs_and_removes_everything_afterwards(
     world: World, agent: Agent
 ) -> None:
     refused = f"{sys.executable} -m ebpfproxy cleanup --bpf-root {world.a.bpf_root} 2>&1; true"
     assert "in use" in world.a.run(["sh", "-c", refused])
     agent.stop()
-    said = world.a.cli("cleanup")
-    assert "detached connect4" in said
-    assert "unpinned" in said
+    output = world.a.cli("cleanup")
+    assert "detached connect4" in output
+    assert "unpinned" in output
     assert not pin_folder(world.a.bpf_root).exists()
     assert world.client.call(clients.connect_error, IP, 80, 0.3) != "connected"
 
 
-def test_a_datagram_under_way_is_answered_by_the_service_while_programs_go(
-    world: World, agent: Agent
-) -> None:
-    """What chooses backends goes first: what was sent before is answered from the address that was asked."""
+def test_pending_udp_replies_have_the_service_address_during_cleanup(world: World, agent: Agent) -> None:
+    """Programs that select backends are detached first: replies to earlier requests are still translated."""
     agent.stop()
     asked = [
         (ip, world.client.popen([sys.executable, "-c", _READ_LATE, ip], stdin=-1, stdout=-1))
@@ -161,14 +171,14 @@ def test_a_datagram_under_way_is_answered_by_the_service_while_programs_go(
     links = pin_folder(world.a.bpf_root) / "links"
     with ThreadPoolExecutor() as pool:
         cleanup = pool.submit(world.a.cli, "cleanup")
-        until(lambda: not (links / "sendmsg6").exists(), "nothing chooses any more")
+        until(lambda: not (links / "sendmsg6").exists(), "sendmsg6 is still attached")
         for ip, client in asked:
             assert client.communicate(b"\n", timeout=10)[0].decode().strip() == f"{ip} 53"
-        said = cleanup.result().splitlines()
-    assert said.index("detached sendmsg6") < said.index("detached recvmsg4")
+        output = cleanup.result().splitlines()
+    assert output.index("detached sendmsg6") < output.index("detached recvmsg4")
 
 
-def test_other_options_replace_the_programs_in_one_step(world: World, agent: Agent) -> None:
+def test_changed_options_replace_programs_under_load(world: World, agent: Agent) -> None:
     before = program_ids(world.a)
     agent.stop()
     with load.running(world.client, IP, 80) as clients_load:
@@ -180,7 +190,9 @@ def test_other_options_replace_the_programs_in_one_step(world: World, agent: Age
     again.stop()
 
 
-def test_other_sizes_make_new_maps_that_are_full_before_programs_move(world: World, agent: Agent) -> None:
+def test_changed_map_sizes_create_and_fill_new_maps_before_programs_are_replaced(
+    world: World, agent: Agent
+) -> None:
     versions = {p.name for p in pin_folder(world.a.bpf_root).glob("v*")}
     agent.stop()
     with load.running(world.client, IP, 80) as clients_load:
@@ -193,62 +205,80 @@ def test_other_sizes_make_new_maps_that_are_full_before_programs_move(world: Wor
     again.stop()
 
 
-def test_programs_that_do_not_load_leave_the_attached_ones(
+def test_programs_that_do_not_compile_leave_the_attached_ones(
     world: World, agent: Agent, tmp_path: Path
 ) -> None:
-    """With a source tree that has an error in it: the compiler's own message, exit code 1."""
+    """With an error in the BPF sources, the agent prints the compiler's message and exits with 1.
+
+    The error is in a header of all sources, so that none of them is compiled in vain.
+    """
     before = program_ids(world.a)
     agent.stop()
     top = Path(__file__).parents[2]
     shutil.copytree(top / "ebpfproxy", tmp_path / "ebpfproxy")
     shutil.copytree(top / "bpf", tmp_path / "bpf")
-    source = tmp_path / "bpf" / "lib" / "socket.h"
-    source.write_text(source.read_text().replace("#define PROCEED 1", "#define PROCEED one"))
+    source = tmp_path / "bpf" / "lib" / "compat.h"
+    text, broken_function = source.read_text(), "static int broken(void) { return one; }\n"
+    source.write_text(text.replace("#define ETH_HLEN", f"{broken_function}#define ETH_HLEN"))
     broken = Agent(world.a, ["--hostname-override", "node-a", "--manifests", str(world.manifests)])
     broken.start(wait=False, cwd=tmp_path)
     assert broken.process is not None
-    assert broken.process.wait(120) == 1
+    answers = set()
+    while broken.process.poll() is None:
+        with suppress(OSError, IndexError):
+            answers.add(broken.http("/livez")[0])
+        time.sleep(0.02)
+    assert broken.process.returncode == 1
+    assert "programmed all Services" in broken.text
+    assert answers == {503}, "an agent without attached programs says that it is healthy"
     assert "does not compile" in broken.text
     assert "use of undeclared identifier 'one'" in broken.text
     assert program_ids(world.a) == before
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_a_removed_backend_gets_no_connection_and_a_new_one_gets_its_share(
-    world: World, agent: Agent
-) -> None:
+def test_connections_follow_removed_and_added_backends(world: World, agent: Agent) -> None:
     world.write_web(world.w2)
-    until(lambda: set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "w1 is still used")
+    until(
+        lambda: set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"},
+        "the removed backend w1 still gets connections",
+    )
     world.write_web(world.w1, world.w2)
     until(
         lambda: len(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
-        "w1 is not used again",
+        "the added backend w1 gets no connections",
     )
 
 
-def test_scaling_to_nothing_refuses_and_scaling_up_serves(world: World, agent: Agent) -> None:
+def test_scaling_to_zero_refuses_connections_and_scaling_up_serves_them(world: World, agent: Agent) -> None:
     world.write_web()
-    until(lambda: world.client.call(clients.connect_error, IP, 80) == "ECONNREFUSED", "still served")
+    until(
+        lambda: world.client.call(clients.connect_error, IP, 80) == "ECONNREFUSED",
+        "connections are still accepted",
+    )
     world.write_web(world.w1)
-    until(lambda: world.client.call(clients.connect_error, IP, 80) == "connected", "not served again")
+    until(
+        lambda: world.client.call(clients.connect_error, IP, 80) == "connected",
+        "connections are still refused",
+    )
 
 
-def test_thousands_of_changes_under_load_never_show_a_mixture(world: World, agent: Agent) -> None:
-    """Ranges and ids are used again and again; a connection must never fail or go elsewhere.
+def test_endpoint_changes_under_load_lose_no_connection(world: World, agent: Agent) -> None:
+    """Slot ranges and backend ids are reused often; no connection may fail or reach a wrong backend.
 
-    Endpoints vanish without terminating first: their connections go on where that is asked for.
+    Endpoints are removed without terminating first; with ``--stale-tcp never`` their connections persist.
     """
     agent.stop()
-    patient = world.agent("--stale-tcp", "never").start()
+    keeps_stale = world.agent("--stale-tcp", "never").start()
     with load.running(world.client, IP, 80) as clients_load:
         for n in range(60):
             world.write_web(*((world.w1,), (world.w1, world.w2), (world.w2,))[n % 3])
             time.sleep(0.02)
-    patient.stop()
+    keeps_stale.stop()
     assert clients_load.result["errors"] == []
 
 
-def test_a_broken_manifest_keeps_its_last_good_state(world: World, agent: Agent) -> None:
+def test_invalid_manifest_keeps_its_last_valid_state(world: World, agent: Agent) -> None:
     path = world.manifests / "web.yaml"
     good = path.read_text()
     path.write_text(good.replace("port: 80\n", "port: eighty\n"))
@@ -260,20 +290,20 @@ def test_a_broken_manifest_keeps_its_last_good_state(world: World, agent: Agent)
     agent.wait_log("manifest is valid again")
 
 
-def test_an_address_added_to_the_node_serves_node_ports(world: World, agent: Agent) -> None:
+def test_node_port_is_served_at_an_address_added_to_the_node(world: World, agent: Agent) -> None:
     world.a.run(["ip", "address", "add", "172.18.0.99/24", "dev", "eth0"])
     until(
         lambda: world.client.call(clients.connect_error, "172.18.0.99", 30080) == "connected",
-        "no NodePort on the new address",
+        "the NodePort is not served at the new address",
     )
     world.a.run(["ip", "address", "del", "172.18.0.99/24", "dev", "eth0"])
     until(
         lambda: world.client.call(clients.connect_error, "172.18.0.99", 30080, 0.2) != "connected",
-        "still a NodePort on an address that is gone",
+        "the NodePort is still served at a removed address",
     )
 
 
-def test_two_nodes_do_not_touch_each_other(world: World, agent: Agent) -> None:
+def test_agents_of_two_nodes_are_independent(world: World, agent: Agent) -> None:
     folder = world.lab.folder / "other"
     manifests.write(
         folder / "web.yaml",
@@ -289,8 +319,8 @@ def test_two_nodes_do_not_touch_each_other(world: World, agent: Agent) -> None:
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_the_cgroup_made_again_is_attached_again(world: World, agent: Agent) -> None:
-    """Links die with their cgroup; the next start sees that and makes new ones."""
+def test_programs_are_attached_to_a_recreated_cgroup(world: World, agent: Agent) -> None:
+    """Links are detached with their cgroup; the next start creates new ones."""
     spare = world.a.cgroup.parent / "spare"
     spare.mkdir()
     agent.stop()
@@ -299,14 +329,14 @@ def test_the_cgroup_made_again_is_attached_again(world: World, agent: Agent) -> 
     moved.stop()
     spare.rmdir()
     pins = pin_folder(world.a.bpf_root)
-    until(lambda: not any(a.alive for a in attachments(pins)), "attached to a cgroup that is gone")
+    until(lambda: not any(a.alive for a in attachments(pins)), "links of a removed cgroup are still attached")
     back = world.agent().start()
     assert "connect4 moved" in back.text
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     back.stop()
 
 
-def test_service_list_is_the_documented_json(world: World, agent: Agent) -> None:
+def test_service_list_prints_the_documented_json(world: World, agent: Agent) -> None:
     rows: list[dict[str, Any]] = json.loads(world.a.cli("service", "list", "-o", "json"))
     web = [row for row in rows if row["name"] == "web" and row["port_name"] == "http"]
     assert list(web[0]) == [
@@ -339,8 +369,8 @@ def test_service_list_is_the_documented_json(world: World, agent: Agent) -> None
     assert one == [row for row in rows if row["name"] == "web"]
 
 
-def test_terminating_backends_are_shown_as_such(world: World, agent: Agent) -> None:
-    """A backend is terminating when every Service that has it says so: this one has it alone."""
+def test_service_list_shows_terminating_backends(world: World, agent: Agent) -> None:
+    """A backend is terminating if it is in every Service that has it; only one has this."""
     path = world.manifests / "leaving.yaml"
     leaving = manifests.endpoint(world.w1.address, "node-a", ready=False, terminating=True)
     manifests.write(
@@ -354,6 +384,8 @@ def test_terminating_backends_are_shown_as_such(world: World, agent: Agent) -> N
         return [b for row in rows if row["name"] == "leaving" for b in row["backends"]]
 
     expected = {"address": f"{world.w1.address}:9000", "state": "terminating"}
-    until(lambda: backends() == [expected] * 2, "not shown as terminating")
-    assert set(world.client.call(clients.spread_tcp, "10.96.0.50", 80, 5)) == {"w1"}, "nothing else is left"
+    until(lambda: backends() == [expected] * 2, "the backend is not listed as terminating")
+    assert set(world.client.call(clients.spread_tcp, "10.96.0.50", 80, 5)) == {"w1"}, (
+        "a terminating endpoint serves if there is no ready one"
+    )
     path.unlink()

@@ -1,4 +1,4 @@
-"""The agent with a configuration file: what it uses, what it says of it, and that it ends when the file changes."""
+"""The agent with a configuration file: effective values, validation errors, exit when the file changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.lab import Lab, LabNode, choices, manifests
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -54,7 +55,7 @@ def world() -> Iterator[World]:
         yield World(lab)
 
 
-def test_the_agent_uses_its_file_and_flags_win_and_a_change_ends_it(world: World) -> None:
+def test_configuration_file_is_used_flags_override_it_and_a_change_ends_the_agent(world: World) -> None:
     own = {
         "apiVersion": "ebpfproxy.io/v1alpha1",
         "kind": "EbpfProxyConfiguration",
@@ -63,23 +64,27 @@ def test_the_agent_uses_its_file_and_flags_win_and_a_change_ends_it(world: World
     }
     world.write(KUBE_PROXY, own)
     agent = world.node.agent("--config", str(world.config), "--max-affinity", "2000").start()
-    assert agent.http("/livez", 10300)[0] == 200
-    assert "ipvs.strictARP" in agent.text, "it has no effect, and that is said"
+    until(lambda: agent.http("/livez", 10300)[0] == 200, "the agent is not healthy")
+    assert "ipvs.strictARP" in agent.text, "the ignored field is not logged"
     used = json.loads(agent.http("/configz", 10249)[1])
     assert used["kubeproxy.config.k8s.io"]["ipvs"]["scheduler"] == "wrr"
     assert used["ebpfproxy.io"]["maxAffinity"] == 2000
     chosen = world.pod.call(choices.choices, "10.96.7.1", 53, 50)
-    assert all(set(chosen[n : n + 5]) == set(BACKENDS) for n in range(45)), "round robin, by ipvs.scheduler"
+    assert all(set(chosen[n : n + 5]) == set(BACKENDS) for n in range(45)), (
+        "ipvs.scheduler selects round robin"
+    )
     world.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
     assert agent.process is not None
     assert agent.process.wait(120) == 0
     assert "the configuration has changed" in agent.text
     again = world.node.agent("--config", str(world.config)).start()
-    assert len(set(world.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, "source hash"
+    assert len(set(world.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, (
+        "ipvs.scheduler selects source hash"
+    )
     again.stop()
 
 
-def test_everything_that_is_wrong_with_a_file_is_said_at_once(world: World) -> None:
+def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(world: World) -> None:
     world.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
     agent = world.node.agent("--config", str(world.config)).start(wait=False)
     assert agent.process is not None
@@ -88,7 +93,7 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once(world: World) -> N
     assert "nodePortAddreses" in agent.text
 
 
-def test_an_address_that_is_taken_ends_the_agent_where_that_is_asked_for(world: World) -> None:
+def test_bind_address_hard_fail_ends_the_agent_if_the_address_is_in_use(world: World) -> None:
     first = world.node.agent(manifests=world.folder).start()
     other = world.node.agent("--bind-address-hard-fail", manifests=world.folder)
     other.start(wait=False)
@@ -103,7 +108,7 @@ def test_an_address_that_is_taken_ends_the_agent_where_that_is_asked_for(world: 
     blocker.kill()
 
 
-def test_init_only_leaves_programs_that_the_agent_need_not_compile(world: World) -> None:
+def test_init_only_pins_programs_that_the_agent_reuses(world: World) -> None:
     first = world.node.agent("--init-only", manifests=world.folder).start(wait=False)
     assert first.process is not None
     assert first.process.wait(120) == 0

@@ -1,4 +1,4 @@
-"""What ``kubectl describe`` shows of a Service or a Node that something is wrong with."""
+"""Kubernetes events about Services and Nodes with problems, as ``kubectl describe`` shows them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ time.sleep(3600)
 
 
 class Cluster:
-    """A node two of whose ports are taken, and Services with something wrong."""
+    """A node with two ports in use, and Services with invalid or conflicting fields."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -72,7 +72,7 @@ class Cluster:
         return self.node.agent("--kubeconfig", str(path), "--max-services", "40", *arguments).start()
 
     def events(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """By reason and object; of several one."""
+        """Events by reason and name of the object; one of several."""
         found = self.control("events")["items"]
         return {(each["reason"], each["regarding"]["name"]): each for each in found}
 
@@ -98,13 +98,13 @@ WANTED = {
     ("ValueNotUsed", "annotated"): "metadata.annotations[ebpfproxy.io/lb-algorithm]: ",
     ("ValueNotUsed", "sliced"): "EndpointSlice sliced-x7k2p: endpoints[0].addresses[0]: ",
     ("AddressConflict", "younger"): "ClusterIP: 10.96.9.2:80/TCP already belongs to load/older",
-    ("NoRoomForServicePort", "wide"): "node node-a: load/wide:p",  # the first of many
+    ("NoRoomForServicePort", "wide"): "node node-a: load/wide:p",  # the first of several
 }
 
 
-def test_each_object_is_told_what_is_wrong_with_it(cluster: Cluster) -> None:
+def test_events_report_the_problem_of_each_object(cluster: Cluster) -> None:
     agent = cluster.agent()
-    until(lambda: cluster.events().keys() >= WANTED.keys(), "not all are told", seconds=60)
+    until(lambda: cluster.events().keys() >= WANTED.keys(), "some events are missing", seconds=60)
     found = cluster.events()
     for key, note in WANTED.items():
         assert found[key]["note"].startswith(note), key
@@ -116,7 +116,7 @@ def test_each_object_is_told_what_is_wrong_with_it(cluster: Cluster) -> None:
     agent.stop()
 
 
-def test_a_restart_tells_of_its_start_alone(cluster: Cluster) -> None:
+def test_restart_sends_only_the_starting_event(cluster: Cluster) -> None:
     before = cluster.control("events")["items"]
     agent = cluster.agent()
     until(lambda: 'ebpfproxy_events_total{result="created"} 1.0' in _metrics(agent))

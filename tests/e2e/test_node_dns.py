@@ -1,4 +1,4 @@
-"""A DNS cache of the node that has the cluster IP of the cluster's DNS, as nodelocaldns with kube-proxy."""
+"""A DNS cache of the node with the cluster IP of the DNS Service as a local address (NodeLocal DNSCache)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def own(outer: Outer) -> dict[str, bool]:
     return {row["frontend"]: row["own"] for row in rows if row["type"] == "ClusterIP"}
 
 
-def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
+def test_dns_queries_go_to_the_node_local_cache_while_the_node_has_its_address(outer: Outer) -> None:
     assert not any(own(outer).values())
     outer.a.run(["ip", "link", "add", "nodelocaldns", "type", "bridge"])
     for address in (f"{IP}/32", f"{IP6}/128"):
@@ -32,7 +32,7 @@ def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
     outer.a.run(["ip", "link", "set", "nodelocaldns", "up"])
     servers.start(outer.a, "cache", 53, address=f"::ffff:{IP}")
     servers.start(outer.a, "cache6", 53, address=IP6)
-    until(lambda: own(outer)[f"{IP}:53/UDP"], "it is not noticed")
+    until(lambda: own(outer)[f"{IP}:53/UDP"], "the agent has not found the local address")
     assert {frontend for frontend, is_own in own(outer).items() if is_own} == {
         f"{IP}:53/UDP",
         f"[{IP6}]:53/UDP",
@@ -44,7 +44,7 @@ def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
         assert client.call(clients.ask_udp_connected, IP, 53)["getpeername"] == (IP, 53)
         assert client.call(clients.spread_udp, IP6, 53, clients.ENOUGH) == {"cache6": clients.ENOUGH}
         assert set(client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}, (
-            "other ports are the Service's"
+            "other ports are not served by the Service"
         )
         assert client.call(clients.connect_error, IP, 81) == "ECONNREFUSED"
     assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] == "cache"
@@ -52,17 +52,17 @@ def test_what_asks_it_goes_there_while_it_is_there(outer: Outer) -> None:
 
     outer.lab.agents[-1].stop()
     outer.agent().start()
-    assert own(outer)[f"{IP}:53/UDP"], "the next agent finds it so"
+    assert own(outer)[f"{IP}:53/UDP"], "a restarted agent does not know the local address"
     assert outer.client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
 
     outer.a.run(["ip", "link", "del", "nodelocaldns"])
-    until(lambda: not any(own(outer).values()), "it is gone")
+    until(lambda: not any(own(outer).values()), "the removed address still counts as local")
     assert set(outer.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
     assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] in ("w1", "w2")
 
 
 def _without_hook(space: Space, what: str) -> dict[str, Any]:
-    """Outside of the cgroup that the agent serves."""
+    """Sends by a process outside the agent's cgroup, which passes no socket hook."""
     pipe = subprocess.PIPE
     process = space.popen(["socat", "-T1", "-t1", "-", what], join_cgroup=False, stdin=pipe, stdout=pipe)
     found: dict[str, Any] = json.loads(process.communicate(b"?")[0])

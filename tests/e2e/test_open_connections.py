@@ -1,4 +1,4 @@
-"""How much is open to a backend: exact, whatever happens to connections and to the agent."""
+"""The number of open sockets and flows per backend is exact, also across restarts of the agent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def agent(world: World) -> Agent:
 
 
 def open_to(world: World, port: str = "8080/TCP") -> int:
-    """What is open to the pod w1."""
+    """The number of open sockets and flows to the pod w1."""
     address, _, protocol = port.partition("/")
     rows = json.loads(world.a.cli("backend", "list", "-o", "json"))
     found: int = sum(
@@ -43,7 +43,7 @@ def open_to(world: World, port: str = "8080/TCP") -> int:
     return found
 
 
-def test_sockets_and_flows_are_counted_and_counted_off(world: World, agent: Agent) -> None:
+def test_open_count_covers_sockets_and_flows_until_they_close(world: World, agent: Agent) -> None:
     inside = Holder(world.client, [("tcp", "tcp", IP, 80, 7)])
     outside = Holder(world.lab.outside, [("tcp", "tcp", world.a.address, NODE_PORT, 5)])
     inside.wait()
@@ -59,8 +59,8 @@ def test_sockets_and_flows_are_counted_and_counted_off(world: World, agent: Agen
     again.stop()
 
 
-def test_thousands_of_connections_leave_nothing(world: World, agent: Agent) -> None:
-    """Both ways, while the agent is killed and started again."""
+def test_open_count_is_zero_after_load_with_agent_restarts(world: World, agent: Agent) -> None:
+    """The load uses sockets and packets, while the agent is killed and restarted."""
     running = world.agent().start()
     with load.running(world.client, IP, 80), load.running(world.lab.outside, world.a.address, NODE_PORT):
         time.sleep(1)
@@ -71,7 +71,7 @@ def test_thousands_of_connections_leave_nothing(world: World, agent: Agent) -> N
     running.stop()
 
 
-def test_what_is_connected_again_is_counted_once(world: World, agent: Agent) -> None:
+def test_open_count_has_a_socket_that_connects_twice_once(world: World, agent: Agent) -> None:
     running = world.agent().start()
     holder = Holder(world.client, [("again", "udp-again", IP, 53, 20)])
     holder.wait()
@@ -81,7 +81,7 @@ def test_what_is_connected_again_is_counted_once(world: World, agent: Agent) -> 
     running.stop()
 
 
-def test_flows_that_end_without_a_packet_are_counted_off_by_the_sweep(world: World, agent: Agent) -> None:
+def test_open_count_drops_when_the_sweeper_deletes_expired_flows(world: World, agent: Agent) -> None:
     running = world.agent("--conntrack-udp-timeout", "1s", "--conntrack-udp-timeout-stream", "1s").start()
     holder = Holder(world.lab.outside, [("udp", "udp-asking", world.a.address, 30053, 9)])
     holder.wait()

@@ -1,21 +1,27 @@
-"""Clients outside the cluster and local ones that no socket hook sees: real traffic through the packet path."""
+"""External clients and local ones without a socket hook: traffic through the tc programs."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import fcntl
 import json
 import os
+import random
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e import load
-from tests.e2e.outer import WAYS, Held, Outer
+from tests.e2e.outer import VARIANTS, Held, Outer
 from tests.e2e.world import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients, manifests, servers
 from tests.lab.waiting import until
@@ -23,56 +29,106 @@ from tests.lab.waiting import until
 pytestmark = pytest.mark.root
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def every_way(request: pytest.FixtureRequest) -> Iterator[Outer]:
-    with Lab() as lab:
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[Outer]:
+    with Lab(takes_xdp=request.param == "xdp") as lab:
         made = Outer(lab)
-        made.agent(*WAYS[request.param]).start()
+        made.agent(*VARIANTS[request.param]).start()
         yield made
 
 
-# -- from outside, whichever way the packets take
+# -- external clients, with each attachment type, with bypass and with XDP
 
 
 @pytest.mark.parametrize("ask", [clients.ask_tcp, clients.ask_udp, clients.ask_udp_connected])
-def test_node_ports_reach_both_nodes_pods_and_answer_as_themselves(
-    every_way: Outer, ask: Callable[..., Any]
+def test_node_port_reaches_local_and_remote_backends_and_replies_have_its_address(
+    variant: Outer, ask: Callable[..., Any]
 ) -> None:
-    outer = every_way
+    outer = variant
     port = NODE_PORT if ask is clients.ask_tcp else 30053
     for address in (outer.a.address, outer.a.address6):
-        found = {}
-        for _ in range(30):
-            answer = outer.outside.call(ask, address, port)
-            assert tuple(answer.get("from") or answer["getpeername"]) == (address, port)
-            found[answer["name"]] = answer["peer"]
+        replies = outer.outside.call(clients.repeated, clients.ENOUGH, ask, address, port)
+        assert {tuple(each.get("from") or each["getpeername"]) for each in replies} == {(address, port)}
+        found = {each["name"]: each["peer"] for each in replies}
         own = (
             ("10.244.1.1", outer.a.address) if ":" not in address else ("fd00:10:244:1::1", outer.a.address6)
         )
-        assert found == {"w1": own[0], "w2": own[1]}, "masqueraded to the address towards each backend"
+        assert found == {"w1": own[0], "w2": own[1]}, (
+            "the client has the address of the device towards the backend"
+        )
+
+
+def _offload_checksums(is_on: bool) -> None:
+    """Sets whether the devices of this namespace compute checksums of sent packets, as ``ethtool -K DEVICE tx``."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            value = ctypes.create_string_buffer(struct.pack("=II", 0x17, is_on))  # ETHTOOL_STXCSUM
+            with contextlib.suppress(OSError):  # the loopback
+                fcntl.ioctl(sock, 0x8946, struct.pack("16sQ16x", name.encode(), ctypes.addressof(value)))
+
+
+def _echoed(host: str, port: int, size: int) -> bool:
+    """Returns True if a server echoes so much random data unchanged."""
+    data = random.randbytes(size)
+    with socket.create_connection((host, port), 10) as sock:
+        greeting = received = b""
+        while not greeting.endswith(b"\n"):
+            greeting += sock.recv(4096)
+        for at in range(0, size, 50_000):
+            sock.sendall(data[at : at + 50_000])
+            while len(received) < min(at + 50_000, size):
+                received += sock.recv(1 << 16)
+    return received == data
+
+
+def _wrong_checksums() -> int:
+    """Returns how many TCP segments and datagrams this namespace has dropped for their checksum."""
+    lines = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines()]
+    heads, values = ({line[0]: line[1:] for line in lines[at::2]} for at in (0, 1))
+    return sum(
+        int(values[kind][heads[kind].index("InCsumErrors")]) for kind in ("Tcp:", "Udp:") if kind in heads
+    )
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["by-devices", "by-senders"])
+def test_data_and_checksums_are_intact(variant: Outer, is_on: bool) -> None:
+    """A checksum that is left to the device is not rewritten as a finished one is."""
+    outer = variant
+    spaces = (outer.outside, outer.w1, outer.w2)
+    for space in spaces:
+        space.call(_offload_checksums, is_on)
+    try:
+        for address in (outer.a.address, outer.a.address6):
+            for _ in range(4):
+                assert outer.outside.call(_echoed, address, NODE_PORT, 300_001), address
+                assert outer.outside.call(clients.ask_udp, address, 30053)["from"] == (address, 30053)
+        assert [space.call(_wrong_checksums) for space in spaces] == [0, 0, 0]
+    finally:
+        for space in spaces:
+            space.call(_offload_checksums, True)
 
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER, SERVICE_IPS["v4"], SERVICE_IPS["v6"]])
-def test_every_kind_of_address_is_served_from_outside(every_way: Outer, address: str) -> None:
-    assert set(every_way.outside.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
-    assert every_way.outside.call(clients.ask_udp, address, 53)["from"] == (address, 53)
+def test_every_frontend_type_is_served_for_external_clients(variant: Outer, address: str) -> None:
+    assert set(variant.outside.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert variant.outside.call(clients.ask_udp, address, 53)["from"] == (address, 53)
 
 
 def _echo(host: str, port: int, size: int) -> bool:
-    """Whether a datagram that needs fragments comes back as it went."""
+    """Sends a datagram that needs fragments; returns True if the server replies."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.settimeout(3)
         sock.sendto(b"echo", (host, port))
         assert sock.recv(100) == b"echo"
-        # The server answers anything else with a line; long questions only have to arrive whole.
+        # The server replies with a line to anything else, if it receives the whole datagram.
         sock.sendto(os.urandom(size), (host, port))
         return b"name" in sock.recv(65536)
 
 
-def test_datagrams_in_fragments_arrive_whole(every_way: Outer) -> None:
-    for address in (every_way.a.address, every_way.a.address6):
-        assert every_way.outside.call(_echo, address, 30053, 2000)
+def test_fragmented_datagrams_are_reassembled(variant: Outer) -> None:
+    for address in (variant.a.address, variant.a.address6):
+        assert variant.outside.call(_echo, address, 30053, 2000)
 
 
 def _stream(host: str, port: int, size: int) -> bool:
@@ -93,15 +149,15 @@ def _stream(host: str, port: int, size: int) -> bool:
         return bytes(received) == data
 
 
-def test_megabytes_both_ways_are_what_they_were(every_way: Outer) -> None:
-    """Super-packets (GSO) and offloaded checksums, as veth makes them."""
-    assert every_way.outside.call(_stream, every_way.a.address, NODE_PORT, 5_000_000)
-    assert every_way.outside.call(_stream, every_way.a.address6, NODE_PORT, 2_000_000)
+def test_data_in_both_directions_is_intact(variant: Outer) -> None:
+    """veth devices pass GSO packets and offload checksums."""
+    assert variant.outside.call(_stream, variant.a.address, NODE_PORT, 5_000_000)
+    assert variant.outside.call(_stream, variant.a.address6, NODE_PORT, 2_000_000)
 
 
-def test_restart_kill_and_other_options_lose_no_connection(every_way: Outer) -> None:
-    """One long connection and thousands of short ones, while the agent comes and goes."""
-    outer = every_way
+def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: Outer) -> None:
+    """One long-lived connection and thousands of short ones run while the agent restarts."""
+    outer = variant
     agent = outer.lab.agents[-1]
     with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
         for stop in (agent.kill, agent.stop):
@@ -113,46 +169,51 @@ def test_restart_kill_and_other_options_lose_no_connection(every_way: Outer) -> 
     assert running.result["count"] > 50
 
 
-def test_maps_of_other_sizes_take_the_flows_along(every_way: Outer, request: pytest.FixtureRequest) -> None:
-    """Connections through packets, and the Service's address at the socket, outlive a change of sizes."""
-    outer = every_way
+def test_flows_survive_a_change_of_map_sizes(variant: Outer, request: pytest.FixtureRequest) -> None:
+    """Flows and the peer addresses of connected sockets are copied to maps of other sizes."""
+    outer = variant
     agent = outer.lab.agents[-1]
     inside = Held(outer.client, SERVICE_IPS["v4"], 80)
     with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
         held = [Held(outer.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
         agent.stop()
-        # The bypass is off now, but flows that began with it keep it.
-        options = [o for o in WAYS[request.node.callspec.params["every_way"]] if o != "--bypass-netfilter"]
+        # The bypass is off now, but flows that were created with it keep it.
+        options = [o for o in VARIANTS[request.node.callspec.params["variant"]] if o != "--bypass-netfilter"]
         bigger = outer.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
-    # What is just being opened may meet programs of both sizes. The long one is asked after each of the
-    # short ones: were it lost, every round from then on would be an error.
+    # A connection in SYN-SENT may pass programs with maps of both sizes. The long-lived connection is used
+    # after each short one, so that its loss would make every later round an error.
     assert len(running.result["errors"]) < 5, running.result
 
 
 # -- policies
 
 
-def test_policy_local_shows_the_client_and_uses_this_nodes_endpoint_only(outer: Outer) -> None:
+def test_external_traffic_policy_local_preserves_the_client_address_and_uses_local_endpoints(
+    outer: Outer,
+) -> None:
     outer.balanced(
         "local", "10.96.1.1", "203.0.113.21", [outer.on_a(), outer.on_b()], externalTrafficPolicy="Local"
     )
-    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected", "local")
+    until(
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected",
+        "the Service is not served",
+    )
     for _ in range(10):
-        answer = outer.outside.call(clients.ask_tcp, "203.0.113.21", 80)
-        assert (answer["name"], answer["peer"]) == ("w1", outer.outside.address)
+        reply = outer.outside.call(clients.ask_tcp, "203.0.113.21", 80)
+        assert (reply["name"], reply["peer"]) == ("w1", outer.outside.address)
     assert outer.outside.call(clients.ask_udp, "203.0.113.21", 53)["peer"] == outer.outside.address
 
 
-def test_policy_local_drops_where_only_others_have_endpoints_and_refuses_where_nobody_has(
+def test_external_traffic_policy_local_drops_without_local_endpoints_and_rejects_without_any(
     outer: Outer,
 ) -> None:
-    outer.balanced("far", "10.96.1.2", "203.0.113.22", [outer.on_b()], externalTrafficPolicy="Local")
+    outer.balanced("remote", "10.96.1.2", "203.0.113.22", [outer.on_b()], externalTrafficPolicy="Local")
     outer.balanced("none", "10.96.1.3", "203.0.113.23", [], externalTrafficPolicy="Local")
     until(
         lambda: outer.outside.call(clients.connect_error, "203.0.113.23", 80, 0.3) == "ECONNREFUSED",
-        "no reset",
+        "the client gets no RST",
     )
     assert outer.outside.call(clients.connect_error, "203.0.113.22", 80, 0.5) == "TimeoutError"
     status = json.loads(outer.a.cli("status", "-o", "json"))
@@ -169,38 +230,39 @@ def _refused_datagram(host: str, port: int) -> str:
             sock.recv(100)
         except OSError as error:
             return errno.errorcode.get(error.errno or 0, str(error))
-    return "answered"
+    return "received"
 
 
-def test_a_datagram_to_a_service_without_endpoints_is_refused_at_once(outer: Outer) -> None:
-    """ICMP and ICMPv6 port unreachable, as the socket reports it."""
+def test_udp_to_a_service_without_endpoints_gets_port_unreachable(outer: Outer) -> None:
+    """ICMP and ICMPv6 port unreachable make the socket return ECONNREFUSED."""
     for address in ("10.96.0.20", "fd00:10:96::20"):
         outer.outside.route(address, outer.a)
         assert outer.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
         assert outer.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
 
 
-def test_a_port_that_a_cluster_ip_lacks_is_refused_in_packets_and_at_the_socket(outer: Outer) -> None:
+def test_unknown_port_of_a_cluster_ip_is_refused_in_packets_and_at_the_socket(outer: Outer) -> None:
     for space in (outer.outside, outer.client, outer.a):
         for address in (SERVICE_IPS["v4"], SERVICE_IPS["v6"]):
             assert space.call(clients.connect_error, address, 81) == "ECONNREFUSED"
 
 
-def test_source_ranges_hold_for_outside_for_pods_and_for_the_node(outer: Outer) -> None:
+def test_source_ranges_apply_to_external_clients_pods_and_the_node(outer: Outer) -> None:
     outer.balanced(
-        "fenced",
+        "restricted",
         "10.96.1.4",
         "203.0.113.24",
         [outer.on_b()],
         loadBalancerSourceRanges=[f"{outer.outside.address}/32"],
     )
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected", "allowed"
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
+        "the listed client is not served",
     )
     assert outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
     assert outer.a.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
     outer.balanced(
-        "fenced",
+        "restricted",
         "10.96.1.4",
         "203.0.113.24",
         [outer.on_b()],
@@ -208,15 +270,18 @@ def test_source_ranges_hold_for_outside_for_pods_and_for_the_node(outer: Outer) 
     )
     until(
         lambda: outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
-        "the pod now",
+        "the listed pod is not served",
     )
     assert outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
 
 
-def test_thousands_of_source_ranges(outer: Outer) -> None:
+def test_thousands_of_source_ranges_apply_and_are_removed(outer: Outer) -> None:
     ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{outer.outside.address}/32"]
     outer.balanced("many", "10.96.1.5", "203.0.113.25", [outer.on_b()], loadBalancerSourceRanges=ranges)
-    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected", "5001st")
+    until(
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected",
+        "the last range is missing",
+    )
     outer.remove("many")
     status = json.loads(outer.a.cli("status", "-o", "json"))
     until(
@@ -228,49 +293,58 @@ def test_thousands_of_source_ranges(outer: Outer) -> None:
             )
             < 10
         ),
-        f"ranges stay: {status['maps']}",
+        f"source ranges are left: {status['maps']}",
     )
 
 
-# -- endpoints that change under flows
+# -- endpoint changes with existing flows
 
 
-def _fixed(host: str, port: int, own: int, questions: int, pause: float) -> list[str]:
-    """Who answers each datagram of one socket with a fixed port."""
+def _fixed(host: str, port: int, own: int, count: int, pause: float) -> list[str]:
+    """The backends that reply to datagrams of one socket with a fixed source port."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("", own))
         sock.settimeout(1)
         found = []
-        for _ in range(questions):
+        for _ in range(count):
             sock.sendto(b"?", (host, port))
             try:
                 found.append(json.loads(sock.recv(4096))["name"])
             except TimeoutError:
-                found.append("nobody")
+                found.append("timeout")
             time.sleep(pause)
         return found
 
 
-def test_a_udp_client_with_a_fixed_port_follows_the_endpoints_at_once(outer: Outer) -> None:
+def test_udp_client_with_a_fixed_source_port_follows_endpoint_changes(outer: Outer) -> None:
     outer.balanced("moving", "10.96.1.12", "203.0.113.32", [outer.on_a()])
-    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not served")
+    until(
+        lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
+        "the Service is not served",
+    )
     for endpoint, name in ((outer.on_b(), "w2"), (outer.on_a(), "w1"), (outer.on_b(), "w2")):
         outer.balanced("moving", "10.96.1.12", "203.0.113.32", [endpoint])
         until(lambda n=name: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name)  # type: ignore[misc]
-    # Not ready is as good as gone for a datagram.
+    # For UDP, an unready endpoint is treated as a removed one.
     both = [outer.on_a(), outer.on_b(ready=False)]
     outer.balanced("moving", "10.96.1.12", "203.0.113.32", both)
-    until(lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"], "not left")
+    until(
+        lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
+        "the unready endpoint still gets datagrams",
+    )
 
 
-def test_connections_outlive_not_ready_and_terminating_and_are_reset_when_the_endpoint_is_gone(
+def test_connections_survive_unready_and_terminating_endpoints_and_are_reset_when_removed(
     outer: Outer,
 ) -> None:
     def only(*endpoints: manifests.Document) -> None:
         outer.balanced("stay", "10.96.1.13", "203.0.113.33", list(endpoints))
 
     only(outer.on_a())
-    until(lambda: outer.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected", "served")
+    until(
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected",
+        "the Service is not served",
+    )
     held = Held(outer.outside, "203.0.113.33", 80)
     assert held.ask() == "alive"
     for step in (
@@ -280,19 +354,19 @@ def test_connections_outlive_not_ready_and_terminating_and_are_reset_when_the_en
         only(*step)
         until(
             lambda: set(outer.outside.call(clients.spread_tcp, "203.0.113.33", 80, 5)) == {"w2"},
-            "new ones go on",
+            "new connections do not all reach the ready endpoint",
         )
         assert held.ask() == "alive"
     only(outer.on_b())
-    until(lambda: held.ask() != "alive", "the connection lives on without an endpoint")
+    until(lambda: held.ask() != "alive", "the connection persists after its endpoint is removed")
     assert held.ask() in ("ConnectionResetError", "BrokenPipeError")
 
 
-# -- many
+# -- scale
 
 
-def test_fifty_thousand_connections_at_once() -> None:
-    """All masqueraded, to four pods; each is asked once all are open."""
+def test_fifty_thousand_concurrent_masqueraded_connections() -> None:
+    """They have four backends. A request is sent on each once all are open."""
     with Lab() as lab:
         outer = Outer(lab)
         more = [outer.a.pod("w3"), outer.b.pod("w4")]
@@ -300,7 +374,7 @@ def test_fifty_thousand_connections_at_once() -> None:
             servers.start(pod, pod.name, 8080, 8053, 9000)
         outer.write_web(outer.w1, outer.w2, *more)
         outer.agent("--masquerade-ports", "1024-65000").start()
-        # A client has 50,000 local ports for each address that it asks.
+        # A client has 50,000 local ports per destination address and port.
         hosts = [(outer.a.address, NODE_PORT), (EXTERNAL, 80), (BALANCER, 80), (outer.a.address, NODE_PORT)]
         holders = [
             outer.outside.popen(
@@ -309,10 +383,10 @@ def test_fifty_thousand_connections_at_once() -> None:
             for host, port in hosts
         ]
 
-        def said() -> list[int]:
+        def counts() -> list[int]:
             return [int(holder.stdout.readline()) for holder in holders if holder.stdout is not None]
 
-        assert said() == [12_500] * 4
+        assert counts() == [12_500] * 4
         status = json.loads(outer.a.cli("status", "-o", "json"))
         entries = next(m["entries"] for m in status["maps"] if m["name"] == "conntrack")
         assert entries >= 4 * 50_000
@@ -320,4 +394,4 @@ def test_fifty_thousand_connections_at_once() -> None:
             assert holder.stdin is not None
             holder.stdin.write(b"\n")
             holder.stdin.flush()
-        assert said() == [12_500] * 4
+        assert counts() == [12_500] * 4

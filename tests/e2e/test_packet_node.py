@@ -1,4 +1,4 @@
-"""The node: its devices, addresses and ports, others who have programs and rules there, and what options close."""
+"""Devices, addresses and ports of the node; programs and netfilter rules of others; options of the agent."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pyroute2 import IPRoute, NetNS
+from pyroute2 import IPRoute
 
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.kernel import bpf
-from tests.e2e.outer import WAYS, Held, Outer, ask_by_socat
+from tests.e2e.outer import VARIANTS, Held, Outer, ask_by_socat
 from tests.e2e.world import EXTERNAL, NODE_PORT
 from tests.lab import Agent, Lab, clients, manifests
+from tests.lab.lab import routes_of
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-#: Well below a second where nothing else runs; in any case events have told of it, not a sweep (10 s).
+#: Netlink events take well below a second on an idle machine, and less than the sweep (10 s) on a busy one.
 AT_ONCE = 5.0
 
 
 # -- devices and addresses
 
 
-def test_a_hot_plugged_device_serves_node_ports_at_once(outer: Outer) -> None:
-    """Plugged, named an uplink by its route, renamed, unplugged."""
+def test_node_port_is_served_on_a_hot_plugged_device(outer: Outer) -> None:
+    """The device is added, becomes an uplink by its route, and is renamed and removed."""
     switch = f"{outer.lab.id}-switch"
-    with NetNS(switch) as outside, NetNS(outer.a.netns) as inside:
+    with routes_of(switch) as outside, routes_of(outer.a.netns) as inside:
         outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": outer.a.netns})
         outside.link(
             "set",
@@ -48,29 +49,31 @@ def test_a_hot_plugged_device_serves_node_ports_at_once(outer: Outer) -> None:
     outer.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected", "eth7"
+        lambda: outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected",
+        "no NodePort on eth7",
     )
     assert time.monotonic() - began < AT_ONCE
     outer.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
-    until(lambda: "wan7" in outer.a.cli("status"), "the new name")
+    until(lambda: "wan7" in outer.a.cli("status"), "status does not show the new name")
     assert outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
     outer.a.run(["ip", "link", "del", "wan7"])
-    until(lambda: "wan7" not in outer.a.cli("status"), "still there")
+    until(lambda: "wan7" not in outer.a.cli("status"), "status still shows the removed device")
     outer.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
 
 
-def test_an_address_added_later_serves_node_ports_at_once(outer: Outer) -> None:
+def test_node_port_is_served_at_an_added_address(outer: Outer) -> None:
     outer.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: outer.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected", ".77"
+        lambda: outer.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected",
+        "no NodePort at .77",
     )
     assert time.monotonic() - began < AT_ONCE
     outer.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
 
 
-def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
-    """The node's address is on a bridge that has the hardware as its port, as hypervisors have it."""
+def test_bridge_as_uplink_and_device_patterns() -> None:
+    """The node's address is on a bridge, and the physical device is a port of it, as on hypervisors."""
     with Lab() as lab:
         outer = Outer(lab)
         outer.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
@@ -87,7 +90,7 @@ def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
         }
         agent.stop()
         agent = outer.agent("--devices", "nothing*").start()
-        # What leads out and is not named is outside all the same, and NodePorts answer at all addresses.
+        # An unnamed device that leads outside still has that role, and NodePorts are served at all addresses.
         status = json.loads(outer.a.cli("status", "-o", "json"))
         assert [each["role"] for each in status["devices"] if each["device"] == "br-ex"] == ["outside"]
         assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
@@ -99,21 +102,21 @@ def test_a_bridge_as_uplink_and_patterns_that_name_one() -> None:
         }
 
 
-def test_a_device_without_room_for_programs_gets_them_once_there_is() -> None:
+def test_programs_are_attached_once_a_device_has_less_than_bpf_mprog_max() -> None:
     with Lab() as lab:
         outer = Outer(lab)
         folder = outer.a.bpf_root / "others"
-        outer.a.call(_take_all_places, str(folder))
+        outer.a.call(_attach_most_programs, str(folder))
         outer.agent().start()
         status = json.loads(outer.a.cli("status", "-o", "json"))
         assert [each.partition(":")[0] for each in status["agent"]["problems"]] == ["eth0"]
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
         shutil.rmtree(folder)
-        until(lambda: "problem" not in outer.a.cli("status"), "tried again")
+        until(lambda: "problem" not in outer.a.cli("status"), "the programs are not attached yet")
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "connected"
 
 
-# -- protection and health
+# -- health check ports
 
 
 def _bind(address: str, port: int, kind: int) -> str:
@@ -125,17 +128,20 @@ def _bind(address: str, port: int, kind: int) -> str:
     return "bound"
 
 
-def _http(host: str, port: int) -> tuple[int, dict[str, Any]]:
+def _http(host: str, port: int) -> tuple[int, str]:
+    """The status and the body, which is empty where the Service has gone since the connection was accepted."""
     with socket.create_connection((host, port), 2) as sock:
         sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         data = b""
         while chunk := sock.recv(4096):
             data += chunk
+    if not data:
+        raise ConnectionResetError("closed without a response")
     head, _, body = data.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(body)
+    return int(head.split()[1]), body.decode()
 
 
-def test_the_health_check_node_port_follows_the_local_endpoints(outer: Outer) -> None:
+def test_health_check_node_port_follows_local_endpoints(outer: Outer) -> None:
     def serve(*endpoints: manifests.Document) -> None:
         outer.balanced(
             "healthy",
@@ -149,28 +155,30 @@ def test_the_health_check_node_port_follows_the_local_endpoints(outer: Outer) ->
     def status() -> int:
         try:
             return outer.outside.call(_http, outer.a.address, 32222)[0]
-        except (ConnectionRefusedError, ConnectionResetError):
+        except (ConnectionRefusedError, ConnectionResetError, TimeoutError):
             return 0
 
     serve(outer.on_a(), outer.on_b())
-    until(lambda: status() == 200, "not healthy")
+    until(lambda: status() == 200, "the health check does not succeed")
     _, body = outer.outside.call(_http, outer.a.address6, 32222)
-    assert body == {
+    assert json.loads(body) == {
         "service": {"namespace": "shop", "name": "healthy"},
         "localEndpoints": 1,
         "serviceProxyHealthy": True,
     }
     serve(outer.on_b())
-    until(lambda: status() == 503, "still healthy")
+    until(lambda: status() == 503, "the health check does not fail")
     serve(outer.on_a(ready=False, terminating=True), outer.on_b())
-    until(lambda: status() == 503, "a terminating endpoint is not ready")
+    until(lambda: status() == 503, "the health check counts a terminating endpoint")
     outer.remove("healthy")
-    until(lambda: status() == 0, "still served")
+    until(lambda: status() == 0, "the health check port is still open")
 
 
-def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(outer: Outer) -> None:
+def test_health_check_node_port_in_use_is_logged_counted_and_shown(outer: Outer) -> None:
     server = outer.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
-    until(lambda: outer.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat")
+    until(
+        lambda: outer.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat does not listen"
+    )
     outer.balanced(
         "blocked",
         "10.96.1.16",
@@ -183,7 +191,7 @@ def test_a_health_check_port_that_is_taken_is_logged_counted_and_shown(outer: Ou
     agent.wait_log("cannot bind health check port, trying again port=32223 service=shop/blocked")
     until(
         lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
-        "metric",
+        "the metric does not show the failed port",
     )
     assert "healthCheckNodePort 32223" in outer.a.cli("status")
     assert outer.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
@@ -207,11 +215,11 @@ def test_metrics_of_the_packet_path(outer: Outer) -> None:
         assert f"\n{name} " in text, name
 
 
-# -- beside others
+# -- rules and programs of others
 
 
-def test_a_cnis_rules_see_client_and_backend(outer: Outer) -> None:
-    """A firewall as CNIs have it: invalid packets are dropped, forwarding only to pods and to answers."""
+def test_netfilter_rules_of_a_cni_see_client_and_backend_addresses(outer: Outer) -> None:
+    """The firewall drops invalid packets, and forwards to pods and established connections only."""
     rules = """
     table inet cni {
         chain forward {
@@ -237,7 +245,7 @@ def test_a_cnis_rules_see_client_and_backend(outer: Outer) -> None:
         outer.a.run(["nft", "delete", "table", "inet", "cni"])
 
 
-def test_conntrack_commands(outer: Outer) -> None:
+def test_conntrack_list_get_and_flush(outer: Outer) -> None:
     held = Held(outer.outside, outer.a.address, NODE_PORT)
 
     def listed(*arguments: str) -> list[dict[str, Any]]:
@@ -257,12 +265,12 @@ def test_conntrack_commands(outer: Outer) -> None:
     assert "ESTABLISHED" in outer.a.cli("conntrack", "list", "--frontend", flow["frontend"])
     assert "flushed 1 flows (4 entries)" in outer.a.cli("conntrack", "flush", "--client", flow["client"])
     assert listed("--client", flow["client"]) == []
-    assert held.ask() != "alive", "its answers go nowhere"
+    assert held.ask() != "alive", "replies of a flushed flow are not translated"
     assert "flushed" in outer.a.cli("conntrack", "flush", "--all")
 
 
-def _link_elsewhere(path: str) -> int:
-    """Attaches somebody else's program to eth0, which lets everything pass; pins it."""
+def _attach_foreign_link(path: str) -> int:
+    """Attaches a foreign program to eth0, which passes all packets, and pins its link."""
     program = bpf.prog_load(
         uapi.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
     )
@@ -271,8 +279,8 @@ def _link_elsewhere(path: str) -> int:
     return 0
 
 
-def _take_all_places(folder: str) -> None:
-    """As many programs at eth0 as the kernel takes (BPF_MPROG_MAX - 1), pinned."""
+def _attach_most_programs(folder: str) -> None:
+    """Attaches as many programs to eth0 as the kernel allows (BPF_MPROG_MAX - 1), and pins them."""
     Path(folder).mkdir(parents=True)
     for number in range(63):
         program = bpf.prog_load(
@@ -286,7 +294,7 @@ def _link_is_attached(path: str) -> bool:
     return bool(bpf.tcx_link_info(bpf.get_pinned(Path(path))).ifindex)
 
 
-def _filter_elsewhere() -> None:
+def _attach_foreign_filter() -> None:
     program = bpf.prog_load(
         uapi.PROG_SCHED_CLS, 0, "test", bytes.fromhex("b7000000ffffffff 9500000000000000")
     )
@@ -314,24 +322,24 @@ def _filters() -> list[str]:
         return [o.get_attr("TCA_BPF_NAME") for o in options if o is not None and o.get_attr("TCA_BPF_NAME")]
 
 
-@pytest.mark.parametrize("way", ["safe", "clsact"])
-def test_others_programs_stay_where_they_are(way: str) -> None:
+@pytest.mark.parametrize("variant", ["default", "clsact"])
+def test_programs_of_others_stay_attached(variant: str) -> None:
     with Lab() as lab:
         outer = Outer(lab)
-        pin = str(outer.a.bpf_root.parent / "somebody-elses")
+        pin = str(outer.a.bpf_root.parent / "foreign")
         outer.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
-        outer.a.call(_link_elsewhere, pin)
-        outer.a.call(_filter_elsewhere)
-        agent = outer.agent(*WAYS[way]).start()
+        outer.a.call(_attach_foreign_link, pin)
+        outer.a.call(_attach_foreign_filter)
+        agent = outer.agent(*VARIANTS[variant]).start()
         assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
             "w1",
             "w2",
         }
         names = [name.partition(":")[0] for name in outer.a.call(_filters)]
-        assert names == (["cni", "ebpfproxy"] if way == "clsact" else ["cni"])
+        assert names == (["cni", "ebpfproxy"] if variant == "clsact" else ["cni"])
         agent.stop()
-        said = outer.a.cli("cleanup")
-        assert "detached" in said
+        output = outer.a.cli("cleanup")
+        assert "detached" in output
         assert outer.a.call(_filters) == ["cni"]
         assert outer.a.call(_link_is_attached, pin)
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
@@ -349,13 +357,13 @@ def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
     return make
 
 
-def test_options_that_close_doors() -> None:
+def test_no_external_ips_and_node_port_addresses() -> None:
     with Lab() as lab:
         outer, _ = _with("--no-external-ips", "--nodeport-addresses", "172.18.0.99/32")(lab)
         outer.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
         until(
             lambda: outer.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
-            "the chosen address",
+            "no NodePort at the configured address",
         )
         assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
         assert outer.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
@@ -363,10 +371,10 @@ def test_options_that_close_doors() -> None:
         assert outer.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
 
 
-def test_masquerade_all_and_local_pods_by_address() -> None:
+def test_masquerade_all_and_detect_local_mode() -> None:
     with Lab() as lab:
         outer, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
-        # The client pod is not in the range: it is masqueraded; w1 is, and keeps its address.
+        # The client pod is not in the CIDR, so that it is masqueraded.
         assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
         agent.stop()
         agent = outer.agent("--masquerade-all").start()
@@ -382,5 +390,5 @@ def test_masquerade_all_and_local_pods_by_address() -> None:
         manifests.write(outer.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
         until(
             lambda: ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == outer.client.address,
-            "the node's pods are not known",
+            "podCIDRs of the Node are not used",
         )

@@ -1,4 +1,4 @@
-"""Backends on host networks, tunnels, bridges; clients on the host, in a pod, behind a tun, all without a hook."""
+"""Host-network backends, tunnels and bridges; clients on the host, in pods and behind a tun device."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import time
 from typing import Any
 
 import pytest
-from pyroute2 import NetNS
-from scapy.all import raw
+from scapy.compat import raw
 from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
 from tests.e2e.outer import Outer, ask_by_socat
 from tests.lab import clients, manifests, servers
+from tests.lab.lab import routes_of
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
 
-# -- backends in other places
+# -- host-network backends, overlays and bridges
 
 
-def test_backends_on_the_host_network_of_this_node_and_of_another(outer: Outer) -> None:
+def test_host_network_backends_of_this_and_of_another_node(outer: Outer) -> None:
     for node, name, ip, balancer in (
         (outer.a, "host-a", "10.96.1.6", "203.0.113.26"),
         (outer.b, "host-b", "10.96.1.7", "203.0.113.27"),
@@ -47,8 +47,8 @@ def test_backends_on_the_host_network_of_this_node_and_of_another(outer: Outer) 
         assert outer.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
 
 
-def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(outer: Outer) -> None:
-    """An overlay: pods of node-b are reached through vx0. tcpdump in the pod shows both directions."""
+def test_backend_behind_vxlan_sees_the_address_of_the_tunnel_device(outer: Outer) -> None:
+    """The route to pods of node-b leads through vx0. tcpdump in the pod records both directions."""
     for node, other in ((outer.a, outer.b), (outer.b, outer.a)):
         ends = ["local", node.address, "remote", other.address]
         node.run(["ip", "link", "add", "vx0", "type", "vxlan", "id", "7", "dstport", "4789", *ends])
@@ -63,9 +63,10 @@ def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(outer: Outer) -> No
     assert dump.stderr is not None
     while b"listening" not in dump.stderr.readline():
         pass
-    until(lambda: "vx0" in outer.a.cli("status"), "vx0 is not attached")
+    until(lambda: "vx0" in outer.a.cli("status"), "vx0 has no programs")
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected", "overlay"
+        lambda: outer.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected",
+        "the Service is not served",
     )
     assert outer.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
     assert dump.stdout is not None
@@ -79,8 +80,8 @@ def test_a_backend_over_a_vxlan_sees_the_tunnels_own_address(outer: Outer) -> No
         node.run(["ip", "link", "del", "vx0"])
 
 
-def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Outer) -> None:
-    """The answer is switched and never routed: the programs on the bridge's ports put the Service back."""
+def test_pods_on_one_bridge_reach_each_other_through_a_service(outer: Outer) -> None:
+    """Replies are bridged and not routed: programs at the bridge ports translate them to the Service."""
     a = outer.a
     a.run(["ip", "link", "add", "cni0", "type", "bridge"])
     a.run(["ip", "addr", "add", "10.245.1.1/24", "dev", "cni0"])
@@ -88,7 +89,7 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
     pods = []
     for number, name in ((2, "left"), (3, "right")):
         space = Space(f"{a.netns}-{name}", a.cgroup)
-        with outer.lab.namespace(space.netns) as inside, NetNS(a.netns) as outside:
+        with outer.lab.namespace(space.netns) as inside, routes_of(a.netns) as outside:
             outside.link(
                 "add", ifname=f"v{name}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": space.netns}
             )
@@ -104,11 +105,12 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
     servers.start(right, "right", 8080, 8053)
     outer.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
     until(
-        lambda: "vright" in json.dumps(json.loads(a.cli("status", "-o", "json"))["devices"]), "not attached"
+        lambda: "vright" in json.dumps(json.loads(a.cli("status", "-o", "json"))["devices"]),
+        "the device has no programs",
     )
 
     def ask() -> dict[str, Any]:
-        """A process outside the served cgroup: no socket hook."""
+        """Connects by a process outside the agent's cgroup, which passes no socket hook."""
         done = left.popen(
             ["socat", "-T1", "-", "TCP:10.96.1.9:80,connect-timeout=1"],
             join_cgroup=False,
@@ -119,7 +121,7 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
         text = done.communicate()[0]
         return json.loads(text) if text else {}
 
-    until(lambda: ask().get("name") == "right", "no answer over the bridge")
+    until(lambda: ask().get("name") == "right", "there is no reply over the bridge")
     assert ask()["peer"] == "10.245.1.2"
     for space in pods:
         space.end()
@@ -129,23 +131,23 @@ def test_a_pod_on_a_bridge_answers_its_neighbour_through_the_service(outer: Oute
 # -- local clients without a socket hook
 
 
-def test_a_client_on_the_host_without_a_socket_hook(outer: Outer) -> None:
-    """As a kernel client (NFS) is one: translated as its packets leave, sent to the backend's own route."""
+def test_host_client_without_a_socket_hook_is_served_in_packets(outer: Outer) -> None:
+    """Packets of such a client, such as NFS in the kernel, are translated at egress and redirected."""
     found = {ask_by_socat(outer.a, "10.96.0.10:80")["name"] for _ in range(clients.ENOUGH)}
     assert found == {"w1", "w2"}
     assert ask_by_socat(outer.a, "[fd00:10:96::10]:80")["name"] in found
     assert ask_by_socat(outer.a, "10.96.0.20:80") == {}
 
 
-def test_a_pod_without_a_socket_hook_reaches_itself(outer: Outer) -> None:
+def test_hairpin_of_a_pod_without_a_socket_hook(outer: Outer) -> None:
     outer.add("mirror", "10.96.1.10", [outer.on_a()])
-    until(lambda: ask_by_socat(outer.w1, "10.96.1.10:80") != {}, "no hairpin")
-    answer = ask_by_socat(outer.w1, "10.96.1.10:80")
-    assert (answer["name"], answer["peer"]) == ("w1", "10.244.1.1")
+    until(lambda: ask_by_socat(outer.w1, "10.96.1.10:80") != {}, "the hairpin connection fails")
+    reply = ask_by_socat(outer.w1, "10.96.1.10:80")
+    assert (reply["name"], reply["peer"]) == ("w1", "10.244.1.1")
 
 
 def _sctp_server(address: str, port: int) -> tuple[str, int, bytes]:
-    """Waits for one INIT and answers it from where it came to; the source that it saw, and the packet."""
+    """Replies to one INIT from the address that it was sent to; returns the INIT's source and bytes."""
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 132) as sock:
         sock.settimeout(60)
         sock.bind((address, 0))
@@ -153,11 +155,11 @@ def _sctp_server(address: str, port: int) -> tuple[str, int, bytes]:
         while True:
             packet, peer = sock.recvfrom(2048)
             body = packet[20:]
-            question = SCTP(body)
-            if question.dport == port:
+            request = SCTP(body)
+            if request.dport == port:
                 break
-        sock.sendto(raw(SCTP(sport=port, dport=question.sport, tag=9) / SCTPChunkInit()), peer)
-        return peer[0], question.sport, body
+        sock.sendto(raw(SCTP(sport=port, dport=request.sport, tag=9) / SCTPChunkInit()), peer)
+        return peer[0], request.sport, body
 
 
 def _sctp_client(host: str, port: int, own: int) -> tuple[str, bytes]:
@@ -168,11 +170,11 @@ def _sctp_client(host: str, port: int, own: int) -> tuple[str, bytes]:
             if select.select([sock], [], [], 0.5)[0]:
                 packet, peer = sock.recvfrom(2048)
                 return peer[0], packet[20:]
-    raise TimeoutError("no answer")
+    raise TimeoutError("no reply")
 
 
-def test_sctp_through_raw_packets_from_outside_and_from_a_pod(outer: Outer) -> None:
-    """Ports are translated, so the CRC32c must be right at both ends (scapy computes it again)."""
+def test_sctp_from_an_external_client_and_from_a_pod(outer: Outer) -> None:
+    """Ports are translated, so that the CRC32c has to be updated; scapy recomputes it at both ends."""
     service = manifests.service(
         "diameter",
         type="NodePort",
@@ -183,7 +185,7 @@ def test_sctp_through_raw_packets_from_outside_and_from_a_pod(outer: Outer) -> N
         "diameter", [outer.on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
     )
     manifests.write(outer.manifests / "diameter.yaml", service, piece)
-    until(lambda: "diameter" in outer.a.cli("service", "list"), "not programmed")
+    until(lambda: "diameter" in outer.a.cli("service", "list"), "the Service is not programmed")
     for client, host, port, seen in (
         (outer.outside, outer.a.address, 30868, outer.a.address),
         (outer.client, "10.96.1.11", 3868, outer.client.address),
@@ -193,44 +195,44 @@ def test_sctp_through_raw_packets_from_outside_and_from_a_pod(outer: Outer) -> N
         server = outer.w2.popen([sys.executable, "-c", script], stdout=-1)
         assert server.stdout is not None
         assert server.stdout.readline() == b"listens\n"
-        answered, answer = client.call(_sctp_client, host, port, 4000)
-        source, _, question = pickle.loads(bytes.fromhex(server.stdout.read().decode()))
-        assert (answered, source) == (host, seen)
-        for packet in (question, answer):
+        source, reply = client.call(_sctp_client, host, port, 4000)
+        seen_source, _, request = pickle.loads(bytes.fromhex(server.stdout.read().decode()))
+        assert (source, seen_source) == (host, seen)
+        for packet in (request, reply):
             parsed = SCTP(packet)
             del parsed.chksum
             assert raw(parsed) == packet
-        assert SCTP(answer).sport == port
+        assert SCTP(reply).sport == port
 
 
 # -- devices without a link layer
 
 
 def _through_tun(service: str, port: int) -> tuple[str, int, str]:
-    """A VPN's client behind a tun device opens a connection; who answers, from which port, with which flags."""
+    """Sends a SYN from a client behind a tun device; returns source, source port and flags of the reply."""
     tun = os.open("/dev/net/tun", os.O_RDWR)
     flags = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
     fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"vpn0", flags))  # TUNSETIFF
     for command in ("ip addr add 10.99.0.1/24 dev vpn0", "ip link set vpn0 up"):
         subprocess.run(command.split(), check=True)
-    question = IP(src="10.99.0.2", dst=service) / TCP(sport=4321, dport=port, flags="S", seq=1)
+    request = IP(src="10.99.0.2", dst=service) / TCP(sport=4321, dport=port, flags="S", seq=1)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        os.write(tun, raw(question))
+        os.write(tun, raw(request))
         while select.select([tun], [], [], 0.5)[0]:
-            answer = IP(os.read(tun, 2048))
-            # The connection before may still be asking for its answer.
-            if TCP in answer and answer.src == service:
+            reply = IP(os.read(tun, 2048))
+            # The peer of an earlier connection may still retransmit.
+            if TCP in reply and reply.src == service:
                 os.close(tun)
-                return answer.src, answer[TCP].sport, str(answer[TCP].flags)
-    raise TimeoutError("no answer on the tun device")
+                return reply.src, reply[TCP].sport, str(reply[TCP].flags)
+    raise TimeoutError("no reply on the tun device")
 
 
-def test_a_client_behind_a_tun_device(outer: Outer) -> None:
-    """Its packets begin with the IP header: another build of the programs, made when the device appears."""
+def test_client_behind_a_tun_device_is_served_and_rejected(outer: Outer) -> None:
+    """Its packets have no Ethernet header: programs for such devices are compiled when one appears."""
     if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
         pytest.skip("this kernel has no tun device")
     outer.add("vpn", "10.96.1.15", [outer.on_a()])
-    until(lambda: "vpn" in outer.a.cli("service", "list"), "not programmed")
+    until(lambda: "vpn" in outer.a.cli("service", "list"), "the Service is not programmed")
     assert outer.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
     assert outer.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")

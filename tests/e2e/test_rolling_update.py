@@ -1,4 +1,4 @@
-"""Endpoints that terminate, go or fall silent: what a real rolling update does, under load, in both paths."""
+"""Endpoints that terminate, are removed or stop responding, under load, at the socket and in packets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.root
 
 Item = dict[str, Any]
 
-#: Servers go on for this long after SIGTERM, so that the agent can send new connections elsewhere.
+#: Servers accept connections for this long after SIGTERM, as the agent needs time to program the change.
 LINGER = 1.5
 #: The ports of the recorded Services, and of everything without a recorded port.
 PORT, TARGET_PORT = 80, 8080
@@ -38,13 +38,13 @@ _numbers = itertools.count(1)
 
 
 class Step(NamedTuple):
-    """An EndpointSlice as it was from a moment of the recording on."""
+    """An EndpointSlice of the recording from time ``t`` on, in seconds."""
 
     t: float
     item: Item
 
     def where(self, condition: str) -> set[str]:
-        """Addresses of which it is so."""
+        """The addresses of endpoints whose condition is true."""
         found = self.item.get("endpoints") or []
         return {each["addresses"][0] for each in found if each["conditions"][condition]}
 
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 def recorded(service: str, first: str, last: str) -> list[Step]:
-    """The Service's only slice before a step of the recording, and all its changes until another begins."""
+    """The states of the Service's only slice between two steps of the recording, and the one before."""
     times = {each["step"]: each["t"] for each in json.loads((RECORDINGS / "steps.json").read_text())}
     begin, end = (next(t for step, t in times.items() if step.startswith(text)) for text in (first, last))
     (item,) = (
@@ -82,9 +82,9 @@ def recorded_service(name: str) -> Item:
 
 
 class Cluster:
-    """An API server, and the recorded nodes in a lab; the agent is node-a1's.
+    """An API server, and the recorded nodes in a lab; node-a1 has an agent.
 
-    Of the Services only those that tests add: the addresses of lab pods are others' in the recording.
+    The API server has only Services that tests add, because recorded pods have other addresses than lab pods.
     """
 
     def __init__(self, lab: Lab) -> None:
@@ -103,13 +103,16 @@ class Cluster:
         self.node.call(_put, self.url.partition("://")[2], resource.value, items)
 
     def serving(self, service: str) -> set[frozenset[str]]:
-        """Where new connections to the frontends of the Service's port http go."""
+        """The sets of backends that frontends of the Service's port http have for new connections."""
         rows = [row for row in Dump(self._maps).frontends() if (row.name, row.port_name) == (service, "http")]
         return {frozenset(each.address.partition(":")[0] for each in row.backends) for row in rows}
 
     def wait_serving(self, service: str, wanted: set[str]) -> float:
-        """Until new connections go there, and only there; since when they surely do."""
-        until(lambda: self.serving(service) == {frozenset(wanted)}, f"{service} is not at {wanted}")
+        """Waits until all frontends have these backends; returns the time (CLOCK_MONOTONIC)."""
+        until(
+            lambda: self.serving(service) == {frozenset(wanted)},
+            f"{service} does not have the backends {wanted}",
+        )
         return time.monotonic()
 
 
@@ -117,9 +120,9 @@ def _put(api: str, resource: str, items: tuple[Item, ...]) -> None:
     connection = http.client.HTTPConnection(api, timeout=10)
     for item in items:
         connection.request("POST", f"/control/put?resource={resource}", json.dumps(item))
-        answer = connection.getresponse()
-        assert answer.status == 200, answer.read()
-        answer.read()
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        response.read()
     connection.close()
 
 
@@ -130,7 +133,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def node_port_service(item: Item, name: str, address: str, node_port: int, **spec: Any) -> Item:
-    """The Service again, under another name and address, and with a NodePort."""
+    """A copy of the Service with another name and address, and with a NodePort."""
     made = copy.deepcopy(item)
     made["metadata"]["name"] = name
     made["spec"] |= {"type": "NodePort", "clusterIP": address, "clusterIPs": [address], **spec}
@@ -140,16 +143,16 @@ def node_port_service(item: Item, name: str, address: str, node_port: int, **spe
 
 
 class Rollout:
-    """Pods and their servers, in step with what was recorded of a Service's endpoints.
+    """Pods and servers that follow the recorded endpoints of a Service.
 
-    ``services`` have these endpoints, each in a slice of its own.
+    Each of ``services`` has these endpoints in a slice of its own.
     """
 
     def __init__(self, cluster: Cluster, services: list[Item], steps: list[Step], linger: float) -> None:
         self.cluster = cluster
         self.services = [each["metadata"]["name"] for each in services]
         self.linger = linger
-        #: All pods by recorded address. They are created in advance: the recorded pace leaves no time for it.
+        #: All pods by recorded address, created in advance because the recorded pace leaves no time for it.
         self.pods: dict[str, Pod] = {}
         for endpoint in itertools.chain.from_iterable(each.item["endpoints"] or () for each in steps):
             (address,) = endpoint["addresses"]
@@ -157,7 +160,7 @@ class Rollout:
                 pod = cluster.nodes[endpoint["nodeName"]].pod(endpoint["targetRef"]["name"])
                 self.pods[address] = pod
         self.servers: dict[str, Server] = {}
-        #: The time, by recorded address, from which no Service may send new connections there.
+        #: The time from which a backend gets no new connections, by recorded address.
         self.left: dict[str, float] = {}
         self.step: Step | None = None
         cluster.put(Resource.SERVICES, *services)
@@ -166,7 +169,7 @@ class Rollout:
         return {self.pods[address].name for address in addresses}
 
     def play(self, steps: list[Step]) -> None:
-        """At the recorded pace, as far as servers end in time: an endpoint goes after its server."""
+        """Applies the steps at the recorded pace, or later: an endpoint is removed after its server exits."""
         due = time.monotonic()
         for before, step in itertools.pairwise(steps):
             due = max(time.monotonic(), due + min(step.t - before.t, 1.0))
@@ -206,7 +209,7 @@ class Rollout:
         return made
 
     def check_servers(self) -> None:
-        """By their own books, servers took no connection that began when their endpoint was known to end."""
+        """Asserts that no server accepted a connection that began after its endpoint was deselected."""
         for address, moment in self.left.items():
             late = [each for each in self.servers[address].accepted if each.began > moment]
             assert not late, f"{self.pods[address].name}, terminating and left by {moment}, accepted {late}"
@@ -216,8 +219,8 @@ class Rollout:
 # -- terminating
 
 
-def test_a_rolling_update_under_load_loses_no_request(cluster: Cluster) -> None:
-    """From a pod at the socket and from outside through packets, to two Services of the recorded endpoints:
+def test_rolling_update_under_load_loses_no_request(cluster: Cluster) -> None:
+    """A pod (socket hooks) and an external client (packets) use two Services with the recorded endpoints:
     one with the recorded ClientIP affinity, one without."""
     steps = recorded("cart", "rolling update of cart", "one payments pod")
     old, new = steps[0].addresses, steps[-1].addresses
@@ -257,17 +260,19 @@ def test_a_rolling_update_under_load_loses_no_request(cluster: Cluster) -> None:
         each = seen["cart-spread", path]
         assert set(each.after(ended)) == rollout.names(new)
         for address, moment in rollout.left.items():
-            assert each.kept[rollout.pods[address].name] > moment, "old connections go on"
+            assert each.kept[rollout.pods[address].name] > moment, (
+                "established connections to the terminating backend were closed"
+            )
     rollout.check_servers()
 
 
-def test_when_only_terminating_endpoints_are_left_they_are_used(cluster: Cluster) -> None:
-    """Until the last is gone: from then on it is refused at once, and served again by the next ready ones."""
+def test_terminating_endpoints_serve_if_no_endpoint_is_ready(cluster: Cluster) -> None:
+    """After the last is removed, connections are refused, and served again by the next ready endpoints."""
     steps = recorded("checkout", "checkout scaled to 0", "orders-api scaled to 130")
     address = "10.96.156.118"
     everywhere = {"internalTrafficPolicy": "Cluster"}
     item = node_port_service(recorded_service("checkout"), "checkout", address, 30200, **everywhere)
-    # They linger until they are told again.
+    # The servers exit at the second SIGTERM.
     rollout = Rollout(cluster, [item], steps, 600)
     rollout.put(steps[0])
     where = ((cluster.client, address, PORT), (cluster.outside, cluster.node.address, 30200))
@@ -317,11 +322,11 @@ def _connect(host: str, port: int) -> str:
     return "connected"
 
 
-# -- clients that no socket hook sees, with a port of their own
+# -- clients without a socket hook, with a fixed source port
 
 
 class Pair:
-    """A Service whose endpoint ``goes`` has all connections, and another, that ``stays``."""
+    """A Service whose endpoint ``goes`` has all connections, and whose endpoint ``stays`` is added later."""
 
     def __init__(self, cluster: Cluster, number: int) -> None:
         self.cluster = cluster
@@ -338,7 +343,7 @@ class Pair:
         cluster.wait_serving(self.name, {self.goes.address})
 
     def put(self, **states: str) -> None:
-        """Which of the two there are: ready, unready or terminating."""
+        """Writes the slice. A state is ready, unready or terminating; an absent name is a removed endpoint."""
         endpoints = []
         for name, state in states.items():
             pod: Pod = getattr(self, name)
@@ -349,7 +354,7 @@ class Pair:
         self.cluster.put(Resource.ENDPOINTSLICES, piece)
 
     def mount(self) -> dict[str, Mount]:
-        """Clients everywhere; two of them have had a hook for their first connection."""
+        """Clients outside, on the host and in a pod; two pass a socket hook for their first connection."""
         root, own = find_cgroup_root(), 900
         made = {"outside": Mount(self.cluster.outside, self.cluster.node.address, self.node_port, own)}
         for place, space in (("host", self.cluster.node), ("pod", self.cluster.client)):
@@ -361,36 +366,36 @@ class Pair:
 
 
 @pytest.mark.parametrize(
-    ("state", "is_silent", "ended"),
+    ("state", "is_unreachable", "ended"),
     [
-        # It would go on, but is no endpoint any more.
+        # The server still responds, but is removed from the slice.
         ("gone", False, {"ECONNRESET", "ECONNABORTED"}),
-        # Its node has died; the client's own kernel gives up before or after the endpoint does.
+        # The backend is unreachable; the client's kernel times out before or after the endpoint is removed.
         ("gone", True, {"ECONNRESET", "ECONNABORTED", "ETIMEDOUT"}),
         ("unready", True, {"ETIMEDOUT"}),
         ("terminating", True, {"ETIMEDOUT"}),
-        # It ends in good order.
+        # The server closes the connection.
         ("terminating", False, {"closed"}),
     ],
 )
-def test_a_client_without_a_hook_reconnects_from_its_port_to_a_live_backend(
-    cluster: Cluster, state: str, is_silent: bool, ended: set[str]
+def test_client_without_a_socket_hook_reconnects_from_a_fixed_port_to_a_serving_backend(
+    cluster: Cluster, state: str, is_unreachable: bool, ended: set[str]
 ) -> None:
-    """As NFS does in the kernel: on the node, in a pod, and outside."""
+    """NFS in the kernel connects in this way: on the node, in a pod, and outside."""
     pair = Pair(cluster, next(_numbers))
     mounts = pair.mount()
     assert {name: each.next().name for name, each in mounts.items()} == dict.fromkeys(mounts, pair.goes.name)
     pair.put(goes="ready", stays="ready")
     cluster.wait_serving(pair.name, {pair.goes.address, pair.stays.address})
-    if is_silent:
+    if is_unreachable:
         pair.goes.run(["ip", "route", "replace", "blackhole", "default"])
     pair.put(**({} if state == "gone" else {"goes": state}), stays="ready")
     cluster.wait_serving(pair.name, {pair.stays.address})
-    if not is_silent and state == "terminating":
+    if not is_unreachable and state == "terminating":
         pair.servers[0].terminate()
     for name, each in mounts.items():
         again = each.next()
         assert again.ended in ended, name
         assert again.name == pair.stays.name, name
-        assert again.failed == [], f"{name}: the first try is answered"
+        assert again.failed == [], f"{name}: the first attempt to reconnect failed"
         each.end()

@@ -1,10 +1,11 @@
-"""Processes reach Services through the socket hooks: every protocol, family and kind of frontend."""
+"""Services through the socket hooks: all protocols, address families and frontend types."""
 
 from __future__ import annotations
 
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,29 +36,31 @@ def service_ip(request: pytest.FixtureRequest) -> str:
     return SERVICE_IPS[request.param]
 
 
-def test_tcp_reaches_every_backend_and_is_told_the_service_address(world: World, service_ip: str) -> None:
+def test_tcp_reaches_every_backend_and_getpeername_returns_the_service_address(
+    world: World, service_ip: str
+) -> None:
     assert set(world.client.call(clients.spread_tcp, service_ip, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert world.client.call(clients.ask_tcp, service_ip, 80)["getpeername"] == (service_ip, 80)
 
 
-def test_the_server_sees_the_pods_own_address(world: World) -> None:
+def test_backend_sees_the_address_of_the_client_pod(world: World) -> None:
     assert world.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)["peer"] == world.client.address
     assert world.client.call(clients.ask_tcp, SERVICE_IPS["v6"], 80)["peer"] == world.client.address6
 
 
-def test_datagrams_of_many_sockets_spread_and_are_answered_by_the_service(
+def test_unconnected_udp_sockets_spread_over_backends_and_replies_have_the_service_address(
     world: World, service_ip: str
 ) -> None:
-    """Also checks that every answer seems to come from the Service's address. One socket stays: tests/field."""
+    """``spread_udp`` asserts the source of each reply. tests/field has several datagrams of one socket."""
     assert set(world.client.call(clients.spread_udp, service_ip, 53, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_connected_udp_stays_with_one_backend_and_keeps_the_service_address(
+def test_connected_udp_socket_has_the_service_address_as_peer_and_source(
     world: World, service_ip: str
 ) -> None:
-    answer = world.client.call(clients.ask_udp_connected, service_ip, 53)
-    assert answer["getpeername"] == (service_ip, 53)
-    assert answer["from"] == (service_ip, 53)
+    reply = world.client.call(clients.ask_udp_connected, service_ip, 53)
+    assert reply["getpeername"] == (service_ip, 53)
+    assert reply["from"] == (service_ip, 53)
 
 
 def _connected_exchange(host: str, port: int) -> set[str]:
@@ -71,12 +74,12 @@ def _connected_exchange(host: str, port: int) -> set[str]:
         return found
 
 
-def test_every_datagram_of_a_connected_socket_goes_to_the_same_backend(world: World) -> None:
+def test_connected_udp_socket_keeps_its_backend(world: World) -> None:
     assert len(world.client.call(_connected_exchange, SERVICE_IPS["v4"], 53)) == 1
 
 
 def _udplite_exchange(service: str, port: int, server: str, server_port: int) -> tuple[str, int]:
-    """A server and a client in one: the address from which the answer seems to come."""
+    """Sends from a client to a server in this namespace; returns the source of the reply."""
     kind = (socket.AF_INET, socket.SOCK_DGRAM, clients.UDPLITE)
     with socket.socket(*kind) as listener, socket.socket(*kind) as sock:
         listener.bind((server, server_port))
@@ -89,52 +92,67 @@ def _udplite_exchange(service: str, port: int, server: str, server_port: int) ->
         return source
 
 
-def test_udp_lite_uses_the_services_of_udp(world: World) -> None:
-    """Unconnected sockets: the kernel calls no hook for the connect() of UDP-Lite (no pre_connect)."""
-    answer = world.w1.call(_udplite_exchange, "10.96.0.40", 53, world.w1.address, 8053)
-    assert answer == ("10.96.0.40", 53)
+def test_udp_lite_uses_the_udp_service_port(world: World) -> None:
+    """The sockets are unconnected: connect() of UDP-Lite calls no hook, as it has no pre_connect."""
+    reply = world.w1.call(_udplite_exchange, "10.96.0.40", 53, world.w1.address, 8053)
+    assert reply == ("10.96.0.40", 53)
 
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER])
-def test_external_and_load_balancer_addresses(world: World, address: str) -> None:
+def test_external_and_load_balancer_ips_are_served(world: World, address: str) -> None:
     assert set(world.client.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert world.client.call(clients.ask_tcp, address, 80)["getpeername"] == (address, 80)
 
 
-def test_node_port_on_every_address_of_the_node_from_pods_and_from_the_host(world: World) -> None:
-    """The gateway's of pods among them, as kube-proxy has it in modes iptables and ipvs."""
+def test_node_port_is_served_at_every_local_address_for_pods_and_host(world: World) -> None:
+    """The gateway address of pods is one, as with kube-proxy in modes iptables and ipvs."""
     node = world.a
     for space in (world.client, node):
         for address in (node.address, node.address6, "10.244.1.1", "fd00:10:244:1::1"):
-            answer = space.call(clients.ask_tcp, address, NODE_PORT)
-            assert answer["getpeername"] == (address, NODE_PORT)
+            reply = space.call(clients.ask_tcp, address, NODE_PORT)
+            assert reply["getpeername"] == (address, NODE_PORT)
     assert world.client.call(clients.ask_udp, node.address, 30053)["from"] == (node.address, 30053)
 
 
 @pytest.mark.parametrize("loopback", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "0.0.0.0"])
-def test_node_port_on_loopback_is_the_hosts_alone(world: World, loopback: str) -> None:
+def test_node_port_on_loopback_is_served_in_the_host_namespace_only(world: World, loopback: str) -> None:
     assert world.a.call(clients.connect_error, loopback, NODE_PORT) == "connected"
     assert world.client.call(clients.connect_error, loopback, NODE_PORT) == "ECONNREFUSED"
 
 
-def test_node_port_of_an_address_that_is_not_the_nodes(world: World) -> None:
-    """w2 has no listener there, and no NodePort on its own address."""
+def test_node_port_is_not_served_at_the_address_of_a_pod(world: World) -> None:
+    """No NodePort is served at the address of the pod w2, where no socket listens."""
     assert world.client.call(clients.connect_error, world.w2.address, NODE_PORT) == "ECONNREFUSED"
 
 
 @pytest.mark.parametrize("host", ["10.96.0.20", "fd00:10:96::20", "::ffff:10.96.0.20"])
-def test_no_endpoint_is_refused_at_once(world: World, host: str) -> None:
+def test_no_endpoint_refuses_connect_and_sendto(world: World, host: str) -> None:
     assert world.client.call(clients.connect_error, host, 80) == world.refused
     assert world.client.call(clients.send_error, host, 53) == world.refused
 
 
+def _connect_ping(host: str) -> None:
+    """ping(8) does so without CAP_NET_RAW. Raises OSError."""
+    is_v6 = ":" in host
+    kind = (socket.AF_INET6, socket.IPPROTO_ICMPV6) if is_v6 else (socket.AF_INET, socket.IPPROTO_ICMP)
+    Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 0")
+    with socket.socket(kind[0], socket.SOCK_DGRAM, kind[1]) as sock:
+        sock.connect((host, 0))
+
+
+@pytest.mark.parametrize("host", [SERVICE_IPS["v4"], SERVICE_IPS["v6"], "10.96.0.20", "fd00:10:96::20"])
+def test_a_ping_socket_connects_to_a_cluster_ip(world: World, host: str) -> None:
+    """Its echo requests are packets; connect() sends none."""
+    world.client.call(_connect_ping, host)
+
+
 @pytest.mark.parametrize("host", ["10.96.0.30", "fd00:10:96::30"])
-def test_policy_local_never_reaches_another_nodes_endpoint(world: World, host: str) -> None:
+def test_internal_traffic_policy_local_does_not_use_remote_endpoints(world: World, host: str) -> None:
     assert world.client.call(clients.connect_error, host, 80) == world.dropped
     assert world.client.call(clients.send_error, host, 53) == world.dropped
 
 
-def test_what_is_no_service_is_left_alone(world: World) -> None:
+def test_connections_to_pod_addresses_are_not_translated(world: World) -> None:
     for address in (world.w2.address, world.w2.address6):
         assert world.client.call(clients.ask_tcp, address, 9000)["getpeername"] == (address, 9000)
         assert world.client.call(clients.ask_udp, address, 9000)["from"] == (address, 9000)
@@ -151,10 +169,10 @@ def _two_services(first: str, second: str) -> list[Any]:
         return sources
 
 
-def test_one_unconnected_socket_talks_to_two_services(world: World) -> None:
-    """With one backend for both, too."""
-    for asked, answered in world.client.call(_two_services, SERVICE_IPS["v4"], "10.96.0.40"):
-        assert asked == answered
+def test_replies_of_two_services_to_one_unconnected_socket_have_their_addresses(world: World) -> None:
+    """Both Services share a backend."""
+    for destination, source in world.client.call(_two_services, SERVICE_IPS["v4"], "10.96.0.40"):
+        assert destination == source
 
 
 def _connect_again(refused: str, service: str, direct: str) -> list[Any]:
@@ -171,7 +189,7 @@ def _connect_again(refused: str, service: str, direct: str) -> list[Any]:
     return found
 
 
-def test_a_socket_that_connects_again_is_told_its_new_peer(world: World) -> None:
+def test_getpeername_after_a_second_connect(world: World) -> None:
     found = world.client.call(_connect_again, "10.96.0.20", "10.96.0.40", world.w1.address)
     assert found == [
         ("10.96.0.40", 53),
@@ -183,7 +201,7 @@ def test_a_socket_that_connects_again_is_told_its_new_peer(world: World) -> None
 
 
 def test_processes_outside_the_cgroup_are_served_in_packets(world: World) -> None:
-    """No socket hook sees them: the pod's packets are translated as they leave it."""
+    """They pass no socket hook: packets are translated at ingress of the pod's device."""
     outside = world.client.popen(
         ["socat", "-T1", "-", "TCP:10.96.0.10:80,connect-timeout=1"],
         join_cgroup=False,
@@ -195,7 +213,7 @@ def test_processes_outside_the_cgroup_are_served_in_packets(world: World) -> Non
     assert outside.returncode == 0
 
 
-def test_counters_say_what_was_chosen_refused_and_dropped(world: World) -> None:
+def test_counters_of_chosen_refused_and_dropped_connections(world: World) -> None:
     def counted(result: str) -> float:
         metrics = world.a.call(_metrics)
         wanted = f'result="{result}"'
@@ -220,7 +238,7 @@ def test_counters_say_what_was_chosen_refused_and_dropped(world: World) -> None:
 def _metrics() -> str:
     with socket.create_connection(("127.0.0.1", 10249), 5) as connection:
         connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        answer = b""
+        reply = b""
         while chunk := connection.recv(65536):
-            answer += chunk
-    return answer.decode()
+            reply += chunk
+    return reply.decode()

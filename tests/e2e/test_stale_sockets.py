@@ -1,4 +1,4 @@
-"""Sockets whose backend has gone are ended or redirected, in whatever namespace they are, and no others."""
+"""Sockets of a removed backend are closed or redirected in all network namespaces, and no others."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SLICE_PORTS = [
     {"name": "dns", "port": 8053, "protocol": "UDP"},
     {"name": "http", "port": 8080, "protocol": "TCP"},
 ]
-#: The sockets' names, and what of their backend's they must lose.
+#: Names of the sockets that are connected through the Service.
 THROUGH = {"v4", "v6", "mapped"}
 
 
 class World:
-    """A Service with one backend, the pod ``web``, which another Service has, too; a client pod."""
+    """Two Services with the same backend, the pod ``web``, and a client pod."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -40,7 +40,7 @@ class World:
         self.set_backend("ready")
 
     def set_backend(self, state: str) -> None:
-        """Of the Service: ready, unready, terminating or gone."""
+        """Sets the state of the Service's endpoint: ready, unready, terminating or gone."""
 
         def slices(name: str, addresses: tuple[str, ...], **conditions: Any) -> Iterator[manifests.Document]:
             for address in addresses:
@@ -61,7 +61,7 @@ class World:
         return self.node.agent(*arguments, manifests=self.folder)
 
     def hold(self, kind: str) -> Holder:
-        """One socket of every sort that is connected to the pod."""
+        """Opens one socket of each kind that is connected to the pod."""
         port, target = (53, 8053) if kind == "udp" else (80, 8080)
         holder = Holder(
             self.client,
@@ -90,7 +90,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def agent(world: World) -> Iterator[Callable[..., Agent]]:
-    """Starts one with options; it is stopped, and the Service complete again, afterwards."""
+    """Starts an agent with options; stops it after the test."""
     started: list[Agent] = []
 
     def start(*arguments: str) -> Agent:
@@ -120,12 +120,12 @@ def ended(holder: Holder) -> set[str]:
         ("terminating", "unready", set[str]()),
     ],
 )
-def test_a_backend_that_goes_takes_its_sockets_along(
+def test_stale_tcp_closes_only_sockets_of_the_service_that_lost_the_backend(
     world: World, agent: Callable[..., Agent], kind: str, state: str, option: str, ends: set[str]
 ) -> None:
-    """Only those of the Service that lost it: neither another's nor who connected to the pod itself.
+    """Sockets of the other Service and those that connected to the pod itself stay open.
 
-    Datagram sockets go on: tests/field/test_udp_stale.py.
+    UDP sockets are redirected: tests/field/test_udp_stale.py.
     """
     agent("--stale-tcp", option)
     holder = world.hold(kind)
@@ -135,7 +135,9 @@ def test_a_backend_that_goes_takes_its_sockets_along(
     assert ended(holder) == wanted
 
 
-def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callable[..., Agent]) -> None:
+def test_connection_in_syn_sent_to_a_removed_backend_is_closed(
+    world: World, agent: Callable[..., Agent]
+) -> None:
     agent()
     slow = manifests.service("slow", clusterIPs=["10.96.5.9"], ports=PORTS)
     silent = manifests.slice_of("slow", [manifests.endpoint(SILENT, "node-b")], ports=SLICE_PORTS)
@@ -152,7 +154,7 @@ def test_a_connection_that_is_being_opened_is_ended(world: World, agent: Callabl
     assert found == {"opening": 3}
 
 
-def test_one_that_went_while_no_agent_ran_is_noticed_at_the_start(
+def test_sockets_of_a_backend_removed_while_no_agent_ran_are_closed_at_start(
     world: World, agent: Callable[..., Agent]
 ) -> None:
     first = agent()
@@ -160,12 +162,12 @@ def test_one_that_went_while_no_agent_ran_is_noticed_at_the_start(
     first.kill()
     world.set_backend("gone")
     agent()
-    # An error stays with its socket until it is read, however long the agent took to start.
+    # The socket keeps its error until it is read, so that the start time of the agent does not matter.
     holder.watch(len(THROUGH))
     assert ended(holder) == THROUGH
 
 
-def test_an_id_rests_while_something_is_open_to_its_backend(
+def test_backend_id_is_not_reused_while_connections_are_open(
     world: World, agent: Callable[..., Agent]
 ) -> None:
     agent("--stale-tcp", "never")
@@ -176,7 +178,7 @@ def test_an_id_rests_while_something_is_open_to_its_backend(
     world.set_backend("gone")
     until(lambda: world.backends()[name]["state"] == "gone")
     assert world.backends()[name]["open"] == 5
-    # The same endpoint, back again, is another to what is counted.
+    # The same endpoint gets another backend id when it is added again.
     world.set_backend("ready")
     until(lambda: world.backends()[name]["state"] == "active")
     holder.watch()
@@ -185,12 +187,12 @@ def test_an_id_rests_while_something_is_open_to_its_backend(
     until(lambda: world.backends()[name]["open"] == 0)
 
 
-#: Two backends: half of the sockets are stale, 20,000.
+#: With two backends, half of the sockets are stale: 20,000.
 NAMESPACES, SOCKETS, DIRECT = 20, 2000, 50
 
 
-def test_20000_sockets_in_20_namespaces() -> None:
-    """Half of all go to a backend that stays, and some are connected to the one that goes by themselves."""
+def test_stale_sockets_in_20_namespaces_are_redirected() -> None:
+    """Half of them have a backend that stays, and some are connected to the removed one directly."""
     with Lab() as lab:
         node = lab.node("node-a")
         pods = [node.pod(f"client{i}") for i in range(NAMESPACES)]

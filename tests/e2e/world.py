@@ -1,4 +1,4 @@
-"""The cluster of the end-to-end tests: two nodes, a server pod on each, Services of every kind."""
+"""The cluster of the end-to-end tests: two nodes, a server pod on each, Services of every type."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SLICE_PORTS = [
 
 
 class World:
-    """``a`` and ``b`` are nodes, ``w1`` and ``w2`` serve on them, ``client`` is a pod on ``a``."""
+    """``a`` and ``b`` are nodes, ``w1`` and ``w2`` are server pods on them, ``client`` is a pod on ``a``."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        #: What an application sees where a Service has no endpoint, and none here under policy Local.
+        #: The error of connect() where a Service has no endpoint, and no local one with traffic policy Local.
         self.refused = "ECONNREFUSED"
         self.dropped = "EHOSTUNREACH"
         self.a: LabNode = lab.node("node-a")
@@ -44,7 +44,7 @@ class World:
         return self.a.agent(*arguments, manifests=self.manifests)
 
     def write_web(self, *pods: Pod, **endpoint: Any) -> None:
-        """The Service shop/web with these pods."""
+        """Writes the Service shop/web with these pods as endpoints."""
         spec: dict[str, Any] = {
             "type": "LoadBalancer",
             "clusterIPs": [SERVICE_IPS["v4"], SERVICE_IPS["v6"]],
@@ -64,7 +64,7 @@ class World:
         manifests.write(self.manifests / "web.yaml", *documents)
 
     def write_others(self) -> None:
-        """Services without endpoints, with endpoints elsewhere only, and a second one on w1."""
+        """Writes Services without endpoints, with remote endpoints only, and with endpoint w1 only."""
         ports = [{**port, "nodePort": 0} for port in PORTS]
         manifests.write(
             self.manifests / "others.yaml",

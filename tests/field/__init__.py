@@ -1,1 +1,1 @@
-"""What went wrong on real nodes, one test a fault, with real sockets and packets in the lab."""
+"""Regression tests for faults that occurred on real nodes, with sockets and packets in a lab."""

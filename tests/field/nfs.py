@@ -1,8 +1,8 @@
-"""The kernel's own NFS server and client in namespaces of a lab, without the daemons of nfs-utils.
+"""NFS server and client of the kernel in namespaces of a lab, without the daemons of nfs-utils.
 
-``python -m tests.field.nfs`` is a client: it reads a JSON list a line, a method's name and its arguments, and
-answers with a JSON line. What it mounts is mounted for it alone, and is gone when it ends.
-``python -m tests.field.nfs FOLDER CLIENT...`` is a server, until it ends.
+``python -m tests.field.nfs`` is a client: it reads commands, each a JSON list of a method's name and
+arguments in one line, and prints a JSON line. It mounts in a mount namespace of its own.
+``python -m tests.field.nfs FOLDER CLIENT...`` is a server, which runs until it is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def lacking() -> str:
-    """What this kernel lacks, or the empty string."""
+    """The reason why this kernel cannot run the tests, or the empty string."""
     known = Path("/proc/filesystems").read_text().split()
     missing = [kind for kind in ("nfs4", "nfsd") if kind not in known]
     return f"this kernel has no {' or '.join(missing)}: make test-kernel" if missing else ""
@@ -43,7 +43,7 @@ def _mount(source: str, target: str, kind: str, flags: int = 0) -> None:
 
 
 def _own_mounts() -> None:
-    """What this process mounts from here on is seen by it and its children alone."""
+    """Unshares the mount namespace: later mounts are visible to this process and its children only."""
     if _libc.unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare mounts")
     _mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
@@ -54,16 +54,16 @@ def _control(name: str, value: str) -> None:
 
 
 def _cache(name: str, *words: object) -> None:
-    """Answers a question of the kernel before it is asked, as rpc.mountd does after (nfsd's cache channels)."""
+    """Fills a cache of nfsd in advance by its channel, which rpc.mountd does at the kernel's request."""
     Path("/proc/net/rpc", name, "channel").write_text(" ".join(map(str, words)) + "\n")
 
 
 def _serve(folder: str, clients: list[str]) -> None:
     _own_mounts()
-    # It is the one of this process's network namespace, and its threads end when nobody has it mounted.
+    # This nfsd belongs to the network namespace of the process; its threads end when it is unmounted.
     _mount("nfsd", "/proc/fs/nfsd", "nfsd")
     _control("versions", "-3 +4 +4.1 +4.2")
-    # For that long a new server lets clients of an earlier life come first; 10 s is the least.
+    # A new server serves only clients of its previous instance for this time; 10 s is the minimum.
     for name in ("nfsv4leasetime", "nfsv4gracetime"):
         _control(name, "10")
     _control("portlist", f"tcp {PORT}")
@@ -72,7 +72,7 @@ def _serve(folder: str, clients: list[str]) -> None:
     for each in clients:
         _cache("auth.unix.ip", "nfsd", each, until, "lab")
     _cache("nfsd.export", "lab", folder, until, _EXPORT_FLAGS, 65534, 65534, 0)
-    # The root of NFSv4 is the export whose number (FSID_NUM, 1) is 0.
+    # The root of NFSv4 is the export with fsid 0 (of type FSID_NUM, 1).
     _cache("nfsd.fh", "lab", 1, r"\x00000000", until, folder)
     print("ready", flush=True)
     signal.pause()
@@ -87,7 +87,7 @@ def start(space: Space, folder: Path, clients: Iterable[str]) -> None:
 
 
 class Client:
-    """A process that mounts, and works with files there. Its methods raise AssertionError with the error."""
+    """A process that mounts and uses files. Its methods raise AssertionError with the error."""
 
     def __init__(self, space: Space) -> None:
         command = [sys.executable, "-m", "tests.field.nfs"]
@@ -115,14 +115,14 @@ class Client:
         self._do("unmount")
 
     def write(self, name: str, text: str) -> None:
-        """The server has it when this returns."""
+        """Writes and syncs a file."""
         self._do("write", name, text)
 
     def read(self, name: str) -> str:
         return str(self._do("read", name))
 
     def append(self, text: str) -> None:
-        """To one file, ``held``, which stays open from the first time on."""
+        """Appends to the file ``held``, which is kept open."""
         self._do("append", text)
 
 
@@ -135,7 +135,7 @@ class _Mounted:
         source = f"[{host}]:/" if ":" in host else f"{host}:/"
         proto = "tcp6" if ":" in host else "tcp"
         options = f"vers=4.2,proto={proto},port={port},addr={host},soft,timeo=100,retrans=3,sec=sys"
-        # -i: without nfs-utils' mount.nfs4, which would find addr= itself.
+        # With -i mount does not call mount.nfs4 of nfs-utils, which would add addr=.
         _run("mount", "-i", "-t", "nfs4", "-o", options, source, str(self._folder))
 
     def unmount(self) -> None:
@@ -170,7 +170,7 @@ def _run(*command: str) -> None:
 def _main() -> None:
     _own_mounts()
     with tempfile.TemporaryDirectory() as folder:
-        # The folder's own entry is this namespace's, whatever is below it elsewhere.
+        # The mount on this folder is visible in this mount namespace only.
         mounted = _Mounted(Path(folder))
         for line in sys.stdin:
             name, *arguments = json.loads(line)

@@ -1,11 +1,13 @@
-"""What a node's maps hold about sockets, read from the pins: a command takes a second, this a millisecond."""
+"""Reads records of sockets from the pinned maps, in a millisecond; a command takes a second."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath import dump
+from ebpfproxy.datapath.abi import layout, socket_layout
+from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from tests.lab import LabNode
@@ -23,16 +25,31 @@ def maps_of(node: LabNode) -> Iterator[MapSet]:
 
 
 def fill(node: LabNode, name: str) -> int:
-    """How many entries a hash has."""
+    """The number of entries of a map."""
     with maps_of(node) as maps:
-        return maps[name].count()
+        return next(each.entries for each in dump.fill(maps) if each.name == name)
+
+
+def origins(node: LabNode) -> tuple[int, int]:
+    """How many sockets have an origin: connected ones, and unconnected ones."""
+    with maps_of(node) as maps:
+        table = OriginTable(maps)
+        return sum(1 for _ in each_of(table.connected())), sum(1 for _ in each_of(table.unconnected()))
+
+
+def kept_elsewhere(node: LabNode) -> int:
+    """How many records of sockets the slots of ``sock_origin`` say that other maps have."""
+    with maps_of(node) as maps:
+        slots = maps["sock_origin"]
+        return sum(
+            socket_layout.origin_elsewhere(value)
+            for number in range(slots.spec.max_entries)
+            if (value := slots.lookup(layout.U32.pack(number)))
+        )
 
 
 def open_sockets(node: LabNode) -> int:
-    """How many connections are counted, to all backends together."""
+    """The sum of open sockets of all backends, as programs count them."""
     with maps_of(node) as maps:
-        words = maps.shared("loads").bytes.cast("I")
-        size = layout.LOAD_WORDS
-        found = sum(layout.load_of(words[at : at + size]).open_sockets for at in range(0, 1024 * size, size))
-        words.release()
-        return found
+        loads = maps.loads()
+        return sum(loads[number].open_sockets for number in range(1024))

@@ -1,7 +1,7 @@
-"""A socket in a pod, a node or outside, driven from a test step by step.
+"""A socket in a pod, on a node or outside, whose system calls a test makes one by one.
 
-``python -m tests.field.remote FAMILY TYPE PROTOCOL`` reads a JSON list a line, a method's name and its arguments,
-and answers with a JSON line: what the method gave, or the name of its error.
+A forked process has the socket. It reads commands, each a JSON list of a method's name and arguments in one line,
+and prints a JSON line: the result, or the name of the error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import errno
 import json
 import socket
-import subprocess
 import sys
 from typing import Any
 
@@ -20,16 +19,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Remote:
-    """The same from outside. Every method gives a name such as ECONNREFUSED where the kernel gives an error."""
+    """The side of the test. Methods return a name such as ECONNREFUSED if a system call fails."""
 
     def __init__(
         self, space: Space, host: str, *, protocol: int = 0, kind: socket.SocketKind = socket.SOCK_DGRAM
     ) -> None:
-        """``host``: an address of the family that is meant."""
+        """``host``: an address, which determines the family."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        numbers = [str(int(each)) for each in (family, kind, protocol)]
-        command = [sys.executable, "-m", "tests.field.remote", *numbers]
-        self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = space.fork(main, family, kind, protocol)
 
     def __enter__(self) -> Remote:
         return self
@@ -38,7 +35,6 @@ class Remote:
         self.close()
 
     def _do(self, *command: Any) -> Any:
-        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
         self._process.stdin.flush()
         return json.loads(read_line(self._process))
@@ -50,11 +46,11 @@ class Remote:
         return self._do("connect", host, port)
 
     def disconnect(self) -> Any:
-        """connect() with AF_UNSPEC: a datagram socket has no peer any more (connect(2))."""
+        """connect() with AF_UNSPEC, which removes the peer of a datagram socket (connect(2))."""
         return self._do("disconnect")
 
     def peer(self) -> Any:
-        """[host, port], as getpeername() has it."""
+        """[host, port], as getpeername() returns them."""
         return self._do("peer")
 
     def send(self, data: str = "?") -> Any:
@@ -64,27 +60,27 @@ class Remote:
         return self._do("sendto", data, host, port)
 
     def receive(self, seconds: float = 3.0) -> Any:
-        """[data, host, port]; "nothing" after some seconds."""
+        """[data, host, port], or "nothing" after ``seconds``."""
         return self._do("receive", seconds)
 
     def ask(self, seconds: float = 3.0) -> Any:
-        """Sends on the connected socket; the name of who answers, or the error of the one or the other."""
+        """Sends on the connected socket and receives; returns the backend's name, or an error of either."""
         error = self.send()
         if error is not None:
             return error
-        answer = self.receive(seconds)
-        return json.loads(answer[0])["name"] if isinstance(answer, list) else answer
+        reply = self.receive(seconds)
+        return json.loads(reply[0])["name"] if isinstance(reply, list) else reply
 
     def ask_at(self, host: str, port: int, seconds: float = 3.0) -> Any:
-        """As :meth:`ask` with an address; checks that the answer comes from it."""
+        """As :meth:`ask`, with sendto(); asserts that the reply has this address as source."""
         error = self.sendto(host, port)
         if error is not None:
             return error
-        answer = self.receive(seconds)
-        if not isinstance(answer, list):
-            return answer
-        assert answer[1:] == [host, port], f"answer from {answer[1:]}"
-        return json.loads(answer[0])["name"]
+        reply = self.receive(seconds)
+        if not isinstance(reply, list):
+            return reply
+        assert reply[1:] == [host, port], f"reply from {reply[1:]}"
+        return json.loads(reply[0])["name"]
 
     def close(self) -> None:
         self._process.kill()
@@ -121,7 +117,3 @@ def _answer(sock: socket.socket, name: str, *arguments: Any) -> Any:
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, str(error))
     return None
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""bind() on a node that has NodePorts."""
+"""bind() to NodePorts, with and without ``--nodeport-guard``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ANY = ("0.0.0.0", "::", "::ffff:0.0.0.0")
 
 
 class Nodes(NamedTuple):
-    """Two nodes with the same 200 NodePorts: as agents are by default, and with the guard."""
+    """Two nodes with the same 200 NodePorts, one with default options and one with the guard."""
 
     plain: LabNode
     guarded: LabNode
@@ -64,7 +64,7 @@ def bind(address: str, port: int, kind: int = socket.SOCK_STREAM) -> str:
 
 
 def bind_any_port(count: int) -> Counter[str]:
-    """The results of bind() to port 0 where half of the kernel's choice is NodePorts."""
+    """The results of bind() to port 0, where half of ip_local_port_range is NodePorts."""
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("20000 20399")
     found: Counter[str] = Counter()
     for number in range(count):
@@ -79,22 +79,22 @@ def link_ids(node: LabNode) -> set[str]:
 
 @pytest.mark.parametrize("which", ["plain", "guarded"])
 def test_bind_to_port_0_never_fails(nodes: Nodes, which: str) -> None:
-    """The kernel's choice of a port is never refused, with as many NodePorts in its range as there may be."""
+    """A port that the kernel chooses is never refused, even if many of its range are NodePorts."""
     node: LabNode = getattr(nodes, which)
     assert node.call(bind_any_port, BINDS) == {"bound": BINDS}
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_a_node_port_can_be_bound_as_with_kube_proxy(nodes: Nodes, kind: int) -> None:
-    """kube-proxy holds no port: without the option bind() to a NodePort works, and has no hook at all."""
+def test_bind_to_a_node_port_succeeds_without_the_guard(nodes: Nodes, kind: int) -> None:
+    """As with kube-proxy, bind() to a NodePort succeeds; without the option no bind hook is attached."""
     for address in (*ANY, nodes.plain.address, nodes.plain.address6, "127.0.0.1"):
         assert nodes.plain.call(bind, address, PORTS[0], kind) == "bound"
     assert not link_ids(nodes.plain) & {"bind4", "bind6", "post_bind4", "post_bind6"}
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_the_guard_refuses_a_node_port_in_the_hosts_namespace_only(nodes: Nodes, kind: int) -> None:
-    """With --nodeport-guard a NodePort's number cannot be bound at any address where it answers."""
+def test_guard_refuses_bind_to_a_node_port_in_the_host_namespace(nodes: Nodes, kind: int) -> None:
+    """bind() to a NodePort fails at every address that serves it."""
     node = nodes.guarded
     for address in (*ANY, node.address, node.address6, f"::ffff:{node.address}", "127.0.0.1"):
         assert node.call(bind, address, PORTS[0], kind) == "EADDRINUSE", address
@@ -102,19 +102,20 @@ def test_the_guard_refuses_a_node_port_in_the_hosts_namespace_only(nodes: Nodes,
     assert node.call(bind, "127.0.0.2", PORTS[-1] + 1, kind) == "bound"
 
 
-def test_another_protocol_and_a_pod_are_not_guarded(nodes: Nodes) -> None:
-    """A NodePort is a number of one protocol, and of the host."""
+def test_guard_does_not_apply_to_other_protocols_and_pods(nodes: Nodes) -> None:
+    """A NodePort belongs to one protocol and to the host's network namespace."""
     pod = nodes.guarded.pod("free")
     assert pod.call(bind, "0.0.0.0", PORTS[0]) == "bound"
     (nodes.folder / "many-udp.yaml").unlink()
     until(
-        lambda: nodes.guarded.call(bind, "0.0.0.0", PORTS[0], socket.SOCK_DGRAM) == "bound", "the UDP Service"
+        lambda: nodes.guarded.call(bind, "0.0.0.0", PORTS[0], socket.SOCK_DGRAM) == "bound",
+        "the port of a removed UDP Service is still refused",
     )
     assert nodes.guarded.call(bind, "0.0.0.0", PORTS[0]) == "EADDRINUSE"
 
 
-def test_an_older_agents_guard_ends_with_the_upgrade(nodes: Nodes) -> None:
-    """Links of hooks that this version does not have are taken away by its start, the guard's by its option."""
+def test_bind_programs_of_an_older_agent_are_detached_at_start(nodes: Nodes) -> None:
+    """At start an agent detaches links of hooks that its version or its options do not have."""
     links = pin_folder(nodes.guarded.bpf_root) / LINKS
     agent = nodes.guarded.lab.agents[-1]
     agent.stop()

@@ -1,6 +1,6 @@
-"""Pods on a bridge of their node (flannel, the CNI plugin ``bridge``), where they are each other's neighbours.
+"""Pods on a bridge of their node (flannel, the CNI plugin ``bridge``), with traffic that is bridged.
 
-Their packets pass the programs twice: at the bridge's port and at the bridge.
+Their packets pass the programs at the bridge port, and routed ones at the bridge as well.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from pyroute2 import NetNS
 
 from tests.e2e.outer import PORTS, SLICE_PORTS
 from tests.field import test_same_ports as same_ports
 from tests.field.remote import Remote
 from tests.lab import Lab, LabNode, Pod, clients, manifests, servers
+from tests.lab.lab import routes_of
 from tests.lab.spaces import Space
-from tests.lab.waiting import until
+from tests.lab.waiting import AT_ONCE, until
 
 pytestmark = pytest.mark.root
 
@@ -23,13 +23,13 @@ SERVICE = {"v4": "10.96.0.10", "v6": "fd00:10:96::10"}
 
 
 class World:
-    """``client`` and ``w1`` on a bridge of node-a, ``w2`` on node-b; the Service shop/web has one of the two."""
+    """``client`` and ``w1`` on a bridge of node-a, ``w2`` on node-b; w1 or w2 is the endpoint of shop/web."""
 
     def __init__(self, lab: Lab) -> None:
         self.a, b = lab.node("node-a"), lab.node("node-b")
         self.a.run(["ip", "link", "add", "cni0", "type", "bridge"])
         for address in ("10.244.1.1/24", "fd00:10:244:1::1/64"):
-            self.a.run(["ip", "addr", "add", address, "dev", "cni0", *_at_once(address)])
+            self.a.run(["ip", "addr", "add", address, "dev", "cni0", *_nodad(address)])
         self.a.run(["ip", "link", "set", "cni0", "up"])
         self.client, self.w1 = (_bridged(lab, self.a, *each) for each in (("client", 2), ("w1", 3)))
         self.w2 = b.pod("w2")
@@ -54,7 +54,7 @@ def _bridged(lab: Lab, node: LabNode, name: str, number: int) -> Pod:
     pod = Pod(node, name, number)
     node.pods.append(pod)
     lab.namespace(pod.netns).close()
-    with NetNS(node.netns) as outside:
+    with routes_of(node.netns) as outside:
         outside.link("add", ifname=f"v{number}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
     node.run(["ip", "link", "set", f"v{number}", "master", "cni0", "up"])
     pod.run(["ip", "link", "set", "eth0", "up"])
@@ -62,12 +62,12 @@ def _bridged(lab: Lab, node: LabNode, name: str, number: int) -> Pod:
         (f"{pod.address}/24", "10.244.1.1"),
         (f"{pod.address6}/64", "fd00:10:244:1::1"),
     ):
-        pod.run(["ip", "addr", "add", address, "dev", "eth0", *_at_once(address)])
+        pod.run(["ip", "addr", "add", address, "dev", "eth0", *_nodad(address)])
         pod.run(["ip", "route", "add", "default", "via", gateway])
     return pod
 
 
-def _at_once(address: str) -> list[str]:
+def _nodad(address: str) -> list[str]:
     return ["nodad"] if ":" in address else []
 
 
@@ -79,11 +79,11 @@ def world() -> Iterator[World]:
 
 @pytest.mark.parametrize("version", SERVICE)
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_a_connected_socket_whose_backend_was_a_neighbour_is_told_that_it_has_gone(
+def test_connected_udp_socket_of_a_removed_backend_on_the_bridge_gets_an_error(
     world: World, where: str, version: str
 ) -> None:
-    """What it sends goes to the neighbour's link address alone, or nowhere once that is gone: it has to
-    connect again, and is served at once."""
+    """Its packets are bridged to the MAC address of the old backend and cannot be redirected. The socket gets
+    an error, and reaches the new backend after it connects again."""
     space: Space = world.client if where == "pod" else world.a
     host = SERVICE[version]
     world.write(world.w1)
@@ -92,14 +92,14 @@ def test_a_connected_socket_whose_backend_was_a_neighbour_is_told_that_it_has_go
         sock.connect(host, 53)
         assert sock.ask() == "w1"
         world.write(world.w2)
-        until(lambda: sock.ask(0.3) in ("ECONNABORTED", "EDESTADDRREQ"), "it is told nothing", 5)
+        until(lambda: sock.ask(0.3) in ("ECONNABORTED", "EDESTADDRREQ"), "the socket gets no error", AT_ONCE)
         sock.connect(host, 53)
-        until(lambda: sock.ask(0.3) == "w2", "it is not served", 5)
+        until(lambda: sock.ask(0.3) == "w2", "the socket is not served after connect()", AT_ONCE)
 
 
 @pytest.mark.parametrize("version", SERVICE)
-def test_a_connected_socket_of_a_backend_elsewhere_goes_on(world: World, version: str) -> None:
-    """Its packets pass the bridge on their way, whoever answers there."""
+def test_connected_udp_socket_of_a_remote_backend_is_redirected(world: World, version: str) -> None:
+    """Its packets are routed through the bridge device, so that they can be sent to the new backend."""
     host = SERVICE[version]
     world.write(world.w2)
     until(lambda: world.client.call(clients.ask_udp, host, 53)["name"] == "w2")
@@ -107,18 +107,18 @@ def test_a_connected_socket_of_a_backend_elsewhere_goes_on(world: World, version
         sock.connect(host, 53)
         assert sock.ask() == "w2"
         world.write(world.w1)
-        until(lambda: sock.ask(0.3) == "w1", "it is not redirected", 5)
+        until(lambda: sock.ask(0.3) == "w1", "the socket is not redirected", AT_ONCE)
 
 
 @pytest.mark.parametrize("version", SERVICE)
 @pytest.mark.parametrize("end", [*same_ports.ENDS, "udp"])
-@pytest.mark.parametrize("backend", ["neighbour", "elsewhere"])
-def test_a_pod_that_asks_a_service_and_its_backend_from_one_port(
+@pytest.mark.parametrize("backend", ["local", "remote"])
+def test_bridged_pod_uses_one_source_port_for_a_service_and_its_backend(
     world: World, backend: str, end: str, version: str
 ) -> None:
-    """No socket hook sees the client. Its direct flow gets a port of its own once, and the Service's keeps its own."""
-    pod = world.w1 if backend == "neighbour" else world.w2
+    """The client passes no socket hook. Its direct flow gets another source port; the Service's keeps it."""
+    pod = world.w1 if backend == "local" else world.w2
     world.write(pod)
     until(lambda: world.client.call(clients.ask_udp, SERVICE[version], 53)["name"] == pod.name)
-    asked = same_ports.asked(SERVICE[version], pod, "udp" if end == "udp" else "tcp")
-    assert same_ports.ask_unhooked(world.client, asked, end) == pod.name
+    targets = same_ports.targets(SERVICE[version], pod, "udp" if end == "udp" else "tcp")
+    assert same_ports.ask_unhooked(world.client, targets, end) == pod.name

@@ -1,4 +1,4 @@
-"""Which devices and addresses are the node's: second networks, uplinks of every kind, addresses on lo."""
+"""Roles of devices and addresses of the node: second networks, kinds of uplinks, addresses on lo."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ON_LO, ON_LO6 = "198.51.100.1", "2001:db8:51::1"
 
 
 class Neighbour(Space):
-    """A host on a network of node-a's own, beside the one of the default route."""
+    """A host on a second network of node-a, without its default route."""
 
     def __init__(self, world: Outer, kind: str, number: int) -> None:
         super().__init__(f"{world.lab.id}-{kind}", world.outside.cgroup)
         self.kind, self.number, self.device = kind, number, f"{kind}0"
-        #: The node's on that network.
+        #: The addresses of the node on that network.
         self.address, self.address6 = f"10.20.{number}.1", f"fd00:20:{number}::1"
         world.lab.namespace(self.netns).close()
-        # In the order in which they are made, so that a device which is on another comes after it.
+        # A device is created after the one that it is on.
         made = {
             "veth": f"link add veth0 type veth peer name eth0 netns {self.netns}",
             "bridge": f"link add port7 type veth peer name eth0 netns {self.netns}\nlink add bridge0 type bridge\n"
@@ -62,7 +62,7 @@ def ip(space: Space, *commands: str) -> None:
 
 
 class Nodes(Outer):
-    """node-a with a network of each kind, and an agent that knows no Node until :meth:`write_node`."""
+    """node-a with a network of each kind; there is no Node object before :meth:`write_node`."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -87,7 +87,7 @@ class Nodes(Outer):
         (self.manifests / "node.yaml").unlink(missing_ok=True)
 
     def devices(self) -> dict[str, tuple[str, str]]:
-        """What ``status`` says that each device was taken for, and why."""
+        """The role of each device and its reason, from ``status``."""
         status = json.loads(self.a.cli("status", "-o", "json"))
         return {each["device"]: (each["role"], each["why"]) for each in status["devices"]}
 
@@ -100,7 +100,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def agent(nodes: Nodes) -> Agent:
-    """The agent with default options; no other runs while a test has it."""
+    """The agent with default options; no other one runs at the same time."""
     return nodes.agent().start()
 
 
@@ -112,8 +112,8 @@ def running(nodes: Nodes, agent: Agent) -> Iterator[Agent]:
     nodes.forget_node()
 
 
-def answers(space: Space, address: str) -> bool:
-    """Whether the NodePort answers there for TCP and UDP, as itself."""
+def is_served(space: Space, address: str) -> bool:
+    """Returns True if the NodePort is served there for TCP and UDP; asserts the source of replies."""
     if space.call(clients.connect_error, address, NODE_PORT, 0.3) != "connected":
         return False
     tcp, udp = (
@@ -128,78 +128,79 @@ KINDS = pytest.mark.parametrize("kind", ["veth", "bridge", "macvlan"])
 
 
 @KINDS
-def test_node_ports_answer_at_an_internal_ip_on_a_device_without_a_default_route(
+def test_node_port_is_served_at_an_internal_ip_on_a_device_without_a_default_route(
     nodes: Nodes, running: Agent, kind: str
 ) -> None:
-    """A NodePort answers at the Node's InternalIPs of both families, whatever device they are on."""
+    """NodePorts are served at the Node's InternalIPs of both families, on any device."""
     neighbour = nodes.neighbours[kind]
     nodes.write_node(neighbour.address, neighbour.address6, podCIDRs=["10.244.1.0/24"])
     because = f"has the Node's InternalIP {neighbour.address}"
-    until(lambda: nodes.devices().get(neighbour.device) == ("uplink", because), "it is no uplink")
-    assert answers(neighbour, neighbour.address)
-    assert answers(neighbour, neighbour.address6)
+    until(
+        lambda: nodes.devices().get(neighbour.device) == ("uplink", because),
+        "the device does not become an uplink",
+    )
+    assert is_served(neighbour, neighbour.address)
+    assert is_served(neighbour, neighbour.address6)
 
 
 @pytest.mark.parametrize("address", [ON_LO, ON_LO6])
-def test_node_ports_answer_at_an_address_of_the_node_on_lo(
-    nodes: Nodes, running: Agent, address: str
-) -> None:
-    """A NodePort answers at the addresses that a node announces by BGP and has on its loopback device."""
-    assert answers(nodes.outside, address)
-    assert answers(nodes.client, address)
+def test_node_port_is_served_at_an_address_on_lo(nodes: Nodes, running: Agent, address: str) -> None:
+    """Nodes have addresses on lo that they announce by BGP."""
+    assert is_served(nodes.outside, address)
+    assert is_served(nodes.client, address)
 
 
 @pytest.mark.parametrize("kind", ["veth", "macvlan"])
-def test_clients_on_a_network_that_nothing_names_are_masqueraded(
+def test_clients_on_an_unnamed_second_network_are_masqueraded(
     nodes: Nodes, running: Agent, kind: str
 ) -> None:
-    """A client of a load-balancer IP on a second network is outside: it is masqueraded and gets its answer.
+    """A client of a load-balancer IP on a second network is external: it is masqueraded and gets replies.
 
-    No Node object says anything of the network, and no route; only pods' devices are pods'.
+    No Node address and no route refers to the network; only devices that lead to pods are local.
     """
     neighbour = nodes.neighbours[kind]
     assert nodes.devices()[neighbour.device][0] in ("uplink", "outside")
-    _asks_masqueraded(nodes, neighbour)
+    _check_masqueraded(nodes, neighbour)
 
 
 @KINDS
 @pytest.mark.parametrize("end", ["open", "udp"])
-def test_a_client_that_asks_a_service_and_its_backend_from_one_port(
+def test_client_uses_one_source_port_for_a_service_and_its_backend(
     nodes: Nodes, running: Agent, kind: str, end: str
 ) -> None:
-    """Both answer by their own addresses, whatever kind of device the client is on."""
+    """Replies have the addresses of both, with each kind of device of the client."""
     neighbour = nodes.neighbours[kind]
     nodes.write_web(nodes.w1)
     try:
         until(lambda: all(ask_by_socat(nodes.client, f"{BALANCER}:80")["name"] == "w1" for _ in range(8)))
-        asked = same_ports.asked(BALANCER, nodes.w1, "udp" if end == "udp" else "tcp")
-        assert same_ports.ask_unhooked(neighbour, asked, end) == "w1"
+        targets = same_ports.targets(BALANCER, nodes.w1, "udp" if end == "udp" else "tcp")
+        assert same_ports.ask_unhooked(neighbour, targets, end) == "w1"
     finally:
         nodes.write_web(nodes.w1, nodes.w2)
 
 
-def test_clients_behind_a_bridge_with_the_nodes_address_are_masqueraded(nodes: Nodes, running: Agent) -> None:
-    """A bridge is an uplink once the Node has its address; without one, a bridge with veth ports is a CNI's."""
+def test_clients_behind_a_bridge_with_a_node_address_are_masqueraded(nodes: Nodes, running: Agent) -> None:
+    """A bridge with an address of the Node is an uplink; other bridges with veth ports belong to a CNI."""
     neighbour = nodes.neighbours["bridge"]
     assert nodes.devices()["bridge0"] == ("pods", "a bridge of pods")
     nodes.write_node("172.18.0.1", external=(neighbour.address,))
-    until(lambda: nodes.devices()["bridge0"][0] == "uplink", "it is no uplink")
-    _asks_masqueraded(nodes, neighbour)
+    until(lambda: nodes.devices()["bridge0"][0] == "uplink", "the device does not become an uplink")
+    _check_masqueraded(nodes, neighbour)
     nodes.forget_node()
-    until(lambda: nodes.devices()["bridge0"][0] == "pods", "it stays an uplink")
+    until(lambda: nodes.devices()["bridge0"][0] == "pods", "the device remains an uplink")
 
 
-def _asks_masqueraded(nodes: Nodes, neighbour: Neighbour) -> None:
+def _check_masqueraded(nodes: Nodes, neighbour: Neighbour) -> None:
     found = {}
     for _ in range(clients.ENOUGH):
-        answer = neighbour.call(clients.ask_tcp, BALANCER, 80)
-        found[answer["name"]] = answer["peer"]
+        reply = neighbour.call(clients.ask_tcp, BALANCER, 80)
+        found[reply["name"]] = reply["peer"]
     assert found == {"w1": "10.244.1.1", "w2": nodes.a.address}
     assert neighbour.call(clients.ask_udp, BALANCER, 53)["from"] == (BALANCER, 53)
 
 
-def test_pods_stay_pods_and_keep_their_addresses(nodes: Nodes, running: Agent) -> None:
-    """What comes from pods' devices is not masqueraded, with a Node object and without one."""
+def test_pods_are_not_masqueraded_with_and_without_a_node_object(nodes: Nodes, running: Agent) -> None:
+    """Packets from devices that lead to pods are not masqueraded."""
     for write in (nodes.forget_node, lambda: nodes.write_node("172.18.0.1", podCIDRs=["10.244.1.0/24"])):
         write()
         seen = {ask_by_socat(nodes.client, f"{BALANCER}:80")["peer"] for _ in range(8)}
@@ -207,34 +208,35 @@ def test_pods_stay_pods_and_keep_their_addresses(nodes: Nodes, running: Agent) -
         assert nodes.devices()["p1"] == ("pods", "a veth to a pod")
 
 
-def test_routes_by_a_gateway_make_a_bridge_an_uplink_while_they_are_there(
-    nodes: Nodes, running: Agent
-) -> None:
-    """A route by a gateway leads to other machines: the agent hears of it when it comes and when it goes."""
+def test_bridge_is_an_uplink_while_it_has_routes_with_a_gateway(nodes: Nodes, running: Agent) -> None:
+    """A route with a gateway leads to other machines. The agent follows netlink events of routes."""
     ip(nodes.a, "route add 10.77.0.0/16 via 10.20.2.9 dev bridge0")
-    until(lambda: nodes.devices()["bridge0"] == ("uplink", "has routes by a gateway"), "it is no uplink")
-    _asks_masqueraded(nodes, nodes.neighbours["bridge"])
+    until(
+        lambda: nodes.devices()["bridge0"] == ("uplink", "has routes by a gateway"),
+        "the device does not become an uplink",
+    )
+    _check_masqueraded(nodes, nodes.neighbours["bridge"])
     ip(nodes.a, "route del 10.77.0.0/16")
-    until(lambda: nodes.devices()["bridge0"] == ("pods", "a bridge of pods"), "it stays an uplink")
-    # Routes by the node's own address, as Cilium has them on its device, lead nowhere else.
+    until(lambda: nodes.devices()["bridge0"] == ("pods", "a bridge of pods"), "the device remains an uplink")
+    # A gateway that is an address of the node, as Cilium has it, does not lead to other machines.
     ip(nodes.a, "route add 10.77.0.0/16 via 172.18.0.254", "route add 10.78.0.0/16 dev bridge0")
     assert nodes.devices()["bridge0"] == ("pods", "a bridge of pods")
     ip(nodes.a, "route del 10.77.0.0/16", "route del 10.78.0.0/16")
 
 
-def test_an_external_ip_of_the_node_that_no_device_has_disturbs_nothing(nodes: Nodes, running: Agent) -> None:
-    """Clouds write an address that a router translates: NodePorts answer where they did before."""
+def test_external_ip_of_the_node_that_no_device_has_is_ignored(nodes: Nodes, running: Agent) -> None:
+    """Cloud providers write addresses that a router translates; NodePorts are served as before."""
     nodes.write_node("203.0.113.200", external=("203.0.113.201",))
-    assert answers(nodes.outside, nodes.a.address)
-    assert answers(nodes.outside, ON_LO)
+    assert is_served(nodes.outside, nodes.a.address)
+    assert is_served(nodes.outside, ON_LO)
 
 
 # -- nodePortAddresses
 
 
 @pytest.fixture
-def alone(nodes: Nodes, agent: Agent) -> Iterator[Callable[..., Agent]]:
-    """An agent with these options, and a configuration file, in place of the usual one."""
+def start_agent(nodes: Nodes, agent: Agent) -> Iterator[Callable[..., Agent]]:
+    """Starts an agent with options and a configuration file, in place of the default one."""
     if agent.process is not None and agent.process.poll() is None:
         agent.stop()
     started: list[Agent] = []
@@ -268,32 +270,37 @@ PRIMARY, POD_GATEWAY = "172.18.0.1", "10.244.1.1"
         ({"nodePortAddresses": ["primary", "198.51.100.0/24"]}, {PRIMARY, ON_LO}),
     ],
 )
-def test_node_port_addresses_mean_what_they_mean_to_kube_proxy(
-    nodes: Nodes, alone: Callable[..., Agent], config: dict[str, Any], where: set[str]
+def test_node_port_addresses_are_those_of_kube_proxy_in_each_mode(
+    nodes: Nodes, start_agent: Callable[..., Agent], config: dict[str, Any], where: set[str]
 ) -> None:
-    """Empty is all of the node's addresses in modes iptables and ipvs, the primary ones in nftables; the words
-    of 1.37 go beside each other and beside CIDRs."""
+    """Empty means all addresses of the node in modes iptables and ipvs, and primary ones in nftables. The
+    keywords of 1.37 can be combined with each other and with CIDRs."""
     nodes.write_node(PRIMARY, nodes.a.address6)
-    alone(config=config)
-    asked = (PRIMARY, ON_LO, POD_GATEWAY, "127.0.0.1")
-    errors = {address: nodes.a.call(clients.connect_error, address, NODE_PORT, 0.3) for address in asked}
+    start_agent(config=config)
+    addresses = (PRIMARY, ON_LO, POD_GATEWAY, "127.0.0.1")
+    errors = {address: nodes.a.call(clients.connect_error, address, NODE_PORT, 0.3) for address in addresses}
     assert {address for address, error in errors.items() if error == "connected"} == where
-    assert {errors[address] for address in set(asked) - where} <= {"ECONNREFUSED"}
+    assert {errors[address] for address in set(addresses) - where} <= {"ECONNREFUSED"}
 
 
-def test_the_primary_address_is_the_nodes_and_follows_it(nodes: Nodes, alone: Callable[..., Agent]) -> None:
-    """``primary`` is the Node's InternalIP, also on a device without a default route, and when it comes late."""
+def test_primary_address_is_the_internal_ip_and_follows_the_node_object(
+    nodes: Nodes, start_agent: Callable[..., Agent]
+) -> None:
+    """The InternalIP may be on a device without a default route, and may be set after the agent's start."""
     neighbour = nodes.neighbours["veth"]
-    alone("--nodeport-addresses", "primary")
-    assert answers(nodes.outside, nodes.a.address)
-    assert not answers(neighbour, neighbour.address)
+    start_agent("--nodeport-addresses", "primary")
+    assert is_served(nodes.outside, nodes.a.address)
+    assert not is_served(neighbour, neighbour.address)
     nodes.write_node(neighbour.address, neighbour.address6)
-    until(lambda: answers(neighbour, neighbour.address), "it does not answer at the InternalIP")
-    assert answers(neighbour, neighbour.address6)
-    until(lambda: not answers(nodes.outside, nodes.a.address), "it answers at another address")
-    # The kubelet writes what the address has become.
+    until(lambda: is_served(neighbour, neighbour.address), "the NodePort is not served at the InternalIP")
+    assert is_served(neighbour, neighbour.address6)
+    until(
+        lambda: not is_served(nodes.outside, nodes.a.address),
+        "the NodePort is still served at another address",
+    )
+    # The kubelet updates the address.
     nodes.write_node(ON_LO)
-    until(lambda: answers(nodes.outside, ON_LO), "it does not answer at the new InternalIP")
+    until(lambda: is_served(nodes.outside, ON_LO), "the NodePort is not served at the new InternalIP")
 
 
 # -- detectLocalMode
@@ -308,14 +315,16 @@ def test_the_primary_address_is_the_nodes_and_follows_it(nodes: Nodes, alone: Ca
         (["Devices"], True),
     ],
 )
-def test_pods_behind_a_bridge_are_local_as_the_mode_names_the_bridge(
-    nodes: Nodes, alone: Callable[..., Agent], mode: list[str], kept: bool
+def test_detect_local_mode_matches_the_name_of_the_bridge(
+    nodes: Nodes, start_agent: Callable[..., Agent], mode: list[str], kept: bool
 ) -> None:
-    """Netfilter sees a bridged pod's packets come from the bridge: so they are matched by its name."""
-    alone("--detect-local-mode", *mode)
+    """As in netfilter, the input device of a bridged pod's packets is the bridge and not its port."""
+    start_agent("--detect-local-mode", *mode)
     pod = nodes.neighbours["bridge"]
     ip(nodes.b, "route replace 10.20.2.0/24 via 172.18.0.1")
-    seen = {pod.call(clients.ask_tcp, BALANCER, 80)["peer"] for _ in range(clients.ENOUGH)}
+    seen = {
+        reply["peer"] for reply in pod.call(clients.repeated, clients.ENOUGH, clients.ask_tcp, BALANCER, 80)
+    }
     assert ("10.20.2.9" in seen) is kept
     assert len(seen) == (1 if kept else 2), seen
 
@@ -323,34 +332,32 @@ def test_pods_behind_a_bridge_are_local_as_the_mode_names_the_bridge(
 # -- status
 
 
-@pytest.mark.parametrize("way", [[], ["--without", "tcx"]])
-def test_status_in_another_network_namespace_shows_the_agents_devices(
-    nodes: Nodes, alone: Callable[..., Agent], way: list[str]
+@pytest.mark.parametrize("options", [[], ["--without", "tcx"]])
+def test_status_in_another_network_namespace_shows_the_devices_of_the_agent(
+    nodes: Nodes, start_agent: Callable[..., Agent], options: list[str]
 ) -> None:
-    """Indexes of devices are the agent's namespace's, and so are their names, wherever status runs."""
-    alone(*way)
+    """Indexes and names of devices are those of the agent's namespace, wherever ``status`` runs."""
+    start_agent(*options)
     here = json.loads(nodes.a.cli("status", "-o", "json"))
-    elsewhere = nodes.neighbours["veth"]
+    other_namespace = nodes.neighbours["veth"]
     command = [sys.executable, "-m", "ebpfproxy", "status", "--bpf-root", str(nodes.a.bpf_root)]
-    there = json.loads(elsewhere.run([*command, "-o", "json"]))
+    there = json.loads(other_namespace.run([*command, "-o", "json"]))
     assert there["devices"] == here["devices"]
     assert {"eth0", "p1", "veth0", "bridge0", "macvlan0"} <= {each["device"] for each in there["devices"]}
     assert there["healthy"]
-    text = elsewhere.run(command)
+    text = other_namespace.run(command)
     assert text.splitlines()[0].split() == ["health:", "healthy"]
     assert "MAP" not in text
     assert "agent_state" not in text
-    assert "conntrack" in elsewhere.run([*command, "-v"])
+    assert "conntrack" in other_namespace.run([*command, "-v"])
 
 
-def test_the_log_says_what_each_device_is_taken_for_and_when_that_changes(
-    nodes: Nodes, running: Agent
-) -> None:
-    """An operator reads from the log alone why a device has its role, at the start and after a change."""
+def test_log_has_the_role_of_each_device_and_its_changes(nodes: Nodes, running: Agent) -> None:
+    """The log has the reason of each role, at the start and after a change."""
     running.wait_log("name=eth0 taken_for=uplink because='has a default route'")
     running.wait_log("name=veth0 taken_for=outside because='a veth on a network, 10.20.1.1/24'")
-    told = running.text.count("name=veth0 taken_for=uplink")
+    logged = running.text.count("name=veth0 taken_for=uplink")
     nodes.write_node(nodes.neighbours["veth"].address)
     running.wait_log(
-        'name=veth0 taken_for=uplink because="has the Node\'s InternalIP 10.20.1.1"', times=told + 1
+        'name=veth0 taken_for=uplink because="has the Node\'s InternalIP 10.20.1.1"', times=logged + 1
     )

@@ -1,4 +1,4 @@
-"""Records of sockets whose end no program sees are removed, counted down once, and no others are."""
+"""The sweep of records of sockets that are closed without a program call: removed and subtracted once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from ebpfproxy.datapath.abi import layout
-from tests.e2e.world import SERVICE_IPS, World
-from tests.field.records import fill, maps_of, open_sockets
+from tests.e2e.world import EXTERNAL, SERVICE_IPS, World
+from tests.field.records import fill, maps_of, open_sockets, origins
 from tests.field.remote import Remote
 from tests.lab import Agent, Lab, manifests
 from tests.lab.spaces import Space
@@ -25,11 +24,11 @@ pytestmark = pytest.mark.root
 
 IPPROTO_MPTCP = 262
 HOST = SERVICE_IPS["v4"]
-#: A Service whose only endpoint the client has no way to.
-FAR, NOWHERE = "10.96.0.60", "10.244.9.9"
-#: One whose endpoint has nobody who listens.
-SHUT = {"v4": "10.96.0.61", "v6": "fd00:10:96::61", "mapped": "::ffff:10.96.0.61"}
-#: Enters a namespace, connects there, and leaves it: nothing but the socket and a descriptor are of it then.
+#: A Service whose only endpoint the client has no route to.
+UNREACHABLE, UNREACHABLE_ENDPOINT = "10.96.0.60", "10.244.9.9"
+#: A Service with an endpoint on whose port no socket listens.
+CLOSED = {"v4": "10.96.0.61", "v6": "fd00:10:96::61", "mapped": "::ffff:10.96.0.61"}
+#: Enters a namespace, connects there and leaves it: only the socket and a descriptor hold it.
 HOLDS = """
 import ctypes, os, socket, sys
 libc = ctypes.CDLL(None)
@@ -44,32 +43,34 @@ for _ in sys.stdin:
 """
 
 
-class Forgetful(World):
-    """Its agent has no way from an MPTCP socket to its subflow: no program sees the end of those."""
+class SweepWorld(World):
+    """The agent runs with ``--without mptcp``, so that no program is called when an MPTCP subflow closes."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         port = {"name": "udp", "port": 53, "protocol": "UDP"}
         manifests.write(
-            self.manifests / "far.yaml",
-            manifests.service("far", clusterIPs=[FAR], ports=[port]),
-            manifests.slice_of("far", [manifests.endpoint(NOWHERE, "node-b")], ports=[port]),
+            self.manifests / "unreachable.yaml",
+            manifests.service("unreachable", clusterIPs=[UNREACHABLE], ports=[port]),
+            manifests.slice_of(
+                "unreachable", [manifests.endpoint(UNREACHABLE_ENDPOINT, "node-b")], ports=[port]
+            ),
         )
         http = {"name": "http", "port": 80, "protocol": "TCP"}
         manifests.write(
-            self.manifests / "shut.yaml",
-            manifests.service("shut", clusterIPs=[SHUT["v4"], SHUT["v6"]], ports=[http]),
+            self.manifests / "closed.yaml",
+            manifests.service("closed", clusterIPs=[CLOSED["v4"], CLOSED["v6"]], ports=[http]),
             *(
-                manifests.slice_of("shut", [manifests.endpoint(a, "node-a")], ports=[{**http, "port": 9}])
+                manifests.slice_of("closed", [manifests.endpoint(a, "node-a")], ports=[{**http, "port": 9}])
                 for a in (self.w1.address, self.w1.address6)
             ),
         )
 
-    def forgetful(self, *arguments: str) -> Agent:
+    def sweeping_agent(self, *arguments: str) -> Agent:
         return self.agent("--socket-sweep-seconds", "0.2", "--without", "mptcp", *arguments)
 
     def connected(self, space: Space, host: str, kind: str) -> Remote:
-        """A socket that has asked for the Service: ``tcp``, ``udp`` or ``mptcp``."""
+        """A socket that is connected to the Service; ``kind`` is ``tcp``, ``udp`` or ``mptcp``."""
         is_udp = kind == "udp"
         made = Remote(
             space,
@@ -81,15 +82,15 @@ class Forgetful(World):
         return made
 
     def records(self) -> tuple[int, int]:
-        """Of connected sockets, and how many connections are counted as open."""
-        return fill(self.a, "sock_origin"), open_sockets(self.a)
+        """The number of records of connected sockets, and of counted open connections."""
+        return origins(self.a)[0], open_sockets(self.a)
 
     def wait_sweeps(self) -> None:
-        """Until sweeps have removed the record of a socket that was closed now."""
+        """Waits until sweeps have removed the record of a socket that is closed here."""
         before = self.records()
         self.connected(self.client, HOST, "mptcp").close()
         assert self.records() == (before[0] + 1, before[1] + 1)
-        until(lambda: self.records() == before, "the record of a closed socket stays")
+        until(lambda: self.records() == before, "the record of a closed socket is left")
 
     def removed(self, name: str) -> int:
         _, text = self.lab.agents[-1].http("/metrics", 10249)
@@ -98,10 +99,10 @@ class Forgetful(World):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Forgetful]:
+def world() -> Iterator[SweepWorld]:
     with Lab() as lab:
-        found = Forgetful(lab)
-        found.forgetful().start()
+        found = SweepWorld(lab)
+        found.sweeping_agent().start()
         yield found
 
 
@@ -111,18 +112,18 @@ def host(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_a_kernels_own_socket_is_forgotten_once_it_is_closed(world: Forgetful, host: str, where: str) -> None:
-    """A subflow of MPTCP is one: while it is there it is counted, and sock_diag shows it."""
+def test_record_of_an_mptcp_subflow_is_removed_after_close(world: SweepWorld, host: str, where: str) -> None:
+    """A subflow is a socket of the kernel. While it is open it is counted, and sock_diag lists it."""
     before = world.removed("sock_origin")
     with world.connected(world.client if where == "pod" else world.a, host, "mptcp"):
         world.wait_sweeps()
         assert world.records() == (1, 1)
-    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
-    until(lambda: world.removed("sock_origin") == before + 2, "the metric does not show it")
+    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
+    until(lambda: world.removed("sock_origin") == before + 2, "the metric does not count it")
 
 
-def test_what_is_connected_or_has_sent_keeps_its_record(world: Forgetful, host: str) -> None:
-    """TCP, UDP, connected or not, UDP-Lite, and a connection that is being opened, in a pod and on the host."""
+def test_records_of_open_sockets_are_kept(world: SweepWorld, host: str) -> None:
+    """TCP, connected and unconnected UDP, and UDP-Lite sockets, in a pod and on the host."""
     with ExitStack() as stack:
         for space in (world.client, world.a):
             for kind in ("tcp", "udp"):
@@ -130,53 +131,53 @@ def test_what_is_connected_or_has_sent_keeps_its_record(world: Forgetful, host: 
             for protocol in (0, socket.IPPROTO_UDPLITE):
                 sender = stack.enter_context(Remote(space, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
-        assert fill(world.a, "sock_peers") == 4
+        assert origins(world.a) == (4, 4)
         world.wait_sweeps()
-        assert (world.records(), fill(world.a, "sock_peers")) == ((4, 4), 4)
-    until(lambda: world.records() == (0, 0) and fill(world.a, "sock_peers") == 0, "records stay")
+        assert (world.records(), origins(world.a)) == ((4, 4), (4, 4))
+    until(lambda: world.records() == (0, 0) and origins(world.a) == (0, 0), "records are left")
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_a_disconnected_socket_is_counted_no_more_and_may_connect_again(
-    world: Forgetful, host: str, where: str
+def test_disconnected_socket_is_not_counted_and_can_connect_again(
+    world: SweepWorld, host: str, where: str
 ) -> None:
     with world.connected(world.client if where == "pod" else world.a, host, "udp") as sock:
         assert sock.disconnect() is None
-        until(lambda: world.records() == (0, 0), "it is still counted")
+        until(lambda: world.records() == (0, 0), "the connection is still counted")
         assert sock.connect(host, 53) is None
         world.wait_sweeps()
         assert world.records() == (1, 1)
         assert sock.peer() == [host, 53]
-    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
+    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_a_second_connect_that_fails_counts_for_nobody(world: Forgetful) -> None:
-    """The socket keeps its first peer; the backend that it could not reach has no connection."""
-    world.client.run(["ip", "route", "replace", "unreachable", NOWHERE])
+def test_failed_second_connect_is_not_counted(world: SweepWorld) -> None:
+    """The socket keeps its first peer; the unreachable backend has no connection."""
+    world.client.run(["ip", "route", "replace", "unreachable", UNREACHABLE_ENDPOINT])
     with world.connected(world.client, HOST, "udp") as sock:
-        assert sock.connect(FAR, 53) == "EHOSTUNREACH"
-        until(lambda: world.records() == (0, 0), "it is still counted")
+        assert sock.connect(UNREACHABLE, 53) == "EHOSTUNREACH"
+        until(lambda: world.records() == (0, 0), "the connection is still counted")
         assert sock.ask() in ("w1", "w2")
     world.wait_sweeps()
     assert world.records() == (0, 0)
 
 
-@pytest.mark.parametrize("family", SHUT)
-def test_one_that_failed_to_connect_is_counted_no_more_and_may_try_again(
-    world: Forgetful, family: str
+@pytest.mark.parametrize("family", CLOSED)
+def test_socket_that_failed_to_connect_is_not_counted_and_can_connect_again(
+    world: SweepWorld, family: str
 ) -> None:
-    with Remote(world.client, SHUT[family], kind=socket.SOCK_STREAM) as sock:
-        assert sock.connect(SHUT[family], 80) == "ECONNREFUSED"
-        until(lambda: world.records() == (0, 0), "it is still counted")
+    with Remote(world.client, CLOSED[family], kind=socket.SOCK_STREAM) as sock:
+        assert sock.connect(CLOSED[family], 80) == "ECONNREFUSED"
+        until(lambda: world.records() == (0, 0), "the connection is still counted")
         assert sock.connect(SERVICE_IPS[family], 80) is None
         world.wait_sweeps()
         assert world.records() == (1, 1)
-    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
+    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_a_namespace_that_only_a_descriptor_holds_keeps_its_records(world: Forgetful) -> None:
-    """It cannot be looked into any more, and its connection lives: nothing is known to be over."""
-    pod = world.a.pod("hidden")
+def test_records_of_a_namespace_held_by_a_descriptor_are_kept(world: SweepWorld) -> None:
+    """The namespace has no path, so that its sockets cannot be listed; the connection is still open."""
+    pod = world.a.pod("unlinked")
     command = [sys.executable, "-c", HOLDS, pod.netns, HOST]
     process = world.a.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
@@ -193,22 +194,22 @@ def test_a_namespace_that_only_a_descriptor_holds_keeps_its_records(world: Forge
     assert process.stdout.readline() == f"{HOST} 80\n".encode()
     process.kill()
     process.wait()
-    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
+    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_a_namespace_that_has_ended_leaves_no_record(world: Forgetful) -> None:
-    """Its id in the host's namespace ends with it."""
+def test_records_of_a_deleted_namespace_are_removed(world: SweepWorld) -> None:
+    """The netnsid of the namespace is removed with it."""
     pod = world.a.pod("short")
     sock = world.connected(pod, HOST, "mptcp")
     world.wait_sweeps()
     subprocess.run(["ip", "netns", "delete", pod.netns], check=True)
     world.lab._names.remove(pod.netns)
     sock.close()
-    until(lambda: world.records() == (0, 0), "the record of a closed socket stays")
+    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_what_was_closed_while_no_program_looked_is_forgotten(world: Forgetful) -> None:
-    """As what was opened after the first copy of the maps and closed before the second."""
+def test_records_of_sockets_closed_without_sock_release_are_removed(world: SweepWorld) -> None:
+    """Sockets that are opened and closed between two copies of the maps are in the same state."""
     agent = world.lab.agents[-1]
     agent.stop()
     world.agent().start()
@@ -219,30 +220,37 @@ def test_what_was_closed_while_no_program_looked_is_forgotten(world: Forgetful) 
             for protocol in (0, socket.IPPROTO_UDPLITE):
                 sender = stack.enter_context(Remote(world.client, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
+                assert sender.sendto(EXTERNAL if host == HOST else host, 53) is None
         world.lab.agents[-1].stop()
         (world.a.bpf_root / "ebpfproxy" / "links" / "sock_release").unlink()
+        # The kernel detaches the program of a link that nobody holds a moment later.
+        shown = ["bpftool", "cgroup", "show", str(world.a.cgroup)]
+        until(lambda: "sock_release" not in world.a.run(shown), "the program stays attached")
     assert world.records() == (9, 9)
-    assert (fill(world.a, "sock_peers"), fill(world.a, "mptcp_subflows")) == (6, 3)
-    world.forgetful().start()
-    until(lambda: world.records() == (0, 0), "records of closed sockets stay")
-    until(lambda: not fill(world.a, "sock_peers") + fill(world.a, "mptcp_subflows"), "records stay")
-    until(lambda: [world.removed(name) for name in ("sock_peers", "mptcp_subflows")] == [6, 3])
+    assert (origins(world.a)[1], fill(world.a, "sock_peers"), fill(world.a, "mptcp_subflows")) == (6, 2, 3)
+    world.sweeping_agent().start()
+    until(lambda: world.records() == (0, 0), "records of closed sockets are left")
+    until(lambda: origins(world.a) == (0, 0), "records of closed sockets are left")
+    until(lambda: not fill(world.a, "sock_peers") + fill(world.a, "mptcp_subflows"), "records are left")
+    names = ("sock_origin", "sock_peers", "mptcp_subflows")
+    until(lambda: [world.removed(name) for name in names] == [9 + 6, 2, 3])
 
 
-def test_each_connection_is_counted_down_once(world: Forgetful) -> None:
-    """However sweeps, reconnecting and closing meet."""
-    assert world.client.call(_connect_and_forget, HOST, 4.0) > 100
-    until(lambda: world.records()[0] == 0, "records of closed sockets stay")
+def test_each_connection_is_subtracted_once(world: SweepWorld) -> None:
+    """Sweeps run concurrently with connect() and close()."""
+    assert world.client.call(_disconnect_and_close, HOST, 4.0) > 100
+    until(lambda: world.records()[0] == 0, "records of closed sockets are left")
     with maps_of(world.a) as maps:
-        words = maps.shared("loads").bytes.cast("I")
-        size = layout.LOAD_WORDS
-        sums = {(words[at] + words[at + 1]) & 0xFFFFFFFF for at in range(0, 64 * size, size)}
-        words.release()
+        loads = maps.loads()
+        sums = {
+            (each.sockets_opened - each.sockets_closed + each.sockets_carried) & 0xFFFFFFFF
+            for each in map(loads.__getitem__, range(64))
+        }
     assert sums == {0}
 
 
-def _connect_and_forget(host: str, seconds: float) -> int:
-    """Sockets that are disconnected for a while, and then connect again or are closed; how many times."""
+def _disconnect_and_close(host: str, seconds: float) -> int:
+    """Opens sockets and disconnects them; later they connect again or are closed. Returns the count."""
     held: list[tuple[float, socket.socket]] = []
     end, turns = time.monotonic() + seconds, 0
     while time.monotonic() < end:

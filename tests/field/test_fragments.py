@@ -1,4 +1,4 @@
-"""Datagrams in pieces of clients that the node stands for: ids that were the clients' own would be one."""
+"""Fragmented datagrams of masqueraded clients, whose ids collide unless they are translated."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from scapy.all import IPv6, Raw, raw
+from scapy.compat import raw
 from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import IPv6ExtHdrFragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
+from scapy.packet import Raw
 
-from tests.e2e.outer import WAYS, Outer
+from tests.e2e.outer import VARIANTS, Outer
 from tests.lab import Lab
 
 pytestmark = pytest.mark.root
 
 UDP_NODE_PORT = 30053
-#: All clients send with this id, and in pieces of this many bytes.
-IDENTITY, PIECE = 0x4242, 1200
-SIZE = 3 * PIECE
+#: All clients send with this id, in fragments of this many bytes.
+IDENTITY, FRAGMENT_SIZE = 0x4242, 1200
+SIZE = 3 * FRAGMENT_SIZE
 SECOND = {"4": "172.18.0.253", "6": "fd00:172:18::fd"}
 
 
-@pytest.fixture(scope="module", params=["safe", "bypass"])
+@pytest.fixture(scope="module", params=["default", "bypass"])
 def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
-    """The pod of the other node serves, so that all from outside is masqueraded; two clients are outside."""
+    """The only backend is remote, so that both external clients are masqueraded."""
     with Lab() as lab:
         made = Outer(lab)
         for address in SECOND.values():
             prefix, nodad = (24, []) if "." in address else (64, ["nodad"])
             made.outside.run(["ip", "address", "add", f"{address}/{prefix}", "dev", "eth0", *nodad])
         made.write_web(made.w2)
-        made.agent(*WAYS[request.param]).start()
+        made.agent(*VARIANTS[request.param]).start()
         yield made
 
 
-def pieces(source: str, destination: str, sport: int, letter: bytes) -> list[bytes]:
+def fragments(source: str, destination: str, sport: int, letter: bytes) -> list[bytes]:
     """The fragments of a datagram of SIZE bytes, all with IDENTITY."""
     ip = IPv6 if ":" in source else IP
     body = Raw(letter * (SIZE - 8))
     whole = raw(ip(src=source, dst=destination) / UDP(sport=sport, dport=UDP_NODE_PORT) / body)
     data, found = whole[len(whole) - SIZE :], []
-    for at in range(0, SIZE, PIECE):
-        more, part = at + PIECE < SIZE, Raw(data[at : at + PIECE])
+    for at in range(0, SIZE, FRAGMENT_SIZE):
+        more, part = at + FRAGMENT_SIZE < SIZE, Raw(data[at : at + FRAGMENT_SIZE])
         if ip is IP:
             flags = "MF" if more else 0
             head = IP(src=source, dst=destination, proto=17, id=IDENTITY, flags=flags, frag=at // 8)
@@ -57,7 +58,7 @@ def pieces(source: str, destination: str, sport: int, letter: bytes) -> list[byt
 
 
 def ask_at_once(clients: list[str], node: str) -> list[str]:
-    """Each client sends a datagram in pieces, which alternate on the wire; who answered each."""
+    """Each client sends a fragmented datagram, fragments alternate; returns the names of the backends."""
     family = socket.AF_INET6 if ":" in node else socket.AF_INET
     sockets = []
     for client in clients:
@@ -65,26 +66,26 @@ def ask_at_once(clients: list[str], node: str) -> list[str]:
         sock.bind((client, 0))
         sock.settimeout(3)
         sockets.append(sock)
-    # Datagrams of no pieces first: the way is known then, and no piece waits for a neighbour's address.
+    # Small datagrams resolve all neighbours first, so that no fragment is queued.
     for sock in sockets:
         sock.sendto(b"?", (node, UDP_NODE_PORT))
         sock.recv(65536)
     each = [
-        pieces(client, node, sock.getsockname()[1], letter)
+        fragments(client, node, sock.getsockname()[1], letter)
         for client, sock, letter in zip(clients, sockets, (b"a", b"b"), strict=True)
     ]
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as wire:
         if family == socket.AF_INET6:
             wire.setsockopt(socket.IPPROTO_IPV6, 36, struct.pack("i", 1))  # IPV6_HDRINCL
-        for at_once in zip(*each, strict=True):
-            for piece in at_once:
-                wire.sendto(piece, (node, 0))
+        for together in zip(*each, strict=True):
+            for fragment in together:
+                wire.sendto(fragment, (node, 0))
     return [json.loads(sock.recv(65536))["name"] for sock in sockets]
 
 
 @pytest.mark.parametrize("version", ["4", "6"])
-def test_two_clients_datagrams_of_one_id_both_arrive(outer: Outer, version: str) -> None:
-    """Behind the node's one address the backend puts together what each client sent: a damaged one is lost."""
+def test_fragments_of_two_masqueraded_clients_with_one_id_are_reassembled(outer: Outer, version: str) -> None:
+    """The backend reassembles datagrams of both clients from one source address; a corrupt one is lost."""
     node = outer.a.address if version == "4" else outer.a.address6
     first = outer.outside.address if version == "4" else outer.outside.address6
     for _ in range(3):

@@ -1,8 +1,8 @@
-"""NodePorts that processes of the node ask for from its loopback.
+"""NodePorts for processes of the node that connect from or to its loopback.
 
-The control is netfilter's own NAT with ``route_localnet``, as kube-proxy's iptables mode has it: it serves a
-socket that is bound to 127.0.0.1; one that is bound to ::1, or to the device lo, only where the backend is on
-the host's own network.
+For comparison: netfilter's NAT with ``route_localnet``, as in kube-proxy's iptables mode, serves a socket that
+is bound to 127.0.0.1. It serves one that is bound to ::1, or to the device lo, only if the backend is on the
+host's network.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from scapy.all import IPv6, raw
+from scapy.compat import raw
 from scapy.layers.inet import IP
 from scapy.layers.inet import UDP as UDP_LAYER
+from scapy.layers.inet6 import IPv6
 
 from tests.e2e.world import World
 from tests.lab import Lab, manifests, servers
@@ -33,24 +34,24 @@ from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-#: NodePorts by where the one backend is: TCP's; UDP's is the next.
+#: NodePorts of TCP by the place of the only backend; the one of UDP is the next number.
 NODE_PORTS = {"w2": 30180, "w1": 30280, "host": 30380}
 EMPTY, CLOSED_HERE, CLOSED_IN_POD, AFFINE, TUNNELLED = 30480, 30580, 30680, 30780, 30880
-#: Ways to be bound to the loopback: by its address, by its device.
+#: Sockets are bound to an address of the loopback, to its device, or to both.
 BY_ADDRESS, BY_DEVICE, BY_BOTH = (True, False), (False, True), (True, True)
 TCP, UDP, UDP_SENDTO = "tcp", "udp", "udp sendto"
 KINDS = (TCP, UDP, UDP_SENDTO)
 
 
 class BehindTun(NamedTuple):
-    """A backend that is reached through a device without a link layer."""
+    """A backend behind a device without Ethernet headers."""
 
     address: str = "10.99.0.2"
     address6: str = "fd00:10:99::2"
 
 
-class Asked(NamedTuple):
-    """One question; ``bound``: to the loopback's address, to its device."""
+class Request(NamedTuple):
+    """A request; ``bound``: to an address of the loopback, to its device."""
 
     kind: str
     host: str
@@ -64,30 +65,30 @@ def _loopback_of(host: str) -> str:
     return "::1" if ":" in host else "127.0.0.1"
 
 
-def _socket(asked: Asked) -> socket.socket:
-    family = socket.AF_INET6 if ":" in asked.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM if asked.kind == TCP else socket.SOCK_DGRAM)
+def _socket(request: Request) -> socket.socket:
+    family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM if request.kind == TCP else socket.SOCK_DGRAM)
     sock.settimeout(2.0)
-    by_address, by_device = asked.bound
+    by_address, by_device = request.bound
     if by_device:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
     if by_address:
-        sock.bind((_loopback_of(asked.host), 0))
+        sock.bind((_loopback_of(request.host), 0))
     return sock
 
 
-def _ask(asked: Asked) -> str:
-    """The backend's name, or the error's. The application sees no other peer than the one it asked."""
-    where = asked.host, asked.port
-    with _socket(asked) as sock:
+def _ask(request: Request) -> str:
+    """Returns the name of the backend or of the error; asserts that the peer is the requested address."""
+    where = request.host, request.port
+    with _socket(request) as sock:
         try:
-            if asked.kind == UDP_SENDTO:
+            if request.kind == UDP_SENDTO:
                 sock.sendto(b"?", where)
                 data, source = sock.recvfrom(4096)
             else:
                 sock.connect(where)
                 source = sock.getpeername()
-                if asked.kind == UDP:
+                if request.kind == UDP:
                     sock.send(b"?")
                 data = sock.recv(4096)
         except OSError as error:
@@ -97,14 +98,14 @@ def _ask(asked: Asked) -> str:
     return name
 
 
-def _ask_all(questions: list[Asked]) -> list[str]:
-    return [_ask(each) for each in questions]
+def _ask_all(requests: list[Request]) -> list[str]:
+    return [_ask(each) for each in requests]
 
 
-def _questions(hosts: list[str], bounds: list[tuple[bool, bool]]) -> dict[Asked, str]:
-    """Every kind of socket to every backend, and who has to answer."""
+def _requests(hosts: list[str], bounds: list[tuple[bool, bool]]) -> dict[Request, str]:
+    """Requests by each kind of socket to each backend, with the expected backend."""
     return {
-        Asked(kind, host, port + (kind != TCP), bound): name
+        Request(kind, host, port + (kind != TCP), bound): name
         for name, port in NODE_PORTS.items()
         for host in hosts
         for bound in bounds
@@ -112,16 +113,16 @@ def _questions(hosts: list[str], bounds: list[tuple[bool, bool]]) -> dict[Asked,
     }
 
 
-def _wrong(world: World, expected: dict[Asked, str]) -> dict[Asked, str]:
+def _wrong(world: World, expected: dict[Request, str]) -> dict[Request, str]:
     found = world.a.call(_ask_all, list(expected), timeout=120)
-    return {asked: name for asked, name in zip(expected, found, strict=True) if name != expected[asked]}
+    return {request: name for request, name in zip(expected, found, strict=True) if name != expected[request]}
 
 
 def _documents(world: World) -> list[manifests.Document]:
     made: list[manifests.Document] = []
 
     def add(name: str, number: int, where: list[tuple[Any, str]], target: int = 0, **spec: Any) -> None:
-        node_port = {**NODE_PORTS, "nobody": EMPTY, "closed-here": CLOSED_HERE}.get(name, number)
+        node_port = {**NODE_PORTS, "no-endpoint": EMPTY, "closed-here": CLOSED_HERE}.get(name, number)
         ports = [
             {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": node_port},
             {"name": "udp", "port": 53, "protocol": "UDP", "nodePort": node_port + 1},
@@ -142,7 +143,7 @@ def _documents(world: World) -> list[manifests.Document]:
     add("w2", 0, [everywhere[1]])
     add("w1", 0, [everywhere[0]])
     add("host", 0, [everywhere[2]])
-    add("nobody", 0, [])
+    add("no-endpoint", 0, [])
     add("closed-here", 0, [everywhere[2]], 9)
     add("closed-in-pod", CLOSED_IN_POD, [everywhere[0]], 9)
     add("affine", AFFINE, everywhere, sessionAffinity="ClientIP")
@@ -162,49 +163,49 @@ def _make(lab: Lab, *arguments: str) -> World:
 def world() -> Iterator[World]:
     with Lab() as lab:
         made = _make(lab)
-        # A packet to a cluster IP leaves only where the default gateway has a link address.
+        # A packet to a cluster IP is sent only if the MAC address of the default gateway is known.
         assert lab.outside
         yield made
 
 
-# -- sockets that are bound
+# -- bound sockets
 
 
-def test_a_socket_bound_to_the_loopbacks_address_is_served(world: World) -> None:
-    """A socket bound to 127.0.0.1 reaches a NodePort at the loopback and at the node's address, by every backend."""
+def test_socket_bound_to_127_0_0_1_is_served(world: World) -> None:
+    """NodePorts are served at loopback addresses and at the node's address, with each place of the backend."""
     hosts = ["127.0.0.1", "127.8.7.6", world.a.address, "::ffff:127.0.0.1"]
-    assert not _wrong(world, _questions(hosts, [BY_ADDRESS]))
+    assert not _wrong(world, _requests(hosts, [BY_ADDRESS]))
 
 
-def test_a_socket_bound_to_the_loopbacks_ipv6_address_is_served(world: World) -> None:
-    """A socket bound to ::1 reaches a NodePort at ::1 and at the node's address, wherever the backend is."""
-    assert not _wrong(world, _questions(["::1", world.a.address6], [BY_ADDRESS]))
+def test_socket_bound_to_ipv6_loopback_is_served(world: World) -> None:
+    """NodePorts are served at ::1 and at the node's address, with each place of the backend."""
+    assert not _wrong(world, _requests(["::1", world.a.address6], [BY_ADDRESS]))
 
 
-def test_a_socket_bound_to_the_loopback_device_is_served(world: World) -> None:
-    """A socket with SO_BINDTODEVICE lo reaches NodePorts, with an address of the loopback or without one."""
+def test_socket_bound_to_the_device_lo_is_served(world: World) -> None:
+    """NodePorts are served to sockets with SO_BINDTODEVICE lo, bound to a loopback address or not."""
     hosts = ["127.0.0.1", world.a.address, "::1", f"::ffff:{world.a.address}"]
-    assert not _wrong(world, _questions(hosts, [BY_DEVICE, BY_BOTH]))
+    assert not _wrong(world, _requests(hosts, [BY_DEVICE, BY_BOTH]))
 
 
-def test_by_the_loopback_device_the_kernel_has_no_route_to_the_nodes_own_ipv6_address(world: World) -> None:
-    """Such a socket gets ENETUNREACH, at a NodePort as at a port that a process of the node has."""
+def test_socket_bound_to_lo_gets_enetunreach_at_the_ipv6_address_of_the_node(world: World) -> None:
+    """The kernel has no such route, for a NodePort as for a port of a process of the node."""
     host = world.a.address6
-    questions = [Asked(TCP, host, 8080, BY_DEVICE), Asked(TCP, host, NODE_PORTS["w2"], BY_DEVICE)]
-    assert world.a.call(_ask_all, questions) == ["ENETUNREACH"] * 2
+    requests = [Request(TCP, host, 8080, BY_DEVICE), Request(TCP, host, NODE_PORTS["w2"], BY_DEVICE)]
+    assert world.a.call(_ask_all, requests) == ["ENETUNREACH"] * 2
 
 
 def _cluster_ip(bound: tuple[bool, bool]) -> str:
-    return _ask(Asked(TCP, "10.96.5.1", 80, bound))
+    return _ask(Request(TCP, "10.96.5.1", 80, bound))
 
 
-def test_a_cluster_ip_has_no_way_from_the_loopback(world: World) -> None:
-    """From 127.0.0.1 no route leads to a cluster IP; kube-proxy does not serve that either."""
+def test_cluster_ip_is_not_served_from_a_loopback_source(world: World) -> None:
+    """The kernel has no route from 127.0.0.1 to a cluster IP; kube-proxy does not serve it either."""
     assert world.a.call(_cluster_ip, BY_ADDRESS) == "EINVAL"
 
 
 def _echo(host: str, port: int, bound: tuple[bool, bool], size: int) -> bool:
-    with _socket(Asked(TCP, host, port, bound)) as sock:
+    with _socket(Request(TCP, host, port, bound)) as sock:
         sock.connect((host, port))
         greeting = b""
         while not greeting.endswith(b"\n"):
@@ -213,9 +214,9 @@ def _echo(host: str, port: int, bound: tuple[bool, bool], size: int) -> bool:
         sock.settimeout(10.0)
         got = bytearray()
         for at in range(0, size, 50_000):
-            piece = data[at : at + 50_000]
-            sock.sendall(piece)
-            while len(got) < at + len(piece):
+            part = data[at : at + 50_000]
+            sock.sendall(part)
+            while len(got) < at + len(part):
                 chunk = sock.recv(1 << 16)
                 if not chunk:
                     return False
@@ -224,21 +225,21 @@ def _echo(host: str, port: int, bound: tuple[bool, bool], size: int) -> bool:
 
 
 @pytest.mark.parametrize("name", NODE_PORTS)
-def test_data_passes_whole(world: World, name: str) -> None:
-    """What is larger than a packet arrives as it was sent: the loopback's own packets have 64 KiB."""
+def test_data_larger_than_a_packet_is_intact(world: World, name: str) -> None:
+    """Packets on lo have up to 64 KiB, more than the MTU of the devices towards backends."""
     for host in ("127.0.0.1", "::1"):
         assert world.a.call(_echo, host, NODE_PORTS[name], BY_ADDRESS, 600_000), host
 
 
-def test_who_is_bound_and_who_is_not_is_one_client(world: World) -> None:
-    """With session affinity the host stays with its backend, whatever its sockets are bound to."""
+def test_affinity_is_shared_by_bound_and_unbound_sockets_of_the_host(world: World) -> None:
+    """With session affinity the host is one client, whatever its sockets are bound to."""
     bounds = [(False, False), BY_ADDRESS, BY_DEVICE]
-    questions = [Asked(TCP, "127.0.0.1", AFFINE, bound) for bound in bounds * 4]
-    assert len(set(world.a.call(_ask_all, questions))) == 1
+    requests = [Request(TCP, "127.0.0.1", AFFINE, bound) for bound in bounds * 4]
+    assert len(set(world.a.call(_ask_all, requests))) == 1
 
 
 def _ask_behind_tun(host: str) -> str:
-    """The answer that the backend behind a tun device gives; the device is made here, and the backend's part played."""
+    """Creates a tun device and replies on it as the backend; returns the data that the client receives."""
     tun = os.open("/dev/net/tun", os.O_RDWR)
     flags = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
     fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"tun7", flags))  # TUNSETIFF
@@ -247,9 +248,9 @@ def _ask_behind_tun(host: str) -> str:
     subprocess.run(["ip", "link", "set", "tun7", "up"], check=True)
     kind = IPv6 if ":" in host else IP
     deadline = time.monotonic() + 60
-    # Until the programs are on the new device, its answers are not translated.
+    # Replies are not translated until the programs are attached to the new device.
     while time.monotonic() < deadline:
-        with _socket(Asked(UDP_SENDTO, host, TUNNELLED + 1, BY_ADDRESS)) as sock:
+        with _socket(Request(UDP_SENDTO, host, TUNNELLED + 1, BY_ADDRESS)) as sock:
             sock.settimeout(0.2)
             sock.sendto(b"?", (host, TUNNELLED + 1))
             while select.select([tun], [], [], 0.2)[0]:
@@ -261,32 +262,34 @@ def _ask_behind_tun(host: str) -> str:
                 data, source = sock.recvfrom(64)
                 assert source[:2] == (host, TUNNELLED + 1)
                 return data.decode()
-    raise TimeoutError("no answer")
+    raise TimeoutError("no reply")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_backend_behind_a_device_without_a_link_layer(world: World, host: str) -> None:
-    """Answers that come without a link layer's header are put back at the loopback, which has one."""
+def test_loopback_client_of_a_backend_behind_a_tun_device(world: World, host: str) -> None:
+    """Replies have no Ethernet header, and get one before they are redirected to lo."""
     if not Path("/dev/net/tun").exists():
         pytest.skip("this kernel has no tun device")
     assert world.a.call(_ask_behind_tun, host, timeout=90) == "tunnelled"
 
 
-# -- nobody there
+# -- no endpoint
 
 
-def test_without_an_endpoint_the_client_is_told_at_once(world: World) -> None:
-    """A socket bound to the loopback is refused where the Service has no endpoint."""
+def test_no_endpoint_refuses_sockets_bound_to_loopback(world: World) -> None:
+    """connect() and send() of sockets that are bound to a loopback address fail with ECONNREFUSED."""
     hosts = ["127.0.0.1", "::1", world.a.address, world.a.address6]
-    asked = [(kind, port) for kind, port in ((TCP, EMPTY), (UDP, EMPTY + 1))]
-    expected = {Asked(kind, host, port, BY_ADDRESS): "ECONNREFUSED" for kind, port in asked for host in hosts}
+    request = [(kind, port) for kind, port in ((TCP, EMPTY), (UDP, EMPTY + 1))]
+    expected = {
+        Request(kind, host, port, BY_ADDRESS): "ECONNREFUSED" for kind, port in request for host in hosts
+    }
     assert not _wrong(world, expected)
 
 
-def test_a_backends_refusal_reaches_the_client(world: World) -> None:
-    """A RST or ICMP error of the backend, or of its host, is the client's at the loopback."""
+def test_rst_and_icmp_errors_of_the_backend_reach_the_loopback_client(world: World) -> None:
+    """An RST or ICMP error of the backend is translated and makes the client's call fail."""
     expected = {
-        Asked(kind, host, port + (kind != TCP), bound): "ECONNREFUSED"
+        Request(kind, host, port + (kind != TCP), bound): "ECONNREFUSED"
         for kind in (TCP, UDP)
         for host in ("127.0.0.1", "::1")
         for port in (CLOSED_HERE, CLOSED_IN_POD)
@@ -296,8 +299,8 @@ def test_a_backends_refusal_reaches_the_client(world: World) -> None:
 
 
 def _hold(port: int) -> list[str]:
-    """Holds a connection of 127.0.0.1; its parent is told by lines. For a process of its own."""
-    with _socket(Asked(TCP, "127.0.0.1", port, BY_ADDRESS)) as sock:
+    """Keeps a connection from 127.0.0.1 open, and prints its state for each line of input."""
+    with _socket(Request(TCP, "127.0.0.1", port, BY_ADDRESS)) as sock:
         sock.connect(("127.0.0.1", port))
         sock.recv(4096)
         print("ready", flush=True)
@@ -311,22 +314,22 @@ def _hold(port: int) -> list[str]:
     return []
 
 
-def test_a_connection_ends_when_its_backend_is_gone(world: World) -> None:
-    """An endpoint that is removed ends the connection of a socket at the loopback; the next has another."""
+def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: World) -> None:
+    """The next connection gets another backend."""
     script = f"from tests.field.test_loopback import _hold; _hold({NODE_PORTS['w1']})"
     process = world.a.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
 
-    def said() -> str:
+    def state() -> str:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
         return process.stdout.readline().decode().strip()
 
-    assert said() == "alive"
+    assert state() == "alive"
     path = world.manifests / "loopback.yaml"
     before = manifests.read(path)
     after = [
@@ -338,59 +341,60 @@ def test_a_connection_ends_when_its_backend_is_gone(world: World) -> None:
     manifests.write(path, *after)
     try:
         until(
-            lambda: world.a.call(_ask, Asked(UDP, "127.0.0.1", NODE_PORTS["w1"] + 1, BY_ADDRESS)) == "w2",
-            "a datagram goes to the backend that is there",
+            lambda: world.a.call(_ask, Request(UDP, "127.0.0.1", NODE_PORTS["w1"] + 1, BY_ADDRESS)) == "w2",
+            "datagrams do not go to the remaining backend",
         )
-        until(lambda: said() != "alive", "the connection goes on")
+        until(lambda: state() != "alive", "the connection is still open")
     finally:
         manifests.write(path, *before)
         process.terminate()
     until(
-        lambda: world.a.call(_ask, Asked(TCP, "127.0.0.1", NODE_PORTS["w1"], BY_ADDRESS)) == "w1", "w1 again"
+        lambda: world.a.call(_ask, Request(TCP, "127.0.0.1", NODE_PORTS["w1"], BY_ADDRESS)) == "w1",
+        "the added backend gets no connection",
     )
 
 
-# -- what no hook saw
+# -- clients without a socket hook
 
 
-def _wrong_unhooked(world: World, expected: dict[Asked, str]) -> dict[Asked, str]:
-    """As :func:`_wrong`, for a process outside the served cgroup."""
-    questions = [tuple(asked) for asked in expected]
+def _wrong_unhooked(world: World, expected: dict[Request, str]) -> dict[Request, str]:
+    """As :func:`_wrong`, for a process outside the agent's cgroup."""
+    requests = [tuple(request) for request in expected]
     script = (
-        "import json; from tests.field.test_loopback import Asked, _ask\n"
-        f"print(json.dumps([_ask(Asked(*each)) for each in {questions!r}]))"
+        "import json; from tests.field.test_loopback import Request, _ask\n"
+        f"print(json.dumps([_ask(Request(*each)) for each in {requests!r}]))"
     )
     process = world.a.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
     found = json.loads(process.communicate(timeout=120)[0])
-    return {asked: name for asked, name in zip(expected, found, strict=True) if name != expected[asked]}
+    return {request: name for request, name in zip(expected, found, strict=True) if name != expected[request]}
 
 
-def test_who_passes_no_hook_reaches_a_node_port_of_its_own_node(world: World) -> None:
-    """A client of the host that no socket hook saw is served at the loopback and at the node's addresses."""
+def test_host_client_without_a_hook_reaches_node_ports_of_its_node(world: World) -> None:
+    """Its packets are translated at egress of lo, to loopback addresses and to those of the node."""
     hosts = ["127.0.0.1", "::1", world.a.address, world.a.address6]
-    assert not _wrong_unhooked(world, _questions(hosts, [(False, False)]))
+    assert not _wrong_unhooked(world, _requests(hosts, [(False, False)]))
 
 
-def test_who_passes_no_hook_reaches_a_backend_of_its_own_host(world: World) -> None:
-    """Such a client reaches a cluster IP whose backend has the host's own network, too."""
+def test_host_client_without_a_hook_reaches_a_host_network_backend(world: World) -> None:
+    """A cluster IP with such a backend is served to a process outside the agent's cgroup."""
     cluster_ips = next(
         each["spec"]["clusterIPs"]
         for each in manifests.read(world.manifests / "loopback.yaml")
         if each["kind"] == "Service" and each["metadata"]["name"] == "host"
     )
     expected = {
-        Asked(kind, host, 80 if kind == TCP else 53, (False, False)): "host"
+        Request(kind, host, 80 if kind == TCP else 53, (False, False)): "host"
         for host in cluster_ips
         for kind in KINDS
     }
     assert not _wrong_unhooked(world, expected)
 
 
-# -- what is none of a Service's
+# -- other packets
 
 
 def _exchange(port: int) -> str:
-    """A client whose own port is a NodePort asks a server of the host; both are bound to 127.0.0.1."""
+    """A client on a NodePort number sends to a server of the host; both are bound to 127.0.0.1."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
@@ -405,8 +409,8 @@ def _exchange(port: int) -> str:
         return client.recv(16).decode()
 
 
-def test_an_answer_to_a_port_that_is_a_node_port_is_the_hosts_own(world: World) -> None:
-    """A datagram that answers a process of the host is not taken for a Service's, whatever port it comes to."""
+def test_reply_to_a_host_socket_on_a_node_port_number_is_not_translated(world: World) -> None:
+    """A datagram to a socket of the host on the number of a NodePort is not sent to a backend."""
     assert world.a.call(_exchange, NODE_PORTS["w2"] + 1) == "!"
 
 
@@ -415,35 +419,35 @@ def _flows(world: World) -> set[str]:
     return {f"{each['client']} {each['frontend']}" for each in flows}
 
 
-def test_the_loopback_has_one_program_which_status_shows(world: World) -> None:
-    """Programs are at the loopback's egress alone, and the host's other packets there make no flow."""
+def test_lo_has_one_egress_program_and_other_packets_create_no_flow(world: World) -> None:
+    """Packets on lo that belong to no Service create no conntrack entry."""
     status = json.loads(world.a.cli("status", "-o", "json"))
     found = [each for each in status["devices"] if each["device"] == "lo"]
     assert [(each["directions"], each["role"]) for each in found] == [(["egress"], "loopback")]
     assert not status["problems"]
     before = _flows(world)
-    assert world.a.call(_ask, Asked(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
-    assert world.a.call(_ask, Asked(UDP_SENDTO, "::1", 8053, BY_ADDRESS)) == "host"
+    assert world.a.call(_ask, Request(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
+    assert world.a.call(_ask, Request(UDP_SENDTO, "::1", 8053, BY_ADDRESS)) == "host"
     assert _flows(world) <= before
 
 
-def test_without_node_ports_on_the_loopback_nothing_is_there(world: World) -> None:
-    """Once localhostNodePorts is off, the loopback has no program and no NodePort any more."""
+def test_no_localhost_node_ports_detaches_the_program_of_lo(world: World) -> None:
+    """With localhostNodePorts off, lo has no program and serves no NodePort."""
     world.lab.agents[-1].stop()
     world.agent("--no-localhost-nodeports").start()
     status = json.loads(world.a.cli("status", "-o", "json"))
     assert "lo" not in [each["device"] for each in status["devices"]]
     assert not status["problems"]
-    asked = Asked(TCP, "127.0.0.1", NODE_PORTS["w2"], BY_ADDRESS)
-    assert world.a.call(_ask, asked) == "ECONNREFUSED"
-    assert world.a.call(_ask, Asked(TCP, world.a.address, NODE_PORTS["host"], BY_ADDRESS)) == "host"
+    request = Request(TCP, "127.0.0.1", NODE_PORTS["w2"], BY_ADDRESS)
+    assert world.a.call(_ask, request) == "ECONNREFUSED"
+    assert world.a.call(_ask, Request(TCP, world.a.address, NODE_PORTS["host"], BY_ADDRESS)) == "host"
 
 
-def test_without_tcx_a_filter_does_the_same() -> None:
-    """Before Linux 6.6 the program is a clsact filter; it goes with the rest."""
+def test_loopback_node_ports_with_a_clsact_filter() -> None:
+    """Before Linux 6.6 the program is a clsact filter, which ``cleanup`` removes."""
     with Lab() as lab:
         world = _make(lab, "--without", "tcx")
-        assert not _wrong(world, _questions(["127.0.0.1", "::1"], [BY_ADDRESS]))
+        assert not _wrong(world, _requests(["127.0.0.1", "::1"], [BY_ADDRESS]))
         assert "ebpfproxy:" in world.a.run(["tc", "filter", "show", "dev", "lo", "egress"])
         lab.agents[-1].stop()
         world.a.cli("cleanup")

@@ -1,4 +1,4 @@
-"""The node's own connections from ports and addresses that Services have."""
+"""Connections of the host whose source port is the number of a NodePort."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UDP_NODE_PORT = 30053
 
 @pytest.fixture(scope="module")
 def outer() -> Iterator[Outer]:
-    """The shop's Services on node-a, and a server outside for the node's own connections."""
+    """An agent on node-a, and an external server for connections of the host."""
     with Lab() as lab:
         made = Outer(lab)
         servers.start(made.outside, "outside", 7000)
@@ -29,7 +29,7 @@ def outer() -> Iterator[Outer]:
 
 
 def ask(host: str, source_port: int, kind: int, *, connected: bool = True) -> Any:
-    """Asks host:7000 from ``source_port``; the answer."""
+    """Sends to host:7000 from ``source_port``; returns the reply."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, kind) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,34 +48,34 @@ def addresses(outer: Outer) -> tuple[str, ...]:
     return outer.outside.address, outer.outside.address6, f"::ffff:{outer.outside.address}"
 
 
-def test_a_tcp_connection_from_a_node_ports_number_gets_its_answers(outer: Outer) -> None:
-    """The SYN-ACK to the node's own connection is the node's, whatever Service has the port as NodePort."""
+def test_tcp_connection_of_the_host_from_a_node_port_number(outer: Outer) -> None:
+    """The SYN-ACK is passed to the host and not translated for the Service with this NodePort."""
     for address in addresses(outer):
-        answer = outer.a.call(ask, address, NODE_PORT, socket.SOCK_STREAM)
-        assert (answer["name"], answer["port"]) == ("outside", NODE_PORT)
+        reply = outer.a.call(ask, address, NODE_PORT, socket.SOCK_STREAM)
+        assert (reply["name"], reply["port"]) == ("outside", NODE_PORT)
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_datagrams_from_a_node_ports_number_get_their_answers(outer: Outer, connected: bool) -> None:
-    """The answer to the node's own datagram is the node's, of a connected socket and of an unconnected one."""
+def test_udp_of_the_host_from_a_node_port_number(outer: Outer, connected: bool) -> None:
+    """Replies are passed to the host, for connected and unconnected sockets."""
     for address in addresses(outer):
-        answer = outer.a.call(_ask_datagram, address, connected)
-        assert (answer["name"], answer["port"]) == ("outside", UDP_NODE_PORT)
+        reply = outer.a.call(_ask_datagram, address, connected)
+        assert (reply["name"], reply["port"]) == ("outside", UDP_NODE_PORT)
 
 
 def _ask_datagram(host: str, connected: bool) -> Any:
     return ask(host, UDP_NODE_PORT, socket.SOCK_DGRAM, connected=connected)
 
 
-def test_clients_are_served_from_the_same_numbers_all_the_while(outer: Outer) -> None:
-    """A flow of the node's own takes nothing from clients outside, not even from others of the same host."""
+def test_node_ports_serve_clients_despite_host_flows_from_their_numbers(outer: Outer) -> None:
+    """Other flows to the NodePort are translated, also those from the same external host."""
     for address in (outer.a.address, outer.a.address6):
         assert outer.outside.call(clients.ask_tcp, address, NODE_PORT)["name"] in ("w1", "w2")
         assert outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] in ("w1", "w2")
 
 
-def test_a_pod_behind_netfilters_masquerade_gets_its_answers(outer: Outer) -> None:
-    """A CNI's MASQUERADE may give a pod a NodePort's number: answers go to the pod, not to the Service."""
+def test_replies_to_a_pod_masqueraded_by_netfilter_to_a_node_port_number(outer: Outer) -> None:
+    """MASQUERADE of a CNI may select the number of a NodePort; replies go to the pod."""
     outer.a.run(["nft", "add", "table", "ip", "cni"])
     try:
         chain = "{ type nat hook postrouting priority 100 ; }"
@@ -86,8 +86,8 @@ def test_a_pod_behind_netfilters_masquerade_gets_its_answers(outer: Outer) -> No
             )
             outer.a.run(["nft", "add", "rule", "ip", "cni", "post", *rule.split()])
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            answer = outer.client.call(ask, outer.outside.address, 41000 + kind, kind)
+            reply = outer.client.call(ask, outer.outside.address, 41000 + kind, kind)
             port = NODE_PORT if kind == socket.SOCK_STREAM else UDP_NODE_PORT
-            assert (answer["name"], answer["peer"], answer["port"]) == ("outside", outer.a.address, port)
+            assert (reply["name"], reply["peer"], reply["port"]) == ("outside", outer.a.address, port)
     finally:
         outer.a.run(["nft", "delete", "table", "ip", "cni"])

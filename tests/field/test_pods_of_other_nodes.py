@@ -1,4 +1,4 @@
-"""What went wrong on real nodes, one test a fault, with real sockets and packets in the lab."""
+"""A pod of another node that connects to a NodePort, with detectLocalMode ClusterCIDR."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.lab import Lab, Pod, clients
 
 pytestmark = pytest.mark.root
 
-#: kubeadm writes this into kube-proxy's configuration: the pods of all nodes.
+#: kubeadm configures kube-proxy with the CIDRs of the pods of all nodes.
 _PODS = ["--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48"]
 
 
-@pytest.fixture(scope="module", params=[[], ["--bypass-netfilter"]], ids=["safe", "bypass"])
+@pytest.fixture(scope="module", params=[[], ["--bypass-netfilter"]], ids=["default", "bypass"])
 def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
-    """An agent on node-a alone: what pods of node-b ask of node-a comes there in packets."""
+    """An agent on node-a only, so that connections of pods of node-b reach node-a untranslated."""
     with Lab() as lab:
         made = Outer(lab)
         made.agent(*_PODS, *request.param).start()
@@ -28,23 +28,21 @@ def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
 
 @pytest.fixture(scope="module")
 def neighbour(outer: Outer) -> Pod:
-    """A pod beside the backend w2."""
+    """A pod on the node of the backend w2."""
     return outer.b.pod("neighbour")
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("ask", [clients.ask_tcp, clients.ask_udp, clients.ask_udp_connected])
-def test_a_pod_asks_another_nodes_node_port_of_a_backend_beside_it(
+def test_node_port_of_another_node_masquerades_a_remote_pod(
     outer: Outer, neighbour: Pod, ask: Callable[..., Any], family: str
 ) -> None:
-    """The backend's answers come back through the node that was asked: it sees that node's address, as with kube-proxy
-    under policy Cluster, though the client is a pod.
-    """
+    """The client is a pod, but replies have to return through node-a: it is masqueraded, as with kube-proxy."""
     address = outer.a.address if family == "v4" else outer.a.address6
     port = NODE_PORT if ask is clients.ask_tcp else 30053
     names = {}
     for _ in range(clients.ENOUGH):
-        answer = neighbour.call(ask, address, port)
-        names[answer["name"]] = answer["peer"]
+        reply = neighbour.call(ask, address, port)
+        names[reply["name"]] = reply["peer"]
     assert set(names) == {"w1", "w2"}
     assert names["w2"] == address

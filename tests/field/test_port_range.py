@@ -1,4 +1,4 @@
-"""Nodes whose own connections may have any port: ``ip_local_port_range`` leaves none to masquerading alone."""
+"""Masquerading with source ports that overlap with ``ip_local_port_range``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.lab.spaces import Space, read_line
 pytestmark = pytest.mark.root
 
 UDP_NODE_PORT = 30053
-#: So few that each is tried for a new flow, and that one is free of the node's own sockets.
+#: Few ports, so that each is tried for a new flow; host sockets use all but one.
 PORTS = range(40000, 40004)
-#: Holds sockets of the node that have a port each towards HOST:8080 and HOST:8053; says ``alive`` of each that is.
+#: Keeps sockets from each port to HOST:8080 (TCP) and HOST:8053 (UDP) open; prints ``alive`` if all work.
 HOLDS = """
 import json, socket, sys
 host, held = sys.argv[1], []
@@ -53,7 +53,7 @@ def set_range() -> None:
 
 
 class Holder:
-    """The node's own sockets with these ports towards a backend, connected TCP and unconnected UDP."""
+    """Host sockets with these source ports and a backend as peer, connected TCP and unconnected UDP."""
 
     def __init__(self, space: Space, host: str, *ports: int) -> None:
         command = [sys.executable, "-c", HOLDS, host, *map(str, ports)]
@@ -73,7 +73,7 @@ class Holder:
 
 @pytest.fixture(scope="module")
 def outer() -> Iterator[Outer]:
-    """Only the other node's pod serves: all that comes from outside is masqueraded."""
+    """The only backend is remote, so that external clients are masqueraded."""
     with Lab() as lab:
         made = Outer(lab)
         made.write_web(made.w2)
@@ -88,8 +88,8 @@ def ask_both(outer: Outer, address: str, times: int) -> None:
         assert outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] == "w2"
 
 
-def test_an_agent_starts_where_the_kernels_range_is_all_ports(outer: Outer) -> None:
-    """It takes a stated range, serves with it, and says in its log and status that the node shares it."""
+def test_agent_starts_if_ip_local_port_range_is_all_ports(outer: Outer) -> None:
+    """It uses a fixed range, and reports in log and status that the range overlaps."""
     for address in (outer.a.address, outer.a.address6):
         ask_both(outer, address, 1)
     agent = outer.lab.agents[-1]
@@ -98,8 +98,8 @@ def test_an_agent_starts_where_the_kernels_range_is_all_ports(outer: Outer) -> N
     assert any("32768-65535" in problem for problem in problems)
 
 
-def test_a_masqueraded_flow_takes_no_port_that_a_socket_of_the_node_has(outer: Outer) -> None:
-    """A range named by the operator may overlap, too: only the port that no socket has is taken, every time."""
+def test_masquerading_uses_no_source_port_of_a_host_socket(outer: Outer) -> None:
+    """A configured range may overlap, too: only the port that no socket uses is selected."""
     outer.lab.agents[-1].stop()
     agent = outer.agent("--masquerade-ports", f"{PORTS[0]}-{PORTS[-1]}").start()
     assert agent.text.count("40000-40003") == 1
@@ -108,24 +108,24 @@ def test_a_masqueraded_flow_takes_no_port_that_a_socket_of_the_node_has(outer: O
         (outer.a.address6, outer.w2.address6),
     ):
         holder = Holder(outer.a, backend, *PORTS[:-1])
-        # TCP's flow must be over, and UDP's own, before the only port is free again: one each, then.
-        answer = outer.outside.call(clients.ask_tcp, address, NODE_PORT)
-        assert (answer["name"], answer["port"]) == ("w2", PORTS[-1])
-        answer = outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)
-        assert (answer["name"], answer["port"]) == ("w2", PORTS[-1])
+        # The only free port is not reused before its flow has ended, so that each protocol is tried once.
+        reply = outer.outside.call(clients.ask_tcp, address, NODE_PORT)
+        assert (reply["name"], reply["port"]) == ("w2", PORTS[-1])
+        reply = outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)
+        assert (reply["name"], reply["port"]) == ("w2", PORTS[-1])
         assert holder.ask() == "alive"
         holder.close()
 
 
 @pytest.mark.parametrize(
-    ("first", "way"), [(41000, []), (42000, ["--bypass-netfilter"])], ids=["safe", "bypass"]
+    ("first", "options"), [(41000, []), (42000, ["--bypass-netfilter"])], ids=["default", "bypass"]
 )
-def test_without_a_free_port_the_client_is_not_served_and_the_node_is(
-    outer: Outer, first: int, way: list[str]
+def test_flow_without_a_free_source_port_is_dropped_and_host_sockets_work(
+    outer: Outer, first: int, options: list[str]
 ) -> None:
-    """With every port in use by the node's own sockets the new flow is dropped, not one of theirs."""
+    """Host sockets use every port of the range."""
     outer.lab.agents[-1].stop()
-    outer.agent("--masquerade-ports", f"{first}-{first + 1}", *way).start()
+    outer.agent("--masquerade-ports", f"{first}-{first + 1}", *options).start()
     for address, backend in (
         (outer.a.address, outer.w2.address),
         (outer.a.address6, outer.w2.address6),

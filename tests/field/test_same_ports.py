@@ -1,8 +1,8 @@
-"""A client asks a backend itself from the very port by which it asks a Service that leads there.
+"""A client uses one source port for a Service and directly for a backend of the Service.
 
-A socket that is not connected has one port for all whom it asks, and the kernel gives one port to two connections
-with other destinations, or again as soon as one has ended. The control is netfilter's own NAT, which tells the two
-apart by giving the later one another port.
+An unconnected socket has one source port for all destinations, and the kernel may give connections with distinct
+destinations the same port, also right after one is closed. For comparison, the tests run with NAT of netfilter,
+which changes the source port of the later flow.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ ENDS = ("open", "closed", "reset")
 _ports = iter(range(23000, 30000))
 
 
-class Asked(NamedTuple):
-    """Two that lead to one backend: address and port each."""
+class Targets(NamedTuple):
+    """Address and port of a Service, and of its backend."""
 
     service: tuple[str, int]
     direct: tuple[str, int]
 
 
-def asked(service: str, pod: Pod, kind: str, node_port: int = 0) -> Asked:
-    """A Service's address and the pod behind it, by ``kind``: tcp or udp."""
+def targets(service: str, pod: Pod, kind: str, node_port: int = 0) -> Targets:
+    """A Service and its backend ``pod``; ``kind``: tcp or udp."""
     port, target = (80, 8080) if kind == "tcp" else (53, 8053)
-    return Asked((service, node_port or port), (pod.address6 if ":" in service else pod.address, target))
+    return Targets((service, node_port or port), (pod.address6 if ":" in service else pod.address, target))
 
 
 def _socket(host: str, kind: int, port: int) -> socket.socket:
@@ -66,32 +66,32 @@ def _reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def ask_tcp(asked: Asked, port: int, end: str) -> str:
-    """The backend's name, asked directly after the Service, whose connection has this end."""
-    first, _ = _connected(asked.service, port)
+def ask_tcp(to: Targets, port: int, end: str) -> str:
+    """Connects to the Service, ends this connection by ``end``, and connects to the backend. Returns its name."""
+    first, _ = _connected(to.service, port)
     if end == "reset":
         _reset(first)
     if end == "closed":
         first.close()
-    second, answer = _connected(asked.direct, port)
+    second, reply = _connected(to.direct, port)
     assert _echoes(second)
     if end == "open":
         assert _echoes(first)
         first.close()
-    # Once more, as long as what both have left is there, but TIME_WAIT.
+    # It connects again while entries of both connections are left, except TIME_WAIT.
     _reset(second)
-    third, again = _connected(asked.direct, port)
+    third, again = _connected(to.direct, port)
     assert _echoes(third)
     third.close()
-    assert again["name"] == answer["name"]
-    return str(answer["name"])
+    assert again["name"] == reply["name"]
+    return str(reply["name"])
 
 
-def ask_udp(asked: Asked, port: int) -> str:
-    """The backend's name, asked by one socket through the Service and directly, in turns."""
-    with _socket(asked.service[0], socket.SOCK_DGRAM, port) as sock:
+def ask_udp(to: Targets, port: int) -> str:
+    """Sends to the Service and the backend alternately from one socket; returns the backend's name."""
+    with _socket(to.service[0], socket.SOCK_DGRAM, port) as sock:
         names = set()
-        for where in (*asked, *asked):
+        for where in (*to, *to):
             sock.sendto(b"?", where)
             data, source = sock.recvfrom(4096)
             assert source[:2] == where, f"{source} instead of {where}"
@@ -100,19 +100,19 @@ def ask_udp(asked: Asked, port: int) -> str:
     return names.pop()
 
 
-def ask_unhooked(space: Space, asked: Asked, end: str) -> str:
-    """The backend's name, asked by a process that no socket hook sees. ``end``: of the TCP connection, or udp."""
-    call = f"ask_udp({asked!r}, {next(_ports)})"
+def ask_unhooked(space: Space, to: Targets, end: str) -> str:
+    """As :func:`ask_tcp`, or :func:`ask_udp` if ``end`` is udp, in a process that passes no socket hook."""
+    call = f"ask_udp({to!r}, {next(_ports)})"
     if end != "udp":
-        call = f"ask_tcp({asked!r}, {next(_ports)}, {end!r})"
-    script = f"from {__name__} import Asked, ask_tcp, ask_udp; print({call})"
+        call = f"ask_tcp({to!r}, {next(_ports)}, {end!r})"
+    script = f"from {__name__} import Targets, ask_tcp, ask_udp; print({call})"
     process = space.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
-    said: bytes = process.communicate(timeout=60)[0]
-    return said.decode().strip()
+    output: bytes = process.communicate(timeout=60)[0]
+    return output.decode().strip()
 
 
 def _translate_by_netfilter(outer: Outer) -> None:
-    """The same frontends and masquerading on node-a as kube-proxy has them, in one table."""
+    """Adds the same frontends and masquerading on node-a as kube-proxy does, in one nftables table."""
     rules = []
     for ip, node, local, far, w1, w2 in (
         ("ip", outer.a.address, LOCAL, FAR, outer.w1.address, outer.w2.address),
@@ -155,36 +155,38 @@ def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
         yield made
 
 
-def _asked(outer: Outer, way: str, family: str, kind: str) -> Asked:
+def _targets(outer: Outer, policy: str, family: str, kind: str) -> Targets:
     is_v4, is_tcp = family == "v4", kind == "tcp"
-    if way == "local":
-        return asked(LOCAL if is_v4 else LOCAL6, outer.w1, kind)
+    if policy == "local":
+        return targets(LOCAL if is_v4 else LOCAL6, outer.w1, kind)
     address = outer.a.address if is_v4 else outer.a.address6
-    return asked(address, outer.w1, kind, NODE_PORT if is_tcp else UDP_NODE_PORT)
+    return targets(address, outer.w1, kind, NODE_PORT if is_tcp else UDP_NODE_PORT)
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("family", ["v4", "v6"])
-@pytest.mark.parametrize("way", ["masqueraded", "local"])
-def test_a_connection_to_the_backend_itself_from_a_services_port(
-    outer: Outer, way: str, family: str, end: str
+@pytest.mark.parametrize("policy", ["cluster", "local"])
+def test_direct_connection_from_the_source_port_of_a_service_connection(
+    outer: Outer, policy: str, family: str, end: str
 ) -> None:
-    """A direct connection from the port of a Service's connection, open or over, is answered as a direct one."""
-    found = outer.outside.call(ask_tcp, _asked(outer, way, family, "tcp"), next(_ports), end)
+    """The Service's connection is open, closed or reset when the direct one is opened."""
+    found = outer.outside.call(ask_tcp, _targets(outer, policy, family, "tcp"), next(_ports), end)
     assert found == "w1"
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
-@pytest.mark.parametrize("way", ["masqueraded", "local"])
-def test_a_socket_that_asks_both_is_answered_by_each(outer: Outer, way: str, family: str) -> None:
-    """Of one unconnected UDP socket the Service's answers are the Service's, and the backend's own are its own."""
-    assert outer.outside.call(ask_udp, _asked(outer, way, family, "udp"), next(_ports)) == "w1"
+@pytest.mark.parametrize("policy", ["cluster", "local"])
+def test_udp_socket_gets_replies_from_a_service_and_its_backend(
+    outer: Outer, policy: str, family: str
+) -> None:
+    """Replies to one unconnected socket have the address that each datagram was sent to."""
+    assert outer.outside.call(ask_udp, _targets(outer, policy, family, "udp"), next(_ports)) == "w1"
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
-def test_a_process_of_the_host_that_asks_both(outer: Outer, family: str) -> None:
-    """The host's own, that no socket hook sees, has both by TCP and UDP from one port as well."""
+def test_host_process_without_a_hook_uses_one_source_port_for_both(outer: Outer, family: str) -> None:
+    """TCP and UDP of the host work, with a remote backend."""
     service = FAR if family == "v4" else FAR6
     for end in (*ENDS, "udp"):
         kind = "udp" if end == "udp" else "tcp"
-        assert ask_unhooked(outer.a, asked(service, outer.w2, kind), end) == "w2", end
+        assert ask_unhooked(outer.a, targets(service, outer.w2, kind), end) == "w2", end

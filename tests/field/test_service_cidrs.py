@@ -1,4 +1,4 @@
-"""Addresses of the Service network that nobody has, with a gateway that answers at all of them."""
+"""Unallocated addresses of ServiceCIDRs, with a default gateway that accepts connections to all of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-NOBODYS = {4: "10.96.200.200", 6: "fd00:10:96::c8c8"}
+UNALLOCATED = {4: "10.96.200.200", 6: "fd00:10:96::c8c8"}
 CIDRS = ["10.96.0.0/16", "fd00:10:96::/112"]
-#: A host outside has these.
-ASKER = {4: "10.96.150.1", 6: "fd00:10:96::9601"}
+#: An external host has these addresses.
+EXTERNAL = {4: "10.96.150.1", 6: "fd00:10:96::9601"}
 
 
 class World:
-    """node-a with an agent and two pods; outside is a gateway that answers at every address there is."""
+    """node-a with an agent and two pods; outside is the gateway, which accepts connections to all addresses."""
 
     def __init__(self, lab: Lab, *options: str) -> None:
         self.lab = lab
@@ -33,7 +33,7 @@ class World:
         servers.start(self.web, "web", 8080)
         for destination in ("10.96.0.0/16", "fd00:10:96::/112"):
             lab.outside.run(["ip", "route", "add", "local", destination, "dev", "lo"])
-            # Everything of the second node comes by node-a, which has to forward it.
+            # node-b sends all packets to these CIDRs to node-a, which forwards them.
             self.b.run(
                 [
                     "ip",
@@ -44,7 +44,7 @@ class World:
                     self.a.address6 if ":" in destination else self.a.address,
                 ]
             )
-        for address in ASKER.values():
+        for address in EXTERNAL.values():
             lab.outside.run(
                 ["ip", "addr", "add", address, "dev", "lo", *(["nodad"] if ":" in address else [])]
             )
@@ -72,7 +72,7 @@ class World:
         manifests.write(self.folder / "all.yaml", *documents, *([made] if service else []))
 
     def unhooked(self, space: Space, address: str, protocol: str = "TCP") -> str:
-        """Who answers a process that no socket hook sees; empty where nobody does."""
+        """The name of the server that a process without a socket hook reaches, or the empty string."""
         shown = f"[{address}]" if ":" in address else address
         option = ",connect-timeout=0.4" if protocol == "TCP" else ""
         process = space.popen(
@@ -103,28 +103,28 @@ def version(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def test_without_a_service_cidr_the_gateway_answers_and_with_one_that_comes_it_does_not(
-    world: World, version: int
-) -> None:
-    """The range may come and go while the agent runs, and no program is compiled for it again."""
-    address = NOBODYS[version]
+def test_adding_a_service_cidr_stops_forwarding_to_the_gateway(world: World, version: int) -> None:
+    """ServiceCIDRs may change while the agent runs, without compiling programs again."""
+    address = UNALLOCATED[version]
     programs = sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*"))
     world.put(cidrs=["192.0.2.0/24"])
-    until(lambda: world.unhooked(world.client, address) == "gateway", "the gateway does not answer at all")
+    until(
+        lambda: world.unhooked(world.client, address) == "gateway", "packets are not forwarded to the gateway"
+    )
     assert world.client.call(clients.ask_tcp, address, 80)["name"] == "gateway"
     world.put()
-    until(lambda: not world.unhooked(world.client, address), "the gateway answers")
+    until(lambda: not world.unhooked(world.client, address), "packets are still forwarded to the gateway")
     assert world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH"
     assert sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*")) == programs
 
 
-def test_a_process_is_told_at_once(world: World, version: int) -> None:
-    """TCP's connect() and a datagram's send fail; UDP's connect() sends nothing and succeeds, as resolvers need."""
+def test_connect_and_send_to_an_unallocated_address_fail(world: World, version: int) -> None:
+    """connect() of UDP sends nothing and succeeds, as resolvers require (RFC 6724)."""
     before = world.counted("socket", version)
     for space in (world.client, world.a):
-        assert space.call(clients.connect_error, NOBODYS[version], 80) == "EHOSTUNREACH"
-        assert space.call(clients.send_error, NOBODYS[version], 80) == "EHOSTUNREACH"
-        assert space.call(_udp_connect, NOBODYS[version]) == "connected, no answer"
+        assert space.call(clients.connect_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
+        assert space.call(clients.send_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
+        assert space.call(_udp_connect, UNALLOCATED[version]) == "connected, no reply"
     assert world.counted("socket", version) >= before + 4
 
 
@@ -136,22 +136,26 @@ def _udp_connect(host: str) -> str:
         try:
             return sock.recv(100).decode()
         except TimeoutError:
-            return "connected, no answer"
+            return "connected, no reply"
 
 
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
-def test_packets_are_dropped_whoever_sent_them(world: World, version: int, protocol: str) -> None:
-    """A pod and the host without the socket hook, and a client on another node that is forwarded."""
+def test_packets_to_an_unallocated_address_are_dropped_for_pods_host_and_forwarded_clients(
+    world: World, version: int, protocol: str
+) -> None:
+    """Clients are a pod and the host, without a socket hook, and a host whose packets are forwarded."""
     before = world.counted("packet", version)
     for space in (world.client, world.a, world.b):
-        assert world.unhooked(space, NOBODYS[version], protocol) == ""
+        assert world.unhooked(space, UNALLOCATED[version], protocol) == ""
     assert world.counted("packet", version) >= before + 3
 
 
-def test_a_ping_is_dropped(world: World, version: int) -> None:
+def test_icmp_echo_to_an_unallocated_address_is_dropped(world: World, version: int) -> None:
     for space in (world.client, world.a, world.b):
-        assert space.call(_ping, NOBODYS[version]) == "no answer"
-    assert world.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "answer", "of the gateway itself"
+        assert space.call(_ping, UNALLOCATED[version]) == "no reply"
+    assert world.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "reply", (
+        "echo to the address of the gateway"
+    )
 
 
 def _ping(host: str, source: str = "") -> str:
@@ -165,35 +169,45 @@ def _ping(host: str, source: str = "") -> str:
         if source:
             sock.bind((source, 0))
         try:
-            # IPv6 tells a raw socket of the host itself what becomes of its packet: ENOBUFS.
+            # With IPv6 a raw socket of the host gets ENOBUFS for a dropped packet.
             sock.sendto(echo, (host, 0))
             while True:
                 data, peer = sock.recvfrom(1000)
                 kind = data[(data[0] & 15) * 4] if is_v4 else data[0]
                 if peer[0] == host and kind == (0 if is_v4 else 129):
-                    return "answer"
+                    return "reply"
         except OSError as error:
             if isinstance(error, TimeoutError) or error.errno == errno.ENOBUFS:
-                return "no answer"
+                return "no reply"
             raise
 
 
-def test_a_service_that_is_deleted_leaves_nobody(world: World, version: int) -> None:
-    """Seen: a gateway answered 404 in the place of a Service that was no more."""
+def test_deleted_service_is_refused_and_not_forwarded_to_the_gateway(world: World, version: int) -> None:
+    """Otherwise a gateway may respond in its place, for example with 404."""
     address = {4: "10.96.0.10", 6: "fd00:10:96::10"}[version]
-    until(lambda: world.client.call(clients.connect_error, address, 80) == "connected", "not served")
+    until(
+        lambda: world.client.call(clients.connect_error, address, 80) == "connected",
+        "the Service is not served",
+    )
     world.put(service=False)
-    until(lambda: world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH", "not refused")
+    until(
+        lambda: world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH",
+        "the deleted Service is not refused",
+    )
     assert world.unhooked(world.client, address) == ""
     world.put()
-    until(lambda: world.client.call(clients.connect_error, address, 80) == "connected", "not served again")
+    until(
+        lambda: world.client.call(clients.connect_error, address, 80) == "connected",
+        "the restored Service is not served",
+    )
 
 
-def test_a_service_of_another_proxy_is_left_to_it_and_to_nobody_else(world: World) -> None:
-    """e2e: service-proxy-name. Without another proxy nobody answers; its rules in netfilter are reached."""
+def test_service_with_service_proxy_name_is_left_to_netfilter_rules_and_dropped_without(world: World) -> None:
+    """Netfilter rules of the proxy that the label service.kubernetes.io/service-proxy-name selects apply."""
     world.put(proxy="other")
     until(
-        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80, 0.4) == "TimeoutError", "refused"
+        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80, 0.4) == "TimeoutError",
+        "packets are not dropped",
     )
     assert world.unhooked(world.a, "10.96.0.10") == ""
     for chain in ("prerouting", "output"):
@@ -201,52 +215,56 @@ def test_a_service_of_another_proxy_is_left_to_it_and_to_nobody_else(world: Worl
         rule = f"add rule ip other {chain} ip daddr 10.96.0.10 tcp dport 80 dnat to {world.web.address}:8080"
         world.a.run(["nft", rules + rule])
     for space in (world.client, world.a):
-        until(lambda s=space: world.unhooked(s, "10.96.0.10") == "web", "not by the other's rules")  # type: ignore[misc]
+        until(
+            lambda s=space: world.unhooked(s, "10.96.0.10") == "web",  # type: ignore[misc]
+            "rules of the other proxy do not apply",
+        )
         assert space.call(clients.ask_tcp, "10.96.0.10", 80)["name"] == "web"
     world.a.run(["nft", "delete table ip other"])
     world.put()
     until(
-        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80) == "connected", "not served again"
+        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80) == "connected",
+        "the Service is not served",
     )
 
 
-def test_an_address_of_the_range_that_the_node_itself_has_is_its_own(world: World) -> None:
+def test_local_address_of_the_node_in_the_service_cidr_is_not_dropped(world: World) -> None:
     world.a.run(["ip", "addr", "add", "10.96.77.7/32", "dev", "lo"])
     servers.start(world.a, "node", 80)
     for space in (world.client, world.a):
         until(
             lambda s=space: s.call(clients.connect_error, "10.96.77.7", 80, 0.5) == "connected",  # type: ignore[misc]
-            "the node's own address is refused",
+            "the local address is refused",
         )
         assert space.call(clients.ask_tcp, "10.96.77.7", 80)["name"] == "node"
     world.a.run(["ip", "addr", "del", "10.96.77.7/32", "dev", "lo"])
 
 
-def test_a_new_agent_knows_the_ranges_before_it_has_heard_of_them(world: World) -> None:
+def test_service_cidrs_persist_across_an_agent_restart(world: World) -> None:
     world.agent.kill()
-    assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"
+    assert world.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
     world.agent.start()
-    assert world.client.call(clients.connect_error, NOBODYS[4], 80) == "EHOSTUNREACH"
+    assert world.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
 
 
-def test_a_host_outside_that_has_an_address_of_the_range_is_answered(world: World, version: int) -> None:
-    """Company networks overlap with 10.96.0.0/12: ssh to the node, and a pod by its own address, go on.
+def test_external_client_with_an_address_of_the_service_cidr_gets_replies(world: World, version: int) -> None:
+    """Other networks overlap with 10.96.0.0/12: their hosts reach the node and pods.
 
-    As with kube-proxy (ct state new), only what would begin there is dropped.
+    As with kube-proxy (ct state new), only packets that would create a flow to such an address are dropped.
     """
-    source = ASKER[version]
+    source = EXTERNAL[version]
     node = {4: world.a.address, 6: world.a.address6}[version]
     pod = {4: world.web.address, 6: world.web.address6}[version]
     servers.start(world.a, "node", 7000 + version)
     for host, port in ((node, 7000 + version), (pod, 8080)):
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            answer = world.lab.outside.call(_ask_from, source, host, port, kind)
-            assert json.loads(answer.splitlines()[0])["peer"] == source
-        assert world.lab.outside.call(_ping, host, source) == "answer"
+            reply = world.lab.outside.call(_ask_from, source, host, port, kind)
+            assert json.loads(reply.splitlines()[0])["peer"] == source
+        assert world.lab.outside.call(_ping, host, source) == "reply"
     for space in (world.client, world.a):
         assert space.call(clients.connect_error, source, 80) == "EHOSTUNREACH"
         assert world.unhooked(space, source) == ""
-    assert world.a.call(clients.send_error, NOBODYS[version], 80) == "EHOSTUNREACH"
+    assert world.a.call(clients.send_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
 
 
 def _ask_from(source: str, host: str, port: int, kind: int) -> str:

@@ -1,4 +1,4 @@
-"""Source ranges of a load balancer, for processes of the node itself."""
+"""loadBalancerSourceRanges for processes of the host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outer() -> Iterator[Outer]:
 
 
 def _serve(outer: Outer, balancer: str, ranges: list[str]) -> None:
-    """One backend on the host's own network, one in a pod here, one elsewhere."""
+    """Endpoints are the host network, a local pod and a remote pod."""
     endpoints = [manifests.endpoint(outer.a.address, "node-a"), outer.on_a(), outer.on_b()]
     outer.balanced("ranged", "10.96.1.70", balancer, endpoints, loadBalancerSourceRanges=ranges)
 
@@ -46,38 +46,53 @@ def _bound(host: str, source: str) -> str:
         return str(found["name"])
 
 
-def test_a_host_process_in_the_ranges_reaches_every_backend(outer: Outer) -> None:
-    """A process of the node, whose address the ranges have, reaches backends on the node's own network, too."""
+def test_host_process_in_the_source_ranges_reaches_every_backend(outer: Outer) -> None:
+    """It reaches the host-network backend, too."""
     _serve(outer, BALANCER, [f"{outer.a.address}/32"])
-    until(lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "connected", "allowed")
+    until(
+        lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "connected",
+        "the node is not served",
+    )
     assert set(outer.a.call(clients.spread_tcp, BALANCER, 80, 60)) == {"host-a", "w1", "w2"}
     assert outer.a.call(clients.ask_tcp, BALANCER, 80)["getpeername"] == (BALANCER, 80)
     assert outer.client.call(clients.connect_error, BALANCER, 80, 0.3) == "TimeoutError"
 
 
-def test_a_host_process_outside_the_ranges_is_dropped(outer: Outer) -> None:
-    """A process of the node, whose address the ranges do not have, gets no answer; as soon as they have it, it does."""
+def test_host_process_outside_the_source_ranges_is_dropped(outer: Outer) -> None:
+    """It is served once its address is added to the ranges."""
     _serve(outer, BALANCER, ["198.51.100.0/24"])
-    until(lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "TimeoutError", "dropped")
+    until(
+        lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "TimeoutError",
+        "the connection is not dropped",
+    )
     _serve(outer, BALANCER, ["198.51.100.0/24", f"{outer.a.address}/31"])
-    until(lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "connected", "allowed")
+    until(
+        lambda: outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "connected",
+        "the node is not served",
+    )
 
 
-def test_a_bound_socket_is_judged_by_its_own_address(outer: Outer) -> None:
-    """A socket that is bound to another address of the node asks by that one."""
+def test_source_ranges_apply_to_the_bound_address_of_a_socket(outer: Outer) -> None:
+    """A socket may be bound to another address of the node."""
     outer.a.run(["ip", "addr", "add", "172.18.0.88/24", "dev", "eth0"])
     _serve(outer, BALANCER, ["172.18.0.88/32"])
-    until(lambda: outer.a.call(_bound, BALANCER, "172.18.0.88") != "TimeoutError", "allowed")
+    until(lambda: outer.a.call(_bound, BALANCER, "172.18.0.88") != "TimeoutError", "the node is not served")
     found = Counter(outer.a.call(_bound, BALANCER, "172.18.0.88") for _ in range(12))
     assert set(found) <= {"host-a", "w1", "w2"}
     assert outer.a.call(_bound, BALANCER, outer.a.address) == "TimeoutError"
     assert outer.a.call(clients.connect_error, BALANCER, 80, 0.3) == "TimeoutError"
 
 
-def test_a_node_that_has_the_address_itself_reaches_it(outer: Outer) -> None:
-    """Health checks to a load balancer's address on a device of the node go on, where the ranges have the node."""
+def test_load_balancer_ip_on_a_device_of_the_node_applies_source_ranges(outer: Outer) -> None:
+    """Health checks from the node to the IP work if the ranges include the node."""
     outer.a.run(["ip", "addr", "add", f"{OWN}/32", "dev", "lo"])
     _serve(outer, OWN, [f"{outer.a.address}/32"])
-    until(lambda: outer.a.call(clients.connect_error, OWN, 80, 0.3) == "connected", "allowed", 15)
+    until(
+        lambda: outer.a.call(clients.connect_error, OWN, 80, 0.3) == "connected", "the node is not served", 15
+    )
     _serve(outer, OWN, ["198.51.100.0/24"])
-    until(lambda: outer.a.call(clients.connect_error, OWN, 80, 0.3) != "connected", "not allowed", 15)
+    until(
+        lambda: outer.a.call(clients.connect_error, OWN, 80, 0.3) != "connected",
+        "the node is still served",
+        15,
+    )

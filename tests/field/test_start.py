@@ -1,4 +1,4 @@
-"""Starts that are refused, what status says of the last change, and what the log says of an unverified server."""
+"""Start with invalid options, the time of the last programming in status, and unverified API servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def node() -> Iterator[LabNode]:
 
 @pytest.mark.root
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--manifests", "/nonexistent"], "--manifests /nonexistent: not a folder"),
         (["--kubeconfig", "/nonexistent"], "/nonexistent"),
@@ -37,20 +37,20 @@ def node() -> Iterator[LabNode]:
         (["--manifests", "/", "--cgroup-root", "/nonexistent"], "/nonexistent"),
     ],
 )
-def test_a_wrong_option_is_found_before_anything_is_made(
-    node: LabNode, options: list[str], says: str
+def test_invalid_option_fails_before_pins_and_sysctls_are_written(
+    node: LabNode, options: list[str], message: str
 ) -> None:
-    """Neither a folder of pins nor a sysctl is there of a start that was refused for what it was told."""
+    """The agent exits before it creates the pin directory."""
     agent = node.agent(*options, "--conntrack-min", "777777").start(wait=False)
     assert agent.process is not None
     assert agent.process.wait(20) != 0
-    assert says in agent.text
+    assert message in agent.text
     assert not node.bpf_root.exists()
 
 
 @pytest.mark.root
-def test_status_never_shows_a_change_that_is_newer_than_the_last_programming(node: LabNode) -> None:
-    """Many changes a second, and ones that come from a command and not from the API."""
+def test_last_programmed_in_status_is_not_older_than_a_visible_change(node: LabNode) -> None:
+    """This holds for fast changes, and for changes by a command instead of the API."""
     folder = node.lab.folder / "manifests"
     piece = manifests.slice_of("web", [manifests.endpoint("10.244.1.2", "node-a")])
     manifests.write(folder / "all.yaml", piece)
@@ -63,18 +63,18 @@ def test_status_never_shows_a_change_that_is_newer_than_the_last_programming(nod
         address = f"10.96.0.{10 + number}"
         began = time.time()
         manifests.write(folder / "all.yaml", piece, manifests.service("web", clusterIPs=[address]))
-        until(lambda a=address: a in node.cli("service", "list"), "not programmed")  # type: ignore[misc]
+        until(lambda a=address: a in node.cli("service", "list"), "the Service is not programmed")  # type: ignore[misc]
         assert last_programmed() >= began
     began = time.time()
     node.cli("backend", "drain", "10.244.1.2:8080")
-    until(lambda: "drained" in node.cli("backend", "list"), "not drained")
+    until(lambda: "drained" in node.cli("backend", "list"), "the backend is not drained")
     assert last_programmed() >= began
 
 
-def test_a_server_that_is_not_verified_is_said_once(
+def test_insecure_skip_tls_verify_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """insecure-skip-tls-verify: one line, where urllib3 has one for each of the first requests."""
+    """The client logs one line, in place of a warning of urllib3 for each of the first requests."""
     Authority(tmp_path).pair("server")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
@@ -94,6 +94,6 @@ def test_a_server_that_is_not_verified_is_said_once(
         for _ in range(3):
             connection.get("/api/v1/services", {}, read_seconds=5).read()
         connection.reload()
-    said = [r.getMessage() for r in caplog.records if "not verified" in r.getMessage()]
-    assert len(said) == 1
+    logged = [r.getMessage() for r in caplog.records if "not verified" in r.getMessage()]
+    assert len(logged) == 1
     assert not [w for w in recwarn if issubclass(w.category, urllib3.exceptions.InsecureRequestWarning)]

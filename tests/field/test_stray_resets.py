@@ -1,4 +1,4 @@
-"""Idle connections through a NodePort outlive resets that are not theirs."""
+"""Idle flows to a NodePort survive RSTs with wrong sequence numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scapy.all import IPv6, raw
+from scapy.compat import raw
 from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
 
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.flows.sweeper import Sweeper
@@ -23,7 +24,7 @@ from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
-#: Far from each other, so that one of them at least is far from what the receiver expects.
+#: Sequence numbers far from each other, so that at least two are outside the receive window.
 STRAY = (12345, 12345 + (1 << 30), 12345 + (1 << 31))
 CLIENT = """
 import json, socket, struct, sys
@@ -49,7 +50,7 @@ def outer() -> Iterator[Outer]:
 
 
 def send_reset(source: str, sport: int, destination: str, dport: int, seq: int) -> None:
-    """Past the sender's own TCP, which knows the right numbers."""
+    """Sends an RST by a raw socket, with any sequence number."""
     kind, family = (IPv6, socket.AF_INET6) if ":" in source else (IP, socket.AF_INET)
     packet = kind(src=source, dst=destination) / TCP(sport=sport, dport=dport, flags="R", seq=seq)
     with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
@@ -62,16 +63,20 @@ def flow_of(outer: Outer, port: int) -> dict[str, Any] | None:
 
 
 def sweep(outer: Outer) -> None:
-    """As the agent does, but closed flows get no time."""
+    """Sweeps as the agent does, but deletes closed flows without a timeout."""
     maps = open_pinned(next((outer.a.bpf_root / "ebpfproxy").glob("v*")))
-    Sweeper(maps, Timeouts(tcp_closed=0.0)).sweep()
+    sweeper = Sweeper(maps, Timeouts(tcp_closed=0.0), next(maps.folder.glob("progs-*")))
+    sweeper.sweep()
+    sweeper.close()
     maps.close()
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_stray_reset_ends_no_idle_connection_and_a_right_one_does(outer: Outer, version: int) -> None:
-    """A RST of another sequence number, from either side, changes nothing, as with netfilter's conntrack,
-    which leaves the state of an established connection for an exact one only."""
+def test_rst_with_a_wrong_sequence_number_closes_no_idle_flow_and_a_right_one_does(
+    outer: Outer, version: int
+) -> None:
+    """An RST with a wrong sequence number from either side does not change the state. In netfilter's conntrack,
+    too, only one with the exact number closes an established connection."""
     node = outer.a.address if version == 4 else outer.a.address6
     here = outer.outside.address if version == 4 else outer.outside.address6
     command = [sys.executable, "-c", CLIENT, node, str(NODE_PORT)]
@@ -82,17 +87,19 @@ def test_a_stray_reset_ends_no_idle_connection_and_a_right_one_does(outer: Outer
     flow = flow_of(outer, port)
     assert flow is not None
     backend, _, target = flow["backend"].rpartition(":")
-    stands, _, stand = flow["masquerade"].rpartition(":")
+    snat_address, _, snat_port = flow["masquerade"].rpartition(":")
     pods: dict[str, Space] = {f"{pod.address}": pod for pod in (outer.w1, outer.w2)}
     pods |= {f"[{pod.address6}]": pod for pod in (outer.w1, outer.w2)}
     for seq in STRAY:
         outer.outside.call(send_reset, here, port, node, NODE_PORT, seq)
-        pods[backend].call(send_reset, backend.strip("[]"), int(target), stands.strip("[]"), int(stand), seq)
+        pods[backend].call(
+            send_reset, backend.strip("[]"), int(target), snat_address.strip("[]"), int(snat_port), seq
+        )
     sweep(outer)
     found = flow_of(outer, port)
     assert found is not None
     assert found["state"] == "ESTABLISHED"
-    process.stdin.write(b"ask\n")
+    process.stdin.write(b"send\n")
     process.stdin.flush()
     assert process.stdout.readline() == b"alive\n"
 

@@ -1,4 +1,4 @@
-"""Frontends that move from one Service to another, or go: datagrams follow at once, connections do not."""
+"""Frontends that move to another Service or are removed: UDP follows immediately, TCP connections persist."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.e2e.outer import BALANCER6, SLICE_PORTS, Held, Outer
 from tests.field.remote import Remote
 from tests.lab import Lab, clients, manifests
 from tests.lab.spaces import Space
-from tests.lab.waiting import until
+from tests.lab.waiting import AT_ONCE, until
 
 pytestmark = pytest.mark.root
 
 PORT, NODE_PORT, TCP_NODE_PORT = 53, 30253, 30280
-#: Addresses of both families that Services a and b have in turn, by the field that gives them.
+#: Addresses of both families that move between Services a and b, by the type of frontend.
 MOVING = {
     "externalIP": ("203.0.113.60", "2001:db8:113::60"),
     "load balancer": ("203.0.113.61", "2001:db8:113::61"),
@@ -30,7 +30,7 @@ PORTS = [
 
 
 class World(Outer):
-    """Service a has the pod w1, Service b w2; what moves is a's or b's, or nobody's."""
+    """Service a has the endpoint w1, Service b w2; the frontend belongs to one of them or to none."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -40,7 +40,7 @@ class World(Outer):
         self.outside.route(BALANCER6, self.a)
 
     def give(self, kind: str, owner: str) -> None:
-        """``owner``: a, b, or nobody."""
+        """``owner``: a, b, or none."""
         documents = []
         for name, pod in (("a", self.w1), ("b", self.w2)):
             has = name == owner
@@ -84,10 +84,10 @@ KINDS = [*MOVING, "NodePort"]
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["outside", "unconnected", "connected"])
-def test_the_new_owner_of_a_frontend_gets_the_next_datagram(
+def test_udp_follows_a_frontend_that_moves_to_another_service(
     world: World, kind: str, family: int, where: str
 ) -> None:
-    """A flow with a fixed source port from outside, and sockets of a pod that stay open."""
+    """An external client has a fixed source port; sockets of a pod stay open."""
     host, port = world.frontend(kind, family)
     space: Space = world.outside if where == "outside" else world.client
     world.give(kind, "a")
@@ -103,7 +103,7 @@ def test_the_new_owner_of_a_frontend_gets_the_next_datagram(
 
         for owner, name in (("a", "w1"), ("b", "w2"), ("a", "w1")):
             world.give(kind, owner)
-            until(lambda n=name: ask(0.3) == n, f"not {owner}'s", 5)  # type: ignore[misc]
+            until(lambda n=name: ask(0.3) == n, f"datagrams do not go to Service {owner}", AT_ONCE)  # type: ignore[misc]
             assert ask(3) == name
 
 
@@ -116,19 +116,19 @@ def _served(space: Space, host: str, port: int) -> str:
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_flow_of_a_frontend_that_nobody_has_any_more_ends(world: World, kind: str, family: int) -> None:
-    """Its Service has lost the address and goes on; the flow was in use a moment ago."""
+def test_udp_flow_of_a_removed_frontend_ends(world: World, kind: str, family: int) -> None:
+    """The Service no longer has the address; the flow was in use before."""
     host, port = world.frontend(kind, family)
     world.give(kind, "a")
     with Remote(world.outside, host) as sock:
         sock.bind("", 12_001)
         until(lambda: sock.ask_at(host, port, 0.3) == "w1")
-        world.give(kind, "nobody")
+        world.give(kind, "none")
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_the_flow_of_a_service_that_is_deleted_ends(world: World, family: int) -> None:
+def test_udp_flow_of_a_deleted_service_ends(world: World, family: int) -> None:
     host, port = world.frontend("load balancer", family)
     world.give("load balancer", "a")
     with Remote(world.outside, host) as sock:
@@ -139,8 +139,8 @@ def test_the_flow_of_a_service_that_is_deleted_ends(world: World, family: int) -
 
 
 @pytest.mark.parametrize("kind", ["externalIP", "NodePort"])
-def test_a_connection_stays_with_the_service_that_it_began_with(world: World, kind: str) -> None:
-    """As with netfilter's conntrack; a new one from the same port goes to the new owner."""
+def test_tcp_connection_keeps_the_service_that_it_was_opened_with(world: World, kind: str) -> None:
+    """This is as with netfilter's conntrack; a new connection goes to the new Service."""
     host, _ = world.frontend(kind, 4)
     port = TCP_NODE_PORT if kind == "NodePort" else 80
     world.give(kind, "a")

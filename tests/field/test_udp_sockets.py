@@ -1,4 +1,4 @@
-"""Unconnected and connected UDP sockets ask Services: who answers, from which address, and what is refused."""
+"""Unconnected and connected UDP sockets: selected backend, source of replies, and errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.root
 
 SECOND = {"v4": "10.96.0.40", "v6": "fd00:10:96::40", "mapped": "::ffff:10.96.0.40"}
 UNUSED_PORT = 54
-#: So many sockets of pods have a record: others are served by packets.
+#: The maximum number of sockets with a record; datagrams of others are translated in packets.
 ROOM = 300
 FRONTENDS = 40
 
 
 class World(Outer):
-    """With a Service ``many`` of 40 ports, each with a backend of its own, and ``second`` in both families."""
+    """Adds a Service ``many`` with 40 ports, each with another backend, and ``second`` in both families."""
 
     def write_others(self) -> None:
         super().write_others()
@@ -59,6 +59,16 @@ class World(Outer):
         status = json.loads(self.a.cli("status", "-o", "json"))
         return int(next(each["entries"] for each in status["maps"] if each["name"] == name))
 
+    def records(self) -> tuple[int, int]:
+        """First frontends of sockets, and pages with further ones."""
+        status = json.loads(self.a.cli("status", "-o", "json"))
+        entries = {each["name"]: int(each["entries"]) for each in status["maps"]}
+        return entries["sock_origin"], entries["sock_peers"]
+
+    def wait_closed(self) -> None:
+        """Until nothing is recorded of sockets."""
+        until(lambda: self.records() == (0, 0), "a closed socket leaves its records")
+
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
@@ -75,16 +85,16 @@ def family(request: pytest.FixtureRequest) -> str:
     return found
 
 
-def test_an_unconnected_socket_keeps_one_backend_while_it_is_usable(world: World, family: str) -> None:
-    """As a flow of one 5-tuple does with kube-proxy; many sockets together use all backends."""
+def test_unconnected_socket_keeps_its_backend(world: World, family: str) -> None:
+    """With kube-proxy a flow does so as well. Many sockets together use all backends."""
     host = SERVICE_IPS[family]
-    assert len({world.client.call(_names, host, 53, 10) for _ in range(clients.ENOUGH)}) == 2
+    assert len(set(world.client.call(clients.repeated, clients.ENOUGH, _names, host, 53, 10))) == 2
     for space in (world.client, world.a):
         assert "," not in space.call(_names, host, 53, 20)
 
 
 def _names(host: str, port: int, count: int, protocol: int = 0) -> str:
-    """Who answers the datagrams of one socket, each once, with commas."""
+    """The names of backends that reply to datagrams of one socket, joined by commas."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM, protocol) as sock:
         sock.settimeout(3)
@@ -98,10 +108,10 @@ def _names(host: str, port: int, count: int, protocol: int = 0) -> str:
 
 
 @pytest.mark.parametrize("change", ["gone", "unready"])
-def test_an_unconnected_socket_leaves_a_backend_that_left_and_only_then(
+def test_unconnected_socket_leaves_a_removed_or_unready_backend_only(
     world: World, family: str, change: str
 ) -> None:
-    """It stays with its new one when the old one comes back, or others go."""
+    """It keeps its new backend when the old one is added again."""
     host = SERVICE_IPS[family]
     with Remote(world.client, host) as sock:
         first = sock.ask_at(host, 53)
@@ -111,7 +121,9 @@ def test_an_unconnected_socket_leaves_a_backend_that_left_and_only_then(
                 world.write_web(stays)
             else:
                 _write_unready(world, goes)
-            until(lambda: sock.ask_at(host, 53, 0.5) == stays.name, "it stays with one that has left")
+            until(
+                lambda: sock.ask_at(host, 53, 0.5) == stays.name, "the socket still uses the removed backend"
+            )
             world.write_web(world.w1, world.w2)
             until(lambda: world.client.call(clients.spread_udp, host, 53, 10).keys() == {"w1", "w2"})
             assert {sock.ask_at(host, 53) for _ in range(10)} == {stays.name}
@@ -121,7 +133,7 @@ def test_an_unconnected_socket_leaves_a_backend_that_left_and_only_then(
 
 
 def _write_unready(world: World, pod: Any) -> None:
-    """The Service shop/web, where one of the two pods is not ready."""
+    """Writes the Service shop/web with ``pod`` as an unready endpoint."""
     world.write_web(world.w1, world.w2)
     documents = manifests.read(world.manifests / "web.yaml")
     for document in documents:
@@ -131,15 +143,13 @@ def _write_unready(world: World, pod: Any) -> None:
     manifests.write(world.manifests / "web.yaml", *documents)
 
 
-def test_sendto_the_address_that_a_socket_is_connected_to_goes_to_the_same_backend(
-    world: World, family: str
-) -> None:
-    """The kernel gives a connected socket answers of its peer only."""
+def test_sendto_the_peer_of_a_connected_socket_uses_its_backend(world: World, family: str) -> None:
+    """The kernel delivers only datagrams of its peer to a connected socket."""
     assert world.client.call(_connected_and_named, SERVICE_IPS[family], 53, 20) == ["the same"] * 20
 
 
 def _connected_and_named(host: str, port: int, count: int) -> list[str]:
-    """Of so many sockets: whether send() and sendto() are answered by the same backend."""
+    """Returns for each socket if send() and sendto() reach the same backend."""
     found = []
     for _ in range(count):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -158,8 +168,8 @@ def _connected_and_named(host: str, port: int, count: int) -> list[str]:
     return found
 
 
-def test_sendto_another_service_leaves_a_connected_socket_as_it_is(world: World, family: str) -> None:
-    """It is sent, and answered to nobody, as without Services."""
+def test_sendto_another_service_does_not_change_a_connected_socket(world: World, family: str) -> None:
+    """The datagram is sent, and the reply is not delivered, as without Services."""
     host, other = SERVICE_IPS[family], SECOND[family]
     with Remote(world.client, host) as sock:
         sock.connect(host, 53)
@@ -168,17 +178,17 @@ def test_sendto_another_service_leaves_a_connected_socket_as_it_is(world: World,
         assert [sock.ask() for _ in range(3)] == [name] * 3
 
 
-# -- nothing there
+# -- no endpoint, and unknown ports
 
 
-NOBODY = {
-    "unused port": (SERVICE_IPS, UNUSED_PORT, "ECONNREFUSED"),
+NO_BACKEND = {
+    "unknown port": (SERVICE_IPS, UNUSED_PORT, "ECONNREFUSED"),
     "no endpoint": (
         {"v4": "10.96.0.20", "v6": "fd00:10:96::20", "mapped": "::ffff:10.96.0.20"},
         53,
         "ECONNREFUSED",
     ),
-    "elsewhere only": (
+    "remote endpoint only": (
         {"v4": "10.96.0.30", "v6": "fd00:10:96::30", "mapped": "::ffff:10.96.0.30"},
         53,
         "nothing",
@@ -186,25 +196,24 @@ NOBODY = {
 }
 
 
-@pytest.mark.parametrize("case", NOBODY)
+@pytest.mark.parametrize("case", NO_BACKEND)
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_connect_of_udp_succeeds_whoever_is_there_and_the_send_is_refused(
+def test_udp_connect_succeeds_and_send_fails_without_endpoints(
     world: World, family: str, case: str, where: str
 ) -> None:
-    """connect() sends nothing: resolvers use it to learn a source address (RFC 6724).
+    """connect() sends nothing; resolvers use it to select a source address (RFC 6724).
 
-    The kernel names the peer of an IPv4-mapped socket at each datagram: there send() itself may be refused,
-    if there is no endpoint at all.
+    send() of an IPv4-mapped socket passes the sendmsg hook, so that it fails itself if there is no endpoint.
     """
-    hosts, port, error = NOBODY[case]
+    hosts, port, error = NO_BACKEND[case]
     space: Space = world.client if where == "pod" else world.a
     with Remote(space, hosts[family]) as sock:
         assert sock.connect(hosts[family], port) is None
         assert sock.ask(0.3) == error
 
 
-def test_a_connected_socket_is_served_once_its_service_has_an_endpoint(world: World, family: str) -> None:
-    """It was connected while there was none: as with kube-proxy it need not connect again."""
+def test_connected_socket_is_served_once_its_service_has_an_endpoint(world: World, family: str) -> None:
+    """It was connected before, and need not connect again, as with kube-proxy."""
     hosts = {"v4": "10.96.1.1", "v6": "fd00:10:96:1::1", "mapped": "::ffff:10.96.1.1"}
     ports = [{"name": "udp", "port": 53, "protocol": "UDP"}]
     late = manifests.service("late", clusterIPs=[hosts["v4"], hosts["v6"]], ports=ports)
@@ -222,20 +231,22 @@ def test_a_connected_socket_is_served_once_its_service_has_an_endpoint(world: Wo
         ]
         manifests.write(world.manifests / "late.yaml", late, *slices)
         for sock in (pod, node):
-            until(lambda s=sock: s.ask(0.5) == "w2", "it is not served")  # type: ignore[misc]
+            until(lambda s=sock: s.ask(0.5) == "w2", "the socket is not served")  # type: ignore[misc]
 
 
-def test_sendto_a_port_that_nobody_has_is_refused(world: World, family: str) -> None:
+def test_sendto_an_unknown_port_is_refused(world: World, family: str) -> None:
     for space in (world.client, world.a):
         assert space.call(clients.send_error, SERVICE_IPS[family], UNUSED_PORT) == "ECONNREFUSED"
 
 
-# -- who is told to have answered
+# -- the source of replies
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_two_services_with_one_backend_answer_each_for_itself(world: World, family: str, where: str) -> None:
-    """Two questions of one socket in flight: on the wire they would look alike, had they one port."""
+def test_replies_of_two_services_with_one_backend_have_their_addresses(
+    world: World, family: str, where: str
+) -> None:
+    """Two datagrams of one socket in flight to one backend are distinguished by their source port."""
     first, second = "10.96.0.41", SECOND["v4"]
     if family != "v4":
         first, second = (
@@ -256,9 +267,9 @@ def test_two_services_with_one_backend_answer_each_for_itself(world: World, fami
         for _ in range(5):
             sock.sendto(first, 53, "echo")
             sock.sendto(second, 53)
-            answers = [sock.receive(), sock.receive()]
-            assert sorted(a[1:] for a in answers) == sorted([[first, 53], [second, 53]])
-            assert [a[1] for a in answers if a[0] == "echo"] == [first]
+            replies = [sock.receive(), sock.receive()]
+            assert sorted(reply[1:] for reply in replies) == sorted([[first, 53], [second, 53]])
+            assert [reply[1] for reply in replies if reply[0] == "echo"] == [first]
 
 
 def _asks(host: str, port: int) -> str:
@@ -268,38 +279,40 @@ def _asks(host: str, port: int) -> str:
         return str(error)
 
 
-def test_two_services_with_two_backends_get_one_each(world: World) -> None:
-    """Where there is another backend the socket takes that, and no packet is translated."""
+def test_two_services_of_one_socket_get_distinct_backends(world: World) -> None:
+    """The socket uses another backend if there is one, so that no packet has to be translated."""
     before = world.fill("conntrack")
     with Remote(world.client, "10.96.0.10") as sock:
         sock.sendto(SECOND["v4"], 53)
         sock.sendto(SERVICE_IPS["v4"], 53)
-        answers = {a[1]: json.loads(a[0])["name"] for a in (sock.receive(), sock.receive())}
-        assert answers == {SECOND["v4"]: "w1", SERVICE_IPS["v4"]: "w2"}
+        replies = {reply[1]: json.loads(reply[0])["name"] for reply in (sock.receive(), sock.receive())}
+        assert replies == {SECOND["v4"]: "w1", SERVICE_IPS["v4"]: "w2"}
     assert world.fill("conntrack") <= before
 
 
-def test_a_socket_may_ask_many_services_at_once(world: World) -> None:
-    """All in flight: those that a socket has no record for, beyond 32, are translated in packets."""
+def test_one_unconnected_socket_with_many_services(world: World) -> None:
+    """A socket has records of 32 Services; datagrams to others are translated in packets."""
     with Remote(world.client, "10.96.0.70") as sock:
         for _ in range(2):
             for number in range(FRONTENDS):
                 assert sock.sendto("10.96.0.70", 100 + number) is None
-            answers = [sock.receive() for _ in range(FRONTENDS)]
-            assert sorted(a[2] for a in answers) == list(range(100, 100 + FRONTENDS))
-            assert {a[1] for a in answers} == {"10.96.0.70"}
+            replies = [sock.receive() for _ in range(FRONTENDS)]
+            assert sorted(reply[2] for reply in replies) == list(range(100, 100 + FRONTENDS))
+            assert {reply[1] for reply in replies} == {"10.96.0.70"}
         for number in range(FRONTENDS):
             assert sock.ask_at("10.96.0.70", 100 + number) == "many"
-    until(lambda: world.fill("sock_peers") == 0, "a closed socket leaves its records")
+    world.wait_closed()
 
 
-def _flood(host: str, count: int) -> dict[str, int]:
-    """So many sockets, all open, that ask once: from where they are answered."""
+def _flood(first: str, host: str, count: int) -> dict[str, int]:
+    """Opens sockets that ask both Services and stay open; returns the sources of the second's replies."""
     found: Counter[str] = Counter()
     sockets = []
     for _ in range(count):
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         sock.settimeout(3)
+        sock.sendto(b"?", (first, 53))
+        assert sock.recvfrom(4096)[1][0] == first
         sock.sendto(b"?", (host, 53))
         found[sock.recvfrom(4096)[1][0]] += 1
         sockets.append(sock)
@@ -308,19 +321,20 @@ def _flood(host: str, count: int) -> dict[str, int]:
     return dict(found)
 
 
-def test_other_sockets_push_nobodys_answers_out_and_leave_nothing(world: World, family: str) -> None:
-    """A socket that waits is told the Service's address, however many others there are.
+def test_full_socket_records_evict_no_entry_and_are_removed(world: World, family: str) -> None:
+    """A reply to a socket has the Service's address, however many other sockets there are.
 
-    Those that there is no room for are served all the same, in packets, and counted.
+    Datagrams of sockets beyond the capacity are translated in packets, and counted.
     """
-    host = SERVICE_IPS[family]
+    first, host = SECOND[family], SERVICE_IPS[family]
     before = _full(world)
     with Remote(world.client, host) as sock:
+        assert sock.ask_at(first, 53) == "w1"
         sock.sendto(host, 53)
-        assert world.client.call(_flood, host, 2 * ROOM) == {host: 2 * ROOM}
+        assert world.client.call(_flood, first, host, 2 * ROOM) == {host: 2 * ROOM}
         assert sock.receive()[1:] == [host, 53]
-        assert world.fill("sock_peers") == 1
-    until(lambda: world.fill("sock_peers") == 0, "a closed socket leaves its record")
+        assert world.records() == (1, 1)
+    world.wait_closed()
     assert _full(world) > before
 
 
@@ -329,31 +343,35 @@ def _full(world: World) -> int:
     return sum(each["packets"] for each in status["packets"] if each["reason"] == "sockets-full")
 
 
-def test_udp_lite_keeps_its_backend_too(world: World) -> None:
-    """It has no connect hook; unconnected it is as UDP."""
+def test_udp_lite_socket_has_a_record_until_it_is_closed(world: World) -> None:
+    """Unconnected UDP-Lite sockets pass the sendmsg hook as those of UDP."""
     for _ in range(3):
         with Remote(world.w1, SECOND["v4"], protocol=clients.UDPLITE) as sock:
             assert sock.sendto(SECOND["v4"], 53) is None
-    until(lambda: world.fill("sock_peers") == 0, "a closed socket leaves its record")
+            assert world.records() == (1, 0)
+    world.wait_closed()
 
 
-def test_a_node_port_keeps_one_backend_for_a_socket_of_the_host_and_of_a_pod(world: World) -> None:
+def test_unconnected_socket_keeps_its_backend_of_a_node_port(world: World) -> None:
     for space in (world.client, world.a):
         for address in (world.a.address, world.a.address6):
             assert "," not in space.call(_names, address, NODE_PORT - 27, 10)
     assert "," not in world.a.call(_names, "127.0.0.1", NODE_PORT - 27, 10)
 
 
-def test_maps_of_other_sizes_take_the_sockets_along(world: World) -> None:
-    """A socket that sent before stays with its backend, and leaves it when it leaves."""
+def test_unconnected_sockets_keep_their_backend_across_map_sizes(world: World) -> None:
+    """A socket that sent before keeps its backend until the backend is removed."""
     host = SERVICE_IPS["v4"]
     socks = [Remote(world.client, host) for _ in range(6)]
+    assert {sock.ask_at(SECOND["v4"], 53) for sock in socks[:3]} == {"w1"}
     names = [sock.ask_at(host, 53) for sock in socks]
+    assert world.records() == (6, 3)
     world.lab.agents[-1].stop()
     world.agent("--max-datagram-sockets", str(ROOM), "--max-services", "1000").start()
     try:
         assert [sock.ask_at(host, 53) for sock in socks] == names
-        assert world.fill("sock_peers") == len(socks)
+        assert {sock.ask_at(SECOND["v4"], 53) for sock in socks[:3]} == {"w1"}
+        assert world.records() == (6, 3)
         world.write_web(world.w2)
         for sock in socks:
             until(lambda s=sock: s.ask_at(host, 53, 0.5) == "w2")  # type: ignore[misc]
@@ -361,4 +379,4 @@ def test_maps_of_other_sizes_take_the_sockets_along(world: World) -> None:
         world.write_web(world.w1, world.w2)
         for sock in socks:
             sock.close()
-    until(lambda: world.fill("sock_peers") == 0, "a closed socket leaves its record")
+    world.wait_closed()

@@ -1,4 +1,4 @@
-"""Connected UDP sockets whose backend is replaced go on without an error, whatever the client is made of."""
+"""Connected UDP sockets whose backend is replaced are redirected without an error; resolvers of libraries."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.e2e.world import SERVICE_IPS, World
 from tests.field.remote import Remote
 from tests.lab import Lab, Pod, clients, manifests
 from tests.lab.spaces import Space
-from tests.lab.waiting import until
+from tests.lab.waiting import AT_ONCE, until
 
 pytestmark = pytest.mark.root
 
 DNS = "10.96.0.53"
-#: Looks names up, each once, until its input ends; prints how many were found, and what failed.
+#: Resolves distinct names until standard input ends; prints the numbers of successes and failures.
 RESOLVES = r"""
 #include <netdb.h>
 #include <poll.h>
@@ -56,13 +56,13 @@ int main(void)
 
 
 class Servers(World):
-    """With a DNS Service of one endpoint, which is one pod or the other."""
+    """Adds a DNS Service with one endpoint, w1 or w2."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         self.names: dict[str, subprocess.Popen[bytes]] = {}
         for pod in (self.w1, self.w2):
-            process = pod.popen([sys.executable, "-m", "tests.field.names", "5353"], stdout=-1)
+            process = pod.popen([sys.executable, "-m", "tests.field.dns_server", "5353"], stdout=-1)
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
             self.names[pod.name] = process
@@ -79,7 +79,7 @@ class Servers(World):
         )
 
     def replace_dns(self, times: int) -> None:
-        """One endpoint after the other: the old one answers nobody any more."""
+        """Replaces the endpoint several times, and stops the process of the old one."""
         for turn in range(times):
             new, old = (self.w2, self.w1) if turn % 2 == 0 else (self.w1, self.w2)
             os.kill(self.names[new.name].pid, signal.SIGCONT)
@@ -115,10 +115,8 @@ def host(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_a_connected_socket_reaches_the_new_backend_without_an_error(
-    world: Servers, host: str, where: str
-) -> None:
-    """It sends and sends; while there is no endpoint it is refused, and later it is served again."""
+def test_connected_socket_is_redirected_without_an_error(world: Servers, host: str, where: str) -> None:
+    """While there is no endpoint send() is refused; later the socket is served again."""
     space: Space = world.client if where == "pod" else world.a
     world.write_web(world.w1)
     until(lambda: space.call(_name, host) == "w1")
@@ -126,11 +124,11 @@ def test_a_connected_socket_reaches_the_new_backend_without_an_error(
         sock.connect(host, 53)
         assert sock.ask() == "w1"
         world.write_web(world.w2)
-        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+        until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
         world.write_web()
-        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "it is not refused", 5)
+        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "send() is not refused", AT_ONCE)
         world.write_web(world.w2)
-        until(lambda: sock.ask(0.3) == "w2", "it has not recovered", 5)
+        until(lambda: sock.ask(0.3) == "w2", "the socket is not served again", AT_ONCE)
         assert {sock.ask() for _ in range(10)} == {"w2"}
 
 
@@ -141,8 +139,8 @@ def _name(host: str) -> str:
         return str(error)
 
 
-def test_a_sender_that_never_looks_at_errors_loses_nothing_for_ever(world: Servers) -> None:
-    """As statsd's clients: not one send() fails (EDESTADDRREQ), and the new backend gets what is sent."""
+def test_send_does_not_fail_while_a_socket_is_redirected(world: Servers) -> None:
+    """No send() fails (EDESTADDRREQ), as clients such as those of statsd ignore errors."""
     host = SERVICE_IPS["v4"]
     world.write_web(world.w1)
     until(lambda: world.client.call(_name, host) == "w1")
@@ -151,10 +149,10 @@ def test_a_sender_that_never_looks_at_errors_loses_nothing_for_ever(world: Serve
         world.write_web(world.w2)
         until(lambda: world.client.call(_name, host) == "w2")
         assert {sock.send() for _ in range(50)} == {None}
-        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+        until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
 
 
-def test_a_service_that_is_deleted_refuses_its_sockets_until_it_is_back(world: Servers) -> None:
+def test_connected_socket_is_refused_while_its_service_is_deleted(world: Servers) -> None:
     host = SERVICE_IPS["v4"]
     world.write_web(world.w1)
     until(lambda: world.client.call(_name, host) == "w1")
@@ -163,31 +161,31 @@ def test_a_service_that_is_deleted_refuses_its_sockets_until_it_is_back(world: S
         sock.connect(host, 53)
         assert sock.ask() == "w1"
         (world.manifests / "web.yaml").unlink()
-        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "it is not refused", 5)
+        until(lambda: sock.ask(0.3) == "ECONNREFUSED", "send() is not refused", AT_ONCE)
         manifests.write(world.manifests / "web.yaml", *kept)
-        until(lambda: sock.ask(0.3) == "w1", "it has not recovered", 5)
+        until(lambda: sock.ask(0.3) == "w1", "the socket is not served again", AT_ONCE)
 
 
-def test_a_redirect_outlives_the_agent_and_other_map_sizes_and_ends_with_its_socket(world: Servers) -> None:
+def test_redirect_survives_an_agent_restart_and_is_removed_with_its_socket(world: Servers) -> None:
     host = SERVICE_IPS["v4"]
     world.write_web(world.w1)
     until(lambda: world.client.call(_name, host) == "w1")
     with Remote(world.client, host) as sock:
         sock.connect(host, 53)
         world.write_web(world.w2)
-        until(lambda: sock.ask(0.3) == "w2", "it is not redirected", 5)
+        until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
         world.lab.agents[-1].stop()
         world.agent("--max-services", "1000").start()
         assert sock.ask() == "w2"
         assert world.fill("sock_redirects") >= 1
-    until(lambda: world.fill("sock_redirects") == 0, "the redirect of a closed socket stays")
+    until(lambda: world.fill("sock_redirects") == 0, "the redirect of a closed socket is left")
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
-def test_resolvers_of_libraries_find_every_name_while_endpoints_are_replaced(
+def test_libc_resolves_every_name_while_endpoints_are_replaced(
     world: Servers, compiler: str, tmp_path: Path
 ) -> None:
-    """glibc's sockets are connected, musl's are not."""
+    """glibc uses connected sockets, musl unconnected ones."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
     source, program, resolv = tmp_path / "resolves.c", tmp_path / "resolves", tmp_path / "resolv.conf"
@@ -204,8 +202,8 @@ def test_resolvers_of_libraries_find_every_name_while_endpoints_are_replaced(
     assert bad == 0
 
 
-def test_nginx_finds_every_name_while_endpoints_are_replaced(world: Servers, tmp_path: Path) -> None:
-    """Its resolver keeps one connected socket for as long as it runs."""
+def test_nginx_resolves_every_name_while_endpoints_are_replaced(world: Servers, tmp_path: Path) -> None:
+    """Its resolver uses one connected socket for its whole lifetime."""
     config = tmp_path / "nginx.conf"
     config.write_text(
         f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"

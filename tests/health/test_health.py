@@ -1,4 +1,4 @@
-"""Health as kube-proxy gives it: compared with what a real one printed (tests/data/kube-proxy)."""
+"""/healthz and /livez, compared with the output of a real kube-proxy (tests/data/kube-proxy)."""
 
 from __future__ import annotations
 
@@ -33,40 +33,55 @@ def node(**parts: Any) -> Node:
     return msgspec.convert({"metadata": meta, **parts}, Node)
 
 
-def test_unhealthy_until_everything_is_programmed_once() -> None:
-    health = ProxyHealth(Clock())
+def attached(clock: Clock | None = None) -> ProxyHealth:
+    health = ProxyHealth(clock or Clock())
+    health.attached()
+    return health
+
+
+def test_unhealthy_until_the_first_sync() -> None:
+    health = attached()
     assert not health.healthy
     health.programmed()
     assert health.healthy
 
 
-def test_a_change_that_waits_longer_than_two_sync_periods_is_unhealthy() -> None:
+def test_unhealthy_until_programs_are_attached() -> None:
+    health = ProxyHealth(Clock())
+    health.set_eligible(True)
+    health.programmed()
+    assert (health.healthy, health.healthz()[0], health.livez()[0]) == (False, False, False)
+    health.attached()
+    assert (health.healthy, health.healthz()[0], health.livez()[0]) == (True, True, True)
+
+
+def test_change_pending_for_more_than_two_sync_periods_is_unhealthy() -> None:
     clock = Clock()
-    health = ProxyHealth(clock)
+    health = attached(clock)
     health.programmed()
     health.queued()
     clock.now += 59
     health.queued()
-    assert health.healthy, "the first one counts, and has waited 59 s"
+    assert health.healthy, "the first change counts and has been pending for 59 s"
     clock.now += 2
     assert not health.healthy
     health.programmed()
     assert health.healthy
 
 
-def test_a_quiet_cluster_is_healthy_for_ever() -> None:
+def test_idle_cluster_stays_healthy() -> None:
     clock = Clock()
-    health = ProxyHealth(clock)
+    health = attached(clock)
     health.programmed()
     clock.now += 86400
     healthy, body = health.livez()
     assert healthy
-    assert body["lastUpdated"] == body["currentTime"], "while healthy, lastUpdated is now"
+    assert body["lastUpdated"] == body["currentTime"], "lastUpdated is the current time while healthy"
     assert body["status"]["IPv4"]["lastUpdated"] < body["currentTime"]
 
 
-def test_the_nodes_eligibility_decides_healthz_but_not_livez() -> None:
-    health = ProxyHealth(Clock())
+def test_node_eligibility_affects_healthz_but_not_livez() -> None:
+    health = attached()
     health.programmed()
     assert (health.healthz()[0], health.livez()[0]) == (False, True)
     health.set_eligible(True)
@@ -89,9 +104,9 @@ def test_eligible(known: Node | None, may: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["healthz", "livez"])
-def test_the_body_has_kube_proxys_fields_in_its_order(path: str) -> None:
+def test_body_has_the_fields_of_kube_proxy_in_its_order(path: str) -> None:
     sample = json.loads((SAMPLES / f"{path}.txt").read_text().partition("\n\n")[2])
-    health = ProxyHealth(Clock())
+    health = attached()
     health.programmed()
     _, body = getattr(health, path)()
     assert list(body) == list(sample)
@@ -133,13 +148,13 @@ def test_status_headers_and_body(server: HttpServer) -> None:
     assert ask(server, "/mode", "HEAD")[2] == b""
 
 
-def test_a_client_that_says_nothing_holds_up_nobody(server: HttpServer) -> None:
+def test_silent_client_does_not_delay_others(server: HttpServer) -> None:
     assert server.port is not None
     with socket.create_connection(("127.0.0.1", server.port)):
         assert ask(server, "/mode")[0] == 200
 
 
-def test_an_address_in_use_is_served_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_in_use_is_served_once_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ebpfproxy.health.http.RETRY_SECONDS", 0.05)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -162,8 +177,8 @@ def test_an_empty_address_serves_nothing() -> None:
 
 
 @pytest.mark.parametrize("text", [":0", "0.0.0.0:0", "[::]:0"])
-def test_every_family_behind_an_address_without_host(text: str) -> None:
-    """The kubelet asks at the node's first address, which may be an IPv6 one."""
+def test_address_without_a_host_is_served_in_all_families(text: str) -> None:
+    """The kubelet probes the node's first address, which may be an IPv6 one."""
     server = serve(text)
     assert ask(server, "/mode")[0] == 200
     for host in ("127.0.0.1", "::1"):
@@ -186,6 +201,6 @@ def test_bind_addresses(text: str, parsed: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["10256", "host", "1.2.3.4:", "1.2.3.4:99999", "::1:80", "1.2.3.4:x"])
-def test_what_is_no_bind_address(text: str) -> None:
+def test_invalid_bind_addresses_are_rejected(text: str) -> None:
     with pytest.raises(BindAddressError, match="is not IP:port"):
         parse_bind_address(text)

@@ -1,4 +1,4 @@
-"""The answers to load balancers' health checks, over real sockets."""
+"""healthCheckNodePort: responses to health checks of load balancers, over real sockets."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def web(port: int, local: int) -> ServiceHealth:
     return ServiceHealth("shop", "web", port, local)
 
 
-def test_the_answer_is_kube_proxys(healthy: Healthy, port: int) -> None:
-    """Byte for byte, but for the date: see kube-proxy-samples/healthCheckNodePort.txt."""
+def test_response_equals_that_of_kube_proxy(healthy: Healthy, port: int) -> None:
+    """It is equal in all bytes but the date; see kube-proxy-samples/healthCheckNodePort.txt."""
     healthy.servers.update([ServiceHealth("shop", "frontend", port, 1)])
     head, _, body = ask(port).partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
@@ -77,7 +77,7 @@ def test_the_answer_is_kube_proxys(healthy: Healthy, port: int) -> None:
 
 
 @pytest.mark.parametrize(("local", "proxy", "status"), [(2, True, 200), (0, True, 503), (2, False, 503)])
-def test_it_takes_an_endpoint_and_a_healthy_proxy(
+def test_status_depends_on_local_endpoints_and_health_of_the_proxy(
     healthy: Healthy, port: int, local: int, proxy: bool, status: int
 ) -> None:
     healthy.proxy = proxy
@@ -89,7 +89,7 @@ def test_it_takes_an_endpoint_and_a_healthy_proxy(
     assert f"X-Load-Balancing-Endpoint-Weight: {local}".encode() in head
 
 
-def test_a_changed_count_is_answered_at_once_on_the_same_socket(healthy: Healthy, port: int) -> None:
+def test_changed_count_is_served_at_once_on_the_same_socket(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         for local, status in ((1, b"200"), (0, b"503"), (3, b"200")):
@@ -109,12 +109,12 @@ def test_every_path_both_families_and_head(healthy: Healthy, port: int) -> None:
 @pytest.mark.parametrize(
     "request_", [b"BREW / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\r\n\r\n", b"GET\r\n\r\n"]
 )
-def test_what_is_no_request_is_refused(healthy: Healthy, port: int, request_: bytes) -> None:
+def test_invalid_requests_are_rejected(healthy: Healthy, port: int, request_: bytes) -> None:
     healthy.servers.update([web(port, 1)])
     assert ask(port, request_).startswith(b"HTTP/1.1 400 ")
 
 
-def test_an_endless_request_is_ended(healthy: Healthy, port: int) -> None:
+def test_request_without_end_is_closed(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30) as sock, pytest.raises(OSError):
         for _ in range(100):
@@ -122,13 +122,13 @@ def test_an_endless_request_is_ended(healthy: Healthy, port: int) -> None:
             time.sleep(0.01)
 
 
-def test_a_silent_client_holds_nobody_up(healthy: Healthy, port: int) -> None:
+def test_silent_client_does_not_delay_others(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30):
         assert b" 200 OK" in ask(port)
 
 
-def test_a_service_that_goes_closes_its_port(healthy: Healthy, port: int) -> None:
+def test_removed_service_closes_its_port(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     assert healthy.servers.bound == 1
     healthy.servers.update([])
@@ -137,7 +137,7 @@ def test_a_service_that_goes_closes_its_port(healthy: Healthy, port: int) -> Non
         ask(port)
 
 
-def test_a_port_that_is_taken_is_named_and_the_others_are_served(
+def test_port_in_use_is_reported_and_other_ports_are_served(
     healthy: Healthy, port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.socket(socket.AF_INET6) as taken, socket.socket(socket.AF_INET6) as spare:
@@ -154,9 +154,7 @@ def test_a_port_that_is_taken_is_named_and_the_others_are_served(
     assert [r.getMessage() for r in caplog.records].count("cannot bind health check port, trying again") == 1
 
 
-def test_a_port_that_was_taken_is_tried_again(
-    healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_port_in_use_is_retried(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ebpfproxy.health.http.RETRY_SECONDS", 0.1)
     with socket.socket(socket.AF_INET6) as taken:
         taken.bind(("::", port))
@@ -170,7 +168,7 @@ def test_a_port_that_was_taken_is_tried_again(
     assert b" 200 OK" in ask(port)
 
 
-def test_of_two_services_with_one_port_the_first_by_name_has_it(
+def test_first_service_by_name_gets_a_port_of_two_services(
     healthy: Healthy, port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     healthy.servers.update([web(port, 1), ServiceHealth("shop", "cart", port, 0)])
@@ -183,7 +181,7 @@ def test_of_two_services_with_one_port_the_first_by_name_has_it(
 def test_a_kernel_without_ipv6_is_served_over_ipv4(
     healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ipv6.disable=1 no socket of that family can be made."""
+    """With ipv6.disable=1 no socket of that family can be created."""
 
     class Socket(socket.socket):
         def __init__(self, family: int = -1, *rest: Any, **named: Any) -> None:
@@ -197,7 +195,7 @@ def test_a_kernel_without_ipv6_is_served_over_ipv4(
     assert b" 200 OK" in ask(port)
 
 
-def test_a_kept_connection_ends_with_its_service(healthy: Healthy, port: int) -> None:
+def test_keepalive_connection_is_closed_with_its_service(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: n\r\n\r\n")
@@ -206,10 +204,10 @@ def test_a_kept_connection_ends_with_its_service(healthy: Healthy, port: int) ->
         assert sock.recv(4096) == b""
 
 
-def test_clients_that_hold_connections_keep_nobody_out(
+def test_clients_that_hold_connections_do_not_block_others(
     healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest connection gives way, the latest of them stays."""
+    """The oldest connection is closed, the latest one is kept."""
     monkeypatch.setattr("ebpfproxy.health.http._MOST_CLIENTS", 8)
     healthy.servers.update([web(port, 1)])
     held = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(12)]
@@ -221,7 +219,7 @@ def test_clients_that_hold_connections_keep_nobody_out(
         each.close()
 
 
-def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_client_is_disconnected(healthy: Healthy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ebpfproxy.health.http.CLIENT_SECONDS", 0.1)
     healthy.servers.update([web(port, 1)])
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
@@ -232,7 +230,7 @@ def test_a_slow_client_is_ended(healthy: Healthy, port: int, monkeypatch: pytest
 @pytest.mark.parametrize(
     "header", [b"Content-Length: 18", b"Content-Length : 18", b"transfer-encoding:chunked"]
 )
-def test_a_body_is_not_taken_for_a_request(healthy: Healthy, port: int, header: bytes) -> None:
+def test_body_is_not_parsed_as_a_request(healthy: Healthy, port: int, header: bytes) -> None:
     healthy.servers.update([web(port, 1)])
     answer = ask(port, b"GET / HTTP/1.1\r\n" + header + b"\r\n\r\nGET / HTTP/1.1\r\n\r\n")
     assert answer.count(b"HTTP/1.1 ") == 1
@@ -243,19 +241,19 @@ def test_lines_may_end_without_a_carriage_return(healthy: Healthy, port: int) ->
     assert b" 200 OK" in ask(port, b"GET / HTTP/1.1\nConnection: close\n\n")
 
 
-def test_headers_that_are_too_large_are_answered(healthy: Healthy, port: int) -> None:
+def test_headers_that_are_too_large_get_a_response(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     answer = ask(port, b"GET / HTTP/1.1\r\nCookie: ".ljust(8193, b"x"))
     assert answer.startswith(b"HTTP/1.1 431 ")
 
 
-def test_names_that_no_api_server_has_checked_are_json(healthy: Healthy, port: int) -> None:
+def test_names_not_validated_by_an_api_server_are_escaped_in_json(healthy: Healthy, port: int) -> None:
     healthy.servers.update([ServiceHealth('a"b', "c\\", port, 1)])
     body = json.loads(ask(port).partition(b"\r\n\r\n")[2])
     assert body["service"] == {"namespace": 'a"b', "name": "c\\"}
 
 
-def test_changes_do_not_wait_for_the_thread(port: int) -> None:
+def test_updates_before_start_do_not_block(port: int) -> None:
     servers = NodePortHealth(lambda: True)
     for count in range(2000):
         servers.update([web(port, count)])
@@ -272,7 +270,7 @@ def test_ports_are_closed_when_stop_returns(port: int) -> None:
         ask(port)
 
 
-def test_clients_that_are_gone_before_they_are_accepted_hold_nobody_up(healthy: Healthy, port: int) -> None:
+def test_clients_that_reset_before_accept_do_not_delay_others(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     for _ in range(100):
         with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -290,11 +288,11 @@ def test_a_port_can_be_closed_and_opened_again_at_once(healthy: Healthy, port: i
         healthy.servers.update([])
 
 
-def test_running_out_of_descriptors_costs_no_processor_time(healthy: Healthy, port: int) -> None:
+def test_exhausted_descriptors_cause_no_busy_loop(healthy: Healthy, port: int) -> None:
     healthy.servers.update([web(port, 1)])
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as client:
-        # The limit bounds new numbers: none is left for the server's side.
+        # The limit bounds descriptor numbers: none is left for accept().
         resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, before[1]))
         try:
             client.connect(("127.0.0.1", port))
@@ -307,7 +305,7 @@ def test_running_out_of_descriptors_costs_no_processor_time(healthy: Healthy, po
     assert b" 200 OK" in ask(port)
 
 
-def test_who_does_not_get_its_port_is_told_of_once(port: int) -> None:
+def test_port_conflict_is_reported_once(port: int) -> None:
     failures: list[tuple[str, str]] = []
     servers = NodePortHealth(lambda: True, lambda service, error: failures.append((str(service), error)))
     with socket.create_server(("", port)):

@@ -1,4 +1,4 @@
-"""A stand-in with two Services, and somebody who follows it."""
+"""A stand-in with two Services and a follower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def server() -> Iterator[ApiServer]:
 
 @pytest.fixture(params=["streaming", "pages"])
 def follower(request: pytest.FixtureRequest, server: ApiServer) -> Iterator[Follower]:
-    """After its first list, by either kind of list."""
+    """Returns a follower after its first list, for both kinds of list."""
     server.streaming_list = request.param == "streaming"
     made = Follower(server)
     made.reflector.start()

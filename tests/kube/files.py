@@ -1,4 +1,4 @@
-"""Files that a client is configured by."""
+"""Kubeconfigs for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import yaml
 
 
 def kubeconfig(path: Path, server: str, user: dict[str, object], **cluster: object) -> Path:
-    """One context with one cluster and one user."""
+    """Writes a kubeconfig of one context with one cluster and one user."""
     path.write_text(
         yaml.safe_dump(
             {

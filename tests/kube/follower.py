@@ -17,7 +17,7 @@ KEY = ObjectKey("load", "a")
 
 
 class Follower:
-    """Listens to a reflector, and keeps what it was told."""
+    """Listens to a reflector and keeps its events."""
 
     def __init__(self, server: ApiServer, **options: Any) -> None:
         self.events: list[Event] = []
@@ -59,5 +59,5 @@ class Follower:
 def still_works(server: ApiServer, follower: Follower) -> None:
     name = f"later-{len(follower.events)}"
     server.store.put("services", objects.service(name, "10.96.0.9"))
-    follower.until(lambda: name in follower.names, "changes do not come any more")
+    follower.until(lambda: name in follower.names, "no further changes are received")
     follower.until(lambda: follower.reflector.status.state is State.CONNECTED)

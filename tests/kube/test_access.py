@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from ebpfproxy.kube import access, kubeconfig
-from ebpfproxy.kube.access import Access, ConfigError
+from ebpfproxy.kube.access import Access
 from ebpfproxy.kube.client import ApiConnection
 from ebpfproxy.kube.decode import Status
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure, of_status
 from tests.apiserver import ApiServer
 from tests.apiserver.certificates import Authority
@@ -37,7 +38,7 @@ def context(name: str, user: str = "u") -> dict[str, Any]:
     return {"name": name, "context": {"cluster": "c", "user": user}}
 
 
-def test_of_several_files_the_first_counts_and_paths_are_relative_to_their_own(tmp_path: Path) -> None:
+def test_first_of_several_kubeconfigs_wins_and_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     one = write(tmp_path / "one" / "config", current_context="x", clusters=cluster("http://one"))
     two = write(
         tmp_path / "two" / "config",
@@ -55,7 +56,7 @@ def test_of_several_files_the_first_counts_and_paths_are_relative_to_their_own(t
         kubeconfig.load([one, two], context="z")
 
 
-def test_a_token_goes_before_a_plugin_and_a_password(tmp_path: Path) -> None:
+def test_token_takes_precedence_over_exec_plugin_and_password(tmp_path: Path) -> None:
     plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "false"}
     user = {"token": "t", "exec": plugin, "username": "a", "password": "b"}
     users = [{"name": "u", "user": user}]
@@ -81,7 +82,7 @@ def test_a_token_goes_before_a_plugin_and_a_password(tmp_path: Path) -> None:
         ("https://localhost:6443", "", False),
     ],
 )
-def test_the_environments_proxy_and_who_goes_past_it(
+def test_proxy_and_no_proxy_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, server: str, no_proxy: str, is_used: bool
 ) -> None:
     for name in ("HTTPS_PROXY", "NO_PROXY", "no_proxy"):
@@ -100,8 +101,8 @@ def test_a_proxy_needs_no_scheme_in_the_environment(monkeypatch: pytest.MonkeyPa
     assert str(made.proxy) == "http://proxy.example:3128"
 
 
-def test_the_clusters_authority_vouches_for_a_proxy_with_https(tmp_path: Path) -> None:
-    """The proxy gets as far as the request to connect, which it refuses."""
+def test_https_proxy_is_verified_with_the_ca_of_the_cluster(tmp_path: Path) -> None:
+    """The proxy receives the CONNECT request, which it rejects."""
     authority = Authority(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.pair("proxy"))
@@ -114,13 +115,13 @@ def test_the_clusters_authority_vouches_for_a_proxy_with_https(tmp_path: Path) -
 
 @pytest.mark.skipif(find_spec("socks") is not None, reason="PySocks is installed")
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.DependencyWarning")
-def test_a_socks_proxy_without_its_library_is_one_line() -> None:
+def test_socks_proxy_without_pysocks_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match=r"^proxy socks5://127\.0\.0\.1:1080: "):
         access.pool(Access("https://10.0.0.1:6443", proxy="socks5://127.0.0.1:1080"))
 
 
 @pytest.mark.parametrize("trouble", ["503", "429", "close"])
-def test_what_passes_is_asked_again(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ebpfproxy.kube.client._BACKOFF_FIRST", 0.01)
     with ApiServer() as server:
         connection = ApiConnection.from_options(None, server.url)
@@ -131,7 +132,7 @@ def test_what_passes_is_asked_again(trouble: str, monkeypatch: pytest.MonkeyPatc
             connection.call("GET", "/api/v1/services", read_seconds=5, tries=2)
 
 
-def test_what_does_not_pass_is_asked_once() -> None:
+def test_permanent_errors_are_not_retried() -> None:
     with ApiServer() as server:
         connection = ApiConnection.from_options(None, server.url)
         server.denied.add("services")
@@ -144,7 +145,7 @@ def test_what_does_not_pass_is_asked_once() -> None:
     assert (unreached.value.reason, unreached.value.status) == ("refused", 0)
 
 
-def test_an_encrypted_key_is_an_error_and_no_question(tmp_path: Path) -> None:
+def test_encrypted_key_is_an_error_without_a_prompt(tmp_path: Path) -> None:
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     (tmp_path / "key").write_bytes(
         key.private_bytes(
@@ -166,8 +167,8 @@ def test_an_encrypted_key_is_an_error_and_no_question(tmp_path: Path) -> None:
         kubeconfig.load([path])
 
 
-def test_a_server_that_takes_no_connection_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its queue is full, so that nothing answers a SYN; the message is text, without urllib3's objects."""
+def test_connect_timeout_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its accept queue is full, so that SYNs get no reply; the message shows no urllib3 objects."""
     monkeypatch.setattr("ebpfproxy.kube.client._CONNECT_SECONDS", 0.2)
     with socket.socket() as listener, socket.socket() as one, socket.socket() as other:
         listener.bind(("127.0.0.1", 0))
@@ -183,7 +184,7 @@ def test_a_server_that_takes_no_connection_is_asked_once(monkeypatch: pytest.Mon
     assert sum(connection.requests.values()) == 1
 
 
-def test_a_connection_that_breaks_is_said_in_one_line() -> None:
+def test_connection_reset_is_a_one_line_error() -> None:
     with ApiServer() as server:
         server.fail("close")
         connection = ApiConnection.from_options(None, server.url)
@@ -194,5 +195,5 @@ def test_a_connection_that_breaks_is_said_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("header", "seconds"), [("7", 7.0), ("9" * 400, 300.0), ("soon", None), (None, None)]
 )
-def test_a_server_cannot_make_a_request_wait_for_ever(header: str | None, seconds: float | None) -> None:
+def test_retry_after_is_limited(header: str | None, seconds: float | None) -> None:
     assert of_status(Status(code=429), header).retry_after == seconds

@@ -1,4 +1,4 @@
-"""Credentials and TLS: what kubeconfigs say, and what happens when tokens change."""
+"""Credentials and TLS of kubeconfigs and pods, and tokens that change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import ebpfproxy
-from ebpfproxy.kube.client import ApiConnection, ConfigError
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.objects import Event, Replaced, Resource
 from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests.apiserver import ApiServer, objects
@@ -50,7 +51,7 @@ def test_client_certificates_over_https(tmp_path: Path) -> None:
         reflector.stop()
 
 
-def test_a_server_with_another_authority_is_not_trusted(tmp_path: Path) -> None:
+def test_server_with_a_certificate_of_another_ca_is_rejected(tmp_path: Path) -> None:
     for folder in ("one", "other"):
         (tmp_path / folder).mkdir()
     authority, other = Authority(tmp_path / "one"), Authority(tmp_path / "other")
@@ -69,8 +70,8 @@ def test_a_server_with_another_authority_is_not_trusted(tmp_path: Path) -> None:
         reflector.stop()
 
 
-def test_an_authority_that_rotates_is_read_again(tmp_path: Path) -> None:
-    """The server gets a certificate of another authority, and the kubeconfig's file has that one later."""
+def test_rotated_ca_is_read_again(tmp_path: Path) -> None:
+    """The server gets a certificate of another CA, which the kubeconfig's file has later."""
     for folder in ("old", "new"):
         (tmp_path / folder).mkdir()
     old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
@@ -107,8 +108,8 @@ def test_a_token_file_is_read_again_for_every_request(tmp_path: Path) -> None:
         assert status_of(connection) == 200
 
 
-def test_an_exec_plugin_is_asked_again_when_its_token_expires(tmp_path: Path) -> None:
-    """It prints the content of a file as a token that is good for a moment."""
+def test_exec_plugin_runs_again_when_its_token_expires(tmp_path: Path) -> None:
+    """It prints the content of a file as a token of short validity."""
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
         "import datetime, json, pathlib\n"
@@ -135,7 +136,7 @@ def test_an_exec_plugin_is_asked_again_when_its_token_expires(tmp_path: Path) ->
         assert status_of(connection) == 200
 
 
-def test_after_a_401_the_whole_kubeconfig_is_read_again(tmp_path: Path) -> None:
+def test_kubeconfig_is_read_again_after_a_401(tmp_path: Path) -> None:
     path = tmp_path / "config"
     with ApiServer(tokens={"good"}) as server:
         server.store.put("services", objects.service("a", "10.96.0.1"))
@@ -154,7 +155,7 @@ def test_after_a_401_the_whole_kubeconfig_is_read_again(tmp_path: Path) -> None:
         reflector.stop()
 
 
-def test_403_names_what_is_not_granted(tmp_path: Path) -> None:
+def test_403_names_the_missing_permission(tmp_path: Path) -> None:
     with ApiServer() as server:
         server.denied.add("services")
         reflector = Reflector(ApiConnection.from_options(None, server.url), Resource.SERVICES, lambda _: None)
@@ -171,14 +172,14 @@ def test_master_overrides_the_kubeconfigs_server(tmp_path: Path) -> None:
 
 
 def test_a_proxy_is_used(tmp_path: Path) -> None:
-    """The stand-in takes a proxy's absolute URLs as they are; it answers 404 for them."""
+    """The stand-in responds with 404 to the absolute URLs that a proxy receives."""
     with ApiServer() as server:
         path = kubeconfig(tmp_path / "config", "http://192.0.2.1:6443", {}, **{"proxy-url": server.url})
         assert status_of(ApiConnection.from_options(path, None)) == 200
         assert server.requests[-1][0] == "/api/v1/services"
 
 
-def test_without_any_option_and_outside_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_option_outside_a_pod_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="no --kubeconfig, --master or --manifests"):
         ApiConnection.from_options(None, None)
@@ -186,7 +187,7 @@ def test_without_any_option_and_outside_a_pod(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes the files of a pod's service account; the server's address is left out."""
+    """Creates the files of a pod's service account, without the server's address."""
     certificate = Authority(tmp_path).path
     for name, path in (("TOKEN", tmp_path / "token"), ("CA", certificate)):
         monkeypatch.setattr(f"ebpfproxy.kube.access.{name}_FILE", path)
@@ -194,9 +195,7 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_in_a_pod_the_service_account_is_used(
-    pod: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_service_account_is_used_in_a_pod(pod: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "server").mkdir()
     authority = Authority(tmp_path / "server")
     monkeypatch.setattr("ebpfproxy.kube.access.CA_FILE", authority.path)
@@ -214,14 +213,14 @@ def test_in_a_pod_the_service_account_is_used(
         assert status_of(connection) == 200
 
 
-def test_in_a_pod_a_master_replaces_the_servers_address(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_master_replaces_the_server_address_in_a_pod(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pod / "token").write_text("t\n")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
     with ApiServer(tokens={"t"}) as server:
         assert status_of(ApiConnection.in_pod(server.url)) == 200
 
 
-def test_an_empty_token_in_a_pod_is_said(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_token_in_a_pod_is_an_error(pod: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
     (pod / "token").write_text("")
     with pytest.raises(ConfigError, match="token: the file is empty"):
@@ -229,7 +228,7 @@ def test_an_empty_token_in_a_pod_is_said(pod: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("content", [b"two\nlines", b"\xff\xfe", None], ids=["lines", "binary", "missing"])
-def test_a_token_file_that_breaks_later_is_a_failure_until_it_is_good_again(
+def test_token_file_that_becomes_invalid_fails_requests_until_it_is_valid(
     tmp_path: Path, content: bytes | None
 ) -> None:
     token = tmp_path / "token"
@@ -248,7 +247,7 @@ def test_a_token_file_that_breaks_later_is_a_failure_until_it_is_good_again(
         follower.reflector.stop()
 
 
-def test_a_plugin_that_fails_later_is_a_failure_and_said_once(
+def test_exec_plugin_that_fails_later_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The kubernetes package logs its message for every try; here it is the error of the state."""
@@ -281,7 +280,7 @@ def test_a_plugin_that_fails_later_is_a_failure_and_said_once(
     assert not [r for r in caplog.records if r.name == "root"]
 
 
-def test_what_requests_say_and_how_their_sockets_are_kept_alive() -> None:
+def test_user_agent_of_requests_and_keepalive_of_their_sockets() -> None:
     with ApiServer() as server:
         connection = ApiConnection.from_options(None, server.url)
         response = connection.get("/api/v1/services", {"watch": "true"}, read_seconds=3)

@@ -1,4 +1,4 @@
-"""gzip: lists of real servers, and from 1.37 on (WatchListCompression) streams."""
+"""gzip of lists, and of streams from 1.37 on (WatchListCompression)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _many(server: ApiServer) -> set[str]:
 
 @pytest.mark.parametrize("streaming", [True, False], ids=["streaming", "pages"])
 @pytest.mark.parametrize("fault", [None, "half"])
-def test_lists_and_streams_are_asked_for_and_read_compressed(
+def test_lists_and_streams_are_requested_and_read_with_gzip(
     server: ApiServer, streaming: bool, fault: str | None
 ) -> None:
-    """One that ends in the middle is a broken connection: everything is there after the next."""
+    """A response that ends early is a broken connection: the next request gets all objects."""
     server.streaming_list, server.compresses_streams = streaming, True
     names = _many(server)
     if fault:
@@ -35,7 +35,7 @@ def test_lists_and_streams_are_asked_for_and_read_compressed(
     assert bool(follower.reflector.status.failures) == bool(fault)
 
 
-def test_a_compressed_watch_that_is_cut_goes_on_where_it_was(server: ApiServer) -> None:
+def test_interrupted_compressed_watch_resumes_at_its_resource_version(server: ApiServer) -> None:
     server.compresses_streams = True
     follower = Follower(server)
     follower.reflector.start()

@@ -1,4 +1,4 @@
-"""A pod finds the control plane's address before Services work."""
+"""A pod finds the address of the control plane before Services are programmed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def closed() -> str:
-    """Nobody listens there."""
+    """Returns an address without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return f"https://127.0.0.1:{sock.getsockname()[1]}"
@@ -107,7 +107,7 @@ def closed() -> str:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """Connections are accepted by the kernel, and nobody says a word."""
+    """Returns an address whose connections the kernel accepts and no process serves."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         yield f"https://127.0.0.1:{sock.getsockname()[1]}"
 
@@ -117,10 +117,10 @@ def publish(server: ApiServer, url: str) -> None:
     server.public[control_plane.CLUSTER_INFO] = json.dumps(body).encode()
 
 
-# -- who is preferred
+# -- order of preference
 
 
-def test_cluster_info_comes_first_and_is_asked_without_the_token(cluster: Cluster) -> None:
+def test_cluster_info_is_preferred_and_read_without_the_token(cluster: Cluster) -> None:
     with cluster.server() as own, cluster.server() as better, cluster.server() as kubelets:
         cluster.own_is(own.url)
         cluster.kubelets_is(kubelets.url)
@@ -132,20 +132,20 @@ def test_cluster_info_comes_first_and_is_asked_without_the_token(cluster: Cluste
             assert all("Authorization" not in headers for headers in server.headers)
 
 
-def test_then_kubelets_own_server(cluster: Cluster) -> None:
+def test_server_of_kubelets_kubeconfig_is_the_second_choice(cluster: Cluster) -> None:
     with cluster.server() as own, cluster.server() as kubelets:
         cluster.own_is(own.url)
         cluster.kubelets_is(kubelets.url)
         assert cluster.connection().host == kubelets.url
 
 
-def test_then_what_kubelet_says(cluster: Cluster) -> None:
+def test_service_address_from_kubelet_is_the_last_choice(cluster: Cluster) -> None:
     with cluster.server() as own:
         cluster.own_is(own.url)
         assert cluster.connection().host == own.url
 
 
-def test_what_somebody_set_in_the_pod_is_used_as_it_is(
+def test_address_set_in_the_pod_is_used_unchanged(
     cluster: Cluster, closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with cluster.server() as kubelets:
@@ -156,12 +156,12 @@ def test_what_somebody_set_in_the_pod_is_used_as_it_is(
         assert not kubelets.requests
 
 
-# -- who does not answer
+# -- servers without a response
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 @pytest.mark.parametrize("place", ["cluster-info", "kubelet.conf", "cluster IP"])
-def test_one_that_does_not_answer_is_passed_over(
+def test_unreachable_server_is_skipped(
     cluster: Cluster, request: pytest.FixtureRequest, place: str, kind: str
 ) -> None:
     dead = request.getfixturevalue(kind)
@@ -176,7 +176,7 @@ def test_one_that_does_not_answer_is_passed_over(
         assert time.monotonic() - began < control_plane.SECONDS + SLACK
 
 
-def test_a_server_of_another_authority_is_passed_over(cluster: Cluster, tmp_path: Path) -> None:
+def test_server_with_a_certificate_of_another_ca_is_skipped(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = cluster.tls(Authority(tmp_path / "other"))
     with cluster.server() as own, cluster.server(tls=other) as stranger:
@@ -187,8 +187,8 @@ def test_a_server_of_another_authority_is_passed_over(cluster: Cluster, tmp_path
         assert not stranger.requests
 
 
-def test_a_server_without_tls_is_passed_over(cluster: Cluster) -> None:
-    """It would be told the token."""
+def test_server_without_tls_is_skipped(cluster: Cluster) -> None:
+    """It would receive the token."""
     with cluster.server() as own, ApiServer() as plain:
         cluster.own_is(own.url)
         cluster.kubelets_is(plain.url)
@@ -198,7 +198,7 @@ def test_a_server_without_tls_is_passed_over(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404", "500"])
-def test_cluster_info_may_be_refused(cluster: Cluster, status: str) -> None:
+def test_cluster_info_may_be_forbidden_or_missing(cluster: Cluster, status: str) -> None:
     with cluster.server() as own, cluster.server() as better:
         cluster.own_is(own.url)
         publish(own, better.url)
@@ -224,15 +224,15 @@ def test_cluster_info_may_be_refused(cluster: Cluster, status: str) -> None:
     ],
     ids=lambda body: repr(body[:30]),
 )
-def test_a_config_map_that_names_no_server(cluster: Cluster, body: bytes) -> None:
+def test_cluster_info_without_a_server_is_skipped(cluster: Cluster, body: bytes) -> None:
     with cluster.server() as own:
         cluster.own_is(own.url)
         own.public[control_plane.CLUSTER_INFO] = body
         assert cluster.connection().host == own.url
 
 
-def test_where_none_answers_kubelets_is_kept_until_one_does(cluster: Cluster, closed: str) -> None:
-    """The reflectors go on trying, and after three failures addresses are chosen among again."""
+def test_kubelets_server_is_kept_until_a_server_responds(cluster: Cluster, closed: str) -> None:
+    """Reflectors retry; after three failures an address is chosen again."""
     cluster.kubelets_is(closed)
     connection = cluster.connection()
     assert connection.host == closed
@@ -246,8 +246,8 @@ def test_where_none_answers_kubelets_is_kept_until_one_does(cluster: Cluster, cl
         follower.reflector.stop()
 
 
-def test_one_that_has_answered_is_not_forgotten_while_nobody_answers(cluster: Cluster) -> None:
-    """Where the cluster IP leads to an old server, no other address can be learned."""
+def test_address_that_responded_is_kept_while_no_server_responds(cluster: Cluster) -> None:
+    """No other address can be found where the cluster IP leads to a server that is gone."""
     with cluster.server() as own, cluster.server() as known:
         cluster.own_is(own.url)
         publish(own, known.url)
@@ -261,7 +261,7 @@ def test_one_that_has_answered_is_not_forgotten_while_nobody_answers(cluster: Cl
         assert connection.host == known.url
 
 
-def test_one_that_goes_away_is_left_for_another(cluster: Cluster) -> None:
+def test_server_that_stops_is_replaced_by_another(cluster: Cluster) -> None:
     with cluster.server() as own:
         cluster.own_is(own.url)
         with cluster.server() as kubelets:
@@ -277,8 +277,8 @@ def test_one_that_goes_away_is_left_for_another(cluster: Cluster) -> None:
 
 
 @pytest.mark.root
-def test_where_packets_to_the_cluster_ip_vanish_a_start_takes_a_second_longer(cluster: Cluster) -> None:
-    """A node that has no Services yet: a default route, and nobody answers."""
+def test_dropped_packets_to_the_cluster_ip_delay_a_start_by_a_second(cluster: Cluster) -> None:
+    """The node has no Services yet: its default route leads to no host."""
     cluster.own_is("https://10.96.0.1:443")
     with Lab() as lab:
         node = lab.node("node-a")
@@ -329,11 +329,11 @@ def test_where_packets_to_the_cluster_ip_vanish_a_start_takes_a_second_longer(cl
         ),
     ],
 )
-def test_the_server_of_a_kubeconfig(tmp_path: Path, text: str, server: str | None) -> None:
+def test_server_is_read_from_a_kubeconfig(tmp_path: Path, text: str, server: str | None) -> None:
     path = tmp_path / "kubelet.conf"
     path.write_text(text)
     assert server_of(path) == server
 
 
-def test_a_kubeconfig_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_kubeconfig_has_no_server(tmp_path: Path) -> None:
     assert server_of(tmp_path / "none") is None

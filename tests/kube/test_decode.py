@@ -1,4 +1,4 @@
-"""Decoding what a real API server sent, byte by byte as it sent it."""
+"""Decodes recorded responses of a real API server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_line_of_the_watches_decodes() -> None:
         assert event.resource_version
 
 
-def test_the_events_applied_to_the_first_lists_give_the_final_lists() -> None:
+def test_events_applied_to_the_initial_lists_give_the_final_lists() -> None:
     decoders = {resource: Decoder(resource) for resource in Resource}
     world: dict[Resource, dict[ObjectKey, object]] = {}
     for resource, items in recordings.lists("initial").items():
@@ -84,18 +84,18 @@ def test_the_events_applied_to_the_first_lists_give_the_final_lists() -> None:
         assert sorted(map(repr, world[resource].values())) == sorted(map(repr, page.objects))
 
 
-def test_an_html_page_of_a_proxy_is_a_status_too() -> None:
+def test_html_page_of_a_proxy_becomes_a_status() -> None:
     status = decode_status(b"<html>Bad Gateway</html>", 502)
     assert status.code == 502
     assert "Bad Gateway" in status.message
 
 
 @pytest.mark.parametrize("body", [b'{"message":"\xff"}', b'{"x":' + b"[" * 100_000, b'{"code":200}', b""])
-def test_any_body_of_a_refusal_is_a_status_with_the_http_status(body: bytes) -> None:
+def test_any_error_body_becomes_a_status_with_the_http_code(body: bytes) -> None:
     assert decode_status(body, 403).code == 403
 
 
-def test_what_is_no_json_is_an_error_of_the_stream() -> None:
+def test_invalid_json_is_a_stream_error() -> None:
     with pytest.raises(msgspec.DecodeError):
         Decoder(Resource.SERVICES).line(b"nonsense")
 
@@ -114,7 +114,7 @@ def test_lines_from_chunks_of_any_size(size: int) -> None:
     [{"spec": {}}, {"metadata": None, "spec": {}}, {"metadata": {"name": 5}, "spec": {}}, 5, None, []],
     ids=repr,
 )
-def test_an_object_without_readable_metadata_is_reported_without_a_name(item: object) -> None:
+def test_object_without_valid_metadata_is_reported_without_a_name(item: object) -> None:
     decoder = Decoder(Resource.SERVICES)
     for kind in ("ADDED", "MODIFIED", "DELETED"):
         event = decoder.line(json.dumps({"type": kind, "object": item}).encode())
@@ -135,9 +135,7 @@ def test_an_object_without_readable_metadata_is_reported_without_a_name(item: ob
         ({"creationTimestamp": 5}, "metadata.creationTimestamp"),
     ],
 )
-def test_an_object_whose_other_metadata_is_wrong_is_reported_by_its_name(
-    metadata: dict[str, Any], field: str
-) -> None:
+def test_object_with_other_invalid_metadata_is_reported_by_name(metadata: dict[str, Any], field: str) -> None:
     item = {"metadata": {"name": "a", "namespace": "n", "resourceVersion": "5", **metadata}, "spec": {}}
     event = Decoder(Resource.SERVICES).line(json.dumps({"type": "ADDED", "object": item}).encode())
     assert (event.key, event.resource_version) == (ObjectKey("n", "a"), "5")
@@ -145,8 +143,8 @@ def test_an_object_whose_other_metadata_is_wrong_is_reported_by_its_name(
     assert event.unreadable.why.startswith(field)
 
 
-def test_every_recorded_answer_is_understood() -> None:
-    """Lists as pages, streams line by line, errors as a Status with the answer's own code."""
+def test_every_recorded_response_is_decoded() -> None:
+    """Lists are decoded as pages, streams by line, and errors as a Status with the response's code."""
     for each in json.loads((RECORDINGS / "responses.json").read_text()):
         body: bytes = each["body"].encode()
         path, _, query = each["request"].removeprefix("GET ").partition("?")

@@ -1,4 +1,4 @@
-"""An agent does not import what it does not need, since that would stay in its memory."""
+"""Unused packages are not imported: they would cost memory and time at each start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.apiserver import ApiServer
 from tests.apiserver.certificates import Authority
 from tests.kube.files import kubeconfig
 
-#: An agent's modules, and one request with its connection.
+#: Imports an agent's modules and sends one request.
 _AGENT = """
 import sys
 from pathlib import Path
@@ -30,7 +30,9 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 
 
 @pytest.mark.parametrize("has_kubeconfig", [False, True], ids=["service account", "kubeconfig"])
-def test_static_credentials_do_without_the_kubernetes_package(tmp_path: Path, has_kubeconfig: bool) -> None:
+def test_static_credentials_do_not_import_the_kubernetes_package(
+    tmp_path: Path, has_kubeconfig: bool
+) -> None:
     authority = Authority(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.pair("server"))
@@ -64,4 +66,19 @@ def test_static_credentials_do_without_the_kubernetes_package(tmp_path: Path, ha
     assert done.returncode == 0, done.stderr
     modules = done.stdout.split()
     assert "urllib3" in modules
-    assert "kubernetes" not in modules
+    assert not {"kubernetes", "pyroute2", "rich", "watchfiles"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("command", "unused"),
+    [
+        ("run", {"kubernetes", "pyroute2", "rich", "urllib3", "watchfiles"}),
+        ("status", {"asyncio", "kubernetes", "prometheus_client", "pyroute2", "rich", "ssl", "urllib3"}),
+        ("service", {"asyncio", "kubernetes", "prometheus_client", "pyroute2", "rich", "ssl", "urllib3"}),
+    ],
+)
+def test_command_does_not_import(command: str, unused: set[str]) -> None:
+    """Modules for manifests, tables and old kernels are imported where they are used."""
+    script = f"import sys, ebpfproxy.cli.{command}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not unused & set(output.split())

@@ -1,4 +1,4 @@
-"""A kubeconfig with a mistake is one error that names the file and the field, not a traceback later."""
+"""An invalid kubeconfig is one error that names file and field, and no traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ebpfproxy.kube.client import ApiConnection, ConfigError
+from ebpfproxy.kube.client import ApiConnection
+from ebpfproxy.kube.errors import ConfigError
 from tests.apiserver.certificates import Authority
 
 GARBAGE = base64.b64encode(b"no certificate").decode()
@@ -78,11 +79,11 @@ def error_of(path: Path, content: object) -> str:
         (config(exec_plugin("false")), "process returned 1"),
     ],
 )
-def test_mistakes(tmp_path: Path, content: object, field: str) -> None:
+def test_errors_name_the_field(tmp_path: Path, content: object, field: str) -> None:
     assert field in error_of(tmp_path / "config", content)
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         ApiConnection.from_options(tmp_path / "missing", None)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
@@ -90,13 +91,13 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         ApiConnection.from_options(tmp_path / "binary", None)
 
 
-def test_a_master_without_scheme() -> None:
+def test_master_without_a_scheme_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--master: .* does not begin with http://"):
         ApiConnection.from_options(None, "10.0.0.1:6443")
 
 
-def test_an_authoritys_data_may_have_comments(tmp_path: Path) -> None:
-    """Text beside the certificates is ignored, in whatever encoding, as in a file."""
+def test_ca_data_may_have_comments(tmp_path: Path) -> None:
+    """Other text than certificates is ignored in any encoding, as in a file."""
     text = "# Autorité de certification\n".encode("latin-1") + Authority(tmp_path).path.read_bytes()
     data = base64.b64encode(text).decode()
     path = tmp_path / "config"
@@ -116,8 +117,8 @@ def test_base64_may_be_folded(tmp_path: Path) -> None:
     assert ApiConnection.from_options(path, None).host == "https://127.0.0.1:1"
 
 
-def test_a_user_without_anything_is_null(tmp_path: Path) -> None:
-    """As the DaemonSet hands a kubelet's file on: without its credentials."""
+def test_empty_user_is_null(tmp_path: Path) -> None:
+    """The DaemonSet copies a kubelet's kubeconfig in this form, without credentials."""
     path = tmp_path / "config"
     path.write_text(yaml.safe_dump(config(None)))
     assert ApiConnection.from_options(path, None).kubeconfig_server == "https://127.0.0.1:1"

@@ -1,4 +1,4 @@
-"""The API client's rate, on a clock of its own."""
+"""The rate limit of the API client, with a fake clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def limit(clock: Clock, qps: float, burst: int) -> RateLimit:
     return RateLimit(qps, burst, clock=lambda: clock.now, sleep=clock.sleep)
 
 
-def test_a_burst_goes_at_once_and_then_so_many_a_second() -> None:
+def test_burst_is_sent_at_once_and_then_limited_by_rate() -> None:
     clock = Clock()
     found = limit(clock, 5, 10)
     for _ in range(10):
@@ -32,7 +32,7 @@ def test_a_burst_goes_at_once_and_then_so_many_a_second() -> None:
     assert clock.now == pytest.approx(4.0)
 
 
-def test_what_was_not_used_is_kept_up_to_a_burst() -> None:
+def test_unused_requests_accumulate_up_to_the_burst() -> None:
     clock = Clock()
     found = limit(clock, 5, 10)
     for _ in range(10):
@@ -46,7 +46,7 @@ def test_what_was_not_used_is_kept_up_to_a_burst() -> None:
 
 
 @pytest.mark.parametrize("qps", [0, -1])
-def test_no_rate_is_no_limit(qps: float) -> None:
+def test_no_rate_means_no_limit(qps: float) -> None:
     clock = Clock()
     found = limit(clock, qps, 1)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Manifests: what is read, how it is followed, and how a mistake is reported."""
+"""Manifest files are read and watched, and errors in them are reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ebpfproxy.kube.manifests import ManifestError, ManifestSource, parse
+from ebpfproxy.kube.errors import ManifestError
+from ebpfproxy.kube.manifests import ManifestSource, parse
 from ebpfproxy.kube.objects import Event, ObjectKey, Replaced, Resource, key_of
 from ebpfproxy.kube.source_status import State
 
@@ -57,7 +58,7 @@ def follower(tmp_path: Path) -> Iterator[Follower]:
     made.source.stop()
 
 
-def test_everything_is_read_before_start_returns(tmp_path: Path) -> None:
+def test_all_files_are_read_before_start_returns(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"{service('a')}---\n{service('b')}---\n")
     (tmp_path / "c.json").write_text('{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}')
     (tmp_path / "d.yml").write_text("{apiVersion: v1, kind: Node, metadata: {name: node-b}}")
@@ -74,7 +75,7 @@ def test_everything_is_read_before_start_returns(tmp_path: Path) -> None:
     made.source.stop()
 
 
-def test_lists_as_kubectl_writes_them_and_kinds_that_are_not_ours() -> None:
+def test_lists_of_kubectl_are_read_and_other_kinds_skipped() -> None:
     text = f"""
 apiVersion: v1
 kind: List
@@ -99,7 +100,7 @@ items:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: b: c", "mapping values are not allowed"),
         ("- 1", "document 1: not an object"),
@@ -119,10 +120,10 @@ items:
         ),
     ],
 )
-def test_a_mistake_names_document_object_and_field(text: str, said: str) -> None:
+def test_errors_name_document_object_and_field(text: str, message: str) -> None:
     with pytest.raises(ManifestError) as error:
         list(parse(text))
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +139,12 @@ def test_a_mistake_names_document_object_and_field(text: str, said: str) -> None
     ],
     ids=["[", "{", "-", "?", "- ?", "a:", "[ 200"],
 )
-def test_deep_nesting_is_an_error_and_not_the_end_of_the_process(text: str) -> None:
+def test_deep_nesting_is_an_error_and_does_not_end_the_process(text: str) -> None:
     with pytest.raises(ManifestError, match="nested more than 100 deep"):
         list(parse(text))
 
 
-def test_files_that_come_change_and_go(follower: Follower) -> None:
+def test_added_changed_and_deleted_files_are_followed(follower: Follower) -> None:
     (follower.folder / "b.yaml").write_text(service("b"))
     follower.until(lambda: follower.services == {"shop/a", "shop/b"})
     (follower.folder / "b.yaml").write_text(service("c"))
@@ -152,8 +153,8 @@ def test_files_that_come_change_and_go(follower: Follower) -> None:
     follower.until(lambda: follower.services == {"shop/c"})
 
 
-def test_a_file_replaced_by_rename_and_a_config_maps_swap_of_links(tmp_path: Path) -> None:
-    """A mounted ConfigMap: files are links into ..data, which is a link that is swapped."""
+def test_files_replaced_by_rename_and_by_a_config_map_update(tmp_path: Path) -> None:
+    """Files of a mounted ConfigMap are links into ..data, a link that an update replaces."""
     for version in ("one", "two"):
         (tmp_path / f"..{version}").mkdir()
         (tmp_path / f"..{version}" / "a.yaml").write_text(service(version))
@@ -169,7 +170,7 @@ def test_a_file_replaced_by_rename_and_a_config_maps_swap_of_links(tmp_path: Pat
     made.source.stop()
 
 
-def test_a_broken_file_keeps_its_last_good_state_and_others_go_on(
+def test_invalid_file_keeps_its_last_valid_objects_and_others_are_updated(
     follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     (follower.folder / "a.yaml").write_text("{")
@@ -187,7 +188,7 @@ def test_a_broken_file_keeps_its_last_good_state_and_others_go_on(
     ]
 
 
-def test_an_object_in_two_files_is_the_first_files(
+def test_first_file_wins_for_an_object_in_two_files(
     follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     (follower.folder / "b.yaml").write_text(service("a"))
@@ -195,7 +196,7 @@ def test_an_object_in_two_files_is_the_first_files(
     assert follower.services == {"shop/a"}
 
 
-def test_headless_services_and_other_proxies_slices_are_kept_out(tmp_path: Path) -> None:
+def test_headless_services_and_slices_of_other_proxies_are_filtered(tmp_path: Path) -> None:
     for name, label in (("a", "headless"), ("b", "service-proxy-name")):
         labels = f"namespace: shop, labels: {{service.kubernetes.io/{label}: mesh}}"
         (tmp_path / f"{name}.yaml").write_text(service(name).replace("namespace: shop", labels))
@@ -204,7 +205,7 @@ def test_headless_services_and_other_proxies_slices_are_kept_out(tmp_path: Path)
     (tmp_path / "c.yaml").write_text(piece)
     made = Follower(tmp_path)
     made.source.read()
-    assert made.services == {"shop/b"}, "the cluster IP of another proxy's Service is wanted"
+    assert made.services == {"shop/b"}, "cluster IPs of Services of other proxies are kept"
     assert made.known[Resource.ENDPOINTSLICES] == set()
 
 
@@ -219,6 +220,6 @@ def test_service_cidrs_are_read_from_files(tmp_path: Path, version: str) -> None
     assert made.known[Resource.SERVICECIDRS] == {"kubernetes"}
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="not a folder"):
         Follower(tmp_path / "nothing").source.start()

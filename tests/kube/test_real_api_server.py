@@ -1,6 +1,6 @@
-"""What is asked of an API server: of the stand-in, and of a real one where KUBEBUILDER_ASSETS names it.
+"""The agent's requests to the stand-in, and to a real API server where KUBEBUILDER_ASSETS is set.
 
-So what other tests learn from the stand-in is what a real kube-apiserver does.
+The tests show that the stand-in behaves as kube-apiserver does.
 """
 
 from __future__ import annotations
@@ -41,12 +41,19 @@ def _service(name: str, labels: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def _own_loopback_address() -> str:
+    """Returns an address of 127.0.0.0/8 that is unique to this process: parallel runs use the same ports."""
+    return f"127.{1 + (os.getpid() >> 16)}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+
+
 class RealServer:
-    """etcd and kube-apiserver on loopback, with one token that may do everything."""
+    """etcd and kube-apiserver on loopback, with one token that has all rights."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
+        address = _own_loopback_address()
+        etcd, self.url = f"http://{address}:23790", f"https://{address}:26443"
         key = folder / "sa.key"
         subprocess.run(["openssl", "genrsa", "-out", str(key), "2048"], check=True, capture_output=True)
         (folder / "tokens.csv").write_text(f"{TOKEN},admin,1,system:masters\n")
@@ -54,15 +61,15 @@ class RealServer:
             "etcd",
             "--data-dir",
             str(folder / "etcd"),
-            "--listen-client-urls=http://127.0.0.1:23790",
-            "--advertise-client-urls=http://127.0.0.1:23790",
-            "--listen-peer-urls=http://127.0.0.1:23800",
+            f"--listen-client-urls={etcd}",
+            f"--advertise-client-urls={etcd}",
+            f"--listen-peer-urls=http://{address}:23800",
         )
         self._start(
             "kube-apiserver",
-            "--etcd-servers=http://127.0.0.1:23790",
+            f"--etcd-servers={etcd}",
             "--secure-port=26443",
-            "--bind-address=127.0.0.1",
+            f"--bind-address={address}",
             f"--cert-dir={folder / 'certs'}",
             f"--token-auth-file={folder / 'tokens.csv'}",
             "--authorization-mode=AlwaysAllow",
@@ -72,7 +79,6 @@ class RealServer:
             f"--service-account-signing-key-file={key}",
         )
         self._cluster = {"insecure-skip-tls-verify": True}
-        self.url = "https://127.0.0.1:26443"
         deadline = time.monotonic() + 60
         while not self._ready():
             assert time.monotonic() < deadline, "kube-apiserver does not become ready"
@@ -85,7 +91,7 @@ class RealServer:
         )
 
     def _ready(self) -> bool:
-        """True if it answers and has created what every server has: its own Service and the first namespaces.
+        """Returns True if it responds and has created its own Service and the first namespaces.
 
         Both come from controllers that ``/readyz`` does not wait for.
         """
@@ -130,7 +136,7 @@ class RealServer:
 
 
 class StandIn:
-    """The same for the stand-in."""
+    """The same operations with the stand-in."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -170,7 +176,7 @@ def api(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 class Watch:
-    """A reflector of Services, and what it told."""
+    """A reflector of Services and its events."""
 
     def __init__(self, connection: ApiConnection, *, pages: bool = False, selector: str = "") -> None:
         self.events: list[Event] = []
@@ -202,7 +208,7 @@ class Watch:
 
 @pytest.fixture
 def watching() -> Iterator[list[Watch]]:
-    """Stopped at the end."""
+    """The watch is stopped at the end."""
     made: list[Watch] = []
     yield made
     for each in made:
@@ -210,7 +216,7 @@ def watching() -> Iterator[list[Watch]]:
 
 
 @pytest.mark.parametrize("pages", [False, True], ids=["streaming", "pages"])
-def test_first_a_list_then_changes(api: Api, watching: list[Watch], pages: bool) -> None:
+def test_list_is_followed_by_changes(api: Api, watching: list[Watch], pages: bool) -> None:
     watch = Watch(api.connection(), pages=pages)
     watching.append(watch)
     first = watch.next(1)
@@ -230,7 +236,7 @@ def test_first_a_list_then_changes(api: Api, watching: list[Watch], pages: bool)
     assert watch.reflector.status.state is State.CONNECTED
 
 
-def test_what_leaves_the_selection_is_deleted(api: Api, watching: list[Watch]) -> None:
+def test_object_that_no_longer_matches_the_selector_is_deleted(api: Api, watching: list[Watch]) -> None:
     watch = Watch(api.connection(), selector=f"!{LABEL}")
     watching.append(watch)
     assert isinstance(watch.next(1), Replaced)
@@ -241,7 +247,7 @@ def test_what_leaves_the_selection_is_deleted(api: Api, watching: list[Watch]) -
     api.delete("meshed")
 
 
-def test_a_broken_stream_is_taken_up_without_a_new_list(api: Api, watching: list[Watch]) -> None:
+def test_broken_stream_resumes_without_a_new_list(api: Api, watching: list[Watch]) -> None:
     watch = Watch(api.connection())
     watching.append(watch)
     watch.next(1)
@@ -265,7 +271,7 @@ def test_wrong_credentials_are_401(api: Api, watching: list[Watch]) -> None:
 SERVICE = Reference("Service", "default", "kubernetes")
 
 
-def test_events_are_taken_once(api: Api) -> None:
+def test_events_are_accepted_once(api: Api) -> None:
     counts: list[str] = []
     for start in range(1, 3):
         recorder = Recorder(api.connection(), "node-a", counts.append, Pace(spread=0))
@@ -300,7 +306,7 @@ def test_events_are_taken_once(api: Api) -> None:
         ("metadata", {"name": "other.1", "namespace": "kube-system"}, 400),
     ],
 )
-def test_events_that_are_not_valid(api: Api, field: str, value: object, status: int) -> None:
+def test_invalid_events_are_rejected(api: Api, field: str, value: object, status: int) -> None:
     now = time.time()
     occurrence = KubeEvent(SERVICE, Level.NORMAL, "Odd", "Read", f"{field} {value}")
     body = {**to_api(occurrence, Series(now, now, 1), "node-a"), field: value}

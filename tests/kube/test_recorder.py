@@ -1,4 +1,4 @@
-"""Events over real HTTP: what arrives, how often, and what happens when they are not wanted."""
+"""Events over HTTP: their content, their rate, and failures to send them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from ebpfproxy.kube.client import ApiConnection
-from ebpfproxy.kube.events.event import KubeEvent, Level, Reference
-from ebpfproxy.kube.events.recorder import RESULTS, Pace, Recorder
+from ebpfproxy.kube.events.event import RESULTS, KubeEvent, Level, Reference
+from ebpfproxy.kube.events.recorder import Pace, Recorder
 from tests.apiserver import ApiServer, objects
 from tests.lab.waiting import until
 
@@ -20,7 +20,7 @@ SERVICE = Reference("Service", "load", "web")
 SLICE = Reference("EndpointSlice", "load", "web-x7k2p")
 
 
-def said(
+def output(
     about: Reference = SERVICE, note: str = "spec.x: is wrong", *, of_node: bool = False, reason: str = "Bad"
 ) -> KubeEvent:
     return KubeEvent(about, Level.WARNING, reason, "Read", note, of_node)
@@ -64,12 +64,12 @@ def posts(server: ApiServer) -> int:
     return sum(path.startswith("/apis/events.k8s.io/") for path, _ in server.requests)
 
 
-# -- what arrives
+# -- content
 
 
-def test_of_a_service_with_its_uid(server: ApiServer, sender: Sender) -> None:
-    """kubectl describe asks for events by it."""
-    sender(said())
+def test_event_of_a_service_has_its_uid(server: ApiServer, sender: Sender) -> None:
+    """kubectl describe selects events by it."""
+    sender(output())
     sender.until(created=1)
     (event,) = server.events.all
     uid = objects.service("web", "10.96.0.1")["metadata"]["uid"]
@@ -88,17 +88,17 @@ def test_of_a_service_with_its_uid(server: ApiServer, sender: Sender) -> None:
     assert "series" not in event
 
 
-def test_of_a_node_as_kube_proxy_and_kubelet_name_it(server: ApiServer, sender: Sender) -> None:
-    sender(said(NODE, of_node=True))
+def test_event_of_a_node_refers_to_it_as_kube_proxy_and_kubelet_do(server: ApiServer, sender: Sender) -> None:
+    sender(output(NODE, of_node=True))
     sender.until(created=1)
     (event,) = server.events.all
     assert event["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node-a", "uid": "node-a"}
     assert event["metadata"]["namespace"] == "default"
-    assert len(server.requests) == 1, "nothing has to be asked for"
+    assert len(server.requests) == 1, "no object has to be read"
 
 
-def test_of_a_slice_it_is_the_services(server: ApiServer, sender: Sender) -> None:
-    sender(said(SLICE))
+def test_event_of_an_endpoint_slice_regards_its_service(server: ApiServer, sender: Sender) -> None:
+    sender(output(SLICE))
     sender.until(created=1)
     (event,) = server.events.all
     assert (event["regarding"]["kind"], event["regarding"]["name"]) == ("Service", "web")
@@ -107,11 +107,13 @@ def test_of_a_slice_it_is_the_services(server: ApiServer, sender: Sender) -> Non
     assert event["related"]["apiVersion"] == "discovery.k8s.io/v1"
 
 
-def test_of_a_slice_of_no_service_it_is_its_own(server: ApiServer, sender: Sender) -> None:
+def test_event_of_an_endpoint_slice_without_a_service_regards_the_slice(
+    server: ApiServer, sender: Sender
+) -> None:
     piece = objects.endpoint_slice("free", [])
     del piece["metadata"]["labels"]["kubernetes.io/service-name"]
     server.store.put("endpointslices", piece)
-    sender(said(Reference("EndpointSlice", "load", piece["metadata"]["name"])))
+    sender(output(Reference("EndpointSlice", "load", piece["metadata"]["name"])))
     sender.until(created=1)
     assert server.events.all[0]["regarding"]["kind"] == "EndpointSlice"
 
@@ -123,25 +125,25 @@ def test_of_a_slice_of_no_service_it_is_its_own(server: ApiServer, sender: Sende
 )
 def test_names_and_notes_of_any_length_are_valid(server: ApiServer, node: str, note: str) -> None:
     sender = Sender(server, node)
-    sender(said(Reference("Node", "", node), note, of_node=True))
+    sender(output(Reference("Node", "", node), note, of_node=True))
     sender.until(created=1)
     assert note.startswith(server.events.all[0]["note"].removesuffix("…"))
     sender.recorder.stop()
 
 
-def test_of_what_is_gone_nothing_is_said(server: ApiServer, sender: Sender) -> None:
-    sender(said(Reference("Service", "load", "gone")), said(Reference("EndpointSlice", "load", "gone")))
+def test_deleted_object_gets_no_event(server: ApiServer, sender: Sender) -> None:
+    sender(output(Reference("Service", "load", "gone")), output(Reference("EndpointSlice", "load", "gone")))
     sender.until(gone=2)
     assert posts(server) == 0
 
 
-# -- how often
+# -- rate
 
 
-def test_of_many_nodes_that_say_the_same_one_is_kept(server: ApiServer) -> None:
+def test_equal_events_of_many_nodes_are_stored_once(server: ApiServer) -> None:
     senders = [Sender(server, f"node-{i}") for i in range(20)]
     for each in senders:
-        each(said())
+        each(output())
     until(lambda: sum(sum(each.counts.values()) for each in senders) == 20)
     assert sum((each.counts for each in senders), Counter()) == Counter(created=1, exists=19)
     assert len(server.events.all) == 1
@@ -149,19 +151,19 @@ def test_of_many_nodes_that_say_the_same_one_is_kept(server: ApiServer) -> None:
         each.recorder.stop()
 
 
-def test_what_a_node_says_of_itself_is_its_own(server: ApiServer) -> None:
+def test_events_of_nodes_about_themselves_are_distinct(server: ApiServer) -> None:
     senders = [Sender(server, f"node-{i}") for i in range(3)]
     for each in senders:
-        each(said(of_node=True))
+        each(output(of_node=True))
         each.until(created=1)
         each.recorder.stop()
 
 
-def test_a_restart_does_not_say_it_again(server: ApiServer, sender: Sender) -> None:
-    sender(said(of_node=True))
+def test_restart_does_not_repeat_an_event(server: ApiServer, sender: Sender) -> None:
+    sender(output(of_node=True))
     sender.until(created=1)
     again = Sender(server)
-    again(said(of_node=True))
+    again(output(of_node=True))
     again.until(exists=1)
     again.recorder.stop()
 
@@ -175,112 +177,116 @@ def test_each_start_is_an_event(server: ApiServer) -> None:
     assert len(server.events.all) == 3
 
 
-def test_repeats_are_counted_and_said_after_ten_minutes(
+def test_repeated_events_are_counted_and_sent_after_ten_minutes(
     server: ApiServer, sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sender(*[said(NODE, of_node=True)] * 5)
+    sender(*[output(NODE, of_node=True)] * 5)
     sender.until(created=1, repeated=4)
     later = time.monotonic() + 601
     monkeypatch.setattr("ebpfproxy.kube.events.recorder.time.monotonic", lambda: later)
-    sender(said(NODE, of_node=True))
+    sender(output(NODE, of_node=True))
     sender.until(created=2, repeated=4)
     first, second = server.events.all
     assert "series" not in first
-    assert second["series"]["count"] == 5, "four that were not sent, and this one"
+    assert second["series"]["count"] == 5, "four events that were not sent and this one"
     assert first["eventTime"] < second["eventTime"] < second["series"]["lastObservedTime"]
 
 
-def test_of_one_object_not_too_many(server: ApiServer, sender: Sender) -> None:
-    """client-go's numbers: 25, then one every five minutes."""
-    sender(*(said(note=f"{i}") for i in range(100)))
-    sender(said(Reference("Service", "other", "web")))
+def test_events_of_one_object_are_rate_limited(server: ApiServer, sender: Sender) -> None:
+    """The limits are client-go's: 25 events, then one every five minutes."""
+    sender(*(output(note=f"{i}") for i in range(100)))
+    sender(output(Reference("Service", "other", "web")))
     sender.until(created=26, limited=75)
 
 
-def test_the_queue_is_bounded_and_the_rate_is(server: ApiServer) -> None:
+def test_queue_and_rate_are_bounded(server: ApiServer) -> None:
     sender = Sender(server, pace=Pace(qps=20, burst=1, queue=10, spread=0))
     began = time.monotonic()
-    sender(*(said(Reference("Node", "", f"n{i}"), of_node=True) for i in range(200)))
+    sender(*(output(Reference("Node", "", f"n{i}"), of_node=True) for i in range(200)))
     took = time.monotonic() - began
-    assert took < 5, "who records does not wait: all would take ten seconds"
+    assert took < 5, "recording does not block: sending all events would take ten seconds"
     until(lambda: sum(sender.counts.values()) == 200)
-    assert sender.counts["created"] <= 10 + 2 + took * 20, "the queue, what is on its way, and what it sent"
+    assert sender.counts["created"] <= 10 + 2 + took * 20, "events in the queue, in flight and sent"
     assert sender.counts["created"] == 200 - sender.counts["dropped"]
     assert time.monotonic() - began >= (sender.counts["created"] - 2) / 20
     sender.recorder.stop()
 
 
-# -- what goes wrong
+# -- failures
 
 
-def test_while_the_server_is_away_it_is_tried_again(server: ApiServer, sender: Sender) -> None:
+def test_events_are_retried_while_the_server_is_unreachable(server: ApiServer, sender: Sender) -> None:
     server.fail("close", times=3)
     server.fail("503", times=2)
     server.fail("429", retry_after=0)
-    sender(said(NODE, of_node=True))
+    sender(output(NODE, of_node=True))
     sender.until(created=1)
     assert posts(server) == 7
 
 
-def test_but_not_for_ever(server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
+def test_retries_are_limited(server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
     server.fail("503", times=1000)
-    sender(said(NODE, of_node=True), said(NODE, "more", of_node=True))
+    sender(output(NODE, of_node=True), output(NODE, "more", of_node=True))
     sender.until(failed=2)
     assert posts(server) == 24
     assert len(_warnings(caplog)) == 1
     assert "503" in _warnings(caplog)[0]
 
 
-def test_403_is_said_once_and_ends_trying(
+def test_403_is_logged_once_and_ends_retries(
     server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.denied.add("events")
-    sender(*(said(NODE, f"{i}", of_node=True) for i in range(20)))
+    sender(*(output(NODE, f"{i}", of_node=True) for i in range(20)))
     sender.until(forbidden=20)
     assert posts(server) == 1
     assert len(_warnings(caplog)) == 1
     assert 'cannot create resource "events"' in _warnings(caplog)[0]
 
 
-def test_a_namespace_that_ends_does_not_silence_others(server: ApiServer, sender: Sender) -> None:
+def test_terminating_namespace_does_not_block_events_of_others(server: ApiServer, sender: Sender) -> None:
     server.events.terminating.add("load")
-    sender(said(of_node=True))
+    sender(output(of_node=True))
     sender.until(forbidden=1)
-    sender(said(Reference("Service", "other", "web"), of_node=True), said(NODE, of_node=True))
+    sender(output(Reference("Service", "other", "web"), of_node=True), output(NODE, of_node=True))
     sender.until(forbidden=1, created=2)
 
 
-def test_one_that_is_refused_does_not_stop_others(
+def test_rejected_event_does_not_block_others(
     server: ApiServer, sender: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sender(said(NODE, reason="R" * 200, of_node=True), said(NODE, reason="S" * 200, of_node=True), said(NODE))
+    sender(
+        output(NODE, reason="R" * 200, of_node=True),
+        output(NODE, reason="S" * 200, of_node=True),
+        output(NODE),
+    )
     sender.until(rejected=2, created=1)
     assert len(_warnings(caplog)) == 1
     assert "422" in _warnings(caplog)[0]
 
 
 @pytest.mark.parametrize("kind", ["html", "garbage body"])
-def test_nonsense_from_a_proxy(server: ApiServer, sender: Sender, kind: str) -> None:
+def test_html_response_of_a_proxy_is_an_error(server: ApiServer, sender: Sender, kind: str) -> None:
     if kind == "html":
         server.fail("html")
-        sender(said(NODE, of_node=True))
+        sender(output(NODE, of_node=True))
     else:
         server.public["/api/v1/namespaces/load/services"] = b"<html>"
-        sender(said())
+        sender(output())
         sender.until(failed=1)
         del server.public["/api/v1/namespaces/load/services"]
-        sender(said(note="again"))
+        sender(output(note="again"))
     until(lambda: sender.counts["created"] == 1)
 
 
-def test_stopping_does_not_wait(server: ApiServer) -> None:
+def test_stop_does_not_wait_for_the_server(server: ApiServer) -> None:
     sender = Sender(server, pace=Pace(spread=0))
     server.fail("hang", times=10)
-    sender(said(NODE, of_node=True))
+    sender(output(NODE, of_node=True))
     until(lambda: posts(server) == 1)
     began = time.monotonic()
     sender.recorder.stop()
-    assert time.monotonic() - began < 5, "the server hangs for longer"
+    assert time.monotonic() - began < 5, "the server hangs for longer than that"
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

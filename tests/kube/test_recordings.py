@@ -1,4 +1,4 @@
-"""A recorded cluster's life over real HTTP: from its first lists, by its events, to its final lists."""
+"""Replays a recorded cluster over HTTP, from its initial lists to its final lists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data import RECORDINGS
 
 
 def without_version(each: Any) -> Any:
-    """The stand-in counts versions of its own."""
+    """Removes the resource version, which the stand-in assigns itself."""
     meta = msgspec.structs.replace(each.metadata, resource_version="")
     return msgspec.structs.replace(each, metadata=meta)
 
@@ -31,7 +31,7 @@ def final(resource: Resource) -> dict[ObjectKey, Object]:
 
 
 @pytest.mark.parametrize("how", ["streaming", "pages", "connections cut", "history compacted"])
-def test_after_all_events_everything_is_as_in_the_final_lists(how: str) -> None:
+def test_objects_equal_the_final_lists_after_all_events(how: str) -> None:
     known: dict[Resource, dict[ObjectKey, object]] = {}
 
     def sink(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""The reflector against a server that does to it what API servers and networks do."""
+"""The reflector with the failures of API servers and networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.apiserver import ApiServer, objects
 from tests.kube.follower import KEY, Follower, still_works
 
 
-def test_first_one_list_then_changes_as_they_happen(server: ApiServer, follower: Follower) -> None:
+def test_initial_list_is_followed_by_watch_events(server: ApiServer, follower: Follower) -> None:
     assert follower.count(Replaced) == 1
     server.store.put("services", objects.service("c", "10.96.0.3"))
     server.store.put("services", objects.service("a", "10.96.0.4"))
@@ -24,7 +24,7 @@ def test_first_one_list_then_changes_as_they_happen(server: ApiServer, follower:
     assert follower.known[KEY].spec.cluster_ip == "10.96.0.4"  # type: ignore[attr-defined]
 
 
-def test_a_list_of_many_pages_is_one_event(server: ApiServer) -> None:
+def test_paged_list_is_one_event(server: ApiServer) -> None:
     for i in range(1201):
         server.store.put("services", objects.service(f"s{i}", "10.96.0.1"))
     server.streaming_list = False
@@ -37,7 +37,7 @@ def test_a_list_of_many_pages_is_one_event(server: ApiServer) -> None:
     follower.reflector.stop()
 
 
-def test_a_continue_token_that_expires_starts_the_list_again(server: ApiServer) -> None:
+def test_expired_continue_token_restarts_the_list(server: ApiServer) -> None:
     for i in range(600):
         server.store.put("services", objects.service(f"s{i}", "10.96.0.1"))
     server.streaming_list = False
@@ -60,15 +60,19 @@ def test_selectors_are_sent(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "403", "html", "close"])
-def test_a_failing_watch_is_taken_up_where_it_was(server: ApiServer, follower: Follower, kind: str) -> None:
+def test_failed_watch_resumes_at_its_resource_version(
+    server: ApiServer, follower: Follower, kind: str
+) -> None:
     server.fail(kind, times=3)
     server.drop_connections()
     still_works(server, follower)
-    assert follower.count(Replaced) == 1, "nothing is listed again"
+    assert follower.count(Replaced) == 1, "the reflector does not relist"
 
 
 @pytest.mark.parametrize("kind", ["cut", "garbage", "silence"])
-def test_a_broken_stream_is_taken_up_where_it_was(server: ApiServer, follower: Follower, kind: str) -> None:
+def test_broken_stream_resumes_at_its_resource_version(
+    server: ApiServer, follower: Follower, kind: str
+) -> None:
     fault = server.fail(kind)
     follower.until(lambda: fault.times <= 0)
     still_works(server, follower)
@@ -77,14 +81,14 @@ def test_a_broken_stream_is_taken_up_where_it_was(server: ApiServer, follower: F
     follower.until(lambda: follower.failures(reason) + follower.failures("connection") >= 1)
 
 
-def test_a_server_that_answers_nothing_is_left_after_a_while(server: ApiServer, follower: Follower) -> None:
+def test_request_without_response_times_out(server: ApiServer, follower: Follower) -> None:
     server.fail("hang", times=2)
     server.drop_connections()
     still_works(server, follower)
 
 
 @pytest.mark.parametrize("how", ["in the stream", "as a status"])
-def test_410_lists_again_and_nothing_known_vanishes_meanwhile(
+def test_410_relists_and_keeps_known_objects_meanwhile(
     server: ApiServer, follower: Follower, how: str
 ) -> None:
     if how == "in the stream":
@@ -98,7 +102,7 @@ def test_410_lists_again_and_nothing_known_vanishes_meanwhile(
     still_works(server, follower)
 
 
-def test_what_was_deleted_while_away_is_missing_from_the_new_list(
+def test_objects_deleted_while_disconnected_are_removed_by_the_new_list(
     server: ApiServer, follower: Follower
 ) -> None:
     server.fail("500", times=5)
@@ -110,7 +114,7 @@ def test_what_was_deleted_while_away_is_missing_from_the_new_list(
 
 
 def test_retry_after_is_honoured(server: ApiServer, follower: Follower) -> None:
-    """The watch asks again when it has been idle. Dropped connections could take the 429 with them unread."""
+    """The watch retries when it has been idle; the 429 could be lost unread with dropped connections."""
     began = time.monotonic()
     server.fail("429", retry_after=2)
     follower.until(lambda: follower.failures("429") == 1)
@@ -118,7 +122,9 @@ def test_retry_after_is_honoured(server: ApiServer, follower: Follower) -> None:
     assert time.monotonic() - began >= 2.0
 
 
-def test_while_the_server_is_away_everything_known_stays(server: ApiServer, follower: Follower) -> None:
+def test_known_objects_are_kept_while_the_server_is_unreachable(
+    server: ApiServer, follower: Follower
+) -> None:
     server.fail("close", times=1_000_000)
     server.drop_connections()
     follower.until(lambda: follower.reflector.status.state is State.FAILING)
@@ -129,7 +135,7 @@ def test_while_the_server_is_away_everything_known_stays(server: ApiServer, foll
     still_works(server, follower)
 
 
-def test_one_line_when_it_begins_to_fail_and_one_when_it_works(
+def test_first_failure_and_recovery_are_logged_once_each(
     server: ApiServer, follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ebpfproxy")
@@ -141,7 +147,7 @@ def test_one_line_when_it_begins_to_fail_and_one_when_it_works(
     assert lines == ["watch is failing, keeping the last known state", "watch is connected"]
 
 
-def test_an_object_that_cannot_be_decoded_is_lost_alone(
+def test_object_that_cannot_be_decoded_does_not_affect_others(
     server: ApiServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = objects.service("bad", "10.96.0.3")
@@ -160,18 +166,18 @@ def test_an_object_that_cannot_be_decoded_is_lost_alone(
         follower.reflector.stop()
         server.store.delete("services", "load", next(n for n in follower.names if n.startswith("later")))
     lines = [r for r in caplog.records if "cannot decode object" in r.getMessage()]
-    assert len(lines) == 2, "one for each reflector, not one for each time"
+    assert len(lines) == 2, "one line for each reflector, not for each failure"
     facts = lines[0].ebpfproxy_facts  # type: ignore[attr-defined]
     assert facts["object"] == "load/bad"
     assert facts["error"] == "spec.ports[0].port: Expected `int`, got `str`"
 
 
-def test_bookmarks_move_the_version_on(server: ApiServer) -> None:
+def test_bookmarks_advance_the_resource_version(server: ApiServer) -> None:
     server.bookmark_seconds = 0.1
     follower = Follower(server)
     follower.reflector.start()
     follower.until(lambda: follower.names == {"a", "b"})
-    # Other resources' changes move the server's version; only bookmarks tell this watch.
+    # Changes of other resources advance the server's version; this watch sees it in bookmarks only.
     server.store.put("nodes", objects.node("x"))
     time.sleep(0.4)
     server.store.compact()
@@ -182,7 +188,7 @@ def test_bookmarks_move_the_version_on(server: ApiServer) -> None:
     follower.reflector.stop()
 
 
-def test_a_watch_that_the_server_ends_in_time_goes_on(server: ApiServer) -> None:
+def test_watch_that_ends_by_its_timeout_is_resumed(server: ApiServer) -> None:
     follower = Follower(server, timing=Timing(backoff_first=0.01, watch=1, idle=5))
     follower.reflector.start()
     follower.until(lambda: sum("resourceVersion" in p for _, p in server.requests) >= 1)
@@ -191,7 +197,7 @@ def test_a_watch_that_the_server_ends_in_time_goes_on(server: ApiServer) -> None
     follower.reflector.stop()
 
 
-def test_a_large_object_comes_whole(server: ApiServer, follower: Follower) -> None:
+def test_large_object_is_received_whole(server: ApiServer, follower: Follower) -> None:
     ports = [{"name": f"p{n}", "port": n + 1, "protocol": "TCP"} for n in range(5000)]
     server.store.put("services", objects.service("large", "10.96.0.3", ports=ports))
     follower.until(lambda: "large" in follower.names)
@@ -199,8 +205,8 @@ def test_a_large_object_comes_whole(server: ApiServer, follower: Follower) -> No
     assert len(large.spec.ports) == 5000  # type: ignore[attr-defined]
 
 
-def test_watches_end_after_five_to_ten_minutes(server: ApiServer) -> None:
-    """Their length is client-go's, so that the connections of many nodes spread over API servers again."""
+def test_watch_timeouts_are_five_to_ten_minutes(server: ApiServer) -> None:
+    """As client-go's, so that connections of many nodes are spread over API servers again."""
     for _ in range(5):
         follower = Follower(server, timing=Timing())
         follower.reflector.start()
@@ -211,7 +217,7 @@ def test_watches_end_after_five_to_ten_minutes(server: ApiServer) -> None:
     assert len(set(asked)) > 1
 
 
-def test_an_object_that_leaves_the_selection_is_deleted(server: ApiServer) -> None:
+def test_object_that_no_longer_matches_the_selector_is_deleted(server: ApiServer) -> None:
     label = "service.kubernetes.io/service-proxy-name"
     follower = Follower(server, label_selector=f"!{label}")
     follower.reflector.start()
@@ -225,7 +231,7 @@ def test_an_object_that_leaves_the_selection_is_deleted(server: ApiServer) -> No
     follower.reflector.stop()
 
 
-def test_the_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -> None:
+def test_watches_of_an_agent_have_the_selectors_of_kube_proxy(server: ApiServer) -> None:
     """They are those of its informer factories, but Services of other proxies are watched for their cluster IPs."""
     server.store.put(
         "servicecidrs", {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}}
@@ -263,7 +269,7 @@ def test_the_watches_of_an_agent_have_kube_proxys_selectors(server: ApiServer) -
         each.stop()
 
 
-def test_a_change_says_when_its_bytes_were_read(server: ApiServer, follower: Follower) -> None:
+def test_event_has_the_time_at_which_it_was_received(server: ApiServer, follower: Follower) -> None:
     before = time.monotonic()
     server.store.put("services", objects.service("c", "10.96.0.3"))
     follower.until(lambda: "c" in follower.names)
@@ -272,7 +278,7 @@ def test_a_change_says_when_its_bytes_were_read(server: ApiServer, follower: Fol
     assert before <= event.received <= time.monotonic()
 
 
-def test_status_says_how_it_stands(server: ApiServer, follower: Follower) -> None:
+def test_status_of_the_reflector(server: ApiServer, follower: Follower) -> None:
     status = follower.reflector.status
     assert (status.resource, status.state, status.synced) == (Resource.SERVICES, State.CONNECTED, True)
     assert status.resource_version == "102"

@@ -1,4 +1,4 @@
-"""However a server behaves, a reflector does not ask in a hot loop, log without end, die, or go deaf."""
+"""A reflector neither retries in a hot loop, nor logs without limit, nor stops, whatever a server does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.apiserver import ApiServer, objects
 from tests.kube.follower import QUICK, Follower, still_works
 
 FOREVER = 1_000_000
-#: Waits of a second would show as too few requests, none at all as thousands.
+#: Waits of a second would give fewer requests, no waits thousands.
 STEADY = Timing(backoff_first=0.05, backoff_most=0.2, idle=5, list_wait=5)
 
 
@@ -24,7 +24,7 @@ def pages_or_streams(request: pytest.FixtureRequest, server: ApiServer) -> ApiSe
     return server
 
 
-def test_backoff_doubles_up_to_its_most_and_half_of_it_is_random() -> None:
+def test_backoff_doubles_up_to_its_maximum_and_half_of_it_is_random() -> None:
     backoff = Backoff(1.0, 5.0)
     for step in (1, 2, 4, 5, 5):
         assert step / 2 <= backoff.next() <= step
@@ -34,9 +34,7 @@ def test_backoff_doubles_up_to_its_most_and_half_of_it_is_random() -> None:
 
 
 @pytest.mark.parametrize("how", ["410", "expire"])
-def test_a_server_that_always_says_410_is_not_asked_in_a_hot_loop(
-    pages_or_streams: ApiServer, how: str
-) -> None:
+def test_repeated_410_does_not_cause_a_hot_loop(pages_or_streams: ApiServer, how: str) -> None:
     server = pages_or_streams
     follower = Follower(server, timing=STEADY)
     fault = server.fail(how, times=FOREVER)
@@ -54,7 +52,7 @@ def test_a_server_that_always_says_410_is_not_asked_in_a_hot_loop(
 
 
 @pytest.mark.parametrize("kind", ["cut", "garbage"])
-def test_streams_that_are_accepted_and_break_at_once_are_not_logged_each_time(
+def test_streams_that_break_at_once_are_not_logged_each_time(
     server: ApiServer, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     caplog.set_level("INFO", "ebpfproxy")
@@ -63,7 +61,7 @@ def test_streams_that_are_accepted_and_break_at_once_are_not_logged_each_time(
     follower.reflector.start()
     reason = {"cut": "truncated", "garbage": "garbled"}[kind]
     follower.until(lambda: follower.failures(reason) + follower.failures("connection") >= 15)
-    # The list and its failing watch, and the first watch alone: then being accepted counts for nothing.
+    # These are the list with its failing watch, and the first watch: later accepted streams do not count.
     assert len(caplog.records) <= 4
     assert follower.reflector.status.state is State.FAILING
     server.heal()
@@ -71,8 +69,8 @@ def test_streams_that_are_accepted_and_break_at_once_are_not_logged_each_time(
     follower.reflector.stop()
 
 
-def test_a_watch_from_the_future_is_noticed_and_everything_listed_again() -> None:
-    """etcd was restored: versions count from where the backup was made, and watches wait in silence."""
+def test_watch_from_a_future_resource_version_causes_a_relist() -> None:
+    """After etcd is restored, versions continue from the backup's, and watches receive no event."""
     first = ApiServer()
     for i in range(50):
         first.store.put("services", objects.service(f"old-{i}", "10.96.0.1"))
@@ -89,8 +87,8 @@ def test_a_watch_from_the_future_is_noticed_and_everything_listed_again() -> Non
         follower.reflector.stop()
 
 
-def test_a_quiet_watch_is_left_in_peace_after_a_streaming_list(server: ApiServer) -> None:
-    """The short wait for initial events is not the wait for the next change."""
+def test_idle_watch_after_a_streaming_list_is_not_interrupted(server: ApiServer) -> None:
+    """The short timeout of initial events does not apply to later events."""
     follower = Follower(server, timing=Timing(list_wait=1, idle=30))
     follower.reflector.start()
     follower.until(lambda: follower.names == {"a", "b"})
@@ -101,7 +99,7 @@ def test_a_quiet_watch_is_left_in_peace_after_a_streaming_list(server: ApiServer
     follower.reflector.stop()
 
 
-def test_initial_events_that_do_not_end_are_tried_as_pages_and_later_as_a_stream_again(
+def test_unfinished_initial_events_fall_back_to_pages_and_later_to_a_stream(
     server: ApiServer,
 ) -> None:
     follower = Follower(server)
@@ -116,7 +114,7 @@ def test_initial_events_that_do_not_end_are_tried_as_pages_and_later_as_a_stream
     follower.reflector.stop()
 
 
-def test_a_list_that_breaks_off_is_not_delivered(pages_or_streams: ApiServer) -> None:
+def test_interrupted_list_is_not_delivered(pages_or_streams: ApiServer) -> None:
     for i in range(20):
         pages_or_streams.store.put("services", objects.service(f"s-{i}", "10.96.0.1"))
     follower = Follower(pages_or_streams)
@@ -128,7 +126,7 @@ def test_a_list_that_breaks_off_is_not_delivered(pages_or_streams: ApiServer) ->
     follower.reflector.stop()
 
 
-def test_a_list_that_breaks_off_between_pages_is_not_delivered(server: ApiServer) -> None:
+def test_list_interrupted_between_pages_is_not_delivered(server: ApiServer) -> None:
     for i in range(600):
         server.store.put("services", objects.service(f"s-{i}", "10.96.0.1"))
     server.streaming_list = False
@@ -140,8 +138,8 @@ def test_a_list_that_breaks_off_between_pages_is_not_delivered(server: ApiServer
     follower.reflector.stop()
 
 
-def test_a_slow_server_is_waited_for(pages_or_streams: ApiServer) -> None:
-    """Each wait for bytes is short, though the whole takes longer than a wait may."""
+def test_slow_response_does_not_time_out(pages_or_streams: ApiServer) -> None:
+    """Each wait for bytes is short, though the whole response takes longer than the timeout."""
     for i in range(30):
         pages_or_streams.store.put("services", objects.service(f"s-{i}", "10.96.0.1"))
     pages_or_streams.fail("slow", times=2, seconds=0.05)
@@ -182,10 +180,10 @@ def test_an_object_without_a_name_does_not_hide_the_others(pages_or_streams: Api
     follower.reflector.stop()
 
 
-def test_an_object_that_breaks_the_reducer_is_lost_alone(
+def test_object_that_the_reducer_fails_on_does_not_affect_others(
     pages_or_streams: ApiServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A mistake in the rules about one strange object must not take all Services away."""
+    """An error in the rules about one object must not remove all Services."""
     server = pages_or_streams
 
     def reduce(each: Object) -> object:
@@ -203,12 +201,12 @@ def test_an_object_that_breaks_the_reducer_is_lost_alone(
     assert first.unreadable == {ObjectKey("load", "odd")}
     server.store.put("services", objects.service("a", "strange"))
     still_works(server, follower)
-    assert "a" in follower.names, "what was known of it stays"
+    assert "a" in follower.names, "its last known state is kept"
     follower.reflector.stop()
     assert [r.ebpfproxy_facts["object"] for r in caplog.records] == ["load/odd", "load/a"]  # type: ignore[attr-defined]
 
 
-def test_a_listener_that_fails_does_not_end_the_watch(server: ApiServer) -> None:
+def test_failing_listener_does_not_end_the_watch(server: ApiServer) -> None:
     follower = Follower(server)
     tell, failing = follower._tell, iter([True])
 
@@ -224,9 +222,7 @@ def test_a_listener_that_fails_does_not_end_the_watch(server: ApiServer) -> None
     follower.reflector.stop()
 
 
-def test_nothing_is_logged_while_nothing_happens(
-    pages_or_streams: ApiServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_idle_watch_logs_nothing(pages_or_streams: ApiServer, caplog: pytest.LogCaptureFixture) -> None:
     pages_or_streams.bookmark_seconds = 0.05
     follower = Follower(pages_or_streams, timing=Timing(watch=1, idle=5))
     follower.reflector.start()
@@ -240,7 +236,7 @@ def test_nothing_is_logged_while_nothing_happens(
     follower.reflector.stop()
 
 
-def test_stop_ends_a_waiting_watch_at_once(server: ApiServer) -> None:
+def test_stop_ends_an_idle_watch_at_once(server: ApiServer) -> None:
     follower = Follower(server, timing=QUICK)
     follower.reflector.start()
     follower.until(lambda: follower.names == {"a", "b"})

@@ -1,4 +1,4 @@
-"""ServiceCIDRs: a resource that an API server may lack, or not show."""
+"""ServiceCIDRs, a resource that an API server may lack or forbid."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = ObjectKey("", "kubernetes")
 
 
 class Watch:
-    """A reflector of ServiceCIDRs that looks again soon."""
+    """A reflector of ServiceCIDRs that retries soon."""
 
     def __init__(self, server: ApiServer) -> None:
         self.events: list[Event] = []
@@ -64,14 +64,14 @@ def watch(server: ApiServer) -> Iterator[Watch]:
     made.reflector.stop()
 
 
-def test_they_are_followed(server: ApiServer, watch: Watch) -> None:
+def test_service_cidrs_are_followed(server: ApiServer, watch: Watch) -> None:
     watch.reflector.start()
     watch.until(lambda: watch.lists == [{NAME}])
     server.store.delete("servicecidrs", "", "kubernetes")
     watch.until(lambda: any(isinstance(e, Deleted) for e in watch.events))
 
 
-def test_an_api_server_without_them_is_said_once_and_asked_again(
+def test_missing_resource_is_logged_once_and_retried(
     server: ApiServer, watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -79,19 +79,17 @@ def test_an_api_server_without_them_is_said_once_and_asked_again(
     watch.reflector.start()
     watch.until(lambda: watch.reflector.status.failures.get("404", 0) >= 6)
     assert watch.state is State.ABSENT
-    assert watch.lists == [set()], "nothing waits for it"
+    assert watch.lists == [set()], "the start does not wait for it"
     assert [r.getMessage() for r in caplog.records].count(
         "API server has no such resource for us, using configured values"
     ) == 1
     assert {path for path, _ in server.requests} == {V1, BETA}
-    server.unserved.clear()  # It is upgraded.
+    server.unserved.clear()  # The server is upgraded.
     watch.until(lambda: watch.lists == [set(), {NAME}])
     watch.until(lambda: watch.state is State.CONNECTED)
 
 
-def test_an_api_server_that_has_the_beta_alone_is_asked_for_that_and_followed_to_the_next(
-    server: ApiServer, watch: Watch
-) -> None:
+def test_beta_version_is_used_until_the_server_has_v1(server: ApiServer, watch: Watch) -> None:
     server.unserved.add(V1)
     watch.reflector.start()
     watch.until(lambda: watch.lists == [{NAME}])
@@ -101,9 +99,7 @@ def test_an_api_server_that_has_the_beta_alone_is_asked_for_that_and_followed_to
     assert set() not in watch.lists
 
 
-def test_without_the_right_to_see_them_nothing_waits_and_what_is_known_stays(
-    server: ApiServer, watch: Watch
-) -> None:
+def test_403_does_not_delay_the_start_and_keeps_known_cidrs(server: ApiServer, watch: Watch) -> None:
     server.denied.add("servicecidrs")
     watch.reflector.start()
     watch.until(lambda: watch.state is State.ABSENT)

@@ -1,4 +1,4 @@
-"""``python -m tests.lab``: removes what killed labs left behind."""
+"""``python -m tests.lab``: removes the leftovers of killed labs."""
 
 from tests.lab.lab import clean_dead_labs
 

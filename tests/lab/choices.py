@@ -1,16 +1,16 @@
-"""Which backends sockets were sent to, told by the kernel's own table of a pod's sockets."""
+"""The backends that sockets are connected to, from /proc/net/udp of a pod."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
 
-#: Sockets that are open at once.
+#: The number of sockets that are open at the same time.
 _BATCH = 500
 
 
 def remote_ends() -> dict[int, str]:
-    """Of this namespace's IPv4 UDP sockets: local port and the address that they are connected to."""
+    """The peer addresses of this namespace's IPv4 UDP sockets, by local port."""
     found = {}
     for line in Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]:
         local, remote = line.split()[1:3]
@@ -20,7 +20,7 @@ def remote_ends() -> dict[int, str]:
 
 
 def open_sockets(host: str, port: int, count: int) -> list[socket.socket]:
-    """Connected UDP sockets: a connect() is all that it takes to be given a backend."""
+    """Connected UDP sockets; connect() selects a backend."""
     made = []
     for _ in range(count):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -35,7 +35,7 @@ def where(sockets: list[socket.socket]) -> list[str]:
 
 
 def choices(host: str, port: int, count: int) -> list[str]:
-    """The backends of so many connects, in their order."""
+    """The backends that ``count`` calls of connect() select, in order."""
     found: list[str] = []
     while len(found) < count:
         sockets = open_sockets(host, port, min(_BATCH, count - len(found)))
@@ -46,7 +46,7 @@ def choices(host: str, port: int, count: int) -> list[str]:
 
 
 def held(host: str, port: int, count: int, drop: str, more: int) -> tuple[list[str], list[str]]:
-    """Opens ``count``, closes those to the backend ``drop``, opens ``more``: the choices of both times."""
+    """Opens ``count`` sockets, closes those to the backend ``drop``, opens ``more``; returns both selections."""
     first = open_sockets(host, port, count)
     before = where(first)
     for sock, backend in zip(first, before, strict=True):

@@ -1,4 +1,4 @@
-"""Functions that pods call (``pod.call``): one socket, one question."""
+"""Clients for ``pod.call``: each opens a socket and sends one request."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import errno
 import json
 import socket
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+R = TypeVar("R")
 
 UDPLITE = 136
-#: Connections of which both of two backends have some: one of them has none once in 5 * 10^8 runs.
+#: With this many connections to two backends, one of them gets none once in 5 * 10^8 runs.
 ENOUGH = 30
 
 
@@ -18,17 +21,17 @@ def _family(host: str) -> int:
 
 
 def ask_tcp(host: str, port: int, timeout: float = 3.0) -> dict[str, Any]:
-    """Who answered, and what getpeername says."""
+    """Returns the name of the backend, the client's address that it sees, and getpeername()."""
     with socket.socket(_family(host), socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
         sock.connect((host, port))
         peer = sock.getpeername()
-        answer: dict[str, Any] = json.loads(sock.recv(4096))
-        return {**answer, "getpeername": peer[:2]}
+        reply: dict[str, Any] = json.loads(sock.recv(4096))
+        return {**reply, "getpeername": peer[:2]}
 
 
 def ask_udp(host: str, port: int, *, connected: bool = False, protocol: int = 0) -> dict[str, Any]:
-    """Who answered, and from which address the answer seems to come."""
+    """Returns the name of the backend, and the source of the reply."""
     with socket.socket(_family(host), socket.SOCK_DGRAM, protocol) as sock:
         sock.settimeout(3.0)
         if connected:
@@ -47,23 +50,28 @@ def ask_udp_connected(host: str, port: int) -> dict[str, Any]:
     return ask_udp(host, port, connected=True)
 
 
+def repeated(count: int, ask: Callable[..., R], *arguments: Any) -> list[R]:
+    """Calls a client ``count`` times: one forked child is enough for all."""
+    return [ask(*arguments) for _ in range(count)]
+
+
 def spread_tcp(host: str, port: int, count: int) -> Counter[str]:
-    """How often each backend answered ``count`` connections."""
+    """The number of connections by backend, of ``count``."""
     return Counter(ask_tcp(host, port)["name"] for _ in range(count))
 
 
 def spread_udp(host: str, port: int, count: int) -> Counter[str]:
-    """How often each backend answered ``count`` sockets that sent one datagram each."""
+    """The number of sockets by backend, of ``count`` that send one datagram each."""
     found: Counter[str] = Counter()
     for _ in range(count):
-        answer = ask_udp(host, port)
-        assert answer["from"] == (host, port), f"answer from {answer['from']}"
-        found[answer["name"]] += 1
+        reply = ask_udp(host, port)
+        assert reply["from"] == (host, port), f"reply from {reply['from']}"
+        found[reply["name"]] += 1
     return found
 
 
 def connect_error(host: str, port: int, timeout: float = 3.0) -> str:
-    """The name of the error that connect() gives."""
+    """The name of the error of connect()."""
     try:
         ask_tcp(host, port, timeout)
     except OSError as error:
@@ -72,7 +80,7 @@ def connect_error(host: str, port: int, timeout: float = 3.0) -> str:
 
 
 def send_error(host: str, port: int) -> str:
-    """The name of the error that sendto() gives on an unconnected socket."""
+    """The name of the error of sendto() on an unconnected socket."""
     with socket.socket(_family(host), socket.SOCK_DGRAM) as sock:
         try:
             sock.sendto(b"?", (host, port))

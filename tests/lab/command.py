@@ -1,6 +1,6 @@
-"""The ``ebpfproxy`` command without a new interpreter: a forked child has its modules already.
+"""Runs ``ebpfproxy`` commands in a forked child, which has their modules already.
 
-Tests ask ``status`` and its like hundreds of times, and importing takes most of such a call's time.
+Tests run ``status`` and other commands hundreds of times; importing takes most of the time of a new process.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class Done(NamedTuple):
 
 @functools.cache
 def import_commands() -> None:
-    """Once in the parent, so that no child has to."""
-    for name in cli.COMMANDS:
-        importlib.import_module(f"ebpfproxy.cli.{name}")
+    """Imports all commands once in the parent, and what they import when they print tables."""
+    for name in (*(f"ebpfproxy.cli.{command}" for command in cli.COMMANDS), "rich.console", "rich.table"):
+        importlib.import_module(name)
 
 
 def run(arguments: list[str]) -> Done:
-    """Runs the command in this process, whose output it takes away: call it in a child that ends then."""
+    """Runs the command in this process, redirecting its output: to be called in a child that exits afterwards."""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         os.dup2(output.fileno(), 1)
         os.dup2(errors.fileno(), 2)
-        # pytest has put others in their place.
+        # pytest has replaced both streams.
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         code = 0
         try:

@@ -1,15 +1,6 @@
-"""HTTP servers that end as pods should, and clients that lose nothing or say what.
+"""HTTP servers with graceful shutdown, and clients that record failed requests.
 
-``python -m tests.lab.graceful serve NAME PORT LINGER`` answers every request with its name. After SIGTERM it
-goes on for LINGER seconds, as with a preStop hook that sleeps (a second SIGTERM cuts that short); then it takes
-no more connections, answers what is open with ``Connection: close``, and prints what it accepted and when.
-
-``… ask HOST PORT`` asks without end, by connections of all sorts, until its input ends, and prints what it saw.
-
-``… mount HOST PORT OWN_PORT CGROUP`` keeps one connection from one port, as NFS does, connects again when that
-ends, and prints a line for each. After the first one it moves to the cgroup, if that is not empty.
-
-All times are CLOCK_MONOTONIC's, the same in all processes.
+All times are of CLOCK_MONOTONIC, which is the same in all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +12,6 @@ import resource
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,16 +20,15 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
 
 import msgspec
 
 from tests.lab.spaces import Space
 
-#: Connections that a load keeps open, and short ones that it still makes when it is told to stop. One of three
-#: servers has none of them with p = 3 * (2/3)^60 = 8e-11.
+#: The number of keep-alive connections of a load, and of short ones that it opens after it is told to stop.
+#: One of three servers gets none of them with p = 3 * (2/3)^60 = 8e-11.
 KEPT = LAST = 60
-#: Requests that take their time: of how many connections, and how long.
+#: The number of connections with slow requests, and the duration of such a request.
 _SLOW, _SLOW_SECONDS = 4, 0.4
 _PAUSE = 0.003
 
@@ -48,7 +37,7 @@ _PAUSE = 0.003
 
 
 class Accepted(msgspec.Struct):
-    """A connection: when it was accepted, and when its client began to open it (0 where that is unknown)."""
+    """The time when a connection was accepted, and when the client called connect() (0 if unknown)."""
 
     accepted: float
     began: float = 0.0
@@ -80,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
-    #: An idle connection ends after this time.
+    #: An idle connection is closed after this time.
     timeout = 10.0
     server: _Server
 
@@ -95,8 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._seen.began = self._seen.began or float(self.headers.get("Began", "0"))
         time.sleep(_SLOW_SECONDS if self.path == "/slow" else 0)
-        answer = {"name": self.server.name, "terminating": self.server.is_terminating}
-        body = json.dumps(answer).encode()
+        response = {"name": self.server.name, "terminating": self.server.is_terminating}
+        body = json.dumps(response).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         if self.server.is_closing or self.close_connection:
@@ -106,68 +95,71 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _serve(name: str, port: int, linger: float) -> None:
+    """Responds to every request with its name until SIGTERM, and for ``linger`` seconds more.
+
+    This is as with a preStop hook that sleeps; a second SIGTERM ends this time. Then it accepts no connections,
+    responds on open ones with ``Connection: close``, and prints the times of accepted connections.
+    """
+    _raise_descriptor_limit()
     server = _Server(name, port, linger)
     signal.signal(signal.SIGTERM, server.terminate)
     print("ready", flush=True)
     server.serve_forever(0.05)
-    # Connections in the queue look accepted to their clients.
+    # Connections in the accept queue are established for their clients.
     while select.select([server], [], [], 0)[0]:
         server.handle_request()
-    # Waits for the threads of all connections.
+    # This waits for the threads of all connections.
     server.server_close()
     print(msgspec.json.encode(server.accepted).decode(), flush=True)
 
 
 class Server:
-    """One of them in a pod."""
+    """A server in a pod."""
 
     def __init__(self, space: Space, name: str, port: int, linger: float) -> None:
-        command = [sys.executable, "-m", "tests.lab.graceful", "serve", name, str(port), str(linger)]
-        self.process = space.popen(command, stdout=subprocess.PIPE)
+        self.process = space.fork(_serve, name, port, linger)
         self.name = name
-        #: The connections that it accepted in its life; known when it has ended.
+        #: All connections that it accepted; set after it has exited.
         self.accepted: list[Accepted] = []
 
     def wait_ready(self) -> None:
-        assert self.process.stdout is not None
         assert self.process.stdout.readline() == b"ready\n"
 
     def terminate(self) -> None:
         self.process.terminate()
 
     def wait_ended(self) -> None:
-        """Until it has ended by itself, with everything answered."""
-        assert self.process.stdout is not None
+        """Waits until it has exited by itself, after all responses."""
         self.accepted = msgspec.json.decode(self.process.stdout.read(), type=list[Accepted])
         assert self.process.wait() == 0
 
 
-# -- clients without end
+# -- continuous clients
 
 
 class Opened(msgspec.Struct):
-    """A connection of a client: when it began to open it, and who answered."""
+    """A connection of a client: the time of connect(), and the name of the server."""
 
     began: float
     name: str
 
 
 class Seen(msgspec.Struct):
-    """What a load has seen."""
+    """The results of a load."""
 
     requests: int = 0
     errors: list[str] = msgspec.field(default_factory=list)
     opened: list[Opened] = msgspec.field(default_factory=list)
-    #: When a terminating server was last asked, and answered, on a connection that was there already.
+    #: The time of the last successful request on an established connection, by terminating server.
     kept: dict[str, float] = msgspec.field(default_factory=dict)
 
     def after(self, moment: float) -> Counter[str]:
-        """Who got the connections that began later."""
+        """The number of connections that began after ``moment``, by server."""
         return Counter(each.name for each in self.opened if each.began > moment)
 
 
 class _Client:
-    """A connection that is opened again when the server has closed it in good order."""
+    """A connection that is reopened after the server has closed it gracefully."""
 
     def __init__(self, kind: str, host: str, port: int, seen: Seen) -> None:
         self._kind, self._seen = kind, seen
@@ -178,7 +170,7 @@ class _Client:
         headers = {"Began": str(began)} | ({"Connection": "close"} if close else {})
         try:
             self._http.request("GET", path, headers=headers)
-            answer = json.loads(self._http.getresponse().read())
+            response = json.loads(self._http.getresponse().read())
         except (OSError, HTTPException, ValueError) as error:
             where = "new" if is_new else "kept"
             self._seen.errors.append(f"{self._kind}, {where}, {began:.3f}: {error!r}")
@@ -186,12 +178,14 @@ class _Client:
             return
         self._seen.requests += 1
         if is_new:
-            self._seen.opened.append(Opened(began, answer["name"]))
-        elif answer["terminating"]:
-            self._seen.kept[answer["name"]] = began
+            self._seen.opened.append(Opened(began, response["name"]))
+        elif response["terminating"]:
+            self._seen.kept[response["name"]] = began
 
 
 def _ask(host: str, port: int) -> None:
+    """Sends requests on several kinds of connections until standard input ends, and prints results."""
+    _raise_descriptor_limit()
     seen, done = Seen(), threading.Event()
     kept = [_Client("keep-alive", host, port, seen) for _ in range(KEPT)]
     slow = [_Client("slow", host, port, seen) for _ in range(_SLOW)]
@@ -232,48 +226,48 @@ def _ask(host: str, port: int) -> None:
 
 
 class Load:
-    """It runs in a space from ``wait_ready`` to ``stop``."""
+    """A load in a space, from ``wait_ready`` to ``stop``."""
 
     def __init__(self, space: Space, host: str, port: int) -> None:
-        command = [sys.executable, "-m", "tests.lab.graceful", "ask", host, str(port)]
-        self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = space.fork(_ask, host, port)
 
     def wait_ready(self) -> None:
-        assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 
     def stop(self) -> Seen:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.close()
         return msgspec.json.decode(self._process.stdout.read(), type=Seen)
 
 
-# -- clients with a port of their own
+# -- clients with a fixed source port
 
 
 class Mounted(msgspec.Struct):
-    """A new connection of one: to whom, how the one before ended, and which tries failed in between."""
+    """A new connection: its server, how the previous one ended, and errors of attempts in between."""
 
     name: str
     ended: str
     failed: list[str]
 
 
-def _mount(host: str, port: int, own: int, cgroup: str) -> None:
+def _mount(host: str, port: int, own: int, cgroup: Path | None) -> None:
+    """Keeps one connection from a fixed port, as NFS does, reconnects when it is closed, and prints a line for each.
+
+    After the first one it moves to the cgroup.
+    """
     ended, failed = "", list[str]()
     while True:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # NFS uses this option. A connection that it ends sends no packet.
+            # NFS uses this option. A connection that times out sends no packet.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
             sock.settimeout(5)
             sock.bind(("", own))
             try:
                 sock.connect((host, port))
-                name = _question(sock)
+                name = _request(sock)
             except OSError as error:
-                # Its own kernel has not yet finished with the connection before.
+                # The kernel has not released the previous connection yet.
                 if error.errno != errno.EADDRNOTAVAIL:
                     failed.append(_name(error))
                 time.sleep(0.02)
@@ -281,17 +275,17 @@ def _mount(host: str, port: int, own: int, cgroup: str) -> None:
             print(msgspec.json.encode(Mounted(name, ended, failed)).decode(), flush=True)
             failed = []
             try:
-                while _question(sock):
+                while _request(sock):
                     time.sleep(0.05)
                 ended = "closed"
             except OSError as error:
                 ended = _name(error)
-        if cgroup:
-            Path(cgroup, "cgroup.procs").write_text("0")
+        if cgroup is not None:
+            (cgroup / "cgroup.procs").write_text("0")
 
 
-def _question(sock: socket.socket) -> str:
-    """Who answers; empty where the server has ended the connection in good order."""
+def _request(sock: socket.socket) -> str:
+    """The name of the server; empty if it has closed the connection gracefully."""
     sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     response = HTTPResponse(sock)
     try:
@@ -321,15 +315,13 @@ class Mount:
         is_hooked: bool = False,
         then: Path | None = None,
     ) -> None:
-        """``is_hooked``: begins in the space's cgroup, and is in ``then`` from the second connection on."""
-        command = [sys.executable, "-m", "tests.lab.graceful", "mount", host, str(port), str(own)]
-        command.append(str(then) if is_hooked else "")
-        self._process = space.popen(command, join_cgroup=is_hooked, stdout=subprocess.PIPE)
+        """``is_hooked``: starts in the space's cgroup, and moves to ``then`` after the first connection."""
+        cgroup = then if is_hooked else None
+        self._process = space.fork(_mount, host, port, own, cgroup, join_cgroup=is_hooked)
         self._what = f"{host}:{port} from port {own}"
 
     def next(self, timeout: float = 60.0) -> Mounted:
-        """Its next connection."""
-        assert self._process.stdout is not None
+        """Waits for the next connection."""
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             raise TimeoutError(f"no connection to {self._what} within {timeout} s")
         return msgspec.json.decode(self._process.stdout.readline(), type=Mounted)
@@ -338,16 +330,6 @@ class Mount:
         os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def main(what: str, *arguments: Any) -> None:
+def _raise_descriptor_limit() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if what == "serve":
-        _serve(arguments[0], int(arguments[1]), float(arguments[2]))
-    elif what == "ask":
-        _ask(arguments[0], int(arguments[1]))
-    else:
-        _mount(arguments[0], int(arguments[1]), int(arguments[2]), arguments[3])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

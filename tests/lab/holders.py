@@ -1,10 +1,9 @@
-"""A client that holds connected sockets and tells which of them were ended.
+"""A client that keeps connected sockets open and reports which of them were closed with an error.
 
-``python -m tests.lab.holders SECONDS SPECS``: SPECS is a JSON list of [name, kind, host, port, count];
-kinds are udp, tcp, udp-again (connected twice), udp-asking (sends), tcp-opening (does not wait for an answer).
-Prints a JSON line when all are connected: how many of each name go where. After a number on its input it watches
-for some seconds, and for up to a minute until so many are ended; then it prints another: how many were ended, by
-name, backend and error, and when the last was.
+Each specification has a name, a kind, a host, a port and the number of sockets; kinds are udp, tcp, udp-again (connected twice), udp-asking (sends), tcp-opening (does not wait for the SYN-ACK).
+It prints a JSON line when all are connected: the number of sockets by name and backend. After a number on its
+input it watches for SECONDS, or for up to a minute until that many are closed. Then it prints a second line: the
+number of closed sockets by name, backend and error, and the time of the last.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import os
 import resource
 import select
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,19 +22,18 @@ from typing import Any
 from tests.lab.choices import remote_ends
 from tests.lab.spaces import Space, read_line
 
-#: A busy machine takes its time until what has to end is ended.
+#: The time to wait for expected errors, which are late on a busy machine.
 MOST_SECONDS = 60.0
 
 
 class Holder:
-    """The same from outside: started in a space, asked for its lines."""
+    """The side of the test: it starts the client in a space and reads its lines."""
 
     def __init__(
         self, space: Space, specs: list[tuple[str, str, str, int, int]], seconds: float = 2.0
     ) -> None:
-        command = [sys.executable, "-m", "tests.lab.holders", str(seconds), json.dumps(specs)]
-        self._process = space.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        #: The number by name and backend for IPv4 datagram sockets, else by name alone.
+        self._process = space.fork(main, seconds, specs)
+        #: The number of sockets by name and backend for IPv4 UDP sockets, by name for others.
         self.connected: Counter[str] = Counter()
 
     def wait(self) -> Counter[str]:
@@ -44,18 +41,17 @@ class Holder:
         return self.connected
 
     def watch(self, expected: int = 0) -> None:
-        """Watches for the holder's seconds, and for up to a minute until ``expected`` sockets are ended."""
-        assert self._process.stdin is not None
+        """Watches for the holder's seconds, or for up to a minute until ``expected`` sockets are closed."""
         self._process.stdin.write(f"{expected}\n".encode())
         self._process.stdin.flush()
 
     def result(self) -> tuple[Counter[str], float]:
-        """Ended sockets, and the Unix time of the last."""
+        """The number of closed sockets by name, and the Unix time of the last."""
         found = self._line()
         return Counter(found["ended"]), found["last"]
 
     def close(self) -> None:
-        """Ends it, and with it its sockets."""
+        """Kills the client, which closes its sockets."""
         self._process.kill()
         self._process.wait()
 
@@ -102,9 +98,5 @@ def main(seconds: float, specs: list[tuple[str, str, str, int, int]]) -> None:
             last = time.time()
             poll.unregister(fd)
     print(json.dumps({"ended": ended, "last": last}), flush=True)
-    # What is ended is still open: until a line, or the end of the input.
+    # All file descriptors stay open until a line or the end of input.
     sys.stdin.readline()
-
-
-if __name__ == "__main__":
-    main(float(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,9 +1,10 @@
-"""A lab: nodes joined by a switch, pods behind their nodes, an agent for each node.
+"""A lab: nodes connected by a bridge, pods with veth pairs to their nodes, and agents on nodes.
 
-Every node has a number N: 172.18.0.N and fd00:172:18::N on the switch, pods in 10.244.N.0/24 and
-fd00:10:244:N::/64, native routes between all. The nodes' default route leads to the outside, 172.18.0.254 and
-fd00:172:18::fe, where a client can be (``lab.outside``). Nothing in the root namespace is changed; names carry
-the process id of the lab, so that several can run at once and what a killed one left can be found.
+Node number N has 172.18.0.N and fd00:172:18::N on the bridge, and pods in 10.244.N.0/24 and
+fd00:10:244:N::/64, with native routing. The default route of nodes leads to 172.18.0.254 and
+fd00:172:18::fe, where an external client can run (``lab.outside``). Nothing in the root namespace is changed.
+Names contain the process id of the lab, so that several can run at the same time, and leftovers of killed ones
+can be found.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyroute2 import NetNS, netns
+from pyroute2 import IPRoute, netns
 
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
-from tests.lab import command
+from tests.lab import cni, command, ethtool
 from tests.lab.machine import check_cgroup_root
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, enter_namespace, leave_namespace, namespace_restored
+from tests.lab.waiting import READY_SECONDS
 
-#: An emulator takes its time to compile.
-READY_SECONDS = float(os.environ.get("EBPFPROXY_LAB_SECONDS", "120"))
 _LAB_ID = re.compile(r"epl(\d+)x\d+")
 _counter = iter(range(1_000_000))
 
@@ -48,7 +48,7 @@ class Agent:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True, cwd: Path | None = None) -> Agent:
-        """``cwd``: a checkout whose agent this is, if not the one under test."""
+        """``cwd``: the checkout whose agent is started, if it is another one than that under test."""
         command = [sys.executable, "-m", "ebpfproxy", "run", *self._node.roots, *self._arguments]
         with self.log.open("ab") as log:
             self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log, cwd=cwd)
@@ -57,7 +57,7 @@ class Agent:
         return self
 
     def wait_ready(self, timeout: float = READY_SECONDS) -> None:
-        """Until /livez is good and the programs are attached."""
+        """Waits until the log says that the agent has started and its programs are attached."""
         deadline = time.monotonic() + timeout
         seen = len(self.text.split("started")) - 1
         while time.monotonic() < deadline:
@@ -81,7 +81,7 @@ class Agent:
             time.sleep(0.02)
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
+        """Sends SIGTERM; returns the exit code."""
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(60)
@@ -92,22 +92,24 @@ class Agent:
         self.process.wait()
 
     def http(self, path: str, port: int = 10256) -> tuple[int, str]:
-        """A GET to this agent from its own node: status and body."""
+        """Sends GET to this agent from its node; returns status and body."""
         return self._node.call(_get, port, path)
 
 
 def _get(port: int, path: str) -> tuple[int, str]:
     with socket.create_connection(("127.0.0.1", port), 5) as connection:
         connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        answer = b""
+        response = b""
         while chunk := connection.recv(65536):
-            answer += chunk
-    head, _, body = answer.partition(b"\r\n\r\n")
+            response += chunk
+    if not response:
+        raise ConnectionResetError(f"the connection to port {port} was closed without a response")
+    head, _, body = response.partition(b"\r\n\r\n")
     return int(head.split()[1]), body.decode()
 
 
 class Pod(Space):
-    """A namespace behind a node, with an address of each family."""
+    """The network namespace of a pod, with an address of each family."""
 
     def __init__(self, node: LabNode, name: str, number: int) -> None:
         super().__init__(f"{node.netns}-{name}", node.cgroup)
@@ -115,10 +117,11 @@ class Pod(Space):
         self.node = node
         self.address = f"10.244.{node.number}.{number}"
         self.address6 = f"fd00:10:244:{node.number}::{number:x}"
+        cni.write_result(node.cni_results, self.netns, name, (self.address, self.address6))
 
 
 class LabNode(Space):
-    """A namespace that routes for its pods; also the host namespace of its agent."""
+    """The network namespace of a node, which routes for its pods and in which its agent runs."""
 
     def __init__(self, lab: Lab, name: str, number: int) -> None:
         cgroup = find_cgroup_root() / lab.id / name
@@ -130,6 +133,9 @@ class LabNode(Space):
         self.address = f"172.18.0.{number}"
         self.address6 = f"fd00:172:18::{number}"
         self.bpf_root = BPFFS / lab.id / name
+        #: What a container runtime keeps of its pods, for commands that take a pod's name.
+        self.cni_results = lab.folder / "cni" / name
+        self.cni_results.mkdir(parents=True)
         self.pods: list[Pod] = []
 
     @property
@@ -139,10 +145,10 @@ class LabNode(Space):
     def pod(self, name: str) -> Pod:
         pod = Pod(self, name, len(self.pods) + 2)
         self.pods.append(pod)
-        inside = self.lab.namespace(pod.netns)
+        inside = self.lab.namespace(pod.netns, is_host=True)
         link = f"p{len(self.pods)}"
         gateway, gateway6 = f"10.244.{self.number}.1", f"fd00:10:244:{self.number}::1"
-        with NetNS(self.netns) as outside:
+        with routes_of(self.netns) as outside:
             outside.link("add", ifname=link, kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
             index = outside.link_lookup(ifname=link)[0]
             _address(outside, index, gateway, 32)
@@ -159,18 +165,17 @@ class LabNode(Space):
         inside.route("add", dst="default", gateway=gateway)
         inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
         inside.close()
-        pod.call(_set_sysctls)
         return pod
 
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
-        """An agent for this node, not yet started."""
+        """Creates an agent for this node without starting it."""
         source = ["--manifests", str(manifests)] if manifests is not None else []
         made = Agent(self, ["--hostname-override", self.name, *source, *arguments])
         self.lab.agents.append(made)
         return made
 
     def cli(self, *arguments: str, check: bool = True) -> str:
-        """An ``ebpfproxy`` command on this node's roots."""
+        """Runs an ``ebpfproxy`` command with this node's bpf root; returns its output."""
         command.import_commands()
         done = self.call(command.run, [*arguments, "--bpf-root", str(self.bpf_root)])
         if check and done.code:
@@ -178,8 +183,15 @@ class LabNode(Space):
         return done.output
 
 
+def routes_of(name: str) -> Any:
+    """Returns an IPRoute of the namespace with this name, to be closed by the caller."""
+    with namespace_restored():
+        enter_namespace(f"/run/netns/{name}")
+        return IPRoute()
+
+
 def _address(where: Any, index: int, address: str, prefix: int) -> None:
-    # IFA_F_NODAD: the address works at once.
+    # IFA_F_NODAD: the address is usable without duplicate address detection.
     options = {"flags": 0x02} if ":" in address else {}
     where.addr("add", index=index, address=address, prefixlen=prefix, **options)
 
@@ -188,27 +200,29 @@ OUTSIDE, OUTSIDE6 = "172.18.0.254", "fd00:172:18::fe"
 
 
 class Outside(Space):
-    """A host on the nodes' network that is no node: clients from outside, and the nodes' way to the world."""
+    """A host on the nodes' network that is no node: the external client and default gateway."""
 
     address, address6 = OUTSIDE, OUTSIDE6
 
     def route(self, destination: str, node: LabNode) -> None:
-        """Sends what is for ``destination`` (an address or a CIDR) to a node."""
+        """Routes ``destination``, an address or a CIDR, to a node."""
         family, gateway = (
             (socket.AF_INET6, node.address6) if ":" in destination else (socket.AF_INET, node.address)
         )
-        with NetNS(self.netns) as routes:
+        with routes_of(self.netns) as routes:
             index = routes.link_lookup(ifname="eth0")[0]
             routes.route("replace", dst=destination, gateway=gateway, oif=index, family=family)
 
 
 class Lab:
-    """Use it as a context: what it made is gone at the end, whatever happened.
+    """A context manager, which removes everything it created in any case.
 
-    SIGTERM then ends the program as Ctrl-C does, so that the end is reached.
+    Within the context SIGTERM raises KeyboardInterrupt as SIGINT does, so that the context is left.
+    ``takes_xdp``: the bridge's ports have GRO, without which they take no frames of XDP programs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_xdp: bool = False) -> None:
+        self._takes_xdp = takes_xdp
         self.id = f"epl{os.getpid()}x{next(_counter)}"
         self.nodes: list[LabNode] = []
         self.agents: list[Agent] = []
@@ -221,7 +235,7 @@ class Lab:
         ensure_bpffs(BPFFS)
         self._handle_signals()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{self.id}-")))
-        # In the opposite order, and each even where another fails.
+        # Callbacks run in the opposite order, also if another one raises.
         self._stack.callback(remove_leftovers, self.id)
         self._stack.callback(self._remove_namespaces)
         self._stack.callback(self._end_processes)
@@ -245,22 +259,31 @@ class Lab:
                 print(f"--- {log.name}\n{log.read_text()[-4000:]}", file=sys.stderr)
         self.close()
 
-    def namespace(self, name: str) -> Any:
-        """A new namespace with its loopback up; the caller closes what it gets."""
-        netns.create(name)
-        self._names.append(name)
-        made = NetNS(name)
+    def namespace(self, name: str, *, is_host: bool = False) -> Any:
+        """Creates a namespace with lo up, with the sysctls of nodes and pods if ``is_host``.
+
+        The caller closes the returned socket.
+        """
+        with namespace_restored():
+            leave_namespace()
+            netns.attach(name, threading.get_native_id())
+            self._names.append(name)
+            made = IPRoute()
+            if is_host:
+                _set_sysctls()
         made.link("set", index=1, state="up")
         return made
 
     def _plug(self, name: str, port: str, address: str, address6: str) -> Any:
-        """A new namespace with its eth0 on the switch; the caller closes what it gets."""
-        made = self.namespace(name)
-        with NetNS(f"{self.id}-switch") as switch:
+        """Creates a namespace with eth0 on the bridge; the caller closes the returned socket."""
+        made = self.namespace(name, is_host=True)
+        with routes_of(f"{self.id}-switch") as switch:
             switch.link("add", ifname=port, kind="veth", peer={"ifname": "eth0", "net_ns_fd": name})
             bridge = switch.link_lookup(ifname="br0")[0]
             index = switch.link_lookup(ifname=port)[0]
             switch.link("set", index=index, master=bridge, state="up")
+        if self._takes_xdp:
+            self.switch.call(ethtool.turn, port, {"gro": True})
         index = made.link_lookup(ifname="eth0")[0]
         _address(made, index, address, 24)
         _address(made, index, address6, 64)
@@ -268,14 +291,18 @@ class Lab:
         return made
 
     @property
+    def switch(self) -> Space:
+        """The namespace of the bridge."""
+        return Space(f"{self.id}-switch", None)
+
+    @property
     def outside(self) -> Outside:
-        """Made when first asked for. It knows the ways to all pods that nodes have by then."""
+        """Created on first use, with routes to the pods of all nodes that exist then."""
         if self._outside is None:
             cgroup = find_cgroup_root() / self.id / "outside"
             cgroup.mkdir(parents=True)
             self._outside = Outside(f"{self.id}-outside", cgroup)
             self._plug(self._outside.netns, "outside", OUTSIDE, OUTSIDE6).close()
-            self._outside.call(_set_sysctls)
             for node in self.nodes:
                 self._outside.route(f"10.244.{node.number}.0/24", node)
                 self._outside.route(f"fd00:10:244:{node.number}::/64", node)
@@ -288,7 +315,6 @@ class Lab:
             index = made.link_lookup(ifname="eth0")[0]
             made.route("add", dst="default", gateway=OUTSIDE, oif=index)
             made.route("add", dst="default", gateway=OUTSIDE6, oif=index, family=socket.AF_INET6)
-        node.call(_set_sysctls)
         for other in self.nodes:
             _route(node, other)
             _route(other, node)
@@ -296,10 +322,9 @@ class Lab:
         return node
 
     def _handle_signals(self) -> None:
-        """SIGTERM and SIGINT raise KeyboardInterrupt in this process, and end those forked from it.
+        """SIGTERM and SIGINT raise KeyboardInterrupt in this process, and end forked children.
 
-        A forked child would unwind the lab's context as well, and remove the lab under its parent:
-        pyroute2 forks to open a socket in a namespace, and ends that child by SIGTERM.
+        A forked child would leave the lab's context as well, and remove the lab of its parent.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -335,9 +360,9 @@ class Lab:
 
 
 def _set_sysctls() -> None:
-    """Forwarding, and what benchmarks of short connections need.
+    """Enables forwarding, and reuse of TIME-WAIT for benchmarks of short connections.
 
-    Local ports begin above all those that agents and servers of a lab listen on: no client takes one.
+    ip_local_port_range is above all ports that agents and servers of a lab listen on.
     """
     for path, value in (
         ("ipv4/ip_forward", "1"),
@@ -349,7 +374,7 @@ def _set_sysctls() -> None:
 
 
 def _route(here: LabNode, there: LabNode) -> None:
-    with NetNS(here.netns) as routes:
+    with routes_of(here.netns) as routes:
         index = routes.link_lookup(ifname="eth0")[0]
         routes.route("add", dst=f"10.244.{there.number}.0/24", gateway=there.address, oif=index)
         routes.route(
@@ -362,7 +387,7 @@ def _route(here: LabNode, there: LabNode) -> None:
 
 
 def remove_leftovers(lab_id: str) -> None:
-    """Cgroups and pins of a lab."""
+    """Removes cgroups and pins of a lab."""
     root = find_cgroup_root() / lab_id
     if root.is_dir():
         for folder in sorted(root.rglob("*"), reverse=True):
@@ -377,7 +402,7 @@ def remove_leftovers(lab_id: str) -> None:
 
 
 def _remove_cgroup(folder: Path) -> None:
-    """Ends what is still in it (a child that a server left); it can be removed a moment after that."""
+    """Kills remaining processes, such as children of servers, and removes the cgroup once they have exited."""
     (folder / "cgroup.kill").write_text("1")
     for _ in range(200):
         try:
@@ -389,7 +414,7 @@ def _remove_cgroup(folder: Path) -> None:
 
 
 def clean_dead_labs() -> list[str]:
-    """Removes what labs left whose process is gone; returns their names."""
+    """Removes leftovers of labs whose process has exited; returns their names."""
     temporary = Path(tempfile.gettempdir())
     names = {n.split("-")[0] for n in netns.listnetns()}
     for home in (find_cgroup_root(), BPFFS, temporary):
@@ -408,7 +433,7 @@ def clean_dead_labs() -> list[str]:
 
 
 def netns_pids(name: str) -> list[int]:
-    """Processes in a namespace of a lab, which only labs start."""
+    """The processes in a network namespace of a lab."""
     wanted = Path("/run/netns", name).stat().st_ino
     found = []
     for entry in Path("/proc").iterdir():

@@ -1,4 +1,4 @@
-"""What else runs on this machine and would change what tests see."""
+"""Checks for programs of others on this machine that would affect tests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 
-#: bpf_attach_type as bpftool prints it: of sockets. Those of packets (egress) and devices are systemd's.
+#: Prefixes of attach types of socket hooks, as bpftool prints them. systemd attaches programs of other types.
 _SOCKET_HOOKS = ("cgroup_inet", "cgroup_udp", "cgroup_unix")
 
 
 class ForeignProgramsError(Exception):
-    """Programs of another owner translate the sockets of every test."""
+    """Programs of others would translate the sockets of all tests."""
 
 
 def socket_programs(cgroup: Path) -> list[str]:
-    """Name and hook of the programs that are attached to a cgroup (not to those above) and see its sockets."""
+    """Name and attach type of socket programs that are attached to this cgroup itself."""
     shown = subprocess.run(
         ["bpftool", "-j", "cgroup", "show", str(cgroup)], capture_output=True, text=True, check=True
     ).stdout
@@ -31,7 +31,7 @@ def socket_programs(cgroup: Path) -> list[str]:
 
 @functools.cache
 def check_cgroup_root() -> None:
-    """Raises ForeignProgramsError where the cgroup v2 root has socket hooks: a lab's sockets pass them as well."""
+    """Raises ForeignProgramsError if the cgroup root has socket programs: they see a lab's sockets, too."""
     root = find_cgroup_root()
     if found := socket_programs(root):
         raise ForeignProgramsError(

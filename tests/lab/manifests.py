@@ -1,4 +1,4 @@
-"""Manifests of Services and slices for a lab, as files that are replaced in one step."""
+"""Manifests of Services and EndpointSlices for a lab, as files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Document = dict[str, Any]
 
 
 def service(name: str, *, namespace: str = "shop", **spec: Any) -> Document:
-    """``spec`` as in the API; a single TCP port 80 named http unless told otherwise."""
+    """A Service with ``spec`` as in the API; the default is one TCP port 80 named http."""
     body = {"ports": [{"name": "http", "port": 80, "protocol": "TCP"}], **spec}
     if "clusterIPs" in body:
         body["clusterIP"] = body["clusterIPs"][0]
@@ -28,7 +28,7 @@ def slice_of(
     suffix: str = "",
     ports: list[Document] | None = None,
 ) -> Document:
-    """One slice, of the family of its addresses."""
+    """An EndpointSlice, whose addressType is the family of its addresses."""
     found = list(endpoints)
     is_v6 = any(":" in e["addresses"][0] for e in found)
     family = "IPv6" if is_v6 else "IPv4"
@@ -52,7 +52,7 @@ def endpoint(address: str, node: str, *, ready: bool = True, terminating: bool =
 
 
 def write(path: Path, *documents: Document) -> None:
-    """Replaces the file in one step, as an editor or a ConfigMap does."""
+    """Replaces the file atomically, as an editor or a ConfigMap volume does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
     beside.write_text(yaml.safe_dump_all(documents))
@@ -60,5 +60,5 @@ def write(path: Path, *documents: Document) -> None:
 
 
 def read(path: Path) -> list[Document]:
-    """What a file has that :func:`write` has written."""
+    """The documents of a file that :func:`write` has written."""
     return list(yaml.safe_load_all(path.read_text()))

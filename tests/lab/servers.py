@@ -1,32 +1,28 @@
-"""A small server for pods: answers every TCP connection and datagram with its name and whom it saw."""
+"""A server for pods: it sends its name and the client's address for every TCP connection and datagram."""
 
 from __future__ import annotations
 
 import json
 import selectors
 import socket
-import sys
 from typing import Any
 
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 
 def start(space: Space, name: str, *ports: int, address: str = "::") -> None:
-    """Serves TCP and UDP on ``ports`` until the lab ends; returns once it does.
+    """Serves TCP and UDP on ``ports`` until the lab ends; returns when the sockets are open.
 
-    ``address``: IPv6, or IPv4-mapped; by default all of both families.
+    ``address``: IPv6 or IPv4-mapped; the default is any address of both families.
     """
-    command = [sys.executable, "-m", "tests.lab.servers", name, address, *map(str, ports)]
-    process = space.popen(command, stdout=-1)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    assert read_line(space.fork(main, name, address, ports)) == "ready"
 
 
 def _answer(name: str, peer: Any) -> bytes:
     return json.dumps({"name": name, "peer": peer[0].removeprefix("::ffff:"), "port": peer[1]}).encode()
 
 
-def main(name: str, address: str, ports: list[int]) -> None:
+def main(name: str, address: str, ports: tuple[int, ...]) -> None:
     selector = selectors.DefaultSelector()
     for port in ports:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
@@ -53,7 +49,7 @@ def main(name: str, address: str, ports: list[int]) -> None:
                     continue
                 selector.register(connection, selectors.EVENT_READ, None)
             else:
-                # A line is echoed; the client closes.
+                # Data is echoed until the client closes the connection.
                 try:
                     data = sock.recv(65536)
                     if data:
@@ -63,7 +59,3 @@ def main(name: str, address: str, ports: list[int]) -> None:
                     pass
                 selector.unregister(sock)
                 sock.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(port) for port in sys.argv[3:]])

@@ -1,7 +1,7 @@
-"""A service mesh's proxy in a pod, as far as it matters: ``python -m tests.lab.sidecar``.
+"""The sidecar proxy of a service mesh in a pod: ``python -m tests.lab.sidecar``.
 
-What the pod's processes send to TCP port 80 is redirected to it. It prints the address that each connection was
-for (SO_ORIGINAL_DST), and carries it there.
+Connections of the pod's processes to TCP port 80 are redirected to it. It prints the original destination of
+each (SO_ORIGINAL_DST), and forwards to it.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ table ip mesh {{
 
 
 class Sidecar:
-    """``seen``: addresses that connections were for, in order."""
+    """Starts the proxy in a pod, with the netfilter rules that redirect to it."""
 
     def __init__(self, pod: Space) -> None:
         self._process = pod.popen(
             [sys.executable, "-m", "tests.lab.sidecar"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
         )
-        assert self.next() == "listens"
+        assert self.next() == "ready"
         pod.run(["sh", "-c", f"echo '{_RULES}' | nft -f -"])
 
     def next(self) -> str:
-        """The next address, as ``10.96.0.10:80``."""
+        """The original destination of the next connection, as ``10.96.0.10:80``."""
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().strip()
 
 
-def _carry(client: socket.socket) -> None:
+def _forward(client: socket.socket) -> None:
     packed = client.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, 16)
     port, address = struct.unpack_from("!2xH4s", packed)
     host = socket.inet_ntoa(address)
@@ -57,10 +57,10 @@ def _carry(client: socket.socket) -> None:
 def _main() -> None:
     listener = socket.create_server(("127.0.0.1", PORT))
     os.setuid(USER)
-    print("listens", flush=True)
+    print("ready", flush=True)
     while True:
         client, _ = listener.accept()
-        threading.Thread(target=_carry, args=(client,), daemon=True).start()
+        threading.Thread(target=_forward, args=(client,), daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The lab itself: who reaches whom, where processes are, and that nothing stays behind."""
+"""The lab: connectivity, namespaces and cgroups of processes, and removal of everything at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PORT = 8080
 
 
 class Cluster:
-    """A node with a client and a server, and one with a server."""
+    """One node with a client and a server pod, and one with a server pod."""
 
     def __init__(self, lab: Lab) -> None:
         self.a = lab.node("node-a")
@@ -46,7 +46,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("ask", [clients.ask_tcp, clients.ask_udp])
 @pytest.mark.parametrize("server", ["here", "there"])
-def test_a_pod_reaches_pods_of_both_nodes_with_its_own_address(
+def test_pod_reaches_pods_of_both_nodes_with_its_own_address(
     cluster: Cluster, server: str, ask: Callable[[str, int], dict[str, object]]
 ) -> None:
     pod: Pod = getattr(cluster, server)
@@ -54,17 +54,17 @@ def test_a_pod_reaches_pods_of_both_nodes_with_its_own_address(
         (pod.address, cluster.client.address),
         (pod.address6, cluster.client.address6),
     ):
-        answer = cluster.client.call(ask, address, PORT)
-        assert (answer["name"], answer["peer"]) == (server, mine)
+        reply = cluster.client.call(ask, address, PORT)
+        assert (reply["name"], reply["peer"]) == (server, mine)
 
 
-def test_a_node_reaches_the_pods_of_both_nodes(cluster: Cluster) -> None:
+def test_node_reaches_pods_of_both_nodes(cluster: Cluster) -> None:
     for pod in (cluster.here, cluster.there):
         for address in (pod.address, pod.address6):
             assert cluster.a.call(clients.ask_tcp, address, PORT)["name"] == pod.name
 
 
-def test_a_port_where_nobody_listens_refuses(cluster: Cluster) -> None:
+def test_connect_to_a_closed_port_is_refused(cluster: Cluster) -> None:
     assert cluster.client.call(clients.connect_error, cluster.there.address, 9) == "ECONNREFUSED"
 
 
@@ -74,7 +74,7 @@ def _memberships() -> tuple[str, str]:
     return v2, str(Path("/proc/self/ns/net").readlink())
 
 
-def test_processes_are_in_their_nodes_cgroup_and_their_pods_namespace(cluster: Cluster) -> None:
+def test_processes_are_in_the_cgroup_of_their_node_and_the_namespace_of_their_pod(cluster: Cluster) -> None:
     spaces: list[Space] = [cluster.client, cluster.a, cluster.there, cluster.b]
     seen = [space.call(_memberships) for space in spaces]
     for space, (cgroup, _) in zip(spaces, seen, strict=True):
@@ -83,13 +83,13 @@ def test_processes_are_in_their_nodes_cgroup_and_their_pods_namespace(cluster: C
     assert cluster.client.run(["cat", "/proc/self/cgroup"]).count(cluster.a.cgroup.name) == 1
 
 
-def test_no_client_takes_a_port_that_an_agent_listens_on(cluster: Cluster) -> None:
+def test_ip_local_port_range_excludes_ports_of_the_agent(cluster: Cluster) -> None:
     for space in (cluster.a, cluster.client):
         first, _ = space.run(["sysctl", "-n", "net.ipv4.ip_local_port_range"]).split()
         assert int(first) > 10256
 
 
-def test_a_call_returns_the_result_or_raises_the_exception(cluster: Cluster) -> None:
+def test_call_returns_the_result_or_raises_the_exception(cluster: Cluster) -> None:
     assert cluster.client.call(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError) as caught:
         cluster.client.call(divmod, 7, 0)
@@ -105,7 +105,7 @@ def _raise_unpicklable() -> None:
     raise _UnpicklableError(1, 2)
 
 
-def test_a_call_says_why_there_is_no_answer(cluster: Cluster) -> None:
+def test_call_raises_the_reason_of_a_missing_result(cluster: Cluster) -> None:
     with pytest.raises(TimeoutError, match=r"sleep .* longer than 0\.2 s"):
         cluster.client.call(time.sleep, 30, timeout=0.2)
     with pytest.raises(RuntimeError, match="wait status 1792"):
@@ -118,14 +118,14 @@ def _terminate_itself() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_to_a_forked_child_does_not_end_the_lab_of_its_parent(cluster: Cluster) -> None:
+def test_signal_to_a_forked_child_does_not_end_the_lab_of_its_parent(cluster: Cluster) -> None:
     with pytest.raises(RuntimeError, match="ended with wait status"):
         cluster.client.call(_terminate_itself)
     assert cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"] == "there"
 
 
 def _traces(lab_id: str) -> list[str]:
-    """What there is of a lab: namespaces, folders, processes."""
+    """The namespaces, folders and processes of a lab."""
     found = [name for name in netns.listnetns() if name.startswith(f"{lab_id}-")]
     homes = (find_cgroup_root(), BPFFS, Path(tempfile.gettempdir()))
     found += [str(p) for home in homes for p in home.glob(f"{lab_id}*")]
@@ -154,9 +154,9 @@ with Lab() as lab:
 
 
 def _start(how: str) -> tuple[subprocess.Popen[str], str]:
-    """A lab in a process of its own, with a server that leaves a child behind.
+    """Starts a lab in another process, with a server that leaves a child process.
 
-    SIGINT is not ignored there, as it is in a shell's background and under nohup.
+    SIGINT has its default handler there; it is ignored in background jobs of a shell and under nohup.
     """
     command = [sys.executable, "-c", _LAB, how]
     with tempfile.TemporaryFile("w+") as errors:
@@ -176,7 +176,7 @@ def _start(how: str) -> tuple[subprocess.Popen[str], str]:
 
 
 @pytest.mark.parametrize("how", ["raise", "SIGTERM", "SIGINT"])
-def test_a_lab_that_ends_in_any_way_leaves_nothing(how: str) -> None:
+def test_exit_by_exception_or_signal_removes_everything(how: str) -> None:
     process, lab_id = _start(how)
     if how != "raise":
         assert _traces(lab_id)
@@ -185,7 +185,7 @@ def test_a_lab_that_ends_in_any_way_leaves_nothing(how: str) -> None:
     assert _traces(lab_id) == []
 
 
-def test_what_a_killed_lab_left_is_cleaned_and_no_living_lab_is_touched(cluster: Cluster) -> None:
+def test_clean_dead_labs_removes_leftovers_of_killed_labs_only(cluster: Cluster) -> None:
     process, lab_id = _start("kill")
     process.kill()
     process.wait(60)
@@ -195,7 +195,7 @@ def test_what_a_killed_lab_left_is_cleaned_and_no_living_lab_is_touched(cluster:
     assert cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"] == "there"
 
 
-def test_output_that_is_not_yet_written_is_written_once() -> None:
+def test_buffered_output_is_not_duplicated_by_a_forked_child() -> None:
     script = 'from tests.lab import Lab\nwith Lab() as lab:\n    print("once")\n    lab.node("a").call(int)\n'
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", script]

@@ -16,19 +16,20 @@ from ebpfproxy.datapath.programs.attach import Attachment
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.kube.objects import Resource
 from ebpfproxy.kube.source_status import SourceStatus, State
-from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
+from ebpfproxy.metrics.source_metrics import SourceCollector
 from ebpfproxy.services.model import Family
 from tests.data import SAMPLES
 
-#: Only mode iptables has these: neither mode nftables nor ebpfproxy has any.
+#: Only mode iptables has these; neither mode nftables nor ebpfproxy exports them.
 IPTABLES_ONLY = {
     "kubeproxy_iptables_ct_state_invalid_dropped_packets_total",
     "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
     "kubeproxy_sync_proxy_rules_iptables_last",
     "kubeproxy_sync_proxy_rules_iptables_total",
 }
-#: What dashboards and rules for kube-proxy use of the API client and the process.
+#: Dashboards and rules for kube-proxy use these of the API client and the process.
 OTHERS = {
     "rest_client_requests_total",
     "rest_client_request_duration_seconds",
@@ -43,7 +44,7 @@ OTHERS = {
 
 
 class Printed(msgspec.Struct, frozen=True):
-    """A family as it is printed; labels and bounds as text, values left out."""
+    """A metric family as printed, with labels and bounds as text and without values."""
 
     type: str
     help: str
@@ -119,7 +120,7 @@ def test_every_metric_of_kube_proxy_with_its_type_help_labels_and_buckets(mode: 
         ("proxy_livez_total", "counter", "Cumulative proxy livez HTTP status", {"code"}),
     ],
 )
-def test_what_the_samples_have_no_value_of_is_as_kubernetes_reference_says(
+def test_metrics_without_samples_equal_the_kubernetes_reference(
     name: str, kind: str, help_text: str, labels: set[str]
 ) -> None:
     """https://kubernetes.io/docs/reference/instrumentation/metrics/"""
@@ -137,13 +138,13 @@ def test_bounds_of_network_programming_are_those_of_kube_proxys_source() -> None
     assert found == (*(f"{each:g}" for each in seconds), "+Inf")
 
 
-def test_no_version_of_kubernetes_is_claimed() -> None:
-    """kube-prometheus-stack warns where components have different ones."""
+def test_no_kubernetes_version_is_exported() -> None:
+    """kube-prometheus-stack warns of components with different versions."""
     assert "kubernetes_build_info" not in used().render().decode()
 
 
 def values(metrics: AgentMetrics) -> Mapping[str, float]:
-    """By name and labels, as printed."""
+    """Returns samples by name and labels, as printed."""
     return {
         s.name + "".join(f" {k}={v}" for k, v in sorted(s.labels.items())): s.value
         for family in text_string_to_metric_families(metrics.render().decode())
@@ -166,7 +167,7 @@ def test_values_match_the_events() -> None:
 
 
 def test_counters_that_alerts_watch_exist_before_anything_happens() -> None:
-    """increase() takes the first value of a new series for its beginning, and sees no step."""
+    """increase() takes the first value of a new series as its start and sees no increase."""
     found = values(AgentMetrics())
     for name in (
         "ebpfproxy_warnings_total resource=services",
@@ -204,6 +205,7 @@ def test_health_and_hooks_are_read_at_each_scrape() -> None:
         found["ebpfproxy_socket_hooks state=missing"] == found["ebpfproxy_socket_hooks state=attached"] == 1
     )
     health.programmed()
+    health.attached()
     health.set_eligible(True)
     hooks[0] = Attachment("connect4", 6, 1)
     found = values(metrics)
@@ -211,7 +213,7 @@ def test_health_and_hooks_are_read_at_each_scrape() -> None:
     assert found["ebpfproxy_socket_hooks state=missing"] == 0
     health.queued()
     now[0] += 60
-    assert values(metrics)["ebpfproxy_healthy"] == 0, "a change has waited for a minute"
+    assert values(metrics)["ebpfproxy_healthy"] == 0, "a change has been pending for a minute"
 
 
 def test_watches_and_requests_are_read_at_each_scrape() -> None:

@@ -1,4 +1,4 @@
-"""What ``deploy/monitoring`` has, and what kube-prometheus-stack asks of a kube-proxy."""
+"""The files of ``deploy/monitoring``, and the queries of kube-prometheus-stack about kube-proxy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_promtool = pytest.mark.skipif(
 
 
 def promtool(*arguments: str, stdin: str = "") -> str:
-    """What it prints; an assertion fails with that where it finds something wrong."""
+    """Returns promtool's output. Raises AssertionError with it where promtool finds errors."""
     done = subprocess.run(
         ["promtool", *arguments], input=stdin, capture_output=True, check=False, text=True, timeout=60
     )
@@ -31,7 +31,7 @@ def promtool(*arguments: str, stdin: str = "") -> str:
 
 
 def rules() -> list[dict[str, Any]]:
-    """Every rule of our own, recording rules first."""
+    """Returns all our rules, recording rules first."""
     return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 
 
@@ -45,14 +45,14 @@ def dashboard() -> dict[str, Any]:
 
 
 def panels() -> Iterator[dict[str, Any]]:
-    """Those that show something; rows do not."""
+    """Returns the panels of the dashboard without its rows."""
     for panel in dashboard()["panels"]:
         if panel["type"] != "row":
             yield panel
 
 
 def as_grafana(expression: str, *, instance: str = ".*", interval: str = "1m") -> str:
-    """With Grafana's variables put in, for all agents unless told otherwise."""
+    """Replaces Grafana's variables, for all agents by default."""
     values = {"$__rate_interval": interval, "$cluster": ".*", "$instance": instance}
     for name, value in values.items():
         expression = expression.replace(name, value)
@@ -60,7 +60,7 @@ def as_grafana(expression: str, *, instance: str = ".*", interval: str = "1m") -
 
 
 def dashboard_expressions() -> dict[str, str]:
-    """By panel and number: what the dashboard asks Prometheus."""
+    """Returns the dashboard's queries by panel and number."""
     found = {
         f"{panel['title']} {target['refId']}": as_grafana(target["expr"])
         for panel in panels()
@@ -98,13 +98,13 @@ STACK_DASHBOARD = {
     "CPU usage": _rate("process_cpu_seconds_total"),
     "Goroutines": f"go_goroutines{{{_ONE}}}",
 }
-#: A panel is empty where nothing like that has happened; kube-proxy's are, too. We never POST.
+#: These panels are empty without such events, as with kube-proxy. The agent sends no POST request there.
 STACK_DASHBOARD_EMPTY = {
     "Kube API Request Rate 3xx": "sum(" + _rate("rest_client_requests_total", 'code=~"3.."') + ")",
     "Kube API Request Rate 4xx": "sum(" + _rate("rest_client_requests_total", 'code=~"4.."') + ")",
     "Kube API Request Rate 5xx": "sum(" + _rate("rest_client_requests_total", 'code=~"5.."') + ")",
 }
-#: These requests are rare: the value is NaN while there was none.
+#: These requests are rare: the value is NaN without any.
 STACK_DASHBOARD_SELDOM = {
     "Post Request Latency": _p99("rest_client_request_duration_seconds", "verb", 'verb="POST"'),
 }
@@ -119,7 +119,7 @@ STACK_ALERTS = {
         'sum(rate(rest_client_requests_total{job="kube-proxy", code=~"5.."}[5m])) by (cluster, instance, job)'
         ' / sum(rate(rest_client_requests_total{job="kube-proxy"}[5m])) by (cluster, instance, job) > 0.01'
     ),
-    # A second version of Kubernetes in the cluster: ours must not count as one.
+    # This counts Kubernetes versions in the cluster; ours must not count as one.
     "KubeVersionMismatch": (
         'count by (cluster) (count by (git_version, cluster) (kubernetes_build_info{job!~"kube-dns|coredns"}))'
         " > 1"

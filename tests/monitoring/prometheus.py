@@ -1,4 +1,4 @@
-"""A real Prometheus on a lab node: one process, its data below the lab's folder, its port on the loopback."""
+"""A real Prometheus on a lab node: one process with data below the lab's folder and a loopback port."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class Prometheus:
         self._process.wait(20)
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer; an assertion fails with the server's own words where it is an error."""
+        """Returns the data of a response. Raises AssertionError with the server's message for an error."""
         answer = self._node.call(_get, f"/api/v1/{path}?{urlencode(parameters)}")
         assert answer["status"] == "success", f"{parameters or path}: {answer.get('error')}"
         return answer["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples that an expression has now."""
+        """Returns the current samples of an expression."""
         found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return found
 
     def wait_samples(self, expression: str, number: int | None = None) -> None:
-        """Until the expression has so many, or any."""
+        """Waits until the expression has this number of samples, or any."""
 
         def is_so() -> bool:
             found = len(self.query(expression))
@@ -72,7 +72,7 @@ class Prometheus:
         self.until(is_so, f"{expression}: no data, or not {number} samples")
 
     def rules(self) -> dict[str, dict[str, Any]]:
-        """By name, with health and state."""
+        """Returns rules by name, with health and state."""
         return {rule["name"]: rule for group in self.ask("rules")["groups"] for rule in group["rules"]}
 
     def until(self, condition: Callable[[], object], what: str, timeout: float = 120.0) -> None:
@@ -82,13 +82,18 @@ class Prometheus:
                 if condition():
                     return
             except OSError:
-                pass  # it does not listen yet
+                pass  # it does not listen yet or is reading its storage
             assert self._process.poll() is None, f"Prometheus has ended:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"{what}\n{self.log.read_text()}"
             time.sleep(0.2)
 
 
 def _get(path: str) -> Any:
+    """Returns the decoded response. Raises ConnectionError where the server listens but is not ready (503, no JSON)."""
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=30)
     connection.request("GET", path)
-    return json.loads(connection.getresponse().read())
+    answer = connection.getresponse()
+    text = answer.read()
+    if answer.status == http.HTTPStatus.SERVICE_UNAVAILABLE:
+        raise ConnectionError(f"Prometheus is not ready: {text.decode(errors='replace')}")
+    return json.loads(text)

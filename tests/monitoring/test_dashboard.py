@@ -1,4 +1,4 @@
-"""The dashboard and the operator's objects, as files."""
+"""The files of the dashboard and of the Prometheus operator's objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.monitoring.files import (
 )
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     found = dashboard()["panels"]
     assert len({panel["id"] for panel in found}) == len(found)
     taken: set[tuple[int, int]] = set()
@@ -29,7 +29,7 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_every_panel_has_a_title_a_description_and_a_source_that_can_be_chosen() -> None:
+def test_every_panel_has_a_title_a_description_and_the_data_source_variable() -> None:
     for panel in panels():
         assert panel["title"]
         assert panel["description"].rstrip(".`"), panel["title"]
@@ -39,7 +39,7 @@ def test_every_panel_has_a_title_a_description_and_a_source_that_can_be_chosen()
     assert len(set(titles)) == len(titles)
 
 
-def test_every_query_follows_the_choice_of_cluster_and_agent() -> None:
+def test_every_query_uses_the_variables_of_cluster_and_agent() -> None:
     for panel in panels():
         for target in panel["targets"]:
             metrics = re.findall(
@@ -54,13 +54,13 @@ def test_every_alert_has_its_metric_on_the_dashboard() -> None:
     text = "\n".join(dashboard_expressions().values())
     rules = (FOLDER / "rules.yaml").read_text()
     ours = {name.removesuffix("_bucket") for name in re.findall(r"\bebpfproxy_\w+", rules)}
-    # Each time that something does not fit; the dashboard has how many do not fit now.
+    # This counts failures over capacity; the dashboard has the current number of them.
     ours -= {"ebpfproxy_capacity_problems_total"}
     assert {name for name in ours if name not in text} == set()
 
 
 @needs_promtool
-def test_promtool_can_read_every_expression(tmp_path: Path) -> None:
+def test_promtool_parses_every_expression(tmp_path: Path) -> None:
     expressions = dashboard_expressions().values()
     rules = [{"record": f"dashboard:{i}", "expr": e} for i, e in enumerate(expressions)]
     path = tmp_path / "rules.yaml"
@@ -68,13 +68,13 @@ def test_promtool_can_read_every_expression(tmp_path: Path) -> None:
     assert f"{len(rules)} rules found" in promtool("check", "rules", "--lint=none", str(path))
 
 
-def test_the_pod_monitor_finds_the_agents_and_calls_them_kube_proxy() -> None:
+def test_pod_monitor_selects_the_agents_as_job_kube_proxy() -> None:
     monitor = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())
     assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == "metrics"
     assert {"targetLabel": "job", "replacement": "kube-proxy"} in endpoint["relabelings"]
-    assert endpoint["honorLabels"] is True, "a Service's namespace would be the agent's"
+    assert endpoint["honorLabels"] is True, "otherwise the agent's namespace replaces that of Services"
     selector = monitor["spec"]["selector"]["matchLabels"]
     objects = [
         each
@@ -88,7 +88,7 @@ def test_the_pod_monitor_finds_the_agents_and_calls_them_kube_proxy() -> None:
         assert selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
 
 
-def test_kube_prometheus_stacks_own_monitor_is_off_where_ours_is_on() -> None:
+def test_monitor_of_kube_prometheus_stack_is_disabled_where_ours_is_enabled() -> None:
     values = yaml.safe_load((FOLDER / "kube-prometheus-stack-values.yaml").read_text())["kubeProxy"]
-    assert values["enabled"] is True, "its rules and its dashboard go with this"
+    assert values["enabled"] is True, "this enables its rules and its dashboard"
     assert values["serviceMonitor"] == values["service"] == {"enabled": False}

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a lab's agent: every rule and every panel finds what it asks for."""
+"""A real Prometheus scrapes a lab's agent: every rule and every panel has data."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.root, needs_promtool]
 
 IP = "10.96.250.10"
 PORT = 7777
-#: Nothing of the kind has happened: no watch failed, no agent was started again.
+#: These have no samples: no watch failed and no agent was restarted.
 EMPTY = {"Watches that failed A", "annotation Agent starts"}
-#: promtool wants no _total on a gauge; this one's name is kube-proxy's.
+#: promtool rejects _total on a gauge, but this name is kube-proxy's.
 KUBE_PROXYS_NAME = 'non-counter metrics should not have "_total" suffix'
 
 
 class Monitored:
-    """A node with an agent on the API server's stand-in, some traffic, and a Prometheus that saw both."""
+    """A node with an agent at the stand-in, traffic, and a Prometheus that scraped meanwhile."""
 
     def __init__(self, lab: Lab) -> None:
         self.node: LabNode = lab.node("node-a")
@@ -68,7 +68,7 @@ class Monitored:
         return path
 
     def _scrapes(self, number: int) -> None:
-        """Waits for so many more."""
+        """Waits for this number of further samples."""
         expression = 'count_over_time(up{job="kube-proxy"}[10m])'
 
         def scraped() -> int:
@@ -94,18 +94,18 @@ def monitored() -> Iterator[Monitored]:
         found.prometheus.stop()
 
 
-def test_promtool_finds_nothing_wrong_with_what_an_agent_prints(monitored: Monitored) -> None:
+def test_promtool_accepts_the_metrics_of_an_agent(monitored: Monitored) -> None:
     status, text = monitored.agent.http("/metrics", 10249)
     assert status == 200
     with pytest.raises(AssertionError) as found:
         promtool("check", "metrics", stdin=text)
-    said = [
+    output = [
         line for line in str(found.value).splitlines() if line.startswith(("ebpf", "kube", "rest", "error"))
     ]
-    assert said == [f"kubeproxy_sync_proxy_rules_no_local_endpoints_total {KUBE_PROXYS_NAME}"]
+    assert output == [f"kubeproxy_sync_proxy_rules_no_local_endpoints_total {KUBE_PROXYS_NAME}"]
 
 
-def test_every_rule_is_evaluated_without_an_error_and_nothing_is_wrong_with_a_healthy_agent(
+def test_rules_are_evaluated_without_errors_and_no_alert_fires_for_a_healthy_agent(
     monitored: Monitored,
 ) -> None:
     prometheus = monitored.prometheus
@@ -136,19 +136,19 @@ def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD)
 def test_kube_prometheus_stacks_panels_for_kube_proxy_have_data(monitored: Monitored, name: str) -> None:
-    # kube-proxy, too, has one line per address family here.
+    # kube-proxy has one line per address family here as well.
     monitored.prometheus.wait_samples(STACK_DASHBOARD[name], 2 if "Sync Latency" in name else 1)
 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD_EMPTY)
-def test_kube_prometheus_stacks_panels_for_what_did_not_happen_are_no_error(
+def test_kube_prometheus_stacks_panels_of_missing_events_are_empty_without_errors(
     monitored: Monitored, name: str
 ) -> None:
     assert monitored.prometheus.query(STACK_DASHBOARD_EMPTY[name]) == []
 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD_SELDOM)
-def test_kube_prometheus_stacks_panels_for_what_is_seldom_have_a_line_at_most(
+def test_kube_prometheus_stacks_panels_of_rare_requests_have_at_most_one_line(
     monitored: Monitored, name: str
 ) -> None:
     assert len(monitored.prometheus.query(STACK_DASHBOARD_SELDOM[name])) <= 1
@@ -165,7 +165,7 @@ def test_counters_match_the_events(monitored: Monitored) -> None:
     assert one("sum(up)") == one("ebpfproxy_healthy") == one("ebpfproxy_node_eligible") == 1
     assert one('ebpfproxy_socket_hooks{state="missing"}') == 0
     assert one('rest_client_requests_total{code="200"}') >= 3
-    # Queued before it was programmed, and nothing waits.
+    # It was queued before it was programmed, and no change is pending.
     assert (
         one(
             "max(kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds"
@@ -175,13 +175,13 @@ def test_counters_match_the_events(monitored: Monitored) -> None:
     )
 
 
-def test_alerts_notice_hooks_that_somebody_took_away(monitored: Monitored) -> None:
+def test_alerts_fire_for_detached_hooks(monitored: Monitored) -> None:
     (link,) = monitored.node.bpf_root.rglob("links/connect4")
     link.unlink()
     _until_pending(monitored, "EbpfproxySocketHooksMissing")
 
 
-def test_alerts_notice_an_agent_that_is_gone(monitored: Monitored) -> None:
+def test_alerts_fire_for_a_stopped_agent(monitored: Monitored) -> None:
     monitored.agent.stop()
     _until_pending(monitored, "EbpfproxyAgentDown")
     _until_pending(monitored, "EbpfproxyAbsent")

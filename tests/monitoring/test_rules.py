@@ -1,4 +1,4 @@
-"""Our rules: the same in both forms, right in promtool's eyes, and each alert fires when it should, and only then."""
+"""Our rules: equal in both forms, valid for promtool, and alerts fire in exactly the expected cases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUILD = series("ebpfproxy_build_info", version="1.0", kernel="6.1")
 
 
 class Case(msgspec.Struct, frozen=True):
-    """Series as promtool writes them, a value a minute, and what fires at minute ``at``, if anything does."""
+    """Series in promtool's notation with a value per minute, and the alert that fires at minute ``at``, if any."""
 
     alert: str
     what: str
@@ -49,7 +49,7 @@ def silent(alert: str, what: str, found: dict[str, str], at: int) -> Case:
 
 
 def histogram(name: str, upper: str) -> dict[str, str]:
-    """Ten a minute, all above the bound before ``upper``."""
+    """Returns series of ten observations a minute, all above the bound before ``upper``."""
     bounds = ("0.01", "0.5", "1", "2.5", "+Inf")
     at = bounds.index(upper)
     return {series(f"{name}_bucket", le=b): "0+10x40" if i >= at else "0x40" for i, b in enumerate(bounds)}
@@ -176,7 +176,7 @@ def as_promtool(case: Case) -> dict[str, Any]:
     }
 
 
-def test_the_operators_object_has_the_same_rules_as_the_plain_file() -> None:
+def test_prometheus_rule_object_has_the_rules_of_the_plain_file() -> None:
     plain = yaml.safe_load(RULES.read_text())
     wrapped = yaml.safe_load((FOLDER / "prometheus-rules.yaml").read_text())
     assert (wrapped["apiVersion"], wrapped["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
@@ -184,7 +184,7 @@ def test_the_operators_object_has_the_same_rules_as_the_plain_file() -> None:
 
 
 @needs_promtool
-def test_promtool_finds_nothing_wrong_with_the_rules() -> None:
+def test_promtool_accepts_the_rules() -> None:
     assert "SUCCESS" in promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
 
 
@@ -194,8 +194,8 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 
 
 @needs_promtool
-def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
-    """All in one run: promtool names the case that is wrong."""
+def test_every_alert_fires_in_exactly_the_expected_cases(tmp_path: Path) -> None:
+    """All cases are in one run: promtool names the case that fails."""
     tests = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [*map(as_promtool, CASES)]}
     path = tmp_path / "tests.yaml"
     path.write_text(yaml.safe_dump(tests))
@@ -203,7 +203,7 @@ def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
 
 
 @needs_promtool
-def test_a_case_that_expects_the_wrong_thing_is_noticed(tmp_path: Path) -> None:
+def test_case_with_a_wrong_expectation_fails(tmp_path: Path) -> None:
     wrong = msgspec.structs.replace(CASES[1], labels={})
     path = tmp_path / "tests.yaml"
     path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": [as_promtool(wrong)]}))
@@ -212,13 +212,13 @@ def test_a_case_that_expects_the_wrong_thing_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", alerts())
-def test_an_alert_says_how_bad_it_is_and_which_command_shows_it(name: str) -> None:
+def test_every_alert_has_a_severity_and_names_a_command(name: str) -> None:
     rule = alerts()[name]
     assert rule["labels"]["severity"] in {"critical", "warning", "info"}
     assert set(rule["annotations"]) == {"summary", "description"}
     assert rule["annotations"]["summary"].endswith(".")
     commands = re.findall(r"`ebpfproxy ([a-z]+)(?: ([a-z]+))?", rule["annotations"]["description"])
-    assert commands, "no command of ours"
+    assert commands, "no ebpfproxy command"
     for command, subcommand in commands:
         found = main.get_command(click.Context(main), command)
         assert found is not None, command
@@ -226,7 +226,7 @@ def test_an_alert_says_how_bad_it_is_and_which_command_shows_it(name: str) -> No
             assert subcommand in getattr(found, "commands", {}), f"{command} {subcommand}"
 
 
-def test_only_maps_that_make_room_by_themselves_are_left_out_of_the_alert_on_full_maps() -> None:
+def test_alert_on_full_maps_excludes_lru_maps_only() -> None:
     (left_out,) = re.findall(r'map!~"([^"]*)"', alerts()["EbpfproxyMapNearlyFull"]["expr"])
     kinds = {spec.name: spec.kind for spec in map_specs(Capacity())}
     assert {kinds[name] for name in left_out.split("|")} == {uapi.MAP_LRU_HASH}

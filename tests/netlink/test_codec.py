@@ -1,4 +1,4 @@
-"""Messages as the kernel packs them, and as it has to be asked."""
+"""Netlink messages as the kernel packs and expects them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from ebpfproxy.netlink import codec
 
 
-def test_a_message_says_its_length_and_sequence() -> None:
+def test_message_has_its_length_and_sequence_number() -> None:
     packed = codec.pack(20, codec.REQUEST | codec.DUMP, b"body", 7)
     assert packed == struct.pack("=IHHII", 20, 20, 0x301, 7, 0) + b"body"
 
 
-def test_attributes_are_padded_and_found_again() -> None:
+def test_attributes_are_padded_and_parsed() -> None:
     packed = codec.attribute(1, b"abc") + codec.nested(2, codec.attribute(3, b"12345678"))
     assert len(packed) % 4 == 0
     found = codec.attributes(memoryview(packed))
@@ -24,12 +24,12 @@ def test_attributes_are_padded_and_found_again() -> None:
     assert bytes(codec.attributes(found[2])[3]) == b"12345678"
 
 
-def test_an_attribute_that_is_cut_short_ends_the_list() -> None:
+def test_truncated_attribute_ends_the_list() -> None:
     packed = codec.attribute(1, b"abcd") + struct.pack("=HH", 2, 9)
     assert list(codec.attributes(memoryview(packed))) == [1]
 
 
-def test_messages_that_came_at_once_are_told_apart() -> None:
+def test_messages_of_one_datagram_are_split() -> None:
     data = codec.pack(16, 0, b"one\0", 1) + codec.pack(17, 0, b"two\0", 2)
     assert [(m.kind, m.sequence, bytes(m.payload)) for m in codec.messages(data)] == [
         (16, 1, b"one\0"),
@@ -42,14 +42,14 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
-def test_a_dump_ends_where_it_is_done(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_dump_ends_at_nlmsg_done(pair: tuple[socket.socket, socket.socket]) -> None:
     here, there = pair
     there.send(codec.pack(16, 2, b"one\0"))
     there.send(codec.pack(16, 2, b"two\0") + codec.pack(3, 2, bytes(4)))
     assert [bytes(each.payload) for each in codec.replies(here)] == [b"one\0", b"two\0"]
 
 
-def test_an_acknowledgement_is_the_end_and_an_error_is_raised(
+def test_ack_ends_a_reply_and_an_error_is_raised(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     here, there = pair

@@ -1,4 +1,4 @@
-"""Which network namespaces are found: one's own, and what is mounted in the runtimes' folders."""
+"""Discovery of network namespaces: the process's own and those mounted in the runtimes' folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.lab import Lab
 
 
 @pytest.mark.root
-def test_a_name_that_is_not_mounted_is_no_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_that_is_not_mounted_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stale").touch(mode=0)
     with Lab() as lab:
         node = lab.node("node-a")

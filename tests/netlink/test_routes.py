@@ -1,4 +1,4 @@
-"""What the routes of a namespace say."""
+"""Route lookups in a network namespace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _ways(*texts: str) -> list[tuple[bool, str, bool]]:
     ]
 
 
-def test_ways_are_those_of_the_kernel(node: LabNode) -> None:
+def test_routes_equal_those_of_the_kernel(node: LabNode) -> None:
     assert node.call(_ways, "172.18.0.9", "8.8.8.8", "fd00:172:18::9", "2001:db8::1") == [
         (True, "172.18.0.1", False),
         (True, "172.18.0.1", True),
@@ -43,7 +43,7 @@ def test_ways_are_those_of_the_kernel(node: LabNode) -> None:
     assert [(there, by_gateway) for there, _, by_gateway in found] == [(True, False)] * 2
 
 
-def test_own_addresses_and_those_without_a_route_have_no_device(node: LabNode) -> None:
+def test_local_addresses_and_unroutable_ones_have_no_device(node: LabNode) -> None:
     assert node.call(_ways, "172.18.0.1", "fd00:172:18::1") == [
         (False, "172.18.0.1", False),
         (False, "fd00:172:18::1", False),
@@ -52,8 +52,8 @@ def test_own_addresses_and_those_without_a_route_have_no_device(node: LabNode) -
     assert Way() == Way(0, b"", False)
 
 
-def test_a_thousand_frontends_with_source_ranges_are_asked_for_in_a_moment(node: LabNode) -> None:
-    """All are asked for again whenever a pod's device comes or goes, in the reconciler's thread."""
+def test_lookups_for_a_thousand_frontends_with_source_ranges_are_fast(node: LabNode) -> None:
+    """The reconciler's thread looks up all of them whenever a pod's device is added or removed."""
     assert node.call(_cpu_of, 1000) < 0.5
 
 

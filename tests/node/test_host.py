@@ -1,4 +1,4 @@
-"""What kube-proxy sets on its host: in files that stand for /proc/sys, and for real where nobody else minds."""
+"""Sysctls that kube-proxy sets, in files that stand for /proc/sys and in a namespace of the test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def netfilter(tmp_path: Path) -> Path:
     return made
 
 
-def test_kube_proxys_defaults_are_set_and_limits_only_raised(netfilter: Path) -> None:
+def test_defaults_of_kube_proxy_are_set_and_limits_only_raised(netfilter: Path) -> None:
     defaults = complete(KubeProxyConfiguration()).conntrack
     assert isinstance(defaults, Conntrack)
 
@@ -39,7 +39,9 @@ def test_kube_proxys_defaults_are_set_and_limits_only_raised(netfilter: Path) ->
         }
 
     timeouts = {"tcp_timeout_established": 86_400, "tcp_timeout_close_wait": 3600}
-    assert after(2) == {"max": 200_000, "buckets": 65_536, **timeouts}, "131072 is less than there is"
+    assert after(2) == {"max": 200_000, "buckets": 65_536, **timeouts}, (
+        "131072 is less than the current limit"
+    )
     assert after(16) == {"max": 524_288, "buckets": 131_072, **timeouts}
     assert after(2)["max"] == 524_288
 
@@ -50,8 +52,8 @@ def test_sysctls_that_the_kernel_lacks_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_failures_are_logged_and_the_rest_is_set() -> None:
-    """In a namespace of its own the limit is the host's to set, timeouts are not."""
+def test_failed_sysctls_are_logged_and_others_set() -> None:
+    """In a network namespace the limit is read-only and timeouts are writable."""
     program = (
         "from ebpfproxy import logs; from ebpfproxy.node.host import set_conntrack; logs.configure('text', 0);"
         "set_conntrack(2**30, {'nf_conntrack_udp_timeout': 77});"

@@ -1,4 +1,4 @@
-"""Which devices are attached to and what they are; addresses; and how changes are followed."""
+"""Devices, their roles, addresses of the node, and changes of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from pyroute2.netlink.rtnl import RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE
 
 from ebpfproxy.config.node_port_addresses import NodePortAddressesError, parse_node_port_addresses
 from ebpfproxy.kube.objects import Node
+from ebpfproxy.netlink.rtnetlink import ROUTE_GROUPS
 from ebpfproxy.node import network as rules
 from ebpfproxy.node import network_watcher as module
 from ebpfproxy.node.facts import Address, DefaultRoute, Facts, Link, NodeAddress, NodeFacts, node_facts
+from ebpfproxy.node.kernel_tables import dump_routes
 from ebpfproxy.node.local import LocalMode, LocalPods
 from ebpfproxy.node.network import Network
 from ebpfproxy.node.network_watcher import NetworkWatcher
@@ -40,7 +41,7 @@ def link(index: int, name: str, kind: str | None = None, master: int = 0, type: 
 
 
 def address(index: int, text: str, *, fit: bool = True) -> Address:
-    """With the prefix of a network unless it says otherwise."""
+    """Returns an address, with the prefix of a network by default."""
     host, _, length = text.partition("/")
     return Address(index, packed(host), int(length or (64 if ":" in host else 24)), fit)
 
@@ -50,7 +51,7 @@ def route(index: int, family: int = V4, metric: int = 0, source: str = "") -> De
 
 
 def node_of(*addresses: str, pod_cidrs: tuple[str, ...] = ()) -> NodeFacts:
-    """``InternalIP 192.0.2.1``, and so on."""
+    """Returns a Node with addresses such as ``InternalIP 192.0.2.1``."""
     found = tuple(NodeAddress(kind, packed(text)) for kind, text in map(str.split, addresses))
     return NodeFacts(found, tuple(filter(None, map(parse_prefix, pod_cidrs))))
 
@@ -76,14 +77,14 @@ LO = link(1, "lo", type=LOOPBACK)
 ETH0 = link(2, "eth0")
 
 
-def test_hardware_with_an_address_is_an_uplink_and_a_pods_device_is_local() -> None:
+def test_physical_device_with_an_address_is_an_uplink_and_a_pods_device_is_local() -> None:
     network = network_of(
         [LO, ETH0, link(3, "cali1", "veth"), link(4, "eth9")], [address(2, "192.0.2.1")], [route(2)]
     )
     assert roles(network) == {"eth0": "UPLINK", "cali1": "LOCAL", "eth9": "OUTSIDE"}
 
 
-def test_a_device_with_the_default_route_is_an_uplink_whatever_it_is() -> None:
+def test_device_of_any_kind_with_the_default_route_is_an_uplink() -> None:
     network = network_of([ETH0, link(3, "br-ex", "bridge")], [address(3, "192.0.2.1")], [route(3)])
     assert roles(network)["br-ex"] == "UPLINK"
 
@@ -95,17 +96,17 @@ def test_a_tunnel_stays_a_tunnel_even_with_the_default_route() -> None:
     assert [d.ethernet for d in network.devices] == [True, False, True]
 
 
-def test_members_of_a_bond_are_left_to_it() -> None:
+def test_members_of_a_bond_get_no_programs() -> None:
     links = [link(2, "eth0", master=4), link(3, "eth1", master=4), link(4, "bond0", "bond")]
     assert roles(network_of(links, [address(4, "192.0.2.1")], [route(4)])) == {"bond0": "UPLINK"}
 
 
-def test_a_vrfs_members_are_attached_and_the_vrf_is_not() -> None:
+def test_members_of_a_vrf_get_programs_and_the_vrf_none() -> None:
     links = [link(2, "eth0", master=3), link(3, "red", "vrf")]
     assert roles(network_of(links, [address(2, "192.0.2.1")], [])) == {"eth0": "UPLINK"}
 
 
-def test_of_a_bridge_of_pods_the_pods_ports_are_attached_too() -> None:
+def test_bridge_of_pods_and_its_ports_get_programs() -> None:
     links = [ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3), link(5, "eth1", None, 3)]
     addresses = [address(2, "192.0.2.1"), address(3, "10.244.1.1")]
     pods = node_of(pod_cidrs=("10.244.1.0/24",))
@@ -114,7 +115,7 @@ def test_of_a_bridge_of_pods_the_pods_ports_are_attached_too() -> None:
         "cni0": "LOCAL",
         "veth1": "LOCAL",
     }
-    # Without podCIDRs that say so, who comes through the bridge may be a host behind eth1.
+    # Without podCIDRs, a source behind the bridge may be a host behind eth1.
     assert roles(network_of(links, addresses, [route(2)])) == {
         "eth0": "UPLINK",
         "cni0": "OUTSIDE",
@@ -123,21 +124,21 @@ def test_of_a_bridge_of_pods_the_pods_ports_are_attached_too() -> None:
     assert roles(network_of(links[:3], addresses, [route(2)]))["cni0"] == "LOCAL"
 
 
-def test_of_a_bridge_to_the_outside_no_port_is_attached() -> None:
+def test_ports_of_an_uplink_bridge_get_no_programs() -> None:
     links = [link(2, "eth0", "veth", 3), link(3, "br-ex", "bridge"), link(4, "tap1", "tun", 3)]
     assert roles(network_of(links, [address(3, "192.0.2.1")], [route(3)])) == {"br-ex": "UPLINK"}
 
 
 def below(*links: Link, node: NodeFacts | None = None) -> dict[str, tuple[bool, bool]]:
-    """Devices whose packets pass another one at ingress, at egress."""
+    """Returns the devices whose packets pass another one at ingress and at egress."""
     addresses = [address(2, "192.0.2.1"), address(9, "198.51.100.1")]
     network = network_of(list(links), addresses, [route(2)], node=node)
     found = {device.name: (device.ingress_below, device.egress_below) for device in network.devices}
     return {name: ways for name, ways in found.items() if any(ways)}
 
 
-def test_packets_of_a_bridge_pass_its_attached_ports() -> None:
-    """Programs are at the bridge and at its pods' ports; where they are at no port, the bridge is alone."""
+def test_packets_of_a_bridge_pass_its_ports_with_programs() -> None:
+    """The bridge and its pods' ports have programs; a bridge whose ports have none stands alone."""
     bridge = link(3, "cni0", "bridge")
     assert below(ETH0, bridge, link(4, "veth1", "veth", 3)) == {"cni0": (True, True)}
     assert below(ETH0, bridge, link(4, "eth1", None, 3)) == {}
@@ -161,7 +162,7 @@ def test_packets_of_a_bridge_pass_its_attached_ports() -> None:
 def test_packets_of_a_stacked_device_may_pass_the_lower_one(
     kind: str, passthru: bool, ways: tuple[bool, bool] | None
 ) -> None:
-    """Frames to a macvlan have its own link address, but an ipvlan's, and a passthru macvlan's, are the lower's."""
+    """Frames to a macvlan have its own link address; an ipvlan and a passthru macvlan use the lower's."""
     above = link(9, "above", kind)._replace(lower=2, passthru=passthru)
     assert below(ETH0, above) == ({"above": ways} if ways else {})
 
@@ -173,19 +174,35 @@ def test_a_vlan_with_an_address_is_an_uplink_of_its_own() -> None:
     assert network.answered == {packed("192.0.2.1"), packed("198.51.100.1")}
 
 
-def test_patterns_name_the_uplinks_and_nothing_else_does() -> None:
+def test_uplinks_that_carry_vlans_and_other_devices_have_no_xdp() -> None:
+    eth1, vlan = link(3, "eth1"), link(5, "eth1.5", "vlan")._replace(lower=3)
+    links = [ETH0._replace(link_address=bytes(5) + b"\1"), eth1, vlan, link(6, "tun0", "tun", type=NONE)]
+    links.append(link(7, "veth1", "veth"))
+    own = [address(index, f"192.0.{index}.1") for index in (2, 3, 5)]
+    found = {device.name: device for device in network_of(links, own, [route(2)]).devices}
+    assert {name: device.xdp_obstacle for name, device in found.items()} == {
+        "eth0": "",
+        "eth1": "it carries VLANs",
+        "eth1.5": "",
+        "tun0": "not an uplink",
+        "veth1": "not an uplink",
+    }
+    assert found["eth0"].link_address == bytes(5) + b"\1"
+
+
+def test_only_devices_that_match_the_patterns_are_uplinks() -> None:
     links = [ETH0, link(3, "ens1"), link(4, "ens2")]
     network = network_of(links, [address(2, "192.0.2.1")], [route(2)], ("ens*",))
     assert roles(network) == {"eth0": "OUTSIDE", "ens1": "UPLINK", "ens2": "UPLINK"}
 
 
 @pytest.mark.parametrize("kind", ["dummy", "ifb", "nlmon", "openvswitch"])
-def test_devices_without_clients_are_left_out(kind: str) -> None:
+def test_devices_without_clients_are_skipped(kind: str) -> None:
     assert roles(network_of([ETH0, link(3, "x", kind), link(4, "kube-ipvs0")], [], [])) == {"eth0": "OUTSIDE"}
 
 
 @pytest.mark.parametrize("device", ["kube-ipvs0", "kube-dummy-if"])
-def test_addresses_of_ipvs_devices_do_not_answer(device: str) -> None:
+def test_addresses_of_ipvs_devices_are_not_local_addresses(device: str) -> None:
     addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10"), address(4, "10.96.0.11")]
     links = [ETH0, link(3, device, "dummy"), link(4, "nodelocaldns", "dummy")]
     network = network_of(links, addresses, [])
@@ -209,7 +226,7 @@ def test_masquerading_uses_the_devices_own_address_or_the_nodes() -> None:
     assert found == {"eth0": node, "cni0": (packed("10.244.1.1"), node[1]), "cali1": node}
 
 
-def test_the_primary_address_is_the_preferred_source_else_of_the_best_default_route() -> None:
+def test_primary_address_is_the_preferred_source_or_that_of_the_best_default_route() -> None:
     links = [ETH0, link(3, "eth1")]
     addresses = [address(2, "192.0.2.1"), address(3, "198.51.100.1"), address(3, "2001:db8::1")]
     best = network_of(links, addresses, [route(2, metric=100), route(3, metric=50), route(3, V6)])
@@ -219,7 +236,7 @@ def test_the_primary_address_is_the_preferred_source_else_of_the_best_default_ro
     assert network_of(links, addresses, []).primary[0] == packed("192.0.2.1")
 
 
-def test_loopback_addresses_are_no_addresses_of_the_node_and_others_on_its_device_are() -> None:
+def test_loopback_addresses_are_excluded_and_other_addresses_of_lo_included() -> None:
     addresses = [address(1, "127.0.0.1"), address(1, "::1"), address(1, "192.0.2.7"), address(2, "fe80::1")]
     network = network_of([LO, ETH0], addresses, [route(2)])
     assert network.addresses == {packed("192.0.2.7"), packed("fe80::1")}
@@ -253,7 +270,7 @@ def test_node_port_addresses_are_all_the_primary_or_those_in_cidrs() -> None:
 
 
 @pytest.mark.parametrize("texts", [("primary", "Localhost"), ("10.0.0.1",), ("10.0.0.0/33",), ("eth0",)])
-def test_node_port_addresses_that_cannot_be_used(texts: tuple[str, ...]) -> None:
+def test_invalid_node_port_addresses_are_reported(texts: tuple[str, ...]) -> None:
     with pytest.raises(NodePortAddressesError, match=r"'"):
         parse_node_port_addresses(texts)
 
@@ -272,7 +289,7 @@ def test_packets_of_local_pods_are_recognized() -> None:
 
 
 INTERNAL = node_of("InternalIP 10.0.0.5", "ExternalIP 203.0.113.9", pod_cidrs=("10.244.1.0/24",))
-#: Ports of bridges and masters.
+#: These are ports of bridges and masters.
 VETH9, TAP9, ETH9 = link(9, "veth9", "veth", 3), link(9, "tap9", "tun", 3), link(9, "eth9", None, 3)
 VXLAN9 = link(9, "vxlan9", "vxlan", 3)
 MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
@@ -281,7 +298,7 @@ MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
 @pytest.mark.parametrize(
     ("device", "others", "text", "role", "why"),
     [
-        # The Node's own addresses, wherever they are.
+        # These have addresses of the Node, on any device.
         (link(3, "eth1", "veth"), [], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
         (link(3, "eth1", "veth"), [], "10.0.0.5/32", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
         (link(3, "br1", "bridge"), [VETH9], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
@@ -294,7 +311,7 @@ MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
         ),
         (link(3, "br-ex", "openvswitch"), [], "10.0.0.5/24", "UPLINK", "has the Node's InternalIP 10.0.0.5"),
         (link(3, "mac0", "macvlan"), [], "203.0.113.9/24", "UPLINK", "has the Node's ExternalIP 203.0.113.9"),
-        # Kinds that are on a network of other machines.
+        # These kinds lead to a network of other machines.
         (link(3, "mac0", "macvlan"), [], "10.9.0.5/24", "UPLINK", "a macvlan with the address 10.9.0.5"),
         (link(3, "ipv0", "ipvlan"), [], "10.9.0.5/24", "UPLINK", "an ipvlan with the address 10.9.0.5"),
         (link(3, "eth1"), [], "10.9.0.5/24", "UPLINK", "hardware with the address 10.9.0.5"),
@@ -305,7 +322,7 @@ MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
         (link(3, "new0", "newkind"), [], "10.9.0.5/24", "OUTSIDE", "a newkind, which tells nothing"),
         (link(3, "eth1", "veth"), [], "10.9.0.5/24", "OUTSIDE", "a veth on a network, 10.9.0.5/24"),
         (link(3, "low1", "veth"), [MACVLAN8], "", "OUTSIDE", "a veth that carries macvlan8"),
-        # Pods' devices, as CNIs make them.
+        # These are devices of pods, as CNIs create them.
         (link(3, "cali1", "veth"), [], "", "LOCAL", "a veth to a pod"),
         (link(3, "lxc1", "netkit"), [], "", "LOCAL", "a netkit to a pod"),
         (link(3, "veth1", "veth"), [], "169.254.7.1/32", "LOCAL", "a veth to a pod"),
@@ -329,7 +346,7 @@ MACVLAN8 = link(8, "macvlan8", "macvlan")._replace(lower=3)
 def test_the_role_of_a_device_and_its_reason(
     device: Link, others: list[Link], text: str, role: str, why: str
 ) -> None:
-    """None of these has a route that would tell; eth0 has the default route."""
+    """No route decides about these devices; eth0 has the default route."""
     addresses = [address(2, "192.0.2.1"), *([address(3, text)] if text else [])]
     network = network_of([LO, ETH0, device, *others], addresses, [route(2)], node=INTERNAL)
     found = {each.name: (each.role.name, each.why) for each in network.devices}
@@ -339,7 +356,7 @@ def test_the_role_of_a_device_and_its_reason(
 
 
 @pytest.mark.parametrize("kind", ["veth", "bridge"])
-def test_a_device_with_routes_by_a_gateway_leads_to_other_machines(kind: str) -> None:
+def test_device_with_routes_by_a_gateway_is_an_uplink(kind: str) -> None:
     links, addresses = [ETH0, link(3, "x", kind)], [address(2, "192.0.2.1"), address(3, "10.9.0.5")]
     found = network_of(links, addresses, [route(2)], gateways=(3,)).devices[1]
     assert (found.role.name, found.why) == ("UPLINK", "has routes by a gateway")
@@ -347,20 +364,20 @@ def test_a_device_with_routes_by_a_gateway_leads_to_other_machines(kind: str) ->
     assert roles(network_of(links, addresses, [route(2)], gateways=(3,), node=pods))["x"] == "LOCAL"
 
 
-def test_an_address_of_the_node_that_pods_devices_have_too_makes_no_uplink_of_them() -> None:
+def test_node_address_on_devices_of_pods_does_not_make_them_uplinks() -> None:
     links = [LO, link(2, "p1", "veth"), link(3, "p2", "veth"), link(4, "eth0", "veth")]
     addresses = [address(2, "10.0.0.5/32"), address(3, "10.0.0.5/32"), address(4, "10.0.0.5/24")]
     network = network_of(links, addresses, [], node=INTERNAL)
     assert roles(network) == {"p1": "LOCAL", "p2": "LOCAL", "eth0": "UPLINK"}
 
 
-def test_ports_of_a_bridge_that_leads_out_are_left_to_it_also_where_it_is_not_named() -> None:
+def test_ports_of_an_uplink_bridge_get_no_programs_also_without_a_pattern_for_it() -> None:
     links = [link(2, "eth0", "veth", 3), link(3, "br-ex", "bridge"), link(4, "wan0")]
     network = network_of(links, [address(3, "192.0.2.1")], [route(3)], ("wan*",))
     assert roles(network) == {"br-ex": "OUTSIDE", "wan0": "UPLINK"}
 
 
-def test_devices_that_are_named_are_the_only_uplinks_and_no_other_becomes_a_pods() -> None:
+def test_named_devices_are_the_only_uplinks_and_others_with_a_node_address_are_not_local() -> None:
     links = [ETH0, link(3, "eth1", "veth"), link(4, "p1", "veth"), link(5, "wg0", "wireguard", type=NONE)]
     addresses = [address(2, "192.0.2.1"), address(3, "10.0.0.5")]
     network = network_of(links, addresses, [route(2)], ("eth0",), node=INTERNAL)
@@ -369,7 +386,7 @@ def test_devices_that_are_named_are_the_only_uplinks_and_no_other_becomes_a_pods
     assert packed("10.0.0.5") in select_node_port_addresses(network, ())
 
 
-def test_the_primary_addresses_are_the_nodes_own_internal_before_external_if_they_are_here() -> None:
+def test_primary_addresses_are_local_ones_of_the_node_with_internal_before_external() -> None:
     addresses = [address(1, "198.51.100.1/32"), address(2, "192.0.2.1"), address(2, "2001:db8::1")]
     links, routes = [LO, ETH0], [route(2), route(2, V6)]
 
@@ -379,19 +396,19 @@ def test_the_primary_addresses_are_the_nodes_own_internal_before_external_if_the
 
     assert primary() == {"192.0.2.1", "2001:db8::1"}
     assert primary("InternalIP 198.51.100.1", "ExternalIP 192.0.2.1") == {"198.51.100.1", "2001:db8::1"}
-    # A router in front of the node translates it: nothing that comes here has it.
+    # A router before the node translates it, so that no packet here has it.
     assert primary("InternalIP 203.0.113.9", "ExternalIP 198.51.100.1") == {"198.51.100.1", "2001:db8::1"}
     assert primary("InternalIP 203.0.113.9") == {"192.0.2.1", "2001:db8::1"}
 
 
-def test_an_address_of_the_node_answers_even_on_a_device_for_ipvs() -> None:
+def test_node_address_on_an_ipvs_device_is_a_local_address() -> None:
     links = [ETH0, link(3, "kube-ipvs0", "dummy")]
     addresses = [address(2, "192.0.2.1"), address(3, "10.96.0.10/32"), address(3, "10.0.0.5/32")]
     network = network_of(links, addresses, [route(2)], node=INTERNAL)
     assert network.answered == {packed("192.0.2.1"), packed("10.0.0.5")}
 
 
-def test_addresses_of_the_node_object_are_read_and_names_skipped() -> None:
+def test_addresses_of_the_node_object_are_read_and_host_names_skipped() -> None:
     text = """{"metadata": {"name": "a"}, "spec": {"podCIDRs": ["10.244.1.0/24", "ten"]}, "status": {"addresses": [
         {"type": "Hostname", "address": "a"}, {"type": "ExternalIP", "address": "203.0.113.9"},
         {"type": "InternalDNS", "address": "10.0.0.9"}, {"type": "InternalIP", "address": "10.0.0.5"},
@@ -401,8 +418,8 @@ def test_addresses_of_the_node_object_are_read_and_names_skipped() -> None:
     assert node_facts(None) == node_facts(Node(metadata=found.metadata)) == NodeFacts()
 
 
-def test_a_bridges_ports_are_local_as_netfilter_sees_them() -> None:
-    """kube-proxy's rules name the device by which packets come in: the bridge, never its port."""
+def test_ports_of_a_bridge_are_local_as_netfilter_sees_them() -> None:
+    """kube-proxy's rules match the input device, which is the bridge and never its port."""
     links = [ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3)]
     devices = network_of(links, [address(2, "192.0.2.1"), address(3, "10.244.1.1")], [route(2)]).devices
 
@@ -414,7 +431,7 @@ def test_a_bridges_ports_are_local_as_netfilter_sees_them() -> None:
     assert behind(LocalMode.INTERFACE_NAME_PREFIX, "veth") == set()
 
 
-# -- the kernel's own
+# -- a network namespace of the kernel
 
 
 def _into(seen: list[Network]) -> Callable[[Facts], None]:
@@ -422,7 +439,7 @@ def _into(seen: list[Network]) -> Callable[[Facts], None]:
 
 
 def _follow(script: list[tuple[str, str]]) -> None:
-    """Runs commands and waits after each until what it says is to be seen: events alone tell, nothing is polled."""
+    """Runs commands and waits after each for the expected state, which only events report: nothing is polled."""
     seen: list[Network] = []
     watcher = NetworkWatcher(_into(seen))
     watcher.start()
@@ -456,7 +473,7 @@ def _holds(shown: dict[str, Any], expected: str) -> bool:
 
 
 @pytest.mark.root
-def test_devices_and_addresses_are_followed_as_they_come_and_go() -> None:
+def test_added_and_removed_devices_and_addresses_are_followed() -> None:
     script = [
         ("ip link add hot type veth peer name hot-peer", "hot=LOCAL"),
         ("ip link set hot up", "hot=LOCAL"),
@@ -477,7 +494,7 @@ def test_devices_and_addresses_are_followed_as_they_come_and_go() -> None:
 
 
 @pytest.mark.root
-def test_a_bridge_becomes_the_uplink_and_its_ports_are_left_to_it() -> None:
+def test_bridge_becomes_the_uplink_and_its_ports_lose_their_role() -> None:
     script = [
         ("ip link add wan8 type veth peer name wan8-peer", "wan8=LOCAL"),
         ("ip link add br8 type bridge", "br8=LOCAL"),
@@ -519,7 +536,7 @@ def test_default_routes_of_other_tables_make_no_uplink() -> None:
 
 
 @pytest.mark.root
-def test_every_way_of_a_route_by_several_is_an_uplink_and_its_source_is_primary() -> None:
+def test_every_nexthop_of_a_multipath_default_route_is_an_uplink_and_its_source_is_primary() -> None:
     routes = (
         "address add 203.0.113.1/24 dev other",
         "address add 203.0.113.9/32 dev lo",
@@ -549,27 +566,27 @@ def test_masquerading_uses_no_secondary_and_no_deprecated_address() -> None:
 
 
 @pytest.mark.root
-def test_a_kernel_without_a_family_has_no_routes_of_it() -> None:
-    """Asked for a family that it does not have (here 12, DECnet), it answers with those that it has."""
+def test_kernel_without_an_address_family_has_no_routes_of_it() -> None:
+    """A dump of a missing family (here 12, DECnet) has routes of those that the kernel has."""
     with Lab() as lab:
         assert lab.node("node-a").call(_count_default_routes, 12, V4) == [0, 1]
 
 
 def _count_default_routes(*families: int) -> list[int]:
-    return [len(list(module._dump_default_routes(family))) for family in families]
+    return [len(list(dump_routes(family))) for family in families]
 
 
 @pytest.mark.root
-def test_thousands_of_routes_hide_no_default_route() -> None:
+def test_default_route_is_found_among_thousands_of_routes() -> None:
     with Lab() as lab:
         network, seconds, heard = lab.node("node-a").call(_with_many_routes)
-    assert roles(network) == {"eth0": "UPLINK"}, "by the route of IPv6 alone, the last of a dump"
+    assert roles(network) == {"eth0": "UPLINK"}, "by the IPv6 route, the last of a dump, only"
     assert seconds < 0.5
     assert heard == 1, "only the default route's change is an event"
 
 
 def _with_many_routes() -> tuple[Network, float, int]:
-    """What is read, in how many seconds of processor time; events of changes, once the default route's end is seen."""
+    """Returns what was read, its processor time, and the events until the default route is removed."""
     many = [f"20.{n >> 8}.{n & 255}.0/24 via 172.18.0.254" for n in range(3000)]
     many += [f"fd01:{n:x}::/64 via fd00:172:18::fe" for n in range(3000)]
     _run("route del default", *(f"route add {route}" for route in many))
@@ -580,7 +597,7 @@ def _with_many_routes() -> tuple[Network, float, int]:
     first = seen[-1]
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as events:
         module._filter_route_events(events)
-        events.bind((0, RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
+        events.bind((0, ROUTE_GROUPS))
         _run(*(f"route del {route}" for route in many[::6]))
         _run("route del default via fd00:172:18::fe")
         until(lambda: seen[-1].devices[0].why != "has a default route")
@@ -592,14 +609,14 @@ def _with_many_routes() -> tuple[Network, float, int]:
 
 
 @pytest.mark.root
-def test_a_burst_of_pods_is_read_a_few_times() -> None:
+def test_burst_of_new_pods_causes_few_reads() -> None:
     with Lab() as lab:
         delivered, took = lab.node("node-a").call(_with_a_burst)
     assert delivered < 5 + took / module._REST_SECONDS, "events are not read one by one"
 
 
 def _with_a_burst() -> tuple[int, float]:
-    """How many states were delivered for a hundred pods, and how long that took."""
+    """Returns the number of states delivered for a hundred pods and the time that this took."""
     seen: list[Network] = []
     NetworkWatcher(_into(seen)).start()
     began = time.monotonic()
@@ -609,13 +626,13 @@ def _with_a_burst() -> tuple[int, float]:
 
 
 @pytest.mark.root
-def test_changes_while_netlink_was_lost_are_seen() -> None:
+def test_changes_during_a_netlink_failure_are_seen() -> None:
     with Lab() as lab:
         lab.node("node-a").call(_lose_netlink)
 
 
 def _lose_netlink() -> None:
-    """Waits until a change is seen at which the first reading fails."""
+    """Waits for a change whose first read fails."""
     seen: list[Network] = []
     lost: list[OSError] = []
 
@@ -637,7 +654,7 @@ def _lose_netlink() -> None:
 
 
 @pytest.mark.root
-def test_the_lab_node_as_it_is() -> None:
+def test_devices_and_addresses_of_a_lab_node() -> None:
     with Lab() as lab:
         node = lab.node("node-a")
         node.pod("pod")

@@ -19,7 +19,7 @@ def test_node_names_follow_kube_proxy() -> None:
 
 
 @pytest.mark.root
-def test_cookies_tell_namespaces_apart() -> None:
+def test_cookies_of_namespaces_differ() -> None:
     with Lab() as lab:
         node = lab.node("node-a")
         pod = node.pod("pod")

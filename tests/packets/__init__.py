@@ -1,1 +1,1 @@
-"""Whole packets through the loaded programs (BPF_PROG_TEST_RUN): bytes in, bytes out, one sentence a test."""
+"""Packets through the loaded programs (BPF_PROG_TEST_RUN): tests compare verdicts and resulting bytes."""

@@ -42,7 +42,7 @@ _ports = itertools.count(20000)
 
 @pytest.fixture
 def port() -> int:
-    """A client's port that no other test has."""
+    """A source port of a client that no other test uses."""
     return next(_ports)
 
 

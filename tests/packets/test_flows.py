@@ -1,4 +1,4 @@
-"""Flows through the packet path, step by step as their packets pass this node."""
+"""Translation of flows at tc ingress and egress, packet by packet."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from itertools import starmap
 from typing import Any
 
 import pytest
-from scapy.all import ARP, Dot1Q, Ether, IPv6, Packet, Raw, raw
+from scapy.compat import raw
 from scapy.layers.inet import IP, TCP, UDP, IPOption_RR, in4_chksum
 from scapy.layers.inet6 import (
+    IPv6,
     IPv6ExtHdrDestOpt,
     IPv6ExtHdrHopByHop,
     IPv6ExtHdrRouting,
     in6_chksum,
 )
+from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.sctp import SCTP, SCTPChunkData, SCTPChunkInit
+from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -46,13 +49,13 @@ def segment(protocol: str, sport: int, dport: int, flags: str = "S", payload: by
 
 
 def ends(packet: Packet) -> tuple[str, int, str, int]:
-    """Source and destination with their ports."""
+    """Source address and port, destination address and port."""
     ip = ip_of(packet)
     return ip.src, ip.payload.sport, ip.dst, ip.payload.dport
 
 
 def passed(result: Result, *expected: Any) -> Packet:
-    """It passed with these ends, its payload as it was, and every checksum right; returns it."""
+    """Asserts verdict, addresses and ports, unchanged payload and right checksums; returns the packet."""
     assert result.verdict == PASS
     packet = result.packet
     assert ends(packet) == expected
@@ -62,10 +65,10 @@ def passed(result: Result, *expected: Any) -> Packet:
 
 
 def masqueraded_port(wire: Wire, side: Side, protocol: str, port: int, node: str) -> int:
-    """Sends the first packet of a flow on its way out; the port that stands for the client."""
+    """Runs the first packet of a flow through egress; returns the source port after masquerading."""
     target = PORTS[protocol][2]
-    out = wire.leave(
-        side.ip(side.client, side.remote_pod) / segment(protocol, port, target), came_by="eth0"
+    out = wire.egress(
+        side.ip(side.client, side.remote_pod) / segment(protocol, port, target), iif="eth0"
     ).packet
     source = ends(out)
     assert (source[0], source[2], source[3]) == (node, side.remote_pod, target)
@@ -73,73 +76,73 @@ def masqueraded_port(wire: Wire, side: Side, protocol: str, port: int, node: str
     return source[1]
 
 
-def test_node_port_from_outside_is_masqueraded_to_a_remote_backend_and_back(
+def test_node_port_to_a_remote_backend_is_translated_in_both_directions(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
-    """All four rewritings: frontend to backend, client to node, and both back again."""
+    """DNAT to the backend, SNAT to the node's address, and the reverse of both in reply direction."""
     _, node_port, target = PORTS[protocol]
     passed(
-        wire.arrive(side.ip(side.client, side.node) / segment(protocol, port, node_port)),
+        wire.ingress(side.ip(side.client, side.node) / segment(protocol, port, node_port)),
         *(side.client, port, side.remote_pod, target),
     )
-    stands = masqueraded_port(wire, side, protocol, port, side.node)
+    snat_port = masqueraded_port(wire, side, protocol, port, side.node)
     passed(
-        wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, stands, "SA")),
+        wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, snat_port, "SA")),
         *(side.remote_pod, target, side.client, port),
     )
     passed(
-        wire.leave(
-            side.ip(side.remote_pod, side.client) / segment(protocol, target, port, "SA"), came_by="eth0"
+        wire.egress(
+            side.ip(side.remote_pod, side.client) / segment(protocol, target, port, "SA"), iif="eth0"
         ),
         *(side.node, node_port, side.client, port),
     )
 
 
-def test_a_direct_flow_from_the_port_of_a_services_flow_gets_another(
+def test_direct_flow_that_collides_with_a_service_flow_gets_another_source_port(
     wire: Wire, side: Side, protocol: str, port: int, new_port: Callable[[], int]
 ) -> None:
-    """The backend tells the two flows apart, and the client gets the answers of each from whom it asked."""
+    """The backend sees two distinct flows, and replies of each have the source that the client sent to."""
     service_port, _, target = PORTS[protocol]
-    question = side.ip(side.client, side.local_pod)
-    answer = side.ip(side.local_pod, side.client)
+    request = side.ip(side.client, side.local_pod)
+    reply = side.ip(side.local_pod, side.client)
     passed(
-        wire.arrive(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
+        wire.ingress(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
         *(side.client, port, side.local_pod, target),
     )
-    out = wire.arrive(question / segment(protocol, port, target))
+    out = wire.ingress(request / segment(protocol, port, target))
     other = ends(out.packet)[1]
     assert other != port
     for flags in ("S", "A"):
         passed(
-            wire.arrive(question / segment(protocol, port, target, flags)),
+            wire.ingress(request / segment(protocol, port, target, flags)),
             *(side.client, other, side.local_pod, target),
         )
     passed(
-        wire.leave(answer / segment(protocol, target, other, "SA"), came_by="p1"),
+        wire.egress(reply / segment(protocol, target, other, "SA"), iif="p1"),
         *(side.local_pod, target, side.client, port),
     )
     passed(
-        wire.leave(answer / segment(protocol, target, port, "SA"), came_by="p1"),
+        wire.egress(reply / segment(protocol, target, port, "SA"), iif="p1"),
         *(side.local_balancer, service_port, side.client, port),
     )
-    # Only the Service's own port is in the way.
+    # Only the same source port to the target port collides.
     for asked, source in ((target, new_port()), (9000, port)):
-        packet = question / segment(protocol, source, asked)
-        passed(wire.arrive(packet), side.client, source, side.local_pod, asked)
+        packet = request / segment(protocol, source, asked)
+        passed(wire.ingress(packet), side.client, source, side.local_pod, asked)
 
 
-def test_a_direct_connection_that_outlives_its_services_flow_keeps_one_port(
+def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
     wire: Wire, side: Side, port: int, tables: MapSet
 ) -> None:
-    """Its client uses the port again once the Service's flow is gone, which is no longer in the way."""
+    """The client reuses the port after the Service's flow is deleted, which then no longer collides."""
     service_port, _, target = PORTS["TCP"]
     to_pod = side.ip(side.client, side.local_pod)
-    wire.arrive(side.ip(side.client, side.local_balancer) / segment("TCP", port, service_port))
-    other = ends(wire.arrive(to_pod / segment("TCP", port, target)).packet)[1]
+    wire.ingress(side.ip(side.client, side.local_balancer) / segment("TCP", port, service_port))
+    other = ends(wire.ingress(to_pod / segment("TCP", port, target)).packet)[1]
     assert other != port
     reset = to_pod / TCP(sport=port, dport=target, flags="R", seq=1001 + len(PAYLOAD))
-    assert ends(wire.arrive(reset).packet)[1] == other
-    # The sweep finds the Service's flow silent first.
+    assert ends(wire.ingress(reset).packet)[1] == other
+    # The sweeper deletes the Service's flow first.
     client = ipaddress.ip_address(side.client).packed
     gone = [
         entry.key
@@ -153,282 +156,276 @@ def test_a_direct_connection_that_outlives_its_services_flow_keeps_one_port(
         tables["conntrack"].delete(key)
     for flags in ("S", "A"):
         packet = to_pod / segment("TCP", port, target, flags)
-        passed(wire.arrive(packet), side.client, port, side.local_pod, target)
+        passed(wire.ingress(packet), side.client, port, side.local_pod, target)
 
 
 @pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
-def test_every_address_of_a_service_is_translated_from_outside(
+def test_every_address_of_a_service_is_translated_for_external_clients(
     wire: Wire, side: Side, protocol: str, port: int, frontend: str
 ) -> None:
     service_port, _, target = PORTS[protocol]
     passed(
-        wire.arrive(side.ip(side.client, getattr(side, frontend)) / segment(protocol, port, service_port)),
+        wire.ingress(side.ip(side.client, getattr(side, frontend)) / segment(protocol, port, service_port)),
         *(side.client, port, side.remote_pod, target),
     )
     masqueraded_port(wire, side, protocol, port, side.node)
 
 
-def test_policy_local_keeps_the_clients_address(wire: Wire, side: Side, protocol: str, port: int) -> None:
+def test_external_traffic_policy_local_preserves_the_client_address(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
     service_port, _, target = PORTS[protocol]
     passed(
-        wire.arrive(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
+        wire.ingress(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
         *(side.client, port, side.local_pod, target),
     )
     passed(
-        wire.leave(
-            side.ip(side.client, side.local_pod) / segment(protocol, port, target), "p1", came_by="eth0"
-        ),
+        wire.egress(side.ip(side.client, side.local_pod) / segment(protocol, port, target), "p1", iif="eth0"),
         *(side.client, port, side.local_pod, target),
     )
     passed(
-        wire.arrive(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), "p1"),
+        wire.ingress(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), "p1"),
         *(side.local_pod, target, side.client, port),
     )
     passed(
-        wire.leave(
-            side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), came_by="p1"
-        ),
+        wire.egress(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), iif="p1"),
         *(side.local_balancer, service_port, side.client, port),
     )
 
 
-def test_a_pods_packets_to_a_cluster_ip_keep_its_address(
-    wire: Wire, side: Side, protocol: str, port: int
-) -> None:
-    """SCTP, kernel clients, sandboxed pods: no socket hook has seen them."""
+def test_pod_to_cluster_ip_keeps_its_source_address(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    """Packets of SCTP, of clients in the kernel and of sandboxed pods pass no socket hook."""
     service_port, _, target = PORTS[protocol]
     passed(
-        wire.arrive(side.ip(side.client_pod, side.web) / segment(protocol, port, service_port), "p2"),
+        wire.ingress(side.ip(side.client_pod, side.web) / segment(protocol, port, service_port), "p2"),
         *(side.client_pod, port, side.remote_pod, target),
     )
     passed(
-        wire.leave(side.ip(side.client_pod, side.remote_pod) / segment(protocol, port, target), came_by="p2"),
+        wire.egress(side.ip(side.client_pod, side.remote_pod) / segment(protocol, port, target), iif="p2"),
         *(side.client_pod, port, side.remote_pod, target),
     )
     passed(
-        wire.leave(
+        wire.egress(
             side.ip(side.remote_pod, side.client_pod) / segment(protocol, target, port, "SA"),
             "p2",
-            came_by="eth0",
+            iif="eth0",
         ),
         *(side.web, service_port, side.client_pod, port),
     )
 
 
-def test_a_pod_reaches_itself_through_its_service(wire: Wire, side: Side, protocol: str, port: int) -> None:
-    """Hairpin: masqueraded, or the pod would answer itself without us."""
+def test_hairpin_of_a_pod_to_itself_is_masqueraded(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    """Without masquerading, the pod would send the reply to itself and it would not be translated."""
     service_port, _, target = PORTS[protocol]
     passed(
-        wire.arrive(side.ip(side.local_pod, side.own) / segment(protocol, port, service_port), "p1"),
+        wire.ingress(side.ip(side.local_pod, side.own) / segment(protocol, port, service_port), "p1"),
         *(side.local_pod, port, side.local_pod, target),
     )
-    out = wire.leave(
-        side.ip(side.local_pod, side.local_pod) / segment(protocol, port, target), "p1", came_by="p1"
+    out = wire.egress(
+        side.ip(side.local_pod, side.local_pod) / segment(protocol, port, target), "p1", iif="p1"
     )
-    stands = ends(out.packet)[1]
-    passed(out, side.node_on_pods, stands, side.local_pod, target)
+    snat_port = ends(out.packet)[1]
+    passed(out, side.node_on_pods, snat_port, side.local_pod, target)
     passed(
-        wire.arrive(
-            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, stands, "SA"), "p1"
+        wire.ingress(
+            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, snat_port, "SA"), "p1"
         ),
         *(side.local_pod, target, side.local_pod, port),
     )
     passed(
-        wire.leave(
+        wire.egress(
             side.ip(side.local_pod, side.local_pod) / segment(protocol, target, port, "SA"),
             "p1",
-            came_by="p1",
+            iif="p1",
         ),
         *(side.own, service_port, side.local_pod, port),
     )
 
 
-def test_a_pod_to_a_load_balancers_address_short_circuits(
+def test_pod_to_load_balancer_ip_ignores_external_traffic_policy_local(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
-    """Policy Local with endpoints elsewhere only: in-cluster clients get policy Cluster."""
+    """No endpoint is local: in-cluster clients get policy Cluster."""
     service_port, _, target = PORTS[protocol]
     passed(
-        wire.arrive(
+        wire.ingress(
             side.ip(side.client_pod, side.elsewhere_balancer) / segment(protocol, port, service_port), "p2"
         ),
         *(side.client_pod, port, side.remote_pod, target),
     )
 
 
-def test_the_hosts_own_client_is_sent_to_the_backends_route(
+def test_host_packet_at_egress_is_redirected_to_the_route_of_the_backend(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
-    """A kernel client: its packets show up at egress only, with the frontend's address.
+    """Packets of a client in the kernel are first seen at egress, with the frontend's address.
 
-    Its port may be that of a direct connection to the backend, too: it gets one that no socket of the host has,
-    unless it is one that servers insist on.
+    A direct connection to the backend may have the same source port: the flow gets one that no socket of the
+    host has, unless it is a reserved port, which servers may require.
     """
     service_port, _, target = PORTS[protocol]
     reserved = port % 1000 + 1
     for own in (port, reserved):
-        out = wire.leave(side.ip(side.node, side.web) / segment(protocol, own, service_port))
+        out = wire.egress(side.ip(side.node, side.web) / segment(protocol, own, service_port))
         assert out.verdict == REDIRECT
         seen = ends(out.packet)[1]
         assert ends(out.packet) == (side.node, seen, side.remote_pod, target)
         assert (seen == own) is (own == reserved)
         assert with_right_checksums(out.packet) == out.bytes
         passed(
-            wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, seen, "SA")),
+            wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, seen, "SA")),
             *(side.web, service_port, side.node, own),
         )
 
 
-def test_the_hosts_client_to_a_local_pod_has_the_address_on_that_device(
+def test_host_to_a_local_pod_gets_the_source_address_of_the_pods_device(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    out = wire.leave(side.ip(side.node, side.own) / segment(protocol, port, service_port))
+    out = wire.egress(side.ip(side.node, side.own) / segment(protocol, port, service_port))
     assert out.verdict == REDIRECT
     source = ends(out.packet)
     assert source == (side.node_on_pods, source[1], side.local_pod, target)
     passed(
-        wire.arrive(
+        wire.ingress(
             side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, source[1], "SA"), "p1"
         ),
         *(side.own, service_port, side.node, port),
     )
 
 
-def test_later_packets_go_where_the_first_went(wire: Wire, side: Side, protocol: str, port: int) -> None:
+def test_later_packets_of_a_flow_keep_its_backend(wire: Wire, side: Side, protocol: str, port: int) -> None:
     service_port, _, target = PORTS[protocol]
     for flags in ("S", "A", "PA", "FA"):
         passed(
-            wire.arrive(side.ip(side.client, side.web) / segment(protocol, port, service_port, flags)),
+            wire.ingress(side.ip(side.client, side.web) / segment(protocol, port, service_port, flags)),
             *(side.client, port, side.remote_pod, target),
         )
 
 
-def test_the_masquerade_keeps_its_port_for_the_whole_flow(
-    wire: Wire, side: Side, protocol: str, port: int
-) -> None:
-    wire.arrive(side.ip(side.client, side.node) / segment(protocol, port, PORTS[protocol][1]))
+def test_masqueraded_flow_keeps_its_source_port(wire: Wire, side: Side, protocol: str, port: int) -> None:
+    wire.ingress(side.ip(side.client, side.node) / segment(protocol, port, PORTS[protocol][1]))
     found = {masqueraded_port(wire, side, protocol, port, side.node) for _ in range(3)}
     assert len(found) == 1
 
 
-def test_two_clients_with_the_same_port_are_told_apart(
+def test_two_clients_with_the_same_source_port_get_distinct_ports(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
     _, node_port, target = PORTS[protocol]
-    stands = {}
-    for client in (side.client, side.stranger):
-        wire.arrive(side.ip(client, side.node) / segment(protocol, port, node_port))
-        out = wire.leave(side.ip(client, side.remote_pod) / segment(protocol, port, target), came_by="eth0")
-        stands[client] = ends(out.packet)[1]
-    assert len(set(stands.values())) == 2
-    for client, stand in stands.items():
+    snat_ports = {}
+    for client in (side.client, side.other_client):
+        wire.ingress(side.ip(client, side.node) / segment(protocol, port, node_port))
+        out = wire.egress(side.ip(client, side.remote_pod) / segment(protocol, port, target), iif="eth0")
+        snat_ports[client] = ends(out.packet)[1]
+    assert len(set(snat_ports.values())) == 2
+    for client, snat_port in snat_ports.items():
         passed(
-            wire.arrive(side.ip(side.remote_pod, side.node) / segment(protocol, target, stand, "SA")),
+            wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, snat_port, "SA")),
             *(side.remote_pod, target, client, port),
         )
 
 
-def test_one_client_port_through_two_frontends_to_one_backend_is_told_apart(
+def test_one_client_port_to_two_frontends_of_one_backend_gets_distinct_source_ports(
     wire: Wire, side: Side, protocol: str, port: int
 ) -> None:
     """The backend would see one connection twice: the second gets another port at the first hook."""
     service_port, node_port, target = PORTS[protocol]
-    ways = []
+    flows = []
     for frontend, dport in ((side.web, service_port), (side.node, node_port)):
-        out = wire.arrive(side.ip(side.client, frontend) / segment(protocol, port, dport))
-        between = ends(out.packet)[1]
-        passed(out, side.client, between, side.remote_pod, target)
-        ways.append((frontend, dport, between))
-    assert len({between for _, _, between in ways}) == 2
-    for frontend, dport, between in ways:
+        out = wire.ingress(side.ip(side.client, frontend) / segment(protocol, port, dport))
+        source_port = ends(out.packet)[1]
+        passed(out, side.client, source_port, side.remote_pod, target)
+        flows.append((frontend, dport, source_port))
+    assert len({source_port for _, _, source_port in flows}) == 2
+    for frontend, dport, source_port in flows:
         passed(
-            wire.leave(
-                side.ip(side.remote_pod, side.client) / segment(protocol, target, between, "SA"),
-                came_by="eth0",
+            wire.egress(
+                side.ip(side.remote_pod, side.client) / segment(protocol, target, source_port, "SA"),
+                iif="eth0",
             ),
             *(frontend, dport, side.client, port),
         )
 
 
-def test_a_thousand_masqueraded_flows_have_a_thousand_ports(
+def test_masqueraded_flows_have_distinct_source_ports(
     wire: Wire, side: Side, new_port: Callable[[], int]
 ) -> None:
     found = set()
     for _ in range(1000):
         port = new_port()
-        # A busy machine takes longer than the 30 s that an unanswered datagram keeps its port.
-        wire.arrive(side.ip(side.client, side.node) / segment("TCP", port, PORTS["TCP"][1]))
+        # A UDP flow without a reply expires after 30 s, which a busy machine needs for fewer flows.
+        wire.ingress(side.ip(side.client, side.node) / segment("TCP", port, PORTS["TCP"][1]))
         found.add(masqueraded_port(wire, side, "TCP", port, side.node))
     assert len(found) == 1000
     assert min(found) >= 1024
-    assert max(found) < 15000, "a local port of the node itself"
+    assert max(found) < 15000, "this is in ip_local_port_range of the node"
 
 
-def test_a_port_used_again_after_the_end_opens_another_connection(wire: Wire, side: Side, port: int) -> None:
-    """FIN of both sides, then SYN from the same port: the flow begins anew, whatever is left of the old."""
-    ask = side.ip(side.client, side.local_balancer)
-    answer = side.ip(side.local_pod, side.client)
-    wire.arrive(ask / segment("TCP", port, 80, "S"))
-    wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1")
-    wire.arrive(ask / TCP(sport=port, dport=80, flags="FA", seq=2000, ack=1000))
-    wire.leave(answer / TCP(sport=8080, dport=port, flags="FA", seq=1000, ack=2001), came_by="p1")
-    passed(wire.arrive(ask / segment("TCP", port, 80, "S")), side.client, port, side.local_pod, 8080)
+def test_syn_from_a_reused_port_after_fin_creates_a_new_flow(wire: Wire, side: Side, port: int) -> None:
+    """A SYN from the same port after FIN of both sides replaces the entries of the closed flow."""
+    original = side.ip(side.client, side.local_balancer)
+    reply = side.ip(side.local_pod, side.client)
+    wire.ingress(original / segment("TCP", port, 80, "S"))
+    wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1")
+    wire.ingress(original / TCP(sport=port, dport=80, flags="FA", seq=2000, ack=1000))
+    wire.egress(reply / TCP(sport=8080, dport=port, flags="FA", seq=1000, ack=2001), iif="p1")
+    passed(wire.ingress(original / segment("TCP", port, 80, "S")), side.client, port, side.local_pod, 8080)
     passed(
-        wire.leave(answer / segment("TCP", 8080, port, "SA"), came_by="p1"),
+        wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1"),
         *(side.local_balancer, 80, side.client, port),
     )
 
 
-# -- packets that are no Service's
+# -- packets to no Service, and unusual packets
 
 
 @pytest.mark.parametrize("flags", ["S", "A", "R", "FPU"])
-def test_packets_to_no_service_leave_bit_identical(wire: Wire, side: Side, port: int, flags: str) -> None:
-    for destination, dport in ((side.stranger, 80), (side.node, 22), (side.remote_pod, 8080)):
+def test_packets_to_no_service_are_passed_unchanged(wire: Wire, side: Side, port: int, flags: str) -> None:
+    for destination, dport in ((side.other_client, 80), (side.node, 22), (side.remote_pod, 8080)):
         packet = side.ip(side.client, destination) / segment("TCP", port, dport, flags)
-        for result in (wire.arrive(packet), wire.leave(packet, came_by="p1")):
+        for result in (wire.ingress(packet), wire.egress(packet, iif="p1")):
             assert result.verdict == PASS
             assert with_right_checksums(result.packet) == result.bytes
             assert ends(result.packet) == (side.client, port, destination, dport)
 
 
-def test_other_protocols_leave_bit_identical(wire: Wire, side: Side) -> None:
+def test_other_protocols_are_passed_unchanged(wire: Wire, side: Side) -> None:
     for number in (2, 4, 47, 50, 89, 103, 112):
         packet = side.ip(
             side.client, side.node, **({"proto": number} if side.version == 4 else {"nh": number})
         )
         before = raw(packet / Raw(b"\x01" * 24))
-        result = wire.arrive(packet / Raw(b"\x01" * 24))
+        result = wire.ingress(packet / Raw(b"\x01" * 24))
         assert (result.verdict, result.bytes[14:]) == (PASS, before)
 
 
-def test_a_damaged_checksum_stays_damaged(wire: Wire, side: Side, port: int) -> None:
-    """Rewriting is incremental: the receiver still sees that something was wrong."""
+def test_incorrect_checksum_stays_incorrect(wire: Wire, side: Side, port: int) -> None:
+    """The update is incremental, so that the receiver still detects the error."""
     packet = side.ip(side.client, side.web) / TCP(sport=port, dport=80, flags="S", chksum=0x1234) / PAYLOAD
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     assert result.verdict == PASS
     assert with_right_checksums(result.packet) != result.bytes
 
 
-def test_udp_without_a_checksum_stays_without(wire: Wire, side: Side, port: int) -> None:
+def test_zero_udp_checksum_is_kept(wire: Wire, side: Side, port: int) -> None:
     if side.version == 6:
-        pytest.skip("UDP over IPv6 has one")
+        pytest.skip("the UDP checksum is mandatory in IPv6")
     packet = side.ip(side.client, side.web) / UDP(sport=port, dport=53, chksum=0) / PAYLOAD
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     assert result.verdict == PASS
     assert ends(result.packet) == (side.client, port, side.remote_pod, 8053)
     assert result.packet[UDP].chksum == 0
 
 
-def test_udp_lite_uses_the_services_of_udp(wire: Wire, side: Side, port: int) -> None:
-    """RFC 3828: its own number and a checksum over a part; connect() of such sockets has no hook."""
+def test_udp_lite_uses_the_udp_service_port(wire: Wire, side: Side, port: int) -> None:
+    """UDP-Lite has its own protocol number and partial checksums (RFC 3828); its connect() has no hook."""
     header = struct.pack("!HHHH", port, 53, 8, 0)
     ip = side.ip(side.client, side.local_balancer, **({"proto": 136} if side.version == 4 else {"nh": 136}))
     # The length has to be set, because the checksum covers it.
     whole = type(ip)(raw(ip / Raw(header + PAYLOAD)))
     check = (in4_chksum if side.version == 4 else in6_chksum)(136, whole, header)
-    result = wire.arrive(ip / Raw(header[:6] + check.to_bytes(2, "big") + PAYLOAD))
+    result = wire.ingress(ip / Raw(header[:6] + check.to_bytes(2, "big") + PAYLOAD))
     assert result.verdict == PASS
     out = ip_of(result.packet)
     assert out.dst == side.local_pod
@@ -439,72 +436,72 @@ def test_udp_lite_uses_the_services_of_udp(wire: Wire, side: Side, port: int) ->
     assert check == (in4_chksum if side.version == 4 else in6_chksum)(136, out, zeroed)
 
 
-def test_sctp_without_a_checksum_is_left_for_the_device_to_fill_in(wire: Wire, side: Side, port: int) -> None:
+def test_sctp_without_a_checksum_is_left_to_device_offload(wire: Wire, side: Side, port: int) -> None:
     packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868, chksum=0) / SCTPChunkInit()
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
     assert result.packet[SCTP].chksum == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 1000, 1399])
-def test_sctp_checksums_of_any_length(wire: Wire, side: Side, port: int, size: int) -> None:
+def test_sctp_checksum_is_recomputed_for_any_length(wire: Wire, side: Side, port: int, size: int) -> None:
     chunk = SCTPChunkData(tsn=1, data=bytes(range(256)) * 5 + b"x" * size)
     packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868) / SCTPChunkInit() / chunk
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
     assert with_right_checksums(result.packet) == result.bytes
 
 
 def test_ipv4_options_are_kept(wire: Wire, port: int) -> None:
     packet = IP(src="198.51.100.7", dst="10.96.0.10", options=[IPOption_RR()]) / segment("TCP", port, 80)
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     out = passed(result, "198.51.100.7", port, "10.244.2.2", 8080)
     assert out[IP].options[0].copy_flag == IPOption_RR().copy_flag
     assert out[IP].ihl == packet.__class__(raw(packet)).ihl
 
 
-def test_ipv6_extension_headers_are_walked(wire: Wire, port: int) -> None:
+def test_ipv6_extension_headers_are_parsed(wire: Wire, port: int) -> None:
     packet = (
         IPv6(src="2001:db8:51::7", dst="fd00:10:96::10")
         / IPv6ExtHdrHopByHop()
         / IPv6ExtHdrDestOpt()
         / segment("TCP", port, 80)
     )
-    result = wire.arrive(packet)
+    result = wire.ingress(packet)
     assert result.verdict == PASS
     out = result.packet
     assert (out[IPv6].dst, out[TCP].dport) == ("fd00:10:244:2::2", 8080)
     assert with_right_checksums(out) == result.bytes
 
 
-def test_ipv6_segment_routing_leaves_the_final_destination_alone(wire: Wire, port: int) -> None:
+def test_final_destination_in_an_ipv6_routing_header_is_not_translated(wire: Wire, port: int) -> None:
     packet = (
         IPv6(src="2001:db8:51::7", dst="2001:db8:51::8")
         / IPv6ExtHdrRouting(addresses=["fd00:10:96::10"])
         / segment("TCP", port, 80)
     )
     before = raw(packet)
-    assert wire.arrive(packet).bytes[14:] == before
+    assert wire.ingress(packet).bytes[14:] == before
 
 
-def test_more_extension_headers_than_anybody_sends_are_not_followed(wire: Wire, port: int) -> None:
+def test_too_many_ipv6_extension_headers_are_rejected(wire: Wire, port: int) -> None:
     packet: Any = IPv6(src="2001:db8:51::7", dst="fd00:10:96::10")
     for _ in range(12):
         packet = packet / IPv6ExtHdrDestOpt()
     packet = packet / segment("TCP", port, 80)
-    result = wire.arrive(packet)
-    assert result.verdict in (DROP, REDIRECT), "a cluster IP answers nothing else"
+    result = wire.ingress(packet)
+    assert result.verdict in (DROP, REDIRECT), "a cluster IP is dropped or rejected"
 
 
-def test_frames_for_another_host_are_not_looked_at(wire: Wire, side: Side, port: int) -> None:
+def test_frames_with_another_destination_mac_are_passed_unchanged(wire: Wire, side: Side, port: int) -> None:
     packet = Ether(dst="02:00:00:00:00:98", src="02:00:00:00:00:99") / side.ip(side.client, side.web)
     packet = packet / segment("TCP", port, 80)
     result = wire.send("from_device", "eth0", packet)
     assert (result.verdict, result.bytes) == (PASS, raw(packet))
 
 
-def test_a_vlans_frames_are_the_vlan_devices(wire: Wire, side: Side, port: int) -> None:
-    """Tagged frames come again, untagged, on a device of their own."""
+def test_vlan_tagged_frames_are_passed_unchanged(wire: Wire, side: Side, port: int) -> None:
+    """The kernel receives them again on the VLAN device, untagged."""
     frame = Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99") / Dot1Q(vlan=5)
     frame = frame / side.ip(side.client, side.web) / segment("TCP", port, 80)
     for program in ("from_device", "to_device"):
@@ -512,7 +509,7 @@ def test_a_vlans_frames_are_the_vlan_devices(wire: Wire, side: Side, port: int) 
         assert (result.verdict, result.bytes) == (PASS, raw(frame))
 
 
-def test_frames_of_other_ethertypes_leave_bit_identical(wire: Wire) -> None:
+def test_frames_of_other_ethertypes_are_passed_unchanged(wire: Wire) -> None:
     for frame in (
         Ether(dst="ff:ff:ff:ff:ff:ff", src="02:00:00:00:00:99") / ARP(pdst="10.96.0.10"),
         Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99", type=0x88CC) / Raw(b"\x00" * 50),
@@ -523,7 +520,7 @@ def test_frames_of_other_ethertypes_leave_bit_identical(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("length", [20, 22, 27])
-def test_truncated_headers_pass_as_they_are(wire: Wire, side: Side, port: int, length: int) -> None:
+def test_truncated_headers_are_passed_unchanged(wire: Wire, side: Side, port: int, length: int) -> None:
     packet = raw(side.ip(side.client, side.web) / segment("TCP", port, 80))
     header = 20 if side.version == 4 else 40
     data = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
@@ -533,7 +530,7 @@ def test_truncated_headers_pass_as_they_are(wire: Wire, side: Side, port: int, l
     assert (result.verdict, result.bytes) == (PASS, data)
 
 
-def test_garbage_never_crashes_and_never_changes(wire: Wire) -> None:
+def test_random_bytes_are_passed_unchanged(wire: Wire) -> None:
     draw = random.Random(7)
     mac = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
     for kind in (b"\x08\x00", b"\x86\xdd", b"\x81\x00"):
@@ -542,3 +539,32 @@ def test_garbage_never_crashes_and_never_changes(wire: Wire) -> None:
             for program in ("from_device", "to_device"):
                 result = wire.send_bytes(program, "eth0", data)
                 assert (result.verdict, result.bytes) == (PASS, data)
+
+
+def _folded(data: bytes) -> int:
+    """The sum of 16-bit words of the Internet checksum (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_finished_checksum_that_equals_the_sum_of_its_pseudo_header(
+    wire: Wire, side: Side, protocol: str, port: int
+) -> None:
+    """A checksum that is left to the device has this value; a finished one may have it by chance."""
+    service_port, _, target = PORTS[protocol]
+
+    def packet(word: int) -> Packet:
+        transport = segment(protocol, port, service_port, payload=PAYLOAD + struct.pack("!H", word))
+        built = side.ip(side.client, side.local_balancer) / transport
+        return built.__class__(raw(built))
+
+    some = packet(0)
+    addresses = b"".join(ipaddress.ip_address(each).packed for each in (some.src, some.dst))
+    number = {"TCP": 6, "UDP": 17}[protocol]
+    pseudo = _folded(addresses + struct.pack("!HH", number, len(some.payload)))
+    chosen = packet(_folded(struct.pack("!HH", 0xFFFF ^ pseudo, some.payload.chksum)))
+    assert chosen.payload.chksum == pseudo
+    passed(wire.ingress(chosen), *(side.client, port, side.local_pod, target))

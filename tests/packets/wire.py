@@ -1,7 +1,7 @@
-"""Runs a pinned program on a packet, inside a node's namespace, and looks at what comes out.
+"""Runs a pinned program on a packet by BPF_PROG_TEST_RUN, in a node's network namespace.
 
-Packets are scapy's; so are the checksums that results are compared with: nothing here shares code with
-what it tests.
+scapy makes the packets, and the checksums that results are compared with: nothing here shares code with the
+programs under test.
 """
 
 from __future__ import annotations
@@ -13,39 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scapy.all import Ether, IPv6, Packet, Raw, raw
+from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6DestUnreach, _ICMPv6
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, _ICMPv6
+from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP
+from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import ProgRunOpts
 from tests.lab import LabNode
 
 PASS, DROP, REDIRECT = -1, 2, 7
+XDP_PASS, XDP_TX, XDP_REDIRECT = 2, 3, 4
 _ROOM = 1024
 _CLONE_NEWNET = 0x40000000
 _libc = ct.CDLL(None, use_errno=True)
 _libbpf = ct.CDLL("libbpf.so.1", use_errno=True)
-
-
-class _TestRun(ct.Structure):
-    _fields_ = (
-        ("sz", ct.c_size_t),
-        ("data_in", ct.c_void_p),
-        ("data_out", ct.c_void_p),
-        ("data_size_in", ct.c_uint32),
-        ("data_size_out", ct.c_uint32),
-        ("ctx_in", ct.c_void_p),
-        ("ctx_out", ct.c_void_p),
-        ("ctx_size_in", ct.c_uint32),
-        ("ctx_size_out", ct.c_uint32),
-        ("retval", ct.c_uint32),
-        ("repeat", ct.c_int),
-        ("duration", ct.c_uint32),
-        ("flags", ct.c_uint32),
-        ("cpu", ct.c_uint32),
-        ("batch_size", ct.c_uint32),
-    )
 
 
 class Result(NamedTuple):
@@ -57,33 +41,74 @@ class Result(NamedTuple):
         return Ether(self.bytes)
 
 
+class PreparedRun:
+    """A run that can be repeated with nothing else to do: ``ifindex`` is valid in this thread's namespace."""
+
+    def __init__(
+        self,
+        program: int,
+        data: bytes,
+        ifindex: int,
+        ingress_ifindex: int = 0,
+        repeat: int = 1,
+        *,
+        is_xdp: bool = False,
+    ) -> None:
+        self._program = program
+        if is_xdp:
+            self._context = ct.create_string_buffer(24)  # struct xdp_md
+            struct.pack_into("=IIII", self._context, 0, 0, len(data), 0, ifindex)
+        else:
+            self._context = ct.create_string_buffer(192)  # struct __sk_buff
+            struct.pack_into("=II", self._context, 36, ingress_ifindex, ifindex)
+        self._out = ct.create_string_buffer(len(data) + _ROOM)
+        self._source = ct.create_string_buffer(data, len(data))
+        self._options = ProgRunOpts(
+            sz=ct.sizeof(ProgRunOpts),
+            data_in=ct.addressof(self._source),
+            data_out=ct.addressof(self._out),
+            data_size_in=len(data),
+            ctx_in=ct.addressof(self._context),
+            ctx_size_in=len(self._context),
+            repeat=repeat,
+        )
+
+    def __call__(self) -> int:
+        """Runs the program once more, on the same packet; returns the verdict."""
+        options = self._options
+        options.data_size_out = len(self._out)
+        if _libbpf.bpf_prog_test_run_opts(self._program, ct.byref(options)) < 0:
+            raise OSError(ct.get_errno(), os.strerror(ct.get_errno()))
+        return ct.c_int32(options.retval).value
+
+    @property
+    def packet(self) -> bytes:
+        """What the last run has made of it."""
+        return self._out.raw[: self._options.data_size_out]
+
+    @property
+    def nanoseconds(self) -> int:
+        """The average time of one of ``repeat``."""
+        return int(self._options.duration)
+
+
+def run_xdp(program: int, data: bytes, ifindex: int) -> tuple[int, bytes]:
+    """Returns verdict and frame. The device has an XDP program, which registers its queues."""
+    run = PreparedRun(program, data, ifindex, is_xdp=True)
+    return run(), run.packet
+
+
 def run_program(
     program: int, data: bytes, ifindex: int, ingress_ifindex: int = 0, repeat: int = 1
 ) -> tuple[int, bytes, int]:
-    """Verdict, packet, and nanoseconds a run. ``ifindex`` is of the device, in this thread's namespace."""
-    context = bytearray(192)  # struct __sk_buff
-    struct.pack_into("=II", context, 36, ingress_ifindex, ifindex)
-    context_in = (ct.c_char * len(context)).from_buffer(context)
-    out = ct.create_string_buffer(len(data) + _ROOM)
-    source = ct.create_string_buffer(data, len(data))
-    options = _TestRun(
-        sz=ct.sizeof(_TestRun),
-        data_in=ct.addressof(source),
-        data_out=ct.addressof(out),
-        data_size_in=len(data),
-        data_size_out=len(out),
-        ctx_in=ct.addressof(context_in),
-        ctx_size_in=len(context),
-        repeat=repeat,
-    )
-    if _libbpf.bpf_prog_test_run_opts(program, ct.byref(options)) < 0:
-        raise OSError(ct.get_errno(), os.strerror(ct.get_errno()))
-    verdict = ct.c_int32(options.retval).value
-    return verdict, out.raw[: options.data_size_out], options.duration
+    """Returns verdict, packet, and nanoseconds per run. ``ifindex`` is valid in this thread's namespace."""
+    run = PreparedRun(program, data, ifindex, ingress_ifindex, repeat)
+    verdict = run()
+    return verdict, run.packet, run.nanoseconds
 
 
 class Wire:
-    """A node's devices as tests see them: by name, with their MAC addresses."""
+    """Runs a node's programs on packets; ``devices`` has the ifindex and MAC address of each."""
 
     def __init__(self, node: LabNode) -> None:
         self._netns = node.netns
@@ -114,27 +139,34 @@ class Wire:
     def mac(self, device: str) -> str:
         return self.devices[device][1]
 
-    def send_bytes(self, program: str, device: str, data: bytes, *, came_by: str = "") -> Result:
-        """``came_by``: the device by which a forwarded packet entered; empty for the host's own."""
+    def send_bytes(self, program: str, device: str, data: bytes, *, iif: str = "") -> Result:
+        """``iif``: the ingress device of a forwarded packet; empty for one of a process of the host."""
         ifindex = self.devices[device][0]
-        ingress = self.devices[came_by][0] if came_by else 0
+        ingress = self.devices[iif][0] if iif else 0
         fd = self._program(program)
         verdict, out, _ = self._thread.submit(run_program, fd, data, ifindex, ingress).result()
         return Result(verdict, out)
 
-    def send(self, program: str, device: str, packet: Packet, *, came_by: str = "") -> Result:
+    def send(self, program: str, device: str, packet: Packet, *, iif: str = "") -> Result:
         if not packet.haslayer(Ether):
             packet = Ether(dst=self.mac(device), src="02:00:00:00:00:99") / packet
-        return self.send_bytes(program, device, raw(packet), came_by=came_by)
+        return self.send_bytes(program, device, raw(packet), iif=iif)
 
-    def arrive(self, packet: Packet, device: str = "eth0") -> Result:
+    def ingress(self, packet: Packet, device: str = "eth0") -> Result:
         return self.send("from_device", device, packet)
 
-    def leave(self, packet: Packet, device: str = "eth0", *, came_by: str = "") -> Result:
-        return self.send("to_device", device, packet, came_by=came_by)
+    def egress(self, packet: Packet, device: str = "eth0", *, iif: str = "") -> Result:
+        return self.send("to_device", device, packet, iif=iif)
+
+    def xdp(self, packet: Packet, device: str = "eth0") -> Result:
+        """Runs the XDP program. A packet without a link layer is addressed to the device."""
+        if not packet.haslayer(Ether):
+            packet = Ether(dst=self.mac(device), src="02:00:00:00:00:99") / packet
+        ifindex, program = self.devices[device][0], self._program("forward")
+        return Result(*self._thread.submit(run_xdp, program, raw(packet), ifindex).result())
 
     def nanoseconds(self, program: str, device: str, packet: Packet, repeat: int) -> int:
-        """Of one run, on average."""
+        """The average time of one run."""
         data = raw(Ether(dst=self.mac(device), src="02:00:00:00:00:99") / packet)
         fd = self._program(program)
         ifindex = self.devices[device][0]
@@ -154,9 +186,9 @@ _CHECKED = (
 
 
 def with_right_checksums(packet: Packet) -> bytes:
-    """The packet as scapy would have made it: every checksum computed from its bytes again.
+    """The packet as scapy makes it: every checksum is recomputed from its bytes.
 
-    What an ICMP message carries is bytes to it: a packet quoted there may be cut.
+    A packet that an ICMP message quotes may be truncated, and is left as it is.
     """
     copy = packet.__class__(raw(packet))
     layer: Any = copy

@@ -1,12 +1,13 @@
-"""What the packet tests' node serves. Every Service has one backend, so that results are certain."""
+"""The packet tests' node, pods and Services. A Service has one backend, so that results are certain."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from scapy.all import IPv6, Packet
 from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
 from scapy.layers.sctp import SCTP
+from scapy.packet import Packet
 
 from tests.lab import Agent, Lab, manifests
 from tests.packets.wire import Wire
@@ -17,11 +18,11 @@ PORTS = {"TCP": (80, 30080, 8080), "UDP": (53, 30053, 8053), "SCTP": (3868, 3086
 
 
 class Side(NamedTuple):
-    """The addresses of one family."""
+    """The addresses of one family: of clients, of the node, of Services' frontends, and of pods."""
 
     version: int
     client: str
-    stranger: str
+    other_client: str
     node: str
     node_on_pods: str
     web: str
@@ -160,7 +161,7 @@ def _documents() -> list[manifests.Document]:
 
 
 class PacketWorld:
-    """node-a with an agent, its pods p1 (a backend) and p2 (a client), and the other node's route."""
+    """node-a with an agent, its pods on devices p1 (a backend) and p2 (a client), and the route to node-b."""
 
     def __init__(self, lab: Lab, *arguments: str) -> None:
         self.node = lab.node("node-a")

@@ -1,4 +1,4 @@
-"""Service ports in columns a person can read: what the cases' expected files hold."""
+"""Service ports in readable columns, the format of the expected files of tests/cases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""kube-proxy's rules once more, slowly and from the plain objects.
+"""A second implementation of kube-proxy's rules, slow and from plain objects.
 
-This shares nothing with ``ebpfproxy.services``: where both agree, both read the rules alike.
+It shares no code with ``ebpfproxy.services``, so that equal results show equal reading of the rules.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Row = tuple[str, str, str, str, str]
 #: Service, port name, protocol, IP version.
 PortRow = tuple[str, str, str, int]
-#: Address, and the port or 0 for all: taken out by hand.
+#: These are drain requests: address, and port or 0 for all ports.
 DrainRequest = tuple[str, int]
 
 
 class Table(NamedTuple):
-    """Backends of each frontend in each scope, ``dropped`` or ``rejected``; and what is said of each port."""
+    """Backends of each frontend in each scope, ``dropped`` or ``rejected``, and the settings of each port."""
 
     rows: dict[Row, frozenset[str] | str]
     draining: dict[PortRow, frozenset[str]]
@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
-#: These are the ones that ipvsadm(8) knows, and our own.
+#: These are those of ipvsadm(8) and our own.
 _ALGORITHMS = {
     "random": "",
     "round-robin": "rr wrr",
@@ -79,7 +79,7 @@ def _full_name(each: Object) -> str:
 
 
 def _ports(service: Object) -> list[tuple[str, int, str, int]]:
-    """Name, port, protocol, nodePort (0: none) of the usable ones."""
+    """Yields name, port, protocol and nodePort (0: none) of usable ports."""
     found: list[tuple[str, int, str, int]] = []
     for port in service["spec"].get("ports") or []:
         name, number, protocol = port.get("name", ""), port["port"], port.get("protocol", "TCP")
@@ -117,7 +117,7 @@ def _addresses(service: Object) -> list[tuple[str, Address]]:
 def _endpoints(
     service: Object, name: str, protocol: str, version: int, slices: list[Object]
 ) -> dict[str, Object]:
-    """Endpoints by address and port: ready, serving-terminating, node, zones, nodes."""
+    """Returns endpoints by address and port: ready, serving-terminating, node, zones, nodes."""
     listed: dict[str, list[Object]] = {}
     for piece in slices:
         owner = _labels(piece).get("kubernetes.io/service-name")
@@ -165,13 +165,13 @@ def _annotation(service: Object, name: str) -> str:
 
 
 def _algorithm(service: Object) -> str:
-    """The cluster's is the default: random."""
+    """The default of the cluster is random."""
     named = _annotation(service, "lb-algorithm").strip().lower()
     return next((ours for ours, ipvs in _ALGORITHMS.items() if named in (ours, *ipvs.split())), "random")
 
 
 def _weight(service: Object, endpoint: Object) -> int:
-    """The first kind of key that the endpoint has decides, and of that kind the last part."""
+    """The first kind of key that matches the endpoint decides, and of that kind the last entry."""
     parts = re.findall(
         r"(?:^|(?<=[\s,]))([^\s,]+)=0*(\d{1,5})(?=[\s,]|$)", _annotation(service, "weights"), re.A
     )
@@ -195,7 +195,7 @@ def _names(key: str, kind: str, endpoint: Object) -> bool:
 
 
 def _is_drained(service: Object, endpoint: Object, requests: frozenset[DrainRequest]) -> bool:
-    """True if it is drained by hand, or has a weight of 0."""
+    """Returns True if it is drained by request or has weight 0."""
     address = str(endpoint["address"])
     return not requests.isdisjoint({(address, 0), (address, endpoint["port"])}) or not _weight(
         service, endpoint
@@ -225,7 +225,7 @@ def table(
     node_name: str,
     requests: frozenset[DrainRequest] = frozenset(),
 ) -> Table:
-    """The result of the rules for these objects and drain ``requests``."""
+    """Returns the result of the rules for these objects and drain ``requests``."""
     zones = [
         _labels(n).get("topology.kubernetes.io/zone") for n in nodes if n["metadata"]["name"] == node_name
     ]

@@ -1,4 +1,4 @@
-"""What annotations say of algorithms and weights, and what is said about those that are wrong."""
+"""Annotations of algorithms and weights, and warnings about invalid ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def packed(text: str) -> bytes:
 
 
 def weights_of(text: str) -> Weights:
-    """Parses a text in which nothing is wrong."""
+    """Parses a valid text."""
     found, problems = parse_weights(text)
     assert problems == []
     assert found is not None
@@ -59,21 +59,21 @@ def weights_of(text: str) -> Weights:
         ("mh", Algorithm.MAGLEV),
     ],
 )
-def test_each_name_and_each_of_ipvs_is_known(name: str, expected: Algorithm) -> None:
+def test_every_name_and_every_ipvs_name_is_known(name: str, expected: Algorithm) -> None:
     """Names may be in any case, with white space around them."""
     for text in (name, name.upper(), name.title(), f" {name}", f"\t{name}\n"):
         assert parse_algorithm(text) == (expected, "")
 
 
-def test_the_names_that_are_tested_are_all_there_are() -> None:
+def test_all_names_are_tested() -> None:
     assert len(ALGORITHMS) == 17
     assert set(ALGORITHMS.values()) == set(Algorithm)
     assert all(parse_algorithm(str(each)) == (each, "") for each in Algorithm)
 
 
 @pytest.mark.parametrize("name", ["lblc", "lblcr", "twos"])
-def test_of_what_is_not_here_the_nearest_is_used_and_said(name: str) -> None:
-    """Locality-based ones, and the power of two choices: least connections, in any case."""
+def test_unsupported_ipvs_scheduler_is_replaced_by_the_nearest_with_a_remark(name: str) -> None:
+    """Locality-based ones and the power of two choices become least connections, in upper or lower case."""
     assert set(NEAREST) == {"lblc", "lblcr", "twos"}
     for text in (name, f" {name.upper()} "):
         found, remark = parse_algorithm(text)
@@ -84,8 +84,8 @@ def test_of_what_is_not_here_the_nearest_is_used_and_said(name: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", " ", "best", "r r", "round robin", "rr,", "roundrobin", "1", "\0", "\ud800", "fo", "ovf"]
 )
-def test_an_unknown_name_is_said_with_those_that_are_known(text: str) -> None:
-    """Among the unknown are IPVS's fo and ovf: one backend for all is no balance."""
+def test_unknown_name_is_reported_with_the_known_names(text: str) -> None:
+    """Unknown names include fo and ovf of IPVS, which send all to one backend."""
     found, remark = parse_algorithm(text)
     assert found is None
     assert remark.startswith(f"unknown algorithm {text!r}, known are ")
@@ -93,12 +93,12 @@ def test_an_unknown_name_is_said_with_those_that_are_known(text: str) -> None:
 
 
 @given(st.text())
-def test_no_name_is_too_strange(text: str) -> None:
+def test_any_name_is_accepted_or_reported(text: str) -> None:
     found, remark = parse_algorithm(text)
     assert (found is None) <= bool(remark)
 
 
-def test_of_a_long_name_only_the_beginning_is_said() -> None:
+def test_long_names_are_truncated_in_remarks() -> None:
     assert len(parse_algorithm("x" * 200_000)[1]) < 500
 
 
@@ -126,12 +126,12 @@ def test_parts_are_separated_by_commas_and_white_space(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , ,\n"])
-def test_without_any_part_there_are_no_weights_and_nothing_is_wrong(text: str) -> None:
+def test_empty_text_has_no_weights_and_no_errors(text: str) -> None:
     assert parse_weights(text) == (None, [])
 
 
-def test_the_most_specific_that_is_named_counts() -> None:
-    """Address before node before zone before all others, whatever the order and the sizes."""
+def test_most_specific_key_determines_the_weight() -> None:
+    """Address takes precedence over node, node over zone, zone over the default, in any order and for all values."""
     found = weights_of("*=7 zone/z=6 node/n=5 10.0.0.1=4")
     one, other = packed("10.0.0.1"), packed("10.0.0.2")
     assert found.of(one, "n", "z") == 4
@@ -139,29 +139,29 @@ def test_the_most_specific_that_is_named_counts() -> None:
     assert found.of(other, "m", "z") == 6
     assert found.of(other, "m", "y") == 7
     assert found.of(one, "", "") == 4
-    assert found.of(other, "", "") == 7, "where it is not known, neither node nor zone counts"
+    assert found.of(other, "", "") == 7, "keys of node and zone do not match an endpoint without them"
 
 
-def test_a_weight_of_zero_is_one_that_was_named() -> None:
+def test_weight_zero_is_a_weight() -> None:
     found = weights_of("*=7 zone/z=6 node/n=0 10.0.0.1=0")
     assert found.of(packed("10.0.0.1"), "m", "z") == 0
     assert found.of(packed("10.0.0.2"), "n", "z") == 0
     assert weights_of("*=0").of(packed("10.0.0.1"), "n", "z") == 0
 
 
-def test_who_is_not_named_has_one() -> None:
+def test_default_weight_is_one() -> None:
     found = weights_of("10.0.0.1=4 node/n=5")
     assert found.others == 1
     assert found.of(packed("10.0.0.2"), "m", "z") == 1
     assert Weights().of(packed("10.0.0.2"), "m", "z") == 1
 
 
-def test_of_one_key_that_is_named_twice_the_last_counts() -> None:
+def test_last_entry_of_a_repeated_key_counts() -> None:
     found = weights_of("10.0.0.1=1 node/n=1 zone/z=1 *=1 10.0.0.1=2 node/n=3 zone/z=4 *=5")
     assert found == Weights({packed("10.0.0.1"): 2}, {"n": 3}, {"z": 4}, 5)
 
 
-def test_ipv6_addresses_in_any_spelling() -> None:
+def test_ipv6_addresses_are_matched_in_any_spelling() -> None:
     found = weights_of("fd00::1=3 fd00:0:0::0:2=4 ::=5 FD00::a=6 fd00::192.0.2.1=7")
     assert found.addresses == {
         packed("fd00::1"): 3,
@@ -173,7 +173,7 @@ def test_ipv6_addresses_in_any_spelling() -> None:
     assert weights_of("fd00::1=3 fd00:0::1=4") == Weights({packed("fd00::1"): 4})
 
 
-def test_names_of_nodes_and_zones_may_be_anything_that_is_one_word() -> None:
+def test_names_of_nodes_and_zones_may_be_any_single_word() -> None:
     found = weights_of("node/ip-10-0-0-1.eu.internal=2 zone/10.0.0.1=3 node/*=4 node/fd00::1=5 zone/node=6")
     assert found == Weights(
         nodes={"ip-10-0-0-1.eu.internal": 2, "*": 4, "fd00::1": 5}, zones={"10.0.0.1": 3, "node": 6}
@@ -181,7 +181,7 @@ def test_names_of_nodes_and_zones_may_be_anything_that_is_one_word() -> None:
 
 
 @pytest.mark.parametrize("weight", [0, 1, 65535])
-def test_weights_from_nothing_to_the_largest_of_ipvs(weight: int) -> None:
+def test_weights_from_zero_to_the_maximum_of_ipvs(weight: int) -> None:
     assert MAX_WEIGHT == 65535
     assert weights_of(f"10.0.0.1={weight}").of(packed("10.0.0.1"), "", "") == weight
 
@@ -230,7 +230,7 @@ BAD_KEYS = [
 
 
 @pytest.mark.parametrize("part", BAD_WEIGHTS)
-def test_a_part_with_a_weight_that_is_none_is_named_and_the_rest_is_used(part: str) -> None:
+def test_entry_with_an_invalid_weight_is_reported_and_others_used(part: str) -> None:
     problem = f"{part!r} is not KEY=WEIGHT with a weight of 0 to 65535"
     assert parse_weights(part) == (None, [problem])
     for text in (f"{part},10.0.0.9=2", f"10.0.0.9=2 {part}"):
@@ -238,14 +238,14 @@ def test_a_part_with_a_weight_that_is_none_is_named_and_the_rest_is_used(part: s
 
 
 @pytest.mark.parametrize("part", BAD_KEYS)
-def test_a_part_with_a_key_that_is_none_is_named_and_the_rest_is_used(part: str) -> None:
+def test_entry_with_an_invalid_key_is_reported_and_others_used(part: str) -> None:
     problem = f"{part!r} names neither an address nor node/NAME, zone/NAME or *"
     assert parse_weights(part) == (None, [problem])
     for text in (f"{part},10.0.0.9=2", f"10.0.0.9=2 {part}"):
         assert parse_weights(text) == (Weights({packed("10.0.0.9"): 2}), [problem])
 
 
-def test_white_space_within_a_part_makes_it_two() -> None:
+def test_white_space_splits_an_entry() -> None:
     found, problems = parse_weights("10.0.0.1 = 5")
     assert found is None
     assert [problem.partition(" ")[0] for problem in problems] == ["'10.0.0.1'", "'='", "'5'"]
@@ -275,13 +275,13 @@ def parts_of(found: Weights) -> list[str]:
 
 
 @given(some_weights, st.data())
-def test_what_is_written_as_documented_is_read_again(found: Weights, data: st.DataObject) -> None:
+def test_documented_syntax_round_trips(found: Weights, data: st.DataObject) -> None:
     parts = data.draw(st.permutations(parts_of(found)))
     assert weights_of("".join(part + data.draw(separators) for part in parts)) == found
 
 
 @given(some_weights, st.lists(st.sampled_from(BAD_WEIGHTS + BAD_KEYS), max_size=10), st.data())
-def test_each_part_that_is_wrong_is_named_once_and_the_rest_is_used(
+def test_every_invalid_entry_is_reported_once_and_others_used(
     found: Weights, garbage: list[str], data: st.DataObject
 ) -> None:
     parts = data.draw(st.permutations([*parts_of(found), *garbage]))
@@ -292,7 +292,7 @@ def test_each_part_that_is_wrong_is_named_once_and_the_rest_is_used(
 
 @settings(max_examples=500)
 @given(st.one_of(st.text(), st.text("0159=*/,. :nodezfab-"), st.lists(names).map("=1,".join)))
-def test_no_text_is_too_strange(text: str) -> None:
+def test_any_text_is_parsed_or_reported(text: str) -> None:
     found, problems = parse_weights(text)
     parts = text.replace(",", " ").split()
     assert len(problems) <= len(parts)
@@ -304,7 +304,7 @@ def test_no_text_is_too_strange(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["*=" + "9" * 5000, "*=" + "0" * 5000 + "65536", "9" * 100_000, "=" * 100_000]
 )
-def test_a_very_long_part_is_wrong_like_any_other_and_said_in_short(text: str) -> None:
+def test_very_long_entry_is_invalid_and_truncated_in_the_report(text: str) -> None:
     """int() refuses more than 4,300 digits."""
     found, problems = parse_weights(text)
     assert found is None
@@ -312,11 +312,11 @@ def test_a_very_long_part_is_wrong_like_any_other_and_said_in_short(text: str) -
     assert len(problems[0]) < 250
 
 
-def test_leading_zeros_do_not_count() -> None:
+def test_leading_zeros_of_weights_are_ignored() -> None:
     assert weights_of("*=" + "0" * 5000 + "7") == Weights(others=7)
 
 
-def test_of_very_many_wrong_parts_some_are_named_and_the_others_counted() -> None:
+def test_of_many_invalid_entries_some_are_named_and_others_counted() -> None:
     found, problems = parse_weights("*=2 " + " ".join(f"bad{n}" for n in range(1000)))
     assert found == Weights(others=2)
     assert len(problems) == 11
@@ -336,7 +336,7 @@ def reduced(algorithm: Algorithm = Algorithm.RANDOM, **annotations: str) -> Serv
     return frontends_of(msgspec.convert({"metadata": meta, "spec": spec}, Service), algorithm=algorithm)
 
 
-def test_every_port_has_the_algorithm_of_its_service_or_else_the_clusters() -> None:
+def test_algorithm_of_a_port_is_its_services_or_the_clusters() -> None:
     for default in Algorithm:
         assert {port.algorithm for port in reduced(default).ports} == {default}
         named = reduced(default, lb_algorithm="wlc")
@@ -344,7 +344,7 @@ def test_every_port_has_the_algorithm_of_its_service_or_else_the_clusters() -> N
         assert named.warnings == ()
 
 
-def test_a_warning_about_an_unknown_algorithm_names_the_service_and_what_is_used() -> None:
+def test_warning_about_an_unknown_algorithm_names_service_and_algorithm_in_use() -> None:
     found = reduced(Algorithm.MAGLEV, lb_algorithm="best")
     assert {port.algorithm for port in found.ports} == {Algorithm.MAGLEV}
     (warning,) = map(str, found.warnings)
@@ -354,14 +354,14 @@ def test_a_warning_about_an_unknown_algorithm_names_the_service_and_what_is_used
     assert warning.endswith("; maglev is used")
 
 
-def test_a_nearest_equivalent_is_used_whatever_the_clusters_algorithm_is() -> None:
+def test_nearest_algorithm_is_used_for_any_algorithm_of_the_cluster() -> None:
     found = reduced(Algorithm.MAGLEV, lb_algorithm="lblcr")
     assert {port.algorithm for port in found.ports} == {Algorithm.LEAST_CONNECTIONS}
     (warning,) = found.warnings
     assert warning.message == "lblcr is not here, the nearest is used: least-connections"
 
 
-def test_each_wrong_part_of_the_weights_is_a_warning() -> None:
+def test_every_invalid_entry_of_the_weights_is_a_warning() -> None:
     found = reduced(weights="bad, *=70000, *=3")
     assert found.weights == Weights(others=3)
     assert [warning.field for warning in found.warnings] == ["metadata.annotations[ebpfproxy.io/weights]"] * 2

@@ -1,7 +1,7 @@
-"""One file a case: Kubernetes YAML in, frontends and backends out (tests/cases).
+"""Cases in files (tests/cases): Kubernetes YAML as input, frontends and backends as expected output.
 
-The first comment of each says what it shows. This node is ``node-a``. After a change on purpose,
-``UPDATE_CASES=1 pytest tests/services/test_cases.py`` writes the expected files again: read the diff.
+The first comment of each says what it shows. This node is ``node-a``. After an intended change,
+``UPDATE_CASES=1 pytest tests/services/test_cases.py`` rewrites the expected files; read the diff.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_case(case: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_case_in_another_order(case: Path) -> None:
-    """Neither the order of the lists nor that of the objects in them matters."""
+    """The result depends neither on the order of lists nor on that of their objects."""
     objects = list(parse(case.read_text()))
     events = replaced(list(reversed(objects)))
     random.Random(1).shuffle(events)
@@ -60,7 +60,7 @@ def test_case_in_another_order(case: Path) -> None:
     assert found == "".join(line for line in expected if not line.startswith("warning:"))
 
 
-def test_there_are_enough_cases_and_each_says_what_it_shows() -> None:
+def test_there_are_enough_cases_and_each_has_a_description() -> None:
     assert len(CASES) >= 40
     for case in CASES:
         assert case.read_text().startswith("# "), case

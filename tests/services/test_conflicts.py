@@ -1,4 +1,4 @@
-"""Claims, changed step by step, against the one sentence that they implement: the oldest claimant owns."""
+"""Claims, changed step by step, against their rule: the oldest claimant owns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CLAIMS = [
     Claim(bytes([10, 96, 0, n]), 80, protocol) for n in (1, 2) for protocol in (Protocol.TCP, Protocol.UDP)
 ]
 
-#: A Service's name, when it was made, and what it claims now; nothing: it is deleted.
+#: A Service's name, its creation time and its current claims; none if it is deleted.
 steps = st.lists(
     st.tuples(
         st.sampled_from(["a", "b", "c"]),
@@ -30,7 +30,7 @@ def owner(world: dict[str, tuple[Age, frozenset[Claim]]], claim: Claim) -> Objec
 
 
 @given(steps)
-def test_the_oldest_claimant_owns_and_every_claimant_hears_of_a_new_owner(
+def test_oldest_claimant_owns_and_every_claimant_is_told_of_a_new_owner(
     steps: list[tuple[str, str, frozenset[Claim]]],
 ) -> None:
     claims = Claims()
@@ -48,7 +48,7 @@ def test_the_oldest_claimant_owns_and_every_claimant_hears_of_a_new_owner(
                 assert {ObjectKey("shop", n) for n in others} <= touched
 
 
-def test_a_service_made_again_loses_its_address_to_one_made_in_the_meantime() -> None:
+def test_recreated_service_loses_its_address_to_one_created_before() -> None:
     claim = CLAIMS[0]
     old, young, again = (
         ("2026-01-01", "shop", "a"),

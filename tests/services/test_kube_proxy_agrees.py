@@ -15,7 +15,7 @@ Table = dict[tuple[str, str], frozenset[str]]
 
 
 class Rules:
-    """The IPv4 table of ``nft list ruleset``: which endpoints each frontend leads to."""
+    """Returns the endpoints of each frontend in the IPv4 table of ``nft list ruleset``."""
 
     def __init__(self, text: str) -> None:
         table = text.split("table ip6 kube-proxy", maxsplit=1)[0]
@@ -30,12 +30,12 @@ class Rules:
         return frozenset(found) if found or not last else self.endpoints(last[-1])
 
     def frontends(self, name: str) -> dict[str, str]:
-        """Frontend as ``10.96.0.1/tcp/443`` or ``tcp/30080``, and the chain that it goes to."""
+        """Yields frontends such as ``10.96.0.1/tcp/443`` or ``tcp/30080``, each with its chain."""
         entries = re.findall(r"([\w. ]+?)(?: comment \"[^\"]*\")? : goto ([^\s,]+)", self._maps[name])
         return {key.strip().replace(" . ", "/"): chain for key, chain in entries}
 
 
-def test_the_same_endpoints_for_every_frontend() -> None:
+def test_endpoints_of_every_frontend_equal_those_of_kube_proxy() -> None:
     tracker = RecordTracker("node-a1")
     for each in recordings.as_events(recordings.lists("final")):
         tracker.apply(each)
@@ -60,6 +60,6 @@ def test_the_same_endpoints_for_every_frontend() -> None:
                 continue
             expected = rules.endpoints(theirs[name])
             assert {f"{format_address(b.address)}:{b.port}" for b in ours} == expected, name
-    # The samples were taken with the load balancer's address set; nothing of theirs is missing here.
+    # The samples have the load balancer's address set; all their frontends are here.
     assert theirs.keys() | refused == seen
     assert len(seen) > 12

@@ -1,4 +1,4 @@
-"""The policy function against the written rules, restated here as naively as they are written."""
+"""The policy function against the written rules, implemented here literally."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ebpfproxy.services.policy import usable_endpoints
 
 NODE = "node-a"
 
-#: Ready, or draining, or neither.
+#: An endpoint is ready, draining or neither.
 conditions = st.sampled_from([(True, False), (False, True), (False, False)])
 traits = st.builds(
     lambda condition, **other: Traits(*condition, **other),
@@ -46,7 +46,7 @@ def naive_local(population: dict[Backend, Traits]) -> set[Backend]:
 
 
 @given(populations, zones)
-def test_the_sets_are_those_of_the_written_rules(population: dict[Backend, Traits], zone: str | None) -> None:
+def test_sets_equal_those_of_the_written_rules(population: dict[Backend, Traits], zone: str | None) -> None:
     usable = usable_endpoints(population, NODE, zone)
     assert set(usable.cluster) == naive_cluster(population, zone)
     assert set(usable.local) == naive_local(population)
@@ -65,7 +65,7 @@ def test_every_terminating_endpoint_is_accounted_for(
 
 
 @given(populations, zones)
-def test_sets_are_sorted_and_empty_only_together_with_everything(
+def test_sets_are_sorted_and_empty_only_without_usable_endpoints(
     population: dict[Backend, Traits], zone: str | None
 ) -> None:
     usable = usable_endpoints(population, NODE, zone)

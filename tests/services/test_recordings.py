@@ -1,4 +1,4 @@
-"""Replaying what a real API server sent: incremental is the same as from scratch, at every step."""
+"""Replays recordings of a real API server: incremental results equal those from scratch after each event."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def from_scratch(lists: list[Replaced[object]], node: str) -> list[ServicePort]:
 
 
 class Mirror:
-    """What somebody holds who only follows the updates, as the datapath does."""
+    """The state of a consumer that applies updates only, as the datapath does."""
 
     def __init__(self) -> None:
         self.ports: dict[ServicePortKey, ServicePort] = {}
 
     def apply(self, update: Update) -> None:
         for port in update.changed:
-            assert self.ports.get(port.key) != port, "reported as changed, but is the same"
+            assert self.ports.get(port.key) != port, "reported as changed but unchanged"
             self.ports[port.key] = port
         for key in update.removed:
             del self.ports[key]
@@ -58,7 +58,7 @@ def test_after_every_event_incremental_equals_from_scratch(node: str) -> None:
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_the_end_equals_the_final_lists(node: str) -> None:
+def test_final_state_equals_that_of_the_final_lists(node: str) -> None:
     tracker = RecordTracker(node)
     for each in [*recordings.as_events(recordings.lists("initial")), *recordings.watch_events()]:
         tracker.apply(each)
@@ -67,8 +67,8 @@ def test_the_end_equals_the_final_lists(node: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) -> None:
-    """The API promises an order for each object only: watches of different resources interleave freely."""
+def test_final_state_does_not_depend_on_the_order_between_objects(seed: int) -> None:
+    """The API guarantees an order per object only: watches of different resources interleave freely."""
     order = random.Random(seed)
     queues: dict[object, list[Event]] = defaultdict(list)
     for event in recordings.watch_events():
@@ -91,8 +91,8 @@ def test_any_order_that_keeps_each_objects_own_order_ends_the_same(seed: int) ->
     assert mirror.sorted() == expected
 
 
-def test_a_new_list_in_the_middle_changes_only_what_differs() -> None:
-    """After a 410 the list is compared with what is known, and what is the same is not reported."""
+def test_new_list_changes_only_objects_that_differ() -> None:
+    """After a 410 the list is compared with the known objects, and unchanged ones are not reported."""
     first = recordings.as_events(recordings.lists("initial"))
     world, tracker = recordings.World(first), RecordTracker("node-a1")
     events = recordings.watch_events()

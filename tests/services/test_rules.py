@@ -36,7 +36,7 @@ def agree(
     node_name: str = NODE,
     requests: frozenset[naive.DrainRequest] = frozenset(),
 ) -> None:
-    """The tracker, drained, has what the rules say of the objects and the drain requests."""
+    """Asserts that the tracker, when updated, equals the rules' result for objects and drain requests."""
 
     def plain(kind: type[Object]) -> list[Json]:
         return [msgspec.to_builtins(each) for each in objects if isinstance(each, kind)]
@@ -219,7 +219,7 @@ histories = st.lists(
 
 @settings(max_examples=300)
 @given(histories)
-def test_any_history_ends_with_what_the_rules_say(
+def test_any_history_ends_with_the_result_of_the_rules(
     history: list[tuple[str, tuple[Resource, Json], frozenset[naive.DrainRequest], bool]],
 ) -> None:
     tracker = RecordTracker(NODE)
@@ -245,7 +245,7 @@ def test_any_history_ends_with_what_the_rules_say(
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
-def test_the_rules_say_what_the_case_expects(case: Any) -> None:
+def test_rules_give_the_expected_result_of_the_case(case: Any) -> None:
     found = list(parse(case.read_text()))
     tracker = RecordTracker(NODE)
     for event in replaced(found):
@@ -255,7 +255,7 @@ def test_the_rules_say_what_the_case_expects(case: Any) -> None:
 
 
 @pytest.mark.parametrize("node", ["node-a1", "node-a2", "node-b1", "node-unknown"])
-def test_the_rules_say_what_the_recordings_lead_to(node: str) -> None:
+def test_rules_give_the_result_of_the_recordings(node: str) -> None:
     first = recordings.as_events(recordings.lists("initial"))
     world, tracker = recordings.World(first), RecordTracker(node)
     for each in first:

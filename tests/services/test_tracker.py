@@ -1,4 +1,4 @@
-"""The tracker: any interleaving of events ends where a fresh start with the same objects would."""
+"""The tracker: any interleaving of events gives the result of a fresh start with the same objects."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def drain_by_hand(tracker: RecordTracker, *requests: tuple[str, int]) -> None:
 
 
 def ends(backends: Iterable[Backend]) -> list[tuple[int, int]]:
-    """Last byte of the address, and port."""
+    """Returns the last byte of the address, and the port."""
     return [(each.address[-1], each.port) for each in backends]
 
 
@@ -184,19 +184,19 @@ def test_many_events_for_one_service_are_one_change() -> None:
     assert update.endpoint_changes == 49
 
 
-def test_an_endpoint_change_touches_its_service_only() -> None:
+def test_endpoint_change_affects_its_service_only() -> None:
     tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
     tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "bb", "10.244.0.1")))
     assert [port.key.name for port in tracker.drain().changed] == ["bb"]
 
 
-def test_an_event_that_changes_nothing_is_no_change() -> None:
+def test_event_without_effect_is_no_change() -> None:
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1"))
     tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.1")))
     assert not tracker.pending
 
 
-def test_warnings_are_given_once_while_they_last() -> None:
+def test_warning_is_reported_once_while_its_cause_persists() -> None:
     tracker = synced(service("a"))
     bad = changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.300", "10.244.0.1"))
     tracker.apply(bad)
@@ -206,10 +206,10 @@ def test_warnings_are_given_once_while_they_last() -> None:
     assert tracker.drain().warnings == ()
     tracker.apply(changed(Resource.ENDPOINTSLICES, piece("s1", "a", "10.244.0.2")))
     tracker.apply(bad)
-    assert tracker.drain().warnings == first, "it was gone and came back"
+    assert tracker.drain().warnings == first, "the cause was gone and returned"
 
 
-def test_when_the_owner_of_an_address_goes_the_next_one_gets_it() -> None:
+def test_address_of_a_deleted_service_goes_to_the_next_claimant() -> None:
     tracker = synced(service("a"), service("bb"))
     assert [p.key.name for p in tracker.service_ports()] == ["a"]
     tracker.apply(Deleted(Resource.SERVICES, ObjectKey("shop", "a")))
@@ -218,14 +218,14 @@ def test_when_the_owner_of_an_address_goes_the_next_one_gets_it() -> None:
     assert [key.name for key in update.removed] == ["a"]
 
 
-def test_objects_of_a_list_that_cannot_be_read_keep_their_last_state() -> None:
+def test_undecodable_objects_of_a_list_keep_their_last_state() -> None:
     tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
     unreadable = frozenset({ObjectKey("shop", "a")})
     tracker.apply(replaced(Resource.SERVICES, [service("bb", clusterIP="10.96.0.2")], unreadable))
     assert not tracker.pending
 
 
-def test_another_zone_computes_every_service_again() -> None:
+def test_changed_zone_of_the_node_recomputes_every_service() -> None:
     one, other = ({"forZones": [{"name": zone}]} for zone in ("z1", "z2"))
     slices = piece("s1", "a", "10.244.0.1", hints=one), piece("s2", "a", "10.244.0.2", hints=other)
     tracker = synced(service("a"), *slices, node("z1"))
@@ -234,7 +234,7 @@ def test_another_zone_computes_every_service_again() -> None:
     assert [b.address[3] for b in tracker.drain().changed[0].cluster] == [2]
 
 
-def test_trigger_times_and_receipt_of_changes_come_with_the_update() -> None:
+def test_update_has_trigger_times_and_time_of_receipt() -> None:
     tracker = synced(service("a"))
     triggered = piece("s1", "a", "10.244.0.1", trigger="2026-11-20T10:00:00.5Z")
     tracker.apply(changed(Resource.ENDPOINTSLICES, triggered, received=7.0))
@@ -243,8 +243,8 @@ def test_trigger_times_and_receipt_of_changes_come_with_the_update() -> None:
     assert update.received == (7.0,)
 
 
-def test_slices_that_change_nothing_leave_no_trace() -> None:
-    """Neither another trigger for the same endpoints, nor slices of no Service, nor the end of an unknown one."""
+def test_slices_without_effect_are_not_pending() -> None:
+    """They are a new trigger for the same endpoints, a slice without a Service, and deletion of an unknown one."""
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1"))
     same = piece("s1", "a", "10.244.0.1", trigger="2026-11-20T10:00:00Z")
     meta = msgspec.structs.replace(same.metadata, name="s2", labels=None)
@@ -259,7 +259,7 @@ def test_slices_that_change_nothing_leave_no_trace() -> None:
     assert (update.received, update.triggers) == ((), ())
 
 
-def test_a_deleted_slice_takes_the_trigger_times_of_its_service_along() -> None:
+def test_deleted_slice_removes_the_trigger_times_of_its_service() -> None:
     tracker = synced(service("a"), service("bb", clusterIP="10.96.0.2"))
     for name, of, second in (("s1", "a", 1), ("s2", "bb", 2)):
         triggered = piece(name, of, "10.244.0.1", trigger=f"2026-11-20T10:00:0{second}Z")
@@ -270,7 +270,7 @@ def test_a_deleted_slice_takes_the_trigger_times_of_its_service_along() -> None:
     assert update.received == (0.0, 0.0, 5.0)
 
 
-def test_three_slices_with_one_address_count_alike_in_any_order() -> None:
+def test_three_slices_with_one_address_give_the_same_result_in_any_order() -> None:
     slices = [
         piece(
             "s1",
@@ -300,8 +300,8 @@ def test_five_thousand_endpoints_in_fifty_slices() -> None:
     assert len(tracker.drain().changed[0].cluster) == 4900
 
 
-def test_events_that_change_nothing_leave_no_trace() -> None:
-    """A Node's heartbeats go on for ever: they are neither pending nor measured."""
+def test_events_without_effect_are_not_pending() -> None:
+    """Heartbeats of a Node are neither pending nor measured."""
     tracker = synced(service("a"), node("z1"))
     for _ in range(3):
         tracker.apply(changed(Resource.NODES, node("z1"), received=7.0))
@@ -310,7 +310,7 @@ def test_events_that_change_nothing_leave_no_trace() -> None:
     assert tracker.drain().received == (8.0,)
 
 
-def test_a_drained_address_changes_the_services_that_have_it_and_no_other() -> None:
+def test_drained_address_changes_its_services_only() -> None:
     tracker = synced(
         service("a"),
         service("bb", clusterIP="10.96.0.2"),
@@ -328,13 +328,13 @@ def test_a_drained_address_changes_the_services_that_have_it_and_no_other() -> N
         for port in sorted(update.changed, key=lambda port: port.key)
     ] == [("a", [(1, 8080)], [(2, 8080)]), ("bb", [(3, 8080)], [(2, 8080)])]
     assert update.removed == ()
-    assert (update.service_changes, update.endpoint_changes) == (0, 0), "the API has said nothing"
+    assert (update.service_changes, update.endpoint_changes) == (0, 0), "no API event caused this"
     drain_by_hand(tracker)
     assert [port.key.name for port in tracker.drain().changed] == ["a", "bb"]
-    assert tracker.service_ports() == before, "undone"
+    assert tracker.service_ports() == before, "the request was removed"
 
 
-def test_orders_for_addresses_that_nobody_has_or_the_same_again_change_nothing() -> None:
+def test_repeated_drain_requests_and_those_for_unknown_addresses_change_nothing() -> None:
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", "10.244.0.2"))
     drain_by_hand(tracker, ("10.244.0.9", 0))
     assert not tracker.pending
@@ -345,10 +345,10 @@ def test_orders_for_addresses_that_nobody_has_or_the_same_again_change_nothing()
     drain_by_hand(tracker, ("10.244.0.1", 0))
     assert not tracker.pending
     drain_by_hand(tracker, ("10.244.0.1", 0), ("10.244.0.1", 8080))
-    assert tracker.drain().changed == (), "it is drained already"
+    assert tracker.drain().changed == (), "the address is drained already"
 
 
-def test_one_port_of_an_address_or_all() -> None:
+def test_drain_of_one_port_or_all_ports_of_an_address() -> None:
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", "10.244.0.2", ports=(8080, 8081)))
     every = [(1, 8080), (1, 8081), (2, 8080), (2, 8081)]
     for requests, drained in (
@@ -365,7 +365,7 @@ def test_one_port_of_an_address_or_all() -> None:
         assert ends(port.cluster) == [each for each in every if each not in drained]
 
 
-def test_an_order_waits_for_its_endpoint() -> None:
+def test_drain_request_applies_to_a_later_endpoint() -> None:
     tracker = synced(service("a"))
     drain_by_hand(tracker, ("10.244.0.1", 0))
     assert not tracker.pending
@@ -374,7 +374,7 @@ def test_an_order_waits_for_its_endpoint() -> None:
     assert (ends(port.cluster), ends(port.drained)) == ([(2, 8080)], [(1, 8080)])
 
 
-def test_an_ipv6_address_is_drained() -> None:
+def test_ipv6_address_is_drained() -> None:
     tracker = synced(
         service("a", clusterIP="fd00:96::1"),
         piece("s1", "a", "fd00:244::1", "fd00:244::2", family="IPv6"),
@@ -389,8 +389,8 @@ def leaving(name: str, *addresses: str) -> EndpointSlice:
     return piece(name, "a", *addresses, conditions=conditions, nodeName=NODE)
 
 
-def test_a_drained_one_that_terminates_is_drained_until_it_is_gone() -> None:
-    """Neither draining nor, where nothing else is left, used; so that nobody is in two of the sets."""
+def test_drained_endpoint_that_terminates_stays_drained_until_removed() -> None:
+    """It is neither draining nor used as a last resort, so that no endpoint is in two sets."""
     ready = piece("s1", "a", "10.244.0.1", nodeName=NODE)
     tracker = synced(service("a"), ready, leaving("s2", "10.244.0.2", "10.244.0.3"))
     assert ends(tracker.service_ports()[0].draining) == [(2, 8080), (3, 8080)]
@@ -410,8 +410,8 @@ def test_a_drained_one_that_terminates_is_drained_until_it_is_gone() -> None:
     assert port.drained == ()
 
 
-def test_a_drained_one_that_is_not_ready_is_idle() -> None:
-    """It could not serve anyhow; once it could, it is drained."""
+def test_drained_endpoint_that_is_not_ready_is_in_no_set() -> None:
+    """It cannot serve; once it can, it is drained."""
     idle = {"ready": False, "serving": False, "terminating": False}
     tracker = synced(service("a"), piece("s1", "a", "10.244.0.1", conditions=idle))
     drain_by_hand(tracker, ("10.244.0.1", 0))
@@ -422,7 +422,7 @@ def test_a_drained_one_that_is_not_ready_is_idle() -> None:
     assert (port.cluster, port.idle, ends(port.drained)) == ((), (), [(1, 8080)])
 
 
-def test_by_hand_and_by_weight_are_undone_each_for_itself() -> None:
+def test_drain_by_request_and_by_weight_are_independent() -> None:
     tracker = synced(service("a", weights="10.244.0.1=0"), piece("s1", "a", "10.244.0.1", "10.244.0.2"))
     for requests in ([("10.244.0.1", 0)], []):
         drain_by_hand(tracker, *requests)
@@ -436,7 +436,7 @@ def test_by_hand_and_by_weight_are_undone_each_for_itself() -> None:
     assert (ends(port.cluster), port.drained) == ([(1, 8080), (2, 8080)], ())
 
 
-def test_a_change_of_weights_changes_its_service() -> None:
+def test_changed_weights_change_their_service() -> None:
     tracker = synced(service("a", weights="*=2"), piece("s1", "a", "10.244.0.1"))
     (port,) = tracker.service_ports()
     assert [weight for _, weight in port.weights] == [2]
@@ -445,11 +445,11 @@ def test_a_change_of_weights_changes_its_service() -> None:
         (port,) = tracker.drain().changed
         assert [weight for _, weight in port.weights] == expected
     tracker.apply(changed(Resource.SERVICES, service("a", weights="*=1")))
-    assert tracker.drain().changed == (), "said in another way"
+    assert tracker.drain().changed == (), "the same weights, spelled differently"
 
 
-def test_where_an_endpoint_is_counts_for_weights() -> None:
-    """A pod of the same address on another node, in another zone: the slice has changed."""
+def test_node_and_zone_of_an_endpoint_affect_its_weight() -> None:
+    """A changed slice has the same address on another node or in another zone."""
     tracker = synced(
         service("a", weights="node/node-b=2 zone/z2=3"),
         piece("s1", "a", "10.244.0.1", nodeName=NODE, zone="z1"),
@@ -461,8 +461,8 @@ def test_where_an_endpoint_is_counts_for_weights() -> None:
         assert [weight for port in found for _, weight in port.weights] == expected
 
 
-def test_the_weight_of_an_address_in_several_slices_is_the_same_in_any_order() -> None:
-    """It is in one place; until every slice says so, one of them counts, and on every node the same."""
+def test_weight_of_an_address_in_several_slices_does_not_depend_on_order() -> None:
+    """Its node is one; until all slices agree, the same slice counts on every node."""
     slices = [
         piece("s1", "a", "10.244.0.1", nodeName="node-b", zone="z1"),
         piece("s2", "a", "10.244.0.1", nodeName="node-c", zone="z1"),
@@ -477,8 +477,8 @@ def test_the_weight_of_an_address_in_several_slices_is_the_same_in_any_order() -
         assert len(found) == 1
 
 
-def test_health_checks_do_not_count_who_is_drained() -> None:
-    """A load balancer shall not send to a node that would drop it."""
+def test_health_checks_do_not_count_drained_endpoints() -> None:
+    """A load balancer must not send to a node that would drop the traffic."""
     balancer = service(
         "a",
         type="LoadBalancer",
@@ -498,8 +498,8 @@ def test_health_checks_do_not_count_who_is_drained() -> None:
         assert [check.local_endpoints for check in tracker.health_checks] == [count]
 
 
-def test_whether_an_endpoint_is_there() -> None:
-    """Ready or not, drained or not, and of any Service: an order for it holds until it is gone."""
+def test_endpoint_exists_until_it_is_removed_from_its_slice() -> None:
+    """It exists ready or not, drained or not, in any Service: a drain request holds until it is gone."""
     idle = {"ready": False, "serving": False, "terminating": False}
     tracker = synced(
         service("a"),
@@ -527,8 +527,8 @@ def test_whether_an_endpoint_is_there() -> None:
     assert not there("10.244.0.1", 8080)
 
 
-def test_service_cidrs_and_the_addresses_of_other_proxies_are_known_once_they_were_listed() -> None:
-    """Nothing waits for them; a range that cannot be read is said, and the others are used."""
+def test_service_cidrs_and_addresses_of_other_proxies_are_known_after_their_lists() -> None:
+    """The start does not wait for them; an invalid range is reported and the others are used."""
     tracker = RecordTracker(NODE)
     for resource in (Resource.SERVICES, Resource.ENDPOINTSLICES, Resource.NODES):
         tracker.apply(Replaced(resource, {}))

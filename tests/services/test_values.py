@@ -1,4 +1,4 @@
-"""Single values: what is an address, which addresses can be used, what is a time."""
+"""Single values: addresses, which of them are usable, and times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ebpfproxy.services.values import (
         "10.0.0.1\0",
         "10.0.0.1/32",
         "0x0a.0.0.1",
-        "\u0661.0.0.1",  # a digit one, though not ASCII
+        "\u0661.0.0.1",  # a digit one that is not ASCII
         "fe80::1%eth0",
         "::ffff:10.0.0.1",
         "::FFFF:a00:1",
@@ -45,14 +45,14 @@ from ebpfproxy.services.values import (
         "example.com",
     ],
 )
-def test_texts_that_are_no_address(text: str) -> None:
+def test_invalid_addresses(text: str) -> None:
     assert parse_address(text) is None
 
 
 @pytest.mark.parametrize(
     "text", ["10.0.0.1", "0.0.0.0", "fd00::1", "::", "1:2:3:4:5:6:7::", "64:ff9b::10.0.0.1"]
 )
-def test_texts_that_are_addresses(text: str) -> None:
+def test_valid_addresses(text: str) -> None:
     assert parse_address(text) == ipaddress.ip_address(text).packed
 
 
@@ -65,8 +65,8 @@ def test_texts_that_are_addresses(text: str) -> None:
         ("64:ff9b::010.0.0.1", "64:ff9b::10.0.0.1"),
     ],
 )
-def test_leading_zeros_mean_nothing(text: str, plain: str) -> None:
-    """They are octal to some (CVE-2021-29923), and decimal to Kubernetes."""
+def test_leading_zeros_of_addresses_are_decimal(text: str, plain: str) -> None:
+    """Some parsers read them as octal (CVE-2021-29923), Kubernetes as decimal."""
     assert parse_address(text) == parse_address(plain) == ipaddress.ip_address(plain).packed
     length = "012" if "." in text else "0112"
     found = parse_prefix(f"{text}/{length[-3:]}")
@@ -82,7 +82,7 @@ texts = st.one_of(
 
 
 @given(texts)
-def test_addresses_are_those_of_the_standard_library_without_zones_and_mapped_ones(text: str) -> None:
+def test_addresses_agree_with_the_standard_library_except_zones_and_mapped_ones(text: str) -> None:
     parts = [part.lstrip("0") or part[-1:] for part in re.split(r"([.:])", text)]
     try:
         known = ipaddress.ip_address("".join(parts))
@@ -115,14 +115,14 @@ NETWORKS = [(reason, ipaddress.ip_network(text)) for reason, texts in SPECIAL.it
         ),
     )
 )
-def test_special_addresses_cannot_be_used_and_all_others_can(
+def test_special_addresses_are_unusable_and_all_others_usable(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> None:
     reasons = [reason for reason, net in NETWORKS if net.version == address.version and address in net]
     assert unusable_address(address.packed) == (reasons[0] if reasons else None)
 
 
-def test_clusters_give_240_0_0_0_4_to_pods() -> None:
+def test_240_0_0_0_4_is_usable() -> None:
     assert unusable_address(bytes([240, 0, 0, 1])) is None
 
 
@@ -142,7 +142,7 @@ def test_ports_are_1_to_65535(number: int, valid: bool) -> None:
         ("ä" * 32, "is longer than 63 bytes"),
     ],
 )
-def test_names_fit_into_63_bytes(name: str, reason: str | None) -> None:
+def test_names_have_up_to_63_bytes(name: str, reason: str | None) -> None:
     assert unusable_name(name) == reason
 
 

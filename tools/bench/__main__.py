@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools.bench import agent, choice, outside, real, sockets
+from tools.bench import agent, choice, events, hooks, outside, real, sockets
 from tools.bench.results import Result, save, show
 
-PARTS = ("agent", "choice", "sockets", "outside")
+PARTS = ("agent", "hooks", "choice", "sockets", "outside", "events")
 
 
 def main() -> None:
@@ -18,12 +18,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=30, help="of measurements, in random order")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another version, whose programs the part hooks runs in the same rounds",
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     results: dict[str, list[Result]] = {}
     if "agent" in options.only:
         results["agent"] = agent.run() + real.run()
         show("The agent", results["agent"])
+    if "hooks" in options.only:
+        results["hooks"] = hooks.run(options.rounds, options.base)
+        show("Run time of all programs, for each operation", results["hooks"])
     if "choice" in options.only:
         results["choice"] = choice.run(options.rounds * 3)
         show("Choosing a backend, against choosing it at random", results["choice"])
@@ -33,6 +42,9 @@ def main() -> None:
     if "outside" in options.only:
         results["outside"] = outside.run(options.seconds, max(1, options.rounds // 2))
         show("From outside through a NodePort, against the pod reached by route", results["outside"])
+    if "events" in options.only:
+        results["events"] = events.run(options.rounds)
+        show("Reporting decisions (ebpfproxy trace)", results["events"])
     if options.json:
         save(options.json, results)
         print(f"written to {options.json}")

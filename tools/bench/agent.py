@@ -7,8 +7,12 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.lab import Agent, Lab, LabNode
 from tools.bench.results import Result, at_most
@@ -16,27 +20,71 @@ from tools.bench.sockets import start_api
 
 SERVICES, ENDPOINTS = 10_000, 10
 CHANGES_A_SECOND, CHURN_SECONDS = 1000.0, 10.0
+#: The programs compile for 20 s of CPU, and the machine may have other work.
+_START_SECONDS = 180
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def cold_start(node: LabNode, url: str) -> tuple[Agent, list[Result]]:
+class Goals(NamedTuple):
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    megabytes: float | None = None
+
+
+#: Nothing is asked of a node that compiles: a package ships what its nodes load.
+COMPILED, SHIPPED = Goals(), Goals(1.5, 2.0, 110.0)
+
+
+def start(node: LabNode, url: str, label: str, goals: Goals) -> tuple[Agent, list[Result]]:
+    """From exec until all is programmed and attached, with nothing there before."""
     began = time.monotonic()
     agent = node.agent("--master", url).start(wait=False)
-    while "programs are attached" not in agent.text:
-        assert time.monotonic() - began < 60, agent.text
-        time.sleep(0.005)
-    took = time.monotonic() - began
     assert agent.process is not None
-    fields = Path(f"/proc/{agent.process.pid}/stat").read_text().rpartition(")")[2].split()
+    pid = agent.process.pid
+    peak = 0.0
+    while "programs are attached" not in agent.text:
+        assert time.monotonic() - began < _START_SECONDS, agent.text
+        # Reading a process's memory takes a CPU that is wanted here: not often.
+        time.sleep(0.02)
+        peak = max(peak, sum(_megabytes(each, "VmRSS") for each in [pid, *_descendants(pid)]))
+    took = time.monotonic() - began
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     cpu = sum(map(int, fields[11:15])) / _TICK
-    status = Path(f"/proc/{agent.process.pid}/status").read_text()
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1000  # type: ignore[index]
-    what = f"{SERVICES} Services x {ENDPOINTS} endpoints"
+    own_peak = _megabytes(pid, "VmHWM")
+    size = f"{SERVICES} Services x {ENDPOINTS} endpoints"
     return agent, [
-        at_most("cold start, exec to programmed and attached", took, "s", 3.0, what),
-        at_most("peak memory of the agent", peak, "MB", 150.0, "VmHWM, 1 MB = 1000 kB"),
-        at_most("CPU, the compiler's process included", cpu, "s", 3.0),
+        _compared(f"{label}, exec to programmed and attached", took, "s", goals.seconds, size),
+        _compared(f"{label}, CPU of all processes", cpu, "s", goals.cpu_seconds),
+        _compared(
+            f"{label}, peak memory of the agent", own_peak, "MB", goals.megabytes, "VmHWM, 1 MB = 1000 kB"
+        ),
+        _compared(
+            f"{label}, peak memory of all processes", max(peak, own_peak), "MB", goals.megabytes, "VmRSS"
+        ),
     ]
+
+
+def _compared(what: str, value: float, unit: str, goal: float | None, detail: str = "") -> Result:
+    if goal is None:
+        return Result(what, value, unit, detail=detail)
+    return at_most(what, value, unit, goal, detail)
+
+
+def _megabytes(pid: int, field: str) -> float:
+    """0 where the process has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if found := re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()):
+            return int(found[1]) / 1000
+    return 0.0
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, thread.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
 
 
 def restart(node: LabNode, url: str, agent: Agent) -> list[Result]:
@@ -87,10 +135,26 @@ def _histogram(agent: Agent) -> dict[float, float]:
     return {float(bound): float(count) for bound, count in re.findall(pattern, text, re.M)}
 
 
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """Agents that are started meanwhile keep compiled programs in a new folder."""
+    before = os.environ.get("EBPFPROXY_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["EBPFPROXY_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["EBPFPROXY_CACHE_DIR"]
+            if before is not None:
+                os.environ["EBPFPROXY_CACHE_DIR"] = before
+
+
 def run() -> list[Result]:
-    with Lab() as lab:
-        node = lab.node("node-a")
+    with Lab() as lab, _empty_cache():
+        first = lab.node("node-a")
+        agent, results = start(first, start_api(first, SERVICES, endpoints=ENDPOINTS), "compiling", COMPILED)
+        agent.stop()
+        node = lab.node("node-b")
         url = start_api(node, SERVICES, endpoints=ENDPOINTS)
-        agent, results = cold_start(node, url)
-        results += latency(node, url, agent)
-        return results + restart(node, url, agent)
+        agent, found = start(node, url, "with bytecode", SHIPPED)
+        return [*results, *found, *latency(node, url, agent), *restart(node, url, agent)]

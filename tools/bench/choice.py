@@ -15,31 +15,22 @@ and a hash, which sends this one client to one backend, is measured among few on
 
 from __future__ import annotations
 
-import ctypes as ct
-import math
-import os
-import resource
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.services import maglev
 from ebpfproxy.services.balancing import ALGORITHM_ANNOTATION, WEIGHTS_ANNOTATION
 from tests.lab import Lab, LabNode, manifests
-from tools.bench import ratio
+from tools.bench import operations, ratio
 from tools.bench.results import Result, at_most
-from tools.bench.sockets import ON_ONE_CPU, in_turns
+from tools.bench.runtime import run_statistics
+from tools.bench.sockets import in_turns
 
-#: Sockets of a sample; all are open together. The median of so many at a time is the sample: another
-#: process that takes the CPU inside of a program hits a few parts only.
-SOCKETS, AT_A_TIME = 500, 50
+#: Sockets of a sample; all are open together. The median of the batches is the sample: another process
+#: that takes the CPU inside of a program hits a few of them only.
+SOCKETS = 500
 PORT = 53
 PORTS = [{"name": "dns", "port": PORT, "protocol": "UDP"}]
 FEW, MANY = 5, 1000
@@ -49,7 +40,6 @@ TABLE_SIZES = (251, 16381, 131071)
 #: The tables that are timed: backends, milliseconds, and how often each is built.
 TABLE_BACKENDS, TABLE_GOAL, TABLE_BUILDS = 5000, 200.0, 5
 WEIGHTS = (1, 2, 3, 6)
-_STATS_RUN_TIME = 0  # enum bpf_stats_type
 
 
 class Service(NamedTuple):
@@ -117,67 +107,19 @@ def documents() -> Iterator[manifests.Document]:
         )
 
 
-@contextmanager
-def run_statistics() -> Iterator[None]:
-    """The kernel counts runs and their time as long as the descriptor is open: to the end, however it comes.
-
-    What ``kernel.bpf_stats_enabled`` says is left alone.
-    """
-    fd = ct.CDLL("libbpf.so.1", use_errno=True).bpf_enable_stats(_STATS_RUN_TIME)
-    if fd < 0:
-        raise OSError(ct.get_errno(), "BPF_ENABLE_STATS")
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def runs(program: int) -> tuple[int, int]:
-    """How often a program has run, and for how many nanoseconds."""
-    lines = Path(f"/proc/self/fdinfo/{program}").read_text().splitlines()
-    found = dict(line.split(":\t") for line in lines)
-    return int(found["run_cnt"]), int(found["run_time_ns"])
-
-
-def connects(program: int, host: str) -> float:
-    """Nanoseconds of a run of ``program`` as sockets are connected to ``host``."""
-    sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(SOCKETS)]
-    parts = []
-    for first in range(0, SOCKETS, AT_A_TIME):
-        count, took = runs(program)
-        for sock in sockets[first : first + AT_A_TIME]:
-            sock.connect((host, PORT))
-        count_after, took_after = runs(program)
-        assert count_after - count == AT_A_TIME, f"{count_after - count} runs of {AT_A_TIME}"
-        parts.append((took_after - took) / AT_A_TIME)
-    for sock in sockets:
-        sock.close()
-    return statistics.median(parts)
-
-
-def main() -> None:
-    """In a pod: for each line, an address, that many nanoseconds."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    program = bpf.get_pinned(Path(sys.argv[1]))
-    for line in sys.stdin:
-        print(connects(program, line.strip()), flush=True)
-
-
 class Client:
-    """That process, in a new pod of a node."""
+    """A process in a new pod of a node, and the node's connect4."""
 
     def __init__(self, node: LabNode) -> None:
         program = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*/connect4"))
-        command = [*ON_ONE_CPU, sys.executable, "-m", "tools.bench.choice", str(program)]
-        process = node.pod("client").popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdin is not None and process.stdout is not None
-        self._asked, self._answers = process.stdin, process.stdout
+        self._client = operations.Client(node.pod("client"), {"connect4": program})
 
     def nanoseconds(self, host: str) -> float:
-        self._asked.write(f"{host}\n".encode())
-        self._asked.flush()
-        return float(self._answers.readline())
+        """What a run takes as sockets are connected to ``host``."""
+        done = self._client.perform(operations.Task("connect_datagrams", [(host, PORT)] * SOCKETS))
+        counts = {batch["connect4"].times for batch in done}
+        assert counts == {operations.BATCH}, f"{counts} runs of {operations.BATCH}"
+        return statistics.median(batch["connect4"].nanoseconds / operations.BATCH for batch in done)
 
 
 class Way(NamedTuple):
@@ -218,17 +160,10 @@ def start(lab: Lab) -> Callable[[Way], float]:
     return lambda way: clients[way.table_size].nanoseconds(cluster_ip(way.service))
 
 
-def middle(values: list[float]) -> tuple[float, float, float]:
-    """The median, and the order statistics that have it between them with 95 % (by the sign test)."""
-    ordered = sorted(values)
-    below = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
-    return statistics.median(ordered), ordered[below], ordered[-1 - below]
-
-
 def compared(way: Way, samples: dict[Way, list[float]]) -> Result:
     """The median of the rounds' differences to the base."""
     own, base = samples[way], samples[way.base]
-    value, low, high = middle([a - b for a, b in zip(own, base, strict=True)])
+    value, low, high = ratio.middle([a - b for a, b in zip(own, base, strict=True)])
     median, of_base = statistics.median(own), statistics.median(base)
     times = f"ratio {ratio.of_medians(own, base)}; {of_base:.0f} → {median:.0f} ns"
     detail = f"95 % [{low:+.0f} {high:+.0f}]; {times}"
@@ -268,7 +203,3 @@ def _milliseconds(names: list[bytes], weights: list[int], size: int) -> float:
 
 def run(rounds: int) -> list[Result]:
     return choices(rounds) + tables()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
-"""The ratio of two medians, and how far it can be trusted."""
+"""A median, the ratio of two, and how far they can be trusted."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from typing import NamedTuple
@@ -18,6 +19,13 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f} {self.high:.3f}]"
+
+
+def middle(values: list[float]) -> tuple[float, float, float]:
+    """The median, and the order statistics that have it between them with 95 % (by the sign test)."""
+    ordered = sorted(values)
+    below = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
+    return statistics.median(ordered), ordered[below], ordered[-1 - below]
 
 
 def of_medians(measured: list[float], base: list[float]) -> Ratio:

@@ -36,7 +36,7 @@ def show(title: str, results: list[Result]) -> None:
     for r in results:
         met = "" if r.met is None else ("yes" if r.met else "NO")
         table.add_row(r.what, f"{r.value:.3f}", r.unit, r.goal, met, r.detail)
-    Console(width=190, highlight=False).print(table)
+    Console(width=240, highlight=False).print(table)
     print(flush=True)
 
 

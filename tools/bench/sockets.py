@@ -40,7 +40,8 @@ MODES = {
 }
 RATIO, THROUGHPUT_RATIO = 0.98, 0.99
 IPERF_SECONDS = 1
-ON_ONE_CPU = ["taskset", "-c", str(max(os.sched_getaffinity(0)))]
+ONE_CPU = max(os.sched_getaffinity(0))
+ON_ONE_CPU = ["taskset", "-c", str(ONE_CPU)]
 
 
 def build(folder: Path) -> Path:
@@ -66,11 +67,17 @@ def throughput(pod: Space, host: str, port: int = IPERF_PORT) -> float:
     return float(report["end"]["sum_received"]["bits_per_second"]) / 1e9
 
 
-def serve(pod: Pod, program: Path) -> None:
-    """The load generator's server, and iperf3's."""
-    server = pod.popen([*ON_ONE_CPU, str(program), "server", str(PORT)], stdout=subprocess.PIPE)
+def serve(pod: Pod, program: Path, port: int = PORT, *, join_cgroup: bool = True) -> None:
+    """The load generator's server, also for IPv6."""
+    command = [*ON_ONE_CPU, str(program), "server", str(port)]
+    server = pod.popen(command, join_cgroup=join_cgroup, stdout=subprocess.PIPE)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
+
+
+def serve_all(pod: Pod, program: Path) -> None:
+    """The load generator's server, and iperf3's."""
+    serve(pod, program)
     pod.popen([*ON_ONE_CPU, "iperf3", "-s", "-p", str(IPERF_PORT)], stdout=subprocess.DEVNULL)
 
 
@@ -82,8 +89,8 @@ class Bench:
         self.behind = self.node.pod("behind")
         self.program = program
         for pod in (self.direct, self.behind):
-            serve(pod, program)
-        url = start_api(self.node, services, f"{SERVICE}={self.behind.address}")
+            serve_all(pod, program)
+        url = start_api(self.node, services, (f"{SERVICE}={self.behind.address}",))
         self.node.agent("--master", url).start()
 
     def interleaved(self, rounds: int, measure: Callable[[str], float]) -> list[list[float]]:
@@ -92,11 +99,12 @@ class Bench:
 
 
 W = TypeVar("W")
+S = TypeVar("S")
 
 
-def in_turns(ways: Sequence[W], rounds: int, measure: Callable[[W], float]) -> list[list[float]]:
+def in_turns(ways: Sequence[W], rounds: int, measure: Callable[[W], S]) -> list[list[S]]:
     """Samples of each way, by round; each round takes them in an order of its own."""
-    found: list[list[float]] = [[] for _ in ways]
+    found: list[list[S]] = [[] for _ in ways]
     order = random.Random(0)
     for _ in range(rounds):
         for i in order.sample(range(len(ways)), k=len(ways)):
@@ -107,7 +115,7 @@ def in_turns(ways: Sequence[W], rounds: int, measure: Callable[[W], float]) -> l
 def start_api(
     node: LabNode,
     services: int,
-    bench_service: str = "",
+    bench_services: tuple[str, ...] = (),
     *,
     node_ports: tuple[str, ...] = (),
     endpoints: int = 10,
@@ -115,8 +123,8 @@ def start_api(
     """The API stand-in in the node's namespace; its URL."""
     command = [sys.executable, "-m", "tests.apiserver", "--services", str(services), "--node", node.name]
     command += ["--endpoints", str(endpoints)]
-    if bench_service:
-        command += ["--bench-service", bench_service]
+    for each in bench_services:
+        command += ["--bench-service", each]
     for each in node_ports:
         command += ["--bench-node-port", each]
     process = node.popen(command, join_cgroup=False, stdout=subprocess.PIPE)

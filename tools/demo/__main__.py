@@ -6,13 +6,19 @@ Ends with exit code 1 and what was expected and seen if anything is off.
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.lab import Lab, Pod, clients, manifests, servers
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.services.model import Protocol
+from tests.lab import Lab, LabNode, Pod, clients, manifests, servers
 
 PORTS = [
     {"name": "http", "port": 80, "protocol": "TCP", "nodePort": 30080},
@@ -38,14 +44,23 @@ class Demo:
         if expected != seen:
             raise SystemExit(f"\nDEMO FAILED: {what}\n  expected: {expected}\n  seen:     {seen}")
 
-    def write(self, *pods: Pod) -> None:
+    def explain(self, source: str, target: str, error: str) -> None:
+        """Prints the explanation, and expects what a connection has just shown."""
+        node = self.lab.nodes[0]
+        arguments = ["explain", source, target, "--cni-results", str(node.cni_results)]
+        print(node.cli(*arguments, check=False).rstrip())
+        (found,) = json.loads(node.cli(*arguments, "-o", "json", check=False))["explanations"]
+        self.expect("what was explained", error, found["error"] or "connected")
+
+    def write(self, *pods: Pod, ready: Sequence[Pod] | None = None) -> None:
+        """Replaces the Service; all pods are ready unless ``ready`` names those that are."""
         documents = [
             manifests.service("web", type="NodePort", clusterIPs=[IP, IP6], ports=PORTS),
             *(
                 manifests.slice_of("web", endpoints, ports=SLICE_PORTS)
                 for endpoints in (
-                    [manifests.endpoint(p.address, p.node.name) for p in pods],
-                    [manifests.endpoint(p.address6, p.node.name) for p in pods],
+                    [manifests.endpoint(p.address, p.node.name, ready=p in (ready or pods)) for p in pods],
+                    [manifests.endpoint(p.address6, p.node.name, ready=p in (ready or pods)) for p in pods],
                 )
                 if endpoints
             ),
@@ -78,6 +93,29 @@ class Demo:
             except ConnectionRefusedError as error:
                 seen = error
         return (time.monotonic() - began) * 1000
+
+    def trace(self, client: Pod) -> list[str]:
+        """The lines of a connection that gets a backend, and of one to a port that the Service does not have."""
+        node = client.node
+        command = [
+            sys.executable,
+            "-m",
+            "ebpfproxy",
+            "trace",
+            "--bpf-root",
+            str(node.bpf_root),
+            "--count",
+            "2",
+        ]
+        traced = node.popen(command, join_cgroup=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert traced.stderr is not None
+        # The agent has replaced its programs once it says so.
+        self.expect("start of trace", b"tracing\n", traced.stderr.readline())
+        client.call(clients.ask_tcp, IP, 80)
+        client.call(clients.connect_error, IP, 81)
+        lines = traced.communicate(timeout=30)[0].decode().splitlines()
+        self.expect("lines of trace", [True, True], ["⇒" in lines[0], "✗ refused: no-such-port" in lines[-1]])
+        return lines
 
 
 def run(demo: Demo) -> None:
@@ -136,6 +174,13 @@ def run(demo: Demo) -> None:
         demo.expect("refusal within 5 s", True, time.monotonic() - began < 5)
     print(f"connect() to {IP}:80 → {error}")
     demo.expect("error of connect()", "ECONNREFUSED", error)
+    demo.say("ebpfproxy explain, of the refused connection")
+    demo.explain("shop/client", f"{IP}:80", error)
+
+    demo.write(*web, ready=web[1:])
+    demo.until_spread(client, {p.name for p in web[1:]})
+    demo.say("web-1 is not ready: ebpfproxy explain, of a connection that is accepted")
+    demo.explain("shop/client", f"{IP}:80", client.call(clients.connect_error, IP, 80))
 
     demo.write(*web)
     demo.until_spread(client, {p.name for p in web})
@@ -143,6 +188,28 @@ def run(demo: Demo) -> None:
     print(a.cli("status").rstrip())
     status = json.loads(a.cli("status", "-o", "json"))
     demo.expect("health", True, status["healthy"])
+
+    demo.say("Somebody with root deletes the Service's entry; ebpfproxy check --repair (node-a)")
+    tamper(a)
+    print(f"connect() to {IP}:80 → {client.call(clients.connect_error, IP, 80, 0.5)}")
+    print(a.cli("check", "--repair").rstrip())
+    found = json.loads(a.cli("check", "-o", "json"))
+    entries = [each["finding"]["what"] for each in found["earlier"]]
+    demo.expect("differences that are left", True, found["good"])
+    demo.expect("repaired entry", True, any(f"{IP}:80/TCP" in each for each in entries))
+    demo.expect("connect() after the repair", "connected", client.call(clients.connect_error, IP, 80))
+
+    demo.say("ebpfproxy trace (node-a), while the pod client connects")
+    for line in demo.trace(client):
+        print(line)
+
+
+def tamper(node: LabNode) -> None:
+    """Deletes the frontend IP:80/TCP from the pinned map."""
+    (table,) = pin_folder(node.bpf_root).glob("v*/maps/services4")
+    key = layout.pack_service_key(socket.inet_aton(IP), 80, Protocol.TCP, layout.Scope.INTERNAL)
+    with bpf.opened(table) as fd:
+        bpf.map_delete(fd, key)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from ebpfproxy.config import own
+from ebpfproxy.config.declarations import Option, described
 from ebpfproxy.config.flags import KUBE_PROXY_OPTIONS, OWN_OPTIONS
-from ebpfproxy.config.options import Option, described
 from tools.docs.tables import table
 
 

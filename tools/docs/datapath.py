@@ -9,7 +9,7 @@ from pathlib import Path
 import ebpfproxy
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import schema, uapi
-from ebpfproxy.datapath.abi.node_layout import DROPPED, PASSED, REJECTED
+from ebpfproxy.datapath.abi.node_layout import ACTIONS
 from ebpfproxy.datapath.kernel import probe
 from tools.docs.tables import table
 
@@ -19,6 +19,7 @@ _KINDS = {
     uapi.MAP_ARRAY: "array",
     uapi.MAP_PERCPU_ARRAY: "per-CPU array",
     uapi.MAP_LPM_TRIE: "LPM trie",
+    uapi.MAP_RINGBUF: "ring buffer",
 }
 _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",
@@ -28,18 +29,18 @@ _HOLDS = {
     "turns": "the next backend with `round-robin`",
     "members": "the backends of a selection, to check a remembered one",
     "affinity": "client and service port → backend",
-    "loads": "open connections to a backend",
     "client_namespaces": "pod address → network namespace, for session affinity",
     "drained": "requests of `ebpfproxy backend drain`",
-    "backends": "id → address, port, protocol, state, weight",
+    "backends": "id → address, port, protocol, state, and what was and is open to it",
     "node_addresses": "addresses that answer on NodePorts",
-    "sock_peers": "unconnected UDP sockets: the backend of each frontend",
+    "sock_peers": "unconnected UDP sockets: the backend of each frontend after the first",
     "port_clashes": "flows that sockets leave to packets: another frontend has the port and the backend",
-    "sock_origin": "connected sockets: the requested frontend and its backend",
+    "sock_origin": "sockets, by the lower bits of their cookie: the first requested frontend and its backend",
+    "sock_origin_overflow": "connected sockets whose place in `sock_origin` another socket has",
     "mptcp_subflows": "MPTCP sockets: the subflow that connected to a Service",
     "sock_redirects": "connected UDP sockets of a deleted backend: the frontend whose backends get their packets",
-    "service_stats": "connections chosen, refused, dropped",
-    "backend_stats": "connections chosen",
+    "service_choices": "connections and datagrams, in 16 rows, each of some neighbouring CPUs",
+    "service_rejections": "connections and datagrams refused, dropped",
     "service_names": "id → namespace, name, port, for commands and metrics",
     "conntrack": "flows of packets: the translation of both directions",
     "epochs": "number of changes of a Service, which flows compare",
@@ -51,14 +52,25 @@ _HOLDS = {
     "cidr_filter": "bits: whether an address may be in a Service CIDR",
     "unallocated": "number of packets and sockets to addresses of Service CIDRs that no Service has",
     "devices": "the node's devices and their roles",
+    "xdp_devices": "uplinks between which XDP can forward",
     "address_filter": "bits: whether an address may be a frontend's",
+    "backend_ports": "the same of a port alone",
+    "backend_filter": "bits: whether an address and port may be, or may have been, a backend's",
     "port_filter": "bits: whether a port may be a NodePort",
-    "flow_filter": "counts: whether a pair of addresses may be a flow's",
+    "flow_filter": "bytes: whether a pair of addresses may be a flow's",
+    "sweep": "the agent and the programs of its sweep",
+    "sweep_keys": "a batch of flows, for the sweep",
+    "sweep_values": "their translation",
     "crc32c": "table for SCTP's checksum",
     "packet_events": "number of packets by result",
     "scratch": "temporary memory of a program",
     "programmed": "when the maps were last changed, for `ebpfproxy status`",
-    "agent_state": "the agent's state, for `ebpfproxy status`",
+    "decisions": "decisions of programs, for `ebpfproxy trace`; in bytes",
+    "decision_state": "its rate on each CPU, and what it has lost",
+    "tracing": "which decisions it wants, and until when",
+    "traced_services": "the Services that it wants them of",
+    "pod_names": "endpoint address → pod, while it runs",
+    "agent_state": "the agent's state, for `ebpfproxy status`; requests and reports of `ebpfproxy check`",
 }
 _REASONS = {
     "no-endpoint": "the Service has no endpoint",
@@ -78,6 +90,7 @@ _REASONS = {
     "malformed": "headers that end too early",
     "sockets-full": "datagrams of a socket that does not fit (`--max-datagram-sockets`), translated in packets "
     "instead",
+    "xdp": "by the XDP program (`--xdp`)",
 }
 
 
@@ -97,7 +110,7 @@ def maps() -> str:
 
 def reasons() -> str:
     def rows() -> Iterator[tuple[str, ...]]:
-        for action, events in (("rejected", REJECTED), ("dropped", DROPPED), ("passed", PASSED)):
+        for action, events in ACTIONS.items():
             for event in sorted(events):
                 yield action, f"`{event}`", _REASONS[str(event)]
 

@@ -15,9 +15,10 @@ from ebpfproxy.config.datapath import BPFFS, Capacity
 from ebpfproxy.datapath.kernel.maps import open_or_create
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs
 from ebpfproxy.health.proxy import ProxyHealth
-from ebpfproxy.metrics.agent_metrics import AgentMetrics, SourceCollector
+from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.metrics.source_metrics import SourceCollector
 from tools.docs.tables import table
 
 RULES = Path(__file__).parents[2] / "deploy" / "monitoring" / "rules.yaml"

@@ -8,94 +8,163 @@ from __future__ import annotations
 import ctypes as ct
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import compress, count
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.services.model import Backend, BackendState
 
 _BACKEND, _SLOT = layout.BACKEND_SIZE, layout.SLOT_SIZE
-_FREE = bytes(_BACKEND)
+#: A place without a backend; its counts stay.
+_FREE = bytes(layout.BACKEND.size)
+_NO_LOAD = bytes(layout.LOAD.size)
 #: The selections of both policies, as they are stored and as ranges.
 _WORDS, _RANGES = struct.Struct("=QQ"), struct.Struct("=IIII")
 #: Base and count; (0, 0) if empty.
 Range = tuple[int, int]
-_NO_LOAD = memoryview(bytes(layout.LOAD_SIZE)).cast("I")
 
 
 class BackendRecords:
-    """The ``backends`` map: ``struct backend`` by backend id."""
+    """The ``backends`` map: ``struct backend`` by backend id.
 
-    def __init__(self, memory: memoryview, places: int) -> None:
+    ``stride``: bytes from one to the next, fewer in a copy without what programs count.
+    """
+
+    def __init__(self, memory: memoryview, places: int, stride: int = _BACKEND) -> None:
         # A mapping ends with its page: after the last place there are zeros that belong to no place.
-        self._memory = memory[: places * _BACKEND]
+        self._memory = memory[: places * stride]
+        self._stride = stride
 
     def __len__(self) -> int:
-        return len(self._memory) // _BACKEND
+        return len(self._memory) // self._stride
 
     def read(self, number: int) -> tuple[Backend, BackendState] | None:
         """Reads a record; None for an id that is free, or that the map has no place for."""
-        packed = self._memory[number * _BACKEND : (number + 1) * _BACKEND]
+        packed = self._memory[number * self._stride : (number + 1) * self._stride]
         return layout.unpack_backend(bytes(packed)) if packed else None
 
     def ids(self) -> list[int]:
         """The ids that are in use. One byte tells a free place, which saves unpacking it."""
-        protocols = bytes(self._memory[layout.BACKEND_PROTOCOL_OFFSET :: _BACKEND])
-        return [number for number, protocol in enumerate(protocols) if protocol]
+        protocols = bytes(self._memory[layout.BACKEND_PROTOCOL_OFFSET :: self._stride])
+        return list(compress(count(), protocols))
 
     def identities(self) -> Iterator[tuple[int, bytes]]:
         """Ids, each with what names the backend in maps of any size: address, port and protocol, packed."""
         for number in self.ids():
-            yield number, bytes(self._memory[number * _BACKEND :][: layout.BACKEND_STATE_OFFSET])
+            yield number, bytes(self._memory[number * self._stride :][: layout.BACKEND_STATE_OFFSET])
 
     def state(self, number: int) -> int:
         """The state of a backend: a value of BackendState."""
-        return self._memory[number * _BACKEND + layout.BACKEND_STATE_OFFSET]
+        return self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET]
 
     def set_state(self, number: int, state: BackendState) -> None:
-        self._memory[number * _BACKEND + layout.BACKEND_STATE_OFFSET] = state
+        self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET] = state
 
     def write(self, number: int, backend: Backend, state: BackendState) -> None:
-        self._memory[number * _BACKEND : (number + 1) * _BACKEND] = layout.pack_backend(backend, state)
+        self._memory[number * self._stride :][: layout.BACKEND.size] = layout.pack_backend(backend, state)
 
     def clear(self, number: int) -> None:
-        self._memory[number * _BACKEND : (number + 1) * _BACKEND] = _FREE
+        self._memory[number * self._stride :][: layout.BACKEND.size] = _FREE
 
 
 class Loads:
-    """The ``loads`` map: ``struct load`` by backend id, of 32-bit words that wrap.
+    """What the ``backends`` map counts, by backend id.
 
     Programs write all words but two: the agent has ``sockets_carried`` and ``flows_corrected`` for itself.
+    A sweep counts in ``flows_seen``.
     """
 
+    #: Words of 32 bits, and of 64 bits, of a record.
+    _WORDS, _LONGS = _BACKEND // 4, _BACKEND // 8
+    _CLOSED_AT = layout.LOAD_OFFSETS["sockets_closed"] // 4
+    _BEGUN_AT = layout.LOAD_OFFSETS["flows_begun"] // 8
+    _CARRIED_AT = layout.LOAD_OFFSETS["sockets_carried"] // 4
+    _CORRECTED_AT = layout.LOAD_OFFSETS["flows_corrected"] // 4
+    _SEEN_AT = layout.LOAD_OFFSETS["flows_seen"] // 4
+
     def __init__(self, memory: memoryview, places: int) -> None:
-        self._words = memory[: places * layout.LOAD_SIZE].cast("I")
+        self._memory = memory[: places * _BACKEND]
+        self._words, self._longs = self._memory.cast("I"), self._memory.cast("Q")
 
     def __len__(self) -> int:
-        return len(self._words) // layout.LOAD_WORDS
+        return len(self._memory) // _BACKEND
 
     def __getitem__(self, number: int) -> layout.Load:
-        at = number * layout.LOAD_WORDS
-        return layout.load_of(self._words[at : at + layout.LOAD_WORDS])
+        return layout.unpack_load(self._memory[number * _BACKEND : (number + 1) * _BACKEND])
+
+    def counted(self, end: int) -> Iterator[int]:
+        """The ids below ``end`` for which anything has been counted."""
+        first, last = layout.LOAD_OFFSETS["sockets_opened"] // 8, layout.LOAD_OFFSETS["sockets_carried"] // 8
+        chosen = (self._longs[at : end * self._LONGS : self._LONGS].tolist() for at in range(first, last + 1))
+        closed = self._words[self._CLOSED_AT : end * self._WORDS : self._WORDS].tolist()
+        return compress(count(), map(any, zip(*chosen, closed, strict=True)))
 
     def carry(self, number: int, sockets: int) -> None:
         """Counts sockets that no program counts (or, below 0, no longer)."""
-        self._add(number, layout.LOAD_CARRIED, sockets)
+        self._add(number, self._CARRIED_AT, sockets)
 
     def correct(self, number: int, flows: int) -> None:
         """Counts flows that programs have not counted (or, below 0, did not see end)."""
-        self._add(number, layout.LOAD_CORRECTED, flows)
+        self._add(number, self._CORRECTED_AT, flows)
 
     def _add(self, number: int, word: int, step: int) -> None:
-        at = number * layout.LOAD_WORDS + word
+        at = number * self._WORDS + word
         self._words[at] = self._words[at] + step & 0xFFFFFFFF
 
     def clear(self, number: int) -> None:
-        self._words[number * layout.LOAD_WORDS : (number + 1) * layout.LOAD_WORDS] = _NO_LOAD
+        self._memory[number * _BACKEND + layout.BACKEND.size : (number + 1) * _BACKEND] = _NO_LOAD
+
+    def forget_seen(self, end: int) -> None:
+        """For all ids below ``end``."""
+        seen = self._words[self._SEEN_AT : end * self._WORDS : self._WORDS]
+        seen[:] = memoryview(bytes(seen.nbytes)).cast("I")
+
+    def seen(self, end: int) -> dict[int, int]:
+        """Open flows to each backend below ``end`` of which the sweep has seen any, perhaps to end it."""
+        counts = self._words[self._SEEN_AT : end * self._WORDS : self._WORDS]
+        return {number: n & ~layout.FLOWS_ENDED for number, n in enumerate(counts.tolist()) if n}
 
     def with_flows(self, end: int) -> Iterator[int]:
         """The ids below ``end`` for which programs have ever counted a flow."""
-        begun = self._words[layout.LOAD_BEGUN : end * layout.LOAD_WORDS : layout.LOAD_WORDS]
+        begun = self._longs[self._BEGUN_AT : end * self._LONGS : self._LONGS]
         return (number for number, count in enumerate(begun) if count)
+
+
+class SweepRecord:
+    """The ``sweep`` map: ``struct sweep``, how agent and ``bpf/sweep.c`` work together."""
+
+    _LIMITS, _NUMBERS, _RESULTS = 8, struct.Struct("=2I"), struct.Struct("=4I")
+    NUMBERS_AT = _LIMITS + 128 * 8
+    MARK_AT = NUMBERS_AT + _NUMBERS.size
+    RESULTS_AT = MARK_AT + 4
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    def begin(self, now: int, limits: Sequence[int], mark: int) -> None:
+        """``now`` is CLOCK_MONOTONIC in ns; ``limits`` are ns by protocol, ``seen`` and duration.
+
+        ``mark``: of ``flow_filter``.
+        """
+        layout.U64.pack_into(self._memory, 0, now)
+        struct.pack_into("=128q", self._memory, self._LIMITS, *limits)
+        layout.U32.pack_into(self._memory, self.MARK_AT, mark)
+        self._RESULTS.pack_into(self._memory, self.RESULTS_AT, 0, 0, 0, 0)
+
+    def set_numbers(self, count: int) -> None:
+        """The next runs are for so many: entries of a batch, or parts of ``flow_filter``."""
+        self._NUMBERS.pack_into(self._memory, self.NUMBERS_AT, 0, count)
+
+    @property
+    def left(self) -> int:
+        done, count = self._NUMBERS.unpack_from(self._memory, self.NUMBERS_AT)
+        return int(count - done)
+
+    @property
+    def results(self) -> tuple[int, int, int, int]:
+        """Entries kept and deleted; flows of IPv4, of IPv6 that ended because of removed backends."""
+        kept, deleted, removed4, removed6 = self._RESULTS.unpack_from(self._memory, self.RESULTS_AT)
+        return kept, deleted, removed4, removed6
 
 
 class Selections:

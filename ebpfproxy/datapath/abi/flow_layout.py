@@ -9,7 +9,6 @@ import enum
 import socket
 import struct
 import sys
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.layout import PAIR, U32, U64, pack_address, unpack_address
@@ -48,10 +47,12 @@ class Seen(enum.IntFlag):
 AFFINITY_KEY = struct.Struct("=16sII")
 AFFINITY = struct.Struct("=IIQ")
 FLOW = struct.Struct("=16s16sHHBBxx")
-NAT = struct.Struct("=16s16sHHIIBBHQQII")
+NAT = struct.Struct("=16s16sHHIIBBHQQIIQ")
 #: ``struct fragment``: source and destination port, and the id that all fragments of a datagram get.
 FRAGMENT = struct.Struct("=HHI")
 CLASH = struct.Struct("=16sHHI")
+#: ``struct sweep``: the time, time-outs, runs, results, and what the program alone uses.
+SWEEP = struct.Struct("=Q128q8I40x40x40x80x80x")
 
 
 class Flow(NamedTuple):
@@ -112,9 +113,26 @@ def unpack_flow(packed: bytes) -> Flow:
     )
 
 
-def pack_nat(nat: Nat) -> bytes:
-    """Packs an entry of no Service: its epoch is 0."""
-    return NAT.pack(
+_CHECKED_KEY = struct.Struct("=5Q")
+_CHECKED_VALUE = struct.Struct("=5QIBxxx8xQ")
+_KEY_FACTORS = (0x1B873593, 0x2C1B3C6D, 0x297A2D39, 0x3C6EF363, 0x5BD1E995)
+#: The last are of the backend's id, the flags and ``created``.
+_VALUE_FACTORS = (0x64E6D7B3, 0x6B43A9B5, 0x7FEB352D, 0x52DCE729, 0x38495AB5, 1 << 8, 1, 0x45D9F3B1)
+
+
+def with_check(key: bytes, value: bytes | bytearray) -> bytes:
+    """The value with the sum by which programs know that they have read the key's own entry.
+
+    ``check_of()`` in conntrack.h computes the same.
+    """
+    words = (*_CHECKED_KEY.unpack(key), *_CHECKED_VALUE.unpack_from(value))
+    check = sum(word * factor for word, factor in zip(words, _KEY_FACTORS + _VALUE_FACTORS, strict=True))
+    return bytes(value[: -U64.size]) + U64.pack(check & 0xFFFFFFFFFFFFFFFF)
+
+
+def pack_nat(key: bytes, nat: Nat) -> bytes:
+    """Packs an entry of no Service for its key: its epoch is 0."""
+    value = NAT.pack(
         pack_address(nat.source),
         pack_address(nat.destination),
         socket.htons(nat.source_port),
@@ -128,11 +146,13 @@ def pack_nat(nat: Nat) -> bytes:
         nat.created,
         nat.end,
         nat.acked,
+        0,
     )
+    return with_check(key, value)
 
 
 def unpack_nat(packed: bytes) -> Nat:
-    source, destination, sport, dport, service, backend, flags, seen, _, *rest = NAT.unpack(packed)
+    source, destination, sport, dport, service, backend, flags, seen, _, *rest, _ = NAT.unpack(packed)
     return Nat(
         unpack_address(source),
         unpack_address(destination),
@@ -230,7 +250,7 @@ class Entry(NamedTuple):
         changed = bytearray(self.value)
         PAIR.pack_into(changed, _NAT_IDS_AT, *use)
         changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
-        return bytes(changed)
+        return with_check(self.key, changed)
 
 
 def reversed_at_egress(key: bytes) -> bytes:
@@ -240,27 +260,6 @@ def reversed_at_egress(key: bytes) -> bytes:
     """
     protocol = key[_FLOW_PROTOCOL_AT : _FLOW_PROTOCOL_AT + 1]
     return key[16:32] + key[:16] + key[34:36] + key[32:34] + protocol + _EGRESS
-
-
-#: ``struct nat``: its ids, ``flags``, ``seen`` and ``last``.
-_NAT_SUMMARY = struct.Struct("=36xIIBBxxQ16x")
-
-
-def summaries(
-    keys: memoryview, values: memoryview, count: int
-) -> Iterator[tuple[int, tuple[int, int, int, int, int]]]:
-    """A batch of ``conntrack``: the protocol, and (service id, backend id, flags, seen, last) of each entry.
-
-    Half a million go through here every few seconds: these are all the fields that most of them are read for.
-    """
-    protocols = bytes(keys[_FLOW_PROTOCOL_AT : count * FLOW.size : FLOW.size])
-    return zip(protocols, _NAT_SUMMARY.iter_unpack(values[: count * NAT.size]), strict=True)
-
-
-def entry_at(keys: memoryview, values: memoryview, place: int) -> Entry:
-    """One entry of a batch."""
-    key, value = place * FLOW.size, place * NAT.size
-    return Entry(bytes(keys[key : key + FLOW.size]), bytes(values[value : value + NAT.size]))
 
 
 def pack_departure(use: BackendUse) -> bytes:
@@ -290,6 +289,11 @@ def unpack_affinity_key(packed: bytes) -> AffinityKey:
     if kind == ClientKind.NAMESPACE:
         return AffinityKey(int.from_bytes(client[:8], "big"), service_id, ClientKind.NAMESPACE)
     return AffinityKey(unpack_address(client), service_id, ClientKind.ADDRESS)
+
+
+def pack_affinity_key(key: AffinityKey) -> bytes:
+    client = key.client.to_bytes(8, "big") if isinstance(key.client, int) else pack_address(key.client)
+    return AFFINITY_KEY.pack(client, key.service_id, key.kind)
 
 
 def unpack_affinity(packed: bytes) -> tuple[int, int]:

@@ -34,6 +34,14 @@ GUARD_HOOKS = (Hook("bind4", 8), Hook("bind6", 9))
 FORMER_HOOKS = ("post_bind4", "post_bind6")
 
 TCX_INGRESS, TCX_EGRESS = 46, 47
+XDP_ATTACH = 37
+
+#: Attached nowhere: the agent runs them.
+RECORD_HOOKS = (
+    Hook("forget_socket", 0, uapi.PROG_SCHED_CLS),
+    Hook("forget_pages", 0, uapi.PROG_SCHED_CLS),
+    Hook("restore_socket", 0, uapi.PROG_SCHED_CLS),
+)
 
 #: They are attached to every device but the loopback, at ingress and egress.
 PACKET_HOOKS = (
@@ -52,9 +60,24 @@ class Module(NamedTuple):
 
 
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
+RECORDS = Module("records.c", RECORD_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: It is attached to the loopback device if NodePorts answer on it: what leaves there comes in there.
 LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, uapi.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
+#: Run by the agent itself, see ``datapath.flows.sweeper``.
+SWEEP = Module(
+    "sweep.c",
+    (Hook("sweep_entries", 0, uapi.PROG_SCHED_CLS), Hook("sweep_filter", 0, uapi.PROG_SCHED_CLS)),
+    ("-DL3_OFFSET=14",),
+)
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
 RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")
+#: Attached to uplinks where the option asks for it, see ``datapath.programs.xdp``.
+FORWARDING = Module("xdp.c", (Hook("forward", XDP_ATTACH, uapi.PROG_XDP),), ("-DL3_OFFSET=14",))
+
+#: Run by the agent itself, while programs report decisions.
+REPORT = Module("report.c", (Hook("report_decision", 0, uapi.PROG_SCHED_CLS),))
+
+#: Every compilation that some option needs.
+MODULES = (SOCKETS, RECORDS, GUARD, PACKETS, SWEEP, LOOPBACK, RAW_PACKETS, REPORT, FORWARDING)

@@ -1,8 +1,8 @@
 """The bytes of the Services' maps: the agent's side of ``bpf/lib/types.h``.
 
 Addresses and ports are in network byte order, all else in the host's. ``pack_*`` and ``unpack_*`` here, in
-``flow_layout`` and ``node_layout`` are the only places that know the formats. Any change there or in types.h
-raises ``schema.SCHEMA_VERSION``, but for a new flag that older programs may ignore.
+``flow_layout`` and ``node_layout`` are the only places that know the formats. A change of a struct that
+``flows.map_migration`` copies raises ``schema.SCHEMA_VERSION``, but for a flag that older programs ignore.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import struct
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from ebpfproxy.services.model import (
@@ -53,19 +52,22 @@ SERVICE6_KEY = struct.Struct("=16s2sBB")
 SERVICE = struct.Struct("=IHBBII")
 SELECTION = struct.Struct("=II")
 _SLOT = struct.Struct("=II")
-BACKEND = struct.Struct("=16s2sBBI")
-LOAD = struct.Struct("=IIIIII")
+#: The first fields of ``struct backend``: a backend's name and state.
+BACKEND = struct.Struct("=16s2sBB")
+#: The other fields.
+LOAD = struct.Struct("=IQQQIIII")
 PAIR = struct.Struct("=II")
 NAME = struct.Struct("=64s64s64sBB6x")
-SERVICE_STATS = struct.Struct("=QQQ")
-BACKEND_STATS = struct.Struct("=Q")
+REJECTIONS = struct.Struct("=QQ")
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 DRAINED = struct.Struct("=16s2s2x")
 SOURCE_RANGE = struct.Struct("=II16s")
 #: Backend id and weight, as one u64.
 SLOT_SIZE = 8
-BACKEND_SIZE = BACKEND.size
+BACKEND_SIZE = BACKEND.size + LOAD.size
+#: Rows of ``service_choices``; neighbouring CPUs share one.
+CHOICE_ROWS = 16
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.
 BACKEND_PROTOCOL_OFFSET = 18
 BACKEND_STATE_OFFSET = 19
@@ -142,15 +144,21 @@ def selection_range(word: int) -> tuple[int, int]:
     return base, count
 
 
+def cpus_of_a_row_shift(cpus: int) -> int:
+    """How far a CPU's number is shifted to give its row of ``service_choices``, on so many possible CPUs."""
+    return max(0, (cpus - 1).bit_length() - (CHOICE_ROWS - 1).bit_length())
+
+
 def pack_backend(backend: Backend, state: BackendState) -> bytes:
+    """The first ``BACKEND.size`` bytes of a record."""
     return BACKEND.pack(
-        pack_address(backend.address), backend.port.to_bytes(2, "big"), backend.protocol, state, 0
+        pack_address(backend.address), backend.port.to_bytes(2, "big"), backend.protocol, state
     )
 
 
 def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
     """A backend and its state; None if the place is free."""
-    address, port, protocol, state, _ = BACKEND.unpack(packed)
+    address, port, protocol, state = BACKEND.unpack_from(packed)
     if not protocol:
         return None
     backend = Backend(unpack_address(address), int.from_bytes(port, "big"), Protocol(protocol))
@@ -160,6 +168,11 @@ def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
 def slot(backend_id: int, weight: int = 0) -> int:
     """``union slot`` as one word of an array. ``weight`` is set only if the algorithm compares loads."""
     return int.from_bytes(_SLOT.pack(backend_id, weight), sys.byteorder)
+
+
+def slot_weight(word: int) -> int:
+    """The weight in a slot's word; 0 where the algorithm does not compare loads."""
+    return int(_SLOT.unpack(word.to_bytes(8, sys.byteorder))[1])
 
 
 def pack_member(selection: int, backend_id: int) -> bytes:
@@ -173,17 +186,24 @@ def unpack_member(packed: bytes) -> tuple[int, int]:
 
 
 class Load(NamedTuple):
-    """``struct load``: words of 32 bits that wrap."""
+    """What ``struct backend`` counts. Words of 32 bits wrap."""
 
-    sockets: int
-    sockets_carried: int
+    sockets_closed: int
+    sockets_opened: int
     flows_begun: int
+    datagrams: int
+    sockets_carried: int
     flows_ended: int
     flows_corrected: int
 
     @property
+    def chosen(self) -> int:
+        """Connections, flows and datagrams so far."""
+        return self.sockets_opened + self.flows_begun + self.datagrams
+
+    @property
     def open_sockets(self) -> int:
-        return max(0, _signed(self.sockets + self.sockets_carried))
+        return max(0, _signed(self.sockets_opened - self.sockets_closed + self.sockets_carried))
 
     @property
     def counted_flows(self) -> int:
@@ -203,15 +223,24 @@ def _signed(number: int) -> int:
     return (number + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
-LOAD_SIZE = LOAD.size
-#: Words of ``struct load``; the agent writes LOAD_CARRIED and LOAD_CORRECTED.
-LOAD_WORDS = LOAD_SIZE // 4
-LOAD_CARRIED, LOAD_BEGUN, LOAD_ENDED, LOAD_CORRECTED = 1, 2, 3, 4
+#: Offsets of the fields of LOAD in ``struct backend``.
+LOAD_OFFSETS = {
+    "sockets_closed": 20,
+    "sockets_opened": 24,
+    "flows_begun": 32,
+    "datagrams": 40,
+    "sockets_carried": 48,
+    "flows_ended": 52,
+    "flows_corrected": 56,
+    "flows_seen": 60,
+}
+#: ``flows_seen`` has this bit where the sweep has ended flows.
+FLOWS_ENDED = 1 << 31
 
 
-def load_of(words: Sequence[int]) -> Load:
-    """Reads one ``struct load`` from its words."""
-    return Load(*words[:5])
+def unpack_load(record: bytes | memoryview) -> Load:
+    """Reads what a ``struct backend`` counts."""
+    return Load(*LOAD.unpack_from(record, BACKEND.size)[:7])
 
 
 def pack_drained(address: bytes, port: int) -> bytes:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import struct
+from typing import NamedTuple
 
-from ebpfproxy.datapath.abi.layout import lpm, pack_address, unlpm
+from ebpfproxy.datapath.abi.layout import lpm, pack_address, unlpm, unpack_address
 from ebpfproxy.services.model import Prefix
 
 
@@ -21,6 +22,14 @@ class DeviceFlags(enum.IntFlag):
     #: The program at a device below this one has seen what comes in here, and will see what leaves here.
     INGRESS_BELOW = 1 << 4
     EGRESS_BELOW = 1 << 5
+
+
+class XdpFlags(enum.IntFlag):
+    """Of ``xdp_devices``."""
+
+    FORWARDS = 1 << 0
+    SENDS_BACK = 1 << 1
+    TAKES = 1 << 2
 
 
 class CidrFlags(enum.IntFlag):
@@ -55,6 +64,8 @@ class PacketEvent(enum.IntEnum):
     FLOWS_ENDED = 15
     SOCKETS_FULL = 16
     NO_FLOW = 17
+    #: Translated, and forwarded by the program at XDP.
+    XDP = 18
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")
@@ -65,14 +76,42 @@ REJECTED = frozenset(
     {PacketEvent.NO_ENDPOINT, PacketEvent.NO_SUCH_PORT, PacketEvent.BACKEND_GONE, PacketEvent.NO_FLOW}
 )
 PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED, PacketEvent.SOCKETS_FULL})
-DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - {PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED}
+FORWARDED = frozenset({PacketEvent.XDP})
+_FLOWS = frozenset({PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED})
+DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - FORWARDED - _FLOWS
+#: What happened to packets, and the reasons.
+ACTIONS = {"rejected": REJECTED, "dropped": DROPPED, "passed": PASSED, "forwarded": FORWARDED}
 DEVICE = struct.Struct("=16s16sII")
+XDP_DEVICE = struct.Struct("=6sH")
 CIDR = struct.Struct("=I16s")
 
 
 def pack_device(address4: bytes, address6: bytes, flags: int, mtu: int) -> bytes:
     """Packs a device with the addresses that masquerading uses, which may be empty. ``mtu`` in bytes."""
     return DEVICE.pack(pack_address(address4) if address4 else b"", address6, flags, mtu)
+
+
+class DeviceEntry(NamedTuple):
+    """``struct device``: addresses that masquerading uses, empty where there is none; ``mtu`` in bytes."""
+
+    address4: bytes
+    address6: bytes
+    flags: DeviceFlags
+    mtu: int
+
+
+def unpack_device(packed: bytes) -> DeviceEntry:
+    address4, address6, flags, mtu = DEVICE.unpack(packed)
+    return DeviceEntry(
+        unpack_address(address4) if any(address4) else b"",
+        address6 if any(address6) else b"",
+        DeviceFlags(flags),
+        mtu,
+    )
+
+
+def pack_xdp_device(link_address: bytes, flags: XdpFlags) -> bytes:
+    return XDP_DEVICE.pack(link_address, flags)
 
 
 def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:

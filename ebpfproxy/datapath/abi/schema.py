@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.decision_layout import DECISION_STATE, POD_NAME, TRACING
 from ebpfproxy.datapath.abi.flow_layout import (
     AFFINITY,
     AFFINITY_KEY,
@@ -15,28 +16,28 @@ from ebpfproxy.datapath.abi.flow_layout import (
     FLOW,
     FRAGMENT,
     NAT,
+    SWEEP,
 )
 from ebpfproxy.datapath.abi.layout import (
-    BACKEND,
-    BACKEND_STATS,
+    BACKEND_SIZE,
+    CHOICE_ROWS,
     DRAINED,
-    LOAD,
     NAME,
     PAIR,
     POLICIES,
+    REJECTIONS,
     SELECTION,
     SERVICE,
     SERVICE4_KEY,
     SERVICE6_KEY,
-    SERVICE_STATS,
     SLOT_SIZE,
     SOURCE_RANGE,
     U64,
 )
-from ebpfproxy.datapath.abi.node_layout import CIDR, DEVICE, UNALLOCATED, PacketEvent
+from ebpfproxy.datapath.abi.node_layout import CIDR, DEVICE, UNALLOCATED, XDP_DEVICE, PacketEvent
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEERS, REDIRECT
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 6
 
 
 class MapSpec(NamedTuple):
@@ -46,22 +47,32 @@ class MapSpec(NamedTuple):
     value_size: int
     max_entries: int
     flags: int = 0
+    #: Read through short mappings of a part: all of it would count as memory of each process that reads it.
+    in_windows: bool = False
 
 
 #: One bit for each hash of an address, and one byte for each of a pair; see ``datapath.services.filter``.
 ADDRESS_FILTER_BITS = 20
 FLOW_FILTER_BITS = 18
+#: A byte of flow_filter that programs have set, see bpf/lib/filter.h.
+FLOW_MARKS = 3
 #: One bit for each /20 of IPv4 and each hash of an IPv6 /64; see ``datapath.node.service_cidrs``.
 CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: Open MPTCP sockets that asked for a Service. Those beyond are served, and their records are swept.
 MPTCP_SOCKETS = 1 << 16
+#: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
+SWEEP_BATCH = 1024
 #: struct scratch in conntrack.h: no one but programs reads it.
-SCRATCH_SIZE = 512
+SCRATCH_SIZE = 640
 #: When the maps were last changed (Unix seconds), and how long that took (seconds).
 PROGRAMMED = struct.Struct("=dd")
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.
 AGENT_STATE_SIZE = 16384
+#: Bytes of the ring of decisions: of 100 ms of 64 CPUs at their default rate. A power of two.
+DECISION_RING = 1 << 20
+#: Keys of ``agent_state``: that account, what ``ebpfproxy check`` asks the agent, and its answer.
+AGENT_ACCOUNT, CHECK_REQUEST, CHECK_REPORT = range(3)
 
 
 def _hash(name: str, key: int, value: int, entries: int) -> MapSpec:
@@ -85,6 +96,18 @@ def _shared(name: str, value: int, entries: int) -> MapSpec:
     return _array(name, value, entries, uapi.F_MMAPABLE)
 
 
+def _socket_slots(sockets: int) -> MapSpec:
+    """A socket's slot is given by the lower bits of its cookie, so their number is a power of two."""
+    slots = 1 << max(sockets - 1, 1).bit_length()
+    return MapSpec("sock_origin", uapi.MAP_ARRAY, 4, ORIGIN.size, slots, uapi.F_MMAPABLE, in_windows=True)
+
+
+def _choices(services: int) -> MapSpec:
+    """See ``datapath.services.counters``."""
+    count = CHOICE_ROWS * services
+    return MapSpec("service_choices", uapi.MAP_ARRAY, 4, U64.size, count, uapi.F_MMAPABLE, in_windows=True)
+
+
 def _per_cpu(name: str, value: int, entries: int) -> MapSpec:
     return MapSpec(name, uapi.MAP_PERCPU_ARRAY, 4, value, entries)
 
@@ -99,18 +122,18 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _array("turns", U64.size, capacity.services * POLICIES),
         _hash("members", PAIR.size, 4, capacity.slots),
         _lru("affinity", AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
-        _shared("loads", LOAD.size, capacity.backends),
         _hash("client_namespaces", 16, U64.size, 65536),
         _hash("drained", DRAINED.size, 4, 4096),
-        _shared("backends", BACKEND.size, capacity.backends),
+        _shared("backends", BACKEND_SIZE, capacity.backends),
         _hash("node_addresses", 16, 4, 4096),
         _hash("sock_peers", 8, PEERS.size, capacity.unconnected),
         _lru("port_clashes", CLASH.size, 4, 4096),
-        _hash("sock_origin", 8, ORIGIN.size, capacity.connected),
+        _socket_slots(capacity.connected),
+        _hash("sock_origin_overflow", 8, ORIGIN.size, capacity.connected),
         _hash("mptcp_subflows", U64.size, U64.size, MPTCP_SOCKETS),
         _hash("sock_redirects", FLOW.size, REDIRECT.size, capacity.connected),
-        _per_cpu("service_stats", SERVICE_STATS.size, capacity.services),
-        _per_cpu("backend_stats", BACKEND_STATS.size, capacity.backends),
+        _choices(capacity.services),
+        _shared("service_rejections", REJECTIONS.size, capacity.services),
         _hash("service_names", 4, NAME.size, capacity.services),
         _lru("conntrack", FLOW.size, NAT.size, capacity.conntrack),
         _shared("epochs", U64.size, capacity.services),
@@ -122,15 +145,30 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _shared("cidr_filter", (1 << CIDR_FILTER_BITS) // 8, 1),
         _per_cpu("unallocated", U64.size, len(UNALLOCATED)),
         _hash("devices", 4, DEVICE.size, 16384),
+        _hash("xdp_devices", 4, XDP_DEVICE.size, 1024),
         _shared("address_filter", (1 << ADDRESS_FILTER_BITS) // 8, 1),
         _shared("port_filter", 65536 // 8, 1),
-        _array("flow_filter", 1 << FLOW_FILTER_BITS, 1),
+        _shared("backend_filter", (1 << ADDRESS_FILTER_BITS) // 8, 1),
+        _shared("backend_ports", 65536 // 8, 1),
+        _shared("flow_filter", 1 << FLOW_FILTER_BITS, 1),
+        _shared("sweep", SWEEP.size, 1),
+        _shared("sweep_keys", FLOW.size, SWEEP_BATCH),
+        _shared("sweep_values", NAT.size, SWEEP_BATCH),
         _array("crc32c", CRC_STEPS * 4096, 1),
         _per_cpu("packet_events", U64.size, len(PacketEvent)),
         _per_cpu("scratch", SCRATCH_SIZE, 1),
-        MapSpec("agent_state", uapi.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
+        MapSpec("agent_state", uapi.MAP_HASH, 4, AGENT_STATE_SIZE, 3),
         _array("programmed", PROGRAMMED.size, 1),
+        MapSpec("decisions", uapi.MAP_RINGBUF, 0, 0, DECISION_RING),
+        _per_cpu("decision_state", DECISION_STATE.size, 1),
+        _shared("tracing", TRACING.size, 1),
+        _hash("traced_services", 4, 4, capacity.services),
+        _hash("pod_names", 16, POD_NAME.size, capacity.backends),
     )
+
+
+#: Programs refer to maps by these names. Sizes are not part of what is compiled.
+MAP_NAMES = tuple(sorted(spec.name for spec in map_specs(Capacity())))
 
 
 def version_name(capacity: Capacity) -> str:

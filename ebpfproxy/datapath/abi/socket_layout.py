@@ -8,53 +8,95 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from enum import IntEnum
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import PAIR, U32, U64, pack_address, unpack_address
+from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_address, unpack_address
 
-ORIGIN = struct.Struct("=16s16sHHIII")
 PEER = struct.Struct("=16s16sHHIII")
+ORIGIN = struct.Struct(f"=Q{PEER.size}sII")
 PEER_PLACES = 4
 PEERS = struct.Struct(f"={PEER_PLACES * PEER.size}sII")
 REDIRECT = struct.Struct("=16sHxxxxxxQ")
 
-# -- connected sockets
+# -- the first frontend of a socket
 
-_ORIGIN_IDS_AT, _ORIGIN_NETNS_AT = 36, 44
-_ORIGIN_IDS = struct.Struct("=36xII4x")
+#: Keys of origins and of ``sock_peers`` are the socket's cookie, but for the highest byte: a kind, or a page.
+_COOKIE_BITS = 56
+
+
+class OriginKind(IntEnum):
+    """``enum origin_kind``: what a slot of ``sock_origin`` has; 0 for a free one."""
+
+    RESERVED = 1
+    CONNECTED = 2
+    UNCONNECTED = 3
+
+
+ORIGIN_KIND_AT = 7 if sys.byteorder == "little" else 0
+_ORIGIN_IDS_AT, _ORIGIN_NETNS_AT = 44, 56
+_ORIGIN_IDS = struct.Struct("=44xII12x")
+#: The frontend's port, which is 0 where the socket's program has dropped the peer, and the ids.
+_ORIGIN_PEER = struct.Struct("=40xHxxII12x")
+
+
+def origin_uses(origins: bytes) -> Iterator[tuple[int, int]]:
+    """Service id and backend id of each of the packed origins; each pair equals a BackendUse."""
+    return _ORIGIN_IDS.iter_unpack(origins)
+
+
+def unconnected_uses(origins: bytes) -> Iterator[tuple[int, int]]:
+    """The same of unconnected sockets, without peers that were dropped."""
+    return ((service, backend) for port, service, backend in _ORIGIN_PEER.iter_unpack(origins) if port)
+
+
+def split_origins(origins: bytes) -> Iterator[bytes]:
+    return (origins[at : at + ORIGIN.size] for at in range(0, len(origins), ORIGIN.size))
+
+
+def origin_cookie(packed: bytes) -> int:
+    """The socket's cookie, without its highest byte."""
+    return int.from_bytes(packed[:8], sys.byteorder) & (1 << _COOKIE_BITS) - 1
+
+
+def origin_key(cookie: int, kind: OriginKind) -> bytes:
+    return (cookie | kind << _COOKIE_BITS).to_bytes(8, sys.byteorder)
+
+
+def unconnected_origin(cookie: int) -> bytes:
+    """A packed origin that names an unconnected socket, and no peer."""
+    return origin_key(cookie, OriginKind.UNCONNECTED).ljust(ORIGIN.size, b"\0")
 
 
 def origin_use(packed: bytes) -> BackendUse:
     return BackendUse(*PAIR.unpack_from(packed, _ORIGIN_IDS_AT))
 
 
-def origin_uses(values: memoryview, count: int) -> Iterator[tuple[int, int]]:
-    """Service id and backend id of each origin in a batch; each pair equals a BackendUse."""
-    return _ORIGIN_IDS.iter_unpack(values[: count * ORIGIN.size])
-
-
-def origin_at(keys: memoryview, values: memoryview, place: int) -> tuple[int, bytes]:
-    """A socket's cookie, and its packed origin, of a batch of ``sock_origin``."""
-    (cookie,) = U64.unpack_from(keys, place * U64.size)
-    return cookie, bytes(values[place * ORIGIN.size : (place + 1) * ORIGIN.size])
-
-
 def origin_backend(packed: bytes) -> tuple[bytes, int]:
     """Address and port that a socket was sent to."""
-    return unpack_address(packed[16:32]), int.from_bytes(packed[34:36], "big")
+    return unpack_address(packed[24:40]), int.from_bytes(packed[42:44], "big")
 
 
 def origin_frontend(packed: bytes) -> tuple[bytes, int]:
-    """Address and port that a socket asked for."""
-    return unpack_address(packed[:16]), int.from_bytes(packed[32:34], "big")
+    """Address and port that a socket asked for; port 0 while its program writes the origin."""
+    return unpack_address(packed[8:24]), int.from_bytes(packed[40:42], "big")
 
 
-def with_origin_use(packed: bytes, use: BackendUse) -> bytes:
+def is_connected(packed: bytes) -> bool:
+    return packed[ORIGIN_KIND_AT] == OriginKind.CONNECTED
+
+
+def origin_identity(packed: bytes) -> bytes:
+    """What distinguishes an origin from the socket's others, and earlier ones: its key, and its addresses."""
+    return packed[:_ORIGIN_IDS_AT]
+
+
+def with_origin_ids(packed: bytes, use: BackendUse, epoch: int) -> bytes:
     """The same origin with other ids."""
     changed = bytearray(packed)
-    PAIR.pack_into(changed, _ORIGIN_IDS_AT, *use)
+    struct.pack_into("=III", changed, _ORIGIN_IDS_AT, *use, epoch & 0xFFFFFFFF)
     return bytes(changed)
 
 
@@ -63,11 +105,13 @@ def origin_netns(packed: bytes) -> int:
     return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT)[0])
 
 
-# -- unconnected sockets
+def origin_elsewhere(packed: bytes) -> int:
+    """How many records in other maps sockets with this slot have."""
+    return int(U32.unpack_from(packed, _ORIGIN_NETNS_AT + U32.size)[0])
 
-#: In keys of ``sock_peers`` the highest byte is a page's number, the others are the socket's cookie.
-PAGE_SHIFT = 56
-_PEER_IDS_AT = 36
+
+# -- further frontends of unconnected sockets
+
 #: ``struct peer``: the frontend's port, which is 0 in a free place, and the ids.
 _PEER_IDS = struct.Struct("=32xHxxII4x")
 _PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
@@ -75,7 +119,7 @@ _PEERS_NETNS_AT = PEER_PLACES * PEER.size + 4
 
 def peers_cookie(packed: bytes) -> int:
     """The socket's cookie in a key of ``sock_peers``, of whichever page."""
-    return int.from_bytes(packed, sys.byteorder) & (1 << PAGE_SHIFT) - 1
+    return int.from_bytes(packed, sys.byteorder) & (1 << _COOKIE_BITS) - 1
 
 
 def peer_uses(values: memoryview, count: int) -> Iterator[tuple[int, int]]:
@@ -93,17 +137,14 @@ def peers_netns(packed: bytes) -> int:
     return int(U32.unpack_from(packed, _PEERS_NETNS_AT)[0])
 
 
-def with_peer_ids(packed: bytes, change: Callable[[int, int], tuple[int, int, int]]) -> bytes:
-    """The same peers with other ids.
-
-    ``change`` gets a peer's service id and backend id, and returns the new ones and the service's epoch.
-    """
-    changed = bytearray(packed)
+def peers_as_origins(key: bytes, value: bytes) -> Iterator[bytes]:
+    """The peers in an entry of ``sock_peers``, each as the packed origin that a socket's first one is."""
+    head = origin_key(peers_cookie(key), OriginKind.UNCONNECTED)
+    tail = ORIGIN.pack(0, bytes(PEER.size), peers_netns(value), 0)[_ORIGIN_NETNS_AT:]
     for at in range(0, PEER_PLACES * PEER.size, PEER.size):
-        service_id, backend_id = PAIR.unpack_from(changed, at + _PEER_IDS_AT)
-        service_id, backend_id, epoch = change(service_id, backend_id)
-        struct.pack_into("=III", changed, at + _PEER_IDS_AT, service_id, backend_id, epoch & 0xFFFFFFFF)
-    return bytes(changed)
+        origin = head + value[at : at + PEER.size] + tail
+        if origin_frontend(origin)[1]:
+            yield origin
 
 
 # -- connected datagram sockets whose backend is gone

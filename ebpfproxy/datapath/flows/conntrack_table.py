@@ -105,6 +105,8 @@ def flows_of(
     """Combines entries to flows, each with the keys of its entries.
 
     ``entries`` as the map has them; ``now`` is CLOCK_MONOTONIC in ns, ``names`` are those of Services by id.
+    Where a later flow has the reply direction's entry of a closed one (``take_port`` in masquerade.h), that
+    entry is the later flow's alone.
     """
     there = {key: Entry(key, value) for key, value in entries}
     found = []
@@ -115,18 +117,24 @@ def flows_of(
         keys = [key]
         last, seen = entry.last, entry.seen
         partner = there.get(entry.partner)
-        if partner is not None:
+        is_replaced = partner is not None and partner.partner != key
+        if partner is not None and not is_replaced:
             keys.append(partner.key)
             last, seen = max(last, partner.last), seen | partner.seen
         masquerade = ""
         if nat.flags & NatFlags.HOST:
             masquerade = format_endpoint(nat.source, nat.source_port)
-        elif (source := there.get(reversed_at_egress(entry.partner))) and source.flags & NatFlags.SOURCE:
+        elif (
+            not is_replaced
+            and (source := there.get(reversed_at_egress(entry.partner)))
+            and source.flags & NatFlags.SOURCE
+        ):
             # From client to backend, where the packet leaves.
             keys.append(source.key)
             masquerade = format_endpoint(source.nat.source, source.nat.source_port)
-            if source.partner in there:
-                keys.append(source.partner)
+            reply = there.get(source.partner)
+            if reply is not None and reply.partner == source.key:
+                keys.append(reply.key)
         limit = timeouts.of(flow.protocol, seen, (last - nat.created) / _NS)
         idle = max(0.0, (now - last) / _NS)
         row = FlowRow(

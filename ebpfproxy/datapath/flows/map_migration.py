@@ -8,17 +8,40 @@ its first packets pass programs of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import NO_USE, BackendUse, Entry
 from ebpfproxy.datapath.abi.layout import U32, U64
-from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
-from ebpfproxy.datapath.kernel.bpf import BpfError
+from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
+from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
+#: All that is read here. A change of any of their structs raises SCHEMA_VERSION.
+_READ = frozenset(
+    {
+        *_AS_THEY_ARE,
+        "affinity",
+        "backends",
+        "conntrack",
+        "departures",
+        "drained",
+        "epochs",
+        "flow_filter",
+        "fragment_ids",
+        "service_names",
+        "backend_filter",
+        "backend_ports",
+        "sock_origin",
+        "sock_origin_overflow",
+        "sock_peers",
+    }
+)
 #: This id is never given out.
 _NOTHING = 0xFFFFFFFF
 
@@ -29,24 +52,24 @@ class MapMigration:
     Entries of Services or backends that are gone are not copied.
     """
 
-    def __init__(self, pins: Path, maps: MapSet) -> None:
+    def __init__(self, pins: Path, maps: MapSet, programs: RecordPrograms) -> None:
+        """``programs`` are those for ``maps``."""
         self._new = maps
+        self._programs = programs
         self._old = _others(pins, maps)
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
-        #: Origins, and peers of unconnected sockets, that have been copied, as they were written.
+        #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
-        self._peers: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
         self.copied = 0
         for old in self._old:
             _copy_fragment_ids(old, maps)
+            _merge_backends(old, maps)
 
     def copy(self) -> None:
-        each = zip(self._old, self._ids, self._origins, self._peers, strict=True)
-        for old, (services, backends), origins, peers in each:
+        for old, (services, backends), copied in zip(self._old, self._ids, self._origins, strict=True):
             self._copy(old, services, backends)
-            self._copy_origins(old, services, backends, origins)
-            self._copy_peers(old, services, backends, peers)
+            self._copy_origins(old, services, backends, copied)
 
     def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         new, entries = self._new, {}
@@ -71,61 +94,38 @@ class MapMigration:
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
     ) -> None:
-        """A socket whose backend is gone keeps its frontend's address; it is counted for no backend."""
+        """A socket whose backend is gone keeps its frontend's address, and is counted for no backend.
 
-        def translate(value: bytes) -> bytes:
-            service, backend = socket_layout.origin_use(value)
-            use = BackendUse(services.get(service, _NOTHING), backends.get(backend, _NOTHING))
-            return socket_layout.with_origin_use(value, use)
-
-        for value, number in self._copy_sockets(old, "sock_origin", copied, translate):
-            self._carry(value, number)
-
-    def _copy_peers(
-        self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
-    ) -> None:
-        """A socket whose backend is gone still gets its replies, and chooses anew when it sends."""
+        If it is an unconnected one, it still gets its replies, and chooses anew when it sends.
+        """
         epochs = self._new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in old["departures"].items()}
 
-        def change(service: int, backend: int) -> tuple[int, int, int]:
-            is_removed = (service, backend) in removed
-            if is_removed or service not in services or backend not in backends:
-                return _NOTHING, _NOTHING, 0
-            return services[service], backends[backend], epochs[services[service]]
+        def translate(origin: bytes) -> bytes:
+            use = socket_layout.origin_use(origin)
+            service, backend = services.get(use.service_id, _NOTHING), backends.get(use.backend_id, _NOTHING)
+            if socket_layout.is_connected(origin):
+                return socket_layout.with_origin_ids(origin, BackendUse(service, backend), 0)
+            if use in removed or _NOTHING in (service, backend):
+                return socket_layout.with_origin_ids(origin, NO_USE, 0)
+            return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])
 
-        for _ in self._copy_sockets(
-            old, "sock_peers", copied, lambda value: socket_layout.with_peer_ids(value, change)
-        ):
-            pass
-
-    def _copy_sockets(
-        self, old: MapSet, name: str, copied: dict[bytes, bytes], translate: Callable[[bytes], bytes]
-    ) -> Iterator[tuple[bytes, int]]:
-        """Yields what has been copied, with 1, and what has been deleted again, with -1.
-
-        What has been copied and is in one of the maps only belongs to a socket that has been closed.
-        """
-        table = self._new[name]
-        there = dict(old[name].items())
-        present = dict(table.items())
-        entries = {
-            key: translate(value) for key, value in there.items() if key not in present and key not in copied
-        }
-        refused = set(table.update_many(entries))
-        for key, value in entries.items():
-            if key not in refused:
-                copied[key] = value
-                yield value, 1
-        for key in [key for key in copied if key not in there]:
-            value = copied.pop(key)
-            if present.get(key) == value and table.delete(key):
-                yield value, -1
-
-    def _carry(self, origin: bytes, number: int) -> None:
-        _, backend = socket_layout.origin_use(origin)
-        if backend != _NOTHING:
-            self._new.loads().carry(backend, number)
+        there = {socket_layout.origin_identity(origin): origin for origin in _origins(old)}
+        # A socket that has no record in the old maps any more has been closed. A connected one that has
+        # another has connected again: what it had is removed first, as a program restores no second one.
+        living = {socket_layout.origin_cookie(origin) for origin in there.values()}
+        over = [identity for identity in copied if identity not in there]
+        closed = [copied.pop(identity) for identity in over]
+        self._programs.forget(
+            [
+                origin
+                for origin in closed
+                if socket_layout.is_connected(origin) or socket_layout.origin_cookie(origin) not in living
+            ]
+        )
+        made = {identity: translate(origin) for identity, origin in there.items() if identity not in copied}
+        self._programs.restore(made.values())
+        copied |= made
 
     def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
         entries = {}
@@ -160,9 +160,9 @@ def _other(folder: Path, maps: MapSet) -> MapSet | None:
         return None
     try:
         old = open_pinned(folder)
-    except (BpfError, ValueError):
+    except BpfError:
         return None
-    if old.maps.keys() == maps.maps.keys():
+    if old.maps.keys() >= _READ:
         return old
     old.close()
     return None
@@ -183,6 +183,24 @@ def _backend_ids(old: MapSet, new: MapSet) -> dict[int, int]:
     return {n: known[backend] for n, backend in old.backends().identities() if backend in known}
 
 
+def _origins(maps: MapSet) -> Iterator[bytes]:
+    """What is recorded of sockets, as packed origins."""
+    table = OriginTable(maps)
+    yield from each_of(table.connected())
+    yield from each_of(table.unconnected())
+    for key, value in maps["sock_peers"].items():
+        yield from socket_layout.peers_as_origins(key, value)
+
+
+def _merge_backends(old: MapSet, new: MapSet) -> None:
+    """Programs have to know the backends that sockets of the old maps are connected to."""
+    for name in ("backend_filter", "backend_ports"):
+        now = new.shared(name)
+        for at, (word, known) in enumerate(zip(old.shared(name).words(), now.kept_words(), strict=True)):
+            if word | known != known:
+                now.store(at * U64.size, U64.pack(known | word))
+
+
 def _copy_fragment_ids(old: MapSet, new: MapSet) -> None:
     """Continues with the higher count, so that ids of datagrams under way are not given again."""
     zero = U32.pack(0)
@@ -192,9 +210,10 @@ def _copy_fragment_ids(old: MapSet, new: MapSet) -> None:
 
 
 def _merge_filters(old: MapSet, new: MapSet) -> None:
-    """Adds the pairs of addresses that the old filter has."""
-    zero = U32.pack(0)
-    before, now = old["flow_filter"].lookup(zero), new["flow_filter"].lookup(zero)
-    if before is not None and now is not None and any(before):
-        either = int.from_bytes(before, "little") | int.from_bytes(now, "little")
-        new["flow_filter"].update(zero, either.to_bytes(len(now), "little"))
+    """Adds the pairs of addresses that the old filter has.
+
+    Programs write both filters meanwhile: each byte is a store of its own.
+    """
+    before, now = bytes(old.shared("flow_filter").bytes), new.shared("flow_filter")
+    for place in re.finditer(rb"[^\0]", before):
+        now.bytes[place.start()] = FLOW_MARKS

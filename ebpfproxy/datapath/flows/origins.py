@@ -8,13 +8,10 @@ from typing import NamedTuple
 from ebpfproxy.config.datapath import StaleTcp
 from ebpfproxy.datapath.abi import socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason
+from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.removed_backends import Removal
-from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Backend, Protocol
-
-#: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
-_BATCH = 1024
 
 
 def _ends_connections(tcp: StaleTcp, why: RemovalReason) -> bool:
@@ -53,20 +50,17 @@ def stale_sockets(
     losers = {each.service_id for each in lost}
     if not wanted and not losers:
         return found
-    origins = maps["sock_origin"]
-    key_size, value_size = origins.spec.key_size, origins.spec.value_size
-    for keys, values, count in bpf.map_lookup_batches(origins.fd, key_size, value_size, _BATCH):
-        for place, use in enumerate(socket_layout.origin_uses(values, count)):
+    for origins in OriginTable(maps).connected(rest):
+        for place, use in enumerate(socket_layout.origin_uses(origins)):
             protocol = wanted.get(use)
             if protocol is None and use[0] not in losers:
                 continue
-            cookie, origin = socket_layout.origin_at(keys, values, place)
+            origin = origins[place * socket_layout.ORIGIN.size :][: socket_layout.ORIGIN.size]
             if protocol is None and _has_lost(use[0], origin, lost):
                 protocol = Protocol.UDP
             if protocol is not None:
                 backend = Backend(*socket_layout.origin_backend(origin), protocol)
-                found.setdefault(backend, set()).add(cookie)
-        rest()
+                found.setdefault(backend, set()).add(socket_layout.origin_cookie(origin))
     return found
 
 

@@ -7,10 +7,11 @@ The agent changes no such record: the program that sends the next datagram finds
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.socket_layout import peer_uses
+from ebpfproxy.datapath.abi.socket_layout import peer_uses, unconnected_uses
+from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 
@@ -21,11 +22,16 @@ _BATCH = 512
 def recorded_removals(maps: MapSet, removed: Collection[BackendUse]) -> set[BackendUse]:
     """Returns those removed backends of which a socket still has a record."""
     found: set[BackendUse] = set()
-    if not removed:
-        return found
+    for uses in _uses(maps) if removed else ():
+        found.update(BackendUse(*pair) for pair in uses if pair in removed)
+        time.sleep(0)
+    return found
+
+
+def _uses(maps: MapSet) -> Iterator[Iterator[tuple[int, int]]]:
+    for origins in OriginTable(maps).unconnected():
+        yield unconnected_uses(origins)
     peers = maps["sock_peers"]
     size = peers.spec.value_size
     for _, values, count in bpf.map_lookup_batches(peers.fd, peers.spec.key_size, size, _BATCH):
-        found.update(BackendUse(*pair) for pair in peer_uses(values, count) if pair in removed)
-        time.sleep(0)
-    return found
+        yield peer_uses(values, count)

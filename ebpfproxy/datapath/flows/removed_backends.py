@@ -9,6 +9,7 @@ from typing import NamedTuple
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, pack_departure, unpack_departure
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 
 
 class Removal(NamedTuple):
@@ -23,7 +24,8 @@ class RemovedBackends:
 
     def __init__(self, maps: MapSet) -> None:
         self._map = maps["departures"]
-        self._epochs = maps.shared("epochs").words()
+        self._epochs = maps.shared("epochs")
+        self._kept_epochs, self._shown_epochs = self._epochs.kept_words(), self._epochs.words()
         self._serials: Iterator[int] = count()
         self._known: dict[BackendUse, Removal] = {
             unpack_departure(key): Removal(RemovalReason(U32.unpack(value)[0]), next(self._serials))
@@ -48,13 +50,18 @@ class RemovedBackends:
         }
         self._known.update(removals)
         self._fresh.update(removals)
-        self._map.update_many({pack_departure(use): U32.pack(each.why) for use, each in removals.items()})
+        self._map.update_many(dict(_packed(removals)))
         # Only after this do flows look there.
         self.look_again(service_id)
 
     def look_again(self, service_id: int) -> None:
         """Makes flows of a service ask whether their backend, and their frontend, are still its own."""
-        self._epochs[service_id] += 1
+        self._kept_epochs[service_id] += 1
+        self._shown_epochs[service_id] = self._kept_epochs[service_id]
+
+    def owned(self) -> Owned:
+        """The map, with what it should hold."""
+        return Owned(self._map, lambda: _packed(self._known.copy()))
 
     def take_fresh(self) -> dict[BackendUse, Removal]:
         """Returns the removals since the last call; the first call also returns those of an earlier agent."""
@@ -85,3 +92,7 @@ class RemovedBackends:
         for use in over:
             del self._known[use]
         self._map.delete_many([pack_departure(use) for use in over])
+
+
+def _packed(removals: Mapping[BackendUse, Removal]) -> Iterator[tuple[bytes, bytes]]:
+    return ((pack_departure(use), U32.pack(each.why)) for use, each in removals.items())

@@ -1,16 +1,18 @@
-"""Records of sockets, one at a time: read to be compared with the sockets that there are, and deleted.
+"""Records of sockets, one at a time: read to be compared with the sockets that there are, and removed.
 
-Programs delete a record themselves when its socket is closed. The one that deletes it, program or agent, also
-counts the connection down.
+Programs remove a record themselves when its socket is closed. The program that removes it, at a hook or run
+by the agent, also counts the connection down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import socket_layout
 from ebpfproxy.datapath.abi.layout import U64
+from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import Map, MapSet
 from ebpfproxy.services.model import Backend
@@ -35,25 +37,34 @@ class Record(NamedTuple):
 
 
 def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
-    """Records of sockets that connect() sent to a backend. ``rest`` is called between batches."""
-    for key, value in _entries(maps["sock_origin"], rest):
-        (cookie,) = U64.unpack(key)
-        yield Record(
-            key, value, cookie, socket_layout.origin_netns(value), socket_layout.origin_backend(value)
-        )
+    """Origins of sockets that connect() sent to a backend. ``rest`` is called between batches."""
+    for origin in each_of(OriginTable(maps).connected(rest)):
+        yield _record(origin, socket_layout.origin_backend(origin))
 
 
 def unconnected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
-    """Records of unconnected datagram sockets that have sent to frontends; some have several records."""
+    """Origins of unconnected datagram sockets: the first frontend that each has sent to."""
+    for origin in each_of(OriginTable(maps).unconnected(rest)):
+        yield _record(origin, None)
+
+
+def _record(origin: bytes, backend: tuple[bytes, int] | None) -> Record:
+    identity, cookie = socket_layout.origin_identity(origin), socket_layout.origin_cookie(origin)
+    return Record(identity, origin, cookie, socket_layout.origin_netns(origin), backend)
+
+
+def pages(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
+    """Further frontends of unconnected datagram sockets; some have several records."""
     for key, value in _entries(maps["sock_peers"], rest):
         yield Record(key, value, socket_layout.peers_cookie(key), socket_layout.peers_netns(value), None)
 
 
 def subflows(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[tuple[bytes, bytes]]:
-    """Entries of ``mptcp_subflows`` whose subflow has no record."""
-    origins = maps["sock_origin"]
+    """Entries of ``mptcp_subflows`` whose subflow has no origin."""
+    origins = OriginTable(maps)
     for key, value in _entries(maps["mptcp_subflows"], rest):
-        if origins.lookup(value) is None:
+        (cookie,) = U64.unpack(value)
+        if origins.of(cookie) is None:
             yield key, value
 
 
@@ -75,23 +86,14 @@ def backend_of(maps: MapSet, record: Record) -> Backend | None:
     return known[0] if known and (known[0].address, known[0].port) == record.backend else None
 
 
-def forget_connected(maps: MapSet, record: Record) -> bool:
-    """Deletes a record. Returns False if it is gone, or if its socket has another one by now."""
-    origins = maps["sock_origin"]
-    found = bpf.map_take(origins.fd, record.key, origins.spec.value_size)
-    if found is None:
-        return False
-    if found != record.value and bpf.map_add(origins.fd, record.key, found):
-        return False
-    _, number = socket_layout.origin_use(found)
-    loads = maps.loads()
-    if number < len(loads):
-        loads.carry(number, -1)
-    return True
+def forget_origins(programs: RecordPrograms, records: Collection[Record]) -> int:
+    """Removes origins; returns how many were there, and were still the same."""
+    return programs.forget([record.value for record in records])
 
 
-def forget_unconnected(maps: MapSet, record: Record) -> bool:
-    return maps["sock_peers"].delete(record.key)
+def forget_pages(programs: RecordPrograms, records: Collection[Record]) -> int:
+    """Removes all pages of the sockets; returns how many there were."""
+    return programs.forget_pages(map(socket_layout.unconnected_origin, {record.cookie for record in records}))
 
 
 def forget_subflow(maps: MapSet, key: bytes, value: bytes) -> bool:

@@ -6,17 +6,24 @@ import ctypes as ct
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections
+from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord
 from ebpfproxy.datapath.abi.schema import MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 
 #: Entries a system call, when whole maps are read.
 _BATCH = 4096
+#: Bytes of an array that are mapped at a time.
+_WINDOW = 1 << 20
+#: Bytes of an array that are compared at a time.
+COMPARED = 1 << 16
+_WORD_SIZE = 8
 
 
 class Map:
@@ -29,11 +36,6 @@ class Map:
         self._value_size = spec.value_size
         if spec.kind == uapi.MAP_PERCPU_ARRAY:
             self._value_size = (spec.value_size + 7) // 8 * 8 * bpf.possible_cpus()
-
-    @property
-    def zero(self) -> bytes:
-        """A value of zeros, for all CPUs of a per-CPU map."""
-        return bytes(self._value_size)
 
     def update(self, key: bytes, value: bytes) -> None:
         bpf.map_update(self.fd, key, value)
@@ -52,7 +54,7 @@ class Map:
     def _fits(self, key: bytes, value: bytes) -> bool:
         try:
             self.update(key, value)
-        except bpf.BpfError as error:
+        except BpfError as error:
             if error.errno in bpf.NO_ROOM:
                 return False
             raise
@@ -85,18 +87,22 @@ class Map:
         return bpf.map_lookup(self.fd, key, self._value_size)
 
     def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
-        return bpf.map_lookup_batches(self.fd, self.spec.key_size, self._value_size, _BATCH)
+        batch = min(_BATCH, self.spec.max_entries)
+        return bpf.map_lookup_batches(self.fd, self.spec.key_size, self._value_size, batch)
 
     def count(self) -> int:
         """How many entries a hash holds."""
         return sum(count for _, _, count in self._batches())
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every entry of a hash."""
+        """Every entry."""
         ks, vs = self.spec.key_size, self._value_size
+        key, value = struct.Struct(f"{ks}s"), struct.Struct(f"{vs}s")
         for keys, values, count in self._batches():
-            for i in range(count):
-                yield bytes(keys[i * ks : (i + 1) * ks]), bytes(values[i * vs : (i + 1) * vs])
+            found = zip(
+                key.iter_unpack(keys[: count * ks]), value.iter_unpack(values[: count * vs]), strict=True
+            )
+            yield from ((each_key, each_value) for (each_key,), (each_value,) in found)
 
     def nonzero_counters(self) -> Iterator[tuple[int, list[int]]]:
         """Indexes of a per-CPU array of 64-bit counters, with sums over all CPUs, unless all are zero."""
@@ -118,7 +124,11 @@ class Map:
 
 
 class SharedArray(Map):
-    """An array map mapped into memory (BPF_F_MMAPABLE): stores are plain, without a system call."""
+    """An array map mapped into memory (BPF_F_MMAPABLE): stores are plain, without a system call.
+
+    Who alone writes it keeps a copy in memory of its own (:meth:`keep`), and reads that: so it does not take
+    what somebody else has stored for its own, and can tell it.
+    """
 
     def __init__(self, fd: int, spec: MapSpec) -> None:
         super().__init__(fd, spec)
@@ -126,20 +136,129 @@ class SharedArray(Map):
         assert spec.value_size % 8 == 0, spec.name
         stride = spec.value_size
         size = -(-stride * spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = mmap.mmap(fd, size)
-        self.bytes = memoryview(self._memory)
+        self.memory = mmap.mmap(fd, size)
+        self.bytes = memoryview(self.memory)
         self.stride = stride
+        self._kept: mmap.mmap | None = None
+        self._owned = stride
 
     def words(self) -> ct.Array[ct.c_uint64]:
         """The array as 64-bit words; ctypes stores each with one instruction, never torn."""
-        return (ct.c_uint64 * (self.stride * self.spec.max_entries // 8)).from_buffer(self._memory)
+        return self._words_of(self.memory)
+
+    def _words_of(self, memory: mmap.mmap) -> ct.Array[ct.c_uint64]:
+        return (ct.c_uint64 * (self.stride * self.spec.max_entries // 8)).from_buffer(memory)
+
+    # -- the copy of its only writer
+
+    @property
+    def is_kept(self) -> bool:
+        return self._kept is not None
+
+    @property
+    def kept_size(self) -> int:
+        """Bytes of the copy that are told of as one entry: of a filter, one large element, a word."""
+        return self._owned if self.spec.max_entries > 1 else 8
+
+    def keep(self, owned: int = 0) -> memoryview:
+        """The copy, which is made by the first call. Whoever writes the array writes it, too.
+
+        ``owned``: of each element the copy has only so many bytes, a multiple of 4: the others are
+        programs'. 0: all.
+        """
+        return memoryview(self._keep(owned))
+
+    def kept_words(self) -> ct.Array[ct.c_uint64]:
+        return self._words_of(self._keep())
+
+    def _keep(self, owned: int = 0) -> mmap.mmap:
+        if self._kept is None:
+            self._owned = owned or self.stride
+            size = self._owned * self.spec.max_entries
+            # Pages that are only read take no memory in a private mapping.
+            self._kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            for part in self._parts():
+                now = self.owned(part)
+                if now.count(0) != len(now):
+                    self._kept[part.start : part.stop] = now
+        return self._kept
+
+    def _parts(self) -> Iterator[slice]:
+        size = self._owned * self.spec.max_entries
+        step = COMPARED // self.kept_size * self.kept_size
+        return (slice(at, min(at + step, size)) for at in range(0, size, step))
+
+    def owned(self, part: slice) -> bytes:
+        """What the array has now where the copy has this part, which begins and ends with an element."""
+        if self._owned == self.stride:
+            return self.memory[part.start : part.stop]
+        first, last = part.start // self._owned, part.stop // self._owned
+        elements = self.memory[first * self.stride : last * self.stride]
+        if elements == bytes(len(elements)):
+            return bytes((last - first) * self._owned)
+        words = memoryview(elements).cast("I")
+        found = memoryview(bytearray((last - first) * self._owned)).cast("I")
+        step, width = self.stride // 4, self._owned // 4
+        for column in range(width):
+            found[column::width] = words[column::step]
+        return found.tobytes()
+
+    def store(self, at: int, data: bytes) -> None:
+        """Stores bytes in the copy and in the array, not as one step."""
+        self._keep()[at : at + len(data)] = data
+        self.bytes[at : at + len(data)] = data
+        self.writes += 1
+
+    def differing(self) -> Iterator[slice]:
+        """The parts of the copy from which the array differs. Any thread may ask."""
+        kept = self._keep()
+        return (part for part in self._parts() if self.owned(part) != kept[part])
+
+    def restore(self, at: int) -> None:
+        """Stores the entry of the copy that begins there in the array: a word with one instruction."""
+        size = self.kept_size
+        if size == _WORD_SIZE:
+            self.words()[at // size] = self.kept_words()[at // size]
+        else:
+            to = at // size * self.stride
+            self.bytes[to : to + size] = self.keep()[at : at + size]
+        self.writes += 1
 
     def close(self) -> None:
         self.bytes.release()
         super().close()
 
 
+class WindowedArray(Map):
+    """An array map (BPF_F_MMAPABLE) that is mapped a window at a time, and no longer than it is read."""
+
+    def windows(self) -> Iterator[mmap.mmap]:
+        """The memory, in order; a window is closed when the next is opened.
+
+        A slice with a step of the mapping itself is copied faster than one of a memoryview.
+        """
+        size = -(-self.spec.value_size * self.spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
+        for offset in range(0, size, _WINDOW):
+            length = min(_WINDOW, size - offset)
+            with mmap.mmap(self.fd, length, prot=mmap.PROT_READ, offset=offset) as window:
+                yield window
+
+    def read(self, first: int, count: int) -> bytes:
+        """So many elements, from this one on."""
+        at = first * self.spec.value_size
+        start, size = at - at % mmap.PAGESIZE, count * self.spec.value_size
+        with mmap.mmap(self.fd, at - start + size, prot=mmap.PROT_READ, offset=start) as window:
+            return window[at - start : at - start + size]
+
+    def count_nonzero(self, at: int) -> int:
+        """How many elements have something else than 0 in the byte at this offset."""
+        columns = (window[at :: self.spec.value_size] for window in self.windows())
+        return sum(len(column) - column.count(0) for column in columns)
+
+
 def _wrap(fd: int, spec: MapSpec) -> Map:
+    if spec.in_windows:
+        return WindowedArray(fd, spec)
     return SharedArray(fd, spec) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
 
 
@@ -165,8 +284,11 @@ class MapSet:
         return BackendRecords(shared.bytes, shared.spec.max_entries)
 
     def loads(self) -> Loads:
-        shared = self.shared("loads")
+        shared = self.shared("backends")
         return Loads(shared.bytes, shared.spec.max_entries)
+
+    def sweep(self) -> SweepRecord:
+        return SweepRecord(self.shared("sweep").bytes)
 
     def selections(self) -> Selections:
         return Selections(self.shared("selections").words(), self.shared("slots").bytes)
@@ -190,7 +312,7 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
         path = home / spec.name
         try:
             fd = bpf.get_pinned(path)
-        except bpf.BpfError as error:
+        except BpfError as error:
             if error.errno != errno.ENOENT:
                 raise
             adopted = False
@@ -207,18 +329,41 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
     return MapSet(folder, maps, adopted=adopted)
 
 
-def open_pinned(folder: Path) -> MapSet:
-    """Opens the maps in one version's folder as they are, whatever their sizes, to read them.
+def unpinned(maps: MapSet) -> list[str]:
+    """The maps that somebody has unpinned, or that have another map's pin in their place."""
+    home = maps.folder / "maps"
+    return [name for name, each in maps.maps.items() if not _is_pinned(each, home / name)]
 
-    Raises BpfError where one can't be opened and ValueError for one of an unknown name.
+
+def _is_pinned(each: Map, path: Path) -> bool:
+    with bpf.pinned(path) as fd:
+        return fd is not None and bpf.map_info(fd).id == bpf.map_info(each.fd).id
+
+
+def pin_again(maps: MapSet) -> None:
+    """Pins what :func:`unpinned` finds."""
+    home = maps.folder / "maps"
+    home.mkdir(parents=True, exist_ok=True)
+    for name in unpinned(maps):
+        (home / name).unlink(missing_ok=True)
+        bpf.pin(maps[name].fd, home / name)
+
+
+def open_pinned(folder: Path) -> MapSet:
+    """Opens the maps in one version's folder, however many entries they have room for, to read them.
+
+    Those that another version of ebpfproxy has made, with other names or structs, are left out. Raises
+    BpfError where one can't be opened.
     """
     specs = {spec.name: spec for spec in map_specs(Capacity())}
     maps: dict[str, Map] = {}
     for path in sorted((folder / "maps").iterdir()):
+        if (spec := specs.get(path.name)) is None:
+            continue
         fd = bpf.get_pinned(path)
-        if path.name not in specs:
-            os.close(fd)
-            raise ValueError(f"{path}: not a map of schema {folder.name}")
         info = bpf.map_info(fd)
-        maps[path.name] = _wrap(fd, specs[path.name]._replace(max_entries=info.max_entries))
+        if (info.key_size, info.value_size) != (spec.key_size, spec.value_size):
+            os.close(fd)
+            continue
+        maps[path.name] = _wrap(fd, spec._replace(max_entries=info.max_entries))
     return MapSet(folder, maps, adopted=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -14,6 +16,7 @@ from ebpfproxy.config.datapath import Feature
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 
 OLDEST_KERNEL = "5.15"
 
@@ -56,7 +59,7 @@ class _MustHave(NamedTuple):
 def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int = 0) -> bool:
     try:
         os.close(bpf.map_create(kind, "probe", key_size, value_size, entries, flags=flags))
-    except bpf.BpfError:
+    except BpfError:
         return False
     return True
 
@@ -65,7 +68,7 @@ def _attach_types_load() -> bool:
     try:
         for hook in SOCKET_HOOKS + GUARD_HOOKS:
             os.close(bpf.prog_load(hook.program_type, hook.attach_type, "probe", _PROCEED))
-    except bpf.BpfError:
+    except BpfError:
         return False
     return True
 
@@ -75,11 +78,20 @@ def _batch_works() -> bool:
     try:
         for _ in bpf.map_lookup_batches(fd, 4, 8 * bpf.possible_cpus(), 1):
             pass
-    except bpf.BpfError:
+    except BpfError:
         return False
     finally:
         os.close(fd)
     return True
+
+
+_CAP_SYS_ADMIN, _CAP_PERFMON = 21, 38
+
+
+def may_calculate_with_pointers() -> bool:
+    """True if the verifier lets this process's programs do it: perfmon_capable() of linux/capability.h."""
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(found and int(found[1], 16) & (1 << _CAP_SYS_ADMIN | 1 << _CAP_PERFMON))
 
 
 _MUST_HAVES = (
@@ -121,7 +133,7 @@ def _finds_mptcp_sockets() -> bool:
     """True if a program that calls the helper loads: it needs the kernel's own BTF, which no probe tells."""
     try:
         os.close(bpf.prog_load(uapi.PROG_CGROUP_SOCK_ADDR, _CONNECT4, "probe", _MPTCP_SOCKET))
-    except bpf.BpfError:
+    except BpfError:
         return False
     return True
 
@@ -131,7 +143,7 @@ def _has_tcx() -> bool:
     program = bpf.prog_load(uapi.PROG_SCHED_CLS, 0, "probe", _PROCEED)
     try:
         os.close(bpf.link_create(program, _NO_DEVICE, TCX_INGRESS))
-    except bpf.BpfError as error:
+    except BpfError as error:
         return error.errno == errno.ENODEV
     finally:
         os.close(program)

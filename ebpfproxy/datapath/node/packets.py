@@ -8,13 +8,18 @@ from typing import NamedTuple
 
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags, pack_device, with_device_flags
+from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.node.service_cidrs import Cidrs
 from ebpfproxy.datapath.programs.devices import LOOPBACK, DeviceAttacher, Target
+from ebpfproxy.datapath.programs.xdp import XdpAttacher, XdpDevice, XdpMode
 
 #: In the ``devices`` map: what masquerading uses where a device is not known.
 _ANY_DEVICE = 0
+#: The key of a map of one element.
+_FIRST = U32.pack(0)
 
 
 class PacketDevice(NamedTuple):
@@ -37,19 +42,25 @@ class PacketDevice(NamedTuple):
 class PacketPath:
     """The only writer of ``devices``, ``crc32c`` and, by ``cidrs``, of the CIDRs. One thread uses it.
 
-    ``loopback``: NodePorts answer on the loopback device.
+    ``loopback``: NodePorts answer on the loopback device. ``xdp``: how uplinks may have the XDP program.
     """
 
-    def __init__(self, maps: MapSet, pins: Path, *, tcx: bool, loopback: bool) -> None:
+    def __init__(
+        self, maps: MapSet, pins: Path, *, tcx: bool, loopback: bool, xdp: tuple[XdpMode, ...] = ()
+    ) -> None:
         self._devices = maps["devices"]
+        self._entries = dict(self._devices.items())
         self._cidrs = Cidrs(maps)
         self._attacher = DeviceAttacher(pins, tcx=tcx)
+        self._xdp = XdpAttacher(pins, maps["xdp_devices"], xdp)
+        self._xdp_devices: tuple[XdpDevice, ...] = ()
         self._loopback = (LOOPBACK,) if loopback else ()
         self._targets: tuple[Target, ...] = self._loopback
         self._node = (b"", b"")
         self._mode = DeviceFlags(0)
-        if maps["crc32c"].lookup(U32.pack(0)) != (tables := zeros_tables()):
-            maps["crc32c"].update(U32.pack(0), tables)
+        self._crc = maps["crc32c"]
+        if self._crc.lookup(_FIRST) != (tables := zeros_tables()):
+            self._crc.update(_FIRST, tables)
 
     @property
     def needs_raw(self) -> bool:
@@ -75,26 +86,60 @@ class PacketPath:
             flags |= DeviceFlags.INGRESS_BELOW * each.ingress_below
             flags |= DeviceFlags.EGRESS_BELOW * each.egress_below
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
-        self._devices.bring(wanted)
+        refused = self._devices.bring(wanted)
+        self._entries = {key: value for key, value in wanted.items() if key not in refused}
         self._targets = (*self._loopback, *(each.target for each in found))
+
+    def set_xdp_devices(self, devices: Iterable[XdpDevice]) -> None:
+        """Sets the devices that may have the XDP program."""
+        self._xdp_devices = tuple(devices)
 
     def set_mode(self, mode: DeviceFlags) -> None:
         """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins."""
         if mode != self._mode:
             self._mode = mode
-            self._devices.update(U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0))
+            key, value = U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0)
+            self._devices.update(key, value)
+            self._entries = {**self._entries, key: value}
 
     @property
     def cidrs(self) -> Cidrs:
         return self._cidrs
 
+    def owned(self) -> list[Owned]:
+        """The maps that nothing else writes, with what they should hold."""
+        return [
+            Owned(self._devices, lambda: list(self._entries.items())),
+            Owned(self._crc, lambda: [(_FIRST, zeros_tables())]),
+            self._cidrs.owned(),
+        ]
+
+    @property
+    def attacher(self) -> DeviceAttacher:
+        return self._attacher
+
     def attach(self, programs: Path) -> tuple[list[str], list[str]]:
         """See :meth:`DeviceAttacher.attach`."""
         return self._attacher.attach(self._targets, programs)
 
+    def attach_xdp(self, programs: Path) -> list[str]:
+        """See :meth:`XdpAttacher.attach`. A packet that XDP leaves alone needs the programs at tc."""
+        return self._xdp.attach(self._xdp_devices, programs)
+
+    @property
+    def xdp_states(self) -> dict[int, str]:
+        """By ifindex: the mode of the XDP program, or why there is none."""
+        return self._xdp.states
+
 
 def begin_nothing(maps: MapSet) -> None:
-    """Makes packet programs create no flow any more, only forward those that they know, as no agent runs."""
+    """Makes packet programs create no flow any more, only forward those that they know, as no agent runs.
+
+    When this returns, no program is still creating one.
+    """
     table, key = maps["devices"], U32.pack(_ANY_DEVICE)
     if (node := table.lookup(key)) is not None:
         table.update(key, with_device_flags(node, DeviceFlags.HANDOVER | DeviceFlags.WAITS))
+    grace = Grace()
+    grace.wait()
+    grace.close()

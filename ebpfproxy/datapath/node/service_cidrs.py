@@ -13,6 +13,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.node_layout import CidrFlags, pack_cidr, unpack_cidr
 from ebpfproxy.datapath.abi.schema import CIDR_FILTER_BITS
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.services.model import Prefix
 
 _WORDS = struct.Struct("=2I")
@@ -47,8 +48,10 @@ class Cidrs:
     def __init__(self, maps: MapSet) -> None:
         self._table = maps["cidrs"]
         self._filter = maps.shared("cidr_filter")
+        self._filter.keep()
         self._flags: dict[Prefix, CidrFlags] = {}
-        for key, value in self._table.items():
+        self._entries = dict(self._table.items())
+        for key, value in self._entries.items():
             self._flags[unpack_cidr(key)] = CidrFlags(U32.unpack(value)[0])
         #: Ranges of cluster IPs that an earlier agent knew.
         self.adopted = tuple(
@@ -87,9 +90,14 @@ class Cidrs:
                 if outer.length < prefix.length and outer.contains(prefix.address):
                     flags |= more  # noqa: PLW2901
             entries[pack_cidr(prefix)] = U32.pack(flags)
-        is_complete = not self._table.bring(entries)
+        refused = self._table.bring(entries)
+        self._entries = {key: value for key, value in entries.items() if key not in refused}
         self._write_filter()
-        return is_complete
+        return not refused
+
+    def owned(self) -> Owned:
+        """The map of ranges, with what it should hold."""
+        return Owned(self._table, lambda: list(self._entries.items()))
 
     def _write_filter(self) -> None:
         bits = bytearray(self._filter.stride)
@@ -102,6 +110,5 @@ class Cidrs:
                 break
             for number in numbers:
                 bits[number >> 3] |= 1 << (number & 7)
-        if self._filter.bytes[: len(bits)] != bits:
-            self._filter.bytes[: len(bits)] = bits
-            self._filter.writes += 1
+        if self._filter.keep()[: len(bits)] != bits:
+            self._filter.store(0, bytes(bits))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -82,6 +83,38 @@ def pin_over(fd: int, path: Path) -> None:
     new.unlink(missing_ok=True)
     bpf.pin(fd, new)
     new.replace(path)
+
+
+class Drifted(NamedTuple):
+    """A program that somebody has detached or replaced. ``at``: a hook, or a device and a direction."""
+
+    at: str
+    kind: str
+
+
+DETACHED, REPLACED = "detached", "replaced"
+
+
+def drifted(
+    pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False
+) -> list[Drifted]:
+    """The hooks that have another program than the one in ``programs``, or none."""
+    cgroup_id = cgroup_root.stat().st_ino
+    found = []
+    for hook in SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ()):
+        with bpf.pinned(pins / LINKS / hook.name) as link:
+            info = bpf.cgroup_link_info(link) if link is not None else None
+        if info is None or info.cgroup_id != cgroup_id:
+            found.append(Drifted(hook.name, DETACHED))
+        elif info.prog_id != program_id(programs / hook.name):
+            found.append(Drifted(hook.name, REPLACED))
+    return found
+
+
+def program_id(path: Path) -> int | None:
+    """The id of the pinned program, None if there is none."""
+    with bpf.pinned(path) as fd:
+        return int(bpf.prog_info(fd).id) if fd is not None else None
 
 
 def attachments(pins: Path) -> list[Attachment]:

@@ -1,8 +1,8 @@
 """Compiled programs, before they are loaded: instructions with references to maps and constants by name.
 
 What is compiled says nothing of one start of one node: maps' file descriptors and the host's namespace are
-filled in when a program is loaded. So it is kept in a file, and every later start with the same sources and
-options needs no compiler.
+filled in when a program is loaded. So it is kept in a file, which a built package ships (``build``) for the
+machine that it was built on. Where there is none, the first load compiles, and later ones use the cache.
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.datapath.programs.compiler import CompileRequest
+import ebpfproxy
+from ebpfproxy.datapath.programs.compiler import NO_COMPILER, CompileRequest
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-#: Compiled programs are kept here; where it cannot be written to, every load compiles.
+#: The package ships these files; a checkout has none.
+SHIPPED = Path(ebpfproxy.__file__).parent / "bytecode"
+#: This node keeps here what it compiled; where it cannot be written to, every load compiles.
 CACHE = Path(os.environ.get("EBPFPROXY_CACHE_DIR", "/var/cache/ebpfproxy"))
 #: Files that stay: those used last.
 _KEPT_FILES = 64
+#: It changes with Bytecode: a node's cache outlives this version of the agent.
+_FORMAT = "2"
 _LOCK_SUFFIX = ".lock"
 _SECONDS = 120
 
@@ -46,6 +51,10 @@ _LOAD_TIME_CONSTANT = 15
 
 class CompileError(Exception):
     """A source does not compile; the message has the compiler's own words."""
+
+
+class NoCompilerError(Exception):
+    """Nothing was compiled for this machine, and there is no compiler; the message says what would help."""
 
 
 class Program(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +74,13 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
         return bytes(made)
 
 
+class Bytecode(msgspec.Struct, frozen=True, array_like=True):
+    """Programs by name, and the compiler's warnings of their source."""
+
+    programs: dict[str, Program]
+    warnings: str
+
+
 class Recipe(msgspec.Struct, frozen=True):
     """The input of a compilation. ``maps`` and ``constants``: the names that the source may refer to."""
 
@@ -76,18 +92,29 @@ class Recipe(msgspec.Struct, frozen=True):
     constants: tuple[str, ...]
 
     def digest(self) -> str:
-        words = (platform.machine(), self.source, *self.programs, *self.defines, *self.maps, *self.constants)
-        digest = hashlib.sha256("\0".join(words).encode())
+        names = (*self.programs, *self.defines, *self.maps, *self.constants)
+        digest = hashlib.sha256("\0".join((_FORMAT, platform.machine(), self.source, *names)).encode())
         for path in sorted(p for p in self.sources.rglob("*") if p.suffix in (".c", ".h")):
             digest.update(str(path.relative_to(self.sources)).encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:32]
 
 
-def get(recipe: Recipe) -> dict[str, Program]:
-    """Programs by name, from the cache, or compiled and stored there. Raises CompileError."""
-    path = CACHE / recipe.digest()
+def get(recipe: Recipe) -> Bytecode:
+    """What the package ships or the cache has, else compiled and stored there.
+
+    Raises CompileError and NoCompilerError.
+    """
+    return _read(SHIPPED / recipe.digest()) or compiled(recipe, CACHE)
+
+
+def compiled(recipe: Recipe, folder: Path) -> Bytecode:
+    """What ``folder`` has, else compiled and stored there. Raises CompileError and NoCompilerError."""
+    path = folder / recipe.digest()
     found = _read(path)
     if found is not None:
+        # The files used last are kept. The folder may be where nothing can be changed.
+        with suppress(OSError):
+            os.utime(path)
         return found
     with _lock(path):
         # Another process may have compiled it meanwhile.
@@ -95,6 +122,8 @@ def get(recipe: Recipe) -> dict[str, Program]:
         if found is None:
             found = _compile(recipe)
             _write(path, found)
+            if found.warnings:
+                log.warning("compiler warnings", source=recipe.source, warnings=found.warnings)
     return found
 
 
@@ -115,7 +144,7 @@ def _lock(path: Path) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
 
 
-def _compile(recipe: Recipe) -> dict[str, Program]:
+def _compile(recipe: Recipe) -> Bytecode:
     source = recipe.sources / recipe.source
     request = CompileRequest(
         source=str(source),
@@ -124,7 +153,6 @@ def _compile(recipe: Recipe) -> dict[str, Program]:
             f"-I{recipe.sources}",
             "-Wall",
             "-Wextra",
-            "-Werror",
             *recipe.defines,
             *(f"-DMAP_NUMBER_{name}={number}" for number, name in enumerate(recipe.maps)),
             *(f"-DCONSTANT_NUMBER_{name}={number}" for number, name in enumerate(recipe.constants)),
@@ -142,10 +170,17 @@ def _compile(recipe: Recipe) -> dict[str, Program]:
         )
     except subprocess.TimeoutExpired:
         raise CompileError(f"{source}: compiling took longer than {_SECONDS} s") from None
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode == NO_COMPILER:
+        raise NoCompilerError(
+            f"no bytecode of {recipe.source} for {platform.machine()} in {SHIPPED} or {CACHE}, and no "
+            f"compiler to make it: {said}. Install the distribution's python3-bpfcc, or use the image that "
+            "includes it (without -slim in its name)"
+        )
     if done.returncode:
-        raise CompileError(done.stderr.decode(errors="replace"))
-    compiled = msgspec.msgpack.decode(done.stdout, type=dict[str, bytes])
-    return {name: _program(code, recipe) for name, code in compiled.items()}
+        raise CompileError(said)
+    programs = msgspec.msgpack.decode(done.stdout, type=dict[str, bytes])
+    return Bytecode({name: _program(code, recipe) for name, code in programs.items()}, said)
 
 
 def _program(code: bytes, recipe: Recipe) -> Program:
@@ -173,29 +208,26 @@ def _put(instructions: bytearray, at: int, meaning: int, value: int) -> None:
     _INSTRUCTION.pack_into(instructions, (at + 1) * size, 0, 0, 0, value >> 32)
 
 
-# -- files: a SHA-256 of what follows, and the programs as MessagePack
+# -- files: a SHA-256 of what follows, and Bytecode as MessagePack
 
 
-def _read(path: Path) -> dict[str, Program] | None:
+def _read(path: Path) -> Bytecode | None:
     try:
         content = path.read_bytes()
-        digest, programs = content[:32], content[32:]
-        if hashlib.sha256(programs).digest() != digest:
-            log.warning("cached program is damaged, compiling again", file=str(path))
+        digest, bytecode = content[:32], content[32:]
+        if hashlib.sha256(bytecode).digest() != digest:
+            log.warning("bytecode is damaged, compiling again", file=str(path))
             return None
-        # A file that was made with an image may be where nothing can be changed.
-        with suppress(OSError):
-            os.utime(path)
-        return msgspec.msgpack.decode(programs, type=dict[str, Program])
+        return msgspec.msgpack.decode(bytecode, type=Bytecode)
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.debug("failed to read the cache of programs, compiling", reason=str(error))
+        log.debug("failed to read bytecode", file=str(path), reason=str(error))
         return None
 
 
-def _write(path: Path, programs: dict[str, Program]) -> None:
-    content = msgspec.msgpack.encode(programs)
+def _write(path: Path, bytecode: Bytecode) -> None:
+    content = msgspec.msgpack.encode(bytecode)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as made:

@@ -3,7 +3,7 @@
 It reads a :class:`CompileRequest` as JSON from standard input and writes instructions as MessagePack to
 standard output: a map from each program's name to its bytes, eight an instruction (struct bpf_insn, in the
 byte order of this machine). Clang and LLVM live and die here; the agent never holds them. What the compiler
-has to say goes to standard error as it says it.
+has to say goes to standard error as it says it. Exit code 3 (NO_COMPILER) says that bcc cannot be imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import sys
 
 import msgspec
+
+NO_COMPILER = 3
 
 
 class CompileRequest(msgspec.Struct, frozen=True):
@@ -32,7 +34,8 @@ def main() -> None:
     try:
         from bcc import BPF  # noqa: PLC0415 - only this process may load LLVM
     except ImportError as error:
-        raise SystemExit(f"bcc is missing ({error}): install the distribution's python3-bpfcc") from None
+        print(error, file=sys.stderr)
+        raise SystemExit(NO_COMPILER) from None
     try:
         module = BPF(src_file=request.source, cflags=request.cflags)
     except Exception:

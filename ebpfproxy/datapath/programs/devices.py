@@ -10,26 +10,34 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from ebpfproxy.datapath.abi.hooks import LOOPBACK as LOOPBACK_PROGRAMS
-from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook
+from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook, Module
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.attach import LINKS, pin_over
+from ebpfproxy.datapath.programs.attach import DETACHED, LINKS, REPLACED, Drifted, pin_over, program_id
+from ebpfproxy.netlink.rtnetlink import Rtnetlink, device_indexes
+from ebpfproxy.netlink.traffic_control import (
+    EGRESS,
+    INGRESS,
+    Place,
+    delete_clsact,
+    delete_filter,
+    filters,
+    put_filter,
+)
 
 #: Our filters have this priority. Low numbers run first; CNIs use 1 and 49152.
 FILTER_PRIORITY = 3
-#: The program's id follows it: pyroute2 does not decode the kernel's own attribute for that.
+#: The program's id follows it.
 _FILTER_NAME = "ebpfproxy:"
-_ETH_P_ALL = 3
-_CLSACT = 0xFFFF0000
-_PARENTS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
+_PARENTS = {"ingress": INGRESS, "egress": EGRESS}
 _DIRECTIONS = ("ingress", "egress")
 _PIN = re.compile(r"tc-(\d+)-(ingress|egress)(-new)?")
 
@@ -88,9 +96,8 @@ class DeviceAttacher:
                 continue
             try:
                 what = self._attach(target, programs)
-            except (bpf.BpfError, NetlinkError) as error:
-                code = error.errno if isinstance(error, bpf.BpfError) else error.code
-                if code != errno.ENODEV:
+            except OSError as error:
+                if error.errno != errno.ENODEV:
                     failed.append(f"{target.name}: {error}")
                 self._attached.pop(target.ifindex, None)
                 continue
@@ -105,8 +112,7 @@ class DeviceAttacher:
         return changed, failed
 
     def _attach(self, target: Target, programs: Path) -> str:
-        usual = RAW_PACKETS if target.raw else PACKETS
-        module = LOOPBACK_PROGRAMS if target == LOOPBACK else usual
+        module = _module(target)
         did = []
         # Replies are translated before the first connection is.
         for hook in reversed(module.hooks):
@@ -117,6 +123,42 @@ class DeviceAttacher:
                 else:
                     did.append(_filter(target, direction, program))
         return "" if not any(did) else next(filter(None, did))
+
+    # -- what others have done
+
+    def drifted(self) -> dict[int, list[Drifted]]:
+        """Devices by index that have lost a program since they were attached to. Any thread may ask."""
+        attached = list(self._attached.values())
+        found: dict[int, list[Drifted]] = {}
+        ids: dict[Path, int | None] = {}
+        with Rtnetlink() as netlink:
+            for target, programs in attached:
+                for hook in _module(target).hooks:
+                    path = programs / f"{hook.name}{_module(target).suffix}"
+                    if path not in ids:
+                        ids[path] = program_id(path)
+                    there = self._program(netlink, target, _direction(hook))
+                    if there != ids[path] and _exists(target.ifindex):
+                        kind = DETACHED if there is None else REPLACED
+                        drift = Drifted(f"{target.name} {_direction(hook)}", kind)
+                        found.setdefault(target.ifindex, []).append(drift)
+        return found
+
+    def forget(self, ifindexes: Iterable[int]) -> None:
+        """Makes the next :meth:`attach` look what these devices have."""
+        for index in ifindexes:
+            self._attached.pop(index, None)
+
+    def _program(self, netlink: Rtnetlink, target: Target, direction: str) -> int | None:
+        """The id of our program at a device, None if there is none."""
+        if not self._tcx:
+            with suppress(OSError):
+                return _our_filter(netlink, target.ifindex, direction)
+            return None
+        with bpf.pinned(self._links / f"tc-{target.ifindex}-{direction}") as link:
+            if link is not None and (info := bpf.tcx_link_info(link)).ifindex == target.ifindex:
+                return int(info.prog_id)
+        return None
 
     def _link(self, target: Target, attach_type: int, direction: str, program: int) -> str:
         path = self._links / f"tc-{target.ifindex}-{direction}"
@@ -139,6 +181,19 @@ class DeviceAttacher:
         return remove_filters(wanted)
 
 
+def _exists(ifindex: int) -> bool:
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
+
+
+def _module(target: Target) -> Module:
+    usual = RAW_PACKETS if target.raw else PACKETS
+    return LOOPBACK_PROGRAMS if target == LOOPBACK else usual
+
+
 def _direction(hook: Hook) -> str:
     return "ingress" if hook.attach_type == TCX_INGRESS else "egress"
 
@@ -158,79 +213,41 @@ def _remove_links(links: Path, wanted: dict[int, Target]) -> list[str]:
 
 def _filter(target: Target, direction: str, program: int) -> str:
     """Adds or replaces our filter."""
-    with IPRoute() as netlink:
+    wanted = bpf.prog_info(program).id
+    with Rtnetlink() as netlink:
         known = _our_filter(netlink, target.ifindex, direction)
-        if known == bpf.prog_info(program).id:
+        if known == wanted:
             return ""
-        try:
-            netlink.tc("add", "clsact", target.ifindex)
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
-        netlink.tc(
-            "replace-filter",
-            "bpf",
-            target.ifindex,
-            handle=1,
-            parent=_PARENTS[direction],
-            protocol=_ETH_P_ALL,
-            prio=FILTER_PRIORITY,
-            fd=program,
-            name=f"{_FILTER_NAME}{bpf.prog_info(program).id}",
-            classid=1,
-            direct_action=True,
-        )
+        put_filter(netlink, _place(target.ifindex, direction), program, f"{_FILTER_NAME}{wanted}")
     return "attached" if known is None else "replaced"
 
 
-def _filters(netlink: Any, index: int, direction: str) -> list[Any]:
-    try:
-        return list(netlink.get_filters(index, parent=_PARENTS[direction]))
-    except NetlinkError as error:
-        # No clsact there, or no device any more.
-        if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
-            return []
-        raise
+def _place(ifindex: int, direction: str) -> Place:
+    return Place(ifindex, _PARENTS[direction], FILTER_PRIORITY)
 
 
-def _our_filter(netlink: Any, index: int, direction: str) -> int | None:
+def _our_filter(netlink: Rtnetlink, index: int, direction: str) -> int | None:
     """The program's id, None without a filter of ours."""
-    for each in _filters(netlink, index, direction):
-        if each["info"] >> 16 != FILTER_PRIORITY or each.get_attr("TCA_KIND") != "bpf":
-            continue
-        options = each.get_attr("TCA_OPTIONS")
-        name = (options.get_attr("TCA_BPF_NAME") if options is not None else None) or ""
-        if name.startswith(_FILTER_NAME):
-            return int(name.removeprefix(_FILTER_NAME))
+    for each in filters(netlink, index, _PARENTS[direction]):
+        if each.priority == FILTER_PRIORITY and each.name.startswith(_FILTER_NAME):
+            return int(each.name.removeprefix(_FILTER_NAME))
     return None
-
-
-def _indexes(netlink: Any) -> list[int]:
-    return [link["index"] for link in netlink.get_links()]
 
 
 def remove_filters(keep: Iterable[int] = ()) -> list[str]:
     """Removes our filters from all devices but these, and a clsact that is then empty."""
     kept = set(keep)
     gone = []
-    with IPRoute() as netlink:
-        for index in _indexes(netlink):
+    with Rtnetlink() as netlink:
+        for index in device_indexes(netlink):
             if index in kept:
                 continue
             ours = [d for d in _DIRECTIONS if _our_filter(netlink, index, d) is not None]
             for direction in ours:
-                netlink.tc(
-                    "del-filter",
-                    "bpf",
-                    index,
-                    handle=1,
-                    parent=_PARENTS[direction],
-                    protocol=_ETH_P_ALL,
-                    prio=FILTER_PRIORITY,
-                )
+                delete_filter(netlink, _place(index, direction))
                 gone.append(f"device {index} {direction} detached")
-            if ours and not any(_filters(netlink, index, d) for d in _DIRECTIONS):
-                netlink.tc("del", "clsact", index, handle=_CLSACT)
+            if ours and not any(filters(netlink, index, parent) for parent in _PARENTS.values()):
+                delete_clsact(netlink, index)
     return gone
 
 
@@ -256,8 +273,8 @@ def link_attachments(pins: Path) -> list[DeviceAttachment]:
 def filter_attachments() -> list[DeviceAttachment]:
     """Reads the filters of every device of this network namespace."""
     found = []
-    with IPRoute() as netlink:
-        for index in _indexes(netlink):
+    with Rtnetlink() as netlink:
+        for index in device_indexes(netlink):
             for direction in _DIRECTIONS:
                 program = _our_filter(netlink, index, direction)
                 if program is not None:

@@ -9,15 +9,19 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import PACKETS, SOCKETS, Module
+from ebpfproxy.datapath.abi.layout import cpus_of_a_row_shift
+from ebpfproxy.datapath.abi.schema import MAP_NAMES
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import VerifierError
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.kernel.probe import Features
+from ebpfproxy.datapath.kernel.probe import Features, may_calculate_with_pointers
 from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.datapath.services import slots
 
@@ -26,6 +30,15 @@ _SHOWN_LINES = 12
 
 class LoadError(Exception):
     """Programs did not compile or load; the message has the program's name and the tool's own words."""
+
+
+class Sizes(NamedTuple):
+    """What programs have to know of the maps and of the machine."""
+
+    socket_slots: int
+    services: int
+    #: Possible CPUs.
+    cpus: int
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -45,10 +58,15 @@ class Options(msgspec.Struct, frozen=True):
     masquerade_ports_shared: bool = False
     #: A local pod is known by its address (the ``cidrs`` map), not by the device that it is behind.
     pods_by_cidr: bool = False
+    #: Programs report decisions to a command that holds the lease of the ``tracing`` map.
+    trace_decisions: bool = False
 
-    def constants(self) -> dict[str, int]:
+    def constants(self, sizes: Sizes) -> dict[str, int]:
         """The constants of bpf/lib/options.h by name: unsigned 64 bits, filled in at the load."""
         return {
+            "ORIGIN_SLOT_MASK": sizes.socket_slots - 1,
+            "SERVICES": sizes.services,
+            "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
             "HAVE_MPTCP": self.features.mptcp,
@@ -60,6 +78,7 @@ class Options(msgspec.Struct, frozen=True):
             "MASQUERADE_LAST": self.masquerade_ports[1],
             "MASQUERADE_PORTS_SHARED": self.masquerade_ports_shared,
             "PODS_BY_CIDR": self.pods_by_cidr,
+            "TRACE_DECISIONS": self.trace_decisions,
         }
 
 
@@ -72,20 +91,27 @@ def source_folder() -> Path:
     raise LoadError(f"the BPF sources are neither in {package / 'bpf'} nor in {package.parent / 'bpf'}")
 
 
-def _recipe(sources: Path, options: Options, maps: MapSet, module: Module) -> bytecode.Recipe:
+def recipe(sources: Path, module: Module) -> bytecode.Recipe:
+    """What the module is compiled from: the same for maps of any size and all options."""
+    any_options = Options(Features(set_retval=False), host_netns_cookie=0)
     return bytecode.Recipe(
         sources=sources,
         source=module.source,
         programs=tuple(hook.name for hook in module.hooks),
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
-        maps=tuple(sorted(maps.maps)),
-        constants=tuple(sorted(options.constants())),
+        maps=MAP_NAMES,
+        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1)))),
     )
 
 
+def _sizes(maps: MapSet) -> Sizes:
+    slots, rejections = maps["sock_origin"].spec, maps["service_rejections"].spec
+    return Sizes(slots.max_entries, rejections.max_entries, bpf.possible_cpus())
+
+
 def _home(sources: Path, options: Options, maps: MapSet) -> Path:
-    digest = hashlib.sha256(_recipe(sources, options, maps, SOCKETS).digest().encode())
-    digest.update(repr(sorted(options.constants().items())).encode())
+    digest = hashlib.sha256(recipe(sources, SOCKETS).digest().encode())
+    digest.update(repr(sorted(options.constants(_sizes(maps)).items())).encode())
     return maps.folder / f"progs-{digest.hexdigest()[:12]}"
 
 
@@ -101,8 +127,11 @@ def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (S
     """
     sources = source_folder()
     home = _home(sources, options, maps)
-    home.mkdir(exist_ok=True)
     missing = [m for m in modules if not is_loaded(home, m)]
+    # The verifier says it, too, but in its own words, and after many seconds: it looks for speculative paths.
+    if missing and not may_calculate_with_pointers():
+        raise LoadError("programs do not load without CAP_PERFMON or CAP_SYS_ADMIN")
+    home.mkdir(exist_ok=True)
     with ThreadPoolExecutor(len(missing) or 1, thread_name_prefix="loader") as workers:
         loads = [workers.submit(_load, sources, options, maps, home, module) for module in missing]
     failed = [error for load in loads if (error := load.exception()) is not None]
@@ -128,17 +157,19 @@ def _unpin(home: Path, module: Module) -> None:
 def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Module) -> None:
     _unpin(home, module)
     try:
-        programs = bytecode.get(_recipe(sources, options, maps, module))
+        programs = bytecode.get(recipe(sources, module)).programs
+    except bytecode.NoCompilerError as error:
+        raise LoadError(str(error)) from None
     except bytecode.CompileError as error:
         raise LoadError(_compiler_says(str(error), sources / module.source)) from None
     fds = {name: each.fd for name, each in maps.maps.items()}
     for hook in module.hooks:
-        code = programs[hook.name].linked(fds, options.constants())
+        code = programs[hook.name].linked(fds, options.constants(_sizes(maps)))
         # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
         attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
         try:
             fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
-        except bpf.VerifierError as error:
+        except VerifierError as error:
             raise LoadError(_verifier_says(hook.name, error)) from None
         try:
             bpf.pin(fd, _pins(home, module)[hook.name])
@@ -154,7 +185,7 @@ def _compiler_says(said: str, source: Path) -> str:
     return "\n".join([f"{source} does not compile (kernel {platform.release()}):", *shown])
 
 
-def _verifier_says(program: str, error: bpf.VerifierError) -> str:
+def _verifier_says(program: str, error: VerifierError) -> str:
     """The verifier's own message, shortened, with the program and the kernel. It gives its reason last."""
     shown = [line for line in error.log.splitlines() if line.strip()][-_SHOWN_LINES:]
     what = f"program {program} does not load (kernel {platform.release()})"
@@ -167,9 +198,3 @@ def remove_others(maps: MapSet, keep: Path) -> list[Path]:
     for folder in removed:
         shutil.rmtree(folder)
     return removed
-
-
-def program_id(path: Path) -> int | None:
-    """The id of the pinned program, None if there is none."""
-    with bpf.pinned(path) as fd:
-        return int(bpf.prog_info(fd).id) if fd is not None else None

@@ -7,11 +7,13 @@ is programmed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from itertools import starmap
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, RemovalReason
 from ebpfproxy.datapath.abi.layout import U32, ServiceKey
+from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.backends import Backends
@@ -97,8 +99,8 @@ def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozense
 
 
 def _uses(maps: MapSet) -> Iterator[BackendUse]:
-    for _, value in maps["sock_origin"].items():
-        yield socket_layout.origin_use(value)
+    for origins in OriginTable(maps).connected():
+        yield from starmap(BackendUse, socket_layout.origin_uses(origins))
     for key, value in maps["conntrack"].items():
         yield Entry(key, value).use
 

@@ -11,8 +11,10 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Set
 
-from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.arrays import BackendRecords
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.filter import backend_hash, set_bit
 from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends
 from ebpfproxy.services.model import Backend, BackendState
@@ -28,7 +30,11 @@ class Backends:
         """``selected``: the ids in selections that were there before."""
         self._map = maps.shared("backends")
         self._records = maps.backends()
-        self._stats = maps["backend_stats"]
+        #: The record of a backend, without what programs count.
+        size = layout.BACKEND.size
+        self._kept = BackendRecords(self._map.keep(size), self._map.spec.max_entries, size)
+        #: Programs take a socket with another peer for one that has no record: bits stay.
+        self._filter, self._ports = maps.shared("backend_filter"), maps.shared("backend_ports")
         self._loads = maps.loads()
         self._adopted = maps.adopted
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
@@ -47,8 +53,8 @@ class Backends:
     def _read(self) -> dict[Backend, int]:
         """Ids of those that are there. The others are gone, or an agent was killed before it said so."""
         found: dict[Backend, int] = {}
-        for number in self._records.ids():
-            known = self._records.read(number)
+        for number in self._kept.ids():
+            known = self._kept.read(number)
             assert known is not None
             backend, state = known
             if state is BackendState.GONE and number not in self._selected:
@@ -76,10 +82,14 @@ class Backends:
         if number is None:
             number = self._ids.add(backend)
             self._fresh.append(backend)
-            self._records.write(number, backend, BackendState.ACTIVE)
-            self._map.writes += 1
+            # Before anybody can read whose counts these are: a killed agent may have left them.
             if self._adopted or self._ids.recycles:
-                self._stats.update(U32.pack(number), self._stats.zero)
+                self._loads.clear(number)
+            set_bit(self._filter, backend_hash(backend.address, backend.port))
+            set_bit(self._ports, backend.port)
+            for records in (self._kept, self._records):
+                records.write(number, backend, BackendState.ACTIVE)
+            self._map.writes += 1
         return number
 
     def ids_of(self, backends: Collection[Backend]) -> frozenset[int]:
@@ -104,7 +114,8 @@ class Backends:
                 self._retire(number)
 
     def _clear(self, number: int) -> None:
-        self._records.clear(number)
+        for records in (self._kept, self._records):
+            records.clear(number)
         self._map.writes += 1
 
     @property
@@ -118,12 +129,12 @@ class Backends:
         """Notes that an adopted service port holds these; returns those that are not active."""
         for number in held:
             self._refs[number] += 1
-            if self._records.state(number) == BackendState.GONE:
+            if self._kept.state(number) == BackendState.GONE:
                 # An agent was killed before its change came to pass.
                 self._turned.add(number)
         inactive = InactiveBackends(
             *(
-                frozenset(n for n in held if self._records.state(n) == state) or NO_IDS
+                frozenset(n for n in held if self._kept.state(n) == state) or NO_IDS
                 for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
             )
         )
@@ -139,7 +150,7 @@ class Backends:
             self._refs[number] -= 1
         self._recount(before, after)
         # A new one is active: a hundred thousand of them need not be settled.
-        known = (n for n in came if self._records.state(n) != BackendState.ACTIVE)
+        known = (n for n in came if self._kept.state(n) != BackendState.ACTIVE)
         self._turned.update(turned, known, went)
 
     def settle(self) -> None:
@@ -169,14 +180,15 @@ class Backends:
         return BackendState.TERMINATING if leaving else BackendState.QUARANTINED
 
     def _set_state(self, number: int, state: BackendState) -> None:
-        if self._records.state(number) != state:
-            self._records.set_state(number, state)
+        if self._kept.state(number) != state:
+            for records in (self._kept, self._records):
+                records.set_state(number, state)
             self._map.writes += 1
 
     # -- their end
 
     def _retire(self, number: int) -> None:
-        known = self._records.read(number)
+        known = self._kept.read(number)
         assert known is not None, f"backend {number} is held but not written"
         if self._ids.get(known[0]) == number:
             self._ids.forget(known[0])

@@ -15,15 +15,30 @@ from ebpfproxy.datapath.kernel.maps import SharedArray
 
 _WORDS = struct.Struct("=4I")
 _GOLDEN = 0x9E3779B1
-_FACTORS = (0x27D4EB2F, 0xC2B2AE35, 0x85EBCA6B, 1)
+_PORT_FACTOR = 0x165667B1
 _MASK = 0xFFFFFFFF
 
 
 def address_hash(address: bytes) -> int:
     """The number of an address; ``address_of_interest`` in C computes the same."""
-    words: tuple[int, ...] = _WORDS.unpack(pack_address(address))
-    folded = sum(word * factor for word, factor in zip(words, _FACTORS, strict=True))
-    return (folded * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
+    return (_fold(address) * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
+
+
+def backend_hash(address: bytes, port: int) -> int:
+    """The number of a backend; ``may_be_backend`` in C computes the same."""
+    return ((_fold(address) + port * _PORT_FACTOR) * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
+
+
+def _fold(address: bytes) -> int:
+    first, second, third, last = _WORDS.unpack(pack_address(address))
+    return int(last + third * 0x85EBCA6B + second * 0xC2B2AE35 + first * 0x27D4EB2F)
+
+
+def set_bit(memory: SharedArray, number: int) -> None:
+    at, bit = number >> 3, 1 << (number & 7)
+    byte = memory.keep()[at]
+    if not byte & bit:
+        memory.store(at, bytes((byte | bit,)))
 
 
 class BitFilter:
@@ -31,31 +46,27 @@ class BitFilter:
 
     def __init__(self, memory: SharedArray) -> None:
         self._memory = memory
+        memory.keep()
         self._wanted: Counter[int] = Counter()
 
     def add(self, number: int) -> None:
         """Sets the number's bit."""
         self._wanted[number] += 1
         if self._wanted[number] == 1:
-            at, bit = number >> 3, 1 << (number & 7)
-            byte = self._memory.bytes[at]
-            if not byte & bit:
-                self._memory.bytes[at] = byte | bit
-                self._memory.writes += 1
+            set_bit(self._memory, number)
 
     def remove(self, number: int) -> None:
         """Undoes one :meth:`add`."""
         self._wanted[number] -= 1
         if not self._wanted[number]:
             del self._wanted[number]
-            self._memory.bytes[number >> 3] &= ~(1 << (number & 7))
-            self._memory.writes += 1
+            byte = self._memory.keep()[number >> 3]
+            self._memory.store(number >> 3, bytes((byte & ~(1 << (number & 7)),)))
 
     def drop_leftovers(self) -> None:
         """Clears bits that an earlier agent has left."""
         wanted = bytearray(self._memory.stride)
         for number in self._wanted:
             wanted[number >> 3] |= 1 << (number & 7)
-        if self._memory.bytes[: len(wanted)] != wanted:
-            self._memory.bytes[: len(wanted)] = wanted
-            self._memory.writes += 1
+        if any(memory[: len(wanted)] != wanted for memory in (self._memory.keep(), self._memory.bytes)):
+            self._memory.store(0, bytes(wanted))

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from functools import partial
+from itertools import chain
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.kernel.maps import Map, MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.services.model import FrontendKind
 
@@ -45,7 +48,7 @@ class Frontends:
                 self._answered |= {key.address}
                 entry = entry._replace(flags=entry.flags & ~ServiceFlags.OWN)  # noqa: PLW2901
             self._entries[key] = entry
-            self._note(key, entry.kind, closes=False)
+            self._note(key, entry.kind)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -55,6 +58,18 @@ class Frontends:
 
     def get(self, key: ServiceKey) -> ServiceEntry | None:
         return self._entries.get(key)
+
+    def owned(self) -> list[Owned]:
+        """The maps, with what they should hold."""
+        node = Owned(self._node_map, lambda: _packed_addresses(self._node_addresses))
+        return [*(Owned(table, partial(self._wanted, size)) for size, table in self._tables.items()), node]
+
+    def _wanted(self, size: int) -> Iterable[tuple[bytes, bytes]]:
+        """All packed entries of a family. Packing them is left to whoever reads them."""
+        entries = [each for each in self._entries.items() if len(each[0].address) == size]
+        closed = [ip for ip in self._cluster_ips if len(ip) == size and ip not in self._answered]
+        packed = ((layout.pack_service_key(*key), self._marked(key, entry)) for key, entry in entries)
+        return chain(packed, map(layout.pack_cluster_ip, closed))
 
     def _stored(self) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
         """All entries of both maps, those for the other ports of cluster IPs among them."""
@@ -70,8 +85,8 @@ class Frontends:
         for size, table in self._tables.items():
             batch = {key: entry for key, entry in entries.items() if len(key.address) == size}
             # What a filter does not know would pass untouched: it learns first, and forgets last.
-            for key, entry in batch.items():
-                self._note(key, entry.kind)
+            first = [key.address for key, entry in batch.items() if self._note(key, entry.kind)]
+            self._close_other_ports(first)
             refused = self._store(table, batch)
             losers: dict[ServiceKey, int] = {}
             for key, entry in batch.items():
@@ -119,17 +134,17 @@ class Frontends:
         self._forget(key, entry.kind)
         self._lost(entry.id, key)
 
-    def _note(self, key: ServiceKey, kind: FrontendKind, *, closes: bool = True) -> None:
-        """Adds a key to the filters; a cluster IP gets an entry for all its other ports, too."""
+    def _note(self, key: ServiceKey, kind: FrontendKind) -> bool:
+        """Adds a key to the filters. True for the first of a cluster IP: its other ports are to be closed."""
         self._ports.add(key.port)
         if kind is FrontendKind.NODE_PORT:
-            return
+            return False
         address = key.address
         self._addresses.add(address_hash(address))
-        if kind is FrontendKind.CLUSTER_IP:
-            self._cluster_ips[address] += 1
-            if self._cluster_ips[address] == 1 and closes:
-                self._close_other_ports(address)
+        if kind is not FrontendKind.CLUSTER_IP:
+            return False
+        self._cluster_ips[address] += 1
+        return self._cluster_ips[address] == 1
 
     def _forget(self, key: ServiceKey, kind: FrontendKind) -> None:
         address = key.address
@@ -142,12 +157,11 @@ class Frontends:
             self._addresses.remove(address_hash(address))
         self._ports.remove(key.port)
 
-    def _close_other_ports(self, address: bytes) -> None:
-        if address in self._answered:
-            return
-        key, value = layout.pack_cluster_ip(address)
-        # Without room for it such ports are not rejected, and nothing else is different.
-        self._tables[len(address)].update_many({key: value})
+    def _close_other_ports(self, addresses: Iterable[bytes]) -> None:
+        """Adds an entry for all ports that a cluster IP lacks; without room they are not rejected."""
+        closed = [address for address in addresses if address not in self._answered]
+        for size, table in self._tables.items():
+            table.update_many(dict(layout.pack_cluster_ip(each) for each in closed if len(each) == size))
 
     def _open_other_ports(self, address: bytes) -> None:
         key, _ = layout.pack_cluster_ip(address)
@@ -156,8 +170,7 @@ class Frontends:
     def _repair_cluster_ips(self) -> None:
         """Brings the entries for other ports in line with the cluster IPs, whatever was adopted."""
         found = {key.address for key, entry in self._stored() if entry.flags & ServiceFlags.ADDRESS}
-        for address in self._cluster_ips.keys() - found:
-            self._close_other_ports(address)
+        self._close_other_ports(self._cluster_ips.keys() - found)
         for address in found - (self._cluster_ips.keys() - self._answered):
             self._open_other_ports(address)
 
@@ -193,11 +206,15 @@ class Frontends:
             self._store(table, {key: entry for key, entry in entries.items() if len(key.address) == size})
         for address in changed:
             self._open_other_ports(address)
-            self._close_other_ports(address)
+        self._close_other_ports(changed)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """Sets the addresses of this node's NodePorts."""
         table, known = self._node_map, self._node_addresses
-        table.update_many({layout.pack_address(address): U32.pack(1) for address in addresses - known})
+        table.update_many(dict(_packed_addresses(addresses - known)))
         table.delete_many([layout.pack_address(address) for address in known - addresses])
         self._node_addresses = addresses
+
+
+def _packed_addresses(addresses: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return ((layout.pack_address(address), U32.pack(1)) for address in addresses)

@@ -19,16 +19,17 @@ program can still hold them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.frontend_table import Frontends
-from ebpfproxy.datapath.services.plan import Change, Member
+from ebpfproxy.datapath.services.plan import NO_MEMBERS, Change, Member, Published
 from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import ServicePortKey
 
@@ -139,6 +140,43 @@ class Publisher:
         """Deletes members that a killed agent left behind."""
         for member in of:
             self._members.delete(_packed(member))
+
+    def owned(
+        self,
+        names: Callable[[], list[tuple[ServicePortKey, int]]],
+        published: Mapping[ServicePortKey, Published],
+    ) -> list[Owned]:
+        """The maps that nothing else writes, with what they should hold.
+
+        ``names``: the service ports that have ids. ``published``: what is known of each, as it is later, too.
+        """
+
+        def named() -> Iterable[tuple[bytes, bytes]]:
+            unnamed = frozenset(self._unnamed)
+            return (
+                (U32.pack(number), layout.pack_name(name))
+                for name, number in names()
+                if number not in unnamed
+            )
+
+        def members() -> Iterable[tuple[bytes, bytes]]:
+            found = [(each.id, each.members) for each in published.values() if each.members != NO_MEMBERS]
+            return (
+                (layout.pack_member(number * layout.POLICIES + policy, backend_id), _PRESENT)
+                for number, both in found
+                for policy, backend_ids in enumerate(both)
+                for backend_id in backend_ids
+            )
+
+        def sources() -> Iterable[tuple[bytes, bytes]]:
+            found = [(each.id, each.sources) for each in published.values() if each.sources]
+            return (
+                (layout.pack_source_range(number, prefix), _PRESENT)
+                for number, prefixes in found
+                for prefix in prefixes
+            )
+
+        return [Owned(self._names, named), Owned(self._members, members), Owned(self._sources, sources)]
 
 
 def _packed(member: Member) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
-from ebpfproxy.datapath.abi.layout import U64
+from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.frontend_table import Frontends
 
@@ -22,7 +22,7 @@ class Redirects:
 
     def __init__(self, maps: MapSet, frontends: Frontends) -> None:
         self._map = maps["sock_redirects"]
-        self._origins = maps["sock_origin"]
+        self._origins = OriginTable(maps)
         self._frontends = frontends
         #: Addresses and ports of backends, by map key: the filters let programs see packets to them.
         self._watched: dict[bytes, tuple[bytes, int]] = {}
@@ -55,7 +55,7 @@ class Redirects:
         over = set()
         for key, value in self._map.items():
             cookie = socket_layout.unpack_redirect(value).cookie
-            origin = self._origins.lookup(U64.pack(cookie))
+            origin = self._origins.of(cookie)
             flow = flow_layout.unpack_flow(key)
             if origin is None or socket_layout.origin_backend(origin) != (
                 flow.destination,

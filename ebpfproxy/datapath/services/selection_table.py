@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-from ebpfproxy.datapath.abi.arrays import Range, backend_ids
+from ebpfproxy.datapath.abi.arrays import Range, Selections, backend_ids
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.services.slots import Source
@@ -20,6 +20,7 @@ class SelectionTable:
         """``service_ids``: those whose ranges are in use."""
         self._selections, self._slots = maps.shared("selections"), maps.shared("slots")
         self._view = maps.selections()
+        self._kept = Selections(self._selections.kept_words(), self._slots.keep())
         used = [chosen for number in service_ids for chosen in self.ranges(number) if chosen[1]]
         self._ranges = Ranges(self._slots.spec.max_entries, used)
 
@@ -31,10 +32,10 @@ class SelectionTable:
 
     def ranges(self, service_id: int) -> tuple[Range, Range]:
         """The ranges of a service by policy."""
-        return self._view.ranges(service_id)
+        return self._kept.ranges(service_id)
 
     def slots(self, used: Range) -> array[int]:
-        return self._view.slots(used)
+        return self._kept.slots(used)
 
     def backends(self, service_id: int) -> set[int]:
         """The backends that a service chooses from, under either policy."""
@@ -57,7 +58,8 @@ class SelectionTable:
         if not words:
             return NO_SLOTS
         base = self._ranges.allocate(len(words))
-        self._view.write_slots(base, words)
+        for view in (self._kept, self._view):
+            view.write_slots(base, words)
         self._slots.writes += len(words)
         return base, len(words)
 
@@ -70,7 +72,8 @@ class SelectionTable:
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
         """Stores a range: readers see the old one or this one."""
-        self._view.set_range(service_id, policy, used)
+        for view in (self._kept, self._view):
+            view.set_range(service_id, policy, used)
         self._selections.writes += 1
 
     def clear(self, service_id: int) -> None:

@@ -15,15 +15,17 @@ import msgspec
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
 from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import U32, ServiceKey
+from ebpfproxy.datapath.abi.layout import ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Removal, RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services import plan
 from ebpfproxy.datapath.services.absences import Absences
 from ebpfproxy.datapath.services.adopt import adopt, service_names
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.capacity import CapacityError, CapacityErrors
+from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
@@ -71,7 +73,7 @@ class Writer:
         self._absences = Absences(absence, clock)
         self._host_sources = HostSources(source_towards)
         self._wait_for_readers = wait_for_readers
-        self._stats = maps["service_stats"]
+        self._counts = ServiceCounts(maps)
         self._is_adopted = maps.adopted
         self._retired = Retired([], [], [])
         self._lost: set[LostFrontend] = set()
@@ -89,7 +91,7 @@ class Writer:
         self._publisher = Publisher(maps, tables)
         self._published, self._strangers = adopt(maps, names, tables)
         self._service_ids: Ids[ServicePortKey] = Ids(
-            self._stats.spec.max_entries, {name: number for number, name in names.items()}
+            maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
         )
 
     # -- what is there
@@ -119,6 +121,18 @@ class Writer:
     def needs_client_key(self) -> bool:
         """True if the choice for any Service depends on the client."""
         return any(entry.needs_client_key for _, entry in self._frontends.items())
+
+    def names(self) -> dict[int, ServicePortKey]:
+        """The service ports by id."""
+        return {number: name for name, number in self._service_ids.items()}
+
+    def owned(self) -> list[Owned]:
+        """The hashes and tries that nothing else writes, with what they should hold."""
+        return [
+            *self._publisher.owned(self._service_ids.items, self._published),
+            self._removed_backends.owned(),
+            *self._frontends.owned(),
+        ]
 
     # -- changes
 
@@ -242,7 +256,7 @@ class Writer:
         self._selections.clear(number)
         change.names[number] = key
         if self._is_adopted or self._service_ids.recycles:
-            self._stats.update(U32.pack(number), self._stats.zero)
+            self._counts.clear(number)
         return number
 
     def _held(self, known: Published) -> set[int]:

@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+#: The results of sending events. ``created``, and ``exists``: another node or an earlier start sent the same;
+#: ``repeated`` and ``limited``: see ``correlation``; ``dropped``: the queue is full; ``gone``: the object is
+#: no longer there; ``forbidden``: by a 403 or in the time after it; ``rejected``: by another 4xx; ``failed``:
+#: after the last try.
+RESULTS = (
+    "created", "exists", "repeated", "limited", "dropped", "gone", "forbidden", "rejected", "failed",
+)  # fmt: skip
+
 #: The API server's limits (pkg/apis/core/validation/events.go); Go counts text in bytes.
 _NOTE_BYTES = 1024
 _INSTANCE_BYTES = 128

@@ -30,16 +30,6 @@ from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
 
-Record = Callable[[KubeEvent], None]
-
-#: The results of sending events. ``created``, and ``exists``: another node or an earlier start sent the same;
-#: ``repeated`` and ``limited``: see ``correlation``; ``dropped``: the queue is full; ``gone``: the object is
-#: no longer there; ``forbidden``: by a 403 or in the time after it; ``rejected``: by another 4xx; ``failed``:
-#: after the last try.
-RESULTS = (
-    "created", "exists", "repeated", "limited", "dropped", "gone", "forbidden", "rejected", "failed",
-)  # fmt: skip
-
 _PATHS = {
     "Service": "/api/v1/namespaces/{}/services",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
@@ -90,7 +80,7 @@ class _Items(msgspec.Struct):
 
 
 class _Over(Exception):  # noqa: N818 - a result, not an error
-    """``result`` is one of :data:`RESULTS`; ``why`` is logged once for each ``kind``."""
+    """``result`` is one of ``kube.events.event.RESULTS``; ``why`` is logged once for each ``kind``."""
 
     def __init__(self, result: str, kind: str = "", why: str = "") -> None:
         super().__init__(why)
@@ -108,7 +98,7 @@ class Recorder:
         count: Callable[[str], None],
         pace: Pace | None = None,
     ) -> None:
-        """``count`` is told of each of :data:`RESULTS`."""
+        """``count`` is told of each of ``kube.events.event.RESULTS``."""
         self._connection = connection
         self._node = node
         self._count = count

@@ -28,8 +28,9 @@ import msgspec
 import urllib3
 
 from ebpfproxy.kube.backoff import Backoff
-from ebpfproxy.kube.client import ApiConnection, ConfigError, read, refusal
+from ebpfproxy.kube.client import ApiConnection, read, refusal
 from ebpfproxy.kube.decode import Decoder
+from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Expired, Failure
 from ebpfproxy.kube.objects import OPTIONAL, Event, Reduce, Resource, key_of
 from ebpfproxy.kube.source_status import SourceStatus, State

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-import yaml
-
+from ebpfproxy import yaml_text
 from ebpfproxy.operator.api import Object
 
 
@@ -22,9 +21,9 @@ def folder() -> Traversable:
 def objects() -> list[Object]:
     """Returns them in the kustomization's order: what others need comes first. Each call reads anew."""
     place = folder()
-    kustomization = yaml.safe_load((place / "kustomization.yaml").read_text(encoding="utf-8"))
+    kustomization = yaml_text.load((place / "kustomization.yaml").read_text(encoding="utf-8"))
     return [
         each
         for name in kustomization["resources"]
-        for each in yaml.safe_load_all((place / name).read_text(encoding="utf-8"))
+        for each in yaml_text.load_all((place / name).read_text(encoding="utf-8"))
     ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.names import AGENT, KUBEADM_CONFIG, SYSTEM
 from ebpfproxy.services.values import parse_prefix
@@ -50,7 +51,7 @@ def networking(api: Api) -> Networking:
     """Reads kubeadm's own ConfigMap. Raises ApiError."""
     text = api.config(SYSTEM, KUBEADM_CONFIG, "ClusterConfiguration")
     try:
-        document: Any = yaml.safe_load(text)
+        document: Any = yaml_text.load(text)
         section = document["networking"]
         return Networking(*(tuple(_cidrs(section.get(name))) for name in ("podSubnet", "serviceSubnet")))
     except (yaml.YAMLError, LookupError, TypeError, AttributeError):

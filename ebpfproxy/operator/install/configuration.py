@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.config import kube_proxy as kp
 from ebpfproxy.config import load, write
 from ebpfproxy.config.bind_address import parse_bind_address
@@ -70,7 +70,7 @@ def in_a_pod(
     ``where`` names the file in remarks. ``networking`` fills in what the file leaves out. Raises
     ConfigurationError.
     """
-    documents = {each["kind"]: each for each in yaml.safe_load_all(base)}
+    documents = {each["kind"]: each for each in yaml_text.load_all(base)}
     remarks: list[str] = []
     for kind, found in _said(given):
         rules = {**_POD[kind], **(_WITH_KUBE_PROXY if has_kube_proxy and kind == kp.KIND else {})}

@@ -10,7 +10,7 @@ import msgspec
 from ebpfproxy.config import load
 from ebpfproxy.config.kube_proxy import HEALTHZ_PORT
 from ebpfproxy.config.load import Configuration
-from ebpfproxy.operator import kube_proxy as kube_proxy_objects
+from ebpfproxy.operator import kube_proxy_objects
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.install import cluster_facts, configuration, server_address
 from ebpfproxy.operator.install.cluster_facts import Networking, Version

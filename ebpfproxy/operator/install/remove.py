@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ebpfproxy.operator import kube_proxy as kube_proxy_objects
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import kube_proxy_objects, pods
 from ebpfproxy.operator.api import RESOURCES, Api, ApiError, Object, shown
 from ebpfproxy.operator.install import base, cluster_facts, node_cleanup, rollout
 from ebpfproxy.operator.install.apply import name_of
@@ -23,6 +22,8 @@ from ebpfproxy.operator.names import (
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import Wait
 
+#: The status of a DaemonSet may lag behind its pods, such as after a rollback.
+SETTLE_SECONDS = 5.0
 _SHOWN = 5
 _OFF = f"{KUBE_PROXY_SWITCH}={OFF}"
 Place = tuple[str, str, str]
@@ -65,13 +66,17 @@ def against(api: Api, found: dict[Place, Object]) -> Iterator[str]:
             " rollback` brings it back"
         )
         return
-    theirs = rollout.progress(kube_proxy)
-    wanted = theirs.desired
+    least = 0
     for place, item in found.items():
         if place[0] == "DaemonSet" and place[2] == AGENT:
-            wanted = max(wanted, rollout.progress(item).desired)
-    if theirs.available < wanted or not wanted:
-        yield f"{name} is ready on {theirs.available} of {wanted} nodes"
+            least = max(least, rollout.progress(item).desired)
+    for _ in Wait(SETTLE_SECONDS):
+        theirs = rollout.progress(kube_proxy)
+        wanted = max(least, theirs.desired)
+        if wanted and theirs.available >= wanted:
+            return
+        kube_proxy = kube_proxy_objects.find(api) or kube_proxy
+    yield f"{name} is ready on {theirs.available} of {wanted} nodes"
 
 
 def labels(api: Api, namespace: str) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.printing import Say
 
@@ -119,7 +120,7 @@ def _earlier(before: Object | None) -> tuple[Address, str] | None:
 def _cluster_info(api: Api) -> str:
     """Returns the server of kubeadm's file: one cluster, without a name or a context. Raises ApiError."""
     try:
-        document: Any = yaml.safe_load(api.config(_NAMESPACE, _NAME, _KEY))
+        document: Any = yaml_text.load(api.config(_NAMESPACE, _NAME, _KEY))
         return str(document["clusters"][0]["cluster"]["server"])
     except (yaml.YAMLError, LookupError, TypeError):
         return ""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from ebpfproxy.operator import kube_proxy, pods
+from ebpfproxy.operator import kube_proxy_objects, pods
 from ebpfproxy.operator.api import Api, ApiError, Object, Patch
-from ebpfproxy.operator.kube_proxy import File
+from ebpfproxy.operator.kube_proxy_objects import File
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY, Switch
 from ebpfproxy.operator.names import OFF
 from ebpfproxy.operator.waiting import until
@@ -144,7 +144,7 @@ class Cluster:
 
     def find(self) -> DaemonSet | None:
         """Returns None where the cluster has no DaemonSet of that name."""
-        found = kube_proxy.find(self._api)
+        found = kube_proxy_objects.find(self._api)
         if found is None:
             return None
         return DaemonSet(
@@ -157,8 +157,8 @@ class Cluster:
 
     def configuration(self) -> File | None:
         """Returns the file that kube-proxy is configured by; None where no ConfigMap has it."""
-        found = kube_proxy.find(self._api)
-        return kube_proxy.configuration(self._api, found) if found is not None else None
+        found = kube_proxy_objects.find(self._api)
+        return kube_proxy_objects.configuration(self._api, found) if found is not None else None
 
     def stop(self, seconds: float) -> list[str]:
         """Keeps kube-proxy from this node, and waits until it is gone."""

@@ -1,1 +1,1 @@
-"""Into a cluster and out of it, over real HTTPS; no kubelet: ``controller`` plays a DaemonSet's part."""
+"""Installation and removal over real HTTPS; ``controller`` stands for kubelets and the DaemonSet controller."""

@@ -15,7 +15,7 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[StandIn]:
-    """The stand-in with two nodes, node-a and node-b."""
+    """Yields the stand-in with two nodes, node-a and node-b."""
     made = StandIn(tmp_path)
     for name in ("node-a", "node-b"):
         made.add_node(name)

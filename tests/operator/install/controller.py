@@ -1,10 +1,10 @@
-"""The DaemonSet controller's and the kubelets' part: pods by node, their status, and the DaemonSet's."""
+"""A DaemonSet controller and kubelets: pods by node, their status and that of the DaemonSet."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import threading
-import urllib.error
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +37,9 @@ class Controller:
 
     def _run(self) -> None:
         while not self._stopping.wait(0.03):
-            # Something may be deleted, or the server stopped, between two requests.
-            with contextlib.suppress(OSError, urllib.error.HTTPError):
+            # Objects may be deleted between two requests, and the server may stop within a response, which is
+            # incomplete then: HTTPException, or ValueError if it has no length.
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 self._sync()
 
     def _sync(self) -> None:

@@ -1,4 +1,4 @@
-"""An API server to install into: the stand-in over HTTPS, or a real one, and requests that do not go through ebpfproxy."""
+"""An API server to install into: the stand-in over HTTPS or a real one, with requests past ebpfproxy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.operator.install.controller import Controller
 
 IMAGE = "registry.example/ebpfproxy:1.2.3"
 SYSTEM = "kube-system"
-#: An installation has these objects.
+#: An installation consists of these objects.
 INSTALLED = (
     ("ServiceAccount", SYSTEM, "ebpfproxy"),
     ("ClusterRole", "", "ebpfproxy"),
@@ -37,7 +37,7 @@ Object = dict[str, Any]
 
 
 class Site:
-    """``kubeconfig`` is an administrator's; ``controller`` runs as long as this does."""
+    """``kubeconfig`` is an administrator's; ``controller`` runs until the end."""
 
     url: str
     kubeconfig: Path
@@ -89,7 +89,7 @@ class Site:
         raise NotImplementedError
 
     def versions(self) -> dict[tuple[str, str, str], str]:
-        """resourceVersions of what is installed."""
+        """Returns resourceVersions of the installed objects."""
         found = {place: self.get(*place) for place in INSTALLED}
         return {place: each["metadata"]["resourceVersion"] for place, each in found.items() if each}
 
@@ -134,7 +134,7 @@ class StandIn(Site):
 
 
 class Real(Site):
-    """One server that several tests use: :meth:`stop` removes what a test has made."""
+    """One server for several tests: :meth:`stop` removes the objects of a test."""
 
     def __init__(self, server: RealServer, folder: Path) -> None:
         self.url = server.url
@@ -168,7 +168,7 @@ class Real(Site):
 
 
 def kube_proxy(configuration: str = "") -> Iterator[Object]:
-    """Its ConfigMap and DaemonSet, as kubeadm makes them."""
+    """Creates its ConfigMap and DaemonSet as kubeadm does."""
     labels = {"k8s-app": "kube-proxy"}
     meta = {"name": "kube-proxy", "namespace": SYSTEM, "labels": labels}
     yield {

@@ -1,4 +1,4 @@
-"""Whose configuration goes on, and what of it a pod cannot do."""
+"""Inheritance of kube-proxy's configuration, and its settings that a pod cannot apply."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ winkernel:
 
 
 def inherited(text: str) -> tuple[Configuration, list[str], str]:
-    """Returns the configuration as the agent reads it, the remarks, and the file."""
+    """Returns the configuration as the agent reads it, the remarks and the file."""
     given, remarks = configuration.of_kube_proxy(text, WHERE)
     made, more = configuration.in_a_pod(given, BASE, WHERE, has_kube_proxy=True)
     return load.parse(made.text, "config.yaml"), remarks + more, made.text
 
 
-def test_kubeadms_file_becomes_what_it_says_and_no_more() -> None:
+def test_file_of_kubeadm_becomes_its_set_fields_only() -> None:
     found, remarks, text = inherited(KUBEADM)
     assert text.partition("---\n")[0] == (f"{KUBE_PROXY}oomScoreAdj: -997\nclusterCIDR: 10.244.0.0/16\n")
     assert found.kube_proxy.cluster_cidr == "10.244.0.0/16"
@@ -103,7 +103,7 @@ def test_kubeadms_file_becomes_what_it_says_and_no_more() -> None:
     ]
 
 
-def test_what_operators_set_goes_on() -> None:
+def test_settings_of_operators_are_inherited() -> None:
     text = KUBE_PROXY + (
         "mode: ipvs\nipvs: {scheduler: lc, strictARP: true}\nnodePortAddresses: [10.0.0.0/8]\n"
         "clusterCIDR: 10.1.0.0/16,fd01::/48\niptables: {masqueradeAll: true}\nmetricsBindAddress: 0.0.0.0:10249\n"
@@ -129,7 +129,7 @@ def test_what_operators_set_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said", "field", "value"),
+    ("line", "message", "field", "value"),
     [
         ("oomScoreAdj: -1000", "-1000 becomes -997: less would need SYS_RESOURCE", "oom_score_adj", -997),
         ("hostnameOverride: a", "a left out: the DaemonSet tells", "hostname_override", ""),
@@ -147,20 +147,20 @@ def test_what_operators_set_goes_on() -> None:
         ),
     ],
 )
-def test_what_a_pod_cannot_do_is_replaced_and_said_in_one_line(
-    line: str, said: str, field: str, value: object
+def test_settings_impossible_in_a_pod_are_replaced_with_a_remark(
+    line: str, message: str, field: str, value: object
 ) -> None:
     found, remarks, _ = inherited(f"{KUBE_PROXY}{line}\n")
     (remark,) = remarks
     assert remark.startswith(f"{WHERE}: ")
-    assert said in remark
+    assert message in remark
     read: object = found.kube_proxy
     for name in field.split("."):
         read = getattr(read, name)
     assert read == value
 
 
-def test_conntrack_goes_on_and_a_softer_oom_score() -> None:
+def test_conntrack_settings_and_oom_score_are_inherited() -> None:
     found, remarks, _ = inherited(
         f"{KUBE_PROXY}oomScoreAdj: -500\n"
         "conntrack: {maxPerCore: 65536, tcpEstablishedTimeout: 2h, udpTimeout: 10s, tcpBeLiberal: true}\n"
@@ -173,7 +173,7 @@ def test_conntrack_goes_on_and_a_softer_oom_score() -> None:
     assert remarks == []
 
 
-def test_fields_of_other_releases_are_left_out_and_said() -> None:
+def test_fields_of_other_releases_are_dropped_with_a_remark() -> None:
     found, remarks, _ = inherited(
         f"{KUBE_PROXY}udpIdleTimeout: 250ms\nconntrack: {{of: 7}}\nclusterCIDR: 10.1.0.0/16\n"
     )
@@ -185,22 +185,22 @@ def test_fields_of_other_releases_are_left_out_and_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (f"{KUBE_PROXY}mode: fast\n", "mode: 'fast'"),
         (f"{KUBE_PROXY}oomScoreAdj: much\n", "oomScoreAdj: Expected `int`"),
         ("mode: iptables\n", "has no KubeProxyConfiguration"),
-        ("{", "line 1"),
+        ("{", "line 2"),
     ],
 )
-def test_a_file_that_is_wrong_is_one_line_with_its_object(text: str, said: str) -> None:
+def test_invalid_file_is_a_one_line_error_with_its_object(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         inherited(text)
     assert str(caught.value).startswith(WHERE)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_real_kube_proxys_defaults_are_taken() -> None:
+def test_defaults_of_a_real_kube_proxy_are_accepted() -> None:
     if not SAMPLE.exists():
         pytest.skip("no samples")
     found, remarks, _ = inherited(SAMPLE.read_text())
@@ -220,7 +220,7 @@ def given(
     )
 
 
-def test_our_own_document_goes_on_but_for_what_is_the_pods() -> None:
+def test_our_document_is_inherited_except_settings_of_the_pod() -> None:
     found, remarks = given(f"{OWN}lbAlgorithm: maglev\nexternalIPs: false\nbpfRoot: /x\ncgroupRoot: /y\n")
     own = load.parse(found.text, "x").own
     assert (own.lb_algorithm, own.external_ips, own.cgroup_root) == ("maglev", False, "")
@@ -230,13 +230,13 @@ def test_our_own_document_goes_on_but_for_what_is_the_pods() -> None:
     ]
 
 
-def test_without_a_kube_proxy_hard_fail_stays() -> None:
+def test_hard_fail_is_kept_without_a_kube_proxy() -> None:
     found, remarks = given(f"{KUBE_PROXY}bindAddressHardFail: true\n")
     assert load.parse(found.text, "x").kube_proxy.bind_address_hard_fail
     assert remarks == []
 
 
-def test_what_kubeadm_knows_fills_what_is_open() -> None:
+def test_unset_fields_are_filled_from_kubeadm() -> None:
     networking = Networking(("10.244.0.0/16", "fd00::/48"), ("10.96.0.0/12",))
     found, remarks = given(KUBE_PROXY, networking=networking)
     read = load.parse(found.text, "x")
@@ -260,7 +260,7 @@ def test_what_kubeadm_knows_fills_what_is_open() -> None:
         ("bindAddress: '::'\n", ("", 10256), ("::1", 10249)),
     ],
 )
-def test_where_health_and_metrics_are_served(
+def test_addresses_of_healthz_and_metrics(
     line: str, health: tuple[str, int], metrics: tuple[str, int]
 ) -> None:
     found, _ = given(KUBE_PROXY + line)

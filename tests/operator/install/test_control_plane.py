@@ -1,4 +1,4 @@
-"""The control plane's address for nodes: in which order it is looked for, and how it is written."""
+"""The control plane's address for nodes: order of its sources, and syntax."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.operator.install.site import StandIn
         ("https://[fd00::1]", "fd00::1", 443, "[fd00::1]:443"),
     ],
 )
-def test_a_url_becomes_host_and_port(url: str, host: str, port: int, text: str) -> None:
+def test_url_becomes_host_and_port(url: str, host: str, port: int, text: str) -> None:
     found = server_address.parse(url)
     assert found == Address(host, port)
     assert str(found) == text
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("cp.example:6443", "is not https://HOST:PORT"),
         ("http://cp.example:6443", "is not https://HOST:PORT"),
@@ -42,8 +42,8 @@ def test_a_url_becomes_host_and_port(url: str, host: str, port: int, text: str) 
         ("https://u:p@cp.example", "more than host and port"),
     ],
 )
-def test_what_is_no_host_and_port_is_one_line(url: str, said: str) -> None:
-    with pytest.raises(AddressError, match=said) as caught:
+def test_invalid_host_and_port_is_a_one_line_error(url: str, message: str) -> None:
+    with pytest.raises(AddressError, match=message) as caught:
         server_address.parse(url)
     assert url in str(caught.value)
 
@@ -63,72 +63,73 @@ def test_what_is_no_host_and_port_is_one_line(url: str, said: str) -> None:
         ("localhost.example", False),
     ],
 )
-def test_a_loopback_is_this_machines_own(host: str, expected: bool) -> None:
+def test_loopback_addresses_are_recognized(host: str, expected: bool) -> None:
     assert Address(host, 6443).is_loopback == expected
 
 
 def cluster_info(server: str) -> str:
-    """kubeadm writes neither a name nor a context."""
+    """Returns cluster-info as kubeadm writes it, without name and context."""
     cluster = {"cluster": {"certificate-authority-data": "Q0E=", "server": server}, "name": ""}
     return yaml.safe_dump({"apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": None})
 
 
 def find(site: StandIn, server: str | None = None) -> tuple[Address | None, str]:
-    """``server``: what the kubeconfig has; the stand-in is asked all the same, as by a tunnel."""
+    """``server``: the address in the kubeconfig; requests go to the stand-in anyway, as through a tunnel."""
     path, authority = site.kubeconfig, str(site.kubeconfig.parent / "ca.crt")
     if server is not None:
         path = path.with_name("vpn.conf")
         kubeconfig(path, server, {"token": TOKEN}, **{"certificate-authority": authority})
     api = Api.from_kubeconfigs(str(path), None, site.url)
-    said: list[str] = []
-    found = server_address.find(api, api.get("ConfigMap", "kube-system", "ebpfproxy"), said.append)
-    (line,) = said
+    message: list[str] = []
+    found = server_address.find(api, api.get("ConfigMap", "kube-system", "ebpfproxy"), message.append)
+    (line,) = message
     return found, line
 
 
-def test_cluster_info_goes_before_the_kubeconfig(site: StandIn) -> None:
+def test_cluster_info_takes_precedence_over_the_kubeconfig(site: StandIn) -> None:
     site.config_map("cluster-info", "kube-public", kubeconfig=cluster_info("https://[fd00::5]:6443"))
-    found, said = find(site, "https://vpn.example:443")
+    found, message = find(site, "https://vpn.example:443")
     assert found == Address("fd00::5", 6443)
-    assert said == "control plane: [fd00::5]:6443, from ConfigMap kube-public/cluster-info"
+    assert message == "control plane: [fd00::5]:6443, from ConfigMap kube-public/cluster-info"
 
 
-def test_without_it_the_kubeconfigs_server_counts(site: StandIn) -> None:
-    found, said = find(site, "https://vpn.example")
+def test_server_of_the_kubeconfig_is_used_without_cluster_info(site: StandIn) -> None:
+    found, message = find(site, "https://vpn.example")
     assert found == Address("vpn.example", 443)
-    assert said.endswith("from the kubeconfig's server")
+    assert message.endswith("from the kubeconfig's server")
 
 
 @pytest.mark.parametrize("text", ["", "clusters: []", "{", "[]", "clusters: [{cluster: {}}]"])
-def test_a_cluster_info_without_a_server_is_passed_over(site: StandIn, text: str) -> None:
+def test_cluster_info_without_a_server_is_skipped(site: StandIn, text: str) -> None:
     site.config_map("cluster-info", "kube-public", kubeconfig=text)
     assert find(site, "https://vpn.example")[0] == Address("vpn.example", 443)
 
 
 @pytest.mark.parametrize("host", ["fd00::9", "127.0.0.1"], ids=["address", "a balancer on each node"])
-def test_what_an_earlier_install_was_told_stays(site: StandIn, host: str) -> None:
+def test_address_of_an_earlier_install_is_kept(site: StandIn, host: str) -> None:
     address = Address(host, 6443)
     assert site.install("--api-server", f"https://{address}").exit_code == 0
-    found, said = find(site, "https://vpn.example")
+    found, message = find(site, "https://vpn.example")
     assert found == address
-    assert said.endswith("from ConfigMap kube-system/ebpfproxy")
+    assert message.endswith("from ConfigMap kube-system/ebpfproxy")
 
 
-def test_where_nothing_is_known_one_line_says_why(site: StandIn) -> None:
+def test_unknown_address_is_a_one_line_error_with_reasons(site: StandIn) -> None:
     site.config_map("cluster-info", "kube-public", kubeconfig=cluster_info("https://127.0.0.1:40001"))
-    found, said = find(site)
+    found, message = find(site)
     assert found is None
-    assert said.count("\n") == 0
-    assert "ConfigMap kube-public/cluster-info: 127.0.0.1:40001 is this machine's own" in said
-    assert f"the kubeconfig's server: {site.url.removeprefix('https://')} is this machine's own" in said
-    assert "--api-server" in said
+    assert message.count("\n") == 0
+    assert "ConfigMap kube-public/cluster-info: 127.0.0.1:40001 is this machine's own" in message
+    assert f"the kubeconfig's server: {site.url.removeprefix('https://')} is this machine's own" in message
+    assert "--api-server" in message
 
 
-def test_a_cluster_info_that_may_not_be_read_is_part_of_that_line(site: StandIn) -> None:
+def test_forbidden_cluster_info_is_part_of_that_line(site: StandIn) -> None:
     site.server.denied.add("get configmaps")
     api = Api.from_kubeconfigs(str(site.kubeconfig))
-    said: list[str] = []
-    assert server_address.find(api, None, said.append) is None
+    message: list[str] = []
+    assert server_address.find(api, None, message.append) is None
     assert (
-        'ConfigMap kube-public/cluster-info: 403 Forbidden: configmaps "cluster-info" is forbidden' in said[0]
+        'ConfigMap kube-public/cluster-info: 403 Forbidden: configmaps "cluster-info" is forbidden'
+        in message[0]
     )

@@ -1,4 +1,4 @@
-"""Errors of an installation are one line with the object and the server's words."""
+"""Errors of an installation are one line with the object and the server's message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ APPLY = "application/apply-patch+yaml"
 
 
 def changes(site: StandIn) -> list[str]:
-    """Paths of what was changed: of objects that install makes."""
+    """Returns the paths of changed objects of an installation."""
     return [
         path
         for path, query in site.server.requests
@@ -33,7 +33,7 @@ def changes(site: StandIn) -> list[str]:
 # -- errors
 
 
-def test_what_may_not_be_made_is_said_and_no_pods_follow(site: StandIn) -> None:
+def test_forbidden_object_is_reported_and_no_pods_are_created(site: StandIn) -> None:
     site.server.denied.add("patch clusterroles")
     done = site.install(*ADDRESS)
     assert done.exit_code == 1
@@ -51,7 +51,7 @@ def test_what_may_not_be_made_is_said_and_no_pods_follow(site: StandIn) -> None:
     assert site.install(*ADDRESS).exit_code == 0
 
 
-def test_what_cannot_be_changed_is_the_servers_422(site: StandIn) -> None:
+def test_immutable_field_is_reported_with_the_servers_422(site: StandIn) -> None:
     site.create(
         {
             "apiVersion": "apps/v1",
@@ -70,15 +70,15 @@ def test_what_cannot_be_changed_is_the_servers_422(site: StandIn) -> None:
     assert last.endswith("field is immutable")
 
 
-def test_nodes_that_a_rollback_has_switched_off_are_said(site: StandIn) -> None:
+def test_nodes_switched_off_by_a_rollback_are_reported(site: StandIn) -> None:
     site.add_node("node-x", **{"ebpfproxy.io/agent": "off"})
     assert "warning: no agent will run on node-x: label ebpfproxy.io/agent=off" in site.install().stderr
     site.server.denied.add("nodes")
     assert "whether nodes have the label ebpfproxy.io/agent=off is not known" in site.install().stderr
 
 
-def test_a_cluster_has_one(site: StandIn) -> None:
-    """The binding names one namespace: agents in another would lose their rights."""
+def test_second_installation_in_another_namespace_is_refused(site: StandIn) -> None:
+    """The binding names one namespace: agents in another would lose their permissions."""
     assert site.install(*ADDRESS).exit_code == 0
     done = site.install(*ADDRESS, "-n", "other")
     assert done.exit_code == 1
@@ -87,7 +87,7 @@ def test_a_cluster_has_one(site: StandIn) -> None:
     )
 
 
-def test_two_conflicts_are_one_line(site: StandIn) -> None:
+def test_two_conflicts_are_a_one_line_error(site: StandIn) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = "/api/v1/namespaces/kube-system/configmaps/ebpfproxy"
     site.request("PATCH", path, {"data": {"config.yaml": "x", "KUBERNETES_SERVICE_HOST": "y"}})
@@ -105,7 +105,7 @@ def test_two_conflicts_are_one_line(site: StandIn) -> None:
     )
 
 
-def test_a_namespace_has_to_be_there(site: StandIn) -> None:
+def test_missing_namespace_is_an_error(site: StandIn) -> None:
     done = site.install(*ADDRESS, "-n", "proxies")
     assert done.exit_code == 1
     assert 'ServiceAccount proxies/ebpfproxy: 404 Not Found: namespaces "proxies" not found' in done.stderr
@@ -113,7 +113,7 @@ def test_a_namespace_has_to_be_there(site: StandIn) -> None:
     assert site.install(*ADDRESS, "-n", "proxies", "--no-wait").exit_code == 0
 
 
-def test_wrong_credentials_and_nobody_there(site: StandIn, tmp_path: Path) -> None:
+def test_invalid_credentials_and_unreachable_server(site: StandIn, tmp_path: Path) -> None:
     authority = str(tmp_path / "ca.crt")
     path = kubeconfig(tmp_path / "bad.conf", site.url, {"token": "x"}, **{"certificate-authority": authority})
     site.kubeconfig = path
@@ -128,7 +128,7 @@ def test_wrong_credentials_and_nobody_there(site: StandIn, tmp_path: Path) -> No
     assert " object at " not in done.stderr
 
 
-def test_a_certificate_of_somebody_else_is_one_line(site: StandIn, tmp_path: Path) -> None:
+def test_certificate_of_another_ca_is_a_one_line_error(site: StandIn, tmp_path: Path) -> None:
     site.kubeconfig = kubeconfig(tmp_path / "other.conf", site.url, {"token": TOKEN})
     done = site.install(*ADDRESS)
     assert done.exit_code == 1
@@ -136,7 +136,7 @@ def test_a_certificate_of_somebody_else_is_one_line(site: StandIn, tmp_path: Pat
     assert done.stderr.count("\n") == 1
 
 
-def test_a_server_that_goes_away_in_between_ends_it(site: StandIn) -> None:
+def test_server_that_becomes_unreachable_ends_the_installation(site: StandIn) -> None:
     site.server.fail("close", resource="clusterroles", times=9)
     done = site.install(*ADDRESS)
     assert done.exit_code == 1
@@ -144,7 +144,7 @@ def test_a_server_that_goes_away_in_between_ends_it(site: StandIn) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_a_server_that_is_too_old_is_left_alone(site: StandIn) -> None:
+def test_too_old_server_is_not_changed(site: StandIn) -> None:
     site.server.cluster.version = {"major": "1", "minor": "21+", "gitVersion": "v1.21.5-eks-1"}
     done = site.install(*ADDRESS)
     assert done.exit_code == 1
@@ -153,14 +153,14 @@ def test_a_server_that_is_too_old_is_left_alone(site: StandIn) -> None:
 
 
 @pytest.mark.parametrize(("minor", "annotated"), [("29", True), ("30", False)], ids=["before", "since"])
-def test_the_servers_version_decides_about_app_armor(site: StandIn, minor: str, annotated: bool) -> None:
+def test_server_version_determines_the_app_armor_setting(site: StandIn, minor: str, annotated: bool) -> None:
     site.server.cluster.version["minor"] = minor
     done = site.install(*ADDRESS, "--dry-run")
     assert ("container.apparmor.security.beta" in done.stdout) == annotated
     assert ("appArmorProfile" in done.stdout) != annotated
 
 
-def test_nothing_is_sent_with_a_configuration_that_is_wrong(site: StandIn, tmp_path: Path) -> None:
+def test_invalid_configuration_changes_nothing(site: StandIn, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"{KUBE_PROXY}mode: fast\nclusterCidr: x\n")
     done = site.install(*ADDRESS, "--config", str(path))
@@ -178,7 +178,7 @@ def test_nothing_is_sent_with_a_configuration_that_is_wrong(site: StandIn, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--api-server", "cp.example"), "is not https://HOST:PORT"),
         (("--master", "cp.example"), "--master: 'cp.example' does not begin with http"),
@@ -186,14 +186,14 @@ def test_nothing_is_sent_with_a_configuration_that_is_wrong(site: StandIn, tmp_p
         (("--config", "/nonexistent.yaml"), "/nonexistent.yaml: No such file"),
     ],
 )
-def test_options_that_are_wrong_are_one_line(site: StandIn, arguments: tuple[str, ...], said: str) -> None:
+def test_invalid_options_are_one_line_errors(site: StandIn, arguments: tuple[str, ...], message: str) -> None:
     done = site.install(*arguments)
     assert done.exit_code == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert changes(site) == []
 
 
-def test_no_kubeconfig_is_one_line(site: StandIn) -> None:
+def test_missing_kubeconfig_is_a_one_line_error(site: StandIn) -> None:
     site.kubeconfig = Path("/nonexistent/config")
     done = site.install()
     assert done.exit_code == 1
@@ -202,7 +202,7 @@ def test_no_kubeconfig_is_one_line(site: StandIn) -> None:
     )
 
 
-def test_a_context_of_several(site: StandIn, tmp_path: Path) -> None:
+def test_context_option_selects_one_of_several(site: StandIn, tmp_path: Path) -> None:
     document = yaml.safe_load(site.kubeconfig.read_text())
     document["clusters"].append({"name": "away", "cluster": {"server": "https://127.0.0.1:1"}})
     document["contexts"].append({"name": "away", "context": {"cluster": "away", "user": "u"}})
@@ -212,10 +212,10 @@ def test_a_context_of_several(site: StandIn, tmp_path: Path) -> None:
     assert site.install(*ADDRESS, "--context", "x").exit_code == 0
 
 
-# -- what is said, and what is done besides
+# -- messages and other effects
 
 
-def test_the_servers_warnings_are_passed_on(site: StandIn) -> None:
+def test_warnings_of_the_server_are_printed(site: StandIn) -> None:
     site.server.cluster.warnings["daemonsets"] = (
         'would violate PodSecurity \\"restricted:latest\\": host namespaces'
     )
@@ -227,7 +227,7 @@ def test_the_servers_warnings_are_passed_on(site: StandIn) -> None:
     )
 
 
-def test_kubeadms_cidrs_are_used_where_no_kube_proxy_is(site: StandIn) -> None:
+def test_cidrs_of_kubeadm_are_used_without_a_kube_proxy(site: StandIn) -> None:
     site.config_map(
         "kubeadm-config",
         ClusterConfiguration="networking:\n  podSubnet: 10.244.0.0/16\n  serviceSubnet: 10.96.0.0/12,fd01::/108\n",
@@ -240,7 +240,7 @@ def test_kubeadms_cidrs_are_used_where_no_kube_proxy_is(site: StandIn) -> None:
     assert "ConfigMap kube-system/ebpfproxy unchanged" in again.stdout
 
 
-def test_a_changed_file_alone_is_taken_up_by_the_agents_themselves(site: StandIn, tmp_path: Path) -> None:
+def test_changed_configuration_file_alone_causes_no_rollout(site: StandIn, tmp_path: Path) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = tmp_path / "mine.yaml"
     path.write_text(f"{KUBE_PROXY}clusterCIDR: 10.1.0.0/16\n")
@@ -250,15 +250,15 @@ def test_a_changed_file_alone_is_taken_up_by_the_agents_themselves(site: StandIn
 
 
 @pytest.mark.parametrize(
-    ("minor", "line", "said"),
+    ("minor", "line", "message"),
     [
         ("36", "", "kube-proxy answers the kubelet's probes at port 10256"),
         ("27", "", "warning: kube-proxy before 1.28 answers the kubelet's probes at port 10256 with 404"),
         ("27", "healthzBindAddress: 0.0.0.0:20256\n", ""),
     ],
 )
-def test_whose_health_is_asked_while_both_run_is_said(
-    site: StandIn, tmp_path: Path, minor: str, line: str, said: str
+def test_message_names_whose_healthz_is_probed_while_both_run(
+    site: StandIn, tmp_path: Path, minor: str, line: str, message: str
 ) -> None:
     for item in kube_proxy(KUBE_PROXY):
         site.create(item)
@@ -268,15 +268,15 @@ def test_whose_health_is_asked_while_both_run_is_said(
     arguments = ("--config", str(path)) if line else ()
     done = site.install(*ADDRESS, *arguments)
     assert done.exit_code == 0, done.output
-    assert (said in done.stderr) if said else ("probes" not in done.stderr)
+    assert (message in done.stderr) if message else ("probes" not in done.stderr)
 
 
-def test_the_value_of_dry_run_may_be_left_out_before_other_options(site: StandIn) -> None:
+def test_value_of_dry_run_is_optional_before_other_options(site: StandIn) -> None:
     assert site.install("--dry-run", *ADDRESS, "--no-inherit").exit_code == 0
     assert site.install("--dry-run", "all", *ADDRESS).exit_code == 2
 
 
-def test_a_kubeconfig_that_verifies_nobody_is_not_told_of_it_at_each_request(site: StandIn) -> None:
+def test_insecure_kubeconfig_is_not_warned_of_at_each_request(site: StandIn) -> None:
     path = site.kubeconfig.with_name("insecure.conf")
     kubeconfig(path, site.url, {"token": TOKEN}, **{"insecure-skip-tls-verify": True})
     command = [
@@ -295,7 +295,7 @@ def test_a_kubeconfig_that_verifies_nobody_is_not_told_of_it_at_each_request(sit
     assert "ebpfproxy runs on 2 nodes" in done.stdout
 
 
-def test_a_kube_proxy_without_a_file_is_said(site: StandIn) -> None:
+def test_kube_proxy_without_a_configuration_file_is_reported(site: StandIn) -> None:
     _, item = kube_proxy()
     item["spec"]["template"]["spec"]["containers"][0]["command"] = ["kube-proxy", "--cluster-cidr=10.0.0.0/8"]
     site.create(item)
@@ -304,7 +304,7 @@ def test_a_kube_proxy_without_a_file_is_said(site: StandIn) -> None:
     assert "warning: kube-proxy's DaemonSet has no --config from a ConfigMap" in done.stderr
 
 
-def test_with_all_said_no_cluster_is_asked(site: StandIn) -> None:
+def test_dry_run_with_address_and_without_inheritance_needs_no_server(site: StandIn) -> None:
     done = site.install(*ADDRESS, "--no-inherit", "--dry-run")
     assert done.exit_code == 0
     assert site.server.requests == [] or changes(site) == []
@@ -318,7 +318,7 @@ def test_with_all_said_no_cluster_is_asked(site: StandIn) -> None:
 # -- waiting
 
 
-def test_a_rollout_that_does_not_come_to_its_end_says_where_and_why(site: StandIn) -> None:
+def test_timeout_of_a_rollout_names_node_and_reason(site: StandIn) -> None:
     waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}}
     ended = {
         "terminated": {"exitCode": 1, "message": "loading\nError: Linux 5.4 is too old\n", "reason": "Error"}
@@ -347,7 +347,7 @@ def test_a_rollout_that_does_not_come_to_its_end_says_where_and_why(site: StandI
     assert site.install(*ADDRESS).exit_code == 0
 
 
-def test_pods_that_cannot_be_made_are_explained_by_the_last_event(site: StandIn) -> None:
+def test_pods_that_cannot_be_created_are_explained_by_the_last_event(site: StandIn) -> None:
     site.controller.stop()
     for name, time, text in (
         ("a", "2026-11-21T10:00:00Z", "old"),
@@ -370,7 +370,7 @@ def test_pods_that_cannot_be_made_are_explained_by_the_last_event(site: StandIn)
     assert done.stderr.splitlines()[-1] == '  FailedCreate: pods "ebpfproxy-" is forbidden'
 
 
-def test_a_server_that_is_away_for_a_moment_is_waited_for(site: StandIn) -> None:
+def test_short_outage_of_the_server_does_not_end_the_wait(site: StandIn) -> None:
     site.controller.status["ebpfproxy", "node-b"] = {"phase": "Pending"}
 
     def later() -> None:
@@ -384,7 +384,7 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(site: StandIn) -> None
     assert done.exit_code == 0, done.output
 
 
-def test_without_waiting_it_is_done_at_once(site: StandIn) -> None:
+def test_install_without_waiting_returns_at_once(site: StandIn) -> None:
     site.controller.down |= site.controller.nodes
     done = site.install(*ADDRESS, "--no-wait")
     assert done.exit_code == 0
@@ -395,7 +395,7 @@ def test_without_waiting_it_is_done_at_once(site: StandIn) -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
-def test_kubectl_takes_what_is_printed_and_we_take_over_what_it_made(site: StandIn) -> None:
+def test_kubectl_applies_printed_manifests_and_install_takes_them_over(site: StandIn) -> None:
     printed = site.install(*ADDRESS, "--dry-run").stdout
     kubectl = ["kubectl", "--kubeconfig", str(site.kubeconfig), "--cache-dir", str(site.kubeconfig.parent)]
     dry = [*kubectl, "create", "--dry-run=client", "--validate=false", "-f", "-"]
@@ -406,7 +406,7 @@ def test_kubectl_takes_what_is_printed_and_we_take_over_what_it_made(site: Stand
     assert done.stdout.count("serverside-applied") == 5, done.stderr
     same = site.install(*ADDRESS)
     assert same.exit_code == 0, same.output
-    assert same.stdout.count("unchanged") == 5, "the same values are nobody's conflict"
+    assert same.stdout.count("unchanged") == 5, "equal values do not conflict"
     other = site.cli("install", "--image", "other:1", *ADDRESS)
     assert other.exit_code == 1
     assert 'conflict with "kubectl"' in other.stderr or 'conflicts with "kubectl"' in other.stderr

@@ -1,4 +1,4 @@
-"""The pods that clean a node, as containerd would start them: they have what they need and no more."""
+"""The pods that clean a node, started as by containerd, have exactly the permissions that they need."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pins(kubelet: Kubelet) -> list[Path]:
     return list(kubelet.world.a.bpf_root.glob("ebpfproxy/*"))
 
 
-def test_a_node_is_cleaned_once_its_agent_is_gone(kubelet: Kubelet) -> None:
+def test_node_is_cleaned_once_its_agent_has_ended(kubelet: Kubelet) -> None:
     world = kubelet.world
     with kubelet.running(kubelet.container("ebpfproxy")):
         assert set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)) == {
@@ -77,7 +77,7 @@ def test_a_node_is_cleaned_once_its_agent_is_gone(kubelet: Kubelet) -> None:
     assert (again.returncode, again.stdout[:17]) == (0, "nothing is pinned")
 
 
-def test_then_it_waits_as_nobody_with_nothing(kubelet: Kubelet) -> None:
+def test_container_waits_without_capabilities(kubelet: Kubelet) -> None:
     waiting = container(kubelet, "clean", capabilities=[])
     process = subprocess.Popen(waiting.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:

@@ -1,4 +1,4 @@
-"""Into a cluster and out again: on the stand-in, and on a real API server where KUBEBUILDER_ASSETS names one."""
+"""Installation and removal on the stand-in, and on a real API server where KUBEBUILDER_ASSETS names one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer | No
 
 @pytest.fixture(params=["stand-in", "kube-apiserver"])
 def site(request: pytest.FixtureRequest, server: RealServer | None, tmp_path: Path) -> Iterator[Site]:
-    """Two nodes."""
+    """Yields a site with two nodes."""
     if request.param == "stand-in":
         made: StandIn | Real = StandIn(tmp_path)
     elif server is None:
@@ -48,15 +48,15 @@ def site(request: pytest.FixtureRequest, server: RealServer | None, tmp_path: Pa
     made.stop()
 
 
-def said(text: str, what: str) -> list[str]:
-    """Objects of whom ``what`` is said."""
+def lines_with(text: str, what: str) -> list[str]:
+    """Returns the objects whose lines end with ``what``."""
     return [line.removesuffix(f" {what}") for line in text.splitlines() if line.endswith(f" {what}")]
 
 
-def test_what_is_said_twice_is_done_once(site: Site) -> None:
+def test_second_install_changes_nothing(site: Site) -> None:
     first = site.install(*ADDRESS)
     assert first.exit_code == 0, first.output
-    assert said(first.stdout, "created") == NAMES
+    assert lines_with(first.stdout, "created") == NAMES
     assert first.stdout.endswith("ebpfproxy runs on 2 nodes\n")
     versions = {place: each for place, each in site.versions().items() if place[0] != "DaemonSet"}
     assert len(versions) == 4
@@ -64,7 +64,7 @@ def test_what_is_said_twice_is_done_once(site: Site) -> None:
 
     second = site.install(*ADDRESS)
     assert second.exit_code == 0, second.output
-    assert said(second.stdout, "unchanged") == NAMES
+    assert lines_with(second.stdout, "unchanged") == NAMES
     assert {place: each for place, each in site.versions().items() if place[0] != "DaemonSet"} == versions
     assert daemon_set(site)["metadata"]["generation"] == generation
     settled = site.versions()
@@ -78,57 +78,57 @@ def daemon_set(site: Site) -> Object:
     return found
 
 
-def test_a_new_image_is_a_rollout_and_a_new_address_too(site: Site) -> None:
+def test_changed_image_and_changed_address_cause_a_rollout(site: Site) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     site.controller.started.clear()
     done = site.cli("install", "--image", f"{IMAGE}-new", "--timeout", "5s", *ADDRESS)
-    assert said(done.stdout, "configured") == ["DaemonSet kube-system/ebpfproxy"], done.output
+    assert lines_with(done.stdout, "configured") == ["DaemonSet kube-system/ebpfproxy"], done.output
     assert sorted(site.controller.started) == [("ebpfproxy", "node-a"), ("ebpfproxy", "node-b")]
     done = site.cli(
         "install", "--image", f"{IMAGE}-new", "--timeout", "5s", "--api-server", "https://[fd00::1]:6443"
     )
-    assert said(done.stdout, "configured") == NAMES[3:], done.output
+    assert lines_with(done.stdout, "configured") == NAMES[3:], done.output
 
 
-def test_what_somebody_else_manages_is_a_conflict_until_it_is_forced(site: Site) -> None:
+def test_fields_of_other_managers_conflict_until_forced(site: Site) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = "/apis/apps/v1/namespaces/kube-system/daemonsets/ebpfproxy"
     patch = {"spec": {"updateStrategy": {"rollingUpdate": {"maxUnavailable": 5}}}}
     site.request("PATCH", f"{path}?fieldManager=kubectl-edit", patch)
     done = site.install(*ADDRESS)
     assert done.exit_code == 1
-    assert said(done.stdout, "unchanged") == NAMES[:4], "the others are tried"
+    assert lines_with(done.stdout, "unchanged") == NAMES[:4], "other objects are applied"
     assert done.stderr.splitlines()[-1] == (
         'Error: DaemonSet kube-system/ebpfproxy: 409 Conflict: Apply failed with 1 conflict: conflict with "kubectl-edit"'
         " using apps/v1: .spec.updateStrategy.rollingUpdate.maxUnavailable (--force-conflicts takes the fields over)"
     )
     done = site.install(*ADDRESS, "--force-conflicts")
     assert done.exit_code == 0, done.output
-    assert said(done.stdout, "configured") == NAMES[4:]
-    assert site.install(*ADDRESS).exit_code == 0, "they are ours now"
+    assert lines_with(done.stdout, "configured") == NAMES[4:]
+    assert site.install(*ADDRESS).exit_code == 0, "the fields are managed by ebpfproxy now"
 
 
-def test_fields_that_others_add_stay(site: Site) -> None:
+def test_fields_added_by_others_are_kept(site: Site) -> None:
     assert site.install(*ADDRESS).exit_code == 0
     path = "/api/v1/namespaces/kube-system/configmaps/ebpfproxy"
     site.request("PATCH", path, {"metadata": {"labels": {"team": "net"}}, "data": {"theirs": "x"}})
     done = site.install(*ADDRESS)
-    assert said(done.stdout, "unchanged") == NAMES, done.output
+    assert lines_with(done.stdout, "unchanged") == NAMES, done.output
     found = site.get("ConfigMap", SYSTEM, "ebpfproxy")
     assert found is not None
     assert found["data"]["theirs"] == "x"
 
 
-def test_what_is_not_said_any_more_goes(site: Site) -> None:
+def test_fields_that_are_no_longer_applied_are_removed(site: Site) -> None:
     assert site.install(*ADDRESS, "--image-pull-secret", "a").exit_code == 0
     assert site.install(*ADDRESS).exit_code == 0
     assert "imagePullSecrets" not in json.dumps(daemon_set(site)["spec"])
 
 
-def test_a_dry_run_changes_nothing(site: Site) -> None:
+def test_dry_run_changes_nothing(site: Site) -> None:
     done = site.install(*ADDRESS, "--dry-run=server")
     assert done.exit_code == 0, done.output
-    assert said(done.stdout, "created (server dry run)") == NAMES
+    assert lines_with(done.stdout, "created (server dry run)") == NAMES
     assert site.versions() == {}
     done = site.install(*ADDRESS, "--dry-run")
     assert done.exit_code == 0
@@ -136,7 +136,7 @@ def test_a_dry_run_changes_nothing(site: Site) -> None:
     assert site.versions() == {}
 
 
-def test_a_kube_proxy_goes_on_in_our_configuration_and_after_it_is_gone(site: Site) -> None:
+def test_configuration_of_kube_proxy_is_inherited_also_after_its_removal(site: Site) -> None:
     configuration = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: ipvs\n"
     for item in kube_proxy(f"{configuration}clusterCIDR: 10.244.0.0/16\n"):
         site.create(item)
@@ -150,7 +150,7 @@ def test_a_kube_proxy_goes_on_in_our_configuration_and_after_it_is_gone(site: Si
         site.delete(kind, SYSTEM, "kube-proxy")
     done = site.install(*ADDRESS)
     assert "configuration: as it is in ConfigMap kube-system/ebpfproxy" in done.stderr
-    assert said(done.stdout, "unchanged") == NAMES
+    assert lines_with(done.stdout, "unchanged") == NAMES
     assert config(site) == text
     assert site.install(*ADDRESS, "--no-inherit").exit_code == 0
     assert "mode: ipvs" not in config(site)
@@ -162,13 +162,13 @@ def config(site: Site) -> str:
     return str(found["data"]["config.yaml"])
 
 
-def test_out_again_and_nodes_are_cleaned(site: Site) -> None:
+def test_uninstall_removes_objects_and_cleans_nodes(site: Site) -> None:
     for item in kube_proxy():
         site.create(item)
     assert site.install(*ADDRESS, "--no-inherit").exit_code == 0
     done = site.uninstall("--cleanup")
     assert done.exit_code == 0, done.output
-    assert said(done.stdout, "deleted") == [*reversed(NAMES), "DaemonSet kube-system/ebpfproxy-cleanup"]
+    assert lines_with(done.stdout, "deleted") == [*reversed(NAMES), "DaemonSet kube-system/ebpfproxy-cleanup"]
     assert "nothing of ebpfproxy is left on 2 nodes" in done.stdout
     assert ("ebpfproxy-cleanup", "node-b") in site.controller.started
     for place in (*INSTALLED, ("DaemonSet", SYSTEM, "ebpfproxy-cleanup")):

@@ -1,4 +1,4 @@
-"""What is rendered: the base, and what differs between clusters."""
+"""Rendered manifests: the base, and differences between clusters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebpfproxy.operator.install.cluster_facts import Version
 from ebpfproxy.operator.install.configuration import Rendered
 from ebpfproxy.operator.install.render import Settings, base_configuration, render, to_yaml
 from ebpfproxy.operator.install.server_address import Address
-from ebpfproxy.operator.kube_proxy import config_map_of
+from ebpfproxy.operator.kube_proxy_objects import config_map_of
 from tests.deploy import objects
 from tests.deploy.objects import Objects, container, pod_spec
 from tests.deploy.test_manifests import MODELS, unknown
@@ -56,34 +56,34 @@ EVERYTHING = made(
 )
 
 
-def test_with_nothing_said_it_is_the_base_but_for_the_image() -> None:
+def test_default_rendering_is_the_base_except_the_image() -> None:
     expected = copy.deepcopy(objects.base())
     spec = pod_spec(expected)
     for each in spec["initContainers"] + spec["containers"]:
         each["image"] = IMAGE
     assert made() == expected
-    assert list(made()) == list(objects.base()), "in the order of the kustomization"
+    assert list(made()) == list(objects.base()), "the order is that of the kustomization"
 
 
-def test_every_rendering_is_new() -> None:
+def test_renderings_are_independent() -> None:
     first = made()
     pod_spec(first)["containers"].clear()
     assert pod_spec(made())["containers"]
 
 
 @pytest.mark.parametrize("found", [made(), EVERYTHING], ids=["base", "everything"])
-def test_every_field_is_one_that_the_api_has(found: Objects) -> None:
+def test_every_field_is_known_to_the_api(found: Objects) -> None:
     for (kind, name), each in found.items():
         assert list(unknown(each, MODELS[kind], f"{kind} {name}")) == []
 
 
-def test_the_namespace_is_everywhere() -> None:
+def test_namespace_is_set_in_all_objects() -> None:
     for (kind, _), each in EVERYTHING.items():
         assert each["metadata"].get("namespace") == (None if kind.startswith("ClusterRole") else "proxies")
     assert EVERYTHING["ClusterRoleBinding", "ebpfproxy"]["subjects"][0]["namespace"] == "proxies"
 
 
-def test_a_new_address_is_a_new_template() -> None:
+def test_changed_address_changes_the_pod_template() -> None:
     data = EVERYTHING["ConfigMap", "ebpfproxy"]["data"]
     assert (data["KUBERNETES_SERVICE_HOST"], data["KUBERNETES_SERVICE_PORT"]) == ("fd00::1", "6443")
     template = EVERYTHING["DaemonSet", "ebpfproxy"]["spec"]["template"]
@@ -91,7 +91,7 @@ def test_a_new_address_is_a_new_template() -> None:
     assert set(made()["ConfigMap", "ebpfproxy"]["data"]) == {"config.yaml"}
 
 
-def test_secrets_to_pull_with() -> None:
+def test_image_pull_secrets() -> None:
     assert pod_spec(EVERYTHING)["imagePullSecrets"] == [{"name": "a"}, {"name": "b"}]
 
 
@@ -105,7 +105,7 @@ def test_probes_and_ports_follow_the_configuration() -> None:
 
 @pytest.mark.parametrize("version", [Version(1, 29), Version(1, 30), Version(1, 36), None])
 def test_app_armor_is_an_annotation_before_1_30(version: Version | None) -> None:
-    """An apply with a field that the server's schema does not have is refused."""
+    """An apply with a field that the server's schema lacks is rejected."""
     found = made(version=version)
     old = version is not None and version < Version(1, 30)
     annotations = found["DaemonSet", "ebpfproxy"]["spec"]["template"]["metadata"].get("annotations", {})
@@ -114,7 +114,7 @@ def test_app_armor_is_an_annotation_before_1_30(version: Version | None) -> None
     assert ("appArmorProfile" in container(found, "prepare")["securityContext"]) != old
 
 
-def test_printed_yaml_reads_back_and_texts_are_readable() -> None:
+def test_printed_yaml_round_trips_and_strings_are_readable() -> None:
     text = to_yaml(EVERYTHING.values())
     assert objects.by_name(yaml.safe_load_all(text)) == EVERYTHING
     assert "&id" not in text
@@ -122,7 +122,7 @@ def test_printed_yaml_reads_back_and_texts_are_readable() -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
-def test_kubectl_reads_the_daemon_set() -> None:
+def test_kubectl_decodes_the_daemon_set() -> None:
     """Without a cluster it decodes into its own types."""
     for item in (made()["DaemonSet", "ebpfproxy"], EVERYTHING["DaemonSet", "ebpfproxy"], cleanup()):
         name = item["spec"]["template"]["spec"]["containers"][0]["name"]
@@ -141,7 +141,7 @@ def test_kubectl_reads_the_daemon_set() -> None:
 
 
 def dropped(item: object, read: object, path: str = "") -> list[str]:
-    """What kubectl's types do not have."""
+    """Returns fields that kubectl's types lack."""
     if isinstance(item, dict) and isinstance(read, dict):
         return [
             found
@@ -164,7 +164,7 @@ def cleanup() -> Object:
     return node_cleanup.cleanup(EVERYTHING["DaemonSet", "ebpfproxy"], IMAGE)
 
 
-def test_nodes_are_cleaned_with_the_agents_rights_and_no_more() -> None:
+def test_cleanup_pods_have_the_agents_permissions_and_no_more() -> None:
     item = cleanup()
     assert list(unknown(item, "V1DaemonSet", "x")) == []
     spec, agent = item["spec"]["template"]["spec"], container(EVERYTHING, "ebpfproxy")
@@ -183,14 +183,14 @@ def test_nodes_are_cleaned_with_the_agents_rights_and_no_more() -> None:
     assert selected == item["spec"]["template"]["metadata"]["labels"] != {"k8s-app": "ebpfproxy"}
 
 
-# -- where things are read from
+# -- sources
 
 
-def test_the_manifests_are_those_of_deploy_base() -> None:
+def test_manifests_are_those_of_deploy_base() -> None:
     assert objects.by_name(base.objects()) == objects.base()
 
 
-def test_the_config_map_of_kube_proxy_is_the_mounted_one() -> None:
+def test_config_map_of_kube_proxy_is_the_mounted_one() -> None:
     _, item = kube_proxy()
     assert config_map_of(item) == ("kube-proxy", "config.conf")
     pod = item["spec"]["template"]["spec"]

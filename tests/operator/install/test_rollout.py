@@ -1,4 +1,4 @@
-"""Why a pod is not ready, in one line; and what of a DaemonSet's status means that it is."""
+"""One-line reasons of pods that are not ready, and completion of a rollout by the DaemonSet's status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def container(state: dict[str, Any], *, ready: bool = False, **more: Any) -> lis
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "message"),
     [
         (pod(conditions=[READY]), ""),
         (pod(), "its pod is not started: is the node up?"),
@@ -55,17 +55,17 @@ def container(state: dict[str, Any], *, ready: bool = False, **more: Any) -> lis
         (pod(phase="Failed", reason="Evicted", message="too little memory"), "too little memory"),
     ],
 )
-def test_why_a_pod_is_not_ready(found: dict[str, Any], said: str) -> None:
-    assert pods.trouble(found) == said
+def test_reason_of_a_pod_that_is_not_ready(found: dict[str, Any], message: str) -> None:
+    assert pods.trouble(found) == message
 
 
-def test_a_pod_that_is_being_ended_is_not_ready() -> None:
+def test_terminating_pod_is_not_ready() -> None:
     found = pod(conditions=[READY])
     found["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
     assert "still being ended" in pods.trouble(found)
 
 
-def test_a_pod_that_waits_for_its_node_is_that_nodes() -> None:
+def test_node_of_an_unscheduled_pod_is_that_of_its_affinity() -> None:
     term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-z"]}]}
     required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
     assert pods.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
@@ -101,6 +101,6 @@ def test_a_pod_that_waits_for_its_node_is_that_nodes() -> None:
         ),
     ],
 )
-def test_when_a_rollout_is_done(generation: int, status: dict[str, int], done: bool) -> None:
+def test_completion_of_a_rollout(generation: int, status: dict[str, int], done: bool) -> None:
     item = {"metadata": {"generation": generation}, "status": status}
     assert rollout.progress(item).done == done

@@ -1,6 +1,8 @@
-"""The way out: when it is refused, what it leaves, what it cleans."""
+"""Uninstallation: when it is refused, what it leaves and what it cleans."""
 
 from __future__ import annotations
+
+from threading import Timer
 
 import pytest
 
@@ -12,7 +14,7 @@ CLEANUP = ("DaemonSet", SYSTEM, "ebpfproxy-cleanup")
 
 @pytest.fixture
 def installed(site: StandIn) -> StandIn:
-    """Beside a kube-proxy that is ready on both nodes."""
+    """Installs beside a kube-proxy that is ready on both nodes."""
     for item in kube_proxy():
         site.create(item)
     assert site.install(*ADDRESS).exit_code == 0
@@ -32,13 +34,13 @@ def labels(site: StandIn, node: str) -> dict[str, str]:
 def refused(site: StandIn, *arguments: str) -> str:
     done = site.uninstall(*arguments)
     assert done.exit_code == 1, done.output
-    assert there(site) == 5, "nothing is deleted"
+    assert there(site) == 5, "no object is deleted"
     *_, reason, hint = done.stderr.splitlines()
     assert hint == "--force continues anyway"
     return reason
 
 
-def test_it_is_refused_without_a_kube_proxy(installed: StandIn) -> None:
+def test_uninstall_is_refused_without_a_kube_proxy(installed: StandIn) -> None:
     installed.delete("DaemonSet", SYSTEM, "kube-proxy")
     assert refused(installed) == (
         "Error: there is no DaemonSet kube-system/kube-proxy: nobody would follow changes of Services"
@@ -49,22 +51,27 @@ def test_it_is_refused_without_a_kube_proxy(installed: StandIn) -> None:
     assert there(installed) == 0
 
 
-def test_it_is_refused_where_migrate_keeps_kube_proxy_away(installed: StandIn) -> None:
+def test_uninstall_is_refused_where_migrate_keeps_kube_proxy_away(installed: StandIn) -> None:
     installed.add_node("node-c", **{"ebpfproxy.io__kube-proxy": "off"})
     reason = refused(installed)
     assert "is kept from node-c (label ebpfproxy.io/kube-proxy=off): `ebpfproxy migrate rollback`" in reason
 
 
-def test_it_is_refused_while_kube_proxy_is_not_ready_everywhere(installed: StandIn) -> None:
+def test_uninstall_is_refused_while_kube_proxy_is_not_ready_on_all_nodes(installed: StandIn) -> None:
     installed.controller.status["kube-proxy", "node-b"] = {"phase": "Pending"}
     assert installed.install(*ADDRESS).exit_code == 0
     path = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
     while installed.request("GET", path)["status"]["numberAvailable"] != 1:
         pass
     assert refused(installed, "--cleanup").endswith("kube-system/kube-proxy is ready on 1 of 2 nodes")
+    # kube-proxy may have become ready a moment ago.
+    ready = Timer(1, lambda: installed.controller.status.pop(("kube-proxy", "node-b")))
+    ready.start()
+    assert installed.uninstall().exit_code == 0
+    ready.join()
 
 
-def test_what_helm_installed_is_helms(installed: StandIn) -> None:
+def test_helm_release_is_left_to_helm(installed: StandIn) -> None:
     path = "/apis/apps/v1/namespaces/kube-system/daemonsets/ebpfproxy"
     installed.request("PATCH", path, {"metadata": {"annotations": {"meta.helm.sh/release-name": "proxy"}}})
     assert refused(installed) == (
@@ -72,14 +79,14 @@ def test_what_helm_installed_is_helms(installed: StandIn) -> None:
     )
 
 
-def test_the_rights_of_agents_elsewhere_stay(installed: StandIn) -> None:
-    said = refused(installed, "-n", "other")
-    assert said.endswith(
+def test_permissions_of_agents_in_another_namespace_are_kept(installed: StandIn) -> None:
+    message = refused(installed, "-n", "other")
+    assert message.endswith(
         "ebpfproxy is in namespace kube-system, and its agents would lose their rights: -n kube-system"
     )
 
 
-def test_what_stays_on_nodes_is_said(installed: StandIn) -> None:
+def test_leftovers_on_nodes_are_reported(installed: StandIn) -> None:
     done = installed.uninstall()
     assert done.exit_code == 0
     assert there(installed) == 0
@@ -88,8 +95,10 @@ def test_what_stays_on_nodes_is_said(installed: StandIn) -> None:
     assert installed.get("DaemonSet", SYSTEM, "kube-proxy") is not None
 
 
-def test_no_label_stays_on_a_node(installed: StandIn) -> None:
-    """Labels of a rollback go with the agent; what keeps kube-proxy away stays while there is a kube-proxy."""
+def test_labels_are_removed_from_nodes_once_unused(
+    installed: StandIn,
+) -> None:
+    """Labels of a rollback are removed with the agent, the label against kube-proxy once there is no kube-proxy."""
     installed.add_node("node-c", **{"ebpfproxy.io__agent": "off", "ebpfproxy.io__kube-proxy": "off"})
     planned = installed.uninstall("--force", "--dry-run")
     assert "Node node-c: label ebpfproxy.io/agent would be removed" in planned.stdout
@@ -104,8 +113,8 @@ def test_no_label_stays_on_a_node(installed: StandIn) -> None:
     assert installed.uninstall().stdout == "ebpfproxy is not installed in the cluster\n"
 
 
-def test_labels_that_may_not_be_removed_are_said(installed: StandIn) -> None:
-    """The rest is deleted, and each label that stays is named with the reason."""
+def test_labels_that_cannot_be_removed_are_reported(installed: StandIn) -> None:
+    """The rest is deleted, and each remaining label is named with the reason."""
     installed.add_node("node-c", **{"ebpfproxy.io__agent": "off"})
     installed.server.denied.add("patch nodes")
     done = installed.uninstall("--force")
@@ -114,7 +123,7 @@ def test_labels_that_may_not_be_removed_are_said(installed: StandIn) -> None:
     assert there(installed) == 0
 
 
-def test_nodes_can_be_cleaned_later(installed: StandIn) -> None:
+def test_nodes_can_be_cleaned_after_uninstall(installed: StandIn) -> None:
     assert installed.uninstall().exit_code == 0
     done = installed.uninstall("--cleanup")
     assert done.exit_code == 2
@@ -124,7 +133,7 @@ def test_nodes_can_be_cleaned_later(installed: StandIn) -> None:
     assert "nothing of ebpfproxy is left on 2 nodes" in done.stdout
 
 
-def test_a_dry_run_deletes_nothing(installed: StandIn) -> None:
+def test_dry_run_deletes_nothing(installed: StandIn) -> None:
     done = installed.uninstall("--dry-run")
     assert done.exit_code == 0
     assert done.stdout.count("would be deleted") == 5
@@ -134,7 +143,7 @@ def test_a_dry_run_deletes_nothing(installed: StandIn) -> None:
     assert (done.exit_code, done.stdout.count("would be deleted")) == (1, 5)
 
 
-def test_a_node_that_is_down_is_named_and_the_rest_goes_on(installed: StandIn) -> None:
+def test_node_that_is_down_is_reported_and_the_rest_is_deleted(installed: StandIn) -> None:
     installed.controller.down.add("node-b")
     done = installed.uninstall("--timeout", "0.5s", "--force")
     assert done.exit_code == 1
@@ -144,7 +153,7 @@ def test_a_node_that_is_down_is_named_and_the_rest_goes_on(installed: StandIn) -
     assert there(installed) == 0
 
 
-def test_a_node_that_is_down_does_not_keep_others_from_being_cleaned(installed: StandIn) -> None:
+def test_node_that_is_down_does_not_block_cleanup_of_others(installed: StandIn) -> None:
     installed.controller.down.add("node-b")
     done = installed.uninstall("--cleanup", "--timeout", "0.5s", "--force")
     assert done.exit_code == 1
@@ -158,16 +167,16 @@ def test_a_node_that_is_down_does_not_keep_others_from_being_cleaned(installed: 
     assert "ebpfproxy-cleanup stays for these" in done.stderr
 
 
-def test_agents_that_may_not_be_deleted_are_not_cleaned_up_after(installed: StandIn) -> None:
+def test_nodes_are_not_cleaned_if_agents_cannot_be_deleted(installed: StandIn) -> None:
     installed.server.denied.add("delete daemonsets")
     done = installed.uninstall("--cleanup")
     assert done.exit_code == 1
     assert "Error: DaemonSet kube-system/ebpfproxy: 403 Forbidden: " in done.stderr
     assert installed.get(*CLEANUP) is None
-    assert there(installed) == 5, "they need the others"
+    assert there(installed) == 5, "agents need the other objects"
 
 
-def test_what_may_not_be_deleted_is_said_and_the_rest_goes(installed: StandIn) -> None:
+def test_object_that_cannot_be_deleted_is_reported_and_others_are_deleted(installed: StandIn) -> None:
     installed.server.denied.add("delete clusterroles")
     done = installed.uninstall()
     assert done.exit_code == 1
@@ -178,7 +187,7 @@ def test_what_may_not_be_deleted_is_said_and_the_rest_goes(installed: StandIn) -
     assert there(installed) == 0
 
 
-def test_a_node_that_is_not_cleaned_keeps_the_daemon_set_until_somebody_installs(installed: StandIn) -> None:
+def test_cleanup_daemon_set_of_an_uncleaned_node_remains_until_the_next_install(installed: StandIn) -> None:
     ended = {"terminated": {"exitCode": 1, "message": "Error: an agent runs there", "reason": "Error"}}
     installed.controller.status["ebpfproxy-cleanup", "node-b"] = {
         "phase": "Pending",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.lab import LabNode
-from tests.lab.lab import READY_SECONDS
+from tests.lab import LabNode, command
+from tests.lab.waiting import READY_SECONDS
 
 _SECONDS = 2 * READY_SECONDS
 
@@ -17,19 +17,25 @@ class Migration:
     a: LabNode
 
     def migrate(self, *arguments: str, check: bool = True) -> str:
-        """Returns what the command prints."""
-        return self.a.run(self._command(*arguments), check=check, timeout=_SECONDS)
+        """Returns the output of the command."""
+        done = self._run(*arguments)
+        if check and done.code:
+            raise RuntimeError(f"migrate {arguments} failed ({done.code}): {done.output}{done.errors}")
+        return done.output
 
     def start_migrate(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return self.a.popen(self._command(*arguments), stdout=subprocess.DEVNULL)
+        """Starts the command as a process of its own, which runs while the test goes on."""
+        script = "from ebpfproxy.cli.migrate import command; command()"
+        return self.a.popen(
+            [sys.executable, "-c", script, *arguments, *self.a.roots], stdout=subprocess.DEVNULL
+        )
 
     def fails(self, *arguments: str) -> str:
-        """Returns what a command prints that ends with 1."""
-        process = self.a.popen(self._command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said = process.communicate(timeout=_SECONDS)[0].decode()
-        assert process.returncode == 1, said
-        return said
+        """Returns the output of a command that exits with 1."""
+        done = self._run(*arguments)
+        assert done.code == 1, done.output + done.errors
+        return done.output + done.errors
 
-    def _command(self, *arguments: str) -> list[str]:
-        command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import command; command()"]
-        return [*command, *arguments, *self.a.roots]
+    def _run(self, *arguments: str) -> command.Done:
+        command.import_commands()
+        return self.a.call(command.run, ["migrate", *arguments, *self.a.roots], timeout=_SECONDS)

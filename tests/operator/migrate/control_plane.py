@@ -1,7 +1,7 @@
-"""An API server with the parts of a control plane that a migration meets: DaemonSets' controller, pods' logs.
+"""An API server with the parts of a control plane that a migration uses: DaemonSet controller and logs of pods.
 
-The controller does what Kubernetes' does with an affinity, node labels and both update strategies. What a pod
-does is its kubelet's: a test's. ``requests`` has what was asked, without reads.
+The controller implements affinity, node labels and both update strategies. Tests act as the kubelets of pods.
+``requests`` has the requests without reads.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class ControlPlane:
     def __init__(self, kubelet: Kubelet, *nodes: str) -> None:
         self.kubelet = kubelet
         self.lock = threading.RLock()
-        #: Objects are found by kind, then by namespace and name.
+        #: Objects by kind, then by namespace and name.
         self.objects: dict[str, dict[tuple[str, str], Item]] = {kind: {} for kind in _PLURALS.values()}
         self.logs: dict[str, str] = {}
         self.events: list[Item] = []
         self.requests: list[tuple[str, str]] = []
-        #: Requests that are refused, by method and the end of a path: status and message. Those in ``once``
-        #: are refused once.
+        #: Requests to reject, by method and end of the path, with status and message; those in ``once`` are rejected
+        #: once.
         self.refusals: dict[tuple[str, str], tuple[int, str]] = {}
         self.once: set[tuple[str, str]] = set()
         #: Pods that a rolling update has ended.
         self.restarted: list[str] = []
-        #: Work pods in the order in which they were made: node and arguments.
+        #: Work pods in the order of creation: node and arguments.
         self.worked: list[tuple[str, list[str]]] = []
         self._numbers = itertools.count(1)
         self._threads: list[threading.Thread] = []
@@ -87,7 +87,7 @@ class ControlPlane:
             ]
 
     def report(self, pod: Item, **status: Any) -> None:
-        """The kubelet's word."""
+        """Sets the status of a pod, as the kubelet does."""
         with self.lock:
             meta = pod["metadata"]
             if (found := self.objects["Pod"].get((meta["namespace"], meta["name"]))) is not None:
@@ -218,7 +218,7 @@ class ControlPlane:
 
 
 def _fits(pod: Item, labels: dict[str, str]) -> bool:
-    """Knows the expressions that are in use there."""
+    """Evaluates the expressions in use there."""
     required = pod.get("affinity", {}).get("nodeAffinity", {}).get(_REQUIRED)
     if required is None:
         return True
@@ -265,7 +265,7 @@ def agent() -> Item:
 
 
 def patched(item: Item, patch: list[Item]) -> Item:
-    """RFC 6902, as far as it is used; as the API server answers where a test fails."""
+    """Applies RFC 6902 patches as far as used; a failed test operation has the API server's response."""
     made = copy.deepcopy(item)
     for step in patch:
         *path, last = [p.replace("~1", "/").replace("~0", "~") for p in step["path"].split("/")[1:]]
@@ -288,6 +288,8 @@ def serving(control_plane: ControlPlane) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # A body that follows its header in another segment would wait for the client's delayed ACK.
+        disable_nagle_algorithm = True
 
         def log_message(self, format: str, *args: object) -> None:
             pass

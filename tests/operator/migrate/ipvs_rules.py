@@ -1,7 +1,7 @@
-"""What kube-proxy in IPVS mode leaves on a node, by the words of its source, through the kernel's own tools.
+"""IPVS services, sets and rules of kube-proxy in IPVS mode, loaded by ipvsadm, ipset and iptables.
 
-kubernetes/kubernetes pkg/proxy/ipvs/proxier.go: syncProxyRules, writeIptablesRules, iptablesJumpChain and
-ipsetInfo of 1.33. Sets and chains are all there, whatever is in them.
+They follow syncProxyRules, writeIptablesRules, iptablesJumpChain and ipsetInfo in pkg/proxy/ipvs/proxier.go of
+kubernetes/kubernetes 1.33. kube-proxy creates all sets and chains, even empty ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 DEVICE = "kube-ipvs0"
 _PERSISTENT = 10800
 
-#: The kernel's types.
+#: The kernel's set type, by name without the prefix ``KUBE-``.
 SETS = {
     "LOOP-BACK": "hash:ip,port,ip",
     "CLUSTER-IP": "hash:ip,port",
@@ -35,7 +35,7 @@ SETS = {
     "HEALTH-CHECK-NODE-PORT": "bitmap:port",
     "IPVS-IPS": "hash:ip",
 }
-#: Table, chain, and the built-in chain's jump with its comment. The first of a chain is inserted last.
+#: Table, built-in chain, target and comment of each jump. Later ones are inserted in front of earlier ones.
 _JUMPS = (
     ("nat", "OUTPUT", "KUBE-SERVICES", "kubernetes service portals"),
     ("nat", "PREROUTING", "KUBE-SERVICES", "kubernetes service portals"),
@@ -60,8 +60,8 @@ _CHAINS = {
 }
 
 
-class Served(NamedTuple):
-    """A frontend of kube-proxy's. ``set``: of KUBE-CLUSTER-IP and so on; ``bound``: on kube-proxy's device."""
+class VirtualService(NamedTuple):
+    """A virtual service of IPVS. ``set`` is a key of SETS; a ``bound`` address is assigned to kube-ipvs0."""
 
     set: str
     address: str
@@ -80,22 +80,22 @@ def set_name(name: str, is_v6: bool) -> str:
     return f"KUBE-6-{name}"[:31] if is_v6 else f"KUBE-{name}"
 
 
-def load(served: Iterable[Served], pods: dict[bool, str], backend: str) -> None:
-    """Loads it into this network namespace, beside what is there, as kube-proxy's first sync does.
+def load(services: Iterable[VirtualService], pods: dict[bool, str], backend: str) -> None:
+    """Adds the services to this network namespace as kube-proxy's first sync does.
 
-    ``pods``: the cluster's CIDR by family; ``backend``: legacy or nft.
+    ``pods`` has the cluster CIDR by family (the key is true for IPv6); ``backend`` is ``legacy`` or ``nft``.
     """
-    found = list(served)
+    found = list(services)
     for name in ("conntrack", "expire_nodest_conn", "expire_quiescent_template"):
         Path("/proc/sys/net/ipv4/vs", name).write_text("1")
     if DEVICE not in {name for _, name in socket.if_nameindex()}:
         _run(["ip", "link", "add", DEVICE, "type", "dummy"])
     for address in dict.fromkeys(each.address for each in found if each.bound):
         _run(["ip", "address", "replace", address, "dev", DEVICE])
-    there = _run(["ipvsadm", "--save", "--numeric"]).splitlines()
-    known = {" ".join(line.split()[1:3]) for line in there if line.startswith("-A")}
-    new = [each for each in found if _what(each) not in known]
-    _run(["ipvsadm", "--restore"], "".join(_servers(new)))
+    saved = _run(["ipvsadm", "--save", "--numeric"]).splitlines()
+    existing = {" ".join(line.split()[1:3]) for line in saved if line.startswith("-A")}
+    new = [each for each in found if _service_option(each) not in existing]
+    _run(["ipvsadm", "--restore"], "".join(_service_lines(new)))
     for is_v6 in (False, True):
         entries = _entries([each for each in found if each.is_v6 is is_v6])
         _run(["ipset", "restore", "-exist"], "".join(_set_lines(entries, is_v6)))
@@ -106,26 +106,26 @@ def load(served: Iterable[Served], pods: dict[bool, str], backend: str) -> None:
         )
 
 
-def end(address: str, port: int) -> str:
+def join_host_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _what(served: Served) -> str:
-    return f"-{served.protocol[0]} {end(served.address, served.port)}"
+def _service_option(service: VirtualService) -> str:
+    return f"-{service.protocol[0]} {join_host_port(service.address, service.port)}"
 
 
-def _servers(served: Iterable[Served]) -> Iterator[str]:
-    for each in served:
-        what = _what(each)
-        more = f" -p {_PERSISTENT}" if each.persistent else ""
-        yield f"-A {what} -s rr{more}\n"
+def _service_lines(services: Iterable[VirtualService]) -> Iterator[str]:
+    for each in services:
+        option = _service_option(each)
+        persistence = f" -p {_PERSISTENT}" if each.persistent else ""
+        yield f"-A {option} -s rr{persistence}\n"
         for endpoint in each.endpoints:
-            yield f"-a {what} -r {end(*endpoint)} -m -w 1\n"
+            yield f"-a {option} -r {join_host_port(*endpoint)} -m -w 1\n"
 
 
-def _entries(served: list[Served]) -> dict[str, set[str]]:
+def _entries(services: list[VirtualService]) -> dict[str, set[str]]:
     entries: dict[str, set[str]] = {name: set() for name in SETS}
-    for each in served:
+    for each in services:
         if each.set.startswith("NODE-PORT"):
             entries[each.set].add(str(each.port))
         else:
@@ -146,34 +146,34 @@ def _set_lines(entries: dict[str, set[str]], is_v6: bool) -> Iterator[str]:
 
 
 def _tables(filled: set[str], is_v6: bool, pods: str) -> Iterator[str]:
-    def match(name: str, how: str) -> str:
-        return f'-m comment --comment "Kubernetes {name}" -m set --match-set {set_name(name, is_v6)} {how}'
+    def match(name: str, directions: str) -> str:
+        return f'-m comment --comment "Kubernetes {name}" -m set --match-set {set_name(name, is_v6)} {directions}'
 
-    def of_set(chain: str, name: str, how: str, rest: str) -> Iterator[str]:
+    def rule(chain: str, name: str, directions: str, rest: str) -> Iterator[str]:
         if name in filled:
-            yield f"-A {chain} {match(name, how)} {rest}\n"
+            yield f"-A {chain} {match(name, directions)} {rest}\n"
 
     for table, chains in _CHAINS.items():
         yield f"*{table}\n"
         yield from (f":{chain} - [0:0]\n" for chain in chains)
-        for of, chain, to, comment in _JUMPS:
-            if of == table:
-                yield f'-I {chain} -m comment --comment "{comment}" -j {to}\n'
+        for owner, chain, target, comment in _JUMPS:
+            if owner == table:
+                yield f'-I {chain} -m comment --comment "{comment}" -j {target}\n'
         if table == "nat":
             yield f"-A KUBE-SERVICES -s {'::1/128' if is_v6 else '127.0.0.0/8'} -j RETURN\n"
-            yield from of_set("KUBE-POSTROUTING", "LOOP-BACK", "dst,dst,src", "-j MASQUERADE")
-            yield from of_set("KUBE-SERVICES", "LOAD-BALANCER", "dst,dst", "-j KUBE-LOAD-BALANCER")
+            yield from rule("KUBE-POSTROUTING", "LOOP-BACK", "dst,dst,src", "-j MASQUERADE")
+            yield from rule("KUBE-SERVICES", "LOAD-BALANCER", "dst,dst", "-j KUBE-LOAD-BALANCER")
             for protocol in ("tcp", "udp"):
                 name = f"NODE-PORT-{protocol.upper()}"
-                yield from of_set(f"KUBE-NODE-PORT -p {protocol}", name, "dst", "-j KUBE-MARK-MASQ")
-            yield from of_set("KUBE-SERVICES", "CLUSTER-IP", "dst,dst", f"! -s {pods} -j KUBE-MARK-MASQ")
-            yield from of_set("KUBE-SERVICES", "EXTERNAL-IP", "dst,dst", "-j KUBE-MARK-MASQ")
+                yield from rule(f"KUBE-NODE-PORT -p {protocol}", name, "dst", "-j KUBE-MARK-MASQ")
+            yield from rule("KUBE-SERVICES", "CLUSTER-IP", "dst,dst", f"! -s {pods} -j KUBE-MARK-MASQ")
+            yield from rule("KUBE-SERVICES", "EXTERNAL-IP", "dst,dst", "-j KUBE-MARK-MASQ")
             local = "-m addrtype --dst-type LOCAL -j ACCEPT"
-            yield from of_set("KUBE-SERVICES", "EXTERNAL-IP", "dst,dst", local)
+            yield from rule("KUBE-SERVICES", "EXTERNAL-IP", "dst,dst", local)
             yield "-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODE-PORT\n"
             yield "-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n"
             for name in ("CLUSTER-IP", "LOAD-BALANCER"):
-                yield from of_set("KUBE-SERVICES", name, "dst,dst", "-j ACCEPT")
+                yield from rule("KUBE-SERVICES", name, "dst,dst", "-j ACCEPT")
             yield "-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n"
             yield "-A KUBE-POSTROUTING -j MARK --xor-mark 0x4000\n"
             yield (

@@ -1,7 +1,7 @@
-"""The kubelets of lab nodes: kube-proxy's pod leaves its real rules, the agent's runs the agent, work pods run by runc.
+"""Kubelets of lab nodes: kube-proxy's pod loads recorded rules, the agent's pod runs the agent, runc runs work pods.
 
-A work pod's container has what its manifest gives it: user, capabilities, seccomp profile, read-only root,
-volumes, the node's network and the machine's processes.
+The container of a work pod has the user, capabilities, seccomp profile, read-only root, volumes, network and PID
+namespace of its manifest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RUNNING = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}
 
 
 class PodContainer(Container):
-    """The one container of a work pod, on a lab node."""
+    """The container of a work pod on a lab node."""
 
     def __init__(
         self,
@@ -57,17 +57,16 @@ class PodContainer(Container):
         )
 
     def configuration(self) -> Item:
-        made = super().configuration()
+        configuration = super().configuration()
         if self._shares_processes:
-            made["linux"]["namespaces"] = [
-                each for each in made["linux"]["namespaces"] if each["type"] != "pid"
-            ]
-        return made
+            linux = configuration["linux"]
+            linux["namespaces"] = [each for each in linux["namespaces"] if each["type"] != "pid"]
+        return configuration
 
 
 class LabKubelet:
     def __init__(self, nodes: Iterable[LabNode], manifests: Path, mode: str) -> None:
-        """``mode``: kube-proxy's, whose rules its pod writes when it starts."""
+        """``mode`` is kube-proxy's mode, whose rules its pod loads when it starts."""
         runtime.install("runc", "runc")
         self.nodes = {node.name: node for node in nodes}
         self._manifests, self._mode = manifests, mode
@@ -84,7 +83,7 @@ class LabKubelet:
                     load = f"from tests.operator.migrate import rules; rules.load({self._mode!r}, lab=True)"
                     node.run([sys.executable, "-c", load])
                     if self._mode == "nftables":
-                        # The dump's node is the first one.
+                        # The dump has only the address of the first node.
                         element = f"add element ip kube-proxy nodeport-ips {{ {node.address} }}"
                         node.run(["nft", element])
                     self._processes[name] = start_kube_proxy(node, "--proxy-mode=iptables")

@@ -1,4 +1,4 @@
-"""A real kube-proxy's rules, as it left them on a node: whole, or with a lab's addresses for its pods and node."""
+"""Rules of a real kube-proxy, complete or with a lab's addresses for its pods and node."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import subprocess
 from ebpfproxy.operator.migrate.node import nfacct
 from tests.data import SAMPLES
 
-#: Programs and the dumps that they load, by mode.
+#: Restore programs and their dumps by mode.
 MODES = ("iptables-legacy", "iptables-nft", "nftables")
 
-#: The lab serves these of the dumps' Services: by w1 on node-a and w2 on node-b.
+#: The lab serves these Services of the dumps by w1 on node-a and w2 on node-b.
 W1, W2 = "10.244.1.2", "10.244.2.2"
 PAYMENTS, PAYMENTS_NODE_PORT = "10.96.185.91", 31317
 ORDERS = "10.96.130.103"
 DNS = "10.96.0.10"
-#: Added to the dumps, which have no NodePort of UDP.
+#: This is added to the dumps, which have no UDP NodePort.
 DNS_NODE_PORT = 30053
 _PODS = {
     "10.244.2.6": W1,  # shop/payments
@@ -39,7 +39,7 @@ def with_lab_addresses(text: str) -> str:
 
 
 def for_lab(name: str) -> str:
-    """A dump with the lab's addresses, and a NodePort for DNS in the same words."""
+    """Returns a dump with the lab's addresses and a NodePort for DNS."""
     adapted = with_lab_addresses(text(name))
     if name.startswith("iptables"):
         ext, comment = f"KUBE-EXT-{_DNS_CHAIN}", '-m comment --comment "kube-system/kube-dns:dns"'
@@ -70,7 +70,7 @@ def for_lab(name: str) -> str:
 
 
 def load(mode: str, *, lab: bool, families: tuple[str, ...] = ("ip", "ip6")) -> None:
-    """Loads them into this network namespace, beside what is there."""
+    """Loads rules into this network namespace, beside the existing ones."""
     read = for_lab if lab else text
     if mode == "nftables":
         listed = read("nft-list-ruleset.txt")
@@ -84,7 +84,7 @@ def load(mode: str, *, lab: bool, families: tuple[str, ...] = ("ip", "ip6")) -> 
 
 
 def load_text(mode: str, family: str, dump: str) -> None:
-    """A dump, of this family where it is one of iptables."""
+    """Loads a dump; ``family`` is ``ip`` or ``ip6`` for one of iptables, which has one dump for each."""
     if mode == "nftables":
         _run(["nft", "-f", "-"], dump)
         return
@@ -95,7 +95,7 @@ def load_text(mode: str, family: str, dump: str) -> None:
 
 
 def _as_added(saved: str) -> str:
-    """kube-proxy's part of a dump: built-in chains' policies are the host's own, KUBE-FIREWALL is kubelet's."""
+    """Returns kube-proxy's part of a dump, without the host's chain policies and kubelet's KUBE-FIREWALL."""
     foreign = re.compile(r":[A-Z]+ ACCEPT |.*\bKUBE-FIREWALL\b")
     return "\n".join(line for line in saved.splitlines() if not foreign.match(line)) + "\n"
 

@@ -1,4 +1,4 @@
-"""kube-proxy's DaemonSet is kept from one node and comes back: the patches, and their requests."""
+"""kube-proxy's DaemonSet is excluded from a node and restored, by patches and their requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DAEMON_SET = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
 
 
 def daemon_set(*terms: Item) -> Item:
-    """Makes kubeadm's, with these alternatives of a required node affinity."""
+    """Returns kubeadm's DaemonSet with these terms of a required node affinity."""
     made = control_plane.kube_proxy()
     made["metadata"]["resourceVersion"] = "7"
     if terms:
@@ -55,7 +55,7 @@ OTHER = {"key": "a", "operator": "Exists"}
     ],
     ids=["without an affinity", "two alternatives", "one that matches nothing"],
 )
-def test_every_alternative_excludes_labelled_nodes_and_is_restored(
+def test_every_affinity_term_excludes_labelled_nodes_and_is_restored(
     terms: list[Item], expected: list[Item]
 ) -> None:
     before = daemon_set(*terms)
@@ -65,7 +65,7 @@ def test_every_alternative_excludes_labelled_nodes_and_is_restored(
     required = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert required["nodeSelectorTerms"] == expected
     assert ("podAffinity" in affinity) == bool(terms)
-    assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}, "no pod restarts for it"
+    assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}, "the patch restarts no pod"
     assert KUBE_PROXY.works(after)
     assert KUBE_PROXY.install(after) == []
     restored = patched(after, KUBE_PROXY.uninstall(after))
@@ -74,7 +74,7 @@ def test_every_alternative_excludes_labelled_nodes_and_is_restored(
     assert KUBE_PROXY.uninstall(restored) == []
 
 
-def test_one_alternative_that_excludes_them_already_stays() -> None:
+def test_affinity_term_that_excludes_labelled_nodes_already_is_kept() -> None:
     before = daemon_set({"matchExpressions": [EXPRESSION]}, {"matchExpressions": [OTHER]})
     after = patched(before, KUBE_PROXY.install(before))
     required = after["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
@@ -84,7 +84,7 @@ def test_one_alternative_that_excludes_them_already_stays() -> None:
     ]
 
 
-def test_a_strategy_that_is_on_delete_by_itself_stays() -> None:
+def test_update_strategy_on_delete_of_others_is_kept() -> None:
     before = daemon_set()
     before["spec"]["updateStrategy"] = {"type": "OnDelete"}
     after = patched(before, KUBE_PROXY.install(before))
@@ -92,7 +92,7 @@ def test_a_strategy_that_is_on_delete_by_itself_stays() -> None:
     assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
 
-def test_what_somebody_else_has_written_back_is_left_alone() -> None:
+def test_fields_changed_back_by_others_are_kept() -> None:
     before = daemon_set()
     changed = patched(before, KUBE_PROXY.install(before))
     changed["spec"] = copy.deepcopy(before["spec"])
@@ -108,11 +108,11 @@ def test_what_somebody_else_has_written_back_is_left_alone() -> None:
         ({"labels": {"k8s-app": "kube-proxy"}, "annotations": None}, ""),
     ],
 )
-def test_who_writes_it_back_is_told_by_its_marks(meta: Item, expected: str) -> None:
+def test_owner_of_the_daemon_set_is_recognized_by_labels_and_annotations(meta: Item, expected: str) -> None:
     assert owner({"metadata": meta}) == expected
 
 
-def test_a_label_comes_and_goes_and_others_stay() -> None:
+def test_label_is_added_and_removed_and_others_are_kept() -> None:
     node: Item = {"metadata": {"labels": {"a": "b"}}}
     off = patched(node, KUBE_PROXY.turn(node, off=True))
     assert off["metadata"]["labels"] == {"a": "b", "ebpfproxy.io/kube-proxy": "off"}
@@ -124,7 +124,7 @@ def test_a_label_comes_and_goes_and_others_stay() -> None:
 
 
 class Ready:
-    """A kubelet whose pods are ready at once."""
+    """Acts as a kubelet whose pods are ready at once."""
 
     def __init__(self) -> None:
         self.ends = threading.Event()
@@ -145,7 +145,7 @@ def plane() -> Iterator[tuple[ControlPlane, str]]:
         yield made, url
 
 
-def test_it_leaves_one_node_and_comes_back(plane: tuple[ControlPlane, str]) -> None:
+def test_kube_proxy_is_removed_from_one_node_and_restored(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     node = Cluster(Api.from_options(None, url), "node-a")
     found = node.find()
@@ -160,7 +160,7 @@ def test_it_leaves_one_node_and_comes_back(plane: tuple[ControlPlane, str]) -> N
     assert not state.pods("kube-proxy", "node-a")
     assert len(state.pods("kube-proxy", "node-b")) == 1
     assert state.restarted == []
-    assert node.stop(5) == ["kube-proxy's pod is gone"], "again is nothing to do"
+    assert node.stop(5) == ["kube-proxy's pod is gone"], "a repeated call changes nothing"
     assert len(state.requests) == 2
 
     assert node.start(5) == [
@@ -176,7 +176,7 @@ def test_it_leaves_one_node_and_comes_back(plane: tuple[ControlPlane, str]) -> N
     assert node.tidy() == []
 
 
-def test_a_change_of_the_daemon_set_meanwhile_is_read_again(plane: tuple[ControlPlane, str]) -> None:
+def test_daemon_set_changed_meanwhile_is_read_again(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     words = (422, "testing value /metadata/resourceVersion failed: test failed")
     state.refusals["PATCH", "/kube-proxy"] = words
@@ -188,7 +188,9 @@ def test_a_change_of_the_daemon_set_meanwhile_is_read_again(plane: tuple[Control
         daemonsets.install(Api.from_options(None, url), KUBE_PROXY)
 
 
-def test_an_overloaded_server_is_asked_again(plane: tuple[ControlPlane, str], monkeypatch: Any) -> None:
+def test_requests_to_an_overloaded_server_are_retried(
+    plane: tuple[ControlPlane, str], monkeypatch: Any
+) -> None:
     monkeypatch.setattr("ebpfproxy.kube.client._BACKOFF_FIRST", 0.01)
     state, url = plane
     state.refusals["GET", "/node-a"] = (429, "too many requests")
@@ -198,7 +200,7 @@ def test_an_overloaded_server_is_asked_again(plane: tuple[ControlPlane, str], mo
     assert found["metadata"]["name"] == "node-a"
 
 
-def test_a_pod_that_stays_and_a_node_that_is_not_there_are_errors(plane: tuple[ControlPlane, str]) -> None:
+def test_remaining_pod_and_missing_node_are_errors(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     assert isinstance(state.kubelet, Ready)
     state.kubelet.ends.clear()
@@ -211,7 +213,7 @@ def test_a_pod_that_stays_and_a_node_that_is_not_there_are_errors(plane: tuple[C
         Cluster(Api.from_options(None, "http://127.0.0.1:1"), "node-a").find()
 
 
-def test_a_cluster_without_the_daemon_set_has_none(plane: tuple[ControlPlane, str]) -> None:
+def test_cluster_without_the_daemon_set(plane: tuple[ControlPlane, str]) -> None:
     state, url = plane
     del state.objects["DaemonSet"]["kube-system", "kube-proxy"]
     assert Cluster(Api.from_options(None, url), "node-a").find() is None

@@ -1,4 +1,4 @@
-"""Many nodes: order, what is left out, going on after a failure, and every failure in one line."""
+"""Migration of many nodes: their order, skipped nodes, resuming after failures, and one-line errors."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Scripted:
 
     def __init__(self) -> None:
         self.instead: dict[tuple[str, str], Item | tuple[int, str]] = {}
-        #: Nodes whose rules are there.
+        #: Nodes that have kube-proxy's rules.
         self.ruled = set(NODES)
-        #: Events in their order.
+        #: Events in order.
         self.log: list[str] = []
         self.at_once = self.most = 0
         self._lock = threading.Lock()
@@ -79,8 +79,8 @@ class Scripted:
         with self._lock:
             self.at_once -= 1
         if isinstance(found, tuple):
-            code, said = found
-            plane.logs[pod["metadata"]["name"]] = said
+            code, output = found
+            plane.logs[pod["metadata"]["name"]] = output
             found = ended(code)
         plane.report(pod, **found)
 
@@ -170,14 +170,14 @@ def until_ready(plane: ControlPlane) -> None:
 # -- plan
 
 
-def test_plan_looks_at_all_nodes_and_changes_nothing(world: World) -> None:
-    said = world.good("plan", "--all-nodes")
-    lines = [line.split() for line in said.splitlines()]
+def test_plan_inspects_all_nodes_and_changes_nothing(world: World) -> None:
+    output = world.good("plan", "--all-nodes")
+    lines = [line.split() for line in output.splitlines()]
     assert lines[0] == ["NODE", "STATE", "KUBE-PROXY", "FRONTENDS", "EBPFPROXY", "MISSING", "FLOWS"]
     assert lines[1:4] == [[name, *["to", "do", "iptables", "20", "21", "0", "3"]] for name in NODES]
-    assert "  node-a and 2 more: something" in said
-    assert f"  {'kubectl'}" not in said
-    assert "kubectl -n kube-system delete daemonset/kube-proxy configmap/kube-proxy" in said
+    assert "  node-a and 2 more: something" in output
+    assert f"  {'kubectl'}" not in output
+    assert "kubectl -n kube-system delete daemonset/kube-proxy configmap/kube-proxy" in output
     assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
     assert world.work_pods() == []
     found = json.loads(world.good("plan", "--node", "node-b", "-o", "json"))
@@ -186,7 +186,7 @@ def test_plan_looks_at_all_nodes_and_changes_nothing(world: World) -> None:
     assert json.loads(world.good("run", "--dry-run", "--node", "node-b", "-o", "json")) == found
 
 
-def test_ten_are_looked_at_at_once(world: World) -> None:
+def test_ten_nodes_are_inspected_at_once(world: World) -> None:
     for i in range(25):
         world.plane.put(node(f"worker-{i}"))
     barrier = threading.Barrier(10, timeout=5)
@@ -206,7 +206,7 @@ def test_ten_are_looked_at_at_once(world: World) -> None:
     assert world.kubelet.most == 10
 
 
-def test_plan_warns_of_who_would_write_the_daemon_set_back(world: World) -> None:
+def test_plan_warns_of_an_owner_that_would_revert_the_daemon_set(world: World) -> None:
     mine = control_plane.kube_proxy()
     mine["metadata"]["labels"] = {"kustomize.toolkit.fluxcd.io/name": "system"}
     world.plane.put(mine)
@@ -216,10 +216,10 @@ def test_plan_warns_of_who_would_write_the_daemon_set_back(world: World) -> None
     world.plane.put(
         {**conf, "data": {"config.conf": "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: X\n"}}
     )
-    said = world.good("plan", "--all-nodes")
-    assert "DaemonSet kube-system/kube-proxy seems to be Flux's" in said
-    assert "--skip-phases=addon/kube-proxy" in said
-    assert "ConfigMap kube-system/kube-proxy" in said
+    output = world.good("plan", "--all-nodes")
+    assert "DaemonSet kube-system/kube-proxy seems to be Flux's" in output
+    assert "--skip-phases=addon/kube-proxy" in output
+    assert "ConfigMap kube-system/kube-proxy" in output
     del world.plane.objects["DaemonSet"]["kube-system", "kube-proxy"]
     assert "there is no DaemonSet kube-system/kube-proxy" in world.call("plan", "--all-nodes").output
 
@@ -238,7 +238,7 @@ def test_plan_warns_of_who_would_write_the_daemon_set_back(world: World) -> None
     ],
     ids=["before", "after", "keeper", "ended", "half", "blocked", "embedded", "static pod"],
 )
-def test_what_is_to_be_done_on_a_node(found: Brief, has_pod: bool, state: State, words: str) -> None:
+def test_action_for_a_node(found: Brief, has_pod: bool, state: State, words: str) -> None:
     here = Node(name="a", ready=True, kube_proxy_off=False, agent_off=False)
     planned = judge(here, found, ["kube-proxy-1"] if has_pod else [])
     assert planned.state is state
@@ -246,7 +246,7 @@ def test_what_is_to_be_done_on_a_node(found: Brief, has_pod: bool, state: State,
     assert bool(planned.blockers) == bool(words)
 
 
-def test_a_log_without_a_plan_is_not_one() -> None:
+def test_log_without_a_plan_is_an_error() -> None:
     with pytest.raises(JobError, match="KeyError"):
         brief_of(Done(1, "Traceback\nKeyError: 1\n"))
     with pytest.raises(JobError, match="another version"):
@@ -256,7 +256,7 @@ def test_a_log_without_a_plan_is_not_one() -> None:
 # -- nodes
 
 
-def test_workers_come_first_and_names_keep_their_order() -> None:
+def test_workers_come_first_by_name_and_named_nodes_keep_their_order() -> None:
     control_plane = node("b")
     control_plane["metadata"]["labels"]["node-role.kubernetes.io/control-plane"] = ""
     windows = node("a")
@@ -273,14 +273,14 @@ def test_workers_come_first_and_names_keep_their_order() -> None:
 # -- run
 
 
-def test_one_node_after_the_other(world: World) -> None:
-    said = world.good("run", "--all-nodes")
+def test_nodes_are_migrated_one_by_one(world: World) -> None:
+    output = world.good("run", "--all-nodes")
     assert world.happened()[3:] == [
         step for name in NODES for step in (f"{name}: plan", f"{name}: kube-proxy ends", f"{name}: run")
     ]
     assert world.plane.restarted == []
     assert all(world.plane.labels(name)["ebpfproxy.io/kube-proxy"] == "off" for name in NODES)
-    lines = said.splitlines()
+    lines = output.splitlines()
     assert lines[0].startswith("gave DaemonSet kube-system/kube-proxy an affinity against nodes")
     assert "node-b: labelled node node-b ebpfproxy.io/kube-proxy=off" in lines
     assert "node-b: removed 7 chains" in lines
@@ -299,57 +299,57 @@ class unordered(list[str]):  # noqa: N801 - reads as an expression
     __hash__ = None
 
 
-def test_a_canary_touches_no_other_node(world: World) -> None:
-    said = world.good("run", "--node", "node-c")
+def test_canary_changes_no_other_node(world: World) -> None:
+    output = world.good("run", "--node", "node-c")
     assert {line.partition(":")[0] for line in world.happened()} == {"node-c"}
-    assert "left to you" not in said
+    assert "left to you" not in output
     assert world.plane.restarted == []
 
 
-def test_a_selector_chooses(world: World) -> None:
+def test_selector_selects_nodes(world: World) -> None:
     world.plane.put(node("node-b", pool="x"))
     assert "all 1 chosen nodes" in world.good("run", "-l", "pool=x")
     assert {line.partition(":")[0] for line in world.happened()} == {"node-b"}
 
 
-def test_several_at_once_where_asked(world: World) -> None:
+def test_parallel_option_migrates_several_nodes_at_once(world: World) -> None:
     world.good("run", "--all-nodes", "--parallel", "3")
     assert [line for line in world.happened() if line.endswith("run")] == unordered(
         [f"{name}: run" for name in NODES]
     )
 
 
-def test_where_one_is_in_the_way_none_is_touched_unless_it_is_left_out(world: World) -> None:
+def test_blocked_node_stops_the_run_unless_it_is_skipped(world: World) -> None:
     blocked = msgspec.structs.replace(BEFORE, blockers=("Cilium is here", "and more"))
     world.kubelet.instead["node-b", "plan"] = (1, msgspec.json.format(msgspec.json.encode(blocked)).decode())
-    said = world.bad("run", "--all-nodes")
-    assert "node-b: blocked: Cilium is here; and more" in said
-    assert "Error: 1 of 3 nodes are blocked: nothing was changed." in said
+    output = world.bad("run", "--all-nodes")
+    assert "node-b: blocked: Cilium is here; and more" in output
+    assert "Error: 1 of 3 nodes are blocked: nothing was changed." in output
     assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
     world.happened()
-    said = world.bad("run", "--all-nodes", "--skip-blocked")
-    assert "Error: 1 nodes were left unchanged: see above" in said
+    output = world.bad("run", "--all-nodes", "--skip-blocked")
+    assert "Error: 1 nodes were left unchanged: see above" in output
     assert [line for line in world.happened() if line.endswith("run")] == ["node-a: run", "node-c: run"]
-    said = world.bad("plan", "--all-nodes")
-    assert "BLOCKERS\n  node-b: Cilium is here\n  node-b: and more\n" in said
+    output = world.bad("plan", "--all-nodes")
+    assert "BLOCKERS\n  node-b: Cilium is here\n  node-b: and more\n" in output
 
 
-def test_a_node_that_is_not_ready_is_reported_and_left_alone(world: World) -> None:
+def test_node_that_is_not_ready_is_reported_and_skipped(world: World) -> None:
     world.plane.put(node("node-b", ready=False))
-    said = world.bad("run", "--all-nodes")
-    assert "node-b: not ready: the node is not Ready" in said
+    output = world.bad("run", "--all-nodes")
+    assert "node-b: not ready: the node is not Ready" in output
     assert not any(line.startswith("node-b") for line in world.happened())
     assert len(world.plane.pods("kube-proxy", "node-b")) == 1
-    said = world.bad("rollback", "--all-nodes")
-    assert "node-b: not ready: left unchanged" in said
+    output = world.bad("rollback", "--all-nodes")
+    assert "node-b: not ready: left unchanged" in output
 
 
-def test_it_stops_at_the_first_failure_and_goes_on_when_called_again(world: World) -> None:
+def test_run_stops_at_the_first_failure_and_resumes_when_repeated(world: World) -> None:
     world.kubelet.instead["node-b", "run"] = (1, "made a table\nError: nft: no such thing\n")
-    said = world.bad("run", "--all-nodes")
+    output = world.bad("run", "--all-nodes")
     assert (
         "Error: node-b: nft: no such thing. kube-proxy is stopped there, and the agent serves what it served:"
-        " call this again, or migrate rollback --node node-b\ndone: 1 of 3 nodes" in said
+        " call this again, or migrate rollback --node node-b\ndone: 1 of 3 nodes" in output
     )
     assert "node-c: run" not in world.happened()
     assert len(world.plane.pods("kube-proxy", "node-c")) == 1
@@ -357,30 +357,30 @@ def test_it_stops_at_the_first_failure_and_goes_on_when_called_again(world: Worl
 
     del world.kubelet.instead["node-b", "run"]
     world.plane.worked.clear()
-    said = world.good("run", "--all-nodes")
-    assert "node-a: done already" in said
+    output = world.good("run", "--all-nodes")
+    assert "node-a: done already" in output
     assert [line for line in world.happened() if line.endswith("run")] == ["node-b: run", "node-c: run"]
     planned = {name: arguments for name, arguments in world.plane.worked if arguments[0] == "plan"}
-    assert "--stopped" in planned["node-b"], "its rules are of the past"
+    assert "--stopped" in planned["node-b"], "kube-proxy has stopped and only its rules remain"
     assert "--stopped" not in planned["node-c"]
 
 
-def test_what_has_changed_since_all_were_looked_at_stops_it(world: World) -> None:
+def test_change_since_the_inspection_stops_the_run(world: World) -> None:
     do, count = world.kubelet._do, iter(range(100))
 
     def changes(where: str, what: str, *rest: Any) -> tuple[int, str]:
-        code, said = do(where, what, *rest)
+        code, output = do(where, what, *rest)
         if (where, what) == ("node-b", "plan") and next(count):
-            said = said.replace('"blockers": []', '"blockers": ["new"]')
-        return code, said
+            output = output.replace('"blockers": []', '"blockers": ["new"]')
+        return code, output
 
     world.kubelet._do = changes  # type: ignore[method-assign, assignment]
-    said = world.bad("run", "--all-nodes")
-    assert "Error: node-b: left unchanged: new\ndone: 1 of 3 nodes" in said
+    output = world.bad("run", "--all-nodes")
+    assert "Error: node-b: left unchanged: new\ndone: 1 of 3 nodes" in output
     assert "ebpfproxy.io/kube-proxy" not in world.plane.labels("node-b")
 
 
-def test_an_affinity_that_somebody_takes_away_stops_it(world: World) -> None:
+def test_removed_affinity_stops_the_run(world: World) -> None:
     do = world.kubelet._do
 
     def writes_back(where: str, what: str, *rest: Any) -> tuple[int, str]:
@@ -391,30 +391,30 @@ def test_an_affinity_that_somebody_takes_away_stops_it(world: World) -> None:
         return do(where, what, *rest)
 
     world.kubelet._do = writes_back  # type: ignore[method-assign, assignment]
-    said = world.bad("run", "--all-nodes")
-    assert "DaemonSet kube-system/kube-proxy has lost its affinity: somebody writes it back" in said
+    output = world.bad("run", "--all-nodes")
+    assert "DaemonSet kube-system/kube-proxy has lost its affinity: somebody writes it back" in output
     assert "ebpfproxy.io/kube-proxy" not in world.plane.labels("node-b")
 
 
-def test_an_agent_that_was_switched_off_comes_back_first(world: World) -> None:
+def test_disabled_agent_is_enabled_first(world: World) -> None:
     world.good("rollback", "--all-nodes")
     world.happened()
-    said = world.good("plan", "--node", "node-a")
-    assert "node-a: the agent is switched off here since a rollback" in said
+    output = world.good("plan", "--node", "node-a")
+    assert "node-a: the agent is switched off here since a rollback" in output
     world.happened()
     world.good("run", "--all-nodes")
     assert world.happened()[:3] == [f"{name}: ebpfproxy starts" for name in NODES]
     mine = world.plane.get("DaemonSet", "kube-system", "ebpfproxy")
-    assert mine["spec"] == control_plane.agent()["spec"], "nobody needs its switch now"
+    assert mine["spec"] == control_plane.agent()["spec"], "its label is no longer needed"
 
 
 # -- rollback
 
 
-def test_back_kube_proxy_comes_before_the_agent_goes(world: World) -> None:
+def test_rollback_starts_kube_proxy_before_the_agent_ends(world: World) -> None:
     world.good("run", "--all-nodes")
     world.happened()
-    said = world.good("rollback", "--all-nodes")
+    output = world.good("rollback", "--all-nodes")
     log = world.happened()
     assert (
         log[: 4 * 3]
@@ -431,12 +431,12 @@ def test_back_kube_proxy_comes_before_the_agent_goes(world: World) -> None:
     )
     assert all("ebpfproxy.io/kube-proxy" not in world.plane.labels(name) for name in NODES)
     assert all(world.plane.labels(name)["ebpfproxy.io/agent"] == "off" for name in NODES)
-    assert said.splitlines()[-1] == "kube-proxy serves all 3 nodes"
+    assert output.splitlines()[-1] == "kube-proxy serves all 3 nodes"
     spec = world.plane.get("DaemonSet", "kube-system", "kube-proxy")["spec"]
     assert spec == control_plane.kube_proxy()["spec"]
 
 
-def test_one_node_goes_back_and_the_others_stay(world: World) -> None:
+def test_rollback_of_one_node_keeps_the_others(world: World) -> None:
     world.good("run", "--all-nodes")
     world.good("rollback", "--node", "node-b")
     assert [bool(world.plane.pods("kube-proxy", name)) for name in NODES] == [False, True, False]
@@ -445,16 +445,16 @@ def test_one_node_goes_back_and_the_others_stay(world: World) -> None:
     assert kept == {"type": "OnDelete"}
 
 
-def test_where_it_cannot_go_back_the_agent_stays(world: World) -> None:
+def test_failed_rollback_keeps_the_agent(world: World) -> None:
     world.good("run", "--all-nodes")
     world.kubelet.instead["node-a", "rollback"] = (
         1,
         "Error: kube-proxy's rules do not serve 10.0.0.1:80/TCP",
     )
-    said = world.bad("rollback", "--all-nodes")
+    output = world.bad("rollback", "--all-nodes")
     assert (
         "Error: node-a: kube-proxy's rules do not serve 10.0.0.1:80/TCP. kube-proxy runs there again, and the"
-        " agent goes on beside it: call this again\ndone: 0 of 3 nodes" in said
+        " agent goes on beside it: call this again\ndone: 0 of 3 nodes" in output
     )
     assert "ebpfproxy.io/agent" not in world.plane.labels("node-a")
     assert world.plane.pods("ebpfproxy", "node-a")
@@ -462,13 +462,13 @@ def test_where_it_cannot_go_back_the_agent_stays(world: World) -> None:
     world.good("rollback", "--all-nodes")
 
 
-def test_without_kube_proxys_daemon_set_there_is_no_way_back(world: World) -> None:
+def test_rollback_without_kube_proxys_daemon_set_is_an_error(world: World) -> None:
     del world.plane.objects["DaemonSet"]["kube-system", "kube-proxy"]
-    said = world.bad("rollback", "--all-nodes")
-    assert "there is no DaemonSet kube-system/kube-proxy to come back: kubeadm init phase addon" in said
+    output = world.bad("rollback", "--all-nodes")
+    assert "there is no DaemonSet kube-system/kube-proxy to come back: kubeadm init phase addon" in output
 
 
-# -- pods that do not work
+# -- failing pods
 
 
 @pytest.mark.parametrize(
@@ -489,58 +489,60 @@ def test_without_kube_proxys_daemon_set_there_is_no_way_back(world: World) -> No
         ((0, "nothing\n"), "nothing"),
     ],
 )
-def test_a_pod_that_fails_is_told_at_once_with_its_reason(
+def test_failing_pod_is_reported_at_once_with_its_reason(
     world: World, status: Item | tuple[int, str], words: str
 ) -> None:
     world.kubelet.instead["node-b", "plan"] = status
-    said = world.bad("plan", "--all-nodes")
-    assert words in said
-    assert sum(line.startswith("  node-b: ") for line in said.splitlines()) == 1, said
-    assert "node-a" in said
+    output = world.bad("plan", "--all-nodes")
+    assert words in output
+    assert sum(line.startswith("  node-b: ") for line in output.splitlines()) == 1, output
+    assert "node-a" in output
     assert world.work_pods() == []
 
 
-def test_a_pod_that_nobody_starts_is_told_with_its_last_event(world: World) -> None:
+def test_pod_that_does_not_start_is_reported_with_its_last_event(world: World) -> None:
     world.kubelet.instead["node-b", "plan"] = {"phase": "Pending"}
     warning = {"type": "Warning", "reason": "FailedMount", "message": "hostPath type check failed"}
-    said = world.bad("plan", "--node", "node-b", timeout="0.3s")
-    assert "has not started after 0.3 s: its kubelet says nothing" in said
+    output = world.bad("plan", "--node", "node-b", timeout="0.3s")
+    assert "has not started after 0.3 s: its kubelet says nothing" in output
     world.plane.events = [warning]
-    said = world.bad("plan", "--node", "node-b", timeout="0.3s")
-    assert "has not started after 0.3 s: FailedMount: hostPath type check failed" in said
+    output = world.bad("plan", "--node", "node-b", timeout="0.3s")
+    assert "has not started after 0.3 s: FailedMount: hostPath type check failed" in output
     assert world.work_pods() == []
 
 
-def test_pods_that_may_not_be_made_are_told_in_the_servers_words(world: World) -> None:
+def test_forbidden_pod_is_reported_with_the_servers_message(world: World) -> None:
     words = 'pods "ebpfproxy-migrate-node-a" is forbidden: violates PodSecurity "baseline:latest": host namespaces'
     world.plane.refusals["POST", "/pods"] = (403, words)
-    said = world.bad("plan", "--node", "node-a")
-    assert f"403 Forbidden: {words}" in said
+    output = world.bad("plan", "--node", "node-a")
+    assert f"403 Forbidden: {words}" in output
 
 
-def test_a_log_that_may_not_be_read_leaves_the_kubelets_message(world: World) -> None:
+def test_message_of_kubelet_is_reported_if_the_log_is_forbidden(world: World) -> None:
     world.plane.refusals["GET", "/log"] = (403, "pods/log is forbidden")
     world.kubelet.instead["node-a", "plan"] = ended(1, message="Error: nft is not installed\n")
     assert "node-a: nft is not installed" in world.bad("plan", "--node", "node-a")
     del world.kubelet.instead["node-a", "plan"]
-    said = world.bad("plan", "--node", "node-a")
+    output = world.bad("plan", "--node", "node-a")
     refused = "log of Pod kube-system/ebpfproxy-migrate-node-a: 403 Forbidden: pods/log is forbidden"
-    assert f"it ended well; {refused}" in said
+    assert f"it ended well; {refused}" in output
 
 
-def test_a_pod_of_an_earlier_call_is_taken_away_if_it_has_ended(world: World) -> None:
+def test_ended_pod_of_an_earlier_call_is_deleted(world: World) -> None:
     left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
     left["metadata"]["namespace"] = "kube-system"
     with world.plane.lock:
         world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left
     left["status"] = {"phase": "Running"}
-    said = world.bad("plan", "--node", "node-a")
-    assert "pod kube-system/ebpfproxy-migrate-node-a runs already: another call works on this node" in said
+    output = world.bad("plan", "--node", "node-a")
+    assert "pod kube-system/ebpfproxy-migrate-node-a runs already: another call works on this node" in output
     left["status"] = ended(0)
     world.good("plan", "--node", "node-a")
 
 
-def test_an_old_pod_that_ends_just_now_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminating_pod_of_an_earlier_call_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
     left["metadata"] |= {"namespace": "kube-system", "deletionTimestamp": "x"}
     with world.plane.lock:
@@ -568,13 +570,13 @@ def test_an_old_pod_that_ends_just_now_is_waited_for(world: World, monkeypatch: 
         (["plan", "--node", "x"], "--node x: no such node"),
     ],
 )
-def test_wrong_options_are_named(world: World, arguments: list[str], words: str) -> None:
+def test_invalid_options_are_named(world: World, arguments: list[str], words: str) -> None:
     result = world.call(*arguments)
     assert result.exit_code in (1, 2)
     assert words in result.output
 
 
-def test_many_nodes_need_an_api_server() -> None:
+def test_several_nodes_need_an_api_server() -> None:
     result = CliRunner().invoke(command, ["plan", "--all-nodes"])
     assert result.exit_code == 2
     assert "many nodes need --kubeconfig" in result.output

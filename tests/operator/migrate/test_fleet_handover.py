@@ -1,4 +1,4 @@
-"""Two nodes go over and back by the cluster's command, while clients of both ask and stay connected."""
+"""Migration and rollback of two nodes by one command, while clients on both send requests and keep connections."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.operator.migrate import control_plane, rules
-from tests.operator.migrate.asking import Held, Load, no_request_fails
 from tests.operator.migrate.control_plane import ControlPlane, serving
 from tests.operator.migrate.kubelet import LabKubelet
-from tests.operator.migrate.world import World, how
+from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
+from tests.operator.migrate.world import World, broken
 from tests.operator.migrate.world import cluster as cluster_objects
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
@@ -26,7 +26,7 @@ NAMES = ["node-a1", "node-b1"]
 
 
 class Cluster(World):
-    """Both nodes have a kube-proxy, by a DaemonSet."""
+    """A cluster of two nodes with kube-proxy of a DaemonSet."""
 
     def __init__(self, lab: Lab, mode: str) -> None:
         super().__init__(lab)
@@ -37,7 +37,7 @@ class Cluster(World):
         self.url = ""
 
     def write(self) -> None:
-        """Without hints and policies: the rules are those of one node, and are loaded on both."""
+        """Removes hints and internal traffic policies, because both nodes load the rules of one node."""
         documents = cluster_objects()
         for each in documents:
             each.get("spec", {}).pop("internalTrafficPolicy", None)
@@ -57,63 +57,64 @@ class Cluster(World):
         waiting.until(ready, f"no pods of {owner}", 60)
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The operator's command, of a process of its own outside of all nodes."""
+        """Runs the command as an operator does, in a process outside of the nodes."""
         command = [sys.executable, "-m", "ebpfproxy", "migrate", *arguments, "--master", self.url]
         return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
     def good(self, *arguments: str) -> str:
-        done = self.call(*arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        print(f"$ ebpfproxy migrate {' '.join(arguments)}\n{done.stdout}")
-        return done.stdout
+        """Returns the output of a command that exits with 0."""
+        completed = self.call(*arguments)
+        assert completed.returncode == 0, completed.stdout + completed.stderr
+        print(f"$ ebpfproxy migrate {' '.join(arguments)}\n{completed.stdout}")
+        return completed.stdout
 
-    def all_held(self) -> list[Held]:
-        more = [
+    def all_connections(self) -> list[LongConnection]:
+        targets = [
             (self.client_b, "tcp", rules.ORDERS, 80),
             (self.client_b, "udp", rules.DNS, 53),
             (self.b, "tcp", rules.ORDERS, 80),
             (self.outside, "tcp", self.b.address, rules.PAYMENTS_NODE_PORT),
         ]
-        return [*self.held(), *(Held(*way) for way in more for _ in range(3))]
+        return [*self.connections(), *(LongConnection(*target) for target in targets for _ in range(3))]
 
-    def socket_loads(self) -> list[Load]:
+    def socket_loads(self) -> list[RequestLoad]:
         return [
             *self.loads()[:2],
-            Load(self.client_b, "tcp", rules.ORDERS, 80),
-            Load(self.client_b, "udp", rules.DNS, 53),
+            RequestLoad(self.client_b, "tcp", rules.ORDERS, 80),
+            RequestLoad(self.client_b, "udp", rules.DNS, 53),
         ]
 
-    def all_loads(self) -> list[Load]:
-        outside = Load(self.outside, "tcp", self.b.address, rules.PAYMENTS_NODE_PORT)
+    def all_loads(self) -> list[RequestLoad]:
+        outside = RequestLoad(self.outside, "tcp", self.b.address, rules.PAYMENTS_NODE_PORT)
         return [*self.socket_loads(), *self.loads()[2:], outside]
 
-    def left(self) -> list[tuple[bool, bool]]:
-        """Returns, by node, if something of kube-proxy is left, and if conntrack is kept enabled."""
-        return [node.call(_left) for node in (self.a, self.b)]
+    def leftovers(self) -> list[tuple[bool, bool]]:
+        """Returns for each node if rules of kube-proxy exist, and if conntrack is kept enabled."""
+        return [node.call(_leftovers) for node in (self.a, self.b)]
 
 
-def _left() -> tuple[bool, bool]:
+def _leftovers() -> tuple[bool, bool]:
     return bool(leftovers.find()), bool(conntrack_hold.find())
 
 
 @contextmanager
 def cluster(mode: str) -> Iterator[Cluster]:
     with Lab() as lab:
-        made = Cluster(lab, mode)
-        with serving(made.plane) as made.url:
-            yield made
+        created = Cluster(lab, mode)
+        with serving(created.plane) as created.url:
+            yield created
 
 
 @pytest.mark.parametrize("mode", ["iptables-legacy", "nftables"])
-def test_two_nodes_over_and_back_under_load_with_long_connections(mode: str) -> None:
+def test_migration_and_rollback_of_two_nodes_under_load_keep_long_connections(mode: str) -> None:
     with cluster(mode) as world:
-        refused = world.call("plan", "--all-nodes", "--image", "x")
-        assert refused.returncode == 1
-        assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in refused.stdout, (
-            refused.stdout + refused.stderr
+        rejected = world.call("plan", "--all-nodes", "--image", "x")
+        assert rejected.returncode == 1
+        assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in rejected.stdout, (
+            rejected.stdout + rejected.stderr
         )
-        held = world.all_held()
-        assert how(held) == {}
+        connections = world.all_connections()
+        assert broken(connections) == {}
         with no_request_fails(*world.all_loads()):
             world.start_agents()
             planned = json.loads(world.good("plan", "--all-nodes", "-o", "json"))
@@ -123,19 +124,21 @@ def test_two_nodes_over_and_back_under_load_with_long_connections(mode: str) -> 
                 assert list(each["found"]["processes"].values()) == ["process"]
             world.good("plan", "--all-nodes")
             world.good("run", "--all-nodes")
-        assert how(held) == {}
-        assert world.left() == [(False, True)] * 2
+        assert broken(connections) == {}
+        assert world.leftovers() == [(False, True)] * 2
         assert world.plane.restarted == []
         assert not any(world.plane.pods("kube-proxy", name) for name in NAMES)
         again = world.good("run", "--all-nodes")
         assert "node-a1: done already" in again
         assert "node-b1: done already" in again
 
-        ours = [Held(client, "tcp", rules.ORDERS, 80) for client in (world.client, world.client_b)]
+        agent_connections = [
+            LongConnection(client, "tcp", rules.ORDERS, 80) for client in (world.client, world.client_b)
+        ]
         with no_request_fails(*world.socket_loads()):
-            said = world.good("rollback", "--all-nodes")
-        assert said.count("waiting for the agent to end") == 2
-        assert how([*held, *ours]) == {}
-        assert world.left() == [(True, False)] * 2
+            output = world.good("rollback", "--all-nodes")
+        assert output.count("waiting for the agent to end") == 2
+        assert broken([*connections, *agent_connections]) == {}
+        assert world.leftovers() == [(True, False)] * 2
         assert not any(pin_folder(node.bpf_root).exists() for node in (world.a, world.b))
         assert not any(world.plane.pods("ebpfproxy", name) for name in NAMES)

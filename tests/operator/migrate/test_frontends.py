@@ -1,4 +1,4 @@
-"""What kube-proxy serves, read from its rules: the same in every mode, and the same as the agent's own rules say."""
+"""Frontends parsed from kube-proxy's rules are equal in all modes and to those of the agent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nftables() -> kube_proxy_frontends.Frontends:
 
 
 def ours() -> kube_proxy_frontends.Frontends:
-    """Returns what the agent computes from the objects that the dumps were made of."""
+    """Returns the agent's frontends for the objects of the dumps."""
     tracker = RecordTracker("node-a1")
     for each in recordings.as_events(recordings.lists("final")):
         tracker.apply(each)
@@ -45,22 +45,22 @@ def ours() -> kube_proxy_frontends.Frontends:
     return {name: frozenset(backends) for name, backends in found.items()}
 
 
-def test_both_modes_of_a_real_kube_proxy_serve_the_same() -> None:
+def test_frontends_of_both_modes_of_a_real_kube_proxy_are_equal() -> None:
     assert iptables() == nftables()
     assert len(iptables()) == 19
     assert iptables()["10.96.0.10:53/UDP"] == {"10.244.1.2:53", "10.244.2.2:53"}
     assert iptables()["*:31317/TCP"] == {"10.244.2.6:8080", "10.244.3.6:8080"}
-    assert iptables()["10.96.177.53:80/TCP"] == frozenset(), "refused, but known"
+    assert iptables()["10.96.177.53:80/TCP"] == frozenset(), "it is rejected but known"
 
 
-def test_the_agents_own_rules_serve_all_that_a_real_kube_proxy_serves_and_it_all_of_theirs() -> None:
-    # The load balancer's address was set for the dumps alone.
+def test_frontends_of_the_agent_equal_those_of_a_real_kube_proxy() -> None:
+    # The load balancer's address was set for the dumps only.
     theirs = {name: found for name, found in iptables().items() if not name.startswith("203.0.113.10:")}
     assert kube_proxy_frontends.missing(theirs, ours()) == {}
     assert kube_proxy_frontends.unserved(ours(), iptables()) == []
 
 
-def test_ipv6_is_compared_by_address_and_not_by_spelling() -> None:
+def test_ipv6_frontends_are_compared_by_address_and_not_by_spelling() -> None:
     saved = """*nat
 :KUBE-SEP-A - [0:0]
 :KUBE-SERVICES - [0:0]
@@ -80,7 +80,7 @@ COMMIT
 
 
 @pytest.mark.parametrize(
-    ("ours", "said"),
+    ("ours", "message"),
     [
         ({}, "is not in the maps"),
         ({"10.0.0.1:80/TCP": {"10.1.0.1:8080"}}, "kube-proxy also sends to 10.1.0.2:8080"),
@@ -88,10 +88,10 @@ COMMIT
         ({"10.0.0.1:80/UDP": {"10.1.0.1:8080", "10.1.0.2:8080"}}, "is not in the maps"),
     ],
 )
-def test_what_the_maps_lack_is_named(ours: dict[str, set[str]], said: str | None) -> None:
+def test_frontends_missing_from_maps_are_named(ours: dict[str, set[str]], message: str | None) -> None:
     theirs = {"10.0.0.1:80/TCP": frozenset({"10.1.0.1:8080", "10.1.0.2:8080"})}
     mine = {name: frozenset(backends) for name, backends in ours.items()}
-    assert kube_proxy_frontends.missing(theirs, mine) == ({"10.0.0.1:80/TCP": said} if said else {})
+    assert kube_proxy_frontends.missing(theirs, mine) == ({"10.0.0.1:80/TCP": message} if message else {})
 
 
 def _row(kind: str, frontend: str, scope: str, *backends: str) -> FrontendRow:

@@ -1,4 +1,4 @@
-"""Connections that kube-proxy began outlive its rules, and no request fails on the way over and back."""
+"""Connections through kube-proxy survive a migration and a rollback, and no request fails meanwhile."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.netlink import conntrack
-from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers, nftables, tools
+from ebpfproxy.netlink import ctnetlink
+from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, leftovers, nftables, tools
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules
-from tests.operator.migrate.asking import Held, Load, no_request_fails
-from tests.operator.migrate.world import World, how
+from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
+from tests.operator.migrate.world import World, broken
 
 pytestmark = pytest.mark.root
 
-KEPT = [f"nftables table {family} {conntrack_hold.NAME}" for family in ("ip", "ip6")]
+CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 
 
 @pytest.fixture
@@ -27,113 +27,122 @@ def world() -> Iterator[World]:
         yield World(lab)
 
 
-def _found() -> tuple[bool, list[str]]:
+def _leftovers() -> tuple[bool, list[str]]:
+    """Returns if rules of kube-proxy exist, and which objects keep conntrack enabled."""
     return bool(leftovers.find()), conntrack_hold.find()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", rules.MODES)
-def test_over_and_back_under_load_with_long_connections(world: World, mode: str) -> None:
+def test_migration_and_rollback_under_load_keep_long_connections(world: World, mode: str) -> None:
     world.kube_proxy(mode)
-    held = world.held()
-    assert how(held) == {}
-    assert {each.server for each in held} == {"w1", "w2"}
+    connections = world.connections()
+    assert broken(connections) == {}
+    assert {each.server for each in connections} == {"w1", "w2"}
 
     with no_request_fails(*world.loads()):
         agent = world.agent().start()
         time.sleep(0.3)
-        assert how(held) == {}, "beside kube-proxy"
+        assert broken(connections) == {}, "kube-proxy and the agent run side by side"
         planned = json.loads(world.migrate("plan", "-o", "json"))
         assert (planned["blockers"], planned["differences"]) == ([], {})
-        assert planned["flows"] >= len(held)
-        said = world.migrate("run")
+        assert planned["flows"] >= len(connections)
+        output = world.migrate("run")
         time.sleep(0.3)
-        assert how(held) == {}, said
-    assert "established flows of kube-proxy, left to netfilter: " in said
-    assert world.a.call(_found) == (False, KEPT)
+        assert broken(connections) == {}, output
+    assert "established flows of kube-proxy, left to netfilter: " in output
+    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
 
-    # A restart during the handover leaves them alone, too.
+    # A restart of the agent during the handover keeps them, too.
     agent.stop()
     agent.start()
-    assert how(held) == {}
+    assert broken(connections) == {}
 
-    # Back. What sockets chose by us lives on, what packets did ends.
-    ours = [Held(world.client, "tcp", rules.ORDERS, 80), Held(world.a, "tcp", rules.ORDERS, 80)]
-    assert "in use by another ebpfproxy agent" in _refused(world, mode)
+    # A rollback keeps connections that socket hooks have translated and ends those of packet hooks.
+    agent_connections = [
+        LongConnection(world.client, "tcp", rules.ORDERS, 80),
+        LongConnection(world.a, "tcp", rules.ORDERS, 80),
+    ]
+    assert "in use by another ebpfproxy agent" in _rejected_rollback(world, mode)
     agent.stop()
     with no_request_fails(*world.loads()[:2]):
-        said = world.migrate("rollback")
+        output = world.migrate("rollback")
         time.sleep(0.3)
-        assert how([*held, *ours]) == {}, said
-    steps = said.splitlines()
-    assert steps.index("detached sendmsg6") < steps.index("detached recvmsg4"), "answers come first"
-    assert world.a.call(_found) == (True, [])
+        assert broken([*connections, *agent_connections]) == {}, output
+    steps = output.splitlines()
+    assert steps.index("detached sendmsg6") < steps.index("detached recvmsg4"), (
+        "hooks that translate requests are detached before hooks of replies"
+    )
+    assert world.a.call(_leftovers) == (True, [])
     assert world.outside.call(clients.spread_tcp, world.a.address, rules.PAYMENTS_NODE_PORT, 5)
 
 
-def _refused(world: World, mode: str) -> str:
-    """kube-proxy is back, but the agent still runs."""
+def _rejected_rollback(world: World, mode: str) -> str:
+    """Returns the error of a rollback with kube-proxy's rules in place while the agent still runs."""
     assert "start kube-proxy, then call this again" in world.fails("rollback", "--timeout", "1s")
     world.kube_proxy(mode)
     return world.fails("rollback")
 
 
-def test_back_without_a_failed_request_from_outside_where_connections_may_drain(world: World) -> None:
+def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:
     agent = world.agent().start()
     world.kube_proxy("nftables")
-    outside = [Load(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)]
-    outside.append(Load(world.outside, "udp", world.a.address, rules.DNS_NODE_PORT))
+    outside = [RequestLoad(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)]
+    outside.append(RequestLoad(world.outside, "udp", world.a.address, rules.DNS_NODE_PORT))
     agent.stop()
     with no_request_fails(*outside):
-        rolling = world.start_migrate("rollback", "--drain", "20s")
+        rollback = world.start_migrate("rollback", "--drain", "20s")
         time.sleep(3)
-        assert rolling.poll() is None, "the loads' long connection is still there"
-    assert rolling.wait(20) == 0
-    with no_request_fails(Load(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)):
+        assert rollback.poll() is None, "the long connections of the loads are still open"
+    assert rollback.wait(20) == 0
+    with no_request_fails(RequestLoad(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)):
         time.sleep(1)
 
 
-def test_cleanup_beside_kube_proxy_loses_no_request_of_pods(world: World) -> None:
-    """The first step ends new translations, and replies on their way arrive before the last."""
+def test_cleanup_while_kube_proxy_runs_fails_no_request_of_pods(world: World) -> None:
+    """The first step ends new translations; replies in flight arrive before the last step."""
     world.kube_proxy("nftables")
     world.agent().start().stop()
     with no_request_fails(*world.loads()[:2]):
-        said = world.a.cli("cleanup").splitlines()
+        steps = world.a.cli("cleanup").splitlines()
         time.sleep(0.3)
-    assert said.index("detached sendmsg6") < said.index("detached recvmsg4")
+    assert steps.index("detached sendmsg6") < steps.index("detached recvmsg4")
     assert world.outside.call(clients.spread_tcp, world.a.address, rules.PAYMENTS_NODE_PORT, 5)
 
 
-def test_cleanup_takes_what_a_migration_keeps_too(world: World) -> None:
+def test_cleanup_removes_the_conntrack_hold_of_a_migration(world: World) -> None:
     world.kube_proxy("nftables")
-    held = [Held(world.client, "tcp", rules.ORDERS, 80)]
+    connections = [LongConnection(world.client, "tcp", rules.ORDERS, 80)]
     agent = world.agent().start()
     world.migrate("run")
-    assert how(held) == {}
+    assert broken(connections) == {}
     agent.stop()
-    assert world.a.call(_found) == (False, KEPT)
-    said = world.a.cli("cleanup")
-    assert all(f"removed {each}" in said for each in KEPT)
-    assert world.a.call(_found) == (False, [])
+    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+    output = world.a.cli("cleanup")
+    assert all(f"removed {each}" in output for each in CONNTRACK_HOLD)
+    assert world.a.call(_leftovers) == (False, [])
     assert "nothing is pinned" in world.a.cli("cleanup")
 
 
-def _remove(how_many_keep: bool) -> int:
-    """kube-proxy's tables, as its own --cleanup removes them, or as ours."""
-    if how_many_keep:
+def _remove(hold_conntrack: bool) -> int:
+    """Removes kube-proxy's tables and returns the number of its flows; only ours keeps conntrack enabled."""
+    if hold_conntrack:
         assert not leftovers.remove(leftovers.find()).failed
     else:
         nftables.remove(nftables.find())
-    return len(conntrack.find())
+    return len(ctnetlink.find())
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_connections_need_somebody_who_asks_for_conntrack(world: World, kept: bool) -> None:
-    """A node with nftables mode's rules alone: conntrack knows its flows in any case, and sees no packet."""
+@pytest.mark.parametrize("hold", [True, False])
+def test_translated_connections_need_a_rule_that_enables_conntrack(world: World, hold: bool) -> None:
+    """Without any rule that uses conntrack its entries remain, but it processes no packets."""
     world.kube_proxy("nftables")
-    held = [Held(world.client, "tcp", rules.ORDERS, 80), Held(world.a, "tcp", rules.ORDERS, 80)]
-    assert world.a.call(_remove, kept) == 2
-    assert set(how(held)) == (set() if kept else {each.name for each in held})
+    connections = [
+        LongConnection(world.client, "tcp", rules.ORDERS, 80),
+        LongConnection(world.a, "tcp", rules.ORDERS, 80),
+    ]
+    assert world.a.call(_remove, hold) == 2
+    assert set(broken(connections)) == (set() if hold else {each.name for each in connections})
 
 
 def _without_nft() -> tuple[list[str], list[str]]:
@@ -148,33 +157,36 @@ def _without_nft() -> tuple[list[str], list[str]]:
     return list(removed.done[:2]), conntrack_hold.find()
 
 
-def test_without_nft_a_chain_of_iptables_keeps_them(world: World) -> None:
-    """Both modes' rules, as after a change of mode."""
+def test_without_nft_an_iptables_chain_keeps_conntrack_enabled(world: World) -> None:
+    """The node has rules of both modes, as after a change of mode."""
     world.kube_proxy("nftables")
     world.kube_proxy("iptables-legacy")
-    held = [Held(world.client, "tcp", rules.ORDERS, 80), Held(world.a, "tcp", rules.ORDERS, 80)]
-    made = [
-        f"{family}-legacy chain {conntrack_hold.CHAIN} of table nat" for family in ("iptables", "ip6tables")
+    connections = [
+        LongConnection(world.client, "tcp", rules.ORDERS, 80),
+        LongConnection(world.a, "tcp", rules.ORDERS, 80),
     ]
-    assert world.a.call(_without_nft) == ([f"made {each}" for each in made], made)
-    assert how(held) == {}
-    assert world.a.call(conntrack_hold.end) == made
-    assert set(how(held)) == {each.name for each in held}
+    chains = [
+        f"{family}-legacy chain {hold_chains.CHAIN} of table nat" for family in ("iptables", "ip6tables")
+    ]
+    assert world.a.call(_without_nft) == ([f"made {each}" for each in chains], chains)
+    assert broken(connections) == {}
+    assert world.a.call(conntrack_hold.end) == chains
+    assert set(broken(connections)) == {each.name for each in connections}
 
 
-def test_ports_that_stand_for_kube_proxys_clients_are_not_taken_for_ours(world: World) -> None:
-    """Both masquerade by the same few ports; a port of a connection that lives must not be given to another."""
-    world.a.call(_load_with_ports, "20000-20029")
+def test_masquerade_ports_that_netfilter_uses_are_not_allocated(world: World) -> None:
+    """Both masquerade with the same few ports; no port of an established connection is allocated again."""
+    world.a.call(_load_with_masquerade_ports, "20000-20029")
     port = rules.PAYMENTS_NODE_PORT
-    held = [Held(world.outside, "tcp", world.a.address, port) for _ in range(10)]
+    connections = [LongConnection(world.outside, "tcp", world.a.address, port) for _ in range(10)]
     world.agent("--masquerade-ports", "20000-20059").start()
-    ours = [Held(world.outside, "tcp", world.a.address, port) for _ in range(35)]
-    assert how([*held, *ours]) == {}
+    agent_connections = [LongConnection(world.outside, "tcp", world.a.address, port) for _ in range(35)]
+    assert broken([*connections, *agent_connections]) == {}
     world.migrate("run")
-    assert how([*held, *ours]) == {}
+    assert broken([*connections, *agent_connections]) == {}
 
 
-def _load_with_ports(ports: str) -> None:
+def _load_with_masquerade_ports(ports: str) -> None:
     rules.load("iptables-legacy", lab=True)
     chain = ["iptables-legacy", "-t", "nat", "-R", "KUBE-POSTROUTING", "3"]
     subprocess.run([*chain, "-p", "tcp", "-j", "MASQUERADE", "--to-ports", ports, "--random"], check=True)

@@ -1,4 +1,4 @@
-"""kube-proxy's part of an iptables-save is found."""
+"""Selection of kube-proxy's rules in the output of iptables-save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def table(name: str, *lines: str) -> str:
     return "\n".join([f"*{name}", *lines, "COMMIT"])
 
 
-def test_of_a_real_dump_all_goes_but_kubelets_chain_and_the_jumps_to_it() -> None:
+def test_all_rules_of_a_real_dump_are_removed_except_kubelets_chain_and_jumps_to_it() -> None:
     saved = rules.text("iptables-legacy-save.txt")
     plans = {each.table: each for each in iptables.plan(saved)}
     assert iptables.count(plans.values()) == (50, 12 + 122)
@@ -29,7 +29,7 @@ def test_of_a_real_dump_all_goes_but_kubelets_chain_and_the_jumps_to_it() -> Non
     assert not any("KUBE-FIREWALL" in jump for p in plans.values() for jump in p.jumps)
 
 
-def test_a_script_names_only_what_goes() -> None:
+def test_restore_script_has_only_removed_rules() -> None:
     (plan,) = of(
         table(
             "nat",
@@ -50,8 +50,8 @@ def test_a_script_names_only_what_goes() -> None:
     )
 
 
-def test_others_chains_that_begin_with_kube_stay() -> None:
-    """kubelet's, kube-router's, CRI-O's; and KUBE-FIREWALL is IPVS mode's in the table nat alone."""
+def test_kube_chains_of_other_programs_are_kept() -> None:
+    """These are kubelet's, kube-router's and CRI-O's; KUBE-FIREWALL is IPVS mode's in the table nat only."""
     foreign = [f"KUBE-{end}" for end in ("KUBELET-CANARY", "IPTABLES-HINT", "MARK-DROP", "ROUTER-INPUT")]
     foreign += ["KUBE-POD-FW-XYZ", "KUBE-NWPLCY-XYZ", "KUBE-HOSTPORTS", "KUBE-HP-XYZ", "KUBERNETES"]
     for name in ("nat", "filter", "mangle", "raw", "security"):
@@ -61,7 +61,7 @@ def test_others_chains_that_begin_with_kube_stay() -> None:
     assert of(table("raw", ":KUBE-SERVICES - [0:0]", ":KUBE-SVC-X - [0:0]")) == []
 
 
-def test_a_chain_that_another_jumps_to_stays_with_all_that_it_leads_to() -> None:
+def test_chain_that_others_jump_to_is_kept_with_all_that_it_jumps_to() -> None:
     (plan,) = of(
         table(
             "nat",
@@ -90,16 +90,16 @@ def test_a_chain_that_another_jumps_to_stays_with_all_that_it_leads_to() -> None
     }
 
 
-def test_a_comment_may_say_anything() -> None:
-    said = '-A INPUT -m comment --comment "say \\"-j KUBE-SERVICES\\" -j KUBE-SERVICES" -j ACCEPT'
-    assert iptables.target(said) == "ACCEPT"
+def test_comments_are_not_parsed_as_rules() -> None:
+    output = '-A INPUT -m comment --comment "say \\"-j KUBE-SERVICES\\" -j KUBE-SERVICES" -j ACCEPT'
+    assert iptables.target(output) == "ACCEPT"
     assert iptables.target("-A INPUT -m comment --comment -j -j MINE") == "MINE"
     assert iptables.target("-A INPUT -m comment --comment -j") == ""
     assert iptables.target("-A INPUT -p tcp") == ""
-    (plan,) = of(table("filter", ":INPUT ACCEPT [0:0]", ":KUBE-SERVICES - [0:0]", said))
+    (plan,) = of(table("filter", ":INPUT ACCEPT [0:0]", ":KUBE-SERVICES - [0:0]", output))
     assert plan.jumps == ()
 
 
-def test_nothing_of_kube_proxys_is_nothing_to_do() -> None:
+def test_dump_without_kube_proxys_rules_gives_no_script() -> None:
     assert iptables.plan("") == []
     assert of(table("nat", ":PREROUTING ACCEPT [0:0]", "-A PREROUTING -j ACCEPT")) == []

@@ -1,4 +1,4 @@
-"""/proc/net/ip_vs is read. test_ipvs_kernel.py needs a kernel with IPVS."""
+"""Parsing of /proc/net/ip_vs; test_ipvs_kernel.py needs a kernel with IPVS."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TCP  C0A80009:0050 rr
 """
 
 
-def test_servers_with_their_endpoints_and_connections_are_read() -> None:
+def test_virtual_servers_are_parsed_with_destinations_and_connections() -> None:
     assert ipvs.parse(TABLE) == [
         VirtualServer("TCP", "10.96.0.1", 443, 8, 9, ("172.18.0.2:6699", "172.18.0.3:6699")),
         VirtualServer("UDP", "10.96.0.10", 53),
@@ -43,20 +43,22 @@ def _of_kube_proxy(on_device: set[str], named: ipsets.Frontends) -> list[tuple[s
     return [(each.address, each.port, each.is_node_port) for each in found]
 
 
-def test_others_virtual_servers_are_not_kube_proxys() -> None:
+def test_virtual_servers_of_others_are_not_kube_proxys() -> None:
     on_device = {"10.96.0.1", "10.96.0.10", "fd00:10:96::1"}
     cluster_ips = [("10.96.0.1", 443, False), ("10.96.0.10", 53, False), ("fd00:10:96::1", 443, False)]
     node_port, external = ("192.168.0.1", 30055, True), ("192.168.0.9", 80, False)
     nothing = ipsets.Frontends()
-    assert _of_kube_proxy(on_device, nothing) == [*cluster_ips, node_port], "of the usual range"
+    assert _of_kube_proxy(on_device, nothing) == [*cluster_ips, node_port], "a NodePort of the default range"
     assert _of_kube_proxy(on_device, ipsets.Frontends(ports=frozenset())) == cluster_ips
     assert _of_kube_proxy(on_device, ipsets.Frontends(ports=frozenset({(30055, UDP)}))) == cluster_ips
     named = ipsets.Frontends(frozenset({("192.168.0.9", 80, TCP)}), frozenset({(30055, TCP)}))
     assert _of_kube_proxy(on_device, named) == [*cluster_ips, node_port, external]
-    assert _of_kube_proxy(set(), nothing) == [], "without its device and sets nothing is known to be its"
+    assert _of_kube_proxy(set(), nothing) == [], (
+        "without its device and sets no virtual server is attributed to kube-proxy"
+    )
 
 
-def test_a_server_that_carries_something_stays_with_all_others_at_its_address() -> None:
+def test_virtual_server_with_connections_is_kept_with_all_others_at_its_address() -> None:
     on_device = ipvs.Device(1, ("10.96.0.1", "10.96.0.10"), marked=False)
     found = [
         VirtualServer("TCP", "10.96.0.1", 443, active=1),
@@ -68,7 +70,7 @@ def test_a_server_that_carries_something_stays_with_all_others_at_its_address() 
     assert ipvs.carrying(found, on_device) == [found[0], found[1], found[3]]
 
 
-def test_servers_are_frontends_with_those_endpoints_that_get_connections() -> None:
+def test_frontends_of_virtual_servers_have_destinations_with_weight() -> None:
     found = ipvs.of_kube_proxy(ipvs.parse(TABLE), {"10.96.0.1", "fd00:10:96::1"}, ipsets.Frontends())
     assert kube_proxy_frontends.of_ipvs(found) == {
         "10.96.0.1:443/TCP": {"172.18.0.2:6699", "172.18.0.3:6699"},
@@ -77,6 +79,6 @@ def test_servers_are_frontends_with_those_endpoints_that_get_connections() -> No
     }
 
 
-def test_names_of_sets_are_as_long_as_the_kernel_takes() -> None:
+def test_names_of_ipsets_fit_the_limit_of_the_kernel() -> None:
     assert all(len(name) <= 31 for name in ipsets.NAMES)
     assert {"KUBE-LOOP-BACK", "KUBE-6-LOOP-BACK", "KUBE-6-LOAD-BALANCER-SOURCE-CID"} <= ipsets.NAMES

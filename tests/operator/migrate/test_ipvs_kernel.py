@@ -1,4 +1,4 @@
-"""A node whose kube-proxy was in IPVS mode, on a kernel that has it: ``make test-kernel``."""
+"""Migration from kube-proxy in IPVS mode, on a kernel with IPVS (``make test-kernel``)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ import pytest
 from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, ipvs, leftovers
 from tests.lab import Lab, LabNode, Outside, Pod, clients, manifests, servers
 from tests.operator.migrate import ipvs_rules
-from tests.operator.migrate.asking import Held, Load, no_request_fails
 from tests.operator.migrate.commands import Migration
-from tests.operator.migrate.ipvs_rules import Served
-from tests.operator.migrate.world import how
+from tests.operator.migrate.ipvs_rules import VirtualService
+from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
+from tests.operator.migrate.world import broken
 
 TOOLS = ("ipvsadm", "ipset", "iptables-legacy", "iptables-nft", "nft")
 
 
-def _lacking() -> str:
+def _missing() -> str:
     if not Path("/proc/net/ip_vs").exists():
         return "this kernel has no IPVS (or has not loaded ip_vs): make test-kernel"
-    lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"{', '.join(lacking)} not installed: make test-kernel" if lacking else ""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"{', '.join(missing)} not installed: make test-kernel" if missing else ""
 
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.skipif(bool(_lacking()), reason=_lacking()),
+    pytest.mark.skipif(bool(_missing()), reason=_missing()),
     pytest.mark.timeout(600),
 ]
 
@@ -42,7 +42,7 @@ WEB = {False: "10.96.0.10", True: "fd00:10:96::10"}
 STICKY = {False: "10.96.0.20", True: "fd00:10:96::20"}
 EMPTY = {False: "10.96.0.30", True: "fd00:10:96::30"}
 EXTERNAL, BALANCER = "192.0.2.80", "203.0.113.10"
-#: It is at the node's own address, which is on no device of kube-proxy.
+#: This port is on the node's address, which is not assigned to kube-ipvs0.
 OWN_PORT = 8181
 NODE_PORT, UDP_NODE_PORT = 30080, 30053
 PODS = {False: "10.244.0.0/16", True: "fd00:10:244::/48"}
@@ -51,8 +51,8 @@ SLICE_PORTS = [
     {"name": "udp", "port": 8053, "protocol": "UDP"},
 ]
 
-#: These belong to somebody else: a virtual server on a device of its own, one at the node's with a port that
-#: kube-proxy might have had, one by firewall mark; a set that a rule matches; chains.
+#: Services, sets and chains of other programs: a virtual service on a foreign device, one on the node's address with
+#: a port of the NodePort range, and one by firewall mark; a set that a rule matches.
 FOREIGN_SERVERS = """-A -t 198.51.100.7:443 -s rr
 -a -t 198.51.100.7:443 -r 10.9.9.9:443 -m -w 1
 -A -t 172.18.0.1:31999 -s wrr
@@ -78,7 +78,7 @@ COMMIT
 
 
 class World(Migration):
-    """``a`` has kube-proxy's rules; ``w1`` serves on it, ``w2`` on ``b``. All Services have both families."""
+    """Node ``a`` has kube-proxy's rules; pod ``w1`` on it and ``w2`` on ``b`` are endpoints of dual-stack Services."""
 
     def __init__(self, lab: Lab, backend: str) -> None:
         self.backend = backend
@@ -131,7 +131,7 @@ class World(Migration):
                 documents.append(manifests.slice_of(name, endpoints, ports=SLICE_PORTS))
         manifests.write(self.manifests / "cluster.yaml", *documents)
 
-    def served(self) -> list[Served]:
+    def virtual_services(self) -> list[VirtualService]:
         found = []
         for is_v6 in (False, True):
             tcp, udp = (
@@ -140,25 +140,27 @@ class World(Migration):
             )
             node = self.a.address6 if is_v6 else self.a.address
             found += [
-                Served("CLUSTER-IP", WEB[is_v6], 80, "tcp", tcp),
-                Served("CLUSTER-IP", WEB[is_v6], 53, "udp", udp),
-                Served("NODE-PORT-TCP", node, NODE_PORT, "tcp", tcp, bound=False),
-                Served("NODE-PORT-UDP", node, UDP_NODE_PORT, "udp", udp, bound=False),
-                Served("CLUSTER-IP", STICKY[is_v6], OWN_PORT, "tcp", tcp, persistent=True),
-                Served("CLUSTER-IP", EMPTY[is_v6], 80, "tcp", ()),
-                Served("CLUSTER-IP", EMPTY[is_v6], 53, "udp", ()),
+                VirtualService("CLUSTER-IP", WEB[is_v6], 80, "tcp", tcp),
+                VirtualService("CLUSTER-IP", WEB[is_v6], 53, "udp", udp),
+                VirtualService("NODE-PORT-TCP", node, NODE_PORT, "tcp", tcp, bound=False),
+                VirtualService("NODE-PORT-UDP", node, UDP_NODE_PORT, "udp", udp, bound=False),
+                VirtualService("CLUSTER-IP", STICKY[is_v6], OWN_PORT, "tcp", tcp, persistent=True),
+                VirtualService("CLUSTER-IP", EMPTY[is_v6], 80, "tcp", ()),
+                VirtualService("CLUSTER-IP", EMPTY[is_v6], 53, "udp", ()),
             ]
             if not is_v6:
                 for name, address in (("EXTERNAL-IP", EXTERNAL), ("LOAD-BALANCER", BALANCER)):
-                    found.append(Served(name, address, 80, "tcp", tcp))
-                    found.append(Served(name, address, 53, "udp", udp))
-                found.append(Served("EXTERNAL-IP", node, OWN_PORT, "tcp", tcp, bound=False, persistent=True))
+                    found.append(VirtualService(name, address, 80, "tcp", tcp))
+                    found.append(VirtualService(name, address, 53, "udp", udp))
+                found.append(
+                    VirtualService("EXTERNAL-IP", node, OWN_PORT, "tcp", tcp, bound=False, persistent=True)
+                )
         return found
 
     def kube_proxy(self) -> None:
-        self.a.call(ipvs_rules.load, self.served(), PODS, self.backend)
+        self.a.call(ipvs_rules.load, self.virtual_services(), PODS, self.backend)
 
-    def ways(self) -> list[tuple[Any, str, str, int]]:
+    def targets(self) -> list[tuple[Any, str, str, int]]:
         found: list[tuple[Any, str, str, int]] = []
         for is_v6 in (False, True):
             node = self.a.address6 if is_v6 else self.a.address
@@ -173,15 +175,15 @@ class World(Migration):
             ]
         return [*found, (self.outside, "tcp", self.a.address, OWN_PORT)]
 
-    def loads(self) -> list[Load]:
-        """An emulator takes its time."""
-        ways = [
+    def loads(self) -> list[RequestLoad]:
+        """The loads send fewer requests, because an emulator is slow."""
+        targets = [
             (self.client, "tcp", WEB[False], 80),
             (self.client, "udp", WEB[True], 53),
             (self.outside, "tcp", self.a.address6, NODE_PORT),
             (self.outside, "udp", self.a.address, UDP_NODE_PORT),
         ]
-        return [Load(*way, pause=0.1) for way in ways]
+        return [RequestLoad(*target, pause=0.1) for target in targets]
 
 
 @pytest.fixture(params=["nft", "legacy"])
@@ -202,11 +204,11 @@ def _load_foreign(backend: str) -> dict[str, list[str]]:
     _run("ipvsadm", "--restore", stdin=FOREIGN_SERVERS)
     _run("ipset", "restore", stdin=FOREIGN_SETS)
     _run(f"iptables-{backend}-restore", "--noflush", stdin=FOREIGN_RULES)
-    return _everything(backend)
+    return _node_state(backend)
 
 
-def _everything(backend: str) -> dict[str, list[str]]:
-    """Returns what is on the node, by kind, without counters and without what keeps conntrack enabled."""
+def _node_state(backend: str) -> dict[str, list[str]]:
+    """Returns services, sets, addresses and rules of the node, without counters and without the conntrack hold."""
     found = {
         "servers": sorted(_run("ipvsadm", "--save", "--numeric").splitlines()),
         "sets": sorted(line for line in _run("ipset", "save").splitlines()),
@@ -214,7 +216,7 @@ def _everything(backend: str) -> dict[str, list[str]]:
     }
     for family in ("iptables", "ip6tables"):
         saved = _run(f"{family}-{backend}-save").splitlines()
-        # Built-in chains come with the first rule of a table, and stay.
+        # The first rule of a table creates its built-in chains, which cannot be removed.
         found[family] = [each.partition(" [")[0] for each in saved if each[:2] == "-A" or " - [" in each]
     return found
 
@@ -223,81 +225,84 @@ def _leftovers() -> tuple[leftovers.Leftovers, list[str], ipvs.Device | None]:
     return leftovers.find(), conntrack_hold.find(), ipvs.device()
 
 
-def test_over_and_back_with_everything_that_ipvs_carries(world: World) -> None:
+def test_migration_and_rollback_keep_connections_of_ipvs(world: World) -> None:
     foreign = world.a.call(_load_foreign, world.backend)
     world.kube_proxy()
     world.a.run(["ipvsadm", "--set", "0", "5", "60"])
-    held = [Held(*way) for way in world.ways()]
-    assert how(held) == {}
-    assert {each.server for each in held} == {"w1", "w2"}
+    connections = [LongConnection(*target) for target in world.targets()]
+    assert broken(connections) == {}
+    assert {each.server for each in connections} == {"w1", "w2"}
 
     agent = world.a.agent(manifests=world.manifests).start()
     time.sleep(1)
-    assert how(held) == {}, "beside kube-proxy"
-    # An earlier one may fail: see test_ipvs_takes_answers_for_a_port_that_it_remembers.
+    assert broken(connections) == {}, "kube-proxy and the agent run side by side"
+    # Requests before this may fail: see test_ipvs_translates_replies_to_a_recently_used_port.
     with no_request_fails(*world.loads(), least=10):
         planned = json.loads(world.migrate("plan", "-o", "json"))
         assert (planned["modes"], planned["blockers"], planned["differences"]) == (["ipvs"], [], {})
-        assert len(planned["leftovers"]["ipvs"]) == len(world.served())
-        # Node ports of both families are one frontend each.
-        assert planned["kube_proxy_frontends"] == planned["agent_frontends"] == len(world.served()) - 2
-        assert planned["flows"] >= sum(each.kind == "tcp" for each in held)
+        assert len(planned["leftovers"]["ipvs"]) == len(world.virtual_services())
+        # A NodePort is one frontend for both families.
+        assert (
+            planned["kube_proxy_frontends"] == planned["agent_frontends"] == len(world.virtual_services()) - 2
+        )
+        assert planned["flows"] >= sum(each.kind == "tcp" for each in connections)
 
-        said = world.migrate("run")
+        output = world.migrate("run")
         time.sleep(1)
-        assert how(held) == {}, said
-    assert "the agent's maps serve all " in said
+        assert broken(connections) == {}, output
+    assert "the agent's maps serve all " in output
     found, kept, device = world.a.call(_leftovers)
     assert not found
     assert device is not None and device.is_kept
     assert set(device.addresses) == {WEB[False], WEB[True], STICKY[False], STICKY[True]}
     assert kept[-1].startswith("device kube-ipvs0 with ")
 
-    # Everything else that is left belongs to others, and is unchanged.
-    left = world.a.call(_everything, world.backend)
-    assert _others(left["servers"], world) == _others(foreign["servers"], world)
+    # The rest belongs to other programs and is unchanged.
+    left = world.a.call(_node_state, world.backend)
+    assert _foreign_lines(left["servers"], world) == _foreign_lines(foreign["servers"], world)
     assert len(left["servers"]) > len(foreign["servers"])
     assert {line.split()[1] for line in left["sets"]} - ipsets.NAMING == {"mine", "KUBE-MINE"}
     assert (left["iptables"], left["ip6tables"]) == (foreign["iptables"], foreign["ip6tables"])
     assert set(left["devices"]) == {*foreign["devices"], ipvs.DEVICE}
-    for way in world.ways():
-        new = Held(*way)
-        assert new.ask() == "alive", way
+    for target in world.targets():
+        assert LongConnection(*target).check() == "alive", target
 
-    # It goes only after the last has ended.
+    # The device is kept until the last connection has ended.
     assert "translated flows are still established" in world.migrate("run")
-    assert how(held) == {}
+    assert broken(connections) == {}
     if world.backend == "legacy":
-        _back(world, held)
+        _roll_back(world, connections)
         return
-    for each in held:
-        each.process.kill()
-        each.process.wait()
+    for each in connections:
+        each.socket.close()
     deadline = time.monotonic() + 240
-    while "removed device kube-ipvs0" not in (said := world.migrate("run")):
-        assert time.monotonic() < deadline, said
+    while "removed device kube-ipvs0" not in (output := world.migrate("run")):
+        assert time.monotonic() < deadline, output
         time.sleep(5)
-    assert world.a.call(_everything, world.backend) == foreign
+    assert world.a.call(_node_state, world.backend) == foreign
     assert agent.stop() == 0
     world.a.cli("cleanup")
 
 
-def _others(saved: list[str], world: World) -> list[str]:
-    """Lines of others' virtual servers and destinations."""
-    ours = {f"-{each.protocol[0]} {ipvs_rules.end(each.address, each.port)}" for each in world.served()}
-    return [line for line in saved if " ".join(line.split()[1:3]) not in ours]
+def _foreign_lines(saved: list[str], world: World) -> list[str]:
+    """Returns lines of virtual services that do not belong to kube-proxy."""
+    own = {
+        f"-{each.protocol[0]} {ipvs_rules.join_host_port(each.address, each.port)}"
+        for each in world.virtual_services()
+    }
+    return [line for line in saved if " ".join(line.split()[1:3]) not in own]
 
 
-def _back(world: World, held: list[Held]) -> None:
-    """kube-proxy starts again on what was kept."""
+def _roll_back(world: World, connections: list[LongConnection]) -> None:
+    """kube-proxy starts again and reuses the device and the sets."""
     world.a.lab.agents[0].stop()
     world.kube_proxy()
-    said = world.migrate("rollback")
-    assert f"kube-proxy's rules serve all {len(world.served()) - 2} frontends of the maps" in said
-    assert how(held) == {}, said
+    output = world.migrate("rollback")
+    assert f"kube-proxy's rules serve all {len(world.virtual_services()) - 2} frontends of the maps" in output
+    assert broken(connections) == {}, output
     found, kept, device = world.a.call(_leftovers)
     assert found.modes == ("ipvs",)
-    assert len(found.ipvs) == len(world.served())
+    assert len(found.ipvs) == len(world.virtual_services())
     assert kept == []
     assert device is not None and not device.marked
     assert set(world.client.call(clients.spread_tcp, WEB[False], 80, clients.ENOUGH)) == {"w1", "w2"}
@@ -308,23 +313,21 @@ def _back(world: World, held: list[Held]) -> None:
 
 
 @pytest.mark.parametrize("world", ["nft"], indirect=True)
-def test_a_frontend_that_maps_lack_stands_in_the_way(world: World) -> None:
+def test_frontend_missing_from_maps_blocks_the_migration(world: World) -> None:
     world.kube_proxy()
     world.write("web", "sticky")
     world.a.agent(manifests=world.manifests).start()
     planned = json.loads(world.migrate("plan", "-o", "json", check=False))
     names = {
-        f"{WEB_LESS}:{port}"
-        for WEB_LESS in (EMPTY[False], f"[{EMPTY[True]}]")
-        for port in ("80/TCP", "53/UDP")
+        f"{address}:{port}" for address in (EMPTY[False], f"[{EMPTY[True]}]") for port in ("80/TCP", "53/UDP")
     }
     assert planned["differences"] == dict.fromkeys(sorted(names), "is not in the maps")
     assert "4 of 17 frontends differ" in world.fails("run", "--timeout", "1s")
     assert world.client.call(clients.ask_tcp, WEB[False], 80)
 
 
-def _twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, int]) -> list[str]:
-    said = []
+def _connect_twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, int]) -> list[str]:
+    results = []
     for to in (service, endpoint):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -332,31 +335,34 @@ def _twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, int]) ->
             sock.bind(("", 20000))
             try:
                 sock.connect(to)
-                said.append("answered" if sock.recv(4096) else "closed")
+                results.append("response" if sock.recv(4096) else "closed")
             except OSError as error:
-                said.append(type(error).__name__)
-    return said
+                results.append(type(error).__name__)
+    return results
 
 
 @pytest.mark.parametrize("world", ["nft"], indirect=True)
-def test_ipvs_takes_answers_for_a_port_that_it_remembers(world: World) -> None:
-    """The kernel's, without any agent: what steps.plan warns of.
+def test_ipvs_translates_replies_to_a_recently_used_port(world: World) -> None:
+    """The kernel behaves so without an agent; ``migrate plan`` warns of it.
 
-    A connection to an endpoint by a port that the client has had to the same endpoint through IPVS within two
-    minutes (TIME_WAIT): the answer gets the Service's address. If IPVS has chosen another endpoint, it works.
+    A client connects directly to an endpoint from a port of a connection to the same endpoint through IPVS that is in
+    TIME_WAIT for two minutes. IPVS translates the source of the reply to the Service's address.
     """
     world.kube_proxy()
     endpoint = (world.workers[1].address, 8080)
     world.a.run(["ipvsadm", "-d", "-t", f"{WEB[False]}:80", "-r", f"{world.workers[0].address}:8080"])
-    said = world.client.call(_twice_from_one_port, (WEB[False], 80), endpoint)
-    assert said == ["answered", "TimeoutError"]
+    results = world.client.call(_connect_twice_from_one_port, (WEB[False], 80), endpoint)
+    assert results == ["response", "TimeoutError"]
 
 
-def test_cleanup_alone_takes_kube_proxys_and_leaves_others(world: World) -> None:
+def test_cleanup_without_an_agent_removes_only_objects_of_kube_proxy(world: World) -> None:
     foreign = world.a.call(_load_foreign, world.backend)
     world.kube_proxy()
     command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
-    said = world.a.run(command)
-    assert f"removed {len(world.served())} virtual servers from IPVS\nremoved device kube-ipvs0\n" in said
-    assert world.a.call(_everything, world.backend) == foreign
+    output = world.a.run(command)
+    assert (
+        f"removed {len(world.virtual_services())} virtual servers from IPVS\nremoved device kube-ipvs0\n"
+        in output
+    )
+    assert world.a.call(_node_state, world.backend) == foreign
     assert world.a.run(command) == "nothing of kube-proxy is left\n"

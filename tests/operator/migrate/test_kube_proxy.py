@@ -22,7 +22,7 @@ while True: signal.pause()
 
 
 def start(node: LabNode, *arguments: str) -> subprocess.Popen[bytes]:
-    """Something with kube-proxy's name and arguments, which does nothing."""
+    """Starts an idle process with kube-proxy's name and arguments."""
     path = node.lab.folder / "kube-proxy"
     path.write_text(SCRIPT)
     path.chmod(0o755)
@@ -39,7 +39,7 @@ def node() -> Iterator[LabNode]:
 
 
 @pytest.mark.root
-def test_it_is_found_in_its_own_namespace_only_with_its_configuration(node: LabNode) -> None:
+def test_kube_proxy_is_found_in_its_network_namespace_only_with_its_configuration(node: LabNode) -> None:
     config = node.lab.folder / "config.conf"
     config.write_text(
         "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -54,7 +54,7 @@ def test_it_is_found_in_its_own_namespace_only_with_its_configuration(node: LabN
 
 
 @pytest.mark.root
-def test_it_is_ended_by_sigterm(node: LabNode) -> None:
+def test_kube_proxy_is_ended_by_sigterm(node: LabNode) -> None:
     process = start(node, "--proxy-mode", "nftables")
     (found,) = node.call(running_kube_proxy.find)
     assert found.mode == "nftables"
@@ -67,8 +67,8 @@ def _end_all() -> list[bool]:
     return [running_kube_proxy.end(process, 5) for process in running_kube_proxy.find()]
 
 
-def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
-    """This very test's process is no kube-proxy."""
+def test_reused_pid_of_another_process_is_not_ended() -> None:
+    """The process of this test is not a kube-proxy."""
     process = running_kube_proxy.Process(
         pid=os.getpid(), command=("kube-proxy",), started_by="process", mode=""
     )
@@ -87,7 +87,7 @@ def test_a_number_that_another_process_has_by_now_is_not_ended() -> None:
         ("", "process"),
     ],
 )
-def test_who_started_it_is_told_by_its_cgroup(cgroup: str, expected: str) -> None:
+def test_manager_of_the_process_is_recognized_by_its_cgroup(cgroup: str, expected: str) -> None:
     assert running_kube_proxy.started_by(cgroup) == expected
 
 
@@ -100,15 +100,15 @@ def test_who_started_it_is_told_by_its_cgroup(cgroup: str, expected: str) -> Non
         (("kube-proxy", "--config-sync-period=1s"), ""),
     ],
 )
-def test_flags_are_read_as_they_are_written(command: tuple[str, ...], expected: str) -> None:
+def test_flags_are_parsed(command: tuple[str, ...], expected: str) -> None:
     assert running_kube_proxy.option(command, "config") == expected
 
 
-def test_a_real_kube_proxys_defaults_are_taken_without_a_problem() -> None:
+def test_defaults_of_a_real_kube_proxy_are_accepted() -> None:
     assert running_kube_proxy.check_config(rules.text("defaults.yaml"), "defaults.yaml") == ("iptables", ())
 
 
-def test_what_is_no_configuration_is_a_problem_and_no_mode(tmp_path: Path) -> None:
+def test_invalid_configuration_is_a_problem_and_has_no_mode(tmp_path: Path) -> None:
     assert running_kube_proxy.read_config(tmp_path / "none", "shown") == (
         "",
         ("shown: No such file or directory",),

@@ -1,4 +1,4 @@
-"""A work pod's container does all its work with what its manifest gives it, and misses each thing it is given."""
+"""A work pod's container needs all permissions and mounts of its manifest, and no others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str]]
 
 
 def runner(world: World, image: Path | None = None) -> Run:
-    """Runs a command of ``ebpfproxy migrate`` in a work pod's container; its exit code and what it said."""
+    """Runs ``ebpfproxy migrate`` in a work pod's container; returns its exit code and output."""
 
     def run(*arguments: str, without: Iterable[str] = (), seccomp: bool = True) -> tuple[int, str]:
         folder = world.lab.folder / f"pod-{next(_numbers)}"
@@ -53,10 +53,10 @@ PLAN = ("plan", "--brief", "-o", "json")
 
 
 @pytest.mark.root
-def test_it_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
-    code, said = runner(world)(*PLAN)
-    found = json.loads(said)
-    assert code == 0, said
+def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
+    code, output = runner(world)(*PLAN)
+    found = json.loads(output)
+    assert code == 0, output
     assert (found["modes"], found["blockers"], found["differences"]) == (["iptables", "nftables"], [], 0)
     assert (found["kube_proxy_frontends"], found["agent_frontends"]) == (20, 20)
     assert list(found["processes"].values()) == ["process"]
@@ -79,34 +79,34 @@ def test_it_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
         ("SYS_PTRACE", "/ns/net'; root is needed"),
     ],
 )
-def test_nothing_is_done_without(world: World, missing: str, words: str) -> None:
-    """SYS_ADMIN contains BPF, which is what is left where a runtime's profile knows it."""
+def test_work_pod_fails_without(world: World, missing: str, words: str) -> None:
+    """SYS_ADMIN includes BPF, which remains where a runtime's seccomp profile knows it."""
     run = runner(world)
     if missing == "BPF":
-        code, said = run(*PLAN, without=["BPF", "SYS_ADMIN"], seccomp=False)
+        code, output = run(*PLAN, without=["BPF", "SYS_ADMIN"], seccomp=False)
     else:
-        code, said = run(*PLAN, without=[missing])
+        code, output = run(*PLAN, without=[missing])
     assert code == 1
-    assert words in said
+    assert words in output
     assert {"BPF", "NET_ADMIN", "NET_RAW", "SYS_ADMIN", "SYS_PTRACE"} == set(ADDED)
 
 
 @pytest.mark.root
-def test_without_sys_admin_all_is_done_where_the_runtimes_profile_knows_bpf(world: World) -> None:
-    code, said = runner(world)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
-    assert code == 0, said
+def test_sys_admin_is_not_needed_where_the_seccomp_profile_knows_bpf(world: World) -> None:
+    code, output = runner(world)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
+    assert code == 0, output
 
 
 # -- the manifest
 
 
-def test_the_manifest_gives_no_more_than_the_node() -> None:
+def test_restrictions_of_the_work_pods_manifest() -> None:
     made = work_pod.manifest(
         "node-a", "kube-system", work_pod.Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5
     )
     spec, (container,) = made["spec"], made["spec"]["containers"]
     assert made["metadata"]["name"] == "ebpfproxy-migrate-node-a"
-    assert "k8s-app" not in made["metadata"]["labels"], "the DaemonSet would take it for its own"
+    assert "k8s-app" not in made["metadata"]["labels"], "otherwise the DaemonSet would adopt the pod"
     assert spec["nodeName"] == "node-a"
     assert (spec["hostNetwork"], spec["hostPID"], spec["automountServiceAccountToken"]) == (True, True, False)
     assert (spec["restartPolicy"], spec["activeDeadlineSeconds"]) == ("Never", 90)
@@ -120,7 +120,7 @@ def test_the_manifest_gives_no_more_than_the_node() -> None:
     assert security["capabilities"]["drop"] == ["ALL"]
 
 
-def test_the_image_is_the_daemon_sets() -> None:
+def test_image_is_that_of_the_daemon_set() -> None:
     spec = {
         "containers": [{"name": "ebpfproxy", "image": "r/e:2", "imagePullPolicy": "Always"}],
         "imagePullSecrets": [{"name": "s"}],
@@ -129,7 +129,7 @@ def test_the_image_is_the_daemon_sets() -> None:
     assert found == work_pod.Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
 
 
-def test_a_long_nodes_name_makes_a_name_of_its_own() -> None:
+def test_long_node_name_gives_a_unique_pod_name() -> None:
     names = {work_pod.name_of("n" * 250 + each) for each in "abc"}
     assert len(names) == 3
     assert {len(name) for name in names} == {253}

@@ -1,4 +1,4 @@
-"""Real rules of a real kube-proxy, loaded beside others' rules, and removed: the others are byte for byte as before."""
+"""Removal of a real kube-proxy's rules leaves rules of other programs unchanged, byte for byte."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pyroute2 import IPRoute
 from pyroute2.ipset import IPSet
 
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
-from ebpfproxy.netlink import conntrack
-from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, iptables, ipvs, leftovers, nfacct
+from ebpfproxy.netlink import ctnetlink
+from ebpfproxy.operator.migrate.node import hold_chains, ipsets, iptables, ipvs, leftovers, nfacct
 from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.operator.migrate import rules
 
 pytestmark = pytest.mark.root
 
-#: Its counters, quotes, orders and names would be disturbed by a careless clean-up.
+#: A careless clean-up would change its counters, quoting, order or names.
 FOREIGN = """*nat
 :PREROUTING ACCEPT [11:12]
 :INPUT ACCEPT [0:0]
@@ -96,7 +96,7 @@ def _load_foreign() -> dict[str, str]:
 
 @pytest.fixture
 def node() -> Iterator[Space]:
-    """Without any device: a packet of the kernel's own would be counted."""
+    """A network namespace without devices, because rules would count packets of the kernel."""
     with Lab() as lab:
         name = f"{lab.id}-bare"
         lab.namespace(name).close()
@@ -109,7 +109,7 @@ def _load_and_remove(*modes: str) -> tuple[leftovers.Leftovers, dict[str, str], 
     for mode in modes:
         rules.load(mode, lab=False)
     for family in ("iptables", "ip6tables"):
-        # Any change of iptables-legacy forgets what policies have counted: that was the load's.
+        # Each change by iptables-legacy resets the counters of chain policies; this restores them after the load.
         for table in FOREIGN.split("COMMIT\n")[:-1]:
             policies = [
                 line
@@ -122,18 +122,18 @@ def _load_and_remove(*modes: str) -> tuple[leftovers.Leftovers, dict[str, str], 
                 "--counters",
                 stdin="\n".join([*policies, "COMMIT\n"]),
             )
-    assert conntrack_hold.is_handover()
+    assert hold_chains.is_handover()
     found = leftovers.find()
     removed = leftovers.remove(found)
     assert removed.failed == ()
     assert not leftovers.find()
-    assert not conntrack_hold.is_handover()
+    assert not hold_chains.is_handover()
     assert nfacct.find() == ()
     return found, _all_rules(), list(removed.done)
 
 
 @pytest.mark.parametrize("modes", [(mode,) for mode in rules.MODES] + [rules.MODES], ids="+".join)
-def test_foreign_rules_are_byte_for_byte_as_before(node: Space, modes: tuple[str, ...]) -> None:
+def test_foreign_rules_are_unchanged_byte_for_byte(node: Space, modes: tuple[str, ...]) -> None:
     before = node.call(_load_foreign)
     assert "[41:42] -A KUBE-POD-FW-ABC" in before["iptables-legacy"]
     assert "packets 63 bytes 64" in before["nft"]
@@ -144,11 +144,11 @@ def test_foreign_rules_are_byte_for_byte_as_before(node: Space, modes: tuple[str
     assert found.nftables == (("ip kube-proxy", "ip6 kube-proxy") if "nftables" in modes else ())
     assert found.modes == tuple(dict.fromkeys(m.partition("-")[0] for m in modes))
     assert any("43 chains and 116 rules" in line for line in done) == bool(backends)
-    assert not any("handover" in line for line in done), "there is no connection to keep"
+    assert not any("handover" in line for line in done), "the node has no connection to keep"
 
 
-def _load_beside_a_user() -> tuple[list[str], str, tuple[str, ...]]:
-    """A rule of somebody else's jumps into kube-proxy's chains."""
+def _remove_with_a_foreign_jump() -> tuple[list[str], str, tuple[str, ...]]:
+    """Removes the rules while a foreign rule jumps to a chain of kube-proxy."""
     rules.load("iptables-legacy", lab=False)
     _run("iptables-legacy", "-t", "nat", "-N", "MINE")
     _run("iptables-legacy", "-t", "nat", "-A", "MINE", "-p", "tcp", "-j", "KUBE-MARK-MASQ")
@@ -156,8 +156,8 @@ def _load_beside_a_user() -> tuple[list[str], str, tuple[str, ...]]:
     return list(removed.failed), _run("iptables-legacy-save", "-t", "nat"), leftovers.find().modes
 
 
-def test_what_others_use_stays_and_all_else_goes(node: Space) -> None:
-    failed, saved, modes = node.call(_load_beside_a_user)
+def test_chains_that_foreign_rules_use_are_kept(node: Space) -> None:
+    failed, saved, modes = node.call(_remove_with_a_foreign_jump)
     assert failed == []
     (table,) = iptables.parse(saved)
     assert [chain for chain in table.policies if not table.is_built_in(chain)] == [
@@ -165,14 +165,14 @@ def test_what_others_use_stays_and_all_else_goes(node: Space) -> None:
         "KUBE-POSTROUTING",
         "MINE",
     ]
-    assert table.rules["POSTROUTING"], "what masquerades marked packets is still asked"
+    assert table.rules["POSTROUTING"], "the rule that masquerades marked packets is still reached"
     assert modes == ()
 
 
-def _ipvs() -> tuple[leftovers.Leftovers, list[str], list[str], list[str]]:
-    """Sets, a device, and a rule that uses a set, as IPVS mode leaves them.
+def _remove_ipvs_mode() -> tuple[leftovers.Leftovers, list[str], list[str], list[str]]:
+    """Creates and removes sets, a device, and a rule that uses a set, as of IPVS mode.
 
-    The kernel of the tests has neither IPVS nor dummy devices: a bridge has the name, and there are no servers.
+    The kernel of the tests has neither IPVS nor dummy devices, so a bridge has the name and IPVS has no services.
     """
     with IPSet() as sets:
         for name in ("KUBE-CLUSTER-IP", "KUBE-6-LOAD-BALANCER-SOURCE-CID", "KUBE-MINE", "mine"):
@@ -199,8 +199,8 @@ def _ipvs() -> tuple[leftovers.Leftovers, list[str], list[str], list[str]]:
     return found, devices, left, list(removed.failed)
 
 
-def test_ipvs_modes_sets_and_device_go_and_others_stay(node: Space) -> None:
-    found, devices, left, failed = node.call(_ipvs)
+def test_sets_and_device_of_ipvs_mode_are_removed_and_foreign_ones_kept(node: Space) -> None:
+    found, devices, left, failed = node.call(_remove_ipvs_mode)
     assert failed == []
     assert found.modes == ("ipvs",)
     assert found.ipsets == ("KUBE-6-LOAD-BALANCER-SOURCE-CID", "KUBE-CLUSTER-IP")
@@ -210,12 +210,12 @@ def test_ipvs_modes_sets_and_device_go_and_others_stay(node: Space) -> None:
     assert left == ["KUBE-MINE", "mine"]
 
 
-def _nothing() -> tuple[bool, list[conntrack.Flow], dict[str, str]]:
-    return bool(leftovers.find()), conntrack.find(), _all_rules()
+def _find_all() -> tuple[bool, list[ctnetlink.Flow], dict[str, str]]:
+    return bool(leftovers.find()), ctnetlink.find(), _all_rules()
 
 
-def test_looking_makes_no_table(node: Space) -> None:
-    first = node.call(_nothing)
-    assert first == node.call(_nothing)
+def test_inspection_creates_no_table(node: Space) -> None:
+    first = node.call(_find_all)
+    assert first == node.call(_find_all)
     assert first == (False, [], dict.fromkeys(first[2], ""))
     assert node.run(["cat", "/proc/self/net/ip_tables_names"]) == ""

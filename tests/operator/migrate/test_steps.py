@@ -1,4 +1,4 @@
-"""plan, run and --cleanup on a lab node, with an agent and something that is called kube-proxy."""
+"""``migrate plan``, ``run`` and ``rollback`` on a lab node with an agent and a process named kube-proxy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from ebpfproxy.datapath.dump import BackendRef, FrontendRow
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.netlink.conntrack import Flow
+from ebpfproxy.netlink.ctnetlink import Flow
 from ebpfproxy.operator.migrate.node import steps
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules
@@ -26,15 +26,15 @@ def world() -> Iterator[World]:
 
 
 @pytest.mark.root
-def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(world: World) -> None:
-    """The whole way of a node whose kube-proxy is a plain process."""
+def test_kube_proxy_is_stopped_only_after_the_agent_serves_all_frontends(world: World) -> None:
+    """A complete migration of a node whose kube-proxy is a plain process."""
     world.kube_proxy("iptables-legacy")
     process = start(world.a, "--proxy-mode=iptables")
     rules_before = world.a.run(["iptables-legacy-save"])
 
-    said = world.fails("plan")
-    assert "no agent has run with this --bpf-root" in said
-    assert "20 of 20 frontends differ between kube-proxy and maps" in said
+    output = world.fails("plan")
+    assert "no agent has run with this --bpf-root" in output
+    assert "20 of 20 frontends differ between kube-proxy and maps" in output
     assert "no agent has run" in world.fails("run", "--terminate")
 
     agent = world.agent().start()
@@ -42,17 +42,17 @@ def test_nothing_is_stopped_and_nothing_removed_before_the_agent_serves_all(worl
     world.wait_frontends(18)
     assert "2 of 20 frontends differ" in world.fails("run", "--terminate", "--timeout", "1s")
     found = json.loads(world.fails("plan", "--stopped", "--brief", "-o", "json"))
-    assert found["differences"] == 2, "kube-proxy runs: it does not count that somebody says otherwise"
+    assert found["differences"] == 2, "kube-proxy runs, so --stopped has no effect"
     world.write()
     world.wait_frontends(20)
 
-    said = world.migrate("plan")
-    assert "kube-proxy:           mode iptables" in said
-    assert f"pid {process.pid}, started by: process, mode iptables" in said
-    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in said
-    assert "BLOCKERS" not in said
-    dry = yaml.safe_load(world.migrate("run", "--dry-run", "-o", "yaml"))
-    assert (dry["modes"], dry["blockers"], dry["daemon_set"]) == (["iptables"], [], None)
+    output = world.migrate("plan")
+    assert "kube-proxy:           mode iptables" in output
+    assert f"pid {process.pid}, started by: process, mode iptables" in output
+    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in output
+    assert "BLOCKERS" not in output
+    planned = yaml.safe_load(world.migrate("run", "--dry-run", "-o", "yaml"))
+    assert (planned["modes"], planned["blockers"], planned["daemon_set"]) == (["iptables"], [], None)
     assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in world.fails("run")
     assert process.poll() is None
     assert _rules(world.a.run(["iptables-legacy-save"])) == _rules(rules_before)
@@ -72,8 +72,8 @@ def _rules(saved: str) -> list[str]:
 
 
 @pytest.mark.root
-def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(world: World) -> None:
-    """A call that was interrupted finds them when it goes on."""
+def test_outdated_rules_of_a_stopped_kube_proxy_do_not_block(world: World) -> None:
+    """A repeated call after an interrupted one finds such rules."""
     world.kube_proxy("nftables")
     agent = world.agent().start()
     world.remove_service("shop", "orders-api")
@@ -83,30 +83,30 @@ def test_rules_that_have_grown_old_since_kube_proxy_was_stopped_do_not_count(wor
         "2 of 20 frontends differ"
         in json.loads(world.migrate("plan", "--stopped", "-o", "json"))["warnings"][0]
     )
-    said = world.migrate("run", "--stopped")
-    assert "removed nftables table ip kube-proxy" in said
-    assert "serve all" not in said
+    output = world.migrate("run", "--stopped")
+    assert "removed nftables table ip kube-proxy" in output
+    assert "serve all" not in output
     world.write()
     world.wait_frontends(20)
 
-    # And back: a call that waits for an agent that stays gives up, and takes nothing away.
+    # A rollback that times out while the agent runs removes nothing.
     world.kube_proxy("nftables")
-    said = world.fails("rollback", "--wait-for-agent", "--timeout", "1s")
-    assert "waiting for the agent to end" in said
-    assert "the agent still runs after 1 s" in said
+    output = world.fails("rollback", "--wait-for-agent", "--timeout", "1s")
+    assert "waiting for the agent to end" in output
+    assert "the agent still runs after 1 s" in output
     assert world.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
-    waits = world.start_migrate("rollback", "--wait-for-agent")
+    rollback = world.start_migrate("rollback", "--wait-for-agent")
     agent.stop()
-    assert waits.wait(30) == 0
+    assert rollback.wait(30) == 0
     assert not pin_folder(world.a.bpf_root).exists()
 
 
 @pytest.mark.root
-def test_cleanup_alone_removes_what_is_left_and_says_so_when_nothing_is(world: World) -> None:
+def test_cleanup_without_an_agent_removes_leftovers_and_reports_when_none_exist(world: World) -> None:
     world.kube_proxy("nftables")
     command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
-    said = world.a.run(command)
-    assert "removed nftables table ip kube-proxy\nremoved nftables table ip6 kube-proxy" in said
+    output = world.a.run(command)
+    assert "removed nftables table ip kube-proxy\nremoved nftables table ip6 kube-proxy" in output
     assert world.a.run(command) == "nothing of kube-proxy is left\n"
 
 
@@ -125,7 +125,7 @@ def _row(frontend: str, kind: str, *backends: str) -> FrontendRow:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "asked", "answering", "stale"),
+    ("protocol", "frontend", "endpoint", "stale"),
     [
         (17, ("10.0.0.1", 53), ("10.1.0.1", 5353), False),
         (17, ("10.0.0.1", 53), ("10.1.0.9", 5353), True),
@@ -139,8 +139,8 @@ def _row(frontend: str, kind: str, *backends: str) -> FrontendRow:
         (17, ("fd00::1", 53), ("fd01::2", 5353), True),
     ],
 )
-def test_a_udp_flow_is_stale_where_its_endpoint_is_not_the_services(
-    protocol: int, asked: tuple[str, int], answering: tuple[str, int], stale: bool
+def test_udp_flow_is_stale_if_its_endpoint_is_not_of_the_service(
+    protocol: int, frontend: tuple[str, int], endpoint: tuple[str, int], stale: bool
 ) -> None:
     rows = [
         _row("10.0.0.1:53/UDP", "ClusterIP", "10.1.0.1:5353"),
@@ -149,4 +149,4 @@ def test_a_udp_flow_is_stale_where_its_endpoint_is_not_the_services(
         _row("[fd00::1]:53/UDP", "ClusterIP", "[fd01::1]:5353"),
     ]
     client = ("10.9.9.9", 4711)
-    assert steps.stale_datagrams(rows)(Flow(protocol, client, asked, answering, client)) is stale
+    assert steps.stale_datagrams(rows)(Flow(protocol, client, frontend, endpoint, client)) is stale

@@ -1,4 +1,4 @@
-"""Two nodes with a real kube-proxy's rules on the first, its Services, and clients that stay connected."""
+"""Two nodes, the rules of a real kube-proxy on the first, its Services, and clients with long connections."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ebpfproxy.kube.objects import Resource
 from tests import recordings
 from tests.lab import Agent, Lab, LabNode, Outside, Pod, manifests, servers
 from tests.lab.spaces import Space
-from tests.operator.migrate import rules, rules6
-from tests.operator.migrate.asking import Held, Load
+from tests.operator.migrate import rules, rules_ipv6
 from tests.operator.migrate.commands import Migration
+from tests.operator.migrate.traffic import LongConnection, RequestLoad
 
 _KINDS = {
     Resource.SERVICES: ("v1", "Service"),
     Resource.ENDPOINTSLICES: ("discovery.k8s.io/v1", "EndpointSlice"),
     Resource.NODES: ("v1", "Node"),
 }
-#: An orders pod and DNS listen at these ports.
+#: Endpoints of shop/orders-api and of DNS listen on these ports.
 TARGET_PORT, DNS_PORT = 8080, 53
 
 
-#: The client, the protocol, host and port.
-Way = tuple[Space, str, str, int]
+#: Client, protocol, host and port.
+Target = tuple[Space, str, str, int]
 
 
 class World(Migration):
-    """``dual_stack``: all Services, endpoints and rules of both families."""
+    """With ``dual_stack`` Services, endpoints and rules have both address families."""
 
     def __init__(self, lab: Lab, *, dual_stack: bool = False) -> None:
         self.lab = lab
@@ -52,7 +52,7 @@ class World(Migration):
         manifests.write(self.manifests / "cluster.yaml", *self._documents())
 
     def _documents(self) -> list[manifests.Document]:
-        return rules6.both_families(cluster()) if self.dual_stack else cluster()
+        return rules_ipv6.both_families(cluster()) if self.dual_stack else cluster()
 
     def remove_service(self, namespace: str, name: str) -> None:
         kept = [
@@ -63,10 +63,10 @@ class World(Migration):
         manifests.write(self.manifests / "cluster.yaml", *kept)
 
     def wait_frontends(self, count: int) -> None:
-        """Waits until the maps serve so many; all addresses of a NodePort count as one."""
+        """Waits until the maps hold ``count`` frontends; all addresses of a NodePort count as one."""
         deadline = time.monotonic() + 60
-        while len(found := self._frontends()) != count:
-            assert time.monotonic() < deadline, sorted(found)
+        while len(frontends := self._frontends()) != count:
+            assert time.monotonic() < deadline, sorted(frontends)
             time.sleep(0.2)
 
     def _frontends(self) -> set[str]:
@@ -77,15 +77,15 @@ class World(Migration):
         }
 
     def kube_proxy(self, mode: str) -> None:
-        """Its rules on node-a1, as if it had run there."""
+        """Loads the rules of kube-proxy on node-a1."""
         if self.dual_stack:
-            self.a.call(rules6.load, mode)
+            self.a.call(rules_ipv6.load, mode)
         else:
             self.a.call(_load_rules, mode)
 
-    def held(self) -> list[Held]:
-        """Some of each kind: which endpoint each gets is chance."""
-        ways: list[Way] = [
+    def connections(self) -> list[LongConnection]:
+        """Opens five per target, because kube-proxy selects endpoints at random."""
+        targets: list[Target] = [
             (self.client, "tcp", rules.ORDERS, 80),
             (self.client, "tcp", rules.PAYMENTS, 3001),
             (self.client, "udp", rules.DNS, 53),
@@ -94,26 +94,28 @@ class World(Migration):
             (self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
             (self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
         ]
-        return [Held(*way) for way in self._of_families(ways) for _ in range(5)]
+        return [LongConnection(*target) for target in self._of_families(targets) for _ in range(5)]
 
-    def loads(self) -> list[Load]:
-        ways: list[Way] = [
+    def loads(self) -> list[RequestLoad]:
+        targets: list[Target] = [
             (self.client, "tcp", rules.ORDERS, 80),
             (self.client, "udp", rules.DNS, 53),
             (self.outside, "tcp", self.a.address, rules.PAYMENTS_NODE_PORT),
             (self.outside, "udp", self.a.address, rules.DNS_NODE_PORT),
         ]
-        return [Load(*way) for way in self._of_families(ways)]
+        return [RequestLoad(*target) for target in self._of_families(targets)]
 
-    def _of_families(self, ways: list[Way]) -> list[Way]:
+    def _of_families(self, targets: list[Target]) -> list[Target]:
         if not self.dual_stack:
-            return ways
-        return ways + [(space, kind, rules6.address(host), port) for space, kind, host, port in ways]
+            return targets
+        return targets + [
+            (space, kind, rules_ipv6.address(host), port) for space, kind, host, port in targets
+        ]
 
 
 def cluster() -> list[manifests.Document]:
-    """The recorded objects that the dumps were made of, changed as the dumps are for the lab."""
-    made = []
+    """Returns the recorded objects of the dumps, with the same changes for the lab as the dumps."""
+    documents = []
     for resource, items in recordings.lists("final").items():
         for item in json.loads(rules.with_lab_addresses(json.dumps(items))):
             key = (item["metadata"].get("namespace"), item["metadata"]["name"])
@@ -125,14 +127,14 @@ def cluster() -> list[manifests.Document]:
             elif resource is Resource.SERVICES and key == ("shop", "frontend"):
                 item["status"] = {"loadBalancer": {"ingress": [{"ip": "203.0.113.10", "ipMode": "VIP"}]}}
             version, kind = _KINDS[resource]
-            made.append({**item, "apiVersion": version, "kind": kind})
-    return made
+            documents.append({**item, "apiVersion": version, "kind": kind})
+    return documents
 
 
 def _load_rules(mode: str) -> None:
     rules.load(mode, lab=True)
 
 
-def how(held: list[Held]) -> dict[str, str]:
-    """Returns those that are not alive, by name."""
-    return {each.name: said for each in held if (said := each.ask()) != "alive"}
+def broken(connections: list[LongConnection]) -> dict[str, str]:
+    """Returns the errors of connections that are not alive, by name."""
+    return {each.name: error for each in connections if (error := each.check()) != "alive"}

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from ebpfproxy.operator import kube_proxy, printing
+from ebpfproxy.operator import kube_proxy_objects, printing
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.migrate import daemonsets
 from ebpfproxy.operator.migrate.cluster.jobs import Done, JobError, Jobs
@@ -105,7 +105,7 @@ class Fleet:
 
     def _warnings(self) -> Iterable[str]:
         found = []
-        daemon_set = kube_proxy.find(self._api)
+        daemon_set = kube_proxy_objects.find(self._api)
         if daemon_set is None:
             return [f"there is no {KUBE_PROXY}: what runs kube-proxy elsewhere is yours to stop"]
         if who := owner(daemon_set):
@@ -119,7 +119,7 @@ class Fleet:
                 " --skip-phases=addon/kube-proxy, before finish this first (it leaves alone what has no"
                 " ConfigMap kube-proxy)"
             )
-        if file := kube_proxy.configuration(self._api, daemon_set):
+        if file := kube_proxy_objects.configuration(self._api, daemon_set):
             found += running_kube_proxy.check_config(*file)[1]
         return found
 
@@ -201,7 +201,7 @@ class Fleet:
             ) from error
 
     def _check_switch(self) -> None:
-        daemon_set = kube_proxy.find(self._api)
+        daemon_set = kube_proxy_objects.find(self._api)
         if daemon_set is None or not KUBE_PROXY.works(daemon_set):
             raise FleetError(
                 f"{KUBE_PROXY} has lost its affinity: somebody writes it back, and kube-proxy returns to"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
-from ebpfproxy.netlink import conntrack
-from ebpfproxy.operator.migrate.node import conntrack_hold, ipsets, ipvs, nfacct, nftables, tools
+from ebpfproxy.netlink import ctnetlink
+from ebpfproxy.operator.migrate.node import hold_chains, ipsets, ipvs, nfacct, nftables, tools
 from ebpfproxy.operator.migrate.node import iptables as xtables
 from ebpfproxy.operator.migrate.node.iptables import TablePlan
 
@@ -79,14 +79,14 @@ def find() -> Leftovers:
 def remove(found: Leftovers) -> Removed:
     """Goes on where something cannot be removed. Connections of kube-proxy are kept.
 
-    Rules go before what they refer to: sets and counters. See :mod:`conntrack_hold` for what is made first,
+    Rules go before what they refer to: sets and counters. See :mod:`hold_chains` for what is made first,
     and :mod:`ipvs` for what stays for IPVS's.
     """
     done: list[str] = []
     failed: list[str] = []
-    if (found.iptables or found.nftables) and conntrack.find():
+    if (found.iptables or found.nftables) and ctnetlink.find():
         # Where this fails nothing is removed, since connections would break.
-        done += [f"made {each}" for each in conntrack_hold.keep()]
+        done += [f"made {each}" for each in hold_chains.keep()]
     by_name = {tool.name: tool for tool in xtables.installed()}
     for each in found.iptables:
         for table in each.tables:

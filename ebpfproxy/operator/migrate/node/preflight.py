@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError, probe
-from ebpfproxy.netlink import conntrack
+from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.operator.api import ApiError
 from ebpfproxy.operator.migrate.daemonsets import Cluster, DaemonSet
 from ebpfproxy.operator.migrate.node import (
@@ -201,7 +201,7 @@ def plan(target: NodeTarget) -> Plan:
         kube_proxy_frontends=len(theirs),
         agent_frontends=len(ours),
         differences=differences,
-        flows=len(conntrack.find()),
+        flows=len(ctnetlink.find()),
         leftovers=found,
         kept=tuple(conntrack_hold.find()),
         conflicts=tuple(standing),

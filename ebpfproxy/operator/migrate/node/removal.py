@@ -25,13 +25,17 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
     """
     pins = pin_folder(bpf_root)
     maps = _readable(bpf_root)
+    draining = None
     if maps is not None:
         begin_nothing(maps)
+        draining = Draining(maps)
+        # kube-proxy masquerades by any port from now on, those of flows that have ended among them.
+        draining.step()
     detached = choose_no_more(pins)
     yield from detached
     now = time.monotonic()
     answered = now + ANSWER_SECONDS if detached else now
-    if maps is not None and (living := _drain(maps, now + drain)):
+    if draining is not None and (living := _drain(draining, now + drain)):
         yield f"{living} connections that packet programs translated end now"
     time.sleep(max(0.0, answered - time.monotonic()))
     yield from remove_everything(pins)
@@ -40,14 +44,13 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
 def _readable(bpf_root: Path) -> MapSet | None:
     try:
         maps = open_maps(bpf_root)
-    except (NothingPinnedError, OSError, ValueError):
+    except (NothingPinnedError, OSError):
         return None
     return maps if maps.folder.name.startswith(f"v{SCHEMA_VERSION}-") else None
 
 
-def _drain(maps: MapSet, deadline: float) -> int:
+def _drain(draining: Draining, deadline: float) -> int:
     """Waits; returns the number of connections that are still open."""
-    draining = Draining(maps)
     while (living := draining.step()) or draining.waits_for_replies:
         if time.monotonic() >= deadline and not draining.waits_for_replies:
             break

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ebpfproxy.datapath.abi.flow_layout import Flow as Tuple
 from ebpfproxy.datapath.abi.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.netlink.conntrack import Flow
+from ebpfproxy.netlink.ctnetlink import Flow
 from ebpfproxy.services.values import parse_address
 
 _OLDER = 60 * 1_000_000_000
@@ -34,6 +34,6 @@ def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
         ends = (backend, node, each.answering[1], each.seen_as[1])
         key = pack_flow(Tuple(*ends, each.protocol, egress=False))
         flags = NatFlags.REPLY | NatFlags.SOURCE
-        entries[key] = pack_nat(Nat(*ends, 0, 0, flags, Seen.REPLY, now, created))
+        entries[key] = pack_nat(key, Nat(*ends, 0, 0, flags, Seen.REPLY, now, created))
     maps["conntrack"].update_many(entries)
     return len(entries)

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from ebpfproxy import yaml_text
 from ebpfproxy.config import load
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.operator.waiting import NODE_SECONDS, Wait
@@ -109,7 +110,7 @@ def check_config(text: str, shown: str) -> tuple[str, tuple[str, ...]]:
     else:
         problems = ()
     try:
-        document = yaml.safe_load(text)
+        document = yaml_text.load(text)
     except yaml.YAMLError:
         return "", problems
     return (str(document.get("mode") or "") if isinstance(document, dict) else ""), problems

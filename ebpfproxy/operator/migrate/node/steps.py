@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from ebpfproxy.datapath.dump import FrontendRow
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, is_locked, pin_folder
-from ebpfproxy.netlink import conntrack
+from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.operator import printing
 from ebpfproxy.operator.api import ApiError
 from ebpfproxy.operator.migrate.node import (
@@ -57,10 +57,10 @@ def run(target: NodeTarget, say: Say, *, terminate: bool = False, force: bool = 
     checked = takeover.check(target.bpf_root)
     if checked.problems and not force:
         raise MigrationError(f"kube-proxy's rules are removed, but {'; '.join(checked.problems)}")
-    ended = conntrack.remove(stale_datagrams(checked.rows))
+    ended = ctnetlink.remove(stale_datagrams(checked.rows))
     if ended:
         say(f"ended {ended} UDP flows to endpoints that their Services no longer have")
-    living = len(conntrack.find())
+    living = len(ctnetlink.find())
     say(f"established flows of kube-proxy, left to netfilter: {living}")
 
 
@@ -100,14 +100,14 @@ def release_conntrack_hold(say: Say) -> None:
     kept = conntrack_hold.find()
     if not kept:
         return
-    if living := len(conntrack.find()):
+    if living := len(ctnetlink.find()):
         say(f"{living} translated flows are still established: {', '.join(kept)} stays, run this again later")
         return
     for each in conntrack_hold.end():
         say(f"no flow of kube-proxy is left: removed {each}")
 
 
-def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], bool]:
+def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[ctnetlink.Flow], bool]:
     """Returns a test for UDP flows through these frontends whose endpoint is not the Service's any more.
 
     kube-proxy ends them at each sync (pkg/proxy/conntrack/cleanup.go); from now on nobody would. A frontend
@@ -124,7 +124,7 @@ def stale_datagrams(rows: Iterable[FrontendRow]) -> Callable[[conntrack.Flow], b
             else:
                 by_address.setdefault((address.strip("[]"), int(port)), set()).update(served)
 
-    def is_stale(flow: conntrack.Flow) -> bool:
+    def is_stale(flow: ctnetlink.Flow) -> bool:
         if flow.protocol != socket.IPPROTO_UDP:
             return False
         serving = by_address.get(flow.asked) or by_port.get(flow.asked[1])

@@ -52,18 +52,17 @@ class Draining:
         """Returns the number of open TCP connections."""
         living = 0
         now = time.monotonic()
+        ended = []
         rows = flows_of(list(self._table.items()), self._timeouts, time.monotonic_ns(), {})
         for row, (original, *others) in rows:
             if row.state in _OPEN:
                 living += 1
                 continue
-            self._table.delete(original)
+            ended.append(original)
             self._replies.append((now + _reply_seconds(row), tuple(others)))
-        for until, keys in self._replies:
-            if until <= now:
-                for key in keys:
-                    self._table.delete(key)
+        due = [key for until, keys in self._replies if until <= now for key in keys]
         self._replies = [each for each in self._replies if each[0] > now]
+        self._table.delete_many(ended + due)
         return living
 
     @property

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Verdicts about packets of known flows: a packet follows its flow, or the flow has ended. */
+#ifndef EBPFPROXY_VERDICT_H
+#define EBPFPROXY_VERDICT_H
+
+#include "conntrack.h"
+#include "device.h"
+#include "frontend.h"
+#include "stale.h"
+
+/*
+ * Says if a flow's original direction leads to a backend that has left the Service, or came through
+ * a frontend that has. @nat is a copy of the entry @in_map.
+ */
+static __always_inline bool is_stale(const struct flow *flow, const struct nat *nat,
+				     struct nat *in_map, bool opens)
+{
+	const u64 epoch = epoch_of(nat->service_id);
+	struct backend *backend;
+
+	/* Nothing has left the Service since. Most packets need no more than this. */
+	if (!opens && nat->epoch == (u16)epoch)
+		return false;
+	backend = backend_known(nat->backend_id, &nat->dst, nat->dport,
+				service_protocol(flow->proto));
+	if (!backend)
+		return true;
+	/*
+	 * No new connection goes to a backend that takes none: its client may have lost the old one
+	 * unnoticed.
+	 */
+	if (opens && backend->state != BACKEND_ACTIVE)
+		return true;
+	if (nat->epoch == (u16)epoch)
+		return false;
+	if (has_departed(nat->service_id, nat->backend_id, flow->proto == IPPROTO_TCP && !opens))
+		return true;
+	if ((opens || service_protocol(flow->proto) == IPPROTO_UDP) &&
+	    !is_owner(flow, nat->service_id))
+		return true;
+	if (is_still(in_map, nat))
+		in_map->epoch = (u16)epoch;
+	return false;
+}
+
+enum flow_verdict {
+	FLOW_FORWARD,
+	FLOW_RESTART, /* handled as the first packet */
+	FLOW_MOVE,    /* the same, because its backend has left */
+	FLOW_REJECT,  /* a connection that has lost its backend */
+};
+
+/* Decides about a packet that has the entry @in_map. */
+static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p, struct nat *in_map)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+	const u8 handshake = p->tcp_flags & (TCP_SYN | TCP_ACK);
+	const bool opens = handshake == TCP_SYN;
+
+	/*
+	 * kube-proxy masquerades by any port, also by that of a closed flow: this is the reply that
+	 * it waits for.
+	 */
+	if (nat->flags & NAT_REPLY && handshake == (TCP_SYN | TCP_ACK) && is_closed(nat) &&
+	    defer_to_kube_proxy(p))
+		return FLOW_RESTART;
+	/* A masquerade ends with the flow that it belongs to. */
+	if (nat->flags & NAT_REPLY ||
+	    (nat->flags & NAT_SOURCE && !is_of_direct_flow(nat, &p->flow)))
+		return FLOW_FORWARD;
+	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, in_map, opens))
+		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_MOVE : FLOW_REJECT;
+	/* A client that uses its port again opens another connection. */
+	return opens && is_closed(nat) ? FLOW_RESTART : FLOW_FORWARD;
+}
+
+#endif

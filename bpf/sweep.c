@@ -1,0 +1,232 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The sweep of conntrack (BPF_PROG_TYPE_SCHED_CLS, attached to nothing): the agent copies entries
+ * from the map into sweep_keys and sweep_values, a batch at a time, and runs sweep_entries() until
+ * all of them have had their turn (BPF_PROG_TEST_RUN). That ends the flows that have timed out, or
+ * whose backend was removed, and counts those that are open. Afterwards sweep_filter() takes out of
+ * flow_filter what no entry needs.
+ *
+ * The kernel copies a bucket under its lock, so that no entry is missed while others come and go.
+ * bpf_for_each_map_elem() would take less time, but follows an element that is given to another key
+ * into that one's bucket, and misses the rest of its own: then a flow might lose its mark in
+ * flow_filter. It also walks the whole map in one go, with bottom halves disabled.
+ *
+ * A run may be interrupted by packets of its CPU: it uses no memory of theirs.
+ */
+#include "lib/compat.h"
+#include "lib/conntrack.h"
+#include "lib/decision_packet.h"
+#include "lib/filter.h"
+#include "lib/service.h"
+#include "lib/stale.h"
+
+/*
+ * A run takes so many entries, or words of flow_filter: calling the program takes longer than one
+ * of them. The agent knows both (datapath/flows/sweeper.py).
+ */
+#define ENTRIES_OF_A_RUN 8
+#define WORDS_OF_A_RUN	 128
+
+/* A row of sweep.limits for each. */
+enum timeouts {
+	TIMEOUTS_TCP,
+	TIMEOUTS_UDP,
+	TIMEOUTS_SCTP,
+	TIMEOUTS_OTHER,
+};
+
+static __always_inline struct sweep *sweep_of(void)
+{
+	u32 zero = 0;
+
+	return map_lookup(sweep, &zero);
+}
+
+/* Takes the next number; returns false after the last. */
+static __always_inline bool next_number(struct sweep *s, u32 *number)
+{
+	if (!s || s->next >= s->count)
+		return false;
+	*number = s->next++;
+	return true;
+}
+
+/* Says if a flow has timed out. @seen is what both of its entries have seen. */
+static __always_inline bool is_silent(const struct sweep *s, const struct flow *flow,
+				      const struct nat *nat, u8 seen)
+{
+	const bool lasted = (s64)(nat->last - nat->created) >= (s64)NSEC_PER_SEC;
+	const u8 proto = service_protocol(flow->proto);
+	const u32 row = proto == IPPROTO_TCP	? TIMEOUTS_TCP
+			: proto == IPPROTO_UDP	? TIMEOUTS_UDP
+			: proto == IPPROTO_SCTP ? TIMEOUTS_SCTP
+						: TIMEOUTS_OTHER;
+	u32 at = row * 32 + (seen & 15) * 2 + lasted;
+
+	barrier_var(at);
+	return (s64)(s->now - nat->last) > (s64)s->limits[at & 127];
+}
+
+/* Says if an entry is of a flow that ends now because its backend has left the Service. */
+static __always_inline bool is_of_removed(const struct flow *flow, const struct nat *nat)
+{
+	return has_departed(nat->service_id, nat->backend_id, flow->proto == IPPROTO_TCP);
+}
+
+static __always_inline void delete_entry(struct sweep *s, const struct flow *key)
+{
+	if (!map_delete(conntrack, key))
+		s->deleted++;
+}
+
+/* Turns @flow into its other direction, where that leaves this host. */
+static __always_inline void reverse_at_egress(struct flow *flow)
+{
+	const struct inet_addr src = flow->src;
+	const __be16 sport = flow->sport;
+
+	flow->src = flow->dst;
+	flow->sport = flow->dport;
+	flow->dst = src;
+	flow->dport = sport;
+	flow->stage = STAGE_EGRESS;
+}
+
+enum outcome {
+	GONE,
+	KEPT,
+	ENDED,
+};
+
+/* Counts a pair that ends for the backend of its original direction, which has the key @key. */
+static __always_inline void count_ended(struct sweep *s, const struct flow *key,
+					const struct nat *original, bool is_removed)
+{
+	struct backend *backend;
+
+	if (original->flags & NAT_SOURCE)
+		return;
+	if (is_removed) {
+		s->removed[!addr_is_v4(&key->src)]++;
+		flow_decision(key, NULL, PLACE_AGENT, DECISION_BACKEND_LEFT, EVENT_BACKEND_GONE,
+			      original->service_id, original->backend_id, 0);
+	}
+	backend = is_closed(original) ? NULL : backend_of(original->backend_id);
+	if (backend)
+		backend->flows_seen |= FLOWS_ENDED;
+}
+
+/*
+ * Ends the pair that has the entry @key if it is over, as the map has it now: both halves go
+ * together.
+ */
+static __always_inline enum outcome end_if_over(struct sweep *s, const struct flow *key)
+{
+	const struct nat *nat = &s->nat, *partner = &s->partner;
+	bool is_removed, has_partner;
+	u8 seen;
+
+	if (!conntrack_read(key, &s->nat))
+		return GONE;
+	is_removed = is_of_removed(key, nat);
+	if (!is_removed && !is_silent(s, key, nat, nat->seen))
+		return KEPT;
+	partner_key(&s->partner_key, key, nat);
+	has_partner = !(nat->flags & NAT_OWN) && conntrack_read(&s->partner_key, &s->partner) &&
+		      is_reverse(partner, key);
+	seen = nat->seen | partner->seen;
+	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, seen))
+		return KEPT;
+	delete_entry(s, key);
+	if (has_partner)
+		delete_entry(s, &s->partner_key);
+	if (!(nat->flags & NAT_REPLY))
+		count_ended(s, key, nat, is_removed);
+	else if (has_partner)
+		count_ended(s, &s->partner_key, partner, is_removed);
+	return ENDED;
+}
+
+/*
+ * Ends the flow of an entry if it is over. A masquerade stays as long as its flow, and goes after
+ * it: without it the backend would see the client. So does a direct flow with a port of its own,
+ * while its Service's flow is in the way.
+ */
+static __always_inline enum outcome end_flow_if_over(struct sweep *s, const struct flow *key,
+						     const struct nat *nat)
+{
+	const bool is_source = nat->flags & NAT_SOURCE;
+	enum outcome outcome;
+
+	/* This is the key of the reply direction, of the Service's flow; then of the masquerade. */
+	if (is_source == !(nat->flags & NAT_REPLY))
+		s->other_key = *key;
+	else
+		partner_key(&s->other_key, key, nat);
+	reverse_at_egress(&s->other_key);
+	s->key = *key;
+	if (!is_source) {
+		outcome = end_if_over(s, &s->key);
+		if (outcome == ENDED && conntrack_read(&s->other_key, &s->nat) &&
+		    (s->nat.flags & (NAT_SOURCE | NAT_REPLY)) == NAT_SOURCE)
+			end_if_over(s, &s->other_key);
+		return outcome;
+	}
+	return end_if_over(s, &s->other_key) == KEPT ? KEPT : end_if_over(s, &s->key);
+}
+
+/* Handles the entry of the batch that has this number. */
+static __always_inline void sweep_entry(struct sweep *s, u32 number)
+{
+	const struct flow *key = map_lookup(sweep_keys, &number);
+	const struct nat *nat = map_lookup(sweep_values, &number);
+	struct backend *backend;
+
+	if (!key || !nat)
+		return;
+	flow_mark(key, nat, s->mark);
+	/* For most entries the copy alone is looked at, and the shorter time. */
+	if ((is_of_removed(key, nat) || is_silent(s, key, nat, nat->seen)) &&
+	    end_flow_if_over(s, key, nat) != KEPT)
+		return;
+	s->kept++;
+	if (nat->flags & (NAT_SOURCE | NAT_REPLY) || is_closed(nat))
+		return;
+	backend = backend_of(nat->backend_id);
+	if (backend)
+		backend->flows_seen++;
+}
+
+int sweep_entries(struct __sk_buff *skb)
+{
+	struct sweep *s = sweep_of();
+	u32 number;
+
+	(void)skb;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < ENTRIES_OF_A_RUN; i++) {
+		if (!next_number(s, &number))
+			break;
+		sweep_entry(s, number);
+	}
+	return 0;
+}
+
+int sweep_filter(struct __sk_buff *skb)
+{
+	struct sweep *s = sweep_of();
+	u32 number, zero = 0;
+	u64 *words = map_lookup(flow_filter, &zero), others;
+
+	(void)skb;
+	if (!words || !next_number(s, &number))
+		return 0;
+	words += number % (FLOW_FILTER_WORDS / WORDS_OF_A_RUN) * WORDS_OF_A_RUN;
+	others = ~(s->mark * 0x0101010101010101ULL);
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < WORDS_OF_A_RUN; i++) {
+		if (words[i] & others)
+			__sync_fetch_and_and(&words[i], ~others);
+	}
+	return 0;
+}

@@ -1,0 +1,88 @@
+"""Finds the client that a command names: a pod of this node, this host, or any address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from ebpfproxy.explain.path import Client, Place
+from ebpfproxy.netlink.namespaces import FOLDERS
+from ebpfproxy.node.clients import Namespace, visible_namespaces
+from ebpfproxy.node.pods import pods
+from ebpfproxy.services.model import format_address
+from ebpfproxy.services.values import parse_address
+
+HOST = "host"
+
+
+class Found(NamedTuple):
+    """The client, and the namespace that names without one belong to, as in its pod's DNS."""
+
+    client: Client
+    namespace: str
+
+
+def find_client(text: str, results: Path, device_to: Callable[[bytes], int | None]) -> Found:
+    """Finds ``host``, an address, a pod by name with or without its namespace, or by its network namespace's.
+
+    ``results``: where the runtime keeps what CNI plugins returned. Raises UsageError for an unknown name.
+    """
+    visible = list(visible_namespaces())
+    if text == HOST:
+        return Found(_host(visible), "default")
+    names = _names(results)
+    address = parse_address(text.strip("[]"))
+    if address is not None:
+        return _by_address(address, visible, names, device_to)
+    namespace, _, name = text.rpartition("/")
+    matches = {each: pod for each, pod in names.items() if pod[1] == name and namespace in ("", pod[0])}
+    if len(matches) > 1:
+        found = ", ".join(sorted(f"{pod[0]}/{pod[1]}" for pod in matches.values()))
+        raise click.UsageError(f"several pods are named {name}: {found}")
+    wanted = next(iter(matches), name)
+    for each in visible:
+        is_pod = wanted in names or each.is_linked
+        if is_pod and each.path.parent in FOLDERS and each.path.name == wanted:
+            pod_namespace, pod = names.get(wanted, ("", wanted))
+            return Found(_pod(each, _pod_name(pod_namespace, pod), device_to), pod_namespace or "default")
+    raise click.UsageError(
+        f"no pod {text} on this node: name one of its pods (those in {results}), an address, or {HOST}"
+    )
+
+
+def _names(results: Path) -> dict[str, tuple[str, str]]:
+    """Namespaces and names of pods by their network namespaces' file names."""
+    return {pod.netns: (pod.namespace, pod.name) for pod in pods(results)}
+
+
+def _pod_name(namespace: str, name: str) -> str:
+    return f"{namespace}/{name}" if namespace else name
+
+
+def _host(visible: list[Namespace]) -> Client:
+    own = next(each for each in visible if each.is_own)
+    return Client(Place.HOST, HOST, own.addresses, own.cookie)
+
+
+def _pod(each: Namespace, name: str, device_to: Callable[[bytes], int | None]) -> Client:
+    devices = (device_to(address) for address in each.addresses)
+    ifindex = next((device for device in devices if device is not None), None)
+    return Client(Place.POD, name, each.addresses, each.cookie, ifindex)
+
+
+def _by_address(
+    address: bytes,
+    visible: list[Namespace],
+    names: dict[str, tuple[str, str]],
+    device_to: Callable[[bytes], int | None],
+) -> Found:
+    owners = [each for each in visible if address in each.addresses and (each.is_own or each.is_linked)]
+    if any(each.is_own for each in owners):
+        return Found(_host(visible), "default")
+    if len(owners) == 1:
+        namespace, name = names.get(owners[0].path.name, ("", format_address(address)))
+        return Found(_pod(owners[0], _pod_name(namespace, name), device_to), namespace or "default")
+    return Found(Client(Place.OUTSIDE, format_address(address), (address,), 0, device_to(address)), "default")

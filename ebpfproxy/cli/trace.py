@@ -1,0 +1,169 @@
+"""``ebpfproxy trace``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+import msgspec
+
+from ebpfproxy.cli import completion, options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
+from ebpfproxy.datapath.decisions import TracingInUseError
+from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
+from ebpfproxy.trace.rows import DecisionRow, text
+from ebpfproxy.trace.session import Filter, Session, TraceError, session
+
+_LOST_SECONDS = 1.0
+
+
+@click.command("trace")
+@options.bpf_root
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAME",
+    shell_complete=completion.namespaces,
+    help="Only Services in this namespace; also the namespace of --service and --pod.",
+)
+@click.option(
+    "--service",
+    metavar="[NAMESPACE/]NAME",
+    shell_complete=completion.services,
+    help="Only this Service. The default namespace is that of --namespace, else any.",
+)
+@click.option(
+    "--pod",
+    metavar="[NAMESPACE/]NAME|ADDRESS",
+    help="Only this client: a pod that is an endpoint, a network namespace, by its name, or an address.",
+)
+@click.option(
+    "--kind",
+    "kinds",
+    type=click.Choice([str(kind) for kind in DecisionKind]),
+    multiple=True,
+    help="Only this kind; can be given more than once.",
+)
+@click.option("--errors", is_flag=True, help="Everything but chosen and affinity-hit.")
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Of chosen and affinity-hit only one in N, at random.",
+)
+@click.option(
+    "--rate",
+    type=click.IntRange(1, 1_000_000),
+    default=DEFAULT_RATE,
+    show_default=True,
+    help="Decisions a second, of each CPU. Those above are counted, not shown.",
+)
+@click.option("--count", type=click.IntRange(1), metavar="N", help="Exit after N decisions.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Output format; JSON is one object a line.",
+)
+def command(
+    *,
+    bpf_root: Path,
+    namespace: str | None,
+    service: str | None,
+    pod: str | None,
+    kinds: tuple[str, ...],
+    errors: bool,
+    sample: int,
+    rate: int,
+    count: int | None,
+    output: str,
+) -> None:
+    """Show each decision as it is made: which backend a connection gets, or why it gets none.
+
+    It is one line for a connection, for a flow of packets and for a socket's datagrams to a Service, not for
+    each packet. The agent replaces its programs for as long as this runs; connections do not notice. What is
+    lost is said on standard error.
+    """
+    with one_line():
+        maps = open_maps(bpf_root)
+        if not is_locked(bpf_root):
+            raise click.ClickException("the agent is not running: it attaches the programs that trace needs")
+        namespace, service, pod = _names(namespace, service, pod)
+        wanted = Filter(
+            namespace=namespace,
+            service=service,
+            pod=pod,
+            kinds=_kinds(kinds, errors=errors),
+            one_in=sample,
+            rate=rate,
+        )
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            with session(maps, find_cgroup_root(), wanted) as traced:
+                click.echo("tracing", err=True)
+                _print(traced, output, count)
+        except (TraceError, TracingInUseError) as error:
+            raise click.ClickException(str(error)) from error
+        except (KeyboardInterrupt, BrokenPipeError):
+            # It ends this way, or at the end of a pipe, as of tail -f.
+            sys.stderr.close()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _kinds(names: tuple[str, ...], *, errors: bool) -> frozenset[DecisionKind]:
+    found = frozenset(kind for kind in DecisionKind if not names or str(kind) in names)
+    if errors:
+        found -= SUCCESSES
+    if not found:
+        raise click.UsageError("--errors leaves none of the kinds")
+    return found
+
+
+def _names(
+    namespace: str | None, service: str | None, pod: str | None
+) -> tuple[str | None, str | None, str | None]:
+    """Namespace and name of the Service, and the pod with its namespace."""
+    if pod is not None and "/" not in pod and namespace is not None:
+        pod = f"{namespace}/{pod}"
+    if service is not None and "/" in service:
+        namespace, _, service = service.partition("/")
+    return namespace, service, pod
+
+
+def _print(traced: Session, output: str, count: int | None) -> None:
+    shown, next_lost = 0, 0.0
+    for rows in traced.rows():
+        some = rows if count is None else rows[: count - shown]
+        if some:
+            sys.stdout.write("".join(f"{_line(row, output)}\n" for row in some))
+            sys.stdout.flush()
+            shown += len(some)
+        now = time.monotonic()
+        if now >= next_lost or shown == count:
+            next_lost = now + _LOST_SECONDS
+            _say_lost(traced)
+        if shown == count:
+            return
+
+
+def _line(row: DecisionRow, output: str) -> str:
+    return msgspec.json.encode(row).decode() if output == "json" else text(row)
+
+
+def _say_lost(traced: Session) -> None:
+    limited, full = traced.newly_lost()
+    if limited:
+        click.echo(f"lost {limited} decisions above --rate", err=True)
+    if full:
+        click.echo(f"lost {full} decisions: they were not read in time", err=True)

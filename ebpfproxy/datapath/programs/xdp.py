@@ -1,0 +1,179 @@
+"""The XDP program on devices: a pinned link each, in the driver (native) or behind it (generic).
+
+A link is pinned as ``links/xdp-<ifindex>-<mode>``; it ends with its device, and is replaced in one step. A
+device has one XDP program: where somebody else's is attached, ours is not, and tc does all the work. The
+``xdp_devices`` map tells programs between which devices frames can go: a driver drops what it cannot take
+without telling anybody.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ebpfproxy.datapath.abi.hooks import FORWARDING
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi.node_layout import XdpFlags, pack_xdp_device
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import BpfError
+from ebpfproxy.datapath.kernel.maps import Map
+from ebpfproxy.datapath.programs.attach import LINKS, pin_over
+from ebpfproxy.netlink.xdp_state import XdpFeatures, XdpState, xdp_program
+
+_PIN = re.compile(r"xdp-(\d+)-(native|generic)(-new)?")
+(_HOOK,) = FORWARDING.hooks
+#: Errors of a device that has a program of somebody else, in this mode or in the other.
+_TAKEN = (errno.EBUSY, errno.EEXIST)
+
+
+class XdpMode(enum.StrEnum):
+    """The value is in names of pins; ``flag`` is the kernel's (XDP_FLAGS_DRV_MODE, _SKB_MODE)."""
+
+    NATIVE = "native"
+    GENERIC = "generic"
+
+    @property
+    def flag(self) -> int:
+        return 1 << 2 if self is XdpMode.NATIVE else 1 << 1
+
+
+class XdpDevice(NamedTuple):
+    """A device that leads outside. ``obstacle`` says why it cannot have a program, empty where it can."""
+
+    ifindex: int
+    name: str
+    link_address: bytes
+    is_veth: bool
+    obstacle: str
+
+
+class XdpAttachment(NamedTuple):
+    """A device with our program, as the kernel says."""
+
+    ifindex: int
+    mode: XdpMode
+    program_id: int
+
+
+class XdpAttacher:
+    """Attaches the program to uplinks, and is the only writer of ``xdp_devices``. One thread uses it."""
+
+    def __init__(self, pins: Path, table: Map, modes: tuple[XdpMode, ...]) -> None:
+        """``modes``: those to be tried, in this order; none for no XDP."""
+        self._links = pins / LINKS
+        self._table = table
+        self._modes = modes
+        #: The mode of each device, or the reason why it has no program, by ifindex.
+        self.states: dict[int, str] = {}
+
+    def attach(self, devices: Iterable[XdpDevice], programs: Path) -> list[str]:
+        """Attaches to exactly these devices, as far as they can have the program; returns what changed.
+
+        Call it again once in a while: foreign programs and what drivers can do come and go.
+        """
+        before, self.states = self.states, {}
+        if not self._modes:
+            self._table.bring({})
+            return self._detach_all_but(())
+        self._links.mkdir(parents=True, exist_ok=True)
+        wanted = {}
+        kept: list[Path] = []
+        with XdpState() as state, bpf.opened(programs / _HOOK.name) as program:
+            for device in devices:
+                try:
+                    features = state.features(device.ifindex)
+                    mode, reason = self._attach(device, features, program)
+                except OSError as error:
+                    # The device is gone: there will be another state of the node.
+                    mode, reason = None, str(error)
+                    features = None
+                self.states[device.ifindex] = str(mode or reason)
+                flags = XdpFlags(0)
+                if mode is not None:
+                    kept.append(self._pin(device.ifindex, mode))
+                    flags |= XdpFlags.FORWARDS
+                    # What a veth sends back is lost unless the other end has an XDP program, too. What is
+                    # redirected to it arrives.
+                    if mode is XdpMode.GENERIC or not device.is_veth:
+                        flags |= XdpFlags.SENDS_BACK
+                if features is not None and XdpFeatures.NDO_XMIT in features:
+                    flags |= XdpFlags.TAKES
+                if flags:
+                    wanted[U32.pack(device.ifindex)] = pack_xdp_device(device.link_address, flags)
+        # A frame that finds no entry is left to tc.
+        self._table.bring(wanted)
+        changed = [f"{device}: {what}" for device, what in self.states.items() if before.get(device) != what]
+        return changed + self._detach_all_but(kept)
+
+    def _pin(self, ifindex: int, mode: XdpMode) -> Path:
+        return self._links / f"xdp-{ifindex}-{mode}"
+
+    def _attach(
+        self, device: XdpDevice, features: XdpFeatures | None, program: int
+    ) -> tuple[XdpMode | None, str]:
+        """The mode, or None and the reason."""
+        reason = device.obstacle
+        if reason:
+            return None, reason
+        for mode in self._modes:
+            reason = _native_obstacle(device, features) if mode is XdpMode.NATIVE else ""
+            reason = reason or self._link(device, mode, program)
+            if not reason:
+                return mode, ""
+        return None, reason
+
+    def _link(self, device: XdpDevice, mode: XdpMode, program: int) -> str:
+        """Brings the device's link to the program; returns why that is not possible, empty if it is."""
+        path = self._pin(device.ifindex, mode)
+        with bpf.pinned(path) as link:
+            if link is not None and bpf.xdp_link_info(link).ifindex == device.ifindex:
+                if bpf.xdp_link_info(link).prog_id != bpf.prog_info(program).id:
+                    bpf.link_update(link, program)
+                return ""
+        for other in XdpMode:
+            # One device has one program, whatever its mode.
+            if other is not mode:
+                self._pin(device.ifindex, other).unlink(missing_ok=True)
+        try:
+            fresh = bpf.link_create(program, device.ifindex, _HOOK.attach_type, mode.flag)
+        except BpfError as error:
+            if error.errno in _TAKEN:
+                return f"another XDP program is attached (id {xdp_program(device.ifindex)})"
+            return f"no {mode} XDP: {os.strerror(error.errno or 0)}"
+        try:
+            pin_over(fresh, path)
+        finally:
+            os.close(fresh)
+        return ""
+
+    def _detach_all_but(self, kept: Iterable[Path]) -> list[str]:
+        changed = []
+        for path in set(self._links.glob("xdp-*")) - set(kept):
+            path.unlink()
+            changed.append(f"{path.name} detached")
+        return sorted(changed)
+
+
+def _native_obstacle(device: XdpDevice, features: XdpFeatures | None) -> str:
+    """A driver with XDP can send frames back, but for that of a veth."""
+    if features is not None and XdpFeatures.BASIC not in features:
+        return "its driver has no native XDP"
+    if device.is_veth and (features is None or XdpFeatures.NDO_XMIT not in features):
+        return "its peer takes no frames of XDP programs: it has neither such a program nor GRO"
+    return ""
+
+
+def xdp_attachments(pins: Path) -> list[XdpAttachment]:
+    """Reads pinned links, in any network namespace: the indexes are those of the agent's."""
+    found = []
+    for path in sorted((pins / LINKS).glob("xdp-*")):
+        name = _PIN.fullmatch(path.name)
+        with bpf.pinned(path) as link:
+            if name and link is not None and (info := bpf.xdp_link_info(link)).ifindex:
+                found.append(XdpAttachment(int(info.ifindex), XdpMode(name[2]), int(info.prog_id)))
+    return found

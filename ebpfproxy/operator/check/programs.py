@@ -1,0 +1,129 @@
+"""Attachments as the kernel has them, and programs of others that run before ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ebpfproxy.agent.state import AgentState
+from ebpfproxy.datapath.abi.hooks import SOCKET_HOOKS, TCX_EGRESS, TCX_INGRESS
+from ebpfproxy.datapath.drift.findings import Finding
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import BpfError
+from ebpfproxy.datapath.kernel.roots import RootError, find_cgroup_root
+from ebpfproxy.datapath.programs.attach import Attachment, attachments, program_id
+from ebpfproxy.datapath.programs.devices import (
+    FILTER_PRIORITY,
+    device_attachments,
+    directions_of,
+)
+from ebpfproxy.netlink import traffic_control
+from ebpfproxy.netlink.rtnetlink import Rtnetlink
+
+_ATTACH_TYPES = {"ingress": TCX_INGRESS, "egress": TCX_EGRESS}
+_PARENTS = {"ingress": traffic_control.INGRESS, "egress": traffic_control.EGRESS}
+_START = "start the agent, which attaches them again"
+
+
+def lost(pins: Path, folder: Path, agent: AgentState | None, *, is_here: bool) -> Iterator[Finding]:
+    """Programs that are not attached, or not those that are pinned: where no agent looks after them.
+
+    ``folder``: that of the maps. ``is_here``: this is the agent's network namespace.
+    """
+    for each in attachments(pins):
+        pinned = {program_id(path) for path in folder.glob(f"progs-*/{each.hook}")}
+        consequence = "sockets of this node are not translated there"
+        if not each.alive:
+            yield _lost("programs", "detached", each.hook, consequence)
+        elif each.program_id not in pinned:
+            yield _lost("programs", "replaced", each.hook, consequence)
+    if agent is None or not is_here:
+        return
+    there: dict[int, set[str]] = {}
+    for one in device_attachments(pins):
+        there.setdefault(one.ifindex, set()).add(one.direction)
+    for device in agent.device_roles:
+        for direction in directions_of(device.ifindex) if device.attached else ():
+            if direction not in there.get(device.ifindex, ()):
+                consequence = "packets of clients outside, and replies to them, are not translated there"
+                yield _lost("devices", "detached", f"{device.name} {direction}", consequence)
+
+
+def _lost(where: str, kind: str, what: str, consequence: str) -> Finding:
+    return Finding(where=where, kind=kind, what=what, consequence=consequence, mend=_START)
+
+
+def before_ours(pins: Path, agent: AgentState | None, *, is_here: bool) -> Iterator[Finding]:
+    """Programs of others that see sockets and packets first: what they change or take, ours never see."""
+    yield from _at_sockets(attachments(pins))
+    if agent is not None and is_here:
+        with Rtnetlink() as netlink:
+            for device in agent.device_roles:
+                for direction in directions_of(device.ifindex):
+                    yield from _at_device(
+                        netlink, pins, device.ifindex, f"{device.name} {direction}", direction
+                    )
+
+
+def _at_sockets(ours: Iterable[Attachment]) -> Iterator[Finding]:
+    known = {each.hook: each for each in ours if each.alive}
+    cgroup = _cgroup({each.cgroup_id for each in known.values()})
+    if cgroup is None:
+        return
+    fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for hook in SOCKET_HOOKS:
+            if (own := known.get(hook.name)) is None:
+                continue
+            for number in _until(
+                bpf.attached_programs(fd, hook.attach_type, effective=True), own.program_id or 0
+            ):
+                yield _first("programs", hook.name, number)
+    finally:
+        os.close(fd)
+
+
+def _cgroup(ids: set[int]) -> Path | None:
+    """The cgroup that links are attached to: nearly always the root."""
+    try:
+        root = find_cgroup_root()
+    except RootError:
+        return None
+    if root.stat().st_ino in ids:
+        return root
+    return next((Path(at) for at, _, _ in os.walk(root) if Path(at).stat().st_ino in ids), None)
+
+
+def _at_device(netlink: Rtnetlink, pins: Path, ifindex: int, where: str, direction: str) -> Iterator[Finding]:
+    link = pins / "links" / f"tc-{ifindex}-{direction}"
+    with bpf.pinned(link) as fd:
+        own = int(bpf.tcx_link_info(fd).prog_id) if fd is not None else None
+    if own is not None:
+        try:
+            there = bpf.attached_programs(ifindex, _ATTACH_TYPES[direction])
+        except BpfError:
+            # The device is gone.
+            return
+        for number in _until(there, own):
+            yield _first("devices", where, number)
+        return
+    for each in traffic_control.filters(netlink, ifindex, _PARENTS[direction]):
+        if each.priority < FILTER_PRIORITY:
+            yield _first("devices", f"{where}, priority {each.priority} {each.name}".rstrip(), None)
+
+
+def _until(ids: list[int], own: int) -> list[int]:
+    return ids[: ids.index(own)] if own in ids else []
+
+
+def _first(where: str, at: str, number: int | None) -> Finding:
+    name = f": program {number} {bpf.prog_name(number)}".rstrip() if number is not None else ""
+    return Finding(
+        where=where,
+        kind="foreign",
+        what=f"{at}{name}",
+        consequence="it runs before ours: what it translates, drops or redirects does not reach them",
+        mend="bpftool net; bpftool cgroup tree" if number is None else f"bpftool prog show id {number}",
+        warning=True,
+    )

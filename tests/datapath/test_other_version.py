@@ -1,0 +1,60 @@
+"""Maps that another version of ebpfproxy has pinned are copied if possible, and no command reads the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath import dump
+from ebpfproxy.datapath.abi import schema, uapi
+from ebpfproxy.datapath.abi.layout import DRAINED, U32
+from ebpfproxy.datapath.abi.schema import MapSpec, map_specs
+from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
+from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import pin_folder
+
+pytestmark = pytest.mark.root
+
+REQUEST = bytes(range(DRAINED.size))
+
+
+def other_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
+    """Returns specifications that lack one map, have an additional one, and a third with another value size."""
+    changed = {"service_rejections": 24}
+    return (
+        *(
+            spec._replace(value_size=changed.get(spec.name, spec.value_size))
+            for spec in map_specs(capacity)
+            if spec.name != "service_choices"
+        ),
+        MapSpec("abandoned", uapi.MAP_ARRAY, 4, 8, 1),
+    )
+
+
+@pytest.fixture
+def other(pins: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MapSet]:
+    with monkeypatch.context() as patch:
+        for module in (schema, maps):
+            patch.setattr(module, "map_specs", other_specs)
+        made = maps.open_or_create(pin_folder(pins), Capacity())
+    yield made
+    made.close()
+
+
+def test_drain_requests_are_copied(pins: Path, other: MapSet) -> None:
+    other["drained"].update(REQUEST, U32.pack(1))
+    new = maps.open_or_create(pin_folder(pins), Capacity())
+    assert new.folder != other.folder
+    copy_drain_requests(pin_folder(pins), new)
+    assert dict(new["drained"].items()) == {REQUEST: U32.pack(1)}
+    new.close()
+
+
+def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
+    with pytest.raises(dump.NothingPinnedError, match="another version of ebpfproxy") as output:
+        dump.open_maps(pins)
+    assert str(other.folder) in str(output.value)

@@ -1,0 +1,147 @@
+"""Records of sockets in real maps, written by programs that the agent runs."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi import socket_layout
+from ebpfproxy.datapath.abi.flow_layout import BackendUse
+from ebpfproxy.datapath.abi.hooks import RECORDS
+from ebpfproxy.datapath.abi.layout import U32, pack_address
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
+from ebpfproxy.datapath.flows.map_migration import MapMigration
+from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
+from ebpfproxy.datapath.flows.peers import recorded_removals
+from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.programs import loader
+from ebpfproxy.netlink import sock_diag
+from tests.datapath.test_loading import OPTIONS
+
+pytestmark = pytest.mark.root
+
+FRONTEND, OTHER_FRONTEND, BACKEND, OTHER_BACKEND = (
+    bytes(a) for a in ((10, 96, 0, 1), (10, 96, 0, 2), (10, 244, 0, 1), (10, 244, 0, 2))
+)
+USE = BackendUse(3, 5)
+COOKIE = 77
+
+
+class Sockets:
+    """Maps with a capacity of ``slots`` connected sockets, and the programs that write their records."""
+
+    def __init__(self, pins: Path, stack: ExitStack, slots: int) -> None:
+        self.maps: MapSet = maps.open_or_create(pins, Capacity(connected=slots))
+        stack.callback(self.maps.close)
+        folder = loader.ensure_loaded(self.maps, OPTIONS, (RECORDS,))
+        self.programs = stack.enter_context(closing(RecordPrograms(folder)))
+
+    def elsewhere(self, number: int) -> int:
+        """Returns the number of records in other maps that the slot counts."""
+        found = self.maps["sock_origin"].lookup(U32.pack(number))
+        assert found
+        return socket_layout.origin_elsewhere(found)
+
+    def connected(self) -> list[tuple[int, bytes, bytes]]:
+        """Returns cookie, frontend and backend of each connected socket."""
+        return [
+            (
+                socket_layout.origin_cookie(origin),
+                socket_layout.origin_frontend(origin)[0],
+                socket_layout.origin_backend(origin)[0],
+            )
+            for origin in each_of(OriginTable(self.maps).connected())
+        ]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as found:
+        yield found
+
+
+def origin(
+    frontend: bytes,
+    backend: bytes,
+    *,
+    kind: OriginKind = OriginKind.CONNECTED,
+    port: int = 53,
+    cookie: int = COOKIE,
+) -> bytes:
+    """Returns the packed origin of a socket."""
+    ports = socket.htons(port), socket.htons(8053)
+    peer = PEER.pack(pack_address(frontend), pack_address(backend), *ports, *USE, 0)
+    key = int.from_bytes(socket_layout.origin_key(cookie, kind), sys.byteorder)
+    return ORIGIN.pack(key, peer, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [origin(OTHER_FRONTEND, BACKEND), origin(FRONTEND, OTHER_BACKEND), origin(OTHER_FRONTEND, OTHER_BACKEND)],
+    ids=["frontend", "backend", "both"],
+)
+def test_socket_that_reconnects_during_map_migration_keeps_its_last_peer(
+    pins: Path, stack: ExitStack, again: bytes
+) -> None:
+    old, new = Sockets(pins, stack, 64), Sockets(pins, stack, 128)
+    first = origin(FRONTEND, BACKEND)
+    assert old.programs.restore([first]) == 1
+    migration = MapMigration(pins, new.maps, new.programs)
+    stack.callback(migration.close)
+    migration.copy()
+    assert new.connected() == old.connected() == [(COOKIE, FRONTEND, BACKEND)]
+    assert (old.programs.forget([first]), old.programs.restore([again])) == (1, 1)
+    migration.copy()
+    assert new.connected() == old.connected() != [(COOKIE, FRONTEND, BACKEND)]
+    assert old.programs.forget([again]) == 1
+    migration.copy()
+    assert new.connected() == []
+
+
+@pytest.mark.parametrize(("port", "found"), [(53, {USE}), (0, set())], ids=["kept", "dropped"])
+def test_dropped_peer_does_not_delay_the_removal_of_its_backend(
+    pins: Path, stack: ExitStack, port: int, found: set[BackendUse]
+) -> None:
+    """A program drops the peer of a removed backend if the Service has no other backend."""
+    here = Sockets(pins, stack, 64)
+    assert here.programs.restore([origin(FRONTEND, BACKEND, kind=OriginKind.UNCONNECTED, port=port)]) == 1
+    assert recorded_removals(here.maps, {USE}) == found
+
+
+def test_a_slot_counts_the_records_that_other_maps_have(pins: Path, stack: ExitStack) -> None:
+    """Once they are gone, sockets with this slot pay for no other map again."""
+    here = Sockets(pins, stack, 4)
+    known = [origin(FRONTEND, BACKEND, cookie=cookie) for cookie in (1, 5, 9)]
+    sender = [
+        origin(each, BACKEND, cookie=13, kind=OriginKind.UNCONNECTED) for each in (FRONTEND, OTHER_FRONTEND)
+    ]
+    assert here.programs.restore(known) == 3
+    assert here.elsewhere(1) == 2
+    assert here.programs.restore(known) == 0
+    assert here.programs.restore(sender) == 2
+    # Both frontends are in one page.
+    assert here.elsewhere(1) == 3
+    assert [here.elsewhere(number) for number in (0, 2, 3)] == [0, 0, 0]
+    assert here.programs.forget(known[:2]) == 2
+    assert here.elsewhere(1) == 2
+    assert here.programs.forget_pages(sender[:1]) == 1
+    assert here.programs.forget_pages(sender[:1]) == 0
+    assert here.elsewhere(1) == 1
+    assert here.programs.forget(known) == 1
+    assert here.elsewhere(1) == 0
+
+
+def test_a_cookie_that_the_kernel_counts_down_loses_its_highest_byte() -> None:
+    packed = (0xFFFFFFFFFFFFFFFE).to_bytes(8, sys.byteorder)
+    name = bytes(40) + packed
+    kind = OriginKind.CONNECTED
+    assert sock_diag._cookie(name) == socket_layout.origin_cookie(packed) == 0x00FFFFFFFFFFFFFE
+    assert socket_layout.is_connected(socket_layout.origin_key(sock_diag._cookie(name), kind))

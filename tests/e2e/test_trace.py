@@ -1,0 +1,383 @@
+"""``ebpfproxy trace``: a line for each decision, from programs that are attached while it runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from ebpfproxy.datapath.programs.attach import attachments
+from ebpfproxy.datapath.programs.devices import link_attachments
+from tests.e2e.outer import Held, Outer
+from tests.e2e.world import NODE_PORT, SERVICE_IPS
+from tests.lab import Agent, Lab, LabNode, clients
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+WEB = SERVICE_IPS["v4"]
+Row = dict[str, Any]
+_numbers = itertools.count()
+
+
+class Trace:
+    """A running ``ebpfproxy trace -o json``."""
+
+    def __init__(self, node: LabNode, *arguments: str) -> None:
+        command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(node.bpf_root), "-o", "json"]
+        # A pipe that nobody reads would hold it up.
+        self._output = node.lab.folder / f"trace-{next(_numbers)}.json"
+        with self._output.open("wb") as output:
+            self.process = node.popen([*command, *arguments], join_cgroup=False, stdout=output, stderr=-1)
+        assert self.process.stderr is not None
+        said = self.process.stderr.readline()
+        assert said == b"tracing\n", said + self.process.stderr.read()
+        self.said = ""
+
+    def end(self) -> list[Row]:
+        """Ends it, and returns all that it has shown."""
+        # It reads 20 times a second, and says once a second what is lost.
+        time.sleep(1.2)
+        # SIGINT is ignored in background jobs of a shell, and in what they start.
+        self.process.send_signal(signal.SIGTERM)
+        self.said = self.process.communicate(timeout=20)[1].decode()
+        return [json.loads(line) for line in self._output.read_text().splitlines()]
+
+
+@contextmanager
+def traced(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
+    """What was shown while the body ran, once it has."""
+    trace = Trace(node, *arguments)
+    rows: list[Row] = []
+    yield rows
+    rows += trace.end()
+
+
+def outcomes(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+    return [(row["kind"], row["reason"], row["service"], row["frontend"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Outer]:
+    with Lab() as lab:
+        yield Outer(lab)
+
+
+@pytest.fixture(scope="module")
+def agent(world: Outer) -> Agent:
+    return world.agent("--stale-tcp-seconds", "0.2", "--nodeport-guard").start()
+
+
+def programs(world: Outer) -> dict[str, int | None]:
+    """The ids of the programs at all hooks and devices."""
+    pins = world.a.bpf_root / "ebpfproxy"
+    found: dict[str, int | None] = {each.hook: each.program_id for each in attachments(pins)}
+    return found | {f"{d.ifindex} {d.direction}": d.program_id for d in link_attachments(pins)}
+
+
+# -- kinds
+
+
+def test_a_connection_shows_client_service_and_backend(world: Outer, agent: Agent) -> None:
+    with traced(world.a) as rows:
+        answer = world.client.call(clients.ask_tcp, WEB, 80)
+    (row,) = rows
+    backend = world.w1 if answer["name"] == "w1" else world.w2
+    assert (row["kind"], row["reason"], row["place"]) == ("chosen", "", "socket")
+    assert (row["namespace"], row["service"], row["port"]) == ("shop", "web", "http")
+    assert (row["frontend"], row["protocol"]) == ("10.96.0.10:80", "TCP")
+    assert row["backend"]["address"] == f"{backend.address}:8080"
+    assert (row["candidates"], row["algorithm"]) == (2, "random")
+    assert row["client"]["name"] == world.client.netns
+    assert row["client"]["address"] in (world.client.address, world.client.address6)
+    assert row["client"]["pid"] > 0
+    assert abs(row["time"] - time.time()) < 60
+
+
+def test_refusals_have_a_reason(world: Outer, agent: Agent) -> None:
+    with traced(world.a, "--errors") as rows:
+        world.client.call(clients.ask_tcp, WEB, 80)
+        for address, port in (("10.96.0.20", 80), (WEB, 81), ("10.96.0.30", 80)):
+            world.client.call(clients.connect_error, address, port)
+        world.client.call(clients.send_error, "10.96.0.20", 53)
+    assert outcomes(rows) == [
+        ("refused", "no-endpoint", "empty", "10.96.0.20:80"),
+        ("refused", "no-such-port", "web", f"{WEB}:81"),
+        ("refused", "no-local-endpoint", "elsewhere", "10.96.0.30:80"),
+        ("refused", "no-endpoint", "empty", "10.96.0.20:53"),
+    ]
+
+
+def _send_ten(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(3)
+        for _ in range(10):
+            sock.sendto(b"?", (host, port))
+            sock.recv(4096)
+
+
+def test_datagrams_of_a_socket_are_one_decision(world: Outer, agent: Agent) -> None:
+    with traced(world.a) as rows:
+        world.client.call(_send_ten, WEB, 53)
+    assert outcomes(rows) == [("chosen", "", "web", f"{WEB}:53")]
+
+
+def test_session_affinity_keeps_the_backend(world: Outer, agent: Agent) -> None:
+    ip = "10.96.7.1"
+    world.add("sticky", ip, [world.on_a(), world.on_b()], sessionAffinity="ClientIP")
+    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    world.a.cli("affinity", "flush", "--all")
+    with traced(world.a, "--service", "shop/sticky") as rows:
+        for _ in range(3):
+            world.client.call(clients.ask_tcp, ip, 80)
+    assert [row["kind"] for row in rows] == ["chosen", "affinity-hit", "affinity-hit"]
+    assert len({row["backend"]["address"] for row in rows}) == 1
+    world.remove("sticky")
+
+
+def test_a_flow_of_packets_is_one_decision(world: Outer, agent: Agent) -> None:
+    """The outside client's connection has more packets than one."""
+    with traced(world.a) as rows:
+        world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)
+    (row,) = rows
+    assert (row["kind"], row["place"], row["service"]) == ("chosen", "ingress", "web")
+    assert row["frontend"] == f"{world.a.address}:{NODE_PORT}"
+    assert row["client"]["address"].startswith(f"{world.outside.address}:")
+
+
+def test_a_socket_of_a_removed_backend_is_closed_and_a_flow_ends(world: Outer, agent: Agent) -> None:
+    ip, balancer = "10.96.7.2", "203.0.113.72"
+    world.balanced("leaving", ip, balancer, [world.on_b()])
+    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    inside, outside = Held(world.client, ip, 80), Held(world.outside, balancer, 80)
+    with traced(world.a, "--service", "shop/leaving", "--errors") as rows:
+        world.balanced("leaving", ip, balancer, [])
+        until(lambda: inside.ask() != "alive")
+        until(lambda: outside.ask() != "alive")
+    closed = [row for row in rows if row["kind"] == "stale-socket-ended"]
+    left = [row for row in rows if row["kind"] == "backend-left"]
+    assert [(row["frontend"], row["backend"]["address"]) for row in closed] == [
+        (f"{ip}:80", f"{world.w2.address}:8080")
+    ]
+    assert closed[0]["client"]["name"] == world.client.netns
+    assert {row["frontend"] for row in left} == {f"{balancer}:80"}
+    world.remove("leaving")
+
+
+def test_datagrams_leave_a_removed_backend(world: Outer, agent: Agent) -> None:
+    ip = "10.96.7.3"
+    world.add("moving", ip, [world.on_b()])
+    script = (
+        "import socket,sys\n"
+        "s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.settimeout(3)\n"
+        "for line in sys.stdin:\n"
+        f"    s.sendto(b'?',({ip!r},53)); print(s.recv(4096).decode(),flush=True)\n"
+    )
+    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    sender = world.client.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
+    assert sender.stdin is not None and sender.stdout is not None
+
+    def ask() -> str:
+        assert sender.stdin is not None and sender.stdout is not None
+        sender.stdin.write(b"\n")
+        sender.stdin.flush()
+        name: str = json.loads(sender.stdout.readline())["name"]
+        return name
+
+    assert ask() == "w2"
+    with traced(world.a, "--service", "shop/moving") as rows:
+        world.add("moving", ip, [world.on_a()])
+        until(lambda: ask() == "w1")
+    assert [row["kind"] for row in rows] == ["backend-left", "chosen"]
+    assert [row["backend"]["address"] for row in rows] == [
+        f"{world.w2.address}:8053",
+        f"{world.w1.address}:8053",
+    ]
+    world.remove("moving")
+
+
+def _bind(port: int) -> None:
+    with socket.socket() as sock, pytest.raises(OSError):
+        sock.bind(("0.0.0.0", port))
+
+
+def test_bind_to_a_node_port_is_refused(world: Outer, agent: Agent) -> None:
+    with traced(world.a, "--kind", "bind-refused") as rows:
+        world.a.call(_bind, NODE_PORT)
+    assert outcomes(rows) == [("bind-refused", "", "web", f"0.0.0.0:{NODE_PORT}")]
+    assert rows[0]["client"]["name"] == "host"
+
+
+# -- filters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ((), ["empty", "second", "web", "web"]),
+        (("-n", "shop"), ["empty", "second", "web", "web"]),
+        (("-n", "other"), []),
+        (("--service", "shop/second"), ["second"]),
+        (("-n", "shop", "--service", "web"), ["web", "web"]),
+        (("--kind", "chosen", "--kind", "dropped"), ["second", "web"]),
+        (("--errors", "--service", "web"), ["web"]),
+        (("--pod", "CLIENT"), ["empty", "web", "web"]),
+        (("--pod", "ADDRESS"), ["second"]),
+    ],
+)
+def test_programs_report_what_is_asked_for(
+    world: Outer, agent: Agent, arguments: tuple[str, ...], seen: list[str]
+) -> None:
+    names = {"CLIENT": world.client.netns, "ADDRESS": world.w1.address}
+    with traced(world.a, *(names.get(each, each) for each in arguments)) as rows:
+        world.client.call(clients.ask_tcp, WEB, 80)
+        world.client.call(clients.connect_error, WEB, 81)
+        world.client.call(clients.connect_error, "10.96.0.20", 80)
+        world.w1.call(clients.ask_tcp, "10.96.0.40", 80)
+    assert sorted(row["service"] for row in rows) == seen
+
+
+def _connect_again(host: str, port: int, times: int) -> None:
+    """Each connect() of a datagram socket is a decision, and sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(times):
+            sock.connect((host, port))
+
+
+def test_one_in_so_many_is_a_sample(world: Outer, agent: Agent) -> None:
+    with traced(world.a, "--sample", "10", "--rate", "100000") as rows:
+        world.client.call(_connect_again, WEB, 53, 4000)
+        world.client.call(clients.connect_error, "10.96.0.20", 80)
+    kinds = [row["kind"] for row in rows]
+    # The binomial distribution of 4,000 goes beyond these once in 10^13.
+    assert 250 < kinds.count("chosen") < 550
+    assert kinds.count("refused") == 1
+
+
+# -- limits
+
+
+def _lost(said: str) -> int:
+    return sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("lost"))
+
+
+def test_decisions_above_the_rate_are_counted(world: Outer, agent: Agent) -> None:
+    trace = Trace(world.a, "--rate", "100")
+    world.client.call(_connect_again, WEB, 53, 5000)
+    shown = len(trace.end())
+    # A CPU may save up a quarter of a second's.
+    assert 1 <= shown <= os.cpu_count() * (25 + 100 * 10)  # type: ignore[operator]
+    assert shown + _lost(trace.said) == 5000
+    assert "above --rate" in trace.said
+
+
+def test_decisions_that_nobody_reads_in_time_are_counted(world: Outer, agent: Agent) -> None:
+    """The ring has room for about 12,000."""
+    trace = Trace(world.a, "--rate", "1000000")
+    trace.process.send_signal(signal.SIGSTOP)
+    world.client.call(_connect_again, WEB, 53, 30_000)
+    trace.process.send_signal(signal.SIGCONT)
+    shown = len(trace.end())
+    assert 10_000 < shown < 13_000
+    assert shown + _lost(trace.said) == 30_000
+    assert "not read in time" in trace.said
+
+
+# -- programs
+
+
+def test_connections_do_not_notice_that_programs_are_replaced(world: Outer, agent: Agent) -> None:
+    """Sequential connections by socket and by packets, and one that stays open, over three traces."""
+    held = Held(world.outside, world.a.address, NODE_PORT)
+    over = threading.Event()
+    seen: list[int] = []
+
+    def work() -> None:
+        while not over.is_set():
+            world.client.call(clients.spread_tcp, WEB, 80, 50)
+            world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+            seen.append(70)
+
+    worker = threading.Thread(target=work)
+    before = agent.text.count("replaced programs")
+    worker.start()
+    try:
+        for _ in range(3):
+            Trace(world.a, "--errors").end()
+    finally:
+        until(lambda: agent.text.count("replaced programs") == before + 6)
+        over.set()
+        worker.join()
+    assert len(seen) > 1
+    assert held.ask() == "alive"
+
+
+def test_a_trace_that_is_killed_leaves_plain_programs(world: Outer, agent: Agent) -> None:
+    until(lambda: len(list(world.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+    plain = programs(world)
+    trace = Trace(world.a)
+    reporting = programs(world)
+    assert reporting.keys() == plain.keys()
+    assert not set(reporting.values()) & set(plain.values())
+    trace.process.kill()
+    until(lambda: programs(world) == plain, "the programs that report stay", 10)
+    until(lambda: len(list(world.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+
+
+def test_there_is_one_trace_at_a_time(world: Outer, agent: Agent) -> None:
+    trace = Trace(world.a)
+    said = world.a.cli("trace", "--count", "1", check=False)
+    assert said == ""
+    world.client.call(clients.ask_tcp, WEB, 80)
+    assert len(trace.end()) == 1
+
+
+def test_pods_of_endpoints_have_names(world: Outer, agent: Agent) -> None:
+    """The slice's targetRef names them, for clients and for backends."""
+    endpoints = [
+        {**endpoint, "targetRef": {"kind": "Pod", "name": name}}
+        for endpoint, name in ((world.on_a(), "w-1"), (world.on_b(), "w-2"))
+    ]
+    ip = "10.96.7.4"
+    world.add("named", ip, endpoints)
+    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    with traced(world.a, "--pod", "shop/w-1") as rows:
+        world.w1.call(clients.ask_tcp, ip, 80)
+        world.client.call(clients.ask_tcp, ip, 80)
+    (row,) = rows
+    assert row["client"]["pod"] == "shop/w-1"
+    assert row["backend"]["pod"] in ("shop/w-1", "shop/w-2")
+    world.remove("named")
+
+
+@pytest.fixture
+def killed(world: Outer, agent: Agent) -> Iterator[Callable[[], None]]:
+    """Kills the agent; after the test another runs."""
+    yield agent.kill
+    agent.start()
+
+
+def test_programs_report_nothing_once_agent_and_trace_are_gone(
+    world: Outer, agent: Agent, killed: Callable[[], None]
+) -> None:
+    trace = Trace(world.a)
+    killed()
+    trace.process.kill()
+    until(lambda: "not running" in _refusal(world))
+
+
+def _refusal(world: Outer) -> str:
+    command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(world.a.bpf_root)]
+    process = world.a.popen(command, join_cgroup=False, stderr=-1)
+    said: str = process.communicate(timeout=20)[1].decode()
+    return said

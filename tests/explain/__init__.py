@@ -1,0 +1,1 @@
+"""Tests of ``ebpfproxy explain``: against the maps, against programs, and against real connections."""

@@ -1,0 +1,186 @@
+"""``ebpfproxy check``: with an agent that repairs nothing by itself, and without any agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.netlink.rtnetlink import Rtnetlink
+from ebpfproxy.netlink.traffic_control import INGRESS, Place, put_filter
+from tests.e2e.world import SERVICE_IPS, World
+from tests.field.records import maps_of
+from tests.lab import Agent, Lab, LabNode, clients, command
+
+pytestmark = pytest.mark.root
+
+IP = SERVICE_IPS["v4"]
+#: A cgroup program of two instructions that lets everything proceed.
+_PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab)
+
+
+@pytest.fixture(scope="module")
+def agent(world: World) -> Iterator[Agent]:
+    """It compares only when it is asked to."""
+    started = world.agent("--drift-check-seconds", "0").start()
+    yield started
+    started.stop()
+
+
+def check(node: LabNode, *arguments: str, good: bool) -> dict[str, Any]:
+    """The JSON of the command, whose exit code tells what ``good`` says."""
+    command.import_commands()
+    words = ["check", "-o", "json", *arguments, "--bpf-root", str(node.bpf_root)]
+    done = node.call(command.run, words)
+    assert done.code == (0 if good else 1), done.output + done.errors
+    found: dict[str, Any] = json.loads(done.output)
+    assert found["good"] == good
+    return found
+
+
+def wrong(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        (each["where"], each["kind"], each["what"], each["service"])
+        for each in found["findings"]
+        if not each["warning"]
+    ]
+
+
+def key_of(address: str, port: int) -> bytes:
+    packed = bytes(map(int, address.split(".")))
+    return layout.pack_service_key(packed, port, 6, layout.Scope.INTERNAL)
+
+
+def test_a_healthy_node_has_nothing_wrong(world: World, agent: Agent) -> None:
+    found = check(world.a, good=True)
+    assert found["agent"] == "answered"
+    assert found["unchecked"] == []
+    text = world.a.cli("check")
+    assert "everything is as it should be" in text
+
+
+def test_differences_are_named_and_repaired_when_asked_to(world: World, agent: Agent) -> None:
+    pin = pin_folder(world.a.bpf_root) / "links" / "connect4"
+    with maps_of(world.a) as maps:
+        entry = maps["services4"].lookup(key_of(IP, 80))
+        assert entry is not None
+        bpf.map_delete(maps["services4"].fd, key_of(IP, 80))
+        bpf.map_update(maps["services4"].fd, key_of("192.0.2.99", 443), entry)
+        subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
+        expected = [
+            ("services4", "foreign", "192.0.2.99:443/TCP (internal)", "shop/web:http"),
+            ("services4", "missing", f"{IP}:80/TCP (internal)", "shop/web:http"),
+            ("programs", "detached", "connect4", ""),
+        ]
+        found = check(world.a, good=False)
+        assert sorted(wrong(found)) == sorted(expected)
+        assert all(each["consequence"] and each["mend"] for each in found["findings"])
+        assert maps["services4"].lookup(key_of(IP, 80)) is None, "looking repairs nothing"
+        text = world.a.cli("check", check=False)
+        assert "mend: ebpfproxy check --repair" in text
+
+        found = check(world.a, "--repair", good=True)
+        repaired = [(e["where"], e["kind"], e["what"], e["service"]) for e in found["repaired"]]
+        assert sorted(repaired) == sorted(expected)
+        assert maps["services4"].lookup(key_of(IP, 80)) == entry
+    assert check(world.a, good=True)["repaired"] == []
+    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+
+
+def test_sysctl_that_stops_forwarding_is_named(world: World, agent: Agent) -> None:
+    world.a.call(_forward, "0")
+    try:
+        (found,) = wrong(check(world.a, good=False))
+    finally:
+        world.a.call(_forward, "1")
+    assert found == ("node", "setting", "net.ipv4.ip_forward is 0", "")
+
+
+def _forward(value: str) -> None:
+    Path("/proc/sys/net/ipv4/ip_forward").write_text(value)
+
+
+def test_programs_of_others_that_run_first_are_warnings(world: World) -> None:
+    """One was at the cgroup before the agent came, a filter has a lower priority."""
+    fd = os.open(world.b.cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    program = bpf.prog_load(18, 10, "a_mesh", _PROCEED)
+    link = bpf.link_create(program, fd, 10)
+    agent = world.b.agent("--without", "tcx", manifests=world.manifests).start()
+    try:
+        world.b.call(_add_filter)
+        warnings = [e for e in check(world.b, good=True)["findings"] if e["kind"] == "foreign"]
+        assert {(e["where"], e["what"].split(":")[0]) for e in warnings} == {
+            ("programs", "connect4"),
+            ("devices", "eth0 ingress, priority 1 a_cni"),
+        }
+        assert any("a_mesh" in e["what"] for e in warnings)
+    finally:
+        agent.stop()
+        for each in (link, program, fd):
+            os.close(each)
+
+
+def _add_filter() -> None:
+    program = bpf.prog_load(3, 0, "a_cni", _PROCEED)
+    with Rtnetlink() as netlink:
+        place = Place(socket.if_nametoindex("eth0"), INGRESS, 1)
+        put_filter(netlink, place, program, "a_cni")
+
+
+def _contradict(maps: MapSet) -> None:
+    entry = layout.unpack_service(maps["services4"].lookup(key_of(IP, 80)) or b"")
+    unknown = entry._replace(id=4711)
+    bpf.map_update(maps["services4"].fd, key_of("192.0.2.99", 443), layout.pack_service(*unknown))
+    records = maps.shared("backends")
+    number = maps.backends().ids()[0]
+    records.bytes[number * records.stride : (number + 1) * records.stride] = bytes(records.stride)
+    bpf.map_update(maps["services4"].fd, b"\x01" * 8, b"\xff" * 16)
+    bpf.map_update(maps["members"].fd, U32.pack(9000) + U32.pack(0), U32.pack(1))
+
+
+def test_without_an_agent_contradictions_are_named_and_the_next_start_repairs_them(
+    world: World, agent: Agent
+) -> None:
+    agent.stop()
+    found = check(world.a, good=False)
+    assert wrong(found) == [("agent", "missing", "not running", "")]
+    assert found["agent"] == "not running"
+    assert "only the agent knows" in found["unchecked"][0]
+    with maps_of(world.a) as maps:
+        _contradict(maps)
+    subprocess.run(
+        ["bpftool", "link", "detach", "pinned", str(pin_folder(world.a.bpf_root) / "links" / "connect6")],
+        check=True,
+    )
+    named = {(where, kind) for where, kind, _, _ in wrong(check(world.a, good=False))}
+    assert named == {
+        ("agent", "missing"),
+        ("services4", "foreign"),
+        ("services4", "changed"),
+        ("backends", "missing"),
+        ("members", "foreign"),
+        ("programs", "detached"),
+    }
+    with maps_of(world.a) as maps:
+        bpf.map_delete(maps["services4"].fd, b"\x01" * 8)
+    again = world.agent("--drift-check-seconds", "0").start()
+    assert wrong(check(world.a, good=True)) == []
+    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    again.stop()

@@ -1,0 +1,297 @@
+"""Somebody with root changes what the agent has written or attached: it is noticed and repaired."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
+from tests.e2e import load
+from tests.e2e.world import SERVICE_IPS, World
+from tests.field.records import maps_of
+from tests.lab import Agent, Lab, LabNode, clients, manifests
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+IP, OTHER = SERVICE_IPS["v4"], "10.96.0.40"
+#: The time within which the default has repaired what it finds.
+SECONDS = 10.0
+_DRIFT = re.compile(r'^ebpfproxy_drift_total\{kind="([^"]+)",map="([^"]+)"\} ([0-9.e+]+)$', re.M)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab)
+
+
+@pytest.fixture(scope="module")
+def agent(world: World) -> Iterator[Agent]:
+    started = world.agent().start()
+    yield started
+    started.stop()
+
+
+def drifted(agent: Agent) -> dict[tuple[str, str], int]:
+    """Repaired differences so far, by map and kind."""
+    _, text = agent.http("/metrics", 10249)
+    return {(where, kind): int(float(n)) for kind, where, n in _DRIFT.findall(text) if float(n)}
+
+
+def since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    return {key: n - before.get(key, 0) for key, n in drifted(agent).items() if n != before.get(key, 0)}
+
+
+def key_of(address: str, port: int, protocol: int = 6) -> bytes:
+    packed = bytes(map(int, address.split(".")))
+    return layout.pack_service_key(packed, port, protocol, layout.Scope.INTERNAL)
+
+
+def service_id(maps: MapSet, name: str, port_name: str = "http") -> int:
+    return next(
+        int(U32.unpack(key)[0])
+        for key, value in maps["service_names"].items()
+        if (found := layout.unpack_name(value)).name == name
+        and found.port_name == port_name
+        and found.family.name == "IPV4"
+    )
+
+
+# -- ways to tamper, each with what is counted
+
+
+def _frontend_deleted(maps: MapSet) -> set[tuple[str, str]]:
+    bpf.map_delete(maps["services4"].fd, key_of(IP, 80))
+    return {("services4", "missing")}
+
+
+def _frontend_redirected(maps: MapSet) -> set[tuple[str, str]]:
+    """To another Service: whoever controls that receives what clients send."""
+    key = key_of(IP, 80)
+    entry = layout.unpack_service(maps["services4"].lookup(key) or b"")
+    other = entry._replace(id=service_id(maps, "second"))
+    bpf.map_update(maps["services4"].fd, key, layout.pack_service(*other))
+    return {("services4", "changed")}
+
+
+def _frontend_added(maps: MapSet) -> set[tuple[str, str]]:
+    entry = maps["services4"].lookup(key_of(IP, 80))
+    assert entry is not None
+    bpf.map_update(maps["services4"].fd, key_of("8.8.8.8", 80), entry)
+    return {("services4", "foreign")}
+
+
+def _selection_emptied(maps: MapSet) -> set[tuple[str, str]]:
+    maps.shared("selections").words()[service_id(maps, "web") * layout.POLICIES] = 0
+    return {("selections", "missing")}
+
+
+def _slot_rewritten(maps: MapSet) -> set[tuple[str, str]]:
+    (base, _), _ = maps.selections().ranges(service_id(maps, "web"))
+    maps.shared("slots").words()[base] = layout.slot(4711)
+    return {("slots", "changed")}
+
+
+def _backend_rewritten(maps: MapSet) -> set[tuple[str, str]]:
+    """All backends get an address of nobody."""
+    records = maps.shared("backends")
+    for number in maps.backends().ids():
+        records.bytes[number * records.stride + 15] ^= 0xFF
+    return {("backends", "changed")}
+
+
+def _filters_cleared(maps: MapSet) -> set[tuple[str, str]]:
+    for name in ("address_filter", "port_filter"):
+        maps.shared(name).bytes[:] = bytes(len(maps.shared(name).bytes))
+    return {("address_filter", "missing"), ("port_filter", "missing")}
+
+
+def _everything_deleted(maps: MapSet) -> set[tuple[str, str]]:
+    names = ("services4", "services6", "service_names", "devices", "node_addresses")
+    for name in names:
+        for key, _ in list(maps[name].items()):
+            bpf.map_delete(maps[name].fd, key)
+    return {(name, "missing") for name in names}
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        _frontend_deleted,
+        _frontend_redirected,
+        _frontend_added,
+        _selection_emptied,
+        _slot_rewritten,
+        _backend_rewritten,
+        _filters_cleared,
+        _everything_deleted,
+    ],
+)
+def test_entries_are_repaired_while_another_service_is_used(
+    world: World, agent: Agent, tamper: Callable[[MapSet], set[tuple[str, str]]]
+) -> None:
+    """Those of the Service that nobody has touched go on without an error, unless all are touched."""
+    is_general = tamper in (_backend_rewritten, _filters_cleared, _everything_deleted)
+    before = drifted(agent)
+    with maps_of(world.a) as maps, load.running(world.client, OTHER, 80) as traffic:
+        owned = ("services4", "services6", "service_names", "selections", "slots", "backends", "devices")
+        contents = {name: _content(maps, name) for name in owned}
+        expected = tamper(maps)
+        began = time.monotonic()
+        until(lambda: since(agent, before), f"{tamper.__name__} is not noticed", SECONDS, every=0.2)
+        assert time.monotonic() - began < SECONDS
+        assert since(agent, before).keys() == expected
+        assert {name: _content(maps, name) for name in owned} == contents
+    if not is_general:
+        assert traffic.result["errors"] == []
+    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert world.client.call(clients.ask_tcp, OTHER, 80)["name"] == "w1"
+
+
+def _content(maps: MapSet, name: str) -> object:
+    """What the agent alone writes of a map: programs count in the records of backends."""
+    if name == "backends":
+        records = maps.backends()
+        return {number: records.read(number) for number in records.ids()}
+    table = maps[name]
+    return bytes(maps.shared(name).bytes) if table.spec.kind == 2 else dict(table.items())
+
+
+# -- programs
+
+
+def hooks(node: LabNode) -> dict[str, bool]:
+    return {each.hook: each.alive for each in attachments(pin_folder(node.bpf_root))}
+
+
+def test_a_detached_socket_program_is_attached_again(world: World, agent: Agent) -> None:
+    before = drifted(agent)
+    pin = pin_folder(world.a.bpf_root) / "links" / "connect4"
+    subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
+    assert not hooks(world.a)["connect4"]
+    until(lambda: hooks(world.a)["connect4"], "connect4 is not attached again", SECONDS)
+    until(lambda: since(agent, before) == {("programs", "detached"): 1}, seconds=5)
+    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+
+
+def test_a_replaced_socket_program_is_replaced_again(world: World, agent: Agent) -> None:
+    before = drifted(agent)
+    home = pin_folder(world.a.bpf_root)
+    wrong = next(home.glob("v*/progs-*/connect6"))
+    with bpf.opened(home / "links" / "connect6") as link:
+        right = bpf.cgroup_link_info(link).prog_id
+        code = bytes.fromhex("b700000001000000 9500000000000000")
+        with bpf.opened(wrong):
+            program = bpf.prog_load(18, 11, "impostor", code)
+            bpf.link_update(link, program)
+        assert bpf.cgroup_link_info(link).prog_id != right
+        until(lambda: bpf.cgroup_link_info(link).prog_id == right, "connect6 stays replaced", SECONDS)
+    until(lambda: since(agent, before) == {("programs", "replaced"): 1}, seconds=5)
+
+
+def test_a_detached_packet_program_is_attached_again(world: World, agent: Agent) -> None:
+    before = drifted(agent)
+    pin = min((pin_folder(world.a.bpf_root) / "links").glob("tc-*-ingress"))
+    subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
+    until(lambda: since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
+    with bpf.opened(pin) as link:
+        assert bpf.tcx_link_info(link).ifindex
+
+
+def test_removed_pins_are_made_again_with_the_programs_that_ended_with_them(
+    world: World, agent: Agent
+) -> None:
+    before = drifted(agent)
+    shutil.rmtree(pin_folder(world.a.bpf_root))
+    until(lambda: all(hooks(world.a).values()) if _has_links(world.a) else False, seconds=2 * SECONDS)
+    until(lambda: world.client.call(clients.connect_error, IP, 80) == "connected", seconds=2 * SECONDS)
+    assert since(agent, before)["pins", "missing"]
+    world.a.cli("status")
+
+
+def _has_links(node: LabNode) -> bool:
+    return (pin_folder(node.bpf_root) / "links").is_dir()
+
+
+# -- no false alarm
+
+
+def test_a_storm_of_changes_is_no_drift(world: World, agent: Agent) -> None:
+    """Thousands of changes while the maps are compared ten times a second."""
+    agent.stop()
+    again = world.agent("--drift-check-seconds", "0.1").start()
+    changed = 0
+    try:
+        until_time = time.monotonic() + 15
+        while time.monotonic() < until_time:
+            for n in range(60):
+                ports = [{"name": "http", "port": 80 + changed % 3, "protocol": "TCP"}]
+                affinity = {"sessionAffinity": "ClientIP"} if (changed + n) % 2 else {}
+                endpoints = [
+                    manifests.endpoint(f"10.244.9.{1 + (changed + n + i) % 200}", "node-b")
+                    for i in range((changed + n) % 5)
+                ]
+                documents = [manifests.service(f"s{n}", clusterIPs=[f"10.96.7.{n}"], ports=ports, **affinity)]
+                if endpoints:
+                    documents.append(manifests.slice_of(f"s{n}", endpoints, ports=ports))
+                if (changed + n) % 7:
+                    manifests.write(world.manifests / f"storm-{n}.yaml", *documents)
+                else:
+                    (world.manifests / f"storm-{n}.yaml").unlink(missing_ok=True)
+            changed += 1
+            world.a.run(["ip", "link", "add", "storm", "type", "veth", "peer", "name", "storm-peer"])
+            world.a.run(["ip", "link", "set", "storm", "up"])
+            world.write_web(*((world.w1, world.w2) if changed % 2 else (world.w1,)))
+            time.sleep(0.05)
+            world.a.run(["ip", "link", "del", "storm"])
+        for path in world.manifests.glob("storm-*.yaml"):
+            path.unlink()
+        world.write_web(world.w1, world.w2)
+        until(lambda: set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"})
+        assert drifted(again) == {}
+        assert "somebody else" not in again.text
+    finally:
+        again.stop()
+
+
+def test_tc_filters_that_are_deleted_come_back(world: World) -> None:
+    """Devices have filters where the kernel has no tcx."""
+    world.a.cli("cleanup")
+    started = world.agent("--without", "tcx", "--drift-check-seconds", "0.5").start()
+    try:
+
+        def there() -> bool:
+            return "ebpfproxy:" in world.a.run(["tc", "filter", "show", "dev", "eth0", "ingress"])
+
+        assert there()
+        world.a.run(["tc", "filter", "del", "dev", "eth0", "ingress"])
+        until(there, "the filter does not come back", 5)
+        world.a.run(["tc", "qdisc", "del", "dev", "eth0", "clsact"])
+        until(there, "the filter does not come back", 5)
+        until(lambda: drifted(started).get(("devices", "detached")), seconds=5)
+    finally:
+        started.stop()
+
+
+def test_nothing_is_compared_where_it_is_switched_off(world: World) -> None:
+    started = world.agent("--drift-check-seconds", "0").start()
+    try:
+        with maps_of(world.a) as maps:
+            bpf.map_update(maps["services4"].fd, key_of("8.8.8.8", 80), bytes(16))
+            time.sleep(3)
+            assert maps["services4"].lookup(key_of("8.8.8.8", 80)) == bytes(16)
+            bpf.map_delete(maps["services4"].fd, key_of("8.8.8.8", 80))
+        assert drifted(started) == {}
+    finally:
+        started.stop()

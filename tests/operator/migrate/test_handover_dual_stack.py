@@ -1,0 +1,119 @@
+"""A migration and a rollback of a dual-stack cluster break no connection, as in test_handover.py for IPv4."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, kube_proxy_frontends, leftovers
+from tests.lab import Lab, clients
+from tests.operator.migrate import rules, rules_ipv6
+from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
+from tests.operator.migrate.world import World, broken
+
+CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
+ORDERS, DNS = rules_ipv6.address(rules.ORDERS), rules_ipv6.address(rules.DNS)
+
+
+def _nft_base_rules(listed: str) -> list[str]:
+    """Returns the lines of a table without elements and without chains and sets of Services."""
+    listed = re.sub(r"\n\t(?:chain|set) \S*/\S* \{.*?\n\t\}\n", "\n", listed, flags=re.DOTALL)
+    listed = re.sub(r"\n\t\telements = \{.*?\}\n", "\n", listed, flags=re.DOTALL)
+    return [line for line in listed.splitlines() if line.strip()]
+
+
+def _iptables_base_rules(saved: str) -> list[str]:
+    service_rules = re.compile(
+        r"KUBE-(SVC|SVL|SEP|EXT|FW)-|^#|has no endpoints|health check node port|^:|KUBE-FIREWALL"
+    )
+    return [line for line in saved.splitlines() if not service_rules.search(line)]
+
+
+def test_generated_ipv6_rules_have_the_base_rules_of_a_real_kube_proxy() -> None:
+    listed = rules.text("nft-list-ruleset.txt")
+    real = listed[listed.index("table ip6 kube-proxy") :]
+    generated = rules_ipv6.of_nft(listed)
+    assert list(difflib.unified_diff(_nft_base_rules(real), _nft_base_rules(generated))) == []
+    real = rules.text("ip6tables-legacy-save.txt")
+    generated = rules_ipv6.of_iptables(rules.text("iptables-legacy-save.txt"))
+    assert list(difflib.unified_diff(_iptables_base_rules(real), _iptables_base_rules(generated))) == []
+    assert len(kube_proxy_frontends.of_iptables(generated)) == 19
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with Lab() as lab:
+        yield World(lab, dual_stack=True)
+
+
+def _leftovers() -> tuple[bool, list[str]]:
+    """Returns if rules of kube-proxy exist, and which objects keep conntrack enabled."""
+    return bool(leftovers.find()), conntrack_hold.find()
+
+
+@pytest.mark.root
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", rules.MODES)
+def test_migration_and_rollback_under_load_keep_long_connections(world: World, mode: str) -> None:
+    world.kube_proxy(mode)
+    connections = world.connections()
+    assert broken(connections) == {}
+    assert {each.server for each in connections if ":" in each.host} == {"w1", "w2"}
+
+    with no_request_fails(*world.loads()):
+        agent = world.agent().start()
+        time.sleep(0.3)
+        assert broken(connections) == {}, "kube-proxy and the agent run side by side"
+        planned = json.loads(world.migrate("plan", "-o", "json"))
+        assert (planned["blockers"], planned["differences"]) == ([], {})
+        # A NodePort is one frontend for both families.
+        assert planned["kube_proxy_frontends"] == 36
+        assert planned["flows"] >= len(connections)
+        output = world.migrate("run")
+        time.sleep(0.3)
+        assert broken(connections) == {}, output
+    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+
+    agent.stop()
+    agent.start()
+    assert broken(connections) == {}, "after a restart"
+
+    agent_connections = [
+        LongConnection(space, kind, to, port)
+        for space in (world.client, world.a)
+        for kind, to, port in (("tcp", ORDERS, 80), ("udp", DNS, 53))
+    ]
+    agent.stop()
+    world.kube_proxy(mode)
+    with no_request_fails(*[each for each in world.loads() if each.space is world.client]):
+        output = world.migrate("rollback")
+        time.sleep(0.3)
+        assert broken([*connections, *agent_connections]) == {}, output
+    assert world.a.call(_leftovers) == (True, [])
+    for space, to, port in (
+        (world.client, ORDERS, 80),
+        (world.a, ORDERS, 80),
+        (world.outside, world.a.address6, rules.PAYMENTS_NODE_PORT),
+    ):
+        assert space.call(clients.spread_tcp, to, port, 3)
+
+
+@pytest.mark.root
+def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:
+    agent = world.agent().start()
+    world.kube_proxy("nftables")
+    outside = [RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)]
+    outside.append(RequestLoad(world.outside, "udp", world.a.address6, rules.DNS_NODE_PORT))
+    agent.stop()
+    with no_request_fails(*outside):
+        rollback = world.start_migrate("rollback", "--drain", "20s")
+        time.sleep(3)
+        assert rollback.poll() is None, "the long connections of the loads are still open"
+    assert rollback.wait(20) == 0
+    with no_request_fails(RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)):
+        time.sleep(1)

@@ -1,0 +1,173 @@
+"""What becomes of packets without a backend is reported with its reason, and a flow's choice once."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from scapy.all import Packet
+from scapy.layers.inet import IP, UDP, fragment
+
+from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
+from ebpfproxy.datapath.abi.node_layout import PacketEvent
+from ebpfproxy.datapath.decisions import DecisionReader, Tracing, lease
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from tests.lab import Lab
+from tests.packets.test_flows import segment
+from tests.packets.wire import Wire
+from tests.packets.world import V4, PacketWorld, Side
+
+pytestmark = pytest.mark.root
+
+ALL = Wanted(frozenset(DecisionKind))
+
+
+@pytest.fixture(scope="module")
+def reporting() -> Iterator[PacketWorld]:
+    """Masqueraded clients have two ports, and are forwarded from the hook."""
+    with Lab() as lab:
+        made = PacketWorld(
+            lab,
+            *("--trace-decisions", "--bypass-netfilter", "--masquerade-ports", "61000-61001"),
+            *("--service-cidr", "10.96.0.0/16,fd00:10:96::/112"),
+        )
+        yield made
+        made.wire.close()
+
+
+@pytest.fixture
+def wire(reporting: PacketWorld) -> Wire:
+    return reporting.wire
+
+
+@pytest.fixture(scope="module")
+def opened(reporting: PacketWorld) -> Iterator[MapSet]:
+    found = open_pinned(next((reporting.node.bpf_root / "ebpfproxy").glob("v*")))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def tracing(opened: MapSet) -> Iterator[Tracing]:
+    with lease(opened) as held:
+        held.want(ALL)
+        yield held
+
+
+@pytest.fixture
+def read(opened: MapSet, tracing: Tracing) -> Iterator[Callable[[], list[Decision]]]:
+    """Renews the lease, too."""
+    reader = DecisionReader(opened)
+    reader.read()
+
+    def found() -> list[Decision]:
+        tracing.renew()
+        return reader.read()
+
+    yield found
+    reader.close()
+
+
+REFUSED, DROPPED = DecisionKind.REFUSED, DecisionKind.DROPPED
+
+
+@pytest.mark.parametrize(
+    ("destination", "dport", "source", "flags", "kind", "reason"),
+    [
+        ("empty", 80, "client", "S", REFUSED, PacketEvent.NO_ENDPOINT),
+        ("web", 81, "client", "S", REFUSED, PacketEvent.NO_SUCH_PORT),
+        ("web", 80, "client", "A", REFUSED, PacketEvent.NO_FLOW),
+        ("elsewhere_balancer", 80, "client", "S", DROPPED, PacketEvent.NO_LOCAL_ENDPOINT),
+        ("ranged_balancer", 80, "other_client", "S", DROPPED, PacketEvent.SOURCE_RANGE),
+    ],
+)
+def test_a_packet_without_a_backend(
+    wire: Wire,
+    side: Side,
+    port: int,
+    read: Callable[[], list[Decision]],
+    destination: str,
+    dport: int,
+    source: str,
+    flags: str,
+    kind: DecisionKind,
+    reason: PacketEvent,
+) -> None:
+    client, frontend = getattr(side, source), getattr(side, destination)
+    wire.ingress(side.ip(client, frontend) / segment("TCP", port, dport, flags))
+    (found,) = read()
+    family = socket.AF_INET if side.version == 4 else socket.AF_INET6
+    assert (found.kind, found.reason, found.place, found.protocol) == (kind, reason, Place.INGRESS, 6)
+    assert (found.frontend, found.frontend_port) == (socket.inet_pton(family, frontend), dport)
+    assert isinstance(found.client, Sender)
+    assert found.client[:2] == (socket.inet_pton(family, client), port)
+    assert found.client.ifindex == wire.devices["eth0"][0]
+    assert found.backend_id is None
+    assert (found.service_id is None) == (reason is PacketEvent.NO_SUCH_PORT)
+
+
+def test_a_packet_to_an_unallocated_address(
+    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+) -> None:
+    unknown = "10.96.200.200" if side.version == 4 else "fd00:10:96::c8c8"
+    wire.egress(side.ip(side.client, unknown) / segment("TCP", port, 80), iif="eth0")
+    (found,) = read()
+    assert (found.kind, found.reason, found.place) == (DROPPED, PacketEvent.NO_SUCH_SERVICE, Place.EGRESS)
+
+
+def test_a_fragment_without_the_first(wire: Wire, port: int, read: Callable[[], list[Decision]]) -> None:
+    datagram = IP(src=V4.client, dst=V4.web, id=0x77) / UDP(sport=port, dport=53) / (b"x" * 1000)
+    wire.ingress(fragment(datagram, 400)[1])
+    (found,) = read()
+    assert (found.kind, found.reason) == (DROPPED, PacketEvent.FRAGMENT)
+
+
+def test_a_flow_is_chosen_once_and_its_packets_may_be_dropped(
+    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+) -> None:
+    def packet(**fields: int) -> Packet:
+        return side.ip(side.client, side.node, **fields) / segment("UDP", port, 30053)
+
+    for _ in range(5):
+        wire.ingress(packet())
+    (found,) = read()
+    assert (found.kind, found.place, found.candidates) == (DecisionKind.CHOSEN, Place.INGRESS, 1)
+    assert None not in (found.service_id, found.backend_id)
+    wire.ingress(packet(**{"ttl" if side.version == 4 else "hlim": 1}))
+    (dropped,) = read()
+    assert (dropped.kind, dropped.reason) == (DROPPED, PacketEvent.HOPS)
+    assert dropped.service_id == found.service_id
+
+
+def test_masquerading_without_a_port(
+    wire: Wire, side: Side, new_port: Callable[[], int], read: Callable[[], list[Decision]]
+) -> None:
+    """There are two ports towards a backend."""
+    for _ in range(3):
+        wire.ingress(side.ip(side.client, side.node) / segment("TCP", new_port(), 30080))
+    kinds = [each.kind for each in read()]
+    assert kinds == [DecisionKind.CHOSEN] * 2 + [DecisionKind.MASQUERADE_FAILED]
+
+
+def test_only_packets_of_the_client_that_is_asked_for(
+    wire: Wire, side: Side, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
+) -> None:
+    family = socket.AF_INET if side.version == 4 else socket.AF_INET6
+    tracing.want(ALL._replace(client=Client((socket.inet_pton(family, side.other_client),), 0)))
+    for source in (side.client, side.other_client):
+        wire.ingress(side.ip(source, side.empty) / segment("TCP", port, 80))
+    (found,) = read()
+    assert isinstance(found.client, Sender)
+    assert found.client.address == socket.inet_pton(family, side.other_client)
+
+
+def test_nothing_is_reported_without_a_lease(
+    wire: Wire, side: Side, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
+) -> None:
+    """The programs that report stay attached here."""
+    tracing.end()
+    wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+    assert read() == []
+    wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+    assert len(read()) == 1

@@ -1,0 +1,89 @@
+"""Entries that the LRU map has taken: a flow of which one is left goes on."""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+import time
+from itertools import starmap
+
+import pytest
+
+from ebpfproxy.datapath.abi.flow_layout import Entry, Flow, Nat, NatFlags
+from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.test_flows import PAYLOAD
+from tests.packets.test_tcp_close import BACKEND_NEXT, CLIENT_NEXT, Connection
+from tests.packets.wire import Wire
+from tests.packets.world import Side
+
+pytestmark = pytest.mark.root
+
+_LAST_AT = 48
+
+
+def entries_of(connection: Connection) -> dict[Flow, Entry]:
+    client = ipaddress.ip_address(connection.side.client).packed
+    found = starmap(Entry, connection.tables["conntrack"].items())
+    return {
+        entry.flow: entry
+        for entry in found
+        if (client, connection.port)
+        in (
+            (entry.flow.source, entry.flow.source_port),
+            (entry.flow.destination, entry.flow.destination_port),
+            (entry.nat.destination, entry.nat.destination_port),
+        )
+    }
+
+
+def without_times(entry: Entry) -> Nat:
+    """What the entry translates, and which flow it is of."""
+    return entry.nat._replace(last=0, end=0, acked=0, seen=entry.nat.seen & ~1)
+
+
+@pytest.mark.parametrize("taken", [NatFlags(0), NatFlags.REPLY])
+@pytest.mark.parametrize("idle", [0.5, 2.0])
+def test_the_other_half_is_put_back_within_a_second(
+    wire: Wire, side: Side, port: int, tables: MapSet, taken: NatFlags, idle: float
+) -> None:
+    """Both of the Service and of the masquerade. Packets look for it at most once a second."""
+    connection = Connection(wire, side, port, tables).establish()
+    before = entries_of(connection)
+    assert len(before) == 4
+    last = time.monotonic_ns() - int(idle * 1e9)
+    for entry in before.values():
+        if entry.nat.flags & NatFlags.REPLY == taken:
+            tables["conntrack"].delete(entry.key)
+        else:
+            aged = bytearray(entry.value)
+            struct.pack_into("=Q", aged, _LAST_AT, last)
+            tables["conntrack"].update(entry.key, bytes(aged))
+    if taken:
+        connection.original("PA", CLIENT_NEXT, BACKEND_NEXT, PAYLOAD)
+    else:
+        connection.reply("PA", BACKEND_NEXT, CLIENT_NEXT, PAYLOAD)
+    after = entries_of(connection)
+    if idle < 1:
+        assert len(after) == 2
+        return
+    assert {flow: without_times(entry) for flow, entry in after.items()} == {
+        flow: without_times(entry) for flow, entry in before.items()
+    }
+    connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
+    connection.reply("R", BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)
+
+
+def test_the_other_half_of_a_connection_that_has_ended_is_not_put_back(
+    wire: Wire, side: Side, port: int, tables: MapSet
+) -> None:
+    connection = Connection(wire, side, port, tables).establish()
+    connection.reply("R", BACKEND_NEXT)
+    for entry in entries_of(connection).values():
+        aged = bytearray(entry.value)
+        struct.pack_into("=Q", aged, _LAST_AT, time.monotonic_ns() - int(2e9))
+        tables["conntrack"].update(entry.key, bytes(aged))
+        if entry.nat.flags & NatFlags.REPLY:
+            tables["conntrack"].delete(entry.key)
+    connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
+    assert len(entries_of(connection)) == 2

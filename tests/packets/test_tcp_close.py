@@ -1,0 +1,165 @@
+"""Which RST and FIN close a flow: those that the receiver accepts for the connection (RFC 5961, 3.2)."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from scapy.layers.inet import TCP
+
+from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.services.model import format_endpoint
+from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.wire import PASS, Wire
+from tests.packets.world import Side
+
+pytestmark = pytest.mark.root
+
+#: Initial sequence numbers; the backend's wraps around within the first segment.
+CLIENT_ISN, BACKEND_ISN = 3_000_000_000, 0xFFFFFFFC
+#: The next sequence numbers after one segment of data from each side.
+CLIENT_NEXT, BACKEND_NEXT = CLIENT_ISN + 1 + len(PAYLOAD), (BACKEND_ISN + 1 + len(PAYLOAD)) & 0xFFFFFFFF
+
+
+class Connection:
+    """A TCP connection of an external client to a NodePort with a remote backend: four conntrack entries."""
+
+    def __init__(self, wire: Wire, side: Side, port: int, tables: MapSet) -> None:
+        self.wire, self.side, self.port, self.tables = wire, side, port, tables
+        self.snat_port = 0
+
+    def original(self, flags: str, seq: int, ack: int = 0, payload: bytes = b"") -> None:
+        """Runs a segment of the client through ingress and egress; both pass it, translated."""
+        side = self.side
+        tcp = TCP(sport=self.port, dport=30080, flags=flags, seq=seq, ack=ack) / payload
+        ingress = self.wire.ingress(side.ip(side.client, side.node) / tcp)
+        assert ingress.verdict == PASS
+        assert ends(ingress.packet) == (side.client, self.port, side.remote_pod, 8080)
+        tcp[TCP].dport = 8080
+        egress = self.wire.egress(side.ip(side.client, side.remote_pod) / tcp, iif="eth0")
+        assert egress.verdict == PASS
+        assert ends(egress.packet)[0] == side.node
+        self.snat_port = ends(egress.packet)[1]
+
+    def reply(self, flags: str, seq: int, ack: int = 0, payload: bytes = b"") -> None:
+        """Runs a segment of the backend through ingress and egress; both pass it, translated."""
+        side = self.side
+        tcp = TCP(sport=8080, dport=self.snat_port, flags=flags, seq=seq, ack=ack) / payload
+        ingress = self.wire.ingress(side.ip(side.remote_pod, side.node) / tcp)
+        assert ends(ingress.packet) == (side.remote_pod, 8080, side.client, self.port)
+        tcp[TCP].dport = self.port
+        egress = self.wire.egress(side.ip(side.remote_pod, side.client) / tcp, iif="eth0")
+        assert ends(egress.packet) == (side.node, 30080, side.client, self.port)
+
+    def establish(self) -> Connection:
+        self.original("S", CLIENT_ISN)
+        self.reply("SA", BACKEND_ISN, CLIENT_ISN + 1)
+        self.original("PA", CLIENT_ISN + 1, BACKEND_ISN + 1, PAYLOAD)
+        self.reply("PA", BACKEND_ISN + 1, CLIENT_NEXT, PAYLOAD)
+        self.original("A", CLIENT_NEXT, BACKEND_NEXT)
+        return self
+
+    @property
+    def states(self) -> tuple[str, int]:
+        """The flow's state, and how many of its four entries have the flags of that state."""
+        # All four have the client's port in key or value. Other tests have left thousands of entries.
+        port, client = self.port.to_bytes(2, "big"), self.side.client
+        entries = [
+            entry for entry in self.tables["conntrack"].items() if port in entry[0] or port in entry[1]
+        ]
+        for row, keys in flows_of(entries, Timeouts(), 0, {}):
+            if row.client == _endpoint(client, self.port):
+                seen = [value[45] & ~1 for key, value in entries if key in keys]
+                return row.state, seen.count(max(seen))
+        raise AssertionError("there is no such flow")
+
+
+def _endpoint(address: str, port: int) -> str:
+    return format_endpoint(ipaddress.ip_address(address).packed, port)
+
+
+@pytest.fixture
+def new_connection(wire: Wire, side: Side, port: int, tables: MapSet) -> Connection:
+    return Connection(wire, side, port, tables)
+
+
+@pytest.fixture
+def connection(new_connection: Connection) -> Connection:
+    return new_connection.establish()
+
+
+@pytest.mark.parametrize("flags", ["R", "RA"])
+def test_client_rst_closes_all_four_entries(connection: Connection, flags: str) -> None:
+    connection.original(flags, CLIENT_NEXT, BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)
+
+
+def test_backend_rst_closes_all_four_entries(connection: Connection) -> None:
+    connection.reply("R", BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)
+
+
+@pytest.mark.parametrize("off", [1, -1, 1000, -1000, 1 << 20, 1 << 31])
+@pytest.mark.parametrize("flags", ["R", "RA", "FA"])
+def test_rst_or_fin_with_a_wrong_sequence_number_is_forwarded_and_closes_nothing(
+    connection: Connection, flags: str, off: int
+) -> None:
+    """The receiver decides. A FIN that is ahead by less than a window may have overtaken data."""
+    if flags == "FA" and off > 0:
+        off = off | 1 << 30
+    connection.original(flags, (CLIENT_NEXT + off) & 0xFFFFFFFF, BACKEND_NEXT)
+    connection.reply(flags, (BACKEND_NEXT + off) & 0xFFFFFFFF, CLIENT_NEXT)
+    assert connection.states == ("ESTABLISHED", 4)
+    # The wrong numbers are not stored either: an RST with the right number still closes the flow.
+    connection.reply("R", BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)
+
+
+def test_rst_after_unacknowledged_data_closes_the_flow(connection: Connection) -> None:
+    """Its sequence number is greater than what the receiver has acknowledged, but not than what was sent."""
+    connection.reply("PA", BACKEND_NEXT, CLIENT_NEXT, PAYLOAD)
+    connection.reply("PA", BACKEND_NEXT + len(PAYLOAD), CLIENT_NEXT, PAYLOAD)
+    connection.reply("PA", BACKEND_NEXT, CLIENT_NEXT, PAYLOAD)
+    connection.reply("RA", BACKEND_NEXT + 2 * len(PAYLOAD), CLIENT_NEXT)
+    assert connection.states == ("CLOSE", 4)
+
+
+def test_rst_in_syn_sent_has_to_acknowledge_the_syn(new_connection: Connection) -> None:
+    new_connection.original("S", CLIENT_ISN)
+    new_connection.reply("RA", 0, CLIENT_ISN + 77)
+    new_connection.reply("R", CLIENT_ISN + 1)
+    assert new_connection.states[0] == "ESTABLISHED", "this RST does not acknowledge the SYN"
+    new_connection.reply("RA", 0, CLIENT_ISN + 1)
+    assert new_connection.states == ("CLOSE", 4)
+
+
+def test_rst_for_a_syn_from_a_reused_port_closes_the_flow(connection: Connection) -> None:
+    """The client lost the connection without a FIN or RST; the numbers of its new SYN count from then on."""
+    connection.original("S", 5000)
+    connection.reply("RA", 0, 5001)
+    assert connection.states == ("CLOSE", 4)
+
+
+def test_fin_of_both_sides_leads_to_time_wait(connection: Connection) -> None:
+    connection.original("FA", CLIENT_NEXT, BACKEND_NEXT)
+    assert connection.states == ("CLOSE_WAIT", 4)
+    connection.reply("FA", BACKEND_NEXT, CLIENT_NEXT + 1)
+    assert connection.states == ("TIME_WAIT", 4)
+
+
+def test_retransmitted_fin_with_data_closes(connection: Connection) -> None:
+    """The ACK of the data was lost after this node, so that TCP sends data and FIN in one segment."""
+    connection.original("FPA", CLIENT_NEXT - len(PAYLOAD), BACKEND_NEXT, PAYLOAD + b"more")
+    assert connection.states == ("CLOSE_WAIT", 4)
+    connection.reply("FPA", (BACKEND_NEXT - len(PAYLOAD)) & 0xFFFFFFFF, CLIENT_NEXT + 5, PAYLOAD)
+    assert connection.states == ("TIME_WAIT", 4)
+
+
+def test_out_of_window_segment_does_not_keep_a_later_rst_from_closing(connection: Connection) -> None:
+    """The peer answers a segment with wrong numbers with the right ones, which count again."""
+    connection.original("A", 7, 9)
+    connection.reply("A", BACKEND_NEXT, CLIENT_NEXT)
+    connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
+    connection.reply("R", BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)

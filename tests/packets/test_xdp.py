@@ -1,0 +1,286 @@
+"""Forwarding at XDP, packet by packet. What tc makes of the same packet is the control.
+
+Where the kernel does not tell what a veth can do (before Linux 6.3), the program is attached in generic mode: only the
+verdict differs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scapy.all import ARP, Dot1Q, Ether, IPv6, Packet, Raw, raw
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
+from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.sctp import SCTP
+
+from tests.lab import Lab
+from tests.packets.wire import (
+    REDIRECT,
+    XDP_PASS,
+    XDP_REDIRECT,
+    XDP_TX,
+    Result,
+    Wire,
+    ip_of,
+    with_right_checksums,
+)
+from tests.packets.world import PORTS, V4, V6, PacketWorld, Side
+
+pytestmark = pytest.mark.root
+
+FORWARDED = (XDP_TX, XDP_REDIRECT)
+GATEWAY_MAC, NODE_B_MAC, STRANGE_MAC = "02:00:00:00:00:fe", "02:00:00:00:00:0b", "02:00:00:00:00:77"
+#: Clients are behind the gateway, backends behind node-b.
+NEIGHBOURS = {
+    "172.18.0.254": GATEWAY_MAC,
+    "fd00:172:18::fe": GATEWAY_MAC,
+    "172.18.0.2": NODE_B_MAC,
+    "fd00:172:18::2": NODE_B_MAC,
+}
+_ports = itertools.count(20000)
+Segment = Callable[[int, int, str, bytes], Packet]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[PacketWorld]:
+    with Lab(takes_xdp=True) as lab:
+        made = PacketWorld(lab, "--xdp", "generic")
+        for hop in NEIGHBOURS:
+            _set_neighbour(made, hop, "permanent")
+        yield made
+        made.wire.close()
+
+
+def _set_neighbour(world: PacketWorld, hop: str, state: str) -> None:
+    address = ["lladdr", NEIGHBOURS[hop]]
+    world.node.run(["ip", "neighbour", "replace", hop, *address, "dev", "eth0", "nud", state])
+
+
+def _tcp(sport: int, dport: int, flags: str, payload: bytes) -> Packet:
+    return TCP(sport=sport, dport=dport, flags=flags, seq=1000, ack=2000) / Raw(payload)
+
+
+def _udp(sport: int, dport: int, _: str, payload: bytes) -> Packet:
+    return UDP(sport=sport, dport=dport) / Raw(payload)
+
+
+SEGMENTS: dict[str, Segment] = {"TCP": _tcp, "UDP": _udp}
+
+
+class Flow:
+    """From a client outside by a NodePort to the backend on node-b; its first packet has passed tc."""
+
+    def __init__(self, wire: Wire, side: Side, protocol: str) -> None:
+        self._wire, self._side = wire, side
+        self.port = next(_ports)
+        self.segment = SEGMENTS[protocol]
+        _, self.node_port, self.target = PORTS[protocol]
+        first = wire.ingress(self.request("S", b"x"))
+        assert first.verdict == REDIRECT
+        seen = ip_of(first.packet)
+        assert (seen.src, seen.dst) == (side.node, side.remote_pod)
+        self.seen_as: int = seen.payload.sport
+
+    def request(self, flags: str = "A", payload: bytes = b"request") -> Packet:
+        return self._side.ip(self._side.client, self._side.node) / self.segment(
+            self.port, self.node_port, flags, payload
+        )
+
+    def response(self, flags: str = "A", payload: bytes = b"response") -> Packet:
+        return self._side.ip(self._side.remote_pod, self._side.node) / self.segment(
+            self.target, self.seen_as, flags, payload
+        )
+
+
+@pytest.fixture(params=SEGMENTS)
+def flow(wire: Wire, side: Side, request: pytest.FixtureRequest) -> Flow:
+    return Flow(wire, side, request.param)
+
+
+def framed(wire: Wire, packet: Packet) -> Packet:
+    return Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / packet
+
+
+def passes(wire: Wire, frame: Packet) -> bool:
+    """Returns True if XDP leaves the frame to tc, byte by byte as it is."""
+    result = wire.xdp(frame)
+    return result.verdict == XDP_PASS and result.bytes == raw(frame)
+
+
+def forwards(wire: Wire, packet: Packet, next_hop: str) -> Result:
+    """Asserts that XDP makes the same of the packet as tc, and sends it to its next hop."""
+    at_tc = wire.ingress(packet)
+    assert at_tc.verdict == REDIRECT
+    result = wire.xdp(packet)
+    assert result.verdict in FORWARDED
+    assert (result.packet.src, result.packet.dst) == (wire.mac("eth0"), next_hop)
+    assert result.bytes == at_tc.bytes
+    return result
+
+
+def test_request_and_response_are_translated_and_sent_to_their_next_hops(
+    wire: Wire, side: Side, flow: Flow
+) -> None:
+    request = forwards(wire, flow.request(), NODE_B_MAC)
+    ip = ip_of(request.packet)
+    assert (ip.src, ip.payload.sport) == (side.node, flow.seen_as)
+    assert (ip.dst, ip.payload.dport) == (side.remote_pod, flow.target)
+    assert with_right_checksums(request.packet) == request.bytes
+    response = forwards(wire, flow.response(), GATEWAY_MAC)
+    ip = ip_of(response.packet)
+    assert (ip.src, ip.payload.sport) == (side.node, flow.node_port)
+    assert (ip.dst, ip.payload.dport) == (side.client, flow.port)
+    assert with_right_checksums(response.packet) == response.bytes
+    for result in (request, response):
+        assert (ip_of(result.packet).ttl if side.version == 4 else result.packet[IPv6].hlim) == 63
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_payload_and_any_port_is_rewritten_as_at_tc(wire: Wire, data: st.DataObject) -> None:
+    """Checksums have all values, also those that must not become 0, or stay 0."""
+    side = data.draw(st.sampled_from([V4, V6]))
+    protocol = data.draw(st.sampled_from(sorted(SEGMENTS)))
+    flow = Flow(wire, side, protocol)
+    for _ in range(8):
+        payload = data.draw(st.binary(max_size=1400))
+        packet = side.ip(side.client, side.node) / flow.segment(flow.port, flow.node_port, "A", payload)
+        if protocol == "UDP":
+            packet[UDP].chksum = data.draw(st.sampled_from([None, 0] if side.version == 4 else [None]))
+        forwards(wire, packet, NODE_B_MAC)
+
+
+def test_a_wrong_checksum_stays_wrong(wire: Wire, flow: Flow) -> None:
+    packet = flow.request()
+    right = with_right_checksums(packet)
+    packet = packet.__class__(right)
+    ip_of(packet).payload.chksum ^= 0x1234
+    result = forwards(wire, packet, NODE_B_MAC)
+    assert with_right_checksums(result.packet) != result.bytes
+
+
+def test_a_short_frame_keeps_its_padding(wire: Wire, flow: Flow) -> None:
+    packet = flow.request("A", b"")
+    padded = Ether(raw(framed(wire, packet)) + b"\0" * 6)
+    result = wire.xdp(padded)
+    assert result.verdict in FORWARDED
+    assert len(result.bytes) == len(raw(padded))
+
+
+def test_what_is_unusual_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
+    usual = framed(wire, flow.request())
+    assert wire.xdp(usual).verdict in FORWARDED
+    ip, payload = ip_of(usual), bytes(ip_of(usual).payload)
+    few = side.ip(ip.src, ip.dst, **{"ttl" if side.version == 4 else "hlim": 1}) / ip.payload
+    assert passes(wire, framed(wire, few)), "hops"
+    assert passes(wire, Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / ip), "another link address"
+    assert passes(wire, Ether(dst=wire.mac("eth0")) / Dot1Q(vlan=7) / ip), "a VLAN"
+    assert passes(wire, Ether(raw(usual)[:-1])), "a truncated frame"
+    assert passes(wire, Ether(raw(usual)[: len(raw(usual)) - len(payload) + 5])), "a truncated header"
+    if side.version == 4:
+        unusual = [
+            IP(src=ip.src, dst=ip.dst, options=[IPOption_NOP()] * 4) / ip.payload,
+            IP(src=ip.src, dst=ip.dst, flags="MF") / ip.payload,
+            IP(src=ip.src, dst=ip.dst, frag=3) / ip.payload,
+        ]
+    else:
+        unusual = [
+            IPv6(src=ip.src, dst=ip.dst) / IPv6ExtHdrDestOpt() / ip.payload,
+            IPv6(src=ip.src, dst=ip.dst) / IPv6ExtHdrFragment(m=1) / ip.payload,
+        ]
+    for packet in unusual:
+        assert passes(wire, framed(wire, packet)), packet.summary()
+
+
+def test_a_checksum_that_is_not_computed_yet_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
+    """A virtual device carries the pseudo-header's sum in its place."""
+    packet = flow.request()
+    checked = packet.__class__(with_right_checksums(packet))
+    header = bytes(ip_of(checked).payload)
+    sum_of_segment = _fold(sum(header[i] << 8 | header[i + 1] for i in range(0, len(header) & ~1, 2)))
+    if len(header) & 1:
+        sum_of_segment = _fold(sum_of_segment + (header[-1] << 8))
+    # The sums of pseudo-header and segment are 0xFFFF together.
+    ip_of(checked).payload.chksum = 0xFFFF - sum_of_segment
+    assert passes(wire, framed(wire, checked))
+
+
+def _fold(total: int) -> int:
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def test_what_is_of_no_such_flow_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
+    other = next(_ports)
+    service_port, _, target = PORTS["TCP"]
+    to_local = side.ip(side.client, side.local_balancer) / _tcp(other, service_port, "S", b"")
+    wire.ingress(to_local)
+    for packet in (
+        side.ip(side.client, side.node) / _tcp(next(_ports), PORTS["TCP"][1], "S", b""),
+        to_local,
+        side.ip(side.client, side.local_balancer) / _tcp(other, service_port, "A", b""),
+        side.ip(side.client, side.remote_pod) / _tcp(other, target, "A", b""),
+        side.ip(side.client, side.node) / ICMP(),
+        side.ip(side.client, side.node) / SCTP(sport=1, dport=PORTS["SCTP"][1]),
+    ):
+        assert passes(wire, framed(wire, packet)), packet.summary()
+    assert passes(wire, Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / ARP())
+
+
+def test_without_a_link_address_of_the_next_hop_a_packet_is_left_to_tc(
+    world: PacketWorld, wire: Wire, side: Side, flow: Flow
+) -> None:
+    hop = "172.18.0.2" if side.version == 4 else "fd00:172:18::2"
+    world.node.run(["ip", "neighbour", "delete", hop, "dev", "eth0"])
+    try:
+        assert passes(wire, framed(wire, flow.request()))
+        assert wire.ingress(flow.request()).verdict == REDIRECT
+    finally:
+        _set_neighbour(world, hop, "permanent")
+    assert wire.xdp(flow.request()).verdict in FORWARDED
+
+
+def test_a_packet_that_is_too_large_for_the_route_is_left_to_tc(
+    world: PacketWorld, wire: Wire, side: Side, flow: Flow
+) -> None:
+    network = (
+        ("10.244.2.0/24", "172.18.0.2") if side.version == 4 else ("fd00:10:244:2::/64", "fd00:172:18::2")
+    )
+    change = ["ip", "route", "change", network[0], "via", network[1], "dev", "eth0"]
+    world.node.run([*change, "mtu", "lock", "1300"])
+    try:
+        assert passes(wire, framed(wire, flow.request(payload=b"x" * 1301)))
+        assert wire.xdp(flow.request(payload=b"x" * 1000)).verdict in FORWARDED
+    finally:
+        world.node.run(change)
+
+
+def test_the_end_of_a_connection_at_xdp_is_seen_at_tc(wire: Wire, side: Side) -> None:
+    """A SYN from the same port is left to tc, where it begins another flow."""
+    flow = Flow(wire, side, "TCP")
+    to, back = side.ip(side.client, side.node), side.ip(side.remote_pod, side.node)
+
+    def sent(flags: str, seq: int, ack: int) -> Packet:
+        return to / TCP(sport=flow.port, dport=flow.node_port, flags=flags, seq=seq, ack=ack)
+
+    def answered(flags: str, seq: int, ack: int) -> Packet:
+        return back / TCP(sport=flow.target, dport=flow.seen_as, flags=flags, seq=seq, ack=ack)
+
+    for packet in (
+        sent("S", 1000, 0),
+        answered("SA", 2000, 1001),
+        sent("A", 1001, 2001),
+        sent("FA", 1001, 2001),
+        answered("FA", 2001, 1002),
+        sent("A", 1002, 2002),
+    ):
+        assert wire.xdp(packet).verdict in FORWARDED
+    again = sent("S", 5000, 0)
+    assert passes(wire, framed(wire, again))
+    assert wire.ingress(again).verdict == REDIRECT
+    assert wire.xdp(again).verdict in FORWARDED

@@ -1,0 +1,158 @@
+"""Packets of one connection through a node's programs (BPF_PROG_TEST_RUN), with nothing between the runs.
+
+A request comes in by one device and goes out by another, a response the other way round: each is seen at ingress
+and at egress. The same four packets pass again and again, and no other work of the kernel takes their data out of
+the caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from scapy.compat import raw
+from scapy.layers.inet import IP, TCP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Raw
+
+from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKET_HOOKS
+from ebpfproxy.datapath.kernel import bpf
+from tests.packets.wire import PASS, XDP_PASS, XDP_REDIRECT, PreparedRun, ip_of
+from tools.bench.operations import BATCH, Address, timed
+from tools.bench.runtime import Runs
+from tools.bench.sockets import ONE_CPU
+from tools.bench.subjects import Subject, To
+
+_PAYLOAD = b"x" * 64
+_CLIENT_PORT = 40000
+
+
+class Device(NamedTuple):
+    ifindex: int
+    mac: str
+
+
+class Connection(NamedTuple):
+    """``outer``: the device on the client's side; ``inner``: on the backend's.
+
+    ``repeat``: how often the kernel runs a program at each call. Each run begins with what the last one made of the
+    packet, so that a packet that is translated needs a call for each.
+    """
+
+    client: str
+    frontend: Address
+    outer: Device
+    inner: Device
+    repeat: int
+
+    def _request(self, flags: str, payload: bytes = b"") -> bytes:
+        host, port = self.frontend
+        ip = (IPv6 if ":" in host else IP)(src=self.client, dst=host)
+        tcp = TCP(sport=_CLIENT_PORT, dport=port, flags=flags, seq=1000, ack=2000)
+        return bytes(raw(Ether(dst=self.outer.mac, src="02:00:00:00:00:99") / ip / tcp / Raw(payload)))
+
+    def _response(self, seen: bytes, flags: str) -> bytes:
+        """To a request as the backend sees it."""
+        packet = Ether(seen)
+        ip = ip_of(packet)
+        back = ip.__class__(src=ip.dst, dst=ip.src)
+        tcp = TCP(sport=ip[TCP].dport, dport=ip[TCP].sport, flags=flags, seq=2000, ack=1000)
+        payload = bytes(ip[TCP].payload)
+        return bytes(raw(Ether(dst=self.inner.mac, src="02:00:00:00:00:98") / back / tcp / Raw(payload)))
+
+    def _round_trip(
+        self, programs: Mapping[str, int], flags: tuple[str, str], payload: bytes
+    ) -> list[PreparedRun]:
+        """Sends a request, and the backend's response; what has to be run for the same once more."""
+        outer, inner = self.outer.ifindex, self.inner.ifindex
+
+        def run(program: str, packet: bytes, ifindex: int, ingress_ifindex: int) -> PreparedRun:
+            return PreparedRun(programs[program], packet, ifindex, ingress_ifindex, self.repeat)
+
+        arrives = run("from_device", self._request(flags[0], payload), outer, outer)
+        leaves = run("to_device", _passed(arrives), inner, outer)
+        returns = run("from_device", self._response(_passed(leaves), flags[1]), inner, inner)
+        departs = run("to_device", _passed(returns), outer, inner)
+        _passed(departs)
+        return [arrives, leaves, returns, departs]
+
+    def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
+        """Opens the connection. A batch is BATCH requests and responses; stops as an Operation does."""
+        self._round_trip(programs, ("S", "SA"), b"")
+        self._round_trip(programs, ("A", "A"), b"")
+        each = self._round_trip(programs, ("PA", "PA"), _PAYLOAD)
+        for _ in range(batches):
+            yield
+            for _ in range(BATCH // self.repeat):
+                for run in each:
+                    run()
+            yield
+
+
+class ForwardedConnection(NamedTuple):
+    """Requests and responses come in by one device, and XDP forwards them by it."""
+
+    client: str
+    frontend: Address
+    device: Device
+
+    def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
+        """As that of a Connection; its first packet passes tc."""
+        through = Connection(self.client, self.frontend, self.device, self.device, 1)
+        ifindex = self.device.ifindex
+        first = PreparedRun(programs["from_device"], through._request("S"), ifindex, ifindex)
+        first()
+        request, response = through._request("PA", _PAYLOAD), through._response(first.packet, "PA")
+        each = [PreparedRun(programs["forward"], data, ifindex, is_xdp=True) for data in (request, response)]
+        verdicts = {run() for run in each}
+        assert verdicts in ({XDP_REDIRECT}, {XDP_PASS}), f"verdicts {verdicts}"
+        assert (verdicts == {XDP_PASS}) is (first.packet == through._request("S")), "a flow is not forwarded"
+        for _ in range(batches):
+            yield
+            for _ in range(BATCH):
+                for run in each:
+                    run()
+            yield
+
+
+def _passed(run: PreparedRun) -> bytes:
+    """What the packet becomes."""
+    verdict = run()
+    assert verdict == PASS, f"verdict {verdict}"
+    return run.packet
+
+
+def connection(subject: Subject, to: To, family: int) -> Connection:
+    """From outside to one of the node's pods."""
+    node = subject.node
+    links = {link["ifname"]: link for link in json.loads(node.run(["ip", "-j", "link"]))}
+    pod = subject.direct if to is To.DIRECT else subject.server
+    names = "eth0", f"p{node.pods.index(pod) + 1}"
+    outer, inner = (Device(links[name]["ifindex"], links[name]["address"]) for name in names)
+    client = node.lab.outside.address if family == 4 else node.lab.outside.address6
+    repeat = BATCH if to is To.DIRECT else 1
+    return Connection(client, subject.peers(to, family, 1)[0], outer, inner, repeat)
+
+
+def forwarded(subject: Subject, family: int) -> ForwardedConnection:
+    """From outside to a backend beyond the gateway, whose link address is known from then on."""
+    node, outside = subject.node, subject.node.lab.outside
+    mac = outside.run(["cat", "/sys/class/net/eth0/address"]).strip()
+    for hop in (outside.address, outside.address6):
+        node.run(["ip", "neighbour", "replace", hop, "lladdr", mac, "dev", "eth0", "nud", "permanent"])
+    client = outside.address if family == 4 else outside.address6
+    link = next(each for each in json.loads(node.run(["ip", "-j", "link"])) if each["ifname"] == "eth0")
+    device = Device(link["ifindex"], link["address"])
+    return ForwardedConnection(client, subject.peers(To.FAR_NODE_PORT, family, 1)[0], device)
+
+
+def measure(pins: Path, passing: Connection | ForwardedConnection, batches: int) -> list[dict[str, Runs]]:
+    """In the node's namespace: what its programs did in each batch."""
+    os.sched_setaffinity(0, {ONE_CPU})
+    hooks = (*PACKET_HOOKS, *FORWARDING.hooks)
+    programs = {hook.name: bpf.get_pinned(pins / hook.name) for hook in hooks if (pins / hook.name).exists()}
+    return timed(programs, passing.pass_through(programs, batches))

@@ -1,4 +1,4 @@
-"""Flows that netfilter's conntrack translates: kube-proxy began them, and they live on without its rules.
+"""Flows of netfilter's conntrack: what it translates was begun by kube-proxy and lives on without its rules.
 
 Numbers: linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_common.h. kube-proxy sets no conntrack mark: its
 0x4000 is on packets and ends with them, so that nothing of it is left.
@@ -26,7 +26,7 @@ _IPVS = Path("/proc/net/ip_vs")
 
 
 class Flow(msgspec.Struct, frozen=True):
-    """A flow whose destination is translated from ``asked`` to ``answering``.
+    """A flow whose destination is translated from ``asked`` to ``answering``; else the two are equal.
 
     It answers to ``seen_as``: the client, or the address and port that stand for it.
     """
@@ -49,20 +49,20 @@ def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
     return proto[_PROTO_NUMBER][0], socket.inet_ntop(family, packed), number
 
 
-def _entries(netfilter: nfnetlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]]]:
-    """Every translated flow, with the attributes that name it.
+def _entries(netfilter: nfnetlink.Netfilter, *, translated: bool) -> Iterator[tuple[Flow, list[bytes]]]:
+    """Yields flows whose destination is translated, or is not, with the attributes that name them.
 
     IPVS changes who answers, and sets no status (net/netfilter/ipvs/ip_vs_nfct.c, ip_vs_update_conntrack).
     """
     has_ipvs = _IPVS.exists()
     for entry in netfilter.dump(nfnetlink.CONNTRACK, _GET):
         found = codec.attributes(entry)
-        is_translated = struct.unpack("!I", found[_STATUS])[0] & _DST_NAT
-        if not (is_translated or has_ipvs):
+        has_nat = bool(struct.unpack("!I", found[_STATUS])[0] & _DST_NAT)
+        if has_nat != translated and not has_ipvs:
             continue
         asked = _end(found[_ORIGINAL], source=False)[1:]
         answering = _end(found[_REPLY], source=True)[1:]
-        if not is_translated and asked == answering:
+        if (has_nat or asked != answering) != translated:
             continue
         protocol, address, port = _end(found[_ORIGINAL], source=True)
         seen_as = _end(found[_REPLY], source=False)[1:]
@@ -71,21 +71,26 @@ def _entries(netfilter: nfnetlink.Netfilter) -> Iterator[tuple[Flow, list[bytes]
         yield Flow(protocol, (address, port), asked, answering, seen_as), named
 
 
+def _find(netfilter: nfnetlink.Netfilter, *, translated: bool) -> list[tuple[Flow, list[bytes]]]:
+    """Returns none where there is no conntrack."""
+    try:
+        return list(_entries(netfilter, translated=translated))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return []
+        raise
+
+
 def find() -> list[Flow]:
     """All flows whose destination is translated; none where there is no conntrack."""
     with nfnetlink.Netfilter() as netfilter:
-        try:
-            return [flow for flow, _ in _entries(netfilter)]
-        except OSError as error:
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return []
-            raise
+        return [flow for flow, _ in _find(netfilter, translated=True)]
 
 
-def remove(is_stale: Callable[[Flow], bool]) -> int:
-    """Deletes these flows; returns how many were there."""
+def remove(is_stale: Callable[[Flow], bool], *, translated: bool = True) -> int:
+    """Deletes these of the flows whose destination is translated, or is not; returns how many were there."""
     with nfnetlink.Netfilter() as netfilter:
-        stale = [(flow, named) for flow, named in _entries(netfilter) if is_stale(flow)]
+        stale = [(flow, named) for flow, named in _find(netfilter, translated=translated) if is_stale(flow)]
         ended = 0
         for flow, named in stale:
             family = socket.AF_INET6 if ":" in flow.asked[0] else socket.AF_INET

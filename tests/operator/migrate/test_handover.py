@@ -12,7 +12,7 @@ import pytest
 from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, leftovers, nftables, tools
 from tests.lab import Lab, clients
-from tests.operator.migrate import rules
+from tests.operator.migrate import rules, rules_ipv6
 from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
 from tests.operator.migrate.world import World, broken
 
@@ -82,6 +82,31 @@ def _rejected_rollback(world: World, mode: str) -> str:
     assert "start kube-proxy, then call this again" in world.fails("rollback", "--timeout", "1s")
     world.kube_proxy(mode)
     return world.fails("rollback")
+
+
+@pytest.mark.parametrize("mode", rules.MODES)
+def test_rollback_ends_entries_of_datagrams_that_netfilter_does_not_translate(mode: str) -> None:
+    """Netfilter's entry ends while the agent serves; the next request begins one without NAT.
+
+    Only sockets outside the socket hooks begin one: they were connected before the agent ran.
+    """
+    with Lab() as lab:
+        world = World(lab, dual_stack=True)
+        world.kube_proxy(mode)
+        hosts = (rules.DNS, rules_ipv6.address(rules.DNS))
+        connections = [LongConnection(world.a, "udp", host, 53) for host in hosts]
+        agent = world.agent().start()
+        world.migrate("run")
+        assert world.a.call(_end_flows) == len(connections)
+        assert broken(connections) == {}, "the agent's packet hooks translate them"
+        agent.stop()
+        world.kube_proxy(mode)
+        output = world.migrate("rollback")
+        assert broken(connections) == {}, output
+
+
+def _end_flows() -> int:
+    return ctnetlink.remove(lambda flow: True)
 
 
 def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:

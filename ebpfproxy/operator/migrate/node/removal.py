@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
-from ebpfproxy.datapath.dump import NothingPinnedError, open_maps
+from ebpfproxy.datapath.dump import Dump, NothingPinnedError, open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.node.packets import begin_nothing
 from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
+from ebpfproxy.netlink import ctnetlink
+from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from ebpfproxy.operator.migrate.node.takeover import Draining
 from ebpfproxy.operator.waiting import NODE_SECONDS
 
@@ -27,6 +30,8 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
     maps = _readable(bpf_root)
     draining = None
     if maps is not None:
+        if ended := ctnetlink.remove(_untranslated_datagrams(maps), translated=False):
+            yield f"ended {ended} UDP flows that netfilter did not translate"
         begin_nothing(maps)
         draining = Draining(maps)
         # kube-proxy masquerades by any port from now on, those of flows that have ended among them.
@@ -47,6 +52,22 @@ def _readable(bpf_root: Path) -> MapSet | None:
     except (NothingPinnedError, OSError):
         return None
     return maps if maps.folder.name.startswith(f"v{SCHEMA_VERSION}-") else None
+
+
+def _untranslated_datagrams(maps: MapSet) -> Callable[[ctnetlink.Flow], bool]:
+    """Returns a test for UDP flows of the host to frontends, which packet programs translate after netfilter.
+
+    Conntrack applies NAT rules to the first packet of a flow only: such a flow would have no endpoint for as
+    long as its client sends. kube-proxy ends them at its first sync, but not before 1.32.
+    """
+    frontends = {row.frontend for row in Dump(maps).frontends()}
+
+    def is_untranslated(flow: ctnetlink.Flow) -> bool:
+        return (
+            flow.protocol == socket.IPPROTO_UDP and kube_proxy_frontends.name(*flow.asked, "UDP") in frontends
+        )
+
+    return is_untranslated
 
 
 def _drain(draining: Draining, deadline: float) -> int:

@@ -9,9 +9,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-# A file of tests to each worker; in the order of their names, so that the long ones are not the last. One more
-# than there are processors: tests wait, too.
-WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+# A file of tests to each worker; in the order of their names, so that the long ones are not the last. Tests wait
+# for half of their time.
+WORKERS ?= $(shell echo $$((2 * $$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 

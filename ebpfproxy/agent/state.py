@@ -75,6 +75,9 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     programs: Options | None = None
 
 
+_RECORD = msgspec.json.Decoder(AgentState)
+
+
 def save(maps: MapSet, state: AgentState) -> None:
     """Replaces the whole record in one step; long error texts are cut, so that it always fits."""
     watches = tuple(
@@ -128,7 +131,7 @@ def _decode(stored: bytes | None, programmed: bytes | None) -> AgentState | None
     if stored is None:
         return None
     try:
-        found = msgspec.json.decode(stored.rstrip(b"\0"), type=AgentState)
+        found = _RECORD.decode(stored.rstrip(b"\0"))
     except msgspec.DecodeError:
         return None
     when, seconds = PROGRAMMED.unpack(programmed) if programmed is not None else (0.0, 0.0)

@@ -41,6 +41,7 @@ from ebpfproxy.services.values import parse_address, valid_port
 
 #: The agent says which names exist; these can be asked for.
 _NAME = re.compile("[!-.0-~]+")
+_REASONS = msgspec.json.Decoder(ServiceReasons)
 
 
 class UnexplainedError(click.ClickException):
@@ -193,7 +194,7 @@ class Inquiry:
             self._silence = str(error)
             return None
         if reply.status == 200:
-            return msgspec.json.decode(reply.body, type=ServiceReasons)
+            return _REASONS.decode(reply.body)
         if reply.status != 404:
             self._silence = reply.body.decode(errors="replace")
         return None

@@ -57,6 +57,9 @@ class _ConfigMap(msgspec.Struct):
     data: dict[str, str]
 
 
+_CONFIG_MAP = msgspec.json.Decoder(_ConfigMap)
+
+
 def choose(
     own: str, ask: Ask, environment: Mapping[str, str] = os.environ, *, last: Choice | None = None
 ) -> Choice:
@@ -125,7 +128,7 @@ def server_of(path: Path) -> str | None:
 
 def _server_of_config_map(body: bytes) -> str | None:
     try:
-        return _server_in(msgspec.json.decode(body, type=_ConfigMap).data.get("kubeconfig", "").encode())
+        return _server_in(_CONFIG_MAP.decode(body).data.get("kubeconfig", "").encode())
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 

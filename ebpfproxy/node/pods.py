@@ -38,12 +38,15 @@ class _Cached(msgspec.Struct, rename="camel"):
     result: _Result | None = None
 
 
+_CACHED = msgspec.json.Decoder(_Cached)
+
+
 def pods(results: Path) -> Iterator[Pod]:
     """The pods in a folder of results, one with several networks more than once. Other files are skipped."""
     with suppress(OSError):
         for path in sorted(results.iterdir()):
             with suppress(OSError, msgspec.DecodeError):
-                yield from _pods(msgspec.json.decode(path.read_bytes(), type=_Cached))
+                yield from _pods(_CACHED.decode(path.read_bytes()))
 
 
 def _pods(cached: _Cached) -> Iterator[Pod]:

@@ -81,6 +81,11 @@ class Bytecode(msgspec.Struct, frozen=True, array_like=True):
     warnings: str
 
 
+#: Made with the module: msgspec.decode() looks at a structure when it first meets it, and what another thread
+#: decodes meanwhile with the same type ends the process by SIGSEGV (msgspec 0.22).
+_BYTECODE = msgspec.msgpack.Decoder(Bytecode)
+
+
 class Recipe(msgspec.Struct, frozen=True):
     """The input of a compilation. ``maps`` and ``constants``: the names that the source may refer to."""
 
@@ -218,7 +223,7 @@ def _read(path: Path) -> Bytecode | None:
         if hashlib.sha256(bytecode).digest() != digest:
             log.warning("bytecode is damaged, compiling again", file=str(path))
             return None
-        return msgspec.msgpack.decode(bytecode, type=Bytecode)
+        return _BYTECODE.decode(bytecode)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -26,7 +26,7 @@ class CompileRequest(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=CompileRequest)
+    request = msgspec.json.Decoder(CompileRequest).decode(sys.stdin.buffer.read())
     # Libraries may print; only the result is standard output.
     result = os.dup(1)
     os.dup2(2, 1)

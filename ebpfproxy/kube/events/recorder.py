@@ -79,6 +79,9 @@ class _Items(msgspec.Struct):
     items: tuple[_Item, ...] | None = None
 
 
+_ITEMS = msgspec.json.Decoder(_Items)
+
+
 class _Over(Exception):  # noqa: N818 - a result, not an error
     """``result`` is one of ``kube.events.event.RESULTS``; ``why`` is logged once for each ``kind``."""
 
@@ -210,7 +213,7 @@ class Recorder:
         # Version 0 is answered from the server's cache, at next to no cost.
         params = {"fieldSelector": f"metadata.name={about.name}", "resourceVersion": "0"}
         body = self._call("GET", _PATHS[about.kind].format(quote(about.namespace)), params)
-        items = msgspec.json.decode(body, type=_Items).items
+        items = _ITEMS.decode(body).items
         if not items:
             raise _Over("gone")
         return items[0].metadata

@@ -9,6 +9,7 @@ can be found.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -414,7 +415,19 @@ def _remove_cgroup(folder: Path) -> None:
 
 
 def clean_dead_labs() -> list[str]:
-    """Removes leftovers of labs whose process has exited; returns their names."""
+    """Removes leftovers of labs whose process has exited; returns their names.
+
+    One process at a time does it: workers of a run begin at once.
+    """
+    folder = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        return _clean_dead_labs()
+    finally:
+        os.close(folder)
+
+
+def _clean_dead_labs() -> list[str]:
     temporary = Path(tempfile.gettempdir())
     names = {n.split("-")[0] for n in netns.listnetns()}
     for home in (find_cgroup_root(), BPFFS, temporary):
@@ -424,7 +437,8 @@ def clean_dead_labs() -> list[str]:
         for name in netns.listnetns():
             if name.split("-")[0] == lab_id:
                 for pid in netns_pids(name):
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 netns.remove(name)
         remove_leftovers(lab_id)
         for folder in temporary.glob(f"{lab_id}-*"):

@@ -201,3 +201,14 @@ def test_buffered_output_is_not_duplicated_by_a_forked_child() -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
     assert done.stdout == "once\n"
+
+
+def test_many_processes_clean_at_once() -> None:
+    """Workers of a run do when they begin."""
+    process, lab_id = _start("kill")
+    process.kill()
+    process.wait(60)
+    assert _traces(lab_id)
+    cleaners = [subprocess.Popen([sys.executable, "-m", "tests.lab"]) for _ in range(4)]
+    assert [each.wait(60) for each in cleaners] == [0] * 4
+    assert _traces(lab_id) == []

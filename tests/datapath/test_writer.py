@@ -501,3 +501,19 @@ def test_node_addresses_are_updated(bench: Bench) -> None:
         assert bench.maps["node_addresses"].count() == len(addresses)
     bench.reopen().set_node_addresses(frozenset({one}))
     assert bench.writes()["node_addresses"] == 0
+
+
+def test_removals_without_room_are_told_once_there_is_room(bench: Bench) -> None:
+    """Flows learn of a removal from a map; the writer does not take those that it refused for lost entries."""
+    writer = bench.empty(FEW_IDS)
+    count = FEW_IDS.backends // 2 + 2
+    for numbers in (range(1, count + 1), ()):
+        assert writer.apply([port("a", list(numbers)), port("b", list(numbers))]) == []
+        assert bench.drift() == []
+    assert bench.maps is not None
+    told = bench.maps["departures"]
+    assert (told.count(), len(writer.removed_backends)) == (FEW_IDS.backends, 2 * count)
+    over = {use: each for use, each in writer.removed_backends.items() if use.service_id == 0}
+    writer.forget_removed_backends(over)
+    assert told.count() == len(writer.removed_backends) == count
+    assert bench.drift() == []

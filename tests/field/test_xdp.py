@@ -19,6 +19,7 @@ import pytest
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import XDP_ATTACH
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.programs.xdp import XdpAttacher
 from tests.e2e import load
 from tests.e2e.outer import Held, Outer
 from tests.e2e.test_outside import _stream as stream
@@ -230,6 +231,24 @@ def _attach_foreign(pin: str) -> int:
     os.close(link)
     os.close(program)
     return number
+
+
+def test_a_detached_program_leaves_its_device_at_once(world: World) -> None:
+    """The kernel ends a link a moment after its last reference; another mode has no place until then."""
+    pin = world.a.bpf_root / "xdp-link"
+    pin.parent.mkdir(parents=True, exist_ok=True)
+    assert world.a.call(_attach_often, str(pin), 50) == 50
+
+
+def _attach_often(pin: str, count: int) -> int:
+    program = bpf.prog_load(uapi.PROG_XDP, XDP_ATTACH, "passes", PASS_ALL)
+    for at in range(count):
+        link = bpf.link_create(program, socket.if_nametoindex("p1"), XDP_ATTACH, 1 << (1 + at % 2))
+        bpf.pin(link, Path(pin))
+        os.close(link)
+        XdpAttacher.detach(Path(pin))
+    os.close(program)
+    return count
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])

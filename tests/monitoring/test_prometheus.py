@@ -49,6 +49,7 @@ class Monitored:
         api = self.node.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
         assert api.stdout is not None
         url = api.stdout.readline().decode().strip()
+        self.url = url
         self.agent: Agent = self.node.agent("--master", url).start()
         self.prometheus = Prometheus(self.node, RULES, self._stack_rules(lab.folder))
         self._scrapes(2)
@@ -176,6 +177,9 @@ def test_counters_match_the_events(monitored: Monitored) -> None:
 
 
 def test_alerts_fire_for_detached_hooks(monitored: Monitored) -> None:
+    """Without the agent's own comparison, which attaches them again within seconds."""
+    monitored.agent.stop()
+    monitored.agent = monitored.node.agent("--master", monitored.url, "--drift-check-seconds", "0").start()
     (link,) = monitored.node.bpf_root.rglob("links/connect4")
     link.unlink()
     _until_pending(monitored, "EbpfproxySocketHooksMissing")

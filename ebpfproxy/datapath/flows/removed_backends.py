@@ -32,6 +32,8 @@ class RemovedBackends:
             for key, value in self._map.items()
         }
         self._fresh = dict(self._known)
+        #: Removals that the map has no room for; flows learn of them once others are forgotten.
+        self._unwritten: set[BackendUse] = set()
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -42,6 +44,7 @@ class RemovedBackends:
             use = BackendUse(service_id, number)
             if self._known.pop(use, None) is not None:
                 self._fresh.pop(use, None)
+                self._unwritten.discard(use)
                 self._map.delete(pack_departure(use))
         if not gone:
             return
@@ -50,9 +53,14 @@ class RemovedBackends:
         }
         self._known.update(removals)
         self._fresh.update(removals)
-        self._map.update_many(dict(_packed(removals)))
+        self._write(removals)
         # Only after this do flows look there.
         self.look_again(service_id)
+
+    def _write(self, removals: Mapping[BackendUse, Removal]) -> None:
+        refused = self._map.update_many(dict(_packed(removals)))
+        self._unwritten.difference_update(removals)
+        self._unwritten.update(map(unpack_departure, refused))
 
     def look_again(self, service_id: int) -> None:
         """Makes flows of a service ask whether their backend, and their frontend, are still its own."""
@@ -61,7 +69,10 @@ class RemovedBackends:
 
     def owned(self) -> Owned:
         """The map, with what it should hold."""
-        return Owned(self._map, lambda: _packed(self._known.copy()))
+        return Owned(self._map, lambda: _packed(self._written()))
+
+    def _written(self) -> dict[BackendUse, Removal]:
+        return {use: each for use, each in self._known.items() if use not in self._unwritten}
 
     def take_fresh(self) -> dict[BackendUse, Removal]:
         """Returns the removals since the last call; the first call also returns those of an earlier agent."""
@@ -91,7 +102,13 @@ class RemovedBackends:
         ]
         for use in over:
             del self._known[use]
+        self._unwritten.difference_update(over)
         self._map.delete_many([pack_departure(use) for use in over])
+        if over and self._unwritten:
+            late = {use: self._known[use] for use in self._unwritten}
+            self._write(late)
+            for service_id in {use.service_id for use in late if use not in self._unwritten}:
+                self.look_again(service_id)
 
 
 def _packed(removals: Mapping[BackendUse, Removal]) -> Iterator[tuple[bytes, bytes]]:

@@ -256,6 +256,11 @@ def link_update(link_fd: int, prog_fd: int) -> None:
     check(lib.bpf_link_update(link_fd, prog_fd, None), "replace program")
 
 
+def link_detach(link_fd: int) -> None:
+    """Detaches the program now: what follows a link's last reference is done by the kernel a moment later."""
+    check(lib.bpf_link_detach(link_fd), "detach program")
+
+
 def has_helper(prog_type: int, helper: int) -> bool:
     return bool(lib.libbpf_probe_bpf_helper(prog_type, helper, None) == 1)
 

@@ -138,7 +138,7 @@ class XdpAttacher:
         for other in XdpMode:
             # One device has one program, whatever its mode.
             if other is not mode:
-                self._pin(device.ifindex, other).unlink(missing_ok=True)
+                self.detach(self._pin(device.ifindex, other))
         try:
             fresh = bpf.link_create(program, device.ifindex, _HOOK.attach_type, mode.flag)
         except BpfError as error:
@@ -151,10 +151,18 @@ class XdpAttacher:
             os.close(fresh)
         return ""
 
+    @staticmethod
+    def detach(path: Path) -> None:
+        """Detaches the link that is pinned there, if any: its device has no program when this returns."""
+        with bpf.pinned(path) as link:
+            if link is not None:
+                bpf.link_detach(link)
+        path.unlink(missing_ok=True)
+
     def _detach_all_but(self, kept: Iterable[Path]) -> list[str]:
         changed = []
         for path in set(self._links.glob("xdp-*")) - set(kept):
-            path.unlink()
+            self.detach(path)
             changed.append(f"{path.name} detached")
         return sorted(changed)
 

@@ -15,7 +15,7 @@ WORKERS ?= $(shell echo $$((2 * $$(nproc) + 1)))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint format setup lock clean
+.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -48,11 +48,16 @@ bench: setup
 	$(PYTHON) -m tools.bench --json bench.json
 
 lint: setup
+	$(MAKE) -j2 --output-sync=target lint-python lint-c
+
+lint-python: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(PYTHON) -m tools.layers
 	$(PYTHON) -m tools.comments
+	$(VENV)/bin/mypy
+
+lint-c: setup
 	clang-format --dry-run --Werror $(C)
 	$(PYTHON) -m ebpfproxy.datapath.programs.build --strict $(EBPFPROXY_CACHE_DIR)
 

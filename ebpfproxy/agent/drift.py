@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
 
-from ebpfproxy.agent import check_record, kube_events
+from ebpfproxy.agent import kube_events
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.background import BackgroundRunner
-from ebpfproxy.agent.check_record import Repaired, Report, Request
 from ebpfproxy.agent.programs import ProgramDrift, ProgramManager
 from ebpfproxy.datapath.drift.checker import Checker, Reading
 from ebpfproxy.datapath.drift.compare import Difference
-from ebpfproxy.datapath.drift.findings import Describer, Finding
+from ebpfproxy.datapath.drift.findings import Describer, Finding, Repaired, Report
 from ebpfproxy.datapath.drift.repair import ORDER, repair
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
@@ -34,11 +35,14 @@ _REST_SECONDS = 0.01
 _AGAIN_SECONDS = 0.5
 #: The pause after a comparison is so many times its CPU time, but no longer than this, whatever is set.
 _PAUSES, _MOST_SECONDS = 100, 8.0
-#: How often requests of the command are looked for.
-_REQUEST_SECONDS = 0.5
 #: So many findings of a comparison are told in words; the others are counted.
 _TOLD = 40
 _EARLIER = 10
+
+
+class _Asked(NamedTuple):
+    answer: Callable[[Report], object]
+    repairs: bool
 
 
 class DriftCheck:
@@ -69,76 +73,71 @@ class DriftCheck:
         self._runs = False
         self._pause = self._every
         self._next = time.monotonic() + self._every
-        self._next_look = 0.0
-        # A request that an earlier agent has left is not for this one.
-        last = check_record.asked(maps)
-        self._answered = last.serial if last is not None else 0
+        self._asked: deque[_Asked] = deque()
         self._earlier: deque[Repaired] = deque(maxlen=_EARLIER)
         metrics.drift_of(ORDER)
 
+    def ask(self, answer: Callable[[Report], object], *, repairs: bool) -> None:
+        """Asks for a comparison, which begins as soon as it can; its report goes to ``answer``."""
+        self._asked.append(_Asked(answer, repairs))
+
     def start(self) -> None:
         """Starts a comparison if one is due, or is asked for. Programs are attached, and maps complete."""
-        if self._runs:
+        if self._runs or self._programs.is_loading:
             return
-        request = self._request()
-        if request is None and (not self._every or time.monotonic() < self._next):
+        asked = self._asked[0] if self._asked else None
+        if asked is None and (not self._every or time.monotonic() < self._next):
             return
         self._runs = True
-        reading, began = self._checker.begin(), time.monotonic()
+        reading = self._checker.begin()
 
         def read() -> tuple[Reading, ProgramDrift]:
-            rest = (lambda: None) if request is not None else (lambda: time.sleep(_REST_SECONDS))
+            rest = (lambda: None) if asked is not None else (lambda: time.sleep(_REST_SECONDS))
             began_cpu = time.thread_time()
             found = self._checker.read(reading, rest), self._programs.drifted()
             self._pause = max(self._every, min(_PAUSES * (time.thread_time() - began_cpu), _MOST_SECONDS))
             return found
 
-        self._background(read, lambda found: self._done(*found, request, began))
+        self._background(read, lambda found: self._done(*found, asked))
 
-    def _request(self) -> Request | None:
-        now = time.monotonic()
-        if now < self._next_look:
-            return None
-        self._next_look = now + _REQUEST_SECONDS
-        found = check_record.asked(self._maps)
-        return found if found is not None and found.serial != self._answered else None
-
-    def _done(self, reading: Reading, suspected: ProgramDrift, request: Request | None, began: float) -> None:
+    def _done(self, reading: Reading, suspected: ProgramDrift, asked: _Asked | None) -> None:
         self._runs = False
         differences = self._checker.confirm(reading)
         # A device may have come or gone while it was looked at.
         programs = self._programs.drifted() if suspected else suspected
         again = self._checker.is_unsettled
         self._next = time.monotonic() + (_AGAIN_SECONDS if again else self._pause)
-        if again and request is not None and not differences and not programs:
-            # It is not answered, and so looked for again.
+        if again and asked is not None and not differences and not programs:
+            # Nobody gets an answer from it: it is made once more.
             return
-        repairs = request is None or request.repair
-        if repairs:
-            # An entry that has no room stays missing: the writer tells of that.
-            differences = repair(self._maps, differences)
-        findings = self._told(differences, programs)
-        if (differences or programs) and repairs:
-            self._repaired(differences, programs, findings)
-        if request is not None:
-            self._answered = request.serial
-        if repairs:
+        repaired: list[Finding] = []
+        number = len(differences) + sum(1 for _ in _of_programs(programs))
+        if asked is None or asked.repairs:
+            # An entry that has no room stays missing.
+            done = dict.fromkeys(repair(self._maps, differences))
+            repaired = self._told(done, programs)
+            if done or programs:
+                self._repaired(done, programs, repaired)
+            differences, programs = [each for each in differences if each not in done], ProgramDrift()
             now = time.time()
-            self._earlier.extendleft(Repaired(now, each) for each in findings[:_EARLIER])
-        total = len(differences) + sum(1 for _ in _of_programs(programs))
-        self._answer(request, findings, total, began, repaired=repairs)
+            self._earlier.extendleft(Repaired(now, each) for each in repaired[:_EARLIER])
+        if asked is not None:
+            self._asked.popleft()
+            findings = self._told(differences, programs)
+            more = number - len(findings) - len(repaired)
+            asked.answer(Report(tuple(findings), tuple(repaired), more, tuple(self._earlier)))
 
-    def _told(self, differences: list[Difference], programs: ProgramDrift) -> list[Finding]:
+    def _told(self, differences: Iterable[Difference], programs: ProgramDrift) -> list[Finding]:
         if not differences and not programs:
             return []
         describer = Describer(self._maps, self._writer.names())
         return [
-            *(describer.finding(each) for each in differences[:_TOLD]),
-            *list(_of_programs(programs))[:_TOLD],
+            *(describer.finding(each) for each in islice(differences, _TOLD)),
+            *islice(_of_programs(programs), _TOLD),
         ]
 
     def _repaired(
-        self, differences: list[Difference], programs: ProgramDrift, findings: list[Finding]
+        self, differences: Iterable[Difference], programs: ProgramDrift, findings: list[Finding]
     ) -> None:
         """Repairs programs, and tells of all that is repaired."""
         if programs:
@@ -153,25 +152,6 @@ class DriftCheck:
             first=told,
         )
         self._record(kube_events.drift_repaired(self._node, told, sum(counts.values())))
-
-    def _answer(
-        self, request: Request | None, findings: list[Finding], total: int, began: float, *, repaired: bool
-    ) -> None:
-        if request is None and not findings:
-            return
-        check_record.answer(
-            self._maps,
-            Report(
-                serial=request.serial if request is not None else 0,
-                checked=time.time(),
-                took=time.monotonic() - began,
-                every=self._every,
-                repaired=repaired,
-                total=total,
-                findings=tuple(findings),
-                earlier=tuple(self._earlier),
-            ),
-        )
 
 
 def _service(finding: Finding) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import CancelledError
+from concurrent.futures import Future
 
+from ebpfproxy.agent.drift import DriftCheck
 from ebpfproxy.agent.messages import Messages
 from ebpfproxy.health.http import Answer, Respond, json_answer, text_answer
 from ebpfproxy.kube.objects import ObjectKey
@@ -12,21 +13,31 @@ from ebpfproxy.services.tracker import Tracker
 
 #: The page with a Service's :class:`~ebpfproxy.services.reasons.ServiceReasons`: ``services/NAMESPACE/NAME``.
 SERVICES = "services"
-#: Less than a command waits, so that it gets an answer.
-_SECONDS = 8.0
+#: Those with a :class:`~ebpfproxy.datapath.drift.findings.Report`, made at once; the second repairs.
+CHECK, REPAIR = "check", "repair"
 
 
-def pages(messages: Messages, tracker: Tracker) -> Mapping[str, Respond]:
-    """The pages of the local server. The reconciler alone reads its tracker."""
+def pages(messages: Messages, tracker: Tracker, drift: DriftCheck) -> Mapping[str, Respond]:
+    """The pages of the local server. The reconciler alone reads its tracker, and compares."""
 
-    def service(name: str) -> Answer:
+    def service(name: str) -> Future[Answer]:
         key = ObjectKey(*name.split("/", 1)) if "/" in name else ObjectKey("", name)
-        try:
-            synced, found = messages.ask(lambda: (tracker.synced, tracker.reasons(key)), _SECONDS)
-        except (TimeoutError, CancelledError):
-            return text_answer("the agent is busy", 503)
-        if not synced:
-            return text_answer("the agent has not received all Services yet", 503)
-        return json_answer(found) if found is not None else text_answer("no such Service", 404)
+        return messages.ask(lambda answer: answer.set_result(_service(tracker, key)))
 
-    return {SERVICES: service}
+    def compared(*, repairs: bool) -> Future[Answer]:
+        return messages.ask(
+            lambda answer: drift.ask(lambda report: answer.set_result(json_answer(report)), repairs=repairs)
+        )
+
+    return {
+        SERVICES: service,
+        CHECK: lambda _: compared(repairs=False),
+        REPAIR: lambda _: compared(repairs=True),
+    }
+
+
+def _service(tracker: Tracker, key: ObjectKey) -> Answer:
+    if not tracker.synced:
+        return text_answer("the agent has not received all Services yet", 503)
+    found = tracker.reasons(key)
+    return json_answer(found) if found is not None else text_answer("no such Service", 404)

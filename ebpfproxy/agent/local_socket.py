@@ -2,22 +2,26 @@
 
 The name is an abstract one (unix(7)): it ends with the process, leaves no file, and needs no folder that a
 container and its host share. A bpffs, which they do share, cannot hold a socket; and the server of metrics
-may be switched off, or open to the network. Each side checks that the other is root: anybody may take a name.
+may be switched off, or open to the network. Anybody may take a name: so it is one that nobody can guess, the
+agent's record in the maps tells it (``agent.state``), and each side checks that the other is root.
 """
 
 from __future__ import annotations
 
 import http.client
+import secrets
 import socket
 import struct
 from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ebpfproxy.health.http import Answer, HttpThread, Respond
-from ebpfproxy.logs import get_logger
-
-log = get_logger(__name__)
+from ebpfproxy.agent import state
+from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.health.http import Answer, HttpThread, Respond, text_answer
+from ebpfproxy.netlink.namespaces import cookie_of, namespaces, socket_in
 
 #: A command waits for so long: the reconciler may be busy with a change of everything.
 SECONDS = 10.0
@@ -26,7 +30,7 @@ _BACKLOG = 16
 
 
 class NoAgentError(Exception):
-    """No agent answers on this root in this network namespace; the message says what happened."""
+    """No agent answers on this root; the message says what happened."""
 
 
 class Reply(NamedTuple):
@@ -36,12 +40,6 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def _name(bpf_root: Path) -> str:
-    """The folder itself names its one agent, by whichever path it is reached."""
-    found = bpf_root.stat()
-    return f"\0ebpfproxy/{found.st_dev:x}-{found.st_ino:x}"
-
-
 def _is_root(peer: socket.socket) -> bool:
     packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(packed)
@@ -49,64 +47,78 @@ def _is_root(peer: socket.socket) -> bool:
 
 
 class LocalServer:
-    """Answers commands in a thread of its own: a question may wait for the reconciler."""
+    """Answers commands in a thread of its own, while the reconciler is busy, too."""
 
-    def __init__(self, bpf_root: Path, pages: Mapping[str, Respond]) -> None:
+    def __init__(self, pages: Mapping[str, Respond]) -> None:
         """``pages``: by the first part of a path; each gets what follows it."""
-        self._bpf_root = bpf_root
+        self.name = f"ebpfproxy/{secrets.token_hex(16)}"
         self._pages = dict(pages)
         self._thread = HttpThread("local")
 
     def start(self) -> None:
-        """Begins to answer. Without the name the agent works as well: commands then say that it is silent."""
+        """Begins to answer. Raises OSError."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind(_name(self._bpf_root))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            log.error("failed to listen for commands", error=str(error))
-            listener.close()
-        else:
-            self._thread.add(listener, self._respond, _is_root)
+        listener.bind(f"\0{self.name}")
+        listener.listen(_BACKLOG)
+        self._thread.add(listener, self._respond, _is_root)
         self._thread.start()
 
     def stop(self) -> None:
+        """Who still waits for an answer gets none."""
         self._thread.stop()
 
-    def _respond(self, path: str) -> Answer:
+    def _respond(self, path: str) -> Answer | Future[Answer]:
         kind, _, rest = path.removeprefix("/").partition("/")
         page = self._pages.get(kind)
-        return page(rest) if page is not None else Answer(404, "text/plain", b"")
+        return page(rest) if page is not None else text_answer("the agent is of another version", 501)
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, name: str) -> None:
-        super().__init__("localhost", timeout=SECONDS)
+    def __init__(self, name: str, netns: int, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
         self._name = name
+        self._netns = netns
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self.sock.settimeout(SECONDS)
-        self.sock.connect(self._name)
+        self.sock = _socket_of(self._netns)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(f"\0{self._name}")
         if not _is_root(self.sock):
             raise NoAgentError("its socket belongs to somebody who is not root")
 
 
-def ask(bpf_root: Path, path: str) -> Reply:
+def _socket_of(netns: int) -> socket.socket:
+    """A socket of the network namespace with this cookie, as names belong to one. Raises NoAgentError."""
+    for path in namespaces():
+        with suppress(OSError):
+            found = socket_in(path, socket.AF_UNIX, socket.SOCK_STREAM)
+            if cookie_of(found) == netns:
+                return found
+            found.close()
+    raise NoAgentError("the agent's network namespace cannot be seen from here")
+
+
+def ask(bpf_root: Path, path: str, seconds: float = SECONDS) -> Reply:
     """Asks the agent that works on ``bpf_root``; ``path`` as a page of :class:`LocalServer` has it.
 
-    Raises NoAgentError.
+    Raises NoAgentError, and OSError without such a folder.
     """
-    connection: _Connection | None = None
+    agent = state.load_latest(pin_folder(bpf_root)) if is_locked(bpf_root) else None
+    if agent is None:
+        raise NoAgentError("no agent runs")
+    return ask_at(agent.socket, agent.netns, path, seconds)
+
+
+def ask_at(name: str, netns: int, path: str, seconds: float = SECONDS) -> Reply:
+    """Asks at the socket with this name in the network namespace with this cookie. Raises NoAgentError."""
+    connection = _Connection(name, netns, seconds)
     try:
-        connection = _Connection(_name(bpf_root))
         connection.request("GET", f"/{path}")
         response = connection.getresponse()
         return Reply(response.status, response.read())
     except ConnectionRefusedError:
-        raise NoAgentError("no agent runs in this network namespace") from None
+        raise NoAgentError("the agent is starting") from None
     except (OSError, http.client.HTTPException) as error:
         raise NoAgentError(f"the agent does not answer: {error}") from error
     finally:
-        if connection is not None:
-            connection.close()
+        connection.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import msgspec
 
@@ -49,8 +49,6 @@ class Messages:
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="worker")
         self.put = self._queue.put
-        self._asked: set[Future[Any]] = set()
-        self._closed = False
 
     def take(self, seconds: float) -> list[Message]:
         """Waits for one, and takes all that are there by then: many events become one change."""
@@ -76,32 +74,21 @@ class Messages:
 
         self._workers.submit(work).add_done_callback(done)
 
-    def ask(self, question: Callable[[], R], seconds: float) -> R:
-        """Has the reconciler answer, and waits for that in the caller's thread.
-
-        Raises TimeoutError if the reconciler is busy for longer, CancelledError if it has stopped, and what
-        ``question`` raises.
-        """
+    def ask(self, question: Callable[[Future[R]], object]) -> Future[R]:
+        """Has the reconciler call ``question`` with what this returns: it sets the result, now or later."""
         answer: Future[R] = Future()
-        if self._closed:
-            raise CancelledError
 
         def reply() -> None:
-            try:
-                answer.set_result(question())
-            except Exception as error:
-                answer.set_exception(error)
+            # From now on it cannot be cancelled: whoever has a result may set it.
+            if answer.set_running_or_notify_cancel():
+                try:
+                    question(answer)
+                except Exception as error:
+                    answer.set_exception(error)
 
-        self._asked.add(answer)
         self.put(Finished(reply))
-        try:
-            return answer.result(seconds)
-        finally:
-            self._asked.discard(answer)
+        return answer
 
     def close(self) -> None:
-        """Starts no more work, and answers nobody any more. What runs is left to itself."""
-        self._closed = True
-        for answer in list(self._asked):
-            answer.cancel()
+        """Starts no more work. What runs is left to itself."""
         self._workers.shutdown(wait=False, cancel_futures=True)

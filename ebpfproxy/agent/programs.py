@@ -122,6 +122,11 @@ class ProgramManager:
         return self._programs if self.attached else None
 
     @property
+    def is_loading(self) -> bool:
+        """True while programs are loaded, and perhaps replaced after that."""
+        return self._loading
+
+    @property
     def targets(self) -> tuple[Target, ...]:
         """The devices that packet programs should be attached to."""
         return self._packets.targets

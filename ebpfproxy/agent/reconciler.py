@@ -111,8 +111,9 @@ class Agent:
             return
         source, options = self._source, self._options
         servers = http_servers.servers(options, self._health, self._metrics, self._configz)
-        self._status = self._status_of(servers)
         self._drift = self._drift_check()
+        self._local = LocalServer(local_pages.pages(self._messages, self._tracker, self._drift))
+        self._status = self._status_of(servers)
         self._register_collectors()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
@@ -121,8 +122,7 @@ class Agent:
         self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
         self._serve(servers)
-        local = LocalServer(options.bpf_root, local_pages.pages(self._messages, self._tracker))
-        local.start()
+        self._local.start()
         self._node_port_health.start()
         source.start()
         log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
@@ -135,7 +135,7 @@ class Agent:
                 server.stop()
             self._node_port_health.stop()
             self._messages.close()
-            local.stop()
+            self._local.stop()
             lock.release()
         log.info("stopped, traffic goes on")
 
@@ -221,6 +221,7 @@ class Agent:
             self._node_port_health,
             self._metrics,
             servers,
+            self._local.name,
         )
         return Status(parts, self._started)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.datapath.abi.layout import U32
-from ebpfproxy.datapath.abi.schema import AGENT_ACCOUNT, AGENT_STATE_SIZE, PROGRAMMED
+from ebpfproxy.datapath.abi.schema import AGENT_STATE_SIZE, PROGRAMMED
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -67,6 +67,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     netns: int = 0
     #: Facts of the Node object, with which the next agent starts.
     node_facts: NodeFacts = NodeFacts()
+    #: The name of the socket at which it answers commands (``agent.local_socket``).
+    socket: str = ""
     conntrack_entries: int = 0
     conntrack_evicted: int = 0
     health_check_ports: int = 0
@@ -93,7 +95,7 @@ def save(maps: MapSet, state: AgentState) -> None:
             break
         devices.append(each)
     encoded = msgspec.json.encode(msgspec.structs.replace(kept, device_roles=tuple(devices)))
-    maps["agent_state"].update(U32.pack(AGENT_ACCOUNT), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
+    maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
 
 
 def save_programmed(maps: MapSet, when: float, seconds: float) -> None:
@@ -105,7 +107,7 @@ def load(maps: MapSet) -> AgentState | None:
     """The record of the last agent on these maps; None if there is none that this version can read."""
     programmed = maps.maps.get("programmed")
     return _decode(
-        maps["agent_state"].lookup(U32.pack(AGENT_ACCOUNT)),
+        maps["agent_state"].lookup(U32.pack(0)),
         programmed.lookup(U32.pack(0)) if programmed is not None else None,
     )
 

@@ -47,6 +47,8 @@ class Parts(msgspec.Struct, frozen=True):
     node_port_health: NodePortHealth
     metrics: AgentMetrics
     servers: list[HttpServer]
+    #: The name of the local server's socket.
+    socket: str
 
 
 class Status:
@@ -121,6 +123,7 @@ class Status:
             device_roles=tuple(self._devices()),
             netns=netns_cookie(),
             node_facts=parts.network.node_facts,
+            socket=parts.socket,
             conntrack_entries=parts.housekeeping.entries,
             conntrack_evicted=parts.housekeeping.evicted,
             health_check_ports=parts.node_port_health.bound,

@@ -13,6 +13,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from email.utils import formatdate
 from functools import partial
@@ -47,8 +48,9 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-#: Answers a path, without its query. It is called in the server's thread: others wait meanwhile.
-Respond = Callable[[str], Answer]
+#: Answers a path, without its query. It is called in the server's thread: others wait meanwhile, but not for
+#: an answer that is to come.
+Respond = Callable[[str], Answer | Future[Answer]]
 #: Decides about a client that has connected; without it the connection is closed at once.
 Admit = Callable[[socket.socket], bool]
 
@@ -183,15 +185,16 @@ class HttpThread:
                         if not chunk:
                             return
                         received += chunk
-                    if end is None:
-                        answer, goes_on = _encoded(text_answer("", 431), closes=True), False
-                    else:
-                        head, received = received[: end.start()], received[end.end() :]
-                        answer, goes_on = _answered(head, respond)
+                if end is None:
+                    answer, goes_on = _encoded(text_answer("", 431), closes=True), False
+                else:
+                    head, received = received[: end.start()], received[end.end() :]
+                    answer, goes_on = await _answered(head, respond)
+                async with asyncio.timeout(CLIENT_SECONDS):
                     await self._loop.sock_sendall(client, answer)
 
 
-def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
+async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     """Returns the answer, and whether the connection goes on."""
     line, *headers = _LINE_END.split(head)
     words = line.split()
@@ -200,7 +203,8 @@ def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:
     closes = words[2] == b"HTTP/1.0" or any(map(_ends_connection, headers))
     path = words[1].partition(b"?")[0].decode("latin-1")
     try:
-        answer = respond(path)
+        found = respond(path)
+        answer = await asyncio.wrap_future(found) if isinstance(found, Future) else found
     except Exception as error:
         log.error("cannot answer an HTTP request", path=path, error=repr(error))
         answer = text_answer("internal error", 500)

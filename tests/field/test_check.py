@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,14 @@ from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.traffic_control import INGRESS, Place, put_filter
 from tests.e2e.world import SERVICE_IPS, World
 from tests.field.records import maps_of
 from tests.lab import Agent, Lab, LabNode, clients, command
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -102,6 +107,73 @@ def test_differences_are_named_and_repaired_when_asked_to(world: World, agent: A
         assert maps["services4"].lookup(key_of(IP, 80)) == entry
     assert check(world.a, good=True)["repaired"] == []
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+
+
+def test_the_agent_answers_in_another_network_namespace_too(world: World, agent: Agent) -> None:
+    """The rest of the node is looked at in the agent's only."""
+    command.import_commands()
+    done = world.client.call(command.run, ["check", "-o", "json", "--bpf-root", str(world.a.bpf_root)])
+    found = json.loads(done.output)
+    assert (done.code, found["agent"]) == (0, "answered")
+    assert "not the agent's network namespace" in found["unchecked"][0]
+
+
+def _start_check(node: LabNode, *arguments: str) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "ebpfproxy", "check", "-o", "json", "--bpf-root", str(node.bpf_root)]
+    return node.popen([*words, *arguments], join_cgroup=False, stdout=-1)
+
+
+def test_each_of_several_commands_gets_its_own_answer(world: World, agent: Agent) -> None:
+    """Those that only look do not repair, and say nothing of what another repairs."""
+    running = [_start_check(world.a, *words) for words in ((), ("--repair",), (), ("--repair",))]
+    for each in running:
+        found = json.loads(each.communicate(timeout=30)[0])
+        assert (each.returncode, found["agent"], found["repaired"]) == (0, "answered", [])
+
+
+def test_an_agent_that_starts_is_waited_for(world: World, agent: Agent) -> None:
+    """What somebody has changed meanwhile is repaired by its start."""
+    agent.stop()
+    with maps_of(world.a) as maps:
+        bpf.map_delete(maps["services4"].fd, key_of(IP, 80))
+    running = threading.Thread(target=agent.start)
+    running.start()
+    until(lambda: is_locked(world.a.bpf_root))
+    found = check(world.a, "--repair", good=True)
+    running.join()
+    assert (found["agent"], found["repaired"]) == ("answered", [])
+
+
+def test_an_agent_that_hangs_is_named(world: World, agent: Agent) -> None:
+    assert agent.process is not None
+    agent.process.send_signal(signal.SIGSTOP)
+    try:
+        found = check(world.a, "--timeout", "0.5", good=False)
+    finally:
+        agent.process.send_signal(signal.SIGCONT)
+    assert found["agent"] == "no answer"
+    assert ("agent", "missing", "the agent does not answer: timed out", "") in wrong(found)
+
+
+def test_programs_are_compared_while_a_trace_replaces_them(world: World, agent: Agent) -> None:
+    """A check that is asked for meanwhile is made when they are attached."""
+    words = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(world.a.bpf_root)]
+    trace = world.a.popen(words, join_cgroup=False, stdout=-3, stderr=-1)
+    try:
+        for _ in range(5):
+            subprocess.run(
+                ["bpftool", "link", "detach", "pinned", pin_folder(world.a.bpf_root) / "links" / "connect4"],
+                check=True,
+            )
+            repaired = check(world.a, "--repair", good=True)["repaired"]
+            assert [(each["where"], each["kind"]) for each in repaired] in ([("programs", "detached")], [])
+            assert {each.hook for each in attachments(pin_folder(world.a.bpf_root)) if each.alive} >= {
+                "connect4"
+            }
+    finally:
+        trace.terminate()
+        trace.communicate(timeout=20)
+    check(world.a, good=True)
 
 
 def test_sysctl_that_stops_forwarding_is_named(world: World, agent: Agent) -> None:

@@ -70,7 +70,7 @@ _HOLDS = {
     "tracing": "which decisions it wants, and until when",
     "traced_services": "the Services that it wants them of",
     "pod_names": "endpoint address → pod, while it runs",
-    "agent_state": "the agent's state, for `ebpfproxy status`; requests and reports of `ebpfproxy check`",
+    "agent_state": "the agent's state, for `ebpfproxy status`, and where commands ask it",
 }
 _REASONS = {
     "no-endpoint": "the Service has no endpoint",

@@ -71,8 +71,6 @@ PROGRAMMED = struct.Struct("=dd")
 AGENT_STATE_SIZE = 16384
 #: Bytes of the ring of decisions: of 100 ms of 64 CPUs at their default rate. A power of two.
 DECISION_RING = 1 << 20
-#: Keys of ``agent_state``: that account, what ``ebpfproxy check`` asks the agent, and its answer.
-AGENT_ACCOUNT, CHECK_REQUEST, CHECK_REPORT = range(3)
 
 
 def _hash(name: str, key: int, value: int, entries: int) -> MapSpec:
@@ -157,7 +155,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _array("crc32c", CRC_STEPS * 4096, 1),
         _per_cpu("packet_events", U64.size, len(PacketEvent)),
         _per_cpu("scratch", SCRATCH_SIZE, 1),
-        MapSpec("agent_state", uapi.MAP_HASH, 4, AGENT_STATE_SIZE, 3),
+        MapSpec("agent_state", uapi.MAP_HASH, 4, AGENT_STATE_SIZE, 1),
         _array("programmed", PROGRAMMED.size, 1),
         MapSpec("decisions", uapi.MAP_RINGBUF, 0, 0, DECISION_RING),
         _per_cpu("decision_state", DECISION_STATE.size, 1),

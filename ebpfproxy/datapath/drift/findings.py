@@ -33,6 +33,25 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     warning: bool = False
 
 
+class Repaired(msgspec.Struct, frozen=True):
+    """What the agent has repaired, and when (Unix seconds)."""
+
+    when: float
+    finding: Finding
+
+
+class Report(msgspec.Struct, frozen=True):
+    """One comparison of the agent's, for a command that has asked for it."""
+
+    #: What is not as it should be, and has not been repaired.
+    findings: tuple[Finding, ...] = ()
+    repaired: tuple[Finding, ...] = ()
+    #: So many more are not told of.
+    more: int = 0
+    #: The last that were repaired, latest first.
+    earlier: tuple[Repaired, ...] = ()
+
+
 _FILTERED = "packets to some Services pass untranslated, or all packets are looked up"
 _CONSEQUENCES = {
     "crc32c": "SCTP packets leave with wrong checksums",

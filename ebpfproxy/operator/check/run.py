@@ -9,16 +9,15 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.agent import state
-from ebpfproxy.agent.check_record import Repaired
-from ebpfproxy.datapath.drift.findings import Finding
+from ebpfproxy.datapath.drift.findings import Finding, Repaired, Report
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.node.kernel_tables import read_facts
 from ebpfproxy.node.roles import Role
-from ebpfproxy.operator.check import agent_answer, node, programs, proxies
 from ebpfproxy.operator.check import maps as map_checks
+from ebpfproxy.operator.check import node, programs, proxies
 from ebpfproxy.operator.migrate.node.tools import ToolError
 
 
@@ -40,23 +39,20 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     unchecked: tuple[str, ...] = ()
 
 
-def check(bpf_root: Path, maps: MapSet, *, repair: bool, seconds: float) -> Check:
-    """Checks this node. ``seconds``: for how long the agent is waited for. Raises BpfError."""
+def check(bpf_root: Path, maps: MapSet, report: Report | None, silence: str) -> Check:
+    """Checks this node. Raises BpfError.
+
+    ``report``: what the agent has found. Without one ``silence`` says why, and is empty where no agent runs.
+    """
     pins = pin_folder(bpf_root)
     agent = state.load_latest(pins)
     is_here = agent is None or agent.netns in (0, netns_cookie())
     unchecked: list[str] = []
     findings: list[Finding] = []
-    repaired: tuple[Finding, ...] = ()
-    report = None
-    runs = is_locked(bpf_root)
-    if runs:
-        report = agent_answer.ask(maps, repair=repair, seconds=seconds)
     if report is not None:
-        findings += () if report.repaired else report.findings
-        repaired = report.findings if report.repaired else ()
+        findings += report.findings
     else:
-        findings.append(_no_agent(runs=runs, seconds=seconds))
+        findings.append(_no_agent(silence))
         findings += map_checks.contradictions(maps)
         findings += programs.lost(pins, maps.folder, agent, is_here=is_here)
         unchecked.append("whether maps hold what the API says: only the agent knows that")
@@ -72,22 +68,22 @@ def check(bpf_root: Path, maps: MapSet, *, repair: bool, seconds: float) -> Chec
     else:
         unchecked.append("sysctls, devices and rules: this is not the agent's network namespace")
     return Check(
-        agent="answered" if report is not None else "no answer" if runs else "not running",
+        agent="answered" if report is not None else "no answer" if silence else "not running",
         good=all(each.warning for each in findings),
         findings=tuple(sorted(findings, key=lambda each: each.warning)),
-        repaired=repaired,
+        repaired=report.repaired if report is not None else (),
         earlier=report.earlier if report is not None else (),
-        more=max(0, report.total - len(report.findings)) if report is not None else 0,
+        more=report.more if report is not None else 0,
         unchecked=tuple(unchecked),
     )
 
 
-def _no_agent(*, runs: bool, seconds: float) -> Finding:
-    if runs:
+def _no_agent(silence: str) -> Finding:
+    if silence:
         return Finding(
             where="agent",
             kind="missing",
-            what=f"no answer within {seconds:g} s",
+            what=silence,
             consequence="it has not programmed everything yet, or it hangs",
             mend="ebpfproxy status",
         )

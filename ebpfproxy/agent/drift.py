@@ -18,7 +18,7 @@ from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.programs import ProgramDrift, ProgramManager
 from ebpfproxy.datapath.drift.checker import Checker, Reading
 from ebpfproxy.datapath.drift.compare import Difference
-from ebpfproxy.datapath.drift.findings import Describer, Finding, Repaired, Report
+from ebpfproxy.datapath.drift.findings import Describer, Finding, Repaired, Report, consequence_at
 from ebpfproxy.datapath.drift.repair import ORDER, repair
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
@@ -172,7 +172,7 @@ def _of_programs(found: ProgramDrift) -> Iterator[Finding]:
                 where="devices",
                 kind=each.kind,
                 what=each.at,
-                consequence="packets of clients outside, and replies to them, are not translated there",
+                consequence=consequence_at(each.at),
             )
     for what in found.unpinned:
         yield Finding(

@@ -214,7 +214,7 @@ class ProgramManager:
             )
             if not unloaded
             else [],
-            self._packets.attacher.drifted() if not unloaded else {},
+            self._packets.drifted() if not unloaded else {},
             [*unloaded, *(f"map {name}" for name in unpinned(self._maps))],
         )
 
@@ -228,7 +228,7 @@ class ProgramManager:
         if found.hooks:
             self._attach_sockets(self._programs)
         if found.devices:
-            self._packets.attacher.forget(found.devices)
+            self._packets.forget(found.devices)
             self._attach_devices()
 
     # -- attaching

@@ -69,11 +69,9 @@ class XdpState:
         return codec.attributes(reply.payload[_GENLMSG.size :])
 
 
-def xdp_program(ifindex: int) -> int:
+def xdp_program(netlink: Rtnetlink, ifindex: int) -> int:
     """The id of the XDP program that the device has, 0 without one. Raises OSError."""
-    with Rtnetlink() as netlink:
-        request = IFINFOMSG.pack(0, 0, ifindex, 0, 0)
-        (message,) = netlink.ask(GETLINK, request)
+    (message,) = netlink.ask(GETLINK, IFINFOMSG.pack(0, 0, ifindex, 0, 0))
     found = codec.attributes(message[IFINFOMSG.size :])
     inside = codec.attributes(found.get(_IFLA_XDP, memoryview(b"")))
     return int(_NUMBER.unpack(inside[_XDP_PROG_ID])[0]) if _XDP_PROG_ID in inside else 0

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from tests.e2e import load
 from tests.e2e.outer import Held, Outer
 from tests.e2e.test_outside import _stream as stream
 from tests.e2e.world import NODE_PORT
+from tests.field.records import maps_of
+from tests.field.test_check import check
 from tests.lab import Agent, Lab, clients, ethtool
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -269,6 +271,92 @@ def test_a_veth_whose_other_end_takes_no_frames_has_no_native_program(
         assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
     finally:
         world.lab.switch.call(ethtool.turn, "n1", {"gro": True})
+        other.stop()
+
+
+def _detach(world: World) -> None:
+    (pin,) = links(world)
+    world.a.run(["bpftool", "link", "detach", "pinned", str(pin)])
+
+
+def _replace(world: World) -> None:
+    (pin,) = links(world)
+    program = bpf.prog_load(uapi.PROG_XDP, XDP_ATTACH, "foreign", PASS_ALL)
+    with bpf.opened(pin) as link:
+        bpf.link_update(link, program)
+    os.close(program)
+
+
+def _forget_devices(world: World) -> None:
+    with maps_of(world.a) as maps:
+        for key, _ in list(maps["xdp_devices"].items()):
+            bpf.map_delete(maps["xdp_devices"].fd, key)
+
+
+TAMPERED = [
+    (_detach, ("devices", "detached", "eth0 xdp")),
+    (_replace, ("devices", "replaced", "eth0 xdp")),
+    (_forget_devices, ("xdp_devices", "missing", "device ")),
+]
+
+
+def wrong(found: dict[str, Any], where: str = "findings") -> list[tuple[str, str, str]]:
+    return [
+        (each["where"], each["kind"], each["what"].rstrip("0123456789"))
+        for each in found[where]
+        if not each["warning"]
+    ]
+
+
+def forwards(world: World) -> bool:
+    before = world.forwarded()
+    world.outside.call(echo, world.a.address, UDP_PORT, PACKETS)
+    return world.forwarded() > before
+
+
+@pytest.mark.parametrize(("tamper", "expected"), TAMPERED)
+def test_what_somebody_changes_is_named_and_repaired(
+    world: World, tamper: Callable[[World], None], expected: tuple[str, str, str]
+) -> None:
+    """The agent compares only when it is asked to, but attaches every ten seconds what is lost: then again."""
+    agent = world.agent("--xdp", "native", "--drift-check-seconds", "0").start()
+
+    def said(where: str, *arguments: str) -> list[tuple[str, str, str]]:
+        tamper(world)
+        return wrong(json.loads(world.a.cli("check", "-o", "json", *arguments, check=False)), where)
+
+    try:
+        until(lambda: forwards(world))
+        until(lambda: said("findings") == [expected])
+        until(lambda: said("repaired", "--repair") == [expected])
+        assert forwards(world)
+        assert wrong(check(world.a, good=True)) == []
+    finally:
+        agent.stop()
+
+
+@pytest.mark.parametrize("kind", ["detached", "replaced"])
+def test_without_an_agent_a_lost_program_is_named(world: World, agent: Agent, kind: str) -> None:
+    world.state()
+    agent.stop()
+    {"detached": _detach, "replaced": _replace}[kind](world)
+    found = check(world.a, good=False)
+    assert wrong(found) == [("agent", "missing", "not running"), ("devices", kind, "eth0 xdp")]
+    foreign = [each["what"] for each in found["findings"] if each["kind"] == "foreign"]
+    assert foreign == []
+
+
+def test_a_program_of_somebody_else_is_a_warning(world: World, agent: Agent) -> None:
+    agent.stop()
+    world.a.cli("cleanup")
+    pin = world.a.bpf_root.parent / "foreign"
+    number = world.a.call(_attach_foreign, str(pin))
+    other = world.agent("--xdp", "native").start()
+    try:
+        (found,) = [each for each in check(world.a, good=True)["findings"] if each["kind"] == "foreign"]
+        assert (found["where"], found["what"]) == ("devices", f"eth0 xdp: program {number} foreign")
+    finally:
+        pin.unlink()
         other.stop()
 
 

@@ -56,6 +56,7 @@ _FILTERED = "packets to some Services pass untranslated, or all packets are look
 _CONSEQUENCES = {
     "crc32c": "SCTP packets leave with wrong checksums",
     "devices": "packets are masqueraded with a wrong address, or not at all",
+    "xdp_devices": "packets that only pass through this node take tc's longer way, or are lost",
     "node_addresses": "NodePorts do not answer at an address, or at one too many",
     "client_namespaces": "a pod is two clients for session affinity",
     "cidrs": "packets to unused cluster IPs pass, or packets to others are dropped",
@@ -80,6 +81,13 @@ _OF_FRONTENDS = {
 }
 
 
+def consequence_at(device: str) -> str:
+    """What follows where the program at a device, with the direction or ``xdp``, is not ours."""
+    if device.endswith("xdp"):
+        return _CONSEQUENCES["xdp_devices"]
+    return "packets of clients outside, and replies to them, are not translated there"
+
+
 class Describer:
     """Tells of differences by the names that the agent knows."""
 
@@ -99,7 +107,8 @@ class Describer:
             "source_ranges": self._source_range,
             "node_addresses": self._address,
             "client_namespaces": self._address,
-            "devices": lambda each: (f"device {U32.unpack(each.key)[0]}", None),
+            "devices": self._device,
+            "xdp_devices": self._device,
             "cidrs": lambda each: (_cidr(node_layout.unpack_cidr(each.key)), None),
             "crc32c": lambda _: ("the table", None),
         }
@@ -178,6 +187,9 @@ class Describer:
     def _source_range(self, each: Difference) -> tuple[str, int | None]:
         service_id, prefix = layout.unpack_source_range(each.key)
         return _cidr(prefix), service_id
+
+    def _device(self, each: Difference) -> tuple[str, int | None]:
+        return f"device {U32.unpack(each.key)[0]}", None
 
     def _address(self, each: Difference) -> tuple[str, int | None]:
         return format_address(layout.unpack_address(each.key)), None

@@ -15,6 +15,7 @@ from ebpfproxy.datapath.kernel.maps import Map, MapSet, SharedArray
 ORDER = (
     "crc32c",
     "devices",
+    "xdp_devices",
     "node_addresses",
     "client_namespaces",
     "cidr_filter",

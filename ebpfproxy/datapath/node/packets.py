@@ -13,6 +13,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.node.service_cidrs import Cidrs
+from ebpfproxy.datapath.programs.attach import Drifted
 from ebpfproxy.datapath.programs.devices import LOOPBACK, DeviceAttacher, Target
 from ebpfproxy.datapath.programs.xdp import XdpAttacher, XdpDevice, XdpMode
 
@@ -112,11 +113,19 @@ class PacketPath:
             Owned(self._devices, lambda: list(self._entries.items())),
             Owned(self._crc, lambda: [(_FIRST, zeros_tables())]),
             self._cidrs.owned(),
+            self._xdp.owned(),
         ]
 
-    @property
-    def attacher(self) -> DeviceAttacher:
-        return self._attacher
+    def drifted(self) -> dict[int, list[Drifted]]:
+        """Devices by index that have lost a program since it was attached. Any thread may ask."""
+        found = self._attacher.drifted()
+        for index, drifts in self._xdp.drifted().items():
+            found.setdefault(index, []).extend(drifts)
+        return found
+
+    def forget(self, ifindexes: Iterable[int]) -> None:
+        """See :meth:`DeviceAttacher.forget`: XDP's part looks each time."""
+        self._attacher.forget(ifindexes)
 
     def attach(self, programs: Path) -> tuple[list[str], list[str]]:
         """See :meth:`DeviceAttacher.attach`."""

@@ -6,6 +6,7 @@ Links (Linux 5.7) attach with the multi-program flag and are detached by nobody 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,19 +96,23 @@ class Drifted(NamedTuple):
 DETACHED, REPLACED = "detached", "replaced"
 
 
+def drift(at: str, there: int | None, wanted: int | None) -> Iterator[Drifted]:
+    """Compares ids of programs: the one that is there, if any, and ours."""
+    if there != wanted:
+        yield Drifted(at, DETACHED if there is None else REPLACED)
+
+
 def drifted(
     pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False
 ) -> list[Drifted]:
     """The hooks that have another program than the one in ``programs``, or none."""
     cgroup_id = cgroup_root.stat().st_ino
-    found = []
+    found: list[Drifted] = []
     for hook in SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ()):
         with bpf.pinned(pins / LINKS / hook.name) as link:
             info = bpf.cgroup_link_info(link) if link is not None else None
-        if info is None or info.cgroup_id != cgroup_id:
-            found.append(Drifted(hook.name, DETACHED))
-        elif info.prog_id != program_id(programs / hook.name):
-            found.append(Drifted(hook.name, REPLACED))
+        there = int(info.prog_id) if info is not None and info.cgroup_id == cgroup_id else None
+        found += drift(hook.name, there, program_id(programs / hook.name))
     return found
 
 

@@ -21,7 +21,7 @@ import msgspec
 from ebpfproxy.datapath.abi.hooks import LOOPBACK as LOOPBACK_PROGRAMS
 from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook, Module
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.attach import DETACHED, LINKS, REPLACED, Drifted, pin_over, program_id
+from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
 from ebpfproxy.netlink.rtnetlink import Rtnetlink, device_indexes
 from ebpfproxy.netlink.traffic_control import (
     EGRESS,
@@ -138,10 +138,9 @@ class DeviceAttacher:
                     if path not in ids:
                         ids[path] = program_id(path)
                     there = self._program(netlink, target, _direction(hook))
-                    if there != ids[path] and _exists(target.ifindex):
-                        kind = DETACHED if there is None else REPLACED
-                        drift = Drifted(f"{target.name} {_direction(hook)}", kind)
-                        found.setdefault(target.ifindex, []).append(drift)
+                    drifts = [*drift(f"{target.name} {_direction(hook)}", there, ids[path])]
+                    if drifts and exists(target.ifindex):
+                        found.setdefault(target.ifindex, []).extend(drifts)
         return found
 
     def forget(self, ifindexes: Iterable[int]) -> None:
@@ -181,7 +180,8 @@ class DeviceAttacher:
         return remove_filters(wanted)
 
 
-def _exists(ifindex: int) -> bool:
+def exists(ifindex: int) -> bool:
+    """True if this network namespace has a device with this index."""
     try:
         socket.if_indextoname(ifindex)
     except OSError:

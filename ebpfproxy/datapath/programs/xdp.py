@@ -22,7 +22,10 @@ from ebpfproxy.datapath.abi.node_layout import XdpFlags, pack_xdp_device
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import Map
-from ebpfproxy.datapath.programs.attach import LINKS, pin_over
+from ebpfproxy.datapath.kernel.owned import Owned
+from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
+from ebpfproxy.datapath.programs.devices import exists
+from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.xdp_state import XdpFeatures, XdpState, xdp_program
 
 _PIN = re.compile(r"xdp-(\d+)-(native|generic)(-new)?")
@@ -70,6 +73,9 @@ class XdpAttacher:
         self._modes = modes
         #: The mode of each device, or the reason why it has no program, by ifindex.
         self.states: dict[int, str] = {}
+        self._entries = dict(table.items())
+        #: The program's pin, and the names of the devices that have it, by their links.
+        self._attached: tuple[Path, dict[Path, XdpDevice]] = Path(), {}
 
     def attach(self, devices: Iterable[XdpDevice], programs: Path) -> list[str]:
         """Attaches to exactly these devices, as far as they can have the program; returns what changed.
@@ -77,12 +83,13 @@ class XdpAttacher:
         Call it again once in a while: foreign programs and what drivers can do come and go.
         """
         before, self.states = self.states, {}
+        wanted: dict[bytes, bytes] = {}
+        kept: dict[Path, XdpDevice] = {}
+        self._attached = programs / _HOOK.name, kept
         if not self._modes:
-            self._table.bring({})
-            return self._detach_all_but(())
+            self._bring(wanted)
+            return self._detach_all_but(kept)
         self._links.mkdir(parents=True, exist_ok=True)
-        wanted = {}
-        kept: list[Path] = []
         with XdpState() as state, bpf.opened(programs / _HOOK.name) as program:
             for device in devices:
                 try:
@@ -95,7 +102,7 @@ class XdpAttacher:
                 self.states[device.ifindex] = str(mode or reason)
                 flags = XdpFlags(0)
                 if mode is not None:
-                    kept.append(self._pin(device.ifindex, mode))
+                    kept[self._pin(device.ifindex, mode)] = device
                     flags |= XdpFlags.FORWARDS
                     # What a veth sends back is lost unless the other end has an XDP program, too. What is
                     # redirected to it arrives.
@@ -106,9 +113,29 @@ class XdpAttacher:
                 if flags:
                     wanted[U32.pack(device.ifindex)] = pack_xdp_device(device.link_address, flags)
         # A frame that finds no entry is left to tc.
-        self._table.bring(wanted)
+        self._bring(wanted)
         changed = [f"{device}: {what}" for device, what in self.states.items() if before.get(device) != what]
         return changed + self._detach_all_but(kept)
+
+    def _bring(self, wanted: dict[bytes, bytes]) -> None:
+        refused = self._table.bring(wanted)
+        self._entries = {key: value for key, value in wanted.items() if key not in refused}
+
+    def owned(self) -> Owned:
+        return Owned(self._table, lambda: list(self._entries.items()))
+
+    def drifted(self) -> dict[int, list[Drifted]]:
+        """Devices by index that have lost the program since it was attached. Any thread may ask."""
+        program, attached = self._attached
+        found = {}
+        for path, device in list(attached.items()):
+            with bpf.pinned(path) as link:
+                info = bpf.xdp_link_info(link) if link is not None else None
+            there = int(info.prog_id) if info is not None and info.ifindex == device.ifindex else None
+            drifts = [*drift(f"{device.name} xdp", there, program_id(program))]
+            if drifts and exists(device.ifindex):
+                found[device.ifindex] = drifts
+        return found
 
     def _pin(self, ifindex: int, mode: XdpMode) -> Path:
         return self._links / f"xdp-{ifindex}-{mode}"
@@ -143,7 +170,8 @@ class XdpAttacher:
             fresh = bpf.link_create(program, device.ifindex, _HOOK.attach_type, mode.flag)
         except BpfError as error:
             if error.errno in _TAKEN:
-                return f"another XDP program is attached (id {xdp_program(device.ifindex)})"
+                with Rtnetlink() as netlink:
+                    return f"another XDP program is attached (id {xdp_program(netlink, device.ifindex)})"
             return f"no {mode} XDP: {os.strerror(error.errno or 0)}"
         try:
             pin_over(fresh, path)

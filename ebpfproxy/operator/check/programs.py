@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ebpfproxy.agent.state import AgentState
 from ebpfproxy.datapath.abi.hooks import SOCKET_HOOKS, TCX_EGRESS, TCX_INGRESS
-from ebpfproxy.datapath.drift.findings import Finding
+from ebpfproxy.datapath.drift.findings import Finding, consequence_at
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.roots import RootError, find_cgroup_root
-from ebpfproxy.datapath.programs.attach import Attachment, attachments, program_id
+from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED, Attachment, attachments, program_id
 from ebpfproxy.datapath.programs.devices import (
     FILTER_PRIORITY,
     device_attachments,
     directions_of,
 )
+from ebpfproxy.datapath.programs.xdp import XdpMode, xdp_attachments
 from ebpfproxy.netlink import traffic_control
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
+from ebpfproxy.netlink.xdp_state import xdp_program
 
 _ATTACH_TYPES = {"ingress": TCX_INGRESS, "egress": TCX_EGRESS}
 _PARENTS = {"ingress": traffic_control.INGRESS, "egress": traffic_control.EGRESS}
+_XDP = "xdp"
 _START = "start the agent, which attaches them again"
 
 
@@ -31,26 +35,25 @@ def lost(pins: Path, folder: Path, agent: AgentState | None, *, is_here: bool) -
 
     ``folder``: that of the maps. ``is_here``: this is the agent's network namespace.
     """
+    pinned = {program_id(path) for path in folder.glob("progs-*/*")}
     for each in attachments(pins):
-        pinned = {program_id(path) for path in folder.glob(f"progs-*/{each.hook}")}
-        consequence = "sockets of this node are not translated there"
-        if not each.alive:
-            yield _lost("programs", "detached", each.hook, consequence)
-        elif each.program_id not in pinned:
-            yield _lost("programs", "replaced", each.hook, consequence)
+        number = each.program_id if each.alive else None
+        if number not in pinned:
+            yield _lost("programs", number, each.hook, "sockets of this node are not translated there")
     if agent is None or not is_here:
         return
-    there: dict[int, set[str]] = {}
-    for one in device_attachments(pins):
-        there.setdefault(one.ifindex, set()).add(one.direction)
+    there = {(one.ifindex, one.direction): one.program_id for one in device_attachments(pins)}
+    there |= {(one.ifindex, _XDP): one.program_id for one in xdp_attachments(pins)}
     for device in agent.device_roles:
-        for direction in directions_of(device.ifindex) if device.attached else ():
-            if direction not in there.get(device.ifindex, ()):
-                consequence = "packets of clients outside, and replies to them, are not translated there"
-                yield _lost("devices", "detached", f"{device.name} {direction}", consequence)
+        wanted = [*(directions_of(device.ifindex) if device.attached else ())]
+        wanted += [_XDP] if device.xdp in list(XdpMode) else []
+        for at in wanted:
+            if (number := there.get((device.ifindex, at))) not in pinned:
+                yield _lost("devices", number, f"{device.name} {at}", consequence_at(at))
 
 
-def _lost(where: str, kind: str, what: str, consequence: str) -> Finding:
+def _lost(where: str, number: int | None, what: str, consequence: str) -> Finding:
+    kind = DETACHED if number is None else REPLACED
     return Finding(where=where, kind=kind, what=what, consequence=consequence, mend=_START)
 
 
@@ -58,8 +61,13 @@ def before_ours(pins: Path, agent: AgentState | None, *, is_here: bool) -> Itera
     """Programs of others that see sockets and packets first: what they change or take, ours never see."""
     yield from _at_sockets(attachments(pins))
     if agent is not None and is_here:
+        own = {each.program_id for each in xdp_attachments(pins)} | {0}
         with Rtnetlink() as netlink:
             for device in agent.device_roles:
+                # A device may be gone by now.
+                with suppress(OSError):
+                    if (number := xdp_program(netlink, device.ifindex)) not in own:
+                        yield _first("devices", f"{device.name} xdp", number)
                 for direction in directions_of(device.ifindex):
                     yield from _at_device(
                         netlink, pins, device.ifindex, f"{device.name} {direction}", direction

@@ -28,6 +28,7 @@ from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import LOOPBACK, device_attachments
 from ebpfproxy.datapath.programs.loader import Options
+from ebpfproxy.datapath.programs.xdp import xdp_attachments
 from ebpfproxy.explain.answer import Explanation, Known, explain
 from ebpfproxy.explain.path import Client, Programs, Target
 from ebpfproxy.explain.report import Report, report_of, without_frontend
@@ -212,6 +213,7 @@ def _programs(pins: Path, agent: state.AgentState | None, routes: Routes) -> Pro
         options=known or Options(features=Features(set_retval=True), host_netns_cookie=netns_cookie()),
         socket_hooks=frozenset(each.hook for each in attachments(pins) if each.alive),
         devices=frozenset(devices),
+        xdp=frozenset(each.ifindex for each in xdp_attachments(pins)),
         source_towards=towards,
         device_to=routes.device_to,
     )

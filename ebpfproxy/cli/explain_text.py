@@ -14,6 +14,7 @@ from ebpfproxy.explain.report import Report
 _SHOWN = 16
 _HOOKS = {
     Hook.SOCKET: "the socket (connect and sendmsg)",
+    Hook.XDP: "XDP",
     Hook.INGRESS: "tc ingress, where its packets come in",
     Hook.EGRESS: "tc egress, where its packets leave",
     Hook.LOOPBACK: "tc on the loopback device",
@@ -63,6 +64,10 @@ def _facts(each: Explanation) -> Iterator[tuple[str, str]]:
         yield "source ranges", each.source_ranges
     if each.masquerade is not None:
         yield "masquerade", _masquerade(each)
+        for hook, backends in each.masquerade.forwarded.items():
+            more = f" and {len(backends) - _SHOWN} more" * (len(backends) > _SHOWN)
+            where = "XDP, but the first of a flow" if hook is Hook.XDP else "tc ingress"
+            yield "past netfilter", f"packets to {', '.join(backends[:_SHOWN])}{more}, at {where}"
     for row in each.sockets:
         yield "open sockets", f"{row.sockets} to {row.backend} ({row.state}): {row.what}"
     for flow in each.flows[:_SHOWN]:

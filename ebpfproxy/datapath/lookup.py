@@ -13,7 +13,14 @@ from ebpfproxy.datapath.abi import flow_layout, layout
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.flow_layout import AffinityKey
 from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceEntry, ServiceFlags
-from ebpfproxy.datapath.abi.node_layout import CidrFlags, DeviceFlags, pack_cidr, unpack_device
+from ebpfproxy.datapath.abi.node_layout import (
+    CidrFlags,
+    DeviceFlags,
+    XdpFlags,
+    pack_cidr,
+    unpack_device,
+    unpack_xdp_device,
+)
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Backend, BackendState, Policy, Prefix, Protocol
 
@@ -86,6 +93,11 @@ class Lookup:
     def device_flags(self, ifindex: int) -> DeviceFlags:
         found = self._maps["devices"].lookup(U32.pack(ifindex))
         return unpack_device(found).flags if found is not None else DeviceFlags(0)
+
+    def xdp_flags(self, ifindex: int) -> XdpFlags:
+        """``xdp_device_of``: what frames XDP forwards from there, and to there."""
+        found = self._maps["xdp_devices"].lookup(U32.pack(ifindex))
+        return unpack_xdp_device(found)[1] if found is not None else XdpFlags(0)
 
     def masquerade_address(self, ifindex: int, family: int) -> bytes:
         """``masquerade_address`` for a device; empty where there is none of this ``family``."""

@@ -22,6 +22,7 @@ from ebpfproxy.explain.path import (
     Ranges,
     Target,
     find_path,
+    forwards_at,
 )
 from ebpfproxy.services.model import (
     BackendState,
@@ -50,13 +51,15 @@ class AffinityState(msgspec.Struct, frozen=True):
 class MasqueradeState(msgspec.Struct, frozen=True):
     """``addresses``: what backends see, as far as routes tell.
 
-    ``hairpin``: a backend may be the client itself, and is masqueraded in any case.
+    ``hairpin``: a backend may be the client itself, and is masqueraded in any case. ``forwarded``: backends
+    to which packets go past netfilter, by the hook that forwards those after a flow's first.
     """
 
     applies: bool
     why: str
     hairpin: bool = False
     addresses: tuple[str, ...] = ()
+    forwarded: dict[Hook, tuple[str, ...]] = {}
 
 
 class OpenFlow(msgspec.Struct, frozen=True):
@@ -257,11 +260,18 @@ def _masquerade(client: Client, target: Target, path: Path, known: Known) -> Mas
     itself = [each for each in path.selected if each.backend.address in client.addresses]
     is_hairpin = may_be_hairpin and bool(itself)
     found: set[bytes] = set()
+    forwarded: dict[Hook, tuple[str, ...]] = {}
     for each in (path.selected if applies else itself if is_hairpin else ())[:_MOST_ROUTES]:
         device = known.programs.device_to(each.backend.address)
-        if device is not None:
-            found.add(known.tables.masquerade_address(device, len(target.address)))
-    return MasqueradeState(applies, why, is_hairpin, tuple(map(format_address, sorted(found - {b""}))))
+        address = known.tables.masquerade_address(device, len(target.address)) if device is not None else b""
+        if device is None or not address:
+            continue
+        found.add(address)
+        hook = forwards_at(client, device, target, known.tables, known.programs)
+        if path.hook is Hook.INGRESS and hook is not None:
+            backend = format_endpoint(each.backend.address, each.backend.port)
+            forwarded[hook] = (*forwarded.get(hook, ()), backend)
+    return MasqueradeState(applies, why, is_hairpin, tuple(map(format_address, sorted(found))), forwarded)
 
 
 class _Open:

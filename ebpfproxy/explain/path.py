@@ -1,6 +1,7 @@
 """Which hook handles a connection, which frontend it finds, and what becomes of it.
 
 It follows bpf/sock.c, bpf/tc.c and bpf/loopback.c branch by branch, up to the choice among several backends.
+bpf/xdp.c decides nothing: it follows flows, and :func:`forwards_at` says which.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags
-from ebpfproxy.datapath.abi.node_layout import CidrFlags, DeviceFlags
+from ebpfproxy.datapath.abi.node_layout import CidrFlags, DeviceFlags, XdpFlags
 from ebpfproxy.datapath.lookup import Selected
 from ebpfproxy.datapath.programs.devices import LOOPBACK
 from ebpfproxy.datapath.programs.loader import Options
@@ -53,14 +54,15 @@ class Target(NamedTuple):
 class Programs(NamedTuple):
     """What runs on this node. ``socket_hooks``: names of those that have our programs.
 
-    ``devices``: indexes of those with a program at ingress; of the loopback, at egress.
-    ``source_towards``: the packed source by which this host reaches an address, empty without a route.
-    ``device_to``: the device that leads there.
+    ``devices``: indexes of those with a program at ingress; of the loopback, at egress. ``xdp``: those with
+    one at XDP. ``source_towards``: the packed source by which this host reaches an address, empty without a
+    route. ``device_to``: the device that leads there.
     """
 
     options: Options
     socket_hooks: frozenset[str]
     devices: frozenset[int]
+    xdp: frozenset[int]
     source_towards: Callable[[bytes], bytes]
     device_to: Callable[[bytes], int | None]
 
@@ -77,6 +79,7 @@ class Tables(Protocol):
     def source_allowed(self, service_id: int, source: bytes) -> bool: ...
     def cidr_flags(self, address: bytes) -> CidrFlags: ...
     def device_flags(self, ifindex: int) -> DeviceFlags: ...
+    def xdp_flags(self, ifindex: int) -> XdpFlags: ...
     def masquerade_address(self, ifindex: int, family: int) -> bytes: ...
     def selection(self, service_id: int, policy: Policy) -> list[Selected]: ...
 
@@ -85,6 +88,7 @@ class Hook(enum.StrEnum):
     """Where it is decided."""
 
     SOCKET = "socket"
+    XDP = "xdp"
     INGRESS = "tc-ingress"
     EGRESS = "tc-egress"
     LOOPBACK = "loopback"
@@ -295,6 +299,19 @@ def _masquerade(entry: ServiceEntry, scope: Scope, device: DeviceFlags, options:
     return Masquerade(
         applies=True, why="traffic from outside under policy Cluster: replies have to come back here"
     )
+
+
+def forwards_at(client: Client, out: int, target: Target, tables: Tables, programs: Programs) -> Hook | None:
+    """Where packets of a masqueraded flow to the device ``out`` are forwarded without netfilter, as
+    ``is_forwarded`` of flow.h has it; None where they are not.
+    """
+    if client.ifindex is None:
+        return None
+    takes = XdpFlags.TAKES | (XdpFlags.SENDS_BACK if out == client.ifindex else 0)
+    can_send = tables.xdp_flags(client.ifindex) & XdpFlags.FORWARDS and tables.xdp_flags(out) & takes
+    if not can_send or target.protocol is Transport.SCTP:
+        return Hook.INGRESS if programs.options.bypass_netfilter else None
+    return Hook.XDP if client.ifindex in programs.xdp else Hook.INGRESS
 
 
 def _of_host(client: Client, target: Target, tables: Tables, programs: Programs) -> Path:

@@ -80,7 +80,9 @@ def bench(pins: Path) -> Iterator[Bench]:
 def programs(*, pod_sockets: bool) -> Programs:
     options = Options(features=Features(set_retval=True), host_netns_cookie=1, pod_sockets=pod_sockets)
     hooks = frozenset(hook.name for hook in SOCKET_HOOKS)
-    return Programs(options, hooks, frozenset((UPLINK, POD_DEVICE)), lambda _: b"", lambda _: UPLINK)
+    return Programs(
+        options, hooks, frozenset((UPLINK, POD_DEVICE)), frozenset(), lambda _: b"", lambda _: UPLINK
+    )
 
 
 def write(bench: Bench, tracker: RecordTracker) -> None:

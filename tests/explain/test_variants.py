@@ -8,9 +8,11 @@ import pytest
 
 from tests.e2e.outer import Outer
 from tests.e2e.world import SERVICE_IPS
-from tests.explain.test_connect import Json, agrees, explained, masked_as
+from tests.explain.test_connect import Json, agrees, ask, explained, masked_as, run
+from tests.field.test_xdp import PACKETS, UDP_PORT, World, echo, links
 from tests.lab import Lab, clients
 from tests.lab.spaces import Space
+from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -89,3 +91,59 @@ def test_pods_of_other_nodes_are_explained(variant: tuple[str, Outer]) -> None:
     assert answer["scope"] == ("internal" if name == "cluster-cidr" else "external")
     assert outer.w2.call(clients.connect_error, outer.a.address, 30080) == "connected"
     sees(outer, outer.w2, answer, outer.w2.address)
+
+
+@pytest.fixture(scope="module")
+def forwarding() -> Iterator[World]:
+    with Lab(takes_xdp=True) as lab:
+        yield World(lab)
+
+
+def past_netfilter(world: World, address: str) -> Json:
+    is_v6 = ":" in address
+    client = world.outside.address6 if is_v6 else world.outside.address
+    target = f"[{address}]:30053" if is_v6 else f"{address}:30053"
+    (answer,) = ask(world, client, target, "--protocol", "UDP")["explanations"]
+    agrees(world, world.outside, answer)
+    found: Json = answer["masquerade"]["forwarded"]
+    return found
+
+
+def forwards(world: World, address: str) -> int:
+    """How many packets of a new flow XDP forwards, with those that come back."""
+    before = world.forwarded()
+    assert world.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
+    return world.forwarded() - before
+
+
+def test_what_xdp_forwards_is_explained(forwarding: World) -> None:
+    """Flows to a backend on another node, while the program is attached; SCTP and this node's pods are tc's."""
+    agent = forwarding.agent("--xdp", "native", "--drift-check-seconds", "0").start()
+    for address, pod in (
+        (forwarding.a.address, forwarding.w2.address),
+        (forwarding.a.address6, forwarding.w2.address6),
+    ):
+        assert forwards(forwarding, address) == 2 * PACKETS - 1
+        backend = f"[{pod}]:8053" if ":" in pod else f"{pod}:8053"
+        assert past_netfilter(forwarding, address) == {"xdp": [backend]}
+    text = run(forwarding, forwarding.outside.address, f"{forwarding.a.address}:30080").output
+    assert f"packets to {forwarding.w2.address}:8080, at XDP, but the first of a flow" in text
+    forwarding.write_web(forwarding.w1)
+    until(lambda: past_netfilter(forwarding, forwarding.a.address) == {})
+    assert forwards(forwarding, forwarding.a.address) == 0
+    forwarding.write_web(forwarding.w2)
+    until(lambda: past_netfilter(forwarding, forwarding.a.address) != {})
+    agent.stop()
+    for link in links(forwarding):
+        link.unlink()
+    assert forwards(forwarding, forwarding.a.address) == 0
+    assert past_netfilter(forwarding, forwarding.a.address).keys() == {"tc-ingress"}
+
+
+@pytest.mark.parametrize("options", [[], ["--bypass-netfilter"]], ids=["default", "bypass"])
+def test_without_xdp_netfilter_is_passed_where_that_is_set(forwarding: World, options: list[str]) -> None:
+    agent = forwarding.agent(*options).start()
+    assert forwards(forwarding, forwarding.a.address) == 0
+    expected = {"tc-ingress": [f"{forwarding.w2.address}:8053"]} if options else {}
+    assert past_netfilter(forwarding, forwarding.a.address) == expected
+    agent.stop()

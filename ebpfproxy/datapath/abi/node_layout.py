@@ -114,6 +114,11 @@ def pack_xdp_device(link_address: bytes, flags: XdpFlags) -> bytes:
     return XDP_DEVICE.pack(link_address, flags)
 
 
+def unpack_xdp_device(packed: bytes) -> tuple[bytes, XdpFlags]:
+    link_address, flags = XDP_DEVICE.unpack(packed)
+    return link_address, XdpFlags(flags)
+
+
 def with_device_flags(packed: bytes, flags: DeviceFlags) -> bytes:
     """Adds flags to a packed device."""
     address4, address6, before, mtu = DEVICE.unpack(packed)

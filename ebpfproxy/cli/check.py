@@ -12,7 +12,7 @@ from ebpfproxy.agent.local_pages import CHECK, REPAIR
 from ebpfproxy.agent.local_socket import NoAgentError, ask
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.cli.output import age, console, emit, plain, table
 from ebpfproxy.datapath.drift.findings import Finding, Report
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import is_locked
@@ -76,20 +76,21 @@ def _print(found: Check) -> None:
                 out.print(_line(each))
                 if title != "REPAIRED":
                     out.print(f"    {each.consequence}")
-                    out.print(f"    mend: {each.mend}")
+                    out.print(plain(f"    mend: {each.mend}"))
     if found.more:
         out.print(f"and {found.more} more entries")
     if found.earlier and not found.repaired:
         now, rows = time.time(), table("repaired", "map", "kind", "entry", "service")
         for earlier in found.earlier:
             each = earlier.finding
-            rows.add_row(f"{age(now - earlier.when)} ago", each.where, each.kind, each.what, each.service)
+            cells = f"{age(now - earlier.when)} ago", each.where, each.kind, each.what, each.service
+            rows.add_row(*map(plain, cells))
         out.print(rows)
     for text in found.unchecked:
-        out.print(f"not checked: {text}")
+        out.print(plain(f"not checked: {text}"))
     if not wrong:
         out.print("everything is as it should be" + " again" * bool(found.repaired))
 
 
 def _line(each: Finding) -> str:
-    return f"  {each.where}: {each.kind}: {each.what}" + (f" ({each.service})" if each.service else "")
+    return plain(f"  {each.where}: {each.kind}: {each.what}" + f" ({each.service})" * bool(each.service))

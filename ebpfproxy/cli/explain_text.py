@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ebpfproxy.cli.output import age, console, table
+from ebpfproxy.cli.output import age, console, plain, table
 from ebpfproxy.explain.answer import Explanation
 from ebpfproxy.explain.endpoints import EndpointRow
 from ebpfproxy.explain.path import Hook, Outcome, Ranges
@@ -27,18 +27,18 @@ def print_report(report: Report) -> None:
     """Prints each explanation: a line with the answer, facts, and a table of the endpoints."""
     out = console()
     if report.why:
-        out.print(f"DOES NOT WORK: {report.why}")
+        out.print(plain(f"DOES NOT WORK: {report.why}"))
     for number, each in enumerate(report.explanations):
         if number:
             out.print()
-        out.print(_headline(each))
+        out.print(plain(_headline(each)))
         for name, value in _facts(each):
-            out.print(f"  {name + ':':<16}{value}")
+            out.print(plain(f"  {name + ':':<16}{value}"))
         if each.endpoints:
             out.print(_endpoints(each.endpoints))
     if report.without_agent:
         out.print()
-        out.print(f"The maps alone are explained, and not why they are so: {report.without_agent}.")
+        out.print(plain(f"The maps alone are explained, and not why they are so: {report.without_agent}."))
 
 
 def _headline(each: Explanation) -> str:
@@ -105,7 +105,7 @@ def _endpoints(rows: tuple[EndpointRow, ...]) -> Any:
     found = {name: cells for name, cells in columns.items() if not name or any(cells)}
     printed = table(*found)
     for cells in zip(*found.values(), strict=True):
-        printed.add_row(*cells)
+        printed.add_row(*map(plain, cells))
     if len(shown) < len(rows):
         printed.add_row("", f"… {len(rows)} in all, -o json has them")
     return printed

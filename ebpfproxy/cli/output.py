@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _WATCH_SECONDS = 0.5
 
 
+def plain(text: str) -> str:
+    """One line that a terminal shows and does not obey: processes choose their names, and the API some."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def table(*columns: str) -> Table:
     """A plain table as kubectl prints them: no borders, upper-case heads."""
     # It is a fifth of a command's modules, and JSON and YAML need none of them.

@@ -12,6 +12,7 @@ import msgspec
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import plain
 from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
 from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
@@ -158,7 +159,7 @@ def _print(traced: Session, output: str, count: int | None) -> None:
 
 
 def _line(row: DecisionRow, output: str) -> str:
-    return msgspec.json.encode(row).decode() if output == "json" else text(row)
+    return msgspec.json.encode(row).decode() if output == "json" else plain(text(row))
 
 
 def _say_lost(traced: Session) -> None:

@@ -178,7 +178,9 @@ def _endpoints(
 
 
 def _pod_of(target: TargetRef | None) -> str:
-    return target.name if target is not None and target.kind == "Pod" else ""
+    """The API server checks no such name: one that no pod can have is none."""
+    is_pod = target is not None and target.kind == "Pod" and target.name.isprintable()
+    return target.name if target is not None and is_pod else ""
 
 
 @functools.lru_cache(maxsize=8192)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import ebpfproxy
 from ebpfproxy.cli import main
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.output import age, emit
+from ebpfproxy.cli.output import age, emit, plain
 from ebpfproxy.datapath.dump import BackendRef
 
 
@@ -48,6 +48,9 @@ def test_version() -> None:
         ("conntrack", "get"),
         ("conntrack", "flush"),
         ("cleanup",),
+        ("check",),
+        ("explain",),
+        ("trace",),
     ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
@@ -174,3 +177,9 @@ def test_json_and_yaml_output_are_equal(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_format_of_ages(seconds: float, shown: str) -> None:
     assert age(seconds) == shown
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "a\nb", "\x9b31m", "\u202e", "\r", "\x07"])
+def test_a_terminal_does_not_obey_what_is_printed(hostile: str) -> None:
+    shown = plain(f"shop/{hostile} → ⇒ [1 of 3]")
+    assert shown.isprintable() and shown.endswith(" → ⇒ [1 of 3]")

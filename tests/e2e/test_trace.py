@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -357,6 +358,36 @@ def test_pods_of_endpoints_have_names(world: Outer, agent: Agent) -> None:
     (row,) = rows
     assert row["client"]["pod"] == "shop/w-1"
     assert row["backend"]["pod"] in ("shop/w-1", "shop/w-2")
+    world.remove("named")
+
+
+def _connect_as(comm: bytes, host: str) -> None:
+    ctypes.CDLL(None).prctl(15, comm)  # PR_SET_NAME
+    clients.ask_tcp(host, 80)
+
+
+def test_processes_and_pods_may_have_any_name(world: Outer, agent: Agent) -> None:
+    """A decision is one line, and no terminal obeys it; endpoints' pods are named by whoever makes slices."""
+    ip = "10.96.7.5"
+    world.add("named", ip, [{**world.on_a(), "targetRef": {"kind": "Pod", "name": "w\n\x1b[31m"}}])
+    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    command = [
+        sys.executable,
+        "-m",
+        "ebpfproxy",
+        "trace",
+        "--bpf-root",
+        str(world.a.bpf_root),
+        "--count",
+        "1",
+    ]
+    trace = world.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
+    assert trace.stderr is not None
+    assert trace.stderr.readline() == b"tracing\n"
+    world.client.call(_connect_as, b"\x1b[2J\nx\xc2\x9b", ip)
+    (line,) = trace.communicate(timeout=20)[0].decode().splitlines()
+    assert line.isprintable()
+    assert f"shop/named:http {ip}:80 ⇒ {world.w1.address}:8080 (1 of 1, random; " in line
     world.remove("named")
 
 

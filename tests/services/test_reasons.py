@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ebpfproxy.kube.manifests import parse
 from ebpfproxy.kube.objects import RECORD_TYPES, ObjectKey, Resource
 from ebpfproxy.services.model import Backend, Policy, ServicePort, format_address, format_endpoint
-from ebpfproxy.services.reasons import Reason, ServiceReasons
+from ebpfproxy.services.reasons import EndpointReason, Reason, ServiceReasons
 from tests.recordings import RecordTracker, changed
 from tests.services.test_cases import CASES, NODE, replaced
 from tests.services.test_rules import objects, requests
@@ -121,7 +121,8 @@ def test_a_service_without_frontends_says_why() -> None:
     assert said["no-cluster-ip-yet"] == "no cluster IP yet"
 
 
-def test_an_endpoint_whose_slice_lacks_the_port_is_named_without_one() -> None:
+def of_one_endpoint(endpoint: dict[str, object]) -> EndpointReason:
+    """An endpoint of a slice that lacks the Service's port."""
     service = {
         "metadata": {"name": "web", "namespace": "shop"},
         "spec": {"clusterIPs": ["10.96.0.1"], "ports": [{"name": "http", "port": 80}]},
@@ -134,13 +135,24 @@ def test_an_endpoint_whose_slice_lacks_the_port_is_named_without_one() -> None:
         },
         "addressType": "IPv4",
         "ports": [{"name": "web", "port": 8080}],
-        "endpoints": [{"addresses": ["10.244.0.1"], "targetRef": {"kind": "Pod", "name": "web-7f"}}],
+        "endpoints": [{"addresses": ["10.244.0.1"], **endpoint}],
     }
     tracker = RecordTracker(NODE)
     for resource, each in ((Resource.SERVICES, service), (Resource.ENDPOINTSLICES, piece)):
         tracker.apply(changed(resource, msgspec.convert(each, RECORD_TYPES[resource])))
     found = tracker.reasons(ObjectKey("shop", "web"))
     assert found is not None
-    (endpoint,) = found.ports[0].endpoints
+    (reason,) = found.ports[0].endpoints
+    return reason
+
+
+def test_an_endpoint_whose_slice_lacks_the_port_is_named_without_one() -> None:
+    endpoint = of_one_endpoint({"targetRef": {"kind": "Pod", "name": "web-7f"}})
     assert (endpoint.address, endpoint.cluster) == (format_address(bytes([10, 244, 0, 1])), Reason.NO_PORT)
     assert endpoint.pod == "shop/web-7f"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "a\x9bb", "\n"])
+def test_a_name_that_no_pod_can_have_is_none(name: str) -> None:
+    """The API server takes any name there, and agents of all nodes get it."""
+    assert of_one_endpoint({"targetRef": {"kind": "Pod", "name": name}}).pod == ""

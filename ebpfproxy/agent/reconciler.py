@@ -129,7 +129,7 @@ class Agent:
         try:
             self._reconcile()
         finally:
-            self._programs.stop_reporting()
+            self._tracing.stop()
             source.stop()
             for server in servers:
                 server.stop()

@@ -44,6 +44,11 @@ class TracingFollower:
         """Endpoints may have changed."""
         self._is_old = True
 
+    def stop(self) -> None:
+        """The agent ends: plain programs are attached, and the command is told."""
+        self._programs.stop_reporting()
+        self._tracing.programs = TracingPrograms.PLAIN
+
     def follow(self) -> None:
         wanted = self._tracing.is_wanted
         self._programs.report_decisions(wanted or self._always)

@@ -27,13 +27,13 @@ _AGAIN_SECONDS = 0.1
 @click.option("--repair", is_flag=True, help="Let the agent repair what differs, and name it.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 600),
-    default=15.0,
+    type=click.IntRange(1, 600),
+    default=15,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait for the agent.",
 )
-def command(bpf_root: Path, output: str, repair: bool, timeout: float) -> None:
+def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
     """Compare this node with what it should be, and name every difference.
 
     The agent compares maps and attached programs with what it has made of the API's objects; the command

@@ -13,7 +13,7 @@ from ebpfproxy.netlink.namespaces import FOLDERS
 from ebpfproxy.node.clients import Namespace, visible_namespaces
 from ebpfproxy.node.pods import pods
 from ebpfproxy.services.model import format_address
-from ebpfproxy.services.values import parse_address
+from ebpfproxy.services.values import LOOPBACK, parse_address, unusable_address
 
 HOST = "host"
 
@@ -36,6 +36,10 @@ def find_client(text: str, results: Path, device_to: Callable[[bytes], int | Non
     names = _names(results)
     address = parse_address(text.strip("[]"))
     if address is not None:
+        if (why := unusable_address(address)) is LOOPBACK:
+            return Found(_host(visible), "default")
+        if why is not None:
+            raise click.UsageError(f"{text} {why}: that is no one client's")
         return _by_address(address, visible, names, device_to)
     namespace, _, name = text.rpartition("/")
     matches = {each: pod for each, pod in names.items() if pod[1] == name and namespace in ("", pod[0])}
@@ -49,7 +53,7 @@ def find_client(text: str, results: Path, device_to: Callable[[bytes], int | Non
             pod_namespace, pod = names.get(wanted, ("", wanted))
             return Found(_pod(each, _pod_name(pod_namespace, pod), device_to), pod_namespace or "default")
     raise click.UsageError(
-        f"no pod {text} on this node: name one of its pods (those in {results}), an address, or {HOST}"
+        f"no pod {text!r} on this node: name one of its pods (those in {results}), an address, or {HOST}"
     )
 
 

@@ -41,7 +41,7 @@ from ebpfproxy.services.reasons import ServiceReasons
 from ebpfproxy.services.values import parse_address, valid_port
 
 #: The agent says which names exist; these can be asked for.
-_NAME = re.compile("[!-.0-~]+")
+_NAME = re.compile("[A-Za-z0-9._-]+")
 _REASONS = msgspec.json.Decoder(ServiceReasons)
 
 

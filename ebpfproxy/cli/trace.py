@@ -109,7 +109,6 @@ def command(
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             with session(maps, find_cgroup_root(), wanted) as traced:
-                click.echo("tracing", err=True)
                 _print(traced, output, count)
         except (TraceError, TracingInUseError) as error:
             raise click.ClickException(str(error)) from error
@@ -143,7 +142,7 @@ def _names(
 
 
 def _print(traced: Session, output: str, count: int | None) -> None:
-    shown, next_lost = 0, 0.0
+    shown, next_lost, was_reported = 0, 0.0, False
     for rows in traced.rows():
         some = rows if count is None else rows[: count - shown]
         if some:
@@ -154,6 +153,9 @@ def _print(traced: Session, output: str, count: int | None) -> None:
         if now >= next_lost or shown == count:
             next_lost = now + _LOST_SECONDS
             _say_lost(traced)
+            if (is_reported := traced.is_reported) is not was_reported:
+                was_reported = is_reported
+                click.echo("tracing" if is_reported else "nothing is reported: the agent has ended", err=True)
         if shown == count:
             return
 

@@ -98,6 +98,11 @@ class Session:
             yield self._read()
             time.sleep(_READ_SECONDS)
 
+    @property
+    def is_reported(self) -> bool:
+        """True while programs report decisions: an agent that ends replaces them. Raises TraceError."""
+        return _report(self._tracing)
+
     def newly_lost(self) -> Lost:
         """Decisions that were lost since the last time."""
         before, self._lost = self._lost, lost(self._maps)
@@ -136,7 +141,7 @@ class Session:
             namespace = clients.namespace(netns)
             addresses = list(namespace.addresses) if namespace is not None else []
         if not addresses and netns is None:
-            raise TraceError(f"no pod, network namespace or address {pod} is known on this node")
+            raise TraceError(f"no pod, network namespace or address {pod!r} is known on this node")
         # A pod has one of each family.
         by_family = {len(each): each for each in addresses}
         return Client(tuple(by_family.values()), netns or 0)
@@ -157,10 +162,14 @@ def session(maps: MapSet, cgroup_root: Path, wanted: Filter) -> Iterator[Session
 
 def _wait_for_programs(tracing: Tracing) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while tracing.programs is not TracingPrograms.REPORTING:
-        if tracing.programs is TracingPrograms.FAILED:
-            raise TraceError("programs that report decisions do not load: the agent's log says why")
+    while not _report(tracing):
         if time.monotonic() > deadline:
             raise TraceError(f"the agent has attached no such programs within {_START_SECONDS:.0f} s")
         tracing.renew()
         time.sleep(_READ_SECONDS)
+
+
+def _report(tracing: Tracing) -> bool:
+    if tracing.programs is TracingPrograms.FAILED:
+        raise TraceError("programs that report decisions do not load: the agent's log says why")
+    return tracing.programs is TracingPrograms.REPORTING

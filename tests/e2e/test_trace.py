@@ -391,6 +391,18 @@ def test_processes_and_pods_may_have_any_name(world: Outer, agent: Agent) -> Non
     world.remove("named")
 
 
+def test_an_agent_that_ends_and_one_that_starts_are_told(world: Outer, agent: Agent) -> None:
+    """The command goes on with the next agent."""
+    trace = Trace(world.a)
+    agent.stop()
+    assert trace.process.stderr is not None
+    assert trace.process.stderr.readline() == b"nothing is reported: the agent has ended\n"
+    agent.start()
+    assert trace.process.stderr.readline() == b"tracing\n"
+    world.client.call(clients.ask_tcp, WEB, 80)
+    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+
+
 @pytest.fixture
 def killed(world: Outer, agent: Agent) -> Iterator[Callable[[], None]]:
     """Kills the agent; after the test another runs."""

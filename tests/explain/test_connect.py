@@ -304,7 +304,15 @@ def test_services_that_have_no_frontend_say_why(outer: Outer) -> None:
     ("words", "said"),
     [
         (("shop/client", "shop/web"), "shop/web has several ports, name one of them: http/TCP, udp/UDP"),
-        (("nobody", "shop/web:http"), "no pod nobody on this node"),
+        (("nobody", "shop/web:http"), "no pod 'nobody' on this node"),
+        (("", "shop/web:http"), "no pod '' on this node"),
+        (("0.0.0.0", "shop/web:http"), "0.0.0.0 is unspecified"),
+        (("ff02::1", "shop/web:http"), "ff02::1 is multicast"),
+        (("fe80::1", "shop/web:http"), "fe80::1 is link-local"),
+        (("255.255.255.255", "shop/web:http"), "255.255.255.255 is broadcast"),
+        (("host", "shop/web?x:http"), "is neither a Service"),
+        (("host", "shop/we#b:http"), "is neither a Service"),
+        (("host", "[::ffff:10.96.0.10]:80"), "is neither a Service"),
         (("host", "10.96.0.10"), "needs a port"),
         (("host", "10.96.0.10:http"), "is no port of an address"),
         (("host", "fd00:10:96::10"), "needs a port"),
@@ -360,6 +368,12 @@ def test_missing_programs_are_seen(outer: Outer) -> None:
     agent.start()
     until(lambda: ask(outer, "shop/client", f"{SERVICE_IPS['v4']}:80")["explanations"][0]["hook"] == "socket")
     until(lambda: not ask(outer, "shop/client", "shop/web:http")["without_agent"])
+
+
+def test_a_loopback_address_is_the_hosts(outer: Outer) -> None:
+    for name in ("host", "127.0.0.1", "::1"):
+        (answer, *_) = explained(outer, name, "shop/web:http")
+        assert (answer["client"], answer["place"]) == ("host", "host")
 
 
 def test_a_pod_is_named_by_its_address_and_its_namespace_too(outer: Outer) -> None:

@@ -148,7 +148,7 @@ def test_an_agent_that_hangs_is_named(world: World, agent: Agent) -> None:
     assert agent.process is not None
     agent.process.send_signal(signal.SIGSTOP)
     try:
-        found = check(world.a, "--timeout", "0.5", good=False)
+        found = check(world.a, "--timeout", "1", good=False)
     finally:
         agent.process.send_signal(signal.SIGCONT)
     assert found["agent"] == "no answer"

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ebpfproxy.agent.drift import DriftCheck
-from ebpfproxy.agent.messages import Messages
+import msgspec
+
+from ebpfproxy.agent.local_socket import SECONDS, NoAgentError, ask
 from ebpfproxy.health.http import Answer, Respond, json_answer, text_answer
 from ebpfproxy.kube.objects import ObjectKey
-from ebpfproxy.services.tracker import Tracker
+from ebpfproxy.services.reasons import ServiceReasons
+
+if TYPE_CHECKING:
+    # Commands, which import this to ask, need none of the agent.
+    from ebpfproxy.agent.drift import DriftCheck
+    from ebpfproxy.agent.messages import Messages
+    from ebpfproxy.services.tracker import Tracker
 
 #: The page with a Service's :class:`~ebpfproxy.services.reasons.ServiceReasons`: ``services/NAMESPACE/NAME``.
-SERVICES = "services"
+_SERVICES = "services"
 #: Those with a :class:`~ebpfproxy.datapath.drift.findings.Report`, made at once; the second repairs.
 CHECK, REPAIR = "check", "repair"
+_REASONS = msgspec.json.Decoder(ServiceReasons)
 
 
 def pages(messages: Messages, tracker: Tracker, drift: DriftCheck) -> Mapping[str, Respond]:
@@ -30,10 +40,20 @@ def pages(messages: Messages, tracker: Tracker, drift: DriftCheck) -> Mapping[st
         )
 
     return {
-        SERVICES: service,
+        _SERVICES: service,
         CHECK: lambda _: compared(repairs=False),
         REPAIR: lambda _: compared(repairs=True),
     }
+
+
+def ask_reasons(bpf_root: Path, namespace: str, name: str, seconds: float = SECONDS) -> ServiceReasons | None:
+    """Asks the agent about a Service; None where it knows none of this name. Raises NoAgentError."""
+    reply = ask(bpf_root, f"{_SERVICES}/{namespace}/{name}", seconds)
+    if reply.status == 200:
+        return _REASONS.decode(reply.body)
+    if reply.status != 404:
+        raise NoAgentError(reply.body.decode(errors="replace"))
+    return None
 
 
 def _service(tracker: Tracker, key: ObjectKey) -> Answer:

@@ -19,6 +19,7 @@ from ebpfproxy.datapath.kernel.roots import is_locked
 from ebpfproxy.operator.check.run import Check, check
 
 _AGAIN_SECONDS = 0.1
+_REPORT = msgspec.json.Decoder(Report)
 
 
 @click.command("check")
@@ -60,7 +61,7 @@ def _ask(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None, str]
             time.sleep(_AGAIN_SECONDS)
             continue
         if reply.status == 200:
-            return msgspec.json.decode(reply.body, type=Report), ""
+            return _REPORT.decode(reply.body), ""
         return None, reply.body.decode(errors="replace")
     return None, silence if is_locked(bpf_root) else ""
 

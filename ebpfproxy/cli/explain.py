@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import msgspec
 
 from ebpfproxy.agent import state
-from ebpfproxy.agent.local_pages import SERVICES
-from ebpfproxy.agent.local_socket import NoAgentError, ask
+from ebpfproxy.agent.local_pages import ask_reasons
+from ebpfproxy.agent.local_socket import NoAgentError
 from ebpfproxy.cli import clients, completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.explain_text import print_report
@@ -42,7 +41,6 @@ from ebpfproxy.services.values import parse_address, valid_port
 
 #: The agent says which names exist; these can be asked for.
 _NAME = re.compile("[A-Za-z0-9._-]+")
-_REASONS = msgspec.json.Decoder(ServiceReasons)
 
 
 class UnexplainedError(click.ClickException):
@@ -182,23 +180,13 @@ class Inquiry:
         return self._service(port.namespace, port.name)
 
     def _service(self, namespace: str, name: str) -> ServiceReasons | None:
-        if (namespace, name) not in self._answers:
-            self._answers[namespace, name] = self._ask(f"{SERVICES}/{namespace}/{name}")
-        return self._answers[namespace, name]
-
-    def _ask(self, page: str) -> ServiceReasons | None:
-        if self._silence:
-            return None
-        try:
-            reply = ask(self._bpf_root, page)
-        except NoAgentError as error:
-            self._silence = str(error)
-            return None
-        if reply.status == 200:
-            return _REASONS.decode(reply.body)
-        if reply.status != 404:
-            self._silence = reply.body.decode(errors="replace")
-        return None
+        key = namespace, name
+        if key not in self._answers and not self._silence:
+            try:
+                self._answers[key] = ask_reasons(self._bpf_root, namespace, name)
+            except NoAgentError as error:
+                self._silence = str(error)
+        return self._answers.get(key)
 
 
 def _programs(pins: Path, agent: state.AgentState | None, routes: Routes) -> Programs:

@@ -160,7 +160,7 @@ def explain(
         )
     port = known.names.get(entry.id)
     service = known.reasons(port) if port is not None else None
-    reasons = _of_port(service, port) if service is not None and port is not None else None
+    reasons = service.port(port) if service is not None and port is not None else None
     endpoints = rows_of(path.selected, entry.policy, service, reasons)
     affinity = _affinity(client, target, path, entry, known)
     policy_from = _policy_from(entry, path.scope)
@@ -180,11 +180,6 @@ def explain(
         masquerade=_masquerade(client, target, path, known) if path.selected else None,
         notes=tuple(_notes(path, entry, service, reasons, port)),
     )
-
-
-def _of_port(service: ServiceReasons, port: ServicePortKey) -> PortReasons | None:
-    wanted = port.port_name, port.protocol.name, port.family.value
-    return next((p for p in service.ports if (p.port_name, p.protocol, p.family) == wanted), None)
 
 
 def _error(path: Path, programs: Programs) -> str:

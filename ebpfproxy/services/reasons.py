@@ -19,6 +19,7 @@ from ebpfproxy.services.model import (
     Backend,
     Frontend,
     Policy,
+    ServicePortKey,
     format_address,
     format_endpoint,
 )
@@ -101,6 +102,10 @@ class ServiceReasons(msgspec.Struct, frozen=True):
     unserved: str = ""
     warnings: tuple[str, ...] = ()
     ports: tuple[PortReasons, ...] = ()
+
+    def port(self, key: ServicePortKey) -> PortReasons | None:
+        wanted = key.port_name, key.protocol.name, key.family.value
+        return next((p for p in self.ports if (p.port_name, p.protocol, p.family) == wanted), None)
 
 
 def reasons_of(

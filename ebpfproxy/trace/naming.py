@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -18,24 +19,31 @@ from ebpfproxy.datapath.abi.decision_layout import (
     Sender,
     Task,
 )
-from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.decisions import PodNames
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.node.client_names import ClientNames, Namespace
 from ebpfproxy.services.model import (
     Algorithm,
     FrontendKind,
+    Policy,
     Protocol,
     ServicePortKey,
     format_address,
     format_endpoint,
 )
+from ebpfproxy.services.reasons import PortReasons, ServiceReasons
 from ebpfproxy.trace.rows import BackendRow, ClientRow, DecisionRow
 
 #: Frontends are read again where an address is not known, but not more often than this.
 _FRONTENDS_SECONDS = 5.0
+#: Reasons are asked for again after so long, or after so many times what the answer took.
+_REASONS_SECONDS, _PAUSES = 5.0, 100
+#: Asks the agent about a port's Service; None where it does not answer, or knows none.
+AskReasons = Callable[[ServicePortKey], ServiceReasons | None]
 _UDPLITE = 136
 _PROTOCOLS = {int(each): each.name for each in Protocol} | {_UDPLITE: Protocol.UDP.name}
 _NOWHERE = Namespace("")
@@ -52,10 +60,11 @@ class Naming:
     Decisions come in rounds: what is looked up for one is kept for the others of its round.
     """
 
-    def __init__(self, maps: MapSet, cgroup_root: Path) -> None:
+    def __init__(self, maps: MapSet, cgroup_root: Path, reasons: AskReasons) -> None:
+        self._reasons = Reasons(reasons)
         self._names = maps["service_names"]
         self._backends, self._selections = maps.backends(), maps.selections()
-        self._pods = PodNames(maps)
+        self._pods, self._tables = PodNames(maps), Lookup(maps)
         self.clients = ClientNames(cgroup_root)
         self._frontends = _Frontends(maps)
         #: Distinct backends by service id and range of slots.
@@ -71,6 +80,8 @@ class Naming:
         self._task = cache(self._find_task)
         self._candidates = cache(self._count_candidates)
         self._endpoint = cache(format_endpoint)
+        self._basis = cache(self._find_basis)
+        self._policies = cache(self._find_policies)
 
     def service_of(self, decision: Decision) -> ServicePortKey | None:
         """The service port of a decision; where programs found none, one that has the address."""
@@ -96,6 +107,9 @@ class Naming:
             frontend=self._endpoint(decision.frontend, decision.frontend_port),
             backend=self._backend(decision.backend_id),
             candidates=self._candidates(decision.service_id, decision.candidates),
+            basis=self._basis(decision.service_id, decision.candidates, self._policies(*_asked(decision)))
+            if kind in SUCCESSES
+            else "",
             algorithm=_ALGORITHMS[decision.algorithm],
         )
 
@@ -147,6 +161,51 @@ class Naming:
                     self._counts[key] = len(set(backend_ids(self._selections.slots(used))))
                 return self._counts[key]
         return slots
+
+    def _find_policies(
+        self, address: bytes, port: int, protocol: Protocol, at_socket: bool
+    ) -> tuple[Policy, ...]:
+        """Those that may have been the frontend's: where scopes have their own, a packet's is not known."""
+        tables = self._tables
+        entry = tables.frontend(address, port, protocol, Scope.INTERNAL)
+        entry = entry or tables.node_port(len(address), port, protocol, Scope.INTERNAL)
+        if entry is not None and (at_socket or not entry.flags & ServiceFlags.TWO_SCOPES):
+            return (entry.policy,)
+        return tuple(Policy)
+
+    def _find_basis(self, number: int | None, slots: int, policies: tuple[Policy, ...]) -> str:
+        key = self._key(number) if number is not None else None
+        if number is None or key is None:
+            return ""
+        ranges = self._selections.ranges(number)
+        return self._reasons.basis(key, ranges, [each for each in policies if ranges[each][1] == slots])
+
+
+def _asked(decision: Decision) -> tuple[bytes, int, Protocol, bool]:
+    protocol = Protocol[_PROTOCOLS.get(decision.protocol, Protocol.TCP.name)]
+    return decision.frontend, decision.frontend_port, protocol, decision.place is Place.SOCKET
+
+
+class Reasons:
+    """The agent's reasons for selections, which are asked for again when the selection is another."""
+
+    def __init__(self, ask: AskReasons) -> None:
+        self._ask = ask
+        self._known: dict[ServicePortKey, tuple[float, object, PortReasons | None]] = {}
+
+    def basis(self, key: ServicePortKey, selection: object, policies: Iterable[Policy]) -> str:
+        """Empty where it is another under each of ``policies``, and where the agent does not answer."""
+        began = time.monotonic()
+        due, known, reasons = self._known.get(key, (began, None, None))
+        if began >= due or known != selection:
+            service = self._ask(key)
+            reasons = service.port(key) if service is not None else None
+            now = time.monotonic()
+            # A Service with thousands of endpoints takes the agent a while.
+            due = now + max(_REASONS_SECONDS, _PAUSES * (now - began))
+            self._known[key] = due, selection, reasons
+        found = {reasons.basis(policy) for policy in policies} if reasons is not None else set()
+        return str(found.pop()) if len(found) == 1 else ""
 
 
 class _Frontends:

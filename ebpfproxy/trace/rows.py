@@ -8,6 +8,7 @@ import time
 import msgspec
 
 from ebpfproxy.datapath.abi.decision_layout import SUCCESSES, DecisionKind
+from ebpfproxy.services.policy import Basis
 
 
 class ClientRow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -39,7 +40,8 @@ class BackendRow(msgspec.Struct, frozen=True, omit_defaults=True):
 class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):
     """One decision. ``time`` in Unix seconds; ``reason`` is empty for those that go well.
 
-    ``candidates``: backends that it could have been.
+    ``candidates``: backends that it could have been, and ``basis``: the rule that says which these are
+    (``services.policy.Basis``), empty where that is not known.
     """
 
     time: float
@@ -54,6 +56,7 @@ class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):
     frontend: str
     backend: BackendRow | None
     candidates: int
+    basis: str
     algorithm: str
 
 
@@ -64,6 +67,12 @@ _OUTCOMES = {
     DecisionKind.BACKEND_LEFT: "backend left",
     DecisionKind.STALE_SOCKET_ENDED: "socket closed",
     DecisionKind.BIND_REFUSED: "bind refused",
+}
+#: All that are ready need no word.
+_BASES = {
+    str(Basis.NODE_HINTS): ("node hint",),
+    str(Basis.ZONE_HINTS): ("zone hint",),
+    str(Basis.TERMINATING): ("none is ready",),
 }
 _TEXTS = {str(kind): text for kind, text in _OUTCOMES.items()}
 _GOOD = {str(kind) for kind in SUCCESSES}
@@ -89,7 +98,7 @@ def text(row: DecisionRow) -> str:
     if row.kind in _GOOD:
         outcome = f"⇒ {backend}"
         how = "affinity" if row.kind == str(DecisionKind.AFFINITY_HIT) else row.algorithm
-        details.append(f"1 of {row.candidates}, {how}")
+        details.append(", ".join([f"1 of {row.candidates}", *_BASES.get(row.basis, ()), how]))
     else:
         outcome = f"✗ {_TEXTS[row.kind]}"
         outcome += f": {row.reason}" if row.reason else ""

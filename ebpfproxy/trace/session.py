@@ -22,7 +22,7 @@ from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import ServicePortKey
 from ebpfproxy.services.values import parse_address
-from ebpfproxy.trace.naming import Naming
+from ebpfproxy.trace.naming import AskReasons, Naming
 from ebpfproxy.trace.rows import DecisionRow
 
 #: The agent loads programs, if they are not pinned, and replaces those of every device.
@@ -148,11 +148,11 @@ class Session:
 
 
 @contextmanager
-def session(maps: MapSet, cgroup_root: Path, wanted: Filter) -> Iterator[Session]:
+def session(maps: MapSet, cgroup_root: Path, wanted: Filter, reasons: AskReasons) -> Iterator[Session]:
     """Takes the lease and waits until programs report. Raises TraceError and TracingInUseError."""
     with lease(maps) as tracing:
         _wait_for_programs(tracing)
-        made = Session(maps, tracing, Naming(maps, cgroup_root), wanted)
+        made = Session(maps, tracing, Naming(maps, cgroup_root, reasons), wanted)
         try:
             made.begin()
             yield made

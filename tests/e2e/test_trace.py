@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import link_attachments
+from ebpfproxy.trace.rows import DecisionRow, text
 from tests.e2e.outer import Held, Outer
 from tests.e2e.world import NODE_PORT, SERVICE_IPS
-from tests.lab import Agent, Lab, LabNode, clients
+from tests.lab import Agent, Lab, LabNode, clients, manifests
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -52,7 +54,11 @@ class Trace:
         # SIGINT is ignored in background jobs of a shell, and in what they start.
         self.process.send_signal(signal.SIGTERM)
         self.said = self.process.communicate(timeout=20)[1].decode()
-        return [json.loads(line) for line in self._output.read_text().splitlines()]
+        return self.shown()
+
+    def shown(self) -> list[Row]:
+        """All whole lines so far."""
+        return [json.loads(line) for line in self._output.read_text().splitlines(True) if line.endswith("\n")]
 
 
 @contextmanager
@@ -359,6 +365,60 @@ def test_pods_of_endpoints_have_names(world: Outer, agent: Agent) -> None:
     assert row["client"]["pod"] == "shop/w-1"
     assert row["backend"]["pod"] in ("shop/w-1", "shop/w-2")
     world.remove("named")
+
+
+def _hinted(endpoint: Row, **hints: list[dict[str, str]]) -> Row:
+    return {**endpoint, "hints": hints}
+
+
+def test_the_rule_that_selects_the_candidates_is_named(world: Outer, agent: Agent) -> None:
+    """The agent knows it, for each selection: hints for nodes or zones, or that all terminate."""
+    ip = "10.96.7.6"
+    node = {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "node-a", "labels": {"topology.kubernetes.io/zone": "zone-a"}},
+    }
+    manifests.write(world.manifests / "node.yaml", node)
+    zones = [
+        _hinted(endpoint, forZones=[{"name": zone}])
+        for endpoint, zone in ((world.on_a(), "zone-b"), (world.on_b(), "zone-a"))
+    ]
+    nodes = [
+        _hinted(endpoint, forNodes=[{"name": name}])
+        for endpoint, name in ((world.on_a(), "node-a"), (world.on_b(), "node-b"))
+    ]
+    leaving = [world.on_a(ready=False, terminating=True), world.on_b(ready=False, terminating=True)]
+    expected = [
+        ("zone-hints", zones, {"w2"}),
+        ("node-hints", nodes, {"w1"}),
+        ("terminating", leaving, {"w1", "w2"}),
+        ("ready", [world.on_a()], {"w1"}),
+    ]
+    world.add("hinted", ip, zones)
+    until(lambda: _answering(world, ip) == {"w2"})
+    trace = Trace(world.a, "--service", "shop/hinted")
+
+    def follows(basis: str, names: set[str]) -> bool:
+        return _answering(world, ip) == names and bool(rows := trace.shown()) and rows[-1]["basis"] == basis
+
+    for basis, endpoints, names in expected:
+        world.add("hinted", ip, endpoints)
+        until(lambda basis=basis, names=names: follows(basis, names))  # type: ignore[misc]
+    rows = trace.end()
+    lines = {row["basis"]: text(msgspec.convert(row, DecisionRow)) for row in rows}
+    assert f"{world.w2.address}:8080 (1 of 1, zone hint, random; " in lines["zone-hints"]
+    assert "(1 of 1, node hint, random; " in lines["node-hints"]
+    assert "(1 of 2, none is ready, random; " in lines["terminating"]
+    assert "(1 of 1, random; " in lines["ready"]
+    world.remove("hinted")
+    (world.manifests / "node.yaml").unlink()
+
+
+def _answering(world: Outer, ip: str) -> set[str]:
+    if world.client.call(clients.connect_error, ip, 80) != "connected":
+        return set()
+    return set(world.client.call(clients.spread_tcp, ip, 80, clients.ENOUGH))
 
 
 def _connect_as(comm: bytes, host: str) -> None:

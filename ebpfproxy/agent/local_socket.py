@@ -106,6 +106,8 @@ def ask(bpf_root: Path, path: str, seconds: float = SECONDS) -> Reply:
     agent = state.load_latest(pin_folder(bpf_root)) if is_locked(bpf_root) else None
     if agent is None:
         raise NoAgentError("no agent runs")
+    if not agent.socket:
+        raise NoAgentError("the agent is of another version")
     return ask_at(agent.socket, agent.netns, path, seconds)
 
 

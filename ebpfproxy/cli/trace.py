@@ -170,7 +170,10 @@ def _print(traced: Session, output: str, count: int | None) -> None:
             _say_lost(traced)
             if (is_reported := traced.is_reported) is not was_reported:
                 was_reported = is_reported
-                click.echo("tracing" if is_reported else "nothing is reported: the agent has ended", err=True)
+                click.echo(
+                    "tracing" if is_reported else "not tracing: the agent has ended, or this was held up",
+                    err=True,
+                )
         if shown == count:
             return
 

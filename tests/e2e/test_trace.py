@@ -456,8 +456,22 @@ def test_an_agent_that_ends_and_one_that_starts_are_told(world: Outer, agent: Ag
     trace = Trace(world.a)
     agent.stop()
     assert trace.process.stderr is not None
-    assert trace.process.stderr.readline() == b"nothing is reported: the agent has ended\n"
+    assert trace.process.stderr.readline() == b"not tracing: the agent has ended, or this was held up\n"
     agent.start()
+    assert trace.process.stderr.readline() == b"tracing\n"
+    world.client.call(clients.ask_tcp, WEB, 80)
+    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+
+
+def test_a_trace_that_was_held_up_goes_on(world: Outer, agent: Agent) -> None:
+    """As by a pager: its lease ends, and it takes a new one."""
+    trace = Trace(world.a)
+    before = agent.text.count("replaced programs report_decisions=False")
+    trace.process.send_signal(signal.SIGSTOP)
+    until(lambda: agent.text.count("replaced programs report_decisions=False") > before)
+    trace.process.send_signal(signal.SIGCONT)
+    assert trace.process.stderr is not None
+    assert trace.process.stderr.readline().startswith(b"not tracing: ")
     assert trace.process.stderr.readline() == b"tracing\n"
     world.client.call(clients.ask_tcp, WEB, 80)
     assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from ebpfproxy.agent import state
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel import bpf
@@ -107,6 +109,40 @@ def test_differences_are_named_and_repaired_when_asked_to(world: World, agent: A
         assert maps["services4"].lookup(key_of(IP, 80)) == entry
     assert check(world.a, good=True)["repaired"] == []
     assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+
+
+def test_what_a_repair_has_no_room_for_is_not_repaired(world: World, agent: Agent) -> None:
+    """Foreign entries have taken the place of one that is missing; they are deleted after it is written."""
+    with maps_of(world.a) as maps:
+        table = maps["node_addresses"]
+        known = [key for key, _ in table.items()]
+        bpf.map_delete(table.fd, known[0])
+        taken = 0
+        while len(known) - 1 + taken < table.spec.max_entries:
+            bpf.map_update(table.fd, b"\xfd" + taken.to_bytes(15, "big"), U32.pack(1))
+            taken += 1
+        found = check(world.a, "--repair", good=False)
+        assert [each[:2] for each in wrong(found)] == [("node_addresses", "missing")]
+        assert {each["kind"] for each in found["repaired"]} == {"foreign"}
+        assert len(found["repaired"]) + found["more"] == taken
+        assert len(check(world.a, "--repair", good=True)["repaired"]) == 1
+        assert sorted(key for key, _ in table.items()) == sorted(known)
+
+
+def test_an_agent_of_another_version_is_named(world: World, agent: Agent) -> None:
+    """Its record names no socket."""
+    with maps_of(world.a) as maps:
+        record = state.load(maps)
+        assert record is not None
+        assert agent.process is not None
+        agent.process.send_signal(signal.SIGSTOP)
+        try:
+            state.save(maps, msgspec.structs.replace(record, socket=""))
+            found = check(world.a, "--timeout", "1", good=False)
+        finally:
+            state.save(maps, record)
+            agent.process.send_signal(signal.SIGCONT)
+    assert ("agent", "missing", "the agent is of another version", "") in wrong(found)
 
 
 def test_the_agent_answers_in_another_network_namespace_too(world: World, agent: Agent) -> None:

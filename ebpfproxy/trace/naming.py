@@ -42,6 +42,7 @@ from ebpfproxy.trace.rows import BackendRow, ClientRow, DecisionRow
 _FRONTENDS_SECONDS = 5.0
 #: Reasons are asked for again after so long, or after so many times what the answer took.
 _REASONS_SECONDS, _PAUSES = 5.0, 100
+_SLOW_SECONDS = 0.1
 #: Asks the agent about a port's Service; None where it does not answer, or knows none.
 AskReasons = Callable[[ServicePortKey], ServiceReasons | None]
 _UDPLITE = 136
@@ -191,6 +192,7 @@ class Reasons:
 
     def __init__(self, ask: AskReasons) -> None:
         self._ask = ask
+        self._next = 0.0
         self._known: dict[ServicePortKey, tuple[float, object, PortReasons | None]] = {}
 
     def basis(self, key: ServicePortKey, selection: object, policies: Iterable[Policy]) -> str:
@@ -198,12 +200,17 @@ class Reasons:
         began = time.monotonic()
         due, known, reasons = self._known.get(key, (began, None, None))
         if began >= due or known != selection:
+            if began < self._next:
+                return ""
             service = self._ask(key)
             reasons = service.port(key) if service is not None else None
             now = time.monotonic()
             # A Service with thousands of endpoints takes the agent a while.
             due = now + max(_REASONS_SECONDS, _PAUSES * (now - began))
             self._known[key] = due, selection, reasons
+            if service is None and now - began > _SLOW_SECONDS:
+                # It hangs, and the ring fills up.
+                self._next = now + _REASONS_SECONDS
         found = {reasons.basis(policy) for policy in policies} if reasons is not None else set()
         return str(found.pop()) if len(found) == 1 else ""
 

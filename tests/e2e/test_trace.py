@@ -20,6 +20,8 @@ import pytest
 
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import link_attachments
+from ebpfproxy.services.model import Family, Policy, Protocol, ServicePortKey
+from ebpfproxy.trace.naming import Reasons
 from ebpfproxy.trace.rows import DecisionRow, text
 from tests.e2e.outer import Held, Outer
 from tests.e2e.world import NODE_PORT, SERVICE_IPS
@@ -413,6 +415,20 @@ def test_the_rule_that_selects_the_candidates_is_named(world: Outer, agent: Agen
     assert "(1 of 1, random; " in lines["ready"]
     world.remove("hinted")
     (world.manifests / "node.yaml").unlink()
+
+
+def test_an_agent_that_hangs_is_not_asked_for_each_service() -> None:
+    """Decisions are read meanwhile, and lines lack the rule."""
+    asked = []
+
+    def ask(key: ServicePortKey) -> None:
+        asked.append(key)
+        time.sleep(0.2)
+
+    reasons = Reasons(ask)
+    keys = [ServicePortKey("shop", f"s{n}", "", Protocol.TCP, Family.IPV4) for n in range(10)]
+    assert {reasons.basis(key, (), [Policy.CLUSTER]) for key in keys} == {""}
+    assert asked == keys[:1]
 
 
 def _answering(world: Outer, ip: str) -> set[str]:

@@ -34,7 +34,7 @@ _SOCKID = struct.Struct("=HH16s16s")  # the first fields of struct inet_diag_soc
 _MAPPED = bytes(10) + b"\xff\xff"
 _ID_AT, _COOKIE_AT = 4, 44  # in struct inet_diag_msg
 _ID_SIZE = 48
-#: Records of sockets leave out the highest byte (``bpf/lib/types.h``, ``enum origin_kind``).
+#: Records of sockets leave out the highest byte (``bpf/lib/socket_types.h``, ``enum origin_kind``).
 _COOKIE_MASK = (1 << 56) - 1
 _BATCH = 128
 #: In one filter, whose jumps are 16 bits long.

@@ -1,4 +1,4 @@
-"""The bytes of the Services' maps: the agent's side of ``bpf/lib/types.h``.
+"""The bytes of the Services' maps: the agent's side of ``bpf/lib/service_types.h``.
 
 Addresses and ports are in network byte order, all else in the host's. ``pack_*`` and ``unpack_*`` here, in
 ``flow_layout`` and ``node_layout`` are the only places that know the formats. A change of a struct that

@@ -273,9 +273,10 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 	struct tcp_header tcp;
 	__be32 eight[2]; /* UDP's or UDP-Lite's header; SCTP's first two words */
 
-	if (p->l4 == L3_OFFSET + sizeof(struct ipv4_header))
+	/* With options IPv4's header may be as long as IPv6's. */
+	if (p->is_v4 && p->l4 == L3_OFFSET + sizeof(struct ipv4_header))
 		at = data + L3_OFFSET + sizeof(struct ipv4_header);
-	else if (p->l4 == L3_OFFSET + sizeof(struct ipv6_header))
+	else if (!p->is_v4 && p->l4 == L3_OFFSET + sizeof(struct ipv6_header))
 		at = data + L3_OFFSET + sizeof(struct ipv6_header);
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from scapy.compat import raw
-from scapy.layers.inet import IP, TCP, UDP, IPOption_RR, in4_chksum
+from scapy.layers.inet import IP, TCP, UDP, IPOption_NOP, in4_chksum
 from scapy.layers.inet6 import (
     IPv6,
     IPv6ExtHdrDestOpt,
@@ -452,12 +452,17 @@ def test_sctp_checksum_is_recomputed_for_any_length(wire: Wire, side: Side, port
     assert with_right_checksums(result.packet) == result.bytes
 
 
-def test_ipv4_options_are_kept(wire: Wire, port: int) -> None:
-    packet = IP(src="198.51.100.7", dst="10.96.0.10", options=[IPOption_RR()]) / segment("TCP", port, 80)
+@pytest.mark.parametrize("words", range(1, 11))
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_ipv4_options_are_kept(wire: Wire, port: int, protocol: str, words: int) -> None:
+    """A header with 20 bytes of options is as long as IPv6's."""
+    options = [IPOption_NOP()] * (4 * words)
+    service_port, _, target = PORTS[protocol]
+    packet = IP(src="198.51.100.7", dst="10.96.0.10", options=options) / segment(protocol, port, service_port)
     result = wire.ingress(packet)
-    out = passed(result, "198.51.100.7", port, "10.244.2.2", 8080)
-    assert out[IP].options[0].copy_flag == IPOption_RR().copy_flag
-    assert out[IP].ihl == packet.__class__(raw(packet)).ihl
+    out = passed(result, "198.51.100.7", port, "10.244.2.2", target)
+    assert out[IP].ihl == 5 + words
+    assert result.bytes[34 : 34 + 4 * words] == b"\1" * 4 * words
 
 
 def test_ipv6_extension_headers_are_parsed(wire: Wire, port: int) -> None:

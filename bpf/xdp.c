@@ -13,6 +13,7 @@
 #include "lib/fib.h"
 #include "lib/filter.h"
 #include "lib/frame.h"
+#include "lib/next_hop.h"
 #include "lib/verdict.h"
 #include "lib/xdp.h"
 
@@ -39,8 +40,9 @@ static __always_inline int forward_packet(struct xdp_md *ctx, const struct packe
 	struct ethernet_header *ethernet;
 	struct bpf_fib_lookup fib;
 
-	/* Without a link address of the next hop the kernel has to ask for it. */
+	/* Without a link address of the next hop the kernel has to ask for it, or to verify it. */
 	if (fib_result_of(ctx, in, &nat->src, &nat->dst, p->l3_length, &fib) != FIB_NEIGHBOUR ||
+	    next_hop_is_due(next_hop_of(&fib), bpf_ktime_get_coarse_ns()) ||
 	    !xdp_can_send(device, in, fib.ifindex) || !frame_rewrite(ctx, p, nat))
 		return XDP_PASS;
 	conntrack_track(p, in_map, nat);

@@ -5,6 +5,7 @@
 
 #include "events.h"
 #include "fib.h"
+#include "next_hop.h"
 #include "options.h"
 #include "packet.h"
 
@@ -33,6 +34,30 @@ static __always_inline int send_to_self(struct __sk_buff *skb)
 #endif
 }
 
+#if L3_OFFSET == ETH_HLEN
+/* Sends a packet to the next hop in @fib, whose link address is known. */
+static __always_inline int send_to_neighbour(struct __sk_buff *skb,
+					     const struct bpf_fib_lookup *fib)
+{
+	const u64 now = bpf_ktime_get_coarse_ns();
+	u64 *sent = next_hop_of(fib);
+	u8 macs[12];
+
+	if (sent && next_hop_is_due(sent, now)) {
+		struct bpf_redir_neigh hop = { .nh_family = fib->family };
+
+		*sent = now;
+		__builtin_memcpy(hop.ipv6_nh, fib->ipv6_dst, sizeof(hop.ipv6_nh));
+		return redirect_neigh(fib->ifindex, &hop, sizeof(hop), 0);
+	}
+	__builtin_memcpy(macs, fib->dmac, 6);
+	__builtin_memcpy(macs + 6, fib->smac, 6);
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		return drop(EVENT_REWRITE);
+	return bpf_redirect(fib->ifindex, 0);
+}
+#endif
+
 /* Sends a rewritten packet out by its own route. */
 static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
 				    const struct inet_addr *to)
@@ -45,15 +70,8 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	if (!leads_out(way) || !fib.ifindex)
 		return drop(EVENT_UNROUTABLE);
 #if L3_OFFSET == ETH_HLEN
-	if (way == FIB_NEIGHBOUR) {
-		u8 macs[12];
-
-		__builtin_memcpy(macs, fib.dmac, 6);
-		__builtin_memcpy(macs + 6, fib.smac, 6);
-		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
-			return drop(EVENT_REWRITE);
-		return bpf_redirect(fib.ifindex, 0);
-	}
+	if (way == FIB_NEIGHBOUR)
+		return send_to_neighbour(skb, &fib);
 #endif
 	return redirect_neigh(fib.ifindex, NULL, 0, 0);
 }

@@ -47,6 +47,7 @@ _HOLDS = {
     "departures": "backends that left a Service, until their flows and sockets are ended",
     "fragments": "ports of a fragmented datagram, and the new id of its fragments",
     "fragment_ids": "the last of those ids",
+    "next_hops": "when the kernel last sent a packet to a next hop that programs send to, by a hash",
     "source_ranges": "`loadBalancerSourceRanges`",
     "cidrs": "CIDRs of Services, and of pods if options name them",
     "cidr_filter": "bits: whether an address may be in a Service CIDR",

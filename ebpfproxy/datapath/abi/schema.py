@@ -61,6 +61,8 @@ CIDR_FILTER_BITS = 20
 CRC_STEPS = 17
 #: Open MPTCP sockets that asked for a Service. Those beyond are served, and their records are swept.
 MPTCP_SOCKETS = 1 << 16
+#: Places of the ``next_hops`` map, by a hash: NEXT_HOPS in bpf/lib/next_hop.h.
+NEXT_HOPS = 1024
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
 #: struct scratch in conntrack.h: no one but programs reads it.
@@ -138,6 +140,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _hash("departures", 8, 4, capacity.backends),
         _lru("fragments", 40, FRAGMENT.size, 8192),
         _array("fragment_ids", U64.size, 1),
+        _array("next_hops", U64.size, NEXT_HOPS),
         _trie("source_ranges", SOURCE_RANGE.size, 4, capacity.source_ranges),
         _trie("cidrs", CIDR.size, 4, 65536),
         _shared("cidr_filter", (1 << CIDR_FILTER_BITS) // 8, 1),

@@ -380,7 +380,7 @@ class ProgramManager:
             own.get(16, b""),
         )
         self._packets.set_xdp_devices(
-            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.xdp_obstacle)
+            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)
             for d in network.devices
             if d.role is Role.UPLINK
         )

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,47 @@ def test_a_program_of_somebody_else_is_a_warning(world: World, agent: Agent) -> 
     finally:
         pin.unlink()
         other.stop()
+
+
+def test_a_driver_that_refuses_the_program_is_not_asked_again_and_again(world: World, agent: Agent) -> None:
+    """The device has one program: each question would take the generic one away."""
+    agent.stop()
+    world.a.cli("cleanup")
+    until(lambda: "xdp" not in world.a.run(["ip", "link", "show", "dev", "eth0"]))
+    world.lab.switch.run(["ip", "link", "set", "n1", "mtu", "9000"])
+    other = world.agent("--xdp", "generic").start()
+    try:
+        assert world.state() == "generic"
+        (pin,) = links(world)
+        with bpf.opened(pin) as link:
+            for name in ("one", "two"):
+                # Each change of the node's devices has the program attached where it is not.
+                world.a.run(["ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-peer"])
+                until(partial(_has_device, world, name))
+            assert bpf.xdp_link_info(link).ifindex
+    finally:
+        world.lab.switch.run(["ip", "link", "set", "n1", "mtu", "1500"])
+        for name in ("one", "two"):
+            world.a.run(["ip", "link", "delete", name], check=False)
+        other.stop()
+
+
+def test_a_pin_of_an_agent_that_was_killed_while_it_attached_is_no_foreign_program(
+    world: World, agent: Agent
+) -> None:
+    agent.kill()
+    (pin,) = links(world)
+    pin.rename(pin.with_name(f"{pin.name}-new"))
+    other = world.agent("--xdp", "native").start()
+    try:
+        assert world.state() == "native"
+        assert list(links(world)) == [pin]
+    finally:
+        other.stop()
+
+
+def _has_device(world: World, name: str) -> bool:
+    return any(each["device"] == name for each in world.status()["devices"])
 
 
 def test_cleanup_detaches_the_program(world: World, agent: Agent) -> None:

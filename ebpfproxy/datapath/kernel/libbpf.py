@@ -197,6 +197,7 @@ _ARGUMENTS = {
     "bpf_prog_query": (_INT, _INT, _U32, _POINTER, _POINTER, _POINTER),
     "bpf_prog_get_fd_by_id": (_U32,),
     "bpf_prog_load": (_INT, ct.c_char_p, ct.c_char_p, _POINTER, ct.c_size_t, _POINTER),
+    "bpf_link_detach": (_INT,),
     "libbpf_probe_bpf_helper": (_INT, _INT, _POINTER),
     "ring_buffer__new": (_INT, RING_CALLBACK, _POINTER, _POINTER),
     "ring_buffer__consume": (_POINTER,),

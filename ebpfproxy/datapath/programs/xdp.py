@@ -32,6 +32,7 @@ _PIN = re.compile(r"xdp-(\d+)-(native|generic)(-new)?")
 (_HOOK,) = FORWARDING.hooks
 #: Errors of a device that has a program of somebody else, in this mode or in the other.
 _TAKEN = (errno.EBUSY, errno.EEXIST)
+_FOREIGN = "another XDP program is attached"
 
 
 class XdpMode(enum.StrEnum):
@@ -52,6 +53,7 @@ class XdpDevice(NamedTuple):
     name: str
     link_address: bytes
     is_veth: bool
+    mtu: int
     obstacle: str
 
 
@@ -71,6 +73,8 @@ class XdpAttacher:
         self._links = pins / LINKS
         self._table = table
         self._modes = modes
+        #: Devices whose driver has refused the program, as they were then, and the reasons, by ifindex.
+        self._refused: dict[int, tuple[XdpDevice, XdpFeatures | None, str]] = {}
         #: The mode of each device, or the reason why it has no program, by ifindex.
         self.states: dict[int, str] = {}
         self._entries = dict(table.items())
@@ -148,11 +152,25 @@ class XdpAttacher:
         if reason:
             return None, reason
         for mode in self._modes:
-            reason = _native_obstacle(device, features) if mode is XdpMode.NATIVE else ""
-            reason = reason or self._link(device, mode, program)
+            if mode is XdpMode.NATIVE:
+                reason = _native_obstacle(device, features) or self._native(device, features, program)
+            else:
+                reason = self._link(device, mode, program)
             if not reason:
                 return mode, ""
         return None, reason
+
+    def _native(self, device: XdpDevice, features: XdpFeatures | None, program: int) -> str:
+        """A driver that has refused is not asked again: the generic program would be detached for that."""
+        if XdpMode.GENERIC not in self._modes:
+            return self._link(device, XdpMode.NATIVE, program)
+        known = self._refused.get(device.ifindex)
+        if known is not None and known[:2] == (device, features):
+            return known[2]
+        reason = self._link(device, XdpMode.NATIVE, program)
+        if reason and not reason.startswith(_FOREIGN):
+            self._refused[device.ifindex] = device, features, reason
+        return reason
 
     def _link(self, device: XdpDevice, mode: XdpMode, program: int) -> str:
         """Brings the device's link to the program; returns why that is not possible, empty if it is."""
@@ -162,16 +180,15 @@ class XdpAttacher:
                 if bpf.xdp_link_info(link).prog_id != bpf.prog_info(program).id:
                     bpf.link_update(link, program)
                 return ""
-        for other in XdpMode:
-            # One device has one program, whatever its mode.
-            if other is not mode:
-                self.detach(self._pin(device.ifindex, other))
+        # One device has one program, whatever its mode. A killed agent may have left one under another name.
+        for other in self._links.glob(f"xdp-{device.ifindex}-*"):
+            self.detach(other)
         try:
             fresh = bpf.link_create(program, device.ifindex, _HOOK.attach_type, mode.flag)
         except BpfError as error:
             if error.errno in _TAKEN:
                 with Rtnetlink() as netlink:
-                    return f"another XDP program is attached (id {xdp_program(netlink, device.ifindex)})"
+                    return f"{_FOREIGN} (id {xdp_program(netlink, device.ifindex)})"
             return f"no {mode} XDP: {os.strerror(error.errno or 0)}"
         try:
             pin_over(fresh, path)

@@ -311,11 +311,14 @@ static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struc
 {
 	struct ports ports = {};
 
-	if (!p->is_v4 && !skip_extensions(skb, p))
-		return PARSE_OTHER;
+	/* A packet may have neither, and is reported without. */
+	p->flow.sport = p->flow.dport = 0;
 	p->flow.proto = p->proto;
 	p->tcp_flags = 0;
 	p->is_plain = false;
+	if (!p->is_v4 && !skip_extensions(skb, p))
+		return PARSE_OTHER;
+	p->flow.proto = p->proto;
 	if (is_icmp(p))
 		return read_icmp(skb, p);
 	if (!has_ports(p->proto))

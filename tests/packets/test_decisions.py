@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from scapy.all import Packet
-from scapy.layers.inet import IP, UDP, fragment
+from scapy.layers.inet import ICMP, IP, UDP, fragment
+from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
 
 from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
@@ -121,6 +122,29 @@ def test_a_fragment_without_the_first(wire: Wire, port: int, read: Callable[[], 
     wire.ingress(fragment(datagram, 400)[1])
     (found,) = read()
     assert (found.kind, found.reason) == (DROPPED, PacketEvent.FRAGMENT)
+
+
+def test_a_packet_without_ports_has_none(
+    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+) -> None:
+    """Not those of the packet before it."""
+    echo = ICMP() if side.version == 4 else ICMPv6EchoRequest()
+    if side.version == 4:
+        later = IP(src=side.client, dst=side.web, id=0x78, frag=50, proto=17) / (b"x" * 400)
+    else:
+        later = (
+            IPv6(src=side.client, dst=side.web) / IPv6ExtHdrFragment(offset=50, id=0x78, nh=17) / (b"x" * 400)
+        )
+    for packet, reason, protocol in (
+        (side.ip(side.client, side.web) / echo, PacketEvent.NO_SUCH_PORT, 1 if side.version == 4 else 58),
+        (later, PacketEvent.FRAGMENT, 17),
+    ):
+        wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+        wire.ingress(packet)
+        _, found = read()
+        assert isinstance(found.client, Sender)
+        assert (found.reason, found.protocol) == (reason, protocol)
+        assert (found.client.port, found.frontend_port) == (0, 0)
 
 
 def test_a_flow_is_chosen_once_and_its_packets_may_be_dropped(

@@ -47,10 +47,13 @@ class Agent:
         self._arguments = arguments
         self.log = node.lab.folder / f"{node.name}-{next(_counter)}.log"
         self.process: subprocess.Popen[bytes] | None = None
+        #: What the log had when the process was started: it may be started again.
+        self._logged = 0
 
     def start(self, *, wait: bool = True, cwd: Path | None = None) -> Agent:
         """``cwd``: the checkout whose agent is started, if it is another one than that under test."""
         command = [sys.executable, "-m", "ebpfproxy", "run", *self._node.roots, *self._arguments]
+        self._logged = len(self.text)
         with self.log.open("ab") as log:
             self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log, cwd=cwd)
         if wait:
@@ -60,14 +63,13 @@ class Agent:
     def wait_ready(self, timeout: float = READY_SECONDS) -> None:
         """Waits until the log says that the agent has started and its programs are attached."""
         deadline = time.monotonic() + timeout
-        seen = len(self.text.split("started")) - 1
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"the agent ended with {self.process.returncode}:\n{self.text}")
-            if seen and self.text.rpartition("started")[2].count("programs are attached"):
+            _, started, since = self.text[self._logged :].partition("started")
+            if started and "programs are attached" in since:
                 return
-            seen = len(self.text.split("started")) - 1
             time.sleep(0.02)
         raise AssertionError(f"the agent is not ready after {timeout} s:\n{self.text}")
 

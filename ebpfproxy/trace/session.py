@@ -86,11 +86,16 @@ class Session:
         )
 
     def rows(self) -> Iterator[list[DecisionRow]]:
-        """What has come, again and again; empty where nothing has. It ends with the caller."""
+        """What has come, again and again; empty where nothing has. It ends with the caller.
+
+        Raises TraceError where an agent has begun to use other maps: nothing would come any more.
+        """
         renewed = time.monotonic()
         while True:
             now = time.monotonic()
             if now - renewed >= _RENEW_SECONDS:
+                if not self._maps.folder.exists():
+                    raise TraceError("the agent has made other maps: start the trace again")
                 self._tracing.renew()
                 renewed = now
                 if now >= self._next_services:

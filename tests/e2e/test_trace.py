@@ -509,6 +509,18 @@ def test_programs_report_nothing_once_agent_and_trace_are_gone(
     until(lambda: "not running" in _refusal(world))
 
 
+def test_a_trace_ends_where_the_agent_makes_other_maps(world: Outer, agent: Agent) -> None:
+    """Its own would show nothing any more."""
+    trace = Trace(world.a)
+    agent.stop()
+    other = world.agent("--max-conntrack", "20000").start()
+    assert trace.process.stderr is not None
+    assert b"the agent has made other maps" in trace.process.stderr.read()
+    assert trace.process.wait() == 1
+    other.stop()
+    agent.start()
+
+
 def _refusal(world: Outer) -> str:
     command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(world.a.bpf_root)]
     process = world.a.popen(command, join_cgroup=False, stderr=-1)

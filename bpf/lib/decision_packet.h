@@ -91,6 +91,7 @@ static __always_inline u32 service_of_event(const struct scratch *s, enum event 
 		return s->nat.service_id;
 	case EVENT_HOPS:
 	case EVENT_REWRITE:
+	case EVENT_UNROUTABLE:
 	case EVENT_BACKEND_GONE:
 		return s->entry.service_id;
 	default:

@@ -56,6 +56,14 @@ static __always_inline int insert_failed(enum insert done)
 	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
 }
 
+/* Rejects a datagram of a connected socket whose frontend is no Service's any more. */
+static __always_inline int frontend_gone(const struct packet *p)
+{
+	/* There is no entry: it would be reported with that of the packet before it. */
+	scratch_of(p)->entry.service_id = NOBODY;
+	return rejection(EVENT_BACKEND_GONE);
+}
+
 /* Sets what all entries of a new flow have in common. */
 static __always_inline void init_flow(struct scratch *s, const struct service *svc, u32 backend_id)
 {
@@ -243,7 +251,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)
-			return rejection(EVENT_BACKEND_GONE);
+			return frontend_gone(p);
 	}
 	if (!svc)
 		return is_direct_clash(skb, p) ? create_direct_flow(skb, p) : no_service(skb, p);
@@ -345,7 +353,7 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	if (!svc && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)
-			return rejection(EVENT_BACKEND_GONE);
+			return frontend_gone(p);
 	}
 	if (!svc)
 		return AT_LOOPBACK ? PASS : no_service(skb, p);
@@ -356,10 +364,13 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	backend = backend_for(p, s, &id, &verdict);
 	if (!backend)
 		return verdict;
-	if (!host_address(skb, p, backend, &node))
-		return drop(EVENT_UNROUTABLE);
 	init_flow(s, svc, id);
 	init_entry(s, p, backend);
+	if (!host_address(skb, p, backend, &node)) {
+		/* It is reported with the Service. */
+		s->entry.service_id = svc->id;
+		return drop(EVENT_UNROUTABLE);
+	}
 	s->nat.src = node;
 	s->nat.flags = NAT_HOST;
 	if (AT_LOOPBACK && is_bound_to_device(skb))

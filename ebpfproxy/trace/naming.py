@@ -111,7 +111,8 @@ class Naming:
             basis=self._basis(decision.service_id, decision.candidates, self._policies(*_asked(decision)))
             if kind in SUCCESSES
             else "",
-            algorithm=_ALGORITHMS[decision.algorithm],
+            # Programs may report that of another Service for a packet that gets no backend.
+            algorithm=_ALGORITHMS[decision.algorithm] if kind in SUCCESSES else "",
         )
 
     def pods_addresses(self, name: str) -> list[bytes]:

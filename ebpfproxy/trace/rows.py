@@ -41,7 +41,8 @@ class DecisionRow(msgspec.Struct, frozen=True, kw_only=True):
     """One decision. ``time`` in Unix seconds; ``reason`` is empty for those that go well.
 
     ``candidates``: backends that it could have been, and ``basis``: the rule that says which these are
-    (``services.policy.Basis``), empty where that is not known.
+    (``services.policy.Basis``), empty where that is not known. ``algorithm`` is empty where
+    none was selected.
     """
 
     time: float

@@ -125,6 +125,7 @@ def test_refusals_have_a_reason(world: Outer, agent: Agent) -> None:
         ("refused", "no-local-endpoint", "elsewhere", "10.96.0.30:80"),
         ("refused", "no-endpoint", "empty", "10.96.0.20:53"),
     ]
+    assert {row["algorithm"] for row in rows} == {""}
 
 
 def _send_ten(host: str, port: int) -> None:

@@ -164,6 +164,23 @@ def test_a_flow_is_chosen_once_and_its_packets_may_be_dropped(
     assert dropped.service_id == found.service_id
 
 
+def test_a_backend_to_which_no_route_leads(
+    reporting: PacketWorld, wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+) -> None:
+    packet = side.ip(side.client, side.node) / segment("UDP", port, 30053)
+    wire.ingress(packet)
+    (chosen,) = read()
+    route = [f"-{side.version}", "route"]
+    reporting.node.run(["ip", *route, "add", "unreachable", side.remote_pod])
+    try:
+        wire.ingress(packet)
+    finally:
+        reporting.node.run(["ip", *route, "delete", "unreachable", side.remote_pod])
+    (dropped,) = read()
+    assert (dropped.kind, dropped.reason) == (DROPPED, PacketEvent.UNROUTABLE)
+    assert dropped.service_id == chosen.service_id
+
+
 def test_masquerading_without_a_port(
     wire: Wire, side: Side, new_port: Callable[[], int], read: Callable[[], list[Decision]]
 ) -> None:

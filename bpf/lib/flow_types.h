@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What programs remember of packets: conntrack and fragments. See types.h. */
+/* This is what programs remember of packets: conntrack and fragments. See types.h. */
 #ifndef EBPFPROXY_FLOW_TYPES_H
 #define EBPFPROXY_FLOW_TYPES_H
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What programs know of this node: devices and ranges of addresses. See types.h. */
+/* This is what programs know of this node: devices and ranges of addresses. See types.h. */
 #ifndef EBPFPROXY_NODE_TYPES_H
 #define EBPFPROXY_NODE_TYPES_H
 

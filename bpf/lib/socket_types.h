@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What programs remember of sockets. See types.h. */
+/* This is what programs remember of sockets. See types.h. */
 #ifndef EBPFPROXY_SOCKET_TYPES_H
 #define EBPFPROXY_SOCKET_TYPES_H
 

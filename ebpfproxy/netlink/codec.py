@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 #: Flags of a request.
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
+#: The object must not exist yet.
+CREATE = 0x600
 _ERROR, _DONE = 2, 3
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _NUMBER = struct.Struct("=i")  # a negative errno, or 0

@@ -9,20 +9,22 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from ebpfproxy.netlink import codec, nfnetlink
 
-_GET, _DELETE = 1, 2
-_ORIGINAL, _REPLY, _STATUS, _ID, _ZONE = 1, 2, 3, 12, 18
+_NEW, _GET, _DELETE = 0, 1, 2
+_ORIGINAL, _REPLY, _STATUS, _TIMEOUT, _ID, _ZONE = 1, 2, 3, 7, 12, 18
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _V4_SOURCE, _V4_DESTINATION, _V6_SOURCE, _V6_DESTINATION = 1, 2, 3, 4
 _PROTO_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _DST_NAT = 1 << 5
 _IPVS = Path("/proc/net/ip_vs")
+#: Errors of a kernel without nfnetlink, or without conntrack there.
+_NO_CONNTRACK = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
 
 
 class Flow(msgspec.Struct, frozen=True):
@@ -36,6 +38,18 @@ class Flow(msgspec.Struct, frozen=True):
     asked: tuple[str, int]
     answering: tuple[str, int]
     seen_as: tuple[str, int]
+
+
+def _pack_tuple(kind: int, protocol: int, source: tuple[str, int], destination: tuple[str, int]) -> bytes:
+    is_v6 = ":" in source[0]
+    family = socket.AF_INET6 if is_v6 else socket.AF_INET
+    kinds = (_V6_SOURCE, _V6_DESTINATION) if is_v6 else (_V4_SOURCE, _V4_DESTINATION)
+    hosts = (socket.inet_pton(family, each[0]) for each in (source, destination))
+    ports = zip((_SOURCE_PORT, _DESTINATION_PORT), (source[1], destination[1]), strict=True)
+    addresses = b"".join(codec.attribute(*each) for each in zip(kinds, hosts, strict=True))
+    proto = codec.attribute(_PROTO_NUMBER, bytes([protocol]))
+    proto += b"".join(codec.attribute(each, struct.pack("!H", port)) for each, port in ports)
+    return codec.nested(kind, codec.nested(_TUPLE_IP, addresses) + codec.nested(_TUPLE_PROTO, proto))
 
 
 def _end(data: memoryview, *, source: bool) -> tuple[int, str, int]:
@@ -71,33 +85,78 @@ def _entries(netfilter: nfnetlink.Netfilter, *, translated: bool) -> Iterator[tu
         yield Flow(protocol, (address, port), asked, answering, seen_as), named
 
 
-def _find(netfilter: nfnetlink.Netfilter, *, translated: bool) -> list[tuple[Flow, list[bytes]]]:
-    """Returns none where there is no conntrack."""
-    try:
-        return list(_entries(netfilter, translated=translated))
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return []
-        raise
+def _absent(error: OSError) -> bool:
+    return error.errno in _NO_CONNTRACK
 
 
 def find() -> list[Flow]:
     """All flows whose destination is translated; none where there is no conntrack."""
-    with nfnetlink.Netfilter() as netfilter:
-        return [flow for flow, _ in _find(netfilter, translated=True)]
+    try:
+        with nfnetlink.Netfilter() as netfilter:
+            return [flow for flow, _ in _entries(netfilter, translated=True)]
+    except OSError as error:
+        if _absent(error):
+            return []
+        raise
 
 
 def remove(is_stale: Callable[[Flow], bool], *, translated: bool = True) -> int:
     """Deletes these of the flows whose destination is translated, or is not; returns how many were there."""
-    with nfnetlink.Netfilter() as netfilter:
-        stale = [(flow, named) for flow, named in _find(netfilter, translated=translated) if is_stale(flow)]
-        ended = 0
-        for flow, named in stale:
-            family = socket.AF_INET6 if ":" in flow.asked[0] else socket.AF_INET
-            try:
-                netfilter.request(nfnetlink.CONNTRACK, _DELETE, *named, family=family)
-                ended += 1
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    raise
+    ended = 0
+    try:
+        with nfnetlink.Netfilter() as netfilter:
+            entries = _entries(netfilter, translated=translated)
+            stale = [(flow, named) for flow, named in entries if is_stale(flow)]
+            for flow, named in stale:
+                ended += _delete(netfilter, flow, named)
+    except OSError as error:
+        if not _absent(error):
+            raise
     return ended
+
+
+def _delete(netfilter: nfnetlink.Netfilter, flow: Flow, named: list[bytes]) -> bool:
+    """Returns false where the flow has ended meanwhile."""
+    family = socket.AF_INET6 if ":" in flow.asked[0] else socket.AF_INET
+    try:
+        netfilter.request(nfnetlink.CONNTRACK, _DELETE, *named, family=family)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False
+    return True
+
+
+def hold(ends: Iterable[tuple[int, tuple[str, int], tuple[str, int]]], seconds: float) -> None:
+    """Creates untranslated flows that end by themselves: NAT chooses none of their ports until then.
+
+    ``ends``: protocol, source and destination of each. Those that exist are left alone, and nothing is done
+    where there is no conntrack, or no room in it.
+    """
+    timeout = codec.attribute(_TIMEOUT, struct.pack("!I", max(1, round(seconds))))
+    try:
+        with nfnetlink.Netfilter() as netfilter:
+            for each in ends:
+                _create(netfilter, *each, timeout)
+    except OSError as error:
+        if not _absent(error) and error.errno != errno.ENOMEM:
+            raise
+
+
+def _create(
+    netfilter: nfnetlink.Netfilter,
+    protocol: int,
+    source: tuple[str, int],
+    destination: tuple[str, int],
+    timeout: bytes,
+) -> None:
+    original = _pack_tuple(_ORIGINAL, protocol, source, destination)
+    reply = _pack_tuple(_REPLY, protocol, destination, source)
+    family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
+    try:
+        netfilter.request(
+            nfnetlink.CONNTRACK, _NEW, original, reply, timeout, family=family, flags=codec.CREATE
+        )
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise

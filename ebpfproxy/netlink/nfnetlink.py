@@ -32,9 +32,9 @@ class Netfilter:
     ) -> None:
         self._socket.close()
 
-    def request(self, system: int, command: int, *inside: bytes, family: int = 0) -> None:
+    def request(self, system: int, command: int, *inside: bytes, family: int = 0, flags: int = 0) -> None:
         """Sends a change and waits for its acknowledgement. Raises OSError with the kernel's number."""
-        for _ in self._exchange(system, command, inside, family, codec.REQUEST | codec.ACK):
+        for _ in self._exchange(system, command, inside, family, codec.REQUEST | codec.ACK | flags):
             pass
 
     def dump(self, system: int, command: int, *inside: bytes, family: int = 0) -> Iterator[memoryview]:

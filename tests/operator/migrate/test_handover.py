@@ -12,6 +12,7 @@ import pytest
 from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, leftovers, nftables, tools
 from tests.lab import Lab, clients
+from tests.lab.waiting import until
 from tests.operator.migrate import rules, rules_ipv6
 from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
 from tests.operator.migrate.world import World, broken
@@ -209,6 +210,24 @@ def test_masquerade_ports_that_netfilter_uses_are_not_allocated(world: World) ->
     assert broken([*connections, *agent_connections]) == {}
     world.migrate("run")
     assert broken([*connections, *agent_connections]) == {}
+
+
+def test_netfilter_takes_no_masquerade_ports_of_flows_that_drain(world: World) -> None:
+    """kube-proxy masquerades new connections with the same few ports as the agent its own."""
+    agent = world.agent("--masquerade-ports", "20000-20029").start()
+    port = rules.PAYMENTS_NODE_PORT
+    connections = [LongConnection(world.outside, "tcp", world.a.address, port) for _ in range(10)]
+    world.a.call(_load_with_masquerade_ports, "20000-20029")
+    agent.stop()
+    rollback = world.start_migrate("rollback", "--drain", "30s")
+    until(lambda: not list(world.a.bpf_root.rglob("links/connect4")), "the agent's programs begin flows")
+    later = [LongConnection(world.outside, "tcp", world.a.address, port) for _ in range(20)]
+    assert broken([*connections, *later]) == {}
+    assert rollback.poll() is None, "the connections of the agent are still open"
+    for each in connections:
+        each.socket.close()
+    assert rollback.wait(60) == 0
+    assert broken(later) == {}
 
 
 def _load_with_masquerade_ports(ports: str) -> None:

@@ -15,8 +15,12 @@ from ebpfproxy.datapath.node.packets import begin_nothing
 from ebpfproxy.datapath.programs.detach import ANSWER_SECONDS, choose_no_more, remove_everything
 from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.operator.migrate.node import kube_proxy_frontends
+from ebpfproxy.operator.migrate.node.reserved_ports import HeldPorts
 from ebpfproxy.operator.migrate.node.takeover import Draining
 from ebpfproxy.operator.waiting import NODE_SECONDS
+
+#: Replies to flows that nothing has answered yet are waited for, and a busy node is slow.
+_MARGIN_SECONDS = 10.0
 
 
 def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
@@ -32,7 +36,10 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
     if maps is not None:
         if ended := ctnetlink.remove(_untranslated_datagrams(maps), translated=False):
             yield f"ended {ended} UDP flows that netfilter did not translate"
+        held = HeldPorts(maps, drain + ANSWER_SECONDS + _MARGIN_SECONDS)
+        held.hold()
         begin_nothing(maps)
+        held.hold()
         draining = Draining(maps)
         # kube-proxy masquerades by any port from now on, those of flows that have ended among them.
         draining.step()

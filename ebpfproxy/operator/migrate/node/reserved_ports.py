@@ -2,17 +2,20 @@
 
 MASQUERADE --random-fully takes any port from 1024 on: one of ours to the same backend would meet it, its SYN
 would go to the old connection, whose answers would come to us. An entry of answers that changes nothing keeps
-each such port from being taken; it is followed, and ends as any other.
+each such port from being taken; it is followed, and ends as any other. The other way round, when kube-proxy
+takes over, entries of netfilter's conntrack do the same for our ports.
 """
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterable
 
+from ebpfproxy.datapath.abi.flow_layout import Entry, Nat, NatFlags, Seen, pack_flow, pack_nat
 from ebpfproxy.datapath.abi.flow_layout import Flow as Tuple
-from ebpfproxy.datapath.abi.flow_layout import Nat, NatFlags, Seen, pack_flow, pack_nat
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.netlink import ctnetlink
 from ebpfproxy.netlink.ctnetlink import Flow
 from ebpfproxy.services.values import parse_address
 
@@ -37,3 +40,37 @@ def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
         entries[key] = pack_nat(key, Nat(*ends, 0, 0, flags, Seen.REPLY, now, created))
     maps["conntrack"].update_many(entries)
     return len(entries)
+
+
+class HeldPorts:
+    """Keeps netfilter from choosing the ports that our flows have towards backends, as long as they drain."""
+
+    def __init__(self, maps: MapSet, seconds: float) -> None:
+        self._table = maps["conntrack"]
+        self._seconds = seconds
+        self._held: set[bytes] = set()
+
+    def hold(self) -> None:
+        """Holds those of flows that have begun since the last call."""
+        fresh = {
+            entry.key
+            for entry in map(Entry._make, self._table.items())
+            if entry.flags & NatFlags.REPLY and not (entry.flags & NatFlags.OWN or entry.flow.egress)
+        }
+        replies = [Entry(key, b"").flow for key in fresh - self._held]
+        self._held |= fresh
+        ctnetlink.hold(
+            (
+                (
+                    reply.protocol,
+                    (_text(reply.destination), reply.destination_port),
+                    (_text(reply.source), reply.source_port),
+                )
+                for reply in replies
+            ),
+            self._seconds,
+        )
+
+
+def _text(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)

@@ -36,6 +36,8 @@ class World:
         self.node: LabNode = lab.node("node-a")
         self.web, self.client = self.node.pod("web"), self.node.pod("client")
         servers.start(self.web, "web", 8053, 8080)
+        # Without it the node says that the gateway is not there, after three seconds.
+        self.node.run(["ip", "route", "add", "blackhole", SILENT])
         self.folder: Path = lab.folder / "manifests"
         self.set_backend("ready")
 

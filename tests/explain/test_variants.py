@@ -123,7 +123,8 @@ def test_what_xdp_forwards_is_explained(forwarding: World) -> None:
         (forwarding.a.address, forwarding.w2.address),
         (forwarding.a.address6, forwarding.w2.address6),
     ):
-        assert forwards(forwarding, address) == 2 * PACKETS - 1
+        # Once in a while the kernel sends a packet to each of the two next hops.
+        assert PACKETS < forwards(forwarding, address) <= 2 * PACKETS - 1
         backend = f"[{pod}]:8053" if ":" in pod else f"{pod}:8053"
         assert past_netfilter(forwarding, address) == {"xdp": [backend]}
     text = run(forwarding, forwarding.outside.address, f"{forwarding.a.address}:30080").output

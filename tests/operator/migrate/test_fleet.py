@@ -179,7 +179,7 @@ def test_plan_inspects_all_nodes_and_changes_nothing(world: World) -> None:
     assert f"  {'kubectl'}" not in output
     assert "kubectl -n kube-system delete daemonset/kube-proxy configmap/kube-proxy" in output
     assert {method for method, _ in world.plane.requests} == {"POST", "DELETE"}
-    assert world.work_pods() == []
+    waiting.until(lambda: not world.work_pods(), "a work pod is left")
     found = json.loads(world.good("plan", "--node", "node-b", "-o", "json"))
     assert [each["node"] for each in found["nodes"]] == ["node-b"]
     assert found["nodes"][0]["found"]["kube_proxy_frontends"] == 20
@@ -286,7 +286,7 @@ def test_nodes_are_migrated_one_by_one(world: World) -> None:
     assert "node-b: removed 7 chains" in lines
     assert lines[-2] == "all 3 chosen nodes are without kube-proxy"
     assert lines[-1].startswith("left to you, once no node is to go back: kubectl")
-    assert world.work_pods() == []
+    waiting.until(lambda: not world.work_pods(), "a work pod is left")
 
     assert world.good("run", "--all-nodes").splitlines()[:3] == [f"{name}: done already" for name in NODES]
     assert world.happened() == unordered([f"{name}: plan" for name in NODES])
@@ -353,7 +353,7 @@ def test_run_stops_at_the_first_failure_and_resumes_when_repeated(world: World) 
     )
     assert "node-c: run" not in world.happened()
     assert len(world.plane.pods("kube-proxy", "node-c")) == 1
-    assert world.work_pods() == []
+    waiting.until(lambda: not world.work_pods(), "a work pod is left")
 
     del world.kubelet.instead["node-b", "run"]
     world.plane.worked.clear()
@@ -497,7 +497,7 @@ def test_failing_pod_is_reported_at_once_with_its_reason(
     assert words in output
     assert sum(line.startswith("  node-b: ") for line in output.splitlines()) == 1, output
     assert "node-a" in output
-    assert world.work_pods() == []
+    waiting.until(lambda: not world.work_pods(), "a work pod is left")
 
 
 def test_pod_that_does_not_start_is_reported_with_its_last_event(world: World) -> None:
@@ -508,7 +508,7 @@ def test_pod_that_does_not_start_is_reported_with_its_last_event(world: World) -
     world.plane.events = [warning]
     output = world.bad("plan", "--node", "node-b", timeout="0.3s")
     assert "has not started after 0.3 s: FailedMount: hostPath type check failed" in output
-    assert world.work_pods() == []
+    waiting.until(lambda: not world.work_pods(), "a work pod is left")
 
 
 def test_forbidden_pod_is_reported_with_the_servers_message(world: World) -> None:

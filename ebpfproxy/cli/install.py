@@ -14,6 +14,7 @@ from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.operator import kube_proxy_objects
+from ebpfproxy.operator.agents import AgentsError
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.apply import apply
@@ -28,8 +29,8 @@ from ebpfproxy.operator.names import AGENT
 _CLIENT, _SERVER = "client", "server"
 
 
-def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the cluster, the credentials and the namespace."""
+def access(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for the cluster and the credentials."""
     options: tuple[Decorator, ...] = (
         click.option(
             "--kubeconfig",
@@ -44,17 +45,23 @@ def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
             "--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]"
         ),
         click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's."),
+    )
+    for each in reversed(options):
+        function = each(function)
+    return function
+
+
+def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, and the namespace."""
+    return access(
         click.option(
             "-n",
             "--namespace",
             default="kube-system",
             show_default=True,
             help="Namespace of the objects. It has to exist.",
-        ),
+        )(function)
     )
-    for each in reversed(options):
-        function = each(function)
-    return function
 
 
 @contextmanager
@@ -66,6 +73,7 @@ def errors() -> Iterator[None]:
         raise click.ClickException("\n".join(map(str, error.problems))) from error
     except (
         AddressError,
+        AgentsError,
         ApiError,
         ConfigError,
         FileNotFoundError,

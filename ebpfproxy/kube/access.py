@@ -107,7 +107,7 @@ def pool(access: Access, **options: object) -> urllib3.PoolManager:
         given["ssl_context"] = access.tls
     if access.server_name is not None:
         given["server_hostname"] = access.server_name
-    proxy = access.proxy or _environments_proxy(access.server)
+    proxy = proxy_of(access)
     if proxy is None:
         return urllib3.PoolManager(**given)  # type: ignore[arg-type]
     try:
@@ -119,6 +119,11 @@ def pool(access: Access, **options: object) -> urllib3.PoolManager:
         return urllib3.ProxyManager(proxy, proxy_ssl_context=access.tls, **given)  # type: ignore[arg-type]
     except (urllib3.exceptions.HTTPError, ValueError, ImportError) as error:
         raise ConfigError(f"proxy {proxy}: {error}") from error
+
+
+def proxy_of(access: Access) -> str | None:
+    """The URL of the proxy on the way to the server; None without one."""
+    return access.proxy or _environments_proxy(access.server)
 
 
 def _environments_proxy(server: str) -> str | None:

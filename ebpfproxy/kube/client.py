@@ -24,7 +24,7 @@ from ebpfproxy.kube.failures import Failure
 from ebpfproxy.kube.limits import RateLimit
 from ebpfproxy.logs import get_logger
 
-__all__ = ["ApiConnection", "Reply"]
+__all__ = ["KEEPALIVE", "USER_AGENT", "ApiConnection", "Reply"]
 
 log = get_logger(__name__)
 
@@ -33,11 +33,11 @@ _CONNECT_SECONDS = 10.0
 _UNANSWERED = 3
 _MOST_BYTES = 1 << 20
 _ERROR_BYTES = 64 * 1024
-_USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
+USER_AGENT = f"ebpfproxy/{ebpfproxy.__version__}"
 #: Seconds between two tries of one request.
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.5, 8.0
 #: A peer that vanishes is noticed after about a minute (tcp(7)).
-_KEEPALIVE = (
+KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
@@ -127,6 +127,11 @@ class ApiConnection:
         return cls(lambda: access.in_cluster()._replace(server=master.rstrip("/")), limit)
 
     @property
+    def access(self) -> Access:
+        """The configuration as it is now."""
+        return self._session.access
+
+    @property
     def host(self) -> str:
         """Where requests go: ``https://10.0.0.1:6443``."""
         return self._session.access.server
@@ -148,7 +153,7 @@ class ApiConnection:
                     server=found.server,
                 )
         # A connection for each watch, and one to list meanwhile.
-        return _Session(found, access.pool(found, socket_options=list(_KEEPALIVE), maxsize=8))
+        return _Session(found, access.pool(found, socket_options=list(KEEPALIVE), maxsize=8))
 
     def reload(self) -> None:
         """Reads files and credentials again. Raises ConfigError, then the old ones stay in use."""
@@ -248,7 +253,7 @@ class ApiConnection:
 
 
 def _headers(method: str, body: bytes | None, content_type: str, authorization: str) -> dict[str, str]:
-    headers = {"Accept": JSON, "User-Agent": _USER_AGENT}
+    headers = {"Accept": JSON, "User-Agent": USER_AGENT}
     if method == "GET":
         # Long lists come compressed, and from 1.37 on (WatchListCompression) streams, too.
         headers["Accept-Encoding"] = "gzip"
@@ -320,7 +325,7 @@ def _anonymously(found: Access) -> control_plane.Ask:
         response = pool.request(
             "GET",
             url,
-            headers={"Accept": JSON, "User-Agent": _USER_AGENT},
+            headers={"Accept": JSON, "User-Agent": USER_AGENT},
             preload_content=False,
             redirect=False,
             timeout=urllib3.Timeout(control_plane.SECONDS),

@@ -5,6 +5,7 @@
 | ``api`` | single objects of one API server, over ``kube.client`` |
 | ``kube_proxy`` | kube-proxy's DaemonSet, and the file that it is configured by |
 | ``pods`` | what a pod's status says |
+| ``agents`` | the agents' pods, and commands in them |
 | ``names`` | names of objects, labels and annotations |
 | ``waiting`` | the loop that waits until something is so |
 | ``printing`` | how progress is reported |

@@ -1,4 +1,6 @@
-"""Single objects of one API server, as JSON: get, list, create, server-side apply, patch, delete, logs.
+"""Single objects of one API server, as JSON: get, list, create, server-side apply, patch, delete.
+
+And logs of containers, and commands in them.
 
 Objects are plain JSON, since typed ones lose the fields of servers that are newer than their types. Each
 error is one line with the object and the server's words.
@@ -7,9 +9,9 @@ error is one line with the object and the server's words.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -18,6 +20,9 @@ from ebpfproxy.kube.client import JSON, ApiConnection, Reply
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.logs import get_logger
+
+if TYPE_CHECKING:
+    from ebpfproxy.kube.exec import Exec
 
 log = get_logger(__name__)
 
@@ -70,9 +75,12 @@ class Applied(NamedTuple):
 
 
 def path_of(kind: str, namespace: str, name: str = "") -> str:
-    """``/apis/apps/v1/namespaces/kube-system/daemonsets/ebpfproxy``; without a name, of all in there."""
+    """``/apis/apps/v1/namespaces/kube-system/daemonsets/ebpfproxy``; without a name, of all in there.
+
+    An empty namespace is all of them.
+    """
     group, resource, namespaced = RESOURCES[kind]
-    place = f"/namespaces/{quote(namespace)}" if namespaced else ""
+    place = f"/namespaces/{quote(namespace)}" if namespaced and namespace else ""
     return f"{group}{place}/{resource}" + (f"/{quote(name)}" if name else "")
 
 
@@ -129,7 +137,7 @@ class Api:
 
     def list(self, kind: str, namespace: str, **selectors: str) -> list[Object]:
         """``labelSelector=…``, ``fieldSelector=…``; empty ones select all."""
-        what = f"{RESOURCES[kind][1]} of {namespace}" if RESOURCES[kind][2] else RESOURCES[kind][1]
+        what = RESOURCES[kind][1] + (f" of {namespace}" if RESOURCES[kind][2] and namespace else "")
         query = {name: value for name, value in selectors.items() if value}
         found = self._json("GET", path_of(kind, namespace), what, query)[0]
         return list(found.get("items") or ())
@@ -179,10 +187,21 @@ class Api:
             raise
         return True
 
-    def log(self, namespace: str, pod: str) -> str:
-        """Returns what the pod's one container has written up to now."""
-        what = f"log of {shown('Pod', namespace, pod)}"
-        return self._ask("GET", f"{path_of('Pod', namespace, pod)}/log", what).body.decode(errors="replace")
+    def log(self, namespace: str, pod: str, **query: str) -> str:
+        """Returns what the pod's container has written up to now: ``container=…`` where it has several."""
+        what, path = f"log of {shown('Pod', namespace, pod)}", f"{path_of('Pod', namespace, pod)}/log"
+        return self._ask("GET", path, what, query).body.decode(errors="replace")
+
+    def start(self, namespace: str, pod: str, container: str, command: Sequence[str]) -> Exec:
+        """Starts a command in a container."""
+        # Most commands of operators start none, and do not wait for the WebSocket client.
+        from ebpfproxy.kube.exec import Exec  # noqa: PLC0415
+
+        try:
+            return Exec(self._connection, namespace, pod, container, command)
+        except Failure as failure:
+            what = shown("Pod", namespace, pod) if failure.status else self.host
+            raise ApiError(f"{what}: {failure}", failure.status) from failure
 
     # -- requests
 

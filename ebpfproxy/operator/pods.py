@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebpfproxy.operator.api import Api, Object
+from ebpfproxy.operator.names import APP
 
 #: A container that starts as it should waits for these; any other reason is an error's.
 _STARTING = frozenset({"", "ContainerCreating", "PodInitializing"})
@@ -15,6 +16,17 @@ def is_owned_by(pod: Object, daemon_set: str) -> bool:
         owner.get("kind") == "DaemonSet" and owner.get("name") == daemon_set
         for owner in pod["metadata"].get("ownerReferences") or ()
     )
+
+
+def of_daemon_set(api: Api, namespace: str, name: str) -> list[Object]:
+    """Returns the DaemonSet's pods. Raises ApiError."""
+    found = api.list("Pod", namespace, labelSelector=f"{APP}={name}")
+    return [pod for pod in found if is_owned_by(pod, name)]
+
+
+def has_restarted(pod: Object, container: str) -> bool:
+    """The kubelet has the log of the container before this one."""
+    return any(each.get("restartCount") for each in _containers(pod) if each.get("name") == container)
 
 
 def is_ready(pod: Object) -> bool:

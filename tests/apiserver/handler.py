@@ -69,9 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(split.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
-            self._answer(200, encode(dict(self.api.control(split.path, query, body))))
+            self.answer(200, encode(dict(self.api.control(split.path, query, body))))
         except ControlError as error:
-            self._answer(400, encode({"error": str(error)}))
+            self.answer(400, encode({"error": str(error)}))
 
     def do_PUT(self) -> None:
         self._object()
@@ -95,11 +95,11 @@ class Handler(BaseHTTPRequestHandler):
             if fault is not None and self._fail(fault):
                 return
         if user is None:
-            self._answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+            self.answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
             return
         serve = self.api.events.answer if split.path.startswith(events.PREFIX) else cluster.answer
         answer = serve(self.command, split.path, query, body, dict(self.headers), user)
-        self._answer(answer.code, answer.body, extra=dict(answer.headers))
+        self.answer(answer.code, answer.body, extra=dict(answer.headers))
 
     def do_GET(self) -> None:
         split = urlsplit(self.path)
@@ -121,15 +121,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         user = self._user()
         if user is None:
-            self._answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+            self.answer(401, bodies.status(401, "Unauthorized", "Unauthorized"))
+        elif self.api.containers.serve(self):
+            pass
         elif split.path in self.api.public:
-            self._answer(200, self.api.public[split.path])
+            self.answer(200, self.api.public[split.path])
         elif resource is None:
             self._object()
         elif split.path in self.api.unserved:
-            self._answer(404, bodies.status(404, "NotFound", bodies.NOT_FOUND))
+            self.answer(404, bodies.status(404, "NotFound", bodies.NOT_FOUND))
         elif resource in self.api.denied or user == "system:anonymous":
-            self._answer(403, bodies.forbidden(user, "watch" if watch else "list", resource))
+            self.answer(403, bodies.forbidden(user, "watch" if watch else "list", resource))
         else:
             (self._watch if watch else self._list)(resource)
 
@@ -155,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
             self._half = self.close_connection = True
             return False
         if fault.kind == "html":
-            self._answer(502, b"<html><h1>502 Bad Gateway</h1></html>", content_type="text/html")
+            self.answer(502, b"<html><h1>502 Bad Gateway</h1></html>", content_type="text/html")
         elif fault.kind in ("hang", "close"):
             self.close_connection = True
             if fault.kind == "hang":
@@ -164,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             code = int(fault.kind)
             extra = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
             body = bodies.status(code, f"Reason{code}", f"injected {code}")
-            self._answer(code, body, extra=extra)
+            self.answer(code, body, extra=extra)
         return True
 
     # -- responses
@@ -177,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _answer(
+    def answer(
         self,
         code: int,
         body: bytes,
@@ -235,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             version, found = self.api.store.items(resource, selector, at=at)
         except ExpiredError:
-            self._answer(410, bodies.status(410, "Expired", bodies.TOO_OLD_TO_CONTINUE))
+            self.answer(410, bodies.status(410, "Expired", bodies.TOO_OLD_TO_CONTINUE))
             return
         rest = [each for each in found if each.key > start]
         page = rest[: int(self._params.get("limit", "0")) or len(rest)]
@@ -265,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         selector = Selector(params.get("labelSelector", ""), params.get("fieldSelector", ""))
         streaming_list = params.get("sendInitialEvents") == "true"
         if streaming_list and not self.api.streaming_list:
-            self._answer(422, bodies.status(422, "Invalid", bodies.NO_STREAMING_LIST))
+            self.answer(422, bodies.status(422, "Invalid", bodies.NO_STREAMING_LIST))
             return
         self._begin_chunks(compressed=self.api.compresses_streams)
         asked = int(params.get("resourceVersion") or 0)

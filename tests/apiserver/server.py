@@ -10,6 +10,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from tests.apiserver.cluster import Cluster
+from tests.apiserver.containers import Containers
 from tests.apiserver.control import Control
 from tests.apiserver.events import Events
 from tests.apiserver.faults import Fault, Faults
@@ -25,7 +26,7 @@ class ApiServer:
     certificate that the context verifies counts as credentials. ``denied``: resources that nobody may see.
     ``compresses_streams``: as with the gate WatchListCompression; pages of 128 KiB are compressed anyway.
     ``unserved``: paths of resources that this server's version does not have.
-    ``cluster`` has objects of further kinds, one by one.
+    ``cluster`` has objects of further kinds, one by one; ``containers`` runs commands in pods.
     ``public``: bodies by path that everybody may GET. ``events`` are those of events.k8s.io.
     All of these may be changed while it runs, from any thread.
     """
@@ -49,6 +50,7 @@ class ApiServer:
         self.unserved: set[str] = set()
         self.compresses_streams = False
         self.cluster = Cluster(self.store, self.denied)
+        self.containers = Containers()
         self.public: dict[str, bytes] = {}
         self.events = Events(self.denied)
         self.streaming_list = streaming_list

@@ -74,7 +74,7 @@ class AuthorizingHandler(Handler):
         if not granted:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             known = asked.resource in PATHS.values()
-            self._answer(
+            self.answer(
                 403,
                 bodies.forbidden(user, asked.verb, asked.resource)
                 if known

@@ -141,7 +141,7 @@ def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
     said = ""
     for _ in Wait(seconds):
         try:
-            left, said = rollout.pods_of(api, *place[1:]), ""
+            left, said = pods.of_daemon_set(api, *place[1:]), ""
         except ApiError as error:
             if not error.may_pass:
                 return [str(error)]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from ebpfproxy.operator import pods
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
-from ebpfproxy.operator.names import APP
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import Wait
 
@@ -76,15 +75,9 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
     raise RolloutError("\n".join([f"{what}: nothing more became ready in {seconds:g} s", *said]))
 
 
-def pods_of(api: Api, namespace: str, name: str) -> list[Object]:
-    """Returns the DaemonSet's pods. Raises ApiError."""
-    found = api.list("Pod", namespace, labelSelector=f"{APP}={name}")
-    return [pod for pod in found if pods.is_owned_by(pod, name)]
-
-
 def why(api: Api, namespace: str, name: str) -> Iterator[str]:
     """Yields a line for each node whose pod is not ready, and why pods cannot be created. Raises ApiError."""
-    for pod in sorted(pods_of(api, namespace, name), key=pods.node_of):
+    for pod in sorted(pods.of_daemon_set(api, namespace, name), key=pods.node_of):
         if trouble := pods.trouble(pod):
             yield f"  node {pods.node_of(pod)}: {trouble}"
     if warning := pods.last_warning(api, namespace, "DaemonSet", name):

@@ -1,8 +1,11 @@
-"""What the agent answers to commands, as JSON: what it knows of objects, and maps do not hold."""
+"""What the agent answers to commands: what it knows of objects, and maps do not hold.
+
+And its configuration and metrics, whether and wherever its server of metrics listens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +27,18 @@ if TYPE_CHECKING:
 _SERVICES = "services"
 #: Those with a :class:`~ebpfproxy.datapath.drift.findings.Report`, made at once; the second repairs.
 CHECK, REPAIR = "check", "repair"
+#: Its configuration, and its metrics.
+CONFIG, METRICS = "configz", "metrics"
 _REASONS = msgspec.json.Decoder(ServiceReasons)
 
 
-def pages(messages: Messages, tracker: Tracker, drift: DriftCheck) -> Mapping[str, Respond]:
+def pages(
+    messages: Messages,
+    tracker: Tracker,
+    drift: DriftCheck,
+    configz: Mapping[str, object],
+    metrics: Callable[[], bytes],
+) -> Mapping[str, Respond]:
     """The pages of the local server. The reconciler alone reads its tracker, and compares."""
 
     def service(name: str) -> Future[Answer]:
@@ -43,6 +54,8 @@ def pages(messages: Messages, tracker: Tracker, drift: DriftCheck) -> Mapping[st
         _SERVICES: service,
         CHECK: lambda _: compared(repairs=False),
         REPAIR: lambda _: compared(repairs=True),
+        CONFIG: lambda _: json_answer(dict(configz)),
+        METRICS: lambda _: Answer(200, "text/plain", metrics()),
     }
 
 

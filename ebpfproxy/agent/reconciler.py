@@ -112,7 +112,9 @@ class Agent:
         source, options = self._source, self._options
         servers = http_servers.servers(options, self._health, self._metrics, self._configz)
         self._drift = self._drift_check()
-        self._local = LocalServer(local_pages.pages(self._messages, self._tracker, self._drift))
+        self._local = LocalServer(
+            local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
+        )
         self._status = self._status_of(servers)
         self._register_collectors()
         self._listen()

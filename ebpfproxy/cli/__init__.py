@@ -7,6 +7,10 @@ Kubernetes client to be imported. May import every package.
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import threading
+from contextlib import suppress
 
 import click
 from click.shell_completion import CompletionItem
@@ -24,6 +28,7 @@ COMMANDS = {
     "affinity": "Show and flush session affinity.",
     "trace": "Show each decision as it is made: the backend, or why there is none.",
     "conntrack": "Show and flush flows of the packet path.",
+    "sysdump": "Collect everything about this node, or of all, for a bug report.",
     "config": "Check the configuration file, show defaults and what the agent uses.",
     "install": "Install the agent in a cluster.",
     "uninstall": "Remove the agent from a cluster.",
@@ -58,5 +63,20 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(ebpfproxy.__version__, prog_name="ebpfproxy")
-def main() -> None:
+@click.option(
+    "--end-with-input",
+    is_flag=True,
+    help="End the command when standard input ends, as it does with the connection of `kubectl exec -i`.",
+)
+def main(end_with_input: bool) -> None:
     """An eBPF kube-proxy replacement that works with any CNI."""
+    if end_with_input:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+
+
+def _end_with_input() -> None:
+    """A command in a container would go on without anybody who reads what it prints."""
+    with suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)

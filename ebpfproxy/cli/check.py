@@ -44,13 +44,13 @@ def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
     """
     with one_line():
         maps = open_maps(bpf_root)
-        found = check(bpf_root, maps, *_ask(bpf_root, REPAIR if repair else CHECK, timeout))
+        found = check(bpf_root, maps, *ask_agent(bpf_root, REPAIR if repair else CHECK, timeout))
     emit(found, output, _print)
     if not found.good:
         raise click.exceptions.Exit(1)
 
 
-def _ask(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None, str]:
+def ask_agent(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None, str]:
     """The agent's report, or why there is none; an agent that is starting is waited for."""
     deadline, silence = time.monotonic() + seconds, ""
     while is_locked(bpf_root) and (left := deadline - time.monotonic()) > 0:

@@ -8,14 +8,25 @@ from typing import NamedTuple
 
 import click
 
+from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.explain.path import Client, Place
 from ebpfproxy.netlink.namespaces import FOLDERS
 from ebpfproxy.node.clients import Namespace, visible_namespaces
-from ebpfproxy.node.pods import pods
+from ebpfproxy.node.pods import CNI_RESULTS, pods
 from ebpfproxy.services.model import format_address
 from ebpfproxy.services.values import LOOPBACK, parse_address, unusable_address
 
 HOST = "host"
+
+cni_results: Decorator = click.option(
+    "--cni-results",
+    type=click.Path(path_type=Path),
+    default=CNI_RESULTS,
+    show_default=True,
+    envvar="EBPFPROXY_CNI_RESULTS",
+    metavar="DIR",
+    help="Where the container runtime keeps the results of CNI plugins, which name this node's pods.",
+)
 
 
 class Found(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,13 @@ def _matches(name: str, wanted: str, value: str) -> bool:
     return wanted.lower() == value.lower()
 
 
-def _read(maps: MapSet) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
+def read(maps: MapSet, most: int | None = None) -> list[tuple[FlowRow, tuple[bytes, ...]]]:
+    """Flows with the keys of their entries; of ``most`` entries, where that is given."""
     names = {number: f"{key.namespace}/{key.name}" for number, key in Dump(maps).names.items()}
     agent = load(maps)
     timeouts = agent.timeouts if agent is not None and agent.timeouts is not None else Timeouts()
-    found = flows_of(list(maps["conntrack"].items()), timeouts, time.monotonic_ns(), names)
+    entries = list(islice(maps["conntrack"].items(), most))
+    found = flows_of(entries, timeouts, time.monotonic_ns(), names)
     return sorted(found, key=lambda pair: (pair[0].service, pair[0].frontend, pair[0].client))
 
 
@@ -86,7 +89,7 @@ def list_flows(bpf_root: Path, output: str, **wanted: str | None) -> None:
     """
     with one_line():
         chosen = _Filter(**wanted)
-        emit([flow for flow, _ in _read(open_maps(bpf_root)) if chosen.matches(flow)], output, _print)
+        emit([flow for flow, _ in read(open_maps(bpf_root)) if chosen.matches(flow)], output, _print)
 
 
 @command.command("get")
@@ -99,7 +102,7 @@ def get_flow(client: str, bpf_root: Path, output: str) -> None:
     CLIENT:PORT has the format of list, with an IPv6 address in brackets.
     """
     with one_line():
-        found = [flow for flow, _ in _read(open_maps(bpf_root)) if flow.client == client]
+        found = [flow for flow, _ in read(open_maps(bpf_root)) if flow.client == client]
         if not found:
             raise click.ClickException(f"no flow of {client}")
         emit(found, output, _print)
@@ -119,7 +122,7 @@ def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
         if not chosen.wanted and not everything:
             raise click.UsageError("give a filter or --all")
         maps = open_maps(bpf_root)
-        flows = [keys for flow, keys in _read(maps) if everything or chosen.matches(flow)]
+        flows = [keys for flow, keys in read(maps) if everything or chosen.matches(flow)]
         deleted = sum(maps["conntrack"].delete(key) for keys in flows for key in keys)
         if everything:
             # An entry whose opposite direction was evicted belongs to no flow.

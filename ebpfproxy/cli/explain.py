@@ -34,7 +34,6 @@ from ebpfproxy.explain.report import Report, report_of, without_frontend
 from ebpfproxy.explain.targets import AmbiguousPortError, Asked, programmed, targets
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.routes import Routes
-from ebpfproxy.node.pods import CNI_RESULTS
 from ebpfproxy.services.model import Protocol, ServicePortKey
 from ebpfproxy.services.reasons import ServiceReasons
 from ebpfproxy.services.values import parse_address, valid_port
@@ -57,15 +56,7 @@ class UnexplainedError(click.ClickException):
     type=click.Choice([p.name for p in Protocol], case_sensitive=False),
     help="The protocol of an address, TCP if none is given, or that of a Service's port.",
 )
-@click.option(
-    "--cni-results",
-    type=click.Path(path_type=Path),
-    default=CNI_RESULTS,
-    show_default=True,
-    envvar="EBPFPROXY_CNI_RESULTS",
-    metavar="DIR",
-    help="Where the container runtime keeps the results of CNI plugins, which name this node's pods.",
-)
+@clients.cni_results
 @options.bpf_root
 @options.output_format
 def command(

@@ -155,7 +155,7 @@ class Served(NamedTuple):
 @pytest.fixture
 def served() -> Iterator[Served]:
     tracker, messages, drift = RecordTracker(NODE), Messages(), Drift()
-    pages = local_pages.pages(messages, tracker, cast("DriftCheck", drift))
+    pages = local_pages.pages(messages, tracker, cast("DriftCheck", drift), {"a": 1}, lambda: b"m 1")
     made = Served(LocalServer(pages), messages, tracker, drift, reconciler(messages))
     made.server.start()
     yield made
@@ -173,6 +173,8 @@ def test_reasons_come_from_the_reconciler(served: Served) -> None:
     assert (found.node, found.zone) == (NODE, "zone-a")
     assert [each.address for each in found.ports[0].endpoints] == ["10.244.1.2:8080", "10.244.2.2:8080"]
     assert served.ask("services/shop/none").status == 404
+    assert served.ask("configz") == (200, b'{"a":1}')
+    assert served.ask("metrics") == (200, b"m 1")
     served.server.stop()
 
 

@@ -47,6 +47,7 @@ def test_version() -> None:
         ("conntrack", "list"),
         ("conntrack", "get"),
         ("conntrack", "flush"),
+        ("sysdump",),
         ("cleanup",),
         ("check",),
         ("explain",),

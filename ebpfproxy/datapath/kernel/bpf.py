@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes as ct
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from ebpfproxy.datapath.kernel.libbpf import (
     BpfError,
     CgroupLinkInfo,
     LinkCreateOpts,
+    LinkInfo,
     MapCreateOpts,
     MapInfo,
     ProgInfo,
@@ -181,6 +182,32 @@ def prog_name(number: int) -> str:
         return str(prog_info(fd).name.decode(errors="replace"))
     finally:
         os.close(fd)
+
+
+def programs() -> Iterator[ProgInfo]:
+    """All programs that are loaded on this machine, whosever they are; needs CAP_SYS_ADMIN."""
+    return _all(lib.bpf_prog_get_next_id, lib.bpf_prog_get_fd_by_id, ProgInfo)
+
+
+def links() -> Iterator[LinkInfo]:
+    """All links of this machine; needs CAP_SYS_ADMIN."""
+    return _all(lib.bpf_link_get_next_id, lib.bpf_link_get_fd_by_id, LinkInfo)
+
+
+def _all(next_id: Callable[..., int], open_id: Callable[[int], int], info: type[Info]) -> Iterator[Info]:
+    number = ct.c_uint32(0)
+    while True:
+        result = next_id(number, ct.byref(number))
+        if result < 0 and ct.get_errno() == errno.ENOENT:
+            return
+        check(result, "list ids")
+        fd = open_id(number.value)
+        # It may be gone since.
+        if fd >= 0:
+            try:
+                yield _info(fd, info())
+            finally:
+                os.close(fd)
 
 
 def attached_programs(target: int, attach_type: int, *, effective: bool = False) -> list[int]:

@@ -138,6 +138,18 @@ class LinkCreateOpts(ct.Structure):
     )
 
 
+class LinkInfo(ct.Structure):
+    """struct bpf_link_info of any link. ``target``: what its type has there, as below."""
+
+    _fields_ = (
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("pad", ct.c_uint32),
+        ("target", ct.c_uint32 * 4),
+    )
+
+
 class TcxLinkInfo(ct.Structure):
     """struct bpf_link_info of a tcx link. ``ifindex`` is 0 once the device is gone."""
 
@@ -196,6 +208,9 @@ _ARGUMENTS = {
     "bpf_prog_test_run_opts": (_INT, _POINTER),
     "bpf_prog_query": (_INT, _INT, _U32, _POINTER, _POINTER, _POINTER),
     "bpf_prog_get_fd_by_id": (_U32,),
+    "bpf_prog_get_next_id": (_U32, _POINTER),
+    "bpf_link_get_fd_by_id": (_U32,),
+    "bpf_link_get_next_id": (_U32, _POINTER),
     "bpf_prog_load": (_INT, ct.c_char_p, ct.c_char_p, _POINTER, ct.c_size_t, _POINTER),
     "bpf_link_detach": (_INT,),
     "libbpf_probe_bpf_helper": (_INT, _INT, _POINTER),

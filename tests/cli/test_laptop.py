@@ -25,14 +25,14 @@ if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-from ebpfproxy.cli import main
+from MODULE import main
 main()
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, module: str = "ebpfproxy.cli") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _HIDDEN, *arguments],
+        [sys.executable, "-c", _HIDDEN.replace("MODULE", module), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -67,6 +67,16 @@ def test_migrate_plan_of_all_nodes_runs_without_them() -> None:
     assert done.returncode != 0
     assert "127.0.0.1" in done.stderr
     assert "libbpf" not in done.stderr
+
+
+def test_plugin_of_kubectl_runs_without_them() -> None:
+    """It knows the options of commands that run in pods, and gets as far as the kubeconfig."""
+    done = run("trace", "--help", module="ebpfproxy.cli.kubectl")
+    assert done.returncode == 0, done.stderr
+    assert "--all-nodes" in done.stdout and "--sample N" in done.stdout
+    done = run("explain", "a", "b:80", "--kubeconfig", "/nonexistent", module="ebpfproxy.cli.kubectl")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: /nonexistent: no such kubeconfig")
 
 
 def test_commands_that_read_maps_report_missing_maps_without_libbpf() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from ebpfproxy.cli import main
+from ebpfproxy.cli import kubectl, main
 from tools.docs.tables import table
 
 _HEAD = """# Commands
@@ -35,7 +35,8 @@ def walk(
 
 
 def page() -> str:
-    contexts = list(walk())
+    of_plugin = list(walk(kubectl.main, name="kubectl ebpfproxy"))
+    contexts = [*walk(), *of_plugin[1:]]
     listed = (
         (
             f"[`{ctx.command_path}`](#{ctx.command_path.replace(' ', '-')})",

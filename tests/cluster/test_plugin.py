@@ -1,0 +1,107 @@
+"""``kubectl ebpfproxy`` and ``sysdump``, through a real API server, kubelet and containerd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import agents, binaries
+from tests.cluster.cluster import Cluster, until
+from tests.cluster.web import NAMESPACE, Web
+
+pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def web(cluster: Cluster) -> Iterator[Web]:
+    cluster.install_agent()
+    made = Web(cluster, ["node-1", "node-2"])
+    made.wait()
+    yield made
+    made.remove()
+    cluster.uninstall_agent()
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A folder for PATH with the program that the wheel installs."""
+    program = tmp_path / "kubectl-ebpfproxy"
+    program.write_text(f"#!{sys.executable}\nfrom ebpfproxy.cli.kubectl import main\nmain()\n")
+    program.chmod(0o755)
+    return tmp_path
+
+
+def _kubectl(cluster: Cluster, plugin: Path, *arguments: str) -> list[str]:
+    command = [str(binaries.KUBE_BIN / "kubectl"), "ebpfproxy", *arguments]
+    return ["env", f"PATH={plugin}:{os.environ['PATH']}", *command]
+
+
+def _tracing(cluster: Cluster, node: str) -> bool:
+    """True while a command traces on the node."""
+    (each,) = (each for each in cluster.nodes if each.name == node)
+    found = each.run(["sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"])
+    return "--end-with-input trace" in found
+
+
+def test_commands_run_on_the_node_of_a_pod(cluster: Cluster, web: Web, plugin: Path) -> None:
+    """`kubectl ebpfproxy explain` runs on the node of the pod that it names, and has its exit code."""
+    for node in ("node-1", "node-2"):
+        words = ("explain", f"{NAMESPACE}/client-{node}", "web:80", "-o", "json")
+        report = json.loads(cluster.command(_kubectl(cluster, plugin, *words)))
+        assert report["works"]
+        assert {each["client"] for each in report["explanations"]} == {f"{NAMESPACE}/client-{node}"}
+    failed = cluster.command(
+        _kubectl(cluster, plugin, "explain", "host", "web/nothing:80", "--node", "node-1"), check=False
+    )
+    assert "no Service web/nothing" in failed
+
+
+def test_trace_ends_in_the_pod_when_the_plugin_ends(cluster: Cluster, web: Web, plugin: Path) -> None:
+    """`kubectl ebpfproxy trace` leaves no process in the agent's pod: neither interrupted nor killed."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        command = _kubectl(cluster, plugin, "trace", "--pod", f"{NAMESPACE}/client-node-2", "-n", NAMESPACE)
+        tracing = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{cluster.network.outside}", *command],
+            env={**os.environ, "KUBECONFIG": str(cluster.kubeconfig)},
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
+        assert tracing.stdout is not None and tracing.stderr is not None
+        assert tracing.stderr.readline() == "tracing\n"
+        assert _tracing(cluster, "node-2") and not _tracing(cluster, "node-1")
+        assert web.from_pod(web.cluster_ips()[0], "node-2")
+        assert f"{NAMESPACE}/web" in tracing.stdout.readline()
+        tracing.send_signal(number)
+        tracing.communicate(timeout=60)
+        until(lambda: not _tracing(cluster, "node-2"), "the command in the pod ends")
+    agents.assert_healthy(cluster)
+
+
+def test_sysdump_has_all_nodes(cluster: Cluster, web: Web, plugin: Path, tmp_path: Path) -> None:
+    """`kubectl ebpfproxy sysdump` has every node's archive, its pod's log, and no token."""
+    out = tmp_path / "all.tgz"
+    said = cluster.command([*_kubectl(cluster, plugin, "sysdump", str(out))], check=False)
+    assert sorted(said.splitlines()) == ["node-1: done", "node-2: done"]
+    with tarfile.open(out) as tar:
+        found = {each.name: tar.extractfile(each).read().decode() for each in tar}  # type: ignore[union-attr]
+    for node in ("node-1", "node-2"):
+        top = f"ebpfproxy-sysdump/{node}"
+        assert json.loads(found[f"{top}/status.json"])["healthy"]
+        assert json.loads(found[f"{top}/check.json"])["agent"] == "answered"
+        assert "programs are attached" in found[f"{top}/logs/ebpfproxy.log"]
+        lines = found.get(f"{top}/errors.txt", "").splitlines()
+        # The log is the kubelet's; the image has no journalctl, and the agent may not ask for legacy tables.
+        assert {line.partition(":")[0] for line in lines} <= {"agent.log", "journal.log", "iptables.txt"}, (
+            lines
+        )
+    assert "client-node-1" in found["ebpfproxy-sysdump/node-1/namespaces.json"]
+    assert not [name for name, text in found.items() if "eyJhbGciOi" in text]

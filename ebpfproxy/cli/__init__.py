@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "Run the agent of this node.",
     "status": "Show what runs on this node: programs, maps, watches, health.",
     "explain": "Say what happens to a connection to a Service, and why.",
+    "test": "Test that Services work, in a cluster or on this node.",
     "check": "Compare this node with what it should be, and repair it.",
     "service": "Show Services as they are in the maps.",
     "backend": "Show and drain backends.",

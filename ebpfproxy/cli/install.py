@@ -52,16 +52,15 @@ def access(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, and the namespace."""
-    return access(
-        click.option(
-            "-n",
-            "--namespace",
-            default="kube-system",
-            show_default=True,
-            help="Namespace of the objects. It has to exist.",
-        )(function)
+    """Options for the cluster, the credentials and the namespace."""
+    namespace = click.option(
+        "-n",
+        "--namespace",
+        default="kube-system",
+        show_default=True,
+        help="Namespace of the objects. It has to exist.",
     )
+    return access(namespace(function))
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from ebpfproxy.cli.output import emit
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.image import Image, image_of
 from ebpfproxy.operator.migrate import daemonsets
-from ebpfproxy.operator.migrate.cluster import selection, work_pod
+from ebpfproxy.operator.migrate.cluster import selection
 from ebpfproxy.operator.migrate.cluster.fleet import Fleet, FleetError, State
 from ebpfproxy.operator.migrate.cluster.jobs import Jobs
 from ebpfproxy.operator.migrate.cluster.selection import NodesError
-from ebpfproxy.operator.migrate.cluster.work_pod import Image
 from ebpfproxy.operator.migrate.switches import AGENT, Switch
 from ebpfproxy.operator.waiting import WaitError
 
@@ -112,7 +112,7 @@ def _image(api: Api, switch: Switch, name: str | None) -> Image:
         if name is None:
             raise FleetError(f"there is no {switch}: set --daemonset or --image")
         return Image(name=name)
-    image = work_pod.image_of(found)
+    image = image_of(found)
     return image if name is None else msgspec.structs.replace(image, name=name)
 
 

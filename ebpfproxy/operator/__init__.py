@@ -6,9 +6,10 @@
 | ``kube_proxy`` | kube-proxy's DaemonSet, and the file that it is configured by |
 | ``pods`` | what a pod's status says |
 | ``agents`` | the agents' pods, and commands in them |
+| ``image`` | the agents' image, for pods of commands |
 | ``names`` | names of objects, labels and annotations |
 | ``waiting`` | the loop that waits until something is so |
 | ``printing`` | how progress is reported |
 
-``install`` and ``migrate`` stand on these. May import ``kube`` and ``logs``.
+``install``, ``migrate`` and ``test`` stand on these. May import ``kube`` and ``logs``.
 """

@@ -47,6 +47,10 @@ RESOURCES: Mapping[str, tuple[str, str, bool]] = {
     "Pod": ("/api/v1", "pods", True),
     "Event": ("/api/v1", "events", True),
     "Node": ("/api/v1", "nodes", False),
+    "Namespace": ("/api/v1", "namespaces", False),
+    "Secret": ("/api/v1", "secrets", True),
+    "Service": ("/api/v1", "services", True),
+    "EndpointSlice": ("/apis/discovery.k8s.io/v1", "endpointslices", True),
     "ClusterRole": ("/apis/rbac.authorization.k8s.io/v1", "clusterroles", False),
     "ClusterRoleBinding": ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings", False),
     "DaemonSet": ("/apis/apps/v1", "daemonsets", True),
@@ -151,10 +155,12 @@ class Api:
         """Returns the server's ``gitVersion``, ``major`` and ``minor``."""
         return self._json("GET", "/version", "/version")[0]
 
-    def create(self, item: Object) -> None:
-        """Sent once: 409 where it is there already."""
+    def create(self, item: Object) -> Object:
+        """Sent once: 409 where it is there already. Returns it with what the server has added."""
         kind, namespace, name = _place(item)
-        self._json("POST", path_of(kind, namespace), shown(kind, namespace, name), body=item, tries=1)
+        return self._json("POST", path_of(kind, namespace), shown(kind, namespace, name), body=item, tries=1)[
+            0
+        ]
 
     def apply(self, item: Object, *, force: bool = False, dry_run: bool = False) -> Applied:
         """Server-side apply as ``ebpfproxy``; ``force`` takes over fields that others manage: 409 without."""

@@ -1,13 +1,15 @@
 """Single objects of a few kinds beside the watched ones, and the requests of clients such as kubectl.
 
 Get, list, create, replace, delete, merge patches and server-side apply, with managed fields, generations and dry runs;
-discovery. Nodes, which are watched, can be read by name and merge-patched. Responses have the texts of a real API
-server. No controller runs here.
+discovery. Nodes, Services and EndpointSlices, which are watched, can be created, read by name, merge-patched and
+deleted; Services get addresses and NodePorts. A namespace is deleted with everything in it. Responses have the texts
+of a real API server. No controller runs here.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import threading
 import uuid
@@ -36,13 +38,20 @@ class Resource(NamedTuple):
 
 
 _NODES = Resource("", "nodes", "Node", False)
+_SERVICES = Resource("", "services", "Service")
+_SLICES = Resource("discovery.k8s.io", "endpointslices", "EndpointSlice")
+#: The store has these, and notifies their watches.
+_WATCHED = (_NODES, _SERVICES, _SLICES)
 RESOURCES = (
     Resource("", "configmaps", "ConfigMap"),
     Resource("", "events", "Event"),
     Resource("", "namespaces", "Namespace", False),
     _NODES,
     Resource("", "pods", "Pod"),
+    Resource("", "secrets", "Secret"),
     Resource("", "serviceaccounts", "ServiceAccount"),
+    _SERVICES,
+    _SLICES,
     Resource("apps", "daemonsets", "DaemonSet"),
     Resource("rbac.authorization.k8s.io", "clusterroles", "ClusterRole", False),
     Resource("rbac.authorization.k8s.io", "clusterrolebindings", "ClusterRoleBinding", False),
@@ -68,7 +77,7 @@ class _Request(NamedTuple):
     resource: Resource
     namespace: str
     name: str
-    status: bool
+    part: str
     query: Mapping[str, str]
     body: bytes
     content_type: str
@@ -94,6 +103,9 @@ class Cluster:
         self._objects: dict[tuple[str, str, str], Managed] = {}
         self.namespaces = {"default", "kube-public", "kube-system"}
         self.warnings: dict[str, str] = {}
+        #: What pods have written, by namespace and name.
+        self.logs: dict[tuple[str, str], str] = {}
+        self._numbers = itertools.count(1)
         self.version = {"major": "1", "minor": "36", "gitVersion": "v1.36.2"}
 
     # -- for tests
@@ -150,18 +162,20 @@ class Cluster:
         headers: Mapping[str, str],
         user: str,
     ) -> _Request:
-        group, rest = ("", parts[2:]) if parts[0] == "api" else ("/".join(parts[1:2]), parts[3:])
+        if parts[0] == "api":
+            parts = ["apis", "", *parts[1:]]
+        group, version, rest = "".join(parts[1:2]), parts[2:3], parts[3:]
         namespace = ""
         if rest[:1] == ["namespaces"] and len(rest) > 2:
             namespace, rest = rest[1], rest[2:]
         for each in RESOURCES:
-            if rest and each.group == group and each.plural == rest[0]:
+            if rest and version == ["v1"] and each.group == group and each.plural == rest[0]:
                 return _Request(
                     method,
                     each,
                     namespace,
                     rest[1] if len(rest) > 1 else "",
-                    rest[2:] == ["status"],
+                    "/".join(rest[2:]),
                     query,
                     body,
                     headers.get("Content-Type", "").partition(";")[0],
@@ -176,8 +190,8 @@ class Cluster:
             return self._list(request)
         if request.name == "" and request.method == "POST":
             request = request._replace(name=json.loads(request.body)["metadata"]["name"])
-        if request.resource == _NODES:
-            return self._node(request)
+        if request.resource in _WATCHED:
+            return self._watched(request)
         key = (request.resource.plural, request.namespace, request.name)
         before = self._objects.get(key)
         creates = request.method == "POST" or request.content_type == "application/apply-patch+yaml"
@@ -187,33 +201,72 @@ class Cluster:
             raise _Error(404, "NotFound", f'namespaces "{request.namespace}" not found')
         if request.method == "GET":
             assert before is not None
+            if request.part == "log":
+                return Answer(200, self.logs.get((request.namespace, request.name), "").encode())
             return Answer(200, encode(before.item))
         dry_run = request.query.get("dryRun") == "All"
         if request.method == "DELETE":
             if not dry_run:
                 del self._objects[key]
+                if request.resource.kind == "Namespace":
+                    self._empty(request.name)
             return Answer(200, encode({"kind": "Status", "apiVersion": "v1", "status": "Success"}))
         if request.method == "POST" and before is not None:
             raise _Error(
                 409, "AlreadyExists", f'{request.resource.qualified} "{request.name}" already exists'
             )
         made = self._write(key, before, self._change(request, before), request.resource, dry_run=dry_run)
+        if request.resource.kind == "Namespace" and not dry_run:
+            self.namespaces.add(request.name)
         warning = self.warnings.get(request.resource.plural)
         headers = {"Warning": f'299 - "{warning}"'} if warning else {}
         return Answer(201 if before is None else 200, encode(made), headers)
 
-    def _node(self, request: _Request) -> Answer:
+    def _watched(self, request: _Request) -> Answer:
         """Changes an object of the store, which notifies its watches."""
-        found = [each.body for each in self._store.items("nodes")[1] if each.key == ("", request.name)]
+        plural, key = request.resource.plural, (request.namespace, request.name)
+        found = [each.body for each in self._store.items(plural)[1] if each.key == key]
+        if request.method == "POST" and not found:
+            item = json.loads(request.body)
+            item["metadata"] |= {"namespace": request.namespace, "uid": str(uuid.uuid4())}
+            if request.resource == _SERVICES:
+                self._allocate(item["spec"])
+            self._store.put(plural, item)
+            return Answer(201, encode(item))
         if not found:
             raise self._missing(request)
         item = json.loads(found[0])
         if request.method == "PATCH":
             made = _merged(item, json.loads(request.body))
             if made != item:
-                self._store.put("nodes", made)
+                self._store.put(plural, made)
             item = made
+        elif request.method == "DELETE":
+            self._store.delete(plural, *key)
         return Answer(200, encode(item))
+
+    def _allocate(self, spec: Object) -> None:
+        """Gives a Service addresses of both families if it prefers that, and NodePorts."""
+        spec.setdefault("type", "ClusterIP")
+        if spec.get("clusterIP") != "None":
+            number = next(self._numbers)
+            both = [f"10.96.200.{number}", f"fd00:10:96::200:{number:x}"]
+            spec["clusterIPs"] = both if spec.get("ipFamilyPolicy") == "PreferDualStack" else both[:1]
+            spec["clusterIP"] = both[0]
+        else:
+            spec["clusterIPs"] = ["None"]
+        if spec["type"] == "NodePort":
+            for port in spec["ports"]:
+                port.setdefault("nodePort", 31000 + next(self._numbers))
+
+    def _empty(self, namespace: str) -> None:
+        self.namespaces.discard(namespace)
+        for key in [key for key in self._objects if key[1] == namespace]:
+            del self._objects[key]
+        for resource in (_SERVICES, _SLICES):
+            for each in self._store.items(resource.plural)[1]:
+                if each.key[0] == namespace:
+                    self._store.delete(resource.plural, *each.key)
 
     def _authorize(self, request: _Request) -> None:
         resource, verb = request.resource, request.verb
@@ -276,7 +329,7 @@ class Cluster:
                 raise _Error(409, "Conflict", str(error), {"causes": causes}) from error
         if request.method == "PATCH":
             assert before is not None
-            item = _merged(before.item, {"status": item["status"]} if request.status else item)
+            item = _merged(before.item, {"status": item["status"]} if request.part == "status" else item)
         item.setdefault("kind", request.resource.kind)
         item.setdefault("apiVersion", request.resource.api_version)
         if request.resource.namespaced:

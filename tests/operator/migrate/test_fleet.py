@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ebpfproxy.cli.migrate import command
+from ebpfproxy.operator.image import Image
 from ebpfproxy.operator.migrate.cluster import work_pod
 from ebpfproxy.operator.migrate.cluster.fleet import State, brief_of, judge
 from ebpfproxy.operator.migrate.cluster.jobs import Done, JobError
@@ -529,7 +530,7 @@ def test_message_of_kubelet_is_reported_if_the_log_is_forbidden(world: World) ->
 
 
 def test_ended_pod_of_an_earlier_call_is_deleted(world: World) -> None:
-    left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
+    left = work_pod.manifest("node-a", "kube-system", Image(name="x"), ["plan"], seconds=5)
     left["metadata"]["namespace"] = "kube-system"
     with world.plane.lock:
         world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left
@@ -543,7 +544,7 @@ def test_ended_pod_of_an_earlier_call_is_deleted(world: World) -> None:
 def test_terminating_pod_of_an_earlier_call_is_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = work_pod.manifest("node-a", "kube-system", work_pod.Image(name="x"), ["plan"], seconds=5)
+    left = work_pod.manifest("node-a", "kube-system", Image(name="x"), ["plan"], seconds=5)
     left["metadata"] |= {"namespace": "kube-system", "deletionTimestamp": "x"}
     with world.plane.lock:
         world.plane.objects["Pod"]["kube-system", left["metadata"]["name"]] = left

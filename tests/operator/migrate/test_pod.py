@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ebpfproxy.operator.image import Image, image_of
 from ebpfproxy.operator.migrate.cluster import work_pod
 from tests.lab import Lab
 from tests.operator.migrate import rules
@@ -27,7 +28,7 @@ def runner(world: World, image: Path | None = None) -> Run:
     def run(*arguments: str, without: Iterable[str] = (), seccomp: bool = True) -> tuple[int, str]:
         folder = world.lab.folder / f"pod-{next(_numbers)}"
         folder.mkdir()
-        pod = work_pod.manifest(world.a.name, "kube-system", work_pod.Image(name="x"), arguments, seconds=60)
+        pod = work_pod.manifest(world.a.name, "kube-system", Image(name="x"), arguments, seconds=60)
         held = [f"CAP_{each}" for each in ADDED if each not in without]
         container = PodContainer(pod, world.a, folder, capabilities=held, seccomp=seccomp, image=image)
         done = container.run()
@@ -102,7 +103,7 @@ def test_sys_admin_is_not_needed_where_the_seccomp_profile_knows_bpf(world: Worl
 
 def test_restrictions_of_the_work_pods_manifest() -> None:
     made = work_pod.manifest(
-        "node-a", "kube-system", work_pod.Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5
+        "node-a", "kube-system", Image(name="x/y:1", pull_secrets=("s",)), ["plan"], seconds=90.5
     )
     spec, (container,) = made["spec"], made["spec"]["containers"]
     assert made["metadata"]["name"] == "ebpfproxy-migrate-node-a"
@@ -125,8 +126,8 @@ def test_image_is_that_of_the_daemon_set() -> None:
         "containers": [{"name": "ebpfproxy", "image": "r/e:2", "imagePullPolicy": "Always"}],
         "imagePullSecrets": [{"name": "s"}],
     }
-    found = work_pod.image_of({"spec": {"template": {"spec": spec}}})
-    assert found == work_pod.Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
+    found = image_of({"spec": {"template": {"spec": spec}}})
+    assert found == Image(name="r/e:2", pull_policy="Always", pull_secrets=("s",))
 
 
 def test_long_node_name_gives_a_unique_pod_name() -> None:

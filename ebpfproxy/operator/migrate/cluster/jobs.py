@@ -9,8 +9,8 @@ import msgspec
 
 from ebpfproxy.operator import pods
 from ebpfproxy.operator.api import Api, ApiError, Object
+from ebpfproxy.operator.image import Image
 from ebpfproxy.operator.migrate.cluster import work_pod
-from ebpfproxy.operator.migrate.cluster.work_pod import Image
 from ebpfproxy.operator.waiting import Wait
 
 #: This is added to the time that the command may take.

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-import msgspec
-
 from ebpfproxy.operator.api import Object
+from ebpfproxy.operator.image import Image
 
 CONTAINER = "migrate"
 LABELS = {"app.kubernetes.io/name": "ebpfproxy-migrate"}
@@ -21,24 +20,6 @@ _PREFIX = "ebpfproxy-migrate-"
 #: A pod's name is a DNS subdomain, which has this length at most.
 _LONGEST = 253
 _HASH = 10
-
-
-class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """The image, as the DaemonSet's agent names it."""
-
-    name: str
-    pull_policy: str = "IfNotPresent"
-    pull_secrets: tuple[str, ...] = ()
-
-
-def image_of(daemon_set: Object) -> Image:
-    pod = daemon_set["spec"]["template"]["spec"]
-    container = pod["containers"][0]
-    return Image(
-        name=container["image"],
-        pull_policy=container.get("imagePullPolicy", "IfNotPresent"),
-        pull_secrets=tuple(each["name"] for each in pod.get("imagePullSecrets") or ()),
-    )
 
 
 def name_of(node: str) -> str:

@@ -23,6 +23,7 @@ from ebpfproxy.node.identity import node_name
 from ebpfproxy.operator.api import Api, ApiError
 from ebpfproxy.operator.names import AGENT, SYSTEM
 from ebpfproxy.operator.test import manifests as of_folder
+from ebpfproxy.operator.test.questions import DIRECT
 from ebpfproxy.operator.test.results import SKIPPED, Report, junit
 from ebpfproxy.operator.test.run import run
 from ebpfproxy.operator.test.site import CannotTestError, Wanted
@@ -169,10 +170,8 @@ def _print(found: Report, *, hint: bool) -> None:
     out = console()
     rows = table("check", "protocol", "family", "result", "asked")
     for row in found.rows:
-        asked = str(row.asked) if row.asked else ""
-        if row.failures:
-            asked = f"{asked}, {len(row.failures)} failed"
-        why = f": {row.why}" if row.result == SKIPPED else ""
+        asked = f"{row.asked}, {len(row.failures)} failed" if row.failures else str(row.asked or "")
+        why = f"{'' if row.result == SKIPPED else ', partly skipped'}: {row.why}" if row.why else ""
         rows.add_row(row.check, row.protocol, row.family, f"{row.result}{why}", asked)
     out.print(rows)
     failed = [row for row in found.rows if row.failures]
@@ -184,6 +183,8 @@ def _print(found: Report, *, hint: bool) -> None:
             out.print(f"    {each.explain}")
         if (more := len(row.failures) - _SHOWN) > 0:
             out.print(f"  and {more} more of {row.check} {row.protocol} {row.family}: see -o json")
+    if any(row.check == DIRECT for row in failed):
+        out.print("Servers do not answer directly: the reason is the pod network or a policy, not Services.")
     if failed and hint:
         out.print("The test's pods and Services are removed: with --keep they stay for these commands.")
     if found.good:

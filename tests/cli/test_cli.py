@@ -38,6 +38,7 @@ def test_version() -> None:
         ("migrate", "run"),
         ("migrate", "rollback"),
         ("backend", "drain"),
+        ("test",),
         ("status",),
         ("service",),
         ("service", "list"),

@@ -47,6 +47,7 @@ def run(*arguments: str, module: str = "ebpfproxy.cli") -> subprocess.CompletedP
         ("config", "defaults"),
         ("install", "--image", "x", "--dry-run", "--no-inherit", "--api-server", "https://cp.example:6443"),
         ("uninstall", "--help"),
+        ("test", "--help"),
         ("migrate", "plan", "--help"),
         ("migrate", "run", "--help"),
         ("migrate", "rollback", "--help"),

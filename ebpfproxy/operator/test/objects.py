@@ -75,6 +75,8 @@ def pod(place: tuple[str, str], role: str, node: str, image: Image, plan: Object
         "name": role,
         "image": image.name,
         "imagePullPolicy": image.pull_policy,
+        # An image of an older version has no such module, which its last line says.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "command": ["python3", "-m", "ebpfproxy.operator.test.pod"],
         "args": [msgspec.json.encode(plan).decode()],
         "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}},

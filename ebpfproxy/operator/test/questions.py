@@ -13,7 +13,7 @@ from ebpfproxy.operator.test.site import Node
 #: of questions grows with that of nodes, not with its square.
 RING = 8
 
-DIRECT, CLUSTER_IP, NODE_PORT = "direct", "ClusterIP", "NodePort"
+DIRECT, CLUSTER_IP, NODE_PORT = "headless, direct", "ClusterIP", "NodePort"
 AFFINITY, HAIRPIN = "session affinity", "hairpin"
 INTERNAL, EXTERNAL = "internalTrafficPolicy Local", "externalTrafficPolicy Local"
 

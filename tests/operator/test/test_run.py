@@ -48,7 +48,7 @@ def test_all_checks_pass_and_nothing_is_left(cluster: LabCluster) -> None:
     rows = {(row["check"], row["protocol"], row["family"]): row["result"] for row in found["rows"]}
     expected = {("agent restart under load", "", ""): "passed"}
     for check, protocols in (
-        ("direct", ["TCP"]),
+        ("headless, direct", ["TCP"]),
         ("ClusterIP", ["TCP", "UDP"]),
         ("NodePort", ["TCP", "UDP"]),
         ("session affinity", ["TCP"]),
@@ -99,10 +99,15 @@ def test_interrupted_test_removes_everything(cluster: LabCluster) -> None:
     assert_nothing_is_left(cluster)
 
 
-def test_existing_namespace_is_left_alone(cluster: LabCluster) -> None:
-    meta = {"name": "ebpfproxy-test"}
-    cluster.server.cluster.put({"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
+def test_kept_namespace_of_one_node_is_not_touched_by_the_next_test(cluster: LabCluster) -> None:
+    """An only node has two servers, and no client on another node; pods that are kept go on running."""
+    done = cluster.run("--node", "node-a", "--keep")
+    assert done.code == 0, done.output + done.errors
+    assert "skipped: clients on other nodes need a second node" in done.output
+    assert done.output.endswith("Services work: 1 node\n")
+    pods = cluster.pods("ebpfproxy-test")
+    assert sorted(each["metadata"]["name"] for each in pods) == ["client-1", "host-1", "server-1", "server-2"]
     done = cluster.run()
-    assert done.code == 2
+    assert (done.code, done.output) == (2, "")
     assert "namespace ebpfproxy-test exists" in done.errors
-    assert cluster.server.cluster.get("namespaces", "", "ebpfproxy-test") is not None
+    assert cluster.pods("ebpfproxy-test") == pods

@@ -184,7 +184,7 @@ def _print(found: Report, *, hint: bool) -> None:
         if (more := len(row.failures) - _SHOWN) > 0:
             out.print(f"  and {more} more of {row.check} {row.protocol} {row.family}: see -o json")
     if any(row.check == DIRECT for row in failed):
-        out.print("Servers do not answer directly: the reason is the pod network or a policy, not Services.")
+        out.print("What fails directly is not a matter of Services: see the pod network and its policies.")
     if failed and hint:
         out.print("The test's pods and Services are removed: with --keep they stay for these commands.")
     if found.good:

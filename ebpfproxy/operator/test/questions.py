@@ -126,8 +126,16 @@ def _direct(client: Client, cluster: Cluster) -> Iterator[Question]:
             )
 
 
+def _of_any_server(client: Client, cluster: Cluster) -> Iterator[tuple[Service, str]]:
+    names = [objects.ANY, objects.ANY]
+    # A node's own socket of SCTP names all the node's addresses to the server, which leads past the Service.
+    if client.role == objects.CLIENT:
+        names.append(objects.OVER_SCTP)
+    return cluster.protocols(*names)
+
+
 def _cluster_ips(client: Client, cluster: Cluster) -> Iterator[Question]:
-    for service, protocol in cluster.protocols(objects.ANY, objects.ANY, objects.OVER_SCTP):
+    for service, protocol in _of_any_server(client, cluster):
         yield from at_cluster_ips(CLUSTER_IP, client.node, service, protocol)
     yield from at_cluster_ips(AFFINITY, client.node, cluster.services[objects.STICKY], "TCP", same=True)
 
@@ -155,7 +163,7 @@ def at_cluster_ips(
 
 
 def _node_ports(client: Client, cluster: Cluster) -> Iterator[Question]:
-    for service, protocol in cluster.protocols(objects.ANY, objects.ANY, objects.OVER_SCTP):
+    for service, protocol in _of_any_server(client, cluster):
         for node in _ring(cluster.nodes, client.node):
             yield from _at_node_ports(NODE_PORT, service, protocol, node)
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ebpfproxy.operator.test import objects, questions
-from ebpfproxy.operator.test.objects import CLIENT
+from ebpfproxy.operator.test.objects import CLIENT, HOST
 from ebpfproxy.operator.test.questions import Client, Cluster, Server, Service
 from ebpfproxy.operator.test.results import Result, failure, junit, report
 from ebpfproxy.operator.test.site import Node, _answers
@@ -55,13 +55,15 @@ def test_policies_of_a_node_without_a_server() -> None:
     }
 
 
-def test_sctp_is_asked_where_a_server_has_it() -> None:
+def test_pods_ask_over_sctp_where_a_server_has_it() -> None:
     found = questions.of_client(Client("client", CLIENT, cluster(2).nodes[0]), cluster(2))
     assert [(each.check, each.port) for each in found if each.protocol == "SCTP"] == [
         (questions.CLUSTER_IP, 80),
         (questions.NODE_PORT, 31003),
         (questions.NODE_PORT, 31003),
     ]
+    found = questions.of_client(Client("host", HOST, cluster(2).nodes[0]), cluster(2))
+    assert [each for each in found if each.protocol == "SCTP"] == []
 
 
 @pytest.mark.parametrize(

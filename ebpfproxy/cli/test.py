@@ -14,7 +14,7 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.install import access, remark
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.output import console, emit, table
+from ebpfproxy.cli.output import console, emit, plain, table
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.lookup import Lookup
@@ -113,6 +113,10 @@ def command(
     agent_namespace, slash, name = daemonset.partition("/")
     if not slash:
         raise click.UsageError(f"--daemonset {daemonset} is not NAMESPACE/NAME")
+    if manifests is not None and (image or nodes or restart or keep):
+        raise click.UsageError(
+            "--manifests changes nothing and makes no pods: it goes with no option for them"
+        )
     with _untested():
         if manifests is not None:
             found = _of_manifests(manifests, bpf_root)
@@ -172,15 +176,15 @@ def _print(found: Report, *, hint: bool) -> None:
     for row in found.rows:
         asked = f"{row.asked}, {len(row.failures)} failed" if row.failures else str(row.asked or "")
         why = f"{'' if row.result == SKIPPED else ', partly skipped'}: {row.why}" if row.why else ""
-        rows.add_row(row.check, row.protocol, row.family, f"{row.result}{why}", asked)
+        rows.add_row(row.check, row.protocol, row.family, plain(f"{row.result}{why}"), asked)
     out.print(rows)
     failed = [row for row in found.rows if row.failures]
     if failed:
         out.print("FAILED:")
     for row in failed:
         for each in row.failures[:_SHOWN]:
-            out.print(f"  {each.sentence}")
-            out.print(f"    {each.explain}")
+            out.print(plain(f"  {each.sentence}"))
+            out.print(plain(f"    {each.explain}"))
         if (more := len(row.failures) - _SHOWN) > 0:
             out.print(f"  and {more} more of {row.check} {row.protocol} {row.family}: see -o json")
     if any(row.check == DIRECT for row in failed):

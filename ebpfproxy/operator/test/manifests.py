@@ -20,6 +20,7 @@ from ebpfproxy.netlink.sock_diag import Peer, sockets_in
 from ebpfproxy.operator.test.pod import words
 from ebpfproxy.operator.test.questions import AFFINITY
 from ebpfproxy.operator.test.results import Report, Result, failure, report
+from ebpfproxy.operator.test.site import CannotTestError
 from ebpfproxy.services.model import (
     Backend,
     Frontend,
@@ -44,13 +45,15 @@ _COOKIE_MASK = (1 << 56) - 1
 
 
 def check(folder: Path, node: str, node_addresses: Sequence[bytes]) -> Report:
-    """``node_addresses``: where NodePorts answer. Raises ManifestError and OSError."""
+    """``node_addresses``: where NodePorts answer. Raises CannotTestError, ManifestError and OSError."""
     asked = [
         (port, frontend, address)
         for port in _read(folder, node)
         for frontend in port.frontends
         for address in _addresses(port, frontend, node_addresses)
     ]
+    if not asked:
+        raise CannotTestError(f"{folder}: no Service has an address that this node could ask")
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(lambda each: _ask(node, *each), asked))
     results.sort(key=lambda each: (each.check == WITHOUT, each.check, each.family, each.protocol))

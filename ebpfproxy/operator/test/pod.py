@@ -142,6 +142,8 @@ def _ask(question: Question) -> str:
         try:
             answer = json.loads(said)
             name, client = str(answer["name"]), str(answer["client"])
+            if not f"{name}{client}".isprintable():
+                raise ValueError
         except (ValueError, LookupError, TypeError):
             raise _WrongError("something else than the test's server answered") from None
         if question["by"] is not None and name not in question["by"]:

@@ -112,3 +112,7 @@ def test_unreadable_file_is_no_result(world: World, tmp_path: Path) -> None:
     done = world.node.call(command.run, words)
     assert (done.code, done.output) == (2, "")
     assert "a.yaml: document 1, Service" in done.errors
+    (tmp_path / "a.yaml").write_text("")
+    done = world.node.call(command.run, words)
+    assert (done.code, done.output) == (2, "")
+    assert "no Service has an address" in done.errors

@@ -12,8 +12,8 @@ the servers that may answer (None: any; none: nobody may), ``same`` wants all an
 ``sources`` are the addresses as which the server may see the client, beside the client's own (None: all).
 
 Lines: ``{"serving": ["TCP", …]}``; for each question ``{"id": 1, "asked": 5, "wrong": ""}`` or ``{"id": 1,
-"skipped": "…"}``, then ``{"done": true}``; under load each second ``{"load": {"asked": 90, "failed": 0,
-"wrong": ""}}``.
+"skipped": "…"}``, then ``{"done": true}``; under load each second ``{"load": {"asked": 90, "failed": 1,
+"id": 1, "wrong": "…"}}`` with the last failure.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class _Load:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._asked = self._failed = 0
-        self._last = ""
+        self._last: Line = {"id": 0, "wrong": ""}
 
     def run(self, questions: list[Question], patience: float) -> None:
         deadline = time.monotonic() + patience
@@ -260,23 +260,21 @@ class _Load:
         while True:
             time.sleep(1)
             with self._lock:
-                say({"load": {"asked": self._asked, "failed": self._failed, "wrong": self._last}})
+                say({"load": {"asked": self._asked, "failed": self._failed, **self._last}})
 
-    def _count(self, wrong: str, to: str) -> None:
+    def _count(self, question: Question, wrong: str) -> None:
         with self._lock:
             self._asked += 1
             if wrong:
                 self._failed += 1
-                self._last = f"{to}: {wrong}"
+                self._last = {"id": question["id"], "wrong": wrong}
 
     def _ask(self, question: Question) -> None:
-        to = _endpoint((question["address"], question["port"]))
         while True:
-            self._count(_wrong(question, set()), to)
+            self._count(question, _wrong(question, set()))
             time.sleep(_LOAD_PAUSE)
 
     def _hold(self, question: Question) -> None:
-        to = _endpoint((question["address"], question["port"]))
         try:
             with _open(question, 5 * _SECONDS) as sock:
                 sock.connect((question["address"], question["port"]))
@@ -284,12 +282,12 @@ class _Load:
                 while True:
                     sock.sendall(b"?\n")
                     _line(sock)
-                    self._count("", to)
+                    self._count(question, "")
                     time.sleep(5 * _LOAD_PAUSE)
         except _WrongError as error:
-            self._count(f"a connection that stays open: {error}", to)
+            self._count(question, f"an open connection ended: {error}")
         except OSError as error:
-            self._count(f"a connection that stays open: {words(error)}", to)
+            self._count(question, f"an open connection ended: {words(error)}")
 
 
 def main() -> None:

@@ -307,9 +307,9 @@ class _Test:
                 yield Result(check=RESTART, failure=failed)
         for client in clients:
             line = self._load_line(client, len(self._lines(client.name, bool)) + _LOAD_LINES)
-            wrong = f"{line['failed']} of {line['asked']} times {line['wrong']}" if line["failed"] else ""
-            question = msgspec.structs.replace(asked[0], decided_on=client.node.name)
-            failed = self._failure(client, question, wrong) if wrong else None
+            wrong = f"of {line['asked']} times {line['failed']} failed, the last: {line['wrong']}"
+            question = msgspec.structs.replace(asked[line["id"]], decided_on=client.node.name)
+            failed = self._failure(client, question, wrong) if line["failed"] else None
             yield Result(check=RESTART, asked=line["asked"], failure=failed)
 
     def _load_line(self, client: Client, count: int) -> dict[str, Any]:

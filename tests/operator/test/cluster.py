@@ -23,7 +23,8 @@ from tests.lab.spaces import Space, enter_namespace, namespace_restored
 from tests.lab.waiting import until
 
 Item = dict[str, Any]
-Key = tuple[str, str]
+Key = tuple[str, str, str]
+"""A pod's namespace, name and uid: one that follows may have its name."""
 SYSTEM = "kube-system"
 _TOP = Path(ebpfproxy.__file__).parents[1]
 _READY = [{"type": "Ready", "status": "True"}]
@@ -49,7 +50,7 @@ class LabCluster:
         self._numbers = itertools.count(1)
         self._agents: dict[Key, Agent] = {}
         self._processes: dict[Key, subprocess.Popen[bytes]] = {}
-        self._slices: dict[Key, Item] = {}
+        self._slices: dict[tuple[str, str], Item] = {}
         self._daemon_set = self.server.cluster.put(_daemon_set())
         for name in self.nodes:
             self._make_agent(name)
@@ -95,10 +96,7 @@ class LabCluster:
             self._sync()
 
     def _sync(self) -> None:
-        there = {
-            (pod["metadata"]["namespace"], pod["metadata"]["name"]): pod
-            for pod in self.server.cluster.all("pods")
-        }
+        there = {_key(pod): pod for pod in self.server.cluster.all("pods")}
         for key in [*self._processes.keys() - there.keys()]:
             process = self._processes.pop(key)
             process.kill()
@@ -168,15 +166,19 @@ class LabCluster:
         }
         if not is_server:
             status["conditions"] = _READY
+        # The log of an earlier pod of this name is gone with it.
+        self.server.cluster.logs.pop(key[:2], None)
         self._report(key, **status)
         threading.Thread(target=self._read, args=(key, process), daemon=True).start()
 
     def _read(self, key: Key, process: subprocess.Popen[bytes]) -> None:
-        logs = self.server.cluster.logs
-        logs[key] = ""
+        written = ""
         assert process.stdout is not None
         for line in process.stdout:
-            logs[key] += line.decode()
+            written += line.decode()
+            with self.server.cluster._lock:
+                if self._is_there(key):
+                    self.server.cluster.logs[key[:2]] = written
             if "serving" in json.loads(line):
                 self._report(key, conditions=_READY)
 
@@ -185,7 +187,13 @@ class LabCluster:
         path = f"/api/v1/namespaces/{key[0]}/pods/{key[1]}/status"
         body = json.dumps({"status": status}).encode()
         headers = {"Content-Type": "application/merge-patch+json"}
-        self.server.cluster.answer("PATCH", path, {}, body, headers, "kubelet")
+        with self.server.cluster._lock:
+            if self._is_there(key):
+                self.server.cluster.answer("PATCH", path, {}, body, headers, "kubelet")
+
+    def _is_there(self, key: Key) -> bool:
+        pod = self.server.cluster.get("pods", *key[:2])
+        return pod is not None and _key(pod) == key
 
     def _sync_slices(self, ready: list[Item]) -> None:
         wanted = {}
@@ -199,6 +207,11 @@ class LabCluster:
         for key in there - wanted.keys():
             self.server.store.delete("endpointslices", *key)
         self._slices = wanted
+
+
+def _key(pod: Item) -> Key:
+    meta = pod["metadata"]
+    return meta["namespace"], meta["name"], meta["uid"]
 
 
 def _slices(service: Item, ready: list[Item]) -> Iterator[Item]:

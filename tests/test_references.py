@@ -28,7 +28,7 @@ ELSEWHERE = re.compile(
 )
 #: Names that look like a module's but are of a file, a sysctl or an attribute of a variable.
 NO_MODULE = re.compile(
-    r".*\.(json|jsonl|crt|key|conf|test|c|h)|kernel\.bpf_\w+|conntrack\.max\w+|(a|master|pod|wanted)\.\w+"
+    r".*\.(json|jsonl|crt|key|conf|test|c|h|io)|kernel\.bpf_\w+|conntrack\.max\w+|(a|master|pod|wanted)\.\w+"
 )
 
 

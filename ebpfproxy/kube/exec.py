@@ -61,6 +61,9 @@ class _Ended(msgspec.Struct):
     details: _Details | None = None
 
 
+_STATUS = msgspec.json.Decoder(_Ended)
+
+
 class Exec:
     """A running command. :meth:`output` belongs to one thread, :meth:`end_input` to any."""
 
@@ -112,7 +115,7 @@ def _code(ended: bytes) -> int | None:
     if not ended:
         return None
     try:
-        status = msgspec.json.decode(ended, type=_Ended)
+        status = _STATUS.decode(ended)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Failure("exec", f"not a command's status: {error}") from error
     if status.status == "Success":

@@ -103,8 +103,6 @@ class Cluster:
         self._objects: dict[tuple[str, str, str], Managed] = {}
         self.namespaces = {"default", "kube-public", "kube-system"}
         self.warnings: dict[str, str] = {}
-        #: What pods have written, by namespace and name.
-        self.logs: dict[tuple[str, str], str] = {}
         self._numbers = itertools.count(1)
         self.version = {"major": "1", "minor": "36", "gitVersion": "v1.36.2"}
 
@@ -201,8 +199,6 @@ class Cluster:
             raise _Error(404, "NotFound", f'namespaces "{request.namespace}" not found')
         if request.method == "GET":
             assert before is not None
-            if request.part == "log":
-                return Answer(200, self.logs.get((request.namespace, request.name), "").encode())
             return Answer(200, encode(before.item))
         dry_run = request.query.get("dryRun") == "All"
         if request.method == "DELETE":

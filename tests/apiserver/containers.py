@@ -62,7 +62,8 @@ class Containers:
             handler.answer(404, bodies.status(404, "NotFound", f'pods "{pod}" not found'))
         elif what == "log":
             previous = query.get("previous") == ["true"]
-            text = self.logs.get((pod, query["container"][0], previous), "")
+            only = item["spec"]["containers"][0]["name"]
+            text = self.logs.get((pod, query.get("container", [only])[0], previous), "")
             handler.answer(200, text.encode(), content_type="text/plain")
         else:
             is_running = item["status"].get("phase") == "Running"

@@ -13,7 +13,6 @@ from ebpfproxy.config.node_port_addresses import KEYWORDS, LOCALHOST
 from ebpfproxy.operator import pods
 from ebpfproxy.operator.api import Api, Object, shown
 from ebpfproxy.operator.image import Image, image_of
-from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.names import AGENT
 
 _OS = "kubernetes.io/os"
@@ -66,7 +65,7 @@ def read(api: Api, wanted: Wanted) -> Site:
         image = msgspec.structs.replace(image, name=wanted.image)
     agents = {}
     if daemon_set is not None:
-        for pod in rollout.pods_of(api, wanted.agent_namespace, wanted.daemon_set):
+        for pod in pods.of_daemon_set(api, wanted.agent_namespace, wanted.daemon_set):
             agents[pods.node_of(pod)] = pod
     selection = _node_port_addresses(api, wanted.agent_namespace)
     nodes, remarks = [], []

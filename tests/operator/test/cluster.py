@@ -167,18 +167,18 @@ class LabCluster:
         if not is_server:
             status["conditions"] = _READY
         # The log of an earlier pod of this name is gone with it.
-        self.server.cluster.logs.pop(key[:2], None)
+        self.server.containers.logs.pop((key[1], container["name"], False), None)
         self._report(key, **status)
-        threading.Thread(target=self._read, args=(key, process), daemon=True).start()
+        threading.Thread(target=self._read, args=(key, container["name"], process), daemon=True).start()
 
-    def _read(self, key: Key, process: subprocess.Popen[bytes]) -> None:
+    def _read(self, key: Key, container: str, process: subprocess.Popen[bytes]) -> None:
         written = ""
         assert process.stdout is not None
         for line in process.stdout:
             written += line.decode()
             with self.server.cluster._lock:
                 if self._is_there(key):
-                    self.server.cluster.logs[key[:2]] = written
+                    self.server.containers.logs[key[1], container, False] = written
             if "serving" in json.loads(line):
                 self._report(key, conditions=_READY)
 

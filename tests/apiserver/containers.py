@@ -60,6 +60,9 @@ class Containers:
             handler.answer(403, bodies.status(403, "Forbidden", message))
         elif item is None:
             handler.answer(404, bodies.status(404, "NotFound", f'pods "{pod}" not found'))
+        elif what == "log" and _is_being_created(item):
+            message = f'container in pod "{pod}" is waiting to start: ContainerCreating'
+            handler.answer(400, bodies.status(400, "BadRequest", message))
         elif what == "log":
             previous = query.get("previous") == ["true"]
             only = item["spec"]["containers"][0]["name"]
@@ -93,6 +96,11 @@ class Containers:
         process = self.start(call)
         self.calls.append((call, process))
         _Session(handler.connection, handler.rfile, process, half_closes=protocol.startswith("v5")).run()
+
+
+def _is_being_created(pod: dict[str, Any]) -> bool:
+    status = pod.get("status", {})
+    return status.get("phase", "Pending") == "Pending" and "containerStatuses" not in status
 
 
 class _Session:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Generator, Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,8 @@ from tests.cluster.report import Report
 _REPORT = pytest.StashKey[Report]()
 _PAGE = "EBPFPROXY_TESTED"
 _FOLDER = Path(__file__).parent
+#: A worker's key for its part of the report.
+_PART = "cluster_report"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,9 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with their own clusters run first, as an idle cluster takes processor time."""
-    if all(item.path.parent == _FOLDER for item in items):
-        items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+    """Gives the suite's clusters, which mostly wait, to one worker, and all others, in their order, to another.
+
+    Modules with their own clusters run before the shared one is made, as an idle cluster takes processor time.
+    """
+    if not all(item.path.parent == _FOLDER for item in items):
+        return
+    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("e2e" if item.path.name == "test_e2e.py" else "life"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,14 +48,23 @@ def pytest_runtest_makereport(
     sentence = (getattr(item, "obj", None).__doc__ or "").split("\n\n")[0]
     if call.when == "call" and item.get_closest_marker("cluster") and sentence:
         kept = item.config.stash[_REPORT].sentences
-        kept.append((item.nodeid.split("::")[0], " ".join(sentence.split()), made.outcome, call.duration))
+        kept.append((item.path.stem, " ".join(sentence.split()), made.outcome, call.duration))
     return made
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Adds a worker's part to the report of the run."""
+    if _PART in getattr(node, "workeroutput", {}):
+        node.config.stash[_REPORT].add(pickle.loads(node.workeroutput[_PART]))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes the page that the environment names if clusters were created."""
     found = session.config.stash[_REPORT]
-    if _PAGE in os.environ and found.versions:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_PART] = pickle.dumps(found)
+    elif _PAGE in os.environ and found.versions:
         Path(os.environ[_PAGE]).write_text(found.page(date.today()))
 
 

@@ -6,6 +6,7 @@ Results that take minutes are kept in ``.cluster/`` of the checkout, by a hash o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -220,13 +221,16 @@ def _kept(name: str, made_of: str, make: Callable[[Path], object], suffix: str =
     """Returns the file or folder by name and origin; creates it when missing and removes those of other origins."""
     KEPT.mkdir(exist_ok=True)
     target = KEPT / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}{suffix}"
-    if not target.exists():
-        unfinished = KEPT / f"{target.name}.{os.getpid()}"
-        make(unfinished)
-        unfinished.rename(target)
-        for old in KEPT.glob(f"{name}-{'[0-9a-f]' * 16}{suffix}"):
-            if old != target:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    # Another process of this run may be creating it.
+    with (KEPT / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = KEPT / f"{target.name}.{os.getpid()}"
+            make(unfinished)
+            unfinished.rename(target)
+            for old in KEPT.glob(f"{name}-{'[0-9a-f]' * 16}{suffix}"):
+                if old != target:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
     return target
 
 

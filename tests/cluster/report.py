@@ -33,6 +33,12 @@ class Report:
     sentences: list[tuple[str, str, str, float]] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
+    def add(self, part: Report) -> None:
+        """Adds what another process of the same run has recorded."""
+        self.versions |= part.versions
+        self.e2e |= part.e2e
+        self.sentences += part.sentences
+
     def page(self, day: date) -> str:
         minutes = (time.monotonic() - self.began) / 60
         parts = [

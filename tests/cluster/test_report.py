@@ -42,3 +42,16 @@ def test_spec_that_passes_alone_is_counted_and_listed() -> None:
     lines = report.page(date(2026, 11, 27)).splitlines()
     assert "| **all** | 1 of 1 |  |" in lines
     assert "| Services should work | passed when run again, alone |  |" in lines
+
+
+def test_parts_of_two_processes_make_one_page() -> None:
+    report, part = Report(), Report({"Kubernetes": "v1.36.2"})
+    report.sentences.append(("test_life", "A node reboots.", "passed", 41.7))
+    part.sentences.append(("test_e2e", "Specs pass.", "passed", 1.0))
+    part.e2e["ebpfproxy"] = {"[sig-network] Services should work": result(Outcome.PASSED)}
+    report.add(part)
+    lines = report.page(date(2026, 11, 27)).splitlines()
+    assert "| Kubernetes | v1.36.2 |" in lines
+    assert "| Services | 1 of 1 |" in lines
+    assert "| A node reboots. | passed | 42 s |" in lines
+    assert "| Specs pass. | passed | 1 s |" in lines

@@ -285,7 +285,9 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	if (done != INSERT_DONE)
 		return insert_failed(done);
 	s->entry = s->nat;
-	if (is_masked && !is_forwarded) {
+	if (!is_masked) {
+		forget_masquerade(s, p->flow.proto);
+	} else if (!is_forwarded) {
 		done = masquerade(skb, s, p->flow.proto, &node);
 		if (done != INSERT_DONE) {
 			/*

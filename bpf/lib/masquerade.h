@@ -126,6 +126,23 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 	return conntrack_put(s, conntrack_lookup(&s->key));
 }
 
+/* Sets @key to what the original direction, with the entry @nat, has become where it leaves. */
+static __always_inline void masquerade_key(struct flow *key, const struct nat *nat, u8 proto)
+{
+	key->src = nat->src;
+	key->dst = nat->dst;
+	key->sport = nat->sport;
+	key->dport = nat->dport;
+	key->proto = proto;
+	key->stage = STAGE_EGRESS;
+	key->pad = 0;
+}
+
+static __always_inline bool is_masquerade(const struct nat *nat)
+{
+	return (nat->flags & (NAT_SOURCE | NAT_REPLY)) == NAT_SOURCE;
+}
+
 /*
  * Inserts the pair that masquerades a new flow. @s->nat is what the original direction has become:
  * packets from the client to the backend, which leave with @addr as their source.
@@ -133,22 +150,31 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
 {
-	const struct flow between = {
-		.src = s->nat.src,
-		.dst = s->nat.dst,
-		.sport = s->nat.sport,
-		.dport = s->nat.dport,
-		.proto = proto,
-		.stage = STAGE_EGRESS,
-	};
 	const struct nat *known = &s->other;
+	struct flow between;
 
+	masquerade_key(&between, &s->nat, proto);
 	/* A flow that begins anew keeps its port while that is in use. */
-	if (conntrack_read(&between, &s->other) && known->flags & NAT_SOURCE &&
-	    !(known->flags & NAT_REPLY) && !is_closed(known) && addr_equal(&known->src, addr))
+	if (conntrack_read(&between, &s->other) && is_masquerade(known) && !is_closed(known) &&
+	    addr_equal(&known->src, addr))
 		return INSERT_DONE;
 	s->nat.src = *addr;
 	return insert_source(skb, s, &between);
+}
+
+/*
+ * Deletes the pair that masqueraded a former flow of the client with the same backend, which a new
+ * flow that keeps the client's address would be masqueraded by.
+ */
+static __always_inline void forget_masquerade(struct scratch *s, u8 proto)
+{
+	struct flow between;
+	struct nat *known;
+
+	masquerade_key(&between, &s->nat, proto);
+	known = conntrack_read(&between, &s->nat);
+	if (known && is_masquerade(&s->nat))
+		conntrack_forget(&between, known, &s->nat);
 }
 
 #endif

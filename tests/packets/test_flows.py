@@ -377,6 +377,41 @@ def test_syn_from_a_reused_port_after_fin_creates_a_new_flow(wire: Wire, side: S
     )
 
 
+def test_a_port_that_was_masqueraded_is_used_again_where_the_client_is_kept(
+    wire: Wire, side: Side, port: int
+) -> None:
+    """The second flow, to the same backend, leaves with the client's address (externalTrafficPolicy Local)."""
+    to_pod, to_client = side.ip(side.client, side.local_pod), side.ip(side.local_pod, side.client)
+    to_node = side.ip(side.local_pod, side.node_on_pods)
+    opening = to_pod / segment("TCP", port, 8080, "S")
+    passed(
+        wire.ingress(side.ip(side.client, side.own) / segment("TCP", port, 80, "S")),
+        *(side.client, port, side.local_pod, 8080),
+    )
+    source = ends(wire.egress(opening, "p1", iif="eth0").packet)
+    assert source[0] == side.node_on_pods
+    # The backend resets the first connection.
+    reset = TCP(sport=8080, flags="RA", seq=0, ack=1001 + len(PAYLOAD))
+    reset.dport = source[1]
+    wire.ingress(to_node / reset, "p1")
+    reset.dport = port
+    wire.egress(to_client / reset, iif="p1")
+
+    passed(
+        wire.ingress(side.ip(side.client, side.local_balancer) / segment("TCP", port, 80, "S")),
+        *(side.client, port, side.local_pod, 8080),
+    )
+    for flags in ("S", "A"):
+        passed(
+            wire.egress(to_pod / segment("TCP", port, 8080, flags), "p1", iif="eth0"),
+            *(side.client, port, side.local_pod, 8080),
+        )
+    passed(
+        wire.egress(to_client / segment("TCP", 8080, port, "SA"), iif="p1"),
+        *(side.local_balancer, 80, side.client, port),
+    )
+
+
 # -- packets to no Service, and unusual packets
 
 

@@ -42,7 +42,7 @@ test-image: setup
 
 # A cluster of two nodes on this machine, of the binaries in the folder KUBE_BIN, and the Kubernetes e2e suite in it.
 test-cluster: setup
-	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v -n 2 --dist loadgroup --no-loadscope-reorder tests/cluster
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v -n 2 --dist loadscope --no-loadscope-reorder tests/cluster
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

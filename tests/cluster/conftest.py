@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
@@ -28,15 +29,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs modules with their own clusters before the shared one is made, as an idle cluster takes processor time."""
+    if all(item.path.parent == _FOLDER for item in items):
+        items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+
+
+class TwoWorkers(LoadScopeScheduling):  # type: ignore[misc]
     """Gives the suite's clusters, which mostly wait, to one worker, and all others, in their order, to another.
 
-    Modules with their own clusters run before the shared one is made, as an idle cluster takes processor time.
+    The marks of ``--dist loadgroup`` have no effect with pytest 9.2: pytest-xdist 3.8 sets an attribute for them
+    that pytest does not read any more.
     """
-    if not all(item.path.parent == _FOLDER for item in items):
-        return
-    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("e2e" if item.path.name == "test_e2e.py" else "life"))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "e2e" if "test_e2e.py" in nodeid else "life"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoWorkers:
+    return TwoWorkers(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -30,10 +30,19 @@ static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct 
 	 * A pod of another node is inside by its address; its backend may be next to it on that
 	 * node.
 	 */
-	if (is_inside)
-		return PODS_BY_CIDR && svc->kind != KIND_CLUSTER_IP &&
-		       !(svc->flags & SERVICE_TWO_SCOPES) && !is_at_local_device(skb);
+	if (is_inside && (!PODS_BY_CIDR || svc->kind == KIND_CLUSTER_IP || is_at_local_device(skb)))
+		return false;
 	return !(svc->flags & SERVICE_LOCAL);
+}
+
+/*
+ * Returns the scope of a client. A pod of another node, which is inside by its address alone, has
+ * come here from outside: a backend on its own node would reply to it directly.
+ */
+static __always_inline enum scope scope_of(struct __sk_buff *skb, bool is_inside)
+{
+	return is_inside && (!PODS_BY_CIDR || is_at_local_device(skb)) ? SCOPE_INTERNAL
+								       : SCOPE_EXTERNAL;
 }
 
 /*
@@ -246,8 +255,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 	if (defer_to_kube_proxy(p))
 		return PASS;
-	svc = is_of_interest ? find_service(&to, is_inside ? SCOPE_INTERNAL : SCOPE_EXTERNAL)
-			     : NULL;
+	svc = is_of_interest ? find_service(&to, scope_of(skb, is_inside)) : NULL;
 	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)

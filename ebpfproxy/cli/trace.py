@@ -22,6 +22,7 @@ from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
 from ebpfproxy.services.model import ServicePortKey
 from ebpfproxy.services.reasons import ServiceReasons
+from ebpfproxy.services.values import parse_address
 from ebpfproxy.trace.rows import DecisionRow, text
 from ebpfproxy.trace.session import Filter, Session, TraceError, session
 
@@ -149,7 +150,8 @@ def _names(
     namespace: str | None, service: str | None, pod: str | None
 ) -> tuple[str | None, str | None, str | None]:
     """Namespace and name of the Service, and the pod with its namespace."""
-    if pod is not None and "/" not in pod and namespace is not None:
+    # An address has no namespace: `kubectl ebpfproxy` names pods so.
+    if pod is not None and "/" not in pod and namespace is not None and parse_address(pod) is None:
         pod = f"{namespace}/{pod}"
     if service is not None and "/" in service:
         namespace, _, service = service.partition("/")

@@ -251,7 +251,8 @@ def _at_ingress(client: Client, target: Target, tables: Tables, programs: Progra
         is_inside = bool(tables.cidr_flags(address) & CidrFlags.PODS)
     else:
         is_inside = bool(device & DeviceFlags.PODS)
-    scope = Scope.INTERNAL if is_inside else Scope.EXTERNAL
+    is_here = is_inside and (not programs.options.pods_by_cidr or bool(device & DeviceFlags.LOCAL))
+    scope = Scope.INTERNAL if is_here else Scope.EXTERNAL
     entry = _frontend_of_packet(target, tables, scope)
     if entry is None:
         return _to_no_frontend(Hook.INGRESS, target, tables)._replace(scope=scope)
@@ -260,7 +261,8 @@ def _at_ingress(client: Client, target: Target, tables: Tables, programs: Progra
     ranges = _ranges(entry, tables, address)
     if ranges is Ranges.DENIED:
         return _denied(Hook.INGRESS, scope, entry, address)
-    masquerade = _masquerade(entry, scope, device, programs.options)
+    is_at_home = is_here or (is_inside and entry.kind is FrontendKind.CLUSTER_IP)
+    masquerade = _masquerade(entry, programs.options, is_inside=is_inside, is_at_home=is_at_home)
     return _chosen(Hook.INGRESS, scope, entry, tables)._replace(ranges=ranges, masquerade=masquerade)
 
 
@@ -280,22 +282,16 @@ def _frontend_of_packet(target: Target, tables: Tables, scope: Scope) -> Service
     return tables.frontend(*target, scope) or entry
 
 
-def _masquerade(entry: ServiceEntry, scope: Scope, device: DeviceFlags, options: Options) -> Masquerade:
+def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at_home: bool) -> Masquerade:
     """``must_masquerade``, but for the backend, which is the client itself in a hairpin."""
     if options.masquerade_all:
         return Masquerade(applies=True, why="masqueradeAll is set")
-    if scope is Scope.INTERNAL:
-        is_elsewhere = (
-            options.pods_by_cidr
-            and entry.kind is not FrontendKind.CLUSTER_IP
-            and not entry.flags & ServiceFlags.TWO_SCOPES
-            and not device & DeviceFlags.LOCAL
-        )
-        if is_elsewhere:
-            return Masquerade(applies=True, why="a pod of another node: replies have to come back here")
+    if is_at_home:
         return Masquerade(applies=False, why="a pod of this node keeps its address", hairpin=True)
     if entry.policy is Policy.LOCAL:
         return Masquerade(applies=False, why="traffic policy Local keeps the client's address", hairpin=True)
+    if is_inside:
+        return Masquerade(applies=True, why="a pod of another node: replies have to come back here")
     return Masquerade(
         applies=True, why="traffic from outside under policy Cluster: replies have to come back here"
     )

@@ -243,6 +243,7 @@ def test_bind_to_a_node_port_is_refused(world: Outer, agent: Agent) -> None:
         (("--errors", "--service", "web"), ["web"]),
         (("--pod", "CLIENT"), ["empty", "web", "web"]),
         (("--pod", "ADDRESS"), ["second"]),
+        (("-n", "shop", "--pod", "ADDRESS"), ["second"]),
     ],
 )
 def test_programs_report_what_is_asked_for(

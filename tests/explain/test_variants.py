@@ -88,7 +88,9 @@ def test_pods_of_other_nodes_are_explained(variant: tuple[str, Outer]) -> None:
     name, outer = variant
     answer = one(outer, outer.w2.address, f"{outer.a.address}:30080")
     assert (answer["place"], answer["masquerade"]["applies"]) == ("outside", True)
-    assert answer["scope"] == ("internal" if name == "cluster-cidr" else "external")
+    assert answer["scope"] == "external"
+    says = {"cluster-cidr": "pod of another node", "masquerade-all": "masqueradeAll"}
+    assert says.get(name, "traffic from outside") in answer["masquerade"]["why"]
     assert outer.w2.call(clients.connect_error, outer.a.address, 30080) == "connected"
     sees(outer, outer.w2, answer, outer.w2.address)
 

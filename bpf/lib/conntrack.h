@@ -71,6 +71,7 @@ struct scratch {
 	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
+	u64 place; /* the client's: enum place in device.h */
 	struct {
 		u32 service_id;
 		u32 backend_id;

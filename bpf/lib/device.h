@@ -7,8 +7,8 @@
 #include "options.h"
 #include "packet.h"
 
-/* Says if the client is a pod or VM of this node, as detectLocalMode defines it. */
-static __always_inline bool from_local_pod(struct __sk_buff *skb, const struct packet *p)
+/* Says if the client is a pod or VM, as detectLocalMode defines it: of this node, or of any. */
+static __always_inline bool from_pod(struct __sk_buff *skb, const struct packet *p)
 {
 	u32 ifindex = ifindex_of(skb), *flags;
 	struct device *device;
@@ -29,6 +29,24 @@ static __always_inline bool is_at_local_device(struct __sk_buff *skb)
 	struct device *device = map_lookup(devices, &ifindex);
 
 	return device && device->flags & DEVICE_LOCAL;
+}
+
+enum place {
+	PLACE_OUTSIDE,
+	PLACE_OTHER_NODE, /* a pod, by its address alone */
+	PLACE_THIS_NODE,  /* a pod of this node */
+};
+
+/* Finds where the client is, and leaves that in @s. */
+static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
+				       const struct packet *p)
+{
+	s->place = PLACE_OUTSIDE;
+	if (from_pod(skb, p))
+		s->place = !PODS_BY_CIDR || is_at_local_device(skb) ? PLACE_THIS_NODE
+								    : PLACE_OTHER_NODE;
+	/* The compiler has to read it again, and the verifier knows nothing of it then. */
+	asm volatile("" ::: "memory");
 }
 
 /* Says if what passes here passes our program at a device below, too, at the same stage. */

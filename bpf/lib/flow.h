@@ -18,31 +18,19 @@
 
 /*
  * Says if the backend must not see the client's address: its reply would not come through us, or
- * the traffic policy says so.
+ * the traffic policy says so. The backend of a pod of another node may be next to it.
  */
-static __always_inline bool must_masquerade(struct __sk_buff *skb, const struct service *svc,
-					    bool is_inside, const struct packet *p,
+static __always_inline bool must_masquerade(const struct scratch *s, const struct packet *p,
 					    const struct backend *backend)
 {
+	const struct service *svc = &s->service;
+
 	if (MASQUERADE_ALL || addr_equal(&p->flow.src, &backend->addr))
 		return true;
-	/*
-	 * A pod of another node is inside by its address; its backend may be next to it on that
-	 * node.
-	 */
-	if (is_inside && (!PODS_BY_CIDR || svc->kind == KIND_CLUSTER_IP || is_at_local_device(skb)))
+	if (s->place == PLACE_THIS_NODE ||
+	    (s->place == PLACE_OTHER_NODE && svc->kind == KIND_CLUSTER_IP))
 		return false;
 	return !(svc->flags & SERVICE_LOCAL);
-}
-
-/*
- * Returns the scope of a client. A pod of another node, which is inside by its address alone, has
- * come here from outside: a backend on its own node would reply to it directly.
- */
-static __always_inline enum scope scope_of(struct __sk_buff *skb, bool is_inside)
-{
-	return is_inside && (!PODS_BY_CIDR || is_at_local_device(skb)) ? SCOPE_INTERNAL
-								       : SCOPE_EXTERNAL;
 }
 
 /*
@@ -241,7 +229,6 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 {
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	const bool is_of_interest = port_of_interest(to.port);
-	const bool is_inside = from_local_pod(skb, p);
 	struct scratch *s = scratch();
 	struct bpf_fib_lookup fib;
 	struct inet_addr node = {};
@@ -253,9 +240,13 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	int verdict;
 	u32 id;
 
-	if (defer_to_kube_proxy(p))
+	if (!s || defer_to_kube_proxy(p))
 		return PASS;
-	svc = is_of_interest ? find_service(&to, scope_of(skb, is_inside)) : NULL;
+	if (is_of_interest)
+		find_place(skb, s, p);
+	svc = is_of_interest ? find_service(&to) : NULL;
+	if (svc && svc->flags & SERVICE_TWO_SCOPES && s->place != PLACE_THIS_NODE)
+		svc = outside_service(svc, &to);
 	if (!svc && is_of_interest && is_redirected(&p->flow, &to)) {
 		svc = redirected_service(&to);
 		if (!svc)
@@ -263,7 +254,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	}
 	if (!svc)
 		return is_direct_clash(skb, p) ? create_direct_flow(skb, p) : no_service(skb, p);
-	if (!s || svc->flags & SERVICE_OWN)
+	if (svc->flags & SERVICE_OWN)
 		return PASS;
 	s->service = *svc;
 	svc = &s->service;
@@ -277,7 +268,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 	init_flow(s, svc, id);
 	init_entry(s, p, backend);
-	is_masked = must_masquerade(skb, svc, is_inside, p, backend);
+	is_masked = must_masquerade(s, p, backend);
 	if (is_masked) {
 		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, mtu_of(skb),
 				    &fib);

@@ -6,16 +6,23 @@
 #include "conntrack.h"
 #include "service.h"
 
-static __always_inline struct service *find_service(const struct target *to, u8 scope)
+/* Finds the Service as a client in the cluster sees it. */
+static __always_inline struct service *find_service(const struct target *to)
 {
-	struct service *svc = service_by_address(to, SCOPE_INTERNAL), *other;
+	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
 
 	if (!svc && addr_is_this_node(&to->addr))
 		svc = service_by_node_port(to, SCOPE_INTERNAL);
-	if (!svc || scope == SCOPE_INTERNAL || !(svc->flags & SERVICE_TWO_SCOPES))
-		return svc;
-	other = svc->kind == KIND_NODE_PORT ? service_by_node_port(to, scope)
-					    : service_by_address(to, scope);
+	return svc;
+}
+
+/* Returns what @svc, of two scopes, is for a client outside. */
+static __always_inline struct service *outside_service(struct service *svc, const struct target *to)
+{
+	struct service *other = svc->kind == KIND_NODE_PORT
+					? service_by_node_port(to, SCOPE_EXTERNAL)
+					: service_by_address(to, SCOPE_EXTERNAL);
+
 	return other ? other : svc;
 }
 
@@ -60,7 +67,7 @@ static __always_inline struct service *service_of_host(const struct target *to)
 	if (!AT_LOOPBACK)
 		return service_by_address(to, SCOPE_INTERNAL);
 	return addr_is_loopback(&to->addr) ? service_by_node_port(to, SCOPE_INTERNAL)
-					   : find_service(to, SCOPE_INTERNAL);
+					   : find_service(to);
 }
 
 /*
@@ -70,7 +77,7 @@ static __always_inline struct service *service_of_host(const struct target *to)
 static __always_inline bool is_owner(const struct flow *flow, u32 service_id)
 {
 	struct target to = { flow->dst, flow->dport, service_protocol(flow->proto) };
-	struct service *svc = find_service(&to, SCOPE_INTERNAL);
+	struct service *svc = find_service(&to);
 
 	if (!svc && is_redirected(flow, &to))
 		svc = redirected_service(&to);

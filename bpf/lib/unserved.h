@@ -93,7 +93,7 @@ static __always_inline void note_own(const struct packet *p)
 
 	if (!s || !port_of_interest(from.port))
 		return;
-	svc = AT_LOOPBACK ? service_of_host(&from) : find_service(&from, SCOPE_EXTERNAL);
+	svc = AT_LOOPBACK ? service_of_host(&from) : find_service(&from);
 	if (!svc || svc->flags & SERVICE_OWN)
 		return;
 	node = map_lookup(devices, &any);

@@ -267,7 +267,7 @@ def _at_ingress(client: Client, target: Target, tables: Tables, programs: Progra
 
 
 def _frontend_of_packet(target: Target, tables: Tables, scope: Scope) -> ServiceEntry | None:
-    """``find_service`` of frontend.h."""
+    """``find_service`` and ``outside_service`` of frontend.h."""
 
     def by_node_port(scope: Scope) -> ServiceEntry | None:
         return tables.node_port(len(target.address), target.port, target.protocol, scope)

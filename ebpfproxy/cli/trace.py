@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -159,13 +160,12 @@ def _names(
 
 
 def _print(traced: Session, output: str, count: int | None) -> None:
+    ends = _ending()
     shown, next_lost, was_reported = 0, 0.0, False
     for rows in traced.rows():
         some = rows if count is None else rows[: count - shown]
-        if some:
-            sys.stdout.write("".join(f"{_line(row, output)}\n" for row in some))
-            sys.stdout.flush()
-            shown += len(some)
+        _write(some, output)
+        shown += len(some)
         now = time.monotonic()
         if now >= next_lost or shown == count:
             next_lost = now + _LOST_SECONDS
@@ -178,6 +178,32 @@ def _print(traced: Session, output: str, count: int | None) -> None:
                 )
         if shown == count:
             return
+        if ends.is_set():
+            # What programs have reported until now is shown, or counted as lost.
+            if count is None:
+                _write(traced.rest(), output)
+            _say_lost(traced)
+            return
+
+
+def _ending() -> threading.Event:
+    """An event that the first SIGINT or SIGTERM sets; the second interrupts, also where a pipe is full."""
+    ends = threading.Event()
+
+    def end(*_: object) -> None:
+        if ends.is_set():
+            raise KeyboardInterrupt
+        ends.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    return ends
+
+
+def _write(rows: list[DecisionRow], output: str) -> None:
+    if rows:
+        sys.stdout.write("".join(f"{_line(row, output)}\n" for row in rows))
+        sys.stdout.flush()
 
 
 def _line(row: DecisionRow, output: str) -> str:

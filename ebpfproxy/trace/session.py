@@ -103,6 +103,10 @@ class Session:
             yield self._read()
             time.sleep(_READ_SECONDS)
 
+    def rest(self) -> list[DecisionRow]:
+        """What has come since :meth:`rows` was left."""
+        return self._read()
+
     @property
     def is_reported(self) -> bool:
         """True while programs report decisions: an agent that ends replaces them. Raises TraceError."""

@@ -51,8 +51,6 @@ class Trace:
 
     def end(self) -> list[Row]:
         """Ends it, and returns all that it has shown."""
-        # It reads 20 times a second, and says once a second what is lost.
-        time.sleep(1.2)
         # SIGINT is ignored in background jobs of a shell, and in what they start.
         self.process.send_signal(signal.SIGTERM)
         self.said = self.process.communicate(timeout=20)[1].decode()
@@ -323,10 +321,10 @@ def test_connections_do_not_notice_that_programs_are_replaced(world: Outer, agen
     before = agent.text.count("replaced programs")
     worker.start()
     try:
-        for _ in range(3):
+        for done in range(2, 8, 2):
             Trace(world.a, "--errors").end()
+            until(lambda done=done: agent.text.count("replaced programs") == before + done)  # type: ignore[misc]
     finally:
-        until(lambda: agent.text.count("replaced programs") == before + 6)
         over.set()
         worker.join()
     assert len(seen) > 1

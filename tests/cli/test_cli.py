@@ -53,6 +53,7 @@ def test_version() -> None:
         ("check",),
         ("explain",),
         ("trace",),
+        ("top",),
     ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
@@ -90,6 +91,21 @@ def test_durations_use_gos_notation(text: str, seconds: float) -> None:
     assert Seconds().convert(text, None, None) == seconds
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--interval", "1ms"), "shorter than 0.1s"),
+        (("--interval", "soon"), "'soon' is not a duration"),
+        (("--rows", "-1"), "-1 is not in the range"),
+        (("--sort", "size"), "'size' is not one of 'connections', 'open', 'refused', 'dropped', 'name'"),
+    ],
+)
+def test_invalid_options_of_top_are_named(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run("top", *arguments)
+    assert code == 2
+    assert said in output
+
+
 def test_flush_requires_a_filter() -> None:
     code, said = run("conntrack", "flush")
     assert code == 2
@@ -107,6 +123,7 @@ def test_flush_requires_a_filter() -> None:
         ("conntrack", "list"),
         ("conntrack", "get", "192.0.2.1:80"),
         ("conntrack", "flush", "--all"),
+        ("top", "--once"),
     ],
 )
 def test_output_without_pinned_maps(command: tuple[str, ...], tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""``ebpfproxy top``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import msgspec
+
+from ebpfproxy.cli import completion, options
+from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.output import console
+from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.top.reading import Reader
+from ebpfproxy.top.rows import Comparison, Sort, Top, Wanted
+
+_SECONDS = 2.0
+#: The first numbers of a screen come sooner.
+_FIRST_SECONDS = 0.5
+_SHORTEST = 0.1
+_ROWS = 20
+#: A large terminal has room for so many; the number counts for each sort key.
+SCREEN_ROWS = 60
+
+
+@click.command("top")
+@options.bpf_root
+@click.option(
+    "-n",
+    "--namespace",
+    metavar="NAME",
+    shell_complete=completion.namespaces,
+    help="Only Services in this namespace.",
+)
+@click.option(
+    "--service",
+    metavar="[NAMESPACE/]NAME",
+    shell_complete=completion.services,
+    help="Only this Service. The default namespace is that of --namespace, else any.",
+)
+@click.option(
+    "-s",
+    "--sort",
+    type=click.Choice([str(each) for each in Sort]),
+    multiple=True,
+    default=[str(Sort.CONNECTIONS)],
+    show_default=True,
+    help="What comes first. More than one: the first --rows by each of them, in the order of the first.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(0),
+    metavar="K",
+    help=f"How many Services; 0 for all.  [default: {_ROWS}; a terminal's height]",
+)
+@click.option(
+    "--backends",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Of each Service the N busiest backends; in a terminal as far as there is room.",
+)
+@click.option(
+    "-i",
+    "--interval",
+    type=Seconds(),
+    default=f"{_SECONDS:g}s",
+    show_default=True,
+    help="Time between refreshes.",
+)
+@click.option("--once", is_flag=True, help="Measure for one interval, print it, and exit.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="Output format; JSON is one object a line.",
+)
+def command(
+    *,
+    bpf_root: Path,
+    namespace: str | None,
+    service: str | None,
+    sort: tuple[str, ...],
+    rows: int | None,
+    backends: int,
+    interval: float,
+    once: bool,
+    output: str,
+) -> None:
+    """Show Services and their backends by new connections, live; what is refused or dropped comes first.
+
+    It reads what programs count on this node, also while no agent runs, and costs connections nothing.
+    Datagrams of unconnected sockets count as connections. In a terminal the keys are q (quit), s (sort by
+    something else) and b (backends or none).
+    """
+    if interval < _SHORTEST:
+        raise click.BadParameter(f"shorter than {_SHORTEST:g}s", param_hint="--interval")
+    if service is not None and "/" in service:
+        namespace, _, service = service.partition("/")
+    wanted = Wanted(
+        sort=tuple(map(Sort, sort)),
+        rows=_ROWS if rows is None else rows,
+        backends=backends,
+        namespace=namespace,
+        service=service,
+    )
+    with one_line():
+        maps = open_maps(bpf_root)
+        with _interruptible():
+            if not once and output == "table" and is_live():
+                # Another order needs no other numbers.
+                every = tuple(dict.fromkeys([*wanted.sort, *Sort]))
+                _live(maps, wanted._replace(sort=every, rows=rows or SCREEN_ROWS), interval)
+            else:
+                _print(maps, wanted, interval, output, once=once)
+
+
+def is_live() -> bool:
+    """True where standard output is a terminal that can show a screen."""
+    from rich.console import Console  # noqa: PLC0415 - JSON needs nothing of it
+
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends this way, or at the end of a pipe, as ``tail -f`` does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        # The interpreter would complain of the pipe at its end.
+        sys.stderr.close()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _live(maps: MapSet, wanted: Wanted, interval: float) -> None:
+    from ebpfproxy.cli.top_screen import Screen  # noqa: PLC0415 - only a terminal needs it
+
+    def feed() -> None:
+        try:
+            comparison = Comparison(Reader(maps), wanted, time.monotonic())
+            pause = min(interval, _FIRST_SECONDS)
+            while not ended.wait(pause):
+                screen.show(comparison.next(time.monotonic(), time.time()))
+                pause = interval
+        except BaseException as error:
+            screen.end(error)
+
+    screen, ended = Screen(wanted.sort[0], backends=wanted.backends > 0), threading.Event()
+    feeding = threading.Thread(target=feed, daemon=True)
+    feeding.start()
+    try:
+        screen.run()
+    finally:
+        ended.set()
+
+
+def _print(maps: MapSet, wanted: Wanted, interval: float, output: str, *, once: bool) -> None:
+    comparison = Comparison(Reader(maps), wanted, time.monotonic())
+    while True:
+        time.sleep(interval)
+        found = comparison.next(time.monotonic(), time.time())
+        if output == "json":
+            click.echo(msgspec.json.encode(found))
+        else:
+            print_rows(found, wanted.sort[0])
+        if once:
+            return
+        if output != "json":
+            click.echo()
+        sys.stdout.flush()
+
+
+def print_rows(found: Top, sort: Sort) -> None:
+    from ebpfproxy.cli.top_screen import lines  # noqa: PLC0415 - JSON needs nothing of it
+
+    out = console()
+    for line in lines(found, sort, out.width if sys.stdout.isatty() else None):
+        out.print(line)

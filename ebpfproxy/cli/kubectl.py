@@ -7,23 +7,17 @@ in the pod as it is: what it prints, and its exit code, are the command's own.
 from __future__ import annotations
 
 import importlib
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 import ebpfproxy
-from ebpfproxy.cli import COMMANDS, sysdump_cluster
+from ebpfproxy.cli import COMMANDS, kubectl_streams, kubectl_top, sysdump_cluster
 from ebpfproxy.cli.install import access, errors
-from ebpfproxy.kube.exec import Channel, Exec
-from ebpfproxy.kube.failures import Failure
 from ebpfproxy.operator.agents import Agents
-from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.api import Api
 
 _PROGRAM = "kubectl ebpfproxy"
 
@@ -31,13 +25,13 @@ _PROGRAM = "kubectl ebpfproxy"
 class _Remote(NamedTuple):
     """``client``: the pod that a command line names, by the command's own parameters; its node is meant.
 
-    ``by_address``: the option that takes its address, by which the agent knows every pod. ``merges``: it
-    prints lines until it is interrupted, which may come of all nodes.
+    ``by_address``: the option that takes its address, by which the agent knows every pod. ``all_nodes``: it
+    may run on all nodes, and how that is shown.
     """
 
     client: Callable[[Mapping[str, Any]], str | None]
     by_address: str = ""
-    merges: bool = False
+    all_nodes: str = ""
 
 
 def _traced(params: Mapping[str, Any]) -> str | None:
@@ -54,8 +48,9 @@ def _nobody(_: Mapping[str, Any]) -> None:
 
 
 _REMOTE = {
-    "trace": _Remote(_traced, by_address="--pod", merges=True),
+    "trace": _Remote(_traced, by_address="--pod", all_nodes="All nodes, with the node's name in each line."),
     "explain": _Remote(_explained),
+    "top": _Remote(_nobody, all_nodes="All nodes: in a terminal their sums, else their names in each line."),
     "status": _Remote(_nobody),
     "check": _Remote(_nobody),
 }
@@ -121,9 +116,8 @@ def _command(name: str, remote: _Remote) -> click.Command:
     def command(ctx: click.Context, /, **given: Any) -> None:
         ctx.exit(_start(name, remote, **given))
 
-    if remote.merges:
-        text = "All nodes, with the node's name in each line."
-        command.params.append(click.Option(["--all-nodes"], is_flag=True, help=text))
+    if remote.all_nodes:
+        command.params.append(click.Option(["--all-nodes"], is_flag=True, help=remote.all_nodes))
     return command
 
 
@@ -153,7 +147,10 @@ def _start(
             nodes = [found.node]
             if remote.by_address and found.address:
                 arguments += [remote.by_address, found.address]
-        return _run(agents, agents.chosen(nodes or [agents.only()]), arguments, named=all_nodes)
+        nodes = agents.chosen(nodes or [agents.only()])
+        if name == "top" and kubectl_top.is_wanted(parsed.params):
+            return kubectl_top.run(agents, nodes, arguments, parsed.params)
+        return kubectl_streams.run(agents, nodes, arguments, named=all_nodes)
 
 
 @main.command("sysdump")
@@ -174,108 +171,3 @@ def dump(
     with errors():
         api = Api.from_kubeconfigs(kubeconfig, context, master)
         sysdump_cluster.of_cluster(api, file, nodes, daemonset, kubeconfig)
-
-
-# -- commands in pods
-
-
-def _run(agents: Agents, nodes: Sequence[str], arguments: Sequence[str], *, named: bool) -> int:
-    """Returns the command's exit code, the highest of several."""
-    lock, width = threading.Lock(), max(map(len, nodes))
-    signal.signal(signal.SIGTERM, _interrupt)
-    streams = [_Stream(agents, node, arguments, f"{node:<{width}}" if named else "", lock) for node in nodes]
-    for each in streams:
-        each.start()
-    try:
-        _wait(streams)
-    except KeyboardInterrupt:
-        for each in streams:
-            each.end()
-        # What is on its way is still printed; who interrupts again does not want it.
-        _wait(streams)
-    return max(each.code for each in streams)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _wait(streams: Sequence[_Stream]) -> None:
-    """Python 3.11 takes a thread for ended whose join() is interrupted."""
-    for each in streams:
-        each.done.wait()
-
-
-class _Stream(threading.Thread):
-    """Prints what the command on one node does; ``name`` begins its lines, where it is one of several."""
-
-    def __init__(
-        self, agents: Agents, node: str, arguments: Sequence[str], name: str, lock: threading.Lock
-    ) -> None:
-        super().__init__(daemon=True)
-        self._agents, self._node, self._arguments = agents, node, arguments
-        self._name, self._lock = name, lock
-        self._running: Exec | None = None
-        self._rest: dict[Channel, bytes] = {}
-        self._ended = False
-        self.code = 1
-        self.done = threading.Event()
-
-    def end(self) -> None:
-        """Ends the command, which ends with its standard input."""
-        self._ended = True
-        if self._running is not None:
-            self._running.end_input()
-
-    def run(self) -> None:
-        try:
-            self._running = self._agents.start(self._node, self._arguments)
-            if self._ended:
-                self.end()
-            self._follow(self._running)
-        except ApiError as error:
-            self._say(str(error))
-        except Failure as failure:
-            self._say(self._agents.told(self._node, failure))
-        finally:
-            self.done.set()
-
-    def _follow(self, running: Exec) -> None:
-        try:
-            for channel, data in running.output():
-                self._print(channel, data)
-            for channel, rest in list(self._rest.items()):
-                if rest:
-                    self._print(channel, b"\n")
-        except BrokenPipeError:
-            # Nobody reads on, as after `| head`; the interpreter would complain at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.end()
-        if running.code is not None:
-            self.code = running.code
-        elif self._ended:
-            self.code = 0
-        else:
-            self._say("the connection was lost")
-
-    def _say(self, text: str) -> None:
-        with self._lock:
-            click.echo(f"Error: {self._node}: {text}", err=True)
-
-    def _print(self, channel: Channel, data: bytes) -> None:
-        if not self._name:
-            self._write(channel, data)
-            return
-        *lines, self._rest[channel] = (self._rest.get(channel, b"") + data).split(b"\n")
-        self._write(channel, b"".join(self._named(line) for line in lines))
-
-    def _named(self, line: bytes) -> bytes:
-        if line.startswith(b"{"):
-            return b'{"node":"%s",%s\n' % (self._node.encode(), line[1:])
-        return b"%s  %s\n" % (self._name.encode(), line)
-
-    def _write(self, channel: Channel, data: bytes) -> None:
-        out = sys.stderr if channel is Channel.STDERR else sys.stdout
-        with self._lock:
-            out.buffer.write(data)
-            out.buffer.flush()

@@ -75,6 +75,9 @@ def test_plugin_of_kubectl_runs_without_them() -> None:
     done = run("trace", "--help", module="ebpfproxy.cli.kubectl")
     assert done.returncode == 0, done.stderr
     assert "--all-nodes" in done.stdout and "--sample N" in done.stdout
+    done = run("top", "--help", module="ebpfproxy.cli.kubectl")
+    assert done.returncode == 0, done.stderr
+    assert "--all-nodes" in done.stdout and "--interval DURATION" in done.stdout
     done = run("explain", "a", "b:80", "--kubeconfig", "/nonexistent", module="ebpfproxy.cli.kubectl")
     assert done.returncode == 1
     assert done.stderr.startswith("Error: /nonexistent: no such kubeconfig")

@@ -18,6 +18,7 @@ from ebpfproxy.cli import kubectl
 from tests.apiserver import ApiServer
 from tests.e2e.world import SERVICE_IPS, World
 from tests.lab import Lab, clients
+from tests.lab.terminal import Terminal
 from tests.lab.waiting import until
 from tests.operator.agent_pods import agent_pod, serving
 
@@ -57,6 +58,10 @@ class Cluster(World):
         said = sorted(process.stderr.readline() for _ in names)
         assert said == [f"{name}tracing\n" for name in names], said
         return process
+
+    def terminal(self, *arguments: str) -> Terminal:
+        """The plugin in a terminal."""
+        return Terminal([*_PLUGIN, *arguments], env={"KUBECONFIG": str(self.kubeconfig)})
 
     def last_code(self) -> int | None:
         """The exit code of the last command in a pod, None while it runs."""
@@ -105,6 +110,8 @@ def test_status_and_check_run_on_the_node_that_is_named(cluster: Cluster) -> Non
         (("status", "--node", "node-a", "--output", "xml"), 2, "'xml' is not one of"),
         (("status", "--all-nodes"), 2, "No such option '--all-nodes'"),
         (("trace", "--all-nodes", "--node", "node-a"), 2, "exclude each other"),
+        (("top",), 1, "name a --node; agents are on node-a, node-b"),
+        (("top", "--node", "node-a", "--sort", "size"), 2, "'size' is not one of"),
         (("explain", "shop/nobody", "web:http"), 1, "no pod shop/nobody is on any node"),
         (("explain", "203.0.113.7", "web:http"), 1, "name a --node for other clients"),
         (("status", "--daemonset", "kube-system/other"), 1, "there is no pod of DaemonSet kube-system/other"),
@@ -186,3 +193,56 @@ def test_traces_of_all_nodes_are_merged_with_their_names(cluster: Cluster) -> No
     _, errors = tracing.communicate(timeout=30)
     assert (tracing.returncode, errors) == (0, "")
     assert [process.poll() for _, process in cluster.api.containers.calls[-2:]] == [0, 0]
+
+
+# -- top
+
+
+@pytest.mark.root
+def test_top_prints_what_the_command_in_the_pod_prints(cluster: Cluster) -> None:
+    """Standard output is no terminal here."""
+    words = ("--once", "--interval", "100ms", "-n", "shop")
+    done = cluster.call("top", "--node", "node-b", *words)
+    assert done.exit_code == 0, done.output
+    assert "of 8 service ports active" in done.stdout
+    done = cluster.call("top", "--all-nodes", *words, "-o", "json")
+    assert sorted(json.loads(line)["node"] for line in done.stdout.splitlines()) == ["node-a", "node-b"]
+
+
+@pytest.mark.root
+def test_top_is_a_screen_of_this_terminal_with_numbers_of_the_pod(cluster: Cluster) -> None:
+    with cluster.terminal("top", "--node", "node-b", "--interval", "200ms") as screen:
+        assert "node-b" in screen.wait_for("of 8 service ports active")[0]
+        call, _ = cluster.api.containers.calls[-1]
+        assert call.pod == "ebpfproxy-node-b"
+        cluster.w2.call(clients.connect_error, "10.96.0.20", 80)
+        screen.wait_for("in all: shop/empty:http 1")
+        screen.type("s")
+        screen.wait_for("OPEN↓")
+        screen.type("q")
+        assert screen.wait() == 0
+        assert screen.is_restored
+    until(lambda: cluster.last_code() == 0)
+
+
+@pytest.mark.root
+def test_top_of_all_nodes_is_their_sum(cluster: Cluster) -> None:
+    with cluster.terminal("top", "--all-nodes", "--interval", "200ms") as screen:
+        screen.wait_for("2 of 2 nodes")
+        for pod in (cluster.client, cluster.w2):
+            pod.call(clients.connect_error, "10.96.0.20", 80)
+        screen.wait_for("in all: shop/empty:http 2")
+        screen.interrupt()
+        assert screen.wait() == 0
+        assert screen.is_restored
+    until(lambda: [process.poll() for _, process in cluster.api.containers.calls[-2:]] == [0, 0])
+
+
+@pytest.mark.root
+def test_top_says_why_it_ends_once_the_screen_is_gone(cluster: Cluster) -> None:
+    with cluster.terminal("top", "--node", "node-a") as screen:
+        screen.wait_for("service ports active")
+        cluster.api.drop_connections()
+        assert screen.wait() == 1
+        assert screen.is_restored
+        assert screen.output.endswith(b"Error: node-a: the connection was lost\r\n")

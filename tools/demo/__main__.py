@@ -37,8 +37,11 @@ class Demo:
         self.lab = lab
         self.folder = lab.folder / "manifests"
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, *, why: str = "") -> None:
+        """A heading, and a line that says what is to be seen below it."""
         print(f"\n\033[1m# {text}\033[0m" if sys.stdout.isatty() else f"\n# {text}", flush=True)
+        if why:
+            print(why, flush=True)
 
     def expect(self, what: str, expected: Any, seen: Any) -> None:
         if expected != seen:
@@ -127,7 +130,9 @@ def run(demo: Demo) -> None:
     for pod in web:
         servers.start(pod, pod.name, 8080, 8053)
     demo.write(*web[:2])
-    agents = [node.agent(manifests=demo.folder).start(wait=False) for node in (a, b)]
+    # The agent would else repair now and then what is to be shown broken.
+    options = ["--drift-check-seconds", "60"]
+    agents = [node.agent(*options, manifests=demo.folder).start(wait=False) for node in (a, b)]
     for node in (a, b):
         print(f"{node.name} {node.address:>12} pods {', '.join(p.name for p in node.pods)}")
     for agent in agents:
@@ -167,41 +172,51 @@ def run(demo: Demo) -> None:
     print(f"web-1 gets none after {demo.until_spread(client, {'web-2', 'web-3'}):.0f} ms")
     demo.spread(client, {"web-2", "web-3"})
 
-    demo.say("All backends removed: refused at once")
-    demo.write()
-    began = time.monotonic()
-    while (error := client.call(clients.connect_error, IP, 80)) == "connected":
-        demo.expect("refusal within 5 s", True, time.monotonic() - began < 5)
-    print(f"connect() to {IP}:80 → {error}")
-    demo.expect("error of connect()", "ECONNREFUSED", error)
-    demo.say("ebpfproxy explain, of the refused connection")
-    demo.explain("shop/client", f"{IP}:80", error)
-
-    demo.write(*web, ready=web[1:])
-    demo.until_spread(client, {p.name for p in web[1:]})
-    demo.say("web-1 is not ready: ebpfproxy explain, of a connection that is accepted")
-    demo.explain("shop/client", f"{IP}:80", client.call(clients.connect_error, IP, 80))
-
-    demo.write(*web)
-    demo.until_spread(client, {p.name for p in web})
     demo.say("ebpfproxy status (node-a)")
     print(a.cli("status").rstrip())
     status = json.loads(a.cli("status", "-o", "json"))
     demo.expect("health", True, status["healthy"])
 
-    demo.say("Somebody with root deletes the Service's entry; ebpfproxy check --repair (node-a)")
-    tamper(a)
-    print(f"connect() to {IP}:80 → {client.call(clients.connect_error, IP, 80, 0.5)}")
-    print(a.cli("check", "--repair").rstrip())
-    found = json.loads(a.cli("check", "-o", "json"))
-    entries = [each["finding"]["what"] for each in found["earlier"]]
-    demo.expect("differences that are left", True, found["good"])
-    demo.expect("repaired entry", True, any(f"{IP}:80/TCP" in each for each in entries))
-    demo.expect("connect() after the repair", "connected", client.call(clients.connect_error, IP, 80))
-
-    demo.say("ebpfproxy trace (node-a), while the pod client connects")
+    demo.say(
+        "ebpfproxy trace (node-a), while the pod client connects to port 80 and to port 81",
+        why="One line for each decision: the backend that a connection gets, or why it gets none.",
+    )
     for line in demo.trace(client):
         print(line)
+
+    demo.write()
+    began = time.monotonic()
+    while (error := client.call(clients.connect_error, IP, 80)) == "connected":
+        demo.expect("refusal within 5 s", True, time.monotonic() - began < 5)
+    demo.expect("error of connect()", "ECONNREFUSED", error)
+    demo.say(
+        f"All backends removed: connect() to {IP}:80 → {error}; ebpfproxy explain says why",
+        why="Nothing is sent: what happens is read from the maps, and the reasons are those of the agent's rules.",
+    )
+    demo.explain("shop/client", f"{IP}:80", error)
+
+    demo.write(*web, ready=web[1:])
+    demo.until_spread(client, {p.name for p in web[1:]})
+    outcome = client.call(clients.connect_error, IP, 80)
+    demo.say(
+        f"They are back, and web-1 is not ready: connect() to {IP}:80 → {outcome}; ebpfproxy explain",
+        why="Which endpoints a connection may get, with their shares, and why it does not get the others.",
+    )
+    demo.explain("shop/client", f"{IP}:80", outcome)
+
+    tamper(a)
+    error = client.call(clients.connect_error, IP, 80, 0.5)
+    demo.say(
+        f"Somebody with root deletes the Service's entry: connect() to {IP}:80 → {error}; ebpfproxy check --repair",
+        why="The agent compares the maps with what it has written, and mends them; by itself every few seconds.",
+    )
+    print(a.cli("check", "--repair").rstrip())
+    checked = json.loads(a.cli("check", "-o", "json"))
+    entries = [each["finding"]["what"] for each in checked["earlier"]]
+    demo.expect("differences that are left", True, checked["good"])
+    demo.expect("repaired entry", True, any(f"{IP}:80/TCP" in each for each in entries))
+    demo.expect("connect() after the repair", "connected", client.call(clients.connect_error, IP, 80))
+    print(f"connect() to {IP}:80 → connected")
 
 
 def tamper(node: LabNode) -> None:

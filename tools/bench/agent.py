@@ -7,19 +7,22 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.lab import Agent, Lab, LabNode
+from tests.lab.waiting import until
 from tools.bench.results import Result, at_most
 from tools.bench.sockets import start_api
 
 SERVICES, ENDPOINTS = 10_000, 10
 CHANGES_A_SECOND, CHURN_SECONDS = 1000.0, 10.0
+TOP_SECONDS = 20.0
 #: The programs compile for 20 s of CPU, and the machine may have other work.
 _START_SECONDS = 180
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -129,6 +132,36 @@ def latency(node: LabNode, url: str, agent: Agent) -> list[Result]:
     return found
 
 
+def top(node: LabNode, url: str) -> list[Result]:
+    """What `ebpfproxy top` takes of a core at its default interval, idle and while endpoints change."""
+    command = [sys.executable, "-m", "ebpfproxy", "top", "-o", "json", "--bpf-root", str(node.bpf_root)]
+    with tempfile.TemporaryFile() as output:
+        process = node.popen(command, join_cgroup=False, stdout=output)
+        until(lambda: os.fstat(output.fileno()).st_size, "top shows nothing")
+        idle = _share(process.pid, lambda: time.sleep(TOP_SECONDS))
+        busy = _share(process.pid, lambda: node.call(_churn, url, timeout=CHURN_SECONDS * 3 + 60))
+        process.terminate()
+        process.wait()
+    changes = f"{CHANGES_A_SECOND:.0f} changes a second"
+    return [
+        at_most("top, share of a core", idle * 100, "%", 5.0, "every 2 s"),
+        at_most("top, share of a core", busy * 100, "%", 5.0, changes),
+    ]
+
+
+def _share(pid: int, wait: Callable[[], object]) -> float:
+    """The CPU time of a process by the time that passes."""
+    before, began = _cpu_seconds(pid), time.monotonic()
+    wait()
+    return (_cpu_seconds(pid) - before) / (time.monotonic() - began)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Its own, without that of its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / _TICK
+
+
 def _histogram(agent: Agent) -> dict[float, float]:
     _, text = agent.http("/metrics", 10249)
     pattern = r'^ebpfproxy_event_to_map_seconds_bucket\{le="([^"]+)"\} (\S+)$'
@@ -157,4 +190,5 @@ def run() -> list[Result]:
         node = lab.node("node-b")
         url = start_api(node, SERVICES, endpoints=ENDPOINTS)
         agent, found = start(node, url, "with bytecode", SHIPPED)
-        return [*results, *found, *latency(node, url, agent), *restart(node, url, agent)]
+        found += [*latency(node, url, agent), *top(node, url), *restart(node, url, agent)]
+        return [*results, *found]

@@ -16,6 +16,7 @@ import pytest
 from tests.cluster import agents, binaries
 from tests.cluster.cluster import Cluster, until
 from tests.cluster.web import NAMESPACE, Web
+from tests.lab.terminal import Terminal
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -44,11 +45,11 @@ def _kubectl(cluster: Cluster, plugin: Path, *arguments: str) -> list[str]:
     return ["env", f"PATH={plugin}:{os.environ['PATH']}", *command]
 
 
-def _tracing(cluster: Cluster, node: str) -> bool:
-    """True while a command traces on the node."""
+def _runs(cluster: Cluster, node: str, command: str) -> bool:
+    """True while a command of the plugin's runs on the node."""
     (each,) = (each for each in cluster.nodes if each.name == node)
     found = each.run(["sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"])
-    return "--end-with-input trace" in found
+    return f"--end-with-input {command}" in found
 
 
 def test_commands_run_on_the_node_of_a_pod(cluster: Cluster, web: Web, plugin: Path) -> None:
@@ -77,13 +78,30 @@ def test_trace_ends_in_the_pod_when_the_plugin_ends(cluster: Cluster, web: Web, 
         )
         assert tracing.stdout is not None and tracing.stderr is not None
         assert tracing.stderr.readline() == "tracing\n"
-        assert _tracing(cluster, "node-2") and not _tracing(cluster, "node-1")
+        assert _runs(cluster, "node-2", "trace") and not _runs(cluster, "node-1", "trace")
         assert web.from_pod(web.cluster_ips()[0], "node-2")
         assert f"{NAMESPACE}/web" in tracing.stdout.readline()
         tracing.send_signal(number)
         tracing.communicate(timeout=60)
-        until(lambda: not _tracing(cluster, "node-2"), "the command in the pod ends")
+        until(lambda: not _runs(cluster, "node-2", "trace"), "the command in the pod ends")
     agents.assert_healthy(cluster)
+
+
+def test_top_of_all_nodes_is_one_screen(cluster: Cluster, web: Web, plugin: Path) -> None:
+    """`kubectl ebpfproxy top --all-nodes` needs no terminal in the pods, and leaves no process there."""
+    words = _kubectl(cluster, plugin, "top", "--all-nodes", "-n", NAMESPACE, "--interval", "500ms")
+    command = ["nsenter", f"--net=/run/netns/{cluster.network.outside}", *words]
+    with Terminal(command, env={"KUBECONFIG": str(cluster.kubeconfig)}) as screen:
+        screen.wait_for("2 of 2 nodes")
+        assert _runs(cluster, "node-1", "top") and _runs(cluster, "node-2", "top")
+        for node in ("node-1", "node-2"):
+            assert web.from_pod(web.cluster_ips()[0], node)
+        screen.wait_for(f"{NAMESPACE}/web")
+        screen.type("q")
+        assert screen.wait() == 0
+        assert screen.is_restored
+    nodes = ("node-1", "node-2")
+    until(lambda: not any(_runs(cluster, node, "top") for node in nodes), "the commands in the pods end")
 
 
 def test_sysdump_has_all_nodes(cluster: Cluster, web: Web, plugin: Path, tmp_path: Path) -> None:

@@ -20,6 +20,12 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _HOME, _ALTERNATE = b"\x1b[H", b"\x1b[?1049"
 
 
+def _take_terminal() -> None:
+    """In the child. What a shell has started in the background ignores SIGINT, and so would this."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """A context manager, at whose end the command is killed if it still runs."""
 
@@ -44,7 +50,7 @@ class Terminal:
             stderr=other,
             env={**os.environ, "TERM": "xterm-256color", **(env or {})},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )
 
     def __enter__(self) -> Terminal:

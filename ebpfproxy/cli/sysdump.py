@@ -15,7 +15,7 @@ import ebpfproxy
 from ebpfproxy.agent import state
 from ebpfproxy.agent.local_pages import CHECK, CONFIG, METRICS, ask_reasons
 from ebpfproxy.agent.local_socket import NoAgentError, ask
-from ebpfproxy.cli import clients, conntrack, install, options, sysdump_cluster
+from ebpfproxy.cli import clients, cluster_access, conntrack, options, sysdump_cluster
 from ebpfproxy.cli.check import ask_agent
 from ebpfproxy.cli.status import read_status
 from ebpfproxy.cli.sysdump_cluster import of_cluster, opened
@@ -42,10 +42,10 @@ _KUBERNETES = Path("/etc/kubernetes")
 @click.command("sysdump")
 @sysdump_cluster.file_argument
 @click.option("--kubeconfig", metavar="FILE", help="Of all nodes, by this kubeconfig.")
-@click.option("--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]")
-@click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's.")
-@sysdump_cluster.nodes_option
-@sysdump_cluster.daemon_set_option
+@cluster_access.context
+@cluster_access.master
+@cluster_access.nodes
+@cluster_access.daemon_set
 @clients.cni_results
 @options.bpf_root
 def command(
@@ -70,7 +70,7 @@ def command(
     no agent runs, is a line in errors.txt. FILE.tgz may be - for standard output.
     """
     if kubeconfig is not None or master is not None:
-        with install.errors():
+        with cluster_access.cluster_errors():
             # A server that asks for no credentials needs no kubeconfig.
             api = Api.from_options(None, master) if kubeconfig is None else None
             api = api or Api.from_kubeconfigs(kubeconfig or "", context, master)

@@ -1,4 +1,4 @@
-"""Reads records of sockets from the pinned maps, in a millisecond; a command takes a second."""
+"""Reads the pinned maps, in a millisecond; a command takes a second."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def maps_of(node: LabNode) -> Iterator[MapSet]:
         yield maps
     finally:
         maps.close()
+
+
+def key_of(address: str, port: int, protocol: int = 6) -> bytes:
+    """The key of an IPv4 frontend of internal clients in ``services4``."""
+    packed = bytes(map(int, address.split(".")))
+    return layout.pack_service_key(packed, port, protocol, layout.Scope.INTERNAL)
 
 
 def fill(node: LabNode, name: str) -> int:

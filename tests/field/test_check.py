@@ -26,8 +26,8 @@ from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.traffic_control import INGRESS, Place, put_filter
 from tests.e2e.world import SERVICE_IPS, World
-from tests.field.records import maps_of
-from tests.lab import Agent, Lab, LabNode, clients, command
+from tests.field.records import key_of, maps_of
+from tests.lab import Agent, LabNode, clients, command
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -35,12 +35,6 @@ pytestmark = pytest.mark.root
 IP = SERVICE_IPS["v4"]
 #: A cgroup program of two instructions that lets everything proceed.
 _PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with Lab() as lab:
-        yield World(lab)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +62,6 @@ def wrong(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for each in found["findings"]
         if not each["warning"]
     ]
-
-
-def key_of(address: str, port: int) -> bytes:
-    packed = bytes(map(int, address.split(".")))
-    return layout.pack_service_key(packed, port, 6, layout.Scope.INTERNAL)
 
 
 def test_a_healthy_node_has_nothing_wrong(world: World, agent: Agent) -> None:

@@ -18,8 +18,8 @@ from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from tests.e2e import load
 from tests.e2e.world import SERVICE_IPS, World
-from tests.field.records import maps_of
-from tests.lab import Agent, Lab, LabNode, clients, manifests
+from tests.field.records import key_of, maps_of
+from tests.lab import Agent, LabNode, clients, manifests
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -28,12 +28,6 @@ IP, OTHER = SERVICE_IPS["v4"], "10.96.0.40"
 #: The time within which the default has repaired what it finds.
 SECONDS = 10.0
 _DRIFT = re.compile(r'^ebpfproxy_drift_total\{kind="([^"]+)",map="([^"]+)"\} ([0-9.e+]+)$', re.M)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with Lab() as lab:
-        yield World(lab)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +45,6 @@ def drifted(agent: Agent) -> dict[tuple[str, str], int]:
 
 def since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     return {key: n - before.get(key, 0) for key, n in drifted(agent).items() if n != before.get(key, 0)}
-
-
-def key_of(address: str, port: int, protocol: int = 6) -> bytes:
-    packed = bytes(map(int, address.split(".")))
-    return layout.pack_service_key(packed, port, protocol, layout.Scope.INTERNAL)
 
 
 def service_id(maps: MapSet, name: str, port_name: str = "http") -> int:

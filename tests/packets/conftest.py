@@ -24,7 +24,7 @@ def wire(world: PacketWorld) -> Wire:
     return world.wire
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def tables(world: PacketWorld) -> Iterator[MapSet]:
     opened = open_pinned(next((world.node.bpf_root / "ebpfproxy").glob("v*")))
     yield opened

@@ -13,7 +13,7 @@ from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
 from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.decisions import DecisionReader, Tracing, lease
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
 from tests.packets.test_flows import segment
 from tests.packets.wire import Wire
@@ -25,7 +25,7 @@ ALL = Wanted(frozenset(DecisionKind))
 
 
 @pytest.fixture(scope="module")
-def reporting() -> Iterator[PacketWorld]:
+def world() -> Iterator[PacketWorld]:
     """Masqueraded clients have two ports, and are forwarded from the hook."""
     with Lab() as lab:
         made = PacketWorld(
@@ -38,28 +38,16 @@ def reporting() -> Iterator[PacketWorld]:
 
 
 @pytest.fixture
-def wire(reporting: PacketWorld) -> Wire:
-    return reporting.wire
-
-
-@pytest.fixture(scope="module")
-def opened(reporting: PacketWorld) -> Iterator[MapSet]:
-    found = open_pinned(next((reporting.node.bpf_root / "ebpfproxy").glob("v*")))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def tracing(opened: MapSet) -> Iterator[Tracing]:
-    with lease(opened) as held:
+def tracing(tables: MapSet) -> Iterator[Tracing]:
+    with lease(tables) as held:
         held.want(ALL)
         yield held
 
 
 @pytest.fixture
-def read(opened: MapSet, tracing: Tracing) -> Iterator[Callable[[], list[Decision]]]:
+def read(tables: MapSet, tracing: Tracing) -> Iterator[Callable[[], list[Decision]]]:
     """Renews the lease, too."""
-    reader = DecisionReader(opened)
+    reader = DecisionReader(tables)
     reader.read()
 
     def found() -> list[Decision]:
@@ -165,17 +153,17 @@ def test_a_flow_is_chosen_once_and_its_packets_may_be_dropped(
 
 
 def test_a_backend_to_which_no_route_leads(
-    reporting: PacketWorld, wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+    world: PacketWorld, wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
 ) -> None:
     packet = side.ip(side.client, side.node) / segment("UDP", port, 30053)
     wire.ingress(packet)
     (chosen,) = read()
     route = [f"-{side.version}", "route"]
-    reporting.node.run(["ip", *route, "add", "unreachable", side.remote_pod])
+    world.node.run(["ip", *route, "add", "unreachable", side.remote_pod])
     try:
         wire.ingress(packet)
     finally:
-        reporting.node.run(["ip", *route, "delete", "unreachable", side.remote_pod])
+        world.node.run(["ip", *route, "delete", "unreachable", side.remote_pod])
     (dropped,) = read()
     assert (dropped.kind, dropped.reason) == (DROPPED, PacketEvent.UNROUTABLE)
     assert dropped.service_id == chosen.service_id

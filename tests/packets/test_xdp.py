@@ -18,7 +18,7 @@ from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.sctp import SCTP
 
 from ebpfproxy.datapath.abi.layout import U64
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
 from tests.packets.wire import (
     REDIRECT,
@@ -55,13 +55,6 @@ def world() -> Iterator[PacketWorld]:
             _set_neighbour(made, hop, "permanent")
         yield made
         made.wire.close()
-
-
-@pytest.fixture(scope="module")
-def tables(world: PacketWorld) -> Iterator[MapSet]:
-    opened = open_pinned(next((world.node.bpf_root / "ebpfproxy").glob("v*")))
-    yield opened
-    opened.close()
 
 
 def _set_neighbour(world: PacketWorld, hop: str, state: str) -> None:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.operator.migrate import control_plane, rules
 from tests.operator.migrate.control_plane import ControlPlane, serving
@@ -90,11 +89,8 @@ class Cluster(World):
 
     def leftovers(self) -> list[tuple[bool, bool]]:
         """Returns for each node if rules of kube-proxy exist, and if conntrack is kept enabled."""
-        return [node.call(_leftovers) for node in (self.a, self.b)]
-
-
-def _leftovers() -> tuple[bool, bool]:
-    return bool(leftovers.find()), bool(conntrack_hold.find())
+        found = [self.leftovers_on(node) for node in (self.a, self.b)]
+        return [(has_rules, bool(hold)) for has_rules, hold in found]
 
 
 @contextmanager

@@ -14,23 +14,16 @@ from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, leftove
 from tests.lab import Lab, clients
 from tests.lab.waiting import until
 from tests.operator.migrate import rules, rules_ipv6
-from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
-from tests.operator.migrate.world import World, broken
+from tests.operator.migrate.traffic import LongConnection, no_request_fails
+from tests.operator.migrate.world import CONNTRACK_HOLD, World, broken
 
 pytestmark = pytest.mark.root
-
-CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     with Lab() as lab:
         yield World(lab)
-
-
-def _leftovers() -> tuple[bool, list[str]]:
-    """Returns if rules of kube-proxy exist, and which objects keep conntrack enabled."""
-    return bool(leftovers.find()), conntrack_hold.find()
 
 
 @pytest.mark.timeout(600)
@@ -52,7 +45,7 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
         time.sleep(0.3)
         assert broken(connections) == {}, output
     assert "established flows of kube-proxy, left to netfilter: " in output
-    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+    assert world.leftovers_on(world.a) == (False, CONNTRACK_HOLD)
 
     # A restart of the agent during the handover keeps them, too.
     agent.stop()
@@ -74,7 +67,7 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
     assert steps.index("detached sendmsg6") < steps.index("detached recvmsg4"), (
         "hooks that translate requests are detached before hooks of replies"
     )
-    assert world.a.call(_leftovers) == (True, [])
+    assert world.leftovers_on(world.a) == (True, [])
     assert world.outside.call(clients.spread_tcp, world.a.address, rules.PAYMENTS_NODE_PORT, 5)
 
 
@@ -113,16 +106,8 @@ def _end_flows() -> int:
 def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:
     agent = world.agent().start()
     world.kube_proxy("nftables")
-    outside = [RequestLoad(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)]
-    outside.append(RequestLoad(world.outside, "udp", world.a.address, rules.DNS_NODE_PORT))
     agent.stop()
-    with no_request_fails(*outside):
-        rollback = world.start_migrate("rollback", "--drain", "20s")
-        time.sleep(3)
-        assert rollback.poll() is None, "the long connections of the loads are still open"
-    assert rollback.wait(20) == 0
-    with no_request_fails(RequestLoad(world.outside, "tcp", world.a.address, rules.PAYMENTS_NODE_PORT)):
-        time.sleep(1)
+    world.drain_fails_no_request(world.a.address)
 
 
 def test_cleanup_while_kube_proxy_runs_fails_no_request_of_pods(world: World) -> None:
@@ -143,10 +128,10 @@ def test_cleanup_removes_the_conntrack_hold_of_a_migration(world: World) -> None
     world.migrate("run")
     assert broken(connections) == {}
     agent.stop()
-    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+    assert world.leftovers_on(world.a) == (False, CONNTRACK_HOLD)
     output = world.a.cli("cleanup")
     assert all(f"removed {each}" in output for each in CONNTRACK_HOLD)
-    assert world.a.call(_leftovers) == (False, [])
+    assert world.leftovers_on(world.a) == (False, [])
     assert "nothing is pinned" in world.a.cli("cleanup")
 
 

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, kube_proxy_frontends, leftovers
+from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules, rules_ipv6
-from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
-from tests.operator.migrate.world import World, broken
+from tests.operator.migrate.traffic import LongConnection, no_request_fails
+from tests.operator.migrate.world import CONNTRACK_HOLD, World, broken
 
-CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 ORDERS, DNS = rules_ipv6.address(rules.ORDERS), rules_ipv6.address(rules.DNS)
 
 
@@ -51,11 +50,6 @@ def world() -> Iterator[World]:
         yield World(lab, dual_stack=True)
 
 
-def _leftovers() -> tuple[bool, list[str]]:
-    """Returns if rules of kube-proxy exist, and which objects keep conntrack enabled."""
-    return bool(leftovers.find()), conntrack_hold.find()
-
-
 @pytest.mark.root
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", rules.MODES)
@@ -77,7 +71,7 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
         output = world.migrate("run")
         time.sleep(0.3)
         assert broken(connections) == {}, output
-    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+    assert world.leftovers_on(world.a) == (False, CONNTRACK_HOLD)
 
     agent.stop()
     agent.start()
@@ -94,7 +88,7 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
         output = world.migrate("rollback")
         time.sleep(0.3)
         assert broken([*connections, *agent_connections]) == {}, output
-    assert world.a.call(_leftovers) == (True, [])
+    assert world.leftovers_on(world.a) == (True, [])
     for space, to, port in (
         (world.client, ORDERS, 80),
         (world.a, ORDERS, 80),
@@ -107,13 +101,5 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
 def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:
     agent = world.agent().start()
     world.kube_proxy("nftables")
-    outside = [RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)]
-    outside.append(RequestLoad(world.outside, "udp", world.a.address6, rules.DNS_NODE_PORT))
     agent.stop()
-    with no_request_fails(*outside):
-        rollback = world.start_migrate("rollback", "--drain", "20s")
-        time.sleep(3)
-        assert rollback.poll() is None, "the long connections of the loads are still open"
-    assert rollback.wait(20) == 0
-    with no_request_fails(RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)):
-        time.sleep(1)
+    world.drain_fails_no_request(world.a.address6)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.world import World
+from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab import Lab
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """Two nodes without an agent; see ``tests.e2e.world``."""
+def cluster() -> Iterator[TwoNodeCluster]:
+    """Two nodes without an agent; see ``tests.e2e.two_node_cluster``."""
     with Lab() as lab:
-        yield World(lab)
+        yield TwoNodeCluster(lab)

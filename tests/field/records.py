@@ -37,14 +37,14 @@ def fill(node: LabNode, name: str) -> int:
 
 
 def origins(node: LabNode) -> tuple[int, int]:
-    """How many sockets have an origin: connected ones, and unconnected ones."""
+    """The number of connected and of unconnected sockets that have an origin."""
     with maps_of(node) as maps:
         table = OriginTable(maps)
         return sum(1 for _ in each_of(table.connected())), sum(1 for _ in each_of(table.unconnected()))
 
 
 def kept_elsewhere(node: LabNode) -> int:
-    """How many records of sockets the slots of ``sock_origin`` say that other maps have."""
+    """The number of records in other maps that the slots of ``sock_origin`` refer to."""
     with maps_of(node) as maps:
         slots = maps["sock_origin"]
         return sum(

@@ -1,7 +1,7 @@
-"""Flows between a client outside and a backend on another node, forwarded by the XDP program.
+"""Flows between an external client and a backend on another node, which the XDP program forwards.
 
-Devices are veths, whose driver has native XDP. The other ends have GRO, without which they take no frames of
-XDP programs. Clients and servers compute checksums by themselves: what a veth carries without is tc's.
+Devices are veths, whose driver has native XDP. The peers have GRO enabled, without which a veth drops frames of XDP
+programs. Checksum offload is disabled for clients and servers: frames with a partial checksum are left to tc.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ebpfproxy.datapath.abi.hooks import XDP_ATTACH
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.programs.xdp import XdpAttacher
 from tests.e2e import load
-from tests.e2e.outer import Held, Outer
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.test_outside import _stream as stream
-from tests.e2e.world import NODE_PORT
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.field.records import maps_of
 from tests.field.test_check import check
 from tests.lab import Agent, Lab, clients, ethtool
@@ -39,7 +39,7 @@ PASS_ALL = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
 PACKETS = 20
 
 
-class World(Outer):
+class XdpCluster(OutsideClientCluster):
     """The backend of the Service is on node-b, traffic for it comes in on node-a."""
 
     def __init__(self, lab: Lab) -> None:
@@ -49,7 +49,7 @@ class World(Outer):
             compute_checksums(space, is_done=True)
 
     def forwarded(self) -> int:
-        """Packets so far."""
+        """The number of packets that XDP has forwarded so far."""
         found = self.status()["packets"]
         return sum(each["packets"] for each in found if each["action"] == "forwarded")
 
@@ -70,15 +70,15 @@ def compute_checksums(space: Space, *, is_done: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[XdpCluster]:
     with Lab(takes_xdp=True) as lab:
-        yield World(lab)
+        yield XdpCluster(lab)
 
 
 @pytest.fixture
-def agent(world: World) -> Iterator[Agent]:
+def agent(cluster: XdpCluster) -> Iterator[Agent]:
     """An agent with native XDP."""
-    made = world.agent("--xdp", "native").start()
+    made = cluster.agent("--xdp", "native").start()
     yield made
     if made.process is not None and made.process.poll() is None:
         made.stop()
@@ -95,60 +95,62 @@ def echo(address: str, port: int, times: int) -> int:
     return times
 
 
-def test_packets_of_a_flow_to_another_node_pass_xdp_in_both_directions(world: World, agent: Agent) -> None:
-    """All but the first packet, which creates the flow at tc; the client sees the frontend alone.
+def test_packets_of_a_flow_to_another_node_pass_xdp_in_both_directions(
+    cluster: XdpCluster, agent: Agent
+) -> None:
+    """All packets but the first, which creates the flow at tc. The client sees only the frontend's address.
 
-    Once in a while the kernel sends a packet to each of the two next hops.
+    At intervals a packet to each of the two next hops is left to the kernel.
     """
-    assert world.state() == "native"
-    for address in world.addresses():
-        before = world.forwarded()
-        assert world.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
-        assert PACKETS < world.forwarded() - before <= 2 * PACKETS - 1
-        reply = world.outside.call(clients.ask_tcp, address, NODE_PORT)
+    assert cluster.state() == "native"
+    for address in cluster.addresses():
+        before = cluster.forwarded()
+        assert cluster.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
+        assert PACKETS < cluster.forwarded() - before <= 2 * PACKETS - 1
+        reply = cluster.outside.call(clients.ask_tcp, address, NODE_PORT)
         assert (reply["name"], reply["peer"]) == ("w2", address)
         assert tuple(reply["getpeername"]) == (address, NODE_PORT)
 
 
-def test_data_in_both_directions_is_intact_and_the_flow_ends(world: World, agent: Agent) -> None:
+def test_data_in_both_directions_is_intact_and_the_flow_ends(cluster: XdpCluster, agent: Agent) -> None:
     """Every checksum is right: the receivers compute them. Commands see the flow as any other."""
-    for address in world.addresses():
-        before = world.forwarded()
-        assert world.outside.call(stream, address, NODE_PORT, 2_000_000)
-        assert world.forwarded() - before > 1000
-    flows = json.loads(world.a.cli("conntrack", "list", "-o", "json"))
+    for address in cluster.addresses():
+        before = cluster.forwarded()
+        assert cluster.outside.call(stream, address, NODE_PORT, 2_000_000)
+        assert cluster.forwarded() - before > 1000
+    flows = json.loads(cluster.a.cli("conntrack", "list", "-o", "json"))
     assert flows
 
 
-def test_packets_without_a_checksum_yet_are_left_to_tc(world: World, agent: Agent) -> None:
-    """The sender's kernel leaves it to its device: no hint of that reaches the program."""
-    for space in (world.outside, world.w2):
+def test_packets_with_a_partial_checksum_are_left_to_tc(cluster: XdpCluster, agent: Agent) -> None:
+    """The sender's kernel leaves the checksum to its device; an XDP program has no flag for that."""
+    for space in (cluster.outside, cluster.w2):
         compute_checksums(space, is_done=False)
     try:
-        for address in world.addresses():
-            before = world.forwarded()
-            assert world.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
-            assert world.outside.call(stream, address, NODE_PORT, 500_000)
+        for address in cluster.addresses():
+            before = cluster.forwarded()
+            assert cluster.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
+            assert cluster.outside.call(stream, address, NODE_PORT, 500_000)
             # One packet in 65,536 looks as if it had its checksum.
-            assert world.forwarded() - before < 3
+            assert cluster.forwarded() - before < 3
     finally:
-        for space in (world.outside, world.w2):
+        for space in (cluster.outside, cluster.w2):
             compute_checksums(space, is_done=True)
 
 
-def test_a_flow_goes_on_where_xdp_and_tc_take_turns(world: World, agent: Agent) -> None:
-    """XDP leaves a packet alone whose next hop has no link address; tc has it asked for."""
+def test_flow_alternates_between_xdp_and_tc(cluster: XdpCluster, agent: Agent) -> None:
+    """XDP passes a packet whose next hop has no link address; at tc the kernel resolves it."""
     for address, hops in zip(
-        world.addresses(),
-        ((world.b.address, world.outside.address), (world.b.address6, world.outside.address6)),
+        cluster.addresses(),
+        ((cluster.b.address, cluster.outside.address), (cluster.b.address6, cluster.outside.address6)),
         strict=True,
     ):
-        held = Held(world.outside, address, NODE_PORT)
+        held = HeldConnection(cluster.outside, address, NODE_PORT)
         for hop in hops * 2:
-            before = world.forwarded()
+            before = cluster.forwarded()
             assert held.ask() == "alive"
-            assert world.forwarded() > before
-            world.a.run(["ip", "neighbour", "flush", "to", hop, "dev", "eth0"])
+            assert cluster.forwarded() > before
+            cluster.a.run(["ip", "neighbour", "flush", "to", hop, "dev", "eth0"])
             assert held.ask() == "alive"
 
 
@@ -156,49 +158,49 @@ def test_a_flow_goes_on_where_xdp_and_tc_take_turns(world: World, agent: Agent) 
     "arguments", [("--xdp", "native"), ("--bypass-netfilter",)], ids=lambda each: each[0]
 )
 def test_next_hops_are_verified_while_programs_send_to_them(
-    world: World, agent: Agent, arguments: tuple[str, ...]
+    cluster: XdpCluster, agent: Agent, arguments: tuple[str, ...]
 ) -> None:
-    """A node that gets another link address is found, as where the kernel forwards."""
+    """The new link address of a node is found, as where the kernel forwards."""
     agent.stop()
-    other = world.agent(*arguments).start()
+    other = cluster.agent(*arguments).start()
     try:
-        held = [Held(world.outside, address, NODE_PORT) for address in world.addresses()]
-        link_address = world.b.run(["ip", "-o", "link", "show", "dev", "eth0"]).split("link/ether ")[1][:17]
-        hops = (world.b.address, world.b.address6)
+        held = [HeldConnection(cluster.outside, address, NODE_PORT) for address in cluster.addresses()]
+        link_address = cluster.b.run(["ip", "-o", "link", "show", "dev", "eth0"]).split("link/ether ")[1][:17]
+        hops = (cluster.b.address, cluster.b.address6)
         for hop in hops:
             entry = [hop, "lladdr", link_address, "dev", "eth0", "nud", "stale"]
-            world.a.run(["ip", "neighbour", "replace", *entry])
+            cluster.a.run(["ip", "neighbour", "replace", *entry])
 
         def verified() -> bool:
             assert [each.ask() for each in held] == ["alive", "alive"]
-            return all("STALE" not in world.a.run(["ip", "neighbour", "show", "to", hop]) for hop in hops)
+            return all("STALE" not in cluster.a.run(["ip", "neighbour", "show", "to", hop]) for hop in hops)
 
         until(verified, "a next hop stays stale")
     finally:
         other.stop()
 
 
-def test_a_backend_on_this_node_is_not_forwarded(world: World, agent: Agent) -> None:
-    """Its flow is netfilter's, as without XDP."""
-    world.write_web(world.w1)
+def test_a_backend_on_this_node_is_not_forwarded(cluster: XdpCluster, agent: Agent) -> None:
+    """Netfilter sees the flow, as without XDP."""
+    cluster.write_web(cluster.w1)
     try:
-        until(lambda: world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)["name"] == "w1")
-        before = world.forwarded()
-        assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
-        assert world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)["peer"] == "10.244.1.1"
-        assert world.forwarded() == before
+        until(lambda: cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)["name"] == "w1")
+        before = cluster.forwarded()
+        assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
+        assert cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)["peer"] == "10.244.1.1"
+        assert cluster.forwarded() == before
     finally:
-        world.write_web(world.w2)
-        until(lambda: world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)["name"] == "w2")
+        cluster.write_web(cluster.w2)
+        until(lambda: cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)["name"] == "w2")
 
 
-def test_packets_with_few_hops_left_or_options_are_left_to_tc(world: World, agent: Agent) -> None:
-    address = world.a.address
-    world.outside.call(echo, address, UDP_PORT, 2)
-    before = world.forwarded()
-    assert world.outside.call(_with_options, address, UDP_PORT) == b"echo"
+def test_packets_with_few_hops_left_or_options_are_left_to_tc(cluster: XdpCluster, agent: Agent) -> None:
+    address = cluster.a.address
+    cluster.outside.call(echo, address, UDP_PORT, 2)
+    before = cluster.forwarded()
+    assert cluster.outside.call(_with_options, address, UDP_PORT) == b"echo"
     # The answer has no options.
-    assert world.forwarded() - before <= 1
+    assert cluster.forwarded() - before <= 1
 
 
 def _with_options(address: str, port: int) -> bytes:
@@ -210,19 +212,19 @@ def _with_options(address: str, port: int) -> bytes:
         return sock.recv(100)
 
 
-def test_restarts_and_a_change_of_options_lose_no_connection(world: World, agent: Agent) -> None:
-    """The program is replaced in one step, taken away, and attached again; flows go on at tc meanwhile."""
-    with load.running(world.outside, world.a.address, NODE_PORT) as running:
+def test_restarts_and_a_change_of_options_lose_no_connection(cluster: XdpCluster, agent: Agent) -> None:
+    """The program is replaced atomically, detached, and attached again; tc translates the flows in the meantime."""
+    with load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
         agent.kill()
         agent.start()
         agent.stop()
-        without = world.agent().start()
-        until(lambda: not list(links(world)), "the program stays")
-        held = Held(world.outside, world.a.address, NODE_PORT)
+        without = cluster.agent().start()
+        until(lambda: not list(links(cluster)), "the program stays")
+        held = HeldConnection(cluster.outside, cluster.a.address, NODE_PORT)
         without.stop()
         # Other constants make another program.
-        other = world.agent("--xdp", "native", "--masquerade-all").start()
-        until(lambda: world.state() == "native")
+        other = cluster.agent("--xdp", "native", "--masquerade-all").start()
+        until(lambda: cluster.state() == "native")
         assert held.ask() == "alive"
         other.stop()
         agent.start()
@@ -230,28 +232,28 @@ def test_restarts_and_a_change_of_options_lose_no_connection(world: World, agent
     assert running.result["count"] > 50
 
 
-def links(world: World) -> Iterator[Path]:
-    return (world.a.bpf_root / "ebpfproxy" / "links").glob("xdp-*")
+def links(cluster: XdpCluster) -> Iterator[Path]:
+    return (cluster.a.bpf_root / "ebpfproxy" / "links").glob("xdp-*")
 
 
-def test_a_foreign_program_stays(world: World, agent: Agent) -> None:
-    """Services are served at tc; ours is attached once the other one is gone."""
+def test_a_foreign_program_stays(cluster: XdpCluster, agent: Agent) -> None:
+    """tc serves the Services; the agent attaches its program once the foreign one is gone."""
     agent.stop()
-    world.a.cli("cleanup")
-    assert list(links(world)) == []
-    pin = world.a.bpf_root.parent / "foreign"
-    number = world.a.call(_attach_foreign, str(pin))
-    other = world.agent("--xdp", "native").start()
+    cluster.a.cli("cleanup")
+    assert list(links(cluster)) == []
+    pin = cluster.a.bpf_root.parent / "foreign"
+    number = cluster.a.call(_attach_foreign, str(pin))
+    other = cluster.agent("--xdp", "native").start()
     try:
-        assert world.state() == f"another XDP program is attached (id {number})"
-        assert f"another XDP program is attached (id {number})" in world.a.cli("status")
-        assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
-        assert world.forwarded() == 0
+        assert cluster.state() == f"another XDP program is attached (id {number})"
+        assert f"another XDP program is attached (id {number})" in cluster.a.cli("status")
+        assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
+        assert cluster.forwarded() == 0
     finally:
         pin.unlink()
-    until(lambda: world.state() == "native", "the program is not attached")
-    assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
-    assert world.forwarded()
+    until(lambda: cluster.state() == "native", "the program is not attached")
+    assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
+    assert cluster.forwarded()
     other.stop()
 
 
@@ -265,11 +267,11 @@ def _attach_foreign(pin: str) -> int:
     return number
 
 
-def test_a_detached_program_leaves_its_device_at_once(world: World) -> None:
-    """The kernel ends a link a moment after its last reference; another mode has no place until then."""
-    pin = world.a.bpf_root / "xdp-link"
+def test_a_detached_program_leaves_its_device_at_once(cluster: XdpCluster) -> None:
+    """The kernel frees a link a moment after its last reference, and until then refuses another mode."""
+    pin = cluster.a.bpf_root / "xdp-link"
     pin.parent.mkdir(parents=True, exist_ok=True)
-    assert world.a.call(_attach_often, str(pin), 50) == 50
+    assert cluster.a.call(_attach_often, str(pin), 50) == 50
 
 
 def _attach_often(pin: str, count: int) -> int:
@@ -284,41 +286,41 @@ def _attach_often(pin: str, count: int) -> int:
 
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
-def test_a_veth_whose_other_end_takes_no_frames_has_no_native_program(
-    world: World, agent: Agent, mode: str
+def test_veth_whose_peer_receives_no_xdp_frames_gets_no_native_program(
+    cluster: XdpCluster, agent: Agent, mode: str
 ) -> None:
     agent.stop()
-    world.lab.switch.call(ethtool.turn, "n1", {"gro": False})
-    other = world.agent("--xdp", mode).start()
+    cluster.lab.switch.call(ethtool.turn, "n1", {"gro": False})
+    other = cluster.agent("--xdp", mode).start()
     try:
         reason = "its peer takes no frames of XDP programs: it has neither such a program nor GRO"
-        assert world.state() == (reason if mode == "native" else "generic")
-        assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
+        assert cluster.state() == (reason if mode == "native" else "generic")
+        assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
         # Generic XDP runs where a packet buffer exists.
-        assert bool(world.forwarded()) or mode == "native"
-        world.lab.switch.call(ethtool.turn, "n1", {"gro": True})
-        until(lambda: world.state() == "native", "the program is not attached")
-        assert world.outside.call(echo, world.a.address, UDP_PORT, PACKETS) == PACKETS
+        assert bool(cluster.forwarded()) or mode == "native"
+        cluster.lab.switch.call(ethtool.turn, "n1", {"gro": True})
+        until(lambda: cluster.state() == "native", "the program is not attached")
+        assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
     finally:
-        world.lab.switch.call(ethtool.turn, "n1", {"gro": True})
+        cluster.lab.switch.call(ethtool.turn, "n1", {"gro": True})
         other.stop()
 
 
-def _detach(world: World) -> None:
-    (pin,) = links(world)
-    world.a.run(["bpftool", "link", "detach", "pinned", str(pin)])
+def _detach(cluster: XdpCluster) -> None:
+    (pin,) = links(cluster)
+    cluster.a.run(["bpftool", "link", "detach", "pinned", str(pin)])
 
 
-def _replace(world: World) -> None:
-    (pin,) = links(world)
+def _replace(cluster: XdpCluster) -> None:
+    (pin,) = links(cluster)
     program = bpf.prog_load(uapi.PROG_XDP, XDP_ATTACH, "foreign", PASS_ALL)
     with bpf.opened(pin) as link:
         bpf.link_update(link, program)
     os.close(program)
 
 
-def _forget_devices(world: World) -> None:
-    with maps_of(world.a) as maps:
+def _forget_devices(cluster: XdpCluster) -> None:
+    with maps_of(cluster.a) as maps:
         for key, _ in list(maps["xdp_devices"].items()):
             bpf.map_delete(maps["xdp_devices"].fd, key)
 
@@ -338,101 +340,103 @@ def wrong(found: dict[str, Any], where: str = "findings") -> list[tuple[str, str
     ]
 
 
-def forwards(world: World) -> bool:
-    before = world.forwarded()
-    world.outside.call(echo, world.a.address, UDP_PORT, PACKETS)
-    return world.forwarded() > before
+def forwards(cluster: XdpCluster) -> bool:
+    before = cluster.forwarded()
+    cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS)
+    return cluster.forwarded() > before
 
 
 @pytest.mark.parametrize(("tamper", "expected"), TAMPERED)
-def test_what_somebody_changes_is_named_and_repaired(
-    world: World, tamper: Callable[[World], None], expected: tuple[str, str, str]
+def test_drift_of_xdp_is_reported_and_repaired(
+    cluster: XdpCluster, tamper: Callable[[XdpCluster], None], expected: tuple[str, str, str]
 ) -> None:
-    """The agent compares only when it is asked to, but attaches every ten seconds what is lost: then again."""
-    agent = world.agent("--xdp", "native", "--drift-check-seconds", "0").start()
+    """The agent compares only at a request, but attaches lost programs every ten seconds: then the test tampers again."""
+    agent = cluster.agent("--xdp", "native", "--drift-check-seconds", "0").start()
 
     def said(where: str, *arguments: str) -> list[tuple[str, str, str]]:
-        tamper(world)
-        return wrong(json.loads(world.a.cli("check", "-o", "json", *arguments, check=False)), where)
+        tamper(cluster)
+        return wrong(json.loads(cluster.a.cli("check", "-o", "json", *arguments, check=False)), where)
 
     try:
-        until(lambda: forwards(world))
+        until(lambda: forwards(cluster))
         until(lambda: said("findings") == [expected])
         until(lambda: said("repaired", "--repair") == [expected])
-        assert forwards(world)
-        assert wrong(check(world.a, good=True)) == []
+        assert forwards(cluster)
+        assert wrong(check(cluster.a, good=True)) == []
     finally:
         agent.stop()
 
 
 @pytest.mark.parametrize("kind", ["detached", "replaced"])
-def test_without_an_agent_a_lost_program_is_named(world: World, agent: Agent, kind: str) -> None:
-    world.state()
+def test_lost_program_is_reported_without_an_agent(cluster: XdpCluster, agent: Agent, kind: str) -> None:
+    cluster.state()
     agent.stop()
-    {"detached": _detach, "replaced": _replace}[kind](world)
-    found = check(world.a, good=False)
+    {"detached": _detach, "replaced": _replace}[kind](cluster)
+    found = check(cluster.a, good=False)
     assert wrong(found) == [("agent", "missing", "not running"), ("devices", kind, "eth0 xdp")]
     foreign = [each["what"] for each in found["findings"] if each["kind"] == "foreign"]
     assert foreign == []
 
 
-def test_a_program_of_somebody_else_is_a_warning(world: World, agent: Agent) -> None:
+def test_foreign_program_is_a_warning(cluster: XdpCluster, agent: Agent) -> None:
     agent.stop()
-    world.a.cli("cleanup")
-    pin = world.a.bpf_root.parent / "foreign"
-    number = world.a.call(_attach_foreign, str(pin))
-    other = world.agent("--xdp", "native").start()
+    cluster.a.cli("cleanup")
+    pin = cluster.a.bpf_root.parent / "foreign"
+    number = cluster.a.call(_attach_foreign, str(pin))
+    other = cluster.agent("--xdp", "native").start()
     try:
-        (found,) = [each for each in check(world.a, good=True)["findings"] if each["kind"] == "foreign"]
+        (found,) = [each for each in check(cluster.a, good=True)["findings"] if each["kind"] == "foreign"]
         assert (found["where"], found["what"]) == ("devices", f"eth0 xdp: program {number} foreign")
     finally:
         pin.unlink()
         other.stop()
 
 
-def test_a_driver_that_refuses_the_program_is_not_asked_again_and_again(world: World, agent: Agent) -> None:
-    """The device has one program: each question would take the generic one away."""
+def test_native_mode_is_not_tried_again_with_a_driver_that_refuses_it(
+    cluster: XdpCluster, agent: Agent
+) -> None:
+    """A device has one XDP program: each attempt would detach the generic one."""
     agent.stop()
-    world.a.cli("cleanup")
-    until(lambda: "xdp" not in world.a.run(["ip", "link", "show", "dev", "eth0"]))
-    world.lab.switch.run(["ip", "link", "set", "n1", "mtu", "9000"])
-    other = world.agent("--xdp", "generic").start()
+    cluster.a.cli("cleanup")
+    until(lambda: "xdp" not in cluster.a.run(["ip", "link", "show", "dev", "eth0"]))
+    cluster.lab.switch.run(["ip", "link", "set", "n1", "mtu", "9000"])
+    other = cluster.agent("--xdp", "generic").start()
     try:
-        assert world.state() == "generic"
-        (pin,) = links(world)
+        assert cluster.state() == "generic"
+        (pin,) = links(cluster)
         with bpf.opened(pin) as link:
             for name in ("one", "two"):
                 # Each change of the node's devices has the program attached where it is not.
-                world.a.run(["ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-peer"])
-                until(partial(_has_device, world, name))
+                cluster.a.run(["ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-peer"])
+                until(partial(_has_device, cluster, name))
             assert bpf.xdp_link_info(link).ifindex
     finally:
-        world.lab.switch.run(["ip", "link", "set", "n1", "mtu", "1500"])
+        cluster.lab.switch.run(["ip", "link", "set", "n1", "mtu", "1500"])
         for name in ("one", "two"):
-            world.a.run(["ip", "link", "delete", name], check=False)
+            cluster.a.run(["ip", "link", "delete", name], check=False)
         other.stop()
 
 
-def test_a_pin_of_an_agent_that_was_killed_while_it_attached_is_no_foreign_program(
-    world: World, agent: Agent
+def test_pin_of_an_agent_killed_while_attaching_is_not_taken_for_foreign(
+    cluster: XdpCluster, agent: Agent
 ) -> None:
     agent.kill()
-    (pin,) = links(world)
+    (pin,) = links(cluster)
     pin.rename(pin.with_name(f"{pin.name}-new"))
-    other = world.agent("--xdp", "native").start()
+    other = cluster.agent("--xdp", "native").start()
     try:
-        assert world.state() == "native"
-        assert list(links(world)) == [pin]
+        assert cluster.state() == "native"
+        assert list(links(cluster)) == [pin]
     finally:
         other.stop()
 
 
-def _has_device(world: World, name: str) -> bool:
-    return any(each["device"] == name for each in world.status()["devices"])
+def _has_device(cluster: XdpCluster, name: str) -> bool:
+    return any(each["device"] == name for each in cluster.status()["devices"])
 
 
-def test_cleanup_detaches_the_program(world: World, agent: Agent) -> None:
-    assert len(list(links(world))) == 1
+def test_cleanup_detaches_the_program(cluster: XdpCluster, agent: Agent) -> None:
+    assert len(list(links(cluster))) == 1
     agent.stop()
-    assert "detached xdp-" in world.a.cli("cleanup")
-    assert "prog/xdp" not in world.a.run(["ip", "link", "show", "dev", "eth0"])
+    assert "detached xdp-" in cluster.a.cli("cleanup")
+    assert "prog/xdp" not in cluster.a.run(["ip", "link", "show", "dev", "eth0"])

@@ -22,7 +22,7 @@ _KINDS = {
 }
 #: Endpoints of shop/orders-api and of DNS listen on these ports.
 TARGET_PORT, DNS_PORT = 8080, 53
-#: What keeps netfilter's conntrack enabled after a migration.
+#: These tables keep netfilter's conntrack enabled after a migration.
 CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 
 
@@ -30,7 +30,7 @@ CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("
 Target = tuple[Space, str, str, int]
 
 
-class World(Migration):
+class KubeProxyCluster(Migration):
     """With ``dual_stack`` Services, endpoints and rules have both address families."""
 
     def __init__(self, lab: Lab, *, dual_stack: bool = False) -> None:
@@ -55,7 +55,7 @@ class World(Migration):
         manifests.write(self.manifests / "cluster.yaml", *self._documents())
 
     def _documents(self) -> list[manifests.Document]:
-        return rules_ipv6.both_families(cluster()) if self.dual_stack else cluster()
+        return rules_ipv6.both_families(cluster_objects()) if self.dual_stack else cluster_objects()
 
     def remove_service(self, namespace: str, name: str) -> None:
         kept = [
@@ -133,7 +133,7 @@ class World(Migration):
         ]
 
 
-def cluster() -> list[manifests.Document]:
+def cluster_objects() -> list[manifests.Document]:
     """Returns the recorded objects of the dumps, with the same changes for the lab as the dumps."""
     documents = []
     for resource, items in recordings.lists("final").items():

@@ -15,7 +15,7 @@ from ebpfproxy.cli.cluster_access import remark
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api
-from ebpfproxy.operator.sysdump import cluster
+from ebpfproxy.operator.sysdump import cluster_files
 from ebpfproxy.operator.sysdump.archive import Archive
 from ebpfproxy.operator.sysdump.secrets import Secrets
 
@@ -30,7 +30,7 @@ def of_cluster(api: Api, file: Path, nodes: Iterable[str], daemon_set: str, kube
     chosen = agents.chosen(nodes)
     secrets = Secrets(Path(path).expanduser() for path in kubeconfig.split(":") if path)
     with opened(file) as out, Archive(out, secrets) as archive:
-        cluster.dump(api, agents, chosen, archive, remark)
+        cluster_files.dump(api, agents, chosen, archive, remark)
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.kube.errors import ConfigError, ManifestError
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.operator.api import Api, ApiError
-from ebpfproxy.operator.test import manifests as of_folder
+from ebpfproxy.operator.test import without_cluster
+from ebpfproxy.operator.test.in_cluster import run
 from ebpfproxy.operator.test.questions import DIRECT
 from ebpfproxy.operator.test.results import SKIPPED, Report, junit
-from ebpfproxy.operator.test.run import run
 from ebpfproxy.operator.test.site import CannotTestError, Wanted
 
 #: So many failures of one check are printed.
@@ -157,7 +157,7 @@ def _interrupt(*_: object) -> None:
 def _of_manifests(folder: Path, bpf_root: Path) -> Report:
     agent = state.load_latest(pin_folder(bpf_root))
     name = agent.node if agent is not None else node_name(None)
-    return of_folder.check(folder, name, Lookup(open_maps(bpf_root)).node_addresses())
+    return without_cluster.check(folder, name, Lookup(open_maps(bpf_root)).node_addresses())
 
 
 def _print(found: Report, *, hint: bool) -> None:

@@ -16,10 +16,10 @@ import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
-from tests.e2e import load
+from tests.e2e import connection_load
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Agent, Lab, LabNode, clients, manifests
-from tests.lab.machine import socket_programs
+from tests.lab.foreign_programs import socket_programs
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -87,7 +87,7 @@ def test_sigkill_and_restart_under_load_lose_no_connection_and_write_no_map(
     cluster: TwoNodeCluster, agent: Agent
 ) -> None:
     before = ids(cluster.a), program_ids(cluster.a)
-    with load.running(cluster.client, IP, 80) as clients_load:
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         agent.kill()
         time.sleep(0.3)
         again = cluster.agent().start()
@@ -185,7 +185,7 @@ def test_pending_udp_replies_have_the_service_address_during_cleanup(
 def test_changed_options_replace_programs_under_load(cluster: TwoNodeCluster, agent: Agent) -> None:
     before = program_ids(cluster.a)
     agent.stop()
-    with load.running(cluster.client, IP, 80) as clients_load:
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         again = cluster.agent("--no-localhost-nodeports").start()
     assert clients_load.result["errors"] == []
     assert all(before[hook] != now for hook, now in program_ids(cluster.a).items())
@@ -199,7 +199,7 @@ def test_changed_map_sizes_create_and_fill_new_maps_before_programs_are_replaced
 ) -> None:
     versions = {p.name for p in pin_folder(cluster.a.bpf_root).glob("v*")}
     agent.stop()
-    with load.running(cluster.client, IP, 80) as clients_load:
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         again = cluster.agent("--max-backends", "1000", "--max-services", "500").start()
     assert clients_load.result["errors"] == []
     assert "connect4 replaced" in again.text
@@ -276,7 +276,7 @@ def test_endpoint_changes_under_load_lose_no_connection(cluster: TwoNodeCluster,
     """
     agent.stop()
     keeps_stale = cluster.agent("--stale-tcp", "never").start()
-    with load.running(cluster.client, IP, 80) as clients_load:
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         for n in range(60):
             cluster.write_web(*((cluster.w1,), (cluster.w1, cluster.w2), (cluster.w2,))[n % 3])
             time.sleep(0.02)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e import load
+from tests.e2e import connection_load
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
 from tests.lab import Agent, Lab
 from tests.lab.holders import Holder
@@ -63,8 +63,8 @@ def test_open_count_is_zero_after_load_with_agent_restarts(cluster: TwoNodeClust
     """The load uses sockets and packets, while the agent is killed and restarted."""
     running = cluster.agent().start()
     with (
-        load.running(cluster.client, IP, 80),
-        load.running(cluster.lab.outside, cluster.a.address, NODE_PORT),
+        connection_load.running(cluster.client, IP, 80),
+        connection_load.running(cluster.lab.outside, cluster.a.address, NODE_PORT),
     ):
         time.sleep(1)
         running.kill()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import load
+from tests.e2e import connection_load
 from tests.e2e.outside_client import VARIANTS, HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients, manifests, servers
@@ -163,7 +163,7 @@ def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: OutsideCli
     """One long-lived connection and thousands of short ones run while the agent restarts."""
     cluster = variant
     agent = cluster.lab.agents[-1]
-    with load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
+    with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
         for stop in (agent.kill, agent.stop):
             stop()
             time.sleep(0.2)
@@ -180,7 +180,7 @@ def test_flows_survive_a_change_of_map_sizes(
     cluster = variant
     agent = cluster.lab.agents[-1]
     inside = HeldConnection(cluster.client, SERVICE_IPS["v4"], 80)
-    with load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
+    with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
         held = [HeldConnection(cluster.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
         agent.stop()
         # The bypass is off now, but flows that were created with it keep it.

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.explain.test_connect import Json, agrees, ask, explained, masked_as, run
-from tests.field.test_xdp import PACKETS, UDP_PORT, XdpCluster, echo, links
+from tests.field.test_xdp_forwarding import PACKETS, UDP_PORT, XdpCluster, echo, links
 from tests.lab import Lab, clients
 from tests.lab.spaces import Space
 from tests.lab.waiting import until

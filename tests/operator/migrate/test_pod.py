@@ -15,7 +15,7 @@ from tests.lab import Lab
 from tests.operator.migrate import rules
 from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
 from tests.operator.migrate.kubelet import PodContainer
-from tests.operator.migrate.test_kube_proxy import start
+from tests.operator.migrate.test_running_kube_proxy import start
 
 ADDED = work_pod._security()["capabilities"]["add"]
 _numbers = itertools.count()

@@ -16,7 +16,7 @@ from ebpfproxy.operator.migrate.node import steps
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules
 from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
-from tests.operator.migrate.test_kube_proxy import start
+from tests.operator.migrate.test_running_kube_proxy import start
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.test import objects, questions
@@ -168,9 +168,9 @@ class _Test:
         found: list[Object] = []
         for _ in Wait(self._wanted.seconds):
             found = self._api.list("Pod", self._namespace, labelSelector=f"{objects.LABEL}={role}")
-            if len(found) >= count and all(map(pods.is_ready, found)):
+            if len(found) >= count and all(map(pod_status.is_ready, found)):
                 break
-            if any(pods.cannot_start(pod) or pods.has_ended(pod) for pod in found):
+            if any(pod_status.cannot_start(pod) or pod_status.has_ended(pod) for pod in found):
                 raise CannotTestError(self._why(found))
         else:
             raise CannotTestError(self._why(found))
@@ -185,9 +185,10 @@ class _Test:
     def _why(self, found: Iterable[Object]) -> str:
         lines = ["pods of the test are not ready:"]
         for pod in found:
-            if trouble := pods.trouble(pod):
-                warning = pods.last_warning(self._api, self._namespace, "Pod", pod["metadata"]["name"])
-                lines.append(f"  node {pods.node_of(pod)}: {trouble}" + (f" ({warning})" if warning else ""))
+            if trouble := pod_status.trouble(pod):
+                warning = pod_status.last_warning(self._api, self._namespace, "Pod", pod["metadata"]["name"])
+                more = f" ({warning})" if warning else ""
+                lines.append(f"  node {pod_status.node_of(pod)}: {trouble}{more}")
         return "\n".join(lines)
 
     def _label_sctp(self, servers: Iterable[Server]) -> bool:
@@ -248,7 +249,7 @@ class _Test:
         self._note([pod] if pod else [])
         by_id = {line["id"]: line for line in lines if "id" in line}
         silent = (
-            f"its pod said nothing: {pods.trouble(pod) or 'it has not finished'}"
+            f"its pod said nothing: {pod_status.trouble(pod) or 'it has not finished'}"
             if pod
             else "its pod is gone"
         )
@@ -326,9 +327,9 @@ class _Test:
         for _ in Wait(self._wanted.seconds):
             found = self._api.list("Pod", namespace, fieldSelector=f"spec.nodeName={node.name}")
             for pod in found:
-                if pods.is_owned_by(pod, name) and pod["metadata"]["name"] != node.agent:
+                if pod_status.is_owned_by(pod, name) and pod["metadata"]["name"] != node.agent:
                     self._agents[node.name] = pod["metadata"]["name"]
-                    why = pods.trouble(pod)
+                    why = pod_status.trouble(pod)
                     if not why:
                         self._say(f"agent of {node.name} restarted")
                         return None

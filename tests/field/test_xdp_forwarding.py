@@ -21,7 +21,7 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import XDP_ATTACH
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.programs.xdp import XdpAttacher
-from tests.e2e import load
+from tests.e2e import connection_load
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.test_outside import _stream as stream
 from tests.e2e.two_node_cluster import NODE_PORT
@@ -214,7 +214,7 @@ def _with_options(address: str, port: int) -> bytes:
 
 def test_restarts_and_a_change_of_options_lose_no_connection(cluster: XdpCluster, agent: Agent) -> None:
     """The program is replaced atomically, detached, and attached again; tc translates the flows in the meantime."""
-    with load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
+    with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
         agent.kill()
         agent.start()
         agent.stop()

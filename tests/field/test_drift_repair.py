@@ -16,7 +16,7 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
-from tests.e2e import load
+from tests.e2e import connection_load
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.field.records import key_of, maps_of
 from tests.lab import Agent, LabNode, clients, manifests
@@ -133,7 +133,7 @@ def test_changed_entries_are_repaired_without_errors_of_another_service(
     """Connections to a Service whose entries are unchanged do not fail."""
     is_general = tamper in (_backend_rewritten, _filters_cleared, _everything_deleted)
     before = drifted(agent)
-    with maps_of(cluster.a) as maps, load.running(cluster.client, OTHER, 80) as traffic:
+    with maps_of(cluster.a) as maps, connection_load.running(cluster.client, OTHER, 80) as traffic:
         owned = ("services4", "services6", "service_names", "selections", "slots", "backends", "devices")
         contents = {name: _content(maps, name) for name in owned}
         expected = tamper(maps)

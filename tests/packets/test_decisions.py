@@ -6,9 +6,9 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-from scapy.all import Packet
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
+from scapy.packet import Packet
 
 from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
 from ebpfproxy.datapath.abi.node_layout import PacketEvent

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scapy.all import ARP, Dot1Q, Ether, IPv6, Packet, Raw, raw
+from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
-from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.sctp import SCTP
+from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.abi.layout import U64
 from ebpfproxy.datapath.kernel.maps import MapSet

@@ -62,7 +62,7 @@ class Trace:
 
 
 @contextmanager
-def traced(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
+def trace_during(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
     """Runs a trace during the block; the list has its lines afterwards."""
     trace = Trace(node, *arguments)
     rows: list[Row] = []
@@ -70,7 +70,7 @@ def traced(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
     rows += trace.end()
 
 
-def outcomes(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+def outcomes_of(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     return [(row["kind"], row["reason"], row["service"], row["frontend"]) for row in rows]
 
 
@@ -96,7 +96,7 @@ def programs(cluster: OutsideClientCluster) -> dict[str, int | None]:
 
 
 def test_a_connection_shows_client_service_and_backend(cluster: OutsideClientCluster, agent: Agent) -> None:
-    with traced(cluster.a) as rows:
+    with trace_during(cluster.a) as rows:
         answer = cluster.client.call(clients.ask_tcp, WEB, 80)
     (row,) = rows
     backend = cluster.w1 if answer["name"] == "w1" else cluster.w2
@@ -112,12 +112,12 @@ def test_a_connection_shows_client_service_and_backend(cluster: OutsideClientClu
 
 
 def test_refusals_have_a_reason(cluster: OutsideClientCluster, agent: Agent) -> None:
-    with traced(cluster.a, "--errors") as rows:
+    with trace_during(cluster.a, "--errors") as rows:
         cluster.client.call(clients.ask_tcp, WEB, 80)
         for address, port in (("10.96.0.20", 80), (WEB, 81), ("10.96.0.30", 80)):
             cluster.client.call(clients.connect_error, address, port)
         cluster.client.call(clients.send_error, "10.96.0.20", 53)
-    assert outcomes(rows) == [
+    assert outcomes_of(rows) == [
         ("refused", "no-endpoint", "empty", "10.96.0.20:80"),
         ("refused", "no-such-port", "web", f"{WEB}:81"),
         ("refused", "no-local-endpoint", "elsewhere", "10.96.0.30:80"),
@@ -135,9 +135,9 @@ def _send_ten(host: str, port: int) -> None:
 
 
 def test_datagrams_of_a_socket_are_one_decision(cluster: OutsideClientCluster, agent: Agent) -> None:
-    with traced(cluster.a) as rows:
+    with trace_during(cluster.a) as rows:
         cluster.client.call(_send_ten, WEB, 53)
-    assert outcomes(rows) == [("chosen", "", "web", f"{WEB}:53")]
+    assert outcomes_of(rows) == [("chosen", "", "web", f"{WEB}:53")]
 
 
 def test_session_affinity_keeps_the_backend(cluster: OutsideClientCluster, agent: Agent) -> None:
@@ -145,7 +145,7 @@ def test_session_affinity_keeps_the_backend(cluster: OutsideClientCluster, agent
     cluster.add("sticky", ip, [cluster.endpoint_on_a(), cluster.endpoint_on_b()], sessionAffinity="ClientIP")
     until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
     cluster.a.cli("affinity", "flush", "--all")
-    with traced(cluster.a, "--service", "shop/sticky") as rows:
+    with trace_during(cluster.a, "--service", "shop/sticky") as rows:
         for _ in range(3):
             cluster.client.call(clients.ask_tcp, ip, 80)
     assert [row["kind"] for row in rows] == ["chosen", "affinity-hit", "affinity-hit"]
@@ -155,7 +155,7 @@ def test_session_affinity_keeps_the_backend(cluster: OutsideClientCluster, agent
 
 def test_a_flow_of_packets_is_one_decision(cluster: OutsideClientCluster, agent: Agent) -> None:
     """The outside client's connection has more packets than one."""
-    with traced(cluster.a) as rows:
+    with trace_during(cluster.a) as rows:
         cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)
     (row,) = rows
     assert (row["kind"], row["place"], row["service"]) == ("chosen", "ingress", "web")
@@ -170,7 +170,7 @@ def test_a_socket_of_a_removed_backend_is_closed_and_a_flow_ends(
     cluster.add_load_balancer("leaving", ip, balancer, [cluster.endpoint_on_b()])
     until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
     inside, outside = HeldConnection(cluster.client, ip, 80), HeldConnection(cluster.outside, balancer, 80)
-    with traced(cluster.a, "--service", "shop/leaving", "--errors") as rows:
+    with trace_during(cluster.a, "--service", "shop/leaving", "--errors") as rows:
         cluster.add_load_balancer("leaving", ip, balancer, [])
         until(lambda: inside.ask() != "alive")
         until(lambda: outside.ask() != "alive")
@@ -207,7 +207,7 @@ def test_redirected_datagrams_of_a_removed_backend_are_a_decision(
         return name
 
     assert ask() == "w2"
-    with traced(cluster.a, "--service", "shop/moving") as rows:
+    with trace_during(cluster.a, "--service", "shop/moving") as rows:
         cluster.add("moving", ip, [cluster.endpoint_on_a()])
         until(lambda: ask() == "w1")
     assert [row["kind"] for row in rows] == ["backend-left", "chosen"]
@@ -224,9 +224,9 @@ def _bind(port: int) -> None:
 
 
 def test_bind_to_a_node_port_is_refused(cluster: OutsideClientCluster, agent: Agent) -> None:
-    with traced(cluster.a, "--kind", "bind-refused") as rows:
+    with trace_during(cluster.a, "--kind", "bind-refused") as rows:
         cluster.a.call(_bind, NODE_PORT)
-    assert outcomes(rows) == [("bind-refused", "", "web", f"0.0.0.0:{NODE_PORT}")]
+    assert outcomes_of(rows) == [("bind-refused", "", "web", f"0.0.0.0:{NODE_PORT}")]
     assert rows[0]["client"]["name"] == "host"
 
 
@@ -252,7 +252,7 @@ def test_programs_report_only_requested_decisions(
     cluster: OutsideClientCluster, agent: Agent, arguments: tuple[str, ...], seen: list[str]
 ) -> None:
     names = {"CLIENT": cluster.client.netns, "ADDRESS": cluster.w1.address}
-    with traced(cluster.a, *(names.get(each, each) for each in arguments)) as rows:
+    with trace_during(cluster.a, *(names.get(each, each) for each in arguments)) as rows:
         cluster.client.call(clients.ask_tcp, WEB, 80)
         cluster.client.call(clients.connect_error, WEB, 81)
         cluster.client.call(clients.connect_error, "10.96.0.20", 80)
@@ -270,7 +270,7 @@ def _connect_again(host: str, port: int, times: int) -> None:
 def test_sampling_reports_one_of_n_choices_and_every_refusal(
     cluster: OutsideClientCluster, agent: Agent
 ) -> None:
-    with traced(cluster.a, "--sample", "10", "--rate", "100000") as rows:
+    with trace_during(cluster.a, "--sample", "10", "--rate", "100000") as rows:
         cluster.client.call(_connect_again, WEB, 53, 4000)
         cluster.client.call(clients.connect_error, "10.96.0.20", 80)
     kinds = [row["kind"] for row in rows]
@@ -368,7 +368,7 @@ def test_pods_of_endpoints_have_names(cluster: OutsideClientCluster, agent: Agen
     ip = "10.96.7.4"
     cluster.add("named", ip, endpoints)
     until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
-    with traced(cluster.a, "--pod", "shop/w-1") as rows:
+    with trace_during(cluster.a, "--pod", "shop/w-1") as rows:
         cluster.w1.call(clients.ask_tcp, ip, 80)
         cluster.client.call(clients.ask_tcp, ip, 80)
     (row,) = rows
@@ -489,7 +489,7 @@ def test_stop_and_start_of_the_agent_are_reported(cluster: OutsideClientCluster,
     agent.start()
     assert trace.process.stderr.readline() == b"tracing\n"
     cluster.client.call(clients.ask_tcp, WEB, 80)
-    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+    assert outcomes_of(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
 
 
 def test_suspended_trace_continues_with_a_new_lease(cluster: OutsideClientCluster, agent: Agent) -> None:
@@ -503,7 +503,7 @@ def test_suspended_trace_continues_with_a_new_lease(cluster: OutsideClientCluste
     assert trace.process.stderr.readline().startswith(b"not tracing: ")
     assert trace.process.stderr.readline() == b"tracing\n"
     cluster.client.call(clients.ask_tcp, WEB, 80)
-    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+    assert outcomes_of(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def check(node: LabNode, *arguments: str, good: bool) -> dict[str, Any]:
     return found
 
 
-def wrong(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def findings_of(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (each["where"], each["kind"], each["what"], each["service"])
         for each in found["findings"]
@@ -86,7 +86,7 @@ def test_check_reports_differences_and_repair_removes_them(cluster: TwoNodeClust
             ("programs", "detached", "connect4", ""),
         ]
         found = check(cluster.a, good=False)
-        assert sorted(wrong(found)) == sorted(expected)
+        assert sorted(findings_of(found)) == sorted(expected)
         assert all(each["consequence"] and each["mend"] for each in found["findings"])
         assert maps["services4"].lookup(key_of(IP, 80)) is None, "looking repairs nothing"
         text = cluster.a.cli("check", check=False)
@@ -111,7 +111,7 @@ def test_entry_that_the_map_has_no_room_for_is_not_repaired(cluster: TwoNodeClus
             bpf.map_update(table.fd, b"\xfd" + taken.to_bytes(15, "big"), U32.pack(1))
             taken += 1
         found = check(cluster.a, "--repair", good=False)
-        assert [each[:2] for each in wrong(found)] == [("node_addresses", "missing")]
+        assert [each[:2] for each in findings_of(found)] == [("node_addresses", "missing")]
         assert {each["kind"] for each in found["repaired"]} == {"foreign"}
         assert len(found["repaired"]) + found["more"] == taken
         assert len(check(cluster.a, "--repair", good=True)["repaired"]) == 1
@@ -131,7 +131,7 @@ def test_agent_without_a_socket_is_reported(cluster: TwoNodeCluster, agent: Agen
         finally:
             state.save(maps, record)
             agent.process.send_signal(signal.SIGCONT)
-    assert ("agent", "missing", "the agent is of another version", "") in wrong(found)
+    assert ("agent", "missing", "the agent is of another version", "") in findings_of(found)
 
 
 def test_the_agent_answers_in_another_network_namespace_too(cluster: TwoNodeCluster, agent: Agent) -> None:
@@ -177,7 +177,7 @@ def test_agent_that_hangs_is_reported(cluster: TwoNodeCluster, agent: Agent) -> 
     finally:
         agent.process.send_signal(signal.SIGCONT)
     assert found["agent"] == "no answer"
-    assert ("agent", "missing", "the agent does not answer: timed out", "") in wrong(found)
+    assert ("agent", "missing", "the agent does not answer: timed out", "") in findings_of(found)
 
 
 def test_programs_are_compared_while_a_trace_replaces_them(cluster: TwoNodeCluster, agent: Agent) -> None:
@@ -210,7 +210,7 @@ def test_programs_are_compared_while_a_trace_replaces_them(cluster: TwoNodeClust
 def test_disabled_ip_forwarding_is_reported(cluster: TwoNodeCluster, agent: Agent) -> None:
     cluster.a.call(_forward, "0")
     try:
-        (found,) = wrong(check(cluster.a, good=False))
+        (found,) = findings_of(check(cluster.a, good=False))
     finally:
         cluster.a.call(_forward, "1")
     assert found == ("node", "setting", "net.ipv4.ip_forward is 0", "")
@@ -263,7 +263,7 @@ def test_contradictory_maps_are_reported_without_an_agent_and_repaired_at_its_st
 ) -> None:
     agent.stop()
     found = check(cluster.a, good=False)
-    assert wrong(found) == [("agent", "missing", "not running", "")]
+    assert findings_of(found) == [("agent", "missing", "not running", "")]
     assert found["agent"] == "not running"
     assert "only the agent knows" in found["unchecked"][0]
     with maps_of(cluster.a) as maps:
@@ -272,7 +272,7 @@ def test_contradictory_maps_are_reported_without_an_agent_and_repaired_at_its_st
         ["bpftool", "link", "detach", "pinned", str(pin_folder(cluster.a.bpf_root) / "links" / "connect6")],
         check=True,
     )
-    named = {(where, kind) for where, kind, _, _ in wrong(check(cluster.a, good=False))}
+    named = {(where, kind) for where, kind, _, _ in findings_of(check(cluster.a, good=False))}
     assert named == {
         ("agent", "missing"),
         ("services4", "foreign"),
@@ -284,6 +284,6 @@ def test_contradictory_maps_are_reported_without_an_agent_and_repaired_at_its_st
     with maps_of(cluster.a) as maps:
         bpf.map_delete(maps["services4"].fd, b"\x01" * 8)
     again = cluster.agent("--drift-check-seconds", "0").start()
-    assert wrong(check(cluster.a, good=True)) == []
+    assert findings_of(check(cluster.a, good=True)) == []
     assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     again.stop()

@@ -37,14 +37,18 @@ def agent(cluster: TwoNodeCluster) -> Iterator[Agent]:
     started.stop()
 
 
-def drifted(agent: Agent) -> dict[tuple[str, str], int]:
+def repaired_differences(agent: Agent) -> dict[tuple[str, str], int]:
     """Repaired differences so far, by map and kind."""
     _, text = agent.http("/metrics", 10249)
     return {(where, kind): int(float(n)) for kind, where, n in _DRIFT.findall(text) if float(n)}
 
 
-def since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    return {key: n - before.get(key, 0) for key, n in drifted(agent).items() if n != before.get(key, 0)}
+def repaired_since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    return {
+        key: n - before.get(key, 0)
+        for key, n in repaired_differences(agent).items()
+        if n != before.get(key, 0)
+    }
 
 
 def service_id(maps: MapSet, name: str, port_name: str = "http") -> int:
@@ -132,15 +136,15 @@ def test_changed_entries_are_repaired_without_errors_of_another_service(
 ) -> None:
     """Connections to a Service whose entries are unchanged do not fail."""
     is_general = tamper in (_backend_rewritten, _filters_cleared, _everything_deleted)
-    before = drifted(agent)
+    before = repaired_differences(agent)
     with maps_of(cluster.a) as maps, connection_load.running(cluster.client, OTHER, 80) as traffic:
         owned = ("services4", "services6", "service_names", "selections", "slots", "backends", "devices")
         contents = {name: _content(maps, name) for name in owned}
         expected = tamper(maps)
         began = time.monotonic()
-        until(lambda: since(agent, before), f"{tamper.__name__} is not noticed", SECONDS, every=0.2)
+        until(lambda: repaired_since(agent, before), f"{tamper.__name__} is not noticed", SECONDS, every=0.2)
         assert time.monotonic() - began < SECONDS
-        assert since(agent, before).keys() == expected
+        assert repaired_since(agent, before).keys() == expected
         assert {name: _content(maps, name) for name in owned} == contents
     if not is_general:
         assert traffic.result["errors"] == []
@@ -165,17 +169,17 @@ def hooks(node: LabNode) -> dict[str, bool]:
 
 
 def test_a_detached_socket_program_is_attached_again(cluster: TwoNodeCluster, agent: Agent) -> None:
-    before = drifted(agent)
+    before = repaired_differences(agent)
     pin = pin_folder(cluster.a.bpf_root) / "links" / "connect4"
     subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
     assert not hooks(cluster.a)["connect4"]
     until(lambda: hooks(cluster.a)["connect4"], "connect4 is not attached again", SECONDS)
-    until(lambda: since(agent, before) == {("programs", "detached"): 1}, seconds=5)
+    until(lambda: repaired_since(agent, before) == {("programs", "detached"): 1}, seconds=5)
     assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
 def test_a_replaced_socket_program_is_replaced_again(cluster: TwoNodeCluster, agent: Agent) -> None:
-    before = drifted(agent)
+    before = repaired_differences(agent)
     home = pin_folder(cluster.a.bpf_root)
     wrong = next(home.glob("v*/progs-*/connect6"))
     with bpf.opened(home / "links" / "connect6") as link:
@@ -186,14 +190,14 @@ def test_a_replaced_socket_program_is_replaced_again(cluster: TwoNodeCluster, ag
             bpf.link_update(link, program)
         assert bpf.cgroup_link_info(link).prog_id != right
         until(lambda: bpf.cgroup_link_info(link).prog_id == right, "connect6 stays replaced", SECONDS)
-    until(lambda: since(agent, before) == {("programs", "replaced"): 1}, seconds=5)
+    until(lambda: repaired_since(agent, before) == {("programs", "replaced"): 1}, seconds=5)
 
 
 def test_a_detached_packet_program_is_attached_again(cluster: TwoNodeCluster, agent: Agent) -> None:
-    before = drifted(agent)
+    before = repaired_differences(agent)
     pin = min((pin_folder(cluster.a.bpf_root) / "links").glob("tc-*-ingress"))
     subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
-    until(lambda: since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
+    until(lambda: repaired_since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
     with bpf.opened(pin) as link:
         assert bpf.tcx_link_info(link).ifindex
 
@@ -201,11 +205,11 @@ def test_a_detached_packet_program_is_attached_again(cluster: TwoNodeCluster, ag
 def test_removed_pins_are_made_again_with_the_programs_that_ended_with_them(
     cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    before = drifted(agent)
+    before = repaired_differences(agent)
     shutil.rmtree(pin_folder(cluster.a.bpf_root))
     until(lambda: all(hooks(cluster.a).values()) if _has_links(cluster.a) else False, seconds=2 * SECONDS)
     until(lambda: cluster.client.call(clients.connect_error, IP, 80) == "connected", seconds=2 * SECONDS)
-    assert since(agent, before)["pins", "missing"]
+    assert repaired_since(agent, before)["pins", "missing"]
     cluster.a.cli("status")
 
 
@@ -248,7 +252,7 @@ def test_thousands_of_changes_are_not_taken_for_drift(cluster: TwoNodeCluster, a
             path.unlink()
         cluster.write_web(cluster.w1, cluster.w2)
         until(lambda: set(cluster.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"})
-        assert drifted(again) == {}
+        assert repaired_differences(again) == {}
         assert "somebody else" not in again.text
     finally:
         again.stop()
@@ -268,7 +272,7 @@ def test_deleted_tc_filters_are_attached_again(cluster: TwoNodeCluster) -> None:
         until(there, "the filter does not come back", 5)
         cluster.a.run(["tc", "qdisc", "del", "dev", "eth0", "clsact"])
         until(there, "the filter does not come back", 5)
-        until(lambda: drifted(started).get(("devices", "detached")), seconds=5)
+        until(lambda: repaired_differences(started).get(("devices", "detached")), seconds=5)
     finally:
         started.stop()
 
@@ -281,6 +285,6 @@ def test_interval_0_disables_the_check(cluster: TwoNodeCluster) -> None:
             time.sleep(3)
             assert maps["services4"].lookup(key_of("8.8.8.8", 80)) == bytes(16)
             bpf.map_delete(maps["services4"].fd, key_of("8.8.8.8", 80))
-        assert drifted(started) == {}
+        assert repaired_differences(started) == {}
     finally:
         started.stop()

@@ -332,7 +332,7 @@ TAMPERED = [
 ]
 
 
-def wrong(found: dict[str, Any], where: str = "findings") -> list[tuple[str, str, str]]:
+def findings_of(found: dict[str, Any], where: str = "findings") -> list[tuple[str, str, str]]:
     return [
         (each["where"], each["kind"], each["what"].rstrip("0123456789"))
         for each in found[where]
@@ -340,7 +340,7 @@ def wrong(found: dict[str, Any], where: str = "findings") -> list[tuple[str, str
     ]
 
 
-def forwards(cluster: XdpCluster) -> bool:
+def is_forwarding(cluster: XdpCluster) -> bool:
     before = cluster.forwarded()
     cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS)
     return cluster.forwarded() > before
@@ -353,16 +353,16 @@ def test_drift_of_xdp_is_reported_and_repaired(
     """The agent compares only at a request, but attaches lost programs every ten seconds: then the test tampers again."""
     agent = cluster.agent("--xdp", "native", "--drift-check-seconds", "0").start()
 
-    def said(where: str, *arguments: str) -> list[tuple[str, str, str]]:
+    def check_after_tampering(where: str, *arguments: str) -> list[tuple[str, str, str]]:
         tamper(cluster)
-        return wrong(json.loads(cluster.a.cli("check", "-o", "json", *arguments, check=False)), where)
+        return findings_of(json.loads(cluster.a.cli("check", "-o", "json", *arguments, check=False)), where)
 
     try:
-        until(lambda: forwards(cluster))
-        until(lambda: said("findings") == [expected])
-        until(lambda: said("repaired", "--repair") == [expected])
-        assert forwards(cluster)
-        assert wrong(check(cluster.a, good=True)) == []
+        until(lambda: is_forwarding(cluster))
+        until(lambda: check_after_tampering("findings") == [expected])
+        until(lambda: check_after_tampering("repaired", "--repair") == [expected])
+        assert is_forwarding(cluster)
+        assert findings_of(check(cluster.a, good=True)) == []
     finally:
         agent.stop()
 
@@ -373,7 +373,7 @@ def test_lost_program_is_reported_without_an_agent(cluster: XdpCluster, agent: A
     agent.stop()
     {"detached": _detach, "replaced": _replace}[kind](cluster)
     found = check(cluster.a, good=False)
-    assert wrong(found) == [("agent", "missing", "not running"), ("devices", kind, "eth0 xdp")]
+    assert findings_of(found) == [("agent", "missing", "not running"), ("devices", kind, "eth0 xdp")]
     foreign = [each["what"] for each in found["findings"] if each["kind"] == "foreign"]
     assert foreign == []
 

@@ -48,17 +48,17 @@ def segment(protocol: str, sport: int, dport: int, flags: str = "S", payload: by
     return SCTP(sport=sport, dport=dport, tag=7) / opening / SCTPChunkData(tsn=1, data=payload)
 
 
-def ends(packet: Packet) -> tuple[str, int, str, int]:
+def ends_of(packet: Packet) -> tuple[str, int, str, int]:
     """Source address and port, destination address and port."""
     ip = ip_of(packet)
     return ip.src, ip.payload.sport, ip.dst, ip.payload.dport
 
 
-def passed(result: Result, *expected: Any) -> Packet:
+def assert_passed(result: Result, *expected: Any) -> Packet:
     """Asserts verdict, addresses and ports, unchanged payload and right checksums; returns the packet."""
     assert result.verdict == PASS
     packet = result.packet
-    assert ends(packet) == expected
+    assert ends_of(packet) == expected
     assert with_right_checksums(packet) == result.bytes
     assert PAYLOAD in result.bytes
     return packet
@@ -70,7 +70,7 @@ def masqueraded_port(wire: Wire, family: FamilyAddresses, protocol: str, port: i
     out = wire.egress(
         family.ip(family.client, family.remote_pod) / segment(protocol, port, target), iif="eth0"
     ).packet
-    source = ends(out)
+    source = ends_of(out)
     assert (source[0], source[2], source[3]) == (node, family.remote_pod, target)
     assert with_right_checksums(out) == raw(out)
     return source[1]
@@ -81,16 +81,16 @@ def test_node_port_to_a_remote_backend_is_translated_in_both_directions(
 ) -> None:
     """DNAT to the backend, SNAT to the node's address, and the reverse of both in reply direction."""
     _, node_port, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, node_port)),
         *(family.client, port, family.remote_pod, target),
     )
     snat_port = masqueraded_port(wire, family, protocol, port, family.node)
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.remote_pod, family.node) / segment(protocol, target, snat_port, "SA")),
         *(family.remote_pod, target, family.client, port),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.remote_pod, family.client) / segment(protocol, target, port, "SA"), iif="eth0"
         ),
@@ -105,30 +105,30 @@ def test_direct_flow_that_collides_with_a_service_flow_gets_another_source_port(
     service_port, _, target = PORTS[protocol]
     request = family.ip(family.client, family.local_pod)
     reply = family.ip(family.local_pod, family.client)
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client, family.local_balancer) / segment(protocol, port, service_port)),
         *(family.client, port, family.local_pod, target),
     )
     out = wire.ingress(request / segment(protocol, port, target))
-    other = ends(out.packet)[1]
+    other = ends_of(out.packet)[1]
     assert other != port
     for flags in ("S", "A"):
-        passed(
+        assert_passed(
             wire.ingress(request / segment(protocol, port, target, flags)),
             *(family.client, other, family.local_pod, target),
         )
-    passed(
+    assert_passed(
         wire.egress(reply / segment(protocol, target, other, "SA"), iif="p1"),
         *(family.local_pod, target, family.client, port),
     )
-    passed(
+    assert_passed(
         wire.egress(reply / segment(protocol, target, port, "SA"), iif="p1"),
         *(family.local_balancer, service_port, family.client, port),
     )
     # Only the same source port to the target port collides.
     for asked, source in ((target, new_port()), (9000, port)):
         packet = request / segment(protocol, source, asked)
-        passed(wire.ingress(packet), family.client, source, family.local_pod, asked)
+        assert_passed(wire.ingress(packet), family.client, source, family.local_pod, asked)
 
 
 def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
@@ -138,10 +138,10 @@ def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
     service_port, _, target = PORTS["TCP"]
     to_pod = family.ip(family.client, family.local_pod)
     wire.ingress(family.ip(family.client, family.local_balancer) / segment("TCP", port, service_port))
-    other = ends(wire.ingress(to_pod / segment("TCP", port, target)).packet)[1]
+    other = ends_of(wire.ingress(to_pod / segment("TCP", port, target)).packet)[1]
     assert other != port
     reset = to_pod / TCP(sport=port, dport=target, flags="R", seq=1001 + len(PAYLOAD))
-    assert ends(wire.ingress(reset).packet)[1] == other
+    assert ends_of(wire.ingress(reset).packet)[1] == other
     # The sweeper deletes the Service's flow first.
     client = ipaddress.ip_address(family.client).packed
     gone = [
@@ -156,7 +156,7 @@ def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
         tables["conntrack"].delete(key)
     for flags in ("S", "A"):
         packet = to_pod / segment("TCP", port, target, flags)
-        passed(wire.ingress(packet), family.client, port, family.local_pod, target)
+        assert_passed(wire.ingress(packet), family.client, port, family.local_pod, target)
 
 
 @pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
@@ -164,7 +164,7 @@ def test_every_address_of_a_service_is_translated_for_external_clients(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int, frontend: str
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(
             family.ip(family.client, getattr(family, frontend)) / segment(protocol, port, service_port)
         ),
@@ -177,23 +177,23 @@ def test_external_traffic_policy_local_preserves_the_client_address(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client, family.local_balancer) / segment(protocol, port, service_port)),
         *(family.client, port, family.local_pod, target),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.client, family.local_pod) / segment(protocol, port, target), "p1", iif="eth0"
         ),
         *(family.client, port, family.local_pod, target),
     )
-    passed(
+    assert_passed(
         wire.ingress(
             family.ip(family.local_pod, family.client) / segment(protocol, target, port, "SA"), "p1"
         ),
         *(family.local_pod, target, family.client, port),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.local_pod, family.client) / segment(protocol, target, port, "SA"), iif="p1"
         ),
@@ -206,17 +206,17 @@ def test_pod_to_cluster_ip_keeps_its_source_address(
 ) -> None:
     """Packets of SCTP, of clients in the kernel and of sandboxed pods pass no socket hook."""
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client_pod, family.web) / segment(protocol, port, service_port), "p2"),
         *(family.client_pod, port, family.remote_pod, target),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.client_pod, family.remote_pod) / segment(protocol, port, target), iif="p2"
         ),
         *(family.client_pod, port, family.remote_pod, target),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.remote_pod, family.client_pod) / segment(protocol, target, port, "SA"),
             "p2",
@@ -231,23 +231,23 @@ def test_hairpin_of_a_pod_to_itself_is_masqueraded(
 ) -> None:
     """Without masquerading, the pod would send the reply to itself and it would not be translated."""
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.local_pod, family.own) / segment(protocol, port, service_port), "p1"),
         *(family.local_pod, port, family.local_pod, target),
     )
     out = wire.egress(
         family.ip(family.local_pod, family.local_pod) / segment(protocol, port, target), "p1", iif="p1"
     )
-    snat_port = ends(out.packet)[1]
-    passed(out, family.node_on_pods, snat_port, family.local_pod, target)
-    passed(
+    snat_port = ends_of(out.packet)[1]
+    assert_passed(out, family.node_on_pods, snat_port, family.local_pod, target)
+    assert_passed(
         wire.ingress(
             family.ip(family.local_pod, family.node_on_pods) / segment(protocol, target, snat_port, "SA"),
             "p1",
         ),
         *(family.local_pod, target, family.local_pod, port),
     )
-    passed(
+    assert_passed(
         wire.egress(
             family.ip(family.local_pod, family.local_pod) / segment(protocol, target, port, "SA"),
             "p1",
@@ -262,7 +262,7 @@ def test_pod_to_load_balancer_ip_ignores_external_traffic_policy_local(
 ) -> None:
     """No endpoint is local: in-cluster clients get policy Cluster."""
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(
             family.ip(family.client_pod, family.elsewhere_balancer) / segment(protocol, port, service_port),
             "p2",
@@ -284,11 +284,11 @@ def test_host_packet_at_egress_is_redirected_to_the_route_of_the_backend(
     for own in (port, reserved):
         out = wire.egress(family.ip(family.node, family.web) / segment(protocol, own, service_port))
         assert out.verdict == REDIRECT
-        seen = ends(out.packet)[1]
-        assert ends(out.packet) == (family.node, seen, family.remote_pod, target)
+        seen = ends_of(out.packet)[1]
+        assert ends_of(out.packet) == (family.node, seen, family.remote_pod, target)
         assert (seen == own) is (own == reserved)
         assert with_right_checksums(out.packet) == out.bytes
-        passed(
+        assert_passed(
             wire.ingress(family.ip(family.remote_pod, family.node) / segment(protocol, target, seen, "SA")),
             *(family.web, service_port, family.node, own),
         )
@@ -300,9 +300,9 @@ def test_host_to_a_local_pod_gets_the_source_address_of_the_pods_device(
     service_port, _, target = PORTS[protocol]
     out = wire.egress(family.ip(family.node, family.own) / segment(protocol, port, service_port))
     assert out.verdict == REDIRECT
-    source = ends(out.packet)
+    source = ends_of(out.packet)
     assert source == (family.node_on_pods, source[1], family.local_pod, target)
-    passed(
+    assert_passed(
         wire.ingress(
             family.ip(family.local_pod, family.node_on_pods) / segment(protocol, target, source[1], "SA"),
             "p1",
@@ -316,7 +316,7 @@ def test_later_packets_of_a_flow_keep_its_backend(
 ) -> None:
     service_port, _, target = PORTS[protocol]
     for flags in ("S", "A", "PA", "FA"):
-        passed(
+        assert_passed(
             wire.ingress(family.ip(family.client, family.web) / segment(protocol, port, service_port, flags)),
             *(family.client, port, family.remote_pod, target),
         )
@@ -338,10 +338,10 @@ def test_two_clients_with_the_same_source_port_get_distinct_ports(
     for client in (family.client, family.other_client):
         wire.ingress(family.ip(client, family.node) / segment(protocol, port, node_port))
         out = wire.egress(family.ip(client, family.remote_pod) / segment(protocol, port, target), iif="eth0")
-        snat_ports[client] = ends(out.packet)[1]
+        snat_ports[client] = ends_of(out.packet)[1]
     assert len(set(snat_ports.values())) == 2
     for client, snat_port in snat_ports.items():
-        passed(
+        assert_passed(
             wire.ingress(
                 family.ip(family.remote_pod, family.node) / segment(protocol, target, snat_port, "SA")
             ),
@@ -357,12 +357,12 @@ def test_one_client_port_to_two_frontends_of_one_backend_gets_distinct_source_po
     flows = []
     for frontend, dport in ((family.web, service_port), (family.node, node_port)):
         out = wire.ingress(family.ip(family.client, frontend) / segment(protocol, port, dport))
-        source_port = ends(out.packet)[1]
-        passed(out, family.client, source_port, family.remote_pod, target)
+        source_port = ends_of(out.packet)[1]
+        assert_passed(out, family.client, source_port, family.remote_pod, target)
         flows.append((frontend, dport, source_port))
     assert len({source_port for _, _, source_port in flows}) == 2
     for frontend, dport, source_port in flows:
-        passed(
+        assert_passed(
             wire.egress(
                 family.ip(family.remote_pod, family.client) / segment(protocol, target, source_port, "SA"),
                 iif="eth0",
@@ -395,10 +395,10 @@ def test_syn_from_a_reused_port_after_fin_creates_a_new_flow(
     wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1")
     wire.ingress(original / TCP(sport=port, dport=80, flags="FA", seq=2000, ack=1000))
     wire.egress(reply / TCP(sport=8080, dport=port, flags="FA", seq=1000, ack=2001), iif="p1")
-    passed(
+    assert_passed(
         wire.ingress(original / segment("TCP", port, 80, "S")), family.client, port, family.local_pod, 8080
     )
-    passed(
+    assert_passed(
         wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1"),
         *(family.local_balancer, 80, family.client, port),
     )
@@ -411,11 +411,11 @@ def test_client_address_is_kept_after_a_masqueraded_flow_from_the_same_port(
     to_pod, to_client = family.ip(family.client, family.local_pod), family.ip(family.local_pod, family.client)
     to_node = family.ip(family.local_pod, family.node_on_pods)
     opening = to_pod / segment("TCP", port, 8080, "S")
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client, family.own) / segment("TCP", port, 80, "S")),
         *(family.client, port, family.local_pod, 8080),
     )
-    source = ends(wire.egress(opening, "p1", iif="eth0").packet)
+    source = ends_of(wire.egress(opening, "p1", iif="eth0").packet)
     assert source[0] == family.node_on_pods
     # The backend resets the first connection.
     reset = TCP(sport=8080, flags="RA", seq=0, ack=1001 + len(PAYLOAD))
@@ -424,16 +424,16 @@ def test_client_address_is_kept_after_a_masqueraded_flow_from_the_same_port(
     reset.dport = port
     wire.egress(to_client / reset, iif="p1")
 
-    passed(
+    assert_passed(
         wire.ingress(family.ip(family.client, family.local_balancer) / segment("TCP", port, 80, "S")),
         *(family.client, port, family.local_pod, 8080),
     )
     for flags in ("S", "A"):
-        passed(
+        assert_passed(
             wire.egress(to_pod / segment("TCP", port, 8080, flags), "p1", iif="eth0"),
             *(family.client, port, family.local_pod, 8080),
         )
-    passed(
+    assert_passed(
         wire.egress(to_client / segment("TCP", 8080, port, "SA"), iif="p1"),
         *(family.local_balancer, 80, family.client, port),
     )
@@ -451,7 +451,7 @@ def test_packets_to_no_service_are_passed_unchanged(
         for result in (wire.ingress(packet), wire.egress(packet, iif="p1")):
             assert result.verdict == PASS
             assert with_right_checksums(result.packet) == result.bytes
-            assert ends(result.packet) == (family.client, port, destination, dport)
+            assert ends_of(result.packet) == (family.client, port, destination, dport)
 
 
 def test_other_protocols_are_passed_unchanged(wire: Wire, family: FamilyAddresses) -> None:
@@ -480,7 +480,7 @@ def test_zero_udp_checksum_is_kept(wire: Wire, family: FamilyAddresses, port: in
     packet = family.ip(family.client, family.web) / UDP(sport=port, dport=53, chksum=0) / PAYLOAD
     result = wire.ingress(packet)
     assert result.verdict == PASS
-    assert ends(result.packet) == (family.client, port, family.remote_pod, 8053)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 8053)
     assert result.packet[UDP].chksum == 0
 
 
@@ -509,7 +509,7 @@ def test_sctp_without_a_checksum_is_left_to_device_offload(
 ) -> None:
     packet = family.ip(family.client, family.web) / SCTP(sport=port, dport=3868, chksum=0) / SCTPChunkInit()
     result = wire.ingress(packet)
-    assert ends(result.packet) == (family.client, port, family.remote_pod, 3869)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 3869)
     assert result.packet[SCTP].chksum == 0
 
 
@@ -520,7 +520,7 @@ def test_sctp_checksum_is_recomputed_for_any_length(
     chunk = SCTPChunkData(tsn=1, data=bytes(range(256)) * 5 + b"x" * size)
     packet = family.ip(family.client, family.web) / SCTP(sport=port, dport=3868) / SCTPChunkInit() / chunk
     result = wire.ingress(packet)
-    assert ends(result.packet) == (family.client, port, family.remote_pod, 3869)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 3869)
     assert with_right_checksums(result.packet) == result.bytes
 
 
@@ -532,7 +532,7 @@ def test_ipv4_options_are_kept(wire: Wire, port: int, protocol: str, words: int)
     service_port, _, target = PORTS[protocol]
     packet = IP(src="198.51.100.7", dst="10.96.0.10", options=options) / segment(protocol, port, service_port)
     result = wire.ingress(packet)
-    out = passed(result, "198.51.100.7", port, "10.244.2.2", target)
+    out = assert_passed(result, "198.51.100.7", port, "10.244.2.2", target)
     assert out[IP].ihl == 5 + words
     assert result.bytes[34 : 34 + 4 * words] == b"\1" * 4 * words
 
@@ -648,4 +648,4 @@ def test_checksum_that_equals_the_sum_of_its_pseudo_header_is_updated(
     pseudo = _folded(addresses + struct.pack("!HH", number, len(some.payload)))
     chosen = packet(_folded(struct.pack("!HH", 0xFFFF ^ pseudo, some.payload.chksum)))
     assert chosen.payload.chksum == pseudo
-    passed(wire.ingress(chosen), *(family.client, port, family.local_pod, target))
+    assert_passed(wire.ingress(chosen), *(family.client, port, family.local_pod, target))

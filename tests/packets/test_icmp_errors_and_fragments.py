@@ -20,7 +20,7 @@ from scapy.packet import Packet, Raw
 from scapy.utils import checksum
 
 from tests.packets.packet_cluster import FamilyAddresses
-from tests.packets.test_flows import PAYLOAD, ends, masqueraded_port, segment
+from tests.packets.test_flows import PAYLOAD, ends_of, masqueraded_port, segment
 from tests.packets.wire import DROP, PASS, Result, Wire, ip_of, with_right_checksums
 
 pytestmark = pytest.mark.root
@@ -29,7 +29,7 @@ ROUTER = {4: "198.51.100.1", 6: "2001:db8:51::1"}
 KINDS = ["too-big", "time-exceeded", "unreachable"]
 
 
-def error(family: FamilyAddresses, kind: str) -> Packet:
+def icmp_error(family: FamilyAddresses, kind: str) -> Packet:
     if family.version == 4:
         return {
             "too-big": ICMP(type=3, code=4, nexthopmtu=1400),
@@ -80,9 +80,9 @@ def test_icmp_error_for_a_packet_in_reply_direction_reaches_the_backend(
     wire.ingress(family.ip(family.client, family.local_balancer) / segment(protocol, port, service_port))
     reply = family.ip(family.local_balancer, family.client) / segment(protocol, service_port, port, "A")
     router = ROUTER[family.version]
-    result = wire.ingress(family.ip(router, family.local_balancer) / error(family, kind) / reply)
+    result = wire.ingress(family.ip(router, family.local_balancer) / icmp_error(family, kind) / reply)
     check_outer(family, result, router, family.local_pod)
-    assert ends(inner_of(family, result)) == (family.local_pod, target, family.client, port)
+    assert ends_of(inner_of(family, result)) == (family.local_pod, target, family.client, port)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,15 +97,17 @@ def test_icmp_error_for_a_direct_flow_with_a_changed_source_port_reaches_client_
     request = wire.ingress(
         family.ip(family.client, family.local_pod) / segment(protocol, port, target)
     ).packet
-    other = ends(request)[1]
+    other = ends_of(request)[1]
     assert other != port
     reply = family.ip(family.local_pod, family.client) / segment(protocol, target, port, "A")
-    result = wire.ingress(family.ip(router, family.local_pod) / error(family, kind) / reply)
+    result = wire.ingress(family.ip(router, family.local_pod) / icmp_error(family, kind) / reply)
     check_outer(family, result, router, family.local_pod)
-    assert ends(inner_of(family, result)) == (family.local_pod, target, family.client, other)
-    result = wire.egress(family.ip(router, family.client) / error(family, kind) / ip_of(request), iif="p1")
+    assert ends_of(inner_of(family, result)) == (family.local_pod, target, family.client, other)
+    result = wire.egress(
+        family.ip(router, family.client) / icmp_error(family, kind) / ip_of(request), iif="p1"
+    )
     check_outer(family, result, router, family.client)
-    assert ends(inner_of(family, result)) == (family.client, port, family.local_pod, target)
+    assert ends_of(inner_of(family, result)) == (family.client, port, family.local_pod, target)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,13 +121,13 @@ def test_icmp_error_for_a_masqueraded_packet_in_original_direction_reaches_the_c
     snat_port = masqueraded_port(wire, family, protocol, port, family.node)
     request = family.ip(family.node, family.remote_pod) / segment(protocol, snat_port, target)
     router = "172.18.0.2" if family.version == 4 else "fd00:172:18::2"
-    result = wire.ingress(family.ip(router, family.node) / error(family, kind) / request)
+    result = wire.ingress(family.ip(router, family.node) / icmp_error(family, kind) / request)
     check_outer(family, result, router, family.client)
-    assert ends(inner_of(family, result)) == (family.client, port, family.remote_pod, target)
+    assert ends_of(inner_of(family, result)) == (family.client, port, family.remote_pod, target)
     between = ip_of(result.packet)
     result = wire.egress(between, iif="eth0")
     check_outer(family, result, router, family.client)
-    assert ends(inner_of(family, result)) == (family.client, port, family.web, service_port)
+    assert ends_of(inner_of(family, result)) == (family.client, port, family.web, service_port)
 
 
 def test_icmp_port_unreachable_of_the_backend_has_the_frontend_as_source(
@@ -138,7 +140,7 @@ def test_icmp_port_unreachable_of_the_backend_has_the_frontend_as_source(
     packet = family.ip(family.local_pod, family.client) / unreachable / request
     result = wire.egress(packet, iif="p1")
     check_outer(family, result, family.local_balancer, family.client)
-    assert ends(inner_of(family, result)) == (family.client, port, family.local_balancer, 53)
+    assert ends_of(inner_of(family, result)) == (family.client, port, family.local_balancer, 53)
 
 
 def test_icmp_error_that_quotes_eight_bytes_of_tcp_is_translated(
@@ -149,7 +151,9 @@ def test_icmp_error_that_quotes_eight_bytes_of_tcp_is_translated(
     reply = raw(family.ip(family.local_balancer, family.client) / segment("TCP", 80, port, "A"))
     header = 20 if family.version == 4 else 40
     router = ROUTER[family.version]
-    packet = family.ip(router, family.local_balancer) / error(family, "too-big") / Raw(reply[: header + 8])
+    packet = (
+        family.ip(router, family.local_balancer) / icmp_error(family, "too-big") / Raw(reply[: header + 8])
+    )
     result = wire.ingress(packet)
     check_outer(family, result, router, family.local_pod)
     inner = raw(ip_of(result.packet).payload)[8:]
@@ -158,7 +162,7 @@ def test_icmp_error_that_quotes_eight_bytes_of_tcp_is_translated(
 
 def test_icmp_error_without_a_flow_is_not_translated(wire: Wire, family: FamilyAddresses, port: int) -> None:
     inner = family.ip(family.node, family.other_client) / segment("TCP", 22, port)
-    packet = family.ip(ROUTER[family.version], family.node) / error(family, "too-big") / inner
+    packet = family.ip(ROUTER[family.version], family.node) / icmp_error(family, "too-big") / inner
     before = raw(packet)
     result = wire.ingress(packet)
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
@@ -167,7 +171,9 @@ def test_icmp_error_without_a_flow_is_not_translated(wire: Wire, family: FamilyA
 def test_icmp_error_with_a_truncated_inner_header_is_not_translated(
     wire: Wire, family: FamilyAddresses
 ) -> None:
-    packet = family.ip(ROUTER[family.version], family.node) / error(family, "too-big") / Raw(b"\x45\x00\x00")
+    packet = (
+        family.ip(ROUTER[family.version], family.node) / icmp_error(family, "too-big") / Raw(b"\x45\x00\x00")
+    )
     before = raw(packet)
     result = wire.ingress(packet)
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
@@ -176,17 +182,17 @@ def test_icmp_error_with_a_truncated_inner_header_is_not_translated(
 # -- fragments
 
 
-def fragments(family: FamilyAddresses, packet: Packet, identity: int) -> list[Packet]:
+def fragments(family: FamilyAddresses, packet: Packet, identification: int) -> list[Packet]:
     """Splits a packet into three fragments."""
     if family.version == 4:
-        packet[IP].id = identity
+        packet[IP].id = identification
         return list(fragment(packet, 400))
     payload = raw(packet.payload)
     found = []
     for offset in range(0, len(payload), 400):
         chunk = payload[offset : offset + 400]
         more = offset + 400 < len(payload)
-        head = IPv6ExtHdrFragment(nh=17, offset=offset // 8, m=int(more), id=identity)
+        head = IPv6ExtHdrFragment(nh=17, offset=offset // 8, m=int(more), id=identification)
         found.append(family.ip(packet.src, packet.dst) / head / Raw(chunk))
     return found
 
@@ -257,7 +263,7 @@ def test_fragments_of_two_clients_with_the_same_id_go_to_their_own_backends(
         assert found == {expected}
 
 
-def identity(packet: Packet) -> int:
+def identification(packet: Packet) -> int:
     """The identification by which a receiver reassembles fragments."""
     ip = ip_of(packet)
     return int(ip.id if ip.version == 4 else ip[IPv6ExtHdrFragment].id)
@@ -273,7 +279,7 @@ def datagram_id(family: FamilyAddresses, results: list[Result], source: str, des
         payload += body if family.version == 4 else body[8:]
         if family.version == 4:
             assert with_right_checksums(IP(raw(ip)[:20])) == raw(ip)[:20]
-    (found,) = {identity(result.packet) for result in results}
+    (found,) = {identification(result.packet) for result in results}
     fields = {"proto": 17} if family.version == 4 else {"nh": 17}
     full = type(family.ip(source, destination))(raw(family.ip(source, destination, **fields) / Raw(payload)))
     assert with_right_checksums(full) == raw(full)
@@ -325,7 +331,7 @@ def test_fragments_with_ip_options_or_extension_headers_get_a_new_id(
     for part in parts:
         ip = ip_of(wire.ingress(part).packet)
         assert ip.dst == family.local_pod
-        found.add(identity(ip))
+        found.add(identification(ip))
         if family.version == 4:
             header = raw(ip)[: ip.ihl * 4]
             assert checksum(header) == 0
@@ -356,6 +362,8 @@ def test_fragments_to_no_service_keep_their_id(wire: Wire, family: FamilyAddress
 def test_icmp_too_big_does_not_close_a_tcp_flow(wire: Wire, family: FamilyAddresses, port: int) -> None:
     wire.ingress(family.ip(family.client, family.local_balancer) / segment("TCP", port, 80))
     reply = family.ip(family.local_balancer, family.client) / segment("TCP", 80, port, "A")
-    wire.ingress(family.ip(ROUTER[family.version], family.local_balancer) / error(family, "too-big") / reply)
+    wire.ingress(
+        family.ip(ROUTER[family.version], family.local_balancer) / icmp_error(family, "too-big") / reply
+    )
     packet = family.ip(family.client, family.local_balancer) / TCP(sport=port, dport=80, flags="A") / PAYLOAD
-    assert ends(wire.ingress(packet).packet) == (family.client, port, family.local_pod, 8080)
+    assert ends_of(wire.ingress(packet).packet) == (family.client, port, family.local_pod, 8080)

@@ -11,7 +11,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.node.packets import begin_nothing
 from tests.packets.packet_cluster import FamilyAddresses
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.test_tcp_close import BACKEND_NEXT, CLIENT_ISN, CLIENT_NEXT, Connection
 from tests.packets.wire import PASS, Result, Wire
 
@@ -44,7 +44,7 @@ def _assert_not_translated(connection: Connection, tcp: TCP, source: str) -> Non
     family = connection.family
     result = connection.wire.ingress(family.ip(source, family.node) / tcp)
     assert result.verdict == PASS
-    assert ends(result.packet) == (source, tcp.sport, family.node, tcp.dport)
+    assert ends_of(result.packet) == (source, tcp.sport, family.node, tcp.dport)
 
 
 def test_every_packet_of_a_connection_from_a_reused_client_port_is_not_translated(
@@ -93,7 +93,7 @@ def test_deleting_a_closed_flow_keeps_the_reply_entry_of_a_later_one(
 
     def reply(flags: str, seq: int, ack: int) -> tuple[str, int, str, int]:
         tcp = TCP(sport=8080, dport=port, flags=flags, seq=seq, ack=ack)
-        return ends(wire.egress(family.ip(family.local_pod, family.client) / tcp, iif="p1").packet)
+        return ends_of(wire.egress(family.ip(family.local_pod, family.client) / tcp, iif="p1").packet)
 
     original(family.node, 30200, "S", 100)
     assert reply("RA", 0, 101) == (family.node, 30200, family.client, port)
@@ -101,5 +101,5 @@ def test_deleting_a_closed_flow_keeps_the_reply_entry_of_a_later_one(
     assert reply("SA", 9000, 5001) == (family.local_balancer, 80, family.client, port)
     stop_new_flows()
     left = original(family.node, 30200, "S", 200)
-    assert ends(left.packet) == (family.client, port, family.node, 30200)
+    assert ends_of(left.packet) == (family.client, port, family.node, 30200)
     assert reply("A", 9001, 5001) == (family.local_balancer, 80, family.client, port)

@@ -10,13 +10,13 @@ from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP, SCTPChunkHeartbeatReq
 
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
-from tests.packets.test_flows import PAYLOAD, ends, segment
+from tests.packets.test_flows import PAYLOAD, ends_of, segment
 from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
 
 pytestmark = pytest.mark.root
 
 
-def rejected(
+def assert_rejected(
     wire: Wire, result: Result, family: FamilyAddresses, frontend: str, client: str, device: str = "eth0"
 ) -> Ether:
     """Asserts a reply of the frontend through the ingress device to the sender's MAC address."""
@@ -34,7 +34,7 @@ def test_no_endpoint_resets_a_syn(wire: Wire, family: FamilyAddresses, port: int
     result = wire.ingress(
         family.ip(family.client, frontend) / TCP(sport=port, dport=dport, flags="S", seq=77)
     )
-    tcp = rejected(wire, result, family, frontend, family.client)[TCP]
+    tcp = assert_rejected(wire, result, family, frontend, family.client)[TCP]
     assert (tcp.sport, tcp.dport, str(tcp.flags), tcp.seq, tcp.ack) == (dport, port, "RA", 0, 78)
 
 
@@ -46,16 +46,16 @@ def test_no_endpoint_resets_a_non_syn_segment_at_its_acknowledgement_number(
         / TCP(sport=port, dport=80, flags="PA", seq=5, ack=99)
         / PAYLOAD
     )
-    tcp = rejected(wire, wire.ingress(packet), family, family.empty, family.client)[TCP]
+    tcp = assert_rejected(wire, wire.ingress(packet), family, family.empty, family.client)[TCP]
     assert (str(tcp.flags), tcp.seq, bytes(tcp.payload)) == ("R", 99, b"")
 
 
 def test_rst_acknowledges_the_syn_and_its_data(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """With TCP Fast Open a SYN has data, which the RST acknowledges, too (RFC 9293, 3.10.7.1)."""
     packet = family.ip(family.client, family.empty) / TCP(sport=port, dport=80, flags="S", seq=1) / PAYLOAD
-    assert rejected(wire, wire.ingress(packet), family, family.empty, family.client)[TCP].ack == 2 + len(
-        PAYLOAD
-    )
+    assert assert_rejected(wire, wire.ingress(packet), family, family.empty, family.client)[
+        TCP
+    ].ack == 2 + len(PAYLOAD)
 
 
 def test_rst_without_a_flow_is_dropped_without_a_reply(
@@ -77,7 +77,7 @@ def test_no_endpoint_sends_icmp_port_unreachable_that_quotes_the_datagram(
     )
     before = raw(packet)
     result = wire.ingress(packet)
-    out = rejected(wire, result, family, family.empty, family.client)
+    out = assert_rejected(wire, result, family, family.empty, family.client)
     if family.version == 4:
         assert (out[ICMP].type, out[ICMP].code) == (3, 3)
         quoted = result.bytes[14 + 20 + 8 :]
@@ -94,7 +94,9 @@ def test_no_endpoint_resets_a_pod_client_through_its_own_device(
     wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
     result = wire.ingress(family.ip(family.client_pod, family.empty) / segment("TCP", port, 80), "p2")
-    assert str(rejected(wire, result, family, family.empty, family.client_pod, "p2")[TCP].flags) == "RA"
+    assert (
+        str(assert_rejected(wire, result, family, family.empty, family.client_pod, "p2")[TCP].flags) == "RA"
+    )
 
 
 def test_no_endpoint_resets_a_host_client_by_redirect_to_ingress(
@@ -104,7 +106,7 @@ def test_no_endpoint_resets_a_host_client_by_redirect_to_ingress(
     result = wire.send("to_device", "eth0", frame / segment("TCP", port, 80))
     assert result.verdict == REDIRECT
     assert (result.packet.dst, result.packet.src) == (wire.mac("eth0"), "02:00:00:00:00:99")
-    assert ends(result.packet) == (family.empty, 80, family.node, port)
+    assert ends_of(result.packet) == (family.empty, 80, family.node, port)
 
 
 @pytest.mark.parametrize("protocol", PORTS)
@@ -112,14 +114,14 @@ def test_unknown_port_of_a_cluster_ip_is_rejected(
     wire: Wire, family: FamilyAddresses, port: int, protocol: str
 ) -> None:
     result = wire.ingress(family.ip(family.client, family.web) / segment(protocol, port, 9999))
-    out = rejected(wire, result, family, family.web, family.client)
+    out = assert_rejected(wire, result, family, family.web, family.client)
     assert (TCP in out) == (protocol == "TCP")
 
 
 def test_icmp_echo_to_a_cluster_ip_is_rejected(wire: Wire, family: FamilyAddresses) -> None:
     echo = ICMP() if family.version == 4 else ICMPv6EchoRequest()
     result = wire.ingress(family.ip(family.client, family.web) / echo / PAYLOAD)
-    assert (ICMPv6DestUnreach if family.version == 6 else IPerror) in rejected(
+    assert (ICMPv6DestUnreach if family.version == 6 else IPerror) in assert_rejected(
         wire, result, family, family.web, family.client
     )
 
@@ -165,7 +167,7 @@ def test_external_traffic_policy_local_without_a_local_endpoint_drops(
 
 def test_source_ranges_allow_listed_sources(wire: Wire, family: FamilyAddresses, port: int) -> None:
     packet = family.ip(family.client, family.ranged_balancer) / segment("TCP", port, 80)
-    assert ends(wire.ingress(packet).packet)[2:] == (family.remote_pod, 8080)
+    assert ends_of(wire.ingress(packet).packet)[2:] == (family.remote_pod, 8080)
 
 
 def test_source_ranges_drop_other_sources(wire: Wire, family: FamilyAddresses, port: int) -> None:
@@ -185,7 +187,7 @@ def test_source_ranges_drop_other_sources(wire: Wire, family: FamilyAddresses, p
 
 def test_source_ranges_do_not_apply_to_node_ports(wire: Wire, family: FamilyAddresses, port: int) -> None:
     packet = family.ip(family.other_client, family.node) / segment("TCP", port, 30400)
-    assert ends(wire.ingress(packet).packet)[2:] == (family.remote_pod, 8080)
+    assert ends_of(wire.ingress(packet).packet)[2:] == (family.remote_pod, 8080)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_tcp_segment_without_a_flow_to_a_service_is_reset(
     address = getattr(family, frontend)
     for flags in ("A", "SA", "PA", "FA"):
         result = wire.ingress(family.ip(family.client, address) / segment("TCP", port, 80, flags))
-        tcp = rejected(wire, result, family, address, family.client)[TCP]
+        tcp = assert_rejected(wire, result, family, address, family.client)[TCP]
         assert (str(tcp.flags), tcp.seq) == ("R", 2000)
     assert wire.ingress(family.ip(family.client, address) / segment("TCP", port, 80, "R")).verdict == DROP
 
@@ -248,16 +250,16 @@ def test_sctp_data_chunk_creates_no_flow(wire: Wire, family: FamilyAddresses, po
     result = wire.ingress(family.ip(family.client, family.node) / data)
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
     other = wire.ingress(family.ip(family.client, family.web) / segment("SCTP", port, 3868, "A"))
-    rejected(wire, other, family, family.web, family.client)
+    assert_rejected(wire, other, family, family.web, family.client)
 
 
 def test_sctp_heartbeat_creates_a_flow(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """As in netfilter's conntrack, an association survives the loss of its conntrack entry."""
     heartbeat = SCTP(sport=port, dport=3868, tag=7) / SCTPChunkHeartbeatReq()
     result = wire.ingress(family.ip(family.client, family.web) / heartbeat)
-    assert (result.verdict, ends(result.packet)[3]) == (PASS, PORTS["SCTP"][2])
+    assert (result.verdict, ends_of(result.packet)[3]) == (PASS, PORTS["SCTP"][2])
     again = wire.ingress(family.ip(family.client, family.web) / segment("SCTP", port, 3868, "A"))
-    assert (again.verdict, ends(again.packet)) == (PASS, ends(result.packet))
+    assert (again.verdict, ends_of(again.packet)) == (PASS, ends_of(result.packet))
 
 
 @pytest.mark.parametrize("protocol", ["UDP", "SCTP"])
@@ -276,4 +278,4 @@ def test_replies_to_a_host_flow_from_a_node_port_number_are_not_translated(
     result = wire.ingress(reply)
     assert (result.verdict, result.bytes[14:]) == (PASS, before)
     client = wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, node_port))
-    assert ends(client.packet)[2:] == (family.remote_pod, PORTS[protocol][2])
+    assert ends_of(client.packet)[2:] == (family.remote_pod, PORTS[protocol][2])

@@ -14,7 +14,7 @@ from ebpfproxy.datapath.flows.sweeper import Sweeper
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu
 from tests.packets.packet_cluster import FamilyAddresses
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.wire import Wire
 
 pytestmark = [
@@ -38,19 +38,19 @@ def client_of(family: FamilyAddresses, number: int) -> str:
     return f"100.64.{number >> 8}.{number & 255}" if family.version == 4 else f"2001:db8:64::{number + 1:x}"
 
 
-def ask(wire: Wire, family: FamilyAddresses, number: int, flags: str) -> None:
+def send_request(wire: Wire, family: FamilyAddresses, number: int, flags: str) -> None:
     """Sends to a Service with a backend on this node, so that no masquerading is needed."""
     client = client_of(family, number)
     tcp = TCP(sport=40000, dport=80, flags=flags, seq=1, ack=1) / PAYLOAD
     seen = wire.ingress(family.ip(client, family.local_balancer) / tcp).packet
-    assert ends(seen) == (client, 40000, family.local_pod, 8080)
+    assert ends_of(seen) == (client, 40000, family.local_pod, 8080)
 
 
-def answer(wire: Wire, family: FamilyAddresses, number: int) -> None:
+def send_reply(wire: Wire, family: FamilyAddresses, number: int) -> None:
     client = client_of(family, number)
     tcp = TCP(sport=8080, dport=40000, flags="A", seq=1, ack=1) / PAYLOAD
     seen = wire.egress(family.ip(family.local_pod, client) / tcp, iif="p1").packet
-    assert ends(seen) == (family.local_balancer, 80, client, 40000), f"flow {number}"
+    assert ends_of(seen) == (family.local_balancer, 80, client, 40000), f"flow {number}"
 
 
 def test_no_flow_is_missed_while_the_filter_is_rebuilt(
@@ -67,10 +67,10 @@ def test_no_flow_is_missed_while_the_filter_is_rebuilt(
     with OnOtherCpu(max(os.sched_getaffinity(0)), sweep):
         number = 0
         while number < FLOWS or sweeps < SWEEPS:
-            ask(wire, family, number % 65536, "S")
-            answer(wire, family, number % 65536)
+            send_request(wire, family, number % 65536, "S")
+            send_reply(wire, family, number % 65536)
             for known in random.sample(range(min(number, 65535) + 1), min(number + 1, 3)):
-                answer(wire, family, known)
-                ask(wire, family, known, "A")
+                send_reply(wire, family, known)
+                send_request(wire, family, known, "A")
             number += 1
     assert sweeps >= SWEEPS

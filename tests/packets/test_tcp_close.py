@@ -11,7 +11,7 @@ from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
 from tests.packets.packet_cluster import FamilyAddresses
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.wire import PASS, Wire
 
 pytestmark = pytest.mark.root
@@ -35,22 +35,22 @@ class Connection:
         tcp = TCP(sport=self.port, dport=30080, flags=flags, seq=seq, ack=ack) / payload
         ingress = self.wire.ingress(family.ip(family.client, family.node) / tcp)
         assert ingress.verdict == PASS
-        assert ends(ingress.packet) == (family.client, self.port, family.remote_pod, 8080)
+        assert ends_of(ingress.packet) == (family.client, self.port, family.remote_pod, 8080)
         tcp[TCP].dport = 8080
         egress = self.wire.egress(family.ip(family.client, family.remote_pod) / tcp, iif="eth0")
         assert egress.verdict == PASS
-        assert ends(egress.packet)[0] == family.node
-        self.snat_port = ends(egress.packet)[1]
+        assert ends_of(egress.packet)[0] == family.node
+        self.snat_port = ends_of(egress.packet)[1]
 
     def reply(self, flags: str, seq: int, ack: int = 0, payload: bytes = b"") -> None:
         """Runs a segment of the backend through ingress and egress; both pass it, translated."""
         family = self.family
         tcp = TCP(sport=8080, dport=self.snat_port, flags=flags, seq=seq, ack=ack) / payload
         ingress = self.wire.ingress(family.ip(family.remote_pod, family.node) / tcp)
-        assert ends(ingress.packet) == (family.remote_pod, 8080, family.client, self.port)
+        assert ends_of(ingress.packet) == (family.remote_pod, 8080, family.client, self.port)
         tcp[TCP].dport = self.port
         egress = self.wire.egress(family.ip(family.remote_pod, family.client) / tcp, iif="eth0")
-        assert ends(egress.packet) == (family.node, 30080, family.client, self.port)
+        assert ends_of(egress.packet) == (family.node, 30080, family.client, self.port)
 
     def establish(self) -> Connection:
         self.original("S", CLIENT_ISN)

@@ -112,17 +112,17 @@ def flow(wire: Wire, family: FamilyAddresses, request: pytest.FixtureRequest) ->
     return Flow(wire, family, request.param)
 
 
-def framed(wire: Wire, packet: Packet) -> Packet:
+def as_frame(wire: Wire, packet: Packet) -> Packet:
     return Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / packet
 
 
-def passes(wire: Wire, frame: Packet) -> bool:
+def is_left_to_tc(wire: Wire, frame: Packet) -> bool:
     """Returns True if XDP passes the frame to tc unchanged."""
     result = wire.xdp(frame)
     return result.verdict == XDP_PASS and result.bytes == raw(frame)
 
 
-def forwards(wire: Wire, packet: Packet, next_hop: str) -> Result:
+def assert_forwarded(wire: Wire, packet: Packet, next_hop: str) -> Result:
     """Asserts that XDP rewrites the packet as tc does, and sends it to its next hop."""
     for _ in range(2):
         at_tc = wire.ingress(packet)
@@ -140,12 +140,12 @@ def forwards(wire: Wire, packet: Packet, next_hop: str) -> Result:
 def test_request_and_response_are_translated_and_sent_to_their_next_hops(
     wire: Wire, family: FamilyAddresses, flow: Flow
 ) -> None:
-    request = forwards(wire, flow.request(), NODE_B_MAC)
+    request = assert_forwarded(wire, flow.request(), NODE_B_MAC)
     ip = ip_of(request.packet)
     assert (ip.src, ip.payload.sport) == (family.node, flow.seen_as)
     assert (ip.dst, ip.payload.dport) == (family.remote_pod, flow.target)
     assert with_right_checksums(request.packet) == request.bytes
-    response = forwards(wire, flow.response(), GATEWAY_MAC)
+    response = assert_forwarded(wire, flow.response(), GATEWAY_MAC)
     ip = ip_of(response.packet)
     assert (ip.src, ip.payload.sport) == (family.node, flow.node_port)
     assert (ip.dst, ip.payload.dport) == (family.client, flow.port)
@@ -166,7 +166,7 @@ def test_packets_with_any_payload_and_port_are_rewritten_as_at_tc(wire: Wire, da
         packet = family.ip(family.client, family.node) / flow.segment(flow.port, flow.node_port, "A", payload)
         if protocol == "UDP":
             packet[UDP].chksum = data.draw(st.sampled_from([None, 0] if family.version == 4 else [None]))
-        forwards(wire, packet, NODE_B_MAC)
+        assert_forwarded(wire, packet, NODE_B_MAC)
 
 
 def test_incorrect_checksum_stays_incorrect(wire: Wire, flow: Flow) -> None:
@@ -174,28 +174,28 @@ def test_incorrect_checksum_stays_incorrect(wire: Wire, flow: Flow) -> None:
     right = with_right_checksums(packet)
     packet = packet.__class__(right)
     ip_of(packet).payload.chksum ^= 0x1234
-    result = forwards(wire, packet, NODE_B_MAC)
+    result = assert_forwarded(wire, packet, NODE_B_MAC)
     assert with_right_checksums(result.packet) != result.bytes
 
 
 def test_short_frame_keeps_its_padding(wire: Wire, flow: Flow) -> None:
     packet = flow.request("A", b"")
-    padded = Ether(raw(framed(wire, packet)) + b"\0" * 6)
+    padded = Ether(raw(as_frame(wire, packet)) + b"\0" * 6)
     result = wire.xdp(padded)
     assert result.verdict in FORWARDED
     assert len(result.bytes) == len(raw(padded))
 
 
 def test_packets_with_unusual_headers_are_left_to_tc(wire: Wire, family: FamilyAddresses, flow: Flow) -> None:
-    usual = framed(wire, flow.request())
+    usual = as_frame(wire, flow.request())
     assert wire.xdp(usual).verdict in FORWARDED
     ip, payload = ip_of(usual), bytes(ip_of(usual).payload)
     few = family.ip(ip.src, ip.dst, **{"ttl" if family.version == 4 else "hlim": 1}) / ip.payload
-    assert passes(wire, framed(wire, few)), "hops"
-    assert passes(wire, Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / ip), "another link address"
-    assert passes(wire, Ether(dst=wire.mac("eth0")) / Dot1Q(vlan=7) / ip), "a VLAN"
-    assert passes(wire, Ether(raw(usual)[:-1])), "a truncated frame"
-    assert passes(wire, Ether(raw(usual)[: len(raw(usual)) - len(payload) + 5])), "a truncated header"
+    assert is_left_to_tc(wire, as_frame(wire, few)), "hops"
+    assert is_left_to_tc(wire, Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / ip), "another link address"
+    assert is_left_to_tc(wire, Ether(dst=wire.mac("eth0")) / Dot1Q(vlan=7) / ip), "a VLAN"
+    assert is_left_to_tc(wire, Ether(raw(usual)[:-1])), "a truncated frame"
+    assert is_left_to_tc(wire, Ether(raw(usual)[: len(raw(usual)) - len(payload) + 5])), "a truncated header"
     if family.version == 4:
         unusual = [
             IP(src=ip.src, dst=ip.dst, options=[IPOption_NOP()] * 4) / ip.payload,
@@ -208,7 +208,7 @@ def test_packets_with_unusual_headers_are_left_to_tc(wire: Wire, family: FamilyA
             IPv6(src=ip.src, dst=ip.dst) / IPv6ExtHdrFragment(m=1) / ip.payload,
         ]
     for packet in unusual:
-        assert passes(wire, framed(wire, packet)), packet.summary()
+        assert is_left_to_tc(wire, as_frame(wire, packet)), packet.summary()
 
 
 def test_packets_with_a_partial_checksum_are_left_to_tc(
@@ -223,7 +223,7 @@ def test_packets_with_a_partial_checksum_are_left_to_tc(
         sum_of_segment = _fold(sum_of_segment + (header[-1] << 8))
     # The sums of pseudo-header and segment are 0xFFFF together.
     ip_of(checked).payload.chksum = 0xFFFF - sum_of_segment
-    assert passes(wire, framed(wire, checked))
+    assert is_left_to_tc(wire, as_frame(wire, checked))
 
 
 def _fold(total: int) -> int:
@@ -247,8 +247,8 @@ def test_packets_that_belong_to_no_forwarded_flow_are_left_to_tc(
         family.ip(family.client, family.node) / ICMP(),
         family.ip(family.client, family.node) / SCTP(sport=1, dport=PORTS["SCTP"][1]),
     ):
-        assert passes(wire, framed(wire, packet)), packet.summary()
-    assert passes(wire, Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / ARP())
+        assert is_left_to_tc(wire, as_frame(wire, packet)), packet.summary()
+    assert is_left_to_tc(wire, Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / ARP())
 
 
 def test_packets_to_a_next_hop_without_a_link_address_are_left_to_tc(
@@ -257,7 +257,7 @@ def test_packets_to_a_next_hop_without_a_link_address_are_left_to_tc(
     hop = "172.18.0.2" if family.version == 4 else "fd00:172:18::2"
     cluster.node.run(["ip", "neighbour", "delete", hop, "dev", "eth0"])
     try:
-        assert passes(wire, framed(wire, flow.request()))
+        assert is_left_to_tc(wire, as_frame(wire, flow.request()))
         assert wire.ingress(flow.request()).verdict == REDIRECT
     finally:
         _set_neighbour(cluster, hop, "permanent")
@@ -273,7 +273,7 @@ def test_packets_larger_than_the_mtu_of_the_route_are_left_to_tc(
     change = ["ip", "route", "change", network[0], "via", network[1], "dev", "eth0"]
     cluster.node.run([*change, "mtu", "lock", "1300"])
     try:
-        assert passes(wire, framed(wire, flow.request(payload=b"x" * 1301)))
+        assert is_left_to_tc(wire, as_frame(wire, flow.request(payload=b"x" * 1301)))
         assert wire.xdp(flow.request(payload=b"x" * 1000)).verdict in FORWARDED
     finally:
         cluster.node.run(change)
@@ -301,7 +301,7 @@ def test_connection_that_closes_at_xdp_is_closed_at_tc(wire: Wire, family: Famil
     ):
         assert wire.xdp(packet).verdict in FORWARDED
     again = sent("S", 5000, 0)
-    assert passes(wire, framed(wire, again))
+    assert is_left_to_tc(wire, as_frame(wire, again))
     assert wire.ingress(again).verdict == REDIRECT
     assert wire.xdp(again).verdict in FORWARDED
 
@@ -311,11 +311,11 @@ def test_kernel_gets_a_packet_to_each_next_hop_at_intervals(
 ) -> None:
     """Otherwise no neighbour discovery would verify its link address."""
     flow = Flow(wire, family, "UDP")
-    forwards(wire, flow.request(), NODE_B_MAC)
+    assert_forwarded(wire, flow.request(), NODE_B_MAC)
     long_ago = {key: U64.pack(1) for key, value in tables["next_hops"].items() if value != bytes(8)}
     tables["next_hops"].update_many(long_ago)
-    assert passes(wire, framed(wire, flow.request()))
-    at_tc = wire.ingress(framed(wire, flow.request()))
+    assert is_left_to_tc(wire, as_frame(wire, flow.request()))
+    at_tc = wire.ingress(as_frame(wire, flow.request()))
     # The kernel writes the link addresses after the program.
     assert (at_tc.verdict, at_tc.packet.dst) == (REDIRECT, wire.mac("eth0"))
-    forwards(wire, flow.request(), NODE_B_MAC)
+    assert_forwarded(wire, flow.request(), NODE_B_MAC)

@@ -63,7 +63,7 @@ class _Test:
         for role, number, node in self._each_node(CLIENT, HOST):
             client = Client(f"{role}-{number}", role, node)
             asking[client] = questions.of_client(client, cluster)
-            self._start(client, {"patience": _PATIENCE, "questions": _plain(asking[client])})
+            self._start(client, {"patience": _PATIENCE, "questions": questions.plain(asking[client])})
         for client, asked in asking.items():
             results += self._answers(client, asked)
         results += _skipped(cluster, self._wanted)
@@ -154,7 +154,7 @@ class _Test:
             plan = {
                 "serve": {"name": server.name, "port": objects.TARGET_PORT},
                 "patience": _PATIENCE,
-                "questions": _plain(asked),
+                "questions": questions.plain(asked),
             }
             first = {objects.FIRST: objects.YES} if node == nodes[0] else {}
             self._start(server, plan, **first)
@@ -270,8 +270,8 @@ class _Test:
         return failure(
             f"{node} itself" if client.role == HOST else f"pod {client.name} on {node}",
             "the server" if question.check == questions.DIRECT else f"Service {question.service}",
-            f"{_endpoint(question)}/{question.protocol}",
-            _expected(question),
+            f"{questions.endpoint(question)}/{question.protocol}",
+            questions.expected(question),
             came,
             explain=self._explain(client, question),
         )
@@ -283,7 +283,7 @@ class _Test:
         if question.decided_on != client.node.name:
             known = client.node.addresses if is_host else self._addresses.get(client.name, ())
             source = next((each for each in known if questions.family(each) == question.family), source)
-        command = f"ebpfproxy explain {source} {_endpoint(question)} --protocol {question.protocol}"
+        command = f"ebpfproxy explain {source} {questions.endpoint(question)} --protocol {question.protocol}"
         agent = self._agents[question.decided_on]
         if not agent:
             return f"{command}, on {question.decided_on}"
@@ -300,7 +300,7 @@ class _Test:
         ]
         clients = [Client(f"{LOAD}-{number}", LOAD, node) for _, number, node in self._each_node(LOAD)]
         for client in clients:
-            self._start(client, {"patience": _PATIENCE, "load": _plain(asked)})
+            self._start(client, {"patience": _PATIENCE, "load": questions.plain(asked)})
         for client in clients:
             self._load_line(client, 1)
         for node in self._site.nodes:
@@ -337,22 +337,6 @@ class _Test:
             sentence=f"The agent of {node.name} is not ready after its restart: {why}.",
             explain=f"kubectl -n {namespace} describe pod {self._agents[node.name]}",
         )
-
-
-def _plain(asked: Iterable[Question]) -> list[Object]:
-    """As the module ``pod`` reads them."""
-    return [
-        {
-            "id": number,
-            "protocol": each.protocol,
-            "address": each.address,
-            "port": each.port,
-            "by": each.by,
-            "same": each.same,
-            "sources": each.sources,
-        }
-        for number, each in enumerate(asked)
-    ]
 
 
 def _skipped(cluster: Cluster, wanted: Wanted) -> Iterator[Result]:
@@ -393,21 +377,6 @@ def _in_order(results: Iterable[Result]) -> list[Result]:
     return sorted(
         results, key=lambda r: (_ORDER.index(r.check), not r.family, r.family, protocols.index(r.protocol))
     )
-
-
-def _endpoint(question: Question) -> str:
-    host = f"[{question.address}]" if ":" in question.address else question.address
-    return f"{host}:{question.port}"
-
-
-def _expected(question: Question) -> str:
-    if question.by is None:
-        return "the same server each time" if question.same else "an answer"
-    if not question.by:
-        return "no answer, as no server is on the node"
-    names = " or ".join(question.by)
-    kept = " that sees the client's address" if question.sources is not None else ""
-    return f"an answer of {names}{kept}"
 
 
 def _nodes(count: int) -> str:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ebpfproxy.datapath.programs import bytecode
+from tests.examples import FAST
 
 #: All tests and commands that they run share this folder, so that every program is compiled once.
 _CACHE = Path(__file__).parent.parent / ".bytecode"
@@ -21,6 +22,8 @@ bytecode.CACHE = _CACHE
 
 # The duration of an example depends on the load of the machine, not on the code.
 settings.register_profile("ebpfproxy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# This one is for the loop while writing; --hypothesis-profile selects it after this.
+settings.register_profile(FAST, settings.get_profile("ebpfproxy"), max_examples=10)
 settings.load_profile("ebpfproxy")
 
 

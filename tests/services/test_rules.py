@@ -23,6 +23,7 @@ from ebpfproxy.kube.objects import (
 )
 from ebpfproxy.services.model import Backend, Policy, format_endpoint
 from tests import recordings
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed
 from tests.services import naive
 from tests.services.test_cases import CASES, NODE, replaced
@@ -217,7 +218,7 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(histories)
 def test_any_history_ends_with_the_result_of_the_rules(
     history: list[tuple[str, tuple[Resource, Json], frozenset[naive.DrainRequest], bool]],

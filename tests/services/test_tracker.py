@@ -28,6 +28,7 @@ from ebpfproxy.kube.objects import (
     key_of,
 )
 from ebpfproxy.services.model import Backend, Prefix, ServicePort, ServicePortKey
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed, replaced
 
 NODE = "node-a"
@@ -141,7 +142,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(steps)
 def test_incremental_equals_from_scratch(
     steps: list[tuple[str, Object, frozenset[tuple[bytes, int]]]],

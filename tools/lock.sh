@@ -19,7 +19,7 @@ compile() {
 }
 
 mkdir -p "$to"
-compile --extra test --build-deps-for wheel --build-deps-for editable --output-file "$work/test.txt"
+compile --extra test --extra ui --build-deps-for wheel --build-deps-for editable --output-file "$work/test.txt"
 # Versions are those of test.txt.
 sed -n 's/^\([a-z0-9.-]*==[^ ]*\).*/\1/p' "$work/test.txt" >"$work/versions"
 PIP_CONSTRAINT="$work/versions" compile --output-file "$work/agent.txt"

@@ -6,20 +6,15 @@ import time
 from pathlib import Path
 
 import click
-import msgspec
 
 from ebpfproxy.agent.local_pages import CHECK, REPAIR
-from ebpfproxy.agent.local_socket import NoAgentError, ask
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit, plain, table
-from ebpfproxy.datapath.drift.findings import Finding, Report
+from ebpfproxy.datapath.drift.findings import Finding
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.kernel.roots import is_locked
+from ebpfproxy.inspection.agent import ask_agent
 from ebpfproxy.operator.check.all_checks import Check, check
-
-_AGAIN_SECONDS = 0.1
-_REPORT = msgspec.json.Decoder(Report)
 
 
 @click.command("check")
@@ -48,22 +43,6 @@ def command(bpf_root: Path, output: str, repair: bool, timeout: int) -> None:
     emit(found, output, _print)
     if not found.good:
         raise click.exceptions.Exit(1)
-
-
-def ask_agent(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None, str]:
-    """The agent's report, or why there is none; an agent that is starting is waited for."""
-    deadline, silence = time.monotonic() + seconds, ""
-    while is_locked(bpf_root) and (left := deadline - time.monotonic()) > 0:
-        try:
-            reply = ask(bpf_root, page, left)
-        except NoAgentError as error:
-            silence = str(error)
-            time.sleep(_AGAIN_SECONDS)
-            continue
-        if reply.status == 200:
-            return _REPORT.decode(reply.body), ""
-        return None, reply.body.decode(errors="replace")
-    return None, silence if is_locked(bpf_root) else ""
 
 
 def _print(found: Check) -> None:

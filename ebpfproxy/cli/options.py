@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from ebpfproxy.cli.settings import Decorator, setting
+from ebpfproxy.node.pod_names import CNI_RESULTS
 
 bpf_root = setting("bpfRoot", envvar="EBPFPROXY_BPF_ROOT", show_envvar=True, show_default=True)
 
@@ -21,4 +24,14 @@ output_format: Decorator = click.option(
 
 watch: Decorator = click.option(
     "-w", "--watch", is_flag=True, help="Print again at every change, until interrupted."
+)
+
+cni_results: Decorator = click.option(
+    "--cni-results",
+    type=click.Path(path_type=Path),
+    default=CNI_RESULTS,
+    show_default=True,
+    envvar="EBPFPROXY_CNI_RESULTS",
+    metavar="DIR",
+    help="Where the container runtime keeps the results of CNI plugins, which name this node's pods.",
 )

@@ -15,14 +15,14 @@ import ebpfproxy
 from ebpfproxy.agent import state
 from ebpfproxy.agent.local_pages import CHECK, CONFIG, METRICS, ask_reasons
 from ebpfproxy.agent.local_socket import NoAgentError, ask
-from ebpfproxy.cli import client_lookup, cluster_access, conntrack, options, sysdump_cluster
-from ebpfproxy.cli.check import ask_agent
-from ebpfproxy.cli.status import read_status
+from ebpfproxy.cli import cluster_access, conntrack, options, sysdump_cluster
 from ebpfproxy.cli.sysdump_cluster import of_cluster, opened
 from ebpfproxy.datapath.affinity_table import affinity_rows
 from ebpfproxy.datapath.dump import Dump, open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.inspection.agent import ask_agent
+from ebpfproxy.inspection.status import read_status
 from ebpfproxy.kube.access import TOKEN_FILE
 from ebpfproxy.netlink.namespaces import names_by_cookie
 from ebpfproxy.operator.api import Api
@@ -46,7 +46,7 @@ _KUBERNETES = Path("/etc/kubernetes")
 @cluster_access.master
 @cluster_access.nodes
 @cluster_access.daemon_set
-@client_lookup.cni_results
+@options.cni_results
 @options.bpf_root
 def command(
     *,

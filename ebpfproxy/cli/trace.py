@@ -12,8 +12,6 @@ from pathlib import Path
 import click
 import msgspec
 
-from ebpfproxy.agent.local_pages import ask_reasons
-from ebpfproxy.agent.local_socket import NoAgentError
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import plain
@@ -21,15 +19,12 @@ from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, Deci
 from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
-from ebpfproxy.services.model import ServicePortKey
-from ebpfproxy.services.reasons import ServiceReasons
+from ebpfproxy.inspection.agent import reasons_soon
 from ebpfproxy.services.values import parse_address
 from ebpfproxy.trace.rows import DecisionRow, text
 from ebpfproxy.trace.session import Filter, Session, TraceError, session
 
 _LOST_SECONDS = 1.0
-#: Decisions wait in the ring meanwhile.
-_AGENT_SECONDS = 0.5
 
 
 @click.command("trace")
@@ -117,7 +112,7 @@ def command(
         )
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            reasons = partial(_reasons, bpf_root)
+            reasons = partial(reasons_soon, bpf_root)
             with session(maps, find_cgroup_root(), wanted, reasons) as traced:
                 _print(traced, output, count)
         except (TraceError, TracingInUseError) as error:
@@ -125,13 +120,6 @@ def command(
         except (KeyboardInterrupt, BrokenPipeError):
             # It ends this way, or at the end of a pipe, as of tail -f.
             sys.stderr.close()
-
-
-def _reasons(bpf_root: Path, port: ServicePortKey) -> ServiceReasons | None:
-    try:
-        return ask_reasons(bpf_root, port.namespace, port.name, _AGENT_SECONDS)
-    except NoAgentError:
-        return None
 
 
 def _interrupt(*_: object) -> None:

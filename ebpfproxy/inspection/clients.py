@@ -1,4 +1,4 @@
-"""Finds the client that a command names: a pod of this node, this host, or any address."""
+"""Finds the client that somebody names: a pod of this node, this host, or any address."""
 
 from __future__ import annotations
 
@@ -6,27 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import click
-
-from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.explain.path import Client, Place
+from ebpfproxy.inspection.failures import QuestionError
 from ebpfproxy.netlink.namespaces import FOLDERS
 from ebpfproxy.node.clients import Namespace, visible_namespaces
-from ebpfproxy.node.pod_names import CNI_RESULTS, pods
-from ebpfproxy.services.model import format_address
+<from ebpfproxy.node.pod_names import pods
+>from ebpfproxy.services.model import format_address
 from ebpfproxy.services.values import LOOPBACK, parse_address, unusable_address
 
 HOST = "host"
-
-cni_results: Decorator = click.option(
-    "--cni-results",
-    type=click.Path(path_type=Path),
-    default=CNI_RESULTS,
-    show_default=True,
-    envvar="EBPFPROXY_CNI_RESULTS",
-    metavar="DIR",
-    help="Where the container runtime keeps the results of CNI plugins, which name this node's pods.",
-)
 
 
 class Found(NamedTuple):
@@ -39,7 +27,7 @@ class Found(NamedTuple):
 def find_client(text: str, results: Path, device_to: Callable[[bytes], int | None]) -> Found:
     """Finds ``host``, an address, a pod by name with or without its namespace, or by its network namespace's.
 
-    ``results``: where the runtime keeps what CNI plugins returned. Raises UsageError for an unknown name.
+    ``results``: where the runtime keeps what CNI plugins returned. Raises QuestionError for an unknown name.
     """
     visible = list(visible_namespaces())
     if text == HOST:
@@ -50,20 +38,20 @@ def find_client(text: str, results: Path, device_to: Callable[[bytes], int | Non
         if (why := unusable_address(address)) is LOOPBACK:
             return Found(_host(visible), "default")
         if why is not None:
-            raise click.UsageError(f"{text} {why}: that is no one client's")
+            raise QuestionError(f"{text} {why}: that is no one client's")
         return _by_address(address, visible, names, device_to)
     namespace, _, name = text.rpartition("/")
     matches = {each: pod for each, pod in names.items() if pod[1] == name and namespace in ("", pod[0])}
     if len(matches) > 1:
         found = ", ".join(sorted(f"{pod[0]}/{pod[1]}" for pod in matches.values()))
-        raise click.UsageError(f"several pods are named {name}: {found}")
+        raise QuestionError(f"several pods are named {name}: {found}")
     wanted = next(iter(matches), name)
     for each in visible:
         is_pod = wanted in names or each.is_linked
         if is_pod and each.path.parent in FOLDERS and each.path.name == wanted:
             pod_namespace, pod = names.get(wanted, ("", wanted))
             return Found(_pod(each, _pod_name(pod_namespace, pod), device_to), pod_namespace or "default")
-    raise click.UsageError(
+    raise QuestionError(
         f"no pod {text!r} on this node: name one of its pods (those in {results}), an address, or {HOST}"
     )
 

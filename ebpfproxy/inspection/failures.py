@@ -1,0 +1,29 @@
+"""What can go wrong when a node is looked at, and what is said then."""
+
+from __future__ import annotations
+
+from ebpfproxy.datapath.dump import NothingPinnedError
+from ebpfproxy.datapath.kernel.libbpf import BpfError
+from ebpfproxy.datapath.kernel.probe import UnsupportedKernelError
+from ebpfproxy.datapath.kernel.roots import RootError
+from ebpfproxy.datapath.programs.loader import LoadError
+
+#: Errors that a user can act on.
+FAILURES = (NothingPinnedError, UnsupportedKernelError, LoadError, RootError, BpfError, PermissionError)
+
+
+class QuestionError(Exception):
+    """What somebody asks cannot be understood, or names nothing; the message is for them."""
+
+
+class WrongNamespaceError(Exception):
+    """This is another network namespace than the agent's: its devices and routes are not here."""
+
+
+def told(error: BaseException) -> str:
+    """One of :data:`FAILURES` in one line."""
+    if isinstance(error, BpfError):
+        return f"{error.strerror}{' (root or CAP_BPF is needed)' if error.errno == 1 else ''}"
+    if isinstance(error, PermissionError):
+        return f"{error}; root is needed"
+    return str(error)

@@ -1,0 +1,171 @@
+"""What runs on this node: programs, devices, maps, and the agent's own record."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.agent import state
+from ebpfproxy.datapath.abi.node_layout import ACTIONS
+from ebpfproxy.datapath.dump import Dump, MapFill, fill
+from ebpfproxy.datapath.flows.conntrack_table import counters
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
+from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
+from ebpfproxy.datapath.programs.xdp import xdp_attachments
+from ebpfproxy.kube.source_status import State
+from ebpfproxy.netlink.namespaces import netns_cookie
+from ebpfproxy.node.roles import Role
+
+#: The role of devices that lead to pods.
+PODS = str(Role.LOCAL)
+
+
+class AttachmentStatus(msgspec.Struct, frozen=True):
+    hook: str
+    attached: bool
+    program_id: int | None
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """A device, the directions in which our programs are attached, and its role with the reason.
+
+    ``xdp``: the mode of its XDP program, or why it has none; empty where none is wanted.
+    """
+
+    device: str
+    directions: tuple[str, ...]
+    ifindex: int = 0
+    role: str = ""
+    why: str = ""
+    xdp: str = ""
+
+
+class PacketCount(msgspec.Struct, frozen=True):
+    """Packets that were rejected or dropped, passed although something was wrong, or forwarded at XDP."""
+
+    action: str
+    reason: str
+    packets: int
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON of ``ebpfproxy status``. The counts come from the maps."""
+
+    kernel: str
+    agent_running: bool
+    agent: state.AgentState | None
+    healthy: bool
+    #: One sentence per problem.
+    problems: tuple[str, ...]
+    attachments: tuple[AttachmentStatus, ...]
+    devices: tuple[DeviceStatus, ...]
+    packets: tuple[PacketCount, ...]
+    services: int
+    frontends: int
+    backends: int
+    maps: tuple[MapFill, ...]
+
+
+def read_status(bpf_root: Path, maps: MapSet) -> Status:
+    dump = Dump(maps)
+    pins = pin_folder(bpf_root)
+    agent = state.load_latest(pins)
+    running = is_locked(bpf_root)
+    hooks = tuple(AttachmentStatus(a.hook, a.alive, a.program_id) for a in attachments(pins))
+    devices = _devices(pins, agent)
+    wanted = agent.devices if agent is not None else 0
+    fills = tuple(fill(maps))
+    count = {each.name: each.entries for each in fills}
+    return Status(
+        kernel=platform.release(),
+        agent_running=running,
+        agent=agent,
+        healthy=running
+        and agent is not None
+        and agent.healthy
+        and all(a.attached for a in hooks)
+        and len(devices) >= wanted,
+        problems=tuple(_problems(agent, running, hooks, devices)),
+        attachments=hooks,
+        devices=devices,
+        packets=tuple(_packets(maps)),
+        services=len({(name.namespace, name.name) for name in dump.names.values()}),
+        frontends=len({(k.address, k.port, k.protocol) for k, _ in dump.entries()}),
+        backends=count["backends"],
+        maps=fills,
+    )
+
+
+def _problems(
+    agent: state.AgentState | None,
+    running: bool,
+    hooks: tuple[AttachmentStatus, ...],
+    devices: tuple[DeviceStatus, ...],
+) -> Iterator[str]:
+    if not running:
+        yield "the agent is not running: its programs stay attached, but changes are not applied"
+    if agent is None or not agent.synced:
+        yield "the agent has not finished its start" + " yet" * running
+    elif running and not agent.healthy:
+        yield "a change has waited for more than a minute to be programmed"
+    if missing := [a.hook for a in hooks if not a.attached]:
+        yield f"socket programs are missing: {' '.join(missing)}"
+    if agent is not None and len(devices) < agent.devices:
+        yield f"only {len(devices)} of {agent.devices} devices have programs"
+    if half := [d.device for d in devices if is_half(d)]:
+        yield f"only one direction has a program: {' '.join(half)}"
+    if agent is not None:
+        yield from agent.problems
+        for watch in agent.watches:
+            if running and watch.state != State.CONNECTED:
+                yield f"the watch of {watch.resource} is {watch.state}: {watch.error or 'no response yet'}"
+
+
+def is_half(device: DeviceStatus) -> bool:
+    """One direction is without a program."""
+    return len(device.directions) < len(directions_of(device.ifindex))
+
+
+def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, ...]:
+    """Names and indexes belong to the agent's network namespace, wherever this runs.
+
+    In another namespace the local devices are of no use: names come from the agent's state only, and so do
+    clsact filters (before Linux 6.6).
+    """
+    recorded = {each.ifindex: each for each in agent.device_roles} if agent is not None else {}
+    is_here = agent is None or agent.netns in (0, netns_cookie())
+    names = dict(socket.if_nameindex()) if is_here else {}
+    names |= {index: each.name for index, each in recorded.items() if index not in names}
+    found: dict[int, list[str]] = {}
+    for each in device_attachments(pins) if is_here else link_attachments(pins):
+        found.setdefault(each.ifindex, []).append(each.direction)
+    if not found and not is_here:
+        found = {index: list(directions_of(index)) for index, device in recorded.items() if device.attached}
+    attached = {each.ifindex: str(each.mode) for each in xdp_attachments(pins)}
+    # The record holds those that lead to pods last: of many, some are not in it.
+    unknown = state.DeviceState(0, "", PODS if recorded else "", "", attached=False)
+    return tuple(
+        DeviceStatus(
+            names.get(index, f"device {index}"),
+            tuple(sorted(directions, reverse=True)),
+            index,
+            recorded.get(index, unknown).role,
+            recorded.get(index, unknown).why,
+            attached.get(index, recorded.get(index, unknown).xdp),
+        )
+        for index, directions in sorted(found.items())
+    )
+
+
+def _packets(maps: MapSet) -> Iterator[PacketCount]:
+    found = counters(maps["packet_events"])
+    for action, reasons in ACTIONS.items():
+        for reason in sorted(reasons):
+            if found[reason]:
+                yield PacketCount(action, str(reason), found[reason])

@@ -11,11 +11,14 @@ import click
 import msgspec
 import yaml
 
+from ebpfproxy.inspection import words
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 _WATCH_SECONDS = 0.5
+age = words.age
 
 
 def plain(text: str) -> str:
@@ -69,11 +72,3 @@ def emit_watching(read: Callable[[], Any], form: str, as_table: Callable[[Any], 
             return
         before = value
         time.sleep(_WATCH_SECONDS)
-
-
-def age(seconds: float) -> str:
-    """``3s``, ``5m``, ``2h``, ``4d``."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length:
-            return f"{int(seconds // length)}{unit}"
-    return f"{seconds:.0f}s"

@@ -13,9 +13,8 @@ from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import age, console, emit_watching, table
 from ebpfproxy.datapath.dump import MapFill, open_maps
-from ebpfproxy.inspection.status import PODS, DeviceStatus, Status, is_half, read_status
+from ebpfproxy.inspection.status import PODS, DeviceStatus, Status, facts, is_half, read_status
 
-_SHOWN_DEVICES = 8
 #: A map is shown once this share of its entries is in use.
 _FILLING = 0.75
 
@@ -41,23 +40,8 @@ def command(bpf_root: Path, output: str, watch: bool, verbose: bool) -> None:
 
 def _print(status: Status, verbose: bool) -> None:
     agent, now = status.agent, time.time()
-    facts: list[tuple[str, str]] = [("health", "healthy" if status.healthy else "NOT HEALTHY")]
-    facts += [("problem", problem) for problem in status.problems]
-    if status.packets:
-        facts.append(("packets", ", ".join(f"{p.packets} {p.action} ({p.reason})" for p in status.packets)))
-    facts.append(
-        ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
-    )
-    if agent is None:
-        facts.append(("agent", "running" if status.agent_running else "never finished its start"))
-    else:
-        facts += _agent_facts(agent, status.agent_running, now)
-    attached = sum(a.attached for a in status.attachments)
-    facts.append(("sockets", f"{attached} of {len(status.attachments)} programs"))
-    facts.append(("devices", _device_line(status)))
-    facts.append(("kernel", status.kernel))
     out = console()
-    for name, value in facts:
+    for name, value in facts(status, now):
         out.print(f"{name + ':':<18}{value}")
     shown = [d for d in status.devices if verbose or d.role not in ("", PODS)]
     if shown:
@@ -70,27 +54,6 @@ def _print(status: Status, verbose: bool) -> None:
     if filling:
         out.print()
         out.print(_maps(filling))
-
-
-def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tuple[str, str]]:
-    since = f"pid {agent.pid}, since {age(now - agent.started)}"
-    stopped = f"STOPPED, last seen {age(now - agent.written)} ago (its programs stay attached)"
-    facts = [
-        ("agent", f"ebpfproxy {agent.version} on {agent.node}, {since if running else stopped}"),
-        ("source", agent.source),
-    ]
-    if agent.last_programmed is not None:
-        took = f"{(agent.last_duration or 0) * 1000:.1f} ms"
-        facts.append(("last programming", f"{age(now - agent.last_programmed)} ago, took {took}"))
-    return facts
-
-
-def _device_line(status: Status) -> str:
-    wanted = status.agent.devices if status.agent is not None else len(status.devices)
-    text = f"{len(status.devices)} of {wanted}"
-    pods = [d.device for d in status.devices if d.role == PODS]
-    names = " ".join(pods[:_SHOWN_DEVICES]) + " …" * (len(pods) > _SHOWN_DEVICES)
-    return f"{text}; {len(pods)} to pods: {names}" if pods else text
 
 
 def _devices_table(devices: list[DeviceStatus]) -> Any:

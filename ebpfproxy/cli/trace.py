@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import click
@@ -18,11 +17,10 @@ from ebpfproxy.cli.output import plain
 from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
 from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
-from ebpfproxy.inspection.agent import reasons_soon
+from ebpfproxy.inspection.tracing import said, traced
 from ebpfproxy.services.values import parse_address
 from ebpfproxy.trace.rows import DecisionRow, text
-from ebpfproxy.trace.session import Filter, Session, TraceError, session
+from ebpfproxy.trace.session import Filter, Session, TraceError
 
 _LOST_SECONDS = 1.0
 
@@ -99,8 +97,6 @@ def command(
     """
     with one_line():
         maps = open_maps(bpf_root)
-        if not is_locked(bpf_root):
-            raise click.ClickException("the agent is not running: it attaches the programs that trace needs")
         namespace, service, pod = _names(namespace, service, pod)
         wanted = Filter(
             namespace=namespace,
@@ -112,9 +108,8 @@ def command(
         )
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            reasons = partial(reasons_soon, bpf_root)
-            with session(maps, find_cgroup_root(), wanted, reasons) as traced:
-                _print(traced, output, count)
+            with traced(bpf_root, maps, wanted) as running:
+                _print(running, output, count)
         except (TraceError, TracingInUseError) as error:
             raise click.ClickException(str(error)) from error
         except (KeyboardInterrupt, BrokenPipeError):
@@ -147,30 +142,27 @@ def _names(
     return namespace, service, pod
 
 
-def _print(traced: Session, output: str, count: int | None) -> None:
+def _print(running: Session, output: str, count: int | None) -> None:
     ends = _ending()
     shown, next_lost, was_reported = 0, 0.0, False
-    for rows in traced.rows():
+    for rows in running.rows():
         some = rows if count is None else rows[: count - shown]
         _write(some, output)
         shown += len(some)
         now = time.monotonic()
         if now >= next_lost or shown == count:
             next_lost = now + _LOST_SECONDS
-            _say_lost(traced)
-            if (is_reported := traced.is_reported) is not was_reported:
+            _say_lost(running)
+            if (is_reported := running.is_reported) is not was_reported:
                 was_reported = is_reported
-                click.echo(
-                    "tracing" if is_reported else "not tracing: the agent has ended, or this was held up",
-                    err=True,
-                )
+                click.echo(said(is_reported=is_reported), err=True)
         if shown == count:
             return
         if ends.is_set():
             # What programs have reported until now is shown, or counted as lost.
             if count is None:
-                _write(traced.rest(), output)
-            _say_lost(traced)
+                _write(running.rest(), output)
+            _say_lost(running)
             return
 
 
@@ -198,8 +190,8 @@ def _line(row: DecisionRow, output: str) -> str:
     return msgspec.json.encode(row).decode() if output == "json" else plain(text(row))
 
 
-def _say_lost(traced: Session) -> None:
-    limited, full = traced.newly_lost()
+def _say_lost(running: Session) -> None:
+    limited, full = running.newly_lost()
     if limited:
         click.echo(f"lost {limited} decisions above --rate", err=True)
     if full:

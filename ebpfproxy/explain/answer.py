@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import AffinityKey, ClientKind
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags
 from ebpfproxy.datapath.flows.conntrack_table import FlowRow
-from ebpfproxy.datapath.lookup import Affinity, Lookup
+from ebpfproxy.datapath.lookup import Affinity, Lookup, Selected
 from ebpfproxy.explain.endpoint_reasons import EndpointRow, differences, rows_of
 from ebpfproxy.explain.path import (
     Client,
@@ -178,7 +178,7 @@ def explain(
         flows=tuple(opened.flows(flows, endpoints)),
         sockets=tuple(opened.sockets(sockets or {}, endpoints)),
         masquerade=_masquerade(client, target, path, known) if path.selected else None,
-        notes=tuple(_notes(path, entry, service, reasons, port)),
+        notes=tuple(notes_of(path.selected, entry.policy, service, reasons, port)),
     )
 
 
@@ -309,13 +309,14 @@ class _Open:
         return moves if is_idle and is_udp else "stays; new ones go elsewhere"
 
 
-def _notes(
-    path: Path,
-    entry: ServiceEntry,
+def notes_of(
+    selected: Sequence[Selected],
+    policy: Policy,
     service: ServiceReasons | None,
     reasons: PortReasons | None,
     port: ServicePortKey | None,
 ) -> Iterator[str]:
+    """Sentences about a service port beside what its endpoints' rows say."""
     if service is None:
         return
     name = f"{service.namespace}/{service.name}"
@@ -323,8 +324,8 @@ def _notes(
         which = f"port {port.port_name!r}" if port is not None and port.port_name else "port"
         yield f"the maps still have a {which} of {name} that the agent does not know"
         return
-    yield from differences(path.selected, entry.policy, reasons)
-    if entry.policy is Policy.CLUSTER:
+    yield from differences(selected, policy, reasons)
+    if policy is Policy.CLUSTER:
         for kind, unused in (("node", reasons.node_hints_unused), ("zone", reasons.zone_hints_unused)):
             if unused is not None:
                 yield f"{kind} hints are not followed: {unused}"

@@ -18,12 +18,14 @@ from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
 from ebpfproxy.datapath.programs.xdp import xdp_attachments
+from ebpfproxy.inspection.words import age
 from ebpfproxy.kube.source_status import State
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.node.roles import Role
 
 #: The role of devices that lead to pods.
 PODS = str(Role.LOCAL)
+_SHOWN_DEVICES = 8
 
 
 class AttachmentStatus(msgspec.Struct, frozen=True):
@@ -169,3 +171,45 @@ def _packets(maps: MapSet) -> Iterator[PacketCount]:
         for reason in sorted(reasons):
             if found[reason]:
                 yield PacketCount(action, str(reason), found[reason])
+
+
+def facts(status: Status, now: float) -> list[tuple[str, str]]:
+    """The status in words, each with its name. ``now``: Unix seconds."""
+    agent = status.agent
+    found: list[tuple[str, str]] = [("health", "healthy" if status.healthy else "NOT HEALTHY")]
+    found += [("problem", problem) for problem in status.problems]
+    if status.packets:
+        found.append(("packets", ", ".join(f"{p.packets} {p.action} ({p.reason})" for p in status.packets)))
+    found.append(
+        ("serving", f"{status.services} services, {status.frontends} frontends, {status.backends} backends")
+    )
+    if agent is None:
+        found.append(("agent", "running" if status.agent_running else "never finished its start"))
+    else:
+        found += _agent_facts(agent, status.agent_running, now)
+    attached = sum(a.attached for a in status.attachments)
+    found.append(("sockets", f"{attached} of {len(status.attachments)} programs"))
+    found.append(("devices", _device_line(status)))
+    found.append(("kernel", status.kernel))
+    return found
+
+
+def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tuple[str, str]]:
+    since = f"pid {agent.pid}, since {age(now - agent.started)}"
+    stopped = f"STOPPED, last seen {age(now - agent.written)} ago (its programs stay attached)"
+    facts = [
+        ("agent", f"ebpfproxy {agent.version} on {agent.node}, {since if running else stopped}"),
+        ("source", agent.source),
+    ]
+    if agent.last_programmed is not None:
+        took = f"{(agent.last_duration or 0) * 1000:.1f} ms"
+        facts.append(("last programming", f"{age(now - agent.last_programmed)} ago, took {took}"))
+    return facts
+
+
+def _device_line(status: Status) -> str:
+    wanted = status.agent.devices if status.agent is not None else len(status.devices)
+    text = f"{len(status.devices)} of {wanted}"
+    pods = [d.device for d in status.devices if d.role == PODS]
+    names = " ".join(pods[:_SHOWN_DEVICES]) + " …" * (len(pods) > _SHOWN_DEVICES)
+    return f"{text}; {len(pods)} to pods: {names}" if pods else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import NamedTuple
 
 import msgspec
 
@@ -84,9 +85,17 @@ def _clock(seconds: int) -> str:
     return time.strftime("%H:%M:%S", time.localtime(seconds))
 
 
-def text(row: DecisionRow) -> str:
-    """``12:00:01.234 shop/client → shop/web:http 10.96.0.10:80 ⇒ 10.244.1.3:8080 web-1 (1 of 3, random)``."""
-    clock = f"{_clock(int(row.time))}.{int(row.time % 1 * 1000):03}"
+class Words(NamedTuple):
+    """A decision in words, as its line has them."""
+
+    client: str
+    service: str
+    frontend: str
+    outcome: str
+    details: str
+
+
+def words(row: DecisionRow) -> Words:
     name = f"{row.namespace}/{row.service}" if row.service else "no Service"
     if row.port:
         name += f":{row.port}"
@@ -106,5 +115,12 @@ def text(row: DecisionRow) -> str:
         outcome += f" {backend}" if backend else ""
     if row.client.process:
         details.append(f"{row.client.process}[{row.client.pid}]")
-    line = f"{clock} {row.client} → {name} {frontend} {outcome}"
-    return f"{line} ({'; '.join(details)})" if details else line
+    return Words(str(row.client), name, frontend, outcome, "; ".join(details))
+
+
+def text(row: DecisionRow) -> str:
+    """``12:00:01.234 shop/client → shop/web:http 10.96.0.10:80 ⇒ 10.244.1.3:8080 web-1 (1 of 3, random)``."""
+    clock = f"{_clock(int(row.time))}.{int(row.time % 1 * 1000):03}"
+    found = words(row)
+    line = f"{clock} {found.client} → {found.service} {found.frontend} {found.outcome}"
+    return f"{line} ({found.details})" if found.details else line

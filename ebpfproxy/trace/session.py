@@ -85,6 +85,11 @@ class Session:
             Wanted(wanted.kinds, wanted.one_in, wanted.rate, wanted.is_by_service, self._client())
         )
 
+    def change(self, wanted: Filter) -> None:
+        """Asks for something else from now on, of the same programs. Raises TraceError."""
+        self._filter, self._services = wanted, None
+        self.begin()
+
     def rows(self) -> Iterator[list[DecisionRow]]:
         """What has come, again and again; empty where nothing has. It ends with the caller.
 

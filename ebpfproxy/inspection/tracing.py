@@ -1,0 +1,27 @@
+"""A trace of this node, for whoever shows its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
+from ebpfproxy.inspection.agent import reasons_soon
+from ebpfproxy.trace.session import Filter, Session, TraceError, session
+
+
+@contextmanager
+def traced(bpf_root: Path, maps: MapSet, wanted: Filter) -> Iterator[Session]:
+    """Begins a trace, and ends it. Raises TraceError and TracingInUseError."""
+    if not is_locked(bpf_root):
+        raise TraceError("the agent is not running: it attaches the programs that trace needs")
+    with session(maps, find_cgroup_root(), wanted, partial(reasons_soon, bpf_root)) as made:
+        yield made
+
+
+def said(*, is_reported: bool) -> str:
+    """What there is to say when that has changed."""
+    return "tracing" if is_reported else "not tracing: the agent has ended, or this was held up"

@@ -3,7 +3,7 @@
 # versions, or those of the folder of locks in $2. Beside the system's packages the environment's own come first.
 set -eu
 
-packages="bpftool clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin musl-tools nftables nginx-light procps
+packages="bpftool chromium clang clang-format curl iperf3 iproute2 iptables libbpf1 libcap2-bin musl-tools nftables nginx-light procps
 prometheus python3-bpfcc python3-venv runc socat tcpdump util-linux wrk"
 
 missing=

@@ -62,6 +62,12 @@ def test_the_wheel_ships_every_package(wheel: Path) -> None:
     assert modules <= names
 
 
+def test_the_wheel_ships_the_page(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    page = {path.name: path.read_bytes() for path in (TOP / "ebpfproxy/ui/static").iterdir()}
+    assert {name: archive.read(f"ebpfproxy/ui/static/{name}") for name in page} == page
+
+
 def test_the_wheel_installs_from_its_manifests(wheel: Path, tmp_path: Path) -> None:
     """The wheel is unpacked outside the checkout."""
     archive = zipfile.ZipFile(wheel)
@@ -94,6 +100,7 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
         ("agent", PROJECT["project"]["dependencies"]),
         ("test", PROJECT["project"]["dependencies"]),
         ("test", PROJECT["project"]["optional-dependencies"]["test"]),
+        ("test", PROJECT["project"]["optional-dependencies"]["ui"]),
         ("test", PROJECT["build-system"]["requires"]),
     ],
 )

@@ -29,6 +29,7 @@ COMMANDS = {
     "affinity": "Show and flush session affinity.",
     "trace": "Show each decision as it is made: the backend, or why there is none.",
     "top": "Show Services and backends by new connections, live, and what is refused.",
+    "ui": "Serve a page about this node, to look at with a browser.",
     "conntrack": "Show and flush flows of the packet path.",
     "sysdump": "Collect everything about this node, or of all, for a bug report.",
     "config": "Check the configuration file, show defaults and what the agent uses.",

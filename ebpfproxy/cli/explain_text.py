@@ -8,7 +8,7 @@ from typing import Any
 from ebpfproxy.cli.output import console, plain, table
 from ebpfproxy.explain.endpoint_reasons import EndpointRow
 from ebpfproxy.explain.report import Report
-from ebpfproxy.inspection.explained import facts, headline
+from ebpfproxy.inspection.explanation import facts, headline
 
 _SHOWN = 16
 

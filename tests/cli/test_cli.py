@@ -54,6 +54,7 @@ def test_version() -> None:
         ("explain",),
         ("trace",),
         ("top",),
+        ("ui",),
     ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:

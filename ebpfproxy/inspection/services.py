@@ -1,0 +1,262 @@
+"""Services of this node, found by name, address or port; and why the endpoints of one are used or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
+from ebpfproxy.datapath.dump import Dump
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.lookup import Lookup
+from ebpfproxy.datapath.services.counters import ServiceCounts
+from ebpfproxy.explain.answer import notes_of
+from ebpfproxy.explain.endpoints import EndpointRow, rows_of
+from ebpfproxy.inspection.agent import AskedOnce
+from ebpfproxy.services.model import Family, FrontendKind, Policy, Protocol, ServicePortKey, format_endpoint
+from ebpfproxy.services.reasons import PortReasons, ServiceReasons
+from ebpfproxy.services.values import parse_address
+
+Name = tuple[str, str]
+
+
+class ServiceRow(msgspec.Struct, frozen=True):
+    """A Service in the maps. Counts are of connections and datagrams since its ids were made."""
+
+    namespace: str
+    name: str
+    ports: tuple[str, ...]
+    chosen: int
+    refused: int
+    dropped: int
+
+
+class Found(msgspec.Struct, frozen=True):
+    """``more``: so many others match, too."""
+
+    services: tuple[ServiceRow, ...]
+    more: int
+
+
+class FrontendView(msgspec.Struct, frozen=True):
+    """``own``: the node itself has the address, and nothing is translated."""
+
+    address: str
+    type: str
+    scopes: tuple[str, ...]
+    algorithm: str
+    affinity: int
+    own: bool
+
+
+class EndpointView(msgspec.Struct, frozen=True):
+    """An endpoint's row, and what this node counts for its backend; None where it has none.
+
+    ``open``: connections of this node that are open to it, through whichever Service.
+    """
+
+    row: EndpointRow
+    open: int | None = None
+    connections: int | None = None
+
+
+class PortView(msgspec.Struct, frozen=True, kw_only=True):
+    """The endpoints of a service port under one traffic policy, and the frontends that use them."""
+
+    port: str
+    protocol: str
+    family: str
+    policy: str
+    frontends: tuple[FrontendView, ...]
+    endpoints: tuple[EndpointView, ...]
+    notes: tuple[str, ...]
+
+
+class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """``unserved``: why it has no frontends. ``without_agent``: why there are no reasons."""
+
+    namespace: str
+    name: str
+    node: str
+    zone: str
+    unserved: str
+    warnings: tuple[str, ...]
+    ports: tuple[PortView, ...]
+    chosen: int
+    refused: int
+    dropped: int
+    without_agent: str
+
+
+class Services:
+    """A reading of the maps at one moment."""
+
+    def __init__(self, maps: MapSet, bpf_root: Path) -> None:
+        self._maps = maps
+        self._bpf_root = bpf_root
+        self._dump = Dump(maps)
+
+    def search(self, text: str, most: int, *, rejected: bool = False) -> Found:
+        """Services by a part of their name, by an address of theirs or of an endpoint, or by a port's number.
+
+        ``rejected``: only those that have refused or dropped something.
+        """
+        counts = dict(ServiceCounts(self._maps).read(self._dump.names))
+        matching = self._matching(text.strip().lower())
+        found: dict[Name, tuple[set[str], list[int]]] = {}
+        for number, key in self._dump.names.items():
+            if matching is not None and number not in matching:
+                continue
+            ports, sums = found.setdefault((key.namespace, key.name), (set(), [0, 0, 0]))
+            ports.add(_port(key))
+            sums[:] = (before + new for before, new in zip(sums, counts.get(number, (0, 0, 0)), strict=True))
+        rows = [
+            ServiceRow(namespace, name, tuple(sorted(ports)), *sums)
+            for (namespace, name), (ports, sums) in sorted(found.items())
+            if not rejected or any(sums[1:])
+        ]
+        return Found(tuple(rows[:most]), max(0, len(rows) - most))
+
+    def view(self, namespace: str, name: str) -> ServiceView | None:
+        """One Service; None where neither the maps nor the agent know it."""
+        asked = AskedOnce(self._bpf_root)
+        service = asked.service(namespace, name)
+        own = {
+            n: key for n, key in self._dump.names.items() if (key.namespace, key.name) == (namespace, name)
+        }
+        if service is None and not own:
+            return None
+        sums = [sum(each) for each in zip(*(c for _, c in ServiceCounts(self._maps).read(own)), strict=True)]
+        chosen, refused, dropped = sums or (0, 0, 0)
+        return ServiceView(
+            namespace=namespace,
+            name=name,
+            node=service.node if service is not None else "",
+            zone=service.zone if service is not None else "",
+            unserved=service.unserved if service is not None else "",
+            warnings=service.warnings if service is not None else (),
+            ports=tuple(self._ports(own, service)),
+            chosen=chosen,
+            refused=refused,
+            dropped=dropped,
+            without_agent=asked.silence,
+        )
+
+    def _matching(self, text: str) -> set[int] | None:
+        """The ids of service ports; None for all."""
+        if not text:
+            return None
+        found = {
+            number
+            for number, key in self._dump.names.items()
+            if text in f"{key.namespace}/{key.name}".lower()
+        }
+        address = parse_address(text.strip("[]"))
+        if address is not None:
+            found |= {entry.id for key, entry in self._dump.entries() if key.address == address}
+            found |= self._with_endpoint(address)
+        if text.isascii() and text.isdigit():
+            found |= {entry.id for key, entry in self._dump.entries() if key.port == int(text)}
+        return found
+
+    def _with_endpoint(self, address: bytes) -> set[int]:
+        records = self._maps.backends()
+        backends = {
+            number
+            for number in records.ids()
+            if (record := records.read(number)) is not None and record[0].address == address
+        }
+        return {
+            number
+            for number in self._dump.names
+            if backends
+            and any(not backends.isdisjoint(self._dump.selection(number, policy)) for policy in Policy)
+        }
+
+    def _ports(self, own: dict[int, ServicePortKey], service: ServiceReasons | None) -> Iterator[PortView]:
+        groups: dict[tuple[ServicePortKey, Policy], list[tuple[ServiceKey, ServiceEntry]]] = {}
+        for key, entry in self._dump.entries():
+            if (port := own.get(entry.id)) is not None:
+                groups.setdefault((port, entry.policy), []).append((key, entry))
+        loads = self._loads()
+        for (port, policy), entries in sorted(groups.items(), key=lambda item: item[0]):
+            reasons = service.port(port) if service is not None else None
+            selected = Lookup(self._maps).selection(entries[0][1].id, policy)
+            rows = rows_of(selected, policy, service, reasons)
+            yield PortView(
+                port=port.port_name,
+                protocol=port.protocol.name,
+                family=str(port.family),
+                policy=policy.name.capitalize(),
+                frontends=tuple(_frontends(entries)),
+                endpoints=tuple(self._endpoint(row, port.protocol, loads) for row in rows),
+                notes=tuple(notes_of(selected, policy, service, reasons, port)),
+            )
+        if service is not None:
+            known = {port for port, _ in groups}
+            yield from (_without_frontend(p, service) for p in service.ports if _key(service, p) not in known)
+
+    def _loads(self) -> dict[tuple[str, Protocol], tuple[int, int]]:
+        """What is open now, and was ever chosen, by endpoint. One that came back may have two backend ids."""
+        records, loads = self._maps.backends(), self._maps.loads()
+        found: dict[tuple[str, Protocol], tuple[int, int]] = {}
+        for number in records.ids():
+            record = records.read(number)
+            if record is not None:
+                backend, load = record[0], loads[number]
+                at = format_endpoint(backend.address, backend.port), backend.protocol
+                before = found.get(at, (0, 0))
+                found[at] = before[0] + load.open_now, before[1] + load.chosen
+        return found
+
+    @staticmethod
+    def _endpoint(
+        row: EndpointRow, protocol: Protocol, loads: dict[tuple[str, Protocol], tuple[int, int]]
+    ) -> EndpointView:
+        return EndpointView(row, *loads.get((row.address, protocol), (None, None)))
+
+
+def _port(key: ServicePortKey) -> str:
+    return f"{key.port_name}/{key.protocol.name}" if key.port_name else key.protocol.name
+
+
+def _key(service: ServiceReasons, port: PortReasons) -> ServicePortKey:
+    return ServicePortKey(
+        service.namespace, service.name, port.port_name, Protocol[port.protocol], Family(port.family)
+    )
+
+
+def _frontends(entries: list[tuple[ServiceKey, ServiceEntry]]) -> Iterator[FrontendView]:
+    """One for each address and port. An entry of the internal scope is for both, if there is no other."""
+    scopes: dict[tuple[FrontendKind, bytes, int], tuple[ServiceKey, ServiceEntry, set[Scope]]] = {}
+    for key, entry in entries:
+        shared = key.scope == Scope.INTERNAL and not entry.flags & ServiceFlags.TWO_SCOPES
+        at = entry.kind, key.address, key.port
+        scopes.setdefault(at, (key, entry, set()))[2].update(Scope if shared else (key.scope,))
+    for _, (key, entry, found) in sorted(scopes.items()):
+        yield FrontendView(
+            address=layout.format_frontend(key.address, key.port, key.protocol),
+            type=str(entry.kind),
+            scopes=tuple(map(str, sorted(found))),
+            algorithm=str(entry.algorithm),
+            affinity=entry.affinity_seconds,
+            own=bool(entry.flags & ServiceFlags.OWN),
+        )
+
+
+def _without_frontend(port: PortReasons, service: ServiceReasons) -> PortView:
+    """A port of which the maps have nothing."""
+    rows = rows_of((), Policy.CLUSTER, service, port)
+    lost = tuple(f"{each.frontend} is asked for, but belongs to {each.owner}" for each in port.lost)
+    return PortView(
+        port=port.port_name,
+        protocol=port.protocol,
+        family=str(Family(port.family)),
+        policy=Policy.CLUSTER.name.capitalize(),
+        frontends=(),
+        endpoints=tuple(map(EndpointView, rows)),
+        notes=lost or ("the maps have no frontend of it",),
+    )

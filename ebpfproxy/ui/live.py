@@ -1,0 +1,272 @@
+"""Decisions as they are made, for all who look at them: one trace, while there is anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from ebpfproxy.datapath.abi.decision_layout import SUCCESSES
+from ebpfproxy.datapath.decisions import TracingInUseError
+from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.inspection.failures import FAILURES, told
+from ebpfproxy.inspection.tracing import said, traced
+from ebpfproxy.trace.rows import DecisionRow, words
+from ebpfproxy.trace.session import Filter, Session, TraceError
+
+#: A page that is loaded again, or another of its views, goes on with the same programs.
+_LINGER_SECONDS = 1.0
+#: What is lost, and whether programs report, is looked at so often.
+_STATE_SECONDS = 1.0
+#: Until a trace is tried again that could not begin, or ended.
+_AGAIN_SECONDS = 2.0
+#: An event is sent at least so often: a connection that is gone is noticed by that.
+_HEARTBEAT_SECONDS = 5.0
+#: A page shows no more lines.
+MOST_LINES = 500
+_GOOD = {str(kind) for kind in SUCCESSES}
+_NOTHING = Filter(kinds=frozenset())
+
+
+class State(msgspec.Struct, frozen=True):
+    """Whether decisions are reported now, and a sentence about that."""
+
+    tracing: bool
+    text: str
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A decision, as it is shown. ``time`` in Unix seconds."""
+
+    time: float
+    good: bool
+    client: str
+    service: str
+    frontend: str
+    outcome: str
+    details: str
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """Decisions that were not shown: above the rate, not read in time, or more than a page has lines for."""
+
+    limited: int = 0
+    full: int = 0
+    skipped: int = 0
+
+
+class _Traced(NamedTuple):
+    row: DecisionRow
+    line: Line
+
+
+class Viewer:
+    """One who looks: a stream of events. The loop that makes it uses it; the trace's thread puts."""
+
+    def __init__(self, wanted: Filter) -> None:
+        self.wanted = wanted
+        self._kinds = frozenset(map(str, wanted.kinds))
+        self._loop = asyncio.get_running_loop()
+        self._ready = asyncio.Event()
+        self._lines: deque[Line] = deque()
+        self._skipped = 0
+        self._others: list[State | Lost] = []
+        self._closed = False
+
+    def put(self, decisions: Sequence[_Traced], others: Sequence[State | Lost] = ()) -> None:
+        """Any thread may call this."""
+        wanted = self.wanted
+        lines = [
+            line
+            for row, line in decisions
+            if row.kind in self._kinds
+            and wanted.namespace in (None, row.namespace)
+            and wanted.service in (None, row.service)
+        ]
+        if lines or others:
+            # The loop may have ended meanwhile, and the process with it.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._add, lines, others)
+
+    def close(self) -> None:
+        """Ends the stream."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: ``state``, ``lost``, and ``decisions``, several at once."""
+        while not self._closed:
+            try:
+                await asyncio.wait_for(self._ready.wait(), _HEARTBEAT_SECONDS)
+            except TimeoutError:
+                yield b": nothing new\n\n"
+                continue
+            self._ready.clear()
+            others, self._others = self._others, []
+            if self._skipped:
+                others.append(Lost(skipped=self._skipped))
+            lines, self._skipped = list(self._lines), 0
+            self._lines.clear()
+            for each in others:
+                yield _event("state" if isinstance(each, State) else "lost", each)
+            if lines:
+                yield _event("decisions", lines)
+
+    def _add(self, lines: Iterable[Line], others: Iterable[State | Lost]) -> None:
+        self._lines.extend(lines)
+        while len(self._lines) > MOST_LINES:
+            self._lines.popleft()
+            self._skipped += 1
+        self._others.extend(others)
+        self._ready.set()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._ready.set()
+
+
+def _event(name: str, value: object) -> bytes:
+    """JSON has no line breaks of its own."""
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), msgspec.json.encode(value))
+
+
+class Live:
+    """Viewers come and go; a thread traces while there are any."""
+
+    def __init__(self, bpf_root: Path) -> None:
+        self._bpf_root = bpf_root
+        self._lock = threading.Condition()
+        self._viewers: set[Viewer] = set()
+        self._changed = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._state: State | None = None
+
+    def join(self, viewer: Viewer) -> None:
+        with self._lock:
+            if self._closed:
+                viewer.close()
+                return
+            self._viewers.add(viewer)
+            self._changed = True
+            if self._state is not None:
+                viewer.put((), (self._state,))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="trace")
+                self._thread.start()
+
+    def leave(self, viewer: Viewer) -> None:
+        with self._lock:
+            self._viewers.discard(viewer)
+            self._changed = True
+            self._lock.notify_all()
+
+    def end_streams(self) -> None:
+        """The server ends: streams end, and none begins any more. A signal's handler may call this."""
+        self._closed = True
+        for each in tuple(self._viewers):
+            each.close()
+
+    def wait(self) -> None:
+        """Waits for the end of the trace."""
+        with self._lock:
+            self._viewers.clear()
+            self._lock.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while self._goes_on():
+            try:
+                self._trace()
+            except (TraceError, TracingInUseError, OSError, *FAILURES) as error:
+                self._say(State(tracing=False, text=told(error)))
+                with self._lock:
+                    if self._viewers:
+                        self._lock.wait(_AGAIN_SECONDS)
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            if not self._viewers:
+                self._thread = self._state = None
+            return bool(self._viewers)
+
+    def _trace(self) -> None:
+        self._say(State(tracing=False, text="waiting for programs that report decisions"))
+        maps = open_maps(self._bpf_root)
+        try:
+            with traced(self._bpf_root, maps, self._wanted()) as session:
+                self._follow(session)
+        finally:
+            maps.close()
+
+    def _follow(self, session: Session) -> None:
+        next_state, until = 0.0, None
+        for rows in session.rows():
+            now, viewers = time.monotonic(), tuple(self._viewers)
+            if viewers:
+                until = None
+            elif until is None:
+                until = now + _LINGER_SECONDS
+            if self._closed or (until is not None and now >= until):
+                return
+            if self._changed:
+                session.change(self._wanted())
+            decisions = [_Traced(row, _line(row)) for row in rows]
+            for each in viewers:
+                each.put(decisions)
+            if now >= next_state:
+                next_state = now + _STATE_SECONDS
+                self._look(session)
+
+    def _look(self, session: Session) -> None:
+        is_reported = session.is_reported
+        self._say(State(is_reported, said(is_reported=is_reported)))
+        limited, full = session.newly_lost()
+        if limited or full:
+            for each in tuple(self._viewers):
+                each.put((), (Lost(limited, full),))
+
+    def _say(self, state: State) -> None:
+        with self._lock:
+            if state != self._state:
+                self._state = state
+                for each in self._viewers:
+                    each.put((), (state,))
+
+    def _wanted(self) -> Filter:
+        """What all viewers want together: programs report nothing else."""
+        with self._lock:
+            self._changed = False
+            wanted = [each.wanted for each in self._viewers]
+        if not wanted:
+            return _NOTHING
+        namespaces, services = {each.namespace for each in wanted}, {each.service for each in wanted}
+        return Filter(
+            namespace=namespaces.pop() if len(namespaces) == 1 else None,
+            service=services.pop() if len(services) == 1 else None,
+            kinds=frozenset().union(*(each.kinds for each in wanted)),
+        )
+
+
+def _line(row: DecisionRow) -> Line:
+    found = words(row)
+    return Line(
+        row.time,
+        row.kind in _GOOD,
+        found.client,
+        found.service,
+        found.frontend,
+        found.outcome,
+        found.details,
+    )

@@ -1,0 +1,65 @@
+"""Serves the page until a signal ends it."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from ebpfproxy.services.model import format_endpoint
+from ebpfproxy.services.values import parse_address
+from ebpfproxy.ui.app import make
+from ebpfproxy.ui.live import Live
+
+#: Requests at once, with streams. A page has two; more are told to come again.
+_MOST_REQUESTS = 64
+_SHUTDOWN_SECONDS = 5
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Streams would be waited for.
+        self._closing()
+        super().handle_exit(sig, frame)
+
+
+def serve(bpf_root: Path, cni_results: Path, address: str, port: int, ready: Callable[[str], None]) -> None:
+    """Returns after SIGINT or SIGTERM. ``ready`` is told the page's address. Raises OSError."""
+    packed = parse_address(address)
+    assert packed is not None
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family)
+    key, live = secrets.token_urlsafe(24), Live(bpf_root)
+    config = uvicorn.Config(
+        make(bpf_root, cni_results, key, live),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=_MOST_REQUESTS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+    )
+    with listener:
+        ready(f"http://{format_endpoint(packed, listener.getsockname()[1])}/#key={key}")
+        # Uvicorn raises the signal again once it has ended.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            _Server(config, live.end_streams).run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            live.end_streams()
+            live.wait()

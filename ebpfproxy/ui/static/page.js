@@ -1,0 +1,625 @@
+// SPDX-License-Identifier: Apache-2.0
+// Data goes into text nodes and into nothing else: names, annotations and processes are other people's.
+
+const KEY = "ebpfproxy-key";
+const PROTOCOLS = ["TCP", "UDP", "SCTP"];
+const MOST_LINES = 500;
+const main = document.getElementById("main");
+const trouble = document.getElementById("trouble");
+
+// -- elements
+
+/** Characters that have no shape of their own, or change the direction of others, are shown as what they are. */
+function plain(text) {
+  return String(text).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, "\u{fffd}");
+}
+
+/** An element with attributes; children are elements, or anything else as text. */
+function make(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value !== false && value !== undefined) made.setAttribute(key, value === true ? "" : value);
+  }
+  for (const child of children.flat()) {
+    made.append(child instanceof Node ? child : document.createTextNode(plain(child)));
+  }
+  return made;
+}
+
+/** A cell with a class, or more than its text. */
+function cell(content, kind = "") {
+  return make("td", kind ? { class: kind } : {}, content);
+}
+
+const number = (value) => cell(value === null || value === undefined ? "" : value.toLocaleString(), "number");
+const wide = (text) => cell(text, "wide");
+
+/** Heads that end with # are of numbers. Rows are lists of cells or texts. */
+function table(caption, heads, rows) {
+  const head = heads.map((text) => {
+    const name = text.replace(/#$/, "");
+    return make("th", { scope: "col", class: name === text ? false : "number" }, name);
+  });
+  const body = rows.map((row) => make("tr", {}, row.map((each) => (each instanceof Node ? each : cell(each)))));
+  const made = make("table", {}, caption ? make("caption", {}, caption) : [], make("thead", {}, make("tr", {}, head)));
+  made.append(make("tbody", {}, body));
+  return make("div", { class: "scroll" }, made);
+}
+
+function list(pairs) {
+  return make("dl", {}, pairs.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+}
+
+function serviceAddress(namespace, name) {
+  return `#/services/${encodeURIComponent(namespace)}/${encodeURIComponent(name)}`;
+}
+
+function serviceLink(namespace, name) {
+  return make("a", { href: serviceAddress(namespace, name) }, `${namespace}/${name}`);
+}
+
+/** Replaces what is shown; whoever has the focus on a link or a summary keeps it. */
+function show(where, ...content) {
+  const active = where.contains(document.activeElement) ? document.activeElement : null;
+  const address = active?.getAttribute("href");
+  const scrolled = [...where.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  where.replaceChildren(...content.flat());
+  where.querySelectorAll(".scroll").forEach((each, at) => (each.scrollLeft = scrolled[at] ?? 0));
+  if (address) [...where.querySelectorAll("a")].find((each) => each.getAttribute("href") === address)?.focus();
+}
+
+function age(seconds) {
+  for (const [unit, length] of [["d", 86400], ["h", 3600], ["m", 60]]) {
+    if (seconds >= 2 * length) return `${Math.floor(seconds / length)}${unit}`;
+  }
+  return `${Math.max(0, Math.round(seconds))}s`;
+}
+
+// -- what is asked
+
+class Refusal extends Error {}
+
+function headers() {
+  return { authorization: `Bearer ${localStorage.getItem(KEY) ?? ""}` };
+}
+
+function address(path, query = {}) {
+  const given = Object.entries(query).filter(([, value]) => value);
+  return given.length ? `api/${path}?${new URLSearchParams(given)}` : `api/${path}`;
+}
+
+async function failure(response) {
+  if (response.status === 401) return "This address lacks its key: open the one that ebpfproxy ui has printed.";
+  try {
+    return (await response.json()).error;
+  } catch {
+    return `ebpfproxy ui answers ${response.status}`;
+  }
+}
+
+/** Raises Refusal where the answer is a sentence instead, and TypeError without an answer. */
+async function ask(path, query, signal) {
+  const response = await fetch(address(path, query), { headers: headers(), signal });
+  if (!response.ok) throw new Refusal(await failure(response));
+  return response.json();
+}
+
+function complain(error) {
+  if (error?.name === "AbortError") return;
+  const text = error instanceof Refusal ? error.message : "ebpfproxy ui does not answer: has it ended?";
+  if (trouble.textContent !== plain(text) || trouble.hidden) trouble.replaceChildren(plain(text));
+  trouble.hidden = false;
+}
+
+function isWell() {
+  trouble.hidden = true;
+}
+
+/** Asks now and then while the page can be seen, and shows what is new. */
+class Poll {
+  constructor(seconds, read, display) {
+    Object.assign(this, { seconds, read, display, before: "", control: null, timer: 0 });
+    this.seen = () => (document.hidden ? this.rest() : this.now());
+    document.addEventListener("visibilitychange", this.seen);
+    this.now();
+  }
+
+  async now() {
+    this.rest();
+    const control = (this.control = new AbortController());
+    try {
+      const found = await this.read(control.signal);
+      isWell();
+      const text = JSON.stringify(found);
+      if (text !== this.before) this.display(found);
+      this.before = text;
+    } catch (error) {
+      if (!control.signal.aborted) complain(error);
+    }
+    if (!control.signal.aborted) this.timer = setTimeout(() => this.now(), this.seconds * 1000);
+  }
+
+  rest() {
+    clearTimeout(this.timer);
+    this.control?.abort();
+  }
+
+  stop() {
+    this.rest();
+    document.removeEventListener("visibilitychange", this.seen);
+  }
+}
+
+/** Server-sent events, by fetch: an EventSource sends no header, and so no key. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").map((line) => line.split(/: (.*)/s, 2)));
+      if (fields.event) yield [fields.event, JSON.parse(fields.data)];
+    }
+  }
+}
+
+/** Decisions, newest first, while they can be seen: the node traces for as long. */
+class Decisions {
+  constructor(query) {
+    this.query = query;
+    this.state = make("p", { role: "status", class: "soft" });
+    this.lost = make("p", { class: "warn", hidden: true });
+    this.lostCount = 0;
+    this.body = make("tbody");
+    this.waiting = [];
+    const heads = ["Time", "Client", "Service", "Frontend", "Outcome", "Details"];
+    const shown = table("", heads, []);
+    shown.querySelector("tbody").replaceWith(this.body);
+    this.element = make("div", {}, this.state, this.lost, shown);
+    this.seen = () => (document.hidden ? this.rest("not tracing while the page is hidden") : this.follow());
+    document.addEventListener("visibilitychange", this.seen);
+    if (!document.hidden) this.follow();
+  }
+
+  say(text) {
+    this.state.replaceChildren(plain(text));
+  }
+
+  async follow() {
+    this.control?.abort();
+    const control = (this.control = new AbortController());
+    while (!control.signal.aborted) {
+      try {
+        const found = await fetch(address("decisions", this.query), { headers: headers(), signal: control.signal });
+        if (!found.ok) throw new Refusal(await failure(found));
+        for await (const [event, data] of events(found)) {
+          if (control.signal.aborted) return;
+          isWell();
+          this.take(event, data);
+        }
+      } catch (error) {
+        if (control.signal.aborted) return;
+        complain(error);
+      }
+      await new Promise((wake) => setTimeout(wake, 2000));
+    }
+  }
+
+  take(event, data) {
+    if (event === "state") this.say(data.text);
+    if (event === "lost") {
+      this.lostCount += data.limited + data.full + data.skipped;
+      this.lost.replaceChildren(`${this.lostCount.toLocaleString()} more were made than could be shown`);
+      this.lost.hidden = false;
+    }
+    if (event === "decisions") {
+      if (!this.waiting.length) requestAnimationFrame(() => this.draw());
+      this.waiting.push(...data);
+      if (this.waiting.length > MOST_LINES) this.waiting.splice(0, this.waiting.length - MOST_LINES);
+    }
+  }
+
+  draw() {
+    const rows = this.waiting.reverse().map((line) => {
+      const time = new Date(line.time * 1000);
+      const clock = `${time.toLocaleTimeString([], { hour12: false })}.${String(time.getMilliseconds()).padStart(3, "0")}`;
+      return make(
+        "tr", {}, cell(clock), cell(line.client), cell(line.service), cell(line.frontend),
+        cell(line.outcome, line.good ? "good" : "bad"), cell(line.details, "soft"),
+      );
+    });
+    this.waiting = [];
+    this.body.prepend(...rows);
+    while (this.body.childElementCount > MOST_LINES) this.body.lastElementChild.remove();
+  }
+
+  rest(text) {
+    this.control?.abort();
+    this.say(text);
+  }
+
+  stop() {
+    document.removeEventListener("visibilitychange", this.seen);
+    this.rest("");
+  }
+}
+
+/** Decisions that are asked for when this is opened. */
+function onDemand(title, query) {
+  let running = null;
+  const details = make("details", {}, make("summary", {}, title));
+  details.addEventListener("toggle", () => {
+    running?.stop();
+    running?.element.remove();
+    running = details.open ? new Decisions(query) : null;
+    if (running) details.append(running.element);
+  });
+  return { element: details, stop: () => running?.stop() };
+}
+
+// -- views: each fills `main`, and returns what has to be stopped
+
+function heading(text) {
+  document.title = `${plain(text)} · ebpfproxy`;
+  return make("h1", { tabindex: "-1" }, text);
+}
+
+function field(text, input, kind = "") {
+  return make("label", kind ? { class: kind } : {}, kind ? [input, text] : [text, input]);
+}
+
+function serviceRows(found) {
+  const rows = found.services.map((each) => [
+    cell(serviceLink(each.namespace, each.name)),
+    cell(each.ports.join(", ")),
+    number(each.chosen),
+    cell(each.refused.toLocaleString(), each.refused ? "number bad" : "number"),
+    cell(each.dropped.toLocaleString(), each.dropped ? "number bad" : "number"),
+  ]);
+  const heads = ["Service", "Ports", "Connections#", "Refused#", "Dropped#"];
+  const more = found.more ? make("p", { class: "soft" }, `and ${found.more.toLocaleString()} more`) : [];
+  return rows.length ? [table("", heads, rows), more] : [make("p", {}, "No Service matches.")];
+}
+
+function services(query) {
+  const search = make("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
+  search.value = query.get("q") ?? "";
+  const results = make("div", { "aria-live": "polite" });
+  const text = "Name, address of a Service or endpoint, or port";
+  const form = make("form", { role: "search" }, field(text, search));
+  show(main, heading("Services"), form, results);
+  const poll = new Poll(5, (signal) => ask("services", { q: search.value }, signal), (found) => show(results, serviceRows(found)));
+  let typed = 0;
+  const again = () => {
+    history.replaceState(null, "", search.value ? `#/services?q=${encodeURIComponent(search.value)}` : "#/services");
+    poll.now();
+  };
+  search.addEventListener("input", () => {
+    clearTimeout(typed);
+    typed = setTimeout(again, 150);
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    results.querySelector("a")?.focus();
+  });
+  return [poll, { stop: () => clearTimeout(typed) }];
+}
+
+function endpointRow({ row, open, connections }) {
+  const use = row.used ? `✓ ${(row.share * 100).toFixed(row.share && row.share < 0.01 ? 2 : 0)} %` : "✗ none";
+  return [
+    cell(row.address), cell(row.pod), cell(use, row.used ? "good" : "bad"), cell(row.state), cell(row.node), cell(row.zone),
+    number(row.weight), number(open), number(connections), wide(row.why),
+  ];
+}
+
+function portSection(port) {
+  const name = [port.port, `${port.protocol}, ${port.family}, policy ${port.policy}`].filter(Boolean).join(": ");
+  const frontends = port.frontends.map((each) => [
+    cell(each.address), cell(each.type), cell(each.scopes.join(", ")), cell(each.algorithm),
+    cell(each.affinity ? `${each.affinity}s` : "none"), cell(each.own ? "not translated: the node's own address" : ""),
+  ]);
+  const heads = ["Endpoint", "Pod", "New connections", "State", "Node", "Zone", "Weight#", "Open#", "So far#", "Reason"];
+  return [
+    make("h2", {}, name),
+    port.notes.length ? make("ul", {}, port.notes.map((note) => make("li", { class: "warn" }, note))) : [],
+    frontends.length ? table("Frontends", ["Address", "Type", "Scope", "Algorithm", "Affinity", ""], frontends) : [],
+    port.endpoints.length ? table("Endpoints", heads, port.endpoints.map(endpointRow)) : make("p", { class: "bad" }, "No endpoints."),
+  ].flat();
+}
+
+function service(namespace, name) {
+  const parts = make("div");
+  const live = onDemand("Live decisions", { namespace, service: name });
+  const question = make("a", { href: `#/explain?to=${encodeURIComponent(`${namespace}/${name}`)}` }, "Explain a connection to it");
+  show(main, heading(`${namespace}/${name}`), make("p", {}, question), parts, live.element);
+  const path = `services/${encodeURIComponent(namespace)}/${encodeURIComponent(name)}`;
+  const poll = new Poll(3, (signal) => ask(path, {}, signal), (found) => {
+    const counts = `${found.chosen.toLocaleString()} connections, ${found.refused.toLocaleString()} refused, ${found.dropped.toLocaleString()} dropped on this node`;
+    const facts = [["so far", counts]];
+    if (found.zone) facts.push(["this node", `${found.node}, zone ${found.zone}`]);
+    if (found.unserved) facts.push(["no frontends", found.unserved]);
+    if (found.without_agent) facts.push(["no reasons", `${found.without_agent}: only the maps are shown`]);
+    facts.push(...found.warnings.map((warning) => ["ignored", warning]));
+    show(parts, list(facts), found.ports.flatMap(portSection));
+  });
+  return [poll, live];
+}
+
+function live(query) {
+  const input = (name) => {
+    const made = make("input", { type: "text", autocomplete: "off", spellcheck: "false" });
+    made.value = query.get(name) ?? "";
+    return made;
+  };
+  const [namespace, name] = [input("namespace"), input("service")];
+  const errors = make("input", { type: "checkbox" });
+  errors.checked = query.has("errors");
+  const pause = make("button", { type: "button" }, "Pause");
+  const form = make(
+    "form", {}, field("Namespace", namespace), field("Service", name),
+    field("only what is not well", errors, "inline"), make("button", {}, "Filter"), pause,
+  );
+  const place = make("div");
+  show(main, heading("Live decisions"), form, place);
+  let running = null;
+  const start = () => {
+    running?.stop();
+    const wanted = { namespace: namespace.value.trim(), service: name.value.trim(), errors: errors.checked ? "1" : "" };
+    const given = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value)).toString();
+    history.replaceState(null, "", given ? `#/live?${given}` : "#/live");
+    running = new Decisions(wanted);
+    show(place, running.element);
+    pause.replaceChildren("Pause");
+  };
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    start();
+  });
+  errors.addEventListener("change", start);
+  pause.addEventListener("click", () => {
+    if (!running) return start();
+    running.stop();
+    running.say("paused: the trace has ended");
+    running = null;
+    pause.replaceChildren("Go on");
+  });
+  start();
+  return [{ stop: () => running?.stop() }];
+}
+
+function refusals() {
+  const found = make("div");
+  const decisions = onDemand("Refusals as they happen", { errors: "1" });
+  show(main, heading("Refusals"), found, decisions.element);
+  const read = async (signal) => ({
+    services: await ask("services", { rejected: "1" }, signal),
+    packets: (await ask("status", {}, signal)).status.packets,
+  });
+  const poll = new Poll(5, read, ({ services: some, packets }) => {
+    const rows = packets.map((each) => [cell(each.reason), cell(each.action), number(each.packets)]);
+    show(
+      found,
+      some.services.length ? serviceRows(some) : make("p", {}, "No Service in the maps has refused or dropped anything."),
+      make("h2", {}, "Packets"),
+      rows.length ? table("", ["Reason", "What was done", "Packets#"], rows) : make("p", {}, "None."),
+    );
+  });
+  return [poll, decisions];
+}
+
+function explainedPart(told, explanation) {
+  const endpoints = explanation.endpoints.map((row) => [
+    cell(row.address), cell(row.pod), cell(row.used ? `✓ ${(row.share * 100).toFixed(0)} %` : "✗ none", row.used ? "good" : "bad"),
+    cell(row.state), cell(row.node), cell(row.zone), wide(row.why),
+  ]);
+  const heads = ["Endpoint", "Pod", "New connections", "State", "Node", "Zone", "Reason"];
+  return [
+    make("h2", { class: explanation.works ? "good" : "bad" }, told.headline),
+    list(told.facts),
+    endpoints.length ? table("Endpoints", heads, endpoints) : [],
+  ].flat();
+}
+
+function explain(query) {
+  const source = make("input", { type: "text", list: "clients", required: true, autocomplete: "off", spellcheck: "false" });
+  const target = make("input", { type: "text", list: "targets", required: true, autocomplete: "off", spellcheck: "false" });
+  const protocol = make("select", {}, make("option", { value: "" }, "any"), PROTOCOLS.map((each) => make("option", { value: each }, each)));
+  source.value = query.get("from") ?? "";
+  target.value = query.get("to") ?? "";
+  protocol.value = PROTOCOLS.includes(query.get("protocol")) ? query.get("protocol") : "";
+  const [clients, targets] = [make("datalist", { id: "clients" }), make("datalist", { id: "targets" })];
+  const form = make(
+    "form", {}, field("From: a pod of this node, host, or an address", source),
+    field("To: a Service with its port, or ADDRESS:PORT", target), field("Protocol", protocol), make("button", {}, "Explain"),
+  );
+  const answer = make("div", { "aria-live": "polite" });
+  show(main, heading("Explain a connection"), form, clients, targets, answer);
+  const control = new AbortController();
+  ask("clients", {}, control.signal)
+    .then((names) => clients.replaceChildren(...names.map((each) => make("option", { value: plain(each) }))))
+    .catch(complain);
+  const suggest = () =>
+    ask("services", { q: target.value.split(":")[0] }, control.signal)
+      .then((found) => targets.replaceChildren(...found.services.map((each) => make("option", { value: plain(`${each.namespace}/${each.name}`) }))))
+      .catch(complain);
+  target.addEventListener("focus", suggest, { once: true });
+  const run = async () => {
+    const asked = { from: source.value, to: target.value, protocol: protocol.value };
+    history.replaceState(null, "", `#/explain?${new URLSearchParams(Object.entries(asked).filter(([, value]) => value))}`);
+    show(answer, make("p", { class: "soft" }, "…"));
+    try {
+      const { report, told } = await ask("explain", asked, control.signal);
+      isWell();
+      const silent = report.without_agent ? make("p", { class: "warn" }, `The maps alone are explained: ${report.without_agent}.`) : [];
+      const why = report.why ? make("p", { class: "bad strong" }, `DOES NOT WORK: ${report.why}`) : [];
+      show(answer, why, silent, told.flatMap((each, at) => explainedPart(each, report.explanations[at])));
+    } catch (error) {
+      if (error instanceof Refusal) show(answer, make("p", { class: "bad" }, error.message));
+      else complain(error);
+    }
+  };
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    run();
+  });
+  if (source.value && target.value) run();
+  return [{ stop: () => control.abort() }];
+}
+
+function findings(title, kind, found) {
+  if (!found.length) return [];
+  const rows = found.map((each) => [
+    cell(each.where), cell(each.kind, kind), wide(each.what), cell(each.service), wide(each.consequence), cell(make("code", {}, each.mend), "wide"),
+  ]);
+  return [make("h2", {}, title), table("", ["Where", "Kind", "What", "Service", "Consequence", "Mended by"], rows)];
+}
+
+function check() {
+  const again = make("button", { type: "button" }, "Check again");
+  const answer = make("div", { "aria-live": "polite" });
+  show(main, heading("Check and drift"), make("div", { class: "controls" }, again), answer);
+  const control = new AbortController();
+  const run = async () => {
+    again.disabled = true;
+    show(answer, make("p", { class: "soft" }, "The node is compared with what it should be …"));
+    try {
+      const found = await ask("check", {}, control.signal);
+      isWell();
+      const wrong = found.findings.filter((each) => !each.warning);
+      const warnings = found.findings.filter((each) => each.warning);
+      const said = wrong.length ? `${wrong.length + found.more} things are wrong` : "everything is as it should be";
+      const earlier = found.earlier.map(({ when, finding }) => [
+        cell(`${new Date(when * 1000).toLocaleString()}`), cell(finding.where), cell(finding.kind), wide(finding.what), cell(finding.service),
+      ]);
+      show(
+        answer,
+        make("p", { class: wrong.length ? "bad strong" : "good strong" }, said),
+        findings("Wrong", "bad", wrong),
+        found.more ? make("p", {}, `and ${found.more} more entries`) : [],
+        findings("Warnings", "warn", warnings),
+        earlier.length
+          ? [make("h2", {}, "Repaired by the agent"), table("", ["When", "Map", "Kind", "Entry", "Service"], earlier)]
+          : make("p", { class: "soft" }, "The agent has repaired nothing since its start."),
+        found.unchecked.map((text) => make("p", { class: "warn" }, `not checked: ${text}`)),
+      );
+    } catch (error) {
+      show(answer);
+      complain(error);
+    }
+    again.disabled = false;
+  };
+  again.addEventListener("click", run);
+  run();
+  return [{ stop: () => control.abort() }];
+}
+
+function node() {
+  const parts = make("div");
+  show(main, heading("Node"), parts);
+  const poll = new Poll(3, (signal) => ask("status", {}, signal), ({ status, facts, now }) => {
+    const devices = status.devices.map((each) => [cell(each.device), cell(each.directions.join(", ")), cell(each.role), cell(each.xdp), wide(each.why)]);
+    const watches = (status.agent?.watches ?? []).map((each) => [
+      cell(each.resource), cell(each.state, each.state === "connected" ? "good" : "bad"), cell(age(now - each.since)),
+      cell(each.last_event ? age(now - each.last_event) : "never"), wide(each.error ?? ""),
+    ]);
+    const fills = [...status.maps]
+      .sort((a, b) => b.entries / b.capacity - a.entries / a.capacity)
+      .map((each) => {
+        const share = `${((100 * each.entries) / each.capacity).toFixed(1)} %`;
+        const bar = make("progress", { value: each.entries, max: each.capacity, "aria-label": `${each.name}: ${share}` });
+        return [cell(each.name), number(each.entries), number(each.capacity), cell([bar, ` ${share}`])];
+      });
+    const colour = (name) => (name === "health" ? (status.healthy ? "good strong" : "bad strong") : name === "problem" ? "bad" : "");
+    const pairs = facts.map(([name, value]) => [name, make("span", { class: colour(name) }, value)]);
+    show(
+      parts,
+      list(pairs),
+      make("h2", {}, "Devices"),
+      table("", ["Device", "Programs", "Role", "XDP", "Reason"], devices),
+      watches.length ? [make("h2", {}, "Watches"), table("", ["Watch", "State", "Since", "Last data", "Error"], watches)].flat() : [],
+      make("h2", {}, "Maps"),
+      table("", ["Map", "Entries#", "Capacity#", "Full"], fills),
+    );
+  });
+  return [poll];
+}
+
+// -- the frame
+
+let running = [];
+let wantsSearch = false;
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+function route() {
+  const [path, query] = location.hash.replace(/^#\/?/, "").split(/\?(.*)/s);
+  const [view, ...rest] = path.split("/").map(decoded);
+  const given = new URLSearchParams(query ?? "");
+  running.forEach((each) => each.stop());
+  isWell();
+  const views = { live, refusals, explain, check, node };
+  const chosen = Object.hasOwn(views, view) ? view : "services";
+  for (const link of document.querySelectorAll("nav a")) {
+    const isIt = link.getAttribute("href") === `#/${chosen}`;
+    if (isIt) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  running = chosen !== "services" ? views[chosen](given) : rest.length === 2 ? service(...rest) : services(given);
+}
+
+function moved() {
+  route();
+  main.querySelector(wantsSearch ? "#search" : "h1")?.focus();
+  wantsSearch = false;
+  window.scrollTo(0, 0);
+}
+
+/** The key comes with the address that the command prints; it does not stay there, to be copied or seen. */
+function takeKey() {
+  const found = /^#key=([\w-]+)$/.exec(location.hash);
+  if (found) {
+    localStorage.setItem(KEY, found[1]);
+    history.replaceState(null, "", "#/services");
+  }
+}
+
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.matches?.("input, select, textarea");
+  if (event.key !== "/" || isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  const search = document.getElementById("search");
+  search?.focus();
+  if (!search) {
+    wantsSearch = true;
+    location.hash = "#/services";
+  }
+});
+document.getElementById("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  main.focus();
+});
+window.addEventListener("hashchange", () => {
+  const hadKey = location.hash.startsWith("#key=");
+  takeKey();
+  if (hadKey) frame.now();
+  moved();
+});
+
+takeKey();
+const frame = new Poll(5, (signal) => ask("status", {}, signal), ({ status }) => {
+  const health = document.getElementById("health");
+  health.replaceChildren(status.healthy ? "● healthy" : "▲ NOT HEALTHY");
+  health.className = status.healthy ? "good" : "bad strong";
+  document.getElementById("node").replaceChildren(plain(status.agent?.node ?? ""));
+});
+route();

@@ -1,0 +1,427 @@
+"""The page in Chromium, on a lab node with a real agent: what is seen, by keyboard alone, light, dark and narrow.
+
+EBPFPROXY_PICTURES names a folder that keeps the pictures, to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.outer import Outer
+from tests.e2e.world import SERVICE_IPS
+from tests.lab import Lab, clients, manifests
+from tests.lab.browser import Browser, needs_chromium
+from tests.lab.waiting import until
+from tests.ui.server import Ui
+
+pytestmark = [pytest.mark.root, needs_chromium]
+
+WEB = SERVICE_IPS["v4"]
+EVIL = "<img src=x onerror=\"window.hacked='zone'\"><script>window.hacked='script'</script>"
+VIEWS = ["services", "services/shop/web", "services/shop/odd", "live", "refusals", "explain", "check", "node"]
+
+
+@pytest.fixture(scope="module")
+def outer() -> Iterator[Outer]:
+    with Lab() as lab:
+        made = Outer(lab)
+        # A zone may be any text, and so may the reasons that the agent makes of it.
+        odd = {**made.on_a(), "zone": EVIL, "hints": {"forZones": [{"name": EVIL}]}}
+        manifests.write(
+            made.manifests / "odd.yaml",
+            manifests.service("odd", clusterIPs=["10.96.8.2"], trafficDistribution="PreferClose"),
+            manifests.slice_of("odd", [odd, made.on_b(ready=False)]),
+        )
+        made.agent().start()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def ui(outer: Outer) -> Iterator[Ui]:
+    made = Ui(outer.a)
+    yield made
+    assert made.end() == (0, "")
+
+
+@pytest.fixture(scope="module")
+def browser(outer: Outer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    made = Browser(outer.a, tmp_path_factory.mktemp("chromium") / "profile")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def page(browser: Browser, ui: Ui) -> Browser:
+    browser.size(1200, 800)
+    browser.prefer("light")
+    browser.complaints.clear()
+    browser.requests.clear()
+    browser.open("about:blank")
+    browser.open(ui.address)
+    browser.wait_text("shop/web")
+    browser.wait("document.getElementById('health').innerText", lambda text: text == "● healthy")
+    return browser
+
+
+def go(page: Browser, view: str) -> None:
+    page.evaluate(f"void (location.hash = '#/{view}')")
+    page.wait(
+        "document.querySelector('nav a[aria-current]')?.hash",
+        lambda found: found == f"#/{view.split('/', maxsplit=1)[0]}",
+    )
+
+
+def rows(page: Browser, at: str = "main") -> list[list[str]]:
+    """The cells of all rows of tables."""
+    found: list[list[str]] = page.evaluate(
+        f"[...document.querySelectorAll('{at} tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+    )
+    return found
+
+
+def without_complaints(page: Browser) -> None:
+    assert page.complaints == []
+
+
+# -- what is seen
+
+
+def test_the_key_leaves_the_address_and_stays_with_the_browser(page: Browser, ui: Ui) -> None:
+    assert page.evaluate("location.hash") == "#/services"
+    assert ui.key not in page.evaluate("document.documentElement.outerHTML")
+    assert not [url for url in page.requests if ui.key in url.partition("#")[0]]
+    page.open("about:blank")
+    page.open(ui.address.partition("#")[0])
+    page.wait_text("shop/web")
+    without_complaints(page)
+
+
+def test_without_the_key_the_page_says_what_is_missing(page: Browser, ui: Ui) -> None:
+    page.evaluate("localStorage.clear()")
+    page.open("about:blank")
+    page.open(ui.address.partition("#")[0])
+    page.wait_text("open the one that ebpfproxy ui has printed")
+    assert "shop/web" not in page.text
+    # The right address mends it without a new tab.
+    page.evaluate(f"void (location.hash = '#key={ui.key}')")
+    page.wait_text("shop/web")
+    assert "has printed" not in page.text
+
+
+def test_services_are_searched_as_one_types(page: Browser) -> None:
+    assert [row[0] for row in rows(page)] == [
+        "shop/elsewhere",
+        "shop/empty",
+        "shop/odd",
+        "shop/second",
+        "shop/web",
+    ]
+    page.press("/")
+    page.type("second")
+    page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 1)
+    assert page.evaluate("location.hash") == "#/services?q=second"
+    page.type(" nothing")
+    page.wait_text("No Service matches.")
+    without_complaints(page)
+
+
+def test_a_service_shows_why_each_endpoint_is_in_or_out(page: Browser, outer: Outer) -> None:
+    go(page, "services/shop/elsewhere")
+    page.wait_text("policy Local: it is on node-b")
+    go(page, "services/shop/odd")
+    page.wait_text("not ready")
+    found = {row[0]: row for row in rows(page) if len(row) == 10}
+    used, left = found[f"{outer.w1.address}:8080"], found[f"{outer.w2.address}:8080"]
+    assert (used[2], left[2], left[9]) == ("✓ 100 %", "✗ none", "not ready")
+    without_complaints(page)
+
+
+def test_text_of_others_is_text(page: Browser) -> None:
+    go(page, "services/shop/odd")
+    page.wait_text(EVIL)
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    without_complaints(page)
+
+
+def test_text_cannot_become_markup_even_by_an_error_of_ours(page: Browser) -> None:
+    """The policy has the browser refuse it."""
+    page.evaluate(
+        "(() => { try { document.body.innerHTML = '<b>x</b>'; window.done = 'set'; }"
+        " catch (error) { window.done = error.name; } })()"
+    )
+    assert page.evaluate("window.done") == "TypeError"
+    page.evaluate(
+        "void document.body.append(Object.assign(document.createElement('img'), {src: 'http://192.0.2.1/x'}))"
+    )
+    page.wait("performance.now() > 0")
+    until(lambda: page.evaluate("1") and any("Content Security Policy" in each for each in page.complaints))
+
+
+def _comm(name: str, host: str, port: int) -> None:
+    """Connects as a process that has a name of its own choice."""
+    Path("/proc/self/comm").write_text(name)
+    clients.connect_error(host, port)
+
+
+def test_decisions_come_as_they_are_made(page: Browser, outer: Outer) -> None:
+    go(page, "live")
+    page.wait("document.querySelector('main [role=status]').innerText", lambda text: text == "tracing")
+    outer.client.call(clients.ask_tcp, WEB, 80)
+    outer.client.call(_comm, "<i>\u202ex", "10.96.0.20", 80)
+    page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 2)
+    refused, chosen = rows(page)
+    assert chosen[2:4] == ["shop/web:http", f"{WEB}:80"]
+    assert chosen[4].startswith("⇒ 10.244.")
+    assert refused[2] == "shop/empty:http"
+    assert refused[4] == "✗ refused: no-endpoint"
+    # A character that turns the direction of text is shown as what it is.
+    assert refused[5].startswith("<i>\ufffdx[")
+    assert page.evaluate("document.querySelectorAll('main i').length") == 0
+    without_complaints(page)
+
+
+def tracing(outer: Outer) -> bool:
+    """Programs that report decisions are attached."""
+    folders = list(outer.a.bpf_root.glob("ebpfproxy/v*/progs-*"))
+    return len(folders) > 1
+
+
+def test_nothing_is_traced_that_nobody_looks_at(page: Browser, outer: Outer) -> None:
+    until(lambda: not tracing(outer))
+    go(page, "live")
+    page.wait("document.querySelector('main [role=status]').innerText", lambda text: text == "tracing")
+    assert tracing(outer)
+    page.evaluate("[...document.querySelectorAll('button')].find(each => each.innerText === 'Pause').click()")
+    until(lambda: not tracing(outer))
+    page.evaluate("[...document.querySelectorAll('button')].find(each => each.innerText === 'Go on').click()")
+    until(lambda: tracing(outer))
+    # A tab behind another is not looked at.
+    page.evaluate(
+        "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
+        "void document.dispatchEvent(new Event('visibilitychange'))"
+    )
+    until(lambda: not tracing(outer))
+    page.evaluate("delete document.hidden; void document.dispatchEvent(new Event('visibilitychange'))")
+    until(lambda: tracing(outer))
+    go(page, "node")
+    until(lambda: not tracing(outer))
+    # On a Service's own page it begins with a click.
+    go(page, "services/shop/web")
+    page.wait_text("Live decisions")
+    assert not tracing(outer)
+    page.evaluate("void document.querySelector('summary').click()")
+    page.wait_text("tracing")
+    outer.client.call(clients.connect_error, "10.96.0.20", 80)
+    outer.client.call(clients.ask_tcp, WEB, 80)
+    page.wait("document.querySelectorAll('details tbody tr').length", lambda found: found == 1)
+    assert rows(page, "details")[0][2] == "shop/web:http"
+    go(page, "services")
+    until(lambda: not tracing(outer))
+    without_complaints(page)
+
+
+def test_explain_answers_from_a_form(page: Browser) -> None:
+    go(page, "explain")
+    page.evaluate("void document.querySelector('main input').focus()")
+    page.type("shop/client")
+    page.press("Tab")
+    page.type("shop/elsewhere:http")
+    page.press("Enter")
+    page.wait_text("DOES NOT WORK: EHOSTUNREACH")
+    assert "policy Local: it is on node-b" in page.text
+    address = page.evaluate("location.hash")
+    assert address == "#/explain?from=shop%2Fclient&to=shop%2Felsewhere%3Ahttp"
+    # The address is the question: it can be sent to somebody.
+    go(page, "node")
+    page.evaluate(f"void (location.hash = {address!r})")
+    page.wait_text("DOES NOT WORK: EHOSTUNREACH")
+    page.evaluate("void (location.hash = '#/explain?from=nobody&to=shop/web:http')")
+    page.wait_text("no pod 'nobody' on this node")
+    # That question is one that the server refuses, and Chromium notes it.
+    assert all("400" in each for each in page.complaints)
+
+
+def test_refusals_and_checks_and_the_node_are_shown(page: Browser, outer: Outer) -> None:
+    outer.client.call(clients.connect_error, "10.96.0.20", 80)
+    go(page, "refusals")
+    page.wait_text("shop/empty")
+    go(page, "check")
+    page.wait(
+        "document.body.innerText",
+        lambda text: re.search("everything is as it should be|things are wrong", text),
+    )
+    go(page, "node")
+    page.wait_text("node-a")
+    assert "endpointslices" in page.text
+    without_complaints(page)
+
+
+def test_everything_comes_from_the_page_itself(page: Browser, ui: Ui) -> None:
+    for view in VIEWS:
+        go(page, view)
+        page.wait_text("")
+    page.evaluate("1")
+    own = ui.address.partition("#")[0]
+    assert {url for url in page.requests if not url.startswith((own, "about:"))} == set()
+    assert page.requests
+
+
+def test_an_ended_server_is_said(page: Browser, outer: Outer) -> None:
+    other = Ui(outer.a)
+    page.open(other.address)
+    page.wait_text("shop/web")
+    other.end()
+    page.wait_text("ebpfproxy ui does not answer")
+
+
+# -- the keyboard
+
+
+def focused(page: Browser) -> str:
+    return str(
+        page.evaluate(
+            "document.activeElement.innerText || document.activeElement.id || document.activeElement.tagName"
+        )
+    )
+
+
+def test_everything_is_reached_by_keyboard(page: Browser) -> None:
+    page.evaluate("document.activeElement.blur()")
+    page.press("Tab")
+    assert focused(page) == "To the content"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    seen = []
+    for _ in range(6):
+        page.press("Tab")
+        seen.append(focused(page))
+    assert seen == ["Services", "Live", "Refusals", "Explain", "Check", "Node"]
+    page.press("Enter")
+    page.wait_text("endpointslices")
+    # The heading has the focus, for who hears the page.
+    assert focused(page) == "Node"
+    page.press("/")
+    page.wait("document.activeElement.id", lambda found: found == "search")
+    page.type("web")
+    page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 1)
+    page.press("Enter")
+    assert focused(page) == "shop/web"
+    page.press("Enter")
+    page.wait_text("Frontends")
+    outline = page.evaluate(
+        "(() => { const link = document.querySelector('main a'); link.focus({focusVisible: true});"
+        " return getComputedStyle(link).outlineStyle; })()"
+    )
+    assert outline == "solid"
+
+
+def test_the_focus_stays_where_it_is_when_numbers_change(page: Browser, outer: Outer) -> None:
+    page.press("/")
+    page.press("Tab")
+    assert focused(page) == "shop/elsewhere"
+    before = page.evaluate("document.querySelector('main tbody').innerText")
+    outer.client.call(clients.ask_tcp, WEB, 80)
+    page.wait("document.querySelector('main tbody').innerText", lambda text: text != before)
+    assert focused(page) == "shop/elsewhere"
+
+
+def test_parts_have_names_and_roles(page: Browser) -> None:
+    for view in VIEWS:
+        go(page, view)
+        page.wait("document.querySelectorAll('h1').length", lambda found: found == 1)
+        assert page.evaluate("document.title").endswith("· ebpfproxy")
+        unnamed = page.evaluate(
+            "[...document.querySelectorAll('input, select')].filter(each => !each.labels.length).length"
+        )
+        assert unnamed == 0
+        assert page.evaluate("[...document.querySelectorAll('th')].every(each => each.scope === 'col')")
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+# -- how it looks
+
+
+def _channel(value: float) -> float:
+    value /= 255
+    return value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of WCAG 2 of two colours, ``rgb(…)``."""
+    found = []
+    for colour in (one, other):
+        red, green, blue = map(_channel, map(float, re.findall(r"[\d.]+", colour)[:3]))
+        found.append(0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05)
+    return max(found) / min(found)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(page: Browser, scheme: str) -> None:
+    page.prefer(scheme)
+    dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert dark is (scheme == "dark")
+    for view in VIEWS:
+        go(page, view)
+        page.wait("document.querySelectorAll('h1').length", lambda found: found == 1)
+        pairs = page.evaluate(
+            """[...document.querySelectorAll('body *')].filter(each => each.checkVisibility() && each.innerText).map(each => {
+              let behind = each;
+              while (behind && getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+              return [each.tagName, getComputedStyle(each).color, getComputedStyle(behind ?? document.body).backgroundColor];
+            })"""
+        )
+        assert [pair for pair in pairs if contrast(pair[1], pair[2]) < 4.5] == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1200])
+def test_only_tables_are_wider_than_the_page(page: Browser, width: int) -> None:
+    page.size(width, 800)
+    for view in VIEWS:
+        go(page, view)
+        page.wait("document.querySelectorAll('h1').length", lambda found: found == 1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+
+
+def _settled(page: Browser, view: str) -> None:
+    go(page, view)
+    content = {
+        "live": "tracing",
+        "explain": "Explain",
+        "check": "as it should be",
+        "node": "Maps",
+        "refusals": "Packets",
+    }
+    page.wait(
+        "document.body.innerText", lambda text: content.get(view, "shop/") in text or "are wrong" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)]
+)
+def test_pictures(page: Browser, outer: Outer, tmp_path: Path, scheme: str, width: int) -> None:
+    """Each view has a picture; light and dark are not the same."""
+    folder = Path(os.environ.get("EBPFPROXY_PICTURES", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    page.prefer(scheme)
+    page.size(width, 900)
+    for view in [*VIEWS, "explain?from=shop/client&to=shop/elsewhere:http"]:
+        _settled(page, view) if "?" not in view else page.evaluate(f"void (location.hash = '#/{view}')")
+        if view == "live":
+            for _ in range(8):
+                outer.client.call(clients.ask_tcp, WEB, 80)
+            outer.client.call(clients.connect_error, "10.96.0.20", 80)
+            page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found >= 9)
+        if "?" in view:
+            page.wait_text("DOES NOT WORK")
+        name = re.sub(r"\W+", "-", view)
+        data = page.picture(folder / f"{name}-{scheme}-{width}.png")
+        assert data.startswith(b"\x89PNG")
+    background: Any = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (contrast(background, "rgb(0, 0, 0)") > 10) is (scheme == "light")

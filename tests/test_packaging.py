@@ -89,7 +89,7 @@ def test_the_wheel_installs_from_its_manifests(wheel: Path, tmp_path: Path) -> N
 # -- the lock files (tools/lock), which setup, image and CI install
 
 
-LOCKS = {name: newest.blocks(TOP / f"tools/lock/{name}.txt") for name in ("build", "agent", "test")}
+LOCKS = {name: newest.blocks(TOP / f"tools/lock/{name}.txt") for name in ("build", "agent", "ui", "test")}
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
 
 
@@ -101,6 +101,7 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
         ("test", PROJECT["project"]["dependencies"]),
         ("test", PROJECT["project"]["optional-dependencies"]["test"]),
         ("test", PROJECT["project"]["optional-dependencies"]["ui"]),
+        ("ui", PROJECT["project"]["optional-dependencies"]["ui"]),
         ("test", PROJECT["build-system"]["requires"]),
     ],
 )
@@ -108,6 +109,11 @@ def test_lock_files_have_every_requirement_of_the_project(lock: str, wanted: lis
     for requirement in map(Requirement, wanted):
         version, _ = LOCKS[lock][canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement
+
+
+def test_the_lock_of_the_page_has_nothing_that_the_agents_has() -> None:
+    """The image installs one over the other."""
+    assert not LOCKS["ui"].keys() & LOCKS["agent"].keys()
 
 
 def test_locks_agree_and_pin_every_file_by_its_hash() -> None:

@@ -2,6 +2,7 @@
 # Writes tools/lock/*.txt anew: the newest versions that pyproject.toml allows, with the hashes of all their files.
 #   build.txt  what makes the package
 #   agent.txt  what the agent imports, for its image
+#   ui.txt     what `ebpfproxy ui` imports in addition
 #   test.txt   all of that, and what tests and linters need, for set-up and CI
 # A different folder as $1 leaves the lock as it is.
 set -eu
@@ -23,9 +24,11 @@ compile --extra test --extra ui --build-deps-for wheel --build-deps-for editable
 # Versions are those of test.txt.
 sed -n 's/^\([a-z0-9.-]*==[^ ]*\).*/\1/p' "$work/test.txt" >"$work/versions"
 PIP_CONSTRAINT="$work/versions" compile --output-file "$work/agent.txt"
+PIP_CONSTRAINT="$work/versions" compile --extra ui --output-file "$work/all.txt"
+awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' "$work/agent.txt" "$work/all.txt" >"$work/ui.txt"
 PIP_CONSTRAINT="$work/versions" compile --only-build-deps --build-deps-for wheel --build-deps-for editable \
 	--output-file "$work/build.txt"
-for name in build agent test; do
+for name in build agent ui test; do
 	grep -q '^[a-z].*==' "$work/$name.txt"
 	{
 		echo "# Written by tools/lock.sh (make lock)."

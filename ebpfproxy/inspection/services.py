@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,15 @@ from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.explain.answer import notes_of
 from ebpfproxy.explain.endpoints import EndpointRow, rows_of
 from ebpfproxy.inspection.agent import AskedOnce
-from ebpfproxy.services.model import Family, FrontendKind, Policy, Protocol, ServicePortKey, format_endpoint
+from ebpfproxy.services.model import (
+    Backend,
+    BackendState,
+    Family,
+    FrontendKind,
+    Policy,
+    Protocol,
+    ServicePortKey,
+)
 from ebpfproxy.services.reasons import PortReasons, ServiceReasons
 from ebpfproxy.services.values import parse_address
 
@@ -181,7 +190,6 @@ class Services:
         for key, entry in self._dump.entries():
             if (port := own.get(entry.id)) is not None:
                 groups.setdefault((port, entry.policy), []).append((key, entry))
-        loads = self._loads()
         for (port, policy), entries in sorted(groups.items(), key=lambda item: item[0]):
             reasons = service.port(port) if service is not None else None
             selected = Lookup(self._maps).selection(entries[0][1].id, policy)
@@ -192,31 +200,38 @@ class Services:
                 family=str(port.family),
                 policy=policy.name.capitalize(),
                 frontends=tuple(_frontends(entries)),
-                endpoints=tuple(self._endpoint(row, port.protocol, loads) for row in rows),
+                endpoints=tuple(EndpointView(row, *self._load(row.address, port.protocol)) for row in rows),
                 notes=tuple(notes_of(selected, policy, service, reasons, port)),
             )
         if service is not None:
             known = {port for port, _ in groups}
             yield from (_without_frontend(p, service) for p in service.ports if _key(service, p) not in known)
 
-    def _loads(self) -> dict[tuple[str, Protocol], tuple[int, int]]:
-        """What is open now, and was ever chosen, by endpoint. One that came back may have two backend ids."""
-        records, loads = self._maps.backends(), self._maps.loads()
-        found: dict[tuple[str, Protocol], tuple[int, int]] = {}
-        for number in records.ids():
-            record = records.read(number)
-            if record is not None:
-                backend, load = record[0], loads[number]
-                at = format_endpoint(backend.address, backend.port), backend.protocol
-                before = found.get(at, (0, 0))
-                found[at] = before[0] + load.open_now, before[1] + load.chosen
+    def _load(self, endpoint: str, protocol: Protocol) -> tuple[int | None, int | None]:
+        """What is open now, and was ever chosen; None without a backend. One that came back may have two ids."""
+        numbers = self._numbers.get(_identity(endpoint, protocol), ())
+        loads = [self._maps.loads()[number] for number in numbers]
+        if not loads:
+            return None, None
+        return sum(each.open_now for each in loads), sum(each.chosen for each in loads)
+
+    @cached_property
+    def _numbers(self) -> dict[bytes, list[int]]:
+        """Backend ids by what names a backend, packed: there may be many."""
+        found: dict[bytes, list[int]] = {}
+        for number, packed in self._maps.backends().identities():
+            found.setdefault(packed, []).append(number)
         return found
 
-    @staticmethod
-    def _endpoint(
-        row: EndpointRow, protocol: Protocol, loads: dict[tuple[str, Protocol], tuple[int, int]]
-    ) -> EndpointView:
-        return EndpointView(row, *loads.get((row.address, protocol), (None, None)))
+
+def _identity(endpoint: str, protocol: Protocol) -> bytes:
+    """An endpoint's text as the maps have it; empty for one without a port."""
+    host, _, port = endpoint.rpartition(":")
+    address = parse_address(host.strip("[]"))
+    if address is None or not port.isdigit() or (len(address) == 16 and not host.startswith("[")):
+        return b""
+    packed = layout.pack_backend(Backend(address, int(port), protocol), BackendState.ACTIVE)
+    return packed[: layout.BACKEND_STATE_OFFSET]
 
 
 def _port(key: ServicePortKey) -> str:

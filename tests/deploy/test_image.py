@@ -133,16 +133,26 @@ def test_entrypoint_of_the_image_is_the_agent(built: image.Image) -> None:
     assert ebpfproxy.__version__ in output
 
 
-def test_all_commands_can_be_imported(built: image.Image) -> None:
-    """No module needs a file that the Dockerfile leaves out."""
+def test_all_commands_can_be_imported(built: image.Image, target: str) -> None:
+    """No module needs a file that the Dockerfile leaves out; the page's are for target full alone."""
     script = (
         "import importlib, pkgutil, ebpfproxy\n"
+        f"page = {target == 'full'}\n"
         "for each in pkgutil.walk_packages(ebpfproxy.__path__, 'ebpfproxy.'):\n"
+        "    if each.name.startswith('ebpfproxy.ui.') and not page: continue\n"
         "    if not each.name.endswith('__main__'): importlib.import_module(each.name)\n"
         "from kubernetes import client\n"
         "client.CoreV1Api, client.AppsV1Api, client.RbacAuthorizationV1Api\n"
     )
     image.run(built.root, ["python3", "-c", script], built.environment)
+
+
+def test_only_target_full_has_the_page(built: image.Image, target: str) -> None:
+    """The other one says in one line what it lacks."""
+    script = "ebpfproxy ui 2>&1 || true"
+    said = image.run(built.root, ["sh", "-c", script], built.environment).stdout
+    missing = "Error: ui needs starlette and uvicorn: pip install 'ebpfproxy[ui]'\n"
+    assert said.startswith("Error: nothing is pinned below") if target == "full" else said == missing
 
 
 def test_image_has_the_programs_of_the_first_init_container(built: image.Image) -> None:

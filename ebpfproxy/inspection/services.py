@@ -172,11 +172,9 @@ class Services:
         return found
 
     def _with_endpoint(self, address: bytes) -> set[int]:
-        records = self._maps.backends()
+        packed = layout.pack_address(address)
         backends = {
-            number
-            for number in records.ids()
-            if (record := records.read(number)) is not None and record[0].address == address
+            number for name, ids in self._numbers.items() if name.startswith(packed) for number in ids
         }
         return {
             number
@@ -208,9 +206,9 @@ class Services:
             yield from (_without_frontend(p, service) for p in service.ports if _key(service, p) not in known)
 
     def _load(self, endpoint: str, protocol: Protocol) -> tuple[int | None, int | None]:
-        """What is open now, and was ever chosen; None without a backend. One that came back may have two ids."""
-        numbers = self._numbers.get(_identity(endpoint, protocol), ())
-        loads = [self._maps.loads()[number] for number in numbers]
+        """What is open now, and was ever chosen; None without a backend. It has two ids if it came back."""
+        counted = self._maps.loads()
+        loads = [counted[number] for number in self._numbers.get(_identity(endpoint, protocol), ())]
         if not loads:
             return None, None
         return sum(each.open_now for each in loads), sum(each.chosen for each in loads)

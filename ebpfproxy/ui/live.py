@@ -27,6 +27,7 @@ _LINGER_SECONDS = 1.0
 _STATE_SECONDS = 1.0
 #: Until a trace is tried again that could not begin, or ended.
 _AGAIN_SECONDS = 2.0
+_END_SECONDS = 5.0
 #: An event is sent at least so often: a connection that is gone is noticed by that.
 _HEARTBEAT_SECONDS = 5.0
 #: A page shows no more lines.
@@ -72,6 +73,8 @@ class Viewer:
 
     def __init__(self, wanted: Filter) -> None:
         self.wanted = wanted
+        #: What was said last.
+        self.told: State | None = None
         self._kinds = frozenset(map(str, wanted.kinds))
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
@@ -156,10 +159,11 @@ class Live:
                 return
             self._viewers.add(viewer)
             self._changed = True
-            if self._state is not None:
-                viewer.put((), (self._state,))
+            # That it is traced is said once programs report what this one wants, too.
+            if self._state is not None and not self._state.tracing:
+                self._tell(self._state)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="trace")
+                self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
                 self._thread.start()
 
     def leave(self, viewer: Viewer) -> None:
@@ -175,25 +179,30 @@ class Live:
             each.close()
 
     def wait(self) -> None:
-        """Waits for the end of the trace."""
+        """Waits for the end of the trace, but not for an agent that hangs: its lease ends by itself."""
         with self._lock:
             self._viewers.clear()
             self._lock.notify_all()
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(_END_SECONDS)
 
     # -- the thread
 
     def _run(self) -> None:
-        while self._goes_on():
-            try:
-                self._trace()
-            except (TraceError, TracingInUseError, OSError, *FAILURES) as error:
-                self._say(State(tracing=False, text=told(error)))
-                with self._lock:
-                    if self._viewers:
-                        self._lock.wait(_AGAIN_SECONDS)
+        try:
+            while self._goes_on():
+                try:
+                    self._trace()
+                except (TraceError, TracingInUseError, OSError, *FAILURES) as error:
+                    self._say(State(tracing=False, text=told(error)))
+                    with self._lock:
+                        if self._viewers:
+                            self._lock.wait(_AGAIN_SECONDS)
+        finally:
+            with self._lock:
+                if self._thread is threading.current_thread():
+                    self._thread = None
 
     def _goes_on(self) -> bool:
         with self._lock:
@@ -202,7 +211,8 @@ class Live:
             return bool(self._viewers)
 
     def _trace(self) -> None:
-        self._say(State(tracing=False, text="waiting for programs that report decisions"))
+        if self._state is None:
+            self._say(State(tracing=False, text="waiting for programs that report decisions"))
         maps = open_maps(self._bpf_root)
         try:
             with traced(self._bpf_root, maps, self._wanted()) as session:
@@ -222,6 +232,8 @@ class Live:
                 return
             if self._changed:
                 session.change(self._wanted())
+                if self._state is not None:
+                    self._say(self._state)
             decisions = [_Traced(row, _line(row)) for row in rows]
             for each in viewers:
                 each.put(decisions)
@@ -239,10 +251,15 @@ class Live:
 
     def _say(self, state: State) -> None:
         with self._lock:
-            if state != self._state:
-                self._state = state
-                for each in self._viewers:
-                    each.put((), (state,))
+            self._state = state
+            self._tell(state)
+
+    def _tell(self, state: State) -> None:
+        """Tells those who do not know it."""
+        for each in self._viewers:
+            if each.told != state:
+                each.told = state
+                each.put((), (state,))
 
     def _wanted(self) -> Filter:
         """What all viewers want together: programs report nothing else."""

@@ -162,12 +162,12 @@ def test_services_without_frontends_are_explained_by_the_agent(outer: Outer) -> 
 
 
 def test_a_frontend_that_another_service_has_is_named(outer: Outer) -> None:
-    outer.add("late", "10.96.0.40", [outer.on_a()])
-    until(lambda: answer(outer, "services/shop/late").status == 200)
-    found = ask(outer, "services/shop/late")
+    outer.add("taker", "10.96.0.40", [outer.on_a()])
+    until(lambda: answer(outer, "services/shop/taker").status == 200)
+    found = ask(outer, "services/shop/taker")
     notes = [note for port in found["ports"] for note in port["notes"]]
     assert "10.96.0.40:80/TCP is asked for, but belongs to shop/second" in notes
-    outer.remove("late")
+    outer.remove("taker")
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ class Browser:
         """``folder``: where its profile is kept."""
         there, self._write = os.pipe()
         self._read, back = os.pipe()
-        # Chromium reads commands at descriptor 3, and answers at 4.
+        # Chromium reads commands at descriptor 3, and answers at 4. Other shells know no number of two digits.
         script = f'exec chromium "$@" 3<&{there} 4>&{back}'
-        command = ["sh", "-c", script, "sh", *_OPTIONS, f"--user-data-dir={folder}", "about:blank"]
+        command = ["bash", "-c", script, "bash", *_OPTIONS, f"--user-data-dir={folder}", "about:blank"]
         log = (folder.parent / f"{folder.name}.log").open("wb")
         with log:
             self._process = space.popen(
@@ -80,6 +80,7 @@ class Browser:
 
     def open(self, url: str) -> None:
         self._send("Page.navigate", url=url)
+        self.wait("document.readyState", lambda state: state == "complete")
 
     def size(self, width: int, height: int) -> None:
         self._send(

@@ -258,8 +258,8 @@ def test_refusals_and_checks_and_the_node_are_shown(page: Browser, outer: Outer)
         lambda text: re.search("everything is as it should be|things are wrong", text),
     )
     go(page, "node")
-    page.wait_text("node-a")
-    assert "endpointslices" in page.text
+    page.wait_text("endpointslices")
+    assert "ebpfproxy 0.1.0 on node-a" in page.text
     without_complaints(page)
 
 

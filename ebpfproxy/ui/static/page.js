@@ -33,14 +33,15 @@ function cell(content, kind = "") {
 
 const number = (value) => cell(value === null || value === undefined ? "" : value.toLocaleString(), "number");
 const wide = (text) => cell(text, "wide");
+const narrow = (text) => cell(text, "narrow");
 
-/** Heads that end with # are of numbers. Rows are lists of cells or texts. */
+/** Heads that end with # are of numbers; columns whose heads end with ? take no room where nobody has them. */
 function table(caption, heads, rows) {
-  const head = heads.map((text) => {
-    const name = text.replace(/#$/, "");
-    return make("th", { scope: "col", class: name === text ? false : "number" }, name);
-  });
-  const body = rows.map((row) => make("tr", {}, row.map((each) => (each instanceof Node ? each : cell(each)))));
+  const has = heads.map((text, at) => !text.endsWith("?") || rows.some((row) => row[at].textContent));
+  const head = heads
+    .filter((_, at) => has[at])
+    .map((text) => make("th", { scope: "col", class: text.endsWith("#") ? "number" : false }, text.replace(/[#?]$/, "")));
+  const body = rows.map((row) => make("tr", {}, row.filter((_, at) => has[at])));
   const made = make("table", {}, caption ? make("caption", {}, caption) : [], make("thead", {}, make("tr", {}, head)));
   made.append(make("tbody", {}, body));
   return make("div", { class: "scroll" }, made);
@@ -308,26 +309,28 @@ function services(query) {
   return [poll, { stop: () => clearTimeout(typed) }];
 }
 
-function endpointRow({ row, open, connections }) {
+const ENDPOINT_HEADS = ["Endpoint", "New connections", "Reason", "Pod?", "State?", "Node?", "Zone?", "Weight?"];
+
+function endpointRow(row) {
   const use = row.used ? `✓ ${(row.share * 100).toFixed(row.share && row.share < 0.01 ? 2 : 0)} %` : "✗ none";
   return [
-    cell(row.address), cell(row.pod), cell(use, row.used ? "good" : "bad"), cell(row.state), cell(row.node), cell(row.zone),
-    number(row.weight), number(open), number(connections), wide(row.why),
+    cell(row.address), cell(use, row.used ? "good" : "bad"), wide(row.why), narrow(row.pod), cell(row.state), narrow(row.node),
+    narrow(row.zone), cell(row.weight === 1 ? "" : row.weight, "number"),
   ];
 }
 
 function portSection(port) {
-  const name = [port.port, `${port.protocol}, ${port.family}, policy ${port.policy}`].filter(Boolean).join(": ");
+  const title = [port.port, `${port.protocol}, ${port.family}, policy ${port.policy}`].filter(Boolean).join(": ");
   const frontends = port.frontends.map((each) => [
     cell(each.address), cell(each.type), cell(each.scopes.join(", ")), cell(each.algorithm),
-    cell(each.affinity ? `${each.affinity}s` : "none"), cell(each.own ? "not translated: the node's own address" : ""),
+    cell(each.affinity ? `${each.affinity}s` : "none"), cell(each.own ? "no: the node's own address" : ""),
   ]);
-  const heads = ["Endpoint", "Pod", "New connections", "State", "Node", "Zone", "Weight#", "Open#", "So far#", "Reason"];
+  const endpoints = port.endpoints.map(({ row, open, connections }) => [...endpointRow(row), number(open), number(connections)]);
   return [
-    make("h2", {}, name),
+    make("h2", {}, title),
     port.notes.length ? make("ul", {}, port.notes.map((note) => make("li", { class: "warn" }, note))) : [],
-    frontends.length ? table("Frontends", ["Address", "Type", "Scope", "Algorithm", "Affinity", ""], frontends) : [],
-    port.endpoints.length ? table("Endpoints", heads, port.endpoints.map(endpointRow)) : make("p", { class: "bad" }, "No endpoints."),
+    frontends.length ? table("Frontends", ["Address", "Type", "Scope", "Algorithm", "Affinity", "Translated?"], frontends) : [],
+    endpoints.length ? table("Endpoints", [...ENDPOINT_HEADS, "Open#", "So far#"], endpoints) : make("p", { class: "bad" }, "No endpoints."),
   ].flat();
 }
 
@@ -412,15 +415,11 @@ function refusals() {
 }
 
 function explainedPart(told, explanation) {
-  const endpoints = explanation.endpoints.map((row) => [
-    cell(row.address), cell(row.pod), cell(row.used ? `✓ ${(row.share * 100).toFixed(0)} %` : "✗ none", row.used ? "good" : "bad"),
-    cell(row.state), cell(row.node), cell(row.zone), wide(row.why),
-  ]);
-  const heads = ["Endpoint", "Pod", "New connections", "State", "Node", "Zone", "Reason"];
+  const endpoints = explanation.endpoints.map(endpointRow);
   return [
     make("h2", { class: explanation.works ? "good" : "bad" }, told.headline),
     list(told.facts),
-    endpoints.length ? table("Endpoints", heads, endpoints) : [],
+    endpoints.length ? table("Endpoints", ENDPOINT_HEADS, endpoints) : [],
   ].flat();
 }
 
@@ -475,7 +474,7 @@ function findings(title, kind, found) {
   const rows = found.map((each) => [
     cell(each.where), cell(each.kind, kind), wide(each.what), cell(each.service), wide(each.consequence), cell(make("code", {}, each.mend), "wide"),
   ]);
-  return [make("h2", {}, title), table("", ["Where", "Kind", "What", "Service", "Consequence", "Mended by"], rows)];
+  return [make("h2", {}, title), table("", ["Where", "Kind", "What", "Service?", "Consequence", "Mended by"], rows)];
 }
 
 function check() {
@@ -539,8 +538,8 @@ function node() {
       parts,
       list(pairs),
       make("h2", {}, "Devices"),
-      table("", ["Device", "Programs", "Role", "XDP", "Reason"], devices),
-      watches.length ? [make("h2", {}, "Watches"), table("", ["Watch", "State", "Since", "Last data", "Error"], watches)].flat() : [],
+      table("", ["Device", "Programs", "Role", "XDP?", "Reason"], devices),
+      watches.length ? [make("h2", {}, "Watches"), table("", ["Watch", "State", "Since", "Last data", "Error?"], watches)].flat() : [],
       make("h2", {}, "Maps"),
       table("", ["Map", "Entries#", "Capacity#", "Full"], fills),
     );

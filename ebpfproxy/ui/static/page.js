@@ -110,6 +110,12 @@ function complain(error) {
   const text = error instanceof Refusal ? error.message : "ebpfproxy ui does not answer: has it ended?";
   if (trouble.textContent !== plain(text) || trouble.hidden) trouble.replaceChildren(plain(text));
   trouble.hidden = false;
+  ready();
+}
+
+/** The view has what it is about, or says why not. */
+function ready() {
+  main.removeAttribute("aria-busy");
 }
 
 function isWell() {
@@ -210,7 +216,10 @@ class Decisions {
   }
 
   take(event, data) {
-    if (event === "state") this.say(data.text);
+    if (event === "state") {
+      this.say(data.text);
+      ready();
+    }
     if (event === "lost") {
       this.lostCount += data.limited + data.full + data.skipped;
       this.lost.replaceChildren(`${this.lostCount.toLocaleString()} more were made than could be shown`);
@@ -292,7 +301,10 @@ function services(query) {
   const text = "Name, address of a Service or endpoint, or port";
   const form = make("form", { role: "search" }, field(text, search));
   show(main, heading("Services"), form, results);
-  const poll = new Poll(5, (signal) => ask("services", { q: search.value }, signal), (found) => show(results, serviceRows(found)));
+  const poll = new Poll(5, (signal) => ask("services", { q: search.value }, signal), (found) => {
+    show(results, serviceRows(found));
+    ready();
+  });
   let typed = 0;
   const again = () => {
     history.replaceState(null, "", search.value ? `#/services?q=${encodeURIComponent(search.value)}` : "#/services");
@@ -348,6 +360,7 @@ function service(namespace, name) {
     if (found.without_agent) facts.push(["no reasons", `${found.without_agent}: only the maps are shown`]);
     facts.push(...found.warnings.map((warning) => ["ignored", warning]));
     show(parts, list(facts), found.ports.flatMap(portSection));
+    ready();
   });
   return [poll, live];
 }
@@ -410,6 +423,7 @@ function refusals() {
       make("h2", {}, "Packets"),
       rows.length ? table("", ["Reason", "What was done", "Packets#"], rows) : make("p", {}, "None."),
     );
+    ready();
   });
   return [poll, decisions];
 }
@@ -460,12 +474,14 @@ function explain(query) {
       if (error instanceof Refusal) show(answer, make("p", { class: "bad" }, error.message));
       else complain(error);
     }
+    ready();
   };
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     run();
   });
   if (source.value && target.value) run();
+  else ready();
   return [{ stop: () => control.abort() }];
 }
 
@@ -510,6 +526,7 @@ function check() {
       complain(error);
     }
     again.disabled = false;
+    ready();
   };
   again.addEventListener("click", run);
   run();
@@ -543,6 +560,7 @@ function node() {
       make("h2", {}, "Maps"),
       table("", ["Map", "Entries#", "Capacity#", "Full"], fills),
     );
+    ready();
   });
   return [poll];
 }
@@ -566,6 +584,7 @@ function route() {
   const given = new URLSearchParams(query ?? "");
   running.forEach((each) => each.stop());
   isWell();
+  main.setAttribute("aria-busy", "true");
   const views = { live, refusals, explain, check, node };
   const chosen = Object.hasOwn(views, view) ? view : "services";
   for (const link of document.querySelectorAll("nav a")) {

@@ -72,6 +72,9 @@ def check(text: str, *, whole: bool) -> str:
 def _parse(words: list[str], *, whole: bool) -> str:
     command: click.Command = main
     ctx = click.Context(main, info_name="ebpfproxy")
+    if words[:1] == ["--end-with-input"] and len(words) > 1:
+        # It is an option of the program, before the command.
+        words = words[1:]
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         found = command.get_command(ctx, words[0])
         if found is None:

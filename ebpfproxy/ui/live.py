@@ -159,7 +159,7 @@ class Live:
                 return
             self._viewers.add(viewer)
             self._changed = True
-            # That it is traced is said once programs report what this one wants, too.
+            # It is told of a running trace once programs report what it wants, too.
             if self._state is not None and not self._state.tracing:
                 self._tell(self._state)
             if self._thread is None:

@@ -60,7 +60,7 @@ class Browser:
         self._numbers = itertools.count(1)
         self._rest = b""
         self._session: str | None = None
-        #: What the page has asked for, by URL; what it has complained about.
+        #: The URLs that the page has asked for, and what Chromium has complained about.
         self.requests: list[str] = []
         self.complaints: list[str] = []
         (page,) = (each for each in self._send("Target.getTargets")["targetInfos"] if each["type"] == "page")

@@ -256,7 +256,7 @@ def test_explain_answers_from_a_form(page: Browser) -> None:
     page.wait_text("DOES NOT WORK: EHOSTUNREACH")
     page.evaluate("void (location.hash = '#/explain?from=nobody&to=shop/web:http')")
     page.wait_text("no pod 'nobody' on this node")
-    # That question is one that the server refuses, and Chromium notes it.
+    # The server refuses that question, and Chromium notes it.
     assert all("400" in each for each in page.complaints)
 
 

@@ -10,8 +10,8 @@ from ebpfproxy.explain.path import Client, Place
 from ebpfproxy.inspection.failures import QuestionError
 from ebpfproxy.netlink.namespaces import FOLDERS
 from ebpfproxy.node.clients import Namespace, visible_namespaces
-<from ebpfproxy.node.pod_names import pods
->from ebpfproxy.services.model import format_address
+from ebpfproxy.node.pod_names import pods
+from ebpfproxy.services.model import format_address
 from ebpfproxy.services.values import LOOPBACK, parse_address, unusable_address
 
 HOST = "host"

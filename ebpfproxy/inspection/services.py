@@ -15,7 +15,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.explain.answer import notes_of
-from ebpfproxy.explain.endpoints import EndpointRow, rows_of
+from ebpfproxy.explain.endpoint_reasons import EndpointRow, rows_of
 from ebpfproxy.inspection.agent import AskedOnce
 from ebpfproxy.services.model import (
     Backend,

@@ -28,8 +28,8 @@ from ebpfproxy.inspection.failures import FAILURES, QuestionError, WrongNamespac
 from ebpfproxy.inspection.inquiry import explained
 from ebpfproxy.inspection.services import Services
 from ebpfproxy.inspection.status import Status, facts, read_status
-from ebpfproxy.node.pods import pods
-from ebpfproxy.operator.check.run import Check, check
+from ebpfproxy.node.pod_names import pods
+from ebpfproxy.operator.check.all_checks import Check, check
 from ebpfproxy.services.model import Protocol
 from ebpfproxy.trace.session import Filter
 from ebpfproxy.ui.guard import DATA, Guard

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import SERVICE_IPS
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Lab, clients, manifests
 from tests.lab.browser import Browser, needs_chromium
 from tests.lab.waiting import until
@@ -39,9 +39,9 @@ VIEWS = [
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         # A zone may be any text, and so may the reasons that the agent makes of it.
         odd = {**made.on_a(), "zone": EVIL, "hints": {"forZones": [{"name": EVIL}]}}
         manifests.write(
@@ -54,15 +54,15 @@ def outer() -> Iterator[Outer]:
 
 
 @pytest.fixture(scope="module")
-def ui(outer: Outer) -> Iterator[Ui]:
-    made = Ui(outer.a)
+def ui(cluster: OutsideClientCluster) -> Iterator[Ui]:
+    made = Ui(cluster.a)
     yield made
     assert made.end() == (0, "")
 
 
 @pytest.fixture(scope="module")
-def browser(outer: Outer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    made = Browser(outer.a, tmp_path_factory.mktemp("chromium") / "profile")
+def browser(cluster: OutsideClientCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    made = Browser(cluster.a, tmp_path_factory.mktemp("chromium") / "profile")
     yield made
     made.close()
 
@@ -143,13 +143,13 @@ def test_services_are_searched_as_one_types(page: Browser) -> None:
     without_complaints(page)
 
 
-def test_a_service_shows_why_each_endpoint_is_in_or_out(page: Browser, outer: Outer) -> None:
+def test_a_service_shows_why_each_endpoint_is_in_or_out(page: Browser, cluster: OutsideClientCluster) -> None:
     go(page, "services/shop/elsewhere")
     page.wait_text("policy Local: it is on node-b")
     go(page, "services/shop/odd")
     page.wait_text("not ready")
     found = {row[0]: row for row in rows(page) if len(row) == 8}
-    used, left = found[f"{outer.w1.address}:8080"], found[f"{outer.w2.address}:8080"]
+    used, left = found[f"{cluster.w1.address}:8080"], found[f"{cluster.w2.address}:8080"]
     assert (used[1], left[1], left[2]) == ("✓ 100 %", "✗ none", "not ready")
     without_complaints(page)
 
@@ -182,11 +182,11 @@ def _comm(name: str, host: str, port: int) -> None:
     clients.connect_error(host, port)
 
 
-def test_decisions_come_as_they_are_made(page: Browser, outer: Outer) -> None:
+def test_decisions_come_as_they_are_made(page: Browser, cluster: OutsideClientCluster) -> None:
     go(page, "live")
     page.wait("document.querySelector('main [role=status]').innerText", lambda text: text == "tracing")
-    outer.client.call(clients.ask_tcp, WEB, 80)
-    outer.client.call(_comm, "<i>\u202ex", "10.96.0.20", 80)
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    cluster.client.call(_comm, "<i>\u202ex", "10.96.0.20", 80)
     page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 2)
     refused, chosen = rows(page)
     assert chosen[2:4] == ["shop/web:http", f"{WEB}:80"]
@@ -199,43 +199,43 @@ def test_decisions_come_as_they_are_made(page: Browser, outer: Outer) -> None:
     without_complaints(page)
 
 
-def tracing(outer: Outer) -> bool:
+def tracing(cluster: OutsideClientCluster) -> bool:
     """Programs that report decisions are attached."""
-    folders = list(outer.a.bpf_root.glob("ebpfproxy/v*/progs-*"))
+    folders = list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))
     return len(folders) > 1
 
 
-def test_nothing_is_traced_that_nobody_looks_at(page: Browser, outer: Outer) -> None:
-    until(lambda: not tracing(outer))
+def test_nothing_is_traced_that_nobody_looks_at(page: Browser, cluster: OutsideClientCluster) -> None:
+    until(lambda: not tracing(cluster))
     go(page, "live")
     page.wait("document.querySelector('main [role=status]').innerText", lambda text: text == "tracing")
-    assert tracing(outer)
+    assert tracing(cluster)
     page.evaluate("[...document.querySelectorAll('button')].find(each => each.innerText === 'Pause').click()")
-    until(lambda: not tracing(outer))
+    until(lambda: not tracing(cluster))
     page.evaluate("[...document.querySelectorAll('button')].find(each => each.innerText === 'Go on').click()")
-    until(lambda: tracing(outer))
+    until(lambda: tracing(cluster))
     # A tab behind another is not looked at.
     page.evaluate(
         "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
         "void document.dispatchEvent(new Event('visibilitychange'))"
     )
-    until(lambda: not tracing(outer))
+    until(lambda: not tracing(cluster))
     page.evaluate("delete document.hidden; void document.dispatchEvent(new Event('visibilitychange'))")
-    until(lambda: tracing(outer))
+    until(lambda: tracing(cluster))
     go(page, "node")
-    until(lambda: not tracing(outer))
+    until(lambda: not tracing(cluster))
     # On a Service's own page it begins with a click.
     go(page, "services/shop/web")
     page.wait_text("Live decisions")
-    assert not tracing(outer)
+    assert not tracing(cluster)
     page.evaluate("void document.querySelector('summary').click()")
     page.wait_text("tracing")
-    outer.client.call(clients.connect_error, "10.96.0.20", 80)
-    outer.client.call(clients.ask_tcp, WEB, 80)
+    cluster.client.call(clients.connect_error, "10.96.0.20", 80)
+    cluster.client.call(clients.ask_tcp, WEB, 80)
     page.wait("document.querySelectorAll('details tbody tr').length", lambda found: found == 1)
     assert rows(page, "details")[0][2] == "shop/web:http"
     go(page, "services")
-    until(lambda: not tracing(outer))
+    until(lambda: not tracing(cluster))
     without_complaints(page)
 
 
@@ -260,8 +260,8 @@ def test_explain_answers_from_a_form(page: Browser) -> None:
     assert all("400" in each for each in page.complaints)
 
 
-def test_refusals_and_checks_and_the_node_are_shown(page: Browser, outer: Outer) -> None:
-    outer.client.call(clients.connect_error, "10.96.0.20", 80)
+def test_refusals_and_checks_and_the_node_are_shown(page: Browser, cluster: OutsideClientCluster) -> None:
+    cluster.client.call(clients.connect_error, "10.96.0.20", 80)
     go(page, "refusals")
     page.wait_text("shop/empty")
     go(page, "check")
@@ -283,8 +283,8 @@ def test_everything_comes_from_the_page_itself(page: Browser, ui: Ui) -> None:
     assert page.requests
 
 
-def test_an_ended_server_is_said(page: Browser, outer: Outer) -> None:
-    other = Ui(outer.a)
+def test_an_ended_server_is_said(page: Browser, cluster: OutsideClientCluster) -> None:
+    other = Ui(cluster.a)
     page.open(other.address)
     page.wait_text("shop/web")
     other.end()
@@ -331,12 +331,14 @@ def test_everything_is_reached_by_keyboard(page: Browser) -> None:
     assert outline == "solid"
 
 
-def test_the_focus_stays_where_it_is_when_numbers_change(page: Browser, outer: Outer) -> None:
+def test_the_focus_stays_where_it_is_when_numbers_change(
+    page: Browser, cluster: OutsideClientCluster
+) -> None:
     page.press("/")
     page.press("Tab")
     assert focused(page) == "shop/elsewhere"
     before = page.evaluate("document.querySelector('main tbody').innerText")
-    outer.client.call(clients.ask_tcp, WEB, 80)
+    cluster.client.call(clients.ask_tcp, WEB, 80)
     page.wait("document.querySelector('main tbody').innerText", lambda text: text != before)
     assert focused(page) == "shop/elsewhere"
 
@@ -398,7 +400,9 @@ def test_only_tables_are_wider_than_the_page(page: Browser, width: int) -> None:
 @pytest.mark.parametrize(
     ("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 390), ("dark", 390)]
 )
-def test_pictures(page: Browser, outer: Outer, tmp_path: Path, scheme: str, width: int) -> None:
+def test_pictures(
+    page: Browser, cluster: OutsideClientCluster, tmp_path: Path, scheme: str, width: int
+) -> None:
     """Each view has a picture; light and dark are not the same."""
     folder = Path(os.environ.get("EBPFPROXY_PICTURES", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
@@ -409,8 +413,8 @@ def test_pictures(page: Browser, outer: Outer, tmp_path: Path, scheme: str, widt
         if view == "live":
             page.wait_text("tracing")
             for _ in range(8):
-                outer.client.call(clients.ask_tcp, WEB, 80)
-            outer.client.call(clients.connect_error, "10.96.0.20", 80)
+                cluster.client.call(clients.ask_tcp, WEB, 80)
+            cluster.client.call(clients.connect_error, "10.96.0.20", 80)
             page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found >= 9)
         name = re.sub(r"\W+", "-", view)
         data = page.picture(folder / f"{name}-{scheme}-{width}.png")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.outer import Outer
+from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.test_trace import Trace, _connect_again, programs
-from tests.e2e.world import SERVICE_IPS
+from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Agent, Lab, clients
 from tests.lab.waiting import until
 from tests.ui.server import Ui
@@ -22,94 +22,100 @@ WEB = SERVICE_IPS["v4"]
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        yield Outer(lab)
+        yield OutsideClientCluster(lab)
 
 
 @pytest.fixture(scope="module")
-def agent(outer: Outer) -> Agent:
-    return outer.agent().start()
+def agent(cluster: OutsideClientCluster) -> Agent:
+    return cluster.agent().start()
 
 
 @pytest.fixture(scope="module")
-def plain(outer: Outer, agent: Agent) -> dict[str, int | None]:
+def plain(cluster: OutsideClientCluster, agent: Agent) -> dict[str, int | None]:
     """The programs while nobody looks."""
-    return programs(outer)
+    return programs(cluster)
 
 
 @pytest.fixture
-def ui(outer: Outer, agent: Agent, plain: dict[str, int | None]) -> Iterator[Ui]:
-    made = Ui(outer.a)
+def ui(cluster: OutsideClientCluster, agent: Agent, plain: dict[str, int | None]) -> Iterator[Ui]:
+    made = Ui(cluster.a)
     yield made
     made.end()
-    until(lambda: programs(outer) == plain, "the programs that report stay")
+    until(lambda: programs(cluster) == plain, "the programs that report stay")
 
 
-def connect(outer: Outer) -> None:
+def connect(cluster: OutsideClientCluster) -> None:
     """A decision of each sort: chosen, and refused."""
-    outer.client.call(clients.ask_tcp, WEB, 80)
-    outer.client.call(clients.connect_error, "10.96.0.20", 80)
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    cluster.client.call(clients.connect_error, "10.96.0.20", 80)
 
 
 # -- the trace
 
 
-def test_decisions_are_shown_while_somebody_looks(outer: Outer, ui: Ui, plain: dict[str, int | None]) -> None:
+def test_decisions_are_shown_while_somebody_looks(
+    cluster: OutsideClientCluster, ui: Ui, plain: dict[str, int | None]
+) -> None:
     """Programs are replaced for the first who looks, and the usual ones come back after the last."""
     ui.get("/api/status")
-    assert programs(outer) == plain
+    assert programs(cluster) == plain
     stream = ui.stream().wait_tracing()
-    assert not set(programs(outer).values()) & set(plain.values())
-    connect(outer)
+    assert not set(programs(cluster).values()) & set(plain.values())
+    connect(cluster)
     until(lambda: len(stream.lines()) == 2)
     chosen, refused = stream.lines()
     assert (chosen["service"], chosen["frontend"], chosen["good"]) == ("shop/web:http", f"{WEB}:80", True)
-    assert chosen["client"] in (outer.client.netns, "shop/client")
+    assert chosen["client"] in (cluster.client.netns, "shop/client")
     assert chosen["outcome"].startswith("⇒ 10.244.")
     assert chosen["details"].startswith("1 of 2, random; ")
     assert (refused["service"], refused["good"]) == ("shop/empty:http", False)
     assert refused["outcome"] == "✗ refused: no-endpoint"
     stream.close()
-    until(lambda: programs(outer) == plain, "the programs that report stay")
+    until(lambda: programs(cluster) == plain, "the programs that report stay")
 
 
-def test_all_who_look_share_one_trace_and_each_has_its_own_filter(outer: Outer, ui: Ui) -> None:
+def test_all_who_look_share_one_trace_and_each_has_its_own_filter(
+    cluster: OutsideClientCluster, ui: Ui
+) -> None:
     everything = ui.stream().wait_tracing()
     errors = ui.stream("?errors=1").wait_tracing()
     web = ui.stream("?namespace=shop&service=web").wait_tracing()
-    reporting = programs(outer)
-    connect(outer)
+    reporting = programs(cluster)
+    connect(cluster)
     until(lambda: len(everything.lines()) == 2 and len(errors.lines()) == 1 and len(web.lines()) == 1)
     assert [line["service"] for line in errors.lines()] == ["shop/empty:http"]
     assert [line["service"] for line in web.lines()] == ["shop/web:http"]
     everything.close()
     errors.close()
-    connect(outer)
+    connect(cluster)
     until(lambda: len(web.lines()) == 2)
     assert {line["service"] for line in web.lines()} == {"shop/web:http"}
     # Another who looks goes on with the same programs.
     again = ui.stream("?errors=1").wait_tracing()
-    connect(outer)
+    connect(cluster)
     until(lambda: len(again.lines()) == 1 and len(web.lines()) == 3)
-    assert programs(outer) == reporting
+    assert programs(cluster) == reporting
 
 
-def test_the_page_waits_for_a_trace_of_the_command(outer: Outer, ui: Ui) -> None:
-    trace = Trace(outer.a)
+def test_the_page_waits_for_a_trace_of_the_command(cluster: OutsideClientCluster, ui: Ui) -> None:
+    trace = Trace(cluster.a)
     stream = ui.stream()
     until(lambda: stream.states() and "another ebpfproxy trace runs" in stream.states()[-1]["text"])
-    connect(outer)
+    connect(cluster)
     assert len(trace.end()) == 2
     stream.wait_tracing()
-    connect(outer)
+    connect(cluster)
     until(lambda: len(stream.lines()) == 2)
     # And the command says that it is the page's turn.
-    assert outer.a.cli("trace", "--count", "1", check=False) == ""
+    assert cluster.a.cli("trace", "--count", "1", check=False) == ""
     stream.close()
 
 
-def test_an_agent_that_ends_is_said_and_the_next_one_is_followed(outer: Outer, ui: Ui, agent: Agent) -> None:
+def test_an_agent_that_ends_is_said_and_the_next_one_is_followed(
+    cluster: OutsideClientCluster, ui: Ui, agent: Agent
+) -> None:
     stream = ui.stream().wait_tracing()
     agent.stop()
     until(lambda: not stream.is_tracing)
@@ -118,11 +124,11 @@ def test_an_agent_that_ends_is_said_and_the_next_one_is_followed(outer: Outer, u
     until(late.states)
     agent.start()
     stream.wait_tracing()
-    connect(outer)
+    connect(cluster)
     until(lambda: len(stream.lines()) == 2 and len(late.lines()) == 2)
 
 
-def test_without_an_agent_no_trace_begins(outer: Outer, ui: Ui, agent: Agent) -> None:
+def test_without_an_agent_no_trace_begins(cluster: OutsideClientCluster, ui: Ui, agent: Agent) -> None:
     agent.stop()
     stream = ui.stream()
     until(lambda: stream.states() and "the agent is not running" in stream.states()[-1]["text"])
@@ -130,10 +136,10 @@ def test_without_an_agent_no_trace_begins(outer: Outer, ui: Ui, agent: Agent) ->
     stream.wait_tracing()
 
 
-def test_more_than_a_page_has_lines_for_is_counted(outer: Outer, ui: Ui) -> None:
+def test_more_than_a_page_has_lines_for_is_counted(cluster: OutsideClientCluster, ui: Ui) -> None:
     """Whatever the rate, no decision is missed silently."""
     stream = ui.stream().wait_tracing()
-    outer.client.call(_connect_again, WEB, 53, 5000)
+    cluster.client.call(_connect_again, WEB, 53, 5000)
 
     def told() -> int:
         lost = [event.data for event in stream.poll() if event.name == "lost"]
@@ -146,28 +152,28 @@ def test_more_than_a_page_has_lines_for_is_counted(outer: Outer, ui: Ui) -> None
 
 
 def test_a_stream_does_not_keep_the_command_from_ending(
-    outer: Outer, agent: Agent, plain: dict[str, int | None]
+    cluster: OutsideClientCluster, agent: Agent, plain: dict[str, int | None]
 ) -> None:
-    ui = Ui(outer.a)
+    ui = Ui(cluster.a)
     stream = ui.stream().wait_tracing()
     assert ui.end() == (0, "")
     stream.poll()
     assert stream.ended
-    until(lambda: programs(outer) == plain, "the programs that report stay")
+    until(lambda: programs(cluster) == plain, "the programs that report stay")
 
 
 def test_a_killed_page_leaves_plain_programs(
-    outer: Outer, agent: Agent, plain: dict[str, int | None]
+    cluster: OutsideClientCluster, agent: Agent, plain: dict[str, int | None]
 ) -> None:
-    ui = Ui(outer.a)
+    ui = Ui(cluster.a)
     ui.stream().wait_tracing()
     ui.process.kill()
-    until(lambda: programs(outer) == plain, "the programs that report stay")
+    until(lambda: programs(cluster) == plain, "the programs that report stay")
 
 
-def test_it_ends_with_its_input(outer: Outer, agent: Agent) -> None:
+def test_it_ends_with_its_input(cluster: OutsideClientCluster, agent: Agent) -> None:
     """As with `kubectl exec -i`, whose container goes on when the connection is gone."""
-    ui = Ui(outer.a, "--end-with-input", stdin=-1)
+    ui = Ui(cluster.a, "--end-with-input", stdin=-1)
     stdin = ui.process.stdin
     assert stdin is not None
     assert ui.get("/")[0] == 200
@@ -175,8 +181,8 @@ def test_it_ends_with_its_input(outer: Outer, agent: Agent) -> None:
     assert ui.process.wait(30) == 0
 
 
-def test_each_run_has_a_key_of_its_own(outer: Outer, ui: Ui) -> None:
-    other = Ui(outer.a)
+def test_each_run_has_a_key_of_its_own(cluster: OutsideClientCluster, ui: Ui) -> None:
+    other = Ui(cluster.a)
     assert other.key != ui.key
     assert json.loads(ui.get("/api/clients")[1])[0] == "host"
     status, _ = ui.get("/api/clients", Authorization=f"Bearer {other.key}")
@@ -185,10 +191,10 @@ def test_each_run_has_a_key_of_its_own(outer: Outer, ui: Ui) -> None:
     other.end()
 
 
-def test_only_loopback_is_listened_at(outer: Outer, ui: Ui) -> None:
-    listening = outer.a.run(["ss", "-Hltn", f"sport = :{ui.port}"]).split()
+def test_only_loopback_is_listened_at(cluster: OutsideClientCluster, ui: Ui) -> None:
+    listening = cluster.a.run(["ss", "-Hltn", f"sport = :{ui.port}"]).split()
     assert f"127.0.0.1:{ui.port}" in listening
-    assert outer.client.call(clients.connect_error, outer.a.address, ui.port) == "ECONNREFUSED"
+    assert cluster.client.call(clients.connect_error, cluster.a.address, ui.port) == "ECONNREFUSED"
 
 
 def _run(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -229,7 +235,7 @@ def test_what_cannot_be_served_is_said(words: tuple[str, ...], said: str) -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_that_is_taken_is_said(outer: Outer, ui: Ui) -> None:
+def test_a_port_that_is_taken_is_said(cluster: OutsideClientCluster, ui: Ui) -> None:
     words = ["ui", "--listen", f"127.0.0.1:{ui.port}"]
     with pytest.raises(RuntimeError, match="Address already in use"):
-        outer.a.cli(*words)
+        cluster.a.cli(*words)

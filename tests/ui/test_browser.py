@@ -43,11 +43,11 @@ def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
         made = OutsideClientCluster(lab)
         # A zone may be any text, and so may the reasons that the agent makes of it.
-        odd = {**made.on_a(), "zone": EVIL, "hints": {"forZones": [{"name": EVIL}]}}
+        odd = {**made.endpoint_on_a(), "zone": EVIL, "hints": {"forZones": [{"name": EVIL}]}}
         manifests.write(
             made.manifests / "odd.yaml",
             manifests.service("odd", clusterIPs=["10.96.8.2"], trafficDistribution="PreferClose"),
-            manifests.slice_of("odd", [odd, made.on_b(ready=False)]),
+            manifests.slice_of("odd", [odd, made.endpoint_on_b(ready=False)]),
         )
         made.agent().start()
         yield made

@@ -135,7 +135,7 @@ def test_an_endpoint_that_is_left_out_says_why(cluster: OutsideClientCluster) ->
 
 def test_open_connections_of_an_endpoint_are_counted(cluster: OutsideClientCluster) -> None:
     ip = "10.96.8.1"
-    cluster.add("held", ip, [cluster.on_b()])
+    cluster.add("held", ip, [cluster.endpoint_on_b()])
     until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
 
     def opened() -> list[tuple[int, bool, str]]:
@@ -146,14 +146,14 @@ def test_open_connections_of_an_endpoint_are_counted(cluster: OutsideClientClust
     held = HeldConnection(cluster.client, ip, 80)
     assert opened() == [(1, True, "used")]
     # A backend that has left the choice keeps what is open.
-    cluster.add("held", ip, [cluster.on_b(ready=False, terminating=True), cluster.on_a()])
+    cluster.add("held", ip, [cluster.endpoint_on_b(ready=False, terminating=True), cluster.endpoint_on_a()])
     until(lambda: sorted(opened()) == [(0, True, "used"), (1, False, "terminating")])
     assert held.ask() == "alive"
     cluster.remove("held")
 
 
 def test_services_without_frontends_are_explained_by_the_agent(cluster: OutsideClientCluster) -> None:
-    cluster.add("head", "None", [cluster.on_a()])
+    cluster.add("head", "None", [cluster.endpoint_on_a()])
     until(lambda: answer(cluster, "services/shop/head").status == 200)
     found = ask(cluster, "services/shop/head")
     assert "headless" in found["unserved"]
@@ -162,7 +162,7 @@ def test_services_without_frontends_are_explained_by_the_agent(cluster: OutsideC
 
 
 def test_a_frontend_that_another_service_has_is_named(cluster: OutsideClientCluster) -> None:
-    cluster.add("taker", "10.96.0.40", [cluster.on_a()])
+    cluster.add("taker", "10.96.0.40", [cluster.endpoint_on_a()])
     until(lambda: answer(cluster, "services/shop/taker").status == 200)
     found = ask(cluster, "services/shop/taker")
     notes = [note for port in found["ports"] for note in port["notes"]]
@@ -254,7 +254,7 @@ def test_check_finds_what_somebody_has_changed_and_leaves_it(cluster: OutsideCli
 def test_names_of_others_are_told_as_they_are(cluster: OutsideClientCluster) -> None:
     """A zone is anybody's text: the page alone makes it harmless."""
     zone = "<img src=x onerror=alert(1)>"
-    endpoint = {**cluster.on_a(), "zone": zone}
+    endpoint = {**cluster.endpoint_on_a(), "zone": zone}
     manifests.write(
         cluster.manifests / "odd.yaml",
         manifests.service("odd", clusterIPs=["10.96.8.2"]),

@@ -54,6 +54,7 @@
 #include "filter.h"
 #include "load.h"
 #include "maps.h"
+#include "measure.h"
 #include "options.h"
 #include "packet.h"
 
@@ -81,7 +82,8 @@ struct scratch {
 		u8 kind;
 		u8 reason;
 		u8 has_left;
-	} noted; /* see decision_packet.h */
+	} noted;	    /* see decision_packet.h */
+	u64 is_first_reply; /* see measure_packet() */
 	union {
 		struct nat entry; /* a copy of the packet's: what it becomes */
 		u8 bytes[192];	  /* what is quoted of a rejected packet */
@@ -108,6 +110,8 @@ static __always_inline struct packet *packet_of(enum stage stage)
 	s->packet.flow.pad = 0;
 	if (TRACE_DECISIONS)
 		s->noted.has_decision = s->noted.has_left = false;
+	if (MEASURE_CONNECTIONS)
+		s->is_first_reply = false;
 	return &s->packet;
 }
 
@@ -382,8 +386,11 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		nat->last = now;
 		conntrack_keep_partner(s, flow, entry);
 	}
-	if (entry->flags & NAT_REPLY && !(entry->seen & SEEN_REPLY))
+	if (entry->flags & NAT_REPLY && !(entry->seen & SEEN_REPLY)) {
 		mark_seen(nat, SEEN_REPLY);
+		if (MEASURE_CONNECTIONS)
+			s->is_first_reply = true;
+	}
 	if (tcp_flags & TCP_RST)
 		ended |= SEEN_RST;
 	else if (tcp_flags & TCP_FIN)
@@ -412,6 +419,24 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 	/* TCP packets have flags, except later fragments. */
 	if (tcp_flags && !(tcp_flags & TCP_RST))
 		note_sequence(p, nat, entry);
+}
+
+/*
+ * Measures how long a TCP flow took to be established, or counts that it was not, from the first
+ * packet of its reply direction. It is called where little is left to be verified.
+ */
+static __always_inline void measure_packet(const struct packet *p)
+{
+	const u8 tcp_flags = p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST);
+	const struct scratch *s = scratch_of(p);
+	const struct nat *nat = &s->entry;
+
+	if (!MEASURE_CONNECTIONS || !s->is_first_reply || nat->flags & NAT_SOURCE)
+		return;
+	if (tcp_flags == (TCP_SYN | TCP_ACK))
+		measure_connect(nat->service_id, (bpf_ktime_get_ns() - nat->created) / 1000);
+	else if (tcp_flags & TCP_RST && !nat->end)
+		measure_failure(nat->service_id, nat->backend_id, FAILURE_RESET);
 }
 
 /* Inserts the entry @s->key, which translates nothing, or refreshes it. */

@@ -11,7 +11,10 @@ struct peer {
 	__be16 backend_port;
 	u32 service_id;
 	u32 backend_id;
-	u32 epoch; /* as in struct nat; of datagram sockets that are not connected */
+	union {
+		u32 epoch; /* as in struct nat; of datagram sockets that are not connected */
+		u32 began; /* of a TCP socket that sock_ops.c follows: measure_now() of connect() */
+	};
 };
 
 /*

@@ -19,12 +19,14 @@ from ebpfproxy.datapath.abi.hooks import (
     FORWARDING,
     GUARD,
     LOOPBACK,
+    MEASURE,
     PACKETS,
     RAW_PACKETS,
     RECORDS,
     REPORT,
     SOCKETS,
     SWEEP,
+    Hook,
     Module,
 )
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
@@ -165,6 +167,7 @@ class ProgramManager:
             masquerade_ports_shared=options.masquerade_ports_shared,
             pods_by_cidr=options.local_pods.by_cidr,
             trace_decisions=reports,
+            measure_connections=options.measure_connections,
         )
         try:
             folder = loader.ensure_loaded(self._maps, wanted, self._modules(reports=reports))
@@ -172,6 +175,19 @@ class ProgramManager:
             raise loader.LoadError(str(error)) from error
         self.loaded_with = wanted
         return folder
+
+    @property
+    def _optional_modules(self) -> tuple[Module, ...]:
+        """Those of optional hooks at sockets."""
+        options = self._options
+        return (
+            *((GUARD,) if options.guard_node_ports else ()),
+            *((MEASURE,) if options.measure_connections else ()),
+        )
+
+    @property
+    def _optional_hooks(self) -> tuple[Hook, ...]:
+        return tuple(hook for module in self._optional_modules for hook in module.hooks)
 
     def _modules(self, *, reports: bool) -> tuple[Module, ...]:
         options = self._options
@@ -181,7 +197,7 @@ class ProgramManager:
             PACKETS,
             SWEEP,
             *((REPORT,) if reports else ()),
-            *((GUARD,) if options.guard_node_ports else ()),
+            *self._optional_modules,
             *((LOOPBACK,) if options.node_ports_on_loopback else ()),
             *((RAW_PACKETS,) if self._packets.needs_raw else ()),
             *((FORWARDING,) if options.xdp is not Xdp.NONE else ()),
@@ -206,12 +222,7 @@ class ProgramManager:
             if not loader.is_loaded(programs, module)
         ]
         return ProgramDrift(
-            attach.drifted(
-                self._pins,
-                programs,
-                self._options.cgroup_root,
-                guard_node_ports=self._options.guard_node_ports,
-            )
+            attach.drifted(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
             if not unloaded
             else [],
             self._packets.drifted() if not unloaded else {},
@@ -277,8 +288,7 @@ class ProgramManager:
         )
 
     def _attach_sockets(self, programs: Path) -> list[str]:
-        guard = self._options.guard_node_ports
-        return attach.attach_all(self._pins, programs, self._options.cgroup_root, guard_node_ports=guard)
+        return attach.attach_all(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
 
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None

@@ -29,6 +29,7 @@ from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.measures import Measures
 from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer, no_room
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, Change, InactiveBackends, Published
 from ebpfproxy.datapath.services.publish import Publisher, Tables
@@ -74,6 +75,7 @@ class Writer:
         self._host_sources = HostSources(source_towards)
         self._wait_for_readers = wait_for_readers
         self._counts = ServiceCounts(maps)
+        self._measures = Measures(maps)
         self._is_adopted = maps.adopted
         self._retired = Retired([], [], [])
         self._lost: set[LostFrontend] = set()
@@ -93,6 +95,7 @@ class Writer:
         self._service_ids: Ids[ServicePortKey] = Ids(
             maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
         )
+        self._measures.keep(names.keys(), set(self._backends.numbers()))
 
     # -- what is there
 
@@ -257,6 +260,7 @@ class Writer:
         change.names[number] = key
         if self._is_adopted or self._service_ids.recycles:
             self._counts.clear(number)
+            self._measures.clear(number)
         return number
 
     def _held(self, known: Published) -> set[int]:
@@ -339,7 +343,7 @@ class Writer:
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)
-        self._backends.free_unused()
+        self._measures.forget((), self._backends.free_unused())
 
     def take_lost_frontends(self) -> set[LostFrontend]:
         """UDP frontends that services have lost since the last call, whose sockets have to end."""
@@ -369,7 +373,7 @@ class Writer:
         self._publisher.has_freed |= bool(retired)
         for used in retired.ranges:
             self._selections.release(used)
-        self._backends.reclaim(retired.backends)
+        self._measures.forget(retired.services, self._backends.reclaim(retired.backends))
         for number in retired.services:
             self._selections.clear(number)
             self._service_ids.give_back(number)

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * How connections of sockets begin (BPF_PROG_TYPE_SOCK_OPS). It is attached only where connections
+ * are measured, since TCP calls it some times for every connection of the node, also for those of
+ * no Service.
+ *
+ * A socket's record (origin.h) says which Service and backend it has. This program notes in there
+ * that it follows the socket.
+ */
+#include "lib/compat.h"
+#include "lib/measure.h"
+#include "lib/origin.h"
+#include "lib/socket.h"
+
+/* Says if the socket connects to where its record says: an earlier attempt may have gone there. */
+static __always_inline bool goes_to(struct bpf_sock_ops *ctx, const struct peer *peer)
+{
+	const __be16 port = bpf_htons((u16)bpf_ntohl(ctx->remote_port));
+	__be32 addr = ctx->remote_ip6[3];
+
+	barrier_var(addr);
+	if (ctx->family == AF_INET)
+		addr = ctx->remote_ip4;
+	/* No two of the addresses that a socket tries are so alike. */
+	return peer->backend_port == port && peer->backend.word[3] == addr;
+}
+
+/* The socket is about to send its SYN. */
+static __always_inline void connect_begins(struct bpf_sock_ops *ctx, struct origin *known)
+{
+	known->peer.began = 0;
+	if (!goes_to(ctx, &known->peer))
+		return;
+	known->peer.began = measure_now();
+	/* Others' programs have flags of their own. */
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* The reply to the SYN is there. */
+static __always_inline void connect_done(struct bpf_sock_ops *ctx, struct origin *known)
+{
+	u64 us = ctx->srtt_us >> 3;
+
+	/* The kernel has measured it more precisely, but not since a SYN that was lost. */
+	if (ctx->total_retrans)
+		us = measure_since_us(known->peer.began);
+	measure_connect(known->peer.service_id, us);
+}
+
+static __always_inline bool connect_fails(struct bpf_sock_ops *ctx)
+{
+	return ctx->args[0] == BPF_TCP_SYN_SENT && ctx->args[1] == BPF_TCP_CLOSE;
+}
+
+/* A segment that was received before the connection is established is a RST. */
+static __always_inline void connect_failed(struct bpf_sock_ops *ctx, struct origin *known)
+{
+	measure_failure(known->peer.service_id, known->peer.backend_id,
+			ctx->segs_in ? FAILURE_RESET : FAILURE_TIMEOUT);
+	known->peer.began = 0;
+}
+
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	const u32 op = ctx->op;
+	struct origin *known;
+
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
+	    (op != BPF_SOCK_OPS_STATE_CB || !connect_fails(ctx)))
+		return PROCEED;
+	known = origin_of(get_socket_cookie(ctx));
+	if (!known)
+		return PROCEED;
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		connect_begins(ctx, known);
+		return PROCEED;
+	}
+	if (!known->peer.began)
+		return PROCEED;
+	if (op == BPF_SOCK_OPS_STATE_CB)
+		connect_failed(ctx, known);
+	else
+		connect_done(ctx, known);
+	return PROCEED;
+}

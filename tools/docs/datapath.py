@@ -70,6 +70,9 @@ _HOLDS = {
     "decision_state": "its rate on each CPU, and what it has lost",
     "tracing": "which decisions it wants, and until when",
     "traced_services": "the Services that it wants them of",
+    "connects": "with `measureConnections`: how long a service port's connections took, and how many failed",
+    "no_connects": "zeros: what an entry of it begins with",
+    "connect_failures": "service port and backend → how many connections failed, by reason",
     "pod_names": "endpoint address → pod, while it runs",
     "agent_state": "the agent's state, for `ebpfproxy status`, and where commands ask it",
 }

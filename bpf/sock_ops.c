@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * How connections of sockets begin (BPF_PROG_TYPE_SOCK_OPS). It is attached only where connections
- * are measured, since TCP calls it some times for every connection of the node, also for those of
- * no Service.
+ * How connections of sockets begin and end (BPF_PROG_TYPE_SOCK_OPS). It is attached only where
+ * something is measured, since TCP calls it some times for every connection of the node, also for
+ * those of no Service.
  *
  * A socket's record (origin.h) says which Service and backend it has. This program notes in there
  * that it follows the socket.
@@ -47,39 +47,66 @@ static __always_inline void connect_done(struct bpf_sock_ops *ctx, struct origin
 	measure_connect(known->peer.service_id, us);
 }
 
-static __always_inline bool connect_fails(struct bpf_sock_ops *ctx)
-{
-	return ctx->args[0] == BPF_TCP_SYN_SENT && ctx->args[1] == BPF_TCP_CLOSE;
-}
-
 /* A segment that was received before the connection is established is a RST. */
 static __always_inline void connect_failed(struct bpf_sock_ops *ctx, struct origin *known)
 {
-	measure_failure(known->peer.service_id, known->peer.backend_id,
-			ctx->segs_in ? FAILURE_RESET : FAILURE_TIMEOUT);
+	if (MEASURE_CONNECTIONS)
+		measure_failure(known->peer.service_id, known->peer.backend_id,
+				ctx->segs_in ? FAILURE_RESET : FAILURE_TIMEOUT);
+}
+
+/* Counts what the connection has sent and received; the socket itself may be closed. */
+static __always_inline void connection_ends(struct bpf_sock_ops *ctx, const struct origin *known)
+{
+	const u32 service_id = known->peer.service_id;
+
+	if (!MEASURE_TRAFFIC)
+		return;
+	measure_traffic(service_id, 0, ctx->bytes_acked, ctx->segs_out);
+	measure_traffic(service_id, 1, ctx->bytes_received, ctx->segs_in);
+}
+
+static __always_inline void state_changes(struct bpf_sock_ops *ctx, u64 cookie)
+{
+	const u32 before = ctx->args[0];
+	struct origin *known;
+
+	if (ctx->args[1] != BPF_TCP_CLOSE || (!MEASURE_TRAFFIC && before != BPF_TCP_SYN_SENT))
+		return;
+	known = origin_of(cookie);
+	if (MEASURE_TRAFFIC && !known)
+		known = origin_closed(cookie);
+	if (!known || !known->peer.began)
+		return;
+	if (before == BPF_TCP_SYN_SENT)
+		connect_failed(ctx, known);
+	else
+		connection_ends(ctx, known);
 	known->peer.began = 0;
+	if (MEASURE_TRAFFIC)
+		origin_end(cookie);
 }
 
 int sock_ops(struct bpf_sock_ops *ctx)
 {
 	const u32 op = ctx->op;
 	struct origin *known;
+	u64 cookie;
 
-	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
-	    (op != BPF_SOCK_OPS_STATE_CB || !connect_fails(ctx)))
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB &&
+	    (!MEASURE_CONNECTIONS || op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB))
 		return PROCEED;
-	known = origin_of(get_socket_cookie(ctx));
-	if (!known)
-		return PROCEED;
-	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
-		connect_begins(ctx, known);
+	cookie = get_socket_cookie(ctx);
+	if (op == BPF_SOCK_OPS_STATE_CB) {
+		state_changes(ctx, cookie);
 		return PROCEED;
 	}
-	if (!known->peer.began)
+	known = origin_of(cookie);
+	if (!known)
 		return PROCEED;
-	if (op == BPF_SOCK_OPS_STATE_CB)
-		connect_failed(ctx, known);
-	else
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		connect_begins(ctx, known);
+	else if (known->peer.began)
 		connect_done(ctx, known);
 	return PROCEED;
 }

@@ -117,6 +117,8 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 	if (verdict == TRANSLATE) {
 		verdict = translate(skb, p);
 		measure_packet(p);
+		if (MEASURE_TRAFFIC)
+			measure_size(p, skb->len - L3_OFFSET, skb->gso_segs);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
 		decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
 		return reject(skb, p, verdict - REJECTION);

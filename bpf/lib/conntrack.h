@@ -439,6 +439,19 @@ static __always_inline void measure_packet(const struct packet *p)
 		measure_failure(nat->service_id, nat->backend_id, FAILURE_RESET);
 }
 
+/*
+ * Counts a packet that was translated, for its Service; a masquerade's translation is another.
+ * @segments is 0 where the packet is not one that the kernel made of several.
+ */
+static __always_inline void measure_size(const struct packet *p, u64 bytes, u64 segments)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+
+	if (!(nat->flags & NAT_SOURCE))
+		measure_traffic(nat->service_id, nat->flags & NAT_REPLY, bytes,
+				segments + !segments);
+}
+
 /* Inserts the entry @s->key, which translates nothing, or refreshes it. */
 static __always_inline void conntrack_note(struct scratch *s, u8 seen)
 {

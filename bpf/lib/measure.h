@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Measurements of connections: how long they take to be established, for each Service, and those
- * that fail, for each backend. Without MEASURE_CONNECTIONS the verifier removes all of this.
+ * Measurements of connections: how long they take to be established, for each Service, those that
+ * fail, for each backend (MEASURE_CONNECTIONS), and bytes and packets for each Service
+ * (MEASURE_TRAFFIC). Without these options the verifier removes all of this.
  *
  * sock_ops.c measures connections of sockets, conntrack.h those of packets. A Service takes memory
- * once it has had a connection.
+ * once there is something to be counted.
  */
 #ifndef EBPFPROXY_MEASURE_H
 #define EBPFPROXY_MEASURE_H
@@ -88,6 +89,36 @@ static __always_inline void measure_failure(u32 service_id, u32 backend_id,
 		__sync_fetch_and_add(&of_backend->failures[why], 1);
 	if (of_service)
 		__sync_fetch_and_add(&of_service->failures[why], 1);
+}
+
+static __always_inline struct traffic *traffic_of(u32 service_id)
+{
+	struct traffic *found = map_lookup(service_traffic, &service_id), none = {};
+	u32 others = NOBODY;
+
+	if (found)
+		return found;
+	bpf_map_update_elem(MAP(service_traffic), &service_id, &none, BPF_NOEXIST);
+	found = map_lookup(service_traffic, &service_id);
+	return found ? found : map_lookup(service_traffic, &others);
+}
+
+/*
+ * Adds what went from clients to a Service's backends (0), or back (1). Programs of sockets can be
+ * preempted by those of packets, which then add to the same.
+ */
+static __always_inline void measure_traffic(u32 service_id, u64 way, u64 bytes, u64 packets)
+{
+	struct traffic *found = traffic_of(service_id);
+
+	if (!found)
+		return;
+	way &= 1;
+	barrier_var(way);
+	if (way > 1)
+		return;
+	__sync_fetch_and_add(&found->bytes[way], bytes);
+	__sync_fetch_and_add(&found->packets[way], packets);
 }
 
 #endif

@@ -35,4 +35,10 @@ struct connect_failures {
 	u64 failures[CONNECT_FAILURES];
 };
 
+/* service_traffic, by service id, of each CPU: from clients, and to them. As in struct connects. */
+struct traffic {
+	u64 bytes[2];
+	u64 packets[2];
+};
+
 #endif

@@ -28,6 +28,7 @@ enum origin_kind {
 	ORIGIN_RESERVED = 1,	/* the socket's program is about to write it */
 	ORIGIN_CONNECTED = 2,	/* what the socket has connected to */
 	ORIGIN_UNCONNECTED = 3, /* the first frontend that an unconnected socket has sent to */
+	ORIGIN_CLOSED = 4, /* of a closed socket whose connection goes on: see origin_close() */
 };
 
 /*

@@ -168,6 +168,7 @@ class ProgramManager:
             pods_by_cidr=options.local_pods.by_cidr,
             trace_decisions=reports,
             measure_connections=options.measure_connections,
+            measure_traffic=options.measure_traffic,
         )
         try:
             folder = loader.ensure_loaded(self._maps, wanted, self._modules(reports=reports))
@@ -182,7 +183,7 @@ class ProgramManager:
         options = self._options
         return (
             *((GUARD,) if options.guard_node_ports else ()),
-            *((MEASURE,) if options.measure_connections else ()),
+            *((MEASURE,) if options.measure_connections or options.measure_traffic else ()),
         )
 
     @property

@@ -261,6 +261,14 @@ class EbpfProxyConfiguration(
         ),
         Flag("--measure-connections"),
     ] = False
+    measure_traffic: Annotated[
+        bool,
+        Meta(
+            description="Count bytes and packets of each Service: of TCP connections of sockets when they "
+            "end, of all others packet by packet."
+        ),
+        Flag("--measure-traffic"),
+    ] = False
     metrics_services: Annotated[
         int,
         Meta(

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, NOBODY, Connec
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import measures
-from ebpfproxy.datapath.services.measures import Connects
+from ebpfproxy.datapath.services.measures import NO_CONNECTS, NO_TRAFFIC, Connects, Traffic
 from ebpfproxy.services.model import ServicePortKey, format_endpoint
 
 #: The Service of all others: it has no namespace.
@@ -25,6 +25,7 @@ OTHER = "other"
 LABELS = ("namespace", "service", "port", "protocol", "ip_family")
 
 Key = TypeVar("Key", bound=Hashable)
+Counted = TypeVar("Counted")
 Counts = tuple[float, ...]
 
 
@@ -84,9 +85,10 @@ class MeasureCollector(Collector):
         #: Two scrapes at once would count what is new twice.
         self._lock = threading.Lock()
         dump = Dump(maps)
-        now = _connects(dump, maps)
+        now = _named(dump, measures.connects(maps))
         self._times = Split(_times(now), len(CONNECT_BOUNDS) + 2)
         self._failures = Split(self._failed(dump, now), len(ConnectFailure))
+        self._traffic = Split(_named(dump, measures.traffic(maps)), len(Traffic._fields))
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
@@ -94,8 +96,9 @@ class MeasureCollector(Collector):
 
     def _read(self) -> Iterator[Metric]:
         dump = Dump(self._maps)
-        now = _connects(dump, self._maps)
-        own = self._busiest(now)
+        now = _named(dump, measures.connects(self._maps))
+        all_traffic = _named(dump, measures.traffic(self._maps))
+        own = self._busiest(now, all_traffic)
         seconds = HistogramMetricFamily(
             "ebpfproxy_service_connect_seconds",
             "Time until a TCP connection was established, if that is measured",
@@ -119,13 +122,36 @@ class MeasureCollector(Collector):
                 for reason in ConnectFailure:
                     failed.add_metric([*_labels(service), backend, str(reason)], counts[reason])
         yield failed
+        yield from self._sizes(all_traffic, own)
 
-    def _busiest(self, now: Mapping[_Service, Connects]) -> Set[_Service]:
-        def connections(service: _Service) -> tuple[int, ServicePortKey]:
+    def _sizes(self, now: Mapping[_Service, Traffic], own: Set[_Service]) -> Iterator[Metric]:
+        """``own``: those told apart."""
+        sizes, packets = (
+            CounterMetricFamily(
+                f"ebpfproxy_service_{unit}",
+                f"{unit.capitalize()} from clients (request) and to them (response), if that is measured",
+                labels=[*LABELS, "direction"],
+            )
+            for unit in ("bytes", "packets")
+        )
+        found, others = self._traffic.read(now, own)
+        for service, counts in [*sorted(found.items()), (None, others)]:
+            if service is not None or any(counts):
+                for at, direction in enumerate(("request", "response")):
+                    sizes.add_metric([*_labels(service), direction], counts[at])
+                    packets.add_metric([*_labels(service), direction], counts[2 + at])
+        yield from (sizes, packets)
+
+    def _busiest(self, now: Mapping[_Service, Connects], sizes: Mapping[_Service, Traffic]) -> Set[_Service]:
+        """Those with most connections, and then with most packets."""
+
+        def order(service: _Service) -> tuple[int, int, ServicePortKey]:
             assert service is not None
-            return -now[service].established - sum(now[service].failures), service
+            each, size = now.get(service, NO_CONNECTS), sizes.get(service, NO_TRAFFIC)
+            packets = size.request_packets + size.response_packets
+            return -each.established - sum(each.failures), -packets, service
 
-        return set(sorted(now.keys() - {None}, key=connections)[: self._services])
+        return set(sorted((now.keys() | sizes.keys()) - {None}, key=order)[: self._services])
 
     def _failed(self, dump: Dump, now: Mapping[_Service, Connects]) -> dict[_Failed, Counts]:
         if not self._backends:
@@ -140,9 +166,10 @@ class MeasureCollector(Collector):
         return found
 
 
-def _connects(dump: Dump, maps: MapSet) -> dict[_Service, Connects]:
-    found: dict[_Service, Connects] = {}
-    for number, each in measures.connects(maps).items():
+def _named(dump: Dump, counted: Mapping[int, Counted]) -> dict[_Service, Counted]:
+    """By the service port, of those that there are now."""
+    found: dict[_Service, Counted] = {}
+    for number, each in counted.items():
         if number in dump.names:
             found[dump.names[number]] = each
         elif number == NOBODY:

@@ -68,6 +68,7 @@ def test_defaults_without_a_file_and_flags() -> None:
         without=frozenset(),
         trace_decisions=False,
         measure_connections=False,
+        measure_traffic=False,
         metrics_services=50,
         metrics_backends=False,
     )

@@ -47,6 +47,7 @@ FIELDS: dict[str, Any] = {
     "without": ["tcx", "set-retval"],
     "traceDecisions": True,
     "measureConnections": True,
+    "measureTraffic": True,
     "metricsServices": 10,
     "metricsBackends": True,
 }

@@ -51,6 +51,7 @@ STRUCTS = {
     "redirect": "sock_redirects value",
     "rejections": "service_rejections value",
     "connects": "connects value",
+    "traffic": "service_traffic value",
     "failure_key": "connect_failures key",
     "connect_failures": "connect_failures value",
     "member_key": "members key",

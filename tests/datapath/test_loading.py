@@ -61,6 +61,8 @@ CHOICES: list[dict[str, Any]] = [
     {"masquerade_ports": (32768, 65535), "masquerade_ports_shared": True},
     {"masquerade_ports_shared": True, "masquerade_all": True, "bypass_netfilter": True},
     {"measure_connections": True},
+    {"measure_traffic": True},
+    {"measure_connections": True, "measure_traffic": True, "masquerade_all": True, "trace_decisions": True},
     {"measure_connections": True, "trace_decisions": True, "masquerade_ports_shared": True},
     {"measure_connections": True, "trace_decisions": True, "bypass_netfilter": True, "pods_by_cidr": True},
     {"trace_decisions": True},

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.datapath.abi.layout import PAIR, U32
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY
-from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY, TRAFFIC
+from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import measures
-from ebpfproxy.datapath.services.measures import NO_CONNECTS, Connects, Measures, ServiceBackend
+from ebpfproxy.datapath.services.measures import NO_CONNECTS, Connects, Measures, ServiceBackend, Traffic
 from tests.datapath.writing import SMALL, Bench, port
 
 BUCKETS = len(CONNECT_BOUNDS) + 1
@@ -33,6 +33,8 @@ def count(opened: MapSet, service_id: int, backend_id: int) -> None:
     times[3] = 1
     opened["connects"].update(U32.pack(service_id), CONNECTS.pack(300, *times, 1, 0, 2))
     opened["connect_failures"].update(PAIR.pack(service_id, backend_id), CONNECT_FAILURES.pack(1, 0, 2))
+    # Each CPU counts for itself.
+    opened["service_traffic"].update(U32.pack(service_id), TRAFFIC.pack(1, 2, 3, 4) * bpf.possible_cpus())
 
 
 @pytest.mark.root
@@ -40,11 +42,14 @@ def test_reading(opened: MapSet) -> None:
     Measures(opened)
     assert measures.connects(opened) == {}
     assert measures.failures(opened) == {}
+    assert measures.traffic(opened) == {}
     count(opened, 3, 5)
     found = measures.connects(opened)
     assert found.keys() == {3}
     assert (found[3].seconds, found[3].established, found[3].failures) == (0.0003, 1, (1, 0, 2))
     assert measures.failures(opened) == {ServiceBackend(3, 5): (1, 0, 2)}
+    cpus = bpf.possible_cpus()
+    assert measures.traffic(opened) == {3: Traffic(cpus, 2 * cpus, 3 * cpus, 4 * cpus)}
 
 
 @pytest.mark.root
@@ -53,10 +58,10 @@ def test_ids_that_are_given_back_are_forgotten(opened: MapSet) -> None:
     for service_id, backend_id in ((1, 1), (2, 2), (3, 3)):
         count(opened, service_id, backend_id)
     made.forget([1], [2])
-    assert measures.connects(opened).keys() == {2, 3}
+    assert measures.connects(opened).keys() == measures.traffic(opened).keys() == {2, 3}
     assert measures.failures(opened).keys() == {ServiceBackend(3, 3)}
     made.clear(2)
-    assert measures.connects(opened).keys() == {3}
+    assert measures.connects(opened).keys() == measures.traffic(opened).keys() == {3}
 
 
 @pytest.mark.root
@@ -65,7 +70,7 @@ def test_a_start_keeps_what_belongs_to_ids_in_use(opened: MapSet) -> None:
         count(opened, service_id, backend_id)
     made = Measures(opened)
     made.keep({1}, {1})
-    assert measures.connects(opened).keys() == {1, NOBODY}
+    assert measures.connects(opened).keys() == measures.traffic(opened).keys() == {1, NOBODY}
     assert measures.failures(opened).keys() == {ServiceBackend(1, 1), ServiceBackend(NOBODY, NOBODY)}
 
 
@@ -99,7 +104,7 @@ def test_a_quantile_is_in_the_bucket_of_its_connection(buckets: tuple[int, ...],
         return
     assert found is not None
     each = [place for place, number in enumerate(buckets) for _ in range(number)]
-    # That share of the connections, rounded up.
+    # The place of the connection at that share, which is rounded up.
     place = each[max(0, -int(-share * len(each) // 1) - 1)]
     bounds = (0, *CONNECT_BOUNDS)
     upper = bounds[min(place + 1, BUCKETS - 1)] / 1e6

@@ -1,19 +1,24 @@
-"""``--measure-connections``: how long connections take, and those that fail, in maps and in metrics."""
+"""``--measure-connections`` and ``--measure-traffic``: what maps and metrics say of real connections."""
 
 from __future__ import annotations
 
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
 from ebpfproxy.datapath.abi.measure_layout import ConnectFailure
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN
 from ebpfproxy.datapath.dump import Dump, open_maps
+from ebpfproxy.datapath.flows.origin_table import OriginTable
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.services import measures
-from ebpfproxy.datapath.services.measures import NO_CONNECTS, Connects
-from tests.e2e.outer import Outer
+from ebpfproxy.datapath.services.measures import NO_CONNECTS, NO_TRAFFIC, Connects, Traffic
+from tests.e2e.outer import Held, Outer
 from tests.e2e.world import NODE_PORT, SERVICE_IPS
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.waiting import until
@@ -50,17 +55,41 @@ def world() -> Iterator[Outer]:
 
 @pytest.fixture(scope="module")
 def agent(world: Outer) -> Agent:
-    return world.agent("--measure-connections", "--metrics-backends").start()
+    options = ("--measure-connections", "--measure-traffic", "--metrics-backends")
+    return world.agent(*options, "--socket-sweep-seconds", "0.2").start()
+
+
+@contextmanager
+def opened(world: Outer) -> Iterator[MapSet]:
+    maps = open_maps(world.a.bpf_root)
+    try:
+        yield maps
+    finally:
+        maps.close()
+
+
+def _id(maps: MapSet, name: str, port: str = "http") -> int:
+    """Of the Service's IPv4 port."""
+    ids = {(key.name, key.port_name, str(key.family)): number for number, key in Dump(maps).names.items()}
+    return ids[name, port, "IPv4"]
 
 
 def measured(world: Outer, name: str) -> Connects:
-    """What is measured of the Service's IPv4 port http."""
-    maps = open_maps(world.a.bpf_root)
-    try:
-        ids = {(key.name, key.port_name, str(key.family)): number for number, key in Dump(maps).names.items()}
-        return measures.connects(maps).get(ids[name, "http", "IPv4"], NO_CONNECTS)
-    finally:
-        maps.close()
+    with opened(world) as maps:
+        return measures.connects(maps).get(_id(maps, name), NO_CONNECTS)
+
+
+def traffic(world: Outer, port: str, before: Traffic = NO_TRAFFIC) -> Traffic:
+    """Of the Service web, since then."""
+    with opened(world) as maps:
+        now = measures.traffic(maps).get(_id(maps, "web", port), NO_TRAFFIC)
+    return Traffic(*(a - b for a, b in zip(now, before, strict=True)))
+
+
+def closed_records(world: Outer) -> int:
+    """Records of closed sockets whose connection goes on."""
+    with opened(world) as maps:
+        return sum(len(some) // ORIGIN.size for some in OriginTable(maps).closed())
 
 
 def failed(world: Outer, name: str, before: Connects) -> dict[str, int]:
@@ -198,6 +227,70 @@ def test_packets_that_are_refused_count_as_reset(world: Outer, agent: Agent) -> 
     assert failed(world, "closed", before) == {"RESET": 1}
 
 
+# -- bytes and packets
+
+
+def receive_all(host: str, port: int, *, closes: bool) -> int:
+    """Reads a reply; with ``closes`` the connection is over before the socket is closed."""
+    with socket.create_connection((host, port), 3) as sock:
+        reply = sock.recv(4096)
+        if closes:
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(4096) == b""
+        return len(reply)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_traffic_of_a_socket_is_counted_when_its_connection_ends(
+    world: Outer, agent: Agent, closes: bool
+) -> None:
+    before = traffic(world, "http")
+    length = world.client.call(partial(receive_all, closes=closes), SERVICE_IPS["v4"], 80)
+    until(lambda: traffic(world, "http", before) != NO_TRAFFIC, "nothing was counted")
+    found = traffic(world, "http", before)
+    # The kernel counts FIN as a byte in some states.
+    assert length <= found.response_bytes <= length + 1
+    assert found.request_bytes <= 2
+    assert found.request_packets >= 3
+    assert found.response_packets >= 3
+    until(lambda: not closed_records(world), "the record of a closed connection is left")
+
+
+def test_datagrams_of_packets_are_counted_once_each(world: Outer, agent: Agent) -> None:
+    """With a masquerade they are translated twice."""
+    before = traffic(world, "udp")
+    for _ in range(clients.ENOUGH):
+        world.outside.call(clients.ask_udp, world.a.address, 30053)
+    found = traffic(world, "udp", before)
+    assert (found.request_packets, found.response_packets) == (clients.ENOUGH, clients.ENOUGH)
+    # IP and UDP headers, and the question.
+    assert found.request_bytes == clients.ENOUGH * (20 + 8 + 1)
+    assert found.response_bytes > clients.ENOUGH * (20 + 8)
+
+
+def test_traffic_of_packets_is_counted_as_it_passes(world: Outer, agent: Agent) -> None:
+    before = traffic(world, "http")
+    held = Held(world.outside, world.a.address, NODE_PORT)
+    found = traffic(world, "http", before)
+    assert found.request_packets >= 2
+    # Two headers of a connection and of data, and the data.
+    assert found.response_bytes > 2 * (20 + 20)
+    held.process.kill()
+
+
+def test_records_of_closed_sockets_whose_end_nobody_counts_are_removed(world: Outer, agent: Agent) -> None:
+    pod = world.a.pod("fading")
+    pod.run(["sysctl", "-qw", "net.ipv4.tcp_orphan_retries=1"])
+    held = Held(pod, SERVICE_IPS["v4"], 80)
+    for name in (world.w1.address, world.w2.address):
+        pod.run(["ip", "route", "add", "blackhole", f"{name}/32"])
+    held.process.kill()
+    until(lambda: closed_records(world) == 1, "the record is not kept")
+    # Nobody sees the end of the connection now.
+    (world.a.bpf_root / "ebpfproxy" / "links" / "sock_ops").unlink()
+    until(lambda: closed_records(world) == 0, "the record of a closed connection is left")
+
+
 # -- metrics
 
 
@@ -210,6 +303,12 @@ def test_metrics_of_the_service_and_of_the_backend(world: Outer, agent: Agent) -
         rf'^ebpfproxy_service_connect_seconds_count{{{labels}"web"}} (\S+)$', _sorted_labels(text), re.M
     )
     assert float(count) == measured(world, "web").established
+    (count,) = re.findall(
+        rf'^ebpfproxy_service_bytes_total{{direction="response",{labels}"web"}} (\S+)$',
+        _sorted_labels(text),
+        re.M,
+    )
+    assert float(count) == traffic(world, "http").response_bytes
     name = "ebpfproxy_backend_connect_failures_total"
     where = f'backend="{world.w1.address}:7"'
     (count,) = re.findall(
@@ -241,7 +340,7 @@ def test_without_the_option_nothing_is_attached_or_measured(world: Outer, agent:
         ),
         "sock_ops is still attached",
     )
-    before = measured(world, "web")
+    before = measured(world, "web"), traffic(world, "http")
     world.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
     world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)
-    assert measured(world, "web") == before
+    assert (measured(world, "web"), traffic(world, "http")) == before

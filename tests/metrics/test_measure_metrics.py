@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.abi.layout import PAIR, U32, pack_name
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY
-from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY, TRAFFIC
+from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs
 from ebpfproxy.metrics.measure_metrics import MeasureCollector, Split
@@ -145,6 +145,31 @@ def test_failures_name_the_backend_where_that_is_wanted(opened: MapSet) -> None:
         ("web", "10.0.0.0:80", "reset"): 1,
         ("api", "10.0.0.1:80", "timeout"): 2,
         ("other", "", "abandoned"): 3,
+    }
+
+
+@pytest.mark.root
+def test_bytes_and_packets(opened: MapSet) -> None:
+    collector = MeasureCollector(opened, 1, backends=False)
+    for number, counts in ((0, (1, 2, 3, 4)), (2, (10, 20, 30, 40))):
+        value = TRAFFIC.pack(*counts) + bytes(TRAFFIC.size * (bpf.possible_cpus() - 1))
+        opened["service_traffic"].update(U32.pack(number), value)
+    registry = CollectorRegistry()
+    registry.register(collector)
+    found = {
+        (sample.name, sample.labels["service"], sample.labels["direction"]): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+    assert found == {
+        ("ebpfproxy_service_bytes_total", "slow", "request"): 10,
+        ("ebpfproxy_service_bytes_total", "slow", "response"): 20,
+        ("ebpfproxy_service_packets_total", "slow", "request"): 30,
+        ("ebpfproxy_service_packets_total", "slow", "response"): 40,
+        ("ebpfproxy_service_bytes_total", "other", "request"): 1,
+        ("ebpfproxy_service_bytes_total", "other", "response"): 2,
+        ("ebpfproxy_service_packets_total", "other", "request"): 3,
+        ("ebpfproxy_service_packets_total", "other", "response"): 4,
     }
 
 

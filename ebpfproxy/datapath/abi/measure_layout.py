@@ -19,9 +19,11 @@ class ConnectFailure(enum.IntEnum):
 
 #: Upper bounds of the times in ``struct connects``, in microseconds. One more place has those above.
 CONNECT_BOUNDS = tuple(64 << place for place in range(18))
-#: By reason.
+#: It has a count for each reason.
 CONNECT_FAILURES = struct.Struct(f"={len(ConnectFailure)}Q")
 #: Microseconds of all connections together, the times, and failures.
 CONNECTS = struct.Struct(f"=Q{len(CONNECT_BOUNDS) + 1}Q{len(ConnectFailure)}Q")
+#: ``struct traffic``, of one CPU: bytes from clients and to them, and packets.
+TRAFFIC = struct.Struct("=4Q")
 #: The service, and the backend, of all that does not fit.
 NOBODY = 0xFFFFFFFF

@@ -34,7 +34,7 @@ from ebpfproxy.datapath.abi.layout import (
     SOURCE_RANGE,
     U64,
 )
-from ebpfproxy.datapath.abi.measure_layout import CONNECT_FAILURES, CONNECTS
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_FAILURES, CONNECTS, TRAFFIC
 from ebpfproxy.datapath.abi.node_layout import CIDR, DEVICE, UNALLOCATED, XDP_DEVICE, PacketEvent
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEERS, REDIRECT
 
@@ -168,6 +168,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _hash("connects", 4, CONNECTS.size, MEASURED),
         _array("no_connects", CONNECTS.size, 1),
         _hash("connect_failures", PAIR.size, CONNECT_FAILURES.size, MEASURED),
+        MapSpec("service_traffic", uapi.MAP_PERCPU_HASH, 4, TRAFFIC.size, MEASURED, uapi.F_NO_PREALLOC),
         _hash("pod_names", 16, POD_NAME.size, capacity.backends),
     )
 

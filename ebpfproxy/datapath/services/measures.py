@@ -1,7 +1,8 @@
 """What programs have measured of connections, by the ids of services and backends.
 
-Without ``measureConnections`` nothing is measured: what is read then was measured before, or is empty. A
-service has an entry once it has had a connection. Those that do not fit are counted together, as NOBODY.
+Without ``measureConnections`` and ``measureTraffic`` nothing is measured: what is read then was measured
+before, or is empty. A service has an entry once there was something to count. Those that do not fit are
+counted together, as NOBODY.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from ebpfproxy.datapath.abi.measure_layout import (
     CONNECT_FAILURES,
     CONNECTS,
     NOBODY,
+    TRAFFIC,
     ConnectFailure,
 )
+from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 
 
@@ -88,21 +91,50 @@ def failures(maps: MapSet) -> dict[ServiceBackend, tuple[int, ...]]:
     }
 
 
+class Traffic(NamedTuple):
+    """What went from clients to a service port's backends (requests), and back.
+
+    Bytes of TCP connections of sockets are those of data, of packets those of IP.
+    """
+
+    request_bytes: int
+    response_bytes: int
+    request_packets: int
+    response_packets: int
+
+
+NO_TRAFFIC = Traffic(0, 0, 0, 0)
+
+
+def traffic(maps: MapSet) -> dict[int, Traffic]:
+    """By service id, of those that have had any."""
+    return {
+        U32.unpack(key)[0]: found
+        for key, value in maps["service_traffic"].items()
+        if any(found := Traffic(*map(sum, zip(*TRAFFIC.iter_unpack(value), strict=True))))
+    }
+
+
 class Measures:
     """The agent's part: entries for what does not fit, and none for ids that have a new owner."""
 
     def __init__(self, maps: MapSet) -> None:
         self._connects, self._failures = maps["connects"], maps["connect_failures"]
+        self._traffic = maps["service_traffic"]
         if self._connects.lookup(U32.pack(NOBODY)) is None:
             self._connects.update(U32.pack(NOBODY), bytes(CONNECTS.size))
         if self._failures.lookup(PAIR.pack(NOBODY, NOBODY)) is None:
             self._failures.update(PAIR.pack(NOBODY, NOBODY), bytes(CONNECT_FAILURES.size))
 
+        if self._traffic.lookup(U32.pack(NOBODY)) is None:
+            self._traffic.update(U32.pack(NOBODY), bytes(TRAFFIC.size * bpf.possible_cpus()))
+
     def keep(self, services: Set[int], backends: Set[int]) -> None:
         """Deletes what a killed agent has left of ids other than these, which are in use."""
         services, backends = services | {NOBODY}, backends | {NOBODY}
-        keys = [key for key, _ in self._connects.items()]
-        self._connects.delete_many([key for key in keys if U32.unpack(key)[0] not in services])
+        for table in (self._connects, self._traffic):
+            keys = [key for key, _ in table.items()]
+            table.delete_many([key for key in keys if U32.unpack(key)[0] not in services])
         self._failures.delete_many(
             [
                 key
@@ -114,12 +146,14 @@ class Measures:
     def clear(self, service_id: int) -> None:
         """For an id that no program uses: it has a new owner."""
         self._connects.delete(U32.pack(service_id))
+        self._traffic.delete(U32.pack(service_id))
 
     def forget(self, services: Collection[int], backends: Collection[int]) -> None:
         """For ids that no program uses any more."""
         if not services and not backends:
             return
-        self._connects.delete_many([U32.pack(number) for number in services])
+        for table in (self._connects, self._traffic):
+            table.delete_many([U32.pack(number) for number in services])
         self._failures.delete_many(
             [key for key, of in self._pairs() if of.service_id in services or of.backend_id in backends]
         )

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root, is_locked
 from ebpfproxy.services.model import ServicePortKey
 from ebpfproxy.services.reasons import ServiceReasons
 from ebpfproxy.services.values import parse_address
+from ebpfproxy.trace.rotation import RotatingFile
 from ebpfproxy.trace.rows import DecisionRow, text
 from ebpfproxy.trace.session import Filter, Session, TraceError, session
 
@@ -83,6 +85,29 @@ _AGENT_SECONDS = 0.5
     show_default=True,
     help="Output format; JSON is one object a line.",
 )
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="Write JSON lines to this file instead, for log shippers.",
+)
+@click.option(
+    "--file-size",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    metavar="MB",
+    help="Rename the file to PATH.1 when it is so large, PATH.1 to PATH.2, and so on.",
+)
+@click.option(
+    "--files",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Keep so many files.",
+)
 def command(
     *,
     bpf_root: Path,
@@ -95,6 +120,9 @@ def command(
     rate: int,
     count: int | None,
     output: str,
+    path: Path | None,
+    file_size: int,
+    files: int,
 ) -> None:
     """Show each decision as it is made: which backend a connection gets, or why it gets none.
 
@@ -118,8 +146,9 @@ def command(
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             reasons = partial(_reasons, bpf_root)
+            file = RotatingFile(path, file_size * 1_000_000, files) if path is not None else None
             with session(maps, find_cgroup_root(), wanted, reasons) as traced:
-                _print(traced, output, count)
+                _print(traced, _writer(output, file), count)
         except (TraceError, TracingInUseError) as error:
             raise click.ClickException(str(error)) from error
         except (KeyboardInterrupt, BrokenPipeError):
@@ -159,12 +188,15 @@ def _names(
     return namespace, service, pod
 
 
-def _print(traced: Session, output: str, count: int | None) -> None:
+Write = Callable[[list[DecisionRow]], None]
+
+
+def _print(traced: Session, write: Write, count: int | None) -> None:
     ends = _ending()
     shown, next_lost, was_reported = 0, 0.0, False
     for rows in traced.rows():
         some = rows if count is None else rows[: count - shown]
-        _write(some, output)
+        write(some)
         shown += len(some)
         now = time.monotonic()
         if now >= next_lost or shown == count:
@@ -181,7 +213,7 @@ def _print(traced: Session, output: str, count: int | None) -> None:
         if ends.is_set():
             # What programs have reported until now is shown, or counted as lost.
             if count is None:
-                _write(traced.rest(), output)
+                write(traced.rest())
             _say_lost(traced)
             return
 
@@ -200,10 +232,21 @@ def _ending() -> threading.Event:
     return ends
 
 
-def _write(rows: list[DecisionRow], output: str) -> None:
-    if rows:
-        sys.stdout.write("".join(f"{_line(row, output)}\n" for row in rows))
+def _writer(output: str, file: RotatingFile | None) -> Write:
+    """Writes rows to the file, which has JSON, or to standard output."""
+    form = "json" if file is not None else output
+
+    def show(lines: Iterable[str]) -> None:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
+
+    write = file.write if file is not None else show
+
+    def written(rows: list[DecisionRow]) -> None:
+        if rows:
+            write(_line(row, form) for row in rows)
+
+    return written
 
 
 def _line(row: DecisionRow, output: str) -> str:

@@ -111,6 +111,15 @@ def test_a_connection_shows_client_service_and_backend(world: Outer, agent: Agen
     assert abs(row["time"] - time.time()) < 60
 
 
+def test_a_file_for_log_shippers(world: Outer, agent: Agent) -> None:
+    path = world.lab.folder / "decisions.jsonl"
+    with traced(world.a, "--file", str(path)) as shown:
+        world.client.call(clients.ask_tcp, WEB, 80)
+    assert shown == []
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["kind"], row["service"]) == ("chosen", "web")
+
+
 def test_refusals_have_a_reason(world: Outer, agent: Agent) -> None:
     with traced(world.a, "--errors") as rows:
         world.client.call(clients.ask_tcp, WEB, 80)

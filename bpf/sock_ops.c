@@ -12,6 +12,9 @@
 #include "lib/origin.h"
 #include "lib/socket.h"
 
+/* peer.began has this bit where nobody had asked for changes of the socket's state before. */
+#define FLAG_IS_OURS 1
+
 /* Says if the socket connects to where its record says: an earlier attempt may have gone there. */
 static __always_inline bool goes_to(struct bpf_sock_ops *ctx, const struct peer *peer)
 {
@@ -28,12 +31,17 @@ static __always_inline bool goes_to(struct bpf_sock_ops *ctx, const struct peer 
 /* The socket is about to send its SYN. */
 static __always_inline void connect_begins(struct bpf_sock_ops *ctx, struct origin *known)
 {
+	const u32 flags = ctx->bpf_sock_ops_cb_flags;
+
 	known->peer.began = 0;
 	if (!goes_to(ctx, &known->peer))
 		return;
 	known->peer.began = measure_now();
 	/* Others' programs have flags of their own. */
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (flags & BPF_SOCK_OPS_STATE_CB_FLAG)
+		return;
+	known->peer.began |= FLAG_IS_OURS;
+	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 /* The reply to the SYN is there. */
@@ -45,6 +53,10 @@ static __always_inline void connect_done(struct bpf_sock_ops *ctx, struct origin
 	if (ctx->total_retrans)
 		us = measure_since_us(known->peer.began);
 	measure_connect(known->peer.service_id, us);
+	/* Each further change of state would call this program for nothing. */
+	if (!MEASURE_TRAFFIC && known->peer.began & FLAG_IS_OURS)
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 /* A segment that was received before the connection is established is a RST. */

@@ -83,7 +83,8 @@ struct scratch {
 		u8 reason;
 		u8 has_left;
 	} noted;	    /* see decision_packet.h */
-	u64 is_first_reply; /* see measure_packet() */
+	u32 is_first_reply; /* see measure_packet() */
+	int verdict;	    /* see measure_translated() in tc.c */
 	union {
 		struct nat entry; /* a copy of the packet's: what it becomes */
 		u8 bytes[192];	  /* what is quoted of a rejected packet */

@@ -18,15 +18,17 @@
 /* About a millisecond. */
 #define MEASURE_SHIFT 20
 
-/* Returns a moment of now that fits into 32 bits for weeks. It is not 0. */
+/* Returns a moment of now that fits into 32 bits for weeks. It is not 0; the last two bits are. */
 static __always_inline u32 measure_now(void)
 {
-	return (u32)(bpf_ktime_get_coarse_ns() >> MEASURE_SHIFT) | 1;
+	const u32 now = (u32)(bpf_ktime_get_coarse_ns() >> MEASURE_SHIFT) & ~3U;
+
+	return now ? now : 4;
 }
 
 static __always_inline u64 measure_since_us(u32 moment)
 {
-	const u32 passed = measure_now() - moment;
+	const u32 passed = measure_now() - (moment & ~3U);
 
 	return ((u64)passed << MEASURE_SHIFT) / 1000;
 }

@@ -132,7 +132,7 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 {
 	if (verdict == TRANSLATE) {
 		verdict = translate(skb, p);
-		if (MEASURE_CONNECTIONS || MEASURE_TRAFFIC)
+		if (MEASURE_TRAFFIC || (MEASURE_CONNECTIONS && scratch_of(p)->is_first_reply))
 			verdict = measure_translated(skb, p, verdict);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
 		decision_failed(p, DECISION_REFUSED, verdict - REJECTION);

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.root
 #: Their pod listens at no such port, and answers no SYN.
 CLOSED, SILENT = "10.96.0.71", "10.96.0.72"
 ABANDONED = "ABANDONED"
+IPPROTO_MPTCP = 262
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +69,14 @@ def opened(world: Outer) -> Iterator[MapSet]:
         maps.close()
 
 
-def _id(maps: MapSet, name: str, port: str = "http") -> int:
-    """Of the Service's IPv4 port."""
+def _id(maps: MapSet, name: str, port: str = "http", family: str = "IPv4") -> int:
     ids = {(key.name, key.port_name, str(key.family)): number for number, key in Dump(maps).names.items()}
-    return ids[name, port, "IPv4"]
+    return ids[name, port, family]
 
 
-def measured(world: Outer, name: str) -> Connects:
+def measured(world: Outer, name: str, family: str = "IPv4") -> Connects:
     with opened(world) as maps:
-        return measures.connects(maps).get(_id(maps, name), NO_CONNECTS)
+        return measures.connects(maps).get(_id(maps, name, family=family), NO_CONNECTS)
 
 
 def traffic(world: Outer, port: str, before: Traffic = NO_TRAFFIC) -> Traffic:
@@ -100,6 +100,13 @@ def failed(world: Outer, name: str, before: Connects) -> dict[str, int]:
     """The failures since then by reason, without those that there were none of."""
     now = measured(world, name).since(before)
     return {reason.name: now.failures[reason] for reason in ConnectFailure if now.failures[reason]}
+
+
+def connect(host: str, protocol: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM, protocol) as sock:
+        sock.connect((host, 80))
+        assert sock.recv(4096)
 
 
 def connect_within(host: str, port: int, syn_retries: int) -> str:
@@ -144,6 +151,18 @@ def test_connections_of_sockets_are_measured(world: Outer, agent: Agent, where: 
     assert found.established == 5
     assert found.seconds > 0
     assert not any(found.failures)
+
+
+@pytest.mark.parametrize("protocol", [0, IPPROTO_MPTCP], ids=["tcp", "mptcp"])
+@pytest.mark.parametrize(("name", "host"), SERVICE_IPS.items())
+def test_connections_of_all_kinds_of_sockets_are_measured(
+    world: Outer, agent: Agent, name: str, host: str, protocol: int
+) -> None:
+    family = "IPv6" if name == "v6" else "IPv4"
+    before = measured(world, "web", family)
+    world.client.call(connect, host, protocol)
+    assert measured(world, "web", family).since(before).established == 1
+    until(lambda: not closed_records(world), "the record of a closed connection is left")
 
 
 def test_a_connection_to_a_backend_itself_is_none_of_the_services(world: Outer, agent: Agent) -> None:

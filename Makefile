@@ -12,6 +12,7 @@ PYTHON := $(VENV)/bin/python
 # A file of tests to each worker; in the order of their names, so that the long ones are not the last. Tests wait
 # for half of their time.
 WORKERS ?= $(shell echo $$((2 * $$(nproc) + 1)))
+FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
@@ -23,9 +24,11 @@ demo: setup
 test: setup lint
 	$(PYTHON) -m pytest -q $(PARALLEL)
 
-# What needs neither root nor the bpf system call: the loop while writing. Tests wait more than they calculate.
+# What needs neither root nor the bpf system call, with a tenth of hypothesis' examples: the loop while writing. Tests
+# wait for half of their time, but each worker also collects them all.
 test-fast: setup
-	$(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal -m 'not root and not image and not systemd and not cluster'
+	$(PYTHON) -m pytest -q -n $(FAST_WORKERS) --dist worksteal --hypothesis-profile fast \
+		-m 'not root and not image and not systemd and not cluster'
 
 # The newest versions of what the lock names, in an environment of its own: says which they are and what breaks.
 # PYTEST=tests/kube takes a part.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ebpfproxy.datapath.programs import bytecode
-from tests.lab.lab import clean_dead_labs
+from tests.examples import FAST
 
 #: All tests and commands that they run share this folder, so that every program is compiled once.
 _CACHE = Path(__file__).parent.parent / ".bytecode"
@@ -21,7 +22,20 @@ bytecode.CACHE = _CACHE
 
 # The duration of an example depends on the load of the machine, not on the code.
 settings.register_profile("ebpfproxy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# This one is for the loop while writing; --hypothesis-profile selects it after this.
+settings.register_profile(FAST, settings.get_profile("ebpfproxy"), max_examples=10)
 settings.load_profile("ebpfproxy")
+
+
+#: All tests of a file with this line need root.
+_ROOT_ONLY = re.compile(r"^pytestmark = (\[[^\]]*)?pytest\.mark\.root\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that ``-m 'not root …'`` deselects as a whole are not imported: every worker would do so."""
+    if collection_path.suffix != ".py" or not re.match(r"not root( and |$)", config.option.markexpr):
+        return None
+    return True if _ROOT_ONLY.search(collection_path.read_text()) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,9 +55,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_leftovers() -> None:
+def _no_leftovers(request: pytest.FixtureRequest) -> None:
     """Leftovers of a killed run are removed before they disturb this one."""
-    if os.geteuid() == 0 and Path("/run/netns").is_dir():
+    needs_root = any(item.get_closest_marker("root") for item in request.session.items)
+    if needs_root and os.geteuid() == 0 and Path("/run/netns").is_dir():
+        from tests.lab.lab import clean_dead_labs  # noqa: PLC0415 - imports pyroute2
+
         clean_dead_labs()
 
 

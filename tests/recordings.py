@@ -103,7 +103,7 @@ def event_key(event: Event) -> tuple[Resource, ObjectKey]:
     return event.resource, event.key
 
 
-class World:
+class StoredObjects:
     """The objects after some events, from which a tracker's incremental results are computed anew."""
 
     def __init__(self, first: list[Replaced[object]]) -> None:

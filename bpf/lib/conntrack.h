@@ -49,79 +49,15 @@
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
 
-#include "algorithm.h"
 #include "events.h"
 #include "filter.h"
 #include "load.h"
 #include "maps.h"
 #include "measure.h"
-#include "options.h"
-#include "packet.h"
+#include "scratch.h"
+#include "tcp_state.h"
 
 #define NSEC_PER_SEC 1000000000ULL
-
-/*
- * Memory that is too large for the stack. It also keeps verification short: the verifier knows
- * nothing of a value that it reads back from a map, so paths that differ only in a packet's values
- * become one. Programs at tc run with bottom halves disabled: one at a time on a CPU.
- */
-struct scratch {
-	struct packet packet;
-	struct flow key;
-	struct nat nat;
-	struct nat other; /* a copy of an entry that is not the packet's */
-	struct service service;
-	struct client client;
-	u64 place; /* the client's: enum place in device.h */
-	struct {
-		u32 service_id;
-		u32 backend_id;
-		u32 left_service_id;
-		u32 left_backend_id;
-		u8 has_decision;
-		u8 kind;
-		u8 reason;
-		u8 has_left;
-	} noted;	    /* see decision_packet.h */
-	u32 is_first_reply; /* see measure_packet() */
-	int verdict;	    /* see measure_translated() in tc.c */
-	union {
-		struct nat entry; /* a copy of the packet's: what it becomes */
-		u8 bytes[192];	  /* what is quoted of a rejected packet */
-	};
-};
-
-_Static_assert(sizeof(struct scratch) <= 640, "SCRATCH_SIZE in schema.py");
-
-static __always_inline struct scratch *scratch(void)
-{
-	u32 zero = 0;
-
-	return map_lookup(scratch, &zero);
-}
-
-/* Returns this CPU's packet, prepared for @stage. */
-static __always_inline struct packet *packet_of(enum stage stage)
-{
-	struct scratch *s = scratch();
-
-	if (!s)
-		return NULL;
-	s->packet.flow.stage = stage;
-	s->packet.flow.pad = 0;
-	if (TRACE_DECISIONS)
-		s->noted.has_decision = s->noted.has_left = false;
-	if (MEASURE_CONNECTIONS)
-		s->is_first_reply = false;
-	return &s->packet;
-}
-
-/* Returns the scratch memory that @p is part of. */
-static __always_inline struct scratch *scratch_of(const struct packet *p)
-{
-	_Static_assert(!offsetof(struct scratch, packet), "packet comes first");
-	return (struct scratch *)p;
-}
 
 typedef u64 __attribute__((may_alias)) word;
 
@@ -290,60 +226,6 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 		count(EVENT_FLOWS_ENDED);
 	if (!map_delete(conntrack, flow))
 		count(EVENT_FLOWS_ENDED);
-}
-
-/*
- * This is more than any window that receivers offer in practice, and 1/256 of the sequence space.
- */
-#define TCP_WINDOW (1U << 24)
-
-/*
- * Says if the receiver of a RST or FIN accepts it, as far as the two entries tell. A stray or
- * forged one passes but ends nothing. A RST counts from what the receiver expects next to the end
- * of the sender's data: elsewhere in the window the receiver sends a challenge ACK (RFC 5961, 3.2),
- * which the peer answers with a RST that fits. Netfilter is stricter.
- */
-static __always_inline bool is_believable(const struct packet *p, const struct nat *nat,
-					  const struct nat *partner)
-{
-	const u32 ahead = p->seq - partner->acked, sent = nat->end - partner->acked;
-
-	if (!partner->end && !partner->acked)
-		return true;
-	/* A retransmitted FIN may begin with data that has been acknowledged. */
-	if (!(p->tcp_flags & TCP_RST))
-		return !partner->acked || p->end - partner->acked - 1 < TCP_WINDOW;
-	/*
-	 * A RST in reply to a SYN identifies itself by what it acknowledges (RFC 9293, 3.10.7.3).
-	 */
-	if (!partner->acked)
-		return p->tcp_flags & TCP_ACK && p->ack == partner->end;
-	return !ahead || (sent <= TCP_WINDOW && ahead <= sent);
-}
-
-/* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */
-static __always_inline u32 later(u32 known, u32 seen)
-{
-	return known && known - seen <= TCP_WINDOW ? known : seen;
-}
-
-/*
- * Records a segment's sequence numbers in @nat, of which @known is a copy. Most segments change one
- * of them, retransmissions none.
- */
-static __always_inline void note_sequence(const struct packet *p, struct nat *nat,
-					  const struct nat *known)
-{
-	u32 end = p->end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
-
-	if (!(p->tcp_flags & TCP_SYN)) {
-		end = later(known->end, end);
-		acked = acked ? later(known->acked, acked) : known->acked;
-	}
-	if (known->end != end)
-		nat->end = end;
-	if (known->acked != acked)
-		nat->acked = acked;
 }
 
 /*

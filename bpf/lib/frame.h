@@ -42,13 +42,8 @@ static __always_inline bool frame_read_addresses(struct xdp_md *ctx, struct pack
 		if (reaches_beyond(ctx, ip + 1) || ip->version_ihl != 0x45 ||
 		    ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET))
 			return false;
-		p->is_v4 = true;
-		p->flow.src = addr_of_v4(ip->src);
-		p->flow.dst = addr_of_v4(ip->dst);
-		p->proto = ip->proto;
-		p->hops = ip->ttl;
+		read_ipv4(p, ip);
 		p->l4 = L3_OFFSET + sizeof(*ip);
-		p->l3_length = bpf_ntohs(ip->length);
 		return true;
 	}
 	if (ethernet->protocol == bpf_htons(ETH_P_IPV6)) {
@@ -56,13 +51,7 @@ static __always_inline bool frame_read_addresses(struct xdp_md *ctx, struct pack
 
 		if (reaches_beyond(ctx, ip + 1) || (ip->version_class_label & 0xf0) != 0x60)
 			return false;
-		p->is_v4 = false;
-		p->flow.src = ip->src;
-		p->flow.dst = ip->dst;
-		p->proto = ip->next;
-		p->hops = ip->hops;
-		p->l4 = L3_OFFSET + sizeof(*ip);
-		p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
+		read_ipv6(p, ip);
 		return true;
 	}
 	return false;

@@ -68,6 +68,29 @@ static __always_inline void *l3_header(struct __sk_buff *skb, u32 size)
 	return data + L3_OFFSET + size <= end ? data + L3_OFFSET : NULL;
 }
 
+/* Fills in what packets and frames have in common of an IPv4 header. */
+static __always_inline void read_ipv4(struct packet *p, const struct ipv4_header *ip)
+{
+	p->is_v4 = true;
+	p->flow.src = addr_of_v4(ip->src);
+	p->flow.dst = addr_of_v4(ip->dst);
+	p->proto = ip->proto;
+	p->l3_length = bpf_ntohs(ip->length);
+	p->hops = ip->ttl;
+}
+
+/* Fills in what an IPv6 header says, as if no extension header followed it. */
+static __always_inline void read_ipv6(struct packet *p, const struct ipv6_header *ip)
+{
+	p->is_v4 = false;
+	p->flow.src = ip->src;
+	p->flow.dst = ip->dst;
+	p->proto = ip->next;
+	p->hops = ip->hops;
+	p->l4 = L3_OFFSET + sizeof(*ip);
+	p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
+}
+
 /*
  * Fills in the addresses and the protocol; returns false where this is no IP packet, or too short
  * for one. IPv6's chain of headers is not walked yet.
@@ -83,15 +106,10 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 			return false;
 		if (ip->version_ihl < 0x45 || ip->version_ihl > 0x4f)
 			return false;
-		p->is_v4 = true;
-		p->flow.src = addr_of_v4(ip->src);
-		p->flow.dst = addr_of_v4(ip->dst);
-		p->proto = ip->proto;
+		read_ipv4(p, ip);
 		p->l4 = L3_OFFSET + (ip->version_ihl & 0xf) * 4;
-		p->l3_length = bpf_ntohs(ip->length);
 		p->ipv4_check = ip->check;
 		p->ipv4_ttl_proto = *(u16 *)&ip->ttl;
-		p->hops = ip->ttl;
 		p->fragment_id = ip->id;
 		p->is_fragment = ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET);
 		p->is_later_fragment = ip->fragment & IPV4_OFFSET;
@@ -104,13 +122,7 @@ static __always_inline bool read_addresses(struct __sk_buff *skb, struct packet 
 			return false;
 		if ((bpf_ntohl(ip->version_class_label) >> 28) != 6)
 			return false;
-		p->is_v4 = false;
-		p->flow.src = ip->src;
-		p->flow.dst = ip->dst;
-		p->proto = ip->next;
-		p->hops = ip->hops;
-		p->l4 = L3_OFFSET + sizeof(*ip);
-		p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
+		read_ipv6(p, ip);
 		p->fragment_id = 0;
 		p->is_fragment = false;
 		p->is_later_fragment = false;

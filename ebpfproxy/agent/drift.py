@@ -66,7 +66,7 @@ class DriftCheck:
         self._maps = maps
         self._writer = writer
         self._programs = programs
-        self._checker = Checker(maps, [*writer.owned(), *programs.owned(), *others])
+        self._checker = Checker(maps, [*writer.owned(), *programs.packets.owned(), *others])
         self._metrics = metrics
         self._record = record
         self._background = background

@@ -1,21 +1,26 @@
-"""The node's devices and addresses, from what the kernel and the Node object say to the maps and programs."""
+"""The node's devices, addresses and ranges: from the kernel and the Node object to maps and programs."""
 
 from __future__ import annotations
 
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.programs import ProgramManager
+from ebpfproxy.datapath.node.packets import PacketDevice
+from ebpfproxy.datapath.programs.devices import Target
+from ebpfproxy.datapath.programs.xdp import XdpDevice
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.node.facts import Facts, NodeFacts
-from ebpfproxy.node.network import Device, network_of
+from ebpfproxy.node.local import LocalMode
+from ebpfproxy.node.network import Device, Network, network_of
 from ebpfproxy.node.node_ports import select_node_port_addresses
 from ebpfproxy.node.roles import Role
+from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)
 
 
 class NodeNetwork:
-    """Keeps maps and programs up to date with the node's devices and addresses. One thread uses it."""
+    """Keeps maps and programs up to date with devices, addresses and ranges. One thread uses it."""
 
     def __init__(
         self, options: AgentOptions, writer: Writer, programs: ProgramManager, node_facts: NodeFacts
@@ -24,9 +29,13 @@ class NodeNetwork:
         self._options = options
         self._writer = writer
         self._programs = programs
+        self._packets = programs.packets
         self._facts = Facts()
         self.node_facts = node_facts
         self._devices: dict[int, Device] = {}
+        self._own_addresses: frozenset[bytes] = frozenset()
+        self._pod_cidrs: tuple[Prefix, ...] | None = None
+        self._service_cidrs: tuple[tuple[Prefix, ...], frozenset[bytes]] | None = None
 
     @property
     def devices(self) -> list[Device]:
@@ -42,6 +51,33 @@ class NodeNetwork:
         if facts != self.node_facts:
             self.node_facts = facts
             self._apply()
+
+    def set_pod_cidrs(self) -> None:
+        """The ranges of pods, from the options or from the Node once it is there."""
+        pods = self._options.cluster_cidrs
+        if self._options.local_pods.mode is LocalMode.NODE_CIDR:
+            pods = self.node_facts.pod_cidrs
+        if pods != self._pod_cidrs:
+            self._pod_cidrs = pods
+            self._packets.cidrs.set_pods(pods)
+
+    def set_service_cidrs(self, known: tuple[Prefix, ...] | None, taken: frozenset[bytes]) -> None:
+        """Only once Services are programmed: before that, nobody has any address there.
+
+        ``known``: ranges of ServiceCIDRs, to which the configured ones are added; None keeps those that an
+        earlier agent knew. ``taken``: addresses of Services that another proxy serves; this node's own are
+        added.
+        """
+        ranges = self._packets.cidrs.adopted if known is None else known
+        found = (*self._options.service_cidrs, *ranges), taken | self._own_addresses
+        if found == self._service_cidrs:
+            return
+        self._service_cidrs = found
+        if not self._packets.cidrs.set_services(*found):
+            log.warning(
+                "addresses of other proxies do not fit into the map: packets to those left out are dropped",
+                addresses=len(taken),
+            )
 
     def _apply(self) -> None:
         network = network_of(self._facts, self.node_facts, self._options.devices)
@@ -59,7 +95,34 @@ class NodeNetwork:
         self._writer.set_own_addresses(network.addresses, network.answered)
         self._writer.set_node_addresses(node_ports)
         self._writer.set_primary_addresses(network.primary)
-        self._programs.set_network(network)
+        self._set_devices(network)
+        self._programs.devices_changed()
+
+    def _set_devices(self, network: Network) -> None:
+        self._own_addresses = frozenset(network.addresses)
+        own = {len(address): address for address in network.primary}
+        self._packets.set_devices(
+            (
+                PacketDevice(
+                    Target(d.ifindex, d.name, not d.ethernet),
+                    d.address4,
+                    d.address6,
+                    d.role is Role.LOCAL,
+                    self._options.local_pods.is_behind(d),
+                    d.ingress_below,
+                    d.egress_below,
+                    d.mtu,
+                )
+                for d in network.devices
+            ),
+            own.get(4, b""),
+            own.get(16, b""),
+        )
+        self._packets.set_xdp_devices(
+            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)
+            for d in network.devices
+            if d.role is Role.UPLINK
+        )
 
     def _log_roles(self, devices: tuple[Device, ...]) -> None:
         """Pods' devices come and go by the hundred: of those only a change of role is logged."""

@@ -34,20 +34,14 @@ from ebpfproxy.datapath.flows.decision_reports import DecisionReports
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel.maps import MapSet, pin_again, unpinned
-from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.kernel.probe import Features
-from ebpfproxy.datapath.node.packets import PacketDevice, PacketPath
+from ebpfproxy.datapath.node.packets import PacketPath
 from ebpfproxy.datapath.programs import attach, detach, loader
 from ebpfproxy.datapath.programs.attach import Drifted
-from ebpfproxy.datapath.programs.devices import Target, device_attachments
-from ebpfproxy.datapath.programs.xdp import XdpDevice, XdpMode
+from ebpfproxy.datapath.programs.devices import device_attachments
+from ebpfproxy.datapath.programs.xdp import XdpMode
 from ebpfproxy.logs import get_logger
 from ebpfproxy.netlink.namespaces import netns_cookie
-from ebpfproxy.node.facts import NodeFacts
-from ebpfproxy.node.local import LocalMode
-from ebpfproxy.node.network import Network
-from ebpfproxy.node.roles import Role
-from ebpfproxy.services.model import Prefix
 
 log = get_logger(__name__)
 
@@ -90,7 +84,8 @@ class ProgramManager:
         self._features = features
         self._background = background
         self._handover = handover
-        self._packets = PacketPath(
+        #: The devices and ranges that packet programs know; ``NodeNetwork`` sets them.
+        self.packets = PacketPath(
             maps,
             pins,
             tcx=features.tcx,
@@ -104,9 +99,6 @@ class ProgramManager:
         #: Why they cannot; nothing is tried again before nobody wants them to.
         self._cannot_report = ""
         self._next_try = 0.0
-        self._cidrs: tuple[Prefix, ...] | None = None
-        self._service_cidrs: tuple[tuple[Prefix, ...], frozenset[bytes]] | None = None
-        self._own_addresses: frozenset[bytes] = frozenset()
         #: True after the first time: from then on programs follow the node's devices.
         self.attached = False
         #: What changes records of sockets, from the same time on.
@@ -127,21 +119,6 @@ class ProgramManager:
     def is_loading(self) -> bool:
         """True while programs are loaded, and perhaps replaced after that."""
         return self._loading
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """The devices that packet programs should be attached to."""
-        return self._packets.targets
-
-    @property
-    def attached_devices(self) -> frozenset[int]:
-        """Indexes of the devices that they are attached to."""
-        return self._packets.attached
-
-    @property
-    def xdp_states(self) -> dict[int, str]:
-        """By ifindex: the mode of the XDP program of an uplink, or why it has none."""
-        return self._packets.xdp_states
 
     # -- loading
 
@@ -200,7 +177,7 @@ class ProgramManager:
             *((REPORT,) if reports else ()),
             *self._optional_modules,
             *((LOOPBACK,) if options.node_ports_on_loopback else ()),
-            *((RAW_PACKETS,) if self._packets.needs_raw else ()),
+            *((RAW_PACKETS,) if self.packets.needs_raw else ()),
             *((FORWARDING,) if options.xdp is not Xdp.NONE else ()),
         )
 
@@ -226,7 +203,7 @@ class ProgramManager:
             attach.drifted(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
             if not unloaded
             else [],
-            self._packets.drifted() if not unloaded else {},
+            self.packets.drifted() if not unloaded else {},
             [*unloaded, *(f"map {name}" for name in unpinned(self._maps))],
         )
 
@@ -240,7 +217,7 @@ class ProgramManager:
         if found.hooks:
             self._attach_sockets(self._programs)
         if found.devices:
-            self._packets.forget(found.devices)
+            self.packets.forget(found.devices)
             self._attach_devices()
 
     # -- attaching
@@ -268,12 +245,12 @@ class ProgramManager:
         mode = DeviceFlags.HANDOVER if self._handover.is_under_way() else DeviceFlags(0)
         # A new flow needs programs at all devices: until they are there it is kube-proxy's.
         is_first = not device_attachments(self._pins)
-        self._packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
+        self.packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
         changed += self._attach_devices()
         if mode:
             taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)
             log.info("leaving existing connections to netfilter", ports_taken=taken)
-        self._packets.set_mode(mode)
+        self.packets.set_mode(mode)
         migration.copy()
         migration.close()
         if migration.copied:
@@ -288,18 +265,23 @@ class ProgramManager:
             seconds_since_start=round(time.time() - started, 3),
         )
 
+    def devices_changed(self) -> None:
+        """Attaches to devices that are new, once the others have their programs."""
+        if self.attached:
+            self._attach_devices()
+
     def _attach_sockets(self, programs: Path) -> list[str]:
         return attach.attach_all(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
 
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None
-        if self._packets.needs_raw and not loader.is_loaded(self._programs, RAW_PACKETS):
+        if self.packets.needs_raw and not loader.is_loaded(self._programs, RAW_PACKETS):
             if not self._loading:
                 self.start_load()
             return []
         self._next_try = time.monotonic() + _RETRY_SECONDS
-        changed, failed = self._packets.attach(self._programs)
-        for change in self._packets.attach_xdp(self._programs):
+        changed, failed = self.packets.attach(self._programs)
+        for change in self.packets.attach_xdp(self._programs):
             log.info("XDP at a device", change=change)
         if changed and self.attached:
             log.debug("attached to devices", changed=changed)
@@ -363,64 +345,3 @@ class ProgramManager:
     def _open_reports(self) -> None:
         # A worker may use the one before, which is closed with its last user.
         self.reports = DecisionReports(self._programs) if self._reports and self._programs else None
-
-    def owned(self) -> list[Owned]:
-        """The maps of devices and ranges, with what they should hold."""
-        return self._packets.owned()
-
-    # -- this node's devices and ranges
-
-    def set_network(self, network: Network) -> None:
-        self._own_addresses = frozenset(network.addresses)
-        own = {len(address): address for address in network.primary}
-        self._packets.set_devices(
-            (
-                PacketDevice(
-                    Target(d.ifindex, d.name, not d.ethernet),
-                    d.address4,
-                    d.address6,
-                    d.role is Role.LOCAL,
-                    self._options.local_pods.is_behind(d),
-                    d.ingress_below,
-                    d.egress_below,
-                    d.mtu,
-                )
-                for d in network.devices
-            ),
-            own.get(4, b""),
-            own.get(16, b""),
-        )
-        self._packets.set_xdp_devices(
-            XdpDevice(d.ifindex, d.name, d.link_address, d.kind == "veth", d.mtu, d.xdp_obstacle)
-            for d in network.devices
-            if d.role is Role.UPLINK
-        )
-        if self.attached:
-            self._attach_devices()
-
-    def set_pod_cidrs(self, node: NodeFacts) -> None:
-        """The ranges of pods, from the options or from the Node once it is there."""
-        pods = self._options.cluster_cidrs
-        if self._options.local_pods.mode is LocalMode.NODE_CIDR:
-            pods = node.pod_cidrs
-        if pods != self._cidrs:
-            self._cidrs = pods
-            self._packets.cidrs.set_pods(pods)
-
-    def set_service_cidrs(self, known: tuple[Prefix, ...] | None, taken: frozenset[bytes]) -> None:
-        """Only once Services are programmed: before that, nobody has any address there.
-
-        ``known``: ranges of ServiceCIDRs, to which the configured ones are added; None keeps those that an
-        earlier agent knew. ``taken``: addresses of Services that another proxy serves; this node's own are
-        added.
-        """
-        ranges = self._packets.cidrs.adopted if known is None else known
-        found = (*self._options.service_cidrs, *ranges), taken | self._own_addresses
-        if found == self._service_cidrs:
-            return
-        self._service_cidrs = found
-        if not self._packets.cidrs.set_services(*found):
-            log.warning(
-                "addresses of other proxies do not fit into the map: packets to those left out are dropped",
-                addresses=len(taken),
-            )

@@ -121,7 +121,7 @@ class Agent:
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
             self._messages.put(Stop())
-        self._programs.set_pod_cidrs(self._network.node_facts)
+        self._network.set_pod_cidrs()
         self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
         self._serve(servers)
@@ -258,9 +258,9 @@ class Agent:
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
             self._writer.end_absences()
-            self._programs.set_pod_cidrs(self._network.node_facts)
+            self._network.set_pod_cidrs()
             if self._complete:
-                self._programs.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
+                self._network.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._programs.attach(self._started)
                 if self._programs.attached:
                     self._health.attached()

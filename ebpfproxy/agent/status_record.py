@@ -96,7 +96,7 @@ class Status:
     def _set_gauges(self, not_programmed: int) -> None:
         parts = self._parts
         parts.metrics.pending(*parts.tracker.pending_changes)
-        parts.metrics.devices(len(parts.programs.targets), len(parts.programs.failures))
+        parts.metrics.devices(len(parts.programs.packets.targets), len(parts.programs.failures))
         parts.metrics.without_room(not_programmed)
         parts.metrics.health_check_ports(parts.node_port_health.bound, len(parts.node_port_health.failed))
 
@@ -119,7 +119,7 @@ class Status:
                 for s in parts.source.statuses()
             ),
             problems=(*not_programmed, *parts.programs.failures, *self._remarks(), *self._unbound()),
-            devices=len(parts.programs.targets),
+            devices=len(parts.programs.packets.targets),
             device_roles=tuple(self._devices()),
             netns=netns_cookie(),
             node_facts=parts.network.node_facts,
@@ -132,14 +132,14 @@ class Status:
         )
 
     def _devices(self) -> Iterator[state.DeviceState]:
-        attached = self._parts.programs.attached_devices
-        if LOOPBACK in self._parts.programs.targets:
+        attached = self._parts.programs.packets.attached
+        if LOOPBACK in self._parts.programs.packets.targets:
             is_attached = LOOPBACK.ifindex in attached
             why = "NodePorts answer on it"
             yield state.DeviceState(LOOPBACK.ifindex, LOOPBACK.name, "loopback", why, is_attached)
         for each in self._parts.network.devices:
             is_attached = each.ifindex in attached
-            xdp = self._parts.programs.xdp_states.get(each.ifindex, "")
+            xdp = self._parts.programs.packets.xdp_states.get(each.ifindex, "")
             yield state.DeviceState(each.ifindex, each.name, str(each.role), each.why, is_attached, xdp)
 
     def _remarks(self) -> Iterator[str]:

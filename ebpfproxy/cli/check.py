@@ -16,7 +16,7 @@ from ebpfproxy.cli.output import age, console, emit, plain, table
 from ebpfproxy.datapath.drift.findings import Finding, Report
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import is_locked
-from ebpfproxy.operator.check.run import Check, check
+from ebpfproxy.operator.check.all_checks import Check, check
 
 _AGAIN_SECONDS = 0.1
 _REPORT = msgspec.json.Decoder(Report)

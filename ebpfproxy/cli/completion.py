@@ -59,7 +59,7 @@ def backends(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
 
 def clients(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001 - click's
     """``host``, and ``NAMESPACE/NAME`` of every pod of this node."""
-    from ebpfproxy.node.pods import CNI_RESULTS, pods  # noqa: PLC0415
+    from ebpfproxy.node.pod_names import CNI_RESULTS, pods  # noqa: PLC0415
 
     results = ctx.params.get("cni_results") or CNI_RESULTS
     return _items({"host", *(f"{pod.namespace}/{pod.name}" for pod in pods(Path(results)))}, incomplete)

@@ -13,7 +13,7 @@ import click
 from ebpfproxy.agent import state
 from ebpfproxy.agent.local_pages import ask_reasons
 from ebpfproxy.agent.local_socket import NoAgentError
-from ebpfproxy.cli import clients, completion, options
+from ebpfproxy.cli import client_lookup, completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.explain_text import print_report
 from ebpfproxy.cli.output import emit
@@ -56,7 +56,7 @@ class UnexplainedError(click.ClickException):
     type=click.Choice([p.name for p in Protocol], case_sensitive=False),
     help="The protocol of an address, TCP if none is given, or that of a Service's port.",
 )
-@clients.cni_results
+@client_lookup.cni_results
 @options.bpf_root
 @options.output_format
 def command(
@@ -79,7 +79,7 @@ def command(
     try:
         with one_line(), Routes() as routes:
             maps = open_maps(bpf_root)
-            client, namespace = clients.find_client(source, cni_results, routes.device_to)
+            client, namespace = client_lookup.find_client(source, cni_results, routes.device_to)
             wanted = None if protocol is None else Protocol[protocol.upper()]
             inquiry = Inquiry(maps, bpf_root, client, routes)
             report = inquiry.report(_parse(target, namespace, wanted))

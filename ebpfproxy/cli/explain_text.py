@@ -7,7 +7,7 @@ from typing import Any
 
 from ebpfproxy.cli.output import age, console, plain, table
 from ebpfproxy.explain.answer import Explanation
-from ebpfproxy.explain.endpoints import EndpointRow
+from ebpfproxy.explain.endpoint_reasons import EndpointRow
 from ebpfproxy.explain.path import Hook, Outcome, Ranges
 from ebpfproxy.explain.report import Report
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 
+from ebpfproxy.cli.cluster_access import access_and_namespace, cluster_errors, remark
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.config.documents import ConfigurationError
-from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.operator import kube_proxy_objects
-from ebpfproxy.operator.agents import AgentsError
-from ebpfproxy.operator.api import Api, ApiError
+from ebpfproxy.operator.api import Api
 from ebpfproxy.operator.install import rollout
 from ebpfproxy.operator.install.apply import apply
 from ebpfproxy.operator.install.node_cleanup import CLEANUP
@@ -29,62 +26,14 @@ from ebpfproxy.operator.names import AGENT
 _CLIENT, _SERVER = "client", "server"
 
 
-def access(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the cluster and the credentials."""
-    options: tuple[Decorator, ...] = (
-        click.option(
-            "--kubeconfig",
-            metavar="FILE",
-            envvar="KUBECONFIG",
-            show_envvar=True,
-            default="~/.kube/config",
-            show_default=True,
-            help="Kubeconfig of an administrator.",
-        ),
-        click.option(
-            "--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]"
-        ),
-        click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's."),
-    )
-    for each in reversed(options):
-        function = each(function)
-    return function
-
-
-def cluster(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the cluster, the credentials and the namespace."""
-    namespace = click.option(
-        "-n",
-        "--namespace",
-        default="kube-system",
-        show_default=True,
-        help="Namespace of the objects. It has to exist.",
-    )
-    return access(namespace(function))
-
-
 @contextmanager
 def errors() -> Iterator[None]:
     """Errors become one line each, and exit code 1."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise click.ClickException("\n".join(map(str, error.problems))) from error
-    except (
-        AddressError,
-        AgentsError,
-        ApiError,
-        ConfigError,
-        FileNotFoundError,
-        PrepareError,
-        RemoveError,
-        RolloutError,
-    ) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def remark(text: str) -> None:
-    click.echo(text, err=True)
+    with cluster_errors(AddressError, PrepareError, RemoveError, RolloutError):
+        try:
+            yield
+        except ConfigurationError as error:
+            raise click.ClickException("\n".join(map(str, error.problems))) from error
 
 
 @click.command("install")
@@ -96,7 +45,7 @@ def remark(text: str) -> None:
     multiple=True,
     help="Secret in the namespace for pulling the image. May be repeated.",
 )
-@cluster
+@access_and_namespace
 @click.option(
     "--config",
     type=click.Path(path_type=Path),

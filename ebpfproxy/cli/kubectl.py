@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import click
 
 import ebpfproxy
-from ebpfproxy.cli import COMMANDS, kubectl_streams, kubectl_top, sysdump_cluster
-from ebpfproxy.cli.install import access, errors
+from ebpfproxy.cli import COMMANDS, cluster_access, kubectl_streams, kubectl_top, sysdump_cluster
+from ebpfproxy.cli.cluster_access import access, cluster_errors
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api
 
@@ -110,7 +110,7 @@ def _command(name: str, remote: _Remote) -> click.Command:
         metavar="NAME",
         help="The node.  [default: that of the pod in the arguments, else the only one]",
     )
-    @sysdump_cluster.daemon_set_option
+    @cluster_access.daemon_set
     @access
     @click.pass_context
     def command(ctx: click.Context, /, **given: Any) -> None:
@@ -138,7 +138,7 @@ def _start(
         client = remote.client(parsed.params)
     if node is not None and all_nodes:
         raise click.UsageError("--all-nodes and --node exclude each other")
-    with errors():
+    with cluster_errors():
         agents = Agents(Api.from_kubeconfigs(kubeconfig, context, master), daemonset)
         arguments = [name, *words]
         nodes = [node] if node is not None else agents.chosen(()) if all_nodes else []
@@ -155,8 +155,8 @@ def _start(
 
 @main.command("sysdump")
 @sysdump_cluster.file_argument
-@sysdump_cluster.nodes_option
-@sysdump_cluster.daemon_set_option
+@cluster_access.nodes
+@cluster_access.daemon_set
 @access
 def dump(
     *,
@@ -168,6 +168,6 @@ def dump(
     master: str | None,
 ) -> None:
     """Collect everything about the nodes in an archive, for a bug report: see `ebpfproxy sysdump`."""
-    with errors():
+    with cluster_errors():
         api = Api.from_kubeconfigs(kubeconfig, context, master)
         sysdump_cluster.of_cluster(api, file, nodes, daemonset, kubeconfig)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ebpfproxy.cli import migrate_cluster, options
+from ebpfproxy.cli import cluster_access, migrate_cluster, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate_tables import print_plan, said
 from ebpfproxy.cli.option_types import Seconds
@@ -42,7 +42,7 @@ def _where(function: Decorator) -> Decorator:
         click.option(
             "--hostname-override", metavar="NAME", help="Name of this node.  [default: the host's name]"
         ),
-        click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's."),
+        cluster_access.master,
         click.option(
             "--kubeconfig",
             type=click.Path(path_type=Path),

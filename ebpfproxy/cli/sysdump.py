@@ -15,7 +15,7 @@ import ebpfproxy
 from ebpfproxy.agent import state
 from ebpfproxy.agent.local_pages import CHECK, CONFIG, METRICS, ask_reasons
 from ebpfproxy.agent.local_socket import NoAgentError, ask
-from ebpfproxy.cli import clients, conntrack, install, options, sysdump_cluster
+from ebpfproxy.cli import client_lookup, cluster_access, conntrack, options, sysdump_cluster
 from ebpfproxy.cli.check import ask_agent
 from ebpfproxy.cli.status import read_status
 from ebpfproxy.cli.sysdump_cluster import of_cluster, opened
@@ -26,8 +26,8 @@ from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.kube.access import TOKEN_FILE
 from ebpfproxy.netlink.namespaces import names_by_cookie
 from ebpfproxy.operator.api import Api
-from ebpfproxy.operator.check.run import check
-from ebpfproxy.operator.sysdump import node
+from ebpfproxy.operator.check.all_checks import check
+from ebpfproxy.operator.sysdump import node_files
 from ebpfproxy.operator.sysdump.archive import Archive, Source, rows
 from ebpfproxy.operator.sysdump.secrets import Secrets
 
@@ -42,11 +42,11 @@ _KUBERNETES = Path("/etc/kubernetes")
 @click.command("sysdump")
 @sysdump_cluster.file_argument
 @click.option("--kubeconfig", metavar="FILE", help="Of all nodes, by this kubeconfig.")
-@click.option("--context", metavar="NAME", help="Context of the kubeconfig.  [default: the current one]")
-@click.option("--master", metavar="URL", help="URL of the API server; overrides the kubeconfig's.")
-@sysdump_cluster.nodes_option
-@sysdump_cluster.daemon_set_option
-@clients.cni_results
+@cluster_access.context
+@cluster_access.master
+@cluster_access.nodes
+@cluster_access.daemon_set
+@client_lookup.cni_results
 @options.bpf_root
 def command(
     *,
@@ -70,7 +70,7 @@ def command(
     no agent runs, is a line in errors.txt. FILE.tgz may be - for standard output.
     """
     if kubeconfig is not None or master is not None:
-        with install.errors():
+        with cluster_access.cluster_errors():
             # A server that asks for no credentials needs no kubeconfig.
             api = Api.from_options(None, master) if kubeconfig is None else None
             api = api or Api.from_kubeconfigs(kubeconfig or "", context, master)
@@ -106,10 +106,10 @@ class _Node:
         yield "status.json", lambda: rows([read_status(self._root, self._maps)])
         yield "check.json", self._check
         yield "config.json", lambda: [self._ask(CONFIG)]
-        yield "config-file.json", lambda: node.configuration_file(self._agent)
-        yield "command-line.txt", lambda: node.command_line(self._agent)
-        yield "agent.log", lambda: node.log_file(self._agent)
-        yield "journal.log", node.journal
+        yield "config-file.json", lambda: node_files.configuration_file(self._agent)
+        yield "command-line.txt", lambda: node_files.command_line(self._agent)
+        yield "agent.log", lambda: node_files.log_file(self._agent)
+        yield "journal.log", node_files.journal
         yield "services.json", lambda: rows(Dump(self._maps).frontends())
         yield "backends.json", lambda: rows(Dump(self._maps).backends())
         yield "counters.json", lambda: rows(Dump(self._maps).service_counters())
@@ -117,23 +117,23 @@ class _Node:
         yield "conntrack.json", self._flows
         yield "affinity.json", self._affinity
         yield "metrics.txt", lambda: [self._ask(METRICS)]
-        yield "kernel.txt", node.kernel
-        yield "features.json", node.features
-        yield "sysctls.txt", node.sysctls
-        yield "devices.json", node.devices
-        yield "routes.json", node.routes
-        yield "neighbours.json", node.neighbours
-        yield "namespaces.json", lambda: node.namespaces(self._cni_results)
-        yield "bpf.json", node.programs
-        yield "pins.txt", lambda: node.pins(pin_folder(self._root))
-        yield "iptables.txt", node.netfilter
-        yield "nftables.txt", node.nftables
+        yield "kernel.txt", node_files.kernel
+        yield "features.json", node_files.features
+        yield "sysctls.txt", node_files.sysctls
+        yield "devices.json", node_files.devices
+        yield "routes.json", node_files.routes
+        yield "neighbours.json", node_files.neighbours
+        yield "namespaces.json", lambda: node_files.namespaces(self._cni_results)
+        yield "bpf.json", node_files.programs
+        yield "pins.txt", lambda: node_files.pins(pin_folder(self._root))
+        yield "iptables.txt", node_files.netfilter
+        yield "nftables.txt", node_files.nftables
         try:
             each_map = self._maps.maps
         except (Exception, SystemExit):  # services.json and others have said so.
             return
         for name, each in sorted(each_map.items(), key=lambda item: item[1].spec.max_entries):
-            yield f"maps/{name}.txt", partial(node.content, each)
+            yield f"maps/{name}.txt", partial(node_files.content, each)
 
     @cached_property
     def name(self) -> str:
@@ -159,8 +159,8 @@ class _Node:
         if self._agent is not None:
             # With its name anybody on the node could keep the agent's socket busy.
             secrets.learn([self._agent.socket])
-        secrets.learn_variables(node.variables(self._agent))
-        secrets.learn_files(node.kubeconfigs(self._agent))
+        secrets.learn_variables(node_files.variables(self._agent))
+        secrets.learn_files(node_files.kubeconfigs(self._agent))
         yield from ()
 
     def _about(self) -> dict[str, Any]:

@@ -11,27 +11,16 @@ from typing import IO
 
 import click
 
-from ebpfproxy.cli.install import remark
+from ebpfproxy.cli.cluster_access import remark
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api
-from ebpfproxy.operator.names import AGENT, SYSTEM
-from ebpfproxy.operator.sysdump import cluster
+from ebpfproxy.operator.sysdump import cluster_files
 from ebpfproxy.operator.sysdump.archive import Archive
 from ebpfproxy.operator.sysdump.secrets import Secrets
 
 file_argument: Decorator = click.argument(
     "file", metavar="FILE.tgz", type=click.Path(path_type=Path, allow_dash=True)
-)
-nodes_option: Decorator = click.option(
-    "--node", "nodes", multiple=True, metavar="NAME", help="Only this node; can be given more than once."
-)
-daemon_set_option: Decorator = click.option(
-    "--daemonset",
-    metavar="NAMESPACE/NAME",
-    default=f"{SYSTEM}/{AGENT}",
-    show_default=True,
-    help="DaemonSet of the agents.",
 )
 
 
@@ -41,7 +30,7 @@ def of_cluster(api: Api, file: Path, nodes: Iterable[str], daemon_set: str, kube
     chosen = agents.chosen(nodes)
     secrets = Secrets(Path(path).expanduser() for path in kubeconfig.split(":") if path)
     with opened(file) as out, Archive(out, secrets) as archive:
-        cluster.dump(api, agents, chosen, archive, remark)
+        cluster_files.dump(api, agents, chosen, archive, remark)
 
 
 @contextmanager

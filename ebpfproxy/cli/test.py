@@ -10,10 +10,9 @@ from pathlib import Path
 import click
 
 from ebpfproxy.agent import state
-from ebpfproxy.cli import options
+from ebpfproxy.cli import cluster_access, options
+from ebpfproxy.cli.cluster_access import access, remark
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.install import access, remark
-from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import console, emit, plain, table
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -21,11 +20,10 @@ from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.kube.errors import ConfigError, ManifestError
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.operator.api import Api, ApiError
-from ebpfproxy.operator.names import AGENT, SYSTEM
-from ebpfproxy.operator.test import manifests as of_folder
+from ebpfproxy.operator.test import without_cluster
+from ebpfproxy.operator.test.in_cluster import run
 from ebpfproxy.operator.test.questions import DIRECT
 from ebpfproxy.operator.test.results import SKIPPED, Report, junit
-from ebpfproxy.operator.test.run import run
 from ebpfproxy.operator.test.site import CannotTestError, Wanted
 
 #: So many failures of one check are printed.
@@ -47,15 +45,9 @@ class UntestedError(click.ClickException):
     show_default=True,
     help="Namespace to create for the test, and to remove again.",
 )
-@click.option(
-    "--daemonset",
-    metavar="NAMESPACE/NAME",
-    default=f"{SYSTEM}/{AGENT}",
-    show_default=True,
-    help="DaemonSet of the agents, on whose nodes is tested.",
-)
+@cluster_access.daemon_set
 @click.option("--image", metavar="REF", help="Image of the test's pods.  [default: the agents' image]")
-@click.option("--node", "nodes", metavar="NAME", multiple=True, help="Test this node only. May be repeated.")
+@cluster_access.nodes
 @click.option(
     "--restart", is_flag=True, help="Also restart the agents, one after the other, while clients connect."
 )
@@ -64,9 +56,7 @@ class UntestedError(click.ClickException):
     is_flag=True,
     help="Leave the namespace with its pods and Services, for the explain commands of failures.",
 )
-@click.option(
-    "--timeout", type=Seconds(), default="2m", show_default=True, help="Limit for pods in each step."
-)
+@cluster_access.step_timeout
 @click.option(
     "--manifests",
     type=click.Path(path_type=Path),
@@ -167,7 +157,7 @@ def _interrupt(*_: object) -> None:
 def _of_manifests(folder: Path, bpf_root: Path) -> Report:
     agent = state.load_latest(pin_folder(bpf_root))
     name = agent.node if agent is not None else node_name(None)
-    return of_folder.check(folder, name, Lookup(open_maps(bpf_root)).node_addresses())
+    return without_cluster.check(folder, name, Lookup(open_maps(bpf_root)).node_addresses())
 
 
 def _print(found: Report, *, hint: bool) -> None:

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from ebpfproxy.cli.install import cluster, errors, remark
-from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.cluster_access import access_and_namespace, cluster_errors, remark, step_timeout
 from ebpfproxy.operator.api import Api, Object, shown
 from ebpfproxy.operator.install import base
 from ebpfproxy.operator.install.node_cleanup import image_of
@@ -30,7 +29,7 @@ _STAYS = (
 
 
 @click.command("uninstall")
-@cluster
+@access_and_namespace
 @click.option(
     "--cleanup",
     is_flag=True,
@@ -39,9 +38,7 @@ _STAYS = (
 @click.option("--image", metavar="REF", help="Image for --cleanup.  [default: the agents' image]")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted, and blockers.")
 @click.option("--force", is_flag=True, help="Continue even if no kube-proxy serves Services afterwards.")
-@click.option(
-    "--timeout", type=Seconds(), default="2m", show_default=True, help="Limit for pods in each step."
-)
+@step_timeout
 def command(
     *,
     kubeconfig: str,
@@ -60,7 +57,7 @@ def command(
     --cleanup each node continues to translate with the Services and endpoints that the agent last wrote, and
     ignores changes.
     """
-    with errors():
+    with cluster_errors(RemoveError):
         api = Api.from_kubeconfigs(kubeconfig, context, master)
         found = find(api, namespace)
         labelled = labels(api, namespace)

@@ -11,7 +11,7 @@ from ebpfproxy.datapath.abi.flow_layout import AffinityKey, ClientKind
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags
 from ebpfproxy.datapath.flows.conntrack_table import FlowRow
 from ebpfproxy.datapath.lookup import Affinity, Lookup
-from ebpfproxy.explain.endpoints import EndpointRow, differences, rows_of
+from ebpfproxy.explain.endpoint_reasons import EndpointRow, differences, rows_of
 from ebpfproxy.explain.path import (
     Client,
     Hook,

@@ -4,7 +4,7 @@
 |---|---|
 | ``api`` | single objects of one API server, over ``kube.client`` |
 | ``kube_proxy`` | kube-proxy's DaemonSet, and the file that it is configured by |
-| ``pods`` | what a pod's status says |
+| ``pod_status`` | what a pod's status says |
 | ``agents`` | the agents' pods, and commands in them |
 | ``image`` | the agents' image, for pods of commands |
 | ``names`` | names of objects, labels and annotations |

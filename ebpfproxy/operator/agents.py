@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ebpfproxy.kube.exec import Exec
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 
 #: A command that does not end by itself ends with its standard input, which the connection's end closes.
@@ -33,9 +33,9 @@ class Agents:
         self.namespace, slash, self.name = daemon_set.partition("/")
         if not slash:
             raise AgentsError(f"--daemonset {daemon_set} is not NAMESPACE/NAME")
-        found = pods.of_daemon_set(api, self.namespace, self.name)
+        found = pod_status.of_daemon_set(api, self.namespace, self.name)
         # Where a node has two, one of them is about to end.
-        self.pods = {pods.node_of(pod): pod for pod in sorted(found, key=pods.is_ready)}
+        self.pods = {pod_status.node_of(pod): pod for pod in sorted(found, key=pod_status.is_ready)}
         if not self.pods:
             raise AgentsError(f"there is no pod of {shown('DaemonSet', self.namespace, self.name)}")
 
@@ -87,5 +87,5 @@ class Agents:
 
     def told(self, node: str, error: Exception) -> str:
         """The error of a command, and why the agent's pod is not ready."""
-        trouble = pods.trouble(self.pods[node])
+        trouble = pod_status.trouble(self.pods[node])
         return f"{error} ({trouble})" if trouble else str(error)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.apiserver import ApiServer, Store, load
+from tests.apiserver import ApiServer, Store, fill
 from tests.apiserver.control import Query
 
 
@@ -60,14 +60,14 @@ def main() -> None:
     options = _options()
     store = Store()
     if options.recordings is not None:
-        load.fill_from_recordings(store, options.recordings)
+        fill.fill_from_recordings(store, options.recordings)
     else:
-        load.fill(store, options.services, options.endpoints, options.node)
+        fill.fill(store, options.services, options.endpoints, options.node)
     for text in options.bench_service:
-        load.add_bench_service(store, *text.split("="))
+        fill.add_bench_service(store, *text.split("="))
     for number, text in enumerate(options.bench_node_port, 1):
         port, _, backend = text.partition("=")
-        load.add_bench_node_port(store, int(port), backend, number)
+        fill.add_bench_node_port(store, int(port), backend, number)
     server = ApiServer(
         store,
         host=options.host,
@@ -79,10 +79,10 @@ def main() -> None:
 
     def churn(query: Query, body: bytes) -> Mapping[str, object]:
         rate, seconds = float(query["rate"]), float(query["seconds"])
-        return load.churn(store, options.services, options.endpoints, rate, seconds)
+        return fill.churn(store, options.services, options.endpoints, rate, seconds)
 
     def replay(query: Query, body: bytes) -> Mapping[str, object]:
-        return {"changes": load.replay(store, options.recordings, float(query.get("speed", "0")))}
+        return {"changes": fill.replay(store, options.recordings, float(query.get("speed", "0")))}
 
     server.control.actions |= {"churn": churn} if options.recordings is None else {"replay": replay}
     with server:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from tests.apiserver import bodies
-from tests.apiserver.cluster import Answer
+from tests.apiserver.single_objects import Answer
 from tests.apiserver.store import encode
 
 PREFIX = "/apis/events.k8s.io/"

@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        """``/control/…``: see tests.apiserver.control; else an object: see tests.apiserver.cluster."""
+        """``/control/…``: see tests.apiserver.control; else an object: see tests.apiserver.single_objects."""
         split = urlsplit(self.path)
         if not split.path.startswith("/control/"):
             self._object()
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         self._object()
 
     def _object(self) -> None:
-        """See tests.apiserver.cluster."""
+        """See tests.apiserver.single_objects."""
         split, cluster = urlsplit(self.path), self.api.cluster
         query = {name: values[0] for name, values in parse_qs(split.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -9,12 +9,12 @@ import threading
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from tests.apiserver.cluster import Cluster
 from tests.apiserver.containers import Containers
 from tests.apiserver.control import Control
 from tests.apiserver.events import Events
 from tests.apiserver.faults import Fault, Faults
 from tests.apiserver.handler import Handler
+from tests.apiserver.single_objects import Cluster
 from tests.apiserver.store import Store
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.cluster import images
 from tests.cluster.cluster import Cluster, Node, Object, until
-from tests.cluster.load import Client, Way
 from tests.cluster.network import internal_ips
+from tests.cluster.request_load import Client, Way
 
 NAMESPACE = "life"
 NODE_PORT, NODE_PORT_UDP = 30080, 30053

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any
 
 from tests.cluster import binaries, images, kubeadm, stores
-from tests.cluster.machine import Machine
 from tests.cluster.network import Network, internal_ips, ordered
+from tests.cluster.node_machine import Machine
 from tests.lab import waiting
 from tests.lab.spaces import Space
 

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import images
 from tests.cluster.app import App
 from tests.cluster.cluster import Cluster, Node, Object, until
-from tests.cluster.load import Failure, asking
+from tests.cluster.request_load import Failure, asking
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.cluster import binaries, images
 from tests.cluster.app import App
 from tests.cluster.cluster import Cluster, Node, until
-from tests.cluster.load import Failure, asking
+from tests.cluster.request_load import Failure, asking
 
 pytestmark = [
     pytest.mark.root,

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,29 @@ int counted(void *ctx)
 """
 
 
+_COMPILE = bytecode._compile
+
+
+@pytest.fixture(scope="module")
+def compile_once() -> Callable[[Recipe], Bytecode]:
+    """The compiler, which is asked once for the same input in all tests: they are about files."""
+    done: dict[str, Bytecode] = {}
+
+    def compiled(recipe: Recipe) -> Bytecode:
+        digest = recipe.digest()
+        if digest not in done:
+            done[digest] = _COMPILE(recipe)
+        return done[digest]
+
+    return compiled
+
+
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile_once: Callable[[Recipe], Bytecode]
+) -> Recipe:
     """Returns the recipe of a small program, with an empty cache."""
+    monkeypatch.setattr(bytecode, "_compile", compile_once)
     monkeypatch.setattr(bytecode, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(bytecode, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "bpf").mkdir()
@@ -100,6 +121,7 @@ def test_missing_compiler_is_named_if_the_cache_has_no_file(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A package named bcc that is another one counts as missing."""
+    monkeypatch.setattr(bytecode, "_compile", _COMPILE)
     (tmp_path / "modules" / "bcc").mkdir(parents=True)
     (tmp_path / "modules" / "bcc" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path / "modules")

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scapy.all import Ether, raw
+from scapy.compat import raw
 from scapy.layers.inet import IP, TCP
+from scapy.layers.l2 import Ether
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi

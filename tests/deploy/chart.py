@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ebpfproxy import yaml_text
 from tests.deploy.objects import DEPLOY, Objects, by_name
 
 CHART = DEPLOY / "chart"
@@ -49,9 +50,9 @@ class _Block(NamedTuple):
 
 def chart_values(values: Mapping[str, Any], namespace: str) -> dict[str, Any]:
     """Returns what templates see: ``values`` merged into those of values.yaml, as helm does."""
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    chart = yaml_text.load((CHART / "Chart.yaml").read_text())
     return {
-        "Values": _merged(yaml.safe_load((CHART / "values.yaml").read_text()), values),
+        "Values": _merged(yaml_text.load((CHART / "values.yaml").read_text()), values),
         "Chart": {"AppVersion": chart["appVersion"]},
         "Release": {"Namespace": namespace},
     }
@@ -64,7 +65,7 @@ def render_chart(values: Mapping[str, Any] | None = None, namespace: str = "kube
     for path in sorted((CHART / "templates").iterdir()):
         text = render(path.read_text(), top)
         try:
-            found += [each for each in yaml.safe_load_all(text) if each is not None]
+            found += [each for each in yaml_text.load_all(text) if each is not None]
         except yaml.YAMLError as error:
             raise TemplateError(f"{path.name}: {error}\n{text}") from error
     return by_name(found)

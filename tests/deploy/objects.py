@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ebpfproxy import yaml_text
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE = DEPLOY / "base"
@@ -17,10 +19,15 @@ Objects = dict[tuple[str, str], Object]
 
 def base() -> Objects:
     """Returns objects by kind and name. Fails where the kustomization does more than list files."""
-    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
+    return copy.deepcopy(_base())
+
+
+@functools.cache
+def _base() -> Objects:
+    kustomization = yaml_text.load((BASE / "kustomization.yaml").read_text())
     assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources"}
     found = by_name(
-        each for name in kustomization["resources"] for each in yaml.safe_load_all((BASE / name).read_text())
+        each for name in kustomization["resources"] for each in yaml_text.load_all((BASE / name).read_text())
     )
     for (kind, _), each in found.items():
         # Kustomize sets it, also in subjects.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from tests.apiserver import ApiServer, Store, bodies, load, objects
+from tests.apiserver import ApiServer, Store, bodies, fill, objects
 from tests.apiserver.handler import PATHS, Handler
 
 SERVICE = "10.96.251.1"
@@ -97,8 +97,8 @@ def main(folder: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     store = Store()
-    load.fill(store, 5, 2, "node-a")
-    load.add_bench_service(store, SERVICE, (folder / "backend").read_text())
+    fill.fill(store, 5, 2, "node-a")
+    fill.add_bench_service(store, SERVICE, (folder / "backend").read_text())
     annotated = objects.service("annotated", "10.96.252.1")
     annotated["metadata"]["annotations"] = {"ebpfproxy.io/lb-algorithm": "bogus"}
     store.put("services", annotated)

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.kube.control_plane import server_of
 from tests.deploy import objects, runtime
 from tests.deploy.runtime import Container
-from tests.e2e.world import NODE_PORT, SERVICE_IPS, World
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
 
@@ -30,12 +30,12 @@ OBJECTS = objects.base()
 class Kubelet:
     """Starts the pod's containers on a lab node, whose bpffs folder and cgroup stand for the host's."""
 
-    def __init__(self, world: World, image: Path | None = None) -> None:
+    def __init__(self, cluster: TwoNodeCluster, image: Path | None = None) -> None:
         """``image``: the root of the image, by default this machine's."""
         self._image = image
         runtime.install("runc", "runc")
-        self.world = world
-        self.folder = world.lab.folder
+        self.cluster = cluster
+        self.folder = cluster.lab.folder
         self._config = runtime.write_config_map(OBJECTS, self.folder / "config")
         self._count = 0
 
@@ -54,13 +54,13 @@ class Kubelet:
         self._count += 1
         folder = self.folder / f"container-{self._count}"
         folder.mkdir()
-        self.world.a.bpf_root.mkdir(parents=True, exist_ok=True)
+        self.cluster.a.bpf_root.mkdir(parents=True, exist_ok=True)
         places = {
             "config": self._config,
-            "bpffs": self.world.a.bpf_root,
-            "cgroup": self.world.a.cgroup,
+            "bpffs": self.cluster.a.bpf_root,
+            "cgroup": self.cluster.a.cgroup,
             "netns": Path("/run/netns"),
-            "cni-results": self.world.a.cni_results,
+            "cni-results": self.cluster.a.cni_results,
             "sysctl": Path("/proc/sys/net"),
             "cache": bytecode.CACHE,
             **(volumes or {}),
@@ -76,9 +76,9 @@ class Kubelet:
             image=self._image,
             volumes=places,
             variables={"NODE_NAME": "node-a", **control_plane},
-            network=self.world.a.netns,
-            arguments=["--manifests", str(self.world.manifests)] if manifests else [],
-            mounts=[self.world.manifests],
+            network=self.cluster.a.netns,
+            arguments=["--manifests", str(self.cluster.manifests)] if manifests else [],
+            mounts=[self.cluster.manifests],
             capabilities=capabilities,
             seccomp=seccomp,
         )
@@ -109,26 +109,26 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 @pytest.fixture(scope="module")
 def kubelet() -> Iterator[Kubelet]:
     with Lab() as lab:
-        yield Kubelet(World(lab))
+        yield Kubelet(TwoNodeCluster(lab))
 
 
 @pytest.fixture
 def loaded(kubelet: Kubelet) -> Iterator[Kubelet]:
-    kubelet.world.write_web(kubelet.world.w1, kubelet.world.w2)
+    kubelet.cluster.write_web(kubelet.cluster.w1, kubelet.cluster.w2)
     done = kubelet.container("load").run()
     assert done.returncode == 0, done.stdout + done.stderr
     yield kubelet
-    kubelet.world.a.cli("cleanup")
+    kubelet.cluster.a.cli("cleanup")
 
 
 def pins(kubelet: Kubelet) -> set[str]:
-    return {str(path) for path in kubelet.world.a.bpf_root.glob("ebpfproxy/*/progs-*/*")}
+    return {str(path) for path in kubelet.cluster.a.bpf_root.glob("ebpfproxy/*/progs-*/*")}
 
 
 def test_conntrack_timeouts_are_set_on_the_node(loaded: Kubelet) -> None:
     """/proc/sys is read-only in the container; the node's is mounted at another path."""
     name = "net.netfilter.nf_conntrack_tcp_timeout_close_wait"
-    node = loaded.world.a
+    node = loaded.cluster.a
     node.run(["sysctl", "-qw", f"{name}=60"])
     with loaded.running(loaded.container("ebpfproxy")):
         assert node.run(["sysctl", "-n", name]).strip() == "3600"
@@ -136,27 +136,27 @@ def test_conntrack_timeouts_are_set_on_the_node(loaded: Kubelet) -> None:
 
 def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet) -> None:
     """Covers socket hooks, packets, stale sockets of later pods, and commands."""
-    world = loaded.world
-    world.lab.outside  # noqa: B018 - the property creates it
+    cluster = loaded.cluster
+    cluster.lab.outside  # noqa: B018 - the property creates it
     compiled = pins(loaded)
     modules = (SOCKETS, RECORDS, PACKETS, SWEEP, LOOPBACK)
     assert len(compiled) == sum(len(module.hooks) for module in modules)
     agent = loaded.container("ebpfproxy")
     with loaded.running(agent) as log:
         assert pins(loaded) == compiled, "the agent uses the programs of the init container"
-        assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-        assert set(world.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
+        assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+        assert set(cluster.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
         assert set(
-            world.lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, clients.ENOUGH)
+            cluster.lab.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
         ) == {"w1", "w2"}
 
-        later = world.a.pod(f"later{len(world.a.pods)}")
-        holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in (world.client, later)]
+        later = cluster.a.pod(f"later{len(cluster.a.pods)}")
+        holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in (cluster.client, later)]
         for holder in holders:
             holder.wait()
-        world.write_web(world.w2)
+        cluster.write_web(cluster.w2)
         stale = sum(
-            n for holder in holders for name, n in holder.connected.items() if world.w1.address in name
+            n for holder in holders for name, n in holder.connected.items() if cluster.w1.address in name
         )
         assert stale
         until(lambda: f"UDP={stale}" in log.read_text(), 10)
@@ -171,11 +171,11 @@ def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet) -> Non
         explained = json.loads(agent.execute("ebpfproxy", "explain", "shop/client", "web:http", "-o", "json"))
         assert explained["without_agent"] == ""
         assert {each["client"] for each in explained["explanations"]} == {"shop/client"}
-        agent.execute("ebpfproxy", "backend", "drain", world.w2.address)
-        agent.execute("ebpfproxy", "backend", "drain", world.w2.address, "--undo")
+        agent.execute("ebpfproxy", "backend", "drain", cluster.w2.address)
+        agent.execute("ebpfproxy", "backend", "drain", cluster.w2.address, "--undo")
         assert "failed to close stale sockets" not in log.read_text()
         assert "error" not in log.read_text().replace("error='Permission denied'", "")
-    assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "Services are still served"
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "Services are still served"
 
 
 def test_container_has_the_restrictions_of_its_manifest(loaded: Kubelet) -> None:
@@ -202,7 +202,7 @@ def test_container_has_the_restrictions_of_its_manifest(loaded: Kubelet) -> None
 
 
 def test_probes_succeed_once_everything_is_programmed(loaded: Kubelet) -> None:
-    world = loaded.world
+    cluster = loaded.cluster
     spec = objects.container(OBJECTS, "ebpfproxy")
     (port,) = (each["containerPort"] for each in spec["ports"] if each["name"] == "healthz")
     probes = [spec[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
@@ -211,7 +211,7 @@ def test_probes_succeed_once_everything_is_programmed(loaded: Kubelet) -> None:
         for probe in probes:
             assert probe["port"] == "healthz"
             # The kubelet probes from the node.
-            answer = world.a.run(["curl", "-s", "-m5", f"http://{world.a.address}:{port}{probe['path']}"])
+            answer = cluster.a.run(["curl", "-s", "-m5", f"http://{cluster.a.address}:{port}{probe['path']}"])
             assert json.loads(answer)["healthy"]
 
 
@@ -232,18 +232,18 @@ def test_loading_fails_without(kubelet: Kubelet, missing: str, complaint: str) -
     done = kubelet.container("load", capabilities=held, seccomp=False).run()
     assert done.returncode == 1
     assert complaint in done.stdout + done.stderr
-    kubelet.world.a.cli("cleanup")
+    kubelet.cluster.a.cli("cleanup")
 
 
 def test_without_sys_admin_only_sockets_of_other_namespaces_are_not_closed(loaded: Kubelet) -> None:
-    world = loaded.world
+    cluster = loaded.cluster
     held = {"CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"}
     with loaded.running(loaded.container("ebpfproxy", capabilities=held, seccomp=False)) as log:
-        assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-        holder = Holder(world.client, [("udp", "udp", IP, 53, 20)], 1.0)
+        assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+        holder = Holder(cluster.client, [("udp", "udp", IP, 53, 20)], 1.0)
         holder.wait()
         holder.watch()
-        world.write_web(world.w2)
+        cluster.write_web(cluster.w2)
         assert not holder.result()[0]
         assert "setns: Operation not permitted" in log.read_text()
 

@@ -18,10 +18,10 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.deploy import image, objects
 from tests.deploy.test_container import Host, Kubelet, on
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules
-from tests.operator.migrate import world as migrate_world
+from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
 from tests.operator.migrate.test_pod import runner
 
 pytestmark = [pytest.mark.root, pytest.mark.image, pytest.mark.timeout(600)]
@@ -178,8 +178,8 @@ def test_image_loads_programs(
 
 def test_containers_of_the_daemon_set_run_from_the_image(built: image.Image, tmp_path: Path) -> None:
     with Lab() as lab:
-        world = World(lab)
-        kubelet = Kubelet(world, built.root)
+        cluster = TwoNodeCluster(lab)
+        kubelet = Kubelet(cluster, built.root)
         host = Host(tmp_path)
         try:
             done = host.run_container(kubelet.container("prepare", volumes=on(host), manifests=False))
@@ -191,21 +191,21 @@ def test_containers_of_the_daemon_set_run_from_the_image(built: image.Image, tmp
         assert done.returncode == 0, done.stdout + done.stderr
         agent = kubelet.container("ebpfproxy")
         with kubelet.running(agent):
-            answers = world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)
+            answers = cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)
             assert set(answers) == {"w1", "w2"}
             assert json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))["agent_running"]
-        world.a.cli("cleanup")
+        cluster.a.cli("cleanup")
 
 
 def test_pods_of_a_migration_run_from_the_image(built: image.Image) -> None:
     """They read and remove rules that this machine's tools have added, as on a node."""
     with Lab() as lab:
-        world = migrate_world.World(lab)
-        run = runner(world, built.root)
+        cluster = KubeProxyCluster(lab)
+        run = runner(cluster, built.root)
         for mode in rules.MODES:
-            world.kube_proxy(mode)
-        agent = world.agent().start()
-        world.wait_frontends(20)
+            cluster.kube_proxy(mode)
+        agent = cluster.agent().start()
+        cluster.wait_frontends(20)
         code, output = run("plan", "--brief", "-o", "json")
         assert code == 0, output
         assert json.loads(output)["kube_proxy_frontends"] == 20
@@ -215,7 +215,7 @@ def test_pods_of_a_migration_run_from_the_image(built: image.Image) -> None:
             assert f"from {removed}, table nat" in output
         assert "removed nftables table ip6 kube-proxy" in output
         agent.stop()
-        world.kube_proxy("nftables")
+        cluster.kube_proxy("nftables")
         code, output = run("rollback")
         assert code == 0, output
         assert "detached connect4" in output

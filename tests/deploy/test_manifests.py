@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from kubernetes import client as kube_client
 
+from ebpfproxy import yaml_text
 from ebpfproxy.config import load
 from tests.deploy import objects
 from tests.deploy.chart import TemplateError, chart_values, render, render_chart
@@ -34,7 +33,7 @@ def comparable(found: Objects) -> Objects:
     """Returns it with the configuration file parsed: the base has comments in it."""
     made = copy.deepcopy(found)
     data = made["ConfigMap", "ebpfproxy"]["data"]
-    data["config.yaml"] = list(yaml.safe_load_all(data["config.yaml"]))
+    data["config.yaml"] = yaml_text.load_all(data["config.yaml"])
     return made
 
 
@@ -50,14 +49,14 @@ def test_kustomize_renders_the_objects_that_the_tests_read() -> None:
     done = subprocess.run(
         ["kubectl", "kustomize", str(objects.BASE)], capture_output=True, text=True, check=True
     )
-    assert objects.by_name(yaml.safe_load_all(done.stdout)) == base()
+    assert objects.by_name(yaml_text.load_all(done.stdout)) == base()
 
 
 @pytest.mark.skipif(shutil.which("helm") is None, reason="no helm")
 def test_helm_renders_the_same_as_the_tests_template_reader() -> None:
     command = ["helm", "template", "ebpfproxy", str(DEPLOY / "chart"), "--namespace", "kube-system"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert comparable(objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))) == comparable(base())
+    assert comparable(objects.by_name(filter(None, yaml_text.load_all(done.stdout)))) == comparable(base())
 
 
 SPRIG = Path("/usr/share/gocode/src/github.com/Masterminds/sprig")
@@ -91,7 +90,7 @@ def test_go_templates_render_the_same_as_the_tests_template_reader(tmp_path: Pat
             text=True,
             check=True,
         )
-        made = objects.by_name(filter(None, yaml.safe_load_all(done.stdout)))
+        made = objects.by_name(filter(None, yaml_text.load_all(done.stdout)))
         assert made == render_chart(values, namespace)
 
 
@@ -122,7 +121,9 @@ def unknown(value: Any, kind: str, path: str) -> Iterator[str]:
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from unknown(each, of_many[2], f"{path}[{key}]")
         return
-    model = getattr(kube_client, kind, None)
+    from kubernetes import client  # noqa: PLC0415 - it takes 0.2 s, in each worker that collects tests
+
+    model = getattr(client, kind, None)
     if model is None:
         types: dict[str, tuple[type, ...]]
         types = {"str": (str,), "bool": (bool,), "int": (int,), "object": (int, str)}
@@ -282,7 +283,7 @@ def test_image_resources_and_tolerations_of_the_values_are_used() -> None:
 
 def test_monitoring_adds_the_pod_monitor_of_deploy_monitoring() -> None:
     found = render_chart({"monitoring": {"enabled": True}})
-    wanted = yaml.safe_load((DEPLOY / "monitoring/podmonitor.yaml").read_text())
+    wanted = yaml_text.load((DEPLOY / "monitoring/podmonitor.yaml").read_text())
     assert found["PodMonitor", "ebpfproxy"] == wanted
     agent = container(found, "ebpfproxy")
     (endpoint,) = wanted["spec"]["podMetricsEndpoints"]

@@ -17,7 +17,7 @@ from tests.deploy.objects import Object
 from tests.deploy.rbac import SERVICE, Asked, attributes, grants
 from tests.deploy.runtime import Container
 from tests.deploy.test_container import OBJECTS, Kubelet, until
-from tests.e2e.world import World
+from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab import Lab, clients, servers
 
 RULES: list[Object] = OBJECTS["ClusterRole", "ebpfproxy"]["rules"]
@@ -34,29 +34,29 @@ PORT = 7777
 class Cluster:
     """An API server on the host of the agent's node, as a control plane."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.kubelet = Kubelet(world)
+    def __init__(self, nodes: TwoNodeCluster) -> None:
+        self.nodes = nodes
+        self.kubelet = Kubelet(nodes)
         self._count = 0
-        servers.start(world.w1, "w1", PORT)
+        servers.start(nodes.w1, "w1", PORT)
 
     @contextmanager
     def api(self, rules: list[Object], *, pages: bool = False) -> Iterator[tuple[int, Path]]:
         """Yields its port and its folder, which is also that of the service account."""
         self._count += 1
-        folder = self.world.lab.folder / f"api-{self._count}"
+        folder = self.nodes.lab.folder / f"api-{self._count}"
         folder.mkdir()
         Authority(folder).pair("server")
         for name, text in (
             ("token", "the-service-account"),
             ("namespace", "kube-system"),
             ("rules.json", json.dumps(rules)),
-            ("backend", self.world.w1.address),
+            ("backend", self.nodes.w1.address),
             *([("pages", "")] if pages else []),
         ):
             (folder / name).write_text(text)
         command = [sys.executable, "-m", "tests.deploy.rbac", str(folder)]
-        process = self.world.a.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
+        process = self.nodes.a.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
         assert process.stdout is not None
         yield int(process.stdout.readline()), folder
         process.kill()
@@ -74,7 +74,7 @@ def watches(agent: Container) -> set[str]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Lab() as lab:
-        yield Cluster(World(lab))
+        yield Cluster(TwoNodeCluster(lab))
         lab.nodes[0].cli("cleanup")
 
 
@@ -84,7 +84,7 @@ def test_service_account_may_do_all_that_the_agent_requests(cluster: Cluster, pa
     with cluster.api(RULES, pages=pages) as (port, account):
         agent = cluster.kubelet.container("ebpfproxy", api=port, account=account, manifests=False)
         with cluster.kubelet.running(agent):
-            assert cluster.world.client.call(clients.ask_tcp, SERVICE, PORT)["name"] == "w1"
+            assert cluster.nodes.client.call(clients.ask_tcp, SERVICE, PORT)["name"] == "w1"
             until(lambda: watches(agent) == {"connected"}, 60)
             assert watches(agent) == {"connected"}
             until(lambda: sum(each.verb == "create" for each in cluster.asked(account)) == 2, 60)
@@ -112,8 +112,8 @@ def test_agent_without_permissions_logs_it_and_is_not_ready(cluster: Cluster, re
             assert f'cannot watch resource "{resource}"' in log.read_text()
             assert "programs are attached" not in log.read_text()
             path = objects.container(OBJECTS, "ebpfproxy")["readinessProbe"]["httpGet"]["path"]
-            url = f"http://{cluster.world.a.address}:10256{path}"
-            code = cluster.world.a.run(["curl", "-s", "-m5", "-o", "/dev/null", "-w", "%{http_code}", url])
+            url = f"http://{cluster.nodes.a.address}:10256{path}"
+            code = cluster.nodes.a.run(["curl", "-s", "-m5", "-o", "/dev/null", "-w", "%{http_code}", url])
             assert code == "503"
 
 

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.deploy.objects import DEPLOY, base, container
 from tests.deploy.runtime import install
 from tests.deploy.test_container import until
-from tests.e2e.world import NODE_PORT, SERVICE_IPS, World
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
 
@@ -172,12 +172,12 @@ def test_network_namespace_of_another_users_process_needs_sys_ptrace() -> None:
 def test_the_agent_works_in_its_sandbox() -> None:
     install("systemd", "systemd-analyze")
     with Lab() as lab:
-        world = World(lab)
+        cluster = TwoNodeCluster(lab)
         lab.outside  # noqa: B018 - the property creates it
         folder = lab.folder / "systemd"
         manager = Manager(folder)
         roots = " ".join(
-            [*world.a.roots, "--manifests", str(world.manifests), "--hostname-override", "node-a"]
+            [*cluster.a.roots, "--manifests", str(cluster.manifests), "--hostname-override", "node-a"]
         )
         (folder / "config.yaml").write_text(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -188,7 +188,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
         drop_in = manager.units / f"{UNIT.name}.d"
         drop_in.mkdir()
         (drop_in / "lab.conf").write_text(
-            f"[Service]\nNetworkNamespacePath=/run/netns/{world.a.netns}\n"
+            f"[Service]\nNetworkNamespacePath=/run/netns/{cluster.a.netns}\n"
             # PrivateTmp hides files below /tmp.
             f"BindReadOnlyPaths={lab.folder} {DEPLOY.parent}\n"
             f"StandardOutput=append:{folder}/agent.log\nStandardError=inherit\n"
@@ -196,19 +196,19 @@ def test_the_agent_works_in_its_sandbox() -> None:
         with manager.running():
             manager.call("start", UNIT.name)
             until(lambda: "programs are attached" in manager.log, 120)
-            assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}, (
+            assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}, (
                 manager.log
             )
-            outside = lab.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, clients.ENOUGH)
+            outside = lab.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
             assert set(outside) == {"w1", "w2"}
             # A pod that is newer than the unit's mount namespace is reached as well.
-            pods = (world.client, world.a.pod("late"))
+            pods = (cluster.client, cluster.a.pod("late"))
             holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in pods]
             for holder in holders:
                 holder.wait()
-            world.write_web(world.w2)
+            cluster.write_web(cluster.w2)
             stale = sum(
-                n for holder in holders for name, n in holder.connected.items() if world.w1.address in name
+                n for holder in holders for name, n in holder.connected.items() if cluster.w1.address in name
             )
             assert stale
             until(lambda: f"UDP={stale}" in manager.log, 10)
@@ -238,6 +238,6 @@ def test_the_agent_works_in_its_sandbox() -> None:
 
             manager.call("stop", UNIT.name)
             assert "stopped, traffic goes on" in manager.log
-        assert set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}
-        assert json.loads(world.a.cli("status", "-o", "json"))["agent_running"] is False
-        world.a.cli("cleanup")
+        assert set(cluster.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}
+        assert json.loads(cluster.a.cli("status", "-o", "json"))["agent_running"] is False
+        cluster.a.cli("cleanup")

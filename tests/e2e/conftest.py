@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.outer import Outer
+from tests.e2e.outside_client import OutsideClientCluster
 from tests.lab import Lab
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
-    """Two nodes, an agent on the first, and an external client; see ``tests.e2e.outer``."""
+def cluster() -> Iterator[OutsideClientCluster]:
+    """Two nodes, an agent on the first, and an external client; see ``tests.e2e.outside_client``."""
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.agent("--stale-tcp-seconds", "0.5").start()
         yield made

@@ -35,7 +35,7 @@ SERVICES = {
 _ports = itertools.count(20000)
 
 
-class World:
+class AffinityCluster:
     def __init__(self, lab: Lab) -> None:
         self.node = lab.node("node-a")
         self.pods = [self.node.pod(f"client{i}") for i in range(3)]
@@ -125,40 +125,40 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[World]:
+def shared() -> Iterator[AffinityCluster]:
     with Lab() as lab:
-        made = World(lab)
+        made = AffinityCluster(lab)
         yield made
         made.wire.close()
 
 
 @pytest.fixture
-def world(shared: World) -> World:
+def cluster(shared: AffinityCluster) -> AffinityCluster:
     shared.set_backends(BACKENDS)
     shared.node.cli("affinity", "flush", "--all")
     return shared
 
 
 @pytest.mark.parametrize("name", ["sticky", "sticky-rr"])
-def test_affinity_keeps_a_pod_or_external_client_at_one_backend(world: World, name: str) -> None:
+def test_affinity_keeps_a_pod_or_external_client_at_one_backend(cluster: AffinityCluster, name: str) -> None:
     """All sockets of a pod are one client; outside the cluster an address is one."""
-    by_pod = [world.socket(name, pod, 30) for pod in range(3)]
-    by_address = [world.packet(name, f"198.51.100.{i}", 5) for i in range(40)]
+    by_pod = [cluster.socket(name, pod, 30) for pod in range(3)]
+    by_address = [cluster.packet(name, f"198.51.100.{i}", 5) for i in range(40)]
     assert all(len(found) == 1 for found in by_pod + by_address)
     assert len(set.union(*by_address)) > 5
-    assert [world.socket(name, pod, 5) for pod in range(3)] == by_pod
+    assert [cluster.socket(name, pod, 5) for pod in range(3)] == by_pod
 
 
-def test_pod_has_one_affinity_at_sockets_and_in_packets(world: World) -> None:
+def test_pod_has_one_affinity_at_sockets_and_in_packets(cluster: AffinityCluster) -> None:
     """The agent maps addresses to network namespaces, those of a new pod within a sweep (10 s)."""
-    new_pod = world.node.pod("new-pod")
-    world.pods.append(new_pod)
-    world.wire.close()
-    world.wire = Wire(world.node)
-    until(lambda: f"netns:{cookie(new_pod)}" in {row["client"] for row in seen(world, 3)})
+    new_pod = cluster.node.pod("new-pod")
+    cluster.pods.append(new_pod)
+    cluster.wire.close()
+    cluster.wire = Wire(cluster.node)
+    until(lambda: f"netns:{cookie(new_pod)}" in {row["client"] for row in seen(cluster, 3)})
     for pod in range(4):
-        assert world.socket("sticky-rr", pod, 3) == {world.packet_of_pod("sticky-rr", pod)}
-    assert len({row["client"] for row in world.affinity("--service", "shop/sticky-rr")}) == 4
+        assert cluster.socket("sticky-rr", pod, 3) == {cluster.packet_of_pod("sticky-rr", pod)}
+    assert len({row["client"] for row in cluster.affinity("--service", "shop/sticky-rr")}) == 4
 
 
 def cookie(pod: Pod) -> int:
@@ -166,35 +166,35 @@ def cookie(pod: Pod) -> int:
     return found
 
 
-def seen(world: World, pod: int) -> list[dict[str, Any]]:
+def seen(cluster: AffinityCluster, pod: int) -> list[dict[str, Any]]:
     """The affinity entries after one packet of the pod."""
-    world.node.cli("affinity", "flush", "--all")
-    world.packet_of_pod("sticky", pod)
-    return world.affinity()
+    cluster.node.cli("affinity", "flush", "--all")
+    cluster.packet_of_pod("sticky", pod)
+    return cluster.affinity()
 
 
-def test_connections_spread_over_backends_without_affinity(world: World) -> None:
-    assert len(world.socket("loose", 0, 100)) > 5
+def test_connections_spread_over_backends_without_affinity(cluster: AffinityCluster) -> None:
+    assert len(cluster.socket("loose", 0, 100)) > 5
 
 
-def test_affinity_is_per_service_port(world: World) -> None:
+def test_affinity_is_per_service_port(cluster: AffinityCluster) -> None:
     """As in kube-proxy."""
-    dns = [world.socket("sticky", pod, 3) for pod in range(3)]
-    other = [world.socket("sticky", pod, 3, port=54) for pod in range(3)]
+    dns = [cluster.socket("sticky", pod, 3) for pod in range(3)]
+    other = [cluster.socket("sticky", pod, 3, port=54) for pod in range(3)]
     assert all(len(found) == 1 for found in dns + other)
-    assert len(world.affinity("--service", "shop/sticky")) == 6
+    assert len(cluster.affinity("--service", "shop/sticky")) == 6
 
 
-def test_affinity_timeout_is_refreshed_by_use_and_expires_without(world: World) -> None:
+def test_affinity_timeout_is_refreshed_by_use_and_expires_without(cluster: AffinityCluster) -> None:
     """The timeout is two seconds: it lasts if used every second, and expires otherwise."""
     names = [f"198.51.100.{i}" for i in range(30)]
 
     def lasts_three_seconds() -> bool:
         """Returns False if the machine was too busy to use each affinity within two seconds."""
-        first, used = {client: world.packet("short", client) for client in names}, began
+        first, used = {client: cluster.packet("short", client) for client in names}, began
         for _ in range(3):
             time.sleep(1)
-            before, found = time.monotonic(), {client: world.packet("short", client) for client in names}
+            before, found = time.monotonic(), {client: cluster.packet("short", client) for client in names}
             if time.monotonic() - used >= 2:
                 return False
             assert found == first
@@ -206,115 +206,115 @@ def test_affinity_timeout_is_refreshed_by_use_and_expires_without(world: World) 
     while not lasts_three_seconds():
         began = time.monotonic()
         assert began < deadline, "the machine is too busy for this test"
-    first = {client: world.packet("short", client) for client in names}
+    first = {client: cluster.packet("short", client) for client in names}
     time.sleep(2.2)
-    assert not world.affinity("--service", "shop/short")
-    again = {client: world.packet("short", client) for client in first}
+    assert not cluster.affinity("--service", "shop/short")
+    again = {client: cluster.packet("short", client) for client in first}
     assert again != first
 
 
-def test_removed_backend_is_replaced_for_its_clients_only(world: World) -> None:
-    before = {client: world.packet("sticky", client) for client in (f"198.51.100.{i}" for i in range(50))}
+def test_removed_backend_is_replaced_for_its_clients_only(cluster: AffinityCluster) -> None:
+    before = {client: cluster.packet("sticky", client) for client in (f"198.51.100.{i}" for i in range(50))}
     (gone,) = before["198.51.100.0"]
-    world.set_backends([backend for backend in BACKENDS if backend != gone])
-    after = {client: world.packet("sticky", client, 2) for client in before}
+    cluster.set_backends([backend for backend in BACKENDS if backend != gone])
+    after = {client: cluster.packet("sticky", client, 2) for client in before}
     for client, backend in before.items():
         assert len(after[client]) == 1
         assert (after[client] != backend) == (backend == {gone})
     # The backend does not regain its former clients, which have another one now.
-    world.set_backends(BACKENDS)
-    assert {client: world.packet("sticky", client) for client in before} == after
+    cluster.set_backends(BACKENDS)
+    assert {client: cluster.packet("sticky", client) for client in before} == after
 
 
-def test_affinity_survives_an_agent_restart_and_changes_of_other_backends(world: World) -> None:
-    before = [world.socket("sticky", pod) for pod in range(3)]
-    world.agent.kill()
-    world.agent = world.node.agent(manifests=world.folder).start()
-    assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
+def test_affinity_survives_an_agent_restart_and_changes_of_other_backends(cluster: AffinityCluster) -> None:
+    before = [cluster.socket("sticky", pod) for pod in range(3)]
+    cluster.agent.kill()
+    cluster.agent = cluster.node.agent(manifests=cluster.folder).start()
+    assert [cluster.socket("sticky", pod, 5) for pod in range(3)] == before
     kept = set.union(*before)
-    world.set_backends([b for b in BACKENDS if b in kept] + [LOCAL])
-    assert [world.socket("sticky", pod, 5) for pod in range(3)] == before
+    cluster.set_backends([b for b in BACKENDS if b in kept] + [LOCAL])
+    assert [cluster.socket("sticky", pod, 5) for pod in range(3)] == before
 
 
-def test_affinity_lasts_for_timeout_seconds_since_its_last_use(world: World) -> None:
+def test_affinity_lasts_for_timeout_seconds_since_its_last_use(cluster: AffinityCluster) -> None:
     """The test does not wait: it moves the time of the last use back in the map, not before boot."""
     clients = [f"198.51.100.{i}" for i in range(40)]
-    before = {client: world.packet("minute", client) for client in clients}
-    world.age(40)
-    assert {client: world.packet("minute", client) for client in clients} == before
-    world.age(40)
-    assert {client: world.packet("minute", client) for client in clients} == before, (
+    before = {client: cluster.packet("minute", client) for client in clients}
+    cluster.age(40)
+    assert {client: cluster.packet("minute", client) for client in clients} == before
+    cluster.age(40)
+    assert {client: cluster.packet("minute", client) for client in clients} == before, (
         "each use restarts the timeout"
     )
-    world.age(61)
-    assert {client: world.packet("minute", client) for client in clients} != before
+    cluster.age(61)
+    assert {client: cluster.packet("minute", client) for client in clients} != before
 
 
-def test_affinity_survives_a_new_map_size_and_a_full_map_evicts(world: World) -> None:
-    before = [world.socket("sticky", pod) for pod in range(3)]
-    world.agent.stop()
-    world.agent = world.node.agent("--max-affinity", "256", manifests=world.folder).start()
-    world.wire.close()
-    world.wire = Wire(world.node)
-    assert [world.socket("sticky", pod, 3) for pod in range(3)] == before
+def test_affinity_survives_a_new_map_size_and_a_full_map_evicts(cluster: AffinityCluster) -> None:
+    before = [cluster.socket("sticky", pod) for pod in range(3)]
+    cluster.agent.stop()
+    cluster.agent = cluster.node.agent("--max-affinity", "256", manifests=cluster.folder).start()
+    cluster.wire.close()
+    cluster.wire = Wire(cluster.node)
+    assert [cluster.socket("sticky", pod, 3) for pod in range(3)] == before
     for i in range(2000):
-        world.packet("sticky", f"198.{18 + i // 250}.{i % 250}.1")
-    assert len(world.affinity()) <= 256
-    assert all(len(world.socket("sticky", pod, 20)) == 1 for pod in range(3))
+        cluster.packet("sticky", f"198.{18 + i // 250}.{i % 250}.1")
+    assert len(cluster.affinity()) <= 256
+    assert all(len(cluster.socket("sticky", pod, 20)) == 1 for pod in range(3))
 
 
-def test_affinity_list_and_flush(world: World) -> None:
-    (backend,) = world.socket("sticky", 1)
-    world.packet("sticky", "198.51.100.99")
-    rows = {row["client"]: row for row in world.affinity()}
+def test_affinity_list_and_flush(cluster: AffinityCluster) -> None:
+    (backend,) = cluster.socket("sticky", 1)
+    cluster.packet("sticky", "198.51.100.99")
+    rows = {row["client"]: row for row in cluster.affinity()}
     (pod,) = (row for row in rows.values() if row["client"].startswith("netns:"))
-    assert pod["name"] == world.pods[1].netns
+    assert pod["name"] == cluster.pods[1].netns
     assert (pod["service"], pod["port_name"], pod["backend"]) == ("shop/sticky", "dns", f"{backend}:8053")
     assert 3500 < rows["198.51.100.99"]["expires"] <= 3600
-    assert "flushed 1 clients" in world.node.cli("affinity", "flush", "--client", pod["name"])
-    assert [row["client"] for row in world.affinity()] == ["198.51.100.99"]
-    assert world.node.cli("affinity", "flush", check=False) == ""
+    assert "flushed 1 clients" in cluster.node.cli("affinity", "flush", "--client", pod["name"])
+    assert [row["client"] for row in cluster.affinity()] == ["198.51.100.99"]
+    assert cluster.node.cli("affinity", "flush", check=False) == ""
 
 
-def test_drained_backend_gets_no_new_connections_until_the_drain_is_undone(world: World) -> None:
+def test_drained_backend_gets_no_new_connections_until_the_drain_is_undone(cluster: AffinityCluster) -> None:
     client = next(
-        c for c in (f"198.51.100.{i}" for i in range(200)) if world.packet("sticky", c) == {BACKENDS[3]}
+        c for c in (f"198.51.100.{i}" for i in range(200)) if cluster.packet("sticky", c) == {BACKENDS[3]}
     )
-    assert "is drained" in world.node.cli("backend", "drain", BACKENDS[3])
+    assert "is drained" in cluster.node.cli("backend", "drain", BACKENDS[3])
     states = {
-        row["address"]: row["state"] for row in json.loads(world.node.cli("backend", "list", "-o", "json"))
+        row["address"]: row["state"] for row in json.loads(cluster.node.cli("backend", "list", "-o", "json"))
     }
     assert {a for a, state in states.items() if state == "drained"} == {
         f"{BACKENDS[3]}:8053",
         f"{BACKENDS[3]}:8054",
     }
-    assert BACKENDS[3] not in world.socket("loose", 0, 200)
-    assert world.packet("sticky", client) != {BACKENDS[3]}
-    world.agent.kill()
-    world.agent = world.node.agent(manifests=world.folder).start()
-    assert BACKENDS[3] not in world.socket("loose", 0, 100)
-    assert "no longer drained" in world.node.cli("backend", "drain", BACKENDS[3], "--undo")
-    assert BACKENDS[3] in world.socket("loose", 0, 300)
+    assert BACKENDS[3] not in cluster.socket("loose", 0, 200)
+    assert cluster.packet("sticky", client) != {BACKENDS[3]}
+    cluster.agent.kill()
+    cluster.agent = cluster.node.agent(manifests=cluster.folder).start()
+    assert BACKENDS[3] not in cluster.socket("loose", 0, 100)
+    assert "no longer drained" in cluster.node.cli("backend", "drain", BACKENDS[3], "--undo")
+    assert BACKENDS[3] in cluster.socket("loose", 0, 300)
 
 
-def test_drain_of_one_port_does_not_affect_other_ports(world: World) -> None:
-    world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053")
-    assert BACKENDS[0] not in world.socket("loose", 0, 200)
-    assert BACKENDS[0] in world.socket("loose", 0, 300, port=54)
-    world.node.cli("backend", "drain", f"{BACKENDS[0]}:8053", "--undo")
+def test_drain_of_one_port_does_not_affect_other_ports(cluster: AffinityCluster) -> None:
+    cluster.node.cli("backend", "drain", f"{BACKENDS[0]}:8053")
+    assert BACKENDS[0] not in cluster.socket("loose", 0, 200)
+    assert BACKENDS[0] in cluster.socket("loose", 0, 300, port=54)
+    cluster.node.cli("backend", "drain", f"{BACKENDS[0]}:8053", "--undo")
 
 
-def test_drain_ends_when_the_endpoint_is_removed(world: World) -> None:
-    world.node.cli("backend", "drain", BACKENDS[5])
-    world.set_backends(BACKENDS[:5])
+def test_drain_ends_when_the_endpoint_is_removed(cluster: AffinityCluster) -> None:
+    cluster.node.cli("backend", "drain", BACKENDS[5])
+    cluster.set_backends(BACKENDS[:5])
     time.sleep(1)
-    world.set_backends(BACKENDS)
-    until(lambda: BACKENDS[5] in world.socket("loose", 0, 100))
+    cluster.set_backends(BACKENDS)
+    until(lambda: BACKENDS[5] in cluster.socket("loose", 0, 100))
 
 
-def test_drain_of_an_unknown_backend_fails(world: World) -> None:
+def test_drain_of_an_unknown_backend_fails(cluster: AffinityCluster) -> None:
     for arguments in (["10.99.99.99"], ["10.244.2.10:1"], [BACKENDS[0], "--undo"]):
         with pytest.raises(RuntimeError, match=r"no backend|is not drained"):
-            world.node.cli("backend", "drain", *arguments)
+            cluster.node.cli("backend", "drain", *arguments)
     with pytest.raises(RuntimeError, match="neither an address"):
-        world.node.cli("backend", "drain", "web-0")
+        cluster.node.cli("backend", "drain", "web-0")

@@ -16,10 +16,10 @@ import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
-from tests.e2e import load
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e import connection_load
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Agent, Lab, LabNode, clients, manifests
-from tests.lab.machine import socket_programs
+from tests.lab.foreign_programs import socket_programs
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -38,9 +38,9 @@ with socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, so
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[TwoNodeCluster]:
     with Lab() as lab:
-        yield World(lab)
+        yield TwoNodeCluster(lab)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def started() -> list[Agent]:
 
 
 @pytest.fixture
-def agent(world: World, started: list[Agent]) -> Agent:
+def agent(cluster: TwoNodeCluster, started: list[Agent]) -> Agent:
     """Returns a running agent that has programmed both endpoints: that of the last test unless it has ended."""
-    world.write_web(world.w1, world.w2)
+    cluster.write_web(cluster.w1, cluster.w2)
     if not started or started[-1].process is None or started[-1].process.poll() is not None:
-        started.append(world.agent().start())
+        started.append(cluster.agent().start())
     until(
-        lambda: len(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
+        lambda: len(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
         "the agent does not use both endpoints",
     )
     return started[-1]
@@ -84,93 +84,97 @@ def writes(agent: Agent) -> dict[str, float]:
 
 
 def test_sigkill_and_restart_under_load_lose_no_connection_and_write_no_map(
-    world: World, agent: Agent
+    cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    before = ids(world.a), program_ids(world.a)
-    with load.running(world.client, IP, 80) as clients_load:
+    before = ids(cluster.a), program_ids(cluster.a)
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         agent.kill()
         time.sleep(0.3)
-        again = world.agent().start()
+        again = cluster.agent().start()
         time.sleep(0.3)
     assert clients_load.result["errors"] == []
     assert clients_load.result["count"] > 50
-    assert (ids(world.a), program_ids(world.a)) == before
+    assert (ids(cluster.a), program_ids(cluster.a)) == before
     assert {name: n for name, n in writes(again).items() if n} == {}
     assert "changed=nothing" in again.text
     again.stop()
 
 
-def test_changes_while_no_agent_ran_are_programmed_at_start(world: World, agent: Agent) -> None:
-    before = ids(world.a)
+def test_changes_while_no_agent_ran_are_programmed_at_start(cluster: TwoNodeCluster, agent: Agent) -> None:
+    before = ids(cluster.a)
     agent.kill()
-    world.write_web(world.w2)
-    again = world.agent().start()
-    assert set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w2"}
-    after = ids(world.a)
+    cluster.write_web(cluster.w2)
+    again = cluster.agent().start()
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, 20)) == {"w2"}
+    after = ids(cluster.a)
     assert after.items() <= before.items(), "remaining backends keep their ids"
     again.stop()
 
 
-def test_sigterm_leaves_programs_attached_and_status_readable(world: World, agent: Agent) -> None:
+def test_sigterm_leaves_programs_attached_and_status_readable(cluster: TwoNodeCluster, agent: Agent) -> None:
     assert agent.stop() == 0
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-    status = json.loads(world.a.cli("status", "-o", "json"))
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    status = json.loads(cluster.a.cli("status", "-o", "json"))
     assert status["agent_running"] is False
     assert all(hook["attached"] for hook in status["attachments"])
-    assert "STOPPED" in world.a.cli("status")
-    rows = json.loads(world.a.cli("service", "list", "-o", "json"))
+    assert "STOPPED" in cluster.a.cli("status")
+    rows = json.loads(cluster.a.cli("service", "list", "-o", "json"))
     assert {row["name"] for row in rows} == {"web", "empty", "elsewhere", "second"}
 
 
-def test_second_agent_on_the_same_bpf_root_fails(world: World, agent: Agent) -> None:
-    second = world.agent("--healthz-bind-address", "", "--metrics-bind-address", "").start(wait=False)
+def test_second_agent_on_the_same_bpf_root_fails(cluster: TwoNodeCluster, agent: Agent) -> None:
+    second = cluster.agent("--healthz-bind-address", "", "--metrics-bind-address", "").start(wait=False)
     assert second.process is not None
     assert second.process.wait(120) == 1
     assert "is in use by another ebpfproxy agent" in second.text
-    assert f"--bpf-root {world.a.bpf_root}" in second.text
+    assert f"--bpf-root {cluster.a.bpf_root}" in second.text
 
 
-def test_socket_programs_of_a_cgroup_are_found_for_the_check_of_the_root(world: World, agent: Agent) -> None:
+def test_socket_programs_of_a_cgroup_are_found_for_the_check_of_the_root(
+    cluster: TwoNodeCluster, agent: Agent
+) -> None:
     """Programs at the cgroup root would translate the sockets of all tests, so that a run fails early."""
-    found = socket_programs(world.a.cgroup)
+    found = socket_programs(cluster.a.cgroup)
     assert any(each.endswith("(cgroup_inet4_connect)") for each in found)
-    assert not socket_programs(world.a.cgroup.parent)
+    assert not socket_programs(cluster.a.cgroup.parent)
 
 
-def test_second_agent_on_the_same_cgroup_fails(world: World, agent: Agent) -> None:
-    other = world.lab.folder.name
-    second = world.agent("--bpf-root", f"/sys/fs/bpf/{world.lab.id}/{other}").start(wait=False)
+def test_second_agent_on_the_same_cgroup_fails(cluster: TwoNodeCluster, agent: Agent) -> None:
+    other = cluster.lab.folder.name
+    second = cluster.agent("--bpf-root", f"/sys/fs/bpf/{cluster.lab.id}/{other}").start(wait=False)
     assert second.process is not None
     assert second.process.wait(120) == 1
-    assert f"--cgroup-root {world.a.cgroup} is in use" in second.text
+    assert f"--cgroup-root {cluster.a.cgroup} is in use" in second.text
 
 
 def test_cleanup_fails_while_an_agent_runs_and_removes_everything_afterwards(
-    world: World, agent: Agent
+    cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    refused = f"{sys.executable} -m ebpfproxy cleanup --bpf-root {world.a.bpf_root} 2>&1; true"
-    assert "in use" in world.a.run(["sh", "-c", refused])
+    refused = f"{sys.executable} -m ebpfproxy cleanup --bpf-root {cluster.a.bpf_root} 2>&1; true"
+    assert "in use" in cluster.a.run(["sh", "-c", refused])
     agent.stop()
-    output = world.a.cli("cleanup")
+    output = cluster.a.cli("cleanup")
     assert "detached connect4" in output
     assert "unpinned" in output
-    assert not pin_folder(world.a.bpf_root).exists()
-    assert world.client.call(clients.connect_error, IP, 80, 0.3) != "connected"
+    assert not pin_folder(cluster.a.bpf_root).exists()
+    assert cluster.client.call(clients.connect_error, IP, 80, 0.3) != "connected"
 
 
-def test_pending_udp_replies_have_the_service_address_during_cleanup(world: World, agent: Agent) -> None:
+def test_pending_udp_replies_have_the_service_address_during_cleanup(
+    cluster: TwoNodeCluster, agent: Agent
+) -> None:
     """Programs that select backends are detached first: replies to earlier requests are still translated."""
     agent.stop()
     asked = [
-        (ip, world.client.popen([sys.executable, "-c", _READ_LATE, ip], stdin=-1, stdout=-1))
+        (ip, cluster.client.popen([sys.executable, "-c", _READ_LATE, ip], stdin=-1, stdout=-1))
         for ip in SERVICE_IPS.values()
     ]
     for _, client in asked:
         assert client.stdout is not None
         assert client.stdout.readline() == b"answered\n"
-    links = pin_folder(world.a.bpf_root) / "links"
+    links = pin_folder(cluster.a.bpf_root) / "links"
     with ThreadPoolExecutor() as pool:
-        cleanup = pool.submit(world.a.cli, "cleanup")
+        cleanup = pool.submit(cluster.a.cli, "cleanup")
         until(lambda: not (links / "sendmsg6").exists(), "sendmsg6 is still attached")
         for ip, client in asked:
             assert client.communicate(b"\n", timeout=10)[0].decode().strip() == f"{ip} 53"
@@ -178,41 +182,41 @@ def test_pending_udp_replies_have_the_service_address_during_cleanup(world: Worl
     assert output.index("detached sendmsg6") < output.index("detached recvmsg4")
 
 
-def test_changed_options_replace_programs_under_load(world: World, agent: Agent) -> None:
-    before = program_ids(world.a)
+def test_changed_options_replace_programs_under_load(cluster: TwoNodeCluster, agent: Agent) -> None:
+    before = program_ids(cluster.a)
     agent.stop()
-    with load.running(world.client, IP, 80) as clients_load:
-        again = world.agent("--no-localhost-nodeports").start()
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
+        again = cluster.agent("--no-localhost-nodeports").start()
     assert clients_load.result["errors"] == []
-    assert all(before[hook] != now for hook, now in program_ids(world.a).items())
+    assert all(before[hook] != now for hook, now in program_ids(cluster.a).items())
     assert "connect4 replaced" in again.text
-    assert world.a.call(clients.connect_error, "127.0.0.1", 30080) == "ECONNREFUSED"
+    assert cluster.a.call(clients.connect_error, "127.0.0.1", 30080) == "ECONNREFUSED"
     again.stop()
 
 
 def test_changed_map_sizes_create_and_fill_new_maps_before_programs_are_replaced(
-    world: World, agent: Agent
+    cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    versions = {p.name for p in pin_folder(world.a.bpf_root).glob("v*")}
+    versions = {p.name for p in pin_folder(cluster.a.bpf_root).glob("v*")}
     agent.stop()
-    with load.running(world.client, IP, 80) as clients_load:
-        again = world.agent("--max-backends", "1000", "--max-services", "500").start()
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
+        again = cluster.agent("--max-backends", "1000", "--max-services", "500").start()
     assert clients_load.result["errors"] == []
     assert "connect4 replaced" in again.text
-    now = {p.name for p in pin_folder(world.a.bpf_root).glob("v*")}
+    now = {p.name for p in pin_folder(cluster.a.bpf_root).glob("v*")}
     assert len(now) == 1
     assert not now & versions
     again.stop()
 
 
 def test_programs_that_do_not_compile_leave_the_attached_ones(
-    world: World, agent: Agent, tmp_path: Path
+    cluster: TwoNodeCluster, agent: Agent, tmp_path: Path
 ) -> None:
     """With an error in the BPF sources, the agent prints the compiler's message and exits with 1.
 
     The error is in a header of all sources, so that none of them is compiled in vain.
     """
-    before = program_ids(world.a)
+    before = program_ids(cluster.a)
     agent.stop()
     top = Path(__file__).parents[2]
     shutil.copytree(top / "ebpfproxy", tmp_path / "ebpfproxy")
@@ -220,7 +224,7 @@ def test_programs_that_do_not_compile_leave_the_attached_ones(
     source = tmp_path / "bpf" / "lib" / "compat.h"
     text, broken_function = source.read_text(), "static int broken(void) { return one; }\n"
     source.write_text(text.replace("#define ETH_HLEN", f"{broken_function}#define ETH_HLEN"))
-    broken = Agent(world.a, ["--hostname-override", "node-a", "--manifests", str(world.manifests)])
+    broken = Agent(cluster.a, ["--hostname-override", "node-a", "--manifests", str(cluster.manifests)])
     broken.start(wait=False, cwd=tmp_path)
     assert broken.process is not None
     answers = set()
@@ -233,111 +237,113 @@ def test_programs_that_do_not_compile_leave_the_attached_ones(
     assert answers == {503}, "an agent without attached programs says that it is healthy"
     assert "does not compile" in broken.text
     assert "use of undeclared identifier 'one'" in broken.text
-    assert program_ids(world.a) == before
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert program_ids(cluster.a) == before
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_connections_follow_removed_and_added_backends(world: World, agent: Agent) -> None:
-    world.write_web(world.w2)
+def test_connections_follow_removed_and_added_backends(cluster: TwoNodeCluster, agent: Agent) -> None:
+    cluster.write_web(cluster.w2)
     until(
-        lambda: set(world.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"},
+        lambda: set(cluster.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"},
         "the removed backend w1 still gets connections",
     )
-    world.write_web(world.w1, world.w2)
+    cluster.write_web(cluster.w1, cluster.w2)
     until(
-        lambda: len(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
+        lambda: len(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == 2,
         "the added backend w1 gets no connections",
     )
 
 
-def test_scaling_to_zero_refuses_connections_and_scaling_up_serves_them(world: World, agent: Agent) -> None:
-    world.write_web()
+def test_scaling_to_zero_refuses_connections_and_scaling_up_serves_them(
+    cluster: TwoNodeCluster, agent: Agent
+) -> None:
+    cluster.write_web()
     until(
-        lambda: world.client.call(clients.connect_error, IP, 80) == "ECONNREFUSED",
+        lambda: cluster.client.call(clients.connect_error, IP, 80) == "ECONNREFUSED",
         "connections are still accepted",
     )
-    world.write_web(world.w1)
+    cluster.write_web(cluster.w1)
     until(
-        lambda: world.client.call(clients.connect_error, IP, 80) == "connected",
+        lambda: cluster.client.call(clients.connect_error, IP, 80) == "connected",
         "connections are still refused",
     )
 
 
-def test_endpoint_changes_under_load_lose_no_connection(world: World, agent: Agent) -> None:
+def test_endpoint_changes_under_load_lose_no_connection(cluster: TwoNodeCluster, agent: Agent) -> None:
     """Slot ranges and backend ids are reused often; no connection may fail or reach a wrong backend.
 
     Endpoints are removed without terminating first; with ``--stale-tcp never`` their connections persist.
     """
     agent.stop()
-    keeps_stale = world.agent("--stale-tcp", "never").start()
-    with load.running(world.client, IP, 80) as clients_load:
+    keeps_stale = cluster.agent("--stale-tcp", "never").start()
+    with connection_load.running(cluster.client, IP, 80) as clients_load:
         for n in range(60):
-            world.write_web(*((world.w1,), (world.w1, world.w2), (world.w2,))[n % 3])
+            cluster.write_web(*((cluster.w1,), (cluster.w1, cluster.w2), (cluster.w2,))[n % 3])
             time.sleep(0.02)
     keeps_stale.stop()
     assert clients_load.result["errors"] == []
 
 
-def test_invalid_manifest_keeps_its_last_valid_state(world: World, agent: Agent) -> None:
-    path = world.manifests / "web.yaml"
+def test_invalid_manifest_keeps_its_last_valid_state(cluster: TwoNodeCluster, agent: Agent) -> None:
+    path = cluster.manifests / "web.yaml"
     good = path.read_text()
     path.write_text(good.replace("port: 80\n", "port: eighty\n"))
     agent.wait_log("cannot read manifest")
     assert "web.yaml" in agent.text
     assert "spec.ports[0].port: Expected `int`, got `str`" in agent.text
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     path.write_text(good)
     agent.wait_log("manifest is valid again")
 
 
-def test_node_port_is_served_at_an_address_added_to_the_node(world: World, agent: Agent) -> None:
-    world.a.run(["ip", "address", "add", "172.18.0.99/24", "dev", "eth0"])
+def test_node_port_is_served_at_an_address_added_to_the_node(cluster: TwoNodeCluster, agent: Agent) -> None:
+    cluster.a.run(["ip", "address", "add", "172.18.0.99/24", "dev", "eth0"])
     until(
-        lambda: world.client.call(clients.connect_error, "172.18.0.99", 30080) == "connected",
+        lambda: cluster.client.call(clients.connect_error, "172.18.0.99", 30080) == "connected",
         "the NodePort is not served at the new address",
     )
-    world.a.run(["ip", "address", "del", "172.18.0.99/24", "dev", "eth0"])
+    cluster.a.run(["ip", "address", "del", "172.18.0.99/24", "dev", "eth0"])
     until(
-        lambda: world.client.call(clients.connect_error, "172.18.0.99", 30080, 0.2) != "connected",
+        lambda: cluster.client.call(clients.connect_error, "172.18.0.99", 30080, 0.2) != "connected",
         "the NodePort is still served at a removed address",
     )
 
 
-def test_agents_of_two_nodes_are_independent(world: World, agent: Agent) -> None:
-    folder = world.lab.folder / "other"
+def test_agents_of_two_nodes_are_independent(cluster: TwoNodeCluster, agent: Agent) -> None:
+    folder = cluster.lab.folder / "other"
     manifests.write(
         folder / "web.yaml",
         manifests.service("web", clusterIPs=[IP]),
-        manifests.slice_of("web", [manifests.endpoint(world.w1.address, "node-a")]),
+        manifests.slice_of("web", [manifests.endpoint(cluster.w1.address, "node-a")]),
     )
-    other = world.b.agent(manifests=folder).start()
-    on_b = world.b.pod("client-b")
+    other = cluster.b.agent(manifests=folder).start()
+    on_b = cluster.b.pod("client-b")
     assert set(on_b.call(clients.spread_tcp, IP, 80, 20)) == {"w1"}
     other.stop()
-    world.b.cli("cleanup")
+    cluster.b.cli("cleanup")
     assert on_b.call(clients.connect_error, IP, 80, 0.3) != "connected"
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_programs_are_attached_to_a_recreated_cgroup(world: World, agent: Agent) -> None:
+def test_programs_are_attached_to_a_recreated_cgroup(cluster: TwoNodeCluster, agent: Agent) -> None:
     """Links are detached with their cgroup; the next start creates new ones."""
-    spare = world.a.cgroup.parent / "spare"
+    spare = cluster.a.cgroup.parent / "spare"
     spare.mkdir()
     agent.stop()
-    moved = world.agent("--cgroup-root", str(spare)).start()
+    moved = cluster.agent("--cgroup-root", str(spare)).start()
     assert "connect4 moved" in moved.text
     moved.stop()
     spare.rmdir()
-    pins = pin_folder(world.a.bpf_root)
+    pins = pin_folder(cluster.a.bpf_root)
     until(lambda: not any(a.alive for a in attachments(pins)), "links of a removed cgroup are still attached")
-    back = world.agent().start()
+    back = cluster.agent().start()
     assert "connect4 moved" in back.text
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     back.stop()
 
 
-def test_service_list_prints_the_documented_json(world: World, agent: Agent) -> None:
-    rows: list[dict[str, Any]] = json.loads(world.a.cli("service", "list", "-o", "json"))
+def test_service_list_prints_the_documented_json(cluster: TwoNodeCluster, agent: Agent) -> None:
+    rows: list[dict[str, Any]] = json.loads(cluster.a.cli("service", "list", "-o", "json"))
     web = [row for row in rows if row["name"] == "web" and row["port_name"] == "http"]
     assert list(web[0]) == [
         "namespace",
@@ -362,17 +368,17 @@ def test_service_list_prints_the_documented_json(world: World, agent: Agent) -> 
     } <= found
     assert len(web) == len(found)
     assert web[0]["backends"] == [
-        {"address": f"{world.w1.address}:8080", "state": "active"},
-        {"address": f"{world.w2.address}:8080", "state": "active"},
+        {"address": f"{cluster.w1.address}:8080", "state": "active"},
+        {"address": f"{cluster.w2.address}:8080", "state": "active"},
     ]
-    one = json.loads(world.a.cli("service", "get", "shop/web", "-o", "json"))
+    one = json.loads(cluster.a.cli("service", "get", "shop/web", "-o", "json"))
     assert one == [row for row in rows if row["name"] == "web"]
 
 
-def test_service_list_shows_terminating_backends(world: World, agent: Agent) -> None:
+def test_service_list_shows_terminating_backends(cluster: TwoNodeCluster, agent: Agent) -> None:
     """A backend is terminating if it is in every Service that has it; only one has this."""
-    path = world.manifests / "leaving.yaml"
-    leaving = manifests.endpoint(world.w1.address, "node-a", ready=False, terminating=True)
+    path = cluster.manifests / "leaving.yaml"
+    leaving = manifests.endpoint(cluster.w1.address, "node-a", ready=False, terminating=True)
     manifests.write(
         path,
         manifests.service("leaving", clusterIPs=["10.96.0.50"]),
@@ -380,12 +386,12 @@ def test_service_list_shows_terminating_backends(world: World, agent: Agent) -> 
     )
 
     def backends() -> list[dict[str, str]]:
-        rows = json.loads(world.a.cli("service", "list", "-o", "json"))
+        rows = json.loads(cluster.a.cli("service", "list", "-o", "json"))
         return [b for row in rows if row["name"] == "leaving" for b in row["backends"]]
 
-    expected = {"address": f"{world.w1.address}:9000", "state": "terminating"}
+    expected = {"address": f"{cluster.w1.address}:9000", "state": "terminating"}
     until(lambda: backends() == [expected] * 2, "the backend is not listed as terminating")
-    assert set(world.client.call(clients.spread_tcp, "10.96.0.50", 80, 5)) == {"w1"}, (
+    assert set(cluster.client.call(clients.spread_tcp, "10.96.0.50", 80, 5)) == {"w1"}, (
         "a terminating endpoint serves if there is no ready one"
     )
     path.unlink()

@@ -84,7 +84,7 @@ def documents() -> Iterator[manifests.Document]:
         )
 
 
-class World:
+class AlgorithmsCluster:
     def __init__(self, lab: Lab) -> None:
         self.a, self.b = lab.node("node-a"), lab.node("node-b")
         self.pods = [self.a.pod(f"client{i}") for i in range(4)]
@@ -126,9 +126,9 @@ _ports = itertools.cycle(range(1024, 65000))
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[AlgorithmsCluster]:
     with Lab() as lab:
-        made = World(lab)
+        made = AlgorithmsCluster(lab)
         yield made
         for wire in made.wires:
             wire.close()
@@ -138,8 +138,8 @@ Choose = Callable[[str, int], list[str]]
 
 
 @pytest.fixture(params=["sockets", "packets"])
-def choose(request: pytest.FixtureRequest, world: World) -> Choose:
-    found: Choose = getattr(world, request.param)
+def choose(request: pytest.FixtureRequest, cluster: AlgorithmsCluster) -> Choose:
+    found: Choose = getattr(cluster, request.param)
     return found
 
 
@@ -183,55 +183,57 @@ def test_weighted_round_robin_is_exact_in_every_window_of_a_cycle_and_smooth(cho
         assert counts[backends("wrr")[3]] <= 3
 
 
-def test_round_robin_is_exact_over_all_cpus(world: World) -> None:
+def test_round_robin_is_exact_over_all_cpus(cluster: AlgorithmsCluster) -> None:
     with ThreadPoolExecutor(4) as together:
-        runs = [together.submit(world.sockets, "rr", 1000, pod) for pod in range(4)]
+        runs = [together.submit(cluster.sockets, "rr", 1000, pod) for pod in range(4)]
         counts = Counter(itertools.chain.from_iterable(run.result() for run in runs))
     assert counts == dict.fromkeys(backends("rr"), 800)
 
 
-def test_least_connections_selects_the_backend_with_closed_connections(world: World) -> None:
+def test_least_connections_selects_the_backend_with_closed_connections(cluster: AlgorithmsCluster) -> None:
     third = backends("lc")[2]
-    before, after = world.pods[0].call(choices.held, cluster_ip("lc"), 53, 50, third, 10)
+    before, after = cluster.pods[0].call(choices.held, cluster_ip("lc"), 53, 50, third, 10)
     assert Counter(before) == dict.fromkeys(backends("lc"), 10)
     assert set(after) == {third}
 
 
-def test_weighted_least_connections_distributes_by_weight(world: World) -> None:
-    before, _ = world.pods[0].call(choices.held, cluster_ip("wlc"), 53, 120, "", 0)
+def test_weighted_least_connections_distributes_by_weight(cluster: AlgorithmsCluster) -> None:
+    before, _ = cluster.pods[0].call(choices.held, cluster_ip("wlc"), 53, 120, "", 0)
     assert Counter(before) == {b: 10 * w for b, w in weights("wlc").items() if w}
 
 
-def test_shortest_expected_delay_selects_the_greatest_weight_first(world: World) -> None:
-    before, _ = world.pods[0].call(choices.held, cluster_ip("sed"), 53, 12, "", 0)
+def test_shortest_expected_delay_selects_the_greatest_weight_first(cluster: AlgorithmsCluster) -> None:
+    before, _ = cluster.pods[0].call(choices.held, cluster_ip("sed"), 53, 12, "", 0)
     assert before[0] == backends("sed")[3]
     assert Counter(before) == {b: w for b, w in weights("sed").items() if w}
 
 
-def test_never_queue_selects_idle_backends_first(world: World) -> None:
-    before, _ = world.pods[0].call(choices.held, cluster_ip("nq"), 53, 12, "", 0)
+def test_never_queue_selects_idle_backends_first(cluster: AlgorithmsCluster) -> None:
+    before, _ = cluster.pods[0].call(choices.held, cluster_ip("nq"), 53, 12, "", 0)
     assert set(before[:4]) == set(backends("nq")[:4])
     assert Counter(before)[backends("nq")[3]] >= 5
 
 
-def test_least_connections_of_many_backends_selects_the_less_loaded_of_two(world: World) -> None:
+def test_least_connections_of_many_backends_selects_the_less_loaded_of_two(
+    cluster: AlgorithmsCluster,
+) -> None:
     """No backend is far above the mean of 25; with random selection the greatest of 40 would be near 40."""
-    before, _ = world.pods[0].call(choices.held, cluster_ip("many"), 53, 1000, "", 0)
+    before, _ = cluster.pods[0].call(choices.held, cluster_ip("many"), 53, 1000, "", 0)
     counts = Counter(before)
     assert set(counts) == set(backends("many"))
     assert max(counts.values()) <= 25 + 5
 
 
-def test_least_connections_counts_conntrack_flows(world: World) -> None:
-    counts = Counter(world.packets("lc", 50))
+def test_least_connections_counts_conntrack_flows(cluster: AlgorithmsCluster) -> None:
+    counts = Counter(cluster.packets("lc", 50))
     assert counts == dict.fromkeys(backends("lc"), 10)
 
 
-def test_source_hash_selects_one_backend_per_client(world: World) -> None:
-    by_pod = [set(world.sockets("sh", 50, pod)) for pod in range(4)]
+def test_source_hash_selects_one_backend_per_client(cluster: AlgorithmsCluster) -> None:
+    by_pod = [set(cluster.sockets("sh", 50, pod)) for pod in range(4)]
     assert all(len(found) == 1 for found in by_pod)
     by_client = {
-        client: {world.packet("sh", client, next(_ports)) for _ in range(3)}
+        client: {cluster.packet("sh", client, next(_ports)) for _ in range(3)}
         for client in (f"198.51.{i}.7" for i in range(100))
     }
     assert all(len(found) == 1 for found in by_client.values())
@@ -242,14 +244,14 @@ def test_destination_hash_selects_one_backend_per_address(choose: Choose) -> Non
     assert len(set(choose("dh", 50))) == 1
 
 
-def test_maglev_selects_the_same_backend_on_every_node(world: World) -> None:
+def test_maglev_selects_the_same_backend_on_every_node(cluster: AlgorithmsCluster) -> None:
     for _ in range(300):
         port = next(_ports)
-        assert world.packet("maglev", "198.51.100.9", port, 0) == world.packet(
+        assert cluster.packet("maglev", "198.51.100.9", port, 0) == cluster.packet(
             "maglev", "198.51.100.9", port, 1
         )
 
 
-def test_service_list_shows_the_algorithm(world: World) -> None:
-    shown = world.a.cli("service", "get", "shop/wrr")
+def test_service_list_shows_the_algorithm(cluster: AlgorithmsCluster) -> None:
+    shown = cluster.a.cli("service", "get", "shop/wrr")
     assert "round-robin" in shown

@@ -25,7 +25,7 @@ KUBE_PROXY = {
 BACKENDS = [f"10.244.2.{i}" for i in range(1, 6)]
 
 
-class World:
+class ConfiguredNode:
     def __init__(self, lab: Lab) -> None:
         self.node: LabNode = lab.node("node-a")
         self.pod = self.node.pod("client")
@@ -50,70 +50,72 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def cluster() -> Iterator[ConfiguredNode]:
     with Lab() as lab:
-        yield World(lab)
+        yield ConfiguredNode(lab)
 
 
-def test_configuration_file_is_used_flags_override_it_and_a_change_ends_the_agent(world: World) -> None:
+def test_configuration_file_is_used_flags_override_it_and_a_change_ends_the_agent(
+    cluster: ConfiguredNode,
+) -> None:
     own = {
         "apiVersion": "ebpfproxy.io/v1alpha1",
         "kind": "EbpfProxyConfiguration",
-        "manifests": str(world.folder),
+        "manifests": str(cluster.folder),
         "maxAffinity": 1000,
     }
-    world.write(KUBE_PROXY, own)
-    agent = world.node.agent("--config", str(world.config), "--max-affinity", "2000").start()
+    cluster.write(KUBE_PROXY, own)
+    agent = cluster.node.agent("--config", str(cluster.config), "--max-affinity", "2000").start()
     until(lambda: agent.http("/livez", 10300)[0] == 200, "the agent is not healthy")
     assert "ipvs.strictARP" in agent.text, "the ignored field is not logged"
     used = json.loads(agent.http("/configz", 10249)[1])
     assert used["kubeproxy.config.k8s.io"]["ipvs"]["scheduler"] == "wrr"
     assert used["ebpfproxy.io"]["maxAffinity"] == 2000
-    chosen = world.pod.call(choices.choices, "10.96.7.1", 53, 50)
+    chosen = cluster.pod.call(choices.choices, "10.96.7.1", 53, 50)
     assert all(set(chosen[n : n + 5]) == set(BACKENDS) for n in range(45)), (
         "ipvs.scheduler selects round robin"
     )
-    world.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
+    cluster.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
     assert agent.process is not None
     assert agent.process.wait(120) == 0
     assert "the configuration has changed" in agent.text
-    again = world.node.agent("--config", str(world.config)).start()
-    assert len(set(world.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, (
+    again = cluster.node.agent("--config", str(cluster.config)).start()
+    assert len(set(cluster.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, (
         "ipvs.scheduler selects source hash"
     )
     again.stop()
 
 
-def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(world: World) -> None:
-    world.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
-    agent = world.node.agent("--config", str(world.config)).start(wait=False)
+def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(cluster: ConfiguredNode) -> None:
+    cluster.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
+    agent = cluster.node.agent("--config", str(cluster.config)).start(wait=False)
     assert agent.process is not None
     assert agent.process.wait(120) == 1
     assert "conntrack.maxPerCore" in agent.text
     assert "nodePortAddreses" in agent.text
 
 
-def test_bind_address_hard_fail_ends_the_agent_if_the_address_is_in_use(world: World) -> None:
-    first = world.node.agent(manifests=world.folder).start()
-    other = world.node.agent("--bind-address-hard-fail", manifests=world.folder)
+def test_bind_address_hard_fail_ends_the_agent_if_the_address_is_in_use(cluster: ConfiguredNode) -> None:
+    first = cluster.node.agent(manifests=cluster.folder).start()
+    other = cluster.node.agent("--bind-address-hard-fail", manifests=cluster.folder)
     other.start(wait=False)
     assert other.process is not None
     assert other.process.wait(120) == 1
     first.stop()
-    blocker = world.node.popen(["socat", "TCP-LISTEN:10256,fork", "/dev/null"], join_cgroup=False)
-    other = world.node.agent("--bind-address-hard-fail", manifests=world.folder).start(wait=False)
+    blocker = cluster.node.popen(["socat", "TCP-LISTEN:10256,fork", "/dev/null"], join_cgroup=False)
+    other = cluster.node.agent("--bind-address-hard-fail", manifests=cluster.folder).start(wait=False)
     assert other.process is not None
     assert other.process.wait(120) == 1
     assert "healthz: 0.0.0.0:10256: [Errno 98]" in other.text
     blocker.kill()
 
 
-def test_init_only_pins_programs_that_the_agent_reuses(world: World) -> None:
-    first = world.node.agent("--init-only", manifests=world.folder).start(wait=False)
+def test_init_only_pins_programs_that_the_agent_reuses(cluster: ConfiguredNode) -> None:
+    first = cluster.node.agent("--init-only", manifests=cluster.folder).start(wait=False)
     assert first.process is not None
     assert first.process.wait(120) == 0
-    made = {path.name for path in (world.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")}
+    made = {path.name for path in (cluster.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")}
     assert {"connect4", "from_device"} <= made
-    agent = world.node.agent(manifests=world.folder).start()
-    assert {path.name for path in (world.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")} == made
+    agent = cluster.node.agent(manifests=cluster.folder).start()
+    assert {path.name for path in (cluster.node.bpf_root / "ebpfproxy").glob("v*/progs-*/*")} == made
     agent.stop()

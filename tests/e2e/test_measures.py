@@ -18,8 +18,8 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.services import measures
 from ebpfproxy.datapath.services.measures import NO_CONNECTS, NO_TRAFFIC, Connects, Traffic
-from tests.e2e.outer import Held, Outer
-from tests.e2e.world import NODE_PORT, SERVICE_IPS
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.waiting import until
 
@@ -32,9 +32,9 @@ IPPROTO_MPTCP = 262
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         silent = made.b.pod("silent")
         # Its SYN-ACK finds no route.
         for address in (made.client.address, made.a.address, made.outside.address):
@@ -55,14 +55,14 @@ def world() -> Iterator[Outer]:
 
 
 @pytest.fixture(scope="module")
-def agent(world: Outer) -> Agent:
+def agent(cluster: OutsideClientCluster) -> Agent:
     options = ("--measure-connections", "--measure-traffic", "--metrics-backends")
-    return world.agent(*options, "--socket-sweep-seconds", "0.2", "--drift-check-seconds", "0").start()
+    return cluster.agent(*options, "--socket-sweep-seconds", "0.2", "--drift-check-seconds", "0").start()
 
 
 @contextmanager
-def opened(world: Outer) -> Iterator[MapSet]:
-    maps = open_maps(world.a.bpf_root)
+def opened(cluster: OutsideClientCluster) -> Iterator[MapSet]:
+    maps = open_maps(cluster.a.bpf_root)
     try:
         yield maps
     finally:
@@ -74,31 +74,31 @@ def _id(maps: MapSet, name: str, port: str = "http", family: str = "IPv4") -> in
     return ids[name, port, family]
 
 
-def measured(world: Outer, name: str, family: str = "IPv4") -> Connects:
-    with opened(world) as maps:
+def measured(cluster: OutsideClientCluster, name: str, family: str = "IPv4") -> Connects:
+    with opened(cluster) as maps:
         return measures.connects(maps).get(_id(maps, name, family=family), NO_CONNECTS)
 
 
-def traffic(world: Outer, port: str, before: Traffic = NO_TRAFFIC) -> Traffic:
+def traffic(cluster: OutsideClientCluster, port: str, before: Traffic = NO_TRAFFIC) -> Traffic:
     """Of the Service web, since then."""
-    with opened(world) as maps:
+    with opened(cluster) as maps:
         now = measures.traffic(maps).get(_id(maps, "web", port), NO_TRAFFIC)
     return Traffic(*(a - b for a, b in zip(now, before, strict=True)))
 
 
-def hooks(world: Outer) -> set[str]:
-    return {each.hook for each in attachments(world.a.bpf_root / "ebpfproxy") if each.alive}
+def hooks(cluster: OutsideClientCluster) -> set[str]:
+    return {each.hook for each in attachments(cluster.a.bpf_root / "ebpfproxy") if each.alive}
 
 
-def closed_records(world: Outer) -> int:
+def closed_records(cluster: OutsideClientCluster) -> int:
     """Records of closed sockets whose connection goes on."""
-    with opened(world) as maps:
+    with opened(cluster) as maps:
         return sum(len(some) // ORIGIN.size for some in OriginTable(maps).closed())
 
 
-def failed(world: Outer, name: str, before: Connects) -> dict[str, int]:
+def failed(cluster: OutsideClientCluster, name: str, before: Connects) -> dict[str, int]:
     """The failures since then by reason, without those that there were none of."""
-    now = measured(world, name).since(before)
+    now = measured(cluster, name).since(before)
     return {reason.name: now.failures[reason] for reason in ConnectFailure if now.failures[reason]}
 
 
@@ -143,11 +143,11 @@ def connect_twice(first: tuple[str, int], second: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_connections_of_sockets_are_measured(world: Outer, agent: Agent, where: str) -> None:
-    before = measured(world, "web")
-    space = world.client if where == "pod" else world.a
+def test_connections_of_sockets_are_measured(cluster: OutsideClientCluster, agent: Agent, where: str) -> None:
+    before = measured(cluster, "web")
+    space = cluster.client if where == "pod" else cluster.a
     space.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 5)
-    found = measured(world, "web").since(before)
+    found = measured(cluster, "web").since(before)
     assert found.established == 5
     assert found.seconds > 0
     assert not any(found.failures)
@@ -156,95 +156,103 @@ def test_connections_of_sockets_are_measured(world: Outer, agent: Agent, where: 
 @pytest.mark.parametrize("protocol", [0, IPPROTO_MPTCP], ids=["tcp", "mptcp"])
 @pytest.mark.parametrize(("name", "host"), SERVICE_IPS.items())
 def test_connections_of_all_kinds_of_sockets_are_measured(
-    world: Outer, agent: Agent, name: str, host: str, protocol: int
+    cluster: OutsideClientCluster, agent: Agent, name: str, host: str, protocol: int
 ) -> None:
     family = "IPv6" if name == "v6" else "IPv4"
-    before = measured(world, "web", family)
-    world.client.call(connect, host, protocol)
-    assert measured(world, "web", family).since(before).established == 1
-    until(lambda: not closed_records(world), "the record of a closed connection is left")
+    before = measured(cluster, "web", family)
+    cluster.client.call(connect, host, protocol)
+    assert measured(cluster, "web", family).since(before).established == 1
+    until(lambda: not closed_records(cluster), "the record of a closed connection is left")
 
 
-def test_a_connection_to_a_backend_itself_is_none_of_the_services(world: Outer, agent: Agent) -> None:
-    before = measured(world, "web")
-    world.client.call(clients.ask_tcp, world.w1.address, 8080)
-    assert measured(world, "web") == before
+def test_a_connection_to_a_backend_itself_is_none_of_the_services(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    before = measured(cluster, "web")
+    cluster.client.call(clients.ask_tcp, cluster.w1.address, 8080)
+    assert measured(cluster, "web") == before
 
 
-def test_a_socket_that_is_refused_counts_as_reset(world: Outer, agent: Agent) -> None:
-    before = measured(world, "closed")
-    assert world.client.call(clients.connect_error, CLOSED, 80) == "ECONNREFUSED"
-    assert failed(world, "closed", before) == {"RESET": 1}
-    assert measured(world, "closed").established == before.established
+def test_a_socket_that_is_refused_counts_as_reset(cluster: OutsideClientCluster, agent: Agent) -> None:
+    before = measured(cluster, "closed")
+    assert cluster.client.call(clients.connect_error, CLOSED, 80) == "ECONNREFUSED"
+    assert failed(cluster, "closed", before) == {"RESET": 1}
+    assert measured(cluster, "closed").established == before.established
 
 
-def test_a_second_attempt_of_the_same_socket_is_none_of_the_first_service(world: Outer, agent: Agent) -> None:
-    closed, web = measured(world, "closed"), measured(world, "web")
-    world.client.call(connect_twice, (CLOSED, 80), (world.w1.address, 8080))
-    assert failed(world, "closed", closed) == {"RESET": 1}
-    assert measured(world, "closed").established == closed.established
-    world.client.call(connect_twice, (CLOSED, 80), (SERVICE_IPS["v4"], 80))
-    assert failed(world, "closed", closed) == {"RESET": 2}
-    assert measured(world, "web").since(web).established == 1
+def test_a_second_attempt_of_the_same_socket_is_none_of_the_first_service(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    closed, web = measured(cluster, "closed"), measured(cluster, "web")
+    cluster.client.call(connect_twice, (CLOSED, 80), (cluster.w1.address, 8080))
+    assert failed(cluster, "closed", closed) == {"RESET": 1}
+    assert measured(cluster, "closed").established == closed.established
+    cluster.client.call(connect_twice, (CLOSED, 80), (SERVICE_IPS["v4"], 80))
+    assert failed(cluster, "closed", closed) == {"RESET": 2}
+    assert measured(cluster, "web").since(web).established == 1
 
 
-def test_a_socket_without_an_answer_counts_as_timeout(world: Outer, agent: Agent) -> None:
-    before = measured(world, "silent")
-    assert world.client.call(connect_within, SILENT, 80, 1) == "TimeoutError"
-    assert failed(world, "silent", before) == {"TIMEOUT": 1}
+def test_a_socket_without_an_answer_counts_as_timeout(cluster: OutsideClientCluster, agent: Agent) -> None:
+    before = measured(cluster, "silent")
+    assert cluster.client.call(connect_within, SILENT, 80, 1) == "TimeoutError"
+    assert failed(cluster, "silent", before) == {"TIMEOUT": 1}
 
 
-def test_a_socket_that_is_closed_while_it_connects_counts_as_abandoned(world: Outer, agent: Agent) -> None:
-    before = measured(world, "silent")
-    assert world.client.call(give_up, SILENT, 80) == ABANDONED
-    assert failed(world, "silent", before) == {"ABANDONED": 1}
+def test_a_socket_that_is_closed_while_it_connects_counts_as_abandoned(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    before = measured(cluster, "silent")
+    assert cluster.client.call(give_up, SILENT, 80) == ABANDONED
+    assert failed(cluster, "silent", before) == {"ABANDONED": 1}
 
 
-def test_a_connection_whose_syn_was_lost_takes_as_long_as_it_took(world: Outer, agent: Agent) -> None:
+def test_a_connection_whose_syn_was_lost_takes_as_long_as_it_took(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
     """The kernel's own measurement begins with the repeated SYN."""
-    world.write_web(world.w2)
-    until(lambda: clients_of_web(world) == {"w2"}, "w1 is still in use")
-    before = measured(world, "web")
-    route = ["blackhole", f"{world.client.address}/32"]
-    world.w2.run(["ip", "route", "add", *route])
+    cluster.write_web(cluster.w2)
+    until(lambda: clients_of_web(cluster) == {"w2"}, "w1 is still in use")
+    before = measured(cluster, "web")
+    route = ["blackhole", f"{cluster.client.address}/32"]
+    cluster.w2.run(["ip", "route", "add", *route])
     try:
-        asking = world.client.fork(clients.ask_tcp, SERVICE_IPS["v4"], 80, 20.0)
-        until(lambda: syn_repeated(world), "the SYN was not repeated")
+        asking = cluster.client.fork(clients.ask_tcp, SERVICE_IPS["v4"], 80, 20.0)
+        until(lambda: syn_repeated(cluster), "the SYN was not repeated")
     finally:
-        world.w2.run(["ip", "route", "del", *route])
+        cluster.w2.run(["ip", "route", "del", *route])
     assert asking.wait() == 0
-    world.write_web(world.w1, world.w2)
-    found = measured(world, "web").since(before)
+    cluster.write_web(cluster.w1, cluster.w2)
+    found = measured(cluster, "web").since(before)
     assert found.established == 1
     # The kernel repeats a SYN after a second.
     assert found.seconds >= 0.9
 
 
-def clients_of_web(world: Outer) -> set[str]:
-    return set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 8))
+def clients_of_web(cluster: OutsideClientCluster) -> set[str]:
+    return set(cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 8))
 
 
-def syn_repeated(world: Outer) -> bool:
-    text = world.client.run(["ss", "-tino", "state", "syn-sent"])
+def syn_repeated(cluster: OutsideClientCluster) -> bool:
+    text = cluster.client.run(["ss", "-tino", "state", "syn-sent"])
     return bool(re.search(r"retrans:\d+/[1-9]|timer:\(on,[^,]+,[1-9]", text))
 
 
 # -- packets
 
 
-def test_connections_of_packets_are_measured(world: Outer, agent: Agent) -> None:
-    before = measured(world, "web")
-    world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 5)
-    found = measured(world, "web").since(before)
+def test_connections_of_packets_are_measured(cluster: OutsideClientCluster, agent: Agent) -> None:
+    before = measured(cluster, "web")
+    cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 5)
+    found = measured(cluster, "web").since(before)
     assert found.established == 5
     assert found.seconds > 0
     assert not any(found.failures)
 
 
-def test_packets_that_are_refused_count_as_reset(world: Outer, agent: Agent) -> None:
-    before = measured(world, "closed")
-    assert world.outside.call(clients.connect_error, CLOSED, 80) == "ECONNREFUSED"
-    assert failed(world, "closed", before) == {"RESET": 1}
+def test_packets_that_are_refused_count_as_reset(cluster: OutsideClientCluster, agent: Agent) -> None:
+    before = measured(cluster, "closed")
+    assert cluster.outside.call(clients.connect_error, CLOSED, 80) == "ECONNREFUSED"
+    assert failed(cluster, "closed", before) == {"RESET": 1}
 
 
 # -- bytes and packets
@@ -262,36 +270,36 @@ def receive_all(host: str, port: int, *, closes: bool) -> int:
 
 @pytest.mark.parametrize("closes", [False, True])
 def test_traffic_of_a_socket_is_counted_when_its_connection_ends(
-    world: Outer, agent: Agent, closes: bool
+    cluster: OutsideClientCluster, agent: Agent, closes: bool
 ) -> None:
-    before = traffic(world, "http")
-    length = world.client.call(partial(receive_all, closes=closes), SERVICE_IPS["v4"], 80)
-    until(lambda: traffic(world, "http", before) != NO_TRAFFIC, "nothing was counted")
-    found = traffic(world, "http", before)
+    before = traffic(cluster, "http")
+    length = cluster.client.call(partial(receive_all, closes=closes), SERVICE_IPS["v4"], 80)
+    until(lambda: traffic(cluster, "http", before) != NO_TRAFFIC, "nothing was counted")
+    found = traffic(cluster, "http", before)
     # The kernel counts FIN as a byte in some states.
     assert length <= found.response_bytes <= length + 1
     assert found.request_bytes <= 2
     assert found.request_packets >= 3
     assert found.response_packets >= 3
-    until(lambda: not closed_records(world), "the record of a closed connection is left")
+    until(lambda: not closed_records(cluster), "the record of a closed connection is left")
 
 
-def test_datagrams_of_packets_are_counted_once_each(world: Outer, agent: Agent) -> None:
+def test_datagrams_of_packets_are_counted_once_each(cluster: OutsideClientCluster, agent: Agent) -> None:
     """With a masquerade they are translated twice."""
-    before = traffic(world, "udp")
+    before = traffic(cluster, "udp")
     for _ in range(clients.ENOUGH):
-        world.outside.call(clients.ask_udp, world.a.address, 30053)
-    found = traffic(world, "udp", before)
+        cluster.outside.call(clients.ask_udp, cluster.a.address, 30053)
+    found = traffic(cluster, "udp", before)
     assert (found.request_packets, found.response_packets) == (clients.ENOUGH, clients.ENOUGH)
     # IP and UDP headers, and the question.
     assert found.request_bytes == clients.ENOUGH * (20 + 8 + 1)
     assert found.response_bytes > clients.ENOUGH * (20 + 8)
 
 
-def test_traffic_of_packets_is_counted_as_it_passes(world: Outer, agent: Agent) -> None:
-    before = traffic(world, "http")
-    held = Held(world.outside, world.a.address, NODE_PORT)
-    found = traffic(world, "http", before)
+def test_traffic_of_packets_is_counted_as_it_passes(cluster: OutsideClientCluster, agent: Agent) -> None:
+    before = traffic(cluster, "http")
+    held = HeldConnection(cluster.outside, cluster.a.address, NODE_PORT)
+    found = traffic(cluster, "http", before)
     assert found.request_packets >= 2
     # Two headers of a connection and of data, and the data.
     assert found.response_bytes > 2 * (20 + 20)
@@ -301,11 +309,11 @@ def test_traffic_of_packets_is_counted_as_it_passes(world: Outer, agent: Agent) 
 # -- metrics
 
 
-def test_metrics_of_the_service_and_of_the_backend(world: Outer, agent: Agent) -> None:
-    world.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
-    world.client.call(clients.connect_error, CLOSED, 80)
+def test_metrics_of_the_service_and_of_the_backend(cluster: OutsideClientCluster, agent: Agent) -> None:
+    cluster.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
+    cluster.client.call(clients.connect_error, CLOSED, 80)
     labels = 'ip_family="IPv4",namespace="shop",port="http",protocol="TCP"'
-    backend = f'backend="{world.w1.address}:7"'
+    backend = f'backend="{cluster.w1.address}:7"'
 
     def told() -> list[float]:
         text = _sorted_labels(agent.http("/metrics", 10249)[1])
@@ -318,9 +326,9 @@ def test_metrics_of_the_service_and_of_the_backend(world: Outer, agent: Agent) -
 
     def counted() -> list[float]:
         return [
-            measured(world, "web").established,
-            traffic(world, "http").response_bytes,
-            measured(world, "closed").failures[ConnectFailure.RESET],
+            measured(cluster, "web").established,
+            traffic(cluster, "http").response_bytes,
+            measured(cluster, "closed").failures[ConnectFailure.RESET],
         ]
 
     # A connection may end, and be counted, between the two.
@@ -337,27 +345,31 @@ def _sorted_labels(text: str) -> str:
 # -- the end: these two leave no program that measures
 
 
-def test_records_of_closed_sockets_whose_end_nobody_counts_are_removed(world: Outer, agent: Agent) -> None:
-    pod = world.a.pod("fading")
+def test_records_of_closed_sockets_whose_end_nobody_counts_are_removed(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    pod = cluster.a.pod("fading")
     pod.run(["sysctl", "-qw", "net.ipv4.tcp_orphan_retries=1"])
-    held = Held(pod, SERVICE_IPS["v4"], 80)
-    for name in (world.w1.address, world.w2.address):
+    held = HeldConnection(pod, SERVICE_IPS["v4"], 80)
+    for name in (cluster.w1.address, cluster.w2.address):
         pod.run(["ip", "route", "add", "blackhole", f"{name}/32"])
     held.process.kill()
-    until(lambda: closed_records(world) == 1, "the record is not kept")
+    until(lambda: closed_records(cluster) == 1, "the record is not kept")
     # Nobody sees the end of the connection now, and the agent does not look.
-    (world.a.bpf_root / "ebpfproxy" / "links" / "sock_ops").unlink()
-    until(lambda: closed_records(world) == 0, "the record of a closed connection is left")
+    (cluster.a.bpf_root / "ebpfproxy" / "links" / "sock_ops").unlink()
+    until(lambda: closed_records(cluster) == 0, "the record of a closed connection is left")
 
 
-def test_without_the_option_nothing_is_attached_or_measured(world: Outer, agent: Agent) -> None:
+def test_without_the_option_nothing_is_attached_or_measured(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
     agent.stop()
-    world.agent("--measure-traffic").start()
-    assert "sock_ops" in hooks(world)
-    world.lab.agents[-1].stop()
-    world.agent().start()
-    assert "sock_ops" not in hooks(world)
-    before = measured(world, "web"), traffic(world, "http")
-    world.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
-    world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)
-    assert (measured(world, "web"), traffic(world, "http")) == before
+    cluster.agent("--measure-traffic").start()
+    assert "sock_ops" in hooks(cluster)
+    cluster.lab.agents[-1].stop()
+    cluster.agent().start()
+    assert "sock_ops" not in hooks(cluster)
+    before = measured(cluster, "web"), traffic(cluster, "http")
+    cluster.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
+    cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)
+    assert (measured(cluster, "web"), traffic(cluster, "http")) == before

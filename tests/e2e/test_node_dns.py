@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import SERVICE_IPS
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import clients, servers
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -19,27 +19,29 @@ pytestmark = pytest.mark.root
 IP, IP6 = SERVICE_IPS["v4"], SERVICE_IPS["v6"]
 
 
-def own(outer: Outer) -> dict[str, bool]:
-    rows: list[dict[str, Any]] = json.loads(outer.a.cli("service", "get", "shop/web", "-o", "json"))
+def own(cluster: OutsideClientCluster) -> dict[str, bool]:
+    rows: list[dict[str, Any]] = json.loads(cluster.a.cli("service", "get", "shop/web", "-o", "json"))
     return {row["frontend"]: row["own"] for row in rows if row["type"] == "ClusterIP"}
 
 
-def test_dns_queries_go_to_the_node_local_cache_while_the_node_has_its_address(outer: Outer) -> None:
-    assert not any(own(outer).values())
-    outer.a.run(["ip", "link", "add", "nodelocaldns", "type", "bridge"])
+def test_dns_queries_go_to_the_node_local_cache_while_the_node_has_its_address(
+    cluster: OutsideClientCluster,
+) -> None:
+    assert not any(own(cluster).values())
+    cluster.a.run(["ip", "link", "add", "nodelocaldns", "type", "bridge"])
     for address in (f"{IP}/32", f"{IP6}/128"):
-        outer.a.run(["ip", "addr", "add", address, "dev", "nodelocaldns", "nodad"])
-    outer.a.run(["ip", "link", "set", "nodelocaldns", "up"])
-    servers.start(outer.a, "cache", 53, address=f"::ffff:{IP}")
-    servers.start(outer.a, "cache6", 53, address=IP6)
-    until(lambda: own(outer)[f"{IP}:53/UDP"], "the agent has not found the local address")
-    assert {frontend for frontend, is_own in own(outer).items() if is_own} == {
+        cluster.a.run(["ip", "addr", "add", address, "dev", "nodelocaldns", "nodad"])
+    cluster.a.run(["ip", "link", "set", "nodelocaldns", "up"])
+    servers.start(cluster.a, "cache", 53, address=f"::ffff:{IP}")
+    servers.start(cluster.a, "cache6", 53, address=IP6)
+    until(lambda: own(cluster)[f"{IP}:53/UDP"], "the agent has not found the local address")
+    assert {frontend for frontend, is_own in own(cluster).items() if is_own} == {
         f"{IP}:53/UDP",
         f"[{IP6}]:53/UDP",
     }
-    assert "not translated: the node's own address" in outer.a.cli("service", "get", "shop/web")
+    assert "not translated: the node's own address" in cluster.a.cli("service", "get", "shop/web")
 
-    for client in (outer.client, outer.a):
+    for client in (cluster.client, cluster.a):
         assert client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
         assert client.call(clients.ask_udp_connected, IP, 53)["getpeername"] == (IP, 53)
         assert client.call(clients.spread_udp, IP6, 53, clients.ENOUGH) == {"cache6": clients.ENOUGH}
@@ -47,18 +49,18 @@ def test_dns_queries_go_to_the_node_local_cache_while_the_node_has_its_address(o
             "other ports are not served by the Service"
         )
         assert client.call(clients.connect_error, IP, 81) == "ECONNREFUSED"
-    assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] == "cache"
-    assert _without_hook(outer.a, f"UDP:{IP}:53")["name"] == "cache"
+    assert _without_hook(cluster.client, f"UDP:{IP}:53")["name"] == "cache"
+    assert _without_hook(cluster.a, f"UDP:{IP}:53")["name"] == "cache"
 
-    outer.lab.agents[-1].stop()
-    outer.agent().start()
-    assert own(outer)[f"{IP}:53/UDP"], "a restarted agent does not know the local address"
-    assert outer.client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
+    cluster.lab.agents[-1].stop()
+    cluster.agent().start()
+    assert own(cluster)[f"{IP}:53/UDP"], "a restarted agent does not know the local address"
+    assert cluster.client.call(clients.spread_udp, IP, 53, 10) == {"cache": 10}
 
-    outer.a.run(["ip", "link", "del", "nodelocaldns"])
-    until(lambda: not any(own(outer).values()), "the removed address still counts as local")
-    assert set(outer.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
-    assert _without_hook(outer.client, f"UDP:{IP}:53")["name"] in ("w1", "w2")
+    cluster.a.run(["ip", "link", "del", "nodelocaldns"])
+    until(lambda: not any(own(cluster).values()), "the removed address still counts as local")
+    assert set(cluster.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
+    assert _without_hook(cluster.client, f"UDP:{IP}:53")["name"] in ("w1", "w2")
 
 
 def _without_hook(space: Space, what: str) -> dict[str, Any]:

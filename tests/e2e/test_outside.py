@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import load
-from tests.e2e.outer import VARIANTS, Held, Outer
-from tests.e2e.world import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
+from tests.e2e import connection_load
+from tests.e2e.outside_client import VARIANTS, HeldConnection, OutsideClientCluster
+from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients, manifests, servers
 from tests.lab.waiting import until
 
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[Outer]:
+def variant(request: pytest.FixtureRequest) -> Iterator[OutsideClientCluster]:
     with Lab(takes_xdp=request.param == "xdp") as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.agent(*VARIANTS[request.param]).start()
         yield made
 
@@ -42,16 +42,18 @@ def variant(request: pytest.FixtureRequest) -> Iterator[Outer]:
 
 @pytest.mark.parametrize("ask", [clients.ask_tcp, clients.ask_udp, clients.ask_udp_connected])
 def test_node_port_reaches_local_and_remote_backends_and_replies_have_its_address(
-    variant: Outer, ask: Callable[..., Any]
+    variant: OutsideClientCluster, ask: Callable[..., Any]
 ) -> None:
-    outer = variant
+    cluster = variant
     port = NODE_PORT if ask is clients.ask_tcp else 30053
-    for address in (outer.a.address, outer.a.address6):
-        replies = outer.outside.call(clients.repeated, clients.ENOUGH, ask, address, port)
+    for address in (cluster.a.address, cluster.a.address6):
+        replies = cluster.outside.call(clients.repeated, clients.ENOUGH, ask, address, port)
         assert {tuple(each.get("from") or each["getpeername"]) for each in replies} == {(address, port)}
         found = {each["name"]: each["peer"] for each in replies}
         own = (
-            ("10.244.1.1", outer.a.address) if ":" not in address else ("fd00:10:244:1::1", outer.a.address6)
+            ("10.244.1.1", cluster.a.address)
+            if ":" not in address
+            else ("fd00:10:244:1::1", cluster.a.address6)
         )
         assert found == {"w1": own[0], "w2": own[1]}, (
             "the client has the address of the device towards the backend"
@@ -91,17 +93,17 @@ def _wrong_checksums() -> int:
 
 
 @pytest.mark.parametrize("is_on", [True, False], ids=["by-devices", "by-senders"])
-def test_data_and_checksums_are_intact(variant: Outer, is_on: bool) -> None:
+def test_data_and_checksums_are_intact(variant: OutsideClientCluster, is_on: bool) -> None:
     """A checksum that is left to the device is not rewritten as a finished one is."""
-    outer = variant
-    spaces = (outer.outside, outer.w1, outer.w2)
+    cluster = variant
+    spaces = (cluster.outside, cluster.w1, cluster.w2)
     for space in spaces:
         space.call(_offload_checksums, is_on)
     try:
-        for address in (outer.a.address, outer.a.address6):
+        for address in (cluster.a.address, cluster.a.address6):
             for _ in range(4):
-                assert outer.outside.call(_echoed, address, NODE_PORT, 300_001), address
-                assert outer.outside.call(clients.ask_udp, address, 30053)["from"] == (address, 30053)
+                assert cluster.outside.call(_echoed, address, NODE_PORT, 300_001), address
+                assert cluster.outside.call(clients.ask_udp, address, 30053)["from"] == (address, 30053)
         assert [space.call(_wrong_checksums) for space in spaces] == [0, 0, 0]
     finally:
         for space in spaces:
@@ -109,7 +111,9 @@ def test_data_and_checksums_are_intact(variant: Outer, is_on: bool) -> None:
 
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER, SERVICE_IPS["v4"], SERVICE_IPS["v6"]])
-def test_every_frontend_type_is_served_for_external_clients(variant: Outer, address: str) -> None:
+def test_every_frontend_type_is_served_for_external_clients(
+    variant: OutsideClientCluster, address: str
+) -> None:
     assert set(variant.outside.call(clients.spread_tcp, address, 80, clients.ENOUGH)) == {"w1", "w2"}
     assert variant.outside.call(clients.ask_udp, address, 53)["from"] == (address, 53)
 
@@ -126,7 +130,7 @@ def _echo(host: str, port: int, size: int) -> bool:
         return b"name" in sock.recv(65536)
 
 
-def test_fragmented_datagrams_are_reassembled(variant: Outer) -> None:
+def test_fragmented_datagrams_are_reassembled(variant: OutsideClientCluster) -> None:
     for address in (variant.a.address, variant.a.address6):
         assert variant.outside.call(_echo, address, 30053, 2000)
 
@@ -149,17 +153,17 @@ def _stream(host: str, port: int, size: int) -> bool:
         return bytes(received) == data
 
 
-def test_data_in_both_directions_is_intact(variant: Outer) -> None:
+def test_data_in_both_directions_is_intact(variant: OutsideClientCluster) -> None:
     """veth devices pass GSO packets and offload checksums."""
     assert variant.outside.call(_stream, variant.a.address, NODE_PORT, 5_000_000)
     assert variant.outside.call(_stream, variant.a.address6, NODE_PORT, 2_000_000)
 
 
-def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: Outer) -> None:
+def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: OutsideClientCluster) -> None:
     """One long-lived connection and thousands of short ones run while the agent restarts."""
-    outer = variant
-    agent = outer.lab.agents[-1]
-    with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
+    cluster = variant
+    agent = cluster.lab.agents[-1]
+    with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
         for stop in (agent.kill, agent.stop):
             stop()
             time.sleep(0.2)
@@ -169,17 +173,19 @@ def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: Outer) -> 
     assert running.result["count"] > 50
 
 
-def test_flows_survive_a_change_of_map_sizes(variant: Outer, request: pytest.FixtureRequest) -> None:
+def test_flows_survive_a_change_of_map_sizes(
+    variant: OutsideClientCluster, request: pytest.FixtureRequest
+) -> None:
     """Flows and the peer addresses of connected sockets are copied to maps of other sizes."""
-    outer = variant
-    agent = outer.lab.agents[-1]
-    inside = Held(outer.client, SERVICE_IPS["v4"], 80)
-    with load.running(outer.outside, outer.a.address, NODE_PORT) as running:
-        held = [Held(outer.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
+    cluster = variant
+    agent = cluster.lab.agents[-1]
+    inside = HeldConnection(cluster.client, SERVICE_IPS["v4"], 80)
+    with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
+        held = [HeldConnection(cluster.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
         agent.stop()
         # The bypass is off now, but flows that were created with it keep it.
         options = [o for o in VARIANTS[request.node.callspec.params["variant"]] if o != "--bypass-netfilter"]
-        bigger = outer.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
+        bigger = cluster.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
     # A connection in SYN-SENT may pass programs with maps of both sizes. The long-lived connection is used
@@ -191,32 +197,38 @@ def test_flows_survive_a_change_of_map_sizes(variant: Outer, request: pytest.Fix
 
 
 def test_external_traffic_policy_local_preserves_the_client_address_and_uses_local_endpoints(
-    outer: Outer,
+    cluster: OutsideClientCluster,
 ) -> None:
-    outer.balanced(
-        "local", "10.96.1.1", "203.0.113.21", [outer.on_a(), outer.on_b()], externalTrafficPolicy="Local"
+    cluster.add_load_balancer(
+        "local",
+        "10.96.1.1",
+        "203.0.113.21",
+        [cluster.endpoint_on_a(), cluster.endpoint_on_b()],
+        externalTrafficPolicy="Local",
     )
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.21", 80, 0.3) == "connected",
         "the Service is not served",
     )
     for _ in range(10):
-        reply = outer.outside.call(clients.ask_tcp, "203.0.113.21", 80)
-        assert (reply["name"], reply["peer"]) == ("w1", outer.outside.address)
-    assert outer.outside.call(clients.ask_udp, "203.0.113.21", 53)["peer"] == outer.outside.address
+        reply = cluster.outside.call(clients.ask_tcp, "203.0.113.21", 80)
+        assert (reply["name"], reply["peer"]) == ("w1", cluster.outside.address)
+    assert cluster.outside.call(clients.ask_udp, "203.0.113.21", 53)["peer"] == cluster.outside.address
 
 
 def test_external_traffic_policy_local_drops_without_local_endpoints_and_rejects_without_any(
-    outer: Outer,
+    cluster: OutsideClientCluster,
 ) -> None:
-    outer.balanced("remote", "10.96.1.2", "203.0.113.22", [outer.on_b()], externalTrafficPolicy="Local")
-    outer.balanced("none", "10.96.1.3", "203.0.113.23", [], externalTrafficPolicy="Local")
+    cluster.add_load_balancer(
+        "remote", "10.96.1.2", "203.0.113.22", [cluster.endpoint_on_b()], externalTrafficPolicy="Local"
+    )
+    cluster.add_load_balancer("none", "10.96.1.3", "203.0.113.23", [], externalTrafficPolicy="Local")
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.23", 80, 0.3) == "ECONNREFUSED",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.23", 80, 0.3) == "ECONNREFUSED",
         "the client gets no RST",
     )
-    assert outer.outside.call(clients.connect_error, "203.0.113.22", 80, 0.5) == "TimeoutError"
-    status = json.loads(outer.a.cli("status", "-o", "json"))
+    assert cluster.outside.call(clients.connect_error, "203.0.113.22", 80, 0.5) == "TimeoutError"
+    status = json.loads(cluster.a.cli("status", "-o", "json"))
     reasons = {(p["action"], p["reason"]) for p in status["packets"]}
     assert {("rejected", "no-endpoint"), ("dropped", "no-local-endpoint")} <= reasons
 
@@ -233,62 +245,66 @@ def _refused_datagram(host: str, port: int) -> str:
     return "received"
 
 
-def test_udp_to_a_service_without_endpoints_gets_port_unreachable(outer: Outer) -> None:
+def test_udp_to_a_service_without_endpoints_gets_port_unreachable(cluster: OutsideClientCluster) -> None:
     """ICMP and ICMPv6 port unreachable make the socket return ECONNREFUSED."""
     for address in ("10.96.0.20", "fd00:10:96::20"):
-        outer.outside.route(address, outer.a)
-        assert outer.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
-        assert outer.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
+        cluster.outside.route(address, cluster.a)
+        assert cluster.outside.call(_refused_datagram, address, 53) == "ECONNREFUSED"
+        assert cluster.outside.call(clients.connect_error, address, 80) == "ECONNREFUSED"
 
 
-def test_unknown_port_of_a_cluster_ip_is_refused_in_packets_and_at_the_socket(outer: Outer) -> None:
-    for space in (outer.outside, outer.client, outer.a):
+def test_unknown_port_of_a_cluster_ip_is_refused_in_packets_and_at_the_socket(
+    cluster: OutsideClientCluster,
+) -> None:
+    for space in (cluster.outside, cluster.client, cluster.a):
         for address in (SERVICE_IPS["v4"], SERVICE_IPS["v6"]):
             assert space.call(clients.connect_error, address, 81) == "ECONNREFUSED"
 
 
-def test_source_ranges_apply_to_external_clients_pods_and_the_node(outer: Outer) -> None:
-    outer.balanced(
+def test_source_ranges_apply_to_external_clients_pods_and_the_node(cluster: OutsideClientCluster) -> None:
+    cluster.add_load_balancer(
         "restricted",
         "10.96.1.4",
         "203.0.113.24",
-        [outer.on_b()],
-        loadBalancerSourceRanges=[f"{outer.outside.address}/32"],
+        [cluster.endpoint_on_b()],
+        loadBalancerSourceRanges=[f"{cluster.outside.address}/32"],
     )
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
         "the listed client is not served",
     )
-    assert outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
-    assert outer.a.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
-    outer.balanced(
+    assert cluster.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    assert cluster.a.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    cluster.add_load_balancer(
         "restricted",
         "10.96.1.4",
         "203.0.113.24",
-        [outer.on_b()],
-        loadBalancerSourceRanges=[f"{outer.client.address}/32"],
+        [cluster.endpoint_on_b()],
+        loadBalancerSourceRanges=[f"{cluster.client.address}/32"],
     )
     until(
-        lambda: outer.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
+        lambda: cluster.client.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "connected",
         "the listed pod is not served",
     )
-    assert outer.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
+    assert cluster.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
 
 
-def test_thousands_of_source_ranges_apply_and_are_removed(outer: Outer) -> None:
-    ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{outer.outside.address}/32"]
-    outer.balanced("many", "10.96.1.5", "203.0.113.25", [outer.on_b()], loadBalancerSourceRanges=ranges)
+def test_thousands_of_source_ranges_apply_and_are_removed(cluster: OutsideClientCluster) -> None:
+    ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{cluster.outside.address}/32"]
+    cluster.add_load_balancer(
+        "many", "10.96.1.5", "203.0.113.25", [cluster.endpoint_on_b()], loadBalancerSourceRanges=ranges
+    )
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.25", 80, 0.3) == "connected",
         "the last range is missing",
     )
-    outer.remove("many")
-    status = json.loads(outer.a.cli("status", "-o", "json"))
+    cluster.remove("many")
+    status = json.loads(cluster.a.cli("status", "-o", "json"))
     until(
         lambda: (
             next(
                 m["entries"]
-                for m in json.loads(outer.a.cli("status", "-o", "json"))["maps"]
+                for m in json.loads(cluster.a.cli("status", "-o", "json"))["maps"]
                 if m["name"] == "source_ranges"
             )
             < 10
@@ -316,48 +332,52 @@ def _fixed(host: str, port: int, own: int, count: int, pause: float) -> list[str
         return found
 
 
-def test_udp_client_with_a_fixed_source_port_follows_endpoint_changes(outer: Outer) -> None:
-    outer.balanced("moving", "10.96.1.12", "203.0.113.32", [outer.on_a()])
+def test_udp_client_with_a_fixed_source_port_follows_endpoint_changes(cluster: OutsideClientCluster) -> None:
+    cluster.add_load_balancer("moving", "10.96.1.12", "203.0.113.32", [cluster.endpoint_on_a()])
     until(
-        lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
+        lambda: cluster.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
         "the Service is not served",
     )
-    for endpoint, name in ((outer.on_b(), "w2"), (outer.on_a(), "w1"), (outer.on_b(), "w2")):
-        outer.balanced("moving", "10.96.1.12", "203.0.113.32", [endpoint])
-        until(lambda n=name: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name)  # type: ignore[misc]
+    for endpoint, name in (
+        (cluster.endpoint_on_b(), "w2"),
+        (cluster.endpoint_on_a(), "w1"),
+        (cluster.endpoint_on_b(), "w2"),
+    ):
+        cluster.add_load_balancer("moving", "10.96.1.12", "203.0.113.32", [endpoint])
+        until(lambda n=name: cluster.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == [n], name)  # type: ignore[misc]
     # For UDP, an unready endpoint is treated as a removed one.
-    both = [outer.on_a(), outer.on_b(ready=False)]
-    outer.balanced("moving", "10.96.1.12", "203.0.113.32", both)
+    both = [cluster.endpoint_on_a(), cluster.endpoint_on_b(ready=False)]
+    cluster.add_load_balancer("moving", "10.96.1.12", "203.0.113.32", both)
     until(
-        lambda: outer.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
+        lambda: cluster.outside.call(_fixed, "203.0.113.32", 53, 12345, 1, 0) == ["w1"],
         "the unready endpoint still gets datagrams",
     )
 
 
 def test_connections_survive_unready_and_terminating_endpoints_and_are_reset_when_removed(
-    outer: Outer,
+    cluster: OutsideClientCluster,
 ) -> None:
     def only(*endpoints: manifests.Document) -> None:
-        outer.balanced("stay", "10.96.1.13", "203.0.113.33", list(endpoints))
+        cluster.add_load_balancer("stay", "10.96.1.13", "203.0.113.33", list(endpoints))
 
-    only(outer.on_a())
+    only(cluster.endpoint_on_a())
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.33", 80, 0.3) == "connected",
         "the Service is not served",
     )
-    held = Held(outer.outside, "203.0.113.33", 80)
+    held = HeldConnection(cluster.outside, "203.0.113.33", 80)
     assert held.ask() == "alive"
     for step in (
-        [outer.on_a(ready=False), outer.on_b()],
-        [outer.on_a(ready=False, terminating=True), outer.on_b()],
+        [cluster.endpoint_on_a(ready=False), cluster.endpoint_on_b()],
+        [cluster.endpoint_on_a(ready=False, terminating=True), cluster.endpoint_on_b()],
     ):
         only(*step)
         until(
-            lambda: set(outer.outside.call(clients.spread_tcp, "203.0.113.33", 80, 5)) == {"w2"},
+            lambda: set(cluster.outside.call(clients.spread_tcp, "203.0.113.33", 80, 5)) == {"w2"},
             "new connections do not all reach the ready endpoint",
         )
         assert held.ask() == "alive"
-    only(outer.on_b())
+    only(cluster.endpoint_on_b())
     until(lambda: held.ask() != "alive", "the connection persists after its endpoint is removed")
     assert held.ask() in ("ConnectionResetError", "BrokenPipeError")
 
@@ -368,16 +388,21 @@ def test_connections_survive_unready_and_terminating_endpoints_and_are_reset_whe
 def test_fifty_thousand_concurrent_masqueraded_connections() -> None:
     """They have four backends. A request is sent on each once all are open."""
     with Lab() as lab:
-        outer = Outer(lab)
-        more = [outer.a.pod("w3"), outer.b.pod("w4")]
+        cluster = OutsideClientCluster(lab)
+        more = [cluster.a.pod("w3"), cluster.b.pod("w4")]
         for pod in more:
             servers.start(pod, pod.name, 8080, 8053, 9000)
-        outer.write_web(outer.w1, outer.w2, *more)
-        outer.agent("--masquerade-ports", "1024-65000").start()
+        cluster.write_web(cluster.w1, cluster.w2, *more)
+        cluster.agent("--masquerade-ports", "1024-65000").start()
         # A client has 50,000 local ports per destination address and port.
-        hosts = [(outer.a.address, NODE_PORT), (EXTERNAL, 80), (BALANCER, 80), (outer.a.address, NODE_PORT)]
+        hosts = [
+            (cluster.a.address, NODE_PORT),
+            (EXTERNAL, 80),
+            (BALANCER, 80),
+            (cluster.a.address, NODE_PORT),
+        ]
         holders = [
-            outer.outside.popen(
+            cluster.outside.popen(
                 [sys.executable, "-m", "tests.e2e.many", host, str(port), "12500"], stdin=-1, stdout=-1
             )
             for host, port in hosts
@@ -387,7 +412,7 @@ def test_fifty_thousand_concurrent_masqueraded_connections() -> None:
             return [int(holder.stdout.readline()) for holder in holders if holder.stdout is not None]
 
         assert counts() == [12_500] * 4
-        status = json.loads(outer.a.cli("status", "-o", "json"))
+        status = json.loads(cluster.a.cli("status", "-o", "json"))
         entries = next(m["entries"] for m in status["maps"] if m["name"] == "conntrack")
         assert entries >= 4 * 50_000
         for holder in holders:

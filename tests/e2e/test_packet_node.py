@@ -16,8 +16,8 @@ from pyroute2 import IPRoute
 
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.kernel import bpf
-from tests.e2e.outer import VARIANTS, Held, Outer, ask_by_socat
-from tests.e2e.world import EXTERNAL, NODE_PORT
+from tests.e2e.outside_client import VARIANTS, HeldConnection, OutsideClientCluster, ask_by_socat
+from tests.e2e.two_node_cluster import EXTERNAL, NODE_PORT
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.lab import routes_of
 from tests.lab.waiting import until
@@ -31,11 +31,11 @@ AT_ONCE = 5.0
 # -- devices and addresses
 
 
-def test_node_port_is_served_on_a_hot_plugged_device(outer: Outer) -> None:
+def test_node_port_is_served_on_a_hot_plugged_device(cluster: OutsideClientCluster) -> None:
     """The device is added, becomes an uplink by its route, and is renamed and removed."""
-    switch = f"{outer.lab.id}-switch"
-    with routes_of(switch) as outside, routes_of(outer.a.netns) as inside:
-        outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": outer.a.netns})
+    switch = f"{cluster.lab.id}-switch"
+    with routes_of(switch) as outside, routes_of(cluster.a.netns) as inside:
+        outside.link("add", ifname="hot", kind="veth", peer={"ifname": "eth7", "net_ns_fd": cluster.a.netns})
         outside.link(
             "set",
             index=outside.link_lookup(ifname="hot")[0],
@@ -46,57 +46,61 @@ def test_node_port_is_served_on_a_hot_plugged_device(outer: Outer) -> None:
         inside.addr("add", index=index, address="172.18.7.1", prefixlen=24)
         inside.link("set", index=index, state="up")
         inside.route("add", dst="default", gateway="172.18.7.254", oif=index, priority=500)
-    outer.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
+    cluster.outside.run(["ip", "addr", "add", "172.18.7.254/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT, 0.2) == "connected",
         "no NodePort on eth7",
     )
     assert time.monotonic() - began < AT_ONCE
-    outer.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
-    until(lambda: "wan7" in outer.a.cli("status"), "status does not show the new name")
-    assert outer.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
-    outer.a.run(["ip", "link", "del", "wan7"])
-    until(lambda: "wan7" not in outer.a.cli("status"), "status still shows the removed device")
-    outer.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
+    cluster.a.run(["ip", "link", "set", "eth7", "name", "wan7"])
+    until(lambda: "wan7" in cluster.a.cli("status"), "status does not show the new name")
+    assert cluster.outside.call(clients.connect_error, "172.18.7.1", NODE_PORT) == "connected"
+    cluster.a.run(["ip", "link", "del", "wan7"])
+    until(lambda: "wan7" not in cluster.a.cli("status"), "status still shows the removed device")
+    cluster.outside.run(["ip", "addr", "del", "172.18.7.254/24", "dev", "eth0"])
 
 
-def test_node_port_is_served_at_an_added_address(outer: Outer) -> None:
-    outer.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
+def test_node_port_is_served_at_an_added_address(cluster: OutsideClientCluster) -> None:
+    cluster.a.run(["ip", "addr", "add", "172.18.0.77/24", "dev", "eth0"])
     began = time.monotonic()
     until(
-        lambda: outer.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "172.18.0.77", NODE_PORT, 0.2) == "connected",
         "no NodePort at .77",
     )
     assert time.monotonic() - began < AT_ONCE
-    outer.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
+    cluster.a.run(["ip", "addr", "del", "172.18.0.77/24", "dev", "eth0"])
 
 
 def test_bridge_as_uplink_and_device_patterns() -> None:
     """The node's address is on a bridge, and the physical device is a port of it, as on hypervisors."""
     with Lab() as lab:
-        outer = Outer(lab)
-        outer.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
-        outer.a.run(["ip", "addr", "flush", "dev", "eth0"])
-        outer.a.run(["ip", "link", "set", "eth0", "master", "br-ex"])
-        outer.a.run(["ip", "addr", "add", f"{outer.a.address}/24", "dev", "br-ex"])
-        outer.a.run(["ip", "link", "set", "br-ex", "up"])
-        outer.a.run(["ip", "route", "add", "default", "via", outer.outside.address])
-        outer.a.run(["ip", "route", "add", "10.244.2.0/24", "via", outer.b.address])
-        agent = outer.agent().start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+        cluster = OutsideClientCluster(lab)
+        cluster.a.run(["ip", "link", "add", "br-ex", "type", "bridge"])
+        cluster.a.run(["ip", "addr", "flush", "dev", "eth0"])
+        cluster.a.run(["ip", "link", "set", "eth0", "master", "br-ex"])
+        cluster.a.run(["ip", "addr", "add", f"{cluster.a.address}/24", "dev", "br-ex"])
+        cluster.a.run(["ip", "link", "set", "br-ex", "up"])
+        cluster.a.run(["ip", "route", "add", "default", "via", cluster.outside.address])
+        cluster.a.run(["ip", "route", "add", "10.244.2.0/24", "via", cluster.b.address])
+        agent = cluster.agent().start()
+        assert set(
+            cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
+        ) == {
             "w1",
             "w2",
         }
         agent.stop()
-        agent = outer.agent("--devices", "nothing*").start()
+        agent = cluster.agent("--devices", "nothing*").start()
         # An unnamed device that leads outside still has that role, and NodePorts are served at all addresses.
-        status = json.loads(outer.a.cli("status", "-o", "json"))
+        status = json.loads(cluster.a.cli("status", "-o", "json"))
         assert [each["role"] for each in status["devices"] if each["device"] == "br-ex"] == ["outside"]
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, 20)) == {"w1", "w2"}
+        assert set(cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 20)) == {"w1", "w2"}
         agent.stop()
-        outer.agent("--devices", "br-*,wan*").start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+        cluster.agent("--devices", "br-*,wan*").start()
+        assert set(
+            cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
+        ) == {
             "w1",
             "w2",
         }
@@ -104,16 +108,16 @@ def test_bridge_as_uplink_and_device_patterns() -> None:
 
 def test_programs_are_attached_once_a_device_has_less_than_bpf_mprog_max() -> None:
     with Lab() as lab:
-        outer = Outer(lab)
-        folder = outer.a.bpf_root / "others"
-        outer.a.call(_attach_most_programs, str(folder))
-        outer.agent().start()
-        status = json.loads(outer.a.cli("status", "-o", "json"))
+        cluster = OutsideClientCluster(lab)
+        folder = cluster.a.bpf_root / "others"
+        cluster.a.call(_attach_most_programs, str(folder))
+        cluster.agent().start()
+        status = json.loads(cluster.a.cli("status", "-o", "json"))
         assert [each.partition(":")[0] for each in status["agent"]["problems"]] == ["eth0"]
-        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert cluster.outside.call(clients.connect_error, cluster.a.address, NODE_PORT) == "ECONNREFUSED"
         shutil.rmtree(folder)
-        until(lambda: "problem" not in outer.a.cli("status"), "the programs are not attached yet")
-        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "connected"
+        until(lambda: "problem" not in cluster.a.cli("status"), "the programs are not attached yet")
+        assert cluster.outside.call(clients.connect_error, cluster.a.address, NODE_PORT) == "connected"
 
 
 # -- health check ports
@@ -141,9 +145,9 @@ def _http(host: str, port: int) -> tuple[int, str]:
     return int(head.split()[1]), body.decode()
 
 
-def test_health_check_node_port_follows_local_endpoints(outer: Outer) -> None:
+def test_health_check_node_port_follows_local_endpoints(cluster: OutsideClientCluster) -> None:
     def serve(*endpoints: manifests.Document) -> None:
-        outer.balanced(
+        cluster.add_load_balancer(
             "healthy",
             "10.96.1.14",
             "203.0.113.34",
@@ -154,53 +158,54 @@ def test_health_check_node_port_follows_local_endpoints(outer: Outer) -> None:
 
     def status() -> int:
         try:
-            return outer.outside.call(_http, outer.a.address, 32222)[0]
+            return cluster.outside.call(_http, cluster.a.address, 32222)[0]
         except (ConnectionRefusedError, ConnectionResetError, TimeoutError):
             return 0
 
-    serve(outer.on_a(), outer.on_b())
+    serve(cluster.endpoint_on_a(), cluster.endpoint_on_b())
     until(lambda: status() == 200, "the health check does not succeed")
-    _, body = outer.outside.call(_http, outer.a.address6, 32222)
+    _, body = cluster.outside.call(_http, cluster.a.address6, 32222)
     assert json.loads(body) == {
         "service": {"namespace": "shop", "name": "healthy"},
         "localEndpoints": 1,
         "serviceProxyHealthy": True,
     }
-    serve(outer.on_b())
+    serve(cluster.endpoint_on_b())
     until(lambda: status() == 503, "the health check does not fail")
-    serve(outer.on_a(ready=False, terminating=True), outer.on_b())
+    serve(cluster.endpoint_on_a(ready=False, terminating=True), cluster.endpoint_on_b())
     until(lambda: status() == 503, "the health check counts a terminating endpoint")
-    outer.remove("healthy")
+    cluster.remove("healthy")
     until(lambda: status() == 0, "the health check port is still open")
 
 
-def test_health_check_node_port_in_use_is_logged_counted_and_shown(outer: Outer) -> None:
-    server = outer.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
+def test_health_check_node_port_in_use_is_logged_counted_and_shown(cluster: OutsideClientCluster) -> None:
+    server = cluster.a.popen(["socat", "TCP6-LISTEN:32223,fork", "/dev/null"], join_cgroup=False)
     until(
-        lambda: outer.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE", "socat does not listen"
+        lambda: cluster.a.call(_bind, "::", 32223, socket.SOCK_STREAM) == "EADDRINUSE",
+        "socat does not listen",
     )
-    outer.balanced(
+    cluster.add_load_balancer(
         "blocked",
         "10.96.1.16",
         "203.0.113.36",
-        [outer.on_a()],
+        [cluster.endpoint_on_a()],
         externalTrafficPolicy="Local",
         healthCheckNodePort=32223,
     )
-    agent = outer.lab.agents[-1]
+    agent = cluster.lab.agents[-1]
     agent.wait_log("cannot bind health check port, trying again port=32223 service=shop/blocked")
     until(
         lambda: 'ebpfproxy_health_check_ports{state="failed"} 1.0' in agent.http("/metrics", 10249)[1],
         "the metric does not show the failed port",
     )
-    assert "healthCheckNodePort 32223" in outer.a.cli("status")
-    assert outer.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
+    assert "healthCheckNodePort 32223" in cluster.a.cli("status")
+    assert cluster.outside.call(clients.connect_error, "203.0.113.36", 80) == "connected"
     server.terminate()
-    outer.remove("blocked")
+    cluster.remove("blocked")
 
 
-def test_metrics_of_the_packet_path(outer: Outer) -> None:
-    _, text = outer.lab.agents[-1].http("/metrics", 10249)
+def test_metrics_of_the_packet_path(cluster: OutsideClientCluster) -> None:
+    _, text = cluster.lab.agents[-1].http("/metrics", 10249)
     for name in (
         'ebpfproxy_packets_total{action="rejected",reason="no-endpoint"}',
         'ebpfproxy_packets_total{action="dropped",reason="source-range"}',
@@ -218,7 +223,7 @@ def test_metrics_of_the_packet_path(outer: Outer) -> None:
 # -- rules and programs of others
 
 
-def test_netfilter_rules_of_a_cni_see_client_and_backend_addresses(outer: Outer) -> None:
+def test_netfilter_rules_of_a_cni_see_client_and_backend_addresses(cluster: OutsideClientCluster) -> None:
     """The firewall drops invalid packets, and forwards to pods and established connections only."""
     rules = """
     table inet cni {
@@ -232,41 +237,41 @@ def test_netfilter_rules_of_a_cni_see_client_and_backend_addresses(outer: Outer)
         chain input { type filter hook input priority 0; policy accept; ct state invalid drop; }
     }
     """
-    path = outer.lab.folder / "rules.nft"
+    path = cluster.lab.folder / "rules.nft"
     path.write_text(rules)
-    outer.a.run(["nft", "-f", str(path)])
+    cluster.a.run(["nft", "-f", str(path)])
     try:
-        found = outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)
+        found = cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
         assert set(found) == {"w1", "w2"}
-        assert ask_by_socat(outer.a, "10.96.0.10:80") != {}
-        assert f"counter packets {clients.ENOUGH} " in outer.a.run(["nft", "list", "table", "inet", "cni"])
-        assert outer.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
+        assert ask_by_socat(cluster.a, "10.96.0.10:80") != {}
+        assert f"counter packets {clients.ENOUGH} " in cluster.a.run(["nft", "list", "table", "inet", "cni"])
+        assert cluster.outside.call(clients.connect_error, "203.0.113.10", 53, 0.5) == "TimeoutError"
     finally:
-        outer.a.run(["nft", "delete", "table", "inet", "cni"])
+        cluster.a.run(["nft", "delete", "table", "inet", "cni"])
 
 
-def test_conntrack_list_get_and_flush(outer: Outer) -> None:
-    held = Held(outer.outside, outer.a.address, NODE_PORT)
+def test_conntrack_list_get_and_flush(cluster: OutsideClientCluster) -> None:
+    held = HeldConnection(cluster.outside, cluster.a.address, NODE_PORT)
 
     def listed(*arguments: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(outer.a.cli("conntrack", "list", "-o", "json", *arguments))
+        found: list[dict[str, Any]] = json.loads(cluster.a.cli("conntrack", "list", "-o", "json", *arguments))
         return found
 
-    flows = listed("--service", "shop/web", "--state", "ESTABLISHED", "--client", outer.outside.address)
+    flows = listed("--service", "shop/web", "--state", "ESTABLISHED", "--client", cluster.outside.address)
     assert len(flows) == 1
     flow = flows[0]
-    assert flow["frontend"] == f"{outer.a.address}:{NODE_PORT}"
-    assert flow["backend"] in (f"{outer.w1.address}:8080", f"{outer.w2.address}:8080")
-    assert flow["masquerade"].rpartition(":")[0] in ("10.244.1.1", outer.a.address)
+    assert flow["frontend"] == f"{cluster.a.address}:{NODE_PORT}"
+    assert flow["backend"] in (f"{cluster.w1.address}:8080", f"{cluster.w2.address}:8080")
+    assert flow["masquerade"].rpartition(":")[0] in ("10.244.1.1", cluster.a.address)
     assert 86000 < flow["expires"] <= 86400
     assert listed("--protocol", "sctp", "--client", "192.0.2.1") == []
-    got = json.loads(outer.a.cli("conntrack", "get", flow["client"], "-o", "json"))
+    got = json.loads(cluster.a.cli("conntrack", "get", flow["client"], "-o", "json"))
     assert got[0]["backend"] == flow["backend"]
-    assert "ESTABLISHED" in outer.a.cli("conntrack", "list", "--frontend", flow["frontend"])
-    assert "flushed 1 flows (4 entries)" in outer.a.cli("conntrack", "flush", "--client", flow["client"])
+    assert "ESTABLISHED" in cluster.a.cli("conntrack", "list", "--frontend", flow["frontend"])
+    assert "flushed 1 flows (4 entries)" in cluster.a.cli("conntrack", "flush", "--client", flow["client"])
     assert listed("--client", flow["client"]) == []
     assert held.ask() != "alive", "replies of a flushed flow are not translated"
-    assert "flushed" in outer.a.cli("conntrack", "flush", "--all")
+    assert "flushed" in cluster.a.cli("conntrack", "flush", "--all")
 
 
 def _attach_foreign_link(path: str) -> int:
@@ -325,33 +330,35 @@ def _filters() -> list[str]:
 @pytest.mark.parametrize("variant", ["default", "clsact"])
 def test_programs_of_others_stay_attached(variant: str) -> None:
     with Lab() as lab:
-        outer = Outer(lab)
-        pin = str(outer.a.bpf_root.parent / "foreign")
-        outer.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
-        outer.a.call(_attach_foreign_link, pin)
-        outer.a.call(_attach_foreign_filter)
-        agent = outer.agent(*VARIANTS[variant]).start()
-        assert set(outer.outside.call(clients.spread_tcp, outer.a.address, NODE_PORT, clients.ENOUGH)) == {
+        cluster = OutsideClientCluster(lab)
+        pin = str(cluster.a.bpf_root.parent / "foreign")
+        cluster.a.bpf_root.parent.mkdir(parents=True, exist_ok=True)
+        cluster.a.call(_attach_foreign_link, pin)
+        cluster.a.call(_attach_foreign_filter)
+        agent = cluster.agent(*VARIANTS[variant]).start()
+        assert set(
+            cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
+        ) == {
             "w1",
             "w2",
         }
-        names = [name.partition(":")[0] for name in outer.a.call(_filters)]
+        names = [name.partition(":")[0] for name in cluster.a.call(_filters)]
         assert names == (["cni", "ebpfproxy"] if variant == "clsact" else ["cni"])
         agent.stop()
-        output = outer.a.cli("cleanup")
+        output = cluster.a.cli("cleanup")
         assert "detached" in output
-        assert outer.a.call(_filters) == ["cni"]
-        assert outer.a.call(_link_is_attached, pin)
-        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert cluster.a.call(_filters) == ["cni"]
+        assert cluster.a.call(_link_is_attached, pin)
+        assert cluster.outside.call(clients.connect_error, cluster.a.address, NODE_PORT) == "ECONNREFUSED"
         Path(pin).unlink()
 
 
 # -- options
 
 
-def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
-    def make(lab: Lab) -> tuple[Outer, Agent]:
-        made = Outer(lab)
+def _with(*arguments: str) -> Callable[[Lab], tuple[OutsideClientCluster, Agent]]:
+    def make(lab: Lab) -> tuple[OutsideClientCluster, Agent]:
+        made = OutsideClientCluster(lab)
         return made, made.agent(*arguments).start()
 
     return make
@@ -359,36 +366,36 @@ def _with(*arguments: str) -> Callable[[Lab], tuple[Outer, Agent]]:
 
 def test_no_external_ips_and_node_port_addresses() -> None:
     with Lab() as lab:
-        outer, _ = _with("--no-external-ips", "--nodeport-addresses", "172.18.0.99/32")(lab)
-        outer.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
+        cluster, _ = _with("--no-external-ips", "--nodeport-addresses", "172.18.0.99/32")(lab)
+        cluster.a.run(["ip", "addr", "add", "172.18.0.99/24", "dev", "eth0"])
         until(
-            lambda: outer.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
+            lambda: cluster.outside.call(clients.connect_error, "172.18.0.99", NODE_PORT, 0.2) == "connected",
             "no NodePort at the configured address",
         )
-        assert outer.outside.call(clients.connect_error, outer.a.address, NODE_PORT) == "ECONNREFUSED"
-        assert outer.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
-        assert outer.client.call(clients.connect_error, EXTERNAL, 80, 0.3) != "connected"
-        assert outer.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
+        assert cluster.outside.call(clients.connect_error, cluster.a.address, NODE_PORT) == "ECONNREFUSED"
+        assert cluster.outside.call(clients.connect_error, EXTERNAL, 80, 0.3) == "TimeoutError"
+        assert cluster.client.call(clients.connect_error, EXTERNAL, 80, 0.3) != "connected"
+        assert cluster.a.call(_bind, "0.0.0.0", NODE_PORT, socket.SOCK_STREAM) == "bound"
 
 
 def test_masquerade_all_and_detect_local_mode() -> None:
     with Lab() as lab:
-        outer, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
+        cluster, agent = _with("--detect-local-mode", "ClusterCIDR", "--cluster-cidr", "10.244.1.3/32")(lab)
         # The client pod is not in the CIDR, so that it is masqueraded.
-        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        assert ask_by_socat(cluster.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
         agent.stop()
-        agent = outer.agent("--masquerade-all").start()
-        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        agent = cluster.agent("--masquerade-all").start()
+        assert ask_by_socat(cluster.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
         agent.stop()
-        agent = outer.agent().start()
-        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == outer.client.address
+        agent = cluster.agent().start()
+        assert ask_by_socat(cluster.client, "10.96.0.40:80")["peer"] == cluster.client.address
         agent.stop()
         node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}}
-        manifests.write(outer.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.9.0/24"]}})
-        agent = outer.agent("--detect-local-mode", "NodeCIDR").start()
-        assert ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
-        manifests.write(outer.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
+        manifests.write(cluster.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.9.0/24"]}})
+        agent = cluster.agent("--detect-local-mode", "NodeCIDR").start()
+        assert ask_by_socat(cluster.client, "10.96.0.40:80")["peer"] == "10.244.1.1"
+        manifests.write(cluster.manifests / "node.yaml", {**node, "spec": {"podCIDRs": ["10.244.1.0/24"]}})
         until(
-            lambda: ask_by_socat(outer.client, "10.96.0.40:80")["peer"] == outer.client.address,
+            lambda: ask_by_socat(cluster.client, "10.96.0.40:80")["peer"] == cluster.client.address,
             "podCIDRs of the Node are not used",
         )

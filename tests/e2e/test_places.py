@@ -19,7 +19,7 @@ from scapy.compat import raw
 from scapy.layers.inet import IP, TCP
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
-from tests.e2e.outer import Outer, ask_by_socat
+from tests.e2e.outside_client import OutsideClientCluster, ask_by_socat
 from tests.lab import clients, manifests, servers
 from tests.lab.lab import routes_of
 from tests.lab.spaces import Space
@@ -31,65 +31,65 @@ pytestmark = pytest.mark.root
 # -- host-network backends, overlays and bridges
 
 
-def test_host_network_backends_of_this_and_of_another_node(outer: Outer) -> None:
+def test_host_network_backends_of_this_and_of_another_node(cluster: OutsideClientCluster) -> None:
     for node, name, ip, balancer in (
-        (outer.a, "host-a", "10.96.1.6", "203.0.113.26"),
-        (outer.b, "host-b", "10.96.1.7", "203.0.113.27"),
+        (cluster.a, "host-a", "10.96.1.6", "203.0.113.26"),
+        (cluster.b, "host-b", "10.96.1.7", "203.0.113.27"),
     ):
         servers.start(node, name, 8080, 8053)
-        outer.balanced(name, ip, balancer, [manifests.endpoint(node.address, node.name)])
+        cluster.add_load_balancer(name, ip, balancer, [manifests.endpoint(node.address, node.name)])
     for balancer, name in (("203.0.113.26", "host-a"), ("203.0.113.27", "host-b")):
         until(
-            lambda b=balancer: outer.outside.call(clients.connect_error, b, 80, 0.3) == "connected",  # type: ignore[misc]
+            lambda b=balancer: cluster.outside.call(clients.connect_error, b, 80, 0.3) == "connected",  # type: ignore[misc]
             name,
         )
-        assert outer.outside.call(clients.ask_tcp, balancer, 80)["name"] == name
-        assert outer.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
+        assert cluster.outside.call(clients.ask_tcp, balancer, 80)["name"] == name
+        assert cluster.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
 
 
-def test_backend_behind_vxlan_sees_the_address_of_the_tunnel_device(outer: Outer) -> None:
+def test_backend_behind_vxlan_sees_the_address_of_the_tunnel_device(cluster: OutsideClientCluster) -> None:
     """The route to pods of node-b leads through vx0. tcpdump in the pod records both directions."""
-    for node, other in ((outer.a, outer.b), (outer.b, outer.a)):
+    for node, other in ((cluster.a, cluster.b), (cluster.b, cluster.a)):
         ends = ["local", node.address, "remote", other.address]
         node.run(["ip", "link", "add", "vx0", "type", "vxlan", "id", "7", "dstport", "4789", *ends])
         node.run(["ip", "addr", "add", f"10.9.0.{node.number}/24", "dev", "vx0"])
         node.run(["ip", "link", "set", "vx0", "up"])
-    outer.a.run(["ip", "route", "replace", "10.244.2.0/24", "via", "10.9.0.2", "dev", "vx0"])
-    outer.b.run(["ip", "route", "replace", "10.244.1.0/24", "via", "10.9.0.1", "dev", "vx0"])
-    outer.balanced("overlay", "10.96.1.8", "203.0.113.28", [outer.on_b()])
-    dump = outer.w2.popen(
+    cluster.a.run(["ip", "route", "replace", "10.244.2.0/24", "via", "10.9.0.2", "dev", "vx0"])
+    cluster.b.run(["ip", "route", "replace", "10.244.1.0/24", "via", "10.9.0.1", "dev", "vx0"])
+    cluster.add_load_balancer("overlay", "10.96.1.8", "203.0.113.28", [cluster.endpoint_on_b()])
+    dump = cluster.w2.popen(
         ["tcpdump", "-nn", "-l", "-i", "eth0", "-c", "6", "tcp port 8080"], stdout=-1, stderr=-1
     )
     assert dump.stderr is not None
     while b"listening" not in dump.stderr.readline():
         pass
-    until(lambda: "vx0" in outer.a.cli("status"), "vx0 has no programs")
+    until(lambda: "vx0" in cluster.a.cli("status"), "vx0 has no programs")
     until(
-        lambda: outer.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected",
+        lambda: cluster.outside.call(clients.connect_error, "203.0.113.28", 80, 0.3) == "connected",
         "the Service is not served",
     )
-    assert outer.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
+    assert cluster.outside.call(clients.ask_tcp, "203.0.113.28", 80)["peer"] == "10.9.0.1"
     assert dump.stdout is not None
     lines = [dump.stdout.readline().decode() for _ in range(6)]
     seen = {word for line in lines for word in line.split() if word.count(".") >= 4}
     hosts = {word.rstrip(":").rpartition(".")[0] for word in seen}
-    assert hosts == {"10.9.0.1", outer.w2.address}
-    for node in (outer.a, outer.b):
-        other = outer.b if node is outer.a else outer.a
+    assert hosts == {"10.9.0.1", cluster.w2.address}
+    for node in (cluster.a, cluster.b):
+        other = cluster.b if node is cluster.a else cluster.a
         node.run(["ip", "route", "replace", f"10.244.{other.number}.0/24", "via", other.address])
         node.run(["ip", "link", "del", "vx0"])
 
 
-def test_pods_on_one_bridge_reach_each_other_through_a_service(outer: Outer) -> None:
+def test_pods_on_one_bridge_reach_each_other_through_a_service(cluster: OutsideClientCluster) -> None:
     """Replies are bridged and not routed: programs at the bridge ports translate them to the Service."""
-    a = outer.a
+    a = cluster.a
     a.run(["ip", "link", "add", "cni0", "type", "bridge"])
     a.run(["ip", "addr", "add", "10.245.1.1/24", "dev", "cni0"])
     a.run(["ip", "link", "set", "cni0", "up"])
     pods = []
     for number, name in ((2, "left"), (3, "right")):
         space = Space(f"{a.netns}-{name}", a.cgroup)
-        with outer.lab.namespace(space.netns) as inside, routes_of(a.netns) as outside:
+        with cluster.lab.namespace(space.netns) as inside, routes_of(a.netns) as outside:
             outside.link(
                 "add", ifname=f"v{name}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": space.netns}
             )
@@ -103,7 +103,7 @@ def test_pods_on_one_bridge_reach_each_other_through_a_service(outer: Outer) -> 
         pods.append(space)
     left, right = pods
     servers.start(right, "right", 8080, 8053)
-    outer.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
+    cluster.add("bridged", "10.96.1.9", [manifests.endpoint("10.245.1.3", "node-a")])
     until(
         lambda: "vright" in json.dumps(json.loads(a.cli("status", "-o", "json"))["devices"]),
         "the device has no programs",
@@ -131,18 +131,18 @@ def test_pods_on_one_bridge_reach_each_other_through_a_service(outer: Outer) -> 
 # -- local clients without a socket hook
 
 
-def test_host_client_without_a_socket_hook_is_served_in_packets(outer: Outer) -> None:
+def test_host_client_without_a_socket_hook_is_served_in_packets(cluster: OutsideClientCluster) -> None:
     """Packets of such a client, such as NFS in the kernel, are translated at egress and redirected."""
-    found = {ask_by_socat(outer.a, "10.96.0.10:80")["name"] for _ in range(clients.ENOUGH)}
+    found = {ask_by_socat(cluster.a, "10.96.0.10:80")["name"] for _ in range(clients.ENOUGH)}
     assert found == {"w1", "w2"}
-    assert ask_by_socat(outer.a, "[fd00:10:96::10]:80")["name"] in found
-    assert ask_by_socat(outer.a, "10.96.0.20:80") == {}
+    assert ask_by_socat(cluster.a, "[fd00:10:96::10]:80")["name"] in found
+    assert ask_by_socat(cluster.a, "10.96.0.20:80") == {}
 
 
-def test_hairpin_of_a_pod_without_a_socket_hook(outer: Outer) -> None:
-    outer.add("mirror", "10.96.1.10", [outer.on_a()])
-    until(lambda: ask_by_socat(outer.w1, "10.96.1.10:80") != {}, "the hairpin connection fails")
-    reply = ask_by_socat(outer.w1, "10.96.1.10:80")
+def test_hairpin_of_a_pod_without_a_socket_hook(cluster: OutsideClientCluster) -> None:
+    cluster.add("mirror", "10.96.1.10", [cluster.endpoint_on_a()])
+    until(lambda: ask_by_socat(cluster.w1, "10.96.1.10:80") != {}, "the hairpin connection fails")
+    reply = ask_by_socat(cluster.w1, "10.96.1.10:80")
     assert (reply["name"], reply["peer"]) == ("w1", "10.244.1.1")
 
 
@@ -173,7 +173,7 @@ def _sctp_client(host: str, port: int, own: int) -> tuple[str, bytes]:
     raise TimeoutError("no reply")
 
 
-def test_sctp_from_an_external_client_and_from_a_pod(outer: Outer) -> None:
+def test_sctp_from_an_external_client_and_from_a_pod(cluster: OutsideClientCluster) -> None:
     """Ports are translated, so that the CRC32c has to be updated; scapy recomputes it at both ends."""
     service = manifests.service(
         "diameter",
@@ -182,17 +182,17 @@ def test_sctp_from_an_external_client_and_from_a_pod(outer: Outer) -> None:
         ports=[{"name": "sctp", "port": 3868, "protocol": "SCTP", "nodePort": 30868}],
     )
     piece = manifests.slice_of(
-        "diameter", [outer.on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
+        "diameter", [cluster.endpoint_on_b()], ports=[{"name": "sctp", "port": 5000, "protocol": "SCTP"}]
     )
-    manifests.write(outer.manifests / "diameter.yaml", service, piece)
-    until(lambda: "diameter" in outer.a.cli("service", "list"), "the Service is not programmed")
+    manifests.write(cluster.manifests / "diameter.yaml", service, piece)
+    until(lambda: "diameter" in cluster.a.cli("service", "list"), "the Service is not programmed")
     for client, host, port, seen in (
-        (outer.outside, outer.a.address, 30868, outer.a.address),
-        (outer.client, "10.96.1.11", 3868, outer.client.address),
+        (cluster.outside, cluster.a.address, 30868, cluster.a.address),
+        (cluster.client, "10.96.1.11", 3868, cluster.client.address),
     ):
         script = "import sys; from tests.e2e.test_places import _sctp_server; import pickle; "
-        script += f"print(pickle.dumps(_sctp_server('{outer.w2.address}', 5000)).hex())"
-        server = outer.w2.popen([sys.executable, "-c", script], stdout=-1)
+        script += f"print(pickle.dumps(_sctp_server('{cluster.w2.address}', 5000)).hex())"
+        server = cluster.w2.popen([sys.executable, "-c", script], stdout=-1)
         assert server.stdout is not None
         assert server.stdout.readline() == b"listens\n"
         source, reply = client.call(_sctp_client, host, port, 4000)
@@ -228,11 +228,11 @@ def _through_tun(service: str, port: int) -> tuple[str, int, str]:
     raise TimeoutError("no reply on the tun device")
 
 
-def test_client_behind_a_tun_device_is_served_and_rejected(outer: Outer) -> None:
+def test_client_behind_a_tun_device_is_served_and_rejected(cluster: OutsideClientCluster) -> None:
     """Its packets have no Ethernet header: programs for such devices are compiled when one appears."""
     if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
         pytest.skip("this kernel has no tun device")
-    outer.add("vpn", "10.96.1.15", [outer.on_a()])
-    until(lambda: "vpn" in outer.a.cli("service", "list"), "the Service is not programmed")
-    assert outer.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
-    assert outer.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")
+    cluster.add("vpn", "10.96.1.15", [cluster.endpoint_on_a()])
+    until(lambda: "vpn" in cluster.a.cli("service", "list"), "the Service is not programmed")
+    assert cluster.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
+    assert cluster.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import NODE_PORT, SERVICE_IPS
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS
 from tests.lab import Lab, clients
 from tests.lab.sidecar import Sidecar
 
@@ -17,27 +17,27 @@ IP = SERVICE_IPS["v4"]
 
 
 @pytest.fixture
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.agent("--no-pod-sockets").start()
         yield made
 
 
-def test_sidecar_sees_service_addresses_with_no_pod_sockets(outer: Outer) -> None:
-    sidecar = Sidecar(outer.client)
+def test_sidecar_sees_service_addresses_with_no_pod_sockets(cluster: OutsideClientCluster) -> None:
+    sidecar = Sidecar(cluster.client)
     for _ in range(5):
-        assert outer.client.call(clients.ask_tcp, IP, 80)["name"] in ("w1", "w2")
+        assert cluster.client.call(clients.ask_tcp, IP, 80)["name"] in ("w1", "w2")
         assert sidecar.next() == f"{IP}:80"
     # Packets of pods without a sidecar are translated: TCP, UDP of both kinds of socket, IPv6, and rejects.
-    assert set(outer.w1.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-    assert set(outer.w1.call(clients.spread_tcp, SERVICE_IPS["v6"], 80, clients.ENOUGH)) == {"w1", "w2"}
-    assert outer.client.call(clients.ask_udp, IP, 53)["from"] == (IP, 53)
-    assert outer.client.call(clients.ask_udp_connected, IP, 53)["getpeername"] == (IP, 53)
-    assert outer.w1.call(clients.spread_tcp, outer.a.address, NODE_PORT, 5)
-    assert outer.w1.call(clients.connect_error, IP, 81) == "ECONNREFUSED"
+    assert set(cluster.w1.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(cluster.w1.call(clients.spread_tcp, SERVICE_IPS["v6"], 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert cluster.client.call(clients.ask_udp, IP, 53)["from"] == (IP, 53)
+    assert cluster.client.call(clients.ask_udp_connected, IP, 53)["getpeername"] == (IP, 53)
+    assert cluster.w1.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 5)
+    assert cluster.w1.call(clients.connect_error, IP, 81) == "ECONNREFUSED"
     # The host's sockets are still translated: its connections have no conntrack entries.
-    outer.a.cli("conntrack", "flush", "--all")
-    assert outer.a.call(clients.ask_tcp, IP, 80)["getpeername"] == (IP, 80)
-    assert outer.a.call(clients.connect_error, "127.0.0.1", NODE_PORT) == "connected"
-    assert IP not in outer.a.cli("conntrack", "list")
+    cluster.a.cli("conntrack", "flush", "--all")
+    assert cluster.a.call(clients.ask_tcp, IP, 80)["getpeername"] == (IP, 80)
+    assert cluster.a.call(clients.connect_error, "127.0.0.1", NODE_PORT) == "connected"
+    assert IP not in cluster.a.cli("conntrack", "list")

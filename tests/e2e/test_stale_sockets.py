@@ -28,7 +28,7 @@ SLICE_PORTS = [
 THROUGH = {"v4", "v6", "mapped"}
 
 
-class World:
+class SharedBackendCluster:
     """Two Services with the same backend, the pod ``web``, and a client pod."""
 
     def __init__(self, lab: Lab) -> None:
@@ -85,21 +85,21 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[SharedBackendCluster]:
     with Lab() as lab:
-        yield World(lab)
+        yield SharedBackendCluster(lab)
 
 
 @pytest.fixture
-def agent(world: World) -> Iterator[Callable[..., Agent]]:
+def agent(cluster: SharedBackendCluster) -> Iterator[Callable[..., Agent]]:
     """Starts an agent with options; stops it after the test."""
     started: list[Agent] = []
 
     def start(*arguments: str) -> Agent:
-        started.append(world.agent("--stale-tcp-seconds", "0.2", *arguments).start())
+        started.append(cluster.agent("--stale-tcp-seconds", "0.2", *arguments).start())
         return started[-1]
 
-    world.set_backend("ready")
+    cluster.set_backend("ready")
     yield start
     for each in started:
         if each.process is not None and each.process.poll() is None:
@@ -123,46 +123,51 @@ def ended(holder: Holder) -> set[str]:
     ],
 )
 def test_stale_tcp_closes_only_sockets_of_the_service_that_lost_the_backend(
-    world: World, agent: Callable[..., Agent], kind: str, state: str, option: str, ends: set[str]
+    cluster: SharedBackendCluster,
+    agent: Callable[..., Agent],
+    kind: str,
+    state: str,
+    option: str,
+    ends: set[str],
 ) -> None:
     """Sockets of the other Service and those that connected to the pod itself stay open.
 
     UDP sockets are redirected: tests/field/test_udp_stale.py.
     """
     agent("--stale-tcp", option)
-    holder = world.hold(kind)
+    holder = cluster.hold(kind)
     wanted = THROUGH if kind in ends else set()
     holder.watch(len(wanted))
-    world.set_backend(state)
+    cluster.set_backend(state)
     assert ended(holder) == wanted
 
 
 def test_connection_in_syn_sent_to_a_removed_backend_is_closed(
-    world: World, agent: Callable[..., Agent]
+    cluster: SharedBackendCluster, agent: Callable[..., Agent]
 ) -> None:
     agent()
     slow = manifests.service("slow", clusterIPs=["10.96.5.9"], ports=PORTS)
     silent = manifests.slice_of("slow", [manifests.endpoint(SILENT, "node-b")], ports=SLICE_PORTS)
-    manifests.write(world.folder / "slow.yaml", slow, silent)
+    manifests.write(cluster.folder / "slow.yaml", slow, silent)
     deadline = time.monotonic() + 60
-    while f"{SILENT}:8080/TCP" not in world.backends():
+    while f"{SILENT}:8080/TCP" not in cluster.backends():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    holder = Holder(world.client, [("opening", "tcp-opening", "10.96.5.9", 80, 3)])
+    holder = Holder(cluster.client, [("opening", "tcp-opening", "10.96.5.9", 80, 3)])
     holder.wait()
     holder.watch(3)
-    manifests.write(world.folder / "slow.yaml", slow)
+    manifests.write(cluster.folder / "slow.yaml", slow)
     found, _ = holder.result()
     assert found == {"opening": 3}
 
 
 def test_sockets_of_a_backend_removed_while_no_agent_ran_are_closed_at_start(
-    world: World, agent: Callable[..., Agent]
+    cluster: SharedBackendCluster, agent: Callable[..., Agent]
 ) -> None:
     first = agent()
-    holder = world.hold("tcp")
+    holder = cluster.hold("tcp")
     first.kill()
-    world.set_backend("gone")
+    cluster.set_backend("gone")
     agent()
     # The socket keeps its error until it is read, so that the start time of the agent does not matter.
     holder.watch(len(THROUGH))
@@ -170,23 +175,23 @@ def test_sockets_of_a_backend_removed_while_no_agent_ran_are_closed_at_start(
 
 
 def test_backend_id_is_not_reused_while_connections_are_open(
-    world: World, agent: Callable[..., Agent]
+    cluster: SharedBackendCluster, agent: Callable[..., Agent]
 ) -> None:
     agent("--stale-tcp", "never")
-    holder = Holder(world.client, [("v6", "tcp", SERVICE6, 80, 5)])
+    holder = Holder(cluster.client, [("v6", "tcp", SERVICE6, 80, 5)])
     holder.wait()
-    name = f"[{world.web.address6}]:8080/TCP"
-    assert world.backends()[name]["open"] == 5
-    world.set_backend("gone")
-    until(lambda: world.backends()[name]["state"] == "gone")
-    assert world.backends()[name]["open"] == 5
+    name = f"[{cluster.web.address6}]:8080/TCP"
+    assert cluster.backends()[name]["open"] == 5
+    cluster.set_backend("gone")
+    until(lambda: cluster.backends()[name]["state"] == "gone")
+    assert cluster.backends()[name]["open"] == 5
     # The same endpoint gets another backend id when it is added again.
-    world.set_backend("ready")
-    until(lambda: world.backends()[name]["state"] == "active")
+    cluster.set_backend("ready")
+    until(lambda: cluster.backends()[name]["state"] == "active")
     holder.watch()
     holder.result()
     holder.watch()
-    until(lambda: world.backends()[name]["open"] == 0)
+    until(lambda: cluster.backends()[name]["open"] == 0)
 
 
 #: With two backends, half of the sockets are stale: 20,000.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import Held, Outer
-from tests.e2e.world import NODE_PORT, SERVICE_IPS
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS
 from tests.lab import Agent, Lab, clients
 from tests.lab.terminal import Terminal
 from tests.lab.waiting import until
@@ -25,22 +25,22 @@ _COMMAND = [sys.executable, "-m", "ebpfproxy", "top", "--interval", "200ms"]
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        yield Outer(lab)
+        yield OutsideClientCluster(lab)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def agent(world: Outer) -> Agent:
-    return world.agent().start()
+def agent(cluster: OutsideClientCluster) -> Agent:
+    return cluster.agent().start()
 
 
 class Lines:
     """A running ``ebpfproxy top -o json``. Its first line says that it has begun to count."""
 
-    def __init__(self, world: Outer, *arguments: str) -> None:
-        command = [*_COMMAND, "-o", "json", "--bpf-root", str(world.a.bpf_root), *arguments]
-        self.process = world.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
+    def __init__(self, cluster: OutsideClientCluster, *arguments: str) -> None:
+        command = [*_COMMAND, "-o", "json", "--bpf-root", str(cluster.a.bpf_root), *arguments]
+        self.process = cluster.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
         self.seen: list[Found] = [self.next()]
 
     def next(self) -> Found:
@@ -75,16 +75,16 @@ def row_of(found: Found, service: str, port: str = "http") -> Found:
 
 
 @pytest.fixture
-def top(world: Outer) -> Iterator[Lines]:
-    lines = Lines(world)
+def top(cluster: OutsideClientCluster) -> Iterator[Lines]:
+    lines = Lines(cluster)
     yield lines
     assert lines.end() == (0, b"")
 
 
-def test_connections_of_both_families_are_counted(world: Outer, top: Lines) -> None:
+def test_connections_of_both_families_are_counted(cluster: OutsideClientCluster, top: Lines) -> None:
     before = row_of(top.seen[0], "web")
-    names = world.client.call(clients.spread_tcp, WEB, 80, 12)
-    names += world.client.call(clients.spread_tcp, SERVICE_IPS["v6"], 80, 8)
+    names = cluster.client.call(clients.spread_tcp, WEB, 80, 12)
+    names += cluster.client.call(clients.spread_tcp, SERVICE_IPS["v6"], 80, 8)
     found = row_of(
         top.until(lambda now: row_of(now, "web")["connections"] >= before["connections"] + 20), "web"
     )
@@ -95,12 +95,12 @@ def test_connections_of_both_families_are_counted(world: Outer, top: Lines) -> N
     assert names.total() == 20
 
 
-def test_backends_have_their_share(world: Outer) -> None:
-    lines = Lines(world, "--backends", "1", "--service", "shop/second")
+def test_backends_have_their_share(cluster: OutsideClientCluster) -> None:
+    lines = Lines(cluster, "--backends", "1", "--service", "shop/second")
     (before,) = row_of(lines.seen[0], "second")["backends"]
-    assert before["address"] == f"{world.w1.address}:8080"
+    assert before["address"] == f"{cluster.w1.address}:8080"
     assert before["shared"], "web has it, too"
-    world.client.call(clients.spread_tcp, "10.96.0.40", 80, 5)
+    cluster.client.call(clients.spread_tcp, "10.96.0.40", 80, 5)
 
     def has_all(now: Found) -> bool:
         (backend,) = row_of(now, "second")["backends"]
@@ -112,24 +112,24 @@ def test_backends_have_their_share(world: Outer) -> None:
     assert lines.end() == (0, b"")
 
 
-def test_open_connections_are_counted_until_they_end(world: Outer, top: Lines) -> None:
-    held = Held(world.client, WEB, 80)
+def test_open_connections_are_counted_until_they_end(cluster: OutsideClientCluster, top: Lines) -> None:
+    held = HeldConnection(cluster.client, WEB, 80)
     row = row_of(top.until(lambda now: row_of(now, "web")["open"] >= 1), "web")
     assert sum(each["open"] for each in row["backends"]) == row["open"]
     held.process.kill()
     top.until(lambda now: row_of(now, "web")["open"] == 0)
 
 
-def test_flows_of_packets_are_counted(world: Outer, top: Lines) -> None:
+def test_flows_of_packets_are_counted(cluster: OutsideClientCluster, top: Lines) -> None:
     before = row_of(top.seen[0], "web")["connections"]
-    world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 4)
+    cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 4)
     top.until(lambda now: row_of(now, "web")["connections"] == before + 4)
 
 
-def test_refused_and_dropped_ones_are_counted_and_named(world: Outer, top: Lines) -> None:
+def test_refused_and_dropped_ones_are_counted_and_named(cluster: OutsideClientCluster, top: Lines) -> None:
     for _ in range(3):
-        assert world.client.call(clients.connect_error, "10.96.0.20", 80) == "ECONNREFUSED"
-    assert world.client.call(clients.connect_error, "10.96.0.30", 80) == "EHOSTUNREACH"
+        assert cluster.client.call(clients.connect_error, "10.96.0.20", 80) == "ECONNREFUSED"
+    assert cluster.client.call(clients.connect_error, "10.96.0.30", 80) == "EHOSTUNREACH"
     found = top.until(
         lambda now: (
             (row_of(now, "empty")["recently_refused"], row_of(now, "elsewhere")["recently_dropped"]) == (3, 1)
@@ -141,25 +141,25 @@ def test_refused_and_dropped_ones_are_counted_and_named(world: Outer, top: Lines
     assert row_of(found, "empty")["endpoints"] == 0
 
 
-def test_packets_that_no_service_counts_are_named(world: Outer, top: Lines) -> None:
-    world.outside.call(clients.connect_error, WEB, 81, 0.5)
+def test_packets_that_no_service_counts_are_named(cluster: OutsideClientCluster, top: Lines) -> None:
+    cluster.outside.call(clients.connect_error, WEB, 81, 0.5)
     found = top.until(lambda now: bool(now["packets"]))
     assert {(row["action"], row["reason"]) for row in found["packets"]} == {("rejected", "no-such-port")}
 
 
-def test_once_prints_a_table_and_exits(world: Outer) -> None:
-    said = world.a.cli("top", "--once", "--interval", "100ms", "--rows", "2", "--sort", "name").splitlines()
+def test_once_prints_a_table_and_exits(cluster: OutsideClientCluster) -> None:
+    said = cluster.a.cli("top", "--once", "--interval", "100ms", "--rows", "2", "--sort", "name").splitlines()
     assert "of 8 service ports active" in said[0]
     (head,) = (n for n, line in enumerate(said) if line.startswith("SERVICE "))
     assert [line.split()[0] for line in said[head + 1 :] if not line.startswith(" ")] == [
         "shop/elsewhere:http",
         "shop/elsewhere:udp",
     ]
-    found = json.loads(world.a.cli("top", "--once", "--interval", "100ms", "-o", "json", "-n", "none"))
+    found = json.loads(cluster.a.cli("top", "--once", "--interval", "100ms", "-o", "json", "-n", "none"))
     assert (found["rows"], found["services"]) == ([], 0)
 
 
-def test_json_needs_no_library_of_screens(world: Outer) -> None:
+def test_json_needs_no_library_of_screens(cluster: OutsideClientCluster) -> None:
     script = (
         "import sys\n"
         "from ebpfproxy.cli import main\n"
@@ -167,14 +167,14 @@ def test_json_needs_no_library_of_screens(world: Outer) -> None:
         "sys.exit('rich' in sys.modules)"
     )
     command = [sys.executable, "-c", script, "top", "--once", "-i", "100ms", "-o", "json"]
-    done = subprocess.run([*command, "--bpf-root", str(world.a.bpf_root)], capture_output=True, check=False)
+    done = subprocess.run([*command, "--bpf-root", str(cluster.a.bpf_root)], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout)["services"] == 8
 
 
-def test_a_reader_that_has_read_enough_is_no_error(world: Outer) -> None:
+def test_a_reader_that_has_read_enough_is_no_error(cluster: OutsideClientCluster) -> None:
     """As in ``| head -1``."""
-    lines = Lines(world)
+    lines = Lines(cluster)
     assert lines.process.stdout is not None and lines.process.stderr is not None
     lines.process.stdout.close()
     assert lines.process.wait() == 0
@@ -184,18 +184,18 @@ def test_a_reader_that_has_read_enough_is_no_error(world: Outer) -> None:
 # -- the screen
 
 
-def terminal(world: Outer, *arguments: str, columns: int = 100, rows: int = 30) -> Terminal:
-    command = [*_COMMAND, "--bpf-root", str(world.a.bpf_root), *arguments]
+def terminal(cluster: OutsideClientCluster, *arguments: str, columns: int = 100, rows: int = 30) -> Terminal:
+    command = [*_COMMAND, "--bpf-root", str(cluster.a.bpf_root), *arguments]
     return Terminal(command, columns=columns, rows=rows)
 
 
-def test_the_screen_shows_connections_and_refusals_as_they_happen(world: Outer) -> None:
-    with terminal(world) as screen:
+def test_the_screen_shows_connections_and_refusals_as_they_happen(cluster: OutsideClientCluster) -> None:
+    with terminal(cluster) as screen:
         screen.wait_for("of 8 service ports active")
-        held = Held(world.client, WEB, 80)
-        page = screen.wait_for(f"{world.w1.address}:8080/TCP")
+        held = HeldConnection(cluster.client, WEB, 80)
+        page = screen.wait_for(f"{cluster.w1.address}:8080/TCP")
         assert any(line.startswith("shop/web:http") for line in page)
-        world.client.call(clients.connect_error, "10.96.0.20", 80)
+        cluster.client.call(clients.connect_error, "10.96.0.20", 80)
         screen.wait_for("in all: shop/empty:http 1")
         held.process.kill()
         screen.type("q")
@@ -203,9 +203,9 @@ def test_the_screen_shows_connections_and_refusals_as_they_happen(world: Outer) 
         assert screen.is_restored
 
 
-def test_keys_change_order_and_rows(world: Outer) -> None:
-    held = Held(world.client, WEB, 80)
-    with terminal(world) as screen:
+def test_keys_change_order_and_rows(cluster: OutsideClientCluster) -> None:
+    held = HeldConnection(cluster.client, WEB, 80)
+    with terminal(cluster) as screen:
         screen.wait_for("NEW/S↓")
         screen.wait_for(":8080/TCP")
         screen.type("s")
@@ -222,8 +222,8 @@ def test_keys_change_order_and_rows(world: Outer) -> None:
 
 
 @pytest.mark.parametrize("how", ["key", "SIGINT", "SIGTERM"])
-def test_it_ends_cleanly_when_it_is_interrupted(world: Outer, how: str) -> None:
-    with terminal(world) as screen:
+def test_it_ends_cleanly_when_it_is_interrupted(cluster: OutsideClientCluster, how: str) -> None:
+    with terminal(cluster) as screen:
         screen.wait_for("service ports active")
         if how == "key":
             screen.interrupt()
@@ -234,8 +234,8 @@ def test_it_ends_cleanly_when_it_is_interrupted(world: Outer, how: str) -> None:
         assert b"Traceback" not in screen.output
 
 
-def test_a_terminal_may_be_small_and_change(world: Outer) -> None:
-    with terminal(world, columns=30, rows=6) as screen:
+def test_a_terminal_may_be_small_and_change(cluster: OutsideClientCluster) -> None:
+    with terminal(cluster, columns=30, rows=6) as screen:
         page = screen.wait_for("SERVICE")
         assert max(map(len, page)) <= 30
         assert "OPEN" not in "".join(page)
@@ -247,8 +247,8 @@ def test_a_terminal_may_be_small_and_change(world: Outer) -> None:
         assert screen.wait() == 0
 
 
-def test_a_terminal_that_can_show_no_screen_gets_lines(world: Outer) -> None:
-    command = [*_COMMAND, "--bpf-root", str(world.a.bpf_root)]
+def test_a_terminal_that_can_show_no_screen_gets_lines(cluster: OutsideClientCluster) -> None:
+    command = [*_COMMAND, "--bpf-root", str(cluster.a.bpf_root)]
     with Terminal(command, env={"TERM": "dumb"}) as screen:
         until(lambda: screen.page and screen.output.count(b"service ports active") >= 2)
         assert b"\x1b" not in screen.output
@@ -256,12 +256,12 @@ def test_a_terminal_that_can_show_no_screen_gets_lines(world: Outer) -> None:
         assert screen.wait() == 0
 
 
-def test_it_works_without_an_agent(world: Outer, agent: Agent) -> None:
+def test_it_works_without_an_agent(cluster: OutsideClientCluster, agent: Agent) -> None:
     """Programs go on counting. The order of tests does not matter: the agent is started again."""
     agent.stop()
-    lines = Lines(world)
+    lines = Lines(cluster)
     before = row_of(lines.seen[0], "web")["connections"]
-    world.client.call(clients.spread_tcp, WEB, 80, 2)
+    cluster.client.call(clients.spread_tcp, WEB, 80, 2)
     lines.until(lambda now: row_of(now, "web")["connections"] == before + 2)
     agent.start()
     assert lines.end() == (0, b"")

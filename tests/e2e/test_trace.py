@@ -23,8 +23,8 @@ from ebpfproxy.datapath.programs.devices import link_attachments
 from ebpfproxy.services.model import Family, Policy, Protocol, ServicePortKey
 from ebpfproxy.trace.naming import Reasons
 from ebpfproxy.trace.rows import DecisionRow, text
-from tests.e2e.outer import Held, Outer
-from tests.e2e.world import NODE_PORT, SERVICE_IPS
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS
 from tests.lab import Agent, Lab, LabNode, clients, manifests
 from tests.lab.waiting import until
 
@@ -50,44 +50,44 @@ class Trace:
         self.said = ""
 
     def end(self) -> list[Row]:
-        """Ends it, and returns all that it has shown."""
+        """Ends the command, and returns all lines that it has printed."""
         # SIGINT is ignored in background jobs of a shell, and in what they start.
         self.process.send_signal(signal.SIGTERM)
         self.said = self.process.communicate(timeout=20)[1].decode()
         return self.shown()
 
     def shown(self) -> list[Row]:
-        """All whole lines so far."""
+        """The complete lines so far."""
         return [json.loads(line) for line in self._output.read_text().splitlines(True) if line.endswith("\n")]
 
 
 @contextmanager
-def traced(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
-    """What was shown while the body ran, once it has."""
+def trace_during(node: LabNode, *arguments: str) -> Iterator[list[Row]]:
+    """Runs a trace during the block; the list has its lines afterwards."""
     trace = Trace(node, *arguments)
     rows: list[Row] = []
     yield rows
     rows += trace.end()
 
 
-def outcomes(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+def outcomes_of(rows: list[Row]) -> list[tuple[str, str, str, str]]:
     return [(row["kind"], row["reason"], row["service"], row["frontend"]) for row in rows]
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        yield Outer(lab)
+        yield OutsideClientCluster(lab)
 
 
 @pytest.fixture(scope="module")
-def agent(world: Outer) -> Agent:
-    return world.agent("--stale-tcp-seconds", "0.2", "--nodeport-guard").start()
+def agent(cluster: OutsideClientCluster) -> Agent:
+    return cluster.agent("--stale-tcp-seconds", "0.2", "--nodeport-guard").start()
 
 
-def programs(world: Outer) -> dict[str, int | None]:
+def programs(cluster: OutsideClientCluster) -> dict[str, int | None]:
     """The ids of the programs at all hooks and devices."""
-    pins = world.a.bpf_root / "ebpfproxy"
+    pins = cluster.a.bpf_root / "ebpfproxy"
     found: dict[str, int | None] = {each.hook: each.program_id for each in attachments(pins)}
     return found | {f"{d.ifindex} {d.direction}": d.program_id for d in link_attachments(pins)}
 
@@ -95,38 +95,38 @@ def programs(world: Outer) -> dict[str, int | None]:
 # -- kinds
 
 
-def test_a_connection_shows_client_service_and_backend(world: Outer, agent: Agent) -> None:
-    with traced(world.a) as rows:
-        answer = world.client.call(clients.ask_tcp, WEB, 80)
+def test_a_connection_shows_client_service_and_backend(cluster: OutsideClientCluster, agent: Agent) -> None:
+    with trace_during(cluster.a) as rows:
+        answer = cluster.client.call(clients.ask_tcp, WEB, 80)
     (row,) = rows
-    backend = world.w1 if answer["name"] == "w1" else world.w2
+    backend = cluster.w1 if answer["name"] == "w1" else cluster.w2
     assert (row["kind"], row["reason"], row["place"]) == ("chosen", "", "socket")
     assert (row["namespace"], row["service"], row["port"]) == ("shop", "web", "http")
     assert (row["frontend"], row["protocol"]) == ("10.96.0.10:80", "TCP")
     assert row["backend"]["address"] == f"{backend.address}:8080"
     assert (row["candidates"], row["algorithm"]) == (2, "random")
-    assert row["client"]["name"] == world.client.netns
-    assert row["client"]["address"] in (world.client.address, world.client.address6)
+    assert row["client"]["name"] == cluster.client.netns
+    assert row["client"]["address"] in (cluster.client.address, cluster.client.address6)
     assert row["client"]["pid"] > 0
     assert abs(row["time"] - time.time()) < 60
 
 
-def test_a_file_for_log_shippers(world: Outer, agent: Agent) -> None:
-    path = world.lab.folder / "decisions.jsonl"
-    with traced(world.a, "--file", str(path)) as shown:
-        world.client.call(clients.ask_tcp, WEB, 80)
+def test_a_file_for_log_shippers(cluster: OutsideClientCluster, agent: Agent) -> None:
+    path = cluster.lab.folder / "decisions.jsonl"
+    with trace_during(cluster.a, "--file", str(path)) as shown:
+        cluster.client.call(clients.ask_tcp, WEB, 80)
     assert shown == []
     (row,) = map(json.loads, path.read_text().splitlines())
     assert (row["kind"], row["service"]) == ("chosen", "web")
 
 
-def test_refusals_have_a_reason(world: Outer, agent: Agent) -> None:
-    with traced(world.a, "--errors") as rows:
-        world.client.call(clients.ask_tcp, WEB, 80)
+def test_refusals_have_a_reason(cluster: OutsideClientCluster, agent: Agent) -> None:
+    with trace_during(cluster.a, "--errors") as rows:
+        cluster.client.call(clients.ask_tcp, WEB, 80)
         for address, port in (("10.96.0.20", 80), (WEB, 81), ("10.96.0.30", 80)):
-            world.client.call(clients.connect_error, address, port)
-        world.client.call(clients.send_error, "10.96.0.20", 53)
-    assert outcomes(rows) == [
+            cluster.client.call(clients.connect_error, address, port)
+        cluster.client.call(clients.send_error, "10.96.0.20", 53)
+    assert outcomes_of(rows) == [
         ("refused", "no-endpoint", "empty", "10.96.0.20:80"),
         ("refused", "no-such-port", "web", f"{WEB}:81"),
         ("refused", "no-local-endpoint", "elsewhere", "10.96.0.30:80"),
@@ -143,65 +143,69 @@ def _send_ten(host: str, port: int) -> None:
             sock.recv(4096)
 
 
-def test_datagrams_of_a_socket_are_one_decision(world: Outer, agent: Agent) -> None:
-    with traced(world.a) as rows:
-        world.client.call(_send_ten, WEB, 53)
-    assert outcomes(rows) == [("chosen", "", "web", f"{WEB}:53")]
+def test_datagrams_of_a_socket_are_one_decision(cluster: OutsideClientCluster, agent: Agent) -> None:
+    with trace_during(cluster.a) as rows:
+        cluster.client.call(_send_ten, WEB, 53)
+    assert outcomes_of(rows) == [("chosen", "", "web", f"{WEB}:53")]
 
 
-def test_session_affinity_keeps_the_backend(world: Outer, agent: Agent) -> None:
+def test_session_affinity_keeps_the_backend(cluster: OutsideClientCluster, agent: Agent) -> None:
     ip = "10.96.7.1"
-    world.add("sticky", ip, [world.on_a(), world.on_b()], sessionAffinity="ClientIP")
-    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
-    world.a.cli("affinity", "flush", "--all")
-    with traced(world.a, "--service", "shop/sticky") as rows:
+    cluster.add("sticky", ip, [cluster.endpoint_on_a(), cluster.endpoint_on_b()], sessionAffinity="ClientIP")
+    until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
+    cluster.a.cli("affinity", "flush", "--all")
+    with trace_during(cluster.a, "--service", "shop/sticky") as rows:
         for _ in range(3):
-            world.client.call(clients.ask_tcp, ip, 80)
+            cluster.client.call(clients.ask_tcp, ip, 80)
     assert [row["kind"] for row in rows] == ["chosen", "affinity-hit", "affinity-hit"]
     assert len({row["backend"]["address"] for row in rows}) == 1
-    world.remove("sticky")
+    cluster.remove("sticky")
 
 
-def test_a_flow_of_packets_is_one_decision(world: Outer, agent: Agent) -> None:
+def test_a_flow_of_packets_is_one_decision(cluster: OutsideClientCluster, agent: Agent) -> None:
     """The outside client's connection has more packets than one."""
-    with traced(world.a) as rows:
-        world.outside.call(clients.ask_tcp, world.a.address, NODE_PORT)
+    with trace_during(cluster.a) as rows:
+        cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)
     (row,) = rows
     assert (row["kind"], row["place"], row["service"]) == ("chosen", "ingress", "web")
-    assert row["frontend"] == f"{world.a.address}:{NODE_PORT}"
-    assert row["client"]["address"].startswith(f"{world.outside.address}:")
+    assert row["frontend"] == f"{cluster.a.address}:{NODE_PORT}"
+    assert row["client"]["address"].startswith(f"{cluster.outside.address}:")
 
 
-def test_a_socket_of_a_removed_backend_is_closed_and_a_flow_ends(world: Outer, agent: Agent) -> None:
+def test_a_socket_of_a_removed_backend_is_closed_and_a_flow_ends(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
     ip, balancer = "10.96.7.2", "203.0.113.72"
-    world.balanced("leaving", ip, balancer, [world.on_b()])
-    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
-    inside, outside = Held(world.client, ip, 80), Held(world.outside, balancer, 80)
-    with traced(world.a, "--service", "shop/leaving", "--errors") as rows:
-        world.balanced("leaving", ip, balancer, [])
+    cluster.add_load_balancer("leaving", ip, balancer, [cluster.endpoint_on_b()])
+    until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
+    inside, outside = HeldConnection(cluster.client, ip, 80), HeldConnection(cluster.outside, balancer, 80)
+    with trace_during(cluster.a, "--service", "shop/leaving", "--errors") as rows:
+        cluster.add_load_balancer("leaving", ip, balancer, [])
         until(lambda: inside.ask() != "alive")
         until(lambda: outside.ask() != "alive")
     closed = [row for row in rows if row["kind"] == "stale-socket-ended"]
     left = [row for row in rows if row["kind"] == "backend-left"]
     assert [(row["frontend"], row["backend"]["address"]) for row in closed] == [
-        (f"{ip}:80", f"{world.w2.address}:8080")
+        (f"{ip}:80", f"{cluster.w2.address}:8080")
     ]
-    assert closed[0]["client"]["name"] == world.client.netns
+    assert closed[0]["client"]["name"] == cluster.client.netns
     assert {row["frontend"] for row in left} == {f"{balancer}:80"}
-    world.remove("leaving")
+    cluster.remove("leaving")
 
 
-def test_datagrams_leave_a_removed_backend(world: Outer, agent: Agent) -> None:
+def test_redirected_datagrams_of_a_removed_backend_are_a_decision(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
     ip = "10.96.7.3"
-    world.add("moving", ip, [world.on_b()])
+    cluster.add("moving", ip, [cluster.endpoint_on_b()])
     script = (
         "import socket,sys\n"
         "s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.settimeout(3)\n"
         "for line in sys.stdin:\n"
         f"    s.sendto(b'?',({ip!r},53)); print(s.recv(4096).decode(),flush=True)\n"
     )
-    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
-    sender = world.client.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
+    until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
+    sender = cluster.client.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
     assert sender.stdin is not None and sender.stdout is not None
 
     def ask() -> str:
@@ -212,15 +216,15 @@ def test_datagrams_leave_a_removed_backend(world: Outer, agent: Agent) -> None:
         return name
 
     assert ask() == "w2"
-    with traced(world.a, "--service", "shop/moving") as rows:
-        world.add("moving", ip, [world.on_a()])
+    with trace_during(cluster.a, "--service", "shop/moving") as rows:
+        cluster.add("moving", ip, [cluster.endpoint_on_a()])
         until(lambda: ask() == "w1")
     assert [row["kind"] for row in rows] == ["backend-left", "chosen"]
     assert [row["backend"]["address"] for row in rows] == [
-        f"{world.w2.address}:8053",
-        f"{world.w1.address}:8053",
+        f"{cluster.w2.address}:8053",
+        f"{cluster.w1.address}:8053",
     ]
-    world.remove("moving")
+    cluster.remove("moving")
 
 
 def _bind(port: int) -> None:
@@ -228,10 +232,10 @@ def _bind(port: int) -> None:
         sock.bind(("0.0.0.0", port))
 
 
-def test_bind_to_a_node_port_is_refused(world: Outer, agent: Agent) -> None:
-    with traced(world.a, "--kind", "bind-refused") as rows:
-        world.a.call(_bind, NODE_PORT)
-    assert outcomes(rows) == [("bind-refused", "", "web", f"0.0.0.0:{NODE_PORT}")]
+def test_bind_to_a_node_port_is_refused(cluster: OutsideClientCluster, agent: Agent) -> None:
+    with trace_during(cluster.a, "--kind", "bind-refused") as rows:
+        cluster.a.call(_bind, NODE_PORT)
+    assert outcomes_of(rows) == [("bind-refused", "", "web", f"0.0.0.0:{NODE_PORT}")]
     assert rows[0]["client"]["name"] == "host"
 
 
@@ -253,15 +257,15 @@ def test_bind_to_a_node_port_is_refused(world: Outer, agent: Agent) -> None:
         (("-n", "shop", "--pod", "ADDRESS"), ["second"]),
     ],
 )
-def test_programs_report_what_is_asked_for(
-    world: Outer, agent: Agent, arguments: tuple[str, ...], seen: list[str]
+def test_programs_report_only_requested_decisions(
+    cluster: OutsideClientCluster, agent: Agent, arguments: tuple[str, ...], seen: list[str]
 ) -> None:
-    names = {"CLIENT": world.client.netns, "ADDRESS": world.w1.address}
-    with traced(world.a, *(names.get(each, each) for each in arguments)) as rows:
-        world.client.call(clients.ask_tcp, WEB, 80)
-        world.client.call(clients.connect_error, WEB, 81)
-        world.client.call(clients.connect_error, "10.96.0.20", 80)
-        world.w1.call(clients.ask_tcp, "10.96.0.40", 80)
+    names = {"CLIENT": cluster.client.netns, "ADDRESS": cluster.w1.address}
+    with trace_during(cluster.a, *(names.get(each, each) for each in arguments)) as rows:
+        cluster.client.call(clients.ask_tcp, WEB, 80)
+        cluster.client.call(clients.connect_error, WEB, 81)
+        cluster.client.call(clients.connect_error, "10.96.0.20", 80)
+        cluster.w1.call(clients.ask_tcp, "10.96.0.40", 80)
     assert sorted(row["service"] for row in rows) == seen
 
 
@@ -272,10 +276,12 @@ def _connect_again(host: str, port: int, times: int) -> None:
             sock.connect((host, port))
 
 
-def test_one_in_so_many_is_a_sample(world: Outer, agent: Agent) -> None:
-    with traced(world.a, "--sample", "10", "--rate", "100000") as rows:
-        world.client.call(_connect_again, WEB, 53, 4000)
-        world.client.call(clients.connect_error, "10.96.0.20", 80)
+def test_sampling_reports_one_of_n_choices_and_every_refusal(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    with trace_during(cluster.a, "--sample", "10", "--rate", "100000") as rows:
+        cluster.client.call(_connect_again, WEB, 53, 4000)
+        cluster.client.call(clients.connect_error, "10.96.0.20", 80)
     kinds = [row["kind"] for row in rows]
     # The binomial distribution of 4,000 goes beyond these once in 10^13.
     assert 250 < kinds.count("chosen") < 550
@@ -289,9 +295,9 @@ def _lost(said: str) -> int:
     return sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("lost"))
 
 
-def test_decisions_above_the_rate_are_counted(world: Outer, agent: Agent) -> None:
-    trace = Trace(world.a, "--rate", "100")
-    world.client.call(_connect_again, WEB, 53, 5000)
+def test_decisions_above_the_rate_are_counted(cluster: OutsideClientCluster, agent: Agent) -> None:
+    trace = Trace(cluster.a, "--rate", "100")
+    cluster.client.call(_connect_again, WEB, 53, 5000)
     shown = len(trace.end())
     # A CPU may save up a quarter of a second's.
     assert 1 <= shown <= os.cpu_count() * (25 + 100 * 10)  # type: ignore[operator]
@@ -299,11 +305,13 @@ def test_decisions_above_the_rate_are_counted(world: Outer, agent: Agent) -> Non
     assert "above --rate" in trace.said
 
 
-def test_decisions_that_nobody_reads_in_time_are_counted(world: Outer, agent: Agent) -> None:
+def test_decisions_that_do_not_fit_into_the_ring_are_counted(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
     """The ring has room for about 12,000."""
-    trace = Trace(world.a, "--rate", "1000000")
+    trace = Trace(cluster.a, "--rate", "1000000")
     trace.process.send_signal(signal.SIGSTOP)
-    world.client.call(_connect_again, WEB, 53, 30_000)
+    cluster.client.call(_connect_again, WEB, 53, 30_000)
     trace.process.send_signal(signal.SIGCONT)
     shown = len(trace.end())
     assert 10_000 < shown < 13_000
@@ -314,16 +322,16 @@ def test_decisions_that_nobody_reads_in_time_are_counted(world: Outer, agent: Ag
 # -- programs
 
 
-def test_connections_do_not_notice_that_programs_are_replaced(world: Outer, agent: Agent) -> None:
+def test_replacing_programs_loses_no_connection(cluster: OutsideClientCluster, agent: Agent) -> None:
     """Sequential connections by socket and by packets, and one that stays open, over three traces."""
-    held = Held(world.outside, world.a.address, NODE_PORT)
+    held = HeldConnection(cluster.outside, cluster.a.address, NODE_PORT)
     over = threading.Event()
     seen: list[int] = []
 
     def work() -> None:
         while not over.is_set():
-            world.client.call(clients.spread_tcp, WEB, 80, 50)
-            world.outside.call(clients.spread_tcp, world.a.address, NODE_PORT, 20)
+            cluster.client.call(clients.spread_tcp, WEB, 80, 50)
+            cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 20)
             seen.append(70)
 
     worker = threading.Thread(target=work)
@@ -331,7 +339,7 @@ def test_connections_do_not_notice_that_programs_are_replaced(world: Outer, agen
     worker.start()
     try:
         for done in range(2, 8, 2):
-            Trace(world.a, "--errors").end()
+            Trace(cluster.a, "--errors").end()
             until(lambda done=done: agent.text.count("replaced programs") == before + done)  # type: ignore[misc]
     finally:
         over.set()
@@ -340,49 +348,49 @@ def test_connections_do_not_notice_that_programs_are_replaced(world: Outer, agen
     assert held.ask() == "alive"
 
 
-def test_a_trace_that_is_killed_leaves_plain_programs(world: Outer, agent: Agent) -> None:
-    until(lambda: len(list(world.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
-    plain = programs(world)
-    trace = Trace(world.a)
-    reporting = programs(world)
+def test_killed_trace_leaves_programs_that_do_not_report(cluster: OutsideClientCluster, agent: Agent) -> None:
+    until(lambda: len(list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+    plain = programs(cluster)
+    trace = Trace(cluster.a)
+    reporting = programs(cluster)
     assert reporting.keys() == plain.keys()
     assert not set(reporting.values()) & set(plain.values())
     trace.process.kill()
-    until(lambda: programs(world) == plain, "the programs that report stay", 10)
-    until(lambda: len(list(world.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
+    until(lambda: programs(cluster) == plain, "the programs that report stay", 10)
+    until(lambda: len(list(cluster.a.bpf_root.glob("ebpfproxy/v*/progs-*"))) == 1)
 
 
-def test_there_is_one_trace_at_a_time(world: Outer, agent: Agent) -> None:
-    trace = Trace(world.a)
-    said = world.a.cli("trace", "--count", "1", check=False)
+def test_second_trace_at_a_time_fails(cluster: OutsideClientCluster, agent: Agent) -> None:
+    trace = Trace(cluster.a)
+    said = cluster.a.cli("trace", "--count", "1", check=False)
     assert said == ""
-    world.client.call(clients.ask_tcp, WEB, 80)
+    cluster.client.call(clients.ask_tcp, WEB, 80)
     assert len(trace.end()) == 1
 
 
-def test_pods_of_endpoints_have_names(world: Outer, agent: Agent) -> None:
+def test_pods_of_endpoints_have_names(cluster: OutsideClientCluster, agent: Agent) -> None:
     """The slice's targetRef names them, for clients and for backends."""
     endpoints = [
         {**endpoint, "targetRef": {"kind": "Pod", "name": name}}
-        for endpoint, name in ((world.on_a(), "w-1"), (world.on_b(), "w-2"))
+        for endpoint, name in ((cluster.endpoint_on_a(), "w-1"), (cluster.endpoint_on_b(), "w-2"))
     ]
     ip = "10.96.7.4"
-    world.add("named", ip, endpoints)
-    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
-    with traced(world.a, "--pod", "shop/w-1") as rows:
-        world.w1.call(clients.ask_tcp, ip, 80)
-        world.client.call(clients.ask_tcp, ip, 80)
+    cluster.add("named", ip, endpoints)
+    until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
+    with trace_during(cluster.a, "--pod", "shop/w-1") as rows:
+        cluster.w1.call(clients.ask_tcp, ip, 80)
+        cluster.client.call(clients.ask_tcp, ip, 80)
     (row,) = rows
     assert row["client"]["pod"] == "shop/w-1"
     assert row["backend"]["pod"] in ("shop/w-1", "shop/w-2")
-    world.remove("named")
+    cluster.remove("named")
 
 
 def _hinted(endpoint: Row, **hints: list[dict[str, str]]) -> Row:
     return {**endpoint, "hints": hints}
 
 
-def test_the_rule_that_selects_the_candidates_is_named(world: Outer, agent: Agent) -> None:
+def test_the_rule_that_selects_the_candidates_is_named(cluster: OutsideClientCluster, agent: Agent) -> None:
     """The agent knows it, for each selection: hints for nodes or zones, or that all terminate."""
     ip = "10.96.7.6"
     node = {
@@ -390,43 +398,46 @@ def test_the_rule_that_selects_the_candidates_is_named(world: Outer, agent: Agen
         "kind": "Node",
         "metadata": {"name": "node-a", "labels": {"topology.kubernetes.io/zone": "zone-a"}},
     }
-    manifests.write(world.manifests / "node.yaml", node)
+    manifests.write(cluster.manifests / "node.yaml", node)
     zones = [
         _hinted(endpoint, forZones=[{"name": zone}])
-        for endpoint, zone in ((world.on_a(), "zone-b"), (world.on_b(), "zone-a"))
+        for endpoint, zone in ((cluster.endpoint_on_a(), "zone-b"), (cluster.endpoint_on_b(), "zone-a"))
     ]
     nodes = [
         _hinted(endpoint, forNodes=[{"name": name}])
-        for endpoint, name in ((world.on_a(), "node-a"), (world.on_b(), "node-b"))
+        for endpoint, name in ((cluster.endpoint_on_a(), "node-a"), (cluster.endpoint_on_b(), "node-b"))
     ]
-    leaving = [world.on_a(ready=False, terminating=True), world.on_b(ready=False, terminating=True)]
+    leaving = [
+        cluster.endpoint_on_a(ready=False, terminating=True),
+        cluster.endpoint_on_b(ready=False, terminating=True),
+    ]
     expected = [
         ("zone-hints", zones, {"w2"}),
         ("node-hints", nodes, {"w1"}),
         ("terminating", leaving, {"w1", "w2"}),
-        ("ready", [world.on_a()], {"w1"}),
+        ("ready", [cluster.endpoint_on_a()], {"w1"}),
     ]
-    world.add("hinted", ip, zones)
-    until(lambda: _answering(world, ip) == {"w2"})
-    trace = Trace(world.a, "--service", "shop/hinted")
+    cluster.add("hinted", ip, zones)
+    until(lambda: _answering(cluster, ip) == {"w2"})
+    trace = Trace(cluster.a, "--service", "shop/hinted")
 
     def follows(basis: str, names: set[str]) -> bool:
-        return _answering(world, ip) == names and bool(rows := trace.shown()) and rows[-1]["basis"] == basis
+        return _answering(cluster, ip) == names and bool(rows := trace.shown()) and rows[-1]["basis"] == basis
 
     for basis, endpoints, names in expected:
-        world.add("hinted", ip, endpoints)
+        cluster.add("hinted", ip, endpoints)
         until(lambda basis=basis, names=names: follows(basis, names))  # type: ignore[misc]
     rows = trace.end()
     lines = {row["basis"]: text(msgspec.convert(row, DecisionRow)) for row in rows}
-    assert f"{world.w2.address}:8080 (1 of 1, zone hint, random; " in lines["zone-hints"]
+    assert f"{cluster.w2.address}:8080 (1 of 1, zone hint, random; " in lines["zone-hints"]
     assert "(1 of 1, node hint, random; " in lines["node-hints"]
     assert "(1 of 2, none is ready, random; " in lines["terminating"]
     assert "(1 of 1, random; " in lines["ready"]
-    world.remove("hinted")
-    (world.manifests / "node.yaml").unlink()
+    cluster.remove("hinted")
+    (cluster.manifests / "node.yaml").unlink()
 
 
-def test_an_agent_that_hangs_is_not_asked_for_each_service() -> None:
+def test_agent_that_hangs_is_asked_once_and_not_for_each_service() -> None:
     """Decisions are read meanwhile, and lines lack the rule."""
     asked = []
 
@@ -440,10 +451,10 @@ def test_an_agent_that_hangs_is_not_asked_for_each_service() -> None:
     assert asked == keys[:1]
 
 
-def _answering(world: Outer, ip: str) -> set[str]:
-    if world.client.call(clients.connect_error, ip, 80) != "connected":
+def _answering(cluster: OutsideClientCluster, ip: str) -> set[str]:
+    if cluster.client.call(clients.connect_error, ip, 80) != "connected":
         return set()
-    return set(world.client.call(clients.spread_tcp, ip, 80, clients.ENOUGH))
+    return set(cluster.client.call(clients.spread_tcp, ip, 80, clients.ENOUGH))
 
 
 def _connect_as(comm: bytes, host: str) -> None:
@@ -451,46 +462,48 @@ def _connect_as(comm: bytes, host: str) -> None:
     clients.ask_tcp(host, 80)
 
 
-def test_processes_and_pods_may_have_any_name(world: Outer, agent: Agent) -> None:
+def test_processes_and_pods_may_have_any_name(cluster: OutsideClientCluster, agent: Agent) -> None:
     """A decision is one line, and no terminal obeys it; endpoints' pods are named by whoever makes slices."""
     ip = "10.96.7.5"
-    world.add("named", ip, [{**world.on_a(), "targetRef": {"kind": "Pod", "name": "w\n\x1b[31m"}}])
-    until(lambda: world.client.call(clients.connect_error, ip, 80) == "connected")
+    cluster.add(
+        "named", ip, [{**cluster.endpoint_on_a(), "targetRef": {"kind": "Pod", "name": "w\n\x1b[31m"}}]
+    )
+    until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
     command = [
         sys.executable,
         "-m",
         "ebpfproxy",
         "trace",
         "--bpf-root",
-        str(world.a.bpf_root),
+        str(cluster.a.bpf_root),
         "--count",
         "1",
     ]
-    trace = world.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
+    trace = cluster.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
     assert trace.stderr is not None
     assert trace.stderr.readline() == b"tracing\n"
-    world.client.call(_connect_as, b"\x1b[2J\nx\xc2\x9b", ip)
+    cluster.client.call(_connect_as, b"\x1b[2J\nx\xc2\x9b", ip)
     (line,) = trace.communicate(timeout=20)[0].decode().splitlines()
     assert line.isprintable()
-    assert f"shop/named:http {ip}:80 ⇒ {world.w1.address}:8080 (1 of 1, random; " in line
-    world.remove("named")
+    assert f"shop/named:http {ip}:80 ⇒ {cluster.w1.address}:8080 (1 of 1, random; " in line
+    cluster.remove("named")
 
 
-def test_an_agent_that_ends_and_one_that_starts_are_told(world: Outer, agent: Agent) -> None:
+def test_stop_and_start_of_the_agent_are_reported(cluster: OutsideClientCluster, agent: Agent) -> None:
     """The command goes on with the next agent."""
-    trace = Trace(world.a)
+    trace = Trace(cluster.a)
     agent.stop()
     assert trace.process.stderr is not None
     assert trace.process.stderr.readline() == b"not tracing: the agent has ended, or this was held up\n"
     agent.start()
     assert trace.process.stderr.readline() == b"tracing\n"
-    world.client.call(clients.ask_tcp, WEB, 80)
-    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    assert outcomes_of(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
 
 
-def test_a_trace_that_was_held_up_goes_on(world: Outer, agent: Agent) -> None:
+def test_suspended_trace_continues_with_a_new_lease(cluster: OutsideClientCluster, agent: Agent) -> None:
     """As by a pager: its lease ends, and it takes a new one."""
-    trace = Trace(world.a)
+    trace = Trace(cluster.a)
     before = agent.text.count("replaced programs report_decisions=False")
     trace.process.send_signal(signal.SIGSTOP)
     until(lambda: agent.text.count("replaced programs report_decisions=False") > before)
@@ -498,31 +511,31 @@ def test_a_trace_that_was_held_up_goes_on(world: Outer, agent: Agent) -> None:
     assert trace.process.stderr is not None
     assert trace.process.stderr.readline().startswith(b"not tracing: ")
     assert trace.process.stderr.readline() == b"tracing\n"
-    world.client.call(clients.ask_tcp, WEB, 80)
-    assert outcomes(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    assert outcomes_of(trace.end()) == [("chosen", "", "web", f"{WEB}:80")]
 
 
 @pytest.fixture
-def killed(world: Outer, agent: Agent) -> Iterator[Callable[[], None]]:
+def killed(cluster: OutsideClientCluster, agent: Agent) -> Iterator[Callable[[], None]]:
     """Kills the agent; after the test another runs."""
     yield agent.kill
     agent.start()
 
 
 def test_programs_report_nothing_once_agent_and_trace_are_gone(
-    world: Outer, agent: Agent, killed: Callable[[], None]
+    cluster: OutsideClientCluster, agent: Agent, killed: Callable[[], None]
 ) -> None:
-    trace = Trace(world.a)
+    trace = Trace(cluster.a)
     killed()
     trace.process.kill()
-    until(lambda: "not running" in _refusal(world))
+    until(lambda: "not running" in _refusal(cluster))
 
 
-def test_a_trace_ends_where_the_agent_makes_other_maps(world: Outer, agent: Agent) -> None:
+def test_trace_ends_when_the_agent_creates_other_maps(cluster: OutsideClientCluster, agent: Agent) -> None:
     """Its own would show nothing any more."""
-    trace = Trace(world.a)
+    trace = Trace(cluster.a)
     agent.stop()
-    other = world.agent("--max-conntrack", "20000").start()
+    other = cluster.agent("--max-conntrack", "20000").start()
     assert trace.process.stderr is not None
     assert b"the agent has made other maps" in trace.process.stderr.read()
     assert trace.process.wait() == 1
@@ -530,8 +543,8 @@ def test_a_trace_ends_where_the_agent_makes_other_maps(world: Outer, agent: Agen
     agent.start()
 
 
-def _refusal(world: Outer) -> str:
-    command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(world.a.bpf_root)]
-    process = world.a.popen(command, join_cgroup=False, stderr=-1)
+def _refusal(cluster: OutsideClientCluster) -> str:
+    command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(cluster.a.bpf_root)]
+    process = cluster.a.popen(command, join_cgroup=False, stderr=-1)
     said: str = process.communicate(timeout=20)[1].decode()
     return said

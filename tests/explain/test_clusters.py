@@ -189,14 +189,14 @@ def test_random_clusters_are_explained_as_the_maps_have_them(
     bench: Bench, made: list[tuple[Resource, Any]], drained: frozenset[tuple[str, int]]
 ) -> None:
     tracker = RecordTracker(NODE)
-    world: dict[tuple[Resource, ObjectKey], Object] = {}
+    cluster: dict[tuple[Resource, ObjectKey], Object] = {}
     for resource, each in made:
         record = msgspec.convert(each, RECORD_TYPES[resource])
-        world[resource, key_of(record)] = record
+        cluster[resource, key_of(record)] = record
         tracker.apply(changed(resource, record))
     tracker.set_drained(frozenset((ip_address(a).packed, number) for a, number in drained))
     write(bench, tracker)
-    agrees(bench, tracker, list(world.values()), drained)
+    agrees(bench, tracker, list(cluster.values()), drained)
 
 
 def test_a_change_of_the_maps_by_others_is_told(bench: Bench) -> None:

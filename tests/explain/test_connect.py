@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import Held, Outer
-from tests.e2e.world import SERVICE_IPS
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
+from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Lab, Pod, clients, command
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -22,32 +22,32 @@ BALANCERS = ["203.0.113.51", "2001:db8:113::51"]
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.outside.route("2001:db8:113::/64", made.a)
         made.agent("--stale-tcp-seconds", "0.5", "--service-cidr", "10.96.0.0/16,fd00:10:96::/112").start()
         yield made
 
 
-def run(outer: Outer, source: str, target: str, *options: str) -> command.Done:
+def run(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> command.Done:
     command.import_commands()
-    node = outer.a
+    node = cluster.a
     roots = ["--bpf-root", str(node.bpf_root), "--cni-results", str(node.cni_results)]
     return node.call(command.run, ["explain", *roots, source, target, *options])
 
 
-def ask(outer: Outer, source: str, target: str, *options: str) -> Json:
+def ask(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> Json:
     """The report; its exit code says whether it works."""
-    done = run(outer, source, target, *options, "-o", "json")
+    done = run(cluster, source, target, *options, "-o", "json")
     assert done.errors == ""
     report: Json = json.loads(done.output)
     assert done.code == (0 if report["works"] else 1)
     return report
 
 
-def explained(outer: Outer, source: str, target: str, *options: str) -> list[Json]:
-    report = ask(outer, source, target, *options)
+def explained(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> list[Json]:
+    report = ask(cluster, source, target, *options)
     assert report["without_agent"] == ""
     found: list[Json] = report["explanations"]
     assert found, report["why"]
@@ -83,198 +83,218 @@ def connect(space: Space, answer: Json) -> str:
     return space.call(clients.connect_error, host, port, 0.5)
 
 
-def reached(outer: Outer, space: Space, answer: Json) -> set[str]:
+def reached(cluster: OutsideClientCluster, space: Space, answer: Json) -> set[str]:
     """The addresses of the pods that answer."""
     host, port, protocol = split(answer["target"])
     spread: Callable[..., Any] = clients.spread_udp if protocol == "UDP" else clients.spread_tcp
-    pods = {pod.name: pod for pod in (outer.w1, outer.w2)}
+    pods = {pod.name: pod for pod in (cluster.w1, cluster.w2)}
     names = space.call(spread, host, port, clients.ENOUGH)
     return {pods[name].address6 if ":" in host else pods[name].address for name in names}
 
 
-def agrees(outer: Outer, space: Space, answer: Json) -> None:
+def agrees(cluster: OutsideClientCluster, space: Space, answer: Json) -> None:
     error = {"": "connected", "timeout": "TimeoutError"}.get(answer["error"], answer["error"])
     assert connect(space, answer) == error, answer
     if answer["outcome"] == "translated":
         used = {
             each["address"].rpartition(":")[0].strip("[]") for each in answer["endpoints"] if each["used"]
         }
-        assert reached(outer, space, answer) == used, answer
+        assert reached(cluster, space, answer) == used, answer
 
 
 @pytest.mark.parametrize("protocol", ["http", "udp"])
 @pytest.mark.parametrize("service", ["web", "empty", "elsewhere"])
 @pytest.mark.parametrize("place", ["pod", "host"])
-def test_cluster_ips_do_what_was_explained(outer: Outer, place: str, service: str, protocol: str) -> None:
-    space, source = (outer.client, "shop/client") if place == "pod" else (outer.a, "host")
-    answers = explained(outer, source, f"shop/{service}:{protocol}")
+def test_cluster_ips_do_what_was_explained(
+    cluster: OutsideClientCluster, place: str, service: str, protocol: str
+) -> None:
+    space, source = (cluster.client, "shop/client") if place == "pod" else (cluster.a, "host")
+    answers = explained(cluster, source, f"shop/{service}:{protocol}")
     assert [":" in split(each["target"])[0] for each in answers] == [False, True]
     for answer in answers:
         assert (answer["place"], answer["hook"]) == (place, "socket")
         assert answer["works"] is (service == "web")
-        agrees(outer, space, answer)
+        agrees(cluster, space, answer)
 
 
 @pytest.mark.parametrize("protocol", ["http", "udp"])
-def test_outside_clients_get_what_was_explained(outer: Outer, protocol: str) -> None:
-    for source in (outer.outside.address, outer.outside.address6):
-        answers = explained(outer, source, f"shop/web:{protocol}")
+def test_outside_clients_get_what_was_explained(cluster: OutsideClientCluster, protocol: str) -> None:
+    for source in (cluster.outside.address, cluster.outside.address6):
+        answers = explained(cluster, source, f"shop/web:{protocol}")
         kinds = {answer["frontend"] for answer in answers}
         assert kinds == ({"NodePort"} if ":" in source else {"NodePort", "LoadBalancer", "ExternalIP"})
         for answer in answers:
             assert (answer["place"], answer["hook"], answer["scope"]) == ("outside", "tc-ingress", "external")
-            agrees(outer, outer.outside, answer)
+            agrees(cluster, cluster.outside, answer)
 
 
-def masked_as(outer: Outer, space: Space, answer: Json) -> set[str]:
+def masked_as(cluster: OutsideClientCluster, space: Space, answer: Json) -> set[str]:
     host, port, _ = split(answer["target"])
     return {space.call(clients.ask_tcp, host, port)["peer"] for _ in range(20)}
 
 
-def test_backends_see_the_addresses_that_were_explained(outer: Outer) -> None:
-    outer.balanced(
-        "kept", "10.96.2.1", BALANCERS[0], [outer.on_a(), outer.on_b()], externalTrafficPolicy="Local"
+def test_backends_see_the_addresses_that_were_explained(cluster: OutsideClientCluster) -> None:
+    cluster.add_load_balancer(
+        "kept",
+        "10.96.2.1",
+        BALANCERS[0],
+        [cluster.endpoint_on_a(), cluster.endpoint_on_b()],
+        externalTrafficPolicy="Local",
     )
-    until(lambda: ask(outer, outer.outside.address, f"{BALANCERS[0]}:80")["explanations"][0]["service"])
-    for frontend, applies in ((f"{outer.a.address}:30080", True), (f"{BALANCERS[0]}:80", False)):
-        (answer,) = explained(outer, outer.outside.address, frontend)
+    until(lambda: ask(cluster, cluster.outside.address, f"{BALANCERS[0]}:80")["explanations"][0]["service"])
+    for frontend, applies in ((f"{cluster.a.address}:30080", True), (f"{BALANCERS[0]}:80", False)):
+        (answer,) = explained(cluster, cluster.outside.address, frontend)
         assert answer["masquerade"]["applies"] is applies
-        expected = set(answer["masquerade"]["addresses"]) if applies else {outer.outside.address}
-        assert masked_as(outer, outer.outside, answer) == expected
-        agrees(outer, outer.outside, answer)
-    outer.remove("kept")
+        expected = set(answer["masquerade"]["addresses"]) if applies else {cluster.outside.address}
+        assert masked_as(cluster, cluster.outside, answer) == expected
+        agrees(cluster, cluster.outside, answer)
+    cluster.remove("kept")
 
 
-def test_policy_local_without_a_local_endpoint_drops_and_without_any_rejects(outer: Outer) -> None:
-    outer.balanced("far", "10.96.2.2", "203.0.113.52", [outer.on_b()], externalTrafficPolicy="Local")
-    outer.balanced("none", "10.96.2.3", "203.0.113.53", [], externalTrafficPolicy="Local")
-    until(lambda: ask(outer, "host", "203.0.113.53:80")["explanations"][0]["service"])
-    until(lambda: ask(outer, "host", "203.0.113.52:80")["explanations"][0]["works"])
-    (far,) = explained(outer, outer.outside.address, "203.0.113.52:80")
+def test_policy_local_without_a_local_endpoint_drops_and_without_any_rejects(
+    cluster: OutsideClientCluster,
+) -> None:
+    cluster.add_load_balancer(
+        "far", "10.96.2.2", "203.0.113.52", [cluster.endpoint_on_b()], externalTrafficPolicy="Local"
+    )
+    cluster.add_load_balancer("none", "10.96.2.3", "203.0.113.53", [], externalTrafficPolicy="Local")
+    until(lambda: ask(cluster, "host", "203.0.113.53:80")["explanations"][0]["service"])
+    until(lambda: ask(cluster, "host", "203.0.113.52:80")["explanations"][0]["works"])
+    (far,) = explained(cluster, cluster.outside.address, "203.0.113.52:80")
     assert (far["outcome"], far["policy"], far["policy_from"]) == (
         "dropped",
         "Local",
         "externalTrafficPolicy",
     )
     assert [(each["reason"], each["used"]) for each in far["endpoints"]] == [("other-node", False)]
-    agrees(outer, outer.outside, far)
-    (none,) = explained(outer, outer.outside.address, "203.0.113.53:80")
+    agrees(cluster, cluster.outside, far)
+    (none,) = explained(cluster, cluster.outside.address, "203.0.113.53:80")
     assert (none["outcome"], none["endpoints"]) == ("refused", [])
-    agrees(outer, outer.outside, none)
+    agrees(cluster, cluster.outside, none)
     # A client in the cluster uses all endpoints.
-    (inside,) = explained(outer, "shop/client", "203.0.113.52:80")
-    agrees(outer, outer.client, inside)
-    outer.remove("far")
-    outer.remove("none")
+    (inside,) = explained(cluster, "shop/client", "203.0.113.52:80")
+    agrees(cluster, cluster.client, inside)
+    cluster.remove("far")
+    cluster.remove("none")
 
 
-def test_source_ranges_allow_and_deny_as_explained(outer: Outer) -> None:
-    outer.balanced(
+def test_source_ranges_allow_and_deny_as_explained(cluster: OutsideClientCluster) -> None:
+    cluster.add_load_balancer(
         "ranged",
         "10.96.2.4",
         "203.0.113.54",
-        [outer.on_b()],
-        loadBalancerSourceRanges=[f"{outer.outside.address}/32"],
+        [cluster.endpoint_on_b()],
+        loadBalancerSourceRanges=[f"{cluster.outside.address}/32"],
     )
-    until(lambda: ask(outer, outer.outside.address, "203.0.113.54:80")["explanations"][0]["service"])
+    until(lambda: ask(cluster, cluster.outside.address, "203.0.113.54:80")["explanations"][0]["service"])
     for source, space, ranges, hook in (
-        (outer.outside.address, outer.outside, "allowed", "tc-ingress"),
-        ("shop/client", outer.client, "denied", "tc-ingress"),
-        ("host", outer.a, "denied", "tc-egress"),
+        (cluster.outside.address, cluster.outside, "allowed", "tc-ingress"),
+        ("shop/client", cluster.client, "denied", "tc-ingress"),
+        ("host", cluster.a, "denied", "tc-egress"),
     ):
-        (answer,) = explained(outer, source, "203.0.113.54:80")
+        (answer,) = explained(cluster, source, "203.0.113.54:80")
         assert (answer["source_ranges"], answer["hook"]) == (ranges, hook)
         assert answer["works"] is (ranges == "allowed")
-        agrees(outer, space, answer)
-    outer.balanced(
+        agrees(cluster, space, answer)
+    cluster.add_load_balancer(
         "ranged",
         "10.96.2.4",
         "203.0.113.54",
-        [outer.on_b()],
-        loadBalancerSourceRanges=[f"{outer.a.address}/32"],
+        [cluster.endpoint_on_b()],
+        loadBalancerSourceRanges=[f"{cluster.a.address}/32"],
     )
-    until(lambda: ask(outer, "host", "203.0.113.54:80")["works"])
-    (answer,) = explained(outer, "host", "203.0.113.54:80")
+    until(lambda: ask(cluster, "host", "203.0.113.54:80")["works"])
+    (answer,) = explained(cluster, "host", "203.0.113.54:80")
     assert (answer["source_ranges"], answer["hook"]) == ("allowed", "socket")
-    agrees(outer, outer.a, answer)
-    outer.remove("ranged")
+    agrees(cluster, cluster.a, answer)
+    cluster.remove("ranged")
 
 
-def test_addresses_that_no_service_has(outer: Outer) -> None:
+def test_addresses_that_no_service_has(cluster: OutsideClientCluster) -> None:
     for target, outcome, error in (
         ("10.96.0.10:81", "refused", "ECONNREFUSED"),
         ("[fd00:10:96::10]:81", "refused", "ECONNREFUSED"),
         ("10.96.200.200:80", "dropped", "EHOSTUNREACH"),
-        (f"{outer.w2.address}:8080", "untouched", ""),
+        (f"{cluster.w2.address}:8080", "untouched", ""),
     ):
-        for source, space in (("shop/client", outer.client), ("host", outer.a)):
-            (answer,) = explained(outer, source, target)
+        for source, space in (("shop/client", cluster.client), ("host", cluster.a)):
+            (answer,) = explained(cluster, source, target)
             assert (answer["outcome"], answer["error"], answer["service"]) == (outcome, error, "")
-            agrees(outer, space, answer)
+            agrees(cluster, space, answer)
     # A packet to such an address is dropped where it would leave the node.
-    outer.outside.route("10.96.200.200", outer.a)
-    (answer,) = explained(outer, outer.outside.address, "10.96.200.200:80")
+    cluster.outside.route("10.96.200.200", cluster.a)
+    (answer,) = explained(cluster, cluster.outside.address, "10.96.200.200:80")
     assert (answer["outcome"], answer["hook"], answer["error"]) == ("dropped", "tc-egress", "timeout")
-    agrees(outer, outer.outside, answer)
+    agrees(cluster, cluster.outside, answer)
 
 
-def test_node_ports_at_this_nodes_addresses_are_translated_at_the_socket(outer: Outer) -> None:
+def test_node_ports_at_this_nodes_addresses_are_translated_at_the_socket(
+    cluster: OutsideClientCluster,
+) -> None:
     targets = ("172.18.0.1:30080", "[fd00:172:18::1]:30080", "10.244.1.1:30080")
-    for source, space in (("shop/client", outer.client), ("host", outer.a)):
+    for source, space in (("shop/client", cluster.client), ("host", cluster.a)):
         for target in targets:
-            (answer,) = explained(outer, source, target)
+            (answer,) = explained(cluster, source, target)
             assert (answer["frontend"], answer["hook"]) == ("NodePort", "socket")
-            agrees(outer, space, answer)
-        (answer,) = explained(outer, source, "172.18.0.1:30053", "--protocol", "udp")
-        agrees(outer, space, answer)
+            agrees(cluster, space, answer)
+        (answer,) = explained(cluster, source, "172.18.0.1:30053", "--protocol", "udp")
+        agrees(cluster, space, answer)
     # A NodePort of another node is that node's.
-    (answer,) = explained(outer, "shop/client", f"{outer.b.address}:30080")
+    (answer,) = explained(cluster, "shop/client", f"{cluster.b.address}:30080")
     assert answer["outcome"] == "untouched"
 
 
-def test_a_node_port_on_the_loopback_is_the_hosts_alone(outer: Outer) -> None:
-    (answer,) = explained(outer, "host", "127.0.0.1:30080")
+def test_a_node_port_on_the_loopback_is_the_hosts_alone(cluster: OutsideClientCluster) -> None:
+    (answer,) = explained(cluster, "host", "127.0.0.1:30080")
     assert (answer["frontend"], answer["hook"], answer["works"]) == ("NodePort", "socket", True)
-    agrees(outer, outer.a, answer)
-    (answer,) = explained(outer, "shop/client", "127.0.0.1:30080")
+    agrees(cluster, cluster.a, answer)
+    (answer,) = explained(cluster, "shop/client", "127.0.0.1:30080")
     assert answer["outcome"] == "untouched"
 
 
-def test_affinity_names_the_backend_that_the_client_keeps(outer: Outer) -> None:
-    outer.add("sticky", "10.96.2.5", [outer.on_a(), outer.on_b()], sessionAffinity="ClientIP")
-    until(lambda: ask(outer, "shop/client", "10.96.2.5:80")["explanations"][0]["works"])
-    (before,) = explained(outer, "shop/client", "10.96.2.5:80")
+def test_affinity_names_the_backend_that_the_client_keeps(cluster: OutsideClientCluster) -> None:
+    cluster.add(
+        "sticky", "10.96.2.5", [cluster.endpoint_on_a(), cluster.endpoint_on_b()], sessionAffinity="ClientIP"
+    )
+    until(lambda: ask(cluster, "shop/client", "10.96.2.5:80")["explanations"][0]["works"])
+    (before,) = explained(cluster, "shop/client", "10.96.2.5:80")
     assert (before["affinity"]["seconds"], before["affinity"]["backend"]) == (10800, "")
-    pods = {pod.name: f"{pod.address}:8080" for pod in (outer.w1, outer.w2)}
-    kept = pods[outer.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]]
-    (after,) = explained(outer, "shop/client", "10.96.2.5:80")
+    pods = {pod.name: f"{pod.address}:8080" for pod in (cluster.w1, cluster.w2)}
+    kept = pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]]
+    (after,) = explained(cluster, "shop/client", "10.96.2.5:80")
     assert after["affinity"]["backend"] == kept and 10700 < after["affinity"]["expires"] <= 10800
     assert kept in after["why"]
-    assert pods[outer.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]] == kept
-    outer.remove("sticky")
+    assert pods[cluster.client.call(clients.ask_tcp, "10.96.2.5", 80)["name"]] == kept
+    cluster.remove("sticky")
 
 
-def test_open_sockets_and_flows_are_shown_with_what_becomes_of_them(outer: Outer) -> None:
-    outer.balanced("held", "10.96.2.6", "203.0.113.56", [outer.on_a()])
-    until(lambda: ask(outer, "shop/client", "10.96.2.6:80")["explanations"][0]["works"])
-    inside, outside = Held(outer.client, "10.96.2.6", 80), Held(outer.outside, "203.0.113.56", 80)
-    (answer,) = explained(outer, "shop/client", "10.96.2.6:80")
-    backend = f"{outer.w1.address}:8080"
+def test_open_sockets_and_flows_are_shown_with_what_becomes_of_them(cluster: OutsideClientCluster) -> None:
+    cluster.add_load_balancer("held", "10.96.2.6", "203.0.113.56", [cluster.endpoint_on_a()])
+    until(lambda: ask(cluster, "shop/client", "10.96.2.6:80")["explanations"][0]["works"])
+    inside, outside = (
+        HeldConnection(cluster.client, "10.96.2.6", 80),
+        HeldConnection(cluster.outside, "203.0.113.56", 80),
+    )
+    (answer,) = explained(cluster, "shop/client", "10.96.2.6:80")
+    backend = f"{cluster.w1.address}:8080"
     assert answer["sockets"] == [{"backend": backend, "state": "ready", "sockets": 1, "what": "stays"}]
-    (answer,) = explained(outer, outer.outside.address, "203.0.113.56:80")
+    (answer,) = explained(cluster, cluster.outside.address, "203.0.113.56:80")
     assert [(each["backend"], each["state"]) for each in answer["flows"]] == [(backend, "ESTABLISHED")]
-    outer.balanced(
-        "held", "10.96.2.6", "203.0.113.56", [outer.on_a(ready=False, terminating=True), outer.on_b()]
+    cluster.add_load_balancer(
+        "held",
+        "10.96.2.6",
+        "203.0.113.56",
+        [cluster.endpoint_on_a(ready=False, terminating=True), cluster.endpoint_on_b()],
     )
 
     def terminating() -> bool:
-        (found,) = explained(outer, "shop/client", "10.96.2.6:80")
+        (found,) = explained(cluster, "shop/client", "10.96.2.6:80")
         return bool(
             [each for each in found["endpoints"] if each["reason"] == "terminating"] and found["works"]
         )
 
     until(terminating)
-    (answer,) = explained(outer, "shop/client", "10.96.2.6:80")
+    (answer,) = explained(cluster, "shop/client", "10.96.2.6:80")
     assert {each["address"]: each["why"] for each in answer["endpoints"]}[backend].startswith("terminating")
     (row,) = answer["sockets"]
     assert (row["backend"], row["state"], row["what"]) == (
@@ -282,22 +302,22 @@ def test_open_sockets_and_flows_are_shown_with_what_becomes_of_them(outer: Outer
         "terminating",
         "stays; new ones go elsewhere",
     )
-    (flow,) = explained(outer, outer.outside.address, "203.0.113.56:80")[0]["flows"]
+    (flow,) = explained(cluster, cluster.outside.address, "203.0.113.56:80")[0]["flows"]
     assert (flow["backend"], flow["what"]) == (backend, "stays; new ones go elsewhere")
     assert (inside.ask(), outside.ask()) == ("alive", "alive")
-    agrees(outer, outer.client, answer)
-    outer.remove("held")
+    agrees(cluster, cluster.client, answer)
+    cluster.remove("held")
 
 
-def test_services_that_have_no_frontend_say_why(outer: Outer) -> None:
-    outer.add("head", "None", [outer.on_a()])
-    until(lambda: "headless" in ask(outer, "host", "shop/head")["why"])
-    assert "no Service shop/nothing" in ask(outer, "host", "shop/nothing")["why"]
-    assert "has no port 99; it has http (80/TCP), udp (53/UDP)" in ask(outer, "host", "shop/web:99")["why"]
+def test_services_that_have_no_frontend_say_why(cluster: OutsideClientCluster) -> None:
+    cluster.add("head", "None", [cluster.endpoint_on_a()])
+    until(lambda: "headless" in ask(cluster, "host", "shop/head")["why"])
+    assert "no Service shop/nothing" in ask(cluster, "host", "shop/nothing")["why"]
+    assert "has no port 99; it has http (80/TCP), udp (53/UDP)" in ask(cluster, "host", "shop/web:99")["why"]
     # In the namespace of the pod, as its DNS does.
-    assert explained(outer, "shop/client", "web:http")[0]["service"] == "shop/web:http"
-    assert ask(outer, "host", "web:http")["why"].startswith("no Service default/web")
-    outer.remove("head")
+    assert explained(cluster, "shop/client", "web:http")[0]["service"] == "shop/web:http"
+    assert ask(cluster, "host", "web:http")["why"].startswith("no Service default/web")
+    cluster.remove("head")
 
 
 @pytest.mark.parametrize(
@@ -322,62 +342,64 @@ def test_services_that_have_no_frontend_say_why(outer: Outer) -> None:
     ],
 )
 def test_what_cannot_be_explained_has_a_code_of_its_own(
-    outer: Outer, words: tuple[str, ...], said: str
+    cluster: OutsideClientCluster, words: tuple[str, ...], said: str
 ) -> None:
-    done = run(outer, *words)
+    done = run(cluster, *words)
     assert done.code == 2
     assert said in done.errors
 
 
-def test_text_names_the_answer_first(outer: Outer) -> None:
-    done = run(outer, "shop/client", "shop/elsewhere:http")
+def test_text_names_the_answer_first(cluster: OutsideClientCluster) -> None:
+    done = run(cluster, "shop/client", "shop/elsewhere:http")
     first = done.output.splitlines()[0]
     assert first == "shop/client → shop/elsewhere:http 10.96.0.30:80/TCP  DOES NOT WORK: EHOSTUNREACH"
     assert "policy Local: it is on node-b" in done.output
 
 
-def test_without_an_agent_the_maps_are_explained_and_it_is_said(outer: Outer) -> None:
-    outer.lab.agents[-1].stop()
-    report = ask(outer, "shop/client", "shop/web:http")
+def test_without_an_agent_the_maps_are_explained_and_it_is_said(cluster: OutsideClientCluster) -> None:
+    cluster.lab.agents[-1].stop()
+    report = ask(cluster, "shop/client", "shop/web:http")
     assert report["works"] and "no agent runs" in report["without_agent"]
     for answer in report["explanations"]:
         assert {(each["used"], each["why"]) for each in answer["endpoints"]} == {(True, "in the maps")}
-        agrees(outer, outer.client, answer)
-    assert "The maps alone are explained" in run(outer, "shop/client", "shop/web:http").output
-    outer.lab.agents[-1].start()
-    until(lambda: not ask(outer, "shop/client", "shop/web:http")["without_agent"])
+        agrees(cluster, cluster.client, answer)
+    assert "The maps alone are explained" in run(cluster, "shop/client", "shop/web:http").output
+    cluster.lab.agents[-1].start()
+    until(lambda: not ask(cluster, "shop/client", "shop/web:http")["without_agent"])
 
 
-def test_missing_programs_are_seen(outer: Outer) -> None:
+def test_missing_programs_are_seen(cluster: OutsideClientCluster) -> None:
     """Without a program at connect4 the packets are translated; without one at its device nothing is."""
-    links = outer.a.bpf_root / "ebpfproxy" / "links"
+    links = cluster.a.bpf_root / "ebpfproxy" / "links"
     (links / "connect4").unlink()
-    (answer,) = explained(outer, "shop/client", f"{SERVICE_IPS['v4']}:80")
+    (answer,) = explained(cluster, "shop/client", f"{SERVICE_IPS['v4']}:80")
     assert (answer["hook"], answer["steps"]) == ("tc-ingress", ["the socket has no program at connect4"])
-    agrees(outer, outer.client, answer)
-    (answer,) = explained(outer, "shop/client", f"[{SERVICE_IPS['v6']}]:80")
+    agrees(cluster, cluster.client, answer)
+    (answer,) = explained(cluster, "shop/client", f"[{SERVICE_IPS['v6']}]:80")
     assert answer["hook"] == "socket"
-    agent = outer.lab.agents[-1]
+    agent = cluster.lab.agents[-1]
     agent.stop()
-    device = outer.a.call(socket.if_nametoindex, "p1")
+    device = cluster.a.call(socket.if_nametoindex, "p1")
     for link in links.glob(f"tc-{device}-*"):
         link.unlink()
-    (answer,) = ask(outer, "shop/client", f"{SERVICE_IPS['v4']}:80")["explanations"]
+    (answer,) = ask(cluster, "shop/client", f"{SERVICE_IPS['v4']}:80")["explanations"]
     assert (answer["outcome"], answer["hook"], answer["error"]) == ("unserved", "none", "timeout")
-    assert connect(outer.client, answer) == "TimeoutError"
+    assert connect(cluster.client, answer) == "TimeoutError"
     agent.start()
-    until(lambda: ask(outer, "shop/client", f"{SERVICE_IPS['v4']}:80")["explanations"][0]["hook"] == "socket")
-    until(lambda: not ask(outer, "shop/client", "shop/web:http")["without_agent"])
+    until(
+        lambda: ask(cluster, "shop/client", f"{SERVICE_IPS['v4']}:80")["explanations"][0]["hook"] == "socket"
+    )
+    until(lambda: not ask(cluster, "shop/client", "shop/web:http")["without_agent"])
 
 
-def test_a_loopback_address_is_the_hosts(outer: Outer) -> None:
+def test_a_loopback_address_is_the_hosts(cluster: OutsideClientCluster) -> None:
     for name in ("host", "127.0.0.1", "::1"):
-        (answer, *_) = explained(outer, name, "shop/web:http")
+        (answer, *_) = explained(cluster, name, "shop/web:http")
         assert (answer["client"], answer["place"]) == ("host", "host")
 
 
-def test_a_pod_is_named_by_its_address_and_its_namespace_too(outer: Outer) -> None:
-    pod: Pod = outer.client
+def test_a_pod_is_named_by_its_address_and_its_namespace_too(cluster: OutsideClientCluster) -> None:
+    pod: Pod = cluster.client
     for name in (pod.name, f"shop/{pod.name}", pod.address, pod.address6, pod.netns):
-        (answer, *_) = explained(outer, name, "shop/web:http")
+        (answer, *_) = explained(cluster, name, "shop/web:http")
         assert (answer["client"], answer["place"]) == (f"shop/{pod.name}", "pod")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from scapy.all import IPv6
 from scapy.layers.inet import IP
+from scapy.layers.inet6 import IPv6
 
 from ebpfproxy.datapath.dump import Dump, open_maps
 from tests.lab import Lab, LabNode, command

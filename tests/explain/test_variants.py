@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import SERVICE_IPS
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.explain.test_connect import Json, agrees, ask, explained, masked_as, run
-from tests.field.test_xdp import PACKETS, UDP_PORT, World, echo, links
+from tests.field.test_xdp_forwarding import PACKETS, UDP_PORT, XdpCluster, echo, links
 from tests.lab import Lab, clients
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -25,100 +25,100 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest) -> Iterator[tuple[str, Outer]]:
+def variant(request: pytest.FixtureRequest) -> Iterator[tuple[str, OutsideClientCluster]]:
     with Lab() as lab:
-        outer = Outer(lab)
-        outer.agent(*VARIANTS[request.param]).start()
-        yield request.param, outer
+        cluster = OutsideClientCluster(lab)
+        cluster.agent(*VARIANTS[request.param]).start()
+        yield request.param, cluster
 
 
-def one(outer: Outer, source: str, target: str) -> Json:
-    (answer,) = explained(outer, source, target)
+def one(cluster: OutsideClientCluster, source: str, target: str) -> Json:
+    (answer,) = explained(cluster, source, target)
     return answer
 
 
-def sees(outer: Outer, space: Space, answer: Json, own: str) -> None:
+def sees(cluster: OutsideClientCluster, space: Space, answer: Json, own: str) -> None:
     """Asserts that backends see what was explained: the client's ``own`` address, unless it is masqueraded."""
     masquerade = answer["masquerade"]
     is_seen = masquerade["applies"] or masquerade["hairpin"]
-    assert masked_as(outer, space, answer) == (set(masquerade["addresses"]) if is_seen else {own}), answer
+    assert masked_as(cluster, space, answer) == (set(masquerade["addresses"]) if is_seen else {own}), answer
 
 
-def test_pods_packets_are_explained(variant: tuple[str, Outer]) -> None:
-    name, outer = variant
-    pod = outer.client
+def test_pods_packets_are_explained(variant: tuple[str, OutsideClientCluster]) -> None:
+    name, cluster = variant
+    pod = cluster.client
     for own, target in (
         (pod.address, f"{SERVICE_IPS['v4']}:80"),
         (pod.address6, f"[{SERVICE_IPS['v6']}]:80"),
-        (pod.address, f"{outer.a.address}:30080"),
+        (pod.address, f"{cluster.a.address}:30080"),
     ):
-        answer = one(outer, "shop/client", target)
+        answer = one(cluster, "shop/client", target)
         assert (answer["hook"], answer["scope"]) == ("tc-ingress", "internal")
         assert answer["steps"] == ["pods' sockets are left to their packets (podSockets is off)"]
         assert answer["masquerade"]["applies"] is (name == "masquerade-all")
-        agrees(outer, pod, answer)
-        sees(outer, pod, answer, own)
+        agrees(cluster, pod, answer)
+        sees(cluster, pod, answer, own)
     for service in ("empty", "elsewhere"):
-        for answer in explained(outer, "shop/client", f"shop/{service}:http"):
+        for answer in explained(cluster, "shop/client", f"shop/{service}:http"):
             assert (answer["hook"], answer["works"]) == ("tc-ingress", False)
-            agrees(outer, pod, answer)
+            agrees(cluster, pod, answer)
 
 
-def test_a_pod_that_is_its_own_backend_is_masqueraded(variant: tuple[str, Outer]) -> None:
-    _, outer = variant
-    answer = one(outer, "shop/w1", "10.96.0.40:80")
+def test_a_pod_that_is_its_own_backend_is_masqueraded(variant: tuple[str, OutsideClientCluster]) -> None:
+    _, cluster = variant
+    answer = one(cluster, "shop/w1", "10.96.0.40:80")
     masquerade = answer["masquerade"]
     assert masquerade["applies"] or masquerade["hairpin"]
-    sees(outer, outer.w1, answer, outer.w1.address)
+    sees(cluster, cluster.w1, answer, cluster.w1.address)
 
 
-def test_clients_outside_and_the_host_are_explained(variant: tuple[str, Outer]) -> None:
-    _, outer = variant
-    answer = one(outer, outer.outside.address, f"{outer.a.address}:30080")
+def test_clients_outside_and_the_host_are_explained(variant: tuple[str, OutsideClientCluster]) -> None:
+    _, cluster = variant
+    answer = one(cluster, cluster.outside.address, f"{cluster.a.address}:30080")
     assert answer["masquerade"]["applies"]
-    agrees(outer, outer.outside, answer)
-    sees(outer, outer.outside, answer, outer.outside.address)
-    answer = one(outer, "host", f"{SERVICE_IPS['v4']}:80")
+    agrees(cluster, cluster.outside, answer)
+    sees(cluster, cluster.outside, answer, cluster.outside.address)
+    answer = one(cluster, "host", f"{SERVICE_IPS['v4']}:80")
     assert answer["hook"] == "socket"
-    agrees(outer, outer.a, answer)
+    agrees(cluster, cluster.a, answer)
 
 
-def test_pods_of_other_nodes_are_explained(variant: tuple[str, Outer]) -> None:
+def test_pods_of_other_nodes_are_explained(variant: tuple[str, OutsideClientCluster]) -> None:
     """Their packets come by the uplink: addresses may say that they are pods, the device does not."""
-    name, outer = variant
-    answer = one(outer, outer.w2.address, f"{outer.a.address}:30080")
+    name, cluster = variant
+    answer = one(cluster, cluster.w2.address, f"{cluster.a.address}:30080")
     assert (answer["place"], answer["masquerade"]["applies"]) == ("outside", True)
     assert answer["scope"] == "external"
     says = {"cluster-cidr": "pod of another node", "masquerade-all": "masqueradeAll"}
     assert says.get(name, "traffic from outside") in answer["masquerade"]["why"]
-    assert outer.w2.call(clients.connect_error, outer.a.address, 30080) == "connected"
-    sees(outer, outer.w2, answer, outer.w2.address)
+    assert cluster.w2.call(clients.connect_error, cluster.a.address, 30080) == "connected"
+    sees(cluster, cluster.w2, answer, cluster.w2.address)
 
 
 @pytest.fixture(scope="module")
-def forwarding() -> Iterator[World]:
+def forwarding() -> Iterator[XdpCluster]:
     with Lab(takes_xdp=True) as lab:
-        yield World(lab)
+        yield XdpCluster(lab)
 
 
-def past_netfilter(world: World, address: str) -> Json:
+def past_netfilter(cluster: XdpCluster, address: str) -> Json:
     is_v6 = ":" in address
-    client = world.outside.address6 if is_v6 else world.outside.address
+    client = cluster.outside.address6 if is_v6 else cluster.outside.address
     target = f"[{address}]:30053" if is_v6 else f"{address}:30053"
-    (answer,) = ask(world, client, target, "--protocol", "UDP")["explanations"]
-    agrees(world, world.outside, answer)
+    (answer,) = ask(cluster, client, target, "--protocol", "UDP")["explanations"]
+    agrees(cluster, cluster.outside, answer)
     found: Json = answer["masquerade"]["forwarded"]
     return found
 
 
-def forwards(world: World, address: str) -> int:
+def forwards(cluster: XdpCluster, address: str) -> int:
     """How many packets of a new flow XDP forwards, with those that come back."""
-    before = world.forwarded()
-    assert world.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
-    return world.forwarded() - before
+    before = cluster.forwarded()
+    assert cluster.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
+    return cluster.forwarded() - before
 
 
-def test_what_xdp_forwards_is_explained(forwarding: World) -> None:
+def test_what_xdp_forwards_is_explained(forwarding: XdpCluster) -> None:
     """Flows to a backend on another node, while the program is attached; SCTP and this node's pods are tc's."""
     agent = forwarding.agent("--xdp", "native", "--drift-check-seconds", "0").start()
     for address, pod in (
@@ -144,7 +144,9 @@ def test_what_xdp_forwards_is_explained(forwarding: World) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--bypass-netfilter"]], ids=["default", "bypass"])
-def test_without_xdp_netfilter_is_passed_where_that_is_set(forwarding: World, options: list[str]) -> None:
+def test_without_xdp_netfilter_is_passed_where_that_is_set(
+    forwarding: XdpCluster, options: list[str]
+) -> None:
     agent = forwarding.agent(*options).start()
     assert forwards(forwarding, forwarding.a.address) == 0
     expected = {"tc-ingress": [f"{forwarding.w2.address}:8053"]} if options else {}

@@ -1,4 +1,4 @@
-"""Reads records of sockets from the pinned maps, in a millisecond; a command takes a second."""
+"""Reads the pinned maps, in a millisecond; a command takes a second."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def maps_of(node: LabNode) -> Iterator[MapSet]:
         maps.close()
 
 
+def key_of(address: str, port: int, protocol: int = 6) -> bytes:
+    """The key of an IPv4 frontend of internal clients in ``services4``."""
+    packed = bytes(map(int, address.split(".")))
+    return layout.pack_service_key(packed, port, protocol, layout.Scope.INTERNAL)
+
+
 def fill(node: LabNode, name: str) -> int:
     """The number of entries of a map."""
     with maps_of(node) as maps:
@@ -31,14 +37,14 @@ def fill(node: LabNode, name: str) -> int:
 
 
 def origins(node: LabNode) -> tuple[int, int]:
-    """How many sockets have an origin: connected ones, and unconnected ones."""
+    """The number of connected and of unconnected sockets that have an origin."""
     with maps_of(node) as maps:
         table = OriginTable(maps)
         return sum(1 for _ in each_of(table.connected())), sum(1 for _ in each_of(table.unconnected()))
 
 
 def kept_elsewhere(node: LabNode) -> int:
-    """How many records of sockets the slots of ``sock_origin`` say that other maps have."""
+    """The number of records in other maps that the slots of ``sock_origin`` refer to."""
     with maps_of(node) as maps:
         slots = maps["sock_origin"]
         return sum(

@@ -19,7 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Remote:
-    """The side of the test. Methods return a name such as ECONNREFUSED if a system call fails."""
+    """Controls the socket from the test. Methods return a name such as ECONNREFUSED if a system call fails."""
 
     def __init__(
         self, space: Space, host: str, *, protocol: int = 0, kind: socket.SocketKind = socket.SOCK_DGRAM

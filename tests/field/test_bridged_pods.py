@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.outer import PORTS, SLICE_PORTS
+from tests.e2e.outside_client import PORTS, SLICE_PORTS
 from tests.field import test_same_ports as same_ports
 from tests.field.remote import Remote
 from tests.lab import Lab, LabNode, Pod, clients, manifests, servers
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 SERVICE = {"v4": "10.96.0.10", "v6": "fd00:10:96::10"}
 
 
-class World:
+class BridgedPodsCluster:
     """``client`` and ``w1`` on a bridge of node-a, ``w2`` on node-b; w1 or w2 is the endpoint of shop/web."""
 
     def __init__(self, lab: Lab) -> None:
@@ -72,41 +72,43 @@ def _nodad(address: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[BridgedPodsCluster]:
     with Lab() as lab:
-        yield World(lab)
+        yield BridgedPodsCluster(lab)
 
 
 @pytest.mark.parametrize("version", SERVICE)
 @pytest.mark.parametrize("where", ["pod", "host"])
 def test_connected_udp_socket_of_a_removed_backend_on_the_bridge_gets_an_error(
-    world: World, where: str, version: str
+    cluster: BridgedPodsCluster, where: str, version: str
 ) -> None:
     """Its packets are bridged to the MAC address of the old backend and cannot be redirected. The socket gets
     an error, and reaches the new backend after it connects again."""
-    space: Space = world.client if where == "pod" else world.a
+    space: Space = cluster.client if where == "pod" else cluster.a
     host = SERVICE[version]
-    world.write(world.w1)
+    cluster.write(cluster.w1)
     until(lambda: space.call(clients.ask_udp, host, 53)["name"] == "w1")
     with Remote(space, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w1"
-        world.write(world.w2)
+        cluster.write(cluster.w2)
         until(lambda: sock.ask(0.3) in ("ECONNABORTED", "EDESTADDRREQ"), "the socket gets no error", AT_ONCE)
         sock.connect(host, 53)
         until(lambda: sock.ask(0.3) == "w2", "the socket is not served after connect()", AT_ONCE)
 
 
 @pytest.mark.parametrize("version", SERVICE)
-def test_connected_udp_socket_of_a_remote_backend_is_redirected(world: World, version: str) -> None:
+def test_connected_udp_socket_of_a_remote_backend_is_redirected(
+    cluster: BridgedPodsCluster, version: str
+) -> None:
     """Its packets are routed through the bridge device, so that they can be sent to the new backend."""
     host = SERVICE[version]
-    world.write(world.w2)
-    until(lambda: world.client.call(clients.ask_udp, host, 53)["name"] == "w2")
-    with Remote(world.client, host) as sock:
+    cluster.write(cluster.w2)
+    until(lambda: cluster.client.call(clients.ask_udp, host, 53)["name"] == "w2")
+    with Remote(cluster.client, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w2"
-        world.write(world.w1)
+        cluster.write(cluster.w1)
         until(lambda: sock.ask(0.3) == "w1", "the socket is not redirected", AT_ONCE)
 
 
@@ -114,11 +116,11 @@ def test_connected_udp_socket_of_a_remote_backend_is_redirected(world: World, ve
 @pytest.mark.parametrize("end", [*same_ports.ENDS, "udp"])
 @pytest.mark.parametrize("backend", ["local", "remote"])
 def test_bridged_pod_uses_one_source_port_for_a_service_and_its_backend(
-    world: World, backend: str, end: str, version: str
+    cluster: BridgedPodsCluster, backend: str, end: str, version: str
 ) -> None:
     """The client passes no socket hook. Its direct flow gets another source port; the Service's keeps it."""
-    pod = world.w1 if backend == "local" else world.w2
-    world.write(pod)
-    until(lambda: world.client.call(clients.ask_udp, SERVICE[version], 53)["name"] == pod.name)
+    pod = cluster.w1 if backend == "local" else cluster.w2
+    cluster.write(pod)
+    until(lambda: cluster.client.call(clients.ask_udp, SERVICE[version], 53)["name"] == pod.name)
     targets = same_ports.targets(SERVICE[version], pod, "udp" if end == "udp" else "tcp")
-    assert same_ports.ask_unhooked(world.client, targets, end) == pod.name
+    assert same_ports.ask_unhooked(cluster.client, targets, end) == pod.name

@@ -25,9 +25,9 @@ from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.traffic_control import INGRESS, Place, put_filter
-from tests.e2e.world import SERVICE_IPS, World
-from tests.field.records import maps_of
-from tests.lab import Agent, Lab, LabNode, clients, command
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
+from tests.field.records import key_of, maps_of
+from tests.lab import Agent, LabNode, clients, command
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -38,15 +38,9 @@ _PROCEED = bytes.fromhex("b700000001000000 9500000000000000")
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with Lab() as lab:
-        yield World(lab)
-
-
-@pytest.fixture(scope="module")
-def agent(world: World) -> Iterator[Agent]:
-    """It compares only when it is asked to."""
-    started = world.agent("--drift-check-seconds", "0").start()
+def agent(cluster: TwoNodeCluster) -> Iterator[Agent]:
+    """An agent without periodic checks: it compares only at a request."""
+    started = cluster.agent("--drift-check-seconds", "0").start()
     yield started
     started.stop()
 
@@ -62,7 +56,7 @@ def check(node: LabNode, *arguments: str, good: bool) -> dict[str, Any]:
     return found
 
 
-def wrong(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def findings_of(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (each["where"], each["kind"], each["what"], each["service"])
         for each in found["findings"]
@@ -70,22 +64,17 @@ def wrong(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def key_of(address: str, port: int) -> bytes:
-    packed = bytes(map(int, address.split(".")))
-    return layout.pack_service_key(packed, port, 6, layout.Scope.INTERNAL)
-
-
-def test_a_healthy_node_has_nothing_wrong(world: World, agent: Agent) -> None:
-    found = check(world.a, good=True)
+def test_healthy_node_has_no_findings(cluster: TwoNodeCluster, agent: Agent) -> None:
+    found = check(cluster.a, good=True)
     assert found["agent"] == "answered"
     assert found["unchecked"] == []
-    text = world.a.cli("check")
+    text = cluster.a.cli("check")
     assert "everything is as it should be" in text
 
 
-def test_differences_are_named_and_repaired_when_asked_to(world: World, agent: Agent) -> None:
-    pin = pin_folder(world.a.bpf_root) / "links" / "connect4"
-    with maps_of(world.a) as maps:
+def test_check_reports_differences_and_repair_removes_them(cluster: TwoNodeCluster, agent: Agent) -> None:
+    pin = pin_folder(cluster.a.bpf_root) / "links" / "connect4"
+    with maps_of(cluster.a) as maps:
         entry = maps["services4"].lookup(key_of(IP, 80))
         assert entry is not None
         bpf.map_delete(maps["services4"].fd, key_of(IP, 80))
@@ -96,24 +85,24 @@ def test_differences_are_named_and_repaired_when_asked_to(world: World, agent: A
             ("services4", "missing", f"{IP}:80/TCP (internal)", "shop/web:http"),
             ("programs", "detached", "connect4", ""),
         ]
-        found = check(world.a, good=False)
-        assert sorted(wrong(found)) == sorted(expected)
+        found = check(cluster.a, good=False)
+        assert sorted(findings_of(found)) == sorted(expected)
         assert all(each["consequence"] and each["mend"] for each in found["findings"])
         assert maps["services4"].lookup(key_of(IP, 80)) is None, "looking repairs nothing"
-        text = world.a.cli("check", check=False)
+        text = cluster.a.cli("check", check=False)
         assert "mend: ebpfproxy check --repair" in text
 
-        found = check(world.a, "--repair", good=True)
+        found = check(cluster.a, "--repair", good=True)
         repaired = [(e["where"], e["kind"], e["what"], e["service"]) for e in found["repaired"]]
         assert sorted(repaired) == sorted(expected)
         assert maps["services4"].lookup(key_of(IP, 80)) == entry
-    assert check(world.a, good=True)["repaired"] == []
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert check(cluster.a, good=True)["repaired"] == []
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_what_a_repair_has_no_room_for_is_not_repaired(world: World, agent: Agent) -> None:
+def test_entry_that_the_map_has_no_room_for_is_not_repaired(cluster: TwoNodeCluster, agent: Agent) -> None:
     """Foreign entries have taken the place of one that is missing; they are deleted after it is written."""
-    with maps_of(world.a) as maps:
+    with maps_of(cluster.a) as maps:
         table = maps["node_addresses"]
         known = [key for key, _ in table.items()]
         bpf.map_delete(table.fd, known[0])
@@ -121,34 +110,34 @@ def test_what_a_repair_has_no_room_for_is_not_repaired(world: World, agent: Agen
         while len(known) - 1 + taken < table.spec.max_entries:
             bpf.map_update(table.fd, b"\xfd" + taken.to_bytes(15, "big"), U32.pack(1))
             taken += 1
-        found = check(world.a, "--repair", good=False)
-        assert [each[:2] for each in wrong(found)] == [("node_addresses", "missing")]
+        found = check(cluster.a, "--repair", good=False)
+        assert [each[:2] for each in findings_of(found)] == [("node_addresses", "missing")]
         assert {each["kind"] for each in found["repaired"]} == {"foreign"}
         assert len(found["repaired"]) + found["more"] == taken
-        assert len(check(world.a, "--repair", good=True)["repaired"]) == 1
+        assert len(check(cluster.a, "--repair", good=True)["repaired"]) == 1
         assert sorted(key for key, _ in table.items()) == sorted(known)
 
 
-def test_an_agent_of_another_version_is_named(world: World, agent: Agent) -> None:
+def test_agent_without_a_socket_is_reported(cluster: TwoNodeCluster, agent: Agent) -> None:
     """Its record names no socket."""
-    with maps_of(world.a) as maps:
+    with maps_of(cluster.a) as maps:
         record = state.load(maps)
         assert record is not None
         assert agent.process is not None
         agent.process.send_signal(signal.SIGSTOP)
         try:
             state.save(maps, msgspec.structs.replace(record, socket=""))
-            found = check(world.a, "--timeout", "1", good=False)
+            found = check(cluster.a, "--timeout", "1", good=False)
         finally:
             state.save(maps, record)
             agent.process.send_signal(signal.SIGCONT)
-    assert ("agent", "missing", "the agent is of another version", "") in wrong(found)
+    assert ("agent", "missing", "the agent is of another version", "") in findings_of(found)
 
 
-def test_the_agent_answers_in_another_network_namespace_too(world: World, agent: Agent) -> None:
+def test_the_agent_answers_in_another_network_namespace_too(cluster: TwoNodeCluster, agent: Agent) -> None:
     """The rest of the node is looked at in the agent's only."""
     command.import_commands()
-    done = world.client.call(command.run, ["check", "-o", "json", "--bpf-root", str(world.a.bpf_root)])
+    done = cluster.client.call(command.run, ["check", "-o", "json", "--bpf-root", str(cluster.a.bpf_root)])
     found = json.loads(done.output)
     assert (done.code, found["agent"]) == (0, "answered")
     assert "not the agent's network namespace" in found["unchecked"][0]
@@ -159,65 +148,71 @@ def _start_check(node: LabNode, *arguments: str) -> subprocess.Popen[bytes]:
     return node.popen([*words, *arguments], join_cgroup=False, stdout=-1)
 
 
-def test_each_of_several_commands_gets_its_own_answer(world: World, agent: Agent) -> None:
+def test_concurrent_checks_get_separate_answers(cluster: TwoNodeCluster, agent: Agent) -> None:
     """Those that only look do not repair, and say nothing of what another repairs."""
-    running = [_start_check(world.a, *words) for words in ((), ("--repair",), (), ("--repair",))]
+    running = [_start_check(cluster.a, *words) for words in ((), ("--repair",), (), ("--repair",))]
     for each in running:
         found = json.loads(each.communicate(timeout=30)[0])
         assert (each.returncode, found["agent"], found["repaired"]) == (0, "answered", [])
 
 
-def test_an_agent_that_starts_is_waited_for(world: World, agent: Agent) -> None:
+def test_check_waits_for_an_agent_that_starts(cluster: TwoNodeCluster, agent: Agent) -> None:
     """What somebody has changed meanwhile is repaired by its start."""
     agent.stop()
-    with maps_of(world.a) as maps:
+    with maps_of(cluster.a) as maps:
         bpf.map_delete(maps["services4"].fd, key_of(IP, 80))
     running = threading.Thread(target=agent.start)
     running.start()
-    until(lambda: is_locked(world.a.bpf_root))
-    found = check(world.a, "--repair", good=True)
+    until(lambda: is_locked(cluster.a.bpf_root))
+    found = check(cluster.a, "--repair", good=True)
     running.join()
     assert (found["agent"], found["repaired"]) == ("answered", [])
 
 
-def test_an_agent_that_hangs_is_named(world: World, agent: Agent) -> None:
+def test_agent_that_hangs_is_reported(cluster: TwoNodeCluster, agent: Agent) -> None:
     assert agent.process is not None
     agent.process.send_signal(signal.SIGSTOP)
     try:
-        found = check(world.a, "--timeout", "1", good=False)
+        found = check(cluster.a, "--timeout", "1", good=False)
     finally:
         agent.process.send_signal(signal.SIGCONT)
     assert found["agent"] == "no answer"
-    assert ("agent", "missing", "the agent does not answer: timed out", "") in wrong(found)
+    assert ("agent", "missing", "the agent does not answer: timed out", "") in findings_of(found)
 
 
-def test_programs_are_compared_while_a_trace_replaces_them(world: World, agent: Agent) -> None:
+def test_programs_are_compared_while_a_trace_replaces_them(cluster: TwoNodeCluster, agent: Agent) -> None:
     """A check that is asked for meanwhile is made when they are attached."""
-    words = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(world.a.bpf_root)]
-    trace = world.a.popen(words, join_cgroup=False, stdout=-3, stderr=-1)
+    words = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(cluster.a.bpf_root)]
+    trace = cluster.a.popen(words, join_cgroup=False, stdout=-3, stderr=-1)
     try:
         for _ in range(5):
             subprocess.run(
-                ["bpftool", "link", "detach", "pinned", pin_folder(world.a.bpf_root) / "links" / "connect4"],
+                [
+                    "bpftool",
+                    "link",
+                    "detach",
+                    "pinned",
+                    pin_folder(cluster.a.bpf_root) / "links" / "connect4",
+                ],
                 check=True,
             )
-            repaired = check(world.a, "--repair", good=True)["repaired"]
+            repaired = check(cluster.a, "--repair", good=True)["repaired"]
             assert [(each["where"], each["kind"]) for each in repaired] in ([("programs", "detached")], [])
-            assert {each.hook for each in attachments(pin_folder(world.a.bpf_root)) if each.alive} >= {
+            assert {each.hook for each in attachments(pin_folder(cluster.a.bpf_root)) if each.alive} >= {
                 "connect4"
             }
     finally:
         trace.terminate()
         trace.communicate(timeout=20)
-    check(world.a, good=True)
+    check(cluster.a, good=True)
 
 
-def test_sysctl_that_stops_forwarding_is_named(world: World, agent: Agent) -> None:
-    world.a.call(_forward, "0")
+def test_disabled_ip_forwarding_is_reported(cluster: TwoNodeCluster, agent: Agent) -> None:
+    cluster.a.call(_forward, "0")
     try:
-        (found,) = wrong(check(world.a, good=False))
+        (found,) = findings_of(check(cluster.a, good=False))
     finally:
-        world.a.call(_forward, "1")
+        cluster.a.call(_forward, "1")
     assert found == ("node", "setting", "net.ipv4.ip_forward is 0", "")
 
 
@@ -225,15 +220,15 @@ def _forward(value: str) -> None:
     Path("/proc/sys/net/ipv4/ip_forward").write_text(value)
 
 
-def test_programs_of_others_that_run_first_are_warnings(world: World) -> None:
+def test_programs_of_others_that_run_first_are_warnings(cluster: TwoNodeCluster) -> None:
     """One was at the cgroup before the agent came, a filter has a lower priority."""
-    fd = os.open(world.b.cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(cluster.b.cgroup, os.O_RDONLY | os.O_DIRECTORY)
     program = bpf.prog_load(18, 10, "a_mesh", _PROCEED)
     link = bpf.link_create(program, fd, 10)
-    agent = world.b.agent("--without", "tcx", manifests=world.manifests).start()
+    agent = cluster.b.agent("--without", "tcx", manifests=cluster.manifests).start()
     try:
-        world.b.call(_add_filter)
-        warnings = [e for e in check(world.b, good=True)["findings"] if e["kind"] == "foreign"]
+        cluster.b.call(_add_filter)
+        warnings = [e for e in check(cluster.b, good=True)["findings"] if e["kind"] == "foreign"]
         assert {(e["where"], e["what"].split(":")[0]) for e in warnings} == {
             ("programs", "connect4"),
             ("devices", "eth0 ingress, priority 1 a_cni"),
@@ -263,21 +258,21 @@ def _contradict(maps: MapSet) -> None:
     bpf.map_update(maps["members"].fd, U32.pack(9000) + U32.pack(0), U32.pack(1))
 
 
-def test_without_an_agent_contradictions_are_named_and_the_next_start_repairs_them(
-    world: World, agent: Agent
+def test_contradictory_maps_are_reported_without_an_agent_and_repaired_at_its_start(
+    cluster: TwoNodeCluster, agent: Agent
 ) -> None:
     agent.stop()
-    found = check(world.a, good=False)
-    assert wrong(found) == [("agent", "missing", "not running", "")]
+    found = check(cluster.a, good=False)
+    assert findings_of(found) == [("agent", "missing", "not running", "")]
     assert found["agent"] == "not running"
     assert "only the agent knows" in found["unchecked"][0]
-    with maps_of(world.a) as maps:
+    with maps_of(cluster.a) as maps:
         _contradict(maps)
     subprocess.run(
-        ["bpftool", "link", "detach", "pinned", str(pin_folder(world.a.bpf_root) / "links" / "connect6")],
+        ["bpftool", "link", "detach", "pinned", str(pin_folder(cluster.a.bpf_root) / "links" / "connect6")],
         check=True,
     )
-    named = {(where, kind) for where, kind, _, _ in wrong(check(world.a, good=False))}
+    named = {(where, kind) for where, kind, _, _ in findings_of(check(cluster.a, good=False))}
     assert named == {
         ("agent", "missing"),
         ("services4", "foreign"),
@@ -286,9 +281,9 @@ def test_without_an_agent_contradictions_are_named_and_the_next_start_repairs_th
         ("members", "foreign"),
         ("programs", "detached"),
     }
-    with maps_of(world.a) as maps:
+    with maps_of(cluster.a) as maps:
         bpf.map_delete(maps["services4"].fd, b"\x01" * 8)
-    again = world.agent("--drift-check-seconds", "0").start()
-    assert wrong(check(world.a, good=True)) == []
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    again = cluster.agent("--drift-check-seconds", "0").start()
+    assert findings_of(check(cluster.a, good=True)) == []
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
     again.stop()

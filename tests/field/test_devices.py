@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.outer import Outer, ask_by_socat
-from tests.e2e.world import BALANCER, NODE_PORT
+from tests.e2e.outside_client import OutsideClientCluster, ask_by_socat
+from tests.e2e.two_node_cluster import BALANCER, NODE_PORT
 from tests.field import test_same_ports as same_ports
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.spaces import Space
@@ -25,12 +25,12 @@ ON_LO, ON_LO6 = "198.51.100.1", "2001:db8:51::1"
 class Neighbour(Space):
     """A host on a second network of node-a, without its default route."""
 
-    def __init__(self, world: Outer, kind: str, number: int) -> None:
-        super().__init__(f"{world.lab.id}-{kind}", world.outside.cgroup)
+    def __init__(self, cluster: OutsideClientCluster, kind: str, number: int) -> None:
+        super().__init__(f"{cluster.lab.id}-{kind}", cluster.outside.cgroup)
         self.kind, self.number, self.device = kind, number, f"{kind}0"
         #: The addresses of the node on that network.
         self.address, self.address6 = f"10.20.{number}.1", f"fd00:20:{number}::1"
-        world.lab.namespace(self.netns).close()
+        cluster.lab.namespace(self.netns).close()
         # A device is created after the one that it is on.
         made = {
             "veth": f"link add veth0 type veth peer name eth0 netns {self.netns}",
@@ -40,7 +40,7 @@ class Neighbour(Space):
             "link add link low7 macvlan0 type macvlan mode bridge",
         }[kind]
         ip(
-            world.a,
+            cluster.a,
             made,
             f"link set {self.device} up",
             f"address add {self.address}/24 dev {self.device}",
@@ -61,7 +61,7 @@ def ip(space: Space, *commands: str) -> None:
         space.run(["ip", *command.split()])
 
 
-class Nodes(Outer):
+class DevicesCluster(OutsideClientCluster):
     """node-a with a network of each kind; there is no Node object before :meth:`write_node`."""
 
     def __init__(self, lab: Lab) -> None:
@@ -93,23 +93,23 @@ class Nodes(Outer):
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def cluster() -> Iterator[DevicesCluster]:
     with Lab() as lab:
-        yield Nodes(lab)
+        yield DevicesCluster(lab)
 
 
 @pytest.fixture(scope="module")
-def agent(nodes: Nodes) -> Agent:
+def agent(cluster: DevicesCluster) -> Agent:
     """The agent with default options; no other one runs at the same time."""
-    return nodes.agent().start()
+    return cluster.agent().start()
 
 
 @pytest.fixture
-def running(nodes: Nodes, agent: Agent) -> Iterator[Agent]:
+def running(cluster: DevicesCluster, agent: Agent) -> Iterator[Agent]:
     if agent.process is None or agent.process.poll() is not None:
         agent.start()
     yield agent
-    nodes.forget_node()
+    cluster.forget_node()
 
 
 def is_served(space: Space, address: str) -> bool:
@@ -129,14 +129,14 @@ KINDS = pytest.mark.parametrize("kind", ["veth", "bridge", "macvlan"])
 
 @KINDS
 def test_node_port_is_served_at_an_internal_ip_on_a_device_without_a_default_route(
-    nodes: Nodes, running: Agent, kind: str
+    cluster: DevicesCluster, running: Agent, kind: str
 ) -> None:
     """NodePorts are served at the Node's InternalIPs of both families, on any device."""
-    neighbour = nodes.neighbours[kind]
-    nodes.write_node(neighbour.address, neighbour.address6, podCIDRs=["10.244.1.0/24"])
+    neighbour = cluster.neighbours[kind]
+    cluster.write_node(neighbour.address, neighbour.address6, podCIDRs=["10.244.1.0/24"])
     because = f"has the Node's InternalIP {neighbour.address}"
     until(
-        lambda: nodes.devices().get(neighbour.device) == ("uplink", because),
+        lambda: cluster.devices().get(neighbour.device) == ("uplink", because),
         "the device does not become an uplink",
     )
     assert is_served(neighbour, neighbour.address)
@@ -144,98 +144,110 @@ def test_node_port_is_served_at_an_internal_ip_on_a_device_without_a_default_rou
 
 
 @pytest.mark.parametrize("address", [ON_LO, ON_LO6])
-def test_node_port_is_served_at_an_address_on_lo(nodes: Nodes, running: Agent, address: str) -> None:
+def test_node_port_is_served_at_an_address_on_lo(
+    cluster: DevicesCluster, running: Agent, address: str
+) -> None:
     """Nodes have addresses on lo that they announce by BGP."""
-    assert is_served(nodes.outside, address)
-    assert is_served(nodes.client, address)
+    assert is_served(cluster.outside, address)
+    assert is_served(cluster.client, address)
 
 
 @pytest.mark.parametrize("kind", ["veth", "macvlan"])
 def test_clients_on_an_unnamed_second_network_are_masqueraded(
-    nodes: Nodes, running: Agent, kind: str
+    cluster: DevicesCluster, running: Agent, kind: str
 ) -> None:
     """A client of a load-balancer IP on a second network is external: it is masqueraded and gets replies.
 
     No Node address and no route refers to the network; only devices that lead to pods are local.
     """
-    neighbour = nodes.neighbours[kind]
-    assert nodes.devices()[neighbour.device][0] in ("uplink", "outside")
-    _check_masqueraded(nodes, neighbour)
+    neighbour = cluster.neighbours[kind]
+    assert cluster.devices()[neighbour.device][0] in ("uplink", "outside")
+    _check_masqueraded(cluster, neighbour)
 
 
 @KINDS
 @pytest.mark.parametrize("end", ["open", "udp"])
 def test_client_uses_one_source_port_for_a_service_and_its_backend(
-    nodes: Nodes, running: Agent, kind: str, end: str
+    cluster: DevicesCluster, running: Agent, kind: str, end: str
 ) -> None:
     """Replies have the addresses of both, with each kind of device of the client."""
-    neighbour = nodes.neighbours[kind]
-    nodes.write_web(nodes.w1)
+    neighbour = cluster.neighbours[kind]
+    cluster.write_web(cluster.w1)
     try:
-        until(lambda: all(ask_by_socat(nodes.client, f"{BALANCER}:80")["name"] == "w1" for _ in range(8)))
-        targets = same_ports.targets(BALANCER, nodes.w1, "udp" if end == "udp" else "tcp")
+        until(lambda: all(ask_by_socat(cluster.client, f"{BALANCER}:80")["name"] == "w1" for _ in range(8)))
+        targets = same_ports.targets(BALANCER, cluster.w1, "udp" if end == "udp" else "tcp")
         assert same_ports.ask_unhooked(neighbour, targets, end) == "w1"
     finally:
-        nodes.write_web(nodes.w1, nodes.w2)
+        cluster.write_web(cluster.w1, cluster.w2)
 
 
-def test_clients_behind_a_bridge_with_a_node_address_are_masqueraded(nodes: Nodes, running: Agent) -> None:
+def test_clients_behind_a_bridge_with_a_node_address_are_masqueraded(
+    cluster: DevicesCluster, running: Agent
+) -> None:
     """A bridge with an address of the Node is an uplink; other bridges with veth ports belong to a CNI."""
-    neighbour = nodes.neighbours["bridge"]
-    assert nodes.devices()["bridge0"] == ("pods", "a bridge of pods")
-    nodes.write_node("172.18.0.1", external=(neighbour.address,))
-    until(lambda: nodes.devices()["bridge0"][0] == "uplink", "the device does not become an uplink")
-    _check_masqueraded(nodes, neighbour)
-    nodes.forget_node()
-    until(lambda: nodes.devices()["bridge0"][0] == "pods", "the device remains an uplink")
+    neighbour = cluster.neighbours["bridge"]
+    assert cluster.devices()["bridge0"] == ("pods", "a bridge of pods")
+    cluster.write_node("172.18.0.1", external=(neighbour.address,))
+    until(lambda: cluster.devices()["bridge0"][0] == "uplink", "the device does not become an uplink")
+    _check_masqueraded(cluster, neighbour)
+    cluster.forget_node()
+    until(lambda: cluster.devices()["bridge0"][0] == "pods", "the device remains an uplink")
 
 
-def _check_masqueraded(nodes: Nodes, neighbour: Neighbour) -> None:
+def _check_masqueraded(cluster: DevicesCluster, neighbour: Neighbour) -> None:
     found = {}
     for _ in range(clients.ENOUGH):
         reply = neighbour.call(clients.ask_tcp, BALANCER, 80)
         found[reply["name"]] = reply["peer"]
-    assert found == {"w1": "10.244.1.1", "w2": nodes.a.address}
+    assert found == {"w1": "10.244.1.1", "w2": cluster.a.address}
     assert neighbour.call(clients.ask_udp, BALANCER, 53)["from"] == (BALANCER, 53)
 
 
-def test_pods_are_not_masqueraded_with_and_without_a_node_object(nodes: Nodes, running: Agent) -> None:
+def test_pods_are_not_masqueraded_with_and_without_a_node_object(
+    cluster: DevicesCluster, running: Agent
+) -> None:
     """Packets from devices that lead to pods are not masqueraded."""
-    for write in (nodes.forget_node, lambda: nodes.write_node("172.18.0.1", podCIDRs=["10.244.1.0/24"])):
+    for write in (cluster.forget_node, lambda: cluster.write_node("172.18.0.1", podCIDRs=["10.244.1.0/24"])):
         write()
-        seen = {ask_by_socat(nodes.client, f"{BALANCER}:80")["peer"] for _ in range(8)}
-        assert seen == {nodes.client.address}
-        assert nodes.devices()["p1"] == ("pods", "a veth to a pod")
+        seen = {ask_by_socat(cluster.client, f"{BALANCER}:80")["peer"] for _ in range(8)}
+        assert seen == {cluster.client.address}
+        assert cluster.devices()["p1"] == ("pods", "a veth to a pod")
 
 
-def test_bridge_is_an_uplink_while_it_has_routes_with_a_gateway(nodes: Nodes, running: Agent) -> None:
+def test_bridge_is_an_uplink_while_it_has_routes_with_a_gateway(
+    cluster: DevicesCluster, running: Agent
+) -> None:
     """A route with a gateway leads to other machines. The agent follows netlink events of routes."""
-    ip(nodes.a, "route add 10.77.0.0/16 via 10.20.2.9 dev bridge0")
+    ip(cluster.a, "route add 10.77.0.0/16 via 10.20.2.9 dev bridge0")
     until(
-        lambda: nodes.devices()["bridge0"] == ("uplink", "has routes by a gateway"),
+        lambda: cluster.devices()["bridge0"] == ("uplink", "has routes by a gateway"),
         "the device does not become an uplink",
     )
-    _check_masqueraded(nodes, nodes.neighbours["bridge"])
-    ip(nodes.a, "route del 10.77.0.0/16")
-    until(lambda: nodes.devices()["bridge0"] == ("pods", "a bridge of pods"), "the device remains an uplink")
+    _check_masqueraded(cluster, cluster.neighbours["bridge"])
+    ip(cluster.a, "route del 10.77.0.0/16")
+    until(
+        lambda: cluster.devices()["bridge0"] == ("pods", "a bridge of pods"), "the device remains an uplink"
+    )
     # A gateway that is an address of the node, as Cilium has it, does not lead to other machines.
-    ip(nodes.a, "route add 10.77.0.0/16 via 172.18.0.254", "route add 10.78.0.0/16 dev bridge0")
-    assert nodes.devices()["bridge0"] == ("pods", "a bridge of pods")
-    ip(nodes.a, "route del 10.77.0.0/16", "route del 10.78.0.0/16")
+    ip(cluster.a, "route add 10.77.0.0/16 via 172.18.0.254", "route add 10.78.0.0/16 dev bridge0")
+    assert cluster.devices()["bridge0"] == ("pods", "a bridge of pods")
+    ip(cluster.a, "route del 10.77.0.0/16", "route del 10.78.0.0/16")
 
 
-def test_external_ip_of_the_node_that_no_device_has_is_ignored(nodes: Nodes, running: Agent) -> None:
+def test_external_ip_of_the_node_that_no_device_has_is_ignored(
+    cluster: DevicesCluster, running: Agent
+) -> None:
     """Cloud providers write addresses that a router translates; NodePorts are served as before."""
-    nodes.write_node("203.0.113.200", external=("203.0.113.201",))
-    assert is_served(nodes.outside, nodes.a.address)
-    assert is_served(nodes.outside, ON_LO)
+    cluster.write_node("203.0.113.200", external=("203.0.113.201",))
+    assert is_served(cluster.outside, cluster.a.address)
+    assert is_served(cluster.outside, ON_LO)
 
 
 # -- nodePortAddresses
 
 
 @pytest.fixture
-def start_agent(nodes: Nodes, agent: Agent) -> Iterator[Callable[..., Agent]]:
+def start_agent(cluster: DevicesCluster, agent: Agent) -> Iterator[Callable[..., Agent]]:
     """Starts an agent with options and a configuration file, in place of the default one."""
     if agent.process is not None and agent.process.poll() is None:
         agent.stop()
@@ -243,18 +255,18 @@ def start_agent(nodes: Nodes, agent: Agent) -> Iterator[Callable[..., Agent]]:
 
     def start(*arguments: str, config: dict[str, Any] | None = None) -> Agent:
         if config is not None:
-            path = nodes.lab.folder / "kube-proxy.yaml"
+            path = cluster.lab.folder / "kube-proxy.yaml"
             head = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
             path.write_text(yaml.safe_dump({**head, **config}))
             arguments = ("--config", str(path), *arguments)
-        started.append(nodes.agent(*arguments).start())
+        started.append(cluster.agent(*arguments).start())
         return started[-1]
 
     yield start
     for each in started:
         if each.process is not None and each.process.poll() is None:
             each.stop()
-    nodes.forget_node()
+    cluster.forget_node()
 
 
 PRIMARY, POD_GATEWAY = "172.18.0.1", "10.244.1.1"
@@ -271,36 +283,38 @@ PRIMARY, POD_GATEWAY = "172.18.0.1", "10.244.1.1"
     ],
 )
 def test_node_port_addresses_are_those_of_kube_proxy_in_each_mode(
-    nodes: Nodes, start_agent: Callable[..., Agent], config: dict[str, Any], where: set[str]
+    cluster: DevicesCluster, start_agent: Callable[..., Agent], config: dict[str, Any], where: set[str]
 ) -> None:
     """Empty means all addresses of the node in modes iptables and ipvs, and primary ones in nftables. The
     keywords of 1.37 can be combined with each other and with CIDRs."""
-    nodes.write_node(PRIMARY, nodes.a.address6)
+    cluster.write_node(PRIMARY, cluster.a.address6)
     start_agent(config=config)
     addresses = (PRIMARY, ON_LO, POD_GATEWAY, "127.0.0.1")
-    errors = {address: nodes.a.call(clients.connect_error, address, NODE_PORT, 0.3) for address in addresses}
+    errors = {
+        address: cluster.a.call(clients.connect_error, address, NODE_PORT, 0.3) for address in addresses
+    }
     assert {address for address, error in errors.items() if error == "connected"} == where
     assert {errors[address] for address in set(addresses) - where} <= {"ECONNREFUSED"}
 
 
 def test_primary_address_is_the_internal_ip_and_follows_the_node_object(
-    nodes: Nodes, start_agent: Callable[..., Agent]
+    cluster: DevicesCluster, start_agent: Callable[..., Agent]
 ) -> None:
     """The InternalIP may be on a device without a default route, and may be set after the agent's start."""
-    neighbour = nodes.neighbours["veth"]
+    neighbour = cluster.neighbours["veth"]
     start_agent("--nodeport-addresses", "primary")
-    assert is_served(nodes.outside, nodes.a.address)
+    assert is_served(cluster.outside, cluster.a.address)
     assert not is_served(neighbour, neighbour.address)
-    nodes.write_node(neighbour.address, neighbour.address6)
+    cluster.write_node(neighbour.address, neighbour.address6)
     until(lambda: is_served(neighbour, neighbour.address), "the NodePort is not served at the InternalIP")
     assert is_served(neighbour, neighbour.address6)
     until(
-        lambda: not is_served(nodes.outside, nodes.a.address),
+        lambda: not is_served(cluster.outside, cluster.a.address),
         "the NodePort is still served at another address",
     )
     # The kubelet updates the address.
-    nodes.write_node(ON_LO)
-    until(lambda: is_served(nodes.outside, ON_LO), "the NodePort is not served at the new InternalIP")
+    cluster.write_node(ON_LO)
+    until(lambda: is_served(cluster.outside, ON_LO), "the NodePort is not served at the new InternalIP")
 
 
 # -- detectLocalMode
@@ -316,12 +330,12 @@ def test_primary_address_is_the_internal_ip_and_follows_the_node_object(
     ],
 )
 def test_detect_local_mode_matches_the_name_of_the_bridge(
-    nodes: Nodes, start_agent: Callable[..., Agent], mode: list[str], kept: bool
+    cluster: DevicesCluster, start_agent: Callable[..., Agent], mode: list[str], kept: bool
 ) -> None:
     """As in netfilter, the input device of a bridged pod's packets is the bridge and not its port."""
     start_agent("--detect-local-mode", *mode)
-    pod = nodes.neighbours["bridge"]
-    ip(nodes.b, "route replace 10.20.2.0/24 via 172.18.0.1")
+    pod = cluster.neighbours["bridge"]
+    ip(cluster.b, "route replace 10.20.2.0/24 via 172.18.0.1")
     seen = {
         reply["peer"] for reply in pod.call(clients.repeated, clients.ENOUGH, clients.ask_tcp, BALANCER, 80)
     }
@@ -334,13 +348,13 @@ def test_detect_local_mode_matches_the_name_of_the_bridge(
 
 @pytest.mark.parametrize("options", [[], ["--without", "tcx"]])
 def test_status_in_another_network_namespace_shows_the_devices_of_the_agent(
-    nodes: Nodes, start_agent: Callable[..., Agent], options: list[str]
+    cluster: DevicesCluster, start_agent: Callable[..., Agent], options: list[str]
 ) -> None:
     """Indexes and names of devices are those of the agent's namespace, wherever ``status`` runs."""
     start_agent(*options)
-    here = json.loads(nodes.a.cli("status", "-o", "json"))
-    other_namespace = nodes.neighbours["veth"]
-    command = [sys.executable, "-m", "ebpfproxy", "status", "--bpf-root", str(nodes.a.bpf_root)]
+    here = json.loads(cluster.a.cli("status", "-o", "json"))
+    other_namespace = cluster.neighbours["veth"]
+    command = [sys.executable, "-m", "ebpfproxy", "status", "--bpf-root", str(cluster.a.bpf_root)]
     there = json.loads(other_namespace.run([*command, "-o", "json"]))
     assert there["devices"] == here["devices"]
     assert {"eth0", "p1", "veth0", "bridge0", "macvlan0"} <= {each["device"] for each in there["devices"]}
@@ -352,12 +366,12 @@ def test_status_in_another_network_namespace_shows_the_devices_of_the_agent(
     assert "conntrack" in other_namespace.run([*command, "-v"])
 
 
-def test_log_has_the_role_of_each_device_and_its_changes(nodes: Nodes, running: Agent) -> None:
+def test_log_has_the_role_of_each_device_and_its_changes(cluster: DevicesCluster, running: Agent) -> None:
     """The log has the reason of each role, at the start and after a change."""
     running.wait_log("name=eth0 taken_for=uplink because='has a default route'")
     running.wait_log("name=veth0 taken_for=outside because='a veth on a network, 10.20.1.1/24'")
     logged = running.text.count("name=veth0 taken_for=uplink")
-    nodes.write_node(nodes.neighbours["veth"].address)
+    cluster.write_node(cluster.neighbours["veth"].address)
     running.wait_log(
         'name=veth0 taken_for=uplink because="has the Node\'s InternalIP 10.20.1.1"', times=logged + 1
     )

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.e2e.world import EXTERNAL, SERVICE_IPS, World
+from tests.e2e.two_node_cluster import EXTERNAL, SERVICE_IPS, TwoNodeCluster
 from tests.field.records import fill, maps_of, open_sockets, origins
 from tests.field.remote import Remote
 from tests.lab import Agent, Lab, manifests
@@ -43,7 +43,7 @@ for _ in sys.stdin:
 """
 
 
-class SweepWorld(World):
+class SweepCluster(TwoNodeCluster):
     """The agent runs with ``--without mptcp``, so that no program is called when an MPTCP subflow closes."""
 
     def __init__(self, lab: Lab) -> None:
@@ -99,9 +99,9 @@ class SweepWorld(World):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[SweepWorld]:
+def cluster() -> Iterator[SweepCluster]:
     with Lab() as lab:
-        found = SweepWorld(lab)
+        found = SweepCluster(lab)
         found.sweeping_agent().start()
         yield found
 
@@ -112,135 +112,141 @@ def host(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_record_of_an_mptcp_subflow_is_removed_after_close(world: SweepWorld, host: str, where: str) -> None:
+def test_record_of_an_mptcp_subflow_is_removed_after_close(
+    cluster: SweepCluster, host: str, where: str
+) -> None:
     """A subflow is a socket of the kernel. While it is open it is counted, and sock_diag lists it."""
-    before = world.removed("sock_origin")
-    with world.connected(world.client if where == "pod" else world.a, host, "mptcp"):
-        world.wait_sweeps()
-        assert world.records() == (1, 1)
-    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
-    until(lambda: world.removed("sock_origin") == before + 2, "the metric does not count it")
+    before = cluster.removed("sock_origin")
+    with cluster.connected(cluster.client if where == "pod" else cluster.a, host, "mptcp"):
+        cluster.wait_sweeps()
+        assert cluster.records() == (1, 1)
+    until(lambda: cluster.records() == (0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.removed("sock_origin") == before + 2, "the metric does not count it")
 
 
-def test_records_of_open_sockets_are_kept(world: SweepWorld, host: str) -> None:
+def test_records_of_open_sockets_are_kept(cluster: SweepCluster, host: str) -> None:
     """TCP, connected and unconnected UDP, and UDP-Lite sockets, in a pod and on the host."""
     with ExitStack() as stack:
-        for space in (world.client, world.a):
+        for space in (cluster.client, cluster.a):
             for kind in ("tcp", "udp"):
-                stack.enter_context(world.connected(space, host, kind))
+                stack.enter_context(cluster.connected(space, host, kind))
             for protocol in (0, socket.IPPROTO_UDPLITE):
                 sender = stack.enter_context(Remote(space, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
-        assert origins(world.a) == (4, 4)
-        world.wait_sweeps()
-        assert (world.records(), origins(world.a)) == ((4, 4), (4, 4))
-    until(lambda: world.records() == (0, 0) and origins(world.a) == (0, 0), "records are left")
+        assert origins(cluster.a) == (4, 4)
+        cluster.wait_sweeps()
+        assert (cluster.records(), origins(cluster.a)) == ((4, 4), (4, 4))
+    until(lambda: cluster.records() == (0, 0) and origins(cluster.a) == (0, 0), "records are left")
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
 def test_disconnected_socket_is_not_counted_and_can_connect_again(
-    world: SweepWorld, host: str, where: str
+    cluster: SweepCluster, host: str, where: str
 ) -> None:
-    with world.connected(world.client if where == "pod" else world.a, host, "udp") as sock:
+    with cluster.connected(cluster.client if where == "pod" else cluster.a, host, "udp") as sock:
         assert sock.disconnect() is None
-        until(lambda: world.records() == (0, 0), "the connection is still counted")
+        until(lambda: cluster.records() == (0, 0), "the connection is still counted")
         assert sock.connect(host, 53) is None
-        world.wait_sweeps()
-        assert world.records() == (1, 1)
+        cluster.wait_sweeps()
+        assert cluster.records() == (1, 1)
         assert sock.peer() == [host, 53]
-    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_failed_second_connect_is_not_counted(world: SweepWorld) -> None:
+def test_failed_second_connect_is_not_counted(cluster: SweepCluster) -> None:
     """The socket keeps its first peer; the unreachable backend has no connection."""
-    world.client.run(["ip", "route", "replace", "unreachable", UNREACHABLE_ENDPOINT])
-    with world.connected(world.client, HOST, "udp") as sock:
+    cluster.client.run(["ip", "route", "replace", "unreachable", UNREACHABLE_ENDPOINT])
+    with cluster.connected(cluster.client, HOST, "udp") as sock:
         assert sock.connect(UNREACHABLE, 53) == "EHOSTUNREACH"
-        until(lambda: world.records() == (0, 0), "the connection is still counted")
+        until(lambda: cluster.records() == (0, 0), "the connection is still counted")
         assert sock.ask() in ("w1", "w2")
-    world.wait_sweeps()
-    assert world.records() == (0, 0)
+    cluster.wait_sweeps()
+    assert cluster.records() == (0, 0)
 
 
 @pytest.mark.parametrize("family", CLOSED)
 def test_socket_that_failed_to_connect_is_not_counted_and_can_connect_again(
-    world: SweepWorld, family: str
+    cluster: SweepCluster, family: str
 ) -> None:
-    with Remote(world.client, CLOSED[family], kind=socket.SOCK_STREAM) as sock:
+    with Remote(cluster.client, CLOSED[family], kind=socket.SOCK_STREAM) as sock:
         assert sock.connect(CLOSED[family], 80) == "ECONNREFUSED"
-        until(lambda: world.records() == (0, 0), "the connection is still counted")
+        until(lambda: cluster.records() == (0, 0), "the connection is still counted")
         assert sock.connect(SERVICE_IPS[family], 80) is None
-        world.wait_sweeps()
-        assert world.records() == (1, 1)
-    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
+        cluster.wait_sweeps()
+        assert cluster.records() == (1, 1)
+    until(lambda: cluster.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_records_of_a_namespace_held_by_a_descriptor_are_kept(world: SweepWorld) -> None:
+def test_records_of_a_namespace_held_by_a_descriptor_are_kept(cluster: SweepCluster) -> None:
     """The namespace has no path, so that its sockets cannot be listed; the connection is still open."""
-    pod = world.a.pod("unlinked")
+    pod = cluster.a.pod("unlinked")
     command = [sys.executable, "-c", HOLDS, pod.netns, HOST]
-    process = world.a.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = cluster.a.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    world.wait_sweeps()
+    cluster.wait_sweeps()
     subprocess.run(["ip", "netns", "delete", pod.netns], check=True)
-    world.lab._names.remove(pod.netns)
-    world.wait_sweeps()
-    world.wait_sweeps()
-    assert world.records() == (1, 1)
+    cluster.lab._names.remove(pod.netns)
+    cluster.wait_sweeps()
+    cluster.wait_sweeps()
+    assert cluster.records() == (1, 1)
     process.stdin.write(b"?\n")
     process.stdin.flush()
     assert process.stdout.readline() == f"{HOST} 80\n".encode()
     process.kill()
     process.wait()
-    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_records_of_a_deleted_namespace_are_removed(world: SweepWorld) -> None:
+def test_records_of_a_deleted_namespace_are_removed(cluster: SweepCluster) -> None:
     """The netnsid of the namespace is removed with it."""
-    pod = world.a.pod("short")
-    sock = world.connected(pod, HOST, "mptcp")
-    world.wait_sweeps()
+    pod = cluster.a.pod("short")
+    sock = cluster.connected(pod, HOST, "mptcp")
+    cluster.wait_sweeps()
     subprocess.run(["ip", "netns", "delete", pod.netns], check=True)
-    world.lab._names.remove(pod.netns)
+    cluster.lab._names.remove(pod.netns)
     sock.close()
-    until(lambda: world.records() == (0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.records() == (0, 0), "the record of a closed socket is left")
 
 
-def test_records_of_sockets_closed_without_sock_release_are_removed(world: SweepWorld) -> None:
+def test_records_of_sockets_closed_without_sock_release_are_removed(cluster: SweepCluster) -> None:
     """Sockets that are opened and closed between two copies of the maps are in the same state."""
-    agent = world.lab.agents[-1]
+    agent = cluster.lab.agents[-1]
     agent.stop()
-    world.agent().start()
+    cluster.agent().start()
     with ExitStack() as stack:
         for host in SERVICE_IPS.values():
             for kind in ("tcp", "udp", "mptcp"):
-                stack.enter_context(world.connected(world.client, host, kind))
+                stack.enter_context(cluster.connected(cluster.client, host, kind))
             for protocol in (0, socket.IPPROTO_UDPLITE):
-                sender = stack.enter_context(Remote(world.client, host, protocol=protocol))
+                sender = stack.enter_context(Remote(cluster.client, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
                 assert sender.sendto(EXTERNAL if host == HOST else host, 53) is None
-        world.lab.agents[-1].stop()
-        (world.a.bpf_root / "ebpfproxy" / "links" / "sock_release").unlink()
+        cluster.lab.agents[-1].stop()
+        (cluster.a.bpf_root / "ebpfproxy" / "links" / "sock_release").unlink()
         # The kernel detaches the program of a link that nobody holds a moment later.
-        shown = ["bpftool", "cgroup", "show", str(world.a.cgroup)]
-        until(lambda: "sock_release" not in world.a.run(shown), "the program stays attached")
-    assert world.records() == (9, 9)
-    assert (origins(world.a)[1], fill(world.a, "sock_peers"), fill(world.a, "mptcp_subflows")) == (6, 2, 3)
-    world.sweeping_agent().start()
-    until(lambda: world.records() == (0, 0), "records of closed sockets are left")
-    until(lambda: origins(world.a) == (0, 0), "records of closed sockets are left")
-    until(lambda: not fill(world.a, "sock_peers") + fill(world.a, "mptcp_subflows"), "records are left")
+        shown = ["bpftool", "cgroup", "show", str(cluster.a.cgroup)]
+        until(lambda: "sock_release" not in cluster.a.run(shown), "the program stays attached")
+    assert cluster.records() == (9, 9)
+    assert (origins(cluster.a)[1], fill(cluster.a, "sock_peers"), fill(cluster.a, "mptcp_subflows")) == (
+        6,
+        2,
+        3,
+    )
+    cluster.sweeping_agent().start()
+    until(lambda: cluster.records() == (0, 0), "records of closed sockets are left")
+    until(lambda: origins(cluster.a) == (0, 0), "records of closed sockets are left")
+    until(lambda: not fill(cluster.a, "sock_peers") + fill(cluster.a, "mptcp_subflows"), "records are left")
     names = ("sock_origin", "sock_peers", "mptcp_subflows")
-    until(lambda: [world.removed(name) for name in names] == [9 + 6, 2, 3])
+    until(lambda: [cluster.removed(name) for name in names] == [9 + 6, 2, 3])
 
 
-def test_each_connection_is_subtracted_once(world: SweepWorld) -> None:
+def test_each_connection_is_subtracted_once(cluster: SweepCluster) -> None:
     """Sweeps run concurrently with connect() and close()."""
-    assert world.client.call(_disconnect_and_close, HOST, 4.0) > 100
-    until(lambda: world.records()[0] == 0, "records of closed sockets are left")
-    with maps_of(world.a) as maps:
+    assert cluster.client.call(_disconnect_and_close, HOST, 4.0) > 100
+    until(lambda: cluster.records()[0] == 0, "records of closed sockets are left")
+    with maps_of(cluster.a) as maps:
         loads = maps.loads()
         sums = {
             (each.sockets_opened - each.sockets_closed + each.sockets_carried) & 0xFFFFFFFF

@@ -13,7 +13,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
 from scapy.packet import Raw
 
-from tests.e2e.outer import VARIANTS, Outer
+from tests.e2e.outside_client import VARIANTS, OutsideClientCluster
 from tests.lab import Lab
 
 pytestmark = pytest.mark.root
@@ -26,10 +26,10 @@ SECOND = {"4": "172.18.0.253", "6": "fd00:172:18::fd"}
 
 
 @pytest.fixture(scope="module", params=["default", "bypass"])
-def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[OutsideClientCluster]:
     """The only backend is remote, so that both external clients are masqueraded."""
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         for address in SECOND.values():
             prefix, nodad = (24, []) if "." in address else (64, ["nodad"])
             made.outside.run(["ip", "address", "add", f"{address}/{prefix}", "dev", "eth0", *nodad])
@@ -84,9 +84,11 @@ def ask_at_once(clients: list[str], node: str) -> list[str]:
 
 
 @pytest.mark.parametrize("version", ["4", "6"])
-def test_fragments_of_two_masqueraded_clients_with_one_id_are_reassembled(outer: Outer, version: str) -> None:
+def test_fragments_of_two_masqueraded_clients_with_one_id_are_reassembled(
+    cluster: OutsideClientCluster, version: str
+) -> None:
     """The backend reassembles datagrams of both clients from one source address; a corrupt one is lost."""
-    node = outer.a.address if version == "4" else outer.a.address6
-    first = outer.outside.address if version == "4" else outer.outside.address6
+    node = cluster.a.address if version == "4" else cluster.a.address6
+    first = cluster.outside.address if version == "4" else cluster.outside.address6
     for _ in range(3):
-        assert outer.outside.call(ask_at_once, [first, SECOND[version]], node) == ["w2", "w2"]
+        assert cluster.outside.call(ask_at_once, [first, SECOND[version]], node) == ["w2", "w2"]

@@ -28,7 +28,7 @@ from scapy.layers.inet import IP
 from scapy.layers.inet import UDP as UDP_LAYER
 from scapy.layers.inet6 import IPv6
 
-from tests.e2e.world import World
+from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab import Lab, manifests, servers
 from tests.lab.waiting import until
 
@@ -113,12 +113,12 @@ def _requests(hosts: list[str], bounds: list[tuple[bool, bool]]) -> dict[Request
     }
 
 
-def _wrong(world: World, expected: dict[Request, str]) -> dict[Request, str]:
-    found = world.a.call(_ask_all, list(expected), timeout=120)
+def _wrong(cluster: TwoNodeCluster, expected: dict[Request, str]) -> dict[Request, str]:
+    found = cluster.a.call(_ask_all, list(expected), timeout=120)
     return {request: name for request, name in zip(expected, found, strict=True) if name != expected[request]}
 
 
-def _documents(world: World) -> list[manifests.Document]:
+def _documents(cluster: TwoNodeCluster) -> list[manifests.Document]:
     made: list[manifests.Document] = []
 
     def add(name: str, number: int, where: list[tuple[Any, str]], target: int = 0, **spec: Any) -> None:
@@ -139,7 +139,7 @@ def _documents(world: World) -> list[manifests.Document]:
             if endpoints:
                 made.append(manifests.slice_of(name, endpoints, ports=targets))
 
-    everywhere = [(world.w1, "node-a"), (world.w2, "node-b"), (world.a, "node-a")]
+    everywhere = [(cluster.w1, "node-a"), (cluster.w2, "node-b"), (cluster.a, "node-a")]
     add("w2", 0, [everywhere[1]])
     add("w1", 0, [everywhere[0]])
     add("host", 0, [everywhere[2]])
@@ -151,16 +151,16 @@ def _documents(world: World) -> list[manifests.Document]:
     return made
 
 
-def _make(lab: Lab, *arguments: str) -> World:
-    world = World(lab)
-    servers.start(world.a, "host", 8080, 8053)
-    manifests.write(world.manifests / "loopback.yaml", *_documents(world))
-    world.agent(*arguments).start()
-    return world
+def _make(lab: Lab, *arguments: str) -> TwoNodeCluster:
+    cluster = TwoNodeCluster(lab)
+    servers.start(cluster.a, "host", 8080, 8053)
+    manifests.write(cluster.manifests / "loopback.yaml", *_documents(cluster))
+    cluster.agent(*arguments).start()
+    return cluster
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[TwoNodeCluster]:
     with Lab() as lab:
         made = _make(lab)
         # A packet to a cluster IP is sent only if the MAC address of the default gateway is known.
@@ -171,37 +171,37 @@ def world() -> Iterator[World]:
 # -- bound sockets
 
 
-def test_socket_bound_to_127_0_0_1_is_served(world: World) -> None:
+def test_socket_bound_to_127_0_0_1_is_served(cluster: TwoNodeCluster) -> None:
     """NodePorts are served at loopback addresses and at the node's address, with each place of the backend."""
-    hosts = ["127.0.0.1", "127.8.7.6", world.a.address, "::ffff:127.0.0.1"]
-    assert not _wrong(world, _requests(hosts, [BY_ADDRESS]))
+    hosts = ["127.0.0.1", "127.8.7.6", cluster.a.address, "::ffff:127.0.0.1"]
+    assert not _wrong(cluster, _requests(hosts, [BY_ADDRESS]))
 
 
-def test_socket_bound_to_ipv6_loopback_is_served(world: World) -> None:
+def test_socket_bound_to_ipv6_loopback_is_served(cluster: TwoNodeCluster) -> None:
     """NodePorts are served at ::1 and at the node's address, with each place of the backend."""
-    assert not _wrong(world, _requests(["::1", world.a.address6], [BY_ADDRESS]))
+    assert not _wrong(cluster, _requests(["::1", cluster.a.address6], [BY_ADDRESS]))
 
 
-def test_socket_bound_to_the_device_lo_is_served(world: World) -> None:
+def test_socket_bound_to_the_device_lo_is_served(cluster: TwoNodeCluster) -> None:
     """NodePorts are served to sockets with SO_BINDTODEVICE lo, bound to a loopback address or not."""
-    hosts = ["127.0.0.1", world.a.address, "::1", f"::ffff:{world.a.address}"]
-    assert not _wrong(world, _requests(hosts, [BY_DEVICE, BY_BOTH]))
+    hosts = ["127.0.0.1", cluster.a.address, "::1", f"::ffff:{cluster.a.address}"]
+    assert not _wrong(cluster, _requests(hosts, [BY_DEVICE, BY_BOTH]))
 
 
-def test_socket_bound_to_lo_gets_enetunreach_at_the_ipv6_address_of_the_node(world: World) -> None:
+def test_socket_bound_to_lo_gets_enetunreach_at_the_ipv6_address_of_the_node(cluster: TwoNodeCluster) -> None:
     """The kernel has no such route, for a NodePort as for a port of a process of the node."""
-    host = world.a.address6
+    host = cluster.a.address6
     requests = [Request(TCP, host, 8080, BY_DEVICE), Request(TCP, host, NODE_PORTS["w2"], BY_DEVICE)]
-    assert world.a.call(_ask_all, requests) == ["ENETUNREACH"] * 2
+    assert cluster.a.call(_ask_all, requests) == ["ENETUNREACH"] * 2
 
 
 def _cluster_ip(bound: tuple[bool, bool]) -> str:
     return _ask(Request(TCP, "10.96.5.1", 80, bound))
 
 
-def test_cluster_ip_is_not_served_from_a_loopback_source(world: World) -> None:
+def test_cluster_ip_is_not_served_from_a_loopback_source(cluster: TwoNodeCluster) -> None:
     """The kernel has no route from 127.0.0.1 to a cluster IP; kube-proxy does not serve it either."""
-    assert world.a.call(_cluster_ip, BY_ADDRESS) == "EINVAL"
+    assert cluster.a.call(_cluster_ip, BY_ADDRESS) == "EINVAL"
 
 
 def _echo(host: str, port: int, bound: tuple[bool, bool], size: int) -> bool:
@@ -225,17 +225,17 @@ def _echo(host: str, port: int, bound: tuple[bool, bool], size: int) -> bool:
 
 
 @pytest.mark.parametrize("name", NODE_PORTS)
-def test_data_larger_than_a_packet_is_intact(world: World, name: str) -> None:
+def test_data_larger_than_a_packet_is_intact(cluster: TwoNodeCluster, name: str) -> None:
     """Packets on lo have up to 64 KiB, more than the MTU of the devices towards backends."""
     for host in ("127.0.0.1", "::1"):
-        assert world.a.call(_echo, host, NODE_PORTS[name], BY_ADDRESS, 600_000), host
+        assert cluster.a.call(_echo, host, NODE_PORTS[name], BY_ADDRESS, 600_000), host
 
 
-def test_affinity_is_shared_by_bound_and_unbound_sockets_of_the_host(world: World) -> None:
+def test_affinity_is_shared_by_bound_and_unbound_sockets_of_the_host(cluster: TwoNodeCluster) -> None:
     """With session affinity the host is one client, whatever its sockets are bound to."""
     bounds = [(False, False), BY_ADDRESS, BY_DEVICE]
     requests = [Request(TCP, "127.0.0.1", AFFINE, bound) for bound in bounds * 4]
-    assert len(set(world.a.call(_ask_all, requests))) == 1
+    assert len(set(cluster.a.call(_ask_all, requests))) == 1
 
 
 def _ask_behind_tun(host: str) -> str:
@@ -266,27 +266,27 @@ def _ask_behind_tun(host: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_loopback_client_of_a_backend_behind_a_tun_device(world: World, host: str) -> None:
+def test_loopback_client_of_a_backend_behind_a_tun_device(cluster: TwoNodeCluster, host: str) -> None:
     """Replies have no Ethernet header, and get one before they are redirected to lo."""
     if not Path("/dev/net/tun").exists():
         pytest.skip("this kernel has no tun device")
-    assert world.a.call(_ask_behind_tun, host, timeout=90) == "tunnelled"
+    assert cluster.a.call(_ask_behind_tun, host, timeout=90) == "tunnelled"
 
 
 # -- no endpoint
 
 
-def test_no_endpoint_refuses_sockets_bound_to_loopback(world: World) -> None:
+def test_no_endpoint_refuses_sockets_bound_to_loopback(cluster: TwoNodeCluster) -> None:
     """connect() and send() of sockets that are bound to a loopback address fail with ECONNREFUSED."""
-    hosts = ["127.0.0.1", "::1", world.a.address, world.a.address6]
+    hosts = ["127.0.0.1", "::1", cluster.a.address, cluster.a.address6]
     request = [(kind, port) for kind, port in ((TCP, EMPTY), (UDP, EMPTY + 1))]
     expected = {
         Request(kind, host, port, BY_ADDRESS): "ECONNREFUSED" for kind, port in request for host in hosts
     }
-    assert not _wrong(world, expected)
+    assert not _wrong(cluster, expected)
 
 
-def test_rst_and_icmp_errors_of_the_backend_reach_the_loopback_client(world: World) -> None:
+def test_rst_and_icmp_errors_of_the_backend_reach_the_loopback_client(cluster: TwoNodeCluster) -> None:
     """An RST or ICMP error of the backend is translated and makes the client's call fail."""
     expected = {
         Request(kind, host, port + (kind != TCP), bound): "ECONNREFUSED"
@@ -295,7 +295,7 @@ def test_rst_and_icmp_errors_of_the_backend_reach_the_loopback_client(world: Wor
         for port in (CLOSED_HERE, CLOSED_IN_POD)
         for bound in (BY_ADDRESS, BY_DEVICE)
     }
-    assert not _wrong(world, expected)
+    assert not _wrong(cluster, expected)
 
 
 def _hold(port: int) -> list[str]:
@@ -314,10 +314,10 @@ def _hold(port: int) -> list[str]:
     return []
 
 
-def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: World) -> None:
+def test_connection_from_loopback_is_closed_when_its_backend_is_removed(cluster: TwoNodeCluster) -> None:
     """The next connection gets another backend."""
     script = f"from tests.field.test_loopback import _hold; _hold({NODE_PORTS['w1']})"
-    process = world.a.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
+    process = cluster.a.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -330,10 +330,10 @@ def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: W
         return process.stdout.readline().decode().strip()
 
     assert state() == "alive"
-    path = world.manifests / "loopback.yaml"
+    path = cluster.manifests / "loopback.yaml"
     before = manifests.read(path)
     after = [
-        {**each, "endpoints": [manifests.endpoint(world.w2.address, "node-b")]}
+        {**each, "endpoints": [manifests.endpoint(cluster.w2.address, "node-b")]}
         if each["kind"] == "EndpointSlice" and each["metadata"]["name"] == "w1-ipv4"
         else each
         for each in before
@@ -341,7 +341,7 @@ def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: W
     manifests.write(path, *after)
     try:
         until(
-            lambda: world.a.call(_ask, Request(UDP, "127.0.0.1", NODE_PORTS["w1"] + 1, BY_ADDRESS)) == "w2",
+            lambda: cluster.a.call(_ask, Request(UDP, "127.0.0.1", NODE_PORTS["w1"] + 1, BY_ADDRESS)) == "w2",
             "datagrams do not go to the remaining backend",
         )
         until(lambda: state() != "alive", "the connection is still open")
@@ -349,7 +349,7 @@ def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: W
         manifests.write(path, *before)
         process.terminate()
     until(
-        lambda: world.a.call(_ask, Request(TCP, "127.0.0.1", NODE_PORTS["w1"], BY_ADDRESS)) == "w1",
+        lambda: cluster.a.call(_ask, Request(TCP, "127.0.0.1", NODE_PORTS["w1"], BY_ADDRESS)) == "w1",
         "the added backend gets no connection",
     )
 
@@ -357,29 +357,29 @@ def test_connection_from_loopback_is_closed_when_its_backend_is_removed(world: W
 # -- clients without a socket hook
 
 
-def _wrong_unhooked(world: World, expected: dict[Request, str]) -> dict[Request, str]:
+def _wrong_unhooked(cluster: TwoNodeCluster, expected: dict[Request, str]) -> dict[Request, str]:
     """As :func:`_wrong`, for a process outside the agent's cgroup."""
     requests = [tuple(request) for request in expected]
     script = (
         "import json; from tests.field.test_loopback import Request, _ask\n"
         f"print(json.dumps([_ask(Request(*each)) for each in {requests!r}]))"
     )
-    process = world.a.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
+    process = cluster.a.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
     found = json.loads(process.communicate(timeout=120)[0])
     return {request: name for request, name in zip(expected, found, strict=True) if name != expected[request]}
 
 
-def test_host_client_without_a_hook_reaches_node_ports_of_its_node(world: World) -> None:
+def test_host_client_without_a_hook_reaches_node_ports_of_its_node(cluster: TwoNodeCluster) -> None:
     """Its packets are translated at egress of lo, to loopback addresses and to those of the node."""
-    hosts = ["127.0.0.1", "::1", world.a.address, world.a.address6]
-    assert not _wrong_unhooked(world, _requests(hosts, [(False, False)]))
+    hosts = ["127.0.0.1", "::1", cluster.a.address, cluster.a.address6]
+    assert not _wrong_unhooked(cluster, _requests(hosts, [(False, False)]))
 
 
-def test_host_client_without_a_hook_reaches_a_host_network_backend(world: World) -> None:
+def test_host_client_without_a_hook_reaches_a_host_network_backend(cluster: TwoNodeCluster) -> None:
     """A cluster IP with such a backend is served to a process outside the agent's cgroup."""
     cluster_ips = next(
         each["spec"]["clusterIPs"]
-        for each in manifests.read(world.manifests / "loopback.yaml")
+        for each in manifests.read(cluster.manifests / "loopback.yaml")
         if each["kind"] == "Service" and each["metadata"]["name"] == "host"
     )
     expected = {
@@ -387,7 +387,7 @@ def test_host_client_without_a_hook_reaches_a_host_network_backend(world: World)
         for host in cluster_ips
         for kind in KINDS
     }
-    assert not _wrong_unhooked(world, expected)
+    assert not _wrong_unhooked(cluster, expected)
 
 
 # -- other packets
@@ -409,46 +409,46 @@ def _exchange(port: int) -> str:
         return client.recv(16).decode()
 
 
-def test_reply_to_a_host_socket_on_a_node_port_number_is_not_translated(world: World) -> None:
+def test_reply_to_a_host_socket_on_a_node_port_number_is_not_translated(cluster: TwoNodeCluster) -> None:
     """A datagram to a socket of the host on the number of a NodePort is not sent to a backend."""
-    assert world.a.call(_exchange, NODE_PORTS["w2"] + 1) == "!"
+    assert cluster.a.call(_exchange, NODE_PORTS["w2"] + 1) == "!"
 
 
-def _flows(world: World) -> set[str]:
-    flows = json.loads(world.a.cli("conntrack", "list", "-o", "json"))
+def _flows(cluster: TwoNodeCluster) -> set[str]:
+    flows = json.loads(cluster.a.cli("conntrack", "list", "-o", "json"))
     return {f"{each['client']} {each['frontend']}" for each in flows}
 
 
-def test_lo_has_one_egress_program_and_other_packets_create_no_flow(world: World) -> None:
+def test_lo_has_one_egress_program_and_other_packets_create_no_flow(cluster: TwoNodeCluster) -> None:
     """Packets on lo that belong to no Service create no conntrack entry."""
-    status = json.loads(world.a.cli("status", "-o", "json"))
+    status = json.loads(cluster.a.cli("status", "-o", "json"))
     found = [each for each in status["devices"] if each["device"] == "lo"]
     assert [(each["directions"], each["role"]) for each in found] == [(["egress"], "loopback")]
     assert not status["problems"]
-    before = _flows(world)
-    assert world.a.call(_ask, Request(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
-    assert world.a.call(_ask, Request(UDP_SENDTO, "::1", 8053, BY_ADDRESS)) == "host"
-    assert _flows(world) <= before
+    before = _flows(cluster)
+    assert cluster.a.call(_ask, Request(TCP, "127.0.0.1", 8080, BY_ADDRESS)) == "host"
+    assert cluster.a.call(_ask, Request(UDP_SENDTO, "::1", 8053, BY_ADDRESS)) == "host"
+    assert _flows(cluster) <= before
 
 
-def test_no_localhost_node_ports_detaches_the_program_of_lo(world: World) -> None:
+def test_no_localhost_node_ports_detaches_the_program_of_lo(cluster: TwoNodeCluster) -> None:
     """With localhostNodePorts off, lo has no program and serves no NodePort."""
-    world.lab.agents[-1].stop()
-    world.agent("--no-localhost-nodeports").start()
-    status = json.loads(world.a.cli("status", "-o", "json"))
+    cluster.lab.agents[-1].stop()
+    cluster.agent("--no-localhost-nodeports").start()
+    status = json.loads(cluster.a.cli("status", "-o", "json"))
     assert "lo" not in [each["device"] for each in status["devices"]]
     assert not status["problems"]
     request = Request(TCP, "127.0.0.1", NODE_PORTS["w2"], BY_ADDRESS)
-    assert world.a.call(_ask, request) == "ECONNREFUSED"
-    assert world.a.call(_ask, Request(TCP, world.a.address, NODE_PORTS["host"], BY_ADDRESS)) == "host"
+    assert cluster.a.call(_ask, request) == "ECONNREFUSED"
+    assert cluster.a.call(_ask, Request(TCP, cluster.a.address, NODE_PORTS["host"], BY_ADDRESS)) == "host"
 
 
 def test_loopback_node_ports_with_a_clsact_filter() -> None:
     """Before Linux 6.6 the program is a clsact filter, which ``cleanup`` removes."""
     with Lab() as lab:
-        world = _make(lab, "--without", "tcx")
-        assert not _wrong(world, _requests(["127.0.0.1", "::1"], [BY_ADDRESS]))
-        assert "ebpfproxy:" in world.a.run(["tc", "filter", "show", "dev", "lo", "egress"])
+        cluster = _make(lab, "--without", "tcx")
+        assert not _wrong(cluster, _requests(["127.0.0.1", "::1"], [BY_ADDRESS]))
+        assert "ebpfproxy:" in cluster.a.run(["tc", "filter", "show", "dev", "lo", "egress"])
         lab.agents[-1].stop()
-        world.a.cli("cleanup")
-        assert "clsact" not in world.a.run(["tc", "qdisc", "show", "dev", "lo"])
+        cluster.a.cli("cleanup")
+        assert "clsact" not in cluster.a.run(["tc", "qdisc", "show", "dev", "lo"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.field.records import fill, open_sockets, origins
 from tests.field.remote import Remote
 from tests.lab import Lab, manifests
@@ -33,7 +33,7 @@ while True:
 """
 
 
-class Multipath(World):
+class MptcpCluster(TwoNodeCluster):
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
         server = self.w1.popen([sys.executable, "-c", SERVES], stdout=-1)
@@ -58,9 +58,9 @@ class Multipath(World):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Multipath]:
+def cluster() -> Iterator[MptcpCluster]:
     with Lab() as lab:
-        found = Multipath(lab)
+        found = MptcpCluster(lab)
         found.agent().start()
         yield found
 
@@ -69,43 +69,43 @@ def world() -> Iterator[Multipath]:
 @pytest.mark.parametrize("family", SERVICE_IPS)
 @pytest.mark.parametrize("server", ["mptcp", "tcp"])
 def test_mptcp_peer_is_the_service_and_close_removes_all_records(
-    world: Multipath, where: str, family: str, server: str
+    cluster: MptcpCluster, where: str, family: str, server: str
 ) -> None:
     """The backend supports MPTCP, or the connection falls back to TCP."""
     host = (MULTIPATH if server == "mptcp" else SERVICE_IPS)[family]
-    with world.client_in(world.client if where == "pod" else world.a, host) as client:
+    with cluster.client_in(cluster.client if where == "pod" else cluster.a, host) as client:
         assert client.connect(host, 80) is None
         assert client.peer() == [host, 80]
-        assert world.records() == (1, 1, 1)
-    until(lambda: world.records() == (0, 0, 0), "the record of a closed socket is left")
+        assert cluster.records() == (1, 1, 1)
+    until(lambda: cluster.records() == (0, 0, 0), "the record of a closed socket is left")
 
 
-def test_refused_mptcp_socket_connects_to_another_service(world: Multipath) -> None:
+def test_refused_mptcp_socket_connects_to_another_service(cluster: MptcpCluster) -> None:
     """It can connect again, and has the last Service as its peer."""
     host = MULTIPATH["v4"]
-    with world.client_in(world.client, host) as client:
-        assert client.connect("10.96.0.20", 80) == world.refused
+    with cluster.client_in(cluster.client, host) as client:
+        assert client.connect("10.96.0.20", 80) == cluster.refused
         # No Service and no socket has this address and port of the pod's node.
-        assert client.connect(world.a.address, 81) == "ECONNREFUSED"
+        assert client.connect(cluster.a.address, 81) == "ECONNREFUSED"
         assert client.connect(host, 80) is None
         assert client.peer() == [host, 80]
-    until(lambda: world.records() == (0, 0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.records() == (0, 0, 0), "the record of a closed socket is left")
 
 
-def test_direct_mptcp_connections_are_not_recorded(world: Multipath) -> None:
+def test_direct_mptcp_connections_are_not_recorded(cluster: MptcpCluster) -> None:
     """getpeername() of a direct connection is not translated."""
-    with world.client_in(world.client, world.w1.address) as client:
-        assert client.connect(world.w1.address, 8090) is None
-        assert client.peer() == [world.w1.address, 8090]
-        assert world.records() == (0, 0, 0)
+    with cluster.client_in(cluster.client, cluster.w1.address) as client:
+        assert client.connect(cluster.w1.address, 8090) is None
+        assert client.peer() == [cluster.w1.address, 8090]
+        assert cluster.records() == (0, 0, 0)
 
 
-def test_mptcp_peer_survives_an_agent_restart_with_other_map_sizes(world: Multipath) -> None:
+def test_mptcp_peer_survives_an_agent_restart_with_other_map_sizes(cluster: MptcpCluster) -> None:
     """A new agent copies records of open sockets to maps of other sizes."""
     host = MULTIPATH["v4"]
-    with world.client_in(world.client, host) as client:
+    with cluster.client_in(cluster.client, host) as client:
         assert client.connect(host, 80) is None
-        world.lab.agents[-1].stop()
-        world.agent("--max-services", "1000").start()
+        cluster.lab.agents[-1].stop()
+        cluster.agent("--max-services", "1000").start()
         assert client.peer() == [host, 80]
-    until(lambda: world.records() == (0, 0, 0), "the record of a closed socket is left")
+    until(lambda: cluster.records() == (0, 0, 0), "the record of a closed socket is left")

@@ -33,7 +33,7 @@ SWEEP_SECONDS = 150.0
 _numbers = itertools.count()
 
 
-class World:
+class NfsCluster:
     """``w1`` on node-a and ``w2`` on node-b serve one folder; ``mounter`` is a client pod."""
 
     def __init__(self, lab: Lab, *arguments: str) -> None:
@@ -66,7 +66,7 @@ class World:
         manifests.write(self._manifests / "nfs.yaml", service, *slices)
 
     def open(self) -> dict[str, int]:
-        """Open connections by backend, where there are any."""
+        """The number of open connections of each backend that has any."""
         rows = json.loads(self.a.cli("backend", "list", "-o", "json"))
         return {row["address"]: row["open"] for row in rows if row["open"]}
 
@@ -74,14 +74,14 @@ class World:
         """The number of records of translated sockets."""
         return sum(origins(self.a))
 
-    def chosen(self, server: Pod | LabNode) -> bool:
+    def is_only_backend(self, server: Pod | LabNode) -> bool:
         """Returns True if new connections go to this server only."""
         rows = json.loads(self.a.cli("service", "list", "-o", "json"))
         wanted = {f"{server.address}:{nfs.PORT}", f"[{server.address6}]:{nfs.PORT}"}
         found = {each["address"] for row in rows for each in row["backends"]}
         return found == wanted
 
-    def works(self, client: nfs.Client) -> None:
+    def check_files(self, client: nfs.Client) -> None:
         """Writes and reads a file with names that no side has cached."""
         number = next(_numbers)
         client.write(f"up{number}", f"from the client {number}")
@@ -96,45 +96,45 @@ def _connections(server: Space) -> int:
 
 
 @pytest.fixture(scope="module")
-def packets() -> Iterator[World]:
+def packets() -> Iterator[NfsCluster]:
     """Kernel workers, which create the sockets, are in the root cgroup and so outside the agent's."""
     with Lab() as lab:
-        yield World(lab)
+        yield NfsCluster(lab)
 
 
 @pytest.fixture(scope="module")
-def sockets() -> Iterator[World]:
+def sockets() -> Iterator[NfsCluster]:
     """The agent serves the root cgroup, as on a node, so that no other test may run on this machine."""
     if "EBPFPROXY_OWN_MACHINE" not in os.environ:
         pytest.skip("would serve the root cgroup of this machine: make test-kernel")
     with Lab() as lab:
-        yield World(lab, "--cgroup-root", str(find_cgroup_root()))
+        yield NfsCluster(lab, "--cgroup-root", str(find_cgroup_root()))
 
 
-def _replaced_under(world: World, client: nfs.Client, host: str, port: int = nfs.PORT) -> None:
+def _replaced_under(cluster: NfsCluster, client: nfs.Client, host: str, port: int = nfs.PORT) -> None:
     """Mounts through the Service and replaces the backend; asserts that the mount and an open file survive."""
-    world.serve(world.w1)
-    until(lambda: world.chosen(world.w1), "new connections do not go to w1")
-    (world.folder / "held").unlink(missing_ok=True)
+    cluster.serve(cluster.w1)
+    until(lambda: cluster.is_only_backend(cluster.w1), "new connections do not go to w1")
+    (cluster.folder / "held").unlink(missing_ok=True)
     # A removed server may miss the end of a connection and keep its half open.
-    before = _connections(world.w1)
+    before = _connections(cluster.w1)
     client.mount(host, port)
-    world.works(client)
+    cluster.check_files(client)
     client.append("one ")
-    assert (_connections(world.w1), _connections(world.w2)) == (before + 1, 0)
+    assert (_connections(cluster.w1), _connections(cluster.w2)) == (before + 1, 0)
 
-    world.serve(world.w2)
-    until(lambda: world.chosen(world.w2), "new connections do not go to w2")
-    until(lambda: _reached(world, client), "the mount does not reach the new backend")
+    cluster.serve(cluster.w2)
+    until(lambda: cluster.is_only_backend(cluster.w2), "new connections do not go to w2")
+    until(lambda: _reached(cluster, client), "the mount does not reach the new backend")
     client.append("two")
-    world.works(client)
-    assert (world.folder / "held").read_text() == "one two"
-    assert _connections(world.w2) == 1
+    cluster.check_files(client)
+    assert (cluster.folder / "held").read_text() == "one two"
+    assert _connections(cluster.w2) == 1
 
 
-def _reached(world: World, client: nfs.Client) -> bool:
-    world.works(client)
-    return _connections(world.w2) == 1
+def _reached(cluster: NfsCluster, client: nfs.Client) -> bool:
+    cluster.check_files(client)
+    return _connections(cluster.w2) == 1
 
 
 def _address(server: Pod | LabNode, host: str) -> str:
@@ -143,7 +143,7 @@ def _address(server: Pod | LabNode, host: str) -> str:
 
 @pytest.mark.parametrize("family", CLUSTER)
 def test_nfs_mount_outside_the_cgroup_survives_backend_replacement_in_packets(
-    packets: World, family: str
+    packets: NfsCluster, family: str
 ) -> None:
     """The host mounts a cluster IP without a socket hook; after unmount no connection is counted as open."""
     host = CLUSTER[family]
@@ -155,7 +155,7 @@ def test_nfs_mount_outside_the_cgroup_survives_backend_replacement_in_packets(
     until(lambda: packets.open() == {}, "connections are still counted as open")
 
 
-def test_nfs_mount_of_a_pod_survives_backend_replacement_in_packets(packets: World) -> None:
+def test_nfs_mount_of_a_pod_survives_backend_replacement_in_packets(packets: NfsCluster) -> None:
     """The mount is in the network namespace of a pod."""
     with nfs.Client(packets.mounter) as client:
         _replaced_under(packets, client, CLUSTER["v4"])
@@ -164,7 +164,7 @@ def test_nfs_mount_of_a_pod_survives_backend_replacement_in_packets(packets: Wor
 
 
 @pytest.mark.parametrize("family", CLUSTER)
-def test_nfs_mount_of_the_host_uses_the_socket_hooks(sockets: World, family: str) -> None:
+def test_nfs_mount_of_the_host_uses_the_socket_hooks(sockets: NfsCluster, family: str) -> None:
     """connect() of the kernel passes the hook at each reconnect: the mount survives backend replacement."""
     host = CLUSTER[family]
     with nfs.Client(sockets.a) as client:
@@ -177,25 +177,25 @@ def test_nfs_mount_of_the_host_uses_the_socket_hooks(sockets: World, family: str
     _leaves_nothing(sockets)
 
 
-def _leaves_nothing(world: World) -> None:
+def _leaves_nothing(cluster: NfsCluster) -> None:
     """Waits for the agent's sweep, because kernel sockets call no sock_release program."""
     began = time.monotonic()
-    until(lambda: world.records() == 0, "records of sockets are left", SWEEP_SECONDS)
-    until(lambda: world.open() == {}, "connections are still counted as open", SWEEP_SECONDS)
+    until(lambda: cluster.records() == 0, "records of sockets are left", SWEEP_SECONDS)
+    until(lambda: cluster.open() == {}, "connections are still counted as open", SWEEP_SECONDS)
     assert time.monotonic() - began < SWEEP_SECONDS
 
 
-def test_nfs_mount_of_a_node_port_and_a_host_network_server(sockets: World) -> None:
+def test_nfs_mount_of_a_node_port_and_a_host_network_server(sockets: NfsCluster) -> None:
     """The socket hook selects the backend; with a host-network server, packets pass lo only."""
     with nfs.Client(sockets.a) as client:
         _replaced_under(sockets, client, sockets.a.address, NODE_PORT)
         sockets.serve(sockets.a)
-        until(lambda: sockets.chosen(sockets.a), "new connections do not go to the node")
+        until(lambda: sockets.is_only_backend(sockets.a), "new connections do not go to the node")
         until(lambda: _on_itself(sockets, client), "the mount does not reach the server of the node")
         client.unmount()
     _leaves_nothing(sockets)
 
 
-def _on_itself(world: World, client: nfs.Client) -> bool:
-    world.works(client)
-    return _connections(world.a) == 1
+def _on_itself(cluster: NfsCluster, client: nfs.Client) -> bool:
+    cluster.check_files(client)
+    return _connections(cluster.a) == 1

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import NODE_PORT
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab, clients, servers
 
 pytestmark = pytest.mark.root
@@ -19,10 +19,10 @@ UDP_NODE_PORT = 30053
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     """An agent on node-a, and an external server for connections of the host."""
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         servers.start(made.outside, "outside", 7000)
         made.agent().start()
         yield made
@@ -44,22 +44,22 @@ def ask(host: str, source_port: int, kind: int, *, connected: bool = True) -> An
         return json.loads(sock.recv(4096))
 
 
-def addresses(outer: Outer) -> tuple[str, ...]:
-    return outer.outside.address, outer.outside.address6, f"::ffff:{outer.outside.address}"
+def addresses(cluster: OutsideClientCluster) -> tuple[str, ...]:
+    return cluster.outside.address, cluster.outside.address6, f"::ffff:{cluster.outside.address}"
 
 
-def test_tcp_connection_of_the_host_from_a_node_port_number(outer: Outer) -> None:
+def test_tcp_connection_of_the_host_from_a_node_port_number(cluster: OutsideClientCluster) -> None:
     """The SYN-ACK is passed to the host and not translated for the Service with this NodePort."""
-    for address in addresses(outer):
-        reply = outer.a.call(ask, address, NODE_PORT, socket.SOCK_STREAM)
+    for address in addresses(cluster):
+        reply = cluster.a.call(ask, address, NODE_PORT, socket.SOCK_STREAM)
         assert (reply["name"], reply["port"]) == ("outside", NODE_PORT)
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_udp_of_the_host_from_a_node_port_number(outer: Outer, connected: bool) -> None:
+def test_udp_of_the_host_from_a_node_port_number(cluster: OutsideClientCluster, connected: bool) -> None:
     """Replies are passed to the host, for connected and unconnected sockets."""
-    for address in addresses(outer):
-        reply = outer.a.call(_ask_datagram, address, connected)
+    for address in addresses(cluster):
+        reply = cluster.a.call(_ask_datagram, address, connected)
         assert (reply["name"], reply["port"]) == ("outside", UDP_NODE_PORT)
 
 
@@ -67,27 +67,29 @@ def _ask_datagram(host: str, connected: bool) -> Any:
     return ask(host, UDP_NODE_PORT, socket.SOCK_DGRAM, connected=connected)
 
 
-def test_node_ports_serve_clients_despite_host_flows_from_their_numbers(outer: Outer) -> None:
+def test_node_ports_serve_clients_despite_host_flows_from_their_numbers(
+    cluster: OutsideClientCluster,
+) -> None:
     """Other flows to the NodePort are translated, also those from the same external host."""
-    for address in (outer.a.address, outer.a.address6):
-        assert outer.outside.call(clients.ask_tcp, address, NODE_PORT)["name"] in ("w1", "w2")
-        assert outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] in ("w1", "w2")
+    for address in (cluster.a.address, cluster.a.address6):
+        assert cluster.outside.call(clients.ask_tcp, address, NODE_PORT)["name"] in ("w1", "w2")
+        assert cluster.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] in ("w1", "w2")
 
 
-def test_replies_to_a_pod_masqueraded_by_netfilter_to_a_node_port_number(outer: Outer) -> None:
+def test_replies_to_a_pod_masqueraded_by_netfilter_to_a_node_port_number(
+    cluster: OutsideClientCluster,
+) -> None:
     """MASQUERADE of a CNI may select the number of a NodePort; replies go to the pod."""
-    outer.a.run(["nft", "add", "table", "ip", "cni"])
+    cluster.a.run(["nft", "add", "table", "ip", "cni"])
     try:
         chain = "{ type nat hook postrouting priority 100 ; }"
-        outer.a.run(["nft", "add", "chain", "ip", "cni", "post", chain])
+        cluster.a.run(["nft", "add", "chain", "ip", "cni", "post", chain])
         for protocol, port in (("tcp", NODE_PORT), ("udp", UDP_NODE_PORT)):
-            rule = (
-                f"ip saddr {outer.client.address} oifname eth0 meta l4proto {protocol} masquerade to :{port}"
-            )
-            outer.a.run(["nft", "add", "rule", "ip", "cni", "post", *rule.split()])
+            rule = f"ip saddr {cluster.client.address} oifname eth0 meta l4proto {protocol} masquerade to :{port}"
+            cluster.a.run(["nft", "add", "rule", "ip", "cni", "post", *rule.split()])
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            reply = outer.client.call(ask, outer.outside.address, 41000 + kind, kind)
+            reply = cluster.client.call(ask, cluster.outside.address, 41000 + kind, kind)
             port = NODE_PORT if kind == socket.SOCK_STREAM else UDP_NODE_PORT
-            assert (reply["name"], reply["peer"], reply["port"]) == ("outside", outer.a.address, port)
+            assert (reply["name"], reply["peer"], reply["port"]) == ("outside", cluster.a.address, port)
     finally:
-        outer.a.run(["nft", "delete", "table", "ip", "cni"])
+        cluster.a.run(["nft", "delete", "table", "ip", "cni"])

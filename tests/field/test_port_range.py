@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.outer import Outer
-from tests.e2e.world import NODE_PORT
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab, clients
 from tests.lab.spaces import Space, read_line
 
@@ -72,46 +72,46 @@ class Holder:
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     """The only backend is remote, so that external clients are masqueraded."""
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.write_web(made.w2)
         made.a.call(set_range)
         made.agent().start()
         yield made
 
 
-def ask_both(outer: Outer, address: str, times: int) -> None:
+def ask_both(cluster: OutsideClientCluster, address: str, times: int) -> None:
     for _ in range(times):
-        assert outer.outside.call(clients.ask_tcp, address, NODE_PORT)["name"] == "w2"
-        assert outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] == "w2"
+        assert cluster.outside.call(clients.ask_tcp, address, NODE_PORT)["name"] == "w2"
+        assert cluster.outside.call(clients.ask_udp, address, UDP_NODE_PORT)["name"] == "w2"
 
 
-def test_agent_starts_if_ip_local_port_range_is_all_ports(outer: Outer) -> None:
+def test_agent_starts_if_ip_local_port_range_is_all_ports(cluster: OutsideClientCluster) -> None:
     """It uses a fixed range, and reports in log and status that the range overlaps."""
-    for address in (outer.a.address, outer.a.address6):
-        ask_both(outer, address, 1)
-    agent = outer.lab.agents[-1]
+    for address in (cluster.a.address, cluster.a.address6):
+        ask_both(cluster, address, 1)
+    agent = cluster.lab.agents[-1]
     assert agent.text.count("32768-65535") == 1
-    problems = json.loads(outer.a.cli("status", "-o", "json"))["problems"]
+    problems = json.loads(cluster.a.cli("status", "-o", "json"))["problems"]
     assert any("32768-65535" in problem for problem in problems)
 
 
-def test_masquerading_uses_no_source_port_of_a_host_socket(outer: Outer) -> None:
+def test_masquerading_uses_no_source_port_of_a_host_socket(cluster: OutsideClientCluster) -> None:
     """A configured range may overlap, too: only the port that no socket uses is selected."""
-    outer.lab.agents[-1].stop()
-    agent = outer.agent("--masquerade-ports", f"{PORTS[0]}-{PORTS[-1]}").start()
+    cluster.lab.agents[-1].stop()
+    agent = cluster.agent("--masquerade-ports", f"{PORTS[0]}-{PORTS[-1]}").start()
     assert agent.text.count("40000-40003") == 1
     for address, backend in (
-        (outer.a.address, outer.w2.address),
-        (outer.a.address6, outer.w2.address6),
+        (cluster.a.address, cluster.w2.address),
+        (cluster.a.address6, cluster.w2.address6),
     ):
-        holder = Holder(outer.a, backend, *PORTS[:-1])
+        holder = Holder(cluster.a, backend, *PORTS[:-1])
         # The only free port is not reused before its flow has ended, so that each protocol is tried once.
-        reply = outer.outside.call(clients.ask_tcp, address, NODE_PORT)
+        reply = cluster.outside.call(clients.ask_tcp, address, NODE_PORT)
         assert (reply["name"], reply["port"]) == ("w2", PORTS[-1])
-        reply = outer.outside.call(clients.ask_udp, address, UDP_NODE_PORT)
+        reply = cluster.outside.call(clients.ask_udp, address, UDP_NODE_PORT)
         assert (reply["name"], reply["port"]) == ("w2", PORTS[-1])
         assert holder.ask() == "alive"
         holder.close()
@@ -121,18 +121,18 @@ def test_masquerading_uses_no_source_port_of_a_host_socket(outer: Outer) -> None
     ("first", "options"), [(41000, []), (42000, ["--bypass-netfilter"])], ids=["default", "bypass"]
 )
 def test_flow_without_a_free_source_port_is_dropped_and_host_sockets_work(
-    outer: Outer, first: int, options: list[str]
+    cluster: OutsideClientCluster, first: int, options: list[str]
 ) -> None:
     """Host sockets use every port of the range."""
-    outer.lab.agents[-1].stop()
-    outer.agent("--masquerade-ports", f"{first}-{first + 1}", *options).start()
+    cluster.lab.agents[-1].stop()
+    cluster.agent("--masquerade-ports", f"{first}-{first + 1}", *options).start()
     for address, backend in (
-        (outer.a.address, outer.w2.address),
-        (outer.a.address6, outer.w2.address6),
+        (cluster.a.address, cluster.w2.address),
+        (cluster.a.address6, cluster.w2.address6),
     ):
-        holder = Holder(outer.a, backend, first, first + 1)
+        holder = Holder(cluster.a, backend, first, first + 1)
         with pytest.raises(TimeoutError):
-            outer.outside.call(_ask_briefly, address)
+            cluster.outside.call(_ask_briefly, address)
         assert holder.ask() == "alive"
         holder.close()
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.e2e.outer import BALANCER6, Outer
-from tests.e2e.world import NODE_PORT
+from tests.e2e.outside_client import BALANCER6, OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab, Pod
 from tests.lab.spaces import Space
 
@@ -111,12 +111,12 @@ def ask_unhooked(space: Space, to: Targets, end: str) -> str:
     return output.decode().strip()
 
 
-def _translate_by_netfilter(outer: Outer) -> None:
+def _translate_by_netfilter(cluster: OutsideClientCluster) -> None:
     """Adds the same frontends and masquerading on node-a as kube-proxy does, in one nftables table."""
     rules = []
     for ip, node, local, far, w1, w2 in (
-        ("ip", outer.a.address, LOCAL, FAR, outer.w1.address, outer.w2.address),
-        ("ip6", outer.a.address6, LOCAL6, FAR6, f"[{outer.w1.address6}]", f"[{outer.w2.address6}]"),
+        ("ip", cluster.a.address, LOCAL, FAR, cluster.w1.address, cluster.w2.address),
+        ("ip6", cluster.a.address6, LOCAL6, FAR6, f"[{cluster.w1.address6}]", f"[{cluster.w2.address6}]"),
     ):
         for port, node_port, target in (
             ("tcp dport 80", f"tcp dport {NODE_PORT}", 8080),
@@ -127,27 +127,27 @@ def _translate_by_netfilter(outer: Outer) -> None:
                 f"prerouting {ip} daddr {local} {port} dnat {ip} to {w1}:{target}",
                 f"output {ip} daddr {far} {port} dnat {ip} to {w2}:{target}",
             ]
-    outer.a.run(["nft", "add", "table", "inet", "control"])
+    cluster.a.run(["nft", "add", "table", "inet", "control"])
     for hook, priority in (("prerouting", -100), ("output", -100), ("postrouting", 100)):
         chain = f"{{ type nat hook {hook} priority {priority} ; }}"
-        outer.a.run(["nft", "add", "chain", "inet", "control", hook, chain])
+        cluster.a.run(["nft", "add", "chain", "inet", "control", hook, chain])
     for rule in (*rules, "postrouting meta mark 1 masquerade"):
-        outer.a.run(["nft", "add", "rule", "inet", "control", *rule.split()])
+        cluster.a.run(["nft", "add", "rule", "inet", "control", *rule.split()])
 
 
 @pytest.fixture(scope="module", params=["ebpfproxy", "netfilter"])
-def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.write_web(made.w1)
         for name, balancer, address, pod in (
             ("near", LOCAL, "10.96.0.77", made.w1.address),
             ("near6", LOCAL6, "fd00:10:96::77", made.w1.address6),
         ):
-            endpoints = [{**made.on_a(), "addresses": [pod]}]
-            made.balanced(name, address, balancer, endpoints, externalTrafficPolicy="Local")
+            endpoints = [{**made.endpoint_on_a(), "addresses": [pod]}]
+            made.add_load_balancer(name, address, balancer, endpoints, externalTrafficPolicy="Local")
         for name, address, pod in (("far", FAR, made.w2.address), ("far6", FAR6, made.w2.address6)):
-            made.add(name, address, [{**made.on_b(), "addresses": [pod]}])
+            made.add(name, address, [{**made.endpoint_on_b(), "addresses": [pod]}])
         if request.param == "netfilter":
             _translate_by_netfilter(made)
         else:
@@ -155,38 +155,40 @@ def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
         yield made
 
 
-def _targets(outer: Outer, policy: str, family: str, kind: str) -> Targets:
+def _targets(cluster: OutsideClientCluster, policy: str, family: str, kind: str) -> Targets:
     is_v4, is_tcp = family == "v4", kind == "tcp"
     if policy == "local":
-        return targets(LOCAL if is_v4 else LOCAL6, outer.w1, kind)
-    address = outer.a.address if is_v4 else outer.a.address6
-    return targets(address, outer.w1, kind, NODE_PORT if is_tcp else UDP_NODE_PORT)
+        return targets(LOCAL if is_v4 else LOCAL6, cluster.w1, kind)
+    address = cluster.a.address if is_v4 else cluster.a.address6
+    return targets(address, cluster.w1, kind, NODE_PORT if is_tcp else UDP_NODE_PORT)
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("policy", ["cluster", "local"])
 def test_direct_connection_from_the_source_port_of_a_service_connection(
-    outer: Outer, policy: str, family: str, end: str
+    cluster: OutsideClientCluster, policy: str, family: str, end: str
 ) -> None:
     """The Service's connection is open, closed or reset when the direct one is opened."""
-    found = outer.outside.call(ask_tcp, _targets(outer, policy, family, "tcp"), next(_ports), end)
+    found = cluster.outside.call(ask_tcp, _targets(cluster, policy, family, "tcp"), next(_ports), end)
     assert found == "w1"
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
 @pytest.mark.parametrize("policy", ["cluster", "local"])
 def test_udp_socket_gets_replies_from_a_service_and_its_backend(
-    outer: Outer, policy: str, family: str
+    cluster: OutsideClientCluster, policy: str, family: str
 ) -> None:
     """Replies to one unconnected socket have the address that each datagram was sent to."""
-    assert outer.outside.call(ask_udp, _targets(outer, policy, family, "udp"), next(_ports)) == "w1"
+    assert cluster.outside.call(ask_udp, _targets(cluster, policy, family, "udp"), next(_ports)) == "w1"
 
 
 @pytest.mark.parametrize("family", ["v4", "v6"])
-def test_host_process_without_a_hook_uses_one_source_port_for_both(outer: Outer, family: str) -> None:
+def test_host_process_without_a_hook_uses_one_source_port_for_both(
+    cluster: OutsideClientCluster, family: str
+) -> None:
     """TCP and UDP of the host work, with a remote backend."""
     service = FAR if family == "v4" else FAR6
     for end in (*ENDS, "udp"):
         kind = "udp" if end == "udp" else "tcp"
-        assert ask_unhooked(outer.a, targets(service, outer.w2, kind), end) == "w2", end
+        assert ask_unhooked(cluster.a, targets(service, cluster.w2, kind), end) == "w2", end

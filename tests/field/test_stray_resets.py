@@ -16,8 +16,8 @@ from scapy.layers.inet6 import IPv6
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.flows.sweeper import Sweeper
 from ebpfproxy.datapath.kernel.maps import open_pinned
-from tests.e2e.outer import Outer
-from tests.e2e.world import NODE_PORT
+from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
@@ -42,9 +42,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def outer() -> Iterator[Outer]:
+def cluster() -> Iterator[OutsideClientCluster]:
     with Lab() as lab:
-        made = Outer(lab)
+        made = OutsideClientCluster(lab)
         made.agent().start()
         yield made
 
@@ -57,14 +57,14 @@ def send_reset(source: str, sport: int, destination: str, dport: int, seq: int) 
         sock.sendto(raw(packet), (destination, 0))
 
 
-def flow_of(outer: Outer, port: int) -> dict[str, Any] | None:
-    flows = json.loads(outer.a.cli("conntrack", "list", "-o", "json", "--service", "shop/web"))
+def flow_of(cluster: OutsideClientCluster, port: int) -> dict[str, Any] | None:
+    flows = json.loads(cluster.a.cli("conntrack", "list", "-o", "json", "--service", "shop/web"))
     return next((flow for flow in flows if flow["client"].endswith(f":{port}")), None)
 
 
-def sweep(outer: Outer) -> None:
+def sweep(cluster: OutsideClientCluster) -> None:
     """Sweeps as the agent does, but deletes closed flows without a timeout."""
-    maps = open_pinned(next((outer.a.bpf_root / "ebpfproxy").glob("v*")))
+    maps = open_pinned(next((cluster.a.bpf_root / "ebpfproxy").glob("v*")))
     sweeper = Sweeper(maps, Timeouts(tcp_closed=0.0), next(maps.folder.glob("progs-*")))
     sweeper.sweep()
     sweeper.close()
@@ -73,30 +73,30 @@ def sweep(outer: Outer) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_rst_with_a_wrong_sequence_number_closes_no_idle_flow_and_a_right_one_does(
-    outer: Outer, version: int
+    cluster: OutsideClientCluster, version: int
 ) -> None:
     """An RST with a wrong sequence number from either side does not change the state. In netfilter's conntrack,
     too, only one with the exact number closes an established connection."""
-    node = outer.a.address if version == 4 else outer.a.address6
-    here = outer.outside.address if version == 4 else outer.outside.address6
+    node = cluster.a.address if version == 4 else cluster.a.address6
+    here = cluster.outside.address if version == 4 else cluster.outside.address6
     command = [sys.executable, "-c", CLIENT, node, str(NODE_PORT)]
-    process = outer.outside.popen(command, stdin=-1, stdout=-1)
+    process = cluster.outside.popen(command, stdin=-1, stdout=-1)
     assert process.stdin is not None
     assert process.stdout is not None
     port = int(process.stdout.readline())
-    flow = flow_of(outer, port)
+    flow = flow_of(cluster, port)
     assert flow is not None
     backend, _, target = flow["backend"].rpartition(":")
     snat_address, _, snat_port = flow["masquerade"].rpartition(":")
-    pods: dict[str, Space] = {f"{pod.address}": pod for pod in (outer.w1, outer.w2)}
-    pods |= {f"[{pod.address6}]": pod for pod in (outer.w1, outer.w2)}
+    pods: dict[str, Space] = {f"{pod.address}": pod for pod in (cluster.w1, cluster.w2)}
+    pods |= {f"[{pod.address6}]": pod for pod in (cluster.w1, cluster.w2)}
     for seq in STRAY:
-        outer.outside.call(send_reset, here, port, node, NODE_PORT, seq)
+        cluster.outside.call(send_reset, here, port, node, NODE_PORT, seq)
         pods[backend].call(
             send_reset, backend.strip("[]"), int(target), snat_address.strip("[]"), int(snat_port), seq
         )
-    sweep(outer)
-    found = flow_of(outer, port)
+    sweep(cluster)
+    found = flow_of(cluster, port)
     assert found is not None
     assert found["state"] == "ESTABLISHED"
     process.stdin.write(b"send\n")
@@ -106,4 +106,4 @@ def test_rst_with_a_wrong_sequence_number_closes_no_idle_flow_and_a_right_one_do
     process.stdin.write(b"reset\n")
     process.stdin.flush()
     assert process.wait(10) == 0
-    until(lambda: (flow_of(outer, port) or {}).get("state") == "CLOSE")
+    until(lambda: (flow_of(cluster, port) or {}).get("state") == "CLOSE")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.outer import BALANCER6, SLICE_PORTS, Held, Outer
+from tests.e2e.outside_client import BALANCER6, SLICE_PORTS, HeldConnection, OutsideClientCluster
 from tests.field.remote import Remote
 from tests.lab import Lab, clients, manifests
 from tests.lab.spaces import Space
@@ -29,7 +29,7 @@ PORTS = [
 ]
 
 
-class World(Outer):
+class MovingFrontendsCluster(OutsideClientCluster):
     """Service a has the endpoint w1, Service b w2; the frontend belongs to one of them or to none."""
 
     def __init__(self, lab: Lab) -> None:
@@ -39,8 +39,8 @@ class World(Outer):
                 self.outside.route(address, self.a)
         self.outside.route(BALANCER6, self.a)
 
-    def give(self, kind: str, owner: str) -> None:
-        """``owner``: a, b, or none."""
+    def assign(self, kind: str, owner: str) -> None:
+        """Assigns the frontend to a Service. ``owner``: a, b, or none."""
         documents = []
         for name, pod in (("a", self.w1), ("b", self.w2)):
             has = name == owner
@@ -71,9 +71,9 @@ class World(Outer):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[MovingFrontendsCluster]:
     with Lab() as lab:
-        found = World(lab)
+        found = MovingFrontendsCluster(lab)
         found.agent().start()
         yield found
 
@@ -85,13 +85,13 @@ KINDS = [*MOVING, "NodePort"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["outside", "unconnected", "connected"])
 def test_udp_follows_a_frontend_that_moves_to_another_service(
-    world: World, kind: str, family: int, where: str
+    cluster: MovingFrontendsCluster, kind: str, family: int, where: str
 ) -> None:
     """An external client has a fixed source port; sockets of a pod stay open."""
-    host, port = world.frontend(kind, family)
-    space: Space = world.outside if where == "outside" else world.client
-    world.give(kind, "a")
-    until(lambda: _served(world.client, host, port) == "w1")
+    host, port = cluster.frontend(kind, family)
+    space: Space = cluster.outside if where == "outside" else cluster.client
+    cluster.assign(kind, "a")
+    until(lambda: _served(cluster.client, host, port) == "w1")
     with Remote(space, host) as sock:
         if where == "outside":
             sock.bind("", 12_000)
@@ -102,7 +102,7 @@ def test_udp_follows_a_frontend_that_moves_to_another_service(
             return str(sock.ask(seconds) if where == "connected" else sock.ask_at(host, port, seconds))
 
         for owner, name in (("a", "w1"), ("b", "w2"), ("a", "w1")):
-            world.give(kind, owner)
+            cluster.assign(kind, owner)
             until(lambda n=name: ask(0.3) == n, f"datagrams do not go to Service {owner}", AT_ONCE)  # type: ignore[misc]
             assert ask(3) == name
 
@@ -116,38 +116,40 @@ def _served(space: Space, host: str, port: int) -> str:
 
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("kind", KINDS)
-def test_udp_flow_of_a_removed_frontend_ends(world: World, kind: str, family: int) -> None:
+def test_udp_flow_of_a_removed_frontend_ends(cluster: MovingFrontendsCluster, kind: str, family: int) -> None:
     """The Service no longer has the address; the flow was in use before."""
-    host, port = world.frontend(kind, family)
-    world.give(kind, "a")
-    with Remote(world.outside, host) as sock:
+    host, port = cluster.frontend(kind, family)
+    cluster.assign(kind, "a")
+    with Remote(cluster.outside, host) as sock:
         sock.bind("", 12_001)
         until(lambda: sock.ask_at(host, port, 0.3) == "w1")
-        world.give(kind, "none")
+        cluster.assign(kind, "none")
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_udp_flow_of_a_deleted_service_ends(world: World, family: int) -> None:
-    host, port = world.frontend("load balancer", family)
-    world.give("load balancer", "a")
-    with Remote(world.outside, host) as sock:
+def test_udp_flow_of_a_deleted_service_ends(cluster: MovingFrontendsCluster, family: int) -> None:
+    host, port = cluster.frontend("load balancer", family)
+    cluster.assign("load balancer", "a")
+    with Remote(cluster.outside, host) as sock:
         sock.bind("", 12_002)
         until(lambda: sock.ask_at(host, port, 0.3) == "w1")
-        world.remove("moving")
+        cluster.remove("moving")
         until(lambda: sock.ask_at(host, port, 0.3) in ("nothing", "ECONNREFUSED", "EHOSTUNREACH"))
 
 
 @pytest.mark.parametrize("kind", ["externalIP", "NodePort"])
-def test_tcp_connection_keeps_the_service_that_it_was_opened_with(world: World, kind: str) -> None:
+def test_tcp_connection_keeps_the_service_that_it_was_opened_with(
+    cluster: MovingFrontendsCluster, kind: str
+) -> None:
     """This is as with netfilter's conntrack; a new connection goes to the new Service."""
-    host, _ = world.frontend(kind, 4)
+    host, _ = cluster.frontend(kind, 4)
     port = TCP_NODE_PORT if kind == "NodePort" else 80
-    world.give(kind, "a")
-    until(lambda: _name(world.outside, host, port) == "w1")
-    held = Held(world.outside, host, port)
-    world.give(kind, "b")
-    until(lambda: _name(world.outside, host, port) == "w2")
+    cluster.assign(kind, "a")
+    until(lambda: _name(cluster.outside, host, port) == "w1")
+    held = HeldConnection(cluster.outside, host, port)
+    cluster.assign(kind, "b")
+    until(lambda: _name(cluster.outside, host, port) == "w2")
     assert held.ask() == "alive"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.field.remote import Remote
 from tests.lab import Lab, Pod, clients, manifests
 from tests.lab.spaces import Space
@@ -55,7 +55,7 @@ int main(void)
 """
 
 
-class Servers(World):
+class DnsCluster(TwoNodeCluster):
     """Adds a DNS Service with one endpoint, w1 or w2."""
 
     def __init__(self, lab: Lab) -> None:
@@ -102,9 +102,9 @@ class Servers(World):
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Servers]:
+def cluster() -> Iterator[DnsCluster]:
     with Lab() as lab:
-        found = Servers(lab)
+        found = DnsCluster(lab)
         found.agent().start()
         yield found
 
@@ -115,19 +115,19 @@ def host(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("where", ["pod", "host"])
-def test_connected_socket_is_redirected_without_an_error(world: Servers, host: str, where: str) -> None:
+def test_connected_socket_is_redirected_without_an_error(cluster: DnsCluster, host: str, where: str) -> None:
     """While there is no endpoint send() is refused; later the socket is served again."""
-    space: Space = world.client if where == "pod" else world.a
-    world.write_web(world.w1)
+    space: Space = cluster.client if where == "pod" else cluster.a
+    cluster.write_web(cluster.w1)
     until(lambda: space.call(_name, host) == "w1")
     with Remote(space, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w1"
-        world.write_web(world.w2)
+        cluster.write_web(cluster.w2)
         until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
-        world.write_web()
+        cluster.write_web()
         until(lambda: sock.ask(0.3) == "ECONNREFUSED", "send() is not refused", AT_ONCE)
-        world.write_web(world.w2)
+        cluster.write_web(cluster.w2)
         until(lambda: sock.ask(0.3) == "w2", "the socket is not served again", AT_ONCE)
         assert {sock.ask() for _ in range(10)} == {"w2"}
 
@@ -139,51 +139,51 @@ def _name(host: str) -> str:
         return str(error)
 
 
-def test_send_does_not_fail_while_a_socket_is_redirected(world: Servers) -> None:
+def test_send_does_not_fail_while_a_socket_is_redirected(cluster: DnsCluster) -> None:
     """No send() fails (EDESTADDRREQ), as clients such as those of statsd ignore errors."""
     host = SERVICE_IPS["v4"]
-    world.write_web(world.w1)
-    until(lambda: world.client.call(_name, host) == "w1")
-    with Remote(world.client, host) as sock:
+    cluster.write_web(cluster.w1)
+    until(lambda: cluster.client.call(_name, host) == "w1")
+    with Remote(cluster.client, host) as sock:
         sock.connect(host, 53)
-        world.write_web(world.w2)
-        until(lambda: world.client.call(_name, host) == "w2")
+        cluster.write_web(cluster.w2)
+        until(lambda: cluster.client.call(_name, host) == "w2")
         assert {sock.send() for _ in range(50)} == {None}
         until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
 
 
-def test_connected_socket_is_refused_while_its_service_is_deleted(world: Servers) -> None:
+def test_connected_socket_is_refused_while_its_service_is_deleted(cluster: DnsCluster) -> None:
     host = SERVICE_IPS["v4"]
-    world.write_web(world.w1)
-    until(lambda: world.client.call(_name, host) == "w1")
-    kept = manifests.read(world.manifests / "web.yaml")
-    with Remote(world.client, host) as sock:
+    cluster.write_web(cluster.w1)
+    until(lambda: cluster.client.call(_name, host) == "w1")
+    kept = manifests.read(cluster.manifests / "web.yaml")
+    with Remote(cluster.client, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w1"
-        (world.manifests / "web.yaml").unlink()
+        (cluster.manifests / "web.yaml").unlink()
         until(lambda: sock.ask(0.3) == "ECONNREFUSED", "send() is not refused", AT_ONCE)
-        manifests.write(world.manifests / "web.yaml", *kept)
+        manifests.write(cluster.manifests / "web.yaml", *kept)
         until(lambda: sock.ask(0.3) == "w1", "the socket is not served again", AT_ONCE)
 
 
-def test_redirect_survives_an_agent_restart_and_is_removed_with_its_socket(world: Servers) -> None:
+def test_redirect_survives_an_agent_restart_and_is_removed_with_its_socket(cluster: DnsCluster) -> None:
     host = SERVICE_IPS["v4"]
-    world.write_web(world.w1)
-    until(lambda: world.client.call(_name, host) == "w1")
-    with Remote(world.client, host) as sock:
+    cluster.write_web(cluster.w1)
+    until(lambda: cluster.client.call(_name, host) == "w1")
+    with Remote(cluster.client, host) as sock:
         sock.connect(host, 53)
-        world.write_web(world.w2)
+        cluster.write_web(cluster.w2)
         until(lambda: sock.ask(0.3) == "w2", "the socket is not redirected", AT_ONCE)
-        world.lab.agents[-1].stop()
-        world.agent("--max-services", "1000").start()
+        cluster.lab.agents[-1].stop()
+        cluster.agent("--max-services", "1000").start()
         assert sock.ask() == "w2"
-        assert world.fill("sock_redirects") >= 1
-    until(lambda: world.fill("sock_redirects") == 0, "the redirect of a closed socket is left")
+        assert cluster.fill("sock_redirects") >= 1
+    until(lambda: cluster.fill("sock_redirects") == 0, "the redirect of a closed socket is left")
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
 def test_libc_resolves_every_name_while_endpoints_are_replaced(
-    world: Servers, compiler: str, tmp_path: Path
+    cluster: DnsCluster, compiler: str, tmp_path: Path
 ) -> None:
     """glibc uses connected sockets, musl unconnected ones."""
     if shutil.which(compiler) is None:
@@ -193,16 +193,16 @@ def test_libc_resolves_every_name_while_endpoints_are_replaced(
     subprocess.run([compiler, "-o", program, source], check=True)
     resolv.write_text(f"nameserver {DNS}\noptions timeout:1 attempts:4\n")
     command = f"mount --bind {resolv} /etc/resolv.conf && exec {program}"
-    process = world.client.popen(["unshare", "-m", "sh", "-c", command], stdin=-1, stdout=-1)
+    process = cluster.client.popen(["unshare", "-m", "sh", "-c", command], stdin=-1, stdout=-1)
     assert process.stdout is not None
     assert process.stdout.readline() == b"begun\n"
-    world.replace_dns(4)
+    cluster.replace_dns(4)
     good, bad = map(int, process.communicate()[0].split())
     assert good > 20
     assert bad == 0
 
 
-def test_nginx_resolves_every_name_while_endpoints_are_replaced(world: Servers, tmp_path: Path) -> None:
+def test_nginx_resolves_every_name_while_endpoints_are_replaced(cluster: DnsCluster, tmp_path: Path) -> None:
     """Its resolver uses one connected socket for its whole lifetime."""
     config = tmp_path / "nginx.conf"
     config.write_text(
@@ -212,11 +212,11 @@ def test_nginx_resolves_every_name_while_endpoints_are_replaced(world: Servers, 
         + "server { listen 127.0.0.1:8081; return 200 here; }\n"
         "server { listen 127.0.0.1:8082; location / { proxy_pass http://$arg_name:8081; } } }\n"
     )
-    world.client.popen(["nginx", "-c", str(config), "-e", f"{tmp_path}/log"])
-    until(lambda: world.client.call(_status, "first.test") == 200)
+    cluster.client.popen(["nginx", "-c", str(config), "-e", f"{tmp_path}/log"])
+    until(lambda: cluster.client.call(_status, "first.test") == 200)
     for turn in range(4):
-        world.replace_dns(2)
-        assert [world.client.call(_status, f"n{turn}x{i}.test") for i in range(5)] == [200] * 5
+        cluster.replace_dns(2)
+        assert [cluster.client.call(_status, f"n{turn}x{i}.test") for i in range(5)] == [200] * 5
 
 
 def _status(name: str) -> int:

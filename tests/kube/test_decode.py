@@ -64,24 +64,24 @@ def test_every_line_of_the_watches_decodes() -> None:
 
 def test_events_applied_to_the_initial_lists_give_the_final_lists() -> None:
     decoders = {resource: Decoder(resource) for resource in Resource}
-    world: dict[Resource, dict[ObjectKey, object]] = {}
+    stored: dict[Resource, dict[ObjectKey, object]] = {}
     for resource, items in recordings.lists("initial").items():
         page = decoders[resource].page(
             json.dumps({"metadata": {"resourceVersion": "1"}, "items": items}).encode()
         )
-        world[resource] = {
+        stored[resource] = {
             ObjectKey(getattr(each.metadata, "namespace", ""), each.metadata.name): each
             for each in page.objects
         }
     for resource, line in recordings.watch_lines():
         event = decoders[resource].line(line)
         if event.type is EventType.DELETED:
-            del world[resource][event.key]
+            del stored[resource][event.key]
         elif event.object is not None:
-            world[resource][event.key] = event.object
+            stored[resource][event.key] = event.object
     for resource, items in recordings.lists("final").items():
         page = decoders[resource].page(json.dumps({"metadata": {}, "items": items}).encode())
-        assert sorted(map(repr, world[resource].values())) == sorted(map(repr, page.objects))
+        assert sorted(map(repr, stored[resource].values())) == sorted(map(repr, page.objects))
 
 
 def test_html_page_of_a_proxy_becomes_a_status() -> None:

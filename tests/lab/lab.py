@@ -31,7 +31,7 @@ from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.lab import cni, command, ethtool
-from tests.lab.machine import check_cgroup_root
+from tests.lab.foreign_programs import check_cgroup_root
 from tests.lab.spaces import Space, enter_namespace, leave_namespace, namespace_restored
 from tests.lab.waiting import READY_SECONDS
 

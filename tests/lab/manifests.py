@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ebpfproxy import yaml_text
+
 Document = dict[str, Any]
 
 
@@ -55,10 +57,10 @@ def write(path: Path, *documents: Document) -> None:
     """Replaces the file atomically, as an editor or a ConfigMap volume does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    beside.write_text(yaml.safe_dump_all(documents))
+    beside.write_text(yaml.dump_all(documents, Dumper=yaml.CSafeDumper))
     beside.rename(path)
 
 
 def read(path: Path) -> list[Document]:
     """The documents of a file that :func:`write` has written."""
-    return list(yaml.safe_load_all(path.read_text()))
+    return yaml_text.load_all(path.read_text())

@@ -281,5 +281,8 @@ def _become_process(stdin: int, stdout: int) -> None:
     os.dup2(stdin, 0)
     os.dup2(stdout, 1)
     os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    # pytest has replaced these streams.
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode) for number, mode in enumerate("rww"))
+    # pytest has replaced these streams. The function may replace them once more, which must not close what it has
+    # redirected meanwhile.
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww")
+    )

@@ -43,12 +43,14 @@ class Terminal:
         # Modes are read from this side's descriptor after the command has ended.
         self._other = other
         self.output = b""
+        # readline, which pytest imports, sets these two in what its workers inherit.
+        inherited = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             command,
             stdin=other,
             stdout=other,
             stderr=other,
-            env={**os.environ, "TERM": "xterm-256color", **(env or {})},
+            env={**inherited, "TERM": "xterm-256color", **(env or {})},
             start_new_session=True,
             preexec_fn=_take_terminal,
         )

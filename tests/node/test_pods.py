@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ebpfproxy.node.pods import Pod, pods
+from ebpfproxy.node.pod_names import Pod, pods
 
 CACHED = {
     "kind": "cniCacheV1",

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from ebpfproxy.cli import kubectl
 from tests.apiserver import ApiServer
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.lab.terminal import Terminal
 from tests.lab.waiting import until
@@ -26,8 +26,8 @@ WEB = SERVICE_IPS["v4"]
 _PLUGIN = [sys.executable, "-c", "from ebpfproxy.cli.kubectl import main; main()"]
 
 
-class Cluster(World):
-    """A World with agents on both nodes, and their API server."""
+class Cluster(TwoNodeCluster):
+    """Two nodes with agents, and their API server."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)

@@ -7,33 +7,33 @@ import pytest
 
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from tests.lab import Lab
+from tests.packets.packet_cluster import FAMILIES, FamilyAddresses, PacketCluster
 from tests.packets.wire import Wire
-from tests.packets.world import SIDES, PacketWorld, Side
 
 
 @pytest.fixture(scope="package")
-def world() -> Iterator[PacketWorld]:
+def cluster() -> Iterator[PacketCluster]:
     with Lab() as lab:
-        made = PacketWorld(lab, "--service-cidr", "10.96.0.0/16,fd00:10:96::/112")
+        made = PacketCluster(lab, "--service-cidr", "10.96.0.0/16,fd00:10:96::/112")
         yield made
         made.wire.close()
 
 
 @pytest.fixture
-def wire(world: PacketWorld) -> Wire:
-    return world.wire
+def wire(cluster: PacketCluster) -> Wire:
+    return cluster.wire
 
 
-@pytest.fixture(scope="package")
-def tables(world: PacketWorld) -> Iterator[MapSet]:
-    opened = open_pinned(next((world.node.bpf_root / "ebpfproxy").glob("v*")))
+@pytest.fixture(scope="module")
+def tables(cluster: PacketCluster) -> Iterator[MapSet]:
+    opened = open_pinned(next((cluster.node.bpf_root / "ebpfproxy").glob("v*")))
     yield opened
     opened.close()
 
 
-@pytest.fixture(params=SIDES, ids=["v4", "v6"])
-def side(request: pytest.FixtureRequest) -> Side:
-    found: Side = request.param
+@pytest.fixture(params=FAMILIES, ids=["v4", "v6"])
+def family(request: pytest.FixtureRequest) -> FamilyAddresses:
+    found: FamilyAddresses = request.param
     return found
 
 

@@ -1,4 +1,4 @@
-"""What becomes of packets without a backend is reported with its reason, and a flow's choice once."""
+"""Reports of packet programs: the reason where a packet gets no backend, and one decision for each new flow."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-from scapy.all import Packet
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
+from scapy.packet import Packet
 
 from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.decisions import DecisionReader, Tracing, lease
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
+from tests.packets.packet_cluster import V4, FamilyAddresses, PacketCluster
 from tests.packets.test_flows import segment
 from tests.packets.wire import Wire
-from tests.packets.world import V4, PacketWorld, Side
 
 pytestmark = pytest.mark.root
 
@@ -25,10 +25,10 @@ ALL = Wanted(frozenset(DecisionKind))
 
 
 @pytest.fixture(scope="module")
-def reporting() -> Iterator[PacketWorld]:
-    """Masqueraded clients have two ports, and are forwarded from the hook."""
+def cluster() -> Iterator[PacketCluster]:
+    """An agent that reports decisions, bypasses netfilter and has two ports for masquerading."""
     with Lab() as lab:
-        made = PacketWorld(
+        made = PacketCluster(
             lab,
             *("--trace-decisions", "--bypass-netfilter", "--masquerade-ports", "61000-61001"),
             *("--service-cidr", "10.96.0.0/16,fd00:10:96::/112"),
@@ -38,28 +38,16 @@ def reporting() -> Iterator[PacketWorld]:
 
 
 @pytest.fixture
-def wire(reporting: PacketWorld) -> Wire:
-    return reporting.wire
-
-
-@pytest.fixture(scope="module")
-def opened(reporting: PacketWorld) -> Iterator[MapSet]:
-    found = open_pinned(next((reporting.node.bpf_root / "ebpfproxy").glob("v*")))
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def tracing(opened: MapSet) -> Iterator[Tracing]:
-    with lease(opened) as held:
+def tracing(tables: MapSet) -> Iterator[Tracing]:
+    with lease(tables) as held:
         held.want(ALL)
         yield held
 
 
 @pytest.fixture
-def read(opened: MapSet, tracing: Tracing) -> Iterator[Callable[[], list[Decision]]]:
-    """Renews the lease, too."""
-    reader = DecisionReader(opened)
+def read(tables: MapSet, tracing: Tracing) -> Iterator[Callable[[], list[Decision]]]:
+    """Returns the decisions since the last call, and renews the lease."""
+    reader = DecisionReader(tables)
     reader.read()
 
     def found() -> list[Decision]:
@@ -83,9 +71,9 @@ REFUSED, DROPPED = DecisionKind.REFUSED, DecisionKind.DROPPED
         ("ranged_balancer", 80, "other_client", "S", DROPPED, PacketEvent.SOURCE_RANGE),
     ],
 )
-def test_a_packet_without_a_backend(
+def test_packet_without_a_backend_is_reported_with_the_reason(
     wire: Wire,
-    side: Side,
+    family: FamilyAddresses,
     port: int,
     read: Callable[[], list[Decision]],
     destination: str,
@@ -95,51 +83,58 @@ def test_a_packet_without_a_backend(
     kind: DecisionKind,
     reason: PacketEvent,
 ) -> None:
-    client, frontend = getattr(side, source), getattr(side, destination)
-    wire.ingress(side.ip(client, frontend) / segment("TCP", port, dport, flags))
+    client, frontend = getattr(family, source), getattr(family, destination)
+    wire.ingress(family.ip(client, frontend) / segment("TCP", port, dport, flags))
     (found,) = read()
-    family = socket.AF_INET if side.version == 4 else socket.AF_INET6
     assert (found.kind, found.reason, found.place, found.protocol) == (kind, reason, Place.INGRESS, 6)
-    assert (found.frontend, found.frontend_port) == (socket.inet_pton(family, frontend), dport)
+    assert (found.frontend, found.frontend_port) == (socket.inet_pton(family.number, frontend), dport)
     assert isinstance(found.client, Sender)
-    assert found.client[:2] == (socket.inet_pton(family, client), port)
+    assert found.client[:2] == (socket.inet_pton(family.number, client), port)
     assert found.client.ifindex == wire.devices["eth0"][0]
     assert found.backend_id is None
     assert (found.service_id is None) == (reason is PacketEvent.NO_SUCH_PORT)
 
 
-def test_a_packet_to_an_unallocated_address(
-    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+def test_packet_to_an_unallocated_address_is_reported_as_dropped(
+    wire: Wire, family: FamilyAddresses, port: int, read: Callable[[], list[Decision]]
 ) -> None:
-    unknown = "10.96.200.200" if side.version == 4 else "fd00:10:96::c8c8"
-    wire.egress(side.ip(side.client, unknown) / segment("TCP", port, 80), iif="eth0")
+    unknown = "10.96.200.200" if family.version == 4 else "fd00:10:96::c8c8"
+    wire.egress(family.ip(family.client, unknown) / segment("TCP", port, 80), iif="eth0")
     (found,) = read()
     assert (found.kind, found.reason, found.place) == (DROPPED, PacketEvent.NO_SUCH_SERVICE, Place.EGRESS)
 
 
-def test_a_fragment_without_the_first(wire: Wire, port: int, read: Callable[[], list[Decision]]) -> None:
+def test_later_fragment_without_its_first_is_reported_as_dropped(
+    wire: Wire, port: int, read: Callable[[], list[Decision]]
+) -> None:
     datagram = IP(src=V4.client, dst=V4.web, id=0x77) / UDP(sport=port, dport=53) / (b"x" * 1000)
     wire.ingress(fragment(datagram, 400)[1])
     (found,) = read()
     assert (found.kind, found.reason) == (DROPPED, PacketEvent.FRAGMENT)
 
 
-def test_a_packet_without_ports_has_none(
-    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+def test_report_of_a_packet_without_ports_has_no_ports(
+    wire: Wire, family: FamilyAddresses, port: int, read: Callable[[], list[Decision]]
 ) -> None:
-    """Not those of the packet before it."""
-    echo = ICMP() if side.version == 4 else ICMPv6EchoRequest()
-    if side.version == 4:
-        later = IP(src=side.client, dst=side.web, id=0x78, frag=50, proto=17) / (b"x" * 400)
+    """It does not have the ports of the packet before."""
+    echo = ICMP() if family.version == 4 else ICMPv6EchoRequest()
+    if family.version == 4:
+        later = IP(src=family.client, dst=family.web, id=0x78, frag=50, proto=17) / (b"x" * 400)
     else:
         later = (
-            IPv6(src=side.client, dst=side.web) / IPv6ExtHdrFragment(offset=50, id=0x78, nh=17) / (b"x" * 400)
+            IPv6(src=family.client, dst=family.web)
+            / IPv6ExtHdrFragment(offset=50, id=0x78, nh=17)
+            / (b"x" * 400)
         )
     for packet, reason, protocol in (
-        (side.ip(side.client, side.web) / echo, PacketEvent.NO_SUCH_PORT, 1 if side.version == 4 else 58),
+        (
+            family.ip(family.client, family.web) / echo,
+            PacketEvent.NO_SUCH_PORT,
+            1 if family.version == 4 else 58,
+        ),
         (later, PacketEvent.FRAGMENT, 17),
     ):
-        wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+        wire.ingress(family.ip(family.client, family.empty) / segment("TCP", port, 80))
         wire.ingress(packet)
         _, found = read()
         assert isinstance(found.client, Sender)
@@ -147,68 +142,67 @@ def test_a_packet_without_ports_has_none(
         assert (found.client.port, found.frontend_port) == (0, 0)
 
 
-def test_a_flow_is_chosen_once_and_its_packets_may_be_dropped(
-    wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+def test_new_flow_is_one_decision_and_a_dropped_packet_another(
+    wire: Wire, family: FamilyAddresses, port: int, read: Callable[[], list[Decision]]
 ) -> None:
     def packet(**fields: int) -> Packet:
-        return side.ip(side.client, side.node, **fields) / segment("UDP", port, 30053)
+        return family.ip(family.client, family.node, **fields) / segment("UDP", port, 30053)
 
     for _ in range(5):
         wire.ingress(packet())
     (found,) = read()
     assert (found.kind, found.place, found.candidates) == (DecisionKind.CHOSEN, Place.INGRESS, 1)
     assert None not in (found.service_id, found.backend_id)
-    wire.ingress(packet(**{"ttl" if side.version == 4 else "hlim": 1}))
+    wire.ingress(packet(**{"ttl" if family.version == 4 else "hlim": 1}))
     (dropped,) = read()
     assert (dropped.kind, dropped.reason) == (DROPPED, PacketEvent.HOPS)
     assert dropped.service_id == found.service_id
 
 
-def test_a_backend_to_which_no_route_leads(
-    reporting: PacketWorld, wire: Wire, side: Side, port: int, read: Callable[[], list[Decision]]
+def test_packet_to_a_backend_without_a_route_is_reported_as_dropped(
+    cluster: PacketCluster, wire: Wire, family: FamilyAddresses, port: int, read: Callable[[], list[Decision]]
 ) -> None:
-    packet = side.ip(side.client, side.node) / segment("UDP", port, 30053)
+    packet = family.ip(family.client, family.node) / segment("UDP", port, 30053)
     wire.ingress(packet)
     (chosen,) = read()
-    route = [f"-{side.version}", "route"]
-    reporting.node.run(["ip", *route, "add", "unreachable", side.remote_pod])
+    route = [f"-{family.version}", "route"]
+    cluster.node.run(["ip", *route, "add", "unreachable", family.remote_pod])
     try:
         wire.ingress(packet)
     finally:
-        reporting.node.run(["ip", *route, "delete", "unreachable", side.remote_pod])
+        cluster.node.run(["ip", *route, "delete", "unreachable", family.remote_pod])
     (dropped,) = read()
     assert (dropped.kind, dropped.reason) == (DROPPED, PacketEvent.UNROUTABLE)
     assert dropped.service_id == chosen.service_id
 
 
-def test_masquerading_without_a_port(
-    wire: Wire, side: Side, new_port: Callable[[], int], read: Callable[[], list[Decision]]
+def test_masquerading_without_a_free_port_is_reported(
+    wire: Wire, family: FamilyAddresses, new_port: Callable[[], int], read: Callable[[], list[Decision]]
 ) -> None:
-    """There are two ports towards a backend."""
+    """The agent has two ports for masquerading."""
     for _ in range(3):
-        wire.ingress(side.ip(side.client, side.node) / segment("TCP", new_port(), 30080))
+        wire.ingress(family.ip(family.client, family.node) / segment("TCP", new_port(), 30080))
     kinds = [each.kind for each in read()]
     assert kinds == [DecisionKind.CHOSEN] * 2 + [DecisionKind.MASQUERADE_FAILED]
 
 
-def test_only_packets_of_the_client_that_is_asked_for(
-    wire: Wire, side: Side, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
+def test_only_packets_of_the_requested_client_are_reported(
+    wire: Wire, family: FamilyAddresses, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
 ) -> None:
-    family = socket.AF_INET if side.version == 4 else socket.AF_INET6
-    tracing.want(ALL._replace(client=Client((socket.inet_pton(family, side.other_client),), 0)))
-    for source in (side.client, side.other_client):
-        wire.ingress(side.ip(source, side.empty) / segment("TCP", port, 80))
+    tracing.want(ALL._replace(client=Client((socket.inet_pton(family.number, family.other_client),), 0)))
+    for source in (family.client, family.other_client):
+        wire.ingress(family.ip(source, family.empty) / segment("TCP", port, 80))
     (found,) = read()
     assert isinstance(found.client, Sender)
-    assert found.client.address == socket.inet_pton(family, side.other_client)
+    assert found.client.address == socket.inet_pton(family.number, family.other_client)
 
 
 def test_nothing_is_reported_without_a_lease(
-    wire: Wire, side: Side, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
+    wire: Wire, family: FamilyAddresses, port: int, tracing: Tracing, read: Callable[[], list[Decision]]
 ) -> None:
-    """The programs that report stay attached here."""
+    """The agent has ``--trace-decisions``, so that its programs stay those that report."""
     tracing.end()
-    wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+    wire.ingress(family.ip(family.client, family.empty) / segment("TCP", port, 80))
     assert read() == []
-    wire.ingress(side.ip(side.client, side.empty) / segment("TCP", port, 80))
+    wire.ingress(family.ip(family.client, family.empty) / segment("TCP", port, 80))
     assert len(read()) == 1

@@ -1,4 +1,4 @@
-"""Entries that the LRU map has taken: a flow of which one is left goes on."""
+"""The LRU map evicts an entry of a pair: the flow goes on by the other one, which restores it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, Flow, Nat, NatFlags
 from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.packet_cluster import FamilyAddresses
 from tests.packets.test_flows import PAYLOAD
 from tests.packets.test_tcp_close import BACKEND_NEXT, CLIENT_NEXT, Connection
 from tests.packets.wire import Wire
-from tests.packets.world import Side
 
 pytestmark = pytest.mark.root
 
@@ -22,7 +22,7 @@ _LAST_AT = 48
 
 
 def entries_of(connection: Connection) -> dict[Flow, Entry]:
-    client = ipaddress.ip_address(connection.side.client).packed
+    client = ipaddress.ip_address(connection.family.client).packed
     found = starmap(Entry, connection.tables["conntrack"].items())
     return {
         entry.flow: entry
@@ -37,28 +37,28 @@ def entries_of(connection: Connection) -> dict[Flow, Entry]:
 
 
 def without_times(entry: Entry) -> Nat:
-    """What the entry translates, and which flow it is of."""
+    """The translation of the entry, without times, sequence numbers and whether there was a reply."""
     return entry.nat._replace(last=0, end=0, acked=0, seen=entry.nat.seen & ~1)
 
 
-@pytest.mark.parametrize("taken", [NatFlags(0), NatFlags.REPLY])
+@pytest.mark.parametrize("evicted", [NatFlags(0), NatFlags.REPLY])
 @pytest.mark.parametrize("idle", [0.5, 2.0])
-def test_the_other_half_is_put_back_within_a_second(
-    wire: Wire, side: Side, port: int, tables: MapSet, taken: NatFlags, idle: float
+def test_evicted_partner_entry_is_restored(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet, evicted: NatFlags, idle: float
 ) -> None:
-    """Both of the Service and of the masquerade. Packets look for it at most once a second."""
-    connection = Connection(wire, side, port, tables).establish()
+    """Entries of the Service's and of the masquerade's pair. A packet looks for them at most once a second."""
+    connection = Connection(wire, family, port, tables).establish()
     before = entries_of(connection)
     assert len(before) == 4
     last = time.monotonic_ns() - int(idle * 1e9)
     for entry in before.values():
-        if entry.nat.flags & NatFlags.REPLY == taken:
+        if entry.nat.flags & NatFlags.REPLY == evicted:
             tables["conntrack"].delete(entry.key)
         else:
             aged = bytearray(entry.value)
             struct.pack_into("=Q", aged, _LAST_AT, last)
             tables["conntrack"].update(entry.key, bytes(aged))
-    if taken:
+    if evicted:
         connection.original("PA", CLIENT_NEXT, BACKEND_NEXT, PAYLOAD)
     else:
         connection.reply("PA", BACKEND_NEXT, CLIENT_NEXT, PAYLOAD)
@@ -74,10 +74,10 @@ def test_the_other_half_is_put_back_within_a_second(
     assert connection.states == ("CLOSE", 4)
 
 
-def test_the_other_half_of_a_connection_that_has_ended_is_not_put_back(
-    wire: Wire, side: Side, port: int, tables: MapSet
+def test_evicted_partner_entry_of_a_closed_connection_is_not_restored(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
-    connection = Connection(wire, side, port, tables).establish()
+    connection = Connection(wire, family, port, tables).establish()
     connection.reply("R", BACKEND_NEXT)
     for entry in entries_of(connection).values():
         aged = bytearray(entry.value)

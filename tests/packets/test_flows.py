@@ -25,8 +25,8 @@ from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags
 from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.wire import DROP, PASS, REDIRECT, Result, Wire, ip_of, with_right_checksums
-from tests.packets.world import PORTS, Side
 
 pytestmark = pytest.mark.root
 
@@ -48,102 +48,102 @@ def segment(protocol: str, sport: int, dport: int, flags: str = "S", payload: by
     return SCTP(sport=sport, dport=dport, tag=7) / opening / SCTPChunkData(tsn=1, data=payload)
 
 
-def ends(packet: Packet) -> tuple[str, int, str, int]:
+def ends_of(packet: Packet) -> tuple[str, int, str, int]:
     """Source address and port, destination address and port."""
     ip = ip_of(packet)
     return ip.src, ip.payload.sport, ip.dst, ip.payload.dport
 
 
-def passed(result: Result, *expected: Any) -> Packet:
+def assert_passed(result: Result, *expected: Any) -> Packet:
     """Asserts verdict, addresses and ports, unchanged payload and right checksums; returns the packet."""
     assert result.verdict == PASS
     packet = result.packet
-    assert ends(packet) == expected
+    assert ends_of(packet) == expected
     assert with_right_checksums(packet) == result.bytes
     assert PAYLOAD in result.bytes
     return packet
 
 
-def masqueraded_port(wire: Wire, side: Side, protocol: str, port: int, node: str) -> int:
+def masqueraded_port(wire: Wire, family: FamilyAddresses, protocol: str, port: int, node: str) -> int:
     """Runs the first packet of a flow through egress; returns the source port after masquerading."""
     target = PORTS[protocol][2]
     out = wire.egress(
-        side.ip(side.client, side.remote_pod) / segment(protocol, port, target), iif="eth0"
+        family.ip(family.client, family.remote_pod) / segment(protocol, port, target), iif="eth0"
     ).packet
-    source = ends(out)
-    assert (source[0], source[2], source[3]) == (node, side.remote_pod, target)
+    source = ends_of(out)
+    assert (source[0], source[2], source[3]) == (node, family.remote_pod, target)
     assert with_right_checksums(out) == raw(out)
     return source[1]
 
 
 def test_node_port_to_a_remote_backend_is_translated_in_both_directions(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     """DNAT to the backend, SNAT to the node's address, and the reverse of both in reply direction."""
     _, node_port, target = PORTS[protocol]
-    passed(
-        wire.ingress(side.ip(side.client, side.node) / segment(protocol, port, node_port)),
-        *(side.client, port, side.remote_pod, target),
+    assert_passed(
+        wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, node_port)),
+        *(family.client, port, family.remote_pod, target),
     )
-    snat_port = masqueraded_port(wire, side, protocol, port, side.node)
-    passed(
-        wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, snat_port, "SA")),
-        *(side.remote_pod, target, side.client, port),
+    snat_port = masqueraded_port(wire, family, protocol, port, family.node)
+    assert_passed(
+        wire.ingress(family.ip(family.remote_pod, family.node) / segment(protocol, target, snat_port, "SA")),
+        *(family.remote_pod, target, family.client, port),
     )
-    passed(
+    assert_passed(
         wire.egress(
-            side.ip(side.remote_pod, side.client) / segment(protocol, target, port, "SA"), iif="eth0"
+            family.ip(family.remote_pod, family.client) / segment(protocol, target, port, "SA"), iif="eth0"
         ),
-        *(side.node, node_port, side.client, port),
+        *(family.node, node_port, family.client, port),
     )
 
 
 def test_direct_flow_that_collides_with_a_service_flow_gets_another_source_port(
-    wire: Wire, side: Side, protocol: str, port: int, new_port: Callable[[], int]
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int, new_port: Callable[[], int]
 ) -> None:
     """The backend sees two distinct flows, and replies of each have the source that the client sent to."""
     service_port, _, target = PORTS[protocol]
-    request = side.ip(side.client, side.local_pod)
-    reply = side.ip(side.local_pod, side.client)
-    passed(
-        wire.ingress(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
-        *(side.client, port, side.local_pod, target),
+    request = family.ip(family.client, family.local_pod)
+    reply = family.ip(family.local_pod, family.client)
+    assert_passed(
+        wire.ingress(family.ip(family.client, family.local_balancer) / segment(protocol, port, service_port)),
+        *(family.client, port, family.local_pod, target),
     )
     out = wire.ingress(request / segment(protocol, port, target))
-    other = ends(out.packet)[1]
+    other = ends_of(out.packet)[1]
     assert other != port
     for flags in ("S", "A"):
-        passed(
+        assert_passed(
             wire.ingress(request / segment(protocol, port, target, flags)),
-            *(side.client, other, side.local_pod, target),
+            *(family.client, other, family.local_pod, target),
         )
-    passed(
+    assert_passed(
         wire.egress(reply / segment(protocol, target, other, "SA"), iif="p1"),
-        *(side.local_pod, target, side.client, port),
+        *(family.local_pod, target, family.client, port),
     )
-    passed(
+    assert_passed(
         wire.egress(reply / segment(protocol, target, port, "SA"), iif="p1"),
-        *(side.local_balancer, service_port, side.client, port),
+        *(family.local_balancer, service_port, family.client, port),
     )
     # Only the same source port to the target port collides.
     for asked, source in ((target, new_port()), (9000, port)):
         packet = request / segment(protocol, source, asked)
-        passed(wire.ingress(packet), side.client, source, side.local_pod, asked)
+        assert_passed(wire.ingress(packet), family.client, source, family.local_pod, asked)
 
 
 def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
-    wire: Wire, side: Side, port: int, tables: MapSet
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
     """The client reuses the port after the Service's flow is deleted, which then no longer collides."""
     service_port, _, target = PORTS["TCP"]
-    to_pod = side.ip(side.client, side.local_pod)
-    wire.ingress(side.ip(side.client, side.local_balancer) / segment("TCP", port, service_port))
-    other = ends(wire.ingress(to_pod / segment("TCP", port, target)).packet)[1]
+    to_pod = family.ip(family.client, family.local_pod)
+    wire.ingress(family.ip(family.client, family.local_balancer) / segment("TCP", port, service_port))
+    other = ends_of(wire.ingress(to_pod / segment("TCP", port, target)).packet)[1]
     assert other != port
     reset = to_pod / TCP(sport=port, dport=target, flags="R", seq=1001 + len(PAYLOAD))
-    assert ends(wire.ingress(reset).packet)[1] == other
+    assert ends_of(wire.ingress(reset).packet)[1] == other
     # The sweeper deletes the Service's flow first.
-    client = ipaddress.ip_address(side.client).packed
+    client = ipaddress.ip_address(family.client).packed
     gone = [
         entry.key
         for entry in starmap(Entry, tables["conntrack"].items())
@@ -156,107 +156,123 @@ def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
         tables["conntrack"].delete(key)
     for flags in ("S", "A"):
         packet = to_pod / segment("TCP", port, target, flags)
-        passed(wire.ingress(packet), side.client, port, side.local_pod, target)
+        assert_passed(wire.ingress(packet), family.client, port, family.local_pod, target)
 
 
 @pytest.mark.parametrize("frontend", ["web", "web_external", "web_balancer"])
 def test_every_address_of_a_service_is_translated_for_external_clients(
-    wire: Wire, side: Side, protocol: str, port: int, frontend: str
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int, frontend: str
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    passed(
-        wire.ingress(side.ip(side.client, getattr(side, frontend)) / segment(protocol, port, service_port)),
-        *(side.client, port, side.remote_pod, target),
+    assert_passed(
+        wire.ingress(
+            family.ip(family.client, getattr(family, frontend)) / segment(protocol, port, service_port)
+        ),
+        *(family.client, port, family.remote_pod, target),
     )
-    masqueraded_port(wire, side, protocol, port, side.node)
+    masqueraded_port(wire, family, protocol, port, family.node)
 
 
 def test_external_traffic_policy_local_preserves_the_client_address(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    passed(
-        wire.ingress(side.ip(side.client, side.local_balancer) / segment(protocol, port, service_port)),
-        *(side.client, port, side.local_pod, target),
+    assert_passed(
+        wire.ingress(family.ip(family.client, family.local_balancer) / segment(protocol, port, service_port)),
+        *(family.client, port, family.local_pod, target),
     )
-    passed(
-        wire.egress(side.ip(side.client, side.local_pod) / segment(protocol, port, target), "p1", iif="eth0"),
-        *(side.client, port, side.local_pod, target),
+    assert_passed(
+        wire.egress(
+            family.ip(family.client, family.local_pod) / segment(protocol, port, target), "p1", iif="eth0"
+        ),
+        *(family.client, port, family.local_pod, target),
     )
-    passed(
-        wire.ingress(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), "p1"),
-        *(side.local_pod, target, side.client, port),
+    assert_passed(
+        wire.ingress(
+            family.ip(family.local_pod, family.client) / segment(protocol, target, port, "SA"), "p1"
+        ),
+        *(family.local_pod, target, family.client, port),
     )
-    passed(
-        wire.egress(side.ip(side.local_pod, side.client) / segment(protocol, target, port, "SA"), iif="p1"),
-        *(side.local_balancer, service_port, side.client, port),
+    assert_passed(
+        wire.egress(
+            family.ip(family.local_pod, family.client) / segment(protocol, target, port, "SA"), iif="p1"
+        ),
+        *(family.local_balancer, service_port, family.client, port),
     )
 
 
-def test_pod_to_cluster_ip_keeps_its_source_address(wire: Wire, side: Side, protocol: str, port: int) -> None:
+def test_pod_to_cluster_ip_keeps_its_source_address(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
     """Packets of SCTP, of clients in the kernel and of sandboxed pods pass no socket hook."""
     service_port, _, target = PORTS[protocol]
-    passed(
-        wire.ingress(side.ip(side.client_pod, side.web) / segment(protocol, port, service_port), "p2"),
-        *(side.client_pod, port, side.remote_pod, target),
+    assert_passed(
+        wire.ingress(family.ip(family.client_pod, family.web) / segment(protocol, port, service_port), "p2"),
+        *(family.client_pod, port, family.remote_pod, target),
     )
-    passed(
-        wire.egress(side.ip(side.client_pod, side.remote_pod) / segment(protocol, port, target), iif="p2"),
-        *(side.client_pod, port, side.remote_pod, target),
-    )
-    passed(
+    assert_passed(
         wire.egress(
-            side.ip(side.remote_pod, side.client_pod) / segment(protocol, target, port, "SA"),
+            family.ip(family.client_pod, family.remote_pod) / segment(protocol, port, target), iif="p2"
+        ),
+        *(family.client_pod, port, family.remote_pod, target),
+    )
+    assert_passed(
+        wire.egress(
+            family.ip(family.remote_pod, family.client_pod) / segment(protocol, target, port, "SA"),
             "p2",
             iif="eth0",
         ),
-        *(side.web, service_port, side.client_pod, port),
+        *(family.web, service_port, family.client_pod, port),
     )
 
 
-def test_hairpin_of_a_pod_to_itself_is_masqueraded(wire: Wire, side: Side, protocol: str, port: int) -> None:
+def test_hairpin_of_a_pod_to_itself_is_masqueraded(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
     """Without masquerading, the pod would send the reply to itself and it would not be translated."""
     service_port, _, target = PORTS[protocol]
-    passed(
-        wire.ingress(side.ip(side.local_pod, side.own) / segment(protocol, port, service_port), "p1"),
-        *(side.local_pod, port, side.local_pod, target),
+    assert_passed(
+        wire.ingress(family.ip(family.local_pod, family.own) / segment(protocol, port, service_port), "p1"),
+        *(family.local_pod, port, family.local_pod, target),
     )
     out = wire.egress(
-        side.ip(side.local_pod, side.local_pod) / segment(protocol, port, target), "p1", iif="p1"
+        family.ip(family.local_pod, family.local_pod) / segment(protocol, port, target), "p1", iif="p1"
     )
-    snat_port = ends(out.packet)[1]
-    passed(out, side.node_on_pods, snat_port, side.local_pod, target)
-    passed(
+    snat_port = ends_of(out.packet)[1]
+    assert_passed(out, family.node_on_pods, snat_port, family.local_pod, target)
+    assert_passed(
         wire.ingress(
-            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, snat_port, "SA"), "p1"
+            family.ip(family.local_pod, family.node_on_pods) / segment(protocol, target, snat_port, "SA"),
+            "p1",
         ),
-        *(side.local_pod, target, side.local_pod, port),
+        *(family.local_pod, target, family.local_pod, port),
     )
-    passed(
+    assert_passed(
         wire.egress(
-            side.ip(side.local_pod, side.local_pod) / segment(protocol, target, port, "SA"),
+            family.ip(family.local_pod, family.local_pod) / segment(protocol, target, port, "SA"),
             "p1",
             iif="p1",
         ),
-        *(side.own, service_port, side.local_pod, port),
+        *(family.own, service_port, family.local_pod, port),
     )
 
 
 def test_pod_to_load_balancer_ip_ignores_external_traffic_policy_local(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     """No endpoint is local: in-cluster clients get policy Cluster."""
     service_port, _, target = PORTS[protocol]
-    passed(
+    assert_passed(
         wire.ingress(
-            side.ip(side.client_pod, side.elsewhere_balancer) / segment(protocol, port, service_port), "p2"
+            family.ip(family.client_pod, family.elsewhere_balancer) / segment(protocol, port, service_port),
+            "p2",
         ),
-        *(side.client_pod, port, side.remote_pod, target),
+        *(family.client_pod, port, family.remote_pod, target),
     )
 
 
 def test_host_packet_at_egress_is_redirected_to_the_route_of_the_backend(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     """Packets of a client in the kernel are first seen at egress, with the frontend's address.
 
@@ -266,130 +282,141 @@ def test_host_packet_at_egress_is_redirected_to_the_route_of_the_backend(
     service_port, _, target = PORTS[protocol]
     reserved = port % 1000 + 1
     for own in (port, reserved):
-        out = wire.egress(side.ip(side.node, side.web) / segment(protocol, own, service_port))
+        out = wire.egress(family.ip(family.node, family.web) / segment(protocol, own, service_port))
         assert out.verdict == REDIRECT
-        seen = ends(out.packet)[1]
-        assert ends(out.packet) == (side.node, seen, side.remote_pod, target)
+        seen = ends_of(out.packet)[1]
+        assert ends_of(out.packet) == (family.node, seen, family.remote_pod, target)
         assert (seen == own) is (own == reserved)
         assert with_right_checksums(out.packet) == out.bytes
-        passed(
-            wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, seen, "SA")),
-            *(side.web, service_port, side.node, own),
+        assert_passed(
+            wire.ingress(family.ip(family.remote_pod, family.node) / segment(protocol, target, seen, "SA")),
+            *(family.web, service_port, family.node, own),
         )
 
 
 def test_host_to_a_local_pod_gets_the_source_address_of_the_pods_device(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     service_port, _, target = PORTS[protocol]
-    out = wire.egress(side.ip(side.node, side.own) / segment(protocol, port, service_port))
+    out = wire.egress(family.ip(family.node, family.own) / segment(protocol, port, service_port))
     assert out.verdict == REDIRECT
-    source = ends(out.packet)
-    assert source == (side.node_on_pods, source[1], side.local_pod, target)
-    passed(
+    source = ends_of(out.packet)
+    assert source == (family.node_on_pods, source[1], family.local_pod, target)
+    assert_passed(
         wire.ingress(
-            side.ip(side.local_pod, side.node_on_pods) / segment(protocol, target, source[1], "SA"), "p1"
+            family.ip(family.local_pod, family.node_on_pods) / segment(protocol, target, source[1], "SA"),
+            "p1",
         ),
-        *(side.own, service_port, side.node, port),
+        *(family.own, service_port, family.node, port),
     )
 
 
-def test_later_packets_of_a_flow_keep_its_backend(wire: Wire, side: Side, protocol: str, port: int) -> None:
+def test_later_packets_of_a_flow_keep_its_backend(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
     service_port, _, target = PORTS[protocol]
     for flags in ("S", "A", "PA", "FA"):
-        passed(
-            wire.ingress(side.ip(side.client, side.web) / segment(protocol, port, service_port, flags)),
-            *(side.client, port, side.remote_pod, target),
+        assert_passed(
+            wire.ingress(family.ip(family.client, family.web) / segment(protocol, port, service_port, flags)),
+            *(family.client, port, family.remote_pod, target),
         )
 
 
-def test_masqueraded_flow_keeps_its_source_port(wire: Wire, side: Side, protocol: str, port: int) -> None:
-    wire.ingress(side.ip(side.client, side.node) / segment(protocol, port, PORTS[protocol][1]))
-    found = {masqueraded_port(wire, side, protocol, port, side.node) for _ in range(3)}
+def test_masqueraded_flow_keeps_its_source_port(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
+    wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, PORTS[protocol][1]))
+    found = {masqueraded_port(wire, family, protocol, port, family.node) for _ in range(3)}
     assert len(found) == 1
 
 
 def test_two_clients_with_the_same_source_port_get_distinct_ports(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     _, node_port, target = PORTS[protocol]
     snat_ports = {}
-    for client in (side.client, side.other_client):
-        wire.ingress(side.ip(client, side.node) / segment(protocol, port, node_port))
-        out = wire.egress(side.ip(client, side.remote_pod) / segment(protocol, port, target), iif="eth0")
-        snat_ports[client] = ends(out.packet)[1]
+    for client in (family.client, family.other_client):
+        wire.ingress(family.ip(client, family.node) / segment(protocol, port, node_port))
+        out = wire.egress(family.ip(client, family.remote_pod) / segment(protocol, port, target), iif="eth0")
+        snat_ports[client] = ends_of(out.packet)[1]
     assert len(set(snat_ports.values())) == 2
     for client, snat_port in snat_ports.items():
-        passed(
-            wire.ingress(side.ip(side.remote_pod, side.node) / segment(protocol, target, snat_port, "SA")),
-            *(side.remote_pod, target, client, port),
+        assert_passed(
+            wire.ingress(
+                family.ip(family.remote_pod, family.node) / segment(protocol, target, snat_port, "SA")
+            ),
+            *(family.remote_pod, target, client, port),
         )
 
 
 def test_one_client_port_to_two_frontends_of_one_backend_gets_distinct_source_ports(
-    wire: Wire, side: Side, protocol: str, port: int
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     """The backend would see one connection twice: the second gets another port at the first hook."""
     service_port, node_port, target = PORTS[protocol]
     flows = []
-    for frontend, dport in ((side.web, service_port), (side.node, node_port)):
-        out = wire.ingress(side.ip(side.client, frontend) / segment(protocol, port, dport))
-        source_port = ends(out.packet)[1]
-        passed(out, side.client, source_port, side.remote_pod, target)
+    for frontend, dport in ((family.web, service_port), (family.node, node_port)):
+        out = wire.ingress(family.ip(family.client, frontend) / segment(protocol, port, dport))
+        source_port = ends_of(out.packet)[1]
+        assert_passed(out, family.client, source_port, family.remote_pod, target)
         flows.append((frontend, dport, source_port))
     assert len({source_port for _, _, source_port in flows}) == 2
     for frontend, dport, source_port in flows:
-        passed(
+        assert_passed(
             wire.egress(
-                side.ip(side.remote_pod, side.client) / segment(protocol, target, source_port, "SA"),
+                family.ip(family.remote_pod, family.client) / segment(protocol, target, source_port, "SA"),
                 iif="eth0",
             ),
-            *(frontend, dport, side.client, port),
+            *(frontend, dport, family.client, port),
         )
 
 
 def test_masqueraded_flows_have_distinct_source_ports(
-    wire: Wire, side: Side, new_port: Callable[[], int]
+    wire: Wire, family: FamilyAddresses, new_port: Callable[[], int]
 ) -> None:
     found = set()
     for _ in range(1000):
         port = new_port()
         # A UDP flow without a reply expires after 30 s, which a busy machine needs for fewer flows.
-        wire.ingress(side.ip(side.client, side.node) / segment("TCP", port, PORTS["TCP"][1]))
-        found.add(masqueraded_port(wire, side, "TCP", port, side.node))
+        wire.ingress(family.ip(family.client, family.node) / segment("TCP", port, PORTS["TCP"][1]))
+        found.add(masqueraded_port(wire, family, "TCP", port, family.node))
     assert len(found) == 1000
     assert min(found) >= 1024
     assert max(found) < 15000, "this is in ip_local_port_range of the node"
 
 
-def test_syn_from_a_reused_port_after_fin_creates_a_new_flow(wire: Wire, side: Side, port: int) -> None:
+def test_syn_from_a_reused_port_after_fin_creates_a_new_flow(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
     """A SYN from the same port after FIN of both sides replaces the entries of the closed flow."""
-    original = side.ip(side.client, side.local_balancer)
-    reply = side.ip(side.local_pod, side.client)
+    original = family.ip(family.client, family.local_balancer)
+    reply = family.ip(family.local_pod, family.client)
     wire.ingress(original / segment("TCP", port, 80, "S"))
     wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1")
     wire.ingress(original / TCP(sport=port, dport=80, flags="FA", seq=2000, ack=1000))
     wire.egress(reply / TCP(sport=8080, dport=port, flags="FA", seq=1000, ack=2001), iif="p1")
-    passed(wire.ingress(original / segment("TCP", port, 80, "S")), side.client, port, side.local_pod, 8080)
-    passed(
+    assert_passed(
+        wire.ingress(original / segment("TCP", port, 80, "S")), family.client, port, family.local_pod, 8080
+    )
+    assert_passed(
         wire.egress(reply / segment("TCP", 8080, port, "SA"), iif="p1"),
-        *(side.local_balancer, 80, side.client, port),
+        *(family.local_balancer, 80, family.client, port),
     )
 
 
-def test_a_port_that_was_masqueraded_is_used_again_where_the_client_is_kept(
-    wire: Wire, side: Side, port: int
+def test_client_address_is_kept_after_a_masqueraded_flow_from_the_same_port(
+    wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
     """The second flow, to the same backend, leaves with the client's address (externalTrafficPolicy Local)."""
-    to_pod, to_client = side.ip(side.client, side.local_pod), side.ip(side.local_pod, side.client)
-    to_node = side.ip(side.local_pod, side.node_on_pods)
+    to_pod, to_client = family.ip(family.client, family.local_pod), family.ip(family.local_pod, family.client)
+    to_node = family.ip(family.local_pod, family.node_on_pods)
     opening = to_pod / segment("TCP", port, 8080, "S")
-    passed(
-        wire.ingress(side.ip(side.client, side.own) / segment("TCP", port, 80, "S")),
-        *(side.client, port, side.local_pod, 8080),
+    assert_passed(
+        wire.ingress(family.ip(family.client, family.own) / segment("TCP", port, 80, "S")),
+        *(family.client, port, family.local_pod, 8080),
     )
-    source = ends(wire.egress(opening, "p1", iif="eth0").packet)
-    assert source[0] == side.node_on_pods
+    source = ends_of(wire.egress(opening, "p1", iif="eth0").packet)
+    assert source[0] == family.node_on_pods
     # The backend resets the first connection.
     reset = TCP(sport=8080, flags="RA", seq=0, ack=1001 + len(PAYLOAD))
     reset.dport = source[1]
@@ -397,18 +424,18 @@ def test_a_port_that_was_masqueraded_is_used_again_where_the_client_is_kept(
     reset.dport = port
     wire.egress(to_client / reset, iif="p1")
 
-    passed(
-        wire.ingress(side.ip(side.client, side.local_balancer) / segment("TCP", port, 80, "S")),
-        *(side.client, port, side.local_pod, 8080),
+    assert_passed(
+        wire.ingress(family.ip(family.client, family.local_balancer) / segment("TCP", port, 80, "S")),
+        *(family.client, port, family.local_pod, 8080),
     )
     for flags in ("S", "A"):
-        passed(
+        assert_passed(
             wire.egress(to_pod / segment("TCP", port, 8080, flags), "p1", iif="eth0"),
-            *(side.client, port, side.local_pod, 8080),
+            *(family.client, port, family.local_pod, 8080),
         )
-    passed(
+    assert_passed(
         wire.egress(to_client / segment("TCP", 8080, port, "SA"), iif="p1"),
-        *(side.local_balancer, 80, side.client, port),
+        *(family.local_balancer, 80, family.client, port),
     )
 
 
@@ -416,74 +443,84 @@ def test_a_port_that_was_masqueraded_is_used_again_where_the_client_is_kept(
 
 
 @pytest.mark.parametrize("flags", ["S", "A", "R", "FPU"])
-def test_packets_to_no_service_are_passed_unchanged(wire: Wire, side: Side, port: int, flags: str) -> None:
-    for destination, dport in ((side.other_client, 80), (side.node, 22), (side.remote_pod, 8080)):
-        packet = side.ip(side.client, destination) / segment("TCP", port, dport, flags)
+def test_packets_to_no_service_are_passed_unchanged(
+    wire: Wire, family: FamilyAddresses, port: int, flags: str
+) -> None:
+    for destination, dport in ((family.other_client, 80), (family.node, 22), (family.remote_pod, 8080)):
+        packet = family.ip(family.client, destination) / segment("TCP", port, dport, flags)
         for result in (wire.ingress(packet), wire.egress(packet, iif="p1")):
             assert result.verdict == PASS
             assert with_right_checksums(result.packet) == result.bytes
-            assert ends(result.packet) == (side.client, port, destination, dport)
+            assert ends_of(result.packet) == (family.client, port, destination, dport)
 
 
-def test_other_protocols_are_passed_unchanged(wire: Wire, side: Side) -> None:
+def test_other_protocols_are_passed_unchanged(wire: Wire, family: FamilyAddresses) -> None:
     for number in (2, 4, 47, 50, 89, 103, 112):
-        packet = side.ip(
-            side.client, side.node, **({"proto": number} if side.version == 4 else {"nh": number})
+        packet = family.ip(
+            family.client, family.node, **({"proto": number} if family.version == 4 else {"nh": number})
         )
         before = raw(packet / Raw(b"\x01" * 24))
         result = wire.ingress(packet / Raw(b"\x01" * 24))
         assert (result.verdict, result.bytes[14:]) == (PASS, before)
 
 
-def test_incorrect_checksum_stays_incorrect(wire: Wire, side: Side, port: int) -> None:
+def test_incorrect_checksum_stays_incorrect(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """The update is incremental, so that the receiver still detects the error."""
-    packet = side.ip(side.client, side.web) / TCP(sport=port, dport=80, flags="S", chksum=0x1234) / PAYLOAD
+    packet = (
+        family.ip(family.client, family.web) / TCP(sport=port, dport=80, flags="S", chksum=0x1234) / PAYLOAD
+    )
     result = wire.ingress(packet)
     assert result.verdict == PASS
     assert with_right_checksums(result.packet) != result.bytes
 
 
-def test_zero_udp_checksum_is_kept(wire: Wire, side: Side, port: int) -> None:
-    if side.version == 6:
+def test_zero_udp_checksum_is_kept(wire: Wire, family: FamilyAddresses, port: int) -> None:
+    if family.version == 6:
         pytest.skip("the UDP checksum is mandatory in IPv6")
-    packet = side.ip(side.client, side.web) / UDP(sport=port, dport=53, chksum=0) / PAYLOAD
+    packet = family.ip(family.client, family.web) / UDP(sport=port, dport=53, chksum=0) / PAYLOAD
     result = wire.ingress(packet)
     assert result.verdict == PASS
-    assert ends(result.packet) == (side.client, port, side.remote_pod, 8053)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 8053)
     assert result.packet[UDP].chksum == 0
 
 
-def test_udp_lite_uses_the_udp_service_port(wire: Wire, side: Side, port: int) -> None:
+def test_udp_lite_uses_the_udp_service_port(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """UDP-Lite has its own protocol number and partial checksums (RFC 3828); its connect() has no hook."""
     header = struct.pack("!HHHH", port, 53, 8, 0)
-    ip = side.ip(side.client, side.local_balancer, **({"proto": 136} if side.version == 4 else {"nh": 136}))
+    ip = family.ip(
+        family.client, family.local_balancer, **({"proto": 136} if family.version == 4 else {"nh": 136})
+    )
     # The length has to be set, because the checksum covers it.
     whole = type(ip)(raw(ip / Raw(header + PAYLOAD)))
-    check = (in4_chksum if side.version == 4 else in6_chksum)(136, whole, header)
+    check = (in4_chksum if family.version == 4 else in6_chksum)(136, whole, header)
     result = wire.ingress(ip / Raw(header[:6] + check.to_bytes(2, "big") + PAYLOAD))
     assert result.verdict == PASS
     out = ip_of(result.packet)
-    assert out.dst == side.local_pod
+    assert out.dst == family.local_pod
     body = raw(out.payload)
     sport, dport, coverage, check = struct.unpack("!HHHH", body[:8])
     assert (sport, dport, coverage, body[8:]) == (port, 8053, 8, PAYLOAD)
     zeroed = body[:6] + b"\0\0"
-    assert check == (in4_chksum if side.version == 4 else in6_chksum)(136, out, zeroed)
+    assert check == (in4_chksum if family.version == 4 else in6_chksum)(136, out, zeroed)
 
 
-def test_sctp_without_a_checksum_is_left_to_device_offload(wire: Wire, side: Side, port: int) -> None:
-    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868, chksum=0) / SCTPChunkInit()
+def test_sctp_without_a_checksum_is_left_to_device_offload(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
+    packet = family.ip(family.client, family.web) / SCTP(sport=port, dport=3868, chksum=0) / SCTPChunkInit()
     result = wire.ingress(packet)
-    assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 3869)
     assert result.packet[SCTP].chksum == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 1000, 1399])
-def test_sctp_checksum_is_recomputed_for_any_length(wire: Wire, side: Side, port: int, size: int) -> None:
+def test_sctp_checksum_is_recomputed_for_any_length(
+    wire: Wire, family: FamilyAddresses, port: int, size: int
+) -> None:
     chunk = SCTPChunkData(tsn=1, data=bytes(range(256)) * 5 + b"x" * size)
-    packet = side.ip(side.client, side.web) / SCTP(sport=port, dport=3868) / SCTPChunkInit() / chunk
+    packet = family.ip(family.client, family.web) / SCTP(sport=port, dport=3868) / SCTPChunkInit() / chunk
     result = wire.ingress(packet)
-    assert ends(result.packet) == (side.client, port, side.remote_pod, 3869)
+    assert ends_of(result.packet) == (family.client, port, family.remote_pod, 3869)
     assert with_right_checksums(result.packet) == result.bytes
 
 
@@ -495,7 +532,7 @@ def test_ipv4_options_are_kept(wire: Wire, port: int, protocol: str, words: int)
     service_port, _, target = PORTS[protocol]
     packet = IP(src="198.51.100.7", dst="10.96.0.10", options=options) / segment(protocol, port, service_port)
     result = wire.ingress(packet)
-    out = passed(result, "198.51.100.7", port, "10.244.2.2", target)
+    out = assert_passed(result, "198.51.100.7", port, "10.244.2.2", target)
     assert out[IP].ihl == 5 + words
     assert result.bytes[34 : 34 + 4 * words] == b"\1" * 4 * words
 
@@ -533,17 +570,19 @@ def test_too_many_ipv6_extension_headers_are_rejected(wire: Wire, port: int) -> 
     assert result.verdict in (DROP, REDIRECT), "a cluster IP is dropped or rejected"
 
 
-def test_frames_with_another_destination_mac_are_passed_unchanged(wire: Wire, side: Side, port: int) -> None:
-    packet = Ether(dst="02:00:00:00:00:98", src="02:00:00:00:00:99") / side.ip(side.client, side.web)
+def test_frames_with_another_destination_mac_are_passed_unchanged(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
+    packet = Ether(dst="02:00:00:00:00:98", src="02:00:00:00:00:99") / family.ip(family.client, family.web)
     packet = packet / segment("TCP", port, 80)
     result = wire.send("from_device", "eth0", packet)
     assert (result.verdict, result.bytes) == (PASS, raw(packet))
 
 
-def test_vlan_tagged_frames_are_passed_unchanged(wire: Wire, side: Side, port: int) -> None:
+def test_vlan_tagged_frames_are_passed_unchanged(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """The kernel receives them again on the VLAN device, untagged."""
     frame = Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99") / Dot1Q(vlan=5)
-    frame = frame / side.ip(side.client, side.web) / segment("TCP", port, 80)
+    frame = frame / family.ip(family.client, family.web) / segment("TCP", port, 80)
     for program in ("from_device", "to_device"):
         result = wire.send(program, "eth0", frame)
         assert (result.verdict, result.bytes) == (PASS, raw(frame))
@@ -560,11 +599,13 @@ def test_frames_of_other_ethertypes_are_passed_unchanged(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("length", [20, 22, 27])
-def test_truncated_headers_are_passed_unchanged(wire: Wire, side: Side, port: int, length: int) -> None:
-    packet = raw(side.ip(side.client, side.web) / segment("TCP", port, 80))
-    header = 20 if side.version == 4 else 40
+def test_truncated_headers_are_passed_unchanged(
+    wire: Wire, family: FamilyAddresses, port: int, length: int
+) -> None:
+    packet = raw(family.ip(family.client, family.web) / segment("TCP", port, 80))
+    header = 20 if family.version == 4 else 40
     data = bytes.fromhex(wire.mac("eth0").replace(":", "")) + b"\x02\x00\x00\x00\x00\x99"
-    data += b"\x08\x00" if side.version == 4 else b"\x86\xdd"
+    data += b"\x08\x00" if family.version == 4 else b"\x86\xdd"
     data += packet[: header + length - 20]
     result = wire.send_bytes("from_device", "eth0", data)
     assert (result.verdict, result.bytes) == (PASS, data)
@@ -590,15 +631,15 @@ def _folded(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
-def test_finished_checksum_that_equals_the_sum_of_its_pseudo_header(
-    wire: Wire, side: Side, protocol: str, port: int
+def test_checksum_that_equals_the_sum_of_its_pseudo_header_is_updated(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     """A checksum that is left to the device has this value; a finished one may have it by chance."""
     service_port, _, target = PORTS[protocol]
 
     def packet(word: int) -> Packet:
         transport = segment(protocol, port, service_port, payload=PAYLOAD + struct.pack("!H", word))
-        built = side.ip(side.client, side.local_balancer) / transport
+        built = family.ip(family.client, family.local_balancer) / transport
         return built.__class__(raw(built))
 
     some = packet(0)
@@ -607,4 +648,4 @@ def test_finished_checksum_that_equals_the_sum_of_its_pseudo_header(
     pseudo = _folded(addresses + struct.pack("!HH", number, len(some.payload)))
     chosen = packet(_folded(struct.pack("!HH", 0xFFFF ^ pseudo, some.payload.chksum)))
     assert chosen.payload.chksum == pseudo
-    passed(wire.ingress(chosen), *(side.client, port, side.local_pod, target))
+    assert_passed(wire.ingress(chosen), *(family.client, port, family.local_pod, target))

@@ -1,4 +1,4 @@
-"""Packet programs that create no flow any more (``migrate rollback``): what they leave to kube-proxy behind them."""
+"""Packet programs that create no flow any more (``migrate rollback``): packets that they pass to kube-proxy's rules."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from scapy.layers.inet import TCP
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.node.packets import begin_nothing
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.packet_cluster import FamilyAddresses
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.test_tcp_close import BACKEND_NEXT, CLIENT_ISN, CLIENT_NEXT, Connection
 from tests.packets.wire import PASS, Result, Wire
-from tests.packets.world import Side
 
 pytestmark = pytest.mark.root
 
 
 @pytest.fixture
-def connection(wire: Wire, side: Side, port: int, tables: MapSet) -> Connection:
-    return Connection(wire, side, port, tables).establish()
+def connection(wire: Wire, family: FamilyAddresses, port: int, tables: MapSet) -> Connection:
+    return Connection(wire, family, port, tables).establish()
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def _last_ack(connection: Connection) -> None:
     connection.original("A", CLIENT_NEXT + 1, BACKEND_NEXT + 1)
 
 
-def _assert_left_alone(connection: Connection, tcp: TCP, source: str) -> None:
-    side = connection.side
-    result = connection.wire.ingress(side.ip(source, side.node) / tcp)
+def _assert_not_translated(connection: Connection, tcp: TCP, source: str) -> None:
+    family = connection.family
+    result = connection.wire.ingress(family.ip(source, family.node) / tcp)
     assert result.verdict == PASS
-    assert ends(result.packet) == (source, tcp.sport, side.node, tcp.dport)
+    assert ends_of(result.packet) == (source, tcp.sport, family.node, tcp.dport)
 
 
-def test_every_packet_of_a_connection_from_a_reused_client_port_is_left_alone(
+def test_every_packet_of_a_connection_from_a_reused_client_port_is_not_translated(
     connection: Connection, stop_new_flows: Callable[[], None]
 ) -> None:
     """Else the SYN goes to kube-proxy's backend and the ACK, by the closed flow's entry, to the former one: it resets."""
@@ -56,10 +56,10 @@ def test_every_packet_of_a_connection_from_a_reused_client_port_is_left_alone(
     _last_ack(connection)
     for flags, seq, ack in (("S", 7000, 0), ("A", 7001, 9001), ("PA", 7001, 9001)):
         tcp = TCP(sport=connection.port, dport=30080, flags=flags, seq=seq, ack=ack) / PAYLOAD
-        _assert_left_alone(connection, tcp, connection.side.client)
+        _assert_not_translated(connection, tcp, connection.family.client)
 
 
-def test_every_packet_from_a_backend_to_a_reused_masquerade_port_is_left_alone(
+def test_every_packet_from_a_backend_to_a_reused_masquerade_port_is_not_translated(
     connection: Connection, stop_new_flows: Callable[[], None]
 ) -> None:
     """kube-proxy may choose the port of a closed flow; the SYN-ACK is the first of its packets to meet the entry."""
@@ -68,10 +68,10 @@ def test_every_packet_from_a_backend_to_a_reused_masquerade_port_is_left_alone(
     _last_ack(connection)
     for flags, seq, ack in (("SA", 9000, 7001), ("A", 9001, 7002), ("PA", 9001, 7002)):
         tcp = TCP(sport=8080, dport=connection.snat_port, flags=flags, seq=seq, ack=ack) / PAYLOAD
-        _assert_left_alone(connection, tcp, connection.side.remote_pod)
+        _assert_not_translated(connection, tcp, connection.family.remote_pod)
 
 
-def test_an_open_connection_and_its_retransmissions_are_translated_on(
+def test_open_connection_and_its_retransmissions_are_still_translated(
     connection: Connection, stop_new_flows: Callable[[], None]
 ) -> None:
     stop_new_flows()
@@ -82,24 +82,24 @@ def test_an_open_connection_and_its_retransmissions_are_translated_on(
     assert connection.states == ("ESTABLISHED", 4)
 
 
-def test_a_closed_flow_that_is_forgotten_leaves_the_replies_of_a_later_one(
-    wire: Wire, side: Side, port: int, stop_new_flows: Callable[[], None]
+def test_deleting_a_closed_flow_keeps_the_reply_entry_of_a_later_one(
+    wire: Wire, family: FamilyAddresses, port: int, stop_new_flows: Callable[[], None]
 ) -> None:
-    """A later flow of the same client and backend, through another frontend, has the key of the replies."""
+    """The later flow of the same client and backend, through another frontend, has taken the key of the reply entry."""
 
     def original(address: str, service_port: int, flags: str, seq: int, ack: int = 0) -> Result:
         tcp = TCP(sport=port, dport=service_port, flags=flags, seq=seq, ack=ack)
-        return wire.ingress(side.ip(side.client, address) / tcp)
+        return wire.ingress(family.ip(family.client, address) / tcp)
 
     def reply(flags: str, seq: int, ack: int) -> tuple[str, int, str, int]:
         tcp = TCP(sport=8080, dport=port, flags=flags, seq=seq, ack=ack)
-        return ends(wire.egress(side.ip(side.local_pod, side.client) / tcp, iif="p1").packet)
+        return ends_of(wire.egress(family.ip(family.local_pod, family.client) / tcp, iif="p1").packet)
 
-    original(side.node, 30200, "S", 100)
-    assert reply("RA", 0, 101) == (side.node, 30200, side.client, port)
-    original(side.local_balancer, 80, "S", 5000)
-    assert reply("SA", 9000, 5001) == (side.local_balancer, 80, side.client, port)
+    original(family.node, 30200, "S", 100)
+    assert reply("RA", 0, 101) == (family.node, 30200, family.client, port)
+    original(family.local_balancer, 80, "S", 5000)
+    assert reply("SA", 9000, 5001) == (family.local_balancer, 80, family.client, port)
     stop_new_flows()
-    left = original(side.node, 30200, "S", 200)
-    assert ends(left.packet) == (side.client, port, side.node, 30200)
-    assert reply("A", 9001, 5001) == (side.local_balancer, 80, side.client, port)
+    left = original(family.node, 30200, "S", 200)
+    assert ends_of(left.packet) == (family.client, port, family.node, 30200)
+    assert reply("A", 9001, 5001) == (family.local_balancer, 80, family.client, port)

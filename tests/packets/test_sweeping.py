@@ -1,4 +1,4 @@
-"""Flows that begin, and go on, while one sweep after the other rebuilds the filter that leads to them."""
+"""New and established flows while the sweeper rebuilds the filter that packets look up before conntrack."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.flows.sweeper import Sweeper
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.packet_cluster import FamilyAddresses
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.wire import Wire
-from tests.packets.world import Side
 
 pytestmark = [
     pytest.mark.root,
@@ -33,30 +33,30 @@ def sweeper(tables: MapSet) -> Iterator[Sweeper]:
     made.close()
 
 
-def client_of(side: Side, number: int) -> str:
-    """Each has a byte of the filter for itself, nearly always."""
-    return f"100.64.{number >> 8}.{number & 255}" if side.version == 4 else f"2001:db8:64::{number + 1:x}"
+def client_of(family: FamilyAddresses, number: int) -> str:
+    """The address of a client. Nearly every one has a byte of the filter that no other flow sets."""
+    return f"100.64.{number >> 8}.{number & 255}" if family.version == 4 else f"2001:db8:64::{number + 1:x}"
 
 
-def ask(wire: Wire, side: Side, number: int, flags: str) -> None:
-    """To a backend of this node, so that no masquerade is needed."""
-    client = client_of(side, number)
+def send_request(wire: Wire, family: FamilyAddresses, number: int, flags: str) -> None:
+    """Sends to a Service with a backend on this node, so that no masquerading is needed."""
+    client = client_of(family, number)
     tcp = TCP(sport=40000, dport=80, flags=flags, seq=1, ack=1) / PAYLOAD
-    seen = wire.ingress(side.ip(client, side.local_balancer) / tcp).packet
-    assert ends(seen) == (client, 40000, side.local_pod, 8080)
+    seen = wire.ingress(family.ip(client, family.local_balancer) / tcp).packet
+    assert ends_of(seen) == (client, 40000, family.local_pod, 8080)
 
 
-def answer(wire: Wire, side: Side, number: int) -> None:
-    client = client_of(side, number)
+def send_reply(wire: Wire, family: FamilyAddresses, number: int) -> None:
+    client = client_of(family, number)
     tcp = TCP(sport=8080, dport=40000, flags="A", seq=1, ack=1) / PAYLOAD
-    seen = wire.egress(side.ip(side.local_pod, client) / tcp, iif="p1").packet
-    assert ends(seen) == (side.local_balancer, 80, client, 40000), f"flow {number}"
+    seen = wire.egress(family.ip(family.local_pod, client) / tcp, iif="p1").packet
+    assert ends_of(seen) == (family.local_balancer, 80, client, 40000), f"flow {number}"
 
 
 def test_no_flow_is_missed_while_the_filter_is_rebuilt(
-    wire: Wire, side: Side, tables: MapSet, sweeper: Sweeper
+    wire: Wire, family: FamilyAddresses, tables: MapSet, sweeper: Sweeper
 ) -> None:
-    """From its first packet on, and long after it; sweeps follow each other without a rest."""
+    """Every packet of a flow finds its entry, from the first on, while sweeps follow each other without a pause."""
     sweeps = 0
 
     def sweep() -> None:
@@ -67,10 +67,10 @@ def test_no_flow_is_missed_while_the_filter_is_rebuilt(
     with OnOtherCpu(max(os.sched_getaffinity(0)), sweep):
         number = 0
         while number < FLOWS or sweeps < SWEEPS:
-            ask(wire, side, number % 65536, "S")
-            answer(wire, side, number % 65536)
+            send_request(wire, family, number % 65536, "S")
+            send_reply(wire, family, number % 65536)
             for known in random.sample(range(min(number, 65535) + 1), min(number + 1, 3)):
-                answer(wire, side, known)
-                ask(wire, side, known, "A")
+                send_reply(wire, family, known)
+                send_request(wire, family, known, "A")
             number += 1
     assert sweeps >= SWEEPS

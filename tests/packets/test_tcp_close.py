@@ -10,9 +10,9 @@ from scapy.layers.inet import TCP
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
-from tests.packets.test_flows import PAYLOAD, ends
+from tests.packets.packet_cluster import FamilyAddresses
+from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.wire import PASS, Wire
-from tests.packets.world import Side
 
 pytestmark = pytest.mark.root
 
@@ -25,32 +25,32 @@ CLIENT_NEXT, BACKEND_NEXT = CLIENT_ISN + 1 + len(PAYLOAD), (BACKEND_ISN + 1 + le
 class Connection:
     """A TCP connection of an external client to a NodePort with a remote backend: four conntrack entries."""
 
-    def __init__(self, wire: Wire, side: Side, port: int, tables: MapSet) -> None:
-        self.wire, self.side, self.port, self.tables = wire, side, port, tables
+    def __init__(self, wire: Wire, family: FamilyAddresses, port: int, tables: MapSet) -> None:
+        self.wire, self.family, self.port, self.tables = wire, family, port, tables
         self.snat_port = 0
 
     def original(self, flags: str, seq: int, ack: int = 0, payload: bytes = b"") -> None:
         """Runs a segment of the client through ingress and egress; both pass it, translated."""
-        side = self.side
+        family = self.family
         tcp = TCP(sport=self.port, dport=30080, flags=flags, seq=seq, ack=ack) / payload
-        ingress = self.wire.ingress(side.ip(side.client, side.node) / tcp)
+        ingress = self.wire.ingress(family.ip(family.client, family.node) / tcp)
         assert ingress.verdict == PASS
-        assert ends(ingress.packet) == (side.client, self.port, side.remote_pod, 8080)
+        assert ends_of(ingress.packet) == (family.client, self.port, family.remote_pod, 8080)
         tcp[TCP].dport = 8080
-        egress = self.wire.egress(side.ip(side.client, side.remote_pod) / tcp, iif="eth0")
+        egress = self.wire.egress(family.ip(family.client, family.remote_pod) / tcp, iif="eth0")
         assert egress.verdict == PASS
-        assert ends(egress.packet)[0] == side.node
-        self.snat_port = ends(egress.packet)[1]
+        assert ends_of(egress.packet)[0] == family.node
+        self.snat_port = ends_of(egress.packet)[1]
 
     def reply(self, flags: str, seq: int, ack: int = 0, payload: bytes = b"") -> None:
         """Runs a segment of the backend through ingress and egress; both pass it, translated."""
-        side = self.side
+        family = self.family
         tcp = TCP(sport=8080, dport=self.snat_port, flags=flags, seq=seq, ack=ack) / payload
-        ingress = self.wire.ingress(side.ip(side.remote_pod, side.node) / tcp)
-        assert ends(ingress.packet) == (side.remote_pod, 8080, side.client, self.port)
+        ingress = self.wire.ingress(family.ip(family.remote_pod, family.node) / tcp)
+        assert ends_of(ingress.packet) == (family.remote_pod, 8080, family.client, self.port)
         tcp[TCP].dport = self.port
-        egress = self.wire.egress(side.ip(side.remote_pod, side.client) / tcp, iif="eth0")
-        assert ends(egress.packet) == (side.node, 30080, side.client, self.port)
+        egress = self.wire.egress(family.ip(family.remote_pod, family.client) / tcp, iif="eth0")
+        assert ends_of(egress.packet) == (family.node, 30080, family.client, self.port)
 
     def establish(self) -> Connection:
         self.original("S", CLIENT_ISN)
@@ -64,7 +64,7 @@ class Connection:
     def states(self) -> tuple[str, int]:
         """The flow's state, and how many of its four entries have the flags of that state."""
         # All four have the client's port in key or value. Other tests have left thousands of entries.
-        port, client = self.port.to_bytes(2, "big"), self.side.client
+        port, client = self.port.to_bytes(2, "big"), self.family.client
         entries = [
             entry for entry in self.tables["conntrack"].items() if port in entry[0] or port in entry[1]
         ]
@@ -80,8 +80,8 @@ def _endpoint(address: str, port: int) -> str:
 
 
 @pytest.fixture
-def new_connection(wire: Wire, side: Side, port: int, tables: MapSet) -> Connection:
-    return Connection(wire, side, port, tables)
+def new_connection(wire: Wire, family: FamilyAddresses, port: int, tables: MapSet) -> Connection:
+    return Connection(wire, family, port, tables)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Forwarding at XDP, packet by packet. What tc makes of the same packet is the control.
+"""Forwarding at XDP, packet by packet. The result is compared with that of the tc programs for the same packet.
 
-Where the kernel does not tell what a veth can do (before Linux 6.3), the program is attached in generic mode: only the
-verdict differs.
+Where the kernel does not report the XDP features of a veth (before Linux 6.3), the program is attached in generic mode:
+only the verdict differs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scapy.all import ARP, Dot1Q, Ether, IPv6, Packet, Raw, raw
+from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
-from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
+from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.sctp import SCTP
+from scapy.packet import Packet, Raw
 
 from ebpfproxy.datapath.abi.layout import U64
-from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
+from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
+from tests.packets.packet_cluster import PORTS, V4, V6, FamilyAddresses, PacketCluster
 from tests.packets.wire import (
     REDIRECT,
     XDP_PASS,
@@ -30,7 +33,6 @@ from tests.packets.wire import (
     ip_of,
     with_right_checksums,
 )
-from tests.packets.world import PORTS, V4, V6, PacketWorld, Side
 
 pytestmark = pytest.mark.root
 
@@ -48,25 +50,18 @@ Segment = Callable[[int, int, str, bytes], Packet]
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[PacketWorld]:
+def cluster() -> Iterator[PacketCluster]:
     with Lab(takes_xdp=True) as lab:
-        made = PacketWorld(lab, "--xdp", "generic")
+        made = PacketCluster(lab, "--xdp", "generic")
         for hop in NEIGHBOURS:
             _set_neighbour(made, hop, "permanent")
         yield made
         made.wire.close()
 
 
-@pytest.fixture(scope="module")
-def tables(world: PacketWorld) -> Iterator[MapSet]:
-    opened = open_pinned(next((world.node.bpf_root / "ebpfproxy").glob("v*")))
-    yield opened
-    opened.close()
-
-
-def _set_neighbour(world: PacketWorld, hop: str, state: str) -> None:
+def _set_neighbour(cluster: PacketCluster, hop: str, state: str) -> None:
     address = ["lladdr", NEIGHBOURS[hop]]
-    world.node.run(["ip", "neighbour", "replace", hop, *address, "dev", "eth0", "nud", state])
+    cluster.node.run(["ip", "neighbour", "replace", hop, *address, "dev", "eth0", "nud", state])
 
 
 def _tcp(sport: int, dport: int, flags: str, payload: bytes) -> Packet:
@@ -80,55 +75,55 @@ def _udp(sport: int, dport: int, _: str, payload: bytes) -> Packet:
 SEGMENTS: dict[str, Segment] = {"TCP": _tcp, "UDP": _udp}
 
 
-def confirm_next_hops(wire: Wire, side: Side) -> None:
-    """What comes next is not left to tc so that the kernel sends to a next hop once in a while."""
-    flow = Flow(wire, side, "UDP")
+def confirm_next_hops(wire: Wire, family: FamilyAddresses) -> None:
+    """Sends to both next hops at tc, so that XDP leaves no packet to the kernel for their sake in the next seconds."""
+    flow = Flow(wire, family, "UDP")
     for packet in (flow.request(), flow.response()):
         assert wire.ingress(packet).verdict == REDIRECT
 
 
 class Flow:
-    """From a client outside by a NodePort to the backend on node-b; its first packet has passed tc."""
+    """A flow of an external client through a NodePort to the backend on node-b. Its first packet has passed tc."""
 
-    def __init__(self, wire: Wire, side: Side, protocol: str) -> None:
-        self._wire, self._side = wire, side
+    def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str) -> None:
+        self._wire, self._family = wire, family
         self.port = next(_ports)
         self.segment = SEGMENTS[protocol]
         _, self.node_port, self.target = PORTS[protocol]
         first = wire.ingress(self.request("S", b"x"))
         assert first.verdict == REDIRECT
         seen = ip_of(first.packet)
-        assert (seen.src, seen.dst) == (side.node, side.remote_pod)
+        assert (seen.src, seen.dst) == (family.node, family.remote_pod)
         self.seen_as: int = seen.payload.sport
 
     def request(self, flags: str = "A", payload: bytes = b"request") -> Packet:
-        return self._side.ip(self._side.client, self._side.node) / self.segment(
+        return self._family.ip(self._family.client, self._family.node) / self.segment(
             self.port, self.node_port, flags, payload
         )
 
     def response(self, flags: str = "A", payload: bytes = b"response") -> Packet:
-        return self._side.ip(self._side.remote_pod, self._side.node) / self.segment(
+        return self._family.ip(self._family.remote_pod, self._family.node) / self.segment(
             self.target, self.seen_as, flags, payload
         )
 
 
 @pytest.fixture(params=SEGMENTS)
-def flow(wire: Wire, side: Side, request: pytest.FixtureRequest) -> Flow:
-    return Flow(wire, side, request.param)
+def flow(wire: Wire, family: FamilyAddresses, request: pytest.FixtureRequest) -> Flow:
+    return Flow(wire, family, request.param)
 
 
-def framed(wire: Wire, packet: Packet) -> Packet:
+def as_frame(wire: Wire, packet: Packet) -> Packet:
     return Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / packet
 
 
-def passes(wire: Wire, frame: Packet) -> bool:
-    """Returns True if XDP leaves the frame to tc, byte by byte as it is."""
+def is_left_to_tc(wire: Wire, frame: Packet) -> bool:
+    """Returns True if XDP passes the frame to tc unchanged."""
     result = wire.xdp(frame)
     return result.verdict == XDP_PASS and result.bytes == raw(frame)
 
 
-def forwards(wire: Wire, packet: Packet, next_hop: str) -> Result:
-    """Asserts that XDP makes the same of the packet as tc, and sends it to its next hop."""
+def assert_forwarded(wire: Wire, packet: Packet, next_hop: str) -> Result:
+    """Asserts that XDP rewrites the packet as tc does, and sends it to its next hop."""
     for _ in range(2):
         at_tc = wire.ingress(packet)
         assert at_tc.verdict == REDIRECT
@@ -143,65 +138,65 @@ def forwards(wire: Wire, packet: Packet, next_hop: str) -> Result:
 
 
 def test_request_and_response_are_translated_and_sent_to_their_next_hops(
-    wire: Wire, side: Side, flow: Flow
+    wire: Wire, family: FamilyAddresses, flow: Flow
 ) -> None:
-    request = forwards(wire, flow.request(), NODE_B_MAC)
+    request = assert_forwarded(wire, flow.request(), NODE_B_MAC)
     ip = ip_of(request.packet)
-    assert (ip.src, ip.payload.sport) == (side.node, flow.seen_as)
-    assert (ip.dst, ip.payload.dport) == (side.remote_pod, flow.target)
+    assert (ip.src, ip.payload.sport) == (family.node, flow.seen_as)
+    assert (ip.dst, ip.payload.dport) == (family.remote_pod, flow.target)
     assert with_right_checksums(request.packet) == request.bytes
-    response = forwards(wire, flow.response(), GATEWAY_MAC)
+    response = assert_forwarded(wire, flow.response(), GATEWAY_MAC)
     ip = ip_of(response.packet)
-    assert (ip.src, ip.payload.sport) == (side.node, flow.node_port)
-    assert (ip.dst, ip.payload.dport) == (side.client, flow.port)
+    assert (ip.src, ip.payload.sport) == (family.node, flow.node_port)
+    assert (ip.dst, ip.payload.dport) == (family.client, flow.port)
     assert with_right_checksums(response.packet) == response.bytes
     for result in (request, response):
-        assert (ip_of(result.packet).ttl if side.version == 4 else result.packet[IPv6].hlim) == 63
+        assert (ip_of(result.packet).ttl if family.version == 4 else result.packet[IPv6].hlim) == 63
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 @given(data=st.data())
-def test_any_payload_and_any_port_is_rewritten_as_at_tc(wire: Wire, data: st.DataObject) -> None:
-    """Checksums have all values, also those that must not become 0, or stay 0."""
-    side = data.draw(st.sampled_from([V4, V6]))
+def test_packets_with_any_payload_and_port_are_rewritten_as_at_tc(wire: Wire, data: st.DataObject) -> None:
+    """Checksums take all values, among them those that must not become 0 and those that must stay 0."""
+    family = data.draw(st.sampled_from([V4, V6]))
     protocol = data.draw(st.sampled_from(sorted(SEGMENTS)))
-    flow = Flow(wire, side, protocol)
+    flow = Flow(wire, family, protocol)
     for _ in range(8):
         payload = data.draw(st.binary(max_size=1400))
-        packet = side.ip(side.client, side.node) / flow.segment(flow.port, flow.node_port, "A", payload)
+        packet = family.ip(family.client, family.node) / flow.segment(flow.port, flow.node_port, "A", payload)
         if protocol == "UDP":
-            packet[UDP].chksum = data.draw(st.sampled_from([None, 0] if side.version == 4 else [None]))
-        forwards(wire, packet, NODE_B_MAC)
+            packet[UDP].chksum = data.draw(st.sampled_from([None, 0] if family.version == 4 else [None]))
+        assert_forwarded(wire, packet, NODE_B_MAC)
 
 
-def test_a_wrong_checksum_stays_wrong(wire: Wire, flow: Flow) -> None:
+def test_incorrect_checksum_stays_incorrect(wire: Wire, flow: Flow) -> None:
     packet = flow.request()
     right = with_right_checksums(packet)
     packet = packet.__class__(right)
     ip_of(packet).payload.chksum ^= 0x1234
-    result = forwards(wire, packet, NODE_B_MAC)
+    result = assert_forwarded(wire, packet, NODE_B_MAC)
     assert with_right_checksums(result.packet) != result.bytes
 
 
-def test_a_short_frame_keeps_its_padding(wire: Wire, flow: Flow) -> None:
+def test_short_frame_keeps_its_padding(wire: Wire, flow: Flow) -> None:
     packet = flow.request("A", b"")
-    padded = Ether(raw(framed(wire, packet)) + b"\0" * 6)
+    padded = Ether(raw(as_frame(wire, packet)) + b"\0" * 6)
     result = wire.xdp(padded)
     assert result.verdict in FORWARDED
     assert len(result.bytes) == len(raw(padded))
 
 
-def test_what_is_unusual_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
-    usual = framed(wire, flow.request())
+def test_packets_with_unusual_headers_are_left_to_tc(wire: Wire, family: FamilyAddresses, flow: Flow) -> None:
+    usual = as_frame(wire, flow.request())
     assert wire.xdp(usual).verdict in FORWARDED
     ip, payload = ip_of(usual), bytes(ip_of(usual).payload)
-    few = side.ip(ip.src, ip.dst, **{"ttl" if side.version == 4 else "hlim": 1}) / ip.payload
-    assert passes(wire, framed(wire, few)), "hops"
-    assert passes(wire, Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / ip), "another link address"
-    assert passes(wire, Ether(dst=wire.mac("eth0")) / Dot1Q(vlan=7) / ip), "a VLAN"
-    assert passes(wire, Ether(raw(usual)[:-1])), "a truncated frame"
-    assert passes(wire, Ether(raw(usual)[: len(raw(usual)) - len(payload) + 5])), "a truncated header"
-    if side.version == 4:
+    few = family.ip(ip.src, ip.dst, **{"ttl" if family.version == 4 else "hlim": 1}) / ip.payload
+    assert is_left_to_tc(wire, as_frame(wire, few)), "hops"
+    assert is_left_to_tc(wire, Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / ip), "another link address"
+    assert is_left_to_tc(wire, Ether(dst=wire.mac("eth0")) / Dot1Q(vlan=7) / ip), "a VLAN"
+    assert is_left_to_tc(wire, Ether(raw(usual)[:-1])), "a truncated frame"
+    assert is_left_to_tc(wire, Ether(raw(usual)[: len(raw(usual)) - len(payload) + 5])), "a truncated header"
+    if family.version == 4:
         unusual = [
             IP(src=ip.src, dst=ip.dst, options=[IPOption_NOP()] * 4) / ip.payload,
             IP(src=ip.src, dst=ip.dst, flags="MF") / ip.payload,
@@ -213,11 +208,13 @@ def test_what_is_unusual_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> No
             IPv6(src=ip.src, dst=ip.dst) / IPv6ExtHdrFragment(m=1) / ip.payload,
         ]
     for packet in unusual:
-        assert passes(wire, framed(wire, packet)), packet.summary()
+        assert is_left_to_tc(wire, as_frame(wire, packet)), packet.summary()
 
 
-def test_a_checksum_that_is_not_computed_yet_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
-    """A virtual device carries the pseudo-header's sum in its place."""
+def test_packets_with_a_partial_checksum_are_left_to_tc(
+    wire: Wire, family: FamilyAddresses, flow: Flow
+) -> None:
+    """A virtual device leaves the sum of the pseudo-header in the checksum field (CHECKSUM_PARTIAL)."""
     packet = flow.request()
     checked = packet.__class__(with_right_checksums(packet))
     header = bytes(ip_of(checked).payload)
@@ -226,7 +223,7 @@ def test_a_checksum_that_is_not_computed_yet_is_left_to_tc(wire: Wire, side: Sid
         sum_of_segment = _fold(sum_of_segment + (header[-1] << 8))
     # The sums of pseudo-header and segment are 0xFFFF together.
     ip_of(checked).payload.chksum = 0xFFFF - sum_of_segment
-    assert passes(wire, framed(wire, checked))
+    assert is_left_to_tc(wire, as_frame(wire, checked))
 
 
 def _fold(total: int) -> int:
@@ -235,55 +232,57 @@ def _fold(total: int) -> int:
     return total
 
 
-def test_what_is_of_no_such_flow_is_left_to_tc(wire: Wire, side: Side, flow: Flow) -> None:
+def test_packets_that_belong_to_no_forwarded_flow_are_left_to_tc(
+    wire: Wire, family: FamilyAddresses, flow: Flow
+) -> None:
     other = next(_ports)
     service_port, _, target = PORTS["TCP"]
-    to_local = side.ip(side.client, side.local_balancer) / _tcp(other, service_port, "S", b"")
+    to_local = family.ip(family.client, family.local_balancer) / _tcp(other, service_port, "S", b"")
     wire.ingress(to_local)
     for packet in (
-        side.ip(side.client, side.node) / _tcp(next(_ports), PORTS["TCP"][1], "S", b""),
+        family.ip(family.client, family.node) / _tcp(next(_ports), PORTS["TCP"][1], "S", b""),
         to_local,
-        side.ip(side.client, side.local_balancer) / _tcp(other, service_port, "A", b""),
-        side.ip(side.client, side.remote_pod) / _tcp(other, target, "A", b""),
-        side.ip(side.client, side.node) / ICMP(),
-        side.ip(side.client, side.node) / SCTP(sport=1, dport=PORTS["SCTP"][1]),
+        family.ip(family.client, family.local_balancer) / _tcp(other, service_port, "A", b""),
+        family.ip(family.client, family.remote_pod) / _tcp(other, target, "A", b""),
+        family.ip(family.client, family.node) / ICMP(),
+        family.ip(family.client, family.node) / SCTP(sport=1, dport=PORTS["SCTP"][1]),
     ):
-        assert passes(wire, framed(wire, packet)), packet.summary()
-    assert passes(wire, Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / ARP())
+        assert is_left_to_tc(wire, as_frame(wire, packet)), packet.summary()
+    assert is_left_to_tc(wire, Ether(dst=wire.mac("eth0"), src=GATEWAY_MAC) / ARP())
 
 
-def test_without_a_link_address_of_the_next_hop_a_packet_is_left_to_tc(
-    world: PacketWorld, wire: Wire, side: Side, flow: Flow
+def test_packets_to_a_next_hop_without_a_link_address_are_left_to_tc(
+    cluster: PacketCluster, wire: Wire, family: FamilyAddresses, flow: Flow
 ) -> None:
-    hop = "172.18.0.2" if side.version == 4 else "fd00:172:18::2"
-    world.node.run(["ip", "neighbour", "delete", hop, "dev", "eth0"])
+    hop = "172.18.0.2" if family.version == 4 else "fd00:172:18::2"
+    cluster.node.run(["ip", "neighbour", "delete", hop, "dev", "eth0"])
     try:
-        assert passes(wire, framed(wire, flow.request()))
+        assert is_left_to_tc(wire, as_frame(wire, flow.request()))
         assert wire.ingress(flow.request()).verdict == REDIRECT
     finally:
-        _set_neighbour(world, hop, "permanent")
-    assert wire.xdp(flow.request()).verdict in FORWARDED
+        _set_neighbour(cluster, hop, "permanent")
+    assert_forwarded(wire, flow.request(), NODE_B_MAC)
 
 
-def test_a_packet_that_is_too_large_for_the_route_is_left_to_tc(
-    world: PacketWorld, wire: Wire, side: Side, flow: Flow
+def test_packets_larger_than_the_mtu_of_the_route_are_left_to_tc(
+    cluster: PacketCluster, wire: Wire, family: FamilyAddresses, flow: Flow
 ) -> None:
     network = (
-        ("10.244.2.0/24", "172.18.0.2") if side.version == 4 else ("fd00:10:244:2::/64", "fd00:172:18::2")
+        ("10.244.2.0/24", "172.18.0.2") if family.version == 4 else ("fd00:10:244:2::/64", "fd00:172:18::2")
     )
     change = ["ip", "route", "change", network[0], "via", network[1], "dev", "eth0"]
-    world.node.run([*change, "mtu", "lock", "1300"])
+    cluster.node.run([*change, "mtu", "lock", "1300"])
     try:
-        assert passes(wire, framed(wire, flow.request(payload=b"x" * 1301)))
-        assert wire.xdp(flow.request(payload=b"x" * 1000)).verdict in FORWARDED
+        assert is_left_to_tc(wire, as_frame(wire, flow.request(payload=b"x" * 1301)))
+        assert_forwarded(wire, flow.request(payload=b"x" * 1000), NODE_B_MAC)
     finally:
-        world.node.run(change)
+        cluster.node.run(change)
 
 
-def test_the_end_of_a_connection_at_xdp_is_seen_at_tc(wire: Wire, side: Side) -> None:
-    """A SYN from the same port is left to tc, where it begins another flow."""
-    flow = Flow(wire, side, "TCP")
-    to, back = side.ip(side.client, side.node), side.ip(side.remote_pod, side.node)
+def test_connection_that_closes_at_xdp_is_closed_at_tc(wire: Wire, family: FamilyAddresses) -> None:
+    """A SYN from the same port is left to tc, where it creates another flow."""
+    flow = Flow(wire, family, "TCP")
+    to, back = family.ip(family.client, family.node), family.ip(family.remote_pod, family.node)
 
     def sent(flags: str, seq: int, ack: int) -> Packet:
         return to / TCP(sport=flow.port, dport=flow.node_port, flags=flags, seq=seq, ack=ack)
@@ -291,7 +290,7 @@ def test_the_end_of_a_connection_at_xdp_is_seen_at_tc(wire: Wire, side: Side) ->
     def answered(flags: str, seq: int, ack: int) -> Packet:
         return back / TCP(sport=flow.target, dport=flow.seen_as, flags=flags, seq=seq, ack=ack)
 
-    confirm_next_hops(wire, side)
+    confirm_next_hops(wire, family)
     for packet in (
         sent("S", 1000, 0),
         answered("SA", 2000, 1001),
@@ -302,21 +301,21 @@ def test_the_end_of_a_connection_at_xdp_is_seen_at_tc(wire: Wire, side: Side) ->
     ):
         assert wire.xdp(packet).verdict in FORWARDED
     again = sent("S", 5000, 0)
-    assert passes(wire, framed(wire, again))
+    assert is_left_to_tc(wire, as_frame(wire, again))
     assert wire.ingress(again).verdict == REDIRECT
     assert wire.xdp(again).verdict in FORWARDED
 
 
-def test_a_next_hop_to_which_only_programs_have_sent_is_left_to_the_kernel_at_times(
-    wire: Wire, side: Side, tables: MapSet
+def test_kernel_gets_a_packet_to_each_next_hop_at_intervals(
+    wire: Wire, family: FamilyAddresses, tables: MapSet
 ) -> None:
-    """Otherwise nothing would verify its link address."""
-    flow = Flow(wire, side, "UDP")
-    forwards(wire, flow.request(), NODE_B_MAC)
+    """Otherwise no neighbour discovery would verify its link address."""
+    flow = Flow(wire, family, "UDP")
+    assert_forwarded(wire, flow.request(), NODE_B_MAC)
     long_ago = {key: U64.pack(1) for key, value in tables["next_hops"].items() if value != bytes(8)}
     tables["next_hops"].update_many(long_ago)
-    assert passes(wire, framed(wire, flow.request()))
-    at_tc = wire.ingress(framed(wire, flow.request()))
+    assert is_left_to_tc(wire, as_frame(wire, flow.request()))
+    at_tc = wire.ingress(as_frame(wire, flow.request()))
     # The kernel writes the link addresses after the program.
     assert (at_tc.verdict, at_tc.packet.dst) == (REDIRECT, wire.mac("eth0"))
-    forwards(wire, flow.request(), NODE_B_MAC)
+    assert_forwarded(wire, flow.request(), NODE_B_MAC)

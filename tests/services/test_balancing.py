@@ -20,6 +20,7 @@ from ebpfproxy.services.balancing import (
 )
 from ebpfproxy.services.frontends import ServiceFrontends, frontends_of
 from ebpfproxy.services.model import Algorithm
+from tests.examples import examples
 
 
 def packed(text: str) -> bytes:
@@ -290,7 +291,7 @@ def test_every_invalid_entry_is_reported_once_and_others_used(
     assert sorted(problems) == sorted(problem for each in garbage for problem in parse_weights(each)[1])
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.one_of(st.text(), st.text("0159=*/,. :nodezfab-"), st.lists(names).map("=1,".join)))
 def test_any_text_is_parsed_or_reported(text: str) -> None:
     found, problems = parse_weights(text)

@@ -24,8 +24,8 @@ steps = st.lists(
 )
 
 
-def owner(world: dict[str, tuple[Age, frozenset[Claim]]], claim: Claim) -> ObjectKey | None:
-    ages = [age for age, claims in world.values() if claim in claims]
+def owner(stored: dict[str, tuple[Age, frozenset[Claim]]], claim: Claim) -> ObjectKey | None:
+    ages = [age for age, claims in stored.values() if claim in claims]
     return ObjectKey(*min(ages)[1:]) if ages else None
 
 
@@ -34,17 +34,17 @@ def test_oldest_claimant_owns_and_every_claimant_is_told_of_a_new_owner(
     steps: list[tuple[str, str, frozenset[Claim]]],
 ) -> None:
     claims = Claims()
-    world: dict[str, tuple[Age, frozenset[Claim]]] = {}
+    stored: dict[str, tuple[Age, frozenset[Claim]]] = {}
     for name, created, wanted in steps:
-        before = {claim: owner(world, claim) for claim in CLAIMS}
+        before = {claim: owner(stored, claim) for claim in CLAIMS}
         age: Age = (created, "shop", name)
-        touched = claims.replace(*world.get(name, (age, frozenset())), age, wanted)
-        world[name] = (age, wanted)
+        touched = claims.replace(*stored.get(name, (age, frozenset())), age, wanted)
+        stored[name] = (age, wanted)
         for claim in CLAIMS:
-            now = owner(world, claim)
+            now = owner(stored, claim)
             assert claims.owner(claim) == now
             if now != before[claim]:
-                others = {n for n, (_, claimed) in world.items() if claim in claimed} - {name}
+                others = {n for n, (_, claimed) in stored.items() if claim in claimed} - {name}
                 assert {ObjectKey("shop", n) for n in others} <= touched
 
 

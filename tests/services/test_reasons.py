@@ -15,6 +15,7 @@ from ebpfproxy.kube.manifests import parse
 from ebpfproxy.kube.objects import RECORD_TYPES, ObjectKey, Resource
 from ebpfproxy.services.model import Backend, Policy, ServicePort, format_address, format_endpoint
 from ebpfproxy.services.reasons import EndpointReason, Reason, ServiceReasons
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed
 from tests.services.test_cases import CASES, NODE, replaced
 from tests.services.test_rules import objects, requests
@@ -66,7 +67,7 @@ def test_reasons_of_a_case_are_its_result(case: Path) -> None:
         explains(reasons, port)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(st.lists(objects, max_size=12), requests)
 def test_reasons_of_a_random_cluster_are_its_result(
     found: list[tuple[Resource, Any]], drained: frozenset[tuple[str, int]]

@@ -44,15 +44,15 @@ class Mirror:
 @pytest.mark.parametrize("node", NODES)
 def test_after_every_event_incremental_equals_from_scratch(node: str) -> None:
     first = recordings.as_events(recordings.lists("initial"))
-    world, tracker, mirror = recordings.World(first), RecordTracker(node), Mirror()
+    stored, tracker, mirror = recordings.StoredObjects(first), RecordTracker(node), Mirror()
     for each in first:
         tracker.apply(each)
     mirror.apply(tracker.drain())
     for event in recordings.watch_events():
-        world.apply(event)
+        stored.apply(event)
         tracker.apply(event)
         mirror.apply(tracker.drain())
-        expected = from_scratch(world.lists(), node)
+        expected = from_scratch(stored.lists(), node)
         assert tracker.service_ports() == expected
         assert mirror.sorted() == expected
 
@@ -94,22 +94,22 @@ def test_final_state_does_not_depend_on_the_order_between_objects(seed: int) -> 
 def test_new_list_changes_only_objects_that_differ() -> None:
     """After a 410 the list is compared with the known objects, and unchanged ones are not reported."""
     first = recordings.as_events(recordings.lists("initial"))
-    world, tracker = recordings.World(first), RecordTracker("node-a1")
+    stored, tracker = recordings.StoredObjects(first), RecordTracker("node-a1")
     events = recordings.watch_events()
     half = len(events) // 2
     for each in first:
         tracker.apply(each)
     for event in events[:half]:
-        world.apply(event)
+        stored.apply(event)
         tracker.apply(event)
     tracker.drain()
-    for each in world.lists():
+    for each in stored.lists():
         tracker.apply(each)
     update = tracker.drain()
     assert (update.changed, update.removed) == ((), ())
     for event in events[half:]:
-        world.apply(event)
-    for each in world.lists():
+        stored.apply(event)
+    for each in stored.lists():
         tracker.apply(each)
     tracker.drain()
     assert tracker.service_ports() == from_scratch(recordings.as_events(recordings.lists("final")), "node-a1")

@@ -23,6 +23,7 @@ from ebpfproxy.kube.objects import (
 )
 from ebpfproxy.services.model import Backend, Policy, format_endpoint
 from tests import recordings
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed
 from tests.services import naive
 from tests.services.test_cases import CASES, NODE, replaced
@@ -217,31 +218,31 @@ histories = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(histories)
 def test_any_history_ends_with_the_result_of_the_rules(
     history: list[tuple[str, tuple[Resource, Json], frozenset[naive.DrainRequest], bool]],
 ) -> None:
     tracker = RecordTracker(NODE)
-    world: dict[tuple[Resource, ObjectKey], Object] = {}
+    stored: dict[tuple[Resource, ObjectKey], Object] = {}
     drained = frozenset[naive.DrainRequest]()
     for step, (resource, each), requests, look in history:
         key = ObjectKey(each["metadata"].get("namespace", ""), each["metadata"]["name"])
         if step == "set":
             record = msgspec.convert(each, RECORD_TYPES[resource])
-            world[resource, key] = record
+            stored[resource, key] = record
             tracker.apply(changed(resource, record))
         elif step == "delete":
-            world.pop((resource, key), None)
+            stored.pop((resource, key), None)
             tracker.apply(Deleted(resource, key))
         else:
             drained = requests
             tracker.set_drained(frozenset((ip_address(a).packed, number) for a, number in drained))
         if look:
             tracker.drain()
-            agree(tracker, list(world.values()), requests=drained)
+            agree(tracker, list(stored.values()), requests=drained)
     tracker.drain()
-    agree(tracker, list(world.values()), requests=drained)
+    agree(tracker, list(stored.values()), requests=drained)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
@@ -257,13 +258,13 @@ def test_rules_give_the_expected_result_of_the_case(case: Any) -> None:
 @pytest.mark.parametrize("node", ["node-a1", "node-a2", "node-b1", "node-unknown"])
 def test_rules_give_the_result_of_the_recordings(node: str) -> None:
     first = recordings.as_events(recordings.lists("initial"))
-    world, tracker = recordings.World(first), RecordTracker(node)
+    stored, tracker = recordings.StoredObjects(first), RecordTracker(node)
     for each in first:
         tracker.apply(each)
     for number, event in enumerate(recordings.watch_events()):
-        world.apply(event)
+        stored.apply(event)
         tracker.apply(event)
         if number % 10 == 0:
             tracker.drain()
-            found = [o for kept in world.objects.values() for o in kept.values()]
+            found = [o for kept in stored.objects.values() for o in kept.values()]
             agree(tracker, [o for o in found if isinstance(o, Object)], node)

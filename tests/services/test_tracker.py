@@ -28,6 +28,7 @@ from ebpfproxy.kube.objects import (
     key_of,
 )
 from ebpfproxy.services.model import Backend, Prefix, ServicePort, ServicePortKey
+from tests.examples import examples
 from tests.recordings import RecordTracker, changed, replaced
 
 NODE = "node-a"
@@ -141,22 +142,22 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(steps)
 def test_incremental_equals_from_scratch(
     steps: list[tuple[str, Object, frozenset[tuple[bytes, int]]]],
 ) -> None:
     tracker = synced()
-    world: dict[tuple[Resource, ObjectKey], Object] = {}
+    stored: dict[tuple[Resource, ObjectKey], Object] = {}
     mirror: dict[ServicePortKey, ServicePort] = {}
     drained = frozenset[tuple[bytes, int]]()
     for step, each, requests in [*steps, ("drain", node("z1"), drained)]:
         key = resource_of(each), key_of(each)
         if step == "set":
-            world[key] = each
+            stored[key] = each
             tracker.apply(changed(key[0], each))
         elif step == "delete":
-            world.pop(key, None)
+            stored.pop(key, None)
             tracker.apply(Deleted(*key))
         elif step == "request":
             drained = requests
@@ -168,7 +169,7 @@ def test_incremental_equals_from_scratch(
                 del mirror[gone]
     fresh = synced()
     fresh.set_drained(drained)
-    for each in world.values():
+    for each in stored.values():
         fresh.apply(changed(resource_of(each), each))
     fresh.drain()
     assert tracker.service_ports() == fresh.service_ports()

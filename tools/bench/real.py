@@ -29,7 +29,7 @@ import yaml
 
 from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
-from tests.cluster.machine import children
+from tests.cluster.node_machine import children
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 from tools.bench.results import Result

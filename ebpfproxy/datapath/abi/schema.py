@@ -66,7 +66,7 @@ MPTCP_SOCKETS = 1 << 16
 NEXT_HOPS = 1024
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
-#: struct scratch in conntrack.h: no one but programs reads it.
+#: struct scratch in bpf/lib/scratch.h: no one but programs reads it.
 SCRATCH_SIZE = 640
 #: When the maps were last changed (Unix seconds), and how long that took (seconds).
 PROGRAMMED = struct.Struct("=dd")

@@ -1,8 +1,8 @@
 """Brings the maps of Services to the wanted state, without a reader seeing a mixture.
 
 For each service port, ``placement`` writes new backends and slots where no program looks yet, and ``plan``
-says what else differs; then ``publish`` lets readers see the change. What it replaced is *retired* until a
-grace period is over (``datapath.kernel.grace``). A start reuses what is in the maps (``adopt``).
+says what else differs; then ``publish`` lets readers see the change. What it replaced is used again after a
+grace period (``retirement``). A start reuses what is in the maps (``adopt``).
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-import msgspec
-
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
-from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.abi.layout import ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
@@ -34,19 +31,9 @@ from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, Change, InactiveBackends, Published
 from ebpfproxy.datapath.services.publish import Publisher, Tables
 from ebpfproxy.datapath.services.redirects import Redirects
+from ebpfproxy.datapath.services.retirement import Retired, Retirement
 from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import Protocol, ServicePort, ServicePortKey
-
-
-class Retired(msgspec.Struct, frozen=True):
-    """Ids and ranges that are out of use, but perhaps not yet out of every program's sight."""
-
-    services: list[int]
-    backends: list[int]
-    ranges: list[Range]
-
-    def __bool__(self) -> bool:
-        return bool(self.services or self.backends or self.ranges)
 
 
 class Writer:
@@ -77,7 +64,6 @@ class Writer:
         self._counts = ServiceCounts(maps)
         self._measures = Measures(maps)
         self._is_adopted = maps.adopted
-        self._retired = Retired([], [], [])
         self._lost: set[LostFrontend] = set()
         self._capacity_errors = CapacityErrors()
 
@@ -96,6 +82,7 @@ class Writer:
             maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
         )
         self._measures.keep(names.keys(), set(self._backends.numbers()))
+        self._retirement = Retirement(self._selections, self._backends, self._service_ids, self._measures)
 
     # -- what is there
 
@@ -234,7 +221,7 @@ class Writer:
         placed = self._placer.place(port, known, maglev_size, lambda: self._new_service(port.key, change))
         self._published[port.key] = known
         known.made_from = placed.made_from
-        self._retired.ranges.extend(change.select(known, placed.before, placed.after))
+        self._retirement.add_ranges(change.select(known, placed.before, placed.after))
         self._plan(port, known, placed, change)
 
     def _plan(self, port: ServicePort, known: Published, placed: Placed, change: Change) -> None:
@@ -295,10 +282,9 @@ class Writer:
         stay = frozenset(held - self._absences.forget(key))
         self._hold(known, held, stay, InactiveBackends(idle=stay), change)
         self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
-        self._retired.ranges.extend(used for used in self._selections.ranges(known.id) if used[1])
+        self._retirement.add_ranges(used for used in self._selections.ranges(known.id) if used[1])
         self._publisher.forget_name(known.id)
-        self._service_ids.forget(key)
-        self._retired.services.append(known.id)
+        self._retirement.add_service(key)
 
     def _drop_leftovers(self) -> None:
         """Deletes what a killed agent left half done: entries and backends of no service port."""
@@ -364,19 +350,12 @@ class Writer:
 
     def take_retired(self) -> Retired:
         """Everything that is retired so far; :meth:`reclaim` takes it after a grace period."""
-        taken, self._retired = self._retired, Retired([], [], [])
-        taken.backends.extend(self._backends.take_retired())
-        return taken
+        return self._retirement.take()
 
     def reclaim(self, retired: Retired) -> None:
         """Frees ids and ranges that no program can hold any more."""
         self._publisher.has_freed |= bool(retired)
-        for used in retired.ranges:
-            self._selections.release(used)
-        self._measures.forget(retired.services, self._backends.reclaim(retired.backends))
-        for number in retired.services:
-            self._selections.clear(number)
-            self._service_ids.give_back(number)
+        self._retirement.free(retired)
 
     # -- the node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ebpfproxy.operator import kube_proxy_objects, pods
+from ebpfproxy.operator import kube_proxy_objects, pod_status
 from ebpfproxy.operator.api import RESOURCES, Api, ApiError, Object, shown
 from ebpfproxy.operator.install import base, cluster_facts, node_cleanup, rollout
 from ebpfproxy.operator.install.apply import name_of
@@ -141,7 +141,7 @@ def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
     said = ""
     for _ in Wait(seconds):
         try:
-            left, said = pods.of_daemon_set(api, *place[1:]), ""
+            left, said = pod_status.of_daemon_set(api, *place[1:]), ""
         except ApiError as error:
             if not error.may_pass:
                 return [str(error)]
@@ -149,7 +149,7 @@ def _wait_gone(api: Api, place: Place, seconds: float) -> list[str]:
             continue
         if not left:
             return []
-    where = ", ".join(sorted(map(pods.node_of, left)))
+    where = ", ".join(sorted(map(pod_status.node_of, left)))
     return [said or f"pods of {shown(*place)} are still on {where} after {seconds:g} s: are the nodes up?"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.waiting import Wait
@@ -77,8 +77,8 @@ def wait(api: Api, namespace: str, name: str, seconds: float, say: Say) -> int:
 
 def why(api: Api, namespace: str, name: str) -> Iterator[str]:
     """Yields a line for each node whose pod is not ready, and why pods cannot be created. Raises ApiError."""
-    for pod in sorted(pods.of_daemon_set(api, namespace, name), key=pods.node_of):
-        if trouble := pods.trouble(pod):
-            yield f"  node {pods.node_of(pod)}: {trouble}"
-    if warning := pods.last_warning(api, namespace, "DaemonSet", name):
+    for pod in sorted(pod_status.of_daemon_set(api, namespace, name), key=pod_status.node_of):
+        if trouble := pod_status.trouble(pod):
+            yield f"  node {pod_status.node_of(pod)}: {trouble}"
+    if warning := pod_status.last_warning(api, namespace, "DaemonSet", name):
         yield f"  {warning}"

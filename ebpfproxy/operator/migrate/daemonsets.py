@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from ebpfproxy.operator import kube_proxy_objects, pods
+from ebpfproxy.operator import kube_proxy_objects, pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object, Patch
 from ebpfproxy.operator.kube_proxy_objects import File
 from ebpfproxy.operator.migrate.switches import KUBE_PROXY, Switch
@@ -86,7 +86,7 @@ class Daemon:
         return [
             pod["metadata"]["name"]
             for pod in found
-            if pods.is_owned_by(pod, self.switch.name) and (not ready or pods.is_ready(pod))
+            if pod_status.is_owned_by(pod, self.switch.name) and (not ready or pod_status.is_ready(pod))
         ]
 
     def off(self, seconds: float) -> list[str]:

@@ -4,8 +4,8 @@
 |---|---|
 | ``archive`` | the archive: its limits, and a line for what fails |
 | ``secrets`` | takes out what nobody else may read |
-| ``node`` | devices, routes, BPF programs, sysctls, netfilter and logs of this node |
-| ``cluster`` | the same of other nodes, by the agents there, and what the API server has of them |
+| ``node_files`` | devices, routes, BPF programs, sysctls, netfilter and logs of this node |
+| ``cluster_files`` | the same of other nodes, by the agents there, and what the API server has of them |
 
 Nothing here changes a node, or asks for rights that the agent does not have.
 """

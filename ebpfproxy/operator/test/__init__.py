@@ -7,8 +7,8 @@
 | ``objects`` | the namespace, Services and pods of the test, as JSON |
 | ``questions`` | pure: who asks what, and which answer is right |
 | ``results`` | from pods' answers to rows, sentences, and JUnit's XML |
-| ``run`` | the steps, and the removal of everything |
-| ``manifests`` | without a cluster: the Services of a folder, asked from this node |
+| ``in_cluster`` | the steps, and the removal of everything |
+| ``without_cluster`` | without a cluster: the Services of a folder, asked from this node |
 
 May import ``operator``, ``config``, ``services``, ``kube`` and ``netlink``. Must not know: BPF, maps.
 """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
+from ebpfproxy.operator.api import Object
 from ebpfproxy.operator.test import objects
 from ebpfproxy.operator.test.site import Node
 
@@ -219,3 +220,36 @@ def _local_outside(client: Client, cluster: Cluster) -> Iterator[Question]:
 def _ring(nodes: Sequence[Node], first: Node) -> list[Node]:
     at = nodes.index(first)
     return [*nodes[at:], *nodes[:at]][:RING]
+
+
+def plain(asked: Iterable[Question]) -> list[Object]:
+    """As the module ``pod`` reads them."""
+    return [
+        {
+            "id": number,
+            "protocol": each.protocol,
+            "address": each.address,
+            "port": each.port,
+            "by": each.by,
+            "same": each.same,
+            "sources": each.sources,
+        }
+        for number, each in enumerate(asked)
+    ]
+
+
+def endpoint(question: Question) -> str:
+    """The address and port that is asked, as one writes it."""
+    host = f"[{question.address}]" if ":" in question.address else question.address
+    return f"{host}:{question.port}"
+
+
+def expected(question: Question) -> str:
+    """The right answer in words."""
+    if question.by is None:
+        return "the same server each time" if question.same else "an answer"
+    if not question.by:
+        return "no answer, as no server is on the node"
+    names = " or ".join(question.by)
+    kept = " that sees the client's address" if question.sources is not None else ""
+    return f"an answer of {names}{kept}"

@@ -10,7 +10,7 @@ import msgspec
 from ebpfproxy.config import load
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.node_port_addresses import KEYWORDS, LOCALHOST
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, Object, shown
 from ebpfproxy.operator.image import Image, image_of
 from ebpfproxy.operator.names import AGENT
@@ -65,8 +65,8 @@ def read(api: Api, wanted: Wanted) -> Site:
         image = msgspec.structs.replace(image, name=wanted.image)
     agents = {}
     if daemon_set is not None:
-        for pod in pods.of_daemon_set(api, wanted.agent_namespace, wanted.daemon_set):
-            agents[pods.node_of(pod)] = pod
+        for pod in pod_status.of_daemon_set(api, wanted.agent_namespace, wanted.daemon_set):
+            agents[pod_status.node_of(pod)] = pod
     selection = _node_port_addresses(api, wanted.agent_namespace)
     nodes, remarks = [], []
     for item in _chosen(api.list("Node", ""), wanted.nodes):
@@ -101,7 +101,7 @@ def _against(node: Object, agent: Object | None, *, needs_agent: bool) -> str:
         return "it is not Ready"
     if agent is None:
         return "no agent runs there" if needs_agent else ""
-    return f"its agent is not ready: {pods.trouble(agent)}" if pods.trouble(agent) else ""
+    return f"its agent is not ready: {pod_status.trouble(agent)}" if pod_status.trouble(agent) else ""
 
 
 def _addresses(node: Object) -> tuple[str, ...]:

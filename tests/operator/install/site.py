@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import io
 import json
 import ssl
+import threading
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ INSTALLED = (
     ("DaemonSet", SYSTEM, "ebpfproxy"),
 )
 _NODES = "/api/v1/nodes"
+_CONTEXT = ssl._create_unverified_context()
 
 Object = dict[str, Any]
 
@@ -51,19 +55,42 @@ class Site:
         content_type: str = "application/merge-patch+json",
     ) -> Object:
         """Raises urllib's HTTPError."""
-        request = urllib.request.Request(
-            f"{self.url}{path}",
-            method=method,
-            data=json.dumps(body).encode() if body is not None else None,
-            headers={
-                "Authorization": f"Bearer {TOKEN}",
-                "Content-Type": content_type if method == "PATCH" else "application/json",
-                "User-Agent": "somebody/1.0",
-            },
-        )
-        with urllib.request.urlopen(request, context=ssl._create_unverified_context(), timeout=10) as answer:
-            found: Object = json.loads(answer.read())
-            return found
+        headers = {
+            "Authorization": f"Bearer {TOKEN}",
+            "Content-Type": content_type if method == "PATCH" else "application/json",
+            "User-Agent": "somebody/1.0",
+        }
+        data = json.dumps(body).encode() if body is not None else None
+        connection = self._connection()
+        is_new = connection.sock is None
+        try:
+            connection.request(method, path, data, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            # The next request opens it again.
+            connection.close()
+            if not is_new and isinstance(error, ConnectionError):
+                return self.request(method, path, body, content_type)
+            raise
+        if answer.status >= 400:
+            raise urllib.error.HTTPError(
+                self.url + path, answer.status, answer.reason, answer.msg, io.BytesIO(content)
+            )
+        found: Object = json.loads(content)
+        return found
+
+    def _connection(self) -> http.client.HTTPSConnection:
+        """One for each thread: the controller asks all the time, and a handshake is most of a request's work."""
+        found: http.client.HTTPSConnection | None = getattr(self._kept, "connection", None)
+        if found is None:
+            host = self.url.removeprefix("https://")
+            found = self._kept.connection = http.client.HTTPSConnection(host, context=_CONTEXT, timeout=10)
+        return found
+
+    @cached_property
+    def _kept(self) -> threading.local:
+        return threading.local()
 
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.install import rollout
 
 READY = {"type": "Ready", "status": "True"}
@@ -56,20 +56,20 @@ def container(state: dict[str, Any], *, ready: bool = False, **more: Any) -> lis
     ],
 )
 def test_reason_of_a_pod_that_is_not_ready(found: dict[str, Any], message: str) -> None:
-    assert pods.trouble(found) == message
+    assert pod_status.trouble(found) == message
 
 
 def test_terminating_pod_is_not_ready() -> None:
     found = pod(conditions=[READY])
     found["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
-    assert "still being ended" in pods.trouble(found)
+    assert "still being ended" in pod_status.trouble(found)
 
 
 def test_node_of_an_unscheduled_pod_is_that_of_its_affinity() -> None:
     term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["node-z"]}]}
     required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    assert pods.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
-    assert pods.node_of({"spec": {}}) == "?"
+    assert pod_status.node_of({"spec": {"affinity": {"nodeAffinity": required}}}) == "node-z"
+    assert pod_status.node_of({"spec": {}}) == "?"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from threading import Timer
 
 import pytest
 
+from tests.lab.waiting import until
 from tests.operator.install.site import IMAGE, INSTALLED, SYSTEM, StandIn, kube_proxy
 
 ADDRESS = ("--api-server", "https://cp.example:6443", "--no-inherit")
@@ -61,8 +62,7 @@ def test_uninstall_is_refused_while_kube_proxy_is_not_ready_on_all_nodes(install
     installed.controller.status["kube-proxy", "node-b"] = {"phase": "Pending"}
     assert installed.install(*ADDRESS).exit_code == 0
     path = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-proxy"
-    while installed.request("GET", path)["status"]["numberAvailable"] != 1:
-        pass
+    until(lambda: installed.request("GET", path)["status"]["numberAvailable"] == 1)
     assert refused(installed, "--cleanup").endswith("kube-system/kube-proxy is ready on 1 of 2 nodes")
     # kube-proxy may have become ready a moment ago.
     ready = Timer(1, lambda: installed.controller.status.pop(("kube-proxy", "node-b")))

@@ -17,7 +17,7 @@ from tests.deploy import runtime
 from tests.deploy.runtime import Container
 from tests.lab import Agent, LabNode
 from tests.operator.migrate.control_plane import ControlPlane, Item
-from tests.operator.migrate.test_kube_proxy import start as start_kube_proxy
+from tests.operator.migrate.test_running_kube_proxy import start as start_kube_proxy
 
 _READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
 _RUNNING = {"phase": "Running", "containerStatuses": [{"state": {"running": {}}}]}

@@ -11,21 +11,19 @@ from contextlib import contextmanager
 import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from ebpfproxy.operator.migrate.node import conntrack_hold, leftovers
 from tests.lab import Lab, manifests, waiting
 from tests.operator.migrate import control_plane, rules
 from tests.operator.migrate.control_plane import ControlPlane, serving
+from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster, broken, cluster_objects
 from tests.operator.migrate.kubelet import LabKubelet
 from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
-from tests.operator.migrate.world import World, broken
-from tests.operator.migrate.world import cluster as cluster_objects
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
 
 NAMES = ["node-a1", "node-b1"]
 
 
-class Cluster(World):
+class Cluster(KubeProxyCluster):
     """A cluster of two nodes with kube-proxy of a DaemonSet."""
 
     def __init__(self, lab: Lab, mode: str) -> None:
@@ -90,15 +88,12 @@ class Cluster(World):
 
     def leftovers(self) -> list[tuple[bool, bool]]:
         """Returns for each node if rules of kube-proxy exist, and if conntrack is kept enabled."""
-        return [node.call(_leftovers) for node in (self.a, self.b)]
-
-
-def _leftovers() -> tuple[bool, bool]:
-    return bool(leftovers.find()), bool(conntrack_hold.find())
+        found = [self.leftovers_on(node) for node in (self.a, self.b)]
+        return [(has_rules, bool(hold)) for has_rules, hold in found]
 
 
 @contextmanager
-def cluster(mode: str) -> Iterator[Cluster]:
+def running_cluster(mode: str) -> Iterator[Cluster]:
     with Lab() as lab:
         created = Cluster(lab, mode)
         with serving(created.plane) as created.url:
@@ -107,38 +102,38 @@ def cluster(mode: str) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("mode", ["iptables-legacy", "nftables"])
 def test_migration_and_rollback_of_two_nodes_under_load_keep_long_connections(mode: str) -> None:
-    with cluster(mode) as world:
-        rejected = world.call("plan", "--all-nodes", "--image", "x")
+    with running_cluster(mode) as cluster:
+        rejected = cluster.call("plan", "--all-nodes", "--image", "x")
         assert rejected.returncode == 1
         assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in rejected.stdout, (
             rejected.stdout + rejected.stderr
         )
-        connections = world.all_connections()
+        connections = cluster.all_connections()
         assert broken(connections) == {}
-        with no_request_fails(*world.all_loads()):
-            world.start_agents()
-            planned = json.loads(world.good("plan", "--all-nodes", "-o", "json"))
+        with no_request_fails(*cluster.all_loads()):
+            cluster.start_agents()
+            planned = json.loads(cluster.good("plan", "--all-nodes", "-o", "json"))
             for each in planned["nodes"]:
                 assert (each["state"], each["blockers"]) == ("to do", []), each
                 assert each["found"]["kube_proxy_frontends"] == 20
                 assert list(each["found"]["processes"].values()) == ["process"]
-            world.good("plan", "--all-nodes")
-            world.good("run", "--all-nodes")
+            cluster.good("plan", "--all-nodes")
+            cluster.good("run", "--all-nodes")
         assert broken(connections) == {}
-        assert world.leftovers() == [(False, True)] * 2
-        assert world.plane.restarted == []
-        assert not any(world.plane.pods("kube-proxy", name) for name in NAMES)
-        again = world.good("run", "--all-nodes")
+        assert cluster.leftovers() == [(False, True)] * 2
+        assert cluster.plane.restarted == []
+        assert not any(cluster.plane.pods("kube-proxy", name) for name in NAMES)
+        again = cluster.good("run", "--all-nodes")
         assert "node-a1: done already" in again
         assert "node-b1: done already" in again
 
         agent_connections = [
-            LongConnection(client, "tcp", rules.ORDERS, 80) for client in (world.client, world.client_b)
+            LongConnection(client, "tcp", rules.ORDERS, 80) for client in (cluster.client, cluster.client_b)
         ]
-        with no_request_fails(*world.socket_loads()):
-            output = world.good("rollback", "--all-nodes")
+        with no_request_fails(*cluster.socket_loads()):
+            output = cluster.good("rollback", "--all-nodes")
         assert output.count("waiting for the agent to end") == 2
         assert broken([*connections, *agent_connections]) == {}
-        assert world.leftovers() == [(True, False)] * 2
-        assert not any(pin_folder(node.bpf_root).exists() for node in (world.a, world.b))
-        assert not any(world.plane.pods("ebpfproxy", name) for name in NAMES)
+        assert cluster.leftovers() == [(True, False)] * 2
+        assert not any(pin_folder(node.bpf_root).exists() for node in (cluster.a, cluster.b))
+        assert not any(cluster.plane.pods("ebpfproxy", name) for name in NAMES)

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, kube_proxy_frontends, leftovers
+from ebpfproxy.operator.migrate.node import kube_proxy_frontends
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules, rules_ipv6
-from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
-from tests.operator.migrate.world import World, broken
+from tests.operator.migrate.kube_proxy_cluster import CONNTRACK_HOLD, KubeProxyCluster, broken
+from tests.operator.migrate.traffic import LongConnection, no_request_fails
 
-CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 ORDERS, DNS = rules_ipv6.address(rules.ORDERS), rules_ipv6.address(rules.DNS)
 
 
@@ -46,38 +45,35 @@ def test_generated_ipv6_rules_have_the_base_rules_of_a_real_kube_proxy() -> None
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def cluster() -> Iterator[KubeProxyCluster]:
     with Lab() as lab:
-        yield World(lab, dual_stack=True)
-
-
-def _leftovers() -> tuple[bool, list[str]]:
-    """Returns if rules of kube-proxy exist, and which objects keep conntrack enabled."""
-    return bool(leftovers.find()), conntrack_hold.find()
+        yield KubeProxyCluster(lab, dual_stack=True)
 
 
 @pytest.mark.root
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", rules.MODES)
-def test_migration_and_rollback_under_load_keep_long_connections(world: World, mode: str) -> None:
-    world.kube_proxy(mode)
-    connections = world.connections()
+def test_migration_and_rollback_under_load_keep_long_connections(
+    cluster: KubeProxyCluster, mode: str
+) -> None:
+    cluster.kube_proxy(mode)
+    connections = cluster.connections()
     assert broken(connections) == {}
     assert {each.server for each in connections if ":" in each.host} == {"w1", "w2"}
 
-    with no_request_fails(*world.loads()):
-        agent = world.agent().start()
+    with no_request_fails(*cluster.loads()):
+        agent = cluster.agent().start()
         time.sleep(0.3)
         assert broken(connections) == {}, "kube-proxy and the agent run side by side"
-        planned = json.loads(world.migrate("plan", "-o", "json"))
+        planned = json.loads(cluster.migrate("plan", "-o", "json"))
         assert (planned["blockers"], planned["differences"]) == ([], {})
         # A NodePort is one frontend for both families.
         assert planned["kube_proxy_frontends"] == 36
         assert planned["flows"] >= len(connections)
-        output = world.migrate("run")
+        output = cluster.migrate("run")
         time.sleep(0.3)
         assert broken(connections) == {}, output
-    assert world.a.call(_leftovers) == (False, CONNTRACK_HOLD)
+    assert cluster.leftovers_on(cluster.a) == (False, CONNTRACK_HOLD)
 
     agent.stop()
     agent.start()
@@ -85,35 +81,27 @@ def test_migration_and_rollback_under_load_keep_long_connections(world: World, m
 
     agent_connections = [
         LongConnection(space, kind, to, port)
-        for space in (world.client, world.a)
+        for space in (cluster.client, cluster.a)
         for kind, to, port in (("tcp", ORDERS, 80), ("udp", DNS, 53))
     ]
     agent.stop()
-    world.kube_proxy(mode)
-    with no_request_fails(*[each for each in world.loads() if each.space is world.client]):
-        output = world.migrate("rollback")
+    cluster.kube_proxy(mode)
+    with no_request_fails(*[each for each in cluster.loads() if each.space is cluster.client]):
+        output = cluster.migrate("rollback")
         time.sleep(0.3)
         assert broken([*connections, *agent_connections]) == {}, output
-    assert world.a.call(_leftovers) == (True, [])
+    assert cluster.leftovers_on(cluster.a) == (True, [])
     for space, to, port in (
-        (world.client, ORDERS, 80),
-        (world.a, ORDERS, 80),
-        (world.outside, world.a.address6, rules.PAYMENTS_NODE_PORT),
+        (cluster.client, ORDERS, 80),
+        (cluster.a, ORDERS, 80),
+        (cluster.outside, cluster.a.address6, rules.PAYMENTS_NODE_PORT),
     ):
         assert space.call(clients.spread_tcp, to, port, 3)
 
 
 @pytest.mark.root
-def test_rollback_with_drain_fails_no_request_of_external_clients(world: World) -> None:
-    agent = world.agent().start()
-    world.kube_proxy("nftables")
-    outside = [RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)]
-    outside.append(RequestLoad(world.outside, "udp", world.a.address6, rules.DNS_NODE_PORT))
+def test_rollback_with_drain_fails_no_request_of_external_clients(cluster: KubeProxyCluster) -> None:
+    agent = cluster.agent().start()
+    cluster.kube_proxy("nftables")
     agent.stop()
-    with no_request_fails(*outside):
-        rollback = world.start_migrate("rollback", "--drain", "20s")
-        time.sleep(3)
-        assert rollback.poll() is None, "the long connections of the loads are still open"
-    assert rollback.wait(20) == 0
-    with no_request_fails(RequestLoad(world.outside, "tcp", world.a.address6, rules.PAYMENTS_NODE_PORT)):
-        time.sleep(1)
+    cluster.drain_fails_no_request(cluster.a.address6)

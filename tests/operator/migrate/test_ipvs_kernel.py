@@ -19,8 +19,8 @@ from tests.lab import Lab, LabNode, Outside, Pod, clients, manifests, servers
 from tests.operator.migrate import ipvs_rules
 from tests.operator.migrate.commands import Migration
 from tests.operator.migrate.ipvs_rules import VirtualService
+from tests.operator.migrate.kube_proxy_cluster import broken
 from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
-from tests.operator.migrate.world import broken
 
 TOOLS = ("ipvsadm", "ipset", "iptables-legacy", "iptables-nft", "nft")
 
@@ -77,7 +77,7 @@ COMMIT
 """
 
 
-class World(Migration):
+class IpvsCluster(Migration):
     """Node ``a`` has kube-proxy's rules; pod ``w1`` on it and ``w2`` on ``b`` are endpoints of dual-stack Services."""
 
     def __init__(self, lab: Lab, backend: str) -> None:
@@ -187,9 +187,9 @@ class World(Migration):
 
 
 @pytest.fixture(params=["nft", "legacy"])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[IpvsCluster]:
     with Lab() as lab:
-        yield World(lab, request.param)
+        yield IpvsCluster(lab, request.param)
 
 
 def _run(*command: str, stdin: str | None = None) -> str:
@@ -225,105 +225,109 @@ def _leftovers() -> tuple[leftovers.Leftovers, list[str], ipvs.Device | None]:
     return leftovers.find(), conntrack_hold.find(), ipvs.device()
 
 
-def test_migration_and_rollback_keep_connections_of_ipvs(world: World) -> None:
-    foreign = world.a.call(_load_foreign, world.backend)
-    world.kube_proxy()
-    world.a.run(["ipvsadm", "--set", "0", "5", "60"])
-    connections = [LongConnection(*target) for target in world.targets()]
+def test_migration_and_rollback_keep_connections_of_ipvs(cluster: IpvsCluster) -> None:
+    foreign = cluster.a.call(_load_foreign, cluster.backend)
+    cluster.kube_proxy()
+    cluster.a.run(["ipvsadm", "--set", "0", "5", "60"])
+    connections = [LongConnection(*target) for target in cluster.targets()]
     assert broken(connections) == {}
     assert {each.server for each in connections} == {"w1", "w2"}
 
-    agent = world.a.agent(manifests=world.manifests).start()
+    agent = cluster.a.agent(manifests=cluster.manifests).start()
     time.sleep(1)
     assert broken(connections) == {}, "kube-proxy and the agent run side by side"
     # Requests before this may fail: see test_ipvs_translates_replies_to_a_recently_used_port.
-    with no_request_fails(*world.loads(), least=10):
-        planned = json.loads(world.migrate("plan", "-o", "json"))
+    with no_request_fails(*cluster.loads(), least=10):
+        planned = json.loads(cluster.migrate("plan", "-o", "json"))
         assert (planned["modes"], planned["blockers"], planned["differences"]) == (["ipvs"], [], {})
-        assert len(planned["leftovers"]["ipvs"]) == len(world.virtual_services())
+        assert len(planned["leftovers"]["ipvs"]) == len(cluster.virtual_services())
         # A NodePort is one frontend for both families.
         assert (
-            planned["kube_proxy_frontends"] == planned["agent_frontends"] == len(world.virtual_services()) - 2
+            planned["kube_proxy_frontends"]
+            == planned["agent_frontends"]
+            == len(cluster.virtual_services()) - 2
         )
         assert planned["flows"] >= sum(each.kind == "tcp" for each in connections)
 
-        output = world.migrate("run")
+        output = cluster.migrate("run")
         time.sleep(1)
         assert broken(connections) == {}, output
     assert "the agent's maps serve all " in output
-    found, kept, device = world.a.call(_leftovers)
+    found, kept, device = cluster.a.call(_leftovers)
     assert not found
     assert device is not None and device.is_kept
     assert set(device.addresses) == {WEB[False], WEB[True], STICKY[False], STICKY[True]}
     assert kept[-1].startswith("device kube-ipvs0 with ")
 
     # The rest belongs to other programs and is unchanged.
-    left = world.a.call(_node_state, world.backend)
-    assert _foreign_lines(left["servers"], world) == _foreign_lines(foreign["servers"], world)
+    left = cluster.a.call(_node_state, cluster.backend)
+    assert _foreign_lines(left["servers"], cluster) == _foreign_lines(foreign["servers"], cluster)
     assert len(left["servers"]) > len(foreign["servers"])
     assert {line.split()[1] for line in left["sets"]} - ipsets.NAMING == {"mine", "KUBE-MINE"}
     assert (left["iptables"], left["ip6tables"]) == (foreign["iptables"], foreign["ip6tables"])
     assert set(left["devices"]) == {*foreign["devices"], ipvs.DEVICE}
-    for target in world.targets():
+    for target in cluster.targets():
         assert LongConnection(*target).check() == "alive", target
 
     # The device is kept until the last connection has ended.
-    assert "translated flows are still established" in world.migrate("run")
+    assert "translated flows are still established" in cluster.migrate("run")
     assert broken(connections) == {}
-    if world.backend == "legacy":
-        _roll_back(world, connections)
+    if cluster.backend == "legacy":
+        _roll_back(cluster, connections)
         return
     for each in connections:
         each.socket.close()
     deadline = time.monotonic() + 240
-    while "removed device kube-ipvs0" not in (output := world.migrate("run")):
+    while "removed device kube-ipvs0" not in (output := cluster.migrate("run")):
         assert time.monotonic() < deadline, output
         time.sleep(5)
-    assert world.a.call(_node_state, world.backend) == foreign
+    assert cluster.a.call(_node_state, cluster.backend) == foreign
     assert agent.stop() == 0
-    world.a.cli("cleanup")
+    cluster.a.cli("cleanup")
 
 
-def _foreign_lines(saved: list[str], world: World) -> list[str]:
+def _foreign_lines(saved: list[str], cluster: IpvsCluster) -> list[str]:
     """Returns lines of virtual services that do not belong to kube-proxy."""
     own = {
         f"-{each.protocol[0]} {ipvs_rules.join_host_port(each.address, each.port)}"
-        for each in world.virtual_services()
+        for each in cluster.virtual_services()
     }
     return [line for line in saved if " ".join(line.split()[1:3]) not in own]
 
 
-def _roll_back(world: World, connections: list[LongConnection]) -> None:
+def _roll_back(cluster: IpvsCluster, connections: list[LongConnection]) -> None:
     """kube-proxy starts again and reuses the device and the sets."""
-    world.a.lab.agents[0].stop()
-    world.kube_proxy()
-    output = world.migrate("rollback")
-    assert f"kube-proxy's rules serve all {len(world.virtual_services()) - 2} frontends of the maps" in output
+    cluster.a.lab.agents[0].stop()
+    cluster.kube_proxy()
+    output = cluster.migrate("rollback")
+    assert (
+        f"kube-proxy's rules serve all {len(cluster.virtual_services()) - 2} frontends of the maps" in output
+    )
     assert broken(connections) == {}, output
-    found, kept, device = world.a.call(_leftovers)
+    found, kept, device = cluster.a.call(_leftovers)
     assert found.modes == ("ipvs",)
-    assert len(found.ipvs) == len(world.virtual_services())
+    assert len(found.ipvs) == len(cluster.virtual_services())
     assert kept == []
     assert device is not None and not device.marked
-    assert set(world.client.call(clients.spread_tcp, WEB[False], 80, clients.ENOUGH)) == {"w1", "w2"}
-    assert set(world.outside.call(clients.spread_tcp, world.a.address6, NODE_PORT, clients.ENOUGH)) == {
+    assert set(cluster.client.call(clients.spread_tcp, WEB[False], 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert set(cluster.outside.call(clients.spread_tcp, cluster.a.address6, NODE_PORT, clients.ENOUGH)) == {
         "w1",
         "w2",
     }
 
 
-@pytest.mark.parametrize("world", ["nft"], indirect=True)
-def test_frontend_missing_from_maps_blocks_the_migration(world: World) -> None:
-    world.kube_proxy()
-    world.write("web", "sticky")
-    world.a.agent(manifests=world.manifests).start()
-    planned = json.loads(world.migrate("plan", "-o", "json", check=False))
+@pytest.mark.parametrize("cluster", ["nft"], indirect=True)
+def test_frontend_missing_from_maps_blocks_the_migration(cluster: IpvsCluster) -> None:
+    cluster.kube_proxy()
+    cluster.write("web", "sticky")
+    cluster.a.agent(manifests=cluster.manifests).start()
+    planned = json.loads(cluster.migrate("plan", "-o", "json", check=False))
     names = {
         f"{address}:{port}" for address in (EMPTY[False], f"[{EMPTY[True]}]") for port in ("80/TCP", "53/UDP")
     }
     assert planned["differences"] == dict.fromkeys(sorted(names), "is not in the maps")
-    assert "4 of 17 frontends differ" in world.fails("run", "--timeout", "1s")
-    assert world.client.call(clients.ask_tcp, WEB[False], 80)
+    assert "4 of 17 frontends differ" in cluster.fails("run", "--timeout", "1s")
+    assert cluster.client.call(clients.ask_tcp, WEB[False], 80)
 
 
 def _connect_twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, int]) -> list[str]:
@@ -341,28 +345,28 @@ def _connect_twice_from_one_port(service: tuple[str, int], endpoint: tuple[str, 
     return results
 
 
-@pytest.mark.parametrize("world", ["nft"], indirect=True)
-def test_ipvs_translates_replies_to_a_recently_used_port(world: World) -> None:
+@pytest.mark.parametrize("cluster", ["nft"], indirect=True)
+def test_ipvs_translates_replies_to_a_recently_used_port(cluster: IpvsCluster) -> None:
     """The kernel behaves so without an agent; ``migrate plan`` warns of it.
 
     A client connects directly to an endpoint from a port of a connection to the same endpoint through IPVS that is in
     TIME_WAIT for two minutes. IPVS translates the source of the reply to the Service's address.
     """
-    world.kube_proxy()
-    endpoint = (world.workers[1].address, 8080)
-    world.a.run(["ipvsadm", "-d", "-t", f"{WEB[False]}:80", "-r", f"{world.workers[0].address}:8080"])
-    results = world.client.call(_connect_twice_from_one_port, (WEB[False], 80), endpoint)
+    cluster.kube_proxy()
+    endpoint = (cluster.workers[1].address, 8080)
+    cluster.a.run(["ipvsadm", "-d", "-t", f"{WEB[False]}:80", "-r", f"{cluster.workers[0].address}:8080"])
+    results = cluster.client.call(_connect_twice_from_one_port, (WEB[False], 80), endpoint)
     assert results == ["response", "TimeoutError"]
 
 
-def test_cleanup_without_an_agent_removes_only_objects_of_kube_proxy(world: World) -> None:
-    foreign = world.a.call(_load_foreign, world.backend)
-    world.kube_proxy()
+def test_cleanup_without_an_agent_removes_only_objects_of_kube_proxy(cluster: IpvsCluster) -> None:
+    foreign = cluster.a.call(_load_foreign, cluster.backend)
+    cluster.kube_proxy()
     command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
-    output = world.a.run(command)
+    output = cluster.a.run(command)
     assert (
-        f"removed {len(world.virtual_services())} virtual servers from IPVS\nremoved device kube-ipvs0\n"
+        f"removed {len(cluster.virtual_services())} virtual servers from IPVS\nremoved device kube-ipvs0\n"
         in output
     )
-    assert world.a.call(_node_state, world.backend) == foreign
-    assert world.a.run(command) == "nothing of kube-proxy is left\n"
+    assert cluster.a.call(_node_state, cluster.backend) == foreign
+    assert cluster.a.run(command) == "nothing of kube-proxy is left\n"

@@ -13,24 +13,24 @@ from ebpfproxy.operator.image import Image, image_of
 from ebpfproxy.operator.migrate.cluster import work_pod
 from tests.lab import Lab
 from tests.operator.migrate import rules
+from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
 from tests.operator.migrate.kubelet import PodContainer
-from tests.operator.migrate.test_kube_proxy import start
-from tests.operator.migrate.world import World
+from tests.operator.migrate.test_running_kube_proxy import start
 
 ADDED = work_pod._security()["capabilities"]["add"]
 _numbers = itertools.count()
 Run = Callable[..., tuple[int, str]]
 
 
-def runner(world: World, image: Path | None = None) -> Run:
+def runner(cluster: KubeProxyCluster, image: Path | None = None) -> Run:
     """Runs ``ebpfproxy migrate`` in a work pod's container; returns its exit code and output."""
 
     def run(*arguments: str, without: Iterable[str] = (), seccomp: bool = True) -> tuple[int, str]:
-        folder = world.lab.folder / f"pod-{next(_numbers)}"
+        folder = cluster.lab.folder / f"pod-{next(_numbers)}"
         folder.mkdir()
-        pod = work_pod.manifest(world.a.name, "kube-system", Image(name="x"), arguments, seconds=60)
+        pod = work_pod.manifest(cluster.a.name, "kube-system", Image(name="x"), arguments, seconds=60)
         held = [f"CAP_{each}" for each in ADDED if each not in without]
-        container = PodContainer(pod, world.a, folder, capabilities=held, seccomp=seccomp, image=image)
+        container = PodContainer(pod, cluster.a, folder, capabilities=held, seccomp=seccomp, image=image)
         done = container.run()
         return done.returncode, done.stdout + done.stderr
 
@@ -38,10 +38,10 @@ def runner(world: World, image: Path | None = None) -> Run:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[KubeProxyCluster]:
     """Runs an agent beside a kube-proxy whose rules are in both backends of iptables and in nftables."""
     with Lab() as lab:
-        made = World(lab)
+        made = KubeProxyCluster(lab)
         for mode in rules.MODES:
             made.kube_proxy(mode)
         start(made.a, "--proxy-mode=iptables")
@@ -54,8 +54,8 @@ PLAN = ("plan", "--brief", "-o", "json")
 
 
 @pytest.mark.root
-def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) -> None:
-    code, output = runner(world)(*PLAN)
+def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(cluster: KubeProxyCluster) -> None:
+    code, output = runner(cluster)(*PLAN)
     found = json.loads(output)
     assert code == 0, output
     assert (found["modes"], found["blockers"], found["differences"]) == (["iptables", "nftables"], [], 0)
@@ -80,9 +80,9 @@ def test_work_pod_sees_kube_proxy_its_rules_and_the_agents_maps(world: World) ->
         ("SYS_PTRACE", "/ns/net'; root is needed"),
     ],
 )
-def test_work_pod_fails_without(world: World, missing: str, words: str) -> None:
+def test_work_pod_fails_without(cluster: KubeProxyCluster, missing: str, words: str) -> None:
     """SYS_ADMIN includes BPF, which remains where a runtime's seccomp profile knows it."""
-    run = runner(world)
+    run = runner(cluster)
     if missing == "BPF":
         code, output = run(*PLAN, without=["BPF", "SYS_ADMIN"], seccomp=False)
     else:
@@ -93,8 +93,8 @@ def test_work_pod_fails_without(world: World, missing: str, words: str) -> None:
 
 
 @pytest.mark.root
-def test_sys_admin_is_not_needed_where_the_seccomp_profile_knows_bpf(world: World) -> None:
-    code, output = runner(world)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
+def test_sys_admin_is_not_needed_where_the_seccomp_profile_knows_bpf(cluster: KubeProxyCluster) -> None:
+    code, output = runner(cluster)(*PLAN, without=["SYS_ADMIN"], seccomp=False)
     assert code == 0, output
 
 

@@ -15,55 +15,55 @@ from ebpfproxy.netlink.ctnetlink import Flow
 from ebpfproxy.operator.migrate.node import steps
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules
-from tests.operator.migrate.test_kube_proxy import start
-from tests.operator.migrate.world import World
+from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
+from tests.operator.migrate.test_running_kube_proxy import start
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def cluster() -> Iterator[KubeProxyCluster]:
     with Lab() as lab:
-        yield World(lab)
+        yield KubeProxyCluster(lab)
 
 
 @pytest.mark.root
-def test_kube_proxy_is_stopped_only_after_the_agent_serves_all_frontends(world: World) -> None:
+def test_kube_proxy_is_stopped_only_after_the_agent_serves_all_frontends(cluster: KubeProxyCluster) -> None:
     """A complete migration of a node whose kube-proxy is a plain process."""
-    world.kube_proxy("iptables-legacy")
-    process = start(world.a, "--proxy-mode=iptables")
-    rules_before = world.a.run(["iptables-legacy-save"])
+    cluster.kube_proxy("iptables-legacy")
+    process = start(cluster.a, "--proxy-mode=iptables")
+    rules_before = cluster.a.run(["iptables-legacy-save"])
 
-    output = world.fails("plan")
+    output = cluster.fails("plan")
     assert "no agent has run with this --bpf-root" in output
     assert "20 of 20 frontends differ between kube-proxy and maps" in output
-    assert "no agent has run" in world.fails("run", "--terminate")
+    assert "no agent has run" in cluster.fails("run", "--terminate")
 
-    agent = world.agent().start()
-    world.remove_service("shop", "orders-api")
-    world.wait_frontends(18)
-    assert "2 of 20 frontends differ" in world.fails("run", "--terminate", "--timeout", "1s")
-    found = json.loads(world.fails("plan", "--stopped", "--brief", "-o", "json"))
+    agent = cluster.agent().start()
+    cluster.remove_service("shop", "orders-api")
+    cluster.wait_frontends(18)
+    assert "2 of 20 frontends differ" in cluster.fails("run", "--terminate", "--timeout", "1s")
+    found = json.loads(cluster.fails("plan", "--stopped", "--brief", "-o", "json"))
     assert found["differences"] == 2, "kube-proxy runs, so --stopped has no effect"
-    world.write()
-    world.wait_frontends(20)
+    cluster.write()
+    cluster.wait_frontends(20)
 
-    output = world.migrate("plan")
+    output = cluster.migrate("plan")
     assert "kube-proxy:           mode iptables" in output
     assert f"pid {process.pid}, started by: process, mode iptables" in output
     assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in output
     assert "BLOCKERS" not in output
-    planned = yaml.safe_load(world.migrate("run", "--dry-run", "-o", "yaml"))
+    planned = yaml.safe_load(cluster.migrate("run", "--dry-run", "-o", "yaml"))
     assert (planned["modes"], planned["blockers"], planned["daemon_set"]) == (["iptables"], [], None)
-    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in world.fails("run")
+    assert f"with --terminate: SIGTERM to kube-proxy, pid {process.pid}" in cluster.fails("run")
     assert process.poll() is None
-    assert _rules(world.a.run(["iptables-legacy-save"])) == _rules(rules_before)
+    assert _rules(cluster.a.run(["iptables-legacy-save"])) == _rules(rules_before)
 
-    done = json.loads(world.migrate("run", "--terminate", "-o", "json"))["done"]
+    done = json.loads(cluster.migrate("run", "--terminate", "-o", "json"))["done"]
     assert done[0] == "the agent's maps serve all 20 frontends of kube-proxy's rules"
     assert done[1] == f"kube-proxy, pid {process.pid}, ended by SIGTERM"
     assert process.wait(5) == 0
-    assert "KUBE-S" not in world.a.run(["iptables-legacy-save"])
-    assert "nothing of kube-proxy is left" in world.migrate("run")
-    assert world.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
+    assert "KUBE-S" not in cluster.a.run(["iptables-legacy-save"])
+    assert "nothing of kube-proxy is left" in cluster.migrate("run")
+    assert cluster.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
     agent.stop()
 
 
@@ -72,42 +72,44 @@ def _rules(saved: str) -> list[str]:
 
 
 @pytest.mark.root
-def test_outdated_rules_of_a_stopped_kube_proxy_do_not_block(world: World) -> None:
+def test_outdated_rules_of_a_stopped_kube_proxy_do_not_block(cluster: KubeProxyCluster) -> None:
     """A repeated call after an interrupted one finds such rules."""
-    world.kube_proxy("nftables")
-    agent = world.agent().start()
-    world.remove_service("shop", "orders-api")
-    world.wait_frontends(18)
-    assert "2 of 20 frontends differ" in world.fails("run", "--timeout", "1s")
+    cluster.kube_proxy("nftables")
+    agent = cluster.agent().start()
+    cluster.remove_service("shop", "orders-api")
+    cluster.wait_frontends(18)
+    assert "2 of 20 frontends differ" in cluster.fails("run", "--timeout", "1s")
     assert (
         "2 of 20 frontends differ"
-        in json.loads(world.migrate("plan", "--stopped", "-o", "json"))["warnings"][0]
+        in json.loads(cluster.migrate("plan", "--stopped", "-o", "json"))["warnings"][0]
     )
-    output = world.migrate("run", "--stopped")
+    output = cluster.migrate("run", "--stopped")
     assert "removed nftables table ip kube-proxy" in output
     assert "serve all" not in output
-    world.write()
-    world.wait_frontends(20)
+    cluster.write()
+    cluster.wait_frontends(20)
 
     # A rollback that times out while the agent runs removes nothing.
-    world.kube_proxy("nftables")
-    output = world.fails("rollback", "--wait-for-agent", "--timeout", "1s")
+    cluster.kube_proxy("nftables")
+    output = cluster.fails("rollback", "--wait-for-agent", "--timeout", "1s")
     assert "waiting for the agent to end" in output
     assert "the agent still runs after 1 s" in output
-    assert world.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
-    rollback = world.start_migrate("rollback", "--wait-for-agent")
+    assert cluster.client.call(clients.ask_tcp, rules.ORDERS, 80)["name"] in ("w1", "w2")
+    rollback = cluster.start_migrate("rollback", "--wait-for-agent")
     agent.stop()
     assert rollback.wait(30) == 0
-    assert not pin_folder(world.a.bpf_root).exists()
+    assert not pin_folder(cluster.a.bpf_root).exists()
 
 
 @pytest.mark.root
-def test_cleanup_without_an_agent_removes_leftovers_and_reports_when_none_exist(world: World) -> None:
-    world.kube_proxy("nftables")
+def test_cleanup_without_an_agent_removes_leftovers_and_reports_when_none_exist(
+    cluster: KubeProxyCluster,
+) -> None:
+    cluster.kube_proxy("nftables")
     command = [sys.executable, "-c", "from ebpfproxy.cli.migrate import cleanup_kube_proxy as c; c()"]
-    output = world.a.run(command)
+    output = cluster.a.run(command)
     assert "removed nftables table ip kube-proxy\nremoved nftables table ip6 kube-proxy" in output
-    assert world.a.run(command) == "nothing of kube-proxy is left\n"
+    assert cluster.a.run(command) == "nothing of kube-proxy is left\n"
 
 
 def _row(frontend: str, kind: str, *backends: str) -> FrontendRow:

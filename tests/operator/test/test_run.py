@@ -13,7 +13,7 @@ import pytest
 
 from tests.lab import Lab
 from tests.lab.waiting import until
-from tests.operator.test.cluster import LabCluster
+from tests.operator.test.lab_cluster import LabCluster
 
 pytestmark = pytest.mark.root
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object
 from ebpfproxy.operator.image import Image
 from ebpfproxy.operator.migrate.cluster import work_pod
@@ -84,7 +84,7 @@ class Jobs:
             old = self._api.get("Pod", self._namespace, name)
             if old is None:
                 continue
-            if pods.has_ended(old) or pods.cannot_start(old):
+            if pod_status.has_ended(old) or pod_status.cannot_start(old):
                 self._api.delete("Pod", self._namespace, name)
             elif "deletionTimestamp" not in old["metadata"]:
                 raise JobError(f"pod {self._namespace}/{name} runs already: another call works on this node")
@@ -97,28 +97,28 @@ class Jobs:
             pod = self._api.get("Pod", self._namespace, name)
             if pod is None:
                 raise JobError(f"{where} is gone")
-            if why := pods.cannot_start(pod):
+            if why := pod_status.cannot_start(pod):
                 raise JobError(f"{where} cannot start: {why}")
-            if pods.has_ended(pod):
+            if pod_status.has_ended(pod):
                 return self._ended(where, name, pod)
-            if time.monotonic() >= to_start and not pods.has_started(pod):
+            if time.monotonic() >= to_start and not pod_status.has_started(pod):
                 raise JobError(f"{where} has not started after {self._seconds:g} s: {self._warning(name)}")
-            if looks is not None and pods.has_started(pod):
+            if looks is not None and pod_status.has_started(pod):
                 looks(self._log(name))
         raise JobError(f"{where} has not ended in time")
 
     def _ended(self, where: str, name: str, pod: Object) -> Done:
-        code = pods.exit_code(pod)
+        code = pod_status.exit_code(pod)
         if code is None:
-            raise JobError(f"{where} failed: {pods.failure(pod)}")
+            raise JobError(f"{where} failed: {pod_status.failure(pod)}")
         try:
             text = self._api.log(self._namespace, name)
         except ApiError as error:
-            text = pods.message(pod)
+            text = pod_status.message(pod)
             if code == 0 or not text:
-                raise JobError(f"{where}: {pods.failure(pod) or 'it ended well'}; {error}") from error
+                raise JobError(f"{where}: {pod_status.failure(pod) or 'it ended well'}; {error}") from error
         if code and not text.strip():
-            raise JobError(f"{where}: {pods.failure(pod)}")
+            raise JobError(f"{where}: {pod_status.failure(pod)}")
         return Done(code, text)
 
     def _log(self, name: str) -> str:
@@ -131,6 +131,7 @@ class Jobs:
     def _warning(self, name: str) -> str:
         """Why a container does not start, such as a volume that cannot be mounted."""
         try:
-            return pods.last_warning(self._api, self._namespace, "Pod", name) or "its kubelet says nothing"
+            warning = pod_status.last_warning(self._api, self._namespace, "Pod", name)
+            return warning or "its kubelet says nothing"
         except ApiError as error:
             return str(error)

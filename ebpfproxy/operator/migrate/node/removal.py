@@ -36,13 +36,15 @@ def remove_programs(bpf_root: Path, drain: float = 0.0) -> Iterator[str]:
     if maps is not None:
         if ended := ctnetlink.remove(_untranslated_datagrams(maps), translated=False):
             yield f"ended {ended} UDP flows that netfilter did not translate"
-        held = HeldPorts(maps, drain + ANSWER_SECONDS + _MARGIN_SECONDS)
-        held.hold()
+        table = maps["conntrack"]
+        held = HeldPorts(drain + ANSWER_SECONDS + _MARGIN_SECONDS)
+        held.hold(table.items())
         begin_nothing(maps)
-        held.hold()
+        entries = list(table.items())
+        held.hold(entries)
         draining = Draining(maps)
         # kube-proxy masquerades by any port from now on, those of flows that have ended among them.
-        draining.step()
+        draining.step(entries)
     detached = choose_no_more(pins)
     yield from detached
     now = time.monotonic()

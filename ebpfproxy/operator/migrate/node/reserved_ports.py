@@ -45,16 +45,15 @@ def reserve(maps: MapSet, flows: Iterable[Flow], ports: tuple[int, int]) -> int:
 class HeldPorts:
     """Keeps netfilter from choosing the ports that our flows have towards backends, as long as they drain."""
 
-    def __init__(self, maps: MapSet, seconds: float) -> None:
-        self._table = maps["conntrack"]
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._held: set[bytes] = set()
 
-    def hold(self) -> None:
-        """Holds those of flows that have begun since the last call."""
+    def hold(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """Holds those of flows that have begun since the last call. ``entries``: all of the map conntrack."""
         fresh = {
             entry.key
-            for entry in map(Entry._make, self._table.items())
+            for entry in map(Entry._make, entries)
             if entry.flags & NatFlags.REPLY and not (entry.flags & NatFlags.OWN or entry.flow.egress)
         }
         replies = [Entry(key, b"").flow for key in fresh - self._held]

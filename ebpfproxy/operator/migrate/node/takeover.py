@@ -48,12 +48,14 @@ class Draining:
         #: Keys of the other entries of a flow, and when they are deleted (monotonic seconds).
         self._replies: list[tuple[float, tuple[bytes, ...]]] = []
 
-    def step(self) -> int:
-        """Returns the number of open TCP connections."""
+    def step(self, entries: list[tuple[bytes, bytes]] | None = None) -> int:
+        """Returns the number of open TCP connections. ``entries``: those of the map, if just read."""
         living = 0
         now = time.monotonic()
         ended = []
-        rows = flows_of(list(self._table.items()), self._timeouts, time.monotonic_ns(), {})
+        if entries is None:
+            entries = list(self._table.items())
+        rows = flows_of(entries, self._timeouts, time.monotonic_ns(), {})
         for row, (original, *others) in rows:
             if row.state in _OPEN:
                 living += 1

@@ -1,4 +1,4 @@
-"""The nodes and Services of the packet tests, with a client outside the cluster."""
+"""Two nodes and a client outside the cluster, whose connections packet programs translate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from tests.e2e.world import BALANCER, EXTERNAL, SERVICE_IPS, World
+from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, Outside, manifests
 from tests.lab.spaces import Space
 
@@ -25,8 +25,8 @@ SLICE_PORTS = [
 ]
 
 
-class Outer(World):
-    """A World with an external client, whose routes to all frontends lead to node-a."""
+class OutsideClientCluster(TwoNodeCluster):
+    """The client has routes to all frontends through node-a."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -49,7 +49,7 @@ class Outer(World):
     def remove(self, name: str) -> None:
         (self.manifests / f"{name}.yaml").unlink()
 
-    def balanced(self, name: str, ip: str, balancer: str, endpoints: list[Any], **spec: Any) -> None:
+    def add_load_balancer(self, name: str, ip: str, balancer: str, endpoints: list[Any], **spec: Any) -> None:
         service = manifests.service(
             name, **{"clusterIPs": [ip], "ports": PORTS, "type": "LoadBalancer", **spec}
         )
@@ -60,15 +60,17 @@ class Outer(World):
         pieces = [manifests.slice_of(name, endpoints, ports=SLICE_PORTS)] if endpoints else []
         manifests.write(self.manifests / f"{name}.yaml", service, *pieces)
 
-    def on_a(self, **conditions: bool) -> manifests.Document:
+    def endpoint_on_a(self, **conditions: bool) -> manifests.Document:
+        """The pod w1 as an endpoint."""
         return manifests.endpoint(self.w1.address, "node-a", **conditions)
 
-    def on_b(self, **conditions: bool) -> manifests.Document:
+    def endpoint_on_b(self, **conditions: bool) -> manifests.Document:
+        """The pod w2 as an endpoint."""
         return manifests.endpoint(self.w2.address, "node-b", **conditions)
 
 
-class Held:
-    """A TCP connection that a process of ``space`` keeps open."""
+class HeldConnection:
+    """A TCP connection that a process in ``space`` keeps open."""
 
     def __init__(self, space: Space, host: str, port: int) -> None:
         script = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.api import Api, ApiError, Object
 from ebpfproxy.operator.printing import Say
 from ebpfproxy.operator.test import objects, questions
@@ -63,7 +63,7 @@ class _Test:
         for role, number, node in self._each_node(CLIENT, HOST):
             client = Client(f"{role}-{number}", role, node)
             asking[client] = questions.of_client(client, cluster)
-            self._start(client, {"patience": _PATIENCE, "questions": _plain(asking[client])})
+            self._start(client, {"patience": _PATIENCE, "questions": questions.plain(asking[client])})
         for client, asked in asking.items():
             results += self._answers(client, asked)
         results += _skipped(cluster, self._wanted)
@@ -154,7 +154,7 @@ class _Test:
             plan = {
                 "serve": {"name": server.name, "port": objects.TARGET_PORT},
                 "patience": _PATIENCE,
-                "questions": _plain(asked),
+                "questions": questions.plain(asked),
             }
             first = {objects.FIRST: objects.YES} if node == nodes[0] else {}
             self._start(server, plan, **first)
@@ -168,9 +168,9 @@ class _Test:
         found: list[Object] = []
         for _ in Wait(self._wanted.seconds):
             found = self._api.list("Pod", self._namespace, labelSelector=f"{objects.LABEL}={role}")
-            if len(found) >= count and all(map(pods.is_ready, found)):
+            if len(found) >= count and all(map(pod_status.is_ready, found)):
                 break
-            if any(pods.cannot_start(pod) or pods.has_ended(pod) for pod in found):
+            if any(pod_status.cannot_start(pod) or pod_status.has_ended(pod) for pod in found):
                 raise CannotTestError(self._why(found))
         else:
             raise CannotTestError(self._why(found))
@@ -185,9 +185,10 @@ class _Test:
     def _why(self, found: Iterable[Object]) -> str:
         lines = ["pods of the test are not ready:"]
         for pod in found:
-            if trouble := pods.trouble(pod):
-                warning = pods.last_warning(self._api, self._namespace, "Pod", pod["metadata"]["name"])
-                lines.append(f"  node {pods.node_of(pod)}: {trouble}" + (f" ({warning})" if warning else ""))
+            if trouble := pod_status.trouble(pod):
+                warning = pod_status.last_warning(self._api, self._namespace, "Pod", pod["metadata"]["name"])
+                more = f" ({warning})" if warning else ""
+                lines.append(f"  node {pod_status.node_of(pod)}: {trouble}{more}")
         return "\n".join(lines)
 
     def _label_sctp(self, servers: Iterable[Server]) -> bool:
@@ -248,7 +249,7 @@ class _Test:
         self._note([pod] if pod else [])
         by_id = {line["id"]: line for line in lines if "id" in line}
         silent = (
-            f"its pod said nothing: {pods.trouble(pod) or 'it has not finished'}"
+            f"its pod said nothing: {pod_status.trouble(pod) or 'it has not finished'}"
             if pod
             else "its pod is gone"
         )
@@ -269,8 +270,8 @@ class _Test:
         return failure(
             f"{node} itself" if client.role == HOST else f"pod {client.name} on {node}",
             "the server" if question.check == questions.DIRECT else f"Service {question.service}",
-            f"{_endpoint(question)}/{question.protocol}",
-            _expected(question),
+            f"{questions.endpoint(question)}/{question.protocol}",
+            questions.expected(question),
             came,
             explain=self._explain(client, question),
         )
@@ -282,7 +283,7 @@ class _Test:
         if question.decided_on != client.node.name:
             known = client.node.addresses if is_host else self._addresses.get(client.name, ())
             source = next((each for each in known if questions.family(each) == question.family), source)
-        command = f"ebpfproxy explain {source} {_endpoint(question)} --protocol {question.protocol}"
+        command = f"ebpfproxy explain {source} {questions.endpoint(question)} --protocol {question.protocol}"
         agent = self._agents[question.decided_on]
         if not agent:
             return f"{command}, on {question.decided_on}"
@@ -299,7 +300,7 @@ class _Test:
         ]
         clients = [Client(f"{LOAD}-{number}", LOAD, node) for _, number, node in self._each_node(LOAD)]
         for client in clients:
-            self._start(client, {"patience": _PATIENCE, "load": _plain(asked)})
+            self._start(client, {"patience": _PATIENCE, "load": questions.plain(asked)})
         for client in clients:
             self._load_line(client, 1)
         for node in self._site.nodes:
@@ -326,9 +327,9 @@ class _Test:
         for _ in Wait(self._wanted.seconds):
             found = self._api.list("Pod", namespace, fieldSelector=f"spec.nodeName={node.name}")
             for pod in found:
-                if pods.is_owned_by(pod, name) and pod["metadata"]["name"] != node.agent:
+                if pod_status.is_owned_by(pod, name) and pod["metadata"]["name"] != node.agent:
                     self._agents[node.name] = pod["metadata"]["name"]
-                    why = pods.trouble(pod)
+                    why = pod_status.trouble(pod)
                     if not why:
                         self._say(f"agent of {node.name} restarted")
                         return None
@@ -336,22 +337,6 @@ class _Test:
             sentence=f"The agent of {node.name} is not ready after its restart: {why}.",
             explain=f"kubectl -n {namespace} describe pod {self._agents[node.name]}",
         )
-
-
-def _plain(asked: Iterable[Question]) -> list[Object]:
-    """As the module ``pod`` reads them."""
-    return [
-        {
-            "id": number,
-            "protocol": each.protocol,
-            "address": each.address,
-            "port": each.port,
-            "by": each.by,
-            "same": each.same,
-            "sources": each.sources,
-        }
-        for number, each in enumerate(asked)
-    ]
 
 
 def _skipped(cluster: Cluster, wanted: Wanted) -> Iterator[Result]:
@@ -392,21 +377,6 @@ def _in_order(results: Iterable[Result]) -> list[Result]:
     return sorted(
         results, key=lambda r: (_ORDER.index(r.check), not r.family, r.family, protocols.index(r.protocol))
     )
-
-
-def _endpoint(question: Question) -> str:
-    host = f"[{question.address}]" if ":" in question.address else question.address
-    return f"{host}:{question.port}"
-
-
-def _expected(question: Question) -> str:
-    if question.by is None:
-        return "the same server each time" if question.same else "an answer"
-    if not question.by:
-        return "no answer, as no server is on the node"
-    names = " or ".join(question.by)
-    kept = " that sees the client's address" if question.sources is not None else ""
-    return f"an answer of {names}{kept}"
 
 
 def _nodes(count: int) -> str:

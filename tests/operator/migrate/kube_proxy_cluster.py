@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 from ebpfproxy.kube.objects import Resource
+from ebpfproxy.operator.migrate.node import conntrack_hold, hold_chains, leftovers
 from tests import recordings
 from tests.lab import Agent, Lab, LabNode, Outside, Pod, manifests, servers
 from tests.lab.spaces import Space
 from tests.operator.migrate import rules, rules_ipv6
 from tests.operator.migrate.commands import Migration
-from tests.operator.migrate.traffic import LongConnection, RequestLoad
+from tests.operator.migrate.traffic import LongConnection, RequestLoad, no_request_fails
 
 _KINDS = {
     Resource.SERVICES: ("v1", "Service"),
@@ -21,13 +22,15 @@ _KINDS = {
 }
 #: Endpoints of shop/orders-api and of DNS listen on these ports.
 TARGET_PORT, DNS_PORT = 8080, 53
+#: These tables keep netfilter's conntrack enabled after a migration.
+CONNTRACK_HOLD = [f"nftables table {family} {hold_chains.NAME}" for family in ("ip", "ip6")]
 
 
 #: Client, protocol, host and port.
 Target = tuple[Space, str, str, int]
 
 
-class World(Migration):
+class KubeProxyCluster(Migration):
     """With ``dual_stack`` Services, endpoints and rules have both address families."""
 
     def __init__(self, lab: Lab, *, dual_stack: bool = False) -> None:
@@ -52,7 +55,7 @@ class World(Migration):
         manifests.write(self.manifests / "cluster.yaml", *self._documents())
 
     def _documents(self) -> list[manifests.Document]:
-        return rules_ipv6.both_families(cluster()) if self.dual_stack else cluster()
+        return rules_ipv6.both_families(cluster_objects()) if self.dual_stack else cluster_objects()
 
     def remove_service(self, namespace: str, name: str) -> None:
         kept = [
@@ -82,6 +85,23 @@ class World(Migration):
             self.a.call(rules_ipv6.load, mode)
         else:
             self.a.call(_load_rules, mode)
+
+    @staticmethod
+    def leftovers_on(node: LabNode) -> tuple[bool, list[str]]:
+        """Returns if rules of kube-proxy exist on a node, and which objects keep conntrack enabled."""
+        return node.call(_leftovers)
+
+    def drain_fails_no_request(self, address: str) -> None:
+        """Rolls back with --drain, while clients outside use NodePorts of ``address``. The agent has to be stopped."""
+        outside = [RequestLoad(self.outside, "tcp", address, rules.PAYMENTS_NODE_PORT)]
+        outside.append(RequestLoad(self.outside, "udp", address, rules.DNS_NODE_PORT))
+        with no_request_fails(*outside):
+            rollback = self.start_migrate("rollback", "--drain", "20s")
+            time.sleep(3)
+            assert rollback.poll() is None, "the long connections of the loads are still open"
+        assert rollback.wait(20) == 0
+        with no_request_fails(RequestLoad(self.outside, "tcp", address, rules.PAYMENTS_NODE_PORT)):
+            time.sleep(1)
 
     def connections(self) -> list[LongConnection]:
         """Opens five per target, because kube-proxy selects endpoints at random."""
@@ -113,7 +133,7 @@ class World(Migration):
         ]
 
 
-def cluster() -> list[manifests.Document]:
+def cluster_objects() -> list[manifests.Document]:
     """Returns the recorded objects of the dumps, with the same changes for the lab as the dumps."""
     documents = []
     for resource, items in recordings.lists("final").items():
@@ -133,6 +153,10 @@ def cluster() -> list[manifests.Document]:
 
 def _load_rules(mode: str) -> None:
     rules.load(mode, lab=True)
+
+
+def _leftovers() -> tuple[bool, list[str]]:
+    return bool(leftovers.find()), conntrack_hold.find()
 
 
 def broken(connections: list[LongConnection]) -> dict[str, str]:

@@ -257,7 +257,4 @@ def _daemon_set() -> Item:
 
 
 def _to_file(words: list[str], path: Path) -> None:
-    # The streams of a forked child would close their descriptors with them, which the command uses.
-    streams = sys.stdout, sys.stderr
     path.write_text(json.dumps(command.run(words)))
-    del streams

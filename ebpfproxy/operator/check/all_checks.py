@@ -16,8 +16,7 @@ from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.node.kernel_tables import read_facts
 from ebpfproxy.node.roles import Role
-from ebpfproxy.operator.check import maps as map_checks
-from ebpfproxy.operator.check import node, programs, proxies
+from ebpfproxy.operator.check import attachment_checks, map_checks, node_checks, proxies
 from ebpfproxy.operator.migrate.node.tools import ToolError
 
 
@@ -54,11 +53,12 @@ def check(bpf_root: Path, maps: MapSet, report: Report | None, silence: str) -> 
     else:
         findings.append(_no_agent(silence))
         findings += map_checks.contradictions(maps)
-        findings += programs.lost(pins, maps.folder, agent, is_here=is_here)
+        findings += attachment_checks.lost(pins, maps.folder, agent, is_here=is_here)
         unchecked.append("whether maps hold what the API says: only the agent knows that")
-    findings += programs.before_ours(pins, agent, is_here=is_here)
-    findings += node.kernel()
-    findings += node.clock(node.clock_is_synchronized(), time.time(), agent.written if agent else None)
+    findings += attachment_checks.before_ours(pins, agent, is_here=is_here)
+    findings += node_checks.kernel()
+    written = agent.written if agent else None
+    findings += node_checks.clock(node_checks.clock_is_synchronized(), time.time(), written)
     if is_here:
         findings += _here(maps, agent)
         try:
@@ -102,9 +102,9 @@ def _here(maps: MapSet, agent: state.AgentState | None) -> Iterator[Finding]:
     known = (records.read(number) for number in records.ids())
     families = {len(found[0].address) for found in known if found is not None}
     roles = agent.device_roles if agent is not None else ()
-    yield from node.sysctls(
-        node.read_sysctl, families, [each.name for each in roles if each.role == str(Role.UPLINK)]
+    yield from node_checks.sysctls(
+        node_checks.read_sysctl, families, [each.name for each in roles if each.role == str(Role.UPLINK)]
     )
     if agent is not None:
         with Rtnetlink() as netlink:
-            yield from node.mtus(read_facts(netlink).links, agent)
+            yield from node_checks.mtus(read_facts(netlink).links, agent)

@@ -22,7 +22,7 @@ from ebpfproxy.datapath.kernel.probe import probe
 from ebpfproxy.netlink import traffic_control
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.node.clients import visible_namespaces
-from ebpfproxy.node.pods import pods
+from ebpfproxy.node.pod_names import pods
 from ebpfproxy.operator.migrate.node import iptables, tools
 from ebpfproxy.operator.sysdump.archive import last, rows
 from ebpfproxy.operator.sysdump.secrets import without

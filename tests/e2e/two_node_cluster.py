@@ -21,7 +21,7 @@ SLICE_PORTS = [
 ]
 
 
-class World:
+class TwoNodeCluster:
     """``a`` and ``b`` are nodes, ``w1`` and ``w2`` are server pods on them, ``client`` is a pod on ``a``."""
 
     def __init__(self, lab: Lab) -> None:

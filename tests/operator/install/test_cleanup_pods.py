@@ -12,7 +12,7 @@ from ebpfproxy.operator.install import node_cleanup
 from tests.deploy import objects
 from tests.deploy.runtime import Container
 from tests.deploy.test_container import Kubelet, until
-from tests.e2e.world import SERVICE_IPS, World
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 
 pytestmark = pytest.mark.root
@@ -27,12 +27,12 @@ CLEANUP = {
 @pytest.fixture
 def kubelet() -> Iterator[Kubelet]:
     with Lab() as lab:
-        made = Kubelet(World(lab))
-        made.world.write_web(made.world.w1, made.world.w2)
+        made = Kubelet(TwoNodeCluster(lab))
+        made.cluster.write_web(made.cluster.w1, made.cluster.w2)
         done = made.container("load").run()
         assert done.returncode == 0, done.stdout + done.stderr
         yield made
-        made.world.a.cli("cleanup")
+        made.cluster.a.cli("cleanup")
 
 
 def container(kubelet: Kubelet, name: str, capabilities: Iterable[str] | None = None) -> Container:
@@ -42,28 +42,28 @@ def container(kubelet: Kubelet, name: str, capabilities: Iterable[str] | None = 
         CLEANUP,
         name,
         folder,
-        volumes={"bpffs": kubelet.world.a.bpf_root},
+        volumes={"bpffs": kubelet.cluster.a.bpf_root},
         variables={},
-        network=kubelet.world.a.netns,
+        network=kubelet.cluster.a.netns,
         capabilities=capabilities,
     )
 
 
 def pins(kubelet: Kubelet) -> list[Path]:
-    return list(kubelet.world.a.bpf_root.glob("ebpfproxy/*"))
+    return list(kubelet.cluster.a.bpf_root.glob("ebpfproxy/*"))
 
 
 def test_node_is_cleaned_once_its_agent_has_ended(kubelet: Kubelet) -> None:
-    world = kubelet.world
+    cluster = kubelet.cluster
     with kubelet.running(kubelet.container("ebpfproxy")):
-        assert set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)) == {
+        assert set(cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)) == {
             "w1",
             "w2",
         }
         beside = container(kubelet, "cleanup").run()
         assert beside.returncode == 1
         assert "Error: " in beside.stderr
-        assert set(world.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)) == {
+        assert set(cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)) == {
             "w1",
             "w2",
         }

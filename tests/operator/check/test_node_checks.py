@@ -6,7 +6,7 @@ import msgspec
 
 from ebpfproxy.agent.state import AgentState, DeviceState
 from ebpfproxy.node.facts import Link
-from ebpfproxy.operator.check import node, proxies
+from ebpfproxy.operator.check import node_checks, proxies
 from ebpfproxy.operator.migrate.node.leftovers import Leftovers
 from ebpfproxy.operator.migrate.node.obstacles import Conflict, Severity
 
@@ -14,7 +14,9 @@ AGENT = AgentState(pid=1, version="0", node="n", source="s", started=1.0, writte
 
 
 def sysctls(values: dict[str, str], families: set[int], *uplinks: str) -> list[tuple[str, str, bool]]:
-    return [(each.what, each.mend, each.warning) for each in node.sysctls(values.get, families, uplinks)]
+    return [
+        (each.what, each.mend, each.warning) for each in node_checks.sysctls(values.get, families, uplinks)
+    ]
 
 
 def test_forwarding_matters_for_the_families_that_backends_have() -> None:
@@ -44,11 +46,11 @@ def test_strict_reverse_path_filtering_matters_with_several_uplinks() -> None:
 
 
 def test_clock_that_was_set_back_is_told_by_the_agents_last_record() -> None:
-    assert list(node.clock(True, 99.0, 100.0)) == []
-    (found,) = node.clock(True, 40.0, 100.0)
+    assert list(node_checks.clock(True, 99.0, 100.0)) == []
+    (found,) = node_checks.clock(True, 40.0, 100.0)
     assert found.what == "the clock has been set back by 60 s"
     assert not found.warning
-    (found,) = node.clock(False, 100.0, None)
+    (found,) = node_checks.clock(False, 100.0, None)
     assert found.warning
 
 
@@ -61,11 +63,11 @@ def test_pods_mtu_above_the_uplinks_is_a_warning_without_a_tunnel() -> None:
     roles = [("uplink", 1), ("pods", 2), ("pods", 3)]
     devices = tuple(DeviceState(index, f"d{index}", role, "", attached=True) for role, index in roles)
     agent = msgspec.structs.replace(AGENT, device_roles=devices)
-    (found,) = node.mtus(links, agent)
+    (found,) = node_checks.mtus(links, agent)
     assert found.what == "the MTU of veth1 is 1500, that of eth0 only 1400"
     tunnel = DeviceState(4, "vxlan", "tunnel", "", attached=True)
     agent = msgspec.structs.replace(AGENT, device_roles=(*devices, tunnel))
-    assert list(node.mtus(links, agent)) == []
+    assert list(node_checks.mtus(links, agent)) == []
 
 
 def test_conflicts_that_block_a_migration_are_wrong_and_others_are_warnings() -> None:

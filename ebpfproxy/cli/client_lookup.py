@@ -12,7 +12,7 @@ from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.explain.path import Client, Place
 from ebpfproxy.netlink.namespaces import FOLDERS
 from ebpfproxy.node.clients import Namespace, visible_namespaces
-from ebpfproxy.node.pods import CNI_RESULTS, pods
+from ebpfproxy.node.pod_names import CNI_RESULTS, pods
 from ebpfproxy.services.model import format_address
 from ebpfproxy.services.values import LOOPBACK, parse_address, unusable_address
 

@@ -22,14 +22,14 @@ PORTS = [
 SLICE_PORTS = [{**each, "port": 8080} for each in PORTS]
 
 
-class World(NamedTuple):
+class ManifestNode(NamedTuple):
     node: LabNode
     web: list[Pod]
     folder: Path
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def manifest_node() -> Iterator[ManifestNode]:
     with Lab() as lab:
         node = lab.node("node-a")
         web = [node.pod("web-1"), node.pod("web-2")]
@@ -49,19 +49,19 @@ def world() -> Iterator[World]:
             slice_of("elsewhere", [endpoint("10.244.9.9", "node-z")]),
         )
         node.agent(manifests=folder).start()
-        yield World(node, web, folder)
+        yield ManifestNode(node, web, folder)
 
 
-def run(world: World, folder: Path) -> tuple[int, dict[str, Any]]:
+def run(manifest_node: ManifestNode, folder: Path) -> tuple[int, dict[str, Any]]:
     command.import_commands()
-    words = ["test", "--manifests", str(folder), "-o", "json", "--bpf-root", str(world.node.bpf_root)]
-    done = world.node.call(command.run, words)
+    words = ["test", "--manifests", str(folder), "-o", "json", "--bpf-root", str(manifest_node.node.bpf_root)]
+    done = manifest_node.node.call(command.run, words)
     assert done.errors == ""
     return done.code, json.loads(done.output)
 
 
-def test_services_of_the_folder_work(world: World) -> None:
-    code, found = run(world, world.folder)
+def test_services_of_the_folder_work(manifest_node: ManifestNode) -> None:
+    code, found = run(manifest_node, manifest_node.folder)
     assert code == 0, found
     assert {(row["check"], row["protocol"], row["family"]) for row in found["rows"]} == {
         *(("ClusterIP", protocol, family) for protocol in ("TCP", "UDP") for family in ("IPv4", "IPv6")),
@@ -72,9 +72,9 @@ def test_services_of_the_folder_work(world: World) -> None:
     }
 
 
-def test_each_difference_is_a_sentence(world: World, tmp_path: Path) -> None:
+def test_each_difference_is_a_sentence(manifest_node: ManifestNode, tmp_path: Path) -> None:
     """The agent serves other endpoints than these files name, and one Service of them not at all."""
-    silent = world.web[0].address
+    silent = manifest_node.web[0].address
     manifests.write(
         tmp_path / "services.yaml",
         service("web", clusterIPs=[IP]),
@@ -85,7 +85,7 @@ def test_each_difference_is_a_sentence(world: World, tmp_path: Path) -> None:
         ),
         service("sticky", clusterIPs=["10.96.0.20"]),
     )
-    code, found = run(world, tmp_path)
+    code, found = run(manifest_node, tmp_path)
     assert code == 1
     failures = [each for row in found["rows"] for each in row["failures"]]
     sentences = sorted(each["sentence"] for each in failures)
@@ -105,14 +105,14 @@ def test_each_difference_is_a_sentence(world: World, tmp_path: Path) -> None:
     assert f"ebpfproxy explain host {IP}:80 --protocol TCP" in explain
 
 
-def test_unreadable_file_is_no_result(world: World, tmp_path: Path) -> None:
+def test_unreadable_file_is_no_result(manifest_node: ManifestNode, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: Service\nspec: 1\n")
     command.import_commands()
-    words = ["test", "--manifests", str(tmp_path), "--bpf-root", str(world.node.bpf_root)]
-    done = world.node.call(command.run, words)
+    words = ["test", "--manifests", str(tmp_path), "--bpf-root", str(manifest_node.node.bpf_root)]
+    done = manifest_node.node.call(command.run, words)
     assert (done.code, done.output) == (2, "")
     assert "a.yaml: document 1, Service" in done.errors
     (tmp_path / "a.yaml").write_text("")
-    done = world.node.call(command.run, words)
+    done = manifest_node.node.call(command.run, words)
     assert (done.code, done.output) == (2, "")
     assert "no Service has an address" in done.errors

@@ -14,7 +14,7 @@ from ebpfproxy.kube.decode import Decoder
 from ebpfproxy.kube.objects import Changed, Event, Object, ObjectKey, Replaced, Resource, key_of
 from ebpfproxy.kube.watch.reflector import Reflector, Timing
 from tests import recordings
-from tests.apiserver import ApiServer, load
+from tests.apiserver import ApiServer, fill
 from tests.data import RECORDINGS
 
 
@@ -43,7 +43,7 @@ def test_objects_equal_the_final_lists_after_all_events(how: str) -> None:
             del known[event.resource][event.key]
 
     with ApiServer(streaming_list=how != "pages") as server:
-        load.fill_from_recordings(server.store, RECORDINGS)
+        fill.fill_from_recordings(server.store, RECORDINGS)
         connection = ApiConnection.from_options(None, server.url)
         timing = Timing(backoff_first=0.01, backoff_most=0.05)
         watches = [Reflector(connection, resource, sink, timing=timing) for resource in Resource]
@@ -60,7 +60,7 @@ def test_objects_equal_the_final_lists_after_all_events(how: str) -> None:
             if how in ("connections cut", "history compacted"):
                 server.drop_connections()
 
-        load.replay(server.store, RECORDINGS, between=disturb)
+        fill.replay(server.store, RECORDINGS, between=disturb)
         wanted = {resource: final(resource) for resource in Resource}
         while {r: {k: without_version(o) for k, o in known[r].copy().items()} for r in Resource} != wanted:
             assert time.monotonic() < deadline, [each.status for each in watches]

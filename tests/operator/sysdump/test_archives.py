@@ -17,7 +17,7 @@ from ebpfproxy.cli import kubectl, sysdump
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.operator.sysdump.archive import ERRORS, MOST, TOP
 from tests.apiserver import ApiServer
-from tests.e2e.world import NODE_PORT, World
+from tests.e2e.two_node_cluster import NODE_PORT, TwoNodeCluster
 from tests.lab import Agent, Lab, LabNode, clients, command, manifests
 from tests.lab.waiting import until
 from tests.operator.agent_pods import TOKEN, agent_pod, serving
@@ -62,8 +62,8 @@ def rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-class Cluster(World):
-    """A World with an outside client, and an agent on node-a that has secrets."""
+class Cluster(TwoNodeCluster):
+    """Two nodes with a client outside the cluster, and an agent on node-a that has secrets."""
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)

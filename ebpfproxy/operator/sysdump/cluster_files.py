@@ -14,7 +14,7 @@ from ebpfproxy import yaml_text
 from ebpfproxy.kube.events.event import CONTROLLER
 from ebpfproxy.kube.exec import Channel
 from ebpfproxy.kube.failures import Failure
-from ebpfproxy.operator import pods
+from ebpfproxy.operator import pod_status
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api, ApiError, Object
 from ebpfproxy.operator.printing import Say
@@ -36,7 +36,7 @@ def dump(api: Api, agents: Agents, nodes: Sequence[str], archive: Archive, say: 
         cluster.add(f"{kind.lower()}.json", partial(_object, api, kind, namespace, name))
     cluster.add("version.json", lambda: rows([api.version()]))
     cluster.add("nodes.json", lambda: _objects(api.list("Node", "")))
-    cluster.add("pods.json", lambda: _objects(pods.of_daemon_set(api, namespace, name)))
+    cluster.add("pods.json", lambda: _objects(pod_status.of_daemon_set(api, namespace, name)))
     cluster.add("events.json", lambda: _events(api, namespace, name))
     cluster.close()
     with ThreadPoolExecutor(_PARALLEL) as workers:
@@ -98,7 +98,7 @@ def _of_api(api: Api, agents: Agents, node: str, folder: Folder) -> None:
         for previous in (False, True):
             query = {"container": container, "tailLines": _LOG_LINES}
             if previous:
-                if not pods.has_restarted(pod, container):
+                if not pod_status.has_restarted(pod, container):
                     continue
                 query["previous"] = "true"
             file = f"logs/{container}{'.previous' * previous}.log"

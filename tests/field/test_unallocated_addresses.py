@@ -23,8 +23,8 @@ CIDRS = ["10.96.0.0/16", "fd00:10:96::/112"]
 EXTERNAL = {4: "10.96.150.1", 6: "fd00:10:96::9601"}
 
 
-class World:
-    """node-a with an agent and two pods; outside is the gateway, which accepts connections to all addresses."""
+class ServiceCidrCluster:
+    """node-a with an agent and two pods. ``outside`` is the gateway, which accepts connections to all addresses."""
 
     def __init__(self, lab: Lab, *options: str) -> None:
         self.lab = lab
@@ -93,9 +93,9 @@ class World:
 
 
 @pytest.fixture(scope="module", params=["tcx", "clsact"])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[ServiceCidrCluster]:
     with Lab() as lab:
-        yield World(lab, *(["--without", "tcx"] if request.param == "clsact" else []))
+        yield ServiceCidrCluster(lab, *(["--without", "tcx"] if request.param == "clsact" else []))
 
 
 @pytest.fixture(params=[4, 6], ids=["v4", "v6"])
@@ -103,29 +103,32 @@ def version(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def test_adding_a_service_cidr_stops_forwarding_to_the_gateway(world: World, version: int) -> None:
+def test_adding_a_service_cidr_stops_forwarding_to_the_gateway(
+    cluster: ServiceCidrCluster, version: int
+) -> None:
     """ServiceCIDRs may change while the agent runs, without compiling programs again."""
     address = UNALLOCATED[version]
-    programs = sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*"))
-    world.put(cidrs=["192.0.2.0/24"])
+    programs = sorted((cluster.a.bpf_root / "ebpfproxy").glob("v*/progs-*"))
+    cluster.put(cidrs=["192.0.2.0/24"])
     until(
-        lambda: world.unhooked(world.client, address) == "gateway", "packets are not forwarded to the gateway"
+        lambda: cluster.unhooked(cluster.client, address) == "gateway",
+        "packets are not forwarded to the gateway",
     )
-    assert world.client.call(clients.ask_tcp, address, 80)["name"] == "gateway"
-    world.put()
-    until(lambda: not world.unhooked(world.client, address), "packets are still forwarded to the gateway")
-    assert world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH"
-    assert sorted((world.a.bpf_root / "ebpfproxy").glob("v*/progs-*")) == programs
+    assert cluster.client.call(clients.ask_tcp, address, 80)["name"] == "gateway"
+    cluster.put()
+    until(lambda: not cluster.unhooked(cluster.client, address), "packets are still forwarded to the gateway")
+    assert cluster.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH"
+    assert sorted((cluster.a.bpf_root / "ebpfproxy").glob("v*/progs-*")) == programs
 
 
-def test_connect_and_send_to_an_unallocated_address_fail(world: World, version: int) -> None:
+def test_connect_and_send_to_an_unallocated_address_fail(cluster: ServiceCidrCluster, version: int) -> None:
     """connect() of UDP sends nothing and succeeds, as resolvers require (RFC 6724)."""
-    before = world.counted("socket", version)
-    for space in (world.client, world.a):
+    before = cluster.counted("socket", version)
+    for space in (cluster.client, cluster.a):
         assert space.call(clients.connect_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
         assert space.call(clients.send_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
         assert space.call(_udp_connect, UNALLOCATED[version]) == "connected, no reply"
-    assert world.counted("socket", version) >= before + 4
+    assert cluster.counted("socket", version) >= before + 4
 
 
 def _udp_connect(host: str) -> str:
@@ -141,19 +144,19 @@ def _udp_connect(host: str) -> str:
 
 @pytest.mark.parametrize("protocol", ["TCP", "UDP"])
 def test_packets_to_an_unallocated_address_are_dropped_for_pods_host_and_forwarded_clients(
-    world: World, version: int, protocol: str
+    cluster: ServiceCidrCluster, version: int, protocol: str
 ) -> None:
     """Clients are a pod and the host, without a socket hook, and a host whose packets are forwarded."""
-    before = world.counted("packet", version)
-    for space in (world.client, world.a, world.b):
-        assert world.unhooked(space, UNALLOCATED[version], protocol) == ""
-    assert world.counted("packet", version) >= before + 3
+    before = cluster.counted("packet", version)
+    for space in (cluster.client, cluster.a, cluster.b):
+        assert cluster.unhooked(space, UNALLOCATED[version], protocol) == ""
+    assert cluster.counted("packet", version) >= before + 3
 
 
-def test_icmp_echo_to_an_unallocated_address_is_dropped(world: World, version: int) -> None:
-    for space in (world.client, world.a, world.b):
+def test_icmp_echo_to_an_unallocated_address_is_dropped(cluster: ServiceCidrCluster, version: int) -> None:
+    for space in (cluster.client, cluster.a, cluster.b):
         assert space.call(_ping, UNALLOCATED[version]) == "no reply"
-    assert world.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "reply", (
+    assert cluster.client.call(_ping, {4: OUTSIDE, 6: OUTSIDE6}[version]) == "reply", (
         "echo to the address of the gateway"
     )
 
@@ -182,89 +185,97 @@ def _ping(host: str, source: str = "") -> str:
             raise
 
 
-def test_deleted_service_is_refused_and_not_forwarded_to_the_gateway(world: World, version: int) -> None:
+def test_deleted_service_is_refused_and_not_forwarded_to_the_gateway(
+    cluster: ServiceCidrCluster, version: int
+) -> None:
     """Otherwise a gateway may respond in its place, for example with 404."""
     address = {4: "10.96.0.10", 6: "fd00:10:96::10"}[version]
     until(
-        lambda: world.client.call(clients.connect_error, address, 80) == "connected",
+        lambda: cluster.client.call(clients.connect_error, address, 80) == "connected",
         "the Service is not served",
     )
-    world.put(service=False)
+    cluster.put(service=False)
     until(
-        lambda: world.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH",
+        lambda: cluster.client.call(clients.connect_error, address, 80) == "EHOSTUNREACH",
         "the deleted Service is not refused",
     )
-    assert world.unhooked(world.client, address) == ""
-    world.put()
+    assert cluster.unhooked(cluster.client, address) == ""
+    cluster.put()
     until(
-        lambda: world.client.call(clients.connect_error, address, 80) == "connected",
+        lambda: cluster.client.call(clients.connect_error, address, 80) == "connected",
         "the restored Service is not served",
     )
 
 
-def test_service_with_service_proxy_name_is_left_to_netfilter_rules_and_dropped_without(world: World) -> None:
+def test_service_with_service_proxy_name_is_left_to_netfilter_rules_and_dropped_without(
+    cluster: ServiceCidrCluster,
+) -> None:
     """Netfilter rules of the proxy that the label service.kubernetes.io/service-proxy-name selects apply."""
-    world.put(proxy="other")
+    cluster.put(proxy="other")
     until(
-        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80, 0.4) == "TimeoutError",
+        lambda: cluster.client.call(clients.connect_error, "10.96.0.10", 80, 0.4) == "TimeoutError",
         "packets are not dropped",
     )
-    assert world.unhooked(world.a, "10.96.0.10") == ""
+    assert cluster.unhooked(cluster.a, "10.96.0.10") == ""
     for chain in ("prerouting", "output"):
         rules = f"add table ip other; add chain ip other {chain} {{ type nat hook {chain} priority -100; }}; "
-        rule = f"add rule ip other {chain} ip daddr 10.96.0.10 tcp dport 80 dnat to {world.web.address}:8080"
-        world.a.run(["nft", rules + rule])
-    for space in (world.client, world.a):
+        rule = (
+            f"add rule ip other {chain} ip daddr 10.96.0.10 tcp dport 80 dnat to {cluster.web.address}:8080"
+        )
+        cluster.a.run(["nft", rules + rule])
+    for space in (cluster.client, cluster.a):
         until(
-            lambda s=space: world.unhooked(s, "10.96.0.10") == "web",  # type: ignore[misc]
+            lambda s=space: cluster.unhooked(s, "10.96.0.10") == "web",  # type: ignore[misc]
             "rules of the other proxy do not apply",
         )
         assert space.call(clients.ask_tcp, "10.96.0.10", 80)["name"] == "web"
-    world.a.run(["nft", "delete table ip other"])
-    world.put()
+    cluster.a.run(["nft", "delete table ip other"])
+    cluster.put()
     until(
-        lambda: world.client.call(clients.connect_error, "10.96.0.10", 80) == "connected",
+        lambda: cluster.client.call(clients.connect_error, "10.96.0.10", 80) == "connected",
         "the Service is not served",
     )
 
 
-def test_local_address_of_the_node_in_the_service_cidr_is_not_dropped(world: World) -> None:
-    world.a.run(["ip", "addr", "add", "10.96.77.7/32", "dev", "lo"])
-    servers.start(world.a, "node", 80)
-    for space in (world.client, world.a):
+def test_local_address_of_the_node_in_the_service_cidr_is_not_dropped(cluster: ServiceCidrCluster) -> None:
+    cluster.a.run(["ip", "addr", "add", "10.96.77.7/32", "dev", "lo"])
+    servers.start(cluster.a, "node", 80)
+    for space in (cluster.client, cluster.a):
         until(
             lambda s=space: s.call(clients.connect_error, "10.96.77.7", 80, 0.5) == "connected",  # type: ignore[misc]
             "the local address is refused",
         )
         assert space.call(clients.ask_tcp, "10.96.77.7", 80)["name"] == "node"
-    world.a.run(["ip", "addr", "del", "10.96.77.7/32", "dev", "lo"])
+    cluster.a.run(["ip", "addr", "del", "10.96.77.7/32", "dev", "lo"])
 
 
-def test_service_cidrs_persist_across_an_agent_restart(world: World) -> None:
-    world.agent.kill()
-    assert world.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
-    world.agent.start()
-    assert world.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
+def test_service_cidrs_persist_across_an_agent_restart(cluster: ServiceCidrCluster) -> None:
+    cluster.agent.kill()
+    assert cluster.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
+    cluster.agent.start()
+    assert cluster.client.call(clients.connect_error, UNALLOCATED[4], 80) == "EHOSTUNREACH"
 
 
-def test_external_client_with_an_address_of_the_service_cidr_gets_replies(world: World, version: int) -> None:
+def test_external_client_with_an_address_of_the_service_cidr_gets_replies(
+    cluster: ServiceCidrCluster, version: int
+) -> None:
     """Other networks overlap with 10.96.0.0/12: their hosts reach the node and pods.
 
     As with kube-proxy (ct state new), only packets that would create a flow to such an address are dropped.
     """
     source = EXTERNAL[version]
-    node = {4: world.a.address, 6: world.a.address6}[version]
-    pod = {4: world.web.address, 6: world.web.address6}[version]
-    servers.start(world.a, "node", 7000 + version)
+    node = {4: cluster.a.address, 6: cluster.a.address6}[version]
+    pod = {4: cluster.web.address, 6: cluster.web.address6}[version]
+    servers.start(cluster.a, "node", 7000 + version)
     for host, port in ((node, 7000 + version), (pod, 8080)):
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            reply = world.lab.outside.call(_ask_from, source, host, port, kind)
+            reply = cluster.lab.outside.call(_ask_from, source, host, port, kind)
             assert json.loads(reply.splitlines()[0])["peer"] == source
-        assert world.lab.outside.call(_ping, host, source) == "reply"
-    for space in (world.client, world.a):
+        assert cluster.lab.outside.call(_ping, host, source) == "reply"
+    for space in (cluster.client, cluster.a):
         assert space.call(clients.connect_error, source, 80) == "EHOSTUNREACH"
-        assert world.unhooked(space, source) == ""
-    assert world.a.call(clients.send_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
+        assert cluster.unhooked(space, source) == ""
+    assert cluster.a.call(clients.send_error, UNALLOCATED[version], 80) == "EHOSTUNREACH"
 
 
 def _ask_from(source: str, host: str, port: int, kind: int) -> str:

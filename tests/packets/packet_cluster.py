@@ -1,7 +1,8 @@
-"""The packet tests' node, pods and Services. A Service has one backend, so that results are certain."""
+"""The node, pods and Services of the packet tests. A Service has one backend, so that results are certain."""
 
 from __future__ import annotations
 
+import socket
 from typing import Any, NamedTuple
 
 from scapy.layers.inet import IP, TCP, UDP
@@ -17,8 +18,8 @@ TRANSPORTS = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 PORTS = {"TCP": (80, 30080, 8080), "UDP": (53, 30053, 8053), "SCTP": (3868, 30868, 3869)}
 
 
-class Side(NamedTuple):
-    """The addresses of one family: of clients, of the node, of Services' frontends, and of pods."""
+class FamilyAddresses(NamedTuple):
+    """The addresses of one family: clients, the node, frontends of Services, and pods."""
 
     version: int
     client: str
@@ -37,12 +38,17 @@ class Side(NamedTuple):
     local_pod: str
     client_pod: str
 
+    @property
+    def number(self) -> int:
+        """The number of the family for system calls."""
+        return socket.AF_INET if self.version == 4 else socket.AF_INET6
+
     def ip(self, source: str, destination: str, **fields: Any) -> Packet:
         kind = IP if self.version == 4 else IPv6
         return kind(src=source, dst=destination, **fields)
 
 
-V4 = Side(
+V4 = FamilyAddresses(
     4,
     "198.51.100.7",
     "198.51.100.200",
@@ -60,7 +66,7 @@ V4 = Side(
     "10.244.1.2",
     "10.244.1.3",
 )
-V6 = Side(
+V6 = FamilyAddresses(
     6,
     "2001:db8:51::7",
     "2001:db8:51::200",
@@ -78,7 +84,7 @@ V6 = Side(
     "fd00:10:244:1::2",
     "fd00:10:244:1::3",
 )
-SIDES = (V4, V6)
+FAMILIES = (V4, V6)
 
 _SERVICE_PORTS = [
     {"name": name.lower(), "port": port, "protocol": name, "nodePort": node_port}
@@ -106,7 +112,7 @@ def _documents() -> list[manifests.Document]:
             made.append(manifests.slice_of(name, [manifests.endpoint(address, node)], ports=_SLICE_PORTS))
 
     def both(field: str) -> list[str]:
-        return [getattr(side, field) for side in SIDES]
+        return [getattr(family, field) for family in FAMILIES]
 
     remote, local = (V4.remote_pod, V6.remote_pod), (V4.local_pod, V6.local_pod)
     add(
@@ -160,7 +166,7 @@ def _documents() -> list[manifests.Document]:
     return made
 
 
-class PacketWorld:
+class PacketCluster:
     """node-a with an agent, its pods on devices p1 (a backend) and p2 (a client), and the route to node-b."""
 
     def __init__(self, lab: Lab, *arguments: str) -> None:

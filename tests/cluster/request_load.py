@@ -1,6 +1,6 @@
 """Clients that continuously send requests to Services while the cluster changes, and report failures with their time.
 
-``python -m tests.cluster.load WAYS``, on a node, in a pod or outside, where WAYS is JSON: ``[["tcp", HOST, PORT], …]``.
+``python -m tests.cluster.request_load WAYS``, on a node, in a pod or outside, where WAYS is JSON: ``[["tcp", HOST, PORT], …]``.
 Each way has a thread, which asks agnhost's netexec for its name by a new socket and by one that it holds: a TCP
 connection that is kept alive, a UDP socket that is not connected. ``ready`` is printed once all ways got replies; when
 the input ends, the counts are printed as JSON.
@@ -183,7 +183,7 @@ class Client:
     ) -> None:
         """``checkout`` and ``python``: paths of this checkout and its interpreter as the process sees them."""
         self.name = name
-        module = ["-m", "tests.cluster.load", json.dumps(ways)]
+        module = ["-m", "tests.cluster.request_load", json.dumps(ways)]
         self.process = popen(
             ["env", "-C", checkout, python, *module], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

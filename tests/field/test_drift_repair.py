@@ -1,4 +1,4 @@
-"""Somebody with root changes what the agent has written or attached: it is noticed and repaired."""
+"""Drift: maps and programs that another process has changed are detected and repaired."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
-from tests.e2e import load
-from tests.e2e.world import SERVICE_IPS, World
-from tests.field.records import maps_of
-from tests.lab import Agent, Lab, LabNode, clients, manifests
+from tests.e2e import connection_load
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
+from tests.field.records import key_of, maps_of
+from tests.lab import Agent, LabNode, clients, manifests
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -31,31 +31,24 @@ _DRIFT = re.compile(r'^ebpfproxy_drift_total\{kind="([^"]+)",map="([^"]+)"\} ([0
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with Lab() as lab:
-        yield World(lab)
-
-
-@pytest.fixture(scope="module")
-def agent(world: World) -> Iterator[Agent]:
-    started = world.agent().start()
+def agent(cluster: TwoNodeCluster) -> Iterator[Agent]:
+    started = cluster.agent().start()
     yield started
     started.stop()
 
 
-def drifted(agent: Agent) -> dict[tuple[str, str], int]:
+def repaired_differences(agent: Agent) -> dict[tuple[str, str], int]:
     """Repaired differences so far, by map and kind."""
     _, text = agent.http("/metrics", 10249)
     return {(where, kind): int(float(n)) for kind, where, n in _DRIFT.findall(text) if float(n)}
 
 
-def since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    return {key: n - before.get(key, 0) for key, n in drifted(agent).items() if n != before.get(key, 0)}
-
-
-def key_of(address: str, port: int, protocol: int = 6) -> bytes:
-    packed = bytes(map(int, address.split(".")))
-    return layout.pack_service_key(packed, port, protocol, layout.Scope.INTERNAL)
+def repaired_since(agent: Agent, before: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    return {
+        key: n - before.get(key, 0)
+        for key, n in repaired_differences(agent).items()
+        if n != before.get(key, 0)
+    }
 
 
 def service_id(maps: MapSet, name: str, port_name: str = "http") -> int:
@@ -77,7 +70,7 @@ def _frontend_deleted(maps: MapSet) -> set[tuple[str, str]]:
 
 
 def _frontend_redirected(maps: MapSet) -> set[tuple[str, str]]:
-    """To another Service: whoever controls that receives what clients send."""
+    """The frontend leads to another Service, whose endpoints receive its requests."""
     key = key_of(IP, 80)
     entry = layout.unpack_service(maps["services4"].lookup(key) or b"")
     other = entry._replace(id=service_id(maps, "second"))
@@ -104,7 +97,7 @@ def _slot_rewritten(maps: MapSet) -> set[tuple[str, str]]:
 
 
 def _backend_rewritten(maps: MapSet) -> set[tuple[str, str]]:
-    """All backends get an address of nobody."""
+    """All backends get an address that no pod has."""
     records = maps.shared("backends")
     for number in maps.backends().ids():
         records.bytes[number * records.stride + 15] ^= 0xFF
@@ -138,29 +131,29 @@ def _everything_deleted(maps: MapSet) -> set[tuple[str, str]]:
         _everything_deleted,
     ],
 )
-def test_entries_are_repaired_while_another_service_is_used(
-    world: World, agent: Agent, tamper: Callable[[MapSet], set[tuple[str, str]]]
+def test_changed_entries_are_repaired_without_errors_of_another_service(
+    cluster: TwoNodeCluster, agent: Agent, tamper: Callable[[MapSet], set[tuple[str, str]]]
 ) -> None:
-    """Those of the Service that nobody has touched go on without an error, unless all are touched."""
+    """Connections to a Service whose entries are unchanged do not fail."""
     is_general = tamper in (_backend_rewritten, _filters_cleared, _everything_deleted)
-    before = drifted(agent)
-    with maps_of(world.a) as maps, load.running(world.client, OTHER, 80) as traffic:
+    before = repaired_differences(agent)
+    with maps_of(cluster.a) as maps, connection_load.running(cluster.client, OTHER, 80) as traffic:
         owned = ("services4", "services6", "service_names", "selections", "slots", "backends", "devices")
         contents = {name: _content(maps, name) for name in owned}
         expected = tamper(maps)
         began = time.monotonic()
-        until(lambda: since(agent, before), f"{tamper.__name__} is not noticed", SECONDS, every=0.2)
+        until(lambda: repaired_since(agent, before), f"{tamper.__name__} is not noticed", SECONDS, every=0.2)
         assert time.monotonic() - began < SECONDS
-        assert since(agent, before).keys() == expected
+        assert repaired_since(agent, before).keys() == expected
         assert {name: _content(maps, name) for name in owned} == contents
     if not is_general:
         assert traffic.result["errors"] == []
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-    assert world.client.call(clients.ask_tcp, OTHER, 80)["name"] == "w1"
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert cluster.client.call(clients.ask_tcp, OTHER, 80)["name"] == "w1"
 
 
 def _content(maps: MapSet, name: str) -> object:
-    """What the agent alone writes of a map: programs count in the records of backends."""
+    """The content of a map without counters, which programs write in the records of backends."""
     if name == "backends":
         records = maps.backends()
         return {number: records.read(number) for number in records.ids()}
@@ -175,19 +168,19 @@ def hooks(node: LabNode) -> dict[str, bool]:
     return {each.hook: each.alive for each in attachments(pin_folder(node.bpf_root))}
 
 
-def test_a_detached_socket_program_is_attached_again(world: World, agent: Agent) -> None:
-    before = drifted(agent)
-    pin = pin_folder(world.a.bpf_root) / "links" / "connect4"
+def test_a_detached_socket_program_is_attached_again(cluster: TwoNodeCluster, agent: Agent) -> None:
+    before = repaired_differences(agent)
+    pin = pin_folder(cluster.a.bpf_root) / "links" / "connect4"
     subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
-    assert not hooks(world.a)["connect4"]
-    until(lambda: hooks(world.a)["connect4"], "connect4 is not attached again", SECONDS)
-    until(lambda: since(agent, before) == {("programs", "detached"): 1}, seconds=5)
-    assert set(world.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
+    assert not hooks(cluster.a)["connect4"]
+    until(lambda: hooks(cluster.a)["connect4"], "connect4 is not attached again", SECONDS)
+    until(lambda: repaired_since(agent, before) == {("programs", "detached"): 1}, seconds=5)
+    assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
 
 
-def test_a_replaced_socket_program_is_replaced_again(world: World, agent: Agent) -> None:
-    before = drifted(agent)
-    home = pin_folder(world.a.bpf_root)
+def test_a_replaced_socket_program_is_replaced_again(cluster: TwoNodeCluster, agent: Agent) -> None:
+    before = repaired_differences(agent)
+    home = pin_folder(cluster.a.bpf_root)
     wrong = next(home.glob("v*/progs-*/connect6"))
     with bpf.opened(home / "links" / "connect6") as link:
         right = bpf.cgroup_link_info(link).prog_id
@@ -197,27 +190,27 @@ def test_a_replaced_socket_program_is_replaced_again(world: World, agent: Agent)
             bpf.link_update(link, program)
         assert bpf.cgroup_link_info(link).prog_id != right
         until(lambda: bpf.cgroup_link_info(link).prog_id == right, "connect6 stays replaced", SECONDS)
-    until(lambda: since(agent, before) == {("programs", "replaced"): 1}, seconds=5)
+    until(lambda: repaired_since(agent, before) == {("programs", "replaced"): 1}, seconds=5)
 
 
-def test_a_detached_packet_program_is_attached_again(world: World, agent: Agent) -> None:
-    before = drifted(agent)
-    pin = min((pin_folder(world.a.bpf_root) / "links").glob("tc-*-ingress"))
+def test_a_detached_packet_program_is_attached_again(cluster: TwoNodeCluster, agent: Agent) -> None:
+    before = repaired_differences(agent)
+    pin = min((pin_folder(cluster.a.bpf_root) / "links").glob("tc-*-ingress"))
     subprocess.run(["bpftool", "link", "detach", "pinned", str(pin)], check=True)
-    until(lambda: since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
+    until(lambda: repaired_since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
     with bpf.opened(pin) as link:
         assert bpf.tcx_link_info(link).ifindex
 
 
 def test_removed_pins_are_made_again_with_the_programs_that_ended_with_them(
-    world: World, agent: Agent
+    cluster: TwoNodeCluster, agent: Agent
 ) -> None:
-    before = drifted(agent)
-    shutil.rmtree(pin_folder(world.a.bpf_root))
-    until(lambda: all(hooks(world.a).values()) if _has_links(world.a) else False, seconds=2 * SECONDS)
-    until(lambda: world.client.call(clients.connect_error, IP, 80) == "connected", seconds=2 * SECONDS)
-    assert since(agent, before)["pins", "missing"]
-    world.a.cli("status")
+    before = repaired_differences(agent)
+    shutil.rmtree(pin_folder(cluster.a.bpf_root))
+    until(lambda: all(hooks(cluster.a).values()) if _has_links(cluster.a) else False, seconds=2 * SECONDS)
+    until(lambda: cluster.client.call(clients.connect_error, IP, 80) == "connected", seconds=2 * SECONDS)
+    assert repaired_since(agent, before)["pins", "missing"]
+    cluster.a.cli("status")
 
 
 def _has_links(node: LabNode) -> bool:
@@ -227,10 +220,10 @@ def _has_links(node: LabNode) -> bool:
 # -- no false alarm
 
 
-def test_a_storm_of_changes_is_no_drift(world: World, agent: Agent) -> None:
-    """Thousands of changes while the maps are compared ten times a second."""
+def test_thousands_of_changes_are_not_taken_for_drift(cluster: TwoNodeCluster, agent: Agent) -> None:
+    """The maps are compared ten times a second during the changes."""
     agent.stop()
-    again = world.agent("--drift-check-seconds", "0.1").start()
+    again = cluster.agent("--drift-check-seconds", "0.1").start()
     changed = 0
     try:
         until_time = time.monotonic() + 15
@@ -246,52 +239,52 @@ def test_a_storm_of_changes_is_no_drift(world: World, agent: Agent) -> None:
                 if endpoints:
                     documents.append(manifests.slice_of(f"s{n}", endpoints, ports=ports))
                 if (changed + n) % 7:
-                    manifests.write(world.manifests / f"storm-{n}.yaml", *documents)
+                    manifests.write(cluster.manifests / f"storm-{n}.yaml", *documents)
                 else:
-                    (world.manifests / f"storm-{n}.yaml").unlink(missing_ok=True)
+                    (cluster.manifests / f"storm-{n}.yaml").unlink(missing_ok=True)
             changed += 1
-            world.a.run(["ip", "link", "add", "storm", "type", "veth", "peer", "name", "storm-peer"])
-            world.a.run(["ip", "link", "set", "storm", "up"])
-            world.write_web(*((world.w1, world.w2) if changed % 2 else (world.w1,)))
+            cluster.a.run(["ip", "link", "add", "storm", "type", "veth", "peer", "name", "storm-peer"])
+            cluster.a.run(["ip", "link", "set", "storm", "up"])
+            cluster.write_web(*((cluster.w1, cluster.w2) if changed % 2 else (cluster.w1,)))
             time.sleep(0.05)
-            world.a.run(["ip", "link", "del", "storm"])
-        for path in world.manifests.glob("storm-*.yaml"):
+            cluster.a.run(["ip", "link", "del", "storm"])
+        for path in cluster.manifests.glob("storm-*.yaml"):
             path.unlink()
-        world.write_web(world.w1, world.w2)
-        until(lambda: set(world.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"})
-        assert drifted(again) == {}
+        cluster.write_web(cluster.w1, cluster.w2)
+        until(lambda: set(cluster.client.call(clients.spread_tcp, IP, 80, 20)) == {"w1", "w2"})
+        assert repaired_differences(again) == {}
         assert "somebody else" not in again.text
     finally:
         again.stop()
 
 
-def test_tc_filters_that_are_deleted_come_back(world: World) -> None:
+def test_deleted_tc_filters_are_attached_again(cluster: TwoNodeCluster) -> None:
     """Devices have filters where the kernel has no tcx."""
-    world.a.cli("cleanup")
-    started = world.agent("--without", "tcx", "--drift-check-seconds", "0.5").start()
+    cluster.a.cli("cleanup")
+    started = cluster.agent("--without", "tcx", "--drift-check-seconds", "0.5").start()
     try:
 
         def there() -> bool:
-            return "ebpfproxy:" in world.a.run(["tc", "filter", "show", "dev", "eth0", "ingress"])
+            return "ebpfproxy:" in cluster.a.run(["tc", "filter", "show", "dev", "eth0", "ingress"])
 
         assert there()
-        world.a.run(["tc", "filter", "del", "dev", "eth0", "ingress"])
+        cluster.a.run(["tc", "filter", "del", "dev", "eth0", "ingress"])
         until(there, "the filter does not come back", 5)
-        world.a.run(["tc", "qdisc", "del", "dev", "eth0", "clsact"])
+        cluster.a.run(["tc", "qdisc", "del", "dev", "eth0", "clsact"])
         until(there, "the filter does not come back", 5)
-        until(lambda: drifted(started).get(("devices", "detached")), seconds=5)
+        until(lambda: repaired_differences(started).get(("devices", "detached")), seconds=5)
     finally:
         started.stop()
 
 
-def test_nothing_is_compared_where_it_is_switched_off(world: World) -> None:
-    started = world.agent("--drift-check-seconds", "0").start()
+def test_interval_0_disables_the_check(cluster: TwoNodeCluster) -> None:
+    started = cluster.agent("--drift-check-seconds", "0").start()
     try:
-        with maps_of(world.a) as maps:
+        with maps_of(cluster.a) as maps:
             bpf.map_update(maps["services4"].fd, key_of("8.8.8.8", 80), bytes(16))
             time.sleep(3)
             assert maps["services4"].lookup(key_of("8.8.8.8", 80)) == bytes(16)
             bpf.map_delete(maps["services4"].fd, key_of("8.8.8.8", 80))
-        assert drifted(started) == {}
+        assert repaired_differences(started) == {}
     finally:
         started.stop()

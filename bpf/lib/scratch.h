@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Memory of packet programs that is too large for the stack: the packet, and copies of what they
+ * look up. It also keeps verification short: the verifier knows nothing of a value that it reads
+ * back from a map, so paths that differ only in a packet's values become one. Programs at tc run
+ * with bottom halves disabled: one at a time on a CPU.
+ */
+#ifndef EBPFPROXY_SCRATCH_H
+#define EBPFPROXY_SCRATCH_H
+
+#include "algorithm.h"
+#include "maps.h"
+#include "options.h"
+#include "packet.h"
+
+struct scratch {
+	struct packet packet;
+	struct flow key;
+	struct nat nat;
+	struct nat other; /* a copy of an entry that is not the packet's */
+	struct service service;
+	struct client client;
+	u64 place; /* the client's: enum place in device.h */
+	struct {
+		u32 service_id;
+		u32 backend_id;
+		u32 left_service_id;
+		u32 left_backend_id;
+		u8 has_decision;
+		u8 kind;
+		u8 reason;
+		u8 has_left;
+	} noted;	    /* see decision_packet.h */
+	u32 is_first_reply; /* see measure_packet() */
+	int verdict;	    /* see measure_translated() in tc.c */
+	union {
+		struct nat entry; /* a copy of the packet's: what it becomes */
+		u8 bytes[192];	  /* what is quoted of a rejected packet */
+	};
+};
+
+_Static_assert(sizeof(struct scratch) <= 640, "SCRATCH_SIZE in schema.py");
+
+static __always_inline struct scratch *scratch(void)
+{
+	u32 zero = 0;
+
+	return map_lookup(scratch, &zero);
+}
+
+/* Returns this CPU's packet, prepared for @stage. */
+static __always_inline struct packet *packet_of(enum stage stage)
+{
+	struct scratch *s = scratch();
+
+	if (!s)
+		return NULL;
+	s->packet.flow.stage = stage;
+	s->packet.flow.pad = 0;
+	if (TRACE_DECISIONS)
+		s->noted.has_decision = s->noted.has_left = false;
+	if (MEASURE_CONNECTIONS)
+		s->is_first_reply = false;
+	return &s->packet;
+}
+
+/* Returns the scratch memory that @p is part of. */
+static __always_inline struct scratch *scratch_of(const struct packet *p)
+{
+	_Static_assert(!offsetof(struct scratch, packet), "packet comes first");
+	return (struct scratch *)p;
+}
+
+#endif

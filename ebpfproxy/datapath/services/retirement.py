@@ -1,0 +1,66 @@
+"""What a change has replaced: out of use, but perhaps not yet out of every program's sight.
+
+Ids and ranges of slots are used again after a grace period (``datapath.kernel.grace``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from ebpfproxy.datapath.abi.arrays import Range
+from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.measures import Measures
+from ebpfproxy.datapath.services.selection_table import SelectionTable
+from ebpfproxy.services.model import ServicePortKey
+
+
+class Retired(msgspec.Struct, frozen=True):
+    """Ids and ranges that one grace period is for."""
+
+    services: list[int]
+    backends: list[int]
+    ranges: list[Range]
+
+    def __bool__(self) -> bool:
+        return bool(self.services or self.backends or self.ranges)
+
+
+class Retirement:
+    """Collects what is replaced until a grace period begins, and frees it when that is over."""
+
+    def __init__(
+        self,
+        selections: SelectionTable,
+        backends: Backends,
+        service_ids: Ids[ServicePortKey],
+        measures: Measures,
+    ) -> None:
+        self._selections = selections
+        self._backends = backends
+        self._service_ids = service_ids
+        self._measures = measures
+        self._retired = Retired([], [], [])
+
+    def add_ranges(self, ranges: Iterable[Range]) -> None:
+        self._retired.ranges.extend(ranges)
+
+    def add_service(self, key: ServicePortKey) -> None:
+        """Retires the id of a service port."""
+        self._retired.services.append(self._service_ids.forget(key))
+
+    def take(self) -> Retired:
+        """Everything that is retired so far, backends included."""
+        taken, self._retired = self._retired, Retired([], [], [])
+        taken.backends.extend(self._backends.take_retired())
+        return taken
+
+    def free(self, retired: Retired) -> None:
+        for used in retired.ranges:
+            self._selections.release(used)
+        self._measures.forget(retired.services, self._backends.reclaim(retired.backends))
+        for number in retired.services:
+            self._selections.clear(number)
+            self._service_ids.give_back(number)

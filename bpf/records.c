@@ -33,6 +33,8 @@ int forget_socket(struct __sk_buff *skb)
 	if (!read_record(skb, &record))
 		return false;
 	cookie = cookie_of(record.key);
+	if (record.key == origin_key(cookie, ORIGIN_CLOSED))
+		return origin_end(cookie);
 	if (record.key != origin_key(cookie, ORIGIN_CONNECTED))
 		return socket_forget(cookie);
 	known = origin_of(cookie);

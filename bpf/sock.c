@@ -7,6 +7,7 @@
 #include "lib/compat.h"
 #include "lib/datagram.h"
 #include "lib/decision_socket.h"
+#include "lib/measure.h"
 #include "lib/origin.h"
 #include "lib/peers.h"
 #include "lib/socket.h"
@@ -160,12 +161,35 @@ static __always_inline bool may_have_record(struct bpf_sock *ctx)
 	return may_be_backend(&peer, ctx->dst_port);
 }
 
+/*
+ * Counts a connection that its client gives up. When the socket's state changes after this, its
+ * record is gone.
+ */
+static __always_inline void note_abandoned(struct bpf_sock *ctx)
+{
+	struct origin *known;
+
+	if (!MEASURE_CONNECTIONS || ctx->protocol != IPPROTO_TCP || ctx->state != BPF_TCP_SYN_SENT)
+		return;
+	known = origin_of(get_socket_cookie(ctx));
+	if (known && known->peer.began)
+		measure_failure(known->peer.service_id, known->peer.backend_id, FAILURE_ABANDONED);
+}
+
+/* Says if the connection of a socket that is closed goes on, and its record with it. */
+static __always_inline bool outlives_socket(struct bpf_sock *ctx)
+{
+	return MEASURE_TRAFFIC && ctx->protocol == IPPROTO_TCP && ctx->state != BPF_TCP_CLOSE &&
+	       ctx->state != BPF_TCP_SYN_SENT && origin_close(get_socket_cookie(ctx));
+}
+
 /* Runs when the socket is closed (BPF_PROG_TYPE_CGROUP_SOCK). */
 int sock_release(struct bpf_sock *ctx)
 {
+	note_abandoned(ctx);
 	if (is_mptcp(ctx->protocol))
 		subflow_forget((u64)ctx);
-	else if (may_have_record(ctx))
+	else if (may_have_record(ctx) && !outlives_socket(ctx))
 		socket_forget(get_socket_cookie(ctx));
 	return PROCEED;
 }

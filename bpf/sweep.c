@@ -98,9 +98,20 @@ enum outcome {
 	ENDED,
 };
 
-/* Counts a pair that ends for the backend of its original direction, which has the key @key. */
+/* Counts a TCP connection that got no reply. */
+static __always_inline void note_unanswered(const struct flow *key, const struct nat *original,
+					    u8 seen)
+{
+	if (MEASURE_CONNECTIONS && key->proto == IPPROTO_TCP && !seen && !original->acked)
+		measure_failure(original->service_id, original->backend_id, FAILURE_TIMEOUT);
+}
+
+/*
+ * Counts a pair that ends for the backend of its original direction, which has the key @key. @seen
+ * is what both directions have seen.
+ */
 static __always_inline void count_ended(struct sweep *s, const struct flow *key,
-					const struct nat *original, bool is_removed)
+					const struct nat *original, u8 seen, bool is_removed)
 {
 	struct backend *backend;
 
@@ -110,6 +121,8 @@ static __always_inline void count_ended(struct sweep *s, const struct flow *key,
 		s->removed[!addr_is_v4(&key->src)]++;
 		flow_decision(key, NULL, PLACE_AGENT, DECISION_BACKEND_LEFT, EVENT_BACKEND_GONE,
 			      original->service_id, original->backend_id, 0);
+	} else {
+		note_unanswered(key, original, seen);
 	}
 	backend = is_closed(original) ? NULL : backend_of(original->backend_id);
 	if (backend)
@@ -140,10 +153,11 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 	delete_entry(s, key);
 	if (has_partner)
 		delete_entry(s, &s->partner_key);
+	/* Without a partner nobody knows if there was a reply. */
 	if (!(nat->flags & NAT_REPLY))
-		count_ended(s, key, nat, is_removed);
+		count_ended(s, key, nat, has_partner ? seen : SEEN_REPLY, is_removed);
 	else if (has_partner)
-		count_ended(s, &s->partner_key, partner, is_removed);
+		count_ended(s, &s->partner_key, partner, seen, is_removed);
 	return ENDED;
 }
 

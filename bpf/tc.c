@@ -109,6 +109,22 @@ static __always_inline int translate(struct __sk_buff *skb, const struct packet 
 }
 
 /*
+ * Measures a packet that has been translated. The verifier forgets the verdict, which it reads back
+ * from a map: so it walks through this once, and not once for each verdict.
+ */
+static __always_inline int measure_translated(struct __sk_buff *skb, const struct packet *p,
+					      int verdict)
+{
+	volatile int *kept = &scratch_of(p)->verdict;
+
+	*kept = verdict;
+	measure_packet(p);
+	if (MEASURE_TRAFFIC)
+		measure_size(p, skb->len - L3_OFFSET, skb->gso_segs);
+	return *kept;
+}
+
+/*
  * Carries out a verdict. This is the one place where packets are translated, rejected or dropped,
  * since the verifier walks through each copy of what does it.
  */
@@ -116,6 +132,8 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 {
 	if (verdict == TRANSLATE) {
 		verdict = translate(skb, p);
+		if (MEASURE_TRAFFIC || (MEASURE_CONNECTIONS && scratch_of(p)->is_first_reply))
+			verdict = measure_translated(skb, p, verdict);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
 		decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
 		return reject(skb, p, verdict - REJECTION);

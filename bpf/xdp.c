@@ -46,6 +46,9 @@ static __always_inline int forward_packet(struct xdp_md *ctx, const struct packe
 	    !xdp_can_send(device, in, fib.ifindex) || !frame_rewrite(ctx, p, nat))
 		return XDP_PASS;
 	conntrack_track(p, in_map, nat);
+	measure_packet(p);
+	if (MEASURE_TRAFFIC)
+		measure_size(p, p->l3_length, 1);
 	ethernet = frame_at(ctx, 0);
 	if (reaches_beyond(ctx, ethernet + 1))
 		return XDP_ABORTED;

@@ -72,6 +72,8 @@ static __always_inline void init_flow(struct scratch *s, const struct service *s
 	s->nat.seen = 0;
 	s->nat.epoch = epoch ? (u16)*epoch : 0;
 	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+	if (MEASURE_CONNECTIONS)
+		s->nat.created = bpf_ktime_get_ns();
 }
 
 /* Sets the original direction's entry of a new flow from its first packet and the backend. */

@@ -206,6 +206,53 @@ static __always_inline bool origin_forget(u64 cookie)
 	return origin_free(slot, key);
 }
 
+/*
+ * Keeps the record of a socket that is closed, since its connection may go on for a while. Once
+ * that ends, sock_ops.c counts what it has sent and received. Returns false where sock_ops.c does
+ * not follow the socket.
+ */
+static __always_inline bool origin_close(u64 cookie)
+{
+	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
+	struct origin *known = origin_of(cookie);
+
+	if (!known || !known->peer.began ||
+	    __sync_val_compare_and_swap(&known->key, key, origin_key(cookie, ORIGIN_CLOSED)) != key)
+		return false;
+	load_remove_socket(known->peer.backend_id);
+	return true;
+}
+
+/* Finds what origin_close() has kept. */
+static __always_inline struct origin *origin_closed(u64 cookie)
+{
+	const u64 key = origin_key(cookie, ORIGIN_CLOSED);
+	struct origin *slot = origin_slot(cookie), *known;
+
+	if (!slot)
+		return NULL;
+	if (slot->key == key)
+		return slot;
+	known = slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
+	return known && known->key == key ? known : NULL;
+}
+
+/* Forgets it; returns false where there is none. */
+static __always_inline bool origin_end(u64 cookie)
+{
+	const u64 key = origin_key(cookie, ORIGIN_CLOSED);
+	struct origin *slot = origin_slot(cookie);
+
+	if (!slot || !origin_closed(cookie))
+		return false;
+	if (__sync_val_compare_and_swap(&slot->key, key, 0) == key)
+		return true;
+	if (map_delete(sock_origin_overflow, &cookie))
+		return false;
+	__sync_fetch_and_add(&slot->elsewhere, -1);
+	return true;
+}
+
 /* Forgets the subflow of a closed MPTCP socket: no program sees the end of the subflow itself. */
 static __always_inline void subflow_forget(u64 mptcp_socket)
 {
@@ -213,7 +260,8 @@ static __always_inline void subflow_forget(u64 mptcp_socket)
 
 	if (!cookie)
 		return;
-	origin_forget(cookie);
+	if (!MEASURE_TRAFFIC || !origin_close(cookie))
+		origin_forget(cookie);
 	map_delete(mptcp_subflows, &mptcp_socket);
 }
 

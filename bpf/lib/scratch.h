@@ -30,7 +30,9 @@ struct scratch {
 		u8 kind;
 		u8 reason;
 		u8 has_left;
-	} noted; /* see decision_packet.h */
+	} noted;	    /* see decision_packet.h */
+	u32 is_first_reply; /* see measure_packet() */
+	int verdict;	    /* see measure_translated() in tc.c */
 	union {
 		struct nat entry; /* a copy of the packet's: what it becomes */
 		u8 bytes[192];	  /* what is quoted of a rejected packet */
@@ -57,6 +59,8 @@ static __always_inline struct packet *packet_of(enum stage stage)
 	s->packet.flow.pad = 0;
 	if (TRACE_DECISIONS)
 		s->noted.has_decision = s->noted.has_left = false;
+	if (MEASURE_CONNECTIONS)
+		s->is_first_reply = false;
 	return &s->packet;
 }
 

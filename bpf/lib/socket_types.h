@@ -11,7 +11,10 @@ struct peer {
 	__be16 backend_port;
 	u32 service_id;
 	u32 backend_id;
-	u32 epoch; /* as in struct nat; of datagram sockets that are not connected */
+	union {
+		u32 epoch; /* as in struct nat; of datagram sockets that are not connected */
+		u32 began; /* of a TCP socket that sock_ops.c follows: measure_now() of connect() */
+	};
 };
 
 /*
@@ -25,6 +28,7 @@ enum origin_kind {
 	ORIGIN_RESERVED = 1,	/* the socket's program is about to write it */
 	ORIGIN_CONNECTED = 2,	/* what the socket has connected to */
 	ORIGIN_UNCONNECTED = 3, /* the first frontend that an unconnected socket has sent to */
+	ORIGIN_CLOSED = 4, /* of a closed socket whose connection goes on: see origin_close() */
 };
 
 /*

@@ -19,6 +19,7 @@ struct inet_addr {
 
 #include "decision_types.h"
 #include "flow_types.h"
+#include "measure_types.h"
 #include "node_types.h"
 #include "service_types.h"
 #include "socket_types.h"

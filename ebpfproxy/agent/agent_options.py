@@ -63,3 +63,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     without: frozenset[Feature]
     #: The attached programs always report decisions where a command wants them.
     trace_decisions: bool
+    measure_connections: bool
+    measure_traffic: bool
+    #: How many service ports, and if backends, have series of their own in metrics of what is measured.
+    metrics_services: int
+    metrics_backends: bool

@@ -67,6 +67,7 @@ class ForgottenSockets:
         )
         for kind, records in (
             ("connected", socket_records.connected(maps, _rest)),
+            ("closed", socket_records.closed(maps, _rest)),
             ("unconnected", socket_records.unconnected(maps, _rest)),
         ):
             removed["sock_origin"] += socket_records.forget_origins(programs, self._forgotten(kind, records))

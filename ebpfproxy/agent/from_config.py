@@ -101,6 +101,10 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         ),
         without=frozenset(own.without),
         trace_decisions=own.trace_decisions,
+        measure_connections=own.measure_connections,
+        measure_traffic=own.measure_traffic,
+        metrics_services=own.metrics_services,
+        metrics_backends=own.metrics_backends,
     )
     return options, remarks
 

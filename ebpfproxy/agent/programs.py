@@ -19,12 +19,14 @@ from ebpfproxy.datapath.abi.hooks import (
     FORWARDING,
     GUARD,
     LOOPBACK,
+    MEASURE,
     PACKETS,
     RAW_PACKETS,
     RECORDS,
     REPORT,
     SOCKETS,
     SWEEP,
+    Hook,
     Module,
 )
 from ebpfproxy.datapath.abi.node_layout import DeviceFlags
@@ -142,6 +144,8 @@ class ProgramManager:
             masquerade_ports_shared=options.masquerade_ports_shared,
             pods_by_cidr=options.local_pods.by_cidr,
             trace_decisions=reports,
+            measure_connections=options.measure_connections,
+            measure_traffic=options.measure_traffic,
         )
         try:
             folder = loader.ensure_loaded(self._maps, wanted, self._modules(reports=reports))
@@ -149,6 +153,19 @@ class ProgramManager:
             raise loader.LoadError(str(error)) from error
         self.loaded_with = wanted
         return folder
+
+    @property
+    def _optional_modules(self) -> tuple[Module, ...]:
+        """Those of optional hooks at sockets."""
+        options = self._options
+        return (
+            *((GUARD,) if options.guard_node_ports else ()),
+            *((MEASURE,) if options.measure_connections or options.measure_traffic else ()),
+        )
+
+    @property
+    def _optional_hooks(self) -> tuple[Hook, ...]:
+        return tuple(hook for module in self._optional_modules for hook in module.hooks)
 
     def _modules(self, *, reports: bool) -> tuple[Module, ...]:
         options = self._options
@@ -158,7 +175,7 @@ class ProgramManager:
             PACKETS,
             SWEEP,
             *((REPORT,) if reports else ()),
-            *((GUARD,) if options.guard_node_ports else ()),
+            *self._optional_modules,
             *((LOOPBACK,) if options.node_ports_on_loopback else ()),
             *((RAW_PACKETS,) if self.packets.needs_raw else ()),
             *((FORWARDING,) if options.xdp is not Xdp.NONE else ()),
@@ -183,12 +200,7 @@ class ProgramManager:
             if not loader.is_loaded(programs, module)
         ]
         return ProgramDrift(
-            attach.drifted(
-                self._pins,
-                programs,
-                self._options.cgroup_root,
-                guard_node_ports=self._options.guard_node_ports,
-            )
+            attach.drifted(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
             if not unloaded
             else [],
             self.packets.drifted() if not unloaded else {},
@@ -259,8 +271,7 @@ class ProgramManager:
             self._attach_devices()
 
     def _attach_sockets(self, programs: Path) -> list[str]:
-        guard = self._options.guard_node_ports
-        return attach.attach_all(self._pins, programs, self._options.cgroup_root, guard_node_ports=guard)
+        return attach.attach_all(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
 
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None

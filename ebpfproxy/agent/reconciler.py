@@ -47,6 +47,7 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.metrics.measure_metrics import MeasureCollector
 from ebpfproxy.metrics.source_metrics import SourceCollector
 from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.node.facts import NodeFacts, node_facts
@@ -198,6 +199,11 @@ class Agent:
         pins = roots.pin_folder(self._options.bpf_root)
         registry.register(SourceCollector(source.statuses, source.requests, source.host))
         registry.register(MapCollector(self._maps))
+        registry.register(
+            MeasureCollector(
+                self._maps, self._options.metrics_services, backends=self._options.metrics_backends
+            )
+        )
         registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
 
     def _listen(self) -> None:

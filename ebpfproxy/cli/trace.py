@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.inspection.tracing import said, traced
 from ebpfproxy.services.values import parse_address
+from ebpfproxy.trace.rotation import RotatingFile
 from ebpfproxy.trace.rows import DecisionRow, text
 from ebpfproxy.trace.session import Filter, Session, TraceError
 
@@ -76,6 +78,29 @@ _LOST_SECONDS = 1.0
     show_default=True,
     help="Output format; JSON is one object a line.",
 )
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="PATH",
+    help="Write JSON lines to this file instead, for log shippers.",
+)
+@click.option(
+    "--file-size",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    metavar="MB",
+    help="Rename the file to PATH.1 when it is so large, PATH.1 to PATH.2, and so on.",
+)
+@click.option(
+    "--files",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Keep so many files.",
+)
 def command(
     *,
     bpf_root: Path,
@@ -88,6 +113,9 @@ def command(
     rate: int,
     count: int | None,
     output: str,
+    path: Path | None,
+    file_size: int,
+    files: int,
 ) -> None:
     """Show each decision as it is made: which backend a connection gets, or why it gets none.
 
@@ -108,8 +136,9 @@ def command(
         )
         signal.signal(signal.SIGTERM, _interrupt)
         try:
+            file = RotatingFile(path, file_size * 1_000_000, files) if path is not None else None
             with traced(bpf_root, maps, wanted) as running:
-                _print(running, output, count)
+                _print(running, _writer(output, file), count)
         except (TraceError, TracingInUseError) as error:
             raise click.ClickException(str(error)) from error
         except (KeyboardInterrupt, BrokenPipeError):
@@ -142,12 +171,15 @@ def _names(
     return namespace, service, pod
 
 
-def _print(running: Session, output: str, count: int | None) -> None:
+Write = Callable[[list[DecisionRow]], None]
+
+
+def _print(running: Session, write: Write, count: int | None) -> None:
     ends = _ending()
     shown, next_lost, was_reported = 0, 0.0, False
     for rows in running.rows():
         some = rows if count is None else rows[: count - shown]
-        _write(some, output)
+        write(some)
         shown += len(some)
         now = time.monotonic()
         if now >= next_lost or shown == count:
@@ -161,7 +193,7 @@ def _print(running: Session, output: str, count: int | None) -> None:
         if ends.is_set():
             # What programs have reported until now is shown, or counted as lost.
             if count is None:
-                _write(running.rest(), output)
+                write(running.rest())
             _say_lost(running)
             return
 
@@ -180,10 +212,21 @@ def _ending() -> threading.Event:
     return ends
 
 
-def _write(rows: list[DecisionRow], output: str) -> None:
-    if rows:
-        sys.stdout.write("".join(f"{_line(row, output)}\n" for row in rows))
+def _writer(output: str, file: RotatingFile | None) -> Write:
+    """Writes rows to the file, which has JSON, or to standard output."""
+    form = "json" if file is not None else output
+
+    def show(lines: Iterable[str]) -> None:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
         sys.stdout.flush()
+
+    write = file.write if file is not None else show
+
+    def written(rows: list[DecisionRow]) -> None:
+        if rows:
+            write(_line(row, form) for row in rows)
+
+    return written
 
 
 def _line(row: DecisionRow, output: str) -> str:

@@ -11,6 +11,8 @@ BPFFS = Path("/sys/fs/bpf")
 #: The primes that Cilium's option accepts.
 MAGLEV_SIZES = (251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521, 131071)
 MAGLEV_DEFAULT_SIZE = 16381
+#: Service ports, and pairs of one and a backend, that are measured each on their own.
+MEASURED = 4096
 
 
 class Capacity(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, Capacity, Feature, StaleTcp, Xdp
+from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, MEASURED, Capacity, Feature, StaleTcp, Xdp
 from ebpfproxy.config.declarations import Flag, described, options_of
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
@@ -252,6 +252,39 @@ class EbpfProxyConfiguration(
             "usual ones for as long as it runs."
         ),
         Flag("--trace-decisions"),
+    ] = False
+    measure_connections: Annotated[
+        bool,
+        Meta(
+            description="Measure how long TCP connections to each Service take to be established, and count "
+            "those that are not, by backend."
+        ),
+        Flag("--measure-connections"),
+    ] = False
+    measure_traffic: Annotated[
+        bool,
+        Meta(
+            description="Count bytes and packets of each Service: of TCP connections of sockets when they "
+            "end, of all others packet by packet."
+        ),
+        Flag("--measure-traffic"),
+    ] = False
+    metrics_services: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MEASURED,
+            description="Service ports that have series of their own in metrics of what is measured: those "
+            "with most connections. All others are together, as the Service `other`.",
+        ),
+        Flag("--metrics-services"),
+    ] = 50
+    metrics_backends: Annotated[
+        bool,
+        Meta(
+            description="Metrics of connections that failed name the backend: a series for each that had any."
+        ),
+        Flag("--metrics-backends"),
     ] = False
 
 

@@ -67,6 +67,10 @@ def test_defaults_without_a_file_and_flags() -> None:
         capacity=Capacity(slots=4 * Capacity().backends),
         without=frozenset(),
         trace_decisions=False,
+        measure_connections=False,
+        measure_traffic=False,
+        metrics_services=50,
+        metrics_backends=False,
     )
 
 

@@ -46,6 +46,10 @@ FIELDS: dict[str, Any] = {
     "maxDatagramSockets": 1,
     "without": ["tcx", "set-retval"],
     "traceDecisions": True,
+    "measureConnections": True,
+    "measureTraffic": True,
+    "metricsServices": 10,
+    "metricsBackends": True,
 }
 NAMES = [field.encode_name for field in msgspec.structs.fields(ours.EbpfProxyConfiguration)]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ebpfproxy.config.datapath import Capacity
@@ -19,6 +20,8 @@ from ebpfproxy.datapath.flows.sweeper import Sweeper
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
+from ebpfproxy.datapath.services import measures
+from ebpfproxy.datapath.services.measures import ServiceBackend
 from ebpfproxy.services.model import Family, Protocol
 from tests.datapath.test_loading import OPTIONS
 from tests.datapath.writing import set_load
@@ -33,10 +36,10 @@ BOTH_FIN = Seen.FIN | Seen.REPLY_FIN
 
 
 class Bench:
-    def __init__(self, opened: MapSet) -> None:
+    def __init__(self, opened: MapSet, options: loader.Options = OPTIONS) -> None:
         self.maps = opened
         self.now = 1_000_000 * S
-        programs = loader.ensure_loaded(opened, OPTIONS, (SWEEP,))
+        programs = loader.ensure_loaded(opened, options, (SWEEP,))
         self.sweeper = Sweeper(opened, Timeouts(), programs, clock=lambda: self.now)
 
     def add(self, flow: Flow, nat: Nat) -> tuple[bytes, bytes]:
@@ -57,12 +60,14 @@ class Bench:
         reply_idle: float | None = None,
         lasted: float = 3600,
         ids: tuple[int, int] = (1, 1),
+        acked: int = 0,
     ) -> None:
         """Inserts the entries of both directions, which are idle for ``idle`` and ``reply_idle`` seconds."""
         times = [self.now - int(i * S) for i in (idle, idle if reply_idle is None else reply_idle)]
         original = Flow(CLIENT, FRONTEND, port, 80, protocol, False)
         began = [each - int(lasted * S) for each in times]
-        self.add(original, Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], began[0]))
+        nat = Nat(CLIENT, BACKEND, port, 8080, *ids, NatFlags(0), seen, times[0], began[0])
+        self.add(original, nat._replace(acked=acked))
         reply = Flow(BACKEND, CLIENT, 8080, port, protocol, True)
         back = Nat(FRONTEND, CLIENT, 80, port, *ids, NatFlags.REPLY, seen, times[1], began[1])
         self.add(reply, back._replace(seen=seen if reply_seen is None else reply_seen))
@@ -341,3 +346,32 @@ def test_states_have_the_names_of_netfilter() -> None:
     names = [state_of(Protocol.TCP, seen) for seen in (0, Seen.REPLY, Seen.FIN, BOTH_FIN, Seen.RST)]
     assert names == ["SYN_SENT", "ESTABLISHED", "CLOSE_WAIT", "TIME_WAIT", "CLOSE"]
     assert [state_of(Protocol.UDP, seen) for seen in (0, Seen.REPLY)] == ["UNREPLIED", "REPLIED"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seen", "acked", "removed", "timeouts"),
+    [
+        (Protocol.TCP, NOTHING, 0, False, 1),
+        (Protocol.TCP, Seen.REPLY, 0, False, 0),
+        # The entry of the reply was lost, and made again: the client has acknowledged something.
+        (Protocol.TCP, NOTHING, 9, False, 0),
+        (Protocol.TCP, Seen.RST, 0, False, 0),
+        (Protocol.TCP, NOTHING, 0, True, 0),
+        (Protocol.UDP, NOTHING, 0, False, 0),
+    ],
+)
+def test_connections_that_expire_without_a_reply_are_measured(
+    pins: Path, protocol: int, seen: Seen, acked: int, removed: bool, timeouts: int
+) -> None:
+    opened = maps.open_or_create(pins, Capacity(conntrack=1024))
+    made = Bench(opened, msgspec.structs.replace(OPTIONS, measure_connections=True))
+    made.pair(1000, protocol=protocol, seen=seen, idle=90000, ids=(4, 7), acked=acked)
+    if removed:
+        made.remove(BackendUse(4, 7))
+    assert made.sweeper.sweep().entries == 0
+    assert measures.failures(opened) == ({ServiceBackend(4, 7): (0, timeouts, 0)} if timeouts else {})
+    assert {number: each.failures for number, each in measures.connects(opened).items()} == (
+        {4: (0, timeouts, 0)} if timeouts else {}
+    )
+    made.sweeper.close()
+    opened.close()

@@ -15,7 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebpfproxy.config.datapath import Capacity
-from ebpfproxy.datapath.abi import decision_layout, flow_layout, layout, node_layout, schema, socket_layout
+from ebpfproxy.datapath.abi import (
+    decision_layout,
+    flow_layout,
+    layout,
+    measure_layout,
+    node_layout,
+    schema,
+    socket_layout,
+)
 from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord, backend_ids
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, Flow, Nat, NatFlags, Seen
 from ebpfproxy.datapath.abi.layout import Scope
@@ -42,6 +50,10 @@ STRUCTS = {
     "clash_key": "port_clashes key",
     "redirect": "sock_redirects value",
     "rejections": "service_rejections value",
+    "connects": "connects value",
+    "traffic": "service_traffic value",
+    "failure_key": "connect_failures key",
+    "connect_failures": "connect_failures value",
     "member_key": "members key",
     "affinity_key": "affinity key",
     "affinity": "affinity value",
@@ -74,6 +86,8 @@ def test_struct_sizes_and_offsets_equal_those_of_the_compiler(tmp_path: Path) ->
         + "".join(f'printf("{m} %zu\\n", offsetof(struct sweep, {m}));\n' for m in ("next", "mark", "kept"))
         + 'printf("decision %zu\\n", sizeof(struct decision));\n'
         + "".join(f'printf("{m} %zu\\n", offsetof(struct tracing, {m}));\n' for m in ("interval", "programs"))
+        + 'printf("buckets %d\\n", CONNECT_BUCKETS);\n'
+        + 'printf("first %d\\n", FIRST_CONNECT_BUCKET_US);\n'
         + "return sizeof(union selection) != 8 || sizeof(union slot) != 8;\n}\n"
     )
     program = tmp_path / "sizes"
@@ -94,6 +108,8 @@ def test_struct_sizes_and_offsets_equal_those_of_the_compiler(tmp_path: Path) ->
     assert sizes["state"] == layout.BACKEND_STATE_OFFSET
     assert {name: sizes[name] for name in layout.LOAD_OFFSETS} == layout.LOAD_OFFSETS
     assert sizes["rows"] == layout.CHOICE_ROWS
+    assert sizes["buckets"] == len(measure_layout.CONNECT_BOUNDS) + 1
+    assert sizes["first"] == measure_layout.CONNECT_BOUNDS[0]
 
 
 addresses = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, max_size=16)).filter(

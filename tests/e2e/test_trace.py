@@ -111,6 +111,15 @@ def test_a_connection_shows_client_service_and_backend(cluster: OutsideClientClu
     assert abs(row["time"] - time.time()) < 60
 
 
+def test_a_file_for_log_shippers(cluster: OutsideClientCluster, agent: Agent) -> None:
+    path = cluster.lab.folder / "decisions.jsonl"
+    with trace_during(cluster.a, "--file", str(path)) as shown:
+        cluster.client.call(clients.ask_tcp, WEB, 80)
+    assert shown == []
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["kind"], row["service"]) == ("chosen", "web")
+
+
 def test_refusals_have_a_reason(cluster: OutsideClientCluster, agent: Agent) -> None:
     with trace_during(cluster.a, "--errors") as rows:
         cluster.client.call(clients.ask_tcp, WEB, 80)

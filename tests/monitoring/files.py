@@ -14,6 +14,8 @@ import yaml
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "monitoring"
 RULES = FOLDER / "rules.yaml"
+#: The dashboards: of agents, and of a Service.
+NODES, SERVICE = "grafana-dashboard.json", "grafana-service-dashboard.json"
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None or shutil.which("prometheus") is None,
@@ -39,14 +41,14 @@ def alerts() -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
 
-def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / "grafana-dashboard.json").read_text())
+def dashboard(name: str = NODES) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / name).read_text())
     return found
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    """Returns the panels of the dashboard without its rows."""
-    for panel in dashboard()["panels"]:
+def panels(name: str = NODES) -> Iterator[dict[str, Any]]:
+    """Returns the panels of a dashboard without its rows."""
+    for panel in dashboard(name)["panels"]:
         if panel["type"] != "row":
             yield panel
 
@@ -54,16 +56,18 @@ def panels() -> Iterator[dict[str, Any]]:
 def as_grafana(expression: str, *, instance: str = ".*", interval: str = "1m") -> str:
     """Replaces Grafana's variables, for all agents by default."""
     values = {"$__rate_interval": interval, "$cluster": ".*", "$instance": instance}
+    values |= {"$namespace": ".*", "$service": ".*"}
     for name, value in values.items():
         expression = expression.replace(name, value)
     return expression
 
 
 def dashboard_expressions() -> dict[str, str]:
-    """Returns the dashboard's queries by panel and number."""
+    """Returns the queries of all dashboards by panel and number."""
     found = {
-        f"{panel['title']} {target['refId']}": as_grafana(target["expr"])
-        for panel in panels()
+        f"{prefix}{panel['title']} {target['refId']}": as_grafana(target["expr"])
+        for prefix, name in (("", NODES), ("Service: ", SERVICE))
+        for panel in panels(name)
         for target in panel["targets"]
     }
     for note in dashboard()["annotations"]["list"]:

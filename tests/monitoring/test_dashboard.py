@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.monitoring.files import (
     FOLDER,
+    NODES,
+    SERVICE,
     dashboard,
     dashboard_expressions,
     needs_promtool,
@@ -16,9 +19,12 @@ from tests.monitoring.files import (
     promtool,
 )
 
+of_each = pytest.mark.parametrize("name", [NODES, SERVICE])
 
-def test_panels_have_unique_ids_and_do_not_overlap() -> None:
-    found = dashboard()["panels"]
+
+@of_each
+def test_panels_have_unique_ids_and_do_not_overlap(name: str) -> None:
+    found = dashboard(name)["panels"]
     assert len({panel["id"] for panel in found}) == len(found)
     taken: set[tuple[int, int]] = set()
     for panel in found:
@@ -29,25 +35,30 @@ def test_panels_have_unique_ids_and_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_every_panel_has_a_title_a_description_and_the_data_source_variable() -> None:
-    for panel in panels():
+@of_each
+def test_every_panel_has_a_title_a_description_and_the_data_source_variable(name: str) -> None:
+    for panel in panels(name):
         assert panel["title"]
         assert panel["description"].rstrip(".`"), panel["title"]
         for target in panel["targets"]:
             assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
-    titles = [panel["title"] for panel in panels()]
+    titles = [panel["title"] for panel in panels(name)]
     assert len(set(titles)) == len(titles)
 
 
-def test_every_query_uses_the_variables_of_cluster_and_agent() -> None:
-    for panel in panels():
+@pytest.mark.parametrize(("name", "more"), [(NODES, []), (SERVICE, ["namespace", "service"])])
+def test_every_query_uses_the_variables_of_cluster_and_agent(name: str, more: list[str]) -> None:
+    for panel in panels(name):
         for target in panel["targets"]:
             metrics = re.findall(
                 r"(?<![\w:])((?:eb|kube)proxy_\w+|process_\w+|go_\w+|rest_\w+)", target["expr"]
             )
             selected = target["expr"].count('cluster=~"$cluster", instance=~"$instance"')
             assert selected >= 1 or metrics == [] or panel["title"] == "Alerts", panel["title"]
-    assert [v["name"] for v in dashboard()["templating"]["list"]] == ["datasource", "cluster", "instance"]
+            for variable in more:
+                assert target["expr"].count(f'{variable}=~"${variable}"') == selected, panel["title"]
+    variables = [each["name"] for each in dashboard(name)["templating"]["list"]]
+    assert variables == ["datasource", "cluster", "instance", *more]
 
 
 def test_every_alert_has_its_metric_on_the_dashboard() -> None:

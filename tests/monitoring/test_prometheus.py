@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.root, needs_promtool]
 
 IP = "10.96.250.10"
 PORT = 7777
+#: Its backend does not listen there.
+REFUSING_PORT = 5201
 #: These have no samples: no watch failed and no agent was restarted.
 EMPTY = {"Watches that failed A", "annotation Agent starts"}
 #: promtool rejects _total on a gauge, but this name is kube-proxy's.
@@ -50,10 +52,13 @@ class Monitored:
         assert api.stdout is not None
         url = api.stdout.readline().decode().strip()
         self.url = url
-        self.agent: Agent = self.node.agent("--master", url).start()
+        self.agent: Agent = self.node.agent(
+            "--master", url, "--measure-connections", "--measure-traffic", "--metrics-backends"
+        ).start()
         self.prometheus = Prometheus(self.node, RULES, self._stack_rules(lab.folder))
         self._scrapes(2)
         self.client.call(clients.spread_tcp, IP, PORT, 20)
+        self.client.call(clients.connect_error, IP, REFUSING_PORT)
         self.client.popen(
             ["socat", "-", f"TCP:{IP}:{PORT}"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tools.bench import agent, choice, events, hooks, outside, real, sockets
+from tools.bench import agent, choice, events, hooks, measures, outside, real, sockets
 from tools.bench.results import Result, save, show
 
-PARTS = ("agent", "hooks", "choice", "sockets", "outside", "events")
+PARTS = ("agent", "hooks", "choice", "sockets", "outside", "events", "measures")
 
 
 def main() -> None:
@@ -45,6 +45,9 @@ def main() -> None:
     if "events" in options.only:
         results["events"] = events.run(options.rounds)
         show("Reporting decisions (ebpfproxy trace)", results["events"])
+    if "measures" in options.only:
+        results["measures"] = measures.run(options.seconds, options.rounds)
+        show("Measuring connections (measureConnections)", results["measures"])
     if options.json:
         save(options.json, results)
         print(f"written to {options.json}")

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from pathlib import Path
 
-from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKET_HOOKS, SOCKET_HOOKS, Hook
+from ebpfproxy.datapath.abi.hooks import FORWARDING, OPTIONAL_HOOKS, PACKET_HOOKS, SOCKET_HOOKS, Hook
 from ebpfproxy.datapath.kernel import bpf
 from tests.apiserver.objects import pod_address, service_address
 from tests.lab import Lab, LabNode
@@ -70,14 +70,14 @@ class Subject:
     @property
     def names(self) -> list[str]:
         """The hooks that have a program."""
-        hooks = SOCKET_HOOKS + PACKET_HOOKS + FORWARDING.hooks
+        hooks = SOCKET_HOOKS + OPTIONAL_HOOKS + PACKET_HOOKS + FORWARDING.hooks
         return [hook.name for hook in hooks if (self.programs / hook.name).exists()]
 
     def clients(self) -> tuple[Client, Client]:
         """One in the client's pod with the programs of sockets, and one outside with those of packets."""
         inside, outside = (
             {name: self.programs / name for name in self.names if name in {hook.name for hook in hooks}}
-            for hooks in (SOCKET_HOOKS, PACKET_HOOKS)
+            for hooks in (SOCKET_HOOKS + OPTIONAL_HOOKS, PACKET_HOOKS)
         )
         return Client(self.client, inside), Client(self.node.lab.outside, outside)
 

@@ -17,6 +17,7 @@ _KINDS = {
     uapi.MAP_HASH: "hash",
     uapi.MAP_LRU_HASH: "LRU hash",
     uapi.MAP_ARRAY: "array",
+    uapi.MAP_PERCPU_HASH: "per-CPU hash",
     uapi.MAP_PERCPU_ARRAY: "per-CPU array",
     uapi.MAP_LPM_TRIE: "LPM trie",
     uapi.MAP_RINGBUF: "ring buffer",
@@ -70,6 +71,10 @@ _HOLDS = {
     "decision_state": "its rate on each CPU, and what it has lost",
     "tracing": "which decisions it wants, and until when",
     "traced_services": "the Services that it wants them of",
+    "connects": "with `measureConnections`: how long a service port's connections took, and how many failed",
+    "no_connects": "zeros: what an entry of it begins with",
+    "connect_failures": "service port and backend → how many connections failed, by reason",
+    "service_traffic": "with `measureTraffic`: bytes and packets of a service port, on each CPU",
     "pod_names": "endpoint address → pod, while it runs",
     "agent_state": "the agent's state, for `ebpfproxy status`, and where commands ask it",
 }

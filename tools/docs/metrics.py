@@ -18,6 +18,7 @@ from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
 from ebpfproxy.metrics.map_metrics import MapCollector
+from ebpfproxy.metrics.measure_metrics import MeasureCollector
 from ebpfproxy.metrics.source_metrics import SourceCollector
 from tools.docs.tables import table
 
@@ -48,7 +49,9 @@ def families() -> tuple[Family, ...]:
     pins = BPFFS / f"docs-{os.getpid()}"
     pins.mkdir()
     try:
-        metrics.registry.register(MapCollector(open_or_create(pins, Capacity(services=64, backends=512))))
+        maps = open_or_create(pins, Capacity(services=64, backends=512))
+        metrics.registry.register(MapCollector(maps))
+        metrics.registry.register(MeasureCollector(maps, 0, backends=True))
         found: dict[str, Family] = {}
         for collector in list(metrics.registry._collector_to_names):
             if isinstance(collector, MetricWrapperBase):

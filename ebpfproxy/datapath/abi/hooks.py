@@ -30,6 +30,10 @@ SOCKET_HOOKS = (
 
 #: Attached only where the option asks for it: bind() then costs nothing elsewhere.
 GUARD_HOOKS = (Hook("bind4", 8), Hook("bind6", 9))
+#: Attached only where connections are measured: TCP calls it for all connections of the node.
+MEASURE_HOOKS = (Hook("sock_ops", 3, uapi.PROG_SOCK_OPS),)
+#: Those that some option asks for.
+OPTIONAL_HOOKS = GUARD_HOOKS + MEASURE_HOOKS
 #: Attached by agents of earlier versions.
 FORMER_HOOKS = ("post_bind4", "post_bind6")
 
@@ -62,6 +66,7 @@ class Module(NamedTuple):
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
 RECORDS = Module("records.c", RECORD_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
+MEASURE = Module("sock_ops.c", MEASURE_HOOKS)
 PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
 #: It is attached to the loopback device if NodePorts answer on it: what leaves there comes in there.
 LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, uapi.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
@@ -80,4 +85,4 @@ FORWARDING = Module("xdp.c", (Hook("forward", XDP_ATTACH, uapi.PROG_XDP),), ("-D
 REPORT = Module("report.c", (Hook("report_decision", 0, uapi.PROG_SCHED_CLS),))
 
 #: Every compilation that some option needs.
-MODULES = (SOCKETS, RECORDS, GUARD, PACKETS, SWEEP, LOOPBACK, RAW_PACKETS, REPORT, FORWARDING)
+MODULES = (SOCKETS, RECORDS, GUARD, MEASURE, PACKETS, SWEEP, LOOPBACK, RAW_PACKETS, REPORT, FORWARDING)

@@ -6,7 +6,7 @@ import hashlib
 import struct
 from typing import NamedTuple
 
-from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.config.datapath import MEASURED, Capacity
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.decision_layout import DECISION_STATE, POD_NAME, TRACING
 from ebpfproxy.datapath.abi.flow_layout import (
@@ -34,6 +34,7 @@ from ebpfproxy.datapath.abi.layout import (
     SOURCE_RANGE,
     U64,
 )
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_FAILURES, CONNECTS, TRAFFIC
 from ebpfproxy.datapath.abi.node_layout import CIDR, DEVICE, UNALLOCATED, XDP_DEVICE, PacketEvent
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEERS, REDIRECT
 
@@ -164,6 +165,10 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _per_cpu("decision_state", DECISION_STATE.size, 1),
         _shared("tracing", TRACING.size, 1),
         _hash("traced_services", 4, 4, capacity.services),
+        _hash("connects", 4, CONNECTS.size, MEASURED),
+        _array("no_connects", CONNECTS.size, 1),
+        _hash("connect_failures", PAIR.size, CONNECT_FAILURES.size, MEASURED),
+        MapSpec("service_traffic", uapi.MAP_PERCPU_HASH, 4, TRAFFIC.size, MEASURED, uapi.F_NO_PREALLOC),
         _hash("pod_names", 16, POD_NAME.size, capacity.backends),
     )
 

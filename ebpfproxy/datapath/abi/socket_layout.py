@@ -33,6 +33,7 @@ class OriginKind(IntEnum):
     RESERVED = 1
     CONNECTED = 2
     UNCONNECTED = 3
+    CLOSED = 4
 
 
 ORIGIN_KIND_AT = 7 if sys.byteorder == "little" else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 # enum bpf_map_type
 MAP_HASH = 1
 MAP_ARRAY = 2
+MAP_PERCPU_HASH = 5
 MAP_PERCPU_ARRAY = 6
 MAP_LRU_HASH = 9
 MAP_LPM_TRIE = 11
@@ -19,6 +20,7 @@ F_MMAPABLE = 1 << 10
 PROG_SCHED_CLS = 3
 PROG_XDP = 6
 PROG_CGROUP_SOCK = 9
+PROG_SOCK_OPS = 13
 PROG_CGROUP_SOCK_ADDR = 18
 
 # enum bpf_func_id

@@ -13,6 +13,7 @@ from ebpfproxy.datapath.abi.socket_layout import (
     ORIGIN,
     ORIGIN_KIND_AT,
     OriginKind,
+    is_connected,
     origin_key,
     split_origins,
 )
@@ -39,10 +40,12 @@ class OriginTable:
         A socket that is connected or closed meanwhile may be among them, or not.
         """
         yield from self._in_slots(OriginKind.CONNECTED, rest)
-        size = ORIGIN.size
-        for _, values, count in bpf.map_lookup_batches(self._overflow.fd, U64.size, size, _BATCH):
-            yield bytes(values[: count * size])
-            rest()
+        yield from self._in_overflow(OriginKind.CONNECTED, rest)
+
+    def closed(self, rest: Callable[[], None] = _NO_REST) -> Iterator[bytes]:
+        """The same of closed TCP sockets whose connection still goes on; only while traffic is measured."""
+        yield from self._in_slots(OriginKind.CLOSED, rest)
+        yield from self._in_overflow(OriginKind.CLOSED, rest)
 
     def unconnected(self, rest: Callable[[], None] = _NO_REST) -> Iterator[bytes]:
         """The same of unconnected datagram sockets: the first frontend that each has sent to."""
@@ -58,13 +61,23 @@ class OriginTable:
                 yield b"".join([window[at : at + size] for at in some])
                 rest()
 
+    def _in_overflow(self, kind: OriginKind, rest: Callable[[], None]) -> Iterator[bytes]:
+        size = ORIGIN.size
+        for _, values, count in bpf.map_lookup_batches(self._overflow.fd, U64.size, size, _BATCH):
+            found = bytes(values[: count * size])
+            if found[ORIGIN_KIND_AT::size].count(kind) != count:
+                found = b"".join(each for each in split_origins(found) if each[ORIGIN_KIND_AT] == kind)
+            yield found
+            rest()
+
     def of(self, cookie: int) -> bytes | None:
         """The packed origin of a connected socket."""
         place = U32.pack(cookie & self._slots.spec.max_entries - 1)
         found = self._slots.lookup(place)
         if found is not None and found[: U64.size] == origin_key(cookie, OriginKind.CONNECTED):
             return found
-        return self._overflow.lookup(U64.pack(cookie))
+        elsewhere = self._overflow.lookup(U64.pack(cookie))
+        return elsewhere if elsewhere is not None and is_connected(elsewhere) else None
 
 
 def each_of(batches: Iterator[bytes]) -> Iterator[bytes]:

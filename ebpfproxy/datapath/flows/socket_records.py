@@ -42,6 +42,12 @@ def connected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Rec
         yield _record(origin, socket_layout.origin_backend(origin))
 
 
+def closed(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
+    """Origins of closed TCP sockets whose connection goes on, or whose end no program saw."""
+    for origin in each_of(OriginTable(maps).closed(rest)):
+        yield _record(origin, socket_layout.origin_backend(origin))
+
+
 def unconnected(maps: MapSet, rest: Callable[[], None] = _NO_REST) -> Iterator[Record]:
     """Origins of unconnected datagram sockets: the first frontend that each has sent to."""
     for origin in each_of(OriginTable(maps).unconnected(rest)):

@@ -34,7 +34,7 @@ class Map:
         self.spec = spec
         self.writes = 0
         self._value_size = spec.value_size
-        if spec.kind == uapi.MAP_PERCPU_ARRAY:
+        if spec.kind in (uapi.MAP_PERCPU_ARRAY, uapi.MAP_PERCPU_HASH):
             self._value_size = (spec.value_size + 7) // 8 * 8 * bpf.possible_cpus()
 
     def update(self, key: bytes, value: bytes) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from ebpfproxy.config.datapath import Feature
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import GUARD_HOOKS, SOCKET_HOOKS, TCX_INGRESS
+from ebpfproxy.datapath.abi.hooks import OPTIONAL_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 
@@ -66,7 +66,7 @@ def _creates(kind: int, key_size: int, value_size: int, entries: int, flags: int
 
 def _attach_types_load() -> bool:
     try:
-        for hook in SOCKET_HOOKS + GUARD_HOOKS:
+        for hook in SOCKET_HOOKS + OPTIONAL_HOOKS:
             os.close(bpf.prog_load(hook.program_type, hook.attach_type, "probe", _PROCEED))
     except BpfError:
         return False

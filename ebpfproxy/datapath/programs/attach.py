@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, GUARD_HOOKS, SOCKET_HOOKS, Hook
+from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, OPTIONAL_HOOKS, SOCKET_HOOKS, Hook
 from ebpfproxy.datapath.kernel import bpf
 
 LINKS = "links"
@@ -30,14 +30,15 @@ class Attachment(msgspec.Struct, frozen=True):
         return self.program_id is not None and self.cgroup_id != 0
 
 
-def attach_all(pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False) -> list[str]:
+def attach_all(pins: Path, programs: Path, cgroup_root: Path, optional: tuple[Hook, ...] = ()) -> list[str]:
     """Brings every hook's link to the program in ``programs``. Returns what changed, a phrase for each.
 
+    ``optional``: those of OPTIONAL_HOOKS that are wanted.
     A hook that has a link keeps having one at every moment; links of hooks that these options, or this
     version, do not have are taken away. Raises BpfError.
     """
-    hooks = SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ())
-    unwanted = {*FORMER_HOOKS, *(hook.name for hook in GUARD_HOOKS)} - {hook.name for hook in hooks}
+    hooks = optional + SOCKET_HOOKS
+    unwanted = {*FORMER_HOOKS, *(hook.name for hook in OPTIONAL_HOOKS)} - {hook.name for hook in hooks}
     (pins / LINKS).mkdir(parents=True, exist_ok=True)
     cgroup = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -102,13 +103,11 @@ def drift(at: str, there: int | None, wanted: int | None) -> Iterator[Drifted]:
         yield Drifted(at, DETACHED if there is None else REPLACED)
 
 
-def drifted(
-    pins: Path, programs: Path, cgroup_root: Path, *, guard_node_ports: bool = False
-) -> list[Drifted]:
+def drifted(pins: Path, programs: Path, cgroup_root: Path, optional: tuple[Hook, ...] = ()) -> list[Drifted]:
     """The hooks that have another program than the one in ``programs``, or none."""
     cgroup_id = cgroup_root.stat().st_ino
     found: list[Drifted] = []
-    for hook in SOCKET_HOOKS + (GUARD_HOOKS if guard_node_ports else ()):
+    for hook in SOCKET_HOOKS + optional:
         with bpf.pinned(pins / LINKS / hook.name) as link:
             info = bpf.cgroup_link_info(link) if link is not None else None
         there = int(info.prog_id) if info is not None and info.cgroup_id == cgroup_id else None
@@ -125,10 +124,10 @@ def program_id(path: Path) -> int | None:
 def attachments(pins: Path) -> list[Attachment]:
     """The programs that run at every hook, as the kernel says: not what was once attached.
 
-    The guard's hooks are among them only where they have been attached.
+    Optional hooks are among them only where they have been attached.
     """
     found = []
-    for hook in SOCKET_HOOKS + GUARD_HOOKS:
+    for hook in SOCKET_HOOKS + OPTIONAL_HOOKS:
         with bpf.pinned(pins / LINKS / hook.name) as link:
             if link is not None:
                 info = bpf.cgroup_link_info(link)

@@ -60,6 +60,10 @@ class Options(msgspec.Struct, frozen=True):
     pods_by_cidr: bool = False
     #: Programs report decisions to a command that holds the lease of the ``tracing`` map.
     trace_decisions: bool = False
+    #: Programs measure how long connections take to be established, and count those that fail.
+    measure_connections: bool = False
+    #: Programs count bytes and packets of Services.
+    measure_traffic: bool = False
 
     def constants(self, sizes: Sizes) -> dict[str, int]:
         """The constants of bpf/lib/options.h by name: unsigned 64 bits, filled in at the load."""
@@ -79,6 +83,8 @@ class Options(msgspec.Struct, frozen=True):
             "MASQUERADE_PORTS_SHARED": self.masquerade_ports_shared,
             "PODS_BY_CIDR": self.pods_by_cidr,
             "TRACE_DECISIONS": self.trace_decisions,
+            "MEASURE_CONNECTIONS": self.measure_connections,
+            "MEASURE_TRAFFIC": self.measure_traffic,
         }
 
 

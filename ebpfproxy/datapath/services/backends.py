@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Iterator, Set
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import BackendRecords
@@ -69,6 +69,10 @@ class Backends:
     def known(self, numbers: Set[int]) -> set[int]:
         """Those of these ids that were there before, and are not gone."""
         return {n for _, n in self._ids.items() if n in numbers}
+
+    def numbers(self) -> Iterator[int]:
+        """All ids in use."""
+        return (number for _, number in self._ids.items())
 
     def busy(self) -> set[int]:
         """Those that were there before, are in no selection, and have something open."""
@@ -201,15 +205,17 @@ class Backends:
         taken, self._retired = self._retired, []
         return taken
 
-    def reclaim(self, retired: Iterable[int]) -> None:
+    def reclaim(self, retired: Iterable[int]) -> list[int]:
+        """Returns the ids that are free now."""
         self._resting.update(retired)
-        self._free(retired)
+        return self._free(retired)
 
-    def free_unused(self) -> None:
-        """Frees ids of backends that are gone, if nothing is open to them any more."""
-        self._free(list(self._resting))
+    def free_unused(self) -> list[int]:
+        """Frees ids of backends that are gone, if nothing is open to them any more; returns them."""
+        return self._free(list(self._resting))
 
-    def _free(self, numbers: Iterable[int]) -> None:
+    def _free(self, numbers: Iterable[int]) -> list[int]:
+        freed = []
         for number in numbers:
             if self._loads[number].open_now or self._refs[number]:
                 continue
@@ -217,3 +223,5 @@ class Backends:
             self._clear(number)
             self._loads.clear(number)
             self._ids.give_back(number)
+            freed.append(number)
+        return freed

@@ -12,6 +12,7 @@ import msgspec
 from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.measures import Measures
 from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import ServicePortKey
 
@@ -31,11 +32,16 @@ class Retirement:
     """Collects what is replaced until a grace period begins, and frees it when that is over."""
 
     def __init__(
-        self, selections: SelectionTable, backends: Backends, service_ids: Ids[ServicePortKey]
+        self,
+        selections: SelectionTable,
+        backends: Backends,
+        service_ids: Ids[ServicePortKey],
+        measures: Measures,
     ) -> None:
         self._selections = selections
         self._backends = backends
         self._service_ids = service_ids
+        self._measures = measures
         self._retired = Retired([], [], [])
 
     def add_ranges(self, ranges: Iterable[Range]) -> None:
@@ -54,7 +60,7 @@ class Retirement:
     def free(self, retired: Retired) -> None:
         for used in retired.ranges:
             self._selections.release(used)
-        self._backends.reclaim(retired.backends)
+        self._measures.forget(retired.services, self._backends.reclaim(retired.backends))
         for number in retired.services:
             self._selections.clear(number)
             self._service_ids.give_back(number)

@@ -26,6 +26,7 @@ from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.measures import Measures
 from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer, no_room
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, Change, InactiveBackends, Published
 from ebpfproxy.datapath.services.publish import Publisher, Tables
@@ -61,6 +62,7 @@ class Writer:
         self._host_sources = HostSources(source_towards)
         self._wait_for_readers = wait_for_readers
         self._counts = ServiceCounts(maps)
+        self._measures = Measures(maps)
         self._is_adopted = maps.adopted
         self._lost: set[LostFrontend] = set()
         self._capacity_errors = CapacityErrors()
@@ -79,7 +81,8 @@ class Writer:
         self._service_ids: Ids[ServicePortKey] = Ids(
             maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
         )
-        self._retirement = Retirement(self._selections, self._backends, self._service_ids)
+        self._measures.keep(names.keys(), set(self._backends.numbers()))
+        self._retirement = Retirement(self._selections, self._backends, self._service_ids, self._measures)
 
     # -- what is there
 
@@ -244,6 +247,7 @@ class Writer:
         change.names[number] = key
         if self._is_adopted or self._service_ids.recycles:
             self._counts.clear(number)
+            self._measures.clear(number)
         return number
 
     def _held(self, known: Published) -> set[int]:
@@ -325,7 +329,7 @@ class Writer:
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)
-        self._backends.free_unused()
+        self._measures.forget((), self._backends.free_unused())
 
     def take_lost_frontends(self) -> set[LostFrontend]:
         """UDP frontends that services have lost since the last call, whose sockets have to end."""

@@ -32,7 +32,9 @@ from ebpfproxy.services.model import format_address
 _NOT_SHOWN = frozenset(
     ("agent_state", "crc32c", "decisions", "scratch", "sweep", "sweep_keys", "sweep_values")
 )
-_HASHES = (uapi.MAP_HASH, uapi.MAP_LRU_HASH, uapi.MAP_LPM_TRIE)
+_HASHES = (uapi.MAP_HASH, uapi.MAP_LRU_HASH, uapi.MAP_PERCPU_HASH, uapi.MAP_LPM_TRIE)
+#: They have a value of each CPU.
+_PER_CPU = (uapi.MAP_PERCPU_ARRAY, uapi.MAP_PERCPU_HASH)
 #: A longer value, such as a filter's, is shown in pieces of so many bytes, those without any bit left out.
 _PIECE = 256
 #: enum bpf_prog_type and bpf_link_type: those at sockets and packets.
@@ -180,7 +182,7 @@ def content(each: Map) -> Iterator[str]:
         return
     found = each.items() if each.spec.kind in _HASHES else each.nonzero_items()
     for key, value in found:
-        if len(value) <= _PIECE or each.spec.kind == uapi.MAP_PERCPU_ARRAY:
+        if len(value) <= _PIECE or each.spec.kind in _PER_CPU:
             yield f"{key.hex()} {value.hex()}\n"
             continue
         for at in range(0, len(value), _PIECE):

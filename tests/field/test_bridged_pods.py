@@ -87,7 +87,7 @@ def test_connected_udp_socket_of_a_removed_backend_on_the_bridge_gets_an_error(
     space: Space = cluster.client if where == "pod" else cluster.a
     host = SERVICE[version]
     cluster.write(cluster.w1)
-    until(lambda: space.call(clients.ask_udp, host, 53)["name"] == "w1")
+    until(lambda: set(space.call(clients.spread_udp, host, 53, clients.ENOUGH)) == {"w1"})
     with Remote(space, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w1"
@@ -104,7 +104,7 @@ def test_connected_udp_socket_of_a_remote_backend_is_redirected(
     """Its packets are routed through the bridge device, so that they can be sent to the new backend."""
     host = SERVICE[version]
     cluster.write(cluster.w2)
-    until(lambda: cluster.client.call(clients.ask_udp, host, 53)["name"] == "w2")
+    until(lambda: set(cluster.client.call(clients.spread_udp, host, 53, clients.ENOUGH)) == {"w2"})
     with Remote(cluster.client, host) as sock:
         sock.connect(host, 53)
         assert sock.ask() == "w2"
@@ -121,6 +121,10 @@ def test_bridged_pod_uses_one_source_port_for_a_service_and_its_backend(
     """The client passes no socket hook. Its direct flow gets another source port; the Service's keeps it."""
     pod = cluster.w1 if backend == "local" else cluster.w2
     cluster.write(pod)
-    until(lambda: cluster.client.call(clients.ask_udp, SERVICE[version], 53)["name"] == pod.name)
+    until(
+        lambda: (
+            set(cluster.client.call(clients.spread_udp, SERVICE[version], 53, clients.ENOUGH)) == {pod.name}
+        )
+    )
     targets = same_ports.targets(SERVICE[version], pod, "udp" if end == "udp" else "tcp")
     assert same_ports.ask_unhooked(cluster.client, targets, end) == pod.name

@@ -40,8 +40,8 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("TCP connect to a Service, until close", To.SERVICE, (800, 1000)),
-    Row("TCP connect to no Service, until close", To.DIRECT, (500, 500)),
+    Row("TCP connect to a Service, until close", To.SERVICE, (500, 500)),
+    Row("TCP connect to no Service, until close", To.DIRECT, (300, 300)),
     Row("TCP packet of a NodePort flow, ingress + egress", To.NODE_PORT, (4, 100)),
 )
 _WITHOUT_REPAIR = ("--drift-check-seconds", "0")

@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -136,7 +137,7 @@ def command(
         )
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            file = RotatingFile(path, file_size * 1_000_000, files) if path is not None else None
+            file = _File(path, file_size * 1_000_000, files) if path is not None else None
             with traced(bpf_root, maps, wanted) as running:
                 _print(running, _writer(output, file), count)
         except (TraceError, TracingInUseError) as error:
@@ -212,7 +213,30 @@ def _ending() -> threading.Event:
     return ends
 
 
-def _writer(output: str, file: RotatingFile | None) -> Write:
+class _File:
+    """A file of lines, whose errors are said in one line.
+
+    They are told apart here from those of BPF and of a pipe, which are OSErrors, too.
+    """
+
+    def __init__(self, path: Path, size: int, files: int) -> None:
+        self._path = path
+        with self._errors():
+            self._file = RotatingFile(path, size, files)
+
+    def write(self, lines: Iterable[str]) -> None:
+        with self._errors():
+            self._file.write(lines)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise click.ClickException(f"{self._path}: {error.strerror or error}") from error
+
+
+def _writer(output: str, file: _File | None) -> Write:
     """Writes rows to the file, which has JSON, or to standard output."""
     form = "json" if file is not None else output
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 #: Others may not read who connects to what.
@@ -13,7 +15,8 @@ _MODE = 0o640
 class RotatingFile:
     """``path`` has the newest lines, ``path.1`` those before it, and so on. A line is never in two files.
 
-    What somebody else renames or removes is made anew. Raises OSError where a file cannot be written.
+    What somebody else renames or removes is made anew. Raises OSError where a file cannot be written, and where
+    the path is a symbolic link.
     """
 
     def __init__(self, path: Path, size: int, files: int) -> None:
@@ -26,7 +29,13 @@ class RotatingFile:
 
     def _open(self) -> None:
         self.close()
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _MODE)
+        # A link could lead to a file of somebody else's choice.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(self._path, flags, _MODE)
+        mode = os.fstat(self._fd).st_mode
+        # Devices keep their mode: /dev/null is everybody's.
+        if stat.S_ISREG(mode) and mode & 0o777 & ~_MODE:
+            os.fchmod(self._fd, mode & _MODE)
 
     def write(self, lines: Iterable[str]) -> None:
         """Writes whole lines, which have no end of line yet."""
@@ -35,8 +44,22 @@ class RotatingFile:
             self._open()
         if os.fstat(self._fd).st_size >= self._size:
             self._rotate()
-        while data:
-            data = data[os.write(self._fd, data) :]
+        start, rest = os.fstat(self._fd).st_size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except BaseException:
+            self._end_after_whole_line(start, data)
+            raise
+
+    def _end_after_whole_line(self, start: int, data: bytes) -> None:
+        """Removes a part of a line that was written last, of ``data``, which begins at ``start``."""
+        # A pipe cannot be truncated; the error that led here is the one to be told.
+        with suppress(OSError):
+            # The file itself says what was written: an interrupt may come right after os.write().
+            written = os.fstat(self._fd).st_size - start
+            if 0 < written < len(data):
+                os.ftruncate(self._fd, start + data.rfind(b"\n", 0, written) + 1)
 
     def _is_elsewhere(self) -> bool:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,43 @@ def test_a_file_that_is_taken_away_is_made_anew(tmp_path: Path, is_renamed: bool
 def test_others_may_not_read_it(tmp_path: Path) -> None:
     RotatingFile(tmp_path / "log", 100, 2).close()
     assert not (tmp_path / "log").stat().st_mode & 0o027
+
+
+def test_a_file_that_all_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    (tmp_path / "log").chmod(0o666)
+    RotatingFile(tmp_path / "log", 100, 2).close()
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_mode_that_allows_less_stays(tmp_path: Path) -> None:
+    (tmp_path / "log").touch(0o600)
+    RotatingFile(tmp_path / "log", 100, 2).close()
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    """Whoever may write the folder cannot choose another file."""
+    (tmp_path / "log").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic links"):
+        RotatingFile(tmp_path / "log", 100, 2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_failed_write_leaves_whole_lines(tmp_path: Path) -> None:
+    """As on a full disk: the kernel writes what there is room for."""
+    made = RotatingFile(tmp_path / "log", 100, 2)
+    made.write(["first"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            made.write(["second", "third"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert lines(tmp_path / "log") == ["first", "second"]
+    made.write(["fourth"])
+    made.close()
+    assert lines(tmp_path / "log") == ["first", "second", "fourth"]

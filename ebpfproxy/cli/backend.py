@@ -15,7 +15,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked
 from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.services.model import format_endpoint
-from ebpfproxy.services.values import parse_address, valid_port
+from ebpfproxy.services.values import parse_address, parse_port
 
 #: How long a command waits for the agent to apply a drain request.
 _AGENT_SECONDS = 5.0
@@ -91,9 +91,10 @@ def _parse(text: str) -> tuple[bytes, int]:
     """Address and port, 0 for all. Raises BadParameter."""
     host, _, digits = text.rpartition(":") if "." in text or "]" in text else (text, "", "")
     address = parse_address((host or text).strip("[]"))
-    if address is None or (host and digits and not (digits.isdigit() and valid_port(int(digits)))):
+    port = parse_port(digits) if host and digits else 0
+    if address is None or port is None:
         raise click.BadParameter(f"{text!r} is neither an address nor ADDRESS:PORT")
-    return address, int(digits) if host and digits else 0
+    return address, port
 
 
 def _rows(maps: MapSet, target: tuple[bytes, int]) -> list[BackendRow]:

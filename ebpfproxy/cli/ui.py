@@ -10,7 +10,7 @@ import click
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.datapath.dump import open_maps
-from ebpfproxy.services.values import parse_address, valid_port
+from ebpfproxy.services.values import parse_address, parse_port
 
 _LIBRARIES = ("starlette", "uvicorn")
 
@@ -57,7 +57,7 @@ def _parse(text: str) -> tuple[str, int]:
     is_ipv6 = ":" in bare
     if parse_address(bare) is None or is_ipv6 is not (host != bare):
         raise click.BadParameter(f"{text!r} is not ADDRESS:PORT", param_hint="--listen")
-    if not (port.isascii() and port.isdigit() and (port == "0" or valid_port(int(port)))):
+    if port != "0" and parse_port(port) is None:
         raise click.BadParameter(f"{text!r}: {port!r} is no port", param_hint="--listen")
     return bare, int(port)
 

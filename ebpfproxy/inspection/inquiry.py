@@ -29,7 +29,7 @@ from ebpfproxy.inspection.failures import QuestionError, WrongNamespaceError
 from ebpfproxy.netlink.namespaces import netns_cookie
 from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.services.model import Protocol
-from ebpfproxy.services.values import parse_address, valid_port
+from ebpfproxy.services.values import parse_address, parse_port
 
 #: The agent says which names exist; these can be asked for.
 _NAME = re.compile("[A-Za-z0-9._-]+")
@@ -50,9 +50,9 @@ def parse(text: str, namespace: str, protocol: Protocol | None) -> Target | Aske
     host, _, port = text.rpartition(":")
     address = parse_address(host.strip("[]"))
     if address is not None and (len(address) == 4 or host.startswith("[")):
-        if not (port.isascii() and port.isdigit() and valid_port(int(port))):
+        if (number := parse_port(port)) is None:
             raise QuestionError(f"{text!r}: {port!r} is no port of an address")
-        return Target(address, int(port), protocol or Protocol.TCP)
+        return Target(address, number, protocol or Protocol.TCP)
     if parse_address(text.strip("[]")) is not None:
         raise QuestionError(f"{text!r} needs a port: ADDRESS:PORT, an IPv6 address in brackets")
     name, _, port = text.partition(":")

@@ -167,7 +167,7 @@ class Services:
         if address is not None:
             found |= {entry.id for key, entry in self._dump.entries() if key.address == address}
             found |= self._with_endpoint(address)
-        if text.isascii() and text.isdigit():
+        if text.isascii() and text.isdigit() and len(text) <= 5:
             found |= {entry.id for key, entry in self._dump.entries() if key.port == int(text)}
         return found
 

@@ -103,6 +103,13 @@ def valid_port(number: int) -> bool:
     return 0 < number < 65536
 
 
+def parse_port(text: str) -> int | None:
+    """The number of a port; None for any other text, however long."""
+    if not (text.isascii() and text.isdigit()) or len(text) > 5:
+        return None
+    return int(text) if valid_port(int(text)) else None
+
+
 def unusable_name(name: str) -> str | None:
     """Why a Service, namespace or port cannot have this name, if so. Manifests may hold any text."""
     return f"is longer than {MAX_NAME} bytes" if len(name.encode()) > MAX_NAME else None

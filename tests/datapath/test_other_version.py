@@ -58,3 +58,20 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     with pytest.raises(dump.NothingPinnedError, match="another version of ebpfproxy") as output:
         dump.open_maps(pins)
     assert str(other.folder) in str(output.value)
+
+
+def opened() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_maps_that_cannot_all_be_opened_are_closed(pins: Path) -> None:
+    """The page opens them for each question, and is told of an error each time."""
+    made = maps.open_or_create(pin_folder(pins), Capacity())
+    made.close()
+    pin = made.folder / "maps" / "tracing"
+    pin.unlink()
+    pin.mkdir()
+    before = opened()
+    with pytest.raises(OSError, match="tracing"):
+        maps.open_pinned(made.folder)
+    assert opened() == before

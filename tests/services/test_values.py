@@ -11,12 +11,34 @@ from hypothesis import strategies as st
 
 from ebpfproxy.services.values import (
     parse_address,
+    parse_port,
     parse_prefix,
     parse_time,
     unusable_address,
     unusable_name,
     valid_port,
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "port"),
+    [
+        ("1", 1),
+        ("65535", 65535),
+        ("00080", 80),
+        ("0", None),
+        ("65536", None),
+        ("1" * 5000, None),
+        ("", None),
+        ("-1", None),
+        (" 1", None),
+        ("²", None),
+        ("http", None),
+    ],
+)
+def test_ports_are_read(text: str, port: int | None) -> None:
+    """Python refuses to convert thousands of digits, with an exception of its own."""
+    assert parse_port(text) == port
 
 
 @pytest.mark.parametrize(

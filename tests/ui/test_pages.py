@@ -72,6 +72,7 @@ def names(found: Json) -> list[str]:
         ("W1", ["shop/second", "shop/web"]),
         ("W2", ["shop/elsewhere", "shop/web"]),
         ("192.0.2.1", []),
+        ("1" * 5000, []),
     ],
 )
 def test_services_are_found(cluster: OutsideClientCluster, text: str, expected: list[str]) -> None:
@@ -215,6 +216,7 @@ def test_explain_is_what_the_command_says(cluster: OutsideClientCluster) -> None
         ({"from": "nobody", "to": "shop/web:http"}, "no pod 'nobody' on this node"),
         ({"from": "host", "to": "shop/web"}, "several ports"),
         ({"from": "host", "to": "10.96.0.10"}, "needs a port"),
+        ({"from": "host", "to": f"10.96.0.10:{'1' * 5000}"}, "is no port of an address"),
         ({"from": "host", "to": "10.96.0.10:80", "protocol": "ICMP"}, "'ICMP' is no protocol"),
         ({"from": "host"}, "is neither a Service"),
         ({}, "no pod ''"),

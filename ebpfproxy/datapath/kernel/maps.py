@@ -368,13 +368,27 @@ def open_pinned(folder: Path) -> MapSet:
     """
     specs = {spec.name: spec for spec in map_specs(Capacity())}
     maps: dict[str, Map] = {}
-    for path in sorted((folder / "maps").iterdir()):
-        if (spec := specs.get(path.name)) is None:
-            continue
-        fd = bpf.get_pinned(path)
-        info = bpf.map_info(fd)
-        if (info.key_size, info.value_size) != (spec.key_size, spec.value_size):
-            os.close(fd)
-            continue
-        maps[path.name] = _wrap(fd, spec._replace(max_entries=info.max_entries))
+    try:
+        for path in sorted((folder / "maps").iterdir()):
+            if (spec := specs.get(path.name)) is not None and (found := _open(path, spec)) is not None:
+                maps[path.name] = found
+    except BaseException:
+        # The page asks again and again, and each map is a descriptor and memory.
+        for each in maps.values():
+            each.close()
+        raise
     return MapSet(folder, maps, adopted=True)
+
+
+def _open(path: Path, spec: MapSpec) -> Map | None:
+    """The map that is pinned there, None where it has other structs. Raises BpfError."""
+    fd = bpf.get_pinned(path)
+    try:
+        info = bpf.map_info(fd)
+        if (info.key_size, info.value_size) == (spec.key_size, spec.value_size):
+            return _wrap(fd, spec._replace(max_entries=info.max_entries))
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None

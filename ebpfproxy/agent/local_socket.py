@@ -27,6 +27,8 @@ from ebpfproxy.netlink.namespaces import cookie_of, namespaces, socket_in
 SECONDS = 10.0
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _BACKLOG = 16
+#: What is said of an agent that does not understand, or is not understood.
+OTHER_VERSION = "the agent is of another version"
 
 
 class NoAgentError(Exception):
@@ -70,7 +72,7 @@ class LocalServer:
     def _respond(self, path: str) -> Answer | Future[Answer]:
         kind, _, rest = path.removeprefix("/").partition("/")
         page = self._pages.get(kind)
-        return page(rest) if page is not None else text_answer("the agent is of another version", 501)
+        return page(rest) if page is not None else text_answer(OTHER_VERSION, 501)
 
 
 class _Connection(http.client.HTTPConnection):
@@ -107,7 +109,7 @@ def ask(bpf_root: Path, path: str, seconds: float = SECONDS) -> Reply:
     if agent is None:
         raise NoAgentError("no agent runs")
     if not agent.socket:
-        raise NoAgentError("the agent is of another version")
+        raise NoAgentError(OTHER_VERSION)
     return ask_at(agent.socket, agent.netns, path, seconds)
 
 

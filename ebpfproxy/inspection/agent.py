@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ebpfproxy.agent.local_pages import ask_reasons
-from ebpfproxy.agent.local_socket import NoAgentError, ask
+from ebpfproxy.agent.local_socket import OTHER_VERSION, NoAgentError, ask
 from ebpfproxy.datapath.drift.findings import Report
 from ebpfproxy.datapath.kernel.roots import is_locked
 from ebpfproxy.services.model import ServicePortKey
@@ -31,7 +31,10 @@ def ask_agent(bpf_root: Path, page: str, seconds: float) -> tuple[Report | None,
             time.sleep(_AGAIN_SECONDS)
             continue
         if reply.status == 200:
-            return _REPORT.decode(reply.body), ""
+            try:
+                return _REPORT.decode(reply.body), ""
+            except msgspec.DecodeError:
+                return None, OTHER_VERSION
         return None, reply.body.decode(errors="replace")
     return None, silence if is_locked(bpf_root) else ""
 

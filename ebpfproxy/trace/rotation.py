@@ -15,8 +15,8 @@ _MODE = 0o640
 class RotatingFile:
     """``path`` has the newest lines, ``path.1`` those before it, and so on. A line is never in two files.
 
-    What somebody else renames or removes is made anew. Raises OSError where a file cannot be written, and where
-    the path is a symbolic link.
+    What somebody else renames or removes is made anew. Raises OSError where a file cannot be written, and
+    where the path is a symbolic link.
     """
 
     def __init__(self, path: Path, size: int, files: int) -> None:

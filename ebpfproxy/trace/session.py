@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,14 @@ _SERVICES_SECONDS = 5.0
 
 class TraceError(Exception):
     """Nothing can be traced; the message says why."""
+
+
+class EndedError(TraceError):
+    """Nobody wants the trace any more that was waited for."""
+
+
+def always() -> bool:
+    return True
 
 
 class Filter(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,10 +170,19 @@ class Session:
 
 
 @contextmanager
-def session(maps: MapSet, cgroup_root: Path, wanted: Filter, reasons: AskReasons) -> Iterator[Session]:
-    """Takes the lease and waits until programs report. Raises TraceError and TracingInUseError."""
+def session(
+    maps: MapSet,
+    cgroup_root: Path,
+    wanted: Filter,
+    reasons: AskReasons,
+    goes_on: Callable[[], bool] = always,
+) -> Iterator[Session]:
+    """Takes the lease and waits until programs report, while ``goes_on`` says so.
+
+    Raises TraceError and TracingInUseError.
+    """
     with lease(maps) as tracing:
-        _wait_for_programs(tracing)
+        _wait_for_programs(tracing, goes_on)
         made = Session(maps, tracing, Naming(maps, cgroup_root, reasons), wanted)
         try:
             made.begin()
@@ -174,9 +191,11 @@ def session(maps: MapSet, cgroup_root: Path, wanted: Filter, reasons: AskReasons
             made.close()
 
 
-def _wait_for_programs(tracing: Tracing) -> None:
+def _wait_for_programs(tracing: Tracing, goes_on: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not _report(tracing):
+        if not goes_on():
+            raise EndedError("nobody wants the trace any more")
         if time.monotonic() > deadline:
             raise TraceError(f"the agent has attached no such programs within {_START_SECONDS:.0f} s")
         tracing.renew()

@@ -191,6 +191,10 @@ def make(bpf_root: Path, cni_results: Path, key: str, live: Live) -> ASGIApp:
     pages = Pages(bpf_root, cni_results)
 
     async def decisions(request: Request) -> Response:
+        kind = "text/event-stream"
+        if request.method == "HEAD":
+            return Response(media_type=kind)
+
         async def events() -> AsyncIterator[bytes]:
             viewer = Viewer(_wanted(request.query_params))
             live.join(viewer)
@@ -200,7 +204,7 @@ def make(bpf_root: Path, cni_results: Path, key: str, live: Live) -> ASGIApp:
             finally:
                 live.leave(viewer)
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(events(), media_type=kind)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

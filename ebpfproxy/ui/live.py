@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.inspection.failures import FAILURES, told
 from ebpfproxy.inspection.tracing import said, traced
 from ebpfproxy.trace.rows import DecisionRow, words
-from ebpfproxy.trace.session import Filter, Session, TraceError
+from ebpfproxy.trace.session import EndedError, Filter, Session, TraceError
 
 #: A page that is loaded again, or another of its views, goes on with the same programs.
 _LINGER_SECONDS = 1.0
@@ -34,6 +35,7 @@ _HEARTBEAT_SECONDS = 5.0
 MOST_LINES = 500
 _GOOD = {str(kind) for kind in SUCCESSES}
 _NOTHING = Filter(kinds=frozenset())
+_log = logging.getLogger(__name__)
 
 
 class State(msgspec.Struct, frozen=True):
@@ -62,6 +64,9 @@ class Lost(msgspec.Struct, frozen=True):
     full: int = 0
     skipped: int = 0
 
+    def __add__(self, other: Lost) -> Lost:
+        return Lost(self.limited + other.limited, self.full + other.full, self.skipped + other.skipped)
+
 
 class _Traced(NamedTuple):
     row: DecisionRow
@@ -79,8 +84,8 @@ class Viewer:
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._lines: deque[Line] = deque()
-        self._skipped = 0
-        self._others: list[State | Lost] = []
+        self._states: list[State] = []
+        self._lost = Lost()
         self._closed = False
 
     def put(self, decisions: Sequence[_Traced], others: Sequence[State | Lost] = ()) -> None:
@@ -112,13 +117,14 @@ class Viewer:
                 yield b": nothing new\n\n"
                 continue
             self._ready.clear()
-            others, self._others = self._others, []
-            if self._skipped:
-                others.append(Lost(skipped=self._skipped))
-            lines, self._skipped = list(self._lines), 0
+            states, self._states = self._states, []
+            lost, self._lost = self._lost, Lost()
+            lines = list(self._lines)
             self._lines.clear()
-            for each in others:
-                yield _event("state" if isinstance(each, State) else "lost", each)
+            for each in states:
+                yield _event("state", each)
+            if lost != Lost():
+                yield _event("lost", lost)
             if lines:
                 yield _event("decisions", lines)
 
@@ -126,8 +132,13 @@ class Viewer:
         self._lines.extend(lines)
         while len(self._lines) > MOST_LINES:
             self._lines.popleft()
-            self._skipped += 1
-        self._others.extend(others)
+            self._lost += Lost(skipped=1)
+        for each in others:
+            if isinstance(each, State):
+                self._states.append(each)
+            else:
+                # One sum, however long a viewer takes nothing.
+                self._lost += each
         self._ready.set()
 
     def _end(self) -> None:
@@ -151,6 +162,8 @@ class Live:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._state: State | None = None
+        #: Since when nobody looks; only the thread uses it.
+        self._alone: float | None = None
 
     def join(self, viewer: Viewer) -> None:
         with self._lock:
@@ -194,11 +207,14 @@ class Live:
             while self._goes_on():
                 try:
                     self._trace()
+                except EndedError:
+                    pass
                 except (TraceError, TracingInUseError, OSError, *FAILURES) as error:
-                    self._say(State(tracing=False, text=told(error)))
-                    with self._lock:
-                        if self._viewers:
-                            self._lock.wait(_AGAIN_SECONDS)
+                    self._fail(told(error))
+                except Exception as error:
+                    # The thread goes on, or the page would say that it traces.
+                    _log.exception("the trace has ended")
+                    self._fail(f"not tracing, by an error of ebpfproxy ui: {error!r}")
         finally:
             with self._lock:
                 if self._thread is threading.current_thread():
@@ -206,30 +222,43 @@ class Live:
 
     def _goes_on(self) -> bool:
         with self._lock:
-            if not self._viewers:
+            wanted = bool(self._viewers) and not self._closed
+            if not wanted:
                 self._thread = self._state = None
-            return bool(self._viewers)
+            return wanted
+
+    def _fail(self, text: str) -> None:
+        """Says why nothing is traced, and waits before the next try."""
+        self._say(State(tracing=False, text=text))
+        with self._lock:
+            if self._viewers and not self._closed:
+                self._lock.wait(_AGAIN_SECONDS)
+
+    def _is_watched(self) -> bool:
+        """False once nobody has looked for a while, or where the server ends."""
+        if self._viewers:
+            self._alone = None
+        elif self._alone is None:
+            self._alone = time.monotonic()
+        lingers = self._alone is None or time.monotonic() - self._alone < _LINGER_SECONDS
+        return lingers and not self._closed
 
     def _trace(self) -> None:
         if self._state is None:
             self._say(State(tracing=False, text="waiting for programs that report decisions"))
         maps = open_maps(self._bpf_root)
         try:
-            with traced(self._bpf_root, maps, self._wanted()) as session:
+            with traced(self._bpf_root, maps, self._wanted(), self._is_watched) as session:
                 self._follow(session)
         finally:
             maps.close()
 
     def _follow(self, session: Session) -> None:
-        next_state, until = 0.0, None
+        next_state = 0.0
         for rows in session.rows():
-            now, viewers = time.monotonic(), tuple(self._viewers)
-            if viewers:
-                until = None
-            elif until is None:
-                until = now + _LINGER_SECONDS
-            if self._closed or (until is not None and now >= until):
+            if not self._is_watched():
                 return
+            now, viewers = time.monotonic(), tuple(self._viewers)
             if self._changed:
                 session.change(self._wanted())
                 if self._state is not None:

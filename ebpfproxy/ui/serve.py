@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ebpfproxy.services.model import format_endpoint
 from ebpfproxy.services.values import parse_address
@@ -19,6 +21,41 @@ from ebpfproxy.ui.live import Live
 #: Requests at once, with streams. A page has two; more are told to come again.
 _MOST_REQUESTS = 64
 _SHUTDOWN_SECONDS = 5
+#: Connections end that send no request for so long, or take nothing of an answer.
+_REQUEST_SECONDS, _TAKEN_SECONDS = 10.0, 30.0
+
+
+class _Connection(H11Protocol):
+    """Ends connections that only occupy the page, of whoever can connect."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(_REQUEST_SECONDS, self._end_without_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The transport has more than it can send."""
+        super().pause_writing()
+        self._cancel()
+        self._deadline = self.loop.call_later(_TAKEN_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._cancel()
+        super().resume_writing()
+
+    def _end_without_request(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
+
+    def _cancel(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Server(uvicorn.Server):
@@ -42,7 +79,7 @@ def serve(bpf_root: Path, cni_results: Path, address: str, port: int, ready: Cal
     config = uvicorn.Config(
         make(bpf_root, cni_results, key, live),
         loop="asyncio",
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="on",
         log_level="warning",

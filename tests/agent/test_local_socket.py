@@ -47,6 +47,16 @@ def test_a_page_gets_the_rest_of_the_path(server: LocalServer) -> None:
     assert ask_at(server.name, NETNS, "nothing/a") == (501, b"the agent is of another version")
 
 
+def test_reasons_of_another_version_are_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is said as what another version does not know."""
+    made = LocalServer({"services": lambda _: text_answer('{"ports": 1}')})
+    made.start()
+    monkeypatch.setattr(local_pages, "ask", lambda _, page, seconds: ask_at(made.name, NETNS, page, seconds))
+    with pytest.raises(NoAgentError, match="the agent is of another version"):
+        local_pages.ask_reasons(Path("/nowhere"), "shop", "web")
+    made.stop()
+
+
 def test_a_name_is_one_of_its_network_namespace(server: LocalServer) -> None:
     """A command enters the agent's for a moment, whichever it runs in."""
     program = f"""

@@ -120,6 +120,22 @@ def test_a_file_for_log_shippers(cluster: OutsideClientCluster, agent: Agent) ->
     assert (row["kind"], row["service"]) == ("chosen", "web")
 
 
+def test_a_file_that_cannot_be_made_is_said_in_one_line(cluster: OutsideClientCluster, agent: Agent) -> None:
+    with pytest.raises(RuntimeError, match="Error: /nowhere/log: No such file or directory\n") as raised:
+        cluster.a.cli("trace", "--file", "/nowhere/log")
+    assert "Traceback" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_written_is_said_in_one_line(
+    cluster: OutsideClientCluster, agent: Agent
+) -> None:
+    trace = Trace(cluster.a, "--file", "/dev/full")
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    assert trace.process.wait(20) == 1
+    assert trace.process.stderr is not None
+    assert trace.process.stderr.read() == b"Error: /dev/full: No space left on device\n"
+
+
 def test_refusals_have_a_reason(cluster: OutsideClientCluster, agent: Agent) -> None:
     with trace_during(cluster.a, "--errors") as rows:
         cluster.client.call(clients.ask_tcp, WEB, 80)

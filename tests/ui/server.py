@@ -35,8 +35,13 @@ class Ui:
     def get(self, path: str, **headers: str) -> tuple[int, bytes]:
         return self._node.call(_get, self.port, path, {"Authorization": f"Bearer {self.key}", **headers})
 
-    def stream(self, query: str = "") -> Stream:
+    def connect(self) -> socket.socket:
+        """A connection that sends nothing by itself."""
         opened, _ = self._node.open(_connected, self.port)
+        return opened
+
+    def stream(self, query: str = "") -> Stream:
+        opened = self.connect()
         return Stream(opened, f"/api/decisions{query}", self.key)
 
     def end(self) -> tuple[int, str]:

@@ -102,6 +102,12 @@ def test_the_page_is_there_without_a_key(path: str, kind: str) -> None:
     assert answer.body == (STATIC / (path[1:] or "index.html")).read_bytes()
 
 
+def test_a_question_for_the_head_of_the_events_gets_no_events() -> None:
+    answer = get("/api/decisions", method="HEAD")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+
+
 @pytest.mark.parametrize(
     "path", ["/../app.py", "/%2e%2e/app.py", "/static/page.js", "/app.py", "/api/nothing"]
 )

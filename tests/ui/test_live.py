@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.test_trace import Trace, _connect_again, programs
 from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.lab import Agent, Lab, clients
-from tests.lab.waiting import until
+from tests.lab.waiting import AT_ONCE, until
 from tests.ui.server import Ui
 
 pytestmark = pytest.mark.root
@@ -136,6 +139,36 @@ def test_without_an_agent_no_trace_begins(cluster: OutsideClientCluster, ui: Ui,
     stream.wait_tracing()
 
 
+def is_leased(cluster: OutsideClientCluster) -> bool:
+    """Somebody traces, or waits for programs that report."""
+    for folder in cluster.a.bpf_root.glob("ebpfproxy/v*/maps"):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(opened)
+    return False
+
+
+def test_a_trace_ends_with_its_viewers_while_the_agent_hangs(
+    cluster: OutsideClientCluster, ui: Ui, agent: Agent
+) -> None:
+    assert agent.process is not None
+    until(lambda: not is_leased(cluster))
+    agent.process.send_signal(signal.SIGSTOP)
+    try:
+        stream = ui.stream()
+        until(lambda: stream.states() and "waiting for programs" in stream.states()[-1]["text"])
+        until(lambda: is_leased(cluster))
+        stream.close()
+        # The agent may take a minute for its programs.
+        until(lambda: not is_leased(cluster), seconds=AT_ONCE)
+    finally:
+        agent.process.send_signal(signal.SIGCONT)
+
+
 def test_more_than_a_page_has_lines_for_is_counted(cluster: OutsideClientCluster, ui: Ui) -> None:
     """Whatever the rate, no decision is missed silently."""
     stream = ui.stream().wait_tracing()
@@ -225,6 +258,7 @@ def test_without_its_libraries_one_line_says_what_to_install() -> None:
         (("--listen", "::1:80"), "'::1:80' is not ADDRESS:PORT"),
         (("--listen", "127.0.0.1:http"), "'http' is no port"),
         (("--listen", "127.0.0.1:65536"), "'65536' is no port"),
+        (("--listen", f"127.0.0.1:{'1' * 5000}"), "is no port"),
         (("--bpf-root", "/nowhere"), "nothing is pinned below /nowhere"),
     ],
 )

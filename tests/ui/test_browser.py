@@ -126,6 +126,46 @@ def test_without_the_key_the_page_says_what_is_missing(page: Browser, ui: Ui) ->
     assert "has printed" not in page.text
 
 
+def test_a_wrong_key_does_not_replace_the_right_one(page: Browser, ui: Ui) -> None:
+    """Any page of another site can have a link to this one, with any key."""
+    page.evaluate("void (location.hash = '#key=wrong')")
+    page.wait("location.hash", lambda found: found == "#/services")
+    page.open("about:blank")
+    page.open(f"{ui.address.partition('#')[0]}#key=wrong")
+    page.wait_text("shop/web")
+    assert page.evaluate("localStorage.getItem('ebpfproxy-key')") == ui.key
+    assert page.evaluate("location.hash") == "#/services"
+
+
+def test_an_error_stays_while_other_questions_are_answered(page: Browser) -> None:
+    """Of one view, while the frame's own question goes well; it goes with the view."""
+    page.evaluate(
+        "(() => { const real = window.fetch; window.undo = () => { window.fetch = real; };"
+        " window.answered = 0; window.fetch = async (url, options) => {"
+        " if (url.startsWith('api/services')) return new Response('{\"error\": \"no such maps\"}', {status: 503});"
+        " const found = await real(url, options); window.answered += url === 'api/status'; return found; }; })()"
+    )
+    page.wait_text("no such maps")
+    page.evaluate("window.answered = 0")
+    page.wait("window.answered", lambda answered: answered >= 2)
+    assert "no such maps" in page.text
+    go(page, "node")
+    assert "no such maps" not in page.text
+    page.evaluate("window.undo()")
+
+
+def test_a_refused_check_says_why_in_its_place(page: Browser) -> None:
+    page.evaluate(
+        "(() => { const real = window.fetch; window.undo = () => { window.fetch = real; };"
+        " window.fetch = (url, options) => url === 'api/check'"
+        " ? Promise.resolve(new Response('{\"error\": \"no such maps\"}', {status: 503})) : real(url, options); })()"
+    )
+    go(page, "check")
+    page.wait("document.querySelector('main .bad')?.innerText", lambda text: text == "no such maps")
+    assert page.evaluate("document.getElementById('trouble').hidden")
+    page.evaluate("window.undo()")
+
+
 def test_services_are_searched_as_one_types(page: Browser) -> None:
     assert [row[0] for row in rows(page)] == [
         "shop/elsewhere",

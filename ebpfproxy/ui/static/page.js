@@ -105,12 +105,21 @@ async function ask(path, query, signal) {
   return response.json();
 }
 
-function complain(error) {
+/** What is wrong, by what has found it: one that is well says nothing about the others. */
+const troubles = new Map();
+
+function complain(source, error) {
   if (error?.name === "AbortError") return;
-  const text = error instanceof Refusal ? error.message : "ebpfproxy ui does not answer: has it ended?";
-  if (trouble.textContent !== plain(text) || trouble.hidden) trouble.replaceChildren(plain(text));
-  trouble.hidden = false;
+  troubles.set(source, error instanceof Refusal ? error.message : "ebpfproxy ui does not answer: has it ended?");
+  tell();
   ready();
+}
+
+function tell() {
+  const texts = [...new Set(troubles.values())].map(plain);
+  // A screen reader says again what is replaced.
+  if (trouble.textContent !== texts.join("")) trouble.replaceChildren(...texts.map((text) => make("div", {}, text)));
+  trouble.hidden = !texts.length;
 }
 
 /** The view has what it is about, or says why not. */
@@ -118,8 +127,25 @@ function ready() {
   main.removeAttribute("aria-busy");
 }
 
-function isWell() {
-  trouble.hidden = true;
+function isWell(source) {
+  if (troubles.delete(source)) tell();
+}
+
+/** A view's questions end with it. */
+function leave(control) {
+  control.abort();
+  isWell(control);
+}
+
+/** A question has an error: a refusal is its answer. */
+function refuse(answer, source, error) {
+  if (error instanceof Refusal) {
+    isWell(source);
+    show(answer, make("p", { class: "bad" }, error.message));
+  } else {
+    show(answer);
+    complain(source, error);
+  }
 }
 
 /** Asks now and then while the page can be seen, and shows what is new. */
@@ -136,12 +162,12 @@ class Poll {
     const control = (this.control = new AbortController());
     try {
       const found = await this.read(control.signal);
-      isWell();
+      isWell(this);
       const text = JSON.stringify(found);
       if (text !== this.before) this.display(found);
       this.before = text;
     } catch (error) {
-      if (!control.signal.aborted) complain(error);
+      if (!control.signal.aborted) complain(this, error);
     }
     if (!control.signal.aborted) this.timer = setTimeout(() => this.now(), this.seconds * 1000);
   }
@@ -153,6 +179,7 @@ class Poll {
 
   stop() {
     this.rest();
+    isWell(this);
     document.removeEventListener("visibilitychange", this.seen);
   }
 }
@@ -204,12 +231,12 @@ class Decisions {
         if (!found.ok) throw new Refusal(await failure(found));
         for await (const [event, data] of events(found)) {
           if (control.signal.aborted) return;
-          isWell();
+          isWell(this);
           this.take(event, data);
         }
       } catch (error) {
         if (control.signal.aborted) return;
-        complain(error);
+        complain(this, error);
       }
       await new Promise((wake) => setTimeout(wake, 2000));
     }
@@ -248,6 +275,7 @@ class Decisions {
 
   rest(text) {
     this.control?.abort();
+    isWell(this);
     this.say(text);
   }
 
@@ -454,11 +482,11 @@ function explain(query) {
   const control = new AbortController();
   ask("clients", {}, control.signal)
     .then((names) => clients.replaceChildren(...names.map((each) => make("option", { value: plain(each) }))))
-    .catch(complain);
+    .catch((error) => complain(control, error));
   const suggest = () =>
     ask("services", { q: target.value.split(":")[0] }, control.signal)
       .then((found) => targets.replaceChildren(...found.services.map((each) => make("option", { value: plain(`${each.namespace}/${each.name}`) }))))
-      .catch(complain);
+      .catch((error) => complain(control, error));
   target.addEventListener("focus", suggest, { once: true });
   const run = async () => {
     const asked = { from: source.value, to: target.value, protocol: protocol.value };
@@ -466,13 +494,12 @@ function explain(query) {
     show(answer, make("p", { class: "soft" }, "…"));
     try {
       const { report, told } = await ask("explain", asked, control.signal);
-      isWell();
+      isWell(control);
       const silent = report.without_agent ? make("p", { class: "warn" }, `The maps alone are explained: ${report.without_agent}.`) : [];
       const why = report.why ? make("p", { class: "bad strong" }, `DOES NOT WORK: ${report.why}`) : [];
       show(answer, why, silent, told.flatMap((each, at) => explainedPart(each, report.explanations[at])));
     } catch (error) {
-      if (error instanceof Refusal) show(answer, make("p", { class: "bad" }, error.message));
-      else complain(error);
+      refuse(answer, control, error);
     }
     ready();
   };
@@ -482,7 +509,7 @@ function explain(query) {
   });
   if (source.value && target.value) run();
   else ready();
-  return [{ stop: () => control.abort() }];
+  return [{ stop: () => leave(control) }];
 }
 
 function findings(title, kind, found) {
@@ -503,7 +530,7 @@ function check() {
     show(answer, make("p", { class: "soft" }, "The node is compared with what it should be …"));
     try {
       const found = await ask("check", {}, control.signal);
-      isWell();
+      isWell(control);
       const wrong = found.findings.filter((each) => !each.warning);
       const warnings = found.findings.filter((each) => each.warning);
       const said = wrong.length ? `${wrong.length + found.more} things are wrong` : "everything is as it should be";
@@ -522,15 +549,14 @@ function check() {
         found.unchecked.map((text) => make("p", { class: "warn" }, `not checked: ${text}`)),
       );
     } catch (error) {
-      show(answer);
-      complain(error);
+      refuse(answer, control, error);
     }
     again.disabled = false;
     ready();
   };
   again.addEventListener("click", run);
   run();
-  return [{ stop: () => control.abort() }];
+  return [{ stop: () => leave(control) }];
 }
 
 function node() {
@@ -583,7 +609,6 @@ function route() {
   const [view, ...rest] = path.split("/").map(decoded);
   const given = new URLSearchParams(query ?? "");
   running.forEach((each) => each.stop());
-  isWell();
   main.setAttribute("aria-busy", "true");
   const views = { live, refusals, explain, check, node };
   const chosen = Object.hasOwn(views, view) ? view : "services";
@@ -603,11 +628,21 @@ function moved() {
 }
 
 /** The key comes with the address that the command prints; it does not stay there, to be copied or seen. */
-function takeKey() {
-  const found = /^#key=([\w-]+)$/.exec(location.hash);
-  if (found) {
-    localStorage.setItem(KEY, found[1]);
-    history.replaceState(null, "", "#/services");
+async function takeKey() {
+  const key = /^#key=([\w-]+)$/.exec(location.hash)?.[1];
+  if (!key) return;
+  history.replaceState(null, "", "#/services");
+  if (localStorage.getItem(KEY) === null || (await isAccepted(key))) localStorage.setItem(KEY, key);
+}
+
+/** Any page can have a link to this one with a wrong key, which must not replace the right one. */
+async function isAccepted(key) {
+  try {
+    const given = { authorization: `Bearer ${key}` };
+    const response = await fetch(address("status"), { headers: given, signal: AbortSignal.timeout(5000) });
+    return response.status !== 401;
+  } catch {
+    return false;
   }
 }
 
@@ -626,14 +661,15 @@ document.getElementById("skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.focus();
 });
-window.addEventListener("hashchange", () => {
-  const hadKey = location.hash.startsWith("#key=");
-  takeKey();
-  if (hadKey) frame.now();
+window.addEventListener("hashchange", async () => {
+  if (location.hash.startsWith("#key=")) {
+    await takeKey();
+    frame.now();
+  }
   moved();
 });
 
-takeKey();
+await takeKey();
 const frame = new Poll(5, (signal) => ask("status", {}, signal), ({ status }) => {
   const health = document.getElementById("health");
   health.replaceChildren(status.healthy ? "● healthy" : "▲ NOT HEALTHY");

@@ -130,9 +130,10 @@ class Viewer:
 
     def _add(self, lines: Iterable[Line], others: Iterable[State | Lost]) -> None:
         self._lines.extend(lines)
-        while len(self._lines) > MOST_LINES:
+        skipped = max(0, len(self._lines) - MOST_LINES)
+        for _ in range(skipped):
             self._lines.popleft()
-            self._lost += Lost(skipped=1)
+        self._lost += Lost(skipped=skipped)
         for each in others:
             if isinstance(each, State):
                 self._states.append(each)

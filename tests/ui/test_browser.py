@@ -158,7 +158,7 @@ def test_a_refused_check_says_why_in_its_place(page: Browser) -> None:
     page.evaluate(
         "(() => { const real = window.fetch; window.undo = () => { window.fetch = real; };"
         " window.fetch = (url, options) => url === 'api/check'"
-        " ? Promise.resolve(new Response('{\"error\": \"no such maps\"}', {status: 503})) : real(url, options); })()"
+        ' ? Promise.resolve(new Response(\'{"error": "no such maps"}\', {status: 503})) : real(url, options); })()'
     )
     go(page, "check")
     page.wait("document.querySelector('main .bad')?.innerText", lambda text: text == "no such maps")

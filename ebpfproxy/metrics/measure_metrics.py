@@ -26,7 +26,8 @@ LABELS = ("namespace", "service", "port", "protocol", "ip_family")
 
 Key = TypeVar("Key", bound=Hashable)
 Counted = TypeVar("Counted")
-Counts = tuple[float, ...]
+#: Whole numbers, which can be subtracted without a remainder.
+Counts = tuple[int, ...]
 
 
 class Split(Generic[Key]):
@@ -107,7 +108,7 @@ class MeasureCollector(Collector):
         times, others = self._times.read(_times(now), own)
         for service, counts in [*sorted(times.items()), (None, others)]:
             if service is not None or any(counts):
-                seconds.add_metric(_labels(service), _buckets(counts[1:]), sum_value=counts[0])
+                seconds.add_metric(_labels(service), _buckets(counts[1:]), sum_value=counts[0] / 1e6)
         yield seconds
 
         failed = CounterMetricFamily(
@@ -162,7 +163,9 @@ class MeasureCollector(Collector):
             if service_id == NOBODY:
                 found[None, ""] = counts
             elif service is not None and backend is not None:
-                found[service, format_endpoint(backend.address, backend.port)] = counts
+                key = service, format_endpoint(backend.address, backend.port)
+                # An endpoint may have another id while connections to the one before are open.
+                found[key] = _sum(found[key], counts) if key in found else counts
         return found
 
 
@@ -178,7 +181,7 @@ def _named(dump: Dump, counted: Mapping[int, Counted]) -> dict[_Service, Counted
 
 
 def _times(now: Mapping[_Service, Connects]) -> dict[_Service, Counts]:
-    return {service: (each.seconds, *each.times) for service, each in now.items()}
+    return {service: (each.microseconds, *each.times) for service, each in now.items()}
 
 
 def _buckets(times: Counts) -> list[tuple[str, float]]:

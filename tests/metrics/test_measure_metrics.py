@@ -37,8 +37,8 @@ def test_no_counter_falls_and_sums_are_right(steps: list, was_there: bool) -> No
     totals = dict.fromkeys(KEYS, (5, 7) if was_there else (0, 0))
     begin = sum(a for a, _ in totals.values())
     split: Split[str] = Split(totals, 2)
-    told: dict[str, tuple[float, ...]] = {}
-    last: tuple[float, ...] = (0, 0)
+    told: dict[str, tuple[int, ...]] = {}
+    last: tuple[int, ...] = (0, 0)
     for grown, own in steps:
         totals = {key: (a + grown[key][0], b + grown[key][1]) for key, (a, b) in totals.items()}
         found, others = split.read(totals, own)
@@ -146,6 +146,17 @@ def test_failures_name_the_backend_where_that_is_wanted(opened: MapSet) -> None:
         ("api", "10.0.0.1:80", "timeout"): 2,
         ("other", "", "abandoned"): 3,
     }
+
+
+@pytest.mark.root
+def test_failures_of_two_ids_of_one_endpoint_are_added_up(opened: MapSet) -> None:
+    collector = MeasureCollector(opened, 2, backends=True)
+    connect(opened, 0, {0: 5}, (1, 0, 0))
+    backends = opened.backends()
+    backends.write(3, Backend(bytes((10, 0, 0, 0)), 80, Protocol.TCP), BackendState.ACTIVE)
+    opened["connect_failures"].update(PAIR.pack(0, 3), CONNECT_FAILURES.pack(2, 1, 0))
+    failures = {key[1:]: value for key, value in samples(collector).items() if "failures" in key[0]}
+    assert failures == {("web", "10.0.0.0:80", "reset"): 3, ("web", "10.0.0.0:80", "timeout"): 1}
 
 
 @pytest.mark.root

@@ -26,11 +26,11 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 class Connects(NamedTuple):
     """Connections of one service port.
 
-    ``seconds``: what all that were established took together. ``times``: how many took at most so long as
-    each of ``CONNECT_BOUNDS`` says, and above. ``failures``: by ``ConnectFailure``.
+    ``microseconds``: what all that were established took together. ``times``: how many took at most so long
+    as each of ``CONNECT_BOUNDS`` says, and above. ``failures``: by ``ConnectFailure``.
     """
 
-    seconds: float
+    microseconds: int
     times: tuple[int, ...]
     failures: tuple[int, ...]
 
@@ -41,7 +41,7 @@ class Connects(NamedTuple):
     def since(self, before: Connects) -> Connects:
         """What was measured after ``before``."""
         return Connects(
-            self.seconds - before.seconds,
+            self.microseconds - before.microseconds,
             tuple(now - then for now, then in zip(self.times, before.times, strict=True)),
             tuple(now - then for now, then in zip(self.failures, before.failures, strict=True)),
         )
@@ -61,7 +61,7 @@ class Connects(NamedTuple):
         return CONNECT_BOUNDS[-1] / 1e6
 
 
-NO_CONNECTS = Connects(0.0, (0,) * (len(CONNECT_BOUNDS) + 1), (0,) * len(ConnectFailure))
+NO_CONNECTS = Connects(0, (0,) * (len(CONNECT_BOUNDS) + 1), (0,) * len(ConnectFailure))
 
 
 class ServiceBackend(NamedTuple):
@@ -78,7 +78,7 @@ def connects(maps: MapSet) -> dict[int, Connects]:
         microseconds, *counts = CONNECTS.unpack(value)
         if any(counts):
             times, failures = counts[: len(CONNECT_BOUNDS) + 1], counts[len(CONNECT_BOUNDS) + 1 :]
-            found[U32.unpack(key)[0]] = Connects(microseconds / 1e6, tuple(times), tuple(failures))
+            found[U32.unpack(key)[0]] = Connects(microseconds, tuple(times), tuple(failures))
     return found
 
 
@@ -130,7 +130,10 @@ class Measures:
             self._traffic.update(U32.pack(NOBODY), bytes(TRAFFIC.size * bpf.possible_cpus()))
 
     def keep(self, services: Set[int], backends: Set[int]) -> None:
-        """Deletes what a killed agent has left of ids other than these, which are in use."""
+        """Deletes what is there of ids other than these, which are in use.
+
+        A killed agent may have left it, or connections that go on have counted after their Service was gone.
+        """
         services, backends = services | {NOBODY}, backends | {NOBODY}
         for table in (self._connects, self._traffic):
             keys = [key for key, _ in table.items()]
@@ -143,13 +146,8 @@ class Measures:
             ]
         )
 
-    def clear(self, service_id: int) -> None:
-        """For an id that no program uses: it has a new owner."""
-        self._connects.delete(U32.pack(service_id))
-        self._traffic.delete(U32.pack(service_id))
-
     def forget(self, services: Collection[int], backends: Collection[int]) -> None:
-        """For ids that no program uses any more."""
+        """For ids that no program uses any more, or that have a new owner."""
         if not services and not backends:
             return
         for table in (self._connects, self._traffic):

@@ -107,6 +107,8 @@ class Change(msgspec.Struct):
     """The part of a change that readers see. New backends and slots are in place before it is carried out."""
 
     names: dict[int, ServicePortKey] = {}
+    #: Service ids that have a new owner, and may have had another before.
+    reused: list[int] = []
     members: list[Member] = []
     #: Base and count of the slots, by service id and policy.
     selections: dict[tuple[int, int], tuple[int, int]] = {}

@@ -149,6 +149,7 @@ class Writer:
         for key in gone:
             if known := self._published.get(key):
                 change.withdraw(known)
+        self._measures.forget(change.reused, ())
         self._publisher.publish(change)
         problems += self._note_refused(change)
         for key in gone:
@@ -247,7 +248,7 @@ class Writer:
         change.names[number] = key
         if self._is_adopted or self._service_ids.recycles:
             self._counts.clear(number)
-            self._measures.clear(number)
+            change.reused.append(number)
         return number
 
     def _held(self, known: Published) -> set[int]:
@@ -330,6 +331,9 @@ class Writer:
         """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)
         self._measures.forget((), self._backends.free_unused())
+        if ended:
+            # What went on after its Service was gone has been counted again for the id.
+            self._measures.keep(self.names().keys(), set(self._backends.numbers()))
 
     def take_lost_frontends(self) -> set[LostFrontend]:
         """UDP frontends that services have lost since the last call, whose sockets have to end."""

@@ -94,8 +94,13 @@ def origin_identity(packed: bytes) -> bytes:
     return packed[:_ORIGIN_IDS_AT]
 
 
+def origin_began(packed: bytes) -> int:
+    """When a TCP socket began to connect, as programs have it; 0 where none of them follows it."""
+    return int(U32.unpack_from(packed, _ORIGIN_IDS_AT + PAIR.size)[0])
+
+
 def with_origin_ids(packed: bytes, use: BackendUse, epoch: int) -> bytes:
-    """The same origin with other ids."""
+    """The same origin with other ids; ``epoch``: or, of a TCP socket, when it began."""
     changed = bytearray(packed)
     struct.pack_into("=III", changed, _ORIGIN_IDS_AT, *use, epoch & 0xFFFFFFFF)
     return bytes(changed)

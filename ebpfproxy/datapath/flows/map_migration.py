@@ -96,6 +96,7 @@ class MapMigration:
     ) -> None:
         """A socket whose backend is gone keeps its frontend's address, and is counted for no backend.
 
+        Traffic of its connection is still counted for its Service, if that is there.
         If it is an unconnected one, it still gets its replies, and chooses anew when it sends.
         """
         epochs = self._new.shared("epochs").words()
@@ -105,7 +106,8 @@ class MapMigration:
             use = socket_layout.origin_use(origin)
             service, backend = services.get(use.service_id, _NOTHING), backends.get(use.backend_id, _NOTHING)
             if socket_layout.is_connected(origin):
-                return socket_layout.with_origin_ids(origin, BackendUse(service, backend), 0)
+                began = 0 if service == _NOTHING else socket_layout.origin_began(origin)
+                return socket_layout.with_origin_ids(origin, BackendUse(service, backend), began)
             if use in removed or _NOTHING in (service, backend):
                 return socket_layout.with_origin_ids(origin, NO_USE, 0)
             return socket_layout.with_origin_ids(origin, BackendUse(service, backend), epochs[service])

@@ -265,7 +265,8 @@ class EbpfProxyConfiguration(
         bool,
         Meta(
             description="Count bytes and packets of each Service: of TCP connections of sockets when they "
-            "end, of all others packet by packet."
+            "end, of flows of packets as they pass. UDP of sockets is not counted: no program sees its "
+            "packets."
         ),
         Flag("--measure-traffic"),
     ] = False

@@ -41,8 +41,11 @@ _AT_ONCE = 1 << 16
 class ForgottenSockets:
     """Compares records with sockets. One thread uses it."""
 
-    def __init__(self, maps: MapSet) -> None:
+    def __init__(self, maps: MapSet, *, measures_traffic: bool) -> None:
         self._maps = maps
+        self._measures_traffic = measures_traffic
+        #: Programs of an earlier agent may have left records of closed sockets, until a sweep finds none.
+        self._may_have_closed = True
         #: Keys and values of records whose socket was missing at the previous sweep, by kind.
         self._missing: dict[str, dict[bytes, bytes]] = {}
         #: Ids of the namespaces that have been seen, by the lower half of their cookie.
@@ -67,7 +70,7 @@ class ForgottenSockets:
         )
         for kind, records in (
             ("connected", socket_records.connected(maps, _rest)),
-            ("closed", socket_records.closed(maps, _rest)),
+            ("closed", self._closed()),
             ("unconnected", socket_records.unconnected(maps, _rest)),
         ):
             removed["sock_origin"] += socket_records.forget_origins(programs, self._forgotten(kind, records))
@@ -75,6 +78,13 @@ class ForgottenSockets:
         for netns in self._gone - self._asked:
             del self._known[netns]
         return removed
+
+    def _closed(self) -> Iterator[Record]:
+        if self._may_have_closed:
+            self._may_have_closed = self._measures_traffic
+            for record in socket_records.closed(self._maps, _rest):
+                self._may_have_closed = True
+                yield record
 
     def _forgotten(self, kind: str, records: Iterator[Record]) -> list[Record]:
         """Those of the records whose socket is missing, and was at the previous sweep."""

@@ -60,7 +60,7 @@ class Housekeeping:
         self.clients = ClientNamespaces(maps)
         self._sweeper: Sweeper | None = None
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
-        self._forgotten = ForgottenSockets(maps)
+        self._forgotten = ForgottenSockets(maps, measures_traffic=options.measure_traffic)
         self._comparing = False
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Removed backends whose sockets have been closed.

@@ -199,11 +199,12 @@ class Agent:
         pins = roots.pin_folder(self._options.bpf_root)
         registry.register(SourceCollector(source.statuses, source.requests, source.host))
         registry.register(MapCollector(self._maps))
-        registry.register(
-            MeasureCollector(
-                self._maps, self._options.metrics_services, backends=self._options.metrics_backends
+        if self._options.measure_connections or self._options.measure_traffic:
+            registry.register(
+                MeasureCollector(
+                    self._maps, self._options.metrics_services, backends=self._options.metrics_backends
+                )
             )
-        )
         registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
 
     def _listen(self) -> None:

@@ -168,10 +168,17 @@ static __always_inline bool may_have_record(struct bpf_sock *ctx)
 static __always_inline void note_abandoned(struct bpf_sock *ctx)
 {
 	struct origin *known;
+	u64 cookie;
 
-	if (!MEASURE_CONNECTIONS || ctx->protocol != IPPROTO_TCP || ctx->state != BPF_TCP_SYN_SENT)
+	if (!MEASURE_CONNECTIONS || ctx->state != BPF_TCP_SYN_SENT)
 		return;
-	known = origin_of(get_socket_cookie(ctx));
+	if (is_mptcp(ctx->protocol))
+		cookie = subflow_cookie((u64)ctx);
+	else if (ctx->protocol == IPPROTO_TCP)
+		cookie = get_socket_cookie(ctx);
+	else
+		return;
+	known = origin_of(cookie);
 	if (known && known->peer.began)
 		measure_failure(known->peer.service_id, known->peer.backend_id, FAILURE_ABANDONED);
 }
@@ -188,7 +195,7 @@ int sock_release(struct bpf_sock *ctx)
 {
 	note_abandoned(ctx);
 	if (is_mptcp(ctx->protocol))
-		subflow_forget((u64)ctx);
+		subflow_forget((u64)ctx, MEASURE_TRAFFIC && ctx->state != BPF_TCP_SYN_SENT);
 	else if (may_have_record(ctx) && !outlives_socket(ctx))
 		socket_forget(get_socket_cookie(ctx));
 	return PROCEED;

@@ -12,9 +12,6 @@
 #include "lib/origin.h"
 #include "lib/socket.h"
 
-/* peer.began has this bit where nobody had asked for changes of the socket's state before. */
-#define FLAG_IS_OURS 1
-
 /* Says if the socket connects to where its record says: an earlier attempt may have gone there. */
 static __always_inline bool goes_to(struct bpf_sock_ops *ctx, const struct peer *peer)
 {
@@ -28,20 +25,26 @@ static __always_inline bool goes_to(struct bpf_sock_ops *ctx, const struct peer 
 	return peer->backend_port == port && peer->backend.word[3] == addr;
 }
 
-/* The socket is about to send its SYN. */
-static __always_inline void connect_begins(struct bpf_sock_ops *ctx, struct origin *known)
+/*
+ * Asks for changes of the socket's state. This is never taken back: the flag may as well be that of
+ * another program, of which nothing is known here.
+ */
+static __always_inline void follow_state(struct bpf_sock_ops *ctx)
 {
 	const u32 flags = ctx->bpf_sock_ops_cb_flags;
 
+	if (!(flags & BPF_SOCK_OPS_STATE_CB_FLAG))
+		bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* The socket is about to send its SYN. */
+static __always_inline void connect_begins(struct bpf_sock_ops *ctx, struct origin *known)
+{
 	known->peer.began = 0;
 	if (!goes_to(ctx, &known->peer))
 		return;
 	known->peer.began = measure_now();
-	/* Others' programs have flags of their own. */
-	if (flags & BPF_SOCK_OPS_STATE_CB_FLAG)
-		return;
-	known->peer.began |= FLAG_IS_OURS;
-	bpf_sock_ops_cb_flags_set(ctx, flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	follow_state(ctx);
 }
 
 /* The reply to the SYN is there. */
@@ -52,11 +55,14 @@ static __always_inline void connect_done(struct bpf_sock_ops *ctx, struct origin
 	/* The kernel has measured it more precisely, but not since a SYN that was lost. */
 	if (ctx->total_retrans)
 		us = measure_since_us(known->peer.began);
-	measure_connect(known->peer.service_id, us);
-	/* Each further change of state would call this program for nothing. */
-	if (!MEASURE_TRAFFIC && known->peer.began & FLAG_IS_OURS)
-		bpf_sock_ops_cb_flags_set(ctx,
-					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (MEASURE_CONNECTIONS)
+		measure_connect(known->peer.service_id, us);
+	if (MEASURE_TRAFFIC)
+		/* Another program may have cleared the flag. */
+		follow_state(ctx);
+	else
+		/* Nobody would end the record of a socket that is closed. */
+		known->peer.began = 0;
 }
 
 /* A segment that was received before the connection is established is a RST. */
@@ -106,7 +112,7 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	u64 cookie;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB &&
-	    (!MEASURE_CONNECTIONS || op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB))
+	    op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
 		return PROCEED;
 	cookie = get_socket_cookie(ctx);
 	if (op == BPF_SOCK_OPS_STATE_CB) {

@@ -116,11 +116,18 @@ static __always_inline int measure_translated(struct __sk_buff *skb, const struc
 					      int verdict)
 {
 	volatile int *kept = &scratch_of(p)->verdict;
+	u32 length = skb->len - L3_OFFSET, segments = skb->gso_segs;
 
 	*kept = verdict;
 	measure_packet(p);
-	if (MEASURE_TRAFFIC)
-		measure_size(p, skb->len - L3_OFFSET, skb->gso_segs);
+	if (MEASURE_TRAFFIC) {
+		/* clang would else read either length with one instruction. */
+		barrier_var(length);
+		/* A short frame has padding. IP's header of several segments may have no length. */
+		if (!segments)
+			length = p->l3_length;
+		measure_size(p, length, segments);
+	}
 	return *kept;
 }
 

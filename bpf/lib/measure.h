@@ -18,17 +18,17 @@
 /* About a millisecond. */
 #define MEASURE_SHIFT 20
 
-/* Returns a moment of now that fits into 32 bits for weeks. It is not 0; the last two bits are. */
+/* Returns a moment of now that fits into 32 bits for weeks. It is not 0. */
 static __always_inline u32 measure_now(void)
 {
-	const u32 now = (u32)(bpf_ktime_get_coarse_ns() >> MEASURE_SHIFT) & ~3U;
+	const u32 now = (u32)(bpf_ktime_get_coarse_ns() >> MEASURE_SHIFT);
 
-	return now ? now : 4;
+	return now ? now : 1;
 }
 
 static __always_inline u64 measure_since_us(u32 moment)
 {
-	const u32 passed = measure_now() - (moment & ~3U);
+	const u32 passed = measure_now() - moment;
 
 	return ((u64)passed << MEASURE_SHIFT) / 1000;
 }

@@ -88,13 +88,15 @@ static __always_inline bool origin_free(struct origin *slot, u64 key)
 /* Finds the origin of a connected socket. */
 static __always_inline struct origin *origin_of(u64 cookie)
 {
-	struct origin *slot = origin_slot(cookie);
+	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
+	struct origin *slot = origin_slot(cookie), *known;
 
 	if (!slot)
 		return NULL;
-	if (slot->key == origin_key(cookie, ORIGIN_CONNECTED))
+	if (slot->key == key)
 		return slot;
-	return slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
+	known = slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
+	return known && known->key == key ? known : NULL;
 }
 
 static __always_inline bool is_mptcp(u32 protocol)
@@ -178,6 +180,7 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 
 static __always_inline bool overflow_forget(struct origin *slot, u64 cookie)
 {
+	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
 	struct origin *known = map_lookup(sock_origin_overflow, &cookie);
 	u32 backend_id;
 
@@ -185,10 +188,13 @@ static __always_inline bool overflow_forget(struct origin *slot, u64 cookie)
 	if (!known)
 		return false;
 	backend_id = known->peer.backend_id;
-	if (map_delete(sock_origin_overflow, &cookie))
+	/* A closed socket is counted no more. */
+	if (__sync_val_compare_and_swap(&known->key, key, origin_key(cookie, ORIGIN_RESERVED)) !=
+	    key)
 		return false;
-	__sync_fetch_and_add(&slot->elsewhere, -1);
 	load_remove_socket(backend_id);
+	if (!map_delete(sock_origin_overflow, &cookie))
+		__sync_fetch_and_add(&slot->elsewhere, -1);
 	return true;
 }
 
@@ -215,11 +221,15 @@ static __always_inline bool origin_close(u64 cookie)
 {
 	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
 	struct origin *known = origin_of(cookie);
+	u32 backend_id;
 
-	if (!known || !known->peer.began ||
-	    __sync_val_compare_and_swap(&known->key, key, origin_key(cookie, ORIGIN_CLOSED)) != key)
+	if (!known || !known->peer.began)
 		return false;
-	load_remove_socket(known->peer.backend_id);
+	/* Once the record is closed, its end may free it on another CPU, for another socket. */
+	backend_id = known->peer.backend_id;
+	if (__sync_val_compare_and_swap(&known->key, key, origin_key(cookie, ORIGIN_CLOSED)) != key)
+		return false;
+	load_remove_socket(backend_id);
 	return true;
 }
 
@@ -253,14 +263,17 @@ static __always_inline bool origin_end(u64 cookie)
 	return true;
 }
 
-/* Forgets the subflow of a closed MPTCP socket: no program sees the end of the subflow itself. */
-static __always_inline void subflow_forget(u64 mptcp_socket)
+/*
+ * Forgets the subflow of a closed MPTCP socket: no program sees the end of the subflow itself.
+ * @goes_on: the connection may go on.
+ */
+static __always_inline void subflow_forget(u64 mptcp_socket, bool goes_on)
 {
 	u64 cookie = subflow_cookie(mptcp_socket);
 
 	if (!cookie)
 		return;
-	if (!MEASURE_TRAFFIC || !origin_close(cookie))
+	if (!goes_on || !origin_close(cookie))
 		origin_forget(cookie);
 	map_delete(mptcp_subflows, &mptcp_socket);
 }

@@ -14,7 +14,7 @@ from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
 from ebpfproxy.datapath.abi.hooks import RECORDS
-from ebpfproxy.datapath.abi.layout import U32, pack_address
+from ebpfproxy.datapath.abi.layout import U32, U64, pack_address, pack_name
 from ebpfproxy.datapath.abi.socket_layout import ORIGIN, PEER, OriginKind
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
@@ -24,6 +24,7 @@ from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs import loader
 from ebpfproxy.netlink import sock_diag
+from ebpfproxy.services.model import Family, Protocol, ServicePortKey
 from tests.datapath.test_loading import OPTIONS
 
 pytestmark = pytest.mark.root
@@ -75,10 +76,11 @@ def origin(
     kind: OriginKind = OriginKind.CONNECTED,
     port: int = 53,
     cookie: int = COOKIE,
+    began: int = 0,
 ) -> bytes:
     """Returns the packed origin of a socket."""
     ports = socket.htons(port), socket.htons(8053)
-    peer = PEER.pack(pack_address(frontend), pack_address(backend), *ports, *USE, 0)
+    peer = PEER.pack(pack_address(frontend), pack_address(backend), *ports, *USE, began)
     key = int.from_bytes(socket_layout.origin_key(cookie, kind), sys.byteorder)
     return ORIGIN.pack(key, peer, 1, 0)
 
@@ -104,6 +106,37 @@ def test_socket_that_reconnects_during_map_migration_keeps_its_last_peer(
     assert old.programs.forget([again]) == 1
     migration.copy()
     assert new.connected() == []
+
+
+@pytest.mark.parametrize(("is_there", "kept"), [(True, 1234), (False, 0)], ids=["there", "gone"])
+def test_map_migration_keeps_following_connections_of_services_that_are_there(
+    pins: Path, stack: ExitStack, is_there: bool, kept: int
+) -> None:
+    old, new = Sockets(pins, stack, 64), Sockets(pins, stack, 128)
+    name = ServicePortKey("shop", "web", "http", Protocol.TCP, Family.IPV4)
+    old.maps["service_names"].update(U32.pack(USE.service_id), pack_name(name))
+    if is_there:
+        new.maps["service_names"].update(U32.pack(6), pack_name(name))
+    assert old.programs.restore([origin(FRONTEND, BACKEND, began=1234)]) == 1
+    migration = MapMigration(pins, new.maps, new.programs)
+    stack.callback(migration.close)
+    migration.copy()
+    (copied,) = each_of(OriginTable(new.maps).connected())
+    assert socket_layout.origin_began(copied) == kept
+
+
+def test_a_closed_socket_in_the_overflow_is_removed_as_a_closed_one_alone(
+    pins: Path, stack: ExitStack
+) -> None:
+    here = Sockets(pins, stack, 4)
+    first, second = (origin(FRONTEND, BACKEND, cookie=cookie, began=4) for cookie in (1, 5))
+    assert here.programs.restore([first, second]) == 2
+    closed = origin(FRONTEND, BACKEND, cookie=5, kind=OriginKind.CLOSED, began=4)
+    here.maps["sock_origin_overflow"].update(U64.pack(5), closed)
+    assert here.programs.forget([second]) == 0
+    assert here.elsewhere(1) == 1
+    assert here.programs.forget([closed]) == 1
+    assert here.elsewhere(1) == 0
 
 
 @pytest.mark.parametrize(("port", "found"), [(53, {USE}), (0, set())], ids=["kept", "dropped"])

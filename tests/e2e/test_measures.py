@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 
 from ebpfproxy.datapath.abi.measure_layout import ConnectFailure
-from ebpfproxy.datapath.abi.socket_layout import ORIGIN
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, origin_began
 from ebpfproxy.datapath.dump import Dump, open_maps
-from ebpfproxy.datapath.flows.origin_table import OriginTable
+from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.services import measures
@@ -96,6 +96,12 @@ def closed_records(cluster: OutsideClientCluster) -> int:
         return sum(len(some) // ORIGIN.size for some in OriginTable(maps).closed())
 
 
+def followed(cluster: OutsideClientCluster) -> list[bool]:
+    """Of each record of a connected socket, if programs follow it."""
+    with opened(cluster) as maps:
+        return [origin_began(each) != 0 for each in each_of(OriginTable(maps).connected())]
+
+
 def failed(cluster: OutsideClientCluster, name: str, before: Connects) -> dict[str, int]:
     """The failures since then by reason, without those that there were none of."""
     now = measured(cluster, name).since(before)
@@ -120,9 +126,9 @@ def connect_within(host: str, port: int, syn_retries: int) -> str:
     return "connected"
 
 
-def give_up(host: str, port: int) -> str:
+def give_up(host: str, port: int, protocol: int) -> str:
     """Closes a socket that is still connecting."""
-    with socket.socket() as sock:
+    with socket.socket(proto=protocol) as sock:
         sock.settimeout(0.05)
         try:
             sock.connect((host, port))
@@ -149,7 +155,7 @@ def test_connections_of_sockets_are_measured(cluster: OutsideClientCluster, agen
     space.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 5)
     found = measured(cluster, "web").since(before)
     assert found.established == 5
-    assert found.seconds > 0
+    assert found.microseconds > 0
     assert not any(found.failures)
 
 
@@ -198,12 +204,14 @@ def test_a_socket_without_an_answer_counts_as_timeout(cluster: OutsideClientClus
     assert failed(cluster, "silent", before) == {"TIMEOUT": 1}
 
 
+@pytest.mark.parametrize("protocol", [0, IPPROTO_MPTCP], ids=["tcp", "mptcp"])
 def test_a_socket_that_is_closed_while_it_connects_counts_as_abandoned(
-    cluster: OutsideClientCluster, agent: Agent
+    cluster: OutsideClientCluster, agent: Agent, protocol: int
 ) -> None:
     before = measured(cluster, "silent")
-    assert cluster.client.call(give_up, SILENT, 80) == ABANDONED
+    assert cluster.client.call(give_up, SILENT, 80, protocol) == ABANDONED
     assert failed(cluster, "silent", before) == {"ABANDONED": 1}
+    assert closed_records(cluster) == 0
 
 
 def test_a_connection_whose_syn_was_lost_takes_as_long_as_it_took(
@@ -225,7 +233,7 @@ def test_a_connection_whose_syn_was_lost_takes_as_long_as_it_took(
     found = measured(cluster, "web").since(before)
     assert found.established == 1
     # The kernel repeats a SYN after a second.
-    assert found.seconds >= 0.9
+    assert found.microseconds >= 900_000
 
 
 def clients_of_web(cluster: OutsideClientCluster) -> set[str]:
@@ -245,7 +253,7 @@ def test_connections_of_packets_are_measured(cluster: OutsideClientCluster, agen
     cluster.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, 5)
     found = measured(cluster, "web").since(before)
     assert found.established == 5
-    assert found.seconds > 0
+    assert found.microseconds > 0
     assert not any(found.failures)
 
 
@@ -342,7 +350,7 @@ def _sorted_labels(text: str) -> str:
     return re.sub(r"\{(.*)\}", ordered, text)
 
 
-# -- the end: these two leave no program that measures
+# -- the end: these leave no program that measures
 
 
 def test_records_of_closed_sockets_whose_end_nobody_counts_are_removed(
@@ -364,11 +372,19 @@ def test_without_the_option_nothing_is_attached_or_measured(
     cluster: OutsideClientCluster, agent: Agent
 ) -> None:
     agent.stop()
+    cluster.agent("--measure-connections").start()
+    # Nothing would end the record of an established connection, if its socket were kept after that.
+    held = HeldConnection(cluster.client, SERVICE_IPS["v4"], 80)
+    assert followed(cluster) == [False]
+    held.process.kill()
+    until(lambda: not followed(cluster), "the record of a closed socket is left")
+    cluster.lab.agents[-1].stop()
     cluster.agent("--measure-traffic").start()
     assert "sock_ops" in hooks(cluster)
     cluster.lab.agents[-1].stop()
-    cluster.agent().start()
+    last = cluster.agent().start()
     assert "sock_ops" not in hooks(cluster)
+    assert "ebpfproxy_service_connect_seconds" not in last.http("/metrics", 10249)[1]
     before = measured(cluster, "web"), traffic(cluster, "http")
     cluster.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)
     cluster.outside.call(clients.ask_tcp, cluster.a.address, NODE_PORT)

@@ -21,7 +21,7 @@ TOP = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # As pip calls it, which takes seconds of its own.
+    # pip calls the same, and takes seconds of its own.
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=TOP, check=True)
     (found,) = folder.glob("ebpfproxy-*.whl")

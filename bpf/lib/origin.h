@@ -85,10 +85,10 @@ static __always_inline bool origin_free(struct origin *slot, u64 key)
 	return true;
 }
 
-/* Finds the origin of a connected socket. */
-static __always_inline struct origin *origin_of(u64 cookie)
+/* Finds a socket's record of this kind, which is connected, or closed. */
+static __always_inline struct origin *origin_of_kind(u64 cookie, enum origin_kind kind)
 {
-	const u64 key = origin_key(cookie, ORIGIN_CONNECTED);
+	const u64 key = origin_key(cookie, kind);
 	struct origin *slot = origin_slot(cookie), *known;
 
 	if (!slot)
@@ -97,6 +97,12 @@ static __always_inline struct origin *origin_of(u64 cookie)
 		return slot;
 	known = slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
 	return known && known->key == key ? known : NULL;
+}
+
+/* Finds the origin of a connected socket. */
+static __always_inline struct origin *origin_of(u64 cookie)
+{
+	return origin_of_kind(cookie, ORIGIN_CONNECTED);
 }
 
 static __always_inline bool is_mptcp(u32 protocol)
@@ -236,15 +242,7 @@ static __always_inline bool origin_close(u64 cookie)
 /* Finds what origin_close() has kept. */
 static __always_inline struct origin *origin_closed(u64 cookie)
 {
-	const u64 key = origin_key(cookie, ORIGIN_CLOSED);
-	struct origin *slot = origin_slot(cookie), *known;
-
-	if (!slot)
-		return NULL;
-	if (slot->key == key)
-		return slot;
-	known = slot->elsewhere ? map_lookup(sock_origin_overflow, &cookie) : NULL;
-	return known && known->key == key ? known : NULL;
+	return origin_of_kind(cookie, ORIGIN_CLOSED);
 }
 
 /* Forgets it; returns false where there is none. */

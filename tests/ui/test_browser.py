@@ -120,7 +120,12 @@ def test_without_the_key_the_page_says_what_is_missing(page: Browser, ui: Ui) ->
     page.open(ui.address.partition("#")[0])
     page.wait_text("open the one that ebpfproxy ui has printed")
     assert "shop/web" not in page.text
-    # The right address mends it without a new tab.
+    # The right address mends it without a new tab, also where the frame's own question is answered last.
+    page.evaluate(
+        "(() => { const real = window.fetch; window.fetch = async (url, options) => {"
+        " if (url === 'api/status') await new Promise((done) => setTimeout(done, 2000));"
+        " return real(url, options); }; })()"
+    )
     page.evaluate(f"void (location.hash = '#key={ui.key}')")
     page.wait_text("shop/web")
     assert "has printed" not in page.text

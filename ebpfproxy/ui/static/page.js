@@ -664,6 +664,8 @@ document.getElementById("skip").addEventListener("click", (event) => {
 window.addEventListener("hashchange", async () => {
   if (location.hash.startsWith("#key=")) {
     await takeKey();
+    // What was said about the former key is not true any more, whichever answer comes first.
+    isWell(frame);
     frame.now();
   }
   moved();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Generator, Iterator
 from datetime import date
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests import tested
 from tests.cluster import binaries, images
 from tests.cluster.cluster import Cluster, own_mounts
-from tests.cluster.report import Report
+from tests.cluster.report import COMMAND, TITLE, Report
 
 _REPORT = pytest.StashKey[Report]()
-_PAGE = "EBPFPROXY_TESTED"
 _FOLDER = Path(__file__).parent
 #: A worker's key for its part of the report.
 _PART = "cluster_report"
@@ -74,8 +75,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     found = session.config.stash[_REPORT]
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_PART] = pickle.dumps(found)
-    elif _PAGE in os.environ and found.versions:
-        Path(os.environ[_PAGE]).write_text(found.page(date.today()))
+    elif tested.PAGE in os.environ and found.versions:
+        seconds = time.monotonic() - found.began
+        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, date.today(), seconds, found.lines())
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,15 @@
-"""The results of a run of tests/cluster as a page of the documentation."""
+"""The results of a run of tests/cluster as a section of docs/tested.md."""
 
 from __future__ import annotations
 
 import re
 import time
 from dataclasses import dataclass, field
-from datetime import date
 
 from tests.cluster.e2e import Outcome, Result
+from tests.tested import table
 
+TITLE = "In a real cluster"
 COMMAND = "KUBE_BIN=… make test-cluster"
 _SUITE = (
     "In two clusters of their own: nodes, pods, Services and the DNS have IPv4 as their first family, on three nodes in "
@@ -39,20 +40,17 @@ class Report:
         self.e2e |= part.e2e
         self.sentences += part.sentences
 
-    def page(self, day: date) -> str:
-        minutes = (time.monotonic() - self.began) / 60
+    def lines(self) -> list[str]:
+        """Returns the section's Markdown, below its heading."""
         parts = [
-            "# What was tested in a real cluster",
+            "tests/cluster says how the cluster is made: two nodes, each with a kubelet, a containerd, a cgroup subtree "
+            "and two networks of its own, made with `kubeadm init --skip-phases=addon/kube-proxy`, dual stack.",
             "",
-            f"Written by `{COMMAND}` on {day.isoformat()}, in {minutes:.0f} minutes; do not edit. tests/cluster says how "
-            "the cluster is made: two nodes, each with a kubelet, a containerd, a cgroup subtree and two networks of its "
-            "own, made with `kubeadm init --skip-phases=addon/kube-proxy`, dual stack.",
-            "",
-            *_table(["", "version"], [[name, version] for name, version in self.versions.items()]),
+            *table(["", "version"], [[name, version] for name, version in self.versions.items()]),
         ]
         if self.e2e:
             parts += [
-                "## The Kubernetes e2e suite, [sig-network]",
+                "### The Kubernetes e2e suite, [sig-network]",
                 "",
                 _SUITE,
                 "",
@@ -61,12 +59,12 @@ class Report:
                 *self._skipped(),
             ]
         if self.sentences:
-            parts += ["## What else holds", ""]
+            parts += ["### What else holds", ""]
             rows = [
                 [sentence, outcome, f"{seconds:.0f} s"] for _, sentence, outcome, seconds in self.sentences
             ]
-            parts += _table(["", "", "took"], rows)
-        return "\n".join(parts)
+            parts += table(["", "", "took"], rows)
+        return parts
 
     def _groups(self) -> list[str]:
         """Returns a row for each group of specs and a column for each proxy."""
@@ -80,7 +78,7 @@ class Report:
                 run = passed + own.count(Outcome.FAILED)
                 row.append(f"{passed} of {run}" if run else "")
             rows.append(row)
-        return _table(["specs that passed, of those that ran", *self.e2e], rows)
+        return table(["specs that passed, of those that ran", *self.e2e], rows)
 
     def _failures(self) -> list[str]:
         """Returns specs that failed with a proxy or passed alone; a cell is empty where a spec was not selected."""
@@ -89,7 +87,7 @@ class Report:
             outcomes = [results[name].outcome if name in results else None for results in self.e2e.values()]
             if {*outcomes} & {Outcome.FAILED, Outcome.PASSED_ALONE, Outcome.NOT_REACHED}:
                 rows.append([_escaped(name), *(each.value if each else "" for each in outcomes)])
-        return _table(["specs that failed beside others with one of them", *self.e2e], rows) if rows else []
+        return table(["specs that failed beside others with one of them", *self.e2e], rows) if rows else []
 
     def _skipped(self) -> list[str]:
         """Returns the specs that skip themselves here, with their reason."""
@@ -100,7 +98,7 @@ class Report:
             if result.outcome is Outcome.SKIPPED
         }
         told = [list(row) for row in sorted(rows.items())]
-        return _table(["specs that did not run", "what they say"], told) if told else []
+        return table(["specs that did not run", "what they say"], told) if told else []
 
 
 def _group(name: str) -> str:
@@ -110,8 +108,3 @@ def _group(name: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.removeprefix("[sig-network] ").replace("|", r"\|").replace("[", r"\[")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-    return [*lines, ""]

@@ -1,8 +1,6 @@
-"""The report page of a run."""
+"""The section of a run."""
 
 from __future__ import annotations
-
-from datetime import date
 
 from tests.cluster.e2e import Outcome, Result
 from tests.cluster.report import Report
@@ -18,7 +16,7 @@ def test_page_has_rows_for_groups_and_for_every_failure() -> None:
     report.e2e["kube-proxy"] = {one: result(Outcome.PASSED), other: result(Outcome.PASSED)}
     report.e2e["ebpfproxy"] = {one: result(Outcome.PASSED), other: result(Outcome.FAILED)}
     report.sentences.append(("tests.cluster.test_life", "A node reboots.", "passed", 41.7))
-    lines = report.page(date(2026, 11, 27)).splitlines()
+    lines = report.lines()
     assert "| Kubernetes | v1.36.2 |" in lines
     assert "| Services | 1 of 1 | 1 of 1 |" in lines
     assert "| **all** | 2 of 2 | 1 of 2 |" in lines
@@ -29,7 +27,7 @@ def test_page_has_rows_for_groups_and_for_every_failure() -> None:
 def test_specs_that_did_not_run_are_not_counted() -> None:
     report = Report()
     report.e2e["ebpfproxy"] = {"[sig-network] Services of SCTP": Result(Outcome.SKIPPED, 0.0, "needs SCTP")}
-    lines = report.page(date(2026, 11, 27)).splitlines()
+    lines = report.lines()
     assert "| **all** |  |" in lines
     assert "| Services of SCTP | needs SCTP |" in lines
 
@@ -39,18 +37,18 @@ def test_spec_that_passes_alone_is_counted_and_listed() -> None:
     report = Report()
     report.e2e["kube-proxy"] = {name: result(Outcome.PASSED_ALONE)}
     report.e2e["ebpfproxy"] = {}
-    lines = report.page(date(2026, 11, 27)).splitlines()
+    lines = report.lines()
     assert "| **all** | 1 of 1 |  |" in lines
     assert "| Services should work | passed when run again, alone |  |" in lines
 
 
-def test_parts_of_two_processes_make_one_page() -> None:
+def test_parts_of_two_processes_make_one_section() -> None:
     report, part = Report(), Report({"Kubernetes": "v1.36.2"})
     report.sentences.append(("test_life", "A node reboots.", "passed", 41.7))
     part.sentences.append(("test_e2e", "Specs pass.", "passed", 1.0))
     part.e2e["ebpfproxy"] = {"[sig-network] Services should work": result(Outcome.PASSED)}
     report.add(part)
-    lines = report.page(date(2026, 11, 27)).splitlines()
+    lines = report.lines()
     assert "| Kubernetes | v1.36.2 |" in lines
     assert "| Services | 1 of 1 |" in lines
     assert "| A node reboots. | passed | 42 s |" in lines

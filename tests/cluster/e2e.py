@@ -22,10 +22,11 @@ FOCUS = re.compile(
     r"\[sig-network\] (Conntrack|Connectivity|DNS HostNetwork|EndpointSlice|HostPort|KubeProxy|NoSNAT|Networking"
     r"|Service|Topology|Traffic|kube-proxy|\[Feature:IPv6DualStack\])"
 )
+#: The spec that deletes all pods of the service proxy, while others must not run.
+RESTART = re.compile(r"\[sig-network\] Services should work after restarting kube-proxy")
 #: These need cloud load balancers, the Internet, SCTP sockets, disabled gates or ssh to nodes, which are missing here.
-SKIP = re.compile(
-    r"\[Feature:(?!IPv6DualStack|Traffic)|LoadBalancer|Internet|restarting|\[Feature:SCTP|\[Serial\]|\[Disruptive\]"
-)
+#: [Serial] are otherwise the specs of SCTP, which may run beside others where the kernel has no SCTP.
+SKIP = re.compile(r"\[Feature:(?!IPv6DualStack|Traffic)|\[Disruptive\]")
 #: Seconds that unusual specs take, by parts of their names.
 _SLOW = {
     "session affinity timeout": 145,
@@ -74,13 +75,15 @@ def missing() -> str:
     return f"KUBE_BIN ({KUBE_BIN}) has no {', '.join(lacking)}" if lacking else ""
 
 
-def specs(focus: re.Pattern[str] = FOCUS, skip: re.Pattern[str] = SKIP) -> list[str]:
-    """Returns the names of the specs from a dry run of the binary."""
+def specs(focus: re.Pattern[str] | None = None) -> list[str]:
+    """Returns the names of the specs from a dry run of the binary: those of ``FOCUS`` but for ``SKIP``, or of ``focus``."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--ginkgo.dry-run", "--ginkgo.focus=sig-network", f"--report-dir={folder}"]
         subprocess.run([str(KUBE_BIN / "e2e.test"), *arguments], check=True, capture_output=True)
         names = [name for name, result in _read(Path(folder)) if result.outcome is Outcome.PASSED]
-    return [name for name in names if focus.search(name) and not skip.search(name)]
+    if focus:
+        return [name for name in names if focus.search(name)]
+    return [name for name in names if FOCUS.search(name) and not SKIP.search(name)]
 
 
 def shares(names: Iterable[str], count: int = _SHARDS) -> list[list[str]]:

@@ -12,11 +12,11 @@ from tests.tested import table
 TITLE = "In a real cluster"
 COMMAND = "KUBE_BIN=… make test-cluster"
 _SUITE = (
-    "In two clusters of their own: nodes, pods, Services and the DNS have IPv4 as their first family, on three nodes in "
-    "three zones, or IPv6, on two. What failed was run again, alone. What then does not pass with the agent was run with "
-    "kube-proxy (nftables); where it has no column there was nothing to run. Specs that need a cloud's load balancer, the "
-    "Internet, SCTP sockets, gates that are off or ssh "
-    "to nodes, and specs that may not run beside others, were left out."
+    "In two clusters of their own, of three nodes in three zones: nodes, pods, Services and the DNS have IPv4 as their "
+    "first family, or IPv6. What failed was run again, alone. What then does not pass with the agent was run with "
+    "kube-proxy (nftables); where it has no column there was nothing to run. The spec that restarts kube-proxy ran last, "
+    "with agents that have the label of its pods. Specs that need a cloud's load balancer, the Internet, SCTP sockets, "
+    "gates that are off or ssh to nodes were left out, and those about migration of kube-proxy itself."
 )
 _GROUP = re.compile(r"\[sig-network\] (\[Feature:\w+\]|[\w-]+)")
 

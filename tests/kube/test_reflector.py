@@ -139,9 +139,10 @@ def test_first_failure_and_recovery_are_logged_once_each(
     server: ApiServer, follower: Follower, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "ebpfproxy")
-    server.fail("500", times=6)
+    fault = server.fail("500", times=6)
     server.drop_connections()
-    follower.until(lambda: follower.failures("500") == 6)
+    # One of them may be lost unread with a dropped connection.
+    follower.until(lambda: fault.times == 0)
     still_works(server, follower)
 
     def lines() -> list[str]:

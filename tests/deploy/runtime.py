@@ -101,7 +101,7 @@ def seccomp_for(capabilities: Iterable[str]) -> Object:
 class Container:
     """A container of the pod. ``volumes``: where this machine has each (a file, or a folder).
 
-    ``capabilities``: instead of the specification's, to see what is missed; ``seccomp``: likewise.
+    ``capabilities``: instead of the specification's, to see what is missed; ``seccomp``: likewise, or the file of a profile.
     ``mounts``: folders of a test, read only, at the same path. ``variables``: of fields and ConfigMaps; those
     that are left out are not set. ``account``: a folder with a service account's token and certificates,
     mounted if the pod wants them. ``image``: the root of the image.
@@ -119,7 +119,7 @@ class Container:
         arguments: Iterable[str] = (),
         mounts: Iterable[Path] = (),
         capabilities: Iterable[str] | None = None,
-        seccomp: bool = True,
+        seccomp: bool | Path = True,
         account: Path | None = None,
         image: Path | None = None,
     ) -> None:
@@ -204,7 +204,9 @@ class Container:
             linux["namespaces"].append({"type": "network", "path": f"/run/netns/{self._network}"})
         profile = {**self._pod["securityContext"], **security}["seccompProfile"]
         assert profile == {"type": "RuntimeDefault"}
-        if self._seccomp:
+        if isinstance(self._seccomp, Path):
+            linux["seccomp"] = json.loads(self._seccomp.read_text())
+        elif self._seccomp:
             linux["seccomp"] = seccomp_for(self.capabilities)
         return {
             "ociVersion": "1.0.2",

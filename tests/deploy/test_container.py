@@ -44,7 +44,7 @@ class Kubelet:
         name: str,
         *,
         capabilities: Iterable[str] | None = None,
-        seccomp: bool = True,
+        seccomp: bool | Path = True,
         volumes: dict[str, Path] | None = None,
         manifests: bool = True,
         api: int | None = None,
@@ -134,14 +134,20 @@ def test_conntrack_timeouts_are_set_on_the_node(loaded: Kubelet) -> None:
         assert node.run(["sysctl", "-n", name]).strip() == "3600"
 
 
-def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet) -> None:
+#: Allows what the agent needs, and so less than the runtimes' profile, which allows CAP_SYS_ADMIN all that it can do.
+PROFILE = objects.DEPLOY / "seccomp" / "ebpfproxy.json"
+
+
+@pytest.mark.parametrize("seccomp", [True, PROFILE], ids=["RuntimeDefault", "own"])
+def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet, seccomp: bool | Path) -> None:
     """Covers socket hooks, packets, stale sockets of later pods, and commands."""
     cluster = loaded.cluster
+    cluster.write_web(cluster.w1, cluster.w2)
     cluster.lab.outside  # noqa: B018 - the property creates it
     compiled = pins(loaded)
     modules = (SOCKETS, RECORDS, PACKETS, SWEEP, LOOPBACK)
     assert len(compiled) == sum(len(module.hooks) for module in modules)
-    agent = loaded.container("ebpfproxy")
+    agent = loaded.container("ebpfproxy", seccomp=seccomp)
     with loaded.running(agent) as log:
         assert pins(loaded) == compiled, "the agent uses the programs of the init container"
         assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
@@ -213,6 +219,46 @@ def test_probes_succeed_once_everything_is_programmed(loaded: Kubelet) -> None:
             # The kubelet probes from the node.
             answer = cluster.a.run(["curl", "-s", "-m5", f"http://{cluster.a.address}:{port}{probe['path']}"])
             assert json.loads(answer)["healthy"]
+
+
+def test_programs_are_compiled_and_loaded_with_the_own_profile(kubelet: Kubelet, tmp_path: Path) -> None:
+    """The cache is empty, so that clang runs, too."""
+    kubelet.cluster.write_web(kubelet.cluster.w1)
+    done = kubelet.container("load", seccomp=PROFILE, volumes={"cache": tmp_path}).run(300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.rglob("*"))
+    kubelet.cluster.a.cli("cleanup")
+
+
+#: Calls of libc that fail for their arguments, with any other error than EPERM, if they are allowed.
+_REFUSED = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+calls = {
+    "mount": (None, None, None, 0, None), "umount2": (b"", 0), "unshare": (0x7FFFFFFF,), "setns": (-1, 0x00020000),
+    "sethostname": (None, -1), "swapon": (b"", 0), "ptrace": (99, 0, 0, 0), "process_vm_readv": (0, None, 0, None, 0, 0),
+    "mknod": (b"/tmp/node", 0o20600, 0x101), "quotactl": (0, b"", 0, None),
+}
+for name, arguments in calls.items():
+    result = getattr(libc, name)(*arguments)
+    print(name, "allowed" if result != -1 else errno.errorcode[ctypes.get_errno()])
+"""
+
+
+def test_own_profile_refuses_what_sys_admin_could_do(loaded: Kubelet) -> None:
+    """With it the agent's container can neither mount, nor enter other namespaces than pods' networks, nor trace."""
+    outcomes = {}
+    for seccomp in (True, PROFILE):
+        agent = loaded.container("ebpfproxy", seccomp=seccomp)
+        with loaded.running(agent):
+            lines = agent.execute("python3", "-c", _REFUSED).split("\n")
+            outcomes[seccomp] = dict(line.split() for line in lines if line)
+    assert set(outcomes[PROFILE].values()) == {"EPERM"}
+    assert {name for name, outcome in outcomes[True].items() if outcome != "EPERM"} >= {
+        "mount",
+        "unshare",
+        "setns",
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,18 @@ def eligible(node: Node | None) -> bool:
 class ProxyHealth:
     """Healthy once everything is programmed and attached, while no change waits longer than the time-out.
 
-    Any thread may use it. ``clock`` gives Unix seconds.
+    Any thread may use it. ``clock`` gives Unix seconds, ``monotonic`` those that pass: somebody may set the
+    clock.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time, timeout: float = HEALTH_TIMEOUT) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.time,
+        timeout: float = HEALTH_TIMEOUT,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
+        self._monotonic = monotonic
         self._timeout = timeout
         self._lock = threading.Lock()
         self._updated: float | None = None
@@ -45,7 +52,7 @@ class ProxyHealth:
         """A change waits to be programmed."""
         with self._lock:
             if self._pending is None:
-                self._pending = self._clock()
+                self._pending = self._monotonic()
 
     def programmed(self) -> None:
         """Everything known is programmed."""
@@ -65,18 +72,18 @@ class ProxyHealth:
     @property
     def healthy(self) -> bool:
         with self._lock:
-            return self._healthy(self._clock())
+            return self._healthy()
 
-    def _healthy(self, now: float) -> bool:
+    def _healthy(self) -> bool:
         if self._updated is None or not self._attached:
             return False
-        return self._pending is None or now - self._pending < self._timeout
+        return self._pending is None or self._monotonic() - self._pending < self._timeout
 
     def livez(self) -> tuple[bool, dict[str, Any]]:
         """Health alone, and the body that says it."""
         with self._lock:
             now = self._clock()
-            healthy = self._healthy(now)
+            healthy = self._healthy()
             updated = _rfc3339(self._updated)
             return healthy, {
                 "lastUpdated": _rfc3339(now) if healthy else updated,

@@ -34,7 +34,7 @@ def node(**parts: Any) -> Node:
 
 
 def attached(clock: Clock | None = None) -> ProxyHealth:
-    health = ProxyHealth(clock or Clock())
+    health = ProxyHealth(clock or Clock(), monotonic=clock or Clock())
     health.attached()
     return health
 
@@ -67,6 +67,19 @@ def test_change_pending_for_more_than_two_sync_periods_is_unhealthy() -> None:
     assert not health.healthy
     health.programmed()
     assert health.healthy
+
+
+def test_clock_that_is_set_makes_no_change_wait_longer_or_shorter() -> None:
+    clock, passed = Clock(), Clock()
+    health = ProxyHealth(clock, monotonic=passed)
+    health.attached()
+    health.programmed()
+    health.queued()
+    clock.now += 86400
+    assert health.healthy
+    clock.now -= 2 * 86400
+    passed.now += 61
+    assert not health.healthy
 
 
 def test_idle_cluster_stays_healthy() -> None:

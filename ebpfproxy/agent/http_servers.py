@@ -6,13 +6,18 @@ from collections.abc import Callable, Mapping
 
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.health.http import Answer, json_answer, text_answer
+from ebpfproxy.health.listeners import Listen
 from ebpfproxy.health.proxy import ProxyHealth
 from ebpfproxy.health.server import HttpServer
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 
 
 def servers(
-    options: AgentOptions, health: ProxyHealth, metrics: AgentMetrics, configz: Mapping[str, object]
+    options: AgentOptions,
+    health: ProxyHealth,
+    metrics: AgentMetrics,
+    configz: Mapping[str, object],
+    listen: Listen,
 ) -> list[HttpServer]:
     """Creates both servers; the caller starts them."""
 
@@ -34,6 +39,7 @@ def servers(
                 "/livez": proxy_page("livez", health.livez),
             },
             hard_fail=options.bind_hard_fail,
+            listen=listen,
         ),
         HttpServer(
             "metrics",
@@ -45,5 +51,6 @@ def servers(
                 "/configz": lambda: json_answer(dict(configz)),
             },
             hard_fail=options.bind_hard_fail,
+            listen=listen,
         ),
     ]

@@ -42,7 +42,8 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def _is_root(peer: socket.socket) -> bool:
+def is_root(peer: socket.socket) -> bool:
+    """True if root has made the other end."""
     packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(packed)
     return bool(uid == 0)
@@ -62,7 +63,7 @@ class LocalServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         listener.bind(f"\0{self.name}")
         listener.listen(_BACKLOG)
-        self._thread.add(listener, self._respond, _is_root)
+        self._thread.add(listener, self._respond, is_root)
         self._thread.start()
 
     def stop(self) -> None:
@@ -82,14 +83,14 @@ class _Connection(http.client.HTTPConnection):
         self._netns = netns
 
     def connect(self) -> None:
-        self.sock = _socket_of(self._netns)
+        self.sock = socket_of(self._netns)
         self.sock.settimeout(self.timeout)
         self.sock.connect(f"\0{self._name}")
-        if not _is_root(self.sock):
+        if not is_root(self.sock):
             raise NoAgentError("its socket belongs to somebody who is not root")
 
 
-def _socket_of(netns: int) -> socket.socket:
+def socket_of(netns: int) -> socket.socket:
     """A socket of the network namespace with this cookie, as names belong to one. Raises NoAgentError."""
     for path in namespaces():
         with suppress(OSError):

@@ -5,9 +5,10 @@ the HTTP servers, one that sends events, and the reconciler, which alone owns th
 contents. They meet at one queue (``messages``). Slow work of the reconciler (compiling, and that of
 ``housekeeping``) runs in workers, whose results come by the same queue.
 
-Order of a start: roots and lock; kernel probe; maps (reused or created); then, at the same time, the watches'
-first lists and the programs' compilation; the first full programming; and only then programs are attached
-or replaced. A stop changes nothing: maps and programs go on without an agent.
+Order of a start: roots and lock (``succession``: another agent may run still); kernel probe; maps (reused or
+created); then, at the same time, the watches' first lists and the programs' compilation; the first full
+programming; and only then programs are attached or replaced. A stop changes nothing: maps and programs go on
+without an agent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ebpfproxy
@@ -31,6 +32,7 @@ from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import source_of
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
+from ebpfproxy.agent.succession import HOLD_SECONDS, Predecessor, Successors
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
@@ -39,6 +41,7 @@ from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.programs import attach
 from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.datapath.services.writer import Writer
+from ebpfproxy.health.listeners import Listeners, inherited
 from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
 from ebpfproxy.health.proxy import ProxyHealth, eligible
 from ebpfproxy.health.server import HttpServer
@@ -75,11 +78,13 @@ class Agent:
         handover: Handover,
         config: Path | None = None,
         init_only: bool = False,
+        standby: bool = False,
     ) -> None:
         """Checks the options, and changes nothing on this node.
 
         ``configz``: what /configz answers. ``config``: the file whose change ends the agent. ``init_only``:
-        :meth:`run` makes the maps, compiles and loads the programs, and is done.
+        :meth:`run` makes the maps, compiles and loads the programs, and is done. ``standby``: where another
+        agent runs, :meth:`run` waits until it ends.
         """
         self._options = options
         self._configz = dict(configz)
@@ -88,12 +93,22 @@ class Agent:
         self._tracker = Tracker(options.node_name)
         self._health = ProxyHealth()
         self._metrics = AgentMetrics()
-        self._node_port_health = NodePortHealth(lambda: self._health.healthy, self._health_port_not_bound)
+        self._listeners = Listeners(inherited())
+        self._node_port_health = NodePortHealth(
+            lambda: self._health.healthy, self._health_port_not_bound, listen=self._listeners.listen
+        )
+        self._servers: list[HttpServer] = []
+        self._is_serving = False
         self._started = time.time()
         #: True once everything that is known has been programmed.
         self._complete = False
         self._told_failures: set[str] = set()
+        #: True once the configuration has changed.
+        self._starts_anew = False
+        self._is_told_to_end = False
         self._init_only = init_only
+        self._standby = standby
+        self._predecessor = Predecessor()
         self._handover = handover
         roots.check_cgroup(options.cgroup_root)
         if not init_only:
@@ -102,16 +117,26 @@ class Agent:
 
     # -- start and stop
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """True if the agent has ended because its configuration has changed.
+
+        Then a program that replaces this one in its process inherits its listening sockets.
+        """
         # What the first lists bring stays: there is nothing to collect until they are programmed.
         gc.disable()
-        lock = self._open()
+        found = self._lock_roots()
+        if found is None:
+            return False
+        lock = found
+        self._open()
         if self._init_only:
             self._programs.load(reports=self._options.trace_decisions)
             lock.release()
-            return
+            return False
         source, options = self._source, self._options
-        servers = http_servers.servers(options, self._health, self._metrics, self._configz)
+        servers = self._servers = http_servers.servers(
+            options, self._health, self._metrics, self._configz, self._listeners.listen
+        )
         self._drift = self._drift_check()
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
@@ -124,9 +149,10 @@ class Agent:
         self._network.set_pod_cidrs()
         self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
-        self._serve(servers)
+        self._serve_by = time.monotonic() + HOLD_SECONDS
+        self._serve()
         self._local.start()
-        self._node_port_health.start()
+        successors = Successors(self._local.name)
         source.start()
         log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
         try:
@@ -134,21 +160,43 @@ class Agent:
         finally:
             self._tracing.stop()
             source.stop()
+            self._messages.close()
+            self._local.stop()
+            if self._starts_anew:
+                self._listeners.leave_to_next()
+            successors.hand_over(self._listeners, lock)
+            self._predecessor.dismiss()
             for server in servers:
                 server.stop()
             self._node_port_health.stop()
-            self._messages.close()
-            self._local.stop()
-            lock.release()
         log.info("stopped, traffic goes on")
+        return self._starts_anew and not self._is_told_to_end
 
-    def _open(self) -> roots.Lock:
-        """Opens the maps, and creates the parts that need them."""
+    def _lock_roots(self) -> roots.Lock | None:
+        """None if another agent runs, and nothing is to be done beside it. Raises RootError."""
         options = self._options
         mounted = roots.ensure_bpffs(options.bpf_root)
         if mounted:
             log.info("mounted a bpffs", path=str(options.bpf_root))
-        lock = roots.Lock([("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)])
+        folders = [("--bpf-root", options.bpf_root), ("--cgroup-root", options.cgroup_root)]
+        if not self._standby:
+            return roots.Lock(folders)
+        if self._init_only:
+            try:
+                return roots.Lock(folders)
+            except roots.RootError as error:
+                log.info("not loading programs beside another agent", reason=str(error))
+                return None
+        # The first process of a container is not ended by a signal for which it has no handler.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
+        lock, sockets = self._predecessor.wait_for_lock(folders, options.bpf_root)
+        self._listeners.inherit(sockets)
+        return lock
+
+    def _open(self) -> None:
+        """Opens the maps, and creates the parts that need them."""
+        options = self._options
         features = probe.probe().without(options.without)
         pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(pins, options.capacity)
@@ -180,7 +228,6 @@ class Agent:
             service_ports=self._writer.service_ports,
             backends=self._writer.backends,
         )
-        return lock
 
     def _drift_check(self) -> DriftCheck:
         return DriftCheck(
@@ -211,10 +258,14 @@ class Agent:
         """From now on signals, the configuration's file and the node's network send messages."""
         put = self._messages.put
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: put(Stop()))
+            signal.signal(number, self._stop)
         if self._config is not None:
             watch_file(self._config, lambda: put(Stop("the configuration has changed")))
         NetworkWatcher(lambda found: put(NetworkChanged(found))).start()
+
+    def _stop(self, *_: object) -> None:
+        self._is_told_to_end = True
+        self._messages.put(Stop())
 
     def _status_of(self, servers: list[HttpServer]) -> Status:
         parts = Parts(
@@ -234,12 +285,25 @@ class Agent:
         )
         return Status(parts, self._started)
 
-    def _serve(self, servers: Iterable[HttpServer]) -> None:
-        for server in servers:
+    def _serve(self) -> None:
+        """Begins to answer health checks.
+
+        Where an earlier agent has left its sockets, that agent answers, or checks wait in the kernel, until
+        this one is healthy, but not for ever: it may never be.
+        """
+        if self._is_serving:
+            return
+        is_late = time.monotonic() >= self._serve_by
+        if self._listeners.has_inherited and not self._health.healthy and not is_late:
+            return
+        self._is_serving = True
+        self._node_port_health.start()
+        for server in self._servers:
             server.start()
             if server.failure:
                 node = self._options.node_name
                 self._source.record(kube_events.server_not_started(node, server.name, server.failure))
+        self._predecessor.dismiss()
 
     # -- the reconciler
 
@@ -265,6 +329,9 @@ class Agent:
                 self._programs.attach(self._started)
                 if self._programs.attached:
                     self._health.attached()
+            self._serve()
+            if self._is_serving and self._complete:
+                self._listeners.release_inherited()
             self._tell_of_devices()
             self._tracing.follow()
             programs = self._programs
@@ -285,6 +352,7 @@ class Agent:
             if isinstance(message, Stop):
                 if message.reason:
                     log.info("stopping", reason=message.reason)
+                    self._starts_anew = True
                 return False
             self._handle(message)
         return True
@@ -353,3 +421,7 @@ class Agent:
         self._source.record(
             kube_events.health_port_not_bound(self._options.node_name, key, service.port, error)
         )
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ log = get_logger(__name__)
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="KubeProxyConfiguration, EbpfProxyConfiguration, or both as two documents; flags win. The agent "
-    "exits when the file changes, and expects to be restarted.",
+    "starts anew when the file changes.",
 )
 @click.option(
     "--write-config-to",
@@ -51,6 +52,12 @@ log = get_logger(__name__)
     is_flag=True,
     help="Create the maps, compile and load the programs, then exit; nothing is attached.",
 )
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="While another agent runs on this node, wait until it ends, and take over its listening sockets; "
+    "with --init-only, load nothing then.",
+)
 @settings.all_settings
 @click.pass_context
 def command(
@@ -61,6 +68,7 @@ def command(
     *,
     init_only: bool,
     cleanup: bool,
+    standby: bool,
     **_: Any,
 ) -> None:
     """Run the agent of this node until SIGTERM. Its programs stay attached afterwards.
@@ -100,12 +108,13 @@ def command(
                 configz(in_use(used, agent)),
                 config=config,
                 init_only=init_only,
+                standby=standby,
                 handover=NodeHandover(),
             )
             if used.kube_proxy.oom_score_adj is not None:
                 set_oom_score_adj(used.kube_proxy.oom_score_adj)
             set_conntrack(*conntrack_sysctls(used.kube_proxy.conntrack, os.cpu_count() or 1))
-            proxy.run()
+            starts_anew = proxy.run()
     except (
         ConfigError,
         ManifestError,
@@ -114,3 +123,6 @@ def command(
         NodePortAddressesError,
     ) as error:
         raise click.ClickException(str(error)) from error
+    if starts_anew:
+        # The same process: nobody has to restart it, and health checks wait in its sockets meanwhile.
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606

@@ -45,6 +45,7 @@ NO_FIELD = frozenset(
         "config",
         "help",
         "init-only",
+        "standby",
         "machine-id-file",
         "version",
         "write-config-to",

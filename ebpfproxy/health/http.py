@@ -30,6 +30,8 @@ log = get_logger(__name__)
 RETRY_SECONDS = 5.0
 #: A request and its answer may take so many seconds, each time on a connection that is kept.
 CLIENT_SECONDS = 10.0
+#: The patience at the end of servers that others than commands ask.
+END_SECONDS = 2.0
 _MOST_CLIENTS = 1024
 _REQUEST_BYTES = 8192
 #: A line may end without its CR (RFC 9112, 2.2), as people type it.
@@ -90,13 +92,21 @@ class HttpThread:
         self._tasks: dict[socket.socket, asyncio.Task[None]] = {}
         #: The oldest comes first.
         self._clients: dict[asyncio.Task[None], None] = {}
+        #: Those who have an answer to each of their requests.
+        self._idle: set[asyncio.Task[None]] = set()
+        self._is_ending = False
+        self._patience = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Every listener is closed when this returns."""
+    def stop(self, patience: float = 0.0) -> None:
+        """Every listener is closed when this returns.
+
+        Who has connected and waits for an answer gets it, if that takes no more than ``patience`` seconds.
+        """
+        self._patience = patience
         self._loop.call_soon_threadsafe(self._loop.stop)
         if self._thread.ident is None:
             self._run()
@@ -131,6 +141,14 @@ class HttpThread:
         self._loop.close()
 
     async def _end_all(self) -> None:
+        self._is_ending = True
+        # The next process answers whoever connects from now on, if it has these sockets.
+        for listener in self._tasks:
+            self._loop.remove_reader(listener)
+        for each in self._idle:
+            each.cancel()
+        if self._clients and self._patience:
+            await asyncio.wait(list(self._clients), timeout=self._patience)
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -173,10 +191,13 @@ class HttpThread:
 
     def _end(self, client: socket.socket, task: asyncio.Task[None]) -> None:
         self._clients.pop(task, None)
+        self._idle.discard(task)
         client.close()
 
     async def _exchange(self, client: socket.socket, respond: Respond) -> None:
         received, goes_on = b"", True
+        task = asyncio.current_task()
+        assert task is not None
         with suppress(OSError, TimeoutError):
             while goes_on:
                 async with asyncio.timeout(CLIENT_SECONDS):
@@ -184,6 +205,7 @@ class HttpThread:
                         chunk = await self._loop.sock_recv(client, _REQUEST_BYTES)
                         if not chunk:
                             return
+                        self._idle.discard(task)
                         received += chunk
                 if end is None:
                     answer, goes_on = _encoded(text_answer("", 431), closes=True), False
@@ -192,6 +214,10 @@ class HttpThread:
                     answer, goes_on = await _answered(head, respond)
                 async with asyncio.timeout(CLIENT_SECONDS):
                     await self._loop.sock_sendall(client, answer)
+                if self._is_ending:
+                    return
+                if not received:
+                    self._idle.add(task)
 
 
 async def _answered(head: bytes, respond: Respond) -> tuple[bytes, bool]:

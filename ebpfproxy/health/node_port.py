@@ -13,7 +13,8 @@ from functools import partial
 
 import msgspec
 
-from ebpfproxy.health.http import Answer, HttpThread, listen, text_answer
+from ebpfproxy.health.http import END_SECONDS, Answer, HttpThread, listen, text_answer
+from ebpfproxy.health.listeners import Listen
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
@@ -43,10 +44,13 @@ class NodePortHealth:
         self,
         proxy_healthy: Callable[[], bool],
         on_failure: Callable[[ServiceHealth, str], None] = lambda *_: None,
+        *,
+        listen: Listen = listen,
     ) -> None:
         """``on_failure``: told once of a Service whose port cannot be bound, and why. It must not block."""
         self._proxy_healthy = proxy_healthy
         self._on_failure = on_failure
+        self._listen = listen
         self._lock = threading.Lock()
         self._given: tuple[ServiceHealth, ...] = ()
         self._wanted: dict[int, ServiceHealth] = {}
@@ -72,7 +76,7 @@ class NodePortHealth:
 
     def stop(self) -> None:
         """Every port is closed when this returns."""
-        self._thread.stop()
+        self._thread.stop(END_SECONDS)
 
     def update(self, wanted: Iterable[ServiceHealth]) -> None:
         """All Services that have such a port; of two with the same port the first by name has it."""
@@ -106,7 +110,7 @@ class NodePortHealth:
     def _open(self, port: int) -> None:
         """The lock is held."""
         try:
-            listener = listen("", port)
+            listener = self._listen("", port)
         except OSError as error:
             if port not in self._failed:
                 service = self._wanted[port]

@@ -6,7 +6,8 @@ import socket
 from collections.abc import Callable, Mapping
 
 from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
-from ebpfproxy.health.http import Answer, HttpThread, listen, text_answer
+from ebpfproxy.health.http import END_SECONDS, Answer, HttpThread, listen, text_answer
+from ebpfproxy.health.listeners import Listen
 from ebpfproxy.logs import get_logger
 
 log = get_logger(__name__)
@@ -20,10 +21,17 @@ class HttpServer:
     """Serves ``pages`` (path to function) at ``address``. An address in use is retried, and logged once."""
 
     def __init__(
-        self, name: str, address: str, pages: Mapping[str, Page], *, hard_fail: bool = False
+        self,
+        name: str,
+        address: str,
+        pages: Mapping[str, Page],
+        *,
+        hard_fail: bool = False,
+        listen: Listen = listen,
     ) -> None:
         """Raises BindAddressError. An empty address serves nothing. ``hard_fail``: see :meth:`start`."""
         self._hard_fail = hard_fail
+        self._listen = listen
         self._name = name
         self._text = address
         self._address = parse_bind_address(address) if address else None
@@ -62,14 +70,14 @@ class HttpServer:
 
     def stop(self) -> None:
         if self._thread is not None:
-            self._thread.stop()
+            self._thread.stop(END_SECONDS)
 
     def _bind(self, thread: HttpThread) -> bool:
         assert self._address is not None
         host, port = self._address
         try:
             # ":10256" and "0.0.0.0:10256" work without IPv6, too; "[::]:10256" asks for it.
-            self._listener = listen("" if host == "::" and "[" not in self._text else host, port)
+            self._listener = self._listen("" if host == "::" and "[" not in self._text else host, port)
         except OSError as error:
             self._why = str(error)
             return False

@@ -292,6 +292,20 @@ def test_monitoring_adds_the_pod_monitor_of_deploy_monitoring() -> None:
     assert ("PodMonitor", "ebpfproxy") not in render_chart()
 
 
+def test_agents_that_overlap_stand_by_and_declare_no_ports() -> None:
+    """The scheduler would let only one pod of a node have a port, and one of the two numbers must be 0."""
+    found = render_chart({"overlap": True})
+    update = found["DaemonSet", "ebpfproxy"]["spec"]["updateStrategy"]
+    assert update == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    for name in ("load", "ebpfproxy"):
+        assert "--standby" in container(found, name)["args"]
+        assert "--standby" not in container(render_chart(), name)["args"]
+    agent = container(found, "ebpfproxy")
+    assert "ports" not in agent
+    for each in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert agent[each]["httpGet"] == {"path": "/livez", "port": 10256}
+
+
 # -- the template reader
 
 

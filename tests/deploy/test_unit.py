@@ -18,6 +18,7 @@ from tests.deploy.objects import DEPLOY, base, container
 from tests.deploy.runtime import install
 from tests.deploy.test_container import until
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
+from tests.faults.probes import Probe, Prober
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
 
@@ -235,6 +236,16 @@ def test_the_agent_works_in_its_sandbox() -> None:
             look = [*inside, "stat", "-fc%T", *(f"/run/netns/{pod.netns}" for pod in pods)]
             kinds = subprocess.run(look, capture_output=True, text=True, check=True).stdout.split()
             assert kinds == ["nsfs", "nsfs"], "a name that is not mounted is a file without permissions"
+
+            # Health checks wait in the sockets, which systemd keeps; RestartSec is less than a check's patience.
+            prober = Prober(lab.outside, [Probe(cluster.a.address, 10256, "/livez")])
+            starts = manager.log.count("programs are attached")
+            manager.call("restart", UNIT.name)
+            until(lambda: manager.log.count("programs are attached") == starts + 1, 60)
+            manager.call("kill", "--signal=KILL", UNIT.name)
+            until(lambda: manager.log.count("programs are attached") == starts + 2, 60)
+            probed = prober.stop()
+            assert (probed.failed, probed.count > 20) == ([], True)
 
             manager.call("stop", UNIT.name)
             assert "stopped, traffic goes on" in manager.log

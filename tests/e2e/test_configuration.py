@@ -1,4 +1,4 @@
-"""The agent with a configuration file: effective values, validation errors, exit when the file changes."""
+"""The agent with a configuration file: effective values, validation errors, a new start when the file changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cluster() -> Iterator[ConfiguredNode]:
         yield ConfiguredNode(lab)
 
 
-def test_configuration_file_is_used_flags_override_it_and_a_change_ends_the_agent(
+def test_configuration_file_is_used_flags_override_it_and_the_agent_starts_anew_when_it_changes(
     cluster: ConfiguredNode,
 ) -> None:
     own = {
@@ -76,14 +76,16 @@ def test_configuration_file_is_used_flags_override_it_and_a_change_ends_the_agen
         "ipvs.scheduler selects round robin"
     )
     cluster.write({**KUBE_PROXY, "ipvs": {"scheduler": "sh"}}, own)
-    assert agent.process is not None
-    assert agent.process.wait(120) == 0
+    agent.wait_log("programs are attached", times=2)
     assert "the configuration has changed" in agent.text
-    again = cluster.node.agent("--config", str(cluster.config)).start()
     assert len(set(cluster.pod.call(choices.choices, "10.96.7.1", 53, 50))) == 1, (
         "ipvs.scheduler selects source hash"
     )
-    again.stop()
+    # What it cannot read ends it, with all that is wrong.
+    cluster.write({**KUBE_PROXY, "ipvs": {"scheduler": 7}}, own)
+    assert agent.process is not None
+    assert agent.process.wait(120) == 1
+    assert "ipvs.scheduler" in agent.text
 
 
 def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(cluster: ConfiguredNode) -> None:

@@ -36,7 +36,7 @@ from ebpfproxy.agent.succession import HOLD_SECONDS, Predecessor, Successors
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
-from ebpfproxy.datapath.kernel import maps, probe, roots
+from ebpfproxy.datapath.kernel import maps, moved_pins, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.programs import attach
 from ebpfproxy.datapath.services.drained import Drained
@@ -106,6 +106,7 @@ class Agent:
         #: True once the configuration has changed.
         self._starts_anew = False
         self._is_told_to_end = False
+        self._mount_problem = ""
         self._init_only = init_only
         self._standby = standby
         self._predecessor = Predecessor()
@@ -127,7 +128,7 @@ class Agent:
         found = self._lock_roots()
         if found is None:
             return False
-        lock = found
+        lock = self._lock = found
         self._open()
         if self._init_only:
             self._programs.load(reports=self._options.trace_decisions)
@@ -305,6 +306,26 @@ class Agent:
                 self._source.record(kube_events.server_not_started(node, server.name, server.failure))
         self._predecessor.dismiss()
 
+    def _follow_mounts(self) -> None:
+        """Where somebody has unmounted the bpffs, or mounted another one, all is pinned and locked there."""
+        root = self._options.bpf_root
+        for folder, old in self._lock.moved():
+            try:
+                if folder == root:
+                    roots.ensure_bpffs(root)
+                    pinned = moved_pins.pin_below(roots.pin_folder(root), roots.pin_folder(old))
+                    log.warning("another folder is at --bpf-root, pinned all again", pins=pinned)
+                is_locked = self._lock.follow(folder)
+            except (OSError, roots.RootError) as error:
+                self._told_of_mount(folder, str(error))
+            else:
+                self._told_of_mount(folder, "" if is_locked else "another process has locked it")
+
+    def _told_of_mount(self, folder: Path, problem: str) -> None:
+        if problem and problem != self._mount_problem:
+            log.error("cannot use what is mounted now", path=str(folder), error=problem)
+        self._mount_problem = problem
+
     # -- the reconciler
 
     def _reconcile(self) -> None:
@@ -322,6 +343,7 @@ class Agent:
             self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
+            self._follow_mounts()
             self._writer.end_absences()
             self._network.set_pod_cidrs()
             if self._complete:

@@ -78,29 +78,64 @@ class Lock:
 
     def __init__(self, folders: list[tuple[str, Path]]) -> None:
         """``folders`` with the option that named each. Raises RootError where another process holds one."""
-        self._fds: list[int] = []
+        self._fds: dict[Path, int] = {}
         for option, folder in folders:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if not _try_lock(fd):
                 os.close(fd)
                 self.release()
                 raise RootError(f"{option} {folder} is in use by another ebpfproxy agent")
-            self._fds.append(fd)
+            self._fds[folder] = fd
+
+    def moved(self) -> list[tuple[Path, Path]]:
+        """Folders at whose path another one is now, each with a path to the locked one.
+
+        Somebody has mounted or unmounted something there: the open descriptor is all that keeps the old one.
+        """
+        return [
+            (folder, Path(f"/proc/self/fd/{fd}"))
+            for folder, fd in self._fds.items()
+            if not _is_at(fd, folder)
+        ]
+
+    def follow(self, folder: Path) -> bool:
+        """Locks what is at the path now instead. False where another process has."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not _lock_now(fd):
+            os.close(fd)
+            return False
+        os.close(self._fds[folder])
+        self._fds[folder] = fd
+        return True
 
     def release(self) -> None:
         while self._fds:
-            os.close(self._fds.pop())
+            os.close(self._fds.popitem()[1])
+
+
+def _is_at(fd: int, folder: Path) -> bool:
+    try:
+        there = folder.stat()
+    except OSError:
+        return False
+    own = os.fstat(fd)
+    return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _lock_now(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _try_lock(fd: int) -> bool:
     """Tries for half a second, since a command that checks for an agent holds the lock for a moment."""
     for _ in range(10):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        else:
+        if _lock_now(fd):
             return True
+        time.sleep(0.05)
     return False
 
 

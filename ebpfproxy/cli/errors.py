@@ -16,3 +16,8 @@ def one_line() -> Iterator[None]:
         yield
     except FAILURES as error:
         raise click.ClickException(told(error)) from error
+    except OSError as error:
+        # A file system is full, read-only or gone. What names no file is a mistake of ours.
+        if error.filename is None:
+            raise
+        raise click.ClickException(str(error)) from error

@@ -245,7 +245,7 @@ def test_the_agent_works_in_its_sandbox() -> None:
             manager.call("kill", "--signal=KILL", UNIT.name)
             until(lambda: manager.log.count("programs are attached") == starts + 2, 60)
             probed = prober.stop()
-            assert (probed.failed, probed.count > 20) == ([], True)
+            assert (probed.failed, probed.made > 20) == ([], True)
 
             manager.call("stop", UNIT.name)
             assert "stopped, traffic goes on" in manager.log

@@ -23,7 +23,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from pyroute2 import IPRoute, netns
 
@@ -50,12 +50,26 @@ class Agent:
         #: What the log had when the process was started: it may be started again.
         self._logged = 0
 
-    def start(self, *, wait: bool = True, cwd: Path | None = None) -> Agent:
-        """``cwd``: the checkout whose agent is started, if it is another one than that under test."""
-        command = [sys.executable, "-m", "ebpfproxy", "run", *self._node.roots, *self._arguments]
+    def start(
+        self,
+        *,
+        wait: bool = True,
+        cwd: Path | None = None,
+        module: str = "ebpfproxy",
+        into: IO[bytes] | None = None,
+        **options: Any,
+    ) -> Agent:
+        """``cwd``: the checkout whose agent is started, if it is another one than that under test.
+
+        ``module``: what is run instead, with the same arguments. ``into``: a file for the log, which is then not
+        read here. ``options`` are those of :meth:`Space.popen`.
+        """
+        command = [sys.executable, "-m", module, "run", *self._node.roots, *self._arguments]
         self._logged = len(self.text)
         with self.log.open("ab") as log:
-            self.process = self._node.popen(command, join_cgroup=False, stdout=log, stderr=log, cwd=cwd)
+            self.process = self._node.popen(
+                command, join_cgroup=False, stdout=into or log, stderr=into or log, cwd=cwd, **options
+            )
         if wait:
             self.wait_ready()
         return self
@@ -67,11 +81,16 @@ class Agent:
             assert self.process is not None
             if self.process.poll() is not None:
                 raise AssertionError(f"the agent ended with {self.process.returncode}:\n{self.text}")
-            _, started, since = self.text[self._logged :].partition("started")
-            if started and "programs are attached" in since:
+            if self.is_ready:
                 return
             time.sleep(0.02)
         raise AssertionError(f"the agent is not ready after {timeout} s:\n{self.text}")
+
+    @property
+    def is_ready(self) -> bool:
+        """True once the process that was started last has attached its programs."""
+        _, started, since = self.text[self._logged :].partition("started")
+        return bool(started) and "programs are attached" in since
 
     @property
     def text(self) -> str:

@@ -122,12 +122,22 @@ class Space:
         enter_namespace(f"/run/netns/{self.netns}")
 
     def popen(
-        self, command: list[str], *, join_cgroup: bool = True, **options: Any
+        self,
+        command: list[str],
+        *,
+        join_cgroup: bool = True,
+        before_exec: Callable[[], object] = lambda: None,
+        **options: Any,
     ) -> subprocess.Popen[bytes]:
-        """Starts a process here, which is killed at the end of the lab."""
+        """Starts a process here, which is killed at the end of the lab. ``before_exec`` is called in it at last."""
+
+        def enter() -> None:
+            self._enter(join_cgroup=join_cgroup)
+            before_exec()
+
         process = subprocess.Popen(
             command,
-            preexec_fn=lambda: self._enter(join_cgroup=join_cgroup),
+            preexec_fn=enter,
             start_new_session=True,
             **options,
         )

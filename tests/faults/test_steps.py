@@ -1,0 +1,315 @@
+"""The agent is killed, stopped, or refused a system call at every step of a start, an update, a change of map sizes and
+a clean-up.
+
+A ladder kills a process at the first step at which none was killed before, starts the next one on what that one left,
+and so on, until one gets to the end: every step that exists has then had its process killed, and every start has
+begun with what another had half done.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from tests.faults.faulted import Faulted
+from tests.faults.steps import Choose, Fault, Step, Stepped
+from tests.lab import Agent, Lab
+from tests.lab.waiting import until
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are x86_64's"),
+]
+
+#: A step that a process makes again and again is one step after so many times.
+_TIMES = 3
+#: For a look in a hurry: one of so many steps of a kind, the first of each always.
+_EVERY = int(os.environ.get("EBPFPROXY_FAULTS_EVERY", "1"))
+#: Kinds of steps that change what programs there are: one of each in every run of the tests.
+_SAMPLED = frozenset({"PROG_LOAD", "OBJ_PIN", "LINK_UPDATE"})
+#: What finds out about the kernel loads programs, too.
+_PROBES = frozenset({"PROG_LOAD ", "PROG_LOAD probe", "PROG_LOAD libbpf_nametest"})
+_KILL = Fault(signal.SIGKILL)
+_OTHER_SIZES = ("--max-services", "3000")
+
+
+@pytest.fixture(scope="module")
+def faulted() -> Iterator[Faulted]:
+    with Lab() as lab:
+        yield Faulted(lab)
+
+
+@pytest.fixture(autouse=True)
+def _no_agents(faulted: Faulted) -> Iterator[None]:
+    yield
+    faulted.end_agents()
+
+
+def start(faulted: Faulted, choose: Choose, *arguments: str) -> tuple[Agent, Stepped]:
+    stepped = Stepped(choose)
+    agent = faulted.agent(*arguments)
+    agent.start(wait=False, before_exec=stepped.enter)
+    assert agent.process is not None
+    stepped.follow(agent.process.pid)
+    return agent, stepped
+
+
+def wait_end(agent: Agent) -> bool:
+    """Waits until it is ready (True), or has ended."""
+    assert agent.process is not None
+    process = agent.process
+    until(lambda: agent.is_ready or process.poll() is not None, "the agent neither ends nor is ready")
+    return process.poll() is None
+
+
+class Ladder:
+    """Chooses each step once, or one step of each kind in ``of_kind``."""
+
+    def __init__(self, fault: Fault, *, of_kind: Collection[str] = ()) -> None:
+        self.done: set[Step] = set()
+        self._fault = fault
+        self._left = set(of_kind)
+        self._has_kinds = bool(of_kind)
+        self._numbers: dict[str, dict[Step, int]] = {}
+        #: False for an agent that is to get to the end of its start.
+        self.is_armed = True
+
+    def choose(self, step: Step) -> Fault | None:
+        # An agent writes its state and the lists again and again; a step is one of its first few times.
+        if not self.is_armed or step in self.done or step.occurrence > _TIMES:
+            return None
+        kind = step.name.split()[0]
+        if self._has_kinds and (kind not in self._left or step.name in _PROBES):
+            return None
+        self._left.discard(kind)
+        known = self._numbers.setdefault(kind, {})
+        if known.setdefault(step, len(known)) % _EVERY:
+            return None
+        self.done.add(step)
+        return self._fault
+
+    def climb(self, faulted: Faulted, *arguments: str) -> Agent:
+        """Returns the first agent that gets to the end."""
+        while True:
+            self.is_armed, before = True, len(self.done)
+            agent, stepped = start(faulted, self.choose, *arguments)
+            is_ready = wait_end(agent)
+            # What follows is no part of the start.
+            self.is_armed = False
+            if self._fault.error:
+                assert "Traceback" not in agent.text, agent.text
+            if len(self.done) == before and is_ready:
+                return agent
+            if is_ready:
+                agent.kill()
+            stepped.join()
+            assert len(self.done) > before, f"the agent ends at no step:\n{agent.text}"
+
+
+def test_agent_killed_at_a_step_of_each_kind(faulted: Faulted) -> None:
+    """kill -9 at one step of each kind of a start with other options: a sample of the ladders for every run."""
+    faulted.agent().start().kill()
+    ladder = Ladder(_KILL, of_kind=_SAMPLED)
+    with faulted.under_load("kill -9 at a step of each kind of a start"):
+        agent = ladder.climb(faulted, "--no-localhost-nodeports")
+    assert {step.name.split()[0] for step in ladder.done} == _SAMPLED
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.mark.faults
+def test_agent_killed_at_every_step_of_a_first_start(faulted: Faulted) -> None:
+    """kill -9 at every step of a first start; each next start goes on from there."""
+    faulted.a.cli("cleanup")
+    ladder = Ladder(_KILL)
+    agent = ladder.climb(faulted)
+    faulted.wait_equal()
+    with faulted.under_load("after kill -9 at every step of a first start"):
+        time.sleep(1)
+    agent.stop()
+    assert len(ladder.done) > 100 // _EVERY
+    assert any(step.name.startswith("LINK_CREATE") for step in ladder.done)
+
+
+@pytest.mark.faults
+def test_agent_killed_at_every_step_of_a_restart(faulted: Faulted) -> None:
+    """kill -9 at every step of a restart with the same maps."""
+    faulted.agent().start().kill()
+    ladder = Ladder(_KILL)
+    with faulted.under_load("kill -9 at every step of a restart"):
+        agent = ladder.climb(faulted)
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.mark.faults
+def test_agent_stopped_at_every_step_of_a_start(faulted: Faulted) -> None:
+    """SIGSTOP for a while at every step of a restart, and at those of one with other options, which loads programs."""
+    faulted.agent().start().kill()
+    with faulted.under_load("SIGSTOP at every step of a start"):
+        for arguments in ((), ("--no-localhost-nodeports",)):
+            ladder = Ladder(Fault(signal.SIGSTOP, 0.05))
+            agent, stepped = start(faulted, ladder.choose, *arguments)
+            agent.wait_ready()
+            assert len(ladder.done) > 3
+            agent.kill()
+            stepped.join()
+    agent = faulted.agent().start()
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.ENOSPC, errno.EPERM], ids=errno.errorcode.get)
+def test_every_step_of_a_start_fails(faulted: Faulted, error: int) -> None:
+    """A system call fails at every step of a start that loads programs: the agent says so in a line, or goes on."""
+    faulted.agent().start().kill()
+    name = errno.errorcode[error]
+    with faulted.under_load(f"{name} at every step of a start with other options"):
+        agent = Ladder(Fault(error=error)).climb(faulted, "--no-localhost-nodeports")
+        agent.kill()
+        agent = faulted.agent().start()
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.mark.faults
+def test_agent_killed_at_every_step_of_a_change_of_map_sizes(faulted: Faulted) -> None:
+    """kill -9 at every step of a start with maps of other sizes, and then back to the old ones.
+
+    Connections of sockets outlive this. Of flows of packets, one that begins within the last milliseconds before the
+    programs of its device are replaced may be lost (datapath/flows/map_migration.py): they are counted.
+    """
+    faulted.agent().start().kill()
+    ladder = Ladder(_KILL)
+    with faulted.under_load("kill -9 at every step of a change of map sizes", packets=False):
+        agent = ladder.climb(faulted, *_OTHER_SIZES)
+        agent.kill()
+        agent = faulted.agent().start()
+    assert any(step.name.startswith("LINK_UPDATE") for step in ladder.done)
+    assert any(step.name.startswith("unlinkat") for step in ladder.done)
+    assert len([*pin_folder(faulted.a.bpf_root).glob("v*")]) == 1
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.mark.faults
+def test_agent_killed_at_every_step_of_an_update(faulted: Faulted) -> None:
+    """kill -9 at every system call of a change of endpoints and of Services, by a running agent."""
+    ladder, changes = Ladder(_KILL), _changes(faulted)
+    with faulted.under_load("kill -9 at every step of an update"):
+        while True:
+            ladder.is_armed = False
+            agent, stepped = start(faulted, ladder.choose)
+            agent.wait_ready()
+            faulted.wait_equal()
+            stepped.recount()
+            ladder.is_armed, before = True, len(ladder.done)
+            for change in changes:
+                change()
+                assert agent.process is not None
+                if len(ladder.done) == before:
+                    faulted.wait_equal_or(agent)
+            ladder.is_armed = False
+            if len(ladder.done) == before:
+                break
+            stepped.join()
+    faulted.wait_equal()
+    agent.stop()
+    assert any("services4" in step.name for step in ladder.done)
+    assert any("service_names" in step.name for step in ladder.done)
+
+
+@pytest.mark.faults
+def test_agent_killed_at_every_store_of_an_update(faulted: Faulted, tmp_path: Path) -> None:
+    """kill -9 at every line that stores something in the maps, in memory or not, for a change of endpoints and Services."""
+    done, armed = tmp_path / "done", tmp_path / "armed"
+    environment = {**os.environ, "EBPFPROXY_LINES_DONE": str(done), "EBPFPROXY_LINES_ARMED": str(armed)}
+    changes = _changes(faulted)
+    with faulted.under_load("kill -9 at every store of an update"):
+        while True:
+            armed.unlink(missing_ok=True)
+            agent = faulted.agent().start(module="tests.faults.lines", env=environment)
+            faulted.wait_equal()
+            armed.touch()
+            for change in changes:
+                change()
+                faulted.wait_equal_or(agent)
+            assert agent.process is not None
+            if agent.process.poll() is None:
+                break
+    lines = done.read_text().split()
+    assert len(lines) > 10
+    assert len(lines) == len(set(lines))
+    armed.unlink()
+    faulted.wait_equal()
+    agent.stop()
+
+
+def _changes(faulted: Faulted) -> list[Callable[[], object]]:
+    """Changes after which everything is as it was; the Services under load always have an endpoint that serves."""
+    return [
+        lambda: faulted.put_endpoints("web", "w1"),
+        lambda: faulted.put_endpoints("other", "x2"),
+        lambda: faulted.put_endpoints("web", "w2", "w1"),
+        faulted.put_further,
+        faulted.delete_further,
+        lambda: faulted.put_endpoints("other", "x1", "x2"),
+    ]
+
+
+def clean_up(faulted: Faulted, choose: Choose) -> int:
+    """Runs ``ebpfproxy cleanup``; returns its exit code."""
+    stepped = Stepped(choose)
+    command = [sys.executable, "-m", "ebpfproxy", "cleanup", "--bpf-root", str(faulted.a.bpf_root)]
+    process = faulted.a.popen(command, before_exec=stepped.enter, join_cgroup=False, stdout=-3)
+    stepped.follow(process.pid)
+    code = process.wait(60)
+    stepped.join()
+    return code
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "at", ["MAP_UPDATE_ELEM devices", "unlink *ebpfproxy/links/sendmsg4", "unlinkat slots"]
+)
+def test_agent_started_after_a_cleanup_that_was_killed(faulted: Faulted, at: str) -> None:
+    """An agent that is started where a clean-up was killed half way puts all in place again."""
+    faulted.agent().start().stop()
+    step = Step(at)
+    assert clean_up(faulted, lambda each: _KILL if each == step else None) == -signal.SIGKILL
+    agent = faulted.agent().start()
+    faulted.wait_equal()
+    with faulted.under_load("an agent after kill -9 of a clean-up"):
+        time.sleep(0.5)
+    agent.stop()
+
+
+@pytest.mark.faults
+def test_cleanup_killed_at_every_step(faulted: Faulted) -> None:
+    """kill -9 at every step of ``ebpfproxy cleanup``: the next one removes what is left, and an agent starts after it."""
+    faulted.agent().start().stop()
+    ladder = Ladder(_KILL)
+    while True:
+        before = len(ladder.done)
+        code = clean_up(faulted, ladder.choose)
+        if len(ladder.done) == before:
+            assert code == 0
+            break
+        assert code == -signal.SIGKILL
+    assert not pin_folder(faulted.a.bpf_root).exists()
+    assert len(ladder.done) > 50 // _EVERY
+    agent = faulted.agent().start()
+    faulted.wait_equal()
+    with faulted.under_load("after kill -9 at every step of a clean-up"):
+        time.sleep(1)
+    agent.stop()

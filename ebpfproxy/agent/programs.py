@@ -246,6 +246,7 @@ class ProgramManager:
         # A new flow needs programs at all devices: until they are there it is kube-proxy's.
         is_first = not device_attachments(self._pins)
         self.packets.set_mode(mode | DeviceFlags.WAITS if mode and is_first else mode)
+        migration.catch_up()
         changed += self._attach_devices()
         if mode:
             taken = self._handover.reserve_ports(self._maps, self._options.masquerade_ports)

@@ -1,9 +1,11 @@
 """Copies flows to maps of other sizes, so that connections outlive the change.
 
 Maps of another size are other maps (``kernel.maps``), with service and backend ids of their own. Conntrack,
-records of sockets and session affinity are copied, with their ids translated by name and address: once before
-programs are swapped, and again while they are, for what begins meanwhile. A connection may still be lost if
-its first packets pass programs of both.
+records of sockets and session affinity are copied, with their ids translated by name and address: before
+programs are swapped, and again while they are, for what begins meanwhile. Copying a large table takes a
+second, in which connections begin: so what is copied is not looked at again, and copies follow one another
+until one has next to nothing to do. A connection may still be lost if its first packets pass programs of both
+within the milliseconds that this last one and the swap take.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ _READ = frozenset(
         "sock_peers",
     }
 )
+#: A copy of so few entries takes no longer than the swap of programs.
+_FEW = 64
+#: Connections begin at any rate, and a swap cannot wait for a pause for ever.
+_MOST_COPIES = 20
 #: This id is never given out.
 _NOTHING = 0xFFFFFFFF
 
@@ -58,6 +64,8 @@ class MapMigration:
         self._programs = programs
         self._old = _others(pins, maps)
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
+        #: Keys that have been copied, or need not be, by the map's name.
+        self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
         #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
@@ -67,14 +75,33 @@ class MapMigration:
             _merge_backends(old, maps)
 
     def copy(self) -> None:
-        for old, (services, backends), copied in zip(self._old, self._ids, self._origins, strict=True):
-            self._copy(old, services, backends)
+        for old, (services, backends), copied, looked_at in zip(
+            self._old, self._ids, self._origins, self._looked_at, strict=True
+        ):
+            self._copy(old, services, backends, looked_at)
             self._copy_origins(old, services, backends, copied)
 
-    def _copy(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
+    def catch_up(self) -> None:
+        """Copies flows until there are few that are new: to be called right before programs are swapped."""
+        for _ in range(_MOST_COPIES):
+            before = self.copied
+            for old, (services, backends), looked_at in zip(
+                self._old, self._ids, self._looked_at, strict=True
+            ):
+                self._copy(old, services, backends, looked_at)
+            if self.copied - before <= _FEW:
+                return
+
+    def _copy(
+        self,
+        old: MapSet,
+        services: dict[int, int],
+        backends: dict[int, int],
+        looked_at: dict[str, set[bytes]],
+    ) -> None:
         new, entries = self._new, {}
         epochs = new.shared("epochs").words()
-        for key, value in _missing(old, new, "conntrack"):
+        for key, value in _unseen(old, new, "conntrack", looked_at):
             entry = Entry(key, value)
             if entry.use == NO_USE:
                 entries[key] = value
@@ -87,9 +114,9 @@ class MapMigration:
             _merge_filters(old, new)
             new["conntrack"].update_many(entries)
         self.copied += len(entries)
-        self._copy_affinity(old, services, backends)
+        self._copy_affinity(old, services, backends, looked_at)
         for name in _AS_THEY_ARE:
-            new[name].update_many(dict(_missing(old, new, name)))
+            new[name].update_many(dict(_unseen(old, new, name, looked_at)))
 
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
@@ -129,15 +156,27 @@ class MapMigration:
         self._programs.restore(made.values())
         copied |= made
 
-    def _copy_affinity(self, old: MapSet, services: dict[int, int], backends: dict[int, int]) -> None:
+    def _copy_affinity(
+        self,
+        old: MapSet,
+        services: dict[int, int],
+        backends: dict[int, int],
+        looked_at: dict[str, set[bytes]],
+    ) -> None:
         entries = {}
-        for key, value in _missing(old, self._new, "affinity"):
+        # Its keys have ids: one of the old maps says nothing about the same one of the new maps.
+        seen = looked_at.setdefault("affinity", set())
+        for key in old["affinity"].keys() - seen:
+            seen.add(key)
+            value = old["affinity"].lookup(key)
+            if value is None:
+                continue
             service = services.get(flow_layout.affinity_service(key))
             backend = backends.get(flow_layout.unpack_affinity(value)[0])
             if service is not None and backend is not None:
-                entries[flow_layout.with_affinity_service(key, service)] = flow_layout.with_affinity_backend(
-                    value, backend
-                )
+                now = flow_layout.with_affinity_service(key, service)
+                if self._new["affinity"].lookup(now) is None:
+                    entries[now] = flow_layout.with_affinity_backend(value, backend)
         self._new["affinity"].update_many(entries)
 
     def close(self) -> None:
@@ -173,6 +212,26 @@ def _other(folder: Path, maps: MapSet) -> MapSet | None:
 def _missing(old: MapSet, new: MapSet, name: str) -> Iterator[tuple[bytes, bytes]]:
     present = {key for key, _ in new[name].items()}
     return ((key, value) for key, value in old[name].items() if key not in present)
+
+
+def _unseen(
+    old: MapSet, new: MapSet, name: str, looked_at: dict[str, set[bytes]]
+) -> Iterator[tuple[bytes, bytes]]:
+    """The same without those that an earlier call has given."""
+    if name not in looked_at:
+        seen = looked_at[name] = new[name].keys()
+        for key, value in old[name].items():
+            if key not in seen:
+                seen.add(key)
+                yield key, value
+        return
+    seen = looked_at[name]
+    for key in old[name].keys() - seen:
+        seen.add(key)
+        found = old[name].lookup(key)
+        # A program for the new maps may have made the same flow by now.
+        if found is not None and new[name].lookup(key) is None:
+            yield key, found
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -27,6 +27,8 @@ from tests.lab.waiting import until
 
 pytestmark = [
     pytest.mark.root,
+    # A ladder has hundreds of rungs, each a start.
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are x86_64's"),
 ]
 

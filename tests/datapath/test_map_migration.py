@@ -10,9 +10,9 @@ import pytest
 
 from ebpfproxy.datapath.abi import flow_layout
 from ebpfproxy.datapath.abi.flow_layout import AFFINITY, AffinityKey, ClientKind
-from ebpfproxy.datapath.abi.layout import U32, BackendState, pack_name
+from ebpfproxy.datapath.abi.layout import U32, pack_name
 from ebpfproxy.datapath.flows.map_migration import MapMigration
-from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey
+from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_socket_records import Sockets
 
 pytestmark = pytest.mark.root

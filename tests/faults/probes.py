@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tests.lab.spaces import Forked, Space, read_line
 
-#: What a load balancer waits for an answer. A check that is not refused, but waits for longer, has failed as well.
+#: The patience of a load balancer: a check that is not refused, but has no answer in this time, has failed, too.
 SECONDS = 5.0
 _PAUSE = 0.005
 

@@ -34,7 +34,7 @@ pytestmark = [
 
 #: A step that a process makes again and again is one step after so many times.
 _TIMES = 3
-#: For a look in a hurry: one of so many steps of a kind, the first of each always.
+#: A run in a hurry takes one of so many steps of a kind, and always the first of each kind.
 _EVERY = int(os.environ.get("EBPFPROXY_FAULTS_EVERY", "1"))
 #: Kinds of steps that change what programs there are: one of each in every run of the tests.
 _SAMPLED = frozenset({"PROG_LOAD", "OBJ_PIN", "LINK_UPDATE"})

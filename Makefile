@@ -16,7 +16,7 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint lint-python lint-c format setup lock clean
+.PHONY: demo fuzz test test-fast test-newest test-kernel test-image test-cluster bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -46,6 +46,12 @@ test-image: setup
 # A cluster of two nodes on this machine, of the binaries in the folder KUBE_BIN, and the Kubernetes e2e suite in it.
 test-cluster: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v -n 2 --dist loadscope --no-loadscope-reorder tests/cluster
+
+# Bad input: coverage-guided fuzzing of what decodes others' data, a million steps of the tracker and the writer, ten
+# million packets. ARGUMENTS="packets --packets 1000000" takes a part.
+fuzz: setup
+	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

@@ -90,7 +90,7 @@ def check_depth(text: str | bytes) -> None:
 def _check_events(events: Iterable[yaml.Event]) -> None:
     values = repeated = 0
     sizes: dict[str, int] = {}
-    #: What is not closed yet: its anchor, and how many values there were before.
+    # For each that is not closed yet: its anchor, and how many values there were before.
     inside: list[tuple[str | None, int]] = []
     for event in events:
         if isinstance(event, yaml.AliasEvent):

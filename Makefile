@@ -16,7 +16,7 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster test-faults bench lint lint-python lint-c format setup lock clean
+.PHONY: demo fuzz test test-fast test-newest test-kernel test-image test-cluster test-faults bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -50,6 +50,12 @@ test-cluster: setup
 # The agent, its node and the API server fail in all ways that are known here, under load.
 test-faults: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m "faults or not faults" -v -n 2 --dist loadfile tests/faults
+
+# Bad input: coverage-guided fuzzing of what decodes others' data, a million steps of the tracker and the writer, ten
+# million packets. ARGUMENTS="packets --packets 1000000" takes a part.
+fuzz: setup
+	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

@@ -130,6 +130,18 @@ static __always_inline void count_ended(struct sweep *s, const struct flow *key,
 }
 
 /*
+ * Says if a client has not acknowledged what the backend has answered to its SYN (netfilter:
+ * SYN_RECV). There may be no such client: a flood comes from forged addresses. A SYN that is late,
+ * or forged, makes none of a connection whose data has been acknowledged.
+ */
+static __always_inline bool is_half_open(const struct flow *flow, const struct nat *original,
+					 const struct nat *reply)
+{
+	return flow->proto == IPPROTO_TCP && original->end && !original->acked &&
+	       reply->acked == original->end;
+}
+
+/*
  * Ends the pair that has the entry @key if it is over, as the map has it now: both halves go
  * together.
  */
@@ -137,7 +149,7 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 {
 	const struct nat *nat = &s->nat, *partner = &s->partner;
 	bool is_removed, has_partner;
-	u8 seen;
+	u8 seen, lasting;
 
 	if (!conntrack_read(key, &s->nat))
 		return GONE;
@@ -147,8 +159,11 @@ static __always_inline enum outcome end_if_over(struct sweep *s, const struct fl
 	partner_key(&s->partner_key, key, nat);
 	has_partner = !(nat->flags & NAT_OWN) && conntrack_read(&s->partner_key, &s->partner) &&
 		      is_reverse(partner, key);
-	seen = nat->seen | partner->seen;
-	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, seen))
+	seen = lasting = nat->seen | partner->seen;
+	if (nat->flags & NAT_REPLY ? is_half_open(key, partner, nat)
+				   : is_half_open(key, nat, partner))
+		lasting &= ~SEEN_REPLY;
+	if (!is_removed && has_partner && !is_silent(s, &s->partner_key, partner, lasting))
 		return KEPT;
 	delete_entry(s, key);
 	if (has_partner)

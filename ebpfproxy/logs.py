@@ -9,12 +9,15 @@ Stable JSON keys are ``ts`` (RFC 3339, UTC), ``level`` and ``event``; all others
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+
+from ebpfproxy.plain_text import escaped_json, plain
 
 #: kube-proxy's -v: at this level and above everything is logged.
 DEBUG_VERBOSITY = 4
@@ -69,21 +72,25 @@ class TextFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time, level, event, facts = self.parts(record)
         shown = "".join(f" {key}={_quoted(value)}" for key, value in facts.items())
-        return f"{time} {level:<7} {event}{shown}"
+        return f"{time} {level:<7} {plain(event)}{shown}"
 
 
 class JsonFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time, level, event, facts = self.parts(record)
-        return msgspec.json.encode(
-            {"ts": time, "level": level, "event": event, **facts}, enc_hook=str
-        ).decode()
+        line = {"ts": time, "level": level, "event": event, **facts}
+        try:
+            encoded = msgspec.json.encode(line, enc_hook=str)
+        except UnicodeEncodeError:
+            # Half a surrogate pair is in no JSON of msgspec's, but may be in the path of a file.
+            encoded = json.dumps(line, default=str).encode()
+        return escaped_json(encoded.decode())
 
 
 def _quoted(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    plain = text and not any(c.isspace() or c in "\"'=" for c in text)
-    return text if plain else repr(text)
+    is_plain = text and text.isprintable() and not any(c.isspace() or c in "\"'=" for c in text)
+    return text if is_plain else repr(text)
 
 
 def configure(form: str, verbosity: int) -> None:

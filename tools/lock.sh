@@ -4,6 +4,7 @@
 #   agent.txt  what the agent imports, for its image
 #   ui.txt     what `ebpfproxy ui` imports in addition
 #   test.txt   all of that, and what tests and linters need, for set-up and CI
+#   fuzz.txt   what `make fuzz` needs in addition
 # A different folder as $1 leaves the lock as it is.
 set -eu
 cd "$(dirname "$0")/.."
@@ -28,7 +29,9 @@ PIP_CONSTRAINT="$work/versions" compile --extra ui --output-file "$work/all.txt"
 awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' "$work/agent.txt" "$work/all.txt" >"$work/ui.txt"
 PIP_CONSTRAINT="$work/versions" compile --only-build-deps --build-deps-for wheel --build-deps-for editable \
 	--output-file "$work/build.txt"
-for name in build agent ui test; do
+PIP_CONSTRAINT="$work/versions" compile --extra fuzz --output-file "$work/all.txt"
+awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' "$work/agent.txt" "$work/all.txt" >"$work/fuzz.txt"
+for name in build agent ui test fuzz; do
 	grep -q '^[a-z].*==' "$work/$name.txt"
 	{
 		echo "# Written by tools/lock.sh (make lock)."

@@ -112,7 +112,8 @@ static __always_inline bool frame_read_ports(struct xdp_md *ctx, struct packet *
 	if (p->proto == IPPROTO_TCP) {
 		if (reaches_beyond(ctx, l4 + 1))
 			return false;
-		read_tcp(p, l4, 0);
+		p->end = L3_OFFSET + p->l3_length;
+		read_tcp(p, l4);
 	}
 	return true;
 }

@@ -18,7 +18,7 @@ enum parse_result {
 	PARSE_WHOLE,		 /* ports follow the IP header; perhaps a first fragment */
 	PARSE_LATER_FRAG,	 /* a fragment without them */
 	PARSE_ICMP_ERROR,	 /* they are in the packet that the error is about, reversed */
-	PARSE_TRUNCATED,	 /* not enough bytes */
+	PARSE_TRUNCATED,	 /* not enough bytes: less than a header needs, or than IP's says */
 	PARSE_FIRST_FRAG_UNSEEN, /* a fragment whose first was not seen */
 };
 
@@ -27,12 +27,13 @@ struct packet {
 	u32 fragment_id;
 	__be32 new_fragment_id; /* if it is rewritten */
 	u32 l3_length;		/* IP header and all that follows it */
+	u32 end;		/* where the IP packet ends: a short frame has padding */
 	u16 l4;
 	u16 fragment_at; /* IPv6's header of a fragment */
 	u16 inner_l3;
 	u16 inner_l4;
 	u32 seq; /* TCP's, and the end of the segment: SYN and FIN count as a byte each */
-	u32 end;
+	u32 seq_end;
 	u32 ack;
 	u32 l4_word; /* TCP's offset, flags and window, or UDP's length, as they lie there */
 	__sum16 l4_check;
@@ -89,6 +90,14 @@ static __always_inline void read_ipv6(struct packet *p, const struct ipv6_header
 	p->hops = ip->hops;
 	p->l4 = L3_OFFSET + sizeof(*ip);
 	p->l3_length = sizeof(*ip) + bpf_ntohs(ip->length);
+}
+
+/* Returns where the IP packet ends in the frame. BIG TCP's header has no length. */
+static __always_inline u32 packet_end(const struct __sk_buff *skb, const struct packet *p)
+{
+	const u32 none = p->is_v4 ? 0 : sizeof(struct ipv6_header);
+
+	return p->l3_length == none ? skb->len : L3_OFFSET + p->l3_length;
 }
 
 /*
@@ -188,11 +197,13 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 		__be16 dport;
 		__be32 rest;
 	} inner;
+	struct inet_addr src, dst;
 	struct icmp_header icmp;
+	u8 proto;
 
 	if (p->is_fragment)
 		return PARSE_OTHER;
-	if (bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
+	if (p->l4 + sizeof(icmp) > p->end || bpf_skb_load_bytes(skb, p->l4, &icmp, sizeof(icmp)))
 		return PARSE_TRUNCATED;
 	p->tcp_flags = icmp.type;
 	p->inner_l3 = p->l4 + sizeof(icmp);
@@ -207,9 +218,9 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 		if (ip.version_ihl < 0x45 || ip.version_ihl > 0x4f || (ip.fragment & IPV4_OFFSET))
 			return PARSE_OTHER;
 		p->inner_l4 = p->inner_l3 + (ip.version_ihl & 0xf) * 4;
-		p->flow.proto = ip.proto;
-		p->flow.src = addr_of_v4(ip.dst);
-		p->flow.dst = addr_of_v4(ip.src);
+		proto = ip.proto;
+		src = addr_of_v4(ip.src);
+		dst = addr_of_v4(ip.dst);
 	} else {
 		struct ipv6_header ip;
 
@@ -217,15 +228,22 @@ static __always_inline enum parse_result read_icmp(struct __sk_buff *skb, struct
 			return PARSE_OTHER;
 		if (bpf_skb_load_bytes(skb, p->inner_l3, &ip, sizeof(ip)))
 			return PARSE_TRUNCATED;
+		if ((bpf_ntohl(ip.version_class_label) >> 28) != 6)
+			return PARSE_OTHER;
 		p->inner_l4 = p->inner_l3 + sizeof(ip);
-		p->flow.proto = ip.next;
-		p->flow.src = ip.dst;
-		p->flow.dst = ip.src;
+		proto = ip.next;
+		src = ip.src;
+		dst = ip.dst;
 	}
-	if (!has_ports(p->flow.proto))
+	if (!has_ports(proto))
 		return PARSE_OTHER;
-	if (bpf_skb_load_bytes(skb, p->inner_l4, &inner, sizeof(inner)))
+	if (p->inner_l4 + sizeof(inner) > p->end ||
+	    bpf_skb_load_bytes(skb, p->inner_l4, &inner, sizeof(inner)))
 		return PARSE_TRUNCATED;
+	/* Until here the flow is that of the error itself, which others decide about. */
+	p->flow.proto = proto;
+	p->flow.src = dst;
+	p->flow.dst = src;
 	p->flow.sport = inner.dport;
 	p->flow.dport = inner.sport;
 	return PARSE_ICMP_ERROR;
@@ -257,26 +275,27 @@ static __always_inline __be32 next_fragment_id(bool is_v4)
 	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
 }
 
-/*
- * Records a segment's numbers. Its length is what the IP header says, as a short frame has padding.
- * BIG TCP's header says 0.
- */
-static __always_inline void read_tcp(struct packet *p, const struct tcp_header *tcp, u32 frame_size)
+/* Records a segment's numbers. */
+static __always_inline void read_tcp(struct packet *p, const struct tcp_header *tcp)
 {
-	u32 end = L3_OFFSET + p->l3_length;
-
-	if (end <= p->l4)
-		end = frame_size;
 	p->tcp_flags = tcp->flags;
 	p->seq = bpf_ntohl(tcp->seq);
 	p->ack = bpf_ntohl(tcp->ack);
-	p->end = p->seq + end - p->l4 - (tcp->offset >> 4) * 4 + !!(tcp->flags & TCP_SYN) +
-		 !!(tcp->flags & TCP_FIN);
+	p->seq_end = p->seq + p->end - p->l4 - (tcp->offset >> 4) * 4 + !!(tcp->flags & TCP_SYN) +
+		     !!(tcp->flags & TCP_FIN);
+}
+
+static __always_inline u32 transport_header_size(u8 proto)
+{
+	return proto == IPPROTO_TCP    ? sizeof(struct tcp_header)
+	       : proto == IPPROTO_SCTP ? SCTP_CHUNK
+				       : sizeof(struct udp_header);
 }
 
 /*
- * Reads the ports and TCP's fields. Behind an IP header without options they are read in place
- * where they are in the linear part, which is the case for nearly all packets.
+ * Reads the ports and TCP's fields; returns false where the packet ends before. Behind an IP header
+ * without options they are read in place where they are in the linear part, which is the case for
+ * nearly all packets.
  */
 static __always_inline bool read_transport(struct __sk_buff *skb, struct packet *p,
 					   struct ports *ports)
@@ -285,6 +304,8 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 	struct tcp_header tcp;
 	__be32 eight[2]; /* UDP's or UDP-Lite's header; SCTP's first two words */
 
+	if (p->l4 + transport_header_size(p->proto) > p->end)
+		return false;
 	/* With options IPv4's header may be as long as IPv6's. */
 	if (p->is_v4 && p->l4 == L3_OFFSET + sizeof(struct ipv4_header))
 		at = data + L3_OFFSET + sizeof(struct ipv4_header);
@@ -293,7 +314,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;
 		if (p->proto == IPPROTO_TCP) {
-			read_tcp(p, at, skb->len);
+			read_tcp(p, at);
 			p->l4_word = *(u32 *)(at + offsetof(struct tcp_header, offset));
 			p->l4_check = ((struct tcp_header *)at)->check;
 		} else {
@@ -309,7 +330,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 			return false;
 		ports->sport = tcp.sport;
 		ports->dport = tcp.dport;
-		read_tcp(p, &tcp, skb->len);
+		read_tcp(p, &tcp);
 		return true;
 	}
 	if (bpf_skb_load_bytes(skb, p->l4, eight, sizeof(eight)))
@@ -331,6 +352,9 @@ static __always_inline enum parse_result read_ports(struct __sk_buff *skb, struc
 	if (!p->is_v4 && !skip_extensions(skb, p))
 		return PARSE_OTHER;
 	p->flow.proto = p->proto;
+	p->end = packet_end(skb, p);
+	if (p->l4 > p->end || p->end > skb->len)
+		return PARSE_TRUNCATED;
 	if (is_icmp(p))
 		return read_icmp(skb, p);
 	if (!has_ports(p->proto))

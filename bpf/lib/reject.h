@@ -78,7 +78,6 @@ static __always_inline int write_ip_header(struct __sk_buff *skb, const struct p
 static __always_inline int make_reset(struct __sk_buff *skb, const struct packet *p)
 {
 	struct tcp_header tcp, rst = { .offset = 5 << 4, .flags = TCP_RST };
-	u32 header, data;
 
 	if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)) || (tcp.flags & TCP_RST))
 		return -1;
@@ -87,10 +86,7 @@ static __always_inline int make_reset(struct __sk_buff *skb, const struct packet
 	if (tcp.flags & TCP_ACK) {
 		rst.seq = tcp.ack;
 	} else {
-		header = (tcp.offset >> 4) * 4;
-		data = p->l3_length - (p->l4 - L3_OFFSET) - header;
-		data += !!(tcp.flags & TCP_SYN) + !!(tcp.flags & TCP_FIN);
-		rst.ack = bpf_htonl(bpf_ntohl(tcp.seq) + data);
+		rst.ack = bpf_htonl(p->seq_end);
 		rst.flags |= TCP_ACK;
 	}
 	rst.check = csum_fold((u32)bpf_csum_diff(NULL, 0, &rst, sizeof(rst),

@@ -60,14 +60,13 @@ static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 static __always_inline int replace_sctp_check(struct __sk_buff *skb, const struct packet *p,
 					      u32 difference)
 {
-	const u32 length = p->l3_length - (p->l4 - L3_OFFSET);
 	u32 check;
 
 	if (bpf_skb_load_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check)))
 		return -1;
 	if (!check)
 		return 0;
-	check ^= crc32c_zeros(difference, length);
+	check ^= crc32c_zeros(difference, p->end - p->l4);
 	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check), 0);
 }
 
@@ -284,12 +283,13 @@ static __always_inline int rewrite(struct __sk_buff *skb, const struct packet *p
 }
 
 /* Updates a checksum inside an ICMP error's payload; the sum of all changes goes into @total. */
-static __always_inline int replace_inner_check(struct __sk_buff *skb, u32 offset, u32 difference,
-					       u32 *total, bool zero_is_none)
+static __always_inline int replace_inner_check(struct __sk_buff *skb, const struct packet *p,
+					       u32 offset, u32 difference, u32 *total,
+					       bool zero_is_none)
 {
 	u16 old, new;
 
-	if (bpf_skb_load_bytes(skb, offset, &old, sizeof(old)))
+	if (offset + sizeof(old) > p->end || bpf_skb_load_bytes(skb, offset, &old, sizeof(old)))
 		return 0; /* routers may quote less */
 	if (!old && zero_is_none)
 		return 0;
@@ -325,7 +325,7 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, const struct pac
 		if (bpf_l3_csum_replace(skb, L3_OFFSET + IPV4_CHECK, 0, outer, 0) ||
 		    bpf_skb_store_bytes(skb, L3_OFFSET + IPV4_SRC, new, sizeof(new), 0) ||
 		    bpf_skb_store_bytes(skb, p->inner_l3 + IPV4_SRC, becomes, sizeof(becomes), 0) ||
-		    replace_inner_check(skb, p->inner_l3 + IPV4_CHECK, inner, &total, false))
+		    replace_inner_check(skb, p, p->inner_l3 + IPV4_CHECK, inner, &total, false))
 			return -1;
 	} else {
 		const u32 size = sizeof(struct inet_addr);
@@ -358,10 +358,10 @@ static __always_inline int rewrite_error(struct __sk_buff *skb, const struct pac
 	if (bpf_skb_store_bytes(skb, p->inner_l4, &ports[1], 4, 0))
 		return -1;
 	if (p->flow.proto == IPPROTO_TCP) {
-		if (replace_inner_check(skb, p->inner_l4 + TCP_CHECK, inner, &total, false))
+		if (replace_inner_check(skb, p, p->inner_l4 + TCP_CHECK, inner, &total, false))
 			return -1;
 	} else if (p->flow.proto != IPPROTO_SCTP) {
-		if (replace_inner_check(skb, p->inner_l4 + UDP_CHECK, inner, &total, true))
+		if (replace_inner_check(skb, p, p->inner_l4 + UDP_CHECK, inner, &total, true))
 			return -1;
 	}
 	if (bpf_l4_csum_replace(skb, p->l4 + ICMP_CHECK, 0, total, 0))

@@ -28,7 +28,7 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 		return true;
 	/* A retransmitted FIN may begin with data that has been acknowledged. */
 	if (!(p->tcp_flags & TCP_RST))
-		return !partner->acked || p->end - partner->acked - 1 < TCP_WINDOW;
+		return !partner->acked || p->seq_end - partner->acked - 1 < TCP_WINDOW;
 	/*
 	 * A RST in reply to a SYN identifies itself by what it acknowledges (RFC 9293, 3.10.7.3).
 	 */
@@ -50,7 +50,7 @@ static __always_inline u32 later(u32 known, u32 seen)
 static __always_inline void note_sequence(const struct packet *p, struct nat *nat,
 					  const struct nat *known)
 {
-	u32 end = p->end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
+	u32 end = p->seq_end, acked = p->tcp_flags & TCP_ACK ? p->ack : 0;
 
 	if (!(p->tcp_flags & TCP_SYN)) {
 		end = later(known->end, end);

@@ -16,6 +16,7 @@ import click
 from click.shell_completion import CompletionItem
 
 import ebpfproxy
+from ebpfproxy.cli.plain_errors import PlainErrorsGroup
 
 #: The names of commands and of their modules, with one line of help each.
 COMMANDS = {
@@ -41,7 +42,7 @@ COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(PlainErrorsGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
 

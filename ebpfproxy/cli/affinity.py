@@ -9,7 +9,7 @@ import click
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.cli.output import age, console, echo, emit, table
 from ebpfproxy.datapath.affinity_table import AffinityRow, affinity_rows
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -83,7 +83,7 @@ def flush(
             raise click.UsageError("give a filter or --all")
         maps = open_maps(bpf_root)
         deleted = sum(maps["affinity"].delete(key) for _, key in _read(maps, service, client, backend))
-    click.echo(f"flushed {deleted} clients")
+    echo(f"flushed {deleted} clients")
 
 
 def _print(rows: list[AffinityRow]) -> None:

@@ -9,7 +9,7 @@ import click
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import console, emit_watching, table
+from ebpfproxy.cli.output import console, echo, emit_watching, table
 from ebpfproxy.datapath.dump import BackendRow, Dump, open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked
@@ -77,14 +77,14 @@ def drain(address: str, undo: bool, bpf_root: Path) -> None:
                 raise click.ClickException(f"no backend {address} in {maps.folder}")
             requests.add(*target)
         if not is_locked(bpf_root):
-            click.echo(f"{address}: request saved; it is applied when an agent runs")
+            echo(f"{address}: request saved; it is applied when an agent runs")
             return
         deadline = time.monotonic() + _AGENT_SECONDS
         while any((row.state == "drained") is undo for row in _rows(maps, target)):
             if time.monotonic() > deadline:
                 raise click.ClickException(f"{address}: request saved, but the agent has not applied it yet")
             time.sleep(0.05)
-    click.echo(f"{address} is {'no longer drained' if undo else 'drained'}")
+    echo(f"{address} is {'no longer drained' if undo else 'drained'}")
 
 
 def _parse(text: str) -> tuple[bytes, int]:

@@ -8,6 +8,7 @@ import click
 
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import echo
 from ebpfproxy.datapath.kernel.roots import Lock, pin_folder
 from ebpfproxy.operator.migrate.node import conntrack_hold
 from ebpfproxy.operator.migrate.node.removal import remove_programs
@@ -33,7 +34,7 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
     with one_line():
         pins = pin_folder(bpf_root)
         if not pins.is_dir():
-            click.echo(f"nothing is pinned below {pins}")
+            echo(f"nothing is pinned below {pins}")
             _end_conntrack_hold()
             return
         folders = [("--bpf-root", bpf_root)]
@@ -47,8 +48,8 @@ def command(bpf_root: Path, cgroup_root: Path | None) -> None:
         finally:
             lock.release()
     for line in removed:
-        click.echo(line)
-    click.echo(f"removed {pins}")
+        echo(line)
+    echo(f"removed {pins}")
     _end_conntrack_hold()
 
 
@@ -56,6 +57,6 @@ def _end_conntrack_hold() -> None:
     """Removes what a migration left for connections that kube-proxy began."""
     try:
         for each in conntrack_hold.end():
-            click.echo(f"removed {each}")
+            echo(f"removed {each}")
     except ToolError as error:
-        click.echo(f"rules that a migration may have left cannot be listed: {error}", err=True)
+        echo(f"rules that a migration may have left cannot be listed: {error}", err=True)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.output import echo
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.operator.agents import AgentsError
@@ -73,4 +74,4 @@ def cluster_errors(*more: type[Exception]) -> Iterator[None]:
 
 
 def remark(text: str) -> None:
-    click.echo(text, err=True)
+    echo(text, err=True)

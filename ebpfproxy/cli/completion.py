@@ -73,7 +73,10 @@ def algorithms(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 
 
 def _items(names: Iterable[str], incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+    # A shell prints them as they are.
+    return [
+        CompletionItem(name) for name in sorted(names) if name.startswith(incomplete) and name.isprintable()
+    ]
 
 
 def _root(ctx: click.Context) -> Path:

@@ -9,6 +9,7 @@ import click
 import msgspec
 import urllib3
 
+from ebpfproxy.cli.output import echo, json_of
 from ebpfproxy.config import load, write
 from ebpfproxy.config.bind_address import BindAddressError, parse_bind_address
 from ebpfproxy.config.documents import ConfigurationError
@@ -32,18 +33,18 @@ def validate(file: Path) -> None:
         configuration = load.effective(load.load(file))
     except ConfigurationError as error:
         for problem in error.problems:
-            click.echo(problem, err=True)
+            echo(problem, err=True)
         raise SystemExit(1) from error
-    click.echo(f"{file}: valid")
+    echo(f"{file}: valid")
     unused = load.ignored_fields(configuration)
     if unused:
-        click.echo(f"unsupported, ignored: {', '.join(unused)}")
+        echo(f"unsupported, ignored: {', '.join(unused)}")
 
 
 @command.command("defaults")
 def defaults() -> None:
     """Print both documents with their defaults."""
-    click.echo(write.to_yaml(load.effective(load.Configuration())), nl=False)
+    echo(write.to_yaml(load.effective(load.Configuration())), nl=False)
 
 
 @command.command("effective")
@@ -69,10 +70,10 @@ def effective(address: str, output: str) -> None:
     """
     answer = _ask(address)
     if output == "json":
-        click.echo(msgspec.json.format(msgspec.json.encode(answer), indent=2).decode())
+        click.echo(json_of(answer, indent=2))
         return
     documents = [write.dump(each, sort=group == write.KUBE_PROXY_GROUP) for group, each in answer.items()]
-    click.echo("---\n".join(documents), nl=False)
+    echo("---\n".join(documents), nl=False)
 
 
 def _ask(address: str) -> dict[str, Any]:

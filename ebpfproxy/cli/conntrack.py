@@ -13,7 +13,7 @@ import click
 from ebpfproxy.agent.state import load
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import age, console, emit, table
+from ebpfproxy.cli.output import age, console, echo, emit, table
 from ebpfproxy.datapath.dump import Dump, open_maps
 from ebpfproxy.datapath.flows.conntrack_table import FlowRow, Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -127,7 +127,7 @@ def flush(bpf_root: Path, everything: bool, **wanted: str | None) -> None:
         if everything:
             # An entry whose opposite direction was evicted belongs to no flow.
             deleted += sum(maps["conntrack"].delete(key) for key, _ in list(maps["conntrack"].items()))
-    click.echo(f"flushed {len(flows)} flows ({deleted} entries)")
+    echo(f"flushed {len(flows)} flows ({deleted} entries)")
 
 
 def _print(flows: list[FlowRow]) -> None:

@@ -10,6 +10,7 @@ import click
 
 from ebpfproxy.cli.cluster_access import access_and_namespace, cluster_errors, remark
 from ebpfproxy.cli.option_types import Seconds
+from ebpfproxy.cli.output import echo
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.operator import kube_proxy_objects
 from ebpfproxy.operator.api import Api
@@ -121,13 +122,13 @@ def command(
     with errors():
         if dry_run == _CLIENT:
             api = Api.from_kubeconfigs(kubeconfig, context, master) if wanted.asks else None
-            click.echo(to_yaml(prepare(wanted, api, remark)), nl=False)
+            echo(to_yaml(prepare(wanted, api, remark)), nl=False)
             return
         api = Api.from_kubeconfigs(kubeconfig, context, master)
         objects = prepare(wanted, api, remark)
         if dry_run is None:
             _end_cleanup(api, namespace, timeout)
-        done = apply(api, objects, click.echo, remark, force=force_conflicts, dry_run=dry_run is not None)
+        done = apply(api, objects, echo, remark, force=force_conflicts, dry_run=dry_run is not None)
         if done.failed:
             raise click.ClickException("\n".join(done.failed))
         if dry_run is not None:
@@ -135,7 +136,7 @@ def command(
         if "ConfigMap" in done.changed and "DaemonSet" not in done.changed:
             remark("agents restart once the kubelet has updated the mounted file (about a minute)")
         if wait:
-            click.echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
+            echo(f"ebpfproxy runs on {rollout.wait(api, namespace, AGENT, timeout, remark)} nodes")
             if kube_proxy_objects.find(api) is not None:
                 plan = "ebpfproxy migrate plan --all-nodes --kubeconfig FILE"
                 remark(f"to check that all agents are in sync: `{plan}`")
@@ -145,4 +146,4 @@ def _end_cleanup(api: Api, namespace: str, seconds: float) -> None:
     """Deletes the cleanup DaemonSet of an earlier uninstall, which would remove the new agent's programs."""
     item = api.get("DaemonSet", namespace, CLEANUP)
     if item is not None:
-        remove(api, {("DaemonSet", namespace, CLEANUP): item}, seconds, click.echo)
+        remove(api, {("DaemonSet", namespace, CLEANUP): item}, seconds, echo)

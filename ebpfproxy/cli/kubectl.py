@@ -16,6 +16,7 @@ import click
 import ebpfproxy
 from ebpfproxy.cli import COMMANDS, cluster_access, kubectl_streams, kubectl_top, sysdump_cluster
 from ebpfproxy.cli.cluster_access import access, cluster_errors
+from ebpfproxy.cli.plain_errors import PlainErrorsGroup
 from ebpfproxy.operator.agents import Agents
 from ebpfproxy.operator.api import Api
 
@@ -56,7 +57,7 @@ _REMOTE = {
 }
 
 
-class _Remotes(click.Group):
+class _Remotes(PlainErrorsGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_REMOTE, *super().list_commands(ctx)]
 

@@ -8,8 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-import click
-
+from ebpfproxy.cli.output import echo
 from ebpfproxy.kube.exec import Channel, Exec
 from ebpfproxy.kube.failures import Failure
 from ebpfproxy.operator.agents import Agents
@@ -110,7 +109,7 @@ class Stream(threading.Thread):
 
     def say(self, text: str) -> None:
         with self._lock:
-            click.echo(f"Error: {self.node}: {text}", err=True)
+            echo(f"Error: {self.node}: {text}", err=True)
 
     def take(self, channel: Channel, data: bytes) -> None:
         if not self._name:

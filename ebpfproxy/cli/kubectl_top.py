@@ -9,11 +9,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
 import msgspec
 
 from ebpfproxy.cli import kubectl_streams
-from ebpfproxy.cli.output import plain
+from ebpfproxy.cli.output import echo, plain
 from ebpfproxy.cli.top import SCREEN_ROWS, is_live
 from ebpfproxy.kube.exec import Channel
 from ebpfproxy.kube.failures import Failure
@@ -46,7 +45,7 @@ def run(agents: Agents, nodes: Sequence[str], arguments: Sequence[str], params: 
     code = kubectl_streams.follow(streams, screen.run)
     for each in streams:
         for text in each.errors:
-            click.echo(text, err=True)
+            echo(text, err=True)
     return code
 
 

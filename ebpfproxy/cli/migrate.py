@@ -13,7 +13,7 @@ from ebpfproxy.cli import cluster_access, migrate_cluster, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.migrate_tables import print_plan, said
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.output import emit
+from ebpfproxy.cli.output import echo, emit
 from ebpfproxy.cli.settings import Decorator
 from ebpfproxy.kube.errors import ConfigError
 from ebpfproxy.node.identity import NodeNameError, node_name
@@ -203,9 +203,9 @@ def cleanup_kube_proxy() -> None:
     """``run --cleanup``: removes kube-proxy's rules in this network namespace, and prints them."""
     with _errors():
         for process in running_kube_proxy.find():
-            click.echo(f"kube-proxy runs with pid {process.pid} and will write its rules again", err=True)
+            echo(f"kube-proxy runs with pid {process.pid} and will write its rules again", err=True)
         found = leftovers.find()
         if found:
-            steps.remove_leftovers(found, click.echo)
+            steps.remove_leftovers(found, echo)
         else:
-            click.echo("nothing of kube-proxy is left")
+            echo("nothing of kube-proxy is left")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import click
-
-from ebpfproxy.cli.output import console, emit, table
+from ebpfproxy.cli.output import console, echo, emit, table
 from ebpfproxy.operator.migrate.cluster.fleet import ClusterPlan
 from ebpfproxy.operator.migrate.node import iptables
 from ebpfproxy.operator.migrate.node.preflight import Plan
@@ -20,7 +18,7 @@ def said(form: str) -> Iterator[Callable[[str], None]]:
     """Prints each step when it is done; JSON and YAML follow at the end, also after a failure."""
     lines: list[str] = []
     try:
-        yield click.echo if form == "table" else lines.append
+        yield echo if form == "table" else lines.append
     finally:
         if form != "table":
             emit({"done": lines}, form, lambda _: None)

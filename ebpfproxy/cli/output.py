@@ -12,26 +12,29 @@ import msgspec
 import yaml
 
 from ebpfproxy.inspection import words
+from ebpfproxy.plain_text import escaped_json, plain, plain_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+__all__ = ["age", "console", "echo", "emit", "emit_watching", "json_of", "plain", "table"]
+
 _WATCH_SECONDS = 0.5
 age = words.age
 
 
-def plain(text: str) -> str:
-    """One line that a terminal shows and does not obey: processes choose their names, and the API some."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Prints lines, of which a terminal obeys nothing: the API and processes choose what many name."""
+    click.echo(plain_lines(str(text)), err=err, nl=nl)
 
 
 def table(*columns: str) -> Table:
     """A plain table as kubectl prints them: no borders, upper-case heads."""
     # It is a fifth of a command's modules, and JSON and YAML need none of them.
-    from rich.table import Table  # noqa: PLC0415
+    from ebpfproxy.cli.plain_rich import PlainTable  # noqa: PLC0415
 
-    made = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    made = PlainTable(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         made.add_column(column.upper(), overflow="fold", no_wrap=not sys.stdout.isatty())
     return made
@@ -39,17 +42,23 @@ def table(*columns: str) -> Table:
 
 def console() -> Console:
     """A console as wide as the terminal, or without a limit if there is none: a pipe gets whole lines."""
-    from rich.console import Console  # noqa: PLC0415 - as above
+    from ebpfproxy.cli.plain_rich import PlainConsole  # noqa: PLC0415 - as above
 
-    return Console(
+    return PlainConsole(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else 4000, soft_wrap=False
     )
+
+
+def json_of(value: Any, *, indent: int = 0) -> str:
+    """On one line where nothing is indented."""
+    encoded = msgspec.json.encode(value)
+    return escaped_json((msgspec.json.format(encoded, indent=indent) if indent else encoded).decode())
 
 
 def emit(value: Any, form: str, as_table: Callable[[Any], None]) -> None:
     """Prints ``value`` (anything msgspec can turn into builtins)."""
     if form == "json":
-        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+        click.echo(json_of(value, indent=2))
     elif form == "yaml":
         click.echo(yaml.safe_dump(msgspec.to_builtins(value), sort_keys=False).rstrip())
     else:

@@ -14,6 +14,7 @@ from ebpfproxy.agent.from_config import agent_options, conntrack_sysctls, in_use
 from ebpfproxy.agent.reconciler import Agent
 from ebpfproxy.cli import settings
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import echo
 from ebpfproxy.config.bind_address import BindAddressError
 from ebpfproxy.config.documents import ConfigurationError
 from ebpfproxy.config.load import Configuration, effective, ignored_fields, load
@@ -89,7 +90,7 @@ def command(
         raise click.ClickException(str(error)) from error
     if write_config_to is not None:
         write_config_to.write_text(to_yaml(used))
-        click.echo(f"configuration written to {write_config_to}")
+        echo(f"configuration written to {write_config_to}")
         return
     logs.configure(used.kube_proxy.logging.format, used.kube_proxy.logging.verbosity)
     try:

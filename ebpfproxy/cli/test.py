@@ -13,7 +13,7 @@ from ebpfproxy.agent import state
 from ebpfproxy.cli import cluster_access, options
 from ebpfproxy.cli.cluster_access import access, remark
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import console, emit, plain, table
+from ebpfproxy.cli.output import console, echo, emit, plain, table
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.lookup import Lookup
@@ -123,7 +123,7 @@ def command(
             )
             found = run(Api.from_kubeconfigs(kubeconfig, context, master), wanted, remark)
     if output == "junit":
-        click.echo(junit(found))
+        echo(junit(found))
     else:
         emit(found, output, lambda report: _print(report, hint=manifests is None and not keep))
     if not found.good:

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import msgspec
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.option_types import Seconds
-from ebpfproxy.cli.output import console
+from ebpfproxy.cli.output import console, echo, json_of
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.top.reading import Reader
@@ -177,13 +176,13 @@ def _print(maps: MapSet, wanted: Wanted, interval: float, output: str, *, once: 
         time.sleep(interval)
         found = comparison.next(time.monotonic(), time.time())
         if output == "json":
-            click.echo(msgspec.json.encode(found))
+            click.echo(json_of(found))
         else:
             print_rows(found, wanted.sort[0])
         if once:
             return
         if output != "json":
-            click.echo()
+            echo()
         sys.stdout.flush()
 
 

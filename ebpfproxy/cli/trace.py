@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import msgspec
 
 from ebpfproxy.cli import completion, options
 from ebpfproxy.cli.errors import one_line
-from ebpfproxy.cli.output import plain
+from ebpfproxy.cli.output import echo, json_of, plain
 from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
 from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
@@ -188,7 +187,7 @@ def _print(running: Session, write: Write, count: int | None) -> None:
             _say_lost(running)
             if (is_reported := running.is_reported) is not was_reported:
                 was_reported = is_reported
-                click.echo(said(is_reported=is_reported), err=True)
+                echo(said(is_reported=is_reported), err=True)
         if shown == count:
             return
         if ends.is_set():
@@ -254,12 +253,12 @@ def _writer(output: str, file: _File | None) -> Write:
 
 
 def _line(row: DecisionRow, output: str) -> str:
-    return msgspec.json.encode(row).decode() if output == "json" else plain(text(row))
+    return json_of(row) if output == "json" else plain(text(row))
 
 
 def _say_lost(running: Session) -> None:
     limited, full = running.newly_lost()
     if limited:
-        click.echo(f"lost {limited} decisions above --rate", err=True)
+        echo(f"lost {limited} decisions above --rate", err=True)
     if full:
-        click.echo(f"lost {full} decisions: they were not read in time", err=True)
+        echo(f"lost {full} decisions: they were not read in time", err=True)

@@ -9,6 +9,7 @@ import click
 
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
+from ebpfproxy.cli.output import echo
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.services.values import parse_address, parse_port
 
@@ -63,4 +64,4 @@ def _parse(text: str) -> tuple[str, int]:
 
 
 def _print(address: str) -> None:
-    click.echo(address)
+    echo(address)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import click
 
 from ebpfproxy.cli.cluster_access import access_and_namespace, cluster_errors, remark, step_timeout
+from ebpfproxy.cli.output import echo
 from ebpfproxy.operator.api import Api, Object, shown
 from ebpfproxy.operator.install import base
 from ebpfproxy.operator.install.node_cleanup import image_of
@@ -62,14 +63,14 @@ def command(
         found = find(api, namespace)
         labelled = labels(api, namespace)
         if not found and not labelled and not cleanup:
-            click.echo("ebpfproxy is not installed in the cluster")
+            echo("ebpfproxy is not installed in the cluster")
             return
         reasons = list(against(api, found)) if found or cleanup else []
         if dry_run:
             for place in found:
-                click.echo(f"{shown(*place)} would be deleted")
+                echo(f"{shown(*place)} would be deleted")
             for node, label in labelled:
-                click.echo(f"{shown('Node', '', node)}: label {label} would be removed")
+                echo(f"{shown('Node', '', node)}: label {label} would be removed")
         if reasons and not force:
             raise RemoveError("\n".join(reasons) + "\n--force continues anyway")
         for reason in reasons:
@@ -80,17 +81,17 @@ def command(
             return
         problems: list[str] = []
         with _collected(problems):
-            remove(api, found, timeout, click.echo)
+            remove(api, found, timeout, echo)
         # Cleaning needs the agents gone; other nodes need not wait for one that is down.
         gone = api.get("DaemonSet", namespace, AGENT) is None
         if image is not None and gone:
             with _collected(problems):
-                clean_nodes(api, daemon_set or _from_base(namespace), image, timeout, click.echo)
+                clean_nodes(api, daemon_set or _from_base(namespace), image, timeout, echo)
         elif found and not cleanup:
             remark(_STAYS)
         if gone:
             with _collected(problems):
-                remove_labels(api, labelled, click.echo)
+                remove_labels(api, labelled, echo)
         if problems:
             raise RemoveError("\n".join(problems))
 

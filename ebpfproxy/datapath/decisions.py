@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes as ct
 import fcntl
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,8 +118,8 @@ class DecisionReader:
         self._ring.consume()
         found = []
         for record in self._records:
-            # Programs of another version may know more kinds.
-            with suppress(IndexError):
+            # Programs of another version may know more kinds, and more of each.
+            with suppress(IndexError, struct.error):
                 found.append(unpack_decision(record))
         self._records.clear()
         return found

@@ -16,7 +16,7 @@ import msgspec
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
-from ebpfproxy.datapath.abi.layout import U32, Scope, ServiceFlags
+from ebpfproxy.datapath.abi.layout import Scope, ServiceFlags
 from ebpfproxy.datapath.abi.schema import map_specs
 from ebpfproxy.datapath.kernel.maps import MapSet, WindowedArray, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -122,9 +122,7 @@ class Dump:
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
         self._backends, self._selections = maps.backends(), maps.selections()
-        self.names: dict[int, ServicePortKey] = {
-            U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()
-        }
+        self.names: dict[int, ServicePortKey] = dict(layout.known_names(maps["service_names"].items()))
         self._refs: dict[int, BackendRef] = {}
 
     def selection(self, service_id: int, policy: int) -> array[int]:
@@ -145,10 +143,9 @@ class Dump:
 
     def entries(self) -> Iterator[tuple[layout.ServiceKey, layout.ServiceEntry]]:
         for table in ("services4", "services6"):
-            for key, value in self._maps[table].items():
-                entry = layout.unpack_service(value)
+            for key, entry in layout.known_services(self._maps[table].items()):
                 if not entry.flags & ServiceFlags.ADDRESS:
-                    yield layout.unpack_service_key(key), entry
+                    yield key, entry
 
     def frontends(self) -> list[FrontendRow]:
         """A row for every frontend and scope, sorted by service, port, kind, address and scope."""

@@ -70,7 +70,10 @@ class Lookup:
     ) -> ServiceEntry | None:
         table = self._maps["services4" if len(address) == 4 else "services6"]
         found = table.lookup(layout.pack_service_key(address, port, protocol, scope))
-        return layout.unpack_service(found) if found is not None else None
+        try:
+            return layout.unpack_service(found) if found is not None else None
+        except ValueError:  # somebody else has written there
+            return None
 
     def is_node_address(self, address: bytes) -> bool:
         """``addr_is_this_node``: NodePorts answer there."""

@@ -7,11 +7,13 @@ migration does, which changes IPVS.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 #: Flags of a request.
 REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
@@ -23,6 +25,30 @@ _NUMBER = struct.Struct("=i")  # a negative errno, or 0
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 _NESTED, _TYPE_MASK = 1 << 15, 0x3FFF
 _RECEIVE = 1 << 18
+_LAST_ERRNO = 4095  # MAX_ERRNO of linux/err.h
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class MalformedError(OSError):
+    """A message that cannot be read. Callers know OSError, which the kernel's own errors are."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(errno.EBADMSG, f"a netlink message cannot be read: {why}")
+
+
+def reading(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what takes a message apart: raises MalformedError where that is too short or lacks a part."""
+
+    @wraps(function)
+    def read(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except (struct.error, LookupError, ValueError) as error:
+            raise MalformedError(repr(error)) from error
+
+    return read
 
 
 class Message(NamedTuple):
@@ -40,7 +66,11 @@ class Message(NamedTuple):
     @property
     def error(self) -> OSError | None:
         """The error of such a message, or of a dump's end; None for an acknowledgement."""
+        if len(self.payload) < _NUMBER.size:
+            raise MalformedError("an error without a number")
         number = -_NUMBER.unpack_from(self.payload)[0]
+        if not 0 <= number <= _LAST_ERRNO:
+            raise MalformedError(f"an error {number}")
         return OSError(number, os.strerror(number)) if number else None
 
 
@@ -50,13 +80,15 @@ def pack(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
 
 
 def messages(data: bytes) -> Iterator[Message]:
-    """The messages of one datagram."""
+    """The messages of one datagram. Raises MalformedError."""
     view = memoryview(data)
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, _, sequence, _ = _HEADER.unpack_from(data, at)
+        if not _HEADER.size <= length <= len(data) - at:
+            raise MalformedError(f"{length} bytes of {len(data) - at}")
         yield Message(kind, sequence, view[at + _HEADER.size : at + length])
-        at += (max(length, _HEADER.size) + 3) & ~3
+        at += (length + 3) & ~3
 
 
 def replies(netlink: socket.socket) -> Iterator[Message]:

@@ -70,19 +70,25 @@ def _entries(netfilter: nfnetlink.Netfilter, *, translated: bool) -> Iterator[tu
     """
     has_ipvs = _IPVS.exists()
     for entry in netfilter.dump(nfnetlink.CONNTRACK, _GET):
-        found = codec.attributes(entry)
-        has_nat = bool(struct.unpack("!I", found[_STATUS])[0] & _DST_NAT)
-        if has_nat != translated and not has_ipvs:
-            continue
-        asked = _end(found[_ORIGINAL], source=False)[1:]
-        answering = _end(found[_REPLY], source=True)[1:]
-        if (has_nat or asked != answering) != translated:
-            continue
-        protocol, address, port = _end(found[_ORIGINAL], source=True)
-        seen_as = _end(found[_REPLY], source=False)[1:]
-        named = [codec.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
-        named += [codec.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
-        yield Flow(protocol, (address, port), asked, answering, seen_as), named
+        if read := _read_entry(entry, translated=translated, has_ipvs=has_ipvs):
+            yield read
+
+
+@codec.reading
+def _read_entry(entry: memoryview, *, translated: bool, has_ipvs: bool) -> tuple[Flow, list[bytes]] | None:
+    found = codec.attributes(entry)
+    has_nat = bool(struct.unpack("!I", found[_STATUS])[0] & _DST_NAT)
+    if has_nat != translated and not has_ipvs:
+        return None
+    asked = _end(found[_ORIGINAL], source=False)[1:]
+    answering = _end(found[_REPLY], source=True)[1:]
+    if (has_nat or asked != answering) != translated:
+        return None
+    protocol, address, port = _end(found[_ORIGINAL], source=True)
+    seen_as = _end(found[_REPLY], source=False)[1:]
+    named = [codec.nested(_ORIGINAL, bytes(found[_ORIGINAL]))]
+    named += [codec.attribute(kind, bytes(found[kind])) for kind in (_ID, _ZONE) if kind in found]
+    return Flow(protocol, (address, port), asked, answering, seen_as), named
 
 
 def _absent(error: OSError) -> bool:

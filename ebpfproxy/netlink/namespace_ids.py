@@ -81,6 +81,7 @@ def _attribute(kind: int, number: int) -> bytes:
     return codec.attribute(kind, _NUMBER.pack(number))
 
 
+@codec.reading
 def _id(reply: codec.Message) -> int | None:
     value = codec.attributes(reply.payload[len(_FAMILY) :]).get(_NSID)
     number = _NUMBER.unpack(value)[0] if value is not None else _NONE

@@ -92,6 +92,7 @@ class Routes:
         return self.to(address).source
 
 
+@codec.reading
 def _way(message: memoryview) -> Way:
     """Reads an rtmsg with its attributes."""
     found = codec.attributes(message[_ROUTE.size :])

@@ -78,4 +78,9 @@ def links(netlink: Rtnetlink) -> list[memoryview]:
 
 def device_indexes(netlink: Rtnetlink) -> list[int]:
     """The indexes of all devices. Raises OSError."""
-    return [IFINFOMSG.unpack_from(message)[2] for message in links(netlink)]
+    return [_index_of(message) for message in links(netlink)]
+
+
+@codec.reading
+def _index_of(message: memoryview) -> int:
+    return int(IFINFOMSG.unpack_from(message)[2])

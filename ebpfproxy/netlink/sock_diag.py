@@ -87,6 +87,7 @@ def find_sockets(stale: Mapping[Peer, Collection[int]]) -> list[Connected]:
     return list(found.values())
 
 
+@codec.reading
 def _connected(family: int, protocol: int, name: bytes, namespace: Path) -> Connected:
     """``name``: struct inet_diag_sockid."""
     sport, dport, source, destination = _SOCKID.unpack_from(name)
@@ -96,6 +97,7 @@ def _connected(family: int, protocol: int, name: bytes, namespace: Path) -> Conn
     return Connected(cookie, addresses[0], socket.ntohs(sport), peer, namespace)
 
 
+@codec.reading
 def _cookie(name: bytes) -> int:
     """Where one cookie is made while another is, the kernel counts it down from 2^64."""
     (cookie,) = _COOKIE.unpack_from(name, _COOKIE_AT - _ID_AT)

@@ -53,6 +53,7 @@ def filters(netlink: Rtnetlink, ifindex: int, parent: int) -> list[Filter]:
     return [found for message in messages if (found := _filter(message)) is not None]
 
 
+@codec.reading
 def _filter(message: memoryview) -> Filter | None:
     _, _, handle, _, info = _TCMSG.unpack_from(message)
     # The kernel lists a priority itself as well, by the handle 0.

@@ -33,6 +33,7 @@ class XdpFeatures(enum.IntFlag):
 class XdpState:
     """Asks for the state of one device at a time. Use it as a context. Raises OSError."""
 
+    @codec.reading
     def __init__(self) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _GENERIC_NETLINK
@@ -55,6 +56,7 @@ class XdpState:
     ) -> None:
         self._socket.close()
 
+    @codec.reading
     def features(self, ifindex: int) -> XdpFeatures | None:
         """What the driver can do now; None where the kernel does not tell (before Linux 6.3)."""
         if not self._family:
@@ -69,6 +71,7 @@ class XdpState:
         return codec.attributes(reply.payload[_GENLMSG.size :])
 
 
+@codec.reading
 def xdp_program(netlink: Rtnetlink, ifindex: int) -> int:
     """The id of the XDP program that the device has, 0 without one. Raises OSError."""
     (message,) = netlink.ask(GETLINK, IFINFOMSG.pack(0, 0, ifindex, 0, 0))

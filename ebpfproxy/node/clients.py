@@ -71,9 +71,15 @@ def _addresses(netlink: socket.socket) -> Iterator[bytes]:
     body = IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
     netlink.send(codec.pack(GETADDR, codec.REQUEST | codec.DUMP, body))
     for each in codec.replies(netlink):
-        _, _, _, scope, _ = IFADDRMSG.unpack_from(each.payload)
-        if scope == _SCOPE_UNIVERSE:
-            found = codec.attributes(each.payload[IFADDRMSG.size :])
-            address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-            if address:
-                yield bytes(address)
+        if address := _address(each.payload):
+            yield address
+
+
+@codec.reading
+def _address(message: memoryview) -> bytes:
+    """Empty where the address is that of a link, or of the host alone."""
+    _, _, _, scope, _ = IFADDRMSG.unpack_from(message)
+    if scope != _SCOPE_UNIVERSE:
+        return b""
+    found = codec.attributes(message[IFADDRMSG.size :])
+    return bytes(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")

@@ -43,45 +43,60 @@ def read_facts(netlink: Rtnetlink) -> Facts:
 
 
 def _links(netlink: Rtnetlink) -> Iterator[Link]:
-    for message in links(netlink):
-        _, type_, index, _, _ = IFINFOMSG.unpack_from(message)
-        found = codec.attributes(message[IFINFOMSG.size :])
-        info = codec.attributes(found.get(_LINKINFO, memoryview(b"")))
-        kind = _text(info[_INFO_KIND]) if _INFO_KIND in info else None
-        data = codec.attributes(info[_INFO_DATA]) if kind in _MACVLANS and _INFO_DATA in info else {}
-        yield Link(
-            index,
-            _text(found[_IFNAME]),
-            kind,
-            type_,
-            master=_number(found, _MASTER),
-            mtu=_number(found, _MTU),
-            # IFLA_LINK of a veth names the peer, which is in another namespace.
-            lower=_number(found, _LINK) if _LINK_NETNSID not in found else 0,
-            passthru=_number(data, _MACVLAN_MODE) == _PASSTHRU,
-            link_address=bytes(found.get(_LINK_ADDRESS, b"")),
-        )
+    return map(_link, links(netlink))
+
+
+@codec.reading
+def _link(message: memoryview) -> Link:
+    _, type_, index, _, _ = IFINFOMSG.unpack_from(message)
+    found = codec.attributes(message[IFINFOMSG.size :])
+    info = codec.attributes(found.get(_LINKINFO, memoryview(b"")))
+    kind = _text(info[_INFO_KIND]) if _INFO_KIND in info else None
+    data = codec.attributes(info[_INFO_DATA]) if kind in _MACVLANS and _INFO_DATA in info else {}
+    return Link(
+        index,
+        _text(found[_IFNAME]),
+        kind,
+        type_,
+        master=_number(found, _MASTER),
+        mtu=_number(found, _MTU),
+        # IFLA_LINK of a veth names the peer, which is in another namespace.
+        lower=_number(found, _LINK) if _LINK_NETNSID not in found else 0,
+        passthru=_number(data, _MACVLAN_MODE) == _PASSTHRU,
+        link_address=bytes(found.get(_LINK_ADDRESS, b"")),
+    )
 
 
 def _addresses(netlink: Rtnetlink) -> Iterator[Address]:
     for message in netlink.dump(GETADDR, IFADDRMSG.pack(0, 0, 0, 0, 0)):
-        family, length, flags, scope, index = IFADDRMSG.unpack_from(message)
-        found = codec.attributes(message[IFADDRMSG.size :])
-        # IFA_LOCAL is this end of a point-to-point address; IPv6 has only IFA_ADDRESS.
-        address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-        if family in _FAMILIES and address:
-            fit = scope == _SCOPE_GLOBAL and not (_number(found, _IFA_FLAGS) or flags) & _UNFIT
-            yield Address(index, bytes(address), length, fit)
+        if found := _address(message):
+            yield found
+
+
+@codec.reading
+def _address(message: memoryview) -> Address | None:
+    family, length, flags, scope, index = IFADDRMSG.unpack_from(message)
+    found = codec.attributes(message[IFADDRMSG.size :])
+    # IFA_LOCAL is this end of a point-to-point address; IPv6 has only IFA_ADDRESS.
+    address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+    if family not in _FAMILIES or not address:
+        return None
+    fit = scope == _SCOPE_GLOBAL and not (_number(found, _IFA_FLAGS) or flags) & _UNFIT
+    return Address(index, bytes(address), length, fit)
 
 
 def _default_routes() -> Iterator[DefaultRoute]:
     for family in _FAMILIES:
         for route in dump_routes(family):
-            metric = _number(route, _PRIORITY)
-            source = bytes(route.get(_PREFSRC, b""))
-            for index in (_number(route, _OIF), *(index for index, _ in _next_hops(route))):
-                if index:
-                    yield DefaultRoute(index, family, metric, source)
+            yield from _ways_of(family, route)
+
+
+@codec.reading
+def _ways_of(family: int, route: _Attributes) -> list[DefaultRoute]:
+    metric = _number(route, _PRIORITY)
+    source = bytes(route.get(_PREFSRC, b""))
+    indexes = (_number(route, _OIF), *(index for index, _ in _next_hops(route)))
+    return [DefaultRoute(index, family, metric, source) for index in indexes if index]
 
 
 def _has_gateway(ifindex: int, own: set[bytes]) -> bool:
@@ -125,7 +140,7 @@ def dump_routes(family: int, ifindex: int = 0) -> Iterator[_Attributes]:
     with Rtnetlink() as netlink:
         try:
             for message in netlink.dump(GETROUTE, request):
-                family_, length, _, _, table, *_ = RTMSG.unpack_from(message)
+                family_, length, table = _head_of(message)
                 # A kernel without IPv6 returns the routes of IPv4.
                 if (ifindex or length == 0) and family_ == family and table == _MAIN_TABLE:
                     yield codec.attributes(message[RTMSG.size :])
@@ -134,10 +149,18 @@ def dump_routes(family: int, ifindex: int = 0) -> Iterator[_Attributes]:
                 raise
 
 
+@codec.reading
+def _head_of(route: memoryview) -> tuple[int, int, int]:
+    """Family, length of the prefix and table."""
+    family, length, _, _, table, *_ = RTMSG.unpack_from(route)
+    return family, length, table
+
+
 def _number(found: _Attributes, kind: int) -> int:
     """0 without such an attribute."""
     return int(_NUMBER.unpack(found[kind])[0]) if kind in found else 0
 
 
 def _text(value: memoryview) -> str:
-    return bytes(value).rstrip(b"\0").decode(errors="surrogateescape")
+    """Names have any bytes but spaces, slashes and colons. They are for people, and for their patterns."""
+    return bytes(value).rstrip(b"\0").decode(errors="replace")

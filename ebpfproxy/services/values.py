@@ -111,7 +111,12 @@ def parse_port(text: str) -> int | None:
 
 
 def unusable_name(name: str) -> str | None:
-    """Why a Service, namespace or port cannot have this name, if so. Manifests may hold any text."""
+    """Why a Service, namespace or port cannot have this name, if so. Manifests may hold any text.
+
+    Metrics and maps show it to people: a terminal must not obey it.
+    """
+    if not name.isprintable():
+        return "has characters that cannot be printed"
     return f"is longer than {MAX_NAME} bytes" if len(name.encode()) > MAX_NAME else None
 
 

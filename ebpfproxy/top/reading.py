@@ -72,16 +72,19 @@ class ServicePorts:
         packed = dict(self._maps["service_names"].items())
         if packed == self._packed:
             return []
+        changed = {key: value for key, value in packed.items() if self._packed.get(key) != value}
+        read = dict(layout.known_names(changed.items()))
+        # Somebody else may have written some, which stand for no Service.
+        for key in changed:
+            if U32.unpack(key)[0] not in read:
+                del packed[key]
         names = dict(self.names)
         removed = [U32.unpack(key)[0] for key in self._packed.keys() - packed.keys()]
         for number in removed:
             self.users.subtract(self.backends[number])
             for known in (names, self._slots, self.backends):
                 del known[number]
-        for key, value in packed.items():
-            if self._packed.get(key) != value:
-                names[U32.unpack(key)[0]] = layout.unpack_name(value)
-        self._packed, self.names = packed, names
+        self._packed, self.names = packed, names | read
         return removed
 
 

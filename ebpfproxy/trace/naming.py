@@ -120,7 +120,8 @@ class Naming:
 
     def _find_key(self, number: int) -> ServicePortKey | None:
         found = self._names.lookup(U32.pack(number))
-        return layout.unpack_name(found) if found is not None else None
+        names = layout.known_names([(U32.pack(number), found)] if found is not None else [])
+        return next((name for _, name in names), None)
 
     def _find_backend(self, number: int | None) -> BackendRow | None:
         found = self._backends.read(number) if number is not None else None

@@ -134,6 +134,52 @@ def test_flow_expires_after_the_timeout_of_its_state(
     assert bench.left == 2
 
 
+def half_open(bench: Bench, port: int, idle: float, *, replied: int = 101, acked: int = 0) -> None:
+    """A client's SYN with the number 100, and the backend's answer, which acknowledges up to ``replied``."""
+    last, began = bench.now - int(idle * S), bench.now - 3600 * S
+    seen = Seen.REPLY
+    original = Nat(CLIENT, BACKEND, port, 8080, 1, 1, NatFlags(0), Seen(0), last, began, 101, acked)
+    bench.add(Flow(CLIENT, FRONTEND, port, 80, 6, False), original)
+    reply = Nat(FRONTEND, CLIENT, 80, port, 1, 1, NatFlags.REPLY, seen, last, began, 501, replied)
+    bench.add(Flow(BACKEND, CLIENT, 8080, port, 6, True), reply)
+
+
+def test_connection_that_its_client_never_confirmed_expires_like_one_without_a_reply(bench: Bench) -> None:
+    """A flood from forged addresses would keep its ports for a day: netfilter's SYN_RECV has 60 s as well."""
+    half_open(bench, 1, 59)
+    half_open(bench, 2, 61)
+    half_open(bench, 3, 61, acked=501)
+    entries = list(bench.maps["conntrack"].items())
+    rows = flows_of(entries, Timeouts(), bench.now, {})
+    found = {row.client: (row.state, row.expires) for row, _ in rows}
+    assert found == {
+        "1.1.1.1:1": ("SYN_RECV", 1.0),
+        "1.1.1.1:2": ("SYN_RECV", 0.0),
+        "1.1.1.1:3": ("ESTABLISHED", 86339.0),
+    }
+    assert bench.sweeper.sweep().expired == 2
+    assert bench.left == 4
+
+
+def test_forged_or_late_syn_does_not_shorten_the_life_of_a_connection(bench: Bench) -> None:
+    """It begins the numbers of its direction anew; what the backend has acknowledged tells that there is another."""
+    half_open(bench, 1, 3600, replied=7000)
+    assert bench.sweeper.sweep().expired == 0
+
+
+def test_masquerade_of_a_connection_that_was_never_confirmed_expires_with_it(bench: Bench) -> None:
+    """Its port is what a flood would use up."""
+    half_open(bench, 1, 61)
+    last, began = bench.now - 61 * S, bench.now - 3600 * S
+    out = Nat(NODE, BACKEND, 999, 8080, 1, 1, NatFlags.SOURCE, Seen(0), last, began, 101, 0)
+    bench.add(Flow(CLIENT, BACKEND, 1, 8080, 6, True), out)
+    flags = NatFlags.SOURCE | NatFlags.REPLY
+    back = Nat(BACKEND, CLIENT, 8080, 1, 1, 1, flags, Seen.REPLY, last, began, 501, 101)
+    bench.add(Flow(BACKEND, NODE, 8080, 999, 6, False), back)
+    assert bench.sweeper.sweep().expired == 4
+    assert bench.left == 0
+
+
 def test_one_active_direction_keeps_both_entries(bench: Bench) -> None:
     """A stream of datagrams in one direction has no packet in the other."""
     bench.pair(1, protocol=Protocol.UDP, idle=0, reply_idle=1000)

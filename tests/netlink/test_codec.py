@@ -58,3 +58,29 @@ def test_ack_ends_a_reply_and_an_error_is_raised(
     there.send(codec.pack(2, 0, struct.pack("=i", -errno.EPERM)))
     with pytest.raises(PermissionError):
         list(codec.replies(here))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        codec.pack(2, 0, b"\0\0")[:18],
+        struct.pack("=IHHII", 8, 24, 0, 0, 0),
+        struct.pack("=IHHII", 1000, 24, 0, 0, 0),
+    ],
+)
+def test_message_that_is_not_whole_is_an_error_of_the_kernel_to_callers(data: bytes) -> None:
+    """They know OSError: they give up, or ask again."""
+    with pytest.raises(OSError, match="netlink message cannot be read"):
+        for each in codec.messages(data):
+            assert each.error is None
+
+
+def test_reader_of_a_message_that_lacks_something_raises_the_same() -> None:
+    @codec.reading
+    def read(payload: memoryview) -> object:
+        return struct.unpack("=I", codec.attributes(payload)[1])
+
+    for payload in (b"", codec.attribute(1, b"ab")):
+        with pytest.raises(codec.MalformedError) as raised:
+            read(memoryview(payload))
+        assert raised.value.errno == errno.EBADMSG

@@ -129,7 +129,7 @@ def test_rst_in_syn_sent_has_to_acknowledge_the_syn(new_connection: Connection) 
     new_connection.original("S", CLIENT_ISN)
     new_connection.reply("RA", 0, CLIENT_ISN + 77)
     new_connection.reply("R", CLIENT_ISN + 1)
-    assert new_connection.states[0] == "ESTABLISHED", "this RST does not acknowledge the SYN"
+    assert new_connection.states[0] == "SYN_RECV", "this RST does not acknowledge the SYN"
     new_connection.reply("RA", 0, CLIENT_ISN + 1)
     assert new_connection.states == ("CLOSE", 4)
 

@@ -81,6 +81,10 @@ class PreparedRun:
             raise OSError(ct.get_errno(), os.strerror(ct.get_errno()))
         return ct.c_int32(options.retval).value
 
+    def change(self, at: int, data: bytes) -> None:
+        """Changes bytes of the packet that goes in."""
+        ct.memmove(ct.addressof(self._source) + at, data, len(data))
+
     @property
     def packet(self) -> bytes:
         """What the last run has made of it."""

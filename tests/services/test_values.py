@@ -162,9 +162,11 @@ def test_ports_are_1_to_65535(number: int, valid: bool) -> None:
         ("a" * 63, None),
         ("a" * 64, "is longer than 63 bytes"),
         ("ä" * 32, "is longer than 63 bytes"),
+        ("a\x1b[31m", "has characters that cannot be printed"),
+        ("a\0", "has characters that cannot be printed"),
     ],
 )
-def test_names_have_up_to_63_bytes(name: str, reason: str | None) -> None:
+def test_names_have_up_to_63_bytes_that_can_be_printed(name: str, reason: str | None) -> None:
     assert unusable_name(name) == reason
 
 

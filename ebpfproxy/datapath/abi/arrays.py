@@ -48,7 +48,10 @@ class BackendRecords:
     def read(self, number: int) -> tuple[Backend, BackendState] | None:
         """Reads a record; None for an id that is free, or that the map has no place for."""
         packed = self._memory[number * self._stride : (number + 1) * self._stride]
-        return layout.unpack_backend(bytes(packed)) if packed else None
+        try:
+            return layout.unpack_backend(bytes(packed)) if packed else None
+        except ValueError:  # somebody else has written there
+            return None
 
     def ids(self) -> list[int]:
         """The ids that are in use. One byte tells a free place, which saves unpacking it."""

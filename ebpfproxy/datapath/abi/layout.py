@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 import struct
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from ebpfproxy.services.model import (
@@ -303,6 +305,23 @@ def unpack_name(packed: bytes) -> ServicePortKey:
         Protocol(protocol),
         Family(family),
     )
+
+
+# -- maps whose content may be somebody else's: what no agent writes is left out, until the agent removes it
+
+
+def known_names(items: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[int, ServicePortKey]]:
+    """The entries of ``service_names``: ids and what they stand for."""
+    for key, value in items:
+        with suppress(ValueError):
+            yield U32.unpack(key)[0], unpack_name(value)
+
+
+def known_services(items: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
+    """The entries of ``services4`` or ``services6``."""
+    for key, value in items:
+        with suppress(ValueError):
+            yield unpack_service_key(key), unpack_service(value)
 
 
 def format_frontend(address: bytes, port: int, protocol: Protocol | None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags, Seen, reversed_at_egress
+from ebpfproxy.datapath.abi.flow_layout import Entry, Nat, NatFlags, Seen, reversed_at_egress
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.kernel.maps import Map
 from ebpfproxy.services.model import Protocol, format_endpoint
@@ -30,7 +30,7 @@ class Timeouts(msgspec.Struct, frozen=True):
     tcp_established: float = 86400.0
     #: One side has closed.
     tcp_close_wait: float = 3600.0
-    #: There is no reply yet.
+    #: There is no reply yet, or the client has not acknowledged it.
     tcp_unreplied: float = 60.0
     #: Both sides have closed: late packets still find their way.
     tcp_closed: float = 30.0
@@ -87,7 +87,13 @@ class FlowRow(msgspec.Struct, frozen=True):
     expires: float
 
 
-def state_of(protocol: int, seen: int) -> str:
+def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
+    """True if a client has not acknowledged what the backend has answered to its SYN; as in sweep.c."""
+    is_silent = bool(original.end) and not original.acked
+    return protocol == Protocol.TCP and is_silent and reply.acked == original.end
+
+
+def state_of(protocol: int, seen: int, *, half_open: bool = False) -> str:
     """The state of a flow, by the name that netfilter has for it."""
     if protocol == Protocol.TCP:
         if seen & Seen.RST:
@@ -95,6 +101,8 @@ def state_of(protocol: int, seen: int) -> str:
         closed = seen & BOTH_FIN
         if closed:
             return "TIME_WAIT" if closed == BOTH_FIN else "CLOSE_WAIT"
+        if half_open:
+            return "SYN_RECV"
         return "ESTABLISHED" if seen & Seen.REPLY else "SYN_SENT"
     return "REPLIED" if seen & Seen.REPLY else "UNREPLIED"
 
@@ -115,12 +123,13 @@ def flows_of(
             continue
         nat, flow = entry.nat, entry.flow
         keys = [key]
-        last, seen = entry.last, entry.seen
+        last, seen, half_open = entry.last, entry.seen, False
         partner = there.get(entry.partner)
         is_replaced = partner is not None and partner.partner != key
         if partner is not None and not is_replaced:
             keys.append(partner.key)
             last, seen = max(last, partner.last), seen | partner.seen
+            half_open = is_half_open(flow.protocol, nat, partner.nat)
         masquerade = ""
         if nat.flags & NatFlags.HOST:
             masquerade = format_endpoint(nat.source, nat.source_port)
@@ -135,7 +144,8 @@ def flows_of(
             reply = there.get(source.partner)
             if reply is not None and reply.partner == source.key:
                 keys.append(reply.key)
-        limit = timeouts.of(flow.protocol, seen, (last - nat.created) / _NS)
+        lasting = seen & ~Seen.REPLY if half_open else seen
+        limit = timeouts.of(flow.protocol, lasting, (last - nat.created) / _NS)
         idle = max(0.0, (now - last) / _NS)
         row = FlowRow(
             protocol=PROTOCOL_NAMES[flow.protocol],
@@ -143,7 +153,7 @@ def flows_of(
             frontend=format_endpoint(flow.destination, flow.destination_port),
             backend=format_endpoint(nat.destination, nat.destination_port),
             masquerade=masquerade,
-            state=state_of(flow.protocol, seen),
+            state=state_of(flow.protocol, seen, half_open=half_open),
             service=names.get(nat.service_id, "?"),
             idle=round(idle, 3),
             age=round(max(0.0, (now - nat.created) / _NS), 3),

@@ -19,6 +19,10 @@ class Removal(NamedTuple):
     serial: int
 
 
+#: Somebody else may have written others.
+_REASONS = frozenset(RemovalReason)
+
+
 class RemovedBackends:
     """The ``departures`` map, and the epochs by which flows notice that there is something in it."""
 
@@ -28,8 +32,9 @@ class RemovedBackends:
         self._kept_epochs, self._shown_epochs = self._epochs.kept_words(), self._epochs.words()
         self._serials: Iterator[int] = count()
         self._known: dict[BackendUse, Removal] = {
-            unpack_departure(key): Removal(RemovalReason(U32.unpack(value)[0]), next(self._serials))
+            unpack_departure(key): Removal(RemovalReason(why), next(self._serials))
             for key, value in self._map.items()
+            if (why := U32.unpack(value)[0]) in _REASONS
         }
         self._fresh = dict(self._known)
         #: Removals that the map has no room for; flows learn of them once others are forgotten.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 PIN_FOLDER = "ebpfproxy"
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+_MOUNT_FIELDS = 3
 
 
 class RootError(Exception):
@@ -21,12 +24,14 @@ class _Mount(NamedTuple):
     kind: str
 
 
-def _mounts() -> list[_Mount]:
+def _mounts(table: bytes | None = None) -> list[_Mount]:
+    """Of /proc/self/mounts. Paths have any bytes: spaces and ends of lines are octal escapes (proc(5))."""
     found = []
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, point, kind = line.split(" ")[:3]
-        # Spaces and the like are octal escapes there (proc(5)).
-        found.append(_Mount(Path(point.encode().decode("unicode_escape")), kind))
+    for line in (Path("/proc/self/mounts").read_bytes() if table is None else table).split(b"\n"):
+        fields = line.split(b" ")
+        if len(fields) >= _MOUNT_FIELDS:
+            point = _OCTAL.sub(lambda escape: bytes([int(escape[1], 8)]), fields[1])
+            found.append(_Mount(Path(os.fsdecode(point)), os.fsdecode(fields[2])))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout, socket_layout
 from ebpfproxy.datapath.abi.flow_layout import BackendUse, Entry, RemovalReason
-from ebpfproxy.datapath.abi.layout import U32, ServiceKey
+from ebpfproxy.datapath.abi.layout import ServiceKey
 from ebpfproxy.datapath.flows.origin_table import OriginTable
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -31,7 +31,7 @@ class Adopted(NamedTuple):
 
 def service_names(maps: MapSet) -> dict[int, ServicePortKey]:
     """The service ports that are there, by id."""
-    return {U32.unpack(key)[0]: layout.unpack_name(value) for key, value in maps["service_names"].items()}
+    return dict(layout.known_names(maps["service_names"].items()))
 
 
 def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> Adopted:

@@ -55,7 +55,9 @@ class Backends:
         found: dict[Backend, int] = {}
         for number in self._kept.ids():
             known = self._kept.read(number)
-            assert known is not None
+            if known is None:  # somebody else has written there
+                self._retired.append(number)
+                continue
             backend, state = known
             if state is BackendState.GONE and number not in self._selected:
                 self._retired.append(number)

@@ -74,8 +74,7 @@ class Frontends:
     def _stored(self) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
         """All entries of both maps, those for the other ports of cluster IPs among them."""
         for table in self._tables.values():
-            for key, value in table.items():
-                yield layout.unpack_service_key(key), layout.unpack_service(value)
+            yield from layout.known_services(table.items())
 
     # -- changes
 

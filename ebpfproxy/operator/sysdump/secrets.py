@@ -31,11 +31,16 @@ _VALUE = (
     r"""|(?!true\b|false\b|null\b)[^\s,;&}\])"'\\]+)"""
 )
 #: Names of Services are in lower case, and their ports follow a colon.
-_SEPARATOR = r"""(?:\\*["']\s*[:=]\s*|\s*=\s*|:\s+|:(?=\\*["']))(?:(?:bearer|basic)\s+)?"""
+_SEPARATOR = r"""(?:\\*+["']\s*[:=]\s*|\s*=\s*|:\s+|:(?=\\*["']))(?:(?:bearer|basic)\s+)?"""
+#: Annotations may be long, and nothing here may look at their parts again and again: what follows a name has
+#: an end, and an option is looked at where its word begins, after a line's end in a string of JSON, too.
 _ASSIGNED = re.compile(
-    rf"(?P<name>{_NAME}[\w.-]*{_SEPARATOR}|(?-i:(?=[A-Z])){_NAME}\w*:)(?![{{\[]){_VALUE}", re.IGNORECASE
+    rf"(?P<name>{_NAME}[\w.-]{{0,100}}+{_SEPARATOR}|(?-i:(?=[A-Z])){_NAME}\w{{0,100}}+:)(?![{{\[]){_VALUE}",
+    re.IGNORECASE,
 )
-_OPTION = re.compile(rf"(?P<name>--?[\w-]*{_NAME}[\w-]*\s+)(?!-){_VALUE}", re.IGNORECASE)
+_OPTION = re.compile(
+    rf"(?:(?<![\w-])|(?<=\\[nrt]))(?P<name>-(?=[\w-]*{_NAME})[\w-]*+\s++)(?!-){_VALUE}", re.IGNORECASE
+)
 _FORMS = (
     re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", re.DOTALL),
     # The same in base64, as kubeconfigs have it.

@@ -20,6 +20,7 @@ _TEXTS = (
     '{"text":"{\\"password\\": \\"PLANTED with a space\\", \\"a\\": 1}"}',
     "password='PLANTED with a space'",
     "--token PLANTED",
+    '{"text": "a\\n--token PLANTED"}',
     "--api-token=PLANTED --v=2",
     "Authorization: Bearer PLANTED",
     "authorization=basic PLANTED",
@@ -144,3 +145,20 @@ def test_secrets_of_objects_are_removed_by_their_names() -> None:
         },
         "users": [{"user": {"auth-provider": "(removed)", "password": "(removed)"}}],
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token " + "-" * 200_000,
+        "token " + "-a" * 100_000,
+        "token" * 50_000,
+        "token: " + "\\" * 200_000,
+        "token://" + "a:" * 100_000,
+        "token " + "eyJaaaaaaaa." * 20_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_long_word_takes_no_longer_than_others_of_its_length(text: str) -> None:
+    """Who may write an annotation must not be able to hold up a sysdump: four thousand dashes took seven seconds."""
+    assert Secrets().text(text)

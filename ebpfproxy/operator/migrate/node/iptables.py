@@ -59,6 +59,8 @@ _CHAINS = {
 #: iptables-save quotes with double quotes and escapes by backslashes.
 _WORD = re.compile(r'"(?:\\.|[^"\\])*"|\S+')
 _COUNTERS = re.compile(r"^\[\d+:\d+\] ")
+#: So many characters of a wrong line are shown.
+_SHOWN = 80
 
 
 def is_kube_proxys(table: str, chain: str) -> bool:
@@ -78,18 +80,26 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def parse(saved: str) -> list[Table]:
-    """Returns the tables of an ``iptables-save``, with or without ``-c``."""
+    """Returns the tables of an ``iptables-save``, with or without ``-c``. Raises ToolError."""
     tables: list[Table] = []
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            tables.append(Table(line[1:].strip(), {}, {}))
-        elif line.startswith(":"):
-            chain, policy = line[1:].split(" ")[:2]
-            tables[-1].policies[chain] = policy
-            tables[-1].rules[chain] = []
-        elif (rule := _COUNTERS.sub("", line)).startswith("-A "):
-            tables[-1].rules.setdefault(rule.split(" ", 2)[1], []).append(rule)
+    # Only a line feed ends a line: comments may have whatever else str.splitlines() takes for an end.
+    for line in saved.split("\n"):
+        try:
+            _parse_line(line, tables)
+        except (LookupError, ValueError) as error:
+            raise tools.ToolError(f"iptables-save printed a line {line[:_SHOWN]!r}") from error
     return tables
+
+
+def _parse_line(line: str, tables: list[Table]) -> None:
+    if line.startswith("*"):
+        tables.append(Table(line[1:].strip(), {}, {}))
+    elif line.startswith(":"):
+        chain, policy = line[1:].split(" ")[:2]
+        tables[-1].policies[chain] = policy
+        tables[-1].rules[chain] = []
+    elif (rule := _COUNTERS.sub("", line)).startswith("-A "):
+        tables[-1].rules.setdefault(rule.split(" ", 2)[1], []).append(rule)
 
 
 def words(rule: str) -> list[str]:
@@ -192,7 +202,7 @@ def _kept(table: Table, ours: set[str]) -> dict[str, str]:
 
 def built_in(saved: str) -> list[str]:
     """Returns the lines of built-in chains: their policies and counters."""
-    return [line for line in saved.splitlines() if line.startswith(":") and line.split(" ")[1] != "-"]
+    return [line for line in saved.split("\n") if line.startswith(":") and line.split(" ")[1:2] != ["-"]]
 
 
 class Tool(msgspec.Struct, frozen=True, order=True):
@@ -209,7 +219,13 @@ class Tool(msgspec.Struct, frozen=True, order=True):
     def has_chain(self, table: str, *chains: str) -> bool:
         """True if the table has any of them. Reads names of chains only, and creates no table."""
         begin = tuple(f":{chain} " for chain in chains)
-        with subprocess.Popen([self.save], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
+        with subprocess.Popen(
+            [self.save],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="surrogateescape",
+        ) as p:
             assert p.stdout is not None
             inside = found = False
             for line in p.stdout:

@@ -25,6 +25,7 @@ import msgspec
 from pyroute2 import IPVS, IPRoute, IPVSService
 
 from ebpfproxy.operator.migrate.node import ipsets
+from ebpfproxy.operator.migrate.node.tools import ToolError
 
 DEVICE = "kube-ipvs0"
 #: The device has this alias while it is kept for connections.
@@ -75,14 +76,17 @@ class Device(msgspec.Struct, frozen=True):
 def _end(v4: str, v6: str, port: str) -> tuple[str, int]:
     if v4:
         return socket.inet_ntop(socket.AF_INET, bytes.fromhex(v4)), int(port, 16)
-    return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, v6)), int(port, 16)
+    try:
+        return socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, v6)), int(port, 16)
+    except OSError as error:
+        raise ToolError(f"{_TABLE}: {v6!r} is no address") from error
 
 
 def parse(text: str) -> list[VirtualServer]:
-    """Reads the text of /proc/net/ip_vs; servers by firewall mark are ignored."""
+    """Reads the text of /proc/net/ip_vs; servers by firewall mark are ignored. Raises ToolError."""
     found: list[VirtualServer] = []
     inside = False
-    for line in text.splitlines():
+    for line in text.split("\n"):
         if match := _SERVER.match(line):
             found.append(VirtualServer(match[1], *_end(match[2], match[3], match[4])))
             inside = True

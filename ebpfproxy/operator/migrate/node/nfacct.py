@@ -24,15 +24,17 @@ def find() -> tuple[str, ...]:
     """Returns the names of kube-proxy's counters."""
     with nfnetlink.Netfilter() as netfilter:
         try:
-            found = {
-                bytes(codec.attributes(entry)[_NAME]).rstrip(b"\0").decode()
-                for entry in netfilter.dump(nfnetlink.ACCOUNTS, _GET)
-            }
+            found = {_name(entry) for entry in netfilter.dump(nfnetlink.ACCOUNTS, _GET)}
         except OSError as error:
             if error.errno in _MISSING:  # a kernel without it
                 return ()
             raise
-    return tuple(name for name in NAMES if name in found)
+    return tuple(name for name in NAMES if name.encode() in found)
+
+
+@codec.reading
+def _name(entry: memoryview) -> bytes:
+    return bytes(codec.attributes(entry)[_NAME]).rstrip(b"\0")
 
 
 def remove(name: str) -> None:

@@ -9,15 +9,22 @@ import json
 from collections.abc import Iterable
 
 from ebpfproxy.operator.migrate.node import tools
+from ebpfproxy.operator.migrate.node.tools import ToolError
 
 NAME = "kube-proxy"
 _FAMILIES = ("ip", "ip6")
 
 
 def names(listed: str) -> set[str]:
-    """Returns tables, as ``ip kube-proxy``, of what ``nft -j list tables`` or ``list ruleset`` printed."""
-    tables = [each["table"] for each in json.loads(listed)["nftables"] if "table" in each]
-    return {f"{table['family']} {table['name']}" for table in tables}
+    """Returns tables, as ``ip kube-proxy``, of what ``nft -j list tables`` or ``list ruleset`` printed.
+
+    Raises ToolError.
+    """
+    try:
+        tables = [each["table"] for each in json.loads(listed)["nftables"] if "table" in each]
+        return {f"{table['family']} {table['name']}" for table in tables}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ToolError(f"nft printed no list of tables: {error!r}") from error
 
 
 def plan(listed: str) -> tuple[str, ...]:

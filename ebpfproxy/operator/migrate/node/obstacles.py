@@ -10,7 +10,7 @@ import msgspec
 from pyroute2 import IPRoute
 
 from ebpfproxy.config.datapath import BPFFS
-from ebpfproxy.operator.migrate.node import iptables
+from ebpfproxy.operator.migrate.node import iptables, running_kube_proxy
 
 
 class Severity(enum.StrEnum):
@@ -72,7 +72,7 @@ def _processes(proc: Path) -> Iterable[str]:
     for folder in proc.iterdir():
         try:
             if folder.name.isdigit():
-                yield (folder / "comm").read_text().strip()
+                yield running_kube_proxy.name_of(folder)
         except OSError:
             continue
 

@@ -44,7 +44,7 @@ def find(proc: Path = Path("/proc")) -> list[Process]:
     found = []
     for folder in proc.iterdir():
         try:
-            if not folder.name.isdigit() or (folder / "comm").read_text().strip() != _COMM:
+            if not folder.name.isdigit() or name_of(folder) != _COMM:
                 continue
             if (folder / "ns/net").stat().st_ino == here:
                 found.append(_read(folder))
@@ -57,11 +57,16 @@ def embedded(proc: Path = Path("/proc")) -> str:
     """Returns the distribution that runs kube-proxy inside its own process; empty where none does."""
     for folder in proc.iterdir():
         try:
-            if folder.name.isdigit() and (name := _EMBEDDED.get((folder / "comm").read_text().strip())):
+            if folder.name.isdigit() and (name := _EMBEDDED.get(name_of(folder))):
                 return name
         except OSError:
             continue
     return ""
+
+
+def name_of(folder: Path) -> str:
+    """The name of the process with this folder in /proc. Processes name themselves, by any bytes."""
+    return (folder / "comm").read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _read(folder: Path) -> Process:
@@ -76,7 +81,7 @@ def _read(folder: Path) -> Process:
     return Process(
         pid=int(folder.name),
         command=command,
-        started_by=started_by((folder / "cgroup").read_text()),
+        started_by=started_by((folder / "cgroup").read_text(errors="replace")),
         mode=mode or "iptables",
         config=path or None,
         problems=problems,
@@ -96,13 +101,13 @@ def option(command: tuple[str, ...], name: str) -> str:
 def read_config(path: Path, shown: str) -> tuple[str, tuple[str, ...]]:
     """Returns the mode of a KubeProxyConfiguration, and what our agent rejects in it."""
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError as error:
         return "", (f"{shown}: {error.strerror}",)
     return check_config(text, shown)
 
 
-def check_config(text: str, shown: str) -> tuple[str, tuple[str, ...]]:
+def check_config(text: str | bytes, shown: str) -> tuple[str, tuple[str, ...]]:
     try:
         load.parse(text, shown)
     except ConfigurationError as error:
@@ -121,7 +126,7 @@ def started_by(cgroup: str) -> str:
 
     In a container the path begins at its own cgroup: of a pod beside it only the pod's part may be left.
     """
-    path = cgroup.strip().splitlines()[-1].split(":", 2)[2] if cgroup.strip() else "/"
+    path = cgroup.strip("\n").rpartition("\n")[2].split(":", 2)[-1]
     if "kubepods" in path or _POD.search(path):
         return "pod"
     unit = path.rpartition("/")[2]

@@ -15,7 +15,7 @@ from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments
 
-_OPEN = frozenset({"SYN_SENT", "ESTABLISHED", "CLOSE_WAIT"})
+_OPEN = frozenset({"SYN_SENT", "SYN_RECV", "ESTABLISHED", "CLOSE_WAIT"})
 #: A reply may arrive for so many seconds: the first one of a flow, which may come from a slow resolver;
 #: further ones after the last packet, whose time is known to the second; that of a flow that began and was
 #: replied to within this second. Then entries go, since kube-proxy's MASQUERADE may choose their ports.

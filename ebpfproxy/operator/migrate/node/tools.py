@@ -1,9 +1,14 @@
-"""Runs netfilter's own tools. Their output is in the error when they fail."""
+"""Runs netfilter's own tools. Their output is in the error when they fail.
+
+Comments of rules have any bytes: what is no UTF-8 is restored as it was saved.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+
+from ebpfproxy.plain_text import plain
 
 _SECONDS = 120.0
 _SHOWN_LINES = 5
@@ -21,7 +26,13 @@ def run(*command: str, stdin: str | None = None) -> str:
     """Returns what the command prints. Raises ToolError."""
     try:
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=_SECONDS, check=False
+            command,
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=_SECONDS,
+            check=False,
         )
     except FileNotFoundError as error:
         raise ToolError(f"{command[0]} is not installed") from error
@@ -29,5 +40,6 @@ def run(*command: str, stdin: str | None = None) -> str:
         raise ToolError(f"{' '.join(command)} did not end within {_SECONDS:g} s") from error
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ToolError(f"{' '.join(command)}: {'; '.join(said[-_SHOWN_LINES:]) or done.returncode}")
+        shown = plain("; ".join(said[-_SHOWN_LINES:]))
+        raise ToolError(f"{' '.join(command)}: {shown or done.returncode}")
     return done.stdout

@@ -1,0 +1,56 @@
+"""Maps in which somebody else has written what no agent writes: commands and the next agent go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from ebpfproxy.datapath.dump import Dump
+from tests.datapath.writing import Bench, port
+
+pytestmark = pytest.mark.root
+
+_ID = 11
+
+
+def _update(table: str, key: bytes) -> Callable[[Bench], None]:
+    def write(bench: Bench) -> None:
+        assert bench.maps is not None
+        bench.maps[table].update(key, b"\xff" * bench.maps[table].spec.value_size)
+
+    return write
+
+
+def _overwrite_backend(bench: Bench) -> None:
+    assert bench.maps is not None
+    size = bench.maps["backends"].spec.value_size
+    bench.maps.shared("backends").bytes[_ID * size : (_ID + 1) * size] = b"\xff" * size
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(_update("service_names", bytes([_ID, 0, 0, 0])), id="service_names"),
+        pytest.param(_update("services4", b"\xfe" * 8), id="services4"),
+        pytest.param(_update("services6", b"\xfe" * 20), id="services6"),
+        pytest.param(_update("members", b"\xfe" * 8), id="members"),
+        pytest.param(_update("departures", b"\xfe" * 8), id="departures"),
+        pytest.param(_overwrite_backend, id="backends"),
+    ],
+)
+def test_what_no_agent_writes_stops_neither_commands_nor_the_next_agent(
+    bench: Bench, damage: Callable[[Bench], None]
+) -> None:
+    """The comparison of maps finds it, and removes it; until then it is nobody's."""
+    wanted = port("a", [1, 2], [1])
+    bench.empty().apply([wanted], complete=True)
+    expected = bench.rows
+    damage(bench)
+    assert bench.drift() != []
+    assert bench.rows == expected
+    writer = bench.reopen()
+    assert writer.apply([wanted], complete=True) == []
+    assert bench.rows == expected
+    assert bench.maps is not None
+    assert len(Dump(bench.maps).backends()) == 2

@@ -1,0 +1,198 @@
+"""``make fuzz``: runs all of it, or parts, and writes the section of docs/tested.md. Exits with 1 if there is a fault.
+
+python -m tests.fuzz [decoders] [machine] [packets] [objects] [floods] [--seconds N] [--steps N] [--packets N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests import tested
+from tests.fuzz import engine, floods, machine
+from tests.fuzz.hostile import hostile_cluster, unprintable
+from tests.fuzz.packet_world import packet_world, uncounted
+from tests.fuzz.targets import TARGETS
+
+_STEPS_OF_A_MACHINE = 10_000
+_PACKETS_OF_A_WORLD = 10_000_000
+_HEAD = (
+    "Nothing raised another exception than the one that its callers know, no run hung, each packet's result was as"
+    " tests/fuzz/packets.c says, and tracker and maps agreed with the rules after all that happened."
+)
+
+
+class Run:
+    """What was done: lines for the page, and the faults that were found."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        self._given = given
+        self._folder = folder
+        self.lines: list[str] = []
+        self.faults: list[str] = []
+
+    def _table(self, title: str, head: tuple[str, ...], rows: list[list[str]]) -> None:
+        self.lines += [f"### {title}", "", *tested.table(head, rows)]
+        print(title, *map(" ".join, rows), sep="\n  ", flush=True)
+
+    def _fault(self, text: str) -> None:
+        """A run may be ended before the page is written."""
+        self.faults.append(text)
+        print(text, file=sys.stderr, flush=True)
+
+    def decoders(self) -> None:
+        """Each target for the same time, guided by coverage."""
+        rows = []
+        for name, target in TARGETS.items():
+            done = engine.guided(name, self._given.seconds / len(TARGETS), self._folder / name)
+            about = (target.run.__doc__ or "").split("\n")[0].rstrip(".:")
+            rows.append([name, about, f"{done.executions:,}", f"{done.edges:,}"])
+            if done.failed:
+                self._fault(f"{name}: {done.failed}")
+        total = sum(int(row[2].replace(",", "")) for row in rows)
+        rows.append(["**all**", "", f"{total:,}", ""])
+        self._table("Decoders (atheris)", ("target", "", "executions", "branches reached"), rows)
+
+    def machine(self) -> None:
+        """Machines one after the other, each with other random numbers."""
+        done: Counter[str] = Counter()
+        objects = machine.population(400)
+        seed = 0
+        with machine.bench() as bench:
+            while sum(done.values()) - done["killed"] < self._given.steps and not self.faults:
+                made = machine.Machine(bench, objects, seed)
+                steps = min(_STEPS_OF_A_MACHINE, self._given.steps)
+                try:
+                    made.run(steps)
+                except Exception:
+                    self._fault(f"machine {seed}: {dict(made.steps)}\n{traceback.format_exc()}")
+                done.update(made.steps)
+                seed += 1
+        killed = done.pop("killed", 0)
+        rows = [[name, f"{count:,}"] for name, count in sorted(done.items())]
+        rows.append(["**all**", f"{sum(done.values()):,}"])
+        self._table("Tracker and writer against the rules", ("step", "how often"), rows)
+        self.lines += [f"In {killed:,} of these an agent was killed within a change.", ""]
+
+    def packets(self) -> None:
+        """Worlds one after the other: maps fill up in each."""
+        total: dict[str, list[int]] = {}
+        unserved = missed = 0
+        left, seed = self._given.packets, 1
+        while left > 0:
+            with packet_world(self._folder) as world:
+                before = world.events()
+                outcome, report = world.send(min(left, _PACKETS_OF_A_WORLD), seed)
+                missed += uncounted(before, world.events(), outcome)
+                if world.cluster.agent.process is None or world.cluster.agent.process.poll() is not None:
+                    self._fault(f"the agent has ended:\n{world.cluster.agent.text[-4000:]}")
+            if outcome.violations:
+                self._fault(f"packets, seed {seed}: {outcome.violations}\n{report.read_text()[:20000]}")
+            for each in outcome.programs:
+                counts = [each.runs - each.refused, each.passed, each.translated, each.rejected, each.dropped]
+                known = total.setdefault(each.name, [0] * len(counts))
+                total[each.name] = [a + b for a, b in zip(known, counts, strict=True)]
+            unserved += outcome.unserved
+            left -= _PACKETS_OF_A_WORLD
+            seed += 1
+        if missed:
+            self._fault(f"{missed} dropped or rejected packets are in no counter")
+        sums = [sum(column) for column in zip(*total.values(), strict=True)]
+        rows = [[name, *(f"{n:,}" for n in counts)] for name, counts in [*total.items(), ("**all**", sums)]]
+        head = ("program @ device", "packets", "passed", "translated", "rejected", "dropped")
+        self._table("Packets", head, rows)
+        self.lines += [
+            f"{unserved:,} of these were no Service's by the model in packets.c, and passed unchanged. The kernel runs"
+            " no program on a packet of less than an IP header; these are left out.",
+            "",
+        ]
+
+    def objects(self) -> None:
+        """Huge objects and evil names, beside a Service that has to go on working."""
+        rows = []
+        for form in ("text", "json"):
+            with hostile_cluster(ports=10_000, endpoints=100_000, annotation=1 << 20, form=form) as found:
+                cluster, seconds = found
+                printed = 0
+                if not cluster.is_served():
+                    self._fault("the Service beside hostile ones is not served")
+                for name, text in cluster.outputs():
+                    printed += len(text)
+                    if wrong := unprintable(text):
+                        self._fault(f"{name} prints {wrong[:5]}")
+                if cluster.agent.process is None or cluster.agent.process.poll() is not None:
+                    self._fault(f"the agent has ended:\n{cluster.agent.text[-4000:]}")
+            rows.append([f"log as {form}", f"{seconds:.0f} s", f"{printed:,}"])
+        head = (
+            "",
+            "from the agent's start to attached programs",
+            "characters printed, none of which is obeyed",
+        )
+        self._table(
+            "A Service with 10,000 ports, one with 100,000 endpoints, annotations of 1 MiB", head, rows
+        )
+
+    def floods(self) -> None:
+        """What is left of established flows."""
+        with floods.flooded_world() as world:
+            rows = [[*map(str, each)] for each in floods.measure(world)]
+        self._table("Floods: established flows that are still there", floods.HEAD, rows)
+        with floods.flooded_world(floods.LARGE) as world:
+            rows = [list(each) for each in floods.measure_new(world)]
+        self._table("Floods: new flows while the table has room", floods.NEW_HEAD, rows)
+
+
+_PARTS: dict[str, Callable[[Run], None]] = {
+    "decoders": Run.decoders,
+    "machine": Run.machine,
+    "packets": Run.packets,
+    "objects": Run.objects,
+    "floods": Run.floods,
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(_PARTS)}; all without any")
+    parser.add_argument("--seconds", type=int, default=1400, help="for all decoders together")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="of tracker and writer")
+    parser.add_argument("--packets", type=int, default=10_000_000)
+    given = parser.parse_args()
+    if unknown := set(given.parts) - _PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    return given
+
+
+def _chosen(given: argparse.Namespace) -> Iterator[Callable[[Run], None]]:
+    return (part for name, part in _PARTS.items() if not given.parts or name in given.parts)
+
+
+def main() -> int:
+    given = _arguments()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        run = Run(given, Path(folder))
+        for part in _chosen(given):
+            part(run)
+    # A part alone is no result of the whole.
+    page = os.environ.get(tested.PAGE)
+    if page and not run.faults and not given.parts:
+        seconds = time.monotonic() - started
+        today = datetime.now(UTC).date()
+        command = " ".join(
+            ["make fuzz", *([f'ARGUMENTS="{" ".join(sys.argv[1:])}"'] if sys.argv[1:] else [])]
+        )
+        tested.write(Path(page), "Bad input", command, today, seconds, [_HEAD, "", *run.lines])
+    return bool(run.faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,11 +26,13 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
     """Returns the section's Markdown, below its heading, for the kernels that were run."""
     ran = {name: run for name, run in runs.items() if run.machine}
     head = ["", *ran]
-    properties = [["arguments of the kernel", *(_code(kernels[name].arguments) for name in ran)]]
+    properties = []
+    if any(kernels[name].arguments for name in ran):
+        properties.append(["arguments of the kernel", *(_code(kernels[name].arguments) for name in ran)])
     for each in _names(run.machine for run in ran.values()):
         if each != "version":
-            properties.append([each, *(run.machine.get(each, "") for run in ran.values())])
-    features = [["runs", *("refused" if run.refusal else "yes" for run in ran.values())]]
+            properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
+    features = [["the probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
     for each in _names(run.features for run in ran.values()):
         features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])
     left = [name for name in kernels if name not in ran]

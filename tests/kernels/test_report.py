@@ -61,7 +61,7 @@ def test_section_has_a_column_for_each_kernel_and_names_failures_and_reasons() -
     assert "|  | old | new |" in lines
     assert "| release | 5.10 | 7.2 |" in lines
     assert "| arguments of the kernel |  | `a=1` |" in lines
-    assert "| runs | refused | yes |" in lines
+    assert "| the probe | refuses | accepts |" in lines
     assert "| `tcx` |  | yes |" in lines
     assert r"| old | lacks a\|b |" in lines
     assert "| packets |  | 1 of 2 |" in lines

@@ -16,7 +16,7 @@ COMMAND = "make test-kernels"
 _ABOUT = (
     "Kernels of Debian's suites, each booted in an emulator (qemu without KVM, two processors) with Debian 12's root "
     "file system. The agent's own probe says if it runs there, and which of the optional features it uses. A cell has "
-    "the tests that passed, of those that ran. Tests with "
+    "the tests that passed, of those that ran; what is empty was not run. Tests with "
     f"{LEFT_OUT.replace(' or ', ', ')} in their names were left out: they take too long in an emulator, or do without "
     "tcx what kernels before 6.6 do anyway."
 )

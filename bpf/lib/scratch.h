@@ -2,8 +2,9 @@
 /*
  * Memory of packet programs that is too large for the stack: the packet, and copies of what they
  * look up. It also keeps verification short: the verifier knows nothing of a value that it reads
- * back from a map, so paths that differ only in a packet's values become one. Programs at tc run
- * with bottom halves disabled: one at a time on a CPU.
+ * back from a map, so paths that differ only in a packet's values become one. Programs at tc and
+ * XDP run with bottom halves disabled: one at a time on a CPU, but for some kernels with
+ * PREEMPT_RT, which the agent refuses (probe.py).
  */
 #ifndef EBPFPROXY_SCRATCH_H
 #define EBPFPROXY_SCRATCH_H

@@ -134,6 +134,33 @@ def test_missing_kernel_feature_is_named_with_its_version(monkeypatch: pytest.Mo
         probe.probe()
 
 
+@pytest.mark.parametrize(
+    ("release", "version", "configuration", "is_preempted"),
+    [
+        ("6.18.44", "#1 SMP PREEMPT_DYNAMIC Debian 6.18.44-1", "", False),
+        ("6.12.117+deb13-rt-amd64", "#1 SMP PREEMPT_RT Debian 6.12.117-1", "", False),
+        ("6.17.0-rt", "#1 SMP PREEMPT_RT", "", False),
+        ("6.18.0-rt", "#1 SMP PREEMPT_RT", "", True),
+        ("7.2.13+deb14-rt-amd64", "#1 SMP PREEMPT_RT Debian 7.2.13-1", "CONFIG_PREEMPT_RT=y\n", True),
+        ("7.2.13", "#1 SMP PREEMPT_RT", "# CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is not set\n", True),
+        ("7.2.13", "#1 SMP PREEMPT_RT", "CONFIG_PREEMPT_RT=y\nCONFIG_PREEMPT_RT_NEEDS_BH_LOCK=y\n", False),
+    ],
+)
+def test_kernels_with_preempt_rt_have_to_run_packet_programs_one_at_a_time_on_a_cpu(
+    release: str, version: str, configuration: str, is_preempted: bool
+) -> None:
+    assert probe.packet_programs_are_preempted(release, version, lambda: configuration) == is_preempted
+
+
+def test_kernel_whose_packet_programs_are_preempted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "packet_programs_are_preempted", lambda *_: True)
+    with pytest.raises(
+        probe.UnsupportedKernelError, match="PREEMPT_RT without CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"
+    ) as error:
+        probe.probe()
+    assert "PREEMPT_RT" in error.value.mend
+
+
 def test_this_kernel_has_the_required_features() -> None:
     assert isinstance(probe.probe(), probe.Features)
 

@@ -92,6 +92,7 @@ def _udplite_exchange(service: str, port: int, server: str, server_port: int) ->
         return source
 
 
+@pytest.mark.skipif(not clients.has_udp_lite(), reason="this kernel has no sockets of UDP-Lite")
 def test_udp_lite_uses_the_udp_service_port(cluster: TwoNodeCluster) -> None:
     """The sockets are unconnected: connect() of UDP-Lite calls no hook, as it has no pre_connect."""
     reply = cluster.w1.call(_udplite_exchange, "10.96.0.40", 53, cluster.w1.address, 8053)

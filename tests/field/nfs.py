@@ -34,7 +34,7 @@ def lacking() -> str:
     """The reason why this kernel cannot run the tests, or the empty string."""
     known = Path("/proc/filesystems").read_text().split()
     missing = [kind for kind in ("nfs4", "nfsd") if kind not in known]
-    return f"this kernel has no {' or '.join(missing)}: make test-kernel" if missing else ""
+    return f"this kernel has no {' or '.join(missing)}: make test-kernels" if missing else ""
 
 
 def _mount(source: str, target: str, kind: str, flags: int = 0) -> None:

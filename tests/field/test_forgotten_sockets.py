@@ -16,13 +16,15 @@ import pytest
 from tests.e2e.two_node_cluster import EXTERNAL, SERVICE_IPS, TwoNodeCluster
 from tests.field.records import fill, maps_of, open_sockets, origins
 from tests.field.remote import Remote
-from tests.lab import Agent, Lab, manifests
+from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
 IPPROTO_MPTCP = 262
+#: Sockets of datagrams use UDP, and UDP-Lite where the kernel has it.
+DATAGRAM_PROTOCOLS = (0, *([clients.UDPLITE] if clients.has_udp_lite() else []))
 HOST = SERVICE_IPS["v4"]
 #: A Service whose only endpoint the client has no route to.
 UNREACHABLE, UNREACHABLE_ENDPOINT = "10.96.0.60", "10.244.9.9"
@@ -130,12 +132,13 @@ def test_records_of_open_sockets_are_kept(cluster: SweepCluster, host: str) -> N
         for space in (cluster.client, cluster.a):
             for kind in ("tcp", "udp"):
                 stack.enter_context(cluster.connected(space, host, kind))
-            for protocol in (0, socket.IPPROTO_UDPLITE):
+            for protocol in DATAGRAM_PROTOCOLS:
                 sender = stack.enter_context(Remote(space, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
-        assert origins(cluster.a) == (4, 4)
+        senders = 2 * len(DATAGRAM_PROTOCOLS)
+        assert origins(cluster.a) == (4, senders)
         cluster.wait_sweeps()
-        assert (cluster.records(), origins(cluster.a)) == ((4, 4), (4, 4))
+        assert (cluster.records(), origins(cluster.a)) == ((4, 4), (4, senders))
     until(lambda: cluster.records() == (0, 0) and origins(cluster.a) == (0, 0), "records are left")
 
 
@@ -219,7 +222,7 @@ def test_records_of_sockets_closed_without_sock_release_are_removed(cluster: Swe
         for host in SERVICE_IPS.values():
             for kind in ("tcp", "udp", "mptcp"):
                 stack.enter_context(cluster.connected(cluster.client, host, kind))
-            for protocol in (0, socket.IPPROTO_UDPLITE):
+            for protocol in DATAGRAM_PROTOCOLS:
                 sender = stack.enter_context(Remote(cluster.client, host, protocol=protocol))
                 assert sender.sendto(host, 53) is None
                 assert sender.sendto(EXTERNAL if host == HOST else host, 53) is None
@@ -229,17 +232,16 @@ def test_records_of_sockets_closed_without_sock_release_are_removed(cluster: Swe
         shown = ["bpftool", "cgroup", "show", str(cluster.a.cgroup)]
         until(lambda: "sock_release" not in cluster.a.run(shown), "the program stays attached")
     assert cluster.records() == (9, 9)
-    assert (origins(cluster.a)[1], fill(cluster.a, "sock_peers"), fill(cluster.a, "mptcp_subflows")) == (
-        6,
-        2,
-        3,
-    )
+    unconnected = 3 * len(DATAGRAM_PROTOCOLS)
+    peers = len(DATAGRAM_PROTOCOLS)
+    elsewhere = fill(cluster.a, "sock_peers"), fill(cluster.a, "mptcp_subflows")
+    assert (origins(cluster.a)[1], *elsewhere) == (unconnected, peers, 3)
     cluster.sweeping_agent().start()
     until(lambda: cluster.records() == (0, 0), "records of closed sockets are left")
     until(lambda: origins(cluster.a) == (0, 0), "records of closed sockets are left")
     until(lambda: not fill(cluster.a, "sock_peers") + fill(cluster.a, "mptcp_subflows"), "records are left")
     names = ("sock_origin", "sock_peers", "mptcp_subflows")
-    until(lambda: [cluster.removed(name) for name in names] == [9 + 6, 2, 3])
+    until(lambda: [cluster.removed(name) for name in names] == [9 + unconnected, peers, 3])
 
 
 def test_each_connection_is_subtracted_once(cluster: SweepCluster) -> None:

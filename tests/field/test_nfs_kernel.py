@@ -1,4 +1,4 @@
-"""A Service with NFS clients and servers in the kernel, on a kernel that has them: ``make test-kernel``."""
+"""A Service with NFS clients and servers in the kernel, on a kernel that has them: ``make test-kernels``."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def packets() -> Iterator[NfsCluster]:
 def sockets() -> Iterator[NfsCluster]:
     """The agent serves the root cgroup, as on a node, so that no other test may run on this machine."""
     if "EBPFPROXY_OWN_MACHINE" not in os.environ:
-        pytest.skip("would serve the root cgroup of this machine: make test-kernel")
+        pytest.skip("would serve the root cgroup of this machine: make test-kernels")
     with Lab() as lab:
         yield NfsCluster(lab, "--cgroup-root", str(find_cgroup_root()))
 

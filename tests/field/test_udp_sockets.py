@@ -351,6 +351,7 @@ def _full(cluster: ManyFrontendsCluster) -> int:
     return sum(each["packets"] for each in status["packets"] if each["reason"] == "sockets-full")
 
 
+@pytest.mark.skipif(not clients.has_udp_lite(), reason="this kernel has no sockets of UDP-Lite")
 def test_udp_lite_socket_has_a_record_until_it_is_closed(cluster: ManyFrontendsCluster) -> None:
     """Unconnected UDP-Lite sockets pass the sendmsg hook as those of UDP."""
     for _ in range(3):

@@ -1,6 +1,7 @@
 """Flows between an external client and a backend on another node, which the XDP program forwards.
 
-Devices are veths, whose driver has native XDP. The peers have GRO enabled, without which a veth drops frames of XDP
+Devices are veths, whose driver has native XDP; where the kernel does not say if their peers take frames of XDP
+programs, the mode is generic. The peers have GRO enabled, without which a veth drops frames of XDP
 programs. Checksum offload is disabled for clients and servers: frames with a partial checksum are left to tc.
 """
 
@@ -21,6 +22,7 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import XDP_ATTACH
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.programs.xdp import XdpAttacher
+from ebpfproxy.netlink.xdp_state import XdpState
 from tests.e2e import connection_load
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.test_outside import _stream as stream
@@ -37,6 +39,16 @@ UDP_PORT = 30053
 #: r0 = XDP_PASS; return.
 PASS_ALL = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 2, 0x95, 0, 0, 0)
 PACKETS = 20
+
+
+def _tells_features() -> bool:
+    with XdpState() as state:
+        return state.features(1) is not None
+
+
+#: The mode for a veth. Before Linux 6.3 the kernel does not say if its peer takes frames.
+TELLS_FEATURES = _tells_features()
+MODE = "native" if TELLS_FEATURES else "generic"
 
 
 class XdpCluster(OutsideClientCluster):
@@ -78,7 +90,7 @@ def cluster() -> Iterator[XdpCluster]:
 @pytest.fixture
 def agent(cluster: XdpCluster) -> Iterator[Agent]:
     """An agent with native XDP."""
-    made = cluster.agent("--xdp", "native").start()
+    made = cluster.agent("--xdp", MODE).start()
     yield made
     if made.process is not None and made.process.poll() is None:
         made.stop()
@@ -102,7 +114,7 @@ def test_packets_of_a_flow_to_another_node_pass_xdp_in_both_directions(
 
     At intervals a packet to each of the two next hops is left to the kernel.
     """
-    assert cluster.state() == "native"
+    assert cluster.state() == MODE
     for address in cluster.addresses():
         before = cluster.forwarded()
         assert cluster.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
@@ -154,9 +166,7 @@ def test_flow_alternates_between_xdp_and_tc(cluster: XdpCluster, agent: Agent) -
             assert held.ask() == "alive"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--xdp", "native"), ("--bypass-netfilter",)], ids=lambda each: each[0]
-)
+@pytest.mark.parametrize("arguments", [("--xdp", MODE), ("--bypass-netfilter",)], ids=lambda each: each[0])
 def test_next_hops_are_verified_while_programs_send_to_them(
     cluster: XdpCluster, agent: Agent, arguments: tuple[str, ...]
 ) -> None:
@@ -227,8 +237,8 @@ def test_restarts_and_a_change_of_options_lose_no_connection(cluster: XdpCluster
         held = HeldConnection(cluster.outside, cluster.a.address, NODE_PORT)
         without.stop()
         # Other constants make another program.
-        other = cluster.agent("--xdp", "native", "--masquerade-all").start()
-        until(lambda: cluster.state() == "native")
+        other = cluster.agent("--xdp", MODE, "--masquerade-all").start()
+        until(lambda: cluster.state() == MODE)
         assert held.ask() == "alive"
         other.stop()
         agent.start()
@@ -247,7 +257,7 @@ def test_a_foreign_program_stays(cluster: XdpCluster, agent: Agent) -> None:
     assert list(links(cluster)) == []
     pin = cluster.a.bpf_root.parent / "foreign"
     number = cluster.a.call(_attach_foreign, str(pin))
-    other = cluster.agent("--xdp", "native").start()
+    other = cluster.agent("--xdp", MODE).start()
     try:
         assert cluster.state() == f"another XDP program is attached (id {number})"
         assert f"another XDP program is attached (id {number})" in cluster.a.cli("status")
@@ -255,7 +265,7 @@ def test_a_foreign_program_stays(cluster: XdpCluster, agent: Agent) -> None:
         assert cluster.forwarded() == 0
     finally:
         pin.unlink()
-    until(lambda: cluster.state() == "native", "the program is not attached")
+    until(lambda: cluster.state() == MODE, "the program is not attached")
     assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
     assert cluster.forwarded()
     other.stop()
@@ -289,6 +299,25 @@ def _attach_often(pin: str, count: int) -> int:
     return count
 
 
+@pytest.mark.skipif(TELLS_FEATURES, reason="this kernel says if a veth's peer takes frames of XDP programs")
+def test_veth_has_no_native_program_where_the_kernel_does_not_tell_about_its_peer(
+    cluster: XdpCluster, agent: Agent
+) -> None:
+    agent.stop()
+    other = cluster.agent("--xdp", "native").start()
+    try:
+        assert cluster.state().endswith(
+            "does not say if its peer takes frames of XDP programs: Linux 6.3 does"
+        )
+        assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
+        assert cluster.forwarded() == 0
+    finally:
+        other.stop()
+
+
+@pytest.mark.skipif(
+    not TELLS_FEATURES, reason="this kernel does not say if a veth's peer takes frames of XDP programs"
+)
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_veth_whose_peer_receives_no_xdp_frames_gets_no_native_program(
     cluster: XdpCluster, agent: Agent, mode: str
@@ -303,7 +332,7 @@ def test_veth_whose_peer_receives_no_xdp_frames_gets_no_native_program(
         # Generic XDP runs where a packet buffer exists.
         assert bool(cluster.forwarded()) or mode == "native"
         cluster.lab.switch.call(ethtool.turn, "n1", {"gro": True})
-        until(lambda: cluster.state() == "native", "the program is not attached")
+        until(lambda: cluster.state() == MODE, "the program is not attached")
         assert cluster.outside.call(echo, cluster.a.address, UDP_PORT, PACKETS) == PACKETS
     finally:
         cluster.lab.switch.call(ethtool.turn, "n1", {"gro": True})
@@ -355,7 +384,7 @@ def test_drift_of_xdp_is_reported_and_repaired(
     cluster: XdpCluster, tamper: Callable[[XdpCluster], None], expected: tuple[str, str, str]
 ) -> None:
     """The agent compares only at a request, but attaches lost programs every ten seconds: then the test tampers again."""
-    agent = cluster.agent("--xdp", "native", "--drift-check-seconds", "0").start()
+    agent = cluster.agent("--xdp", MODE, "--drift-check-seconds", "0").start()
 
     def check_after_tampering(where: str, *arguments: str) -> list[tuple[str, str, str]]:
         tamper(cluster)
@@ -387,7 +416,7 @@ def test_foreign_program_is_a_warning(cluster: XdpCluster, agent: Agent) -> None
     cluster.a.cli("cleanup")
     pin = cluster.a.bpf_root.parent / "foreign"
     number = cluster.a.call(_attach_foreign, str(pin))
-    other = cluster.agent("--xdp", "native").start()
+    other = cluster.agent("--xdp", MODE).start()
     try:
         (found,) = [each for each in check(cluster.a, good=True)["findings"] if each["kind"] == "foreign"]
         assert (found["where"], found["what"]) == ("devices", f"eth0 xdp: program {number} foreign")
@@ -427,9 +456,9 @@ def test_pin_of_an_agent_killed_while_attaching_is_not_taken_for_foreign(
     agent.kill()
     (pin,) = links(cluster)
     pin.rename(pin.with_name(f"{pin.name}-new"))
-    other = cluster.agent("--xdp", "native").start()
+    other = cluster.agent("--xdp", MODE).start()
     try:
-        assert cluster.state() == "native"
+        assert cluster.state() == MODE
         assert list(links(cluster)) == [pin]
     finally:
         other.stop()

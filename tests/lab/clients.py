@@ -16,6 +16,17 @@ UDPLITE = 136
 ENOUGH = 30
 
 
+def has_udp_lite() -> bool:
+    """True if the kernel has sockets of UDP-Lite; Linux 7.2 has none."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM, UDPLITE).close()
+    except OSError as error:
+        if error.errno != errno.EPROTONOSUPPORT:
+            raise
+        return False
+    return True
+
+
 def _family(host: str) -> int:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 

@@ -377,9 +377,12 @@ def test_masqueraded_flows_have_distinct_source_ports(
     found = set()
     for _ in range(1000):
         port = new_port()
-        # A UDP flow without a reply expires after 30 s, which a busy machine needs for fewer flows.
         wire.ingress(family.ip(family.client, family.node) / segment("TCP", port, PORTS["TCP"][1]))
-        found.add(masqueraded_port(wire, family, "TCP", port, family.node))
+        source = masqueraded_port(wire, family, "TCP", port, family.node)
+        # A flow without a reply expires after 60 s at most, which an emulator needs for fewer flows.
+        reply = family.ip(family.remote_pod, family.node) / segment("TCP", PORTS["TCP"][2], source, "SA")
+        assert ends_of(wire.ingress(reply).packet)[2:] == (family.client, port)
+        found.add(source)
     assert len(found) == 1000
     assert min(found) >= 1024
     assert max(found) < 15000, "this is in ip_local_port_range of the node"

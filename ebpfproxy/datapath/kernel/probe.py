@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,16 @@ from ebpfproxy.datapath.abi.hooks import OPTIONAL_HOOKS, SOCKET_HOOKS, TCX_INGRE
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 
-OLDEST_KERNEL = "5.15"
+#: docs/tested.md shows it.
+OLDEST_KERNEL = "6.1"
 
 
 class UnsupportedKernelError(Exception):
-    """A must-have is missing; the message names it and the kernel version that brought it."""
+    """The agent does not run on this kernel; the message says why, and ``mend`` what helps."""
+
+    def __init__(self, message: str, mend: str = "boot a newer kernel") -> None:
+        super().__init__(message)
+        self.mend = mend
 
 
 class Features(msgspec.Struct, frozen=True):
@@ -114,13 +121,47 @@ _MUST_HAVES = (
 )
 
 
+#: Since then sections with bottom halves disabled exclude each other with PREEMPT_RT only if it is built so.
+_BH_LOCK_IS_AN_OPTION = (6, 18)
+_BH_LOCK = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"
+
+
+def packet_programs_are_preempted(release: str, version: str, configuration: Callable[[], str]) -> bool:
+    """True if a program at tc or XDP may run on a CPU while another one there is interrupted.
+
+    They share memory (bpf/lib/scratch.h): the packet of one would get the addresses of the other's.
+    ``release`` and ``version`` are uname(2)'s; ``configuration`` returns the kernel's, empty if unknown.
+    """
+    if not re.search(r"\bPREEMPT_RT\b", version):
+        return False
+    found = re.match(r"(\d+)\.(\d+)", release)
+    is_newer = found is None or (int(found[1]), int(found[2])) >= _BH_LOCK_IS_AN_OPTION
+    return is_newer and re.search(rf"^{_BH_LOCK}=y$", configuration(), re.MULTILINE) is None
+
+
+def _configuration() -> str:
+    for path, opened in (
+        (Path("/proc/config.gz"), gzip.open),
+        (Path("/boot", f"config-{platform.release()}"), open),
+    ):
+        with suppress(OSError), opened(path, "rt") as file:
+            return str(file.read())
+    return ""
+
+
 def probe() -> Features:
     """The features of the running kernel. Raises UnsupportedKernelError."""
+    if packet_programs_are_preempted(platform.release(), platform.version(), _configuration):
+        raise UnsupportedKernelError(
+            f"this kernel ({platform.release()}) lets packet programs preempt each other: "
+            f"it has PREEMPT_RT without {_BH_LOCK}",
+            "boot a kernel without PREEMPT_RT, or with this option",
+        )
     for must in _MUST_HAVES:
         if not must.check():
             raise UnsupportedKernelError(
                 f"this kernel ({platform.release()}) lacks {must.what}: Linux {must.since} has it; "
-                f"the oldest supported kernel is {OLDEST_KERNEL}"
+                f"the oldest tested kernel is {OLDEST_KERNEL}"
             )
     return Features(
         set_retval=bpf.has_helper(uapi.PROG_CGROUP_SOCK_ADDR, uapi.FUNC_SET_RETVAL),

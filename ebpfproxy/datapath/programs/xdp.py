@@ -216,7 +216,11 @@ def _native_obstacle(device: XdpDevice, features: XdpFeatures | None) -> str:
     """A driver with XDP can send frames back, but for that of a veth."""
     if features is not None and XdpFeatures.BASIC not in features:
         return "its driver has no native XDP"
-    if device.is_veth and (features is None or XdpFeatures.NDO_XMIT not in features):
+    if not device.is_veth:
+        return ""
+    if features is None:
+        return "this kernel does not say if its peer takes frames of XDP programs: Linux 6.3 does"
+    if XdpFeatures.NDO_XMIT not in features:
         return "its peer takes no frames of XDP programs: it has neither such a program nor GRO"
     return ""
 

@@ -37,7 +37,7 @@ def kernel() -> Iterator[Finding]:
     try:
         found = probe()
     except UnsupportedKernelError as error:
-        yield _finding(str(error), "the agent does not start", "boot a newer kernel")
+        yield _finding(str(error), "the agent does not start", error.mend)
         return
     has = {Feature.SET_RETVAL: found.set_retval, Feature.TCX: found.tcx, Feature.MPTCP: found.mptcp}
     for feature, there in has.items():

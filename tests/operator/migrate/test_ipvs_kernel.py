@@ -1,4 +1,4 @@
-"""Migration from kube-proxy in IPVS mode, on a kernel with IPVS (``make test-kernel``)."""
+"""Migration from kube-proxy in IPVS mode, on a kernel with IPVS (``make test-kernels``)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TOOLS = ("ipvsadm", "ipset", "iptables-legacy", "iptables-nft", "nft")
 
 def _missing() -> str:
     if not Path("/proc/net/ip_vs").exists():
-        return "this kernel has no IPVS (or has not loaded ip_vs): make test-kernel"
+        return "this kernel has no IPVS (or has not loaded ip_vs): make test-kernels"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"{', '.join(missing)} not installed: make test-kernel" if missing else ""
+    return f"{', '.join(missing)} not installed: make test-kernels" if missing else ""
 
 
 pytestmark = [

@@ -1,0 +1,56 @@
+"""The kernels, and the tests that run on each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_DATAPATH = ("loading", "measures", "socket_records", "flow_filter", "counters", "tables", "state")
+#: Paths of tests by what they show, in the order of their run.
+GROUPS = {
+    "packets": ("tests/packets",),
+    "maps and programs": tuple(f"tests/datapath/test_{name}.py" for name in _DATAPATH),
+    "sockets": ("tests/e2e/test_sockets.py", "tests/field/test_mptcp.py"),
+    "start": ("tests/field/test_start.py",),
+    "XDP": ("tests/field/test_xdp_forwarding.py",),
+    "devices": ("tests/field/test_devices.py",),
+    "clients outside": ("tests/e2e/test_outside.py",),
+    "IPVS": ("tests/operator/migrate/test_ipvs_kernel.py",),
+    "NFS": ("tests/field/test_nfs_kernel.py",),
+}
+#: They run for minutes in an emulator and depend on the kernel no more than others of their group, or do without tcx what
+#: kernels before 6.6 do anyway.
+LEFT_OUT = "fifty_thousand or thousands_of or clsact"
+_OF_ALL = ("packets", "maps and programs", "sockets", "start", "XDP", "devices", "clients outside")
+
+
+class Kernel(NamedTuple):
+    """``flavour``: the end of the package's name. ``arguments``: of the kernel. ``machine``: of qemu.
+
+    ``refused``: what the agent's refusal has to contain; no test runs then.
+    """
+
+    name: str
+    suite: str
+    flavour: str
+    groups: tuple[str, ...] = _OF_ALL
+    arguments: str = ""
+    machine: tuple[str, ...] = ("-smp", "2")
+    refused: str = ""
+
+    @property
+    def package(self) -> str:
+        return f"linux-image-{self.flavour}-amd64"
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("5.10-cloud", "bullseye", "cloud", refused="batched lookup in per-CPU arrays"),
+        Kernel("6.1-cloud", "bookworm", "cloud", (*_OF_ALL, "IPVS", "NFS")),
+        Kernel("6.1-rt", "bookworm", "rt"),
+        Kernel("6.12-cloud", "trixie", "cloud"),
+        Kernel("6.12-rt", "trixie", "rt"),
+        Kernel("7-cloud", "sid", "cloud"),
+        Kernel("7-rt", "sid", "rt", refused="PREEMPT_RT without CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"),
+    )
+}

@@ -1,0 +1,134 @@
+"""The section of docs/tested.md: features and tests by kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from tests.kernels.kernels import GROUPS, LEFT_OUT, Kernel
+from tests.kernels.results import Result, Run
+from tests.tested import table
+
+TITLE = "Kernels"
+COMMAND = "make test-kernels"
+_ABOUT = (
+    "Kernels of Debian's suites, each booted in an emulator (qemu without KVM, two processors) with Debian 12's root "
+    "file system. The agent's own probe says if it runs there, and which of the optional features it uses. A cell has "
+    "the tests that passed, of those that ran; what is empty was not run. Tests with "
+    f"{LEFT_OUT.replace(' or ', ', ')} in their names were left out: they take too long in an emulator, or do without "
+    "tcx what kernels before 6.6 do anyway."
+)
+
+
+def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
+    """Returns the section's Markdown, below its heading, for the kernels that were run."""
+    ran = {name: run for name, run in runs.items() if run.machine}
+    head = ["", *ran]
+    properties = []
+    if any(kernels[name].arguments for name in ran):
+        properties.append(["arguments of the kernel", *(_code(kernels[name].arguments) for name in ran)])
+    for each in _names(run.machine for run in ran.values()):
+        if each != "version":
+            properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
+    features = [["the probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
+    for each in _names(run.features for run in ran.values()):
+        features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])
+    left = [name for name in kernels if name not in ran]
+    refusals = [[name, _escaped(run.refusal)] for name, run in ran.items() if run.refusal]
+    return [
+        _ABOUT,
+        *(["", f"Not run: {', '.join(left)}."] if left else []),
+        "",
+        *table(head, properties),
+        "### What the agent says",
+        "",
+        *table(head, features),
+        *(table(["", "refused with"], refusals) if refusals else []),
+        "### Tests",
+        "",
+        *table(
+            head, [[group, *(_cell(run, group) for run in ran.values())] for group in _groups(ran.values())]
+        ),
+        *_reasons("failed", "tests that failed", ran),
+        *_reasons("skipped", "why tests were skipped", ran),
+    ]
+
+
+def group_of(test: str) -> str:
+    """Returns the group of a test, by its path."""
+    return next((name for name, paths in GROUPS.items() if test.startswith(paths)), "other")
+
+
+def good(kernel: Kernel, run: Run) -> bool:
+    """True if a run ended as it should: all tests passed or skip themselves, or the agent refused as expected."""
+    if kernel.refused or run.refusal:
+        return bool(kernel.refused) and kernel.refused in run.refusal
+    return run.complete and bool(run.results) and not any(each.outcome == "failed" for each in run.results)
+
+
+def stopped(kernel: Kernel, run: Run) -> list[str]:
+    """Returns the groups that had not ended when a kernel was stopped."""
+    begun = [group_of(each.test) for each in run.results]
+    return list(kernel.groups[kernel.groups.index(begun[-1]) if begun else 0 :])
+
+
+def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
+    """Returns a run of some groups of tests with what an earlier run found in the others."""
+    others = [each for each in before.results if group_of(each.test) not in groups]
+    unfinished = [each for each in before.stopped if each not in groups]
+    return msgspec.structs.replace(
+        run,
+        results=[*others, *run.results],
+        stopped=[*unfinished, *run.stopped],
+        seconds=before.seconds + run.seconds,
+    )
+
+
+def _names(found: Iterable[Mapping[str, object]]) -> list[str]:
+    """Returns the keys of all, in the order in which they first come."""
+    return list(dict.fromkeys(name for each in found for name in each))
+
+
+def _yes_no(value: bool | None) -> str:
+    return "" if value is None else "yes" if value else "no"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _groups(runs: Iterable[Run]) -> list[str]:
+    found = {group_of(each.test) for run in runs for each in run.results}
+    found |= {group for run in runs for group in run.stopped}
+    return [name for name in (*GROUPS, "other") if name in found]
+
+
+def _cell(run: Run, group: str) -> str:
+    counts = Counter(each.outcome for each in run.results if group_of(each.test) == group)
+    if not counts:
+        return "not run" if group in run.stopped else ""
+    tried = counts["passed"] + counts["failed"]
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    rest = ", stopped" if group in run.stopped else ""
+    return f"{counts['passed']} of {tried}{skipped}{rest}"
+
+
+def _reasons(outcome: str, head: str, ran: Mapping[str, Run]) -> list[str]:
+    """Returns a row for each reason, or each failed test, with its number of tests by kernel."""
+    counts = {
+        name: Counter(_label(each) for each in run.results if each.outcome == outcome)
+        for name, run in ran.items()
+    }
+    labels = sorted({label for count in counts.values() for label in count})
+    rows = [[_escaped(label), *(str(count[label] or "") for count in counts.values())] for label in labels]
+    return table([head, *ran], rows) if rows else []
+
+
+def _label(result: Result) -> str:
+    return result.reason if result.outcome == "skipped" else result.test
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", r"\|").replace("[", r"\[")

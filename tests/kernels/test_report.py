@@ -1,0 +1,93 @@
+"""The section of docs/tested.md of kernels, and what comes out of an emulator."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels import report
+from tests.kernels.kernels import GROUPS, KERNELS, Kernel
+from tests.kernels.results import Result, Run, line, read
+from tests.kernels.root import TOP
+
+OLD = Kernel("old", "bullseye", "cloud", refused="batched lookup")
+NEW = Kernel("new", "sid", "rt", arguments="a=1")
+MACHINE = {"release": "7.2", "version": "#1 SMP", "IPv6": "yes"}
+
+
+def run(*results: Result, complete: bool = True) -> Run:
+    return Run(machine=MACHINE, features={"tcx": True}, results=list(results), complete=complete)
+
+
+def test_results_are_read_as_they_were_written_up_to_a_crash() -> None:
+    results = [
+        Result("tests/packets/test_xdp.py::test_x[a|b]", "failed", "no\u2026", 1.5),
+        Result("b", "passed"),
+    ]
+    texts = [line("machine", MACHINE), line("refusal", ""), line("features", {"tcx": True})]
+    texts += [line("result", each) for each in results]
+    assert read(texts) == run(*results, complete=False)
+    assert read([*texts, line("complete", True)]) == run(*results)
+    assert read([*texts, '{"result": {"test": "c", "outc']) == run(*results, complete=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "found", "is_good"),
+    [
+        (NEW, run(Result("a", "passed"), Result("b", "skipped", "no")), True),
+        (NEW, run(Result("a", "passed"), Result("b", "failed", "no")), False),
+        (NEW, run(Result("a", "passed"), complete=False), False),
+        (NEW, run(), False),
+        (NEW, Run(machine=MACHINE, refusal="lacks batched lookup", complete=True), False),
+        (OLD, Run(machine=MACHINE, refusal="lacks batched lookup", complete=True), True),
+        (OLD, Run(machine=MACHINE, refusal="Permission denied", complete=True), False),
+        (OLD, run(Result("a", "passed")), False),
+        (OLD, Run(), False),
+    ],
+)
+def test_a_run_is_good_only_if_it_ended_as_expected(kernel: Kernel, found: Run, is_good: bool) -> None:
+    assert report.good(kernel, found) == is_good
+
+
+def test_section_has_a_column_for_each_kernel_and_names_failures_and_reasons() -> None:
+    refused = Run(machine={**MACHINE, "release": "5.10"}, refusal="lacks a|b", complete=True)
+    tried = run(
+        Result("tests/packets/a.py::test_a[v4]", "passed"),
+        Result("tests/packets/a.py::test_b[v4]", "failed", "AssertionError"),
+        Result("tests/e2e/test_sockets.py::test_c", "skipped", "no UDP-Lite"),
+    )
+    absent = Kernel("absent", "sid", "cloud")
+    lines = report.lines({"old": OLD, "new": NEW, "absent": absent}, {"old": refused, "new": tried})
+    assert "Not run: absent." in lines
+    assert "|  | old | new |" in lines
+    assert "| release | 5.10 | 7.2 |" in lines
+    assert "| arguments of the kernel |  | `a=1` |" in lines
+    assert "| the probe | refuses | accepts |" in lines
+    assert "| `tcx` |  | yes |" in lines
+    assert r"| old | lacks a\|b |" in lines
+    assert "| packets |  | 1 of 2 |" in lines
+    assert "| sockets |  | 0 of 0, 1 skipped |" in lines
+    assert r"| tests/packets/a.py::test_b\[v4] |  | 1 |" in lines
+    assert "| no UDP-Lite |  | 1 |" in lines
+
+
+def test_groups_name_tests_that_exist_and_kernels_name_groups() -> None:
+    assert all((TOP / path).exists() for paths in GROUPS.values() for path in paths)
+    assert all(set(kernel.groups) <= set(GROUPS) for kernel in KERNELS.values())
+
+
+def test_groups_that_did_not_end_are_marked_and_those_of_other_runs_kept() -> None:
+    kernel = Kernel("new", "sid", "rt", groups=("packets", "sockets", "start"))
+    sockets = Result("tests/e2e/test_sockets.py::test_c", "passed")
+    first = run(Result("tests/packets/a.py::test_a", "passed"), sockets, complete=False)
+    first.stopped = report.stopped(kernel, first)
+    assert first.stopped == ["sockets", "start"]
+    assert "| sockets | 1 of 1, stopped |" in report.lines({"new": kernel}, {"new": first})
+    assert "| start | not run |" in report.lines({"new": kernel}, {"new": first})
+    assert report.stopped(kernel, run(complete=False)) == list(kernel.groups)
+    both = report.merged(
+        first, run(sockets, Result("tests/e2e/test_sockets.py::test_d", "failed")), ["sockets"]
+    )
+    assert both.stopped == ["start"]
+    lines = report.lines({"new": kernel}, {"new": both})
+    assert "| packets | 1 of 1 |" in lines
+    assert "| sockets | 1 of 2 |" in lines

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
+from ebpfproxy.config.durations import parse_duration
 from ebpfproxy.services.model import Prefix
 from ebpfproxy.services.values import parse_prefix
-
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Seconds(click.ParamType[float]):
@@ -21,11 +17,13 @@ class Seconds(click.ParamType[float]):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        text = str(value)
-        parts = _PART.findall(text)
-        if not parts or "".join(map("".join, parts)) != text:
-            self.fail(f"{text!r} is not a duration such as 30s or 1h30m", param, ctx)
-        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        try:
+            found = parse_duration(str(value)).seconds
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if found < 0:
+            self.fail(f"{value!r} is negative", param, ctx)
+        return found
 
 
 def split(text: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ebpfproxy.cli import completion
 from ebpfproxy.cli.settings import Decorator, setting
 from ebpfproxy.node.pod_names import CNI_RESULTS
 
@@ -35,3 +36,26 @@ cni_results: Decorator = click.option(
     metavar="DIR",
     help="Where the container runtime keeps the results of CNI plugins, which name this node's pods.",
 )
+
+namespace: Decorator = click.option(
+    "-n",
+    "--namespace",
+    metavar="NAME",
+    shell_complete=completion.namespaces,
+    help="Only Services in this namespace.",
+)
+
+service: Decorator = click.option(
+    "--service",
+    metavar="[NAMESPACE/]NAME",
+    shell_complete=completion.services,
+    help="Only this Service. The default namespace is that of --namespace, else any.",
+)
+
+
+def one_service(namespace: str | None, service: str | None) -> tuple[str | None, str | None]:
+    """Namespace and name that :func:`namespace` and :func:`service` ask for; None for any."""
+    if service is None or "/" not in service:
+        return namespace, service
+    namespace, _, name = service.partition("/")
+    return namespace, name

@@ -23,13 +23,7 @@ def command() -> None:
 @options.bpf_root
 @options.output_format
 @options.watch
-@click.option(
-    "-n",
-    "--namespace",
-    metavar="NAME",
-    shell_complete=completion.namespaces,
-    help="Only Services in this namespace.",
-)
+@options.namespace
 def list_services(bpf_root: Path, output: str, watch: bool, namespace: str | None) -> None:
     """List frontends with the backends that new connections get."""
     with one_line():

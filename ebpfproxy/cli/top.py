@@ -8,16 +8,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
 
-from ebpfproxy.cli import completion, options
+from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.option_types import Seconds
 from ebpfproxy.cli.output import console, echo, json_of
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.inspection.measuring import measuring
 from ebpfproxy.top.reading import Reader
 from ebpfproxy.top.rows import Comparison, Sort, Top, Wanted
 
@@ -32,19 +34,8 @@ SCREEN_ROWS = 60
 
 @click.command("top")
 @options.bpf_root
-@click.option(
-    "-n",
-    "--namespace",
-    metavar="NAME",
-    shell_complete=completion.namespaces,
-    help="Only Services in this namespace.",
-)
-@click.option(
-    "--service",
-    metavar="[NAMESPACE/]NAME",
-    shell_complete=completion.services,
-    help="Only this Service. The default namespace is that of --namespace, else any.",
-)
+@options.namespace
+@options.service
 @click.option(
     "-s",
     "--sort",
@@ -100,13 +91,13 @@ def command(
     """Show Services and their backends by new connections, live; what is refused or dropped comes first.
 
     It reads what programs count on this node, also while no agent runs, and costs connections nothing.
-    Datagrams of unconnected sockets count as connections. In a terminal the keys are q (quit), s (sort by
-    something else) and b (backends or none).
+    Datagrams of unconnected sockets count as connections. FAILED/S, P50 and P99 (how long connections of the
+    last 30 seconds took to be established) need measureConnections, BYTES/S needs measureTraffic. In a
+    terminal the keys are q (quit), s (sort by something else) and b (backends or none).
     """
     if interval < _SHORTEST:
         raise click.BadParameter(f"shorter than {_SHORTEST:g}s", param_hint="--interval")
-    if service is not None and "/" in service:
-        namespace, _, service = service.partition("/")
+    namespace, service = options.one_service(namespace, service)
     wanted = Wanted(
         sort=tuple(map(Sort, sort)),
         rows=_ROWS if rows is None else rows,
@@ -123,6 +114,10 @@ def command(
                 _live(maps, wanted._replace(sort=every, rows=rows or SCREEN_ROWS), interval)
             else:
                 _print(maps, wanted, interval, output, once=once)
+
+
+def _comparison(maps: MapSet, wanted: Wanted) -> Comparison:
+    return Comparison(Reader(maps), wanted, time.monotonic(), partial(measuring, maps))
 
 
 def is_live() -> bool:
@@ -153,7 +148,7 @@ def _live(maps: MapSet, wanted: Wanted, interval: float) -> None:
 
     def feed() -> None:
         try:
-            comparison = Comparison(Reader(maps), wanted, time.monotonic())
+            comparison = _comparison(maps, wanted)
             pause = min(interval, _FIRST_SECONDS)
             while not ended.wait(pause):
                 screen.show(comparison.next(time.monotonic(), time.time()))
@@ -171,7 +166,7 @@ def _live(maps: MapSet, wanted: Wanted, interval: float) -> None:
 
 
 def _print(maps: MapSet, wanted: Wanted, interval: float, output: str, *, once: bool) -> None:
-    comparison = Comparison(Reader(maps), wanted, time.monotonic())
+    comparison = _comparison(maps, wanted)
     while True:
         time.sleep(interval)
         found = comparison.next(time.monotonic(), time.time())

@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from operator import attrgetter
 from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
@@ -21,6 +22,8 @@ from rich.live import Live
 from rich.text import Text
 
 from ebpfproxy.cli.output import plain
+from ebpfproxy.inspection.words import duration, size
+from ebpfproxy.top.measured import MeasuringRow
 from ebpfproxy.top.rows import BackendRow, ServiceRow, Sort, Top, ordered
 
 _BAD, _WAS_BAD, _HEAD, _QUIET = "bold red", "yellow", "bold", "dim"
@@ -33,13 +36,18 @@ Cell = tuple[str, str]
 
 
 class _Column(NamedTuple):
-    """A number of Services and backends, as text with a style. ``sort``: the key that it shows."""
+    """A number of Services and backends, as text with a style. ``sort``: the key that it shows.
+
+    ``rank``: those with the highest are left out first where there is no room.
+    """
 
     head: str
     width: int
+    rank: int
     sort: Sort | None
     of_service: Callable[[ServiceRow], Cell]
     of_backend: Callable[[BackendRow], Cell]
+    is_measured: Callable[[MeasuringRow], int] = lambda _: 1
 
 
 def _rate(value: float) -> str:
@@ -50,14 +58,39 @@ def _failures(per_second: float, recently: int) -> Cell:
     """One that was is still seen after it is over."""
     if per_second:
         return _rate(per_second), _BAD
-    return ("0.0", _WAS_BAD) if recently else ("-", _QUIET)
+    return ("0.0", _WAS_BAD) if recently else _NONE
 
 
-#: The most important first: a narrow terminal has as many of them as there is room for.
+def _failed(row: ServiceRow) -> Cell:
+    return _failures(row.failed_per_second, row.failures) if row.connects is not None else _NONE
+
+
+def _failed_backend(row: BackendRow) -> Cell:
+    return _failures(row.failed_per_second or 0.0, row.failures) if row.failures else ("", "")
+
+
+def _bytes(row: ServiceRow) -> Cell:
+    return (size(row.traffic.bytes_per_second), "") if row.traffic is not None else _NONE
+
+
+def _p50(row: ServiceRow) -> Cell:
+    return _time(row.connects.p50 if row.connects is not None else None)
+
+
+def _p99(row: ServiceRow) -> Cell:
+    return _time(row.connects.p99 if row.connects is not None else None)
+
+
+def _time(percentile: float | None) -> Cell:
+    return (duration(percentile), "") if percentile is not None else _NONE
+
+
+_NONE: Cell = "-", _QUIET
 _COLUMNS = (
     _Column(
         "new/s",
         9,
+        0,
         Sort.CONNECTIONS,
         lambda row: (_rate(row.connections_per_second), ""),
         lambda row: (_rate(row.connections_per_second), ""),
@@ -65,6 +98,7 @@ _COLUMNS = (
     _Column(
         "refused/s",
         11,
+        1,
         Sort.REFUSED,
         lambda row: _failures(row.refused_per_second, row.recently_refused),
         lambda _: ("", ""),
@@ -72,19 +106,43 @@ _COLUMNS = (
     _Column(
         "dropped/s",
         11,
+        2,
         Sort.DROPPED,
         lambda row: _failures(row.dropped_per_second, row.recently_dropped),
         lambda _: ("", ""),
     ),
-    _Column("open", 9, Sort.OPEN, lambda row: (f"{row.open:,}", ""), lambda row: (f"{row.open:,}", "")),
+    _Column("failed/s", 10, 4, Sort.FAILED, _failed, _failed_backend, attrgetter("connections")),
+    _Column("open", 9, 3, Sort.OPEN, lambda row: (f"{row.open:,}", ""), lambda row: (f"{row.open:,}", "")),
+    _Column(
+        "p50",
+        8,
+        6,
+        None,
+        _p50,
+        lambda _: ("", ""),
+        attrgetter("connections"),
+    ),
+    _Column(
+        "p99",
+        8,
+        5,
+        Sort.CONNECT_TIME,
+        _p99,
+        lambda _: ("", ""),
+        attrgetter("connections"),
+    ),
+    _Column("bytes/s", 10, 7, Sort.BYTES, _bytes, lambda _: ("", ""), attrgetter("traffic")),
     _Column(
         "backends",
         10,
+        8,
         None,
         lambda row: (f"{row.endpoints:,}", "" if row.endpoints else _WAS_BAD),
         lambda row: ("shared" if row.shared else "", _QUIET),
     ),
 )
+#: More than any rank: what is not measured is the least important.
+_NOT_MEASURED = 100
 
 # -- lines
 
@@ -107,7 +165,9 @@ def lines(
     name_width = max(widest, _SHORT_NAME)
     if width is not None:
         while len(columns) > 1 and _SHORT_NAME + sum(each.width for each in columns) > width:
-            columns.pop()
+            columns.remove(
+                max(columns, key=lambda c: c.rank + _NOT_MEASURED * (not c.is_measured(top.measuring)))
+            )
         name_width = max(min(name_width, width - sum(each.width for each in columns)), 1)
     heads = [(each.head.upper() + "↓" * (each.sort is sort), _HEAD) for each in columns]
     table = [_line(("SERVICE", _HEAD), heads, columns, name_width)]
@@ -117,6 +177,8 @@ def lines(
         ]
         table.append(_line(name, cells, columns, name_width))
     found = [*head, *table]
+    if height is None and (text := hint(top.measuring)):
+        found += [Text(), Text(text, _QUIET)]
     if width is not None:
         for each in found:
             each.truncate(width, overflow="ellipsis")
@@ -131,13 +193,36 @@ def _summary(top: Top, title: str) -> Iterator[Text]:
     refused = [(row.recently_refused, row.name) for row in top.trouble]
     dropped = [(row.recently_dropped, row.name) for row in top.trouble]
     yield from _trouble("refused", top.refused_per_second, refused)
+    failed = [(row.failures, f"{row.name} ({_reasons(row)})") for row in top.trouble]
     yield from _trouble("dropped", top.dropped_per_second, dropped)
+    yield from _trouble("failed to connect", top.failed_per_second, failed)
     if top.packets:
         reasons = ", ".join(f"{row.recently:,} {row.action} ({row.reason})" for row in top.packets)
         is_now = any(row.per_second for row in top.packets)
         yield Text(f"packets and sockets: {plain(reasons)}", _BAD if is_now else _WAS_BAD)
     elif not top.trouble:
         yield Text("nothing is refused or dropped", _QUIET)
+
+
+def _reasons(row: ServiceRow) -> str:
+    found = row.connects.recently_failed if row.connects is not None else {}
+    return ", ".join(plain(reason) for reason in found)
+
+
+def hint(measuring: MeasuringRow) -> str:
+    """Why there are dashes, and what has to be switched on; empty without any."""
+    measures = (
+        ("FAILED/S, P50, P99", measuring.connections, "measureConnections (--measure-connections)"),
+        ("BYTES/S", measuring.traffic, "measureTraffic (--measure-traffic)"),
+    )
+    off = [f"{columns} need {option}" for columns, nodes, option in measures if not nodes]
+    some = [
+        f"{columns} are of {nodes} of {measuring.nodes} nodes, with {option}"
+        for columns, nodes, option in measures
+        if 0 < nodes < measuring.nodes
+    ]
+    full = ["- in them: more Services are measured than there is room for"] * bool(measuring.full)
+    return "; ".join([*off, *some, *full])
 
 
 def _trouble(what: str, per_second: float, counts: list[tuple[int, str]]) -> Iterator[Text]:
@@ -164,8 +249,9 @@ def _chosen(rows: list[ServiceRow], room: int | None, *, backends: bool) -> list
 def _name(row: ServiceRow | BackendRow) -> Cell:
     if isinstance(row, ServiceRow):
         return plain(row.name), ""
-    state = "" if row.state == "active" else f" ({row.state})"
-    return plain(f"  {row.address}/{row.protocol}{state}"), _QUIET
+    notes = [row.state] * (row.state != "active")
+    notes += [f"{count:,} {reason}" for reason, count in row.recently_failed.items()]
+    return plain(f"  {row.address}/{row.protocol}" + f" ({', '.join(notes)})" * bool(notes)), _QUIET
 
 
 def _line(name: Cell, cells: Iterable[Cell], columns: Iterable[_Column], name_width: int) -> Text:
@@ -239,7 +325,7 @@ class Screen:
         top, title = self._shown
         found = lines(top, self._sort, width, height - 2, backends=self._backends, title=title)
         found += [Text()] * (height - 1 - len(found))
-        keys = Text(_KEYS, _QUIET)
+        keys = Text("   ".join(filter(None, [_KEYS, hint(top.measuring)])), _QUIET)
         keys.truncate(width)
         return Text("\n", no_wrap=True, overflow="crop", end="").join([*found[: height - 1], keys])
 
@@ -247,13 +333,19 @@ class Screen:
         """False if somebody quits; a terminal that is gone does."""
         for key in keys.decode(errors="replace"):
             if key == "s":
-                order = list(Sort)
-                self._sort = order[(order.index(self._sort) + 1) % len(order)]
+                self._sort = self._next_sort()
             elif key == "b":
                 self._backends = not self._backends
             elif key in "qQ":
                 return False
         return bool(keys)
+
+    def _next_sort(self) -> Sort:
+        """The next one whose column has numbers."""
+        measuring = self._shown[0].measuring if self._shown is not None else MeasuringRow()
+        empty = {each.sort for each in _COLUMNS if not each.is_measured(measuring)}
+        order = [each for each in Sort if each is self._sort or each not in empty]
+        return order[(order.index(self._sort) + 1) % len(order)]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ebpfproxy.cli import completion, options
+from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import echo, json_of, plain
 from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
@@ -29,23 +29,13 @@ _LOST_SECONDS = 1.0
 
 @click.command("trace")
 @options.bpf_root
-@click.option(
-    "-n",
-    "--namespace",
-    metavar="NAME",
-    shell_complete=completion.namespaces,
-    help="Only Services in this namespace; also the namespace of --service and --pod.",
-)
-@click.option(
-    "--service",
-    metavar="[NAMESPACE/]NAME",
-    shell_complete=completion.services,
-    help="Only this Service. The default namespace is that of --namespace, else any.",
-)
+@options.namespace
+@options.service
 @click.option(
     "--pod",
     metavar="[NAMESPACE/]NAME|ADDRESS",
-    help="Only this client: a pod that is an endpoint, a network namespace, by its name, or an address.",
+    help="Only this client: a pod that is an endpoint, a network namespace, by its name, or an address. The"
+    " default namespace is that of --namespace.",
 )
 @click.option(
     "--kind",
@@ -166,9 +156,7 @@ def _names(
     # An address has no namespace: `kubectl ebpfproxy` names pods so.
     if pod is not None and "/" not in pod and namespace is not None and parse_address(pod) is None:
         pod = f"{namespace}/{pod}"
-    if service is not None and "/" in service:
-        namespace, _, service = service.partition("/")
-    return namespace, service, pod
+    return *options.one_service(namespace, service), pod
 
 
 Write = Callable[[list[DecisionRow]], None]

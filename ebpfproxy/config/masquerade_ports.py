@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from ebpfproxy.services.values import parse_port
+
+_DIGITS = re.compile("[0-9]+")
 _LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 #: Servers may require a client port below it (reserved ports, RFC 1700).
 LOWEST = 1024
@@ -20,14 +24,14 @@ class PortRangeError(Exception):
 def parse_range(text: str) -> tuple[int, int]:
     """``20000-29999``: first and last. Raises PortRangeError."""
     first, dash, last = text.partition("-")
-    if not dash or not first.strip().isdigit() or not last.strip().isdigit():
+    if not dash or not _DIGITS.fullmatch(first.strip()) or not _DIGITS.fullmatch(last.strip()):
         raise PortRangeError(f"{text!r} is not FIRST-LAST, such as 20000-29999")
-    found = int(first), int(last)
-    if not 0 < found[0] < found[1] <= HIGHEST:
+    found = parse_port(first.strip()), parse_port(last.strip())
+    if found[0] is None or found[1] is None or not found[0] < found[1]:
         raise PortRangeError(
             f"{text!r}: a range of ports begins at 1 or above and ends at {HIGHEST} or below"
         )
-    return found
+    return found[0], found[1]
 
 
 def local_range(text: str | None = None) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -141,11 +141,26 @@ class Dump:
             self._refs[number] = known
         return known
 
-    def entries(self) -> Iterator[tuple[layout.ServiceKey, layout.ServiceEntry]]:
+    def entries(
+        self, ids: Container[int] | None = None, address: bytes | None = None
+    ) -> Iterator[tuple[layout.ServiceKey, layout.ServiceEntry]]:
+        """All, or those of these service ids, or of this address: of many, the others are not decoded."""
+        return layout.known_services(
+            (key, value)
+            for key, value in self._packed_entries()
+            if (ids is None or layout.service_id(value) in ids)
+            and (address is None or layout.key_address(key) == address)
+        )
+
+    def count_frontends(self) -> int:
+        """Those of both scopes count once."""
+        return len({layout.without_scope(key) for key, _ in self._packed_entries()})
+
+    def _packed_entries(self) -> Iterator[tuple[bytes, bytes]]:
         for table in ("services4", "services6"):
-            for key, entry in layout.known_services(self._maps[table].items()):
-                if not entry.flags & ServiceFlags.ADDRESS:
-                    yield key, entry
+            for key, value in self._maps[table].items():
+                if not layout.service_flags(value) & ServiceFlags.ADDRESS:
+                    yield key, value
 
     def frontends(self) -> list[FrontendRow]:
         """A row for every frontend and scope, sorted by service, port, kind, address and scope."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,9 +13,20 @@ from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.datapath.services.counters import ServiceCounts
+from ebpfproxy.datapath.services.measures import (
+    NO_CONNECTS,
+    NO_FAILURES,
+    NO_TRAFFIC,
+    MeasureReader,
+    ServiceBackend,
+    by_reason,
+    quantile,
+)
 from ebpfproxy.explain.answer import notes_of
 from ebpfproxy.explain.endpoint_reasons import EndpointRow, rows_of
 from ebpfproxy.inspection.agent import AskedOnce
+from ebpfproxy.inspection.measuring import measuring, unmeasured
+from ebpfproxy.inspection.words import duration, size
 from ebpfproxy.services.model import (
     Backend,
     BackendState,
@@ -27,13 +37,32 @@ from ebpfproxy.services.model import (
     ServicePortKey,
 )
 from ebpfproxy.services.reasons import PortReasons, ServiceReasons
-from ebpfproxy.services.values import parse_address
+from ebpfproxy.services.values import parse_address, parse_port
 
 Name = tuple[str, str]
 
 
+class ConnectView(msgspec.Struct, frozen=True):
+    """TCP connections since they are measured: percentiles of their times in words, failures by reason."""
+
+    established: int
+    p50: str
+    p99: str
+    failures: dict[str, int]
+
+
+class TrafficView(msgspec.Struct, frozen=True):
+    """Bytes since they are counted, in words."""
+
+    request: str
+    response: str
+
+
 class ServiceRow(msgspec.Struct, frozen=True):
-    """A Service in the maps. Counts are of connections and datagrams since its ids were made."""
+    """A Service in the maps. Counts are of connections and datagrams since its ids were made.
+
+    ``connects`` and ``traffic``: None where that is not measured.
+    """
 
     namespace: str
     name: str
@@ -41,6 +70,8 @@ class ServiceRow(msgspec.Struct, frozen=True):
     chosen: int
     refused: int
     dropped: int
+    connects: ConnectView | None = None
+    traffic: TrafficView | None = None
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -64,12 +95,14 @@ class FrontendView(msgspec.Struct, frozen=True):
 class EndpointView(msgspec.Struct, frozen=True):
     """An endpoint's row, and what this node counts for its backend; None where it has none.
 
-    ``open``: connections of this node that are open to it, through whichever Service.
+    ``open``: connections of this node that are open to it, through whichever Service. ``failures``: of
+    connections of this Service, by reason.
     """
 
     row: EndpointRow
     open: int | None = None
     connections: int | None = None
+    failures: dict[str, int] = {}
 
 
 class PortView(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +118,10 @@ class PortView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
-    """``unserved``: why it has no frontends. ``without_agent``: why there are no reasons."""
+    """``unserved``: why it has no frontends. ``without_agent``: why there are no reasons.
+
+    ``connects`` and ``traffic``: None where that is not measured; ``unmeasured`` says how it would be.
+    """
 
     namespace: str
     name: str
@@ -98,6 +134,9 @@ class ServiceView(msgspec.Struct, frozen=True, kw_only=True):
     refused: int
     dropped: int
     without_agent: str
+    connects: ConnectView | None
+    traffic: TrafficView | None
+    unmeasured: tuple[str, ...]
 
 
 class Services:
@@ -107,6 +146,7 @@ class Services:
         self._maps = maps
         self._bpf_root = bpf_root
         self._dump = Dump(maps)
+        self._measuring, self._measured = measuring(maps), MeasureReader(maps).read()
 
     def search(self, text: str, most: int, *, rejected: bool = False) -> Found:
         """Services by a part of their name, by an address of theirs or of an endpoint, or by a port's number.
@@ -116,18 +156,31 @@ class Services:
         counts = dict(ServiceCounts(self._maps).read(self._dump.names))
         matching = self._matching(text.strip().lower())
         found: dict[Name, tuple[set[str], list[int]]] = {}
+        ids: dict[Name, list[int]] = {}
         for number, key in self._dump.names.items():
             if matching is not None and number not in matching:
                 continue
             ports, sums = found.setdefault((key.namespace, key.name), (set(), [0, 0, 0]))
             ports.add(_port(key))
+            ids.setdefault((key.namespace, key.name), []).append(number)
             sums[:] = (before + new for before, new in zip(sums, counts.get(number, (0, 0, 0)), strict=True))
-        rows = [
-            ServiceRow(namespace, name, tuple(sorted(ports)), *sums)
-            for (namespace, name), (ports, sums) in sorted(found.items())
-            if not rejected or any(sums[1:])
-        ]
-        return Found(tuple(rows[:most]), max(0, len(rows) - most))
+        names = [name for name, (_, sums) in sorted(found.items()) if not rejected or any(sums[1:])]
+        rows = []
+        for name in names[:most]:
+            ports, (chosen, refused, dropped) = found[name]
+            rows.append(
+                ServiceRow(
+                    namespace=name[0],
+                    name=name[1],
+                    ports=tuple(sorted(ports)),
+                    chosen=chosen,
+                    refused=refused,
+                    dropped=dropped,
+                    connects=self._connects(ids[name]),
+                    traffic=self._traffic(ids[name]),
+                )
+            )
+        return Found(tuple(rows), len(names) - len(rows))
 
     def view(self, namespace: str, name: str) -> ServiceView | None:
         """One Service; None where neither the maps nor the agent know it."""
@@ -152,7 +205,32 @@ class Services:
             refused=refused,
             dropped=dropped,
             without_agent=asked.silence,
+            connects=self._connects(own),
+            traffic=self._traffic(own),
+            unmeasured=tuple(unmeasured(self._measuring)),
         )
+
+    def _connects(self, ids: Iterable[int]) -> ConnectView | None:
+        """Of these service ids together."""
+        if not self._measuring.connections:
+            return None
+        found = [self._measured.connects.get(number, NO_CONNECTS) for number in ids]
+        times = [sum(each) for each in zip(*(each.times for each in found), strict=True)]
+        failures = [sum(each) for each in zip(*(each.failures for each in found), strict=True)]
+        p50, p99 = (quantile(times, share) for share in (0.5, 0.99))
+        return ConnectView(
+            sum(times),
+            duration(p50) if p50 is not None else "",
+            duration(p99) if p99 is not None else "",
+            by_reason(failures or NO_FAILURES),
+        )
+
+    def _traffic(self, ids: Iterable[int]) -> TrafficView | None:
+        if not self._measuring.traffic:
+            return None
+        found = [self._measured.traffic.get(number, NO_TRAFFIC) for number in ids]
+        request, response = (sum(each[at] for each in found) for at in (0, 1))
+        return TrafficView(size(request), size(response))
 
     def _matching(self, text: str) -> set[int] | None:
         """The ids of service ports; None for all."""
@@ -165,7 +243,7 @@ class Services:
         }
         address = parse_address(text.strip("[]"))
         if address is not None:
-            found |= {entry.id for key, entry in self._dump.entries() if key.address == address}
+            found |= {entry.id for _, entry in self._dump.entries(address=address)}
             found |= self._with_endpoint(address)
         if text.isascii() and text.isdigit() and len(text) <= 5:
             found |= {entry.id for key, entry in self._dump.entries() if key.port == int(text)}
@@ -173,9 +251,7 @@ class Services:
 
     def _with_endpoint(self, address: bytes) -> set[int]:
         packed = layout.pack_address(address)
-        backends = {
-            number for name, ids in self._numbers.items() if name.startswith(packed) for number in ids
-        }
+        backends = {number for number, name in self._maps.backends().identities() if name.startswith(packed)}
         return {
             number
             for number in self._dump.names
@@ -185,9 +261,8 @@ class Services:
 
     def _ports(self, own: dict[int, ServicePortKey], service: ServiceReasons | None) -> Iterator[PortView]:
         groups: dict[tuple[ServicePortKey, Policy], list[tuple[ServiceKey, ServiceEntry]]] = {}
-        for key, entry in self._dump.entries():
-            if (port := own.get(entry.id)) is not None:
-                groups.setdefault((port, entry.policy), []).append((key, entry))
+        for key, entry in self._dump.entries(own):
+            groups.setdefault((own[entry.id], entry.policy), []).append((key, entry))
         for (port, policy), entries in sorted(groups.items(), key=lambda item: item[0]):
             reasons = service.port(port) if service is not None else None
             selected = Lookup(self._maps).selection(entries[0][1].id, policy)
@@ -198,37 +273,44 @@ class Services:
                 family=str(port.family),
                 policy=policy.name.capitalize(),
                 frontends=tuple(_frontends(entries)),
-                endpoints=tuple(EndpointView(row, *self._load(row.address, port.protocol)) for row in rows),
+                endpoints=tuple(self._endpoints(rows, port, [n for n, each in own.items() if each == port])),
                 notes=tuple(notes_of(selected, policy, service, reasons, port)),
             )
         if service is not None:
             known = {port for port, _ in groups}
             yield from (_without_frontend(p, service) for p in service.ports if _key(service, p) not in known)
 
-    def _load(self, endpoint: str, protocol: Protocol) -> tuple[int | None, int | None]:
-        """What is open now, and was ever chosen; None without a backend. It has two ids if it came back."""
-        counted = self._maps.loads()
-        loads = [counted[number] for number in self._numbers.get(_identity(endpoint, protocol), ())]
-        if not loads:
-            return None, None
-        return sum(each.open_now for each in loads), sum(each.chosen for each in loads)
-
-    @cached_property
-    def _numbers(self) -> dict[bytes, list[int]]:
-        """Backend ids by what names a backend, packed: there may be many."""
-        found: dict[bytes, list[int]] = {}
+    def _endpoints(
+        self, rows: Sequence[EndpointRow], port: ServicePortKey, ids: Sequence[int]
+    ) -> Iterator[EndpointView]:
+        """What is open now, was ever chosen, and has failed. A backend has two ids if it came back."""
+        names = [_identity(row.address, port.protocol) for row in rows]
+        wanted, numbers = set(names), dict[bytes, list[int]]()
         for number, packed in self._maps.backends().identities():
-            found.setdefault(packed, []).append(number)
-        return found
+            if packed in wanted:
+                numbers.setdefault(packed, []).append(number)
+        counted = self._maps.loads()
+        for row, name in zip(rows, names, strict=True):
+            found = numbers.get(name, [])
+            loads = [counted[number] for number in found]
+            pairs = (ServiceBackend(number, backend) for number in ids for backend in found)
+            failed = [self._measured.failures.get(pair, NO_FAILURES) for pair in pairs]
+            yield EndpointView(
+                row,
+                sum(each.open_now for each in loads) if loads else None,
+                sum(each.chosen for each in loads) if loads else None,
+                by_reason([sum(each) for each in zip(*failed, strict=True)] or NO_FAILURES),
+            )
 
 
 def _identity(endpoint: str, protocol: Protocol) -> bytes:
     """An endpoint's text as the maps have it; empty for one without a port."""
     host, _, port = endpoint.rpartition(":")
     address = parse_address(host.strip("[]"))
-    if address is None or not port.isdigit() or (len(address) == 16 and not host.startswith("[")):
+    number = parse_port(port)
+    if address is None or number is None or (len(address) == 16 and not host.startswith("[")):
         return b""
-    packed = layout.pack_backend(Backend(address, int(port), protocol), BackendState.ACTIVE)
+    packed = layout.pack_backend(Backend(address, number, protocol), BackendState.ACTIVE)
     return packed[: layout.BACKEND_STATE_OFFSET]
 
 

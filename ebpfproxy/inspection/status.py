@@ -98,7 +98,7 @@ def read_status(bpf_root: Path, maps: MapSet) -> Status:
         devices=devices,
         packets=tuple(_packets(maps)),
         services=len({(name.namespace, name.name) for name in dump.names.values()}),
-        frontends=len({(k.address, k.port, k.protocol) for k, _ in dump.entries()}),
+        frontends=dump.count_frontends(),
         backends=count["backends"],
         maps=fills,
     )

@@ -1,6 +1,8 @@
-"""Durations in words."""
+"""Durations and sizes in words."""
 
 from __future__ import annotations
+
+from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS
 
 
 def age(seconds: float) -> str:
@@ -9,3 +11,26 @@ def age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{int(seconds // length)}{unit}"
     return f"{seconds:.0f}s"
+
+
+def duration(seconds: float) -> str:
+    """A connect time, rounded: ``64µs``, ``1.2ms``, ``12ms``; ``≥8.4s`` above all bounds."""
+    above = "≥" * (seconds >= CONNECT_BOUNDS[-1] / 1e6)
+    value, unit = seconds * 1e6, "µs"
+    for larger in ("ms", "s"):
+        if value >= 999.5:
+            value, unit = value / 1000, larger
+    return f"{above}{_two_digits(value)}{unit}"
+
+
+def size(count: float) -> str:
+    """Bytes: ``0``, ``512``, ``1.2k``, ``34M``, in powers of 1,000."""
+    value, unit = count, ""
+    for larger in "kMGT":
+        if value >= 999.5:
+            value, unit = value / 1000, larger
+    return f"{_two_digits(value)}{unit}" if unit else f"{value:.0f}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"

@@ -7,6 +7,7 @@ the whole connection is closed instead. The user needs to ``get`` and, of later 
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -62,6 +63,7 @@ class _Ended(msgspec.Struct):
 
 
 _STATUS = msgspec.json.Decoder(_Ended)
+_EXIT_CODE = re.compile("[0-9]{1,9}")
 
 
 class Exec:
@@ -121,7 +123,7 @@ def _code(ended: bytes) -> int | None:
     if status.status == "Success":
         return 0
     for cause in status.details.causes if status.details is not None else ():
-        if cause.reason == "ExitCode" and cause.message.isdecimal():
+        if cause.reason == "ExitCode" and _EXIT_CODE.fullmatch(cause.message):
             return int(cause.message)
     raise Failure("exec", " ".join(status.message.split()) or "the command was not started")
 

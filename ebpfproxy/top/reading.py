@@ -18,6 +18,7 @@ from ebpfproxy.datapath.abi.node_layout import UNALLOCATED, PacketEvent
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.counters import ServiceCounts
+from ebpfproxy.datapath.services.measures import Measured, MeasureReader
 from ebpfproxy.services.model import Backend, BackendState, ServicePortKey
 
 #: Records of backends that are compared together.
@@ -107,6 +108,7 @@ class Reading(NamedTuple):
     packets: Mapping[PacketEvent, int]
     #: Sockets that were refused because no Service has the address that they wanted.
     unallocated: int
+    measured: Measured
 
 
 class Reader:
@@ -115,6 +117,7 @@ class Reader:
     def __init__(self, maps: MapSet) -> None:
         self._maps = maps
         self._counts, self._loads, self._backends = ServiceCounts(maps), maps.loads(), maps.backends()
+        self._measures = MeasureReader(maps)
         self.ports = ServicePorts(maps)
         self._packed = b""
         self._open: list[int] = []
@@ -141,6 +144,7 @@ class Reader:
             open_of=self._open_of,
             packets=counters(self._maps["packet_events"]),
             unallocated=self._count_unallocated(),
+            measured=self._measures.read(),
         )
 
     def backend(self, number: int) -> tuple[Backend, BackendState] | None:

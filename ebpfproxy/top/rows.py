@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import nlargest, nsmallest
 from itertools import islice
 from operator import attrgetter
@@ -12,12 +12,20 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath.abi.node_layout import DROPPED, REJECTED, PacketEvent
+from ebpfproxy.datapath.services.measures import Measuring, by_reason
 from ebpfproxy.services.model import ServicePortKey, format_endpoint
+from ebpfproxy.top.measured import (
+    SHORTEST,
+    ConnectRow,
+    MeasuredChange,
+    MeasuringRow,
+    TrafficRow,
+    Window,
+    moment_of,
+)
 from ebpfproxy.top.reading import Counts, Names, Reader, Reading
 
 _NOTHING: Counts = 0, 0, 0
-#: Seconds; nothing is divided by less.
-_SHORTEST = 0.001
 _SHOWN_TROUBLE = 5
 
 
@@ -39,6 +47,14 @@ class BackendRow(msgspec.Struct, frozen=True, kw_only=True):
     #: Since the backend has its id.
     connections: int
     shared: bool
+    #: Connections of this Service to it; None where they are not measured.
+    failed_per_second: float | None = None
+    #: The number for each reason, since ``top`` began.
+    recently_failed: dict[str, int] = {}
+
+    @property
+    def failures(self) -> int:
+        return sum(self.recently_failed.values())
 
 
 class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +79,10 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
     recently_dropped: int
     #: How many backends new connections get.
     endpoints: int
-    #: The busiest.
+    #: None where it is not measured.
+    connects: ConnectRow | None = None
+    traffic: TrafficRow | None = None
+    #: The busiest, and those to which connections have failed since ``top`` began.
     backends: tuple[BackendRow, ...] = ()
 
     @property
@@ -75,10 +94,32 @@ class ServiceRow(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.namespace}/{self.service}" + f":{self.port}" * bool(self.port)
 
     @property
+    def failures(self) -> int:
+        """Connections that have failed since ``top`` began, as far as it is known."""
+        return self.connects.failures if self.connects is not None else 0
+
+    @property
+    def failed_per_second(self) -> float:
+        return self.connects.failed_per_second if self.connects is not None else 0.0
+
+    @property
+    def p99(self) -> float:
+        return (self.connects.p99 or 0.0) if self.connects is not None else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.traffic.bytes_per_second if self.traffic is not None else 0.0
+
+    @property
     def is_active(self) -> bool:
-        """True if anything happens, or has been refused or dropped since ``top`` began."""
+        """True if anything happens, or has been refused or dropped, or has failed, since ``top`` began."""
         return bool(
-            self.open or self.connections_per_second or self.recently_refused or self.recently_dropped
+            self.open
+            or self.connections_per_second
+            or self.recently_refused
+            or self.recently_dropped
+            or self.failures
+            or self.bytes_per_second
         )
 
 
@@ -105,9 +146,12 @@ class Top(msgspec.Struct, frozen=True, kw_only=True):
     connections_per_second: float
     refused_per_second: float
     dropped_per_second: float
+    failed_per_second: float = 0.0
+    bytes_per_second: float = 0.0
+    measuring: MeasuringRow = MeasuringRow()
     #: These are of all Services, whatever the filter.
     packets: tuple[PacketRow, ...]
-    #: Those that have refused and dropped most since ``top`` began.
+    #: Those that have refused and dropped most, or failed, since ``top`` began.
     trouble: tuple[ServiceRow, ...]
     #: The first by each sort key that was asked for.
     rows: tuple[ServiceRow, ...]
@@ -118,6 +162,9 @@ class Sort(enum.StrEnum):
     OPEN = "open"
     REFUSED = "refused"
     DROPPED = "dropped"
+    FAILED = "failed"
+    CONNECT_TIME = "connect-time"
+    BYTES = "bytes"
     NAME = "name"
 
 
@@ -127,6 +174,9 @@ _KEYS = {
     Sort.OPEN: attrgetter("open", "connections_per_second", "recently_refused", "recently_dropped"),
     Sort.REFUSED: attrgetter("refused_per_second", "recently_refused", "connections_per_second", "open"),
     Sort.DROPPED: attrgetter("dropped_per_second", "recently_dropped", "connections_per_second", "open"),
+    Sort.FAILED: attrgetter("failed_per_second", "failures", "connections_per_second", "open"),
+    Sort.CONNECT_TIME: attrgetter("p99", "connections_per_second", "open"),
+    Sort.BYTES: attrgetter("bytes_per_second", "connections_per_second", "open"),
 }
 
 
@@ -152,21 +202,28 @@ class _Line(NamedTuple):
     """The part of a row that decides its place: there may be many thousands."""
 
     key: _Port
-    connections_per_second: float
-    open: int
-    refused_per_second: float
-    dropped_per_second: float
-    recently_refused: int
-    recently_dropped: int
+    connections_per_second: float = 0.0
+    open: int = 0
+    refused_per_second: float = 0.0
+    dropped_per_second: float = 0.0
+    recently_refused: int = 0
+    recently_dropped: int = 0
+    failed_per_second: float = 0.0
+    failures: int = 0
+    p99: float = 0.0
+    bytes_per_second: float = 0.0
 
 
 class Comparison:
     """Compares each reading with the one before, and with the first. One thread uses it."""
 
-    def __init__(self, reader: Reader, wanted: Wanted, now: float) -> None:
-        """``now``: CLOCK_MONOTONIC in seconds."""
-        self._reader, self._wanted = reader, wanted
+    def __init__(
+        self, reader: Reader, wanted: Wanted, now: float, measuring: Callable[[], Measuring] = Measuring
+    ) -> None:
+        """``now``: CLOCK_MONOTONIC in seconds. ``measuring``: what programs measure at that moment."""
+        self._reader, self._wanted, self._measuring = reader, wanted, measuring
         self._first = self._before = reader.read(now)
+        self._window = Window(moment_of(self._first))
         self._names: Names = {}
         #: Service ids of each port, one of each family, in the order of the ports' names; and the reverse.
         self._ids: dict[_Port, list[int]] = {}
@@ -176,8 +233,9 @@ class Comparison:
         """Reads again. ``clock``: Unix seconds."""
         after = self._reader.read(now)
         self._group(after.names)
-        change = _Change(self._first, self._before, after)
+        change = _Change(self._first, self._before, after, self._window, self._measuring())
         self._before = after
+        self._window.add(moment_of(after))
         active = self._active(change)
         return Top(
             time=clock,
@@ -187,6 +245,9 @@ class Comparison:
             connections_per_second=sum(line.connections_per_second for line in active),
             refused_per_second=sum(line.refused_per_second for line in active),
             dropped_per_second=sum(line.dropped_per_second for line in active),
+            failed_per_second=sum(line.failed_per_second for line in active),
+            bytes_per_second=sum(line.bytes_per_second for line in active),
+            measuring=change.measured.measuring,
             packets=tuple(change.packets()),
             trouble=tuple(self._row(line, change, 0) for line in _most_trouble(active)),
             rows=tuple(self._row(line, change, self._wanted.backends) for line in self._chosen(active)),
@@ -203,8 +264,9 @@ class Comparison:
         self._port_of = {number: port for port, numbers in found.items() for number in numbers}
 
     def _active(self, change: _Change) -> list[_Line]:
-        """Those of which something is open, or new, or was refused or dropped since the first reading."""
+        """Those of which something is open, or new, or was refused, dropped or failed since the first one."""
         counted = change.new.keys() | change.trouble.keys() | change.after.open_of.keys()
+        counted |= change.measured.counted
         ports = {self._port_of[number] for number in counted & self._port_of.keys()}
         return [_line(port, self._ids[port], change) for port in self._ids if port in ports]
 
@@ -215,7 +277,7 @@ class Comparison:
         if len(active) < most or Sort.NAME in self._wanted.sort:
             known = {line.key: line for line in active}
             ports = islice(self._ids, most + len(active))
-            others = [_Line(port, 0.0, 0, 0.0, 0.0, 0, 0) for port in ports if port not in known]
+            others = [_Line(port) for port in ports if port not in known]
             lines = sorted([*active, *others])
         found: dict[_Port, _Line] = {}
         for sort in self._wanted.sort:
@@ -242,14 +304,22 @@ class Comparison:
             recently_refused=line.recently_refused,
             recently_dropped=line.recently_dropped,
             endpoints=len(numbers),
-            backends=tuple(self._backend_rows(numbers, change, backends)),
+            connects=change.measured.connect_row(ids),
+            traffic=change.measured.traffic_row(ids),
+            backends=tuple(self._backend_rows(ids, numbers, change, backends)),
         )
 
-    def _backend_rows(self, numbers: Iterable[int], change: _Change, most: int) -> Iterator[BackendRow]:
-        """The busiest of these."""
-        opened = change.after.open
-        counted = ((change.chosen(number), opened[number], number) for number in numbers) if most else ()
-        for new, count, number in nsmallest(most, counted, key=lambda each: (-each[0], -each[1], each[2])):
+    def _backend_rows(
+        self, ids: Sequence[int], numbers: Sequence[int], change: _Change, most: int
+    ) -> Iterator[BackendRow]:
+        """The busiest of these, then those that have failed most."""
+        opened, measured = change.after.open, change.measured
+        failed = measured.failing_backends(ids)
+        counted = [(change.chosen(number), opened[number], number) for number in numbers] if most else []
+        busiest = nsmallest(most, counted, key=lambda each: (-each[0], -each[1], each[2]))
+        failing = (each for each in counted if each[2] in failed and each not in busiest)
+        worst = nlargest(most, failing, key=lambda each: sum(failed[each[2]]))
+        for new, count, number in [*busiest, *worst]:
             found = self._reader.backend(number)
             if found is None:
                 continue
@@ -262,10 +332,12 @@ class Comparison:
                 open=count,
                 connections=change.after.loads[number].chosen,
                 shared=self._reader.ports.users[number] > 1,
+                failed_per_second=measured.failing_now(ids, number),
+                recently_failed=by_reason(failed[number]) if number in failed else {},
             )
 
 
-def _line(port: _Port, numbers: Iterable[int], change: _Change) -> _Line:
+def _line(port: _Port, numbers: Sequence[int], change: _Change) -> _Line:
     chosen = refused = dropped = opened = recently_refused = recently_dropped = 0
     new_of, trouble_of, open_of = change.new, change.trouble, change.after.open_of
     for number in numbers:
@@ -277,23 +349,39 @@ def _line(port: _Port, numbers: Iterable[int], change: _Change) -> _Line:
             recently_refused, recently_dropped = recently_refused + recent[0], recently_dropped + recent[1]
         if number in open_of:
             opened += open_of[number]
-    rate = 1 / change.seconds
+    rate, measured = 1 / change.seconds, change.measured
     return _Line(
-        port, chosen * rate, opened, refused * rate, dropped * rate, recently_refused, recently_dropped
+        key=port,
+        connections_per_second=chosen * rate,
+        open=opened,
+        refused_per_second=refused * rate,
+        dropped_per_second=dropped * rate,
+        recently_refused=recently_refused,
+        recently_dropped=recently_dropped,
+        failed_per_second=measured.failed_per_second(numbers),
+        failures=measured.failures(numbers),
+        p99=measured.p99(numbers),
+        bytes_per_second=measured.bytes_per_second(numbers),
     )
 
 
 def _most_trouble(lines: Iterable[_Line]) -> list[_Line]:
-    found = [line for line in lines if line.recently_refused or line.recently_dropped]
-    return nlargest(_SHOWN_TROUBLE, found, lambda line: line.recently_refused + line.recently_dropped)
+    def trouble(line: _Line) -> int:
+        return line.recently_refused + line.recently_dropped + line.failures
+
+    return nlargest(_SHOWN_TROUBLE, filter(trouble, lines), trouble)
 
 
 class _Change:
     """What the last reading has that the one before has not, or the first."""
 
-    def __init__(self, first: Reading, before: Reading, after: Reading) -> None:
+    def __init__(
+        self, first: Reading, before: Reading, after: Reading, window: Window, measuring: Measuring
+    ) -> None:
         self.first, self.before, self.after = first, before, after
-        self.seconds = max(after.at - before.at, _SHORTEST)
+        moments = moment_of(first), window.begin(after.at), moment_of(before), moment_of(after)
+        self.measured = MeasuredChange(*moments, measuring)
+        self.seconds = max(after.at - before.at, SHORTEST)
         #: New counts by service id; one without any is missing.
         self.new = dict(_counted(before, after))
         #: What was refused and dropped since the first, of those that have.

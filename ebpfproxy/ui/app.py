@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -34,6 +33,7 @@ from ebpfproxy.services.model import Protocol
 from ebpfproxy.trace.session import Filter
 from ebpfproxy.ui.guard import DATA, Guard
 from ebpfproxy.ui.live import Live, Viewer
+from ebpfproxy.ui.shared import Shared
 
 T = TypeVar("T")
 _STATIC = Path(__file__).parent / "static"
@@ -83,10 +83,8 @@ class Pages:
     def __init__(self, bpf_root: Path, cni_results: Path) -> None:
         self._bpf_root = bpf_root
         self._cni_results = cni_results
-        #: A comparison takes the agent a while, and one is as good as two.
-        self._checking = threading.Lock()
 
-    def status(self, _: Request) -> NodeStatus:
+    def status(self) -> NodeStatus:
         now = time.time()
         found = self._with_maps(lambda maps: read_status(self._bpf_root, maps))
         return NodeStatus(found, tuple(facts(found, now)), now)
@@ -133,11 +131,10 @@ class Pages:
         )
         return Explained(report, tuple(told_each))
 
-    def check(self, _: Request) -> Check:
-        with self._checking:
-            return self._with_maps(
-                lambda maps: check(self._bpf_root, maps, *ask_agent(self._bpf_root, CHECK, _AGENT_SECONDS))
-            )
+    def check(self) -> Check:
+        return self._with_maps(
+            lambda maps: check(self._bpf_root, maps, *ask_agent(self._bpf_root, CHECK, _AGENT_SECONDS))
+        )
 
     def _with_maps(self, read: Callable[[MapSet], T]) -> T:
         maps = open_maps(self._bpf_root)
@@ -149,28 +146,43 @@ class Pages:
 
 def _answer(read: Callable[[Request], object]) -> Callable[[Request], Response]:
     """Starlette calls what is no coroutine in a thread."""
+    return lambda request: _response(_answered(lambda: read(request)))
 
-    def respond(request: Request) -> Response:
-        try:
-            return _json(read(request))
-        except QuestionError as error:
-            return _error(str(error), 400)
-        except NotFoundError as error:
-            return _error(str(error), 404)
-        except WrongNamespaceError as error:
-            return _error(str(error), 503)
-        except (OSError, *FAILURES) as error:
-            return _error(told(error), 503)
+
+def _shared(read: Callable[[], object]) -> Callable[[Request], Awaitable[Response]]:
+    """Of what takes a while, such as the agent's comparison, and is the same for all who ask."""
+    shared = Shared(lambda: _answered(read))
+
+    async def respond(_: Request) -> Response:
+        return _response(await shared.get())
 
     return respond
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+class _Answer(NamedTuple):
+    body: bytes
+    status: int = 200
 
 
-def _error(text: str, status: int) -> Response:
-    return _json({"error": text}, status)
+def _answered(read: Callable[[], object]) -> _Answer:
+    try:
+        return _Answer(msgspec.json.encode(read()))
+    except QuestionError as error:
+        return _error(str(error), 400)
+    except NotFoundError as error:
+        return _error(str(error), 404)
+    except WrongNamespaceError as error:
+        return _error(str(error), 503)
+    except (OSError, *FAILURES) as error:
+        return _error(told(error), 503)
+
+
+def _error(text: str, status: int) -> _Answer:
+    return _Answer(msgspec.json.encode({"error": text}), status)
+
+
+def _response(answer: _Answer) -> Response:
+    return Response(answer.body, answer.status, media_type="application/json")
 
 
 def _file(path: Path) -> Callable[[Request], Response]:
@@ -196,7 +208,7 @@ def make(bpf_root: Path, cni_results: Path, key: str, live: Live) -> ASGIApp:
             return Response(media_type=kind)
 
         async def events() -> AsyncIterator[bytes]:
-            viewer = Viewer(_wanted(request.query_params))
+            viewer = Viewer(_wanted(request.query_params), request.query_params.get("viewer", ""))
             live.join(viewer)
             try:
                 async for event in viewer.events():
@@ -205,6 +217,10 @@ def make(bpf_root: Path, cni_results: Path, key: str, live: Live) -> ASGIApp:
                 live.leave(viewer)
 
         return StreamingResponse(events(), media_type=kind)
+
+    async def look(request: Request) -> Response:
+        live.look(request.path_params["viewer"])
+        return Response(status_code=204)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -215,12 +231,13 @@ def make(bpf_root: Path, cni_results: Path, key: str, live: Live) -> ASGIApp:
     routes = [
         Route("/", _file(_STATIC / "index.html")),
         *(Route(f"/{name}", _file(_STATIC / name)) for name in ("page.js", "page.css", "icon.svg")),
-        Route(f"{DATA}status", _answer(pages.status)),
+        Route(f"{DATA}status", _shared(pages.status)),
         Route(f"{DATA}services", _answer(pages.search)),
         Route(f"{DATA}services/{{namespace}}/{{name}}", _answer(pages.service)),
         Route(f"{DATA}clients", _answer(pages.clients)),
         Route(f"{DATA}explain", _answer(pages.explain)),
-        Route(f"{DATA}check", _answer(pages.check)),
+        Route(f"{DATA}check", _shared(pages.check)),
         Route(f"{DATA}decisions", decisions),
+        Route(f"{DATA}viewers/{{viewer}}", look),
     ]
     return Guard(Starlette(routes=routes, lifespan=lifespan), key)

@@ -31,6 +31,9 @@ _AGAIN_SECONDS = 2.0
 _END_SECONDS = 5.0
 #: An event is sent at least so often: a connection that is gone is noticed by that.
 _HEARTBEAT_SECONDS = 5.0
+#: A stream ends whose viewer was not heard of for so long: one that is stopped takes nothing, and its
+#: connection stays. One that cannot say that it looks begins anew after a while.
+_SEEN_SECONDS, _UNNAMED_SECONDS = 30.0, 300.0
 #: A page shows no more lines.
 MOST_LINES = 500
 _GOOD = {str(kind) for kind in SUCCESSES}
@@ -76,8 +79,11 @@ class _Traced(NamedTuple):
 class Viewer:
     """One who looks: a stream of events. The loop that makes it uses it; the trace's thread puts."""
 
-    def __init__(self, wanted: Filter) -> None:
+    def __init__(self, wanted: Filter, name: str = "") -> None:
+        """``name``: by which it says that it still looks."""
         self.wanted = wanted
+        self.name = name
+        self._seen = time.monotonic()
         #: What was said last.
         self.told: State | None = None
         self._kinds = frozenset(map(str, wanted.kinds))
@@ -103,6 +109,10 @@ class Viewer:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._add, lines, others)
 
+    def look(self) -> None:
+        """Somebody still looks."""
+        self._seen = time.monotonic()
+
     def close(self) -> None:
         """Ends the stream."""
         with suppress(RuntimeError):
@@ -110,7 +120,8 @@ class Viewer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events: ``state``, ``lost``, and ``decisions``, several at once."""
-        while not self._closed:
+        longest = _SEEN_SECONDS if self.name else _UNNAMED_SECONDS
+        while not self._closed and time.monotonic() - self._seen < longest:
             try:
                 await asyncio.wait_for(self._ready.wait(), _HEARTBEAT_SECONDS)
             except TimeoutError:
@@ -179,6 +190,13 @@ class Live:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="trace", daemon=True)
                 self._thread.start()
+
+    def look(self, name: str) -> None:
+        """The viewer of that name still looks, if it is there."""
+        with self._lock:
+            found = [each for each in self._viewers if each.name == name]
+        for each in found:
+            each.look()
 
     def leave(self, viewer: Viewer) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import signal
 import socket
@@ -28,34 +29,43 @@ _REQUEST_SECONDS, _TAKEN_SECONDS = 10.0, 30.0
 class _Connection(H11Protocol):
     """Ends connections that only occupy the page, of whoever can connect."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    _awaited: asyncio.TimerHandle | None = None
+    _taken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(_REQUEST_SECONDS, self._end_without_request)
+        self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel()
+        for each in (self._awaited, self._taken):
+            if each is not None:
+                each.cancel()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        # First: it may begin the next request, whose answer may be complete at once.
+        self._await_request()
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         """The transport has more than it can send."""
         super().pause_writing()
-        self._cancel()
-        self._deadline = self.loop.call_later(_TAKEN_SECONDS, self.transport.abort)
+        self._taken = self.loop.call_later(_TAKEN_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._cancel()
+        if self._taken is not None:
+            self._taken.cancel()
         super().resume_writing()
 
-    def _end_without_request(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+    def _await_request(self) -> None:
+        """A whole one, which may take long to come in parts; also the body of the last one counts."""
+        if self._awaited is not None:
+            self._awaited.cancel()
+        self._awaited = self.loop.call_later(_REQUEST_SECONDS, self._end_without_request)
 
-    def _cancel(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _end_without_request(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):
@@ -67,6 +77,16 @@ class _Server(uvicorn.Server):
         # Streams would be waited for.
         self._closing()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # A check that waits for the agent is cancelled, which is no error that is worth a traceback.
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+        await super().shutdown(sockets)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    is_of_request = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_of_request and not record.getMessage().startswith("Cancel ")
 
 
 def serve(bpf_root: Path, cni_results: Path, address: str, port: int, ready: Callable[[str], None]) -> None:

@@ -98,7 +98,11 @@ def test_durations_use_gos_notation(text: str, seconds: float) -> None:
         (("--interval", "1ms"), "shorter than 0.1s"),
         (("--interval", "soon"), "'soon' is not a duration"),
         (("--rows", "-1"), "-1 is not in the range"),
-        (("--sort", "size"), "'size' is not one of 'connections', 'open', 'refused', 'dropped', 'name'"),
+        (("--sort", "size"), "'size' is not one of 'connections', 'open', 'refused', 'dropped', 'failed', "),
+        (("--interval", "-5s"), "'-5s' is negative"),
+        # float() makes it infinite, and no clock waits so long.
+        (("--interval", f"{'9' * 5000}s"), "is too long a duration"),
+        (("--interval", "²s"), "'²s' is not a duration"),
     ],
 )
 def test_invalid_options_of_top_are_named(arguments: tuple[str, ...], said: str) -> None:

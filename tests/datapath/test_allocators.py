@@ -72,3 +72,15 @@ def test_unused_ids_come_first_and_then_the_least_recently_released() -> None:
     for key in ("old", "a"):
         ids.give_back(ids.forget(key))
     assert [ids.add("c"), ids.add("d")] == [1, 2]
+
+
+def test_an_id_that_is_held_waits_for_its_turn() -> None:
+    ids: Ids[str] = Ids(3)
+    assert [ids.add(each, {1}) for each in "ab"] == [0, 2]
+    # None is left but that.
+    assert ids.add("c", {1}) == 1
+    for each in "abc":
+        ids.give_back(ids.forget(each))
+    assert [ids.add(each, {0}) for each in "abc"] == [2, 1, 0]
+    with pytest.raises(IdsExhaustedError):
+        ids.add("d", {0})

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebpfproxy.datapath.abi.flow_layout import FLOW, NAT, NAT_IDS_AT, BackendUse
 from ebpfproxy.datapath.abi.layout import PAIR, U32
 from ebpfproxy.datapath.abi.measure_layout import CONNECT_BOUNDS, CONNECT_FAILURES, CONNECTS, NOBODY, TRAFFIC
+from ebpfproxy.datapath.abi.socket_layout import ORIGIN, OriginKind, origin_key, with_origin_ids
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import measures
+from ebpfproxy.datapath.services.held_ids import HeldIds
 from ebpfproxy.datapath.services.measures import NO_CONNECTS, Connects, Measures, ServiceBackend, Traffic
-from tests.datapath.writing import SMALL, Bench, port
+from tests.datapath.writing import FEW_IDS, SMALL, Bench, port
 
 BUCKETS = len(CONNECT_BOUNDS) + 1
 
@@ -113,6 +116,72 @@ def test_a_service_has_nothing_of_an_earlier_owner_of_its_id(pins: Path) -> None
     assert list(bench.writer.names()) == [0]
     assert measures.connects(bench.maps).keys() == measures.traffic(bench.maps).keys() == set()
     assert measures.failures(bench.maps) == {}
+    bench.close_maps()
+
+
+# -- ids of Services that are gone
+
+
+def open_socket(maps: MapSet, service_id: int, kind: OriginKind) -> None:
+    """A connection of a socket, which counts when it ends."""
+    packed = origin_key(7, kind).ljust(ORIGIN.size, b"\0")
+    maps["sock_origin"].update(U32.pack(7), with_origin_ids(packed, BackendUse(service_id, 0), 1))
+
+
+def open_flow(maps: MapSet, service_id: int) -> None:
+    value = bytearray(NAT.size)
+    PAIR.pack_into(value, NAT_IDS_AT, service_id, 0)
+    maps["conntrack"].update(bytes(FLOW.size), bytes(value))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", [OriginKind.CONNECTED, OriginKind.CLOSED, None])
+def test_an_id_has_no_other_owner_while_connections_count_for_it(pins: Path, kind: OriginKind | None) -> None:
+    """Also where the agent was restarted, and does not know which ids have been used."""
+    bench = Bench(pins)
+    assert bench.maps is not None
+    bench.writer.apply([port("a", [1]), port("b", [2])], complete=True)
+    old = bench.service_ids[port("b", [2]).key]
+    bench.writer.apply([port("a", [1])], complete=True)
+    bench.writer.reclaim(bench.writer.take_retired())
+    if kind is None:
+        open_flow(bench.maps, old)
+    else:
+        open_socket(bench.maps, old, kind)
+    bench.reopen()
+    bench.writer.apply([port("a", [1]), port("c", [3])], complete=True)
+    assert bench.service_ids[port("c", [3]).key] == old + 1
+    bench.close_maps()
+
+
+@pytest.mark.root
+def test_a_service_gets_an_id_that_connections_have_rather_than_none(pins: Path) -> None:
+    bench = Bench(pins)
+    bench.empty(FEW_IDS)
+    ports = [port(name, []) for name in "abcdefgh"]
+    bench.writer.apply(ports, complete=True)
+    bench.writer.apply(ports[1:], complete=True)
+    bench.writer.reclaim(bench.writer.take_retired())
+    assert bench.maps is not None
+    open_flow(bench.maps, 0)
+    bench.writer.apply([port("i", [])])
+    assert bench.service_ids[port("i", []).key] == 0
+    bench.close_maps()
+
+
+@pytest.mark.root
+def test_connections_are_looked_at_again_after_many_services_are_gone(pins: Path) -> None:
+    bench = Bench(pins)
+    assert bench.maps is not None
+    held = HeldIds(bench.maps)
+    assert 3 not in held
+    held.retire(3)
+    assert 3 in held, "it may have connections that were not there before"
+    for number in range(10, 10 + 1022):
+        held.retire(number)
+    assert 3 in held
+    held.retire(9)
+    assert 3 not in held
     bench.close_maps()
 
 

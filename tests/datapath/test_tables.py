@@ -120,7 +120,10 @@ def test_port_ranges_overlap_if_they_share_a_port() -> None:
     assert overlaps((1024, 65535), (32768, 60999))
 
 
-@pytest.mark.parametrize("text", ["", "1", "5-", "9-3", "0-7", "1-70000", "a-b", "-5-9"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "1", "5-", "9-3", "0-7", "1-70000", "a-b", "-5-9", "1-²", f"1-{'9' * 5000}", f"{'9' * 5000}-1"],
+)
 def test_invalid_port_ranges(text: str) -> None:
     with pytest.raises(PortRangeError, match="'"):
         parse_range(text)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import msgspec
 import pytest
 
 from ebpfproxy.datapath.abi.measure_layout import ConnectFailure
@@ -18,6 +21,8 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.services import measures
 from ebpfproxy.datapath.services.measures import NO_CONNECTS, NO_TRAFFIC, Connects, Traffic
+from ebpfproxy.top.measured import MeasuringRow
+from ebpfproxy.top.rows import ServiceRow, Top
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS
 from tests.lab import Agent, Lab, clients, manifests
@@ -350,6 +355,64 @@ def _sorted_labels(text: str) -> str:
     return re.sub(r"\{(.*)\}", ordered, text)
 
 
+# -- ebpfproxy top
+
+
+def test_top_has_what_is_measured(cluster: OutsideClientCluster, agent: Agent) -> None:
+    arguments = [
+        "top",
+        "-o",
+        "json",
+        "--interval",
+        "200ms",
+        "--rows",
+        "0",
+        "--bpf-root",
+        str(cluster.a.bpf_root),
+    ]
+    command = [sys.executable, "-m", "ebpfproxy", *arguments]
+    process = cluster.a.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    first = decoded(process.stdout.readline())
+    assert first.measuring == MeasuringRow(connections=1, traffic=1)
+    assert not any(row.failures for row in first.rows)
+    before = measured(cluster, "web").established
+    cluster.client.call(partial(receive_all, closes=True), SERVICE_IPS["v4"], 80)
+    cluster.client.call(clients.connect_error, CLOSED, 80)
+    size = 0.0
+    while True:
+        now = decoded(process.stdout.readline())
+        web, closed = row_of(now, "web"), row_of(now, "closed")
+        assert web.connects is not None and web.traffic is not None and closed.connects is not None
+        size += web.traffic.response_bytes_per_second * now.seconds
+        if web.connects.p50 is not None and closed.failures and size:
+            break
+    connections = measured(cluster, "web").established - before
+    assert sum(web.connects.times) >= connections >= 1
+    assert web.connects.p99 is not None and 0 < web.connects.p50 <= web.connects.p99
+    assert closed.connects.recently_failed == {"reset": 1}
+    (failing,) = closed.backends
+    assert (failing.address, failing.recently_failed) == (f"{cluster.w1.address}:7", {"reset": 1})
+    assert [row.service for row in now.trouble] == ["closed"]
+    process.terminate()
+    assert process.wait() == 0
+    process.stdout.close()
+
+
+def decoded(line: bytes) -> Top:
+    return msgspec.json.decode(line, type=Top)
+
+
+def row_of(top: Top, service: str) -> ServiceRow:
+    (row,) = (row for row in top.rows if (row.service, row.port) == (service, "http"))
+    return row
+
+
+def test_top_says_it_in_a_table(cluster: OutsideClientCluster, agent: Agent) -> None:
+    said = cluster.a.cli("top", "--once", "--interval", "100ms")
+    assert "BYTES/S" in said and "need measure" not in said
+
+
 # -- the end: these leave no program that measures
 
 
@@ -384,6 +447,8 @@ def test_without_the_option_nothing_is_attached_or_measured(
     cluster.lab.agents[-1].stop()
     last = cluster.agent().start()
     assert "sock_ops" not in hooks(cluster)
+    said = cluster.a.cli("top", "--once", "--interval", "100ms").splitlines()
+    assert said[-1].startswith("FAILED/S, P50, P99 need measureConnections")
     assert "ebpfproxy_service_connect_seconds" not in last.http("/metrics", 10249)[1]
     before = measured(cluster, "web"), traffic(cluster, "http")
     cluster.client.call(clients.ask_tcp, SERVICE_IPS["v4"], 80)

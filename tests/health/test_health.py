@@ -206,6 +206,7 @@ def test_address_without_a_host_is_served_in_all_families(text: str) -> None:
         ("127.0.0.1:10256", ("127.0.0.1", 10256)),
         ("[::]:10256", ("::", 10256)),
         (":1", ("::", 1)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
         ("[fd00::1]:1", ("fd00::1", 1)),
     ],
 )
@@ -213,7 +214,21 @@ def test_bind_addresses(text: str, parsed: tuple[str, int]) -> None:
     assert parse_bind_address(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["10256", "host", "1.2.3.4:", "1.2.3.4:99999", "::1:80", "1.2.3.4:x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10256",
+        "host",
+        "1.2.3.4:",
+        "1.2.3.4:99999",
+        "::1:80",
+        "1.2.3.4:x",
+        # int() refuses the first, and digits that others write.
+        f"1.2.3.4:{'9' * 5000}",
+        "1.2.3.4:²",
+        "1.2.3.4:٣",
+    ],
+)
 def test_invalid_bind_addresses_are_rejected(text: str) -> None:
     with pytest.raises(BindAddressError, match="is not IP:port"):
         parse_bind_address(text)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def cluster() -> Iterator[OutsideClientCluster]:
             manifests.service("odd", clusterIPs=["10.96.8.2"], trafficDistribution="PreferClose"),
             manifests.slice_of("odd", [odd, made.endpoint_on_b(ready=False)]),
         )
-        made.agent().start()
+        made.agent("--measure-connections", "--measure-traffic").start()
         yield made
 
 
@@ -282,6 +284,46 @@ def test_nothing_is_traced_that_nobody_looks_at(page: Browser, cluster: OutsideC
     go(page, "services")
     until(lambda: not tracing(cluster))
     without_complaints(page)
+
+
+def test_what_is_measured_is_shown(page: Browser, cluster: OutsideClientCluster) -> None:
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    go(page, "services")
+    heads = "[...document.querySelectorAll('main thead th')].map(each => each.innerText)"
+    page.wait(heads, lambda found: found[5:] == ["p50", "p99", "Bytes in / out"])
+    (row,) = (row for row in rows(page) if row[0] == "shop/web")
+    assert re.fullmatch(r"[0-9.]+(µs|ms|s)", row[5]) and re.fullmatch(r"[0-9.]+k? / [0-9.]+k?", row[7])
+    go(page, "services/shop/web")
+    page.wait_text("connect time")
+    assert re.search(r"p50 [0-9.]+(µs|ms|s), p99 [0-9.]+(µs|ms|s) \([0-9,]+ connections\)", page.text)
+    without_complaints(page)
+
+
+def test_it_works_through_a_port_forward(
+    page: Browser, cluster: OutsideClientCluster, ui: Ui, forwarded: int
+) -> None:
+    """Also the stream of decisions, whose viewer says that it looks."""
+    page.open(f"http://localhost:{forwarded}/#key={ui.key}")
+    page.wait_text("shop/web")
+    page.evaluate("void (window.setInterval = (act) => setTimeout(act, 500))")
+    go(page, "live")
+    page.wait("document.querySelector('main [role=status]').innerText", lambda text: text == "tracing")
+    cluster.client.call(clients.ask_tcp, WEB, 80)
+    page.wait("document.querySelectorAll('main tbody tr').length", lambda found: found == 1)
+    page.wait("1", lambda _: any("/api/viewers/" in url for url in page.requests))
+    without_complaints(page)
+
+
+@pytest.fixture
+def forwarded(cluster: OutsideClientCluster, ui: Ui) -> Iterator[int]:
+    """A port of the same loopback that leads to the page."""
+    command = [sys.executable, "-m", "tests.ui.forwarder", str(ui.port)]
+    process = cluster.a.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    process.stdout.close()
 
 
 def test_explain_answers_from_a_form(page: Browser) -> None:

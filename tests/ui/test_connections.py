@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from ebpfproxy.ui import serve
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+_WITH_BODY = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nhalf"
 
 
 async def _endless(scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,9 +26,15 @@ async def _endless(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0)
 
 
+async def _short(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [(b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
 @asynccontextmanager
-async def _connected(state: ServerState) -> AsyncIterator[socket.socket]:
-    config = uvicorn.Config(_endless, http=serve._Connection, ws="none", lifespan="off", log_config=None)
+async def _connected(state: ServerState, app: ASGIApp = _endless) -> AsyncIterator[socket.socket]:
+    config = uvicorn.Config(app, http=serve._Connection, ws="none", lifespan="off", log_config=None)
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: serve._Connection(config, state, {}), "127.0.0.1", 0)
@@ -55,6 +62,28 @@ def test_one_without_a_request_ends(monkeypatch: pytest.MonkeyPatch, sent: bytes
             return await asyncio.get_running_loop().sock_recv(client, 1)
 
     assert asyncio.run(run()) == b""
+
+
+@pytest.mark.parametrize("sent", [_REQUEST + _REQUEST[:-1], _WITH_BODY])
+def test_one_with_half_of_a_later_request_ends(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """Or with half of a body that nobody reads: an answer was given already."""
+    monkeypatch.setattr(serve, "_REQUEST_SECONDS", 0.1)
+
+    async def run() -> bytes:
+        loop = asyncio.get_running_loop()
+        async with _connected(ServerState(), _short) as client:
+            client.send(sent)
+            found = b""
+            while data := await loop.sock_recv(client, 4096):
+                found += data
+            return found
+
+    try:
+        found = asyncio.run(run())
+    except ConnectionResetError:
+        # What it has sent was not read.
+        return
+    assert found.endswith(b"ok")
 
 
 def test_one_that_takes_nothing_of_its_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +114,31 @@ def test_one_that_takes_its_answer_stays(monkeypatch: pytest.MonkeyPatch) -> Non
                 assert await loop.sock_recv(client, 1 << 20)
 
     asyncio.run(run())
+
+
+def test_a_busy_server_ends_without_complaints(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that waits for the agent is cancelled, and that is no error."""
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        config = uvicorn.Config(slow, http=serve._Connection, ws="none", lifespan="off", log_config=None)
+        config.timeout_graceful_shutdown = 0
+        server = serve._Server(config, lambda: None)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            address = listener.getsockname()
+            running = asyncio.create_task(server.serve([listener]))
+            async with asyncio.timeout(30):
+                while not server.started:
+                    await asyncio.sleep(0.01)
+                with socket.create_connection(address) as client:
+                    client.send(_REQUEST)
+                    while not server.server_state.tasks:
+                        await asyncio.sleep(0.01)
+                    server.should_exit = True
+                    await running
+
+    with caplog.at_level("WARNING"):
+        asyncio.run(run())
+    assert not caplog.records

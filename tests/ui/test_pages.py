@@ -95,6 +95,16 @@ def test_refusals_are_counted_for_their_service(cluster: OutsideClientCluster) -
     assert ask(cluster, "services/shop/empty")["refused"] == after["empty"]["refused"]
 
 
+def test_what_is_not_measured_says_how_it_would_be(cluster: OutsideClientCluster) -> None:
+    found = ask(cluster, "services/shop/web")
+    assert (found["connects"], found["traffic"]) == (None, None)
+    assert [each.partition(": ")[2] for each in found["unmeasured"]] == [
+        "measureConnections (--measure-connections)",
+        "measureTraffic (--measure-traffic)",
+    ]
+    assert [each["connects"] for each in ask(cluster, "services")["services"]] == [None] * 4
+
+
 def test_a_service_has_the_endpoints_that_explain_has(cluster: OutsideClientCluster) -> None:
     """Each frontend's endpoints, with their reasons, are those that `explain` shows for it."""
     for name in ("web", "elsewhere", "second"):

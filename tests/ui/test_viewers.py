@@ -6,7 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import cast
 
+import pytest
+
 from ebpfproxy.trace.session import Filter
+from ebpfproxy.ui import live as live_module
 from ebpfproxy.ui.live import Live, Lost, State, Viewer
 
 
@@ -45,3 +48,45 @@ def test_an_error_that_nobody_foresaw_is_told_and_the_next_viewer_is_served() ->
     live.end_streams()
     live.wait()
     assert live._thread is None
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_module, "_HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(live_module, "_SEEN_SECONDS", 0.3)
+
+
+async def _beats(viewer: Viewer) -> int:
+    """How many events came until the stream ended."""
+    async with asyncio.timeout(30):
+        return len([event async for event in viewer.events()])
+
+
+def test_the_stream_of_a_viewer_that_is_stopped_ends(short: None) -> None:
+    """Its connection stays, and takes what little is sent."""
+    assert asyncio.run(_of_one(Filter(), "stopped"))
+
+
+async def _of_one(wanted: Filter, name: str) -> int:
+    return await _beats(Viewer(wanted, name))
+
+
+def test_the_stream_of_a_viewer_that_looks_goes_on(short: None, tmp_path: Path) -> None:
+    live = Live(tmp_path)
+
+    async def run() -> None:
+        viewer, other = Viewer(Filter(), "looks"), Viewer(Filter(), "stopped")
+        live.join(viewer)
+        live.join(other)
+        ends = asyncio.create_task(_beats(viewer)), asyncio.create_task(_beats(other))
+        while not ends[1].done():
+            live.look("looks")
+            await asyncio.sleep(0.01)
+        assert not ends[0].done()
+        await ends[0]
+        for each in (viewer, other):
+            live.leave(each)
+
+    asyncio.run(run())
+    live.end_streams()
+    live.wait()

@@ -178,7 +178,7 @@ NO_USE = BackendUse(0xFFFFFFFF, 0xFFFFFFFF)
 
 
 _FLOW_PROTOCOL_AT, _FLOW_STAGE_AT = 36, 37
-_NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREATED_AT = (
+NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREATED_AT = (
     36,
     44,
     45,
@@ -218,7 +218,7 @@ class Entry(NamedTuple):
 
     @property
     def use(self) -> BackendUse:
-        return BackendUse(*PAIR.unpack_from(self.value, _NAT_IDS_AT))
+        return BackendUse(*PAIR.unpack_from(self.value, NAT_IDS_AT))
 
     @property
     def flags(self) -> int:
@@ -248,7 +248,7 @@ class Entry(NamedTuple):
     def with_use(self, use: BackendUse, epoch: int) -> bytes:
         """The value with other ids; ``epoch`` is the service's now."""
         changed = bytearray(self.value)
-        PAIR.pack_into(changed, _NAT_IDS_AT, *use)
+        PAIR.pack_into(changed, NAT_IDS_AT, *use)
         changed[_NAT_EPOCH_AT : _NAT_EPOCH_AT + 2] = (epoch & 0xFFFF).to_bytes(2, sys.byteorder)
         return with_check(self.key, changed)
 

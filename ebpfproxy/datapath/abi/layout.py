@@ -109,6 +109,15 @@ def unpack_service_key(packed: bytes) -> ServiceKey:
     )
 
 
+def key_address(packed: bytes) -> bytes:
+    return packed[: 4 if len(packed) == SERVICE4_KEY.size else 16]
+
+
+def without_scope(packed: bytes) -> bytes:
+    """What is the same in the keys of both scopes."""
+    return packed[:-1]
+
+
 class ServiceEntry(NamedTuple):
     id: int
     flags: ServiceFlags
@@ -133,6 +142,14 @@ def pack_service(service_id: int, flags: int, kind: int, algorithm: int, affinit
 def unpack_service(packed: bytes) -> ServiceEntry:
     service_id, flags, kind, algorithm, affinity, _ = SERVICE.unpack(packed)
     return ServiceEntry(service_id, ServiceFlags(flags), FrontendKind(kind), Algorithm(algorithm), affinity)
+
+
+def service_id(packed: bytes) -> int:
+    return int(U32.unpack_from(packed)[0])
+
+
+def service_flags(packed: bytes) -> int:
+    return int(SERVICE.unpack(packed)[1])
 
 
 def selection_word(base: int, count: int) -> int:

@@ -37,7 +37,7 @@ class OriginKind(IntEnum):
 
 
 ORIGIN_KIND_AT = 7 if sys.byteorder == "little" else 0
-_ORIGIN_IDS_AT, _ORIGIN_NETNS_AT = 44, 56
+ORIGIN_IDS_AT, _ORIGIN_NETNS_AT = 44, 56
 _ORIGIN_IDS = struct.Struct("=44xII12x")
 #: The frontend's port, which is 0 where the socket's program has dropped the peer, and the ids.
 _ORIGIN_PEER = struct.Struct("=40xHxxII12x")
@@ -72,7 +72,7 @@ def unconnected_origin(cookie: int) -> bytes:
 
 
 def origin_use(packed: bytes) -> BackendUse:
-    return BackendUse(*PAIR.unpack_from(packed, _ORIGIN_IDS_AT))
+    return BackendUse(*PAIR.unpack_from(packed, ORIGIN_IDS_AT))
 
 
 def origin_backend(packed: bytes) -> tuple[bytes, int]:
@@ -91,18 +91,18 @@ def is_connected(packed: bytes) -> bool:
 
 def origin_identity(packed: bytes) -> bytes:
     """What distinguishes an origin from the socket's others, and earlier ones: its key, and its addresses."""
-    return packed[:_ORIGIN_IDS_AT]
+    return packed[:ORIGIN_IDS_AT]
 
 
 def origin_began(packed: bytes) -> int:
     """When a TCP socket began to connect, as programs have it; 0 where none of them follows it."""
-    return int(U32.unpack_from(packed, _ORIGIN_IDS_AT + PAIR.size)[0])
+    return int(U32.unpack_from(packed, ORIGIN_IDS_AT + PAIR.size)[0])
 
 
 def with_origin_ids(packed: bytes, use: BackendUse, epoch: int) -> bytes:
     """The same origin with other ids; ``epoch``: or, of a TCP socket, when it began."""
     changed = bytearray(packed)
-    struct.pack_into("=III", changed, _ORIGIN_IDS_AT, *use, epoch & 0xFFFFFFFF)
+    struct.pack_into("=III", changed, ORIGIN_IDS_AT, *use, epoch & 0xFFFFFFFF)
     return bytes(changed)
 
 

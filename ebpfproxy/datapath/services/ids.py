@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -40,17 +40,26 @@ class Ids(Generic[K]):
     def get(self, key: K) -> int | None:
         return self._ids.get(key)
 
-    def add(self, key: K) -> int:
-        """A new id for a key that has none. Raises IdsExhaustedError."""
-        if self._fresh < self._size:
-            number = self._fresh
-            self._fresh += 1
-        elif self._returned:
-            number = self._returned.popleft()
-        else:
-            raise IdsExhaustedError(f"all {self._size} ids are in use")
+    def add(self, key: K, held: Container[int] = ()) -> int:
+        """A new id for a key that has none, if possible none that is held. Raises IdsExhaustedError."""
+        number = self._take(held)
         self._ids[key] = number
         return number
+
+    def _take(self, held: Container[int]) -> int:
+        while self._fresh < self._size:
+            number = self._fresh
+            self._fresh += 1
+            if number not in held:
+                return number
+            self._returned.append(number)
+        for _ in range(len(self._returned)):
+            if self._returned[0] not in held:
+                break
+            self._returned.rotate(-1)
+        if not self._returned:
+            raise IdsExhaustedError(f"all {self._size} ids are in use")
+        return self._returned.popleft()
 
     def forget(self, key: K) -> int:
         """Removes a key. Returns its id, which stays taken until :meth:`give_back`."""

@@ -7,8 +7,8 @@ counted together, as NOBODY.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Set
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from typing import Generic, NamedTuple, TypeVar
 
 from ebpfproxy.datapath.abi.layout import PAIR, U32
 from ebpfproxy.datapath.abi.measure_layout import (
@@ -20,7 +20,46 @@ from ebpfproxy.datapath.abi.measure_layout import (
     ConnectFailure,
 )
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.kernel.maps import Map, MapSet
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class ChangingTable(Generic[Key, Value]):
+    """A map that is read again and again. What has not changed is not decoded again."""
+
+    def __init__(
+        self, table: Map, key: Callable[[bytes], Key], value: Callable[[bytes], Value | None]
+    ) -> None:
+        """``value`` returns None for an entry that has nothing to say."""
+        self._table, self._key, self._value = table, key, value
+        self._packed: dict[bytes, bytes] = {}
+        self._decoded: dict[bytes, tuple[Key, Value | None]] = {}
+        self._found: Mapping[Key, Value] = {}
+
+    def read(self) -> Mapping[Key, Value]:
+        """The same object where nothing has changed."""
+        packed = dict(self._table.items())
+        if packed == self._packed:
+            return self._found
+        self._decoded = {
+            key: self._decoded[key]
+            if self._packed.get(key) == value
+            else (self._key(key), self._value(value))
+            for key, value in packed.items()
+        }
+        self._packed = packed
+        self._found = {key: value for key, value in self._decoded.values() if value is not None}
+        return self._found
+
+
+def _service_id(key: bytes) -> int:
+    return int(U32.unpack(key)[0])
+
+
+def _pair(key: bytes) -> ServiceBackend:
+    return ServiceBackend(*PAIR.unpack(key))
 
 
 class Connects(NamedTuple):
@@ -47,18 +86,24 @@ class Connects(NamedTuple):
         )
 
     def quantile(self, share: float) -> float | None:
-        """The seconds that this share of connections did not exceed, estimated as PromQL does.
+        """The seconds that this share of connections did not exceed; None if there was no connection."""
+        return quantile(self.times, share)
 
-        None if there was no connection; the highest bound where it is above all of them.
-        """
-        rank, below, low = share * self.established, 0, 0
-        if not self.established:
-            return None
-        for count, bound in zip(self.times, CONNECT_BOUNDS, strict=False):
-            if count and below + count >= rank:
-                return (low + (bound - low) * (rank - below) / count) / 1e6
-            below, low = below + count, bound
-        return CONNECT_BOUNDS[-1] / 1e6
+
+def quantile(times: Sequence[int], share: float) -> float | None:
+    """The seconds that this share of ``Connects.times`` did not exceed, estimated as PromQL does.
+
+    None if there was none; the highest bound where it is above all of them.
+    """
+    established = sum(times)
+    rank, below, low = share * established, 0, 0
+    if not established:
+        return None
+    for count, bound in zip(times, CONNECT_BOUNDS, strict=False):
+        if count and below + count >= rank:
+            return (low + (bound - low) * (rank - below) / count) / 1e6
+        below, low = below + count, bound
+    return CONNECT_BOUNDS[-1] / 1e6
 
 
 NO_CONNECTS = Connects(0, (0,) * (len(CONNECT_BOUNDS) + 1), (0,) * len(ConnectFailure))
@@ -71,24 +116,35 @@ class ServiceBackend(NamedTuple):
     backend_id: int
 
 
-def connects(maps: MapSet) -> dict[int, Connects]:
+def _unpack_connects(value: bytes) -> Connects | None:
+    microseconds, *counts = CONNECTS.unpack(value)
+    times, failed = counts[: len(CONNECT_BOUNDS) + 1], counts[len(CONNECT_BOUNDS) + 1 :]
+    return Connects(microseconds, tuple(times), tuple(failed)) if any(counts) else None
+
+
+def connects(maps: MapSet) -> Mapping[int, Connects]:
     """By service id, of those that have had any."""
-    found = {}
-    for key, value in maps["connects"].items():
-        microseconds, *counts = CONNECTS.unpack(value)
-        if any(counts):
-            times, failures = counts[: len(CONNECT_BOUNDS) + 1], counts[len(CONNECT_BOUNDS) + 1 :]
-            found[U32.unpack(key)[0]] = Connects(microseconds, tuple(times), tuple(failures))
-    return found
+    return ChangingTable(maps["connects"], _service_id, _unpack_connects).read()
 
 
-def failures(maps: MapSet) -> dict[ServiceBackend, tuple[int, ...]]:
-    """How many connections to each backend failed, by ``ConnectFailure``."""
-    return {
-        ServiceBackend(*PAIR.unpack(key)): CONNECT_FAILURES.unpack(value)
-        for key, value in maps["connect_failures"].items()
-        if any(CONNECT_FAILURES.unpack(value))
-    }
+#: How many connections failed, by ``ConnectFailure``.
+Failures = tuple[int, ...]
+NO_FAILURES: Failures = (0,) * len(ConnectFailure)
+
+
+def by_reason(failed: Sequence[int]) -> dict[str, int]:
+    """Without those that there were none of."""
+    return {str(reason): failed[reason] for reason in ConnectFailure if failed[reason]}
+
+
+def _unpack_failures(value: bytes) -> Failures | None:
+    counts = CONNECT_FAILURES.unpack(value)
+    return counts if any(counts) else None
+
+
+def failures(maps: MapSet) -> Mapping[ServiceBackend, Failures]:
+    """How many connections to each backend failed."""
+    return ChangingTable(maps["connect_failures"], _pair, _unpack_failures).read()
 
 
 class Traffic(NamedTuple):
@@ -106,13 +162,41 @@ class Traffic(NamedTuple):
 NO_TRAFFIC = Traffic(0, 0, 0, 0)
 
 
-def traffic(maps: MapSet) -> dict[int, Traffic]:
+def _unpack_traffic(value: bytes) -> Traffic | None:
+    found = Traffic(*map(sum, zip(*TRAFFIC.iter_unpack(value), strict=True)))
+    return found if any(found) else None
+
+
+def traffic(maps: MapSet) -> Mapping[int, Traffic]:
     """By service id, of those that have had any."""
-    return {
-        U32.unpack(key)[0]: found
-        for key, value in maps["service_traffic"].items()
-        if any(found := Traffic(*map(sum, zip(*TRAFFIC.iter_unpack(value), strict=True))))
-    }
+    return ChangingTable(maps["service_traffic"], _service_id, _unpack_traffic).read()
+
+
+class Measuring(NamedTuple):
+    """What programs measure."""
+
+    connections: bool = False
+    traffic: bool = False
+
+
+class Measured(NamedTuple):
+    """All that has been measured until one moment."""
+
+    connects: Mapping[int, Connects] = {}
+    failures: Mapping[ServiceBackend, Failures] = {}
+    traffic: Mapping[int, Traffic] = {}
+
+
+class MeasureReader:
+    """Reads again and again; what has not changed since the last time is the same object."""
+
+    def __init__(self, maps: MapSet) -> None:
+        self._connects = ChangingTable(maps["connects"], _service_id, _unpack_connects)
+        self._failures = ChangingTable(maps["connect_failures"], _pair, _unpack_failures)
+        self._traffic = ChangingTable(maps["service_traffic"], _service_id, _unpack_traffic)
+
+    def read(self) -> Measured:
+        return Measured(self._connects.read(), self._failures.read(), self._traffic.read())
 
 
 class Measures:

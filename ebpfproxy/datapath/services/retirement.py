@@ -11,6 +11,7 @@ import msgspec
 
 from ebpfproxy.datapath.abi.arrays import Range
 from ebpfproxy.datapath.services.backends import Backends
+from ebpfproxy.datapath.services.held_ids import HeldIds
 from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.measures import Measures
 from ebpfproxy.datapath.services.selection_table import SelectionTable
@@ -37,11 +38,14 @@ class Retirement:
         backends: Backends,
         service_ids: Ids[ServicePortKey],
         measures: Measures,
+        held: HeldIds | None = None,
     ) -> None:
+        """``held`` is told of ids that are retired."""
         self._selections = selections
         self._backends = backends
         self._service_ids = service_ids
         self._measures = measures
+        self._held = held
         self._retired = Retired([], [], [])
 
     def add_ranges(self, ranges: Iterable[Range]) -> None:
@@ -49,7 +53,10 @@ class Retirement:
 
     def add_service(self, key: ServicePortKey) -> None:
         """Retires the id of a service port."""
-        self._retired.services.append(self._service_ids.forget(key))
+        number = self._service_ids.forget(key)
+        self._retired.services.append(number)
+        if self._held is not None:
+            self._held.retire(number)
 
     def take(self) -> Retired:
         """Everything that is retired so far, backends included."""

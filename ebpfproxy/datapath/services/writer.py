@@ -8,7 +8,7 @@ grace period (``retirement``). A start reuses what is in the maps (``adopt``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
@@ -24,6 +24,7 @@ from ebpfproxy.datapath.services.backends import Backends
 from ebpfproxy.datapath.services.capacity import CapacityError, CapacityErrors
 from ebpfproxy.datapath.services.counters import ServiceCounts
 from ebpfproxy.datapath.services.frontend_table import Frontends
+from ebpfproxy.datapath.services.held_ids import HeldIds
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.measures import Measures
@@ -52,11 +53,13 @@ class Writer:
         absence: float = 0.0,
         source_towards: Callable[[bytes], bytes] = lambda _: b"",
         clock: Callable[[], float] = time.monotonic,
+        measures: bool = True,
     ) -> None:
         """``maglev_size``: places in a Maglev table, one of ``MAGLEV_SIZES``.
 
         ``absence``: for how many seconds of ``clock`` an endpoint that was removed may come back.
         ``source_towards``: the address by which this node asks at another, empty where it cannot.
+        ``measures``: programs count for service ids, which therefore stay theirs while connections are open.
         """
         self._absences = Absences(absence, clock)
         self._host_sources = HostSources(source_towards)
@@ -82,7 +85,10 @@ class Writer:
             maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
         )
         self._measures.keep(names.keys(), set(self._backends.numbers()))
-        self._retirement = Retirement(self._selections, self._backends, self._service_ids, self._measures)
+        self._open_ids = HeldIds(maps) if measures else None
+        self._retirement = Retirement(
+            self._selections, self._backends, self._service_ids, self._measures, self._open_ids
+        )
 
     # -- what is there
 
@@ -242,7 +248,9 @@ class Writer:
         change.set_sources(known, frozenset(port.source_ranges or ()))
 
     def _new_service(self, key: ServicePortKey, change: Change) -> int:
-        number = self._service_ids.add(key)
+        may_be_old = self._is_adopted or self._service_ids.recycles
+        held: Container[int] = self._open_ids if may_be_old and self._open_ids is not None else ()
+        number = self._service_ids.add(key, held)
         # A killed agent may have left words behind an id that nothing named any more.
         self._selections.clear(number)
         change.names[number] = key

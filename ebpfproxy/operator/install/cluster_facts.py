@@ -34,7 +34,7 @@ class Networking(NamedTuple):
 def version(api: Api) -> Version:
     """Raises ApiError."""
     found = api.version()
-    numbers = [re.match(r"\d+", str(found.get(name, ""))) for name in ("major", "minor")]
+    numbers = [re.match("[0-9]{1,9}", str(found.get(name, ""))) for name in ("major", "minor")]
     if None in numbers:
         raise ApiError(f"{api.host}/version: {found.get('gitVersion', found)!r} is no version")
     return Version(*(int(each[0]) for each in numbers if each is not None))

@@ -18,6 +18,7 @@ import yaml
 from ebpfproxy import yaml_text
 from ebpfproxy.operator.api import Api, ApiError, Object, shown
 from ebpfproxy.operator.printing import Say
+from ebpfproxy.services.values import parse_port
 
 _NAMESPACE, _NAME, _KEY = "kube-public", "cluster-info", "kubeconfig"
 _DEFAULT_PORT = 443
@@ -113,7 +114,7 @@ def _earlier(before: Object | None) -> tuple[Address, str] | None:
     if before is None or not host:
         return None
     meta = before["metadata"]
-    address = Address(str(host), int(port) if port.isdecimal() else _DEFAULT_PORT)
+    address = Address(str(host), parse_port(port) or _DEFAULT_PORT)
     return address, shown("ConfigMap", meta["namespace"], meta["name"])
 
 

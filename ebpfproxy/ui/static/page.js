@@ -4,6 +4,7 @@
 const KEY = "ebpfproxy-key";
 const PROTOCOLS = ["TCP", "UDP", "SCTP"];
 const MOST_LINES = 500;
+const LOOK_SECONDS = 10;
 const main = document.getElementById("main");
 const trouble = document.getElementById("trouble");
 
@@ -35,12 +36,12 @@ const number = (value) => cell(value === null || value === undefined ? "" : valu
 const wide = (text) => cell(text, "wide");
 const narrow = (text) => cell(text, "narrow");
 
-/** Heads that end with # are of numbers; columns whose heads end with ? take no room where nobody has them. */
+/** Heads with # at their end are of numbers; columns whose heads end with ? take no room where nobody has them. */
 function table(caption, heads, rows) {
   const has = heads.map((text, at) => !text.endsWith("?") || rows.some((row) => row[at].textContent));
   const head = heads
     .filter((_, at) => has[at])
-    .map((text) => make("th", { scope: "col", class: text.endsWith("#") ? "number" : false }, text.replace(/[#?]$/, "")));
+    .map((text) => make("th", { scope: "col", class: /#\??$/.test(text) ? "number" : false }, text.replace(/[#?]+$/, "")));
   const body = rows.map((row) => make("tr", {}, row.filter((_, at) => has[at])));
   const made = make("table", {}, caption ? make("caption", {}, caption) : [], make("thead", {}, make("tr", {}, head)));
   made.append(make("tbody", {}, body));
@@ -200,6 +201,11 @@ async function* events(response) {
   }
 }
 
+/** Anything that nobody else has; randomUUID() is only there for pages of https and of loopback. */
+function randomName() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((each) => each.toString(16).padStart(2, "0")).join("");
+}
+
 /** Decisions, newest first, while they can be seen: the node traces for as long. */
 class Decisions {
   constructor(query) {
@@ -225,9 +231,14 @@ class Decisions {
   async follow() {
     this.control?.abort();
     const control = (this.control = new AbortController());
+    // A page that is stopped, with its computer or by a debugger, does not say so.
+    clearInterval(this.looking);
+    this.looking = setInterval(() => this.look(), LOOK_SECONDS * 1000);
     while (!control.signal.aborted) {
       try {
-        const found = await fetch(address("decisions", this.query), { headers: headers(), signal: control.signal });
+        this.viewer = randomName();
+        const query = { ...this.query, viewer: this.viewer };
+        const found = await fetch(address("decisions", query), { headers: headers(), signal: control.signal });
         if (!found.ok) throw new Refusal(await failure(found));
         for await (const [event, data] of events(found)) {
           if (control.signal.aborted) return;
@@ -240,6 +251,11 @@ class Decisions {
       }
       await new Promise((wake) => setTimeout(wake, 2000));
     }
+  }
+
+  look() {
+    const options = { headers: headers(), signal: this.control.signal };
+    fetch(address(`viewers/${this.viewer}`), options).catch(() => {});
   }
 
   take(event, data) {
@@ -274,6 +290,7 @@ class Decisions {
   }
 
   rest(text) {
+    clearInterval(this.looking);
     this.control?.abort();
     isWell(this);
     this.say(text);
@@ -309,6 +326,12 @@ function field(text, input, kind = "") {
   return make("label", kind ? { class: kind } : {}, kind ? [input, text] : [text, input]);
 }
 
+/** Connections that were not established, by reason. */
+function failures(found) {
+  const said = Object.entries(found ?? {}).map(([reason, count]) => `${count.toLocaleString()} ${reason}`);
+  return cell(said.join(", "), said.length ? "number bad" : "number");
+}
+
 function serviceRows(found) {
   const rows = found.services.map((each) => [
     cell(serviceLink(each.namespace, each.name)),
@@ -316,8 +339,12 @@ function serviceRows(found) {
     number(each.chosen),
     cell(each.refused.toLocaleString(), each.refused ? "number bad" : "number"),
     cell(each.dropped.toLocaleString(), each.dropped ? "number bad" : "number"),
+    failures(each.connects?.failures),
+    cell(each.connects?.p50 ?? "", "number"),
+    cell(each.connects?.p99 ?? "", "number"),
+    cell(each.traffic ? `${each.traffic.request} / ${each.traffic.response}` : "", "number"),
   ]);
-  const heads = ["Service", "Ports", "Connections#", "Refused#", "Dropped#"];
+  const heads = ["Service", "Ports", "Connections#", "Refused#", "Dropped#", "Failed#?", "p50#?", "p99#?", "Bytes in / out#?"];
   const more = found.more ? make("p", { class: "soft" }, `and ${found.more.toLocaleString()} more`) : [];
   return rows.length ? [table("", heads, rows), more] : [make("p", {}, "No Service matches.")];
 }
@@ -365,12 +392,14 @@ function portSection(port) {
     cell(each.address), cell(each.type), cell(each.scopes.join(", ")), cell(each.algorithm),
     cell(each.affinity ? `${each.affinity}s` : "none"), cell(each.own ? "no: the node's own address" : ""),
   ]);
-  const endpoints = port.endpoints.map(({ row, open, connections }) => [...endpointRow(row), number(open), number(connections)]);
+  const endpoints = port.endpoints.map(({ row, open, connections, failures: failed }) => [
+    ...endpointRow(row), number(open), number(connections), failures(failed),
+  ]);
   return [
     make("h2", {}, title),
     port.notes.length ? make("ul", {}, port.notes.map((note) => make("li", { class: "warn" }, note))) : [],
     frontends.length ? table("Frontends", ["Address", "Type", "Scope", "Algorithm", "Affinity", "Translated?"], frontends) : [],
-    endpoints.length ? table("Endpoints", [...ENDPOINT_HEADS, "Open#", "So far#"], endpoints) : make("p", { class: "bad" }, "No endpoints."),
+    endpoints.length ? table("Endpoints", [...ENDPOINT_HEADS, "Open#", "So far#", "Failed#?"], endpoints) : make("p", { class: "bad" }, "No endpoints."),
   ].flat();
 }
 
@@ -384,8 +413,16 @@ function service(namespace, name) {
     const counts = `${found.chosen.toLocaleString()} connections, ${found.refused.toLocaleString()} refused, ${found.dropped.toLocaleString()} dropped on this node`;
     const facts = [["so far", counts]];
     if (found.zone) facts.push(["this node", `${found.node}, zone ${found.zone}`]);
+    if (found.connects?.established) {
+      const times = `p50 ${found.connects.p50}, p99 ${found.connects.p99} (${found.connects.established.toLocaleString()} connections)`;
+      facts.push(["connect time", times]);
+    }
+    const failed = Object.entries(found.connects?.failures ?? {}).map(([reason, count]) => `${count.toLocaleString()} ${reason}`);
+    if (failed.length) facts.push(["not established", failed.join(", ")]);
+    if (found.traffic) facts.push(["bytes", `${found.traffic.request} from clients, ${found.traffic.response} to them`]);
     if (found.unserved) facts.push(["no frontends", found.unserved]);
     if (found.without_agent) facts.push(["no reasons", `${found.without_agent}: only the maps are shown`]);
+    facts.push(...found.unmeasured.map((what) => ["not measured", what]));
     facts.push(...found.warnings.map((warning) => ["ignored", warning]));
     show(parts, list(facts), found.ports.flatMap(portSection));
     ready();

@@ -64,7 +64,7 @@ static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packe
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
 	 * kube-proxy begins is also kube-proxy's in the packets after this one.
 	 */
-	if (found == FLOW_REJECT || is_of_direct_flow(nat, &p->flow) || defer_to_kube_proxy(p))
+	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p))
 		conntrack_forget(&p->flow, in_map, nat);
 	else
 		conntrack_end(in_map, nat);
@@ -197,7 +197,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 /* Decides about a packet that goes out. */
 static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p)
 {
-	bool is_known, is_mine, may_be_own;
+	bool is_known, is_mine, may_be_own, may_clash;
 	enum parse_result parsed;
 	struct nat *nat;
 	int verdict;
@@ -209,8 +209,10 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
 	/* TCP's flags tell replies apart. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
-	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
-	    !is_icmp(p))
+	/* Others may masquerade by a port of ours. */
+	may_clash = !AT_LOOPBACK && flow_of_interest(&p->flow.dst, &p->flow.src);
+	if (!is_known && !is_mine && !may_be_own && !may_clash &&
+	    !may_be_in_service_cidr(&p->flow.dst) && !is_icmp(p))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)
@@ -224,6 +226,8 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 		return create_host_flow(skb, p);
 	if (may_be_own)
 		note_own(p);
+	if (may_clash && is_masquerade_clash(skb, p))
+		return create_direct_flow(skb, p);
 	return drop_unallocated(skb, p);
 }
 

@@ -147,6 +147,20 @@ def test_packets_of_a_bridge_pass_its_ports_with_programs() -> None:
     assert below(ETH0, *ovs, node=node_of("InternalIP 198.51.100.1")) == {"br-ex": (True, True)}
 
 
+def above(*links: Link) -> set[str]:
+    """Returns the devices by which packets of another device of ours leave as well."""
+    network = network_of(list(links), [address(2, "192.0.2.1")], [route(2)])
+    return {device.name for device in network.devices if device.egress_above}
+
+
+def test_packets_of_a_bridge_or_macvlan_leave_by_the_devices_below() -> None:
+    """What our program has masqueraded at the device above looks the same below."""
+    assert above(ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3)) == {"veth1"}
+    assert above(ETH0, link(3, "mac0", "macvlan")._replace(lower=2)) == {"eth0"}
+    assert above(ETH0, link(3, "eth0.5", "vlan")._replace(lower=2)) == set()
+    assert above(ETH0, link(3, "tap", "tun")) == set()
+
+
 @pytest.mark.parametrize(
     ("kind", "passthru", "ways"),
     [

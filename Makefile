@@ -16,7 +16,7 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster bench lint lint-python lint-c format setup lock clean
+.PHONY: demo test test-fast test-newest test-kernel test-image test-cluster test-cnis bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -46,6 +46,10 @@ test-image: setup
 # A cluster of two nodes on this machine, of the binaries in the folder KUBE_BIN, and the Kubernetes e2e suite in it.
 test-cluster: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v -n 2 --dist loadscope --no-loadscope-reorder tests/cluster
+
+# Pods in the networks of real CNIs, and nodes with unusual ones.
+test-cnis: setup
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m root -n 3 --dist loadscope --no-loadscope-reorder tests/cnis
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

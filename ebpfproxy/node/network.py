@@ -23,10 +23,11 @@ _IPVS = frozenset(("kube-ipvs0", "kube-dummy-if"))
 class Device(NamedTuple):
     """``address4`` and ``address6`` stand for clients that are masqueraded to it, empty where none can.
 
-    As netfilter's MASQUERADE chooses: the device's own first global address, else the node's. ``bridge``: the
-    name of the one that it is a port of, empty for none. ``why`` it has its role. ``ingress_below``: what
-    comes in by it has come in by another of the devices before; ``egress_below``: what leaves by it leaves by
-    another one after that; ``egress_above``: some of what leaves by it has left by another one before.
+    As netfilter's MASQUERADE chooses: a global address of the device, the Node's if that is one of them, else
+    the node's. ``bridge``: the name of the one that it is a port of, empty for none. ``why`` it has its role.
+    ``ingress_below``: what comes in by it has come in by another of the devices before; ``egress_below``:
+    what leaves by it leaves by another one after that; ``egress_above``: some of what leaves by it has left
+    by another one before.
     ``kind`` is netlink's. ``xdp_obstacle``: why it cannot have an XDP program, empty where nothing is known
     to be in the way.
     """
@@ -84,6 +85,10 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
     for each in facts.addresses:
         if each.fit:
             first.setdefault((each.ifindex, len(each.address)), each.address)
+    # The kernel lists the latest IPv6 address first, and a lease may end: the Node's own stays.
+    for each in facts.addresses:
+        if each.fit and each.address in primary.values():
+            first[each.ifindex, len(each.address)] = each.address
 
     def device_of(link: Link, role: Role, why: str) -> Device:
         return Device(

@@ -16,7 +16,7 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-faults bench lint lint-python lint-c format setup lock clean
+.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-cnis test-faults bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -57,6 +57,10 @@ test-faults: setup
 fuzz: setup
 	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)
+
+# Pods in the networks of real CNIs, and nodes with unusual ones.
+test-cnis: setup
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m root -n 3 --dist loadscope --no-loadscope-reorder tests/cnis
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

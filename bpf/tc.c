@@ -64,7 +64,7 @@ static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packe
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
 	 * kube-proxy begins is also kube-proxy's in the packets after this one.
 	 */
-	if (found == FLOW_REJECT || is_of_direct_flow(nat, &p->flow) || defer_to_kube_proxy(p))
+	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p))
 		conntrack_forget(&p->flow, in_map, nat);
 	else
 		conntrack_end(in_map, nat);
@@ -88,6 +88,49 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 		return PASS;
 	return nat->flags & NAT_REPLY ? deliver_error(skb, nat)
 				      : send_out(skb, &nat->src, &nat->dst);
+}
+
+/* Every way takes packets of this size (RFC 791). */
+#define ALWAYS_FITS 576
+
+/*
+ * Returns the size of a packet as it leaves, one of its segments where the kernel has several in
+ * it. Those of SCTP have any size, which is 0 here.
+ */
+static __always_inline u32 size_of(struct __sk_buff *skb, const struct packet *p)
+{
+	u32 size = skb->gso_size;
+	u8 words;
+
+	if (!size)
+		return p->l3_length;
+	size += p->l4 - L3_OFFSET;
+	if (p->proto == IPPROTO_UDP)
+		return size + sizeof(struct udp_header);
+	if (p->proto != IPPROTO_TCP ||
+	    bpf_skb_load_bytes(skb, p->l4 + offsetof(struct tcp_header, offset), &words, 1))
+		return 0;
+	return size + (words >> 4) * 4;
+}
+
+/*
+ * Returns the MTU of the way to the backend if a packet of this host is too big for it, else 0. The
+ * kernel knows the way to the frontend only; nothing after this hook makes fragments, or tells the
+ * socket.
+ */
+static __always_inline u32 exceeded_mtu(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct nat *nat = &scratch_of(p)->entry;
+	struct bpf_fib_lookup fib;
+	u32 size;
+
+	if ((nat->flags & (NAT_HOST | NAT_REPLY)) != NAT_HOST)
+		return 0;
+	size = size_of(skb, p);
+	if (size <= ALWAYS_FITS || fib_result_of(skb, ifindex_of(skb), &nat->src, &nat->dst, size,
+						 &fib) != FIB_MTU_EXCEEDED)
+		return 0;
+	return fib.tot_len;
 }
 
 /* Translates a packet by its entry, and sends it on its way. */
@@ -137,13 +180,18 @@ static __always_inline int measure_translated(struct __sk_buff *skb, const struc
  */
 static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
+	u32 mtu = 0;
+
+	if (verdict == TRANSLATE && (mtu = exceeded_mtu(skb, p)))
+		verdict = TOO_BIG;
 	if (verdict == TRANSLATE) {
 		verdict = translate(skb, p);
 		if (MEASURE_TRAFFIC || (MEASURE_CONNECTIONS && scratch_of(p)->is_first_reply))
 			verdict = measure_translated(skb, p, verdict);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
-		decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
-		return reject(skb, p, verdict - REJECTION);
+		if (!mtu)
+			decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
+		return reject(skb, p, verdict - REJECTION, mtu);
 	}
 	if (verdict < DROPPING)
 		return verdict;
@@ -197,7 +245,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 /* Decides about a packet that goes out. */
 static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p)
 {
-	bool is_known, is_mine, may_be_own;
+	bool is_known, is_mine, may_be_own, may_clash;
 	enum parse_result parsed;
 	struct nat *nat;
 	int verdict;
@@ -209,8 +257,10 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
 	/* TCP's flags tell replies apart. */
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
-	if (!is_known && !is_mine && !may_be_own && !may_be_in_service_cidr(&p->flow.dst) &&
-	    !is_icmp(p))
+	/* Others may masquerade by a port of ours. */
+	may_clash = !AT_LOOPBACK && flow_of_interest(&p->flow.dst, &p->flow.src);
+	if (!is_known && !is_mine && !may_be_own && !may_clash &&
+	    !may_be_in_service_cidr(&p->flow.dst) && !is_icmp(p))
 		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)
@@ -224,6 +274,8 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 		return create_host_flow(skb, p);
 	if (may_be_own)
 		note_own(p);
+	if (may_clash && is_masquerade_clash(skb, p))
+		return create_direct_flow(skb, p);
 	return drop_unallocated(skb, p);
 }
 

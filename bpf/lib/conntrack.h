@@ -45,6 +45,12 @@
  *
  *	direct         c:p -> b  at ingress   c:q -> b
  *	  its reply    b -> c:q  at egress    b -> c:p
+ *
+ * And if netfilter, for a CNI, masquerades a packet by the port p that stands for a client of ours,
+ * the packet gets another port where it leaves:
+ *
+ *	others'        n:p -> b  at egress    n:q -> b
+ *	  its reply    b -> n:q  at ingress   b -> n:p
  */
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
@@ -148,6 +154,12 @@ static __always_inline bool is_of_direct_flow(const struct nat *nat, const struc
 {
 	return nat->flags & NAT_SOURCE &&
 	       !(nat->flags & NAT_REPLY) == (flow->stage == STAGE_INGRESS);
+}
+
+/* Says if an entry has given another port to a flow that is no Service's. */
+static __always_inline bool is_of_no_service(const struct nat *nat)
+{
+	return nat->flags & NAT_SOURCE && nat->service_id == NOBODY;
 }
 
 enum insert {

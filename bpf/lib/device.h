@@ -60,6 +60,19 @@ static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stag
 }
 
 /*
+ * Says if backends beyond this device are on other nodes, and if our program at no other device
+ * sees what leaves here.
+ */
+static __always_inline bool is_only_way_out(struct __sk_buff *skb)
+{
+	const u32 others = DEVICE_LOCAL | DEVICE_EGRESS_BELOW | DEVICE_EGRESS_ABOVE;
+	u32 ifindex = ifindex_of(skb);
+	struct device *device = map_lookup(devices, &ifindex);
+
+	return device && !(device->flags & others);
+}
+
+/*
  * Says if a frame is addressed to this node. On a pod's device every frame is: with a bridge behind
  * it frames carry the bridge's address. On an uplink frames to other hosts belong to them.
  */

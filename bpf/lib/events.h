@@ -55,6 +55,9 @@ static __always_inline int rejection(enum event event)
 	return REJECTION + event;
 }
 
+/* It is rejected as too big for its way, which is no event: its sender sends it again. */
+#define TOO_BIG (REJECTION + 0x80)
+
 /* From DROPPING on it is to be dropped, for the event that is added: finish() counts that. */
 #define DROPPING 0x200
 

@@ -200,6 +200,30 @@ static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct 
 	       !is_reverse(&s->other, flow);
 }
 
+/*
+ * Says if a packet that leaves opens a flow whose replies would be taken for those of a client that
+ * we masquerade. Netfilter's MASQUERADE chooses any port, as do CNIs with --random-fully, and so
+ * may sockets of this node. Where another device has our program as well, what is masqueraded there
+ * looks the same; and backends on this node are masqueraded to by nobody else.
+ */
+static __always_inline bool is_masquerade_clash(struct __sk_buff *skb, const struct packet *p)
+{
+	const struct flow *flow = &p->flow;
+	const struct flow key = {
+		.src = flow->dst,
+		.dst = flow->src,
+		.sport = flow->dport,
+		.dport = flow->sport,
+		.proto = flow->proto,
+		.stage = STAGE_INGRESS,
+	};
+	struct scratch *s = scratch_of(p);
+
+	return conntrack_read(&key, &s->other) &&
+	       (s->other.flags & (NAT_SOURCE | NAT_REPLY)) == (NAT_SOURCE | NAT_REPLY) &&
+	       !is_reverse(&s->other, flow) && can_open_flow(skb, p) && is_only_way_out(skb);
+}
+
 /* Gives a direct flow another port, as netfilter's NAT does for the later of two (null binding). */
 static __always_inline int create_direct_flow(struct __sk_buff *skb, const struct packet *p)
 {

@@ -88,9 +88,11 @@ struct icmp_header {
 #define ICMP_TIME_EXCEEDED    11
 #define ICMP_PARAMETER	      12
 #define ICMP_PORT_UNREACHABLE 3
+#define ICMP_FRAG_NEEDED      4
 
 #define ICMPV6_ECHO		128
 #define ICMPV6_UNREACHABLE	1
+#define ICMPV6_TOO_BIG		2
 #define ICMPV6_PARAMETER	4 /* errors are 1 to 4 */
 #define ICMPV6_PORT_UNREACHABLE 4
 

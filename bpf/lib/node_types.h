@@ -17,6 +17,7 @@
  */
 #define DEVICE_INGRESS_BELOW (1 << 4) /* our program below has seen what comes in */
 #define DEVICE_EGRESS_BELOW  (1 << 5) /* our program below will see what leaves */
+#define DEVICE_EGRESS_ABOVE  (1 << 6) /* our program above has seen some of what leaves */
 
 struct device {
 	struct inet_addr addr4;

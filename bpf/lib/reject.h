@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Rejecting: a TCP reset (RFC 9293, 3.10.7.1) or an ICMP port unreachable (RFC 792; RFC 4443, 3.1),
- * made of the packet itself and sent back to where it came from.
+ * Rejecting: a TCP reset (RFC 9293, 3.10.7.1), an ICMP port unreachable (RFC 792; RFC 4443, 3.1) or
+ * an ICMP error that the packet is too big (RFC 1191; RFC 4443, 3.2), made of the packet itself and
+ * sent back to where it came from.
  */
 #ifndef EBPFPROXY_REJECT_H
 #define EBPFPROXY_REJECT_H
@@ -97,9 +98,17 @@ static __always_inline int make_reset(struct __sk_buff *skb, const struct packet
 	return write_ip_header(skb, p, IPPROTO_TCP, sizeof(rst));
 }
 
-static __always_inline int make_unreachable(struct __sk_buff *skb, const struct packet *p)
+/* Where a packet's header ends that has no options. */
+static __always_inline u32 plain_l4(const struct packet *p)
 {
-	struct icmp_header icmp = {};
+	return L3_OFFSET + (p->is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header));
+}
+
+/* Makes an ICMP error of the packet: that it is too big for @mtu, or for 0 that nobody takes it. */
+static __always_inline int make_error(struct __sk_buff *skb, const struct packet *p, u32 mtu)
+{
+	struct icmp_header icmp = { .rest = bpf_htonl(mtu) };
+	const u32 l4 = plain_l4(p);
 	struct scratch *s = scratch();
 	u64 quoted = p->l3_length;
 	u32 sum;
@@ -120,35 +129,35 @@ static __always_inline int make_unreachable(struct __sk_buff *skb, const struct 
 	if (p->is_v4) {
 		proto = IPPROTO_ICMP;
 		icmp.type = ICMP_UNREACHABLE;
-		icmp.code = ICMP_PORT_UNREACHABLE;
+		icmp.code = mtu ? ICMP_FRAG_NEEDED : ICMP_PORT_UNREACHABLE;
 	} else {
 		proto = IPPROTO_ICMPV6;
-		icmp.type = ICMPV6_UNREACHABLE;
-		icmp.code = ICMPV6_PORT_UNREACHABLE;
+		icmp.type = mtu ? ICMPV6_TOO_BIG : ICMPV6_UNREACHABLE;
+		icmp.code = mtu ? 0 : ICMPV6_PORT_UNREACHABLE;
 		sum = csum_fold((u64)sum + pseudo_header(p, proto, sizeof(icmp) + quoted)) ^ 0xffff;
 	}
 	icmp.check = csum_fold((u32)bpf_csum_diff(NULL, 0, &icmp, sizeof(icmp), sum));
 	if (bpf_skb_change_tail(skb, L3_OFFSET + quoted, 0) ||
-	    bpf_skb_adjust_room(skb, (p->l4 - L3_OFFSET) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0) ||
-	    bpf_skb_store_bytes(skb, p->l4, &icmp, sizeof(icmp), 0))
+	    bpf_skb_adjust_room(skb, (l4 - L3_OFFSET) + sizeof(icmp), BPF_ADJ_ROOM_MAC, 0) ||
+	    bpf_skb_store_bytes(skb, l4, &icmp, sizeof(icmp), 0))
 		return -1;
 	return write_ip_header(skb, p, proto, sizeof(icmp) + quoted);
 }
 
 /*
- * Rejects the packet. Packets that cannot be rejected are dropped: fragments, headers with options,
- * and resets, which must not be answered.
+ * Rejects the packet, which is too big if there is an @mtu. Packets that cannot be rejected are
+ * dropped: fragments, headers with options, and resets, which must not be answered.
  */
-static __always_inline int reject(struct __sk_buff *skb, const struct packet *p, enum event event)
+static __always_inline int reject(struct __sk_buff *skb, const struct packet *p, enum event event,
+				  u32 mtu)
 {
-	const u32 plain =
-		L3_OFFSET + (p->is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header));
 	u32 ifindex = ifindex_of(skb);
 
-	count(event);
-	if (p->l4 != plain || p->is_later_fragment)
+	if (!mtu)
+		count(event);
+	if (p->is_later_fragment || (!mtu && p->l4 != plain_l4(p)))
 		return DROP;
-	if (p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_unreachable(skb, p))
+	if (!mtu && p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_error(skb, p, mtu))
 		return DROP;
 	/* Packets that leave by the loopback device come back by themselves. */
 	if (AT_LOOPBACK)

@@ -65,8 +65,7 @@ static __always_inline enum flow_verdict flow_verdict_of(const struct packet *p,
 	    defer_to_kube_proxy(p))
 		return FLOW_RESTART;
 	/* A masquerade ends with the flow that it belongs to. */
-	if (nat->flags & NAT_REPLY ||
-	    (nat->flags & NAT_SOURCE && !is_of_direct_flow(nat, &p->flow)))
+	if (nat->flags & NAT_REPLY || (nat->flags & NAT_SOURCE && !is_of_no_service(nat)))
 		return FLOW_FORWARD;
 	if (!(nat->flags & NAT_SOURCE) && is_stale(&p->flow, nat, in_map, opens))
 		return p->flow.proto != IPPROTO_TCP || opens ? FLOW_MOVE : FLOW_REJECT;

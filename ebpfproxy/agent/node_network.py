@@ -111,6 +111,7 @@ class NodeNetwork:
                     self._options.local_pods.is_behind(d),
                     d.ingress_below,
                     d.egress_below,
+                    d.egress_above,
                     d.mtu,
                 )
                 for d in network.devices

@@ -31,7 +31,7 @@ import ebpfproxy
 from ebpfproxy.datapath.drift.compare import Kind
 from ebpfproxy.datapath.flows.socket_records import SOCKET_MAPS
 from ebpfproxy.datapath.flows.sweeper import Sweep
-from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED
+from ebpfproxy.datapath.programs.attach import DETACHED, OVERTAKEN, REPLACED
 from ebpfproxy.health.proxy import FAMILIES
 from ebpfproxy.kube.events.event import RESULTS
 from ebpfproxy.kube.objects import Resource
@@ -263,6 +263,7 @@ class AgentMetrics:
         for where in ("programs", "devices"):
             for program_kind in (DETACHED, REPLACED):
                 self._drift.labels(where, program_kind)
+        self._drift.labels("devices", OVERTAKEN)
         self._drift.labels("pins", str(Kind.MISSING))
 
     def drifted(self, counts: Mapping[tuple[str, str], int]) -> None:

@@ -21,16 +21,18 @@ _DIRECT_ACTION = 1
 _ETH_P_ALL = 3
 _NUMBER = struct.Struct("=I")
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
-#: The only filter of its priority.
-_HANDLE = 1
 
 
 class Place(NamedTuple):
-    """A device's :data:`INGRESS` or :data:`EGRESS`, and a priority there: low numbers run first."""
+    """A device's :data:`INGRESS` or :data:`EGRESS`, and a priority there: low numbers run first.
+
+    Filters of one priority have different handles; the one that was added last runs first.
+    """
 
     ifindex: int
     parent: int
     priority: int
+    handle: int = 1
 
 
 class Filter(NamedTuple):
@@ -38,10 +40,14 @@ class Filter(NamedTuple):
 
     priority: int
     name: str
+    handle: int = 1
 
 
 def filters(netlink: Rtnetlink, ifindex: int, parent: int) -> list[Filter]:
-    """The filters at :data:`INGRESS` or :data:`EGRESS`; none if there is no such device. Raises OSError."""
+    """The filters at :data:`INGRESS` or :data:`EGRESS` in the order in which they run. Raises OSError.
+
+    There are none if there is no such device.
+    """
     request = _TCMSG.pack(0, ifindex, 0, parent, 0)
     try:
         messages = list(netlink.dump(rtnetlink.GETTFILTER, request))
@@ -63,13 +69,14 @@ def _filter(message: memoryview) -> Filter | None:
     name = b""
     if bytes(found.get(_KIND, b"")) == b"bpf\0":
         name = bytes(codec.attributes(found.get(_OPTIONS, memoryview(b""))).get(_NAME, b"")).rstrip(b"\0")
-    return Filter(info >> 16, name.decode(errors="replace"))
+    return Filter(info >> 16, name.decode(errors="replace"), handle)
 
 
 def put_filter(netlink: Rtnetlink, place: Place, program: int, name: str) -> None:
-    """Adds the filter there, or replaces it in one step. Raises OSError.
+    """Adds the filter there, or replaces it in one step.
 
-    ``program`` is a descriptor, whose result is the packet's verdict.
+    ``program`` is a descriptor, whose result is the packet's verdict. Raises OSError, with EINVAL where the
+    priority belongs to filters of another kind.
     """
     with suppress(FileExistsError):
         netlink.change(rtnetlink.NEWQDISC, _clsact(place.ifindex), _CREATE | _EXCLUSIVE)
@@ -99,7 +106,7 @@ def _clsact(ifindex: int) -> bytes:
 
 def _at(place: Place) -> bytes:
     info = place.priority << 16 | socket.htons(_ETH_P_ALL)
-    return _TCMSG.pack(0, place.ifindex, _HANDLE, place.parent, info) + _kind("bpf")
+    return _TCMSG.pack(0, place.ifindex, place.handle, place.parent, info) + _kind("bpf")
 
 
 def _kind(name: str) -> bytes:

@@ -23,11 +23,13 @@ _IPVS = frozenset(("kube-ipvs0", "kube-dummy-if"))
 class Device(NamedTuple):
     """``address4`` and ``address6`` stand for clients that are masqueraded to it, empty where none can.
 
-    As netfilter's MASQUERADE chooses: the device's own first global address, else the node's. ``bridge``: the
-    name of the one that it is a port of, empty for none. ``why`` it has its role. ``ingress_below``: what
-    comes in by it has come in by another of the devices before; ``egress_below``: what leaves by it leaves by
-    another one after that. ``kind`` is netlink's. ``xdp_obstacle``: why it cannot have an XDP program, empty
-    where nothing is known to be in the way.
+    As netfilter's MASQUERADE chooses: a global address of the device, the Node's if that is one of them, else
+    the node's. ``bridge``: the name of the one that it is a port of, empty for none. ``why`` it has its role.
+    ``ingress_below``: what comes in by it has come in by another of the devices before; ``egress_below``:
+    what leaves by it leaves by another one after that; ``egress_above``: some of what leaves by it has left
+    by another one before.
+    ``kind`` is netlink's. ``xdp_obstacle``: why it cannot have an XDP program, empty where nothing is known
+    to be in the way.
     """
 
     ifindex: int
@@ -41,6 +43,7 @@ class Device(NamedTuple):
     why: str = ""
     ingress_below: bool = False
     egress_below: bool = False
+    egress_above: bool = False
     kind: str | None = None
     link_address: bytes = b""
     xdp_obstacle: str = ""
@@ -68,6 +71,12 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
     kinds = {link.ifindex: link.kind for link in facts.links}
     uplinks = {link.ifindex for link, role, _ in used if role is Role.UPLINK}
     below = devices_below(facts.links, {link.ifindex for link, _, _ in used})
+    above = {link.lower for link in facts.links if link.ifindex in below}
+    above |= {
+        link.ifindex
+        for link in facts.links
+        if link.master in below or kinds.get(link.master) == "openvswitch"
+    }
     with_vlans = {link.lower for link in facts.links if link.kind == "vlan"}
     own = [a for a in facts.addresses if not is_loopback(a.address)]
     present = frozenset(a.address for a in own)
@@ -76,6 +85,10 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
     for each in facts.addresses:
         if each.fit:
             first.setdefault((each.ifindex, len(each.address)), each.address)
+    # The kernel lists the latest IPv6 address first, and a lease may end: the Node's own stays.
+    for each in facts.addresses:
+        if each.fit and each.address in primary.values():
+            first[each.ifindex, len(each.address)] = each.address
 
     def device_of(link: Link, role: Role, why: str) -> Device:
         return Device(
@@ -89,6 +102,7 @@ def network_of(facts: Facts, node: NodeFacts, patterns: tuple[str, ...] = ()) ->
             names[link.master] if kinds.get(link.master) == "bridge" else "",
             why,
             *below.get(link.ifindex, (False, False)),
+            link.ifindex in above,
             link.kind,
             link.link_address,
             _xdp_obstacle(link, role, with_vlans),

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import random
-import select
 import socket
 import struct
 import sys
@@ -135,28 +134,10 @@ def test_fragmented_datagrams_are_reassembled(variant: OutsideClientCluster) -> 
         assert variant.outside.call(_echo, address, 30053, 2000)
 
 
-def _stream(host: str, port: int, size: int) -> bool:
-    data = os.urandom(size)
-    with socket.create_connection((host, port), 5) as sock:
-        while not sock.recv(4096).endswith(b"\n"):
-            pass
-        received = bytearray()
-        sent = 0
-        sock.setblocking(False)
-        deadline = time.monotonic() + 20
-        while len(received) < size and time.monotonic() < deadline:
-            readable, writable, _ = select.select([sock], [sock] if sent < size else [], [], 1)
-            if writable:
-                sent += sock.send(data[sent : sent + 65536])
-            if readable:
-                received += sock.recv(65536)
-        return bytes(received) == data
-
-
 def test_data_in_both_directions_is_intact(variant: OutsideClientCluster) -> None:
     """veth devices pass GSO packets and offload checksums."""
-    assert variant.outside.call(_stream, variant.a.address, NODE_PORT, 5_000_000)
-    assert variant.outside.call(_stream, variant.a.address6, NODE_PORT, 2_000_000)
+    assert variant.outside.call(clients.is_echoed, variant.a.address, NODE_PORT, 5_000_000)
+    assert variant.outside.call(clients.is_echoed, variant.a.address6, NODE_PORT, 2_000_000)
 
 
 def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: OutsideClientCluster) -> None:

@@ -13,7 +13,6 @@ from tests.e2e.outside_client import PORTS, SLICE_PORTS
 from tests.field import test_same_ports as same_ports
 from tests.field.remote import Remote
 from tests.lab import Lab, LabNode, Pod, clients, manifests, servers
-from tests.lab.lab import routes_of
 from tests.lab.spaces import Space
 from tests.lab.waiting import AT_ONCE, until
 
@@ -31,7 +30,7 @@ class BridgedPodsCluster:
         for address in ("10.244.1.1/24", "fd00:10:244:1::1/64"):
             self.a.run(["ip", "addr", "add", address, "dev", "cni0", *_nodad(address)])
         self.a.run(["ip", "link", "set", "cni0", "up"])
-        self.client, self.w1 = (_bridged(lab, self.a, *each) for each in (("client", 2), ("w1", 3)))
+        self.client, self.w1 = (_bridged(self.a, name) for name in ("client", "w1"))
         self.w2 = b.pod("w2")
         for pod in (self.w1, self.w2):
             servers.start(pod, pod.name, 8080, 8053)
@@ -50,13 +49,11 @@ class BridgedPodsCluster:
         )
 
 
-def _bridged(lab: Lab, node: LabNode, name: str, number: int) -> Pod:
-    pod = Pod(node, name, number)
-    node.pods.append(pod)
-    lab.namespace(pod.netns).close()
-    with routes_of(node.netns) as outside:
-        outside.link("add", ifname=f"v{number}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": pod.netns})
-    node.run(["ip", "link", "set", f"v{number}", "master", "cni0", "up"])
+def _bridged(node: LabNode, name: str) -> Pod:
+    pod = node.bare_pod(name)
+    port = f"v{len(node.pods)}"
+    node.run(["ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", pod.netns])
+    node.run(["ip", "link", "set", port, "master", "cni0", "up"])
     pod.run(["ip", "link", "set", "eth0", "up"])
     for address, gateway in (
         (f"{pod.address}/24", "10.244.1.1"),

@@ -221,19 +221,26 @@ def _forward(value: str) -> None:
 
 
 def test_programs_of_others_that_run_first_are_warnings(cluster: TwoNodeCluster) -> None:
-    """One was at the cgroup before the agent came, a filter has a lower priority."""
+    """One was at the cgroup before the agent came. A filter has a lower priority: ours is moved before it."""
     fd = os.open(cluster.b.cgroup, os.O_RDONLY | os.O_DIRECTORY)
     program = bpf.prog_load(18, 10, "a_mesh", _PROCEED)
     link = bpf.link_create(program, fd, 10)
-    agent = cluster.b.agent("--without", "tcx", manifests=cluster.manifests).start()
+    # The agent would move its own programs before the filter.
+    options = ["--without", "tcx", "--drift-check-seconds", "0"]
+    agent = cluster.b.agent(*options, manifests=cluster.manifests).start()
     try:
         cluster.b.call(_add_filter)
-        warnings = [e for e in check(cluster.b, good=True)["findings"] if e["kind"] == "foreign"]
+        found = check(cluster.b, good=False)["findings"]
+        assert ("devices", "overtaken", "eth0 ingress") in {(e["where"], e["kind"], e["what"]) for e in found}
+        warnings = [e for e in found if e["kind"] == "foreign"]
         assert {(e["where"], e["what"].split(":")[0]) for e in warnings} == {
             ("programs", "connect4"),
             ("devices", "eth0 ingress, priority 1 a_cni"),
         }
         assert any("a_mesh" in e["what"] for e in warnings)
+        cluster.b.cli("check", "--repair", check=False)
+        warnings = [e for e in check(cluster.b, good=True)["findings"] if e["kind"] == "foreign"]
+        assert {e["where"] for e in warnings} == {"programs"}
     finally:
         agent.stop()
         for each in (link, program, fd):

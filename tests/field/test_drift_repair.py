@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from tests.e2e import connection_load
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.field.records import key_of, maps_of
 from tests.lab import Agent, LabNode, clients, manifests
+from tests.lab.spaces import enter_namespace, namespace_restored
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -200,6 +204,45 @@ def test_a_detached_packet_program_is_attached_again(cluster: TwoNodeCluster, ag
     until(lambda: repaired_since(agent, before) == {("devices", "detached"): 1}, seconds=SECONDS, every=0.2)
     with bpf.opened(pin) as link:
         assert bpf.tcx_link_info(link).ifindex
+
+
+_TCX_INGRESS, _BEFORE = 46, 8
+
+
+def _attach_first(program: int) -> int:
+    """Attaches a program before all others at eth0's ingress; returns the link."""
+    return bpf.link_create(program, socket.if_nametoindex("eth0"), _TCX_INGRESS, _BEFORE)
+
+
+def _at_eth0() -> list[int]:
+    return bpf.attached_programs(socket.if_nametoindex("eth0"), _TCX_INGRESS)
+
+
+def test_packet_programs_are_moved_once_before_one_that_has_overtaken_them(
+    cluster: TwoNodeCluster, agent: Agent
+) -> None:
+    """A program that ends with TC_ACT_OK leaves no turn to those after it. One that comes first again stays there: two
+    that want to be first do not fight."""
+    before = repaired_differences(agent)
+    program = bpf.prog_load(3, 0, "first", bytes.fromhex("b700000000000000 9500000000000000"))
+    number = bpf.prog_info(program).id
+    with namespace_restored():
+        enter_namespace(f"/run/netns/{cluster.a.netns}")
+        link = _attach_first(program)
+        assert _at_eth0()[0] == number
+        until(lambda: _at_eth0()[1:] == [number], seconds=SECONDS)
+        until(lambda: repaired_since(agent, before) == {("devices", "overtaken"): 1}, seconds=SECONDS)
+        bpf.link_detach(link)
+        os.close(link)
+        link = _attach_first(program)
+    # Each compares once more, and the agent repairs what it may.
+    cluster.a.cli("check", "--repair")
+    found = json.loads(cluster.a.cli("check", "-o", "json"))["findings"]
+    at_devices = [(each["kind"], each["warning"]) for each in found if each["where"] == "devices"]
+    assert at_devices == [("foreign", True)]
+    assert repaired_since(agent, before) == {("devices", "overtaken"): 1}
+    for each in (link, program):
+        os.close(each)
 
 
 def test_removed_pins_are_made_again_with_the_programs_that_ended_with_them(

@@ -25,7 +25,6 @@ from ebpfproxy.datapath.programs.xdp import XdpAttacher
 from ebpfproxy.netlink.xdp_state import XdpState
 from tests.e2e import connection_load
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
-from tests.e2e.test_outside import _stream as stream
 from tests.e2e.two_node_cluster import NODE_PORT
 from tests.field.records import maps_of
 from tests.field.test_check import check
@@ -128,7 +127,7 @@ def test_data_in_both_directions_is_intact_and_the_flow_ends(cluster: XdpCluster
     """Every checksum is right: the receivers compute them. Commands see the flow as any other."""
     for address in cluster.addresses():
         before = cluster.forwarded()
-        assert cluster.outside.call(stream, address, NODE_PORT, 2_000_000)
+        assert cluster.outside.call(clients.is_echoed, address, NODE_PORT, 2_000_000)
         assert cluster.forwarded() - before > 1000
     flows = json.loads(cluster.a.cli("conntrack", "list", "-o", "json"))
     assert flows
@@ -142,7 +141,7 @@ def test_packets_with_a_partial_checksum_are_left_to_tc(cluster: XdpCluster, age
         for address in cluster.addresses():
             before = cluster.forwarded()
             assert cluster.outside.call(echo, address, UDP_PORT, PACKETS) == PACKETS
-            assert cluster.outside.call(stream, address, NODE_PORT, 500_000)
+            assert cluster.outside.call(clients.is_echoed, address, NODE_PORT, 500_000)
             # One packet in 65,536 looks as if it had its checksum.
             assert cluster.forwarded() - before < 3
     finally:

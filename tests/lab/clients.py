@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import select
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -41,10 +44,12 @@ def ask_tcp(host: str, port: int, timeout: float = 3.0) -> dict[str, Any]:
         return {**reply, "getpeername": peer[:2]}
 
 
-def ask_udp(host: str, port: int, *, connected: bool = False, protocol: int = 0) -> dict[str, Any]:
+def ask_udp(
+    host: str, port: int, *, connected: bool = False, protocol: int = 0, timeout: float = 3.0
+) -> dict[str, Any]:
     """Returns the name of the backend, and the source of the reply."""
     with socket.socket(_family(host), socket.SOCK_DGRAM, protocol) as sock:
-        sock.settimeout(3.0)
+        sock.settimeout(timeout)
         if connected:
             sock.connect((host, port))
             sock.send(b"?")
@@ -59,6 +64,25 @@ def ask_udp(host: str, port: int, *, connected: bool = False, protocol: int = 0)
 
 def ask_udp_connected(host: str, port: int) -> dict[str, Any]:
     return ask_udp(host, port, connected=True)
+
+
+def is_echoed(host: str, port: int, size: int) -> bool:
+    """Sends random data while it receives; returns True if a server echoes all of it unchanged within 20 s."""
+    data = os.urandom(size)
+    with socket.create_connection((host, port), 5) as sock:
+        while not sock.recv(4096).endswith(b"\n"):
+            pass
+        received = bytearray()
+        sent = 0
+        sock.setblocking(False)
+        deadline = time.monotonic() + 20
+        while len(received) < size and time.monotonic() < deadline:
+            readable, writable, _ = select.select([sock], [sock] if sent < size else [], [], 1)
+            if writable:
+                sent += sock.send(data[sent : sent + 65536])
+            if readable:
+                received += sock.recv(65536)
+        return bytes(received) == data
 
 
 def repeated(count: int, ask: Callable[..., R], *arguments: Any) -> list[R]:

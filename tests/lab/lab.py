@@ -137,9 +137,12 @@ class Pod(Space):
         super().__init__(f"{node.netns}-{name}", node.cgroup)
         self.name = name
         self.node = node
-        self.address = f"10.244.{node.number}.{number}"
-        self.address6 = f"fd00:10:244:{node.number}::{number:x}"
-        cni.write_result(node.cni_results, self.netns, name, (self.address, self.address6))
+        self.set_addresses(f"10.244.{node.number}.{number}", f"fd00:10:244:{node.number}::{number:x}")
+
+    def set_addresses(self, address: str, address6: str) -> None:
+        """Notes the pod's addresses, where something else than the lab assigns them."""
+        self.address, self.address6 = address, address6
+        cni.write_result(self.node.cni_results, self.netns, self.name, (address, address6))
 
 
 class LabNode(Space):
@@ -164,10 +167,16 @@ class LabNode(Space):
     def roots(self) -> list[str]:
         return ["--bpf-root", str(self.bpf_root), "--cgroup-root", str(self.cgroup)]
 
-    def pod(self, name: str) -> Pod:
+    def bare_pod(self, name: str) -> Pod:
+        """Creates a pod without a device, to be connected by the caller."""
         pod = Pod(self, name, len(self.pods) + 2)
         self.pods.append(pod)
-        inside = self.lab.namespace(pod.netns, is_host=True)
+        self.lab.namespace(pod.netns, is_host=True).close()
+        return pod
+
+    def pod(self, name: str) -> Pod:
+        """Creates a pod with a veth and a route of its own, as the CNI plugin ptp does."""
+        pod = self.bare_pod(name)
         link = f"p{len(self.pods)}"
         gateway, gateway6 = f"10.244.{self.number}.1", f"fd00:10:244:{self.number}::1"
         with routes_of(self.netns) as outside:
@@ -178,15 +187,15 @@ class LabNode(Space):
             outside.link("set", index=index, state="up")
             outside.route("add", dst=f"{pod.address}/32", oif=index, scope="link")
             outside.route("add", dst=f"{pod.address6}/128", oif=index, family=socket.AF_INET6)
-        index = inside.link_lookup(ifname="eth0")[0]
-        _address(inside, index, pod.address, 32)
-        _address(inside, index, pod.address6, 128)
-        inside.link("set", index=index, state="up")
-        inside.route("add", dst=f"{gateway}/32", oif=index, scope="link")
-        inside.route("add", dst=f"{gateway6}/128", oif=index, family=socket.AF_INET6)
-        inside.route("add", dst="default", gateway=gateway)
-        inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
-        inside.close()
+        with routes_of(pod.netns) as inside:
+            index = inside.link_lookup(ifname="eth0")[0]
+            _address(inside, index, pod.address, 32)
+            _address(inside, index, pod.address6, 128)
+            inside.link("set", index=index, state="up")
+            inside.route("add", dst=f"{gateway}/32", oif=index, scope="link")
+            inside.route("add", dst=f"{gateway6}/128", oif=index, family=socket.AF_INET6)
+            inside.route("add", dst="default", gateway=gateway)
+            inside.route("add", dst="default", gateway=gateway6, family=socket.AF_INET6, oif=index)
         return pod
 
     def agent(self, *arguments: str, manifests: Path | None = None) -> Agent:
@@ -241,10 +250,12 @@ class Lab:
 
     Within the context SIGTERM raises KeyboardInterrupt as SIGINT does, so that the context is left.
     ``takes_xdp``: the bridge's ports have GRO, without which they take no frames of XDP programs.
+    ``routes_pods``: every node has routes to the pods of the others, through their addresses on the bridge.
     """
 
-    def __init__(self, *, takes_xdp: bool = False) -> None:
+    def __init__(self, *, takes_xdp: bool = False, routes_pods: bool = True) -> None:
         self._takes_xdp = takes_xdp
+        self._routes_pods = routes_pods
         self.id = f"epl{os.getpid()}x{next(_counter)}"
         self.nodes: list[LabNode] = []
         self.agents: list[Agent] = []
@@ -337,7 +348,7 @@ class Lab:
             index = made.link_lookup(ifname="eth0")[0]
             made.route("add", dst="default", gateway=OUTSIDE, oif=index)
             made.route("add", dst="default", gateway=OUTSIDE6, oif=index, family=socket.AF_INET6)
-        for other in self.nodes:
+        for other in self.nodes if self._routes_pods else ():
             _route(node, other)
             _route(other, node)
         self.nodes.append(node)

@@ -1,4 +1,7 @@
-"""A server for pods: it sends its name and the client's address for every TCP connection and datagram."""
+"""A server for pods: it sends its name and the client's address for every TCP connection and datagram.
+
+Datagrams that begin with "echo", and all further data of a connection, come back as they are.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ def main(name: str, address: str, ports: tuple[int, ...]) -> None:
         for key, _ in selector.select():
             sock: Any = key.fileobj
             if key.data == socket.SOCK_DGRAM:
-                data, peer = sock.recvfrom(2048)
-                sock.sendto(_answer(name, peer) if data != b"echo" else data, peer)
+                data, peer = sock.recvfrom(65535)
+                sock.sendto(data if data.startswith(b"echo") else _answer(name, peer), peer)
             elif key.data == socket.SOCK_STREAM:
                 connection, peer = sock.accept()
                 try:

@@ -60,6 +60,10 @@ def _live() -> None:
         assert tc.filters(netlink, index, INGRESS) == [Filter(3, "ours:2"), Filter(7, "cni")]
         assert tc.filters(netlink, index, EGRESS) == [Filter(3, "ours:3")]
 
+        tc.put_filter(netlink, place._replace(priority=7, handle=9), second, "before")
+        assert tc.filters(netlink, index, INGRESS)[1:] == [Filter(7, "before", 9), Filter(7, "cni")]
+        tc.delete_filter(netlink, place._replace(priority=7, handle=9))
+
         tc.delete_filter(netlink, place)
         assert tc.filters(netlink, index, INGRESS) == [Filter(7, "cni")]
         with pytest.raises(FileNotFoundError):

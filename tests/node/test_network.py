@@ -147,6 +147,30 @@ def test_packets_of_a_bridge_pass_its_ports_with_programs() -> None:
     assert below(ETH0, *ovs, node=node_of("InternalIP 198.51.100.1")) == {"br-ex": (True, True)}
 
 
+@pytest.mark.parametrize(("late", "own"), [("192.0.2.9", "192.0.2.1"), ("2001:db8::9", "2001:db8::1")])
+def test_clients_are_masqueraded_by_the_address_of_the_node_not_by_a_later_one(late: str, own: str) -> None:
+    """The kernel lists the latest IPv6 address first. It may be a lease that ends, and a flow would end with it."""
+    found = network_of(
+        [ETH0], [address(2, late), address(2, own)], [route(2)], node=node_of(f"InternalIP {own}")
+    )
+    device = found.devices[0]
+    assert (device.address6 if ":" in own else device.address4) == packed(own)
+
+
+def above(*links: Link) -> set[str]:
+    """Returns the devices by which packets of another device of ours leave as well."""
+    network = network_of(list(links), [address(2, "192.0.2.1")], [route(2)])
+    return {device.name for device in network.devices if device.egress_above}
+
+
+def test_packets_of_a_bridge_or_macvlan_leave_by_the_devices_below() -> None:
+    """What our program has masqueraded at the device above looks the same below."""
+    assert above(ETH0, link(3, "cni0", "bridge"), link(4, "veth1", "veth", 3)) == {"veth1"}
+    assert above(ETH0, link(3, "mac0", "macvlan")._replace(lower=2)) == {"eth0"}
+    assert above(ETH0, link(3, "eth0.5", "vlan")._replace(lower=2)) == set()
+    assert above(ETH0, link(3, "tap", "tun")) == set()
+
+
 @pytest.mark.parametrize(
     ("kind", "passthru", "ways"),
     [

@@ -37,6 +37,7 @@ class FamilyAddresses(NamedTuple):
     remote_pod: str
     local_pod: str
     client_pod: str
+    node_b: str
 
     @property
     def number(self) -> int:
@@ -65,6 +66,7 @@ V4 = FamilyAddresses(
     "10.244.2.2",
     "10.244.1.2",
     "10.244.1.3",
+    "172.18.0.2",
 )
 V6 = FamilyAddresses(
     6,
@@ -83,6 +85,7 @@ V6 = FamilyAddresses(
     "fd00:10:244:2::2",
     "fd00:10:244:1::2",
     "fd00:10:244:1::3",
+    "fd00:172:18::2",
 )
 FAMILIES = (V4, V6)
 

@@ -131,6 +131,49 @@ def test_direct_flow_that_collides_with_a_service_flow_gets_another_source_port(
         assert_passed(wire.ingress(packet), family.client, source, family.local_pod, asked)
 
 
+def test_flow_that_others_masquerade_by_a_port_of_ours_gets_another_one(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int, new_port: Callable[[], int]
+) -> None:
+    """Netfilter's MASQUERADE takes any port. Replies go to the client of each flow, also if the port is used again."""
+    _, node_port, target = PORTS[protocol]
+    wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, node_port))
+    taken = masqueraded_port(wire, family, protocol, port, family.node)
+    to_backend, reply = (
+        family.ip(family.node, family.remote_pod),
+        family.ip(family.remote_pod, family.node),
+    )
+    others = set()
+    for _ in range(2):
+        packet = to_backend / segment(protocol, taken, target)
+        other = ends_of(wire.egress(packet, iif="p2").packet)[1]
+        others.add(other)
+        assert other != taken
+        for flags in ("S", "A"):
+            assert_passed(
+                wire.egress(to_backend / segment(protocol, taken, target, flags), iif="p2"),
+                *(family.node, other, family.remote_pod, target),
+            )
+        assert_passed(
+            wire.ingress(reply / segment(protocol, target, other, "SA")),
+            *(family.remote_pod, target, family.node, taken),
+        )
+        assert_passed(
+            wire.ingress(reply / segment(protocol, target, taken, "SA")),
+            *(family.remote_pod, target, family.client, port),
+        )
+        if protocol != "TCP":
+            break
+        reset = TCP(sport=taken, dport=target, flags="R", seq=1001 + len(PAYLOAD))
+        wire.egress(to_backend / reset, iif="p2")
+    # Where another flow has no such port nothing is changed, nor at a device that leads to this node's pods.
+    port = new_port()
+    wire.ingress(family.ip(family.client, family.node) / segment(protocol, port, node_port))
+    taken = masqueraded_port(wire, family, protocol, port, family.node)
+    for device, source in (("eth0", new_port()), ("p1", taken)):
+        out = wire.egress(to_backend / segment(protocol, source, target), device, iif="p2")
+        assert_passed(out, family.node, source, family.remote_pod, target)
+
+
 def test_direct_flow_keeps_its_source_port_once_the_service_flow_is_deleted(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:

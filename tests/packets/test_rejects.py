@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scapy.compat import raw
 from scapy.layers.inet import ICMP, TCP, UDP, IPerror
-from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, IPerror6
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, ICMPv6PacketTooBig, IPerror6
 from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP, SCTPChunkHeartbeatReq
 
@@ -65,6 +65,53 @@ def test_rst_without_a_flow_is_dropped_without_a_reply(
         wire.ingress(family.ip(family.client, family.empty) / TCP(sport=port, dport=80, flags="R")).verdict
         == DROP
     )
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP", "SCTP"])
+def test_host_packet_that_is_too_big_for_the_way_to_the_backend_gets_an_icmp_error(
+    wire: Wire, family: FamilyAddresses, port: int, protocol: str
+) -> None:
+    """The kernel knows the way to the frontend. The error has the MTU of the way to the backend, and quotes the packet
+    as the socket has sent it."""
+    header = 20 if family.version == 4 else 40
+    packet = family.ip(family.node, family.web)
+    fits, mtu = b"x" * (1400 - header - {"TCP": 20, "UDP": 8, "SCTP": 12 + 16}[protocol]), 1400
+    node = wire.node
+    node.run(
+        [
+            "ip",
+            "route",
+            "add",
+            family.remote_pod,
+            "via",
+            family.node_b,
+            "dev",
+            "eth0",
+            "mtu",
+            "lock",
+            str(mtu),
+        ]
+    )
+    try:
+        for payload, flags in ((b"", "S"), (fits, "A")):
+            made = packet / segment(protocol, port, PORTS[protocol][0], flags, payload=payload)
+            assert ends_of(wire.egress(made).packet)[2] == family.remote_pod
+        made = packet / segment(protocol, port, PORTS[protocol][0], "A", payload=fits + b"x" * 4)
+        result = wire.egress(made)
+        assert result.verdict == REDIRECT
+        out = result.packet
+        assert (ip_of(out).src, ip_of(out).dst) == (family.web, family.node)
+        assert with_right_checksums(out) == result.bytes
+        if family.version == 4:
+            error = out[ICMP]
+            assert (error.type, error.code, error.nexthopmtu) == (3, 4, mtu)
+        else:
+            error = out[ICMPv6PacketTooBig]
+            assert (error.code, error.mtu) == (0, mtu)
+        quoted = bytes(error.payload)
+        assert raw(made).startswith(quoted[: header + 8])
+    finally:
+        node.run(["ip", "route", "del", family.remote_pod])
 
 
 @pytest.mark.parametrize("protocol", ["UDP", "SCTP"])

@@ -115,6 +115,7 @@ class Wire:
     """Runs a node's programs on packets; ``devices`` has the ifindex and MAC address of each."""
 
     def __init__(self, node: LabNode) -> None:
+        self.node = node
         self._netns = node.netns
         self._programs = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*"))
         self._thread = ThreadPoolExecutor(1, initializer=self._enter)

@@ -22,6 +22,8 @@ class DeviceFlags(enum.IntFlag):
     #: The program at a device below this one has seen what comes in here, and will see what leaves here.
     INGRESS_BELOW = 1 << 4
     EGRESS_BELOW = 1 << 5
+    #: The program at a device above this one has seen some of what leaves here.
+    EGRESS_ABOVE = 1 << 6
 
 
 class XdpFlags(enum.IntFlag):

@@ -15,6 +15,8 @@ MAP_RINGBUF = 27
 # Map creation flags
 F_NO_PREALLOC = 1 << 0
 F_MMAPABLE = 1 << 10
+#: A link that is created with it comes before all others of its hook.
+F_BEFORE = 1 << 3
 
 # enum bpf_prog_type
 PROG_SCHED_CLS = 3

@@ -21,7 +21,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
     #: A map, ``programs`` (of sockets), ``devices`` (packet programs), ``pins``, or ``node``.
     where: str
-    #: ``missing``, ``foreign`` or ``changed``; of programs ``detached`` or ``replaced``; else ``setting``.
+    #: ``missing``, ``foreign`` or ``changed``; of programs ``detached``, ``replaced``, or ``overtaken`` where
+    #: another has come before them; else ``setting``.
     kind: str
     what: str
     #: The Service that it is about, if any: ``namespace/name:port``.

@@ -27,7 +27,8 @@ class PacketDevice(NamedTuple):
     """A device to attach to. ``local``: it leads to pods or VMs. ``pods``: what comes from it is a pod's.
 
     ``ingress_below``: what comes in by it has come in by another of the devices before; ``egress_below``:
-    what leaves by it leaves by another one after that. Addresses may be empty; ``mtu`` in bytes.
+    what leaves by it leaves by another one after that; ``egress_above``: some of what leaves by it has
+    left by another one before. Addresses may be empty; ``mtu`` in bytes.
     """
 
     target: Target
@@ -37,6 +38,7 @@ class PacketDevice(NamedTuple):
     pods: bool
     ingress_below: bool
     egress_below: bool
+    egress_above: bool
     mtu: int
 
 
@@ -86,6 +88,7 @@ class PacketPath:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
             flags |= DeviceFlags.INGRESS_BELOW * each.ingress_below
             flags |= DeviceFlags.EGRESS_BELOW * each.egress_below
+            flags |= DeviceFlags.EGRESS_ABOVE * each.egress_above
             wanted[U32.pack(each.target.ifindex)] = pack_device(each.address4, each.address6, flags, each.mtu)
         refused = self._devices.bring(wanted)
         self._entries = {key: value for key, value in wanted.items() if key not in refused}

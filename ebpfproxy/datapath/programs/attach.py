@@ -88,13 +88,16 @@ def pin_over(fd: int, path: Path) -> None:
 
 
 class Drifted(NamedTuple):
-    """A program that somebody has detached or replaced. ``at``: a hook, or a device and a direction."""
+    """A program that somebody has detached or replaced, or another has come before.
+
+    ``at``: a hook, or a device and a direction.
+    """
 
     at: str
     kind: str
 
 
-DETACHED, REPLACED = "detached", "replaced"
+DETACHED, REPLACED, OVERTAKEN = "detached", "replaced", "overtaken"
 
 
 def drift(at: str, there: int | None, wanted: int | None) -> Iterator[Drifted]:

@@ -1,8 +1,10 @@
 """The packet programs on devices: tcx links where the kernel has them (Linux 6.6), else clsact filters.
 
 A link is pinned as ``links/tc-<ifindex>-ingress``; it ends with its device, and is replaced in one step. A
-filter has a priority of its own, lets the filters after it have their turn (TC_ACT_UNSPEC), and is replaced
-in one step as well. Whatever others have attached stays.
+filter is replaced in one step as well. Whatever others have attached stays, and has its turn after ours
+(TC_ACT_UNSPEC). Ours come first: most programs end with TC_ACT_OK, as Cilium's do, so that none has a turn
+after them. Where others have put theirs before ours, ours are moved once; a program that comes before them
+again stays there.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from typing import NamedTuple
 
 import msgspec
 
+from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import LOOPBACK as LOOPBACK_PROGRAMS
 from ebpfproxy.datapath.abi.hooks import PACKETS, RAW_PACKETS, TCX_INGRESS, Hook, Module
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
+from ebpfproxy.datapath.programs.attach import LINKS, OVERTAKEN, Drifted, drift, pin_over, program_id
 from ebpfproxy.netlink.rtnetlink import Rtnetlink, device_indexes
 from ebpfproxy.netlink.traffic_control import (
     EGRESS,
     INGRESS,
+    Filter,
     Place,
     delete_clsact,
     delete_filter,
@@ -33,8 +37,10 @@ from ebpfproxy.netlink.traffic_control import (
     put_filter,
 )
 
-#: Our filters have this priority. Low numbers run first; CNIs use 1 and 49152.
-FILTER_PRIORITY = 3
+#: Our filters have this priority unless others have a lower number, which runs first; CNIs use 1 and 49152.
+_FILTER_PRIORITY = 3
+#: Theirs in the priority of another's filter, whose own is mostly 1.
+_FILTER_HANDLE = 0xEBF
 #: The program's id follows it.
 _FILTER_NAME = "ebpfproxy:"
 _PARENTS = {"ingress": INGRESS, "egress": EGRESS}
@@ -74,6 +80,8 @@ class DeviceAttacher:
         self._links = pins / LINKS
         self._tcx = tcx
         self._attached: dict[int, tuple[Target, Path]] = {}
+        #: What ours have been moved before, ids of programs or filters, is kept by device and direction.
+        self._overtakers: dict[tuple[int, str], frozenset[int | Filter]] = {}
 
     @property
     def attached(self) -> frozenset[int]:
@@ -121,13 +129,16 @@ class DeviceAttacher:
                 if self._tcx:
                     did.append(self._link(target, hook.attach_type, direction, program))
                 else:
-                    did.append(_filter(target, direction, program))
+                    did.append(self._filter(target, direction, program))
         return "" if not any(did) else next(filter(None, did))
 
     # -- what others have done
 
     def drifted(self) -> dict[int, list[Drifted]]:
-        """Devices by index that have lost a program since they were attached to. Any thread may ask."""
+        """Devices by index that have lost a program or its place since they were attached to.
+
+        Any thread may ask.
+        """
         attached = list(self._attached.values())
         found: dict[int, list[Drifted]] = {}
         ids: dict[Path, int | None] = {}
@@ -137,11 +148,33 @@ class DeviceAttacher:
                     path = programs / f"{hook.name}{_module(target).suffix}"
                     if path not in ids:
                         ids[path] = program_id(path)
-                    there = self._program(netlink, target, _direction(hook))
-                    drifts = [*drift(f"{target.name} {_direction(hook)}", there, ids[path])]
+                    drifts = self._drift(netlink, target, hook, ids[path])
                     if drifts and exists(target.ifindex):
                         found.setdefault(target.ifindex, []).extend(drifts)
         return found
+
+    def _drift(self, netlink: Rtnetlink, target: Target, hook: Hook, wanted: int | None) -> list[Drifted]:
+        direction = _direction(hook)
+        at = f"{target.name} {direction}"
+        there = self._program(netlink, target, direction)
+        if drifts := [*drift(at, there, wanted)]:
+            return drifts
+        with suppress(OSError):
+            first = self._first(netlink, target, hook, there)
+            if first - self._overtakers.get((target.ifindex, direction), frozenset()):
+                return [Drifted(at, OVERTAKEN)]
+        return []
+
+    def _first(
+        self, netlink: Rtnetlink, target: Target, hook: Hook, own: int | None
+    ) -> frozenset[int | Filter]:
+        """What runs before our program: ids of programs, or filters. Raises OSError."""
+        if self._tcx:
+            ids = bpf.attached_programs(target.ifindex, hook.attach_type)
+            return frozenset(ids[: ids.index(own)] if own in ids else ())
+        there = filters(netlink, target.ifindex, _PARENTS[_direction(hook)])
+        ours = our_filter(there)
+        return frozenset(there[: there.index(ours)] if ours is not None else ())
 
     def forget(self, ifindexes: Iterable[int]) -> None:
         """Makes the next :meth:`attach` look what these devices have."""
@@ -152,7 +185,7 @@ class DeviceAttacher:
         """The id of our program at a device, None if there is none."""
         if not self._tcx:
             with suppress(OSError):
-                return _our_filter(netlink, target.ifindex, direction)
+                return _program_of(our_filter(filters(netlink, target.ifindex, _PARENTS[direction])))
             return None
         with bpf.pinned(self._links / f"tc-{target.ifindex}-{direction}") as link:
             if link is not None and (info := bpf.tcx_link_info(link)).ifindex == target.ifindex:
@@ -162,16 +195,54 @@ class DeviceAttacher:
     def _link(self, target: Target, attach_type: int, direction: str, program: int) -> str:
         path = self._links / f"tc-{target.ifindex}-{direction}"
         with bpf.pinned(path) as link:
-            if link is not None and bpf.tcx_link_info(link).ifindex == target.ifindex:
-                if bpf.tcx_link_info(link).prog_id == bpf.prog_info(program).id:
+            if link is not None and (info := bpf.tcx_link_info(link)).ifindex == target.ifindex:
+                there = bpf.attached_programs(target.ifindex, attach_type)
+                if info.prog_id in there and there[0] != info.prog_id:
+                    first = there[: there.index(info.prog_id)]
+                    self._overtakers[target.ifindex, direction] = frozenset(first)
+                    # The kernel moves no link. Both at once would translate twice.
+                    bpf.link_detach(link)
+                elif info.prog_id == bpf.prog_info(program).id:
                     return ""
-                bpf.link_update(link, program)
-                return "replaced"
-        fresh = bpf.link_create(program, target.ifindex, attach_type)
+                else:
+                    bpf.link_update(link, program)
+                    return "replaced"
+        fresh = bpf.link_create(program, target.ifindex, attach_type, uapi.F_BEFORE)
         try:
             pin_over(fresh, path)
         finally:
             os.close(fresh)
+        return "attached"
+
+    def _filter(self, target: Target, direction: str, program: int) -> str:
+        """Adds our filter before all others, replaces it, or moves it there."""
+        wanted = bpf.prog_info(program).id
+        name = f"{_FILTER_NAME}{wanted}"
+        with Rtnetlink() as netlink:
+            there = filters(netlink, target.ifindex, _PARENTS[direction])
+            known = our_filter(there)
+            if known is not None and known == there[0]:
+                if _program_of(known) == wanted:
+                    return ""
+                put_filter(netlink, _place(target.ifindex, direction, known), program, name)
+                return "replaced"
+            if known is not None:
+                self._overtakers[target.ifindex, direction] = frozenset(there[: there.index(known)])
+            first = _first_place(target.ifindex, direction, there)
+            if known is not None and known.priority == first.priority:
+                # One that is added comes before the others of its priority, and one that is replaced stays.
+                delete_filter(netlink, _place(target.ifindex, direction, known))
+                known = None
+            try:
+                put_filter(netlink, first, program, name)
+            except OSError as error:
+                # The priority is that of a filter of another kind, or for other packets.
+                if error.errno != errno.EINVAL:
+                    raise
+                put_filter(netlink, _place(target.ifindex, direction, known), program, name)
+                return "attached" if known is None else "replaced"
+            if known is not None:
+                delete_filter(netlink, _place(target.ifindex, direction, known))
         return "attached"
 
     def _detach_others(self, wanted: dict[int, Target]) -> list[str]:
@@ -211,27 +282,27 @@ def _remove_links(links: Path, wanted: dict[int, Target]) -> list[str]:
 # -- filters
 
 
-def _filter(target: Target, direction: str, program: int) -> str:
-    """Adds or replaces our filter."""
-    wanted = bpf.prog_info(program).id
-    with Rtnetlink() as netlink:
-        known = _our_filter(netlink, target.ifindex, direction)
-        if known == wanted:
-            return ""
-        put_filter(netlink, _place(target.ifindex, direction), program, f"{_FILTER_NAME}{wanted}")
-    return "attached" if known is None else "replaced"
+def _place(ifindex: int, direction: str, ours: Filter | None = None) -> Place:
+    """The place of a filter of ours, by default that of one which has a priority to itself."""
+    ours = ours or Filter(_FILTER_PRIORITY, "")
+    return Place(ifindex, _PARENTS[direction], ours.priority, ours.handle)
 
 
-def _place(ifindex: int, direction: str) -> Place:
-    return Place(ifindex, _PARENTS[direction], FILTER_PRIORITY)
+def _first_place(ifindex: int, direction: str, there: Iterable[Filter]) -> Place:
+    """The place before all that are there, if they are BPF's: that of the first, beside which it is put."""
+    others = [each.priority for each in there if not each.name.startswith(_FILTER_NAME)]
+    if min(others, default=_FILTER_PRIORITY) >= _FILTER_PRIORITY:
+        return _place(ifindex, direction)
+    return Place(ifindex, _PARENTS[direction], min(others), _FILTER_HANDLE)
 
 
-def _our_filter(netlink: Rtnetlink, index: int, direction: str) -> int | None:
+def our_filter(there: Iterable[Filter]) -> Filter | None:
+    return next((each for each in there if each.name.startswith(_FILTER_NAME)), None)
+
+
+def _program_of(ours: Filter | None) -> int | None:
     """The program's id, None without a filter of ours."""
-    for each in filters(netlink, index, _PARENTS[direction]):
-        if each.priority == FILTER_PRIORITY and each.name.startswith(_FILTER_NAME):
-            return int(each.name.removeprefix(_FILTER_NAME))
-    return None
+    return None if ours is None else int(ours.name.removeprefix(_FILTER_NAME))
 
 
 def remove_filters(keep: Iterable[int] = ()) -> list[str]:
@@ -242,11 +313,12 @@ def remove_filters(keep: Iterable[int] = ()) -> list[str]:
         for index in device_indexes(netlink):
             if index in kept:
                 continue
-            ours = [d for d in _DIRECTIONS if _our_filter(netlink, index, d) is not None]
-            for direction in ours:
-                delete_filter(netlink, _place(index, direction))
+            ours = {d: our_filter(filters(netlink, index, _PARENTS[d])) for d in _DIRECTIONS}
+            found = {direction: each for direction, each in ours.items() if each is not None}
+            for direction, each in found.items():
+                delete_filter(netlink, _place(index, direction, each))
                 gone.append(f"device {index} {direction} detached")
-            if ours and not any(filters(netlink, index, parent) for parent in _PARENTS.values()):
+            if found and not any(filters(netlink, index, parent) for parent in _PARENTS.values()):
                 delete_clsact(netlink, index)
     return gone
 
@@ -276,7 +348,7 @@ def filter_attachments() -> list[DeviceAttachment]:
     with Rtnetlink() as netlink:
         for index in device_indexes(netlink):
             for direction in _DIRECTIONS:
-                program = _our_filter(netlink, index, direction)
+                program = _program_of(our_filter(filters(netlink, index, _PARENTS[direction])))
                 if program is not None:
                     found.append(DeviceAttachment(index, direction, program))
     return found

@@ -14,11 +14,7 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.roots import RootError, find_cgroup_root
 from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED, Attachment, attachments, program_id
-from ebpfproxy.datapath.programs.devices import (
-    FILTER_PRIORITY,
-    device_attachments,
-    directions_of,
-)
+from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, our_filter
 from ebpfproxy.datapath.programs.xdp import XdpMode, xdp_attachments
 from ebpfproxy.netlink import traffic_control
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
@@ -116,8 +112,9 @@ def _at_device(netlink: Rtnetlink, pins: Path, ifindex: int, where: str, directi
         for number in _until(there, own):
             yield _first("devices", where, number)
         return
-    for each in traffic_control.filters(netlink, ifindex, _PARENTS[direction]):
-        if each.priority < FILTER_PRIORITY:
+    filters = traffic_control.filters(netlink, ifindex, _PARENTS[direction])
+    if (ours := our_filter(filters)) is not None:
+        for each in filters[: filters.index(ours)]:
             yield _first("devices", f"{where}, priority {each.priority} {each.name}".rstrip(), None)
 
 

@@ -8,6 +8,7 @@ the whole connection is closed instead. The user needs to ``get`` and, of later 
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -76,6 +77,7 @@ class Exec:
         #: Once :meth:`output` has ended: the command's exit code; None where it was not waited for.
         self.code: int | None = None
         self._ended = b""
+        self._is_cut = False
         self._socket = _connect(connection, namespace, pod, container, command)
 
     def output(self) -> Iterator[tuple[Channel, bytes]]:
@@ -86,7 +88,8 @@ class Exec:
             # Without a status the connection was lost, or closed by end_input().
             pass
         except (WebSocketException, OSError) as error:
-            raise failures.of_exception(error) from error
+            if not self._is_cut:
+                raise failures.of_exception(error) from error
         finally:
             with suppress(WebSocketException, OSError):
                 self._socket.close()
@@ -109,7 +112,10 @@ class Exec:
             if self._socket.getsubprotocol() == _V5:
                 self._socket.send(bytes([_CLOSE, Channel.STDIN]), ABNF.OPCODE_BINARY)
             else:
-                self._socket.close()
+                # WebSocket.close() would wait for an answer that output()'s thread reads, if one comes.
+                self._is_cut = True
+                if self._socket.sock is not None:
+                    self._socket.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _code(ended: bytes) -> int | None:

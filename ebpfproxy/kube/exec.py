@@ -8,6 +8,7 @@ the whole connection is closed instead. The user needs to ``get`` and, of later 
 from __future__ import annotations
 
 import re
+import selectors
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from websocket import (
     WebSocketBadStatusException,
     WebSocketConnectionClosedException,
     WebSocketException,
+    WebSocketTimeoutException,
     create_connection,
 )
 
@@ -35,6 +37,8 @@ from ebpfproxy.kube.failures import Failure
 _V5, _V4 = "v5.channel.k8s.io", "v4.channel.k8s.io"
 _CLOSE = 255
 _CONNECT_SECONDS = 30.0
+#: What comes may be TLS's own, as session tickets are: a read after it would wait. Parts of frames are kept.
+_READ_SECONDS = 1.0
 #: Signs of a proxy's that websocket-client takes from the environment: any name, and none.
 _NO_PROXY, _ANY_HOST = ["*"], ["-"]
 
@@ -68,7 +72,10 @@ _EXIT_CODE = re.compile("[0-9]{1,9}")
 
 
 class Exec:
-    """A running command. :meth:`output` belongs to one thread, :meth:`end_input` to any."""
+    """A running command. :meth:`output` belongs to one thread, :meth:`end_input` to any.
+
+    Only :meth:`output` uses the connection, as OpenSSL's do not take two threads.
+    """
 
     def __init__(
         self, connection: ApiConnection, namespace: str, pod: str, container: str, command: Sequence[str]
@@ -77,8 +84,8 @@ class Exec:
         #: Once :meth:`output` has ended: the command's exit code; None where it was not waited for.
         self.code: int | None = None
         self._ended = b""
-        self._is_cut = False
         self._socket = _connect(connection, namespace, pod, container, command)
+        self._waiting, self._waking = socket.socketpair()
 
     def output(self) -> Iterator[tuple[Channel, bytes]]:
         """Standard output and error as they come, until the command ends. Raises Failure."""
@@ -88,16 +95,19 @@ class Exec:
             # Without a status the connection was lost, or closed by end_input().
             pass
         except (WebSocketException, OSError) as error:
-            if not self._is_cut:
-                raise failures.of_exception(error) from error
+            raise failures.of_exception(error) from error
         finally:
             with suppress(WebSocketException, OSError):
                 self._socket.close()
+            self._waiting.close()
         self.code = _code(self._ended)
 
     def _frames(self) -> Iterator[tuple[Channel, bytes]]:
-        while True:
-            kind, data = self._socket.recv_data()
+        while self._goes_on():
+            try:
+                kind, data = self._socket.recv_data()
+            except WebSocketTimeoutException:
+                continue
             if kind == ABNF.OPCODE_CLOSE:
                 return
             channel, payload = data[:1], data[1:]
@@ -106,16 +116,28 @@ class Exec:
             elif channel == b"\x03":
                 self._ended += payload
 
+    def _goes_on(self) -> bool:
+        """Waits until something has come; False where the connection ends with the command's input."""
+        while True:
+            connected = self._socket.sock
+            if connected is None or (isinstance(connected, ssl.SSLSocket) and connected.pending()):
+                return True
+            with selectors.DefaultSelector() as selector:
+                selector.register(connected, selectors.EVENT_READ)
+                selector.register(self._waiting, selectors.EVENT_READ)
+                ready = {key.fileobj for key, _ in selector.select()}
+            if self._waiting in ready:
+                self._waiting.recv(1)
+                if self._socket.getsubprotocol() != _V5:
+                    return False
+                self._socket.send(bytes([_CLOSE, Channel.STDIN]), ABNF.OPCODE_BINARY)
+            if connected in ready:
+                return True
+
     def end_input(self) -> None:
         """Closes standard input: a command that ends with it does."""
-        with suppress(WebSocketException, OSError):
-            if self._socket.getsubprotocol() == _V5:
-                self._socket.send(bytes([_CLOSE, Channel.STDIN]), ABNF.OPCODE_BINARY)
-            else:
-                # WebSocket.close() would wait for an answer that output()'s thread reads, if one comes.
-                self._is_cut = True
-                if self._socket.sock is not None:
-                    self._socket.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._waking.send(b".")
 
 
 def _code(ended: bytes) -> int | None:
@@ -162,7 +184,7 @@ def _connect(
         raise failures.of_status(decode_status(body, error.status_code)) from error
     except (WebSocketException, ssl.SSLError, OSError) as error:
         raise failures.of_exception(error) from error
-    made.settimeout(None)
+    made.settimeout(_READ_SECONDS)
     return made
 
 

@@ -10,7 +10,7 @@ from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.two_node_cluster import SERVICE_IPS
 from tests.explain.test_connect import Json, agrees, ask, explained, masked_as, run
 from tests.field.test_xdp_forwarding import PACKETS, UDP_PORT, XdpCluster, echo, links
-from tests.lab import Lab, clients
+from tests.lab import Lab, Pod, clients
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
@@ -29,6 +29,8 @@ def variant(request: pytest.FixtureRequest) -> Iterator[tuple[str, OutsideClient
     with Lab() as lab:
         cluster = OutsideClientCluster(lab)
         cluster.agent(*VARIANTS[request.param]).start()
+        # Addresses of IPv6 may still be tentative.
+        until(lambda: cluster.client.call(clients.connect_error, SERVICE_IPS["v6"], 80) == "connected")
         yield request.param, cluster
 
 
@@ -101,14 +103,25 @@ def forwarding() -> Iterator[XdpCluster]:
         yield XdpCluster(lab)
 
 
-def past_netfilter(cluster: XdpCluster, address: str) -> Json:
+def from_outside(cluster: XdpCluster, address: str) -> Json:
     is_v6 = ":" in address
     client = cluster.outside.address6 if is_v6 else cluster.outside.address
     target = f"[{address}]:30053" if is_v6 else f"{address}:30053"
     (answer,) = ask(cluster, client, target, "--protocol", "UDP")["explanations"]
+    return answer  # type: ignore[no-any-return]
+
+
+def past_netfilter(cluster: XdpCluster, address: str) -> Json:
+    answer = from_outside(cluster, address)
     agrees(cluster, cluster.outside, answer)
     found: Json = answer["masquerade"]["forwarded"]
     return found
+
+
+def goes_to(cluster: XdpCluster, pod: Pod) -> bool:
+    """Says if the pod is the only one that explain names for a client outside."""
+    endpoints = from_outside(cluster, cluster.a.address)["endpoints"]
+    return [each["address"] for each in endpoints if each["used"]] == [f"{pod.address}:8053"]
 
 
 def forwards(cluster: XdpCluster, address: str) -> int:
@@ -132,10 +145,12 @@ def test_what_xdp_forwards_is_explained(forwarding: XdpCluster) -> None:
     text = run(forwarding, forwarding.outside.address, f"{forwarding.a.address}:30080").output
     assert f"packets to {forwarding.w2.address}:8080, at XDP, but the first of a flow" in text
     forwarding.write_web(forwarding.w1)
-    until(lambda: past_netfilter(forwarding, forwarding.a.address) == {})
+    until(lambda: goes_to(forwarding, forwarding.w1))
+    assert past_netfilter(forwarding, forwarding.a.address) == {}
     assert forwards(forwarding, forwarding.a.address) == 0
     forwarding.write_web(forwarding.w2)
-    until(lambda: past_netfilter(forwarding, forwarding.a.address) != {})
+    until(lambda: goes_to(forwarding, forwarding.w2))
+    assert past_netfilter(forwarding, forwarding.a.address) != {}
     agent.stop()
     for link in links(forwarding):
         link.unlink()

@@ -16,6 +16,7 @@ import pytest
 from tests.cluster import agents, binaries
 from tests.cluster.cluster import Cluster, until
 from tests.cluster.web import NAMESPACE, Web
+from tests.lab.interrupts import take_interrupts
 from tests.lab.terminal import Terminal
 
 pytestmark = [pytest.mark.root, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -75,6 +76,7 @@ def test_trace_ends_in_the_pod_when_the_plugin_ends(cluster: Cluster, web: Web, 
             stdout=-1,
             stderr=-1,
             text=True,
+            preexec_fn=take_interrupts,
         )
         assert tracing.stdout is not None and tracing.stderr is not None
         assert tracing.stderr.readline() == "tracing\n"

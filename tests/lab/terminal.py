@@ -14,6 +14,7 @@ import termios
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+from tests.lab.interrupts import take_interrupts
 from tests.lab.waiting import until
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -21,8 +22,8 @@ _HOME, _ALTERNATE = b"\x1b[H", b"\x1b[?1049"
 
 
 def _take_terminal() -> None:
-    """In the child. What a shell has started in the background ignores SIGINT, and so would this."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """In the child."""
+    take_interrupts()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

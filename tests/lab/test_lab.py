@@ -17,6 +17,7 @@ from pyroute2 import netns
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.lab import Lab, Pod, clients, servers
+from tests.lab.interrupts import take_interrupts
 from tests.lab.lab import clean_dead_labs
 from tests.lab.spaces import Space
 
@@ -165,7 +166,7 @@ def _start(how: str) -> tuple[subprocess.Popen[str], str]:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=take_interrupts,
         )
         assert process.stdout is not None
         with process.stdout:

@@ -18,6 +18,7 @@ from ebpfproxy.cli import kubectl
 from tests.apiserver import ApiServer
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
+from tests.lab.interrupts import take_interrupts
 from tests.lab.terminal import Terminal
 from tests.lab.waiting import until
 from tests.operator.agent_pods import agent_pod, serving
@@ -52,6 +53,7 @@ class Cluster(TwoNodeCluster):
             stdout=-1,
             stderr=-1,
             text=True,
+            preexec_fn=take_interrupts,
         )
         assert process.stderr is not None
         names = ["node-a  ", "node-b  "] if "--all-nodes" in arguments else [""]

@@ -249,7 +249,7 @@ def duration(data: bytes) -> None:
 
 
 def _tool(parse: Callable[[str], object], data: bytes) -> None:
-    """Tools print in the locale's encoding, which is UTF-8 here; see ``tools.run``."""
+    """Tools print in the locale's encoding, which is UTF-8 here; see :func:`ebpfproxy.operator.migrate.node.tools.run`."""
     try:
         text = data.decode()
     except UnicodeDecodeError:

@@ -20,12 +20,6 @@ _GONE_SECONDS = 40
 
 
 @pytest.fixture(scope="module")
-def faulted() -> Iterator[Faulted]:
-    with Lab() as lab:
-        yield Faulted(lab)
-
-
-@pytest.fixture(scope="module")
 def agent(faulted: Faulted) -> Iterator[Agent]:
     made = faulted.agent().start()
     yield made

@@ -15,22 +15,10 @@ import yaml
 from tests.faults import report
 from tests.faults.faulted import HEALTH_PORT, Faulted
 from tests.faults.probes import Probe, Prober, Store
-from tests.lab import Agent, Lab
+from tests.lab import Agent
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def faulted() -> Iterator[Faulted]:
-    with Lab() as lab:
-        yield Faulted(lab)
-
-
-@pytest.fixture(autouse=True)
-def _no_agents(faulted: Faulted) -> Iterator[None]:
-    yield
-    faulted.end_agents()
 
 
 @contextmanager

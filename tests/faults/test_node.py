@@ -27,18 +27,6 @@ pytestmark = [pytest.mark.root, pytest.mark.faults]
 _QUICK = ("--drift-check-seconds", "0.5")
 
 
-@pytest.fixture(scope="module")
-def faulted() -> Iterator[Faulted]:
-    with Lab() as lab:
-        yield Faulted(lab)
-
-
-@pytest.fixture(autouse=True)
-def _no_agents(faulted: Faulted) -> Iterator[None]:
-    yield
-    faulted.end_agents()
-
-
 @contextmanager
 def mounted(path: Path, kind: str, options: str) -> Iterator[None]:
     path.mkdir(exist_ok=True)

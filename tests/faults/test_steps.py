@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ import pytest
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from tests.faults.faulted import Faulted
 from tests.faults.steps import Choose, Fault, Step, Stepped
-from tests.lab import Agent, Lab
+from tests.lab import Agent
 from tests.lab.waiting import until
 
 pytestmark = [
@@ -42,18 +42,6 @@ _SAMPLED = frozenset({"PROG_LOAD", "OBJ_PIN", "LINK_UPDATE"})
 _PROBES = frozenset({"PROG_LOAD ", "PROG_LOAD probe", "PROG_LOAD libbpf_nametest"})
 _KILL = Fault(signal.SIGKILL)
 _OTHER_SIZES = ("--max-services", "3000")
-
-
-@pytest.fixture(scope="module")
-def faulted() -> Iterator[Faulted]:
-    with Lab() as lab:
-        yield Faulted(lab)
-
-
-@pytest.fixture(autouse=True)
-def _no_agents(faulted: Faulted) -> Iterator[None]:
-    yield
-    faulted.end_agents()
 
 
 def start(faulted: Faulted, choose: Choose, *arguments: str) -> tuple[Agent, Stepped]:

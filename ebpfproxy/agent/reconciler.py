@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.agent import drain, http_servers, kube_events, local_pages, reports, state
+from ebpfproxy.agent import drain, kube_events, local_pages, reports, state
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.drain import DrainRequests
 from ebpfproxy.agent.drift import DriftCheck
@@ -28,24 +28,25 @@ from ebpfproxy.agent.handover import Handover
 from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.local_socket import LocalServer
 from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
+from ebpfproxy.agent.mounts import MountFollower
 from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.programs import ProgramManager
+from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.source import source_of
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
-from ebpfproxy.agent.succession import HOLD_SECONDS, Predecessor, Successors
+from ebpfproxy.agent.succession import Predecessor, Successors
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
-from ebpfproxy.datapath.kernel import maps, moved_pins, probe, roots
+from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.programs import attach
 from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.listeners import Listeners, inherited
-from ebpfproxy.health.node_port import NodePortHealth, ServiceHealth
-from ebpfproxy.health.proxy import ProxyHealth, eligible
-from ebpfproxy.health.server import HttpServer
-from ebpfproxy.kube.objects import Deleted, ObjectKey, Replaced
+from ebpfproxy.health.node_port import ServiceHealth
+from ebpfproxy.health.proxy import eligible
+from ebpfproxy.kube.objects import Deleted, Replaced
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
 from ebpfproxy.metrics.health_metrics import HealthCollector
@@ -91,14 +92,8 @@ class Agent:
         self._config = config
         self._messages = Messages()
         self._tracker = Tracker(options.node_name)
-        self._health = ProxyHealth()
         self._metrics = AgentMetrics()
         self._listeners = Listeners(inherited())
-        self._node_port_health = NodePortHealth(
-            lambda: self._health.healthy, self._health_port_not_bound, listen=self._listeners.listen
-        )
-        self._servers: list[HttpServer] = []
-        self._is_serving = False
         self._started = time.time()
         #: True once everything that is known has been programmed.
         self._complete = False
@@ -106,7 +101,6 @@ class Agent:
         #: True once the configuration has changed.
         self._starts_anew = False
         self._is_told_to_end = False
-        self._mount_problem = ""
         self._init_only = init_only
         self._standby = standby
         self._predecessor = Predecessor()
@@ -125,24 +119,29 @@ class Agent:
         """
         # What the first lists bring stays: there is nothing to collect until they are programmed.
         gc.disable()
-        found = self._lock_roots()
-        if found is None:
+        lock = self._lock_roots()
+        if lock is None:
             return False
-        lock = self._lock = found
+        self._mounts = MountFollower(lock, self._options.bpf_root)
         self._open()
         if self._init_only:
             self._programs.load(reports=self._options.trace_decisions)
             lock.release()
             return False
         source, options = self._source, self._options
-        servers = self._servers = http_servers.servers(
-            options, self._health, self._metrics, self._configz, self._listeners.listen
+        self._serving = Serving(
+            options,
+            self._metrics,
+            self._configz,
+            listeners=self._listeners,
+            predecessor=self._predecessor,
+            record=source.record,
         )
         self._drift = self._drift_check()
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
         )
-        self._status = self._status_of(servers)
+        self._status = self._status_of()
         self._register_collectors()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
@@ -150,8 +149,7 @@ class Agent:
         self._network.set_pod_cidrs()
         self._programs.start_load()
         source.record(kube_events.starting(options.node_name))
-        self._serve_by = time.monotonic() + HOLD_SECONDS
-        self._serve()
+        self._serving.follow(complete=False)
         self._local.start()
         successors = Successors(self._local.name)
         source.start()
@@ -167,9 +165,7 @@ class Agent:
                 self._listeners.leave_to_next()
             successors.hand_over(self._listeners, lock)
             self._predecessor.dismiss()
-            for server in servers:
-                server.stop()
-            self._node_port_health.stop()
+            self._serving.stop()
         log.info("stopped, traffic goes on")
         return self._starts_anew and not self._is_told_to_end
 
@@ -254,7 +250,7 @@ class Agent:
                     self._maps, self._options.metrics_services, backends=self._options.metrics_backends
                 )
             )
-        registry.register(HealthCollector(self._health.healthz, lambda: attach.attachments(pins)))
+        registry.register(HealthCollector(self._serving.health.healthz, lambda: attach.attachments(pins)))
 
     def _listen(self) -> None:
         """From now on signals, the configuration's file and the node's network send messages."""
@@ -269,7 +265,7 @@ class Agent:
         self._is_told_to_end = True
         self._messages.put(Stop())
 
-    def _status_of(self, servers: list[HttpServer]) -> Status:
+    def _status_of(self) -> Status:
         parts = Parts(
             self._options,
             self._maps,
@@ -279,53 +275,13 @@ class Agent:
             self._programs,
             self._network,
             self._housekeeping,
-            self._health,
-            self._node_port_health,
+            self._serving.health,
+            self._serving.node_port_health,
             self._metrics,
-            servers,
+            self._serving.servers,
             self._local.name,
         )
         return Status(parts, self._started)
-
-    def _serve(self) -> None:
-        """Begins to answer health checks.
-
-        Where an earlier agent has left its sockets, that agent answers, or checks wait in the kernel, until
-        this one is healthy, but not for ever: it may never be.
-        """
-        if self._is_serving:
-            return
-        is_late = time.monotonic() >= self._serve_by
-        if self._listeners.has_inherited and not self._health.healthy and not is_late:
-            return
-        self._is_serving = True
-        self._node_port_health.start()
-        for server in self._servers:
-            server.start()
-            if server.failure:
-                node = self._options.node_name
-                self._source.record(kube_events.server_not_started(node, server.name, server.failure))
-        self._predecessor.dismiss()
-
-    def _follow_mounts(self) -> None:
-        """Where somebody has unmounted the bpffs, or mounted another one, all is pinned and locked there."""
-        root = self._options.bpf_root
-        for folder, old in self._lock.moved():
-            try:
-                if folder == root:
-                    roots.ensure_bpffs(root)
-                    pinned = moved_pins.pin_below(roots.pin_folder(root), roots.pin_folder(old))
-                    log.warning("another folder is at --bpf-root, pinned all again", pins=pinned)
-                is_locked = self._lock.follow(folder)
-            except (OSError, roots.RootError) as error:
-                self._told_of_mount(folder, str(error))
-            else:
-                self._told_of_mount(folder, "" if is_locked else "another process has locked it")
-
-    def _told_of_mount(self, folder: Path, problem: str) -> None:
-        if problem and problem != self._mount_problem:
-            log.error("cannot use what is mounted now", path=str(folder), error=problem)
-        self._mount_problem = problem
 
     # -- the reconciler
 
@@ -341,20 +297,20 @@ class Agent:
             if self._tracker.knows_node:
                 self._network.set_node(node_facts(node))
             # Manifests need not have a Node: then nothing speaks against this one.
-            self._health.set_eligible(eligible(node) or (node is None and not self._source.has_cluster))
+            self._serving.health.set_eligible(
+                eligible(node) or (node is None and not self._source.has_cluster)
+            )
             if self._tracker.synced and (self._tracker.pending or not self._complete):
                 self._program()
-            self._follow_mounts()
+            self._mounts.follow()
             self._writer.end_absences()
             self._network.set_pod_cidrs()
             if self._complete:
                 self._network.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._programs.attach(self._started)
                 if self._programs.attached:
-                    self._health.attached()
-            self._serve()
-            if self._is_serving and self._complete:
-                self._listeners.release_inherited()
+                    self._serving.health.attached()
+            self._serving.follow(complete=self._complete)
             self._tell_of_devices()
             self._tracing.follow()
             programs = self._programs
@@ -395,7 +351,7 @@ class Agent:
             self._tracker.apply(message)
 
     def _program(self) -> None:
-        self._health.queued()
+        self._serving.health.queued()
         self._metrics.queued(time.time())
         began = time.monotonic()
         update = self._tracker.drain()
@@ -409,8 +365,8 @@ class Agent:
             gc.enable()
         self._complete = True
         self._tracing.changed()
-        self._health.programmed()
-        self._node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
+        self._serving.health.programmed()
+        self._serving.node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
         self._status.programmed(done - began)
         self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
         reports.programmed(
@@ -438,12 +394,6 @@ class Agent:
         for failure in sorted(failures - self._told_failures):
             self._source.record(kube_events.device_not_attached(self._options.node_name, failure))
         self._told_failures = failures
-
-    def _health_port_not_bound(self, service: ServiceHealth, error: str) -> None:
-        key = ObjectKey(service.namespace, service.name)
-        self._source.record(
-            kube_events.health_port_not_bound(self._options.node_name, key, service.port, error)
-        )
 
 
 def _end(*_: object) -> None:

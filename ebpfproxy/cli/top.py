@@ -20,8 +20,9 @@ from ebpfproxy.cli.output import console, echo, json_of
 from ebpfproxy.datapath.dump import open_maps
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.inspection.measuring import measuring
+from ebpfproxy.top.comparison import Comparison, Wanted
 from ebpfproxy.top.reading import Reader
-from ebpfproxy.top.rows import Comparison, Sort, Top, Wanted
+from ebpfproxy.top.rows import Sort, Top
 
 _SECONDS = 2.0
 #: The first numbers of a screen come sooner.

@@ -18,7 +18,8 @@ from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import Scope, ServiceFlags
 from ebpfproxy.datapath.abi.schema import map_specs
-from ebpfproxy.datapath.kernel.maps import MapSet, WindowedArray, open_pinned
+from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
+from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.datapath.programs.attach import LINKS, attachments, program_id
 from ebpfproxy.datapath.services.counters import ServiceCounts

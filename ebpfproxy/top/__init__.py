@@ -1,6 +1,7 @@
 """Services and their backends by what happens to them now: ``ebpfproxy top``.
 
-``reading`` copies what programs count, ``rows`` says what two readings differ in. Neither prints.
+``reading`` copies what programs count, ``comparison`` says what two readings differ in, as ``rows``. None of
+them prints.
 
 May import ``datapath`` and ``services``.
 """

@@ -20,6 +20,7 @@ from ebpfproxy.config.masquerade_ports import (
 )
 from ebpfproxy.datapath.abi.schema import CRC_STEPS
 from ebpfproxy.datapath.kernel import maps
+from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash, backend_hash
 
@@ -53,7 +54,7 @@ def test_crc_of_a_changed_packet_is_updated_incrementally() -> None:
 
 
 @pytest.fixture
-def filter_of_a_map(pins: Path) -> Iterator[tuple[BitFilter, maps.SharedArray]]:
+def filter_of_a_map(pins: Path) -> Iterator[tuple[BitFilter, SharedArray]]:
     opened = maps.open_or_create(pins, Capacity(conntrack=1024))
     memory = opened.shared("address_filter")
     found = BitFilter(memory)
@@ -64,7 +65,7 @@ def filter_of_a_map(pins: Path) -> Iterator[tuple[BitFilter, maps.SharedArray]]:
 
 
 @pytest.mark.root
-def test_filter_counts_and_clears_bits(filter_of_a_map: tuple[BitFilter, maps.SharedArray]) -> None:
+def test_filter_counts_and_clears_bits(filter_of_a_map: tuple[BitFilter, SharedArray]) -> None:
     known, memory = filter_of_a_map
     one, other = bytes([10, 96, 0, 1]), bytes(15) + b"\x07"
 

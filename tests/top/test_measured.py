@@ -21,9 +21,10 @@ from ebpfproxy.datapath.abi.measure_layout import (
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.services.measures import Measuring
 from ebpfproxy.services.model import Family, ServicePort, ServicePortKey
+from ebpfproxy.top.comparison import Comparison, Wanted
 from ebpfproxy.top.measured import WINDOW_SECONDS
 from ebpfproxy.top.reading import Reader
-from ebpfproxy.top.rows import Comparison, ServiceRow, Sort, Top, Wanted
+from ebpfproxy.top.rows import ServiceRow, Sort, Top
 from tests.datapath.writing import FEW_IDS, Bench, port
 
 pytestmark = pytest.mark.root

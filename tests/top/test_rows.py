@@ -19,8 +19,9 @@ from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.services.model import Backend, Family, ServicePort, ServicePortKey
+from ebpfproxy.top.comparison import Comparison, Wanted
 from ebpfproxy.top.reading import Reader
-from ebpfproxy.top.rows import Comparison, ServiceRow, Sort, Top, Wanted
+from ebpfproxy.top.rows import ServiceRow, Sort, Top
 from tests.datapath.writing import FEW_IDS, SMALL, Bench, port, set_load
 
 _ALL = Wanted()

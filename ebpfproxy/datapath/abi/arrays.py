@@ -1,6 +1,6 @@
 """Arrays that programs and agent share through memory, as records: the only place that knows their offsets.
 
-Each class is a view of a map's memory (``kernel.maps.SharedArray``), without any state of its own.
+Each class is a view of a map's memory (``kernel.bpf_map.SharedArray``), without any state of its own.
 """
 
 from __future__ import annotations

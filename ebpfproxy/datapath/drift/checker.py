@@ -14,7 +14,8 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.datapath.drift.compare import Difference, differences, differing_elements, digest
-from ebpfproxy.datapath.kernel.maps import MapSet, SharedArray
+from ebpfproxy.datapath.kernel.bpf_map import SharedArray
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 
 #: A table that changes each time while it is read is confirmed all the same after so many readings.

@@ -10,7 +10,8 @@ import msgspec
 from ebpfproxy.datapath.abi import flow_layout, layout, node_layout
 from ebpfproxy.datapath.abi.layout import POLICIES, U32
 from ebpfproxy.datapath.drift.compare import Difference, Kind
-from ebpfproxy.datapath.kernel.maps import MapSet, SharedArray
+from ebpfproxy.datapath.kernel.bpf_map import SharedArray
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Policy, Prefix, ServicePortKey, format_address, format_endpoint
 
 REPAIR = "ebpfproxy check --repair"

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ebpfproxy.datapath.drift.compare import Difference, Kind
-from ebpfproxy.datapath.kernel.maps import Map, MapSet, SharedArray
+from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray
+from ebpfproxy.datapath.kernel.maps import MapSet
 
 #: Tables come before those that lead to them.
 ORDER = (

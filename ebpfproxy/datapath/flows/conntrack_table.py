@@ -12,7 +12,7 @@ import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, Nat, NatFlags, Seen, reversed_at_egress
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
-from ebpfproxy.datapath.kernel.maps import Map
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.services.model import Protocol, format_endpoint
 
 _NS = 1_000_000_000

@@ -18,7 +18,8 @@ from ebpfproxy.datapath.abi.socket_layout import (
     split_origins,
 )
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.kernel.maps import MapSet, WindowedArray
+from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
+from ebpfproxy.datapath.kernel.maps import MapSet
 
 #: Entries a system call. Small: a batch in Python holds up the reconciler's thread.
 _BATCH = 1024

@@ -14,7 +14,8 @@ from ebpfproxy.datapath.abi.layout import U64
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.kernel.maps import Map, MapSet
+from ebpfproxy.datapath.kernel.bpf_map import Map
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import Backend
 
 SOCKET_MAPS = ("sock_origin", "sock_peers", "mptcp_subflows")

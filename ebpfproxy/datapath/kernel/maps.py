@@ -2,285 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes as ct
 import errno
-import itertools
-import mmap
 import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
-from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord
 from ebpfproxy.datapath.abi.schema import MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
-
-#: Entries a system call, when whole maps are read.
-_BATCH = 4096
-#: Bytes of an array that are mapped at a time.
-_WINDOW = 1 << 20
-#: Bytes of an array that are compared at a time.
-COMPARED = 1 << 16
-_WORD_SIZE = 8
-
-
-class Map:
-    """One open map, with a count of the entries that were written through it."""
-
-    def __init__(self, fd: int, spec: MapSpec) -> None:
-        self.fd = fd
-        self.spec = spec
-        self.writes = 0
-        self._value_size = spec.value_size
-        if spec.kind in (uapi.MAP_PERCPU_ARRAY, uapi.MAP_PERCPU_HASH):
-            self._value_size = (spec.value_size + 7) // 8 * 8 * bpf.possible_cpus()
-
-    def update(self, key: bytes, value: bytes) -> None:
-        bpf.map_update(self.fd, key, value)
-        self.writes += 1
-
-    def update_many(self, entries: Mapping[bytes, bytes]) -> list[bytes]:
-        """Writes entries in one system call; returns the keys for which there was no room."""
-        if not entries:
-            return []
-        keys = list(entries)
-        done = bpf.map_update_batch(self.fd, b"".join(keys), b"".join(entries.values()), len(keys))
-        self.writes += done
-        # The batch ends at the first that does not fit; others may replace what is there.
-        return [key for key in keys[done:] if not self._fits(key, entries[key])]
-
-    def _fits(self, key: bytes, value: bytes) -> bool:
-        try:
-            self.update(key, value)
-        except BpfError as error:
-            if error.errno in bpf.NO_ROOM:
-                return False
-            raise
-        return True
-
-    def bring(self, wanted: Mapping[bytes, bytes]) -> list[bytes]:
-        """Makes a hash or a trie hold exactly this, writing only differences; the keys without room."""
-        present = dict(self.items())
-        for key in present.keys() - wanted.keys():
-            self.delete(key)
-        return self.update_many({key: value for key, value in wanted.items() if present.get(key) != value})
-
-    def delete(self, key: bytes) -> bool:
-        found = bpf.map_delete(self.fd, key)
-        self.writes += found
-        return found
-
-    def delete_many(self, keys: Sequence[bytes]) -> int:
-        """Deletes entries in few system calls; returns how many were there."""
-        deleted = 0
-        while keys:
-            done = bpf.map_delete_batch(self.fd, b"".join(keys), len(keys))
-            deleted += done
-            # The batch ends at a key that is not there.
-            keys = keys[done + 1 :]
-        self.writes += deleted
-        return deleted
-
-    def lookup(self, key: bytes) -> bytes | None:
-        return bpf.map_lookup(self.fd, key, self._value_size)
-
-    def _batches(self) -> Iterator[tuple[memoryview, memoryview, int]]:
-        batch = min(_BATCH, self.spec.max_entries)
-        return bpf.map_lookup_batches(self.fd, self.spec.key_size, self._value_size, batch)
-
-    def count(self) -> int:
-        """How many entries a hash holds."""
-        return sum(count for _, _, count in self._batches())
-
-    def keys(self) -> set[bytes]:
-        """Every key: a tenth of the time of :meth:`items`."""
-        found: set[bytes] = set()
-        size = self.spec.key_size
-        key = struct.Struct(f"{size}s")
-        for keys, _, count in self._batches():
-            found.update(itertools.chain.from_iterable(key.iter_unpack(keys[: count * size])))
-        return found
-
-    def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every entry."""
-        ks, vs = self.spec.key_size, self._value_size
-        key, value = struct.Struct(f"{ks}s"), struct.Struct(f"{vs}s")
-        for keys, values, count in self._batches():
-            found = zip(
-                key.iter_unpack(keys[: count * ks]), value.iter_unpack(values[: count * vs]), strict=True
-            )
-            yield from ((each_key, each_value) for (each_key,), (each_value,) in found)
-
-    def nonzero_items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every entry of which something is not 0, quickly where most are: for arrays."""
-        ks, vs = self.spec.key_size, self._value_size
-        for keys, values, count in self._batches():
-            if values[: count * vs] == bytes(count * vs):
-                continue
-            for i in range(count):
-                value = bytes(values[i * vs : (i + 1) * vs])
-                if value.count(0) != vs:
-                    yield bytes(keys[i * ks : (i + 1) * ks]), value
-
-    def nonzero_counters(self) -> Iterator[tuple[int, list[int]]]:
-        """Indexes of a per-CPU array of 64-bit counters, with sums over all CPUs, unless all are zero."""
-        fields = self.spec.value_size // 8
-        words = self._value_size // 8
-        zero = bytes(self._value_size)
-        base = 0
-        for _, values, count in self._batches():
-            if values[: count * self._value_size] != bytes(count * self._value_size):
-                for i in range(count):
-                    value = values[i * self._value_size : (i + 1) * self._value_size]
-                    if value != zero:
-                        counters = value.cast("Q")
-                        yield base + i, [sum(counters[f:words:fields]) for f in range(fields)]
-            base += count
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-
-class SharedArray(Map):
-    """An array map mapped into memory (BPF_F_MMAPABLE): stores are plain, without a system call.
-
-    Who alone writes it keeps a copy in memory of its own (:meth:`keep`), and reads that: so it does not take
-    what somebody else has stored for its own, and can tell it.
-    """
-
-    def __init__(self, fd: int, spec: MapSpec) -> None:
-        super().__init__(fd, spec)
-        # The kernel rounds an element up to 8 bytes; so must whoever maps the array.
-        assert spec.value_size % 8 == 0, spec.name
-        stride = spec.value_size
-        size = -(-stride * spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.memory = mmap.mmap(fd, size)
-        self.bytes = memoryview(self.memory)
-        self.stride = stride
-        self._kept: mmap.mmap | None = None
-        self._owned = stride
-
-    def words(self) -> ct.Array[ct.c_uint64]:
-        """The array as 64-bit words; ctypes stores each with one instruction, never torn."""
-        return self._words_of(self.memory)
-
-    def _words_of(self, memory: mmap.mmap) -> ct.Array[ct.c_uint64]:
-        return (ct.c_uint64 * (self.stride * self.spec.max_entries // 8)).from_buffer(memory)
-
-    # -- the copy of its only writer
-
-    @property
-    def is_kept(self) -> bool:
-        return self._kept is not None
-
-    @property
-    def kept_size(self) -> int:
-        """Bytes of the copy that are told of as one entry: of a filter, one large element, a word."""
-        return self._owned if self.spec.max_entries > 1 else 8
-
-    def keep(self, owned: int = 0) -> memoryview:
-        """The copy, which is made by the first call. Whoever writes the array writes it, too.
-
-        ``owned``: of each element the copy has only so many bytes, a multiple of 4: the others are
-        programs'. 0: all.
-        """
-        return memoryview(self._keep(owned))
-
-    def kept_words(self) -> ct.Array[ct.c_uint64]:
-        return self._words_of(self._keep())
-
-    def _keep(self, owned: int = 0) -> mmap.mmap:
-        if self._kept is None:
-            self._owned = owned or self.stride
-            size = self._owned * self.spec.max_entries
-            # Pages that are only read take no memory in a private mapping.
-            self._kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for part in self._parts():
-                now = self.owned(part)
-                if now.count(0) != len(now):
-                    self._kept[part.start : part.stop] = now
-        return self._kept
-
-    def _parts(self) -> Iterator[slice]:
-        size = self._owned * self.spec.max_entries
-        step = COMPARED // self.kept_size * self.kept_size
-        return (slice(at, min(at + step, size)) for at in range(0, size, step))
-
-    def owned(self, part: slice) -> bytes:
-        """What the array has now where the copy has this part, which begins and ends with an element."""
-        if self._owned == self.stride:
-            return self.memory[part.start : part.stop]
-        first, last = part.start // self._owned, part.stop // self._owned
-        elements = self.memory[first * self.stride : last * self.stride]
-        if elements == bytes(len(elements)):
-            return bytes((last - first) * self._owned)
-        words = memoryview(elements).cast("I")
-        found = memoryview(bytearray((last - first) * self._owned)).cast("I")
-        step, width = self.stride // 4, self._owned // 4
-        for column in range(width):
-            found[column::width] = words[column::step]
-        return found.tobytes()
-
-    def store(self, at: int, data: bytes) -> None:
-        """Stores bytes in the copy and in the array, not as one step."""
-        self._keep()[at : at + len(data)] = data
-        self.bytes[at : at + len(data)] = data
-        self.writes += 1
-
-    def differing(self) -> Iterator[slice]:
-        """The parts of the copy from which the array differs. Any thread may ask."""
-        kept = self._keep()
-        return (part for part in self._parts() if self.owned(part) != kept[part])
-
-    def restore(self, at: int) -> None:
-        """Stores the entry of the copy that begins there in the array: a word with one instruction."""
-        size = self.kept_size
-        if size == _WORD_SIZE:
-            self.words()[at // size] = self.kept_words()[at // size]
-        else:
-            to = at // size * self.stride
-            self.bytes[to : to + size] = self.keep()[at : at + size]
-        self.writes += 1
-
-    def close(self) -> None:
-        self.bytes.release()
-        super().close()
-
-
-class WindowedArray(Map):
-    """An array map (BPF_F_MMAPABLE) that is mapped a window at a time, and no longer than it is read."""
-
-    def windows(self) -> Iterator[mmap.mmap]:
-        """The memory, in order; a window is closed when the next is opened.
-
-        A slice with a step of the mapping itself is copied faster than one of a memoryview.
-        """
-        size = -(-self.spec.value_size * self.spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        for offset in range(0, size, _WINDOW):
-            length = min(_WINDOW, size - offset)
-            with mmap.mmap(self.fd, length, prot=mmap.PROT_READ, offset=offset) as window:
-                yield window
-
-    def read(self, first: int, count: int) -> bytes:
-        """So many elements, from this one on."""
-        at = first * self.spec.value_size
-        start, size = at - at % mmap.PAGESIZE, count * self.spec.value_size
-        with mmap.mmap(self.fd, at - start + size, prot=mmap.PROT_READ, offset=start) as window:
-            return window[at - start : at - start + size]
-
-    def count_nonzero(self, at: int) -> int:
-        """How many elements have something else than 0 in the byte at this offset."""
-        columns = (window[at :: self.spec.value_size] for window in self.windows())
-        return sum(len(column) - column.count(0) for column in columns)
-
-
-def _wrap(fd: int, spec: MapSpec) -> Map:
-    if spec.in_windows:
-        return WindowedArray(fd, spec)
-    return SharedArray(fd, spec) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
 
 
 class MapSet:
@@ -346,7 +77,7 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
                 flags=spec.flags,
             )
             bpf.pin(fd, path)
-        maps[spec.name] = _wrap(fd, spec)
+        maps[spec.name] = map_of(fd, spec)
     return MapSet(folder, maps, adopted=adopted)
 
 
@@ -396,7 +127,7 @@ def _open(path: Path, spec: MapSpec) -> Map | None:
     try:
         info = bpf.map_info(fd)
         if (info.key_size, info.value_size) == (spec.key_size, spec.value_size):
-            return _wrap(fd, spec._replace(max_entries=info.max_entries))
+            return map_of(fd, spec._replace(max_entries=info.max_entries))
     except BaseException:
         os.close(fd)
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from ebpfproxy.datapath.kernel.maps import Map
+from ebpfproxy.datapath.kernel.bpf_map import Map
 
 
 class Owned(NamedTuple):

@@ -20,8 +20,8 @@ from ebpfproxy.datapath.abi.hooks import FORWARDING
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.node_layout import XdpFlags, pack_xdp_device
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
-from ebpfproxy.datapath.kernel.maps import Map
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
 from ebpfproxy.datapath.programs.devices import exists

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ebpfproxy.datapath.abi.layout import CHOICE_ROWS, REJECTIONS, U32, U64
-from ebpfproxy.datapath.kernel.maps import MapSet, WindowedArray
+from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
+from ebpfproxy.datapath.kernel.maps import MapSet
 
 
 class ServiceCounts:

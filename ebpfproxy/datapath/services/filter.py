@@ -11,7 +11,7 @@ from collections import Counter
 
 from ebpfproxy.datapath.abi.layout import pack_address
 from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS
-from ebpfproxy.datapath.kernel.maps import SharedArray
+from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 
 _WORDS = struct.Struct("=4I")
 _GOLDEN = 0x9E3779B1

@@ -16,7 +16,8 @@ from itertools import chain
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32, ServiceEntry, ServiceFlags, ServiceKey
-from ebpfproxy.datapath.kernel.maps import Map, MapSet
+from ebpfproxy.datapath.kernel.bpf_map import Map
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.services.model import FrontendKind

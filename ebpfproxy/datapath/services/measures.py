@@ -20,7 +20,8 @@ from ebpfproxy.datapath.abi.measure_layout import (
     ConnectFailure,
 )
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.kernel.maps import Map, MapSet
+from ebpfproxy.datapath.kernel.bpf_map import Map
+from ebpfproxy.datapath.kernel.maps import MapSet
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -16,8 +16,8 @@ from ebpfproxy import yaml_text
 from ebpfproxy.agent.state import AgentState
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import LinkInfo
-from ebpfproxy.datapath.kernel.maps import Map
 from ebpfproxy.datapath.kernel.probe import probe
 from ebpfproxy.netlink import traffic_control
 from ebpfproxy.netlink.rtnetlink import Rtnetlink

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from tests.cnis.network import CLUSTER_CIDRS, FAMILIES, SERVICE_CIDRS, Network, ip, load, sysctl
+from tests.cnis.vxlan import Vxlan
 from tests.lab import LabNode, Pod
 
 #: Felix takes these bits of its default IptablesMarkMask, 0xffff0000.
 _ACCEPT, _PASS, _FROM_WORKLOAD, _SCRATCH = 0x10000, 0x20000, 0x40000, 0x80000
-_VXLAN_PORT, _VXLAN_ID = 4789, 4096
-#: A family has a device, its MTU on a network with 1500, an option of ip, and a number of bits of a host.
-_DEVICES = {"IPv4": ("vxlan.calico", 1450, "-4", 32), "IPv6": ("vxlan-v6.calico", 1430, "-6", 128)}
+_VXLAN_PORT = 4789
 _HOST_MAC, _LINK_LOCAL = "ee:ee:ee:ee:ee:ee", "fe80::ecee:eeff:feee:eeee"
 
 
@@ -77,6 +76,17 @@ def _mac(node: LabNode, family: str) -> str:
     return f"66:{family[-1]}0:00:00:00:{node.number:02x}"
 
 
+_VXLAN = Vxlan(
+    devices={"IPv4": "vxlan.calico", "IPv6": "vxlan-v6.calico"},
+    number=4096,
+    port=_VXLAN_PORT,
+    mac=_mac,
+    address=_vtep,
+    block=_block,
+    protocol="80",
+)
+
+
 def _device(pod: Pod) -> str:
     return f"cali{pod.name}"
 
@@ -90,10 +100,13 @@ class Calico(Network):
         self.routes_pods = not vxlan
 
     def prepare(self, node: LabNode) -> None:
-        for family in FAMILIES:
-            ip(node, f"{_DEVICES[family][2]} route add blackhole {_block(node, family)} proto 80")
-            if self._vxlan:
-                _add_device(node, family)
+        ip(
+            node,
+            f"route add blackhole {_block(node, 'IPv4')} proto 80",
+            f"-6 route add blackhole {_block(node, 'IPv6')} proto 80",
+        )
+        if self._vxlan:
+            _VXLAN.add_devices(node)
 
     def connect(self, node: LabNode, name: str) -> Pod:
         pod = node.bare_pod(name)
@@ -135,17 +148,8 @@ class Calico(Network):
         return pod
 
     def join(self, node: LabNode, other: LabNode) -> None:
-        if not self._vxlan:
-            return
-        for family, (device, _, option, _) in _DEVICES.items():
-            gateway, mac = _vtep(other, family), _mac(other, family)
-            underlay = other.address if family == "IPv4" else other.address6
-            node.run(["bridge", "fdb", "add", mac, "dev", device, "dst", underlay])
-            ip(
-                node,
-                f"{option} neighbour add {gateway} lladdr {mac} dev {device} nud permanent",
-                f"{option} route add {_block(other, family)} via {gateway} dev {device} onlink proto 80",
-            )
+        if self._vxlan:
+            _VXLAN.reach(node, other)
 
     def finish(self, node: LabNode) -> None:
         for family in FAMILIES:
@@ -181,7 +185,7 @@ class Calico(Network):
         cluster = CLUSTER_CIDRS[family]
         rules = [Rule("masquerade", source=cluster, not_destination=cluster)]
         if self._vxlan:
-            device = _DEVICES[family][0]
+            device = _VXLAN.devices[family]
             rules.append(Rule("masquerade", oif=device, other_local_source=True))
         return Chains({"POSTROUTING": [Rule("jump", "cali-POSTROUTING")]}, {"cali-POSTROUTING": rules})
 
@@ -366,19 +370,6 @@ def _nft_rule(rule: Rule, table: str, word: str) -> str:
         }[rule.action],
     ]
     return " ".join(str(part) for part in parts if part)
-
-
-def _add_device(node: LabNode, family: str) -> None:
-    device, mtu, _, bits = _DEVICES[family]
-    local = node.address if family == "IPv4" else node.address6
-    nodad = "nodad" if family == "IPv6" else ""
-    ip(
-        node,
-        f"link add {device} address {_mac(node, family)} type vxlan id {_VXLAN_ID} dstport {_VXLAN_PORT} local {local}"
-        " dev eth0 nolearning",
-        f"address add {_vtep(node, family)}/{bits} dev {device} {nodad}",
-        f"link set {device} mtu {mtu} up",
-    )
 
 
 NETWORKS: list[Network] = [

@@ -8,12 +8,11 @@ pkg/trafficmngr/nftables/nftables.go, the chain of plugins from Documentation/ku
 
 from __future__ import annotations
 
-from tests.cnis.network import CLUSTER_CIDRS, FAMILIES, Network, ip, load, pod_cidr
+from tests.cnis.network import CLUSTER_CIDRS, FAMILIES, Network, load, pod_cidr
 from tests.cnis.plugins import HOST_PORT, PORTMAP, add, host_local
+from tests.cnis.vxlan import Vxlan
 from tests.lab import LabNode, Pod
 
-#: A family has a device, its MTU on a network with 1500, an option of ip, and a number of bits of a host.
-_DEVICES = {"IPv4": ("flannel.1", 1450, "-4", 32), "IPv6": ("flannel-v6.1", 1430, "-6", 128)}
 #: kube-proxy's mark, for which flannel leaves out its masquerading.
 _MARK = "0x4000/0x4000"
 
@@ -27,6 +26,16 @@ def _subnet_address(node: LabNode, family: str) -> str:
     return pod_cidr(node, family).split("/", maxsplit=1)[0]
 
 
+_VXLAN = Vxlan(
+    devices={"IPv4": "flannel.1", "IPv6": "flannel-v6.1"},
+    number=1,
+    port=8472,
+    mac=_mac,
+    address=_subnet_address,
+    block=pod_cidr,
+)
+
+
 class Flannel(Network):
     def __init__(self, title: str, *, vxlan: bool, nftables: bool) -> None:
         super().__init__(title)
@@ -36,8 +45,7 @@ class Flannel(Network):
 
     def prepare(self, node: LabNode) -> None:
         if self._vxlan:
-            for family in FAMILIES:
-                _add_device(node, family)
+            _VXLAN.add_devices(node)
         for family in FAMILIES:
             if self._nftables:
                 load(node, ["nft", "-f", "-"], _nft_rules(node, family))
@@ -53,29 +61,8 @@ class Flannel(Network):
         return pod
 
     def join(self, node: LabNode, other: LabNode) -> None:
-        if not self._vxlan:
-            return
-        for family, (device, _, option, _) in _DEVICES.items():
-            gateway, mac = _subnet_address(other, family), _mac(other, family)
-            underlay = other.address if family == "IPv4" else other.address6
-            node.run(["bridge", "fdb", "add", mac, "dev", device, "dst", underlay])
-            ip(
-                node,
-                f"{option} neighbour add {gateway} lladdr {mac} dev {device} nud permanent",
-                f"{option} route add {pod_cidr(other, family)} via {gateway} dev {device} onlink",
-            )
-
-
-def _add_device(node: LabNode, family: str) -> None:
-    device, mtu, _, bits = _DEVICES[family]
-    local = node.address if family == "IPv4" else node.address6
-    nodad = "nodad" if family == "IPv6" else ""
-    ip(
-        node,
-        f"link add {device} address {_mac(node, family)} type vxlan id 1 dstport 8472 local {local} dev eth0 nolearning",
-        f"address add {_subnet_address(node, family)}/{bits} dev {device} {nodad}",
-        f"link set {device} mtu {mtu} up",
-    )
+        if self._vxlan:
+            _VXLAN.reach(node, other)
 
 
 def _iptables_rules(node: LabNode, family: str) -> str:

@@ -16,7 +16,7 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-cnis test-faults bench lint lint-python lint-c format setup lock clean
+.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-cnis test-faults trust bench lint lint-python lint-c format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
@@ -61,6 +61,10 @@ fuzz: setup
 # Pods in the networks of real CNIs, and nodes with unusual ones.
 test-cnis: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m root -n 3 --dist loadscope --no-loadscope-reorder tests/cnis
+
+# All of the above, one after the other, with the time of each; PARTS="test-cnis fuzz" takes some of them.
+trust: setup
+	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.trust $(PARTS)
 
 bench: setup
 	$(PYTHON) -m tools.bench --json bench.json

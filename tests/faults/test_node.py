@@ -77,10 +77,6 @@ def test_log_on_a_full_disk(faulted: Faulted) -> None:
         assert agent.stop() == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="long connections ended while an endpoint came back and others waited for room; the cause is not known yet",
-)
 def test_tables_of_services_that_are_full(faulted: Faulted) -> None:
     """Maps of Services, backends and slots without room: what was served stays served, and all is once there is room."""
     agent = faulted.agent("--max-services", "50", "--max-backends", "215", "--max-slots", "300").start()
@@ -109,10 +105,6 @@ def test_tables_of_services_that_are_full(faulted: Faulted) -> None:
     agent.stop()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an unconnected UDP socket that finds no room for its record is translated, and sees the backend's address",
-)
 def test_records_of_sockets_that_are_full(faulted: Faulted) -> None:
     """Records of sockets and affinity without room: connections work as before."""
     agent = faulted.agent(

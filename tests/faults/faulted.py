@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -147,6 +148,7 @@ class Faulted:
             "pod": Load(self.client, ways["pod"], kinds),
             "outside": Load(self.outside, ways["outside"], kinds),
         }
+        before = self.packet_events()
         for load in loads.values():
             load.wait()
         found: dict[str, list[Result]] = {}
@@ -164,8 +166,20 @@ class Faulted:
             for when, why in each.lost
             if packets or place == "pod" or WrongBackendError.__name__ in why
         ]
-        assert not lost, f"{len(lost)} lost:\n" + "\n".join(sorted(lost)[:30])
+        assert not lost, (
+            f"{len(lost)} lost:\n"
+            + "\n".join(sorted(lost)[:30])
+            + f"\npackets: {self.packet_events() - before}"
+        )
         assert all(each.count for results in found.values() for each in results), "a load did nothing"
+
+    def packet_events(self) -> Counter[str]:
+        """What node a counts of packets that it did not just translate; nothing without maps."""
+        try:
+            status = json.loads(self.a.cli("status", "-o", "json", check=False))
+        except ValueError:
+            return Counter()
+        return Counter({each["reason"]: each["packets"] for each in status["packets"]})
 
     # -- the end
 

@@ -103,11 +103,12 @@ class Faulted:
         ]
         self.control("put", made, resource="endpointslices")
 
-    def put_further(self) -> None:
-        """Another Service, with an endpoint that the others have, too."""
+    def put_further(self) -> int:
+        """Another Service, with an endpoint that the others have, too. Returns its version."""
         made = objects.service("further", "10.96.200.40", namespace="shop")
-        self.control("put", made, resource="services")
+        version = int(self.control("put", made, resource="services")["resourceVersion"])
         self.put_endpoints("further", "w1")
+        return version
 
     def delete_further(self) -> None:
         self.control("delete", resource="services", namespace="shop", name="further")
@@ -193,7 +194,7 @@ class Faulted:
             every=0.1,
         )
 
-    def wait_equal(self, seconds: float = READY_SECONDS) -> None:
+    def wait_equal(self, seconds: float = READY_SECONDS, *, every: float = 0.2) -> None:
         """Waits until the maps hold what the API says, and ``ebpfproxy check`` has no complaint."""
         wrong: list[object] = []
 
@@ -202,7 +203,7 @@ class Faulted:
             return not wrong[0]
 
         try:
-            until(is_equal, "", seconds, every=0.2)
+            until(is_equal, "", seconds, every=every)
         except AssertionError:
             raise AssertionError(f"maps differ from the API: {wrong[0]}") from None
         command.import_commands()

@@ -42,7 +42,7 @@ class Outcome(msgspec.Struct):
 
 class Found(msgspec.Struct):
     rows: dict[str, Row] = {}
-    #: By the test's name.
+    #: Keys are names of tests.
     outcomes: dict[str, Outcome] = {}
     seconds: float = 0.0
 

@@ -24,7 +24,7 @@ from tests.faults import report
 from tests.faults.faulted import Faulted
 from tests.faults.steps import Choose, Fault, Step, Stepped
 from tests.lab import Agent
-from tests.lab.waiting import until
+from tests.lab.waiting import READY_SECONDS, until
 
 pytestmark = [
     pytest.mark.root,
@@ -59,7 +59,13 @@ def wait_end(agent: Agent) -> bool:
     """Waits until it is ready (True), or has ended."""
     assert agent.process is not None
     process = agent.process
-    until(lambda: agent.is_ready or process.poll() is not None, "the agent neither ends nor is ready")
+    ends = time.monotonic() + READY_SECONDS
+    until(
+        lambda: agent.is_ready or process.poll() is not None or time.monotonic() > ends, "", 2 * READY_SECONDS
+    )
+    assert agent.is_ready or process.poll() is not None, (
+        f"the agent neither ends nor is ready:\n{agent.text[-9000:]}"
+    )
     return process.poll() is None
 
 
@@ -114,13 +120,15 @@ class Ladder:
             assert len(self.done) > before, f"the agent ends at no step:\n{agent.text}"
 
 
-def test_agent_killed_at_a_step_of_each_kind(faulted: Faulted) -> None:
+@pytest.mark.parametrize("arguments", [("--no-localhost-nodeports",), _OTHER_SIZES], ids=["options", "sizes"])
+def test_agent_killed_at_a_step_of_each_kind(faulted: Faulted, arguments: tuple[str, ...]) -> None:
     """kill -9 at one step of each kind of a start with other options: a sample of the ladders for every run."""
     faulted.agent().start().kill()
     ladder = Ladder(_KILL, of_kind=_SAMPLED)
-    with faulted.under_load("kill -9 at a step of each kind of a start"):
-        agent = ladder.climb(faulted, "--no-localhost-nodeports")
-    ladder.report("kill -9 at a step of each kind of a start")
+    fault = f"kill -9 at a step of each kind of a start with {' '.join(arguments)}"
+    with faulted.under_load(fault, packets=arguments is not _OTHER_SIZES):
+        agent = ladder.climb(faulted, *arguments)
+    ladder.report(fault)
     assert {step.name.split()[0] for step in ladder.done} == _SAMPLED
     faulted.wait_equal()
     agent.stop()
@@ -176,10 +184,8 @@ def test_agent_stopped_at_every_step_of_a_start(faulted: Faulted) -> None:
 def test_every_step_of_a_start_fails(faulted: Faulted, error: int) -> None:
     """A system call fails at every step of a start that loads programs: the agent says so in a line, or goes on."""
     faulted.agent().start().kill()
-    fault, ladder = (
-        f"{errno.errorcode[error]} at every step of a start with other options",
-        Ladder(Fault(error=error)),
-    )
+    fault = f"{errno.errorcode[error]} at every step of a start with other options"
+    ladder = Ladder(Fault(error=error))
     with faulted.under_load(fault):
         agent = ladder.climb(faulted, "--no-localhost-nodeports")
         agent.kill()

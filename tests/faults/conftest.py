@@ -50,8 +50,9 @@ def faulted() -> Iterator[Faulted]:
 
 @pytest.fixture(autouse=True)
 def _no_agents(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test begins beside an agent that another has left."""
-    found = request.getfixturevalue("faulted") if "faulted" in request.fixturenames else None
+    """No test begins beside an agent that another has left; that of a module stays."""
+    found: Faulted | None = request.getfixturevalue("faulted") if "faulted" in request.fixturenames else None
+    before = list(found.lab.agents) if found is not None else []
     yield
     if found is not None:
-        found.end_agents()
+        found.end_agents(before)

@@ -119,10 +119,10 @@ class Faulted:
     def agent(self, *arguments: str) -> Agent:
         return self.a.agent("--master", self.url, *KEEPS_CONNECTIONS, *arguments)
 
-    def end_agents(self) -> None:
+    def end_agents(self, besides: Sequence[Agent]) -> None:
         """Kills those that a test has left, so that the next one does not fail for them."""
         for each in self.lab.agents:
-            if each.process is not None and each.process.poll() is None:
+            if each not in besides and each.process is not None and each.process.poll() is None:
                 each.kill()
 
     # -- the load

@@ -48,7 +48,9 @@ def test_rollout_and_rollback_of_another_version(faulted: Faulted, former: Path,
     As with other sizes, of flows of packets one that begins within the last milliseconds before the programs of its
     device are replaced may be lost: they are counted.
     """
-    agent = faulted.agent().start(cwd=former)
+    agent = faulted.agent().start(cwd=former, wait=False)
+    # It compiles its programs.
+    agent.wait_ready(600)
     with faulted.under_load(f"rollout and rollback of another version, whose agent is {ends}", packets=False):
         for checkout in (None, former, None):
             if ends == "told":

@@ -19,7 +19,7 @@ from ebpfproxy.datapath.programs import bytecode, loader
 from ebpfproxy.datapath.programs.attach import attachments
 from tests.apiserver import objects
 from tests.faults.faulted import NODE_PORTS, WEB, Faulted
-from tests.lab import Lab, clients
+from tests.lab import Agent, Lab, clients
 from tests.lab.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.faults]
@@ -66,11 +66,19 @@ def test_cache_on_a_disk_that_is_full_or_read_only(faulted: Faulted, tmp_path: P
             agent.stop()
 
 
+def _is_healthy(agent: Agent) -> bool:
+    with suppress(OSError):
+        return agent.http("/healthz")[0] == 200
+    return False
+
+
 def test_log_on_a_full_disk(faulted: Faulted) -> None:
     """Where the log cannot be written (/dev/full), the agent works and ends as always."""
     with Path("/dev/full").open("wb") as full, faulted.under_load("disk for logs full"):
         agent = faulted.agent()
         agent.start(wait=False, into=full)
+        # The maps may be as they should be from before.
+        until(lambda: _is_healthy(agent), "the agent is not healthy")
         faulted.wait_equal()
         change_meanwhile(faulted)
         faulted.wait_equal()

@@ -200,15 +200,15 @@ def backends_of(port: ServicePort) -> Iterator[Backend]:
     return chain(port.cluster, port.local, port.draining, port.idle, port.drained)
 
 
-def restricted(port: ServicePort, to: Container[Backend]) -> ServicePort | None:
-    """A service port with some of its backends only; None where that leaves none but terminating ones."""
+def restricted(port: ServicePort, to: Container[Backend]) -> ServicePort:
+    """A service port with some of its backends only; as it is where that leaves none but terminating ones."""
 
     def some(backends: Iterable[Backend]) -> tuple[Backend, ...]:
         return tuple(each for each in backends if each in to)
 
     cluster, draining = some(port.cluster), some(port.draining)
     if port.cluster and not cluster and draining:
-        return None
+        return port
     return msgspec.structs.replace(
         port,
         cluster=cluster,

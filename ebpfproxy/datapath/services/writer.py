@@ -208,7 +208,7 @@ class Writer:
             return
         there = self._backends.known_ids(plan.backends_of(port))
         part = plan.restricted(port, there.keys())
-        for size in (self._placer.maglev_size, *self._placer.smaller_sizes(part)) if part else ():
+        for size in (self._placer.maglev_size, *self._placer.smaller_sizes(part)):
             with suppress(*ExhaustedError):
                 self._try_place(part, change, size)
                 # What a map refuses of it is tried again with all of its backends.

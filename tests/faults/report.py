@@ -129,7 +129,9 @@ def _lines(found: Found) -> list[str]:
         "pod (sockets) and from outside through NodePorts (packets), to two Services with an endpoint on each node. A "
         "connection or datagram is lost if it has an error, no answer in 10 s, or one of a server that is no endpoint of "
         "the Service. After each fault the maps are compared with the API's objects. A step is a system call that changes "
-        "maps, programs, attachments or pins, or a line that stores in the maps' memory. Lost of how many:",
+        "maps, programs, attachments or pins, or a line that stores in the maps' memory. The whole is run in parts: what is "
+        "not in these tables was not run yet, and where maps change their size, flows of packets may be lost. Lost of how "
+        "many:",
         "",
         *tested.table(head, rows),
         *tested.table(["", "", "took", "on"], outcomes),

@@ -120,7 +120,13 @@ class Ladder:
             assert len(self.done) > before, f"the agent ends at no step:\n{agent.text}"
 
 
-@pytest.mark.parametrize("arguments", [("--no-localhost-nodeports",), _OTHER_SIZES], ids=["options", "sizes"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("--no-localhost-nodeports",), id="options"),
+        pytest.param(_OTHER_SIZES, id="sizes", marks=pytest.mark.faults),
+    ],
+)
 def test_agent_killed_at_a_step_of_each_kind(faulted: Faulted, arguments: tuple[str, ...]) -> None:
     """kill -9 at one step of each kind of a start with other options: a sample of the ladders for every run."""
     faulted.agent().start().kill()

@@ -48,15 +48,24 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 	if (skip_translation(ctx, to, svc))
 		return connect_as_is(ctx, to, svc);
 	client = client_of(ctx, svc, to);
-	verdict = choose(svc, &client, &backend_id, backend);
+	verdict = service_choose(svc, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE) {
+		count_service(svc->id, verdict);
 		if (to->proto != IPPROTO_UDP)
 			return refuse(ctx, to, svc, verdict);
 		/* Nothing is sent yet: packets are rejected as long as there is no endpoint. */
 		origin_forget(get_socket_cookie(ctx));
 		return PROCEED;
 	}
-	origin_remember(ctx, to, svc->id, backend_id, *backend);
+	if (!origin_remember(ctx, to, svc->id, backend_id, *backend)) {
+		/* A resolver compares the source of a reply with the address that it has asked. */
+		if (to->proto == IPPROTO_UDP && leave_to_packets(ctx, to, svc, *backend)) {
+			*backend = NULL;
+			return PROCEED;
+		}
+		load_count_datagram(*backend);
+	}
+	count_service(svc->id, VERDICT_TRANSLATE);
 	decision_chosen(ctx, to, svc, &client, backend_id);
 	return PROCEED;
 }

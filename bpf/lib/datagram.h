@@ -83,6 +83,23 @@ static __always_inline void count_full(void)
 }
 
 /*
+ * Leaves a socket without room for its record to the packet programs, which translate replies, too.
+ * Returns false where its packets do not pass them.
+ */
+static __always_inline bool leave_to_packets(struct bpf_sock_addr *ctx, const struct target *to,
+					     const struct service *svc,
+					     const struct backend *backend)
+{
+	count_full();
+	if (!passes_our_device(ctx, svc, backend))
+		return false;
+	/* Another frontend of the socket has the same backend, or may get it later. */
+	if (has_peers(get_socket_cookie(ctx)))
+		note_clash(ctx, to);
+	return true;
+}
+
+/*
  * Handles the first datagram to a frontend, or one whose backend has left. If two frontends had the
  * same backend, the socket could not tell their replies apart: the second frontend gets another
  * backend; failing that, its datagrams are left to the packet programs, which give the flow another
@@ -127,15 +144,10 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	peer.backend_id = backend_id;
 	peer.epoch = epoch;
 	if (!peer_insert(cookie, bpf_get_netns_cookie(ctx), &peer,
-			 !passes_our_device(ctx, svc, *backend))) {
-		count_full();
-		if (passes_our_device(ctx, svc, *backend)) {
-			/* Another frontend of the socket may get the same backend later. */
-			if (has_peers(cookie))
-				note_clash(ctx, to);
-			*backend = NULL;
-			return PROCEED;
-		}
+			 !passes_our_device(ctx, svc, *backend)) &&
+	    leave_to_packets(ctx, to, svc, *backend)) {
+		*backend = NULL;
+		return PROCEED;
 	}
 	count_service(svc->id, VERDICT_TRANSLATE);
 	load_count_datagram(*backend);

@@ -23,7 +23,7 @@ enum event {
 	EVENT_MALFORMED,       /* passed: headers cut short or nonsense */
 	EVENT_FLOWS_MADE,      /* conntrack entries inserted */
 	EVENT_FLOWS_ENDED,     /* conntrack entries deleted by programs */
-	EVENT_SOCKETS_FULL, /* passed: no room for an unconnected socket, packets are translated */
+	EVENT_SOCKETS_FULL, /* passed: no room for a socket of datagrams, packets are translated */
 	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
 	EVENT_XDP,	    /* forwarded at XDP */
 	EVENTS,

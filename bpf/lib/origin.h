@@ -153,7 +153,8 @@ static __always_inline bool origin_insert(struct origin *slot, u64 cookie, const
 	return false;
 }
 
-static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
+/* Records and counts a connection; returns false where there is no room for its record. */
+static __always_inline bool origin_remember(struct bpf_sock_addr *ctx,
 					    const struct target *frontend, u32 service_id,
 					    u32 backend_id, struct backend *backend)
 {
@@ -169,7 +170,7 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 	};
 
 	if (!slot)
-		return;
+		return false;
 	if (HAVE_MPTCP && frontend->proto == IPPROTO_TCP)
 		subflow_note(ctx, cookie);
 	known = origin_of(cookie);
@@ -178,10 +179,10 @@ static __always_inline void origin_remember(struct bpf_sock_addr *ctx,
 		load_remove_socket(known->peer.backend_id);
 		known->peer = peer;
 	} else if (!origin_insert(slot, cookie, &peer, bpf_get_netns_cookie(ctx))) {
-		load_count_datagram(backend);
-		return;
+		return false;
 	}
 	load_add_socket(backend);
+	return true;
 }
 
 static __always_inline bool overflow_forget(struct origin *slot, u64 cookie)

@@ -237,7 +237,7 @@ class ProgramManager:
         for_records = RecordPrograms(self._programs)
         migration = MapMigration(self._pins, self._maps, for_records)
         migration.copy()
-        changed = self._attach_sockets(self._programs)
+        changed = self._attach_sockets(self._programs, has_other_maps=migration.has_others)
         self.attached = True
         self._open_reports()
         self.for_records = for_records
@@ -253,6 +253,7 @@ class ProgramManager:
             log.info("leaving existing connections to netfilter", ports_taken=taken)
         self.packets.set_mode(mode)
         migration.copy()
+        attach.drop_former(self._pins, self._programs)
         migration.close()
         if migration.copied:
             log.info("copied flows from maps of other sizes", entries=migration.copied)
@@ -271,8 +272,14 @@ class ProgramManager:
         if self.attached:
             self._attach_devices()
 
-    def _attach_sockets(self, programs: Path) -> list[str]:
-        return attach.attach_all(self._pins, programs, self._options.cgroup_root, self._optional_hooks)
+    def _attach_sockets(self, programs: Path, *, has_other_maps: bool = False) -> list[str]:
+        return attach.attach_all(
+            self._pins,
+            programs,
+            self._options.cgroup_root,
+            self._optional_hooks,
+            has_other_maps=has_other_maps,
+        )
 
     def _attach_devices(self) -> list[str]:
         assert self._programs is not None

@@ -5,6 +5,7 @@
 | ``put`` | ``resource``; the object as JSON in the body |
 | ``delete`` | ``resource``, ``namespace``, ``name`` |
 | ``compact`` | forgets the history: older resource versions get 410 |
+| ``rewind`` | ``version``: goes back to that, as from a backup |
 | ``fault`` | ``kind``, ``times``, ``resource``, ``param``, ``retry_after``, ``seconds`` of ``faults.Fault`` |
 | ``heal`` | no more faults |
 | ``drop`` | all connections are reset |
@@ -38,6 +39,7 @@ class Control:
             "put": self._put,
             "delete": self._delete,
             "compact": self._compact,
+            "rewind": self._rewind,
             "fault": self._fault,
             "heal": self._heal,
             "drop": self._drop,
@@ -64,6 +66,10 @@ class Control:
 
     def _compact(self, query: Query, body: bytes) -> Mapping[str, object]:
         self._api.store.compact()
+        return {}
+
+    def _rewind(self, query: Query, body: bytes) -> Mapping[str, object]:
+        self._api.store.rewind(int(query["version"]))
         return {}
 
     def _fault(self, query: Query, body: bytes) -> Mapping[str, object]:

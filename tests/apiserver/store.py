@@ -98,6 +98,15 @@ class Store:
             for log in self._log.values():
                 log.clear()
 
+    def rewind(self, number: int) -> None:
+        """Goes back to a version, as an etcd that is restored from a backup; what follows has numbers that were given."""
+        with self.changed:
+            for resource in KINDS:
+                _, found = self.items(resource, at=number)
+                self._items[resource] = {each.key: each for each in found}
+                self._log[resource] = [each for each in self._log[resource] if each.number <= number]
+            self.version = number
+
     def items(
         self, resource: str, selector: Selector | None = None, *, at: int | None = None
     ) -> tuple[int, list[Version]]:

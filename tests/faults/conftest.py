@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -12,6 +12,19 @@ from tests.lab import Lab
 
 #: A worker's key for its part of the table.
 _PART = "faults_report"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    made = yield
+    if call.when == "call":
+        sentence = (getattr(item, "obj", None).__doc__ or "").split("\n\n")[0]
+        parameters = item.name.partition("[")[2].removesuffix("]")
+        says = " ".join(sentence.split()) + (f" ({parameters})" if parameters else "")
+        report.add_outcome(item.nodeid, says, made.outcome, call.duration)
+    return made
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -24,7 +37,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object, error: object) -> None:
-    report.join(getattr(node, "workeroutput", {}).get(_PART, {}))
+    found = getattr(node, "workeroutput", {}).get(_PART)
+    if found is not None:
+        report.join(found)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +50,9 @@ def faulted() -> Iterator[Faulted]:
 
 @pytest.fixture(autouse=True)
 def _no_agents(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test begins beside an agent that another has left."""
-    found = request.getfixturevalue("faulted") if "faulted" in request.fixturenames else None
+    """No test begins beside an agent that another has left; that of a module stays."""
+    found: Faulted | None = request.getfixturevalue("faulted") if "faulted" in request.fixturenames else None
+    before = list(found.lab.agents) if found is not None else []
     yield
     if found is not None:
-        found.end_agents()
+        found.end_agents(before)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -102,11 +103,12 @@ class Faulted:
         ]
         self.control("put", made, resource="endpointslices")
 
-    def put_further(self) -> None:
-        """Another Service, with an endpoint that the others have, too."""
+    def put_further(self) -> int:
+        """Another Service, with an endpoint that the others have, too. Returns its version."""
         made = objects.service("further", "10.96.200.40", namespace="shop")
-        self.control("put", made, resource="services")
+        version = int(self.control("put", made, resource="services")["resourceVersion"])
         self.put_endpoints("further", "w1")
+        return version
 
     def delete_further(self) -> None:
         self.control("delete", resource="services", namespace="shop", name="further")
@@ -117,10 +119,10 @@ class Faulted:
     def agent(self, *arguments: str) -> Agent:
         return self.a.agent("--master", self.url, *KEEPS_CONNECTIONS, *arguments)
 
-    def end_agents(self) -> None:
+    def end_agents(self, besides: Sequence[Agent]) -> None:
         """Kills those that a test has left, so that the next one does not fail for them."""
         for each in self.lab.agents:
-            if each.process is not None and each.process.poll() is None:
+            if each not in besides and each.process is not None and each.process.poll() is None:
                 each.kill()
 
     # -- the load
@@ -147,6 +149,7 @@ class Faulted:
             "pod": Load(self.client, ways["pod"], kinds),
             "outside": Load(self.outside, ways["outside"], kinds),
         }
+        before = self.packet_events()
         for load in loads.values():
             load.wait()
         found: dict[str, list[Result]] = {}
@@ -164,8 +167,20 @@ class Faulted:
             for when, why in each.lost
             if packets or place == "pod" or WrongBackendError.__name__ in why
         ]
-        assert not lost, f"{len(lost)} lost:\n" + "\n".join(sorted(lost)[:30])
+        assert not lost, (
+            f"{len(lost)} lost:\n"
+            + "\n".join(sorted(lost)[:30])
+            + f"\npackets: {self.packet_events() - before}"
+        )
         assert all(each.count for results in found.values() for each in results), "a load did nothing"
+
+    def packet_events(self) -> Counter[str]:
+        """What node a counts of packets that it did not just translate; nothing without maps."""
+        try:
+            status = json.loads(self.a.cli("status", "-o", "json", check=False))
+        except ValueError:
+            return Counter()
+        return Counter({each["reason"]: each["packets"] for each in status["packets"]})
 
     # -- the end
 
@@ -179,7 +194,7 @@ class Faulted:
             every=0.1,
         )
 
-    def wait_equal(self, seconds: float = READY_SECONDS) -> None:
+    def wait_equal(self, seconds: float = READY_SECONDS, *, every: float = 0.2) -> None:
         """Waits until the maps hold what the API says, and ``ebpfproxy check`` has no complaint."""
         wrong: list[object] = []
 
@@ -188,7 +203,7 @@ class Faulted:
             return not wrong[0]
 
         try:
-            until(is_equal, "", seconds, every=0.2)
+            until(is_equal, "", seconds, every=every)
         except AssertionError:
             raise AssertionError(f"maps differ from the API: {wrong[0]}") from None
         command.import_commands()

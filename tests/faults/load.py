@@ -127,14 +127,16 @@ class _Thread(threading.Thread):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.settimeout(SECONDS)
             there = self._way.host, self._way.udp
-            if self.result.count % 2:
+            is_connected = self.result.count % 2
+            if is_connected:
                 sock.connect(there)
                 sock.send(b"?")
             else:
                 sock.sendto(b"?", there)
             data, source = sock.recvfrom(4096)
             if source != there:
-                raise OSError(f"a datagram to {there} is answered by {source}")
+                kind = "connected" if is_connected else "unconnected"
+                raise OSError(f"a datagram of a socket ({kind}) to {there} is answered by {source}")
             self._check(data)
 
 

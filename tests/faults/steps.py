@@ -174,8 +174,8 @@ class Stepped:
     def _notified(self, fd: int, buffer: bytearray) -> None:
         number, pid, _, call, _, _, *arguments = _NOTIF.unpack(buffer)
         fault = None
-        # The process may be killed by others at any time.
-        with suppress(OSError):
+        # The process may be killed by others at any time, and another thread of it may close the descriptor.
+        with suppress(OSError, ValueError):
             name = _name(pid, call, arguments)
             if name:
                 self._seen[name] += 1

@@ -13,10 +13,12 @@ from tests.faults.faulted import KEEPS_CONNECTIONS, Faulted
 from tests.lab import Agent, Lab
 from tests.lab.waiting import until
 
-pytestmark = [pytest.mark.root, pytest.mark.faults]
+pytestmark = [pytest.mark.root, pytest.mark.faults, pytest.mark.timeout(900)]
 
 #: Longer than an agent waits between two attempts at first; ten minutes are no other case than this.
 _GONE_SECONDS = 40
+#: Two watches without a byte (kube.watch.reflector.Timing), and the time for a list.
+_SILENT_SECONDS = 360
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,27 @@ def test_api_server_that_has_forgotten_its_history(faulted: Faulted, agent: Agen
             faulted.control("compact")
             faulted.control("heal")
             faulted.wait_equal()
+
+
+def test_api_server_that_is_restored_from_a_backup(faulted: Faulted, agent: Agent) -> None:
+    """The API server comes back with an older resourceVersion: watches hear nothing, then all is listed again.
+
+    A watch from a version that is still to come is no error (as with a real server), and has neither events nor
+    bookmarks. So the agent lists again after two silent watches, of 150 s each.
+    """
+    version = faulted.put_further() - 1
+    for _ in range(30):
+        change_meanwhile(faulted)
+    faulted.wait_equal()
+    with faulted.under_load("API server restored from a backup"):
+        faulted.control("rewind", version=version)
+        faulted.control("drop")
+        change_meanwhile(faulted)
+        time.sleep(5)
+    faulted.wait_equal(_SILENT_SECONDS, every=5)
+    with faulted.under_load("API server restored from a backup"):
+        change_meanwhile(faulted)
+        faulted.wait_equal()
 
 
 def test_thousand_changes_a_second(faulted: Faulted, agent: Agent) -> None:

@@ -114,6 +114,23 @@ def test_replies_to_colliding_unconnected_sockets(cluster: FewSlotsCluster) -> N
     cluster.wait_empty()
 
 
+def test_datagram_sockets_without_room_are_translated_in_packets(cluster: FewSlotsCluster) -> None:
+    """Connected ones see the frontend as their peer and as the source of replies, and leave no record."""
+    with ExitStack() as stack:
+        hosts = [V4, V6, MAPPED] * SLOTS
+        socks = [connected(stack, cluster, host, "udp") for host in hosts]
+        records = cluster.records()[0]
+        assert SLOTS <= records <= 2 * SLOTS
+        for _ in range(2):
+            assert {sock.ask() for sock in socks} <= {"w1", "w2"}
+            assert [sock.peer() for sock in socks] == [[host, 53] for host in hosts]
+        for sock, host in zip(socks, hosts, strict=True):
+            assert sock.send() is None
+            assert sock.receive()[1:] == [host, 53]
+        assert cluster.records()[0] == records
+    cluster.wait_empty()
+
+
 def test_a_socket_with_two_frontends_leaves_its_slot_as_it_was(cluster: FewSlotsCluster) -> None:
     with Remote(cluster.client, V4) as sock:
         for host in (V4, EXTERNAL):

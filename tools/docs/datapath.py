@@ -94,8 +94,8 @@ _REASONS = {
     "rewrite": "the packet could not be changed",
     "martian": "an invalid source address",
     "malformed": "headers that end too early",
-    "sockets-full": "datagrams of a socket that does not fit (`--max-datagram-sockets`), translated in packets "
-    "instead",
+    "sockets-full": "datagrams of a socket that does not fit (`--max-connections`, `--max-datagram-sockets`), "
+    "translated in packets instead",
     "xdp": "by the XDP program (`--xdp`)",
 }
 

@@ -28,6 +28,9 @@ SOCKET_HOOKS = (
     Hook("connect6", 11),
 )
 
+#: They read what the others have recorded of sockets, or remove it.
+RECORD_READERS = SOCKET_HOOKS[:5]
+
 #: Attached only where the option asks for it: bind() then costs nothing elsewhere.
 GUARD_HOOKS = (Hook("bind4", 8), Hook("bind6", 9))
 #: Attached only where connections are measured: TCP calls it for all connections of the node.

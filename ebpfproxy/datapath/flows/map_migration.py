@@ -74,6 +74,11 @@ class MapMigration:
             _copy_fragment_ids(old, maps)
             _merge_backends(old, maps)
 
+    @property
+    def has_others(self) -> bool:
+        """True if there is something to copy from."""
+        return bool(self._old)
+
     def copy(self) -> None:
         for old, (services, backends), copied, looked_at in zip(
             self._old, self._ids, self._origins, self._looked_at, strict=True

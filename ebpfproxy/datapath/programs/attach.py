@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, OPTIONAL_HOOKS, SOCKET_HOOKS, Hook
+from ebpfproxy.datapath.abi.hooks import FORMER_HOOKS, OPTIONAL_HOOKS, RECORD_READERS, SOCKET_HOOKS, Hook
 from ebpfproxy.datapath.kernel import bpf
 
 LINKS = "links"
@@ -30,10 +30,20 @@ class Attachment(msgspec.Struct, frozen=True):
         return self.program_id is not None and self.cgroup_id != 0
 
 
-def attach_all(pins: Path, programs: Path, cgroup_root: Path, optional: tuple[Hook, ...] = ()) -> list[str]:
+def attach_all(
+    pins: Path,
+    programs: Path,
+    cgroup_root: Path,
+    optional: tuple[Hook, ...] = (),
+    *,
+    has_other_maps: bool = False,
+) -> list[str]:
     """Brings every hook's link to the program in ``programs``. Returns what changed, a phrase for each.
 
     ``optional``: those of OPTIONAL_HOOKS that are wanted.
+    ``has_other_maps``: what is attached has recorded sockets in other maps. The programs that read records
+    stay, with ours behind them, until :func:`drop_former`: a socket is found in either, also for as long as
+    the next agent takes where this one is killed in between.
     A hook that has a link keeps having one at every moment; links of hooks that these options, or this
     version, do not have are taken away. Raises BpfError.
     """
@@ -42,11 +52,12 @@ def attach_all(pins: Path, programs: Path, cgroup_root: Path, optional: tuple[Ho
     (pins / LINKS).mkdir(parents=True, exist_ok=True)
     cgroup = os.open(cgroup_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        changed = [
-            f"{hook.name} {what}"
-            for hook in hooks
-            if (what := _attach(hook, pins / LINKS / hook.name, programs / hook.name, cgroup))
-        ]
+        changed = []
+        for hook in hooks:
+            stays = has_other_maps and hook in RECORD_READERS
+            what = _attach(hook, pins / LINKS / hook.name, programs / hook.name, cgroup, stays=stays)
+            if what:
+                changed.append(f"{hook.name} {what}")
     finally:
         os.close(cgroup)
     return changed + [f"{name} detached" for name in sorted(unwanted) if detach(pins / LINKS / name)]
@@ -61,19 +72,45 @@ def detach(link: Path) -> bool:
     return True
 
 
-def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str:
+def drop_former(pins: Path, programs: Path) -> None:
+    """Detaches what :func:`attach_all` has left beside ``programs``, by this agent or one that was killed."""
+    for hook in RECORD_READERS:
+        path = pins / LINKS / hook.name
+        new = _beside(path)
+        with bpf.pinned(new) as link:
+            found = int(bpf.cgroup_link_info(link).prog_id) if link is not None else None
+        if found is None:
+            continue
+        if found == program_id(programs / hook.name):
+            new.replace(path)
+        else:
+            detach(new)
+
+
+def _beside(link: Path) -> Path:
+    return link.with_name(f"{link.name}-new")
+
+
+def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int, *, stays: bool = False) -> str:
+    """``stays``: also what is attached there now."""
     with bpf.opened(program_path) as program, bpf.pinned(link_path) as link:
         if link is not None:
             info = bpf.cgroup_link_info(link)
             if info.cgroup_id == os.fstat(cgroup).st_ino:
                 if info.prog_id == bpf.prog_info(program).id:
                     return ""
-                bpf.link_update(link, program)
+                if stays:
+                    _attach(hook, _beside(link_path), program_path, cgroup)
+                else:
+                    bpf.link_update(link, program)
                 return "replaced"
         # Attached to another cgroup, or to one that is gone: the new link comes first.
         fresh = bpf.link_create(program, cgroup, hook.attach_type)
         try:
-            pin_over(fresh, link_path)
+            if link is None:
+                bpf.pin(fresh, link_path)
+            else:
+                pin_over(fresh, link_path)
         finally:
             os.close(fresh)
         return "attached" if link is None else "moved"
@@ -81,7 +118,7 @@ def _attach(hook: Hook, link_path: Path, program_path: Path, cgroup: int) -> str
 
 def pin_over(fd: int, path: Path) -> None:
     """Replaces what is pinned there, in one step."""
-    new = path.with_name(f"{path.name}-new")
+    new = _beside(path)
     new.unlink(missing_ok=True)
     bpf.pin(fd, new)
     new.replace(path)

@@ -43,9 +43,17 @@ class Absences:
         """Ends all waits of a service port, and returns the backends that they were for."""
         return self._until.pop(key, {}).keys()
 
-    def over(self, now: float | None = None) -> Iterator[tuple[ServicePortKey, set[int]]]:
-        """Ends the waits whose time is over, now or at another time; yields those that had any."""
-        now = self._clock() if now is None else now
+    def cut_short(self, may_end: Callable[[int], bool]) -> Iterator[tuple[ServicePortKey, set[int]]]:
+        """Ends the waits for some backends before their time; yields them by service port."""
+        for key, waiting in list(self._until.items()):
+            gone = set(filter(may_end, waiting))
+            if gone:
+                self._until[key] = {n: until for n, until in waiting.items() if n not in gone}
+                yield key, gone
+
+    def over(self) -> Iterator[tuple[ServicePortKey, set[int]]]:
+        """Ends the waits whose time is over; yields them by service port."""
+        now = self._clock()
         while self._next and self._next[0][0] <= now:
             _, key = self._next.popleft()
             waiting = self._until.pop(key, {})

@@ -78,7 +78,7 @@ class Backends:
 
     def busy(self) -> set[int]:
         """Those that were there before, are in no selection, and have something open."""
-        return {n for _, n in self._ids.items() if n not in self._selected and self._loads[n].open_now}
+        return {n for _, n in self._ids.items() if n not in self._selected and self.is_open(n)}
 
     # -- ids
 
@@ -100,6 +100,14 @@ class Backends:
 
     def ids_of(self, backends: Collection[Backend]) -> frozenset[int]:
         return frozenset(map(self.id_of, backends)) if backends else NO_IDS
+
+    def known_ids(self, backends: Iterable[Backend]) -> dict[Backend, int]:
+        """The ids of those that have one."""
+        return {each: number for each in backends if (number := self._ids.get(each)) is not None}
+
+    def is_open(self, number: int) -> bool:
+        """Says if connections or flows are open to a backend."""
+        return self._loads[number].open_now > 0
 
     def keep_fresh(self) -> None:
         """Keeps the new ids: the service port that needs them fits."""
@@ -219,7 +227,7 @@ class Backends:
     def _free(self, numbers: Iterable[int]) -> list[int]:
         freed = []
         for number in numbers:
-            if self._loads[number].open_now or self._refs[number]:
+            if self.is_open(number) or self._refs[number]:
                 continue
             self._resting.remove(number)
             self._clear(number)

@@ -7,8 +7,9 @@ with what is wanted; ``publish`` carries a change out, in the order in which rea
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -167,6 +168,15 @@ class Change(msgspec.Struct):
         if keys != known.entries:
             known.entries = keys
 
+    def refusals(self) -> Iterator[tuple[ServicePort, str]]:
+        """The service ports with something that a map had no room for, each with the reason."""
+        found: dict[int, list[str]] = {}
+        for service_id, why in self.refused:
+            found.setdefault(service_id, []).append(why)
+        for service_id, (why, *others) in found.items():
+            port, _ = self.placed[service_id]
+            yield port, f"{why}, and {len(others)} more" if others else why
+
     def withdraw(self, known: Published) -> None:
         """Removes everything by which clients find a service port."""
         self.withdrawn += ((known.id, key) for key in known.entries)
@@ -183,6 +193,32 @@ def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backen
     """The backends that frontends choose from, by policy."""
     uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
     return port.cluster, port.local if uses_local else ()
+
+
+def backends_of(port: ServicePort) -> Iterator[Backend]:
+    """All that a service port has, selected or not; one may come twice."""
+    return chain(port.cluster, port.local, port.draining, port.idle, port.drained)
+
+
+def restricted(port: ServicePort, to: Container[Backend]) -> ServicePort:
+    """A service port with some of its backends only; as it is where that leaves none but terminating ones."""
+
+    def some(backends: Iterable[Backend]) -> tuple[Backend, ...]:
+        return tuple(each for each in backends if each in to)
+
+    cluster, draining = some(port.cluster), some(port.draining)
+    if port.cluster and not cluster and draining:
+        return port
+    return msgspec.structs.replace(
+        port,
+        cluster=cluster,
+        local=some(port.local),
+        draining=draining,
+        terminating=frozenset(some(port.terminating)),
+        idle=some(port.idle),
+        drained=some(port.drained),
+        weights=tuple(each for each in port.weights if each[0] in to),
+    )
 
 
 def slot_sources(
@@ -248,6 +284,21 @@ def with_host_flag(
         if any(prefix.contains(source) for prefix in ranges for source in sources):
             flags |= ServiceFlags.HOST
     return entry if flags == entry.flags else entry._replace(flags=flags)
+
+
+def host_flags(
+    published: Iterable[Published],
+    present: Callable[[ServiceKey], ServiceEntry | None],
+    towards: Callable[[bytes], Sequence[bytes]],
+) -> dict[ServiceKey, ServiceEntry]:
+    """The entries of frontends with source ranges whose HOST flag has to change."""
+    keys = ((key, known.sources) for known in published if known.sources for key in known.entries)
+    return {
+        key: now
+        for key, ranges in keys
+        if (entry := present(key)) is not None
+        and (now := with_host_flag(key, entry, ranges, towards)) != entry
+    }
 
 
 def _entries_of(

@@ -71,3 +71,9 @@ class Retirement:
         for number in retired.services:
             self._selections.clear(number)
             self._service_ids.give_back(number)
+
+    def free_unused(self) -> bool:
+        """Frees ids of backends that are gone, once nothing is open to them. Returns False without any."""
+        freed = self._backends.free_unused()
+        self._measures.forget((), freed)
+        return bool(freed)

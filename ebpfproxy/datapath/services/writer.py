@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from contextlib import suppress
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
@@ -157,7 +158,8 @@ class Writer:
                 change.withdraw(known)
         self._measures.forget(change.reused, ())
         self._publisher.publish(change)
-        problems += self._note_refused(change)
+        # Each is tried again as a whole: only what lacks is written.
+        problems += [self._capacity_errors.add(*each) for each in change.refusals()]
         for key in gone:
             self._drop(key, change)
             self._capacity_errors.discard(key)
@@ -176,18 +178,6 @@ class Writer:
         if self._capacity_errors.keys and self._publisher.has_freed:
             self._publisher.has_freed = False
             self.apply(self._capacity_errors.ports)
-
-    def _note_refused(self, change: Change) -> list[CapacityError]:
-        """A service port that a map has no room for is tried again as a whole: only what lacks is written."""
-        found: dict[int, list[str]] = {}
-        for service_id, why in change.refused:
-            found.setdefault(service_id, []).append(why)
-        problems = []
-        for service_id, reasons in found.items():
-            port, _ = change.placed[service_id]
-            more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-            problems.append(self._capacity_errors.add(port, f"{reasons[0]}{more}"))
-        return problems
 
     def _place(self, port: ServicePort, change: Change) -> list[CapacityError]:
         """Writes what no program looks at yet, and plans the rest. Returns what is wrong, if anything."""
@@ -208,13 +198,31 @@ class Writer:
                     return []
                 why = f"its Maglev table has only {size} places, unlike on other nodes: no room for more"
                 break
+        else:
+            self._place_known(port, change)
         return [self._capacity_errors.add(port, why)]
+
+    def _place_known(self, port: ServicePort, change: Change) -> None:
+        """Serves what does not fit without its new backends, so that those leave that are gone."""
+        if (known := self._published.get(port.key)) is None:
+            return
+        there = self._backends.known_ids(plan.backends_of(port))
+        part = plan.restricted(port, there.keys())
+        for size in (self._placer.maglev_size, *self._placer.smaller_sizes(part)):
+            with suppress(*ExhaustedError):
+                self._try_place(part, change, size)
+                # What a map refuses of it is tried again with all of its backends.
+                change.placed[known.id] = port, known
+                return
+        # Those that have come back are waited for no longer, and stay.
+        self._absences.wait_for(port.key, known.inactive.absent.difference(there.values()))
 
     def _free_now(self, change: Change) -> Retired:
         """Waits for readers, so that what is retired can be used. Returns that."""
         # What this change has retired so far is in use where the new sets are only planned.
         self._publisher.publish_sets(change)
-        self._end_absences(change, float("inf"))
+        # An id that something is open to would not be free.
+        self._end_absences(change, self._absences.cut_short(lambda n: not self._backends.is_open(n)))
         self._publisher.publish_sets(change)
         retired = self.take_retired()
         if retired:
@@ -313,11 +321,11 @@ class Writer:
         """Removes the backends of endpoints that did not come back in time."""
         if self._absences.is_due:
             change = Change()
-            self._end_absences(change)
+            self._end_absences(change, self._absences.over())
             self._publisher.publish_sets(change)
 
-    def _end_absences(self, change: Change, now: float | None = None) -> None:
-        for key, gone in self._absences.over(now):
+    def _end_absences(self, change: Change, over: Iterable[tuple[ServicePortKey, set[int]]]) -> None:
+        for key, gone in over:
             known = self._published[key]
             held = self._held(known)
             known.unselected -= gone
@@ -338,7 +346,7 @@ class Writer:
     def forget_removed_backends(self, ended: Mapping[BackendUse, Removal]) -> None:
         """Forgets removals: nothing is open to their backends any more."""
         self._removed_backends.forget(ended)
-        self._measures.forget((), self._backends.free_unused())
+        self._publisher.has_freed |= self._retirement.free_unused()
         if ended:
             # What went on after its Service was gone has been counted again for the id.
             self._measures.keep(self.names().keys(), set(self._backends.numbers()))
@@ -387,13 +395,5 @@ class Writer:
     def follow_routes(self) -> None:
         """Asks the routes again by which addresses this node asks at frontends with source ranges."""
         towards = self._host_sources.cached().towards
-        changed = {}
-        for known in self._published.values():
-            for key in known.entries if known.sources else ():
-                entry = self._frontends.get(key)
-                if entry is not None:
-                    now = plan.with_host_flag(key, entry, known.sources, towards)
-                    if now != entry:
-                        changed[key] = now
-        if changed:
+        if changed := plan.host_flags(self._published.values(), self._frontends.get, towards):
             self._frontends.write(changed)

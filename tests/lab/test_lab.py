@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.lab import Lab, Pod, clients, servers
 from tests.lab.interrupts import take_interrupts
 from tests.lab.lab import clean_dead_labs
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 pytestmark = pytest.mark.root
 
@@ -82,6 +83,29 @@ def test_processes_are_in_the_cgroup_of_their_node_and_the_namespace_of_their_po
         assert find_cgroup_root() / cgroup.lstrip("/") == space.cgroup
     assert len({namespace for _, namespace in [*seen, _memberships()]}) == 5
     assert cluster.client.run(["cat", "/proc/self/cgroup"]).count(cluster.a.cgroup.name) == 1
+
+
+def test_a_program_without_cgroup_is_in_the_namespace_from_its_beginning(cluster: Cluster) -> None:
+    process = cluster.client.popen(
+        ["readlink", "/proc/self/ns/net"], join_cgroup=False, stdout=subprocess.PIPE
+    )
+    assert read_line(process) == cluster.client.call(_memberships)[1]
+
+
+def test_a_program_that_does_not_exist_leaves_the_thread_in_its_namespace(cluster: Cluster) -> None:
+    before = _memberships()
+    for start in (cluster.client.run, partial(cluster.client.popen, join_cgroup=False)):
+        with pytest.raises(FileNotFoundError, match="no-such-program"):
+            start(["no-such-program"])
+    assert _memberships() == before
+
+
+def test_output_and_exit_code_of_a_program_are_its_own(cluster: Cluster) -> None:
+    assert cluster.client.run(["printf", "%s|", "a b", "$0", "-n", ""]) == "a b|$0|-n||"
+    with pytest.raises(RuntimeError, match=r"failed \(-15\)"):
+        cluster.client.run(["sh", "-c", "kill -TERM $$"])
+    with pytest.raises(subprocess.TimeoutExpired):
+        cluster.client.run(["sleep", "30"], timeout=0.2)
 
 
 def test_ip_local_port_range_excludes_ports_of_the_agent(cluster: Cluster) -> None:

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
+
+from tests.lab import fork_server
 
 R = TypeVar("R")
 
@@ -210,29 +212,14 @@ class Space:
     def call(self, function: Callable[..., R], *args: Any, timeout: float = 60) -> R:
         """Runs a function in a forked child here; returns its result or raises its exception.
 
+        Clients are run by the fork server, other functions by a child of this process, which has its state.
         Raises TimeoutError after ``timeout`` seconds, and RuntimeError if the child exits without a result or
         the result cannot be pickled.
         """
-        # The child would write buffered output a second time.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(reader)
-                # The child must not inherit the handler of the parent, such as that of pytest-timeout.
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, timeout)
-                with os.fdopen(writer, "wb") as pipe:
-                    pipe.write(self._result(function, args))
-                sys.stdout.flush()
-            finally:
-                os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            data = pipe.read()
-        _, status = os.waitpid(pid, 0)
+        if fork_server.can_call(function, args):
+            data, status = fork_server.call(Space(self.netns, self._cgroup), function, args, timeout)
+        else:
+            data, status = self._fork_to_call(function, args, timeout)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
             raise TimeoutError(f"{function.__name__} in {self.netns} took longer than {timeout} s")
         if not data:
@@ -241,6 +228,38 @@ class Space:
         if not good:
             raise value
         return value  # type: ignore[no-any-return]
+
+    def _fork_to_call(
+        self, function: Callable[..., object], args: tuple[Any, ...], timeout: float
+    ) -> tuple[bytes, int]:
+        """Calls the function in a child of this process: the pickled result, and the wait status."""
+        # The child would write buffered output a second time.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            self.answer(writer, function, args, timeout)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            data = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        return data, status
+
+    def answer(
+        self, writer: int, function: Callable[..., object], args: tuple[Any, ...], timeout: float
+    ) -> NoReturn:
+        """In a forked child: calls the function here, writes its pickled result, and exits."""
+        try:
+            # The child must not inherit the handler of the parent, such as that of pytest-timeout.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(self._result(function, args))
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
 
     def open(self, function: Callable[..., tuple[socket.socket, R]], *args: Any) -> tuple[socket.socket, R]:
         """Calls a function here as :meth:`call` does, which returns a socket and a value.

@@ -32,7 +32,7 @@ _MODULES = {"tests.lab.clients", "tests.lab.choices"}
 _PLAIN = {bool, float, int, str}
 _STATUS_BYTES = 4
 
-#: By process: a forked child has closed the descriptor, or is not to use its parent's.
+#: The sockets of processes: a forked child has closed that of its parent, or is not to use it.
 _started: dict[int, socket.socket] = {}
 
 

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -149,7 +148,6 @@ class Space:
     ) -> subprocess.Popen[bytes]:
         """Starts a process here, which is killed at the end of the lab. ``before_exec`` is called in it at last."""
 
-        started = partial(subprocess.Popen[bytes], command, start_new_session=True, **options)
         joins = join_cgroup and self._cgroup is not None
         if joins or before_exec is not None:
             # Not by a shell as in run(): the process is in its cgroup when this method returns.
@@ -158,10 +156,10 @@ class Space:
                 if before_exec is not None:
                     before_exec()
 
-            process = started(preexec_fn=enter)
+            process = subprocess.Popen(command, preexec_fn=enter, start_new_session=True, **options)
         else:
             with self._entered():
-                process = started()
+                process = subprocess.Popen(command, start_new_session=True, **options)
         self._children.append(process)
         return process
 

@@ -16,13 +16,19 @@ FAST_WORKERS ?= $(shell echo $$((2 * $$(nproc))))
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 C      := $(shell find bpf tests tools -name '*.[ch]' -not -path 'bpf/include/*')
 
-.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-cnis test-faults trust bench lint lint-python lint-c format setup lock clean
+.PHONY: demo fuzz test test-fast test-newest test-kernels test-image test-cluster test-cnis test-faults trust bench lint lint-python lint-c collected format setup lock clean
 
 demo: setup
 	$(PYTHON) -m tools.demo
 
-test: setup lint
+test: setup
+	$(MAKE) -j2 --output-sync=target lint-python lint-c collected
 	$(PYTHON) -m pytest -q $(PARALLEL)
+
+# Python compiles all tests once: the workers, which begin at once, would each compile all of them. Tests say which files
+# are wrong.
+collected: setup
+	-@$(PYTHON) -m pytest -q --collect-only >/dev/null
 
 # What needs neither root nor the bpf system call, with a tenth of hypothesis' examples: the loop while writing. Tests
 # wait for half of their time, but each worker also collects them all.

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +16,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
+
+from tests.lab import fork_server
 
 R = TypeVar("R")
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+#: Moves a process into a cgroup, whose file is the first argument, before it runs the command in the others.
+_JOIN = 'echo 0 >"$0" && exec "$@"'
 
 
 class Forked:
@@ -121,26 +127,39 @@ class Space:
             (self._cgroup / "cgroup.procs").write_text("0")
         enter_namespace(f"/run/netns/{self.netns}")
 
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """This thread is in the namespace, so that a process that it starts is there from the beginning.
+
+        A function that a child has to call before its program (``preexec_fn``) would make subprocess fork: that takes
+        9 ms of a worker of pytest, whose page tables are copied, instead of 1 ms.
+        """
+        with namespace_restored():
+            enter_namespace(f"/run/netns/{self.netns}")
+            yield
+
     def popen(
         self,
         command: list[str],
         *,
         join_cgroup: bool = True,
-        before_exec: Callable[[], object] = lambda: None,
+        before_exec: Callable[[], object] | None = None,
         **options: Any,
     ) -> subprocess.Popen[bytes]:
         """Starts a process here, which is killed at the end of the lab. ``before_exec`` is called in it at last."""
 
-        def enter() -> None:
-            self._enter(join_cgroup=join_cgroup)
-            before_exec()
+        joins = join_cgroup and self._cgroup is not None
+        if joins or before_exec is not None:
+            # Not by a shell as in run(): the process is in its cgroup when this method returns.
+            def enter() -> None:
+                self._enter(join_cgroup=join_cgroup)
+                if before_exec is not None:
+                    before_exec()
 
-        process = subprocess.Popen(
-            command,
-            preexec_fn=enter,
-            start_new_session=True,
-            **options,
-        )
+            process = subprocess.Popen(command, preexec_fn=enter, start_new_session=True, **options)
+        else:
+            with self._entered():
+                process = subprocess.Popen(command, start_new_session=True, **options)
         self._children.append(process)
         return process
 
@@ -176,15 +195,14 @@ class Space:
         return process
 
     def run(self, command: list[str], *, timeout: float = 60, check: bool = True) -> str:
-        """Runs a command here and returns its output."""
-        done = subprocess.run(
-            command,
-            preexec_fn=self._enter,
-            capture_output=True,
-            timeout=timeout,
-            text=True,
-            check=False,
-        )
+        """Runs a command here and returns its output. Raises FileNotFoundError if there is no such program."""
+        joined = command
+        if self._cgroup is not None:
+            if shutil.which(command[0]) is None:
+                raise FileNotFoundError(f"no program {command[0]!r}")
+            joined = ["sh", "-c", _JOIN, str(self._cgroup / "cgroup.procs"), *command]
+        with self._entered():
+            done = subprocess.run(joined, capture_output=True, timeout=timeout, text=True, check=False)
         if check and done.returncode:
             raise RuntimeError(f"{command} failed ({done.returncode}): {done.stdout}{done.stderr}")
         return done.stdout
@@ -192,29 +210,14 @@ class Space:
     def call(self, function: Callable[..., R], *args: Any, timeout: float = 60) -> R:
         """Runs a function in a forked child here; returns its result or raises its exception.
 
+        Clients are run by the fork server, other functions by a child of this process, which has its state.
         Raises TimeoutError after ``timeout`` seconds, and RuntimeError if the child exits without a result or
         the result cannot be pickled.
         """
-        # The child would write buffered output a second time.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        reader, writer = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(reader)
-                # The child must not inherit the handler of the parent, such as that of pytest-timeout.
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, timeout)
-                with os.fdopen(writer, "wb") as pipe:
-                    pipe.write(self._result(function, args))
-                sys.stdout.flush()
-            finally:
-                os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            data = pipe.read()
-        _, status = os.waitpid(pid, 0)
+        if fork_server.can_call(function, args):
+            data, status = fork_server.call(Space(self.netns, self._cgroup), function, args, timeout)
+        else:
+            data, status = self._fork_to_call(function, args, timeout)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
             raise TimeoutError(f"{function.__name__} in {self.netns} took longer than {timeout} s")
         if not data:
@@ -223,6 +226,38 @@ class Space:
         if not good:
             raise value
         return value  # type: ignore[no-any-return]
+
+    def _fork_to_call(
+        self, function: Callable[..., object], args: tuple[Any, ...], timeout: float
+    ) -> tuple[bytes, int]:
+        """Calls the function in a child of this process: the pickled result, and the wait status."""
+        # The child would write buffered output a second time.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            self.answer(writer, function, args, timeout)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            data = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        return data, status
+
+    def answer(
+        self, writer: int, function: Callable[..., object], args: tuple[Any, ...], timeout: float
+    ) -> NoReturn:
+        """In a forked child: calls the function here, writes its pickled result, and exits."""
+        try:
+            # The child must not inherit the handler of the parent, such as that of pytest-timeout.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(self._result(function, args))
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
 
     def open(self, function: Callable[..., tuple[socket.socket, R]], *args: Any) -> tuple[socket.socket, R]:
         """Calls a function here as :meth:`call` does, which returns a socket and a value.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.lab import Lab, Pod, clients, servers
 from tests.lab.interrupts import take_interrupts
 from tests.lab.lab import clean_dead_labs
-from tests.lab.spaces import Space
+from tests.lab.spaces import Space, read_line
 
 pytestmark = pytest.mark.root
 
@@ -84,6 +86,30 @@ def test_processes_are_in_the_cgroup_of_their_node_and_the_namespace_of_their_po
     assert cluster.client.run(["cat", "/proc/self/cgroup"]).count(cluster.a.cgroup.name) == 1
 
 
+def test_a_program_without_cgroup_is_in_the_namespace_from_its_beginning(cluster: Cluster) -> None:
+    process = cluster.client.popen(
+        ["readlink", "/proc/self/ns/net"], join_cgroup=False, stdout=subprocess.PIPE
+    )
+    assert read_line(process) == cluster.client.call(_memberships)[1]
+
+
+def test_a_program_that_does_not_exist_leaves_the_thread_in_its_namespace(cluster: Cluster) -> None:
+    before = _memberships()
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        cluster.client.run(["no-such-program"])
+    with pytest.raises(FileNotFoundError, match="no-such-program"):
+        cluster.client.popen(["no-such-program"], join_cgroup=False)
+    assert _memberships() == before
+
+
+def test_output_and_exit_code_of_a_program_are_its_own(cluster: Cluster) -> None:
+    assert cluster.client.run(["printf", "%s|", "a b", "$0", "-n", ""]) == "a b|$0|-n||"
+    with pytest.raises(RuntimeError, match=r"failed \(-15\)"):
+        cluster.client.run(["sh", "-c", "kill -TERM $$"])
+    with pytest.raises(subprocess.TimeoutExpired):
+        cluster.client.run(["sleep", "30"], timeout=0.2)
+
+
 def test_ip_local_port_range_excludes_ports_of_the_agent(cluster: Cluster) -> None:
     for space in (cluster.a, cluster.client):
         first, _ = space.run(["sysctl", "-n", "net.ipv4.ip_local_port_range"]).split()
@@ -104,6 +130,54 @@ class _UnpicklableError(Exception):
 
 def _raise_unpicklable() -> None:
     raise _UnpicklableError(1, 2)
+
+
+def test_call_of_a_client_returns_the_result_or_raises_the_exception(cluster: Cluster) -> None:
+    """Clients are called by the fork server."""
+    pod = cluster.client
+    replies = pod.call(clients.repeated, 2, clients.ask_tcp, cluster.there.address, PORT)
+    assert [each["name"] for each in replies] == ["there"] * 2
+    with pytest.raises(ConnectionRefusedError) as caught:
+        pod.call(clients.ask_tcp, cluster.there.address, 9)
+    assert any("Traceback" in note for note in caught.value.__notes__)
+    with pytest.raises(TimeoutError, match=r"ask_tcp in .* longer than 0\.2 s"):
+        pod.call(clients.ask_tcp, "10.244.1.250", PORT, 30.0, timeout=0.2)
+
+
+def test_calls_of_clients_run_at_the_same_time(cluster: Cluster) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(cluster.client.call, clients.connect_error, "10.244.1.250", PORT, 1.0)
+        names = []
+        while not waits.done():
+            names.append(cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"])
+    assert set(names) == {"there"}
+    assert waits.result() in {"TimeoutError", "EHOSTUNREACH"}
+
+
+_CALLS = """
+import os, time
+from tests.lab import Lab, clients
+with Lab() as lab:
+    lab.node("a").call(clients.connect_error, "127.0.0.1", 9)
+    children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    print(*children, flush=True)
+    time.sleep(300)
+"""
+
+
+def test_fork_server_exits_with_the_process_that_uses_it() -> None:
+    process = subprocess.Popen([sys.executable, "-c", _CALLS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        (server,) = process.stdout.readline().split()
+        watched = os.pidfd_open(int(server))
+        process.kill()
+        process.wait(60)
+    try:
+        assert select.select([watched], [], [], 60)[0]
+    finally:
+        os.close(watched)
+    clean_dead_labs()
 
 
 def test_call_raises_the_reason_of_a_missing_result(cluster: Cluster) -> None:

@@ -191,7 +191,11 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
 		if (!mtu)
 			decision_failed(p, DECISION_REFUSED, verdict - REJECTION);
-		return reject(skb, p, verdict - REJECTION, mtu);
+		if (mtu || !exceeds_icmp_limit(p))
+			return reject(skb, p, verdict - REJECTION, mtu);
+		count(EVENT_ICMP_RATE_LIMIT);
+		decision_limited(p);
+		return DROP;
 	}
 	if (verdict < DROPPING)
 		return verdict;

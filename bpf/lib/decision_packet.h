@@ -114,6 +114,17 @@ static __always_inline void decision_failed(const struct packet *p, enum decisio
 	note_decision(s, kind, event, service_of_event(s, event), NOBODY);
 }
 
+/* Notes that a packet is not rejected, as decision_failed() has noted, but dropped. */
+static __always_inline void decision_limited(const struct packet *p)
+{
+	struct scratch *s = scratch_of(p);
+
+	if (!TRACE_DECISIONS)
+		return;
+	s->noted.kind = DECISION_DROPPED;
+	s->noted.reason = EVENT_ICMP_RATE_LIMIT;
+}
+
 /* Reports what was noted of the packet. */
 static __always_inline void report_decisions(const struct packet *p, u32 ifindex)
 {

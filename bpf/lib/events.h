@@ -26,6 +26,7 @@ enum event {
 	EVENT_SOCKETS_FULL, /* passed: no room for a socket of datagrams, packets are translated */
 	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
 	EVENT_XDP,	    /* forwarded at XDP */
+	EVENT_ICMP_RATE_LIMIT, /* dropped: an ICMP error would reject it, and there were too many */
 	EVENTS,
 };
 

@@ -8,6 +8,7 @@
 #define EBPFPROXY_REJECT_H
 
 #include "conntrack.h"
+#include "icmp_limit.h"
 #include "rewrite.h"
 
 #define REJECT_HOPS 64
@@ -144,6 +145,18 @@ static __always_inline int make_error(struct __sk_buff *skb, const struct packet
 	return write_ip_header(skb, p, proto, sizeof(icmp) + quoted);
 }
 
+/* Says if a packet can be rejected, for another reason than that it is too big. */
+static __always_inline bool is_rejectable(const struct packet *p)
+{
+	return !p->is_later_fragment && p->l4 == plain_l4(p);
+}
+
+/* Says if a packet must not be rejected now, since there were too many ICMP errors. */
+static __always_inline bool exceeds_icmp_limit(const struct packet *p)
+{
+	return !AT_LOOPBACK && p->proto != IPPROTO_TCP && is_rejectable(p) && !icmp_take_token();
+}
+
 /*
  * Rejects the packet, which is too big if there is an @mtu. Packets that cannot be rejected are
  * dropped: fragments, headers with options, and resets, which must not be answered.
@@ -155,7 +168,7 @@ static __always_inline int reject(struct __sk_buff *skb, const struct packet *p,
 
 	if (!mtu)
 		count(event);
-	if (p->is_later_fragment || (!mtu && p->l4 != plain_l4(p)))
+	if (mtu ? p->is_later_fragment : !is_rejectable(p))
 		return DROP;
 	if (!mtu && p->proto == IPPROTO_TCP ? make_reset(skb, p) : make_error(skb, p, mtu))
 		return DROP;

@@ -274,6 +274,7 @@ class PacketWorld:
                 host, port_of = backend.address.rsplit(":", 1)
                 ends.add(f"B {_hex(host.strip('[]'))} {port_of} {_PROTOCOLS[protocol]} {number}")
         yield from sorted(ends)
+        yield f"L {self.maps['icmp_bucket'].fd}"
         for network in _NETWORKS:
             found = ipaddress.ip_network(network)
             length = found.prefixlen + (96 if found.version == 4 else 0)
@@ -294,9 +295,8 @@ class PacketWorld:
         world.write_text("\n".join(self._lines()) + "\n")
         command = [str(self._executable), str(world), str(count), str(seed), str(report)]
         inside = ["nsenter", f"--net=/run/netns/{self.cluster.node.netns}", *command]
-        done = subprocess.run(
-            inside, pass_fds=tuple(self._programs.values()), stdout=subprocess.PIPE, check=True
-        )
+        kept = (*self._programs.values(), self.maps["icmp_bucket"].fd)
+        done = subprocess.run(inside, pass_fds=kept, stdout=subprocess.PIPE, check=True)
         return msgspec.json.decode(done.stdout, type=Outcome, strict=False), report
 
 

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define ETHERNET 14
@@ -805,7 +806,52 @@ enum {
 	RULE_REJECT_REJECTED, /* neither resets nor errors nor fragments are rejected */
 	RULE_NOTHING_SERVED,  /* what has no ports within it is not translated */
 	RULE_RUN,	      /* the kernel runs it */
+	RULE_REJECT_LIMIT,    /* no more ICMP errors than the kernel would send */
 };
+
+/* ---- the limit of ICMP errors: net.ipv4.icmp_msgs_burst, and one each millisecond */
+
+#define ERRORS_AT_ONCE 50
+#define ERROR_EVERY    1000000ULL
+#define FILL_EVERY     4000 /* packets: more of them are rejected than the limit allows */
+
+static int limit_map = -1;
+static uint64_t limited_since, errors_since;
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000ULL + now.tv_nsec;
+}
+
+/* Gives the programs all tokens back, so that errors go on being checked. */
+static void fill_limit(void)
+{
+	const uint32_t zero = 0;
+	const uint64_t never = 0;
+	union bpf_attr attr;
+
+	memset(&attr, 0, sizeof(attr));
+	attr.map_fd = limit_map;
+	attr.key = (uintptr_t)&zero;
+	attr.value = (uintptr_t)&never;
+	limited_since = now_ns();
+	errors_since = 0;
+	if (syscall(__NR_bpf, BPF_MAP_UPDATE_ELEM, &attr, sizeof(attr)))
+		die("the limit of ICMP errors");
+}
+
+/* Counts an error; returns false where it is one too many. The programs' clock goes by steps. */
+static bool within_limit(void)
+{
+	struct timespec step;
+
+	clock_getres(CLOCK_MONOTONIC_COARSE, &step);
+	return ++errors_since <=
+	       ERRORS_AT_ONCE + 1 + (now_ns() - limited_since + step.tv_nsec) / ERROR_EVERY;
+}
 
 static bool is_zero16(const uint8_t *p)
 {
@@ -1049,6 +1095,8 @@ static void check(struct program *p, const struct frame *in, const struct result
 	if (p->kind != KIND_XDP && is_rejection(&v, in, &w, &r->out)) {
 		p->rejected++;
 		check_rejection(p, &v, &w, in, r);
+		if (w.proto != TCP && p->kind != KIND_LOOPBACK && !within_limit())
+			violated(RULE_REJECT_LIMIT, p, in, r);
 		return;
 	}
 	p->translated++;
@@ -1124,7 +1172,8 @@ static uint32_t from_hex(const char *text, uint8_t *to, uint32_t room)
 
 /*
  * Reads the lines of the world: P kind name fd ifindex ingress mac; F and B address port protocol
- * service; N address length of a Service network; A address to be used in packets; S seed.
+ * service; N address length of a Service network; A address to be used in packets; S seed; L fd of
+ * the map with the limit of ICMP errors.
  * Addresses are 16 bytes, those of IPv4 as IPv4-mapped; addresses and seeds are hexadecimal.
  */
 static void read_world(const char *path)
@@ -1170,6 +1219,9 @@ static void read_world(const char *path)
 			break;
 		case 'A':
 			from_hex(line + 2, addresses[address_count++].b, sizeof(addr));
+			break;
+		case 'L':
+			limit_map = atoi(line + 2);
 			break;
 		case 'S':
 			seeds = realloc(seeds, (seed_count + 1) * sizeof(*seeds));
@@ -1224,11 +1276,14 @@ int main(int count, char **words)
 	report = fopen(words[4], "w");
 	if (!report)
 		die(words[4]);
+	fill_limit();
 	for (uint64_t i = 0; i < runs && violations < WORST; i++) {
 		struct program *p = &programs[rnd(program_count)];
 		const struct frame in = mutated(p);
 		struct result r;
 
+		if (one_in(FILL_EVERY))
+			fill_limit();
 		if (run(p, &in, &r))
 			check(p, &in, &r);
 	}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6, IPv6ExtHdrFragment
 from scapy.packet import Packet
 
 from ebpfproxy.datapath.abi.decision_layout import Client, Decision, DecisionKind, Place, Sender, Wanted
+from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.decisions import DecisionReader, Tracing, lease
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -102,6 +104,23 @@ def test_packet_to_an_unallocated_address_is_reported_as_dropped(
     wire.egress(family.ip(family.client, unknown) / segment("TCP", port, 80), iif="eth0")
     (found,) = read()
     assert (found.kind, found.reason, found.place) == (DROPPED, PacketEvent.NO_SUCH_SERVICE, Place.EGRESS)
+
+
+def test_packet_that_is_not_rejected_because_of_the_limit_is_reported_with_its_service(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet, read: Callable[[], list[Decision]]
+) -> None:
+    packet = family.ip(family.client, family.empty) / segment("UDP", port, 53)
+    wire.ingress(packet)
+    tables["icmp_bucket"].update(U32.pack(0), U64.pack(time.monotonic_ns() + 3600 * 10**9))
+    try:
+        wire.ingress(packet)
+    finally:
+        tables["icmp_bucket"].update(U32.pack(0), U64.pack(0))
+    refused, limited = read()
+    assert (refused.kind, refused.reason) == (REFUSED, PacketEvent.NO_ENDPOINT)
+    assert (limited.kind, limited.reason) == (DROPPED, PacketEvent.ICMP_RATE_LIMIT)
+    assert limited[3:] == refused[3:]
+    assert limited.service_id is not None
 
 
 def test_later_fragment_without_its_first_is_reported_as_dropped(

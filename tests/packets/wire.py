@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes as ct
 import os
 import struct
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from scapy.compat import raw
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -23,6 +24,8 @@ from scapy.packet import Packet, Raw
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import ProgRunOpts
 from tests.lab import LabNode
+
+R = TypeVar("R")
 
 PASS, DROP, REDIRECT = -1, 2, 7
 XDP_PASS, XDP_TX, XDP_REDIRECT = 2, 3, 4
@@ -118,7 +121,7 @@ class Wire:
         self.node = node
         self._netns = node.netns
         self._programs = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*"))
-        self._thread = ThreadPoolExecutor(1, initializer=self._enter)
+        self._thread = ThreadPoolExecutor(1, initializer=self.enter)
         self._fds: dict[str, int] = {}
         self.devices = {
             line.split(": ")[1].split("@")[0]: (int(line.split(": ")[0]), line.split("link/ether ")[1][:17])
@@ -126,7 +129,8 @@ class Wire:
             if "link/ether" in line
         }
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Takes the calling thread into the node's network namespace, where prepared runs have to be."""
         fd = os.open(f"/run/netns/{self._netns}", os.O_RDONLY)
         assert _libc.setns(fd, _CLONE_NEWNET) == 0
         os.close(fd)
@@ -156,6 +160,16 @@ class Wire:
         if not packet.haslayer(Ether):
             packet = Ether(dst=self.mac(device), src="02:00:00:00:00:99") / packet
         return self.send_bytes(program, device, raw(packet), iif=iif)
+
+    def prepared(self, program: str, device: str, packet: Packet, *, iif: str = "") -> PreparedRun:
+        """A run for a thread that has entered the namespace."""
+        data = raw(Ether(dst=self.mac(device), src="02:00:00:00:00:99") / packet)
+        ingress = self.devices[iif][0] if iif else 0
+        return PreparedRun(self._program(program), data, self.devices[device][0], ingress)
+
+    def within(self, function: Callable[[], R]) -> R:
+        """Calls a function in the node's network namespace."""
+        return self._thread.submit(function).result()
 
     def ingress(self, packet: Packet, device: str = "eth0") -> Result:
         return self.send("from_device", device, packet)

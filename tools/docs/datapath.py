@@ -48,6 +48,7 @@ _HOLDS = {
     "departures": "backends that left a Service, until their flows and sockets are ended",
     "fragments": "ports of a fragmented datagram, and the new id of its fragments",
     "fragment_ids": "the last of those ids",
+    "icmp_bucket": "until when ICMP errors that reject packets have used up their rate",
     "next_hops": "when the kernel last sent a packet to a next hop that programs send to, by a hash",
     "source_ranges": "`loadBalancerSourceRanges`",
     "cidrs": "CIDRs of Services, and of pods if options name them",
@@ -97,6 +98,7 @@ _REASONS = {
     "sockets-full": "datagrams of a socket that does not fit (`--max-connections`, `--max-datagram-sockets`), "
     "translated in packets instead",
     "xdp": "by the XDP program (`--xdp`)",
+    "icmp-rate-limit": "to be rejected with an ICMP error, of which there were too many: see [limits](limits.md#floods)",
 }
 
 

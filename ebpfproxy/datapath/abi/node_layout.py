@@ -68,6 +68,7 @@ class PacketEvent(enum.IntEnum):
     NO_FLOW = 17
     #: Translated, and forwarded by the program at XDP.
     XDP = 18
+    ICMP_RATE_LIMIT = 19
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")

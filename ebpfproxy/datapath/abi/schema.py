@@ -142,6 +142,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _lru("fragments", 40, FRAGMENT.size, 8192),
         _array("fragment_ids", U64.size, 1),
         _array("next_hops", U64.size, NEXT_HOPS),
+        _array("icmp_bucket", U64.size, 1),
         _trie("source_ranges", SOURCE_RANGE.size, 4, capacity.source_ranges),
         _trie("cidrs", CIDR.size, 4, 65536),
         _shared("cidr_filter", (1 << CIDR_FILTER_BITS) // 8, 1),

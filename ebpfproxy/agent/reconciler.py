@@ -33,6 +33,7 @@ from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import source_of
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
 from ebpfproxy.agent.succession import HOLD_SECONDS, Predecessor, Successors
+from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
@@ -129,12 +130,14 @@ class Agent:
         if found is None:
             return False
         lock = self._lock = found
-        self._open()
         if self._init_only:
+            self._open()
             self._programs.load(reports=self._options.trace_decisions)
             lock.release()
             return False
         source, options = self._source, self._options
+        telemetry = Telemetry(options, self._metrics.registry)
+        self._open()
         servers = self._servers = http_servers.servers(
             options, self._health, self._metrics, self._configz, self._listeners.listen
         )
@@ -144,6 +147,7 @@ class Agent:
         )
         self._status = self._status_of(servers)
         self._register_collectors()
+        telemetry.start()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
             self._messages.put(Stop())
@@ -159,6 +163,7 @@ class Agent:
         try:
             self._reconcile()
         finally:
+            telemetry.stop()
             self._tracing.stop()
             source.stop()
             self._messages.close()
@@ -171,6 +176,7 @@ class Agent:
                 server.stop()
             self._node_port_health.stop()
         log.info("stopped, traffic goes on")
+        telemetry.close()
         return self._starts_anew and not self._is_told_to_end
 
     def _lock_roots(self) -> roots.Lock | None:

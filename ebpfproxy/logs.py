@@ -23,6 +23,7 @@ from ebpfproxy.plain_text import escaped_json, plain
 DEBUG_VERBOSITY = 4
 
 _FACTS = "ebpfproxy_facts"
+_PLAIN = logging.Formatter()
 
 
 class Logger:
@@ -52,16 +53,22 @@ def get_logger(name: str) -> Logger:
     return Logger(name)
 
 
+def event_of(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """The event and its details; a library's record has none."""
+    facts = dict(getattr(record, _FACTS, {}))
+    event = record.getMessage()
+    if not record.name.startswith("ebpfproxy"):
+        event = f"{record.name}: {event}"
+    if record.exc_info:
+        facts["exception"] = _PLAIN.formatException(record.exc_info)
+    return event, facts
+
+
 class _Formatter(logging.Formatter):
-    """The parts of a record: time, level, event, details; a library's record has no details."""
+    """The parts of a record: time, level, event, details."""
 
     def parts(self, record: logging.LogRecord) -> tuple[str, str, str, dict[str, Any]]:
-        facts = dict(getattr(record, _FACTS, {}))
-        event = record.getMessage()
-        if not record.name.startswith("ebpfproxy"):
-            event = f"{record.name}: {event}"
-        if record.exc_info:
-            facts["exception"] = self.formatException(record.exc_info)
+        event, facts = event_of(record)
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return time.replace("+00:00", "Z"), record.levelname.lower(), event, facts
 

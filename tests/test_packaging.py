@@ -90,7 +90,8 @@ def test_the_wheel_installs_from_its_manifests(wheel: Path, tmp_path: Path) -> N
 
 
 LOCKS = {
-    name: newest.blocks(TOP / f"tools/lock/{name}.txt") for name in ("build", "agent", "ui", "test", "fuzz")
+    name: newest.blocks(TOP / f"tools/lock/{name}.txt")
+    for name in ("build", "agent", "ui", "otlp", "test", "fuzz")
 }
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
 
@@ -103,7 +104,9 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
         ("test", PROJECT["project"]["dependencies"]),
         ("test", PROJECT["project"]["optional-dependencies"]["test"]),
         ("test", PROJECT["project"]["optional-dependencies"]["ui"]),
+        ("test", PROJECT["project"]["optional-dependencies"]["otlp"]),
         ("ui", PROJECT["project"]["optional-dependencies"]["ui"]),
+        ("otlp", PROJECT["project"]["optional-dependencies"]["otlp"]),
         ("fuzz", PROJECT["project"]["optional-dependencies"]["fuzz"]),
         ("test", PROJECT["build-system"]["requires"]),
     ],
@@ -114,9 +117,10 @@ def test_lock_files_have_every_requirement_of_the_project(lock: str, wanted: lis
         assert requirement.specifier.contains(version), requirement
 
 
-def test_the_lock_of_the_page_has_nothing_that_the_agents_has() -> None:
+def test_locks_of_extras_have_nothing_that_the_others_have() -> None:
     """The image installs one over the other."""
     assert not LOCKS["ui"].keys() & LOCKS["agent"].keys()
+    assert not LOCKS["otlp"].keys() & (LOCKS["agent"].keys() | LOCKS["ui"].keys())
 
 
 def test_locks_agree_and_pin_every_file_by_its_hash() -> None:

@@ -3,6 +3,7 @@
 #   build.txt  what makes the package
 #   agent.txt  what the agent imports, for its image
 #   ui.txt     what `ebpfproxy ui` imports in addition
+#   otlp.txt   what the agent imports in addition where otlpEndpoint is set
 #   test.txt   all of that, and what tests and linters need, for set-up and CI
 #   fuzz.txt   what `make fuzz` needs in addition
 # A different folder as $1 leaves the lock as it is.
@@ -21,17 +22,18 @@ compile() {
 }
 
 mkdir -p "$to"
-compile --extra test --extra ui --build-deps-for wheel --build-deps-for editable --output-file "$work/test.txt"
+compile --extra test --extra ui --extra otlp --build-deps-for wheel --build-deps-for editable --output-file "$work/test.txt"
 # Versions are those of test.txt.
 sed -n 's/^\([a-z0-9.-]*==[^ ]*\).*/\1/p' "$work/test.txt" >"$work/versions"
 PIP_CONSTRAINT="$work/versions" compile --output-file "$work/agent.txt"
-PIP_CONSTRAINT="$work/versions" compile --extra ui --output-file "$work/all.txt"
-awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' "$work/agent.txt" "$work/all.txt" >"$work/ui.txt"
+for extra in ui otlp fuzz; do
+	PIP_CONSTRAINT="$work/versions" compile --extra $extra --output-file "$work/all-$extra.txt"
+	awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' \
+		"$work/agent.txt" "$work/all-$extra.txt" >"$work/$extra.txt"
+done
 PIP_CONSTRAINT="$work/versions" compile --only-build-deps --build-deps-for wheel --build-deps-for editable \
 	--output-file "$work/build.txt"
-PIP_CONSTRAINT="$work/versions" compile --extra fuzz --output-file "$work/all.txt"
-awk 'NR == FNR { known[$1]; next } /^[a-z]/ { keep = !($1 in known) } keep' "$work/agent.txt" "$work/all.txt" >"$work/fuzz.txt"
-for name in build agent ui test fuzz; do
+for name in build agent ui otlp test fuzz; do
 	grep -q '^[a-z].*==' "$work/$name.txt"
 	{
 		echo "# Written by tools/lock.sh (make lock)."

@@ -68,3 +68,6 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     #: How many service ports, and if backends, have series of their own in metrics of what is measured.
     metrics_services: int
     metrics_backends: bool
+    #: Where the log and metrics are sent, too; empty for nowhere.
+    otlp_endpoint: str
+    otlp_interval_seconds: float

@@ -35,6 +35,7 @@ from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.source import source_of
 from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
 from ebpfproxy.agent.succession import Predecessor, Successors
+from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.agent.tracing import TracingFollower
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
@@ -123,12 +124,14 @@ class Agent:
         if lock is None:
             return False
         self._mounts = MountFollower(lock, self._options.bpf_root)
-        self._open()
         if self._init_only:
+            self._open()
             self._programs.load(reports=self._options.trace_decisions)
             lock.release()
             return False
         source, options = self._source, self._options
+        telemetry = Telemetry(options, self._metrics.registry)
+        self._open()
         self._serving = Serving(
             options,
             self._metrics,
@@ -143,6 +146,7 @@ class Agent:
         )
         self._status = self._status_of()
         self._register_collectors()
+        telemetry.start()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
             self._messages.put(Stop())
@@ -157,6 +161,7 @@ class Agent:
         try:
             self._reconcile()
         finally:
+            telemetry.stop()
             self._tracing.stop()
             source.stop()
             self._messages.close()
@@ -167,6 +172,7 @@ class Agent:
             self._predecessor.dismiss()
             self._serving.stop()
         log.info("stopped, traffic goes on")
+        telemetry.close()
         return self._starts_anew and not self._is_told_to_end
 
     def _lock_roots(self) -> roots.Lock | None:

@@ -25,11 +25,12 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.operator.migrate.node.node_handover import NodeHandover
+from ebpfproxy.otlp.libraries import OtlpError
 
 log = get_logger(__name__)
 
 
-@click.command("run", context_settings={"auto_envvar_prefix": "EBPFPROXY", "show_default": True})
+@click.command("run", context_settings={"auto_envvar_prefix": settings.VARIABLES, "show_default": True})
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -122,6 +123,7 @@ def command(
         NodeNameError,
         BindAddressError,
         NodePortAddressesError,
+        OtlpError,
     ) as error:
         raise click.ClickException(str(error)) from error
     if starts_anew:

@@ -21,6 +21,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _PATHS = ("PATH", "DIR", "FILE")
 _RANGES = {int: click.IntRange, float: click.FloatRange}
 _COMPLETED = {"--lb-algorithm": completion.algorithms}
+#: What names of variables of the environment begin with.
+VARIABLES = "EBPFPROXY"
 #: Flags of kube-proxy without a field.
 _IGNORED = ("boot-id-file", "machine-id-file")
 
@@ -66,6 +68,9 @@ def _option(flag: Flag, attributes: dict[str, Any], **more: Any) -> Decorator:
         attributes["help"] += f"  [default: {flag.default}]"
         attributes["default"] = None
     names = attributes.pop("names", flag.names)
+    if flag.variable:
+        own = flag.names[0].removeprefix("--").replace("-", "_").upper()
+        attributes["envvar"] = [f"{VARIABLES}_{own}", flag.variable]
     return click.option(*names, **attributes, shell_complete=_COMPLETED.get(names[0]), **more)
 
 

@@ -9,20 +9,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ebpfproxy.agent import state
 from ebpfproxy.cli import options
 from ebpfproxy.cli.errors import one_line
 from ebpfproxy.cli.output import echo, json_of, plain
+from ebpfproxy.config.urls import url_problem
 from ebpfproxy.datapath.abi.decision_layout import DEFAULT_RATE, SUCCESSES, DecisionKind
 from ebpfproxy.datapath.decisions import TracingInUseError
 from ebpfproxy.datapath.dump import open_maps
+from ebpfproxy.datapath.kernel.roots import pin_folder
 from ebpfproxy.inspection.tracing import said, traced
+from ebpfproxy.otlp.libraries import OtlpError, require_libraries
 from ebpfproxy.services.values import parse_address
 from ebpfproxy.trace.rotation import RotatingFile
 from ebpfproxy.trace.rows import DecisionRow, text
 from ebpfproxy.trace.session import Filter, Session, TraceError
+
+if TYPE_CHECKING:
+    from ebpfproxy.trace.decision_sender import DecisionSender
 
 _LOST_SECONDS = 1.0
 
@@ -91,6 +99,12 @@ _LOST_SECONDS = 1.0
     metavar="N",
     help="Keep so many files.",
 )
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send decisions as log records to this OpenTelemetry collector instead (OTLP over HTTP), such as "
+    "http://127.0.0.1:4318, to /v1/logs below it.",
+)
 def command(
     *,
     bpf_root: Path,
@@ -106,6 +120,7 @@ def command(
     path: Path | None,
     file_size: int,
     files: int,
+    otlp_endpoint: str | None,
 ) -> None:
     """Show each decision as it is made: which backend a connection gets, or why it gets none.
 
@@ -113,6 +128,10 @@ def command(
     each packet. The agent replaces its programs for as long as this runs; connections do not notice. What is
     lost is said on standard error.
     """
+    if path is not None and otlp_endpoint is not None:
+        raise click.UsageError("--file excludes --otlp-endpoint")
+    if otlp_endpoint is not None and (problem := url_problem(otlp_endpoint)):
+        raise click.UsageError(f"--otlp-endpoint: {problem}")
     with one_line():
         maps = open_maps(bpf_root)
         namespace, service, pod = _names(namespace, service, pod)
@@ -127,9 +146,10 @@ def command(
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             file = _File(path, file_size * 1_000_000, files) if path is not None else None
-            with traced(bpf_root, maps, wanted) as running:
-                _print(running, _writer(output, file), count)
-        except (TraceError, TracingInUseError) as error:
+            with _collector(bpf_root, otlp_endpoint) as collector, traced(bpf_root, maps, wanted) as running:
+                write = collector.write if collector is not None else _writer(output, file)
+                _print(running, write, count)
+        except (OtlpError, TraceError, TracingInUseError) as error:
             raise click.ClickException(str(error)) from error
         except (KeyboardInterrupt, BrokenPipeError):
             # It ends this way, or at the end of a pipe, as of tail -f.
@@ -198,6 +218,24 @@ def _ending() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     return ends
+
+
+@contextmanager
+def _collector(bpf_root: Path, endpoint: str | None) -> Iterator[DecisionSender | None]:
+    """Raises OtlpError."""
+    if endpoint is None:
+        yield None
+        return
+    require_libraries("--otlp-endpoint")
+    from ebpfproxy.trace.decision_sender import DecisionSender  # noqa: PLC0415 - of an extra
+
+    agent = state.load_latest(pin_folder(bpf_root))
+    node = agent.node if agent is not None else ""
+    sender = DecisionSender(endpoint, node, lambda said: echo(said, err=True))
+    try:
+        yield sender
+    finally:
+        sender.close()
 
 
 class _File:

@@ -21,16 +21,23 @@ class Flag:
 
     ``names`` start with their dashes. ``metavar`` is the value in the help; PATH, DIR and FILE are completed
     as such. ``default`` says in words what an empty or absent value means. ``choices`` are the values where
-    the field's type does not list them.
+    the field's type does not list them. ``variable`` of the environment sets it, too, after EBPFPROXY_ and
+    its name.
     """
 
     def __init__(
-        self, *names: str, metavar: str | None = None, default: str = "", choices: tuple[str, ...] = ()
+        self,
+        *names: str,
+        metavar: str | None = None,
+        default: str = "",
+        choices: tuple[str, ...] = (),
+        variable: str = "",
     ) -> None:
         self.names = names
         self.metavar = metavar
         self.default = default
         self.choices = choices
+        self.variable = variable
 
 
 class Ignored:

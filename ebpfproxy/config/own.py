@@ -15,6 +15,7 @@ from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, MEASURED, Capa
 from ebpfproxy.config.declarations import Flag, described, options_of
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
+from ebpfproxy.config.urls import url_problem
 from ebpfproxy.services.balancing import ALGORITHMS, NEAREST, parse_algorithm
 from ebpfproxy.services.values import parse_prefix
 
@@ -287,6 +288,20 @@ class EbpfProxyConfiguration(
         ),
         Flag("--metrics-backends"),
     ] = False
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="URL of an OpenTelemetry collector, such as http://127.0.0.1:4318: the log, and the "
+            "metrics of /metrics, are sent there, to /v1/logs and /v1/metrics below it (OTLP over HTTP). "
+            "OTEL_EXPORTER_OTLP_ENDPOINT sets it, too."
+        ),
+        Flag("--otlp-endpoint", metavar="URL", variable="OTEL_EXPORTER_OTLP_ENDPOINT"),
+    ] = ""
+    otlp_interval_seconds: Annotated[
+        float,
+        Meta(ge=1, le=3600, description="Time between two sendings of metrics to otlpEndpoint."),
+        Flag("--otlp-interval-seconds"),
+    ] = 60.0
 
 
 DEFAULTS = EbpfProxyConfiguration()
@@ -306,6 +321,8 @@ def validate(found: EbpfProxyConfiguration) -> list[Problem]:
             parse_range(found.masquerade_ports)
         except PortRangeError as error:
             problems.append(Problem("", "masqueradePorts", str(error)))
+    if found.otlp_endpoint and (problem := url_problem(found.otlp_endpoint)):
+        problems.append(Problem("", "otlpEndpoint", problem))
     if found.lb_algorithm is not None:
         algorithm, remark = parse_algorithm(found.lb_algorithm)
         if algorithm is None:

@@ -118,9 +118,18 @@ def words(row: DecisionRow) -> Words:
     return Words(str(row.client), name, frontend, outcome, "; ".join(details))
 
 
-def text(row: DecisionRow) -> str:
-    """``12:00:01.234 shop/client → shop/web:http 10.96.0.10:80 ⇒ 10.244.1.3:8080 web-1 (1 of 3, random)``."""
-    clock = f"{_clock(int(row.time))}.{int(row.time % 1 * 1000):03}"
+def is_good(row: DecisionRow) -> bool:
+    """A backend was chosen."""
+    return row.kind in _GOOD
+
+
+def sentence(row: DecisionRow) -> str:
+    """``shop/client → shop/web:http 10.96.0.10:80 ⇒ 10.244.1.3:8080 web-1 (1 of 3, random)``."""
     found = words(row)
-    line = f"{clock} {found.client} → {found.service} {found.frontend} {found.outcome}"
+    line = f"{found.client} → {found.service} {found.frontend} {found.outcome}"
     return f"{line} ({found.details})" if found.details else line
+
+
+def text(row: DecisionRow) -> str:
+    """The sentence after the time, ``12:00:01.234``."""
+    return f"{_clock(int(row.time))}.{int(row.time % 1 * 1000):03} {sentence(row)}"

@@ -71,6 +71,8 @@ def test_defaults_without_a_file_and_flags() -> None:
         measure_traffic=False,
         metrics_services=50,
         metrics_backends=False,
+        otlp_endpoint="",
+        otlp_interval_seconds=60.0,
     )
 
 

@@ -76,12 +76,26 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
         (("--service-cidr", "ten"), "--service-cidr: 'ten' is not a CIDR"),
         (("--detect-local-mode", "BridgeInterface"), "BridgeInterface needs --pod-bridge-interface"),
         (("--masquerade-ports", "9-3"), "'9-3': a range of ports begins at 1"),
+        (("--otlp-endpoint", "a:4318"), "--otlp-endpoint: 'a:4318' is not http://HOST:PORT"),
         (("--conntrack-udp-timeout", "soon"), "'soon' is not a duration such as 30s or 1h30m"),
     ],
 )
 def test_invalid_options_are_named(arguments: tuple[str, ...], said: str) -> None:
     code, output = run("run", "--manifests", "/nowhere", *arguments)
     assert code != 0
+    assert said in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--otlp-endpoint", "http://a", "--file", "x"), "--file excludes --otlp-endpoint"),
+        (("--otlp-endpoint", "a:4318"), "--otlp-endpoint: 'a:4318' is not http://HOST:PORT"),
+    ],
+)
+def test_invalid_options_of_trace_are_named(arguments: tuple[str, ...], said: str) -> None:
+    code, output = run("trace", *arguments)
+    assert code == 2
     assert said in output
 
 

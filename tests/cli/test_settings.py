@@ -59,6 +59,18 @@ def test_the_environment_sets_a_field(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found["staleTCP"], found["bypassNetfilter"]) == ("never", True)
 
 
+def test_a_variable_of_opentelemetry_sets_its_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endpoint(*arguments: str) -> str:
+        found: str = written(tmp_path, *arguments)["ebpfproxy.io"]["otlpEndpoint"]
+        return found
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a")
+    assert endpoint() == "http://a"
+    monkeypatch.setenv("EBPFPROXY_OTLP_ENDPOINT", "http://b")
+    assert endpoint() == "http://b"
+    assert endpoint("--otlp-endpoint", "http://c") == "http://c"
+
+
 def test_boolean_flag_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -50,6 +50,8 @@ FIELDS: dict[str, Any] = {
     "measureTraffic": True,
     "metricsServices": 10,
     "metricsBackends": True,
+    "otlpEndpoint": "http://10.96.0.9:4318",
+    "otlpIntervalSeconds": 30.0,
 }
 NAMES = [field.encode_name for field in msgspec.structs.fields(ours.EbpfProxyConfiguration)]
 
@@ -94,6 +96,17 @@ def test_a_value_of_another_type_is_one_error(name: str) -> None:
         ("maxConntrack", 1023, "Expected `int` >= 1024: 1023"),
         ("maxSlots", 0, "Expected `int` >= 1: 0"),
         ("without", ["tcx", "xdp"], "'xdp' is none of set-retval, tcx"),
+        ("otlpEndpoint", "collector:4318", "'collector:4318' is not http://HOST:PORT or https://HOST:PORT"),
+        ("otlpEndpoint", "ftp://collector", "'ftp://collector' is not http://HOST:PORT"),
+        ("otlpEndpoint", "http://", "'http://' is not http://HOST:PORT"),
+        ("otlpEndpoint", "http://a:0", "'http://a:0' is not http://HOST:PORT"),
+        ("otlpEndpoint", "http://a:x", "'http://a:x' is no URL: Port could not be cast"),
+        ("otlpEndpoint", f"http://a:{'9' * 5000}", f"'http://a:{'9' * 5000}' is no URL"),
+        ("otlpEndpoint", "http://[::1", "'http://[::1' is no URL"),
+        ("otlpEndpoint", "http://a b", "'http://a b' is no URL"),
+        ("otlpEndpoint", "http://a/?key=x", "has more than a path"),
+        ("otlpEndpoint", "http://a/#x", "has more than a path"),
+        ("otlpIntervalSeconds", 0.5, "Expected `float` >= 1.0: 0.5"),
         ("nothing", 1, "unknown field"),
     ],
 )
@@ -101,6 +114,20 @@ def test_invalid_values_are_reported_by_path(path: str, value: Any, message: str
     (found,) = errors(text_of(merged(OWN, nested(path, value))))
     index = "[1]" if isinstance(value, list) else ""
     assert found.startswith(f"f: {path}{index}: {message}")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:s3cret@a", "http://user:s3cret@", "https://s3cret@a:4318", "http://a:s3cret@[::1"]
+)
+def test_an_error_of_a_url_has_no_password(url: str) -> None:
+    (found,) = errors(text_of({**OWN, "otlpEndpoint": url}))
+    assert found.startswith("f: otlpEndpoint: ")
+    assert "s3cret" not in found
+
+
+@pytest.mark.parametrize("url", ["", "http://10.0.0.1:4318", "https://[fd00::1]/otlp/", "http://a.b"])
+def test_urls_of_collectors(url: str) -> None:
+    assert own({"otlpEndpoint": url}).own.otlp_endpoint == url
 
 
 @pytest.mark.parametrize("name", ["rr", "wlc", "mh", "lblc", "round-robin", "Maglev"])

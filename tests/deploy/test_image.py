@@ -31,6 +31,9 @@ MOST_MEGABYTES = {"full": 400, "slim": 150}
 BYTECODE = "/usr/local/lib/python3.11/dist-packages/ebpfproxy/bytecode"
 NO_BYTECODE = f"mount -t tmpfs none {BYTECODE} && "
 
+#: Modules that need an extra.
+OF_EXTRAS = ("ebpfproxy.ui.", "ebpfproxy.otlp.", "ebpfproxy.trace.decision_sender")
+
 
 @pytest.fixture(scope="module")
 def stages() -> Iterator[dict[str, image.Image]]:
@@ -134,12 +137,12 @@ def test_entrypoint_of_the_image_is_the_agent(built: image.Image) -> None:
 
 
 def test_all_commands_can_be_imported(built: image.Image, target: str) -> None:
-    """No module needs a file that the Dockerfile leaves out; the page's are for target full alone."""
+    """No module needs a file that the Dockerfile leaves out; those of extras are for target full alone."""
     script = (
         "import importlib, pkgutil, ebpfproxy\n"
-        f"page = {target == 'full'}\n"
+        f"extras = {target == 'full'}\n"
         "for each in pkgutil.walk_packages(ebpfproxy.__path__, 'ebpfproxy.'):\n"
-        "    if each.name.startswith('ebpfproxy.ui.') and not page: continue\n"
+        f"    if each.name.startswith({OF_EXTRAS}) and not extras: continue\n"
         "    if not each.name.endswith('__main__'): importlib.import_module(each.name)\n"
         "from kubernetes import client\n"
         "client.CoreV1Api, client.AppsV1Api, client.RbacAuthorizationV1Api\n"
@@ -153,6 +156,15 @@ def test_only_target_full_has_the_page(built: image.Image, target: str) -> None:
     said = image.run(built.root, ["sh", "-c", script], built.environment).stdout
     missing = "Error: ui needs starlette and uvicorn: pip install 'ebpfproxy[ui]'\n"
     assert said.startswith("Error: nothing is pinned below") if target == "full" else said == missing
+
+
+def test_only_target_full_can_send_to_a_collector(built: image.Image, target: str) -> None:
+    command = "ebpfproxy run --init-only --otlp-endpoint http://a --bpf-root /nothing 2>&1 || true"
+    said = image.run(built.root, ["sh", "-c", command], built.environment).stdout
+    missing = "otlpEndpoint needs OpenTelemetry, which the image's target full has"
+    assert (missing in said) is (target == "slim"), said
+    packages = built.root / "usr/local/lib/python3.11/dist-packages"
+    assert any(packages.glob("opentelemetry/sdk/*/__pycache__/*.pyc")) is (target == "full")
 
 
 def test_image_has_the_programs_of_the_first_init_container(built: image.Image) -> None:

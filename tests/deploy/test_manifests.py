@@ -281,6 +281,20 @@ def test_image_resources_and_tolerations_of_the_values_are_used() -> None:
     assert found["tolerations"] == [{"key": "a", "operator": "Exists"}]
 
 
+def test_further_variables_and_volumes_are_the_agents() -> None:
+    """The init container reads the same configuration."""
+    variable = {"name": "OTEL_EXPORTER_OTLP_CERTIFICATE", "value": "/etc/otlp/ca.crt"}
+    mount = {"name": "otlp", "mountPath": "/etc/otlp", "readOnly": True}
+    volume = {"name": "otlp", "configMap": {"name": "otlp-ca"}}
+    found = daemon_set({"extraEnv": [variable], "extraVolumeMounts": [mount], "extraVolumes": [volume]})
+    prepare, load = found["initContainers"]
+    for each in (load, *found["containers"]):
+        assert each["env"][-1] == variable
+        assert each["volumeMounts"][-1] == mount
+    assert mount not in prepare["volumeMounts"]
+    assert found["volumes"][-1] == volume
+
+
 def test_monitoring_adds_the_pod_monitor_of_deploy_monitoring() -> None:
     found = render_chart({"monitoring": {"enabled": True}})
     wanted = yaml_text.load((DEPLOY / "monitoring/podmonitor.yaml").read_text())

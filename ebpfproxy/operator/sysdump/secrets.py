@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -24,6 +25,8 @@ _NAME = (
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 #: Variables that say how an agent runs.
 _VARIABLE = re.compile(r"EBPFPROXY_|KUBERNETES_|NODE_NAME$")
+#: Headers for a collector.
+_HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(?:\w+_)?HEADERS")
 _OWN_ANNOTATION = "ebpfproxy.io/"
 #: A value ends with its closing quote or the line; quotes are escaped where the text is in a string of JSON.
 _VALUE = (
@@ -70,6 +73,11 @@ class Secrets:
 
     def learn_variables(self, variables: Mapping[str, str]) -> None:
         self.learn(value for name, value in variables.items() if _is_secret_variable(name))
+        for name, value in variables.items():
+            if _HEADERS.fullmatch(name):
+                # NAME=VALUE,…: each value may stand elsewhere, as it is written or as it is sent.
+                parts = [value, *(each.partition("=")[2] for each in value.split(","))]
+                self.learn([*parts, *map(unquote, parts)])
 
     def learn(self, values: Iterable[str]) -> None:
         self._known |= {each.strip() for each in values if len(each.strip()) >= _LEAST}

@@ -162,3 +162,17 @@ def test_secrets_of_objects_are_removed_by_their_names() -> None:
 def test_a_long_word_takes_no_longer_than_others_of_its_length(text: str) -> None:
     """Who may write an annotation must not be able to hold up a sysdump: four thousand dashes took seven seconds."""
     assert Secrets().text(text)
+
+
+def test_headers_for_a_collector_are_taken_out() -> None:
+    """As the variable has them, and as they are sent."""
+    secrets = Secrets()
+    secrets.learn_variables(
+        {
+            "OTEL_EXPORTER_OTLP_HEADERS": "Authorization=Bearer%20abc%2Fdefgh,X-Scope=opaque-key==",
+            "OTEL_EXPORTER_OTLP_LOGS_HEADERS": "x=another-one",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318",
+        }
+    )
+    said = "Bearer%20abc%2Fdefgh, Bearer abc/defgh, opaque-key==, another-one, http://collector:4318"
+    assert secrets.text(said) == "(removed), (removed), (removed), (removed), http://collector:4318"

@@ -1,0 +1,1 @@
+"""Tests of what is sent to an OpenTelemetry collector, decoded by the definitions of opentelemetry-proto."""

@@ -14,6 +14,20 @@ static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int l
 			      u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
 /*
+ * Gives a packet of a device without a link layer the header that redirect_neigh() takes away: the
+ * kernel drops packets that have none.
+ */
+static __always_inline bool add_link_header(struct __sk_buff *skb)
+{
+#if L3_OFFSET == 0
+	return !bpf_skb_change_head(skb, ETH_HLEN, 0);
+#else
+	(void)skb;
+	return true;
+#endif
+}
+
+/*
  * Delivers a packet to this host as if the host had sent it to itself. redirect_neigh() attaches a
  * route, so that the source is not checked: by any other way a packet with a loopback address, or
  * one of this host's own, as its source is a martian.
@@ -24,11 +38,8 @@ static __always_inline int send_to_self(struct __sk_buff *skb)
 	(void)skb;
 	return PASS;
 #else
-#if L3_OFFSET == 0
-	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
-		return drop(EVENT_REWRITE);
-#endif
-	if (skb->pkt_type != PACKET_HOST && bpf_skb_change_type(skb, PACKET_HOST))
+	if (!add_link_header(skb) ||
+	    (skb->pkt_type != PACKET_HOST && bpf_skb_change_type(skb, PACKET_HOST)))
 		return drop(EVENT_REWRITE);
 	return redirect_neigh(LOOPBACK_IFINDEX, NULL, 0, 0);
 #endif
@@ -73,6 +84,8 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	if (way == FIB_NEIGHBOUR)
 		return send_to_neighbour(skb, &fib);
 #endif
+	if (!add_link_header(skb))
+		return drop(EVENT_REWRITE);
 	return redirect_neigh(fib.ifindex, NULL, 0, 0);
 }
 

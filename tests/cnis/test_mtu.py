@@ -92,7 +92,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[MtuCluster]:
         yield MtuCluster(lab, request.param)
 
 
-def _datagrams(host: str, port: int, sizes: tuple[int, ...]) -> tuple[list[int], int]:
+def datagrams(host: str, port: int, sizes: tuple[int, ...]) -> tuple[list[int], int]:
     """Returns the sizes whose datagrams come back, and the path's MTU as the kernel has learned it.
 
     A packet that was too big is lost; its sender knows better at the next one, which may be the client or the server.
@@ -147,7 +147,7 @@ def test_datagrams_of_all_sizes_pass_where_the_path_is_narrower_than_both_ends(
 ) -> None:
     """Datagrams around every MTU of the path come back unchanged, in fragments where they have to be."""
     for who, space, address, _, port in _clients(cluster, family):
-        assert space.call(_datagrams, address, port, SIZES)[0] == [*SIZES], who
+        assert space.call(datagrams, address, port, SIZES)[0] == [*SIZES], who
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,5 +156,5 @@ def test_a_client_outside_learns_the_mtu_of_the_way_to_the_endpoint(cluster: Mtu
     node, port = cluster.address(cluster.a, family), cluster.node_port("far", "UDP")
     # The pods of tunnels take 1430 bytes in both families.
     wanted = 1400 if isinstance(cluster.network, Jumbo) else 1430
-    _, mtu = cluster.client_outside.call(_datagrams, node, port, (1472, 1472))
+    _, mtu = cluster.client_outside.call(datagrams, node, port, (1472, 1472))
     assert mtu == wanted

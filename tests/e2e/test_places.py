@@ -236,3 +236,35 @@ def test_client_behind_a_tun_device_is_served_and_rejected(cluster: OutsideClien
     until(lambda: "vpn" in cluster.a.cli("service", "list"), "the Service is not programmed")
     assert cluster.a.call(_through_tun, "10.96.1.15", 80) == ("10.96.1.15", 80, "SA")
     assert cluster.a.call(_through_tun, "10.96.0.20", 80) == ("10.96.0.20", 80, "RA")
+
+
+def _ask_beyond_tun(service: str, count: int) -> set[str]:
+    """Adds a tun device that leads to a Service; returns the names of its backends that reply."""
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"vpn1", 0x0001 | 0x1000))  # TUNSETIFF
+    for command in (
+        "ip address add 10.99.1.1/24 dev vpn1",
+        "ip link set vpn1 up",
+        f"ip route add {service} dev vpn1",
+    ):
+        subprocess.run(command.split(), check=True)
+    deadline = time.monotonic() + 60
+    # Until the agent has attached its programs, packets end in the device.
+    while clients.connect_error(service, 80, 0.3) != "connected":
+        assert time.monotonic() < deadline, "no reply"
+    replies = [
+        *clients.repeated(count, clients.ask_tcp, service, 80),
+        *clients.repeated(count, clients.ask_udp, service, 53),
+    ]
+    os.close(tun)
+    return {reply["name"] for reply in replies}
+
+
+def test_client_on_the_node_whose_route_to_a_service_is_a_tun_device(cluster: OutsideClientCluster) -> None:
+    """What no socket hook has seen leaves the tun device's hook for the backend, on this node and on another one."""
+    if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
+        pytest.skip("this kernel has no tun device")
+    cluster.add("beyond", "10.96.1.16", [cluster.endpoint_on_a(), cluster.endpoint_on_b()])
+    until(lambda: "beyond" in cluster.a.cli("service", "list"), "the Service is not programmed")
+    unhooked = Space(cluster.a.netns, None)
+    assert unhooked.call(_ask_beyond_tun, "10.96.1.16", clients.ENOUGH, timeout=120) == {"w1", "w2"}

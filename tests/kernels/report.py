@@ -13,6 +13,7 @@ from tests.tested import table
 
 TITLE = "Kernels"
 COMMAND = "make test-kernels"
+_KINDS = "kinds of devices"
 _ABOUT = (
     "Kernels of Debian's suites, each booted in an emulator (qemu without KVM, two processors) with Debian 12's root "
     "file system. The agent's own probe says if it runs there, and which of the optional features it uses. A cell has "
@@ -51,6 +52,7 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
         *table(
             head, [[group, *(_cell(run, group) for run in ran.values())] for group in _groups(ran.values())]
         ),
+        *_networks(ran),
         *_reasons("failed", "tests that failed", ran),
         *_reasons("skipped", "why tests were skipped", ran),
     ]
@@ -113,6 +115,26 @@ def _cell(run: Run, group: str) -> str:
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
     rest = ", stopped" if group in run.stopped else ""
     return f"{counts['passed']} of {tried}{skipped}{rest}"
+
+
+def _networks(ran: Mapping[str, Run]) -> list[str]:
+    """Returns a row for each network of tests/cnis/test_devices.py, whose names end with a semicolon in their tests."""
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for kernel, run in ran.items():
+        for each in run.results:
+            title, is_network, _ = each.test.partition("[")[2].partition(";")
+            if is_network and group_of(each.test) == _KINDS:
+                counts.setdefault(title, {}).setdefault(kernel, Counter())[each.outcome] += 1
+    rows = [
+        [title, *(_tried(of.get(kernel, Counter())) for kernel in ran)]
+        for title, of in sorted(counts.items())
+    ]
+    return table([_KINDS, *ran], rows) if rows else []
+
+
+def _tried(outcomes: Counter[str]) -> str:
+    tried = outcomes["passed"] + outcomes["failed"]
+    return f"{outcomes['passed']} of {tried}" if tried else ""
 
 
 def _reasons(outcome: str, head: str, ran: Mapping[str, Run]) -> list[str]:

@@ -70,6 +70,19 @@ def test_section_has_a_column_for_each_kernel_and_names_failures_and_reasons() -
     assert "| no UDP-Lite |  | 1 |" in lines
 
 
+def test_kinds_of_devices_have_a_row_for_each_network() -> None:
+    """What a kernel has no devices for is left empty."""
+    test = "tests/cnis/test_devices.py::test_devices[{};-NodePort-{}]"
+    first = run(
+        Result(test.format("VLAN, a", "IPv4"), "passed"),
+        Result(test.format("VLAN, a", "IPv6"), "failed", "no"),
+        Result(test.format("netkit", "IPv4"), "skipped", "this kernel has no netkit"),
+    )
+    lines = report.lines({"old": OLD, "new": NEW}, {"old": first, "new": run()})
+    assert "| VLAN, a | 1 of 2 |  |" in lines
+    assert "| netkit |  |  |" in lines
+
+
 def test_groups_name_tests_that_exist_and_kernels_name_groups() -> None:
     assert all((TOP / path).exists() for paths in GROUPS.values() for path in paths)
     assert all(set(kernel.groups) <= set(GROUPS) for kernel in KERNELS.values())

@@ -40,7 +40,6 @@ from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from ebpfproxy.node.identity import node_name
 from ebpfproxy.node.local import LocalMode, LocalPods
-from ebpfproxy.otlp.libraries import require_libraries
 from ebpfproxy.services.balancing import parse_algorithm
 from ebpfproxy.services.model import Algorithm, Prefix
 from ebpfproxy.services.values import parse_prefix
@@ -50,11 +49,9 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
     """Options from an effective configuration (:func:`ebpfproxy.config.load.effective`); remarks to log.
 
     Reads this host's name, cgroup mount and ``ip_local_port_range`` where the configuration leaves them open.
-    Raises NodeNameError, RootError, OtlpError.
+    Raises NodeNameError, RootError.
     """
     kube_proxy, own = configuration.kube_proxy, configuration.own
-    if own.otlp_endpoint:
-        require_libraries("otlpEndpoint")
     chosen, remarks = algorithm(kube_proxy, own)
     local = local_range()
     ports = parse_range(own.masquerade_ports) if own.masquerade_ports else default_range(local)

@@ -7,26 +7,29 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from ebpfproxy.agent.agent_options import AgentOptions
+from ebpfproxy.logs import get_logger
+from ebpfproxy.otlp.libraries import OtlpError, require_libraries
 
 if TYPE_CHECKING:
     from ebpfproxy.otlp.exporter import Exporter
 
+log = get_logger(__name__)
+
 
 class Telemetry:
-    """The log is sent from now on until :meth:`close`, ``registry`` from :meth:`start` to :meth:`stop`."""
+    """The log is sent from now on until :meth:`close`, ``registry`` from :meth:`start` to :meth:`stop`.
+
+    What keeps it from being sent does not keep the agent from its work: something else than the agent's
+    configuration may have set the variables of OpenTelemetry in its pod.
+    """
 
     def __init__(self, options: AgentOptions, registry: CollectorRegistry) -> None:
-        """Raises OtlpError."""
         self._exporter: Exporter | None = None
         if options.otlp_endpoint:
-            from ebpfproxy.otlp.exporter import Exporter  # noqa: PLC0415 - 10 MB
-
-            self._exporter = Exporter(
-                options.otlp_endpoint,
-                options.otlp_interval_seconds,
-                registry,
-                options.node_name,
-            )
+            try:
+                self._exporter = _exporter(options, registry)
+            except OtlpError as error:
+                log.error("sending nothing to a collector", error=str(error))
 
     def start(self) -> None:
         """All collectors are registered: a counter that comes later would count from nothing."""
@@ -40,3 +43,11 @@ class Telemetry:
     def close(self) -> None:
         if self._exporter is not None:
             self._exporter.close()
+
+
+def _exporter(options: AgentOptions, registry: CollectorRegistry) -> Exporter:
+    """Raises OtlpError."""
+    require_libraries("otlpEndpoint")
+    from ebpfproxy.otlp.exporter import Exporter  # noqa: PLC0415 - 10 MB
+
+    return Exporter(options.otlp_endpoint, options.otlp_interval_seconds, registry, options.node_name)

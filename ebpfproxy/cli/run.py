@@ -25,7 +25,6 @@ from ebpfproxy.logs import get_logger
 from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.operator.migrate.node.node_handover import NodeHandover
-from ebpfproxy.otlp.libraries import OtlpError
 
 log = get_logger(__name__)
 
@@ -123,7 +122,6 @@ def command(
         NodeNameError,
         BindAddressError,
         NodePortAddressesError,
-        OtlpError,
     ) as error:
         raise click.ClickException(str(error)) from error
     if starts_anew:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ebpfproxy.agent.from_config import agent_options
+from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.config.load import Configuration, effective
+from ebpfproxy.logs import event_of
 from ebpfproxy.otlp import libraries
-from ebpfproxy.otlp.libraries import OtlpError, require_libraries
 
 #: What an agent imports, and what it does with its options.
 _AGENT = """
@@ -37,9 +39,32 @@ def test_libraries_are_imported_only_where_there_is_an_endpoint(endpoint: str, i
     assert done.stdout == f"{imported}\n"
 
 
-def test_missing_libraries_are_an_error_of_the_field_that_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_libraries("x")
-    monkeypatch.setattr(libraries, "_MODULES", ("no.such.library",))
-    with pytest.raises(OtlpError, match=r"otlpEndpoint needs .* pip install 'ebpfproxy\[otlp\]'"):
-        agent_options(effective(Configuration(), {"otlp-endpoint": "http://127.0.0.1:4318"}))
-    agent_options(effective(Configuration(), {}))
+@pytest.mark.parametrize(
+    ("missing", "variables", "error"),
+    [
+        (True, {}, "otlpEndpoint needs OpenTelemetry"),
+        (False, {"OTEL_ATTRIBUTE_COUNT_LIMIT": "many"}, "otlpEndpoint: variables of OpenTelemetry"),
+    ],
+)
+def test_what_keeps_from_sending_keeps_from_nothing_else(
+    missing: bool,
+    variables: dict[str, str],
+    error: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if missing:
+        monkeypatch.setattr(libraries, "_MODULES", ("no.such.library",))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options, _ = agent_options(effective(Configuration(), {"otlp-endpoint": "http://127.0.0.1:4318"}))
+
+    telemetry = Telemetry(options, CollectorRegistry())
+    telemetry.start()
+    telemetry.stop()
+    telemetry.close()
+
+    (record,) = (each for each in caplog.records if each.levelname == "ERROR")
+    event, facts = event_of(record)
+    assert event == "sending nothing to a collector"
+    assert facts["error"].startswith(error)

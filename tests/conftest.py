@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 #: Folders with files that take a minute and more.
 _LONG = {Path(__file__).parent / name for name in ("e2e", "field", "operator", "ui")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Half a surrogate pair in what a test logs or prints ends the worker, which cannot send its report."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

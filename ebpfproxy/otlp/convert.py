@@ -45,8 +45,9 @@ def converted(families: Iterable[Family], began: int, now: int, most: int) -> It
         for name, samples in by_name.items():
             is_counter = family.type == "counter" and name.endswith("_total")
             for at in range(0, len(samples), most):
+                # Collectors may give truth values, which only Prometheus' text takes for numbers.
                 points = [
-                    NumberDataPoint(each.labels, began if is_counter else 0, now, each.value)
+                    NumberDataPoint(each.labels, began if is_counter else 0, now, float(each.value))
                     for each in samples[at : at + most]
                 ]
                 data = Sum(points, _CUMULATIVE, is_monotonic=True) if is_counter else Gauge(points)

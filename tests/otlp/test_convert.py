@@ -65,6 +65,17 @@ def test_each_type_is_the_same() -> None:
     assert found["took_bucket", (("le", "1.0"), ("verb", "GET"))] == 3
 
 
+class Connected(Collector):
+    def collect(self) -> Iterator[Family]:
+        yield GaugeMetricFamily("connected", "1 if it is", value=True)
+
+
+def test_truth_values_are_numbers() -> None:
+    registry = CollectorRegistry()
+    registry.register(Connected())
+    assert sent(registry) == scraped(registry) == {("connected", ()): 1.0}
+
+
 def test_counters_are_cumulative_and_monotonic() -> None:
     registry = CollectorRegistry()
     Counter("asked", "How often", registry=registry).inc()

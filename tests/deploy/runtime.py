@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,7 @@ class Container:
     """A container of the pod. ``volumes``: where this machine has each (a file, or a folder).
 
     ``capabilities``: instead of the specification's, to see what is missed; ``seccomp``: likewise, or the file of a profile.
+    ``app_armor``: a profile that the kernel has, as with ``localhostProfile``.
     ``mounts``: folders of a test, read only, at the same path. ``variables``: of fields and ConfigMaps; those
     that are left out are not set. ``account``: a folder with a service account's token and certificates,
     mounted if the pod wants them. ``image``: the root of the image.
@@ -120,6 +122,7 @@ class Container:
         mounts: Iterable[Path] = (),
         capabilities: Iterable[str] | None = None,
         seccomp: bool | Path = True,
+        app_armor: str = "",
         account: Path | None = None,
         image: Path | None = None,
     ) -> None:
@@ -139,6 +142,7 @@ class Container:
         self._image = image or Path("/")
         self._mounts = [*mounts] if image else [TOP, *mounts]
         self._seccomp = seccomp
+        self._app_armor = app_armor
         self._account = account
         self._network = network
         self._arguments = arguments
@@ -165,11 +169,12 @@ class Container:
         finally:
             self.remove()
 
-    def execute(self, *command: str) -> str:
-        """Runs it as ``kubectl exec`` does."""
-        done = subprocess.run(
-            [*self._state, "exec", self.id, *command], capture_output=True, text=True, timeout=60, check=False
-        )
+    def execute(self, *command: str, terminal: bool = False) -> str:
+        """Runs it as ``kubectl exec`` does; ``terminal``: as with ``-it``."""
+        wanted = [*self._state, "exec", *(["--tty"] if terminal else []), self.id, *command]
+        if terminal:
+            wanted = ["script", "--quiet", "--return", "--command", shlex.join(wanted), "/dev/null"]
+        done = subprocess.run(wanted, capture_output=True, text=True, timeout=60, check=False)
         assert not done.returncode, done.stdout + done.stderr
         return done.stdout
 
@@ -218,6 +223,7 @@ class Container:
                 "cwd": "/",
                 "capabilities": dict.fromkeys(names, self.capabilities),
                 "noNewPrivileges": not security["allowPrivilegeEscalation"],
+                "apparmorProfile": self._app_armor,
             },
             "root": {"path": "root", "readonly": security["readOnlyRootFilesystem"]},
             "mounts": self._all_mounts(),

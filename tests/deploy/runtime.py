@@ -252,6 +252,9 @@ class Container:
         own = [
             _mount("/proc", "proc", "proc"),
             _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+            _mount(
+                "/dev/pts", "devpts", "devpts", *_NO_EXEC[:2], "newinstance", "ptmxmode=0666", "mode=0620"
+            ),
             _mount("/dev/shm", "tmpfs", "shm", *_NO_EXEC, "mode=1777", "size=65536k"),
             _mount("/sys", "sysfs", "sysfs", *_NO_EXEC, "ro"),
             _mount("/sys/fs/cgroup", "cgroup", "cgroup", *_NO_EXEC, "relatime", "ro"),

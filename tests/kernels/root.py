@@ -16,8 +16,8 @@ from pathlib import Path
 TOP = Path(__file__).parents[2]
 SUITE = "bookworm"
 _PACKAGES = (
-    "bpftool,busybox-static,clang,conntrack,initramfs-tools,ipset,iproute2,iptables,ipvsadm,kmod,nftables,procps,"
-    "python3-bpfcc,socat"
+    "apparmor,bpftool,busybox-static,clang,conntrack,initramfs-tools,ipset,iproute2,iptables,ipvsadm,kmod,nftables,"
+    "procps,python3-bpfcc,runc,socat"
 )
 #: What an initramfs needs to find the disk; all modules would take it minutes to unpack in an emulator.
 _INITRAMFS = {
@@ -34,19 +34,22 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 class Root:
-    """A folder with the root file system, below ``work``; what is there already is used."""
+    """A folder with the root file system, below ``work``; what is there already is used, unless the packages changed."""
 
     def __init__(self, work: Path) -> None:
         self._work = work
         self.folder = work / "root"
-        if not self.folder.exists():
+        packages = work / "packages.txt"
+        if not self.folder.exists() or not packages.exists() or packages.read_text() != _PACKAGES:
             made = work / "root.part"
             # Nobody else knows the folder; what an interrupted run left there is worth nothing.
             shutil.rmtree(made, ignore_errors=True)
             _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={_PACKAGES}", SUITE, made)
             for name, text in _INITRAMFS.items():
                 (made / name).write_text(text)
+            shutil.rmtree(self.folder, ignore_errors=True)
             made.rename(self.folder)
+            packages.write_text(_PACKAGES)
 
     def add_kernel(self, suite: str, package: str) -> str:
         """Unpacks the kernel that a package of a suite depends on. Returns its release."""

@@ -10,6 +10,7 @@ from tests.deploy.runtime import Container
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
 from tests.lab import clients
 from tests.lab.holders import Holder
+from tests.lab.waiting import AT_ONCE
 
 _IP = SERVICE_IPS["v4"]
 
@@ -29,7 +30,7 @@ def check(cluster: TwoNodeCluster, agent: Container, log: Path) -> None:
     cluster.write_web(cluster.w2)
     stale = sum(n for holder in holders for name, n in holder.connected.items() if cluster.w1.address in name)
     assert stale
-    until(lambda: f"UDP={stale}" in log.read_text(), 10)
+    until(lambda: f"UDP={stale}" in log.read_text(), AT_ONCE)
     assert f"UDP={stale}" in log.read_text()
 
     flows = json.loads(agent.execute("ebpfproxy", "conntrack", "list", "-o", "json"))

@@ -12,6 +12,7 @@ from ebpfproxy.datapath.programs import bytecode
 from tests.deploy import objects, runtime
 from tests.deploy.runtime import Container
 from tests.e2e.two_node_cluster import TwoNodeCluster
+from tests.lab.waiting import READY_SECONDS
 
 OBJECTS = objects.base()
 
@@ -81,11 +82,11 @@ class Kubelet:
         with log.open("wb") as out:
             process = subprocess.Popen(container.command, stdout=out, stderr=out)
         try:
-            until(lambda: ready in log.read_text() or process.poll() is not None, 120)
+            until(lambda: ready in log.read_text() or process.poll() is not None, READY_SECONDS)
             assert process.poll() is None, log.read_text()
             yield log
             container.signal("TERM")
-            assert process.wait(60) == 0
+            assert process.wait(READY_SECONDS) == 0
         finally:
             container.remove()
             process.wait(10)

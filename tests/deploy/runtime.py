@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.objects import Object, Objects, container, pod_spec
+from tests.lab.waiting import READY_SECONDS
 
 TOP = Path(__file__).parents[2]
 _PROFILE = "usr/share/containers/seccomp.json"
@@ -163,7 +164,7 @@ class Container:
         run = [*self._state, "run", "--bundle", str(self._bundle), self.id]
         return [*alone, str(self._folder), str(self._image), *run]
 
-    def run(self, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, timeout: float = READY_SECONDS) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(self.command, capture_output=True, text=True, timeout=timeout, check=False)
         finally:
@@ -174,7 +175,7 @@ class Container:
         wanted = [*self._state, "exec", *(["--tty"] if terminal else []), self.id, *command]
         if terminal:
             wanted = ["script", "--quiet", "--return", "--command", shlex.join(wanted), "/dev/null"]
-        done = subprocess.run(wanted, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(wanted, capture_output=True, text=True, timeout=READY_SECONDS, check=False)
         assert not done.returncode, done.stdout + done.stderr
         return done.stdout
 

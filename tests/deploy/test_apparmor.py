@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,7 @@ def test_agent_works_with_the_profile_and_nothing_that_it_does_is_refused(kubele
             traced = pool.submit(agent.execute, "ebpfproxy", "trace", "--count", "1")
             while not traced.done():
                 cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, 1)
+                time.sleep(1)
         assert "shop/web" in traced.result()
         agent.execute("ebpfproxy", "sysdump", "/tmp/sysdump.tgz")
     cluster.a.cli("cleanup")

@@ -115,7 +115,7 @@ def test_agent_works_with_the_profile_and_nothing_that_it_does_is_refused(kubele
             assert (status, json.loads(body)["healthy"]) == (200, True)
         agent_work.check(cluster, agent, log)
         agent.execute("ebpfproxy", "check")
-        assert "shop" in agent.execute("ebpfproxy", "service", "list", terminal=True)
+        agent.execute("ebpfproxy", "status", terminal=True)
         agent.execute("ebpfproxy", "top", "--once", "-i", "1s")
         with ThreadPoolExecutor() as pool:
             traced = pool.submit(agent.execute, "ebpfproxy", "trace", "--count", "1")

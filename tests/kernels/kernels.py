@@ -22,6 +22,8 @@ GROUPS = {
 #: They run for minutes in an emulator and depend on the kernel no more than others of their group, or do without tcx what
 #: kernels before 6.6 do anyway.
 LEFT_OUT = "fifty_thousand or thousands_of or masqueraded_flows_have_distinct or clsact"
+#: In place of groups: single tests, see ``Root.write_tests``.
+AGAIN = "again"
 _SOME = ("IPVS", "NFS")
 _OF_ALL = tuple(name for name in GROUPS if name not in _SOME)
 

@@ -28,6 +28,11 @@ _BYTES = 6 << 30
 _ENVIRONMENT = os.environ | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
+def test_list(release: str) -> Path:
+    """Returns where the disk names single tests for a kernel."""
+    return Path("/tests", release)
+
+
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=cwd, env=_ENVIRONMENT)
     return done.stdout
@@ -110,6 +115,12 @@ class Root:
 
     def initrd(self, release: str) -> Path:
         return self.folder / "boot" / f"initrd.img-{release}"
+
+    def write_tests(self, release: str, tests: Iterable[str]) -> None:
+        """Has the next disk name single tests for a kernel: its command line has no room for them."""
+        file = self.folder / test_list(release).relative_to("/")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(tests))
 
     def write_disk(self, disk: Path) -> None:
         """Writes the file system of a disk, with the checkout as it is where it is: the virtual environment knows

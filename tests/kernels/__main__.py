@@ -92,11 +92,14 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
 def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     """Runs what failed alone: much depends on how slow the emulator is beside other load."""
     root = Root(work)
-    before = {name: msgspec.json.decode((KEPT / f"{name}.json").read_bytes(), type=Run) for name in kernels}
+    kept = {name: KEPT / f"{name}.json" for name in kernels}
+    before = {
+        name: msgspec.json.decode(file.read_bytes(), type=Run) for name, file in kept.items() if file.exists()
+    }
     releases = {}
-    for name, kernel in kernels.items():
-        if failed := [each.test for each in before[name].results if each.outcome == "failed"]:
-            releases[name] = root.add_kernel(kernel.suite, kernel.package)
+    for name, run in before.items():
+        if failed := [each.test for each in run.results if each.outcome == "failed"]:
+            releases[name] = root.add_kernel(kernels[name].suite, kernels[name].package)
             root.write_tests(releases[name], failed)
     disk = work / "disk"
     root.write_disk(disk)
@@ -105,7 +108,7 @@ def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
         began = time.monotonic()
         run = machine.boot(kernel, root, release, disk, KEPT / f"{name}.console", minutes)
         both = report.repeated(before[name], run, time.monotonic() - began)
-        (KEPT / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(both)))
+        kept[name].write_bytes(msgspec.json.format(msgspec.json.encode(both)))
         before[name] = both
     return all(report.good(kernels[name], run) for name, run in before.items())
 

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.deploy.objects import Object, Objects, container, pod_spec
+from tests.lab.waiting import READY_SECONDS
 
 TOP = Path(__file__).parents[2]
 _PROFILE = "usr/share/containers/seccomp.json"
@@ -102,6 +104,7 @@ class Container:
     """A container of the pod. ``volumes``: where this machine has each (a file, or a folder).
 
     ``capabilities``: instead of the specification's, to see what is missed; ``seccomp``: likewise, or the file of a profile.
+    ``app_armor``: a profile that the kernel has, as with ``localhostProfile``.
     ``mounts``: folders of a test, read only, at the same path. ``variables``: of fields and ConfigMaps; those
     that are left out are not set. ``account``: a folder with a service account's token and certificates,
     mounted if the pod wants them. ``image``: the root of the image.
@@ -120,6 +123,7 @@ class Container:
         mounts: Iterable[Path] = (),
         capabilities: Iterable[str] | None = None,
         seccomp: bool | Path = True,
+        app_armor: str = "",
         account: Path | None = None,
         image: Path | None = None,
     ) -> None:
@@ -139,6 +143,7 @@ class Container:
         self._image = image or Path("/")
         self._mounts = [*mounts] if image else [TOP, *mounts]
         self._seccomp = seccomp
+        self._app_armor = app_armor
         self._account = account
         self._network = network
         self._arguments = arguments
@@ -159,17 +164,18 @@ class Container:
         run = [*self._state, "run", "--bundle", str(self._bundle), self.id]
         return [*alone, str(self._folder), str(self._image), *run]
 
-    def run(self, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, timeout: float = READY_SECONDS) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(self.command, capture_output=True, text=True, timeout=timeout, check=False)
         finally:
             self.remove()
 
-    def execute(self, *command: str) -> str:
-        """Runs it as ``kubectl exec`` does."""
-        done = subprocess.run(
-            [*self._state, "exec", self.id, *command], capture_output=True, text=True, timeout=60, check=False
-        )
+    def execute(self, *command: str, terminal: bool = False) -> str:
+        """Runs it as ``kubectl exec`` does; ``terminal``: as with ``-it``."""
+        wanted = [*self._state, "exec", *(["--tty"] if terminal else []), self.id, *command]
+        if terminal:
+            wanted = ["script", "--quiet", "--return", "--command", shlex.join(wanted), "/dev/null"]
+        done = subprocess.run(wanted, capture_output=True, text=True, timeout=READY_SECONDS, check=False)
         assert not done.returncode, done.stdout + done.stderr
         return done.stdout
 
@@ -218,6 +224,7 @@ class Container:
                 "cwd": "/",
                 "capabilities": dict.fromkeys(names, self.capabilities),
                 "noNewPrivileges": not security["allowPrivilegeEscalation"],
+                "apparmorProfile": self._app_armor,
             },
             "root": {"path": "root", "readonly": security["readOnlyRootFilesystem"]},
             "mounts": self._all_mounts(),
@@ -246,6 +253,9 @@ class Container:
         own = [
             _mount("/proc", "proc", "proc"),
             _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+            _mount(
+                "/dev/pts", "devpts", "devpts", *_NO_EXEC[:2], "newinstance", "ptmxmode=0666", "mode=0620"
+            ),
             _mount("/dev/shm", "tmpfs", "shm", *_NO_EXEC, "mode=1777", "size=65536k"),
             _mount("/sys", "sysfs", "sysfs", *_NO_EXEC, "ro"),
             _mount("/sys/fs/cgroup", "cgroup", "cgroup", *_NO_EXEC, "relatime", "ro"),

@@ -4,106 +4,24 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ebpfproxy.datapath.abi.hooks import LOOPBACK, PACKETS, RECORDS, SOCKETS, SWEEP
-from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.kube.control_plane import server_of
-from tests.deploy import objects, runtime
+from tests.deploy import agent_work, objects
+from tests.deploy.kubelet import OBJECTS, Kubelet
 from tests.deploy.runtime import Container
-from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
+from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
 
 pytestmark = pytest.mark.root
 
 IP = SERVICE_IPS["v4"]
-OBJECTS = objects.base()
-
-
-class Kubelet:
-    """Starts the pod's containers on a lab node, whose bpffs folder and cgroup stand for the host's."""
-
-    def __init__(self, cluster: TwoNodeCluster, image: Path | None = None) -> None:
-        """``image``: the root of the image, by default this machine's."""
-        self._image = image
-        runtime.install("runc", "runc")
-        self.cluster = cluster
-        self.folder = cluster.lab.folder
-        self._config = runtime.write_config_map(OBJECTS, self.folder / "config")
-        self._count = 0
-
-    def container(
-        self,
-        name: str,
-        *,
-        capabilities: Iterable[str] | None = None,
-        seccomp: bool | Path = True,
-        volumes: dict[str, Path] | None = None,
-        manifests: bool = True,
-        api: int | None = None,
-        account: Path | None = None,
-    ) -> Container:
-        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume."""
-        self._count += 1
-        folder = self.folder / f"container-{self._count}"
-        folder.mkdir()
-        self.cluster.a.bpf_root.mkdir(parents=True, exist_ok=True)
-        places = {
-            "config": self._config,
-            "bpffs": self.cluster.a.bpf_root,
-            "cgroup": self.cluster.a.cgroup,
-            "netns": Path("/run/netns"),
-            "cni-results": self.cluster.a.cni_results,
-            "sysctl": Path("/proc/sys/net"),
-            "cache": bytecode.CACHE,
-            **(volumes or {}),
-        }
-        control_plane = {}
-        if api is not None:
-            control_plane = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api)}
-        return Container(
-            OBJECTS,
-            name,
-            folder,
-            account=account,
-            image=self._image,
-            volumes=places,
-            variables={"NODE_NAME": "node-a", **control_plane},
-            network=self.cluster.a.netns,
-            arguments=["--manifests", str(self.cluster.manifests)] if manifests else [],
-            mounts=[self.cluster.manifests],
-            capabilities=capabilities,
-            seccomp=seccomp,
-        )
-
-    @contextmanager
-    def running(self, container: Container, ready: str = "programs are attached") -> Iterator[Path]:
-        """Yields its log; stops it by SIGTERM as a rolling update does, and expects exit code 0."""
-        log = self.folder / f"{container.id}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(container.command, stdout=out, stderr=out)
-        try:
-            until(lambda: ready in log.read_text() or process.poll() is not None, 120)
-            assert process.poll() is None, log.read_text()
-            yield log
-            container.signal("TERM")
-            assert process.wait(60) == 0
-        finally:
-            container.remove()
-            process.wait(10)
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -140,48 +58,16 @@ PROFILE = objects.DEPLOY / "seccomp" / "ebpfproxy.json"
 
 @pytest.mark.parametrize("seccomp", [True, PROFILE], ids=["RuntimeDefault", "own"])
 def test_agent_works_in_the_containers_of_the_daemon_set(loaded: Kubelet, seccomp: bool | Path) -> None:
-    """Covers socket hooks, packets, stale sockets of later pods, and commands."""
-    cluster = loaded.cluster
-    cluster.write_web(cluster.w1, cluster.w2)
-    cluster.lab.outside  # noqa: B018 - the property creates it
     compiled = pins(loaded)
     modules = (SOCKETS, RECORDS, PACKETS, SWEEP, LOOPBACK)
     assert len(compiled) == sum(len(module.hooks) for module in modules)
     agent = loaded.container("ebpfproxy", seccomp=seccomp)
     with loaded.running(agent) as log:
         assert pins(loaded) == compiled, "the agent uses the programs of the init container"
-        assert set(cluster.client.call(clients.spread_tcp, IP, 80, clients.ENOUGH)) == {"w1", "w2"}
-        assert set(cluster.client.call(clients.spread_udp, IP, 53, clients.ENOUGH)) == {"w1", "w2"}
-        assert set(
-            cluster.lab.outside.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH)
-        ) == {"w1", "w2"}
-
-        later = cluster.a.pod(f"later{len(cluster.a.pods)}")
-        holders = [Holder(pod, [("udp", "udp", IP, 53, 20)]) for pod in (cluster.client, later)]
-        for holder in holders:
-            holder.wait()
-        cluster.write_web(cluster.w2)
-        stale = sum(
-            n for holder in holders for name, n in holder.connected.items() if cluster.w1.address in name
-        )
-        assert stale
-        until(lambda: f"UDP={stale}" in log.read_text(), 10)
-        assert f"UDP={stale}" in log.read_text()
-
-        flows = json.loads(agent.execute("ebpfproxy", "conntrack", "list", "-o", "json"))
-        assert {flow["service"] for flow in flows} == {"shop/web"}
-        agent.execute("ebpfproxy", "conntrack", "flush", "--all")
-        status = json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))
-        assert status["agent_running"]
-        agent.execute("ebpfproxy", "service", "get", "shop/web")
-        explained = json.loads(agent.execute("ebpfproxy", "explain", "shop/client", "web:http", "-o", "json"))
-        assert explained["without_agent"] == ""
-        assert {each["client"] for each in explained["explanations"]} == {"shop/client"}
-        agent.execute("ebpfproxy", "backend", "drain", cluster.w2.address)
-        agent.execute("ebpfproxy", "backend", "drain", cluster.w2.address, "--undo")
-        assert "failed to close stale sockets" not in log.read_text()
-        assert "error" not in log.read_text().replace("error='Permission denied'", "")
-    assert set(cluster.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, "Services are still served"
+        agent_work.check(loaded.cluster, agent, log)
+    assert set(loaded.cluster.client.call(clients.spread_tcp, IP, 80, 10)) == {"w2"}, (
+        "Services are still served"
+    )
 
 
 def test_container_has_the_restrictions_of_its_manifest(loaded: Kubelet) -> None:

@@ -17,7 +17,8 @@ from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
 from tests.deploy import image, objects
-from tests.deploy.test_container import Host, Kubelet, on
+from tests.deploy.kubelet import Kubelet
+from tests.deploy.test_container import Host, on
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 from tests.operator.migrate import rules

@@ -28,6 +28,9 @@ MODELS = {
     "DaemonSet": "V1DaemonSet",
 }
 
+#: The names of the files in deploy/seccomp and deploy/apparmor.
+PROFILES = {"seccomp": "ebpfproxy.json", "appArmor": "ebpfproxy"}
+
 
 def comparable(found: Objects) -> Objects:
     """Returns it with the configuration file parsed: the base has comments in it."""
@@ -82,6 +85,7 @@ def test_go_templates_render_the_same_as_the_tests_template_reader(tmp_path: Pat
         ({"kubeconfig": "/etc/kubernetes/proxy.conf"}, "kube-system"),
         ({"master": {"host": "cp.example"}}, "kube-system"),
         ({"monitoring": {"enabled": True}}, "proxies"),
+        ({"localhostProfiles": PROFILES}, "kube-system"),
     ):
         done = subprocess.run(
             [str(program), str(DEPLOY / "chart")],
@@ -99,6 +103,7 @@ RENDERINGS: list[tuple[str, Callable[[], Objects]]] = [
     ("chart", render_chart),
     ("kubeconfig", lambda: render_chart({"kubeconfig": "/etc/kubernetes/proxy.conf"})),
     ("master", lambda: render_chart({"master": {"host": "cp.example"}})),
+    ("profiles", lambda: render_chart({"localhostProfiles": PROFILES})),
     ("other namespace", lambda: render_chart(namespace="proxies")),
 ]
 
@@ -318,6 +323,17 @@ def test_agents_that_overlap_stand_by_and_declare_no_ports() -> None:
     assert "ports" not in agent
     for each in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert agent[each]["httpGet"] == {"path": "/livez", "port": 10256}
+
+
+def test_profiles_of_nodes_are_those_of_the_containers_that_have_the_agents_capabilities() -> None:
+    found = render_chart({"localhostProfiles": PROFILES})
+    for name in ("load", "ebpfproxy"):
+        security = container(found, name)["securityContext"]
+        assert security["seccompProfile"] == {"type": "Localhost", "localhostProfile": "ebpfproxy.json"}
+        assert security["appArmorProfile"] == {"type": "Localhost", "localhostProfile": "ebpfproxy"}
+    assert container(found, "prepare") == container(base(), "prepare")
+    for kind, profile in PROFILES.items():
+        assert (DEPLOY / kind.lower() / profile).is_file()
 
 
 # -- the template reader

@@ -13,10 +13,10 @@ import pytest
 
 from tests.apiserver.certificates import Authority
 from tests.deploy import objects
+from tests.deploy.kubelet import OBJECTS, Kubelet, until
 from tests.deploy.objects import Object
 from tests.deploy.rbac import SERVICE, Asked, attributes, grants
 from tests.deploy.runtime import Container
-from tests.deploy.test_container import OBJECTS, Kubelet, until
 from tests.e2e.two_node_cluster import TwoNodeCluster
 from tests.lab import Lab, clients, servers
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.datapath.kernel.roots import find_cgroup_root
+from tests.deploy.kubelet import until
 from tests.deploy.objects import DEPLOY, base, container
 from tests.deploy.runtime import install
-from tests.deploy.test_container import until
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, TwoNodeCluster
 from tests.faults.probes import Probe, Prober
 from tests.lab import Lab, clients

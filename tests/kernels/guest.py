@@ -16,8 +16,9 @@ from typing import IO
 import pytest
 
 from ebpfproxy.datapath.kernel import bpf, probe
-from tests.kernels.kernels import GROUPS, LEFT_OUT
+from tests.kernels.kernels import AGAIN, GROUPS, LEFT_OUT
 from tests.kernels.results import Result, line
+from tests.kernels.root import test_list
 
 CHANNEL = Path("/dev/ttyS1")
 
@@ -74,7 +75,10 @@ def main(groups: list[str]) -> None:
         except probe.UnsupportedKernelError:
             channel.write(line("refusal", _refusal()))
         else:
-            paths = [path for name in groups for path in GROUPS[name.replace("_", " ")]]
+            if groups == [AGAIN]:
+                paths = test_list(platform.release()).read_text().splitlines()
+            else:
+                paths = [path for name in groups for path in GROUPS[name.replace("_", " ")]]
             options = ["-v", "--color=no", "-p", "no:cacheprovider", "--timeout", "900", "--durations", "40"]
             # All of them are so marked, and those that make test leaves out are not left out here.
             options += ["-m", "root"]

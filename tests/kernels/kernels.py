@@ -10,17 +10,21 @@ GROUPS = {
     "packets": ("tests/packets",),
     "maps and programs": tuple(f"tests/datapath/test_{name}.py" for name in _DATAPATH),
     "sockets": ("tests/e2e/test_sockets.py", "tests/field/test_mptcp.py"),
+    "measures": ("tests/e2e/test_measures.py",),
     "start": ("tests/field/test_start.py",),
     "XDP": ("tests/field/test_xdp_forwarding.py",),
     "devices": ("tests/field/test_devices.py",),
     "kinds of devices": ("tests/cnis/test_devices.py",),
     "clients outside": ("tests/e2e/test_outside.py",),
+    "AppArmor": ("tests/deploy/test_apparmor.py",),
     "IPVS": ("tests/operator/migrate/test_ipvs_kernel.py",),
     "NFS": ("tests/field/test_nfs_kernel.py",),
 }
 #: They run for minutes in an emulator and depend on the kernel no more than others of their group, or do without tcx what
 #: kernels before 6.6 do anyway.
-LEFT_OUT = "fifty_thousand or thousands_of or clsact"
+LEFT_OUT = "fifty_thousand or thousands_of or masqueraded_flows_have_distinct or clsact"
+#: In place of groups: single tests, see ``Root.write_tests``.
+AGAIN = "again"
 _SOME = ("IPVS", "NFS")
 _OF_ALL = tuple(name for name in GROUPS if name not in _SOME)
 

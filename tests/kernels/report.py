@@ -54,6 +54,7 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
         ),
         *_networks(ran),
         *_reasons("failed", "tests that failed", ran),
+        *_repetitions(ran),
         *_reasons("skipped", "why tests were skipped", ran),
     ]
 
@@ -85,6 +86,17 @@ def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
         results=[*others, *run.results],
         stopped=[*unfinished, *run.stopped],
         seconds=before.seconds + run.seconds,
+    )
+
+
+def repeated(before: Run, run: Run, seconds: float) -> Run:
+    """Returns a run with the outcomes of the tests that were run again."""
+    again = {each.test: each for each in run.results}
+    return msgspec.structs.replace(
+        before,
+        results=[again.get(each.test, each) for each in before.results],
+        repeated=sorted({*before.repeated, *again}),
+        seconds=before.seconds + seconds,
     )
 
 
@@ -146,6 +158,19 @@ def _reasons(outcome: str, head: str, ran: Mapping[str, Run]) -> list[str]:
     labels = sorted({label for count in counts.values() for label in count})
     rows = [[_escaped(label), *(str(count[label] or "") for count in counts.values())] for label in labels]
     return table([head, *ran], rows) if rows else []
+
+
+def _repetitions(ran: Mapping[str, Run]) -> list[str]:
+    """Returns a row for each test that failed beside others and passed alone."""
+    passed = {
+        name: {each.test for each in run.results if each.outcome == "passed"} & {*run.repeated}
+        for name, run in ran.items()
+    }
+    rows = [
+        [_escaped(test), *("passed" if test in tests else "" for tests in passed.values())]
+        for test in sorted({test for tests in passed.values() for test in tests})
+    ]
+    return table(["tests that failed, and were run again, alone", *ran], rows) if rows else []
 
 
 def _label(result: Result) -> str:

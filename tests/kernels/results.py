@@ -22,7 +22,7 @@ class Run(msgspec.Struct):
     """``machine``: properties of the running kernel. ``features``: what the agent's probe has found.
 
     ``refusal``: the agent's only line where it does not start. ``complete``: whether pytest has ended by itself; else
-    ``stopped`` has the groups of tests of which some or all did not run.
+    ``stopped`` has the groups of tests of which some or all did not run. ``repeated``: tests that failed and were run again.
     """
 
     machine: dict[str, str] = {}
@@ -31,6 +31,7 @@ class Run(msgspec.Struct):
     results: list[Result] = []
     complete: bool = False
     stopped: list[str] = []
+    repeated: list[str] = []
     day: str = ""
     seconds: float = 0
 

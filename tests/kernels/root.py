@@ -16,8 +16,8 @@ from pathlib import Path
 TOP = Path(__file__).parents[2]
 SUITE = "bookworm"
 _PACKAGES = (
-    "bpftool,busybox-static,clang,conntrack,initramfs-tools,ipset,iproute2,iptables,ipvsadm,kmod,nftables,procps,"
-    "python3-bpfcc,socat"
+    "apparmor,bpftool,busybox-static,clang,conntrack,initramfs-tools,ipset,iproute2,iptables,ipvsadm,kmod,nftables,"
+    "procps,python3-bpfcc,runc,socat"
 )
 #: What an initramfs needs to find the disk; all modules would take it minutes to unpack in an emulator.
 _INITRAMFS = {
@@ -28,25 +28,33 @@ _BYTES = 6 << 30
 _ENVIRONMENT = os.environ | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
+def test_list(release: str) -> Path:
+    """Returns where the disk names single tests for a kernel."""
+    return Path("/tests", release)
+
+
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=cwd, env=_ENVIRONMENT)
     return done.stdout
 
 
 class Root:
-    """A folder with the root file system, below ``work``; what is there already is used."""
+    """A folder with the root file system, below ``work``; what is there already is used, unless the packages changed."""
 
     def __init__(self, work: Path) -> None:
         self._work = work
         self.folder = work / "root"
-        if not self.folder.exists():
+        packages = work / "packages.txt"
+        if not self.folder.exists() or not packages.exists() or packages.read_text() != _PACKAGES:
             made = work / "root.part"
             # Nobody else knows the folder; what an interrupted run left there is worth nothing.
             shutil.rmtree(made, ignore_errors=True)
             _run("mmdebstrap", "--quiet", "--variant=minbase", f"--include={_PACKAGES}", SUITE, made)
             for name, text in _INITRAMFS.items():
                 (made / name).write_text(text)
+            shutil.rmtree(self.folder, ignore_errors=True)
             made.rename(self.folder)
+            packages.write_text(_PACKAGES)
 
     def add_kernel(self, suite: str, package: str) -> str:
         """Unpacks the kernel that a package of a suite depends on. Returns its release."""
@@ -107,6 +115,12 @@ class Root:
 
     def initrd(self, release: str) -> Path:
         return self.folder / "boot" / f"initrd.img-{release}"
+
+    def write_tests(self, release: str, tests: Iterable[str]) -> None:
+        """Has the next disk name single tests for a kernel: its command line has no room for them."""
+        file = self.folder / test_list(release).relative_to("/")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(tests))
 
     def write_disk(self, disk: Path) -> None:
         """Writes the file system of a disk, with the checkout as it is where it is: the virtual environment knows

@@ -104,3 +104,18 @@ def test_groups_that_did_not_end_are_marked_and_those_of_other_runs_kept() -> No
     lines = report.lines({"new": kernel}, {"new": both})
     assert "| packets | 1 of 1 |" in lines
     assert "| sockets | 1 of 2 |" in lines
+
+
+def test_tests_that_are_run_again_replace_their_first_outcomes() -> None:
+    kernel = Kernel("new", "sid", "rt", groups=("packets",))
+    good, bad = (Result(f"tests/packets/a.py::test_{name}", "failed") for name in ("good", "bad"))
+    first = run(good, Result("tests/packets/a.py::test_other", "passed"), bad)
+    both = report.repeated(first, run(Result(good.test, "passed"), Result(bad.test, "failed")), 60)
+    assert [each.outcome for each in both.results] == ["passed", "passed", "failed"]
+    assert not report.good(kernel, both)
+    assert report.good(kernel, report.repeated(both, run(Result(bad.test, "passed")), 60))
+    lines = report.lines({"new": kernel}, {"new": both})
+    assert "| packets | 2 of 3 |" in lines
+    assert f"| {good.test} | passed |" in lines
+    assert f"| {bad.test} | 1 |" in lines
+    assert f"| {bad.test} | passed |" not in lines

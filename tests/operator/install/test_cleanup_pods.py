@@ -10,8 +10,8 @@ import pytest
 
 from ebpfproxy.operator.install import node_cleanup
 from tests.deploy import objects
+from tests.deploy.kubelet import Kubelet, until
 from tests.deploy.runtime import Container
-from tests.deploy.test_container import Kubelet, until
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
 

@@ -91,7 +91,7 @@ def nanoseconds(seconds: float) -> int:
 
 
 def attributes(details: Mapping[str, Any]) -> dict[str, AnyValue]:
-    """Details as JSON has them, without nulls. Those within another are named as in ``client.pod``."""
+    """Details as JSON has them, without nulls. A dot joins the name of one to that of one within it."""
     return dict(_attributes(msgspec.to_builtins(details, enc_hook=str, str_keys=True)))
 
 

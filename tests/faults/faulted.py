@@ -64,8 +64,8 @@ class Faulted:
         assert self.api.stdout is not None
         self.url = self.api.stdout.readline().decode().strip()
 
-    def control(self, action: str, body: object = None, *, seconds: float = 120, **query: object) -> Any:
-        return self.outside.call(_control, self.url, action, query, body, seconds, timeout=seconds)
+    def control(self, action: str, body: object = None, *, patience: float = 120, **query: object) -> Any:
+        return self.outside.call(_control, self.url, action, query, body, patience, timeout=patience)
 
     def churn(self, rate: float, seconds: float) -> Forked:
         """Begins to change endpoints of Services that have no load."""

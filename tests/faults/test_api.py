@@ -47,6 +47,8 @@ def test_api_server_that_is_gone_for_long(faulted: Faulted, agent: Agent) -> Non
         time.sleep(_GONE_SECONDS / 2)
         change_meanwhile(faulted)
         faulted.control("heal")
+        # Maps may be equal before it has heard of anything, and until then it answers no command.
+        agent.wait_ready()
         faulted.wait_equal()
 
 

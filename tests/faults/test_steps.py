@@ -245,7 +245,9 @@ def test_agent_killed_at_every_step_of_an_update(faulted: Faulted) -> None:
     ladder.report("kill -9 at every step of an update")
     faulted.wait_equal()
     agent.stop()
-    assert _PART or ladder.has_done("services4", "service_names")
+    assert ladder.done
+    # One of so many steps need not be at these maps.
+    assert _EVERY > 1 or ladder.has_done("services4", "service_names")
 
 
 @pytest.mark.faults

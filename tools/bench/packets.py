@@ -141,7 +141,8 @@ def connection(subject: Subject, to: To, family: int) -> Connection:
 def forwarded(subject: Subject, family: int) -> ForwardedConnection:
     """From outside to a backend beyond the gateway, whose link address is known from then on."""
     node, outside = subject.node, subject.node.lab.outside
-    mac = outside.run(["cat", "/sys/class/net/eth0/address"]).strip()
+    # /sys shows the devices of the namespace that it was mounted in.
+    mac = json.loads(outside.run(["ip", "-j", "link", "show", "eth0"]))[0]["address"]
     for hop in (outside.address, outside.address6):
         node.run(["ip", "neighbour", "replace", hop, "lladdr", mac, "dev", "eth0", "nud", "permanent"])
     client = outside.address if family == 4 else outside.address6

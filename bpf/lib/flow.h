@@ -174,6 +174,19 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 	return rejection(EVENT_NO_FLOW);
 }
 
+/* Returns the key of what answers @flow, at another or the same stage. */
+static __always_inline struct flow reverse_of(const struct flow *flow, enum stage stage)
+{
+	return (struct flow) {
+		.src = flow->dst,
+		.dst = flow->src,
+		.sport = flow->dport,
+		.dport = flow->sport,
+		.proto = flow->proto,
+		.stage = stage,
+	};
+}
+
 /*
  * Says if a packet to no frontend opens a direct flow whose replies would be taken for a Service's:
  * its client reaches the same backend through a Service from the same port. What a program below
@@ -182,14 +195,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct packet *p)
 {
 	const struct flow *flow = &p->flow;
-	const struct flow key = {
-		.src = flow->dst,
-		.dst = flow->src,
-		.sport = flow->dport,
-		.dport = flow->sport,
-		.proto = flow->proto,
-		.stage = STAGE_EGRESS,
-	};
+	const struct flow key = reverse_of(flow, STAGE_EGRESS);
 	struct scratch *s = scratch_of(p);
 
 	if (!flow_of_interest(&key.src, &key.dst) || is_seen_below(skb, STAGE_INGRESS) ||
@@ -209,14 +215,7 @@ static __always_inline bool is_direct_clash(struct __sk_buff *skb, const struct 
 static __always_inline bool is_masquerade_clash(struct __sk_buff *skb, const struct packet *p)
 {
 	const struct flow *flow = &p->flow;
-	const struct flow key = {
-		.src = flow->dst,
-		.dst = flow->src,
-		.sport = flow->dport,
-		.dport = flow->sport,
-		.proto = flow->proto,
-		.stage = STAGE_INGRESS,
-	};
+	const struct flow key = reverse_of(flow, STAGE_INGRESS);
 	struct scratch *s = scratch_of(p);
 
 	return conntrack_read(&key, &s->other) &&

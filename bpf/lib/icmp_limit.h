@@ -5,8 +5,8 @@
  * one for all CPUs, so that the rate does not depend on how many there are. Only rejected packets
  * come here, and CPUs that find the bucket empty do not write to it.
  *
- * As in the kernel, errors that tell of a smaller MTU are not limited, nor what leaves by the
- * loopback device; and as with netfilter's REJECT, TCP resets are not. The kernel takes up to two
+ * Errors that tell of a smaller MTU are not limited, nor what leaves by the loopback device, as in
+ * the kernel; TCP resets are not, as with netfilter's REJECT. The kernel takes up to two
  * tokens by chance, so that nobody can tell from them which ports of it are open (CVE-2020-25705).
  * What is rejected here is no secret: it depends on Services, not on sockets.
  */

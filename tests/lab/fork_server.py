@@ -110,7 +110,7 @@ def main() -> None:
                 return
             pid = os.fork()
             if pid == 0:
-                # As long as a child has another one's pipe, its result has no end.
+                # A child that keeps another one's pipe open keeps that one's result from ending.
                 for other in (control.fileno(), *calls, *(pipe for _, pipe in calls.values())):
                     os.close(other)
                 _answer(request, *descriptors)

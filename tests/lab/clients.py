@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 R = TypeVar("R")
@@ -32,6 +33,22 @@ def has_udp_lite() -> bool:
 
 def _family(host: str) -> int:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def udp_counters() -> dict[str, int]:
+    """Returns the counters of UDP in this network namespace that are not 0, those of IPv6 as ``Udp6...``.
+
+    A reply with an unexpected source counts as one of ``NoPorts``, one that is damaged as one of ``InCsumErrors``.
+    """
+    lines = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split()[1:] for line in lines if line.startswith("Udp:"))
+    pairs = [
+        *zip(names, values, strict=True),
+        *map(str.split, Path("/proc/net/snmp6").read_text().splitlines()),
+    ]
+    return {
+        name: int(value) for name, value in pairs if value != "0" and not name.startswith(("Ip6", "Icmp6"))
+    }
 
 
 def ask_tcp(host: str, port: int, timeout: float = 3.0) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
+from tests.lab import clients
 from tests.lab.spaces import Space, read_line
 from tests.lab.waiting import READY_SECONDS
 
@@ -26,18 +27,24 @@ class LongConnection:
 
     def __init__(self, space: Space, kind: str, host: str, port: int) -> None:
         self.name = _name(space, kind, host, port)
-        self.kind, self.host = kind, host
+        self.space, self.kind, self.host = space, kind, host
         self.socket, response = space.open(_connect, kind, host, port)
         self.socket.settimeout(_TIMEOUT)
         self.server: str = json.loads(response)["name"]
 
     def check(self) -> str:
-        """Sends a request and returns ``alive`` or the error."""
+        """Sends a request and returns ``alive`` or the error, with what tells a lost packet from a broken connection."""
+        if not (error := self._error()):
+            return "alive"
+        again = self._error() or "answered"
+        return f"{error}; the request after it: {again}; {self.space.call(clients.udp_counters)}"
+
+    def _error(self) -> str:
         try:
             _request(self.socket)
         except OSError as error:
             return repr(error)
-        return "alive"
+        return ""
 
 
 class RequestLoad:
@@ -64,14 +71,25 @@ class RequestLoad:
 
 @contextmanager
 def no_request_fails(*loads: RequestLoad, least: int = 40) -> Iterator[None]:
-    """Runs the loads within the context; each has to send more than ``least`` requests."""
-    with ExitStack() as stack:
-        for load in loads:
-            stack.enter_context(load)
-        yield
-    failed = {load.name: load.errors for load in loads if load.errors}
+    """Runs the loads within the context; each has to send more than ``least`` requests.
+
+    What fails within it is raised with the errors of the loads.
+    """
+    try:
+        with ExitStack() as stack:
+            for load in loads:
+                stack.enter_context(load)
+            yield
+    except Exception as error:
+        error.add_note(f"errors of the loads: {_errors(loads)}")
+        raise
+    failed = _errors(loads)
     assert not failed, failed
     assert all(load.count > least for load in loads), [load.count for load in loads]
+
+
+def _errors(loads: tuple[RequestLoad, ...]) -> dict[str, list[str]]:
+    return {load.name: load.errors for load in loads if load.errors}
 
 
 def _name(space: Space, kind: str, host: str, port: int) -> str:

@@ -10,13 +10,14 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from ebpfproxy.datapath.kernel import bpf, probe
-from tests.kernels.kernels import AGAIN, GROUPS, LEFT_OUT
+from tests.kernels.kernels import AGAIN, GROUPS, LEFT_OUT, group_of
 from tests.kernels.results import Result, line
 from tests.kernels.root import test_list
 
@@ -24,10 +25,13 @@ CHANNEL = Path("/dev/ttyS1")
 
 
 class Recorder:
-    """A plugin of pytest that writes each test's outcome."""
+    """A plugin of pytest that writes how many tests there are, and each one's outcome."""
 
     def __init__(self, channel: IO[str]) -> None:
         self._channel = channel
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._channel.write(line("planned", Counter(group_of(item.nodeid) for item in session.items)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:

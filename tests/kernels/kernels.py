@@ -29,6 +29,11 @@ _SOME = ("IPVS", "NFS")
 _OF_ALL = tuple(name for name in GROUPS if name not in _SOME)
 
 
+def group_of(test: str) -> str:
+    """Returns the group of a test, by its path."""
+    return next((name for name, paths in GROUPS.items() if test.startswith(paths)), "other")
+
+
 class Kernel(NamedTuple):
     """``flavour``: the end of the package's name. ``arguments``: of the kernel. ``machine``: of qemu.
 

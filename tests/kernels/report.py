@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from tests.kernels.kernels import GROUPS, LEFT_OUT, Kernel
+from tests.kernels.kernels import GROUPS, LEFT_OUT, Kernel, group_of
 from tests.kernels.results import Result, Run
 from tests.tested import table
 
@@ -59,11 +59,6 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
     ]
 
 
-def group_of(test: str) -> str:
-    """Returns the group of a test, by its path."""
-    return next((name for name, paths in GROUPS.items() if test.startswith(paths)), "other")
-
-
 def good(kernel: Kernel, run: Run) -> bool:
     """True if a run ended as it should: all tests passed or skip themselves, or the agent refused as expected."""
     if kernel.refused or run.refusal:
@@ -72,9 +67,9 @@ def good(kernel: Kernel, run: Run) -> bool:
 
 
 def stopped(kernel: Kernel, run: Run) -> list[str]:
-    """Returns the groups that had not ended when a kernel was stopped."""
-    begun = [group_of(each.test) for each in run.results]
-    return list(kernel.groups[kernel.groups.index(begun[-1]) if begun else 0 :])
+    """Returns the groups that had not ended when a kernel was stopped: pytest runs them folder by folder."""
+    ran = Counter(group_of(each.test) for each in run.results)
+    return [each for each in kernel.groups if each not in run.planned or ran[each] < run.planned[each]]
 
 
 def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:

@@ -21,13 +21,14 @@ class Result(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct):
     """``machine``: properties of the running kernel. ``features``: what the agent's probe has found.
 
-    ``refusal``: the agent's only line where it does not start. ``complete``: whether pytest has ended by itself; else
+    ``refusal``: the agent's only line where it does not start. ``planned``: the number of tests of each group. ``complete``: whether pytest has ended by itself; else
     ``stopped`` has the groups of tests of which some or all did not run. ``repeated``: tests that failed and were run again.
     """
 
     machine: dict[str, str] = {}
     features: dict[str, bool] = {}
     refusal: str = ""
+    planned: dict[str, int] = {}
     results: list[Result] = []
     complete: bool = False
     stopped: list[str] = []

@@ -23,7 +23,12 @@ def test_results_are_read_as_they_were_written_up_to_a_crash() -> None:
         Result("tests/packets/test_xdp.py::test_x[a|b]", "failed", "no\u2026", 1.5),
         Result("b", "passed"),
     ]
-    texts = [line("machine", MACHINE), line("refusal", ""), line("features", {"tcx": True})]
+    texts = [
+        line("machine", MACHINE),
+        line("refusal", ""),
+        line("features", {"tcx": True}),
+        line("planned", {}),
+    ]
     texts += [line("result", each) for each in results]
     assert read(texts) == run(*results, complete=False)
     assert read([*texts, line("complete", True)]) == run(*results)
@@ -92,6 +97,7 @@ def test_groups_that_did_not_end_are_marked_and_those_of_other_runs_kept() -> No
     kernel = Kernel("new", "sid", "rt", groups=("packets", "sockets", "start"))
     sockets = Result("tests/e2e/test_sockets.py::test_c", "passed")
     first = run(Result("tests/packets/a.py::test_a", "passed"), sockets, complete=False)
+    first.planned = {"start": 1, "packets": 1, "sockets": 2}
     first.stopped = report.stopped(kernel, first)
     assert first.stopped == ["sockets", "start"]
     assert "| sockets | 1 of 1, stopped |" in report.lines({"new": kernel}, {"new": first})

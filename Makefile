@@ -99,7 +99,7 @@ format: setup
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml tests/setup.sh tools/lock/test.txt
+$(VENV)/.done: pyproject.toml tests/setup.sh tools/lock/setup.txt tools/lock/test.txt
 	tests/setup.sh $(VENV)
 	touch $@
 

@@ -27,19 +27,21 @@ settings.register_profile(FAST, settings.get_profile("ebpfproxy"), max_examples=
 settings.load_profile("ebpfproxy")
 
 
-#: All tests of a file with this line need root.
-_ROOT_ONLY = re.compile(r"^pytestmark = (\[[^\]]*)?pytest\.mark\.root\b", re.MULTILINE)
+#: All tests of a file have these marks.
+_MARKS_OF_FILE = re.compile(r"^pytestmark = (\[[^\]]*|.*)", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files that ``-m 'not root …'`` deselects as a whole are not imported: every worker would do so."""
-    if collection_path.suffix != ".py" or not re.match(r"not root( and |$)", config.option.markexpr):
+    """Files that ``-m 'not root and …'`` deselects as a whole are not imported: every worker would do so."""
+    if collection_path.suffix != ".py" or not re.fullmatch(r"not \w+( and not \w+)*", config.option.markexpr):
         return None
-    return True if _ROOT_ONLY.search(collection_path.read_text()) else None
+    marks = _MARKS_OF_FILE.search(collection_path.read_text())
+    deselected = re.findall(r"not (\w+)", config.option.markexpr)
+    return True if marks and re.search(rf"\bmark\.({'|'.join(deselected)})\b", marks[1]) else None
 
 
 #: Folders with files that take a minute and more.
-_LONG = {Path(__file__).parent / name for name in ("e2e", "field", "operator", "ui")}
+_LONG = tuple(f"{Path(__file__).parent}/{name}/" for name in ("e2e", "field", "operator", "ui"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Tests that need root are skipped without it.
     """
-    items.sort(key=lambda item: _LONG.isdisjoint(item.path.parents))
+    items.sort(key=lambda item: not str(item.path).startswith(_LONG))
     if os.geteuid() == 0:
         return
     for item in items:
@@ -65,10 +67,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs root"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """There is next to no garbage among thousands of tests, and every worker would search all of them for it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Excludes thousands of collected tests from garbage collection: each would take 0.2 s, and copy the pages of every
     forked child that does one."""
-    gc.collect()
     gc.freeze()
 
 

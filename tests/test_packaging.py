@@ -91,7 +91,7 @@ def test_the_wheel_installs_from_its_manifests(wheel: Path, tmp_path: Path) -> N
 
 LOCKS = {
     name: newest.blocks(TOP / f"tools/lock/{name}.txt")
-    for name in ("build", "agent", "ui", "otlp", "test", "fuzz")
+    for name in ("build", "agent", "ui", "otlp", "test", "fuzz", "setup")
 }
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
 
@@ -108,6 +108,7 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
         ("ui", PROJECT["project"]["optional-dependencies"]["ui"]),
         ("otlp", PROJECT["project"]["optional-dependencies"]["otlp"]),
         ("fuzz", PROJECT["project"]["optional-dependencies"]["fuzz"]),
+        ("setup", PROJECT["project"]["optional-dependencies"]["setup"]),
         ("test", PROJECT["build-system"]["requires"]),
     ],
 )

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.agent import drain, kube_events, local_pages, reports, state
+from ebpfproxy.agent import drain, kube_events, local_pages, state
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.drain import DrainRequests
 from ebpfproxy.agent.drift import DriftCheck
@@ -30,6 +30,7 @@ from ebpfproxy.agent.local_socket import LocalServer
 from ebpfproxy.agent.messages import Failed, Finished, Message, Messages, NetworkChanged, Stop
 from ebpfproxy.agent.mounts import MountFollower
 from ebpfproxy.agent.node_network import NodeNetwork
+from ebpfproxy.agent.programming import Programming
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.source import source_of
@@ -45,7 +46,6 @@ from ebpfproxy.datapath.programs import attach
 from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.listeners import Listeners, inherited
-from ebpfproxy.health.node_port import ServiceHealth
 from ebpfproxy.health.proxy import eligible
 from ebpfproxy.kube.objects import Deleted, Replaced
 from ebpfproxy.logs import get_logger
@@ -60,9 +60,6 @@ from ebpfproxy.node.network_watcher import NetworkWatcher
 from ebpfproxy.services.tracker import Tracker
 
 log = get_logger(__name__)
-
-#: So many service ports at once are a new list, or a cluster that grew.
-_MANY_CHANGES = 1000
 
 
 class Agent:
@@ -96,8 +93,6 @@ class Agent:
         self._metrics = AgentMetrics()
         self._listeners = Listeners(inherited())
         self._started = time.time()
-        #: True once everything that is known has been programmed.
-        self._complete = False
         self._told_failures: set[str] = set()
         #: True once the configuration has changed.
         self._starts_anew = False
@@ -145,6 +140,16 @@ class Agent:
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
         )
         self._status = self._status_of()
+        self._programming = Programming(
+            options.node_name,
+            self._tracker,
+            self._writer,
+            self._serving,
+            self._status,
+            metrics=self._metrics,
+            record=source.record,
+            started=self._started,
+        )
         self._register_collectors()
         telemetry.start()
         self._listen()
@@ -298,7 +303,7 @@ class Agent:
             if not self._handle_all(messages):
                 return
             del messages
-            self._drain.follow(complete=self._complete)
+            self._drain.follow(complete=self._programming.complete)
             node = self._tracker.node
             if self._tracker.knows_node:
                 self._network.set_node(node_facts(node))
@@ -306,24 +311,25 @@ class Agent:
             self._serving.health.set_eligible(
                 eligible(node) or (node is None and not self._source.has_cluster)
             )
-            if self._tracker.synced and (self._tracker.pending or not self._complete):
-                self._program()
+            if self._programming.is_due:
+                self._programming.apply()
+                self._tracing.changed()
             self._mounts.follow()
             self._writer.end_absences()
             self._network.set_pod_cidrs()
-            if self._complete:
+            if self._programming.complete:
                 self._network.set_service_cidrs(self._tracker.service_cidrs, self._tracker.of_other_proxies)
                 self._programs.attach(self._started)
                 if self._programs.attached:
                     self._serving.health.attached()
-            self._serving.follow(complete=self._complete)
+            self._serving.follow(complete=self._programming.complete)
             self._tell_of_devices()
             self._tracing.follow()
             programs = self._programs
             self._housekeeping.start(programs.folder, programs.for_records, programs.reports)
-            if self._complete and self._programs.attached:
+            if self._programming.complete and self._programs.attached:
                 self._drift.start()
-            self._status.write(is_idle=is_idle, complete=self._complete)
+            self._status.write(is_idle=is_idle, complete=self._programming.complete)
 
     def _pause(self) -> float:
         """Seconds until there is something to do without a message."""
@@ -355,45 +361,6 @@ class Agent:
             elif not isinstance(message, Deleted):
                 log.debug("changed", resource=str(message.resource))
             self._tracker.apply(message)
-
-    def _program(self) -> None:
-        self._serving.health.queued()
-        self._metrics.queued(time.time())
-        began = time.monotonic()
-        update = self._tracker.drain()
-        full = not self._complete
-        problems = self._writer.apply(update.changed, update.removed, complete=full)
-        done = time.monotonic()
-        if full or len(update.changed) > _MANY_CHANGES:
-            # What is known now mostly stays: the collector need not walk it for every change.
-            gc.collect()
-            gc.freeze()
-            gc.enable()
-        self._complete = True
-        self._tracing.changed()
-        self._serving.health.programmed()
-        self._serving.node_port_health.update(ServiceHealth(*check) for check in self._tracker.health_checks)
-        self._status.programmed(done - began)
-        self._metrics.no_local_endpoints(self._tracker.without_local_endpoints)
-        reports.programmed(
-            self._metrics,
-            self._source.record,
-            self._options.node_name,
-            update,
-            problems,
-            began=began,
-            done=done,
-            started=self._started,
-            full=full,
-        )
-        if full:
-            log.info(
-                "programmed all Services",
-                service_ports=self._writer.service_ports,
-                frontends=self._writer.frontends,
-                backends=self._writer.backends,
-                seconds=round(done - began, 3),
-            )
 
     def _tell_of_devices(self) -> None:
         failures = set(self._programs.failures)

@@ -26,7 +26,7 @@ _STEPS_OF_A_MACHINE = 10_000
 _PACKETS_OF_A_WORLD = 10_000_000
 _HEAD = (
     "Nothing raised another exception than the one that its callers know, no run hung, each packet's result was as"
-    " tests/fuzz/packets.c says, and tracker and maps agreed with the rules after all that happened."
+    " tests/fuzz/packets says, and tracker and maps agreed with the rules after all that happened."
 )
 
 
@@ -110,7 +110,7 @@ class Run:
         head = ("program @ device", "packets", "passed", "translated", "rejected", "dropped")
         self._table("Packets", head, rows)
         self.lines += [
-            f"{unserved:,} of these were no Service's by the model in packets.c, and passed unchanged. The kernel runs"
+            f"{unserved:,} of these were no Service's by packets/model.c, and passed unchanged. The kernel runs"
             " no program on a packet of less than an IP header; these are left out.",
             "",
         ]

@@ -1,4 +1,4 @@
-"""The world of ``packets.c``: the loaded programs of a node, its Services, and packets to begin with."""
+"""The world of ``packets/main.c``: the loaded programs of a node, its Services, and packets to begin with."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """``violations``: how often each rule of ``packets.c`` was broken."""
+    """``violations``: how often each rule of ``packets/packets.h`` was broken."""
 
     unserved: int
     violations: dict[int, int]
@@ -96,8 +96,8 @@ PROGRAMS = (
 def build(folder: Path, *flags: str) -> Path:
     """Compiles the program that sends packets."""
     program = folder / "packets"
-    source = _HERE / "packets.c"
-    command = ["clang", "-O2", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(program), str(source)]
+    sources = sorted(map(str, (_HERE / "packets").glob("*.c")))
+    command = ["clang", "-O2", "-Wall", "-Wextra", "-Werror", *flags, "-o", str(program), *sources]
     subprocess.run(command, check=True)
     return program
 

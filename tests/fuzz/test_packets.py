@@ -1,4 +1,4 @@
-"""A sample of ``make fuzz``: mutated packets through all packet programs, each result checked by ``packets.c``."""
+"""A sample of ``make fuzz``: mutated packets through all packet programs, each result checked by ``packets/check.c``."""
 
 from __future__ import annotations
 

@@ -127,6 +127,7 @@ class Root:
         its path."""
         # What is compiled here need not be compiled in the emulator.
         _run(sys.executable, "-m", "ebpfproxy.datapath.programs.build", TOP / ".bytecode", cwd=TOP)
+        _run(sys.executable, "-m", "compileall", "-q", "-j", "0", ".venv/lib", cwd=TOP)
         copy = self.folder / TOP.relative_to("/")
         shutil.rmtree(copy, ignore_errors=True)
         copy.mkdir(parents=True)

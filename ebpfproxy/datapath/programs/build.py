@@ -26,7 +26,7 @@ def main() -> None:
     recipes = [loader.recipe(sources, module) for module in MODULES]
     _copy_cached(recipes, given.folder)
     # Each compilation is a process of its own.
-    with ThreadPoolExecutor(len(recipes)) as workers:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as workers:
         made = list(workers.map(lambda recipe: bytecode.compiled(recipe, given.folder), recipes))
     for recipe in recipes:
         # Unlike a node's cache, a package is readable by everyone.

@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The rules, those of translations and rejections excepted, and the report of what breaks them. */
+#include <stdio.h>
+#include <string.h>
+
+#include "packets.h"
+
+struct findings findings;
+
+void violated(enum rule rule, const struct program *p, const struct frame *in,
+	      const struct result *r)
+{
+	findings.violations++;
+	findings.by_rule[rule]++;
+	if (findings.by_rule[rule] > 10)
+		return;
+	fprintf(findings.report, "%d %s %d ", rule, p->name, r->verdict);
+	for (uint32_t i = 0; i < in->length; i++)
+		fprintf(findings.report, "%02x", in->b[i]);
+	fputc(' ', findings.report);
+	for (uint32_t i = 0; i < r->out.length; i++)
+		fprintf(findings.report, "%02x", r->out.b[i]);
+	fputc('\n', findings.report);
+	fflush(findings.report);
+}
+
+void check(struct program *p, const struct frame *in, const struct result *r)
+{
+	const struct view v = read_input(p, in), w = read_frame(&r->out, l3_of(p));
+	const bool is_changed = r->out.length != in->length || memcmp(in->b, r->out.b, in->length);
+	const int pass = p->kind == KIND_XDP ? 2 : -1;
+
+	if (p->kind == KIND_XDP ? r->verdict < 2 || r->verdict > 4
+				: r->verdict != -1 && r->verdict != 2 && r->verdict != 7) {
+		violated(RULE_VERDICT, p, in, r);
+		return;
+	}
+	if (!may_be_served(&v)) {
+		findings.unserved++;
+		if (r->verdict != pass)
+			violated(RULE_DROPPED, p, in, r);
+		else if (is_changed)
+			violated(RULE_NO_SERVICE, p, in, r);
+	}
+	if (p->kind != KIND_XDP && r->verdict == 2) {
+		p->dropped++;
+		return;
+	}
+	if (!is_changed) {
+		p->passed++;
+		return;
+	}
+	if (p->kind != KIND_XDP && is_rejection(&v, in, &w, &r->out)) {
+		p->rejected++;
+		check_rejection(p, &v, &w, in, r);
+		return;
+	}
+	p->translated++;
+	p->forwarded += r->verdict != pass;
+	if (v.version)
+		check_translation(p, &v, in, r);
+	keep_frame(&r->out);
+}

@@ -144,7 +144,7 @@ class Agent:
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
         )
-        self._status = self._status_of()
+        self._status = self._status_of(telemetry)
         self._register_collectors()
         telemetry.start()
         self._listen()
@@ -271,7 +271,7 @@ class Agent:
         self._is_told_to_end = True
         self._messages.put(Stop())
 
-    def _status_of(self) -> Status:
+    def _status_of(self, telemetry: Telemetry) -> Status:
         parts = Parts(
             self._options,
             self._maps,
@@ -285,6 +285,7 @@ class Agent:
             self._serving.node_port_health,
             self._metrics,
             self._serving.servers,
+            telemetry,
             self._local.name,
         )
         return Status(parts, self._started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebpfproxy.datapath.kernel import bpf
+from tests.field.records import key_of, maps_of
 from tests.lab import Agent, Lab, LabNode, Pod, clients, servers
+from tests.lab.browser import Browser, needs_chromium
+from tests.monitoring import pictures
 from tests.monitoring.files import (
+    NODES,
     RULES,
+    SERVICE,
     STACK_ALERTS,
     STACK_DASHBOARD,
     STACK_DASHBOARD_EMPTY,
@@ -53,7 +60,8 @@ class Monitored:
         url = api.stdout.readline().decode().strip()
         self.url = url
         self.agent: Agent = self.node.agent(
-            "--master", url, "--measure-connections", "--measure-traffic", "--metrics-backends"
+            *["--master", url, "--measure-connections", "--measure-traffic", "--metrics-backends"],
+            *["--drift-check-seconds", "1"],
         ).start()
         self.prometheus = Prometheus(self.node, RULES, self._stack_rules(lab.folder))
         self._scrapes(2)
@@ -65,6 +73,8 @@ class Monitored:
         self.agent.http("/healthz")
         self.agent.http("/livez")
         self.node.call(_churn, url)
+        with maps_of(self.node) as maps:
+            bpf.map_delete(maps["services4"].fd, key_of(IP, PORT))
         self._scrapes(5)
 
     def _stack_rules(self, folder: Path) -> Path:
@@ -138,6 +148,36 @@ def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) 
         assert monitored.prometheus.query(dashboard_expressions()[name]) == []
     else:
         monitored.prometheus.wait_samples(dashboard_expressions()[name])
+
+
+@pytest.mark.parametrize("name", [NODES, SERVICE])
+def test_every_line_of_a_panel_has_a_name_of_its_own(monitored: Monitored, name: str) -> None:
+    """A label that the series have not would leave a gap, and one that is missing two lines with one name."""
+    for title, found in pictures.read(monitored.prometheus, name, 60, "1m").items():
+        names = [each.name for each in found]
+        assert len(set(names)) == len(names), title
+        assert all(each == " ".join(each.split()) for each in names), title
+        assert all(names) or names == [""], title
+
+
+@needs_chromium
+def test_dashboards_can_be_seen(monitored: Monitored, tmp_path: Path) -> None:
+    """EBPFPROXY_PICTURES names a folder that keeps the pictures, to be looked at."""
+    folder = Path(os.environ.get("EBPFPROXY_PICTURES") or tmp_path)
+    browser = Browser(monitored.node, tmp_path / "profile")
+    for name in (NODES, SERVICE):
+        data = pictures.read(monitored.prometheus, name, 60, "5s")
+        assert pictures.take(browser, name, data, folder).stat().st_size > 50_000
+        assert browser.evaluate("[...document.querySelectorAll('.panel')].length") == len(data)
+        cut = "[...document.querySelectorAll('h2')].filter(each => each.scrollWidth > each.clientWidth)"
+        assert browser.evaluate(f"{cut}.map(each => each.innerText)") == []
+        empty = "[...document.querySelectorAll('.panel')].filter(each => each.querySelector('.nothing'))"
+        assert {f"{title} A" for title in browser.evaluate(f"{empty}.map(each => each.title)")} <= EMPTY
+        seen = browser.text
+        for each in data.values():
+            assert all(series.name in seen for series in each[:2])
+    assert browser.complaints == []
+    browser.close()
 
 
 @pytest.mark.parametrize("name", STACK_DASHBOARD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,8 +40,12 @@ class Kubelet:
         manifests: bool = True,
         api: int | None = None,
         account: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> Container:
-        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume."""
+        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume.
+
+        ``variables``: more of the environment.
+        """
         self._count += 1
         folder = self.folder / f"container-{self._count}"
         folder.mkdir()
@@ -66,7 +70,7 @@ class Kubelet:
             account=account,
             image=self._image,
             volumes=places,
-            variables={"NODE_NAME": "node-a", **control_plane},
+            variables={"NODE_NAME": "node-a", **control_plane, **(variables or {})},
             network=self.cluster.a.netns,
             arguments=["--manifests", str(self.cluster.manifests)] if manifests else [],
             mounts=[self.cluster.manifests],

@@ -211,6 +211,8 @@ def test_counters_match_the_events(monitored: Monitored) -> None:
     assert one("sum(up)") == one("ebpfproxy_healthy") == one("ebpfproxy_node_eligible") == 1
     assert one('ebpfproxy_socket_hooks{state="missing"}') == 0
     assert one('rest_client_requests_total{code="200"}') >= 3
+    # The stand-in changes nothing any more.
+    assert one(dashboard_expressions()["Waiting A"]) == 0
     # It was queued before it was programmed, and no change is pending.
     assert (
         one(

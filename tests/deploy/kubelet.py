@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,12 +40,9 @@ class Kubelet:
         manifests: bool = True,
         api: int | None = None,
         account: Path | None = None,
-        variables: Mapping[str, str] | None = None,
+        arguments: Iterable[str] = (),
     ) -> Container:
-        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume.
-
-        ``variables``: more of the environment.
-        """
+        """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume."""
         self._count += 1
         folder = self.folder / f"container-{self._count}"
         folder.mkdir()
@@ -70,9 +67,9 @@ class Kubelet:
             account=account,
             image=self._image,
             volumes=places,
-            variables={"NODE_NAME": "node-a", **control_plane, **(variables or {})},
+            variables={"NODE_NAME": "node-a", **control_plane},
             network=self.cluster.a.netns,
-            arguments=["--manifests", str(self.cluster.manifests)] if manifests else [],
+            arguments=[*(["--manifests", str(self.cluster.manifests)] if manifests else []), *arguments],
             mounts=[self.cluster.manifests],
             capabilities=capabilities,
             seccomp=seccomp,

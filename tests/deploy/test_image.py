@@ -215,7 +215,7 @@ def test_containers_of_the_daemon_set_run_from_the_image(
         done = kubelet.container("load").run()
         assert done.returncode == 0, done.stdout + done.stderr
         collector = Receiver(cluster.a.open(_listener)[0])
-        agent = kubelet.container("ebpfproxy", variables={"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url})
+        agent = kubelet.container("ebpfproxy", arguments=["--otlp-endpoint", collector.url])
         with kubelet.running(agent):
             answers = cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)
             assert set(answers) == {"w1", "w2"}

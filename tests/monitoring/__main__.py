@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from ebpfproxy.datapath.kernel import bpf
-from tests.e2e.outside_client import OutsideClientCluster
+from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import BALANCER, SERVICE_IPS
 from tests.field.records import key_of, maps_of
 from tests.lab import Lab, LabNode, Pod, clients, manifests
@@ -23,6 +23,8 @@ from tests.monitoring.files import NODES, RULES, SERVICE
 from tests.monitoring.prometheus import Prometheus
 
 WEB, REFUSING, EMPTY, NOBODYS = SERVICE_IPS["v4"], "10.96.0.50", "10.96.0.20", "10.96.7.7"
+#: A Service that nobody asks.
+UNASKED = "10.96.0.40"
 _OPTIONS = (
     *["--measure-connections", "--measure-traffic", "--metrics-backends"],
     *["--metrics-bind-address", "0.0.0.0:10249", "--service-cidr", "10.96.0.0/16"],
@@ -46,8 +48,8 @@ class Life:
             ),
         )
         nodes: tuple[LabNode, LabNode] = (self.cluster.a, self.cluster.b)
-        for node in nodes:
-            node.agent(*_OPTIONS, manifests=self.cluster.manifests).start()
+        self.agents = [node.agent(*_OPTIONS, manifests=self.cluster.manifests).start() for node in nodes]
+        self.held = [HeldConnection(self.on_b, WEB, 80) for _ in range(3)]
         targets = [f"{node.address}:10249" for node in nodes]
         self.prometheus = Prometheus(self.cluster.a, RULES, targets=targets)
         self.prometheus.until(self.prometheus.rules, "it does not start")
@@ -60,6 +62,7 @@ class Life:
         if second % 2 == 0:
             cluster.outside.call(clients.spread_tcp, BALANCER, 80, 2)
         if second % 5 == 0:
+            self.agents[0].http("/healthz")
             cluster.client.call(clients.connect_error, EMPTY, 80)
             cluster.client.call(clients.connect_error, REFUSING, 80)
             cluster.client.call(clients.connect_error, NOBODYS, 80)
@@ -74,7 +77,7 @@ class Life:
                 cluster.write_web(cluster.w1, cluster.w2)
         if second % 60 == 35:
             with maps_of(cluster.a) as maps:
-                bpf.map_delete(maps["services4"].fd, key_of(WEB, 80))
+                bpf.map_delete(maps["services4"].fd, key_of(UNASKED, 80))
 
 
 def main() -> None:

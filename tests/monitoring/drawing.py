@@ -125,12 +125,20 @@ def _legend(panel: Panel, found: Sequence[Series]) -> Iterator[str]:
     heads = "".join(f"<th>{name}</th>" for name, _ in calculations)
     yield f'<tr><th class="name">Name</th>{heads}</tr>'
     unit = panel["fieldConfig"]["defaults"]["unit"]
-    for at, each in enumerate(found):
+    (order,) = (_CALCULATIONS[each] for each in _CALCULATIONS if _is_order(panel, each))
+    ordered = sorted(enumerate(found), key=lambda pair: order[1](pair[1].values), reverse=True)
+    for at, each in ordered:
         cells = "".join(f"<td>{shown(of(each.values), unit)}</td>" for _, of in calculations)
         colour = _COLOURS[at % len(_COLOURS)]
         yield (
             f'<tr><td class="name"><b style="background:{colour}"></b>{escape(each.name)}</td>{cells}</tr>'
         )
+
+
+def _is_order(panel: Panel, calculation: str) -> bool:
+    """The lines of a legend are in the order of this, the largest first."""
+    legend = panel["options"]["legend"]
+    return bool(legend["sortDesc"]) and legend["sortBy"] == _CALCULATIONS[calculation][0]
 
 
 def _plot(defaults: Mapping[str, Any], found: Sequence[Series], width: int, height: int) -> Iterator[str]:
@@ -139,7 +147,7 @@ def _plot(defaults: Mapping[str, Any], found: Sequence[Series], width: int, heig
     ticks = list(_ticks(low, max(*values, low)))
     times = [at for each in found for at, _ in each.points]
     begin, end = min(times), max(times)
-    left, bottom = 60, height - 6
+    left, bottom = 76, height - 6
 
     def x(at: float) -> float:
         return left + (at - begin) / ((end - begin) or 1) * (width - left - 4)
@@ -158,7 +166,9 @@ def _plot(defaults: Mapping[str, Any], found: Sequence[Series], width: int, heig
     for number, each in enumerate(found):
         line = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in each.points if math.isfinite(value))
         colour = _COLOURS[number % len(_COLOURS)]
-        yield f'<polyline class="line" points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        if defaults["custom"]["showPoints"] == "auto" and len(each.points) == 1:
+            yield f'<circle cx="{x(each.points[0][0]):.1f}" cy="{y(each.points[0][1]):.1f}" r="3" fill="{colour}"/>'
 
 
 def _ticks(low: float, high: float) -> Iterator[float]:

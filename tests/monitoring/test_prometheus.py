@@ -73,6 +73,10 @@ class Monitored:
         self.agent.http("/healthz")
         self.agent.http("/livez")
         self.node.call(_churn, url)
+        # A rate begins with the second sample of a series, which a Service has from its first connection on.
+        self._scrapes(1)
+        self.client.call(clients.spread_tcp, IP, PORT, 20)
+        self.client.call(clients.connect_error, IP, REFUSING_PORT)
         with maps_of(self.node) as maps:
             bpf.map_delete(maps["services4"].fd, key_of(IP, PORT))
         self._scrapes(5)

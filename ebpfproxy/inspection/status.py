@@ -213,9 +213,9 @@ def _telemetry_facts(telemetry: state.TelemetryState, now: float) -> Iterator[tu
     reason = f"; NOTHING IS SENT: {telemetry.error}" if telemetry.error else ""
     yield "otlp endpoint", telemetry.endpoint + reason
     if telemetry.log is not None:
-        yield "otlp log", f"{_signal(telemetry.log, now)}; {telemetry.log.lost} lines lost"
+        yield "otlp log", f"{_signal(telemetry.log, now)}; lines lost: {telemetry.log.lost}"
     if telemetry.metrics is not None:
-        yield "otlp metrics", f"{_signal(telemetry.metrics, now)}; {telemetry.metrics.lost} times not sent"
+        yield "otlp metrics", f"{_signal(telemetry.metrics, now)}; times missed: {telemetry.metrics.lost}"
 
 
 def _signal(signal: state.SignalState, now: float) -> str:

@@ -156,9 +156,9 @@ def test_status_says_what_has_become_of_the_log_and_of_metrics(
     text = cluster.a.cli("status")
     assert f"otlp endpoint:    {receiver.url}\n" in text
     assert re.search(
-        r"otlp metrics: +FAILED \d+s ago: 403 Forbidden; last sent \d+s ago; \d+ times not sent\n", text
+        r"otlp metrics: +FAILED \d+s ago: 403 Forbidden; last sent \d+s ago; times missed: \d+\n", text
     )
-    assert re.search(r"otlp log: .*; \d+ lines lost\n", text)
+    assert re.search(r"otlp log: .*; lines lost: \d+\n", text)
     assert "health:           healthy\n" in text
     receiver.status = 200
     until(lambda: telemetry()["metrics"]["last_sent"] > failed["metrics"]["last_failed"])

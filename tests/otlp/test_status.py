@@ -55,12 +55,12 @@ def test_what_keeps_from_sending_is_said_beside_the_endpoint() -> None:
 def test_each_signal_has_its_last_success_and_its_last_failure(signal: SignalState, text: str) -> None:
     assert said(TelemetryState(URL, log=signal, metrics=FRESH)) == {
         "otlp endpoint": URL,
-        "otlp log": f"{text}; 0 lines lost",
-        "otlp metrics": "never sent; 0 times not sent",
+        "otlp log": f"{text}; lines lost: 0",
+        "otlp metrics": "never sent; times missed: 0",
     }
 
 
 def test_what_is_lost_is_counted_for_each() -> None:
     found = said(TelemetryState(URL, log=SignalState(lost=512), metrics=SignalState(lost=3)))
-    assert found["otlp log"].endswith("; 512 lines lost")
-    assert found["otlp metrics"].endswith("; 3 times not sent")
+    assert found["otlp log"].endswith("; lines lost: 512")
+    assert found["otlp metrics"].endswith("; times missed: 3")

@@ -6,6 +6,7 @@ import http.client
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class Monitored:
     """A node with an agent at the stand-in, traffic, and a Prometheus that scraped meanwhile."""
 
     def __init__(self, lab: Lab) -> None:
+        self._began = time.monotonic()
         self.node: LabNode = lab.node("node-a")
         self.client: Pod = self.node.pod("client")
         self.web: Pod = self.node.pod("web")
@@ -80,6 +82,11 @@ class Monitored:
         with maps_of(self.node) as maps:
             bpf.map_delete(maps["services4"].fd, key_of(IP, PORT))
         self._scrapes(5)
+
+    @property
+    def age(self) -> float:
+        """Seconds, in which all was that is to be seen."""
+        return time.monotonic() - self._began
 
     def _stack_rules(self, folder: Path) -> Path:
         path = folder / "kube-prometheus-stack.yaml"
@@ -157,7 +164,7 @@ def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) 
 @pytest.mark.parametrize("name", [NODES, SERVICE])
 def test_every_line_of_a_panel_has_a_name_of_its_own(monitored: Monitored, name: str) -> None:
     """A label that the series have not would leave a gap, and one that is missing two lines with one name."""
-    for title, found in pictures.read(monitored.prometheus, name, 60, "1m").items():
+    for title, found in pictures.read(monitored.prometheus, name, monitored.age, "1m").items():
         names = [each.name for each in found]
         assert len(set(names)) == len(names), title
         assert all(each == " ".join(each.split()) for each in names), title
@@ -170,7 +177,7 @@ def test_dashboards_can_be_seen(monitored: Monitored, tmp_path: Path) -> None:
     folder = Path(os.environ.get("EBPFPROXY_PICTURES") or tmp_path)
     browser = Browser(monitored.node, tmp_path / "profile")
     for name in (NODES, SERVICE):
-        data = pictures.read(monitored.prometheus, name, 60, "5s")
+        data = pictures.read(monitored.prometheus, name, monitored.age, "10s")
         assert pictures.take(browser, name, data, folder).stat().st_size > 50_000
         assert browser.evaluate("[...document.querySelectorAll('.panel')].length") == len(data)
         cut = "[...document.querySelectorAll('h2')].filter(each => each.scrollWidth > each.clientWidth)"

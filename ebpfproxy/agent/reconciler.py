@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import ebpfproxy
-from ebpfproxy.agent import drain, kube_events, local_pages, state
+from ebpfproxy.agent import collectors, drain, kube_events, local_pages, state
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.drain import DrainRequests
 from ebpfproxy.agent.drift import DriftCheck
@@ -42,7 +42,6 @@ from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
-from ebpfproxy.datapath.programs import attach
 from ebpfproxy.datapath.services.drained import Drained
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.listeners import Listeners, inherited
@@ -50,10 +49,6 @@ from ebpfproxy.health.proxy import eligible
 from ebpfproxy.kube.objects import Deleted, Replaced
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
-from ebpfproxy.metrics.health_metrics import HealthCollector
-from ebpfproxy.metrics.map_metrics import MapCollector
-from ebpfproxy.metrics.measure_metrics import MeasureCollector
-from ebpfproxy.metrics.source_metrics import SourceCollector
 from ebpfproxy.netlink.routes import Routes
 from ebpfproxy.node.facts import NodeFacts, node_facts
 from ebpfproxy.node.network_watcher import NetworkWatcher
@@ -139,7 +134,7 @@ class Agent:
         self._local = LocalServer(
             local_pages.pages(self._messages, self._tracker, self._drift, self._configz, self._metrics.render)
         )
-        self._status = self._status_of()
+        self._status = self._status_of(telemetry)
         self._programming = Programming(
             options.node_name,
             self._tracker,
@@ -150,7 +145,7 @@ class Agent:
             record=source.record,
             started=self._started,
         )
-        self._register_collectors()
+        collectors.register(self._metrics.registry, options, self._maps, source, self._serving.health)
         telemetry.start()
         self._listen()
         if not self._handle_all(self._messages.take(HEARTBEAT)):
@@ -250,19 +245,6 @@ class Agent:
             background=self._messages.run,
         )
 
-    def _register_collectors(self) -> None:
-        source, registry = self._source, self._metrics.registry
-        pins = roots.pin_folder(self._options.bpf_root)
-        registry.register(SourceCollector(source.statuses, source.requests, source.host))
-        registry.register(MapCollector(self._maps))
-        if self._options.measure_connections or self._options.measure_traffic:
-            registry.register(
-                MeasureCollector(
-                    self._maps, self._options.metrics_services, backends=self._options.metrics_backends
-                )
-            )
-        registry.register(HealthCollector(self._serving.health.healthz, lambda: attach.attachments(pins)))
-
     def _listen(self) -> None:
         """From now on signals, the configuration's file and the node's network send messages."""
         put = self._messages.put
@@ -276,7 +258,7 @@ class Agent:
         self._is_told_to_end = True
         self._messages.put(Stop())
 
-    def _status_of(self) -> Status:
+    def _status_of(self, telemetry: Telemetry) -> Status:
         parts = Parts(
             self._options,
             self._maps,
@@ -290,6 +272,7 @@ class Agent:
             self._serving.node_port_health,
             self._metrics,
             self._serving.servers,
+            telemetry,
             self._local.name,
         )
         return Status(parts, self._started)

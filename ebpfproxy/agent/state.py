@@ -43,6 +43,29 @@ class DeviceState(msgspec.Struct, frozen=True):
     xdp: str = ""
 
 
+class SignalState(msgspec.Struct, frozen=True):
+    """What becomes of the log, or of metrics, on the way to a collector. Times are Unix seconds."""
+
+    last_sent: float | None = None
+    last_failed: float | None = None
+    #: Why it failed then.
+    error: str = ""
+    #: Log lines that were lost, or how often metrics were not sent.
+    lost: int = 0
+
+
+class TelemetryState(msgspec.Struct, frozen=True):
+    """What is sent to a collector (``otlpEndpoint``).
+
+    ``error``: why nothing is sent at all; then neither signal has a state.
+    """
+
+    endpoint: str
+    error: str = ""
+    log: SignalState | None = None
+    metrics: SignalState | None = None
+
+
 class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     """Times are Unix seconds, durations seconds."""
 
@@ -75,6 +98,8 @@ class AgentState(msgspec.Struct, frozen=True, kw_only=True):
     timeouts: Timeouts | None = None
     #: What the programs are compiled for.
     programs: Options | None = None
+    #: None without ``otlpEndpoint``.
+    telemetry: TelemetryState | None = None
 
 
 _RECORD = msgspec.json.Decoder(AgentState)
@@ -86,7 +111,10 @@ def save(maps: MapSet, state: AgentState) -> None:
         msgspec.structs.replace(w, error=w.error[:_ERROR_LENGTH]) if w.error else w for w in state.watches
     )
     problems = tuple(p[:_ERROR_LENGTH] for p in state.problems[:5])
-    kept = msgspec.structs.replace(state, watches=watches, problems=problems, device_roles=())
+    telemetry = _cut(state.telemetry) if state.telemetry is not None else None
+    kept = msgspec.structs.replace(
+        state, watches=watches, problems=problems, telemetry=telemetry, device_roles=()
+    )
     room = AGENT_STATE_SIZE - len(msgspec.json.encode(kept))
     devices = []
     for each in sorted(state.device_roles, key=lambda d: (d.role == _LAST_ROLE, d.ifindex)):
@@ -96,6 +124,14 @@ def save(maps: MapSet, state: AgentState) -> None:
         devices.append(each)
     encoded = msgspec.json.encode(msgspec.structs.replace(kept, device_roles=tuple(devices)))
     maps["agent_state"].update(U32.pack(0), encoded.ljust(AGENT_STATE_SIZE, b"\0"))
+
+
+def _cut(state: TelemetryState) -> TelemetryState:
+    log, metrics = (
+        msgspec.structs.replace(signal, error=signal.error[:_ERROR_LENGTH]) if signal is not None else None
+        for signal in (state.log, state.metrics)
+    )
+    return TelemetryState(state.endpoint[:_ERROR_LENGTH], state.error[:_ERROR_LENGTH], log, metrics)
 
 
 def save_programmed(maps: MapSet, when: float, seconds: float) -> None:

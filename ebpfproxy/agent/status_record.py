@@ -15,6 +15,7 @@ from ebpfproxy.agent.housekeeping import Housekeeping
 from ebpfproxy.agent.node_network import NodeNetwork
 from ebpfproxy.agent.programs import ProgramManager
 from ebpfproxy.agent.source import Source
+from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.config.masquerade_ports import shared_remark
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.programs.devices import LOOPBACK
@@ -47,6 +48,7 @@ class Parts(msgspec.Struct, frozen=True):
     node_port_health: NodePortHealth
     metrics: AgentMetrics
     servers: list[HttpServer]
+    telemetry: Telemetry
     #: The name of the local server's socket.
     socket: str
 
@@ -129,6 +131,7 @@ class Status:
             health_check_ports=parts.node_port_health.bound,
             timeouts=parts.options.timeouts,
             programs=parts.programs.loaded_with,
+            telemetry=parts.telemetry.state,
         )
 
     def _devices(self) -> Iterator[state.DeviceState]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from ebpfproxy.agent.agent_options import AgentOptions
+from ebpfproxy.agent.state import SignalState, TelemetryState
 from ebpfproxy.logs import get_logger
 from ebpfproxy.otlp.libraries import OtlpError, require_libraries
 
@@ -25,11 +26,25 @@ class Telemetry:
 
     def __init__(self, options: AgentOptions, registry: CollectorRegistry) -> None:
         self._exporter: Exporter | None = None
+        self._endpoint, self._error = options.otlp_endpoint, ""
         if options.otlp_endpoint:
             try:
                 self._exporter = _exporter(options, registry)
             except OtlpError as error:
-                log.error("sending nothing to a collector", error=str(error))
+                self._error = str(error)
+                log.error("sending nothing to a collector", error=self._error)
+
+    @property
+    def state(self) -> TelemetryState | None:
+        """For ``ebpfproxy status``; None without an endpoint."""
+        if self._exporter is None:
+            return TelemetryState(self._endpoint, self._error) if self._endpoint else None
+        logs, metrics = self._exporter.logs, self._exporter.metrics
+        return TelemetryState(
+            self._endpoint,
+            log=SignalState(*logs.outcome, logs.lost),
+            metrics=SignalState(*metrics.outcome, metrics.missed),
+        )
 
     def start(self) -> None:
         """All collectors are registered: a counter that comes later would count from nothing."""

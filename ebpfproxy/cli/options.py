@@ -54,8 +54,21 @@ service: Decorator = click.option(
 
 
 def one_service(namespace: str | None, service: str | None) -> tuple[str | None, str | None]:
-    """Namespace and name that :func:`namespace` and :func:`service` ask for; None for any."""
-    if service is None or "/" not in service:
+    """Namespace and name that :func:`namespace` and :func:`service` ask for; None for any.
+
+    Raises UsageError for what nothing can have as its name: nothing would ever be shown.
+    """
+    if namespace == "":
+        raise click.UsageError("--namespace: the name is empty")
+    if service is None or not has_namespace("--service", service):
         return namespace, service
     namespace, _, name = service.partition("/")
     return namespace, name
+
+
+def has_namespace(option: str, text: str) -> bool:
+    """If a name of this option has its namespace. Raises UsageError as :func:`one_service`."""
+    names = text.split("/")
+    if len(names) > 2 or not all(names):
+        raise click.UsageError(f"{option}: {text!r} is not NAME or NAMESPACE/NAME")
+    return len(names) == 2

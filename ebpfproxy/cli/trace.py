@@ -132,9 +132,9 @@ def command(
         raise click.UsageError("--file excludes --otlp-endpoint")
     if otlp_endpoint is not None and (problem := url_problem(otlp_endpoint)):
         raise click.UsageError(f"--otlp-endpoint: {problem}")
+    namespace, service, pod = _names(namespace, service, pod)
     with one_line():
         maps = open_maps(bpf_root)
-        namespace, service, pod = _names(namespace, service, pod)
         wanted = Filter(
             namespace=namespace,
             service=service,
@@ -173,10 +173,12 @@ def _names(
     namespace: str | None, service: str | None, pod: str | None
 ) -> tuple[str | None, str | None, str | None]:
     """Namespace and name of the Service, and the pod with its namespace."""
+    found = options.one_service(namespace, service)
     # An address has no namespace: `kubectl ebpfproxy` names pods so.
-    if pod is not None and "/" not in pod and namespace is not None and parse_address(pod) is None:
+    is_bare = pod is not None and not options.has_namespace("--pod", pod)
+    if is_bare and namespace is not None and parse_address(pod or "") is None:
         pod = f"{namespace}/{pod}"
-    return *options.one_service(namespace, service), pod
+    return *found, pod
 
 
 Write = Callable[[list[DecisionRow]], None]

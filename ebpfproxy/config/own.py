@@ -284,7 +284,9 @@ class EbpfProxyConfiguration(
     metrics_backends: Annotated[
         bool,
         Meta(
-            description="Metrics of connections that failed name the backend: a series for each that had any."
+            description="Metrics name backends: of connections that failed, a series for each backend that "
+            "had any; and of the metricsServices service ports with most connections, which backends they "
+            "have."
         ),
         Flag("--metrics-backends"),
     ] = False

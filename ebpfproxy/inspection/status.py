@@ -204,7 +204,29 @@ def _agent_facts(agent: state.AgentState, running: bool, now: float) -> list[tup
     if agent.last_programmed is not None:
         took = f"{(agent.last_duration or 0) * 1000:.1f} ms"
         facts.append(("last programming", f"{age(now - agent.last_programmed)} ago, took {took}"))
+    if agent.telemetry is not None:
+        facts += _telemetry_facts(agent.telemetry, now)
     return facts
+
+
+def _telemetry_facts(telemetry: state.TelemetryState, now: float) -> Iterator[tuple[str, str]]:
+    reason = f"; NOTHING IS SENT: {telemetry.error}" if telemetry.error else ""
+    yield "otlp endpoint", telemetry.endpoint + reason
+    if telemetry.log is not None:
+        yield "otlp log", f"{_signal(telemetry.log, now)}; lines lost: {telemetry.log.lost}"
+    if telemetry.metrics is not None:
+        yield "otlp metrics", f"{_signal(telemetry.metrics, now)}; times missed: {telemetry.metrics.lost}"
+
+
+def _signal(signal: state.SignalState, now: float) -> str:
+    sent, failed = signal.last_sent, signal.last_failed
+    success = f"last sent {age(now - sent)} ago" if sent is not None else "never sent"
+    if failed is None:
+        return success
+    failure = f"{age(now - failed)} ago: {signal.error}"
+    if sent is None or failed > sent:
+        return f"FAILED {failure}; {success}"
+    return f"{success}; last failure {failure}"
 
 
 def _device_line(status: Status) -> str:

@@ -11,14 +11,17 @@ from ebpfproxy.datapath.abi.node_layout import ACTIONS, UNALLOCATED
 from ebpfproxy.datapath.dump import Dump, fill
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.metrics.backend_metrics import LABELS, ServiceBackends, labels_of
 from ebpfproxy.services.model import format_endpoint
 
 
 class MapCollector(Collector):
     """Reads the maps like a command does, without disturbing programs and the agent's thread."""
 
-    def __init__(self, maps: MapSet) -> None:
+    def __init__(self, maps: MapSet, services: int, *, backends: bool) -> None:
+        """``backends``: of this number of ``services``, the busiest, each backend has a series."""
         self._maps = maps
+        self._backends = ServiceBackends(services if backends else 0)
 
     def collect(self) -> Iterator[Metric]:
         entries = GaugeMetricFamily("ebpfproxy_map_entries", "Entries in use", labels=["map"])
@@ -39,15 +42,16 @@ class MapCollector(Collector):
         services = CounterMetricFamily(
             "ebpfproxy_service_connections",
             "Connections and datagrams by result: chosen, refused, dropped",
-            labels=["namespace", "service", "port", "protocol", "ip_family", "result"],
+            labels=[*LABELS, "result"],
         )
-        for each in dump.service_counters():
-            key = each.key
-            labels = [key.namespace, key.name, key.port_name, key.protocol.name, str(key.family)]
+        counted = dump.service_counters()
+        for each in counted:
+            labels = labels_of(each.key)
             services.add_metric([*labels, "chosen"], each.chosen)
             services.add_metric([*labels, "refused"], each.refused)
             services.add_metric([*labels, "dropped"], each.dropped)
         yield services
+        yield from self._backends.read(dump, counted)
         backends = CounterMetricFamily(
             "ebpfproxy_backend_connections",
             "Connections and datagrams sent to a backend; only backends with any",

@@ -18,11 +18,11 @@ from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services import measures
 from ebpfproxy.datapath.services.measures import NO_CONNECTS, NO_TRAFFIC, Connects, Traffic
+from ebpfproxy.metrics.backend_metrics import LABELS, labels_of
 from ebpfproxy.services.model import ServicePortKey, format_endpoint
 
 #: The Service of all others: it has no namespace.
 OTHER = "other"
-LABELS = ("namespace", "service", "port", "protocol", "ip_family")
 
 Key = TypeVar("Key", bound=Hashable)
 Counted = TypeVar("Counted")
@@ -191,7 +191,4 @@ def _buckets(times: Counts) -> list[tuple[str, float]]:
 
 
 def _labels(service: _Service) -> list[str]:
-    if service is None:
-        return ["", OTHER, "", "", ""]
-    key = service
-    return [key.namespace, key.name, key.port_name, key.protocol.name, str(key.family)]
+    return ["", OTHER, "", "", ""] if service is None else labels_of(service)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
@@ -46,19 +47,35 @@ class Session(requests.Session):
         return response
 
 
+class Outcome(NamedTuple):
+    """When a signal arrived last, and when and why it last did not, in Unix seconds; None: never."""
+
+    sent: float | None = None
+    failed: float | None = None
+    error: str = ""
+
+
 class Delivery:
     """Whether one signal arrives. ``changed`` gets the first error, and "" when it arrives again."""
 
     def __init__(self, changed: Callable[[str], None]) -> None:
         self.session = Session()
+        #: Replaced as a whole, so that any thread may read it.
+        self.outcome = Outcome()
         self._changed = changed
         self._is_failing = False
 
     def note(self, *, sent: bool, error: str = "") -> None:
         """``error``: if it was not the last request's."""
+        now = time.time()
+        if sent:
+            self.outcome = self.outcome._replace(sent=now)
+        else:
+            error = error or self.session.failure or "the data cannot be encoded"
+            self.outcome = self.outcome._replace(failed=now, error=error)
         if sent == self._is_failing:
             self._is_failing = not sent
-            self._changed("" if sent else error or self.session.failure or "the data cannot be encoded")
+            self._changed(error)
 
 
 class _Remarks(logging.Handler):

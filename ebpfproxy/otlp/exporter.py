@@ -32,25 +32,25 @@ class Exporter:
         try:
             with remarks(lambda remark: log.warning("configuration", remark=remark)):
                 resource = resource_of(node)
-                self._logs = LogSender(endpoint, resource, self._logs_changed)
-                self._metrics = MetricSender(endpoint, resource, registry, seconds, _metrics_changed)
+                self.logs = LogSender(endpoint, resource, self._logs_changed)
+                self.metrics = MetricSender(endpoint, resource, registry, seconds, _metrics_changed)
         except ValueError as error:
             raise OtlpError(f"otlpEndpoint: variables of OpenTelemetry: {error}") from error
-        self._handler = _Handler(self._logs)
+        self._handler = _Handler(self.logs)
         logging.getLogger().addHandler(self._handler)
 
     def start(self) -> None:
-        self._metrics.start()
+        self.metrics.start()
 
     def stop(self) -> None:
-        self._metrics.stop()
+        self.metrics.stop()
 
     def close(self) -> None:
         logging.getLogger().removeHandler(self._handler)
-        self._logs.close()
+        self.logs.close()
 
     def _logs_changed(self, error: str) -> None:
-        _tell("logs", error, lost=self._logs.lost)
+        _tell("logs", error, lost=self.logs.lost)
 
 
 def _metrics_changed(error: str) -> None:

@@ -14,7 +14,7 @@ from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExp
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.util.types import AnyValue
 
-from ebpfproxy.otlp.delivery import Delivery
+from ebpfproxy.otlp.delivery import Delivery, Outcome
 from ebpfproxy.otlp.origin import SCOPE, url
 
 #: Records that wait, and those of one request.
@@ -30,7 +30,8 @@ class LogSender:
 
     def __init__(self, endpoint: str, resource: Resource, changed: Callable[[str], None]) -> None:
         """``changed``: as of :class:`Delivery`, called in the sending thread. Raises ValueError."""
-        self._exporter = _Exporter(endpoint, Delivery(changed))
+        self._delivery = Delivery(changed)
+        self._exporter = _Exporter(endpoint, self._delivery)
         self._provider = LoggerProvider(resource, shutdown_on_exit=False)
         self._provider.add_log_record_processor(
             BatchLogRecordProcessor(
@@ -52,6 +53,10 @@ class LogSender:
                 return
             self._emitted += 1
         self._logger.emit(record)
+
+    @property
+    def outcome(self) -> Outcome:
+        return self._delivery.outcome
 
     @property
     def lost(self) -> int:

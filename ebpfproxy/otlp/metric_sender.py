@@ -17,7 +17,7 @@ from opentelemetry.sdk.resources import Resource
 from prometheus_client import CollectorRegistry
 
 from ebpfproxy.otlp.convert import converted, in_requests
-from ebpfproxy.otlp.delivery import Delivery
+from ebpfproxy.otlp.delivery import Delivery, Outcome
 from ebpfproxy.otlp.origin import SCOPE, url
 
 #: Points in one request: a collector takes 20 MB.
@@ -43,8 +43,14 @@ class MetricSender:
         #: Counters of maps may have counted before this agent. A first point without duration says that
         #: what it has is older, and later ones count from there (OpenTelemetry: "unknown start time").
         self._began: int | None = None
+        #: How often metrics were not sent, or not all of them.
+        self.missed = 0
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="otlp-metrics", daemon=True)
+
+    @property
+    def outcome(self) -> Outcome:
+        return self._delivery.outcome
 
     def start(self) -> None:
         self._thread.start()
@@ -60,7 +66,7 @@ class MetricSender:
                 self._send()
             except Exception as error:
                 # A collector of the registry, say. The next time may go well.
-                self._delivery.note(sent=False, error=repr(error))
+                self._note_missed(repr(error))
             self._ends.wait(self._seconds)
 
     def _send(self) -> None:
@@ -74,7 +80,11 @@ class MetricSender:
             if self._ends.is_set():
                 return
             if result is not MetricExportResult.SUCCESS:
-                self._delivery.note(sent=False)
+                self._note_missed()
                 return
         self._delivery.note(sent=True)
         self._began = began
+
+    def _note_missed(self, error: str = "") -> None:
+        self.missed += 1
+        self._delivery.note(sent=False, error=error)

@@ -91,6 +91,12 @@ def test_invalid_options_are_named(arguments: tuple[str, ...], said: str) -> Non
     [
         (("--otlp-endpoint", "http://a", "--file", "x"), "--file excludes --otlp-endpoint"),
         (("--otlp-endpoint", "a:4318"), "--otlp-endpoint: 'a:4318' is not http://HOST:PORT"),
+        # Nothing has such a name: it would show nothing for ever.
+        (("--service", "a/b/c"), "--service: 'a/b/c' is not NAME or NAMESPACE/NAME"),
+        (("--service", ""), "--service: '' is not NAME or NAMESPACE/NAME"),
+        (("--service", "shop/"), "--service: 'shop/' is not NAME or NAMESPACE/NAME"),
+        (("--pod", "/a"), "--pod: '/a' is not NAME or NAMESPACE/NAME"),
+        (("--namespace", ""), "--namespace: the name is empty"),
     ],
 )
 def test_invalid_options_of_trace_are_named(arguments: tuple[str, ...], said: str) -> None:
@@ -112,6 +118,7 @@ def test_durations_use_gos_notation(text: str, seconds: float) -> None:
         (("--interval", "1ms"), "shorter than 0.1s"),
         (("--interval", "soon"), "'soon' is not a duration"),
         (("--rows", "-1"), "-1 is not in the range"),
+        (("--service", "a/b/c"), "--service: 'a/b/c' is not NAME or NAMESPACE/NAME"),
         (("--sort", "size"), "'size' is not one of 'connections', 'open', 'refused', 'dropped', 'failed', "),
         (("--interval", "-5s"), "'-5s' is negative"),
         # float() makes it infinite, and no clock waits so long.

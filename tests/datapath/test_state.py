@@ -30,6 +30,24 @@ def test_state_of_the_agent_with_the_newest_maps_is_loaded(pins: Path) -> None:
     assert state.load_latest(pins) == new
 
 
+def test_a_record_fits_whatever_others_have_answered(pins: Path) -> None:
+    """A collector chooses the reason of its refusal, and JSON writes what cannot be printed with six letters."""
+    odd = "\x01" * 70_000
+    signal = state.SignalState(1.0, 2.0, odd, 3)
+    full = msgspec.structs.replace(
+        OLD,
+        watches=tuple(state.WatchState(f"{n}", "failed", 1.0, error=odd) for n in range(5)),
+        telemetry=state.TelemetryState("http://a", log=signal, metrics=signal),
+    )
+    opened = maps.open_or_create(pins, Capacity())
+    state.save(opened, full)
+    found = state.load(opened)
+    assert found is not None
+    assert found.telemetry is not None
+    assert found.telemetry.log == state.SignalState(1.0, 2.0, "\x01" * 300, 3)
+    opened.close()
+
+
 @pytest.mark.parametrize("backends", [16, 1000])
 def test_empty_maps_of_any_size_have_no_entries(pins: Path, backends: int) -> None:
     """A memory mapping extends to the end of a page, behind the last entry."""

@@ -40,6 +40,7 @@ class Kubelet:
         manifests: bool = True,
         api: int | None = None,
         account: Path | None = None,
+        arguments: Iterable[str] = (),
     ) -> Container:
         """``api``: a port of the node, named by the ConfigMap; ``account``: the service account's volume."""
         self._count += 1
@@ -68,7 +69,7 @@ class Kubelet:
             volumes=places,
             variables={"NODE_NAME": "node-a", **control_plane},
             network=self.cluster.a.netns,
-            arguments=["--manifests", str(self.cluster.manifests)] if manifests else [],
+            arguments=[*(["--manifests", str(self.cluster.manifests)] if manifests else []), *arguments],
             mounts=[self.cluster.manifests],
             capabilities=capabilities,
             seccomp=seccomp,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,9 +22,11 @@ from tests.deploy.kubelet import Kubelet
 from tests.deploy.test_container import Host, on
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.lab import Lab, clients
+from tests.lab.waiting import until
 from tests.operator.migrate import rules
 from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster
 from tests.operator.migrate.test_pod import runner
+from tests.otlp.receiver import Receiver
 
 pytestmark = [pytest.mark.root, pytest.mark.image, pytest.mark.timeout(600)]
 
@@ -159,11 +162,7 @@ def test_only_target_full_has_the_page(built: image.Image, target: str) -> None:
     assert said.startswith("Error: nothing is pinned below") if target == "full" else said == missing
 
 
-def test_only_target_full_can_send_to_a_collector(built: image.Image, target: str) -> None:
-    command = "ebpfproxy run --init-only --otlp-endpoint http://a --bpf-root /nothing 2>&1 || true"
-    said = image.run(built.root, ["sh", "-c", command], built.environment).stdout
-    missing = "otlpEndpoint needs OpenTelemetry, which the image's target full has"
-    assert (missing in said) is (target == "slim"), said
+def test_only_target_full_has_opentelemetry(built: image.Image, target: str) -> None:
     packages = built.root / "usr/local/lib/python3.11/dist-packages"
     assert any(packages.glob("opentelemetry/sdk/*/__pycache__/*.pyc")) is (target == "full")
 
@@ -199,7 +198,10 @@ def test_image_loads_programs(
         place.rmdir()
 
 
-def test_containers_of_the_daemon_set_run_from_the_image(built: image.Image, tmp_path: Path) -> None:
+def test_containers_of_the_daemon_set_run_from_the_image(
+    built: image.Image, target: str, tmp_path: Path
+) -> None:
+    """With a collector, to which only target full can send; the other one does everything else."""
     with Lab() as lab:
         cluster = TwoNodeCluster(lab)
         kubelet = Kubelet(cluster, built.root)
@@ -212,12 +214,25 @@ def test_containers_of_the_daemon_set_run_from_the_image(built: image.Image, tmp
             host.end()
         done = kubelet.container("load").run()
         assert done.returncode == 0, done.stdout + done.stderr
-        agent = kubelet.container("ebpfproxy")
+        collector = Receiver(cluster.a.open(_listener)[0])
+        agent = kubelet.container("ebpfproxy", arguments=["--otlp-endpoint", collector.url])
         with kubelet.running(agent):
             answers = cluster.client.call(clients.spread_tcp, SERVICE_IPS["v4"], 80, clients.ENOUGH)
             assert set(answers) == {"w1", "w2"}
-            assert json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))["agent_running"]
+            if target == "full":
+                until(lambda: collector.metrics and "programs are attached" in collector.bodies())
+            found = json.loads(agent.execute("ebpfproxy", "status", "-o", "json"))
+            assert found["agent_running"]
+            missing = "otlpEndpoint needs OpenTelemetry, which the image's target full has"
+            assert found["agent"]["telemetry"]["endpoint"] == collector.url
+            assert found["agent"]["telemetry"]["error"].startswith(missing) is (target == "slim")
+        assert bool(collector.asked) is (target == "full")
+        collector.close()
         cluster.a.cli("cleanup")
+
+
+def _listener() -> tuple[socket.socket, None]:
+    return socket.create_server(("127.0.0.1", 0)), None
 
 
 def test_pods_of_a_migration_run_from_the_image(built: image.Image) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,9 +20,11 @@ PORT = 9090
 
 
 class Prometheus:
-    """Scrapes the node's agent every second, as job kube-proxy, and evaluates rules as often."""
+    """Scrapes agents every second, the node's own by default, as job kube-proxy, and evaluates rules as often."""
 
-    def __init__(self, node: LabNode, *rule_files: Path) -> None:
+    def __init__(
+        self, node: LabNode, *rule_files: Path, targets: Sequence[str] = ("127.0.0.1:10249",)
+    ) -> None:
         self._node = node
         folder = node.lab.folder / "prometheus"
         folder.mkdir()
@@ -33,7 +35,7 @@ class Prometheus:
                 {
                     "job_name": "kube-proxy",
                     "honor_labels": True,
-                    "static_configs": [{"targets": ["127.0.0.1:10249"]}],
+                    "static_configs": [{"targets": [*targets]}],
                 }
             ],
         }
@@ -60,6 +62,18 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Returns the current samples of an expression."""
         found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
+        return found
+
+    def history(self, expression: str, seconds: float) -> list[dict[str, Any]]:
+        """Returns the samples of an expression in the last seconds, some hundred of each series."""
+        now = time.time()
+        found: list[dict[str, Any]] = self.ask(
+            "query_range",
+            query=expression,
+            start=str(now - seconds),
+            end=str(now),
+            step=str(max(1, round(seconds / 300))),
+        )["result"]
         return found
 
     def wait_samples(self, expression: str, number: int | None = None) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ebpfproxy.datapath.kernel import bpf
+from tests.field.records import key_of, maps_of
 from tests.lab import Agent, Lab, LabNode, Pod, clients, servers
+from tests.lab.browser import Browser, needs_chromium
+from tests.monitoring import pictures
 from tests.monitoring.files import (
+    NODES,
     RULES,
+    SERVICE,
     STACK_ALERTS,
     STACK_DASHBOARD,
     STACK_DASHBOARD_EMPTY,
@@ -42,6 +50,7 @@ class Monitored:
     """A node with an agent at the stand-in, traffic, and a Prometheus that scraped meanwhile."""
 
     def __init__(self, lab: Lab) -> None:
+        self._began = time.monotonic()
         self.node: LabNode = lab.node("node-a")
         self.client: Pod = self.node.pod("client")
         self.web: Pod = self.node.pod("web")
@@ -53,7 +62,8 @@ class Monitored:
         url = api.stdout.readline().decode().strip()
         self.url = url
         self.agent: Agent = self.node.agent(
-            "--master", url, "--measure-connections", "--measure-traffic", "--metrics-backends"
+            *["--master", url, "--measure-connections", "--measure-traffic", "--metrics-backends"],
+            *["--drift-check-seconds", "1"],
         ).start()
         self.prometheus = Prometheus(self.node, RULES, self._stack_rules(lab.folder))
         self._scrapes(2)
@@ -65,7 +75,18 @@ class Monitored:
         self.agent.http("/healthz")
         self.agent.http("/livez")
         self.node.call(_churn, url)
+        # A rate begins with the second sample of a series, which a Service has from its first connection on.
+        self._scrapes(1)
+        self.client.call(clients.spread_tcp, IP, PORT, 20)
+        self.client.call(clients.connect_error, IP, REFUSING_PORT)
+        with maps_of(self.node) as maps:
+            bpf.map_delete(maps["services4"].fd, key_of(IP, PORT))
         self._scrapes(5)
+
+    @property
+    def age(self) -> float:
+        """Seconds, in which all was that is to be seen."""
+        return time.monotonic() - self._began
 
     def _stack_rules(self, folder: Path) -> Path:
         path = folder / "kube-prometheus-stack.yaml"
@@ -140,6 +161,36 @@ def test_every_panel_of_our_dashboard_has_data(monitored: Monitored, name: str) 
         monitored.prometheus.wait_samples(dashboard_expressions()[name])
 
 
+@pytest.mark.parametrize("name", [NODES, SERVICE])
+def test_every_line_of_a_panel_has_a_name_of_its_own(monitored: Monitored, name: str) -> None:
+    """A label that the series have not would leave a gap, and one that is missing two lines with one name."""
+    for title, found in pictures.read(monitored.prometheus, name, monitored.age, "1m").items():
+        names = [each.name for each in found]
+        assert len(set(names)) == len(names), title
+        assert all(each == " ".join(each.split()) for each in names), title
+        assert all(names) or names == [""], title
+
+
+@needs_chromium
+def test_dashboards_can_be_seen(monitored: Monitored, tmp_path: Path) -> None:
+    """EBPFPROXY_PICTURES names a folder that keeps the pictures, to be looked at."""
+    folder = Path(os.environ.get("EBPFPROXY_PICTURES") or tmp_path)
+    browser = Browser(monitored.node, tmp_path / "profile")
+    for name in (NODES, SERVICE):
+        data = pictures.read(monitored.prometheus, name, monitored.age, "10s")
+        assert pictures.take(browser, name, data, folder).stat().st_size > 50_000
+        assert browser.evaluate("[...document.querySelectorAll('.panel')].length") == len(data)
+        cut = "[...document.querySelectorAll('h2')].filter(each => each.scrollWidth > each.clientWidth)"
+        assert browser.evaluate(f"{cut}.map(each => each.innerText)") == []
+        empty = "[...document.querySelectorAll('.panel')].filter(each => each.querySelector('.nothing'))"
+        assert {f"{title} A" for title in browser.evaluate(f"{empty}.map(each => each.title)")} <= EMPTY
+        seen = browser.text
+        for each in data.values():
+            assert all(series.name in seen for series in each[:2])
+    assert browser.complaints == []
+    browser.close()
+
+
 @pytest.mark.parametrize("name", STACK_DASHBOARD)
 def test_kube_prometheus_stacks_panels_for_kube_proxy_have_data(monitored: Monitored, name: str) -> None:
     # kube-proxy has one line per address family here as well.
@@ -171,6 +222,8 @@ def test_counters_match_the_events(monitored: Monitored) -> None:
     assert one("sum(up)") == one("ebpfproxy_healthy") == one("ebpfproxy_node_eligible") == 1
     assert one('ebpfproxy_socket_hooks{state="missing"}') == 0
     assert one('rest_client_requests_total{code="200"}') >= 3
+    # The stand-in changes nothing any more.
+    assert one(dashboard_expressions()["Waiting A"]) == 0
     # It was queued before it was programmed, and no change is pending.
     assert (
         one(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -137,6 +139,29 @@ def test_a_collector_that_refuses_is_said_once(receiver: Receiver, agent: Agent)
     assert len(receiver.metrics) > before
     assert agent.text.count(FAILED) == 1
     assert "opentelemetry" not in agent.text
+
+
+def test_status_says_what_has_become_of_the_log_and_of_metrics(
+    cluster: OutsideClientCluster, receiver: Receiver, agent: Agent
+) -> None:
+    def telemetry() -> Any:
+        return json.loads(cluster.a.cli("status", "-o", "json"))["agent"]["telemetry"]
+
+    receiver.status = 403
+    until(lambda: telemetry()["metrics"]["error"] == "403 Forbidden")
+    failed = telemetry()
+    assert failed["endpoint"] == receiver.url
+    assert failed["metrics"]["last_failed"] > failed["metrics"]["last_sent"]
+    assert failed["metrics"]["lost"] >= 1
+    text = cluster.a.cli("status")
+    assert f"otlp endpoint:    {receiver.url}\n" in text
+    assert re.search(
+        r"otlp metrics: +FAILED \d+s ago: 403 Forbidden; last sent \d+s ago; times missed: \d+\n", text
+    )
+    assert re.search(r"otlp log: .*; lines lost: \d+\n", text)
+    assert "health:           healthy\n" in text
+    receiver.status = 200
+    until(lambda: telemetry()["metrics"]["last_sent"] > failed["metrics"]["last_failed"])
 
 
 def test_the_last_lines_are_sent_at_the_end(receiver: Receiver, agent: Agent) -> None:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 import ebpfproxy
 from ebpfproxy.logs import get_logger
 from ebpfproxy.otlp import log_sender
+from ebpfproxy.otlp.delivery import Outcome
 from ebpfproxy.otlp.exporter import Exporter
 from ebpfproxy.otlp.libraries import OtlpError
 from tests.apiserver.certificates import Authority
@@ -164,6 +165,31 @@ def test_a_refusal_is_said_once_until_it_goes_well_again(
     assert len(said(caplog, FAILED, "logs")) <= 1
     # What the libraries say themselves is no line of the agent's.
     assert not any("opentelemetry" in body for body in receiver.bodies())
+
+
+def test_last_success_last_failure_and_losses_can_be_read(receiver: Receiver, exporter: Exporter) -> None:
+    for sender in (exporter.logs, exporter.metrics):
+        assert sender.outcome == Outcome(None, None, "")
+    receiver.status = 401
+    exporter.start()
+    log.info("refused")
+    until(lambda: exporter.metrics.missed and exporter.logs.lost)
+    for sender in (exporter.logs, exporter.metrics):
+        assert sender.outcome.error == "401 Unauthorized"
+        assert sender.outcome.sent is None
+    receiver.status = 200
+    log.info("taken")
+    until(lambda: exporter.metrics.outcome.sent and exporter.logs.outcome.sent)
+    for sender in (exporter.logs, exporter.metrics):
+        last = sender.outcome
+        assert last.sent is not None
+        assert last.failed is not None
+        assert last.sent >= last.failed
+        assert last.error == "401 Unauthorized"
+    missed, lost = exporter.metrics.missed, exporter.logs.lost
+    before = len(receiver.metrics)
+    until(lambda: len(receiver.metrics) > before)
+    assert (exporter.metrics.missed, exporter.logs.lost) == (missed, lost)
 
 
 def test_a_collector_that_is_away_for_a_moment_misses_nothing(

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ebpfproxy.agent.from_config import agent_options
+from ebpfproxy.agent.state import TelemetryState
 from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.config.load import Configuration, effective
 from ebpfproxy.logs import event_of
@@ -61,6 +62,7 @@ def test_what_keeps_from_sending_keeps_from_nothing_else(
 
     telemetry = Telemetry(options, CollectorRegistry())
     telemetry.start()
+    state = telemetry.state
     telemetry.stop()
     telemetry.close()
 
@@ -68,3 +70,9 @@ def test_what_keeps_from_sending_keeps_from_nothing_else(
     event, facts = event_of(record)
     assert event == "sending nothing to a collector"
     assert facts["error"].startswith(error)
+    assert state == TelemetryState("http://127.0.0.1:4318", error=facts["error"])
+
+
+def test_without_an_endpoint_there_is_nothing_to_say() -> None:
+    options, _ = agent_options(effective(Configuration(), {}))
+    assert Telemetry(options, CollectorRegistry()).state is None

@@ -43,7 +43,7 @@ def main() -> None:
         results["outside"] = outside.run(options.seconds, max(1, options.rounds // 2))
         show("From outside through a NodePort, against the pod reached by route", results["outside"])
     if "events" in options.only:
-        results["events"] = events.run(options.rounds)
+        results["events"] = events.run(options.seconds, options.rounds)
         show("Reporting decisions (ebpfproxy trace)", results["events"])
     if "measures" in options.only:
         results["measures"] = measures.run(options.seconds, options.rounds)

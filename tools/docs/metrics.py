@@ -50,7 +50,7 @@ def families() -> tuple[Family, ...]:
     pins.mkdir()
     try:
         maps = open_or_create(pins, Capacity(services=64, backends=512))
-        metrics.registry.register(MapCollector(maps))
+        metrics.registry.register(MapCollector(maps, 0, backends=True))
         metrics.registry.register(MeasureCollector(maps, 0, backends=True))
         found: dict[str, Family] = {}
         for collector in list(metrics.registry._collector_to_names):

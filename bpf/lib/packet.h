@@ -266,12 +266,8 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
  */
 static __always_inline __be32 next_fragment_id(bool is_v4)
 {
-	u32 zero = 0;
-	u64 *count = map_lookup(fragment_ids, &zero), id;
+	u64 *count = map_value(fragment_ids), id = __sync_fetch_and_add(count, 1);
 
-	if (!count)
-		return 0;
-	id = __sync_fetch_and_add(count, 1);
 	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
 }
 

@@ -32,14 +32,11 @@
 
 static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 {
-	u32 zero = 0;
-	u32 *table = map_lookup(crc32c, &zero);
+	const u32 *table = map_value(crc32c);
 
-	if (!table)
-		return crc;
 #pragma clang loop unroll(disable)
 	for (u32 k = 0; k < CRC_STEPS; k++) {
-		u32 *step = table + k * 1024;
+		const u32 *step = table + k * 1024;
 		u64 is_set = length >> k & 1;
 		u32 moved = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
 			    step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];

@@ -13,6 +13,7 @@
 #include "lib/conntrack.h"
 #include "lib/decision_packet.h"
 #include "lib/device.h"
+#include "lib/fast_path.h"
 #include "lib/filter.h"
 #include "lib/flow.h"
 #include "lib/frontend.h"
@@ -281,20 +282,22 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 #if !AT_LOOPBACK
 int from_device(struct __sk_buff *skb)
 {
+	int verdict = PASS;
 	struct packet *p;
 
-	if (!may_concern_us(skb, STAGE_INGRESS))
-		return PASS;
+	if (!may_concern_us(skb, STAGE_INGRESS) || takes_fast_path(skb, STAGE_INGRESS, &verdict))
+		return verdict;
 	p = packet_of(STAGE_INGRESS);
 	return p ? finish(skb, p, handle_ingress(skb, p)) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
 {
+	int verdict = PASS;
 	struct packet *p;
 
-	if (!may_concern_us(skb, STAGE_EGRESS))
-		return PASS;
+	if (!may_concern_us(skb, STAGE_EGRESS) || takes_fast_path(skb, STAGE_EGRESS, &verdict))
+		return verdict;
 	p = packet_of(STAGE_EGRESS);
 	return p ? finish(skb, p, handle_egress(skb, p)) : PASS;
 }

@@ -281,6 +281,22 @@ static __always_inline void read_tcp(struct packet *p, const struct tcp_header *
 		     !!(tcp->flags & TCP_FIN);
 }
 
+/* Reads a header of TCP or UDP, or the first words of another, that lies behind an IP header. */
+static __always_inline void read_transport_in_place(struct packet *p, const void *at)
+{
+	const struct tcp_header *tcp = at;
+	const struct udp_header *udp = at;
+
+	if (p->proto == IPPROTO_TCP) {
+		read_tcp(p, tcp);
+		p->l4_word = *(u32 *)&tcp->offset;
+		p->l4_check = tcp->check;
+	} else {
+		p->l4_word = udp->length;
+		p->l4_check = udp->check;
+	}
+}
+
 static __always_inline u32 transport_header_size(u8 proto)
 {
 	return proto == IPPROTO_TCP    ? sizeof(struct tcp_header)
@@ -309,14 +325,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 		at = data + L3_OFFSET + sizeof(struct ipv6_header);
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;
-		if (p->proto == IPPROTO_TCP) {
-			read_tcp(p, at);
-			p->l4_word = *(u32 *)(at + offsetof(struct tcp_header, offset));
-			p->l4_check = ((struct tcp_header *)at)->check;
-		} else {
-			p->l4_word = *(u16 *)(at + offsetof(struct udp_header, length));
-			p->l4_check = ((struct udp_header *)at)->check;
-		}
+		read_transport_in_place(p, at);
 		p->is_plain = p->proto != IPPROTO_SCTP && !p->is_fragment &&
 			      L3_OFFSET + p->l3_length > p->l4;
 		return true;

@@ -67,10 +67,10 @@ static __always_inline int replace_sctp_check(struct __sk_buff *skb, const struc
 	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check), 0);
 }
 
+/* @sum is below 2^48, as that of few words is. */
 static __always_inline u16 csum_fold(u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return ~sum;
@@ -161,8 +161,6 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	} new = { .ttl_proto = p->ipv4_ttl_proto };
 	const u32 with_addr = offsetof(typeof(new), transport);
 
-	difference = (difference & 0xffffffff) + (difference >> 32);
-	difference = (difference & 0xffffffff) + (difference >> 32);
 	if (p->is_fragment) {
 		u16 id = p->new_fragment_id;
 
@@ -194,6 +192,8 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 		   bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0)) {
 		return -1;
 	}
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	difference = (difference & 0xffffffff) + (difference >> 32);
 	return replace_transport_check(skb, p, old_ports, new_ports, difference);
 }
 

@@ -76,6 +76,22 @@ static __always_inline u16 csum_fold(u64 sum)
 	return ~sum;
 }
 
+/*
+ * Says if the checksum at @offset, which bpf_l4_csum_replace() has just changed by @difference, is
+ * left to the device (CHECKSUM_PARTIAL): the helper adds to a sum, and subtracts from a finished
+ * checksum. Most packets of this host's own sockets and pods are such.
+ */
+static __always_inline bool is_check_partial(struct __sk_buff *skb, const struct packet *p,
+					     u32 offset, u32 difference)
+{
+	const void *end = (void *)(long)skb->data_end;
+	/* So near are the headers of a plain packet; the verifier knows a bound by it. */
+	const __sum16 *check = (void *)(long)skb->data + (offset & 127);
+
+	return p->is_plain && (void *)(check + 1) <= end && *check != p->l4_check &&
+	       *check == (u16)~csum_fold((u64)p->l4_check + difference);
+}
+
 /* Updates the transport checksum where the ports have been rewritten already. */
 static __always_inline int replace_transport_check(struct __sk_buff *skb, const struct packet *p,
 						   u32 old_ports, u32 new_ports,
@@ -96,7 +112,8 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	}
 	if (bpf_l4_csum_replace(skb, offset, 0, addr_difference, flags | BPF_F_PSEUDO_HDR))
 		return -1;
-	if (old_ports == new_ports)
+	/* The sum of a pseudo-header has no ports. */
+	if (old_ports == new_ports || is_check_partial(skb, p, offset, addr_difference))
 		return 0;
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
 }

@@ -244,11 +244,11 @@ int sweep_entries(struct __sk_buff *skb)
 int sweep_filter(struct __sk_buff *skb)
 {
 	struct sweep *s = sweep_of();
-	u32 number, zero = 0;
-	u64 *words = map_lookup(flow_filter, &zero), others;
+	u64 *words = map_value(flow_filter), others;
+	u32 number;
 
 	(void)skb;
-	if (!words || !next_number(s, &number))
+	if (!next_number(s, &number))
 		return 0;
 	words += number % (FLOW_FILTER_WORDS / WORDS_OF_A_RUN) * WORDS_OF_A_RUN;
 	others = ~(s->mark * 0x0101010101010101ULL);

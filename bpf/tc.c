@@ -13,9 +13,11 @@
 #include "lib/conntrack.h"
 #include "lib/decision_packet.h"
 #include "lib/device.h"
+#include "lib/fast_path.h"
 #include "lib/filter.h"
 #include "lib/flow.h"
 #include "lib/frontend.h"
+#include "lib/glance.h"
 #include "lib/packet.h"
 #include "lib/reject.h"
 #include "lib/rewrite.h"
@@ -223,15 +225,10 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	/* A VLAN's packets come again on the VLAN device itself. */
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
+	if (!may_concern_ingress(&p->flow.src, &p->flow.dst, p->proto))
+		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_outside_client(skb, p);
-	/*
-	 * Direct packets to a backend matter where it may have a Service's replies for the client.
-	 * Errors about its replies come from any router.
-	 */
-	if (!address_of_interest(&p->flow.dst) && !flow_of_interest(&p->flow.dst, &p->flow.src) &&
-	    !is_icmp(p))
-		return PASS;
 	if (!is_addressed_to_us(skb))
 		return PASS;
 	parsed = read_ports(skb, p);
@@ -256,6 +253,8 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
+	if (!may_concern_egress(&p->flow.src, &p->flow.dst, p->proto, !skb->ingress_ifindex))
+		return PASS;
 	is_known = flow_of_interest(&p->flow.src, &p->flow.dst);
 	/* Only this host's own packets can still have a frontend's address here. */
 	is_mine = !skb->ingress_ifindex && address_of_interest(&p->flow.dst);
@@ -263,9 +262,6 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	may_be_own = p->proto != IPPROTO_TCP && address_of_interest(&p->flow.src);
 	/* Others may masquerade by a port of ours. */
 	may_clash = !AT_LOOPBACK && flow_of_interest(&p->flow.dst, &p->flow.src);
-	if (!is_known && !is_mine && !may_be_own && !may_clash &&
-	    !may_be_in_service_cidr(&p->flow.dst) && !is_icmp(p))
-		return PASS;
 	parsed = read_ports(skb, p);
 	if (parsed == PARSE_ICMP_ERROR)
 		return translate_error(skb, p);
@@ -286,15 +282,23 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 #if !AT_LOOPBACK
 int from_device(struct __sk_buff *skb)
 {
-	struct packet *p = packet_of(STAGE_INGRESS);
+	int verdict = PASS;
+	struct packet *p;
 
+	if (!may_concern_us(skb, STAGE_INGRESS) || takes_fast_path(skb, STAGE_INGRESS, &verdict))
+		return verdict;
+	p = packet_of(STAGE_INGRESS);
 	return p ? finish(skb, p, handle_ingress(skb, p)) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
 {
-	struct packet *p = packet_of(STAGE_EGRESS);
+	int verdict = PASS;
+	struct packet *p;
 
+	if (!may_concern_us(skb, STAGE_EGRESS) || takes_fast_path(skb, STAGE_EGRESS, &verdict))
+		return verdict;
+	p = packet_of(STAGE_EGRESS);
 	return p ? finish(skb, p, handle_egress(skb, p)) : PASS;
 }
 #endif

@@ -42,7 +42,7 @@ static __always_inline int forward_packet(struct xdp_md *ctx, const struct packe
 
 	/* Without a link address of the next hop the kernel has to ask for it, or to verify it. */
 	if (fib_result_of(ctx, in, &nat->src, &nat->dst, p->l3_length, &fib) != FIB_NEIGHBOUR ||
-	    next_hop_is_due(next_hop_of(&fib), bpf_ktime_get_coarse_ns()) ||
+	    next_hop_is_due(next_hop_of(&fib), coarse_now(scratch_of(p))) ||
 	    !xdp_can_send(device, in, fib.ifindex) || !frame_rewrite(ctx, p, nat))
 		return XDP_PASS;
 	conntrack_track(p, in_map, nat);

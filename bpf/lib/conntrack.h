@@ -270,14 +270,14 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 					    const struct nat *entry)
 {
 	const struct flow *flow = &p->flow;
-	const u64 now = bpf_ktime_get_coarse_ns();
 	const u8 tcp_flags = p->tcp_flags;
 	struct scratch *s = scratch_of(p);
+	const u64 now = coarse_now(s);
 	u8 ended = entry->seen;
 
 	if (!is_still(nat, entry))
 		return;
-	if (now - entry->last > NSEC_PER_SEC) {
+	if ((s64)(now - entry->last) > (s64)NSEC_PER_SEC) {
 		nat->last = now;
 		conntrack_keep_partner(s, flow, entry);
 	}

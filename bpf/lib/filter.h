@@ -36,10 +36,10 @@ static __always_inline u32 addr_fold(const struct inet_addr *a)
 
 static __always_inline bool address_of_interest(const struct inet_addr *a)
 {
-	u32 hash = (addr_fold(a) * GOLDEN) >> (32 - ADDRESS_FILTER_BITS), zero = 0;
-	u8 *bits = map_lookup(address_filter, &zero);
+	u32 hash = (addr_fold(a) * GOLDEN) >> (32 - ADDRESS_FILTER_BITS);
+	const u8 *bits = map_value(address_filter);
 
-	return bits && bits[hash >> 3] & (1 << (hash & 7));
+	return bits[hash >> 3] & (1 << (hash & 7));
 }
 
 static __always_inline bool port_is_in(const u8 *bits, __be16 port)
@@ -48,14 +48,12 @@ static __always_inline bool port_is_in(const u8 *bits, __be16 port)
 
 	/* The compiler knows that a port has 16 bits; verifiers before Linux 6.2 do not. */
 	barrier_var(number);
-	return bits && bits[(number >> 3) & 0x1fff] & (1 << (number & 7));
+	return bits[(number >> 3) & 0x1fff] & (1 << (number & 7));
 }
 
 static __always_inline bool port_of_interest(__be16 port)
 {
-	u32 zero = 0;
-
-	return port_is_in(map_lookup(port_filter, &zero), port);
+	return port_is_in(map_value(port_filter), port);
 }
 
 /*
@@ -64,36 +62,28 @@ static __always_inline bool port_of_interest(__be16 port)
  */
 static __always_inline bool may_be_backend(const struct inet_addr *a, __be16 port)
 {
-	u32 hash = (addr_fold(a) + bpf_ntohs(port) * 0x165667b1U) * GOLDEN, zero = 0;
-	u8 *bits;
+	u32 hash = (addr_fold(a) + bpf_ntohs(port) * 0x165667b1U) * GOLDEN;
+	const u8 *bits = map_value(backend_filter);
 
-	if (!port_is_in(map_lookup(backend_ports, &zero), port))
+	if (!port_is_in(map_value(backend_ports), port))
 		return false;
-	bits = map_lookup(backend_filter, &zero);
 	hash >>= 32 - ADDRESS_FILTER_BITS;
-	return bits && bits[hash >> 3] & (1 << (hash & 7));
+	return bits[hash >> 3] & (1 << (hash & 7));
 }
 
 static __always_inline u8 *flow_filter_byte(const struct inet_addr *src,
 					    const struct inet_addr *dst)
 {
-	u32 hash = (addr_fold(src) * 3 + addr_fold(dst)) * GOLDEN, zero = 0;
-	u8 *bytes = map_lookup(flow_filter, &zero);
+	const u32 hash = (addr_fold(src) * 3 + addr_fold(dst)) * GOLDEN;
 
-	if (!bytes)
-		return NULL;
-	/* The compiler may not add to a pointer before that is checked. */
-	barrier_var(bytes);
-	return bytes + (hash >> (32 - FLOW_FILTER_BITS));
+	return (u8 *)map_value(flow_filter) + (hash >> (32 - FLOW_FILTER_BITS));
 }
 
 /* Says if conntrack may have an entry for packets from @src to @dst. */
 static __always_inline bool flow_of_interest(const struct inet_addr *src,
 					     const struct inet_addr *dst)
 {
-	u8 *byte = flow_filter_byte(src, dst);
-
-	return byte && *byte;
+	return *flow_filter_byte(src, dst);
 }
 
 /*
@@ -110,9 +100,7 @@ static __always_inline u8 *loopback_filter_byte(const struct flow *flow)
 
 static __always_inline bool loopback_flow_of_interest(const struct flow *flow)
 {
-	u8 *byte = loopback_filter_byte(flow);
-
-	return byte && *byte;
+	return *loopback_filter_byte(flow);
 }
 
 /* Notes that conntrack has an entry. It has to be there. */
@@ -124,7 +112,7 @@ static __always_inline void flow_note(const struct flow *flow)
 	if (AT_LOOPBACK && flow->stage == STAGE_EGRESS)
 		dst.word[0] ^= flow->dport;
 	byte = flow_filter_byte(&flow->src, &dst);
-	if (byte && *byte != FLOW_MARKS)
+	if (*byte != FLOW_MARKS)
 		*byte = FLOW_MARKS;
 }
 
@@ -137,12 +125,12 @@ static __always_inline void flow_mark(const struct flow *flow, const struct nat 
 {
 	u8 *byte = flow_filter_byte(&flow->src, &flow->dst);
 
-	if (byte && !(*byte & mark))
+	if (!(*byte & mark))
 		*byte |= mark;
 	if (!(nat->flags & NAT_HOST) || flow->stage != STAGE_EGRESS)
 		return;
 	byte = loopback_filter_byte(flow);
-	if (byte && !(*byte & mark))
+	if (!(*byte & mark))
 		*byte |= mark;
 }
 

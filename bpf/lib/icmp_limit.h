@@ -28,11 +28,8 @@
 static __always_inline bool icmp_take_token(void)
 {
 	const u64 now = bpf_ktime_get_coarse_ns();
-	u32 zero = 0;
-	u64 *bucket = map_lookup(icmp_bucket, &zero);
+	u64 *bucket = map_value(icmp_bucket);
 
-	if (!bucket)
-		return true;
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < ICMP_TRIES; i++) {
 		const u64 taken = *(volatile u64 *)bucket;

@@ -8,7 +8,9 @@
 #ifndef EBPFPROXY_MAPS_H
 #define EBPFPROXY_MAPS_H
 
-#define MAP(name)		 ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, MAP_NUMBER_##name))
+#define MAP(name) ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, MAP_NUMBER_##name))
+/* Returns the value of an array that has one; the verifier knows its address. */
+#define map_value(name)		 ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, MAP_NUMBER_##name))
 #define map_lookup(name, key)	 bpf_map_lookup_elem(MAP(name), (void *)(key))
 #define map_update(name, key, v) bpf_map_update_elem(MAP(name), key, v, BPF_ANY)
 #define map_delete(name, key)	 bpf_map_delete_elem(MAP(name), (void *)(key))

@@ -266,12 +266,8 @@ static __always_inline struct fragment_key fragment_key(const struct packet *p)
  */
 static __always_inline __be32 next_fragment_id(bool is_v4)
 {
-	u32 zero = 0;
-	u64 *count = map_lookup(fragment_ids, &zero), id;
+	u64 *count = map_value(fragment_ids), id = __sync_fetch_and_add(count, 1);
 
-	if (!count)
-		return 0;
-	id = __sync_fetch_and_add(count, 1);
 	return is_v4 ? bpf_htons((u16)id) : bpf_htonl((u32)id);
 }
 
@@ -283,6 +279,22 @@ static __always_inline void read_tcp(struct packet *p, const struct tcp_header *
 	p->ack = bpf_ntohl(tcp->ack);
 	p->seq_end = p->seq + p->end - p->l4 - (tcp->offset >> 4) * 4 + !!(tcp->flags & TCP_SYN) +
 		     !!(tcp->flags & TCP_FIN);
+}
+
+/* Reads a header of TCP or UDP, or the first words of another, that lies behind an IP header. */
+static __always_inline void read_transport_in_place(struct packet *p, const void *at)
+{
+	const struct tcp_header *tcp = at;
+	const struct udp_header *udp = at;
+
+	if (p->proto == IPPROTO_TCP) {
+		read_tcp(p, tcp);
+		p->l4_word = *(u32 *)&tcp->offset;
+		p->l4_check = tcp->check;
+	} else {
+		p->l4_word = udp->length;
+		p->l4_check = udp->check;
+	}
 }
 
 static __always_inline u32 transport_header_size(u8 proto)
@@ -313,14 +325,7 @@ static __always_inline bool read_transport(struct __sk_buff *skb, struct packet 
 		at = data + L3_OFFSET + sizeof(struct ipv6_header);
 	if (at && at + sizeof(tcp) <= end) {
 		*ports = *(struct ports *)at;
-		if (p->proto == IPPROTO_TCP) {
-			read_tcp(p, at);
-			p->l4_word = *(u32 *)(at + offsetof(struct tcp_header, offset));
-			p->l4_check = ((struct tcp_header *)at)->check;
-		} else {
-			p->l4_word = *(u16 *)(at + offsetof(struct udp_header, length));
-			p->l4_check = ((struct udp_header *)at)->check;
-		}
+		read_transport_in_place(p, at);
 		p->is_plain = p->proto != IPPROTO_SCTP && !p->is_fragment &&
 			      L3_OFFSET + p->l3_length > p->l4;
 		return true;

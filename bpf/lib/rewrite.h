@@ -32,14 +32,11 @@
 
 static __always_inline u32 crc32c_zeros(u32 crc, u32 length)
 {
-	u32 zero = 0;
-	u32 *table = map_lookup(crc32c, &zero);
+	const u32 *table = map_value(crc32c);
 
-	if (!table)
-		return crc;
 #pragma clang loop unroll(disable)
 	for (u32 k = 0; k < CRC_STEPS; k++) {
-		u32 *step = table + k * 1024;
+		const u32 *step = table + k * 1024;
 		u64 is_set = length >> k & 1;
 		u32 moved = step[crc & 0xff] ^ step[256 + (crc >> 8 & 0xff)] ^
 			    step[512 + (crc >> 16 & 0xff)] ^ step[768 + (crc >> 24)];
@@ -70,13 +67,29 @@ static __always_inline int replace_sctp_check(struct __sk_buff *skb, const struc
 	return bpf_skb_store_bytes(skb, p->l4 + SCTP_CHECK, &check, sizeof(check), 0);
 }
 
+/* @sum is below 2^48, as that of few words is. */
 static __always_inline u16 csum_fold(u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
 	return ~sum;
+}
+
+/*
+ * Says if the checksum at @offset, which bpf_l4_csum_replace() has just changed by @difference, is
+ * left to the device (CHECKSUM_PARTIAL): the helper adds to a sum, and subtracts from a finished
+ * checksum. Most packets of this host's own sockets and pods are such.
+ */
+static __always_inline bool is_check_partial(struct __sk_buff *skb, const struct packet *p,
+					     u32 offset, u32 difference)
+{
+	const void *end = (void *)(long)skb->data_end;
+	/* So near are the headers of a plain packet; the verifier knows a bound by it. */
+	const __sum16 *check = (void *)(long)skb->data + (offset & 127);
+
+	return p->is_plain && (void *)(check + 1) <= end && *check != p->l4_check &&
+	       *check == (u16)~csum_fold((u64)p->l4_check + difference);
 }
 
 /* Updates the transport checksum where the ports have been rewritten already. */
@@ -99,7 +112,8 @@ static __always_inline int replace_transport_check(struct __sk_buff *skb, const 
 	}
 	if (bpf_l4_csum_replace(skb, offset, 0, addr_difference, flags | BPF_F_PSEUDO_HDR))
 		return -1;
-	if (old_ports == new_ports)
+	/* The sum of a pseudo-header has no ports. */
+	if (old_ports == new_ports || is_check_partial(skb, p, offset, addr_difference))
 		return 0;
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | sizeof(new_ports));
 }
@@ -164,8 +178,6 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 	} new = { .ttl_proto = p->ipv4_ttl_proto };
 	const u32 with_addr = offsetof(typeof(new), transport);
 
-	difference = (difference & 0xffffffff) + (difference >> 32);
-	difference = (difference & 0xffffffff) + (difference >> 32);
 	if (p->is_fragment) {
 		u16 id = p->new_fragment_id;
 
@@ -197,6 +209,8 @@ static __always_inline int rewrite4(struct __sk_buff *skb, const struct packet *
 		   bpf_skb_store_bytes(skb, p->l4, (void *)&new_ports, sizeof(new_ports), 0)) {
 		return -1;
 	}
+	difference = (difference & 0xffffffff) + (difference >> 32);
+	difference = (difference & 0xffffffff) + (difference >> 32);
 	return replace_transport_check(skb, p, old_ports, new_ports, difference);
 }
 

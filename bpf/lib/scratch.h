@@ -34,6 +34,8 @@ struct scratch {
 	} noted;	    /* see decision_packet.h */
 	u32 is_first_reply; /* see measure_packet() */
 	int verdict;	    /* see measure_translated() in tc.c */
+	u64 tick;	    /* see coarse_now() */
+	u64 now;
 	union {
 		struct nat entry; /* a copy of the packet's: what it becomes */
 		u8 bytes[192];	  /* what is quoted of a rejected packet */
@@ -47,6 +49,22 @@ static __always_inline struct scratch *scratch(void)
 	u32 zero = 0;
 
 	return map_lookup(scratch, &zero);
+}
+
+/*
+ * Returns CLOCK_MONOTONIC as of the last tick, in ns, as bpf_ktime_get_coarse_ns() does. The
+ * verifier makes a load of bpf_jiffies64(): a call of a helper takes longer than most of what a
+ * packet needs. Another CPU may be a tick ahead.
+ */
+static __always_inline u64 coarse_now(struct scratch *s)
+{
+	const u64 tick = bpf_jiffies64();
+
+	if (s->tick != tick) {
+		s->tick = tick;
+		s->now = bpf_ktime_get_coarse_ns();
+	}
+	return s->now;
 }
 
 /* Returns this CPU's packet, prepared for @stage. */

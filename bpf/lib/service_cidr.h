@@ -18,13 +18,13 @@
 
 static __always_inline bool may_be_in_service_cidr(const struct inet_addr *a)
 {
-	u32 zero = 0, at;
-	u8 *bits = map_lookup(cidr_filter, &zero);
+	const u8 *bits = map_value(cidr_filter);
+	u32 at;
 
 	at = addr_is_v4(a) ? bpf_ntohl(a->word[3])
 			   : (a->word[0] * 0x85ebca6bU + a->word[1]) * GOLDEN;
 	at >>= 32 - CIDR_FILTER_BITS;
-	return bits && bits[at >> 3] & (1 << (at & 7));
+	return bits[at >> 3] & (1 << (at & 7));
 }
 
 /* Returns the CIDR_ flags of the range that the address is in. */

@@ -22,9 +22,9 @@ SOURCE = """
 int counted(void *ctx)
 {
 	unsigned int key = 0;
-	u64 *value = map_lookup(second, &key);
+	u64 *value = map_lookup(second, &key), *only = map_value(first);
 
-	return ctx && value && *value == CONSTANT(SECRET);
+	return ctx && value && *value == CONSTANT(SECRET) && *only;
 }
 """
 
@@ -71,15 +71,19 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_relocations_are_stored_by_name_and_resolved(recipe: Recipe) -> None:
     program = bytecode.get(recipe).programs["counted"]
-    ((map_at, map_name),) = program.maps
+    places = {name: at for at, name in program.maps}
+    assert len(places) == len(program.maps)
+    assert places.keys() == {"first", "second"}
     ((constant_at, constant_name),) = program.constants
-    assert (map_name, constant_name) == ("second", "SECRET")
-    linked = program.linked({"second": 77}, {"SECRET": 0xFEDCBA9876543210})
+    assert constant_name == "SECRET"
+    linked = program.linked({"first": 66, "second": 77}, {"SECRET": 0xFEDCBA9876543210})
     assert len(linked) == len(program.instructions)
     opcode, registers, _, low, _, _, _, high = struct.unpack_from("=BBhIBBhI", linked, constant_at * 8)
     assert (opcode, registers >> 4, high << 32 | low) == (0x18, 0, 0xFEDCBA9876543210)
-    _, registers, _, fd = struct.unpack_from("=BBhI", linked, map_at * 8)
-    assert (registers >> 4, fd) == (1, 77)
+    # BPF_PSEUDO_MAP_FD, and BPF_PSEUDO_MAP_VALUE with the offset 0.
+    for name, meaning, number in (("second", 1, 77), ("first", 2, 66)):
+        _, registers, _, fd, _, _, _, offset = struct.unpack_from("=BBhIBBhI", linked, places[name] * 8)
+        assert (registers >> 4, fd, offset) == (meaning, number, 0)
 
 
 def test_cached_program_is_not_compiled_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

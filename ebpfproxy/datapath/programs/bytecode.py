@@ -44,8 +44,9 @@ _INSTRUCTION = struct.Struct("=BBhI")
 _LOAD_64 = 0x18
 #: The half of the registers' byte that is the source: a bit field in the machine's order.
 _SOURCE_SHIFT = 4 if sys.byteorder == "little" else 0
-#: Sources that give the value of _LOAD_64 a meaning: BPF_PSEUDO_MAP_FD, and one that only lib/maps.h has.
-_MAP_FD = 1
+#: Sources that give the value of _LOAD_64 a meaning: a map, or the value of one (BPF_PSEUDO_MAP_FD,
+#: BPF_PSEUDO_MAP_VALUE), and one that only lib/maps.h has.
+_MAPS = (1, 2)
 _LOAD_TIME_CONSTANT = 15
 
 
@@ -68,9 +69,9 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
         """The instructions to load; ``constants`` are unsigned numbers of 64 bits."""
         made = bytearray(self.instructions)
         for at, name in self.maps:
-            _put(made, at, _MAP_FD, map_fds[name])
+            _put(made, at, map_fds[name])
         for at, name in self.constants:
-            _put(made, at, 0, constants[name])
+            _put(made, at, constants[name], is_constant=True)
         return bytes(made)
 
 
@@ -200,17 +201,19 @@ def _program(code: bytes, recipe: Recipe) -> Program:
             continue
         is_second_half = True
         meaning = registers >> _SOURCE_SHIFT & 0x0F
-        if meaning == _MAP_FD:
+        if meaning in _MAPS:
             maps.append((at, recipe.maps[value]))
         elif meaning == _LOAD_TIME_CONSTANT:
             constants.append((at, recipe.constants[value]))
     return Program(code, maps, constants)
 
 
-def _put(instructions: bytearray, at: int, meaning: int, value: int) -> None:
+def _put(instructions: bytearray, at: int, value: int, *, is_constant: bool = False) -> None:
+    """A constant is a plain number to the kernel."""
     size = _INSTRUCTION.size
     opcode, registers, offset, _ = _INSTRUCTION.unpack_from(instructions, at * size)
-    registers = registers & ~(0x0F << _SOURCE_SHIFT) | meaning << _SOURCE_SHIFT
+    if is_constant:
+        registers &= ~(0x0F << _SOURCE_SHIFT)
     _INSTRUCTION.pack_into(instructions, at * size, opcode, registers, offset, value & 0xFFFFFFFF)
     _INSTRUCTION.pack_into(instructions, (at + 1) * size, 0, 0, 0, value >> 32)
 

@@ -1,0 +1,171 @@
+"""Packets of established flows: the fast path translates them as the rest of the program does.
+
+One packet a second of each flow takes the way of all others, so each is sent with an entry that was used now, and
+with one that was used long ago.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+import time
+from collections.abc import Callable
+from itertools import starmap
+from typing import NamedTuple
+
+import pytest
+from scapy.compat import raw
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+
+from ebpfproxy.datapath.abi.flow_layout import Entry, Flow, Nat, NatFlags, Seen
+from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.packet_cluster import PORTS, FamilyAddresses
+from tests.packets.test_flows import PAYLOAD, ends_of, segment
+from tests.packets.wire import PASS, Result, Wire, with_right_checksums
+
+pytestmark = pytest.mark.root
+
+_LAST_AT = 48
+
+
+class Hop(NamedTuple):
+    """Where a packet of the flow passes a program: its ends, and what they become."""
+
+    send: Callable[[Packet], Result]
+    ends: tuple[str, int, str, int]
+    becomes: tuple[str, int, str, int]
+
+
+@pytest.fixture(params=["TCP", "UDP"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def hops(wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> list[Hop]:
+    """An established flow of a client outside to a NodePort, which is masqueraded, with its four hops."""
+    _, node_port, target = PORTS[protocol]
+
+    def ingress(packet: Packet) -> Result:
+        return wire.ingress(packet)
+
+    def egress(packet: Packet) -> Result:
+        return wire.egress(packet, iif="eth0")
+
+    client, node, backend = (family.client, port), (family.node, node_port), (family.remote_pod, target)
+    made: list[Hop] = []
+    for send, source, destination, flags in (
+        (ingress, client, node, "S"),
+        (egress, client, backend, "S"),
+        (ingress, backend, None, "SA"),
+        (egress, backend, client, "SA"),
+    ):
+        # The third hop goes to the address and port that the second one has given to the client.
+        ends = (*source, *(destination or made[1].becomes[:2]))
+        out = send(family.ip(ends[0], ends[2]) / segment(protocol, ends[1], ends[3], flags))
+        assert out.verdict == PASS
+        made.append(Hop(send, ends, ends_of(out.packet)))
+    assert (made[0].becomes, made[3].becomes) == ((*client, *backend), (*node, *client))
+    return made
+
+
+class Table(NamedTuple):
+    """The entries of the client's flow."""
+
+    tables: MapSet
+    client: tuple[bytes, int]
+
+    def entries(self) -> list[Entry]:
+        found = [
+            entry
+            for entry in starmap(Entry, self.tables["conntrack"].items())
+            if self.client
+            in (
+                (entry.flow.source, entry.flow.source_port),
+                (entry.flow.destination, entry.flow.destination_port),
+                (entry.nat.destination, entry.nat.destination_port),
+            )
+        ]
+        assert len(found) == 4
+        return found
+
+    def without_times(self) -> dict[Flow, Nat]:
+        return {entry.flow: entry.nat._replace(last=0) for entry in self.entries()}
+
+    def age(self) -> None:
+        for entry in self.entries():
+            aged = bytearray(entry.value)
+            struct.pack_into("=Q", aged, _LAST_AT, time.monotonic_ns() - 5 * 10**9)
+            self.tables["conntrack"].update(entry.key, bytes(aged))
+
+
+@pytest.fixture
+def table(tables: MapSet, family: FamilyAddresses, port: int) -> Table:
+    return Table(tables, (ipaddress.ip_address(family.client).packed, port))
+
+
+def both_ways(hop: Hop, packet: Packet, table: Table) -> Result:
+    """Sends a packet by either way; asserts that they make the same of it, and of the flow's entries."""
+    fast = hop.send(packet)
+    known = table.without_times()
+    table.age()
+    slow = hop.send(packet)
+    assert fast == slow
+    assert table.without_times() == known
+    assert fast.verdict == PASS
+    assert ends_of(fast.packet) == hop.becomes
+    return fast
+
+
+@pytest.mark.parametrize("payload", [b"", b"x", PAYLOAD, PAYLOAD * 80], ids=len)
+@pytest.mark.parametrize("flags", ["A", "PA"])
+def test_packets_become_the_same(
+    hops: list[Hop],
+    family: FamilyAddresses,
+    protocol: str,
+    table: Table,
+    payload: bytes,
+    flags: str,
+) -> None:
+    for hop in hops:
+        transport = segment(protocol, hop.ends[1], hop.ends[3], flags, payload)
+        out = both_ways(hop, family.ip(hop.ends[0], hop.ends[2]) / transport, table)
+        assert with_right_checksums(out.packet) == out.bytes
+
+
+def test_padding_and_a_datagram_without_checksum_stay(
+    hops: list[Hop], wire: Wire, family: FamilyAddresses, protocol: str, table: Table
+) -> None:
+    padding = b"\xa5" * 20
+    for hop in hops:
+        transport = segment(protocol, hop.ends[1], hop.ends[3], "A", b"")
+        if protocol == "UDP":
+            transport.chksum = 0
+        packet = family.ip(hop.ends[0], hop.ends[2]) / transport
+        frame = Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99") / packet
+        out = both_ways(hop, Ether(raw(frame) + padding), table)
+        assert out.bytes.endswith(padding)
+        if protocol == "UDP":
+            assert out.packet[type(transport)].chksum == 0
+
+
+@pytest.mark.parametrize("hop_limit", [1, 255])
+def test_rest_of_the_header_stays(
+    hops: list[Hop], family: FamilyAddresses, protocol: str, table: Table, hop_limit: int
+) -> None:
+    fields = {"ttl": hop_limit, "tos": 0xB8} if family.version == 4 else {"hlim": hop_limit, "tc": 0xB8}
+    for hop in hops:
+        transport = segment(protocol, hop.ends[1], hop.ends[3], "A")
+        out = both_ways(hop, family.ip(hop.ends[0], hop.ends[2], **fields) / transport, table)
+        assert with_right_checksums(out.packet) == out.bytes
+        assert {name: getattr(out.packet.payload, name) for name in fields} == fields
+
+
+@pytest.mark.usefixtures("hops")
+def test_first_replies_are_noted(table: Table) -> None:
+    """Timeouts depend on it: until then no packet of the reply direction takes the fast path."""
+    replies = [each.nat for each in table.entries() if each.nat.flags & NatFlags.REPLY]
+    assert len(replies) == 2
+    assert all(nat.seen & Seen.REPLY for nat in replies)

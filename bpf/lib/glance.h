@@ -10,16 +10,24 @@
 #include "headers.h"
 #include "service_cidr.h"
 
-/* Says if a packet that comes in may be of interest. */
+/*
+ * Says if a packet that comes in may be of a Service or of a flow. Direct packets to a backend
+ * matter where it may have a Service's replies for the client. Errors about its replies come from
+ * any router.
+ */
+static __always_inline bool concerns_ingress(const struct inet_addr *src,
+					     const struct inet_addr *dst, u8 proto)
+{
+	return address_of_interest(dst) || flow_of_interest(dst, src) || proto == IPPROTO_ICMP ||
+	       proto == IPPROTO_ICMPV6;
+}
+
+/* Says the same, or that the client may have to be noted, as by handle_ingress(). */
 static __always_inline bool may_concern_ingress(const struct inet_addr *src,
 						const struct inet_addr *dst, u8 proto)
 {
-	/*
-	 * Direct packets to a backend matter where it may have a Service's replies for the client.
-	 * Errors about its replies come from any router.
-	 */
-	return address_of_interest(dst) || flow_of_interest(dst, src) || proto == IPPROTO_ICMP ||
-	       proto == IPPROTO_ICMPV6 || (proto != IPPROTO_TCP && may_be_in_service_cidr(src));
+	return concerns_ingress(src, dst, proto) ||
+	       (proto != IPPROTO_TCP && may_be_in_service_cidr(src));
 }
 
 /* Says if a packet that goes out may be of interest; one of this host @is_own. */

@@ -130,18 +130,6 @@ static __always_inline void count_ended(struct sweep *s, const struct flow *key,
 }
 
 /*
- * Says if a client has not acknowledged what the backend has answered to its SYN (netfilter:
- * SYN_RECV). There may be no such client: a flood comes from forged addresses. A SYN that is late,
- * or forged, makes none of a connection whose data has been acknowledged.
- */
-static __always_inline bool is_half_open(const struct flow *flow, const struct nat *original,
-					 const struct nat *reply)
-{
-	return flow->proto == IPPROTO_TCP && original->end && !original->acked &&
-	       reply->acked == original->end;
-}
-
-/*
  * Ends the pair that has the entry @key if it is over, as the map has it now: both halves go
  * together.
  */

@@ -13,6 +13,7 @@
 #include "lib/conntrack.h"
 #include "lib/decision_packet.h"
 #include "lib/device.h"
+#include "lib/early_drop.h"
 #include "lib/fast_path.h"
 #include "lib/filter.h"
 #include "lib/flow.h"
@@ -209,8 +210,15 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
 {
 	const u32 ifindex = ifindex_of(skb);
+	volatile int *kept = &scratch_of(p)->verdict;
 
-	verdict = carry_out(skb, p, verdict);
+	if (verdict != PASS) {
+		/* The verifier forgets the verdict: it walks through what carries it out once. */
+		*kept = verdict;
+		if (verdict == NOT_INSERTED)
+			*kept = insert_anyway(p);
+		verdict = carry_out(skb, p, *kept);
+	}
 	report_decisions(p, ifindex);
 	return verdict;
 }

@@ -122,7 +122,7 @@ static __always_inline void partner_key(struct flow *key, const struct flow *flo
 	key->sport = nat->dport;
 	key->dport = nat->sport;
 	key->proto = flow->proto;
-	key->stage = nat->flags & NAT_BYPASS ? flow->stage : !flow->stage;
+	key->stage = flow->stage ^ is_zero(nat->flags & NAT_BYPASS);
 	key->pad = 0;
 }
 
@@ -210,6 +210,18 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 	return !has_closed(bits.seen) && has_closed(bits.seen | seen);
 }
 
+/*
+ * Claims an entry whose port another flow is to have: returns true for one caller, on whichever
+ * CPU.
+ */
+static __always_inline bool claim(struct nat *nat)
+{
+	struct nat bits = { .seen = SEEN_CLAIMED };
+
+	bits.marks = __sync_fetch_and_or(&nat->marks, bits.marks);
+	return !(bits.seen & SEEN_CLAIMED);
+}
+
 /* Says if the element that @copy was read from still has that entry. */
 static __always_inline bool is_still(const struct nat *nat, const struct nat *copy)
 {
@@ -243,7 +255,8 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 /*
  * Puts the other entry of the pair back if the LRU map took it: it may choose the entry of a
  * direction that is silent, or that nobody has looked up for long. This look-up also tells the map
- * that the other entry is in use.
+ * that the other entry is in use. Nobody knows then if there was a reply: the flow is taken for one
+ * that had, so that it does not lose its port as one that was never answered.
  */
 static __always_inline void conntrack_keep_partner(struct scratch *s, const struct flow *flow,
 						   const struct nat *entry)
@@ -255,6 +268,8 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 		return;
 	s->nat = *entry;
 	invert_entry(s, flow);
+	if (s->nat.flags & NAT_REPLY)
+		s->nat.seen |= SEEN_REPLY;
 	conntrack_put(s, false);
 }
 

@@ -27,6 +27,7 @@ enum event {
 	EVENT_NO_FLOW,	    /* rejected: of a connection that is not known, and opens none */
 	EVENT_XDP,	    /* forwarded at XDP */
 	EVENT_ICMP_RATE_LIMIT, /* dropped: an ICMP error would reject it, and there were too many */
+	EVENT_EARLY_DROPS,     /* flows ended before they were confirmed: see early_drop.h */
 	EVENTS,
 };
 
@@ -35,6 +36,8 @@ enum event {
 #define DROP TC_ACT_SHOT
 /* The packet is to be translated by its entry: finish() does that. */
 #define TRANSLATE 0xff
+/* A new flow's entries could not be inserted: finish() tries once more, or drops the packet. */
+#define NOT_INSERTED 0xfe
 
 static __always_inline void count(enum event event)
 {

@@ -48,9 +48,11 @@ static __always_inline bool is_port_taken(const struct flow *flow)
 	return service_protocol(flow->proto) == IPPROTO_UDP && map_lookup(port_clashes, &key);
 }
 
-static __always_inline int insert_failed(enum insert done)
+/* A flow's entries do not fit, or no port is free: insert_anyway() goes on from here. */
+static __always_inline int insert_failed(struct scratch *s, enum insert done)
 {
-	return drop(done == INSERT_FULL ? EVENT_TABLE_FULL : EVENT_PORTS_TAKEN);
+	s->failed = done;
+	return NOT_INSERTED;
 }
 
 /* Rejects a datagram of a connected socket whose frontend is no Service's any more. */
@@ -122,7 +124,7 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	invert_entry(s, flow);
 	done = fresh ? INSERT_TAKEN : insert_reply(s);
 	if (done == INSERT_TAKEN)
-		done = take_port(skb, s);
+		done = take_port(skb, s, flow);
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
@@ -244,7 +246,7 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 		note_sequence(p, &s->nat, &s->nat);
 	done = insert_source(skb, s, &p->flow);
 	s->entry = s->nat;
-	return done == INSERT_DONE ? TRANSLATE : insert_failed(done);
+	return done == INSERT_DONE ? TRANSLATE : insert_failed(s, done);
 }
 
 /*
@@ -307,23 +309,14 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	}
 	done = insert_pair(skb, s, &p->flow, is_forwarded || is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
-		return insert_failed(done);
+		return insert_failed(s, done);
 	s->entry = s->nat;
 	if (!is_masked) {
 		forget_masquerade(s, p->flow.proto);
 	} else if (!is_forwarded) {
 		done = masquerade(skb, s, p->flow.proto, &node);
-		if (done != INSERT_DONE) {
-			/*
-			 * Without the masquerade the next packet would show the client to the
-			 * backend.
-			 */
-			struct nat *nat = conntrack_read(&p->flow, &s->entry);
-
-			if (nat)
-				conntrack_forget(&p->flow, nat, &s->entry);
-			return insert_failed(done);
-		}
+		if (done != INSERT_DONE)
+			return insert_failed(s, done);
 	}
 	decision_created(p, svc, id);
 	return TRANSLATE;
@@ -410,7 +403,7 @@ static __always_inline int create_host_flow(struct __sk_buff *skb, struct packet
 	done = insert_pair(skb, s, &p->flow, is_fresh);
 	s->entry = s->nat;
 	if (done != INSERT_DONE)
-		return insert_failed(done);
+		return insert_failed(s, done);
 	decision_created(p, svc, id);
 	return TRANSLATE;
 }

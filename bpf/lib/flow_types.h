@@ -36,6 +36,7 @@ struct flow {
 #define SEEN_FIN       (1 << 1) /* of the client */
 #define SEEN_REPLY_FIN (1 << 2)
 #define SEEN_RST       (1 << 3)
+#define SEEN_CLAIMED   (1 << 4) /* no packet, but a CPU that replaces the entry */
 
 /*
  * Conntrack: what a flow is rewritten to. Entries come in pairs, one for each direction: the

@@ -68,10 +68,10 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct
 }
 
 /*
- * Looks from @start on for a port that no reply direction has, and leaves it in @s->key. Sets
- * @known where a closed entry has it.
+ * Looks from @start on for a port that no reply direction has, or one that is closed, and leaves it
+ * in @s->key.
  */
-static __always_inline bool find_port(struct scratch *s, u32 *start, bool *known)
+static __always_inline bool find_port(struct scratch *s, u32 *start)
 {
 	/* The verifier walks every try: as little as possible is done in it. */
 #pragma clang loop unroll(disable)
@@ -81,27 +81,49 @@ static __always_inline bool find_port(struct scratch *s, u32 *start, bool *known
 		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + *start));
 		*start = (*start + MASQUERADE_STEP) % MASQUERADE_RANGE;
 		nat = conntrack_lookup(&s->key);
-		*known = nat;
 		if (!nat || is_closed(nat))
 			return true;
 	}
 	return false;
 }
 
-/*
- * Inserts a reply direction's entry with a free port: @s->key lacks only its dport, the port that
- * stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
- */
-static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s)
+/* Inserts @s->key and @s->nat. Only one CPU replaces a closed flow's entry. */
+static __always_inline enum insert insert_with_port(struct scratch *s)
 {
-	u32 start = bpf_get_prandom_u32() % MASQUERADE_RANGE;
-	bool known = false;
+	struct nat *closed = conntrack_lookup(&s->key);
+
+	if (closed && (!is_closed(closed) || !claim(closed)))
+		return INSERT_TAKEN;
+	return conntrack_put(s, closed);
+}
+
+/*
+ * Returns the number of the port that the flow @key had before it was closed, else any: the backend
+ * may still have a half of that connection, which knows this client alone.
+ */
+static __always_inline u32 first_port(const struct flow *key)
+{
+	const struct nat *known = conntrack_lookup(key);
+	u32 port = known ? bpf_ntohs(known->sport) - MASQUERADE_FIRST : bpf_get_prandom_u32();
+
+	return port % MASQUERADE_RANGE;
+}
+
+/*
+ * Inserts the reply direction's entry of the flow @key with a free port: @s->key lacks only its
+ * dport, the port that stands for the client, and @s->nat is what replies become. Leaves the port
+ * in @s->key.
+ */
+static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s,
+					     const struct flow *key)
+{
+	u32 start = first_port(key);
 
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < SOCKET_TRIES; i++) {
-		if (find_port(s, &start, &known) &&
+		if (find_port(s, &start) &&
 		    !(MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, &s->key)))
-			return conntrack_put(s, known);
+			return insert_with_port(s);
 	}
 	return INSERT_TAKEN;
 }
@@ -118,7 +140,7 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 
 	s->nat.flags = NAT_SOURCE;
 	invert_entry(s, key);
-	done = take_port(skb, s);
+	done = take_port(skb, s, key);
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
@@ -154,10 +176,14 @@ static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scra
 	struct flow between;
 
 	masquerade_key(&between, &s->nat, proto);
-	/* A flow that begins anew keeps its port while that is in use. */
+	/* A flow that begins anew keeps its port while that is its own: see early_drop.h. */
 	if (conntrack_read(&between, &s->other) && is_masquerade(known) && !is_closed(known) &&
-	    addr_equal(&known->src, addr))
-		return INSERT_DONE;
+	    addr_equal(&known->src, addr)) {
+		partner_key(&s->key, &between, known);
+		known = conntrack_lookup(&s->key);
+		if (known && is_reverse(known, &between) && !(known->seen & SEEN_CLAIMED))
+			return INSERT_DONE;
+	}
 	s->nat.src = *addr;
 	return insert_source(skb, s, &between);
 }

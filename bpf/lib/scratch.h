@@ -32,17 +32,27 @@ struct scratch {
 		u8 reason;
 		u8 has_left;
 	} noted;	    /* see decision_packet.h */
+	u32 failed;	    /* enum insert: see insert_anyway() */
 	u32 is_first_reply; /* see measure_packet() */
 	int verdict;	    /* see measure_translated() in tc.c */
 	u64 tick;	    /* see coarse_now() */
 	u64 now;
 	union {
-		struct nat entry; /* a copy of the packet's: what it becomes */
-		u8 bytes[192];	  /* what is quoted of a rejected packet */
+		struct {
+			struct nat entry; /* a copy of the packet's: what it becomes */
+			struct {
+				struct flow original;
+				struct flow reply;
+				struct flow service;
+				u64 last;
+				__be16 port;
+			} unconfirmed; /* see early_drop.h */
+		};
+		u8 bytes[192]; /* what is quoted of a rejected packet */
 	};
 };
 
-_Static_assert(sizeof(struct scratch) <= 640, "SCRATCH_SIZE in schema.py");
+_Static_assert(sizeof(struct scratch) <= 664, "SCRATCH_SIZE in schema.py");
 
 static __always_inline struct scratch *scratch(void)
 {

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The sequence numbers of a TCP flow: each entry of its pair keeps the end of what its direction
- * has sent, and what it has acknowledged. They tell whether a RST or FIN ends the flow.
+ * has sent, and what it has acknowledged. They tell whether a RST or FIN ends the flow, and whether
+ * its client has ever acknowledged anything.
  */
 #ifndef EBPFPROXY_TCP_STATE_H
 #define EBPFPROXY_TCP_STATE_H
 
+#include "branchless.h"
 #include "packet.h"
 
 /*
@@ -37,6 +39,18 @@ static __always_inline bool is_believable(const struct packet *p, const struct n
 	return !ahead || (sent <= TCP_WINDOW && ahead <= sent);
 }
 
+/*
+ * Says if a client has not acknowledged what the backend has answered to its SYN (netfilter:
+ * SYN_RECV). There may be no such client: a flood comes from forged addresses. A SYN that is late,
+ * or forged, makes none of a connection whose data has been acknowledged.
+ */
+static __always_inline u64 is_half_open(const struct flow *flow, const struct nat *original,
+					const struct nat *reply)
+{
+	return is_zero(flow->proto ^ IPPROTO_TCP) & (is_zero(original->end) ^ 1) &
+	       is_zero(original->acked) & is_zero(reply->acked ^ original->end);
+}
+
 /* Returns the later of two sequence numbers. One that is far away belongs to a new connection. */
 static __always_inline u32 later(u32 known, u32 seen)
 {
@@ -55,6 +69,9 @@ static __always_inline void note_sequence(const struct packet *p, struct nat *na
 	if (!(p->tcp_flags & TCP_SYN)) {
 		end = later(known->end, end);
 		acked = acked ? later(known->acked, acked) : known->acked;
+	} else if (!acked && known->end == end) {
+		/* The SYN is late or sent again: what was acknowledged since then still is. */
+		acked = known->acked;
 	}
 	if (known->end != end)
 		nat->end = end;

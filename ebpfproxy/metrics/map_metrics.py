@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ebpfproxy.datapath.abi.node_layout import ACTIONS, UNALLOCATED
+from ebpfproxy.datapath.abi.node_layout import ACTIONS, UNALLOCATED, PacketEvent
 from ebpfproxy.datapath.dump import Dump, fill
 from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -37,6 +37,7 @@ class MapCollector(Collector):
         yield from (entries, capacity, writes)
 
         yield self._packet_events()
+        yield self._early_drops()
         yield self._unallocated()
         dump = Dump(self._maps)
         services = CounterMetricFamily(
@@ -78,6 +79,13 @@ class MapCollector(Collector):
             for reason in sorted(reasons):
                 events.add_metric([action, str(reason)], found[reason])
         return events
+
+    def _early_drops(self) -> Metric:
+        return CounterMetricFamily(
+            "ebpfproxy_conntrack_early_dropped",
+            "Flows that were ended before they were confirmed, because a new one found no masquerade port",
+            value=counters(self._maps["packet_events"])[PacketEvent.EARLY_DROPS],
+        )
 
     def _unallocated(self) -> Metric:
         family = CounterMetricFamily(

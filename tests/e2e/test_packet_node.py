@@ -214,6 +214,7 @@ def test_metrics_of_the_packet_path(cluster: OutsideClientCluster) -> None:
         "ebpfproxy_conntrack_entries",
         "ebpfproxy_conntrack_expired_total",
         "ebpfproxy_conntrack_evicted_total",
+        "ebpfproxy_conntrack_early_dropped_total",
         "ebpfproxy_conntrack_sweep_seconds_count",
         'ebpfproxy_map_capacity{map="conntrack"}',
     ):

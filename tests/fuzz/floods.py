@@ -98,7 +98,7 @@ class Runner:
         )
 
     def accepted(self, flood: int, first_port: int) -> int:
-        """How many of FLOWS new masqueraded flows find a port after so many of a flood, which never end."""
+        """How many of FLOWS new masqueraded flows find a port after so many of a flood, which are never answered."""
         chance = random.Random(first_port)
         packet = self._in(V4.ip(V4.client, V4.web_balancer) / TCP(sport=1, dport=80, flags="S"))
         for _ in range(flood):

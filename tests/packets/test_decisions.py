@@ -18,7 +18,7 @@ from ebpfproxy.datapath.decisions import DecisionReader, Tracing, lease
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
 from tests.packets.packet_cluster import V4, FamilyAddresses, PacketCluster
-from tests.packets.test_flows import segment
+from tests.packets.test_flows import ends_of, segment
 from tests.packets.wire import Wire
 
 pytestmark = pytest.mark.root
@@ -198,9 +198,14 @@ def test_packet_to_a_backend_without_a_route_is_reported_as_dropped(
 def test_masquerading_without_a_free_port_is_reported(
     wire: Wire, family: FamilyAddresses, new_port: Callable[[], int], read: Callable[[], list[Decision]]
 ) -> None:
-    """The agent has two ports for masquerading."""
-    for _ in range(3):
-        wire.ingress(family.ip(family.client, family.node) / segment("TCP", new_port(), 30080))
+    """The agent has two ports for masquerading. Established connections keep theirs."""
+    for number in range(3):
+        port, to_node = new_port(), family.ip(family.client, family.node)
+        seen = wire.ingress(to_node / segment("TCP", port, 30080)).packet
+        if number < 2:
+            answer = segment("TCP", 8080, ends_of(seen)[1], "SA")
+            wire.ingress(family.ip(family.remote_pod, family.node) / answer)
+            wire.ingress(to_node / segment("TCP", port, 30080, "A"))
     kinds = [each.kind for each in read()]
     assert kinds == [DecisionKind.CHOSEN] * 2 + [DecisionKind.MASQUERADE_FAILED]
 

@@ -42,6 +42,8 @@ class Seen(enum.IntFlag):
     FIN = 1 << 1
     REPLY_FIN = 1 << 2
     RST = 1 << 3
+    #: No packet, but a program that replaces the entry.
+    CLAIMED = 1 << 4
 
 
 AFFINITY_KEY = struct.Struct("=16sII")

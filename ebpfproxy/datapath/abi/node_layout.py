@@ -69,6 +69,7 @@ class PacketEvent(enum.IntEnum):
     #: Translated, and forwarded by the program at XDP.
     XDP = 18
     ICMP_RATE_LIMIT = 19
+    EARLY_DROPS = 20
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")
@@ -80,7 +81,7 @@ REJECTED = frozenset(
 )
 PASSED = frozenset({PacketEvent.MARTIAN, PacketEvent.MALFORMED, PacketEvent.SOCKETS_FULL})
 FORWARDED = frozenset({PacketEvent.XDP})
-_FLOWS = frozenset({PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED})
+_FLOWS = frozenset({PacketEvent.FLOWS_MADE, PacketEvent.FLOWS_ENDED, PacketEvent.EARLY_DROPS})
 DROPPED = frozenset(PacketEvent) - REJECTED - PASSED - FORWARDED - _FLOWS
 #: What happened to packets, and the reasons.
 ACTIONS = {"rejected": REJECTED, "dropped": DROPPED, "passed": PASSED, "forwarded": FORWARDED}

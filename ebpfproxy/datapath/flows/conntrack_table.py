@@ -88,7 +88,7 @@ class FlowRow(msgspec.Struct, frozen=True):
 
 
 def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
-    """True if a client has not acknowledged what the backend has answered to its SYN; as in sweep.c."""
+    """True if a client has not acknowledged what the backend has answered to its SYN; as in tcp_state.h."""
     is_silent = bool(original.end) and not original.acked
     return protocol == Protocol.TCP and is_silent and reply.acked == original.end
 

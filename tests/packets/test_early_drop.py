@@ -1,0 +1,391 @@
+"""A new flow that finds no free port gets that of a flow which is not confirmed; others keep theirs."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+from collections.abc import Iterator
+from itertools import starmap
+
+import pytest
+from scapy.layers.inet import TCP
+from scapy.packet import Packet
+
+from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags, Seen
+from ebpfproxy.datapath.abi.layout import U64
+from ebpfproxy.datapath.abi.node_layout import PacketEvent
+from ebpfproxy.datapath.flows.conntrack_table import counters
+from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.datapath.test_pressure import OnOtherCpu
+from tests.lab import Lab
+from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
+from tests.packets.test_flows import ends_of, segment
+from tests.packets.wire import DROP, PASS, REDIRECT, Wire, ip_of
+
+pytestmark = pytest.mark.root
+
+#: Fewer than a packet looks at: which flow it ends is certain.
+FIRST, LAST = 61000, 61003
+COUNT = LAST - FIRST + 1
+#: A field of struct nat.
+_LAST = slice(48, 56)
+TARGETS = {protocol: ports[2] for protocol, ports in PORTS.items()}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["masquerade", "bypass"])
+def bypass(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def cluster(bypass: bool) -> Iterator[PacketCluster]:
+    with Lab() as lab:
+        options = ["--bypass-netfilter"] if bypass else []
+        made = PacketCluster(lab, "--masquerade-ports", f"{FIRST}-{LAST}", *options)
+        yield made
+        made.wire.close()
+
+
+class Client:
+    """A flow of a client outside to a NodePort with a backend elsewhere, on its way through the node's programs."""
+
+    def __init__(
+        self, wire: Wire, family: FamilyAddresses, protocol: str, number: int, *, bypass: bool
+    ) -> None:
+        self.wire, self.family, self.protocol, self.bypass = wire, family, protocol, bypass
+        self.address = f"198.51.100.{number}" if family.version == 4 else f"2001:db8:51::{number:x}"
+        self.port = 20000 + number
+        self.snat_port = 0
+
+    def _segment(self, sport: int, dport: int, flags: str, seq: int, ack: int) -> Packet:
+        if self.protocol == "TCP":
+            return TCP(sport=sport, dport=dport, flags=flags, seq=seq, ack=ack)
+        return segment(self.protocol, sport, dport, flags)
+
+    def original(self, flags: str = "S", seq: int = 1000, ack: int = 0) -> bool:
+        """Sends a packet; returns False where it is dropped or rejected. Notes the port that the backend sees."""
+        family, target = self.family, TARGETS[self.protocol]
+        sent = self._segment(self.port, PORTS[self.protocol][1], flags, seq, ack)
+        result = self.wire.ingress(family.ip(self.address, family.node) / sent)
+        if result.verdict == DROP or ip_of(result.packet).dst != family.remote_pod:
+            return False
+        if not self.bypass:
+            sent = self._segment(self.port, target, flags, seq, ack)
+            result = self.wire.egress(family.ip(self.address, family.remote_pod) / sent, iif="eth0")
+        assert result.verdict == (REDIRECT if self.bypass else PASS)
+        source, self.snat_port, to, port = ends_of(result.packet)
+        assert (source, to, port) == (family.node, family.remote_pod, target)
+        return True
+
+    def reply(self, flags: str = "SA", seq: int = 5000, ack: int = 1001) -> str:
+        """Sends a packet of the backend to the port that it has seen; returns the client that gets it."""
+        family, target = self.family, TARGETS[self.protocol]
+        sent = self._segment(target, self.snat_port, flags, seq, ack)
+        result = self.wire.ingress(family.ip(family.remote_pod, family.node) / sent)
+        if not self.bypass:
+            result = self.wire.egress(result.packet, iif="eth0")
+        return str(ip_of(result.packet).dst)
+
+    def establish(self) -> None:
+        assert self.original()
+        assert self.reply() == self.address
+        if self.protocol == "TCP":
+            assert self.original("A", 1001, 5001)
+
+    def is_alive(self) -> bool:
+        """Whether packets of both directions still come through by the same port."""
+        before = self.snat_port
+        if not self.original("A", 1001, 5001) or self.snat_port != before:
+            return False
+        return self.reply("A", 5001, 1001) == self.address
+
+
+class Clients:
+    def __init__(self, wire: Wire, family: FamilyAddresses, tables: MapSet, bypass: bool) -> None:
+        self._wire, self._family, self.tables, self._bypass = wire, family, tables, bypass
+        self._numbers = iter(range(10, 250))
+
+    def new(self, protocol: str = "TCP") -> Client:
+        number = next(self._numbers)
+        return Client(self._wire, self._family, protocol, number, bypass=self._bypass)
+
+    def entries(self, client: Client) -> list[Entry]:
+        address = ipaddress.ip_address(client.address).packed
+        found = starmap(Entry, self.tables["conntrack"].items())
+        return [
+            each
+            for each in found
+            if address in (each.flow.source, each.flow.destination, each.nat.source, each.nat.destination)
+        ]
+
+    def silence(self, client: Client, seconds: int) -> None:
+        """Makes a flow silent for so many seconds more."""
+        for entry in self.entries(client):
+            value = bytearray(entry.value)
+            value[_LAST] = U64.pack(entry.nat.last - seconds * 10**9)
+            self.tables["conntrack"].update(entry.key, bytes(value))
+
+    def early_drops(self) -> int:
+        return counters(self.tables["packet_events"])[PacketEvent.EARLY_DROPS]
+
+
+@pytest.fixture
+def clients(wire: Wire, family: FamilyAddresses, tables: MapSet, bypass: bool) -> Iterator[Clients]:
+    def clear() -> None:
+        for key, _ in list(tables["conntrack"].items()):
+            tables["conntrack"].delete(key)
+
+    clear()
+    yield Clients(wire, family, tables, bypass)
+    clear()
+
+
+@pytest.fixture(params=PORTS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+def test_new_flow_gets_the_port_of_the_unanswered_one_that_is_silent_for_longest(
+    clients: Clients, protocol: str
+) -> None:
+    """Nothing is left of the old one, in either direction: its packets begin another flow, or are rejected."""
+    flood = [clients.new(protocol) for _ in range(COUNT)]
+    for number, each in enumerate(flood):
+        assert each.original()
+        clients.silence(each, COUNT - number)
+    before = clients.early_drops()
+    client = clients.new(protocol)
+    client.establish()
+    assert clients.early_drops() == before + 1
+    assert client.snat_port == flood[0].snat_port
+    assert clients.entries(flood[0]) == []
+    assert all(clients.entries(each) for each in flood[1:])
+    # The backend's late answer to the old flow is the new client's, which resets what it does not know.
+    assert flood[0].reply() == client.address
+    assert client.is_alive()
+
+
+def test_client_that_expects_no_reply_keeps_its_port_while_it_sends(clients: Clients) -> None:
+    """It was there before the flood: a log goes one way only."""
+    log = clients.new("UDP")
+    assert log.original()
+    for number in range(COUNT - 1):
+        flood = clients.new("UDP")
+        assert flood.original()
+        clients.silence(flood, 10 + number)
+    clients.silence(log, 100)
+    port = log.snat_port
+    for _ in range(COUNT - 1):
+        assert log.original()
+        assert clients.new("UDP").original()
+    assert log.original()
+    assert log.snat_port == port
+
+
+def test_half_open_connections_lose_their_port(clients: Clients) -> None:
+    """The backend has answered the forged SYN, and nobody acknowledges that."""
+    flood = [clients.new() for _ in range(COUNT)]
+    for each in flood:
+        assert each.original()
+        assert each.reply() == each.address
+    client = clients.new()
+    client.establish()
+    assert sum(not clients.entries(each) for each in flood) == 1
+    assert client.is_alive()
+
+
+def test_packet_of_a_flow_that_has_lost_its_port_does_not_leave_by_it(clients: Clients) -> None:
+    flood = [clients.new() for _ in range(COUNT)]
+    for each in flood:
+        assert each.original()
+        assert each.reply() == each.address
+    client = clients.new()
+    client.establish()
+    (lost,) = (each for each in flood if not clients.entries(each))
+    assert lost.snat_port == client.snat_port
+    assert not lost.original("A", 1001, 5001), "it is no packet that begins a connection"
+    # A SYN that is sent again begins another flow, which ends another one of the flood.
+    assert lost.original()
+    assert lost.snat_port != client.snat_port
+    assert client.is_alive()
+
+
+def test_established_flows_keep_their_ports(clients: Clients, protocol: str) -> None:
+    kept = [clients.new(protocol) for _ in range(COUNT)]
+    for each in kept:
+        each.establish()
+    before = clients.early_drops()
+    for _ in range(20):
+        assert not clients.new(protocol).original()
+    assert clients.early_drops() == before
+    assert all(each.is_alive() for each in kept)
+    assert counters(clients.tables["packet_events"])[PacketEvent.PORTS_TAKEN] >= 20
+
+
+def test_established_flows_keep_their_ports_in_a_flood(clients: Clients, protocol: str) -> None:
+    kept = [clients.new(protocol) for _ in range(COUNT - 1)]
+    for each in kept:
+        each.establish()
+    for _ in range(20):
+        flood = clients.new(protocol)
+        assert flood.original()
+        assert flood.snat_port not in [each.snat_port for each in kept]
+    assert all(each.is_alive() for each in kept)
+
+
+def test_late_syn_makes_no_established_connection_a_half_open_one(clients: Clients) -> None:
+    """Nor does a forged one. The client of an idle connection may not send anything for long."""
+    kept = [clients.new() for _ in range(COUNT)]
+    for each in kept:
+        each.establish()
+    for seq in (1000, 77):
+        for each in kept:
+            assert each.original("S", seq)
+        assert not clients.new().original()
+    assert all(each.is_alive() for each in kept)
+
+
+def test_flow_whose_reply_entry_was_evicted_keeps_its_port(clients: Clients, protocol: str) -> None:
+    """A packet has put the entry back, which does not know if there was a reply."""
+    kept = [clients.new(protocol) for _ in range(COUNT)]
+    for each in kept:
+        each.establish()
+        for entry in clients.entries(each):
+            if entry.nat.flags & NatFlags.REPLY and not entry.flow.egress:
+                clients.tables["conntrack"].delete(entry.key)
+            else:
+                value = bytearray(entry.value)
+                value[_LAST] = U64.pack(entry.nat.last - 2 * 10**9)
+                clients.tables["conntrack"].update(entry.key, bytes(value))
+        assert each.original("A", 1001, 5001)
+    assert not clients.new(protocol).original()
+    assert all(each.is_alive() for each in kept)
+
+
+def test_flow_that_lacks_an_entry_keeps_its_port(clients: Clients, protocol: str) -> None:
+    """The table was full. Not all of the flow would end, and its backend would see the client."""
+    for number in range(COUNT):
+        each = clients.new(protocol)
+        assert each.original()
+        others = [
+            entry
+            for entry in clients.entries(each)
+            if entry.flow.egress or entry.flow.destination_port != each.snat_port
+        ]
+        clients.tables["conntrack"].delete(sorted(entry.key for entry in others)[number % len(others)])
+    before = clients.early_drops()
+    assert not clients.new(protocol).original()
+    assert clients.early_drops() == before
+
+
+def test_client_whose_first_connection_ended_the_half_of_another_gets_the_same_port_again(
+    clients: Clients,
+) -> None:
+    """The backend answers with an ACK for the other client, which the new one resets: its next SYN is welcome."""
+    first = 1 << 30
+    for _ in range(COUNT):
+        flood = clients.new()
+        assert flood.original(seq=first)
+        assert flood.reply(ack=first + 1) == flood.address
+    client = clients.new()
+    assert client.original()
+    port = client.snat_port
+    assert client.reply("A", 5001, first + 1) == client.address
+    assert client.original("R", first + 1)
+    assert client.original()
+    assert client.snat_port == port
+    assert client.reply("SA", 7000) == client.address
+
+
+def test_flows_of_the_node_keep_their_ports(
+    clients: Clients, wire: Wire, family: FamilyAddresses, protocol: str
+) -> None:
+    """They are no flood's. A client outside finds no port meanwhile."""
+    frontend = PORTS[protocol][0]
+    for number in range(COUNT):
+        sent = family.ip(family.node, family.web) / segment(protocol, 30000 + number, frontend)
+        assert wire.egress(sent).verdict == REDIRECT
+    assert not clients.new(protocol).original()
+
+
+def test_new_flow_of_the_node_gets_the_port_of_an_unanswered_one(
+    clients: Clients, wire: Wire, family: FamilyAddresses, protocol: str
+) -> None:
+    flood = [clients.new(protocol) for _ in range(COUNT)]
+    for each in flood:
+        assert each.original()
+    sent = family.ip(family.node, family.web) / segment(protocol, 30000, PORTS[protocol][0])
+    result = wire.egress(sent)
+    assert result.verdict == REDIRECT
+    assert ends_of(result.packet)[1] in [each.snat_port for each in flood]
+    assert sum(not clients.entries(each) for each in flood) == 1
+
+
+class Flood:
+    """Connections from forged addresses on one CPU, each of which takes a port; some are reset at once."""
+
+    def __init__(self, kept: Client, number: int, *, is_reset: bool) -> None:
+        family, self._number, self._is_reset = kept.family, number, is_reset
+        to_frontend, to_backend = (
+            family.ip(kept.address, family.node) / TCP(dport=PORTS["TCP"][1], flags="S", seq=1000),
+            family.ip(kept.address, family.remote_pod) / TCP(dport=TARGETS["TCP"], flags="R", seq=1001),
+        )
+        self._syn = kept.wire.prepared("from_device", "eth0", to_frontend)
+        if kept.bypass:
+            to_frontend[TCP].flags, to_frontend[TCP].seq = "R", 1001
+            self._rst = kept.wire.prepared("from_device", "eth0", to_frontend)
+        else:
+            self._rst = kept.wire.prepared("to_device", "eth0", to_backend, iif="eth0")
+        self._source, self._port = (29, 34) if family.version == 4 else (37, 54)
+        self._chance = random.Random(number)
+        self.taken = 0
+
+    def send(self, times: int) -> None:
+        chance = self._chance
+        for _ in range(times):
+            # An even last byte of the address on one CPU, an odd one on the other.
+            source = bytes([chance.randrange(100, 125) * 2 + self._number])
+            port = chance.randrange(1024, 65536).to_bytes(2, "big")
+            for each in (self._syn, self._rst):
+                each.change(self._source, source)
+                each.change(self._port, port)
+            self.taken += self._syn() != DROP
+            if self._is_reset and chance.randrange(4):
+                self._rst()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.parametrize("is_reset", [False, True], ids=["unanswered", "reset"])
+def test_two_cpus_never_give_one_port_to_two_flows(
+    clients: Clients, wire: Wire, family: FamilyAddresses, is_reset: bool
+) -> None:
+    """Each flow of the flood ends another one, or takes the port of a closed one, on both CPUs at once."""
+    kept = clients.new()
+    kept.establish()
+    here, there = (Flood(kept, number, is_reset=is_reset) for number in range(2))
+
+    def flood_from_the_other() -> None:
+        wire.enter()
+        there.send(250)
+
+    for _ in range(4):
+        with OnOtherCpu(max(os.sched_getaffinity(0)), flood_from_the_other):
+            wire.within(lambda: here.send(2500))
+        _expect_owners(clients, family)
+    assert min(here.taken, there.taken) > 100
+    assert kept.is_alive()
+
+
+def _expect_owners(clients: Clients, family: FamilyAddresses) -> None:
+    """Every open flow with a port of the node's has the replies to that port, and no two have the same."""
+    entries = dict(clients.tables["conntrack"].items())
+    node = ipaddress.ip_address(family.node).packed
+    # The source comes first; most entries have another one, and take long to look at.
+    found = (Entry(key, value) for key, value in entries.items() if value[:16].endswith(node))
+    owners = [each for each in found if not each.nat.flags & NatFlags.REPLY and not each.nat.seen & Seen.RST]
+    for entry in owners:
+        assert Entry(entry.partner, entries[entry.partner]).partner == entry.key
+    ports = [entry.nat.source_port for entry in owners]
+    assert len(set(ports)) == len(ports) > 0

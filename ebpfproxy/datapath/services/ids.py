@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -20,6 +20,9 @@ class Ids(Generic[K]):
         """``resting`` are taken, but belong to no key: :meth:`give_back` returns them."""
         self._size = size
         self._ids: dict[K, int] = dict(known or {})
+        #: The id of a key, None if it has none; the id of one that has.
+        self.get: Callable[[K], int | None] = self._ids.get
+        self.of: Callable[[K], int] = self._ids.__getitem__
         used = {*self._ids.values(), *resting}
         self._fresh = max(used, default=-1) + 1
         self._returned = deque(i for i in range(self._fresh) if i not in used)
@@ -37,14 +40,25 @@ class Ids(Generic[K]):
         """One more than the highest id ever given out."""
         return self._fresh
 
-    def get(self, key: K) -> int | None:
-        return self._ids.get(key)
-
     def add(self, key: K, held: Container[int] = ()) -> int:
         """A new id for a key that has none, if possible none that is held. Raises IdsExhaustedError."""
         number = self._take(held)
         self._ids[key] = number
         return number
+
+    def add_all(self, keys: Sequence[K]) -> Sequence[int]:
+        """New ids for keys that have none, or for none of them. Raises IdsExhaustedError."""
+        first, after = self._fresh, self._fresh + len(keys)
+        numbers: Sequence[int]
+        if after <= self._size:
+            self._fresh = after
+            numbers = range(first, after)
+        elif after <= self._size + len(self._returned):
+            numbers = [self._take(()) for _ in keys]
+        else:
+            raise self._exhausted()
+        self._ids.update(zip(keys, numbers, strict=True))
+        return numbers
 
     def _take(self, held: Container[int]) -> int:
         while self._fresh < self._size:
@@ -58,8 +72,11 @@ class Ids(Generic[K]):
                 break
             self._returned.rotate(-1)
         if not self._returned:
-            raise IdsExhaustedError(f"all {self._size} ids are in use")
+            raise self._exhausted()
         return self._returned.popleft()
+
+    def _exhausted(self) -> IdsExhaustedError:
+        return IdsExhaustedError(f"all {self._size} ids are in use")
 
     def forget(self, key: K) -> int:
         """Removes a key. Returns its id, which stays taken until :meth:`give_back`."""
@@ -70,3 +87,7 @@ class Ids(Generic[K]):
 
     def items(self) -> list[tuple[K, int]]:
         return list(self._ids.items())
+
+    def numbers(self) -> list[int]:
+        """The ids of all keys."""
+        return list(self._ids.values())

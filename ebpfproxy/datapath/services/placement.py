@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,11 +85,11 @@ class Placer:
 
     def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:
         """The ids of all backends of a service port. Raises IdsExhaustedError."""
-        id_of, ids_of = self._backends.id_of, self._backends.ids_of
+        ids_of, set_of = self._backends.ids_of, self._backends.set_of
         return BackendSets(
-            selected=(array("Q", map(id_of, sets[0])), array("Q", map(id_of, sets[1]))),
-            draining=ids_of((*port.draining, *plan.unused(port, sets))),
-            terminating=ids_of(port.terminating),
-            idle=ids_of(port.idle),
-            drained=ids_of(port.drained),
+            selected=(ids_of(sets[0]), ids_of(sets[1])),
+            draining=set_of((*port.draining, *plan.unused(port, sets))),
+            terminating=set_of(port.terminating),
+            idle=set_of(port.idle),
+            drained=set_of(port.drained),
         )

@@ -49,8 +49,9 @@ class SelectionTable:
 
     def make(self, source: Source) -> array[int]:
         """The slots' words. Raises RangesExhaustedError before a table is made that has no room."""
-        if not self._ranges.fits(source.size):
-            raise RangesExhaustedError(f"no {source.size} places in a row")
+        size = source.size
+        if size and not self._ranges.fits(size):
+            raise RangesExhaustedError(f"no {size} places in a row")
         return source.slots()
 
     def place(self, words: array[int]) -> Range:

@@ -282,11 +282,7 @@ class Writer:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
         if before == after and inactive == known.inactive:
             return
-        removals = plan.removals_of(known, before, after, inactive)
-        if not self._removed_backends:
-            removals = removals._replace(back=NO_IDS)
-        if removals.back or removals.removed:
-            change.removals.append(removals)
+        change.remove(known, before, after, inactive, may_be_back=bool(self._removed_backends))
         self._backends.hold(after - before, before - after, known.inactive, inactive)
         known.inactive = inactive
 

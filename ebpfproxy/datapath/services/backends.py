@@ -28,14 +28,12 @@ class Backends:
 
     def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
         """``selected``: the ids in selections that were there before."""
-        self._map = maps.shared("backends")
-        self._records = maps.backends()
+        self._maps, self._map = maps, maps.shared("backends")
         #: The record of a backend, without what programs count.
         size = layout.BACKEND.size
         self._kept = BackendRecords(self._map.keep(size), self._map.spec.max_entries, size)
         #: Programs take a socket with another peer for one that has no record: bits stay.
         self._filter, self._ports = Bits(maps.shared("backend_filter")), Bits(maps.shared("backend_ports"))
-        self._loads = maps.loads()
         self._refs = array("I", bytes(4 * self._map.spec.max_entries))
         self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in InactiveBackends._fields)
         self._fresh: list[Backend] = []
@@ -45,6 +43,8 @@ class Backends:
         self._selected = selected
         known = self._read() if maps.adopted else {}
         self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
+        self._map.reach(self._ids.end)
+        self._records, self._loads = maps.backends(), maps.loads()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -96,6 +96,8 @@ class Backends:
         """Gives ids to backends that have none, and writes their records, which nothing refers to yet."""
         numbers = self._ids.add_all(backends)
         self._fresh += backends
+        if self._map.reach(self._ids.end):
+            self._records, self._loads = self._maps.backends(), self._maps.loads()
         active = BackendState.ACTIVE
         packed = [layout.pack_backend(each, active) for each in backends]
         for records in (self._kept, self._records):

@@ -18,11 +18,13 @@ class SelectionTable:
 
     def __init__(self, maps: MapSet, service_ids: Iterable[int]) -> None:
         """``service_ids``: those whose ranges are in use."""
+        self._maps = maps
         self._selections, self._slots = maps.shared("selections"), maps.shared("slots")
-        self._view = maps.selections()
         self._kept = Selections(self._selections.kept_words(), self._slots.keep())
         used = [chosen for number in service_ids for chosen in self.ranges(number) if chosen[1]]
         self._ranges = Ranges(self._slots.spec.max_entries, used)
+        self._slots.reach(max((base + count for base, count in used), default=0))
+        self._view = maps.selections()
 
     @property
     def free_slots(self) -> int:
@@ -59,6 +61,8 @@ class SelectionTable:
         if not words:
             return NO_SLOTS
         base = self._ranges.allocate(len(words))
+        if self._slots.reach(base + len(words)):
+            self._view = self._maps.selections()
         for view in (self._kept, self._view):
             view.write_slots(base, words)
         self._slots.writes += len(words)

@@ -148,12 +148,16 @@ class Backends:
         """Notes that an adopted service port holds these; returns those that are not active."""
         for number in held:
             self._refs[number] += 1
-            if self._kept.state(number) == BackendState.GONE:
-                # An agent was killed before its change came to pass.
-                self._turned.add(number)
+        by_state: dict[int, set[int]] = {}
+        for number in self._kept.inactive(held):
+            by_state.setdefault(self._kept.state(number), set()).add(number)
+        if not by_state:
+            return ALL_ACTIVE
+        # An agent was killed before its change came to pass.
+        self._turned |= by_state.get(BackendState.GONE, NO_IDS)
         inactive = InactiveBackends(
             *(
-                frozenset(n for n in held if self._kept.state(n) == state) or NO_IDS
+                frozenset(by_state.get(state, NO_IDS))
                 for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
             )
         )

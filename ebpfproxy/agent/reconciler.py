@@ -118,7 +118,8 @@ class Agent:
 
         Then a program that replaces this one in its process inherits its listening sockets.
         """
-        # What the first lists bring stays: there is nothing to collect until they are programmed.
+        # What the first lists bring stays: until they are programmed, only imports have left garbage.
+        gc.collect()
         gc.disable()
         lock = self._lock_roots()
         if lock is None:
@@ -366,7 +367,8 @@ class Agent:
         done = time.monotonic()
         if full or len(update.changed) > _MANY_CHANGES:
             # What is known now mostly stays: the collector need not walk it for every change.
-            gc.collect()
+            if not full:
+                gc.collect()
             gc.freeze()
             gc.enable()
         self._complete = True

@@ -49,13 +49,14 @@ class Bits:
         self._kept, self._shown = memory.keep(), memory.bytes
 
     def set(self, numbers: Iterable[int]) -> None:
-        kept, shown = self._kept, self._shown
+        kept, shown, written = self._kept, self._shown, 0
         for number in numbers:
             at, bit = number >> 3, 1 << (number & 7)
-            if not kept[at] & bit:
-                kept[at] |= bit
-                shown[at] = kept[at]
-                self._memory.writes += 1
+            byte = kept[at]
+            if not byte & bit:
+                kept[at] = shown[at] = byte | bit
+                written += 1
+        self._memory.writes += written
 
     def clear(self, number: int) -> None:
         at = number >> 3

@@ -59,7 +59,7 @@ class Placer:
         A service port without an id gets a new one last, so that one that does not fit leaves nothing behind.
         """
         before = self._selections.ranges(known.id) if known.id >= 0 else (NO_SLOTS, NO_SLOTS)
-        current = self._selections.slots(before[0]), self._selections.slots(before[1])
+        current = [self._selections.slots(each) for each in before]
         after = list(before)
         try:
             sets = plan.selected_sets(port)
@@ -80,7 +80,7 @@ class Placer:
             self._backends.drop_fresh()
             raise
         self._backends.keep_fresh()
-        selected = {*backend_ids(current[0]), *backend_ids(current[1])}
+        selected = {number for words in current if words for number in backend_ids(words)}
         return Placed(ids, before, after, selected, made_from if any(made_from) else plan.NOTHING_MADE)
 
     def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:

@@ -37,7 +37,7 @@ class SelectionTable:
         return self._kept.ranges(service_id)
 
     def slots(self, used: Range) -> array[int]:
-        return self._kept.slots(used)
+        return self._kept.slots(used) if used[1] else array("Q")
 
     def backends(self, service_id: int) -> set[int]:
         """The backends that a service chooses from, under either policy."""

@@ -247,7 +247,7 @@ class Writer:
             change.names[known.id] = name
         held = placed.selected | known.unselected
         selected = ids.unselected.union(*ids.selected)
-        absent = self._absences.wait_for(port.key, held - selected)
+        absent = self._absences.wait_for(port.key, held - selected) if held else NO_IDS
         known.unselected = ids.unselected | absent if absent else ids.unselected
         self._hold(known, held, selected | absent if absent else selected, ids.inactive(absent), change)
         change.set_members(known, ids.members if port.affinity_seconds else plan.NO_MEMBERS)

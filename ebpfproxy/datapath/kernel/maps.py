@@ -14,7 +14,7 @@ from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 
 #: The large arrays that an agent maps as far as its Services need them: so many elements at first.
-_FIRST_PLACES = {"backends": 1 << 14, "slots": 1 << 17}
+_FIRST_PLACES = {"backends": 1 << 14, "slots": 1 << 17, "selections": 1 << 14}
 
 
 class MapSet:

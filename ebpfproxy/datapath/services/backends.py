@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import repeat
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import BackendRecords
@@ -34,7 +35,6 @@ class Backends:
         self._kept = BackendRecords(self._map.keep(size), self._map.spec.max_entries, size)
         #: Programs take a socket with another peer for one that has no record: bits stay.
         self._filter, self._ports = Bits(maps.shared("backend_filter")), Bits(maps.shared("backend_ports"))
-        self._refs = array("I", bytes(4 * self._map.spec.max_entries))
         self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in InactiveBackends._fields)
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
@@ -43,6 +43,8 @@ class Backends:
         self._selected = selected
         known = self._read() if maps.adopted else {}
         self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
+        #: How many service ports hold each of the ids that were ever given out.
+        self._refs = array("I", bytes(4 * self._ids.end))
         self._map.reach(self._ids.end)
         self._records, self._loads = maps.backends(), maps.loads()
 
@@ -96,6 +98,7 @@ class Backends:
         """Gives ids to backends that have none, and writes their records, which nothing refers to yet."""
         numbers = self._ids.add_all(backends)
         self._fresh += backends
+        self._refs.extend(repeat(0, self._ids.end - len(self._refs)))
         if self._map.reach(self._ids.end):
             self._records, self._loads = self._maps.backends(), self._maps.loads()
         active = BackendState.ACTIVE
@@ -128,6 +131,7 @@ class Backends:
 
     def drop_leftovers(self) -> None:
         """Retires those that were adopted and that no service port holds."""
+        self._selected = NO_IDS
         for number in self.numbers():
             if not self._refs[number]:
                 self._retire(number)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
+from itertools import chain
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -16,16 +17,19 @@ class IdsExhaustedError(Exception):
 class Ids(Generic[K]):
     """Ids below ``size``. One that returns is given out again after all others that are free."""
 
-    def __init__(self, size: int, known: Mapping[K, int] | None = None, resting: Iterable[int] = ()) -> None:
-        """``resting`` are taken, but belong to no key: :meth:`give_back` returns them."""
+    def __init__(self, size: int, known: dict[K, int] | None = None, resting: Iterable[int] = ()) -> None:
+        """``known`` becomes part of this. ``resting`` are taken, but belong to no key: :meth:`give_back`
+        returns them."""
         self._size = size
-        self._ids: dict[K, int] = dict(known or {})
+        self._ids: dict[K, int] = {} if known is None else known
         #: The id of a key, None if it has none; the id of one that has.
         self.get: Callable[[K], int | None] = self._ids.get
         self.of: Callable[[K], int] = self._ids.__getitem__
-        used = {*self._ids.values(), *resting}
-        self._fresh = max(used, default=-1) + 1
-        self._returned = deque(i for i in range(self._fresh) if i not in used)
+        is_used = bytearray(size)
+        for number in chain(self._ids.values(), resting):
+            is_used[number] = True
+        self._fresh = is_used.rfind(True) + 1
+        self._returned = deque(i for i in range(self._fresh) if not is_used[i])
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -70,7 +70,8 @@ class Programming:
         if full or len(update.changed) > _MANY_CHANGES:
             # What is known now mostly stays: the collector, which the agent begins without, need not walk it
             # for every change.
-            gc.collect()
+            if not full:
+                gc.collect()
             gc.freeze()
             gc.enable()
         self.complete = True

@@ -108,7 +108,8 @@ class Agent:
 
         Then a program that replaces this one in its process inherits its listening sockets.
         """
-        # What the first lists bring stays: there is nothing to collect until they are programmed.
+        # What the first lists bring stays: until they are programmed, only imports have left garbage.
+        gc.collect()
         gc.disable()
         lock = self._lock_roots()
         if lock is None:

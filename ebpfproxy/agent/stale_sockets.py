@@ -71,7 +71,11 @@ def end_stale_sockets(
     for pause in _PAUSES:
         time.sleep(pause)
         stale = stale_sockets(maps, removed, tcp, lost, rest=lambda: time.sleep(0))
-        left = {Peer(*backend): cookies - known for backend, cookies in stale.items() if not cookies <= known}
+        left = {
+            Peer(each.address, each.port, each.protocol): cookies - known
+            for each, cookies in stale.items()
+            if not cookies <= known
+        }
         if left:
             made = _redirects(maps, left)
             if made:

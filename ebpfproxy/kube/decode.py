@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from ebpfproxy.kube.objects import RECORD_TYPES, Object, ObjectKey, Resource
+from ebpfproxy.kube.objects import RECORD_TYPES, Object, ObjectKey, Resource, key_of
 
 
 class EventType(enum.StrEnum):
@@ -21,6 +21,9 @@ class EventType(enum.StrEnum):
     DELETED = "DELETED"
     BOOKMARK = "BOOKMARK"
     ERROR = "ERROR"
+
+
+_WITH_OBJECT = (EventType.ADDED, EventType.MODIFIED)
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -122,6 +125,8 @@ class Decoder:
 
     def __init__(self, resource: Resource) -> None:
         kind: Any = RECORD_TYPES[resource]
+        line = msgspec.defstruct("Line", [("type", EventType), ("object", kind)], frozen=True)
+        self._line: msgspec.json.Decoder[Any] = msgspec.json.Decoder(line)
         self._object: msgspec.json.Decoder[Any] = msgspec.json.Decoder(kind)
         page = msgspec.defstruct(
             "Page", [("metadata", _ListMeta), ("items", tuple[kind, ...] | None, None)], frozen=True
@@ -129,10 +134,21 @@ class Decoder:
         self._page: msgspec.json.Decoder[Any] = msgspec.json.Decoder(page)
 
     def line(self, line: bytes) -> WatchEvent:
+        try:
+            # Nearly all lines: those with a whole object.
+            whole = self._line.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return self._unusual_line(line)
+        if whole.type in _WITH_OBJECT:
+            return self._with_object(whole.type, whole.object)
+        return self._unusual_line(line)
+
+    def _unusual_line(self, line: bytes) -> WatchEvent:
+        """A line with less than an object, or with one that cannot be decoded."""
         raw = _line.decode(line)
         if raw.type is EventType.ERROR:
             return WatchEvent(raw.type, ObjectKey("", ""), status=_status.decode(raw.object))
-        if raw.type in (EventType.ADDED, EventType.MODIFIED):
+        if raw.type in _WITH_OBJECT:
             try:
                 return self._with_object(raw.type, self._object.decode(raw.object))
             except _MALFORMED as error:
@@ -151,9 +167,7 @@ class Decoder:
 
     @staticmethod
     def _with_object(kind: EventType, found: Object) -> WatchEvent:
-        meta = found.metadata
-        namespace = getattr(meta, "namespace", "")
-        return WatchEvent(kind, ObjectKey(namespace, meta.name), meta.resource_version, object=found)
+        return WatchEvent(kind, key_of(found), found.metadata.resource_version, object=found)
 
     def page(self, body: bytes) -> Page:
         try:

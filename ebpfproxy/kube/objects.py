@@ -12,6 +12,7 @@ hence ``| None``.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
@@ -242,9 +243,12 @@ class ObjectKey(NamedTuple):
 def key_of(obj: Object) -> ObjectKey:
     """Namespace and name; the namespace of what has none is empty."""
     meta = obj.metadata
-    if isinstance(meta, NodeMeta | ServiceCidrMeta):
+    if isinstance(meta, _OF_NO_NAMESPACE):
         return ObjectKey("", meta.name)
-    return ObjectKey(meta.namespace, meta.name)
+    return ObjectKey(sys.intern(meta.namespace), meta.name)
+
+
+_OF_NO_NAMESPACE = (NodeMeta, ServiceCidrMeta)
 
 
 #: A source calls it with each object as soon as that is decoded, so that long lists need little memory.

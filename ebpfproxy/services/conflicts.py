@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
@@ -33,7 +32,8 @@ class Claims:
     """
 
     def __init__(self) -> None:
-        self._claimants: dict[Claim, list[Age]] = {}
+        #: Sorted.
+        self._claimants: dict[Claim, tuple[Age, ...]] = {}
 
     def owner(self, claim: Claim) -> ObjectKey | None:
         claimants = self._claimants.get(claim)
@@ -51,23 +51,22 @@ class Claims:
 
     def _remove(self, age: Age, claims: Iterable[Claim], touched: set[ObjectKey]) -> None:
         for claim in claims:
-            claimants = self._claimants[claim]
-            owned = claimants[0] == age
-            claimants.remove(age)
-            if not claimants:
-                del self._claimants[claim]
-            elif owned:
-                touched.update(map(_service, claimants))
+            claimants = self._claimants.pop(claim)
+            left = tuple(each for each in claimants if each != age)
+            if left:
+                self._claimants[claim] = left
+                if claimants[0] == age:
+                    touched.update(map(_service, left))
 
     def _add(self, age: Age, claims: Iterable[Claim], touched: set[ObjectKey]) -> None:
         for claim in claims:
-            claimants = self._claimants.get(claim)
-            if claimants is None:
-                self._claimants[claim] = [age]
+            others = self._claimants.get(claim)
+            if others is None:
+                self._claimants[claim] = (age,)
                 continue
-            insort(claimants, age)
-            if claimants[0] == age:
-                touched.update(map(_service, claimants))
+            self._claimants[claim] = tuple(sorted((*others, age)))
+            if age < others[0]:
+                touched.update(map(_service, (*others, age)))
 
 
 def _service(age: Age) -> ObjectKey:

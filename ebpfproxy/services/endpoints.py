@@ -9,7 +9,9 @@ from typing import NamedTuple
 import msgspec
 
 from ebpfproxy.kube.objects import (
+    Endpoint,
     EndpointConditions,
+    EndpointHints,
     EndpointSlice,
     ObjectKey,
     Resource,
@@ -96,21 +98,34 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
         or labels.proxy_name is not None
     ):
         return SliceEndpoints(None, None, (), (), (), ())
-    warnings = _Warnings(key_of(piece))
+    warnings = _Warnings(piece)
     service = ObjectKey(piece.metadata.namespace, labels.service_name)
     family = _FAMILIES.get(piece.address_type)
     if family is None:
         warnings.add("addressType", f"{piece.address_type!r} is neither IPv4 nor IPv6, the slice is not used")
         return SliceEndpoints(service, None, (), (), (), tuple(warnings.found))
-    ports = tuple(_ports(piece, warnings))
-    found = list(_endpoints(piece, family, node_name, warnings))
-    pods = [name for _, _, name in found]
+    ports = _shared_ports(tuple(_ports(piece, warnings)))
+    addresses: list[bytes] = []
+    traits: list[Traits] = []
+    pods: list[str] = []
+    for endpoint, address in _usable(piece, family, warnings):
+        addresses.append(address)
+        traits.append(
+            _traits_of(
+                endpoint.conditions,
+                endpoint.hints,
+                endpoint.node_name or "",
+                endpoint.zone or "",
+                endpoint.node_name == node_name,
+            )
+        )
+        pods.append(_pod_of(endpoint.target_ref))
     return SliceEndpoints(
         service,
         family,
         ports,
-        tuple(address for address, _, _ in found),
-        tuple(traits for _, traits, _ in found),
+        tuple(addresses),
+        tuple(traits),
         tuple(warnings.found),
         "\n".join(pods) if any(pods) else "",
         piece.metadata.annotations.trigger_time if piece.metadata.annotations else None,
@@ -118,12 +133,12 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
 
 
 class _Warnings:
-    def __init__(self, key: ObjectKey) -> None:
-        self._key = key
+    def __init__(self, piece: EndpointSlice) -> None:
+        self._piece = piece
         self.found: list[Warning] = []
 
     def add(self, field: str, message: str) -> None:
-        self.found.append(Warning(Resource.ENDPOINTSLICES, self._key, field, message))
+        self.found.append(Warning(Resource.ENDPOINTSLICES, key_of(self._piece), field, message))
 
 
 def _ports(piece: EndpointSlice, warnings: _Warnings) -> Iterator[SlicePort]:
@@ -139,10 +154,8 @@ def _ports(piece: EndpointSlice, warnings: _Warnings) -> Iterator[SlicePort]:
             yield SlicePort(port.name or "", protocol, port.port)
 
 
-def _endpoints(
-    piece: EndpointSlice, family: Family, node_name: str, warnings: _Warnings
-) -> Iterator[tuple[bytes, Traits, str]]:
-    """Address, traits and the pod's name of each."""
+def _usable(piece: EndpointSlice, family: Family, warnings: _Warnings) -> Iterator[tuple[Endpoint, bytes]]:
+    """The endpoints that can be backends, each with its address."""
     size = 4 if family is Family.IPV4 else 16
     for i, endpoint in enumerate(piece.endpoints or ()):
         if not endpoint.addresses:
@@ -157,30 +170,39 @@ def _endpoints(
         if reason is not None and reason is not LOOPBACK:
             warnings.add(f"endpoints[{i}].addresses[0]", f"{text} {reason}")
             continue
-        ready = _is_ready(endpoint.conditions)
-        hints = endpoint.hints
-        yield (
-            address,
-            _shared(
-                Traits(
-                    ready,
-                    not ready and _is_draining(endpoint.conditions),
-                    endpoint.node_name == node_name,
-                    tuple(z.name for z in hints.for_zones or ()) if hints else (),
-                    tuple(n.name for n in hints.for_nodes or ()) if hints else (),
-                    endpoint.node_name or "",
-                    endpoint.zone or "",
-                    _is_terminating(endpoint.conditions),
-                ),
-            ),
-            _pod_of(endpoint.target_ref),
-        )
+        yield endpoint, address
 
 
 def _pod_of(target: TargetRef | None) -> str:
     """The API server checks no such name: one that no pod can have is none."""
-    is_pod = target is not None and target.kind == "Pod" and target.name.isprintable()
-    return target.name if target is not None and is_pod else ""
+    if target is None or target.kind != "Pod" or not target.name.isprintable():
+        return ""
+    return target.name
+
+
+@functools.lru_cache(maxsize=8192)
+def _traits_of(
+    conditions: EndpointConditions | None, hints: EndpointHints | None, node: str, zone: str, is_local: bool
+) -> Traits:
+    """The cache saves what is the same for thousands of endpoints."""
+    conditions = conditions or _NO_CONDITIONS
+    ready = conditions.ready is not False
+    terminating = bool(conditions.terminating)
+    return _shared(
+        Traits(
+            ready,
+            not ready and terminating and conditions.serving is not False,
+            is_local,
+            tuple(z.name for z in hints.for_zones or ()) if hints else (),
+            tuple(n.name for n in hints.for_nodes or ()) if hints else (),
+            node,
+            zone,
+            terminating,
+        )
+    )
+
+
+_NO_CONDITIONS = EndpointConditions()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -189,16 +211,10 @@ def _shared(traits: Traits) -> Traits:
     return traits
 
 
-def _is_ready(conditions: EndpointConditions | None) -> bool:
-    return conditions is None or conditions.ready is None or conditions.ready
-
-
-def _is_terminating(conditions: EndpointConditions | None) -> bool:
-    return conditions is not None and bool(conditions.terminating)
-
-
-def _is_draining(conditions: EndpointConditions | None) -> bool:
-    return _is_terminating(conditions) and conditions is not None and conditions.serving is not False
+@functools.lru_cache(maxsize=8192)
+def _shared_ports(ports: tuple[SlicePort, ...]) -> tuple[SlicePort, ...]:
+    """One object for all that are equal."""
+    return ports
 
 
 def merge(one: Traits, other: Traits) -> Traits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import sys
+from collections.abc import Iterator, Mapping, Set
 
 import msgspec
 
@@ -38,6 +39,7 @@ DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400
 
 _ANY = {Family.IPV4: bytes(4), Family.IPV6: bytes(16)}
+_OPEN_TO_ALL: Mapping[Family, tuple[Prefix, ...] | None] = dict.fromkeys(Family)
 
 
 class PortFrontends(msgspec.Struct, frozen=True, gc=False):
@@ -148,7 +150,7 @@ class _Reader:
                             external,
                         ),
                     )
-                key = ServicePortKey(self._key.namespace, self._key.name, port.name, protocol, family)
+                key = ServicePortKey(*self._key, sys.intern(port.name), protocol, family)
                 ports.append(PortFrontends(key, found, affinity, algorithm, ranges[family]))
         return ServiceFrontends(
             age, tuple(ports), tuple(self._warnings), internal, external, self._health_port(external), weights
@@ -183,14 +185,14 @@ class _Reader:
             return 0
         return spec.health_check_node_port
 
-    def _source_ranges(self) -> dict[Family, tuple[Prefix, ...] | None]:
+    def _source_ranges(self) -> Mapping[Family, tuple[Prefix, ...] | None]:
         """The ranges by family. A family without any is open to all (kube-proxy splits them in the same way).
 
         One that cannot be read opens nothing: it may have been of either family.
         """
         texts = self._service.spec.load_balancer_source_ranges
         if not texts or self._service.spec.type != "LoadBalancer":
-            return dict.fromkeys(Family)
+            return _OPEN_TO_ALL
         found: dict[Family, set[Prefix]] = {family: set() for family in Family}
         unreadable = False
         for i, text in enumerate(texts):

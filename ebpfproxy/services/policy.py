@@ -57,9 +57,10 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
     ready and not draining, which no rule looks at.
     """
     ready = [item for item in endpoints.items() if item[1].ready]
-    leaving = [item for item in endpoints.items() if item[1].draining]
+    leaving: list[tuple[Backend, Traits]] = []
     idle: tuple[Backend, ...] = ()
-    if len(ready) + len(leaving) < len(endpoints):
+    if len(ready) < len(endpoints):
+        leaving = [item for item in endpoints.items() if item[1].draining]
         idle = _sorted(backend for backend, c in endpoints.items() if not c.ready and not c.draining)
     cluster_basis = local_basis = Basis.READY
     if ready:

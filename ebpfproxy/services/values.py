@@ -76,9 +76,9 @@ def unusable_address(address: bytes) -> str | None:
     beyond that. 240.0.0.0/4 is not: clusters give it to pods.
     Called once for each endpoint, hence without ``ipaddress``.
     """
-    if not any(address):
-        return "is unspecified"
     first, second = address[0], address[1]
+    if not first and not any(address):
+        return "is unspecified"
     if len(address) == 4:
         if first == 127:
             return LOOPBACK

@@ -74,6 +74,17 @@ def test_unused_ids_come_first_and_then_the_least_recently_released() -> None:
     assert [ids.add("c"), ids.add("d")] == [1, 2]
 
 
+def test_ids_for_several_keys_are_for_all_or_none() -> None:
+    ids: Ids[str] = Ids(4)
+    assert list(ids.add_all("abc")) == [0, 1, 2]
+    ids.give_back(ids.forget("b"))
+    with pytest.raises(IdsExhaustedError):
+        ids.add_all("def")
+    assert [ids.get(each) for each in "abcdef"] == [0, None, 2, None, None, None]
+    assert list(ids.add_all("de")) == [3, 1]
+    assert [ids.get(each) for each in "de"] == [3, 1]
+
+
 def test_an_id_that_is_held_waits_for_its_turn() -> None:
     ids: Ids[str] = Ids(3)
     assert [ids.add(each, {1}) for each in "ab"] == [0, 2]

@@ -130,15 +130,29 @@ def test_removed_backends_are_recorded_for_flows() -> None:
     """1 is unchanged, 2 is removed, 3 becomes idle, 4 is awaited, 5 is ready again, 6 is new."""
     was = InactiveBackends(idle=frozenset({5}))
     now = InactiveBackends(idle=frozenset({3}), absent=frozenset({4}))
-    removals = plan.removals_of(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now)
+    change = Change()
+    change.remove(Published(7, inactive=was), {1, 2, 3, 4, 5}, {1, 3, 4, 5, 6}, now, may_be_back=True)
+    (removals,) = change.removals
     assert removals.service_id == 7
     assert removals.removed == {3: RemovalReason.IDLE, 4: RemovalReason.ABSENT, 2: RemovalReason.GONE}
     assert removals.back == {5, 6}
 
 
 def test_new_idle_backend_has_no_flows() -> None:
-    removals = plan.removals_of(Published(7), {1}, {1, 2}, InactiveBackends(idle=frozenset({2})))
-    assert removals.removed == {}
+    change = Change()
+    idle = InactiveBackends(idle=frozenset({2}))
+    change.remove(Published(7), {1}, {1, 2}, idle, may_be_back=True)
+    change.remove(Published(8), {1}, {1, 2}, idle, may_be_back=False)
+    assert change.removals == [plan.Removals(7, {2}, {})]
+
+
+def test_first_backends_of_a_service_port_were_removed_by_nobody() -> None:
+    change = Change()
+    idle = InactiveBackends(idle=frozenset({2}))
+    change.remove(Published(7), NO_IDS, {1, 2}, idle, may_be_back=False)
+    assert change.removals == []
+    change.remove(Published(7), NO_IDS, {1, 2}, idle, may_be_back=True)
+    assert change.removals == [plan.Removals(7, {1, 2}, {})]
 
 
 def test_only_policies_in_use_by_a_frontend_are_selected() -> None:

@@ -57,10 +57,7 @@ def test_crc_of_a_changed_packet_is_updated_incrementally() -> None:
 def filter_of_a_map(pins: Path) -> Iterator[tuple[BitFilter, SharedArray]]:
     opened = maps.open_or_create(pins, Capacity(conntrack=1024))
     memory = opened.shared("address_filter")
-    found = BitFilter(memory)
-    yield found, memory
-    # The memory cannot be unmapped while a view of it exists.
-    found._memory = None  # type: ignore[assignment]
+    yield BitFilter(memory), memory
     opened.close()
 
 

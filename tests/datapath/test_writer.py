@@ -123,7 +123,7 @@ def test_backend_whose_removal_was_interrupted_becomes_active_again(bench: Bench
     writer.apply([port("a", [1])], complete=True)
     assert bench.maps is not None
     with (
-        patch.object(bench.maps["service_names"], "update_many", side_effect=KilledError),
+        patch.object(bench.maps["members"], "update_many", side_effect=KilledError),
         pytest.raises(KilledError),
     ):
         writer.apply([port("a", [])])

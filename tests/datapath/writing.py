@@ -151,12 +151,12 @@ def set_load(maps: MapSet, number: int, **fields: int) -> None:
 
 
 def backend(n: int) -> Backend:
-    return Backend(bytes([10, 0, 0, n]), 80, Protocol.TCP)
+    return Backend(bytes([10, 0, *n.to_bytes(2, "big")]), 80, Protocol.TCP)
 
 
 def port(
     name: str,
-    cluster: list[int],
+    cluster: Collection[int],
     local: list[int] | None = None,
     *,
     external: Policy = Policy.CLUSTER,

@@ -67,11 +67,31 @@ class BackendRecords:
         """The state of a backend: a value of BackendState."""
         return self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET]
 
+    def inactive(self, numbers: Iterable[int]) -> list[int]:
+        """Those of these ids whose state is another than ACTIVE, which is 0."""
+        memory, stride, offset = self._memory, self._stride, layout.BACKEND_STATE_OFFSET
+        return [number for number in numbers if memory[number * stride + offset]]
+
     def set_state(self, number: int, state: BackendState) -> None:
         self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET] = state
 
     def write(self, number: int, backend: Backend, state: BackendState) -> None:
-        self._memory[number * self._stride :][: layout.BACKEND.size] = layout.pack_backend(backend, state)
+        at = number * self._stride
+        self._memory[at : at + layout.BACKEND.size] = layout.pack_backend(backend, state)
+
+    def write_new(self, numbers: Sequence[int], packed: Sequence[bytes]) -> None:
+        """Writes packed records of backends for which nothing has been counted.
+
+        What a killed agent may have left of counts goes before anybody can read whose they are.
+        """
+        nothing = bytes(self._stride - layout.BACKEND.size)
+        if isinstance(numbers, range):
+            at = numbers.start * self._stride
+            self._memory[at : at + len(packed) * self._stride] = nothing.join((*packed, b""))
+            return
+        for number, each in zip(numbers, packed, strict=True):
+            at = number * self._stride
+            self._memory[at : at + self._stride] = each + nothing
 
     def clear(self, number: int) -> None:
         self._memory[number * self._stride :][: layout.BACKEND.size] = _FREE
@@ -253,7 +273,7 @@ class Selections:
     def slots(self, used: Range) -> array[int]:
         """The words of a range."""
         base, count = used
-        return array("Q", bytes(self._slots[base * _SLOT : (base + count) * _SLOT]))
+        return array("Q", self._slots[base * _SLOT : (base + count) * _SLOT].tobytes())
 
     def write_slots(self, base: int, words: array[int]) -> None:
         self._slots[base * _SLOT : (base + len(words)) * _SLOT] = words.tobytes()

@@ -70,7 +70,7 @@ class Sweeper:
 
         ``rest`` is called between batches.
         """
-        self._map = maps["conntrack"]
+        self._maps, self._map = maps, maps["conntrack"]
         self._record = maps.sweep()
         self._keys, self._values = (
             (ct.c_char * (shared.stride * SWEEP_BATCH)).from_buffer(shared.memory)
@@ -113,6 +113,8 @@ class Sweeper:
 
     def _sweep(self, backends: int) -> Sweep:
         began, used = time.monotonic(), time.thread_time()
+        # The array may be mapped further than it was at the last time.
+        self._loads = self._maps.loads()
         self._record.begin(self._clock(), self._limits, next(self._marks))
         self._loads.forget_seen(backends)
         before = {number: self._begun_and_ended(number) for number in self._busy}

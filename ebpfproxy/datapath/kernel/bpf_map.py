@@ -147,24 +147,45 @@ class SharedArray(Map):
     what somebody else has stored for its own, and can tell it.
     """
 
-    def __init__(self, fd: int, spec: MapSpec) -> None:
+    def __init__(self, fd: int, spec: MapSpec, places: int | None = None) -> None:
+        """``places``: how many elements are mapped, until :meth:`reach` maps more; None: all.
+
+        What is mapped counts as memory of this process.
+        """
         super().__init__(fd, spec)
         # The kernel rounds an element up to 8 bytes; so must whoever maps the array.
         assert spec.value_size % 8 == 0, spec.name
-        stride = spec.value_size
-        size = -(-stride * spec.max_entries // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.memory = mmap.mmap(fd, size)
-        self.bytes = memoryview(self.memory)
-        self.stride = stride
+        self.stride = spec.value_size
         self._kept: mmap.mmap | None = None
-        self._owned = stride
+        self._owned = self.stride
+        self._map(min(places or spec.max_entries, spec.max_entries))
+
+    def _map(self, places: int) -> None:
+        self.memory = mmap.mmap(self.fd, -(-places * self.stride // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self.bytes = memoryview(self.memory)
+        # Last, since other threads compare: what counts as mapped is.
+        self._places = places
+
+    def reach(self, end: int) -> bool:
+        """Has at least the elements below ``end`` mapped.
+
+        True where the memory is another now: a view of the former one is good for what it had.
+        """
+        if end <= self._places:
+            return False
+        # Twice as many, since former and new memory count both until views of the former one are gone.
+        places = self._places
+        while places < end:
+            places *= 2
+        self._map(min(places, self.spec.max_entries))
+        return True
 
     def words(self) -> ct.Array[ct.c_uint64]:
         """The array as 64-bit words; ctypes stores each with one instruction, never torn."""
-        return self._words_of(self.memory)
+        return self._words_of(self.memory, self._places)
 
-    def _words_of(self, memory: mmap.mmap) -> ct.Array[ct.c_uint64]:
-        return (ct.c_uint64 * (self.stride * self.spec.max_entries // 8)).from_buffer(memory)
+    def _words_of(self, memory: mmap.mmap, places: int) -> ct.Array[ct.c_uint64]:
+        return (ct.c_uint64 * (self.stride * places // 8)).from_buffer(memory)
 
     # -- the copy of its only writer
 
@@ -186,7 +207,7 @@ class SharedArray(Map):
         return memoryview(self._keep(owned))
 
     def kept_words(self) -> ct.Array[ct.c_uint64]:
-        return self._words_of(self._keep())
+        return self._words_of(self._keep(), self.spec.max_entries)
 
     def _keep(self, owned: int = 0) -> mmap.mmap:
         if self._kept is None:
@@ -208,9 +229,9 @@ class SharedArray(Map):
     def owned(self, part: slice) -> bytes:
         """What the array has now where the copy has this part, which begins and ends with an element."""
         if self._owned == self.stride:
-            return self.memory[part.start : part.stop]
+            return self._read(part.start, part.stop)
         first, last = part.start // self._owned, part.stop // self._owned
-        elements = self.memory[first * self.stride : last * self.stride]
+        elements = self._read(first * self.stride, last * self.stride)
         if elements == bytes(len(elements)):
             return bytes((last - first) * self._owned)
         words = memoryview(elements).cast("I")
@@ -219,6 +240,14 @@ class SharedArray(Map):
         for column in range(width):
             found[column::width] = words[column::step]
         return found.tobytes()
+
+    def _read(self, at: int, end: int) -> bytes:
+        """Bytes of the array, mapped or not."""
+        if end <= self._places * self.stride:
+            return self.memory[at:end]
+        start = at - at % mmap.PAGESIZE
+        with mmap.mmap(self.fd, end - start, prot=mmap.PROT_READ, offset=start) as rest:
+            return rest[at - start :]
 
     def store(self, at: int, data: bytes) -> None:
         """Stores bytes in the copy and in the array, not as one step."""
@@ -234,6 +263,7 @@ class SharedArray(Map):
     def restore(self, at: int) -> None:
         """Stores the entry of the copy that begins there in the array: a word with one instruction."""
         size = self.kept_size
+        self.reach(at // self._owned + 1)
         if size == _WORD_SIZE:
             self.words()[at // size] = self.kept_words()[at // size]
         else:
@@ -273,7 +303,8 @@ class WindowedArray(Map):
         return sum(len(column) - column.count(0) for column in columns)
 
 
-def map_of(fd: int, spec: MapSpec) -> Map:
+def map_of(fd: int, spec: MapSpec, places: int | None = None) -> Map:
+    """``places``: of SharedArray."""
     if spec.in_windows:
         return WindowedArray(fd, spec)
-    return SharedArray(fd, spec) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
+    return SharedArray(fd, spec, places) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)

@@ -13,6 +13,9 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 
+#: The large arrays that an agent maps as far as its Services need them: so many elements at first.
+_FIRST_PLACES = {"backends": 1 << 14, "slots": 1 << 17, "selections": 1 << 14}
+
 
 class MapSet:
     """All maps of one layout, pinned in ``<folder>/<version>/maps``."""
@@ -77,7 +80,7 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
                 flags=spec.flags,
             )
             bpf.pin(fd, path)
-        maps[spec.name] = map_of(fd, spec)
+        maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name))
     return MapSet(folder, maps, adopted=adopted)
 
 

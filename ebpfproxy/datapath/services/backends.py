@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import repeat
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import BackendRecords
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.filter import backend_hash, set_bit
+from ebpfproxy.datapath.services.filter import Bits, backend_hash
 from ebpfproxy.datapath.services.ids import Ids
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends
 from ebpfproxy.services.model import Backend, BackendState
@@ -28,16 +29,12 @@ class Backends:
 
     def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
         """``selected``: the ids in selections that were there before."""
-        self._map = maps.shared("backends")
-        self._records = maps.backends()
+        self._maps, self._map = maps, maps.shared("backends")
         #: The record of a backend, without what programs count.
         size = layout.BACKEND.size
         self._kept = BackendRecords(self._map.keep(size), self._map.spec.max_entries, size)
         #: Programs take a socket with another peer for one that has no record: bits stay.
-        self._filter, self._ports = maps.shared("backend_filter"), maps.shared("backend_ports")
-        self._loads = maps.loads()
-        self._adopted = maps.adopted
-        self._refs = array("I", bytes(4 * self._map.spec.max_entries))
+        self._filter, self._ports = Bits(maps.shared("backend_filter")), Bits(maps.shared("backend_ports"))
         self._counts: tuple[Counter[int], ...] = tuple(Counter() for _ in InactiveBackends._fields)
         self._fresh: list[Backend] = []
         self._retired: list[int] = []
@@ -46,6 +43,10 @@ class Backends:
         self._selected = selected
         known = self._read() if maps.adopted else {}
         self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
+        #: How many service ports hold each of the ids that were ever given out.
+        self._refs = array("I", bytes(4 * self._ids.end))
+        self._map.reach(self._ids.end)
+        self._records, self._loads = maps.backends(), maps.loads()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -70,36 +71,43 @@ class Backends:
 
     def known(self, numbers: Set[int]) -> set[int]:
         """Those of these ids that were there before, and are not gone."""
-        return {n for _, n in self._ids.items() if n in numbers}
+        return set(self.numbers()).intersection(numbers)
 
-    def numbers(self) -> Iterator[int]:
+    def numbers(self) -> list[int]:
         """All ids in use."""
-        return (number for _, number in self._ids.items())
+        return self._ids.numbers()
 
     def busy(self) -> set[int]:
         """Those that were there before, are in no selection, and have something open."""
-        return {n for _, n in self._ids.items() if n not in self._selected and self.is_open(n)}
+        return {n for n in self.numbers() if n not in self._selected and self.is_open(n)}
 
     # -- ids
 
-    def id_of(self, backend: Backend) -> int:
-        """The id of a backend; a new one if it has none."""
-        number = self._ids.get(backend)
-        if number is None:
-            number = self._ids.add(backend)
-            self._fresh.append(backend)
-            # Before anybody can read whose counts these are: a killed agent may have left them.
-            if self._adopted or self._ids.recycles:
-                self._loads.clear(number)
-            set_bit(self._filter, backend_hash(backend.address, backend.port))
-            set_bit(self._ports, backend.port)
-            for records in (self._kept, self._records):
-                records.write(number, backend, BackendState.ACTIVE)
-            self._map.writes += 1
-        return number
+    def ids_of(self, backends: Sequence[Backend]) -> array[int]:
+        """The ids of backends, no two of which are the same, in their order; new ones where there is none."""
+        get = self._ids.get
+        if new := [each for each in backends if get(each) is None]:
+            self._add(new)
+        return array("Q", map(self._ids.of, backends))
 
-    def ids_of(self, backends: Collection[Backend]) -> frozenset[int]:
-        return frozenset(map(self.id_of, backends)) if backends else NO_IDS
+    def set_of(self, backends: Collection[Backend]) -> frozenset[int]:
+        """The same without an order."""
+        return frozenset(self.ids_of(tuple(backends))) if backends else NO_IDS
+
+    def _add(self, backends: Sequence[Backend]) -> None:
+        """Gives ids to backends that have none, and writes their records, which nothing refers to yet."""
+        numbers = self._ids.add_all(backends)
+        self._fresh += backends
+        self._refs.extend(repeat(0, self._ids.end - len(self._refs)))
+        if self._map.reach(self._ids.end):
+            self._records, self._loads = self._maps.backends(), self._maps.loads()
+        active = BackendState.ACTIVE
+        packed = [layout.pack_backend(each, active) for each in backends]
+        for records in (self._kept, self._records):
+            records.write_new(numbers, packed)
+        self._filter.set(backend_hash(each.address, each.port) for each in backends)
+        self._ports.set({each.port for each in backends})
+        self._map.writes += len(backends)
 
     def known_ids(self, backends: Iterable[Backend]) -> dict[Backend, int]:
         """The ids of those that have one."""
@@ -123,7 +131,8 @@ class Backends:
 
     def drop_leftovers(self) -> None:
         """Retires those that were adopted and that no service port holds."""
-        for _, number in self._ids.items():
+        self._selected = NO_IDS
+        for number in self.numbers():
             if not self._refs[number]:
                 self._retire(number)
 
@@ -143,12 +152,16 @@ class Backends:
         """Notes that an adopted service port holds these; returns those that are not active."""
         for number in held:
             self._refs[number] += 1
-            if self._kept.state(number) == BackendState.GONE:
-                # An agent was killed before its change came to pass.
-                self._turned.add(number)
+        by_state: dict[int, set[int]] = {}
+        for number in self._kept.inactive(held):
+            by_state.setdefault(self._kept.state(number), set()).add(number)
+        if not by_state:
+            return ALL_ACTIVE
+        # An agent was killed before its change came to pass.
+        self._turned |= by_state.get(BackendState.GONE, NO_IDS)
         inactive = InactiveBackends(
             *(
-                frozenset(n for n in held if self._kept.state(n) == state) or NO_IDS
+                frozenset(by_state.get(state, NO_IDS))
                 for state in (BackendState.TERMINATING, BackendState.QUARANTINED, BackendState.DRAINED)
             )
         )
@@ -157,15 +170,16 @@ class Backends:
 
     def hold(self, came: Set[int], went: Set[int], before: InactiveBackends, after: InactiveBackends) -> None:
         """A service port takes some and lets others go."""
-        turned = {n for old, new in zip(before, after, strict=True) for n in old ^ new}
+        refs = self._refs
         for number in came:
-            self._refs[number] += 1
+            refs[number] += 1
         for number in went:
-            self._refs[number] -= 1
-        self._recount(before, after)
+            refs[number] -= 1
+        if before != after:
+            self._turned.update(n for old, new in zip(before, after, strict=True) for n in old ^ new)
+            self._recount(before, after)
         # A new one is active: a hundred thousand of them need not be settled.
-        known = (n for n in came if self._kept.state(n) != BackendState.ACTIVE)
-        self._turned.update(turned, known, went)
+        self._turned.update(self._kept.inactive(came), went)
 
     def settle(self) -> None:
         """Stores the state of all that were taken or let go, and retires those that no service port holds."""

@@ -8,65 +8,91 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Iterable
 
 from ebpfproxy.datapath.abi.layout import pack_address
 from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 
-_WORDS = struct.Struct("=4I")
+_WORD, _WORDS = struct.Struct("=I"), struct.Struct("=4I")
 _GOLDEN = 0x9E3779B1
 _PORT_FACTOR = 0x165667B1
 _MASK = 0xFFFFFFFF
+_SHIFT = 32 - ADDRESS_FILTER_BITS
 
 
 def address_hash(address: bytes) -> int:
     """The number of an address; ``address_of_interest`` in C computes the same."""
-    return (_fold(address) * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
+    return (_fold(pack_address(address)) * _GOLDEN & _MASK) >> _SHIFT
 
 
 def backend_hash(address: bytes, port: int) -> int:
     """The number of a backend; ``may_be_backend`` in C computes the same."""
-    return ((_fold(address) + port * _PORT_FACTOR) * _GOLDEN & _MASK) >> (32 - ADDRESS_FILTER_BITS)
+    words = _IPV4 + _WORD.unpack(address)[0] if len(address) == 4 else _fold(address)
+    return int(((words + port * _PORT_FACTOR) * _GOLDEN & _MASK) >> _SHIFT)
 
 
-def _fold(address: bytes) -> int:
-    first, second, third, last = _WORDS.unpack(pack_address(address))
+def _fold(packed: bytes) -> int:
+    first, second, third, last = _WORDS.unpack(packed)
     return int(last + third * 0x85EBCA6B + second * 0xC2B2AE35 + first * 0x27D4EB2F)
 
 
-def set_bit(memory: SharedArray, number: int) -> None:
-    at, bit = number >> 3, 1 << (number & 7)
-    byte = memory.keep()[at]
-    if not byte & bit:
-        memory.store(at, bytes((byte | bit,)))
+#: The first words of IPv4-mapped addresses are the same, and so is what they add.
+_IPV4 = _fold(pack_address(bytes(4)))
+
+
+class Bits:
+    """A bit for each number. One thread uses it."""
+
+    def __init__(self, memory: SharedArray) -> None:
+        self._memory = memory
+        self._kept, self._shown = memory.keep(), memory.bytes
+
+    def set(self, numbers: Iterable[int]) -> None:
+        kept, shown, written = self._kept, self._shown, 0
+        for number in numbers:
+            at, bit = number >> 3, 1 << (number & 7)
+            byte = kept[at]
+            if not byte & bit:
+                kept[at] = shown[at] = byte | bit
+                written += 1
+        self._memory.writes += written
+
+    def clear(self, number: int) -> None:
+        at = number >> 3
+        self._kept[at] &= ~(1 << (number & 7))
+        self._shown[at] = self._kept[at]
+        self._memory.writes += 1
+
+    def replace(self, numbers: Iterable[int]) -> None:
+        """Sets the bits of these numbers and no others, if that makes any difference."""
+        wanted = bytearray(self._memory.stride)
+        for number in numbers:
+            wanted[number >> 3] |= 1 << (number & 7)
+        if any(memory[: len(wanted)] != wanted for memory in (self._kept, self._shown)):
+            self._memory.store(0, bytes(wanted))
 
 
 class BitFilter:
     """Counts the users of each bit, so that one can be removed. One thread uses it."""
 
     def __init__(self, memory: SharedArray) -> None:
-        self._memory = memory
-        memory.keep()
+        self._bits = Bits(memory)
         self._wanted: Counter[int] = Counter()
 
     def add(self, number: int) -> None:
         """Sets the number's bit."""
         self._wanted[number] += 1
         if self._wanted[number] == 1:
-            set_bit(self._memory, number)
+            self._bits.set((number,))
 
     def remove(self, number: int) -> None:
         """Undoes one :meth:`add`."""
         self._wanted[number] -= 1
         if not self._wanted[number]:
             del self._wanted[number]
-            byte = self._memory.keep()[number >> 3]
-            self._memory.store(number >> 3, bytes((byte & ~(1 << (number & 7)),)))
+            self._bits.clear(number)
 
     def drop_leftovers(self) -> None:
         """Clears bits that an earlier agent has left."""
-        wanted = bytearray(self._memory.stride)
-        for number in self._wanted:
-            wanted[number >> 3] |= 1 << (number & 7)
-        if any(memory[: len(wanted)] != wanted for memory in (self._memory.keep(), self._memory.bytes)):
-            self._memory.store(0, bytes(wanted))
+        self._bits.replace(self._wanted)

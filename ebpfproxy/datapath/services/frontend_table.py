@@ -169,7 +169,12 @@ class Frontends:
 
     def _repair_cluster_ips(self) -> None:
         """Brings the entries for other ports in line with the cluster IPs, whatever was adopted."""
-        found = {key.address for key, entry in self._stored() if entry.flags & ServiceFlags.ADDRESS}
+        found = {
+            layout.key_address(key)
+            for table in self._tables.values()
+            for key, value in table.items()
+            if layout.service_flags(value) & ServiceFlags.ADDRESS
+        }
         self._close_other_ports(self._cluster_ips.keys() - found)
         for address in found - (self._cluster_ips.keys() - self._answered):
             self._open_other_ports(address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class Placer:
         A service port without an id gets a new one last, so that one that does not fit leaves nothing behind.
         """
         before = self._selections.ranges(known.id) if known.id >= 0 else (NO_SLOTS, NO_SLOTS)
-        current = self._selections.slots(before[0]), self._selections.slots(before[1])
+        current = [self._selections.slots(each) for each in before]
         after = list(before)
         try:
             sets = plan.selected_sets(port)
@@ -81,16 +80,16 @@ class Placer:
             self._backends.drop_fresh()
             raise
         self._backends.keep_fresh()
-        selected = {*backend_ids(current[0]), *backend_ids(current[1])}
+        selected = {number for words in current if words for number in backend_ids(words)}
         return Placed(ids, before, after, selected, made_from if any(made_from) else plan.NOTHING_MADE)
 
     def _ids_of(self, port: ServicePort, sets: Sequence[Sequence[Backend]]) -> BackendSets:
         """The ids of all backends of a service port. Raises IdsExhaustedError."""
-        id_of, ids_of = self._backends.id_of, self._backends.ids_of
+        ids_of, set_of = self._backends.ids_of, self._backends.set_of
         return BackendSets(
-            selected=(array("Q", map(id_of, sets[0])), array("Q", map(id_of, sets[1]))),
-            draining=ids_of((*port.draining, *plan.unused(port, sets))),
-            terminating=ids_of(port.terminating),
-            idle=ids_of(port.idle),
-            drained=ids_of(port.drained),
+            selected=(ids_of(sets[0]), ids_of(sets[1])),
+            draining=set_of((*port.draining, *plan.unused(port, sets))),
+            terminating=set_of(port.terminating),
+            idle=set_of(port.idle),
+            drained=set_of(port.drained),
         )

@@ -168,6 +168,33 @@ class Change(msgspec.Struct):
         if keys != known.entries:
             known.entries = keys
 
+    def remove(
+        self,
+        known: Published,
+        before: Set[int],
+        after: Set[int],
+        inactive: InactiveBackends,
+        *,
+        may_be_back: bool,
+    ) -> None:
+        """Notes what flows of a service have to learn when the backends that it uses change.
+
+        Connections to an idle backend go on, and so they do to an absent one, which may come back.
+        ``may_be_back``: some backends were removed, whatever their service.
+        """
+        was = known.inactive
+        went = before - after
+        back: Set[int] = NO_IDS
+        if may_be_back:
+            back = after - before | (was.idle | was.absent) - (inactive.idle | inactive.absent) - went
+        removed: dict[int, RemovalReason] = {}
+        if before:
+            removed = dict.fromkeys((inactive.idle - was.idle) & before, RemovalReason.IDLE)
+            removed |= dict.fromkeys(inactive.absent - was.absent, RemovalReason.ABSENT)
+            removed |= dict.fromkeys(went, RemovalReason.GONE)
+        if back or removed:
+            self.removals.append(Removals(known.id, back, removed))
+
     def refusals(self) -> Iterator[tuple[ServicePort, str]]:
         """The service ports with something that a map had no room for, each with the reason."""
         found: dict[int, list[str]] = {}
@@ -236,20 +263,6 @@ def slot_sources(
         )
         for backends, numbers in zip(sets, ids, strict=True)
     ]
-
-
-def removals_of(known: Published, before: Set[int], after: Set[int], inactive: InactiveBackends) -> Removals:
-    """What flows of a service have to learn when the backends that it uses change.
-
-    Connections to an idle backend go on, and so they do to an absent one, which may come back.
-    """
-    was = known.inactive
-    came, went = after - before, before - after
-    back = came | (was.idle | was.absent) - (inactive.idle | inactive.absent) - went
-    removed = dict.fromkeys((inactive.idle - was.idle) & before, RemovalReason.IDLE)
-    removed |= dict.fromkeys(inactive.absent - was.absent, RemovalReason.ABSENT)
-    removed |= dict.fromkeys(went, RemovalReason.GONE)
-    return Removals(known.id, back, removed)
 
 
 def entries_of(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 from ebpfproxy.datapath.abi import layout
@@ -34,6 +35,8 @@ from ebpfproxy.datapath.services.selection_table import SelectionTable
 from ebpfproxy.services.model import ServicePortKey
 
 _PRESENT = U32.pack(1)
+#: So many are packed at a time, since all of a first list take megabytes.
+_NAMES = 1024
 
 
 class Tables(NamedTuple):
@@ -89,13 +92,15 @@ class Publisher:
 
     def _write_names(self, change: Change) -> None:
         """Step 1."""
-        packed = {U32.pack(number): layout.pack_name(name) for number, name in change.names.items()}
-        for key in self._names.update_many(packed):
-            # There are as many places as ids: the kernel had no memory.
-            self.has_freed = True
-            number = U32.unpack(key)[0]
-            self._unnamed[number] = change.names[number]
-            change.refused.append((number, "no memory for its name"))
+        names = iter(change.names.items())
+        while some := dict(islice(names, _NAMES)):
+            packed = {U32.pack(number): layout.pack_name(name) for number, name in some.items()}
+            for key in self._names.update_many(packed):
+                # There are as many places as ids: the kernel had no memory.
+                self.has_freed = True
+                number = U32.unpack(key)[0]
+                self._unnamed[number] = some[number]
+                change.refused.append((number, "no memory for its name"))
 
     def unnamed(self, service_id: int) -> ServicePortKey | None:
         """Takes the name that is still to be written: the next change has to bring it."""

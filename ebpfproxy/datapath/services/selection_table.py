@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Collection
 
+from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import Range, Selections, backend_ids
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
@@ -16,13 +17,16 @@ NO_SLOTS: Range = 0, 0
 class SelectionTable:
     """The only writer of ``selections`` and ``slots``. A range is base and count, (0, 0) if empty."""
 
-    def __init__(self, maps: MapSet, service_ids: Iterable[int]) -> None:
+    def __init__(self, maps: MapSet, service_ids: Collection[int]) -> None:
         """``service_ids``: those whose ranges are in use."""
+        self._maps = maps
         self._selections, self._slots = maps.shared("selections"), maps.shared("slots")
-        self._view = maps.selections()
         self._kept = Selections(self._selections.kept_words(), self._slots.keep())
         used = [chosen for number in service_ids for chosen in self.ranges(number) if chosen[1]]
         self._ranges = Ranges(self._slots.spec.max_entries, used)
+        self._slots.reach(max((base + count for base, count in used), default=0))
+        self._selections.reach((max(service_ids, default=-1) + 1) * layout.POLICIES)
+        self._view = maps.selections()
 
     @property
     def free_slots(self) -> int:
@@ -35,7 +39,7 @@ class SelectionTable:
         return self._kept.ranges(service_id)
 
     def slots(self, used: Range) -> array[int]:
-        return self._kept.slots(used)
+        return self._kept.slots(used) if used[1] else array("Q")
 
     def backends(self, service_id: int) -> set[int]:
         """The backends that a service chooses from, under either policy."""
@@ -49,8 +53,9 @@ class SelectionTable:
 
     def make(self, source: Source) -> array[int]:
         """The slots' words. Raises RangesExhaustedError before a table is made that has no room."""
-        if not self._ranges.fits(source.size):
-            raise RangesExhaustedError(f"no {source.size} places in a row")
+        size = source.size
+        if size and not self._ranges.fits(size):
+            raise RangesExhaustedError(f"no {size} places in a row")
         return source.slots()
 
     def place(self, words: array[int]) -> Range:
@@ -58,6 +63,8 @@ class SelectionTable:
         if not words:
             return NO_SLOTS
         base = self._ranges.allocate(len(words))
+        if self._slots.reach(base + len(words)):
+            self._view = self._maps.selections()
         for view in (self._kept, self._view):
             view.write_slots(base, words)
         self._slots.writes += len(words)
@@ -72,6 +79,8 @@ class SelectionTable:
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
         """Stores a range: readers see the old one or this one."""
+        if self._selections.reach((service_id + 1) * layout.POLICIES):
+            self._view = self._maps.selections()
         for view in (self._kept, self._view):
             view.set_range(service_id, policy, used)
         self._selections.writes += 1

@@ -247,7 +247,7 @@ class Writer:
             change.names[known.id] = name
         held = placed.selected | known.unselected
         selected = ids.unselected.union(*ids.selected)
-        absent = self._absences.wait_for(port.key, held - selected)
+        absent = self._absences.wait_for(port.key, held - selected) if held else NO_IDS
         known.unselected = ids.unselected | absent if absent else ids.unselected
         self._hold(known, held, selected | absent if absent else selected, ids.inactive(absent), change)
         change.set_members(known, ids.members if port.affinity_seconds else plan.NO_MEMBERS)
@@ -282,11 +282,7 @@ class Writer:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
         if before == after and inactive == known.inactive:
             return
-        removals = plan.removals_of(known, before, after, inactive)
-        if not self._removed_backends:
-            removals = removals._replace(back=NO_IDS)
-        if removals.back or removals.removed:
-            change.removals.append(removals)
+        change.remove(known, before, after, inactive, may_be_back=bool(self._removed_backends))
         self._backends.hold(after - before, before - after, known.inactive, inactive)
         known.inactive = inactive
 

@@ -54,7 +54,7 @@ class EventStream:
         """
         splitter = LineSplitter()
         try:
-            while chunk := self._read():
+            for chunk in self._chunks():
                 received = time.monotonic()
                 self.last_bytes = time.time()
                 for line in splitter.feed(chunk):
@@ -66,9 +66,16 @@ class EventStream:
         if splitter.pending:
             raise Failure("truncated", "the stream ended within a line")
 
-    def _read(self) -> bytes:
+    def _chunks(self) -> Iterator[bytes]:
+        """Bytes as they come. An API server sends each event as a chunk of its own."""
+        response = self._response
         try:
-            return self._response.read1(_CHUNK)
+            if response.chunked:
+                # What read1() sets up for every call, this sets up once.
+                yield from response.read_chunked(_CHUNK, decode_content=True)
+            else:
+                while chunk := response.read1(_CHUNK):
+                    yield chunk
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise failures.of_exception(error) from error
 

@@ -155,7 +155,7 @@ def _open(protocol: Protocol, address: bytes) -> socket.socket:
 def _peer(sock: socket.socket, protocol: Protocol, backends: Iterable[Backend]) -> Peer | None:
     """Where packets go, which programs hide from applications; None where the kernel does not tell."""
     cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little") & _COOKIE_MASK
-    wanted = [Peer(*each) for each in backends]
+    wanted = [Peer(each.address, each.port, each.protocol) for each in backends]
     # All sockets are looked through only if it is none of these.
     for peers in (wanted, None):
         try:

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.lab import clients
-from tests.lab.spaces import Forked, Space, read_line
-
+from tests.lab.processes import Child, read_line
+from tests.lab.spaces import Space
 
 class Load:
-    def __init__(self, process: Forked) -> None:
+    def __init__(self, process: Child) -> None:
         self._process = process
         self.result: dict[str, Any] = {}
 

@@ -10,7 +10,6 @@ import hashlib
 import re
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +21,7 @@ from tests.apiserver.store import encode
 
 if TYPE_CHECKING:
     from tests.apiserver.handler import Handler
+    from tests.lab.processes import Process
 
 _PATH = re.compile(r"/api/v1/namespaces/([^/]+)/pods/([^/]+)/(exec|log)")
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455
@@ -42,10 +42,10 @@ class Containers:
     """
 
     def __init__(self) -> None:
-        self.start: Callable[[Call], subprocess.Popen[bytes]] | None = None
+        self.start: Callable[[Call], Process] | None = None
         self.logs: dict[tuple[str, str, bool], str] = {}
         self.protocols = ["v5.channel.k8s.io", "v4.channel.k8s.io"]
-        self.calls: list[tuple[Call, subprocess.Popen[bytes]]] = []
+        self.calls: list[tuple[Call, Process]] = []
 
     def serve(self, handler: Handler) -> bool:
         """Returns False for another path."""
@@ -105,7 +105,7 @@ def _is_being_created(pod: dict[str, Any]) -> bool:
 
 class _Session:
     def __init__(
-        self, connection: socket.socket, received: Any, process: subprocess.Popen[bytes], *, half_closes: bool
+        self, connection: socket.socket, received: Any, process: Process, *, half_closes: bool
     ) -> None:
         self._connection, self._received, self._process = connection, received, process
         self._half_closes = half_closes

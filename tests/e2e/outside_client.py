@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, SERVICE_IPS, TwoNodeCluster
-from tests.lab import Lab, Outside, manifests
+from tests.lab import Lab, Outside, clients, manifests
 from tests.lab.spaces import Space
 
 #: Options of the agent: default, without tcx, with netfilter bypassed, and with XDP.
@@ -73,21 +72,10 @@ class HeldConnection:
     """A TCP connection that a process in ``space`` keeps open."""
 
     def __init__(self, space: Space, host: str, port: int) -> None:
-        script = (
-            "import socket,sys\n"
-            f"s=socket.create_connection(({host!r},{port}),3); s.recv(4096); print('ready',flush=True)\n"
-            "for line in sys.stdin:\n"
-            "    try:\n"
-            "        s.settimeout(2); s.sendall(b'x'); print('alive' if s.recv(10) else 'closed', flush=True)\n"
-            "    except OSError as e: print(type(e).__name__, flush=True)\n"
-        )
-        self.process = space.popen([sys.executable, "-c", script], stdin=-1, stdout=-1)
-        assert self.process.stdout is not None
+        self.process = space.fork(clients.hold, host, port)
         assert self.process.stdout.readline() == b"ready\n"
 
     def ask(self) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
         return self.process.stdout.readline().decode().strip()

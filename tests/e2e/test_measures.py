@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -370,8 +369,7 @@ def test_top_has_what_is_measured(cluster: OutsideClientCluster, agent: Agent) -
         "--bpf-root",
         str(cluster.a.bpf_root),
     ]
-    command = [sys.executable, "-m", "ebpfproxy", *arguments]
-    process = cluster.a.popen(command, join_cgroup=False, stdout=subprocess.PIPE)
+    process = cluster.a.start_command(arguments, stdout=subprocess.PIPE)
     assert process.stdout is not None
     first = decoded(process.stdout.readline())
     assert first.measuring == MeasuringRow(connections=1, traffic=1)

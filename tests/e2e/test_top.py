@@ -21,7 +21,8 @@ pytestmark = pytest.mark.root
 
 WEB = SERVICE_IPS["v4"]
 Found = dict[str, Any]
-_COMMAND = [sys.executable, "-m", "ebpfproxy", "top", "--interval", "200ms"]
+_COMMAND = ["top", "--interval", "200ms"]
+_PROGRAM = [sys.executable, "-m", "ebpfproxy", *_COMMAND]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ class Lines:
 
     def __init__(self, cluster: OutsideClientCluster, *arguments: str) -> None:
         command = [*_COMMAND, "-o", "json", "--bpf-root", str(cluster.a.bpf_root), *arguments]
-        self.process = cluster.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
+        self.process = cluster.a.start_command(command, stdout=-1, stderr=-1)
         self.seen: list[Found] = [self.next()]
 
     def next(self) -> Found:
@@ -66,7 +67,7 @@ class Lines:
     def end(self) -> tuple[int, bytes]:
         self.process.terminate()
         _, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, errors
+        return self.process.wait(), errors
 
 
 def row_of(found: Found, service: str, port: str = "http") -> Found:
@@ -185,7 +186,7 @@ def test_a_reader_that_has_read_enough_is_no_error(cluster: OutsideClientCluster
 
 
 def terminal(cluster: OutsideClientCluster, *arguments: str, columns: int = 100, rows: int = 30) -> Terminal:
-    command = [*_COMMAND, "--bpf-root", str(cluster.a.bpf_root), *arguments]
+    command = [*_PROGRAM, "--bpf-root", str(cluster.a.bpf_root), *arguments]
     return Terminal(command, columns=columns, rows=rows)
 
 
@@ -248,7 +249,7 @@ def test_a_terminal_may_be_small_and_change(cluster: OutsideClientCluster) -> No
 
 
 def test_a_terminal_that_can_show_no_screen_gets_lines(cluster: OutsideClientCluster) -> None:
-    command = [*_COMMAND, "--bpf-root", str(cluster.a.bpf_root)]
+    command = [*_PROGRAM, "--bpf-root", str(cluster.a.bpf_root)]
     with Terminal(command, env={"TERM": "dumb"}) as screen:
         until(lambda: screen.page and screen.output.count(b"service ports active") >= 2)
         assert b"\x1b" not in screen.output

@@ -39,11 +39,11 @@ class Trace:
     """A running ``ebpfproxy trace -o json``."""
 
     def __init__(self, node: LabNode, *arguments: str) -> None:
-        command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(node.bpf_root), "-o", "json"]
+        command = ["trace", "--bpf-root", str(node.bpf_root), "-o", "json", *arguments]
         # A pipe that nobody reads would hold it up.
         self._output = node.lab.folder / f"trace-{next(_numbers)}.json"
         with self._output.open("wb") as output:
-            self.process = node.popen([*command, *arguments], join_cgroup=False, stdout=output, stderr=-1)
+            self.process = node.start_command(command, stdout=output, stderr=-1)
         assert self.process.stderr is not None
         said = self.process.stderr.readline()
         assert said == b"tracing\n", said + self.process.stderr.read()
@@ -90,6 +90,12 @@ def programs(cluster: OutsideClientCluster) -> dict[str, int | None]:
     pins = cluster.a.bpf_root / "ebpfproxy"
     found: dict[str, int | None] = {each.hook: each.program_id for each in attachments(pins)}
     return found | {f"{d.ifindex} {d.direction}": d.program_id for d in link_attachments(pins)}
+
+
+def reports(agent: Agent) -> bool:
+    """True if the programs that report are attached, or their replacement is not in the log yet."""
+    on, off = (agent.text.count(f"replaced programs report_decisions={each}") for each in (True, False))
+    return on > off
 
 
 # -- kinds
@@ -351,6 +357,7 @@ def test_replacing_programs_loses_no_connection(cluster: OutsideClientCluster, a
             seen.append(70)
 
     worker = threading.Thread(target=work)
+    until(lambda: not reports(agent), "the programs of the trace before stay")
     before = agent.text.count("replaced programs")
     worker.start()
     try:
@@ -485,17 +492,8 @@ def test_processes_and_pods_may_have_any_name(cluster: OutsideClientCluster, age
         "named", ip, [{**cluster.endpoint_on_a(), "targetRef": {"kind": "Pod", "name": "w\n\x1b[31m"}}]
     )
     until(lambda: cluster.client.call(clients.connect_error, ip, 80) == "connected")
-    command = [
-        sys.executable,
-        "-m",
-        "ebpfproxy",
-        "trace",
-        "--bpf-root",
-        str(cluster.a.bpf_root),
-        "--count",
-        "1",
-    ]
-    trace = cluster.a.popen(command, join_cgroup=False, stdout=-1, stderr=-1)
+    command = ["trace", "--bpf-root", str(cluster.a.bpf_root), "--count", "1"]
+    trace = cluster.a.start_command(command, stdout=-1, stderr=-1)
     assert trace.stderr is not None
     assert trace.stderr.readline() == b"tracing\n"
     cluster.client.call(_connect_as, b"\x1b[2J\nx\xc2\x9b", ip)
@@ -560,7 +558,6 @@ def test_trace_ends_when_the_agent_creates_other_maps(cluster: OutsideClientClus
 
 
 def _refusal(cluster: OutsideClientCluster) -> str:
-    command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(cluster.a.bpf_root)]
-    process = cluster.a.popen(command, join_cgroup=False, stderr=-1)
+    process = cluster.a.start_command(["trace", "--bpf-root", str(cluster.a.bpf_root)], stderr=-1)
     said: str = process.communicate(timeout=20)[1].decode()
     return said

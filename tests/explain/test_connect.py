@@ -11,7 +11,8 @@ import pytest
 
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import SERVICE_IPS
-from tests.lab import Lab, Pod, clients, command
+from tests.lab import Lab, Pod, clients
+from tests.lab.command import Done
 from tests.lab.spaces import Space
 from tests.lab.waiting import until
 
@@ -30,11 +31,10 @@ def cluster() -> Iterator[OutsideClientCluster]:
         yield made
 
 
-def run(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> command.Done:
-    command.import_commands()
+def run(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> Done:
     node = cluster.a
     roots = ["--bpf-root", str(node.bpf_root), "--cni-results", str(node.cni_results)]
-    return node.call(command.run, ["explain", *roots, source, target, *options])
+    return node.run_command(["explain", *roots, source, target, *options])
 
 
 def ask(cluster: OutsideClientCluster, source: str, target: str, *options: str) -> Json:

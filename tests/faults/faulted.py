@@ -16,9 +16,9 @@ from urllib.parse import urlencode
 from tests.apiserver import objects
 from tests.faults import report
 from tests.faults.load import KINDS, Load, Result, Way, WrongBackendError
-from tests.lab import Agent, Lab, LabNode, Pod, command, servers
+from tests.lab import Agent, Lab, LabNode, Pod, servers
 from tests.lab.lab import OUTSIDE
-from tests.lab.spaces import Forked
+from tests.lab.processes import Child
 from tests.lab.waiting import READY_SECONDS, until
 
 PORT, UDP_PORT = 80, 53
@@ -67,7 +67,7 @@ class Faulted:
     def control(self, action: str, body: object = None, *, patience: float = 120, **query: object) -> Any:
         return self.outside.call(_control, self.url, action, query, body, patience, timeout=patience)
 
-    def churn(self, rate: float, seconds: float) -> Forked:
+    def churn(self, rate: float, seconds: float) -> Child:
         """Begins to change endpoints of Services that have no load."""
         query = {"rate": rate, "seconds": seconds}
         return self.outside.fork(_control, self.url, "churn", query, None, 10 * seconds + 60)
@@ -206,8 +206,7 @@ class Faulted:
             until(is_equal, "", seconds, every=every)
         except AssertionError:
             raise AssertionError(f"maps differ from the API: {wrong[0]}") from None
-        command.import_commands()
-        done = self.a.call(command.run, ["check", "-o", "json", "--bpf-root", str(self.a.bpf_root)])
+        done = self.a.run_command(["check", "-o", "json", "--bpf-root", str(self.a.bpf_root)])
         checked = json.loads(done.output)
         assert checked["agent"] == "answered", checked
         assert checked["good"], checked["findings"]

@@ -15,7 +15,8 @@ from contextlib import suppress
 
 import msgspec
 
-from tests.lab.spaces import Forked, Space, read_line
+from tests.lab.processes import Child, read_line
+from tests.lab.spaces import Space
 
 #: A reply that takes longer is lost. A lost SYN is sent again after 1, 3 and 7 s.
 SECONDS = 10.0
@@ -161,7 +162,7 @@ class Load:
 
     def __init__(self, space: Space, ways: Sequence[Way], kinds: Sequence[str] = KINDS) -> None:
         self.place = space.netns.rpartition("-")[2]
-        self._process: Forked = space.fork(main, ways, kinds)
+        self._process: Child = space.fork(main, ways, kinds)
 
     def wait(self) -> None:
         assert read_line(self._process) == "ready"

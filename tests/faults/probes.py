@@ -11,7 +11,8 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from tests.lab.spaces import Forked, Space, read_line
+from tests.lab.processes import Child, read_line
+from tests.lab.spaces import Space
 
 #: The patience of a load balancer: a check that is not refused, but has no answer in this time, has failed, too.
 SECONDS = 5.0
@@ -73,7 +74,7 @@ def main(probes: list[Probe]) -> None:
 
 class Prober:
     def __init__(self, space: Space, probes: list[Probe]) -> None:
-        self._process: Forked = space.fork(main, probes)
+        self._process: Child = space.fork(main, probes)
         assert read_line(self._process) == "ready"
 
     def stop(self) -> Probed:

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 PORT = 2049
 _CLONE_NEWNS = 0x20000

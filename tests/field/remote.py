@@ -13,7 +13,8 @@ import socket
 import sys
 from typing import Any
 
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,8 @@ from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.traffic_control import INGRESS, Place, put_filter
 from tests.e2e.two_node_cluster import SERVICE_IPS, TwoNodeCluster
 from tests.field.records import key_of, maps_of
-from tests.lab import Agent, LabNode, clients, command
+from tests.lab import Agent, LabNode, clients
+from tests.lab.processes import Served
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
@@ -47,9 +47,7 @@ def agent(cluster: TwoNodeCluster) -> Iterator[Agent]:
 
 def check(node: LabNode, *arguments: str, good: bool) -> dict[str, Any]:
     """The JSON of the command, whose exit code tells what ``good`` says."""
-    command.import_commands()
-    words = ["check", "-o", "json", *arguments, "--bpf-root", str(node.bpf_root)]
-    done = node.call(command.run, words)
+    done = node.run_command(["check", "-o", "json", *arguments, "--bpf-root", str(node.bpf_root)])
     assert done.code == (0 if good else 1), done.output + done.errors
     found: dict[str, Any] = json.loads(done.output)
     assert found["good"] == good
@@ -136,16 +134,15 @@ def test_agent_without_a_socket_is_reported(cluster: TwoNodeCluster, agent: Agen
 
 def test_the_agent_answers_in_another_network_namespace_too(cluster: TwoNodeCluster, agent: Agent) -> None:
     """The rest of the node is looked at in the agent's only."""
-    command.import_commands()
-    done = cluster.client.call(command.run, ["check", "-o", "json", "--bpf-root", str(cluster.a.bpf_root)])
+    done = cluster.client.run_command(["check", "-o", "json", "--bpf-root", str(cluster.a.bpf_root)])
     found = json.loads(done.output)
     assert (done.code, found["agent"]) == (0, "answered")
     assert "not the agent's network namespace" in found["unchecked"][0]
 
 
-def _start_check(node: LabNode, *arguments: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "ebpfproxy", "check", "-o", "json", "--bpf-root", str(node.bpf_root)]
-    return node.popen([*words, *arguments], join_cgroup=False, stdout=-1)
+def _start_check(node: LabNode, *arguments: str) -> Served:
+    words = ["check", "-o", "json", "--bpf-root", str(node.bpf_root), *arguments]
+    return node.start_command(words, stdout=-1)
 
 
 def test_concurrent_checks_get_separate_answers(cluster: TwoNodeCluster, agent: Agent) -> None:
@@ -182,8 +179,8 @@ def test_agent_that_hangs_is_reported(cluster: TwoNodeCluster, agent: Agent) -> 
 
 def test_programs_are_compared_while_a_trace_replaces_them(cluster: TwoNodeCluster, agent: Agent) -> None:
     """A check that is asked for meanwhile is made when they are attached."""
-    words = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(cluster.a.bpf_root)]
-    trace = cluster.a.popen(words, join_cgroup=False, stdout=-3, stderr=-1)
+    words = ["trace", "--bpf-root", str(cluster.a.bpf_root)]
+    trace = cluster.a.start_command(words, stdout=subprocess.DEVNULL, stderr=-1)
     try:
         for _ in range(5):
             subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -354,16 +353,16 @@ def test_status_in_another_network_namespace_shows_the_devices_of_the_agent(
     start_agent(*options)
     here = json.loads(cluster.a.cli("status", "-o", "json"))
     other_namespace = cluster.neighbours["veth"]
-    command = [sys.executable, "-m", "ebpfproxy", "status", "--bpf-root", str(cluster.a.bpf_root)]
-    there = json.loads(other_namespace.run([*command, "-o", "json"]))
+    command = ["status", "--bpf-root", str(cluster.a.bpf_root)]
+    there = json.loads(other_namespace.run_command([*command, "-o", "json"]).output)
     assert there["devices"] == here["devices"]
     assert {"eth0", "p1", "veth0", "bridge0", "macvlan0"} <= {each["device"] for each in there["devices"]}
     assert there["healthy"]
-    text = other_namespace.run(command)
+    text = other_namespace.run_command(command).output
     assert text.splitlines()[0].split() == ["health:", "healthy"]
     assert "MAP" not in text
     assert "agent_state" not in text
-    assert "conntrack" in other_namespace.run([*command, "-v"])
+    assert "conntrack" in other_namespace.run_command([*command, "-v"]).output
 
 
 def test_log_has_the_role_of_each_device_and_its_changes(cluster: DevicesCluster, running: Agent) -> None:

@@ -13,7 +13,8 @@ import pytest
 from tests.e2e.outside_client import OutsideClientCluster
 from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab, clients
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 pytestmark = pytest.mark.root
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import pytest
 from tests.e2e.outside_client import BALANCER6, OutsideClientCluster
 from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import Lab, Pod
+from tests.lab.processes import read_line
 from tests.lab.spaces import Space
 
 pytestmark = pytest.mark.root
@@ -102,13 +102,11 @@ def ask_udp(to: Targets, port: int) -> str:
 
 def ask_unhooked(space: Space, to: Targets, end: str) -> str:
     """As :func:`ask_tcp`, or :func:`ask_udp` if ``end`` is udp, in a process that passes no socket hook."""
-    call = f"ask_udp({to!r}, {next(_ports)})"
-    if end != "udp":
-        call = f"ask_tcp({to!r}, {next(_ports)}, {end!r})"
-    script = f"from {__name__} import Targets, ask_tcp, ask_udp; print({call})"
-    process = space.popen([sys.executable, "-c", script], join_cgroup=False, stdout=-1)
-    output: bytes = process.communicate(timeout=60)[0]
-    return output.decode().strip()
+    return read_line(space.fork(_print_name, to, next(_ports), end, join_cgroup=False))
+
+
+def _print_name(to: Targets, port: int, end: str) -> None:
+    print(ask_udp(to, port) if end == "udp" else ask_tcp(to, port, end))
 
 
 def _translate_by_netfilter(cluster: OutsideClientCluster) -> None:

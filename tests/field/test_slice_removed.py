@@ -12,7 +12,7 @@ from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import EXTERNAL, SERVICE_IPS
 from tests.lab import Lab, clients
 from tests.lab.holders import Holder
-from tests.lab.spaces import read_line
+from tests.lab.processes import read_line
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root

@@ -4,7 +4,6 @@ go on working. Everything that the product prints is collected."""
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 from ebpfproxy.datapath.dump import Dump
 from ebpfproxy.datapath.kernel.maps import open_pinned
-from tests.lab import Agent, Lab, LabNode, cni, command, manifests
+from tests.lab import Agent, Lab, LabNode, cni, manifests
 
 #: An escape sequence, one that begins with a single character, one that hides, and one that reorders letters.
 EVIL = "\x1b[31mred\x9b2J\b\b\u202ereversed"
@@ -145,20 +144,19 @@ class HostileCluster:
         arguments = [*words, "--bpf-root", str(self.node.bpf_root)]
         if words[0] == "explain":
             arguments += ["--cni-results", str(self.node.cni_results)]
-        command.import_commands()
-        done = self.node.call(command.run, arguments, timeout=600)
+        done = self.node.run_command(arguments, timeout=600)
         return done.output + done.errors
 
     def _traced(self, form: str) -> str:
         """A client with an evil name asks meanwhile."""
-        words = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(self.node.bpf_root)]
-        trace = self.node.popen([*words, "-o", form, "--count", "1"], join_cgroup=False, stdout=-1, stderr=-1)
+        words = ["trace", "--bpf-root", str(self.node.bpf_root), "-o", form, "--count", "1"]
+        trace = self.node.start_command(words, stdout=-1, stderr=-1)
         assert trace.stderr is not None
         said = trace.stderr.readline()
         assert said == b"tracing\n", said + trace.stderr.read()
         self.client.call(_ask_with_evil_name, GOOD)
         out, errors = trace.communicate(timeout=60)
-        return out.decode() + errors.decode()
+        return str(out.decode() + errors.decode())
 
 
 def _ask_with_evil_name(address: str) -> None:

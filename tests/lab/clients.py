@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -83,6 +84,19 @@ def ask_udp_connected(host: str, port: int) -> dict[str, Any]:
     return ask_udp(host, port, connected=True)
 
 
+def get(port: int, path: str) -> tuple[int, str]:
+    """Sends GET to an HTTP server of this namespace; returns status and body."""
+    with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        response = b""
+        while chunk := connection.recv(65536):
+            response += chunk
+    if not response:
+        raise ConnectionResetError(f"the connection to port {port} was closed without a response")
+    head, _, body = response.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body.decode()
+
+
 def is_echoed(host: str, port: int, size: int) -> bool:
     """Sends random data while it receives; returns True if a server echoes all of it unchanged within 20 s."""
     data = os.urandom(size)
@@ -100,6 +114,20 @@ def is_echoed(host: str, port: int, size: int) -> bool:
             if readable:
                 received += sock.recv(65536)
         return bytes(received) == data
+
+
+def hold(host: str, port: int) -> None:
+    """Opens a connection and keeps it. For each line of its input it sends a byte, and prints what became of it."""
+    with socket.create_connection((host, port), 3) as sock:
+        sock.recv(4096)
+        print("ready", flush=True)
+        sock.settimeout(2)
+        for _ in sys.stdin:
+            try:
+                sock.sendall(b"x")
+                print("alive" if sock.recv(10) else "closed", flush=True)
+            except OSError as error:
+                print(type(error).__name__, flush=True)
 
 
 def repeated(count: int, ask: Callable[..., R], *arguments: Any) -> list[R]:

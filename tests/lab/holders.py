@@ -20,7 +20,8 @@ from collections import Counter
 from typing import Any
 
 from tests.lab.choices import remote_ends
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 #: The time to wait for expected errors, which are late on a busy machine.
 MOST_SECONDS = 60.0

@@ -30,8 +30,9 @@ from pyroute2 import IPRoute, netns
 from ebpfproxy.config.datapath import BPFFS
 from ebpfproxy.datapath.kernel.roots import ensure_bpffs, find_cgroup_root, pin_folder
 from ebpfproxy.datapath.programs.detach import remove_everything
-from tests.lab import cni, command, ethtool
+from tests.lab import clients, cni, ethtool
 from tests.lab.foreign_programs import check_cgroup_root
+from tests.lab.processes import Served
 from tests.lab.spaces import Space, enter_namespace, leave_namespace, namespace_restored
 from tests.lab.waiting import READY_SECONDS
 
@@ -46,7 +47,7 @@ class Agent:
         self._node = node
         self._arguments = arguments
         self.log = node.lab.folder / f"{node.name}-{next(_counter)}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Served | None = None
         #: What the log had when the process was started: it may be started again.
         self._logged = 0
 
@@ -57,19 +58,26 @@ class Agent:
         cwd: Path | None = None,
         module: str = "ebpfproxy",
         into: IO[bytes] | None = None,
+        executes: bool = False,
         **options: Any,
     ) -> Agent:
         """``cwd``: the checkout whose agent is started, if it is another one than that under test.
 
         ``module``: what is run instead, with the same arguments. ``into``: a file for the log, which is then not
-        read here. ``options`` are those of :meth:`Space.popen`.
+        read here. ``executes``: starts an interpreter as a container does, instead of one that has the agent's
+        modules. So do ``cwd``, ``module`` and ``options``, which are those of :meth:`Space.popen`.
         """
-        command = [sys.executable, "-m", module, "run", *self._node.roots, *self._arguments]
+        arguments = ["run", *self._node.roots, *self._arguments]
+        executes = executes or self._node.lab.executes_agents or module != "ebpfproxy" or cwd is not None
         self._logged = len(self.text)
         with self.log.open("ab") as log:
-            self.process = self._node.popen(
-                command, join_cgroup=False, stdout=into or log, stderr=into or log, cwd=cwd, **options
-            )
+            if executes or options:
+                command = [sys.executable, "-m", module, *arguments]
+                self.process = self._node.popen(
+                    command, join_cgroup=False, stdout=into or log, stderr=into or log, cwd=cwd, **options
+                )
+            else:
+                self.process = self._node.start_command(arguments, stdout=into or log, stderr=into or log)
         if wait:
             self.wait_ready()
         return self
@@ -115,19 +123,7 @@ class Agent:
 
     def http(self, path: str, port: int = 10256) -> tuple[int, str]:
         """Sends GET to this agent from its node; returns status and body."""
-        return self._node.call(_get, port, path)
-
-
-def _get(port: int, path: str) -> tuple[int, str]:
-    with socket.create_connection(("127.0.0.1", port), 5) as connection:
-        connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        response = b""
-        while chunk := connection.recv(65536):
-            response += chunk
-    if not response:
-        raise ConnectionResetError(f"the connection to port {port} was closed without a response")
-    head, _, body = response.partition(b"\r\n\r\n")
-    return int(head.split()[1]), body.decode()
+        return self._node.call(clients.get, port, path)
 
 
 class Pod(Space):
@@ -207,8 +203,7 @@ class LabNode(Space):
 
     def cli(self, *arguments: str, check: bool = True) -> str:
         """Runs an ``ebpfproxy`` command with this node's bpf root; returns its output."""
-        command.import_commands()
-        done = self.call(command.run, [*arguments, "--bpf-root", str(self.bpf_root)])
+        done = self.run_command([*arguments, "--bpf-root", str(self.bpf_root)])
         if check and done.code:
             raise RuntimeError(f"ebpfproxy {arguments} failed ({done.code}): {done.output}{done.errors}")
         return done.output
@@ -251,9 +246,13 @@ class Lab:
     Within the context SIGTERM raises KeyboardInterrupt as SIGINT does, so that the context is left.
     ``takes_xdp``: the bridge's ports have GRO, without which they take no frames of XDP programs.
     ``routes_pods``: every node has routes to the pods of the others, through their addresses on the bridge.
+    ``executes_agents``: each agent is a new interpreter, for what measures its start.
     """
 
-    def __init__(self, *, takes_xdp: bool = False, routes_pods: bool = True) -> None:
+    def __init__(
+        self, *, takes_xdp: bool = False, routes_pods: bool = True, executes_agents: bool = False
+    ) -> None:
+        self.executes_agents = executes_agents
         self._takes_xdp = takes_xdp
         self._routes_pods = routes_pods
         self.id = f"epl{os.getpid()}x{next(_counter)}"

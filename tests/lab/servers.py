@@ -10,7 +10,8 @@ import selectors
 import socket
 from typing import Any
 
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 
 def start(space: Space, name: str, *ports: int, address: str = "::") -> None:

@@ -13,12 +13,16 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tests.lab import fork_server
+from tests.lab.processes import Child, Forked, Process, Served, Stream
+
+if TYPE_CHECKING:
+    from tests.lab.command import Done
 
 R = TypeVar("R")
 
@@ -27,52 +31,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 #: Moves a process into a cgroup, whose file is the first argument, before it runs the command in the others.
 _JOIN = 'echo 0 >"$0" && exec "$@"'
-
-
-class Forked:
-    """A process that runs a function of the tests, with the part of subprocess.Popen's interface that they use."""
-
-    def __init__(self, name: str, pid: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
-        self.args, self.pid, self.stdin, self.stdout = name, pid, stdin, stdout
-        self.stderr: IO[bytes] | None = None
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        self._wait(os.WNOHANG)
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.returncode is None:
-            self._wait(0)
-        return self.returncode
-
-    def _wait(self, options: int) -> None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-
-Process = subprocess.Popen[bytes] | Forked
-
-
-def read_line(process: Process) -> str:
-    """The next line of a process's output. Raises RuntimeError if it has exited."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{process.args!r} ended with {process.wait()}; its error output says why")
-    return line.decode().rstrip("\n")
 
 
 def enter_namespace(path: str) -> None:
@@ -110,7 +68,7 @@ class Space:
     """A network namespace by name (in /run/netns), and the cgroup of its processes."""
 
     def __init__(self, netns: str, cgroup: Path | None) -> None:
-        """Without a ``cgroup`` processes stay in the one of their parent."""
+        """Without a ``cgroup``, or a name, processes stay in the one of their parent."""
         self.netns = netns
         self._cgroup = cgroup
         self._children: list[Process] = []
@@ -121,11 +79,17 @@ class Space:
         assert self._cgroup is not None
         return self._cgroup
 
-    def _enter(self, *, join_cgroup: bool = True) -> None:
+    @property
+    def _plain(self) -> Space:
+        """What the fork servers need of it."""
+        return Space(self.netns, self._cgroup)
+
+    def enter(self, *, join_cgroup: bool = True) -> None:
         """Joins both, in a child. The mount namespace is not changed, so that bpffs and cgroups are visible."""
         if join_cgroup and self._cgroup is not None:
             (self._cgroup / "cgroup.procs").write_text("0")
-        enter_namespace(f"/run/netns/{self.netns}")
+        if self.netns:
+            enter_namespace(f"/run/netns/{self.netns}")
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
@@ -152,7 +116,7 @@ class Space:
         if joins or before_exec is not None:
             # Not by a shell as in run(): the process is in its cgroup when this method returns.
             def enter() -> None:
-                self._enter(join_cgroup=join_cgroup)
+                self.enter(join_cgroup=join_cgroup)
                 if before_exec is not None:
                     before_exec()
 
@@ -163,12 +127,49 @@ class Space:
         self._children.append(process)
         return process
 
-    def fork(self, function: Callable[..., object], *args: Any, join_cgroup: bool = True) -> Forked:
+    def start_command(
+        self,
+        arguments: list[str],
+        *,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Served:
+        """Starts ``ebpfproxy`` with these arguments here, outside the cgroup; it is killed at the end of the lab.
+
+        It runs in a child of a process that has its modules already, as a new interpreter would run it.
+        ``environment`` is added to that of this process.
+        """
+        from tests.lab import command  # noqa: PLC0415 - clients need none of it
+
+        process = Served(
+            fork_server.COMMANDS,
+            Space(self.netns, None),
+            command.main,
+            arguments,
+            {**os.environ, **(environment or {})},
+            str(Path.cwd()),
+            name=["ebpfproxy", *arguments],
+            imports=command.modules(arguments),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        self._children.append(process)
+        return process
+
+    def fork(self, function: Callable[..., object], *args: Any, join_cgroup: bool = True) -> Child:
         """Starts a function here in a forked child, with pipes as standard input and output.
 
         It takes a tenth of the time of a new interpreter. The child is killed at the end of the lab, and exits with 1 if
-        the function raises an exception.
+        the function raises an exception. As with :meth:`call`, clients and servers are children of the fork server.
         """
+        if fork_server.can_call(function, args):
+            own = Space(self.netns, self._cgroup if join_cgroup else None)
+            served = Served(fork_server.CLIENTS, own, function, *args, stdin=-1, stdout=-1)
+            self._children.append(served)
+            return served
         sys.stdout.flush()
         sys.stderr.flush()
         stdin, write_in = os.pipe()
@@ -178,7 +179,7 @@ class Space:
             code = 1
             try:
                 _become_process(stdin, stdout)
-                self._enter(join_cgroup=join_cgroup)
+                self.enter(join_cgroup=join_cgroup)
                 function(*args)
                 sys.stdout.flush()
                 code = 0
@@ -215,9 +216,12 @@ class Space:
         the result cannot be pickled.
         """
         if fork_server.can_call(function, args):
-            data, status = fork_server.call(Space(self.netns, self._cgroup), function, args, timeout)
+            data, status = fork_server.CLIENTS.call(self._plain, function, args, timeout)
         else:
             data, status = self._fork_to_call(function, args, timeout)
+        return self._result_of(function, timeout, data, status)
+
+    def _result_of(self, function: Callable[..., R], timeout: float, data: bytes, status: int) -> R:
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
             raise TimeoutError(f"{function.__name__} in {self.netns} took longer than {timeout} s")
         if not data:
@@ -226,6 +230,18 @@ class Space:
         if not good:
             raise value
         return value  # type: ignore[no-any-return]
+
+    def run_command(self, arguments: list[str], *, timeout: float = 60) -> Done:
+        """Runs ``ebpfproxy`` with these arguments here, in a child of a process that has its modules already.
+
+        What a test has replaced in this process is not replaced there; to :meth:`call` ``command.run`` has it.
+        """
+        from tests.lab import command  # noqa: PLC0415 - clients need none of it
+
+        args = arguments, dict(os.environ)
+        imports = command.modules(arguments)
+        found = fork_server.COMMANDS.call(self._plain, command.run, args, timeout, imports)
+        return self._result_of(command.run, timeout, *found)
 
     def _fork_to_call(
         self, function: Callable[..., object], args: tuple[Any, ...], timeout: float
@@ -267,7 +283,13 @@ class Space:
         """
         here, there = socket.socketpair()
         with here, there:
-            value: R = self.call(_send_socket, there, function, args)
+            if fork_server.can_call(function, args):
+                found = fork_server.CLIENTS.call(
+                    self._plain, _send_socket, (function, args), 60.0, sockets=[there.fileno()]
+                )
+                value: R = self._result_of(_send_socket, 60.0, *found)
+            else:
+                value = self.call(_send_socket, there, function, args)
             _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
         opened = socket.socket(fileno=descriptors[0])
         self._sockets.append(opened)
@@ -276,7 +298,7 @@ class Space:
     def _result(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         """Returns the pickled result, (True, value) or (False, exception), in a child."""
         try:
-            self._enter()
+            self.enter()
             return pickle.dumps((True, function(*args)))
         except BaseException as error:
             trace = traceback.format_exc()
@@ -295,7 +317,9 @@ class Space:
         self._sockets.clear()
         for process in self._children:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                # A child of a fork server may be gone now.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         for process in self._children:
             process.wait()
             for stream in (process.stdin, process.stdout, process.stderr):
@@ -303,6 +327,10 @@ class Space:
                     with suppress(BrokenPipeError):
                         stream.close()
         self._children.clear()
+
+
+#: This process's own.
+OWN = Space("", None)
 
 
 def _send_socket(

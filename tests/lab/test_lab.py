@@ -21,7 +21,8 @@ from ebpfproxy.datapath.kernel.roots import find_cgroup_root
 from tests.lab import Lab, Pod, clients, servers
 from tests.lab.interrupts import take_interrupts
 from tests.lab.lab import clean_dead_labs
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 
 pytestmark = pytest.mark.root
 
@@ -152,6 +153,54 @@ def test_calls_of_clients_run_at_the_same_time(cluster: Cluster) -> None:
             names.append(cluster.client.call(clients.ask_tcp, cluster.there.address, PORT)["name"])
     assert set(names) == {"there"}
     assert waits.result() in {"TimeoutError", "EHOSTUNREACH"}
+
+
+@pytest.mark.parametrize("arguments", [["config", "defaults"], ["run", "--no-such-option"], ["status", "-h"]])
+def test_a_command_that_is_forked_does_what_a_new_interpreter_does(
+    cluster: Cluster, arguments: list[str]
+) -> None:
+    made = subprocess.run([sys.executable, "-m", "ebpfproxy", *arguments], capture_output=True, check=False)
+    forked = cluster.a.start_command(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert forked.communicate(timeout=60) == (made.stdout, made.stderr)
+    assert forked.returncode == made.returncode
+    done = cluster.a.run_command(arguments)
+    assert (done.code, done.output.encode(), done.errors.encode()) == (
+        made.returncode,
+        made.stdout,
+        made.stderr,
+    )
+
+
+def test_a_command_that_is_forked_has_environment_and_folder_of_its_caller(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EBPFPROXY_PROXY_MODE", "no-such-mode")
+    monkeypatch.chdir(tmp_path)
+    forked = cluster.a.start_command(["run", "--write-config-to", "here"], stderr=subprocess.PIPE)
+    assert b"no-such-mode" in forked.communicate(timeout=60)[1]
+    monkeypatch.delenv("EBPFPROXY_PROXY_MODE")
+    assert (
+        cluster.a.start_command(["run", "--write-config-to", "here"], stdout=subprocess.DEVNULL).wait(60) == 0
+    )
+    assert (tmp_path / "here").exists()
+
+
+def test_a_client_is_told_and_killed_as_a_program(cluster: Cluster) -> None:
+    held = cluster.client.fork(clients.hold, cluster.there.address, PORT)
+    other = cluster.client.fork(clients.hold, cluster.there.address, PORT)
+    assert [read_line(each) for each in (held, other)] == ["ready"] * 2
+    held.stdin.write(b"\n")
+    held.stdin.flush()
+    assert read_line(held) == "alive"
+    assert held.poll() is None
+    held.kill()
+    assert (held.wait(), held.poll()) == (-signal.SIGKILL, -signal.SIGKILL)
+    held.terminate()
+    # Nothing but this process has the other end of the pipe.
+    other.stdin.close()
+    assert other.wait() == 0
+    with pytest.raises(RuntimeError, match=r"'tests\.lab\.clients\.hold' ended with 1"):
+        read_line(cluster.client.fork(clients.hold, cluster.there.address, 9))
 
 
 _CALLS = """

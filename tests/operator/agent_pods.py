@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import ssl
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +14,7 @@ from tests.apiserver.certificates import Authority
 from tests.apiserver.containers import Call
 from tests.kube.files import kubeconfig
 from tests.lab import LabNode, Pod
+from tests.lab.processes import Served
 
 TOKEN = "planted-token-of-the-operator"
 Item = dict[str, Any]
@@ -56,20 +54,13 @@ def serving(nodes: list[LabNode], folder: Path) -> Iterator[tuple[ApiServer, Pat
     context.load_cert_chain(*authority.pair("server"))
     by_pod = {f"ebpfproxy-{node.name}": node for node in nodes}
 
-    def start(call: Call) -> subprocess.Popen[bytes]:
+    def start(call: Call) -> Served:
         """As in the container, but for the roots."""
         node = by_pod[call.pod]
         assert call.container == "ebpfproxy"
         assert call.command[:1] == list(PROGRAM[:1])
         roots = {"EBPFPROXY_BPF_ROOT": str(node.bpf_root), "EBPFPROXY_CNI_RESULTS": str(node.cni_results)}
-        return node.popen(
-            [sys.executable, "-m", "ebpfproxy", *call.command[1:]],
-            join_cgroup=False,
-            stdin=-1,
-            stdout=-1,
-            stderr=-1,
-            env={**os.environ, **roots},
-        )
+        return node.start_command(call.command[1:], stdin=-1, stdout=-1, stderr=-1, environment=roots)
 
     with ApiServer(tls=context, tokens={TOKEN}) as server:
         server.containers.start = start

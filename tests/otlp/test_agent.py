@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,10 +99,8 @@ def test_the_log_is_sent_from_its_first_lines_on(receiver: Receiver, agent: Agen
 
 
 def test_decisions_are_sent_by_trace(cluster: OutsideClientCluster, receiver: Receiver, agent: Agent) -> None:
-    command = [sys.executable, "-m", "ebpfproxy", "trace", "--bpf-root", str(cluster.a.bpf_root)]
-    trace = cluster.a.popen(
-        [*command, "--otlp-endpoint", receiver.url], join_cgroup=False, stdout=-1, stderr=-1
-    )
+    command = ["trace", "--bpf-root", str(cluster.a.bpf_root), "--otlp-endpoint", receiver.url]
+    trace = cluster.a.start_command(command, stdout=-1, stderr=-1)
     assert trace.stderr is not None
     assert trace.stderr.readline() == b"tracing\n"
     before = len(receiver.records())

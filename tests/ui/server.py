@@ -6,7 +6,6 @@ import json
 import re
 import select
 import socket
-import sys
 import time
 from http.client import HTTPConnection
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ class Ui:
         self._node = node
         options = ["--listen", "127.0.0.1:0", "--bpf-root", str(node.bpf_root)]
         names = ["--cni-results", str(node.cni_results)]
-        command = [sys.executable, "-m", "ebpfproxy", *before, "ui", *options, *names]
-        self.process = node.popen(command, join_cgroup=False, stdin=stdin, stdout=-1, stderr=-1)
+        command = [*before, "ui", *options, *names]
+        self.process = node.start_command(command, stdin=stdin, stdout=-1, stderr=-1)
         assert self.process.stdout is not None and self.process.stderr is not None
         line = self.process.stdout.readline()
         found = _ADDRESS.fullmatch(line)
@@ -48,7 +47,7 @@ class Ui:
         """Sends SIGTERM; returns the exit code, and what it has written to standard error."""
         self.process.terminate()
         errors = self.process.communicate(timeout=30)[1]
-        return self.process.returncode, errors.decode()
+        return self.process.wait(), errors.decode()
 
 
 def _get(port: int, path: str, headers: dict[str, str]) -> tuple[int, bytes]:

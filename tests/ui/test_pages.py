@@ -12,7 +12,7 @@ import pytest
 from ebpfproxy.datapath.kernel import bpf
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import BALANCER, NODE_PORT, SERVICE_IPS
-from tests.lab import Lab, clients, command, manifests
+from tests.lab import Lab, clients, manifests
 from tests.lab.waiting import until
 from tests.ui import asgi
 
@@ -44,9 +44,8 @@ def ask(cluster: OutsideClientCluster, path: str, **query: str) -> Any:
 
 def said(cluster: OutsideClientCluster, *words: str) -> Any:
     """What a command says as JSON, whatever its exit code."""
-    command.import_commands()
     roots = ["--bpf-root", str(cluster.a.bpf_root)]
-    return json.loads(cluster.a.call(command.run, [*words, "-o", "json", *roots]).output)
+    return json.loads(cluster.a.run_command([*words, "-o", "json", *roots]).output)
 
 
 def names(found: Json) -> list[str]:

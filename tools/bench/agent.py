@@ -197,7 +197,7 @@ def _empty_cache() -> Iterator[None]:
 
 
 def run() -> list[Result]:
-    with Lab() as lab, _empty_cache():
+    with Lab(executes_agents=True) as lab, _empty_cache():
         first = lab.node("node-a")
         agent, results = start(first, start_api(first, SERVICES, endpoints=ENDPOINTS), "compiling", COMPILED)
         agent.stop()

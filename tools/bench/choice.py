@@ -173,7 +173,7 @@ def compared(way: Way, samples: dict[Way, list[float]]) -> Result:
 
 
 def choices(rounds: int) -> list[Result]:
-    with Lab() as lab, run_statistics():
+    with Lab(executes_agents=True) as lab, run_statistics():
         measure = start(lab)
         # The first time is not like the others: what is learnt (affinity), faulted in, translated.
         in_turns(WAYS, 2, measure)

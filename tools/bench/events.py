@@ -191,7 +191,7 @@ def _connect_at_rate(space: Space) -> None:
 
 
 def run(seconds: float, rounds: int) -> list[Result]:
-    with tempfile.TemporaryDirectory() as folder, Lab() as lab:
+    with tempfile.TemporaryDirectory() as folder, Lab(executes_agents=True) as lab:
         bench = Bench(lab, build(Path(folder)))
         with run_statistics():
             results = list(bench.levels(rounds))

@@ -189,7 +189,11 @@ def _result(row: Row, own: list[Sample], nothing: list[Sample], others: dict[str
 
 
 def run(rounds: int, checkout: Path | None = None) -> list[Result]:
-    with tempfile.TemporaryDirectory() as folder, Lab(takes_xdp=True) as lab, run_statistics():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(takes_xdp=True, executes_agents=True) as lab,
+        run_statistics(),
+    ):
         bench = Bench(lab, build(Path(folder)), checkout)
         samples = bench.samples(rounds)
         return [

@@ -137,7 +137,7 @@ class Bench:
 
 
 def run(seconds: float, rounds: int) -> list[Result]:
-    with tempfile.TemporaryDirectory() as folder, Lab() as lab:
+    with tempfile.TemporaryDirectory() as folder, Lab(executes_agents=True) as lab:
         bench = Bench(lab, build(Path(folder)))
         with run_statistics():
             results = list(bench.programs(rounds))

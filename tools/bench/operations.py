@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ebpfproxy.datapath.kernel import bpf
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 from tools.bench.runtime import Runs, runs
 from tools.bench.sockets import ON_ONE_CPU
 

@@ -93,7 +93,7 @@ def run(seconds: float, rounds: int) -> list[Result]:
         for way, options in (("", ()), (", bypass", BYPASS), (", XDP", XDP)):
             for services in (1, 10_000):
                 label = f"{services} Service{'s' if services > 1 else ''}{way}"
-                with Lab(takes_xdp=options == XDP) as lab:
+                with Lab(takes_xdp=options == XDP, executes_agents=True) as lab:
                     bench = Bench(lab, program, services, *options)
                     results += _compare(bench, program, label, seconds, rounds)
     return results

@@ -134,7 +134,7 @@ def start_api(
 
 def run(seconds: float, rounds: int) -> list[Result]:
     results = []
-    with tempfile.TemporaryDirectory() as folder, Lab() as lab:
+    with tempfile.TemporaryDirectory() as folder, Lab(executes_agents=True) as lab:
         program = build(Path(folder))
         for services in (1, 10_000):
             bench = Bench(lab, program, services)

@@ -229,7 +229,7 @@ def tamper(node: LabNode) -> None:
 
 def main() -> None:
     began = time.monotonic()
-    with Lab() as lab:
+    with Lab(executes_agents=True) as lab:
         run(Demo(lab))
         took = time.monotonic() - began
     print(f"\ndemo passed in {took:.1f} s; everything it made is removed")

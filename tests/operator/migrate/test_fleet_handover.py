@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from ebpfproxy.datapath.kernel.roots import pin_folder
-from tests.lab import Lab, manifests, waiting
+from tests.lab import Lab, command, manifests, waiting
+from tests.lab.spaces import OWN
 from tests.operator.migrate import control_plane, rules
 from tests.operator.migrate.control_plane import ControlPlane, serving
 from tests.operator.migrate.kube_proxy_cluster import KubeProxyCluster, broken, cluster_objects
@@ -54,17 +53,17 @@ class Cluster(KubeProxyCluster):
 
         waiting.until(ready, f"no pods of {owner}", 60)
 
-    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *arguments: str) -> command.Done:
         """Runs the command as an operator does, in a process outside of the nodes."""
-        command = [sys.executable, "-m", "ebpfproxy", "migrate", *arguments, "--master", self.url]
-        return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        command.import_commands()
+        return OWN.call(command.run, ["migrate", *arguments, "--master", self.url], timeout=200)
 
     def good(self, *arguments: str) -> str:
         """Returns the output of a command that exits with 0."""
-        completed = self.call(*arguments)
-        assert completed.returncode == 0, completed.stdout + completed.stderr
-        print(f"$ ebpfproxy migrate {' '.join(arguments)}\n{completed.stdout}")
-        return completed.stdout
+        done = self.call(*arguments)
+        assert done.code == 0, done.output + done.errors
+        print(f"$ ebpfproxy migrate {' '.join(arguments)}\n{done.output}")
+        return done.output
 
     def all_connections(self) -> list[LongConnection]:
         targets = [
@@ -104,9 +103,9 @@ def running_cluster(mode: str) -> Iterator[Cluster]:
 def test_migration_and_rollback_of_two_nodes_under_load_keep_long_connections(mode: str) -> None:
     with running_cluster(mode) as cluster:
         rejected = cluster.call("plan", "--all-nodes", "--image", "x")
-        assert rejected.returncode == 1
-        assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in rejected.stdout, (
-            rejected.stdout + rejected.stderr
+        assert rejected.code == 1
+        assert "node-a1: nothing is pinned below /host/bpf/ebpfproxy: no agent has run" in rejected.output, (
+            rejected.output + rejected.errors
         )
         connections = cluster.all_connections()
         assert broken(connections) == {}

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from tests.lab import clients
-from tests.lab.spaces import Space, read_line
+from tests.lab.processes import read_line
+from tests.lab.spaces import Space
 from tests.lab.waiting import READY_SECONDS
 
 #: Ten such clients send a request every 2 ms and leave most of the processor to the tested code.

@@ -76,7 +76,8 @@ class Cluster(TwoNodeCluster):
             f"clientConnection: {{kubeconfig: {lab.folder}/agent.conf}}\n"
         )
         (lab.folder / "agent.conf").write_text(yaml.safe_dump({"users": [{"name": "u", "user": _USER}]}))
-        self.started: Agent = self.agent("--config", str(config)).start()
+        # Its command line and environment are in the archive.
+        self.started: Agent = self.agent("--config", str(config)).start(executes=True)
         with self.started.log.open("a") as log:
             log.write(_LOG)
         assert self.started.process is not None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.lab import Lab, LabNode, Pod, command, manifests, servers
+from tests.lab import Lab, LabNode, Pod, manifests, servers
 from tests.lab.manifests import endpoint, service, slice_of
 
 pytestmark = pytest.mark.root
@@ -53,9 +53,8 @@ def manifest_node() -> Iterator[ManifestNode]:
 
 
 def run(manifest_node: ManifestNode, folder: Path) -> tuple[int, dict[str, Any]]:
-    command.import_commands()
     words = ["test", "--manifests", str(folder), "-o", "json", "--bpf-root", str(manifest_node.node.bpf_root)]
-    done = manifest_node.node.call(command.run, words)
+    done = manifest_node.node.run_command(words)
     assert done.errors == ""
     return done.code, json.loads(done.output)
 
@@ -107,12 +106,11 @@ def test_each_difference_is_a_sentence(manifest_node: ManifestNode, tmp_path: Pa
 
 def test_unreadable_file_is_no_result(manifest_node: ManifestNode, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("apiVersion: v1\nkind: Service\nspec: 1\n")
-    command.import_commands()
     words = ["test", "--manifests", str(tmp_path), "--bpf-root", str(manifest_node.node.bpf_root)]
-    done = manifest_node.node.call(command.run, words)
+    done = manifest_node.node.run_command(words)
     assert (done.code, done.output) == (2, "")
     assert "a.yaml: document 1, Service" in done.errors
     (tmp_path / "a.yaml").write_text("")
-    done = manifest_node.node.call(command.run, words)
+    done = manifest_node.node.run_command(words)
     assert (done.code, done.output) == (2, "")
     assert "no Service has an address" in done.errors

@@ -17,6 +17,7 @@
 #include "lib/conntrack.h"
 #include "lib/decision_packet.h"
 #include "lib/filter.h"
+#include "lib/measure.h"
 #include "lib/service.h"
 #include "lib/stale.h"
 

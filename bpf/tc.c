@@ -19,6 +19,7 @@
 #include "lib/flow.h"
 #include "lib/frontend.h"
 #include "lib/glance.h"
+#include "lib/measure_packet.h"
 #include "lib/packet.h"
 #include "lib/reject.h"
 #include "lib/rewrite.h"
@@ -152,29 +153,6 @@ static __always_inline int translate(struct __sk_buff *skb, const struct packet 
 	if ((nat->flags & (NAT_HOST | NAT_REPLY)) == (NAT_HOST | NAT_REPLY))
 		return deliver(skb, nat);
 	return PASS;
-}
-
-/*
- * Measures a packet that has been translated. The verifier forgets the verdict, which it reads back
- * from a map: so it walks through this once, and not once for each verdict.
- */
-static __always_inline int measure_translated(struct __sk_buff *skb, const struct packet *p,
-					      int verdict)
-{
-	volatile int *kept = &scratch_of(p)->verdict;
-	u32 length = skb->len - L3_OFFSET, segments = skb->gso_segs;
-
-	*kept = verdict;
-	measure_packet(p);
-	if (MEASURE_TRAFFIC) {
-		/* clang would else read either length with one instruction. */
-		barrier_var(length);
-		/* A short frame has padding. IP's header of several segments may have no length. */
-		if (!segments)
-			length = p->l3_length;
-		measure_size(p, length, segments);
-	}
-	return *kept;
 }
 
 /*

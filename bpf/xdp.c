@@ -13,6 +13,7 @@
 #include "lib/fib.h"
 #include "lib/filter.h"
 #include "lib/frame.h"
+#include "lib/measure_packet.h"
 #include "lib/next_hop.h"
 #include "lib/verdict.h"
 #include "lib/xdp.h"

@@ -55,11 +55,12 @@
 #ifndef EBPFPROXY_CONNTRACK_H
 #define EBPFPROXY_CONNTRACK_H
 
+#include "branchless.h"
 #include "events.h"
 #include "filter.h"
 #include "load.h"
 #include "maps.h"
-#include "measure.h"
+#include "options.h"
 #include "scratch.h"
 #include "tcp_state.h"
 
@@ -329,37 +330,6 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 	/* TCP packets have flags, except later fragments. */
 	if (tcp_flags && !(tcp_flags & TCP_RST))
 		note_sequence(p, nat, entry);
-}
-
-/*
- * Measures how long a TCP flow took to be established, or counts that it was not, from the first
- * packet of its reply direction. It is called where little is left to be verified.
- */
-static __always_inline void measure_packet(const struct packet *p)
-{
-	const u8 tcp_flags = p->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST);
-	const struct scratch *s = scratch_of(p);
-	const struct nat *nat = &s->entry;
-
-	if (!MEASURE_CONNECTIONS || !s->is_first_reply || nat->flags & NAT_SOURCE)
-		return;
-	if (tcp_flags == (TCP_SYN | TCP_ACK))
-		measure_connect(nat->service_id, (bpf_ktime_get_ns() - nat->created) / 1000);
-	else if (tcp_flags & TCP_RST && !nat->end)
-		measure_failure(nat->service_id, nat->backend_id, FAILURE_RESET);
-}
-
-/*
- * Counts a packet that was translated, for its Service; a masquerade's translation is another.
- * @segments is 0 where the packet is not one that the kernel made of several.
- */
-static __always_inline void measure_size(const struct packet *p, u64 bytes, u64 segments)
-{
-	const struct nat *nat = &scratch_of(p)->entry;
-
-	if (!(nat->flags & NAT_SOURCE))
-		measure_traffic(nat->service_id, nat->flags & NAT_REPLY, bytes,
-				segments + !segments);
 }
 
 /* Inserts the entry @s->key, which translates nothing, or refreshes it. */

@@ -148,6 +148,13 @@ static __always_inline enum insert insert_source(struct __sk_buff *skb, struct s
 	return conntrack_put(s, conntrack_lookup(&s->key));
 }
 
+/* A flow's entries do not fit, or no port is free: insert_anyway() goes on from here. */
+static __always_inline int insert_failed(struct scratch *s, enum insert done)
+{
+	s->failed = done;
+	return NOT_INSERTED;
+}
+
 /* Sets @key to what the original direction, with the entry @nat, has become where it leaves. */
 static __always_inline void masquerade_key(struct flow *key, const struct nat *nat, u8 proto)
 {

@@ -34,7 +34,7 @@ struct scratch {
 	} noted;	    /* see decision_packet.h */
 	u32 failed;	    /* enum insert: see insert_anyway() */
 	u32 is_first_reply; /* see measure_packet() */
-	int verdict;	    /* see measure_translated() in tc.c */
+	int verdict;	    /* see measure_translated() */
 	u64 tick;	    /* see coarse_now() */
 	u64 now;
 	union {

@@ -231,7 +231,8 @@ def test_idle_watch_logs_nothing(pages_or_streams: ApiServer, caplog: pytest.Log
     caplog.clear()
     asked = len(pages_or_streams.requests)
     follower.until(lambda: len(pages_or_streams.requests) > asked, "the watch is not renewed")
-    assert caplog.records == []
+    # What an earlier test of the worker has left behind may still log, such as an exporter that tries again.
+    assert [each for each in caplog.records if each.name.startswith(("ebpfproxy", "urllib3"))] == []
     assert follower.reflector.status.failures == {}
     follower.reflector.stop()
 

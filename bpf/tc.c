@@ -211,13 +211,10 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	/* A VLAN's packets come again on the VLAN device itself. */
 	if (skb->vlan_present || !read_addresses(skb, p))
 		return PASS;
-	if (!may_concern_ingress(&p->flow.src, &p->flow.dst, p->proto))
-		return PASS;
-	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src)) {
+	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_outside_client(skb, p);
-		if (!concerns_ingress(&p->flow.src, &p->flow.dst, p->proto))
-			return PASS;
-	}
+	if (!concerns_ingress(&p->flow.src, &p->flow.dst, p->proto))
+		return PASS;
 	if (!is_addressed_to_us(skb))
 		return PASS;
 	parsed = read_ports(skb, p);

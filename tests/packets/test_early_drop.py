@@ -184,12 +184,18 @@ def test_client_that_expects_no_reply_keeps_its_port_while_it_sends(clients: Cli
     assert log.snat_port == port
 
 
-def test_half_open_connections_lose_their_port(clients: Clients) -> None:
-    """The backend has answered the forged SYN, and nobody acknowledges that."""
+def _half_open(clients: Clients) -> list[Client]:
+    """Opens as many connections as there are ports; nobody acknowledges what the backend has answered."""
     flood = [clients.new() for _ in range(COUNT)]
     for each in flood:
         assert each.original()
         assert each.reply() == each.address
+    return flood
+
+
+def test_half_open_connections_lose_their_port(clients: Clients) -> None:
+    """The backend has answered the forged SYN, and nobody acknowledges that."""
+    flood = _half_open(clients)
     client = clients.new()
     client.establish()
     assert sum(not clients.entries(each) for each in flood) == 1
@@ -197,10 +203,7 @@ def test_half_open_connections_lose_their_port(clients: Clients) -> None:
 
 
 def test_packet_of_a_flow_that_has_lost_its_port_does_not_leave_by_it(clients: Clients) -> None:
-    flood = [clients.new() for _ in range(COUNT)]
-    for each in flood:
-        assert each.original()
-        assert each.reply() == each.address
+    flood = _half_open(clients)
     client = clients.new()
     client.establish()
     (lost,) = (each for each in flood if not clients.entries(each))

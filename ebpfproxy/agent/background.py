@@ -1,4 +1,4 @@
-"""How the reconciler gives slow work to a worker thread."""
+"""How the reconciler gives slow work to a worker thread, and what that gives back."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ class BackgroundRunner(Protocol):
     """Runs ``work`` in a worker, and then ``then`` with its result in the reconciler."""
 
     def __call__(self, work: Callable[[], R], then: Callable[[R], None], /) -> None: ...
+
+
+class HandOver(Protocol):
+    """Runs ``then`` in the reconciler; called by a worker, before the result of its work."""
+
+    def __call__(self, then: Callable[[], None], /) -> None: ...

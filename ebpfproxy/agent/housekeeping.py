@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ebpfproxy.agent.agent_options import AgentOptions
-from ebpfproxy.agent.background import BackgroundRunner
+from ebpfproxy.agent.background import BackgroundRunner, HandOver
 from ebpfproxy.agent.forgotten_sockets import ForgottenSockets
 from ebpfproxy.agent.stale_sockets import Ended, end_stale_sockets, peers_of
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
@@ -50,6 +50,7 @@ class Housekeeping:
         grace: Grace,
         metrics: AgentMetrics,
         background: BackgroundRunner,
+        hand_over: HandOver,
     ) -> None:
         self._options = options
         self._maps = maps
@@ -57,6 +58,7 @@ class Housekeeping:
         self._grace = grace
         self._metrics = metrics
         self._background = background
+        self._hand_over = hand_over
         self.clients = ClientNamespaces(maps)
         self._sweeper: Sweeper | None = None
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
@@ -65,6 +67,8 @@ class Housekeeping:
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Removed backends whose sockets have been closed.
         self._ended: dict[BackendUse, Removal] = {}
+        #: Redirects for which there was no room, in this round.
+        self._refused = 0
         #: Conntrack entries after the last sweep, and how many have been evicted so far.
         self.entries = 0
         self.evicted = 0
@@ -124,25 +128,28 @@ class Housekeeping:
     def _redirect(self, wanted: dict[bytes, bytes]) -> None:
         """Called from a worker. Sockets for whose redirect there is no room are closed."""
 
-        def redirect(_: None) -> None:
+        def redirect() -> None:
             refused = self._writer.redirects.add(wanted)
             if refused:
+                self._refused += len(refused)
                 stale = peers_of({key: wanted[key] for key in refused})
                 self._background(
                     lambda: len(end_sockets(stale)), lambda n: self._metrics.ended_sockets("UDP", n)
                 )
 
-        self._background(lambda: None, redirect)
+        # Not a worker's result: that could come after the round's, which says how many are redirected.
+        self._hand_over(redirect)
 
     def _sockets_ended(self, result: Ended) -> None:
         self._ending = False
         self._ended.update(result.removed)
         for protocol, number in result.ended.items():
             self._metrics.ended_sockets(protocol, number)
-        self._metrics.redirected_sockets(result.redirected)
+        redirected, self._refused = result.redirected - self._refused, 0
+        self._metrics.redirected_sockets(redirected)
         self._metrics.sockets_not_found(result.unseen)
-        if result.redirected:
-            log.info("redirected stale sockets", UDP=result.redirected)
+        if redirected:
+            log.info("redirected stale sockets", UDP=redirected)
         if any(result.ended.values()) or result.unseen:
             log.info("closed stale sockets", **result.ended, not_found=result.unseen)
 

@@ -74,6 +74,10 @@ class Messages:
 
         self._workers.submit(work).add_done_callback(done)
 
+    def hand_over(self, then: Callable[[], None]) -> None:
+        """Has the reconciler call this: before the result of a worker that hands it over."""
+        self.put(Finished(then))
+
     def ask(self, question: Callable[[Future[R]], object]) -> Future[R]:
         """Has the reconciler call ``question`` with what this returns: it sets the result, now or later."""
         answer: Future[R] = Future()

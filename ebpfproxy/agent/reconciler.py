@@ -215,7 +215,13 @@ class Agent:
         )
         background = self._messages.run
         self._housekeeping = Housekeeping(
-            options, self._maps, self._writer, grace=grace, metrics=self._metrics, background=background
+            options,
+            self._maps,
+            self._writer,
+            grace=grace,
+            metrics=self._metrics,
+            background=background,
+            hand_over=self._messages.hand_over,
         )
         self._programs = ProgramManager(
             options, self._maps, pins, features, background, handover=self._handover

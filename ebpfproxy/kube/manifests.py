@@ -256,6 +256,8 @@ def parse(text: str) -> Iterator[Object]:
 
 def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:
     kind = document.get("kind")
+    if not isinstance(kind, str | None):
+        raise ManifestError(f"{where}: kind: not a string")
     if kind == "List" or kind in _LISTS:
         items = document.get("items")
         if not isinstance(items, list | None):

@@ -39,6 +39,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if properties and _WORKER not in os.environ:
         _found.add(report.nodeid, str(properties[-1]))
         _found.write()
+        if report.failed:
+            # A run of hours need not get to its end, where pytest says what has failed.
+            print(report.longreprtext, flush=True)
 
 
 @pytest.fixture(scope="module")

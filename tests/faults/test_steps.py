@@ -157,6 +157,23 @@ def test_agent_killed_at_every_step_of_a_first_start(faulted: Faulted) -> None:
 
 
 @pytest.mark.faults
+def test_agent_killed_before_what_it_attached_to_a_device_is_in_its_place(faulted: Faulted) -> None:
+    """kill -9 when a link to a device is pinned beside its place: the next start takes it over, and fails at no device."""
+    faulted.a.cli("cleanup")
+    for place in ("tc-1-egress", "tc-2-egress", "tc-2-ingress"):
+        step = Step(f"rename *ebpfproxy/links/{place}")
+        agent, stepped = start(faulted, lambda each, at=step: _KILL if each == at else None)  # type: ignore[misc]
+        assert not wait_end(agent)
+        stepped.join()
+    agent = faulted.agent().start()
+    assert "failed to attach" not in agent.text, agent.text
+    faulted.wait_equal()
+    with faulted.under_load("after kill -9 before a link to a device is in its place"):
+        time.sleep(0.5)
+    agent.stop()
+
+
+@pytest.mark.faults
 def test_agent_killed_at_every_step_of_a_restart(faulted: Faulted) -> None:
     """kill -9 at every step of a restart with the same maps."""
     faulted.agent().start().kill()

@@ -19,6 +19,7 @@ from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu
 from tests.lab import Lab
+from tests.lab.waiting import until
 from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
 from tests.packets.test_flows import ends_of, segment
 from tests.packets.wire import DROP, PASS, REDIRECT, Wire, ip_of
@@ -126,6 +127,10 @@ class Clients:
             value[_LAST] = U64.pack(entry.nat.last - seconds * 10**9)
             self.tables["conntrack"].update(entry.key, bytes(value))
 
+    def has_timeouts(self) -> bool:
+        """True once the agent has told the programs, with its first sweep, when a flow has timed out."""
+        return any(self.tables.shared("sweep").words()[1:129])
+
     def early_drops(self) -> int:
         return counters(self.tables["packet_events"])[PacketEvent.EARLY_DROPS]
 
@@ -225,6 +230,29 @@ def test_established_flows_keep_their_ports(clients: Clients, protocol: str) -> 
     assert clients.early_drops() == before
     assert all(each.is_alive() for each in kept)
     assert counters(clients.tables["packet_events"])[PacketEvent.PORTS_TAKEN] >= 20
+
+
+#: Just longer than a flow may be silent that had a reply (Timeouts). In TCP that is a day, and this machine may be younger.
+SILENT = {"UDP": 31, "SCTP": 301}
+
+
+@pytest.mark.parametrize("protocol", SILENT)
+def test_flow_that_has_timed_out_loses_its_port(clients: Clients, protocol: str) -> None:
+    """The agent ends such flows, but while none runs their ports would all be taken after a while."""
+    kept = [clients.new(protocol) for _ in range(COUNT)]
+    for each in kept:
+        each.establish()
+    until(clients.has_timeouts, "there is no sweep")
+    over, *kept = kept
+    for each in kept:
+        clients.silence(each, SILENT[protocol] - 5)
+    assert not clients.new(protocol).original(), "no flow is over"
+    clients.silence(over, SILENT[protocol])
+    client = clients.new(protocol)
+    client.establish()
+    assert client.snat_port == over.snat_port
+    assert not clients.entries(over)
+    assert all(each.is_alive() for each in [*kept, client])
 
 
 def test_established_flows_keep_their_ports_in_a_flood(clients: Clients, protocol: str) -> None:

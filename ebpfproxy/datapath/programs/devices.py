@@ -272,7 +272,7 @@ def _direction(hook: Hook) -> str:
 
 
 def _finish_pins(links: Path) -> None:
-    """Brings to its place what a killed agent has pinned beside it: no device takes the same program twice."""
+    """Brings to its place what a killed agent has pinned beside it: a device takes no program twice."""
     for path in links.glob("tc-*-new"):
         path.replace(path.with_name(path.name.removesuffix("-new")))
 

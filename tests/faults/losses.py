@@ -25,18 +25,18 @@ def here() -> Counter[str]:
 
 def _found() -> Iterator[tuple[str, int]]:
     for file in ("snmp", "netstat"):
-        lines = [line.split() for line in (_NET / file).read_text().splitlines()]
-        for (kind, *names), (_, *values) in zip(lines[::2], lines[1::2], strict=True):
+        words = [line.split() for line in (_NET / file).read_text().splitlines()]
+        for (kind, *names), (_, *values) in zip(words[::2], words[1::2], strict=True):
             for name, value in zip(names, values, strict=True):
                 if f"{kind}{name}".replace(":", ".") in _SNMP:
                     yield f"{kind} {name}", int(value)
-    for file, names in _TABLES.items():
+    for file, columns in _TABLES.items():
         if (_NET / "stat" / file).exists():
             head, *rows = [line.split() for line in (_NET / "stat" / file).read_text().splitlines()]
-            for name in names:
+            for name in columns:
                 yield f"{file} {name}", sum(int(row[head.index(name)], 16) for row in rows)
     for line in (_NET / "dev").read_text().splitlines()[2:]:
-        device, _, values = line.partition(":")
-        received, sent = values.split()[2:4], values.split()[10:12]
+        device, _, text = line.partition(":")
+        received, sent = text.split()[2:4], text.split()[10:12]
         yield f"{device.strip()} received, errors and dropped", sum(map(int, received))
         yield f"{device.strip()} sent, errors and dropped", sum(map(int, sent))

@@ -50,7 +50,7 @@ static __always_inline bool is_silent(const struct sweep *s, const struct flow *
 				      const struct nat *nat, u8 seen)
 {
 	const bool lasted = (s64)(nat->last - nat->created) >= (s64)NSEC_PER_SEC;
-	const u32 row = timeouts_of(service_protocol(flow->proto));
+	const u32 row = timeouts_of(flow->proto);
 
 	return (s64)(s->now - nat->last) > (s64)timeout(s, row, seen, lasted);
 }

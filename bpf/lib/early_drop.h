@@ -52,7 +52,7 @@ static __always_inline u64 has_port_of_ours(const struct nat *nat)
  */
 static __always_inline bool find_unconfirmed(struct scratch *s)
 {
-	const u32 row = timeouts_of(service_protocol(s->key.proto));
+	const u32 row = timeouts_of(s->key.proto);
 	volatile u64 *oldest = &s->unconfirmed.last;
 	const u64 now = coarse_now(s);
 	u32 start = bpf_get_prandom_u32() % MASQUERADE_RANGE;
@@ -93,7 +93,7 @@ static __always_inline bool find_unconfirmed(struct scratch *s)
  */
 static __always_inline bool end_unconfirmed(struct scratch *s)
 {
-	const u32 row = timeouts_of(service_protocol(s->key.proto));
+	const u32 row = timeouts_of(s->key.proto);
 	struct flow *original = &s->unconfirmed.original, *reply = &s->unconfirmed.reply;
 	struct nat *in_map, *nat, *counted;
 

@@ -17,15 +17,18 @@ enum timeouts {
 	TIMEOUTS_OTHER,
 };
 
+/* It has no branch, as the verifier would walk on from each row. */
 static __always_inline u32 timeouts_of(u8 proto)
 {
-	return proto == IPPROTO_TCP    ? TIMEOUTS_TCP
-	       : proto == IPPROTO_UDP  ? TIMEOUTS_UDP
-	       : proto == IPPROTO_SCTP ? TIMEOUTS_SCTP
-				       : TIMEOUTS_OTHER;
+	const u64 is_tcp = is_zero(proto ^ IPPROTO_TCP), is_sctp = is_zero(proto ^ IPPROTO_SCTP);
+	const u64 is_udp = is_zero(proto ^ IPPROTO_UDP) | is_zero(proto ^ IPPROTO_UDPLITE);
+
+	return TIMEOUTS_OTHER - (TIMEOUTS_OTHER - TIMEOUTS_TCP) * is_tcp -
+	       (TIMEOUTS_OTHER - TIMEOUTS_UDP) * is_udp -
+	       (TIMEOUTS_OTHER - TIMEOUTS_SCTP) * is_sctp;
 }
 
-/* Returns for how long a flow may be silent, ns; 0 before the agent's first sweep. */
+/* Returns for how long a flow may be silent, ns. The agent sets it before it attaches programs. */
 static __always_inline u64 timeout(const struct sweep *s, u32 row, u8 seen, u64 lasted)
 {
 	u32 at = row * 32 + (seen & 15) * 2 + lasted;
@@ -43,7 +46,7 @@ static __always_inline u64 is_over(const struct nat *original, const struct nat 
 	const u64 lasted = is_less(original->created + NSEC_PER_SEC - 1, last);
 	const u64 limit = timeout(map_value(sweep), row, original->seen | reply->seen, lasted);
 
-	return is_less(last + limit, now) & (is_zero(limit) ^ 1);
+	return is_less(last + limit, now);
 }
 
 #endif

@@ -19,7 +19,6 @@ from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu
 from tests.lab import Lab
-from tests.lab.waiting import until
 from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
 from tests.packets.test_flows import ends_of, segment
 from tests.packets.wire import DROP, PASS, REDIRECT, Wire, ip_of
@@ -126,10 +125,6 @@ class Clients:
             value = bytearray(entry.value)
             value[_LAST] = U64.pack(entry.nat.last - seconds * 10**9)
             self.tables["conntrack"].update(entry.key, bytes(value))
-
-    def has_timeouts(self) -> bool:
-        """True once the agent has told the programs, with its first sweep, when a flow has timed out."""
-        return any(self.tables.shared("sweep").words()[1:129])
 
     def early_drops(self) -> int:
         return counters(self.tables["packet_events"])[PacketEvent.EARLY_DROPS]
@@ -242,7 +237,6 @@ def test_flow_that_has_timed_out_loses_its_port(clients: Clients, protocol: str)
     kept = [clients.new(protocol) for _ in range(COUNT)]
     for each in kept:
         each.establish()
-    until(clients.has_timeouts, "there is no sweep")
     over, *kept = kept
     for each in kept:
         clients.silence(each, SILENT[protocol] - 5)

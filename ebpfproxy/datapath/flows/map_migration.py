@@ -24,7 +24,7 @@ from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
-#: All that is read here. A change of any of their structs raises SCHEMA_VERSION.
+#: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
 _READ = frozenset(
     {
         *_AS_THEY_ARE,
@@ -39,6 +39,8 @@ _READ = frozenset(
         "service_names",
         "backend_filter",
         "backend_ports",
+        "selections",
+        "slots",
         "sock_origin",
         "sock_origin_overflow",
         "sock_peers",

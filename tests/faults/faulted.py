@@ -138,11 +138,14 @@ class Faulted:
         }
 
     @contextmanager
-    def under_load(self, fault: str, kinds: Sequence[str] = KINDS, *, packets: bool = True) -> Iterator[None]:
+    def under_load(
+        self, fault: str, kinds: Sequence[str] = KINDS, *, packets: bool = True, sockets: bool = True
+    ) -> Iterator[None]:
         """The assertion for all faults: nothing is lost meanwhile; :meth:`wait_equal` is its other half.
 
-        ``fault``: what the table of results calls it. ``packets``: it holds for the load from outside, too, which is
-        counted anyway; nothing is answered by a wrong backend in any case.
+        ``fault``: what the table of results calls it. ``packets``: it holds for the load from outside, too, and
+        ``sockets`` for that from a pod; both are counted anyway, and nothing is answered by a wrong backend in any
+        case.
         """
         ways = self.ways()
         loads = {
@@ -165,7 +168,7 @@ class Faulted:
             for place, results in found.items()
             for each in results
             for when, why in each.lost
-            if packets or place == "pod" or WrongBackendError.__name__ in why
+            if (sockets if place == "pod" else packets) or WrongBackendError.__name__ in why
         ]
         assert not lost, (
             f"{len(lost)} lost:\n"

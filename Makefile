@@ -66,8 +66,8 @@ test-faults: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m "faults or not faults" -v -n 2 --dist worksteal $(FAULTS)
 
 # Bad input: coverage-guided fuzzing of what decodes others' data, a million steps of the tracker and the writer, ten
-# million packets. ARGUMENTS="packets --packets 1000000" takes a part, which EBPFPROXY_FUZZ_KEPT=FILE keeps
-# until all are there.
+# million packets. ARGUMENTS="packets --packets 1000000" takes a part; the section of
+# docs/tested.md has it beside those that EBPFPROXY_FUZZ_KEPT=FILE has kept.
 fuzz: setup
 	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)

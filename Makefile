@@ -58,7 +58,7 @@ test-image: setup
 test-cluster: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m cluster -v -n 2 --dist loadscope --no-loadscope-reorder tests/cluster
 
-# The agent, its node and the API server fail in all ways that are known here, under load. The whole takes an hour.
+# The agent, its node and the API server fail in all ways that are known here, under load. The whole takes hours.
 # EBPFPROXY_FAULTS_EVERY=9 takes one of nine steps, with EBPFPROXY_FAULTS_PART=1 to 8 others. FAULTS=tests/faults/test_api.py
 # takes a part of the tests; the section of docs/tested.md keeps what others have found in EBPFPROXY_FAULTS_KEPT=FILE.
 FAULTS ?= tests/faults
@@ -66,7 +66,8 @@ test-faults: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m "faults or not faults" -v -n 2 --dist worksteal $(FAULTS)
 
 # Bad input: coverage-guided fuzzing of what decodes others' data, a million steps of the tracker and the writer, ten
-# million packets. ARGUMENTS="packets --packets 1000000" takes a part.
+# million packets. ARGUMENTS="packets --packets 1000000" takes a part; the section of
+# docs/tested.md has it beside those that EBPFPROXY_FUZZ_KEPT=FILE has kept.
 fuzz: setup
 	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)

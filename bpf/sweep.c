@@ -20,6 +20,7 @@
 #include "lib/measure.h"
 #include "lib/service.h"
 #include "lib/stale.h"
+#include "lib/timeout.h"
 
 /*
  * A run takes so many entries, or words of flow_filter: calling the program takes longer than one
@@ -27,14 +28,6 @@
  */
 #define ENTRIES_OF_A_RUN 8
 #define WORDS_OF_A_RUN	 128
-
-/* A row of sweep.limits for each. */
-enum timeouts {
-	TIMEOUTS_TCP,
-	TIMEOUTS_UDP,
-	TIMEOUTS_SCTP,
-	TIMEOUTS_OTHER,
-};
 
 static __always_inline struct sweep *sweep_of(void)
 {
@@ -57,15 +50,9 @@ static __always_inline bool is_silent(const struct sweep *s, const struct flow *
 				      const struct nat *nat, u8 seen)
 {
 	const bool lasted = (s64)(nat->last - nat->created) >= (s64)NSEC_PER_SEC;
-	const u8 proto = service_protocol(flow->proto);
-	const u32 row = proto == IPPROTO_TCP	? TIMEOUTS_TCP
-			: proto == IPPROTO_UDP	? TIMEOUTS_UDP
-			: proto == IPPROTO_SCTP ? TIMEOUTS_SCTP
-						: TIMEOUTS_OTHER;
-	u32 at = row * 32 + (seen & 15) * 2 + lasted;
+	const u32 row = timeouts_of(flow->proto);
 
-	barrier_var(at);
-	return (s64)(s->now - nat->last) > (s64)s->limits[at & 127];
+	return (s64)(s->now - nat->last) > (s64)timeout(s, row, seen, lasted);
 }
 
 /* Says if an entry is of a flow that ends now because its backend has left the Service. */

@@ -5,7 +5,10 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
+import pytest
+
 from tests import tested
+from tests.faults import report
 
 DAY = date(2026, 11, 28)
 
@@ -31,3 +34,37 @@ def test_the_same_section_leaves_the_page_as_it_is(tmp_path: Path) -> None:
     before = page.read_text()
     tested.write(page, "Kernels", "make kernels", DAY, 90, ["one"])
     assert page.read_text() == before
+
+
+def _ended(name: str, outcome: str, lost: int) -> str:
+    report.add_steps(name, 10)
+    report.add_probes(name, 100, lost)
+    return report.end(7, f"{name} says.", outcome, 60)
+
+
+def test_faults_in_parts_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a test add up, the same part again replaces itself, and a part that is missing is said to be missing."""
+    page = tmp_path / "tested.md"
+    monkeypatch.setenv(tested.PAGE, str(page))
+    monkeypatch.setenv("EBPFPROXY_FAULTS_KEPT", str(tmp_path / "kept"))
+    for number, lost in ((0, 1), (0, 0), (1, 2)):
+        report.begin()
+        report.take_part(number, 3)
+        found = report.Found()
+        found.add("b.py::ladder", _ended("ladder", "failed" if lost == 1 else "passed", lost))
+        report.begin()
+        found.add("a.py::whole", _ended("whole", "passed", lost))
+        found.write()
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:4] == [
+        "| whole | 10 |  |  |  |  | 2 of 100 |",
+        "| ladder | 20 |  |  |  |  | 2 of 200 |",
+    ]
+    assert [row.split(" | ")[:3] for row in rows[6:]] == [
+        ["| whole says.", "passed", "60 s"],
+        ["| ladder says.", "passed (part 1, 2 of 3)", "120 s"],
+    ]
+    report.begin()
+    found.add("b.py::ladder", _ended("ladder", "passed", 0))
+    assert "| ladder says. | passed | 60 s |" in "\n".join(found.lines())
+    report.begin()

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Early drop: where a new masqueraded flow finds no free port, it gets that of a flow which is not
- * confirmed, and which ends. So a flood from forged addresses ends its own flows. Netfilter does
- * the same where its table is full, but not where ports are short.
+ * confirmed, or has timed out, and which ends. So a flood from forged addresses ends its own flows,
+ * and no port is lost while no agent sweeps. Netfilter does the same where its table is full, but
+ * not where ports are short.
  *
  * A flow is confirmed by its first reply; in TCP by the client's ACK of that, since a backend also
  * answers forged SYNs. Of those that are not, and that a packet comes across, the one ends whose
@@ -16,6 +17,7 @@
 #include "conntrack.h"
 #include "decision_packet.h"
 #include "masquerade.h"
+#include "timeout.h"
 
 /* So many ports are looked at. */
 #define EARLY_DROP_TRIES 12
@@ -29,6 +31,13 @@ static __always_inline u64 is_unconfirmed(const struct flow *flow, const struct 
 	return is_zero(reply->seen & SEEN_REPLY) | is_half_open(flow, original, reply);
 }
 
+/* Says if a flow may end for another one, from the two entries of its pair that has the port. */
+static __always_inline u64 may_end(const struct flow *flow, const struct nat *original,
+				   const struct nat *reply, u32 row, u64 now)
+{
+	return is_unconfirmed(flow, original, reply) | is_over(original, reply, row, now);
+}
+
 /* Says if an entry is of the reply direction of a client's flow with a port that we have chosen. */
 static __always_inline u64 has_port_of_ours(const struct nat *nat)
 {
@@ -38,12 +47,14 @@ static __always_inline u64 has_port_of_ours(const struct nat *nat)
 }
 
 /*
- * Looks for the port of an unconfirmed flow, the one whose client has been silent for longest, and
+ * Looks for the port of a flow that may end, the one whose client has been silent for longest, and
  * leaves it in @s->key. Entries are read in place: end_unconfirmed() makes sure.
  */
 static __always_inline bool find_unconfirmed(struct scratch *s)
 {
+	const u32 row = timeouts_of(s->key.proto);
 	volatile u64 *oldest = &s->unconfirmed.last;
+	const u64 now = coarse_now(s);
 	u32 start = bpf_get_prandom_u32() % MASQUERADE_RANGE;
 
 	*oldest = NEVER;
@@ -60,7 +71,7 @@ static __always_inline bool find_unconfirmed(struct scratch *s)
 		original = conntrack_lookup(&s->unconfirmed.original);
 		if (!original)
 			continue;
-		if (has_port_of_ours(reply) & is_unconfirmed(&s->key, original, reply) &
+		if (has_port_of_ours(reply) & may_end(&s->key, original, reply, row, now) &
 		    is_less(original->last, *oldest)) {
 			*oldest = original->last;
 			s->unconfirmed.port = s->key.dport;
@@ -82,6 +93,7 @@ static __always_inline bool find_unconfirmed(struct scratch *s)
  */
 static __always_inline bool end_unconfirmed(struct scratch *s)
 {
+	const u32 row = timeouts_of(s->key.proto);
 	struct flow *original = &s->unconfirmed.original, *reply = &s->unconfirmed.reply;
 	struct nat *in_map, *nat, *counted;
 
@@ -90,7 +102,8 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 		return false;
 	partner_key(original, &s->key, &s->other);
 	nat = counted = conntrack_lookup(original);
-	if (!nat || !is_reverse(nat, &s->key) || !is_unconfirmed(&s->key, nat, &s->other))
+	if (!nat || !is_reverse(nat, &s->key) ||
+	    !may_end(&s->key, nat, &s->other, row, coarse_now(s)))
 		return false;
 	if (s->other.flags & NAT_SOURCE) {
 		masquerade_key(reply, &s->other, s->key.proto);

@@ -20,7 +20,7 @@ from ebpfproxy.datapath.flows.decision_reports import DecisionReports
 from ebpfproxy.datapath.flows.peers import recorded_removals
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.flows.removed_backends import Removal
-from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper
+from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper, set_timeouts
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.node.client_namespaces import ClientNamespaces
@@ -61,6 +61,7 @@ class Housekeeping:
         self._hand_over = hand_over
         self.clients = ClientNamespaces(maps)
         self._sweeper: Sweeper | None = None
+        set_timeouts(maps, options.timeouts)
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps, measures_traffic=options.measure_traffic)
         self._comparing = False

@@ -13,6 +13,7 @@ from ebpfproxy.agent import kube_events
 from ebpfproxy.agent.serving import Serving
 from ebpfproxy.agent.status_record import Status
 from ebpfproxy.datapath.services.capacity import CapacityError
+from ebpfproxy.datapath.services.former import Former, with_former
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.node_port import ServiceHealth
 from ebpfproxy.kube.events.event import KubeEvent
@@ -40,9 +41,13 @@ class Programming:
         *,
         metrics: AgentMetrics,
         record: Callable[[KubeEvent], None],
+        former: Callable[[], Former],
         started: float,
     ) -> None:
-        """``record`` takes Kubernetes events. ``started``: when the agent started, in Unix seconds."""
+        """``record`` takes Kubernetes events. ``former`` reads maps of other sizes.
+
+        ``started``: when the agent started, in Unix seconds.
+        """
         self._node = node
         self._tracker = tracker
         self._writer = writer
@@ -50,6 +55,7 @@ class Programming:
         self._status = status
         self._metrics = metrics
         self._record = record
+        self._former = former
         self._started = started
         #: True once everything that is known has been programmed.
         self.complete = False
@@ -65,6 +71,9 @@ class Programming:
         began = time.monotonic()
         update = self._tracker.drain()
         full = not self.complete
+        if full and (former := self._former()):
+            # What is not wanted any more then leaves with the complete state, as it would in maps that stay.
+            self._writer.apply(with_former(update.changed, former))
         problems = self._writer.apply(update.changed, update.removed, complete=full)
         done = time.monotonic()
         if full or len(update.changed) > _MANY_CHANGES:

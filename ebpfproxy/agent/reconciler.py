@@ -17,6 +17,7 @@ import gc
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import ebpfproxy
@@ -43,6 +44,7 @@ from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.services.drained import Drained
+from ebpfproxy.datapath.services.former import former_backends
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.health.listeners import Listeners, inherited
 from ebpfproxy.health.proxy import eligible
@@ -144,6 +146,7 @@ class Agent:
             self._status,
             metrics=self._metrics,
             record=source.record,
+            former=partial(former_backends, roots.pin_folder(options.bpf_root), self._maps),
             started=self._started,
         )
         collectors.register(self._metrics.registry, options, self._maps, source, self._serving.health)

@@ -36,6 +36,7 @@ from ebpfproxy.kube.objects import (
 from ebpfproxy.kube.source_status import SourceStatus, State
 from ebpfproxy.kube.watch.listing import reduced_or_why
 from ebpfproxy.logs import get_logger
+from ebpfproxy.plain_text import plain
 
 log = get_logger(__name__)
 
@@ -244,7 +245,7 @@ def parse(text: str) -> Iterator[Object]:
     try:
         documents = yaml_text.load_all(text)
     except yaml.YAMLError as error:
-        raise ManifestError(" ".join(str(error).split())) from error
+        raise ManifestError(plain(" ".join(str(error).split()))) from error
     for number, document in enumerate(documents, 1):
         where = f"document {number}"
         if document is None:
@@ -256,6 +257,8 @@ def parse(text: str) -> Iterator[Object]:
 
 def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:
     kind = document.get("kind")
+    if not isinstance(kind, str | None):
+        raise ManifestError(f"{where}: kind: not a string")
     if kind == "List" or kind in _LISTS:
         items = document.get("items")
         if not isinstance(items, list | None):
@@ -280,4 +283,4 @@ def _objects(document: dict[str, Any], where: str) -> Iterator[Object]:
     try:
         yield msgspec.convert(document, RECORD_TYPES[resource])
     except msgspec.ValidationError as error:
-        raise ManifestError(f"{where}, {kind} {name or '(no name)'}: {explain(error)}") from error
+        raise ManifestError(plain(f"{where}, {kind} {name or '(no name)'}: {explain(error)}")) from error

@@ -83,7 +83,7 @@ class MapCollector(Collector):
     def _early_drops(self) -> Metric:
         return CounterMetricFamily(
             "ebpfproxy_conntrack_early_dropped",
-            "Flows that were ended before they were confirmed, because a new one found no masquerade port",
+            "Flows, not confirmed or timed out, that were ended as a new one found no masquerade port",
             value=counters(self._maps["packet_events"])[PacketEvent.EARLY_DROPS],
         )
 

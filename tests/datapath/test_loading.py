@@ -6,7 +6,10 @@ import os
 import platform
 import re
 import shutil
+import signal
+import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,29 @@ def test_programs_are_compiled_once_and_reused(pins: Path) -> None:
     assert None not in ids
     assert loader.ensure_loaded(opened, OPTIONS) == folder
     assert [program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
+
+
+def _signal_again_and_again(process: int) -> None:
+    for _ in range(30):
+        os.kill(process, signal.SIGUSR1)
+        time.sleep(0.02)
+    os._exit(0)
+
+
+def test_program_is_loaded_although_signals_interrupt_the_verifier() -> None:
+    """As they do while an agent is stopped, or frozen, and goes on, again and again."""
+    # r1 = 0; do r1 += 1; while (r1 < 300000); r0 = 0; exit: the verifier takes longer than signals leave it.
+    code = [(0xB7, 1, 0, 0), (0x07, 1, 0, 1), (0xA5, 1, -2, 300_000), (0xB7, 0, 0, 0), (0x95, 0, 0, 0)]
+    program = b"".join(struct.pack("=BBhi", *each) for each in code)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    child = os.fork()
+    if not child:
+        _signal_again_and_again(os.getppid())
+    try:
+        os.close(bpf.prog_load(uapi.PROG_SCHED_CLS, 0, "slow", program))
+    finally:
+        os.waitpid(child, 0)
+        signal.signal(signal.SIGUSR1, before)
 
 
 #: The verifier's limit is a million; other kernels may verify more instructions of the same program.

@@ -9,11 +9,26 @@ from pathlib import Path
 import pytest
 
 from ebpfproxy.datapath.abi import flow_layout
-from ebpfproxy.datapath.abi.flow_layout import AFFINITY, AffinityKey, ClientKind
+from ebpfproxy.datapath.abi.flow_layout import (
+    AFFINITY,
+    AffinityKey,
+    BackendUse,
+    ClientKind,
+    Entry,
+    Flow,
+    Nat,
+    NatFlags,
+    RemovalReason,
+    Seen,
+)
 from ebpfproxy.datapath.abi.layout import U32, pack_name
 from ebpfproxy.datapath.flows.map_migration import MapMigration
+from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.services.former import former_backends, with_former
+from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
 from tests.datapath.test_socket_records import Sockets
+from tests.datapath.writing import backend, port
 
 pytestmark = pytest.mark.root
 
@@ -71,3 +86,81 @@ def test_keys_of_a_map_are_those_of_its_entries(pins: Path, stack: ExitStack) ->
     assert names.keys() == {key for key, _ in names.items()}
     assert len(names.keys()) == 5000
     assert maps["affinity"].keys() == set()
+
+
+class _Sized(Sockets):
+    """With a writer that waits for endpoints, by a clock that the test sets."""
+
+    def __init__(self, pins: Path, stack: ExitStack, slots: int) -> None:
+        super().__init__(pins, stack, slots)
+        self.now = 100.0
+        grace = Grace()
+        stack.callback(grace.close)
+        self.writer = Writer(self.maps, grace.wait, absence=5.0, clock=lambda: self.now)
+
+    def id_of(self, n: int) -> int:
+        records = self.maps.backends()
+        (found,) = (
+            each for each in records.ids() if (known := records.read(each)) and known[0] == backend(n)
+        )
+        return found
+
+    def departures(self) -> dict[BackendUse, int]:
+        found = self.maps["departures"].items()
+        return {flow_layout.unpack_departure(key): U32.unpack(value)[0] for key, value in found}
+
+    def flow(self, use: BackendUse, n: int, source: int) -> bytes:
+        """Adds one of a client to a backend, as found current; returns its key."""
+        flow = Flow(CLIENT, bytes((10, 96, 0, 97)), source, 80, Protocol.UDP, False)
+        epoch = self.maps.shared("epochs").words()[use.service_id]
+        key = flow_layout.pack_flow(flow)
+        nat = Nat(CLIENT, backend(n).address, source, 80, *use, NatFlags(0), Seen(0), 1, 1)
+        entry = Entry(key, flow_layout.pack_nat(key, nat))
+        self.maps["conntrack"].update(key, entry.with_use(use, epoch))
+        return key
+
+    def is_current(self, key: bytes) -> bool:
+        """False if its next packet has it ask if its backend has been removed."""
+        value = self.maps["conntrack"].lookup(key)
+        assert value is not None
+        entry = Entry(key, value)
+        epoch = self.maps.shared("epochs").words()[entry.use.service_id]
+        return entry.with_use(entry.use, epoch) == value
+
+
+def test_backends_that_left_while_no_agent_ran_leave_in_maps_of_other_sizes_as_in_the_same(
+    pins: Path, stack: ExitStack
+) -> None:
+    """What is removed is waited for, with its flows; datagrams leave at once what is removed, or no longer ready."""
+    old, new = _Sized(pins, stack, 64), _Sized(pins, stack, 128)
+    old.writer.apply([port("a", [1, 2, 3, 4]), port("b", [2])], complete=True)
+    old.writer.apply([port("a", [1, 2, 3])])
+    service = next(number for number, key in old.writer.names().items() if key.name == "a")
+    before = {n: old.flow(BackendUse(service, old.id_of(n)), n, 1000 + n) for n in (1, 2, 3, 4)}
+
+    former = former_backends(pins, new.maps)
+    assert former[port("a", []).key] == {backend(n) for n in (1, 2, 3, 4)}
+    wanted = [port("b", [2]), port("a", [1], idle=[2])]
+    new.writer.apply(with_former(wanted, former))
+    new.writer.apply(wanted, complete=True)
+
+    service = next(number for number, key in new.writer.names().items() if key.name == "a")
+    uses = {n: BackendUse(service, new.id_of(n)) for n in (1, 2, 3, 4)}
+    absent, idle = RemovalReason.ABSENT, RemovalReason.IDLE
+    assert new.departures() == {uses[2]: idle, uses[3]: absent, uses[4]: absent}
+    migration = MapMigration(pins, new.maps, new.programs)
+    stack.callback(migration.close)
+    migration.catch_up()
+    assert migration.copied == len(before)
+    assert {n: new.is_current(key) for n, key in before.items()} == {1: True, 2: False, 3: False, 4: False}
+
+    new.now += 5.0
+    new.writer.end_absences()
+    gone = RemovalReason.GONE
+    assert new.departures() == {uses[2]: idle, uses[3]: gone, uses[4]: gone}
+
+
+def test_maps_of_no_other_size_have_no_former_backends(pins: Path, stack: ExitStack) -> None:
+    only = _Sized(pins, stack, 64)
+    only.writer.apply([port("a", [1])], complete=True)
+    assert former_backends(pins, only.maps) == {}

@@ -157,18 +157,36 @@ def test_sigkill_and_restart_of_the_agent_lose_no_connection(variant: OutsideCli
 def test_flows_survive_a_change_of_map_sizes(
     variant: OutsideClientCluster, request: pytest.FixtureRequest
 ) -> None:
-    """Flows and the peer addresses of connected sockets are copied to maps of other sizes."""
+    """Flows and the peer addresses of connected sockets are copied to maps of other sizes.
+
+    A connection whose endpoint is removed meanwhile goes on for as long as one that may come back is waited for.
+    """
     cluster = variant
     agent = cluster.lab.agents[-1]
+    # No other Service has this backend.
+    servers.start(cluster.w2, "leaves", 8090, 8063)
+    leaving, moved = cluster.manifests / "leaving.yaml", "203.0.113.29"
+    cluster.add_load_balancer("moved", "10.96.1.9", moved, [])
+    ports = [{"name": "http", "port": 8090, "protocol": "TCP"}]
+    manifests.write(leaving, manifests.slice_of("moved", [cluster.endpoint_on_b()], ports=ports))
+    until(
+        lambda: cluster.outside.call(clients.connect_error, moved, 80, 0.3) == "connected",
+        "the Service is not served",
+    )
     inside = HeldConnection(cluster.client, SERVICE_IPS["v4"], 80)
     with connection_load.running(cluster.outside, cluster.a.address, NODE_PORT) as running:
-        held = [HeldConnection(cluster.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"])]
+        held = [
+            HeldConnection(cluster.outside, address, 80) for address in (EXTERNAL, SERVICE_IPS["v6"], moved)
+        ]
         agent.stop()
+        leaving.unlink()
+        cluster.add_load_balancer("moved", "10.96.1.9", moved, [cluster.endpoint_on_a()])
         # The bypass is off now, but flows that were created with it keep it.
         options = [o for o in VARIANTS[request.node.callspec.params["variant"]] if o != "--bypass-netfilter"]
         bigger = cluster.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text
-        assert [each.ask() for each in (*held, inside)] == ["alive"] * 3
+        assert [each.ask() for each in (*held, inside)] == ["alive"] * 4
+        assert cluster.outside.call(clients.ask_tcp, moved, 80)["name"] == "w1"
     # A connection in SYN-SENT may pass programs with maps of both sizes. The long-lived connection is used
     # after each short one, so that its loss would make every later round an error.
     assert len(running.result["errors"]) < 5, running.result

@@ -1,45 +1,47 @@
-"""The cluster of a module, and the table of what was lost, which is written at the end of a run."""
+"""The cluster of a module, and the table of what was lost."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.faults import report
+from tests.faults import report as results
 from tests.faults.faulted import Faulted
 from tests.lab import Lab
 
-#: A worker's key for its part of the table.
-_PART = "faults_report"
+#: The property of a test's report that has what the test has found.
+_FOUND = "faults"
+_WORKER = "PYTEST_XDIST_WORKER"
+_found = results.Found()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if call.when == "setup":
+        results.begin()
     made = yield
-    if call.when == "call":
+    if call.when == "call" or not made.passed:
         sentence = (getattr(item, "obj", None).__doc__ or "").split("\n\n")[0]
         parameters = item.name.partition("[")[2].removesuffix("]")
         says = " ".join(sentence.split()) + (f" ({parameters})" if parameters else "")
-        report.add_outcome(item.nodeid, says, made.outcome, call.duration)
+        encoded = results.end(item.location[1] or 0, says, made.outcome, call.duration)
+        made.user_properties.append((_FOUND, encoded))
     return made
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    worker = getattr(session.config, "workeroutput", None)
-    if worker is not None:
-        worker[_PART] = report.part()
-    else:
-        report.write()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: object, error: object) -> None:
-    found = getattr(node, "workeroutput", {}).get(_PART)
-    if found is not None:
-        report.join(found)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the process that has all reports; a worker calls it for its own, too."""
+    properties = [value for name, value in report.user_properties if name == _FOUND]
+    if properties and _WORKER not in os.environ:
+        _found.add(report.nodeid, str(properties[-1]))
+        _found.write()
+        if report.failed:
+            # A run of hours need not get to its end, where pytest says what has failed.
+            print(report.longreprtext, flush=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tests.apiserver import objects
-from tests.faults import report
+from tests.faults import losses, report
 from tests.faults.load import KINDS, Load, Result, Way, WrongBackendError
 from tests.lab import Agent, Lab, LabNode, Pod, servers
 from tests.lab.lab import OUTSIDE
@@ -138,18 +138,21 @@ class Faulted:
         }
 
     @contextmanager
-    def under_load(self, fault: str, kinds: Sequence[str] = KINDS, *, packets: bool = True) -> Iterator[None]:
+    def under_load(
+        self, fault: str, kinds: Sequence[str] = KINDS, *, packets: bool = True, sockets: bool = True
+    ) -> Iterator[None]:
         """The assertion for all faults: nothing is lost meanwhile; :meth:`wait_equal` is its other half.
 
-        ``fault``: what the table of results calls it. ``packets``: it holds for the load from outside, too, which is
-        counted anyway; nothing is answered by a wrong backend in any case.
+        ``fault``: what the table of results calls it. ``packets``: it holds for the load from outside, too, and
+        ``sockets`` for that from a pod; both are counted anyway, and nothing is answered by a wrong backend in any
+        case.
         """
         ways = self.ways()
         loads = {
             "pod": Load(self.client, ways["pod"], kinds),
             "outside": Load(self.outside, ways["outside"], kinds),
         }
-        before = self.packet_events()
+        before, lost_before = self.packet_events(), self.losses()
         for load in loads.values():
             load.wait()
         found: dict[str, list[Result]] = {}
@@ -165,12 +168,12 @@ class Faulted:
             for place, results in found.items()
             for each in results
             for when, why in each.lost
-            if packets or place == "pod" or WrongBackendError.__name__ in why
+            if (sockets if place == "pod" else packets) or WrongBackendError.__name__ in why
         ]
         assert not lost, (
             f"{len(lost)} lost:\n"
             + "\n".join(sorted(lost)[:30])
-            + f"\npackets: {self.packet_events() - before}"
+            + f"\npackets: {self.packet_events() - before}\nlost by the kernel: {self.losses() - lost_before}"
         )
         assert all(each.count for results in found.values() for each in results), "a load did nothing"
 
@@ -181,6 +184,17 @@ class Faulted:
         except ValueError:
             return Counter()
         return Counter({each["reason"]: each["packets"] for each in status["packets"]})
+
+    def losses(self) -> Counter[str]:
+        """What the kernel has lost so far, by place."""
+        places = {"a": self.a, "b": self.b, "outside": self.outside, "client": self.client, **self.pods}
+        return Counter(
+            {
+                f"{place}: {what}": count
+                for place, each in places.items()
+                for what, count in each.call(losses.here).items()
+            }
+        )
 
     # -- the end
 

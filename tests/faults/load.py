@@ -83,7 +83,7 @@ class _Thread(threading.Thread):
     def _open(self) -> socket.socket:
         sock = socket.create_connection((self._way.host, self._way.port), SECONDS)
         try:
-            self._check(sock.recv(4096))
+            self._check(_received(sock))
         except BaseException:
             sock.close()
             raise
@@ -134,11 +134,22 @@ class _Thread(threading.Thread):
                 sock.send(b"?")
             else:
                 sock.sendto(b"?", there)
-            data, source = sock.recvfrom(4096)
+            try:
+                data, source = sock.recvfrom(4096)
+            except TimeoutError as error:
+                raise TimeoutError(f"no answer to port {sock.getsockname()[1]}") from error
             if source != there:
                 kind = "connected" if is_connected else "unconnected"
                 raise OSError(f"a datagram of a socket ({kind}) to {there} is answered by {source}")
             self._check(data)
+
+
+def _received(sock: socket.socket) -> bytes:
+    """What the server sends first. A connection that has timed out without it was opened, and has a port."""
+    try:
+        return sock.recv(4096)
+    except TimeoutError as error:
+        raise TimeoutError(f"connected from port {sock.getsockname()[1]}, and nothing came") from error
 
 
 def main(ways: Sequence[Way], kinds: Sequence[str]) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from tests.lab.processes import Child, read_line
 from tests.lab.spaces import Space
 
-#: The patience of a load balancer: a check that is not refused, but has no answer in this time, has failed, too.
-SECONDS = 5.0
+#: The patience of a load balancer: a check that is not refused, but has no answer in this time, has failed, too. An agent
+#: lets checks wait for so long until it is healthy (docs/configuration.md).
+SECONDS = 10.0
 _PAUSE = 0.005
 
 
@@ -38,17 +39,28 @@ class Probe(NamedTuple):
         return "" if response.status == 200 else f"status {response.status}"
 
 
-class Probed(NamedTuple):
-    """``failed``: path, time and reason of each that has failed."""
+class Failed(NamedTuple):
+    """``when`` it began."""
 
+    path: str
+    when: float
+    why: str
+
+    @property
+    def is_disconnected(self) -> bool:
+        """It was connected, and the connection ended."""
+        return self.why.startswith(("RemoteDisconnected", "ConnectionResetError", "IncompleteRead"))
+
+
+class Probed(NamedTuple):
     made: int
-    failed: list[tuple[str, float, str]]
+    failed: list[Failed]
     slowest: float
 
 
 def main(probes: list[Probe]) -> None:
     stop, lock = threading.Event(), threading.Lock()
-    count, slowest, failed = 0, 0.0, list[tuple[str, float, str]]()
+    count, slowest, failed = 0, 0.0, list[Failed]()
 
     def run(probe: Probe) -> None:
         nonlocal count, slowest
@@ -59,7 +71,7 @@ def main(probes: list[Probe]) -> None:
                 count += 1
                 slowest = max(slowest, time.monotonic() - began)
                 if why:
-                    failed.append((f"{probe.port}{probe.path}", when, why))
+                    failed.append(Failed(f"{probe.port}{probe.path}", when, why))
 
     threads = [threading.Thread(target=run, args=(probe,)) for probe in probes]
     for thread in threads:
@@ -79,10 +91,10 @@ class Prober:
 
     def stop(self) -> Probed:
         self._process.stdin.close()
-        found = Probed(*json.loads(self._process.stdout.read()))
+        made, failed, slowest = json.loads(self._process.stdout.read())
         with suppress(OSError):
             self._process.wait()
-        return found
+        return Probed(made, [Failed(*each) for each in failed], slowest)
 
 
 class Store:

@@ -1,15 +1,15 @@
 """What was lost, by fault and kind of load, and what became of each test: a section of docs/tested.md.
 
-EBPFPROXY_FAULTS_KEPT names a file for what earlier runs have found, as the whole takes an hour: a run replaces what it
-finds itself.
+A worker's report of a test carries what the test has found, and the page is written after each: a run that is ended has
+its rows. EBPFPROXY_FAULTS_KEPT names a file for what earlier runs have found, as the whole takes hours: a test replaces
+what it has found before.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping, Sequence
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,6 @@ from tests.faults.load import KINDS, Result
 
 TITLE, COMMAND = "Faults", "make test-faults"
 _KEPT = "EBPFPROXY_FAULTS_KEPT"
-_began = time.monotonic()
 
 
 class Row(msgspec.Struct):
@@ -32,110 +31,167 @@ class Row(msgspec.Struct):
         before = self.counts.get(kind, (0, 0))
         self.counts[kind] = before[0] + count, before[1] + lost
 
-
-class Outcome(msgspec.Struct):
-    sentence: str
-    outcome: str
-    seconds: float
-    day: str
+    def join(self, other: Row) -> None:
+        self.steps += other.steps
+        for kind, counts in other.counts.items():
+            self.add(kind, *counts)
 
 
-class Found(msgspec.Struct):
+class Part(msgspec.Struct):
+    """One run of a test, which may take one of ``of`` parts of the steps."""
+
+    number: int = 0
+    of: int = 1
     rows: dict[str, Row] = {}
-    #: Keys are names of tests.
-    outcomes: dict[str, Outcome] = {}
+    outcome: str = ""
     seconds: float = 0.0
+    day: str = ""
 
     def row(self, fault: str) -> Row:
         return self.rows.setdefault(fault, Row())
 
-    def join(self, other: Found) -> None:
-        """Adds what another process of the same run has recorded."""
-        for fault, theirs in other.rows.items():
-            row = self.row(fault)
-            row.steps += theirs.steps
-            for kind, counts in theirs.counts.items():
-                row.add(kind, *counts)
-        self.outcomes |= other.outcomes
+
+class Test(msgspec.Struct):
+    """``line``: where it is in its file. Tests and their parts are in the page in this order."""
+
+    line: int
+    sentence: str
+    parts: list[Part] = []
+
+    def add(self, part: Part) -> None:
+        """Replaces the same part, and all where their number was another one."""
+        kept = [each for each in self.parts if each.of == part.of and each.number != part.number]
+        self.parts = sorted([*kept, part], key=lambda each: each.number)
+
+    @property
+    def outcome(self) -> str:
+        """The outcomes of the parts, and which of them there are if not all are."""
+        outcomes = ", ".join(sorted({each.outcome for each in self.parts}))
+        if len(self.parts) == self.parts[0].of:
+            return outcomes
+        numbers = ", ".join(str(each.number + 1) for each in self.parts)
+        return f"{outcomes} (part {numbers} of {self.parts[0].of})"
+
+    @property
+    def days(self) -> str:
+        found = sorted({each.day for each in self.parts})
+        return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-_found = Found()
+class _Current:
+    """What the test that runs has found so far."""
+
+    part = Part()
+
+
+def begin() -> None:
+    _Current.part = Part()
+
+
+def take_part(number: int, of: int) -> None:
+    """The test that runs takes this part of its steps."""
+    _Current.part.number, _Current.part.of = number, of
 
 
 def add(fault: str, found: Mapping[str, Sequence[Result]]) -> None:
     """``found``: by place. A fault may be added more than once."""
     for results in found.values():
         for each in results:
-            _found.row(fault).add(each.kind, each.count, len(each.lost))
+            _Current.part.row(fault).add(each.kind, each.count, len(each.lost))
 
 
 def add_probes(fault: str, count: int, lost: int) -> None:
     """Of health checks."""
-    _found.row(fault).add("probes", count, lost)
+    _Current.part.row(fault).add("probes", count, lost)
 
 
 def add_steps(fault: str, count: int) -> None:
-    _found.row(fault).steps += count
+    _Current.part.row(fault).steps += count
 
 
-def add_outcome(test: str, sentence: str, outcome: str, seconds: float) -> None:
-    _found.outcomes[test] = Outcome(sentence, outcome, seconds, date.today().isoformat())
+def end(line: int, sentence: str, outcome: str, seconds: float) -> str:
+    """What the test has found, for :meth:`Found.add`."""
+    part = _Current.part
+    part.outcome, part.seconds, part.day = outcome, seconds, _today()
+    return msgspec.json.encode(Test(line, sentence, [part])).decode()
 
 
-def part() -> bytes:
-    """What this process has recorded."""
-    return msgspec.json.encode(_found)
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
-def join(part: bytes) -> None:
-    _found.join(msgspec.json.decode(part, type=Found))
+class Found:
+    """What this run and those before have found, by name of the test."""
+
+    def __init__(self) -> None:
+        kept = os.environ.get(_KEPT)
+        self._kept = Path(kept) if kept else None
+        self._tests: dict[str, Test] = {}
+        if self._kept is not None and self._kept.exists():
+            self._tests = msgspec.json.decode(self._kept.read_bytes(), type=dict[str, Test])
+
+    def add(self, name: str, encoded: str) -> None:
+        new = msgspec.json.decode(encoded, type=Test)
+        known = self._tests.get(name)
+        self._tests[name] = Test(new.line, new.sentence, known.parts if known is not None else [])
+        self._tests[name].add(new.parts[0])
+
+    def write(self) -> None:
+        if tested.PAGE not in os.environ:
+            return
+        if self._kept is not None:
+            self._kept.write_bytes(msgspec.json.encode(self._tests))
+        today = datetime.now(UTC).date()
+        seconds = sum(part.seconds for each in self._tests.values() for part in each.parts)
+        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, today, seconds, [*self.lines()])
+
+    def lines(self) -> Iterator[str]:
+        tests = [
+            each
+            for _, each in sorted(
+                self._tests.items(), key=lambda item: (item[0].partition("::")[0], item[1].line, item[0])
+            )
+        ]
+        rows: dict[str, Row] = {}
+        for each in tests:
+            for part in each.parts:
+                for fault, row in part.rows.items():
+                    rows.setdefault(fault, Row()).join(row)
+        yield from _ABOUT
+        yield from tested.table(
+            _HEAD,
+            [
+                [fault, str(row.steps or ""), *(_cell(row.counts.get(kind)) for kind in (*KINDS, "probes"))]
+                for fault, row in rows.items()
+            ],
+        )
+        yield from tested.table(
+            ["", "", "took", "on"],
+            [
+                [each.sentence, each.outcome, f"{sum(part.seconds for part in each.parts):.0f} s", each.days]
+                for each in tests
+            ],
+        )
 
 
-def write() -> None:
-    if tested.PAGE not in os.environ or not _found.rows:
-        return
-    found, kept = _found, os.environ.get(_KEPT)
-    found.seconds = time.monotonic() - _began
-    if kept is not None:
-        file = Path(kept)
-        if file.exists():
-            found = msgspec.json.decode(file.read_bytes(), type=Found)
-            found.rows |= _found.rows
-            found.outcomes |= _found.outcomes
-            found.seconds += _found.seconds
-        file.write_bytes(msgspec.json.encode(found))
-    tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, date.today(), found.seconds, [*_lines(found)])
-
-
-def _lines(found: Found) -> list[str]:
-    head = [
-        "fault",
-        "steps",
-        "connections",
-        "requests",
-        "datagrams",
-        "requests on long connections",
-        "health checks",
-    ]
-    rows = [
-        [fault, str(row.steps or ""), *(_cell(row.counts.get(kind)) for kind in (*KINDS, "probes"))]
-        for fault, row in found.rows.items()
-    ]
-    outcomes = [
-        [each.sentence, each.outcome, f"{each.seconds:.0f} s", each.day] for each in found.outcomes.values()
-    ]
-    return [
-        "Two nodes in network namespaces, with the programs in this kernel and the stand-in API server. Load comes from a "
-        "pod (sockets) and from outside through NodePorts (packets), to two Services with an endpoint on each node. A "
-        "connection or datagram is lost if it has an error, no answer in 10 s, or one of a server that is no endpoint of "
-        "the Service. After each fault the maps are compared with the API's objects. A step is a system call that changes "
-        "maps, programs, attachments or pins, or a line that stores in the maps' memory. The whole is run in parts: what is "
-        "not in these tables was not run yet, and where maps change their size, flows of packets may be lost. Lost of how "
-        "many:",
-        "",
-        *tested.table(head, rows),
-        *tested.table(["", "", "took", "on"], outcomes),
-    ]
+_HEAD = (
+    "fault",
+    "steps",
+    "connections",
+    "requests",
+    "datagrams",
+    "requests on long connections",
+    "health checks",
+)
+_ABOUT = (
+    "Two nodes in network namespaces, with the programs in this kernel and the stand-in API server. Load comes from a "
+    "pod (sockets) and from outside through NodePorts (packets), to two Services with an endpoint on each node. A "
+    "connection or datagram is lost if it has an error, no answer in 10 s, or one of a server that is no endpoint of "
+    "the Service. After each fault the maps are compared with the API's objects. A step is a system call that changes "
+    "maps, programs, attachments or pins, or a line that stores in the maps' memory. Where maps change their size, flows "
+    "of packets may be lost. The time is that of all tests together; two run at once. Lost of how many:",
+    "",
+)
 
 
 def _cell(counts: tuple[int, int] | None) -> str:

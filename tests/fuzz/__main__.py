@@ -1,5 +1,7 @@
 """``make fuzz``: runs all of it, or parts, and writes the section of docs/tested.md. Exits with 1 if there is a fault.
 
+EBPFPROXY_FUZZ_KEPT names a file for parts that were run alone, without a fault: the section has those, and names others.
+
 python -m tests.fuzz [decoders] [machine] [packets] [objects] [floods] [--seconds N] [--steps N] [--packets N]
 """
 
@@ -12,9 +14,11 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 from tests import tested
 from tests.fuzz import engine, floods, machine
@@ -24,14 +28,22 @@ from tests.fuzz.targets import TARGETS
 
 _STEPS_OF_A_MACHINE = 10_000
 _PACKETS_OF_A_WORLD = 10_000_000
+KEPT = "EBPFPROXY_FUZZ_KEPT"
 _HEAD = (
     "Nothing raised another exception than the one that its callers know, no run hung, each packet's result was as"
     " tests/fuzz/packets says, and tracker and maps agreed with the rules after all that happened."
 )
 
 
+class Part(msgspec.Struct):
+    """What was done: lines for the page."""
+
+    lines: list[str] = []
+    seconds: float = 0.0
+
+
 class Run:
-    """What was done: lines for the page, and the faults that were found."""
+    """One part, and the faults that were found."""
 
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
         self._given = given
@@ -171,27 +183,51 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def _chosen(given: argparse.Namespace) -> Iterator[Callable[[Run], None]]:
-    return (part for name, part in _PARTS.items() if not given.parts or name in given.parts)
+def kept() -> dict[str, Part]:
+    """The parts that earlier runs have left."""
+    file = os.environ.get(KEPT)
+    if file is None or not Path(file).exists():
+        return {}
+    return msgspec.json.decode(Path(file).read_bytes(), type=dict[str, Part])
+
+
+def write(parts: dict[str, Part], command: str) -> None:
+    """Keeps the parts, and writes the section: of all, or of what is kept so far."""
+    file = os.environ.get(KEPT)
+    if file:
+        Path(file).write_bytes(msgspec.json.encode(parts))
+    page = os.environ.get(tested.PAGE)
+    missing = [f"`{name}`" for name in _PARTS if name not in parts]
+    # A part alone is no result of the whole.
+    if page is None or not parts or (missing and not file):
+        return
+    today = datetime.now(UTC).date()
+    seconds = sum(each.seconds for each in parts.values())
+    lines = [line for name in _PARTS if name in parts for line in parts[name].lines]
+    about = [_HEAD, "", *([f"Not run yet: {', '.join(missing)}.", ""] if missing else [])]
+    tested.write(Path(page), "Bad input", command, today, seconds, [*about, *lines])
 
 
 def main() -> int:
     given = _arguments()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        run = Run(given, Path(folder))
-        for part in _chosen(given):
+    parts, has_faults = kept(), False
+    command = "make fuzz"
+    if sys.argv[1:] and not given.parts:
+        command += f' ARGUMENTS="{" ".join(sys.argv[1:])}"'
+    for name, part in _PARTS.items():
+        if given.parts and name not in given.parts:
+            continue
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+            run = Run(given, Path(folder))
             part(run)
-    # A part alone is no result of the whole.
-    page = os.environ.get(tested.PAGE)
-    if page and not run.faults and not given.parts:
-        seconds = time.monotonic() - started
-        today = datetime.now(UTC).date()
-        command = " ".join(
-            ["make fuzz", *([f'ARGUMENTS="{" ".join(sys.argv[1:])}"'] if sys.argv[1:] else [])]
-        )
-        tested.write(Path(page), "Bad input", command, today, seconds, [_HEAD, "", *run.lines])
-    return bool(run.faults)
+        if run.faults:
+            has_faults = True
+            parts.pop(name, None)
+        else:
+            parts[name] = Part(run.lines, time.monotonic() - started)
+        write(parts, command)
+    return has_faults
 
 
 if __name__ == "__main__":

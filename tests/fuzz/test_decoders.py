@@ -21,6 +21,12 @@ FOUND = {
     "cgroup": (b"0", b"0:\n1"),
     "nft_tables": (b"", b"[]", b'{"nftables": [1]}', b'{"nftables": [{"table": {}}]}', b"[" * 10000),
     "netlink": (b"\x11\0\0\0\2\0\0\0\0\0\0\0\0\0\0\0\0", b"\x08\0\0\0" + bytes(12)),
+    "manifest": (
+        b'{"kind": [], "items": -1}',
+        b"kind: {}",
+        b'{"kind": "List", "items": [{"kind": [1]}]}',
+        b'{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a\\u2028\\u001b"}}',
+    ),
     "map_record": (b"\0" + b"\xff" * 88, b"\1" + b"\xff" * 200, b"\2\x0a\x60\0\x0a\0\x50\x09\x07"),
 }
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tested
+from tests.fuzz import __main__ as command
 from tests.fuzz.packet_world import packet_world, uncounted
 
 pytestmark = pytest.mark.root
@@ -25,3 +27,21 @@ def test_mutated_packets_are_translated_rightly_rejected_rightly_or_left_alone(t
     for each in outcome.programs:
         assert each.translated
         assert each.runs - each.refused > 5000
+
+
+def test_parts_that_were_run_alone_are_kept_for_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file to keep them in, a part alone writes nothing; with it the page names those that are missing."""
+    page, kept = tmp_path / "tested.md", tmp_path / "kept"
+    monkeypatch.setenv(tested.PAGE, str(page))
+    monkeypatch.delenv(command.KEPT, raising=False)
+    command.write({"packets": command.Part(["### Packets"], 60)}, "make fuzz")
+    assert not page.exists()
+    monkeypatch.setenv(command.KEPT, str(kept))
+    command.write({"packets": command.Part(["### Packets"], 60)}, "make fuzz")
+    command.write({**command.kept(), "floods": command.Part(["### Floods"], 60)}, "make fuzz")
+    text = page.read_text()
+    assert "in 2 minutes" in text
+    assert "Not run yet: `decoders`, `machine`, `objects`." in text
+    assert text.index("### Packets") < text.index("### Floods")

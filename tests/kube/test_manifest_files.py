@@ -104,6 +104,7 @@ items:
     [
         ("a: b: c", "mapping values are not allowed"),
         ("- 1", "document 1: not an object"),
+        ("{apiVersion: v1, kind: [Service]}", "document 1: kind: not a string"),
         (
             service("a") + "---\n" + service("b").replace("80", "eighty"),
             "document 2, Service b: spec.ports[0].port",

@@ -227,6 +227,28 @@ def test_established_flows_keep_their_ports(clients: Clients, protocol: str) -> 
     assert counters(clients.tables["packet_events"])[PacketEvent.PORTS_TAKEN] >= 20
 
 
+#: Just longer than a flow may be silent that had a reply (Timeouts). In TCP that is a day, and this machine may be younger.
+SILENT = {"UDP": 31, "SCTP": 301}
+
+
+@pytest.mark.parametrize("protocol", SILENT)
+def test_flow_that_has_timed_out_loses_its_port(clients: Clients, protocol: str) -> None:
+    """The agent ends such flows, but while none runs their ports would all be taken after a while."""
+    kept = [clients.new(protocol) for _ in range(COUNT)]
+    for each in kept:
+        each.establish()
+    over, *kept = kept
+    for each in kept:
+        clients.silence(each, SILENT[protocol] - 5)
+    assert not clients.new(protocol).original(), "no flow is over"
+    clients.silence(over, SILENT[protocol])
+    client = clients.new(protocol)
+    client.establish()
+    assert client.snat_port == over.snat_port
+    assert not clients.entries(over)
+    assert all(each.is_alive() for each in [*kept, client])
+
+
 def test_established_flows_keep_their_ports_in_a_flood(clients: Clients, protocol: str) -> None:
     kept = [clients.new(protocol) for _ in range(COUNT - 1)]
     for each in kept:

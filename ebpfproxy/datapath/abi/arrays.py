@@ -210,13 +210,13 @@ class SweepRecord:
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
 
-    def begin(self, now: int, limits: Sequence[int], mark: int) -> None:
-        """``now`` is CLOCK_MONOTONIC in ns; ``limits`` are ns by protocol, ``seen`` and duration.
-
-        ``mark``: of ``flow_filter``.
-        """
-        layout.U64.pack_into(self._memory, 0, now)
+    def set_limits(self, limits: Sequence[int]) -> None:
+        """``limits`` are ns by protocol, ``seen`` and duration."""
         struct.pack_into("=128q", self._memory, self._LIMITS, *limits)
+
+    def begin(self, now: int, mark: int) -> None:
+        """``now`` is CLOCK_MONOTONIC in ns, ``mark`` of ``flow_filter``."""
+        layout.U64.pack_into(self._memory, 0, now)
         layout.U32.pack_into(self._memory, self.MARK_AT, mark)
         self._RESULTS.pack_into(self._memory, self.RESULTS_AT, 0, 0, 0, 0)
 

@@ -24,7 +24,7 @@ from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
-#: All that is read here. A change of any of their structs raises SCHEMA_VERSION.
+#: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
 _READ = frozenset(
     {
         *_AS_THEY_ARE,
@@ -39,6 +39,8 @@ _READ = frozenset(
         "service_names",
         "backend_filter",
         "backend_ports",
+        "selections",
+        "slots",
         "sock_origin",
         "sock_origin_overflow",
         "sock_peers",
@@ -55,14 +57,15 @@ _NOTHING = 0xFFFFFFFF
 class MapMigration:
     """Copies what is not there yet, as often as :meth:`copy` is called. Close it.
 
-    Entries of Services or backends that are gone are not copied.
+    Entries of Services or backends that are gone are not copied. ``services.former`` has given ids to those
+    that may come back.
     """
 
     def __init__(self, pins: Path, maps: MapSet, programs: RecordPrograms) -> None:
         """``programs`` are those for ``maps``."""
         self._new = maps
         self._programs = programs
-        self._old = _others(pins, maps)
+        self._old = other_maps(pins, maps)
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
         #: Keys that have been copied, or need not be, by the map's name.
         self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
@@ -106,6 +109,7 @@ class MapMigration:
     ) -> None:
         new, entries = self._new, {}
         epochs = new.shared("epochs").words()
+        removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
         for key, value in _unseen(old, new, "conntrack", looked_at):
             entry = Entry(key, value)
             if entry.use == NO_USE:
@@ -113,7 +117,9 @@ class MapMigration:
                 continue
             service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
             if service is not None and backend is not None:
-                entries[key] = entry.with_use(BackendUse(service, backend), epochs[service])
+                use = BackendUse(service, backend)
+                # An epoch before the current one has the flow ask if its backend has been removed.
+                entries[key] = entry.with_use(use, epochs[service] - (use in removed))
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
@@ -191,12 +197,13 @@ class MapMigration:
 
 def copy_drain_requests(pins: Path, maps: MapSet) -> None:
     """Copies drain requests to maps of this size, before anything is programmed."""
-    for old in _others(pins, maps):
+    for old in other_maps(pins, maps):
         maps["drained"].update_many(dict(_missing(old, maps, "drained")))
         old.close()
 
 
-def _others(pins: Path, maps: MapSet) -> list[MapSet]:
+def other_maps(pins: Path, maps: MapSet) -> list[MapSet]:
+    """Those of other sizes that are pinned here. Close them."""
     return [old for folder in pins.glob(f"v{SCHEMA_VERSION}-*") if (old := _other(folder, maps))]
 
 

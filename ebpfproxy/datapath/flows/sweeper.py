@@ -82,7 +82,7 @@ class Sweeper:
         self._events = maps["packet_events"]
         self._clock = clock
         self._rest = rest
-        self._limits = _limits(timeouts)
+        set_timeouts(maps, timeouts)
         self._marks = itertools.cycle((1, 2))
         self._deleted = 0
         #: Inserted less deleted less present, when this sweeper began.
@@ -115,7 +115,7 @@ class Sweeper:
         began, used = time.monotonic(), time.thread_time()
         # The array may be mapped further than it was at the last time.
         self._loads = self._maps.loads()
-        self._record.begin(self._clock(), self._limits, next(self._marks))
+        self._record.begin(self._clock(), next(self._marks))
         self._loads.forget_seen(backends)
         before = {number: self._begun_and_ended(number) for number in self._busy}
         fd, key_size = self._map.fd, self._map.spec.key_size
@@ -190,6 +190,11 @@ class Sweeper:
 def _opened(programs: Path) -> tuple[int, int]:
     entries, of_filter = (bpf.get_pinned(programs / hook.name) for hook in SWEEP.hooks)
     return entries, of_filter
+
+
+def set_timeouts(maps: MapSet, timeouts: Timeouts) -> None:
+    """Tells programs when a flow has timed out, which ``bpf/lib/timeout.h`` needs before the first sweep."""
+    maps.sweep().set_limits(_limits(timeouts))
 
 
 def _limits(timeouts: Timeouts) -> list[int]:

@@ -43,6 +43,9 @@ NO_ROOM = (errno.E2BIG, errno.ENOSPC, errno.ENOMEM)
 
 #: Kernels before 6.4 keep the log's beginning, not its end, where the buffer is too small.
 _LOG_BYTES = 64 << 20
+#: A signal ends the verifier with EAGAIN, also one that stops or freezes the process. Where they come again
+#: and again, none of the 5 attempts that libbpf makes by itself need be quick enough.
+_LOAD_ATTEMPTS = 200
 
 
 def map_create(
@@ -294,7 +297,7 @@ def has_helper(prog_type: int, helper: int) -> bool:
 
 def prog_load(prog_type: int, attach_type: int, name: str, insns: bytes) -> int:
     """Loads instructions and returns the program's file descriptor. Raises VerifierError."""
-    opts = ProgLoadOpts(sz=ct.sizeof(ProgLoadOpts), expected_attach_type=attach_type)
+    opts = ProgLoadOpts(sz=ct.sizeof(ProgLoadOpts), attempts=_LOAD_ATTEMPTS, expected_attach_type=attach_type)
 
     def load() -> int:
         count = len(insns) // 8

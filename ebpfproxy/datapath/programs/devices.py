@@ -99,6 +99,8 @@ class DeviceAttacher:
         wanted = {target.ifindex: target for target in targets}
         first = not self._attached
         self._links.mkdir(parents=True, exist_ok=True)
+        if first and self._tcx:
+            _finish_pins(self._links)
         for target in wanted.values():
             if self._attached.get(target.ifindex) == (target, programs):
                 continue
@@ -267,6 +269,12 @@ def _module(target: Target) -> Module:
 
 def _direction(hook: Hook) -> str:
     return "ingress" if hook.attach_type == TCX_INGRESS else "egress"
+
+
+def _finish_pins(links: Path) -> None:
+    """Brings to its place what a killed agent has pinned beside it: a device takes no program twice."""
+    for path in links.glob("tc-*-new"):
+        path.replace(path.with_name(path.name.removesuffix("-new")))
 
 
 def _remove_links(links: Path, wanted: dict[int, Target]) -> list[str]:

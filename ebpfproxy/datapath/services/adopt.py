@@ -92,13 +92,14 @@ def _with_something_open(maps: MapSet, backends: Backends) -> dict[int, frozense
     """Backends in no selection that sockets or flows still use, by service id."""
     busy = backends.busy()
     found: dict[int, set[int]] = {}
-    for service_id, backend_id in _uses(maps) if busy else ():
+    for service_id, backend_id in uses(maps) if busy else ():
         if backend_id in busy:
             found.setdefault(service_id, set()).add(backend_id)
     return {service_id: frozenset(each) for service_id, each in found.items()}
 
 
-def _uses(maps: MapSet) -> Iterator[BackendUse]:
+def uses(maps: MapSet) -> Iterator[BackendUse]:
+    """What flows and connected sockets use, each as often as they do."""
     for origins in OriginTable(maps).connected():
         yield from starmap(BackendUse, socket_layout.origin_uses(origins))
     for key, value in maps["conntrack"].items():

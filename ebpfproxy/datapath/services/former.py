@@ -1,0 +1,69 @@
+"""Backends that clients may be connected to by maps of other sizes, which the complete state does not name.
+
+They get ids in the new maps before anything is copied there, so that their connections are copied, too, and
+end as they would in maps that stay: after the time in which an endpoint may come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.abi.arrays import backend_ids
+from ebpfproxy.datapath.abi.flow_layout import BackendUse, RemovalReason, unpack_departure
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.flows.map_migration import other_maps
+from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.adopt import uses
+from ebpfproxy.services.model import Backend, ServicePort, ServicePortKey
+
+Former = Mapping[ServicePortKey, Collection[Backend]]
+
+
+def former_backends(pins: Path, maps: MapSet) -> Former:
+    """By service port, what is chosen by maps of other sizes than these, or has something open."""
+    found = dict[ServicePortKey, set[Backend]]()
+    for old in other_maps(pins, maps):
+        names = dict(layout.known_names(old["service_names"].items()))
+        records = old.backends()
+        for service_id, backend_id in _uses(old, names):
+            known = records.read(backend_id)
+            if known is not None and service_id in names:
+                found.setdefault(names[service_id], set()).add(known[0])
+        old.close()
+    return found
+
+
+def _uses(old: MapSet, services: Collection[int]) -> Iterator[BackendUse]:
+    gone = set[BackendUse]()
+    for key, value in old["departures"].items():
+        use, (why,) = unpack_departure(key), U32.unpack(value)
+        if why == RemovalReason.GONE:
+            gone.add(use)
+        elif why == RemovalReason.ABSENT:
+            yield use
+    selections, selected = old.selections(), set[int]()
+    for number in services:
+        for used in selections.ranges(number):
+            for backend_id in {*backend_ids(selections.slots(used))}:
+                selected.add(backend_id)
+                yield BackendUse(number, backend_id)
+    loads = old.loads()
+    if any(loads[number].open_now > 0 for number in old.backends().ids() if number not in selected):
+        # Those that are draining, for example.
+        yield from set(uses(old)) - gone
+
+
+def with_former(ports: Iterable[ServicePort], former: Former) -> Iterator[ServicePort]:
+    """Those of the service ports that had other backends, with these, as what serves old connections only.
+
+    A backend that is idle is not yet: it becomes so with the next state, and datagrams leave it then.
+    """
+    for port in ports:
+        more = set(former.get(port.key, ())).difference(port.cluster, port.local, port.draining, port.drained)
+        if more:
+            idle = tuple(each for each in port.idle if each not in more)
+            yield msgspec.structs.replace(port, draining=(*port.draining, *sorted(more)), idle=idle)

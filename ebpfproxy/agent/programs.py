@@ -156,7 +156,7 @@ class ProgramManager:
                 loader.ensure_extension(self._maps, wanted, folder)
             except loader.LoadError as error:
                 # It is needed only beside XDP programs of others.
-                log.warning("the XDP program cannot be chained to others", error=str(error))
+                log.info("the XDP program cannot be chained to others", error=str(error))
         self.loaded_with = wanted
         return folder
 

@@ -64,6 +64,8 @@ class XdpAttacher:
         self._modes = modes
         #: Devices whose driver has refused the program, as they were then, and the reasons, by ifindex.
         self._refused: dict[int, tuple[XdpDevice, XdpFeatures | None, str]] = {}
+        #: The driver's words of the last attempt that failed, by ifindex.
+        self._words: dict[int, tuple[tuple[XdpDevice, XdpMode, int | None], str]] = {}
         #: The MTUs of devices when they got the program, by ifindex.
         self._mtus: dict[int, int] = {}
         #: The mode of each device, or the reason why it has no program, by ifindex.
@@ -229,14 +231,22 @@ class XdpAttacher:
             if error.errno in _TAKEN:
                 with Rtnetlink() as netlink:
                     return f"{_FOREIGN} (id {xdp_program(netlink, device.ifindex).number})"
-            known = os.strerror(error.errno or 0)
-            return f"no {mode} XDP: {xdp_refusal(device.ifindex, program, mode.flag) or known}"
+            return f"no {mode} XDP: {self._words_of(device, mode, program, error)}"
         self._mtus[device.ifindex] = device.mtu
         try:
             pin_over(fresh, path)
         finally:
             os.close(fresh)
         return ""
+
+    def _words_of(self, device: XdpDevice, mode: XdpMode, program: int, error: BpfError) -> str:
+        """Why the driver refuses the program, for which it is asked once as long as nothing changes."""
+        attempt = device, mode, error.errno
+        known, words = self._words.get(device.ifindex, (None, ""))
+        if known != attempt:
+            words = xdp_refusal(device.ifindex, program, mode.flag) or os.strerror(error.errno or 0)
+            self._words[device.ifindex] = attempt, words
+        return words
 
     def _detach_all_but(self, kept: Iterable[Place]) -> list[str]:
         others = set(self._links.glob("xdp-*")) - {self._links / place.pin for place in kept}

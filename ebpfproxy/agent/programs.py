@@ -36,10 +36,10 @@ from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel.maps import MapSet, pin_again, unpinned
 from ebpfproxy.datapath.kernel.probe import Features
 from ebpfproxy.datapath.node.packets import PacketPath
-from ebpfproxy.datapath.programs import attach, detach, loader
+from ebpfproxy.datapath.programs import attach, detach, loader, xdp_chain
 from ebpfproxy.datapath.programs.attach import Drifted
 from ebpfproxy.datapath.programs.devices import device_attachments
-from ebpfproxy.datapath.programs.xdp import XdpMode
+from ebpfproxy.datapath.programs.xdp_places import XdpMode
 from ebpfproxy.logs import get_logger
 from ebpfproxy.netlink.namespaces import netns_cookie
 
@@ -151,6 +151,12 @@ class ProgramManager:
             folder = loader.ensure_loaded(self._maps, wanted, self._modules(reports=reports))
         except OSError as error:
             raise loader.LoadError(str(error)) from error
+        if options.xdp is not Xdp.NONE and not xdp_chain.obstacle():
+            try:
+                loader.ensure_extension(self._maps, wanted, folder)
+            except loader.LoadError as error:
+                # It is needed only beside XDP programs of others.
+                log.info("the XDP program cannot be chained to others", error=str(error))
         self.loaded_with = wanted
         return folder
 

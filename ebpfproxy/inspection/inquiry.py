@@ -18,7 +18,7 @@ from ebpfproxy.datapath.lookup import Lookup
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import LOOPBACK, device_attachments
 from ebpfproxy.datapath.programs.loader import Options
-from ebpfproxy.datapath.programs.xdp import xdp_attachments
+from ebpfproxy.datapath.programs.xdp_places import xdp_attachments
 from ebpfproxy.explain.answer import Explanation, Known, explain
 from ebpfproxy.explain.path import Client, Programs, Target
 from ebpfproxy.explain.report import Report, report_of, without_frontend

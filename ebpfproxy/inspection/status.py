@@ -17,7 +17,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import is_locked, pin_folder
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, link_attachments
-from ebpfproxy.datapath.programs.xdp import xdp_attachments
+from ebpfproxy.datapath.programs.xdp_places import xdp_attachments
 from ebpfproxy.inspection.words import age
 from ebpfproxy.kube.source_status import State
 from ebpfproxy.netlink.namespaces import netns_cookie
@@ -149,7 +149,7 @@ def _devices(pins: Path, agent: state.AgentState | None) -> tuple[DeviceStatus, 
         found.setdefault(each.ifindex, []).append(each.direction)
     if not found and not is_here:
         found = {index: list(directions_of(index)) for index, device in recorded.items() if device.attached}
-    attached = {each.ifindex: str(each.mode) for each in xdp_attachments(pins)}
+    attached = {each.ifindex: each.state for each in xdp_attachments(pins)}
     # The record holds those that lead to pods last: of many, some are not in it.
     unknown = state.DeviceState(0, "", PODS if recorded else "", "", attached=False)
     return tuple(

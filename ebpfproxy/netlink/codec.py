@@ -20,11 +20,15 @@ REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
 #: The object must not exist yet.
 CREATE = 0x600
 _ERROR, _DONE = 2, 3
+#: Flags of an error: it has the header of the request only (NLM_F_CAPPED), and attributes (NLM_F_ACK_TLVS).
+_CAPPED, _HAS_ATTRIBUTES = 0x100, 0x200
+_TEXT = 1  # NLMSGERR_ATTR_MSG
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _NUMBER = struct.Struct("=i")  # a negative errno, or 0
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 _NESTED, _TYPE_MASK = 1 << 15, 0x3FFF
 _RECEIVE = 1 << 18
+_SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 _LAST_ERRNO = 4095  # MAX_ERRNO of linux/err.h
 
 P = ParamSpec("P")
@@ -57,6 +61,7 @@ class Message(NamedTuple):
     kind: int
     sequence: int
     payload: memoryview
+    flags: int = 0
 
     @property
     def is_error(self) -> bool:
@@ -65,13 +70,29 @@ class Message(NamedTuple):
 
     @property
     def error(self) -> OSError | None:
-        """The error of such a message, or of a dump's end; None for an acknowledgement."""
+        """The error of such a message, or of a dump's end; None for an acknowledgement.
+
+        It has the kernel's own text where the socket asks for that (:func:`explain_errors`).
+        """
         if len(self.payload) < _NUMBER.size:
             raise MalformedError("an error without a number")
         number = -_NUMBER.unpack_from(self.payload)[0]
         if not 0 <= number <= _LAST_ERRNO:
             raise MalformedError(f"an error {number}")
-        return OSError(number, os.strerror(number)) if number else None
+        return OSError(number, self._text or os.strerror(number)) if number else None
+
+    @property
+    def _text(self) -> str:
+        if not (self.is_error and self.flags & _CAPPED and self.flags & _HAS_ATTRIBUTES):
+            return ""
+        text = attributes(self.payload[_NUMBER.size + _HEADER.size :]).get(_TEXT, memoryview(b""))
+        return bytes(text).rstrip(b"\0").decode(errors="replace")
+
+
+def explain_errors(netlink: socket.socket) -> None:
+    """Has the kernel add a text to errors, where it has one."""
+    for option in (_CAP_ACK, _EXT_ACK):
+        netlink.setsockopt(_SOL_NETLINK, option, 1)
 
 
 def pack(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
@@ -84,10 +105,10 @@ def messages(data: bytes) -> Iterator[Message]:
     view = memoryview(data)
     at = 0
     while at + _HEADER.size <= len(data):
-        length, kind, _, sequence, _ = _HEADER.unpack_from(data, at)
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)
         if not _HEADER.size <= length <= len(data) - at:
             raise MalformedError(f"{length} bytes of {len(data) - at}")
-        yield Message(kind, sequence, view[at + _HEADER.size : at + length])
+        yield Message(kind, sequence, view[at + _HEADER.size : at + length], flags)
         at += (length + 3) & ~3
 
 

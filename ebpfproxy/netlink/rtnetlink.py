@@ -10,7 +10,7 @@ from types import TracebackType
 from ebpfproxy.netlink import codec
 
 # linux/rtnetlink.h: types of messages.
-GETLINK, GETADDR = 18, 22
+GETLINK, SETLINK, GETADDR = 18, 19, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWQDISC, DELQDISC = 36, 37
 NEWTFILTER, DELTFILTER, GETTFILTER = 44, 45, 46
@@ -32,10 +32,13 @@ _TIMEOUT_SECONDS = 10.0
 class Rtnetlink:
     """A socket. Use it as a context."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, explains: bool = False) -> None:
+        """``explains``: errors have the kernel's, or a driver's, own text where there is one."""
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
+        if explains:
+            codec.explain_errors(self._socket)
         self._socket.settimeout(_TIMEOUT_SECONDS)
         # The kernel then applies all filters of a dump's request, such as a route's table.
         self._socket.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)

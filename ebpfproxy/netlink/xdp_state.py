@@ -7,16 +7,22 @@ import errno
 import socket
 import struct
 from types import TracebackType
+from typing import NamedTuple
 
 from ebpfproxy.netlink import codec
-from ebpfproxy.netlink.rtnetlink import GETLINK, IFINFOMSG, Rtnetlink
+from ebpfproxy.netlink.rtnetlink import GETLINK, IFINFOMSG, SETLINK, Rtnetlink
 
 _GENERIC_NETLINK, _CONTROL = 16, 16  # NETLINK_GENERIC, GENL_ID_CTRL
 _GENLMSG = struct.Struct("=BBxx")  # command, version
 _GET_FAMILY, _FAMILY_ID, _FAMILY_NAME = 3, 1, 2
 _FAMILY = b"netdev\0"
 _DEV_GET, _IFINDEX, _XDP_FEATURES = 1, 1, 3
-_IFLA_XDP, _XDP_PROG_ID = 43, 4
+_IFLA_XDP = 43
+_XDP_FD, _XDP_ATTACHED, _XDP_FLAGS, _XDP_PROG_ID, _XDP_EXPECTED_FD = 1, 2, 3, 4, 8
+_UPDATE_IF_NOEXIST, _REPLACE = 1 << 0, 1 << 4
+_NO_PROGRAM = -1
+_ATTACHED_GENERIC = 2  # XDP_ATTACHED_SKB
+_SIGNED = struct.Struct("=i")
 _NUMBER, _SHORT, _LONG = struct.Struct("=I"), struct.Struct("=H"), struct.Struct("=Q")
 _TIMEOUT_SECONDS = 10.0
 
@@ -71,10 +77,42 @@ class XdpState:
         return codec.attributes(reply.payload[_GENLMSG.size :])
 
 
+class XdpProgram(NamedTuple):
+    """The XDP program of a device by its id, 0 without one. ``is_generic``: it runs behind the driver."""
+
+    number: int
+    is_generic: bool
+
+
 @codec.reading
-def xdp_program(netlink: Rtnetlink, ifindex: int) -> int:
-    """The id of the XDP program that the device has, 0 without one. Raises OSError."""
+def xdp_program(netlink: Rtnetlink, ifindex: int) -> XdpProgram:
+    """The XDP program that the device has. Raises OSError."""
     (message,) = netlink.ask(GETLINK, IFINFOMSG.pack(0, 0, ifindex, 0, 0))
     found = codec.attributes(message[IFINFOMSG.size :])
     inside = codec.attributes(found.get(_IFLA_XDP, memoryview(b"")))
-    return int(_NUMBER.unpack(inside[_XDP_PROG_ID])[0]) if _XDP_PROG_ID in inside else 0
+    number = int(_NUMBER.unpack(inside[_XDP_PROG_ID])[0]) if _XDP_PROG_ID in inside else 0
+    return XdpProgram(number, bytes(inside.get(_XDP_ATTACHED, b"")) == bytes([_ATTACHED_GENERIC]))
+
+
+def xdp_refusal(ifindex: int, program: int, mode: int) -> str:
+    """Why the device does not take a program, in the words of its driver: a link is refused without any.
+
+    ``mode``: the kernel's flag. Empty where the device does take it; then it has it no more.
+    """
+    with Rtnetlink(explains=True) as netlink:
+        try:
+            _set_xdp(netlink, ifindex, program, mode | _UPDATE_IF_NOEXIST)
+        except OSError as error:
+            return error.strerror or str(error)
+        _set_xdp(netlink, ifindex, _NO_PROGRAM, mode | _REPLACE, expected=program)
+        return ""
+
+
+def _set_xdp(netlink: Rtnetlink, ifindex: int, program: int, flags: int, expected: int | None = None) -> None:
+    inside = [
+        codec.attribute(_XDP_FD, _SIGNED.pack(program)),
+        codec.attribute(_XDP_FLAGS, _NUMBER.pack(flags)),
+    ]
+    if expected is not None:
+        inside.append(codec.attribute(_XDP_EXPECTED_FD, _SIGNED.pack(expected)))
+    netlink.change(SETLINK, IFINFOMSG.pack(0, 0, ifindex, 0, 0) + codec.nested(_IFLA_XDP, *inside))

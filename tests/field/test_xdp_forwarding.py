@@ -21,7 +21,7 @@ import pytest
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import XDP_ATTACH
 from ebpfproxy.datapath.kernel import bpf
-from ebpfproxy.datapath.programs.xdp import XdpAttacher
+from ebpfproxy.datapath.programs.xdp_places import detach
 from ebpfproxy.netlink.xdp_state import XdpState
 from tests.e2e import connection_load
 from tests.e2e.outside_client import HeldConnection, OutsideClientCluster
@@ -298,7 +298,7 @@ def _attach_often(pin: str, count: int) -> int:
         link = bpf.link_create(program, socket.if_nametoindex("p1"), XDP_ATTACH, 1 << (1 + at % 2))
         bpf.pin(link, Path(pin))
         os.close(link)
-        XdpAttacher.detach(Path(pin))
+        detach(Path(pin))
     os.close(program)
     return count
 

@@ -13,6 +13,8 @@ GROUPS = {
     "measures": ("tests/e2e/test_measures.py",),
     "start": ("tests/field/test_start.py",),
     "XDP": ("tests/field/test_xdp_forwarding.py",),
+    "XDP on virtio-net": ("tests/field/test_xdp_virtio.py",),
+    "libxdp": ("tests/field/test_xdp_chain.py",),
     "devices": ("tests/field/test_devices.py",),
     "kinds of devices": ("tests/cnis/test_devices.py",),
     "clients outside": ("tests/e2e/test_outside.py",),

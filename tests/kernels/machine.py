@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+from tests.kernels import network
 from tests.kernels.kernels import Kernel
 from tests.kernels.results import Run, read
 from tests.kernels.root import TOP, Root
@@ -22,8 +23,17 @@ def boot(kernel: Kernel, root: Root, release: str, disk: Path, console: Path, mi
     groups = " ".join(name.replace(" ", "_") for name in kernel.groups)
     arguments = f"console=ttyS0 quiet panic=-1 root=/dev/vda rw init={TOP}/tests/kernels/init {kernel.arguments} -- {groups}"
     command: list[str | Path] = [
+        *network.in_a_namespace(),
         *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", "3G", *kernel.machine),
-        *("-nographic", "-no-reboot", "-nic", "none", "-serial", "mon:stdio", "-serial", f"file:{results}"),
+        *(
+            "-nographic",
+            "-no-reboot",
+            *network.arguments(),
+            "-serial",
+            "mon:stdio",
+            "-serial",
+            f"file:{results}",
+        ),
         *("-kernel", root.kernel(release), "-initrd", root.initrd(release), "-append", arguments),
         *("-drive", f"file={disk},format=raw,if=virtio,snapshot=on"),
     ]

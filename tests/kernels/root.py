@@ -17,7 +17,7 @@ TOP = Path(__file__).parents[2]
 SUITE = "bookworm"
 _PACKAGES = (
     "apparmor,bpftool,busybox-static,clang,conntrack,initramfs-tools,ipset,iproute2,iptables,ipvsadm,kmod,nftables,"
-    "procps,python3-bpfcc,runc,socat"
+    "libxdp1,procps,python3-bpfcc,runc,socat,xdp-tools"
 )
 #: What an initramfs needs to find the disk; all modules would take it minutes to unpack in an emulator.
 _INITRAMFS = {

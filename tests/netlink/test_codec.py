@@ -60,6 +60,18 @@ def test_ack_ends_a_reply_and_an_error_is_raised(
         list(codec.replies(here))
 
 
+def test_error_has_the_text_of_the_kernel(pair: tuple[socket.socket, socket.socket]) -> None:
+    """It comes after the header of the request, and only where the message has attributes."""
+    here, there = pair
+    request = codec.pack(19, codec.REQUEST, b"")
+    failed = struct.pack("=i", -errno.EINVAL) + request + codec.attribute(1, b"MTU too large\0")
+    for flags, text in ((0x300, "MTU too large"), (0x100, "Invalid argument"), (0, "Invalid argument")):
+        there.send(codec.pack(2, flags, failed))
+        with pytest.raises(OSError, match=text) as raised:
+            list(codec.replies(here))
+        assert (raised.value.errno, raised.value.strerror) == (errno.EINVAL, text)
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ebpfproxy.datapath.kernel.libbpf import (
     BpfError,
@@ -295,9 +295,43 @@ def has_helper(prog_type: int, helper: int) -> bool:
     return bool(lib.libbpf_probe_bpf_helper(prog_type, helper, None) == 1)
 
 
-def prog_load(prog_type: int, attach_type: int, name: str, insns: bytes) -> int:
+class Typed(NamedTuple):
+    """BTF, by its descriptor, and in it the type of a program's only function."""
+
+    btf: int
+    function: int
+
+
+class Extended(NamedTuple):
+    """A program, and in its BTF the type of the function that an extension replaces."""
+
+    program: int
+    function: int
+
+
+def btf_load(data: bytes) -> int:
+    """Loads BTF and returns its file descriptor."""
+    return check(lib.bpf_btf_load(data, len(data), None), "load BTF")
+
+
+def prog_load(
+    prog_type: int,
+    attach_type: int,
+    name: str,
+    insns: bytes,
+    *,
+    typed: Typed | None = None,
+    extends: Extended | None = None,
+) -> int:
     """Loads instructions and returns the program's file descriptor. Raises VerifierError."""
     opts = ProgLoadOpts(sz=ct.sizeof(ProgLoadOpts), attempts=_LOAD_ATTEMPTS, expected_attach_type=attach_type)
+    if typed is not None:
+        # struct bpf_func_info: the function's first instruction, and its type.
+        function = (ct.c_uint32 * 2)(0, typed.function)
+        opts.prog_btf_fd, opts.func_info = typed.btf, ct.addressof(function)
+        opts.func_info_cnt, opts.func_info_rec_size = 1, ct.sizeof(function)
+    if extends is not None:
+        opts.attach_prog_fd, opts.attach_btf_id = extends
 
     def load() -> int:
         count = len(insns) // 8

@@ -211,6 +211,7 @@ _ARGUMENTS = {
     "bpf_prog_get_next_id": (_U32, _POINTER),
     "bpf_link_get_fd_by_id": (_U32,),
     "bpf_link_get_next_id": (_U32, _POINTER),
+    "bpf_btf_load": (_POINTER, ct.c_size_t, _POINTER),
     "bpf_prog_load": (_INT, ct.c_char_p, ct.c_char_p, _POINTER, ct.c_size_t, _POINTER),
     "bpf_link_detach": (_INT,),
     "libbpf_probe_bpf_helper": (_INT, _INT, _POINTER),

@@ -15,7 +15,8 @@ from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.node.service_cidrs import Cidrs
 from ebpfproxy.datapath.programs.attach import Drifted
 from ebpfproxy.datapath.programs.devices import LOOPBACK, DeviceAttacher, Target
-from ebpfproxy.datapath.programs.xdp import XdpAttacher, XdpDevice, XdpMode
+from ebpfproxy.datapath.programs.xdp import XdpAttacher, XdpDevice
+from ebpfproxy.datapath.programs.xdp_places import XdpMode
 
 #: In the ``devices`` map: what masquerading uses where a device is not known.
 _ANY_DEVICE = 0

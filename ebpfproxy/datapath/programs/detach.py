@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ebpfproxy.datapath.programs import xdp_places
 from ebpfproxy.datapath.programs.attach import LINKS, detach
 from ebpfproxy.datapath.programs.devices import remove_filters
 
@@ -29,8 +30,8 @@ def remove_everything(pins: Path) -> list[str]:
     removed = remove_filters()
     if (pins / LINKS).is_dir():
         for link in sorted((pins / LINKS).iterdir()):
-            link.unlink()
-            removed.append(f"detached {link.name}")
+            removed.append(xdp_places.detach(link) if _is_chained(link) else f"detached {link.name}")
+            link.unlink(missing_ok=True)
     if pins.is_dir():
         for version in sorted(p for p in pins.iterdir() if p.name != LINKS):
             count = sum(1 for p in version.rglob("*") if not p.is_dir())
@@ -38,6 +39,11 @@ def remove_everything(pins: Path) -> list[str]:
             removed.append(f"unpinned {version} ({count} maps and programs)")
         shutil.rmtree(pins)
     return removed
+
+
+def _is_chained(link: Path) -> bool:
+    place = xdp_places.place_of(link)
+    return place is not None and place.is_chained
 
 
 def remove_other_versions(pins: Path, keep: Path) -> list[Path]:

@@ -15,14 +15,14 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import PACKETS, SOCKETS, Module
+from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKETS, SOCKETS, Module
 from ebpfproxy.datapath.abi.layout import cpus_of_a_row_shift
 from ebpfproxy.datapath.abi.schema import MAP_NAMES
-from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel import bpf, extension
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features, may_calculate_with_pointers
-from ebpfproxy.datapath.programs import bytecode
+from ebpfproxy.datapath.programs import bytecode, xdp_chain
 from ebpfproxy.datapath.services import slots
 
 _SHOWN_LINES = 12
@@ -150,6 +150,28 @@ def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (S
     return home
 
 
+def ensure_extension(maps: MapSet, options: Options, home: Path) -> None:
+    """Loads the XDP program once more, for dispatchers of libxdp, unless it is pinned in ``home``.
+
+    Raises LoadError.
+    """
+    pin = home / xdp_chain.NAME
+    if pin.exists():
+        return
+    (hook,) = FORWARDING.hooks
+    code = _linked(source_folder(), options, maps, FORWARDING)[hook.name]
+    try:
+        fd = extension.load_extension(xdp_chain.NAME, code, xdp_chain.PRIORITY)
+    except VerifierError as error:
+        raise LoadError(_verifier_says(xdp_chain.NAME, error)) from None
+    except OSError as error:
+        raise LoadError(str(error)) from None
+    try:
+        bpf.pin(fd, pin)
+    finally:
+        os.close(fd)
+
+
 def _pins(home: Path, module: Module) -> dict[str, Path]:
     return {hook.name: home / f"{hook.name}{module.suffix}" for hook in module.hooks}
 
@@ -162,6 +184,22 @@ def _unpin(home: Path, module: Module) -> None:
 
 def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Module) -> None:
     _unpin(home, module)
+    codes = _linked(sources, options, maps, module)
+    for hook in module.hooks:
+        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
+        attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
+        try:
+            fd = bpf.prog_load(hook.program_type, attach_type, hook.name, codes[hook.name])
+        except VerifierError as error:
+            raise LoadError(_verifier_says(hook.name, error)) from None
+        try:
+            bpf.pin(fd, _pins(home, module)[hook.name])
+        finally:
+            os.close(fd)
+
+
+def _linked(sources: Path, options: Options, maps: MapSet, module: Module) -> dict[str, bytes]:
+    """The module's programs by name, to be loaded with these options and maps."""
     try:
         programs = bytecode.get(recipe(sources, module)).programs
     except bytecode.NoCompilerError as error:
@@ -169,18 +207,8 @@ def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Mod
     except bytecode.CompileError as error:
         raise LoadError(_compiler_says(str(error), sources / module.source)) from None
     fds = {name: each.fd for name, each in maps.maps.items()}
-    for hook in module.hooks:
-        code = programs[hook.name].linked(fds, options.constants(_sizes(maps)))
-        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
-        attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
-        try:
-            fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
-        except VerifierError as error:
-            raise LoadError(_verifier_says(hook.name, error)) from None
-        try:
-            bpf.pin(fd, _pins(home, module)[hook.name])
-        finally:
-            os.close(fd)
+    constants = options.constants(_sizes(maps))
+    return {hook.name: programs[hook.name].linked(fds, constants) for hook in module.hooks}
 
 
 def _compiler_says(said: str, source: Path) -> str:

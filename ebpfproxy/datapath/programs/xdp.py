@@ -1,18 +1,18 @@
 """The XDP program on devices: a pinned link each, in the driver (native) or behind it (generic).
 
 A link is pinned as ``links/xdp-<ifindex>-<mode>``; it ends with its device, and is replaced in one step. A
-device has one XDP program: where somebody else's is attached, ours is not, and tc does all the work. The
-``xdp_devices`` map tells programs between which devices frames can go: a driver drops what it cannot take
-without telling anybody.
+device has one XDP program: where somebody else's is attached, ours is not, and tc does all the work. Only in
+the dispatcher of libxdp (:mod:`ebpfproxy.datapath.programs.xdp_chain`) ours becomes one of several; then the
+program is pinned, as ``links/xdp-<ifindex>-<mode>-chained``. The ``xdp_devices`` map tells programs between
+which devices frames can go: a driver drops what it cannot take without telling anybody.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
-import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,27 +23,24 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.owned import Owned
+from ebpfproxy.datapath.programs import xdp_chain
 from ebpfproxy.datapath.programs.attach import LINKS, Drifted, drift, pin_over, program_id
 from ebpfproxy.datapath.programs.devices import exists
+from ebpfproxy.datapath.programs.xdp_places import (
+    Dispatcher,
+    Place,
+    XdpAttachment,
+    XdpMode,
+    detach,
+    dispatcher_of,
+)
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
-from ebpfproxy.netlink.xdp_state import XdpFeatures, XdpState, xdp_program
+from ebpfproxy.netlink.xdp_state import XdpFeatures, XdpState, xdp_program, xdp_refusal
 
-_PIN = re.compile(r"xdp-(\d+)-(native|generic)(-new)?")
 (_HOOK,) = FORWARDING.hooks
 #: Errors of a device that has a program of somebody else, in this mode or in the other.
 _TAKEN = (errno.EBUSY, errno.EEXIST)
 _FOREIGN = "another XDP program is attached"
-
-
-class XdpMode(enum.StrEnum):
-    """The value is in names of pins; ``flag`` is the kernel's (XDP_FLAGS_DRV_MODE, _SKB_MODE)."""
-
-    NATIVE = "native"
-    GENERIC = "generic"
-
-    @property
-    def flag(self) -> int:
-        return 1 << 2 if self is XdpMode.NATIVE else 1 << 1
 
 
 class XdpDevice(NamedTuple):
@@ -57,14 +54,6 @@ class XdpDevice(NamedTuple):
     obstacle: str
 
 
-class XdpAttachment(NamedTuple):
-    """A device with our program, as the kernel says."""
-
-    ifindex: int
-    mode: XdpMode
-    program_id: int
-
-
 class XdpAttacher:
     """Attaches the program to uplinks, and is the only writer of ``xdp_devices``. One thread uses it."""
 
@@ -75,11 +64,15 @@ class XdpAttacher:
         self._modes = modes
         #: Devices whose driver has refused the program, as they were then, and the reasons, by ifindex.
         self._refused: dict[int, tuple[XdpDevice, XdpFeatures | None, str]] = {}
+        #: The driver's words of the last attempt that failed, by ifindex.
+        self._words: dict[int, tuple[tuple[XdpDevice, XdpMode, int | None], str]] = {}
+        #: The MTUs of devices when they got the program, by ifindex.
+        self._mtus: dict[int, int] = {}
         #: The mode of each device, or the reason why it has no program, by ifindex.
         self.states: dict[int, str] = {}
         self._entries = dict(table.items())
-        #: The program's pin, and the names of the devices that have it, by their links.
-        self._attached: tuple[Path, dict[Path, XdpDevice]] = Path(), {}
+        #: Where programs are pinned, and the devices that have one, with its place.
+        self._attached: tuple[Path, dict[Place, XdpDevice]] = Path(), {}
 
     def attach(self, devices: Iterable[XdpDevice], programs: Path) -> list[str]:
         """Attaches to exactly these devices, as far as they can have the program; returns what changed.
@@ -88,30 +81,31 @@ class XdpAttacher:
         """
         before, self.states = self.states, {}
         wanted: dict[bytes, bytes] = {}
-        kept: dict[Path, XdpDevice] = {}
-        self._attached = programs / _HOOK.name, kept
+        kept: dict[Place, XdpDevice] = {}
+        self._attached = programs, kept
         if not self._modes:
             self._bring(wanted)
             return self._detach_all_but(kept)
         self._links.mkdir(parents=True, exist_ok=True)
-        with XdpState() as state, bpf.opened(programs / _HOOK.name) as program:
+        with XdpState() as kernel, bpf.opened(programs / _HOOK.name) as program:
             for device in devices:
                 try:
-                    features = state.features(device.ifindex)
-                    mode, reason = self._attach(device, features, program)
+                    place, state = self._attach(device, kernel.features(device.ifindex), program)
+                    # Some drivers take frames as soon as they have a program.
+                    features = kernel.features(device.ifindex)
                 except OSError as error:
                     # The device is gone: there will be another state of the node.
-                    mode, reason = None, str(error)
+                    place, state = None, str(error)
                     features = None
-                self.states[device.ifindex] = str(mode or reason)
                 flags = XdpFlags(0)
-                if mode is not None:
-                    kept[self._pin(device.ifindex, mode)] = device
+                if place is not None:
+                    kept[place] = device
                     flags |= XdpFlags.FORWARDS
                     # What a veth sends back is lost unless the other end has an XDP program, too. What is
                     # redirected to it arrives.
-                    if mode is XdpMode.GENERIC or not device.is_veth:
+                    if place.mode is XdpMode.GENERIC or not device.is_veth:
                         flags |= XdpFlags.SENDS_BACK
+                self.states[device.ifindex] = state
                 if features is not None and XdpFeatures.NDO_XMIT in features:
                     flags |= XdpFlags.TAKES
                 if flags:
@@ -130,35 +124,81 @@ class XdpAttacher:
 
     def drifted(self) -> dict[int, list[Drifted]]:
         """Devices by index that have lost the program since it was attached. Any thread may ask."""
-        program, attached = self._attached
+        programs, attached = self._attached
         found = {}
-        for path, device in list(attached.items()):
-            with bpf.pinned(path) as link:
-                info = bpf.xdp_link_info(link) if link is not None else None
-            there = int(info.prog_id) if info is not None and info.ifindex == device.ifindex else None
-            drifts = [*drift(f"{device.name} xdp", there, program_id(program))]
+        for place, device in list(attached.items()):
+            wanted = program_id(programs / (xdp_chain.NAME if place.is_chained else _HOOK.name))
+            drifts = [*drift(f"{device.name} xdp", self._program_at(place, wanted), wanted)]
             if drifts and exists(device.ifindex):
                 found[device.ifindex] = drifts
         return found
 
-    def _pin(self, ifindex: int, mode: XdpMode) -> Path:
-        return self._links / f"xdp-{ifindex}-{mode}"
+    def _program_at(self, place: Place, wanted: int | None) -> int | None:
+        """The program that is there now, None without one."""
+        if place.is_chained:
+            with suppress(OSError):
+                return wanted if wanted in (dispatcher_of(place.ifindex).members or ()) else None
+            return None
+        with bpf.pinned(self._links / place.pin) as link:
+            info = bpf.xdp_link_info(link) if link is not None else None
+        return int(info.prog_id) if info is not None and info.ifindex == place.ifindex else None
 
     def _attach(
         self, device: XdpDevice, features: XdpFeatures | None, program: int
-    ) -> tuple[XdpMode | None, str]:
-        """The mode, or None and the reason."""
-        reason = device.obstacle
-        if reason:
-            return None, reason
+    ) -> tuple[Place | None, str]:
+        """Where the program is, and its state; None and the reason where it is not."""
+        if device.obstacle:
+            return None, device.obstacle
+        found = dispatcher_of(device.ifindex)
+        if found.members is not None:
+            return self._chain(device, features, found)
+        reason = ""
         for mode in self._modes:
             if mode is XdpMode.NATIVE:
                 reason = _native_obstacle(device, features) or self._native(device, features, program)
             else:
                 reason = self._link(device, mode, program)
             if not reason:
-                return mode, ""
+                return Place(device.ifindex, mode), str(mode)
         return None, reason
+
+    def _chain(
+        self, device: XdpDevice, features: XdpFeatures | None, found: Dispatcher
+    ) -> tuple[Place | None, str]:
+        """The same where the device has a dispatcher of libxdp, whose mode is that of all programs in it."""
+        reason = ""
+        if found.mode not in self._modes:
+            reason = f"it is {found.mode}"
+        elif found.mode is XdpMode.NATIVE:
+            reason = _native_obstacle(device, features)
+        place = Place(device.ifindex, found.mode, is_chained=True)
+        if not reason:
+            try:
+                return place, self._join(place, found)
+            except xdp_chain.ChainError as error:
+                reason = str(error)
+        return None, f"{_FOREIGN} (id {found.program.number}), by libxdp: {reason}"
+
+    def _join(self, place: Place, found: Dispatcher) -> str:
+        """Makes our program one of those in the dispatcher, instead of an earlier agent's. Raises ChainError.
+
+        Returns the state.
+        """
+        programs, _ = self._attached
+        members, is_native = found.members or [], place.mode is XdpMode.NATIVE
+        with bpf.pinned(programs / xdp_chain.NAME) as extension:
+            if extension is None:
+                raise xdp_chain.ChainError(xdp_chain.obstacle() or "this kernel has no BPF_PROG_TYPE_EXT")
+            number = int(bpf.prog_info(extension).id)
+            if number not in members:
+                xdp_chain.join(place.ifindex, extension, is_native=is_native)
+            for other in members:
+                if other != number and bpf.prog_name(other) == xdp_chain.NAME:
+                    xdp_chain.leave(place.ifindex, other, is_native=is_native)
+            if program_id(self._links / place.pin) != number:
+                pin_over(extension, self._links / place.pin)
+        there = dispatcher_of(place.ifindex).members or []
+        return XdpAttachment(place, number, tuple(there)).state
 
     def _native(self, device: XdpDevice, features: XdpFeatures | None, program: int) -> str:
         """A driver that has refused is not asked again: the generic program would be detached for that."""
@@ -174,42 +214,43 @@ class XdpAttacher:
 
     def _link(self, device: XdpDevice, mode: XdpMode, program: int) -> str:
         """Brings the device's link to the program; returns why that is not possible, empty if it is."""
-        path = self._pin(device.ifindex, mode)
+        path = self._links / Place(device.ifindex, mode).pin
+        has_grown = device.mtu > self._mtus.setdefault(device.ifindex, device.mtu)
         with bpf.pinned(path) as link:
-            if link is not None and bpf.xdp_link_info(link).ifindex == device.ifindex:
+            if link is not None and bpf.xdp_link_info(link).ifindex == device.ifindex and not has_grown:
                 if bpf.xdp_link_info(link).prog_id != bpf.prog_info(program).id:
                     bpf.link_update(link, program)
                 return ""
         # One device has one program, whatever its mode. A killed agent may have left one under another name.
+        # And virtio-net looks at the MTU only now: what is too large for a program later is lost.
         for other in self._links.glob(f"xdp-{device.ifindex}-*"):
-            self.detach(other)
+            detach(other)
         try:
             fresh = bpf.link_create(program, device.ifindex, _HOOK.attach_type, mode.flag)
         except BpfError as error:
             if error.errno in _TAKEN:
                 with Rtnetlink() as netlink:
-                    return f"{_FOREIGN} (id {xdp_program(netlink, device.ifindex)})"
-            return f"no {mode} XDP: {os.strerror(error.errno or 0)}"
+                    return f"{_FOREIGN} (id {xdp_program(netlink, device.ifindex).number})"
+            return f"no {mode} XDP: {self._words_of(device, mode, program, error)}"
+        self._mtus[device.ifindex] = device.mtu
         try:
             pin_over(fresh, path)
         finally:
             os.close(fresh)
         return ""
 
-    @staticmethod
-    def detach(path: Path) -> None:
-        """Detaches the link that is pinned there, if any: its device has no program when this returns."""
-        with bpf.pinned(path) as link:
-            if link is not None:
-                bpf.link_detach(link)
-        path.unlink(missing_ok=True)
+    def _words_of(self, device: XdpDevice, mode: XdpMode, program: int, error: BpfError) -> str:
+        """Why the driver refuses the program, for which it is asked once as long as nothing changes."""
+        attempt = device, mode, error.errno
+        known, words = self._words.get(device.ifindex, (None, ""))
+        if known != attempt:
+            words = xdp_refusal(device.ifindex, program, mode.flag) or os.strerror(error.errno or 0)
+            self._words[device.ifindex] = attempt, words
+        return words
 
-    def _detach_all_but(self, kept: Iterable[Path]) -> list[str]:
-        changed = []
-        for path in set(self._links.glob("xdp-*")) - set(kept):
-            self.detach(path)
-            changed.append(f"{path.name} detached")
-        return sorted(changed)
+    def _detach_all_but(self, kept: Iterable[Place]) -> list[str]:
+        others = set(self._links.glob("xdp-*")) - {self._links / place.pin for place in kept}
+        return sorted(detach(path) for path in others)
 
 
 def _native_obstacle(device: XdpDevice, features: XdpFeatures | None) -> str:
@@ -223,14 +264,3 @@ def _native_obstacle(device: XdpDevice, features: XdpFeatures | None) -> str:
     if XdpFeatures.NDO_XMIT not in features:
         return "its peer takes no frames of XDP programs: it has neither such a program nor GRO"
     return ""
-
-
-def xdp_attachments(pins: Path) -> list[XdpAttachment]:
-    """Reads pinned links, in any network namespace: the indexes are those of the agent's."""
-    found = []
-    for path in sorted((pins / LINKS).glob("xdp-*")):
-        name = _PIN.fullmatch(path.name)
-        with bpf.pinned(path) as link:
-            if name and link is not None and (info := bpf.xdp_link_info(link)).ifindex:
-                found.append(XdpAttachment(int(info.ifindex), XdpMode(name[2]), int(info.prog_id)))
-    return found

@@ -15,7 +15,7 @@ from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.roots import RootError, find_cgroup_root
 from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED, Attachment, attachments, program_id
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, our_filter
-from ebpfproxy.datapath.programs.xdp import XdpMode, xdp_attachments
+from ebpfproxy.datapath.programs.xdp_places import is_attached, xdp_attachments
 from ebpfproxy.netlink import traffic_control
 from ebpfproxy.netlink.rtnetlink import Rtnetlink
 from ebpfproxy.netlink.xdp_state import xdp_program
@@ -42,7 +42,7 @@ def lost(pins: Path, folder: Path, agent: AgentState | None, *, is_here: bool) -
     there |= {(one.ifindex, _XDP): one.program_id for one in xdp_attachments(pins)}
     for device in agent.device_roles:
         wanted = [*(directions_of(device.ifindex) if device.attached else ())]
-        wanted += [_XDP] if device.xdp in list(XdpMode) else []
+        wanted += [_XDP] if is_attached(device.xdp) else []
         for at in wanted:
             if (number := there.get((device.ifindex, at))) not in pinned:
                 yield _lost("devices", number, f"{device.name} {at}", consequence_at(at))
@@ -57,13 +57,17 @@ def before_ours(pins: Path, agent: AgentState | None, *, is_here: bool) -> Itera
     """Programs of others that see sockets and packets first: what they change or take, ours never see."""
     yield from _at_sockets(attachments(pins))
     if agent is not None and is_here:
-        own = {each.program_id for each in xdp_attachments(pins)} | {0}
+        ours = xdp_attachments(pins)
+        own = {each.program_id for each in ours} | {0}
+        earlier = {each.ifindex: each.earlier for each in ours if each.place.is_chained}
         with Rtnetlink() as netlink:
             for device in agent.device_roles:
                 # A device may be gone by now.
                 with suppress(OSError):
-                    if (number := xdp_program(netlink, device.ifindex)) not in own:
-                        yield _first("devices", f"{device.name} xdp", number)
+                    there = earlier.get(device.ifindex, [xdp_program(netlink, device.ifindex).number])
+                    for number in there:
+                        if number not in own:
+                            yield _first("devices", f"{device.name} xdp", number)
                 for direction in directions_of(device.ifindex):
                     yield from _at_device(
                         netlink, pins, device.ifindex, f"{device.name} {direction}", direction

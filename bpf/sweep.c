@@ -56,13 +56,15 @@ static __always_inline bool next_number(struct sweep *s, u32 *number)
 static __always_inline bool is_silent(const struct sweep *s, const struct flow *flow,
 				      const struct nat *nat, u8 seen)
 {
-	const bool lasted = (s64)(nat->last - nat->created) >= (s64)NSEC_PER_SEC;
-	const u8 proto = service_protocol(flow->proto);
-	const u32 row = proto == IPPROTO_TCP	? TIMEOUTS_TCP
-			: proto == IPPROTO_UDP	? TIMEOUTS_UDP
-			: proto == IPPROTO_SCTP ? TIMEOUTS_SCTP
-						: TIMEOUTS_OTHER;
-	u32 at = row * 32 + (seen & 15) * 2 + lasted;
+	/* Without branches: the verifier would walk through what follows for each timeout. */
+	const u64 lasted = sign_of(nat->last - nat->created - NSEC_PER_SEC) ^ 1;
+	const u64 is_tcp = is_zero(flow->proto ^ IPPROTO_TCP);
+	const u64 is_udp =
+		is_zero(flow->proto ^ IPPROTO_UDP) | is_zero(flow->proto ^ IPPROTO_UDPLITE);
+	const u64 is_sctp = is_zero(flow->proto ^ IPPROTO_SCTP);
+	const u64 other = select(is_sctp, TIMEOUTS_SCTP, TIMEOUTS_OTHER);
+	const u64 row = select(is_tcp, TIMEOUTS_TCP, select(is_udp, TIMEOUTS_UDP, other));
+	u64 at = row * 32 + (seen & 15) * 2 + lasted;
 
 	barrier_var(at);
 	return (s64)(s->now - nat->last) > (s64)s->limits[at & 127];

@@ -49,7 +49,7 @@ static __always_inline bool next_number(struct sweep *s, u32 *number)
 static __always_inline bool is_silent(const struct sweep *s, const struct flow *flow,
 				      const struct nat *nat, u8 seen)
 {
-	const bool lasted = (s64)(nat->last - nat->created) >= (s64)NSEC_PER_SEC;
+	const u64 lasted = is_less(nat->created + NSEC_PER_SEC - 1, nat->last);
 	const u32 row = timeouts_of(flow->proto);
 
 	return (s64)(s->now - nat->last) > (s64)timeout(s, row, seen, lasted);

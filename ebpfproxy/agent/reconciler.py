@@ -5,10 +5,10 @@ the HTTP servers, one that sends events, and the reconciler, which alone owns th
 contents. They meet at one queue (``messages``). Slow work of the reconciler (compiling, and that of
 ``housekeeping``) runs in workers, whose results come by the same queue.
 
-Order of a start: roots and lock (``succession``: another agent may run still); kernel probe; maps (reused or
-created); then, at the same time, the watches' first lists and the programs' compilation; the first full
-programming; and only then programs are attached or replaced. A stop changes nothing: maps and programs go on
-without an agent.
+Order of a start: roots and lock (``succession``: another agent may run still); kernel probe; the watches,
+and while their first lists come, maps (reused or created), the node's network, and the load of programs; the
+first full programming; and only then programs are attached or replaced. A stop changes nothing: maps and
+programs go on without an agent.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Agent:
         #: True once the configuration has changed.
         self._starts_anew = False
         self._is_told_to_end = False
+        self._knows_network = False
         self._init_only = init_only
         self._standby = standby
         self._predecessor = Predecessor()
@@ -110,21 +111,57 @@ class Agent:
 
         Then a program that replaces this one in its process inherits its listening sockets.
         """
-        # What the first lists bring stays: until they are programmed, only imports have left garbage.
-        gc.collect()
+        # What modules and the first lists bring stays: the collector begins once that is programmed.
         gc.disable()
         lock = self._lock_roots()
         if lock is None:
             return False
         self._mounts = MountFollower(lock, self._options.bpf_root)
+        features = probe.probe().without(self._options.without)
         if self._init_only:
-            self._open()
+            self._open(features)
             self._programs.load(reports=self._options.trace_decisions)
             lock.release()
             return False
         source, options = self._source, self._options
         telemetry = Telemetry(options, self._metrics.registry)
-        self._open()
+        # The first lists take longer to come than everything until they are needed.
+        source.start()
+        try:
+            self._create_parts(features, telemetry)
+            self._listen()
+            if not self._learn_network():
+                self._messages.put(Stop())
+            self._network.set_pod_cidrs()
+            self._programs.start_load()
+            source.record(kube_events.starting(options.node_name))
+            self._serving.follow(complete=False)
+            self._local.start()
+            successors = Successors(self._local.name)
+        except BaseException:
+            source.stop()
+            raise
+        log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
+        try:
+            self._reconcile()
+        finally:
+            telemetry.stop()
+            self._tracing.stop()
+            source.stop()
+            self._messages.close()
+            self._local.stop()
+            if self._starts_anew:
+                self._listeners.leave_to_next()
+            successors.hand_over(self._listeners, lock)
+            self._predecessor.dismiss()
+            self._serving.stop()
+        log.info("stopped, traffic goes on")
+        telemetry.close()
+        return self._starts_anew and not self._is_told_to_end
+
+    def _create_parts(self, features: probe.Features, telemetry: Telemetry) -> None:
+        options, source = self._options, self._source
+        self._open(features)
         self._serving = Serving(
             options,
             self._metrics,
@@ -151,33 +188,6 @@ class Agent:
         )
         collectors.register(self._metrics.registry, options, self._maps, source, self._serving.health)
         telemetry.start()
-        self._listen()
-        if not self._handle_all(self._messages.take(HEARTBEAT)):
-            self._messages.put(Stop())
-        self._network.set_pod_cidrs()
-        self._programs.start_load()
-        source.record(kube_events.starting(options.node_name))
-        self._serving.follow(complete=False)
-        self._local.start()
-        successors = Successors(self._local.name)
-        source.start()
-        log.info("started", node=options.node_name, source=source.description, version=ebpfproxy.__version__)
-        try:
-            self._reconcile()
-        finally:
-            telemetry.stop()
-            self._tracing.stop()
-            source.stop()
-            self._messages.close()
-            self._local.stop()
-            if self._starts_anew:
-                self._listeners.leave_to_next()
-            successors.hand_over(self._listeners, lock)
-            self._predecessor.dismiss()
-            self._serving.stop()
-        log.info("stopped, traffic goes on")
-        telemetry.close()
-        return self._starts_anew and not self._is_told_to_end
 
     def _lock_roots(self) -> roots.Lock | None:
         """None if another agent runs, and nothing is to be done beside it. Raises RootError."""
@@ -201,10 +211,9 @@ class Agent:
         self._listeners.inherit(sockets)
         return lock
 
-    def _open(self) -> None:
+    def _open(self, features: probe.Features) -> None:
         """Opens the maps, and creates the parts that need them."""
         options = self._options
-        features = probe.probe().without(options.without)
         pins = roots.pin_folder(options.bpf_root)
         self._maps = maps.open_or_create(pins, options.capacity)
         grace = Grace()
@@ -264,6 +273,14 @@ class Agent:
             watch_file(self._config, lambda: put(Stop("the configuration has changed")))
         NetworkWatcher(lambda found: put(NetworkChanged(found))).start()
 
+    def _learn_network(self) -> bool:
+        """Waits for the node's devices, which decide what is loaded. False after Stop."""
+        end = time.monotonic() + HEARTBEAT
+        while not self._knows_network and (left := end - time.monotonic()) > 0:
+            if not self._handle_all(self._messages.take(left)):
+                return False
+        return True
+
     def _stop(self, *_: object) -> None:
         self._is_told_to_end = True
         self._messages.put(Stop())
@@ -290,8 +307,10 @@ class Agent:
     # -- the reconciler
 
     def _reconcile(self) -> None:
+        # Lists may have come already.
+        pause = 0.0
         while True:
-            messages = self._messages.take(self._pause())
+            messages = self._messages.take(pause)
             is_idle = not messages
             if not self._handle_all(messages):
                 return
@@ -323,6 +342,7 @@ class Agent:
             if self._programming.complete and self._programs.attached:
                 self._drift.start()
             self._status.write(is_idle=is_idle, complete=self._programming.complete)
+            pause = self._pause()
 
     def _pause(self) -> float:
         """Seconds until there is something to do without a message."""
@@ -344,6 +364,7 @@ class Agent:
     def _handle(self, message: Message) -> None:
         if isinstance(message, NetworkChanged):
             self._network.set_facts(message.facts)
+            self._knows_network = True
         elif isinstance(message, Finished):
             message.then()
         elif isinstance(message, Failed):

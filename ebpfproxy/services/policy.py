@@ -68,9 +68,9 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
         cluster = _sorted(chosen)
     else:
         cluster, cluster_basis = _sorted(backend for backend, _ in leaving), Basis.TERMINATING
-    local = _sorted(backend for backend, c in ready if c.local)
+    local = _sorted([backend for backend, c in ready if c.local])
     if not local:
-        local, local_basis = _sorted(backend for backend, c in leaving if c.local), Basis.TERMINATING
+        local, local_basis = _sorted([backend for backend, c in leaving if c.local]), Basis.TERMINATING
     local = cluster if local == cluster else local
     if not leaving:
         return Usable(cluster, local, (), _NONE, idle, cluster_basis, local_basis)

@@ -157,7 +157,7 @@ class Tracker:
 
     def _count_without_local(self, ports: Iterable[ServicePort], step: int) -> None:
         for port in ports:
-            if port.cluster and not port.local:
+            if port.cluster and not port.local and any(f.external or f.internal for f in port.frontends):
                 family = port.key.family
                 for policy, uses in (
                     ("internal", any(f.internal == Policy.LOCAL for f in port.frontends)),

@@ -22,6 +22,9 @@ LOOPBACK = "is loopback"
 _LEADING_ZEROS = re.compile(r"(?<![0-9A-Fa-f])0+(?=[0-9A-Fa-f])")
 _LOOPBACK6 = b"\0" * 15 + b"\1"
 _BROADCAST = b"\xff" * 4
+#: Other first bytes, of either family, begin addresses that anything may have.
+_UNUSUAL = frozenset((0, 127, 169, *range(224, 240), 0xFE, 0xFF))
+_IPV4, _IPV6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 
 class Warning(msgspec.Struct, frozen=True, gc=False):
@@ -44,9 +47,8 @@ def parse_address(text: str, *, strict: bool = False) -> bytes | None:
     configuration, which other programs read as octal. None for anything else, IPv4-mapped
     IPv6 among it: it would name one address in two families.
     """
-    family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
-        packed = socket.inet_pton(family, text)
+        packed = socket.inet_pton(_IPV6 if ":" in text else _IPV4, text)
     except (OSError, ValueError):
         plain = _LEADING_ZEROS.sub("", text)
         if strict or plain == text:
@@ -77,6 +79,8 @@ def unusable_address(address: bytes) -> str | None:
     Called once for each endpoint, hence without ``ipaddress``.
     """
     first, second = address[0], address[1]
+    if first not in _UNUSUAL:
+        return None
     if not first and not any(address):
         return "is unspecified"
     if len(address) == 4:

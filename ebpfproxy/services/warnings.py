@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 
 from ebpfproxy.services.values import Warning
 
@@ -17,8 +17,10 @@ class Warnings:
     def __bool__(self) -> bool:
         return bool(self._new)
 
-    def set(self, about: Hashable, warnings: Iterable[Warning]) -> None:
+    def set(self, about: Hashable, warnings: Collection[Warning]) -> None:
         """Sets all warnings about something; those that were not there before are new."""
+        if not warnings and about not in self._known:
+            return
         now = frozenset(warnings)
         before = self._known.pop(about, frozenset())
         if now:

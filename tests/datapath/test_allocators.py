@@ -85,6 +85,16 @@ def test_ids_for_several_keys_are_for_all_or_none() -> None:
     assert [ids.get(each) for each in "de"] == [3, 1]
 
 
+def test_keys_without_an_id_get_the_next_ones_in_a_row() -> None:
+    ids = Ids[str](6, {"b": 1})
+    assert ids.has_fresh(4)
+    assert not ids.has_fresh(5)
+    assert ids.add_missing("abacb") == (2, ["a", "c"])
+    assert [ids.get(each) for each in "abc"] == [2, 1, 3]
+    assert ids.add_missing("cab") == (4, [])
+    assert [ids.add("d"), ids.add("e"), ids.add("f")] == [4, 5, 0]
+
+
 def test_an_id_that_is_held_waits_for_its_turn() -> None:
     ids: Ids[str] = Ids(3)
     assert [ids.add(each, {1}) for each in "ab"] == [0, 2]

@@ -18,7 +18,7 @@ import pytest
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import MODULES, SOCKET_HOOKS, SOCKETS, Module
+from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS, SWEEP, Module
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
@@ -127,14 +127,14 @@ def changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str,
 def test_verifier_log_with_program_and_kernel_is_reported(
     pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A program that the verifier rejects leaves no pin."""
+    """A program that the verifier rejects leaves no pin, nor do those that are loaded beside it."""
     begin = "int recvmsg4(struct bpf_sock_addr *ctx)\n{"
     # Every kernel rejects this access; a wrong return value may be pruned as equal to a verified path before Linux 6.8.
     beyond = "if (ctx->user_port)\n\t\treturn *(volatile int *)((char *)ctx + 4096);"
     changed_source(tmp_path, monkeypatch, begin, f"{begin}\n\t{beyond}")
     opened = maps.open_or_create(pins, Capacity())
     with pytest.raises(loader.LoadError) as error:
-        loader.ensure_loaded(opened, OPTIONS, (SOCKETS,))
+        loader.ensure_loaded(opened, OPTIONS, (SOCKETS, RECORDS, SWEEP))
     lines = str(error.value).splitlines()
     assert lines[0] == f"program recvmsg4 does not load (kernel {platform.release()}): Permission denied"
     assert any("invalid bpf_context access off=4096" in line for line in lines)

@@ -18,11 +18,12 @@ from ebpfproxy.config.masquerade_ports import (
     overlaps,
     parse_range,
 )
-from ebpfproxy.datapath.abi.schema import CRC_STEPS
+from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS, CRC_STEPS
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 from ebpfproxy.datapath.node.crc32c import zeros_tables
-from ebpfproxy.datapath.services.filter import BitFilter, address_hash, backend_hash
+from ebpfproxy.datapath.services.filter import BitFilter, Bits, address_hash, backend_hashes
+from ebpfproxy.services.model import Backend, Protocol
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:
@@ -93,8 +94,26 @@ def test_addresses_spread_over_the_filter() -> None:
 def test_backends_spread_over_the_filter() -> None:
     """The backends are pods with two ports each, and one address with many ports."""
     pods = [bytes([10, 244, i // 250, i % 250]) for i in range(5_000)]
-    assert len({backend_hash(pod, port) for pod in pods for port in (8080, 8443)}) > 9_800
-    assert len({backend_hash(pods[0], port) for port in range(1024, 11_024)}) > 9_800
+    for backends in (
+        [Backend(pod, port, Protocol.TCP) for pod in pods for port in (8080, 8443)],
+        [Backend(pods[0], port, Protocol.TCP) for port in range(1024, 11_024)],
+    ):
+        assert len(set(backend_hashes(backends))) > 9_800
+
+
+@pytest.mark.root
+def test_many_bits_are_set_as_few_are(pins: Path) -> None:
+    opened = maps.open_or_create(pins, Capacity(conntrack=1024))
+    draw = random.Random(4)
+    memory, other = opened.shared("address_filter"), opened.shared("backend_filter")
+    at_once, one_by_one = Bits(memory), Bits(other)
+    for count in (1, 20_000, 3, 9_000):
+        numbers = [draw.randrange(1 << ADDRESS_FILTER_BITS) for _ in range(count)]
+        at_once.set_all(numbers)
+        one_by_one.set(numbers)
+        assert memory.memory[:] == other.memory[:]
+        assert bytes(memory.keep()) == memory.memory[:]
+    opened.close()
 
 
 def test_masquerade_ports_are_the_larger_gap_beside_local_ports() -> None:

@@ -196,6 +196,29 @@ def test_service_ports_that_exceeded_capacity_are_retried(bench: Bench) -> None:
     check(bench, {second.key: second}, {})
 
 
+def test_service_ports_of_a_first_list_that_do_not_fit_leave_no_backends(bench: Bench) -> None:
+    """The first list fits as far as its service ports would, had they come one after the other."""
+    writer = bench.empty()
+    first, second, third = port("a", range(1, 11)), port("b", range(11, 21)), port("c", range(21, 27))
+    (problem,) = writer.apply([first, second, third], complete=True)
+    assert "shop/b:http (IPv4): no room for its backends" in str(problem)
+    check(bench, {each.key: each for each in (first, third)}, {})
+    assert {each for each, _ in bench.records.values()} == {*first.cluster, *third.cluster}
+    assert bench.drift() == []
+
+
+def test_backends_of_a_first_list_are_retired_where_their_slots_do_not_fit(bench: Bench) -> None:
+    writer = bench.empty()
+    every = dict.fromkeys(range(1, 9), 9)
+    first, second = port("a", [1, 2]), port("b", [*every, 9], weights=every)
+    (problem,) = writer.apply([first, second], complete=True)
+    assert "shop/b:http (IPv4): no room for its slots" in str(problem)
+    check(bench, {first.key: first}, {})
+    writer.reclaim(writer.take_retired())
+    assert {each for each, _ in bench.records.values()} == set(first.cluster)
+    assert writer.apply([port("b", range(3, 17))]) == []
+
+
 def test_maglev_table_is_smaller_until_slots_suffice(bench: Bench) -> None:
     writer = bench.empty(msgspec.structs.replace(SMALL, slots=800), MAGLEV_SIZES[1])
     first, second = (port(name, [1, 2, 3], algorithm=Algorithm.MAGLEV) for name in "ab")

@@ -107,6 +107,7 @@ def test_restart_while_the_api_server_is_down_changes_no_map(cluster: Cluster) -
     cluster.api.wait()
     again = cluster.node.agent("--master", cluster.url).start(wait=False)
     again.wait_log("watch is failing", times=3)
+    again.wait_log(" started ")
     assert cluster.client.call(clients.spread_tcp, IP, PORT, 20) == {"web": 20}
     assert again.http("/healthz")[0] == 503, "the caches are not synced yet"
     cluster.api = cluster.start_api(port)

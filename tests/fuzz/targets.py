@@ -26,6 +26,7 @@ from ebpfproxy.kube import decode, failures, kubeconfig
 from ebpfproxy.kube.errors import ManifestError
 from ebpfproxy.kube.manifests import parse as parse_manifest
 from ebpfproxy.kube.objects import Changed, Deleted, ObjectKey, Resource, key_of
+from ebpfproxy.kube.watch.chunks import ChunkedContent
 from ebpfproxy.kube.watch.lines import LineSplitter
 from ebpfproxy.kube.watch.listing import Listing
 from ebpfproxy.netlink import codec, ctnetlink, namespace_ids, routes, rtnetlink, sock_diag, traffic_control
@@ -121,6 +122,26 @@ def _watch_line_seeds() -> Iterator[bytes]:
             yield bytes([number]) + line + b"\n"
     yield b'\0{"type":"ERROR","object":{"kind":"Status","code":410,"reason":"Expired","message":"too old"}}'
     yield b'\0{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"7"}}}'
+
+
+def _content(*pieces: bytes) -> tuple[bytes, int, bool] | None:
+    chunks = ChunkedContent()
+    try:
+        return b"".join(map(chunks.feed, pieces)), chunks.missing, chunks.is_complete
+    except ValueError as error:
+        printable(str(error))
+        return None
+
+
+def chunked_stream(data: bytes) -> None:
+    """Chunked content is the same in pieces as at once, or an error in both."""
+    half = len(data) // 2
+    assert _content(data[:half], data[half:]) == _content(data)
+
+
+def _chunked_seeds() -> Iterator[bytes]:
+    yield b"5\r\nabcde\r\n10;name=value\r\n0123456789abcdef\r\n0\r\n\r\n"
+    yield b"1\r\na\r\n0\r\nName: value\r\n\r\n"
 
 
 def list_page(data: bytes) -> None:
@@ -440,6 +461,7 @@ def _shortened(seeds: Callable[[], Iterable[bytes]], lines: int) -> Callable[[],
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
+        Target(chunked_stream, _chunked_seeds),
         Target(watch_line, _watch_line_seeds),
         Target(list_page, _page_seeds),
         Target(manifest, _manifest_seeds),

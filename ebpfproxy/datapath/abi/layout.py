@@ -176,6 +176,20 @@ def pack_backend(backend: Backend, state: BackendState) -> bytes:
     return BACKEND.pack(pack_address(backend.address), backend.port, backend.protocol, state)
 
 
+def pack_backends(backends: Iterable[Backend], state: BackendState) -> list[bytes]:
+    """The same for many: a call of a function for each would take half of the time."""
+    pack = BACKEND.pack
+    return [
+        pack(
+            _MAPPED + address if len(address := each.address) == 4 else address,
+            each.port,
+            each.protocol,
+            state,
+        )
+        for each in backends
+    ]
+
+
 def unpack_backend(packed: bytes) -> tuple[Backend, BackendState] | None:
     """A backend and its state; None if the place is free. Raises ValueError."""
     address, port, protocol, state = BACKEND.unpack_from(packed)

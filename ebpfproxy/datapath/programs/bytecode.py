@@ -96,13 +96,22 @@ class Recipe(msgspec.Struct, frozen=True):
     defines: tuple[str, ...]
     maps: tuple[str, ...]
     constants: tuple[str, ...]
+    #: The digest of the sources where it is known: several recipes have the same.
+    content: str = ""
 
     def digest(self) -> str:
         names = (*self.programs, *self.defines, *self.maps, *self.constants)
-        digest = hashlib.sha256("\0".join((_FORMAT, platform.machine(), self.source, *names)).encode())
-        for path in sorted(p for p in self.sources.rglob("*") if p.suffix in (".c", ".h")):
-            digest.update(str(path.relative_to(self.sources)).encode() + b"\0" + path.read_bytes())
-        return digest.hexdigest()[:32]
+        content = self.content or content_of(self.sources)
+        made = "\0".join((_FORMAT, platform.machine(), self.source, *names, content))
+        return hashlib.sha256(made.encode()).hexdigest()[:32]
+
+
+def content_of(sources: Path) -> str:
+    """A digest of all sources."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".c", ".h")):
+        digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def get(recipe: Recipe) -> Bytecode:
@@ -110,12 +119,16 @@ def get(recipe: Recipe) -> Bytecode:
 
     Raises CompileError and NoCompilerError.
     """
-    return _read(SHIPPED / recipe.digest()) or compiled(recipe, CACHE)
+    digest = recipe.digest()
+    return _read(SHIPPED / digest) or _compiled(recipe, CACHE / digest)
 
 
 def compiled(recipe: Recipe, folder: Path) -> Bytecode:
     """What ``folder`` has, else compiled and stored there. Raises CompileError and NoCompilerError."""
-    path = folder / recipe.digest()
+    return _compiled(recipe, folder / recipe.digest())
+
+
+def _compiled(recipe: Recipe, path: Path) -> Bytecode:
     found = _read(path)
     if found is not None:
         # The files used last are kept. The folder may be where nothing can be changed.

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKETS, SOCKETS, Module
+from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKETS, SOCKETS, Hook, Module
 from ebpfproxy.datapath.abi.layout import cpus_of_a_row_shift
 from ebpfproxy.datapath.abi.schema import MAP_NAMES
 from ebpfproxy.datapath.kernel import bpf, extension
@@ -97,8 +97,11 @@ def source_folder() -> Path:
     raise LoadError(f"the BPF sources are neither in {package / 'bpf'} nor in {package.parent / 'bpf'}")
 
 
-def recipe(sources: Path, module: Module) -> bytecode.Recipe:
-    """What the module is compiled from: the same for maps of any size and all options."""
+def recipe(sources: Path, module: Module, content: str = "") -> bytecode.Recipe:
+    """What the module is compiled from: the same for maps of any size and all options.
+
+    ``content``: ``bytecode.content_of(sources)``, where it is known.
+    """
     any_options = Options(Features(set_retval=False), host_netns_cookie=0)
     return bytecode.Recipe(
         sources=sources,
@@ -107,6 +110,7 @@ def recipe(sources: Path, module: Module) -> bytecode.Recipe:
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
         maps=MAP_NAMES,
         constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1)))),
+        content=content,
     )
 
 
@@ -115,8 +119,8 @@ def _sizes(maps: MapSet) -> Sizes:
     return Sizes(slots.max_entries, rejections.max_entries, bpf.possible_cpus())
 
 
-def _home(sources: Path, options: Options, maps: MapSet) -> Path:
-    digest = hashlib.sha256(recipe(sources, SOCKETS).digest().encode())
+def _home(sources: Path, content: str, options: Options, maps: MapSet) -> Path:
+    digest = hashlib.sha256(recipe(sources, SOCKETS, content).digest().encode())
     digest.update(repr(sorted(options.constants(_sizes(maps)).items())).encode())
     return maps.folder / f"progs-{digest.hexdigest()[:12]}"
 
@@ -132,21 +136,21 @@ def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (S
     Raises LoadError; then nothing that is attached has changed.
     """
     sources = source_folder()
-    home = _home(sources, options, maps)
+    content = bytecode.content_of(sources)
+    home = _home(sources, content, options, maps)
     missing = [m for m in modules if not is_loaded(home, m)]
     # The verifier says it, too, but in its own words, and after many seconds: it looks for speculative paths.
     if missing and not may_calculate_with_pointers():
         raise LoadError("programs do not load without CAP_PERFMON or CAP_SYS_ADMIN")
     home.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(len(missing) or 1, thread_name_prefix="loader") as workers:
-        loads = [workers.submit(_load, sources, options, maps, home, module) for module in missing]
-    failed = [error for load in loads if (error := load.exception()) is not None]
-    if failed:
+    try:
+        _load([recipe(sources, module, content) for module in missing], options, maps, home, missing)
+    except Exception:
         for module in missing:
             _unpin(home, module)
         if not any(home.iterdir()):
             home.rmdir()
-        raise failed[0]
+        raise
     return home
 
 
@@ -159,7 +163,8 @@ def ensure_extension(maps: MapSet, options: Options, home: Path) -> None:
     if pin.exists():
         return
     (hook,) = FORWARDING.hooks
-    code = _linked(source_folder(), options, maps, FORWARDING)[hook.name]
+    program = _compiled(recipe(source_folder(), FORWARDING))[hook.name]
+    code = _linked({hook.name: program}, options, maps)[hook.name]
     try:
         fd = extension.load_extension(xdp_chain.NAME, code, xdp_chain.PRIORITY)
     except VerifierError as error:
@@ -182,33 +187,71 @@ def _unpin(home: Path, module: Module) -> None:
         pin.unlink(missing_ok=True)
 
 
-def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Module) -> None:
-    _unpin(home, module)
-    codes = _linked(sources, options, maps, module)
-    for hook in module.hooks:
-        # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
-        attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
-        try:
-            fd = bpf.prog_load(hook.program_type, attach_type, hook.name, codes[hook.name])
-        except VerifierError as error:
-            raise LoadError(_verifier_says(hook.name, error)) from None
-        try:
-            bpf.pin(fd, _pins(home, module)[hook.name])
-        finally:
-            os.close(fd)
+class _Program(NamedTuple):
+    hook: Hook
+    code: bytes
+    pin: Path
 
 
-def _linked(sources: Path, options: Options, maps: MapSet, module: Module) -> dict[str, bytes]:
-    """The module's programs by name, to be loaded with these options and maps."""
+def _load(
+    recipes: Sequence[bytecode.Recipe],
+    options: Options,
+    maps: MapSet,
+    home: Path,
+    modules: Sequence[Module],
+) -> None:
+    """Raises the first failure, once nothing is loaded any more."""
+    if not modules:
+        return
+    programs: list[_Program] = []
+    # Compilers are processes of their own.
+    with ThreadPoolExecutor(len(modules), thread_name_prefix="compiler") as workers:
+        for module, compiled in zip(modules, workers.map(_compiled, recipes), strict=True):
+            _unpin(home, module)
+            codes, pins = _linked(compiled, options, maps), _pins(home, module)
+            programs += (_Program(hook, codes[hook.name], pins[hook.name]) for hook in module.hooks)
+    # The longest ones first: the others fill up what time is left beside them.
+    programs.sort(key=lambda each: -len(each.code))
+    count = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(count, thread_name_prefix="loader", initializer=_give_way) as workers:
+        for _ in workers.map(_load_program, programs):
+            pass
+
+
+def _give_way() -> None:
+    """The agent reads its first lists meanwhile, in one thread: with few processors that takes longest."""
+    # On Linux this is for the calling thread alone.
+    os.nice(10)
+
+
+def _compiled(of: bytecode.Recipe) -> dict[str, bytecode.Program]:
     try:
-        programs = bytecode.get(recipe(sources, module)).programs
+        return bytecode.get(of).programs
     except bytecode.NoCompilerError as error:
         raise LoadError(str(error)) from None
     except bytecode.CompileError as error:
-        raise LoadError(_compiler_says(str(error), sources / module.source)) from None
+        raise LoadError(_compiler_says(str(error), of.sources / of.source)) from None
+
+
+def _linked(compiled: Mapping[str, bytecode.Program], options: Options, maps: MapSet) -> dict[str, bytes]:
+    """Programs by name, to be loaded with these options and maps."""
     fds = {name: each.fd for name, each in maps.maps.items()}
     constants = options.constants(_sizes(maps))
-    return {hook.name: programs[hook.name].linked(fds, constants) for hook in module.hooks}
+    return {name: program.linked(fds, constants) for name, program in compiled.items()}
+
+
+def _load_program(program: _Program) -> None:
+    hook = program.hook
+    # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
+    attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
+    try:
+        fd = bpf.prog_load(hook.program_type, attach_type, hook.name, program.code)
+    except VerifierError as error:
+        raise LoadError(_verifier_says(hook.name, error)) from None
+    try:
+        bpf.pin(fd, program.pin)
+    finally:
+        os.close(fd)
 
 
 def _compiler_says(said: str, source: Path) -> str:

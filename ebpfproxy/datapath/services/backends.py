@@ -10,15 +10,18 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
-from itertools import repeat
+from itertools import chain, islice
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import BackendRecords
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.filter import Bits, backend_hash
+from ebpfproxy.datapath.services.filter import Bits, backend_hashes
 from ebpfproxy.datapath.services.ids import Ids
-from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends
-from ebpfproxy.services.model import Backend, BackendState
+from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, InactiveBackends, backends_of
+from ebpfproxy.services.model import Backend, BackendState, ServicePort
+
+#: The backends of so many service ports get ids together: records of a whole first list take megabytes.
+_AT_ONCE = 2048
 
 
 class Backends:
@@ -85,27 +88,45 @@ class Backends:
 
     def ids_of(self, backends: Sequence[Backend]) -> array[int]:
         """The ids of backends, no two of which are the same, in their order; new ones where there is none."""
-        get = self._ids.get
-        if new := [each for each in backends if get(each) is None]:
-            self._add(new)
-        return array("Q", map(self._ids.of, backends))
+        try:
+            return array("Q", map(self._ids.of, backends))
+        except KeyError:
+            self._add([each for each in backends if self._ids.get(each) is None])
+            return array("Q", map(self._ids.of, backends))
 
     def set_of(self, backends: Collection[Backend]) -> frozenset[int]:
         """The same without an order."""
         return frozenset(self.ids_of(tuple(backends))) if backends else NO_IDS
 
+    def add_ahead(self, ports: Iterable[ServicePort]) -> None:
+        """Gives ids to the backends of a first list that have none, many at once, which takes a third of the
+        time; to none of the service ports from where there may be no room on.
+
+        Ids of those that then do not fit for another reason are among the leftovers.
+        """
+        rest = iter(ports)
+        while some := list(islice(rest, _AT_ONCE)):
+            wanted = list(chain.from_iterable(map(backends_of, some)))
+            if not self._ids.has_fresh(len(wanted)):
+                return
+            first, new = self._ids.add_missing(wanted)
+            self._write_new(range(first, first + len(new)), new)
+
     def _add(self, backends: Sequence[Backend]) -> None:
-        """Gives ids to backends that have none, and writes their records, which nothing refers to yet."""
+        """Gives ids to backends that have none. They are fresh until it is known that all of it fits."""
         numbers = self._ids.add_all(backends)
         self._fresh += backends
-        self._refs.extend(repeat(0, self._ids.end - len(self._refs)))
+        self._write_new(numbers, backends)
+
+    def _write_new(self, numbers: Sequence[int], backends: Sequence[Backend]) -> None:
+        """Writes records, which nothing refers to yet."""
+        self._refs.frombytes(bytes((self._ids.end - len(self._refs)) * self._refs.itemsize))
         if self._map.reach(self._ids.end):
             self._records, self._loads = self._maps.backends(), self._maps.loads()
-        active = BackendState.ACTIVE
-        packed = [layout.pack_backend(each, active) for each in backends]
+        packed = layout.pack_backends(backends, BackendState.ACTIVE)
         for records in (self._kept, self._records):
             records.write_new(numbers, packed)
-        self._filter.set(backend_hash(each.address, each.port) for each in backends)
+        self._filter.set_all(backend_hashes(backends))
         self._ports.set({each.port for each in backends})
         self._map.writes += len(backends)
 

@@ -7,18 +7,22 @@ of one hash). They may have false positives, but no false negatives.
 from __future__ import annotations
 
 import struct
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ebpfproxy.datapath.abi.layout import pack_address
 from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
+from ebpfproxy.services.model import Backend
 
-_WORD, _WORDS = struct.Struct("=I"), struct.Struct("=4I")
+_WORDS = struct.Struct("=4I")
 _GOLDEN = 0x9E3779B1
 _PORT_FACTOR = 0x165667B1
 _MASK = 0xFFFFFFFF
 _SHIFT = 32 - ADDRESS_FILTER_BITS
+#: From so many on, bits are set faster as one large number.
+_MANY = 1 << 13
 
 
 def address_hash(address: bytes) -> int:
@@ -26,10 +30,21 @@ def address_hash(address: bytes) -> int:
     return (_fold(pack_address(address)) * _GOLDEN & _MASK) >> _SHIFT
 
 
-def backend_hash(address: bytes, port: int) -> int:
-    """The number of a backend; ``may_be_backend`` in C computes the same."""
-    words = _IPV4 + _WORD.unpack(address)[0] if len(address) == 4 else _fold(address)
-    return int(((words + port * _PORT_FACTOR) * _GOLDEN & _MASK) >> _SHIFT)
+def backend_hashes(backends: Iterable[Backend]) -> list[int]:
+    """The numbers of backends; ``may_be_backend`` in C computes the same."""
+    fold, from_bytes, order = _fold, int.from_bytes, sys.byteorder
+    return [
+        (
+            (
+                (_IPV4 + from_bytes(address, order) if len(address := each.address) == 4 else fold(address))
+                + each.port * _PORT_FACTOR
+            )
+            * _GOLDEN
+            & _MASK
+        )
+        >> _SHIFT
+        for each in backends
+    ]
 
 
 def _fold(packed: bytes) -> int:
@@ -57,6 +72,20 @@ class Bits:
                 kept[at] = shown[at] = byte | bit
                 written += 1
         self._memory.writes += written
+
+    def set_all(self, numbers: Sequence[int]) -> None:
+        """The same for many, of which most may be new."""
+        if len(numbers) < _MANY:
+            self.set(numbers)
+            return
+        size = self._memory.stride
+        flags = bytearray(8 * size)
+        for number in numbers:
+            flags[number] = 1
+        bits = int.from_bytes(self._kept[:size], "little")
+        for bit in range(8):
+            bits |= int.from_bytes(flags[bit::8], "little") << bit
+        self._memory.store(0, bits.to_bytes(size, "little"))
 
     def clear(self, number: int) -> None:
         at = number >> 3

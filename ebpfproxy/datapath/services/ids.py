@@ -64,6 +64,26 @@ class Ids(Generic[K]):
         self._ids.update(zip(keys, numbers, strict=True))
         return numbers
 
+    def has_fresh(self, count: int) -> bool:
+        """True if so many ids were never given out."""
+        return self._fresh + count <= self._size
+
+    def add_missing(self, keys: Iterable[K]) -> tuple[int, list[K]]:
+        """Gives ids that were never given out, in a row, to those keys that have none.
+
+        There have to be as many as keys (:meth:`has_fresh`). Returns the first of the ids, and the keys that
+        have them, in their order.
+        """
+        first = number = self._fresh
+        added: list[K] = []
+        setdefault = self._ids.setdefault
+        for key in keys:
+            if setdefault(key, number) == number:
+                added.append(key)
+                number += 1
+        self._fresh = number
+        return first, added
+
     def _take(self, held: Container[int]) -> int:
         while self._fresh < self._size:
             number = self._fresh

@@ -85,6 +85,8 @@ class BackendSets(NamedTuple):
 
     def inactive(self, absent: frozenset[int]) -> InactiveBackends:
         leaving = self.draining | self.terminating if self.terminating else self.draining
+        if not (leaving or self.idle or self.drained or absent):
+            return ALL_ACTIVE
         return InactiveBackends(leaving, self.idle, self.drained, absent)
 
 
@@ -218,8 +220,9 @@ def unused(port: ServicePort, sets: Sequence[Sequence[Backend]]) -> frozenset[Ba
 
 def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backend]]:
     """The backends that frontends choose from, by policy."""
-    uses_local = any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends)
-    return port.cluster, port.local if uses_local else ()
+    if port.local and any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends):
+        return port.cluster, port.local
+    return port.cluster, ()
 
 
 def backends_of(port: ServicePort) -> Iterator[Backend]:

@@ -135,7 +135,7 @@ class Writer:
 
     def apply(
         self,
-        changed: Iterable[ServicePort],
+        changed: Collection[ServicePort],
         removed: Iterable[ServicePortKey] = (),
         *,
         complete: bool = False,
@@ -147,6 +147,8 @@ class Writer:
         change = Change()
         problems: list[CapacityError] = []
         wanted: set[ServicePortKey] = set()
+        if complete and not self._published:
+            self._backends.add_ahead(changed)
         for port in changed:
             wanted.add(port.key)
             problems += self._place(port, change)
@@ -259,10 +261,10 @@ class Writer:
         may_be_old = self._is_adopted or self._service_ids.recycles
         held: Container[int] = self._open_ids if may_be_old and self._open_ids is not None else ()
         number = self._service_ids.add(key, held)
-        # A killed agent may have left words behind an id that nothing named any more.
-        self._selections.clear(number)
         change.names[number] = key
-        if self._is_adopted or self._service_ids.recycles:
+        if may_be_old:
+            # A killed agent may have left words behind an id that nothing named any more.
+            self._selections.clear(number)
             self._counts.clear(number)
             change.reused.append(number)
         return number

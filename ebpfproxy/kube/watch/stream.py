@@ -12,9 +12,10 @@ import urllib3
 from ebpfproxy.kube import failures
 from ebpfproxy.kube.decode import Decoder, WatchEvent
 from ebpfproxy.kube.failures import Failure
+from ebpfproxy.kube.watch import chunks
 from ebpfproxy.kube.watch.lines import LineSplitter
 
-_CHUNK = 256 * 1024
+_CHUNK = 64 * 1024
 
 
 class EventStream:
@@ -71,8 +72,7 @@ class EventStream:
         response = self._response
         try:
             if response.chunked:
-                # What read1() sets up for every call, this sets up once.
-                yield from response.read_chunked(_CHUNK, decode_content=True)
+                yield from chunks.content(response, _CHUNK)
             else:
                 while chunk := response.read1(_CHUNK):
                     yield chunk

@@ -213,7 +213,8 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 				    &fib);
 		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
 		is_forwarded = is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
-			       (BYPASS_NETFILTER || is_for_xdp(ifindex_of(skb), fib.ifindex, p));
+			       (BYPASS_NETFILTER ||
+				(FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)));
 	}
 	if (is_forwarded) {
 		s->nat.src = node;

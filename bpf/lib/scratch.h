@@ -37,7 +37,7 @@ struct scratch {
 	u32 failed;	    /* enum insert: see insert_anyway() */
 	u32 is_first_reply; /* see measure_packet() */
 	int verdict;	    /* see measure_translated() */
-	u32 has_entry;	    /* the packet's flow: @entry; see conntrack_of() */
+	u32 has_entry;	    /* the packet's flow has @entry: see conntrack_of() */
 	u64 tick;	    /* see coarse_now() */
 	u64 now;
 	union {

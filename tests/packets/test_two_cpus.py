@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs"),
 ]
 
-FLOWS = 500
+FLOWS = 200
 FIRST_PORT = 40000
 
 

@@ -33,7 +33,7 @@ static __always_inline int handle_loopback(struct __sk_buff *skb, struct packet 
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return PASS;
 	if (loopback_flow_of_interest(&p->flow))
-		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
+		nat = conntrack_of(p);
 	is_asked = port_of_interest(p->flow.dport);
 	/* Replies go to a port that stands for the client, or to this host's own. */
 	if (!nat && (is_asked || is_masquerade_port(p->flow.dport)) &&

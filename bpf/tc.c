@@ -68,10 +68,12 @@ static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packe
 	 * Nothing may be in the way of a direct flow that begins anew: it keeps its port then. What
 	 * kube-proxy begins is also kube-proxy's in the packets after this one.
 	 */
-	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p))
+	if (found == FLOW_REJECT || is_of_no_service(nat) || defer_to_kube_proxy(p)) {
 		conntrack_forget(&p->flow, in_map, nat);
-	else
+		scratch_of(p)->has_entry = false;
+	} else {
 		conntrack_end(in_map, nat);
+	}
 	if (found == FLOW_MOVE)
 		decision_flow_left(p, nat);
 	if (found == FLOW_REJECT)
@@ -223,7 +225,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return handle_without_ports(skb, p, parsed);
 	if (flow_of_interest(&p->flow.src, &p->flow.dst))
-		nat = conntrack_read(&p->flow, &scratch_of(p)->entry);
+		nat = conntrack_of(p);
 	if (nat && !opens_anew(skb, p, nat, &verdict))
 		return verdict;
 	return create_flow(skb, p);
@@ -253,7 +255,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return is_mine ? handle_without_ports(skb, p, parsed) : drop_unallocated(skb, p);
-	nat = is_known ? conntrack_read(&p->flow, &scratch_of(p)->entry) : NULL;
+	nat = is_known ? conntrack_of(p) : NULL;
 	if (nat && !opens_anew(skb, p, nat, &verdict))
 		return verdict;
 	if (is_mine)

@@ -114,6 +114,22 @@ static __always_inline struct nat *conntrack_read(const struct flow *flow, struc
 	return NULL;
 }
 
+/* Looks up the entry of a packet's flow, and leaves its copy where entry_of() finds it. */
+static __always_inline struct nat *conntrack_of(const struct packet *p)
+{
+	struct scratch *s = scratch_of(p);
+	struct nat *nat = conntrack_read(&p->flow, &s->entry);
+
+	s->has_entry = nat != NULL;
+	return nat;
+}
+
+/* Returns the copy of the entry that the packet's flow has had so far, NULL where it has none. */
+static __always_inline const struct nat *entry_of(const struct scratch *s)
+{
+	return s->has_entry ? &s->entry : NULL;
+}
+
 /* Computes the key of the other entry of the pair. */
 static __always_inline void partner_key(struct flow *key, const struct flow *flow,
 					const struct nat *nat)

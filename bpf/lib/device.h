@@ -7,20 +7,13 @@
 #include "options.h"
 #include "packet.h"
 
-/* Says if the client is a pod or VM, as detectLocalMode defines it: of this node, or of any. */
-static __always_inline bool from_pod(struct __sk_buff *skb, const struct packet *p)
+/* Says if an address is of a pod, of any node. */
+static __always_inline bool is_in_pod_cidr(const struct inet_addr *addr)
 {
-	u32 ifindex = ifindex_of(skb), *flags;
-	struct device *device;
+	const struct cidr_key key = { .length = 128, .addr = *addr };
+	const u32 *flags = map_lookup(cidrs, &key);
 
-	if (PODS_BY_CIDR) {
-		struct cidr_key key = { .length = 128, .addr = p->flow.src };
-
-		flags = map_lookup(cidrs, &key);
-		return flags && *flags & CIDR_PODS;
-	}
-	device = map_lookup(devices, &ifindex);
-	return device && device->flags & DEVICE_PODS;
+	return flags && *flags & CIDR_PODS;
 }
 
 static __always_inline bool is_at_local_device(struct __sk_buff *skb)
@@ -37,14 +30,23 @@ enum place {
 	PLACE_THIS_NODE,  /* a pod of this node */
 };
 
-/* Finds where the client is, and leaves that in @s. */
+/*
+ * Finds where the client is, a pod or VM as detectLocalMode defines it, and the MTU of the device
+ * by which its packet came in: it must leave unfragmented. Both are left in @s.
+ */
 static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
 				       const struct packet *p)
 {
+	u32 ifindex = ifindex_of(skb);
+	const struct device *device = map_lookup(devices, &ifindex);
+	const u32 flags = device ? device->flags : 0;
+
+	s->mtu = device ? device->mtu : 0;
 	s->place = PLACE_OUTSIDE;
-	if (from_pod(skb, p))
-		s->place = !PODS_BY_CIDR || is_at_local_device(skb) ? PLACE_THIS_NODE
-								    : PLACE_OTHER_NODE;
+	if (PODS_BY_CIDR && is_in_pod_cidr(&p->flow.src))
+		s->place = flags & DEVICE_LOCAL ? PLACE_THIS_NODE : PLACE_OTHER_NODE;
+	else if (!PODS_BY_CIDR && flags & DEVICE_PODS)
+		s->place = PLACE_THIS_NODE;
 	/* The compiler has to read it again, and the verifier knows nothing of it then. */
 	asm volatile("" ::: "memory");
 }
@@ -79,15 +81,6 @@ static __always_inline bool is_only_way_out(struct __sk_buff *skb)
 static __always_inline bool is_addressed_to_us(struct __sk_buff *skb)
 {
 	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
-}
-
-/* Returns the MTU of the device by which the packet came in: it must leave unfragmented. */
-static __always_inline u16 mtu_of(struct __sk_buff *skb)
-{
-	u32 ifindex = ifindex_of(skb);
-	struct device *device = map_lookup(devices, &ifindex);
-
-	return device ? device->mtu : 0;
 }
 
 /* Finds the masquerade address for a device; devices that have none use the node's own. */

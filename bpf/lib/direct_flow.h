@@ -93,10 +93,11 @@ static __always_inline int create_direct_flow(struct __sk_buff *skb, const struc
 	s->nat.seen = 0;
 	s->nat.epoch = 0;
 	s->nat.end = s->nat.acked = 0;
-	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+	s->nat.last = s->nat.created = coarse_now(s);
 	if (p->tcp_flags)
 		note_sequence(p, &s->nat, &s->nat);
-	done = insert_source(skb, s, &p->flow);
+	s->is_known = s->has_entry;
+	done = insert_source(skb, s, &p->flow, first_port(entry_of(s)));
 	s->entry = s->nat;
 	return done == INSERT_DONE ? TRANSLATE : insert_failed(s, done);
 }

@@ -67,7 +67,7 @@ static __always_inline void init_flow(struct scratch *s, const struct service *s
 	s->nat.backend_id = backend_id;
 	s->nat.seen = 0;
 	s->nat.epoch = epoch ? (u16)*epoch : 0;
-	s->nat.last = s->nat.created = bpf_ktime_get_coarse_ns();
+	s->nat.last = s->nat.created = coarse_now(s);
 	if (MEASURE_CONNECTIONS)
 		s->nat.created = bpf_ktime_get_ns();
 }
@@ -93,8 +93,16 @@ static __always_inline void init_entry(struct scratch *s, const struct packet *p
 static __always_inline enum insert insert_reply(struct scratch *s)
 {
 	const struct nat *other = &s->other;
-	const bool known = conntrack_read(&s->key, &s->other);
+	bool known;
 
+	/* Where one direction is new the other one is, too, with few exceptions. */
+	if (!s->has_entry) {
+		enum insert done = conntrack_put(s, false);
+
+		if (done != INSERT_TAKEN)
+			return done;
+	}
+	known = conntrack_read(&s->key, &s->other);
 	/* The same flow may begin anew. */
 	if (known && !is_closed(other) &&
 	    !(other->sport == s->nat.sport && other->dport == s->nat.dport &&
@@ -104,10 +112,11 @@ static __always_inline enum insert insert_reply(struct scratch *s)
 }
 
 /*
- * Inserts a flow's Service pair, the reply direction first: without it a packet would have no way
- * back. @s->nat is the original direction's entry, before and after the call; then with the port
- * that the backend will see. A port of ours is taken where another flow has the key of the reply
- * (the client reaches the same backend through another frontend from this port), and with @fresh.
+ * Inserts the Service pair of a packet's flow, the reply direction first: without it a packet would
+ * have no way back. @s->nat is the original direction's entry, before and after the call; then with
+ * the port that the backend will see. A port of ours is taken where another flow has the key of the
+ * reply (the client reaches the same backend through another frontend from this port), and with
+ * @fresh.
  */
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
 					       const struct flow *flow, bool fresh)
@@ -118,12 +127,12 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	invert_entry(s, flow);
 	done = fresh ? INSERT_TAKEN : insert_reply(s);
 	if (done == INSERT_TAKEN)
-		done = take_port(skb, s, flow);
+		done = take_port(skb, s, first_port(entry_of(s)));
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
 	invert_entry(s, &reply);
-	done = conntrack_put(s, conntrack_lookup(&s->key));
+	done = insert_original(s, s->has_entry);
 	if (done == INSERT_DONE)
 		load_count_flow(s->nat.backend_id);
 	else
@@ -200,11 +209,12 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	init_entry(s, p, backend);
 	is_masked = must_masquerade(s, p, backend);
 	if (is_masked) {
-		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, mtu_of(skb),
+		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, s->mtu,
 				    &fib);
 		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
 		is_forwarded = is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
-			       (BYPASS_NETFILTER || is_for_xdp(ifindex_of(skb), fib.ifindex, p));
+			       (BYPASS_NETFILTER ||
+				(FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)));
 	}
 	if (is_forwarded) {
 		s->nat.src = node;

@@ -98,27 +98,23 @@ static __always_inline enum insert insert_with_port(struct scratch *s)
 }
 
 /*
- * Returns the number of the port that the flow @key had before it was closed, else any: the backend
- * may still have a half of that connection, which knows this client alone.
+ * Returns the number of the port that the flow had before it was closed, from its entry, else any:
+ * the backend may still have a half of that connection, which knows this client alone.
  */
-static __always_inline u32 first_port(const struct flow *key)
+static __always_inline u32 first_port(const struct nat *known)
 {
-	const struct nat *known = conntrack_lookup(key);
 	u32 port = known ? bpf_ntohs(known->sport) - MASQUERADE_FIRST : bpf_get_prandom_u32();
 
 	return port % MASQUERADE_RANGE;
 }
 
 /*
- * Inserts the reply direction's entry of the flow @key with a free port: @s->key lacks only its
- * dport, the port that stands for the client, and @s->nat is what replies become. Leaves the port
- * in @s->key.
+ * Inserts the reply direction's entry of a flow with a free port: @s->key lacks only its dport, the
+ * port that stands for the client, and @s->nat is what replies become. Leaves the port in @s->key.
+ * The port of number @start is tried first.
  */
-static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s,
-					     const struct flow *key)
+static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s, u32 start)
 {
-	u32 start = first_port(key);
-
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < SOCKET_TRIES; i++) {
 		if (find_port(s, &start) &&
@@ -129,23 +125,35 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 }
 
 /*
+ * Inserts the original direction's entry, @s->key and @s->nat, of a key that the map had when this
+ * packet came, if it @was_known. Another CPU may have inserted it since then, for another packet of
+ * the flow: that one is replaced, as it would have been by a later packet.
+ */
+static __always_inline enum insert insert_original(struct scratch *s, bool was_known)
+{
+	const enum insert done = conntrack_put(s, was_known);
+
+	return done == INSERT_TAKEN ? conntrack_put(s, true) : done;
+}
+
+/*
  * Inserts the pair that gives the flow @key another source. @s->nat is what the original direction
- * becomes; its port is set here.
+ * becomes; its port is set here, from number @start on. @s->is_known says if @key has an entry.
  */
 static __always_inline enum insert insert_source(struct __sk_buff *skb, struct scratch *s,
-						 const struct flow *key)
+						 const struct flow *key, u32 start)
 {
 	struct flow reply;
 	enum insert done;
 
 	s->nat.flags = NAT_SOURCE;
 	invert_entry(s, key);
-	done = take_port(skb, s, key);
+	done = take_port(skb, s, start);
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;
 	invert_entry(s, &reply);
-	return conntrack_put(s, conntrack_lookup(&s->key));
+	return insert_original(s, s->is_known);
 }
 
 /* A flow's entries do not fit, or no port is free: insert_anyway() goes on from here. */
@@ -179,20 +187,21 @@ static __always_inline bool is_masquerade(const struct nat *nat)
 static __always_inline enum insert masquerade(struct __sk_buff *skb, struct scratch *s, u8 proto,
 					      const struct inet_addr *addr)
 {
-	const struct nat *known = &s->other;
+	const struct nat *known = &s->other, *reply;
 	struct flow between;
 
 	masquerade_key(&between, &s->nat, proto);
+	s->is_known = conntrack_read(&between, &s->other) != NULL;
 	/* A flow that begins anew keeps its port while that is its own: see early_drop.h. */
-	if (conntrack_read(&between, &s->other) && is_masquerade(known) && !is_closed(known) &&
+	if (s->is_known && is_masquerade(known) && !is_closed(known) &&
 	    addr_equal(&known->src, addr)) {
 		partner_key(&s->key, &between, known);
-		known = conntrack_lookup(&s->key);
-		if (known && is_reverse(known, &between) && !(known->seen & SEEN_CLAIMED))
+		reply = conntrack_lookup(&s->key);
+		if (reply && is_reverse(reply, &between) && !(reply->seen & SEEN_CLAIMED))
 			return INSERT_DONE;
 	}
 	s->nat.src = *addr;
-	return insert_source(skb, s, &between);
+	return insert_source(skb, s, &between, first_port(s->is_known ? known : NULL));
 }
 
 /*

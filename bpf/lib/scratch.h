@@ -21,7 +21,9 @@ struct scratch {
 	struct nat other; /* a copy of an entry that is not the packet's */
 	struct service service;
 	struct client client;
-	u64 place; /* the client's: enum place in device.h */
+	u16 place;    /* the client's: enum place in device.h */
+	u16 mtu;      /* of the device by which the packet came in */
+	u32 is_known; /* see insert_source() */
 	struct {
 		u32 service_id;
 		u32 backend_id;
@@ -35,6 +37,7 @@ struct scratch {
 	u32 failed;	    /* enum insert: see insert_anyway() */
 	u32 is_first_reply; /* see measure_packet() */
 	int verdict;	    /* see measure_translated() */
+	u32 has_entry;	    /* the packet's flow has @entry: see conntrack_of() */
 	u64 tick;	    /* see coarse_now() */
 	u64 now;
 	union {
@@ -86,6 +89,7 @@ static __always_inline struct packet *packet_of(enum stage stage)
 		return NULL;
 	s->packet.flow.stage = stage;
 	s->packet.flow.pad = 0;
+	s->has_entry = false;
 	if (TRACE_DECISIONS)
 		s->noted.has_decision = s->noted.has_left = false;
 	if (MEASURE_CONNECTIONS)

@@ -142,6 +142,7 @@ class ProgramManager:
             bypass_netfilter=options.bypass_netfilter,
             masquerade_ports=options.masquerade_ports,
             masquerade_ports_shared=options.masquerade_ports_shared,
+            forwards_at_xdp=options.xdp is not Xdp.NONE,
             pods_by_cidr=options.local_pods.by_cidr,
             trace_decisions=reports,
             measure_connections=options.measure_connections,

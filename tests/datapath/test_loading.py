@@ -28,7 +28,10 @@ from ebpfproxy.datapath.programs.attach import program_id
 pytestmark = pytest.mark.root
 
 OPTIONS = loader.Options(
-    features=probe.Features(set_retval=True), host_netns_cookie=1, node_ports_on_loopback=True
+    features=probe.Features(set_retval=True),
+    host_netns_cookie=1,
+    node_ports_on_loopback=True,
+    forwards_at_xdp=True,
 )
 
 
@@ -86,6 +89,7 @@ CHOICES: list[dict[str, Any]] = [
     {"masquerade_ports": (61000, 65535)},
     {"masquerade_ports": (32768, 65535), "masquerade_ports_shared": True},
     {"masquerade_ports_shared": True, "masquerade_all": True, "bypass_netfilter": True},
+    {"forwards_at_xdp": False},
     {"measure_connections": True},
     {"measure_traffic": True},
     {"measure_connections": True, "measure_traffic": True, "masquerade_all": True, "trace_decisions": True},

@@ -32,11 +32,12 @@ BATCHES = 10
 OPERATIONS = BATCH * BATCHES
 #: Packets go through programs (tools.bench.packets) instead of through the network.
 PASS_THROUGH = "pass_through"
+OPEN_AND_CLOSE = "open_and_close"
 FORWARD = "forward"
 
 
 class Work(NamedTuple):
-    """An operation (of tools.bench.operations, or PASS_THROUGH, or FORWARD).
+    """An operation (of tools.bench.operations, or PASS_THROUGH, OPEN_AND_CLOSE or FORWARD).
 
     ``programs``: each runs ``times`` times for it, and no other does.
     """
@@ -104,6 +105,8 @@ def _packets(family: int) -> Iterator[Row]:
     work = Work(PASS_THROUGH, To.NODE_PORT, family, both, 2)
     yield Row(f"TCP packet of a NodePort flow, ingress, net, IPv{family}", work, ingress, 100, net=True)
     yield Row(f"the same, ingress + egress, net, IPv{family}", work, both, 200, net=True)
+    work = Work(OPEN_AND_CLOSE, To.NODE_PORT, family, both, 6)
+    yield Row(f"the same, of the 6 packets of a short connection, net, IPv{family}", work, both, net=True)
     work = Work("take_turns", To.NODE_PORT, family, both, 2)
     yield Row(f"the same, requests in turns over the network, net, IPv{family}", work, both, net=True)
     work = Work(PASS_THROUGH, To.DIRECT, family, both, 2)
@@ -143,12 +146,14 @@ class Bench:
         return dict(zip(ways, in_turns(ways, rounds, self._measure), strict=True))
 
     def _done(self, subject: Subject, work: Work) -> list[dict[str, Runs]]:
-        if work.operation in (PASS_THROUGH, FORWARD):
-            passing = (
-                packets.forwarded(subject, work.family)
-                if work.operation == FORWARD
-                else packets.connection(subject, work.to, work.family)
-            )
+        if work.operation in (PASS_THROUGH, OPEN_AND_CLOSE, FORWARD):
+            passing: packets.Connection | packets.ShortConnections | packets.ForwardedConnection
+            if work.operation == FORWARD:
+                passing = packets.forwarded(subject, work.family)
+            else:
+                passing = packets.connection(subject, work.to, work.family)
+                if work.operation == OPEN_AND_CLOSE:
+                    passing = packets.ShortConnections(passing)
             return subject.node.call(packets.measure, subject.programs, passing, BATCHES)
         inside, outside = self._clients[subject]
         client = outside if work.from_outside else inside

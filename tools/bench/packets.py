@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,8 +65,8 @@ class Connection(NamedTuple):
         payload = bytes(ip[TCP].payload)
         return bytes(raw(Ether(dst=self.inner.mac, src="02:00:00:00:00:98") / back / tcp / Raw(payload)))
 
-    def _round_trip(
-        self, programs: Mapping[str, int], flags: tuple[str, str], payload: bytes
+    def round_trip(
+        self, programs: Mapping[str, int], flags: Sequence[str], payload: bytes
     ) -> list[PreparedRun]:
         """Sends a request, and the backend's response; what has to be run for the same once more."""
         outer, inner = self.outer.ifindex, self.inner.ifindex
@@ -82,15 +83,61 @@ class Connection(NamedTuple):
 
     def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
         """Opens the connection. A batch is BATCH requests and responses; stops as an Operation does."""
-        self._round_trip(programs, ("S", "SA"), b"")
-        self._round_trip(programs, ("A", "A"), b"")
-        each = self._round_trip(programs, ("PA", "PA"), _PAYLOAD)
+        self.round_trip(programs, ("S", "SA"), b"")
+        self.round_trip(programs, ("A", "A"), b"")
+        each = self.round_trip(programs, ("PA", "PA"), _PAYLOAD)
         for _ in range(batches):
             yield
             for _ in range(BATCH // self.repeat):
                 for run in each:
                     run()
             yield
+
+
+class Passage(NamedTuple):
+    """A packet passes the node, at ingress and at egress, with the port of another connection each time."""
+
+    arrives: PreparedRun
+    leaves: PreparedRun
+    #: Where the port is that stands for the client.
+    port_at: int
+
+    def __call__(self, port: bytes) -> bytes:
+        """Returns that port as it is when the packet has left."""
+        self.arrives.change(self.port_at, port)
+        self.arrives()
+        self.leaves.change(0, self.arrives.packet)
+        self.leaves()
+        return self.leaves.packet[self.port_at : self.port_at + 2]
+
+
+class ShortConnections(NamedTuple):
+    """Connections that end at once, each from another port: SYN, SYN-ACK, ACK, FIN, FIN and ACK."""
+
+    through: Connection
+
+    def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
+        """A batch is BATCH connections; stops as an Operation does."""
+        opening = self._passages(programs, "S", "SA")
+        acknowledgement, _ = self._passages(programs, "A", "A")
+        closing = self._passages(programs, "FA", "FA")
+        first = random.randrange(1024, 65536 - batches * BATCH)
+        for batch in range(batches):
+            yield
+            for i in range(BATCH):
+                client = (first + batch * BATCH + i).to_bytes(2, "big")
+                seen = opening[0](client)
+                opening[1](seen)
+                acknowledgement(client)
+                closing[0](client)
+                closing[1](seen)
+                acknowledgement(client)
+            yield
+
+    def _passages(self, programs: Mapping[str, int], *flags: str) -> tuple[Passage, Passage]:
+        arrives, leaves, returns, departs = self.through.round_trip(programs, flags, b"")
+        source_at = 54 if ":" in self.through.client else 34
+        return Passage(arrives, leaves, source_at), Passage(returns, departs, source_at + 2)
 
 
 class ForwardedConnection(NamedTuple):
@@ -151,7 +198,9 @@ def forwarded(subject: Subject, family: int) -> ForwardedConnection:
     return ForwardedConnection(client, subject.peers(To.FAR_NODE_PORT, family, 1)[0], device)
 
 
-def measure(pins: Path, passing: Connection | ForwardedConnection, batches: int) -> list[dict[str, Runs]]:
+def measure(
+    pins: Path, passing: Connection | ShortConnections | ForwardedConnection, batches: int
+) -> list[dict[str, Runs]]:
     """In the node's namespace: what its programs did in each batch."""
     os.sched_setaffinity(0, {ONE_CPU})
     hooks = (*PACKET_HOOKS, *FORWARDING.hooks)

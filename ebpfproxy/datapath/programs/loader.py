@@ -52,6 +52,8 @@ class Options(msgspec.Struct, frozen=True):
     masquerade_all: bool = False
     #: Masqueraded flows are forwarded from the hook: no netfilter rule sees them.
     bypass_netfilter: bool = False
+    #: XDP programs forward flows, where a device takes one.
+    forwards_at_xdp: bool = False
     #: Ports that stand for masqueraded clients, first and last.
     masquerade_ports: tuple[int, int] = (1024, 32767)
     #: Sockets of this host may have them, too: one that has a port towards a backend is looked for.
@@ -78,6 +80,7 @@ class Options(msgspec.Struct, frozen=True):
             "POD_SOCKETS": self.pod_sockets,
             "MASQUERADE_ALL": self.masquerade_all,
             "BYPASS_NETFILTER": self.bypass_netfilter,
+            "FORWARDS_AT_XDP": self.forwards_at_xdp,
             "MASQUERADE_FIRST": self.masquerade_ports[0],
             "MASQUERADE_LAST": self.masquerade_ports[1],
             "MASQUERADE_PORTS_SHARED": self.masquerade_ports_shared,

@@ -63,6 +63,16 @@
 		ifindex_;                                                                          \
 	})
 
+/* Reads ctx->sk of struct bpf_sock_addr, for the same reason. */
+#define socket_of(ctx)                                                                             \
+	({                                                                                         \
+		struct bpf_sock *sk_;                                                              \
+		asm volatile("%0 = *(u64 *)(%1 + %2)"                                              \
+			     : "=r"(sk_)                                                           \
+			     : "r"(ctx), "i"(offsetof(struct bpf_sock_addr, sk)));                 \
+		sk_;                                                                               \
+	})
+
 #ifndef __always_inline
 #define __always_inline inline __attribute__((always_inline))
 #endif

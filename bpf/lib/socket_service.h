@@ -69,12 +69,13 @@ static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, cons
  */
 static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
 {
+	const struct bpf_sock *sk = socket_of(ctx);
 	struct inet_addr bound;
 
-	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk)
+	if (!NODEPORTS_ON_LOOPBACK || !sk)
 		return false;
 	/* Most sockets are not bound: these checks need no helper call. */
-	if (ctx->sk->bound_dev_if != LOOPBACK_IFINDEX &&
+	if (sk->bound_dev_if != LOOPBACK_IFINDEX &&
 	    !(bound_address(ctx, &bound) && addr_is_loopback(&bound)))
 		return false;
 	return in_host_namespace(ctx) && reaches_this_node(ctx, &to->addr);
@@ -128,8 +129,8 @@ static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const 
 
 	if (!needs_client_key(svc))
 		return client;
-	set_namespace(&client, bpf_get_netns_cookie(ctx));
-	cookie = get_socket_cookie(ctx);
+	set_namespace(&client, netns_cookie(ctx));
+	cookie = known_socket_cookie(ctx);
 	client.flow = (u32)(cookie ^ cookie >> 32);
 	return client;
 }

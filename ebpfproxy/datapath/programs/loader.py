@@ -22,6 +22,7 @@ from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features, may_calculate_with_pointers
+from ebpfproxy.datapath.kernel.socket_fields import NO_SOCKET_FIELDS
 from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.datapath.services import slots
 
@@ -74,6 +75,7 @@ class Options(msgspec.Struct, frozen=True):
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
             "HAVE_MPTCP": self.features.mptcp,
+            **(self.features.socket_fields or NO_SOCKET_FIELDS).constants(),
             "NODEPORTS_ON_LOOPBACK": self.node_ports_on_loopback,
             "POD_SOCKETS": self.pod_sockets,
             "MASQUERADE_ALL": self.masquerade_all,

@@ -27,7 +27,7 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 {
 	const u32 policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
 	union selection range = selection_of(svc->id * POLICIES + policy);
-	u32 at = slot_at(&range, bpf_get_prandom_u32());
+	u32 at = slot_at(&range, random_number());
 
 	if (!range.count)
 		return false;

@@ -28,6 +28,7 @@ _HOLDS = {
     "selections": "id and policy → range of slots; one 8-byte word",
     "slots": "backend ids and weights, or a Maglev table",
     "turns": "the next backend with `round-robin`",
+    "random_state": "the last of a CPU's random numbers",
     "members": "the backends of a selection, to check a remembered one",
     "affinity": "client and service port → backend",
     "client_namespaces": "pod address → network namespace, for session affinity",

@@ -121,6 +121,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _shared("selections", SELECTION.size, capacity.services * POLICIES),
         _shared("slots", SLOT_SIZE, capacity.slots),
         _array("turns", U64.size, capacity.services * POLICIES),
+        _per_cpu("random_state", U64.size, 1),
         _hash("members", PAIR.size, 4, capacity.slots),
         _lru("affinity", AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
         _hash("client_namespaces", 16, U64.size, 65536),

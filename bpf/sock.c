@@ -49,7 +49,7 @@ static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct
 static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct backend **backend)
 {
-	struct service *svc = find_service(ctx, to);
+	struct service found, *svc = find_service_copy(ctx, to, &found) ? &found : NULL;
 	struct client client;
 	enum verdict verdict;
 	u32 backend_id;

@@ -50,6 +50,13 @@
 /* Keeps the compiler from reasoning about a variable across this point. */
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
+/* Orders what was read before it and what is read after it, on every machine. */
+#define memory_barrier()                                                                           \
+	({                                                                                         \
+		u64 unused_ = 0;                                                                   \
+		__sync_lock_test_and_set(&unused_, 1);                                             \
+	})
+
 /*
  * Reads skb->ifindex. clang may keep the address of a context's field for a second use; the
  * verifier accepts only the context pointer with an offset in the instruction.

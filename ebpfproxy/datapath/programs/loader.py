@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
 
     socket_slots: int
     services: int
+    frontend_lines: int
     #: Possible CPUs.
     cpus: int
 
@@ -71,6 +72,7 @@ class Options(msgspec.Struct, frozen=True):
         return {
             "ORIGIN_SLOT_MASK": sizes.socket_slots - 1,
             "SERVICES": sizes.services,
+            "FRONTEND_LINE_MASK": sizes.frontend_lines - 1,
             "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
@@ -108,13 +110,14 @@ def recipe(sources: Path, module: Module) -> bytecode.Recipe:
         programs=tuple(hook.name for hook in module.hooks),
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
         maps=MAP_NAMES,
-        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1)))),
+        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1)))),
     )
 
 
 def _sizes(maps: MapSet) -> Sizes:
-    slots, rejections = maps["sock_origin"].spec, maps["service_rejections"].spec
-    return Sizes(slots.max_entries, rejections.max_entries, bpf.possible_cpus())
+    names = ("sock_origin", "service_rejections", "frontend_cache")
+    slots, services, lines = (maps[name].spec.max_entries for name in names)
+    return Sizes(slots, services, lines, bpf.possible_cpus())
 
 
 def _home(sources: Path, options: Options, maps: MapSet) -> Path:

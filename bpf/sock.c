@@ -13,6 +13,15 @@
 #include "lib/socket.h"
 #include "lib/socket_service.h"
 
+/* Forgets what the socket connected to before. */
+static __always_inline void forget_origin(struct bpf_sock_addr *ctx)
+{
+	const u64 cookie = cookie_if_any(ctx);
+
+	if (cookie)
+		origin_forget(cookie);
+}
+
 /* Handles a connection that is not translated; @svc is NULL where it goes to no Service. */
 static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct target *to,
 					 const struct service *svc)
@@ -27,12 +36,12 @@ static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct
 			return refuse(ctx, to, NULL, VERDICT_DROP);
 	}
 	/*
-	 * The origin of a TCP socket is looked at where its peer may be a backend. If the socket
-	 * failed to connect to a Service before, and connects to somebody else now, the agent's
-	 * sweep removes the record.
+	 * A helper is called for the cookie of a TCP socket only where its peer may be a backend.
+	 * If the socket failed to connect to a Service before, and connects to somebody else now,
+	 * the agent's sweep removes the record then.
 	 */
-	if (to->proto != IPPROTO_TCP || may_be_backend(&to->addr, to->port))
-		origin_forget(get_socket_cookie(ctx));
+	if (HAVE_SOCKET_FIELDS || to->proto != IPPROTO_TCP || may_be_backend(&to->addr, to->port))
+		forget_origin(ctx);
 	return PROCEED;
 }
 
@@ -40,7 +49,7 @@ static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct
 static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct backend **backend)
 {
-	struct service *svc = find_service(ctx, to);
+	struct service found, *svc = find_service_copy(ctx, to, &found) ? &found : NULL;
 	struct client client;
 	enum verdict verdict;
 	u32 backend_id;
@@ -54,7 +63,7 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 		if (to->proto != IPPROTO_UDP)
 			return refuse(ctx, to, svc, verdict);
 		/* Nothing is sent yet: packets are rejected as long as there is no endpoint. */
-		origin_forget(get_socket_cookie(ctx));
+		forget_origin(ctx);
 		return PROCEED;
 	}
 	if (!origin_remember(ctx, to, svc->id, backend_id, *backend)) {
@@ -133,7 +142,8 @@ int recvmsg6(struct bpf_sock_addr *ctx)
 /* Returns the cookie by which the socket's origin is kept. */
 static __always_inline u64 origin_cookie(struct bpf_sock_addr *ctx)
 {
-	return is_mptcp(ctx->protocol) ? subflow_cookie((u64)ctx->sk) : get_socket_cookie(ctx);
+	return is_mptcp(ctx->protocol) ? subflow_cookie((u64)socket_of(ctx))
+				       : known_socket_cookie(ctx);
 }
 
 int getpeername4(struct bpf_sock_addr *ctx)
@@ -154,13 +164,19 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	return PROCEED;
 }
 
-/* Says if something may be recorded of a socket. A TCP socket may have failed to connect. */
+/*
+ * Says if something may be recorded of a socket, as far as its peer tells. A TCP socket may have
+ * failed to connect. Most accepted sockets are told by their peer's port. For others the cookie
+ * tells more than the peer's address does, if it can be read.
+ */
 static __always_inline bool may_have_record(struct bpf_sock *ctx)
 {
 	struct inet_addr peer = addr_of_v4(ctx->dst_ip4);
 
 	if (ctx->protocol != IPPROTO_TCP || !ctx->dst_port)
 		return true;
+	if (HAVE_SOCKET_FIELDS)
+		return may_be_backend_port(ctx->dst_port);
 	if (ctx->family == AF_INET6) {
 		peer.word[0] = ctx->dst_ip6[0];
 		peer.word[1] = ctx->dst_ip6[1];
@@ -184,7 +200,7 @@ static __always_inline void note_abandoned(struct bpf_sock *ctx)
 	if (is_mptcp(ctx->protocol))
 		cookie = subflow_cookie((u64)ctx);
 	else if (ctx->protocol == IPPROTO_TCP)
-		cookie = get_socket_cookie(ctx);
+		cookie = closed_cookie_if_any(ctx);
 	else
 		return;
 	known = origin_of(cookie);
@@ -193,19 +209,26 @@ static __always_inline void note_abandoned(struct bpf_sock *ctx)
 }
 
 /* Says if the connection of a socket that is closed goes on, and its record with it. */
-static __always_inline bool outlives_socket(struct bpf_sock *ctx)
+static __always_inline bool outlives_socket(struct bpf_sock *ctx, u64 cookie)
 {
 	return MEASURE_TRAFFIC && ctx->protocol == IPPROTO_TCP && ctx->state != BPF_TCP_CLOSE &&
-	       ctx->state != BPF_TCP_SYN_SENT && origin_close(get_socket_cookie(ctx));
+	       ctx->state != BPF_TCP_SYN_SENT && origin_close(cookie);
 }
 
 /* Runs when the socket is closed (BPF_PROG_TYPE_CGROUP_SOCK). */
 int sock_release(struct bpf_sock *ctx)
 {
+	u64 cookie;
+
 	note_abandoned(ctx);
-	if (is_mptcp(ctx->protocol))
+	if (is_mptcp(ctx->protocol)) {
 		subflow_forget((u64)ctx, MEASURE_TRAFFIC && ctx->state != BPF_TCP_SYN_SENT);
-	else if (may_have_record(ctx) && !outlives_socket(ctx))
-		socket_forget(get_socket_cookie(ctx));
+		return PROCEED;
+	}
+	if (!may_have_record(ctx))
+		return PROCEED;
+	cookie = closed_cookie_if_any(ctx);
+	if (cookie && !outlives_socket(ctx, cookie))
+		socket_forget(cookie);
 	return PROCEED;
 }

@@ -50,6 +50,28 @@ static __always_inline u32 hash_of(const struct inet_addr *addr, u32 more)
 	return mix(mix(upper + more) ^ lower);
 }
 
+/*
+ * Returns a random number. The kernel's own take calls of two functions; from Linux 6.10 on these
+ * take none. Each CPU has a sequence of its own that begins at a number of the kernel's, in the way
+ * of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). A
+ * program that is preempted at a socket may get the same number as the one that preempts it.
+ */
+static __always_inline u32 random_number(void)
+{
+	const u32 only = 0;
+	u64 *state = map_lookup(random_state, &only);
+	u64 at;
+
+	if (!state)
+		return bpf_get_prandom_u32();
+	at = *state;
+	if (!at)
+		at = (u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
+	at += 0x9e3779b97f4a7c15ULL;
+	*state = at;
+	return mix(at) >> 32;
+}
+
 /* Scales a 32-bit number to the range without a division. */
 static __always_inline u32 slot_at(const union selection *range, u32 number)
 {
@@ -89,7 +111,7 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 	const bool is_small = range->count <= SEARCHED_SLOTS;
 	const u32 end = range->base + range->count;
 	u32 tries = is_small ? range->count : 2;
-	u32 at = slot_at(range, bpf_get_prandom_u32());
+	u32 at = slot_at(range, random_number());
 	u64 best_cost = 1, best_weight = 0, best = at;
 
 	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
@@ -106,7 +128,7 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 		best = select(better, at, best);
 		best_cost = select(better, cost, best_cost);
 		best_weight = select(better, weight, best_weight);
-		at = is_small ? at + 1 : slot_at(range, bpf_get_prandom_u32());
+		at = is_small ? at + 1 : slot_at(range, random_number());
 		if (at >= end)
 			at = range->base;
 		/*
@@ -126,7 +148,7 @@ static __always_inline u32 pick_slot(const struct service *svc, const union sele
 	const u8 algorithm = svc->algorithm;
 
 	if (algorithm == ALGORITHM_RANDOM)
-		return slot_at(range, bpf_get_prandom_u32());
+		return slot_at(range, random_number());
 	if (algorithm == ALGORITHM_ROUND_ROBIN)
 		return slot_in_turn(range, selection);
 	if (algorithm < ALGORITHM_DESTINATION_HASH)

@@ -50,6 +50,13 @@
 /* Keeps the compiler from reasoning about a variable across this point. */
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
+/* Orders what was read before it and what is read after it, on every machine. */
+#define memory_barrier()                                                                           \
+	({                                                                                         \
+		u64 unused_ = 0;                                                                   \
+		__sync_lock_test_and_set(&unused_, 1);                                             \
+	})
+
 /*
  * Reads skb->ifindex. clang may keep the address of a context's field for a second use; the
  * verifier accepts only the context pointer with an offset in the instruction.
@@ -61,6 +68,16 @@
 			     : "=r"(ifindex_)                                                      \
 			     : "r"(skb), "i"(offsetof(struct __sk_buff, ifindex)));                \
 		ifindex_;                                                                          \
+	})
+
+/* Reads ctx->sk of struct bpf_sock_addr, for the same reason. */
+#define socket_of(ctx)                                                                             \
+	({                                                                                         \
+		struct bpf_sock *sk_;                                                              \
+		asm volatile("%0 = *(u64 *)(%1 + %2)"                                              \
+			     : "=r"(sk_)                                                           \
+			     : "r"(ctx), "i"(offsetof(struct bpf_sock_addr, sk)));                 \
+		sk_;                                                                               \
 	})
 
 #ifndef __always_inline

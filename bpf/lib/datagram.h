@@ -27,7 +27,7 @@ static __always_inline bool choose_other(u64 cookie, const struct service *svc, 
 {
 	const u32 policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
 	union selection range = selection_of(svc->id * POLICIES + policy);
-	u32 at = slot_at(&range, bpf_get_prandom_u32());
+	u32 at = slot_at(&range, random_number());
 
 	if (!range.count)
 		return false;
@@ -65,7 +65,7 @@ static __always_inline void note_clash(struct bpf_sock_addr *ctx, const struct t
 	struct clash_key key = {
 		.frontend = to->addr,
 		.frontend_port = to->port,
-		.client_port = bpf_htons(ctx->sk->src_port),
+		.client_port = bpf_htons(socket_of(ctx)->src_port),
 	};
 	u32 yes = 1;
 
@@ -94,7 +94,7 @@ static __always_inline bool leave_to_packets(struct bpf_sock_addr *ctx, const st
 	if (!passes_our_device(ctx, svc, backend))
 		return false;
 	/* Another frontend of the socket has the same backend, or may get it later. */
-	if (has_peers(get_socket_cookie(ctx)))
+	if (has_peers(known_socket_cookie(ctx)))
 		note_clash(ctx, to);
 	return true;
 }
@@ -109,7 +109,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 					  const struct service *svc, struct backend **backend)
 {
 	struct client client = client_of(ctx, svc, to);
-	const u64 cookie = get_socket_cookie(ctx);
+	const u64 cookie = known_socket_cookie(ctx);
 	/*
 	 * This is read before the choice: the next datagram notices a backend that departs
 	 * meanwhile.
@@ -143,7 +143,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	peer.service_id = svc->id;
 	peer.backend_id = backend_id;
 	peer.epoch = epoch;
-	if (!peer_insert(cookie, bpf_get_netns_cookie(ctx), &peer,
+	if (!peer_insert(cookie, netns_cookie(ctx), &peer,
 			 !passes_our_device(ctx, svc, *backend)) &&
 	    leave_to_packets(ctx, to, svc, *backend)) {
 		*backend = NULL;
@@ -172,7 +172,7 @@ static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struc
 	}
 	if (is_connected(ctx) && (origin_sends(ctx, to, goes) || is_to_peer(ctx, to)))
 		return PROCEED;
-	backend = peer_backend(get_socket_cookie(ctx), to, svc, &left);
+	backend = peer_backend(known_socket_cookie(ctx), to, svc, &left);
 	if (backend) {
 		count_service(svc->id, VERDICT_TRANSLATE);
 		load_count_datagram(backend);
@@ -196,7 +196,7 @@ static __always_inline bool handle_recvmsg(struct bpf_sock_addr *ctx, struct tar
 	/* Most sockets that are of no Service are told by the port of what they receive. */
 	if (!may_be_backend(&from->addr, from->port))
 		return false;
-	cookie = get_socket_cookie(ctx);
+	cookie = known_socket_cookie(ctx);
 	if (is_connected(ctx))
 		return origin_recall(cookie, from) || peer_recall(cookie, from);
 	return peer_recall(cookie, from) || origin_recall(cookie, from);

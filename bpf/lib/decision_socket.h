@@ -65,7 +65,7 @@ static __always_inline void socket_decision(struct bpf_sock_addr *ctx, const str
 
 	if (!wanted)
 		return;
-	netns = bpf_get_netns_cookie(ctx);
+	netns = netns_cookie(ctx);
 	if (wanted->by_client && wanted->netns != netns)
 		return;
 	made = decision_begin(wanted, kind, svc ? svc->id : NOBODY);
@@ -76,7 +76,7 @@ static __always_inline void socket_decision(struct bpf_sock_addr *ctx, const str
 	made->proto = to->proto;
 	made->reason = reason;
 	decision_choice(made, PLACE_SOCKET, svc, backend_id);
-	made->task.cookie = get_socket_cookie(ctx);
+	made->task.cookie = known_socket_cookie(ctx);
 	made->task.netns = netns;
 	decision_task(made);
 	decision_submit(made);

@@ -56,6 +56,11 @@ static __always_inline bool port_of_interest(__be16 port)
 	return port_is_in(map_value(port_filter), port);
 }
 
+static __always_inline bool may_be_backend_port(__be16 port)
+{
+	return port_is_in(map_value(backend_ports), port);
+}
+
 /*
  * Says if a backend may have the address and port, or may have had them. Its port alone tells most
  * clients: their ports lead to few cache lines.
@@ -65,7 +70,7 @@ static __always_inline bool may_be_backend(const struct inet_addr *a, __be16 por
 	u32 hash = (addr_fold(a) + bpf_ntohs(port) * 0x165667b1U) * GOLDEN;
 	const u8 *bits = map_value(backend_filter);
 
-	if (!port_is_in(map_value(backend_ports), port))
+	if (!may_be_backend_port(port))
 		return false;
 	hash >>= 32 - ADDRESS_FILTER_BITS;
 	return bits[hash >> 3] & (1 << (hash & 7));

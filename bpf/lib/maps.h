@@ -19,5 +19,7 @@
  */
 #define LOAD_TIME_CONSTANT 15
 #define CONSTANT(name)	   bpf_pseudo_fd(LOAD_TIME_CONSTANT, CONSTANT_NUMBER_##name)
+/* The constant is the BTF id of a kernel function; where it is 0, nothing may lead to the call. */
+#define KERNEL_FUNCTION(name) ((void *)(0x7f000000UL + CONSTANT_NUMBER_##name))
 
 #endif

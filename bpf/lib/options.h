@@ -16,6 +16,9 @@
 /* The slots of sock_origin, which are a power of two, less one. */
 #define ORIGIN_SLOT_MASK CONSTANT(ORIGIN_SLOT_MASK)
 
+/* The lines of frontend_cache, which are a power of two, less one. */
+#define FRONTEND_LINE_MASK CONSTANT(FRONTEND_LINE_MASK)
+
 /* The service ids that maps have room for. */
 #define SERVICES ((u32)CONSTANT(SERVICES))
 

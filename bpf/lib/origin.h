@@ -15,31 +15,15 @@
 #define EBPFPROXY_ORIGIN_H
 
 #include "addr.h"
+#include "kernel_socket.h"
 #include "load.h"
 #include "maps.h"
 #include "options.h"
 #include "service.h"
 
-/* bcc declares the result as u32 and would cut it. */
-static u64 (*whole_socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
-
-/* No header of bcc declares this helper. */
-static void *(*skc_to_mptcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_mptcp_sock;
-
 static __always_inline u64 origin_key(u64 cookie, enum origin_kind kind)
 {
 	return cookie | (u64)kind << ORIGIN_KIND_SHIFT;
-}
-
-static __always_inline u64 cookie_of(u64 key)
-{
-	return key & ((1ULL << ORIGIN_KIND_SHIFT) - 1);
-}
-
-/* Returns the cookie without its highest byte: see enum origin_kind. */
-static __always_inline u64 get_socket_cookie(void *ctx)
-{
-	return cookie_of(whole_socket_cookie(ctx));
 }
 
 /* Returns the slot of a socket, which another one may have. */
@@ -124,7 +108,7 @@ static __always_inline u64 subflow_cookie(u64 mptcp_socket)
 /* Records the socket if it is the first subflow of an MPTCP connection. */
 static __always_inline void subflow_note(struct bpf_sock_addr *ctx, u64 cookie)
 {
-	u64 mptcp_socket = (u64)skc_to_mptcp_sock(ctx->sk), known;
+	u64 mptcp_socket = mptcp_socket_of(ctx), known;
 
 	if (!mptcp_socket)
 		return;
@@ -178,7 +162,7 @@ static __always_inline bool origin_remember(struct bpf_sock_addr *ctx,
 		/* The socket failed to connect before, or it is one of datagrams. */
 		load_remove_socket(known->peer.backend_id);
 		known->peer = peer;
-	} else if (!origin_insert(slot, cookie, &peer, bpf_get_netns_cookie(ctx))) {
+	} else if (!origin_insert(slot, cookie, &peer, netns_cookie(ctx))) {
 		return false;
 	}
 	load_add_socket(backend);
@@ -296,7 +280,7 @@ static __always_inline bool origin_recall(u64 cookie, struct target *peer)
 static __always_inline bool origin_sends(struct bpf_sock_addr *ctx, const struct target *to,
 					 struct target *goes)
 {
-	struct origin *o = origin_of(get_socket_cookie(ctx));
+	struct origin *o = origin_of(known_socket_cookie(ctx));
 
 	if (!o || o->peer.frontend_port != to->port || !addr_equal(&o->peer.frontend, &to->addr))
 		return false;

@@ -44,6 +44,12 @@ static __always_inline struct service *service_lookup6(const struct inet_addr *a
 	return map_lookup(services6, &key);
 }
 
+static __always_inline struct service *service_lookup(const struct target *to, u8 scope)
+{
+	return addr_is_v4(&to->addr) ? service_lookup4(to->addr.word[3], to, scope)
+				     : service_lookup6(&to->addr, to, scope);
+}
+
 /*
  * Finds the Service whose frontend has exactly this address. The unspecified address is a
  * NodePort's key.

@@ -84,6 +84,26 @@ struct service {
 	u32 reserved;
 };
 
+/* The same as words. */
+union service_words {
+	struct service service;
+	struct {
+		u64 first;
+		u64 second;
+	};
+};
+
+/* frontend_cache: a frontend that was looked up; see lib/frontend_cache.h. */
+struct frontend_line {
+	u64 upper; /* half of the address */
+	u64 lower;
+	u64 port;  /* protocol and scope, as in struct service6_key */
+	u64 first; /* half of struct service */
+	u64 second;
+	u64 check;
+	u64 reserved[2]; /* a line of its own */
+};
+
 /*
  * The range of slots that a choice is made from, by service id * POLICIES + policy. It is one
  * aligned word, so that a reader sees the old range or the new one.

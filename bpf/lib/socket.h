@@ -7,6 +7,7 @@
 #define EBPFPROXY_SOCKET_H
 
 #include "addr.h"
+#include "kernel_socket.h"
 #include "options.h"
 #include "service.h"
 
@@ -50,13 +51,13 @@ static __always_inline void set_target6(struct bpf_sock_addr *ctx, const struct 
 
 static __always_inline bool in_host_namespace(struct bpf_sock_addr *ctx)
 {
-	return bpf_get_netns_cookie(ctx) == CONSTANT(HOST_NETNS_COOKIE);
+	return netns_cookie(ctx) == CONSTANT(HOST_NETNS_COOKIE);
 }
 
 /* Finds the address that a socket is bound to; returns false where it has none yet. */
 static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet_addr *addr)
 {
-	struct bpf_sock *sk = ctx->sk;
+	struct bpf_sock *sk = socket_of(ctx);
 
 	if (!sk)
 		return false;
@@ -74,7 +75,7 @@ static __always_inline bool bound_address(struct bpf_sock_addr *ctx, struct inet
 /* Says if the socket has a peer. */
 static __always_inline bool is_connected(struct bpf_sock_addr *ctx)
 {
-	return ctx->sk->dst_port != 0;
+	return socket_of(ctx)->dst_port != 0;
 }
 
 /*
@@ -84,15 +85,16 @@ static __always_inline bool is_connected(struct bpf_sock_addr *ctx)
  */
 static __always_inline bool is_to_peer(struct bpf_sock_addr *ctx, const struct target *to)
 {
-	struct inet_addr peer = addr_of_v4(ctx->sk->dst_ip4);
+	const struct bpf_sock *sk = socket_of(ctx);
+	struct inet_addr peer = addr_of_v4(sk->dst_ip4);
 
-	if ((__be16)ctx->sk->dst_port != to->port)
+	if ((__be16)sk->dst_port != to->port)
 		return false;
 	if (!addr_is_v4(&to->addr)) {
-		peer.word[0] = ctx->sk->dst_ip6[0];
-		peer.word[1] = ctx->sk->dst_ip6[1];
-		peer.word[2] = ctx->sk->dst_ip6[2];
-		peer.word[3] = ctx->sk->dst_ip6[3];
+		peer.word[0] = sk->dst_ip6[0];
+		peer.word[1] = sk->dst_ip6[1];
+		peer.word[2] = sk->dst_ip6[2];
+		peer.word[3] = sk->dst_ip6[3];
 	}
 	return addr_equal(&peer, &to->addr);
 }

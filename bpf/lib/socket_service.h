@@ -4,6 +4,7 @@
 #define EBPFPROXY_SOCKET_SERVICE_H
 
 #include "filter.h"
+#include "frontend_cache.h"
 #include "options.h"
 #include "service.h"
 #include "service_cidr.h"
@@ -35,6 +36,71 @@ static __always_inline bool may_be_frontend(const struct target *to)
 		(NODEPORTS_ON_LOOPBACK && addr_is_loopback(&to->addr)));
 }
 
+static __always_inline u64 word_of(u32 low, u32 high)
+{
+	return low | (u64)high << 32;
+}
+
+/*
+ * Copies what the agent has written of the frontend with exactly this address. What the hash has is
+ * noted: the generation was read before, so that a change that the look-up may have missed makes
+ * the line invalid. A valid line of another frontend stays: two that are in use do not take turns.
+ */
+static __always_inline bool copy_service(const struct target *to, struct service *copy)
+{
+	const u64 upper = word_of(to->addr.word[0], to->addr.word[1]);
+	const u64 lower = word_of(to->addr.word[2], to->addr.word[3]);
+	const u64 port = to->port | (u64)to->proto << 16;
+	const u64 sum = frontend_sum(upper, lower, port), generation = frontend_generation();
+	struct frontend_line *line = frontend_line_of(sum);
+	union service_words found;
+	const union service_words *in_map;
+
+	if (!line)
+		return false;
+	if (frontend_has_key(line, upper, lower, port)) {
+		found.first = line_word(line, first);
+		found.second = line_word(line, second);
+		*copy = found.service;
+		if (line_word(line, check) ==
+		    frontend_check(sum, found.first, found.second, generation))
+			return true;
+	}
+	memory_barrier();
+	in_map = (const void *)service_lookup(to, SCOPE_INTERNAL);
+	if (!in_map)
+		return false;
+	*copy = in_map->service;
+	if (frontend_is_valid(line, generation))
+		return true;
+	line->upper = upper;
+	line->lower = lower;
+	line->port = port;
+	line->first = in_map->first;
+	line->second = in_map->second;
+	line->check = frontend_check(sum, in_map->first, in_map->second, generation);
+	return true;
+}
+
+/*
+ * Finds the Service that a socket wants to connect to, and copies it. The unspecified address is a
+ * NodePort's key; no frontend has that of the loopback.
+ */
+static __always_inline bool find_service_copy(struct bpf_sock_addr *ctx, const struct target *to,
+					      struct service *copy)
+{
+	struct target any = { .port = to->port, .proto = to->proto };
+
+	if (!is_served(ctx) || !may_be_frontend(to))
+		return false;
+	if (!addr_is_loopback(&to->addr) && copy_service(to, copy))
+		return true;
+	if (addr_is_v4(&to->addr))
+		any.addr = addr_of_v4(0);
+	return copy_service(&any, copy) && reaches_this_node(ctx, &to->addr);
+}
+
+/* Finds the Service that a socket sends to. sendmsg() has no room left on its stack for a copy. */
 static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 						    const struct target *to)
 {
@@ -69,12 +135,13 @@ static __always_inline bool source_is_known_good(struct bpf_sock_addr *ctx, cons
  */
 static __always_inline bool defer_to_loopback(struct bpf_sock_addr *ctx, const struct target *to)
 {
+	const struct bpf_sock *sk = socket_of(ctx);
 	struct inet_addr bound;
 
-	if (!NODEPORTS_ON_LOOPBACK || !ctx->sk)
+	if (!NODEPORTS_ON_LOOPBACK || !sk)
 		return false;
 	/* Most sockets are not bound: these checks need no helper call. */
-	if (ctx->sk->bound_dev_if != LOOPBACK_IFINDEX &&
+	if (sk->bound_dev_if != LOOPBACK_IFINDEX &&
 	    !(bound_address(ctx, &bound) && addr_is_loopback(&bound)))
 		return false;
 	return in_host_namespace(ctx) && reaches_this_node(ctx, &to->addr);
@@ -128,8 +195,8 @@ static __always_inline struct client client_of(struct bpf_sock_addr *ctx, const 
 
 	if (!needs_client_key(svc))
 		return client;
-	set_namespace(&client, bpf_get_netns_cookie(ctx));
-	cookie = get_socket_cookie(ctx);
+	set_namespace(&client, netns_cookie(ctx));
+	cookie = known_socket_cookie(ctx);
 	client.flow = (u32)(cookie ^ cookie >> 32);
 	return client;
 }

@@ -46,6 +46,7 @@ class Feature(enum.StrEnum):
     SET_RETVAL = "set-retval"  # without: refused connections fail with EPERM (5.18)
     TCX = "tcx"  # without: clsact filters (6.6)
     MPTCP = "mptcp"  # without: getpeername() of MPTCP sockets gives the backend (5.19 with BTF)
+    SOCKET_FIELDS = "socket-fields"  # without: helper calls tell what sockets are (6.2 with BTF)
 
 
 class Xdp(enum.StrEnum):

@@ -19,11 +19,15 @@ SOURCE = """
 #include "lib/compat.h"
 #include "lib/maps.h"
 
+static int (*function)(void *ctx) = KERNEL_FUNCTION(FUNCTION);
+
 int counted(void *ctx)
 {
 	unsigned int key = 0;
 	u64 *value = map_lookup(second, &key), *only = map_value(first);
 
+	if (CONSTANT(FUNCTION) && function(ctx))
+		return 2;
 	return ctx && value && *value == CONSTANT(SECRET) && *only;
 }
 """
@@ -59,7 +63,9 @@ def recipe(
         (tmp_path / "bpf" / name).symlink_to(loader.source_folder() / name)
     (tmp_path / "bpf" / "small.c").write_text(SOURCE)
     defines = (f"-DSEARCHED_SLOTS={slots.SEARCHED}",)
-    return Recipe(tmp_path / "bpf", "small.c", ("counted",), defines, ("first", "second"), ("SECRET",))
+    return Recipe(
+        tmp_path / "bpf", "small.c", ("counted",), defines, ("first", "second"), ("FUNCTION", "SECRET")
+    )
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +80,9 @@ def test_relocations_are_stored_by_name_and_resolved(recipe: Recipe) -> None:
     places = {name: at for at, name in program.maps}
     assert len(places) == len(program.maps)
     assert places.keys() == {"first", "second"}
-    ((constant_at, constant_name),) = program.constants
-    assert constant_name == "SECRET"
-    linked = program.linked({"first": 66, "second": 77}, {"SECRET": 0xFEDCBA9876543210})
+    (constant_at,) = (at for at, name in program.constants if name == "SECRET")
+    fds = {"first": 66, "second": 77}
+    linked = program.linked(fds, {"SECRET": 0xFEDCBA9876543210, "FUNCTION": 55})
     assert len(linked) == len(program.instructions)
     opcode, registers, _, low, _, _, _, high = struct.unpack_from("=BBhIBBhI", linked, constant_at * 8)
     assert (opcode, registers >> 4, high << 32 | low) == (0x18, 0, 0xFEDCBA9876543210)
@@ -84,6 +90,22 @@ def test_relocations_are_stored_by_name_and_resolved(recipe: Recipe) -> None:
     for name, meaning, number in (("second", 1, 77), ("first", 2, 66)):
         _, registers, _, fd, _, _, _, offset = struct.unpack_from("=BBhIBBhI", linked, places[name] * 8)
         assert (registers >> 4, fd, offset) == (meaning, number, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "instruction"),
+    # BPF_PSEUDO_KFUNC_CALL; where the kernel has no such function, a register is set to 0.
+    [(55, (0x85, 2, 0, 55)), (0, (0xB7, 0, 0, 0))],
+)
+def test_calls_of_kernel_functions_are_resolved(
+    recipe: Recipe, function: int, instruction: tuple[int, int, int, int]
+) -> None:
+    program = bytecode.get(recipe).programs["counted"]
+    ((at, name),) = program.functions
+    assert name == "FUNCTION"
+    linked = program.linked({"first": 66, "second": 77}, {"SECRET": 1, "FUNCTION": function})
+    opcode, registers, offset, value = struct.unpack_from("=BBhI", linked, at * 8)
+    assert (opcode, registers >> 4, offset, value) == instruction
 
 
 def test_cached_program_is_not_compiled_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ STRUCTS = {
     "service6_key": "services6 key",
     "service": "services4 value",
     "backend": "backends value",
+    "frontend_line": "frontend_cache value",
     "origin": "sock_origin value",
     "peers": "sock_peers value",
     "clash_key": "port_clashes key",

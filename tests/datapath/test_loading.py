@@ -22,13 +22,14 @@ from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
+from ebpfproxy.datapath.kernel.socket_fields import find_socket_fields
 from ebpfproxy.datapath.programs import bytecode, loader
 from ebpfproxy.datapath.programs.attach import program_id
 
 pytestmark = pytest.mark.root
 
 OPTIONS = loader.Options(
-    features=probe.Features(set_retval=True),
+    features=probe.Features(set_retval=True, socket_fields=find_socket_fields()),
     host_netns_cookie=1,
     node_ports_on_loopback=True,
     forwards_at_xdp=True,
@@ -91,7 +92,7 @@ CHOICES: list[dict[str, Any]] = [
     {"masquerade_ports_shared": True, "masquerade_all": True, "bypass_netfilter": True},
     {"forwards_at_xdp": False},
     {"measure_connections": True},
-    {"measure_traffic": True},
+    {"measure_traffic": True, "features": probe.Features(set_retval=True)},
     {"measure_connections": True, "measure_traffic": True, "masquerade_all": True, "trace_decisions": True},
     {"measure_connections": True, "trace_decisions": True, "masquerade_ports_shared": True},
     {"measure_connections": True, "trace_decisions": True, "bypass_netfilter": True, "pods_by_cidr": True},

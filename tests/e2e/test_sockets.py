@@ -17,7 +17,7 @@ pytestmark = pytest.mark.root
 
 FEATURES = {
     "this-kernel": [],
-    "fallbacks": ["--without", "set-retval", "--without", "tcx"],
+    "fallbacks": ["--without", "set-retval", "--without", "tcx", "--without", "socket-fields"],
 }
 
 

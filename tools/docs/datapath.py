@@ -25,9 +25,12 @@ _KINDS = {
 _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",
     "services6": "IPv6 frontends, in the same form",
+    "frontend_cache": "what programs at sockets have found in these two",
+    "frontend_generation": "number of the changes of both, by which that counts or not",
     "selections": "id and policy → range of slots; one 8-byte word",
     "slots": "backend ids and weights, or a Maglev table",
     "turns": "the next backend with `round-robin`",
+    "random_state": "the last of a CPU's random numbers",
     "members": "the backends of a selection, to check a remembered one",
     "affinity": "client and service port → backend",
     "client_namespaces": "pod address → network namespace, for session affinity",

@@ -68,6 +68,8 @@ SOURCE_RANGE = struct.Struct("=II16s")
 #: Backend id and weight, as one u64.
 SLOT_SIZE = 8
 BACKEND_SIZE = BACKEND.size + LOAD.size
+#: ``struct frontend_line``, which only programs use.
+FRONTEND_LINE_SIZE = 64
 #: Rows of ``service_choices``; neighbouring CPUs share one.
 CHOICE_ROWS = 16
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.

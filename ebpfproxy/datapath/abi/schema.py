@@ -22,6 +22,7 @@ from ebpfproxy.datapath.abi.layout import (
     BACKEND_SIZE,
     CHOICE_ROWS,
     DRAINED,
+    FRONTEND_LINE_SIZE,
     NAME,
     PAIR,
     POLICIES,
@@ -109,6 +110,14 @@ def _choices(services: int) -> MapSpec:
     return MapSpec("service_choices", uapi.MAP_ARRAY, 4, U64.size, count, uapi.F_MMAPABLE, in_windows=True)
 
 
+def _frontend_lines(frontends: int) -> MapSpec:
+    """A line is given by a hash, so their number is a power of two. Only programs look at them."""
+    lines = 1 << max(min(frontends // 2, 1 << 16) - 1, 1).bit_length()
+    return MapSpec(
+        "frontend_cache", uapi.MAP_ARRAY, 4, FRONTEND_LINE_SIZE, lines, uapi.F_MMAPABLE, in_windows=True
+    )
+
+
 def _per_cpu(name: str, value: int, entries: int) -> MapSpec:
     return MapSpec(name, uapi.MAP_PERCPU_ARRAY, 4, value, entries)
 
@@ -118,9 +127,12 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
     return (
         _hash("services4", SERVICE4_KEY.size, SERVICE.size, capacity.frontends),
         _hash("services6", SERVICE6_KEY.size, SERVICE.size, capacity.frontends),
+        _frontend_lines(capacity.frontends),
+        _shared("frontend_generation", U64.size, 1),
         _shared("selections", SELECTION.size, capacity.services * POLICIES),
         _shared("slots", SLOT_SIZE, capacity.slots),
         _array("turns", U64.size, capacity.services * POLICIES),
+        _per_cpu("random_state", U64.size, 1),
         _hash("members", PAIR.size, 4, capacity.slots),
         _lru("affinity", AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
         _hash("client_namespaces", 16, U64.size, 65536),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ebpfproxy.datapath.drift.compare import Difference, Kind
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.frontend_table import renew_cache
 
 #: Tables come before those that lead to them.
 ORDER = (
@@ -37,6 +38,8 @@ ORDER = (
     "services6",
 )
 
+_FRONTENDS = frozenset({"services4", "services6"})
+
 
 def repair(maps: MapSet, found: Iterable[Difference]) -> list[Difference]:
     """Repairs, in the thread that writes the maps.
@@ -59,6 +62,8 @@ def repair(maps: MapSet, found: Iterable[Difference]) -> list[Difference]:
         if foreign and not isinstance(maps[name], SharedArray):
             maps[name].delete_many([each.key for each in foreign])
             repaired += foreign
+    if _FRONTENDS.intersection(names):
+        renew_cache(maps)
     return repaired
 
 

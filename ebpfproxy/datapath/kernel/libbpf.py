@@ -218,6 +218,11 @@ _ARGUMENTS = {
     "ring_buffer__new": (_INT, RING_CALLBACK, _POINTER, _POINTER),
     "ring_buffer__consume": (_POINTER,),
     "ring_buffer__free": (_POINTER,),
+    "btf__load_vmlinux_btf": (),
+    "btf__find_by_name_kind": (_POINTER, ct.c_char_p, _U32),
+    "btf__type_by_id": (_POINTER, _U32),
+    "btf__name_by_offset": (_POINTER, _U32),
+    "btf__free": (_POINTER,),
 }
 
 
@@ -229,7 +234,9 @@ def _load() -> ct.CDLL:
         raise SystemExit(f"ebpfproxy: libbpf.so.1 is missing ({error}); install libbpf1") from error
     for name, types in _ARGUMENTS.items():
         getattr(lib, name).argtypes = types
-    lib.ring_buffer__new.restype = _POINTER
+    for name in ("ring_buffer__new", "btf__load_vmlinux_btf", "btf__type_by_id"):
+        getattr(lib, name).restype = _POINTER
+    lib.btf__name_by_offset.restype = ct.c_char_p
     lib.libbpf_set_print(None)
     return lib
 

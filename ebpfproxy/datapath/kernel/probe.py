@@ -19,6 +19,7 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import OPTIONAL_HOOKS, SOCKET_HOOKS, TCX_INGRESS
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
+from ebpfproxy.datapath.kernel.socket_fields import SocketFields, find_socket_fields
 
 #: docs/tested.md shows it.
 OLDEST_KERNEL = "6.1"
@@ -36,6 +37,7 @@ class Features(msgspec.Struct, frozen=True):
     set_retval: bool
     tcx: bool = True
     mptcp: bool = True
+    socket_fields: SocketFields | None = None
 
     def without(self, names: frozenset[Feature]) -> Features:
         """The same features without some, so that the fallbacks can be tried."""
@@ -43,6 +45,7 @@ class Features(msgspec.Struct, frozen=True):
             set_retval=self.set_retval and Feature.SET_RETVAL not in names,
             tcx=self.tcx and Feature.TCX not in names,
             mptcp=self.mptcp and Feature.MPTCP not in names,
+            socket_fields=None if Feature.SOCKET_FIELDS in names else self.socket_fields,
         )
 
 
@@ -167,6 +170,7 @@ def probe() -> Features:
         set_retval=bpf.has_helper(uapi.PROG_CGROUP_SOCK_ADDR, uapi.FUNC_SET_RETVAL),
         tcx=_has_tcx(),
         mptcp=_finds_mptcp_sockets(),
+        socket_fields=find_socket_fields(),
     )
 
 

@@ -34,7 +34,7 @@ CACHE = Path(os.environ.get("EBPFPROXY_CACHE_DIR", "/var/cache/ebpfproxy"))
 #: Files that stay: those used last.
 _KEPT_FILES = 64
 #: It changes with Bytecode: a node's cache outlives this version of the agent.
-_FORMAT = "2"
+_FORMAT = "3"
 _LOCK_SUFFIX = ".lock"
 _SECONDS = 120
 
@@ -48,6 +48,13 @@ _SOURCE_SHIFT = 4 if sys.byteorder == "little" else 0
 #: BPF_PSEUDO_MAP_VALUE), and one that only lib/maps.h has.
 _MAPS = (1, 2)
 _LOAD_TIME_CONSTANT = 15
+#: BPF_JMP | BPF_CALL, with BPF_PSEUDO_KFUNC_CALL as source for a function of the kernel's that is no helper.
+_CALL = 0x85
+_KERNEL_FUNCTION = 2
+#: BPF_ALU64 | BPF_MOV | BPF_K: register 0 gets the immediate value.
+_MOVE = 0xB7
+#: Calls of helpers with such numbers, which no helper has: a constant is the function's id. See lib/maps.h.
+_FUNCTIONS = range(0x7F000000, 0x7F010000)
 
 
 class CompileError(Exception):
@@ -64,6 +71,8 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
     instructions: bytes
     maps: list[tuple[int, str]]
     constants: list[tuple[int, str]]
+    #: Calls of kernel functions, with the constant that has the function's BTF id.
+    functions: list[tuple[int, str]] = []
 
     def linked(self, map_fds: Mapping[str, int], constants: Mapping[str, int]) -> bytes:
         """The instructions to load; ``constants`` are unsigned numbers of 64 bits."""
@@ -72,6 +81,8 @@ class Program(msgspec.Struct, frozen=True, array_like=True):
             _put(made, at, map_fds[name])
         for at, name in self.constants:
             _put(made, at, constants[name], is_constant=True)
+        for at, name in self.functions:
+            _put_call(made, at, constants[name])
         return bytes(made)
 
 
@@ -207,8 +218,11 @@ def _compile(recipe: Recipe) -> Bytecode:
 def _program(code: bytes, recipe: Recipe) -> Program:
     maps: list[tuple[int, str]] = []
     constants: list[tuple[int, str]] = []
+    functions: list[tuple[int, str]] = []
     is_second_half = False
     for at, (opcode, registers, _, value) in enumerate(_INSTRUCTION.iter_unpack(code)):
+        if opcode == _CALL and value in _FUNCTIONS and not is_second_half:
+            functions.append((at, recipe.constants[value - _FUNCTIONS.start]))
         if is_second_half or opcode != _LOAD_64:
             is_second_half = False
             continue
@@ -218,7 +232,7 @@ def _program(code: bytes, recipe: Recipe) -> Program:
             maps.append((at, recipe.maps[value]))
         elif meaning == _LOAD_TIME_CONSTANT:
             constants.append((at, recipe.constants[value]))
-    return Program(code, maps, constants)
+    return Program(code, maps, constants, functions)
 
 
 def _put(instructions: bytearray, at: int, value: int, *, is_constant: bool = False) -> None:
@@ -229,6 +243,12 @@ def _put(instructions: bytearray, at: int, value: int, *, is_constant: bool = Fa
         registers &= ~(0x0F << _SOURCE_SHIFT)
     _INSTRUCTION.pack_into(instructions, at * size, opcode, registers, offset, value & 0xFFFFFFFF)
     _INSTRUCTION.pack_into(instructions, (at + 1) * size, 0, 0, 0, value >> 32)
+
+
+def _put_call(instructions: bytearray, at: int, function: int) -> None:
+    """Calls the kernel function with this BTF id. Without one the call, which nothing reaches, returns 0."""
+    call = (_CALL, _KERNEL_FUNCTION << _SOURCE_SHIFT, 0, function) if function else (_MOVE, 0, 0, 0)
+    _INSTRUCTION.pack_into(instructions, at * _INSTRUCTION.size, *call)
 
 
 # -- files: a SHA-256 of what follows, and Bytecode as MessagePack

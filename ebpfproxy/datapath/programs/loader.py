@@ -22,6 +22,7 @@ from ebpfproxy.datapath.kernel import bpf, extension
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.probe import Features, may_calculate_with_pointers
+from ebpfproxy.datapath.kernel.socket_fields import NO_SOCKET_FIELDS
 from ebpfproxy.datapath.programs import bytecode, xdp_chain
 from ebpfproxy.datapath.services import slots
 
@@ -37,6 +38,7 @@ class Sizes(NamedTuple):
 
     socket_slots: int
     services: int
+    frontend_lines: int
     #: Possible CPUs.
     cpus: int
 
@@ -72,10 +74,12 @@ class Options(msgspec.Struct, frozen=True):
         return {
             "ORIGIN_SLOT_MASK": sizes.socket_slots - 1,
             "SERVICES": sizes.services,
+            "FRONTEND_LINE_MASK": sizes.frontend_lines - 1,
             "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
             "HAVE_MPTCP": self.features.mptcp,
+            **(self.features.socket_fields or NO_SOCKET_FIELDS).constants(),
             "NODEPORTS_ON_LOOPBACK": self.node_ports_on_loopback,
             "POD_SOCKETS": self.pod_sockets,
             "MASQUERADE_ALL": self.masquerade_all,
@@ -112,14 +116,15 @@ def recipe(sources: Path, module: Module, content: str = "") -> bytecode.Recipe:
         programs=tuple(hook.name for hook in module.hooks),
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
         maps=MAP_NAMES,
-        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1)))),
+        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1)))),
         content=content,
     )
 
 
 def _sizes(maps: MapSet) -> Sizes:
-    slots, rejections = maps["sock_origin"].spec, maps["service_rejections"].spec
-    return Sizes(slots.max_entries, rejections.max_entries, bpf.possible_cpus())
+    names = ("sock_origin", "service_rejections", "frontend_cache")
+    slots, services, lines = (maps[name].spec.max_entries for name in names)
+    return Sizes(slots, services, lines, bpf.possible_cpus())
 
 
 def _home(sources: Path, content: str, options: Options, maps: MapSet) -> Path:

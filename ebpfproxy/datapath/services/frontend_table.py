@@ -42,6 +42,9 @@ class Frontends:
         self._node_map = maps["node_addresses"]
         self._node_addresses = frozenset(layout.unpack_address(key) for key, _ in self._node_map.items())
         self._entries: dict[ServiceKey, ServiceEntry] = {}
+        self._maps = maps
+        # An agent that was killed may have changed the tables without saying so.
+        renew_cache(maps)
         for key, entry in self._stored():
             if entry.flags & ServiceFlags.ADDRESS:
                 continue
@@ -77,7 +80,7 @@ class Frontends:
         for table in self._tables.values():
             yield from layout.known_services(table.items())
 
-    # -- changes
+    # -- changes, each of which ends the validity of programs' cache before anybody is told of it
 
     def write(self, entries: Mapping[ServiceKey, ServiceEntry]) -> dict[ServiceKey, str]:
         """Writes entries. Returns the reason for each that did not fit."""
@@ -97,6 +100,7 @@ class Frontends:
                         losers[key] = replaced.id
                 if key not in refused:
                     self._entries[key] = entry
+            renew_cache(self._maps)
             for key, service_id in losers.items():
                 self._lost(service_id, key)
             full |= {key: f"no room in {table.spec.name} for {key}" for key in refused}
@@ -130,6 +134,7 @@ class Frontends:
 
     def _delete(self, key: ServiceKey) -> None:
         self._tables[len(key.address)].delete(layout.pack_service_key(*key))
+        renew_cache(self._maps)
         entry = self._entries.pop(key)
         self._forget(key, entry.kind)
         self._lost(entry.id, key)
@@ -212,6 +217,7 @@ class Frontends:
         for address in changed:
             self._open_other_ports(address)
         self._close_other_ports(changed)
+        renew_cache(self._maps)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """Sets the addresses of this node's NodePorts."""
@@ -219,6 +225,15 @@ class Frontends:
         table.update_many(dict(_packed_addresses(addresses - known)))
         table.delete_many([layout.pack_address(address) for address in known - addresses])
         self._node_addresses = addresses
+
+
+def renew_cache(maps: MapSet) -> None:
+    """Tells programs that frontends have changed: what they have cached of the tables counts no more.
+
+    The thread that writes the tables calls it after each change of them.
+    """
+    generation = maps.shared("frontend_generation")
+    generation.words()[0] += 1
 
 
 def _packed_addresses(addresses: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -23,6 +23,7 @@ _WITHOUT = {
     Feature.SET_RETVAL: "refused connections fail with EPERM, not ECONNREFUSED",
     Feature.TCX: "devices have clsact filters, which a CNI can delete with its own",
     Feature.MPTCP: "getpeername() of MPTCP sockets gives the backend",
+    Feature.SOCKET_FIELDS: "connect() and close() take about 100 ns longer",
 }
 
 
@@ -39,7 +40,12 @@ def kernel() -> Iterator[Finding]:
     except UnsupportedKernelError as error:
         yield _finding(str(error), "the agent does not start", error.mend)
         return
-    has = {Feature.SET_RETVAL: found.set_retval, Feature.TCX: found.tcx, Feature.MPTCP: found.mptcp}
+    has = {
+        Feature.SET_RETVAL: found.set_retval,
+        Feature.TCX: found.tcx,
+        Feature.MPTCP: found.mptcp,
+        Feature.SOCKET_FIELDS: found.socket_fields is not None,
+    }
     for feature, there in has.items():
         if not there:
             what = f"Linux {platform.release()} lacks {feature}"

@@ -1,0 +1,78 @@
+"""Fields of the kernel's sockets that programs read by themselves: bpf/lib/kernel_socket.h."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import msgspec
+
+from ebpfproxy.datapath.abi import uapi
+from ebpfproxy.datapath.abi.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.btf import FUNCTION, STRUCT, KernelTypes, MissingTypeError, kernel_types
+from ebpfproxy.datapath.kernel.libbpf import BpfError
+
+
+class SocketFields(msgspec.Struct, frozen=True):
+    """BTF ids of the function that permits to read and of structures, and where their fields begin."""
+
+    rdonly_cast: int
+    sock_common: int
+    skc_cookie: int
+    skc_net: int
+    net_cookie: int
+    tcp_sock: int
+    tcp_is_mptcp: int
+
+    def constants(self) -> dict[str, int]:
+        """The constants of bpf/lib/options.h by name."""
+        return {name.upper(): value for name, value in msgspec.structs.asdict(self).items()}
+
+
+NO_SOCKET_FIELDS = SocketFields(*[0] * len(SocketFields.__struct_fields__))
+
+
+def _found(types: KernelTypes) -> SocketFields:
+    return SocketFields(
+        rdonly_cast=types.id_of("bpf_rdonly_cast", FUNCTION),
+        sock_common=types.id_of("sock_common", STRUCT),
+        skc_cookie=types.offset("sock_common", "skc_cookie", 8),
+        skc_net=types.offset("sock_common", "skc_net", 8),
+        net_cookie=types.offset("net", "net_cookie", 8),
+        tcp_sock=types.id_of("tcp_sock", STRUCT),
+        tcp_is_mptcp=types.offset("tcp_sock", "is_mptcp", 1),
+    )
+
+
+def _instruction(opcode: int, registers: int, offset: int, value: int) -> bytes:
+    return struct.pack("=BBhi", opcode, registers, offset, value)
+
+
+def _readable(fields: SocketFields) -> bool:
+    """True if a program loads that reads a field: the kernel knows the function, and the types fit."""
+    code = b"".join(
+        (
+            _instruction(0xB7, 0x02, 0, fields.sock_common),  # r2 = the type; r1 is the socket
+            _instruction(0x85, 0x20, 0, fields.rdonly_cast),  # r0 = bpf_rdonly_cast(r1, r2)
+            _instruction(0x79, 0x00, fields.skc_cookie, 0),  # r0 = *(u64 *)(r0 + skc_cookie)
+            _instruction(0xB7, 0x00, 0, 1),  # return 1
+            _instruction(0x95, 0x00, 0, 0),
+        )
+    )
+    (release,) = (hook for hook in SOCKET_HOOKS if hook.program_type == uapi.PROG_CGROUP_SOCK)
+    try:
+        os.close(bpf.prog_load(release.program_type, release.attach_type, "probe", code))
+    except BpfError:
+        return False
+    return True
+
+
+def find_socket_fields() -> SocketFields | None:
+    """None where helpers have to do: the kernel has no BTF, is older than 6.2, or has no MPTCP."""
+    try:
+        with kernel_types() as types:
+            fields = _found(types)
+    except MissingTypeError:
+        return None
+    return fields if _readable(fields) else None

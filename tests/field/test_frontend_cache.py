@@ -1,0 +1,218 @@
+"""What programs have cached of frontends (bpf/lib/frontend_cache.h) never outlives a change of these.
+
+The tests write lines of the cache themselves: valid ones that lead astray show that programs read it, and that
+they do no more after any change.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, SLICE_PORTS, TwoNodeCluster
+from tests.field.records import maps_of
+from tests.lab import Agent, Lab, clients, manifests
+from tests.lab.waiting import until
+
+pytestmark = pytest.mark.root
+
+#: Its backends are w1 and w2, those of the other one w1 alone.
+IP, IP6 = SERVICE_IPS["v4"], SERVICE_IPS["v6"]
+OTHER = "10.96.0.40"
+MOVED, MOVED6 = "10.96.0.60", "fd00:10:96::60"
+FOLDED = 0x9E3779B97F4A7C15
+WORDS = (1 << 64) - 1
+LINE = struct.Struct("=8Q")
+_HEADER = (Path(__file__).parents[2] / "bpf/lib/frontend_cache.h").read_text()
+FACTORS = [int(each, 16) for each in re.findall(r"#define FRONTEND_\w+\s+(0x\w+)ULL", _HEADER)]
+
+
+def key_words(host: str, port: int) -> tuple[int, int, int]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    packed = layout.pack_address(socket.inet_pton(family, host)) + struct.pack(">HBBI", port, 6, 0, 0)
+    first, second, third = struct.unpack("=3Q", packed)
+    return first, second, third
+
+
+def key_sum(key: tuple[int, int, int]) -> int:
+    return sum(word * factor for word, factor in zip(key, FACTORS, strict=False)) & WORDS
+
+
+def place_of(maps: MapSet, key: tuple[int, int, int]) -> bytes:
+    total = key_sum(key)
+    at = (((total ^ total >> 32) * FOLDED & WORDS) >> 48) & (maps["frontend_cache"].spec.max_entries - 1)
+    return layout.U32.pack(at)
+
+
+def generation_of(maps: MapSet) -> int:
+    return int(maps.shared("frontend_generation").words()[0])
+
+
+def line_of(key: tuple[int, int, int], service: bytes, generation: int) -> bytes:
+    words = struct.unpack("=2Q", service)
+    check = (
+        key_sum(key) + words[0] * FACTORS[3] + words[1] * FACTORS[4] + generation * FACTORS[5] + FACTORS[6]
+    )
+    return LINE.pack(*key, *words, check & WORDS, 0, 0)
+
+
+def service_at(maps: MapSet, host: str, port: int) -> bytes:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    key = layout.pack_service_key(socket.inet_pton(family, host), port, 6, layout.Scope.INTERNAL)
+    found = maps["services6" if ":" in host else "services4"].lookup(key)
+    assert found
+    return found
+
+
+def lead_astray(cluster: TwoNodeCluster, host: str = IP) -> None:
+    """Connections to the host go to the other Service, as long as the line counts."""
+    with maps_of(cluster.a) as maps:
+        key = key_words(host, 80)
+        write(maps, key, line_of(key, service_at(maps, OTHER, 80), generation_of(maps)))
+
+
+def write(maps: MapSet, key: tuple[int, int, int], line: bytes) -> None:
+    bpf.map_update(maps["frontend_cache"].fd, place_of(maps, key), line)
+
+
+def spread(cluster: TwoNodeCluster, host: str = IP) -> set[str]:
+    return set(cluster.client.call(clients.spread_tcp, host, 80, clients.ENOUGH))
+
+
+def name_at(cluster: TwoNodeCluster, host: str) -> str:
+    """The backend that a connection reaches, or the error."""
+    try:
+        return str(cluster.client.call(clients.ask_tcp, host, 80, 0.5)["name"])
+    except OSError as error:
+        return type(error).__name__
+
+
+class MovingCluster(TwoNodeCluster):
+    def write_moving(self, name: str, pod: str) -> None:
+        """Writes a Service of the cluster IPs that move, and forgets the one that had them before."""
+        server = self.w1 if pod == "w1" else self.w2
+        slices = [
+            manifests.slice_of(name, [manifests.endpoint(address, server.node.name)], ports=SLICE_PORTS)
+            for address in (server.address, server.address6)
+        ]
+        ports = [{"name": "http", "port": 80, "protocol": "TCP"}]
+        manifests.write(
+            self.manifests / "moving.yaml",
+            manifests.service(name, clusterIPs=[MOVED, MOVED6], ports=ports),
+            *slices,
+        )
+
+    def remove_moving(self) -> None:
+        (self.manifests / "moving.yaml").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[MovingCluster]:
+    with Lab() as lab:
+        yield MovingCluster(lab)
+
+
+@pytest.fixture(scope="module")
+def agent(cluster: MovingCluster) -> Agent:
+    return cluster.agent().start()
+
+
+@pytest.mark.parametrize("host", [IP, IP6, SERVICE_IPS["mapped"]])
+def test_found_frontends_are_cached(cluster: MovingCluster, agent: Agent, host: str) -> None:
+    assert spread(cluster, host) == {"w1", "w2"}
+    with maps_of(cluster.a) as maps:
+        key = key_words(IP if host != IP6 else IP6, 80)
+        service = service_at(maps, IP if host != IP6 else IP6, 80)
+        assert maps["frontend_cache"].lookup(place_of(maps, key)) == line_of(
+            key, service, generation_of(maps)
+        )
+
+
+def test_node_ports_are_cached_and_found_at_the_node_only(cluster: MovingCluster, agent: Agent) -> None:
+    found = Counter(cluster.client.call(clients.spread_tcp, cluster.a.address, NODE_PORT, clients.ENOUGH))
+    assert set(found) == {"w1", "w2"}
+    with maps_of(cluster.a) as maps:
+        key = key_words("0.0.0.0", NODE_PORT)
+        line = line_of(key, service_at(maps, "0.0.0.0", NODE_PORT), generation_of(maps))
+        assert maps["frontend_cache"].lookup(place_of(maps, key)) == line
+
+
+@pytest.mark.parametrize("host", [IP, IP6])
+def test_line_counts_until_any_frontend_changes(cluster: MovingCluster, agent: Agent, host: str) -> None:
+    lead_astray(cluster, host)
+    assert spread(cluster, host) == {"w1"}
+    with maps_of(cluster.a) as maps:
+        before = generation_of(maps)
+        cluster.write_moving("moving", "w2")
+        until(lambda: generation_of(maps) > before, "the generation stays")
+    until(lambda: spread(cluster, host) == {"w1", "w2"}, "the line still counts")
+    cluster.remove_moving()
+    until(lambda: name_at(cluster, MOVED) != "w2", "the frontend is still there")
+
+
+@pytest.mark.parametrize("word", range(6))
+def test_torn_line_is_ignored_and_replaced(cluster: MovingCluster, agent: Agent, word: int) -> None:
+    """It has a word of another line."""
+    with maps_of(cluster.a) as maps:
+        key, generation = key_words(IP, 80), generation_of(maps)
+        own = line_of(key, service_at(maps, IP, 80), generation)
+        other = line_of(key_words(OTHER, 81), service_at(maps, OTHER, 80)[:8] + b"\x05" * 8, generation)
+        words = list(LINE.unpack(own))
+        words[word] = LINE.unpack(other)[word] ^ (1 if LINE.unpack(other)[word] == words[word] else 0)
+        write(maps, key, LINE.pack(*words))
+        assert spread(cluster) == {"w1", "w2"}
+        assert maps["frontend_cache"].lookup(place_of(maps, key)) == own
+
+
+def test_colliding_frontends_are_found(cluster: MovingCluster, agent: Agent) -> None:
+    """A valid line of another frontend stays there."""
+    with maps_of(cluster.a) as maps:
+        key, other = key_words(IP, 80), key_words(OTHER, 80)
+        line = line_of(other, service_at(maps, OTHER, 80), generation_of(maps))
+        write(maps, key, line)
+        assert spread(cluster) == {"w1", "w2"}
+        assert maps["frontend_cache"].lookup(place_of(maps, key)) == line
+        write(maps, key, bytes(LINE.size))
+
+
+def test_frontend_is_removed_added_again_and_moves_to_another_service(
+    cluster: MovingCluster, agent: Agent
+) -> None:
+    for name, pod in (("moving", "w1"), ("moving", "w2"), ("other", "w1"), ("moving", "w2")):
+        cluster.write_moving(name, pod)
+        for host in (MOVED, MOVED6):
+            until(lambda host=host, pod=pod: name_at(cluster, host) == pod, f"{host} is not {pod}")  # type: ignore[misc]
+        assert [name_at(cluster, host) for host in (MOVED, MOVED6)] == [pod, pod]
+    cluster.remove_moving()
+    for host in (MOVED, MOVED6):
+        until(lambda host=host: name_at(cluster, host) != "w2", f"{host} is still there")  # type: ignore[misc]
+
+
+def test_generation_wraps(cluster: MovingCluster, agent: Agent) -> None:
+    with maps_of(cluster.a) as maps:
+        maps.shared("frontend_generation").words()[0] = WORDS
+        lead_astray(cluster)
+        assert spread(cluster) == {"w1"}
+        cluster.write_moving("moving", "w2")
+        until(lambda: generation_of(maps) < WORDS, "the generation stays")
+        until(lambda: name_at(cluster, MOVED) == "w2", "the frontend is missing")
+        assert spread(cluster) == {"w1", "w2"}
+    cluster.remove_moving()
+
+
+def test_killed_agent_s_successor_makes_lines_invalid(cluster: MovingCluster, agent: Agent) -> None:
+    """An agent may be killed between a change of the tables and the new generation."""
+    agent.kill()
+    lead_astray(cluster)
+    assert spread(cluster) == {"w1"}
+    cluster.agent().start()
+    assert spread(cluster) == {"w1", "w2"}

@@ -197,6 +197,9 @@ static __always_inline int finish(struct __sk_buff *skb, const struct packet *p,
 		*kept = verdict;
 		if (verdict == NOT_INSERTED)
 			*kept = insert_anyway(p);
+		/* A tag with a priority alone would be on what is sent on from here. */
+		if (!AT_LOOPBACK && skb->vlan_present)
+			bpf_skb_vlan_pop(skb);
 		verdict = carry_out(skb, p, *kept);
 	}
 	report_decisions(p, ifindex);
@@ -210,8 +213,7 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 	struct nat *nat = NULL;
 	int verdict;
 
-	/* A VLAN's packets come again on the VLAN device itself. */
-	if (skb->vlan_present || !read_addresses(skb, p))
+	if (is_of_vlan(skb, STAGE_INGRESS) || !read_addresses(skb, p))
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_outside_client(skb, p);
@@ -239,7 +241,7 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 	struct nat *nat;
 	int verdict;
 
-	if (skb->vlan_present || !read_addresses(skb, p))
+	if (is_of_vlan(skb, STAGE_EGRESS) || !read_addresses(skb, p))
 		return PASS;
 	if (!may_concern_egress(&p->flow.src, &p->flow.dst, p->proto, !skb->ingress_ifindex))
 		return PASS;

@@ -23,6 +23,7 @@
 #define ETH_HLEN	 14
 #define ETH_P_IP	 0x0800
 #define ETH_P_IPV6	 0x86dd
+#define VLAN_ID		 0x0fff /* the number in a tag; 0: it has a priority alone */
 #define AF_INET		 2
 #define AF_INET6	 10
 #define PACKET_HOST	 0

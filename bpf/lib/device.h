@@ -83,6 +83,15 @@ static __always_inline bool is_addressed_to_us(struct __sk_buff *skb)
 	return skb->pkt_type == PACKET_HOST || is_at_local_device(skb);
 }
 
+/*
+ * Says if a packet comes again on a VLAN device, whose hook is to decide. Those that come in with a
+ * priority alone in their tag do not: the kernel takes it away after this hook.
+ */
+static __always_inline bool is_of_vlan(struct __sk_buff *skb, const enum stage stage)
+{
+	return skb->vlan_present && (stage != STAGE_INGRESS || skb->vlan_tci & VLAN_ID);
+}
+
 /* Finds the masquerade address for a device; devices that have none use the node's own. */
 static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct inet_addr *addr)
 {

@@ -105,11 +105,9 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 {
 	const u32 protocol = skb->protocol;
 
-	/*
-	 * A VLAN's packets come again on the VLAN device itself. What the hook forwards would be
-	 * looked up twice.
-	 */
-	if (MEASURE_TRAFFIC || skb->vlan_present || (BYPASS_NETFILTER && stage == STAGE_INGRESS))
+	/* What the hook forwards would be looked up twice. */
+	if (MEASURE_TRAFFIC || is_of_vlan(skb, stage) ||
+	    (BYPASS_NETFILTER && stage == STAGE_INGRESS))
 		return false;
 	if (protocol == bpf_htons(ETH_P_IP))
 		return translate_plain(skb, stage, true, verdict);

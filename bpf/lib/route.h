@@ -108,22 +108,20 @@ static __always_inline int deliver(struct __sk_buff *skb, const struct nat *nat)
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
-	if (L3_OFFSET != ETH_HLEN && !NODEPORTS_ON_LOOPBACK)
-		return PASS;
 	way = fib_result_of(skb, ifindex_of(skb), &nat->dst, &nat->src, 0, &fib);
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
-#if L3_OFFSET == ETH_HLEN
 	if (way == FIB_NEIGHBOUR && fib.ifindex != ifindex_of(skb)) {
-		u8 macs[12];
+		const u16 protocol = skb->protocol;
+		u8 header[ETH_HLEN];
 
-		__builtin_memcpy(macs, fib.smac, 6);
-		__builtin_memcpy(macs + 6, fib.dmac, 6);
-		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+		__builtin_memcpy(header, fib.smac, 6);
+		__builtin_memcpy(header + 6, fib.dmac, 6);
+		__builtin_memcpy(header + 12, &protocol, 2);
+		if (!add_link_header(skb) || bpf_skb_store_bytes(skb, 0, header, sizeof(header), 0))
 			return drop(EVENT_REWRITE);
 		return bpf_redirect(fib.ifindex, BPF_F_INGRESS);
 	}
-#endif
 #endif
 	return PASS;
 }

@@ -73,7 +73,7 @@ class Programming:
         full = not self.complete
         if full and (former := self._former()):
             # What is not wanted any more then leaves with the complete state, as it would in maps that stay.
-            self._writer.apply(with_former(update.changed, former))
+            self._writer.apply(list(with_former(update.changed, former)))
         problems = self._writer.apply(update.changed, update.removed, complete=full)
         done = time.monotonic()
         if full or len(update.changed) > _MANY_CHANGES:

@@ -141,7 +141,7 @@ def test_backends_that_left_while_no_agent_ran_leave_in_maps_of_other_sizes_as_i
     former = former_backends(pins, new.maps)
     assert former[port("a", []).key] == {backend(n) for n in (1, 2, 3, 4)}
     wanted = [port("b", [2]), port("a", [1], idle=[2])]
-    new.writer.apply(with_former(wanted, former))
+    new.writer.apply(list(with_former(wanted, former)))
     new.writer.apply(wanted, complete=True)
 
     service = next(number for number, key in new.writer.names().items() if key.name == "a")

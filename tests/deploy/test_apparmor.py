@@ -130,7 +130,7 @@ def test_agent_works_with_the_profile_and_nothing_that_it_does_is_refused(kubele
 
 #: Prints the outcome of each: "allowed", or the error. Nothing lasts that an outcome of "allowed" leaves.
 _TRIED = """
-import ctypes, errno, os, shutil, socket, subprocess
+import ctypes, errno, os, shutil, signal, socket, subprocess
 from pathlib import Path
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -144,7 +144,9 @@ def trace_child():
     try:
         call("ptrace", 16, child.pid, 0, 0)
     finally:
-        child.kill()
+        # child.kill() takes a child that has stopped for its tracer for one that has ended, and its copy of our output
+        # would stay open.
+        os.kill(child.pid, signal.SIGKILL)
 
 def write(path):
     Path(path).write_text("1")

@@ -1,4 +1,4 @@
-"""Host-network backends, tunnels and bridges; clients on the host, in pods and behind a tun device."""
+"""Host-network backends, tunnels and bridges; clients on the host, in pods, behind a tun device and a tagging switch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 import pytest
 from scapy.compat import raw
-from scapy.layers.inet import IP, TCP
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Dot1Q, Ether
 from scapy.layers.sctp import SCTP, SCTPChunkInit
+from scapy.packet import Packet
 
 from tests.e2e.outside_client import OutsideClientCluster, ask_by_socat
+from tests.e2e.two_node_cluster import NODE_PORT
 from tests.lab import clients, manifests, servers
 from tests.lab.lab import routes_of
 from tests.lab.spaces import Space
@@ -268,3 +273,72 @@ def test_client_on_the_node_whose_route_to_a_service_is_a_tun_device(cluster: Ou
     until(lambda: "beyond" in cluster.a.cli("service", "list"), "the Service is not programmed")
     unhooked = Space(cluster.a.netns, None)
     assert unhooked.call(_ask_beyond_tun, "10.96.1.16", clients.ENOUGH, timeout=120) == {"w1", "w2"}
+
+
+# -- frames with priority tags
+
+
+def _tagged(gateway: str, own: str, host: str) -> Packet:
+    """Returns the first headers of a packet in a frame whose tag has a priority alone (IEEE 802.1Q, 6.9.1)."""
+
+    def shown(*what: str) -> Any:
+        done = subprocess.run(["ip", "-j", *what], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)[0]
+
+    source = shown("link", "show", "eth0")["address"]
+    frame = Ether(src=source, dst=shown("neigh", "show", gateway)["lladdr"]) / Dot1Q(prio=3, vlan=0)
+    return frame / (IPv6(src=own, dst=host) if ":" in host else IP(src=own, dst=host))
+
+
+def _wire() -> socket.socket:
+    """Returns a socket for frames."""
+    wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+    wire.bind(("eth0", 3))
+    wire.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA
+    return wire
+
+
+def _ask_tagged(own: str, host: str, port: int, count: int) -> list[str]:
+    """Returns the names in the replies to datagrams of one flow."""
+    clients.ask_udp(host, port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with closing(_wire()) as wire, socket.socket(family, socket.SOCK_DGRAM) as receiver:
+        receiver.bind((own, 0))
+        receiver.settimeout(5)
+        frame = _tagged(host, own, host) / UDP(sport=receiver.getsockname()[1], dport=port) / b"?"
+        found = []
+        for _ in range(count):
+            wire.send(raw(frame))
+            reply, source = receiver.recvfrom(4096)
+            assert source[:2] == (host, port)
+            found.append(json.loads(reply)["name"])
+        return found
+
+
+def _open_tagged(gateway: str, own: str, host: str, port: int) -> tuple[str, bool]:
+    """Sends a SYN; returns the flags of the reply, and whether it has a tag."""
+    with closing(_wire()) as wire:
+        wire.send(raw(_tagged(gateway, own, host) / TCP(sport=4322, dport=port, flags="S", seq=1)))
+        deadline = time.monotonic() + 5
+        while select.select([wire], [], [], max(deadline - time.monotonic(), 0))[0]:
+            data, ((_, _, known), *_), _, _ = wire.recvmsg(2048, 64)
+            reply = Ether(data)
+            if TCP in reply and reply[TCP].sport == port and reply[TCP].dport == 4322:
+                # struct tpacket_auxdata; TP_STATUS_VLAN_VALID
+                return str(reply[TCP].flags), Dot1Q in reply or bool(
+                    struct.unpack_from("I", known)[0] & 1 << 4
+                )
+    raise TimeoutError("no reply")
+
+
+def test_client_outside_whose_frames_have_a_priority_tag(cluster: OutsideClientCluster) -> None:
+    """The kernel takes such a tag for none, so that the packet is its own; what we send ourselves has no tag."""
+    outside, node = cluster.outside, cluster.a
+    for own, host in ((outside.address, node.address), (outside.address6, node.address6)):
+        # Before, with and after a reply: the paths of new and of established flows.
+        (name,) = set(outside.call(_ask_tagged, own, host, 30053, 4))
+        assert name in ("w1", "w2")
+        assert outside.call(_open_tagged, host, own, host, NODE_PORT) == ("SA", False)
+    cluster.add_load_balancer("tagged", "10.96.1.17", "203.0.113.29", [])
+    until(lambda: "tagged" in cluster.a.cli("service", "list"), "the Service is not programmed")
+    assert outside.call(_open_tagged, node.address, outside.address, "203.0.113.29", 80) == ("RA", False)

@@ -33,6 +33,7 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
     for each in _names(run.machine for run in ran.values()):
         if each != "version":
             properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
+    properties.append(["last run", *(run.day for run in ran.values())])
     features = [["the probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
     for each in _names(run.features for run in ran.values()):
         features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])

@@ -60,12 +60,14 @@ def test_section_has_a_column_for_each_kernel_and_names_failures_and_reasons() -
         Result("tests/packets/a.py::test_b[v4]", "failed", "AssertionError"),
         Result("tests/e2e/test_sockets.py::test_c", "skipped", "no UDP-Lite"),
     )
+    tried.day = "2026-11-28"
     absent = Kernel("absent", "sid", "cloud")
     lines = report.lines({"old": OLD, "new": NEW, "absent": absent}, {"old": refused, "new": tried})
     assert "Not run: absent." in lines
     assert "|  | old | new |" in lines
     assert "| release | 5.10 | 7.2 |" in lines
     assert "| arguments of the kernel |  | `a=1` |" in lines
+    assert "| last run |  | 2026-11-28 |" in lines
     assert "| the probe | refuses | accepts |" in lines
     assert "| `tcx` |  | yes |" in lines
     assert r"| old | lacks a\|b |" in lines

@@ -16,6 +16,9 @@
 /* The slots of sock_origin, which are a power of two, less one. */
 #define ORIGIN_SLOT_MASK CONSTANT(ORIGIN_SLOT_MASK)
 
+/* The slots of flow_cache, which are a power of two, less one. */
+#define FLOW_SLOT_MASK CONSTANT(FLOW_SLOT_MASK)
+
 /* The service ids that maps have room for. */
 #define SERVICES ((u32)CONSTANT(SERVICES))
 

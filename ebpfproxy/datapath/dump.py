@@ -29,7 +29,17 @@ from ebpfproxy.services.model import Backend, Family, Protocol, ServicePortKey, 
 _WITHOUT_FILL = (uapi.MAP_PERCPU_ARRAY, uapi.MAP_RINGBUF)
 #: These have no fill: all of their places are in use, or records of the agent.
 _PLAIN_ARRAYS = frozenset(
-    {"epochs", "next_hops", "service_choices", "service_rejections", "sweep_keys", "sweep_values", "turns"}
+    {
+        "epochs",
+        "flow_cache",
+        "flow_hops",
+        "next_hops",
+        "service_choices",
+        "service_rejections",
+        "sweep_keys",
+        "sweep_values",
+        "turns",
+    }
 )
 
 

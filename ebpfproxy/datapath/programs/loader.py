@@ -6,8 +6,9 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ import msgspec
 
 import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
-from ebpfproxy.datapath.abi.hooks import PACKETS, SOCKETS, Module
-from ebpfproxy.datapath.abi.layout import cpus_of_a_row_shift
+from ebpfproxy.datapath.abi.hooks import PACKETS, SOCKETS, Hook, Module
+from ebpfproxy.datapath.abi.layout import U32, cpus_of_a_row_shift
 from ebpfproxy.datapath.abi.schema import MAP_NAMES
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
@@ -26,6 +27,8 @@ from ebpfproxy.datapath.programs import bytecode
 from ebpfproxy.datapath.services import slots
 
 _SHOWN_LINES = 12
+#: The array with the program that others go on with. Each folder of programs has its own, of its version.
+WRITERS = "writers"
 
 
 class LoadError(Exception):
@@ -36,6 +39,7 @@ class Sizes(NamedTuple):
     """What programs have to know of the maps and of the machine."""
 
     socket_slots: int
+    flow_slots: int
     services: int
     #: Possible CPUs.
     cpus: int
@@ -69,6 +73,7 @@ class Options(msgspec.Struct, frozen=True):
         """The constants of bpf/lib/options.h by name: unsigned 64 bits, filled in at the load."""
         return {
             "ORIGIN_SLOT_MASK": sizes.socket_slots - 1,
+            "FLOW_SLOT_MASK": sizes.flow_slots - 1,
             "SERVICES": sizes.services,
             "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
@@ -103,16 +108,20 @@ def recipe(sources: Path, module: Module) -> bytecode.Recipe:
     return bytecode.Recipe(
         sources=sources,
         source=module.source,
-        programs=tuple(hook.name for hook in module.hooks),
+        programs=module.programs,
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
-        maps=MAP_NAMES,
-        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1)))),
+        maps=(*MAP_NAMES, WRITERS),
+        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1)))),
     )
 
 
 def _sizes(maps: MapSet) -> Sizes:
-    slots, rejections = maps["sock_origin"].spec, maps["service_rejections"].spec
-    return Sizes(slots.max_entries, rejections.max_entries, bpf.possible_cpus())
+    def entries(name: str) -> int:
+        return maps[name].spec.max_entries
+
+    return Sizes(
+        entries("sock_origin"), entries("flow_cache"), entries("service_rejections"), bpf.possible_cpus()
+    )
 
 
 def _home(sources: Path, options: Options, maps: MapSet) -> Path:
@@ -151,7 +160,14 @@ def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (S
 
 
 def _pins(home: Path, module: Module) -> dict[str, Path]:
-    return {hook.name: home / f"{hook.name}{module.suffix}" for hook in module.hooks}
+    """By the names of programs, and of the array that has the one that they go on with."""
+    names = (*module.programs, *((WRITERS,) if module.called else ()))
+    return {name: home / f"{name}{module.suffix}" for name in names}
+
+
+def pinned_programs(folder: Path) -> Iterator[Path]:
+    """The pins of all programs for the maps of a folder."""
+    return (path for path in folder.glob("progs-*/*") if not path.name.startswith(WRITERS))
 
 
 def _unpin(home: Path, module: Module) -> None:
@@ -169,18 +185,29 @@ def _load(sources: Path, options: Options, maps: MapSet, home: Path, module: Mod
     except bytecode.CompileError as error:
         raise LoadError(_compiler_says(str(error), sources / module.source)) from None
     fds = {name: each.fd for name, each in maps.maps.items()}
-    for hook in module.hooks:
-        code = programs[hook.name].linked(fds, options.constants(_sizes(maps)))
+    constants, pins = options.constants(_sizes(maps)), _pins(home, module)
+
+    def load(hook: Hook) -> int:
         # Kernels before 6.6 know no attach type for tc: theirs is a filter's matter.
         attach_type = 0 if hook.program_type == uapi.PROG_SCHED_CLS else hook.attach_type
+        code = programs[hook.name].linked(fds, constants)
         try:
             fd = bpf.prog_load(hook.program_type, attach_type, hook.name, code)
         except VerifierError as error:
             raise LoadError(_verifier_says(hook.name, error)) from None
-        try:
-            bpf.pin(fd, _pins(home, module)[hook.name])
-        finally:
-            os.close(fd)
+        opened.callback(os.close, fd)
+        bpf.pin(fd, pins[hook.name])
+        return fd
+
+    with ExitStack() as opened:
+        if module.called:
+            fds[WRITERS] = bpf.map_create(uapi.MAP_PROG_ARRAY, WRITERS, 4, 4, 1)
+            opened.callback(os.close, fds[WRITERS])
+            bpf.map_update(fds[WRITERS], U32.pack(0), U32.pack(load(module.called)))
+            # The entry lives as long as a process or a pin holds the array.
+            bpf.pin(fds[WRITERS], pins[WRITERS])
+        for hook in module.hooks:
+            load(hook)
 
 
 def _compiler_says(said: str, source: Path) -> str:

@@ -46,7 +46,7 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 
 	if (is_left_to_below(skb, p, nat))
 		return PASS;
-	conntrack_track(p, in_map, nat);
+	conntrack_track(p, in_map, nat, false);
 	return nat->flags & NAT_OWN ? PASS : TRANSLATE;
 }
 
@@ -270,6 +270,15 @@ static __always_inline int handle_egress(struct __sk_buff *skb, struct packet *p
 }
 
 #if !AT_LOOPBACK
+/* Attached to nothing: see lib/in_place.h. */
+int write_packet(struct __sk_buff *skb)
+{
+	if (write_in_place(skb))
+		return PASS;
+	count(EVENT_REWRITE);
+	return DROP;
+}
+
 int from_device(struct __sk_buff *skb)
 {
 	int verdict = PASS;

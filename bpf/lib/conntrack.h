@@ -56,39 +56,15 @@
 #define EBPFPROXY_CONNTRACK_H
 
 #include "branchless.h"
+#include "entry.h"
 #include "events.h"
 #include "filter.h"
+#include "flow_cache.h"
 #include "load.h"
 #include "maps.h"
 #include "options.h"
 #include "scratch.h"
 #include "tcp_state.h"
-
-#define NSEC_PER_SEC 1000000000ULL
-
-typedef u64 __attribute__((may_alias)) word;
-
-/*
- * Sums up what an entry never changes, and its key: any odd factors do. Entry.check() in
- * flow_layout.py computes the same.
- */
-static __always_inline u64 check_of(const struct flow *flow, const struct nat *nat)
-{
-	const word *k = (const word *)flow, *n = (const word *)nat;
-
-	_Static_assert(sizeof(*flow) == 5 * sizeof(*k) &&
-			       offsetof(struct nat, backend_id) == 5 * sizeof(*n),
-		       "no word is left out");
-	return k[0] * 0x1b873593 + k[1] * 0x2c1b3c6d + k[2] * 0x297a2d39 + k[3] * 0x3c6ef363 +
-	       k[4] * 0x5bd1e995 + n[0] * 0x64e6d7b3 + n[1] * 0x6b43a9b5 + n[2] * 0x7feb352d +
-	       n[3] * 0x52dce729 + n[4] * 0x38495ab5 + ((u64)nat->backend_id << 8 | nat->flags) +
-	       nat->created * 0x45d9f3b1;
-}
-
-static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
-{
-	return map_lookup(conntrack, flow);
-}
 
 /*
  * Looks up an entry and copies it. An LRU map may give an element to another key while it is being
@@ -196,22 +172,36 @@ static __always_inline bool is_closed(const struct nat *nat)
 	return has_closed(nat->seen);
 }
 
-/*
- * Inserts @s->key and @s->nat. Where the key is @known the entry is replaced by another element:
- * readers on other CPUs have the old one or the new one.
- */
-static __always_inline enum insert conntrack_put(struct scratch *s, bool known)
+/* Inserts @s->key and @s->nat if there is no such key. */
+static __always_inline enum insert conntrack_add(struct scratch *s)
 {
 	long error;
 
 	s->nat.check = check_of(&s->key, &s->nat);
-	if (known && !bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_EXIST))
-		return INSERT_DONE;
 	error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_NOEXIST);
 	if (error)
 		return error == -EEXIST ? INSERT_TAKEN : INSERT_FULL;
 	count(EVENT_FLOWS_MADE);
 	flow_note(&s->key);
+	return INSERT_DONE;
+}
+
+/*
+ * Inserts @s->key and @s->nat. Where the key is @known the entry is replaced by another element:
+ * readers on other CPUs have the old one or the new one. What the map or the agent has taken out
+ * may have a copy in the flow cache, too.
+ */
+static __always_inline enum insert conntrack_put(struct scratch *s, bool known)
+{
+	enum insert done;
+
+	s->nat.check = check_of(&s->key, &s->nat);
+	if (!known || bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_EXIST)) {
+		done = conntrack_add(s);
+		if (done != INSERT_DONE)
+			return done;
+	}
+	flow_cache_clear(&s->key);
 	return INSERT_DONE;
 }
 
@@ -253,6 +243,14 @@ static __always_inline void conntrack_end(struct nat *nat, const struct nat *cop
 		load_end_flow(copy->backend_id);
 }
 
+/* Deletes an entry. */
+static __always_inline void conntrack_delete(const struct flow *flow)
+{
+	if (!map_delete(conntrack, flow))
+		count(EVENT_FLOWS_ENDED);
+	flow_cache_clear(flow);
+}
+
 /* Deletes both entries of a pair. The partner's key may be a later flow's, which took its port. */
 static __always_inline void conntrack_forget(const struct flow *flow, struct nat *nat,
 					     const struct nat *copy)
@@ -262,11 +260,9 @@ static __always_inline void conntrack_forget(const struct flow *flow, struct nat
 
 	conntrack_end(nat, copy);
 	partner_key(&key, flow, copy);
-	if (s && conntrack_read(&key, &s->other) && is_reverse(&s->other, flow) &&
-	    !map_delete(conntrack, &key))
-		count(EVENT_FLOWS_ENDED);
-	if (!map_delete(conntrack, flow))
-		count(EVENT_FLOWS_ENDED);
+	if (s && conntrack_read(&key, &s->other) && is_reverse(&s->other, flow))
+		conntrack_delete(&key);
+	conntrack_delete(flow);
 }
 
 /*
@@ -287,64 +283,78 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 	invert_entry(s, flow);
 	if (s->nat.flags & NAT_REPLY)
 		s->nat.seen |= SEEN_REPLY;
-	conntrack_put(s, false);
+	/* A copy of it is as good as before. */
+	conntrack_add(s);
 }
 
 /*
- * Updates the state of a flow from a packet of it. Both entries learn of its end, since a port that
- * is used again may show up in either direction. Only one needs to know that there was a reply.
+ * Updates the state of a flow from a RST or FIN, in both entries, since a port that is used again
+ * may show up in either direction. Returns false for one that ends nothing.
+ *
+ * @may_be_cached: the flow cache may have the newest sequence numbers of the other direction.
+ */
+static __always_inline bool conntrack_track_end(const struct packet *p, struct nat *nat,
+						const struct nat *entry, const bool may_be_cached)
+{
+	const struct flow *flow = &p->flow;
+	struct scratch *s = scratch_of(p);
+	u8 ended = entry->seen & ~SEEN_REPLY;
+	struct nat *partner;
+	bool closes;
+
+	if (p->tcp_flags & TCP_RST)
+		ended |= SEEN_RST;
+	else if (p->tcp_flags & TCP_FIN)
+		ended |= entry->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+	if (!(ended & ~entry->seen))
+		return true;
+	partner_key(&s->key, flow, entry);
+	partner = conntrack_read(&s->key, &s->other);
+	/* When a flow has begun anew, the former reply's partner is no longer its own. */
+	if (partner && !is_reverse(&s->other, flow))
+		partner = NULL;
+	if (partner && may_be_cached)
+		flow_cache_take(&s->key, partner, &s->other);
+	if (partner && !is_believable(p, entry, &s->other))
+		return false;
+	closes = is_still(nat, entry) && mark_seen(nat, ended) && !(entry->flags & NAT_REPLY);
+	if (partner && is_still(partner, &s->other)) {
+		closes |= mark_seen(partner, ended) && entry->flags & NAT_REPLY;
+		partner->last = coarse_now(s);
+	}
+	if (closes && !(entry->flags & NAT_SOURCE))
+		load_end_flow(entry->backend_id);
+	return true;
+}
+
+/*
+ * Updates the state of a flow from a packet of it.
  *
  * @entry is a copy of @nat. An element that another flow has got since is left alone. If that
  * happens between this look and a write, the other flow gets a time or a sequence number which its
  * next packet puts right.
  */
 static __always_inline void conntrack_track(const struct packet *p, struct nat *nat,
-					    const struct nat *entry)
+					    const struct nat *entry, const bool may_be_cached)
 {
-	const struct flow *flow = &p->flow;
-	const u8 tcp_flags = p->tcp_flags;
 	struct scratch *s = scratch_of(p);
 	const u64 now = coarse_now(s);
-	u8 ended = entry->seen;
 
 	if (!is_still(nat, entry))
 		return;
 	if ((s64)(now - entry->last) > (s64)NSEC_PER_SEC) {
 		nat->last = now;
-		conntrack_keep_partner(s, flow, entry);
+		conntrack_keep_partner(s, &p->flow, entry);
 	}
+	/* Only one entry needs to know that there was a reply. */
 	if (entry->flags & NAT_REPLY && !(entry->seen & SEEN_REPLY)) {
 		mark_seen(nat, SEEN_REPLY);
 		if (MEASURE_CONNECTIONS)
 			s->is_first_reply = true;
 	}
-	if (tcp_flags & TCP_RST)
-		ended |= SEEN_RST;
-	else if (tcp_flags & TCP_FIN)
-		ended |= entry->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
-	ended &= ~SEEN_REPLY;
-	if (ended & ~entry->seen) {
-		struct nat *partner;
-		bool closes;
-
-		partner_key(&s->key, flow, entry);
-		partner = conntrack_read(&s->key, &s->other);
-		/* When a flow has begun anew, the former reply's partner is no longer its own. */
-		if (partner && !is_reverse(&s->other, flow))
-			partner = NULL;
-		if (partner && !is_believable(p, entry, &s->other))
-			return;
-		closes = is_still(nat, entry) && mark_seen(nat, ended) &&
-			 !(entry->flags & NAT_REPLY);
-		if (partner && is_still(partner, &s->other)) {
-			closes |= mark_seen(partner, ended) && entry->flags & NAT_REPLY;
-			partner->last = now;
-		}
-		if (closes && !(entry->flags & NAT_SOURCE))
-			load_end_flow(entry->backend_id);
-	}
 	/* TCP packets have flags, except later fragments. */
-	if (tcp_flags && !(tcp_flags & TCP_RST))
+	if (conntrack_track_end(p, nat, entry, may_be_cached) && p->tcp_flags &&
+	    !(p->tcp_flags & TCP_RST))
 		note_sequence(p, nat, entry);
 }
 

@@ -120,13 +120,10 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 	if (mark_seen(counted, SEEN_RST))
 		load_end_flow(s->other.backend_id);
 	if (s->other.flags & NAT_SOURCE) {
-		if (!map_delete(conntrack, &s->unconfirmed.service))
-			count(EVENT_FLOWS_ENDED);
-		if (!map_delete(conntrack, reply))
-			count(EVENT_FLOWS_ENDED);
+		conntrack_delete(&s->unconfirmed.service);
+		conntrack_delete(reply);
 	}
-	if (!map_delete(conntrack, original))
-		count(EVENT_FLOWS_ENDED);
+	conntrack_delete(original);
 	count(EVENT_EARLY_DROPS);
 	return true;
 }

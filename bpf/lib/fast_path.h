@@ -12,16 +12,19 @@
 #include "conntrack.h"
 #include "device.h"
 #include "filter.h"
+#include "in_place.h"
 #include "options.h"
 #include "rewrite.h"
 #include "stale.h"
 
 /*
- * Reads a whole packet without options or extension headers that neither opens nor ends a
- * connection; returns false for all others.
+ * Reads a whole packet without options or extension headers; returns false for all others. Sets
+ * @may_write if it can be written to in place.
  */
-static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, const bool is_v4)
+static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, const bool is_v4,
+				       const enum stage stage, bool *may_write)
 {
+	word *key = (word *)&p->flow;
 	const u32 l3_size = is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header);
 	void *l3 = (void *)(long)skb->data + L3_OFFSET, *end = (void *)(long)skb->data_end;
 	const struct ipv4_header *ip = l3;
@@ -45,15 +48,22 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, 
 	p->end = L3_OFFSET + p->l3_length;
 	p->is_plain = true;
 	p->is_fragment = p->is_later_fragment = false;
-	p->flow.sport = tcp->sport;
-	p->flow.dport = tcp->dport;
-	p->flow.proto = p->proto;
+	/*
+	 * A processor waits for what was stored in parts when it is read as a whole, as by all that
+	 * looks for the flow.
+	 */
+	if (is_v4) {
+		key[0] = key[2] = 0;
+		key[1] = two_words(bpf_htonl(0xffff), ip->src);
+		key[3] = two_words(bpf_htonl(0xffff), ip->dst);
+	}
+	key[4] = two_words(*(u32 *)tcp, bpf_htonl(p->proto << 24 | stage << 16));
 	if (p->l4 + transport_header_size(p->proto) > p->end || p->end > skb->len)
 		return false;
 	p->tcp_flags = 0;
 	read_transport_in_place(p, tcp);
-	return p->proto == IPPROTO_UDP ||
-	       (p->proto == IPPROTO_TCP && !(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)));
+	*may_write = may_write_in_place(p);
+	return p->proto == IPPROTO_UDP || p->proto == IPPROTO_TCP;
 }
 
 /*
@@ -65,53 +75,95 @@ static __always_inline bool is_established(struct scratch *s, const struct flow 
 {
 	if (nat->flags & (NAT_HOST | NAT_BYPASS | NAT_OWN) ||
 	    (s64)(coarse_now(s) - nat->last) > (s64)NSEC_PER_SEC ||
-	    (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY)))
+	    (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY)) || !has_its_backend(nat))
 		return false;
-	if (nat->flags & NAT_SOURCE)
-		return !is_of_direct_flow(nat, flow);
-	return nat->flags & NAT_REPLY || nat->epoch == (u16)epoch_of(nat->service_id);
+	return !(nat->flags & NAT_SOURCE) || !is_of_direct_flow(nat, flow);
 }
 
-/* Translates a packet, and sets @verdict; returns false for a packet that is not for this path. */
-static __always_inline bool translate_plain(struct __sk_buff *skb, const enum stage stage,
-					    const bool is_v4, int *verdict)
+/* Finds the entry of a packet in conntrack, and leaves it in @s->entry. */
+static __always_inline bool find_established(struct scratch *s)
 {
-	struct packet packet, *p = &packet;
-	struct scratch *s = scratch();
-	struct nat *in_map;
+	const struct packet *p = &s->packet;
+	struct nat *nat = &s->entry, *in_map;
+	struct flow_slot *slot;
+	bool is_usual;
 
-	if (!s || !read_plain(skb, p, is_v4) || !flow_of_interest(&p->flow.src, &p->flow.dst) ||
-	    (stage == STAGE_INGRESS && !is_addressed_to_us(skb)))
+	/* A SYN may begin another connection: what is known of the former one goes to conntrack. */
+	if (p->tcp_flags & TCP_SYN && !flow_slot_of(&p->flow, flow_place_of(&p->flow)))
 		return false;
-	p->flow.stage = stage;
-	p->flow.pad = 0;
-	/* Helpers get a copy: the compiler keeps in registers what nobody else can see. */
-	s->key = p->flow;
-	in_map = conntrack_read(&s->key, &s->entry);
-	if (!in_map || !is_established(s, &s->key, &s->entry) || !is_still(in_map, &s->entry))
+	in_map = conntrack_read(&p->flow, nat);
+	if (!in_map || !is_still(in_map, nat))
 		return false;
-	if (p->tcp_flags)
-		note_sequence(p, in_map, &s->entry);
-	*verdict = PASS;
-	if (is_v4 ? rewrite4(skb, p, &s->entry, false) : rewrite6(skb, p, &s->entry, false)) {
-		count(EVENT_REWRITE);
-		*verdict = DROP;
+	is_usual = is_established(s, &p->flow, nat) && !(p->tcp_flags & TCP_SYN);
+	if (!is_usual || p->tcp_flags & (TCP_FIN | TCP_RST)) {
+		flow_cache_take(&p->flow, in_map, nat);
+		if (is_usual && conntrack_track_end(p, in_map, nat, true) &&
+		    !(p->tcp_flags & TCP_RST))
+			note_sequence(p, in_map, nat);
+		return is_usual;
 	}
+	slot = flow_cache_renew(&p->flow, in_map, nat, coarse_now(s));
+	if (p->tcp_flags)
+		note_sequence(p, slot ? &slot->nat : in_map, nat);
 	return true;
 }
 
+/* Finds it in the flow cache. */
+static __always_inline bool find_cached(struct scratch *s)
+{
+	const struct packet *p = &s->packet;
+	const struct nat *nat = &s->entry;
+	struct flow_slot *slot = flow_cache_read(&p->flow, &s->entry);
+
+	if (!slot || (s64)(coarse_now(s) - nat->last) > 0 || nat->flags & NAT_BYPASS ||
+	    p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST) || !has_its_backend(nat))
+		return false;
+	if (p->tcp_flags)
+		note_sequence(p, &slot->nat, nat);
+	return true;
+}
+
+/* Translates a packet, and sets @verdict; returns false for one that is not for this path. */
 static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum stage stage,
 					    int *verdict)
 {
 	const u32 protocol = skb->protocol;
+	bool is_plain, may_write = false;
+	struct scratch *s;
+	struct packet *p;
 
 	/* What the hook forwards would be looked up twice. */
 	if (MEASURE_TRAFFIC || is_of_vlan(skb, stage) ||
 	    (BYPASS_NETFILTER && stage == STAGE_INGRESS))
 		return false;
+	s = scratch();
+	if (!s)
+		return false;
+	p = &s->packet;
 	if (protocol == bpf_htons(ETH_P_IP))
-		return translate_plain(skb, stage, true, verdict);
-	return protocol == bpf_htons(ETH_P_IPV6) && translate_plain(skb, stage, false, verdict);
+		is_plain = read_plain(skb, p, true, stage, &may_write);
+	else
+		is_plain = protocol == bpf_htons(ETH_P_IPV6) &&
+			   read_plain(skb, p, false, stage, &may_write);
+	if (!is_plain || !flow_of_interest(&p->flow.src, &p->flow.dst) ||
+	    (stage == STAGE_INGRESS && !is_addressed_to_us(skb)))
+		return false;
+	/* The verifier knows nothing of the packet from here on. */
+	asm volatile("" ::: "memory");
+	if (find_cached(s)) {
+		/* Flows with few packets are better off with a helper, which others keep in the
+		 * caches. */
+		if (may_write)
+			tail_call(skb, MAP(writers), 0);
+	} else if (!find_established(s)) {
+		return false;
+	}
+	*verdict = PASS;
+	if (rewrite(skb, p, &s->entry, false)) {
+		count(EVENT_REWRITE);
+		*verdict = DROP;
+	}
+	return true;
 }
 
 #endif

@@ -67,6 +67,30 @@ struct nat {
 	u64 check; /* of the key and of what an entry never changes: see conntrack_read() */
 };
 
+/* A flow and its entry: see lib/flow_cache.h. nat.last is the time until which that is good. */
+struct flow_slot {
+	struct flow flow;
+	struct nat nat;
+	u64 sum; /* of all but the sequence numbers */
+};
+
+/*
+ * Where XDP sends the packets of a flow that is in the slot with the same number: see
+ * lib/hop_cache.h.
+ */
+struct flow_hop {
+	u64 sum;   /* of the rest, and of the slot */
+	u64 until; /* CLOCK_MONOTONIC, ns */
+	u32 in;	   /* ifindex of the devices */
+	u32 out;
+	u8 dst[6]; /* of the frames that leave */
+	u8 src[6];
+	u8 link_address[6]; /* of the device by which they come in */
+	u16 mtu;
+	u32 sends_back;
+	u64 reserved[2]; /* one line of a CPU's cache each */
+};
+
 /* The agent and sweep.c share this. One sweep runs at a time. */
 struct sweep {
 	u64 now;	 /* CLOCK_MONOTONIC, ns */

@@ -19,6 +19,9 @@
 /* The lines of frontend_cache, which are a power of two, less one. */
 #define FRONTEND_LINE_MASK CONSTANT(FRONTEND_LINE_MASK)
 
+/* The slots of flow_cache, which are a power of two, less one. */
+#define FLOW_SLOT_MASK CONSTANT(FLOW_SLOT_MASK)
+
 /* The service ids that maps have room for. */
 #define SERVICES ((u32)CONSTANT(SERVICES))
 

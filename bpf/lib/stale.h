@@ -17,6 +17,13 @@ static __always_inline u64 epoch_of(u32 service_id)
 	return epoch ? *(volatile u64 *)epoch : 0;
 }
 
+/* Says if nothing has left the Service of a flow since its backend was last found to be in it. */
+static __always_inline bool has_its_backend(const struct nat *nat)
+{
+	return nat->flags & (NAT_REPLY | NAT_SOURCE) ||
+	       nat->epoch == (u16)epoch_of(nat->service_id);
+}
+
 /* Returns the backend with this id; NULL where the id belongs to another backend by now. */
 static __always_inline struct backend *backend_known(u32 id, const struct inet_addr *addr,
 						     __be16 port, u8 proto)

@@ -31,6 +31,8 @@ _WITHOUT_FILL = (uapi.MAP_PERCPU_ARRAY, uapi.MAP_RINGBUF)
 _PLAIN_ARRAYS = frozenset(
     {
         "epochs",
+        "flow_cache",
+        "flow_hops",
         "frontend_cache",
         "next_hops",
         "service_choices",

@@ -31,9 +31,25 @@ def pins() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def module_pins() -> Iterator[Path]:
+    with _folder("module") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     with _folder("writer") as folder:
         made = Bench(folder)
         yield made
         made.close_maps()
         made.grace.close()
+
+
+@pytest.fixture
+def cpus() -> Iterator[tuple[int, int]]:
+    """Returns two CPUs; this thread runs on the first."""
+    every = os.sched_getaffinity(0)
+    first, second = sorted(every)[:2]
+    os.sched_setaffinity(0, {first})
+    yield first, second
+    os.sched_setaffinity(0, every)

@@ -60,6 +60,8 @@ STRUCTS = {
     "affinity": "affinity value",
     "flow": "conntrack key",
     "nat": "conntrack value",
+    "flow_slot": "flow_cache value",
+    "flow_hop": "flow_hops value",
     "sweep": "sweep value",
     "departure_key": "departures key",
     "device": "devices value",

@@ -121,16 +121,6 @@ class OnOtherCpu(threading.Thread):
             raise self.error
 
 
-@pytest.fixture
-def cpus() -> Iterator[tuple[int, int]]:
-    """Returns two CPUs; this thread runs on the first."""
-    every = os.sched_getaffinity(0)
-    first, second = sorted(every)[:2]
-    os.sched_setaffinity(0, {first})
-    yield first, second
-    os.sched_setaffinity(0, every)
-
-
 def test_entry_whose_element_is_reused_during_a_lookup(
     program: int, opened: MapSet, cpus: tuple[int, int]
 ) -> None:

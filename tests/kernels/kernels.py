@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_DATAPATH = ("loading", "measures", "socket_records", "flow_filter", "counters", "tables", "state")
+_DATAPATH = (
+    "loading",
+    "measures",
+    "socket_records",
+    "flow_filter",
+    "flow_cache",
+    "counters",
+    "tables",
+    "state",
+)
 #: Paths of tests by what they show, in the order of their run.
 GROUPS = {
     "packets": ("tests/packets",),

@@ -1,15 +1,15 @@
 """Packets of established flows: the fast path translates them as the rest of the program does.
 
-One packet a second of each flow takes the way of all others, so each is sent with an entry that was used now, and
-with one that was used long ago.
+One packet a second of each flow takes the way of all others, so each is sent with an entry that was used now, with
+one that was used long ago, and with one that the flow cache has.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import struct
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import starmap
 from typing import NamedTuple
 
@@ -19,14 +19,15 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, Flow, Nat, NatFlags, Seen
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.flow_slots import FlowSlots, changed
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.test_flows import PAYLOAD, ends_of, segment
-from tests.packets.wire import PASS, Result, Wire, with_right_checksums
+from tests.packets.wire import PASS, Result, Wire, ip_of, with_right_checksums
 
 pytestmark = pytest.mark.root
-
-_LAST_AT = 48
 
 
 class Hop(NamedTuple):
@@ -96,9 +97,29 @@ class Table(NamedTuple):
 
     def age(self) -> None:
         for entry in self.entries():
-            aged = bytearray(entry.value)
-            struct.pack_into("=Q", aged, _LAST_AT, time.monotonic_ns() - 5 * 10**9)
-            self.tables["conntrack"].update(entry.key, bytes(aged))
+            aged = changed(entry.value, last=time.monotonic_ns() - 5 * 10**9)
+            self.tables["conntrack"].update(entry.key, aged)
+
+    def send_cached(self, hop: Hop, packet: Packet) -> Result:
+        """Sends a packet whose entry only the flow cache has, and puts the entry back."""
+        slots, conntrack = FlowSlots(self.tables), self.tables["conntrack"]
+        entries = self.entries()
+        for entry in entries:
+            slots.admit(entry.key)
+        hop.send(packet)
+        keys = [entry.key for entry in entries if slots.value(entry.key) is not None]
+        for key in keys:
+            slots.keep(key)
+            conntrack.delete(key)
+        sent = hop.send(packet)
+        # A datagram that is shorter than TCP's header is none for the fast path.
+        assert len(keys) == (len(ip_of(packet).payload) >= 20)
+        for key in keys:
+            assert slots.value(key) is not None
+            slots.clear(key)
+        for entry in entries:
+            conntrack.update(entry.key, entry.value)
+        return sent
 
 
 @pytest.fixture
@@ -106,13 +127,13 @@ def table(tables: MapSet, family: FamilyAddresses, port: int) -> Table:
     return Table(tables, (ipaddress.ip_address(family.client).packed, port))
 
 
-def both_ways(hop: Hop, packet: Packet, table: Table) -> Result:
-    """Sends a packet by either way; asserts that they make the same of it, and of the flow's entries."""
+def each_way(hop: Hop, packet: Packet, table: Table) -> Result:
+    """Sends a packet by each way; asserts that they make the same of it, and of the flow's entries."""
     fast = hop.send(packet)
     known = table.without_times()
     table.age()
     slow = hop.send(packet)
-    assert fast == slow
+    assert fast == slow == table.send_cached(hop, packet)
     assert table.without_times() == known
     assert fast.verdict == PASS
     assert ends_of(fast.packet) == hop.becomes
@@ -131,7 +152,28 @@ def test_packets_become_the_same(
 ) -> None:
     for hop in hops:
         transport = segment(protocol, hop.ends[1], hop.ends[3], flags, payload)
-        out = both_ways(hop, family.ip(hop.ends[0], hop.ends[2]) / transport, table)
+        out = each_way(hop, family.ip(hop.ends[0], hop.ends[2]) / transport, table)
+        assert with_right_checksums(out.packet) == out.bytes
+
+
+@pytest.fixture
+def without_writer(wire: Wire) -> Iterator[None]:
+    """As after another start of the agent, while a device still has the programs of the former one."""
+    writer, array = (bpf.get_pinned(wire.programs / name) for name in ("write_packet", "writers"))
+    bpf.map_delete(array, U32.pack(0))
+    yield
+    bpf.map_update(array, U32.pack(0), U32.pack(writer))
+    os.close(array)
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("without_writer")
+def test_packets_become_the_same_without_the_program_that_writes_in_place(
+    hops: list[Hop], family: FamilyAddresses, protocol: str, table: Table
+) -> None:
+    for hop in hops:
+        transport = segment(protocol, hop.ends[1], hop.ends[3], "PA", PAYLOAD)
+        out = each_way(hop, family.ip(hop.ends[0], hop.ends[2]) / transport, table)
         assert with_right_checksums(out.packet) == out.bytes
 
 
@@ -145,7 +187,7 @@ def test_padding_and_a_datagram_without_checksum_stay(
             transport.chksum = 0
         packet = family.ip(hop.ends[0], hop.ends[2]) / transport
         frame = Ether(dst=wire.mac("eth0"), src="02:00:00:00:00:99") / packet
-        out = both_ways(hop, Ether(raw(frame) + padding), table)
+        out = each_way(hop, Ether(raw(frame) + padding), table)
         assert out.bytes.endswith(padding)
         if protocol == "UDP":
             assert out.packet[type(transport)].chksum == 0
@@ -158,7 +200,7 @@ def test_rest_of_the_header_stays(
     fields = {"ttl": hop_limit, "tos": 0xB8} if family.version == 4 else {"hlim": hop_limit, "tc": 0xB8}
     for hop in hops:
         transport = segment(protocol, hop.ends[1], hop.ends[3], "A")
-        out = both_ways(hop, family.ip(hop.ends[0], hop.ends[2], **fields) / transport, table)
+        out = each_way(hop, family.ip(hop.ends[0], hop.ends[2], **fields) / transport, table)
         assert with_right_checksums(out.packet) == out.bytes
         assert {name: getattr(out.packet.payload, name) for name in fields} == fields
 

@@ -10,6 +10,7 @@ from scapy.layers.inet import TCP
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts, flows_of
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.services.model import format_endpoint
+from tests.packets.flow_slots import FlowSlots
 from tests.packets.packet_cluster import FamilyAddresses
 from tests.packets.test_flows import PAYLOAD, ends_of
 from tests.packets.wire import PASS, Wire
@@ -163,3 +164,28 @@ def test_out_of_window_segment_does_not_keep_a_later_rst_from_closing(connection
     connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
     connection.reply("R", BACKEND_NEXT)
     assert connection.states == ("CLOSE", 4)
+
+
+def test_connection_that_begins_anew_has_no_copy_of_the_former_one(connection: Connection) -> None:
+    """A CPU that is late with a packet of the former connection may have put its entries into the flow cache."""
+    slots = FlowSlots(connection.tables)
+    port, client = connection.port.to_bytes(2, "big"), ipaddress.ip_address(connection.family.client).packed
+    keys = [
+        key
+        for key, value in connection.tables["conntrack"].items()
+        if client in key + value and port in (key[32:34], key[34:36], value[34:36])
+    ]
+    assert len(keys) == 4
+    for key in keys:
+        slots.admit(key)
+    connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
+    connection.reply("A", BACKEND_NEXT, CLIENT_NEXT)
+    copies = {key: slots.value(key) for key in keys}
+    connection.reply("R", BACKEND_NEXT)
+    assert connection.states == ("CLOSE", 4)
+    for key, copy in copies.items():
+        assert copy is not None
+        slots.store(key, copy)
+    # This inserts the entries of both directions.
+    connection.original("S", 5000)
+    assert [slots.value(key) for key in keys] == [None] * 4

@@ -6,9 +6,8 @@ only the verdict differs.
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,11 +17,14 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.sctp import SCTP
-from scapy.packet import Packet, Raw
+from scapy.packet import Packet
 
+from ebpfproxy.datapath.abi.flow_layout import Seen, unpack_nat
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab
+from tests.packets.flow_slots import FlowHops, FlowSlots
+from tests.packets.forwarded_flow import PORTS_OF_CLIENTS, SEGMENTS, Flow, tcp
 from tests.packets.packet_cluster import PORTS, V4, V6, FamilyAddresses, PacketCluster
 from tests.packets.wire import (
     REDIRECT,
@@ -46,8 +48,6 @@ NEIGHBOURS = {
     "172.18.0.2": NODE_B_MAC,
     "fd00:172:18::2": NODE_B_MAC,
 }
-_ports = itertools.count(20000)
-Segment = Callable[[int, int, str, bytes], Packet]
 
 
 @pytest.fixture(scope="module")
@@ -65,48 +65,12 @@ def _set_neighbour(cluster: PacketCluster, hop: str, state: str) -> None:
     cluster.node.run(["ip", "neighbour", "replace", hop, *address, "dev", "eth0", "nud", state])
 
 
-def _tcp(sport: int, dport: int, flags: str, payload: bytes) -> Packet:
-    return TCP(sport=sport, dport=dport, flags=flags, seq=1000, ack=2000) / Raw(payload)
-
-
-def _udp(sport: int, dport: int, _: str, payload: bytes) -> Packet:
-    return UDP(sport=sport, dport=dport) / Raw(payload)
-
-
-SEGMENTS: dict[str, Segment] = {"TCP": _tcp, "UDP": _udp}
-
-
 @pytest.fixture(autouse=True)
 def verified_next_hops(tables: MapSet) -> None:
     """Until a test says otherwise no packet is left to the kernel so that it verifies a next hop."""
     hops = tables["next_hops"]
     in_an_hour = U64.pack(time.monotonic_ns() + 3600 * 10**9)
     hops.update_many({U32.pack(at): in_an_hour for at in range(hops.spec.max_entries)})
-
-
-class Flow:
-    """A flow of an external client through a NodePort to the backend on node-b. Its first packet has passed tc."""
-
-    def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str) -> None:
-        self._wire, self._family = wire, family
-        self.port = next(_ports)
-        self.segment = SEGMENTS[protocol]
-        _, self.node_port, self.target = PORTS[protocol]
-        first = wire.ingress(self.request("S", b"x"))
-        assert first.verdict == REDIRECT
-        seen = ip_of(first.packet)
-        assert (seen.src, seen.dst) == (family.node, family.remote_pod)
-        self.seen_as: int = seen.payload.sport
-
-    def request(self, flags: str = "A", payload: bytes = b"request") -> Packet:
-        return self._family.ip(self._family.client, self._family.node) / self.segment(
-            self.port, self.node_port, flags, payload
-        )
-
-    def response(self, flags: str = "A", payload: bytes = b"response") -> Packet:
-        return self._family.ip(self._family.remote_pod, self._family.node) / self.segment(
-            self.target, self.seen_as, flags, payload
-        )
 
 
 @pytest.fixture(params=SEGMENTS)
@@ -233,15 +197,15 @@ def _fold(total: int) -> int:
 def test_packets_that_belong_to_no_forwarded_flow_are_left_to_tc(
     wire: Wire, family: FamilyAddresses, flow: Flow
 ) -> None:
-    other = next(_ports)
+    other = next(PORTS_OF_CLIENTS)
     service_port, _, target = PORTS["TCP"]
-    to_local = family.ip(family.client, family.local_balancer) / _tcp(other, service_port, "S", b"")
+    to_local = family.ip(family.client, family.local_balancer) / tcp(other, service_port, "S", b"")
     wire.ingress(to_local)
     for packet in (
-        family.ip(family.client, family.node) / _tcp(next(_ports), PORTS["TCP"][1], "S", b""),
+        family.ip(family.client, family.node) / tcp(next(PORTS_OF_CLIENTS), PORTS["TCP"][1], "S", b""),
         to_local,
-        family.ip(family.client, family.local_balancer) / _tcp(other, service_port, "A", b""),
-        family.ip(family.client, family.remote_pod) / _tcp(other, target, "A", b""),
+        family.ip(family.client, family.local_balancer) / tcp(other, service_port, "A", b""),
+        family.ip(family.client, family.remote_pod) / tcp(other, target, "A", b""),
         family.ip(family.client, family.node) / ICMP(),
         family.ip(family.client, family.node) / SCTP(sport=1, dport=PORTS["SCTP"][1]),
     ):
@@ -316,3 +280,82 @@ def test_kernel_gets_a_packet_to_each_next_hop_at_intervals(
     # The kernel writes the link addresses after the program.
     assert (at_tc.verdict, at_tc.packet.dst) == (REDIRECT, wire.mac("eth0"))
     assert_forwarded(wire, flow.request(), NODE_B_MAC)
+
+
+def cached(wire: Wire, tables: MapSet, flow: Flow) -> FlowHops:
+    """Where a flow's packets are sent is known, and good for an hour."""
+    slots = FlowSlots(tables)
+    hops = FlowHops(tables, slots)
+    assert wire.xdp(flow.response()).verdict in FORWARDED
+    for key in flow.keys:
+        slots.admit(key)
+    for packet in (flow.request(), flow.response()):
+        assert wire.xdp(packet).verdict in FORWARDED
+    for key in flow.keys:
+        hops.keep(key)
+    return hops
+
+
+def test_packets_of_a_flow_that_has_lasted_are_forwarded_by_the_flow_cache(
+    wire: Wire, flow: Flow, tables: MapSet
+) -> None:
+    packets = flow.request("PA"), flow.response("PA")
+    before = [wire.xdp(packet) for packet in packets]
+    cached(wire, tables, flow)
+    for key in flow.keys:
+        tables["conntrack"].delete(key)
+    after = [wire.xdp(packet) for packet in packets]
+    assert after == before
+    assert before[0].verdict in FORWARDED
+    for result in after:
+        assert with_right_checksums(result.packet) == result.bytes
+
+
+def test_packets_go_to_another_next_hop_a_moment_after_it_has_changed(
+    wire: Wire, family: FamilyAddresses, flow: Flow, tables: MapSet, cluster: PacketCluster
+) -> None:
+    hops = cached(wire, tables, flow)
+    hop = family.node_b
+    try:
+        cluster.node.run(
+            ["ip", "neighbour", "replace", hop, "lladdr", STRANGE_MAC, "dev", "eth0", "nud", "permanent"]
+        )
+        assert wire.xdp(flow.request()).packet.dst == NODE_B_MAC
+        hops.keep(flow.keys[0], seconds=-1)
+        assert wire.xdp(flow.request()).packet.dst == STRANGE_MAC
+    finally:
+        _set_neighbour(cluster, hop, "permanent")
+
+
+def test_unusual_packets_of_a_cached_flow_are_left_to_tc(wire: Wire, flow: Flow, tables: MapSet) -> None:
+    unusual = {
+        "too big": as_frame(wire, flow.request(payload=bytes(1480))),
+        "to another host": Ether(dst=STRANGE_MAC, src=GATEWAY_MAC) / flow.request(),
+        "the last hop": as_frame(wire, flow.request()),
+    }
+    ip = ip_of(unusual["the last hop"])
+    setattr(ip, "ttl" if ip.version == 4 else "hlim", 1)
+    for what, frame in unusual.items():
+        cached(wire, tables, flow)
+        assert is_left_to_tc(wire, frame), what
+
+
+@pytest.mark.parametrize("seq_off", [0, 1])
+def test_rst_of_a_cached_flow_is_compared_with_the_newest_numbers(
+    wire: Wire, family: FamilyAddresses, tables: MapSet, seq_off: int
+) -> None:
+    flow = Flow(wire, family, "TCP")
+    for packet in (flow.response("SA"), flow.request("A")):
+        assert wire.xdp(packet).verdict in FORWARDED
+    cached(wire, tables, flow)
+    answer = flow.response(payload=bytes(100))
+    answer[TCP].seq = flow.request()[TCP].ack
+    acknowledgement = flow.request(payload=b"")
+    acknowledgement[TCP].ack = answer[TCP].seq + 100
+    reset = flow.response("R", b"")
+    reset[TCP].seq = answer[TCP].seq + 100 + seq_off
+    for packet in (answer, acknowledgement, reset):
+        assert wire.xdp(packet).verdict in FORWARDED
+    values = [tables["conntrack"].lookup(key) for key in flow.keys]
+    seen = [unpack_nat(value).seen for value in values if value]
+    assert [bool(each & Seen.RST) for each in seen] == [not seq_off] * 2

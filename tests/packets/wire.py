@@ -120,7 +120,7 @@ class Wire:
     def __init__(self, node: LabNode) -> None:
         self.node = node
         self._netns = node.netns
-        self._programs = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*"))
+        self.programs = next((node.bpf_root / "ebpfproxy").glob("v*/progs-*"))
         self._thread = ThreadPoolExecutor(1, initializer=self.enter)
         self._fds: dict[str, int] = {}
         self.devices = {
@@ -142,7 +142,7 @@ class Wire:
 
     def _program(self, name: str) -> int:
         if name not in self._fds:
-            self._fds[name] = bpf.get_pinned(Path(self._programs, name))
+            self._fds[name] = bpf.get_pinned(Path(self.programs, name))
         return self._fds[name]
 
     def mac(self, device: str) -> str:

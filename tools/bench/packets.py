@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,10 @@ from tools.bench.subjects import Subject, To
 
 _PAYLOAD = b"x" * 64
 _CLIENT_PORT = 40000
+#: Seconds after which a flow counts as one that lasts.
+_ESTABLISHED = 1.1
+#: Seconds after which a slot of the flow cache becomes valid, and a few ticks.
+_FILLED = 0.03
 
 
 class Device(NamedTuple):
@@ -81,11 +86,29 @@ class Connection(NamedTuple):
         _passed(departs)
         return [arrives, leaves, returns, departs]
 
-    def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
-        """Opens the connection. A batch is BATCH requests and responses; stops as an Operation does."""
+    def _is_open(self, programs: Mapping[str, int]) -> bool:
+        """If the programs translate."""
+        request = self._request("A")
+        ifindex = self.outer.ifindex
+        run = PreparedRun(programs["from_device"], request, ifindex, ifindex)
+        run()
+        return run.packet != request
+
+    def _open(self, programs: Mapping[str, int]) -> None:
         self.round_trip(programs, ("S", "SA"), b"")
         self.round_trip(programs, ("A", "A"), b"")
-        each = self.round_trip(programs, ("PA", "PA"), _PAYLOAD)
+        if self._is_open(programs):
+            time.sleep(_ESTABLISHED)
+
+    def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
+        """Opens the connection, unless it is. A batch is BATCH requests and responses; stops as an Operation does."""
+        if not self._is_open(programs):
+            self._open(programs)
+        # The first packet after a pause does what is done once a second, the next one fills the flow cache, and one
+        # that comes a while later makes that valid.
+        for _ in range(3):
+            each = self.round_trip(programs, ("PA", "PA"), _PAYLOAD)
+            time.sleep(_FILLED)
         for _ in range(batches):
             yield
             for _ in range(BATCH // self.repeat):
@@ -151,13 +174,24 @@ class ForwardedConnection(NamedTuple):
         """As that of a Connection; its first packet passes tc."""
         through = Connection(self.client, self.frontend, self.device, self.device, 1)
         ifindex = self.device.ifindex
-        first = PreparedRun(programs["from_device"], through._request("S"), ifindex, ifindex)
-        first()
-        request, response = through._request("PA", _PAYLOAD), through._response(first.packet, "PA")
-        each = [PreparedRun(programs["forward"], data, ifindex, is_xdp=True) for data in (request, response)]
+        forward = programs["forward"]
+        request = PreparedRun(forward, through._request("PA", _PAYLOAD), ifindex, is_xdp=True)
+        if request() == XDP_PASS:
+            PreparedRun(programs["from_device"], through._request("S"), ifindex, ifindex)()
+        if request() != XDP_PASS:
+            back = PreparedRun(forward, through._response(request.packet, "PA"), ifindex, is_xdp=True)
+            back()
+            time.sleep(_ESTABLISHED)
+        else:
+            back = request
+        each = [request, back]
+        # As at tc, the slot becomes valid a while after it was filled.
+        for _ in range(3):
+            for run in each:
+                run()
+            time.sleep(_FILLED)
         verdicts = {run() for run in each}
         assert verdicts in ({XDP_REDIRECT}, {XDP_PASS}), f"verdicts {verdicts}"
-        assert (verdicts == {XDP_PASS}) is (first.packet == through._request("S")), "a flow is not forwarded"
         for _ in range(batches):
             yield
             for _ in range(BATCH):

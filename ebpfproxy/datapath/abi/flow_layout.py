@@ -50,6 +50,10 @@ AFFINITY_KEY = struct.Struct("=16sII")
 AFFINITY = struct.Struct("=IIQ")
 FLOW = struct.Struct("=16s16sHHBBxx")
 NAT = struct.Struct("=16s16sHHIIBBHQQIIQ")
+#: ``struct flow_slot``: a key and a value of ``conntrack``, and a sum. No one but programs reads it.
+FLOW_SLOT = struct.Struct(f"={FLOW.size}x{NAT.size}xQ")
+#: ``struct flow_hop``: no one but programs reads it.
+FLOW_HOP_SIZE = 64
 #: ``struct fragment``: source and destination port, and the id that all fragments of a datagram get.
 FRAGMENT = struct.Struct("=HHI")
 CLASH = struct.Struct("=16sHHI")

@@ -56,21 +56,33 @@ PACKET_HOOKS = (
     Hook("to_device", TCX_EGRESS, uapi.PROG_SCHED_CLS),
 )
 
+#: They go on with it where they translate a packet in place, see bpf/lib/in_place.h.
+WRITER = Hook("write_packet", 0, uapi.PROG_SCHED_CLS)
+
 
 class Module(NamedTuple):
-    """One compilation: a source, its programs, and what their pins' names end with."""
+    """One compilation: a source, its programs, and what their pins' names end with.
+
+    ``called``: a program that the others go on with (BPF_MAP_TYPE_PROG_ARRAY).
+    """
 
     source: str
     hooks: tuple[Hook, ...]
     defines: tuple[str, ...] = ()
     suffix: str = ""
+    called: Hook | None = None
+
+    @property
+    def programs(self) -> tuple[Hook, ...]:
+        """Those that are attached, and the one that is called."""
+        return (*self.hooks, *((self.called,) if self.called else ()))
 
 
 SOCKETS = Module("sock.c", SOCKET_HOOKS)
 RECORDS = Module("records.c", RECORD_HOOKS)
 GUARD = Module("bind.c", GUARD_HOOKS)
 MEASURE = Module("sock_ops.c", MEASURE_HOOKS)
-PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",))
+PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=14",), called=WRITER)
 #: It is attached to the loopback device if NodePorts answer on it: what leaves there comes in there.
 LOOPBACK = Module("loopback.c", (Hook("to_loopback", TCX_EGRESS, uapi.PROG_SCHED_CLS),), ("-DL3_OFFSET=14",))
 #: Run by the agent itself, see ``datapath.flows.sweeper``.
@@ -80,7 +92,7 @@ SWEEP = Module(
     ("-DL3_OFFSET=14",),
 )
 #: For devices whose packets begin with the IP header (tun, wireguard, ipip).
-RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw")
+RAW_PACKETS = Module("tc.c", PACKET_HOOKS, ("-DL3_OFFSET=0",), "-raw", WRITER)
 #: Attached to uplinks where the option asks for it, see ``datapath.programs.xdp``.
 FORWARDING = Module("xdp.c", (Hook("forward", XDP_ATTACH, uapi.PROG_XDP),), ("-DL3_OFFSET=14",))
 

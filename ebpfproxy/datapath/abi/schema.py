@@ -14,6 +14,8 @@ from ebpfproxy.datapath.abi.flow_layout import (
     AFFINITY_KEY,
     CLASH,
     FLOW,
+    FLOW_HOP_SIZE,
+    FLOW_SLOT,
     FRAGMENT,
     NAT,
     SWEEP,
@@ -65,6 +67,8 @@ CRC_STEPS = 17
 MPTCP_SOCKETS = 1 << 16
 #: Places of the ``next_hops`` map, by a hash: NEXT_HOPS in bpf/lib/next_hop.h.
 NEXT_HOPS = 1024
+#: The most slots of ``flow_cache``: bpf/lib/flow_cache.h takes so many bits of a hash.
+FLOW_SLOTS = 1 << 21
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
 #: struct scratch in bpf/lib/scratch.h: no one but programs reads it.
@@ -102,6 +106,16 @@ def _socket_slots(sockets: int) -> MapSpec:
     """A socket's slot is given by the lower bits of its cookie, so their number is a power of two."""
     slots = 1 << max(sockets - 1, 1).bit_length()
     return MapSpec("sock_origin", uapi.MAP_ARRAY, 4, ORIGIN.size, slots, uapi.F_MMAPABLE, in_windows=True)
+
+
+def flow_slots(conntrack: int) -> int:
+    """Few flows have many packets. Bits of a hash give a flow's slot, so their number is a power of two."""
+    return 1 << max(min(conntrack // 8, FLOW_SLOTS).bit_length() - 1, 0)
+
+
+def _flow_slots(name: str, value: int, conntrack: int) -> MapSpec:
+    """Mapped nowhere; in an array that could be, elements begin with a line of a CPU's cache."""
+    return MapSpec(name, uapi.MAP_ARRAY, 4, value, flow_slots(conntrack), uapi.F_MMAPABLE, in_windows=True)
 
 
 def _choices(services: int) -> MapSpec:
@@ -149,6 +163,9 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _shared("service_rejections", REJECTIONS.size, capacity.services),
         _hash("service_names", 4, NAME.size, capacity.services),
         _lru("conntrack", FLOW.size, NAT.size, capacity.conntrack),
+        _flow_slots("flow_cache", FLOW_SLOT.size, capacity.conntrack),
+        _flow_slots("flow_hops", FLOW_HOP_SIZE, capacity.conntrack),
+        _array("flow_tags", 2 * flow_slots(capacity.conntrack), 1),
         _shared("epochs", U64.size, capacity.services),
         _hash("departures", 8, 4, capacity.backends),
         _lru("fragments", 40, FRAGMENT.size, 8192),

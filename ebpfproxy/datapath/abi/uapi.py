@@ -5,6 +5,7 @@ from __future__ import annotations
 # enum bpf_map_type
 MAP_HASH = 1
 MAP_ARRAY = 2
+MAP_PROG_ARRAY = 3
 MAP_PERCPU_HASH = 5
 MAP_PERCPU_ARRAY = 6
 MAP_LRU_HASH = 9

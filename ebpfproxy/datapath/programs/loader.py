@@ -6,8 +6,9 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import msgspec
 import ebpfproxy
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import FORWARDING, PACKETS, SOCKETS, Hook, Module
-from ebpfproxy.datapath.abi.layout import cpus_of_a_row_shift
+from ebpfproxy.datapath.abi.layout import U32, cpus_of_a_row_shift
 from ebpfproxy.datapath.abi.schema import MAP_NAMES
 from ebpfproxy.datapath.kernel import bpf, extension
 from ebpfproxy.datapath.kernel.libbpf import VerifierError
@@ -27,6 +28,8 @@ from ebpfproxy.datapath.programs import bytecode, xdp_chain
 from ebpfproxy.datapath.services import slots
 
 _SHOWN_LINES = 12
+#: The array with the program that others go on with. Each folder of programs has its own, of its version.
+WRITERS = "writers"
 
 
 class LoadError(Exception):
@@ -37,6 +40,7 @@ class Sizes(NamedTuple):
     """What programs have to know of the maps and of the machine."""
 
     socket_slots: int
+    flow_slots: int
     services: int
     frontend_lines: int
     #: Possible CPUs.
@@ -73,6 +77,7 @@ class Options(msgspec.Struct, frozen=True):
         """The constants of bpf/lib/options.h by name: unsigned 64 bits, filled in at the load."""
         return {
             "ORIGIN_SLOT_MASK": sizes.socket_slots - 1,
+            "FLOW_SLOT_MASK": sizes.flow_slots - 1,
             "SERVICES": sizes.services,
             "FRONTEND_LINE_MASK": sizes.frontend_lines - 1,
             "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
@@ -113,18 +118,18 @@ def recipe(sources: Path, module: Module, content: str = "") -> bytecode.Recipe:
     return bytecode.Recipe(
         sources=sources,
         source=module.source,
-        programs=tuple(hook.name for hook in module.hooks),
+        programs=tuple(hook.name for hook in module.programs),
         defines=(f"-DSEARCHED_SLOTS={slots.SEARCHED}", *module.defines),
-        maps=MAP_NAMES,
-        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1)))),
+        maps=(*MAP_NAMES, WRITERS),
+        constants=tuple(sorted(any_options.constants(Sizes(1, 1, 1, 1, 1)))),
         content=content,
     )
 
 
 def _sizes(maps: MapSet) -> Sizes:
-    names = ("sock_origin", "service_rejections", "frontend_cache")
-    slots, services, lines = (maps[name].spec.max_entries for name in names)
-    return Sizes(slots, services, lines, bpf.possible_cpus())
+    names = ("sock_origin", "flow_cache", "service_rejections", "frontend_cache")
+    sockets, flows, services, lines = (maps[name].spec.max_entries for name in names)
+    return Sizes(sockets, flows, services, lines, bpf.possible_cpus())
 
 
 def _home(sources: Path, content: str, options: Options, maps: MapSet) -> Path:
@@ -186,7 +191,14 @@ def ensure_extension(maps: MapSet, options: Options, home: Path) -> None:
 
 
 def _pins(home: Path, module: Module) -> dict[str, Path]:
-    return {hook.name: home / f"{hook.name}{module.suffix}" for hook in module.hooks}
+    """By the names of programs, and of the array that has the one that they go on with."""
+    names = (*(hook.name for hook in module.programs), *((WRITERS,) if module.called else ()))
+    return {name: home / f"{name}{module.suffix}" for name in names}
+
+
+def pinned_programs(folder: Path) -> Iterator[Path]:
+    """The pins of all programs for the maps of a folder."""
+    return (path for path in folder.glob("progs-*/*") if not path.name.startswith(WRITERS))
 
 
 def _unpin(home: Path, module: Module) -> None:
@@ -212,18 +224,35 @@ def _load(
     if not modules:
         return
     programs: list[_Program] = []
-    # Compilers are processes of their own.
-    with ThreadPoolExecutor(len(modules), thread_name_prefix="compiler") as workers:
-        for module, compiled in zip(modules, workers.map(_compiled, recipes), strict=True):
-            _unpin(home, module)
-            codes, pins = _linked(compiled, options, maps), _pins(home, module)
-            programs += (_Program(hook, codes[hook.name], pins[hook.name]) for hook in module.hooks)
-    # The longest ones first: the others fill up what time is left beside them.
-    programs.sort(key=lambda each: -len(each.code))
-    count = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(count, thread_name_prefix="loader", initializer=_give_way) as workers:
-        for _ in workers.map(_load_program, programs):
-            pass
+    arrays: dict[Module, int] = {}
+    with ExitStack() as opened:
+        # Compilers are processes of their own.
+        with ThreadPoolExecutor(len(modules), thread_name_prefix="compiler") as workers:
+            for module, compiled in zip(modules, workers.map(_compiled, recipes), strict=True):
+                _unpin(home, module)
+                if module.called:
+                    arrays[module] = bpf.map_create(uapi.MAP_PROG_ARRAY, WRITERS, 4, 4, 1)
+                    opened.callback(os.close, arrays[module])
+                codes = _linked(compiled, options, maps, arrays.get(module))
+                pins = _pins(home, module)
+                programs += (_Program(hook, codes[hook.name], pins[hook.name]) for hook in module.programs)
+        # The longest ones first: the others fill up what time is left beside them.
+        programs.sort(key=lambda each: -len(each.code))
+        count = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(count, thread_name_prefix="loader", initializer=_give_way) as workers:
+            for _ in workers.map(_load_program, programs):
+                pass
+        for module, array in arrays.items():
+            _fill(array, module, _pins(home, module))
+
+
+def _fill(array: int, module: Module, pins: Mapping[str, Path]) -> None:
+    """Enters the program that the module's others go on with, and pins the array."""
+    assert module.called is not None
+    with bpf.opened(pins[module.called.name]) as program:
+        bpf.map_update(array, U32.pack(0), U32.pack(program))
+    # The entry lives as long as a process or a pin holds the array.
+    bpf.pin(array, pins[WRITERS])
 
 
 def _give_way() -> None:
@@ -241,9 +270,16 @@ def _compiled(of: bytecode.Recipe) -> dict[str, bytecode.Program]:
         raise LoadError(_compiler_says(str(error), of.sources / of.source)) from None
 
 
-def _linked(compiled: Mapping[str, bytecode.Program], options: Options, maps: MapSet) -> dict[str, bytes]:
-    """Programs by name, to be loaded with these options and maps."""
+def _linked(
+    compiled: Mapping[str, bytecode.Program], options: Options, maps: MapSet, writers: int | None = None
+) -> dict[str, bytes]:
+    """Programs by name, to be loaded with these options and maps.
+
+    ``writers``: the descriptor of the array with the program that they go on with, if there is one.
+    """
     fds = {name: each.fd for name, each in maps.maps.items()}
+    if writers is not None:
+        fds[WRITERS] = writers
     constants = options.constants(_sizes(maps))
     return {name: program.linked(fds, constants) for name, program in compiled.items()}
 

@@ -13,6 +13,7 @@ from ebpfproxy.datapath.drift.findings import Finding, consequence_at
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.roots import RootError, find_cgroup_root
+from ebpfproxy.datapath.programs import loader
 from ebpfproxy.datapath.programs.attach import DETACHED, REPLACED, Attachment, attachments, program_id
 from ebpfproxy.datapath.programs.devices import device_attachments, directions_of, our_filter
 from ebpfproxy.datapath.programs.xdp_places import is_attached, xdp_attachments
@@ -31,7 +32,7 @@ def lost(pins: Path, folder: Path, agent: AgentState | None, *, is_here: bool) -
 
     ``folder``: that of the maps. ``is_here``: this is the agent's network namespace.
     """
-    pinned = {program_id(path) for path in folder.glob("progs-*/*")}
+    pinned = {program_id(path) for path in loader.pinned_programs(folder)}
     for each in attachments(pins):
         number = each.program_id if each.alive else None
         if number not in pinned:

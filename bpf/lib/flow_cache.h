@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The flow cache: copies of conntrack's entries for flows that have many packets, in an array that
+ * programs read without a helper. Conntrack stays the truth; a copy is good for a quarter of a
+ * second, and then the next packet looks the flow up again. Nobody but programs at packets knows
+ * the cache, and an empty one is always right.
+ *
+ * Each flow has one slot, by a hash; flow_tags has 16 bits of the hash of the flow that is in it,
+ * which stay in a CPU's own cache: a packet of a flow that is not in its slot does not read that.
+ *
+ * A slot is written word by word, and two CPUs may do so at once. So a reader copies it, compares
+ * the key, and believes the copy if slot_sum() of it is right, as conntrack_read() does.
+ *
+ * While a flow is in its slot, its sequence numbers are there, and those in conntrack are older.
+ * Whoever reads the entry from conntrack takes them out of the slot (flow_cache_take()), and that
+ * ends the copy: the fast path does so at each of a flow's packets that it does not translate by
+ * the copy. Only fragments and packets with IP options have a way past it; a RST of these is
+ * compared with numbers that may be a quarter of a second old. A slot that another flow used within
+ * the last second is left to it; from one that is idle the numbers go back to conntrack.
+ *
+ * A program that replaces or deletes an entry clears the tag of its slot afterwards, if that is of
+ * the flow (flow_cache_clear()). A slot that was filled is not used yet: a packet that comes a
+ * while later looks the flow up again, and makes the slot valid if it still has that entry. By then
+ * all CPUs have seen the tag, and this one sees what they have stored before: either that look-up
+ * finds that the entry was replaced, or who replaces it finds the tag. Only filling sets a tag. So
+ * neither needs a memory barrier, and however they meet, a slot with the flow's tag is right in the
+ * end. The agent and its sweep clear no slots. They delete what is idle, and flows of backends that
+ * have left, whose original direction knows by the Service's epoch at once; replies are translated
+ * for a quarter of a second more, as are flows that a command deletes.
+ */
+#ifndef EBPFPROXY_FLOW_CACHE_H
+#define EBPFPROXY_FLOW_CACHE_H
+
+#include "entry.h"
+#include "options.h"
+
+/* So long a copy is good for. */
+#define FLOW_CACHE_NS (NSEC_PER_SEC / 4)
+/*
+ * A flow comes in when it has lasted a second, and a packet follows so soon after the one that
+ * conntrack has noted as the first of its second: a flow with few packets would be copied for each.
+ */
+#define FLOW_CACHE_GAP_NS (NSEC_PER_SEC / 16)
+/* So long after it was filled a slot may become valid: no CPU keeps what it stores to itself as
+ * long. */
+#define FLOW_CACHE_WAIT_NS (20 * 1000000ULL)
+
+struct flow_place {
+	u32 slot;
+	u16 tag; /* not 0 */
+};
+
+static __always_inline struct flow_place flow_place_of(const struct flow *flow)
+{
+	u64 hash = key_sum(flow);
+	struct flow_place place;
+
+	hash = (hash ^ hash >> 32) * 0xd6e8feb86659fd93ULL;
+	place.slot = hash >> 43 & FLOW_SLOT_MASK;
+	place.tag = (u16)(hash >> 27) | 1;
+	return place;
+}
+
+static __always_inline volatile u16 *flow_tag_at(struct flow_place place)
+{
+	return (u16 *)map_value(flow_tags) + place.slot;
+}
+
+static __always_inline struct flow_slot *flow_slot_at(struct flow_place place)
+{
+	return map_lookup(flow_cache, &place.slot);
+}
+
+/* Sums up all of a slot that is good until @until, but for the sequence numbers. */
+static __always_inline u64 slot_sum(const struct flow *flow, const struct nat *nat, u64 until)
+{
+	return ends_sum(flow, nat) + nat->marks * 0x2545f491 + until * 0x1d872b41 +
+	       nat->created * 0x45d9f3b1;
+}
+
+static __always_inline bool is_same_flow(const struct flow *a, const struct flow *b)
+{
+	const word *x = (const word *)a, *y = (const word *)b;
+
+	return !((x[0] ^ y[0]) | (x[1] ^ y[1]) | (x[2] ^ y[2]) | (x[3] ^ y[3]) | (x[4] ^ y[4]));
+}
+
+/* Returns the slot of a flow, if it is there. */
+static __always_inline struct flow_slot *flow_slot_of(const struct flow *flow,
+						      struct flow_place place)
+{
+	struct flow_slot *slot;
+
+	if (*flow_tag_at(place) != place.tag)
+		return NULL;
+	slot = flow_slot_at(place);
+	return slot && is_same_flow(&slot->flow, flow) ? slot : NULL;
+}
+
+/*
+ * Copies the slot of a flow, if it is there; nat.last of the copy is the time until which it is
+ * good. Returns the slot.
+ */
+static __always_inline struct flow_slot *flow_cache_read(const struct flow *flow, struct nat *copy)
+{
+	const struct flow_place place = flow_place_of(flow);
+	struct flow_slot *slot = flow_slot_of(flow, place);
+
+	if (!slot)
+		return NULL;
+	*copy = slot->nat;
+	/* From here on the compiler has to read the copy. */
+	asm volatile("" ::: "memory");
+	return slot->sum == slot_sum(flow, copy, copy->last) ? slot : NULL;
+}
+
+/*
+ * Clears the slot of a flow whose entry has just been replaced or deleted. If it is another's with
+ * the same tag, that one's next packet looks it up.
+ */
+static __always_inline void flow_cache_clear(const struct flow *flow)
+{
+	const struct flow_place place = flow_place_of(flow);
+
+	if (*flow_tag_at(place) == place.tag)
+		*flow_tag_at(place) = 0;
+}
+
+/* Says if a slot is of the entry @entry, and moves the sequence numbers from there, if it is valid.
+ */
+static __always_inline bool take_numbers(const struct flow_slot *slot, struct nat *in_map,
+					 struct nat *entry)
+{
+	if (slot->nat.check != entry->check)
+		return false;
+	if (slot->sum) {
+		in_map->end = entry->end = slot->nat.end;
+		in_map->acked = entry->acked = slot->nat.acked;
+	}
+	return true;
+}
+
+/* Ends the copy of a flow, of whose element @in_map @entry is a copy, too. */
+static __always_inline void flow_cache_take(const struct flow *flow, struct nat *in_map,
+					    struct nat *entry)
+{
+	const struct flow_place place = flow_place_of(flow);
+	const struct flow_slot *slot = flow_slot_of(flow, place);
+
+	if (!slot)
+		return;
+	take_numbers(slot, in_map, entry);
+	*flow_tag_at(place) = 0;
+}
+
+/* Fills the slot of a flow with its entry, unless another flow uses it. */
+static __always_inline void flow_cache_fill(const struct flow *flow, struct flow_place place,
+					    const struct nat *entry, u64 now)
+{
+	struct flow_slot *slot = flow_slot_at(place);
+	struct nat *other;
+
+	if (!slot)
+		return;
+	if (*flow_tag_at(place)) {
+		if ((s64)(now - slot->nat.last) < (s64)NSEC_PER_SEC)
+			return;
+		other = slot->sum ? conntrack_lookup(&slot->flow) : NULL;
+		if (other && other->check == slot->nat.check) {
+			other->end = slot->nat.end;
+			other->acked = slot->nat.acked;
+		}
+	}
+	*flow_tag_at(place) = 0;
+	slot->sum = 0;
+	slot->flow = *flow;
+	slot->nat = *entry;
+	slot->nat.last = now;
+	*flow_tag_at(place) = place.tag;
+}
+
+/*
+ * Makes the slot of a flow valid, or good for another while, or fills it, if the flow has many
+ * packets. @entry is a copy of its element @in_map. Returns the slot if it is valid.
+ */
+static __always_inline struct flow_slot *
+flow_cache_renew(const struct flow *flow, struct nat *in_map, struct nat *entry, u64 now)
+{
+	struct flow_place place;
+	struct flow_slot *slot;
+	s64 ago;
+
+	/* Most flows are none that last. */
+	if ((s64)(entry->last - entry->created) < (s64)NSEC_PER_SEC)
+		return NULL;
+	place = flow_place_of(flow);
+	slot = flow_slot_of(flow, place);
+	if (!slot) {
+		if ((s64)(now - entry->last) < (s64)FLOW_CACHE_GAP_NS)
+			flow_cache_fill(flow, place, entry, now);
+		return NULL;
+	}
+	/* Since it was filled, or was good for the last time. */
+	ago = now - slot->nat.last;
+	if (!take_numbers(slot, in_map, entry) || ago >= (s64)FLOW_CACHE_NS) {
+		*flow_tag_at(place) = 0;
+		return NULL;
+	}
+	if (!slot->sum) {
+		if (ago < (s64)FLOW_CACHE_WAIT_NS)
+			return NULL;
+		slot->nat.end = entry->end;
+		slot->nat.acked = entry->acked;
+	}
+	slot->nat.marks = entry->marks;
+	slot->nat.last = now + FLOW_CACHE_NS;
+	slot->sum = slot_sum(flow, entry, now + FLOW_CACHE_NS);
+	return slot;
+}
+
+#endif

@@ -26,7 +26,8 @@
  * neither needs a memory barrier, and however they meet, a slot with the flow's tag is right in the
  * end. The agent and its sweep clear no slots. They delete what is idle, and flows of backends that
  * have left, whose original direction knows by the Service's epoch at once; replies are translated
- * for a quarter of a second more, as are flows that a command deletes.
+ * for a quarter of a second more, as are flows that a command deletes. An entry that is taken back
+ * while its flow is being made was never copied.
  */
 #ifndef EBPFPROXY_FLOW_CACHE_H
 #define EBPFPROXY_FLOW_CACHE_H

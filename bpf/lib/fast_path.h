@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * The fast path: a packet of TCP or UDP of an established flow, with nothing unusual about either.
- * Most packets of Services are such. What the rest of tc.c does for one of them comes to this: two
- * helpers are called, one that looks the flow up and one that writes, since calls take longer than
- * all else. Any other packet is left as it is, and so is one in a second of each flow, for what is
- * done that often: see conntrack_track().
+ * Most packets of Services are such. What the rest of tc.c does for one of them comes to a look-up
+ * and a write, which are two helpers, and take longer than all else. A flow with many packets is in
+ * the flow cache, which is read without a helper, and its packets are written to in place. Any
+ * other packet is left as it is, and so is one in a second of each flow, for what is done that
+ * often: see conntrack_track().
  */
 #ifndef EBPFPROXY_FAST_PATH_H
 #define EBPFPROXY_FAST_PATH_H
@@ -151,8 +152,7 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 	/* The verifier knows nothing of the packet from here on. */
 	asm volatile("" ::: "memory");
 	if (find_cached(s)) {
-		/* Flows with few packets are better off with a helper, which others keep in the
-		 * caches. */
+		/* Few packets are better off with a helper, which others keep in the caches. */
 		if (may_write)
 			tail_call(skb, MAP(writers), 0);
 	} else if (!find_established(s)) {

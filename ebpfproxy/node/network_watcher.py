@@ -63,6 +63,9 @@ class NetworkWatcher:
         """An event only signals a change: its content is discarded, and everything is read again."""
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as events, Rtnetlink() as netlink:
             filtered: frozenset[int] = frozenset()
+            # select() has no room for descriptors above 1023, as of an agent with many health check ports.
+            changes = select.poll()
+            changes.register(events, select.POLLIN)
             _filter_route_events(events)
             events.bind((0, ALL_GROUPS))
             while True:
@@ -72,7 +75,7 @@ class NetworkWatcher:
                     _filter_route_events(events, asked)
                     filtered = asked
                     continue
-                select.select([events], [], [])
+                changes.poll()
                 time.sleep(_REST_SECONDS)
                 _discard(events)
 

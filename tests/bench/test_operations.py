@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tools.bench.hooks import FORWARD, PASS_THROUGH, ROWS, WORKS, Sample
+from tools.bench.hooks import FORWARD, OPEN_AND_CLOSE, PASS_THROUGH, ROWS, WORKS, Sample
 from tools.bench.operations import BATCH, OPERATIONS, Task, perform
 
 
@@ -65,7 +65,7 @@ def test_operation_has_a_timed_part_for_each_batch(operation: str, port: int) ->
 def test_every_row_names_programs_that_run_for_it() -> None:
     for row in ROWS:
         assert set(row.programs) <= set(row.work.programs), row.what
-    assert {work.operation for work in WORKS} <= {*OPERATIONS, PASS_THROUGH, FORWARD}
+    assert {work.operation for work in WORKS} <= {*OPERATIONS, PASS_THROUGH, OPEN_AND_CLOSE, FORWARD}
 
 
 def test_sample_is_the_median_of_the_sums_of_batches() -> None:

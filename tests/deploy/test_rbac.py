@@ -113,8 +113,10 @@ def test_agent_without_permissions_logs_it_and_is_not_ready(cluster: Cluster, re
             assert "programs are attached" not in log.read_text()
             path = objects.container(OBJECTS, "ebpfproxy")["readinessProbe"]["httpGet"]["path"]
             url = f"http://{cluster.nodes.a.address}:10256{path}"
-            code = cluster.nodes.a.run(["curl", "-s", "-m5", "-o", "/dev/null", "-w", "%{http_code}", url])
-            assert code == "503"
+            ask = ["curl", "-s", "-m5", "-o", "/dev/null", "-w", "%{http_code}", url]
+            # The API server is asked before the agent itself may be.
+            until(lambda: cluster.nodes.a.run(ask, check=False) != "000", 10)
+            assert cluster.nodes.a.run(ask) == "503"
 
 
 @pytest.mark.parametrize(

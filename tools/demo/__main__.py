@@ -208,7 +208,7 @@ def run(demo: Demo) -> None:
     error = client.call(clients.connect_error, IP, 80, 0.5)
     demo.say(
         f"Somebody with root deletes the Service's entry: connect() to {IP}:80 → {error}; ebpfproxy check --repair",
-        why="The agent compares the maps with what it has written, and mends them; by itself every few seconds.",
+        why="Sockets still find it in their cache. The agent mends the maps, by itself every few seconds.",
     )
     print(a.cli("check", "--repair").rstrip())
     checked = json.loads(a.cli("check", "-o", "json"))

@@ -46,7 +46,7 @@ static __always_inline int forward_flow(struct __sk_buff *skb, const struct pack
 
 	if (is_left_to_below(skb, p, nat))
 		return PASS;
-	conntrack_track(p, in_map, nat, false);
+	conntrack_track(p, in_map, nat, !AT_LOOPBACK);
 	return nat->flags & NAT_OWN ? PASS : TRANSLATE;
 }
 

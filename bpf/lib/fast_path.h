@@ -152,7 +152,7 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 	/* The verifier knows nothing of the packet from here on. */
 	asm volatile("" ::: "memory");
 	if (find_cached(s)) {
-		/* Few packets are better off with a helper, which others keep in the caches. */
+		/* For flows with few packets the writer would not be in the CPU's caches. */
 		if (may_write)
 			tail_call(skb, MAP(writers), 0);
 	} else if (!find_established(s)) {

@@ -5,8 +5,9 @@
  * second, and then the next packet looks the flow up again. Nobody but programs at packets knows
  * the cache, and an empty one is always right.
  *
- * Each flow has one slot, by a hash; flow_tags has 16 bits of the hash of the flow that is in it,
- * which stay in a CPU's own cache: a packet of a flow that is not in its slot does not read that.
+ * Each flow has one slot, by a hash; flow_tags has a tag of the flow that is in it, from the same
+ * hash. Tags stay in a CPU's own cache: a packet of a flow that is not in its slot does not read
+ * that.
  *
  * A slot is written word by word, and two CPUs may do so at once. So a reader copies it, compares
  * the key, and believes the copy if slot_sum() of it is right, as conntrack_read() does.
@@ -14,9 +15,11 @@
  * While a flow is in its slot, its sequence numbers are there, and those in conntrack are older.
  * Whoever reads the entry from conntrack takes them out of the slot (flow_cache_take()), and that
  * ends the copy: the fast path does so at each of a flow's packets that it does not translate by
- * the copy. Only fragments and packets with IP options have a way past it; a RST of these is
- * compared with numbers that may be a quarter of a second old. A slot that another flow used within
- * the last second is left to it; from one that is idle the numbers go back to conntrack.
+ * the copy. Fragments and packets with IP options have a way past it, and what XDP leaves to tc
+ * where that has no fast path; the numbers of these may be overwritten by older ones from the slot.
+ * A RST or FIN takes the other direction's numbers from there, whichever way it comes. A slot that
+ * another flow used within the last second is left to it; from one that is idle the numbers go back
+ * to conntrack.
  *
  * A program that replaces or deletes an entry clears the tag of its slot afterwards, if that is of
  * the flow (flow_cache_clear()). A slot that was filled is not used yet: a packet that comes a
@@ -177,6 +180,8 @@ static __always_inline void flow_cache_fill(const struct flow *flow, struct flow
 	slot->flow = *flow;
 	slot->nat = *entry;
 	slot->nat.last = now;
+	/* The compiler may not store the tag earlier. */
+	asm volatile("" ::: "memory");
 	*flow_tag_at(place) = place.tag;
 }
 
@@ -210,6 +215,11 @@ flow_cache_renew(const struct flow *flow, struct nat *in_map, struct nat *entry,
 	if (!slot->sum) {
 		if (ago < (s64)FLOW_CACHE_WAIT_NS)
 			return NULL;
+		/* Two CPUs may have filled it at once. */
+		if (check_of(flow, &slot->nat) != entry->check) {
+			*flow_tag_at(place) = 0;
+			return NULL;
+		}
 		slot->nat.end = entry->end;
 		slot->nat.acked = entry->acked;
 	}

@@ -51,8 +51,9 @@ static __always_inline bool copy_service(const struct target *to, struct service
 	const u64 upper = word_of(to->addr.word[0], to->addr.word[1]);
 	const u64 lower = word_of(to->addr.word[2], to->addr.word[3]);
 	const u64 port = to->port | (u64)to->proto << 16;
-	const u64 sum = frontend_sum(upper, lower, port), generation = frontend_generation();
-	struct frontend_line *line = frontend_line_of(sum);
+	const u64 generation = frontend_generation();
+	const u64 mixed = frontend_mix_key(generation, upper, lower, port);
+	struct frontend_line *line = frontend_line_of(frontend_sum(upper, lower, port));
 	union service_words found;
 	const union service_words *in_map;
 
@@ -62,8 +63,7 @@ static __always_inline bool copy_service(const struct target *to, struct service
 		found.first = line_word(line, first);
 		found.second = line_word(line, second);
 		*copy = found.service;
-		if (line_word(line, check) ==
-		    frontend_check(sum, found.first, found.second, generation))
+		if (line_word(line, check) == frontend_check(mixed, found.first, found.second))
 			return true;
 	}
 	memory_barrier();
@@ -78,7 +78,7 @@ static __always_inline bool copy_service(const struct target *to, struct service
 	line->port = port;
 	line->first = in_map->first;
 	line->second = in_map->second;
-	line->check = frontend_check(sum, in_map->first, in_map->second, generation);
+	line->check = frontend_check(mixed, in_map->first, in_map->second);
 	return true;
 }
 

@@ -98,6 +98,14 @@ class Flows:
         value = self.maps["conntrack"].lookup(key)
         return unpack_nat(value) if value else None
 
+    def age(self, *keys: bytes) -> None:
+        """Conntrack has noted the last packet two seconds ago."""
+        before = time.monotonic_ns() - 2 * 10**9
+        for key in keys:
+            nat = self.entry(key)
+            assert nat is not None
+            self.maps["conntrack"].update(key, pack_nat(key, nat._replace(last=before)))
+
     def epoch(self, value: int) -> None:
         """Something has left the Service, if that is another value."""
         self.maps["epochs"].update(U32.pack(SERVICE), struct.pack("=Q", value))
@@ -266,12 +274,16 @@ def test_idle_flow_loses_its_slot_but_no_sequence_numbers(flows: Flows) -> None:
     assert ended.seen & ENDED
 
 
+@pytest.mark.parametrize("is_due", [False, True])
 @pytest.mark.parametrize("from_backend", [True, False])
 @pytest.mark.parametrize(("off", "ends_it"), [(0, True), (-100, False), (1, False)])
 def test_rst_is_compared_with_the_numbers_in_slots(
-    flows: Flows, from_backend: bool, off: int, ends_it: bool
+    flows: Flows, from_backend: bool, off: int, ends_it: bool, is_due: bool
 ) -> None:
-    """Both directions have sent 100 bytes since the flow came in, and have acknowledged them."""
+    """Both directions have sent 100 bytes since the flow came in, and have acknowledged them.
+
+    ``is_due``: the RST is the packet that does what is done once a second.
+    """
     original, reply = flows.insert(1)
     assert flows.send(1)
     assert flows.reply(1)
@@ -285,6 +297,8 @@ def test_rst_is_compared_with_the_numbers_in_slots(
     assert copy is not None
     assert (entry.end, entry.acked) == (BACKEND_SENT, CLIENT_SENT)
     assert (copy.end, copy.acked) == (BACKEND_SENT + 100, CLIENT_SENT + 100)
+    if is_due:
+        flows.age(original, reply)
     if from_backend:
         assert flows.reply(1, flags="R", seq=BACKEND_SENT + 100 + off)
     else:

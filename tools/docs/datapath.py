@@ -26,7 +26,7 @@ _HOLDS = {
     "services4": "IPv4 frontends: address, port, protocol, scope → id, algorithm, flags",
     "services6": "IPv6 frontends, in the same form",
     "frontend_cache": "what programs at sockets have found in these two",
-    "frontend_generation": "number of the changes of both, by which that counts or not",
+    "frontend_generation": "a random number, another one after each change of both: what was found before counts no more",
     "selections": "id and policy → range of slots; one 8-byte word",
     "slots": "backend ids and weights, or a Maglev table",
     "turns": "the next backend with `round-robin`",

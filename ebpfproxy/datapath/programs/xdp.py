@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,8 @@ from ebpfproxy.netlink.xdp_state import XdpFeatures, XdpState, xdp_program, xdp_
 (_HOOK,) = FORWARDING.hooks
 #: Errors of a device that has a program of somebody else, in this mode or in the other.
 _TAKEN = (errno.EBUSY, errno.EEXIST)
+#: Longer than FLOW_HOP_NS in bpf/lib/hop_cache.h, by the steps of the programs' clock.
+_HOP_SECONDS = 0.12
 _FOREIGN = "another XDP program is attached"
 
 
@@ -116,8 +119,13 @@ class XdpAttacher:
         return changed + self._detach_all_but(kept)
 
     def _bring(self, wanted: dict[bytes, bytes]) -> None:
+        former = self._entries
         refused = self._table.bring(wanted)
         self._entries = {key: value for key, value in wanted.items() if key not in refused}
+        if former.items() - self._entries.items():
+            # Programs keep for a moment where they send a flow's frames, and these are lost in a device that
+            # has no program any more.
+            time.sleep(_HOP_SECONDS)
 
     def owned(self) -> Owned:
         return Owned(self._table, lambda: list(self._entries.items()))

@@ -9,6 +9,8 @@ and other ports are not rejected, since they are those of the cache's own socket
 
 from __future__ import annotations
 
+import secrets
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
@@ -23,6 +25,7 @@ from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.services.model import FrontendKind
 
 _DNS_PORT = 53
+_FENCE = threading.Lock()
 
 
 class Frontends:
@@ -87,6 +90,8 @@ class Frontends:
         full: dict[ServiceKey, str] = {}
         for size, table in self._tables.items():
             batch = {key: entry for key, entry in entries.items() if len(key.address) == size}
+            if not batch:
+                continue
             # What a filter does not know would pass untouched: it learns first, and forgets last.
             first = [key.address for key, entry in batch.items() if self._note(key, entry.kind)]
             self._close_other_ports(first)
@@ -230,10 +235,13 @@ class Frontends:
 def renew_cache(maps: MapSet) -> None:
     """Tells programs that frontends have changed: what they have cached of the tables counts no more.
 
-    The thread that writes the tables calls it after each change of them.
+    The thread that writes the tables calls it after each change of them. The number is random, so that
+    nobody can choose a frontend for which a line that is not whole looks as if it were.
     """
-    generation = maps.shared("frontend_generation")
-    generation.words()[0] += 1
+    # Lock and unlock order the changes before this, on CPUs that would swap them.
+    with _FENCE:
+        pass
+    maps.shared("frontend_generation").words()[0] = secrets.randbits(64)
 
 
 def _packed_addresses(addresses: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -59,7 +59,7 @@ static __always_inline u32 hash_of(const struct inet_addr *addr, u32 more)
 static __always_inline u32 random_number(void)
 {
 	const u32 only = 0;
-	u64 *state = map_lookup(random_state, &only);
+	u64 *state = map_at(random_state, only);
 	u64 at;
 
 	if (!state)
@@ -84,7 +84,7 @@ static __always_inline u32 slot_at(const union selection *range, u32 number)
  */
 static __always_inline u32 slot_in_turn(const union selection *range, u32 selection)
 {
-	u64 *turn = map_lookup(turns, &selection);
+	u64 *turn = map_at(turns, selection);
 
 	return range->base + (turn ? __sync_fetch_and_add(turn, 1) % range->count : 0);
 }
@@ -115,7 +115,7 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 	u64 best_cost = 1, best_weight = 0, best = at;
 
 	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
-		union slot *slot = map_lookup(slots, &at);
+		union slot *slot = map_at(slots, at);
 		struct backend *backend = slot ? backend_of(slot->backend_id) : NULL;
 		u64 cost, weight, better;
 

@@ -161,10 +161,13 @@ enum insert {
 	INSERT_FULL,
 };
 
-static __always_inline bool has_closed(u8 seen)
+/* Returns SEEN_RST where a RST, or a FIN of both sides, has closed a flow, else 0. */
+static __always_inline u8 has_closed(u8 seen)
 {
-	return (seen & SEEN_RST) ||
-	       (seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+	_Static_assert(SEEN_FIN << 1 == SEEN_REPLY_FIN && SEEN_FIN << 2 == SEEN_RST,
+		       "one shift each");
+	/* One branch of the caller tells both, and the verifier walks on from there once less. */
+	return (seen | (seen & seen << 1) << 1) & SEEN_RST;
 }
 
 static __always_inline bool is_closed(const struct nat *nat)
@@ -214,7 +217,7 @@ static __always_inline bool mark_seen(struct nat *nat, u8 seen)
 	struct nat bits = { .seen = seen };
 
 	bits.marks = __sync_fetch_and_or(&nat->marks, bits.marks);
-	return !has_closed(bits.seen) && has_closed(bits.seen | seen);
+	return has_closed(bits.seen | seen) & ~has_closed(bits.seen);
 }
 
 /*
@@ -288,6 +291,17 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 }
 
 /*
+ * Returns what a packet of an entry with these flags says about the end of its flow. Branches would
+ * have the verifier walk through the rest for each answer.
+ */
+static __always_inline u8 ended_by(u8 tcp_flags, u8 flags)
+{
+	const u8 resets = tcp_flags / TCP_RST & 1, finishes = tcp_flags / TCP_FIN & ~resets & 1;
+
+	return resets * SEEN_RST | (finishes * SEEN_FIN) << (flags & NAT_REPLY);
+}
+
+/*
  * Updates the state of a flow from a RST or FIN, in both entries, since a port that is used again
  * may show up in either direction. Returns false for one that ends nothing.
  *
@@ -298,14 +312,10 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 {
 	const struct flow *flow = &p->flow;
 	struct scratch *s = scratch_of(p);
-	u8 ended = entry->seen & ~SEEN_REPLY;
+	const u8 ended = (entry->seen & ~SEEN_REPLY) | ended_by(p->tcp_flags, entry->flags);
 	struct nat *partner;
 	bool closes;
 
-	if (p->tcp_flags & TCP_RST)
-		ended |= SEEN_RST;
-	else if (p->tcp_flags & TCP_FIN)
-		ended |= entry->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
 	if (!(ended & ~entry->seen))
 		return true;
 	partner_key(&s->key, flow, entry);

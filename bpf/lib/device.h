@@ -19,7 +19,7 @@ static __always_inline bool is_in_pod_cidr(const struct inet_addr *addr)
 static __always_inline bool is_at_local_device(struct __sk_buff *skb)
 {
 	u32 ifindex = ifindex_of(skb);
-	struct device *device = map_lookup(devices, &ifindex);
+	struct device *device = map_at(devices, ifindex);
 
 	return device && device->flags & DEVICE_LOCAL;
 }
@@ -38,7 +38,7 @@ static __always_inline void find_place(struct __sk_buff *skb, struct scratch *s,
 				       const struct packet *p)
 {
 	u32 ifindex = ifindex_of(skb);
-	const struct device *device = map_lookup(devices, &ifindex);
+	const struct device *device = map_at(devices, ifindex);
 	const u32 flags = device ? device->flags : 0;
 
 	s->mtu = device ? device->mtu : 0;
@@ -56,7 +56,7 @@ static __always_inline bool is_seen_below(struct __sk_buff *skb, enum stage stag
 {
 	const u32 below = stage == STAGE_INGRESS ? DEVICE_INGRESS_BELOW : DEVICE_EGRESS_BELOW;
 	u32 ifindex = ifindex_of(skb);
-	struct device *device = map_lookup(devices, &ifindex);
+	struct device *device = map_at(devices, ifindex);
 
 	return device && device->flags & below;
 }
@@ -69,7 +69,7 @@ static __always_inline bool is_only_way_out(struct __sk_buff *skb)
 {
 	const u32 others = DEVICE_LOCAL | DEVICE_EGRESS_BELOW | DEVICE_EGRESS_ABOVE;
 	u32 ifindex = ifindex_of(skb);
-	struct device *device = map_lookup(devices, &ifindex);
+	struct device *device = map_at(devices, ifindex);
 
 	return device && !(device->flags & others);
 }
@@ -95,12 +95,12 @@ static __always_inline bool is_of_vlan(struct __sk_buff *skb, const enum stage s
 /* Finds the masquerade address for a device; devices that have none use the node's own. */
 static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct inet_addr *addr)
 {
-	struct device *device = map_lookup(devices, &ifindex);
+	struct device *device = map_at(devices, ifindex);
 	const struct inet_addr none = {};
 
 	if (!device) {
 		ifindex = 0;
-		device = map_lookup(devices, &ifindex);
+		device = map_at(devices, ifindex);
 	}
 	if (!device)
 		return false;
@@ -116,7 +116,7 @@ static __always_inline bool masquerade_address(u32 ifindex, bool is_v4, struct i
 static __always_inline bool defer_to_kube_proxy(const struct packet *p)
 {
 	u32 any = 0;
-	struct device *node = map_lookup(devices, &any);
+	struct device *node = map_at(devices, any);
 
 	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
 		return false;

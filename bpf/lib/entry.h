@@ -11,16 +11,6 @@
 
 typedef u64 __attribute__((may_alias)) word;
 
-/* Returns what lies in memory as these two words, one after the other. */
-static __always_inline u64 two_words(u32 first, u32 second)
-{
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-	return first | (u64)second << 32;
-#else
-	return (u64)first << 32 | second;
-#endif
-}
-
 /* Sums up a key: any odd factors do. */
 static __always_inline u64 key_sum(const struct flow *flow)
 {

@@ -42,7 +42,7 @@ enum event {
 static __always_inline void count(enum event event)
 {
 	u32 index = event;
-	u64 *counter = map_lookup(packet_events, &index);
+	u64 *counter = map_at(packet_events, index);
 
 	if (counter)
 		(*counter)++;

@@ -61,7 +61,7 @@ static __always_inline int frontend_gone(const struct packet *p)
 static __always_inline void init_flow(struct scratch *s, const struct service *svc, u32 backend_id)
 {
 	u32 id = svc->id;
-	u64 *epoch = map_lookup(epochs, &id);
+	u64 *epoch = map_at(epochs, id);
 
 	s->nat.service_id = id;
 	s->nat.backend_id = backend_id;
@@ -162,6 +162,33 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 }
 
 /*
+ * Finds out if the backend of a new flow is to see the client's address, and leaves in @s what it
+ * sees else. A flow that is forwarded from here has that in its one pair.
+ */
+static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s,
+					const struct packet *p, const struct backend *backend)
+{
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+
+	s->begun.is_masked = false;
+	if (must_masquerade(s, p, backend)) {
+		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, s->mtu,
+				    &fib);
+		s->begun.is_masked =
+			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
+		if (s->begun.is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
+		    (BYPASS_NETFILTER ||
+		     (FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)))) {
+			s->nat.src = s->begun.node;
+			s->nat.flags = NAT_BYPASS;
+		}
+	}
+	/* The verifier walks on from here once, and not once for each way. */
+	asm volatile("" ::: "memory");
+}
+
+/*
  * Creates the flow of a client beyond a device: the Service's pair, and a masquerade's if needed.
  */
 static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
@@ -169,13 +196,9 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	struct target to = { p->flow.dst, p->flow.dport, service_protocol(p->flow.proto) };
 	const bool is_of_interest = port_of_interest(to.port);
 	struct scratch *s = scratch();
-	struct bpf_fib_lookup fib;
-	struct inet_addr node = {};
 	struct backend *backend;
 	struct service *svc;
 	enum insert done;
-	bool is_masked, is_forwarded = false;
-	enum fib_result way;
 	int verdict;
 	u32 id;
 
@@ -207,27 +230,15 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 
 	init_flow(s, svc, id);
 	init_entry(s, p, backend);
-	is_masked = must_masquerade(s, p, backend);
-	if (is_masked) {
-		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, s->mtu,
-				    &fib);
-		is_masked = leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &node);
-		is_forwarded = is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
-			       (BYPASS_NETFILTER ||
-				(FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)));
-	}
-	if (is_forwarded) {
-		s->nat.src = node;
-		s->nat.flags = NAT_BYPASS;
-	}
-	done = insert_pair(skb, s, &p->flow, is_forwarded || is_port_taken(&p->flow));
+	find_source(skb, s, p, backend);
+	done = insert_pair(skb, s, &p->flow, s->nat.flags & NAT_BYPASS || is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return insert_failed(s, done);
 	s->entry = s->nat;
-	if (!is_masked) {
+	if (!s->begun.is_masked) {
 		forget_masquerade(s, p->flow.proto);
-	} else if (!is_forwarded) {
-		done = masquerade(skb, s, p->flow.proto, &node);
+	} else if (!(s->nat.flags & NAT_BYPASS)) {
+		done = masquerade(skb, s, p->flow.proto, &s->begun.node);
 		if (done != INSERT_DONE)
 			return insert_failed(s, done);
 	}

@@ -72,7 +72,7 @@ static __always_inline volatile u16 *flow_tag_at(struct flow_place place)
 
 static __always_inline struct flow_slot *flow_slot_at(struct flow_place place)
 {
-	return map_lookup(flow_cache, &place.slot);
+	return map_at(flow_cache, place.slot);
 }
 
 /* Sums up all of a slot that is good until @until, but for the sequence numbers. */

@@ -9,7 +9,7 @@
 
 static __always_inline struct backend *backend_of(u32 id)
 {
-	return map_lookup(backends, &id);
+	return map_at(backends, id);
 }
 
 static __always_inline void load_add_socket(struct backend *backend)

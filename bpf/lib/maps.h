@@ -8,10 +8,31 @@
 #ifndef EBPFPROXY_MAPS_H
 #define EBPFPROXY_MAPS_H
 
+#include "compat.h"
+
+/* Returns what lies in memory as these two words, one after the other. */
+static __always_inline u64 two_words(u32 first, u32 second)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+	return first | (u64)second << 32;
+#else
+	return (u64)first << 32 | second;
+#endif
+}
+
 #define MAP(name) ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_FD, MAP_NUMBER_##name))
 /* Returns the value of an array that has one; the verifier knows its address. */
-#define map_value(name)		 ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, MAP_NUMBER_##name))
-#define map_lookup(name, key)	 bpf_map_lookup_elem(MAP(name), (void *)(key))
+#define map_value(name)	      ((void *)bpf_pseudo_fd(BPF_PSEUDO_MAP_VALUE, MAP_NUMBER_##name))
+#define map_lookup(name, key) bpf_map_lookup_elem(MAP(name), (void *)(key))
+/*
+ * Looks up a number by what fills a word of the stack: the verifier takes a shorter key for another
+ * state with each other thing that lies beside it.
+ */
+#define map_at(name, number)                                                                       \
+	({                                                                                         \
+		const u64 key_ = two_words(number, 0);                                             \
+		map_lookup(name, &key_);                                                           \
+	})
 #define map_update(name, key, v) bpf_map_update_elem(MAP(name), key, v, BPF_ANY)
 #define map_delete(name, key)	 bpf_map_delete_elem(MAP(name), (void *)(key))
 /*

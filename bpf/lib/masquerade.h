@@ -26,36 +26,37 @@ static __always_inline bool is_masquerade_port(__be16 port)
 #define TCP_STATE_LISTEN 10
 
 /*
- * Says if a socket of this host has the port that @reply goes to. A listening socket has no
- * connection to lose. A datagram socket need not be connected to use the backend. The kernel has no
- * lookup for UDP-Lite and SCTP.
+ * Says if a socket of this host has the port that the reply @s->key goes to. A listening socket has
+ * no connection to lose. A datagram socket need not be connected to use the backend. The kernel has
+ * no lookup for UDP-Lite and SCTP.
  */
-static __always_inline bool is_of_own_socket(struct __sk_buff *skb, const struct flow *reply)
+static __always_inline bool is_of_own_socket(struct __sk_buff *skb, struct scratch *s)
 {
-	const bool is_v4 = addr_is_v4(&reply->dst);
-	struct bpf_sock_tuple tuple = {};
+	const struct flow *reply = &s->key;
+	struct bpf_sock_tuple *tuple = (void *)reply;
+	u32 size = sizeof(tuple->ipv6);
 	struct bpf_sock *sock;
 	bool is_used = true;
-	u32 size;
 
-	if (is_v4) {
-		tuple.ipv4.saddr = reply->src.word[3];
-		tuple.ipv4.daddr = reply->dst.word[3];
-		tuple.ipv4.sport = reply->sport;
-		tuple.ipv4.dport = reply->dport;
-		size = sizeof(tuple.ipv4);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &reply->src, sizeof(reply->src));
-		__builtin_memcpy(tuple.ipv6.daddr, &reply->dst, sizeof(reply->dst));
-		tuple.ipv6.sport = reply->sport;
-		tuple.ipv6.dport = reply->dport;
-		size = sizeof(tuple.ipv6);
+	/* What the stack has of it would be another state for the verifier, at each try. */
+	_Static_assert(offsetof(struct flow, dst) == offsetof(typeof(tuple->ipv6), daddr) &&
+			       offsetof(struct flow, sport) ==
+				       offsetof(typeof(tuple->ipv6), sport) &&
+			       offsetof(struct flow, dport) == offsetof(typeof(tuple->ipv6), dport),
+		       "a flow begins as such a tuple does");
+	if (addr_is_v4(&reply->dst)) {
+		tuple = (void *)s->begun.ends4;
+		tuple->ipv4.saddr = reply->src.word[3];
+		tuple->ipv4.daddr = reply->dst.word[3];
+		tuple->ipv4.sport = reply->sport;
+		tuple->ipv4.dport = reply->dport;
+		size = sizeof(tuple->ipv4);
 	}
 	if (reply->proto == IPPROTO_UDP) {
-		sock = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sock = bpf_sk_lookup_udp(skb, tuple, size, BPF_F_CURRENT_NETNS, 0);
 	} else if (reply->proto == IPPROTO_TCP) {
 		/* Unlike bpf_sk_lookup_tcp() this also finds sockets in TIME_WAIT. */
-		sock = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sock = bpf_skc_lookup_tcp(skb, tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (sock)
 			is_used = sock->state != TCP_STATE_LISTEN;
 	} else {
@@ -117,8 +118,7 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 {
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < SOCKET_TRIES; i++) {
-		if (find_port(s, &start) &&
-		    !(MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, &s->key)))
+		if (find_port(s, &start) && !(MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, s)))
 			return insert_with_port(s);
 	}
 	return INSERT_TAKEN;

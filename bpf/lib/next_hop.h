@@ -24,7 +24,7 @@ static __always_inline u64 *next_hop_of(const struct bpf_fib_lookup *fib)
 	/* An IPv4 address is the first word of it. */
 	__builtin_memcpy(&hop, fib->ipv6_dst, sizeof(hop));
 	at = ((addr_fold(&hop) ^ fib->ifindex) * GOLDEN) >> (32 - NEXT_HOP_BITS);
-	return map_lookup(next_hops, &at);
+	return map_at(next_hops, at);
 }
 
 /* Says if the kernel is to send a packet to the next hop now; next hops may share a place. */

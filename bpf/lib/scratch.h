@@ -43,13 +43,20 @@ struct scratch {
 	union {
 		struct {
 			struct nat entry; /* a copy of the packet's: what it becomes */
-			struct {
-				struct flow original;
-				struct flow reply;
-				struct flow service;
-				u64 last;
-				__be16 port;
-			} unconfirmed; /* see early_drop.h */
+			union {
+				struct {
+					struct inet_addr node; /* its source at the backend */
+					u32 is_masked;
+					u32 ends4[3]; /* of a socket: see is_of_own_socket() */
+				} begun;	      /* see create_flow() */
+				struct {
+					struct flow original;
+					struct flow reply;
+					struct flow service;
+					u64 last;
+					__be16 port;
+				} unconfirmed; /* see early_drop.h */
+			};
 		};
 		u8 bytes[192]; /* what is quoted of a rejected packet */
 	};
@@ -61,7 +68,7 @@ static __always_inline struct scratch *scratch(void)
 {
 	u32 zero = 0;
 
-	return map_lookup(scratch, &zero);
+	return map_at(scratch, zero);
 }
 
 /*

@@ -28,20 +28,35 @@ enum verdict {
 	VERDICT_DROP,	/* policy Local, endpoints on other nodes only */
 };
 
+/* Returns how a key ends, as it lies in memory. */
+static __always_inline u32 target_word(const struct target *to, u8 scope)
+{
+	const struct {
+		__be16 port;
+		u8 proto;
+		u8 scope;
+	} word = { to->port, to->proto, scope };
+
+	return *(u32 *)&word;
+}
+
 static __always_inline struct service *service_lookup4(__be32 addr, const struct target *to,
 						       u8 scope)
 {
-	struct service4_key key = { addr, to->port, to->proto, scope };
+	const u64 key = two_words(addr, target_word(to, scope));
 
+	_Static_assert(sizeof(struct service4_key) == sizeof(key), "one store");
 	return map_lookup(services4, &key);
 }
 
 static __always_inline struct service *service_lookup6(const struct inet_addr *addr,
 						       const struct target *to, u8 scope)
 {
-	struct service6_key key = { *addr, to->port, to->proto, scope };
+	const u64 key[3] = { two_words(addr->word[0], addr->word[1]),
+			     two_words(addr->word[2], addr->word[3]),
+			     two_words(target_word(to, scope), 0) };
 
-	return map_lookup(services6, &key);
+	return map_lookup(services6, key);
 }
 
 static __always_inline struct service *service_lookup(const struct target *to, u8 scope)
@@ -90,7 +105,7 @@ static __always_inline bool addr_is_this_node(const struct inet_addr *a)
 
 static __always_inline union selection selection_of(u32 index)
 {
-	union selection *found = map_lookup(selections, &index);
+	union selection *found = map_at(selections, index);
 	union selection range = {};
 
 	if (found)
@@ -105,13 +120,13 @@ static __always_inline void count_service(u32 service_id, enum verdict verdict)
 	if (verdict == VERDICT_TRANSLATE) {
 		const u32 row = (bpf_get_smp_processor_id() >> CPUS_OF_A_ROW_SHIFT) % CHOICE_ROWS;
 		const u32 at = row * SERVICES + service_id;
-		u64 *choices = map_lookup(service_choices, &at);
+		u64 *choices = map_at(service_choices, at);
 
 		if (choices)
 			__sync_fetch_and_add(choices, 1);
 		return;
 	}
-	rejections = map_lookup(service_rejections, &service_id);
+	rejections = map_at(service_rejections, service_id);
 	if (!rejections)
 		return;
 	if (verdict == VERDICT_REFUSE)
@@ -145,7 +160,7 @@ static __always_inline enum verdict service_choose(const struct service *svc, st
 		if (TRACE_DECISIONS)
 			client->keeps_backend = false;
 		at = pick_slot(svc, &range, selection, client);
-		slot = map_lookup(slots, &at);
+		slot = map_at(slots, at);
 		if (!slot)
 			return VERDICT_REFUSE;
 		*backend_id = slot->backend_id;

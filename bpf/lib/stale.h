@@ -12,7 +12,7 @@
 
 static __always_inline u64 epoch_of(u32 service_id)
 {
-	u64 *epoch = map_lookup(epochs, &service_id);
+	u64 *epoch = map_at(epochs, service_id);
 
 	return epoch ? *(volatile u64 *)epoch : 0;
 }

@@ -96,7 +96,7 @@ static __always_inline void note_own(const struct packet *p)
 	svc = AT_LOOPBACK ? service_of_host(&from) : find_service(&from);
 	if (!svc || svc->flags & SERVICE_OWN)
 		return;
-	node = map_lookup(devices, &any);
+	node = map_at(devices, any);
 	if (!node || !(node->flags & (HANDOVER_MODE | NO_NEW_FLOWS)))
 		conntrack_note_own(s, &p->flow);
 }

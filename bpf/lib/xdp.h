@@ -8,7 +8,7 @@
 
 static __always_inline struct xdp_device *xdp_device_of(u32 ifindex)
 {
-	return map_lookup(xdp_devices, &ifindex);
+	return map_at(xdp_devices, ifindex);
 }
 
 /*

@@ -58,8 +58,12 @@ static __always_inline bool opens_anew(struct __sk_buff *skb, const struct packe
 				       struct nat *in_map, int *verdict)
 {
 	const struct nat *nat = &scratch_of(p)->entry;
-	const enum flow_verdict found = flow_verdict_of(p, in_map);
+	enum flow_verdict found;
 
+	/* A SYN may begin another connection: what is known of the former one goes to conntrack. */
+	if (!AT_LOOPBACK && p->tcp_flags & TCP_SYN)
+		flow_cache_take(&p->flow, in_map, &scratch_of(p)->entry);
+	found = flow_verdict_of(p, in_map);
 	if (found == FLOW_FORWARD) {
 		*verdict = forward_flow(skb, p, in_map);
 		return false;

@@ -28,7 +28,7 @@ static __always_inline bool find_cached(struct xdp_md *ctx, const struct packet 
 {
 	struct nat *nat = &scratch_of(p)->entry;
 	const u64 now = coarse_now(scratch_of(p));
-	struct flow_slot *slot = flow_cache_read(&p->flow, nat);
+	struct flow_slot *slot = flow_cache_read(&p->flow, nat, now);
 
 	if (!slot || (s64)(now - nat->last) > 0 || !(nat->flags & NAT_BYPASS) ||
 	    p->tcp_flags & UNUSUAL_FLAGS || !has_its_backend(nat) ||

@@ -204,7 +204,7 @@ static __always_inline enum insert conntrack_put(struct scratch *s, bool known)
 		if (done != INSERT_DONE)
 			return done;
 	}
-	flow_cache_clear(&s->key);
+	flow_cache_clear(&s->key, coarse_now(s));
 	return INSERT_DONE;
 }
 
@@ -251,7 +251,7 @@ static __always_inline void conntrack_delete(const struct flow *flow)
 {
 	if (!map_delete(conntrack, flow))
 		count(EVENT_FLOWS_ENDED);
-	flow_cache_clear(flow);
+	flow_cache_clear(flow, bpf_ktime_get_coarse_ns());
 }
 
 /* Deletes both entries of a pair. The partner's key may be a later flow's, which took its port. */

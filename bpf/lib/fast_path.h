@@ -18,12 +18,9 @@
 #include "rewrite.h"
 #include "stale.h"
 
-/*
- * Reads a whole packet without options or extension headers; returns false for all others. Sets
- * @may_write if it can be written to in place.
- */
+/* Reads a whole packet without options or extension headers; returns false for all others. */
 static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, const bool is_v4,
-				       const enum stage stage, bool *may_write)
+				       const enum stage stage)
 {
 	word *key = (word *)&p->flow;
 	const u32 l3_size = is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header);
@@ -32,7 +29,9 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, 
 	const struct ipv6_header *ip6 = l3;
 	const struct tcp_header *tcp = l3 + l3_size;
 
-	if ((void *)(tcp + 1) > end)
+	/* What a SYN needs is not here, and nothing of it is read twice then. */
+	if ((void *)(tcp + 1) > end ||
+	    ((is_v4 ? ip->proto : ip6->next) == IPPROTO_TCP && tcp->flags & TCP_SYN))
 		return false;
 	if (is_v4) {
 		if (ip->version_ihl != 0x45 || ip->fragment & (IPV4_MORE_FRAGMENTS | IPV4_OFFSET))
@@ -63,7 +62,6 @@ static __always_inline bool read_plain(struct __sk_buff *skb, struct packet *p, 
 		return false;
 	p->tcp_flags = 0;
 	read_transport_in_place(p, tcp);
-	*may_write = may_write_in_place(p);
 	return p->proto == IPPROTO_UDP || p->proto == IPPROTO_TCP;
 }
 
@@ -89,13 +87,10 @@ static __always_inline bool find_established(struct scratch *s)
 	struct flow_slot *slot;
 	bool is_usual;
 
-	/* A SYN may begin another connection: what is known of the former one goes to conntrack. */
-	if (p->tcp_flags & TCP_SYN && !flow_slot_of(&p->flow, flow_place_of(&p->flow)))
-		return false;
 	in_map = conntrack_read(&p->flow, nat);
 	if (!in_map || !is_still(in_map, nat))
 		return false;
-	is_usual = is_established(s, &p->flow, nat) && !(p->tcp_flags & TCP_SYN);
+	is_usual = is_established(s, &p->flow, nat);
 	if (!is_usual || p->tcp_flags & (TCP_FIN | TCP_RST)) {
 		flow_cache_take(&p->flow, in_map, nat);
 		if (is_usual && conntrack_track_end(p, in_map, nat, true) &&
@@ -114,10 +109,10 @@ static __always_inline bool find_cached(struct scratch *s)
 {
 	const struct packet *p = &s->packet;
 	const struct nat *nat = &s->entry;
-	struct flow_slot *slot = flow_cache_read(&p->flow, &s->entry);
+	struct flow_slot *slot = flow_cache_read(&p->flow, &s->entry, coarse_now(s));
 
 	if (!slot || (s64)(coarse_now(s) - nat->last) > 0 || nat->flags & NAT_BYPASS ||
-	    p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST) || !has_its_backend(nat))
+	    p->tcp_flags & (TCP_FIN | TCP_RST) || !has_its_backend(nat))
 		return false;
 	if (p->tcp_flags)
 		note_sequence(p, &slot->nat, nat);
@@ -129,7 +124,7 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 					    int *verdict)
 {
 	const u32 protocol = skb->protocol;
-	bool is_plain, may_write = false;
+	bool is_plain;
 	struct scratch *s;
 	struct packet *p;
 
@@ -142,10 +137,9 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 		return false;
 	p = &s->packet;
 	if (protocol == bpf_htons(ETH_P_IP))
-		is_plain = read_plain(skb, p, true, stage, &may_write);
+		is_plain = read_plain(skb, p, true, stage);
 	else
-		is_plain = protocol == bpf_htons(ETH_P_IPV6) &&
-			   read_plain(skb, p, false, stage, &may_write);
+		is_plain = protocol == bpf_htons(ETH_P_IPV6) && read_plain(skb, p, false, stage);
 	if (!is_plain || !flow_of_interest(&p->flow.src, &p->flow.dst) ||
 	    (stage == STAGE_INGRESS && !is_addressed_to_us(skb)))
 		return false;
@@ -153,7 +147,7 @@ static __always_inline bool takes_fast_path(struct __sk_buff *skb, const enum st
 	asm volatile("" ::: "memory");
 	if (find_cached(s)) {
 		/* For flows with few packets the writer would not be in the CPU's caches. */
-		if (may_write)
+		if (may_write_in_place(p))
 			tail_call(skb, MAP(writers), 0);
 	} else if (!find_established(s)) {
 		return false;

@@ -7,7 +7,8 @@
  *
  * Each flow has one slot, by a hash; flow_tags has a tag of the flow that is in it, from the same
  * hash. Tags stay in a CPU's own cache: a packet of a flow that is not in its slot does not read
- * that.
+ * that. Flows are in groups, of which flow_tags has a time until which the slot of one may be good.
+ * Few flows last, and most groups have none: what packets of short connections read is few lines.
  *
  * A slot is written word by word, and two CPUs may do so at once. So a reader copies it, compares
  * the key, and believes the copy if slot_sum() of it is right, as conntrack_read() does.
@@ -22,20 +23,21 @@
  * to conntrack.
  *
  * A program that replaces or deletes an entry clears the tag of its slot afterwards, if that is of
- * the flow (flow_cache_clear()). A slot that was filled is not used yet: a packet that comes a
- * while later looks the flow up again, and makes the slot valid if it still has that entry. By then
- * all CPUs have seen the tag, and this one sees what they have stored before: either that look-up
- * finds that the entry was replaced, or who replaces it finds the tag. Only filling sets a tag. So
- * neither needs a memory barrier, and however they meet, a slot with the flow's tag is right in the
- * end. The agent and its sweep clear no slots. They delete what is idle, and flows of backends that
- * have left, whose original direction knows by the Service's epoch at once; replies are translated
- * for a quarter of a second more, as are flows that a command deletes. An entry that is taken back
- * while its flow is being made was never copied.
+ * the flow (flow_cache_clear()), if its group may have a slot that is good. A slot that was filled
+ * is not used yet: a packet that comes a while later looks the flow up again, and makes the slot
+ * valid if it still has that entry. By then all CPUs have seen the tag, and this one sees what they
+ * have stored before: either that look-up finds that the entry was replaced, or who replaces it
+ * finds the tag. Only filling sets a tag. So neither needs a memory barrier, and however they meet,
+ * a slot with the flow's tag is right in the end. The agent and its sweep clear no slots. They
+ * delete what is idle, and flows of backends that have left, whose original direction knows by the
+ * Service's epoch at once; replies are translated for a quarter of a second more, as are flows that
+ * a command deletes. An entry that is taken back while its flow is being made was never copied.
  */
 #ifndef EBPFPROXY_FLOW_CACHE_H
 #define EBPFPROXY_FLOW_CACHE_H
 
 #include "entry.h"
+#include "filter.h"
 #include "options.h"
 
 /* So long a copy is good for. */
@@ -48,6 +50,21 @@
 /* So long after it was filled a slot may become valid: no CPU keeps what it stores to itself as
  * long. */
 #define FLOW_CACHE_WAIT_NS (20 * 1000000ULL)
+
+/* Flows are in groups by their ports, of which so many bits of a hash tell. */
+#define FLOW_GROUP_BITS 10
+/*
+ * So long after the slot of one of them was filled or renewed a group counts as having one that is
+ * good. It may be good, or become so again, for half of that; the rest is for a CPU that is late.
+ */
+#define FLOW_GROUP_NS NSEC_PER_SEC
+/* No group's time is further ahead, of 2^32: one that is has passed long ago. */
+#define FLOW_GROUP_AHEAD (1 << 20)
+
+struct flow_tags {
+	u32 until[1 << FLOW_GROUP_BITS]; /* of each group: flow_group_time() */
+	u16 tags[];
+};
 
 struct flow_place {
 	u32 slot;
@@ -67,7 +84,36 @@ static __always_inline struct flow_place flow_place_of(const struct flow *flow)
 
 static __always_inline volatile u16 *flow_tag_at(struct flow_place place)
 {
-	return (u16 *)map_value(flow_tags) + place.slot;
+	return ((struct flow_tags *)map_value(flow_tags))->tags + place.slot;
+}
+
+static __always_inline volatile u32 *flow_group_of(const struct flow *flow)
+{
+	const u32 ports = *(const u32 __attribute__((may_alias)) *)&flow->sport;
+
+	return ((struct flow_tags *)map_value(flow_tags))->until +
+	       (ports * GOLDEN >> (32 - FLOW_GROUP_BITS));
+}
+
+/* Returns a time, ns, in about milliseconds. */
+static __always_inline u32 flow_group_time(u64 now)
+{
+	return (u32)(now >> 20);
+}
+
+/* Says if the slot of a flow may be good. In most groups none is: few flows have many packets. */
+static __always_inline bool may_be_cached(const struct flow *flow, u64 now)
+{
+	return *flow_group_of(flow) - flow_group_time(now) < FLOW_GROUP_AHEAD;
+}
+
+/* Notes that the slot of a flow is being filled or renewed; the line is written to now and then. */
+static __always_inline void flow_group_note(const struct flow *flow, u64 now)
+{
+	volatile u32 *until = flow_group_of(flow);
+
+	if (*until - flow_group_time(now + FLOW_GROUP_NS) > flow_group_time(FLOW_CACHE_WAIT_NS))
+		*until = flow_group_time(now + FLOW_GROUP_NS + FLOW_CACHE_WAIT_NS);
 }
 
 static __always_inline struct flow_slot *flow_slot_at(struct flow_place place)
@@ -105,11 +151,14 @@ static __always_inline struct flow_slot *flow_slot_of(const struct flow *flow,
  * Copies the slot of a flow, if it is there; nat.last of the copy is the time until which it is
  * good. Returns the slot.
  */
-static __always_inline struct flow_slot *flow_cache_read(const struct flow *flow, struct nat *copy)
+static __always_inline struct flow_slot *flow_cache_read(const struct flow *flow, struct nat *copy,
+							 u64 now)
 {
-	const struct flow_place place = flow_place_of(flow);
-	struct flow_slot *slot = flow_slot_of(flow, place);
+	struct flow_slot *slot;
 
+	if (!may_be_cached(flow, now))
+		return NULL;
+	slot = flow_slot_of(flow, flow_place_of(flow));
 	if (!slot)
 		return NULL;
 	*copy = slot->nat;
@@ -122,12 +171,21 @@ static __always_inline struct flow_slot *flow_cache_read(const struct flow *flow
  * Clears the slot of a flow whose entry has just been replaced or deleted. If it is another's with
  * the same tag, that one's next packet looks it up.
  */
-static __always_inline void flow_cache_clear(const struct flow *flow)
+static __always_inline void flow_cache_clear(const struct flow *flow, u64 now)
 {
-	const struct flow_place place = flow_place_of(flow);
+	struct flow_place place;
 
+	if (!may_be_cached(flow, now))
+		return;
+	place = flow_place_of(flow);
 	if (*flow_tag_at(place) == place.tag)
 		*flow_tag_at(place) = 0;
+}
+
+/* Says if a flow may be in its slot. Most flows are none that last. */
+static __always_inline bool has_lasted(const struct nat *entry)
+{
+	return (s64)(entry->last - entry->created) >= (s64)NSEC_PER_SEC;
 }
 
 /* Says if a slot is of the entry @entry, and moves the sequence numbers from there, if it is valid.
@@ -148,9 +206,13 @@ static __always_inline bool take_numbers(const struct flow_slot *slot, struct na
 static __always_inline void flow_cache_take(const struct flow *flow, struct nat *in_map,
 					    struct nat *entry)
 {
-	const struct flow_place place = flow_place_of(flow);
-	const struct flow_slot *slot = flow_slot_of(flow, place);
+	struct flow_place place;
+	const struct flow_slot *slot;
 
+	if (!has_lasted(entry))
+		return;
+	place = flow_place_of(flow);
+	slot = flow_slot_of(flow, place);
 	if (!slot)
 		return;
 	take_numbers(slot, in_map, entry);
@@ -180,6 +242,7 @@ static __always_inline void flow_cache_fill(const struct flow *flow, struct flow
 	slot->flow = *flow;
 	slot->nat = *entry;
 	slot->nat.last = now;
+	flow_group_note(flow, now);
 	/* The compiler may not store the tag earlier. */
 	asm volatile("" ::: "memory");
 	*flow_tag_at(place) = place.tag;
@@ -196,8 +259,7 @@ flow_cache_renew(const struct flow *flow, struct nat *in_map, struct nat *entry,
 	struct flow_slot *slot;
 	s64 ago;
 
-	/* Most flows are none that last. */
-	if ((s64)(entry->last - entry->created) < (s64)NSEC_PER_SEC)
+	if (!has_lasted(entry))
 		return NULL;
 	place = flow_place_of(flow);
 	slot = flow_slot_of(flow, place);
@@ -223,6 +285,7 @@ flow_cache_renew(const struct flow *flow, struct nat *in_map, struct nat *entry,
 		slot->nat.end = entry->end;
 		slot->nat.acked = entry->acked;
 	}
+	flow_group_note(flow, now);
 	slot->nat.marks = entry->marks;
 	slot->nat.last = now + FLOW_CACHE_NS;
 	slot->sum = slot_sum(flow, entry, now + FLOW_CACHE_NS);

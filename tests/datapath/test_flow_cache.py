@@ -203,6 +203,53 @@ def test_slot_is_good_for_a_moment(flows: Flows) -> None:
     assert not flows.reply(1)
 
 
+def test_slot_of_a_group_whose_time_has_passed_is_not_used(flows: Flows) -> None:
+    """What replaces an entry need not clear the tag then. A packet that finds the entry makes both good again."""
+    for number, is_deleted in ((1, False), (2, True)):
+        original, reply = flows.insert(number)
+        assert flows.send(number)
+        assert flows.reply(number)
+        for key in (original, reply):
+            flows.slots.keep(key)
+            flows.slots.end_group(key)
+            if is_deleted:
+                flows.maps["conntrack"].delete(key)
+        assert flows.send(number) is not is_deleted
+        assert flows.reply(number) is not is_deleted
+        for key in (original, reply):
+            assert (flows.slots.group_seconds(key) > 0) is not is_deleted
+
+
+def test_group_counts_as_used_for_longer_than_its_slots(flows: Flows) -> None:
+    """A slot may be renewed until half a second after it was filled or renewed."""
+    _, reply = flows.insert(1)
+    flows.slots.clear(reply)
+    flows.slots.end_group(reply)
+    for wanted in ("filled", "valid"):
+        for _ in range(100):
+            assert flows.reply(1)
+            if flows.slots.group_seconds(reply) > 0 and (
+                wanted == "filled" or flows.slots.nat(reply) is not None
+            ):
+                break
+            time.sleep(0.02)
+        assert 0.5 < flows.slots.group_seconds(reply) < 1.1
+        if wanted == "filled":
+            flows.slots.end_group(reply)
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3 * 10**6, -3 * 10**6])
+def test_time_of_a_group_that_passed_long_ago_is_set_anew(flows: Flows, ahead: int) -> None:
+    """It has 32 bits, for 52 days: weeks later it may look like one to come."""
+    _, reply = flows.insert(1)
+    assert flows.reply(1)
+    flows.slots.set_group(reply, ahead * 10**9)
+    flows.slots.admit(reply, keeps_group=True)
+    assert flows.reply(1)
+    assert flows.slots.nat(reply) is not None
+    assert 0.5 < flows.slots.group_seconds(reply) < 1.1
+
+
 def test_flow_that_begins_has_no_slot(flows: Flows) -> None:
     original, reply = flows.insert(1, admitted=False)
     assert flows.send(1)

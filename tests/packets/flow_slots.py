@@ -6,6 +6,7 @@ import struct
 import time
 
 from ebpfproxy.datapath.abi.flow_layout import FLOW, Nat, unpack_nat, with_check
+from ebpfproxy.datapath.abi.schema import FLOW_GROUPS
 from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.maps import MapSet
 
@@ -27,6 +28,17 @@ def _sum(*parts: bytes) -> int:
 def _slot_sum(key: bytes, value: bytes) -> int:
     """Of all words but the sequence numbers and the check."""
     return _sum(key, value[:NUMBERS_AT])
+
+
+def _group_at(key: bytes) -> int:
+    """Where the time of a flow's group is: its ports tell."""
+    ports: int = struct.unpack_from("=I", key, 32)[0]
+    return (ports * 0x9E3779B1 & 0xFFFFFFFF) * FLOW_GROUPS >> 32 << 2
+
+
+def _tag_at(number: int) -> int:
+    """Where the tag of a slot is, behind the times of groups."""
+    return 4 * FLOW_GROUPS + 2 * number
 
 
 def changed(value: bytes, **fields: int) -> bytes:
@@ -59,7 +71,7 @@ class FlowSlots:
         assert slot is not None
         assert tags is not None
         flow, value, found = slot[: FLOW.size], slot[FLOW.size : -8], struct.unpack("=Q", slot[-8:])[0]
-        is_there = struct.unpack_from("=H", tags, 2 * number)[0] == tag and flow == key
+        is_there = struct.unpack_from("=H", tags, _tag_at(number))[0] == tag and flow == key
         return value if is_there and found == _slot_sum(key, value) else None
 
     def sum(self, key: bytes) -> int:
@@ -79,11 +91,32 @@ class FlowSlots:
         slot = key + value + struct.pack("=Q", _slot_sum(key, value))
         self._slots.update(struct.pack("=I", number), slot)
         self._set_tag(number, tag)
+        self.keep_group(key)
 
     def _set_tag(self, number: int, tag: int) -> None:
         tags = bytearray(self._tags.lookup(struct.pack("=I", 0)) or b"")
-        struct.pack_into("=H", tags, 2 * number, tag)
+        struct.pack_into("=H", tags, _tag_at(number), tag)
         self._tags.update(struct.pack("=I", 0), bytes(tags))
+
+    def keep_group(self, key: bytes) -> None:
+        """The flow's group counts as having a slot that is good, for ten minutes."""
+        self.set_group(key, _HOUR // 6)
+
+    def end_group(self, key: bytes) -> None:
+        """No slot of the flow's group counts as good."""
+        self.set_group(key, -_SECOND)
+
+    def set_group(self, key: bytes, ahead: int) -> None:
+        """A slot of the flow's group counts as good for so many nanoseconds."""
+        tags = bytearray(self._tags.lookup(struct.pack("=I", 0)) or b"")
+        struct.pack_into("=I", tags, _group_at(key), time.monotonic_ns() + ahead >> 20 & 0xFFFFFFFF)
+        self._tags.update(struct.pack("=I", 0), bytes(tags))
+
+    def group_seconds(self, key: bytes) -> float:
+        """For how long a slot of the flow's group counts as good."""
+        tags = self._tags.lookup(struct.pack("=I", 0)) or b""
+        until: int = struct.unpack_from("=I", tags, _group_at(key))[0]
+        return (until - (time.monotonic_ns() >> 20 & 0xFFFFFFFF)) * (1 << 20) / _SECOND
 
     def clear(self, key: bytes) -> None:
         """Takes a flow out of its slot."""
@@ -112,15 +145,17 @@ class FlowSlots:
         self._conntrack.update(key, lasted)
         return lasted
 
-    def admit(self, key: bytes) -> None:
+    def admit(self, key: bytes, *, keeps_group: bool = False) -> None:
         """The flow's next packet makes its slot valid: one before has filled that a while ago."""
-        self.fill(key, self.make_last(key), time.monotonic_ns() - _SECOND // 10)
+        self.fill(key, self.make_last(key), time.monotonic_ns() - _SECOND // 10, keeps_group=keeps_group)
 
-    def fill(self, key: bytes, value: bytes, filled: int) -> None:
+    def fill(self, key: bytes, value: bytes, filled: int, *, keeps_group: bool = False) -> None:
         """The slot has the entry since then, but is not valid."""
         number, tag = self.place(key)
         self._slots.update(struct.pack("=I", number), key + changed(value, last=filled) + bytes(8))
         self._set_tag(number, tag)
+        if not keeps_group:
+            self.keep_group(key)
 
 
 class FlowHops:

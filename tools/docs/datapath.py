@@ -49,7 +49,8 @@ _HOLDS = {
     "conntrack": "flows of packets: the translation of both directions",
     "flow_cache": "copies of the entries of flows that have many packets, by a hash; see lib/flow_cache.h",
     "flow_hops": "the next hops of the same flows, where XDP forwards them",
-    "flow_tags": "for each place of `flow_cache`, 16 bits of the hash of the flow that has it",
+    "flow_tags": "for groups of flows, until when one may be in `flow_cache`; for each of its places, 16 bits of the hash of "
+    "the flow that has it",
     "epochs": "number of changes of a Service, which flows compare",
     "departures": "backends that left a Service, until their flows and sockets are ended",
     "fragments": "ports of a fragmented datagram, and the new id of its fragments",

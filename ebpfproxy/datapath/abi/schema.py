@@ -69,6 +69,8 @@ MPTCP_SOCKETS = 1 << 16
 NEXT_HOPS = 1024
 #: The most slots of ``flow_cache``: bpf/lib/flow_cache.h takes so many bits of a hash.
 FLOW_SLOTS = 1 << 21
+#: Groups of flows: FLOW_GROUP_BITS in bpf/lib/flow_cache.h. In ``flow_tags`` a time of each comes before the tags.
+FLOW_GROUPS = 1 << 10
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
 #: struct scratch in bpf/lib/scratch.h: no one but programs reads it.
@@ -165,7 +167,7 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _lru("conntrack", FLOW.size, NAT.size, capacity.conntrack),
         _flow_slots("flow_cache", FLOW_SLOT.size, capacity.conntrack),
         _flow_slots("flow_hops", FLOW_HOP_SIZE, capacity.conntrack),
-        _array("flow_tags", 2 * flow_slots(capacity.conntrack), 1),
+        _array("flow_tags", 4 * FLOW_GROUPS + 2 * flow_slots(capacity.conntrack), 1),
         _shared("epochs", U64.size, capacity.services),
         _hash("departures", 8, 4, capacity.backends),
         _lru("fragments", 40, FRAGMENT.size, 8192),

@@ -47,8 +47,24 @@ static __always_inline u64 has_port_of_ours(const struct nat *nat)
 }
 
 /*
+ * Looks up the reply direction of the Service's pair, of a masqueraded flow whose reply direction
+ * has the entry @nat, and leaves its key in @s. Without it nobody knows the flow's frontend, and
+ * not all of the flow would end: its backend would see the client.
+ */
+static __always_inline struct nat *service_reply(struct scratch *s, const struct nat *nat)
+{
+	struct nat *found;
+
+	masquerade_key(&s->unconfirmed.reply, nat, s->key.proto);
+	found = conntrack_lookup(&s->unconfirmed.reply);
+	return found && (found->flags & (NAT_REPLY | NAT_SOURCE | NAT_OWN)) == NAT_REPLY ? found
+											 : NULL;
+}
+
+/*
  * Looks for the port of a flow that may end, the one whose client has been silent for longest, and
- * leaves it in @s->key. Entries are read in place: end_unconfirmed() makes sure.
+ * leaves it in @s->key. Entries are read in place: end_unconfirmed() makes sure. What it would
+ * refuse to end is passed here, or it would be found again and again.
  */
 static __always_inline bool find_unconfirmed(struct scratch *s)
 {
@@ -65,13 +81,15 @@ static __always_inline bool find_unconfirmed(struct scratch *s)
 		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + start));
 		start = (start + MASQUERADE_STEP) % MASQUERADE_RANGE;
 		reply = conntrack_lookup(&s->key);
-		if (!reply)
+		if (!reply || !(has_port_of_ours(reply) & is_zero(reply->seen & SEEN_CLAIMED)))
 			continue;
 		partner_key(&s->unconfirmed.original, &s->key, reply);
 		original = conntrack_lookup(&s->unconfirmed.original);
-		if (!original)
+		if (!original || !is_reverse(original, &s->key))
 			continue;
-		if (has_port_of_ours(reply) & may_end(&s->key, original, reply, row, now) &
+		if (reply->flags & NAT_SOURCE && !service_reply(s, reply))
+			continue;
+		if (may_end(&s->key, original, reply, row, now) &
 		    is_less(original->last, *oldest)) {
 			*oldest = original->last;
 			s->unconfirmed.port = s->key.dport;
@@ -84,7 +102,9 @@ static __always_inline bool find_unconfirmed(struct scratch *s)
 /*
  * Ends the flow that has the reply direction @s->key, but for that entry itself, which the caller
  * replaces: so no packet finds the port without an owner. Returns false where the flow has been
- * confirmed, lacks an entry, or is being ended on another CPU.
+ * confirmed, lacks an entry, or is being ended on another CPU. The entry of its frontend may be
+ * missing, or another flow's by now: a full table takes that one first, as no packet but the first
+ * one need have looked it up.
  *
  * Other entries than the reply's are read in place: each has to write the reverse of the one that
  * led to it. The original direction of the Service's pair goes first: no packet of the client may
@@ -106,21 +126,21 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 	    !may_end(&s->key, nat, &s->other, row, coarse_now(s)))
 		return false;
 	if (s->other.flags & NAT_SOURCE) {
-		masquerade_key(reply, &s->other, s->key.proto);
-		nat = conntrack_lookup(reply);
-		if (!nat || (nat->flags & (NAT_REPLY | NAT_SOURCE | NAT_OWN)) != NAT_REPLY)
+		nat = service_reply(s, &s->other);
+		if (!nat)
 			return false;
 		partner_key(&s->unconfirmed.service, reply, nat);
 		counted = conntrack_lookup(&s->unconfirmed.service);
-		if (!counted || !is_reverse(counted, reply))
-			return false;
+		if (counted && !is_reverse(counted, reply))
+			counted = NULL;
 	}
 	if (!claim(in_map) || !is_still(in_map, &s->other))
 		return false;
-	if (mark_seen(counted, SEEN_RST))
+	if (counted && mark_seen(counted, SEEN_RST))
 		load_end_flow(s->other.backend_id);
 	if (s->other.flags & NAT_SOURCE) {
-		conntrack_delete(&s->unconfirmed.service);
+		if (counted)
+			conntrack_delete(&s->unconfirmed.service);
 		conntrack_delete(reply);
 	}
 	conntrack_delete(original);

@@ -69,6 +69,18 @@ static __always_inline bool is_of_own_socket(struct __sk_buff *skb, struct scrat
 }
 
 /*
+ * Says if another flow may have the port of an entry: it is closed, and no other CPU is giving the
+ * port away.
+ */
+static __always_inline u8 is_free(const struct nat *nat)
+{
+	const u8 seen = nat->seen;
+
+	_Static_assert(SEEN_RST << 1 == SEEN_CLAIMED, "one shift");
+	return has_closed(seen) << 1 & ~seen;
+}
+
+/*
  * Looks from @start on for a port that no reply direction has, or one that is closed, and leaves it
  * in @s->key.
  */
@@ -82,7 +94,7 @@ static __always_inline bool find_port(struct scratch *s, u32 *start)
 		s->key.dport = bpf_htons((u16)(MASQUERADE_FIRST + *start));
 		*start = (*start + MASQUERADE_STEP) % MASQUERADE_RANGE;
 		nat = conntrack_lookup(&s->key);
-		if (!nat || is_closed(nat))
+		if (!nat || is_free(nat))
 			return true;
 	}
 	return false;
@@ -116,10 +128,16 @@ static __always_inline u32 first_port(const struct nat *known)
  */
 static __always_inline enum insert take_port(struct __sk_buff *skb, struct scratch *s, u32 start)
 {
+	enum insert done;
+
 #pragma clang loop unroll(disable)
 	for (int i = 0; i < SOCKET_TRIES; i++) {
-		if (find_port(s, &start) && !(MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, s)))
-			return insert_with_port(s);
+		if (!find_port(s, &start) || (MASQUERADE_PORTS_SHARED && is_of_own_socket(skb, s)))
+			continue;
+		/* Another CPU may have taken the port meanwhile. */
+		done = insert_with_port(s);
+		if (done != INSERT_TAKEN)
+			return done;
 	}
 	return INSERT_TAKEN;
 }

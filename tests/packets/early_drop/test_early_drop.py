@@ -5,146 +5,20 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
-from collections.abc import Iterator
-from itertools import starmap
 
 import pytest
 from scapy.layers.inet import TCP
-from scapy.packet import Packet
 
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags, Seen
-from ebpfproxy.datapath.abi.layout import U64
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.flows.conntrack_table import counters
-from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.datapath.test_pressure import OnOtherCpu
-from tests.lab import Lab
-from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
+from tests.packets.early_drop.clients import COUNT, TARGETS, Client, Clients
+from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.test_flows import ends_of, segment
-from tests.packets.wire import DROP, PASS, REDIRECT, Wire, ip_of
+from tests.packets.wire import DROP, REDIRECT, Wire
 
 pytestmark = pytest.mark.root
-
-#: Fewer than a packet looks at: which flow it ends is certain.
-FIRST, LAST = 61000, 61003
-COUNT = LAST - FIRST + 1
-#: A field of struct nat.
-_LAST = slice(48, 56)
-TARGETS = {protocol: ports[2] for protocol, ports in PORTS.items()}
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["masquerade", "bypass"])
-def bypass(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def cluster(bypass: bool) -> Iterator[PacketCluster]:
-    with Lab() as lab:
-        options = ["--bypass-netfilter"] if bypass else []
-        made = PacketCluster(lab, "--masquerade-ports", f"{FIRST}-{LAST}", *options)
-        yield made
-        made.wire.close()
-
-
-class Client:
-    """A flow of a client outside to a NodePort with a backend elsewhere, on its way through the node's programs."""
-
-    def __init__(
-        self, wire: Wire, family: FamilyAddresses, protocol: str, number: int, *, bypass: bool
-    ) -> None:
-        self.wire, self.family, self.protocol, self.bypass = wire, family, protocol, bypass
-        self.address = f"198.51.100.{number}" if family.version == 4 else f"2001:db8:51::{number:x}"
-        self.port = 20000 + number
-        self.snat_port = 0
-
-    def _segment(self, sport: int, dport: int, flags: str, seq: int, ack: int) -> Packet:
-        if self.protocol == "TCP":
-            return TCP(sport=sport, dport=dport, flags=flags, seq=seq, ack=ack)
-        return segment(self.protocol, sport, dport, flags)
-
-    def original(self, flags: str = "S", seq: int = 1000, ack: int = 0) -> bool:
-        """Sends a packet; returns False where it is dropped or rejected. Notes the port that the backend sees."""
-        family, target = self.family, TARGETS[self.protocol]
-        sent = self._segment(self.port, PORTS[self.protocol][1], flags, seq, ack)
-        result = self.wire.ingress(family.ip(self.address, family.node) / sent)
-        if result.verdict == DROP or ip_of(result.packet).dst != family.remote_pod:
-            return False
-        if not self.bypass:
-            sent = self._segment(self.port, target, flags, seq, ack)
-            result = self.wire.egress(family.ip(self.address, family.remote_pod) / sent, iif="eth0")
-        assert result.verdict == (REDIRECT if self.bypass else PASS)
-        source, self.snat_port, to, port = ends_of(result.packet)
-        assert (source, to, port) == (family.node, family.remote_pod, target)
-        return True
-
-    def reply(self, flags: str = "SA", seq: int = 5000, ack: int = 1001) -> str:
-        """Sends a packet of the backend to the port that it has seen; returns the client that gets it."""
-        family, target = self.family, TARGETS[self.protocol]
-        sent = self._segment(target, self.snat_port, flags, seq, ack)
-        result = self.wire.ingress(family.ip(family.remote_pod, family.node) / sent)
-        if not self.bypass:
-            result = self.wire.egress(result.packet, iif="eth0")
-        return str(ip_of(result.packet).dst)
-
-    def establish(self) -> None:
-        assert self.original()
-        assert self.reply() == self.address
-        if self.protocol == "TCP":
-            assert self.original("A", 1001, 5001)
-
-    def is_alive(self) -> bool:
-        """Whether packets of both directions still come through by the same port."""
-        before = self.snat_port
-        if not self.original("A", 1001, 5001) or self.snat_port != before:
-            return False
-        return self.reply("A", 5001, 1001) == self.address
-
-
-class Clients:
-    def __init__(self, wire: Wire, family: FamilyAddresses, tables: MapSet, bypass: bool) -> None:
-        self._wire, self._family, self.tables, self._bypass = wire, family, tables, bypass
-        self._numbers = iter(range(10, 250))
-
-    def new(self, protocol: str = "TCP") -> Client:
-        number = next(self._numbers)
-        return Client(self._wire, self._family, protocol, number, bypass=self._bypass)
-
-    def entries(self, client: Client) -> list[Entry]:
-        address = ipaddress.ip_address(client.address).packed
-        found = starmap(Entry, self.tables["conntrack"].items())
-        return [
-            each
-            for each in found
-            if address in (each.flow.source, each.flow.destination, each.nat.source, each.nat.destination)
-        ]
-
-    def silence(self, client: Client, seconds: int) -> None:
-        """Makes a flow silent for so many seconds more."""
-        for entry in self.entries(client):
-            value = bytearray(entry.value)
-            value[_LAST] = U64.pack(entry.nat.last - seconds * 10**9)
-            self.tables["conntrack"].update(entry.key, bytes(value))
-
-    def early_drops(self) -> int:
-        return counters(self.tables["packet_events"])[PacketEvent.EARLY_DROPS]
-
-
-@pytest.fixture
-def clients(wire: Wire, family: FamilyAddresses, tables: MapSet, bypass: bool) -> Iterator[Clients]:
-    def clear() -> None:
-        for key, _ in list(tables["conntrack"].items()):
-            tables["conntrack"].delete(key)
-
-    clear()
-    yield Clients(wire, family, tables, bypass)
-    clear()
-
-
-@pytest.fixture(params=PORTS)
-def protocol(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
 
 
 def test_new_flow_gets_the_port_of_the_unanswered_one_that_is_silent_for_longest(
@@ -281,28 +155,10 @@ def test_flow_whose_reply_entry_was_evicted_keeps_its_port(clients: Clients, pro
             if entry.nat.flags & NatFlags.REPLY and not entry.flow.egress:
                 clients.tables["conntrack"].delete(entry.key)
             else:
-                value = bytearray(entry.value)
-                value[_LAST] = U64.pack(entry.nat.last - 2 * 10**9)
-                clients.tables["conntrack"].update(entry.key, bytes(value))
+                clients.silence_entry(entry, 2)
         assert each.original("A", 1001, 5001)
     assert not clients.new(protocol).original()
     assert all(each.is_alive() for each in kept)
-
-
-def test_flow_that_lacks_an_entry_keeps_its_port(clients: Clients, protocol: str) -> None:
-    """The table was full. Not all of the flow would end, and its backend would see the client."""
-    for number in range(COUNT):
-        each = clients.new(protocol)
-        assert each.original()
-        others = [
-            entry
-            for entry in clients.entries(each)
-            if entry.flow.egress or entry.flow.destination_port != each.snat_port
-        ]
-        clients.tables["conntrack"].delete(sorted(entry.key for entry in others)[number % len(others)])
-    before = clients.early_drops()
-    assert not clients.new(protocol).original()
-    assert clients.early_drops() == before
 
 
 def test_client_whose_first_connection_ended_the_half_of_another_gets_the_same_port_again(

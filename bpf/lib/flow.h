@@ -121,6 +121,7 @@ static __always_inline enum insert insert_reply(struct scratch *s)
 static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scratch *s,
 					       const struct flow *flow, bool fresh)
 {
+	const struct nat *others;
 	struct flow reply;
 	enum insert done;
 
@@ -133,9 +134,13 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	reply = s->key;
 	invert_entry(s, &reply);
 	done = insert_original(s, s->has_entry);
-	if (done == INSERT_DONE)
+	if (done == INSERT_DONE) {
 		load_count_flow(s->nat.backend_id);
-	else
+		return done;
+	}
+	/* Another CPU may have inserted the pair, for another packet of the flow. */
+	others = conntrack_lookup(&s->key);
+	if (!others || !is_reverse(others, &reply))
 		map_delete(conntrack, &reply);
 	return done;
 }

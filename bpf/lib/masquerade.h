@@ -145,13 +145,20 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 /*
  * Inserts the original direction's entry, @s->key and @s->nat, of a key that the map had when this
  * packet came, if it @was_known. Another CPU may have inserted it since then, for another packet of
- * the flow: that one is replaced, as it would have been by a later packet.
+ * the flow: that one is replaced, as it would have been by a later packet, and no longer counted.
+ * Its reply stays, for the answer to that packet.
  */
 static __always_inline enum insert insert_original(struct scratch *s, bool was_known)
 {
 	const enum insert done = conntrack_put(s, was_known);
+	struct nat *others;
 
-	return done == INSERT_TAKEN ? conntrack_put(s, true) : done;
+	if (done != INSERT_TAKEN)
+		return done;
+	others = conntrack_read(&s->key, &s->other);
+	if (others)
+		conntrack_end(others, &s->other);
+	return conntrack_put(s, true);
 }
 
 /*

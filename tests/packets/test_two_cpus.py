@@ -69,11 +69,18 @@ def _sends(wire: Wire, family: FamilyAddresses, turns: Turns, own: int, cpu: int
     return send
 
 
+def _counted(tables: MapSet) -> int:
+    """The flows of all backends, as programs have counted them."""
+    loads = tables.loads()
+    counted = [loads[number] for number in loads.counted(len(loads))]
+    return sum(each.flows_begun - each.flows_ended for each in counted)
+
+
 def test_first_datagrams_on_two_cpus_are_translated_and_leave_whole_pairs(
     wire: Wire, family: FamilyAddresses, tables: MapSet
 ) -> None:
-    """Neither is dropped, and no entry is deleted that the other one has made."""
-    turns = Turns()
+    """Neither is dropped, no entry is deleted that the other one has made, and they are one flow of the backend."""
+    turns, before = Turns(), _counted(tables)
     first, second = sorted(os.sched_getaffinity(0))[:2]
     sends = [_sends(wire, family, turns, own, cpu) for own, cpu in enumerate((first, second))]
     child = os.fork()
@@ -89,6 +96,7 @@ def test_first_datagrams_on_two_cpus_are_translated_and_leave_whole_pairs(
         _, status = os.waitpid(child, 0)
     assert status == 0
     assert turns.lost == (0, 0)
+    assert _counted(tables) == before + FLOWS
     entries = dict(tables["conntrack"].items())
     client = ipaddress.ip_address(family.client).packed
     ports = range(FIRST_PORT, FIRST_PORT + FLOWS)

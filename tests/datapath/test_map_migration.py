@@ -79,6 +79,83 @@ def test_affinity_is_copied_whatever_service_has_the_same_id_in_the_new_maps(
     assert (_affinity(new, 6), _affinity(new, 3)) == (2, 2)
 
 
+class _Flows:
+    """Maps of two sizes with a Service that has other ids in each, and the entry that one key has in them."""
+
+    KEY = flow_layout.pack_flow(Flow(backend(1).address, CLIENT, 80, 2000, Protocol.TCP, False))
+
+    def __init__(self, pins: Path, stack: ExitStack) -> None:
+        self.old, self.new = Sockets(pins, stack, 64), Sockets(pins, stack, 128)
+        self.uses = {id(self.old): BackendUse(3, 5), id(self.new): BackendUse(4, 6)}
+        for sockets in (self.old, self.new):
+            service_id, backend_id = self.uses[id(sockets)]
+            sockets.maps["service_names"].update(U32.pack(service_id), pack_name(WEB))
+            sockets.maps.backends().write(backend_id, backend(1), BackendState.ACTIVE)
+        self.migration = MapMigration(pins, self.new.maps, self.new.programs)
+        stack.callback(self.migration.close)
+
+    def put(self, sockets: Sockets, client: int, created: int, seen: int = 0, last: int = 0) -> None:
+        """The port is that of a client with this port."""
+        use = self.uses[id(sockets)]
+        flags = NatFlags.REPLY | NatFlags.SOURCE
+        nat = Nat(backend(1).address, CLIENT, 80, client, *use, flags, Seen(seen), last or created, created)
+        sockets.maps["conntrack"].update(self.KEY, flow_layout.pack_nat(self.KEY, nat))
+
+    def copied(self) -> tuple[int, Seen, int]:
+        """The client's port, what was seen, and the time of the last packet, in the new maps."""
+        self.migration.copy()
+        value = self.new.maps["conntrack"].lookup(self.KEY)
+        assert value is not None
+        entry = Entry(self.KEY, value)
+        assert entry.use == self.uses[id(self.new)]
+        assert entry.with_use(entry.use, 0) == value, "its check is right"
+        return entry.nat.destination_port, entry.nat.seen, entry.last
+
+
+@pytest.fixture
+def flows(pins: Path, stack: ExitStack) -> _Flows:
+    return _Flows(pins, stack)
+
+
+def test_port_that_another_client_gets_after_a_copy_is_copied_again(flows: _Flows) -> None:
+    """Its former owner has closed its connection meanwhile; else replies to the later one went to the former."""
+    flows.put(flows.old, 1001, created=10)
+    assert flows.copied()[0] == 1001
+    flows.put(flows.old, 1002, created=20)
+    assert flows.copied()[0] == 1002
+
+
+def test_flow_that_ends_after_a_copy_has_ended_in_the_new_maps(flows: _Flows) -> None:
+    """And one that is confirmed is so there; else it would hold its port for long, or lose it."""
+    flows.put(flows.old, 1001, created=10)
+    assert flows.copied()[1] == Seen(0)
+    for seen in (Seen.REPLY, Seen.REPLY | Seen.FIN, Seen.REPLY | Seen.FIN | Seen.REPLY_FIN):
+        flows.put(flows.old, 1001, created=10, seen=seen)
+        assert flows.copied()[1] == seen
+
+
+def test_what_programs_for_the_new_maps_have_made_or_seen_stays(flows: _Flows) -> None:
+    flows.put(flows.old, 1001, created=10)
+    flows.copied()
+    flows.put(flows.new, 1001, created=10, seen=Seen.REPLY, last=40)
+    flows.put(flows.old, 1001, created=10, seen=Seen.FIN, last=30)
+    assert flows.copied() == (1001, Seen.REPLY | Seen.FIN, 40)
+    flows.put(flows.new, 1003, created=50)
+    flows.put(flows.old, 1002, created=20)
+    assert flows.copied()[0] == 1003
+
+
+def test_what_a_killed_agent_has_copied_is_copied_again_where_it_has_changed(
+    flows: _Flows, pins: Path, stack: ExitStack
+) -> None:
+    flows.put(flows.old, 1001, created=10)
+    flows.copied()
+    flows.put(flows.old, 1002, created=20)
+    flows.migration = MapMigration(pins, flows.new.maps, flows.new.programs)
+    stack.callback(flows.migration.close)
+    assert flows.copied()[0] == 1002
+
+
 def test_keys_of_a_map_are_those_of_its_entries(pins: Path, stack: ExitStack) -> None:
     maps = Sockets(pins, stack, 64).maps
     names = maps["service_names"]

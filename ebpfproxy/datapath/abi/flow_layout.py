@@ -192,6 +192,8 @@ NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREAT
     48,
     56,
 )
+#: What of an entry is another when its flow ends, or its key has another flow: ``seen`` and ``check``.
+NAT_STATE = struct.Struct(f"={_NAT_SEEN_AT}xB{NAT.size - _NAT_SEEN_AT - 1 - U64.size}x{U64.size}s")
 _EGRESS = b"\1\0\0"
 _BYPASS = int(NatFlags.BYPASS)
 
@@ -250,6 +252,12 @@ class Entry(NamedTuple):
         other_stage = stage if value[_NAT_FLAGS_AT] & _BYPASS else not stage
         other = bytes((key[_FLOW_PROTOCOL_AT], other_stage, 0, 0))
         return value[16:32] + value[:16] + value[34:36] + value[32:34] + other
+
+    def with_seen(self, more: int) -> bytes:
+        """The value with more bits of Seen."""
+        changed = bytearray(self.value)
+        changed[_NAT_SEEN_AT] |= more
+        return bytes(changed)
 
     def with_use(self, use: BackendUse, epoch: int) -> bytes:
         """The value with other ids; ``epoch`` is the service's now."""

@@ -3,9 +3,9 @@
 Maps of another size are other maps (``kernel.maps``), with service and backend ids of their own. Conntrack,
 records of sockets and session affinity are copied, with their ids translated by name and address: before
 programs are swapped, and again while they are, for what begins meanwhile. Copying a large table takes a
-second, in which connections begin: so what is copied is not looked at again, and copies follow one another
-until one has next to nothing to do. A connection may still be lost if its first packets pass programs of both
-within the milliseconds that this last one and the swap take.
+second, in which connections begin: so what is copied is not looked at again unless it has changed, and
+copies follow one another until one has next to nothing to do. A connection may still be lost if its first
+packets pass programs of both within the milliseconds that this last one and the swap take.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import NO_USE, BackendUse, Entry
+from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
@@ -23,6 +23,8 @@ from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
+#: A key of conntrack with NAT_STATE.
+_State = tuple[bytes, tuple[object, ...]]
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
 _READ = frozenset(
@@ -69,6 +71,8 @@ class MapMigration:
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
         #: Keys that have been copied, or need not be, by the map's name.
         self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
+        #: The same of flows, with their state then.
+        self._flows: list[set[_State]] = [set() for _ in self._old]
         #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
@@ -83,20 +87,20 @@ class MapMigration:
         return bool(self._old)
 
     def copy(self) -> None:
-        for old, (services, backends), copied, looked_at in zip(
-            self._old, self._ids, self._origins, self._looked_at, strict=True
+        for old, (services, backends), copied, looked_at, flows in zip(
+            self._old, self._ids, self._origins, self._looked_at, self._flows, strict=True
         ):
-            self._copy(old, services, backends, looked_at)
+            self._copy(old, services, backends, looked_at, flows)
             self._copy_origins(old, services, backends, copied)
 
     def catch_up(self) -> None:
         """Copies flows until there are few that are new: to be called right before programs are swapped."""
         for _ in range(_MOST_COPIES):
             before = self.copied
-            for old, (services, backends), looked_at in zip(
-                self._old, self._ids, self._looked_at, strict=True
+            for old, (services, backends), looked_at, flows in zip(
+                self._old, self._ids, self._looked_at, self._flows, strict=True
             ):
-                self._copy(old, services, backends, looked_at)
+                self._copy(old, services, backends, looked_at, flows)
             if self.copied - before <= _FEW:
                 return
 
@@ -106,25 +110,31 @@ class MapMigration:
         services: dict[int, int],
         backends: dict[int, int],
         looked_at: dict[str, set[bytes]],
+        flows: set[_State],
     ) -> None:
         new, entries = self._new, {}
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for key, value in _unseen(old, new, "conntrack", looked_at):
-            entry = Entry(key, value)
-            if entry.use == NO_USE:
-                entries[key] = value
+        for entry, known in _changed_flows(old, new, flows):
+            if known is not None and not _is_news(entry, known):
                 continue
-            service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
-            if service is not None and backend is not None:
+            value = entry.value
+            if entry.use != NO_USE:
+                service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
+                if service is None or backend is None:
+                    continue
                 use = BackendUse(service, backend)
                 # An epoch before the current one has the flow ask if its backend has been removed.
-                entries[key] = entry.with_use(use, epochs[service] - (use in removed))
+                value = entry.with_use(use, epochs[service] - (use in removed))
+            if known is None:
+                self.copied += 1
+            elif known.created == entry.created and known.last > entry.last:
+                value = known.with_seen(entry.seen)
+            entries[entry.key] = value
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
             new["conntrack"].update_many(entries)
-        self.copied += len(entries)
         self._copy_affinity(old, services, backends, looked_at)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_unseen(old, new, name, looked_at)))
@@ -244,6 +254,36 @@ def _unseen(
         # A program for the new maps may have made the same flow by now.
         if found is not None and new[name].lookup(key) is None:
             yield key, found
+
+
+def _changed_flows(old: MapSet, new: MapSet, seen: set[_State]) -> Iterator[tuple[Entry, Entry | None]]:
+    """Entries that are new, or not as at an earlier call, each with what the new map has there."""
+    flows, copies = old["conntrack"], new["conntrack"]
+    if not seen:
+        present = copies.keys()
+        for key, value in flows.items():
+            seen.add((key, NAT_STATE.unpack(value)))
+            known = copies.lookup(key) if key in present else None
+            yield Entry(key, value), Entry(key, known) if known is not None else None
+        return
+    now = flows.keys_with(NAT_STATE)
+    for key, _ in now - seen:
+        found, known = flows.lookup(key), copies.lookup(key)
+        if found is not None:
+            yield Entry(key, found), Entry(key, known) if known is not None else None
+    seen.clear()
+    seen |= now
+
+
+def _is_news(entry: Entry, known: Entry) -> bool:
+    """Whether an entry is of a later flow than what the new map has, or tells more of the same one.
+
+    A port that a closed flow has left may be another client's by now. What programs for the new maps have
+    made is later.
+    """
+    if entry.created != known.created:
+        return entry.created > known.created
+    return bool(entry.seen & ~known.seen)
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -9,6 +9,7 @@
 #include "conntrack.h"
 #include "device.h"
 #include "frontend.h"
+#include "masquerade.h"
 #include "service_cidr.h"
 
 /*
@@ -55,7 +56,13 @@ static __always_inline int no_service(struct __sk_buff *skb, const struct packet
 {
 	if (is_cluster_ip(&p->flow.dst))
 		return rejection(EVENT_NO_SUCH_PORT);
-	return p->flow.stage == STAGE_EGRESS ? drop_unallocated(skb, p) : PASS;
+	if (p->flow.stage == STAGE_EGRESS)
+		return drop_unallocated(skb, p);
+	/* The host would reset a connection that is masqueraded. */
+	return is_masquerade_port(p->flow.dport) && may_arrive(p) &&
+			       may_be_backend(&p->flow.src, p->flow.sport)
+		       ? drop(EVENT_NO_FLOW)
+		       : PASS;
 }
 
 /* Handles a packet whose ports are unknown. */

@@ -89,7 +89,8 @@ _HOLDS = {
 _REASONS = {
     "no-endpoint": "the Service has no endpoint",
     "no-such-port": "a cluster IP that has no such port",
-    "no-flow": "a TCP segment or SCTP chunk to a Service that opens no connection and belongs to none",
+    "no-flow": "a TCP segment or SCTP chunk to a Service that opens no connection and belongs to none; while flows are "
+    "copied from maps of another size it is dropped, and sent again",
     "backend-gone": "the flow's backend was deleted",
     "no-local-endpoint": "policy Local without an endpoint on this node",
     "source-range": "the client is in none of `loadBalancerSourceRanges`",

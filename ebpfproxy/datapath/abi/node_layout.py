@@ -24,6 +24,8 @@ class DeviceFlags(enum.IntFlag):
     EGRESS_BELOW = 1 << 5
     #: The program at a device above this one has seen some of what leaves here.
     EGRESS_ABOVE = 1 << 6
+    #: This is the whole node's, too. Flows of other maps are still being copied to these.
+    FLOWS_ARRIVE = 1 << 7
 
 
 class XdpFlags(enum.IntFlag):

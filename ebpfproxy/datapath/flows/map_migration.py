@@ -4,8 +4,9 @@ Maps of another size are other maps (``kernel.maps``), with service and backend 
 records of sockets and session affinity are copied, with their ids translated by name and address: before
 programs are swapped, and again while they are, for what begins meanwhile. Copying a large table takes a
 second, in which connections begin: so what is copied is not looked at again unless it has changed, and
-copies follow one another until one has next to nothing to do. A connection may still be lost if its first
-packets pass programs of both within the milliseconds that this last one and the swap take.
+copies follow one another until one has next to nothing to do. Within the milliseconds that this last one and
+the swap take, segments of connections that are not copied yet are dropped, and sent again (FLOWS_ARRIVE); a
+datagram's flow may be lost if it begins then, and passes programs of both.
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ class PacketPath:
         self._xdp_devices = tuple(devices)
 
     def set_mode(self, mode: DeviceFlags) -> None:
-        """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins."""
+        """HANDOVER: TCP connections that began elsewhere are netfilter's. WAITS: no flow begins.
+
+        FLOWS_ARRIVE: flows are being copied to these maps, so that unknown segments are not rejected.
+        """
         if mode != self._mode:
             self._mode = mode
             key, value = U32.pack(_ANY_DEVICE), pack_device(*self._node, mode, 0)

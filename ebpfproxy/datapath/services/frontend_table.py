@@ -25,6 +25,8 @@ from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.services.model import FrontendKind
 
 _DNS_PORT = 53
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_CLUSTER_IP, _NODE_PORT = FrontendKind.CLUSTER_IP, FrontendKind.NODE_PORT
 _FENCE = threading.Lock()
 
 
@@ -117,7 +119,7 @@ class Frontends:
         return {layout.unpack_service_key(key) for key in table.update_many(packed)}
 
     def _marked(self, key: ServiceKey, entry: ServiceEntry) -> bytes:
-        if key.port == _DNS_PORT and key.address in self._answered and entry.kind is FrontendKind.CLUSTER_IP:
+        if key.port == _DNS_PORT and key.address in self._answered and entry.kind is _CLUSTER_IP:
             entry = entry._replace(flags=entry.flags | ServiceFlags.OWN)
         return layout.pack_service(*entry)
 
@@ -147,23 +149,23 @@ class Frontends:
     def _note(self, key: ServiceKey, kind: FrontendKind) -> bool:
         """Adds a key to the filters. True for the first of a cluster IP: its other ports are to be closed."""
         self._ports.add(key.port)
-        if kind is FrontendKind.NODE_PORT:
+        if kind is _NODE_PORT:
             return False
         address = key.address
         self._addresses.add(address_hash(address))
-        if kind is not FrontendKind.CLUSTER_IP:
+        if kind is not _CLUSTER_IP:
             return False
         self._cluster_ips[address] += 1
         return self._cluster_ips[address] == 1
 
     def _forget(self, key: ServiceKey, kind: FrontendKind) -> None:
         address = key.address
-        if kind is FrontendKind.CLUSTER_IP:
+        if kind is _CLUSTER_IP:
             self._cluster_ips[address] -= 1
             if not self._cluster_ips[address]:
                 del self._cluster_ips[address]
                 self._open_other_ports(address)
-        if kind is not FrontendKind.NODE_PORT:
+        if kind is not _NODE_PORT:
             self._addresses.remove(address_hash(address))
         self._ports.remove(key.port)
 

@@ -45,6 +45,9 @@ ALL_ACTIVE = InactiveBackends()
 NO_MEMBERS = (NO_IDS, NO_IDS)
 NO_SOURCES: frozenset[Prefix] = frozenset()
 NOTHING_MADE = (None, None)
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_LOCAL, _LOAD_BALANCER = Policy.LOCAL, FrontendKind.LOAD_BALANCER
+_INTERNAL, _EXTERNAL = Scope
 
 
 class Published(msgspec.Struct):
@@ -220,7 +223,7 @@ def unused(port: ServicePort, sets: Sequence[Sequence[Backend]]) -> frozenset[Ba
 
 def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backend]]:
     """The backends that frontends choose from, by policy."""
-    if port.local and any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends):
+    if port.local and any(_LOCAL in (f.internal, f.external) for f in port.frontends):
         return port.cluster, port.local
     return port.cluster, ()
 
@@ -322,11 +325,11 @@ def _entries_of(
 ) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
     """One entry, or two if the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
-    has_sources = kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None
+    has_sources = kind is _LOAD_BALANCER and owner.source_ranges is not None
     two = internal != external
-    scopes = ((Scope.INTERNAL, internal), (Scope.EXTERNAL, external))
+    scopes = ((_INTERNAL, internal), (_EXTERNAL, external))
     for scope, policy in scopes if two else scopes[:1]:
-        flags = _flags(has_sources, two, policy is Policy.LOCAL)
+        flags = _flags(has_sources, two, policy is _LOCAL)
         yield (
             ServiceKey(address, port, protocol, scope),
             ServiceEntry(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),

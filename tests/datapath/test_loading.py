@@ -45,6 +45,26 @@ def test_programs_are_compiled_once_and_reused(pins: Path) -> None:
     assert [program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
 
 
+def test_programs_are_loaded_again_where_a_map_that_they_use_was_created_anew(pins: Path) -> None:
+    """An agent was killed while it pinned a map again that somebody had unpinned: its pin was gone already."""
+    modules = (SOCKETS, RECORDS)
+    opened = maps.open_or_create(pins, Capacity())
+    folder = loader.ensure_loaded(opened, OPTIONS, modules)
+    (opened.folder / "maps" / "frontend_generation").unlink()
+    opened.close()
+    again = maps.open_or_create(pins, Capacity())
+    assert loader.ensure_loaded(again, OPTIONS, modules) == folder
+    ours = {bpf.map_info(each.fd).id: name for name, each in again.maps.items()}
+    names = {hook.name for module in modules for hook in module.hooks}
+    assert {pin.name for pin in folder.iterdir()} == names
+    for pin in folder.iterdir():
+        with bpf.opened(pin) as fd:
+            used = bpf.prog_maps(fd)
+        assert used <= ours.keys(), pin.name
+        assert pin.name != "connect4" or "frontend_generation" in {ours[number] for number in used}
+    again.close()
+
+
 def _signal_again_and_again(process: int) -> None:
     for _ in range(30):
         os.kill(process, signal.SIGUSR1)

@@ -65,6 +65,17 @@ def test_programs_are_loaded_again_where_a_map_that_they_use_was_created_anew(pi
     again.close()
 
 
+def test_maps_of_xdp_are_there_only_with_xdp(pins: Path) -> None:
+    """With or without it, all others are reused: an agent with the other setting goes on with them."""
+    for xdp, adopted in ((False, False), (True, True), (False, True)):
+        opened = maps.open_or_create(pins, Capacity(), xdp=xdp)
+        assert opened.adopted == adopted
+        assert ("flow_hops" in opened.maps) == xdp
+        assert {pin.name for pin in (opened.folder / "maps").iterdir()} == opened.maps.keys()
+        loader.ensure_loaded(opened, msgspec.structs.replace(OPTIONS, forwards_at_xdp=xdp))
+        opened.close()
+
+
 def _signal_again_and_again(process: int) -> None:
     for _ in range(30):
         os.kill(process, signal.SIGUSR1)

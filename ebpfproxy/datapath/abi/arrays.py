@@ -27,6 +27,7 @@ _MASK, _SIGN = 0xFFFFFFFF, 0x80000000
 _LOWER_HALF = 0 if sys.byteorder == "little" else 4
 #: 32-bit words of both.
 _RANGE = _RANGES.size // 4
+_POLICIES, _selection_word = layout.POLICIES, layout.selection_word
 #: Base and count; (0, 0) if empty.
 Range = tuple[int, int]
 
@@ -268,7 +269,7 @@ class Selections:
             yield number, packed + slots[local * _SLOT : (local + local_count) * _SLOT]
 
     def set_range(self, service_id: int, policy: int, used: Range) -> None:
-        self._words[service_id * layout.POLICIES + policy] = layout.selection_word(*used)
+        self._words[service_id * _POLICIES + policy] = _selection_word(*used)
 
     def slots(self, used: Range) -> array[int]:
         """The words of a range."""

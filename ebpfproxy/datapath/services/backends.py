@@ -126,7 +126,7 @@ class Backends:
         packed = layout.pack_backends(backends, BackendState.ACTIVE)
         for records in (self._kept, self._records):
             records.write_new(numbers, packed)
-        self._filter.set_all(backend_hashes(backends))
+        self._filter.set_all(backend_hashes(packed))
         self._ports.set({each.port for each in backends})
         self._map.writes += len(backends)
 
@@ -153,6 +153,8 @@ class Backends:
     def drop_leftovers(self) -> None:
         """Retires those that were adopted and that no service port holds."""
         self._selected = NO_IDS
+        if 0 not in self._refs:
+            return
         for number in self.numbers():
             if not self._refs[number]:
                 self._retire(number)

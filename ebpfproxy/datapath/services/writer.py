@@ -255,7 +255,8 @@ class Writer:
         change.set_members(known, ids.members if port.affinity_seconds else plan.NO_MEMBERS)
         entries = plan.entries_of(port, known.id, self._host_sources.towards)
         change.set_entries(known, entries, self._frontends.get)
-        change.set_sources(known, frozenset(port.source_ranges or ()))
+        if port.source_ranges or known.sources:
+            change.set_sources(known, frozenset(port.source_ranges or ()))
 
     def _new_service(self, key: ServicePortKey, change: Change) -> int:
         may_be_old = self._is_adopted or self._service_ids.recycles
@@ -284,8 +285,10 @@ class Writer:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
         if before == after and inactive == known.inactive:
             return
-        change.remove(known, before, after, inactive, may_be_back=bool(self._removed_backends))
-        self._backends.hold(after - before, before - after, known.inactive, inactive)
+        may_be_back = bool(self._removed_backends)
+        if before or may_be_back:
+            change.remove(known, before, after, inactive, may_be_back=may_be_back)
+        self._backends.hold(after - before if before else after, before - after, known.inactive, inactive)
         known.inactive = inactive
 
     def _drop(self, key: ServicePortKey, change: Change) -> None:

@@ -158,7 +158,8 @@ class SharedArray(Map):
         self.stride = spec.value_size
         self._kept: mmap.mmap | None = None
         self._owned = self.stride
-        self._map(min(places or spec.max_entries, spec.max_entries))
+        self._step = min(places or spec.max_entries, spec.max_entries)
+        self._map(self._step)
 
     def _map(self, places: int) -> None:
         self.memory = mmap.mmap(self.fd, -(-places * self.stride // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -173,10 +174,9 @@ class SharedArray(Map):
         """
         if end <= self._places:
             return False
-        # Twice as many, since former and new memory count both until views of the former one are gone.
-        places = self._places
-        while places < end:
-            places *= 2
+        # Not much more: what is mapped counts as memory, in use or not. To map all of it again takes less
+        # than a millisecond.
+        places = -(-end // self._step) * self._step
         self._map(min(places, self.spec.max_entries))
         return True
 

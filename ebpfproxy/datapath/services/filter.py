@@ -15,8 +15,8 @@ from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 
 _WORDS = struct.Struct("=4I")
-#: Of the words of an address before the last.
-_FACTORS = (0x27D4EB2F, 0xC2B2AE35, 0x85EBCA6B)
+#: Factors of the words of an address, but for the last.
+_FACTORS = _FIRST, _SECOND, _THIRD = 0x27D4EB2F, 0xC2B2AE35, 0x85EBCA6B
 _GOLDEN = 0x9E3779B1
 _PORT_FACTOR = 0x165667B1
 _MASK = 0xFFFFFFFF
@@ -59,8 +59,8 @@ def backend_hashes(records: Sequence[bytes]) -> list[int]:
 
 
 def _fold(packed: bytes) -> int:
-    *words, last = _WORDS.unpack(packed)
-    return int(last + sum(word * factor for word, factor in zip(words, _FACTORS, strict=True)))
+    first, second, third, last = _WORDS.unpack(packed)
+    return int(last + third * _THIRD + second * _SECOND + first * _FIRST)
 
 
 class Bits:

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.services.selection_table import NO_SLOTS, SelectionTable
 from ebpfproxy.services.model import Algorithm, Backend, ServicePort
 
 ExhaustedError = IdsExhaustedError, RangesExhaustedError
-#: Of a service port that is new; nobody changes them.
+#: What a new service port has had before. Nobody changes it.
 _NO_WORDS = array("Q")
 _NOTHING, _NO_RANGES = (_NO_WORDS, _NO_WORDS), (NO_SLOTS, NO_SLOTS)
 

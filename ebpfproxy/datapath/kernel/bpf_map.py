@@ -147,8 +147,9 @@ class SharedArray(Map):
     what somebody else has stored for its own, and can tell it.
     """
 
-    def __init__(self, fd: int, spec: MapSpec, places: int | None = None) -> None:
-        """``places``: how many elements are mapped, until :meth:`reach` maps more; None: all.
+    def __init__(self, fd: int, spec: MapSpec, places: int | None = None, *, is_new: bool = False) -> None:
+        """``places``: how many elements are mapped, until :meth:`reach` maps more; None: all. ``is_new``:
+        nobody has written anything yet.
 
         What is mapped counts as memory of this process.
         """
@@ -157,6 +158,7 @@ class SharedArray(Map):
         assert spec.value_size % 8 == 0, spec.name
         self.stride = spec.value_size
         self._kept: mmap.mmap | None = None
+        self._is_new = is_new
         self._owned = self.stride
         self._step = min(places or spec.max_entries, spec.max_entries)
         self._map(self._step)
@@ -215,7 +217,8 @@ class SharedArray(Map):
             size = self._owned * self.spec.max_entries
             # Pages that are only read take no memory in a private mapping.
             self._kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for part in self._parts():
+            # To read the zeros of a new one takes longer than all else.
+            for part in () if self._is_new else self._parts():
                 now = self.owned(part)
                 if now.count(0) != len(now):
                     self._kept[part.start : part.stop] = now
@@ -303,8 +306,8 @@ class WindowedArray(Map):
         return sum(len(column) - column.count(0) for column in columns)
 
 
-def map_of(fd: int, spec: MapSpec, places: int | None = None) -> Map:
-    """``places``: of SharedArray."""
+def map_of(fd: int, spec: MapSpec, places: int | None = None, *, is_new: bool = False) -> Map:
+    """``places`` and ``is_new``: of SharedArray."""
     if spec.in_windows:
         return WindowedArray(fd, spec)
-    return SharedArray(fd, spec, places) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
+    return SharedArray(fd, spec, places, is_new=is_new) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)

@@ -70,11 +70,13 @@ def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSe
         if is_for_xdp and not xdp:
             path.unlink(missing_ok=True)
             continue
+        is_new = False
         try:
             fd = bpf.get_pinned(path)
         except BpfError as error:
             if error.errno != errno.ENOENT:
                 raise
+            is_new = True
             adopted &= is_for_xdp
             fd = bpf.map_create(
                 spec.kind,
@@ -85,7 +87,7 @@ def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSe
                 flags=spec.flags,
             )
             bpf.pin(fd, path)
-        maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name))
+        maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name), is_new=is_new)
     return MapSet(folder, maps, adopted=adopted)
 
 

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS, SWEEP, Module
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 from ebpfproxy.datapath.kernel.socket_fields import find_socket_fields
 from ebpfproxy.datapath.programs import bytecode, loader
@@ -36,8 +38,14 @@ OPTIONS = loader.Options(
 )
 
 
-def test_programs_are_compiled_once_and_reused(pins: Path) -> None:
-    opened = maps.open_or_create(pins, Capacity())
+@pytest.fixture
+def opened(pins: Path) -> Iterator[MapSet]:
+    made = maps.open_or_create(pins, Capacity())
+    yield made
+    made.close()
+
+
+def test_programs_are_compiled_once_and_reused(opened: MapSet) -> None:
     folder = loader.ensure_loaded(opened, OPTIONS)
     ids = [program_id(folder / hook.name) for hook in SOCKET_HOOKS]
     assert None not in ids
@@ -140,14 +148,11 @@ def test_every_source_compiles_without_warnings(module: Module) -> None:
 
 
 @pytest.mark.parametrize("chosen", CHOICES, ids="-".join)
-def test_every_option_set_loads(pins: Path, chosen: dict[str, Any]) -> None:
+def test_every_option_set_loads(opened: MapSet, chosen: dict[str, Any]) -> None:
     """The modules include those for devices without a link layer."""
     options = msgspec.structs.replace(OPTIONS, **chosen)
-    opened = maps.open_or_create(pins, Capacity())
     home = loader.ensure_loaded(opened, options, MODULES)
     verified = {path.name: verified_instructions(path) for path in home.iterdir()}
-    # A small machine has no room for the maps of all these tests.
-    opened.close()
     assert {name: count for name, count in verified.items() if count > MOST_VERIFIED} == {}
 
 
@@ -161,14 +166,13 @@ def changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str,
 
 
 def test_verifier_log_with_program_and_kernel_is_reported(
-    pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    opened: MapSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A program that the verifier rejects leaves no pin, nor do those that are loaded beside it."""
     begin = "int recvmsg4(struct bpf_sock_addr *ctx)\n{"
     # Every kernel rejects this access; a wrong return value may be pruned as equal to a verified path before Linux 6.8.
     beyond = "if (ctx->user_port)\n\t\treturn *(volatile int *)((char *)ctx + 4096);"
     changed_source(tmp_path, monkeypatch, begin, f"{begin}\n\t{beyond}")
-    opened = maps.open_or_create(pins, Capacity())
     with pytest.raises(loader.LoadError) as error:
         loader.ensure_loaded(opened, OPTIONS, (SOCKETS, RECORDS, SWEEP))
     lines = str(error.value).splitlines()
@@ -178,9 +182,10 @@ def test_verifier_log_with_program_and_kernel_is_reported(
     assert list(opened.folder.glob("progs-*")) == []
 
 
-def test_compiler_messages_are_reported(pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiler_messages_are_reported(
+    opened: MapSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     changed_source(tmp_path, monkeypatch, "int recvmsg4(struct bpf_sock_addr *ctx)", "foo recvmsg4(void)")
-    opened = maps.open_or_create(pins, Capacity())
     with pytest.raises(loader.LoadError) as error:
         loader.ensure_loaded(opened, OPTIONS, (SOCKETS,))
     lines = str(error.value).splitlines()

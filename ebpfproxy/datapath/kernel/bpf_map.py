@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.schema import MapSpec
@@ -276,6 +277,9 @@ class SharedArray(Map):
 
     def close(self) -> None:
         self.bytes.release()
+        # The mapping is a descriptor of its own. Where a view of it is left, it goes with that.
+        with suppress(BufferError):
+            self.memory.close()
         super().close()
 
 

@@ -123,6 +123,16 @@ class BitFilter:
         if not count:
             self._bits.set((number,))
 
+    def add_all(self, numbers: Iterable[int]) -> None:
+        """The same for many: those that are new get their bits together."""
+        wanted, new = self._wanted, []
+        for number in numbers:
+            count = wanted.get(number, 0)
+            wanted[number] = count + 1
+            if not count:
+                new.append(number)
+        self._bits.set_all(new)
+
     def remove(self, number: int) -> None:
         """Undoes one :meth:`add`."""
         self._wanted[number] -= 1

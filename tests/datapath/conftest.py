@@ -62,14 +62,15 @@ def _open_maps() -> int:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_maps_are_left_open() -> Iterator[None]:
+def no_maps_are_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
     """A worker runs many modules, and each open map is memory of the kernel, with or without a pin."""
     before = _open_maps()
     yield
     if _open_maps() > before:
         # An array that is mapped is open until nothing refers to its memory any more.
         gc.collect()
-    assert _open_maps() <= before
+    # The report of a test that failed refers to what it had.
+    assert request.session.testsfailed or _open_maps() <= before
 
 
 @pytest.fixture

@@ -68,11 +68,6 @@ class BackendRecords:
         """The state of a backend: a value of BackendState."""
         return self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET]
 
-    def inactive(self, numbers: Iterable[int]) -> list[int]:
-        """Those of these ids whose state is another than ACTIVE, which is 0."""
-        memory, stride, offset = self._memory, self._stride, layout.BACKEND_STATE_OFFSET
-        return [number for number in numbers if memory[number * stride + offset]]
-
     def set_state(self, number: int, state: BackendState) -> None:
         self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET] = state
 

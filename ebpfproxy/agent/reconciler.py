@@ -39,6 +39,7 @@ from ebpfproxy.agent.status_record import HEARTBEAT, Parts, Status
 from ebpfproxy.agent.succession import Predecessor, Successors
 from ebpfproxy.agent.telemetry import Telemetry
 from ebpfproxy.agent.tracing import TracingFollower
+from ebpfproxy.config.datapath import Xdp
 from ebpfproxy.config.file_watch import watch_file
 from ebpfproxy.datapath.flows.map_migration import copy_drain_requests
 from ebpfproxy.datapath.kernel import maps, probe, roots
@@ -215,7 +216,7 @@ class Agent:
         """Opens the maps, and creates the parts that need them."""
         options = self._options
         pins = roots.pin_folder(options.bpf_root)
-        self._maps = maps.open_or_create(pins, options.capacity)
+        self._maps = maps.open_or_create(pins, options.capacity, xdp=options.xdp is not Xdp.NONE)
         grace = Grace()
         self._writer = Writer(
             self._maps,

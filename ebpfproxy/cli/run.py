@@ -22,7 +22,7 @@ from ebpfproxy.config.node_port_addresses import NodePortAddressesError
 from ebpfproxy.config.write import configz, to_yaml
 from ebpfproxy.kube.errors import ConfigError, ManifestError
 from ebpfproxy.logs import get_logger
-from ebpfproxy.node.host import set_conntrack, set_oom_score_adj
+from ebpfproxy.node.host import set_conntrack, set_oom_score_adj, share_heap
 from ebpfproxy.node.identity import NodeNameError
 from ebpfproxy.operator.migrate.node.node_handover import NodeHandover
 
@@ -92,6 +92,7 @@ def command(
         write_config_to.write_text(to_yaml(used))
         echo(f"configuration written to {write_config_to}")
         return
+    share_heap()
     logs.configure(used.kube_proxy.logging.format, used.kube_proxy.logging.verbosity)
     try:
         with one_line():

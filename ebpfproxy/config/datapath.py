@@ -27,7 +27,7 @@ class Capacity(msgspec.Struct, frozen=True):
     #: Open unconnected UDP sockets that have sent to a Service; memory as for ``connected``.
     unconnected: int = 1 << 18
     #: Conntrack entries: two per flow, four if it is masqueraded. 180 bytes each, allocated in advance;
-    #: an eighth as many, at most 2,097,152, have a copy of 194 bytes.
+    #: an eighth as many, at most 2,097,152, have a copy of 130 bytes, with XDP 194.
     conntrack: int = 1 << 19
     #: Prefixes of all loadBalancerSourceRanges.
     source_ranges: int = 1 << 18

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ebpfproxy.config.documents import join
+from ebpfproxy.config.documents import fields_of, join
 
 
 class Flag:
@@ -65,7 +65,7 @@ class Option(msgspec.Struct, frozen=True):
 
 def options_of(document: msgspec.Struct, path: str = "", *, is_ignored: bool = False) -> Iterator[Option]:
     """The settings of a document and their values, sections resolved, in the order of the struct."""
-    for field in msgspec.structs.fields(document):
+    for field in fields_of(type(document)).values():
         if field.name in _KINDS:
             continue
         here, value = join(path, field.encode_name), getattr(document, field.name)

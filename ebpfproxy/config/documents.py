@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import yaml
+from msgspec.structs import FieldInfo
 
 from ebpfproxy import yaml_text
 from ebpfproxy.config.durations import Duration, parse_duration
@@ -114,7 +116,7 @@ def _convert_struct(
     if not isinstance(value, dict):
         problems.append(Problem("", path, f"Expected `object`, got `{type(value).__name__}`"))
         return struct()
-    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    fields = fields_of(struct)
     found: dict[str, Any] = {}
     for key, each in value.items():
         field = fields.get(key)
@@ -127,6 +129,12 @@ def _convert_struct(
             if len(problems) == before or isinstance(converted, msgspec.Struct | tuple):
                 found[field.name] = converted
     return struct(**found)
+
+
+@functools.cache
+def fields_of(struct: type[msgspec.Struct]) -> Mapping[str, FieldInfo]:
+    """The fields by their names in a file. msgspec evaluates a struct's annotations whenever it is asked."""
+    return {field.encode_name: field for field in msgspec.structs.fields(struct)}
 
 
 def _struct_of(kind: Any) -> type[msgspec.Struct] | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from ebpfproxy.config.declarations import Option, options_of
-from ebpfproxy.config.documents import Problem, Quantity, bare, convert
+from ebpfproxy.config.documents import Problem, Quantity, bare, convert, fields_of
 from ebpfproxy.config.durations import Duration, seconds
 from ebpfproxy.config.kube_proxy import (
     DEFAULTS,
@@ -188,13 +188,13 @@ def _split(text: str) -> list[str]:
 
 def _type_at(struct: type[msgspec.Struct], path: str) -> Any:
     name, dot, rest = path.partition(".")
-    (found,) = (field for field in msgspec.structs.fields(struct) if field.encode_name == name)
+    found = fields_of(struct)[name]
     return _type_at(bare(found.type), rest) if dot else found.type
 
 
 def _set(struct: S, path: str, value: object) -> S:
     name, dot, rest = path.partition(".")
-    (field,) = (each for each in msgspec.structs.fields(struct) if each.encode_name == name)
+    field = fields_of(type(struct))[name]
     if dot:
         value = _set(getattr(struct, field.name), rest, value)
     return msgspec.structs.replace(struct, **{field.name: value})

@@ -17,7 +17,7 @@ from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import layout, socket_layout, uapi
 from ebpfproxy.datapath.abi.arrays import backend_ids
 from ebpfproxy.datapath.abi.layout import Scope, ServiceFlags
-from ebpfproxy.datapath.abi.schema import map_specs
+from ebpfproxy.datapath.abi.schema import XDP_MAPS, map_specs
 from ebpfproxy.datapath.kernel.bpf_map import WindowedArray
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 from ebpfproxy.datapath.kernel.roots import pin_folder
@@ -122,7 +122,7 @@ def open_maps(bpf_root: Path) -> MapSet:
 
     folder = max(versions, key=preference)
     maps = open_pinned(folder)
-    if maps.maps.keys() != {spec.name for spec in map_specs(Capacity())}:
+    if maps.maps.keys() | XDP_MAPS != {spec.name for spec in map_specs(Capacity())}:
         maps.close()
         raise NothingPinnedError(f"{folder} is of another version of ebpfproxy, whose own commands read it")
     return maps

@@ -21,7 +21,8 @@ class Claim(NamedTuple):
 
 
 def claim_of(frontend: Frontend) -> Claim:
-    return Claim(frontend.address, frontend.port, frontend.protocol)
+    # Its own three fields are the middle ones of a frontend.
+    return tuple.__new__(Claim, frontend[1:4])
 
 
 class Claims:
@@ -38,6 +39,10 @@ class Claims:
     def owner(self, claim: Claim) -> ObjectKey | None:
         claimants = self._claimants.get(claim)
         return _service(claimants[0]) if claimants else None
+
+    def is_owner(self, service: ObjectKey, claim: Claim) -> bool:
+        claimants = self._claimants.get(claim)
+        return claimants is not None and claimants[0][1:] == service
 
     def replace(self, old_age: Age, old: Set[Claim], age: Age, new: Set[Claim]) -> set[ObjectKey]:
         """A Service's claims are ``new`` ones now; it may have been made again with another age.

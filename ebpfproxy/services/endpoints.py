@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -12,6 +12,7 @@ from ebpfproxy.kube.objects import (
     Endpoint,
     EndpointConditions,
     EndpointHints,
+    EndpointPort,
     EndpointSlice,
     ObjectKey,
     Resource,
@@ -25,6 +26,7 @@ from ebpfproxy.services.values import (
     parse_address,
     parse_protocol,
     unusable_address,
+    usual_addresses,
     valid_port,
 )
 
@@ -104,28 +106,28 @@ def endpoints_of(piece: EndpointSlice, node_name: str) -> SliceEndpoints:
     if family is None:
         warnings.add("addressType", f"{piece.address_type!r} is neither IPv4 nor IPv6, the slice is not used")
         return SliceEndpoints(service, None, (), (), (), tuple(warnings.found))
-    ports = _shared_ports(tuple(_ports(piece, warnings)))
-    addresses: list[bytes] = []
-    traits: list[Traits] = []
-    pods: list[str] = []
-    for endpoint, address in _usable(piece, family, warnings):
-        addresses.append(address)
-        traits.append(
-            _traits_of(
-                endpoint.conditions,
-                endpoint.hints,
-                endpoint.node_name or "",
-                endpoint.zone or "",
-                endpoint.node_name == node_name,
-            )
-        )
-        pods.append(_pod_of(endpoint.target_ref))
+    ports, problems = _ports_of(piece.ports or ())
+    for field, message in problems:
+        warnings.add(field, message)
+    endpoints, addresses = _usable(piece, family, warnings)
+    pods = [_pod_of(target) if (target := endpoint.target_ref) else "" for endpoint in endpoints]
     return SliceEndpoints(
         service,
         family,
         ports,
         tuple(addresses),
-        tuple(traits),
+        tuple(
+            [
+                _traits_of(
+                    endpoint.conditions,
+                    endpoint.hints,
+                    endpoint.node_name or "",
+                    endpoint.zone or "",
+                    endpoint.node_name == node_name,
+                )
+                for endpoint in endpoints
+            ]
+        ),
         tuple(warnings.found),
         "\n".join(pods) if any(pods) else "",
         piece.metadata.annotations.trigger_time if piece.metadata.annotations else None,
@@ -141,23 +143,47 @@ class _Warnings:
         self.found.append(Warning(Resource.ENDPOINTSLICES, key_of(self._piece), field, message))
 
 
-def _ports(piece: EndpointSlice, warnings: _Warnings) -> Iterator[SlicePort]:
-    for i, port in enumerate(piece.ports or ()):
+@functools.lru_cache(maxsize=8192)
+def _ports_of(
+    given: tuple[EndpointPort, ...],
+) -> tuple[tuple[SlicePort, ...], tuple[tuple[str, str], ...]]:
+    """The ports that can be used, and for each of the others its field with what is wrong.
+
+    The cache gives one object to all slices with the same ports, which thousands have.
+    """
+    ports: list[SlicePort] = []
+    problems: list[tuple[str, str]] = []
+    for i, port in enumerate(given):
         if port.port is None:
             continue
         protocol = parse_protocol(port.protocol)
         if protocol is None:
-            warnings.add(f"ports[{i}].protocol", f"unknown protocol {port.protocol!r}")
+            problems.append((f"ports[{i}].protocol", f"unknown protocol {port.protocol!r}"))
         elif not valid_port(port.port):
-            warnings.add(f"ports[{i}].port", f"{port.port} is not in 1 to 65535")
+            problems.append((f"ports[{i}].port", f"{port.port} is not in 1 to 65535"))
         else:
-            yield SlicePort(port.name or "", protocol, port.port)
+            ports.append(SlicePort(port.name or "", protocol, port.port))
+    return tuple(ports), tuple(problems)
 
 
-def _usable(piece: EndpointSlice, family: Family, warnings: _Warnings) -> Iterator[tuple[Endpoint, bytes]]:
-    """The endpoints that can be backends, each with its address."""
+def _usable(
+    piece: EndpointSlice, family: Family, warnings: _Warnings
+) -> tuple[Sequence[Endpoint], Sequence[bytes]]:
+    """The endpoints that can be backends, and their addresses."""
+    endpoints = piece.endpoints or ()
+    texts = [endpoint.addresses[0] for endpoint in endpoints if endpoint.addresses]
+    if len(texts) == len(endpoints) and (found := usual_addresses(texts, family)) is not None:
+        return endpoints, found
+    checked = list(_checked(endpoints, family, warnings))
+    return [endpoint for endpoint, _ in checked], [address for _, address in checked]
+
+
+def _checked(
+    endpoints: Sequence[Endpoint], family: Family, warnings: _Warnings
+) -> Iterator[tuple[Endpoint, bytes]]:
+    """The same, one by one, with a warning about each of the others."""
     size = 4 if family is Family.IPV4 else 16
-    for i, endpoint in enumerate(piece.endpoints or ()):
+    for i, endpoint in enumerate(endpoints):
         if not endpoint.addresses:
             warnings.add(f"endpoints[{i}].addresses", "is empty")
             continue
@@ -173,11 +199,9 @@ def _usable(piece: EndpointSlice, family: Family, warnings: _Warnings) -> Iterat
         yield endpoint, address
 
 
-def _pod_of(target: TargetRef | None) -> str:
+def _pod_of(target: TargetRef) -> str:
     """The API server checks no such name: one that no pod can have is none."""
-    if target is None or target.kind != "Pod" or not target.name.isprintable():
-        return ""
-    return target.name
+    return target.name if target.kind == "Pod" and target.name.isprintable() else ""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -209,12 +233,6 @@ _NO_CONDITIONS = EndpointConditions()
 def _shared(traits: Traits) -> Traits:
     """One object for all that are equal."""
     return traits
-
-
-@functools.lru_cache(maxsize=8192)
-def _shared_ports(ports: tuple[SlicePort, ...]) -> tuple[SlicePort, ...]:
-    """One object for all that are equal."""
-    return ports
 
 
 def merge(one: Traits, other: Traits) -> Traits:

@@ -38,7 +38,11 @@ from ebpfproxy.services.values import (
 DEFAULT_AFFINITY_SECONDS = 10800
 MAX_AFFINITY_SECONDS = 86400
 
-_ANY = {Family.IPV4: bytes(4), Family.IPV6: bytes(16)}
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_CLUSTER, _LOCAL = Policy
+_IPV4, _IPV6 = Family
+_CLUSTER_IP, _EXTERNAL_IP, _LOAD_BALANCER, _NODE_PORT = FrontendKind
+_ANY = {_IPV4: bytes(4), _IPV6: bytes(16)}
 _OPEN_TO_ALL: Mapping[Family, tuple[Prefix, ...] | None] = dict.fromkeys(Family)
 
 
@@ -125,7 +129,13 @@ class _Reader:
         internal = self._policy("internalTrafficPolicy", spec.internal_traffic_policy)
         external = self._policy("externalTrafficPolicy", spec.external_traffic_policy)
         addresses = list(self._addresses(cluster_ips, internal, external))
-        families = sorted({_family(address) for kind, address, *_ in addresses if not kind})
+        families = sorted({_family(each[1]) for each in addresses if each[0] is _CLUSTER_IP})
+        # An address that is there twice is of the kind that comes first.
+        unique = {each[1]: each for each in reversed(addresses)}
+        by_family = {
+            family: [each for each in reversed(unique.values()) if _family(each[1]) is family]
+            for family in families
+        }
         affinity = self._affinity_seconds()
         algorithm, weights = self._algorithm(), self._weights()
         ranges = self._source_ranges()
@@ -133,20 +143,20 @@ class _Reader:
         ports: list[PortFrontends] = []
         for port, protocol in self._ports():
             for family in families:
-                frontends = {
-                    address: Frontend(kind, address, port.port, protocol, inside, outside)
-                    for kind, address, inside, outside in reversed(addresses)
-                    if _family(address) == family
-                }
-                found = tuple(reversed(frontends.values()))
+                found = tuple(
+                    [
+                        Frontend(kind, address, port.port, protocol, inside, outside)
+                        for kind, address, inside, outside in by_family[family]
+                    ]
+                )
                 if port.node_port and spec.type != "ClusterIP":
                     found += (
                         Frontend(
-                            FrontendKind.NODE_PORT,
+                            _NODE_PORT,
                             _ANY[family],
                             port.node_port,
                             protocol,
-                            Policy.CLUSTER,
+                            _CLUSTER,
                             external,
                         ),
                     )
@@ -178,7 +188,7 @@ class _Reader:
 
     def _health_port(self, external: Policy) -> int:
         spec = self._service.spec
-        if spec.type != "LoadBalancer" or external is not Policy.LOCAL or not spec.health_check_node_port:
+        if spec.type != "LoadBalancer" or external is not _LOCAL or not spec.health_check_node_port:
             return 0
         if not valid_port(spec.health_check_node_port):
             self._warn("spec.healthCheckNodePort", f"{spec.health_check_node_port} is not in 1 to 65535")
@@ -207,7 +217,7 @@ class _Reader:
     def _policy(self, field: str, value: str | None) -> Policy:
         if value not in (None, "", "Cluster", "Local"):
             self._warn(f"spec.{field}", f"unknown policy {value!r}, Cluster is used")
-        return Policy.LOCAL if value == "Local" else Policy.CLUSTER
+        return _LOCAL if value == "Local" else _CLUSTER
 
     def _affinity_seconds(self) -> int:
         """The time-out of session affinity; 0 without it."""
@@ -239,13 +249,13 @@ class _Reader:
             address = self._address(f"spec.clusterIPs[{i}]", text)
             if address is not None:
                 families.add(_family(address))
-                yield FrontendKind.CLUSTER_IP, address, internal, internal
+                yield _CLUSTER_IP, address, internal, internal
         if spec.external_ips and not self._external_ips:
             self._warn("spec.externalIPs", "not used: external IPs are switched off")
         for i, text in enumerate((spec.external_ips or ()) if self._external_ips else ()):
             address = self._address(f"spec.externalIPs[{i}]", text)
             if address is not None and _family(address) in families:
-                yield FrontendKind.EXTERNAL_IP, address, Policy.CLUSTER, external
+                yield _EXTERNAL_IP, address, _CLUSTER, external
         balancer = status.load_balancer if status is not None else None
         if spec.type != "LoadBalancer" or balancer is None:
             return
@@ -254,7 +264,7 @@ class _Reader:
                 continue
             address = self._address(f"status.loadBalancer.ingress[{i}].ip", ingress.ip)
             if address is not None and _family(address) in families:
-                yield FrontendKind.LOAD_BALANCER, address, Policy.CLUSTER, external
+                yield _LOAD_BALANCER, address, _CLUSTER, external
 
     def _address(self, field: str, text: str) -> bytes | None:
         address = parse_address(text)
@@ -308,4 +318,4 @@ def _unusable_node_port(number: int, protocol: Protocol, taken: Set[tuple[int, P
 
 
 def _family(address: bytes) -> Family:
-    return Family.IPV4 if len(address) == 4 else Family.IPV6
+    return _IPV4 if len(address) == 4 else _IPV6

@@ -34,6 +34,8 @@ class Usable(NamedTuple):
 
 
 _NONE = frozenset[Backend]()
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_READY, _NODE_HINTS, _ZONE_HINTS, _TERMINATING = Basis
 
 
 def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: str | None) -> Usable:
@@ -62,15 +64,15 @@ def usable_endpoints(endpoints: Mapping[Backend, Traits], node_name: str, zone: 
     if len(ready) < len(endpoints):
         leaving = [item for item in endpoints.items() if item[1].draining]
         idle = _sorted(backend for backend, c in endpoints.items() if not c.ready and not c.draining)
-    cluster_basis = local_basis = Basis.READY
+    cluster_basis = local_basis = _READY
     if ready:
         chosen, cluster_basis = _by_hints(ready, node_name, zone)
         cluster = _sorted(chosen)
     else:
-        cluster, cluster_basis = _sorted(backend for backend, _ in leaving), Basis.TERMINATING
+        cluster, cluster_basis = _sorted(backend for backend, _ in leaving), _TERMINATING
     local = _sorted([backend for backend, c in ready if c.local])
     if not local:
-        local, local_basis = _sorted([backend for backend, c in leaving if c.local]), Basis.TERMINATING
+        local, local_basis = _sorted([backend for backend, c in leaving if c.local]), _TERMINATING
     local = cluster if local == cluster else local
     if not leaving:
         return Usable(cluster, local, (), _NONE, idle, cluster_basis, local_basis)
@@ -94,26 +96,28 @@ class Unused(enum.StrEnum):
     UNKNOWN_ZONE = "this node has no zone"
 
 
+_NOT_ALL, _NOT_HERE, _UNKNOWN_ZONE = Unused
 _Endpoints = Sequence[tuple[Backend, Traits]]
 _Hints = Callable[[Traits], tuple[str, ...]]
 _NODES, _ZONES = attrgetter("nodes"), attrgetter("zones")
 
 
 def _by_hints(ready: _Endpoints, node_name: str, zone: str | None) -> tuple[Iterable[Backend], Basis]:
-    for basis, hints, own in ((Basis.NODE_HINTS, _NODES, node_name), (Basis.ZONE_HINTS, _ZONES, zone)):
+    for basis, hints, own in ((_NODE_HINTS, _NODES, node_name), (_ZONE_HINTS, _ZONES, zone)):
         here = _named(ready, hints, own)
         if not isinstance(here, Unused):
             return here, basis
-    return [backend for backend, _ in ready], Basis.READY
+    return [backend for backend, _ in ready], _READY
 
 
 def _named(ready: _Endpoints, hints: _Hints, own: str | None) -> list[Backend] | Unused:
     """The endpoints whose hints name ``own``, the node or its zone, else why the hints are not followed."""
     if not own:
-        return Unused.UNKNOWN_ZONE
-    if not all(hints(c) for _, c in ready):
-        return Unused.NOT_ALL
-    return [backend for backend, c in ready if own in hints(c)] or Unused.NOT_HERE
+        return _UNKNOWN_ZONE
+    # Mostly nobody has any.
+    if not hints(ready[0][1]) or not all(hints(c) for _, c in ready):
+        return _NOT_ALL
+    return [backend for backend, c in ready if own in hints(c)] or _NOT_HERE
 
 
 def unused_hints(

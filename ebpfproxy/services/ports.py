@@ -94,8 +94,14 @@ def endpoints_of_port(port: PortFrontends, slices: Iterable[SliceEndpoints]) -> 
             if slice_port.name != name or slice_port.protocol is not protocol:
                 continue
             number = slice_port.port
-            for address, traits in zip(piece.addresses, piece.traits, strict=True):
-                backend = Backend(address, number, protocol)
+            backends = [Backend(address, number, protocol) for address in piece.addresses]
+            if not found:
+                # Nearly always all there is: one slice, and each address once.
+                found = dict(zip(backends, piece.traits, strict=True))
+                if len(found) == len(backends):
+                    continue
+                found = {}
+            for backend, traits in zip(backends, piece.traits, strict=True):
                 known = found.setdefault(backend, traits)
                 if known is not traits:
                     found[backend] = merge(known, traits)

@@ -335,8 +335,8 @@ class Tracker:
         return self._slices.has_endpoint(address, port)
 
     def _owns(self, key: ObjectKey, frontend: Frontend, conflicts: list[Warning]) -> bool:
-        owner = self._claims.owner(claim_of(frontend))
-        if owner == key:
+        claim = claim_of(frontend)
+        if self._claims.is_owner(key, claim):
             return True
         where = format_endpoint(frontend.address, frontend.port)
         conflicts.append(
@@ -344,7 +344,7 @@ class Tracker:
                 Resource.SERVICES,
                 key,
                 str(frontend.kind),
-                f"{where}/{frontend.protocol.name} already belongs to {owner}",
+                f"{where}/{frontend.protocol.name} already belongs to {self._claims.owner(claim)}",
             )
         )
         return False

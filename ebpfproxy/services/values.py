@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterable
 from datetime import datetime
+from socket import inet_pton
 
 import msgspec
 
 from ebpfproxy.kube.objects import ObjectKey, Resource
-from ebpfproxy.services.model import Prefix, Protocol
+from ebpfproxy.services.model import Family, Prefix, Protocol
 
 #: Longest name of a Service, a namespace or a port: a DNS label (RFC 1123).
 MAX_NAME = 63
@@ -48,13 +50,27 @@ def parse_address(text: str, *, strict: bool = False) -> bytes | None:
     IPv6 among it: it would name one address in two families.
     """
     try:
-        packed = socket.inet_pton(_IPV6 if ":" in text else _IPV4, text)
+        packed = inet_pton(_IPV6 if ":" in text else _IPV4, text)
     except (OSError, ValueError):
         plain = _LEADING_ZEROS.sub("", text)
         if strict or plain == text:
             return None
         return parse_address(plain)
     return None if packed.startswith(_MAPPED) else packed
+
+
+def usual_addresses(texts: Iterable[str], family: Family) -> list[bytes] | None:
+    """Packed bytes of all these addresses; None where one of them needs a closer look.
+
+    That is one for which inet_pton(3) is not all that :func:`parse_address` does, or that
+    :func:`unusable_address` may have a word about.
+    """
+    kind = _IPV4 if family is Family.IPV4 else _IPV6
+    try:
+        found = [inet_pton(kind, text) for text in texts]
+    except (OSError, ValueError):
+        return None
+    return found if _UNUSUAL.isdisjoint([address[0] for address in found]) else None
 
 
 def parse_prefix(text: str) -> Prefix | None:
@@ -119,6 +135,8 @@ def unusable_name(name: str) -> str | None:
 
     Metrics and maps show it to people: a terminal must not obey it.
     """
+    if len(name) <= MAX_NAME and name.isascii() and name.isprintable():
+        return None
     if not name.isprintable():
         return "has characters that cannot be printed"
     return f"is longer than {MAX_NAME} bytes" if len(name.encode()) > MAX_NAME else None

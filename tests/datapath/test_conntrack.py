@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Bench:
         self.maps = opened
         self.now = 1_000_000 * S
         programs = loader.ensure_loaded(opened, options, (SWEEP,))
-        self.sweeper = Sweeper(opened, Timeouts(), programs, clock=lambda: self.now)
+        # Without a cycle, in which maps would stay open until it is collected.
+        itself = weakref.proxy(self)
+        self.sweeper = Sweeper(opened, Timeouts(), programs, clock=lambda: itself.now)
 
     def add(self, flow: Flow, nat: Nat) -> tuple[bytes, bytes]:
         """Inserts an entry and returns its key and value."""

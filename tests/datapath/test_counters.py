@@ -94,14 +94,13 @@ def test_counts_of_all_cpus_are_added(opened: MapSet, cpus: int) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("cpus", [2, 16, 128, 8192])
 def test_programs_count_in_the_row_of_their_cpu(
-    pins: Path, monkeypatch: pytest.MonkeyPatch, cpus: int
+    own_bench: Bench, monkeypatch: pytest.MonkeyPatch, cpus: int
 ) -> None:
     """The program believes that the machine has ``cpus`` possible CPUs."""
-    bench = Bench(pins)
-    bench.writer.apply([port("a", [1])], complete=True)
-    assert bench.maps is not None
+    own_bench.writer.apply([port("a", [1])], complete=True)
+    assert own_bench.maps is not None
     monkeypatch.setattr(bpf, "possible_cpus", lambda: cpus)
-    folder = loader.ensure_loaded(bench.maps, OPTIONS, (PACKETS,))
+    folder = loader.ensure_loaded(own_bench.maps, OPTIONS, (PACKETS,))
     monkeypatch.undo()
     program = bpf.get_pinned(folder / "from_device")
     allowed = os.sched_getaffinity(0)
@@ -115,11 +114,12 @@ def test_programs_count_in_the_row_of_their_cpu(
         os.close(program)
     wanted = Counter(row_of(cpu, cpus) for cpu in allowed)
     services = SMALL.services
-    values = (bench.maps["service_choices"].lookup(U32.pack(row * services)) for row in range(CHOICE_ROWS))
+    values = (
+        own_bench.maps["service_choices"].lookup(U32.pack(row * services)) for row in range(CHOICE_ROWS)
+    )
     assert [U64.unpack(value or b"")[0] for value in values] == [wanted[row] for row in range(CHOICE_ROWS)]
-    assert list(ServiceCounts(bench.maps).read([0])) == [(0, (len(allowed), 0, 0))]
-    assert bench.maps.loads()[0].chosen == len(allowed)
-    bench.close_maps()
+    assert list(ServiceCounts(own_bench.maps).read([0])) == [(0, (len(allowed), 0, 0))]
+    assert own_bench.maps.loads()[0].chosen == len(allowed)
 
 
 @pytest.mark.root

@@ -97,6 +97,8 @@ def drifting(bench: Bench) -> Iterator[Drifting]:
     made = Drifting(bench)
     made.filled()
     yield made
+    # They refer to the arrays' memory.
+    del made.maps, made.packets, made.clients, made.checker
     bench.empty()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,8 +25,10 @@ class Waiting:
         assert bench.maps is not None
         self.now = 100.0
         self.bench = bench
+        # Without a cycle, in which maps would stay open until it is collected.
+        itself = weakref.proxy(self)
         self.writer = Writer(
-            bench.maps, bench.grace.wait, maglev_size=TABLE, absence=WAIT, clock=lambda: self.now
+            bench.maps, bench.grace.wait, maglev_size=TABLE, absence=WAIT, clock=lambda: itself.now
         )
 
     def apply(self, *ports: ServicePort) -> list[str]:
@@ -63,8 +66,11 @@ class Waiting:
 
 
 @pytest.fixture
-def waiting(bench: Bench) -> Waiting:
-    return Waiting(bench)
+def waiting(bench: Bench) -> Iterator[Waiting]:
+    made = Waiting(bench)
+    yield made
+    # It refers to the arrays' memory.
+    del made.writer
 
 
 OTHERS = list(range(20, 33))

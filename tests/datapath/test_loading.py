@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.hooks import MODULES, RECORDS, SOCKET_HOOKS, SOCKETS, SWEEP, Module
 from ebpfproxy.datapath.kernel import bpf, maps, probe
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.roots import Lock, RootError, check_cgroup, ensure_bpffs, is_locked
 from ebpfproxy.datapath.kernel.socket_fields import find_socket_fields
 from ebpfproxy.datapath.programs import bytecode, loader
@@ -36,13 +38,50 @@ OPTIONS = loader.Options(
 )
 
 
-def test_programs_are_compiled_once_and_reused(pins: Path) -> None:
-    opened = maps.open_or_create(pins, Capacity())
+@pytest.fixture
+def opened(pins: Path) -> Iterator[MapSet]:
+    made = maps.open_or_create(pins, Capacity())
+    yield made
+    made.close()
+
+
+def test_programs_are_compiled_once_and_reused(opened: MapSet) -> None:
     folder = loader.ensure_loaded(opened, OPTIONS)
     ids = [program_id(folder / hook.name) for hook in SOCKET_HOOKS]
     assert None not in ids
     assert loader.ensure_loaded(opened, OPTIONS) == folder
     assert [program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
+
+
+def test_programs_are_loaded_again_where_a_map_that_they_use_was_created_anew(pins: Path) -> None:
+    """An agent was killed while it pinned a map again that somebody had unpinned: its pin was gone already."""
+    modules = (SOCKETS, RECORDS)
+    opened = maps.open_or_create(pins, Capacity())
+    folder = loader.ensure_loaded(opened, OPTIONS, modules)
+    (opened.folder / "maps" / "frontend_generation").unlink()
+    opened.close()
+    again = maps.open_or_create(pins, Capacity())
+    assert loader.ensure_loaded(again, OPTIONS, modules) == folder
+    ours = {bpf.map_info(each.fd).id: name for name, each in again.maps.items()}
+    names = {hook.name for module in modules for hook in module.hooks}
+    assert {pin.name for pin in folder.iterdir()} == names
+    for pin in folder.iterdir():
+        with bpf.opened(pin) as fd:
+            used = bpf.prog_maps(fd)
+        assert used <= ours.keys(), pin.name
+        assert pin.name != "connect4" or "frontend_generation" in {ours[number] for number in used}
+    again.close()
+
+
+def test_maps_of_xdp_are_there_only_with_xdp(pins: Path) -> None:
+    """With or without it, all others are reused: an agent with the other setting goes on with them."""
+    for xdp, adopted in ((False, False), (True, True), (False, True)):
+        opened = maps.open_or_create(pins, Capacity(), xdp=xdp)
+        assert opened.adopted == adopted
+        assert ("flow_hops" in opened.maps) == xdp
+        assert {pin.name for pin in (opened.folder / "maps").iterdir()} == opened.maps.keys()
+        loader.ensure_loaded(opened, msgspec.structs.replace(OPTIONS, forwards_at_xdp=xdp))
+        opened.close()
 
 
 def _signal_again_and_again(process: int) -> None:
@@ -109,14 +148,11 @@ def test_every_source_compiles_without_warnings(module: Module) -> None:
 
 
 @pytest.mark.parametrize("chosen", CHOICES, ids="-".join)
-def test_every_option_set_loads(pins: Path, chosen: dict[str, Any]) -> None:
+def test_every_option_set_loads(opened: MapSet, chosen: dict[str, Any]) -> None:
     """The modules include those for devices without a link layer."""
     options = msgspec.structs.replace(OPTIONS, **chosen)
-    opened = maps.open_or_create(pins, Capacity())
     home = loader.ensure_loaded(opened, options, MODULES)
     verified = {path.name: verified_instructions(path) for path in home.iterdir()}
-    # A small machine has no room for the maps of all these tests.
-    opened.close()
     assert {name: count for name, count in verified.items() if count > MOST_VERIFIED} == {}
 
 
@@ -130,14 +166,13 @@ def changed_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str,
 
 
 def test_verifier_log_with_program_and_kernel_is_reported(
-    pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    opened: MapSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A program that the verifier rejects leaves no pin, nor do those that are loaded beside it."""
     begin = "int recvmsg4(struct bpf_sock_addr *ctx)\n{"
     # Every kernel rejects this access; a wrong return value may be pruned as equal to a verified path before Linux 6.8.
     beyond = "if (ctx->user_port)\n\t\treturn *(volatile int *)((char *)ctx + 4096);"
     changed_source(tmp_path, monkeypatch, begin, f"{begin}\n\t{beyond}")
-    opened = maps.open_or_create(pins, Capacity())
     with pytest.raises(loader.LoadError) as error:
         loader.ensure_loaded(opened, OPTIONS, (SOCKETS, RECORDS, SWEEP))
     lines = str(error.value).splitlines()
@@ -147,9 +182,10 @@ def test_verifier_log_with_program_and_kernel_is_reported(
     assert list(opened.folder.glob("progs-*")) == []
 
 
-def test_compiler_messages_are_reported(pins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiler_messages_are_reported(
+    opened: MapSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     changed_source(tmp_path, monkeypatch, "int recvmsg4(struct bpf_sock_addr *ctx)", "foo recvmsg4(void)")
-    opened = maps.open_or_create(pins, Capacity())
     with pytest.raises(loader.LoadError) as error:
         loader.ensure_loaded(opened, OPTIONS, (SOCKETS,))
     lines = str(error.value).splitlines()

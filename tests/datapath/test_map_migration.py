@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -173,7 +174,9 @@ class _Sized(Sockets):
         self.now = 100.0
         grace = Grace()
         stack.callback(grace.close)
-        self.writer = Writer(self.maps, grace.wait, absence=5.0, clock=lambda: self.now)
+        # Without a cycle, in which maps would stay open until it is collected.
+        itself = weakref.proxy(self)
+        self.writer = Writer(self.maps, grace.wait, absence=5.0, clock=lambda: itself.now)
 
     def id_of(self, n: int) -> int:
         records = self.maps.backends()

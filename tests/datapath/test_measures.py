@@ -76,47 +76,41 @@ def test_a_start_keeps_what_belongs_to_ids_in_use(opened: MapSet) -> None:
 
 
 @pytest.mark.root
-def test_nothing_is_left_of_a_service_that_is_gone(pins: Path) -> None:
-    bench = Bench(pins)
-    assert bench.maps is not None
-    bench.writer.apply([port("a", [1])], complete=True)
-    (number,) = bench.writer.names()
-    (backend,) = bench.records
-    count(bench.maps, number, backend)
-    bench.writer.apply([], complete=True)
-    bench.writer.reclaim(bench.writer.take_retired())
-    assert measures.connects(bench.maps) == {}
-    assert measures.failures(bench.maps) == {}
-    bench.close_maps()
+def test_nothing_is_left_of_a_service_that_is_gone(own_bench: Bench) -> None:
+    assert own_bench.maps is not None
+    own_bench.writer.apply([port("a", [1])], complete=True)
+    (number,) = own_bench.writer.names()
+    (backend,) = own_bench.records
+    count(own_bench.maps, number, backend)
+    own_bench.writer.apply([], complete=True)
+    own_bench.writer.reclaim(own_bench.writer.take_retired())
+    assert measures.connects(own_bench.maps) == {}
+    assert measures.failures(own_bench.maps) == {}
 
 
 @pytest.mark.root
-def test_what_goes_on_after_its_service_is_gone_is_forgotten_with_its_backend(pins: Path) -> None:
-    bench = Bench(pins)
-    assert bench.maps is not None
-    bench.writer.apply([port("a", [1])], complete=True)
-    (number,) = bench.writer.names()
-    (backend,) = bench.records
-    bench.writer.apply([], complete=True)
-    bench.writer.reclaim(bench.writer.take_retired())
-    count(bench.maps, number, backend)
-    bench.writer.forget_removed_backends(bench.writer.removed_backends)
-    assert measures.connects(bench.maps).keys() == measures.traffic(bench.maps).keys() == set()
-    assert measures.failures(bench.maps) == {}
-    bench.close_maps()
+def test_what_goes_on_after_its_service_is_gone_is_forgotten_with_its_backend(own_bench: Bench) -> None:
+    assert own_bench.maps is not None
+    own_bench.writer.apply([port("a", [1])], complete=True)
+    (number,) = own_bench.writer.names()
+    (backend,) = own_bench.records
+    own_bench.writer.apply([], complete=True)
+    own_bench.writer.reclaim(own_bench.writer.take_retired())
+    count(own_bench.maps, number, backend)
+    own_bench.writer.forget_removed_backends(own_bench.writer.removed_backends)
+    assert measures.connects(own_bench.maps).keys() == measures.traffic(own_bench.maps).keys() == set()
+    assert measures.failures(own_bench.maps) == {}
 
 
 @pytest.mark.root
-def test_a_service_has_nothing_of_an_earlier_owner_of_its_id(pins: Path) -> None:
-    bench = Bench(pins)
-    bench.reopen()
-    assert bench.maps is not None
-    count(bench.maps, 0, 0)
-    bench.writer.apply([port("a", [1])], complete=True)
-    assert list(bench.writer.names()) == [0]
-    assert measures.connects(bench.maps).keys() == measures.traffic(bench.maps).keys() == set()
-    assert measures.failures(bench.maps) == {}
-    bench.close_maps()
+def test_a_service_has_nothing_of_an_earlier_owner_of_its_id(own_bench: Bench) -> None:
+    own_bench.reopen()
+    assert own_bench.maps is not None
+    count(own_bench.maps, 0, 0)
+    own_bench.writer.apply([port("a", [1])], complete=True)
+    assert list(own_bench.writer.names()) == [0]
+    assert measures.connects(own_bench.maps).keys() == measures.traffic(own_bench.maps).keys() == set()
+    assert measures.failures(own_bench.maps) == {}
 
 
 # -- ids of Services that are gone
@@ -136,44 +130,41 @@ def open_flow(maps: MapSet, service_id: int) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("kind", [OriginKind.CONNECTED, OriginKind.CLOSED, None])
-def test_an_id_has_no_other_owner_while_connections_count_for_it(pins: Path, kind: OriginKind | None) -> None:
+def test_an_id_has_no_other_owner_while_connections_count_for_it(
+    own_bench: Bench, kind: OriginKind | None
+) -> None:
     """Also where the agent was restarted, and does not know which ids have been used."""
-    bench = Bench(pins)
-    assert bench.maps is not None
-    bench.writer.apply([port("a", [1]), port("b", [2])], complete=True)
-    old = bench.service_ids[port("b", [2]).key]
-    bench.writer.apply([port("a", [1])], complete=True)
-    bench.writer.reclaim(bench.writer.take_retired())
+    assert own_bench.maps is not None
+    own_bench.writer.apply([port("a", [1]), port("b", [2])], complete=True)
+    old = own_bench.service_ids[port("b", [2]).key]
+    own_bench.writer.apply([port("a", [1])], complete=True)
+    own_bench.writer.reclaim(own_bench.writer.take_retired())
     if kind is None:
-        open_flow(bench.maps, old)
+        open_flow(own_bench.maps, old)
     else:
-        open_socket(bench.maps, old, kind)
-    bench.reopen()
-    bench.writer.apply([port("a", [1]), port("c", [3])], complete=True)
-    assert bench.service_ids[port("c", [3]).key] == old + 1
-    bench.close_maps()
+        open_socket(own_bench.maps, old, kind)
+    own_bench.reopen()
+    own_bench.writer.apply([port("a", [1]), port("c", [3])], complete=True)
+    assert own_bench.service_ids[port("c", [3]).key] == old + 1
 
 
 @pytest.mark.root
-def test_a_service_gets_an_id_that_connections_have_rather_than_none(pins: Path) -> None:
-    bench = Bench(pins)
-    bench.empty(FEW_IDS)
+def test_a_service_gets_an_id_that_connections_have_rather_than_none(own_bench: Bench) -> None:
+    own_bench.empty(FEW_IDS)
     ports = [port(name, []) for name in "abcdefgh"]
-    bench.writer.apply(ports, complete=True)
-    bench.writer.apply(ports[1:], complete=True)
-    bench.writer.reclaim(bench.writer.take_retired())
-    assert bench.maps is not None
-    open_flow(bench.maps, 0)
-    bench.writer.apply([port("i", [])])
-    assert bench.service_ids[port("i", []).key] == 0
-    bench.close_maps()
+    own_bench.writer.apply(ports, complete=True)
+    own_bench.writer.apply(ports[1:], complete=True)
+    own_bench.writer.reclaim(own_bench.writer.take_retired())
+    assert own_bench.maps is not None
+    open_flow(own_bench.maps, 0)
+    own_bench.writer.apply([port("i", [])])
+    assert own_bench.service_ids[port("i", []).key] == 0
 
 
 @pytest.mark.root
-def test_connections_are_looked_at_again_after_many_services_are_gone(pins: Path) -> None:
-    bench = Bench(pins)
-    assert bench.maps is not None
-    held = HeldIds(bench.maps)
+def test_connections_are_looked_at_again_after_many_services_are_gone(own_bench: Bench) -> None:
+    assert own_bench.maps is not None
+    held = HeldIds(own_bench.maps)
     assert 3 not in held
     held.retire(3)
     assert 3 in held, "it may have connections that were not there before"
@@ -182,7 +173,6 @@ def test_connections_are_looked_at_again_after_many_services_are_gone(pins: Path
     assert 3 in held
     held.retire(9)
     assert 3 not in held
-    bench.close_maps()
 
 
 # -- quantiles

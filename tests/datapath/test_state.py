@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -59,5 +60,6 @@ def test_empty_maps_of_any_size_have_no_entries(pins: Path, backends: int) -> No
 def test_state_of_another_schema_is_ignored(pins: Path) -> None:
     home = pins / "v99-x" / "maps"
     home.mkdir(parents=True)
-    bpf.pin(bpf.map_create(uapi.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")
+    bpf.pin(fd := bpf.map_create(uapi.MAP_HASH, "agent_state", 4, 8192, 1), home / "agent_state")
+    os.close(fd)
     assert state.load_latest(pins) is None

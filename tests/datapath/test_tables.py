@@ -18,12 +18,13 @@ from ebpfproxy.config.masquerade_ports import (
     overlaps,
     parse_range,
 )
+from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS, CRC_STEPS
 from ebpfproxy.datapath.kernel import maps
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 from ebpfproxy.datapath.node.crc32c import zeros_tables
 from ebpfproxy.datapath.services.filter import BitFilter, Bits, address_hash, backend_hashes
-from ebpfproxy.services.model import Backend, Protocol
+from ebpfproxy.services.model import Backend, BackendState, Protocol
 
 
 def over_zeros(words: tuple[int, ...], crc: int, length: int) -> int:
@@ -98,7 +99,31 @@ def test_backends_spread_over_the_filter() -> None:
         [Backend(pod, port, Protocol.TCP) for pod in pods for port in (8080, 8443)],
         [Backend(pods[0], port, Protocol.TCP) for port in range(1024, 11_024)],
     ):
-        assert len(set(backend_hashes(backends))) > 9_800
+        assert len(set(hashes_of(backends))) > 9_800
+
+
+def hashes_of(backends: list[Backend]) -> list[int]:
+    return backend_hashes(layout.pack_backends(backends, BackendState.ACTIVE))
+
+
+def test_backends_of_both_families_have_the_hashes_that_programs_compute() -> None:
+    """As in addr_fold() and may_be_backend() of bpf/lib/filter.h, with numbers of 32 bits."""
+    draw = random.Random(5)
+    backends = [
+        Backend(draw.randbytes(size), draw.choice((0, 1, 255, 256, 65535, draw.randrange(65536))), protocol)
+        for size in (4, 16) * 200
+        for protocol in Protocol
+    ]
+    backends += [Backend(b"\xff" * size, 65535, Protocol.SCTP) for size in (4, 16)]
+    expected = []
+    for each in backends:
+        words = struct.unpack("=4I", layout.pack_address(each.address))
+        factors = (0x27D4EB2F, 0xC2B2AE35, 0x85EBCA6B, 1)
+        folded = sum(word * factor for word, factor in zip(words, factors, strict=True))
+        product = (folded + each.port * 0x165667B1) * 0x9E3779B1
+        expected.append((product & 0xFFFFFFFF) >> (32 - ADDRESS_FILTER_BITS))
+    assert hashes_of(backends) == expected
+    assert [hashes_of([each]) for each in backends] == [[number] for number in expected]
 
 
 @pytest.mark.root

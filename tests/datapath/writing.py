@@ -88,6 +88,12 @@ class Bench:
                 each.close()
             self.maps = None
 
+    def close(self) -> None:
+        # They refer to the arrays' memory.
+        del self.writer, self.checker
+        self.close_maps()
+        self.grace.close()
+
     def empty(self, capacity: Capacity = SMALL, maglev_size: int = TABLE) -> Writer:
         self.close_maps()
         self.capacity, self.maglev_size = capacity, maglev_size

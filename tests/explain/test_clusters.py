@@ -73,8 +73,7 @@ def bench(pins: Path) -> Iterator[Bench]:
     made = Bench(pins)
     made.empty(ROOM)
     yield made
-    made.close_maps()
-    made.grace.close()
+    made.close()
 
 
 def programs(*, pod_sockets: bool) -> Programs:

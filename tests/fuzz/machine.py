@@ -260,8 +260,7 @@ def bench() -> Iterator[Bench]:
     try:
         yield made
     finally:
-        made.close_maps()
-        made.grace.close()
+        made.close()
         shutil.rmtree(folder)
 
 

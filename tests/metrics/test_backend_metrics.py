@@ -27,8 +27,7 @@ def bench() -> Iterator[Bench]:
     made = Bench(folder)
     made.empty(FEW_IDS)
     yield made
-    made.close_maps()
-    made.grace.close()
+    made.close()
     shutil.rmtree(folder)
 
 

@@ -68,3 +68,34 @@ def test_failed_sysctls_are_logged_and_others_set() -> None:
     )
     assert done.stdout.strip() == "77"
     assert "nf_conntrack_max" in done.stderr
+
+
+_HEAPS = """
+import ctypes, sys, threading
+from ebpfproxy.node.host import share_heap
+if sys.argv[1] == "shared":
+    share_heap()
+barrier = threading.Barrier(4)
+def allocate():
+    barrier.wait()
+    kept = [bytes(2000) for _ in range(1000)]
+    barrier.wait()
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+@pytest.mark.parametrize("kind", ["shared", "own"])
+def test_threads_share_a_heap(kind: str) -> None:
+    """Without that each has its own, which keeps what it has freed."""
+    done = subprocess.run([sys.executable, "-c", _HEAPS, kind], capture_output=True, text=True, check=True)
+    heaps = done.stdout.count("<heap nr=")
+    assert heaps == 1 if kind == "shared" else heaps > 1

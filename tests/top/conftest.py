@@ -20,6 +20,5 @@ def bench() -> Iterator[Bench]:
     folder.mkdir()
     made = Bench(folder)
     yield made
-    made.close_maps()
-    made.grace.close()
+    made.close()
     shutil.rmtree(folder)

@@ -27,6 +27,7 @@ _MASK, _SIGN = 0xFFFFFFFF, 0x80000000
 _LOWER_HALF = 0 if sys.byteorder == "little" else 4
 #: 32-bit words of both.
 _RANGE = _RANGES.size // 4
+_POLICIES, _selection_word = layout.POLICIES, layout.selection_word
 #: Base and count; (0, 0) if empty.
 Range = tuple[int, int]
 
@@ -66,11 +67,6 @@ class BackendRecords:
     def state(self, number: int) -> int:
         """The state of a backend: a value of BackendState."""
         return self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET]
-
-    def inactive(self, numbers: Iterable[int]) -> list[int]:
-        """Those of these ids whose state is another than ACTIVE, which is 0."""
-        memory, stride, offset = self._memory, self._stride, layout.BACKEND_STATE_OFFSET
-        return [number for number in numbers if memory[number * stride + offset]]
 
     def set_state(self, number: int, state: BackendState) -> None:
         self._memory[number * self._stride + layout.BACKEND_STATE_OFFSET] = state
@@ -268,7 +264,7 @@ class Selections:
             yield number, packed + slots[local * _SLOT : (local + local_count) * _SLOT]
 
     def set_range(self, service_id: int, policy: int, used: Range) -> None:
-        self._words[service_id * layout.POLICIES + policy] = layout.selection_word(*used)
+        self._words[service_id * _POLICIES + policy] = _selection_word(*used)
 
     def slots(self, used: Range) -> array[int]:
         """The words of a range."""

@@ -76,6 +76,8 @@ CHOICE_ROWS = 16
 BACKEND_PROTOCOL_OFFSET = 18
 BACKEND_STATE_OFFSET = 19
 _MAPPED = b"\0" * 10 + b"\xff\xff"
+#: Where the two numbers of a selection are in its word.
+_BASE_SHIFT, _COUNT_SHIFT = (0, 32) if sys.byteorder == "little" else (32, 0)
 
 
 def pack_address(address: bytes) -> bytes:
@@ -155,7 +157,7 @@ def service_flags(packed: bytes) -> int:
 
 def selection_word(base: int, count: int) -> int:
     """``union selection`` as the one word that is stored at once."""
-    return int.from_bytes(SELECTION.pack(base, count), sys.byteorder)
+    return base << _BASE_SHIFT | count << _COUNT_SHIFT
 
 
 def selection_range(word: int) -> tuple[int, int]:
@@ -318,12 +320,12 @@ def unpack_source_range(packed: bytes) -> tuple[int, Prefix]:
     return service_id, unlpm(bits - 32, address)
 
 
+_OTHER_PORTS = pack_service(0, ServiceFlags.ADDRESS, FrontendKind.CLUSTER_IP, 0, 0)
+
+
 def pack_cluster_ip(address: bytes) -> tuple[bytes, bytes]:
     """Key and value of the entry that stands for all ports that a cluster IP does not have."""
-    return (
-        pack_service_key(address, 0, 0, Scope.INTERNAL),
-        pack_service(0, ServiceFlags.ADDRESS, FrontendKind.CLUSTER_IP, 0, 0),
-    )
+    return pack_service_key(address, 0, 0, 0), _OTHER_PORTS
 
 
 def pack_name(key: ServicePortKey) -> bytes:

@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.schema import MapSpec
@@ -157,8 +158,9 @@ class SharedArray(Map):
     what somebody else has stored for its own, and can tell it.
     """
 
-    def __init__(self, fd: int, spec: MapSpec, places: int | None = None) -> None:
-        """``places``: how many elements are mapped, until :meth:`reach` maps more; None: all.
+    def __init__(self, fd: int, spec: MapSpec, places: int | None = None, *, is_new: bool = False) -> None:
+        """``places``: how many elements are mapped, until :meth:`reach` maps more; None: all. ``is_new``:
+        nobody has written anything yet.
 
         What is mapped counts as memory of this process.
         """
@@ -167,8 +169,10 @@ class SharedArray(Map):
         assert spec.value_size % 8 == 0, spec.name
         self.stride = spec.value_size
         self._kept: mmap.mmap | None = None
+        self._is_new = is_new
         self._owned = self.stride
-        self._map(min(places or spec.max_entries, spec.max_entries))
+        self._step = min(places or spec.max_entries, spec.max_entries)
+        self._map(self._step)
 
     def _map(self, places: int) -> None:
         self.memory = mmap.mmap(self.fd, -(-places * self.stride // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -183,10 +187,9 @@ class SharedArray(Map):
         """
         if end <= self._places:
             return False
-        # Twice as many, since former and new memory count both until views of the former one are gone.
-        places = self._places
-        while places < end:
-            places *= 2
+        # Not much more: what is mapped counts as memory, in use or not. To map all of it again takes less
+        # than a millisecond.
+        places = -(-end // self._step) * self._step
         self._map(min(places, self.spec.max_entries))
         return True
 
@@ -225,7 +228,8 @@ class SharedArray(Map):
             size = self._owned * self.spec.max_entries
             # Pages that are only read take no memory in a private mapping.
             self._kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for part in self._parts():
+            # To read the zeros of a new one takes longer than all else.
+            for part in () if self._is_new else self._parts():
                 now = self.owned(part)
                 if now.count(0) != len(now):
                     self._kept[part.start : part.stop] = now
@@ -283,6 +287,9 @@ class SharedArray(Map):
 
     def close(self) -> None:
         self.bytes.release()
+        # The mapping is a descriptor of its own. Where a view of it is left, it goes with that.
+        with suppress(BufferError):
+            self.memory.close()
         super().close()
 
 
@@ -313,8 +320,8 @@ class WindowedArray(Map):
         return sum(len(column) - column.count(0) for column in columns)
 
 
-def map_of(fd: int, spec: MapSpec, places: int | None = None) -> Map:
-    """``places``: of SharedArray."""
+def map_of(fd: int, spec: MapSpec, places: int | None = None, *, is_new: bool = False) -> Map:
+    """``places`` and ``is_new``: of SharedArray."""
     if spec.in_windows:
         return WindowedArray(fd, spec)
-    return SharedArray(fd, spec, places) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)
+    return SharedArray(fd, spec, places, is_new=is_new) if spec.flags & uapi.F_MMAPABLE else Map(fd, spec)

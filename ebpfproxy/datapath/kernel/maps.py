@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi.arrays import BackendRecords, Loads, Selections, SweepRecord
-from ebpfproxy.datapath.abi.schema import MapSpec, map_specs, version_name
+from ebpfproxy.datapath.abi.schema import XDP_MAPS, MapSpec, map_specs, version_name
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray, map_of
 from ebpfproxy.datapath.kernel.libbpf import BpfError
@@ -53,9 +53,10 @@ class MapSet:
             each.close()
 
 
-def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
+def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSet:
     """Opens the maps of this layout below ``pins``, making those that are missing.
 
+    ``xdp``: with those that only XDP programs use. Without it, their pins go.
     Raises BpfError where the kernel refuses (no memory, no permission).
     """
     folder = pins / version_name(capacity)
@@ -65,12 +66,18 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
     adopted = True
     for spec in map_specs(capacity):
         path = home / spec.name
+        is_for_xdp = spec.name in XDP_MAPS
+        if is_for_xdp and not xdp:
+            path.unlink(missing_ok=True)
+            continue
+        is_new = False
         try:
             fd = bpf.get_pinned(path)
         except BpfError as error:
             if error.errno != errno.ENOENT:
                 raise
-            adopted = False
+            is_new = True
+            adopted &= is_for_xdp
             fd = bpf.map_create(
                 spec.kind,
                 spec.name[:15],
@@ -80,7 +87,7 @@ def open_or_create(pins: Path, capacity: Capacity) -> MapSet:
                 flags=spec.flags,
             )
             bpf.pin(fd, path)
-        maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name))
+        maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name), is_new=is_new)
     return MapSet(folder, maps, adopted=adopted)
 
 

@@ -43,6 +43,8 @@ class Backends:
         self._retired: list[int] = []
         self._turned: set[int] = set()
         self._resting: set[int] = set()
+        #: Those whose record has another state than ACTIVE.
+        self._inactive: set[int] = set()
         self._selected = selected
         known = self._read() if maps.adopted else {}
         self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
@@ -63,6 +65,8 @@ class Backends:
                 self._retired.append(number)
                 continue
             backend, state = known
+            if state is not BackendState.ACTIVE:
+                self._inactive.add(number)
             if state is BackendState.GONE and number not in self._selected:
                 self._retired.append(number)
                 continue
@@ -126,7 +130,8 @@ class Backends:
         packed = layout.pack_backends(backends, BackendState.ACTIVE)
         for records in (self._kept, self._records):
             records.write_new(numbers, packed)
-        self._filter.set_all(backend_hashes(backends))
+        self._inactive.difference_update(numbers if self._inactive else ())
+        self._filter.set_all(backend_hashes(packed))
         self._ports.set({each.port for each in backends})
         self._map.writes += len(backends)
 
@@ -153,6 +158,8 @@ class Backends:
     def drop_leftovers(self) -> None:
         """Retires those that were adopted and that no service port holds."""
         self._selected = NO_IDS
+        if 0 not in self._refs:
+            return
         for number in self.numbers():
             if not self._refs[number]:
                 self._retire(number)
@@ -160,6 +167,7 @@ class Backends:
     def _clear(self, number: int) -> None:
         for records in (self._kept, self._records):
             records.clear(number)
+        self._inactive.discard(number)
         self._map.writes += 1
 
     @property
@@ -174,7 +182,7 @@ class Backends:
         for number in held:
             self._refs[number] += 1
         by_state: dict[int, set[int]] = {}
-        for number in self._kept.inactive(held):
+        for number in self._inactive & held:
             by_state.setdefault(self._kept.state(number), set()).add(number)
         if not by_state:
             return ALL_ACTIVE
@@ -200,7 +208,7 @@ class Backends:
             self._turned.update(n for old, new in zip(before, after, strict=True) for n in old ^ new)
             self._recount(before, after)
         # A new one is active: a hundred thousand of them need not be settled.
-        self._turned.update(self._kept.inactive(came), went)
+        self._turned.update(self._inactive & came if self._inactive else (), went)
 
     def settle(self) -> None:
         """Stores the state of all that were taken or let go, and retires those that no service port holds."""
@@ -233,6 +241,10 @@ class Backends:
             for records in (self._kept, self._records):
                 records.set_state(number, state)
             self._map.writes += 1
+            if state is BackendState.ACTIVE:
+                self._inactive.discard(number)
+            else:
+                self._inactive.add(number)
 
     # -- their end
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ebpfproxy.datapath.abi.layout import pack_address
+from ebpfproxy.datapath.abi.layout import BACKEND, pack_address
 from ebpfproxy.datapath.abi.schema import ADDRESS_FILTER_BITS
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
-from ebpfproxy.services.model import Backend
 
 _WORDS = struct.Struct("=4I")
+#: Factors of the words of an address, but for the last.
+_FACTORS = _FIRST, _SECOND, _THIRD = 0x27D4EB2F, 0xC2B2AE35, 0x85EBCA6B
 _GOLDEN = 0x9E3779B1
 _PORT_FACTOR = 0x165667B1
 _MASK = 0xFFFFFFFF
 _SHIFT = 32 - ADDRESS_FILTER_BITS
+#: In 64 bits: the place of the lower 32, those of the two lowest bytes, and ones in the lower half.
+_LOWER, _LOWEST, _LOWER_HALF = (
+    (0, (0, 1), b"\xff" * 4 + bytes(4)) if sys.byteorder == "little" else (1, (7, 6), bytes(4) + b"\xff" * 4)
+)
 #: From so many on, bits are set faster as one large number.
 _MANY = 1 << 13
 
@@ -30,30 +34,33 @@ def address_hash(address: bytes) -> int:
     return (_fold(pack_address(address)) * _GOLDEN & _MASK) >> _SHIFT
 
 
-def backend_hashes(backends: Iterable[Backend]) -> list[int]:
-    """The numbers of backends; ``may_be_backend`` in C computes the same."""
-    fold, from_bytes, order = _fold, int.from_bytes, sys.byteorder
-    return [
-        (
-            (
-                (_IPV4 + from_bytes(address, order) if len(address := each.address) == 4 else fold(address))
-                + each.port * _PORT_FACTOR
-            )
-            * _GOLDEN
-            & _MASK
-        )
-        >> _SHIFT
-        for each in backends
-    ]
+def backend_hashes(records: Sequence[bytes]) -> list[int]:
+    """The numbers of backends, by their packed records; ``may_be_backend`` in C computes the same.
+
+    All are computed at once, in one large number with 64 bits for each: one by one takes ten times as long.
+    """
+    count, size = len(records), BACKEND.size
+    packed = b"".join(records)
+    words = memoryview(packed).cast("I")
+    step = size // words.itemsize
+
+    def lanes(word: int) -> int:
+        found = memoryview(bytearray(8 * count)).cast("I")
+        found[_LOWER::2] = words[word::step]
+        return int.from_bytes(found, sys.byteorder)
+
+    ports = bytearray(8 * count)
+    ports[_LOWEST[0] :: 8], ports[_LOWEST[1] :: 8] = packed[17::size], packed[16::size]
+    lower = int.from_bytes(_LOWER_HALF * count, sys.byteorder)
+    folded = lanes(3) + sum(lanes(word) * factor & lower for word, factor in enumerate(_FACTORS))
+    folded += int.from_bytes(ports, sys.byteorder) * _PORT_FACTOR
+    hashes = ((folded & lower) * _GOLDEN & lower) >> _SHIFT
+    return memoryview(hashes.to_bytes(8 * count, sys.byteorder)).cast("I")[_LOWER::2].tolist()
 
 
 def _fold(packed: bytes) -> int:
     first, second, third, last = _WORDS.unpack(packed)
-    return int(last + third * 0x85EBCA6B + second * 0xC2B2AE35 + first * 0x27D4EB2F)
-
-
-#: The first words of IPv4-mapped addresses are the same, and so is what they add.
-_IPV4 = _fold(pack_address(bytes(4)))
+    return int(last + third * _THIRD + second * _SECOND + first * _FIRST)
 
 
 class Bits:
@@ -107,13 +114,24 @@ class BitFilter:
 
     def __init__(self, memory: SharedArray) -> None:
         self._bits = Bits(memory)
-        self._wanted: Counter[int] = Counter()
+        self._wanted: dict[int, int] = {}
 
     def add(self, number: int) -> None:
         """Sets the number's bit."""
-        self._wanted[number] += 1
-        if self._wanted[number] == 1:
+        count = self._wanted.get(number, 0)
+        self._wanted[number] = count + 1
+        if not count:
             self._bits.set((number,))
+
+    def add_all(self, numbers: Iterable[int]) -> None:
+        """The same for many: those that are new get their bits together."""
+        wanted, new = self._wanted, []
+        for number in numbers:
+            count = wanted.get(number, 0)
+            wanted[number] = count + 1
+            if not count:
+                new.append(number)
+        self._bits.set_all(new)
 
     def remove(self, number: int) -> None:
         """Undoes one :meth:`add`."""

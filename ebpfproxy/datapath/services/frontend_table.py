@@ -25,6 +25,8 @@ from ebpfproxy.datapath.services.filter import BitFilter, address_hash
 from ebpfproxy.services.model import FrontendKind
 
 _DNS_PORT = 53
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_CLUSTER_IP, _NODE_PORT = FrontendKind.CLUSTER_IP, FrontendKind.NODE_PORT
 _FENCE = threading.Lock()
 
 
@@ -55,7 +57,7 @@ class Frontends:
                 self._answered |= {key.address}
                 entry = entry._replace(flags=entry.flags & ~ServiceFlags.OWN)  # noqa: PLW2901
             self._entries[key] = entry
-            self._note(key, entry.kind)
+        self._note_all(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,8 +95,7 @@ class Frontends:
             if not batch:
                 continue
             # What a filter does not know would pass untouched: it learns first, and forgets last.
-            first = [key.address for key, entry in batch.items() if self._note(key, entry.kind)]
-            self._close_other_ports(first)
+            self._close_other_ports(self._note_all(batch))
             refused = self._store(table, batch)
             losers: dict[ServiceKey, int] = {}
             for key, entry in batch.items():
@@ -117,7 +118,7 @@ class Frontends:
         return {layout.unpack_service_key(key) for key in table.update_many(packed)}
 
     def _marked(self, key: ServiceKey, entry: ServiceEntry) -> bytes:
-        if key.port == _DNS_PORT and key.address in self._answered and entry.kind is FrontendKind.CLUSTER_IP:
+        if key.port == _DNS_PORT and key.address in self._answered and entry.kind is _CLUSTER_IP:
             entry = entry._replace(flags=entry.flags | ServiceFlags.OWN)
         return layout.pack_service(*entry)
 
@@ -144,26 +145,34 @@ class Frontends:
         self._forget(key, entry.kind)
         self._lost(entry.id, key)
 
-    def _note(self, key: ServiceKey, kind: FrontendKind) -> bool:
-        """Adds a key to the filters. True for the first of a cluster IP: its other ports are to be closed."""
-        self._ports.add(key.port)
-        if kind is FrontendKind.NODE_PORT:
-            return False
-        address = key.address
-        self._addresses.add(address_hash(address))
-        if kind is not FrontendKind.CLUSTER_IP:
-            return False
-        self._cluster_ips[address] += 1
-        return self._cluster_ips[address] == 1
+    def _note_all(self, entries: Mapping[ServiceKey, ServiceEntry]) -> list[bytes]:
+        """Adds keys to the filters. Returns the cluster IPs among them that had none: their other ports are
+        to be closed."""
+        hashes: list[int] = []
+        first: list[bytes] = []
+        cluster_ips = self._cluster_ips
+        for key, entry in entries.items():
+            kind, address = entry.kind, key.address
+            if kind is _NODE_PORT:
+                continue
+            hashes.append(address_hash(address))
+            if kind is _CLUSTER_IP:
+                count = cluster_ips.get(address, 0)
+                cluster_ips[address] = count + 1
+                if not count:
+                    first.append(address)
+        self._ports.add_all([key.port for key in entries])
+        self._addresses.add_all(hashes)
+        return first
 
     def _forget(self, key: ServiceKey, kind: FrontendKind) -> None:
         address = key.address
-        if kind is FrontendKind.CLUSTER_IP:
+        if kind is _CLUSTER_IP:
             self._cluster_ips[address] -= 1
             if not self._cluster_ips[address]:
                 del self._cluster_ips[address]
                 self._open_other_ports(address)
-        if kind is not FrontendKind.NODE_PORT:
+        if kind is not _NODE_PORT:
             self._addresses.remove(address_hash(address))
         self._ports.remove(key.port)
 

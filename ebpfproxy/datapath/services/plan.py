@@ -18,6 +18,7 @@ from ebpfproxy.datapath.abi.flow_layout import RemovalReason
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags, ServiceKey
 from ebpfproxy.datapath.services.slots import Source
 from ebpfproxy.services.model import (
+    Algorithm,
     Backend,
     Frontend,
     FrontendKind,
@@ -45,6 +46,9 @@ ALL_ACTIVE = InactiveBackends()
 NO_MEMBERS = (NO_IDS, NO_IDS)
 NO_SOURCES: frozenset[Prefix] = frozenset()
 NOTHING_MADE = (None, None)
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_LOCAL, _LOAD_BALANCER, _MAGLEV = Policy.LOCAL, FrontendKind.LOAD_BALANCER, Algorithm.MAGLEV
+_INTERNAL, _EXTERNAL = Scope
 
 
 class Published(msgspec.Struct):
@@ -133,7 +137,8 @@ class Change(msgspec.Struct):
     ) -> list[tuple[int, int]]:
         """Sets the ranges of slots by policy; returns those that are replaced."""
         replaced = []
-        for policy, (old, new) in enumerate(zip(before, after, strict=True)):
+        for policy, new in enumerate(after):
+            old = before[policy]
             if new != old:
                 self.selections[known.id, policy] = new
                 if old[1]:
@@ -165,7 +170,8 @@ class Change(msgspec.Struct):
         for key, entry in wanted.items():
             if present(key) != entry:
                 self.entries[key] = entry
-        self.withdrawn += ((known.id, key) for key in known.entries if key not in wanted)
+        if known.entries:
+            self.withdrawn += ((known.id, key) for key in known.entries if key not in wanted)
         keys = tuple(wanted)
         if keys != known.entries:
             known.entries = keys
@@ -220,7 +226,7 @@ def unused(port: ServicePort, sets: Sequence[Sequence[Backend]]) -> frozenset[Ba
 
 def selected_sets(port: ServicePort) -> tuple[Sequence[Backend], Sequence[Backend]]:
     """The backends that frontends choose from, by policy."""
-    if port.local and any(Policy.LOCAL in (f.internal, f.external) for f in port.frontends):
+    if port.local and any(_LOCAL in (f.internal, f.external) for f in port.frontends):
         return port.cluster, port.local
     return port.cluster, ()
 
@@ -251,21 +257,20 @@ def restricted(port: ServicePort, to: Container[Backend]) -> ServicePort:
     )
 
 
-def slot_sources(
-    port: ServicePort, sets: Sequence[Sequence[Backend]], ids: Sequence[array[int]], maglev_size: int
-) -> list[Source]:
-    """What the slots are made from, by policy."""
+def slot_source(
+    port: ServicePort, backends: Sequence[Backend], numbers: array[int], maglev_size: int
+) -> Source | None:
+    """What the slots of one policy are made from; None where they are the backends' numbers themselves."""
+    if not port.weights and port.algorithm is not _MAGLEV:
+        return None
     weights = dict(port.weights)
-    return [
-        Source(
-            port.algorithm,
-            backends,
-            numbers,
-            [weights.get(each, 1) for each in backends] if weights else None,
-            maglev_size,
-        )
-        for backends, numbers in zip(sets, ids, strict=True)
-    ]
+    return Source(
+        port.algorithm,
+        backends,
+        numbers,
+        [weights.get(each, 1) for each in backends] if weights else None,
+        maglev_size,
+    )
 
 
 def entries_of(
@@ -276,9 +281,9 @@ def entries_of(
     ``sources_towards``: the addresses by which this node may ask at another; it is called only for frontends
     with source ranges.
     """
-    entries = {
-        key: entry for frontend in port.frontends for key, entry in _entries_of(frontend, service_id, port)
-    }
+    entries: dict[ServiceKey, ServiceEntry] = {}
+    for frontend in port.frontends:
+        _add_entries(entries, frontend, service_id, port)
     if port.source_ranges:
         entries = {
             key: with_host_flag(key, entry, port.source_ranges, sources_towards)
@@ -317,19 +322,18 @@ def host_flags(
     }
 
 
-def _entries_of(
-    frontend: Frontend, service_id: int, owner: ServicePort
-) -> Iterator[tuple[ServiceKey, ServiceEntry]]:
-    """One entry, or two if the scopes' policies differ."""
+def _add_entries(
+    entries: dict[ServiceKey, ServiceEntry], frontend: Frontend, service_id: int, owner: ServicePort
+) -> None:
+    """Adds one entry, or two if the scopes' policies differ."""
     kind, address, port, protocol, internal, external = frontend
-    has_sources = kind is FrontendKind.LOAD_BALANCER and owner.source_ranges is not None
+    has_sources = kind is _LOAD_BALANCER and owner.source_ranges is not None
     two = internal != external
-    scopes = ((Scope.INTERNAL, internal), (Scope.EXTERNAL, external))
+    scopes = ((_INTERNAL, internal), (_EXTERNAL, external))
     for scope, policy in scopes if two else scopes[:1]:
-        flags = _flags(has_sources, two, policy is Policy.LOCAL)
-        yield (
-            ServiceKey(address, port, protocol, scope),
-            ServiceEntry(service_id, flags, kind, owner.algorithm, owner.affinity_seconds),
+        flags = _flags(has_sources, two, policy is _LOCAL)
+        entries[ServiceKey(address, port, protocol, scope)] = ServiceEntry(
+            service_id, flags, kind, owner.algorithm, owner.affinity_seconds
         )
 
 

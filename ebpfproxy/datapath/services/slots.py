@@ -20,6 +20,8 @@ from ebpfproxy.services.model import Algorithm, Backend
 MOST_SLOTS = 1 << 17
 #: Up to so many backends are searched for the least loaded one.
 SEARCHED = 16
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_MAGLEV = Algorithm.MAGLEV
 
 
 class Source(NamedTuple):
@@ -34,14 +36,14 @@ class Source(NamedTuple):
     @property
     def fingerprint(self) -> int | None:
         """A hash of slots that take long to make, so that the same are not made again; None for others."""
-        if not self.weights and self.algorithm is not Algorithm.MAGLEV:
+        if not self.weights and self.algorithm is not _MAGLEV:
             return None
         return hash((self.algorithm, self.table_size, self.ids.tobytes(), tuple(self.weights or ())))
 
     @property
     def size(self) -> int:
         """How many slots a table that takes long to make has; 0 elsewhere."""
-        if self.algorithm is not Algorithm.MAGLEV or len(self.ids) < 2:
+        if self.algorithm is not _MAGLEV or len(self.ids) < 2:
             return 0
         return maglev.size_for(len(self.ids), self.table_size)
 
@@ -57,7 +59,7 @@ def slots_of(
     table_size: int,
 ) -> array[int]:
     """The slots' words. ``backends`` are sorted, ``ids`` and ``weights`` in their order; weights from 1."""
-    if algorithm is Algorithm.MAGLEV and len(ids) > 1:
+    if algorithm is _MAGLEV and len(ids) > 1:
         names = [b.address + b.port.to_bytes(2, "big") + bytes((b.protocol,)) for b in backends]
         size = maglev.size_for(len(names), table_size)
         return array("Q", map(ids.__getitem__, maglev.table(names, weights or [1] * len(names), size)))

@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from ebpfproxy.config.datapath import MAGLEV_DEFAULT_SIZE
 from ebpfproxy.datapath.abi.flow_layout import BackendUse
-from ebpfproxy.datapath.abi.layout import ServiceKey
 from ebpfproxy.datapath.flows.origins import LostFrontend
 from ebpfproxy.datapath.flows.removed_backends import Removal, RemovedBackends
 from ebpfproxy.datapath.kernel.maps import MapSet
@@ -28,6 +27,7 @@ from ebpfproxy.datapath.services.frontend_table import Frontends
 from ebpfproxy.datapath.services.held_ids import HeldIds
 from ebpfproxy.datapath.services.host_sources import HostSources
 from ebpfproxy.datapath.services.ids import Ids
+from ebpfproxy.datapath.services.lost_frontends import LostFrontends
 from ebpfproxy.datapath.services.measures import Measures
 from ebpfproxy.datapath.services.placement import ExhaustedError, Placed, Placer, no_room
 from ebpfproxy.datapath.services.plan import ALL_ACTIVE, NO_IDS, Change, InactiveBackends, Published
@@ -35,7 +35,7 @@ from ebpfproxy.datapath.services.publish import Publisher, Tables
 from ebpfproxy.datapath.services.redirects import Redirects
 from ebpfproxy.datapath.services.retirement import Retired, Retirement
 from ebpfproxy.datapath.services.selection_table import SelectionTable
-from ebpfproxy.services.model import Protocol, ServicePort, ServicePortKey
+from ebpfproxy.services.model import ServicePort, ServicePortKey
 
 
 class Writer:
@@ -68,7 +68,6 @@ class Writer:
         self._counts = ServiceCounts(maps)
         self._measures = Measures(maps)
         self._is_adopted = maps.adopted
-        self._lost: set[LostFrontend] = set()
         self._capacity_errors = CapacityErrors()
 
         names = service_names(maps)
@@ -77,7 +76,8 @@ class Writer:
         self._backends = Backends(maps, selected)
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
-        self._frontends = Frontends(maps, self._note_lost)
+        self._lost = LostFrontends(self._removed_backends)
+        self._frontends = Frontends(maps, self._lost.note)
         self._redirects = Redirects(maps, self._frontends)
         tables = Tables(self._selections, self._backends, self._frontends, self._removed_backends)
         self._publisher = Publisher(maps, tables)
@@ -255,7 +255,8 @@ class Writer:
         change.set_members(known, ids.members if port.affinity_seconds else plan.NO_MEMBERS)
         entries = plan.entries_of(port, known.id, self._host_sources.towards)
         change.set_entries(known, entries, self._frontends.get)
-        change.set_sources(known, frozenset(port.source_ranges or ()))
+        if port.source_ranges or known.sources:
+            change.set_sources(known, frozenset(port.source_ranges or ()))
 
     def _new_service(self, key: ServicePortKey, change: Change) -> int:
         may_be_old = self._is_adopted or self._service_ids.recycles
@@ -284,8 +285,10 @@ class Writer:
         """Notes the backends that a service port uses; its flows are told to leave the others."""
         if before == after and inactive == known.inactive:
             return
-        change.remove(known, before, after, inactive, may_be_back=bool(self._removed_backends))
-        self._backends.hold(after - before, before - after, known.inactive, inactive)
+        may_be_back = bool(self._removed_backends)
+        if before or may_be_back:
+            change.remove(known, before, after, inactive, may_be_back=may_be_back)
+        self._backends.hold(after - before if before else after, before - after, known.inactive, inactive)
         known.inactive = inactive
 
     def _drop(self, key: ServicePortKey, change: Change) -> None:
@@ -351,13 +354,7 @@ class Writer:
 
     def take_lost_frontends(self) -> set[LostFrontend]:
         """UDP frontends that services have lost since the last call, whose sockets have to end."""
-        taken, self._lost = self._lost, set()
-        return taken
-
-    def _note_lost(self, service_id: int, key: ServiceKey) -> None:
-        self._removed_backends.look_again(service_id)
-        if key.protocol is Protocol.UDP:
-            self._lost.add(LostFrontend(service_id, key.address, key.port))
+        return self._lost.take()
 
     @property
     def redirects(self) -> Redirects:

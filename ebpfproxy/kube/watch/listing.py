@@ -5,6 +5,9 @@ from __future__ import annotations
 from ebpfproxy.kube.decode import EventType, Unreadable, WatchEvent
 from ebpfproxy.kube.objects import Object, ObjectKey, Reduce
 
+#: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
+_BOOKMARK = EventType.BOOKMARK
+
 
 def reduced_or_why(reduce: Reduce, key: ObjectKey, each: Object) -> object:
     """Returns what ``reduce`` makes of it, or Unreadable: one odd object must not keep all others away."""
@@ -24,7 +27,7 @@ class Listing:
 
     def add(self, event: WatchEvent) -> bool:
         """An initial event of a streaming list. True with the one that ends the list."""
-        if event.type is EventType.BOOKMARK:
+        if event.type is _BOOKMARK:
             return event.initial_events_end
         self.objects.pop(event.key, None)
         self.unreadable.pop(event.key, None)

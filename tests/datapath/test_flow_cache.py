@@ -21,7 +21,7 @@ from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.abi.schema import FLOW_FILTER_BITS
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.programs import loader
+from ebpfproxy.datapath.programs import bytecode, loader
 from tests.datapath.test_loading import OPTIONS
 from tests.datapath.test_pressure import OnOtherCpu, ends
 from tests.packets.flow_slots import FlowSlots
@@ -423,6 +423,8 @@ def racing(flows: Flows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert (text.count(_RENEW), text.count(_READ)) == (1, 1)
     source.write_text(text.replace(_RENEW, _SLOW_RENEW).replace(_READ, "return slot->sum + 1 == slot_sum"))
     monkeypatch.setattr(loader, "source_folder", lambda: tmp_path / "bpf")
+    # In an emulator clang takes minutes.
+    monkeypatch.setattr(bytecode, "_SECONDS", 800)
     made = Flows(flows.maps)
     yield made
     made.close()

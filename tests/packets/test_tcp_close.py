@@ -176,10 +176,12 @@ def test_connection_that_begins_anew_has_no_copy_of_the_former_one(connection: C
         if client in key + value and port in (key[32:34], key[34:36], value[34:36])
     ]
     assert len(keys) == 4
-    for key in keys:
-        slots.admit(key)
-    connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
-    connection.reply("A", BACKEND_NEXT, CLIENT_NEXT)
+
+    def send() -> None:
+        connection.original("A", CLIENT_NEXT, BACKEND_NEXT)
+        connection.reply("A", BACKEND_NEXT, CLIENT_NEXT)
+
+    slots.admit_by(keys, send)
     copies = {key: slots.value(key) for key in keys}
     connection.reply("R", BACKEND_NEXT)
     assert connection.states == ("CLOSE", 4)

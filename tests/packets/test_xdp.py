@@ -287,10 +287,12 @@ def cached(wire: Wire, tables: MapSet, flow: Flow) -> FlowHops:
     slots = FlowSlots(tables)
     hops = FlowHops(tables, slots)
     assert wire.xdp(flow.response()).verdict in FORWARDED
-    for key in flow.keys:
-        slots.admit(key)
-    for packet in (flow.request(), flow.response()):
-        assert wire.xdp(packet).verdict in FORWARDED
+
+    def send() -> None:
+        for packet in (flow.request(), flow.response()):
+            assert wire.xdp(packet).verdict in FORWARDED
+
+    slots.admit_by(flow.keys, send)
     for key in flow.keys:
         hops.keep(key)
     return hops

@@ -16,22 +16,6 @@ enum fib_result {
 };
 
 /*
- * Looks up an IPv6 route again that was not found: the kernel itself goes on with the next rule
- * where a table has a throw route (ip-route(8)), but for this helper the lookup ends there
- * (fib6_rule_action_alt() in net/ipv6/fib6_rules.c). Rules by device, which such tables are for, do
- * not apply to what comes from the loopback.
- */
-static __always_inline long fib6_past_throw(void *ctx, struct bpf_fib_lookup *fib)
-{
-	long result;
-
-	fib->ifindex = LOOPBACK_IFINDEX;
-	result = bpf_fib_lookup(ctx, fib, sizeof(*fib), 0);
-	/* Where the loopback does not forward, nothing is known. */
-	return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? BPF_FIB_LKUP_RET_NOT_FWDED : result;
-}
-
-/*
  * Looks up the route from @from to @to for packets of @size bytes (0: any) that have come in by
  * @ifindex. Sets the device in @fib, to 0 where the kernel has a route that this helper does not
  * know (an encapsulating one); sets tot_len to the MTU where that is exceeded. @ctx is that of a
@@ -42,8 +26,6 @@ static __always_inline enum fib_result fib_result_of(void *ctx, u32 ifindex,
 						     const struct inet_addr *to, u16 size,
 						     struct bpf_fib_lookup *fib)
 {
-	long result;
-
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->ifindex = ifindex;
 	fib->tot_len = size;
@@ -56,10 +38,7 @@ static __always_inline enum fib_result fib_result_of(void *ctx, u32 ifindex,
 		__builtin_memcpy(fib->ipv6_src, from, sizeof(*from));
 		__builtin_memcpy(fib->ipv6_dst, to, sizeof(*to));
 	}
-	result = bpf_fib_lookup(ctx, fib, sizeof(*fib), 0);
-	if (result == BPF_FIB_LKUP_RET_NOT_FWDED && fib->family == AF_INET6)
-		result = fib6_past_throw(ctx, fib);
-	switch (result) {
+	switch (bpf_fib_lookup(ctx, fib, sizeof(*fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
 		return FIB_NEIGHBOUR;
 	case BPF_FIB_LKUP_RET_NO_NEIGH:

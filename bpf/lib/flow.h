@@ -182,6 +182,8 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 	if (must_masquerade(s, p, backend)) {
 		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, s->mtu,
 				    &fib);
+		if (is_thrown(skb, &p->flow.src, &backend->addr, way, &fib))
+			way = FIB_OUT;
 		s->begun.is_masked =
 			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
 		if (s->begun.is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
@@ -267,6 +269,8 @@ static __always_inline bool host_address(struct __sk_buff *skb, const struct pac
 	/* There is no route from ::1; so far @node is the unspecified address. */
 	way = fib_result_of(skb, ifindex_of(skb), is_loopback ? node : &p->flow.src, &backend->addr,
 			    0, &fib);
+	if (is_thrown(skb, is_loopback ? node : &p->flow.src, &backend->addr, way, &fib))
+		way = FIB_OUT;
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL) {
 		*node = backend->addr;
 		return true;

@@ -8,6 +8,7 @@
 #include "next_hop.h"
 #include "options.h"
 #include "packet.h"
+#include "service.h"
 
 /* bcc 0.26 declares this helper without the length. */
 static long (*redirect_neigh)(u32 ifindex, struct bpf_redir_neigh *params, int length,
@@ -69,6 +70,21 @@ static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 }
 #endif
 
+/*
+ * Says if a lookup that found @way ended at a throw route of IPv6: the kernel itself goes on with
+ * the next rule there, its helper does not (fib6_rule_action_alt() in net/ipv6/fib6_rules.c). Sets
+ * @fib as those rules do that do not name the device where the packet came in, which such tables
+ * are for.
+ */
+static __always_inline bool is_thrown(struct __sk_buff *skb, const struct inet_addr *from,
+				      const struct inet_addr *to, enum fib_result way,
+				      struct bpf_fib_lookup *fib)
+{
+	if (way != FIB_LOCAL || addr_is_v4(to) || addr_is_this_node(to))
+		return false;
+	return leads_out(fib_result_of(skb, LOOPBACK_IFINDEX, from, to, 0, fib));
+}
+
 /* Sends a rewritten packet out by its own route. */
 static __always_inline int send_out(struct __sk_buff *skb, const struct inet_addr *from,
 				    const struct inet_addr *to)
@@ -76,6 +92,8 @@ static __always_inline int send_out(struct __sk_buff *skb, const struct inet_add
 	struct bpf_fib_lookup fib;
 	enum fib_result way = fib_result_of(skb, ifindex_of(skb), from, to, 0, &fib);
 
+	if (is_thrown(skb, from, to, way, &fib))
+		way = FIB_OUT;
 	if (NODEPORTS_ON_LOOPBACK && way == FIB_LOCAL)
 		return send_to_self(skb);
 	if (!leads_out(way) || !fib.ifindex)

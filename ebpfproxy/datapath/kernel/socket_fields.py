@@ -55,7 +55,7 @@ def _instruction(opcode: int, registers: int, offset: int, value: int) -> bytes:
 
 
 def are_readable(fields: SocketFields) -> bool:
-    """True if the verifier lets programs read all of them as bpf/lib/kernel_socket.h does, at each kind of hook."""
+    """True if the verifier lets programs read each of them where bpf/lib/kernel_socket.h does."""
     proceed = _instruction(0xB7, 0x00, 0, 1), _instruction(0x95, 0x00, 0, 0)  # return 1
 
     def cast(kind: int) -> Iterator[bytes]:

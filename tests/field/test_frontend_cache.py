@@ -133,7 +133,7 @@ def until_cached(maps: MapSet) -> None:
 
     until(is_cached, "frontends are not cached")
     # The others of the same run.
-    time.sleep(0.2)
+    time.sleep(0.05)
 
 
 def write(maps: MapSet, key: tuple[int, int, int], line: bytes) -> None:

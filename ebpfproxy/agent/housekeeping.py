@@ -22,6 +22,7 @@ from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper, set_timeouts
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.node.client_namespaces import ClientNamespaces
 from ebpfproxy.datapath.services import frontend_cache
@@ -229,7 +230,11 @@ class Housekeeping:
 
         def cache() -> float:
             used = time.thread_time()
-            programs.cache(frontend_cache.frontends_to_cache(self._maps))
+            try:
+                programs.cache(frontend_cache.frontends_to_cache(self._maps))
+            except BpfError as error:
+                # Such as without memory: programs look up what is not cached.
+                log.info("frontends are not cached", error=str(error))
             return time.thread_time() - used
 
         def done(used: float) -> None:

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What the agent does to records of sockets. It cannot compare and swap: a program does it for the
- * agent (BPF_PROG_TEST_RUN), and is attached nowhere. The packet is a struct origin; programs
- * return how much they have changed.
+ * What the agent does to records of sockets, and to the cache of frontends. It cannot compare and
+ * swap: a program does it for the agent (BPF_PROG_TEST_RUN), and is attached nowhere. The packet is
+ * a struct origin, or what the agent has read of frontends; programs return how much they have
+ * changed.
  */
 #include "lib/compat.h"
+#include "lib/frontend_cache.h"
 #include "lib/origin.h"
 #include "lib/peers.h"
 
@@ -74,5 +76,74 @@ int restore_socket(struct __sk_buff *skb)
 	if (origin_of(cookie) || !origin_insert(slot, cookie, &record.peer, record.netns))
 		return false;
 	load_restore_socket(record.peer.backend_id);
+	return true;
+}
+
+/* Returns the range of slots as one of backend ids, if these are successive. */
+static __always_inline union selection successive_backends(const struct service *svc,
+							   union selection range)
+{
+	union selection ids = { .base = 0, .count = range.count | RANGE_OF_BACKENDS };
+
+	/* What compares loads looks at the slots' weights. */
+	if (!range.count || range.count > SUCCESSIVE_SLOTS ||
+	    (svc->algorithm >= ALGORITHM_LEAST_CONNECTIONS &&
+	     svc->algorithm <= ALGORITHM_NEVER_QUEUE))
+		return range;
+#pragma clang loop unroll(disable)
+	for (u32 i = 0; i < SUCCESSIVE_SLOTS; i++) {
+		u32 at = range.base + i;
+		const union slot *slot;
+
+		if (i >= range.count)
+			break;
+		slot = map_lookup(slots, &at);
+		if (!slot || (i && slot->backend_id != ids.base + i))
+			return range;
+		if (!i)
+			ids.base = slot->backend_id;
+	}
+	return ids;
+}
+
+/*
+ * Caches a frontend that the agent has read from services4 or services6, after the generation. The
+ * packet has as many as there is room for: each run takes the next. Returns if it is in its line.
+ */
+int cache_frontend(struct __sk_buff *skb)
+{
+	struct frontends_read *read = (void *)(u64)skb->data;
+	const void *end = (void *)(u64)skb->data_end;
+	const struct frontend_read *this;
+	struct frontend_place place;
+	union selection range;
+	struct found found;
+	struct target to;
+	u64 generation;
+	u32 number;
+
+	if ((const void *)(read + 1) > end)
+		return false;
+	number = read->next++;
+	if (number >= FRONTENDS_READ)
+		return false;
+	this = &read->frontends[number];
+	/* What is compared has to be what is read. */
+	barrier_var(this);
+	if ((const void *)(this + 1) > end)
+		return false;
+	/* Sockets look for no others. */
+	if (!this->port || this->scope != SCOPE_INTERNAL)
+		return false;
+	to = (struct target) { this->addr, this->port, this->proto };
+	if (!frontend_place_of(&to, read->generation, &place))
+		return false;
+	frontend_write(&place, &this->words, &found);
+	if (!found.line)
+		return false;
+	generation = range_generation(found.service.id);
+	order_loads();
+	range = selection_of(selection_index(&found.service, policy_of(&found.service)));
+	range_write(&found, generation, successive_backends(&found.service, range));
 	return true;
 }

@@ -24,13 +24,13 @@ static __always_inline void forget_origin(struct bpf_sock_addr *ctx)
 
 /* Handles a connection that is not translated; @svc is NULL where it goes to no Service. */
 static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct target *to,
-					 const struct service *svc)
+					 const struct service *svc, bool is_known)
 {
 	/* A socket of ping's has no port. Whether there is an echo is for packets to tell. */
 	if (to->proto == IPPROTO_ICMP || to->proto == IPPROTO_ICMPV6)
 		return PROCEED;
 	if (!svc && to->proto != IPPROTO_UDP) {
-		if (is_unused_port(ctx, to))
+		if (is_unused_port(ctx, to, is_known))
 			return refuse(ctx, to, NULL, VERDICT_REFUSE);
 		if (is_unallocated_target(ctx, to))
 			return refuse(ctx, to, NULL, VERDICT_DROP);
@@ -45,19 +45,40 @@ static __always_inline int connect_as_is(struct bpf_sock_addr *ctx, const struct
 	return PROCEED;
 }
 
+/* Reads what a choice and its record need: all of it is cold where a Service is rarely used. */
+static __always_inline void touch_for_choice(u64 cookie, const struct service *svc)
+{
+	const struct origin *slot = origin_slot(cookie);
+	const u64 *choices = choices_of(svc->id);
+
+	if (slot)
+		touch(slot);
+	if (choices)
+		touch(choices);
+}
+
 /* Sets @backend where there is one to connect to. */
 static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struct target *to,
 					  struct backend **backend)
 {
-	struct service found, *svc = find_service_copy(ctx, to, &found) ? &found : NULL;
+	const bool is_known = address_of_interest(&to->addr);
+	struct chooser who = { .is_socket = true };
+	struct service *svc = NULL;
+	union selection range;
 	struct client client;
 	enum verdict verdict;
+	struct found found;
 	u32 backend_id;
 
+	if (find_service_copy(ctx, to, is_known, &found))
+		svc = &found.service;
 	if (skip_translation(ctx, to, svc))
-		return connect_as_is(ctx, to, svc);
+		return connect_as_is(ctx, to, svc, is_known);
+	who.socket = get_socket_cookie(ctx);
+	touch_for_choice(who.socket, svc);
 	client = client_of(ctx, svc, to);
-	verdict = service_choose(svc, &client, &backend_id, backend);
+	range = range_of(&found);
+	verdict = service_choose(svc, &range, &who, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE) {
 		count_service(svc->id, verdict);
 		if (to->proto != IPPROTO_UDP)
@@ -66,7 +87,7 @@ static __always_inline int handle_connect(struct bpf_sock_addr *ctx, const struc
 		forget_origin(ctx);
 		return PROCEED;
 	}
-	if (!origin_remember(ctx, to, svc->id, backend_id, *backend)) {
+	if (!origin_remember(ctx, who.socket, to, svc->id, backend_id, *backend)) {
 		/* A resolver compares the source of a reply with the address that it has asked. */
 		if (to->proto == IPPROTO_UDP && leave_to_packets(ctx, to, svc, *backend)) {
 			*backend = NULL;

@@ -20,6 +20,12 @@ struct client {
 	bool keeps_backend; /* by session affinity; known where decisions are traced */
 };
 
+/* Describes who chooses: a program of packets, or one for the socket with this cookie. */
+struct chooser {
+	bool is_socket;
+	u64 socket;
+};
+
 static __always_inline void set_namespace(struct client *client, u64 cookie)
 {
 	client->kind = CLIENT_NAMESPACE;
@@ -53,13 +59,16 @@ static __always_inline u32 hash_of(const struct inet_addr *addr, u32 more)
 /*
  * Returns a random number. The kernel's own take calls of two functions; from Linux 6.10 on these
  * take none. Each CPU has a sequence of its own that begins at a number of the kernel's, in the way
- * of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014). A
- * program that is preempted at a socket may get the same number as the one that preempts it.
+ * of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+ *
+ * A program at a socket can be preempted between the read and the store, and then takes the
+ * sequence back by what others have drawn meanwhile. So these have a second sequence, and each adds
+ * its socket's cookie: the same place gives two sockets different numbers.
  */
-static __always_inline u32 random_number(void)
+static __always_inline u32 random_number(const struct chooser *who)
 {
-	const u32 only = 0;
-	u64 *state = map_at(random_state, only);
+	const u32 whose = who->is_socket ? RANDOM_SOCKETS : RANDOM_PACKETS;
+	u64 *state = map_at(random_state, whose);
 	u64 at;
 
 	if (!state)
@@ -69,7 +78,7 @@ static __always_inline u32 random_number(void)
 		at = (u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
 	at += 0x9e3779b97f4a7c15ULL;
 	*state = at;
-	return mix(at) >> 32;
+	return mix(at ^ who->socket) >> 32;
 }
 
 /* Scales a 32-bit number to the range without a division. */
@@ -106,12 +115,13 @@ static __always_inline u64 cost_of(const struct backend *backend, u64 algorithm)
  * "The power of two choices", 2001). Of equal ones the first that the search meets wins; it begins
  * at a random place.
  */
-static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm)
+static __always_inline u32 slot_least_loaded(const union selection *range, u8 algorithm,
+					     const struct chooser *who)
 {
 	const bool is_small = range->count <= SEARCHED_SLOTS;
 	const u32 end = range->base + range->count;
 	u32 tries = is_small ? range->count : 2;
-	u32 at = slot_at(range, random_number());
+	u32 at = slot_at(range, random_number(who));
 	u64 best_cost = 1, best_weight = 0, best = at;
 
 	for (u32 i = 0; i < SEARCHED_SLOTS; i++) {
@@ -128,7 +138,7 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 		best = select(better, at, best);
 		best_cost = select(better, cost, best_cost);
 		best_weight = select(better, weight, best_weight);
-		at = is_small ? at + 1 : slot_at(range, random_number());
+		at = is_small ? at + 1 : slot_at(range, random_number(who));
 		if (at >= end)
 			at = range->base;
 		/*
@@ -143,16 +153,17 @@ static __always_inline u32 slot_least_loaded(const union selection *range, u8 al
 }
 
 static __always_inline u32 pick_slot(const struct service *svc, const union selection *range,
-				     u32 selection, const struct client *client)
+				     u32 selection, const struct chooser *who,
+				     const struct client *client)
 {
 	const u8 algorithm = svc->algorithm;
 
 	if (algorithm == ALGORITHM_RANDOM)
-		return slot_at(range, random_number());
+		return slot_at(range, random_number(who));
 	if (algorithm == ALGORITHM_ROUND_ROBIN)
 		return slot_in_turn(range, selection);
 	if (algorithm < ALGORITHM_DESTINATION_HASH)
-		return slot_least_loaded(range, algorithm);
+		return slot_least_loaded(range, algorithm, who);
 	if (algorithm == ALGORITHM_MAGLEV)
 		return slot_at(range, hash_of(&client->addr, client->flow));
 	if (algorithm == ALGORITHM_SOURCE_HASH)

@@ -51,6 +51,9 @@
 /* Keeps the compiler from reasoning about a variable across this point. */
 #define barrier_var(var) asm volatile("" : "+r"(var))
 
+/* Reads memory that is needed soon, so that the CPU waits for several cold lines at once. */
+#define touch(pointer) ((void)*(const volatile u8 *)(pointer))
+
 /* Orders what was read before it and what is read after it, on every machine. */
 #define memory_barrier()                                                                           \
 	({                                                                                         \

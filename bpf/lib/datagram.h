@@ -25,9 +25,9 @@ static __always_inline bool is_shared(u64 cookie, const struct backend *backend)
 static __always_inline bool choose_other(u64 cookie, const struct service *svc, u32 *backend_id,
 					 struct backend **backend)
 {
-	const u32 policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
-	union selection range = selection_of(svc->id * POLICIES + policy);
-	u32 at = slot_at(&range, random_number());
+	const struct chooser who = { true, cookie };
+	union selection range = selection_of(selection_index(svc, policy_of(svc)));
+	u32 at = slot_at(&range, random_number(&who));
 
 	if (!range.count)
 		return false;
@@ -110,6 +110,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 {
 	struct client client = client_of(ctx, svc, to);
 	const u64 cookie = known_socket_cookie(ctx);
+	const struct chooser who = { true, cookie };
 	/*
 	 * This is read before the choice: the next datagram notices a backend that departs
 	 * meanwhile.
@@ -119,7 +120,7 @@ static __always_inline int assign_backend(struct bpf_sock_addr *ctx, const struc
 	enum verdict verdict;
 	u32 backend_id;
 
-	verdict = service_choose(svc, &client, &backend_id, backend);
+	verdict = service_choose(svc, NULL, &who, &client, &backend_id, backend);
 	if (verdict != VERDICT_TRANSLATE) {
 		count_service(svc->id, verdict);
 		return refuse(ctx, to, svc, verdict);
@@ -165,7 +166,7 @@ static __always_inline int handle_sendmsg(struct bpf_sock_addr *ctx, const struc
 	u32 left = NOBODY;
 
 	if (skip_translation(ctx, to, svc)) {
-		if (!svc && is_unused_port(ctx, to))
+		if (!svc && is_unused_port(ctx, to, address_of_interest(&to->addr)))
 			return refuse(ctx, to, NULL, VERDICT_REFUSE);
 		return !svc && is_unallocated_target(ctx, to) ? refuse(ctx, to, NULL, VERDICT_DROP)
 							      : PROCEED;

@@ -22,6 +22,16 @@
 /* The slots of flow_cache, which are a power of two, less one. */
 #define FLOW_SLOT_MASK CONSTANT(FLOW_SLOT_MASK)
 
+/* Says if this machine reads memory in the order of its instructions, as x86 does. */
+#define LOADS_IN_ORDER CONSTANT(LOADS_IN_ORDER)
+/* Orders what was read before it and what is read after it. */
+#define order_loads()                                                                              \
+	({                                                                                         \
+		if (!LOADS_IN_ORDER)                                                               \
+			memory_barrier();                                                          \
+		asm volatile("" : : : "memory");                                                   \
+	})
+
 /* The service ids that maps have room for. */
 #define SERVICES ((u32)CONSTANT(SERVICES))
 

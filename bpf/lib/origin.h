@@ -138,11 +138,10 @@ static __always_inline bool origin_insert(struct origin *slot, u64 cookie, const
 }
 
 /* Records and counts a connection; returns false where there is no room for its record. */
-static __always_inline bool origin_remember(struct bpf_sock_addr *ctx,
+static __always_inline bool origin_remember(struct bpf_sock_addr *ctx, u64 cookie,
 					    const struct target *frontend, u32 service_id,
 					    u32 backend_id, struct backend *backend)
 {
-	const u64 cookie = get_socket_cookie(ctx);
 	struct origin *slot = origin_slot(cookie), *known;
 	const struct peer peer = {
 		.frontend = frontend->addr,

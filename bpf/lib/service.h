@@ -103,6 +103,16 @@ static __always_inline bool addr_is_this_node(const struct inet_addr *a)
 	return map_lookup(node_addresses, a) != NULL;
 }
 
+static __always_inline enum policy policy_of(const struct service *svc)
+{
+	return svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
+}
+
+static __always_inline u32 selection_index(const struct service *svc, enum policy policy)
+{
+	return svc->id * POLICIES + policy;
+}
+
 static __always_inline union selection selection_of(u32 index)
 {
 	union selection *found = map_at(selections, index);
@@ -113,14 +123,21 @@ static __always_inline union selection selection_of(u32 index)
 	return range;
 }
 
+/* Returns what this CPU counts for a Service. */
+static __always_inline u64 *choices_of(u32 service_id)
+{
+	const u32 row = (bpf_get_smp_processor_id() >> CPUS_OF_A_ROW_SHIFT) % CHOICE_ROWS;
+	const u32 at = row * SERVICES + service_id;
+
+	return map_at(service_choices, at);
+}
+
 static __always_inline void count_service(u32 service_id, enum verdict verdict)
 {
 	struct rejections *rejections;
 
 	if (verdict == VERDICT_TRANSLATE) {
-		const u32 row = (bpf_get_smp_processor_id() >> CPUS_OF_A_ROW_SHIFT) % CHOICE_ROWS;
-		const u32 at = row * SERVICES + service_id;
-		u64 *choices = map_at(service_choices, at);
+		u64 *choices = choices_of(service_id);
 
 		if (choices)
 			__sync_fetch_and_add(choices, 1);
@@ -136,21 +153,27 @@ static __always_inline void count_service(u32 service_id, enum verdict verdict)
 }
 
 /*
- * Chooses a backend. One hash lookup led to @svc; two array lookups lead to the backend. @client is
- * filled in where needs_client_key(@svc).
+ * Chooses a backend. One look-up led to @svc; two array lookups lead to the backend. @cached is the
+ * range of a connection's choice, if it is known: where it is RANGE_OF_BACKENDS one look-up is
+ * enough. @client is filled in where needs_client_key(@svc).
  */
-static __always_inline enum verdict service_choose(const struct service *svc, struct client *client,
+static __always_inline enum verdict service_choose(const struct service *svc,
+						   const union selection *cached,
+						   const struct chooser *who, struct client *client,
 						   u32 *backend_id, struct backend **backend)
 {
-	enum policy policy = svc->flags & SERVICE_LOCAL ? POLICY_LOCAL : POLICY_CLUSTER;
-	u32 selection = svc->id * POLICIES + policy;
-	union selection range = selection_of(selection);
+	enum policy policy = policy_of(svc);
+	u32 selection = selection_index(svc, policy);
+	union selection range = cached ? *cached : selection_of(selection);
+	const bool is_of_backends = cached && range.count & RANGE_OF_BACKENDS;
 	union slot *slot;
 	u32 at;
 
+	if (cached)
+		range.count &= ~RANGE_OF_BACKENDS;
 	if (!range.count) {
 		if (policy == POLICY_LOCAL &&
-		    selection_of(svc->id * POLICIES + POLICY_CLUSTER).count)
+		    selection_of(selection_index(svc, POLICY_CLUSTER)).count)
 			return VERDICT_DROP;
 		return VERDICT_REFUSE;
 	}
@@ -159,11 +182,15 @@ static __always_inline enum verdict service_choose(const struct service *svc, st
 	if (!svc->affinity_seconds || !affinity_recall(svc, selection, client, backend_id)) {
 		if (TRACE_DECISIONS)
 			client->keeps_backend = false;
-		at = pick_slot(svc, &range, selection, client);
-		slot = map_at(slots, at);
-		if (!slot)
-			return VERDICT_REFUSE;
-		*backend_id = slot->backend_id;
+		at = pick_slot(svc, &range, selection, who, client);
+		if (is_of_backends) {
+			*backend_id = at;
+		} else {
+			slot = map_at(slots, at);
+			if (!slot)
+				return VERDICT_REFUSE;
+			*backend_id = slot->backend_id;
+		}
 		if (svc->affinity_seconds)
 			affinity_remember(svc, selection, client, backend_id);
 	}
@@ -175,7 +202,8 @@ static __always_inline enum verdict service_choose(const struct service *svc, st
 static __always_inline enum verdict choose(const struct service *svc, struct client *client,
 					   u32 *backend_id, struct backend **backend)
 {
-	enum verdict verdict = service_choose(svc, client, backend_id, backend);
+	const struct chooser packet = { .socket = 0 };
+	enum verdict verdict = service_choose(svc, NULL, &packet, client, backend_id, backend);
 
 	count_service(svc->id, verdict);
 	return verdict;

@@ -39,6 +39,13 @@ enum algorithm {
 	ALGORITHM_MAGLEV = 7,		 /* [mh]: the slots are a Maglev table */
 };
 
+/* Index of random_state. */
+enum random_sequence {
+	RANDOM_PACKETS = 0,
+	RANDOM_SOCKETS = 1,
+	RANDOM_SEQUENCES = 2,
+};
+
 /* service.kind */
 enum frontend_kind {
 	KIND_CLUSTER_IP = 0,
@@ -101,8 +108,39 @@ struct frontend_line {
 	u64 first; /* half of struct service */
 	u64 second;
 	u64 check;
-	u64 reserved[2]; /* a line of its own */
+	u64 range; /* union selection of its policy, or RANGE_OF_BACKENDS */
+	u64 range_check;
 };
+
+/*
+ * In the count of a range that is cached: it is not one of slots, but of backend ids. Where the
+ * slots have successive ids, as those of endpoints that came together do, they need not be read.
+ */
+#define RANGE_OF_BACKENDS (1U << 31)
+/* So many slots at most are compared for that. */
+#define SUCCESSIVE_SLOTS 16
+
+/* What cache_frontend() in records.c gets: as many as a packet has room for. */
+#define FRONTENDS_READ 80
+
+struct frontend_read {
+	struct inet_addr addr;
+	__be16 port;
+	u8 proto;
+	u8 scope;
+	u32 reserved;
+	union service_words words;
+};
+
+struct frontends_read {
+	u64 generation;
+	u32 next;
+	u32 reserved;
+	struct frontend_read frontends[];
+};
+
+/* A change of a Service's ranges makes those invalid that lines have of one in so many Services. */
+#define RANGE_GENERATIONS 256
 
 /*
  * The range of slots that a choice is made from, by service id * POLICIES + policy. It is one

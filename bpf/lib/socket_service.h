@@ -28,58 +28,14 @@ static __always_inline bool reaches_this_node(struct bpf_sock_addr *ctx,
 	return addr_is_this_node(addr);
 }
 
-/* Says if a frontend may have the address and port: two array lookups spare the others a search. */
-static __always_inline bool may_be_frontend(const struct target *to)
+/*
+ * Says if a frontend may have the address and port: two array lookups spare the others a search.
+ * @is_known: address_of_interest().
+ */
+static __always_inline bool may_be_frontend(const struct target *to, bool is_known)
 {
 	return port_of_interest(to->port) &&
-	       (address_of_interest(&to->addr) ||
-		(NODEPORTS_ON_LOOPBACK && addr_is_loopback(&to->addr)));
-}
-
-static __always_inline u64 word_of(u32 low, u32 high)
-{
-	return low | (u64)high << 32;
-}
-
-/*
- * Copies what the agent has written of the frontend with exactly this address. What the hash has is
- * noted: the generation was read before, so that a change that the look-up may have missed makes
- * the line invalid. A valid line of another frontend stays: two that are in use do not take turns.
- */
-static __always_inline bool copy_service(const struct target *to, struct service *copy)
-{
-	const u64 upper = word_of(to->addr.word[0], to->addr.word[1]);
-	const u64 lower = word_of(to->addr.word[2], to->addr.word[3]);
-	const u64 port = to->port | (u64)to->proto << 16;
-	const u64 generation = frontend_generation();
-	const u64 mixed = frontend_mix_key(generation, upper, lower, port);
-	struct frontend_line *line = frontend_line_of(frontend_sum(upper, lower, port));
-	union service_words found;
-	const union service_words *in_map;
-
-	if (!line)
-		return false;
-	if (frontend_has_key(line, upper, lower, port)) {
-		found.first = line_word(line, first);
-		found.second = line_word(line, second);
-		*copy = found.service;
-		if (line_word(line, check) == frontend_check(mixed, found.first, found.second))
-			return true;
-	}
-	memory_barrier();
-	in_map = (const void *)service_lookup(to, SCOPE_INTERNAL);
-	if (!in_map)
-		return false;
-	*copy = in_map->service;
-	if (frontend_is_valid(line, generation))
-		return true;
-	line->upper = upper;
-	line->lower = lower;
-	line->port = port;
-	line->first = in_map->first;
-	line->second = in_map->second;
-	line->check = frontend_check(mixed, in_map->first, in_map->second);
-	return true;
+	       (is_known || (NODEPORTS_ON_LOOPBACK && addr_is_loopback(&to->addr)));
 }
 
 /*
@@ -87,17 +43,17 @@ static __always_inline bool copy_service(const struct target *to, struct service
  * NodePort's key; no frontend has that of the loopback.
  */
 static __always_inline bool find_service_copy(struct bpf_sock_addr *ctx, const struct target *to,
-					      struct service *copy)
+					      bool is_known, struct found *found)
 {
 	struct target any = { .port = to->port, .proto = to->proto };
 
-	if (!is_served(ctx) || !may_be_frontend(to))
+	if (!is_served(ctx) || !may_be_frontend(to, is_known))
 		return false;
-	if (!addr_is_loopback(&to->addr) && copy_service(to, copy))
+	if (!addr_is_loopback(&to->addr) && copy_service(to, found))
 		return true;
 	if (addr_is_v4(&to->addr))
 		any.addr = addr_of_v4(0);
-	return copy_service(&any, copy) && reaches_this_node(ctx, &to->addr);
+	return copy_service(&any, found) && reaches_this_node(ctx, &to->addr);
 }
 
 /* Finds the Service that a socket sends to. sendmsg() has no room left on its stack for a copy. */
@@ -106,7 +62,7 @@ static __always_inline struct service *find_service(struct bpf_sock_addr *ctx,
 {
 	struct service *svc;
 
-	if (!is_served(ctx) || !may_be_frontend(to))
+	if (!is_served(ctx) || !may_be_frontend(to, address_of_interest(&to->addr)))
 		return NULL;
 	svc = service_by_address(to, SCOPE_INTERNAL);
 	if (svc)
@@ -160,9 +116,10 @@ static __always_inline bool skip_translation(struct bpf_sock_addr *ctx, const st
 }
 
 /* Says if a cluster IP does not have this port; called only where no Service was found. */
-static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const struct target *to)
+static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const struct target *to,
+					   bool is_known)
 {
-	return is_served(ctx) && address_of_interest(&to->addr) && is_cluster_ip(&to->addr);
+	return is_served(ctx) && is_known && is_cluster_ip(&to->addr);
 }
 
 /*
@@ -174,7 +131,8 @@ static __always_inline bool is_unused_port(struct bpf_sock_addr *ctx, const stru
 static __always_inline bool is_unallocated_target(struct bpf_sock_addr *ctx,
 						  const struct target *to)
 {
-	if (!is_served(ctx) || !is_unallocated(&to->addr))
+	/* Asked first, since the rest needs a key on the stack. */
+	if (!may_be_in_service_cidr(&to->addr) || !is_served(ctx) || !is_unallocated(&to->addr))
 		return false;
 	if (to->proto == IPPROTO_UDP && is_outside_client(&to->addr))
 		return false;

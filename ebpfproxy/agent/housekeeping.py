@@ -22,8 +22,10 @@ from ebpfproxy.datapath.flows.record_programs import RecordPrograms
 from ebpfproxy.datapath.flows.removed_backends import Removal
 from ebpfproxy.datapath.flows.sweeper import Sweep, Sweeper, set_timeouts
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.node.client_namespaces import ClientNamespaces
+from ebpfproxy.datapath.services import frontend_cache
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.logs import get_logger
 from ebpfproxy.metrics.agent_metrics import AgentMetrics
@@ -36,6 +38,8 @@ log = get_logger(__name__)
 _ENDING_SECONDS = 0.1
 #: The time between two sweeps of the conntrack map.
 _SWEEP_SECONDS = 10.0
+#: The time between two times that all frontends are cached, and the share of a processor that it may take.
+_CACHING_SECONDS, _CACHING_SHARE = 1.0, 0.005
 
 
 class Housekeeping:
@@ -64,7 +68,10 @@ class Housekeeping:
         set_timeouts(maps, options.timeouts)
         self._grace_runs = self._ending = self._sweeping = self._has_adopted = False
         self._forgotten = ForgottenSockets(maps, measures_traffic=options.measure_traffic)
-        self._comparing = False
+        self._comparing = self._caching = False
+        #: The generation of frontends that were cached last.
+        self._cached: int | None = None
+        self._next_caching = 0.0
         self._next_sweep = self._next_ending = self._next_comparison = 0.0
         #: Removed backends whose sockets have been closed.
         self._ended: dict[BackendUse, Removal] = {}
@@ -90,6 +97,7 @@ class Housekeeping:
             self._start_ending(reports)
             self._start_sweep(programs)
             self._start_comparison(records)
+            self._start_caching(records)
 
     # -- what was replaced
 
@@ -210,3 +218,27 @@ class Housekeeping:
                 self._writer.retry()
 
         self._background(lambda: self._forgotten.sweep(programs), done)
+
+    # -- what programs have to look up
+
+    def _start_caching(self, programs: RecordPrograms) -> None:
+        """Caches all frontends once some have changed. Until then programs look up what they need."""
+        now, generation = time.monotonic(), frontend_cache.generation(self._maps)
+        if self._caching or generation == self._cached or now < self._next_caching:
+            return
+        self._caching, self._cached = True, generation
+
+        def cache() -> float:
+            used = time.thread_time()
+            try:
+                programs.cache(frontend_cache.frontends_to_cache(self._maps))
+            except BpfError as error:
+                # Such as without memory: programs look up what is not cached.
+                log.info("frontends are not cached", error=str(error))
+            return time.thread_time() - used
+
+        def done(used: float) -> None:
+            self._caching = False
+            self._next_caching = time.monotonic() + max(_CACHING_SECONDS, used / _CACHING_SHARE)
+
+        self._background(cache, done)

@@ -86,6 +86,11 @@ def test_struct_sizes_and_offsets_equal_those_of_the_compiler(tmp_path: Path) ->
         + 'printf("state %zu\\n", offsetof(struct backend, state));\n'
         + "".join(f'printf("{m} %zu\\n", offsetof(struct backend, {m}));\n' for m in layout.LOAD_OFFSETS)
         + 'printf("rows %d\\n", CHOICE_ROWS);\n'
+        + 'printf("generations %d\\n", RANGE_GENERATIONS);\n'
+        + 'printf("sequences %d\\n", RANDOM_SEQUENCES);\n'
+        + 'printf("batch %d\\n", FRONTENDS_READ);\n'
+        + 'printf("header %zu\\n", sizeof(struct frontends_read));\n'
+        + 'printf("read %zu\\n", sizeof(struct frontend_read));\n'
         + "".join(f'printf("{m} %zu\\n", offsetof(struct sweep, {m}));\n' for m in ("next", "mark", "kept"))
         + 'printf("decision %zu\\n", sizeof(struct decision));\n'
         + "".join(f'printf("{m} %zu\\n", offsetof(struct tracing, {m}));\n' for m in ("interval", "programs"))
@@ -111,6 +116,11 @@ def test_struct_sizes_and_offsets_equal_those_of_the_compiler(tmp_path: Path) ->
     assert sizes["state"] == layout.BACKEND_STATE_OFFSET
     assert {name: sizes[name] for name in layout.LOAD_OFFSETS} == layout.LOAD_OFFSETS
     assert sizes["rows"] == layout.CHOICE_ROWS
+    assert sizes["generations"] == layout.RANGE_GENERATIONS
+    assert sizes["sequences"] == layout.RANDOM_SEQUENCES
+    assert sizes["batch"] == layout.FRONTENDS_READ
+    assert sizes["header"] == layout.FRONTENDS_READ_HEADER.size
+    assert sizes["read"] == len(layout.MAPPED) + layout.SERVICE4_KEY.size + 4 + layout.SERVICE.size
     assert sizes["buckets"] == len(measure_layout.CONNECT_BOUNDS) + 1
     assert sizes["first"] == measure_layout.CONNECT_BOUNDS[0]
 

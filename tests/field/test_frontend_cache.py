@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ MOVED, MOVED6 = "10.96.0.60", "fd00:10:96::60"
 FOLDED = 0x9E3779B97F4A7C15
 WORDS = (1 << 64) - 1
 LINE = struct.Struct("=8Q")
+RANGE_OF_BACKENDS = 1 << 31
 _HEADER = (Path(__file__).parents[2] / "bpf/lib/frontend_cache.h").read_text()
 FACTORS = [int(each, 16) for each in re.findall(r"#define FRONTEND_\w+\s+(0x\w+)ULL", _HEADER)]
 
@@ -57,13 +59,47 @@ def generation_of(maps: MapSet) -> int:
     return int(maps.shared("frontend_generation").words()[0])
 
 
-def line_of(key: tuple[int, int, int], service: bytes, generation: int) -> bytes:
-    words = struct.unpack("=2Q", service)
-    mixed = generation ^ FACTORS[4]
-    for word in (*key, *words):
+def mix(mixed: int, *words: int) -> int:
+    for word in words:
         mixed ^= word
         mixed = (mixed ^ mixed >> 32) * FACTORS[3] & WORDS
-    return LINE.pack(*key, *words, mixed, 0, 0)
+    return mixed
+
+
+def line_of(
+    key: tuple[int, int, int],
+    service: bytes,
+    generation: int,
+    range_word: int = 0,
+    range_generation: int = -1,
+) -> bytes:
+    """A line; that has no valid range by default."""
+    words = struct.unpack("=2Q", service)
+    check = mix(generation ^ FACTORS[4], *key, *words)
+    range_check = 0 if range_generation < 0 else mix(check, range_generation, range_word)
+    return LINE.pack(*key, *words, check, range_word, range_check)
+
+
+def without_range(line: bytes | None) -> bytes:
+    assert line is not None
+    return line[:-16]
+
+
+def range_in(maps: MapSet, host: str, port: int) -> tuple[int, int, bool]:
+    """Base and count of the valid range in a line, and if these are backend ids."""
+    key = key_words(host, port)
+    words = LINE.unpack(maps["frontend_cache"].lookup(place_of(maps, key)) or b"")
+    assert words[:3] == key
+    service = service_at(maps, host, port)
+    valid = line_of(key, service, generation_of(maps), words[6], range_generation_of(maps, service))
+    assert LINE.pack(*words) == valid
+    base, count = layout.selection_range(words[6])
+    return base, count & ~RANGE_OF_BACKENDS, bool(count & RANGE_OF_BACKENDS)
+
+
+def range_generation_of(maps: MapSet, service: bytes) -> int:
+    words = maps.shared("range_generations").words()
+    return int(words[layout.unpack_service(service).id % layout.RANGE_GENERATIONS])
 
 
 def service_at(maps: MapSet, host: str, port: int) -> bytes:
@@ -77,8 +113,27 @@ def service_at(maps: MapSet, host: str, port: int) -> bytes:
 def lead_astray(cluster: TwoNodeCluster, host: str = IP) -> None:
     """Connections to the host go to the other Service, as long as the line counts."""
     with maps_of(cluster.a) as maps:
+        until_cached(maps)
         key = key_words(host, 80)
         write(maps, key, line_of(key, service_at(maps, OTHER, 80), generation_of(maps)))
+
+
+def until_cached(maps: MapSet) -> None:
+    """The agent has all frontends cached after their last change: afterwards lines of tests stay."""
+
+    def is_cached() -> bool:
+        key, service = key_words(OTHER, 80), service_at(maps, OTHER, 80)
+        line = maps["frontend_cache"].lookup(place_of(maps, key))
+        word = LINE.unpack(line or bytes(LINE.size))[6]
+        is_valid = line == line_of(
+            key, service, generation_of(maps), word, range_generation_of(maps, service)
+        )
+        # Programs at sockets cache ranges of slots.
+        return is_valid and bool(layout.selection_range(word)[1] & RANGE_OF_BACKENDS)
+
+    until(is_cached, "frontends are not cached")
+    # The others of the same run.
+    time.sleep(0.05)
 
 
 def write(maps: MapSet, key: tuple[int, int, int], line: bytes) -> None:
@@ -124,7 +179,8 @@ def cluster() -> Iterator[MovingCluster]:
 
 @pytest.fixture(scope="module")
 def agent(cluster: MovingCluster) -> Agent:
-    return cluster.agent().start()
+    # Comparisons with what the agent has written would end lines of tests.
+    return cluster.agent("--drift-check-seconds", "0").start()
 
 
 @pytest.mark.parametrize("host", [IP, IP6, SERVICE_IPS["mapped"]])
@@ -133,9 +189,9 @@ def test_found_frontends_are_cached(cluster: MovingCluster, agent: Agent, host: 
     with maps_of(cluster.a) as maps:
         key = key_words(IP if host != IP6 else IP6, 80)
         service = service_at(maps, IP if host != IP6 else IP6, 80)
-        assert maps["frontend_cache"].lookup(place_of(maps, key)) == line_of(
-            key, service, generation_of(maps)
-        )
+        found = maps["frontend_cache"].lookup(place_of(maps, key))
+        assert without_range(found) == without_range(line_of(key, service, generation_of(maps)))
+        assert range_in(maps, IP if host != IP6 else IP6, 80)[1] == 2
 
 
 def test_node_ports_are_cached_and_found_at_the_node_only(cluster: MovingCluster, agent: Agent) -> None:
@@ -144,7 +200,7 @@ def test_node_ports_are_cached_and_found_at_the_node_only(cluster: MovingCluster
     with maps_of(cluster.a) as maps:
         key = key_words("0.0.0.0", NODE_PORT)
         line = line_of(key, service_at(maps, "0.0.0.0", NODE_PORT), generation_of(maps))
-        assert maps["frontend_cache"].lookup(place_of(maps, key)) == line
+        assert without_range(maps["frontend_cache"].lookup(place_of(maps, key))) == without_range(line)
 
 
 @pytest.mark.parametrize("host", [IP, IP6])
@@ -171,7 +227,7 @@ def test_torn_line_is_ignored_and_replaced(cluster: MovingCluster, agent: Agent,
         words[word] = LINE.unpack(other)[word] ^ (1 if LINE.unpack(other)[word] == words[word] else 0)
         write(maps, key, LINE.pack(*words))
         assert spread(cluster) == {"w1", "w2"}
-        assert maps["frontend_cache"].lookup(place_of(maps, key)) == own
+        assert without_range(maps["frontend_cache"].lookup(place_of(maps, key))) == without_range(own)
 
 
 def test_colliding_frontends_are_found(cluster: MovingCluster, agent: Agent) -> None:
@@ -220,10 +276,116 @@ def test_halves_of_two_lines_with_the_same_sum_are_no_line(cluster: MovingCluste
         assert spread(cluster) == {"w1", "w2"}
 
 
+@pytest.mark.parametrize("is_of_backends", [False, True])
+def test_cached_range_counts_until_the_service_s_endpoints_change(
+    cluster: MovingCluster, agent: Agent, is_of_backends: bool
+) -> None:
+    other = ask_range(cluster, OTHER)
+    with maps_of(cluster.a) as maps:
+        until_cached(maps)
+        key, service = key_words(IP, 80), service_at(maps, IP, 80)
+        if is_of_backends:
+            (slot,) = maps.selections().slots(other)
+            word = layout.selection_word(slot & 0xFFFFFFFF, 1 | RANGE_OF_BACKENDS)
+        else:
+            word = layout.selection_word(*other)
+        line = line_of(key, service, generation_of(maps), word, range_generation_of(maps, service))
+        write(maps, key, line)
+        assert spread(cluster) == {"w1"}
+        before = range_generation_of(maps, service)
+        cluster.write_web(cluster.w2)
+        until(lambda: range_generation_of(maps, service) != before, "the range still counts")
+        until(lambda: spread(cluster) == {"w2"}, "the range still counts")
+        cluster.write_web(cluster.w1, cluster.w2)
+        until(lambda: spread(cluster) == {"w1", "w2"}, "the endpoints are the former ones")
+
+
+def ask_range(cluster: MovingCluster, host: str) -> tuple[int, int]:
+    with maps_of(cluster.a) as maps:
+        service = layout.unpack_service(service_at(maps, host, 80))
+        return maps.selections().ranges(service.id)[0]
+
+
+@pytest.mark.parametrize("stale", ["range", "check", "generation", "line"])
+def test_range_that_is_not_whole_is_ignored_and_replaced(
+    cluster: MovingCluster, agent: Agent, stale: str
+) -> None:
+    """It has a word of another range, of another generation, or of the range of another line."""
+    other = layout.selection_word(*ask_range(cluster, OTHER))
+    with maps_of(cluster.a) as maps:
+        until_cached(maps)
+        key, service, generation = key_words(IP, 80), service_at(maps, IP, 80), generation_of(maps)
+        of_range = range_generation_of(maps, service)
+        own = LINE.unpack(
+            line_of(key, service, generation, layout.selection_word(*ask_range(cluster, IP)), of_range)
+        )
+        wrong = LINE.unpack(line_of(key, service, generation, other, of_range))
+        if stale == "generation":
+            wrong = LINE.unpack(line_of(key, service, generation, other, of_range - 1))
+        elif stale == "line":
+            line = line_of(key_words(OTHER, 80), service_at(maps, OTHER, 80), generation, other, of_range)
+            wrong = LINE.unpack(line)
+        taken = {"range": (wrong[6], own[7]), "check": (own[6], wrong[7])}.get(stale, wrong[6:])
+        write(maps, key, LINE.pack(*own[:6], *taken))
+        assert spread(cluster) == {"w1", "w2"}
+        assert range_in(maps, IP, 80)[1] == 2
+
+
+def test_agent_caches_all_frontends_after_a_change(cluster: MovingCluster, agent: Agent) -> None:
+    """Nobody has to connect first. Slots with successive backend ids need not be read."""
+    cluster.write_moving("moving", "w2")
+    until(lambda: name_at(cluster, MOVED) == "w2", "the frontend is missing")
+    with maps_of(cluster.a) as maps:
+
+        def cached(host: str, port: int) -> bool:
+            key = key_words(host, port)
+            line = line_of(key, service_at(maps, host, port), generation_of(maps))
+            found = maps["frontend_cache"].lookup(place_of(maps, key))
+            return without_range(found) == without_range(line)
+
+        for host, port in ((IP, 80), (IP6, 80), (OTHER, 80), (MOVED6, 80), ("0.0.0.0", NODE_PORT)):
+            until(lambda host=host, port=port: cached(host, port), f"{host}:{port} is not cached")  # type: ignore[misc]
+        base, count, is_of_backends = range_in(maps, OTHER, 80)
+        (slot,) = maps.selections().slots(ask_range(cluster, OTHER))
+        assert (base, count, is_of_backends) == (slot & 0xFFFFFFFF, 1, True)
+    cluster.remove_moving()
+
+
+def test_sockets_choose_apart_although_the_random_sequence_is_set_back(
+    cluster: MovingCluster, agent: Agent
+) -> None:
+    """A program that is preempted between read and store of the sequence does that."""
+    with maps_of(cluster.a) as maps:
+        fd, cpus = maps["random_state"].fd, bpf.possible_cpus()
+        places = [layout.U32.pack(number) for number in range(layout.RANDOM_SEQUENCES)]
+        names = set()
+        for _ in range(clients.ENOUGH):
+            for place in places:
+                bpf.map_update(fd, place, layout.U64.pack(1 << 40) * cpus)
+            names.add(name_at(cluster, IP))
+        assert names == {"w1", "w2"}
+        # What sockets draw does not set back the sequence of packets.
+        of_packets, of_sockets = (bpf.map_lookup(fd, place, layout.U64.size * cpus) for place in places)
+        assert of_packets == layout.U64.pack(1 << 40) * cpus
+        assert of_sockets != of_packets
+
+
+def test_what_programs_found_before_a_foreign_change_was_undone_does_not_last(
+    cluster: MovingCluster, agent: Agent
+) -> None:
+    """The comparison finds nothing to repair, and the frontends do not change."""
+    agent.stop()
+    with_checks = cluster.agent("--drift-check-seconds", "1").start()
+    lead_astray(cluster)
+    until(lambda: spread(cluster) == {"w1", "w2"}, "the line still counts")
+    with_checks.stop()
+    agent.start()
+
+
 def test_killed_agent_s_successor_makes_lines_invalid(cluster: MovingCluster, agent: Agent) -> None:
     """An agent may be killed between a change of the tables and the new generation."""
-    agent.kill()
     lead_astray(cluster)
+    agent.kill()
     assert spread(cluster) == {"w1"}
-    cluster.agent().start()
+    cluster.agent("--drift-check-seconds", "0").start()
     assert spread(cluster) == {"w1", "w2"}

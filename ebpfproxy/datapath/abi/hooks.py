@@ -48,6 +48,7 @@ RECORD_HOOKS = (
     Hook("forget_socket", 0, uapi.PROG_SCHED_CLS),
     Hook("forget_pages", 0, uapi.PROG_SCHED_CLS),
     Hook("restore_socket", 0, uapi.PROG_SCHED_CLS),
+    Hook("cache_frontend", 0, uapi.PROG_SCHED_CLS),
 )
 
 #: They are attached to every device but the loopback, at ingress and egress.

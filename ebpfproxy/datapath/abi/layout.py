@@ -72,21 +72,26 @@ BACKEND_SIZE = BACKEND.size + LOAD.size
 FRONTEND_LINE_SIZE = 64
 #: Rows of ``service_choices``; neighbouring CPUs share one.
 CHOICE_ROWS = 16
+#: Words of ``range_generations``, and ``random_state``: bpf/lib/service_types.h.
+RANGE_GENERATIONS = 256
+RANDOM_SEQUENCES = 2
+#: Frontends of struct frontends_read, in the same header, and what comes before them: the generation.
+FRONTENDS_READ, FRONTENDS_READ_HEADER = 80, struct.Struct("=QII")
 #: Offsets in ``struct backend``; a place whose protocol is 0 is free.
 BACKEND_PROTOCOL_OFFSET = 18
 BACKEND_STATE_OFFSET = 19
-_MAPPED = b"\0" * 10 + b"\xff\xff"
+MAPPED = b"\0" * 10 + b"\xff\xff"
 #: Where the two numbers of a selection are in its word.
 _BASE_SHIFT, _COUNT_SHIFT = (0, 32) if sys.byteorder == "little" else (32, 0)
 
 
 def pack_address(address: bytes) -> bytes:
     """16 bytes: IPv4 as IPv4-mapped IPv6."""
-    return _MAPPED + address if len(address) == 4 else address
+    return MAPPED + address if len(address) == 4 else address
 
 
 def unpack_address(packed: bytes) -> bytes:
-    return packed[12:] if packed.startswith(_MAPPED) else packed
+    return packed[12:] if packed.startswith(MAPPED) else packed
 
 
 def pack_service_key(address: bytes, port: int, protocol: int | None, scope: int) -> bytes:
@@ -185,7 +190,7 @@ def pack_backends(backends: Iterable[Backend], state: BackendState) -> list[byte
     pack = BACKEND.pack
     return [
         pack(
-            _MAPPED + address if len(address := each.address) == 4 else address,
+            MAPPED + address if len(address := each.address) == 4 else address,
             each.port,
             each.protocol,
             state,

@@ -28,6 +28,8 @@ from ebpfproxy.datapath.abi.layout import (
     NAME,
     PAIR,
     POLICIES,
+    RANDOM_SEQUENCES,
+    RANGE_GENERATIONS,
     REJECTIONS,
     SELECTION,
     SERVICE,
@@ -69,7 +71,7 @@ MPTCP_SOCKETS = 1 << 16
 NEXT_HOPS = 1024
 #: The most slots of ``flow_cache``: bpf/lib/flow_cache.h takes so many bits of a hash.
 FLOW_SLOTS = 1 << 21
-#: Groups of flows: FLOW_GROUP_BITS in bpf/lib/flow_cache.h. In ``flow_tags`` a time of each comes before the tags.
+#: Groups of flows: FLOW_GROUP_BITS in bpf/lib/flow_cache.h. ``flow_tags`` has a time of each before the tags.
 FLOW_GROUPS = 1 << 10
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
@@ -145,10 +147,11 @@ def map_specs(capacity: Capacity) -> tuple[MapSpec, ...]:
         _hash("services6", SERVICE6_KEY.size, SERVICE.size, capacity.frontends),
         _frontend_lines(capacity.frontends),
         _shared("frontend_generation", U64.size, 1),
+        _shared("range_generations", U64.size * RANGE_GENERATIONS, 1),
         _shared("selections", SELECTION.size, capacity.services * POLICIES),
         _shared("slots", SLOT_SIZE, capacity.slots),
         _array("turns", U64.size, capacity.services * POLICIES),
-        _per_cpu("random_state", U64.size, 1),
+        _per_cpu("random_state", U64.size, RANDOM_SEQUENCES),
         _hash("members", PAIR.size, 4, capacity.slots),
         _lru("affinity", AFFINITY_KEY.size, AFFINITY.size, capacity.affinity),
         _hash("client_namespaces", 16, U64.size, 65536),

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ebpfproxy.datapath.drift.compare import Difference, Kind
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.frontend_table import renew_cache
+from ebpfproxy.datapath.services.frontend_cache import renew_frontends, renew_ranges
 
 #: Tables come before those that lead to them.
 ORDER = (
@@ -38,13 +38,12 @@ ORDER = (
     "services6",
 )
 
-_FRONTENDS = frozenset({"services4", "services6"})
-
 
 def repair(maps: MapSet, found: Iterable[Difference]) -> list[Difference]:
     """Repairs, in the thread that writes the maps.
 
-    Returns what it has repaired: an entry for which there is no room stays missing, as it was before.
+    Returns what it has repaired: an entry for which there is no room stays missing, as it was before. With
+    nothing to repair, it ends only what programs have cached.
     """
     by_map: dict[str, list[Difference]] = {}
     for each in found:
@@ -62,8 +61,9 @@ def repair(maps: MapSet, found: Iterable[Difference]) -> list[Difference]:
         if foreign and not isinstance(maps[name], SharedArray):
             maps[name].delete_many([each.key for each in foreign])
             repaired += foreign
-    if _FRONTENDS.intersection(names):
-        renew_cache(maps)
+    # Programs may have cached what was there, also of what has been changed back since.
+    renew_frontends(maps)
+    renew_ranges(maps)
     return repaired
 
 

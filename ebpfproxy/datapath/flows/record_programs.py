@@ -1,16 +1,18 @@
-"""Programs that the agent runs itself to change records of sockets (``bpf/records.c``).
+"""Programs that the agent runs itself, on records of sockets and cached frontends (``bpf/records.c``).
 
 A slot of ``sock_origin`` is taken and freed by compare-and-swap, which only a program can do.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ebpfproxy.datapath.abi.hooks import RECORD_HOOKS
 from ebpfproxy.datapath.kernel import bpf
+from ebpfproxy.datapath.kernel.libbpf import BpfError
 
 
 class RecordPrograms:
@@ -37,6 +39,18 @@ class RecordPrograms:
     def restore(self, origins: Iterable[bytes]) -> int:
         """Adds packed origins that the sockets do not have; returns how many."""
         return self._run("restore_socket", origins)
+
+    def cache(self, frontends: Iterable[tuple[bytes, int]]) -> None:
+        """Caches frontends, given as ``frontend_cache.frontends_to_cache`` returns them."""
+        for packet, count in frontends:
+            # Signals end runs early. What is cached already is passed over the second time.
+            while True:
+                try:
+                    bpf.prog_run(self._fds["cache_frontend"], packet, count)
+                    break
+                except BpfError as error:
+                    if error.errno != errno.EINTR:
+                        raise
 
     def _run(self, name: str, origins: Iterable[bytes]) -> int:
         return sum(bpf.prog_run(self._fds[name], origin) for origin in origins)

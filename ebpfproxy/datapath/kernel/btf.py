@@ -10,8 +10,11 @@ from ebpfproxy.datapath.kernel.libbpf import lib
 
 # enum in linux/btf.h
 STRUCT, FUNCTION = 4, 12
-_INT, _UNION, _TYPEDEF, _VOLATILE, _CONST, _TYPE_TAG = 1, 5, 8, 9, 10, 18
-_ALIASES = (_TYPEDEF, _VOLATILE, _CONST, _TYPE_TAG)
+_INT, _POINTER, _ARRAY, _UNION, _ENUM = 1, 2, 3, 5, 6
+_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FLOAT, _TYPE_TAG, _ENUM64 = 8, 9, 10, 11, 16, 18, 19
+_ALIASES = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
+#: Kinds whose btf_type has a size.
+_SIZED = (_INT, STRUCT, _UNION, _ENUM, _FLOAT, _ENUM64)
 _HAS_BIT_FIELDS = 1 << 31
 
 
@@ -23,6 +26,12 @@ class _Type(ct.Structure):
     @property
     def kind(self) -> int:
         return int(self.info) >> 24 & 0x1F
+
+
+class _Array(ct.Structure):
+    """struct btf_array, behind the type."""
+
+    _fields_ = (("type", ct.c_uint32), ("index_type", ct.c_uint32), ("count", ct.c_uint32))
 
 
 class _Member(ct.Structure):
@@ -82,10 +91,18 @@ class KernelTypes:
                     return bits // 8 + inner
         return None
 
-    def _size(self, number: int) -> int:
-        """The size of a number, structure or pointer."""
+    def _size(self, number: int) -> int | None:
+        """The size in bytes; None for what has none, such as a function."""
         found = self._type(self._plain(number))
-        return int(found.size_or_type) if found.kind in (_INT, STRUCT, _UNION) else ct.sizeof(ct.c_void_p)
+        if found.kind in _SIZED:
+            return int(found.size_or_type)
+        if found.kind == _POINTER:
+            return ct.sizeof(ct.c_void_p)
+        if found.kind != _ARRAY:
+            return None
+        array = _Array.from_address(ct.addressof(found) + ct.sizeof(_Type))
+        size = self._size(array.type)
+        return None if size is None else int(array.count) * size
 
 
 @contextmanager

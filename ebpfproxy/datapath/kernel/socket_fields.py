@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 
 import msgspec
 
@@ -45,24 +46,39 @@ def _found(types: KernelTypes) -> SocketFields:
     )
 
 
+#: offsetof(struct bpf_sock_addr, sk)
+_SOCKET_OF_ADDRESS = 64
+
+
 def _instruction(opcode: int, registers: int, offset: int, value: int) -> bytes:
     return struct.pack("=BBhi", opcode, registers, offset, value)
 
 
-def _readable(fields: SocketFields) -> bool:
-    """True if a program loads that reads a field: the kernel knows the function, and the types fit."""
-    code = b"".join(
-        (
-            _instruction(0xB7, 0x02, 0, fields.sock_common),  # r2 = the type; r1 is the socket
-            _instruction(0x85, 0x20, 0, fields.rdonly_cast),  # r0 = bpf_rdonly_cast(r1, r2)
-            _instruction(0x79, 0x00, fields.skc_cookie, 0),  # r0 = *(u64 *)(r0 + skc_cookie)
-            _instruction(0xB7, 0x00, 0, 1),  # return 1
-            _instruction(0x95, 0x00, 0, 0),
-        )
+def are_readable(fields: SocketFields) -> bool:
+    """True if the verifier lets programs read each of them where bpf/lib/kernel_socket.h does."""
+    proceed = _instruction(0xB7, 0x00, 0, 1), _instruction(0x95, 0x00, 0, 0)  # return 1
+
+    def cast(kind: int) -> Iterator[bytes]:
+        yield _instruction(0xBF, 0x61, 0, 0)  # r1 = r6, the socket
+        yield _instruction(0xB7, 0x02, 0, kind)  # r2 = the type
+        yield _instruction(0x85, 0x20, 0, fields.rdonly_cast)  # r0 = bpf_rdonly_cast(r1, r2)
+
+    cookie = *cast(fields.sock_common), _instruction(0x79, 0x07, fields.skc_cookie, 0)
+    at_release = _instruction(0xBF, 0x16, 0, 0), *cookie, *proceed  # r6 = r1: the context is the socket
+    at_connect = (
+        _instruction(0x79, 0x16, _SOCKET_OF_ADDRESS, 0),  # r6 = r1->sk
+        *cookie,
+        _instruction(0x79, 0x07, fields.skc_net, 0),  # r7 = r0->skc_net
+        _instruction(0x79, 0x77, fields.net_cookie, 0),
+        *cast(fields.tcp_sock),
+        _instruction(0x71, 0x07, fields.tcp_is_mptcp, 0),
+        *proceed,
     )
-    (release,) = (hook for hook in SOCKET_HOOKS if hook.program_type == uapi.PROG_CGROUP_SOCK)
+    programs = {uapi.PROG_CGROUP_SOCK: at_release, uapi.PROG_CGROUP_SOCK_ADDR: at_connect}
     try:
-        os.close(bpf.prog_load(release.program_type, release.attach_type, "probe", code))
+        for kind, code in programs.items():
+            hook = next(hook for hook in SOCKET_HOOKS if hook.program_type == kind)
+            os.close(bpf.prog_load(kind, hook.attach_type, "probe", b"".join(code)))
     except BpfError:
         return False
     return True
@@ -75,4 +91,4 @@ def find_socket_fields() -> SocketFields | None:
             fields = _found(types)
     except MissingTypeError:
         return None
-    return fields if _readable(fields) else None
+    return fields if are_readable(fields) else None

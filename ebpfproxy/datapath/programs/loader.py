@@ -84,6 +84,7 @@ class Options(msgspec.Struct, frozen=True):
             "SERVICES": sizes.services,
             "FRONTEND_LINE_MASK": sizes.frontend_lines - 1,
             "CPUS_OF_A_ROW_SHIFT": cpus_of_a_row_shift(sizes.cpus),
+            "LOADS_IN_ORDER": platform.machine() == "x86_64",
             "HOST_NETNS_COOKIE": self.host_netns_cookie,
             "HAVE_SET_RETVAL": self.features.set_retval,
             "HAVE_MPTCP": self.features.mptcp,

@@ -9,8 +9,6 @@ and other ports are not rejected, since they are those of the cache's own socket
 
 from __future__ import annotations
 
-import secrets
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
@@ -22,12 +20,12 @@ from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash
+from ebpfproxy.datapath.services.frontend_cache import renew_frontends
 from ebpfproxy.services.model import FrontendKind
 
 _DNS_PORT = 53
 #: An enumeration looks for each of its members anew (until Python 3.12), which takes longer than a call.
 _CLUSTER_IP, _NODE_PORT = FrontendKind.CLUSTER_IP, FrontendKind.NODE_PORT
-_FENCE = threading.Lock()
 
 
 class Frontends:
@@ -49,7 +47,7 @@ class Frontends:
         self._entries: dict[ServiceKey, ServiceEntry] = {}
         self._maps = maps
         # An agent that was killed may have changed the tables without saying so.
-        renew_cache(maps)
+        renew_frontends(maps)
         for key, entry in self._stored():
             if entry.flags & ServiceFlags.ADDRESS:
                 continue
@@ -106,7 +104,7 @@ class Frontends:
                         losers[key] = replaced.id
                 if key not in refused:
                     self._entries[key] = entry
-            renew_cache(self._maps)
+            renew_frontends(self._maps)
             for key, service_id in losers.items():
                 self._lost(service_id, key)
             full |= {key: f"no room in {table.spec.name} for {key}" for key in refused}
@@ -140,7 +138,7 @@ class Frontends:
 
     def _delete(self, key: ServiceKey) -> None:
         self._tables[len(key.address)].delete(layout.pack_service_key(*key))
-        renew_cache(self._maps)
+        renew_frontends(self._maps)
         entry = self._entries.pop(key)
         self._forget(key, entry.kind)
         self._lost(entry.id, key)
@@ -231,7 +229,7 @@ class Frontends:
         for address in changed:
             self._open_other_ports(address)
         self._close_other_ports(changed)
-        renew_cache(self._maps)
+        renew_frontends(self._maps)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """Sets the addresses of this node's NodePorts."""
@@ -239,18 +237,6 @@ class Frontends:
         table.update_many(dict(_packed_addresses(addresses - known)))
         table.delete_many([layout.pack_address(address) for address in known - addresses])
         self._node_addresses = addresses
-
-
-def renew_cache(maps: MapSet) -> None:
-    """Tells programs that frontends have changed: what they have cached of the tables counts no more.
-
-    The thread that writes the tables calls it after each change of them. The number is random, so that
-    nobody can choose a frontend for which a line that is not whole looks as if it were.
-    """
-    # Lock and unlock order the changes before this, on CPUs that would swap them.
-    with _FENCE:
-        pass
-    maps.shared("frontend_generation").words()[0] = secrets.randbits(64)
 
 
 def _packed_addresses(addresses: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:

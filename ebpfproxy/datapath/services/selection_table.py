@@ -8,6 +8,7 @@ from collections.abc import Collection
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import Range, Selections, backend_ids
 from ebpfproxy.datapath.kernel.maps import MapSet
+from ebpfproxy.datapath.services.frontend_cache import renew_ranges
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.services.slots import Source
 
@@ -27,6 +28,8 @@ class SelectionTable:
         self._slots.reach(max((base + count for base, count in used), default=0))
         self._selections.reach((max(service_ids, default=-1) + 1) * layout.POLICIES)
         self._view = maps.selections()
+        # An agent that was killed may have changed a range without saying so.
+        renew_ranges(maps)
 
     @property
     def free_slots(self) -> int:
@@ -78,12 +81,13 @@ class SelectionTable:
     # -- words that programs see at once
 
     def select(self, service_id: int, policy: int, used: Range) -> None:
-        """Stores a range: readers see the old one or this one."""
+        """Stores a range: readers see the old one or this one, also those that have cached it."""
         if self._selections.reach((service_id + 1) * layout.POLICIES):
             self._view = self._maps.selections()
         for view in (self._kept, self._view):
             view.set_range(service_id, policy, used)
         self._selections.writes += 1
+        renew_ranges(self._maps, [service_id])
 
     def clear(self, service_id: int) -> None:
         """Removes the ranges of an id that no program can be using."""

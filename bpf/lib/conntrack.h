@@ -56,6 +56,7 @@
 #define EBPFPROXY_CONNTRACK_H
 
 #include "branchless.h"
+#include "dsr_state.h"
 #include "entry.h"
 #include "events.h"
 #include "filter.h"
@@ -160,17 +161,6 @@ enum insert {
 	INSERT_TAKEN, /* another flow has the key */
 	INSERT_FULL,
 };
-
-static __always_inline bool has_closed(u8 seen)
-{
-	return (seen & SEEN_RST) ||
-	       (seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
-}
-
-static __always_inline bool is_closed(const struct nat *nat)
-{
-	return has_closed(nat->seen);
-}
 
 /* Inserts @s->key and @s->nat if there is no such key. */
 static __always_inline enum insert conntrack_add(struct scratch *s)
@@ -306,6 +296,8 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 		ended |= SEEN_RST;
 	else if (p->tcp_flags & TCP_FIN)
 		ended |= entry->flags & NAT_REPLY ? SEEN_REPLY_FIN : SEEN_FIN;
+	if (DSR_SENDS)
+		ended = dsr_seen(entry, ended);
 	if (!(ended & ~entry->seen))
 		return true;
 	partner_key(&s->key, flow, entry);
@@ -315,7 +307,8 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 		partner = NULL;
 	if (partner && may_be_cached)
 		flow_cache_take(&s->key, partner, &s->other);
-	if (partner && !is_believable(p, entry, &s->other))
+	if (DSR_SENDS && is_dsr_original(entry) ? !is_near_end(p, entry)
+						: partner && !is_believable(p, entry, &s->other))
 		return false;
 	closes = is_still(nat, entry) && mark_seen(nat, ended) && !(entry->flags & NAT_REPLY);
 	if (partner && is_still(partner, &s->other)) {
@@ -352,6 +345,8 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		if (MEASURE_CONNECTIONS)
 			s->is_first_reply = true;
 	}
+	if (DSR_SENDS && is_dsr_confirmation(p, entry))
+		mark_seen(nat, SEEN_REPLY);
 	/* TCP packets have flags, except later fragments. */
 	if (conntrack_track_end(p, nat, entry, may_be_cached) && p->tcp_flags &&
 	    !(p->tcp_flags & TCP_RST))

@@ -51,6 +51,17 @@ static __always_inline u64 check_of(const struct flow *flow, const struct nat *n
 	       nat->created * 0x45d9f3b1;
 }
 
+static __always_inline bool has_closed(u8 seen)
+{
+	return (seen & SEEN_RST) ||
+	       (seen & (SEEN_FIN | SEEN_REPLY_FIN)) == (SEEN_FIN | SEEN_REPLY_FIN);
+}
+
+static __always_inline bool is_closed(const struct nat *nat)
+{
+	return has_closed(nat->seen);
+}
+
 static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
 {
 	return map_lookup(conntrack, flow);

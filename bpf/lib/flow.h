@@ -10,6 +10,7 @@
 #include "decision_packet.h"
 #include "device.h"
 #include "direct_flow.h"
+#include "dsr.h"
 #include "frontend.h"
 #include "masquerade.h"
 #include "options.h"
@@ -126,7 +127,9 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 
 	invert_entry(s, flow);
 	done = fresh ? INSERT_TAKEN : insert_reply(s);
-	if (done == INSERT_TAKEN)
+	/* With DSR a client's port stays: its next packet may find that the other flow has ended.
+	 */
+	if (done == INSERT_TAKEN && !(DSR_SENDS && s->nat.flags & NAT_DSR))
 		done = take_port(skb, s, first_port(entry_of(s)));
 	if (done != INSERT_DONE)
 		return done;
@@ -175,6 +178,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	struct service *svc;
 	enum insert done;
 	bool is_masked, is_forwarded = false;
+	enum dsr_way dsr = DSR_NONE;
 	enum fib_result way;
 	int verdict;
 	u32 id;
@@ -215,8 +219,14 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 		is_forwarded = is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
 			       (BYPASS_NETFILTER ||
 				(FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)));
+		if (DSR_SENDS && is_masked && !is_port_taken(&p->flow))
+			dsr = dsr_way_of(skb, s, p, backend, way, &fib);
 	}
-	if (is_forwarded) {
+	if (dsr != DSR_NONE) {
+		is_masked = is_forwarded = false;
+		if (dsr == DSR_DIRECTLY)
+			start_dsr(s, p);
+	} else if (is_forwarded) {
 		s->nat.src = node;
 		s->nat.flags = NAT_BYPASS;
 	}

@@ -24,6 +24,7 @@ class DeviceFlags(enum.IntFlag):
     EGRESS_BELOW = 1 << 5
     #: The program at a device above this one has seen some of what leaves here.
     EGRESS_ABOVE = 1 << 6
+    TUNNEL = 1 << 7
 
 
 class XdpFlags(enum.IntFlag):
@@ -70,6 +71,7 @@ class PacketEvent(enum.IntEnum):
     XDP = 18
     ICMP_RATE_LIMIT = 19
     EARLY_DROPS = 20
+    DSR = 21
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")

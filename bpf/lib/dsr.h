@@ -215,13 +215,16 @@ static __always_inline int open_told(struct __sk_buff *skb, struct packet *p, bo
 	const bool lives = known && !is_closed(reply);
 	struct service *svc;
 
+	/* Whichever node it is for: there it would not be known as a pod's. */
+	if (is_at_local_device(skb))
+		return drop(EVENT_DSR);
 	if (lives && reply->flags & NAT_DSR_BACKEND && reply->sport == to.port &&
 	    addr_equal(&reply->src, &to.addr))
 		return FOLLOW_TOLD;
 	if (!is_for_this_node(skb, p))
 		return PASS;
 	svc = told_service(&to);
-	if (!svc || is_at_local_device(skb) || !may_be_backend(&p->flow.dst, p->flow.dport))
+	if (!svc || !may_be_backend(&p->flow.dst, p->flow.dport))
 		return drop(EVENT_DSR);
 	s->service = *svc;
 	if (svc->flags & SERVICE_SOURCES && !source_allowed(svc, &p->flow.src))
@@ -247,14 +250,15 @@ static __always_inline int receive_told(struct __sk_buff *skb, struct packet *p)
 	struct nat *nat;
 
 	*kept = s->told.is_told ? open_told(skb, p, known) : FOLLOW_TOLD;
-	if (*kept == FOLLOW_TOLD && known) {
+	if (*kept != FOLLOW_TOLD && *kept != STRIP_OPTION)
+		return *kept;
+	/* The entry may just have been evicted. */
+	if (*kept == FOLLOW_TOLD && known && s->other.flags & NAT_DSR_BACKEND) {
 		p->flow.dst = s->other.src;
 		p->flow.dport = s->other.sport;
 		nat = conntrack_of(p);
 		if (nat)
 			conntrack_track(p, nat, &s->entry, true);
-	} else if (*kept != STRIP_OPTION) {
-		return *kept;
 	}
 	if (s->told.is_told && !p->is_fragment && remove_dsr_option(skb, p))
 		return drop(EVENT_REWRITE);

@@ -17,7 +17,7 @@ from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.e2e.outside_client import BALANCER6, HeldConnection, OutsideClientCluster
 from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, NODE_PORT
 from tests.field.records import maps_of
-from tests.lab import Agent, Lab, LabNode, clients
+from tests.lab import Agent, Lab, LabNode, clients, manifests, servers
 from tests.lab.spaces import enter_namespace, namespace_restored
 from tests.lab.waiting import until
 
@@ -33,8 +33,8 @@ class DsrCluster(OutsideClientCluster):
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
+        self.pod_on_b = self.b.pod("client-b")
         self.write_web(self.w2)
-        #: By the node's name.
         self.agents = {node.name: self.agent_on(node) for node in (self.a, self.b)}
 
     def agent_on(self, node: LabNode, mode: str = "dsr") -> Agent:
@@ -128,6 +128,32 @@ def test_other_frontends_outside_are_answered_by_the_backends_node(cluster: DsrC
     assert cluster.outside.call(clients.ask_udp, address, 53)["from"] == (address, 53)
     assert capture.read()[1] == 0
     capture.close()
+
+
+def test_backend_on_the_host_network_answers_itself(cluster: DsrCluster) -> None:
+    servers.start(cluster.b, "host-b", 8080, 8053)
+    balancer, endpoint = "203.0.113.27", manifests.endpoint(cluster.b.address, "node-b")
+    cluster.add_load_balancer("host", "10.96.1.7", balancer, [endpoint])
+    until(lambda: cluster.outside.call(clients.connect_error, balancer, 80, 0.3) == "connected", "not served")
+    capture = Capture(cluster.a, cluster.outside.address)
+    reply = cluster.outside.call(clients.ask_tcp, balancer, 80)
+    assert (reply["name"], reply["peer"]) == ("host-b", cluster.outside.address)
+    assert cluster.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
+    assert capture.read()[1] == 0
+    capture.close()
+
+
+def test_clients_on_the_backends_node_get_replies(cluster: DsrCluster) -> None:
+    """The node itself is masqueraded by node-a, as it takes no packets with its own address; its pods are not."""
+    for address, _ in cluster.addresses():
+        for space in (cluster.b, cluster.pod_on_b, cluster.w2):
+            reply = space.call(clients.ask_tcp, address, NODE_PORT)
+            assert tuple(reply["getpeername"]) == (address, NODE_PORT)
+            assert space.call(clients.ask_udp, address, UDP_PORT)["from"] == (address, UDP_PORT)
+            own = {cluster.pod_on_b: (cluster.pod_on_b.address, cluster.pod_on_b.address6)}.get(
+                space, (address,)
+            )
+            assert reply["peer"] in own
 
 
 def test_large_and_fragmented_datagrams_arrive(cluster: DsrCluster) -> None:

@@ -235,8 +235,14 @@ def test_option_for_another_port_of_the_pod_is_refused(
 
 
 def test_option_from_a_pod_of_this_node_is_refused(told_of: Told) -> None:
-    result = told_of.wire.ingress(told_of.packet(device="p2"), "p2")
-    assert result.verdict == DROP
+    """Also for another node's pod, and for a flow that is known."""
+    family, wire = told_of.family, told_of.wire
+    content = option(family, told_of.frontend, told_of.frontend_port)
+    for to in (family.local_pod, family.remote_pod):
+        packet = with_option(wire, family, to, content, told_of.inner(), "p2")
+        assert wire.ingress(packet, "p2").verdict == DROP
+    assert wire.ingress(told_of.packet()).verdict == PASS
+    assert wire.ingress(told_of.packet(device="p2"), "p2").verdict == DROP
 
 
 def test_option_does_not_bypass_source_ranges(told_of: Told, tables: MapSet) -> None:

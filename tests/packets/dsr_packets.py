@@ -105,7 +105,7 @@ def with_option(
         size = 20 + len(content)
         first = bytes([0x40 + size // 4, 0]) + struct.pack("!H", len(data) + len(content)) + data[4:10]
         rest = data[12:20] + content
-        check = _check(first + rest)
+        check = header_check(first + rest)
         data = first + struct.pack("!H", check) + rest + data[20:]
     else:
         header = data[6:7] + bytes([(len(content) + 2) // 8 - 1]) + content
@@ -115,8 +115,8 @@ def with_option(
     return Ether(dst=wire.mac(device), src="02:00:00:00:00:99", type=number) / Raw(data)
 
 
-def _check(header: bytes) -> int:
-    """The checksum of an IPv4 header that has none yet."""
+def header_check(header: bytes) -> int:
+    """The checksum of an IPv4 header that has none yet; 0 for one that has the right one."""
     total: int = sum(struct.unpack(f"!{len(header) // 2}H", header))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scapy.compat import raw
 from scapy.layers.inet import TCP
 from scapy.packet import Packet, Raw
@@ -24,6 +27,7 @@ from tests.packets.dsr_packets import (
     count,
     dsr_cluster,
     entry_of,
+    header_check,
     key,
     option,
     told,
@@ -35,6 +39,7 @@ from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
 from tests.packets.wire import (
     DROP,
     PASS,
+    REDIRECT,
     Wire,
     ip_of,
     with_right_checksums,
@@ -290,6 +295,40 @@ def test_malformed_options_are_none(told_of: Told, tables: MapSet) -> None:
         result = told_of.wire.ingress(packet)
         assert (result.verdict, result.bytes) == (PASS, raw(packet))
         assert entry_of(tables, told_of.keys[1]) is None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_damaged_headers_are_left_or_stripped_of_a_whole_option(
+    wire: Wire, family: FamilyAddresses, data: st.DataObject
+) -> None:
+    """Whatever the bytes of the headers: what follows them stays, and a right checksum of IPv4 stays right."""
+    protocol = data.draw(st.sampled_from(PROTOCOLS))
+    size = 8 if family.version == 4 else 24
+    flow = Told(wire, family, protocol, data.draw(st.integers(1024, 65535)))
+    sent = bytearray(raw(flow.packet()))
+    at_content = 14 + (20 if family.version == 4 else 40)
+    for at, value in data.draw(
+        st.lists(st.tuples(st.integers(14, at_content + size + 3), st.integers(0, 255)), max_size=3)
+    ):
+        sent[at] = value
+    result = wire.send_bytes("from_device", "eth0", bytes(sent))
+    if result.verdict != PASS or len(result.bytes) == len(sent):
+        assert result.verdict in (PASS, DROP, REDIRECT)
+        return
+    assert len(result.bytes) == len(sent) - size
+    assert result.bytes[at_content:] == sent[at_content + size :]
+    before, after = (
+        struct.unpack_from("!H", each, 14 + (2 if family.version == 4 else 4))[0]
+        for each in (sent, result.bytes)
+    )
+    assert before - after == size
+    if family.version == 4:
+        header, left = (
+            bytes(sent[14:][: (sent[14] & 15) * 4]),
+            result.bytes[14:][: (result.bytes[14] & 15) * 4],
+        )
+        assert bool(header_check(header)) == bool(header_check(left))
 
 
 def test_truncated_packets_with_an_option_pass(told_of: Told, tables: MapSet) -> None:

@@ -51,12 +51,15 @@ static __always_inline u32 dsr_option_size(const struct packet *p)
 	return p->is_v4 ? sizeof(struct dsr_option4) : sizeof(struct dsr_option6);
 }
 
-/* Says if nothing but the option would lie between the IP header and that of TCP or UDP. */
+/*
+ * Says if nothing but the option would lie between the IP header and that of TCP or UDP. The header
+ * has a length, unlike that of BIG TCP.
+ */
 static __always_inline bool has_room_for_option(const struct packet *p)
 {
 	const u32 plain = p->is_v4 ? sizeof(struct ipv4_header) : sizeof(struct ipv6_header);
 
-	return p->l4 == L3_OFFSET + plain && !p->is_fragment;
+	return p->l4 == L3_OFFSET + plain && !p->is_fragment && p->l3_length > plain;
 }
 
 /* Returns IPv4's checksum once the option is there or gone, with the header otherwise the same. */
@@ -127,6 +130,8 @@ static __always_inline bool may_have_dsr_option(const struct packet *p)
 static __always_inline bool read_dsr_option(struct __sk_buff *skb, const struct packet *p,
 					    struct inet_addr *addr, __be16 *port)
 {
+	if (p->l3_length <= p->l4 - L3_OFFSET)
+		return false;
 	if (p->is_v4) {
 		struct dsr_option4 option;
 

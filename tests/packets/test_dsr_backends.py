@@ -297,6 +297,16 @@ def test_malformed_options_are_none(told_of: Told, tables: MapSet) -> None:
         assert entry_of(tables, told_of.keys[1]) is None
 
 
+def test_packet_whose_header_has_no_length_keeps_its_option(told_of: Told, tables: MapSet) -> None:
+    """The length of BIG TCP is not in the header. Such packets pass as they are."""
+    sent = bytearray(raw(told_of.packet()))
+    at = 14 + (2 if told_of.family.version == 4 else 4)
+    sent[at : at + 2] = bytes(2)
+    result = told_of.wire.send_bytes("from_device", "eth0", bytes(sent))
+    assert (result.verdict, result.bytes) == (PASS, bytes(sent))
+    assert entry_of(tables, told_of.keys[1]) is None
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(data=st.data())
 def test_damaged_headers_are_left_or_stripped_of_a_whole_option(

@@ -55,5 +55,5 @@ int to_loopback(struct __sk_buff *skb)
 {
 	struct packet *p = packet_of(STAGE_EGRESS);
 
-	return p ? finish(skb, p, handle_loopback(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_loopback(skb, p), STAGE_EGRESS) : PASS;
 }

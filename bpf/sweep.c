@@ -90,7 +90,9 @@ enum outcome {
 static __always_inline void note_unanswered(const struct flow *key, const struct nat *original,
 					    u8 seen)
 {
-	if (MEASURE_CONNECTIONS && key->proto == IPPROTO_TCP && !seen && !original->acked)
+	/* With DSR the node that has chosen the backend counts it. */
+	if (MEASURE_CONNECTIONS && key->proto == IPPROTO_TCP && !seen && !original->acked &&
+	    !(original->flags & NAT_DSR_BACKEND))
 		measure_failure(original->service_id, original->backend_id, FAILURE_TIMEOUT);
 }
 

@@ -13,6 +13,7 @@
 #include "lib/conntrack.h"
 #include "lib/decision_packet.h"
 #include "lib/device.h"
+#include "lib/dsr.h"
 #include "lib/early_drop.h"
 #include "lib/fast_path.h"
 #include "lib/filter.h"
@@ -144,14 +145,16 @@ static __always_inline u32 exceeded_mtu(struct __sk_buff *skb, const struct pack
 }
 
 /* Translates a packet by its entry, and sends it on its way. */
-static __always_inline int translate(struct __sk_buff *skb, const struct packet *p)
+static __always_inline int translate(struct __sk_buff *skb, const struct packet *p,
+				     const enum stage stage)
 {
 	const struct nat *nat = &scratch_of(p)->entry;
 	const bool forwards = nat->flags & NAT_BYPASS;
 
 	if (forwards && p->hops <= 1)
 		return drop(EVENT_HOPS);
-	if (rewrite(skb, p, nat, forwards))
+	if (rewrite(skb, p, nat, forwards) ||
+	    (DSR_SENDS && stage == STAGE_INGRESS && tell_frontend(skb, p, nat)))
 		return drop(EVENT_REWRITE);
 	/* The original direction of a host's flow needs the route of its new destination. */
 	if (forwards || (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
@@ -165,14 +168,15 @@ static __always_inline int translate(struct __sk_buff *skb, const struct packet 
  * Carries out a verdict. This is the one place where packets are translated, rejected or dropped,
  * since the verifier walks through each copy of what does it.
  */
-static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict)
+static __always_inline int carry_out(struct __sk_buff *skb, const struct packet *p, int verdict,
+				     const enum stage stage)
 {
 	u32 mtu = 0;
 
 	if (verdict == TRANSLATE && (mtu = exceeded_mtu(skb, p)))
 		verdict = TOO_BIG;
 	if (verdict == TRANSLATE) {
-		verdict = translate(skb, p);
+		verdict = translate(skb, p, stage);
 		if (MEASURE_TRAFFIC || (MEASURE_CONNECTIONS && scratch_of(p)->is_first_reply))
 			verdict = measure_translated(skb, p, verdict);
 	} else if (verdict >= REJECTION && verdict < DROPPING) {
@@ -191,7 +195,8 @@ static __always_inline int carry_out(struct __sk_buff *skb, const struct packet 
 	return DROP;
 }
 
-static __always_inline int finish(struct __sk_buff *skb, const struct packet *p, int verdict)
+static __always_inline int finish(struct __sk_buff *skb, struct packet *p, int verdict,
+				  const enum stage stage)
 {
 	const u32 ifindex = ifindex_of(skb);
 	volatile int *kept = &scratch_of(p)->verdict;
@@ -201,10 +206,12 @@ static __always_inline int finish(struct __sk_buff *skb, const struct packet *p,
 		*kept = verdict;
 		if (verdict == NOT_INSERTED)
 			*kept = insert_anyway(p);
+		if (DSR_ACCEPTS && stage == STAGE_INGRESS && verdict == TOLD)
+			*kept = receive_told(skb, p);
 		/* A tag with a priority alone would be on what is sent on from here. */
 		if (!AT_LOOPBACK && skb->vlan_present)
 			bpf_skb_vlan_pop(skb);
-		verdict = carry_out(skb, p, *kept);
+		verdict = carry_out(skb, p, *kept, stage);
 	}
 	report_decisions(p, ifindex);
 	return verdict;
@@ -221,7 +228,8 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return PASS;
 	if (p->proto != IPPROTO_TCP && may_be_in_service_cidr(&p->flow.src))
 		note_outside_client(skb, p);
-	if (!concerns_ingress(&p->flow.src, &p->flow.dst, p->proto))
+	if (!concerns_ingress(&p->flow.src, &p->flow.dst, p->proto) &&
+	    !(DSR_ACCEPTS && may_have_dsr_option(p)))
 		return PASS;
 	if (!is_addressed_to_us(skb))
 		return PASS;
@@ -230,6 +238,8 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return handle_without_ports(skb, p, parsed);
+	if (DSR_ACCEPTS && is_told(skb, p))
+		return TOLD;
 	if (flow_of_interest(&p->flow.src, &p->flow.dst))
 		nat = conntrack_of(p);
 	if (nat && !opens_anew(skb, p, nat, &verdict))
@@ -291,7 +301,7 @@ int from_device(struct __sk_buff *skb)
 	if (!may_concern_us(skb, STAGE_INGRESS) || takes_fast_path(skb, STAGE_INGRESS, &verdict))
 		return verdict;
 	p = packet_of(STAGE_INGRESS);
-	return p ? finish(skb, p, handle_ingress(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_ingress(skb, p), STAGE_INGRESS) : PASS;
 }
 
 int to_device(struct __sk_buff *skb)
@@ -302,6 +312,6 @@ int to_device(struct __sk_buff *skb)
 	if (!may_concern_us(skb, STAGE_EGRESS) || takes_fast_path(skb, STAGE_EGRESS, &verdict))
 		return verdict;
 	p = packet_of(STAGE_EGRESS);
-	return p ? finish(skb, p, handle_egress(skb, p)) : PASS;
+	return p ? finish(skb, p, handle_egress(skb, p), STAGE_EGRESS) : PASS;
 }
 #endif

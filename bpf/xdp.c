@@ -51,6 +51,9 @@ static __always_inline struct nat *forwarded_flow(const struct packet *p)
 	in_map = conntrack_read(&p->flow, nat);
 	if (!in_map || !(nat->flags & NAT_BYPASS) || flow_verdict_of(p, in_map) != FLOW_FORWARD)
 		return NULL;
+	/* An option is added at tc. */
+	if (DSR_SENDS && tells_frontend(p, nat, coarse_now(scratch_of(p))))
+		return NULL;
 	return in_map;
 }
 
@@ -94,7 +97,7 @@ static __always_inline void track(const struct packet *p, struct nat *in_map, st
 	if (!is_still(in_map, nat))
 		return;
 	if (p->tcp_flags & UNUSUAL_FLAGS || (s64)(now - nat->last) > (s64)NSEC_PER_SEC ||
-	    (nat->flags & NAT_REPLY && !(nat->seen & SEEN_REPLY))) {
+	    (nat->flags & (NAT_REPLY | NAT_DSR) && !(nat->seen & SEEN_REPLY))) {
 		flow_cache_take(&p->flow, in_map, nat);
 		conntrack_track(p, in_map, nat, true);
 		return;

@@ -56,6 +56,7 @@
 #define EBPFPROXY_CONNTRACK_H
 
 #include "branchless.h"
+#include "dsr_state.h"
 #include "entry.h"
 #include "events.h"
 #include "filter.h"
@@ -160,20 +161,6 @@ enum insert {
 	INSERT_TAKEN, /* another flow has the key */
 	INSERT_FULL,
 };
-
-/* Returns SEEN_RST where a RST, or a FIN of both sides, has closed a flow, else 0. */
-static __always_inline u8 has_closed(u8 seen)
-{
-	_Static_assert(SEEN_FIN << 1 == SEEN_REPLY_FIN && SEEN_FIN << 2 == SEEN_RST,
-		       "one shift each");
-	/* One branch of the caller tells both, and the verifier walks on from there once less. */
-	return (seen | (seen & seen << 1) << 1) & SEEN_RST;
-}
-
-static __always_inline bool is_closed(const struct nat *nat)
-{
-	return has_closed(nat->seen);
-}
 
 /* Inserts @s->key and @s->nat if there is no such key. */
 static __always_inline enum insert conntrack_add(struct scratch *s)
@@ -296,6 +283,7 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
  */
 static __always_inline u8 ended_by(u8 tcp_flags, u8 flags)
 {
+	_Static_assert(NAT_REPLY == 1, "a reply's FIN is one shift away");
 	const u8 resets = tcp_flags / TCP_RST & 1, finishes = tcp_flags / TCP_FIN & ~resets & 1;
 
 	return resets * SEEN_RST | (finishes * SEEN_FIN) << (flags & NAT_REPLY);
@@ -312,10 +300,12 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 {
 	const struct flow *flow = &p->flow;
 	struct scratch *s = scratch_of(p);
-	const u8 ended = (entry->seen & ~SEEN_REPLY) | ended_by(p->tcp_flags, entry->flags);
+	u8 ended = (entry->seen & ~SEEN_REPLY) | ended_by(p->tcp_flags, entry->flags);
 	struct nat *partner;
 	bool closes;
 
+	if (DSR_SENDS)
+		ended = dsr_seen(entry, ended);
 	if (!(ended & ~entry->seen))
 		return true;
 	partner_key(&s->key, flow, entry);
@@ -325,7 +315,8 @@ static __always_inline bool conntrack_track_end(const struct packet *p, struct n
 		partner = NULL;
 	if (partner && may_be_cached)
 		flow_cache_take(&s->key, partner, &s->other);
-	if (partner && !is_believable(p, entry, &s->other))
+	if (DSR_SENDS && is_dsr_original(entry) ? !is_near_end(p, entry)
+						: partner && !is_believable(p, entry, &s->other))
 		return false;
 	closes = is_still(nat, entry) && mark_seen(nat, ended) && !(entry->flags & NAT_REPLY);
 	if (partner && is_still(partner, &s->other)) {
@@ -362,6 +353,8 @@ static __always_inline void conntrack_track(const struct packet *p, struct nat *
 		if (MEASURE_CONNECTIONS)
 			s->is_first_reply = true;
 	}
+	if (DSR_SENDS && is_dsr_confirmation(p, entry))
+		mark_seen(nat, SEEN_REPLY);
 	/* TCP packets have flags, except later fragments. */
 	if (conntrack_track_end(p, nat, entry, may_be_cached) && p->tcp_flags &&
 	    !(p->tcp_flags & TCP_RST))

@@ -41,6 +41,20 @@ static __always_inline u64 check_of(const struct flow *flow, const struct nat *n
 	       nat->created * 0x45d9f3b1;
 }
 
+/* Returns SEEN_RST where a RST, or a FIN of both sides, has closed a flow, else 0. */
+static __always_inline u8 has_closed(u8 seen)
+{
+	_Static_assert(SEEN_FIN << 1 == SEEN_REPLY_FIN && SEEN_FIN << 2 == SEEN_RST,
+		       "one shift each");
+	/* One branch of the caller tells both, and the verifier walks on from there once less. */
+	return (seen | (seen & seen << 1) << 1) & SEEN_RST;
+}
+
+static __always_inline bool is_closed(const struct nat *nat)
+{
+	return has_closed(nat->seen);
+}
+
 static __always_inline struct nat *conntrack_lookup(const struct flow *flow)
 {
 	return map_lookup(conntrack, flow);

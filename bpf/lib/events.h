@@ -28,6 +28,7 @@ enum event {
 	EVENT_XDP,	    /* forwarded at XDP */
 	EVENT_ICMP_RATE_LIMIT, /* dropped: an ICMP error would reject it, and there were too many */
 	EVENT_EARLY_DROPS,     /* flows ended before they were confirmed: see early_drop.h */
+	EVENT_DSR,	       /* dropped: no node of the cluster has sent this option: see dsr.h */
 	EVENTS,
 };
 
@@ -38,6 +39,8 @@ enum event {
 #define TRANSLATE 0xff
 /* A new flow's entries could not be inserted: finish() tries once more, or drops the packet. */
 #define NOT_INSERTED 0xfe
+/* Another node has told, or tells, of the packet's frontend: finish() handles that (lib/dsr.h). */
+#define TOLD 0xfd
 
 static __always_inline void count(enum event event)
 {

@@ -10,6 +10,7 @@
 #include "decision_packet.h"
 #include "device.h"
 #include "direct_flow.h"
+#include "dsr.h"
 #include "frontend.h"
 #include "masquerade.h"
 #include "options.h"
@@ -127,7 +128,9 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 
 	invert_entry(s, flow);
 	done = fresh ? INSERT_TAKEN : insert_reply(s);
-	if (done == INSERT_TAKEN)
+	/* With DSR a client's port stays: its next packet may find that the other flow has ended.
+	 */
+	if (done == INSERT_TAKEN && !(DSR_SENDS && s->nat.flags & NAT_DSR))
 		done = take_port(skb, s, first_port(entry_of(s)));
 	if (done != INSERT_DONE)
 		return done;
@@ -175,6 +178,7 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s,
 					const struct packet *p, const struct backend *backend)
 {
+	enum dsr_way dsr = DSR_NONE;
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
@@ -186,9 +190,16 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 			way = FIB_OUT;
 		s->begun.is_masked =
 			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
-		if (s->begun.is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex && p->hops > 1 &&
-		    (BYPASS_NETFILTER ||
-		     (FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)))) {
+		if (DSR_SENDS && s->begun.is_masked && !is_port_taken(&p->flow))
+			dsr = dsr_way_of(skb, s, p, backend, way, &fib);
+		if (dsr != DSR_NONE) {
+			s->begun.is_masked = false;
+			if (dsr == DSR_DIRECTLY)
+				start_dsr(s, p);
+		} else if (s->begun.is_masked && way != FIB_MTU_EXCEEDED && fib.ifindex &&
+			   p->hops > 1 &&
+			   (BYPASS_NETFILTER ||
+			    (FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)))) {
 			s->nat.src = s->begun.node;
 			s->nat.flags = NAT_BYPASS;
 		}
@@ -240,7 +251,9 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	init_flow(s, svc, id);
 	init_entry(s, p, backend);
 	find_source(skb, s, p, backend);
-	done = insert_pair(skb, s, &p->flow, s->nat.flags & NAT_BYPASS || is_port_taken(&p->flow));
+	done = insert_pair(skb, s, &p->flow,
+			   (s->nat.flags & (NAT_BYPASS | NAT_DSR)) == NAT_BYPASS ||
+				   is_port_taken(&p->flow));
 	if (done != INSERT_DONE)
 		return insert_failed(s, done);
 	s->entry = s->nat;

@@ -59,10 +59,12 @@ static __always_inline bool may_concern_us(struct __sk_buff *skb, enum stage sta
 
 	if (protocol == bpf_htons(ETH_P_IP)) {
 		return (void *)(ip + 1) > end ||
+		       (DSR_ACCEPTS && stage == STAGE_INGRESS && ip->version_ihl > 0x46) ||
 		       may_concern(skb, stage, addr_of_v4(ip->src), addr_of_v4(ip->dst), ip->proto);
 	}
 	if (protocol == bpf_htons(ETH_P_IPV6)) {
 		return (void *)(ip6 + 1) > end ||
+		       (DSR_ACCEPTS && stage == STAGE_INGRESS && ip6->next == IPPROTO_DSTOPTS) ||
 		       may_concern(skb, stage, ip6->src, ip6->dst, ip6->next);
 	}
 	return false;

@@ -84,7 +84,9 @@ static __always_inline struct connect_failures *failures_of(u32 service_id, u32 
 static __always_inline void measure_failure(u32 service_id, u32 backend_id,
 					    enum connect_failure why)
 {
-	struct connect_failures *of_backend = failures_of(service_id, backend_id);
+	/* At its own node nobody knows which backend a flow has been given to (dsr.h). */
+	struct connect_failures *of_backend =
+		DSR_ACCEPTS && backend_id == NOBODY ? NULL : failures_of(service_id, backend_id);
 	struct connects *of_service = connects_of(service_id);
 
 	if (of_backend)

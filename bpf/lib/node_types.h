@@ -20,6 +20,8 @@
 #define DEVICE_EGRESS_BELOW  (1 << 5) /* our program below will see what leaves */
 #define DEVICE_EGRESS_ABOVE  (1 << 6) /* our program above has seen some of what leaves */
 
+#define DEVICE_TUNNEL (1 << 8) /* to other nodes' pods */
+
 struct device {
 	struct inet_addr addr4;
 	struct inet_addr addr6;

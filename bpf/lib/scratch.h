@@ -37,8 +37,13 @@ struct scratch {
 	u32 failed;	    /* enum insert: see insert_anyway() */
 	u32 is_first_reply; /* see measure_packet() */
 	int verdict;	    /* see measure_translated() */
-	u32 has_entry;	    /* the packet's flow has @entry: see conntrack_of() */
-	u64 tick;	    /* see coarse_now() */
+	struct {
+		struct inet_addr addr;
+		__be16 port;
+		u16 is_told;
+	} told;	       /* see receive_told() */
+	u32 has_entry; /* the packet's flow has @entry: see conntrack_of() */
+	u64 tick;      /* see coarse_now() */
 	u64 now;
 	union {
 		struct {
@@ -62,7 +67,7 @@ struct scratch {
 	};
 };
 
-_Static_assert(sizeof(struct scratch) <= 664, "SCRATCH_SIZE in schema.py");
+_Static_assert(sizeof(struct scratch) <= 688, "SCRATCH_SIZE in schema.py");
 
 static __always_inline struct scratch *scratch(void)
 {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp, Xdp
+from ebpfproxy.config.datapath import Capacity, ExternalTraffic, Feature, StaleTcp, Xdp
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
 from ebpfproxy.node.local import LocalPods
 from ebpfproxy.services.model import Algorithm, Prefix
@@ -45,6 +45,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     masquerade_all: bool
     bypass_netfilter: bool
     xdp: Xdp
+    external_traffic_mode: ExternalTraffic
     #: A Service may name another.
     algorithm: Algorithm
     maglev_size: int

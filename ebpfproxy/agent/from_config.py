@@ -81,6 +81,7 @@ def agent_options(configuration: Configuration) -> tuple[AgentOptions, list[str]
         masquerade_all=kube_proxy.masquerade_all,
         bypass_netfilter=own.bypass_netfilter,
         xdp=own.xdp,
+        external_traffic_mode=own.external_traffic_mode,
         masquerade_ports=ports,
         masquerade_ports_shared=overlaps(ports, local),
         algorithm=chosen,

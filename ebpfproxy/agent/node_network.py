@@ -108,6 +108,7 @@ class NodeNetwork:
                     d.address4,
                     d.address6,
                     d.role is Role.LOCAL,
+                    d.role is Role.TUNNEL,
                     self._options.local_pods.is_behind(d),
                     d.ingress_below,
                     d.egress_below,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.background import BackgroundRunner
 from ebpfproxy.agent.handover import Handover
-from ebpfproxy.config.datapath import Xdp
+from ebpfproxy.config.datapath import ExternalTraffic, Xdp
 from ebpfproxy.datapath.abi.decision_layout import TracingPrograms
 from ebpfproxy.datapath.abi.hooks import (
     FORWARDING,
@@ -143,6 +143,8 @@ class ProgramManager:
             masquerade_ports=options.masquerade_ports,
             masquerade_ports_shared=options.masquerade_ports_shared,
             forwards_at_xdp=options.xdp is not Xdp.NONE,
+            dsr_accepts=options.external_traffic_mode is not ExternalTraffic.SNAT,
+            dsr_sends=options.external_traffic_mode is ExternalTraffic.DSR,
             pods_by_cidr=options.local_pods.by_cidr,
             trace_decisions=reports,
             measure_connections=options.measure_connections,

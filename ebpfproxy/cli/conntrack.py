@@ -141,7 +141,7 @@ def _print(flows: list[FlowRow]) -> None:
             flow.client,
             flow.frontend,
             flow.backend,
-            flow.masquerade or "-",
+            flow.masquerade or (f"DSR {flow.dsr}" if flow.dsr else "-"),
             flow.service,
             age(flow.idle),
             age(flow.expires),

@@ -58,6 +58,14 @@ class Xdp(enum.StrEnum):
     GENERIC = "generic"
 
 
+class ExternalTraffic(enum.StrEnum):
+    """How a client outside gets its replies from a backend on another node, with traffic policy Cluster."""
+
+    SNAT = "snat"  # by the node that got its request, which masquerades it
+    DSR_ACCEPT = "dsr-accept"  # the same, while other nodes may already do otherwise
+    DSR = "dsr"  # from the backend's node
+
+
 class StaleTcp(enum.StrEnum):
     """When TCP connections to a backend are closed: once it is gone, already when not ready, or never."""
 

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ebpfproxy.config.datapath import BPFFS, MAGLEV_DEFAULT_SIZE, MEASURED, Capacity, Feature, StaleTcp, Xdp
+from ebpfproxy.config.datapath import (
+    BPFFS,
+    MAGLEV_DEFAULT_SIZE,
+    MEASURED,
+    Capacity,
+    ExternalTraffic,
+    Feature,
+    StaleTcp,
+    Xdp,
+)
 from ebpfproxy.config.declarations import Flag, described, options_of
 from ebpfproxy.config.documents import Problem
 from ebpfproxy.config.masquerade_ports import PortRangeError, parse_range
@@ -128,6 +137,17 @@ class EbpfProxyConfiguration(
         ),
         Flag("--xdp"),
     ] = Xdp.NONE
+    external_traffic_mode: Annotated[
+        ExternalTraffic,
+        Meta(
+            description="How clients outside reach backends on other nodes, with externalTrafficPolicy "
+            "Cluster. snat: masqueraded, replies come back through the same node. dsr: with their own "
+            "address, and the backend's node answers them (direct server return). dsr-accept: as snat, but "
+            "answers requests that other nodes have sent with dsr: every node needs it before the first "
+            "gets dsr. With masqueradeAll everything is masqueraded."
+        ),
+        Flag("--external-traffic-mode"),
+    ] = ExternalTraffic.SNAT
     masquerade_ports: Annotated[
         str,
         Meta(pattern="^([0-9]+-[0-9]+)?$", description="Source ports for masqueraded clients, FIRST-LAST."),

@@ -9,6 +9,7 @@ import msgspec
 
 from ebpfproxy.datapath.abi.flow_layout import AffinityKey, ClientKind
 from ebpfproxy.datapath.abi.layout import Scope, ServiceEntry, ServiceFlags
+from ebpfproxy.datapath.abi.node_layout import DeviceFlags
 from ebpfproxy.datapath.flows.conntrack_table import FlowRow
 from ebpfproxy.datapath.lookup import Affinity, Lookup, Selected
 from ebpfproxy.explain.endpoint_reasons import EndpointRow, differences, rows_of
@@ -251,22 +252,37 @@ def _client_key(client: Client, target: Target, path: Path, entry: ServiceEntry,
 
 
 def _masquerade(client: Client, target: Target, path: Path, known: Known) -> MasqueradeState:
-    applies, why, may_be_hairpin = path.masquerade
+    applies, why, may_be_hairpin, is_dsr = path.masquerade
     itself = [each for each in path.selected if each.backend.address in client.addresses]
     is_hairpin = may_be_hairpin and bool(itself)
     found: set[bytes] = set()
+    is_exception = False
     forwarded: dict[Hook, tuple[str, ...]] = {}
-    for each in (path.selected if applies else itself if is_hairpin else ())[:_MOST_ROUTES]:
+    for each in (path.selected if applies or is_dsr else itself if is_hairpin else ())[:_MOST_ROUTES]:
         device = known.programs.device_to(each.backend.address)
+        flags = known.tables.device_flags(device) if device is not None else DeviceFlags(0)
+        is_masked = not is_dsr or each in itself
+        if not is_masked and flags & DeviceFlags.LOCAL:
+            continue
         address = known.tables.masquerade_address(device, len(target.address)) if device is not None else b""
         if device is None or not address:
             continue
-        found.add(address)
         hook = forwards_at(client, device, target, known.tables, known.programs)
+        if is_masked or flags & DeviceFlags.TUNNEL or target.protocol is Protocol.SCTP:
+            found.add(address)
+            is_exception |= not is_masked
+        else:
+            hook = hook or Hook.INGRESS
         if path.hook is Hook.INGRESS and hook is not None:
             backend = format_endpoint(each.backend.address, each.backend.port)
             forwarded[hook] = (*forwarded.get(hook, ()), backend)
+    if is_exception:
+        why += f", but for a backend behind a tunnel, and SCTP, which see {_some(found)}"
     return MasqueradeState(applies, why, is_hairpin, tuple(map(format_address, sorted(found))), forwarded)
+
+
+def _some(addresses: set[bytes]) -> str:
+    return " or ".join(map(format_address, sorted(addresses)))
 
 
 class _Open:

@@ -127,6 +127,8 @@ class Masquerade(NamedTuple):
     why: str
     #: A backend that is the client itself is an exception.
     hairpin: bool = False
+    #: Backends' nodes answer the client themselves (DSR), but where a tunnel leads to them.
+    dsr: bool = False
 
 
 class Path(NamedTuple):
@@ -292,6 +294,8 @@ def _masquerade(entry: ServiceEntry, options: Options, *, is_inside: bool, is_at
         return Masquerade(applies=False, why="traffic policy Local keeps the client's address", hairpin=True)
     if is_inside:
         return Masquerade(applies=True, why="a pod of another node: replies have to come back here")
+    if options.dsr_sends and entry.kind is not FrontendKind.CLUSTER_IP:
+        return Masquerade(applies=False, why="DSR: the backend's node answers", hairpin=True, dsr=True)
     return Masquerade(
         applies=True, why="traffic from outside under policy Cluster: replies have to come back here"
     )

@@ -10,7 +10,7 @@ import pytest
 
 from ebpfproxy.agent.agent_options import AgentOptions
 from ebpfproxy.agent.from_config import agent_options, in_use, mode_remark
-from ebpfproxy.config.datapath import Capacity, Feature, StaleTcp, Xdp
+from ebpfproxy.config.datapath import Capacity, ExternalTraffic, Feature, StaleTcp, Xdp
 from ebpfproxy.config.load import Configuration, effective, ignored_fields, parse
 from ebpfproxy.config.masquerade_ports import default_range, local_range
 from ebpfproxy.datapath.flows.conntrack_table import Timeouts
@@ -55,6 +55,7 @@ def test_defaults_without_a_file_and_flags() -> None:
         masquerade_all=False,
         bypass_netfilter=False,
         xdp=Xdp.NONE,
+        external_traffic_mode=ExternalTraffic.SNAT,
         algorithm=Algorithm.RANDOM,
         maglev_size=16381,
         masquerade_ports=(20000, 29999),

@@ -30,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "serviceCIDRs": ["10.96.0.0/12", "fd00:10:96::/112"],
     "bypassNetfilter": True,
     "xdp": "native",
+    "externalTrafficMode": "dsr",
     "masqueradePorts": "20000-29999",
     "lbAlgorithm": "maglev",
     "maglevTableSize": 251,

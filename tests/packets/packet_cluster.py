@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scapy.layers.inet import IP, TCP, UDP
@@ -172,12 +173,12 @@ def _documents() -> list[manifests.Document]:
 class PacketCluster:
     """node-a with an agent, its pods on devices p1 (a backend) and p2 (a client), and the route to node-b."""
 
-    def __init__(self, lab: Lab, *arguments: str) -> None:
+    def __init__(self, lab: Lab, *arguments: str, more: Sequence[manifests.Document] = ()) -> None:
         self.node = lab.node("node-a")
         lab.node("node-b")
         self.backend = self.node.pod("backend")
         self.client = self.node.pod("client")
         folder = lab.folder / "manifests"
-        manifests.write(folder / "all.yaml", *_documents())
+        manifests.write(folder / "all.yaml", *_documents(), *more)
         self.agent: Agent = self.node.agent(*arguments, manifests=folder).start()
         self.wire = Wire(self.node)

@@ -107,6 +107,7 @@ _REASONS = {
     "sockets-full": "datagrams of a socket that does not fit (`--max-connections`, `--max-datagram-sockets`), "
     "translated in packets instead",
     "xdp": "by the XDP program (`--xdp`)",
+    "dsr": "an option of DSR that no node of the cluster can have sent (`externalTrafficMode`)",
     "icmp-rate-limit": "to be rejected with an ICMP error, of which there were too many: see [limits](limits.md#floods)",
 }
 

@@ -33,6 +33,10 @@ class NatFlags(enum.IntFlag):
     OWN = 1 << 4
     #: The client, of the host itself, is bound to the loopback device.
     BOUND = 1 << 5
+    #: Replies do not pass this node: DSR.
+    DSR = 1 << 6
+    #: Another node has told of the frontend: what comes in is translated already.
+    DSR_BACKEND = 1 << 7
 
 
 class Seen(enum.IntFlag):

@@ -26,6 +26,8 @@ class DeviceFlags(enum.IntFlag):
     EGRESS_ABOVE = 1 << 6
     #: This is the whole node's, too. Flows of other maps are still being copied to these.
     FLOWS_ARRIVE = 1 << 7
+    #: To other nodes' pods.
+    TUNNEL = 1 << 8
 
 
 class XdpFlags(enum.IntFlag):
@@ -72,6 +74,7 @@ class PacketEvent(enum.IntEnum):
     XDP = 18
     ICMP_RATE_LIMIT = 19
     EARLY_DROPS = 20
+    DSR = 21
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", "-")

@@ -76,7 +76,7 @@ FLOW_GROUPS = 1 << 10
 #: Entries of conntrack that a sweep reads at once: few enough to stay in a CPU's own cache.
 SWEEP_BATCH = 1024
 #: struct scratch in bpf/lib/scratch.h: no one but programs reads it.
-SCRATCH_SIZE = 664
+SCRATCH_SIZE = 688
 #: When the maps were last changed (Unix seconds), and how long that took (seconds).
 PROGRAMMED = struct.Struct("=dd")
 #: The agent's own account of itself (JSON), for ``ebpfproxy status``.

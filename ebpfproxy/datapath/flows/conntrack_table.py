@@ -72,7 +72,8 @@ class FlowRow(msgspec.Struct, frozen=True):
 
     The JSON of ``ebpfproxy conntrack list``: these names stay.
 
-    ``masquerade`` is the address and port that the backend sees, empty where it is the client's own.
+    ``masquerade`` is the address and port that the backend sees, empty where it is the client's own. ``dsr``:
+    "sent" where replies do not pass this node, "received" at the backend's node, which replies; else empty.
     """
 
     protocol: str
@@ -85,6 +86,7 @@ class FlowRow(msgspec.Struct, frozen=True):
     idle: float
     age: float
     expires: float
+    dsr: str
 
 
 def is_half_open(protocol: int, original: Nat, reply: Nat) -> bool:
@@ -105,6 +107,10 @@ def state_of(protocol: int, seen: int, *, half_open: bool = False) -> str:
             return "SYN_RECV"
         return "ESTABLISHED" if seen & Seen.REPLY else "SYN_SENT"
     return "REPLIED" if seen & Seen.REPLY else "UNREPLIED"
+
+
+def _dsr(flags: NatFlags) -> str:
+    return "sent" if flags & NatFlags.DSR else "received" if flags & NatFlags.DSR_BACKEND else ""
 
 
 def flows_of(
@@ -158,6 +164,7 @@ def flows_of(
             idle=round(idle, 3),
             age=round(max(0.0, (now - nat.created) / _NS), 3),
             expires=round(max(0.0, limit - idle), 3),
+            dsr=_dsr(nat.flags),
         )
         found.append((row, tuple(keys)))
     return found

@@ -25,7 +25,9 @@ _FIRST = U32.pack(0)
 
 
 class PacketDevice(NamedTuple):
-    """A device to attach to. ``local``: it leads to pods or VMs. ``pods``: what comes from it is a pod's.
+    """A device to attach to. ``local``: it leads to pods or VMs; ``tunnel``: to other nodes' pods.
+
+    ``pods``: what comes from it is a pod's.
 
     ``ingress_below``: what comes in by it has come in by another of the devices before; ``egress_below``:
     what leaves by it leaves by another one after that; ``egress_above``: some of what leaves by it has
@@ -36,6 +38,7 @@ class PacketDevice(NamedTuple):
     address4: bytes
     address6: bytes
     local: bool
+    tunnel: bool
     pods: bool
     ingress_below: bool
     egress_below: bool
@@ -87,6 +90,7 @@ class PacketPath:
         wanted = {U32.pack(_ANY_DEVICE): pack_device(*self._node, self._mode, 0)}
         for each in found:
             flags = DeviceFlags.PODS * each.pods | DeviceFlags.LOCAL * each.local
+            flags |= DeviceFlags.TUNNEL * each.tunnel
             flags |= DeviceFlags.INGRESS_BELOW * each.ingress_below
             flags |= DeviceFlags.EGRESS_BELOW * each.egress_below
             flags |= DeviceFlags.EGRESS_ABOVE * each.egress_above

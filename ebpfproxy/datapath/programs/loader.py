@@ -63,6 +63,10 @@ class Options(msgspec.Struct, frozen=True):
     bypass_netfilter: bool = False
     #: XDP programs forward flows, where a device takes one.
     forwards_at_xdp: bool = False
+    #: Backends' nodes that told of a frontend by an option of another node answer its clients themselves.
+    dsr_accepts: bool = False
+    #: This node tells them.
+    dsr_sends: bool = False
     #: Ports that stand for masqueraded clients, first and last.
     masquerade_ports: tuple[int, int] = (1024, 32767)
     #: Sockets of this host may have them, too: one that has a port towards a backend is looked for.
@@ -94,6 +98,8 @@ class Options(msgspec.Struct, frozen=True):
             "MASQUERADE_ALL": self.masquerade_all,
             "BYPASS_NETFILTER": self.bypass_netfilter,
             "FORWARDS_AT_XDP": self.forwards_at_xdp,
+            "DSR_ACCEPTS": self.dsr_accepts,
+            "DSR_SENDS": self.dsr_sends,
             "MASQUERADE_FIRST": self.masquerade_ports[0],
             "MASQUERADE_LAST": self.masquerade_ports[1],
             "MASQUERADE_PORTS_SHARED": self.masquerade_ports_shared,

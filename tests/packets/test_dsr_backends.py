@@ -1,0 +1,359 @@
+"""Direct server return at the backend's node, packet by packet."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scapy.compat import raw
+from scapy.layers.inet import TCP
+from scapy.packet import Packet, Raw
+
+from ebpfproxy.datapath.abi.flow_layout import NatFlags, Seen
+from ebpfproxy.datapath.abi.node_layout import PacketEvent
+from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.packets.dsr_packets import (
+    HERE,
+    NODE_PORTS,
+    NS,
+    PROTOCOLS,
+    RANGED,
+    aged,
+    count,
+    dsr_cluster,
+    entry_of,
+    header_check,
+    key,
+    option,
+    told,
+    too_big,
+    transport,
+    with_option,
+)
+from tests.packets.packet_cluster import PORTS, FamilyAddresses, PacketCluster
+from tests.packets.wire import (
+    DROP,
+    PASS,
+    REDIRECT,
+    Wire,
+    ip_of,
+    with_right_checksums,
+)
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[PacketCluster]:
+    with dsr_cluster() as made:
+        yield made
+
+
+@pytest.fixture(params=PROTOCOLS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Told:
+    """What another node sends for a flow of a client outside to the backend on this node."""
+
+    def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> None:
+        self.wire, self.family, self.protocol, self.port = wire, family, protocol, port
+        self.frontend, (self.frontend_port, _, self.target) = HERE[family.version], PORTS[protocol]
+
+    def inner(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
+        return transport(self.protocol, self.port, self.target, flags, **fields) / Raw(payload)
+
+    def plain(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
+        return self.family.ip(self.family.client, self.family.local_pod) / self.inner(
+            flags, payload, **fields
+        )
+
+    def packet(
+        self,
+        content: bytes | None = None,
+        flags: str = "S",
+        payload: bytes = b"x",
+        device: str = "eth0",
+        **fields: Any,
+    ) -> Packet:
+        if content is None:
+            content = option(self.family, self.frontend, self.frontend_port)
+        inner = self.inner(flags, payload, **fields)
+        return with_option(self.wire, self.family, self.family.local_pod, content, inner, device)
+
+    def reply(self, flags: str = "SA", **fields: Any) -> Any:
+        inner = transport(self.protocol, self.target, self.port, flags, **fields) / Raw(b"reply")
+        packet = self.family.ip(self.family.local_pod, self.family.client) / inner
+        return self.wire.egress(packet, iif="p1")
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        client, pod = self.family.client, self.family.local_pod
+        return (
+            key(client, self.frontend, self.port, self.frontend_port, self.protocol),
+            key(pod, client, self.target, self.port, self.protocol, egress=True),
+        )
+
+    def assert_answered(self, frontend: str, port: int) -> None:
+        result = self.reply()
+        ip = ip_of(result.packet)
+        assert (ip.src, ip.payload.sport) == (frontend, port)
+        assert (ip.dst, ip.payload.dport) == (self.family.client, self.port)
+        assert with_right_checksums(result.packet) == result.bytes
+
+
+@pytest.fixture
+def told_of(wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> Told:
+    return Told(wire, family, protocol, port)
+
+
+def test_option_is_taken_away_and_the_reply_comes_from_the_frontend(told_of: Told) -> None:
+    result = told_of.wire.ingress(told_of.packet())
+    assert result.verdict == PASS
+    assert raw(ip_of(result.packet)) == with_right_checksums(told_of.plain(payload=b"x"))
+    told_of.assert_answered(told_of.frontend, told_of.frontend_port)
+
+
+def test_what_one_node_sends_another_one_takes(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
+    flow, frontend_port = Told(wire, family, protocol, port), PORTS[protocol][0]
+    request = family.ip(family.client, family.web_balancer) / transport(protocol, port, frontend_port)
+    content = told(wire.ingress(request).packet)
+    assert content
+    assert wire.ingress(flow.packet(content)).verdict == PASS
+    flow.assert_answered(family.web_balancer, frontend_port)
+
+
+def test_node_port_of_another_node_is_answered_with_its_address(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int
+) -> None:
+    told_of, node_port = Told(wire, family, protocol, port), NODE_PORTS[protocol]
+    assert wire.ingress(told_of.packet(option(family, family.node_b, node_port))).verdict == PASS
+    told_of.assert_answered(family.node_b, node_port)
+
+
+def test_packets_without_the_option_keep_the_flow_and_are_unchanged(told_of: Told, tables: MapSet) -> None:
+    told_of.wire.ingress(told_of.packet(seq=10) if told_of.protocol == "TCP" else told_of.packet())
+    told_of.reply()
+    for packed in told_of.keys:
+        aged(tables, packed, 20)
+    before = time.monotonic_ns()
+    packet = told_of.plain("A", b"data", **({"seq": 11, "ack": 1} if told_of.protocol == "TCP" else {}))
+    result = told_of.wire.ingress(packet)
+    assert (result.verdict, raw(ip_of(result.packet))) == (PASS, with_right_checksums(packet))
+    original = entry_of(tables, told_of.keys[0])
+    assert original is not None and original.last > before - NS
+    assert original.flags == NatFlags.DSR_BACKEND
+    told_of.assert_answered(told_of.frontend, told_of.frontend_port)
+
+
+def test_connection_ends_with_both_fins(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
+) -> None:
+    """Then a direct connection from the same port is one of its own."""
+    flow = Told(wire, family, "TCP", port)
+    wire.ingress(flow.packet(seq=99, payload=b""))
+    flow.reply("SA", seq=500, ack=100)
+    for packet in (flow.plain("A", seq=100, ack=501), flow.plain("FA", seq=100, ack=501)):
+        assert wire.ingress(packet).verdict == PASS
+    answer = family.ip(family.local_pod, family.client) / transport(
+        "TCP", flow.target, port, "FA", seq=501, ack=101
+    )
+    wire.egress(answer, iif="p1")
+    original = entry_of(tables, flow.keys[0])
+    assert original is not None and original.seen & Seen.FIN and original.seen & Seen.REPLY_FIN
+    assert ip_of(wire.ingress(flow.plain("S", seq=9000)).packet).payload.sport != port
+
+
+def test_lost_entry_is_inserted_by_the_next_datagram_that_tells(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
+) -> None:
+    flow = Told(wire, family, "UDP", port)
+    for _ in range(2):
+        wire.ingress(flow.packet())
+        flow.assert_answered(flow.frontend, flow.frontend_port)
+        for packed in flow.keys:
+            tables["conntrack"].delete(packed)
+
+
+def test_datagrams_may_come_through_another_frontend_later(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
+    flow = Told(wire, family, "UDP", port)
+    wire.ingress(flow.packet())
+    other = option(family, family.node_b, NODE_PORTS["UDP"])
+    assert wire.ingress(flow.packet(other)).verdict == PASS
+    flow.assert_answered(family.node_b, NODE_PORTS["UDP"])
+
+
+def test_open_connection_keeps_its_frontend(wire: Wire, family: FamilyAddresses, port: int) -> None:
+    """Whoever forges an option, or uses a port twice, does not break it."""
+    flow = Told(wire, family, "TCP", port)
+    wire.ingress(flow.packet(seq=1))
+    other = option(family, family.node_b, NODE_PORTS["TCP"])
+    result = wire.ingress(flow.packet(other, seq=1000))
+    assert (result.verdict, told(result.packet)) == (PASS, b"")
+    flow.assert_answered(flow.frontend, flow.frontend_port)
+
+
+def test_segment_that_opens_no_connection_inserts_nothing(
+    wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
+) -> None:
+    flow = Told(wire, family, "TCP", port)
+    assert wire.ingress(flow.packet(flags="A", seq=1, ack=1)).verdict == PASS
+    assert [entry_of(tables, packed) for packed in flow.keys] == [None, None]
+
+
+WRONG = ("unknown address", "unknown port", "cluster IP", "policy Local", "another node's cluster IP port")
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_frontends_that_no_service_has_outside_are_refused(told_of: Told, tables: MapSet, what: str) -> None:
+    family, port = told_of.family, told_of.frontend_port
+    address, number = {
+        "unknown address": (family.other_client, port),
+        "unknown port": (told_of.frontend, 1),
+        "cluster IP": (family.web, port),
+        "policy Local": (family.local_balancer, port),
+        "another node's cluster IP port": (family.node_b, port),
+    }[what]
+    before = count(tables, PacketEvent.DSR)
+    assert told_of.wire.ingress(told_of.packet(option(family, address, number))).verdict == DROP
+    assert count(tables, PacketEvent.DSR) == before + 1
+    assert entry_of(tables, told_of.keys[1]) is None
+
+
+def test_option_for_another_port_of_the_pod_is_refused(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
+    content = option(family, HERE[family.version], PORTS["TCP"][0])
+    inner = TCP(sport=port, dport=9, flags="S")
+    packet = with_option(wire, family, family.local_pod, content, inner)
+    assert wire.ingress(packet).verdict == DROP
+
+
+def test_option_from_a_pod_of_this_node_is_refused(told_of: Told) -> None:
+    """Also for another node's pod, and for a flow that is known."""
+    family, wire = told_of.family, told_of.wire
+    content = option(family, told_of.frontend, told_of.frontend_port)
+    for to in (family.local_pod, family.remote_pod):
+        packet = with_option(wire, family, to, content, told_of.inner(), "p2")
+        assert wire.ingress(packet, "p2").verdict == DROP
+    assert wire.ingress(told_of.packet()).verdict == PASS
+    assert wire.ingress(told_of.packet(device="p2"), "p2").verdict == DROP
+
+
+def test_option_does_not_bypass_source_ranges(told_of: Told, tables: MapSet) -> None:
+    content = option(told_of.family, RANGED[told_of.family.version], told_of.frontend_port)
+    before = count(tables, PacketEvent.SOURCE_RANGE)
+    assert told_of.wire.ingress(told_of.packet(content)).verdict == DROP
+    assert count(tables, PacketEvent.SOURCE_RANGE) == before + 1
+
+
+def test_packets_for_other_nodes_pass_with_their_option(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int, tables: MapSet
+) -> None:
+    """This node may be a router between two others."""
+    frontend_port, _, target = PORTS[protocol]
+    content = option(family, family.web_balancer, frontend_port)
+    packet = with_option(wire, family, family.remote_pod, content, transport(protocol, port, target))
+    result = wire.ingress(packet)
+    assert (result.verdict, told(result.packet)) == (PASS, content)
+    reply = key(family.remote_pod, family.client, target, port, protocol, egress=True)
+    assert entry_of(tables, reply) is None
+
+
+def _malformed(family: FamilyAddresses, right: bytes) -> list[bytes]:
+    if family.version == 4:
+        return [
+            right[:1] + b"\7" + right[2:],
+            right[:1] + b"\0" + right[2:],
+            b"\1\1\1\1" + right,
+            right[:4],
+            b"\x1a" + right[1:],
+        ]
+    return [
+        right[:1] + b"\x10" + right[2:],
+        b"\x1c" + right[1:],
+        right[:6],
+        b"\1\4" + bytes(4) + right + bytes(2),
+    ]
+
+
+def test_malformed_options_are_none(told_of: Told, tables: MapSet) -> None:
+    """Such packets are somebody else's, and pass as they are."""
+    right = option(told_of.family, told_of.frontend, told_of.frontend_port)
+    for content in _malformed(told_of.family, right):
+        packet = told_of.packet(content)
+        result = told_of.wire.ingress(packet)
+        assert (result.verdict, result.bytes) == (PASS, raw(packet))
+        assert entry_of(tables, told_of.keys[1]) is None
+
+
+def test_packet_whose_header_has_no_length_keeps_its_option(told_of: Told, tables: MapSet) -> None:
+    """The length of BIG TCP is not in the header. Such packets pass as they are."""
+    sent = bytearray(raw(told_of.packet()))
+    at = 14 + (2 if told_of.family.version == 4 else 4)
+    sent[at : at + 2] = bytes(2)
+    result = told_of.wire.send_bytes("from_device", "eth0", bytes(sent))
+    assert (result.verdict, result.bytes) == (PASS, bytes(sent))
+    assert entry_of(tables, told_of.keys[1]) is None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_damaged_headers_are_left_or_stripped_of_a_whole_option(
+    wire: Wire, family: FamilyAddresses, data: st.DataObject
+) -> None:
+    """Whatever the bytes of the headers: what follows them stays, and a right checksum of IPv4 stays right."""
+    protocol = data.draw(st.sampled_from(PROTOCOLS))
+    size = 8 if family.version == 4 else 24
+    flow = Told(wire, family, protocol, data.draw(st.integers(1024, 65535)))
+    sent = bytearray(raw(flow.packet()))
+    at_content = 14 + (20 if family.version == 4 else 40)
+    for at, value in data.draw(
+        st.lists(st.tuples(st.integers(14, at_content + size + 3), st.integers(0, 255)), max_size=3)
+    ):
+        sent[at] = value
+    result = wire.send_bytes("from_device", "eth0", bytes(sent))
+    if result.verdict != PASS or len(result.bytes) == len(sent):
+        assert result.verdict in (PASS, DROP, REDIRECT)
+        return
+    assert len(result.bytes) == len(sent) - size
+    assert result.bytes[at_content:] == sent[at_content + size :]
+    before, after = (
+        struct.unpack_from("!H", each, 14 + (2 if family.version == 4 else 4))[0]
+        for each in (sent, result.bytes)
+    )
+    assert before - after == size
+    if family.version == 4:
+        header, left = (
+            bytes(sent[14:][: (sent[14] & 15) * 4]),
+            result.bytes[14:][: (result.bytes[14] & 15) * 4],
+        )
+        assert bool(header_check(header)) == bool(header_check(left))
+
+
+def test_truncated_packets_with_an_option_pass(told_of: Told, tables: MapSet) -> None:
+    whole = raw(told_of.packet(payload=b""))
+    for size in range(14 + (20 if told_of.family.version == 4 else 40), len(whole)):
+        result = told_of.wire.send_bytes("from_device", "eth0", whole[:size])
+        assert (result.verdict, result.bytes[:size]) == (PASS, whole[:size])
+    assert entry_of(tables, told_of.keys[1]) is None
+
+
+def test_error_that_another_node_has_sent_on_passes(told_of: Told) -> None:
+    told_of.wire.ingress(told_of.packet())
+    quoted = Raw(
+        raw(told_of.family.ip(told_of.family.local_pod, told_of.family.client) / told_of.inner())[:48]
+    )
+    error = too_big(told_of.family, told_of.family.local_pod, quoted)
+    result = told_of.wire.ingress(error)
+    assert (result.verdict, raw(ip_of(result.packet))) == (PASS, raw(error))

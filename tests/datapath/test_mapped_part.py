@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from ebpfproxy.config.datapath import Capacity
 from ebpfproxy.datapath.abi import uapi
 from ebpfproxy.datapath.abi.schema import MapSpec
+from ebpfproxy.datapath.drift.repair import repair
 from ebpfproxy.datapath.kernel import bpf, maps
 from ebpfproxy.datapath.kernel.bpf_map import SharedArray
 from ebpfproxy.services.model import Policy
@@ -65,6 +67,23 @@ def test_what_is_not_mapped_is_compared_and_restored(
     array.restore(number * OWNED)
     assert whole.bytes[number * SPEC.value_size] == 0
     assert list(array.differing()) == []
+    assert array.reach(STEP + 1), "whoever maps more is told of it"
+
+
+def test_service_grows_to_places_that_were_repaired(bench: Bench) -> None:
+    """Somebody has written beyond the places that were in use, and the agent has written back what they had."""
+    assert bench.empty(Capacity(conntrack=1024)).apply([port("a", range(8))], complete=True) == []
+    assert bench.maps is not None
+    for name, number in (("backends", 17_000), ("slots", 140_000), ("selections", 20_000)):
+        table = bench.maps[name]
+        table.update(number.to_bytes(4, sys.byteorder), b"\xff" * table.spec.value_size)
+    found = bench.drift()
+    assert {each.map for each in found} == {"backends", "slots", "selections"}
+    assert len(repair(bench.maps, found)) == len(found)
+    assert bench.drift() == []
+    assert bench.writer.apply([port("a", range(20_000))]) == []
+    assert bench.drift() == []
+    assert bench.writer.backends == 20_000
 
 
 def test_service_with_more_backends_than_are_mapped_at_first(bench: Bench) -> None:

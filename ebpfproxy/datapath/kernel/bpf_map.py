@@ -277,13 +277,22 @@ class SharedArray(Map):
     def restore(self, at: int) -> None:
         """Stores the entry of the copy that begins there in the array: a word with one instruction."""
         size = self.kept_size
-        self.reach(at // self._owned + 1)
-        if size == _WORD_SIZE:
+        if at // self._owned >= self._places:
+            # What is mapped stays: whoever has a view of it is not told.
+            self._restore_unmapped(at)
+        elif size == _WORD_SIZE:
             self.words()[at // size] = self.kept_words()[at // size]
         else:
             to = at // size * self.stride
             self.bytes[to : to + size] = self.keep()[at : at + size]
         self.writes += 1
+
+    def _restore_unmapped(self, at: int) -> None:
+        """The same for an element that nothing leads to."""
+        offset = at // self._owned * self.stride
+        before = offset % mmap.PAGESIZE
+        with mmap.mmap(self.fd, before + self.stride, offset=offset - before) as rest:
+            rest[before : before + self._owned] = self._keep()[at : at + self._owned]
 
     def close(self) -> None:
         self.bytes.release()

@@ -12,6 +12,6 @@ What survives the agent, all below ``<bpf-root>/ebpfproxy/``::
 
     v1-5f0c21aa/            schema version and digest of the layout: structs and sizes
         maps/services4 …    the maps
-        progs-3be1…/connect4 …   the programs compiled for these maps, by digest of sources and options
+        progs-3be1…/connect4 …   the programs compiled for these maps, by digest of sources, options and maps
     links/connect4 …        the attachments; a link outlives schemas, it is what swaps programs
 """

@@ -53,23 +53,30 @@ def test_programs_are_compiled_once_and_reused(opened: MapSet) -> None:
     assert [program_id(folder / hook.name) for hook in SOCKET_HOOKS] == ids
 
 
-def test_programs_are_loaded_again_where_a_map_that_they_use_was_created_anew(pins: Path) -> None:
-    """An agent was killed while it pinned a map again that somebody had unpinned: its pin was gone already."""
+def test_programs_are_loaded_again_where_a_map_that_they_use_is_another(pins: Path) -> None:
+    """Somebody has pinned another map in its place. What is attached stays whole until it is replaced."""
     modules = (SOCKETS, RECORDS)
     opened = maps.open_or_create(pins, Capacity())
-    folder = loader.ensure_loaded(opened, OPTIONS, modules)
-    (opened.folder / "maps" / "frontend_generation").unlink()
+    former = loader.ensure_loaded(opened, OPTIONS, modules)
+    programs = {pin.name: program_id(pin) for pin in former.iterdir()}
+    pin = opened.folder / "maps" / "frontend_generation"
+    pin.unlink()
+    spec = opened["frontend_generation"].spec
     opened.close()
+    other = bpf.map_create(spec.kind, "other", spec.key_size, spec.value_size, 1, flags=spec.flags)
+    bpf.pin(other, pin)
+    os.close(other)
     again = maps.open_or_create(pins, Capacity())
-    assert loader.ensure_loaded(again, OPTIONS, modules) == folder
+    folder = loader.ensure_loaded(again, OPTIONS, modules)
+    assert {pin.name: program_id(pin) for pin in former.iterdir()} == programs
     ours = {bpf.map_info(each.fd).id: name for name, each in again.maps.items()}
-    names = {hook.name for module in modules for hook in module.hooks}
-    assert {pin.name for pin in folder.iterdir()} == names
+    assert {pin.name for pin in folder.iterdir()} == programs.keys()
     for pin in folder.iterdir():
         with bpf.opened(pin) as fd:
             used = bpf.prog_maps(fd)
         assert used <= ours.keys(), pin.name
         assert pin.name != "connect4" or "frontend_generation" in {ours[number] for number in used}
+    assert loader.remove_others(again, folder) == [former]
     again.close()
 
 

@@ -145,6 +145,8 @@ def _sizes(maps: MapSet) -> Sizes:
 def _home(sources: Path, content: str, options: Options, maps: MapSet) -> Path:
     digest = hashlib.sha256(recipe(sources, SOCKETS, content).digest().encode())
     digest.update(repr(sorted(options.constants(_sizes(maps)).items())).encode())
+    # Where somebody has unpinned a map, what was loaded before uses another one than this agent.
+    digest.update(repr(sorted(bpf.map_info(each.fd).id for each in maps.maps.values())).encode())
     return maps.folder / f"progs-{digest.hexdigest()[:12]}"
 
 
@@ -156,12 +158,12 @@ def is_loaded(home: Path, module: Module) -> bool:
 def ensure_loaded(maps: MapSet, options: Options, modules: Iterable[Module] = (SOCKETS, PACKETS)) -> Path:
     """The folder with the modules' pinned programs; those that are not there are loaded now.
 
+    Programs with other options, or for other maps, stay in theirs until :func:`remove_others`.
     Raises LoadError; then nothing that is attached has changed.
     """
     sources = source_folder()
     content = bytecode.content_of(sources)
     home = _home(sources, content, options, maps)
-    _drop_others(home, maps)
     missing = [m for m in modules if not is_loaded(home, m)]
     # The verifier says it, too, but in its own words, and after many seconds: it looks for speculative paths.
     if missing and not may_calculate_with_pointers():
@@ -210,31 +212,6 @@ def _pins(home: Path, module: Module) -> dict[str, Path]:
 def pinned_programs(folder: Path) -> Iterator[Path]:
     """The pins of all programs for the maps of a folder."""
     return (path for path in folder.glob("progs-*/*") if not path.name.startswith(WRITERS))
-
-
-def _drop_others(home: Path, maps: MapSet) -> None:
-    """Unpins all programs of the folder if one of them uses a map that is none of these.
-
-    An agent that is killed between the two steps of ``maps.pin_again`` leaves a map to its programs alone,
-    and the next agent creates another one. What is attached stays so until it is replaced.
-    """
-    if not home.exists():
-        return
-    pins = list(home.iterdir())
-    arrays = [pin for pin in pins if pin.name.startswith(WRITERS)]
-    known = {bpf.map_info(each.fd).id for each in maps.maps.values()}
-    for pin in arrays:
-        with bpf.opened(pin) as fd:
-            known.add(bpf.map_info(fd).id)
-    for pin in pins:
-        if pin in arrays:
-            continue
-        with bpf.opened(pin) as fd:
-            others = bpf.prog_maps(fd) - known
-        if others:
-            log.warning("loading programs again, which use other maps", program=pin.name, maps=sorted(others))
-            shutil.rmtree(home)
-            return
 
 
 def _unpin(home: Path, module: Module) -> None:

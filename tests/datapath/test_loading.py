@@ -80,15 +80,49 @@ def test_programs_are_loaded_again_where_a_map_that_they_use_is_another(pins: Pa
     again.close()
 
 
-def test_maps_of_xdp_are_there_only_with_xdp(pins: Path) -> None:
-    """With or without it, all others are reused: an agent with the other setting goes on with them."""
-    for xdp, adopted in ((False, False), (True, True), (False, True)):
+def test_maps_of_xdp_have_room_only_with_xdp(pins: Path) -> None:
+    """With or without it, all others are reused: an agent with the other setting goes on with them.
+
+    They are pinned in any case: an agent of another version takes a map without a pin for a new folder's.
+    """
+    others: set[int] = set()
+    for xdp in (False, True, False):
         opened = maps.open_or_create(pins, Capacity(), xdp=xdp)
-        assert opened.adopted == adopted
-        assert ("flow_hops" in opened.maps) == xdp
+        assert opened.adopted == bool(others)
         assert {pin.name for pin in (opened.folder / "maps").iterdir()} == opened.maps.keys()
-        loader.ensure_loaded(opened, msgspec.structs.replace(OPTIONS, forwards_at_xdp=xdp))
+        assert maps.unpinned(opened) == []
+        sizes = {name: bpf.map_info(opened[name].fd).max_entries for name in ("flow_hops", "flow_cache")}
+        assert sizes == {"flow_hops": 65536 if xdp else 1, "flow_cache": 65536}
+        found = {bpf.map_info(each.fd).id for name, each in opened.maps.items() if name != "flow_hops"}
+        assert found == (others or found)
+        others = found
+        loader.ensure_loaded(opened, msgspec.structs.replace(OPTIONS, forwards_at_xdp=xdp), (RECORDS,))
         opened.close()
+
+
+def test_pins_of_maps_are_replaced_in_one_step(pins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that is killed while it pins its map in another one's place leaves that pin, or its own."""
+    opened = maps.open_or_create(pins, Capacity())
+    pin = opened.folder / "maps" / "turns"
+    pin.unlink()
+    bpf.pin(opened["epochs"].fd, pin)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    for where, step in ((bpf, "pin"), (Path, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(KilledError):
+            patch.setattr(where, step, killed)
+            maps.pin_again(opened)
+        with bpf.opened(pin) as fd:
+            assert bpf.map_info(fd).id == bpf.map_info(opened["epochs"].fd).id
+    maps.pin_again(opened)
+    assert maps.unpinned(opened) == []
+    assert {each.name for each in pin.parent.iterdir()} == opened.maps.keys()
+    opened.close()
 
 
 def _signal_again_and_again(process: int) -> None:

@@ -49,7 +49,7 @@ _HOLDS = {
     "service_names": "id → namespace, name, port, for commands and metrics",
     "conntrack": "flows of packets: the translation of both directions",
     "flow_cache": "copies of the entries of flows that have many packets, by a hash; see lib/flow_cache.h",
-    "flow_hops": "the next hops of the same flows; it is there where XDP forwards them",
+    "flow_hops": "the next hops of the same flows where XDP forwards them; otherwise it has one element",
     "flow_tags": "for groups of flows, until when one may be in `flow_cache`; for each of its places, 16 bits of the hash of "
     "the flow that has it",
     "epochs": "number of changes of a Service, which flows compare",

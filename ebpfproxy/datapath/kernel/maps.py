@@ -23,7 +23,7 @@ class MapSet:
     def __init__(self, folder: Path, maps: dict[str, Map], *, adopted: bool) -> None:
         self.folder = folder
         self.maps = maps
-        #: True where the maps were there before.
+        #: True where any of the maps was there before.
         self.adopted = adopted
 
     def __getitem__(self, name: str) -> Map:
@@ -56,28 +56,21 @@ class MapSet:
 def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSet:
     """Opens the maps of this layout below ``pins``, making those that are missing.
 
-    ``xdp``: with those that only XDP programs use. Without it, their pins go.
+    ``xdp``: with room in those that only XDP programs use. Without it they have one element: another version
+    that looks for their pins finds them.
     Raises BpfError where the kernel refuses (no memory, no permission).
     """
     folder = pins / version_name(capacity)
     home = folder / "maps"
     home.mkdir(parents=True, exist_ok=True)
     maps: dict[str, Map] = {}
-    adopted = True
-    for spec in map_specs(capacity):
+    adopted = False
+    for each in map_specs(capacity):
+        spec = each._replace(max_entries=1) if each.name in XDP_MAPS and not xdp else each
         path = home / spec.name
-        is_for_xdp = spec.name in XDP_MAPS
-        if is_for_xdp and not xdp:
-            path.unlink(missing_ok=True)
-            continue
-        is_new = False
-        try:
-            fd = bpf.get_pinned(path)
-        except BpfError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            is_new = True
-            adopted &= is_for_xdp
+        fd = _pinned(path, spec)
+        is_new = fd is None
+        if fd is None:
             fd = bpf.map_create(
                 spec.kind,
                 spec.name[:15],
@@ -86,9 +79,33 @@ def open_or_create(pins: Path, capacity: Capacity, *, xdp: bool = True) -> MapSe
                 spec.max_entries,
                 flags=spec.flags,
             )
-            bpf.pin(fd, path)
+            _pin(fd, path)
+        adopted |= not is_new
         maps[spec.name] = map_of(fd, spec, _FIRST_PLACES.get(spec.name), is_new=is_new)
     return MapSet(folder, maps, adopted=adopted)
+
+
+def _pinned(path: Path, spec: MapSpec) -> int | None:
+    """A descriptor of the map that is pinned there; None where one has to be made."""
+    try:
+        fd = bpf.get_pinned(path)
+    except BpfError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    if spec.name in XDP_MAPS and bpf.map_info(fd).max_entries != spec.max_entries:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _pin(fd: int, path: Path) -> None:
+    """Pins a map in place of what is pinned there, so that a pin is there at every moment."""
+    beside = path.with_name(f"{path.name}-new")
+    # An agent that was killed here has left it.
+    beside.unlink(missing_ok=True)
+    bpf.pin(fd, beside)
+    beside.replace(path)
 
 
 def unpinned(maps: MapSet) -> list[str]:
@@ -107,8 +124,7 @@ def pin_again(maps: MapSet) -> None:
     home = maps.folder / "maps"
     home.mkdir(parents=True, exist_ok=True)
     for name in unpinned(maps):
-        (home / name).unlink(missing_ok=True)
-        bpf.pin(maps[name].fd, home / name)
+        _pin(maps[name].fd, home / name)
 
 
 def open_pinned(folder: Path) -> MapSet:

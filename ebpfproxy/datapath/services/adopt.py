@@ -27,6 +27,8 @@ class Adopted(NamedTuple):
     published: dict[ServicePortKey, Published]
     #: Members of no service port.
     strangers: list[Member]
+    #: Ids that something has, but no service port.
+    nameless: set[int]
 
 
 def service_names(maps: MapSet) -> dict[int, ServicePortKey]:
@@ -54,7 +56,9 @@ def adopt(maps: MapSet, names: Mapping[int, ServicePortKey], tables: Tables) -> 
         )
         known.inactive = backends.adopt(selections.backends(number) | known.unselected)
         published[name] = known
-    return Adopted(published, strangers)
+    used = entries.keys() | sources.keys() | {each.service_id for each in strangers}
+    places = maps["service_names"].spec.max_entries
+    return Adopted(published, strangers, {number for number in used - names.keys() if number < places})
 
 
 def _entries(frontends: Frontends) -> dict[int, list[ServiceKey]]:

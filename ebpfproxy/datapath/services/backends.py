@@ -30,7 +30,7 @@ class Backends:
     Raises IdsExhaustedError where an id is needed and none is left.
     """
 
-    def __init__(self, maps: MapSet, selected: Set[int] = NO_IDS) -> None:
+    def __init__(self, maps: MapSet, selected: frozenset[int] = NO_IDS) -> None:
         """``selected``: the ids in selections that were there before."""
         self._maps, self._map = maps, maps.shared("backends")
         #: The record of a backend, without what programs count.
@@ -47,7 +47,11 @@ class Backends:
         self._inactive: set[int] = set()
         self._selected = selected
         known = self._read() if maps.adopted else {}
-        self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, self._retired)
+        #: In selections, but without a record, since somebody has overwritten or unpinned one of the maps.
+        #: They belong to no backend, and are retired once no service port selects them any more.
+        self._unrecorded = selected.difference(known.values())
+        resting = chain(self._retired, self._unrecorded)
+        self._ids: Ids[Backend] = Ids(self._map.spec.max_entries, known, resting)
         #: How many service ports hold each of the ids that were ever given out.
         self._refs = array("I", bytes(4 * self._ids.end))
         self._map.reach(self._ids.end)
@@ -62,7 +66,8 @@ class Backends:
         for number in self._kept.ids():
             known = self._kept.read(number)
             if known is None:  # somebody else has written there
-                self._retired.append(number)
+                if number not in self._selected:
+                    self._retired.append(number)
                 continue
             backend, state = known
             if state is not BackendState.ACTIVE:
@@ -73,7 +78,8 @@ class Backends:
             other = found.setdefault(backend, number)
             if other != number:
                 found[backend], left = (number, other) if number in self._selected else (other, number)
-                self._retired.append(left)
+                if left not in self._selected:
+                    self._retired.append(left)
         return found
 
     def known(self, numbers: Set[int]) -> set[int]:
@@ -250,8 +256,8 @@ class Backends:
 
     def _retire(self, number: int) -> None:
         known = self._kept.read(number)
-        assert known is not None, f"backend {number} is held but not written"
-        if self._ids.get(known[0]) == number:
+        assert known is not None or number in self._unrecorded, f"backend {number} is held but not written"
+        if known is not None and self._ids.get(known[0]) == number:
             self._ids.forget(known[0])
         # Stored at once: its endpoint may come back, as another record, before a killed agent starts again.
         self._set_state(number, BackendState.GONE)

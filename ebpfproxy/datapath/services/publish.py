@@ -19,7 +19,7 @@ program can still hold them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import islice
 from typing import NamedTuple
 
@@ -145,6 +145,13 @@ class Publisher:
         """Deletes members that a killed agent left behind."""
         for member in of:
             self._members.delete(_packed(member))
+
+    def drop_sources(self, of: Set[int]) -> None:
+        """Deletes the source ranges of these ids, which no service port has."""
+        if of:
+            found = [key for key, _ in self._sources.items() if layout.unpack_source_range(key)[0] in of]
+            for key in found:
+                self._sources.delete(key)
 
     def owned(
         self,

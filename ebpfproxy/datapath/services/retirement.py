@@ -58,6 +58,10 @@ class Retirement:
         if self._held is not None:
             self._held.retire(number)
 
+    def add_nameless(self, service_ids: Iterable[int]) -> None:
+        """Retires ids that no service port has."""
+        self._retired.services.extend(service_ids)
+
     def take(self) -> Retired:
         """Everything that is retired so far, backends included."""
         taken, self._retired = self._retired, Retired([], [], [])

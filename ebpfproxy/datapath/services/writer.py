@@ -72,7 +72,7 @@ class Writer:
 
         names = service_names(maps)
         self._selections = SelectionTable(maps, names)
-        selected = {each for number in names for each in self._selections.backends(number)}
+        selected = frozenset(each for number in names for each in self._selections.backends(number))
         self._backends = Backends(maps, selected)
         self._placer = Placer(self._selections, self._backends, maglev_size)
         self._removed_backends = RemovedBackends(maps)
@@ -81,9 +81,12 @@ class Writer:
         self._redirects = Redirects(maps, self._frontends)
         tables = Tables(self._selections, self._backends, self._frontends, self._removed_backends)
         self._publisher = Publisher(maps, tables)
-        self._published, self._strangers = adopt(maps, names, tables)
+        self._published, self._strangers, self._nameless = adopt(maps, names, tables)
         self._service_ids: Ids[ServicePortKey] = Ids(
-            maps["service_names"].spec.max_entries, {name: number for number, name in names.items()}
+            maps["service_names"].spec.max_entries,
+            {name: number for number, name in names.items()},
+            # Whoever got one would have frontends and source ranges of somebody else.
+            self._nameless,
         )
         self._measures.keep(names.keys(), set(self._backends.numbers()))
         self._open_ids = HeldIds(maps) if measures else None
@@ -309,7 +312,9 @@ class Writer:
         self._frontends.drop_leftovers({known.id for known in self._published.values()})
         self._backends.drop_leftovers()
         self._publisher.drop_members(self._strangers)
-        self._strangers = []
+        self._publisher.drop_sources(self._nameless)
+        self._retirement.add_nameless(self._nameless)
+        self._strangers, self._nameless = [], set()
 
     # -- endpoints that were removed, and may come back
 

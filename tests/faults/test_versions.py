@@ -1,20 +1,29 @@
-"""A rollout of this version over one with other maps, and back: N-1, N, N-1, N."""
+"""A rollout of this version over one with other maps or with the same, and back: N-1, N, N-1, N."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi.schema import SCHEMA_VERSION, version_name
 from tests.faults.faulted import Faulted
+from tests.lab.waiting import until
 
 pytestmark = [pytest.mark.root, pytest.mark.faults, pytest.mark.timeout(900)]
 
 _ROOT = Path(__file__).parents[2]
 _SCHEMA = "ebpfproxy/datapath/abi/schema.py"
+#: A program that says what the folder of maps is called.
+_NAME = """
+from ebpfproxy.config.datapath import Capacity
+from ebpfproxy.datapath.abi.schema import version_name
+print(version_name(Capacity()))
+"""
 #: A line of map_specs().
 _MAP = r"^ +(_[a-z_]+|MapSpec)\(.*\),$"
 
@@ -33,7 +42,10 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("this checkout has no history")
     if f"SCHEMA_VERSION = {SCHEMA_VERSION}\n" not in _git("show", f"{commit}:{_SCHEMA}"):
         pytest.skip("the last version has other structs in its maps: its flows end with a rollout")
-    folder = tmp_path_factory.mktemp("former")
+    return _checkout(commit, tmp_path_factory.mktemp("former"))
+
+
+def _checkout(commit: str, folder: Path) -> Path:
     archive = subprocess.run(
         ["git", "-C", str(_ROOT), "archive", commit, "ebpfproxy", "bpf"], capture_output=True, check=True
     )
@@ -67,5 +79,38 @@ def test_rollout_and_rollback_of_another_version(faulted: Faulted, former: Path,
             if checkout is None:
                 faulted.wait_equal()
             time.sleep(0.5)
+    faulted.wait_equal()
+    agent.stop()
+
+
+@pytest.fixture(scope="module")
+def first_with_the_same_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout of the first version whose folder of maps has the name of this one's."""
+    name, first = version_name(Capacity()), None
+    for commit in _git("log", "--first-parent", "--format=%H", "--", "ebpfproxy/datapath/abi").split():
+        folder = _checkout(commit, tmp_path_factory.mktemp("first"))
+        command = [sys.executable, "-c", _NAME]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.stdout.strip() != name:
+            break
+        first = folder
+    if first is None:
+        pytest.skip("this checkout has no history")
+    return first
+
+
+def test_rollback_to_the_first_version_with_the_same_maps(
+    faulted: Faulted, first_with_the_same_folder: Path
+) -> None:
+    """It finds all maps in their folder, and goes on with them at its first start, as the next one does."""
+    agent = faulted.agent().start()
+    for checkout in (first_with_the_same_folder, None):
+        with faulted.under_load("rollback to a version with the same maps, and rollout"):
+            assert agent.stop() == 0
+            faulted.put_endpoints("web", "w1")
+            agent.start(cwd=checkout, wait=False)
+            agent.wait_ready(600)
+            faulted.put_endpoints("web", "w1", "w2")
+            until(lambda: not faulted.differences(), "the change is not programmed")
     faulted.wait_equal()
     agent.stop()

@@ -18,8 +18,8 @@ enum fib_result {
 /*
  * Looks up the route from @from to @to for packets of @size bytes (0: any) that have come in by
  * @ifindex. Sets the device in @fib, to 0 where the kernel has a route that this helper does not
- * know (an encapsulating one); sets tot_len to the MTU where that is exceeded. @ctx is that of a
- * program at tc or XDP.
+ * know (an encapsulating one). Where the MTU is exceeded, tot_len is set to that, and the device is
+ * not known. @ctx is that of a program at tc or XDP.
  */
 static __always_inline enum fib_result fib_result_of(void *ctx, u32 ifindex,
 						     const struct inet_addr *from,

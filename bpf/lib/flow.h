@@ -178,14 +178,17 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s,
 					const struct packet *p, const struct backend *backend)
 {
+	/* What is not forwarded from here the kernel itself finds too big. */
+	const u16 size = BYPASS_NETFILTER || FORWARDS_AT_XDP || DSR_SENDS ? s->mtu : 0;
 	enum dsr_way dsr = DSR_NONE;
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
 	s->begun.is_masked = false;
 	if (must_masquerade(s, p, backend)) {
-		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, s->mtu,
-				    &fib);
+		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, size, &fib);
+		if (way == FIB_MTU_EXCEEDED)
+			fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, 0, &fib);
 		if (is_thrown(skb, &p->flow.src, &backend->addr, way, &fib))
 			way = FIB_OUT;
 		s->begun.is_masked =

@@ -100,12 +100,16 @@ static __always_inline bool find_port(struct scratch *s, u32 *start)
 	return false;
 }
 
-/* Inserts @s->key and @s->nat. Only one CPU replaces a closed flow's entry. */
+/*
+ * Inserts @s->key and @s->nat. Only one CPU replaces a closed flow's entry. Before it is claimed,
+ * another one may do so, and give its element to an open flow with this port or another one.
+ */
 static __always_inline enum insert insert_with_port(struct scratch *s)
 {
 	struct nat *closed = conntrack_lookup(&s->key);
 
-	if (closed && (!is_closed(closed) || !claim(closed)))
+	if (closed && (!is_closed(closed) || !claim(closed) ||
+		       conntrack_lookup(&s->key) != closed || !is_closed(closed)))
 		return INSERT_TAKEN;
 	return conntrack_put(s, closed);
 }

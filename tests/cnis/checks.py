@@ -47,8 +47,10 @@ def pods_packets(cluster: Cluster, family: str) -> None:
     """A pod without a socket hook reaches all endpoints of a ClusterIP, which see the pod's address."""
     service = cluster.cluster_ip("web", family)
     wanted = _of_pod(cluster, cluster.client, family)
-    assert _replies(unhooked(cluster.client), clients.ask_tcp, service, 80) == wanted
-    assert _replies(unhooked(cluster.client), clients.ask_udp, service, 53) == wanted
+    for ask, port in ((clients.ask_tcp, 80), (clients.ask_udp, 53)):
+        found = _replies(unhooked(cluster.client), ask, service, port)
+        assert found.keys() == wanted.keys()
+        assert found == wanted or cluster.network.masks_packets
 
 
 def node_sockets(cluster: Cluster, family: str) -> None:

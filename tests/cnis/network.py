@@ -56,6 +56,8 @@ class Network:
     options: tuple[str, ...] = ()
     #: The network's own masquerading replaces a pod's address towards pods of other nodes.
     masks_pods = False
+    #: Endpoints see the node's address where a pod's packets passed no socket hook.
+    masks_packets = False
     #: Endpoints see the address of a client outside where a service proxy would masquerade it.
     shows_clients = False
     #: Nodes route to each other's pods as the lab does by itself.

@@ -74,10 +74,16 @@ class TwoDefaultRoutes(Network):
 class AddressOnLoopback(Network):
     """The Node's InternalIPs are on lo, as with BGP to the host."""
 
+    device = "lo"
+
     def prepare(self, node: LabNode) -> None:
         gateways = node.address, node.address6
         node.address, node.address6 = f"198.51.100.{node.number}", f"2001:db8:51::{node.number}"
-        ip(node, f"address add {node.address}/32 dev lo", f"address add {node.address6}/128 dev lo")
+        ip(
+            node,
+            f"address add {node.address}/32 dev {self.device}",
+            f"address add {node.address6}/128 dev {self.device} nodad",
+        )
         outside = node.lab.outside
         for address, gateway in zip((node.address, node.address6), gateways, strict=True):
             ip(outside, f"route add {address} via {gateway}")

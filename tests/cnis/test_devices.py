@@ -1,4 +1,4 @@
-"""Nodes on kinds of devices that not every kernel has; ``make test-kernels`` runs them where they are."""
+"""Nodes and pods on kinds of devices that not every kernel has; ``make test-kernels`` runs them where they are."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cnis import kinds, uplinks
+from tests.cnis import kinds, tunnels, uplinks
 from tests.cnis.checks import CHECKS, Check
 from tests.cnis.cluster import Cluster, unhooked
 from tests.cnis.network import FAMILIES
 from tests.cnis.test_mtu import datagrams
+from tests.cnis.uplinks import Devices
 from tests.lab import Lab, clients
 
 pytestmark = [pytest.mark.root, pytest.mark.cnis]
+
+NETWORKS: list[Devices] = [*uplinks.NETWORKS, *tunnels.NETWORKS]
+
 
 #: Around the sizes that fit into tunnels of 1400 and 1420 bytes and into 1500, and beyond.
 _SIZES = (1352, 1373, 1393, 1473, 1900)
@@ -41,7 +45,7 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-@pytest.fixture(scope="module", params=uplinks.NETWORKS, ids=[f"{each.title};" for each in uplinks.NETWORKS])
+@pytest.fixture(scope="module", params=NETWORKS, ids=[f"{each.title};" for each in NETWORKS])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with Lab(routes_pods=request.param.routes_pods) as lab:
         if lacks := kinds.lacking(lab.switch, request.param.needs):

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,18 @@ def packet(number: int) -> bytes:
 
 def ends(data: bytes) -> tuple[bytes, bytes, int, int]:
     return data[26:30], data[30:34], *struct.unpack_from(">HH", data, 34)
+
+
+@contextmanager
+def on_cpu(cpu: int) -> Iterator[None]:
+    """This thread runs on one CPU alone. With PREEMPT_RT a test run may interrupt another one on its CPU, which
+    programs at devices never do."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 class OnOtherCpu(threading.Thread):

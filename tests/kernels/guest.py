@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import pytest
 
 from ebpfproxy.datapath.kernel import bpf, probe
@@ -62,6 +63,11 @@ def _machine() -> dict[str, str]:
     }
 
 
+def features_of(found: probe.Features) -> dict[str, bool]:
+    """What the page has of the probe: of a feature with details, whether it is there."""
+    return {name: bool(value) for name, value in msgspec.to_builtins(found).items()}
+
+
 def _refusal() -> str:
     """Returns what the agent says on a kernel that its probe refuses."""
     with tempfile.TemporaryDirectory() as manifests:
@@ -75,7 +81,7 @@ def main(groups: list[str]) -> None:
     with CHANNEL.open("w", buffering=1) as channel:
         channel.write(line("machine", _machine()))
         try:
-            channel.write(line("features", probe.probe()))
+            channel.write(line("features", features_of(probe.probe())))
         except probe.UnsupportedKernelError:
             channel.write(line("refusal", _refusal()))
         else:

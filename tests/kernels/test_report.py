@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from tests.kernels import report
+from ebpfproxy.datapath.kernel import probe
+from ebpfproxy.datapath.kernel.socket_fields import SocketFields
+from tests.kernels import guest, report
 from tests.kernels.kernels import GROUPS, KERNELS, Kernel
 from tests.kernels.results import Result, Run, line, read
 from tests.kernels.root import TOP
@@ -33,6 +36,15 @@ def test_results_are_read_as_they_were_written_up_to_a_crash() -> None:
     assert read(texts) == run(*results, complete=False)
     assert read([*texts, line("complete", True)]) == run(*results)
     assert read([*texts, '{"result": {"test": "c", "outc']) == run(*results, complete=False)
+
+
+def test_results_are_kept_whatever_the_probe_has_found() -> None:
+    """A later run reads them again."""
+    fields = SocketFields(**dict.fromkeys(SocketFields.__struct_fields__, 8))
+    for found in (fields, None):
+        texts = [line("features", guest.features_of(probe.Features(set_retval=False, socket_fields=found)))]
+        kept = msgspec.json.decode(msgspec.json.encode(read(texts)), type=Run)
+        assert (kept.features["set_retval"], kept.features["socket_fields"]) == (False, found is not None)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def without_times(entry: Entry) -> Nat:
 
 
 @pytest.mark.parametrize("evicted", [NatFlags(0), NatFlags.REPLY])
-@pytest.mark.parametrize("idle", [0.5, 2.0])
+# On a slow machine a packet is sent more than a second after the entry was aged: that one was used in the future.
+@pytest.mark.parametrize("idle", [-60.0, 2.0], ids=["in-use", "idle"])
 def test_evicted_partner_entry_is_restored(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet, evicted: NatFlags, idle: float
 ) -> None:
@@ -63,7 +64,7 @@ def test_evicted_partner_entry_is_restored(
     else:
         connection.reply("PA", BACKEND_NEXT, CLIENT_NEXT, PAYLOAD)
     after = entries_of(connection)
-    if idle < 1:
+    if idle < 0:
         assert len(after) == 2
         return
     assert {flow: without_times(entry) for flow, entry in after.items()} == {

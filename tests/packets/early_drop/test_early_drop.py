@@ -12,7 +12,7 @@ from scapy.layers.inet import TCP
 from ebpfproxy.datapath.abi.flow_layout import Entry, NatFlags, Seen
 from ebpfproxy.datapath.abi.node_layout import PacketEvent
 from ebpfproxy.datapath.flows.conntrack_table import counters
-from tests.datapath.test_pressure import OnOtherCpu
+from tests.datapath.test_pressure import OnOtherCpu, on_cpu
 from tests.packets.early_drop.clients import COUNT, TARGETS, Client, Clients
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.test_flows import ends_of, segment
@@ -247,13 +247,19 @@ def test_two_cpus_never_give_one_port_to_two_flows(
     kept.establish()
     here, there = (Flood(kept, number, is_reset=is_reset) for number in range(2))
 
+    cpus = os.sched_getaffinity(0)
+
+    def flood_from_here() -> None:
+        with on_cpu(min(cpus)):
+            here.send(2500)
+
     def flood_from_the_other() -> None:
         wire.enter()
         there.send(250)
 
     for _ in range(4):
-        with OnOtherCpu(max(os.sched_getaffinity(0)), flood_from_the_other):
-            wire.within(lambda: here.send(2500))
+        with OnOtherCpu(max(cpus), flood_from_the_other):
+            wire.within(flood_from_here)
         _expect_owners(clients, family)
     assert min(here.taken, there.taken) > 100
     assert kept.is_alive()

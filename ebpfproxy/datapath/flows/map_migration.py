@@ -101,7 +101,7 @@ class MapMigration:
             for old, (services, backends), looked_at, flows in zip(
                 self._old, self._ids, self._looked_at, self._flows, strict=True
             ):
-                self._copy(old, services, backends, looked_at, flows)
+                self._copy(old, services, backends, looked_at, flows, only_new=True)
             if self.copied - before <= _FEW:
                 return
 
@@ -112,11 +112,31 @@ class MapMigration:
         backends: dict[int, int],
         looked_at: dict[str, set[bytes]],
         flows: set[_State],
+        *,
+        only_new: bool = False,
+    ) -> None:
+        """``only_new``: after the first time, what has changed is not looked for, which takes long."""
+        keys = looked_at.setdefault("conntrack", set())
+        is_first = not flows
+        if not is_first:
+            self._copy_flows(old, services, backends, _new_flows(old, self._new, keys))
+        if is_first or not only_new:
+            self._copy_flows(old, services, backends, _changed_flows(old, self._new, flows, keys))
+        self._copy_affinity(old, services, backends, looked_at)
+        for name in _AS_THEY_ARE:
+            self._new[name].update_many(dict(_unseen(old, self._new, name, looked_at)))
+
+    def _copy_flows(
+        self,
+        old: MapSet,
+        services: dict[int, int],
+        backends: dict[int, int],
+        changed: Iterator[tuple[Entry, Entry | None]],
     ) -> None:
         new, entries = self._new, {}
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for entry, known in _changed_flows(old, new, flows):
+        for entry, known in changed:
             if known is not None and not _is_news(entry, known):
                 continue
             value = entry.value
@@ -136,9 +156,6 @@ class MapMigration:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
             new["conntrack"].update_many(entries)
-        self._copy_affinity(old, services, backends, looked_at)
-        for name in _AS_THEY_ARE:
-            new[name].update_many(dict(_unseen(old, new, name, looked_at)))
 
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
@@ -257,23 +274,42 @@ def _unseen(
             yield key, found
 
 
-def _changed_flows(old: MapSet, new: MapSet, seen: set[_State]) -> Iterator[tuple[Entry, Entry | None]]:
-    """Entries that are new, or not as at an earlier call, each with what the new map has there."""
+def _new_flows(old: MapSet, new: MapSet, keys: set[bytes]) -> Iterator[tuple[Entry, Entry | None]]:
+    """Entries of other keys than these, each with what the new map has there; adds their keys."""
+    for key in old["conntrack"].keys() - keys:
+        keys.add(key)
+        yield from _found(old, new, key)
+
+
+def _changed_flows(
+    old: MapSet, new: MapSet, seen: set[_State], keys: set[bytes]
+) -> Iterator[tuple[Entry, Entry | None]]:
+    """The same of all that are not as at an earlier call."""
     flows, copies = old["conntrack"], new["conntrack"]
     if not seen:
-        present = copies.keys()
+        # An agent that was killed may have copied most of them.
+        present = dict(copies.keys_with(NAT_STATE))
         for key, value in flows.items():
-            seen.add((key, NAT_STATE.unpack(value)))
-            known = copies.lookup(key) if key in present else None
-            yield Entry(key, value), Entry(key, known) if known is not None else None
+            state = NAT_STATE.unpack(value)
+            seen.add((key, state))
+            keys.add(key)
+            before = present.get(key)
+            if before != state:
+                known = copies.lookup(key) if before is not None else None
+                yield Entry(key, value), Entry(key, known) if known is not None else None
         return
     now = flows.keys_with(NAT_STATE)
     for key, _ in now - seen:
-        found, known = flows.lookup(key), copies.lookup(key)
-        if found is not None:
-            yield Entry(key, found), Entry(key, known) if known is not None else None
+        keys.add(key)
+        yield from _found(old, new, key)
     seen.clear()
     seen |= now
+
+
+def _found(old: MapSet, new: MapSet, key: bytes) -> Iterator[tuple[Entry, Entry | None]]:
+    found, known = old["conntrack"].lookup(key), new["conntrack"].lookup(key)
+    if found is not None:
+        yield Entry(key, found), Entry(key, known) if known is not None else None
 
 
 def _is_news(entry: Entry, known: Entry) -> bool:

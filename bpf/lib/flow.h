@@ -185,6 +185,7 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 	enum fib_result way;
 
 	s->begun.is_masked = false;
+	s->begun.is_fresh = is_port_taken(&p->flow);
 	if (must_masquerade(s, p, backend)) {
 		way = fib_result_of(skb, ifindex_of(skb), &p->flow.src, &backend->addr, size, &fib);
 		if (way == FIB_MTU_EXCEEDED)
@@ -193,7 +194,7 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 			way = FIB_OUT;
 		s->begun.is_masked =
 			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
-		if (DSR_SENDS && s->begun.is_masked && !is_port_taken(&p->flow))
+		if (DSR_SENDS && s->begun.is_masked && !s->begun.is_fresh)
 			dsr = dsr_way_of(skb, s, p, backend, way, &fib);
 		if (dsr != DSR_NONE) {
 			s->begun.is_masked = false;
@@ -205,6 +206,7 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 			    (FORWARDS_AT_XDP && is_for_xdp(ifindex_of(skb), fib.ifindex, p)))) {
 			s->nat.src = s->begun.node;
 			s->nat.flags = NAT_BYPASS;
+			s->begun.is_fresh = true;
 		}
 	}
 	/* The verifier walks on from here once, and not once for each way. */
@@ -254,9 +256,7 @@ static __always_inline int create_flow(struct __sk_buff *skb, struct packet *p)
 	init_flow(s, svc, id);
 	init_entry(s, p, backend);
 	find_source(skb, s, p, backend);
-	done = insert_pair(skb, s, &p->flow,
-			   (s->nat.flags & (NAT_BYPASS | NAT_DSR)) == NAT_BYPASS ||
-				   is_port_taken(&p->flow));
+	done = insert_pair(skb, s, &p->flow, s->begun.is_fresh);
 	if (done != INSERT_DONE)
 		return insert_failed(s, done);
 	s->entry = s->nat;

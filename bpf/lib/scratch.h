@@ -52,6 +52,7 @@ struct scratch {
 				struct {
 					struct inet_addr node; /* its source at the backend */
 					u32 is_masked;
+					u32 is_fresh; /* it gets a port of ours */
 					u32 ends4[3]; /* of a socket: see is_of_own_socket() */
 				} begun;	      /* see create_flow() */
 				struct {

@@ -13,7 +13,9 @@
  *
  * A line's check says that it is whole and of this generation: two CPUs may write one at once. Who
  * can choose a frontend's address could choose one for which a line of two halves looked whole, if
- * the check were a sum; so it mixes, beginning with the number, which nobody knows.
+ * the check were a sum; so it mixes, beginning with the number, which nobody knows. Highest bits
+ * that cancel out between two words do so whatever the number is: of a key, the check also has the
+ * sum, in which these do not.
  */
 #ifndef EBPFPROXY_FRONTEND_CACHE_H
 #define EBPFPROXY_FRONTEND_CACHE_H
@@ -52,7 +54,7 @@ static __always_inline u64 frontend_mix_key(u64 generation, u64 upper, u64 lower
 {
 	u64 mixed = frontend_mix(generation ^ FRONTEND_NOT_ZERO, upper);
 
-	return frontend_mix(frontend_mix(mixed, lower), port);
+	return frontend_mix(frontend_mix(mixed, lower), port) ^ frontend_sum(upper, lower, port);
 }
 
 /* Returns the check of a line; @mixed is its key's. */

@@ -75,7 +75,7 @@ def line_of(
 ) -> bytes:
     """A line; that has no valid range by default."""
     words = struct.unpack("=2Q", service)
-    check = mix(generation ^ FACTORS[4], *key, *words)
+    check = mix(mix(generation ^ FACTORS[4], *key) ^ key_sum(key), *words)
     range_check = 0 if range_generation < 0 else mix(check, range_generation, range_word)
     return LINE.pack(*key, *words, check, range_word, range_check)
 
@@ -265,15 +265,24 @@ def test_changed_endpoints_leave_the_generation(cluster: MovingCluster, agent: A
     cluster.remove_moving()
 
 
-def test_halves_of_two_lines_with_the_same_sum_are_no_line(cluster: MovingCluster, agent: Agent) -> None:
-    """Highest bits of two words cancel out in any sum of odd multiples."""
+@pytest.mark.parametrize("same", ["sum", "mixed"])
+def test_halves_of_two_lines_whose_keys_are_alike_are_no_line(
+    cluster: MovingCluster, agent: Agent, same: str
+) -> None:
+    """Highest bits of two words cancel out, in any sum of odd multiples, and where a round mixes them in."""
     with maps_of(cluster.a) as maps:
-        key, generation = key_words(IP, 80), generation_of(maps)
-        crafted = (key[0] ^ 1 << 63, key[1] ^ 1 << 63, key[2])
-        assert key_sum(crafted) == key_sum(key)
-        torn = LINE.unpack(line_of(crafted, service_at(maps, OTHER, 80), generation))
+        until_cached(maps)
+        key, generation = key_words(IP6, 80), generation_of(maps)
+        upper = 1 << 63 if same == "sum" else 1 << 63 | 1 << 31
+        crafted = (key[0] ^ upper, key[1] ^ 1 << 63, key[2])
+        assert (key_sum(crafted) == key_sum(key)) is (same == "sum")
+        assert (mix(generation ^ FACTORS[4], *crafted) == mix(generation ^ FACTORS[4], *key)) is (same == "mixed")
+        astray = service_at(maps, OTHER, 80)
+        write(maps, key, line_of(key, astray, generation))
+        assert spread(cluster, IP6) == {"w1"}
+        torn = LINE.unpack(line_of(crafted, astray, generation))
         write(maps, key, LINE.pack(*key, *torn[3:]))
-        assert spread(cluster) == {"w1", "w2"}
+        assert spread(cluster, IP6) == {"w1", "w2"}
 
 
 @pytest.mark.parametrize("is_of_backends", [False, True])

@@ -7,15 +7,13 @@ of them after each change: so the agent reads the tables then, and has a program
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.kernel.barrier import barrier
 from ebpfproxy.datapath.kernel.maps import MapSet
 
-#: Lock and unlock order the changes before them with what is stored afterwards, on CPUs that would swap them.
-_FENCE = threading.Lock()
 #: Between a key and its value in struct frontend_read of bpf/lib/service_types.h.
 _RESERVED = bytes(4)
 
@@ -31,15 +29,13 @@ def renew_frontends(maps: MapSet) -> None:
     The thread that writes the tables calls it after each change of them. The number is random, so that
     nobody can choose a frontend for which a line that is not whole looks as if it were.
     """
-    with _FENCE:
-        pass
+    barrier()
     maps.shared("frontend_generation").words()[0] = secrets.randbits(64)
 
 
 def renew_ranges(maps: MapSet, service_ids: Iterable[int] = range(layout.RANGE_GENERATIONS)) -> None:
     """The same for ranges of these service ids, or of all, and the thread that writes ``selections``."""
-    with _FENCE:
-        pass
+    barrier()
     generations = maps.shared("range_generations").words()
     for number in service_ids:
         generations[number % layout.RANGE_GENERATIONS] += 1
@@ -49,6 +45,7 @@ def frontends_to_cache(maps: MapSet) -> Iterator[tuple[bytes, int]]:
     """What the tables have, as ``RecordPrograms.cache`` takes it. Any thread may ask."""
     # It is read before what it stands for: what changes meanwhile is cached in vain.
     header = layout.FRONTENDS_READ_HEADER.pack(generation(maps), 0, 0)
+    barrier()
     for name, prefix in (("services4", layout.MAPPED), ("services6", b"")):
         found = (prefix + key + _RESERVED + value for key, value in maps[name].items())
         while some := list(islice(found, layout.FRONTENDS_READ)):

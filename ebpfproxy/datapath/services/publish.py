@@ -18,7 +18,6 @@ program can still hold them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from typing import NamedTuple
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
+from ebpfproxy.datapath.kernel.barrier import barrier
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.backends import Backends
@@ -56,7 +56,6 @@ class Publisher:
             maps[name] for name in ("service_names", "members", "source_ranges")
         )
         self._selections, self._backends, self._frontends, self._removed_backends = tables
-        self._fence = threading.Lock()
         #: Names that the kernel had no memory for, by service id: they are written with the next change.
         self._unnamed: dict[int, ServicePortKey] = {}
         #: True once a map has got room since this was last set to False.
@@ -72,9 +71,7 @@ class Publisher:
         """Steps 1 to 5, which say what there is to choose from. They are taken out of ``change``."""
         self._write_names(change)
         self._write_members(change)
-        # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
-        with self._fence:
-            pass
+        barrier()
         for (service_id, policy), used in change.selections.items():
             self._selections.select(service_id, policy, used)
         self.has_freed |= bool(change.excluded)

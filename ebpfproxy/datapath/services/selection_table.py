@@ -89,6 +89,11 @@ class SelectionTable:
         self._selections.writes += 1
         renew_ranges(self._maps, [service_id])
 
+    def renew(self, service_ids: Collection[int]) -> None:
+        """Ends the validity of what programs have cached of ranges of these ids."""
+        if service_ids:
+            renew_ranges(self._maps, service_ids)
+
     def clear(self, service_id: int) -> None:
         """Removes the ranges of an id that no program can be using."""
         for policy, used in enumerate(self.ranges(service_id)):

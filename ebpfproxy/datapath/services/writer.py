@@ -238,7 +238,7 @@ class Writer:
         placed = self._placer.place(port, known, maglev_size, lambda: self._new_service(port.key, change))
         self._published[port.key] = known
         known.made_from = placed.made_from
-        self._retirement.add_ranges(change.select(known, placed.before, placed.after))
+        self._retirement.add_ranges(known.id, change.select(known, placed.before, placed.after))
         self._plan(port, known, placed, change)
 
     def _plan(self, port: ServicePort, known: Published, placed: Placed, change: Change) -> None:
@@ -300,7 +300,8 @@ class Writer:
         stay = frozenset(held - self._absences.forget(key))
         self._hold(known, held, stay, InactiveBackends(idle=stay), change)
         self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
-        self._retirement.add_ranges(used for used in self._selections.ranges(known.id) if used[1])
+        used = [each for each in self._selections.ranges(known.id) if each[1]]
+        self._retirement.add_ranges(known.id, used)
         self._publisher.forget_name(known.id)
         self._retirement.add_service(key)
 

@@ -42,7 +42,7 @@ class Writer:
     """The only writer of the maps of Services, by way of those classes that each write one of them.
 
     One thread uses it. ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots
-    ran out.
+    ran out, and where maps are adopted.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class Writer:
         self._removed_backends = RemovedBackends(maps)
         self._lost = LostFrontends(self._removed_backends)
         self._frontends = Frontends(maps, self._lost.note)
+        if maps.adopted:
+            # Programs may be using what an agent that was killed had replaced, and they had cached.
+            wait_for_readers()
         self._redirects = Redirects(maps, self._frontends)
         tables = Tables(self._selections, self._backends, self._frontends, self._removed_backends)
         self._publisher = Publisher(maps, tables)

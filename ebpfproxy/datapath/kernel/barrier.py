@@ -1,4 +1,4 @@
-"""A memory barrier, between stores to mapped maps that programs on other CPUs may not see in another order."""
+"""A memory barrier, for stores to mapped maps that programs on other CPUs must see in their order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _syscall = ct.CDLL(None).syscall
 def barrier() -> None:
     """Orders what this thread has read and stored before with what it does afterwards.
 
-    A lock would order less: on ARM, what is stored before and after it may still be swapped. The kernel executes
-    a full barrier before it looks for processes that want one at once, which hardly any has asked for.
+    A lock would order less: on ARM, what is stored before and after it may still be swapped. membarrier(2) is
+    a full barrier of this CPU, and of those that run a process which has asked for it; hardly any has.
     """
     if _NUMBER is None or _syscall(_NUMBER, _GLOBAL_EXPEDITED, 0, 0):
         # The scheduler has one as well.

@@ -25,7 +25,6 @@ from typing import NamedTuple
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.layout import U32
 from ebpfproxy.datapath.flows.removed_backends import RemovedBackends
-from ebpfproxy.datapath.kernel.barrier import barrier
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.backends import Backends
@@ -71,9 +70,7 @@ class Publisher:
         """Steps 1 to 5, which say what there is to choose from. They are taken out of ``change``."""
         self._write_names(change)
         self._write_members(change)
-        barrier()
-        for (service_id, policy), used in change.selections.items():
-            self._selections.select(service_id, policy, used)
+        self._selections.select(change.selections)
         self.has_freed |= bool(change.excluded)
         for member in change.excluded:
             self._members.delete(_packed(member))

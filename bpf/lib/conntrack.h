@@ -278,18 +278,6 @@ static __always_inline void conntrack_keep_partner(struct scratch *s, const stru
 }
 
 /*
- * Returns what a packet of an entry with these flags says about the end of its flow. Branches would
- * have the verifier walk through the rest for each answer.
- */
-static __always_inline u8 ended_by(u8 tcp_flags, u8 flags)
-{
-	_Static_assert(NAT_REPLY == 1, "a reply's FIN is one shift away");
-	const u8 resets = tcp_flags / TCP_RST & 1, finishes = tcp_flags / TCP_FIN & ~resets & 1;
-
-	return resets * SEEN_RST | (finishes * SEEN_FIN) << (flags & NAT_REPLY);
-}
-
-/*
  * Updates the state of a flow from a RST or FIN, in both entries, since a port that is used again
  * may show up in either direction. Returns false for one that ends nothing.
  *

@@ -107,7 +107,12 @@ static __always_inline bool may_be_cached(const struct flow *flow, u64 now)
 	return *flow_group_of(flow) - flow_group_time(now) < FLOW_GROUP_AHEAD;
 }
 
-/* Notes that the slot of a flow is being filled or renewed; the line is written to now and then. */
+/*
+ * Notes that the slot of a flow is being filled or renewed; the line is written to now and then. A
+ * CPU that is late may set the time back, by as much as it is late; FLOW_GROUP_NS has room for half
+ * a second of that. If it is later, who replaces an entry meanwhile may leave the copy in its slot,
+ * which is then used for as long as it is good: no longer than a quarter of a second.
+ */
 static __always_inline void flow_group_note(const struct flow *flow, u64 now)
 {
 	volatile u32 *until = flow_group_of(flow);

@@ -4,16 +4,19 @@
  * cache line for each. A look-up in a hash takes a call, and two or three lines, of which most are
  * cold.
  *
- * The maps services4 and services6 hold what is true. After each change of them the agent sets
- * frontend_generation to another random number (datapath/services/frontend_cache.py), and no line
- * counts any more. Then it has cache_frontend() in records.c fill in all of them.
+ * The maps services4 and services6 hold what is true. Before each change of them the agent marks
+ * frontend_generation, and afterwards sets it to another random number
+ * (datapath/services/frontend_cache.py): no line counts any more. None is used or written in
+ * between, not even if the agent is killed there. Then cache_frontend() in records.c fills in all.
  *
  * A line also has the range of slots that its frontend chooses from, which changes more often. It
  * has a check of its own, which begins with the line's.
  *
  * A line's check says that it is whole and of this generation: two CPUs may write one at once. Who
  * can choose a frontend's address could choose one for which a line of two halves looked whole, if
- * the check were a sum; so it mixes, beginning with the number, which nobody knows.
+ * the check were a sum; so it mixes, beginning with the number, which nobody knows. Highest bits
+ * that cancel out between two words do so whatever the number is: of a key, the check also has the
+ * sum, in which these do not.
  */
 #ifndef EBPFPROXY_FRONTEND_CACHE_H
 #define EBPFPROXY_FRONTEND_CACHE_H
@@ -52,7 +55,7 @@ static __always_inline u64 frontend_mix_key(u64 generation, u64 upper, u64 lower
 {
 	u64 mixed = frontend_mix(generation ^ FRONTEND_NOT_ZERO, upper);
 
-	return frontend_mix(frontend_mix(mixed, lower), port);
+	return frontend_mix(frontend_mix(mixed, lower), port) ^ frontend_sum(upper, lower, port);
 }
 
 /* Returns the check of a line; @mixed is its key's. */
@@ -74,7 +77,7 @@ static __always_inline u64 frontend_generation(void)
 }
 
 /*
- * The agent counts this up after each change of a Service's ranges
+ * The agent marks this before each change of a Service's ranges, and counts it up afterwards
  * (datapath/services/frontend_cache.py).
  */
 static __always_inline u64 range_generation(u32 service_id)
@@ -154,6 +157,8 @@ static __always_inline void frontend_write(const struct frontend_place *place,
 
 	found->service = words->service;
 	found->line = NULL;
+	if (place->generation & GENERATION_CHANGING)
+		return;
 	if (frontend_is_valid(line, place->generation) &&
 	    !frontend_has_key(line, place->upper, place->lower, place->port))
 		return;
@@ -199,6 +204,8 @@ static __always_inline bool copy_service(const struct target *to, struct found *
 static __always_inline void range_write(const struct found *found, u64 generation,
 					union selection range)
 {
+	if (generation & GENERATION_CHANGING)
+		return;
 	found->line->range = range.word;
 	found->line->range_check = frontend_range_check(found->check, generation, range.word);
 }

@@ -139,6 +139,12 @@ struct frontends_read {
 	struct frontend_read frontends[];
 };
 
+/*
+ * A bit of frontend_generation and range_generations: what these stand for is being changed.
+ * Programs neither use nor cache any of it.
+ */
+#define GENERATION_CHANGING 1
+
 /* A change of a Service's ranges makes those invalid that lines have of one in so many Services. */
 #define RANGE_GENERATIONS 256
 

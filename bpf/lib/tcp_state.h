@@ -79,4 +79,16 @@ static __always_inline void note_sequence(const struct packet *p, struct nat *na
 		nat->acked = acked;
 }
 
+/*
+ * Returns what a packet of an entry with these flags says about the end of its flow. Branches would
+ * have the verifier walk through the rest for each answer.
+ */
+static __always_inline u8 ended_by(u8 tcp_flags, u8 flags)
+{
+	_Static_assert(NAT_REPLY == 1, "a reply's FIN is one shift away");
+	const u8 resets = tcp_flags / TCP_RST & 1, finishes = tcp_flags / TCP_FIN & ~resets & 1;
+
+	return resets * SEEN_RST | (finishes * SEEN_FIN) << (flags & NAT_REPLY);
+}
+
 #endif

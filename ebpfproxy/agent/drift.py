@@ -113,8 +113,9 @@ class DriftCheck:
         repaired: list[Finding] = []
         number = len(differences) + sum(1 for _ in _of_programs(programs))
         if asked is None or asked.repairs:
-            # An entry that has no room stays missing.
-            done = dict.fromkeys(repair(self._maps, differences))
+            # An entry that has no room stays missing. What is read again soon leaves programs' cache alone.
+            found = repair(self._maps, differences) if differences or not again else []
+            done = dict.fromkeys(found)
             repaired = self._told(done, programs)
             if done or programs:
                 self._repaired(done, programs, repaired)

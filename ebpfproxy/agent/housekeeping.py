@@ -40,6 +40,8 @@ _ENDING_SECONDS = 0.1
 _SWEEP_SECONDS = 10.0
 #: The time between two times that all frontends are cached, and the share of a processor that it may take.
 _CACHING_SECONDS, _CACHING_SHARE = 1.0, 0.005
+#: Until frontends that could not be cached are tried again.
+_CACHING_AGAIN_SECONDS = 10.0
 
 
 class Housekeeping:
@@ -226,19 +228,25 @@ class Housekeeping:
         now, generation = time.monotonic(), frontend_cache.generation(self._maps)
         if self._caching or generation == self._cached or now < self._next_caching:
             return
-        self._caching, self._cached = True, generation
+        self._caching = True
 
-        def cache() -> float:
-            used = time.thread_time()
+        def cache() -> tuple[float, str]:
+            used, problem = time.thread_time(), ""
             try:
                 programs.cache(frontend_cache.frontends_to_cache(self._maps))
             except BpfError as error:
                 # Such as without memory: programs look up what is not cached.
-                log.info("frontends are not cached", error=str(error))
-            return time.thread_time() - used
+                problem = str(error)
+            return time.thread_time() - used, problem
 
-        def done(used: float) -> None:
+        def done(result: tuple[float, str]) -> None:
+            used, problem = result
             self._caching = False
-            self._next_caching = time.monotonic() + max(_CACHING_SECONDS, used / _CACHING_SHARE)
+            if problem:
+                log.info("frontends are not cached", error=problem)
+            else:
+                self._cached = generation
+            rest = _CACHING_AGAIN_SECONDS if problem else _CACHING_SECONDS
+            self._next_caching = time.monotonic() + max(rest, used / _CACHING_SHARE)
 
         self._background(cache, done)

@@ -6,13 +6,9 @@ they do no more after any change.
 
 from __future__ import annotations
 
-import re
-import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +16,22 @@ from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.kernel import bpf
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.e2e.two_node_cluster import NODE_PORT, SERVICE_IPS, SLICE_PORTS, TwoNodeCluster
+from tests.field.frontend_lines import (
+    FACTORS,
+    LINE,
+    RANGE_OF_BACKENDS,
+    generation_of,
+    key_sum,
+    key_words,
+    line_of,
+    mix,
+    place_of,
+    range_generation_of,
+    range_in,
+    service_at,
+    without_range,
+    write,
+)
 from tests.field.records import maps_of
 from tests.lab import Agent, Lab, clients, manifests
 from tests.lab.waiting import until
@@ -30,84 +42,6 @@ pytestmark = pytest.mark.root
 IP, IP6 = SERVICE_IPS["v4"], SERVICE_IPS["v6"]
 OTHER = "10.96.0.40"
 MOVED, MOVED6 = "10.96.0.60", "fd00:10:96::60"
-FOLDED = 0x9E3779B97F4A7C15
-WORDS = (1 << 64) - 1
-LINE = struct.Struct("=8Q")
-RANGE_OF_BACKENDS = 1 << 31
-_HEADER = (Path(__file__).parents[2] / "bpf/lib/frontend_cache.h").read_text()
-FACTORS = [int(each, 16) for each in re.findall(r"#define FRONTEND_\w+\s+(0x\w+)ULL", _HEADER)]
-
-
-def key_words(host: str, port: int) -> tuple[int, int, int]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    packed = layout.pack_address(socket.inet_pton(family, host)) + struct.pack(">HBBI", port, 6, 0, 0)
-    first, second, third = struct.unpack("=3Q", packed)
-    return first, second, third
-
-
-def key_sum(key: tuple[int, int, int]) -> int:
-    return sum(word * factor for word, factor in zip(key, FACTORS, strict=False)) & WORDS
-
-
-def place_of(maps: MapSet, key: tuple[int, int, int]) -> bytes:
-    total = key_sum(key)
-    at = (((total ^ total >> 32) * FOLDED & WORDS) >> 48) & (maps["frontend_cache"].spec.max_entries - 1)
-    return layout.U32.pack(at)
-
-
-def generation_of(maps: MapSet) -> int:
-    return int(maps.shared("frontend_generation").words()[0])
-
-
-def mix(mixed: int, *words: int) -> int:
-    for word in words:
-        mixed ^= word
-        mixed = (mixed ^ mixed >> 32) * FACTORS[3] & WORDS
-    return mixed
-
-
-def line_of(
-    key: tuple[int, int, int],
-    service: bytes,
-    generation: int,
-    range_word: int = 0,
-    range_generation: int = -1,
-) -> bytes:
-    """A line; that has no valid range by default."""
-    words = struct.unpack("=2Q", service)
-    check = mix(generation ^ FACTORS[4], *key, *words)
-    range_check = 0 if range_generation < 0 else mix(check, range_generation, range_word)
-    return LINE.pack(*key, *words, check, range_word, range_check)
-
-
-def without_range(line: bytes | None) -> bytes:
-    assert line is not None
-    return line[:-16]
-
-
-def range_in(maps: MapSet, host: str, port: int) -> tuple[int, int, bool]:
-    """Base and count of the valid range in a line, and if these are backend ids."""
-    key = key_words(host, port)
-    words = LINE.unpack(maps["frontend_cache"].lookup(place_of(maps, key)) or b"")
-    assert words[:3] == key
-    service = service_at(maps, host, port)
-    valid = line_of(key, service, generation_of(maps), words[6], range_generation_of(maps, service))
-    assert LINE.pack(*words) == valid
-    base, count = layout.selection_range(words[6])
-    return base, count & ~RANGE_OF_BACKENDS, bool(count & RANGE_OF_BACKENDS)
-
-
-def range_generation_of(maps: MapSet, service: bytes) -> int:
-    words = maps.shared("range_generations").words()
-    return int(words[layout.unpack_service(service).id % layout.RANGE_GENERATIONS])
-
-
-def service_at(maps: MapSet, host: str, port: int) -> bytes:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    key = layout.pack_service_key(socket.inet_pton(family, host), port, 6, layout.Scope.INTERNAL)
-    found = maps["services6" if ":" in host else "services4"].lookup(key)
-    assert found
-    return found
 
 
 def lead_astray(cluster: TwoNodeCluster, host: str = IP) -> None:
@@ -134,10 +68,6 @@ def until_cached(maps: MapSet) -> None:
     until(is_cached, "frontends are not cached")
     # The others of the same run.
     time.sleep(0.05)
-
-
-def write(maps: MapSet, key: tuple[int, int, int], line: bytes) -> None:
-    bpf.map_update(maps["frontend_cache"].fd, place_of(maps, key), line)
 
 
 def spread(cluster: TwoNodeCluster, host: str = IP) -> set[str]:
@@ -265,15 +195,26 @@ def test_changed_endpoints_leave_the_generation(cluster: MovingCluster, agent: A
     cluster.remove_moving()
 
 
-def test_halves_of_two_lines_with_the_same_sum_are_no_line(cluster: MovingCluster, agent: Agent) -> None:
-    """Highest bits of two words cancel out in any sum of odd multiples."""
+@pytest.mark.parametrize("same", ["sum", "mixed"])
+def test_halves_of_two_lines_whose_keys_are_alike_are_no_line(
+    cluster: MovingCluster, agent: Agent, same: str
+) -> None:
+    """Highest bits of two words cancel out, in any sum of odd multiples, and where a round mixes them in."""
     with maps_of(cluster.a) as maps:
-        key, generation = key_words(IP, 80), generation_of(maps)
-        crafted = (key[0] ^ 1 << 63, key[1] ^ 1 << 63, key[2])
-        assert key_sum(crafted) == key_sum(key)
-        torn = LINE.unpack(line_of(crafted, service_at(maps, OTHER, 80), generation))
+        until_cached(maps)
+        key, generation = key_words(IP6, 80), generation_of(maps)
+        upper = 1 << 63 if same == "sum" else 1 << 63 | 1 << 31
+        crafted = (key[0] ^ upper, key[1] ^ 1 << 63, key[2])
+        assert (key_sum(crafted) == key_sum(key)) is (same == "sum")
+        assert (mix(generation ^ FACTORS[4], *crafted) == mix(generation ^ FACTORS[4], *key)) is (
+            same == "mixed"
+        )
+        astray = service_at(maps, OTHER, 80)
+        write(maps, key, line_of(key, astray, generation))
+        assert spread(cluster, IP6) == {"w1"}
+        torn = LINE.unpack(line_of(crafted, astray, generation))
         write(maps, key, LINE.pack(*key, *torn[3:]))
-        assert spread(cluster) == {"w1", "w2"}
+        assert spread(cluster, IP6) == {"w1", "w2"}
 
 
 @pytest.mark.parametrize("is_of_backends", [False, True])
@@ -329,6 +270,30 @@ def test_range_that_is_not_whole_is_ignored_and_replaced(
         write(maps, key, LINE.pack(*own[:6], *taken))
         assert spread(cluster) == {"w1", "w2"}
         assert range_in(maps, IP, 80)[1] == 2
+
+
+@pytest.mark.parametrize("what", ["frontend_generation", "range_generations"])
+def test_line_does_not_count_while_a_change_is_being_made(
+    cluster: MovingCluster, agent: Agent, what: str
+) -> None:
+    """Nor is it replaced: what programs find may be what was there before. An agent may be killed meanwhile."""
+    other = layout.selection_word(*ask_range(cluster, OTHER))
+    with maps_of(cluster.a) as maps:
+        until_cached(maps)
+        key, service = key_words(IP, 80), service_at(maps, IP, 80)
+        line = line_of(key, service, generation_of(maps), other, range_generation_of(maps, service))
+        write(maps, key, line)
+        assert spread(cluster) == {"w1"}
+        words = maps.shared(what).words()
+        at = 0 if what == "frontend_generation" else layout.unpack_service(service).id
+        words[at % len(words)] |= 1
+        try:
+            assert spread(cluster) == {"w1", "w2"}
+            assert maps["frontend_cache"].lookup(place_of(maps, key)) == line
+        finally:
+            words[at % len(words)] ^= 1
+        assert spread(cluster) == {"w1"}
+        write(maps, key, bytes(LINE.size))
 
 
 def test_agent_caches_all_frontends_after_a_change(cluster: MovingCluster, agent: Agent) -> None:

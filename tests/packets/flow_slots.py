@@ -119,7 +119,9 @@ class FlowSlots:
         """For how long a slot of the flow's group counts as good."""
         tags = self._tags.lookup(struct.pack("=I", 0)) or b""
         until: int = struct.unpack_from("=I", tags, _group_at(key))[0]
-        return (until - (time.monotonic_ns() >> 20 & 0xFFFFFFFF)) * (1 << 20) / _SECOND
+        ahead = until - (time.monotonic_ns() >> 20) & 0xFFFFFFFF
+        # The nearer of the times that it may be, of which one is to come.
+        return (ahead - (ahead >> 31 << 32)) * (1 << 20) / _SECOND
 
     def clear(self, key: bytes) -> None:
         """Takes a flow out of its slot."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ebpfproxy.datapath.drift.compare import Difference, Kind
 from ebpfproxy.datapath.kernel.bpf_map import Map, SharedArray
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.frontend_cache import renew_frontends, renew_ranges
+from ebpfproxy.datapath.services.frontend_cache import changing_frontends, changing_ranges
 
 #: Tables come before those that lead to them.
 ORDER = (
@@ -50,20 +50,19 @@ def repair(maps: MapSet, found: Iterable[Difference]) -> list[Difference]:
         by_map.setdefault(each.map, []).append(each)
     names = sorted(by_map, key=ORDER.index)
     repaired: list[Difference] = []
-    for name in names:
-        table = maps[name]
-        if isinstance(table, SharedArray):
-            repaired += _store(table, by_map[name])
-        else:
-            repaired += _write(table, by_map[name])
-    for name in reversed(names):
-        foreign = [each for each in by_map[name] if each.kind is Kind.FOREIGN]
-        if foreign and not isinstance(maps[name], SharedArray):
-            maps[name].delete_many([each.key for each in foreign])
-            repaired += foreign
     # Programs may have cached what was there, also of what has been changed back since.
-    renew_frontends(maps)
-    renew_ranges(maps)
+    with changing_frontends(maps), changing_ranges(maps):
+        for name in names:
+            table = maps[name]
+            if isinstance(table, SharedArray):
+                repaired += _store(table, by_map[name])
+            else:
+                repaired += _write(table, by_map[name])
+        for name in reversed(names):
+            foreign = [each for each in by_map[name] if each.kind is Kind.FOREIGN]
+            if foreign and not isinstance(maps[name], SharedArray):
+                maps[name].delete_many([each.key for each in foreign])
+                repaired += foreign
     return repaired
 
 

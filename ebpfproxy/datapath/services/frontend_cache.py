@@ -7,15 +7,16 @@ of them after each change: so the agent reads the tables then, and has a program
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 from ebpfproxy.datapath.abi import layout
+from ebpfproxy.datapath.kernel.barrier import barrier
 from ebpfproxy.datapath.kernel.maps import MapSet
 
-#: Lock and unlock order the changes before them with what is stored afterwards, on CPUs that would swap them.
-_FENCE = threading.Lock()
+#: A bit of both kinds of numbers (GENERATION_CHANGING of bpf/lib/service_types.h).
+_CHANGING = 1
 #: Between a key and its value in struct frontend_read of bpf/lib/service_types.h.
 _RESERVED = bytes(4)
 
@@ -25,30 +26,59 @@ def generation(maps: MapSet) -> int:
     return int(maps.shared("frontend_generation").words()[0])
 
 
-def renew_frontends(maps: MapSet) -> None:
-    """Tells programs that frontends have changed: what they have cached of the tables counts no more.
+@contextmanager
+def changing_frontends(maps: MapSet) -> Iterator[None]:
+    """Changes of the tables are within it, by the thread that writes them.
 
-    The thread that writes the tables calls it after each change of them. The number is random, so that
-    nobody can choose a frontend for which a line that is not whole looks as if it were.
+    Before them programs are told to cache nothing, and afterwards that frontends have changed. An agent that
+    is killed in between leaves programs that look up everything, until the next one has started.
     """
-    with _FENCE:
+    words = maps.shared("frontend_generation").words()
+    words[0] |= _CHANGING
+    barrier()
+    try:
+        yield
+    finally:
+        barrier()
+        # It is random: nobody can choose a frontend for which a line that is not whole looks as if it were.
+        words[0] = secrets.randbits(63) << 1
+
+
+def renew_frontends(maps: MapSet) -> None:
+    """Tells programs that frontends may have changed: what they have cached of the tables counts no more."""
+    with changing_frontends(maps):
         pass
-    maps.shared("frontend_generation").words()[0] = secrets.randbits(64)
+
+
+@contextmanager
+def changing_ranges(
+    maps: MapSet, service_ids: Iterable[int] = range(layout.RANGE_GENERATIONS)
+) -> Iterator[None]:
+    """The same for ranges of these service ids, or of all, and the thread that writes ``selections``."""
+    words = maps.shared("range_generations").words()
+    places = {number % layout.RANGE_GENERATIONS for number in service_ids}
+    for place in places:
+        words[place] |= _CHANGING
+    barrier()
+    try:
+        yield
+    finally:
+        barrier()
+        for place in places:
+            words[place] += 1
 
 
 def renew_ranges(maps: MapSet, service_ids: Iterable[int] = range(layout.RANGE_GENERATIONS)) -> None:
-    """The same for ranges of these service ids, or of all, and the thread that writes ``selections``."""
-    with _FENCE:
+    """Ends the validity of what programs have cached of ranges of these ids, or of all."""
+    with changing_ranges(maps, service_ids):
         pass
-    generations = maps.shared("range_generations").words()
-    for number in service_ids:
-        generations[number % layout.RANGE_GENERATIONS] += 1
 
 
 def frontends_to_cache(maps: MapSet) -> Iterator[tuple[bytes, int]]:
     """What the tables have, as ``RecordPrograms.cache`` takes it. Any thread may ask."""
     # It is read before what it stands for: what changes meanwhile is cached in vain.
     header = layout.FRONTENDS_READ_HEADER.pack(generation(maps), 0, 0)
+    barrier()
     for name, prefix in (("services4", layout.MAPPED), ("services6", b"")):
         found = (prefix + key + _RESERVED + value for key, value in maps[name].items())
         while some := list(islice(found, layout.FRONTENDS_READ)):

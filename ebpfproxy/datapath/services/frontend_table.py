@@ -20,7 +20,7 @@ from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.kernel.owned import Owned
 from ebpfproxy.datapath.services.filter import BitFilter, address_hash
-from ebpfproxy.datapath.services.frontend_cache import renew_frontends
+from ebpfproxy.datapath.services.frontend_cache import changing_frontends, renew_frontends
 from ebpfproxy.services.model import FrontendKind
 
 _DNS_PORT = 53
@@ -94,7 +94,8 @@ class Frontends:
                 continue
             # What a filter does not know would pass untouched: it learns first, and forgets last.
             self._close_other_ports(self._note_all(batch))
-            refused = self._store(table, batch)
+            with changing_frontends(self._maps):
+                refused = self._store(table, batch)
             losers: dict[ServiceKey, int] = {}
             for key, entry in batch.items():
                 replaced = entry if key in refused else self._entries.get(key)
@@ -104,7 +105,6 @@ class Frontends:
                         losers[key] = replaced.id
                 if key not in refused:
                     self._entries[key] = entry
-            renew_frontends(self._maps)
             for key, service_id in losers.items():
                 self._lost(service_id, key)
             full |= {key: f"no room in {table.spec.name} for {key}" for key in refused}
@@ -137,8 +137,8 @@ class Frontends:
         self._ports.drop_leftovers()
 
     def _delete(self, key: ServiceKey) -> None:
-        self._tables[len(key.address)].delete(layout.pack_service_key(*key))
-        renew_frontends(self._maps)
+        with changing_frontends(self._maps):
+            self._tables[len(key.address)].delete(layout.pack_service_key(*key))
         entry = self._entries.pop(key)
         self._forget(key, entry.kind)
         self._lost(entry.id, key)
@@ -224,12 +224,12 @@ class Frontends:
         if not changed:
             return
         entries = {key: entry for key, entry in self._entries.items() if key.address in changed}
-        for size, table in self._tables.items():
-            self._store(table, {key: entry for key, entry in entries.items() if len(key.address) == size})
-        for address in changed:
-            self._open_other_ports(address)
-        self._close_other_ports(changed)
-        renew_frontends(self._maps)
+        with changing_frontends(self._maps):
+            for size, table in self._tables.items():
+                self._store(table, {key: entry for key, entry in entries.items() if len(key.address) == size})
+            for address in changed:
+                self._open_other_ports(address)
+            self._close_other_ports(changed)
 
     def set_node_addresses(self, addresses: frozenset[bytes]) -> None:
         """Sets the addresses of this node's NodePorts."""

@@ -18,7 +18,6 @@ program can still hold them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import islice
 from typing import NamedTuple
@@ -56,7 +55,6 @@ class Publisher:
             maps[name] for name in ("service_names", "members", "source_ranges")
         )
         self._selections, self._backends, self._frontends, self._removed_backends = tables
-        self._fence = threading.Lock()
         #: Names that the kernel had no memory for, by service id: they are written with the next change.
         self._unnamed: dict[int, ServicePortKey] = {}
         #: True once a map has got room since this was last set to False.
@@ -72,11 +70,7 @@ class Publisher:
         """Steps 1 to 5, which say what there is to choose from. They are taken out of ``change``."""
         self._write_names(change)
         self._write_members(change)
-        # Lock and unlock order the stores before with those after it, on CPUs that would swap them.
-        with self._fence:
-            pass
-        for (service_id, policy), used in change.selections.items():
-            self._selections.select(service_id, policy, used)
+        self._selections.select(change.selections)
         self.has_freed |= bool(change.excluded)
         for member in change.excluded:
             self._members.delete(_packed(member))

@@ -24,9 +24,15 @@ class Retired(msgspec.Struct, frozen=True):
     services: list[int]
     backends: list[int]
     ranges: list[Range]
+    #: The services that chose from these ranges.
+    selected: set[int]
 
     def __bool__(self) -> bool:
         return bool(self.services or self.backends or self.ranges)
+
+
+def _nothing() -> Retired:
+    return Retired([], [], [], set())
 
 
 class Retirement:
@@ -46,10 +52,14 @@ class Retirement:
         self._service_ids = service_ids
         self._measures = measures
         self._held = held
-        self._retired = Retired([], [], [])
+        self._retired = _nothing()
 
-    def add_ranges(self, ranges: Iterable[Range]) -> None:
+    def add_ranges(self, service_id: int, ranges: Iterable[Range]) -> None:
+        """Retires ranges that a service chose from."""
+        before = len(self._retired.ranges)
         self._retired.ranges.extend(ranges)
+        if len(self._retired.ranges) > before:
+            self._retired.selected.add(service_id)
 
     def add_service(self, key: ServicePortKey) -> None:
         """Retires the id of a service port."""
@@ -64,11 +74,13 @@ class Retirement:
 
     def take(self) -> Retired:
         """Everything that is retired so far, backends included."""
-        taken, self._retired = self._retired, Retired([], [], [])
+        taken, self._retired = self._retired, _nothing()
         taken.backends.extend(self._backends.take_retired())
         return taken
 
     def free(self, retired: Retired) -> None:
+        # A program that read a range just before it was replaced may have cached it just after.
+        self._selections.renew(retired.selected)
         for used in retired.ranges:
             self._selections.release(used)
         self._measures.forget(retired.services, self._backends.reclaim(retired.backends))

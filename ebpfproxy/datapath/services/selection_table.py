@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ebpfproxy.datapath.abi import layout
 from ebpfproxy.datapath.abi.arrays import Range, Selections, backend_ids
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.datapath.services.frontend_cache import renew_ranges
+from ebpfproxy.datapath.services.frontend_cache import changing_ranges, renew_ranges
 from ebpfproxy.datapath.services.ranges import Ranges, RangesExhaustedError
 from ebpfproxy.datapath.services.slots import Source
 
@@ -80,17 +80,28 @@ class SelectionTable:
 
     # -- words that programs see at once
 
-    def select(self, service_id: int, policy: int, used: Range) -> None:
-        """Stores a range: readers see the old one or this one, also those that have cached it."""
-        if self._selections.reach((service_id + 1) * layout.POLICIES):
+    def select(self, chosen: Mapping[tuple[int, int], Range]) -> None:
+        """Stores ranges by service id and policy. Readers see the old one or this one, and the slots of it.
+
+        That holds for those that have cached it, too.
+        """
+        if not chosen:
+            return
+        service_ids = {number for number, _ in chosen}
+        if self._selections.reach((max(service_ids) + 1) * layout.POLICIES):
             self._view = self._maps.selections()
-        for view in (self._kept, self._view):
-            view.set_range(service_id, policy, used)
-        self._selections.writes += 1
-        renew_ranges(self._maps, [service_id])
+        with changing_ranges(self._maps, service_ids):
+            for (service_id, policy), used in chosen.items():
+                for view in (self._kept, self._view):
+                    view.set_range(service_id, policy, used)
+        self._selections.writes += len(chosen)
+
+    def renew(self, service_ids: Collection[int]) -> None:
+        """Ends the validity of what programs have cached of ranges of these ids."""
+        if service_ids:
+            renew_ranges(self._maps, service_ids)
 
     def clear(self, service_id: int) -> None:
         """Removes the ranges of an id that no program can be using."""
-        for policy, used in enumerate(self.ranges(service_id)):
-            if used != NO_SLOTS:
-                self.select(service_id, policy, NO_SLOTS)
+        used = enumerate(self.ranges(service_id))
+        self.select({(service_id, policy): NO_SLOTS for policy, each in used if each != NO_SLOTS})

@@ -42,7 +42,7 @@ class Writer:
     """The only writer of the maps of Services, by way of those classes that each write one of them.
 
     One thread uses it. ``wait_for_readers`` runs a grace period at once; it is called only where ids or slots
-    ran out.
+    ran out, and where maps are adopted.
     """
 
     def __init__(
@@ -78,6 +78,9 @@ class Writer:
         self._removed_backends = RemovedBackends(maps)
         self._lost = LostFrontends(self._removed_backends)
         self._frontends = Frontends(maps, self._lost.note)
+        if maps.adopted:
+            # Programs may be using what an agent that was killed had replaced, and they had cached.
+            wait_for_readers()
         self._redirects = Redirects(maps, self._frontends)
         tables = Tables(self._selections, self._backends, self._frontends, self._removed_backends)
         self._publisher = Publisher(maps, tables)
@@ -149,15 +152,13 @@ class Writer:
         """
         change = Change()
         problems: list[CapacityError] = []
-        wanted: set[ServicePortKey] = set()
         if complete and not self._published:
             self._backends.add_ahead(changed)
         for port in changed:
-            wanted.add(port.key)
             problems += self._place(port, change)
         gone: Collection[ServicePortKey] = set(removed)
         if complete:
-            gone = (self._published.keys() | self._capacity_errors.keys) - wanted
+            gone = (self._published.keys() | self._capacity_errors.keys) - {port.key for port in changed}
         for key in gone:
             if known := self._published.get(key):
                 change.withdraw(known)
@@ -241,7 +242,7 @@ class Writer:
         placed = self._placer.place(port, known, maglev_size, lambda: self._new_service(port.key, change))
         self._published[port.key] = known
         known.made_from = placed.made_from
-        self._retirement.add_ranges(change.select(known, placed.before, placed.after))
+        self._retirement.add_ranges(known.id, change.select(known, placed.before, placed.after))
         self._plan(port, known, placed, change)
 
     def _plan(self, port: ServicePort, known: Published, placed: Placed, change: Change) -> None:
@@ -295,15 +296,15 @@ class Writer:
         known.inactive = inactive
 
     def _drop(self, key: ServicePortKey, change: Change) -> None:
-        known = self._published.pop(key, None)
-        if known is None:
+        if (known := self._published.pop(key, None)) is None:
             return
         held = self._held(known)
         # Connections outlive their Service, as in kube-proxy; what has no connection does not.
         stay = frozenset(held - self._absences.forget(key))
         self._hold(known, held, stay, InactiveBackends(idle=stay), change)
         self._backends.hold(NO_IDS, stay, known.inactive, ALL_ACTIVE)
-        self._retirement.add_ranges(used for used in self._selections.ranges(known.id) if used[1])
+        used = [each for each in self._selections.ranges(known.id) if each[1]]
+        self._retirement.add_ranges(known.id, used)
         self._publisher.forget_name(known.id)
         self._retirement.add_service(key)
 

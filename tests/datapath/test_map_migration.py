@@ -23,8 +23,10 @@ from ebpfproxy.datapath.abi.flow_layout import (
     Seen,
 )
 from ebpfproxy.datapath.abi.layout import U32, pack_name
+from ebpfproxy.datapath.flows import map_migration
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
@@ -144,6 +146,42 @@ def test_what_programs_for_the_new_maps_have_made_or_seen_stays(flows: _Flows) -
     flows.put(flows.new, 1003, created=50)
     flows.put(flows.old, 1002, created=20)
     assert flows.copied()[0] == 1003
+
+
+def test_flow_that_ends_in_a_half_of_each_map_has_ended(flows: _Flows) -> None:
+    """New programs at one device and old ones at another: each has seen the FIN of one direction."""
+    flows.put(flows.old, 1001, created=10)
+    flows.copied()
+    flows.put(flows.new, 1001, created=10, seen=Seen.FIN, last=30)
+    flows.put(flows.old, 1001, created=10, seen=Seen.REPLY | Seen.REPLY_FIN, last=30)
+    assert flows.copied() == (1001, Seen.REPLY | Seen.FIN | Seen.REPLY_FIN, 30)
+
+
+def test_entry_that_a_program_replaces_is_left_to_it(flows: _Flows) -> None:
+    """What is claimed in the old maps is free in the new ones; there it stays claimed until it is replaced."""
+    flows.put(flows.old, 1001, created=10, seen=Seen.RST | Seen.CLAIMED)
+    assert flows.copied()[1] == Seen.RST
+    flows.put(flows.new, 1001, created=10, seen=Seen.RST | Seen.CLAIMED)
+    flows.put(flows.old, 1001, created=10, seen=Seen.RST | Seen.REPLY)
+    assert flows.copied()[1] == Seen.RST | Seen.CLAIMED
+
+
+@pytest.mark.parametrize("client", [1001, 1003], ids=["same flow", "later flow"])
+def test_what_programs_for_the_new_maps_write_while_flows_are_read_stays(
+    flows: _Flows, monkeypatch: pytest.MonkeyPatch, client: int
+) -> None:
+    """An agent was killed while it swapped programs; the next one reads the old maps for a second."""
+    merge = map_migration._merge_filters
+
+    def write(old: MapSet, new: MapSet) -> None:
+        """Between reading and writing."""
+        flows.put(flows.new, client, created=10 if client == 1001 else 50, seen=Seen.RST, last=50)
+        merge(old, new)
+
+    monkeypatch.setattr(map_migration, "_merge_filters", write)
+    flows.put(flows.old, 1001, created=10, seen=Seen.REPLY, last=20)
+    expected = Seen.RST | Seen.REPLY if client == 1001 else Seen.RST
+    assert flows.copied() == (client, expected, 50)
 
 
 def test_what_a_killed_agent_has_copied_is_copied_again_where_it_has_changed(

@@ -257,10 +257,10 @@ class Entry(NamedTuple):
         other = bytes((key[_FLOW_PROTOCOL_AT], other_stage, 0, 0))
         return value[16:32] + value[:16] + value[34:36] + value[32:34] + other
 
-    def with_seen(self, more: int) -> bytes:
-        """The value with more bits of Seen."""
+    def with_seen(self, seen: int) -> bytes:
+        """The value with these bits of Seen."""
         changed = bytearray(self.value)
-        changed[_NAT_SEEN_AT] |= more
+        changed[_NAT_SEEN_AT] = seen
         return bytes(changed)
 
     def with_use(self, use: BackendUse, epoch: int) -> bytes:

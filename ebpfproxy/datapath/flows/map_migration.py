@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry
+from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
@@ -116,9 +118,7 @@ class MapMigration:
         new, entries = self._new, {}
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for entry, known in _changed_flows(old, new, flows):
-            if known is not None and not _is_news(entry, known):
-                continue
+        for entry in _changed_flows(old, flows):
             value = entry.value
             if entry.use != NO_USE:
                 service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
@@ -127,15 +127,12 @@ class MapMigration:
                 use = BackendUse(service, backend)
                 # An epoch before the current one has the flow ask if its backend has been removed.
                 value = entry.with_use(use, epochs[service] - (use in removed))
-            if known is None:
-                self.copied += 1
-            elif known.created == entry.created and known.last > entry.last:
-                value = known.with_seen(entry.seen)
             entries[entry.key] = value
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
-            new["conntrack"].update_many(entries)
+            for each in starmap(Entry, entries.items()):
+                self.copied += _put_flow(new["conntrack"], each)
         self._copy_affinity(old, services, backends, looked_at)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_unseen(old, new, name, looked_at)))
@@ -257,34 +254,42 @@ def _unseen(
             yield key, found
 
 
-def _changed_flows(old: MapSet, new: MapSet, seen: set[_State]) -> Iterator[tuple[Entry, Entry | None]]:
-    """Entries that are new, or not as at an earlier call, each with what the new map has there."""
-    flows, copies = old["conntrack"], new["conntrack"]
+def _changed_flows(old: MapSet, seen: set[_State]) -> Iterator[Entry]:
+    """Entries that are new, or not as at an earlier call."""
+    flows = old["conntrack"]
     if not seen:
-        present = copies.keys()
         for key, value in flows.items():
             seen.add((key, NAT_STATE.unpack(value)))
-            known = copies.lookup(key) if key in present else None
-            yield Entry(key, value), Entry(key, known) if known is not None else None
+            yield Entry(key, value)
         return
     now = flows.keys_with(NAT_STATE)
     for key, _ in now - seen:
-        found, known = flows.lookup(key), copies.lookup(key)
+        found = flows.lookup(key)
         if found is not None:
-            yield Entry(key, found), Entry(key, known) if known is not None else None
+            yield Entry(key, found)
     seen.clear()
     seen |= now
 
 
-def _is_news(entry: Entry, known: Entry) -> bool:
-    """Whether an entry is of a later flow than what the new map has, or tells more of the same one.
+def _put_flow(flows: Map, entry: Entry) -> bool:
+    """Writes an entry, unless what is there is of a later flow. True if there was none.
 
-    A port that a closed flow has left may be another client's by now. What programs for the new maps have
-    made is later.
+    Programs for the new maps may write meanwhile: only what is there now counts.
     """
-    if entry.created != known.created:
-        return entry.created > known.created
-    return bool(entry.seen & ~known.seen)
+    # Whichever program is about to replace an entry, it does so in its own map only.
+    entry = Entry(entry.key, entry.with_seen(entry.seen & ~Seen.CLAIMED))
+    if flows.add(entry.key, entry.value):
+        return True
+    value = flows.lookup(entry.key)
+    if value is None:
+        return False
+    known = Entry(entry.key, value)
+    if entry.created > known.created:
+        flows.update_many({entry.key: entry.value})
+    elif entry.created == known.created and not known.seen & Seen.CLAIMED and entry.seen & ~known.seen:
+        later = known if known.last >= entry.last else entry
+        flows.update_many({entry.key: later.with_seen(entry.seen | known.seen)})
+    return False
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

@@ -39,6 +39,17 @@ class Map:
         bpf.map_update(self.fd, key, value)
         self.writes += 1
 
+    def add(self, key: bytes, value: bytes) -> bool:
+        """Writes an entry if there is no such key; False if there is one, or no room."""
+        try:
+            added = bpf.map_add(self.fd, key, value)
+        except BpfError as error:
+            if error.errno in bpf.NO_ROOM:
+                return False
+            raise
+        self.writes += added
+        return added
+
     def update_many(self, entries: Mapping[bytes, bytes]) -> list[bytes]:
         """Writes entries in one system call; returns the keys for which there was no room."""
         if not entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from ebpfproxy.datapath.abi import flow_layout
 from ebpfproxy.datapath.abi.flow_layout import (
     AFFINITY,
+    NAT_STATE,
     AffinityKey,
     BackendUse,
     ClientKind,
@@ -202,6 +204,31 @@ def test_keys_of_a_map_are_those_of_its_entries(pins: Path, stack: ExitStack) ->
     assert names.keys() == {key for key, _ in names.items()}
     assert len(names.keys()) == 5000
     assert maps["affinity"].keys() == set()
+
+
+def test_entries_that_have_changed_are_found_by_a_part_of_their_value(pins: Path, stack: ExitStack) -> None:
+    """As many as take several batches; what is deleted and comes back is new."""
+    flows = Sockets(pins, stack, 64).maps["conntrack"]
+    entries = {}
+    for number in range(5000):
+        key = flow_layout.pack_flow(Flow(CLIENT, backend(1).address, number, 80, Protocol.TCP, False))
+        nat = Nat(CLIENT, backend(1).address, number, 80, 3, 5, NatFlags(0), Seen(0), 1, 1)
+        entries[key] = flow_layout.pack_nat(key, nat)
+    flows.update_many(entries)
+    seen: set[int] = set()
+    assert dict(flows.changed(NAT_STATE, set(), seen)) == entries
+    first, second, third, *_ = starmap(Entry, entries.items())
+    ended = first.with_seen(Seen.FIN)
+    flows.update(first.key, ended)
+    flows.update(second.key, second.with_use(BackendUse(4, 5), 0))
+    flows.delete(third.key)
+    now: set[int] = set()
+    assert dict(flows.changed(NAT_STATE, seen, now)) == {
+        first.key: ended,
+        second.key: flows.lookup(second.key),
+    }
+    flows.update(*third)
+    assert dict(flows.changed(NAT_STATE, now, set())) == {third.key: third.value}
 
 
 class _Sized(Sockets):

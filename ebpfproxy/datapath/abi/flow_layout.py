@@ -196,8 +196,9 @@ NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREAT
     48,
     56,
 )
-#: What of an entry is another when its flow ends, or its key has another flow: ``seen`` and ``check``.
-NAT_STATE = struct.Struct(f"={_NAT_SEEN_AT}xB{NAT.size - _NAT_SEEN_AT - 1 - U64.size}x{U64.size}s")
+#: What of an entry is another when its flow ends, or its key has another flow: ``seen`` and ``check``, which
+#: sums up the key, too.
+NAT_STATE = struct.Struct(f"={_NAT_SEEN_AT}xB{NAT.size - _NAT_SEEN_AT - 1 - U64.size}xQ")
 _EGRESS = b"\1\0\0"
 _BYPASS = int(NatFlags.BYPASS)
 

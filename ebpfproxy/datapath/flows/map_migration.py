@@ -26,8 +26,6 @@ from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
-#: A key of conntrack with NAT_STATE.
-_State = tuple[bytes, tuple[object, ...]]
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
 _READ = frozenset(
@@ -74,8 +72,8 @@ class MapMigration:
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
         #: Keys that have been copied, or need not be, by the map's name.
         self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
-        #: The same of flows, with their state then.
-        self._flows: list[set[_State]] = [set() for _ in self._old]
+        #: The same of flows, by their state then: see ``Map.changed``.
+        self._flows: list[set[int]] = [set() for _ in self._old]
         #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
@@ -90,35 +88,29 @@ class MapMigration:
         return bool(self._old)
 
     def copy(self) -> None:
-        for old, (services, backends), copied, looked_at, flows in zip(
-            self._old, self._ids, self._origins, self._looked_at, self._flows, strict=True
-        ):
-            self._copy(old, services, backends, looked_at, flows)
-            self._copy_origins(old, services, backends, copied)
+        for number, (old, ids, copied) in enumerate(zip(self._old, self._ids, self._origins, strict=True)):
+            self._copy(number)
+            self._copy_origins(old, *ids, copied)
 
     def catch_up(self) -> None:
         """Copies flows until there are few that are new: to be called right before programs are swapped."""
+        former = None
         for _ in range(_MOST_COPIES):
             before = self.copied
-            for old, (services, backends), looked_at, flows in zip(
-                self._old, self._ids, self._looked_at, self._flows, strict=True
-            ):
-                self._copy(old, services, backends, looked_at, flows)
-            if self.copied - before <= _FEW:
+            for number in range(len(self._old)):
+                self._copy(number)
+            found = self.copied - before
+            # As many as begin while a copy looks for them are left by each.
+            if found <= _FEW or (former is not None and found >= former):
                 return
+            former = found
 
-    def _copy(
-        self,
-        old: MapSet,
-        services: dict[int, int],
-        backends: dict[int, int],
-        looked_at: dict[str, set[bytes]],
-        flows: set[_State],
-    ) -> None:
-        new, entries = self._new, {}
+    def _copy(self, number: int) -> None:
+        old, (services, backends), looked_at = self._old[number], self._ids[number], self._looked_at[number]
+        new, entries, now = self._new, {}, set[int]()
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for entry in _changed_flows(old, flows):
+        for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, self._flows[number], now)):
             value = entry.value
             if entry.use != NO_USE:
                 service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
@@ -133,6 +125,7 @@ class MapMigration:
             _merge_filters(old, new)
             for each in starmap(Entry, entries.items()):
                 self.copied += _put_flow(new["conntrack"], each)
+        self._flows[number] = now
         self._copy_affinity(old, services, backends, looked_at)
         for name in _AS_THEY_ARE:
             new[name].update_many(dict(_unseen(old, new, name, looked_at)))
@@ -252,23 +245,6 @@ def _unseen(
         # A program for the new maps may have made the same flow by now.
         if found is not None and new[name].lookup(key) is None:
             yield key, found
-
-
-def _changed_flows(old: MapSet, seen: set[_State]) -> Iterator[Entry]:
-    """Entries that are new, or not as at an earlier call."""
-    flows = old["conntrack"]
-    if not seen:
-        for key, value in flows.items():
-            seen.add((key, NAT_STATE.unpack(value)))
-            yield Entry(key, value)
-        return
-    now = flows.keys_with(NAT_STATE)
-    for key, _ in now - seen:
-        found = flows.lookup(key)
-        if found is not None:
-            yield Entry(key, found)
-    seen.clear()
-    seen |= now
 
 
 def _put_flow(flows: Map, entry: Entry) -> bool:

@@ -164,7 +164,7 @@ static __always_inline enum insert insert_by_early_drop(struct scratch *s)
 		return done;
 	*reply = s->key;
 	invert_entry(s, reply);
-	done = insert_original(s, s->has_entry);
+	done = conntrack_put(s, conntrack_lookup(&s->key));
 	if (done != INSERT_DONE)
 		map_delete(conntrack, reply);
 	return done;

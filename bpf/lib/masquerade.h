@@ -144,32 +144,21 @@ static __always_inline enum insert take_port(struct __sk_buff *skb, struct scrat
 
 /*
  * Inserts the original direction's entry, @s->key and @s->nat, of a key that the map had when this
- * packet came, if it @was_known: then @s->entry is a copy of that entry, which has ended. Another
- * CPU may have inserted one since then, for another packet of the flow: that one is replaced, as it
- * would have been by a later packet, and no longer counted. Its reply stays, for the answer to that
- * packet.
+ * packet came, if it @was_known. Another CPU may have inserted it since then, for another packet of
+ * the flow: that one is replaced, as it would have been by a later packet, and no longer counted.
+ * Its reply stays, for the answer to that packet.
  */
 static __always_inline enum insert insert_original(struct scratch *s, bool was_known)
 {
-	enum insert done = was_known ? INSERT_TAKEN : conntrack_put(s, false);
-	bool is_former, is_second;
+	const enum insert done = conntrack_put(s, was_known);
 	struct nat *others;
 
 	if (done != INSERT_TAKEN)
 		return done;
 	others = conntrack_read(&s->key, &s->other);
-	is_former = was_known && others && s->other.check == s->entry.check;
-	/* Two CPUs may replace the same entry at this moment: one of them counts the flow. */
-	is_second = is_former && !claim(others) && !(s->nat.flags & NAT_SOURCE);
-	done = conntrack_put(s, true);
-	/* Where this one does not fit the other CPU's flow goes on. */
-	if (done != INSERT_DONE)
-		return done;
-	if (is_second)
-		load_end_flow(s->nat.backend_id);
-	else if (others && !is_former)
+	if (others)
 		conntrack_end(others, &s->other);
-	return INSERT_DONE;
+	return conntrack_put(s, true);
 }
 
 /*

@@ -1,4 +1,4 @@
-"""The first packets of a flow may come in on two CPUs at once: both create it, and each has to find its way."""
+"""The first datagrams of a flow may come in on two CPUs at once: both create it, and each has to find its way."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import starmap
 
 import pytest
-from scapy.layers.inet import TCP, UDP
-from scapy.packet import Packet, Raw
+from scapy.layers.inet import UDP
+from scapy.packet import Raw
 
-from ebpfproxy.datapath.abi.flow_layout import Entry, Seen
+from ebpfproxy.datapath.abi.flow_layout import Entry
 from ebpfproxy.datapath.kernel.maps import MapSet
-from ebpfproxy.services.model import Protocol
 from tests.packets.packet_cluster import PORTS, FamilyAddresses
 from tests.packets.wire import PASS, Wire
 
@@ -53,10 +51,9 @@ class Turns:
         return struct.unpack_from("=2I", self._words, 8)
 
 
-def _sends(
-    wire: Wire, family: FamilyAddresses, first: Packet, turns: Turns, own: int, cpu: int
-) -> Callable[[], None]:
-    run = wire.prepared("from_device", "eth0", family.ip(family.client, family.node) / first)
+def _sends(wire: Wire, family: FamilyAddresses, turns: Turns, own: int, cpu: int) -> Callable[[], None]:
+    datagram = family.ip(family.client, family.node) / UDP(dport=PORTS["UDP"][1]) / Raw(b"x")
+    run = wire.prepared("from_device", "eth0", datagram)
     port_at = 34 if family.version == 4 else 54
 
     def send() -> None:
@@ -79,11 +76,13 @@ def _counted(tables: MapSet) -> int:
     return sum(each.flows_begun - each.flows_ended for each in counted)
 
 
-def _send_on_two_cpus(wire: Wire, family: FamilyAddresses, first: Packet) -> None:
-    """Has the first packet of each flow come in on both, at the same time as far as possible."""
-    turns = Turns()
-    cpus = sorted(os.sched_getaffinity(0))[:2]
-    sends = [_sends(wire, family, first, turns, own, cpu) for own, cpu in enumerate(cpus)]
+def test_first_datagrams_on_two_cpus_are_translated_and_leave_whole_pairs(
+    wire: Wire, family: FamilyAddresses, tables: MapSet
+) -> None:
+    """Neither is dropped, no entry is deleted that the other one has made, and they are one flow of the backend."""
+    turns, before = Turns(), _counted(tables)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    sends = [_sends(wire, family, turns, own, cpu) for own, cpu in enumerate((first, second))]
     child = os.fork()
     if not child:
         with suppress(BaseException):
@@ -97,42 +96,15 @@ def _send_on_two_cpus(wire: Wire, family: FamilyAddresses, first: Packet) -> Non
         _, status = os.waitpid(child, 0)
     assert status == 0
     assert turns.lost == (0, 0)
-
-
-def _originals(tables: MapSet, family: FamilyAddresses, protocol: Protocol) -> list[Entry]:
-    client = ipaddress.ip_address(family.client).packed
-    ports = range(FIRST_PORT, FIRST_PORT + FLOWS)
-    found = (each for each in starmap(Entry, tables["conntrack"].items()) if each.protocol == protocol)
-    return [
-        entry
-        for entry in found
-        if entry.flow.source.endswith(client) and entry.flow.source_port in ports and not entry.flow.egress
-    ]
-
-
-def test_first_datagrams_on_two_cpus_are_translated_and_leave_whole_pairs(
-    wire: Wire, family: FamilyAddresses, tables: MapSet
-) -> None:
-    """Neither is dropped, no entry is deleted that the other one has made, and they are one flow of the backend."""
-    before = _counted(tables)
-    _send_on_two_cpus(wire, family, UDP(dport=PORTS["UDP"][1]) / Raw(b"x"))
     assert _counted(tables) == before + FLOWS
     entries = dict(tables["conntrack"].items())
-    originals = _originals(tables, family, Protocol.UDP)
+    client = ipaddress.ip_address(family.client).packed
+    ports = range(FIRST_PORT, FIRST_PORT + FLOWS)
+    originals = [
+        entry
+        for entry in (Entry(key, value) for key, value in entries.items())
+        if entry.flow.source.endswith(client) and entry.flow.source_port in ports and not entry.flow.egress
+    ]
     assert len(originals) == FLOWS
     for entry in originals:
         assert Entry(entry.partner, entries[entry.partner]).partner == entry.key
-
-
-def test_connections_that_begin_anew_on_two_cpus_are_counted_once(
-    wire: Wire, family: FamilyAddresses, tables: MapSet
-) -> None:
-    """Both have found the entry of the connection before, whose end has been counted."""
-    syn = TCP(dport=PORTS["TCP"][1], flags="S", seq=1000)
-    _send_on_two_cpus(wire, family, syn)
-    before = _counted(tables)
-    for entry in _originals(tables, family, Protocol.TCP):
-        tables["conntrack"].update(entry.key, entry.with_seen(Seen.RST))
-    _send_on_two_cpus(wire, family, syn)
-    assert len(_originals(tables, family, Protocol.TCP)) == FLOWS
-    assert _counted(tables) == before + FLOWS

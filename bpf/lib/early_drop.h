@@ -130,6 +130,9 @@ static __always_inline bool end_unconfirmed(struct scratch *s)
 		if (!nat)
 			return false;
 		partner_key(&s->unconfirmed.service, reply, nat);
+		/* If the element has got another key meanwhile that is not the flow's frontend. */
+		if (conntrack_lookup(reply) != nat)
+			return false;
 		counted = conntrack_lookup(&s->unconfirmed.service);
 		if (counted && !is_reverse(counted, reply))
 			counted = NULL;

@@ -35,9 +35,12 @@ static __always_inline u32 target_word(const struct target *to, u8 scope)
 		__be16 port;
 		u8 proto;
 		u8 scope;
-	} word = { to->port, to->proto, scope };
+	} end = { to->port, to->proto, scope };
+	u32 word;
 
-	return *(u32 *)&word;
+	_Static_assert(sizeof(end) == sizeof(word), "nothing is left out");
+	__builtin_memcpy(&word, &end, sizeof(word));
+	return word;
 }
 
 static __always_inline struct service *service_lookup4(__be32 addr, const struct target *to,

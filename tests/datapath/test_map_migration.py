@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from ebpfproxy.datapath.abi import flow_layout
 from ebpfproxy.datapath.abi.flow_layout import (
     AFFINITY,
+    NAT_STATE,
     AffinityKey,
     BackendUse,
     ClientKind,
@@ -23,8 +25,10 @@ from ebpfproxy.datapath.abi.flow_layout import (
     Seen,
 )
 from ebpfproxy.datapath.abi.layout import U32, pack_name
+from ebpfproxy.datapath.flows import map_migration
 from ebpfproxy.datapath.flows.map_migration import MapMigration
 from ebpfproxy.datapath.kernel.grace import Grace
+from ebpfproxy.datapath.kernel.maps import MapSet
 from ebpfproxy.datapath.services.former import former_backends, with_former
 from ebpfproxy.datapath.services.writer import Writer
 from ebpfproxy.services.model import Backend, BackendState, Family, Protocol, ServicePortKey
@@ -146,6 +150,42 @@ def test_what_programs_for_the_new_maps_have_made_or_seen_stays(flows: _Flows) -
     assert flows.copied()[0] == 1003
 
 
+def test_flow_that_ends_in_a_half_of_each_map_has_ended(flows: _Flows) -> None:
+    """New programs at one device and old ones at another: each has seen the FIN of one direction."""
+    flows.put(flows.old, 1001, created=10)
+    flows.copied()
+    flows.put(flows.new, 1001, created=10, seen=Seen.FIN, last=30)
+    flows.put(flows.old, 1001, created=10, seen=Seen.REPLY | Seen.REPLY_FIN, last=30)
+    assert flows.copied() == (1001, Seen.REPLY | Seen.FIN | Seen.REPLY_FIN, 30)
+
+
+def test_entry_that_a_program_replaces_is_left_to_it(flows: _Flows) -> None:
+    """What is claimed in the old maps is free in the new ones; there it stays claimed until it is replaced."""
+    flows.put(flows.old, 1001, created=10, seen=Seen.RST | Seen.CLAIMED)
+    assert flows.copied()[1] == Seen.RST
+    flows.put(flows.new, 1001, created=10, seen=Seen.RST | Seen.CLAIMED)
+    flows.put(flows.old, 1001, created=10, seen=Seen.RST | Seen.REPLY)
+    assert flows.copied()[1] == Seen.RST | Seen.CLAIMED
+
+
+@pytest.mark.parametrize("client", [1001, 1003], ids=["same flow", "later flow"])
+def test_what_programs_for_the_new_maps_write_while_flows_are_read_stays(
+    flows: _Flows, monkeypatch: pytest.MonkeyPatch, client: int
+) -> None:
+    """An agent was killed while it swapped programs; the next one reads the old maps for a second."""
+    merge = map_migration._merge_filters
+
+    def write(old: MapSet, new: MapSet) -> None:
+        """Between reading and writing."""
+        flows.put(flows.new, client, created=10 if client == 1001 else 50, seen=Seen.RST, last=50)
+        merge(old, new)
+
+    monkeypatch.setattr(map_migration, "_merge_filters", write)
+    flows.put(flows.old, 1001, created=10, seen=Seen.REPLY, last=20)
+    expected = Seen.RST | Seen.REPLY if client == 1001 else Seen.RST
+    assert flows.copied() == (client, expected, 50)
+
+
 def test_what_a_killed_agent_has_copied_is_copied_again_where_it_has_changed(
     flows: _Flows, pins: Path, stack: ExitStack
 ) -> None:
@@ -164,6 +204,31 @@ def test_keys_of_a_map_are_those_of_its_entries(pins: Path, stack: ExitStack) ->
     assert names.keys() == {key for key, _ in names.items()}
     assert len(names.keys()) == 5000
     assert maps["affinity"].keys() == set()
+
+
+def test_entries_that_have_changed_are_found_by_a_part_of_their_value(pins: Path, stack: ExitStack) -> None:
+    """As many as take several batches; what is deleted and comes back is new."""
+    flows = Sockets(pins, stack, 64).maps["conntrack"]
+    entries = {}
+    for number in range(5000):
+        key = flow_layout.pack_flow(Flow(CLIENT, backend(1).address, number, 80, Protocol.TCP, False))
+        nat = Nat(CLIENT, backend(1).address, number, 80, 3, 5, NatFlags(0), Seen(0), 1, 1)
+        entries[key] = flow_layout.pack_nat(key, nat)
+    flows.update_many(entries)
+    seen: set[int] = set()
+    assert dict(flows.changed(NAT_STATE, set(), seen)) == entries
+    first, second, third, *_ = starmap(Entry, entries.items())
+    ended = first.with_seen(Seen.FIN)
+    flows.update(first.key, ended)
+    flows.update(second.key, second.with_use(BackendUse(4, 5), 0))
+    flows.delete(third.key)
+    now: set[int] = set()
+    assert dict(flows.changed(NAT_STATE, seen, now)) == {
+        first.key: ended,
+        second.key: flows.lookup(second.key),
+    }
+    flows.update(*third)
+    assert dict(flows.changed(NAT_STATE, now, set())) == {third.key: third.value}
 
 
 class _Sized(Sockets):

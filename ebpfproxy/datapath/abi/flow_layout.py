@@ -196,10 +196,9 @@ NAT_IDS_AT, _NAT_FLAGS_AT, _NAT_SEEN_AT, _NAT_EPOCH_AT, _NAT_LAST_AT, _NAT_CREAT
     48,
     56,
 )
-#: What of an entry is another when its flow ends, or its key has another flow: ``seen`` and ``created``.
-NAT_STATE = struct.Struct(
-    f"={_NAT_SEEN_AT}xB{_NAT_CREATED_AT - _NAT_SEEN_AT - 1}xQ{NAT.size - _NAT_CREATED_AT - U64.size}x"
-)
+#: What of an entry is another when its flow ends, or its key has another flow: ``seen`` and ``check``, which
+#: sums up the key, too.
+NAT_STATE = struct.Struct(f"={_NAT_SEEN_AT}xB{NAT.size - _NAT_SEEN_AT - 1 - U64.size}xQ")
 _EGRESS = b"\1\0\0"
 _BYPASS = int(NatFlags.BYPASS)
 
@@ -259,10 +258,10 @@ class Entry(NamedTuple):
         other = bytes((key[_FLOW_PROTOCOL_AT], other_stage, 0, 0))
         return value[16:32] + value[:16] + value[34:36] + value[32:34] + other
 
-    def with_seen(self, more: int) -> bytes:
-        """The value with more bits of Seen."""
+    def with_seen(self, seen: int) -> bytes:
+        """The value with these bits of Seen."""
         changed = bytearray(self.value)
-        changed[_NAT_SEEN_AT] |= more
+        changed[_NAT_SEEN_AT] = seen
         return bytes(changed)
 
     def with_use(self, use: BackendUse, epoch: int) -> bytes:

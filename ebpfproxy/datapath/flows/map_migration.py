@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 
 from ebpfproxy.datapath.abi import flow_layout, socket_layout
-from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry
+from ebpfproxy.datapath.abi.flow_layout import NAT_STATE, NO_USE, BackendUse, Entry, Seen
 from ebpfproxy.datapath.abi.layout import U32, U64
 from ebpfproxy.datapath.abi.schema import FLOW_MARKS, SCHEMA_VERSION
 from ebpfproxy.datapath.flows.origin_table import OriginTable, each_of
 from ebpfproxy.datapath.flows.record_programs import RecordPrograms
+from ebpfproxy.datapath.kernel.bpf_map import Map
 from ebpfproxy.datapath.kernel.libbpf import BpfError
 from ebpfproxy.datapath.kernel.maps import MapSet, open_pinned
 
-#: A key of conntrack with NAT_STATE.
-_State = tuple[bytes, tuple[object, ...]]
 _AS_THEY_ARE = ("fragments", "port_clashes", "sock_redirects", "mptcp_subflows")
 #: All that is read here, and by ``services.former``. A change of any of their structs raises SCHEMA_VERSION.
 _READ = frozenset(
@@ -72,8 +72,8 @@ class MapMigration:
         self._ids = [(_service_ids(old, maps), _backend_ids(old, maps)) for old in self._old]
         #: Keys that have been copied, or need not be, by the map's name.
         self._looked_at: list[dict[str, set[bytes]]] = [{} for _ in self._old]
-        #: The same of flows, with their state then.
-        self._flows: list[set[_State]] = [set() for _ in self._old]
+        #: The same of flows, by their state then: see ``Map.changed``.
+        self._flows: list[set[int]] = [set() for _ in self._old]
         #: Packed origins that have been copied, as they were written, by their identity.
         self._origins: list[dict[bytes, bytes]] = [{} for _ in self._old]
         #: Conntrack entries so far.
@@ -88,57 +88,29 @@ class MapMigration:
         return bool(self._old)
 
     def copy(self) -> None:
-        for old, (services, backends), copied, looked_at, flows in zip(
-            self._old, self._ids, self._origins, self._looked_at, self._flows, strict=True
-        ):
-            self._copy(old, services, backends, looked_at, flows)
-            self._copy_origins(old, services, backends, copied)
+        for number, (old, ids, copied) in enumerate(zip(self._old, self._ids, self._origins, strict=True)):
+            self._copy(number)
+            self._copy_origins(old, *ids, copied)
 
     def catch_up(self) -> None:
         """Copies flows until there are few that are new: to be called right before programs are swapped."""
+        former = None
         for _ in range(_MOST_COPIES):
             before = self.copied
-            for old, (services, backends), looked_at, flows in zip(
-                self._old, self._ids, self._looked_at, self._flows, strict=True
-            ):
-                self._copy(old, services, backends, looked_at, flows, only_new=True)
-            if self.copied - before <= _FEW:
+            for number in range(len(self._old)):
+                self._copy(number)
+            found = self.copied - before
+            # As many as begin while a copy looks for them are left by each.
+            if found <= _FEW or (former is not None and found >= former):
                 return
+            former = found
 
-    def _copy(
-        self,
-        old: MapSet,
-        services: dict[int, int],
-        backends: dict[int, int],
-        looked_at: dict[str, set[bytes]],
-        flows: set[_State],
-        *,
-        only_new: bool = False,
-    ) -> None:
-        """``only_new``: after the first time, what has changed is not looked for, which takes long."""
-        keys = looked_at.setdefault("conntrack", set())
-        is_first = not flows
-        if not is_first:
-            self._copy_flows(old, services, backends, _new_flows(old, self._new, keys))
-        if is_first or not only_new:
-            self._copy_flows(old, services, backends, _changed_flows(old, self._new, flows, keys))
-        self._copy_affinity(old, services, backends, looked_at)
-        for name in _AS_THEY_ARE:
-            self._new[name].update_many(dict(_unseen(old, self._new, name, looked_at)))
-
-    def _copy_flows(
-        self,
-        old: MapSet,
-        services: dict[int, int],
-        backends: dict[int, int],
-        changed: Iterator[tuple[Entry, Entry | None]],
-    ) -> None:
-        new, entries = self._new, {}
+    def _copy(self, number: int) -> None:
+        old, (services, backends), looked_at = self._old[number], self._ids[number], self._looked_at[number]
+        new, entries, now = self._new, {}, set[int]()
         epochs = new.shared("epochs").words()
         removed = {flow_layout.unpack_departure(key) for key, _ in new["departures"].items()}
-        for entry, known in changed:
-            if known is not None and not _is_news(entry, known):
-                continue
+        for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, self._flows[number], now)):
             value = entry.value
             if entry.use != NO_USE:
                 service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
@@ -147,15 +119,16 @@ class MapMigration:
                 use = BackendUse(service, backend)
                 # An epoch before the current one has the flow ask if its backend has been removed.
                 value = entry.with_use(use, epochs[service] - (use in removed))
-            if known is None:
-                self.copied += 1
-            elif known.created == entry.created and known.last > entry.last:
-                value = known.with_seen(entry.seen)
             entries[entry.key] = value
         if entries:
             # Programs look for an entry only where the filter says so.
             _merge_filters(old, new)
-            new["conntrack"].update_many(entries)
+            for each in starmap(Entry, entries.items()):
+                self.copied += _put_flow(new["conntrack"], each)
+        self._flows[number] = now
+        self._copy_affinity(old, services, backends, looked_at)
+        for name in _AS_THEY_ARE:
+            new[name].update_many(dict(_unseen(old, new, name, looked_at)))
 
     def _copy_origins(
         self, old: MapSet, services: dict[int, int], backends: dict[int, int], copied: dict[bytes, bytes]
@@ -274,53 +247,25 @@ def _unseen(
             yield key, found
 
 
-def _new_flows(old: MapSet, new: MapSet, keys: set[bytes]) -> Iterator[tuple[Entry, Entry | None]]:
-    """Entries of other keys than these, each with what the new map has there; adds their keys."""
-    for key in old["conntrack"].keys() - keys:
-        keys.add(key)
-        yield from _found(old, new, key)
+def _put_flow(flows: Map, entry: Entry) -> bool:
+    """Writes an entry, unless what is there is of a later flow. True if there was none.
 
-
-def _changed_flows(
-    old: MapSet, new: MapSet, seen: set[_State], keys: set[bytes]
-) -> Iterator[tuple[Entry, Entry | None]]:
-    """The same of all that are not as at an earlier call."""
-    flows, copies = old["conntrack"], new["conntrack"]
-    if not seen:
-        # An agent that was killed may have copied most of them.
-        present = dict(copies.keys_with(NAT_STATE))
-        for key, value in flows.items():
-            state = NAT_STATE.unpack(value)
-            seen.add((key, state))
-            keys.add(key)
-            before = present.get(key)
-            if before != state:
-                known = copies.lookup(key) if before is not None else None
-                yield Entry(key, value), Entry(key, known) if known is not None else None
-        return
-    now = flows.keys_with(NAT_STATE)
-    for key, _ in now - seen:
-        keys.add(key)
-        yield from _found(old, new, key)
-    seen.clear()
-    seen |= now
-
-
-def _found(old: MapSet, new: MapSet, key: bytes) -> Iterator[tuple[Entry, Entry | None]]:
-    found, known = old["conntrack"].lookup(key), new["conntrack"].lookup(key)
-    if found is not None:
-        yield Entry(key, found), Entry(key, known) if known is not None else None
-
-
-def _is_news(entry: Entry, known: Entry) -> bool:
-    """Whether an entry is of a later flow than what the new map has, or tells more of the same one.
-
-    A port that a closed flow has left may be another client's by now. What programs for the new maps have
-    made is later.
+    Programs for the new maps may write meanwhile: only what is there now counts.
     """
-    if entry.created != known.created:
-        return entry.created > known.created
-    return bool(entry.seen & ~known.seen)
+    # Whichever program is about to replace an entry, it does so in its own map only.
+    entry = Entry(entry.key, entry.with_seen(entry.seen & ~Seen.CLAIMED))
+    if flows.add(entry.key, entry.value):
+        return True
+    value = flows.lookup(entry.key)
+    if value is None:
+        return False
+    known = Entry(entry.key, value)
+    if entry.created > known.created:
+        flows.update_many({entry.key: entry.value})
+    elif entry.created == known.created and not known.seen & Seen.CLAIMED and entry.seen & ~known.seen:
+        later = known if known.last >= entry.last else entry
+        flows.update_many({entry.key: later.with_seen(entry.seen | known.seen)})
+    return False
 
 
 def _service_ids(old: MapSet, new: MapSet) -> dict[int, int]:

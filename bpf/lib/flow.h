@@ -178,7 +178,8 @@ static __always_inline int no_flow(struct __sk_buff *skb, const struct packet *p
 static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s,
 					const struct packet *p, const struct backend *backend)
 {
-	enum dsr_way dsr = DSR_NONE;
+	volatile int *kept = &s->verdict;
+	int dsr = DSR_NONE;
 	struct bpf_fib_lookup fib;
 	enum fib_result way;
 
@@ -190,8 +191,11 @@ static __always_inline void find_source(struct __sk_buff *skb, struct scratch *s
 			way = FIB_OUT;
 		s->begun.is_masked =
 			leads_out(way) && masquerade_address(fib.ifindex, p->is_v4, &s->begun.node);
-		if (DSR_SENDS && s->begun.is_masked && !is_port_taken(&p->flow))
-			dsr = dsr_way_of(skb, s, p, backend, way, &fib);
+		if (DSR_SENDS && s->begun.is_masked && !is_port_taken(&p->flow)) {
+			/* The verifier walks on once, and not once for each reason. */
+			*kept = dsr_way_of(skb, s, p, backend, way, &fib);
+			dsr = *kept;
+		}
 		if (dsr != DSR_NONE) {
 			s->begun.is_masked = false;
 			if (dsr == DSR_DIRECTLY)

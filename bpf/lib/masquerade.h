@@ -14,7 +14,7 @@
 #define MASQUERADE_RANGE (MASQUERADE_LAST - MASQUERADE_FIRST + 1)
 /* So many ports are looked at for one that no flow has, and so many of those for sockets. */
 #define FLOW_TRIES   12
-#define SOCKET_TRIES 4
+#define SOCKET_TRIES 3
 /* Tries are spread over the range, since taken ports come in rows. */
 #define MASQUERADE_STEP 7919
 

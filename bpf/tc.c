@@ -95,10 +95,12 @@ static __always_inline int translate_error(struct __sk_buff *skb, const struct p
 		return PASS;
 	if (rewrite_error(skb, p, nat))
 		return drop(EVENT_REWRITE);
-	if (!(nat->flags & NAT_HOST))
-		return PASS;
-	return nat->flags & NAT_REPLY ? deliver_error(skb, nat)
-				      : send_out(skb, &nat->src, &nat->dst);
+	/* With DSR this node's netfilter has seen no packet of the flow: it would be invalid there.
+	 */
+	if ((DSR_SENDS && is_dsr_original(nat)) ||
+	    (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
+		return send_out(skb, &nat->src, &nat->dst);
+	return nat->flags & NAT_HOST ? deliver_error(skb, nat) : PASS;
 }
 
 /* Every way takes packets of this size (RFC 791). */

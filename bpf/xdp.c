@@ -97,7 +97,8 @@ static __always_inline void track(const struct packet *p, struct nat *in_map, st
 	if (!is_still(in_map, nat))
 		return;
 	if (p->tcp_flags & UNUSUAL_FLAGS || (s64)(now - nat->last) > (s64)NSEC_PER_SEC ||
-	    (nat->flags & (NAT_REPLY | NAT_DSR) && !(nat->seen & SEEN_REPLY))) {
+	    (!(nat->seen & SEEN_REPLY) &&
+	     (nat->flags & NAT_REPLY || (DSR_SENDS && nat->flags & NAT_DSR)))) {
 		flow_cache_take(&p->flow, in_map, nat);
 		conntrack_track(p, in_map, nat, true);
 		return;

@@ -16,9 +16,12 @@
  * the option, or would lose its replies, is masqueraded as without DSR.
  *
  * Nobody can tell who has sent an option: the packet has the client's address. So one is believed
- * if it could be right: it comes from no pod of this node, is for a backend on this node, and names
- * a frontend that Services have for clients outside. A wrong one makes a backend's replies to the
- * address that the packet came from have such a frontend's address.
+ * if it could be right: it comes from no pod of this node and through no tunnel, is for a backend
+ *on this node, and names a frontend that Services have for clients outside. That of a NodePort has
+ * any address but a loopback, multicast or unspecified one, as no program knows the addresses of
+ * other nodes. A wrong one makes a backend's replies to the address and port that the packet came
+ * from have such a frontend's address, also those of a connection that the client has opened to the
+ * backend itself.
  */
 #ifndef EBPFPROXY_DSR_H
 #define EBPFPROXY_DSR_H
@@ -110,7 +113,8 @@ static __always_inline void start_dsr(struct scratch *s, const struct packet *p)
 
 /*
  * Adds the option to a packet that has been rewritten by @nat, if it is one that tells of the
- * frontend, and if it fits. One that does not goes without: the next one tells. Returns 0 unless
+ * frontend, and if it fits. One that does not goes without, and takes its turn: the next turn is a
+ * second later, and a flow all of whose packets are that large never tells again. Returns 0 unless
  * that fails.
  */
 static __always_inline int tell_frontend(struct __sk_buff *skb, const struct packet *p,
@@ -128,17 +132,33 @@ static __always_inline int tell_frontend(struct __sk_buff *skb, const struct pac
 	return add_dsr_option(skb, p);
 }
 
-/* Says if a packet goes to a pod of this node, or to this node itself. */
+/*
+ * Says if an option cannot be of a node of the cluster: those send none to their own pods' devices,
+ * and none through a tunnel, to whose end a pod can send, too.
+ */
+static __always_inline bool is_from_no_node(struct __sk_buff *skb)
+{
+	u32 ifindex = ifindex_of(skb);
+	const struct device *device = map_at(devices, ifindex);
+
+	return device && device->flags & (DEVICE_LOCAL | DEVICE_TUNNEL);
+}
+
+/* Says if a packet goes to a pod of this node, or to this node itself, whatever its routes say. */
 static __always_inline bool is_for_this_node(struct __sk_buff *skb, const struct packet *p)
 {
-	struct bpf_fib_lookup fib;
-	const enum fib_result way =
-		fib_result_of(skb, ifindex_of(skb), &p->flow.src, &p->flow.dst, 0, &fib);
+	const struct flow *flow = &p->flow;
 	const struct device *device;
-	u32 out = fib.ifindex;
+	struct bpf_fib_lookup fib;
+	enum fib_result way;
+	u32 out;
 
+	if (addr_is_this_node(&flow->dst))
+		return true;
+	way = fib_result_of(skb, ifindex_of(skb), &flow->src, &flow->dst, 0, &fib);
 	if (way == FIB_LOCAL)
 		return true;
+	out = fib.ifindex;
 	device = leads_out(way) ? map_lookup(devices, &out) : NULL;
 	return device && device->flags & DEVICE_LOCAL;
 }
@@ -160,6 +180,15 @@ static __always_inline struct service *told_service(const struct target *to)
 		       : NULL;
 }
 
+/* Deletes the pair of a former flow that gave the packets of @key another source. */
+static __always_inline void forget_source(struct scratch *s, const struct flow *key)
+{
+	struct nat *known = conntrack_read(key, &s->nat);
+
+	if (known && is_masquerade(&s->nat))
+		conntrack_forget(key, known, &s->nat);
+}
+
 /*
  * Inserts the pair of a flow whose frontend has been told, @to: the same as if the client's packet
  * had come in here. Only the node that has chosen the backend counts the flow for it. @known says
@@ -173,6 +202,12 @@ static __always_inline enum insert insert_told(struct scratch *s, const struct p
 	struct flow *flow = &s->unconfirmed.original;
 	enum insert done;
 
+	/* What comes in is c -> b, and leaves so: of a direct flow, and of one that was
+	 * masqueraded. */
+	*flow = p->flow;
+	forget_source(s, flow);
+	flow->stage = STAGE_EGRESS;
+	forget_source(s, flow);
 	s->nat.src = p->flow.src;
 	s->nat.dst = p->flow.dst;
 	s->nat.sport = p->flow.sport;
@@ -216,14 +251,16 @@ static __always_inline int open_told(struct __sk_buff *skb, struct packet *p, bo
 	struct service *svc;
 
 	/* Whichever node it is for: there it would not be known as a pod's. */
-	if (is_at_local_device(skb))
+	if (is_from_no_node(skb))
 		return drop(EVENT_DSR);
+	if (is_martian(&p->flow.src))
+		return pass(EVENT_MARTIAN);
 	if (lives && reply->flags & NAT_DSR_BACKEND && reply->sport == to.port &&
 	    addr_equal(&reply->src, &to.addr))
 		return FOLLOW_TOLD;
 	if (!is_for_this_node(skb, p))
 		return PASS;
-	svc = told_service(&to);
+	svc = is_martian(&to.addr) ? NULL : told_service(&to);
 	if (!svc || !may_be_backend(&p->flow.dst, p->flow.dport))
 		return drop(EVENT_DSR);
 	s->service = *svc;
@@ -283,9 +320,15 @@ static __always_inline bool is_told(struct __sk_buff *skb, struct packet *p)
 	if (s->told.is_told)
 		return true;
 	reply = flow_of_interest(&key.src, &key.dst) ? conntrack_lookup(&key) : NULL;
+	if (!reply || !(reply->flags & NAT_DSR_BACKEND))
+		return false;
+	if (!p->tcp_flags || !is_closed(reply))
+		return true;
 	/* Without the option a SYN opens a connection with the backend itself. */
-	return reply && reply->flags & NAT_DSR_BACKEND &&
-	       !(p->tcp_flags && is_closed(reply) && can_open_flow(skb, p));
+	if (can_open_flow(skb, p))
+		return false;
+	reply = conntrack_lookup(&p->flow);
+	return !reply || !is_of_direct_flow(reply, &p->flow);
 }
 
 #endif

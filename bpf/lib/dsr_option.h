@@ -159,7 +159,11 @@ static __always_inline bool read_dsr_option(struct __sk_buff *skb, const struct 
 	}
 }
 
-/* Takes the option away; returns 0 where that succeeds. */
+/*
+ * Takes the option away; returns 0 where that succeeds. Where the kernel refuses it, as with some
+ * that it has merged of several, the packet keeps the option, which its receiver skips. Those that
+ * are taken apart again have as much data each as they had.
+ */
 static __always_inline int remove_dsr_option(struct __sk_buff *skb, const struct packet *p)
 {
 	if (p->is_v4) {
@@ -174,8 +178,9 @@ static __always_inline int remove_dsr_option(struct __sk_buff *skb, const struct
 		h.ip.version_ihl -= sizeof(h.option) / 4;
 		h.ip.length = bpf_htons(bpf_ntohs(length) - sizeof(h.option));
 		h.ip.check = dsr_check4(&h, length, version_ihl, false);
-		if (bpf_skb_adjust_room(skb, -(int)sizeof(h.option), BPF_ADJ_ROOM_NET, 0))
-			return -1;
+		if (bpf_skb_adjust_room(skb, -(int)sizeof(h.option), BPF_ADJ_ROOM_NET,
+					BPF_F_ADJ_ROOM_FIXED_GSO))
+			return 0;
 		return bpf_skb_store_bytes(skb, L3_OFFSET, &h.ip, sizeof(h.ip),
 					   BPF_F_RECOMPUTE_CSUM);
 	} else {
@@ -185,8 +190,9 @@ static __always_inline int remove_dsr_option(struct __sk_buff *skb, const struct
 			return -1;
 		h.ip.next = h.option.next;
 		h.ip.length = bpf_htons(bpf_ntohs(h.ip.length) - sizeof(h.option));
-		if (bpf_skb_adjust_room(skb, -(int)sizeof(h.option), BPF_ADJ_ROOM_NET, 0))
-			return -1;
+		if (bpf_skb_adjust_room(skb, -(int)sizeof(h.option), BPF_ADJ_ROOM_NET,
+					BPF_F_ADJ_ROOM_FIXED_GSO))
+			return 0;
 		return bpf_skb_store_bytes(skb, L3_OFFSET, &h.ip, sizeof(h.ip),
 					   BPF_F_RECOMPUTE_CSUM);
 	}

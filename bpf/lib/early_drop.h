@@ -38,10 +38,13 @@ static __always_inline u64 may_end(const struct flow *flow, const struct nat *or
 	return is_unconfirmed(flow, original, reply) | is_over(original, reply, row, now);
 }
 
-/* Says if an entry is of the reply direction of a client's flow with a port that we have chosen. */
+/*
+ * Says if an entry is of the reply direction of a client's flow with a port that we have chosen.
+ * With DSR a client keeps its own.
+ */
 static __always_inline u64 has_port_of_ours(const struct nat *nat)
 {
-	return is_zero((nat->flags & (NAT_REPLY | NAT_OWN | NAT_HOST)) ^ NAT_REPLY) &
+	return is_zero((nat->flags & (NAT_REPLY | NAT_OWN | NAT_HOST | NAT_DSR)) ^ NAT_REPLY) &
 	       (is_zero(nat->flags & (NAT_SOURCE | NAT_BYPASS)) ^ 1) &
 	       (is_zero(nat->service_id ^ NOBODY) ^ 1);
 }

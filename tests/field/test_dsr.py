@@ -19,11 +19,12 @@ from tests.e2e.two_node_cluster import BALANCER, EXTERNAL, NODE_PORT
 from tests.field.records import maps_of
 from tests.lab import Agent, Lab, LabNode, clients, manifests, servers
 from tests.lab.spaces import enter_namespace, namespace_restored
-from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
 
 UDP_PORT = 30053
+#: A Service whose backend is node-b itself.
+ON_HOST = "203.0.113.27"
 NS = 10**9
 _ALL, _OTHER_HOST = 3, 3  # ETH_P_ALL, PACKET_OTHERHOST
 
@@ -35,6 +36,15 @@ class DsrCluster(OutsideClientCluster):
         super().__init__(lab)
         self.pod_on_b = self.b.pod("client-b")
         self.write_web(self.w2)
+        ports = [
+            {"name": "http", "port": 80, "protocol": "TCP"},
+            {"name": "udp", "port": 53, "protocol": "UDP"},
+        ]
+        endpoint = {"addresses": [self.w2.address6], "nodeName": "node-b", "conditions": {"ready": True}}
+        self.add_load_balancer("six", "fd00:10:96::66", BALANCER6, [endpoint], ports=ports)
+        servers.start(self.b, "host-b", 8080, 8053)
+        on_host = manifests.endpoint(self.b.address, "node-b")
+        self.add_load_balancer("host", "10.96.1.7", ON_HOST, [on_host])
         self.agents = {node.name: self.agent_on(node) for node in (self.a, self.b)}
 
     def agent_on(self, node: LabNode, mode: str = "dsr") -> Agent:
@@ -112,16 +122,6 @@ def test_replies_do_not_pass_the_node_that_got_the_request(cluster: DsrCluster) 
 
 @pytest.mark.parametrize("address", [EXTERNAL, BALANCER, BALANCER6])
 def test_other_frontends_outside_are_answered_by_the_backends_node(cluster: DsrCluster, address: str) -> None:
-    if address == BALANCER6:
-        ports = [
-            {"name": "http", "port": 80, "protocol": "TCP"},
-            {"name": "udp", "port": 53, "protocol": "UDP"},
-        ]
-        endpoint = {"addresses": [cluster.w2.address6], "nodeName": "node-b", "conditions": {"ready": True}}
-        cluster.add_load_balancer("six", "fd00:10:96::66", BALANCER6, [endpoint], ports=ports)
-        until(
-            lambda: cluster.outside.call(clients.connect_error, address, 80, 0.3) == "connected", "not served"
-        )
     client = cluster.outside.address6 if ":" in address else cluster.outside.address
     capture = Capture(cluster.a, client)
     assert cluster.outside.call(clients.ask_tcp, address, 80)["peer"] == client
@@ -131,14 +131,10 @@ def test_other_frontends_outside_are_answered_by_the_backends_node(cluster: DsrC
 
 
 def test_backend_on_the_host_network_answers_itself(cluster: DsrCluster) -> None:
-    servers.start(cluster.b, "host-b", 8080, 8053)
-    balancer, endpoint = "203.0.113.27", manifests.endpoint(cluster.b.address, "node-b")
-    cluster.add_load_balancer("host", "10.96.1.7", balancer, [endpoint])
-    until(lambda: cluster.outside.call(clients.connect_error, balancer, 80, 0.3) == "connected", "not served")
     capture = Capture(cluster.a, cluster.outside.address)
-    reply = cluster.outside.call(clients.ask_tcp, balancer, 80)
+    reply = cluster.outside.call(clients.ask_tcp, ON_HOST, 80)
     assert (reply["name"], reply["peer"]) == ("host-b", cluster.outside.address)
-    assert cluster.outside.call(clients.ask_udp, balancer, 53)["from"] == (balancer, 53)
+    assert cluster.outside.call(clients.ask_udp, ON_HOST, 53)["from"] == (ON_HOST, 53)
     assert capture.read()[1] == 0
     capture.close()
 

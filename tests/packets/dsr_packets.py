@@ -24,15 +24,13 @@ from ebpfproxy.datapath.flows.conntrack_table import counters
 from ebpfproxy.datapath.kernel.maps import MapSet
 from tests.lab import Lab, manifests
 from tests.packets.packet_cluster import PORTS, V4, V6, FamilyAddresses, PacketCluster
-from tests.packets.wire import (
-    Wire,
-    ip_of,
-)
+from tests.packets.wire import Wire, ip_of, with_right_checksums
 
 PROTOCOLS = ("TCP", "UDP")
 NUMBERS = {"TCP": 6, "UDP": 17}
 #: A Service with policy Cluster and its backend on this node, and one with source ranges.
 HERE = {4: "203.0.113.50", 6: "2001:db8:113::50"}
+CLUSTER_IP = {4: "10.96.0.70", 6: "fd00:10:96::70"}
 RANGED = {4: "203.0.113.60", 6: "2001:db8:113::60"}
 NODE_PORTS = {"TCP": 30600, "UDP": 30601}
 NODE_B_MAC = "02:00:00:00:00:0b"
@@ -173,3 +171,52 @@ def too_big(family: FamilyAddresses, to: str, quoted: Packet) -> Any:
     if family.version == 4:
         return IP(src="192.0.2.1", dst=to) / ICMP(type=3, code=4, nexthopmtu=1400) / quoted
     return IPv6(src="2001:db8:2::1", dst=to) / ICMPv6PacketTooBig(mtu=1400) / quoted
+
+
+class Told:
+    """What another node sends for a flow of a client outside to the backend on this node."""
+
+    def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> None:
+        self.wire, self.family, self.protocol, self.port = wire, family, protocol, port
+        self.frontend, (self.frontend_port, _, self.target) = HERE[family.version], PORTS[protocol]
+
+    def inner(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
+        return transport(self.protocol, self.port, self.target, flags, **fields) / Raw(payload)
+
+    def plain(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
+        return self.family.ip(self.family.client, self.family.local_pod) / self.inner(
+            flags, payload, **fields
+        )
+
+    def packet(
+        self,
+        content: bytes | None = None,
+        flags: str = "S",
+        payload: bytes = b"x",
+        device: str = "eth0",
+        **fields: Any,
+    ) -> Packet:
+        if content is None:
+            content = option(self.family, self.frontend, self.frontend_port)
+        inner = self.inner(flags, payload, **fields)
+        return with_option(self.wire, self.family, self.family.local_pod, content, inner, device)
+
+    def reply(self, flags: str = "SA", **fields: Any) -> Any:
+        inner = transport(self.protocol, self.target, self.port, flags, **fields) / Raw(b"reply")
+        packet = self.family.ip(self.family.local_pod, self.family.client) / inner
+        return self.wire.egress(packet, iif="p1")
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        client, pod = self.family.client, self.family.local_pod
+        return (
+            key(client, self.frontend, self.port, self.frontend_port, self.protocol),
+            key(pod, client, self.target, self.port, self.protocol, egress=True),
+        )
+
+    def assert_answered(self, frontend: str, port: int) -> None:
+        result = self.reply()
+        ip = ip_of(result.packet)
+        assert (ip.src, ip.payload.sport) == (frontend, port)
+        assert (ip.dst, ip.payload.dport) == (self.family.client, self.port)
+        assert with_right_checksums(result.packet) == result.bytes

@@ -5,24 +5,27 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scapy.compat import raw
 from scapy.layers.inet import TCP
-from scapy.packet import Packet, Raw
+from scapy.packet import Raw
 
 from ebpfproxy.datapath.abi.flow_layout import NatFlags, Seen
-from ebpfproxy.datapath.abi.node_layout import PacketEvent
+from ebpfproxy.datapath.abi.layout import U32
+from ebpfproxy.datapath.abi.node_layout import DeviceFlags, PacketEvent, unpack_device
 from ebpfproxy.datapath.kernel.maps import MapSet
+from tests.lab.waiting import until
 from tests.packets.dsr_packets import (
+    CLUSTER_IP,
     HERE,
     NODE_PORTS,
     NS,
     PROTOCOLS,
     RANGED,
+    Told,
     aged,
     count,
     dsr_cluster,
@@ -47,6 +50,8 @@ from tests.packets.wire import (
 
 pytestmark = pytest.mark.root
 
+LOOPBACK, MULTICAST = {4: "127.0.0.1", 6: "::1"}, {4: "224.0.0.1", 6: "ff02::1"}
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[PacketCluster]:
@@ -57,55 +62,6 @@ def cluster() -> Iterator[PacketCluster]:
 @pytest.fixture(params=PROTOCOLS)
 def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Told:
-    """What another node sends for a flow of a client outside to the backend on this node."""
-
-    def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> None:
-        self.wire, self.family, self.protocol, self.port = wire, family, protocol, port
-        self.frontend, (self.frontend_port, _, self.target) = HERE[family.version], PORTS[protocol]
-
-    def inner(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
-        return transport(self.protocol, self.port, self.target, flags, **fields) / Raw(payload)
-
-    def plain(self, flags: str = "S", payload: bytes = b"", **fields: Any) -> Packet:
-        return self.family.ip(self.family.client, self.family.local_pod) / self.inner(
-            flags, payload, **fields
-        )
-
-    def packet(
-        self,
-        content: bytes | None = None,
-        flags: str = "S",
-        payload: bytes = b"x",
-        device: str = "eth0",
-        **fields: Any,
-    ) -> Packet:
-        if content is None:
-            content = option(self.family, self.frontend, self.frontend_port)
-        inner = self.inner(flags, payload, **fields)
-        return with_option(self.wire, self.family, self.family.local_pod, content, inner, device)
-
-    def reply(self, flags: str = "SA", **fields: Any) -> Any:
-        inner = transport(self.protocol, self.target, self.port, flags, **fields) / Raw(b"reply")
-        packet = self.family.ip(self.family.local_pod, self.family.client) / inner
-        return self.wire.egress(packet, iif="p1")
-
-    @property
-    def keys(self) -> tuple[bytes, bytes]:
-        client, pod = self.family.client, self.family.local_pod
-        return (
-            key(client, self.frontend, self.port, self.frontend_port, self.protocol),
-            key(pod, client, self.target, self.port, self.protocol, egress=True),
-        )
-
-    def assert_answered(self, frontend: str, port: int) -> None:
-        result = self.reply()
-        ip = ip_of(result.packet)
-        assert (ip.src, ip.payload.sport) == (frontend, port)
-        assert (ip.dst, ip.payload.dport) == (self.family.client, self.port)
-        assert with_right_checksums(result.packet) == result.bytes
 
 
 @pytest.fixture
@@ -169,7 +125,35 @@ def test_connection_ends_with_both_fins(
     wire.egress(answer, iif="p1")
     original = entry_of(tables, flow.keys[0])
     assert original is not None and original.seen & Seen.FIN and original.seen & Seen.REPLY_FIN
-    assert ip_of(wire.ingress(flow.plain("S", seq=9000)).packet).payload.sport != port
+    later = (
+        flow.plain("S", seq=9000),
+        flow.plain("A", seq=9001, ack=1),
+        flow.plain("PA", b"x", seq=9001, ack=1),
+    )
+    ports = {ip_of(wire.ingress(packet).packet).payload.sport for packet in later}
+    assert len(ports) == 1 and port not in ports
+    wire.ingress(flow.packet(seq=20000, payload=b""))
+    packet = flow.plain("A", seq=20001, ack=1)
+    assert raw(ip_of(wire.ingress(packet).packet)) == with_right_checksums(packet), "told of again"
+
+
+def test_masquerade_of_a_former_connection_with_the_backend_is_over(
+    wire: Wire, family: FamilyAddresses, port: int
+) -> None:
+    """It was through a frontend that this node masquerades clients of, and would change what leaves for the pod."""
+    flow = Told(wire, family, "TCP", port)
+    frontend, frontend_port = CLUSTER_IP[family.version], flow.frontend_port
+    former = [
+        family.ip(family.client, frontend) / transport("TCP", port, frontend_port, flags, seq=seq)
+        for flags, seq in (("S", 100), ("R", 101))
+    ]
+    masked = wire.egress(ip_of(wire.ingress(former[0]).packet), "p1", iif="eth0")
+    assert ip_of(masked.packet).src != family.client
+    wire.ingress(former[1])
+    assert wire.ingress(flow.packet(seq=5000, payload=b"")).verdict == PASS
+    packet = flow.plain("S", seq=5000)
+    assert raw(ip_of(wire.egress(packet, "p1", iif="eth0").packet)) == with_right_checksums(packet)
+    flow.assert_answered(flow.frontend, flow.frontend_port)
 
 
 def test_lost_entry_is_inserted_by_the_next_datagram_that_tells(
@@ -211,7 +195,15 @@ def test_segment_that_opens_no_connection_inserts_nothing(
     assert [entry_of(tables, packed) for packed in flow.keys] == [None, None]
 
 
-WRONG = ("unknown address", "unknown port", "cluster IP", "policy Local", "another node's cluster IP port")
+WRONG = (
+    "unknown address",
+    "unknown port",
+    "cluster IP",
+    "policy Local",
+    "another node's cluster IP port",
+    "NodePort of a loopback address",
+    "NodePort of a multicast address",
+)
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -223,6 +215,8 @@ def test_frontends_that_no_service_has_outside_are_refused(told_of: Told, tables
         "cluster IP": (family.web, port),
         "policy Local": (family.local_balancer, port),
         "another node's cluster IP port": (family.node_b, port),
+        "NodePort of a loopback address": (LOOPBACK[family.version], NODE_PORTS[told_of.protocol]),
+        "NodePort of a multicast address": (MULTICAST[family.version], NODE_PORTS[told_of.protocol]),
     }[what]
     before = count(tables, PacketEvent.DSR)
     assert told_of.wire.ingress(told_of.packet(option(family, address, number))).verdict == DROP
@@ -248,6 +242,38 @@ def test_option_from_a_pod_of_this_node_is_refused(told_of: Told) -> None:
         assert wire.ingress(packet, "p2").verdict == DROP
     assert wire.ingress(told_of.packet()).verdict == PASS
     assert wire.ingress(told_of.packet(device="p2"), "p2").verdict == DROP
+
+
+def test_option_through_a_tunnel_is_refused(cluster: PacketCluster, told_of: Told, tables: MapSet) -> None:
+    """Nodes send none there, but a pod can send to the tunnel's end."""
+    wire, node = told_of.wire, cluster.node
+    node.run(["ip", "link", "add", "vx0", "up", "type", "vxlan", "id", "7", "dstport", "4799", "dev", "eth0"])
+    try:
+        shown = node.run(["ip", "-o", "link", "show", "vx0"])
+        number, mac = int(shown.split(":")[0]), shown.split("link/ether ")[1][:17]
+        until(lambda: _is_tunnel(tables, number), "not known as a tunnel")
+        wire.devices["vx0"] = number, mac
+        before = count(tables, PacketEvent.DSR)
+        assert wire.ingress(told_of.packet(device="vx0"), "vx0").verdict == DROP
+        assert count(tables, PacketEvent.DSR) == before + 1
+        assert entry_of(tables, told_of.keys[1]) is None
+    finally:
+        node.run(["ip", "link", "delete", "vx0"])
+        until(lambda: not _is_tunnel(tables, number), "still there")
+
+
+def _is_tunnel(tables: MapSet, number: int) -> bool:
+    value = tables["devices"].lookup(U32.pack(number))
+    return value is not None and bool(unpack_device(value).flags & DeviceFlags.TUNNEL)
+
+
+def test_option_that_cannot_be_taken_away_stays(wire: Wire, family: FamilyAddresses, port: int) -> None:
+    """The kernel may refuse it for what it has merged of several datagrams. The backend's kernel skips it."""
+    flow = Told(wire, family, "UDP", port)
+    packet = flow.packet(payload=bytes(1000))
+    result = wire.send_bytes("from_device", "eth0", raw(packet), gso_size=500)
+    assert (result.verdict, result.bytes) == (PASS, raw(packet))
+    flow.assert_answered(flow.frontend, flow.frontend_port)
 
 
 def test_option_does_not_bypass_source_ranges(told_of: Told, tables: MapSet) -> None:

@@ -298,7 +298,10 @@ def test_flows_end_after_their_time_although_no_reply_was_seen(
 def test_error_about_a_reply_goes_on_to_the_backend(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
-    """Routers between backend and client send it to the frontend, as the source of the reply."""
+    """Routers between backend and client send it to the frontend, as the source of the reply.
+
+    It goes on from the hook, as the flow's packets do: netfilter has seen none of them.
+    """
     flow = Request(wire, family, protocol, port)
     flow.send()
     reply = family.ip(family.web_balancer, family.client) / transport(
@@ -308,7 +311,7 @@ def test_error_about_a_reply_goes_on_to_the_backend(
     result = wire.ingress(too_big(family, family.web_balancer, quoted))
     ip = ip_of(result.packet)
     inner = (IP if family.version == 4 else IPv6)(raw(ip.payload)[8:])
-    assert (result.verdict, ip.dst) == (PASS, family.remote_pod)
+    assert (result.verdict, ip.dst) == (REDIRECT, family.remote_pod)
     assert (inner.src, inner.dst) == (family.remote_pod, family.client)
 
 

@@ -56,6 +56,7 @@ class PreparedRun:
         repeat: int = 1,
         *,
         is_xdp: bool = False,
+        gso_size: int = 0,
     ) -> None:
         self._program = program
         if is_xdp:
@@ -64,6 +65,7 @@ class PreparedRun:
         else:
             self._context = ct.create_string_buffer(192)  # struct __sk_buff
             struct.pack_into("=II", self._context, 36, ingress_ifindex, ifindex)
+            struct.pack_into("=I", self._context, 176, gso_size)
         self._out = ct.create_string_buffer(len(data) + _ROOM)
         self._source = ct.create_string_buffer(data, len(data))
         self._options = ProgRunOpts(
@@ -106,10 +108,10 @@ def run_xdp(program: int, data: bytes, ifindex: int) -> tuple[int, bytes]:
 
 
 def run_program(
-    program: int, data: bytes, ifindex: int, ingress_ifindex: int = 0, repeat: int = 1
+    program: int, data: bytes, ifindex: int, ingress_ifindex: int = 0, repeat: int = 1, gso_size: int = 0
 ) -> tuple[int, bytes, int]:
     """Returns verdict, packet, and nanoseconds per run. ``ifindex`` is valid in this thread's namespace."""
-    run = PreparedRun(program, data, ifindex, ingress_ifindex, repeat)
+    run = PreparedRun(program, data, ifindex, ingress_ifindex, repeat, gso_size=gso_size)
     verdict = run()
     return verdict, run.packet, run.nanoseconds
 
@@ -148,12 +150,17 @@ class Wire:
     def mac(self, device: str) -> str:
         return self.devices[device][1]
 
-    def send_bytes(self, program: str, device: str, data: bytes, *, iif: str = "") -> Result:
-        """``iif``: the ingress device of a forwarded packet; empty for one of a process of the host."""
+    def send_bytes(
+        self, program: str, device: str, data: bytes, *, iif: str = "", gso_size: int = 0
+    ) -> Result:
+        """``iif``: the ingress device of a forwarded packet; empty for one of a process of the host.
+
+        With ``gso_size`` it is one that the kernel has merged of several with so many bytes each.
+        """
         ifindex = self.devices[device][0]
         ingress = self.devices[iif][0] if iif else 0
         fd = self._program(program)
-        verdict, out, _ = self._thread.submit(run_program, fd, data, ifindex, ingress).result()
+        verdict, out, _ = self._thread.submit(run_program, fd, data, ifindex, ingress, 1, gso_size).result()
         return Result(verdict, out)
 
     def send(self, program: str, device: str, packet: Packet, *, iif: str = "") -> Result:

@@ -113,7 +113,10 @@ class MapMigration:
         for entry in starmap(Entry, old["conntrack"].changed(NAT_STATE, self._flows[number], now)):
             value = entry.value
             if entry.use != NO_USE:
-                service, backend = services.get(entry.use.service_id), backends.get(entry.use.backend_id)
+                service = services.get(entry.use.service_id)
+                # Flows whose frontend another node has told of have a Service, but no backend.
+                is_told = entry.use.backend_id == NO_USE.backend_id
+                backend = NO_USE.backend_id if is_told else backends.get(entry.use.backend_id)
                 if service is None or backend is None:
                     continue
                 use = BackendUse(service, backend)

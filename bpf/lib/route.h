@@ -72,9 +72,8 @@ static __always_inline int send_to_neighbour(struct __sk_buff *skb,
 
 /*
  * Says if a lookup that found @way ended at a throw route of IPv6: the kernel itself goes on with
- * the next rule there, its helper does not (fib6_rule_action_alt() in net/ipv6/fib6_rules.c). Sets
- * @fib as those rules do that do not name the device where the packet came in, which such tables
- * are for.
+ * the next rule there, its helper does not (fib6_rule_action_alt() of the kernel). Sets @fib as
+ * those rules do that do not name the device where the packet came in, which such tables are for.
  */
 static __always_inline bool is_thrown(struct __sk_buff *skb, const struct inet_addr *from,
 				      const struct inet_addr *to, enum fib_result way,

@@ -41,7 +41,7 @@ class RecordPrograms:
         return self._run("restore_socket", origins)
 
     def cache(self, frontends: Iterable[tuple[bytes, int]]) -> None:
-        """Caches frontends, given as ``frontend_cache.frontends_to_cache`` returns them."""
+        """Caches frontends, given as ``services.frontend_cache.frontends_to_cache()`` returns them."""
         for packet, count in frontends:
             # Signals end runs early. What is cached already is passed over the second time.
             while True:

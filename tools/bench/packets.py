@@ -46,7 +46,7 @@ class Connection(NamedTuple):
     """``outer``: the device on the client's side; ``inner``: on the backend's.
 
     ``repeat``: how often the kernel runs a program at each call. Each run begins with what the last one made of the
-    packet, so that a packet that is translated needs a call for each.
+    packet, so that a packet that is translated needs a call for each. ``port``: the client's.
     """
 
     client: str
@@ -54,11 +54,12 @@ class Connection(NamedTuple):
     outer: Device
     inner: Device
     repeat: int
+    port: int = _CLIENT_PORT
 
     def _request(self, flags: str, payload: bytes = b"") -> bytes:
         host, port = self.frontend
         ip = (IPv6 if ":" in host else IP)(src=self.client, dst=host)
-        tcp = TCP(sport=_CLIENT_PORT, dport=port, flags=flags, seq=1000, ack=2000)
+        tcp = TCP(sport=self.port, dport=port, flags=flags, seq=1000, ack=2000)
         return bytes(raw(Ether(dst=self.outer.mac, src="02:00:00:00:00:99") / ip / tcp / Raw(payload)))
 
     def _response(self, seen: bytes, flags: str) -> bytes:
@@ -141,10 +142,12 @@ class ShortConnections(NamedTuple):
 
     def pass_through(self, programs: Mapping[str, int], batches: int) -> Iterator[None]:
         """A batch is BATCH connections; stops as an Operation does."""
-        opening = self._passages(programs, "S", "SA")
-        acknowledgement, _ = self._passages(programs, "A", "A")
-        closing = self._passages(programs, "FA", "FA")
-        first = random.randrange(1024, 65536 - batches * BATCH)
+        first = random.randrange(1025, 65536 - batches * BATCH)
+        # The flow that lasts has a port of its own: a SYN would make it one that has just begun.
+        through = self.through._replace(port=first - 1)
+        opening = self._passages(through, programs, "S", "SA")
+        acknowledgement, _ = self._passages(through, programs, "A", "A")
+        closing = self._passages(through, programs, "FA", "FA")
         for batch in range(batches):
             yield
             for i in range(BATCH):
@@ -157,9 +160,10 @@ class ShortConnections(NamedTuple):
                 acknowledgement(client)
             yield
 
-    def _passages(self, programs: Mapping[str, int], *flags: str) -> tuple[Passage, Passage]:
-        arrives, leaves, returns, departs = self.through.round_trip(programs, flags, b"")
-        source_at = 54 if ":" in self.through.client else 34
+    @staticmethod
+    def _passages(through: Connection, programs: Mapping[str, int], *flags: str) -> tuple[Passage, Passage]:
+        arrives, leaves, returns, departs = through.round_trip(programs, flags, b"")
+        source_at = 54 if ":" in through.client else 34
         return Passage(arrives, leaves, source_at), Passage(returns, departs, source_at + 2)
 
 

@@ -156,7 +156,7 @@ static __always_inline int translate(struct __sk_buff *skb, const struct packet 
 	if (forwards && p->hops <= 1)
 		return drop(EVENT_HOPS);
 	if (rewrite(skb, p, nat, forwards) ||
-	    (DSR_SENDS && stage == STAGE_INGRESS && tell_frontend(skb, p, nat)))
+	    (DSR_SENDS && stage == STAGE_INGRESS && add_due_dsr_option(skb, p, nat)))
 		return drop(EVENT_REWRITE);
 	/* The original direction of a host's flow needs the route of its new destination. */
 	if (forwards || (nat->flags & (NAT_HOST | NAT_REPLY)) == NAT_HOST)
@@ -208,8 +208,8 @@ static __always_inline int finish(struct __sk_buff *skb, struct packet *p, int v
 		*kept = verdict;
 		if (verdict == NOT_INSERTED)
 			*kept = insert_anyway(p);
-		if (DSR_ACCEPTS && stage == STAGE_INGRESS && verdict == TOLD)
-			*kept = receive_told(skb, p);
+		if (DSR_ACCEPTS && stage == STAGE_INGRESS && verdict == DSR_RECEIVED)
+			*kept = receive_dsr(skb, p);
 		/* A tag with a priority alone would be on what is sent on from here. */
 		if (!AT_LOOPBACK && skb->vlan_present)
 			bpf_skb_vlan_pop(skb);
@@ -240,8 +240,8 @@ static __always_inline int handle_ingress(struct __sk_buff *skb, struct packet *
 		return translate_error(skb, p);
 	if (parsed != PARSE_WHOLE && parsed != PARSE_LATER_FRAG)
 		return handle_without_ports(skb, p, parsed);
-	if (DSR_ACCEPTS && is_told(skb, p))
-		return TOLD;
+	if (DSR_ACCEPTS && concerns_dsr(skb, p))
+		return DSR_RECEIVED;
 	if (flow_of_interest(&p->flow.src, &p->flow.dst))
 		nat = conntrack_of(p);
 	if (nat && !opens_anew(skb, p, nat, &verdict))

@@ -52,7 +52,7 @@ static __always_inline struct nat *forwarded_flow(const struct packet *p)
 	if (!in_map || !(nat->flags & NAT_BYPASS) || flow_verdict_of(p, in_map) != FLOW_FORWARD)
 		return NULL;
 	/* An option is added at tc. */
-	if (DSR_SENDS && tells_frontend(p, nat, coarse_now(scratch_of(p))))
+	if (DSR_SENDS && needs_dsr_option(p, nat, coarse_now(scratch_of(p))))
 		return NULL;
 	return in_map;
 }

@@ -31,6 +31,7 @@
 #define TC_ACT_SHOT	 2
 #define TC_ACT_UNSPEC	 (-1) /* the next program's turn; TCX_NEXT is the same */
 
+#define ENOENT	     2
 #define EEXIST	     17
 #define EADDRINUSE   98
 #define ECONNREFUSED 111

@@ -183,16 +183,17 @@ static __always_inline enum insert conntrack_add(struct scratch *s)
  */
 static __always_inline enum insert conntrack_put(struct scratch *s, bool known)
 {
-	enum insert done;
+	enum insert done = INSERT_DONE;
+	long error = -ENOENT;
 
 	s->nat.check = check_of(&s->key, &s->nat);
-	if (!known || bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_EXIST)) {
-		done = conntrack_add(s);
-		if (done != INSERT_DONE)
-			return done;
-	}
-	flow_cache_clear(&s->key, coarse_now(s));
-	return INSERT_DONE;
+	if (known)
+		error = bpf_map_update_elem(MAP(conntrack), &s->key, &s->nat, BPF_EXIST);
+	if (error)
+		done = error == -ENOENT ? conntrack_add(s) : INSERT_FULL;
+	if (done == INSERT_DONE)
+		flow_cache_clear(&s->key, coarse_now(s));
+	return done;
 }
 
 /*
@@ -233,11 +234,17 @@ static __always_inline void conntrack_end(struct nat *nat, const struct nat *cop
 		load_end_flow(copy->backend_id);
 }
 
-/* Deletes an entry. */
-static __always_inline void conntrack_delete(const struct flow *flow)
+/* Takes back an entry that was never used. */
+static __always_inline void conntrack_take_back(const struct flow *flow)
 {
 	if (!map_delete(conntrack, flow))
 		count(EVENT_FLOWS_ENDED);
+}
+
+/* Deletes an entry. */
+static __always_inline void conntrack_delete(const struct flow *flow)
+{
+	conntrack_take_back(flow);
 	flow_cache_clear(flow, bpf_ktime_get_coarse_ns());
 }
 

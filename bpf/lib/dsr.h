@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Direct server return: the backend's node answers a client outside the cluster itself, with the
- * frontend's address. Requests keep the client's address; the first of a flow tells the backend's
- * node about the frontend by an option (dsr_option.h). A client c reaches backend b through
+ * frontend's address. Requests keep the client's address; the first of a flow carries the frontend
+ * to the backend's node in an option (dsr_option.h). A client c reaches backend b through
  * frontend f (conntrack.h has the other kinds of entries):
  *
  *	               key                  becomes
@@ -17,7 +17,7 @@
  *
  * Nobody can tell who has sent an option: the packet has the client's address. So one is believed
  * if it could be right: it comes from no pod of this node and through no tunnel, is for a backend
- *on this node, and names a frontend that Services have for clients outside. That of a NodePort has
+ * on this node, and names a frontend that Services have for clients outside. That of a NodePort has
  * any address but a loopback, multicast or unspecified one, as no program knows the addresses of
  * other nodes. A wrong one makes a backend's replies to the address and port that the packet came
  * from have such a frontend's address, also those of a connection that the client has opened to the
@@ -35,9 +35,9 @@
 #include "frontend.h"
 #include "masquerade.h"
 
-/* Verdicts of open_told(): the packet follows its flow, or goes to the backend as it is. */
-#define FOLLOW_TOLD  0xfc
-#define STRIP_OPTION 0xfb
+/* Verdicts of open_dsr_flow(): the packet follows its flow, or goes to the backend as it is. */
+#define DSR_FOLLOW	 0xfc
+#define DSR_STRIP_OPTION 0xfb
 
 /* Says what becomes of a flow that would be masqueraded. */
 enum dsr_way {
@@ -106,24 +106,24 @@ static __always_inline enum dsr_way dsr_way_of(struct __sk_buff *skb, struct scr
 static __always_inline void start_dsr(struct scratch *s, const struct packet *p)
 {
 	s->nat.flags = NAT_BYPASS | NAT_DSR;
-	/* Nothing tells if datagrams are answered. */
+	/* Nothing shows if datagrams are answered. */
 	if (p->proto == IPPROTO_UDP)
 		s->nat.seen = SEEN_REPLY;
 }
 
 /*
- * Adds the option to a packet that has been rewritten by @nat, if it is one that tells of the
- * frontend, and if it fits. One that does not goes without, and takes its turn: the next turn is a
- * second later, and a flow all of whose packets are that large never tells again. Returns 0 unless
- * that fails.
+ * Adds the option to a packet that has been rewritten by @nat, if it is one that needs
+ * it, and if it fits. One that does not goes without, and takes its turn: the next turn is a second
+ * later, and a flow all of whose packets are that large never has the option again. Returns 0
+ * unless that fails.
  */
-static __always_inline int tell_frontend(struct __sk_buff *skb, const struct packet *p,
-					 const struct nat *nat)
+static __always_inline int add_due_dsr_option(struct __sk_buff *skb, const struct packet *p,
+					      const struct nat *nat)
 {
 	u32 ifindex = ifindex_of(skb);
 	const struct device *device;
 
-	if (!tells_frontend(p, nat, coarse_now(scratch_of(p))) || !has_room_for_option(p) ||
+	if (!needs_dsr_option(p, nat, coarse_now(scratch_of(p))) || !has_room_for_option(p) ||
 	    skb->gso_size)
 		return 0;
 	device = map_lookup(devices, &ifindex);
@@ -165,9 +165,9 @@ static __always_inline bool is_for_this_node(struct __sk_buff *skb, const struct
 
 /*
  * Finds the Service whose frontend another node may have received a packet at: a NodePort may be
- * that of any address. Returns NULL where no such node would have told.
+ * that of any address. Returns NULL where no such node would have sent the option.
  */
-static __always_inline struct service *told_service(const struct target *to)
+static __always_inline struct service *dsr_service(const struct target *to)
 {
 	struct service *svc = service_by_address(to, SCOPE_INTERNAL);
 
@@ -190,12 +190,13 @@ static __always_inline void forget_source(struct scratch *s, const struct flow *
 }
 
 /*
- * Inserts the pair of a flow whose frontend has been told, @to: the same as if the client's packet
- * had come in here. Only the node that has chosen the backend counts the flow for it. @known says
- * that the reply's key has an entry.
+ * Inserts the pair of a flow with the frontend of the option, @to: the same as if the client's
+ * packet had come in here. Only the node that has chosen the backend counts the flow for it. @known
+ * says that the reply's key has an entry.
  */
-static __always_inline enum insert insert_told(struct scratch *s, const struct packet *p,
-					       const struct target *to, u32 service_id, bool known)
+static __always_inline enum insert insert_dsr_backend(struct scratch *s, const struct packet *p,
+						      const struct target *to, u32 service_id,
+						      bool known)
 {
 	const u64 *epoch = map_lookup(epochs, &service_id);
 	/* No flow is ended meanwhile. */
@@ -234,7 +235,7 @@ static __always_inline enum insert insert_told(struct scratch *s, const struct p
 	invert_entry(s, flow);
 	done = insert_original(s, false);
 	if (done != INSERT_DONE)
-		map_delete(conntrack, flow);
+		conntrack_take_back(flow);
 	return done;
 }
 
@@ -242,10 +243,10 @@ static __always_inline enum insert insert_told(struct scratch *s, const struct p
  * Decides about a packet with the option. @known: its reply's key has an entry, of which @s->other
  * is a copy.
  */
-static __always_inline int open_told(struct __sk_buff *skb, struct packet *p, bool known)
+static __always_inline int open_dsr_flow(struct __sk_buff *skb, struct packet *p, bool known)
 {
 	struct scratch *s = scratch_of(p);
-	const struct target to = { s->told.addr, s->told.port, service_protocol(p->proto) };
+	const struct target to = { s->dsr.addr, s->dsr.port, service_protocol(p->proto) };
 	const struct nat *reply = &s->other;
 	const bool lives = known && !is_closed(reply);
 	struct service *svc;
@@ -257,10 +258,10 @@ static __always_inline int open_told(struct __sk_buff *skb, struct packet *p, bo
 		return pass(EVENT_MARTIAN);
 	if (lives && reply->flags & NAT_DSR_BACKEND && reply->sport == to.port &&
 	    addr_equal(&reply->src, &to.addr))
-		return FOLLOW_TOLD;
+		return DSR_FOLLOW;
 	if (!is_for_this_node(skb, p))
 		return PASS;
-	svc = is_martian(&to.addr) ? NULL : told_service(&to);
+	svc = is_martian(&to.addr) ? NULL : dsr_service(&to);
 	if (!svc || !may_be_backend(&p->flow.dst, p->flow.dport))
 		return drop(EVENT_DSR);
 	s->service = *svc;
@@ -272,13 +273,14 @@ static __always_inline int open_told(struct __sk_buff *skb, struct packet *p, bo
 	 */
 	if (!can_open_flow(skb, p) ||
 	    (lives && (p->proto == IPPROTO_TCP || !(reply->flags & NAT_DSR_BACKEND))))
-		return STRIP_OPTION;
-	return insert_told(s, p, &to, s->service.id, known) == INSERT_DONE ? STRIP_OPTION
-									   : drop(EVENT_TABLE_FULL);
+		return DSR_STRIP_OPTION;
+	return insert_dsr_backend(s, p, &to, s->service.id, known) == INSERT_DONE
+		       ? DSR_STRIP_OPTION
+		       : drop(EVENT_TABLE_FULL);
 }
 
-/* Handles what is_told() has found. The verifier walks through this once. */
-static __always_inline int receive_told(struct __sk_buff *skb, struct packet *p)
+/* Handles what concerns_dsr() has found. The verifier walks through this once. */
+static __always_inline int receive_dsr(struct __sk_buff *skb, struct packet *p)
 {
 	const struct flow key = reverse_of(&p->flow, STAGE_EGRESS);
 	struct scratch *s = scratch_of(p);
@@ -286,38 +288,36 @@ static __always_inline int receive_told(struct __sk_buff *skb, struct packet *p)
 	volatile int *kept = &s->verdict;
 	struct nat *nat;
 
-	*kept = s->told.is_told ? open_told(skb, p, known) : FOLLOW_TOLD;
-	if (*kept != FOLLOW_TOLD && *kept != STRIP_OPTION)
+	*kept = s->dsr.has_option ? open_dsr_flow(skb, p, known) : DSR_FOLLOW;
+	if (*kept != DSR_FOLLOW && *kept != DSR_STRIP_OPTION)
 		return *kept;
 	/* The entry may just have been evicted. */
-	if (*kept == FOLLOW_TOLD && known && s->other.flags & NAT_DSR_BACKEND) {
+	if (*kept == DSR_FOLLOW && known && s->other.flags & NAT_DSR_BACKEND) {
 		p->flow.dst = s->other.src;
 		p->flow.dport = s->other.sport;
 		nat = conntrack_of(p);
 		if (nat)
 			conntrack_track(p, nat, &s->entry, true);
 	}
-	if (s->told.is_told && !p->is_fragment && remove_dsr_option(skb, p))
+	if (s->dsr.has_option && !p->is_fragment && remove_dsr_option(skb, p))
 		return drop(EVENT_REWRITE);
 	return PASS;
 }
 
-/*
- * Says if a packet that comes in is of a flow whose frontend another node has told, or tells now.
- */
-static __always_inline bool is_told(struct __sk_buff *skb, struct packet *p)
+/* Says if a packet that comes in has the option, or is of a flow whose first packet had it. */
+static __always_inline bool concerns_dsr(struct __sk_buff *skb, struct packet *p)
 {
 	const struct flow key = reverse_of(&p->flow, STAGE_EGRESS);
 	struct scratch *s = scratch_of(p);
 	const struct nat *reply;
 
-	s->told.is_told = (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
-			  !p->is_later_fragment &&
-			  read_dsr_option(skb, p, &s->told.addr, &s->told.port) &&
-			  addr_is_v4(&s->told.addr) == p->is_v4;
+	s->dsr.has_option = (p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP) &&
+			    !p->is_later_fragment &&
+			    read_dsr_option(skb, p, &s->dsr.addr, &s->dsr.port) &&
+			    addr_is_v4(&s->dsr.addr) == p->is_v4;
 	/* The verifier forgets how that was found out. */
 	asm volatile("" ::: "memory");
-	if (s->told.is_told)
+	if (s->dsr.has_option)
 		return true;
 	reply = flow_of_interest(&key.src, &key.dst) ? conntrack_lookup(&key) : NULL;
 	if (!reply || !(reply->flags & NAT_DSR_BACKEND))

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The option that tells the backend's node about the frontend: an IPv4 option, or an IPv6
- * destination option, with the frontend's address and port. The format is that of Cilium's DSR
- * (loadBalancer.dsrDispatch=opt), which captures and firewalls may know.
+ * The option that carries the frontend's address and port to the backend's node: an IPv4 option, or
+ * an IPv6 destination option. Type, length and layout are those of Cilium's DSR
+ * (loadBalancer.dsrDispatch=opt), which captures and firewalls may know. Port and address are in
+ * network byte order here.
  */
 #ifndef EBPFPROXY_DSR_OPTION_H
 #define EBPFPROXY_DSR_OPTION_H

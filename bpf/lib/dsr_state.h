@@ -18,11 +18,11 @@ static __always_inline bool is_dsr_original(const struct nat *nat)
 }
 
 /*
- * Says if a packet tells the backend's node about the frontend: each SYN, each datagram of a flow's
+ * Says if a packet needs the option with the frontend: each SYN, each datagram of a flow's
  * first second, and then one in a second, so that a node that has lost its entry gets it back.
  * @nat is the entry as it was before the packet.
  */
-static __always_inline bool tells_frontend(const struct packet *p, const struct nat *nat, u64 now)
+static __always_inline bool needs_dsr_option(const struct packet *p, const struct nat *nat, u64 now)
 {
 	if (!is_dsr_original(nat))
 		return false;
@@ -32,7 +32,7 @@ static __always_inline bool tells_frontend(const struct packet *p, const struct 
 	       (s64)(now - nat->last) > (s64)NSEC_PER_SEC;
 }
 
-/* Says if a segment acknowledges what the backend has sent, as no other packet tells here. */
+/* Says if a segment acknowledges what the backend has sent, as no other packet shows here. */
 static __always_inline bool is_dsr_confirmation(const struct packet *p, const struct nat *nat)
 {
 	return is_dsr_original(nat) && !(nat->seen & SEEN_REPLY) &&
@@ -40,7 +40,7 @@ static __always_inline bool is_dsr_confirmation(const struct packet *p, const st
 }
 
 /*
- * Returns what is taken for seen of both directions: nothing tells of the backend's FIN, so the
+ * Returns what is taken for seen of both directions: nothing shows the backend's FIN, so the
  * client's closes the flow. What follows is still forwarded.
  */
 static __always_inline u8 dsr_seen(const struct nat *nat, u8 seen)

@@ -172,7 +172,7 @@ static __always_inline enum insert insert_by_early_drop(struct scratch *s)
 	invert_entry(s, reply);
 	done = conntrack_put(s, conntrack_lookup(&s->key));
 	if (done != INSERT_DONE)
-		map_delete(conntrack, reply);
+		conntrack_take_back(reply);
 	return done;
 }
 

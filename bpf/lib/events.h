@@ -39,8 +39,8 @@ enum event {
 #define TRANSLATE 0xff
 /* A new flow's entries could not be inserted: finish() tries once more, or drops the packet. */
 #define NOT_INSERTED 0xfe
-/* Another node has told, or tells, of the packet's frontend: finish() handles that (lib/dsr.h). */
-#define TOLD 0xfd
+/* The packet is of a flow with DSR from another node: finish() handles that (lib/dsr.h). */
+#define DSR_RECEIVED 0xfd
 
 static __always_inline void count(enum event event)
 {

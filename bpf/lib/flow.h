@@ -144,7 +144,7 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	/* Another CPU may have inserted the pair, for another packet of the flow. */
 	others = conntrack_lookup(&s->key);
 	if (!others || !is_reverse(others, &reply))
-		map_delete(conntrack, &reply);
+		conntrack_take_back(&reply);
 	return done;
 }
 

@@ -28,7 +28,7 @@ struct flow {
 #define NAT_OWN	   (1 << 4) /* of no Service: nothing is translated */
 #define NAT_BOUND  (1 << 5) /* the client, of this host, is bound to the loopback device */
 #define NAT_DSR	   (1 << 6) /* replies do not pass this node, see lib/dsr.h; NAT_BYPASS, too */
-/* Another node told of the frontend: the original direction comes in translated. */
+/* The option of DSR had the frontend: the original direction comes in translated. */
 #define NAT_DSR_BACKEND (1 << 7)
 
 /*

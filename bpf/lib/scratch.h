@@ -40,8 +40,8 @@ struct scratch {
 	struct {
 		struct inet_addr addr;
 		__be16 port;
-		u16 is_told;
-	} told;	       /* see receive_told() */
+		u16 has_option;
+	} dsr;	       /* see receive_dsr() */
 	u32 has_entry; /* the packet's flow has @entry: see conntrack_of() */
 	u64 tick;      /* see coarse_now() */
 	u64 now;

@@ -21,6 +21,9 @@ static __always_inline bool is_stale(const struct flow *flow, const struct nat *
 	/* Nothing has left the Service since. Most packets need no more than this. */
 	if (!opens && nat->epoch == (u16)epoch)
 		return false;
+	/* The client's own packets come to this node now: another one has chosen the backend. */
+	if (DSR_ACCEPTS && nat->flags & NAT_DSR_BACKEND)
+		return false;
 	backend = backend_known(nat->backend_id, &nat->dst, nat->dport,
 				service_protocol(flow->proto));
 	if (!backend)

@@ -186,16 +186,16 @@ def test_what_programs_for_the_new_maps_write_while_flows_are_read_stays(
     assert flows.copied() == (client, expected, 50)
 
 
-def test_flow_whose_frontend_another_node_has_told_of_has_no_backend_in_either(flows: _Flows) -> None:
+def test_flow_of_dsr_at_the_backends_node_has_no_backend_in_either(flows: _Flows) -> None:
     """Its connection ended if its entries were not copied: the backend's node answers it (DSR)."""
     to_pod = flow_layout.pack_flow(Flow(CLIENT, bytes((203, 0, 113, 10)), 2000, 80, Protocol.TCP, False))
     from_pod = flow_layout.pack_flow(Flow(backend(1).address, CLIENT, 80, 2000, Protocol.TCP, True))
-    told, use = NatFlags.DSR_BACKEND, BackendUse(3, flow_layout.NO_USE.backend_id)
+    flags, use = NatFlags.DSR_BACKEND, BackendUse(3, flow_layout.NO_USE.backend_id)
     for key, nat in (
-        (to_pod, Nat(CLIENT, backend(1).address, 2000, 80, *use, told, Seen(0), 10, 10)),
+        (to_pod, Nat(CLIENT, backend(1).address, 2000, 80, *use, flags, Seen(0), 10, 10)),
         (
             from_pod,
-            Nat(bytes((203, 0, 113, 10)), CLIENT, 80, 2000, *use, told | NatFlags.REPLY, Seen.REPLY, 10, 10),
+            Nat(bytes((203, 0, 113, 10)), CLIENT, 80, 2000, *use, flags | NatFlags.REPLY, Seen.REPLY, 10, 10),
         ),
     ):
         flows.old.maps["conntrack"].update(key, flow_layout.pack_nat(key, nat))

@@ -121,7 +121,7 @@ def header_check(header: bytes) -> int:
     return total ^ 0xFFFF
 
 
-def told(packet: Packet) -> bytes:
+def option_in(packet: Packet) -> bytes:
     """The option of a packet, and nothing else that would follow the IP header; empty without one."""
     data: bytes = raw(ip_of(packet))
     if data[0] >> 4 == 4:
@@ -133,7 +133,7 @@ def without_option(packet: Packet) -> Any:
     """The packet's IP and transport headers, parsed as if the option were not there."""
     ip = ip_of(packet)
     data = raw(ip)
-    if not told(packet):
+    if not option_in(packet):
         return ip
     if ip.version == 4:
         rest = data[(data[0] & 15) * 4 :]
@@ -173,7 +173,7 @@ def too_big(family: FamilyAddresses, to: str, quoted: Packet) -> Any:
     return IPv6(src="2001:db8:2::1", dst=to) / ICMPv6PacketTooBig(mtu=1400) / quoted
 
 
-class Told:
+class DsrRequest:
     """What another node sends for a flow of a client outside to the backend on this node."""
 
     def __init__(self, wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> None:

@@ -25,7 +25,7 @@ from tests.packets.dsr_packets import (
     NS,
     PROTOCOLS,
     RANGED,
-    Told,
+    DsrRequest,
     aged,
     count,
     dsr_cluster,
@@ -33,7 +33,7 @@ from tests.packets.dsr_packets import (
     header_check,
     key,
     option,
-    told,
+    option_in,
     too_big,
     transport,
     with_option,
@@ -65,23 +65,23 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def told_of(wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> Told:
-    return Told(wire, family, protocol, port)
+def dsr_request(wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> DsrRequest:
+    return DsrRequest(wire, family, protocol, port)
 
 
-def test_option_is_taken_away_and_the_reply_comes_from_the_frontend(told_of: Told) -> None:
-    result = told_of.wire.ingress(told_of.packet())
+def test_option_is_taken_away_and_the_reply_comes_from_the_frontend(dsr_request: DsrRequest) -> None:
+    result = dsr_request.wire.ingress(dsr_request.packet())
     assert result.verdict == PASS
-    assert raw(ip_of(result.packet)) == with_right_checksums(told_of.plain(payload=b"x"))
-    told_of.assert_answered(told_of.frontend, told_of.frontend_port)
+    assert raw(ip_of(result.packet)) == with_right_checksums(dsr_request.plain(payload=b"x"))
+    dsr_request.assert_answered(dsr_request.frontend, dsr_request.frontend_port)
 
 
 def test_what_one_node_sends_another_one_takes(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
-    flow, frontend_port = Told(wire, family, protocol, port), PORTS[protocol][0]
+    flow, frontend_port = DsrRequest(wire, family, protocol, port), PORTS[protocol][0]
     request = family.ip(family.client, family.web_balancer) / transport(protocol, port, frontend_port)
-    content = told(wire.ingress(request).packet)
+    content = option_in(wire.ingress(request).packet)
     assert content
     assert wire.ingress(flow.packet(content)).verdict == PASS
     flow.assert_answered(family.web_balancer, frontend_port)
@@ -90,31 +90,37 @@ def test_what_one_node_sends_another_one_takes(
 def test_node_port_of_another_node_is_answered_with_its_address(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
-    told_of, node_port = Told(wire, family, protocol, port), NODE_PORTS[protocol]
-    assert wire.ingress(told_of.packet(option(family, family.node_b, node_port))).verdict == PASS
-    told_of.assert_answered(family.node_b, node_port)
+    dsr_request, node_port = DsrRequest(wire, family, protocol, port), NODE_PORTS[protocol]
+    assert wire.ingress(dsr_request.packet(option(family, family.node_b, node_port))).verdict == PASS
+    dsr_request.assert_answered(family.node_b, node_port)
 
 
-def test_packets_without_the_option_keep_the_flow_and_are_unchanged(told_of: Told, tables: MapSet) -> None:
-    told_of.wire.ingress(told_of.packet(seq=10) if told_of.protocol == "TCP" else told_of.packet())
-    told_of.reply()
-    for packed in told_of.keys:
+def test_packets_without_the_option_keep_the_flow_and_are_unchanged(
+    dsr_request: DsrRequest, tables: MapSet
+) -> None:
+    dsr_request.wire.ingress(
+        dsr_request.packet(seq=10) if dsr_request.protocol == "TCP" else dsr_request.packet()
+    )
+    dsr_request.reply()
+    for packed in dsr_request.keys:
         aged(tables, packed, 20)
     before = time.monotonic_ns()
-    packet = told_of.plain("A", b"data", **({"seq": 11, "ack": 1} if told_of.protocol == "TCP" else {}))
-    result = told_of.wire.ingress(packet)
+    packet = dsr_request.plain(
+        "A", b"data", **({"seq": 11, "ack": 1} if dsr_request.protocol == "TCP" else {})
+    )
+    result = dsr_request.wire.ingress(packet)
     assert (result.verdict, raw(ip_of(result.packet))) == (PASS, with_right_checksums(packet))
-    original = entry_of(tables, told_of.keys[0])
+    original = entry_of(tables, dsr_request.keys[0])
     assert original is not None and original.last > before - NS
     assert original.flags == NatFlags.DSR_BACKEND
-    told_of.assert_answered(told_of.frontend, told_of.frontend_port)
+    dsr_request.assert_answered(dsr_request.frontend, dsr_request.frontend_port)
 
 
 def test_connection_ends_with_both_fins(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
     """Then a direct connection from the same port is one of its own."""
-    flow = Told(wire, family, "TCP", port)
+    flow = DsrRequest(wire, family, "TCP", port)
     wire.ingress(flow.packet(seq=99, payload=b""))
     flow.reply("SA", seq=500, ack=100)
     for packet in (flow.plain("A", seq=100, ack=501), flow.plain("FA", seq=100, ack=501)):
@@ -134,14 +140,14 @@ def test_connection_ends_with_both_fins(
     assert len(ports) == 1 and port not in ports
     wire.ingress(flow.packet(seq=20000, payload=b""))
     packet = flow.plain("A", seq=20001, ack=1)
-    assert raw(ip_of(wire.ingress(packet).packet)) == with_right_checksums(packet), "told of again"
+    assert raw(ip_of(wire.ingress(packet).packet)) == with_right_checksums(packet), "inserted again"
 
 
 def test_masquerade_of_a_former_connection_with_the_backend_is_over(
     wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
     """It was through a frontend that this node masquerades clients of, and would change what leaves for the pod."""
-    flow = Told(wire, family, "TCP", port)
+    flow = DsrRequest(wire, family, "TCP", port)
     frontend, frontend_port = CLUSTER_IP[family.version], flow.frontend_port
     former = [
         family.ip(family.client, frontend) / transport("TCP", port, frontend_port, flags, seq=seq)
@@ -156,10 +162,10 @@ def test_masquerade_of_a_former_connection_with_the_backend_is_over(
     flow.assert_answered(flow.frontend, flow.frontend_port)
 
 
-def test_lost_entry_is_inserted_by_the_next_datagram_that_tells(
+def test_lost_entry_is_inserted_by_the_next_datagram_with_the_option(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
-    flow = Told(wire, family, "UDP", port)
+    flow = DsrRequest(wire, family, "UDP", port)
     for _ in range(2):
         wire.ingress(flow.packet())
         flow.assert_answered(flow.frontend, flow.frontend_port)
@@ -170,7 +176,7 @@ def test_lost_entry_is_inserted_by_the_next_datagram_that_tells(
 def test_datagrams_may_come_through_another_frontend_later(
     wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
-    flow = Told(wire, family, "UDP", port)
+    flow = DsrRequest(wire, family, "UDP", port)
     wire.ingress(flow.packet())
     other = option(family, family.node_b, NODE_PORTS["UDP"])
     assert wire.ingress(flow.packet(other)).verdict == PASS
@@ -179,18 +185,18 @@ def test_datagrams_may_come_through_another_frontend_later(
 
 def test_open_connection_keeps_its_frontend(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """Whoever forges an option, or uses a port twice, does not break it."""
-    flow = Told(wire, family, "TCP", port)
+    flow = DsrRequest(wire, family, "TCP", port)
     wire.ingress(flow.packet(seq=1))
     other = option(family, family.node_b, NODE_PORTS["TCP"])
     result = wire.ingress(flow.packet(other, seq=1000))
-    assert (result.verdict, told(result.packet)) == (PASS, b"")
+    assert (result.verdict, option_in(result.packet)) == (PASS, b"")
     flow.assert_answered(flow.frontend, flow.frontend_port)
 
 
 def test_segment_that_opens_no_connection_inserts_nothing(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
-    flow = Told(wire, family, "TCP", port)
+    flow = DsrRequest(wire, family, "TCP", port)
     assert wire.ingress(flow.packet(flags="A", seq=1, ack=1)).verdict == PASS
     assert [entry_of(tables, packed) for packed in flow.keys] == [None, None]
 
@@ -207,21 +213,23 @@ WRONG = (
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_frontends_that_no_service_has_outside_are_refused(told_of: Told, tables: MapSet, what: str) -> None:
-    family, port = told_of.family, told_of.frontend_port
+def test_frontends_that_no_service_has_outside_are_refused(
+    dsr_request: DsrRequest, tables: MapSet, what: str
+) -> None:
+    family, port = dsr_request.family, dsr_request.frontend_port
     address, number = {
         "unknown address": (family.other_client, port),
-        "unknown port": (told_of.frontend, 1),
+        "unknown port": (dsr_request.frontend, 1),
         "cluster IP": (family.web, port),
         "policy Local": (family.local_balancer, port),
         "another node's cluster IP port": (family.node_b, port),
-        "NodePort of a loopback address": (LOOPBACK[family.version], NODE_PORTS[told_of.protocol]),
-        "NodePort of a multicast address": (MULTICAST[family.version], NODE_PORTS[told_of.protocol]),
+        "NodePort of a loopback address": (LOOPBACK[family.version], NODE_PORTS[dsr_request.protocol]),
+        "NodePort of a multicast address": (MULTICAST[family.version], NODE_PORTS[dsr_request.protocol]),
     }[what]
     before = count(tables, PacketEvent.DSR)
-    assert told_of.wire.ingress(told_of.packet(option(family, address, number))).verdict == DROP
+    assert dsr_request.wire.ingress(dsr_request.packet(option(family, address, number))).verdict == DROP
     assert count(tables, PacketEvent.DSR) == before + 1
-    assert entry_of(tables, told_of.keys[1]) is None
+    assert entry_of(tables, dsr_request.keys[1]) is None
 
 
 def test_option_for_another_port_of_the_pod_is_refused(
@@ -233,20 +241,22 @@ def test_option_for_another_port_of_the_pod_is_refused(
     assert wire.ingress(packet).verdict == DROP
 
 
-def test_option_from_a_pod_of_this_node_is_refused(told_of: Told) -> None:
+def test_option_from_a_pod_of_this_node_is_refused(dsr_request: DsrRequest) -> None:
     """Also for another node's pod, and for a flow that is known."""
-    family, wire = told_of.family, told_of.wire
-    content = option(family, told_of.frontend, told_of.frontend_port)
+    family, wire = dsr_request.family, dsr_request.wire
+    content = option(family, dsr_request.frontend, dsr_request.frontend_port)
     for to in (family.local_pod, family.remote_pod):
-        packet = with_option(wire, family, to, content, told_of.inner(), "p2")
+        packet = with_option(wire, family, to, content, dsr_request.inner(), "p2")
         assert wire.ingress(packet, "p2").verdict == DROP
-    assert wire.ingress(told_of.packet()).verdict == PASS
-    assert wire.ingress(told_of.packet(device="p2"), "p2").verdict == DROP
+    assert wire.ingress(dsr_request.packet()).verdict == PASS
+    assert wire.ingress(dsr_request.packet(device="p2"), "p2").verdict == DROP
 
 
-def test_option_through_a_tunnel_is_refused(cluster: PacketCluster, told_of: Told, tables: MapSet) -> None:
+def test_option_through_a_tunnel_is_refused(
+    cluster: PacketCluster, dsr_request: DsrRequest, tables: MapSet
+) -> None:
     """Nodes send none there, but a pod can send to the tunnel's end."""
-    wire, node = told_of.wire, cluster.node
+    wire, node = dsr_request.wire, cluster.node
     node.run(["ip", "link", "add", "vx0", "up", "type", "vxlan", "id", "7", "dstport", "4799", "dev", "eth0"])
     try:
         shown = node.run(["ip", "-o", "link", "show", "vx0"])
@@ -254,9 +264,9 @@ def test_option_through_a_tunnel_is_refused(cluster: PacketCluster, told_of: Tol
         until(lambda: _is_tunnel(tables, number), "not known as a tunnel")
         wire.devices["vx0"] = number, mac
         before = count(tables, PacketEvent.DSR)
-        assert wire.ingress(told_of.packet(device="vx0"), "vx0").verdict == DROP
+        assert wire.ingress(dsr_request.packet(device="vx0"), "vx0").verdict == DROP
         assert count(tables, PacketEvent.DSR) == before + 1
-        assert entry_of(tables, told_of.keys[1]) is None
+        assert entry_of(tables, dsr_request.keys[1]) is None
     finally:
         node.run(["ip", "link", "delete", "vx0"])
         until(lambda: not _is_tunnel(tables, number), "still there")
@@ -269,17 +279,17 @@ def _is_tunnel(tables: MapSet, number: int) -> bool:
 
 def test_option_that_cannot_be_taken_away_stays(wire: Wire, family: FamilyAddresses, port: int) -> None:
     """The kernel may refuse it for what it has merged of several datagrams. The backend's kernel skips it."""
-    flow = Told(wire, family, "UDP", port)
+    flow = DsrRequest(wire, family, "UDP", port)
     packet = flow.packet(payload=bytes(1000))
     result = wire.send_bytes("from_device", "eth0", raw(packet), gso_size=500)
     assert (result.verdict, result.bytes) == (PASS, raw(packet))
     flow.assert_answered(flow.frontend, flow.frontend_port)
 
 
-def test_option_does_not_bypass_source_ranges(told_of: Told, tables: MapSet) -> None:
-    content = option(told_of.family, RANGED[told_of.family.version], told_of.frontend_port)
+def test_option_does_not_bypass_source_ranges(dsr_request: DsrRequest, tables: MapSet) -> None:
+    content = option(dsr_request.family, RANGED[dsr_request.family.version], dsr_request.frontend_port)
     before = count(tables, PacketEvent.SOURCE_RANGE)
-    assert told_of.wire.ingress(told_of.packet(content)).verdict == DROP
+    assert dsr_request.wire.ingress(dsr_request.packet(content)).verdict == DROP
     assert count(tables, PacketEvent.SOURCE_RANGE) == before + 1
 
 
@@ -291,7 +301,7 @@ def test_packets_for_other_nodes_pass_with_their_option(
     content = option(family, family.web_balancer, frontend_port)
     packet = with_option(wire, family, family.remote_pod, content, transport(protocol, port, target))
     result = wire.ingress(packet)
-    assert (result.verdict, told(result.packet)) == (PASS, content)
+    assert (result.verdict, option_in(result.packet)) == (PASS, content)
     reply = key(family.remote_pod, family.client, target, port, protocol, egress=True)
     assert entry_of(tables, reply) is None
 
@@ -313,24 +323,24 @@ def _malformed(family: FamilyAddresses, right: bytes) -> list[bytes]:
     ]
 
 
-def test_malformed_options_are_none(told_of: Told, tables: MapSet) -> None:
+def test_malformed_options_are_none(dsr_request: DsrRequest, tables: MapSet) -> None:
     """Such packets are somebody else's, and pass as they are."""
-    right = option(told_of.family, told_of.frontend, told_of.frontend_port)
-    for content in _malformed(told_of.family, right):
-        packet = told_of.packet(content)
-        result = told_of.wire.ingress(packet)
+    right = option(dsr_request.family, dsr_request.frontend, dsr_request.frontend_port)
+    for content in _malformed(dsr_request.family, right):
+        packet = dsr_request.packet(content)
+        result = dsr_request.wire.ingress(packet)
         assert (result.verdict, result.bytes) == (PASS, raw(packet))
-        assert entry_of(tables, told_of.keys[1]) is None
+        assert entry_of(tables, dsr_request.keys[1]) is None
 
 
-def test_packet_whose_header_has_no_length_keeps_its_option(told_of: Told, tables: MapSet) -> None:
+def test_packet_whose_header_has_no_length_keeps_its_option(dsr_request: DsrRequest, tables: MapSet) -> None:
     """The length of BIG TCP is not in the header. Such packets pass as they are."""
-    sent = bytearray(raw(told_of.packet()))
-    at = 14 + (2 if told_of.family.version == 4 else 4)
+    sent = bytearray(raw(dsr_request.packet()))
+    at = 14 + (2 if dsr_request.family.version == 4 else 4)
     sent[at : at + 2] = bytes(2)
-    result = told_of.wire.send_bytes("from_device", "eth0", bytes(sent))
+    result = dsr_request.wire.send_bytes("from_device", "eth0", bytes(sent))
     assert (result.verdict, result.bytes) == (PASS, bytes(sent))
-    assert entry_of(tables, told_of.keys[1]) is None
+    assert entry_of(tables, dsr_request.keys[1]) is None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -341,7 +351,7 @@ def test_damaged_headers_are_left_or_stripped_of_a_whole_option(
     """Whatever the bytes of the headers: what follows them stays, and a right checksum of IPv4 stays right."""
     protocol = data.draw(st.sampled_from(PROTOCOLS))
     size = 8 if family.version == 4 else 24
-    flow = Told(wire, family, protocol, data.draw(st.integers(1024, 65535)))
+    flow = DsrRequest(wire, family, protocol, data.draw(st.integers(1024, 65535)))
     sent = bytearray(raw(flow.packet()))
     at_content = 14 + (20 if family.version == 4 else 40)
     for at, value in data.draw(
@@ -367,19 +377,22 @@ def test_damaged_headers_are_left_or_stripped_of_a_whole_option(
         assert bool(header_check(header)) == bool(header_check(left))
 
 
-def test_truncated_packets_with_an_option_pass(told_of: Told, tables: MapSet) -> None:
-    whole = raw(told_of.packet(payload=b""))
-    for size in range(14 + (20 if told_of.family.version == 4 else 40), len(whole)):
-        result = told_of.wire.send_bytes("from_device", "eth0", whole[:size])
+def test_truncated_packets_with_an_option_pass(dsr_request: DsrRequest, tables: MapSet) -> None:
+    whole = raw(dsr_request.packet(payload=b""))
+    for size in range(14 + (20 if dsr_request.family.version == 4 else 40), len(whole)):
+        result = dsr_request.wire.send_bytes("from_device", "eth0", whole[:size])
         assert (result.verdict, result.bytes[:size]) == (PASS, whole[:size])
-    assert entry_of(tables, told_of.keys[1]) is None
+    assert entry_of(tables, dsr_request.keys[1]) is None
 
 
-def test_error_that_another_node_has_sent_on_passes(told_of: Told) -> None:
-    told_of.wire.ingress(told_of.packet())
+def test_error_that_another_node_has_sent_on_passes(dsr_request: DsrRequest) -> None:
+    dsr_request.wire.ingress(dsr_request.packet())
     quoted = Raw(
-        raw(told_of.family.ip(told_of.family.local_pod, told_of.family.client) / told_of.inner())[:48]
+        raw(
+            dsr_request.family.ip(dsr_request.family.local_pod, dsr_request.family.client)
+            / dsr_request.inner()
+        )[:48]
     )
-    error = too_big(told_of.family, told_of.family.local_pod, quoted)
-    result = told_of.wire.ingress(error)
+    error = too_big(dsr_request.family, dsr_request.family.local_pod, quoted)
+    result = dsr_request.wire.ingress(error)
     assert (result.verdict, raw(ip_of(result.packet))) == (PASS, raw(error))

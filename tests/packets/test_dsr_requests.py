@@ -22,12 +22,13 @@ from tests.packets.dsr_packets import (
     NODE_B_MAC,
     NS,
     PROTOCOLS,
+    DsrRequest,
     aged,
     dsr_cluster,
     entry_of,
     key,
     option,
-    told,
+    option_in,
     too_big,
     transport,
     without_option,
@@ -105,60 +106,60 @@ def request_of(wire: Wire, family: FamilyAddresses, protocol: str, port: int) ->
     return Request(wire, family, protocol, port)
 
 
-def test_first_packet_keeps_the_client_and_tells_of_the_frontend(request_of: Request) -> None:
+def test_first_packet_keeps_the_client_and_carries_the_frontend(request_of: Request) -> None:
     for payload in (b"", b"odd", b"0123456789abcdef"):
         result = request_of.send(payload=payload)
         request_of.assert_forwarded(result)
-        assert told(result.packet) == request_of.option
+        assert option_in(result.packet) == request_of.option
 
 
-def test_node_port_is_told_with_the_address_that_was_asked(
+def test_node_port_is_sent_with_the_address_that_was_asked(
     wire: Wire, family: FamilyAddresses, protocol: str, port: int
 ) -> None:
     _, node_port, _ = PORTS[protocol]
     packet = family.ip(family.client, family.node) / transport(protocol, port, node_port)
-    assert told(wire.ingress(packet).packet) == option(family, family.node, node_port)
+    assert option_in(wire.ingress(packet).packet) == option(family, family.node, node_port)
 
 
-def test_segments_after_the_handshake_are_translated_and_tell_nothing(
+def test_segments_after_the_handshake_are_translated_and_have_no_option(
     wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
     flow = Request(wire, family, "TCP", port)
-    assert told(flow.send("S", seq=100).packet)
-    assert told(flow.send("S", seq=100).packet), "a SYN that is sent again"
+    assert option_in(flow.send("S", seq=100).packet)
+    assert option_in(flow.send("S", seq=100).packet), "a SYN that is sent again"
     for flags, payload in (("A", b""), ("PA", b"data"), ("FA", b"")):
         result = flow.send(flags, payload, seq=101, ack=500)
         flow.assert_forwarded(result)
-        assert not told(result.packet)
+        assert not option_in(result.packet)
 
 
-def test_datagrams_tell_for_a_second_and_then_once_a_second(
+def test_datagrams_have_it_for_a_second_and_then_once_a_second(
     wire: Wire, family: FamilyAddresses, port: int, tables: MapSet
 ) -> None:
     flow = Request(wire, family, "UDP", port)
     for _ in range(2):
         result = flow.send(payload=b"x")
         flow.assert_forwarded(result)
-        assert told(result.packet) == flow.option
+        assert option_in(result.packet) == flow.option
     aged(tables, flow.key, 1.5)
     for expected in (flow.option, b""):
         result = flow.send(payload=b"x")
         flow.assert_forwarded(result)
-        assert told(result.packet) == expected
+        assert option_in(result.packet) == expected
 
 
 def test_cluster_ip_is_masqueraded(wire: Wire, family: FamilyAddresses, protocol: str, port: int) -> None:
     packet = family.ip(family.client, family.web) / transport(protocol, port, PORTS[protocol][0])
     result = wire.ingress(packet)
     at_egress = wire.egress(ip_of(result.packet), iif="eth0") if result.verdict == PASS else result
-    assert (ip_of(at_egress.packet).src, told(at_egress.packet)) == (family.node, b"")
+    assert (ip_of(at_egress.packet).src, option_in(at_egress.packet)) == (family.node, b"")
 
 
 def _masqueraded_as(wire: Wire, packet: Packet) -> tuple[str, bytes]:
     result = wire.ingress(packet)
     if result.verdict == PASS:
         result = wire.egress(ip_of(result.packet), iif="eth0")
-    return ip_of(result.packet).src, told(result.packet)
+    return ip_of(result.packet).src, option_in(result.packet)
 
 
 def test_first_packets_without_room_for_the_option_are_masqueraded(
@@ -192,10 +193,10 @@ def test_a_large_datagram_of_a_flow_goes_without_the_option(
     wire: Wire, family: FamilyAddresses, port: int
 ) -> None:
     flow = Request(wire, family, "UDP", port)
-    assert told(flow.send(payload=b"x").packet)
+    assert option_in(flow.send(payload=b"x").packet)
     result = flow.send(payload=bytes(1500 - (28 if family.version == 4 else 48)))
     flow.assert_forwarded(result)
-    assert not told(result.packet)
+    assert not option_in(result.packet)
 
 
 def test_client_that_is_the_backends_node_is_masqueraded(
@@ -212,10 +213,10 @@ def test_second_frontend_with_the_same_backend_and_port_is_masqueraded(
 ) -> None:
     """Its backend's node could not tell the two flows apart."""
     first = Request(wire, family, protocol, port)
-    assert told(first.send().packet)
+    assert option_in(first.send().packet)
     packet = family.ip(family.client, family.web_external) / transport(protocol, port, first.frontend_port)
     assert _masqueraded_as(wire, packet) == (family.node, b"")
-    assert told(first.send().packet) == first.option
+    assert option_in(first.send().packet) == first.option
 
 
 def test_backend_on_this_node_sees_the_client(
@@ -257,7 +258,7 @@ def test_state_of_a_connection_of_which_one_direction_is_seen(
         seen.append(found.seen)
     assert seen == [Seen(0), Seen.REPLY, Seen.REPLY, Seen.REPLY | Seen.FIN | Seen.REPLY_FIN]
     flow.assert_forwarded(flow.send("A", seq=first + 2, ack=7001))
-    assert told(flow.send("S", seq=900000).packet), "another connection from the same port"
+    assert option_in(flow.send("S", seq=900000).packet), "another connection from the same port"
     found = entry_of(tables, flow.key)
     assert found is not None and found.seen == Seen(0)
 
@@ -323,7 +324,7 @@ def verified_next_hops(tables: MapSet) -> None:
     hops.update_many({U32.pack(at): in_an_hour for at in range(hops.spec.max_entries)})
 
 
-def test_xdp_forwards_what_tells_nothing(
+def test_xdp_forwards_what_has_no_option(
     wire: Wire, family: FamilyAddresses, new_port: Callable[[], int], tables: MapSet, verified_next_hops: None
 ) -> None:
     """The same bytes leave as at tc, where all packets go that get the option."""
@@ -335,11 +336,29 @@ def test_xdp_forwards_what_tells_nothing(
     assert wire.xdp(datagrams.packet(payload=b"x")).verdict == XDP_PASS
     aged(tables, datagrams.key, 1.5)
     assert wire.xdp(datagrams.packet(payload=b"x")).verdict == XDP_PASS
-    assert told(datagrams.send(payload=b"x").packet)
+    assert option_in(datagrams.send(payload=b"x").packet)
     for packet in (flow.packet("A", b"data", seq=1001, ack=1), datagrams.packet(payload=b"x")):
         at_xdp, at_tc = wire.xdp(packet), wire.ingress(packet)
         assert at_xdp.verdict in (XDP_TX, XDP_REDIRECT)
         assert at_xdp.bytes == at_tc.bytes
-        assert (at_xdp.packet.dst, told(at_xdp.packet)) == (NODE_B_MAC, b"")
+        assert (at_xdp.packet.dst, option_in(at_xdp.packet)) == (NODE_B_MAC, b"")
     found = entry_of(tables, flow.key)
     assert found is not None and found.seen == Seen.REPLY
+
+
+def test_packets_that_come_to_the_backends_node_later_keep_their_flow(
+    wire: Wire, family: FamilyAddresses, protocol: str, port: int, tables: MapSet
+) -> None:
+    """Routers may choose another node for a client; meanwhile an endpoint has left the Service."""
+    flow = DsrRequest(wire, family, protocol, port)
+    wire.ingress(flow.packet(seq=1) if protocol == "TCP" else flow.packet())
+    flow.assert_answered(flow.frontend, flow.frontend_port)
+    found, epochs = entry_of(tables, flow.keys[0]), tables.shared("epochs")
+    assert found is not None
+    epoch = epochs.words()[found.service_id]
+    epochs.store(found.service_id * U64.size, U64.pack(epoch + 1))
+    inner = transport(protocol, port, flow.frontend_port, "A", **({"seq": 2} if protocol == "TCP" else {}))
+    result = wire.ingress(family.ip(family.client, flow.frontend) / inner / Raw(b"x"))
+    epochs.store(found.service_id * U64.size, U64.pack(epoch))
+    assert (result.verdict, ip_of(result.packet).dst) == (PASS, family.local_pod)
+    flow.assert_answered(flow.frontend, flow.frontend_port)

@@ -35,7 +35,7 @@ class NatFlags(enum.IntFlag):
     BOUND = 1 << 5
     #: Replies do not pass this node: DSR.
     DSR = 1 << 6
-    #: Another node has told of the frontend: what comes in is translated already.
+    #: The option of DSR had the frontend: what comes in is translated already.
     DSR_BACKEND = 1 << 7
 
 

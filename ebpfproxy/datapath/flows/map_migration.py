@@ -114,9 +114,9 @@ class MapMigration:
             value = entry.value
             if entry.use != NO_USE:
                 service = services.get(entry.use.service_id)
-                # Flows whose frontend another node has told of have a Service, but no backend.
-                is_told = entry.use.backend_id == NO_USE.backend_id
-                backend = NO_USE.backend_id if is_told else backends.get(entry.use.backend_id)
+                # Flows of DSR at the backend's node have a Service, but no backend.
+                is_dsr_backend = entry.use.backend_id == NO_USE.backend_id
+                backend = NO_USE.backend_id if is_dsr_backend else backends.get(entry.use.backend_id)
                 if service is None or backend is None:
                     continue
                 use = BackendUse(service, backend)

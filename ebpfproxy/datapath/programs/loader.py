@@ -63,9 +63,9 @@ class Options(msgspec.Struct, frozen=True):
     bypass_netfilter: bool = False
     #: XDP programs forward flows, where a device takes one.
     forwards_at_xdp: bool = False
-    #: Backends' nodes that told of a frontend by an option of another node answer its clients themselves.
+    #: A backend's node that gets the option of DSR answers the client itself.
     dsr_accepts: bool = False
-    #: This node tells them.
+    #: This node sends the option.
     dsr_sends: bool = False
     #: Ports that stand for masqueraded clients, first and last.
     masquerade_ports: tuple[int, int] = (1024, 32767)

@@ -100,7 +100,7 @@ class MapMigration:
             for number in range(len(self._old)):
                 self._copy(number)
             found = self.copied - before
-            # As many as begin while a copy looks for them are left by each.
+            # More copies find no fewer: as many flows begin during each of them.
             if found <= _FEW or (former is not None and found >= former):
                 return
             former = found

@@ -74,7 +74,7 @@ class Root:
                 # Packages of newer suites have them beside the modules.
                 if (modules / name).exists():
                     shutil.copy(modules / name, self.folder / "boot" / f"{name}-{release}")
-            _run("depmod", "-b", self.folder, release)
+            _run("chroot", self.folder, "depmod", release)
             made = self.initrd(release).with_suffix(".part")
             _run("chroot", self.folder, "mkinitramfs", "-o", f"/boot/{made.name}", release)
             made.rename(self.initrd(release))

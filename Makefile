@@ -45,6 +45,7 @@ test-fast: setup
 test-newest: setup
 	$(PYTHON) -m tools.newest $(PYTEST)
 
+# What these commands find is kept in docs/tested: a part that is run replaces that part of docs/tested.md.
 # What depends on the kernel, on kernels of Debian's suites, in an emulator: ten minutes each. KERNELS="6.1-cloud 6.12-rt"
 # takes some of them.
 test-kernels: setup
@@ -60,14 +61,13 @@ test-cluster: setup
 
 # The agent, its node and the API server fail in all ways that are known here, under load. The whole takes hours.
 # EBPFPROXY_FAULTS_EVERY=9 takes one of nine steps, with EBPFPROXY_FAULTS_PART=1 to 8 others. FAULTS=tests/faults/test_api.py
-# takes a part of the tests; the section of docs/tested.md keeps what others have found in EBPFPROXY_FAULTS_KEPT=FILE.
+# takes a part of the tests.
 FAULTS ?= tests/faults
 test-faults: setup
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m pytest -m "faults or not faults" -v -n 2 --dist worksteal $(FAULTS)
 
 # Bad input: coverage-guided fuzzing of what decodes others' data, a million steps of the tracker and the writer, ten
-# million packets. ARGUMENTS="packets --packets 1000000" takes a part; the section of
-# docs/tested.md has it beside those that EBPFPROXY_FUZZ_KEPT=FILE has kept.
+# million packets. ARGUMENTS="packets --packets 1000000" takes a part.
 fuzz: setup
 	$(PYTHON) -m pip install -q --no-deps --require-hashes -r tools/lock/fuzz.txt
 	EBPFPROXY_TESTED=docs/tested.md $(PYTHON) -m tests.fuzz $(ARGUMENTS)

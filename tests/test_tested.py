@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import date
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from tests import tested
 from tests.faults import report
+from tests.fuzz import __main__ as fuzz
+from tests.kernels import __main__ as kernels
 
 DAY = date(2026, 11, 28)
 
@@ -46,7 +49,6 @@ def test_faults_in_parts_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest
     """Parts of a test add up, the same part again replaces itself, and a part that is missing is said to be missing."""
     page = tmp_path / "tested.md"
     monkeypatch.setenv(tested.PAGE, str(page))
-    monkeypatch.setenv("EBPFPROXY_FAULTS_KEPT", str(tmp_path / "kept"))
     for number, lost in ((0, 1), (0, 0), (1, 2)):
         report.begin()
         report.take_part(number, 3)
@@ -68,3 +70,15 @@ def test_faults_in_parts_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest
     found.add("b.py::ladder", _ended("ladder", "passed", 0))
     assert "| ladder says. | passed | 60 s |" in "\n".join(found.lines())
     report.begin()
+
+
+def test_page_has_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has edited the sections of those that keep what they find."""
+    docs = Path(__file__).parents[1] / "docs"
+    shutil.copytree(docs / "tested", tmp_path / "tested")
+    page = Path(shutil.copy(docs / "tested.md", tmp_path))
+    monkeypatch.setenv(tested.PAGE, str(page))
+    report.Found().write()
+    fuzz.write(tested.kept(fuzz.KEPT, fuzz.Part))
+    kernels.write_page()
+    assert page.read_text() == (docs / "tested.md").read_text()

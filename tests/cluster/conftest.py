@@ -77,7 +77,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.workeroutput[_PART] = pickle.dumps(found)
     elif tested.PAGE in os.environ and found.versions:
         seconds = time.monotonic() - found.began
-        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, date.today(), seconds, found.lines())
+        page = Path(os.environ[tested.PAGE])
+        commit = tested.commit()
+        tested.write(page, TITLE, COMMAND, date.today(), seconds, found.lines(), commit=commit)
 
 
 @pytest.fixture(scope="session")

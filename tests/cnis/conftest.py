@@ -57,7 +57,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     report = session.config.stash[_REPORT]
     if tested.PAGE in os.environ and report.cells and not hasattr(session.config, "workeroutput"):
         seconds = time.monotonic() - session.config.stash[_BEGAN]
-        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, date.today(), seconds, report.lines())
+        page = Path(os.environ[tested.PAGE])
+        commit = tested.commit()
+        tested.write(page, TITLE, COMMAND, date.today(), seconds, report.lines(), commit=commit)
 
 
 class ByNetwork(LoadScopeScheduling):  # type: ignore[misc]

@@ -1,15 +1,15 @@
 """What was lost, by fault and kind of load, and what became of each test: a section of docs/tested.md.
 
 A worker's report of a test carries what the test has found, and the page is written after each: a run that is ended has
-its rows. EBPFPROXY_FAULTS_KEPT names a file for what earlier runs have found, as the whole takes hours: a test replaces
-what it has found before.
+its rows. What earlier runs have found is kept (:mod:`tests.tested`), as the whole takes hours: a test replaces what it
+has found before.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from tests import tested
 from tests.faults.load import KINDS, Result
 
 TITLE, COMMAND = "Faults", "make test-faults"
-_KEPT = "EBPFPROXY_FAULTS_KEPT"
+_KEPT = "faults"
 
 
 class Row(msgspec.Struct):
@@ -46,6 +46,7 @@ class Part(msgspec.Struct):
     outcome: str = ""
     seconds: float = 0.0
     day: str = ""
+    commit: str = ""
 
     def row(self, fault: str) -> Row:
         return self.rows.setdefault(fault, Row())
@@ -76,6 +77,10 @@ class Test(msgspec.Struct):
     def days(self) -> str:
         found = sorted({each.day for each in self.parts})
         return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+    @property
+    def commits(self) -> str:
+        return ", ".join(dict.fromkeys(each.commit for each in self.parts if each.commit))
 
 
 class _Current:
@@ -112,7 +117,7 @@ def add_steps(fault: str, count: int) -> None:
 def end(line: int, sentence: str, outcome: str, seconds: float) -> str:
     """What the test has found, for :meth:`Found.add`."""
     part = _Current.part
-    part.outcome, part.seconds, part.day = outcome, seconds, _today()
+    part.outcome, part.seconds, part.day, part.commit = outcome, seconds, _today(), tested.commit()
     return msgspec.json.encode(Test(line, sentence, [part])).decode()
 
 
@@ -124,11 +129,7 @@ class Found:
     """What this run and those before have found, by name of the test."""
 
     def __init__(self) -> None:
-        kept = os.environ.get(_KEPT)
-        self._kept = Path(kept) if kept else None
-        self._tests: dict[str, Test] = {}
-        if self._kept is not None and self._kept.exists():
-            self._tests = msgspec.json.decode(self._kept.read_bytes(), type=dict[str, Test])
+        self._tests = tested.kept(_KEPT, Test)
 
     def add(self, name: str, encoded: str) -> None:
         new = msgspec.json.decode(encoded, type=Test)
@@ -137,13 +138,13 @@ class Found:
         self._tests[name].add(new.parts[0])
 
     def write(self) -> None:
-        if tested.PAGE not in os.environ:
+        if tested.PAGE not in os.environ or not self._tests:
             return
-        if self._kept is not None:
-            self._kept.write_bytes(msgspec.json.encode(self._tests))
-        today = datetime.now(UTC).date()
-        seconds = sum(part.seconds for each in self._tests.values() for part in each.parts)
-        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, today, seconds, [*self.lines()])
+        tested.keep(_KEPT, self._tests)
+        parts = [part for each in self._tests.values() for part in each.parts]
+        day = max(date.fromisoformat(each.day) for each in parts)
+        seconds = sum(each.seconds for each in parts)
+        tested.write(Path(os.environ[tested.PAGE]), TITLE, COMMAND, day, seconds, [*self.lines()])
 
     def lines(self) -> Iterator[str]:
         tests = [
@@ -166,9 +167,15 @@ class Found:
             ],
         )
         yield from tested.table(
-            ["", "", "took", "on"],
+            ["", "", "took", "on", "of commit"],
             [
-                [each.sentence, each.outcome, f"{sum(part.seconds for part in each.parts):.0f} s", each.days]
+                [
+                    each.sentence,
+                    each.outcome,
+                    f"{sum(part.seconds for part in each.parts):.0f} s",
+                    each.days,
+                    each.commits,
+                ]
                 for each in tests
             ],
         )

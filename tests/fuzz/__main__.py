@@ -1,6 +1,6 @@
 """``make fuzz``: runs all of it, or parts, and writes the section of docs/tested.md. Exits with 1 if there is a fault.
 
-EBPFPROXY_FUZZ_KEPT names a file for parts that were run alone, without a fault: the section has those, and names others.
+A part that is run alone replaces what was found of it before (:mod:`tests.tested`).
 
 python -m tests.fuzz [decoders] [machine] [packets] [objects] [floods] [--seconds N] [--steps N] [--packets N]
 """
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from tests.fuzz.targets import TARGETS
 
 _STEPS_OF_A_MACHINE = 10_000
 _PACKETS_OF_A_WORLD = 10_000_000
-KEPT = "EBPFPROXY_FUZZ_KEPT"
+KEPT = "fuzz"
 _HEAD = (
     "Nothing raised another exception than the one that its callers know, no run hung, each packet's result was as"
     " tests/fuzz/packets says, and tracker and maps agreed with the rules after all that happened."
@@ -40,6 +40,8 @@ class Part(msgspec.Struct):
 
     lines: list[str] = []
     seconds: float = 0.0
+    day: str = ""
+    commit: str = ""
 
 
 class Run:
@@ -183,37 +185,28 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
-def kept() -> dict[str, Part]:
-    """The parts that earlier runs have left."""
-    file = os.environ.get(KEPT)
-    if file is None or not Path(file).exists():
-        return {}
-    return msgspec.json.decode(Path(file).read_bytes(), type=dict[str, Part])
-
-
-def write(parts: dict[str, Part], command: str) -> None:
-    """Keeps the parts, and writes the section: of all, or of what is kept so far."""
-    file = os.environ.get(KEPT)
-    if file:
-        Path(file).write_bytes(msgspec.json.encode(parts))
+def write(parts: dict[str, Part]) -> None:
+    """Keeps the parts, and writes the section of what is kept so far."""
+    tested.keep(KEPT, parts)
     page = os.environ.get(tested.PAGE)
     missing = [f"`{name}`" for name in _PARTS if name not in parts]
-    # A part alone is no result of the whole.
-    if page is None or not parts or (missing and not file):
+    if page is None or not parts:
         return
-    today = datetime.now(UTC).date()
+    day = max(date.fromisoformat(each.day) for each in parts.values())
     seconds = sum(each.seconds for each in parts.values())
     lines = [line for name in _PARTS if name in parts for line in parts[name].lines]
-    about = [_HEAD, "", *([f"Not run yet: {', '.join(missing)}.", ""] if missing else [])]
-    tested.write(Path(page), "Bad input", command, today, seconds, [*about, *lines])
+    commits = [f"`{name}` {each.commit}" for name, each in parts.items() if each.commit]
+    about = [_HEAD, ""]
+    if commits:
+        about += [f"Of commits: {', '.join(commits)}.", ""]
+    if missing:
+        about += [f"Not run yet: {', '.join(missing)}.", ""]
+    tested.write(Path(page), "Bad input", "make fuzz", day, seconds, [*about, *lines])
 
 
 def main() -> int:
     given = _arguments()
-    parts, has_faults = kept(), False
-    command = "make fuzz"
-    if sys.argv[1:] and not given.parts:
-        command += f' ARGUMENTS="{" ".join(sys.argv[1:])}"'
+    parts, has_faults = tested.kept(KEPT, Part), False
     for name, part in _PARTS.items():
         if given.parts and name not in given.parts:
             continue
@@ -225,8 +218,9 @@ def main() -> int:
             has_faults = True
             parts.pop(name, None)
         else:
-            parts[name] = Part(run.lines, time.monotonic() - started)
-        write(parts, command)
+            seconds, day = time.monotonic() - started, datetime.now(UTC).date().isoformat()
+            parts[name] = Part(run.lines, seconds, day, tested.commit())
+        write(parts)
     return has_faults
 
 

@@ -32,16 +32,14 @@ def test_mutated_packets_are_translated_rightly_rejected_rightly_or_left_alone(t
 def test_parts_that_were_run_alone_are_kept_for_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a file to keep them in, a part alone writes nothing; with it the page names those that are missing."""
-    page, kept = tmp_path / "tested.md", tmp_path / "kept"
+    """The page names those that are missing."""
+    page = tmp_path / "tested.md"
     monkeypatch.setenv(tested.PAGE, str(page))
-    monkeypatch.delenv(command.KEPT, raising=False)
-    command.write({"packets": command.Part(["### Packets"], 60)}, "make fuzz")
-    assert not page.exists()
-    monkeypatch.setenv(command.KEPT, str(kept))
-    command.write({"packets": command.Part(["### Packets"], 60)}, "make fuzz")
-    command.write({**command.kept(), "floods": command.Part(["### Floods"], 60)}, "make fuzz")
+    command.write({"packets": command.Part(["### Packets"], 60, "2026-11-28", "abc")})
+    kept = tested.kept(command.KEPT, command.Part)
+    command.write({**kept, "floods": command.Part(["### Floods"], 60, "2026-11-29")})
     text = page.read_text()
-    assert "in 2 minutes" in text
+    assert "on 2026-11-29, in 2 minutes" in text
+    assert "Of commits: `packets` abc." in text
     assert "Not run yet: `decoders`, `machine`, `objects`." in text
     assert text.index("### Packets") < text.index("### Floods")

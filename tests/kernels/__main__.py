@@ -1,7 +1,7 @@
 """``python -m tests.kernels [KERNEL...]``: boots kernels one after the other, and runs the tests on each.
 
-The environment's EBPFPROXY_TESTED names the page for the results. What runs of single kernels found is kept in
-``.kernels``, and the page is written as soon as there is something of every kernel.
+The environment's EBPFPROXY_TESTED names the page for the results, and what other runs have found of other kernels and
+groups of tests is kept there (:mod:`tests.tested`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import time
 from datetime import date
 from pathlib import Path
 
-import msgspec
-
 from tests import tested
 from tests.kernels import machine, report
 from tests.kernels.kernels import AGAIN, GROUPS, KERNELS, Kernel
-from tests.kernels.results import Run
+from tests.kernels.results import Run, folded
 from tests.kernels.root import TOP, Root, install_tools
 
-#: Results, as JSON, and consoles of the last runs.
-KEPT = TOP / ".kernels"
+#: Consoles of the last runs.
+CONSOLES = TOP / ".kernels"
+#: Of results.
+KEPT = "kernels"
 _TOOLS = (("mmdebstrap", "mmdebstrap"), ("qemu-system-x86_64", "qemu-system-x86"), ("mkfs.ext4", "e2fsprogs"))
 
 
@@ -49,10 +49,10 @@ def main() -> int:
     if strange := [name for name in groups if name not in GROUPS]:
         parser.error(f"unknown: {', '.join(strange)}; known: {', '.join(GROUPS)}")
     if options.page:
-        _write_page(of_all=False)
+        write_page()
         return 0
     install_tools(_TOOLS)
-    KEPT.mkdir(exist_ok=True)
+    CONSOLES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kernels-") as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,6 @@ def main() -> int:
         if groups:
             chosen = {name: kernel._replace(groups=groups) for name, kernel in chosen.items()}
         good = (_run_again if options.again else _run)(chosen, work, options.minutes)
-    _write_page(of_all=True)
     return 0 if good else 1
 
 
@@ -69,11 +68,13 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     releases = {name: root.add_kernel(kernel.suite, kernel.package) for name, kernel in kernels.items()}
     disk = work / "disk"
     root.write_disk(disk)
+    commit = tested.commit()
     all_good = True
     for name, kernel in kernels.items():
         began = time.monotonic()
-        run = machine.boot(kernel, root, releases[name], disk, KEPT / f"{name}.console", minutes)
+        run = machine.boot(kernel, root, releases[name], disk, CONSOLES / f"{name}.console", minutes)
         run.day, run.seconds = date.today().isoformat(), time.monotonic() - began
+        run.commit = commit
         if not run.complete:
             run.stopped = report.stopped(kernel, run)
         good = report.good(kernel, run)
@@ -81,10 +82,10 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
         for each in run.results:
             if each.outcome == "failed":
                 print(f"  {each.test}: {each.reason}")
-        kept = KEPT / f"{name}.json"
-        if kept.exists() and kernel.groups != KERNELS[name].groups:
-            run = report.merged(msgspec.json.decode(kept.read_bytes(), type=Run), run, kernel.groups)
-        kept.write_bytes(msgspec.json.format(msgspec.json.encode(run)))
+        known = tested.kept(KEPT, Run)
+        if name in known and kernel.groups != KERNELS[name].groups:
+            run = report.merged(known[name], run, kernel.groups)
+        _keep(name, run)
         all_good = all_good and good
     return all_good
 
@@ -92,10 +93,7 @@ def _run(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
 def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     """Runs what failed alone: much depends on how slow the emulator is beside other load."""
     root = Root(work)
-    kept = {name: KEPT / f"{name}.json" for name in kernels}
-    before = {
-        name: msgspec.json.decode(file.read_bytes(), type=Run) for name, file in kept.items() if file.exists()
-    }
+    before = {name: run for name, run in tested.kept(KEPT, Run).items() if name in kernels}
     releases = {}
     for name, run in before.items():
         if failed := [each.test for each in run.results if each.outcome == "failed"]:
@@ -106,19 +104,24 @@ def _run_again(kernels: dict[str, Kernel], work: Path, minutes: float) -> bool:
     for name, release in releases.items():
         kernel = kernels[name]._replace(groups=(AGAIN,))
         began = time.monotonic()
-        run = machine.boot(kernel, root, release, disk, KEPT / f"{name}.console", minutes)
-        both = report.repeated(before[name], run, time.monotonic() - began)
-        kept[name].write_bytes(msgspec.json.format(msgspec.json.encode(both)))
-        before[name] = both
+        run = machine.boot(kernel, root, release, disk, CONSOLES / f"{name}.console", minutes)
+        before[name] = report.repeated(before[name], run, time.monotonic() - began)
+        _keep(name, before[name])
     return all(report.good(kernels[name], run) for name, run in before.items())
 
 
-def _write_page(*, of_all: bool) -> None:
-    """``of_all``: nothing is written as long as a kernel was not run."""
-    files = {name: KEPT / f"{name}.json" for name in KERNELS if (KEPT / f"{name}.json").exists()}
-    if tested.PAGE not in os.environ or not files or (of_all and files.keys() != KERNELS.keys()):
+def _keep(name: str, run: Run) -> None:
+    """A later kernel may not end."""
+    tested.keep(KEPT, tested.kept(KEPT, Run) | {name: folded(run)})
+    write_page()
+
+
+def write_page() -> None:
+    """Writes the section, of what is kept."""
+    known = tested.kept(KEPT, Run)
+    runs = {name: known[name] for name in KERNELS if name in known}
+    if not runs:
         return
-    runs = {name: msgspec.json.decode(file.read_bytes(), type=Run) for name, file in files.items()}
     seconds = sum(run.seconds for run in runs.values())
     day = max(date.fromisoformat(run.day) for run in runs.values())
     page = Path(os.environ[tested.PAGE])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: This group has a table of its own.
+DEVICES = "kinds of devices"
 _DATAPATH = (
     "loading",
     "measures",
@@ -25,7 +27,7 @@ GROUPS = {
     "XDP on virtio-net": ("tests/field/test_xdp_virtio.py",),
     "libxdp": ("tests/field/test_xdp_chain.py",),
     "devices": ("tests/field/test_devices.py",),
-    "kinds of devices": ("tests/cnis/test_devices.py",),
+    DEVICES: ("tests/cnis/test_devices.py",),
     "clients outside": ("tests/e2e/test_outside.py",),
     "AppArmor": ("tests/deploy/test_apparmor.py",),
     "IPVS": ("tests/operator/migrate/test_ipvs_kernel.py",),
@@ -43,6 +45,12 @@ _OF_ALL = tuple(name for name in GROUPS if name not in _SOME)
 def group_of(test: str) -> str:
     """Returns the group of a test, by its path."""
     return next((name for name, paths in GROUPS.items() if test.startswith(paths)), "other")
+
+
+def network_of(test: str) -> str:
+    """Returns the network that a test of tests/cnis/test_devices.py is about: its name ends with a semicolon there."""
+    title, is_network, _ = test.partition("[")[2].partition(";")
+    return title if is_network and group_of(test) == DEVICES else ""
 
 
 class Kernel(NamedTuple):

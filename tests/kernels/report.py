@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from tests.kernels.kernels import GROUPS, LEFT_OUT, Kernel, group_of
-from tests.kernels.results import Result, Run
+from tests.kernels.kernels import DEVICES, GROUPS, LEFT_OUT, Kernel, group_of, network_of
+from tests.kernels.results import Result, Run, folded
 from tests.tested import table
 
 TITLE = "Kernels"
 COMMAND = "make test-kernels"
-_KINDS = "kinds of devices"
 _ABOUT = (
     "Kernels of Debian's suites, each booted in an emulator (qemu without KVM, two processors) with Debian 12's root "
     "file system. The agent's own probe says if it runs there, and which of the optional features it uses. A cell has "
@@ -34,6 +33,7 @@ def lines(kernels: Mapping[str, Kernel], runs: Mapping[str, Run]) -> list[str]:
         if each != "version":
             properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
     properties.append(["last run", *(run.day for run in ran.values())])
+    properties.append(["of commit", *(run.commit for run in ran.values())])
     features = [["the probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
     for each in _names(run.features for run in ran.values()):
         features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])
@@ -64,7 +64,8 @@ def good(kernel: Kernel, run: Run) -> bool:
     """True if a run ended as it should: all tests passed or skip themselves, or the agent refused as expected."""
     if kernel.refused or run.refusal:
         return bool(kernel.refused) and kernel.refused in run.refusal
-    return run.complete and bool(run.results) and not any(each.outcome == "failed" for each in run.results)
+    has_failed = any(each.outcome == "failed" for each in run.results)
+    return run.complete and bool(run.results or run.passed) and not has_failed
 
 
 def stopped(kernel: Kernel, run: Run) -> list[str]:
@@ -77,9 +78,12 @@ def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
     """Returns a run of some groups of tests with what an earlier run found in the others."""
     others = [each for each in before.results if group_of(each.test) not in groups]
     unfinished = [each for each in before.stopped if each not in groups]
+    run = folded(run)
     return msgspec.structs.replace(
         run,
         results=[*others, *run.results],
+        passed=run.passed | {group: of for group, of in before.passed.items() if group not in groups},
+        repeated=[each for each in before.repeated if group_of(each) not in groups],
         stopped=[*unfinished, *run.stopped],
         seconds=before.seconds + run.seconds,
     )
@@ -88,17 +92,22 @@ def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
 def repeated(before: Run, run: Run, seconds: float) -> Run:
     """Returns a run with the outcomes of the tests that were run again."""
     again = {each.test: each for each in run.results}
-    return msgspec.structs.replace(
+    after = msgspec.structs.replace(
         before,
         results=[again.get(each.test, each) for each in before.results],
         repeated=sorted({*before.repeated, *again}),
         seconds=before.seconds + seconds,
     )
+    return folded(after)
 
 
 def _names(found: Iterable[Mapping[str, object]]) -> list[str]:
     """Returns the keys of all, in the order in which they first come."""
     return list(dict.fromkeys(name for each in found for name in each))
+
+
+def _tests(run: Run) -> list[str]:
+    return [each.test for each in run.results]
 
 
 def _yes_no(value: bool | None) -> str:
@@ -110,14 +119,15 @@ def _code(text: str) -> str:
 
 
 def _groups(runs: Iterable[Run]) -> list[str]:
-    found = {group_of(each.test) for run in runs for each in run.results}
+    found = {group for run in runs for group in (*run.passed, *map(group_of, _tests(run)))}
     found |= {group for run in runs for group in run.stopped}
     return [name for name in (*GROUPS, "other") if name in found]
 
 
 def _cell(run: Run, group: str) -> str:
     counts = Counter(each.outcome for each in run.results if group_of(each.test) == group)
-    if not counts:
+    counts["passed"] += sum(run.passed.get(group, {}).values())
+    if not counts.total():
         return "not run" if group in run.stopped else ""
     tried = counts["passed"] + counts["failed"]
     skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
@@ -126,18 +136,20 @@ def _cell(run: Run, group: str) -> str:
 
 
 def _networks(ran: Mapping[str, Run]) -> list[str]:
-    """Returns a row for each network of tests/cnis/test_devices.py, whose names end with a semicolon in their tests."""
+    """Returns a row for each network of the tests of kinds of devices."""
     counts: dict[str, dict[str, Counter[str]]] = {}
     for kernel, run in ran.items():
+        for title, count in run.passed.get(DEVICES, {}).items():
+            counts.setdefault(title, {}).setdefault(kernel, Counter())["passed"] += count
         for each in run.results:
-            title, is_network, _ = each.test.partition("[")[2].partition(";")
-            if is_network and group_of(each.test) == _KINDS:
+            if title := network_of(each.test):
                 counts.setdefault(title, {}).setdefault(kernel, Counter())[each.outcome] += 1
+    counts.pop("", None)
     rows = [
         [title, *(_tried(of.get(kernel, Counter())) for kernel in ran)]
         for title, of in sorted(counts.items())
     ]
-    return table([_KINDS, *ran], rows) if rows else []
+    return table([DEVICES, *ran], rows) if rows else []
 
 
 def _tried(outcomes: Counter[str]) -> str:
@@ -159,7 +171,7 @@ def _reasons(outcome: str, head: str, ran: Mapping[str, Run]) -> list[str]:
 def _repetitions(ran: Mapping[str, Run]) -> list[str]:
     """Returns a row for each test that failed beside others and passed alone."""
     passed = {
-        name: {each.test for each in run.results if each.outcome == "passed"} & {*run.repeated}
+        name: {*run.repeated} - {each.test for each in run.results if each.outcome == "failed"}
         for name, run in ran.items()
     }
     rows = [

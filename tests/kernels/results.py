@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+
+from tests.kernels.kernels import group_of, network_of
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -23,6 +26,7 @@ class Run(msgspec.Struct):
 
     ``refusal``: the agent's only line where it does not start. ``planned``: the number of tests of each group. ``complete``: whether pytest has ended by itself; else
     ``stopped`` has the groups of tests of which some or all did not run. ``repeated``: tests that failed and were run again.
+    ``passed``: the number of tests that are not in ``results``, by group and by the network that they are about.
     """
 
     machine: dict[str, str] = {}
@@ -30,11 +34,26 @@ class Run(msgspec.Struct):
     refusal: str = ""
     planned: dict[str, int] = {}
     results: list[Result] = []
+    passed: dict[str, dict[str, int]] = {}
     complete: bool = False
     stopped: list[str] = []
     repeated: list[str] = []
     day: str = ""
+    commit: str = ""
     seconds: float = 0
+
+
+def folded(run: Run) -> Run:
+    """Returns a run with the number of tests that passed in place of each one's name: there are thousands."""
+    passed = {group: Counter(counts) for group, counts in run.passed.items()}
+    for each in run.results:
+        if each.outcome == "passed":
+            passed.setdefault(group_of(each.test), Counter())[network_of(each.test)] += 1
+    return msgspec.structs.replace(
+        run,
+        results=[each for each in run.results if each.outcome != "passed"],
+        passed={group: dict(counts) for group, counts in passed.items()},
+    )
 
 
 def line(kind: str, value: Any) -> str:

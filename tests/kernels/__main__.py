@@ -22,7 +22,7 @@ from tests.kernels.root import TOP, Root, install_tools
 
 #: Consoles of the last runs.
 CONSOLES = TOP / ".kernels"
-#: Of results.
+#: The name under which results are kept.
 KEPT = "kernels"
 _TOOLS = (("mmdebstrap", "mmdebstrap"), ("qemu-system-x86_64", "qemu-system-x86"), ("mkfs.ext4", "e2fsprogs"))
 

@@ -8,21 +8,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlencode
 
 from tests.apiserver import objects
 from tests.faults import losses, report
-from tests.faults.load import KINDS, Load, Result, Way, WrongBackendError
+from tests.faults.load import PAUSE, Load, Result, Way, WrongBackendError
 from tests.lab import Agent, Lab, LabNode, Pod, servers
 from tests.lab.lab import OUTSIDE
 from tests.lab.processes import Child
 from tests.lab.waiting import READY_SECONDS, until
 
 PORT, UDP_PORT = 80, 53
-WEB, OTHER = "10.96.200.10", "10.96.200.20"
+#: The last parts of Services' addresses, in both families.
+WEB, OTHER, CHECKED, FURTHER = 10, 20, 30, 40
 NODE_PORTS = {WEB: (30080, 30053), OTHER: (30180, 30153)}
 #: The health check port of a Service with local endpoints on node a.
 HEALTH_PORT = 32000
@@ -33,6 +34,12 @@ CHURNED, ENDPOINTS = 40, 5
 KEEPS_CONNECTIONS = ("--stale-tcp-seconds", "600")
 
 Item = dict[str, Any]
+
+#: The suffixes of slices' names, and whose addresses they have.
+_SLICES: tuple[tuple[str, Callable[[Pod], str]], ...] = (
+    ("x7k2p", lambda pod: pod.address),
+    ("ipv6", lambda pod: pod.address6),
+)
 
 
 class Faulted:
@@ -73,46 +80,56 @@ class Faulted:
         return self.outside.fork(_control, self.url, "churn", query, None, 10 * seconds + 60)
 
     def put_services(self) -> None:
-        for name, address in (("web", WEB), ("other", OTHER)):
-            tcp, udp = NODE_PORTS[address]
+        for name, number in (("web", WEB), ("other", OTHER)):
+            tcp, udp = NODE_PORTS[number]
             ports = [
                 {"name": "http", "protocol": "TCP", "port": PORT, "nodePort": tcp},
                 {"name": "dns", "protocol": "UDP", "port": UDP_PORT, "nodePort": udp},
             ]
-            made = objects.service(name, address, namespace="shop", ports=ports, type="NodePort")
-            self.control("put", made, resource="services")
-        health = objects.service(
+            self.put_service(name, number, ports=ports, type="NodePort")
+        self.put_service(
             "checked",
-            "10.96.200.30",
-            namespace="shop",
+            CHECKED,
             type="LoadBalancer",
             externalTrafficPolicy="Local",
             healthCheckNodePort=HEALTH_PORT,
         )
-        self.control("put", health, resource="services")
         self.put_endpoints("web", "w1", "w2")
         self.put_endpoints("other", "x1", "x2")
         self.put_endpoints("checked", "w1")
 
+    def put_service(self, name: str, number: int, **spec: object) -> int:
+        """Adds or replaces a Service with an address of each family. Returns its version."""
+        addresses = [*addresses_of(number)]
+        both = {"clusterIPs": addresses, "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack"}
+        made = objects.service(name, addresses[0], namespace="shop", **both, **spec)
+        return int(self.control("put", made, resource="services")["resourceVersion"])
+
     def put_endpoints(self, service: str, *names: str) -> None:
-        found = [objects.endpoint(self.pods[name].address, self.pods[name].node.name) for name in names]
-        made = objects.endpoint_slice(service, found, namespace="shop")
-        made["ports"] = [
-            {"name": "http", "protocol": "TCP", "port": 8080},
-            {"name": "dns", "protocol": "UDP", "port": 8053},
-        ]
-        self.control("put", made, resource="endpointslices")
+        """In a slice of each family."""
+        pods = [self.pods[name] for name in names]
+        for suffix, addresses in _SLICES:
+            found = [
+                objects.endpoint(address, pod.node.name)
+                for pod, address in zip(pods, map(addresses, pods), strict=True)
+            ]
+            made = objects.endpoint_slice(service, found, namespace="shop", suffix=suffix)
+            made["ports"] = [
+                {"name": "http", "protocol": "TCP", "port": 8080},
+                {"name": "dns", "protocol": "UDP", "port": 8053},
+            ]
+            self.control("put", made, resource="endpointslices")
 
     def put_further(self) -> int:
         """Another Service, with an endpoint that the others have, too. Returns its version."""
-        made = objects.service("further", "10.96.200.40", namespace="shop")
-        version = int(self.control("put", made, resource="services")["resourceVersion"])
+        version = self.put_service("further", FURTHER)
         self.put_endpoints("further", "w1")
         return version
 
     def delete_further(self) -> None:
         self.control("delete", resource="services", namespace="shop", name="further")
-        self.control("delete", resource="endpointslices", namespace="shop", name="further-x7k2p")
+        for suffix, _ in _SLICES:
+            self.control("delete", resource="endpointslices", namespace="shop", name=f"further-{suffix}")
 
     # -- the agent
 
@@ -128,29 +145,28 @@ class Faulted:
     # -- the load
 
     def ways(self) -> dict[str, list[Way]]:
-        names = {WEB: ("w1", "w2"), OTHER: ("x1", "x2")}
+        names, node = {WEB: ("w1", "w2"), OTHER: ("x1", "x2")}, (self.a.address, self.a.address6)
         return {
-            "pod": [Way(address, PORT, names[address], UDP_PORT) for address in names],
+            "pod": [Way(addresses_of(number), PORT, names[number], UDP_PORT) for number in names],
             "outside": [
-                Way(self.a.address, NODE_PORTS[address][0], names[address], NODE_PORTS[address][1])
-                for address in names
+                Way(node, NODE_PORTS[number][0], names[number], NODE_PORTS[number][1]) for number in names
             ],
         }
 
     @contextmanager
     def under_load(
-        self, fault: str, kinds: Sequence[str] = KINDS, *, packets: bool = True, sockets: bool = True
+        self, fault: str, *, packets: bool = True, sockets: bool = True, pause: float = PAUSE
     ) -> Iterator[None]:
         """The assertion for all faults: nothing is lost meanwhile; :meth:`wait_equal` is its other half.
 
         ``fault``: what the table of results calls it. ``packets``: it holds for the load from outside, too, and
         ``sockets`` for that from a pod; both are counted anyway, and nothing is answered by a wrong backend in any
-        case.
+        case. ``pause``: between two of a thread of the load.
         """
         ways = self.ways()
         loads = {
-            "pod": Load(self.client, ways["pod"], kinds),
-            "outside": Load(self.outside, ways["outside"], kinds),
+            "pod": Load(self.client, ways["pod"], pause=pause),
+            "outside": Load(self.outside, ways["outside"], pause=pause),
         }
         before, lost_before = self.packet_events(), self.losses()
         for load in loads.values():
@@ -232,12 +248,12 @@ class Faulted:
             _list, self.url, "/apis/discovery.k8s.io/v1/endpointslices", self.token
         ):
             name = each["metadata"]["labels"]["kubernetes.io/service-name"]
-            wanted[name] = {
-                f"{one['addresses'][0]}:{port['port']}/{port['protocol']}"
+            wanted.setdefault(name, set()).update(
+                f"{_in_url(one['addresses'][0])}:{port['port']}/{port['protocol']}"
                 for one in each["endpoints"]
                 for port in each["ports"]
                 if one["conditions"]["ready"]
-            }
+            )
         served: dict[str, set[str]] = {}
         protocols: dict[str, set[str]] = {}
         try:
@@ -260,6 +276,15 @@ class Faulted:
             for name in wanted.keys() | served.keys()
             if wanted.get(name, set()) != served.get(name, set())
         }
+
+
+def addresses_of(number: int) -> tuple[str, str]:
+    """Returns a Service's addresses."""
+    return f"10.96.200.{number}", f"fd00:10:96:200::{number}"
+
+
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _control(url: str, action: str, query: dict[str, object], body: object, seconds: float) -> Any:

@@ -1,6 +1,7 @@
 """The load: connections, requests on kept ones, datagrams and long connections, and what of it is lost.
 
-Each way has a thread; all of a place's ways are in one process. Servers are those of ``tests.lab.servers``.
+Each kind on each way has a thread, which takes the way's addresses in turn: half of the load is IPv6. All of a place's
+ways are in one process. Servers are those of ``tests.lab.servers``.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from tests.lab.spaces import Space
 #: A reply that takes longer is lost. A lost SYN is sent again after 1, 3 and 7 s.
 SECONDS = 10.0
 #: Between two of a thread, so that what is tested has a processor, too.
-_PAUSE = 0.004
+PAUSE = 0.004
+#: Of a thread, half of them of each family.
 _LONG = 8
+#: A connection is closed after so many requests, so that it is a new one's next.
+_REQUESTS = 50
 KINDS = ("connect", "request", "udp", "long")
 
 
 class Way(msgspec.Struct, frozen=True):
-    """A Service's address, and the names of the servers that may answer there."""
+    """A Service's addresses, one of each family, and the names of the servers that may answer there."""
 
-    host: str
+    hosts: tuple[str, ...]
     port: int
     names: tuple[str, ...]
     udp: int = 0
 
 
 class Result(msgspec.Struct):
-    """What became of one kind of load on one way: ``lost`` has the time (Unix seconds) and the reason."""
+    """What became of one kind of load to one address: ``lost`` has the time (Unix seconds) and the reason."""
 
     kind: str
     host: str
@@ -50,38 +54,45 @@ class WrongBackendError(OSError):
 
 
 class _Thread(threading.Thread):
-    def __init__(self, kind: str, way: Way, stop: threading.Event) -> None:
+    def __init__(self, kind: str, way: Way, stop: threading.Event, pause: float) -> None:
         super().__init__(daemon=True)
-        self.result = Result(kind, way.host)
+        self.results = [Result(kind, host) for host in way.hosts]
         self._way = way
         self._stop_event = stop
-        self._kept: list[socket.socket] = []
-        self._once: Callable[[], None] = getattr(self, f"_{kind}")
+        self._pause = pause
+        #: By address.
+        self._kept: list[list[socket.socket]] = [[] for _ in way.hosts]
+        self._kind = kind
+        self._once: Callable[[int], None] = getattr(self, f"_{kind}")
         self.ready = threading.Event()
 
     def run(self) -> None:
-        if self.result.kind in ("request", "long"):
-            count = 1 if self.result.kind == "request" else _LONG
-            while len(self._kept) < count and not self._stop_event.is_set():
-                self._try(lambda: self._kept.append(self._open()))
+        if self._kind in ("request", "long"):
+            count = 1 if self._kind == "request" else _LONG // len(self._kept)
+            for at, kept in enumerate(self._kept):
+                while len(kept) < count and not self._stop_event.is_set():
+                    self._try(lambda at: self._kept[at].append(self._open(at)), at)
         self.ready.set()
-        while not self._stop_event.wait(_PAUSE):
-            self._try(self._once)
-        for each in self._kept:
-            each.close()
+        at = 0
+        while not self._stop_event.wait(self._pause):
+            self._try(self._once, at)
+            at = (at + 1) % len(self._kept)
+        for kept in self._kept:
+            for each in kept:
+                each.close()
 
-    def _try(self, what: Callable[[], None]) -> None:
-        began, when = time.monotonic(), time.time()
+    def _try(self, what: Callable[[int], None], at: int) -> None:
+        began, when, result = time.monotonic(), time.time(), self.results[at]
         try:
-            what()
+            what(at)
         except OSError as error:
-            self.result.lost.append((when, repr(error)))
+            result.lost.append((when, repr(error)))
             time.sleep(0.02)
-        self.result.count += 1
-        self.result.slowest = max(self.result.slowest, time.monotonic() - began)
+        result.count += 1
+        result.slowest = max(result.slowest, time.monotonic() - began)
 
-    def _open(self) -> socket.socket:
-        sock = socket.create_connection((self._way.host, self._way.port), SECONDS)
+    def _open(self, at: int) -> socket.socket:
+        sock = socket.create_connection((self._way.hosts[at], self._way.port), SECONDS)
         try:
             self._check(_received(sock))
         except BaseException:
@@ -96,27 +107,26 @@ class _Thread(threading.Thread):
         if name not in self._way.names:
             raise WrongBackendError(f"{name} answers for {', '.join(self._way.names)}")
 
-    def _connect(self) -> None:
-        self._open().close()
+    def _connect(self, at: int) -> None:
+        self._open(at).close()
 
-    def _request(self) -> None:
-        """On a connection that is closed after 50 requests, so that it is a new one's next."""
-        self._ask(0)
-        if self.result.count % 50 == 0:
-            before, self._kept[0] = self._kept[0], self._open()
+    def _request(self, at: int) -> None:
+        self._ask(at, 0)
+        if self.results[at].count % _REQUESTS == 0:
+            before, self._kept[at][0] = self._kept[at][0], self._open(at)
             before.close()
 
-    def _long(self) -> None:
-        self._ask(self.result.count % len(self._kept))
+    def _long(self, at: int) -> None:
+        self._ask(at, self.results[at].count % len(self._kept[at]))
 
-    def _ask(self, number: int) -> None:
-        sock = self._kept[number]
+    def _ask(self, at: int, number: int) -> None:
+        sock = self._kept[at][number]
         try:
             self._echo(sock)
         except OSError:
             # It is lost once.
             sock.close()
-            self._kept[number] = self._open()
+            self._kept[at][number] = self._open(at)
             raise
 
     def _echo(self, sock: socket.socket) -> None:
@@ -124,11 +134,12 @@ class _Thread(threading.Thread):
         if not sock.recv(100):
             raise ConnectionResetError("closed")
 
-    def _udp(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    def _udp(self, at: int) -> None:
+        there = self._way.hosts[at], self._way.udp
+        family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.settimeout(SECONDS)
-            there = self._way.host, self._way.udp
-            is_connected = self.result.count % 2
+            is_connected = self.results[at].count % 2
             if is_connected:
                 sock.connect(there)
                 sock.send(b"?")
@@ -138,7 +149,7 @@ class _Thread(threading.Thread):
                 data, source = sock.recvfrom(4096)
             except TimeoutError as error:
                 raise TimeoutError(f"no answer to port {sock.getsockname()[1]}") from error
-            if source != there:
+            if source[:2] != there:
                 kind = "connected" if is_connected else "unconnected"
                 raise OSError(f"a datagram of a socket ({kind}) to {there} is answered by {source}")
             self._check(data)
@@ -152,10 +163,10 @@ def _received(sock: socket.socket) -> bytes:
         raise TimeoutError(f"connected from port {sock.getsockname()[1]}, and nothing came") from error
 
 
-def main(ways: Sequence[Way], kinds: Sequence[str]) -> None:
+def main(ways: Sequence[Way], kinds: Sequence[str], pause: float) -> None:
     """Until standard input ends."""
     stop = threading.Event()
-    threads = [_Thread(kind, way, stop) for way in ways for kind in kinds if way.udp or kind != "udp"]
+    threads = [_Thread(kind, way, stop, pause) for way in ways for kind in kinds if way.udp or kind != "udp"]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -165,15 +176,18 @@ def main(ways: Sequence[Way], kinds: Sequence[str]) -> None:
     stop.set()
     for thread in threads:
         thread.join()
-    print(msgspec.json.encode([each.result for each in threads]).decode(), flush=True)
+    found = [result for each in threads for result in each.results]
+    print(msgspec.json.encode(found).decode(), flush=True)
 
 
 class Load:
     """The load of one place, from :meth:`wait` to :meth:`stop`."""
 
-    def __init__(self, space: Space, ways: Sequence[Way], kinds: Sequence[str] = KINDS) -> None:
+    def __init__(
+        self, space: Space, ways: Sequence[Way], kinds: Sequence[str] = KINDS, pause: float = PAUSE
+    ) -> None:
         self.place = space.netns.rpartition("-")[2]
-        self._process: Child = space.fork(main, ways, kinds)
+        self._process: Child = space.fork(main, ways, kinds, pause)
 
     def wait(self) -> None:
         assert read_line(self._process) == "ready"

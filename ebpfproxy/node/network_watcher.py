@@ -123,6 +123,7 @@ def _discard(events: socket.socket) -> None:
         except BlockingIOError:
             return
         except OSError as error:
-            # The socket's buffer overflowed, but everything is read again anyway.
             if error.errno != errno.ENOBUFS:
                 raise
+            # Everything is read again anyway.
+            log.info("netlink has lost events, reading all devices and addresses again")

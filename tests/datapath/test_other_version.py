@@ -61,6 +61,22 @@ def test_commands_report_another_version(pins: Path, other: MapSet) -> None:
     assert str(other.folder) in str(output.value)
 
 
+#: Fewer of everything than by default.
+_SMALL = Capacity(1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024)
+
+
+def test_commands_read_maps_of_all_sizes(pins: Path) -> None:
+    """Those that an agent with fewer entries of everything has made are of this version, too."""
+    made = maps.open_or_create(pin_folder(pins), _SMALL)
+    read = dump.open_maps(pins)
+    assert read.maps.keys() == made.maps.keys()
+    assert {name: each.spec.value_size for name, each in read.maps.items()} == {
+        name: each.spec.value_size for name, each in made.maps.items()
+    }
+    read.close()
+    made.close()
+
+
 def opened() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 

@@ -80,13 +80,7 @@ class Faulted:
         return self.outside.fork(_control, self.url, "churn", query, None, 10 * seconds + 60)
 
     def put_services(self) -> None:
-        for name, number in (("web", WEB), ("other", OTHER)):
-            tcp, udp = NODE_PORTS[number]
-            ports = [
-                {"name": "http", "protocol": "TCP", "port": PORT, "nodePort": tcp},
-                {"name": "dns", "protocol": "UDP", "port": UDP_PORT, "nodePort": udp},
-            ]
-            self.put_service(name, number, ports=ports, type="NodePort")
+        self.put_web_services()
         self.put_service(
             "checked",
             CHECKED,
@@ -97,6 +91,16 @@ class Faulted:
         self.put_endpoints("web", "w1", "w2")
         self.put_endpoints("other", "x1", "x2")
         self.put_endpoints("checked", "w1")
+
+    def put_web_services(self, **spec: object) -> None:
+        """Those under load."""
+        for name, number in (("web", WEB), ("other", OTHER)):
+            tcp, udp = NODE_PORTS[number]
+            ports = [
+                {"name": "http", "protocol": "TCP", "port": PORT, "nodePort": tcp},
+                {"name": "dns", "protocol": "UDP", "port": UDP_PORT, "nodePort": udp},
+            ]
+            self.put_service(name, number, ports=ports, type="NodePort", **spec)
 
     def put_service(self, name: str, number: int, **spec: object) -> int:
         """Adds or replaces a Service with an address of each family. Returns its version."""

@@ -133,10 +133,11 @@ def open_pinned(folder: Path) -> MapSet:
     Those that another version of ebpfproxy has made, with other names or structs, are left out. Raises
     BpfError where one can't be opened.
     """
-    specs = {spec.name: spec for spec in map_specs(Capacity())}
+    home = folder / "maps"
     maps: dict[str, Map] = {}
+    specs = {spec.name: spec for spec in map_specs(_capacity(home))}
     try:
-        for path in sorted((folder / "maps").iterdir()):
+        for path in sorted(home.iterdir()):
             if (spec := specs.get(path.name)) is not None and (found := _open(path, spec)) is not None:
                 maps[path.name] = found
     except BaseException:
@@ -145,6 +146,12 @@ def open_pinned(folder: Path) -> MapSet:
             each.close()
         raise
     return MapSet(folder, maps, adopted=True)
+
+
+def _capacity(home: Path) -> Capacity:
+    """The number of conntrack entries decides the struct of another map, too. Raises BpfError."""
+    with bpf.pinned(home / "conntrack") as fd:
+        return Capacity() if fd is None else Capacity(conntrack=bpf.map_info(fd).max_entries)
 
 
 def _open(path: Path, spec: MapSpec) -> Map | None:

@@ -15,6 +15,10 @@ from tests.apiserver import objects
 from tests.apiserver.store import Store
 
 
+#: The history that is left while changes are made, as a server forgets it after some minutes: 2 kB for each version.
+_HISTORY = 20_000
+
+
 def fill(store: Store, services: int, endpoints: int, node: str) -> None:
     for i in range(services):
         name = f"load-{i}"
@@ -79,6 +83,8 @@ def churn(store: Store, services: int, endpoints: int, rate: float, seconds: flo
         )
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         store.put("endpointslices", objects.endpoint_slice(f"load-{i}", found, trigger=now))
+        if n % _HISTORY == _HISTORY - 1:
+            store.compact(_HISTORY)
     return {"changes": total, "seconds": time.monotonic() - began}
 
 

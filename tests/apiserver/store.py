@@ -91,12 +91,12 @@ class Store:
             self._log[resource].append(Change(self.version, gone, None))
             self.changed.notify_all()
 
-    def compact(self) -> None:
-        """Forgets the history: older watches and continue tokens get 410."""
+    def compact(self, keep: int = 0) -> None:
+        """Forgets the history but for the last ``keep`` versions: older watches and continue tokens get 410."""
         with self.changed:
-            self.compacted = self.version
+            self.compacted = max(self.compacted, self.version - keep)
             for log in self._log.values():
-                log.clear()
+                del log[: bisect.bisect_right(log, self.compacted, key=lambda change: change.number)]
 
     def rewind(self, number: int) -> None:
         """Goes back to a version, as an etcd that is restored from a backup; what follows has numbers that were given."""

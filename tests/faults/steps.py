@@ -1,7 +1,8 @@
-"""The steps of a process from outside: each system call by which it changes maps, programs, attachments or pins.
+"""The steps of a process from outside: each system call by which it changes maps, programs, attachments, pins or sysctls.
 
-The kernel stops the process at each (seccomp's user notification), so that none is forgotten and the product has no
-failpoints. A step has a name, such as ``OBJ_PIN links/connect4``; the first and the second one with a name are
+Attachments are made by bpf(2), and without tcx by netlink: its messages (send(2), which all of ebpfproxy/netlink
+uses) are told by the socket that sends them, and those that only ask are no steps. A sysctl is changed where its file is opened to be written. The kernel stops the process at each
+(seccomp's user notification), so that none is forgotten and the product has no failpoints. A step has a name, such as ``OBJ_PIN links/connect4``; the first and the second one with a name are
 different steps. At a step the process can be killed before the call is made, stopped for a while, or told that the
 call has failed.
 """
@@ -39,9 +40,30 @@ _CALLS = {
     "rename": 82,
     "mount": 165,
     "umount2": 166,
+    "sendto": 44,
+    "openat": 257,
 }
 #: Where a call has the path that it changes.
 _PATHS = {"unlink": 0, "unlinkat": 1, "mkdir": 0, "rmdir": 0, "rename": 1, "mount": 1, "umount2": 0}
+#: Files of sysctls begin so.
+_SYSCTLS = "/proc/sys/"
+#: Protocols of netlink (linux/netlink.h) whose messages change the kernel's state: NETLINK_ROUTE, _SOCK_DIAG, _NETFILTER.
+_ROUTE, _SOCK_DIAG, _NETFILTER = 0, 4, 12
+#: Types of messages of linux/rtnetlink.h, of which every fourth asks only.
+_RTM = {
+    16: "NEWLINK",
+    19: "SETLINK",
+    24: "NEWROUTE",
+    36: "NEWQDISC",
+    37: "DELQDISC",
+    44: "NEWTFILTER",
+    45: "DELTFILTER",
+}
+_RTM_GET = 2
+_PARENTS = {0xFFFFFFF1: "clsact", 0xFFFFFFF2: "ingress", 0xFFFFFFF3: "egress"}
+#: Messages of conntrack, the first of their subsystem.
+_CONNTRACK = {0x100: "NEW", 0x102: "DELETE"}
+_SOCK_DESTROY = 21
 #: enum bpf_cmd of linux/bpf.h.
 _COMMANDS = """
 MAP_CREATE MAP_LOOKUP_ELEM MAP_UPDATE_ELEM MAP_DELETE_ELEM MAP_GET_NEXT_KEY PROG_LOAD OBJ_PIN OBJ_GET PROG_ATTACH
@@ -89,22 +111,40 @@ class Fault(NamedTuple):
     error: int = 0
 
 
+#: Instructions of classic BPF, by what they do: load a word of struct seccomp_data, jump, and return a verdict.
+_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_SET, _RETURN = 0x20, 0x15, 0x45, 0x06
+#: SECCOMP_RET_ALLOW and SECCOMP_RET_USER_NOTIF.
+_ALLOW, _NOTIFY = 0x7FFF0000, 0x7FC00000
+#: Where the call's number and its arguments are.
+_NUMBER_AT, _FIRST_AT, _THIRD_AT = 0, 16, 32
+
+
 def _filter() -> bytes:
     """Instructions of classic BPF: the calls notify, all others are allowed.
 
     What only reads is allowed here, too: a change of map sizes has it 100,000 times, and each notification takes two
     switches to the thread that follows.
     """
-    others = sorted(number for name, number in _CALLS.items() if name != "bpf")
-    reads = sorted(_COMMANDS.index(name) for name in _READS)
-    load, jump_if_equal, end = 0x20, 0x15, 0x06
-    # The number; of bpf the command, which is its first argument.
-    code = [(load, 0, 0, 0), (jump_if_equal, len(others) + 1, 0, _CALLS["bpf"])]
-    code += [(jump_if_equal, len(others) - at + len(reads) + 1, 0, each) for at, each in enumerate(others)]
-    code += [(end, 0, 0, 0x7FFF0000), (load, 0, 0, 16)]  # SECCOMP_RET_ALLOW
-    code += [(jump_if_equal, len(reads) - at, 0, each) for at, each in enumerate(reads)]
-    code += [(end, 0, 0, 0x7FC00000), (end, 0, 0, 0x7FFF0000)]  # SECCOMP_RET_USER_NOTIF
-    return b"".join(struct.pack("=HBBI", *each) for each in code)
+    # Labels, and instructions with the value and the label that they jump to.
+    code: list[str | tuple[int, int, str]] = [(_LOAD, _NUMBER_AT, "")]
+    for name, number in _CALLS.items():
+        code.append((_JUMP_IF_EQUAL, number, name if name in ("bpf", "openat") else "notify"))
+    code += [(_RETURN, _ALLOW, ""), "bpf", (_LOAD, _FIRST_AT, "")]
+    code += [(_JUMP_IF_EQUAL, _COMMANDS.index(name), "allow") for name in sorted(_READS)]
+    code += [(_RETURN, _NOTIFY, ""), "openat", (_LOAD, _THIRD_AT, "")]
+    code += [(_JUMP_IF_SET, os.O_WRONLY | os.O_RDWR, "notify")]
+    code += ["allow", (_RETURN, _ALLOW, ""), "notify", (_RETURN, _NOTIFY, "")]
+    places: dict[str, int] = {}
+    instructions: list[tuple[int, int, str]] = []
+    for each in code:
+        if isinstance(each, str):
+            places[each] = len(instructions)
+        else:
+            instructions.append(each)
+    return b"".join(
+        struct.pack("=HBBI", kind, places[label] - at - 1 if label else 0, 0, value)
+        for at, (kind, value, label) in enumerate(instructions)
+    )
 
 
 def _listen(there: socket.socket) -> None:
@@ -184,12 +224,13 @@ class Stepped:
         # The process may be killed by others at any time, and another thread of it may close the descriptor.
         with suppress(OSError, ValueError):
             name = _name(pid, call, arguments)
-            self._seen[name] += 1
-            step = Step(name, self._seen[name])
-            self.steps.append(step)
-            fault = self.choose(step)
-            if fault is not None:
-                self.hit = step
+            if name:
+                self._seen[name] += 1
+                step = Step(name, self._seen[name])
+                self.steps.append(step)
+                fault = self.choose(step)
+                if fault is not None:
+                    self.hit = step
         with suppress(OSError):
             if fault is not None and fault.signal is not None:
                 os.kill(self._pid, fault.signal)
@@ -201,9 +242,15 @@ class Stepped:
 
 
 def _name(pid: int, call: int, arguments: list[int]) -> str:
+    """Empty for what changes nothing of the kernel's."""
     kind = next(name for name, number in _CALLS.items() if number == call)
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     try:
+        if kind == "openat":
+            path = _path(memory, arguments[1])
+            return f"write {path}" if path.startswith(_SYSCTLS) else ""
+        if kind == "sendto":
+            return _message(pid, memory, *arguments[:3])
         if kind != "bpf":
             return f"{kind} {_path(memory, arguments[_PATHS[kind]])}"
         command = _COMMANDS[arguments[0]] if arguments[0] < len(_COMMANDS) else str(arguments[0])
@@ -224,6 +271,30 @@ def _name(pid: int, call: int, arguments: list[int]) -> str:
         return command
     finally:
         os.close(memory)
+
+
+def _message(pid: int, memory: int, fd: int, address: int, length: int) -> str:
+    """What a netlink message changes."""
+    data = os.pread(memory, min(length, 32), address).ljust(32, b"\0")
+    (said, of_kind) = struct.unpack_from("=IH", data)
+    if said != length:
+        return ""
+    protocol = _protocol(pid, fd)
+    if protocol == _ROUTE and of_kind % 4 != _RTM_GET:
+        ifindex, _, parent = struct.unpack_from("=iII", data, 20)
+        at = f" {ifindex} {_PARENTS.get(parent, parent)}" if of_kind >= 36 else ""
+        return f"{_RTM.get(of_kind, f'rtnetlink {of_kind}')}{at}"
+    if protocol == _NETFILTER and of_kind in _CONNTRACK:
+        return f"conntrack {_CONNTRACK[of_kind]}"
+    return "SOCK_DESTROY" if protocol == _SOCK_DIAG and of_kind == _SOCK_DESTROY else ""
+
+
+def _protocol(pid: int, fd: int) -> int | None:
+    """Of netlink, None for another socket."""
+    inode = re.fullmatch(r"socket:\[(\d+)\]", str(Path(f"/proc/{pid}/fd/{fd}").readlink()))
+    _, *rows = Path(f"/proc/{pid}/net/netlink").read_text().splitlines()
+    found = {columns[-1]: int(columns[1]) for columns in map(str.split, rows)}
+    return found.get(inode[1]) if inode else None
 
 
 def _id(pid: int, fd: int, field: str) -> int:

@@ -59,8 +59,8 @@ def test_faults_in_parts_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest
         found.write()
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert rows[2:4] == [
-        "| whole | 10 |  |  |  |  | 2 of 100 |",
-        "| ladder | 20 |  |  |  |  | 2 of 200 |",
+        "| whole | 10 |  |  |  |  | 2 of 100 |  |",
+        "| ladder | 20 |  |  |  |  | 2 of 200 |  |",
     ]
     assert [row.split(" | ")[:3] for row in rows[6:]] == [
         ["| whole says.", "passed", "60 s"],
@@ -70,6 +70,24 @@ def test_faults_in_parts_add_up_to_the_whole(tmp_path: Path, monkeypatch: pytest
     found.add("b.py::ladder", _ended("ladder", "passed", 0))
     assert "| ladder says. | passed | 60 s |" in "\n".join(found.lines())
     report.begin()
+
+
+def test_faults_of_a_test_that_is_no_more_leave_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a test of another name has found is no result of these tests. What a test does not assert is said."""
+    page = tmp_path / "tested.md"
+    monkeypatch.setenv(tested.PAGE, str(page))
+    for name in ("test_token_that_expires", "test_of_old"):
+        report.begin()
+        report.add(name, {}, {"packets"})
+        found = report.Found()
+        found.add(f"tests/faults/test_api.py::{name}", _ended(name, "passed", 0))
+        found.write()
+    report.begin()
+    report.Found().write()
+    assert "| test_token_that_expires | 10 |  |  |  |  | 0 of 100 | packets |" in page.read_text()
+    assert "test_of_old" not in page.read_text()
 
 
 def test_page_has_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

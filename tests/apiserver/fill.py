@@ -14,7 +14,6 @@ from typing import Any
 from tests.apiserver import objects
 from tests.apiserver.store import Store
 
-
 #: The history that is left while changes are made, as a server forgets it after some minutes: 2 kB for each version.
 _HISTORY = 20_000
 

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 from tests.apiserver import objects
 from tests.faults import losses, report
-from tests.faults.load import PAUSE, Load, Result, Way, WrongBackendError
+from tests.faults.load import KINDS, PAUSE, Load, Result, Way, WrongBackendError
 from tests.lab import Agent, Lab, LabNode, Pod, servers
 from tests.lab.lab import OUTSIDE
 from tests.lab.processes import Child
@@ -159,7 +159,13 @@ class Faulted:
 
     @contextmanager
     def under_load(
-        self, fault: str, *, packets: bool = True, sockets: bool = True, pause: float = PAUSE
+        self,
+        fault: str,
+        kinds: Sequence[str] = KINDS,
+        *,
+        packets: bool = True,
+        sockets: bool = True,
+        pause: float = PAUSE,
     ) -> Iterator[None]:
         """The assertion for all faults: nothing is lost meanwhile; :meth:`wait_equal` is its other half.
 
@@ -169,8 +175,8 @@ class Faulted:
         """
         ways = self.ways()
         loads = {
-            "pod": Load(self.client, ways["pod"], pause=pause),
-            "outside": Load(self.outside, ways["outside"], pause=pause),
+            "pod": Load(self.client, ways["pod"], kinds, pause),
+            "outside": Load(self.outside, ways["outside"], kinds, pause),
         }
         before, lost_before = self.packet_events(), self.losses()
         for load in loads.values():
@@ -181,7 +187,8 @@ class Faulted:
         finally:
             for place, load in loads.items():
                 found[place] = load.stop()
-            report.add(fault, found)
+            asserted = {"packets": packets, "sockets": sockets}
+            report.add(fault, found, {name for name, is_so in asserted.items() if not is_so})
         lost = [
             f"{time.strftime('%H:%M:%S', time.gmtime(when))}.{int(when % 1 * 1000):03} "
             f"{place}, {each.kind} to {each.host}: {why}"

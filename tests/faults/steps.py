@@ -104,11 +104,15 @@ Choose = Callable[[Step], "Fault | None"]
 
 
 class Fault(NamedTuple):
-    """``signal`` is sent before the call is made, SIGSTOP for so many ``seconds``; or the call fails with ``error``."""
+    """``signal`` is sent before the call is made, SIGSTOP for so many ``seconds``; or the call fails with ``error``.
+
+    ``held``: only the thread that makes the call waits, until this is set.
+    """
 
     signal: signal.Signals | None = None
     seconds: float = 0.0
     error: int = 0
+    held: threading.Event | None = None
 
 
 #: Instructions of classic BPF, by what they do: load a word of struct seccomp_data, jump, and return a verdict.
@@ -231,14 +235,24 @@ class Stepped:
                 fault = self.choose(step)
                 if fault is not None:
                     self.hit = step
-        with suppress(OSError):
-            if fault is not None and fault.signal is not None:
-                os.kill(self._pid, fault.signal)
-            if fault is not None and fault.seconds:
-                time.sleep(fault.seconds)
-                os.kill(self._pid, signal.SIGCONT)
-            error = fault.error if fault is not None else 0
-            fcntl.ioctl(fd, _SEND, _RESP.pack(number, 0, -error, 0 if error else _CONTINUE))
+        if fault is not None and fault.held is not None:
+            # Calls of other threads go on, which are notified here, too.
+            threading.Thread(target=_answer, args=(fd, number, fault, self._pid), daemon=True).start()
+        else:
+            _answer(fd, number, fault or Fault(), self._pid)
+
+
+def _answer(fd: int, number: int, fault: Fault, pid: int) -> None:
+    """Does what is to happen at a step, and lets the call be made, or fail."""
+    if fault.held is not None:
+        fault.held.wait()
+    with suppress(OSError):
+        if fault.signal is not None:
+            os.kill(pid, fault.signal)
+        if fault.seconds:
+            time.sleep(fault.seconds)
+            os.kill(pid, signal.SIGCONT)
+        fcntl.ioctl(fd, _SEND, _RESP.pack(number, 0, -fault.error, 0 if fault.error else _CONTINUE))
 
 
 def _name(pid: int, call: int, arguments: list[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +13,53 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebpfproxy.datapath.abi.hooks import SOCKET_HOOKS
+from ebpfproxy.datapath.kernel.roots import pin_folder
+from ebpfproxy.datapath.programs.attach import attachments
 from tests.faults import report
 from tests.faults.faulted import HEALTH_PORT, Faulted
+from tests.faults.ladders import start
 from tests.faults.probes import Failed, Probe, Prober, Store
+from tests.faults.steps import Fault, Step
 from tests.lab import Agent
 from tests.lab.waiting import until
 
 pytestmark = pytest.mark.root
+
+
+#: The first program that a start attaches.
+_FIRST_ATTACHED = f"LINK_CREATE type {SOCKET_HOOKS[0].attach_type} "
+
+
+@pytest.mark.faults
+def test_healthz_says_503_until_programs_are_attached(faulted: Faulted) -> None:
+    """Between the first programming and the attachment /healthz and /livez say 503, however long that takes."""
+    faulted.a.cli("cleanup", check=False)
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def choose(step: Step) -> Fault | None:
+        if not step.name.startswith(_FIRST_ATTACHED):
+            return None
+        reached.set()
+        return Fault(held=goes_on)
+
+    agent, stepped = start(faulted, choose)
+    try:
+        assert reached.wait(120)
+        agent.wait_log("programmed all Services")
+        until(lambda: not faulted.differences(), "nothing is programmed")
+        probes = [Probe(faulted.a.address, 10256, path) for path in ("/healthz", "/livez")]
+        for _ in range(20):
+            assert [faulted.outside.call(each.once) for each in probes] == ["status 503"] * 2
+            time.sleep(0.05)
+        assert not any(each.alive for each in attachments(pin_folder(faulted.a.bpf_root)))
+    finally:
+        goes_on.set()
+    agent.wait_ready()
+    until(lambda: not any(faulted.outside.call(each.once) for each in probes), "the agent is not healthy")
+    faulted.wait_equal()
+    agent.stop()
+    stepped.join()
 
 
 @contextmanager

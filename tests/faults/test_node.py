@@ -21,7 +21,8 @@ from ebpfproxy.datapath.programs import bytecode, loader
 from ebpfproxy.datapath.programs.attach import attachments
 from ebpfproxy.datapath.programs.devices import link_attachments
 from tests.apiserver import objects
-from tests.faults.faulted import NODE_PORTS, WEB, Faulted
+from tests.faults import netfilter
+from tests.faults.faulted import NODE_PORTS, PORT, WEB, Faulted, addresses_of
 from tests.lab import Agent, Lab, clients
 from tests.lab.waiting import until
 
@@ -165,6 +166,44 @@ def _evicted(agent: Agent) -> float:
 def metric(agent: Agent, name: str) -> float:
     _, text = agent.http("/metrics", 10249)
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.partition(" ")[0] == name)
+
+
+def test_conntrack_of_netfilter_that_is_full(faulted: Faulted) -> None:
+    """netfilter's own table full on a node that tracks: what netfilter knows goes on, what is new fails as direct ones.
+
+    It drops packets of connections that it has no room for, those of sockets that were translated, of NodePorts and to
+    a pod's own address alike, as beside kube-proxy. The agent programs changes meanwhile, and all works once there is
+    room.
+    """
+    agent = faulted.agent().start()
+    faulted.a.call(netfilter.track)
+    web, _ = addresses_of(WEB)
+    ways = [
+        (faulted.client, web, PORT),
+        (faulted.client, faulted.pods["w2"].address, 8080),
+        (faulted.outside, faulted.a.address, NODE_PORTS[WEB][0]),
+        (faulted.outside, faulted.pods["w1"].address, 8080),
+    ]
+
+    def errors() -> set[str]:
+        return {space.call(clients.connect_error, *where, 2.0) for space, *where in ways}
+
+    try:
+        assert errors() == {"connected"}
+        with faulted.under_load("netfilter's conntrack table full", ("long",)):
+            time.sleep(1)
+            assert faulted.a.call(netfilter.fill, 300, timeout=300) > 1000
+            assert errors() == {"TimeoutError"}
+            change_meanwhile(faulted)
+            until(lambda: not faulted.differences(), "the change is not programmed")
+            assert errors() == {"TimeoutError"}
+    finally:
+        faulted.a.call(netfilter.stop_tracking)
+    assert errors() == {"connected"}
+    with faulted.under_load("after netfilter's conntrack table was full"):
+        time.sleep(1)
+    faulted.wait_equal()
+    agent.stop()
 
 
 def test_netlink_that_overruns(faulted: Faulted) -> None:

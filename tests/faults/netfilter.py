@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 from ebpfproxy.netlink import codec, ctnetlink, nfnetlink
 
 #: A rule that reads a packet's connection: from then on this namespace tracks all.
-_TRACKS = "table inet tracks { chain all { type filter hook prerouting priority 0; ct state established accept; }; }"
+_TRACKS = "table inet tracks { chain packets { type filter hook prerouting priority 0; ct state established accept; }; }"
 _NEW, _STATUS, _TIMEOUT = 0, 3, 7
 #: IPS_SEEN_REPLY, IPS_ASSURED and IPS_CONFIRMED: such an entry makes no room for another one.
 _KEPT = 1 << 1 | 1 << 2 | 1 << 3

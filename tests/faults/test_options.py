@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from tests.apiserver import objects
 from tests.faults.faulted import Faulted
 from tests.faults.ladders import KILL, MARKS, SAMPLED, Ladder
 from tests.lab import Lab, ethtool
+from tests.lab.waiting import until
 
 pytestmark = [*MARKS, pytest.mark.faults]
 
@@ -84,8 +86,18 @@ def test_agent_with_options_killed_at_a_step_of_each_kind(
     ladder = Ladder(KILL, of_kind=SAMPLED)
     fault = f"kill -9 at a step of each kind of a start with {' '.join(arguments)}"
     with forwarding.under_load(fault):
+        before = forwarding.packet_events()["xdp"]
         agent = ladder.climb(forwarding, *arguments, _OTHERS)
+        until(lambda: _shows(forwarding, arguments, before), "the option is not in use")
     ladder.report(fault)
     assert {step.name.split()[0] for step in ladder.done} == SAMPLED
     forwarding.wait_equal()
     agent.stop()
+
+
+def _shows(forwarding: Faulted, arguments: tuple[str, ...], forwarded: int) -> bool:
+    """That packets go the way that these options have for them; ``forwarded``: by XDP, before."""
+    if "--xdp" in arguments:
+        return forwarding.packet_events()["xdp"] > forwarded
+    flows = json.loads(forwarding.a.cli("conntrack", "list", "-o", "json"))
+    return any(each["dsr"] for each in flows) == ("dsr" in arguments)

@@ -183,6 +183,8 @@ def test_flows_survive_a_change_of_map_sizes(
         cluster.add_load_balancer("moved", "10.96.1.9", moved, [cluster.endpoint_on_a()])
         # The bypass is off now, but flows that were created with it keep it.
         options = [o for o in VARIANTS[request.node.callspec.params["variant"]] if o != "--bypass-netfilter"]
+        # In an emulator a start takes longer than the default.
+        options += ["--stale-tcp-seconds", "120"]
         bigger = cluster.agent(*options, "--max-services", "1000", "--max-conntrack", "100000").start()
         assert "copied flows from maps of other sizes" in bigger.text
         assert [each.ask() for each in (*held, inside)] == ["alive"] * 4

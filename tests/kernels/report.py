@@ -51,7 +51,7 @@ def _tables(kernels: Mapping[str, Kernel], ran: Mapping[str, Run]) -> list[str]:
         if each != "version":
             properties.append([each, *(_escaped(run.machine.get(each, "")) for run in ran.values())])
     properties.append(["last run", *(run.day for run in ran.values())])
-    properties.append(["of commit", *(run.commit for run in ran.values())])
+    properties.append(["last run of commit", *(run.commit for run in ran.values())])
     features = [["the agent's probe", *("refuses" if run.refusal else "accepts" for run in ran.values())]]
     for each in _names(run.features for run in ran.values()):
         features.append([_code(each), *(_yes_no(run.features.get(each)) for run in ran.values())])

@@ -101,11 +101,15 @@ def merged(before: Run, run: Run, groups: Iterable[str]) -> Run:
 
 
 def repeated(before: Run, run: Run, seconds: float) -> Run:
-    """Returns a run with the outcomes of the tests that were run again."""
+    """Returns a run with the outcomes of the tests that failed and were run again; some no longer exist."""
     again = {each.test: each for each in run.results}
     after = msgspec.structs.replace(
         before,
-        results=[again.get(each.test, each) for each in before.results],
+        results=[
+            again.get(each.test, each)
+            for each in before.results
+            if each.test in again or each.outcome != "failed" or not run.complete
+        ],
         repeated=sorted({*before.repeated, *again}),
         seconds=before.seconds + seconds,
     )

@@ -88,6 +88,24 @@ def test_configuration_file_is_used_flags_override_it_and_the_agent_starts_anew_
     assert "ipvs.scheduler" in agent.text
 
 
+def test_agent_that_stands_by_uses_the_configuration_as_it_is_when_it_takes_over(
+    cluster: ConfiguredNode,
+) -> None:
+    """A change while it waits, which has no limit, is noticed before anything is programmed."""
+    first = cluster.node.agent("--standby", manifests=cluster.folder).start()
+    cluster.write(KUBE_PROXY)
+    second = cluster.node.agent("--standby", "--config", str(cluster.config), manifests=cluster.folder)
+    second.start(wait=False)
+    second.wait_log("waiting for the other agent to end")
+    cluster.write({**KUBE_PROXY, "healthzBindAddress": "127.0.0.1:10301"})
+    assert first.stop() == 0
+    second.wait_log("programs are attached")
+    until(lambda: second.http("/livez", 10301)[0] == 200, "the agent is not healthy")
+    assert second.text.count("the configuration has changed") == 1
+    assert second.text.count("reusing pinned maps") == 1, "something was programmed as the old one says"
+    assert second.stop() == 0
+
+
 def test_all_invalid_fields_of_a_configuration_file_are_reported_at_once(cluster: ConfiguredNode) -> None:
     cluster.write({**KUBE_PROXY, "conntrack": {"maxPerCore": "many"}, "nodePortAddreses": []})
     agent = cluster.node.agent("--config", str(cluster.config)).start(wait=False)

@@ -290,6 +290,28 @@ def test_source_ranges_apply_to_external_clients_pods_and_the_node(cluster: Outs
     assert cluster.outside.call(clients.connect_error, "203.0.113.24", 80, 0.3) == "TimeoutError"
 
 
+def test_source_ranges_apply_to_a_load_balancer_address_that_is_an_external_ip(
+    cluster: OutsideClientCluster,
+) -> None:
+    """spec.externalIPs with the load balancer's address opens it to nobody; its other addresses have no ranges."""
+    cluster.outside.route("203.0.113.27", cluster.a)
+    cluster.add_load_balancer(
+        "published",
+        "10.96.1.7",
+        "203.0.113.26",
+        [cluster.endpoint_on_b()],
+        externalIPs=["203.0.113.26", "203.0.113.27"],
+        loadBalancerSourceRanges=[f"{cluster.client.address}/32"],
+    )
+    until(
+        lambda: cluster.client.call(clients.connect_error, "203.0.113.26", 80, 0.3) == "connected",
+        "the listed pod is not served",
+    )
+    assert cluster.outside.call(clients.connect_error, "203.0.113.27", 80, 5) == "connected"
+    for space in (cluster.outside, cluster.a):
+        assert space.call(clients.connect_error, "203.0.113.26", 80, 0.3) == "TimeoutError"
+
+
 def test_thousands_of_source_ranges_apply_and_are_removed(cluster: OutsideClientCluster) -> None:
     ranges = [f"10.{i // 250}.{i % 250}.0/24" for i in range(5000)] + [f"{cluster.outside.address}/32"]
     cluster.add_load_balancer(

@@ -91,6 +91,20 @@ static __always_inline void init_entry(struct scratch *s, const struct packet *p
 		note_sequence(p, &s->nat, &s->nat);
 }
 
+/*
+ * Says if a new flow with its client's own port has to leave the reply direction to another flow of
+ * that client. A port below 1024 it keeps where that one is closed: see create_host_flow().
+ */
+static __always_inline bool is_reply_taken(const struct scratch *s, const struct nat *other)
+{
+	const u64 is_reserved = is_less(bpf_ntohs(s->key.dport), 1024);
+
+	if (becomes_same(other, &s->nat))
+		return false;
+	return !(is_closed_unclaimed(other) &
+		 (is_past_time_wait(other, s->nat.last) | is_reserved));
+}
+
 /* Inserts the reply direction's entry in @s with the client's own port. */
 static __always_inline enum insert insert_reply(struct scratch *s)
 {
@@ -106,9 +120,7 @@ static __always_inline enum insert insert_reply(struct scratch *s)
 	}
 	known = conntrack_read(&s->key, &s->other);
 	/* The same flow may begin anew. */
-	if (known && !is_closed(other) &&
-	    !(other->sport == s->nat.sport && other->dport == s->nat.dport &&
-	      addr_equal(&other->src, &s->nat.src)))
+	if (known && is_reply_taken(s, other))
 		return INSERT_TAKEN;
 	return conntrack_put(s, known);
 }
@@ -132,7 +144,7 @@ static __always_inline enum insert insert_pair(struct __sk_buff *skb, struct scr
 	/* With DSR a client's port stays: its next packet may find that the other flow has ended.
 	 */
 	if (done == INSERT_TAKEN && !(DSR_SENDS && s->nat.flags & NAT_DSR))
-		done = take_port(skb, s, first_port(entry_of(s)));
+		done = take_port(skb, s, entry_of(s));
 	if (done != INSERT_DONE)
 		return done;
 	reply = s->key;

@@ -51,9 +51,9 @@ static __always_inline u64 is_over(const struct nat *original, const struct nat 
 
 /*
  * Says if nothing is left at the backend of a connection that is closed, from the entry of its
- * reply direction. A RST leaves nothing. After a FIN of both sides a socket is in TIME_WAIT there,
- * perhaps, and answers a SYN of another client with an ACK for the former one, which the other
- * resets: it connects when it sends its SYN again, a second later.
+ * reply direction. A RST leaves nothing. After a FIN of both sides there may be a socket in
+ * TIME_WAIT, which answers another client's SYN with an ACK of the former connection. The client
+ * resets that, and sends its SYN again: Linux does so at once since 5.6, others after a second.
  */
 static __always_inline u64 is_past_time_wait(const struct nat *closed, u64 now)
 {
